@@ -1,0 +1,61 @@
+# `make demo` and `make test` set up all they need, on a fresh machine too.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DISTS  := libs/common $(wildcard services/*) cli demo
+SOURCES := libs services cli demo tests bench deploy
+
+.PHONY: demo test unit lint types setup bench lock format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    three nodes on this machine: pull, place over two, chat   (Ctrl-C ends it)"
+	@echo "make test    lint, types and all tests"
+	@echo "make bench   measure, and write docs/benchmarks.md"
+	@echo "make lock    pin the requirements anew       make format    format the code"
+
+setup: $(VENV)/.ready
+
+# The stamp changes with the pins and with what is installed from here; code changes need no set-up (editable).
+$(VENV)/.ready: requirements.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTS)) scripts/system-packages.sh
+	@scripts/system-packages.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Shoal needs Python 3.11 or newer; this is $$($(PYTHON) --version): run make PYTHON=python3.12 …" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages (once; a minute or so)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(DISTS))
+	@touch $@
+
+demo: setup
+	@$(BIN)/shoal demo
+
+test: lint types unit
+
+unit: setup
+	@scripts/system-packages.sh test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+types: setup
+	$(BIN)/mypy $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+# Needs uv (`pip install uv`). No address of a registry gets into the files.
+UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+              --no-emit-index-url --no-emit-find-links
+lock:
+	$(UV_COMPILE) requirements.in -o requirements.txt
+	$(UV_COMPILE) requirements-dev.in -o requirements-dev.txt
+
+clean:
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

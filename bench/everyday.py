@@ -1,0 +1,109 @@
+"""What one command, one pull and one answer cost beside the plainest way of doing the same.
+
+- `command_over_request`: a command with its outcome (work queue, idempotence, outcome kept) over a bare NATS request
+  to the same process; p50 of each.
+- `pull_beyond_reading_s`: seconds that pulling the demo's model takes beyond one process that only reads it.
+- `answer_2_stages_over_1`: tokens per second of the demo's model over two stages (two nodes, HTTP API) over one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import httpx2  # noqa: E402  # after the path is set
+import nats  # noqa: E402
+
+from figures import Figure, figure, interleaved, report  # noqa: E402
+from shoal_demo import DEMO_MODEL, MODELS_DIR  # noqa: E402
+from shoal_demo.running import RunningHub, running_hub  # noqa: E402
+from tests.harness.shoal import ShoalCluster  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+ROUNDS = 3 if QUICK else 9
+CALLS = 50 if QUICK else 300
+
+
+async def command_latencies(nats_url: str) -> tuple[float, float]:
+    """Median seconds of a command with its outcome, and of a bare question to the same service."""
+    connection = await nats.connect(nats_url)
+    command, question = "shoal.v1.cmd.fetcher.a.cancel", "shoal.v1.svc.storage.a.manifest"
+    body = json.dumps({"model": "nobody/nothing"}).encode()
+    samples: dict[str, list[float]] = {command: [], question: []}
+    for _ in range(CALLS):
+        for subject, taken in samples.items():
+            began_s = time.perf_counter()
+            await connection.request(subject, body, timeout=10)
+            taken.append(time.perf_counter() - began_s)
+    await connection.close()
+    return statistics.median(samples[command]), statistics.median(samples[question])
+
+
+def pull_s(cluster: ShoalCluster) -> float:
+    """Seconds from asking node a for the model to its being ready there."""
+    node = cluster["a"]
+    node.call("DELETE", f"/v1/models/{DEMO_MODEL}")
+    began_s = time.perf_counter()
+    node.call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": ["a"], "wait": True})
+    return time.perf_counter() - began_s
+
+
+def read_s(hub: RunningHub) -> float:
+    """Seconds to read the same files from the hub, one after the other, keeping nothing."""
+    began_s = time.perf_counter()
+    with httpx2.Client(follow_redirects=True) as client:
+        for path in sorted((MODELS_DIR / DEMO_MODEL).iterdir()):
+            client.get(f"{hub.base_url}/{DEMO_MODEL}/resolve/main/{path.name}").raise_for_status()
+    return time.perf_counter() - began_s
+
+
+def tokens_per_s(cluster: ShoalCluster, instance: str) -> float:
+    """Tokens a second of one greedy answer, prompt included in the time."""
+    body = {
+        "model": instance,
+        "messages": [{"role": "user", "content": "Why do fish swim together?"}],
+        "temperature": 0,
+    }
+    began_s = time.perf_counter()
+    answer = cluster["a"].call("POST", "/v1/chat/completions", body)
+    return float(answer["usage"]["completion_tokens"]) / (time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Measure and report."""
+    figures: dict[str, Figure] = {}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_hub(MODELS_DIR, process=True) as hub,
+        ShoalCluster(Path(directory), hub.base_url, names=("a", "b")) as cluster,
+    ):
+        command_s, question_s = asyncio.run(command_latencies(cluster["a"].nats_url))
+        figures["command_over_request"] = figure(command_s / question_s, "x")
+        figures["command_ms"] = figure(command_s * 1000, "ms")
+        pulls = interleaved({"pull": partial(pull_s, cluster), "read": partial(read_s, hub)}, ROUNDS)
+        figures["pull_beyond_reading_s"] = figure(pulls["pull"] - pulls["read"], "s")
+        cluster["b"].shoal("pull", DEMO_MODEL, "--all", check=True)
+        placed = {}
+        for stages in (1, 2):
+            body = {"model": DEMO_MODEL, "min_nodes": stages, "max_nodes": stages}
+            placed[stages] = str(cluster["a"].call("POST", "/v1/instances", body)["id"])
+        rates = interleaved(
+            {str(n): partial(tokens_per_s, cluster, instance) for n, instance in placed.items()},
+            ROUNDS,
+        )
+        figures["answer_2_stages_over_1"] = figure(rates["2"] / rates["1"], "x")
+        figures["answer_1_stage_tokens_per_s"] = figure(rates["1"], "tokens/s")
+    report(figures)
+
+
+if __name__ == "__main__":
+    main()

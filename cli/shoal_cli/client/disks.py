@@ -1,0 +1,187 @@
+"""What is asked of nodes' disks: how they stand, their settings, a dry run, pins, garbage, verification."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from rich.console import RenderableType
+
+from shoal_cli.client.answers import Anything, CollectedRow, ConfiguredRow, DisksAnswer, PinnedRow, VerifiedRow
+from shoal_cli.client.gateway import Gateway
+from shoal_cli.client.tables import disks_table
+from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
+from shoal_common.errors import BadInput, Corrupt, NotFound
+from shoal_common.messages.questions import EvictionPlan
+from shoal_common.names import ModelRef, check_node
+
+_VERIFY_ANSWER_S = 3700.0
+"""The gateway waits an hour for a verification; its answer comes after that."""
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What a command ends with: the API's answer for `--json`, words for a person, and the exit code."""
+
+    answer: Anything
+    words: list[str]
+    table: RenderableType | None = None
+    exit_code: int = 0
+
+
+def storage(gateway: Gateway, args: argparse.Namespace) -> Said:
+    """`shoal storage`, with what stands after it."""
+    actions: dict[str, Callable[[Gateway, argparse.Namespace], Said]] = {
+        "show": _show,
+        "set": _set,
+        "plan": _plan,
+        "pin": lambda g, a: _pin(g, a, True),
+        "unpin": lambda g, a: _pin(g, a, False),
+    }
+    return actions[getattr(args, "action", None) or "show"](gateway, args)
+
+
+def collect_garbage(gateway: Gateway, args: argparse.Namespace) -> Said:
+    """`shoal gc`"""
+    answer = gateway.post("/v1/storage/gc", _where(args), Anything)
+    words = []
+    for node, row in _rows(answer, CollectedRow):
+        freed = f"removed {_count(row.blobs, 'blob')}, {show_bytes(row.freed_bytes)} freed"
+        words.append(f"{node}: {freed if row.blobs or row.freed_bytes else 'nothing to remove'}")
+    return Said(answer, words)
+
+
+def verify(gateway: Gateway, args: argparse.Namespace) -> Said:
+    """`shoal verify`: its exit code says whether all is intact."""
+    body = _where(args)
+    if args.model:
+        body["model"] = _model(args.model)
+    answer = gateway.post("/v1/storage/verify", body, Anything, answer_s=_VERIFY_ANSWER_S)
+    words, lost = [], False
+    for node, row in _rows(answer, VerifiedRow):
+        words.append(f"{node}: {_verified(row)}")
+        words += [f"  {m} is no longer whole: `shoal pull {m} --node {node}` brings it back" for m in row.models]
+        words += [f"  instance {i} may have loaded wrong bytes: `shoal stop {i}`" for i in row.instances]
+        lost = lost or bool(row.corrupt or row.missing)
+    return Said(answer, words, exit_code=Corrupt.exit_code if lost else 0)
+
+
+def _verified(row: VerifiedRow) -> str:
+    checked = f"checked {_count(row.checked, 'blob')}, {show_bytes(row.checked_bytes)}"
+    found = [f"{len(row.corrupt)} corrupt and set aside"] if row.corrupt else []
+    found += [f"{len(row.missing)} missing"] if row.missing else []
+    return f"{checked}: {', '.join(found) or 'all intact'}"
+
+
+def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
+    answer = gateway.get("/v1/storage", Anything)
+    if not _everywhere(args):
+        node = _node(args) or str(answer.get("node", ""))
+        shown = [n for n in answer.get("nodes", []) if n.get("node") == node]
+        if not shown:
+            known = ", ".join(str(n.get("node")) for n in answer.get("nodes", []))
+            raise NotFound(f"no storage of node {node} is known (known: {known or 'none'}); see `shoal status`")
+        answer = {**answer, "nodes": shown}
+    disks = msgspec.convert(answer, DisksAnswer).nodes
+    words = []
+    for row in disks:
+        if row.storage is None:
+            continue
+        if row.storage.reserved_bytes:
+            words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
+        words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
+        words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
+        words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
+    return Said(answer, words, table=disks_table(disks))
+
+
+def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
+    body = _where(args)
+    if args.max_storage is not None:
+        body["max_storage_bytes"] = parse_limit(args.max_storage)
+    if args.eviction_policy is not None:
+        body["eviction_policy"] = args.eviction_policy
+    if args.headroom is not None:
+        body["headroom_bytes"] = parse_size(args.headroom)
+    if body.keys() <= {"node"}:
+        raise BadInput("nothing to set: give --max-storage, --eviction-policy or --headroom")
+    answer = gateway.put("/v1/storage/config", body, Anything)
+    words = []
+    for node, row in _rows(answer, ConfiguredRow):
+        quota = "none" if row.max_storage_bytes is None else show_bytes(row.max_storage_bytes)
+        headroom = show_bytes(row.headroom_bytes)
+        words.append(f"{node}: quota {quota}, eviction policy {row.eviction_policy}, headroom {headroom}")
+        words += [f"  {row.note}"] if row.note else []
+    return Said(answer, words)
+
+
+def _plan(gateway: Gateway, args: argparse.Namespace) -> Said:
+    need_bytes = parse_size(args.need)
+    answer = gateway.get("/v1/storage/plan", Anything, need_bytes=str(need_bytes), **_where(args))
+    words: list[str] = []
+    for node, plan in _rows(answer, EvictionPlan):
+        words += plan_words(node, need_bytes, plan, time.time())
+    return Said(answer, words)
+
+
+def plan_words(node: str, asked_bytes: int, plan: EvictionPlan, now_s: float) -> list[str]:
+    """A dry run for a person. Pure."""
+    room = f"room for {show_bytes(asked_bytes)}"
+    if plan.need_bytes <= 0:
+        return [f"{node}: there is {room} already; nothing would go"]
+    need = show_bytes(plan.need_bytes)
+    if not plan.enough:
+        words = [f"{node}: cannot make {room}: {need} would have to go and {show_bytes(plan.evictable_bytes)} may"]
+        return words + [f"  keeps {model}: {why}" for model, why in sorted(plan.kept.items())]
+    words = [f"{node}: to make {room}, {need} have to go; these would, {show_bytes(plan.frees_bytes)} in all:"]
+    if plan.garbage:
+        words.append(f"  {_count(len(plan.garbage), 'blob')} of no model, {show_bytes(plan.garbage_bytes)}")
+    for victim in plan.victims:
+        ago = f"last used {show_seconds(max(now_s - victim.last_use_s, 0))} ago"
+        words.append(f"  {victim.model}, {show_bytes(victim.frees_bytes)}, {ago}")
+    return words
+
+
+def _pin(gateway: Gateway, args: argparse.Namespace, pinned: bool) -> Said:
+    model = _model(args.model)
+    body = {**_where(args), "model": model, "pinned": pinned}
+    answer = gateway.post("/v1/storage/pins", body, Anything)
+    now = "is pinned: never evicted or deleted" if pinned else "is no longer pinned"
+    words = []
+    for node, row in _rows(answer, PinnedRow):
+        words += [f"{node}: {m} {now}" for m in row.models] or [f"{node}: {model} {now}"]
+    return Said(answer, words)
+
+
+def _rows(answer: Anything, kind: type[Any]) -> list[tuple[str, Any]]:
+    return [(node, msgspec.convert(row, kind)) for node, row in answer.get("nodes", {}).items()]
+
+
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    """The node that is meant; nothing: the gateway's own."""
+    node = "all" if _everywhere(args) else _node(args)
+    return {"node": node} if node else {}
+
+
+def _everywhere(args: argparse.Namespace) -> bool:
+    everywhere = bool(getattr(args, "everywhere", False))
+    if everywhere and _node(args):
+        raise BadInput("--node and --all say different things: give one of them")
+    return everywhere
+
+
+def _node(args: argparse.Namespace) -> str:
+    node = getattr(args, "node", "")
+    return check_node(node) if node else ""
+
+
+def _model(text: str) -> str:
+    # As it was given: without a revision all of the repo are meant, which the short form of a ref cannot say.
+    ModelRef.parse(text)
+    return text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

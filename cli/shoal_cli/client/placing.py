@@ -1,0 +1,76 @@
+"""Placing a model and waiting until the instance answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shoal_cli.client.answers import InstanceRow, InstancesAnswer, StatusAnswer
+from shoal_cli.client.gateway import Gateway
+from shoal_cli.client.tables import how_it_stands
+from shoal_common.errors import Expired, Failed, from_body
+from shoal_common.names import DEFAULT_REVISION, ModelRef
+
+POLL_S = 0.3
+READY_DEADLINE_S = 600.0
+
+
+def wish(
+    model: str, exactly: int | None, at_least: int | None, nodes: Sequence[str], context_tokens: int
+) -> dict[str, Any]:
+    """The body of POST /v1/instances."""
+    body: dict[str, Any] = {"model": str(ModelRef.parse(model)), "wait": False}
+    if exactly:
+        body |= {"min_nodes": exactly, "max_nodes": exactly}
+    elif at_least:
+        body["min_nodes"] = at_least
+    if nodes:
+        body["nodes"] = list(nodes)
+    if context_tokens:
+        body["context_tokens"] = context_tokens
+    return body
+
+
+def place(gateway: Gateway, body: dict[str, Any], tell: Callable[[str], None]) -> InstanceRow:
+    """Place a model and return once its instance is ready, telling how it stands meanwhile."""
+    return until_ready(gateway, gateway.post("/v1/instances", body, InstanceRow), tell)
+
+
+def until_ready(gateway: Gateway, instance: InstanceRow, tell: Callable[[str], None]) -> InstanceRow:
+    """Return once an instance is ready. Raises what it failed with, or Expired."""
+    give_up_s = time.monotonic() + READY_DEADLINE_S
+    told = ""
+    while instance.phase != "ready":
+        if instance.phase == "failed":
+            if instance.error is not None:
+                raise from_body(instance.error)
+            raise Failed(f"instance {instance.id} failed; see `shoal logs inference`")
+        if time.monotonic() > give_up_s:
+            raise Expired(
+                f"instance {instance.id} is {how_it_stands(instance)} after {READY_DEADLINE_S:.0f} s; it goes on: "
+                f"see `shoal ps`, or stop it with `shoal stop {instance.id}`"
+            )
+        words = f"instance {instance.id}: {how_it_stands(instance)}"
+        if words != told:
+            tell(words)
+            told = words
+        time.sleep(POLL_S)
+        instance = gateway.get(f"/v1/instances/{instance.id}", InstanceRow)
+    return instance
+
+
+def find_instance(gateway: Gateway, ref: ModelRef, status: StatusAnswer) -> InstanceRow | None:
+    """An instance of this model to use: a ready one, else one that is on its way."""
+    commits = {m.commit for m in status.models if m.repo == ref.repo and is_held_as(m.commit, ref)}
+    found = [
+        i
+        for i in gateway.get("/v1/instances", InstancesAnswer).instances
+        if i.repo == ref.repo and i.phase != "failed" and (is_held_as(i.commit, ref) or i.commit in commits)
+    ]
+    return min(found, key=lambda i: i.phase != "ready", default=None)
+
+
+def is_held_as(commit: str, ref: ModelRef) -> bool:
+    """Whether a commit is what a reference names, as far as that can be told from here: a tag cannot."""
+    return ref.revision in (DEFAULT_REVISION, commit)

@@ -1,0 +1,125 @@
+"""Status, models and instances for people."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shoal_cli.client.answers import DiskRow, InstanceRow, ModelRow, NodeRow, StatusAnswer
+from shoal_cli.client.progress import line
+from shoal_cli.sizes import show_bytes, show_seconds
+from shoal_common.messages.records import ENDED, StorageState
+
+_PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for name in columns:
+        right = name in ("size", "used", "free", "memory", "headroom")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def status_page(status: StatusAnswer) -> RenderableType:
+    """Everything `shoal status` shows."""
+    parts: list[RenderableType] = [nodes_table(status)]
+    if not status.nats_connected:
+        parts.insert(0, Text("this gateway has lost NATS: what follows may be old", style="red"))
+    under_way = [d for d in status.downloads if d.phase not in ENDED]
+    if under_way:
+        parts += [Text("\ndownloads", style="bold"), *(Text(f"{d.model}  {line(d, {})}") for d in under_way)]
+    if status.models:
+        parts += [Text("\nmodels", style="bold"), models_table(status.models)]
+    if status.instances:
+        parts += [Text("\ninstances", style="bold"), instances_table(status.instances)]
+    return Group(*parts)
+
+
+def nodes_table(status: StatusAnswer) -> RenderableType:
+    """The nodes, their memory and disks."""
+    table = _table("node", "state", "memory", "used", "free", "quota, policy")
+    for n in status.nodes:
+        name = Text(n.node, style="bold" if n.node == status.node else "")
+        s = n.storage
+        table.add_row(
+            name,
+            _node_state(n),
+            f"{show_bytes(n.memory_available_bytes)} of {show_bytes(n.memory_total_bytes)}"
+            if n.memory_total_bytes
+            else "-",
+            _used(s) if s else "-",
+            show_bytes(s.free_bytes) if s else "-",
+            f"{_quota(s)}, {s.eviction_policy}" if s else "-",
+        )
+    return table
+
+
+def _used(storage: StorageState) -> str:
+    if not storage.quota_bytes:
+        return show_bytes(storage.used_bytes)
+    return f"{show_bytes(storage.used_bytes)} ({100 * storage.used_bytes / storage.quota_bytes:.0f} %)"
+
+
+def _quota(storage: StorageState) -> str:
+    return "none" if storage.quota_bytes is None else show_bytes(storage.quota_bytes)
+
+
+def disks_table(disks: list[DiskRow]) -> RenderableType:
+    """The disks and their settings."""
+    table = _table("node", "used", "free", "quota", "policy", "headroom", "models")
+    for row in disks:
+        s = row.storage
+        free = row.disk_free_bytes if row.disk_free_bytes is not None else s.free_bytes if s else None
+        table.add_row(
+            Text(row.node if row.live else f"{row.node} (away)", style="" if row.live else "red"),
+            _used(s) if s else "-",
+            "-" if free is None else show_bytes(free),
+            _quota(s) if s else "-",
+            s.eviction_policy if s else "-",
+            show_bytes(s.headroom_bytes) if s else "-",
+            str(s.model_count) if s else "-",
+        )
+    return table
+
+
+def _node_state(node: NodeRow) -> Text:
+    if not node.live:
+        return Text("away", style="red")
+    if node.missing_services:
+        return Text(f"without {', '.join(node.missing_services)}", style="yellow")
+    uptime_s = min((s.uptime_s for s in node.services.values()), default=0.0)
+    return Text(f"up {show_seconds(uptime_s)}", style="green")
+
+
+def models_table(models: list[ModelRow]) -> RenderableType:
+    """The models and who holds them."""
+    table = _table("model", "commit", "size", "nodes")
+    for m in models:
+        table.add_row(m.repo, m.commit[:8], show_bytes(m.size_bytes), ", ".join(m.nodes))
+    return table
+
+
+def instances_table(instances: list[InstanceRow]) -> RenderableType:
+    """The instances and their stages."""
+    table = _table("instance", "model", "state", "stages")
+    for i in instances:
+        stages = ", ".join(
+            f"{s.node}[{s.first_layer}-{s.last_layer - 1}]"
+            if s.first_layer is not None and s.last_layer is not None
+            else s.node
+            for s in i.stages
+        )
+        table.add_row(i.id, i.repo, how_it_stands(i), stages or ", ".join(i.nodes))
+    return table
+
+
+def how_it_stands(instance: InstanceRow) -> Text:
+    """An instance's phase, and while it is not ready that of its stages."""
+    words = instance.phase
+    if instance.error is not None:
+        words += f": {instance.error.message}"
+    elif instance.phase == "starting":
+        words += "".join(f", {s.node} {s.phase}" for s in instance.stages if s.phase and s.phase != "ready")
+    return Text(words, style=_PHASE_STYLES.get(instance.phase, ""))

@@ -1,0 +1,1 @@
+"""Running a node on this machine: the supervisor behind `shoal up`."""

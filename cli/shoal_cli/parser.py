@@ -1,0 +1,311 @@
+"""The command line: what may be typed, its help, and a hint where a command was misspelt."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+from shoal_cli.client.logs import NAMES
+from shoal_cli.node.plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S
+from shoal_common.errors import BadInput
+from shoal_common.subjects import SERVICES
+
+_EXAMPLES = """examples:
+  shoal up                                        run a node here; Ctrl-C stops it
+  shoal up -d --max-storage 200GB                 in the background, with 200 GB for models at most
+  shoal up --bind 0.0.0.0                         let other machines join; prints what to type there
+  shoal pull mlx-community/Qwen3-0.6B-4bit --all  bring a model to every node
+  shoal run mlx-community/Qwen3-0.6B-4bit         talk to it
+  shoal run mlx-community/Qwen3-0.6B-4bit "Why do fish swim in shoals?"
+  shoal status                                    nodes, disks, models, instances
+  shoal storage set --max-storage 200GB --eviction-policy lru --all
+
+environment:
+  SHOAL_HOME      the node's directory (~/.shoal)     SHOAL_NATS    NATS servers to join, comma-separated
+  SHOAL_GATEWAY   address of a gateway elsewhere      SHOAL_SECRET  the cluster's secret
+  SHOAL_DEBUG=1   show traces of failures
+
+exit codes:
+  0 done   2 not understood   3 not found   4 refused   5 away or busy: try again
+  6 credential missing   7 deadline passed   8 corrupt   9 already running   1 anything else   130 Ctrl-C
+"""
+
+_JSON = {
+    "status": """--json prints GET /v1/status of the gateway as it is: {"node", "version",
+"nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
+"missing_services", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"downloads": […], "instances": […]}. Fields are only ever added.""",
+    "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
+"phase", "commit", "total_bytes", "done_bytes", "sources": {source: bytes}, "error", …}], "commands": {node: id}}.
+The exit code is that of the first node that failed. Fields are only ever added.""",
+    "ls": """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes"}]}.
+Fields are only ever added.""",
+    "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
+"storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
+"used_bytes", "from_environment", "note"}}}; plan {"nodes": {node: {"need_bytes", "garbage", "garbage_bytes",
+"victims": [{"model", "frees_bytes", "last_use_s"}], "frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and
+unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
+    "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
+    "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "missing": [blob],
+"models": [no longer whole], "instances": [of those models]}}}. The exit code is 8 when anything is corrupt or
+missing. Fields are only ever added.""",
+    "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "stages": [{"rank",
+"node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
+}
+
+
+_POLICIES = ("manual", "lru")
+
+
+class _Add(Protocol):
+    def __call__(
+        self, name: str, text: str, parent: Parser = ..., as_json: bool = ..., where: Parser | None = ...
+    ) -> Parser: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ours: one line, and where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage."""
+        raise BadInput(f"{message}; see `{self.prog} --help`")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Understand a command line. Raises BadInput; `--help` exits by SystemExit."""
+    parser, names = _build()
+    first = next((a for a in _without_globals(arguments) if not a.startswith("-")), None)
+    if first is not None and first not in names:
+        close = difflib.get_close_matches(first, names, n=1)
+        hint = f"did you mean `shoal {close[0]}`?" if close else "see `shoal --help` for those there are"
+        raise BadInput(f"there is no command {first[:40]!r}: {hint}")
+    # What follows `demo` is the demo's own.
+    if first == "demo":
+        at = list(arguments).index("demo")
+        parsed = parser.parse_args(arguments[: at + 1])
+        parsed.rest = list(arguments[at + 1 :])
+        return parsed
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        raise SystemExit(0)
+    return parsed
+
+
+def _without_globals(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for a in arguments:
+        if skip:
+            skip = False
+        elif a in ("--home", "--gateway"):
+            skip = True
+        else:
+            kept.append(a)
+    return kept
+
+
+def _build() -> tuple[Parser, list[str]]:
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--home", metavar="DIR", help="the node's directory (SHOAL_HOME, else ~/.shoal)")
+    remote = Parser(add_help=False, argument_default=argparse.SUPPRESS, parents=[common])
+    remote.add_argument("--gateway", metavar="URL", help="a gateway elsewhere (SHOAL_GATEWAY)")
+
+    parser = Parser(
+        prog="shoal",
+        description="Run large language models across the machines you have.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[remote],
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def add(
+        name: str, text: str, parent: Parser = remote, as_json: bool = False, where: Parser | None = None
+    ) -> Parser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            parents=[parent, where] if where else [parent],
+            epilog=_JSON.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if as_json:
+            sub.add_argument("--json", action="store_true", dest="as_json", help="for programs; described below")
+        return sub
+
+    _add_up(add("up", "run a node on this machine", common))
+    add("down", "stop this machine's node", common)
+    restart = add("restart", "restart one service of this machine's node", common)
+    restart.add_argument(
+        "service", metavar="SERVICE", choices=(*SERVICES, "nats"), help=", ".join((*SERVICES, "nats"))
+    )
+    add("status", "show nodes, disks, models, downloads and instances", as_json=True)
+    _add_models(add)
+    _add_disks(add, remote)
+    _add_instances(add)
+    logs = add("logs", "show the logs of this machine's node", common)
+    logs.add_argument(
+        "service", metavar="SERVICE", nargs="?", default="", choices=("", *NAMES), help=", ".join(NAMES)
+    )
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is written")
+    logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="this many lines (100)")
+    demo = commands.add_parser("demo", help="run the demo: a small cluster on this machine", add_help=False)
+    demo.set_defaults(rest=[])
+    add("version", "print the version", common)
+    return parser, list(commands.choices)
+
+
+def _add_up(up: Parser) -> None:
+    up.add_argument(
+        "--node", metavar="NAME", default="", help="the node's id at its first start (from the host name)"
+    )
+    up.add_argument(
+        "--nats", metavar="URL", action="append", default=[], help="join the NATS server there instead of running one"
+    )
+    up.add_argument(
+        "--nats-port",
+        metavar="N",
+        type=_port,
+        default=NATS_PORT,
+        help=f"port of our NATS ({NATS_PORT}); 0: a free one",
+    )
+    up.add_argument(
+        "--bind", metavar="ADDR", default="", help="address to listen on (127.0.0.1); beyond it a secret is made"
+    )
+    up.add_argument(
+        "--port",
+        metavar="N",
+        type=_port,
+        default=GATEWAY_PORT,
+        help=f"gateway's port ({GATEWAY_PORT}); 0: a free one",
+    )
+    up.add_argument(
+        "--max-storage",
+        metavar="SIZE",
+        default="",
+        help="most that models may take, like 200GB or 150GiB, or none; kept in node.toml",
+    )
+    up.add_argument(
+        "--eviction-policy",
+        choices=_POLICIES,
+        default="",
+        help="lru makes room for new models, manual refuses them (manual); kept in node.toml",
+    )
+    up.add_argument("--hub", metavar="URL", default="", help="a hub instead of huggingface.co (HF_ENDPOINT)")
+    up.add_argument("-d", "--detach", action="store_true", help="return once the node is up; it goes on")
+    up.add_argument(
+        "--wait",
+        metavar="S",
+        type=float,
+        default=READY_DEADLINE_S,
+        help=f"seconds to be up in ({READY_DEADLINE_S:.0f})",
+    )
+    for service in SERVICES:
+        up.add_argument(
+            f"--no-{service}", dest="without", action="append_const", const=service, help=f"do not run {service}"
+        )
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a port: give 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000_000:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a count: give a whole number from 1")
+    return int(text)
+
+
+def _model(sub: Parser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="org/name, or org/name@revision")
+
+
+def _add_models(add: _Add) -> None:
+    pull = add("pull", "bring a model to a node", as_json=True)
+    _model(pull)
+    where = pull.add_mutually_exclusive_group()
+    where.add_argument(
+        "--node", metavar="N", action="append", dest="nodes", default=[], help="to this node; may be repeated"
+    )
+    where.add_argument("--all", action="store_true", dest="everywhere", help="to every live node")
+    pull.add_argument("--no-wait", action="store_true", help="only ask; do not follow the download")
+    cancel = add("cancel", "withdraw a download that is under way, partial bytes included")
+    _model(cancel)
+    cancel.add_argument("--node", metavar="N", action="append", dest="nodes", default=[], help="on this node only")
+    add("ls", "list the models that nodes hold", as_json=True)
+    rm = add("rm", "delete a model; deleting what is absent succeeds")
+    _model(rm)
+    rm.add_argument("--node", metavar="N", default="", help="on this node only; else on every one")
+    rm.add_argument("--revision", metavar="R", default="", help="a branch, tag or commit, as after @")
+
+
+def _add_disks(add: _Add, remote: Parser) -> None:
+    where = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    which = where.add_mutually_exclusive_group()
+    which.add_argument("--node", metavar="N", help="of this node (the gateway's own)")
+    which.add_argument("--all", action="store_true", dest="everywhere", help="of every live node")
+    where.add_argument("--json", action="store_true", dest="as_json", help="for programs: the API's answer")
+
+    storage = add("storage", "show nodes' disks, and change their settings", where=where)
+    actions = storage.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser)
+
+    def action(name: str, text: str) -> Parser:
+        return actions.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            parents=[remote, where],
+            epilog=_JSON["storage"],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    action("show", "quota, use, policy and pins; what is done without an action")
+    change = action("set", "change settings, in node.toml and at once; what is left out stays as it is")
+    change.add_argument("--max-storage", metavar="SIZE", help="most that models may take, like 200GB, or none")
+    change.add_argument(
+        "--eviction-policy", choices=_POLICIES, help="lru makes room for new models, manual refuses them"
+    )
+    change.add_argument("--headroom", metavar="SIZE", help="what stays free on the disk, like 5GB")
+    plan = action("plan", "what would be evicted to make room; nothing is")
+    plan.add_argument("--need", metavar="SIZE", required=True, help="room for so much, like 50GB")
+    _model(action("pin", "never evict or delete a model"))
+    _model(action("unpin", "let a model be evicted and deleted again"))
+    add("gc", "remove bytes that no model and no download needs", where=where)
+    verify = add("verify", "hash what a node holds again, and set aside what is corrupt", where=where)
+    verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")
+
+
+def _add_instances(add: _Add) -> None:
+    place = add("place", "lay a model out over the nodes' memory and start it")
+    _model(place)
+    count = place.add_mutually_exclusive_group()
+    count.add_argument("--nodes", metavar="N", type=_count, dest="exactly", help="over exactly this many nodes")
+    count.add_argument("--min-nodes", metavar="N", type=_count, dest="at_least", help="over at least this many nodes")
+    place.add_argument("--node", metavar="N", action="append", dest="nodes", default=[], help="only on these nodes")
+    place.add_argument("--context", metavar="T", type=_count, default=0, help="tokens of context to keep room for")
+    add("ps", "list the instances", as_json=True)
+    add("stop", "stop an instance").add_argument("instance", metavar="INSTANCE", help="its id; `shoal ps` lists them")
+    run = add("run", "talk to a model; brings and places it if need be")
+    _model(run)
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="answer this and end; else what stdin holds")
+    run.add_argument(
+        "--nodes", metavar="N", type=_count, dest="exactly", help="place it over exactly this many nodes"
+    )
+    run.add_argument("--max-tokens", metavar="T", type=_count, default=2048, help="longest answer (2048)")
+    run.add_argument("--temperature", metavar="X", type=_temperature, default=0.7, help="0 is greedy (0.7)")
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a temperature: give 0 to 2")
+    return value

@@ -1,0 +1,47 @@
+"""Sizes as people write and read them: `200GB` is 200 x 10^9 bytes, `200GiB` is 200 x 2^30."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from shoal_common.errors import BadInput
+
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(?:([kmgtp]?)(i?)b?)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_NAMES = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512`, `100 MB`, `1.5TiB`; a bare `200G` is decimal. Raises BadInput."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match.group(3) and not match.group(2)):
+        raise BadInput(f"{text[:80]!r} is not a size: write it like 200GB (decimal) or 200GiB (binary)")
+    number, prefix, binary = match.groups()
+    return int(Decimal(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+
+
+def parse_limit(text: str) -> int | None:
+    """A size, or None for `none`: no limit. Raises BadInput."""
+    return None if text.strip().lower() == "none" else parse_size(text)
+
+
+def show_bytes(count: float) -> str:
+    """A size for people, decimal: `812 B`, `4.6 kB`, `12.3 GB`."""
+    power = 0
+    # 999.95 would print as 1000.0: such a number belongs to the next unit.
+    while count >= 999.95 and power < len(_NAMES) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.0f} {_NAMES[power]}" if power == 0 else f"{count:.1f} {_NAMES[power]}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A span for people: `42 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
+    left = round(seconds)
+    if left < 60:
+        return f"{left} s"
+    if left < 3600:
+        return f"{left // 60} min {left % 60:02d} s"
+    if left < 86400:
+        return f"{left // 3600} h {left % 3600 // 60:02d} min"
+    return f"{left // 86400} d {left % 86400 // 3600} h"

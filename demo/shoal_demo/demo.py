@@ -1,0 +1,167 @@
+"""Three nodes on this machine: pull from a hub once, share, place over two, chat.
+
+Everything is as on three machines but the addresses: each node is a `shoal up` of its own, with its own store,
+supervisor and services. `DEMO_EXIT=1` ends by itself and prints one JSON line last; otherwise Ctrl-C ends it. What
+was started is stopped and what was written is removed, however the demo ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from shoal_demo import DEMO_MODEL, DEMO_PROMPT, MODELS_DIR
+from shoal_demo.running import running_hub
+
+NODES = ("node-1", "node-2", "node-3")
+STAGES = 2
+_UP_S = 120.0
+_DOWN_S = 60.0
+_HTTP_S = 300.0
+_KIB = 1024
+
+
+def main() -> int:
+    """Run the demo. Returns the exit code."""
+    # SIGTERM ends it like Ctrl-C does, and Ctrl-C also where a shell's background job would ignore it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as gateways:
+            summary = _show(hub.base_url, gateways, lambda: hub.stats().bytes)
+            if os.environ.get("DEMO_EXIT") == "1":
+                print(json.dumps(summary))
+                return 0
+            print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C ends the demo.")
+            signal.pause()
+    except KeyboardInterrupt:
+        print("\nstopped; nothing is left running")
+    except subprocess.CalledProcessError as e:
+        print(f"shoal demo: `{' '.join(map(str, e.cmd[2:5]))} …` failed with status {e.returncode}", file=sys.stderr)
+        return 1
+    except httpx2.HTTPStatusError as e:
+        print(f"shoal demo: {e.request.url} answered {e.response.status_code}: {e.response.text}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _shoal(*arguments: str | Path, timeout_s: float) -> None:
+    command = [sys.executable, "-m", "shoal_cli", *map(str, arguments)]
+    # In a session of its own: Ctrl-C is for the demo, which stops its nodes in order.
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=timeout_s, start_new_session=True)
+
+
+@contextmanager
+def _nodes(hub_url: str) -> Iterator[list[str]]:
+    """Three nodes; yields the addresses of their gateways."""
+    root = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+    homes = [root / node for node in NODES]
+
+    def up(home: Path, *more: str) -> None:
+        common = ("--home", home, "--node", home.name, "--port", "0", "--hub", hub_url)
+        _shoal("up", "--detach", *common, *more, timeout_s=_UP_S)
+
+    try:
+        print(f"starting {len(NODES)} nodes, each with its own store and its own services", flush=True)
+        up(homes[0], "--nats-port", "0")
+        nats = _nats_url(homes[0])
+        with ThreadPoolExecutor() as starting:
+            list(starting.map(lambda home: up(home, "--nats", nats), homes[1:]))
+        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes]
+    finally:
+        # The first node goes last: the others say goodbye over its NATS.
+        for home in reversed(homes):
+            if (home / "run" / "supervisor.pid").exists():
+                _shoal("down", "--home", home, timeout_s=_DOWN_S)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _nats_url(home: Path) -> str:
+    ports = next((home / "run").glob("nats-server_*.ports"))
+    return str(json.loads(ports.read_text())["nats"][0])
+
+
+def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
+    started_s = time.monotonic()
+    with httpx2.Client(timeout=_HTTP_S) as client:
+
+        def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+            return client.request(method, gateways[0] + path, json=body).raise_for_status().json()
+
+        print(f"\n{NODES[0]} pulls {DEMO_MODEL} from the hub at {hub_url}")
+        first = call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": [NODES[0]], "wait": True})
+        _say_sources(first)
+        print("the others pull it too")
+        others = call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": list(NODES[1:]), "wait": True})
+        _say_sources(others)
+        downloads = first["downloads"] + others["downloads"]
+        model_bytes = int(downloads[0]["total_bytes"])
+        peer_bytes = sum(n for d in downloads for source, n in d["sources"].items() if source != "hub")
+        served = int(hub_bytes())
+        print(f"the hub sent {served / _KIB:,.0f} KiB for a model of {model_bytes / _KIB:,.0f} KiB")
+
+        print(f"\nplacing it over {STAGES} nodes")
+        placed = call("POST", "/v1/instances", {"model": DEMO_MODEL, "min_nodes": STAGES, "max_nodes": STAGES})
+        instance = next(i for i in call("GET", "/v1/status")["instances"] if i["id"] == placed["id"])
+        for stage in instance["stages"]:
+            print(f"  {stage['node']}  layers {stage['first_layer']}-{stage['last_layer'] - 1}")
+
+        print(f"\n> {DEMO_PROMPT}")
+        answer = _chat(client, gateways[0], instance["id"])
+        print()
+    return {
+        "hub_bytes": served,
+        "model_bytes": model_bytes,
+        "peer_bytes": peer_bytes,
+        "nodes": len(NODES),
+        "stages": len(instance["stages"]),
+        "answer": answer,
+        "seconds": round(time.monotonic() - started_s, 2),
+    }
+
+
+def _say_sources(result: dict[str, Any]) -> None:
+    for d in result["downloads"]:
+        sources = ", ".join(f"{n / _KIB:,.0f} KiB from {source}" for source, n in sorted(d["sources"].items()))
+        print(f"  {d['node']}  {d['phase']}  {sources}")
+
+
+def _chat(client: httpx2.Client, gateway: str, instance: str) -> str:
+    """Ask the demo's question; print the answer as it comes, and return it."""
+    body = {
+        "model": instance,
+        "messages": [{"role": "user", "content": DEMO_PROMPT}],
+        "temperature": 0,
+        "stream": True,
+    }
+    answer = ""
+    with client.stream("POST", f"{gateway}/v1/chat/completions", json=body) as response:
+        if response.status_code != httpx2.codes.OK:
+            response.read()
+            response.raise_for_status()
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if not line.startswith("data: ") or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise SystemExit(f"shoal demo: {event['error']['message']}")
+            for choice in event["choices"]:
+                text = choice["delta"].get("content") or ""
+                answer += text
+                print(text, end="", flush=True)
+    print()
+    return answer

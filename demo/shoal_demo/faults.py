@@ -1,0 +1,140 @@
+"""Faults of the hub that can be switched while it runs, and how often each of them still strikes.
+
+A fault with `times` strikes that often and is then gone; `times` null (None) means always. `GET /_faults` shows what
+is left.
+"""
+
+import threading
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+import msgspec
+
+Kind = Literal["api", "head", "get"]
+"""api: metadata as JSON. head: HEAD of a file. get: GET of a file, redirects included."""
+
+ALL_KINDS: tuple[Kind, ...] = ("api", "head", "get")
+
+
+class RateLimit(msgspec.Struct, forbid_unknown_fields=True):
+    """Answer 429 with Retry-After and the RateLimit headers."""
+
+    times: int | None = 1
+    retry_after_s: int = 1
+    kinds: tuple[Kind, ...] = ALL_KINDS
+
+
+class Unavailable(msgspec.Struct, forbid_unknown_fields=True):
+    """Answer 503."""
+
+    times: int | None = 1
+    kinds: tuple[Kind, ...] = ALL_KINDS
+
+
+class DropAtByte(msgspec.Struct, forbid_unknown_fields=True):
+    """Close the connection after `after_bytes` of a longer body. `glob` is matched against org/name/path."""
+
+    after_bytes: int
+    times: int | None = 1
+    glob: str = "*"
+
+
+class WrongBytes(msgspec.Struct, forbid_unknown_fields=True):
+    """Flip the byte at `offset` of a file in every answer that holds it. `glob` is matched against org/name/path."""
+
+    glob: str = "*"
+    offset: int = 0
+    times: int | None = None
+
+
+class Faults(msgspec.Struct, forbid_unknown_fields=True):
+    """Everything that can be wrong at once. The default is a healthy hub."""
+
+    rate_limit: RateLimit | None = None
+    unavailable: Unavailable | None = None
+    drop_at_byte: DropAtByte | None = None
+    wrong_bytes: WrongBytes | None = None
+    bytes_per_s: float | None = None
+    """Rate of all file bodies together."""
+    no_range: bool = False
+    """Answer 200 with the whole body to a Range."""
+    require_token: str | None = None
+    """The bearer token without which every answer is 401. Beats the token the hub was started with."""
+    gated: tuple[str, ...] = ()
+    """Globs of models whose files are refused with GatedRepo; their metadata stays readable."""
+
+
+_Limited = TypeVar("_Limited", RateLimit, Unavailable, DropAtByte, WrongBytes)
+
+
+def _spend(fault: _Limited) -> _Limited | None:
+    """What is left of a fault that has struck once more."""
+    if fault.times is None:
+        return fault
+    fault.times -= 1
+    return fault if fault.times > 0 else None
+
+
+class FaultBoard:
+    """The switches: set from any thread, read by the hub."""
+
+    def __init__(self, faults: Faults | None = None) -> None:
+        self._lock = threading.Lock()
+        self._faults = Faults()
+        self.set(faults or Faults())
+
+    def set(self, faults: Faults) -> None:
+        """Replace all switches; a fault with no strikes left is off."""
+        chosen = msgspec.convert(msgspec.to_builtins(faults), Faults)
+        for name in ("rate_limit", "unavailable", "drop_at_byte", "wrong_bytes"):
+            fault = getattr(chosen, name)
+            if fault is not None and fault.times is not None and fault.times <= 0:
+                setattr(chosen, name, None)
+        with self._lock:
+            self._faults = chosen
+
+    def get(self) -> Faults:
+        """A copy of the switches, with the strikes that are left."""
+        with self._lock:
+            return msgspec.convert(msgspec.to_builtins(self._faults), Faults)
+
+    def rate_bytes_per_s(self) -> float | None:
+        """The rate of all file bodies together; None is unlimited. Asked for every piece, so it copies nothing."""
+        rate = self._faults.bytes_per_s
+        return rate if rate is not None and rate > 0 else None
+
+    def take_unavailable(self, kind: Kind) -> bool:
+        """True when this request is to be answered with 503."""
+        with self._lock:
+            fault = self._faults.unavailable
+            if fault is None or kind not in fault.kinds:
+                return False
+            self._faults.unavailable = _spend(fault)
+            return True
+
+    def take_rate_limit(self, kind: Kind) -> int | None:
+        """Seconds until the limit resets when this request is to be answered with 429."""
+        with self._lock:
+            fault = self._faults.rate_limit
+            if fault is None or kind not in fault.kinds:
+                return None
+            self._faults.rate_limit = _spend(fault)
+            return fault.retry_after_s
+
+    def take_drop(self, name: str, body_bytes: int) -> int | None:
+        """Bytes after which this body is to be cut off."""
+        with self._lock:
+            fault = self._faults.drop_at_byte
+            if fault is None or fault.after_bytes >= body_bytes or not fnmatchcase(name, fault.glob):
+                return None
+            self._faults.drop_at_byte = _spend(fault)
+            return fault.after_bytes
+
+    def take_wrong_byte(self, name: str, first: int, last: int) -> int | None:
+        """Offset in the file of the byte to flip, for an answer that holds the bytes first..last."""
+        with self._lock:
+            fault = self._faults.wrong_bytes
+            if fault is None or not first <= fault.offset <= last or not fnmatchcase(name, fault.glob):
+                return None
+            self._faults.wrong_bytes = _spend(fault)
+            return fault.offset

@@ -1,0 +1,28 @@
+"""Events: what happened, for whoever wants to know. Bounded by age and size, never needed to know what is."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+from nats.errors import Error as NatsError
+
+from shoal_common import subjects, telemetry
+from shoal_common.connection import Nats
+from shoal_common.messages import encode
+
+
+class Events:
+    """Tells one service's events."""
+
+    def __init__(self, nats: Nats, service: str, node: str) -> None:
+        self._nats, self._service, self._node = nats, service, node
+
+    async def tell(self, name: str, **fields: Any) -> None:
+        """Publish `shoal.v1.evt.<service>.<node>.<name>`. An event lost in an outage is lost; state is not."""
+        body = {"at_s": round(time.time(), 3), **fields}
+        with suppress(NatsError):
+            await self._nats.client.publish(
+                subjects.event(self._service, self._node, name), encode(body), headers=telemetry.headers()
+            )

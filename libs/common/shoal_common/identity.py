@@ -1,0 +1,50 @@
+"""Who this process is, and whether another one is still alive."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+
+from shoal_common.messages.facts import Holder
+
+_SAME_START_S = 1.5
+"""Process start times come in clock ticks from different readings: closer than this is the same process."""
+
+
+def this_host() -> str:
+    """This machine, this boot of it, and this pid namespace: within one such value a pid means one process."""
+    if sys.platform == "linux":
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+        return f"{socket.gethostname()}/{boot}/{namespace}"
+    return f"{socket.gethostname()}/{int(psutil.boot_time())}"
+
+
+def this_process() -> Holder:
+    """A holder record for this process, with a fresh uid."""
+    return Holder(
+        uid=uuid.uuid4().hex[:12],
+        host=this_host(),
+        pid=os.getpid(),
+        pid_started_s=round(psutil.Process().create_time(), 1),
+    )
+
+
+def is_gone(holder: Holder, host: str) -> bool:
+    """Whether a holder is certainly dead. Only a process of this same machine and boot can be known to be."""
+    if holder.host != host:
+        return False
+    try:
+        process = psutil.Process(holder.pid)
+        if abs(process.create_time() - holder.pid_started_s) > _SAME_START_S:
+            return True
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False

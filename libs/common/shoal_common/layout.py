@@ -1,0 +1,133 @@
+"""Where things are in a store. The only place that builds these paths; names are checked before they come here.
+
+<store>/VERSION lock
+  blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1)
+  partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
+  manifests/<org>--<name>/<commit>.json      what makes a model present (I2)
+  views/<org>--<name>/<commit>/<path>        the directory MLX opens
+  tombs/                                     on their way out
+  pins/<org>--<name>@<commit>                empty; its being there is the pin
+  uses/<org>--<name>@<commit>                empty; its mtime is the last use
+  quarantine/<sha256>                        what did not hash to its name
+  promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal_common.messages.records import Manifest
+from shoal_common.names import check_blob, check_commit, check_file_path
+
+LEAF_BYTES = 1 << 20
+"""The unit of verification and of resuming."""
+FORMAT_VERSION = "1"
+
+
+class Layout:
+    """Paths of one store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.version = root / "VERSION"
+        self.lock = root / "lock"
+        self.blobs = root / "blobs" / "sha256"
+        self.partials = root / "partial"
+        self.manifests = root / "manifests"
+        self.views = root / "views"
+        self.tombs = root / "tombs"
+        self.pins = root / "pins"
+        self.uses = root / "uses"
+        self.promises = root / "promises"
+        self.quarantine = root / "quarantine"
+
+    def blob(self, sha256: str) -> Path:
+        """A blob's file."""
+        return self.blobs / check_blob(sha256)[:2] / sha256
+
+    def partial(self, blob: str) -> Path:
+        """The directory of a blob that is arriving."""
+        return self.partials / check_blob(blob)
+
+    def manifest(self, repo: str, commit: str) -> Path:
+        """A manifest's file."""
+        return self.manifests / directory_of(repo) / f"{check_commit(commit)}.json"
+
+    def view(self, repo: str, commit: str) -> Path:
+        """The directory with a model's files under their own names."""
+        return self.views / directory_of(repo) / check_commit(commit)
+
+    def pin(self, repo: str, commit: str) -> Path:
+        """The file that pins a model."""
+        return self.pins / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def use(self, repo: str, commit: str) -> Path:
+        """The file whose mtime is a model's last use."""
+        return self.uses / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def promise(self, repo: str, commit: str) -> Path:
+        """The file that says which blobs a fetch under way counts on."""
+        return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def view_file(self, manifest: Manifest, path: str) -> Path:
+        """A file in a view."""
+        return self.view(manifest.repo, manifest.commit) / check_file_path(path)
+
+
+def directory_of(repo: str) -> str:
+    """`org/name` as one directory name. `--` never occurs in either part, so this can be undone."""
+    return repo.replace("/", "--")
+
+
+def leaf_count(size_bytes: int) -> int:
+    """How many leaves a blob has."""
+    return -(-size_bytes // LEAF_BYTES)
+
+
+class Bitmap:
+    """Which leaves of a partial are durable: bit i of byte i // 8, least significant first, is leaf i."""
+
+    def __init__(self, size_bytes: int, data: bytes = b"") -> None:
+        self.size_bytes = size_bytes
+        self.leaves = leaf_count(size_bytes)
+        expected = -(-self.leaves // 8)
+        # A bitmap of another length belongs to another size: nothing in it can be believed.
+        self._bits = bytearray(data) if len(data) == expected else bytearray(expected)
+
+    def add(self, leaf: int) -> None:
+        """Note a leaf as durable."""
+        self._bits[leaf // 8] |= 1 << (leaf % 8)
+
+    def __contains__(self, leaf: int) -> bool:
+        return bool(self._bits[leaf // 8] >> (leaf % 8) & 1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every leaf is there."""
+        return all(leaf in self for leaf in range(self.leaves))
+
+    def leaf_bytes(self, leaf: int) -> int:
+        """Size of a leaf: 1 MiB, less for the last one."""
+        return min(LEAF_BYTES, self.size_bytes - leaf * LEAF_BYTES)
+
+    @property
+    def have_bytes(self) -> int:
+        """Bytes of the leaves that are there."""
+        return sum(self.leaf_bytes(leaf) for leaf in range(self.leaves) if leaf in self)
+
+    def missing_runs(self) -> list[tuple[int, int]]:
+        """Byte ranges [start, end) still to fetch, in order, adjacent leaves joined."""
+        runs: list[tuple[int, int]] = []
+        for leaf in range(self.leaves):
+            if leaf in self:
+                continue
+            start, end = leaf * LEAF_BYTES, leaf * LEAF_BYTES + self.leaf_bytes(leaf)
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], end)
+            else:
+                runs.append((start, end))
+        return runs
+
+    def to_bytes(self) -> bytes:
+        """The file `have`."""
+        return bytes(self._bits)

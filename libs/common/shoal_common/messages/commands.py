@@ -1,0 +1,100 @@
+"""Commands: what people ask for, typed by hand (`nats pub`), by REST or by the CLI; and how one ended.
+
+A command's id comes from the `Nats-Msg-Id` header, else from `id`, else from its place in the stream. The same
+id twice does the work once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from shoal_common.errors import ErrorBody
+from shoal_common.messages import Message
+
+
+class Command(Message):
+    """Base of every command."""
+
+    id: str = ""
+    deadline_s: float = 0.0
+    """Seconds from sending until the command ends with `expired`; 0 takes the verb's own default."""
+
+
+class Download(Command):
+    """`shoal.v1.cmd.fetcher.<node>.download`: bring a model to this node. Ends when it is ready or is not to be."""
+
+    model: str
+
+
+class CancelDownload(Command):
+    """`shoal.v1.cmd.fetcher.<node>.cancel`: withdraw a download that is under way; its partial bytes go too."""
+
+    model: str
+
+
+class Delete(Command):
+    """`shoal.v1.cmd.storage.<node>.delete`: remove a model from this node. Deleting what is absent succeeds."""
+
+    model: str
+
+
+class Configure(Command):
+    """`shoal.v1.cmd.storage.<node>.configure`: change this node's storage settings, in its file and at once.
+
+    A field left out stays as it is.
+    """
+
+    max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Null takes the quota away."""
+    eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
+    headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Pin(Command):
+    """`shoal.v1.cmd.storage.<node>.pin`: never evict or delete this model of this node; `pinned` false ends that."""
+
+    model: str
+    pinned: bool = True
+
+
+class CollectGarbage(Command):
+    """`shoal.v1.cmd.storage.<node>.gc`: remove what nothing refers to. The outcome reports it."""
+
+
+class Verify(Command):
+    """`shoal.v1.cmd.storage.<node>.verify`: hash a model's blobs (of all models: "") again; set bad ones aside."""
+
+    model: str = ""
+
+
+class Place(Command):
+    """`shoal.v1.cmd.placement.any.place`: lay a model out over the nodes' memory and start it."""
+
+    model: str
+    min_nodes: int = 1
+    max_nodes: int = 16
+    nodes: list[str] = []
+    """Only these nodes; empty means any live one."""
+    context_tokens: int = 0
+    """Tokens of context to keep room for; 0 means the model's own limit, at most 4096."""
+
+
+class Unplace(Command):
+    """`shoal.v1.cmd.placement.any.unplace`: stop an instance."""
+
+    instance: str
+
+
+class Outcome(Message):
+    """How a command ended: the reply to `nats req`, and the value of `done` at the command's id."""
+
+    id: str
+    ok: bool
+    node: str = ""
+    service: str = ""
+    verb: str = ""
+    result: dict[str, Any] = {}
+    error: ErrorBody | None = None
+    ended_at_s: float = 0.0

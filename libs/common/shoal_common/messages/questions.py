@@ -1,0 +1,170 @@
+"""Questions between services (NATS micro, `shoal.v1.svc.<service>.<node>.<verb>`) and their answers.
+
+Every answer is an `Answer`: a result, or the error that the asker raises again on its side.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shoal_common.errors import ErrorBody
+from shoal_common.messages import Message
+from shoal_common.messages.records import Manifest
+
+
+class Answer(Message):
+    """The envelope of every reply."""
+
+    result: msgspec.Raw = msgspec.Raw(b"{}")
+    error: ErrorBody | None = None
+
+
+class Done(Message):
+    """Nothing to say but that it was done."""
+
+
+class AskPlan(Message):
+    """storage.plan: what would go to make room for so many bytes? Nothing is done."""
+
+    need_bytes: int
+
+
+class Victim(Message):
+    """A model that a plan evicts, and the bytes that this frees at its place in the plan."""
+
+    model: str
+    frees_bytes: int
+    last_use_s: float
+
+
+class EvictionPlan(Message):
+    """How room is made, in order: garbage, then victims. A dry run and the real thing are the same object."""
+
+    need_bytes: int
+    """Bytes that have to be freed."""
+    garbage: list[str] = []
+    """Blobs that nothing refers to."""
+    garbage_bytes: int = 0
+    victims: list[Victim] = []
+    frees_bytes: int = 0
+    """By garbage and victims together."""
+    enough: bool = False
+    """Whether that meets the need. If not, nothing is evicted, and the lists are empty."""
+    evictable_bytes: int = 0
+    """What could go at most."""
+    kept: dict[str, str] = {}
+    """Models that may not go, and why: `pinned`, `used by instance x`, `being fetched`."""
+
+
+class NoteUse(Message):
+    """storage.used: these models of this node were used now, for inference."""
+
+    models: list[str]
+
+
+class Reserve(Message):
+    """storage.reserve: may these blobs come in? Asking again renews the same reservation."""
+
+    manifest: Manifest
+
+
+class Reserved(Message):
+    """Approved. `present` blobs need no fetching; the others have their partial directories ready."""
+
+    present: list[str]
+    missing: list[str]
+    evicted: EvictionPlan | None = None
+    """What was evicted to make room, if anything was."""
+    known: dict[str, str] = {}
+    """sha256 of files that the manifest names by git's sha1 only and whose bytes are here already."""
+
+
+class Release(Message):
+    """storage.release: this fetch has ended without success; its reservation ends. Bytes only it wanted go."""
+
+    manifest: Manifest
+
+
+class CommitBlob(Message):
+    """storage.commit: this partial is complete; verify all of it and make it a blob."""
+
+    blob: str
+
+
+class Committed(Message):
+    """A blob is durable under its sha256."""
+
+    sha256: str
+    size_bytes: int
+
+
+class SealModel(Message):
+    """storage.seal: all blobs of this sealed manifest are present; write it, build the view, announce the model."""
+
+    manifest: Manifest
+
+
+class AskManifest(Message):
+    """storage.manifest: the manifest of `org/name@revision` as this node holds it, or `not_found`."""
+
+    model: str
+
+
+class Withdraw(Message):
+    """fetcher.withdraw: forget any wish for these models and stop fetching them; answered once it has stopped."""
+
+    repo: str
+    revision: str = ""
+
+
+class ChatMessage(Message):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: str
+
+
+class Generate(Message):
+    """inference.generate, asked of the node with rank 0. Tokens go to `shoal.v1.tok.<request>`."""
+
+    instance: str
+    request: str
+    messages: list[ChatMessage] = []
+    prompt_tokens: list[int] = []
+    generated: list[int] = []
+    """Tokens that an earlier epoch produced: fed after the prompt, and numbering goes on after them."""
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Accepted(Message):
+    """The prompt fits and generation has begun."""
+
+    request: str
+    prompt_tokens: int
+
+
+class CancelGenerate(Message):
+    """inference.cancel, asked of the node with rank 0: nobody reads this answer any more."""
+
+    instance: str
+    request: str
+
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class TokenEvent(Message):
+    """One token of an answer on `shoal.v1.tok.<request>`, numbered from 0, or the error that ended it."""
+
+    request: str
+    index: int = 0
+    token: int | None = None
+    """None where nothing was sampled: the answer was cancelled, or complete already."""
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: ErrorBody | None = None

@@ -1,0 +1,216 @@
+"""What the `spec` and `state` buckets hold, and the manifest, which is also a file on disk.
+
+| key                                | struct        | its only writer             |
+| ---------------------------------- | ------------- | --------------------------- |
+| spec   download.<node>.<model>     | DownloadSpec  | that node's fetcher         |
+| spec   instance.<id>               | InstanceSpec  | the placement leader        |
+| state  download.<node>.<model>     | DownloadState | that node's fetcher         |
+| state  storage.<node>              | StorageState  | that node's storage         |
+| state  model.<node>.<model@commit> | ModelState    | that node's storage         |
+| state  instance.<id>               | InstanceState | the placement leader        |
+| state  stage.<id>.<rank>           | StageState    | the inference of its node   |
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shoal_common.errors import ErrorBody
+from shoal_common.messages import Message
+
+
+class ManifestFile(Message):
+    """One file of a model. A sealed manifest knows every sha256; before that a small file may have git's sha1."""
+
+    path: str
+    size_bytes: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+    @property
+    def blob(self) -> str:
+        """What the bytes are called in the store: their sha256, or `git-<sha1>` until that is known."""
+        return self.sha256 or f"git-{self.git_sha1}"
+
+
+class Manifest(Message):
+    """The files of a model at a commit."""
+
+    repo: str
+    commit: str
+    files: list[ManifestFile]
+    revisions: list[str] = []
+    """Names people used for this commit: `main`, a tag."""
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`: the one name that never changes its meaning."""
+        return f"{self.repo}@{self.commit}"
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every file's sha256 is known."""
+        return all(f.sha256 for f in self.files)
+
+    @property
+    def blob_sizes(self) -> dict[str, int]:
+        """Bytes of each distinct blob: files that share content count once."""
+        return {f.blob: f.size_bytes for f in self.files}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all distinct blobs."""
+        return sum(self.blob_sizes.values())
+
+
+class ModelShape(Message):
+    """What placement needs to know of a model, read from its config and safetensors headers."""
+
+    architecture: str
+    layer_bytes: list[int]
+    """Tensor bytes of each layer, in order."""
+    embed_bytes: int
+    head_bytes: int
+    """Final norm and head; a head tied to the embedding counts as the embedding's bytes again."""
+    kv_bytes_per_token_layer: int
+    context_tokens: int
+    hidden_bytes: int
+    """Bytes of one token's hidden state."""
+    tied: bool = False
+    """Whether head and embedding are one tensor, which a stage that has both holds once."""
+
+
+DownloadPhase = Literal["queued", "reserving", "fetching", "verifying", "ready", "paused", "rejected", "failed"]
+ENDED: frozenset[DownloadPhase] = frozenset({"ready", "rejected", "failed"})
+
+
+class DownloadSpec(Message):
+    """Somebody wants this model on this node. Withdrawn when it is there, or is not to be."""
+
+    model: str
+    asked_at_s: float
+
+
+class DownloadState(Message):
+    """How a download stands. `done_bytes` are durable or verified bytes, never merely received ones."""
+
+    node: str
+    model: str
+    phase: DownloadPhase
+    commit: str = ""
+    total_bytes: int = 0
+    done_bytes: int = 0
+    resumed_bytes: int = 0
+    """Of `done_bytes`, what was on the disk when this attempt began."""
+    sources: dict[str, int] = {}
+    """Bytes received, by source: a node's id, or `hub`."""
+    speed_bytes_per_s: float = 0.0
+    blobs: list[str] = []
+    """Blobs of this model that are whole on this node: what peers may ask it for before it is ready."""
+    known: dict[str, str] = {}
+    """sha256 of those whole blobs that the hub names by git's sha1 only."""
+    waiting_for: str = ""
+    """What it waits for, when it does: `origin node-b`, `hub: rate limited for 12 s`."""
+    error: ErrorBody | None = None
+    started_at_s: float = 0.0
+    updated_at_s: float = 0.0
+
+
+class StorageState(Message):
+    """A node's disk: its settings and their use."""
+
+    node: str
+    quota_bytes: int | None = None
+    used_bytes: int = 0
+    reserved_bytes: int = 0
+    free_bytes: int = 0
+    headroom_bytes: int = 0
+    model_count: int = 0
+    blob_count: int = 0
+    eviction_policy: Literal["manual", "lru"] = "manual"
+    pinned: list[str] = []
+    """Models (`org/name@commit`) that are never evicted or deleted."""
+    quarantined: list[str] = []
+    """Blobs that did not hash to their name and were set aside."""
+    from_environment: list[str] = []
+    """Settings that the environment holds, against which the file is of no use."""
+
+
+class ModelState(Message):
+    """A model that is whole, verified and durable on a node."""
+
+    node: str
+    repo: str
+    commit: str
+    size_bytes: int
+    file_count: int
+    revisions: list[str] = []
+    shape: ModelShape | None = None
+    """None when this is not a language model that Shoal can read; `shape_error` says why."""
+    shape_error: str = ""
+    ready_at_s: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`."""
+        return f"{self.repo}@{self.commit}"
+
+
+class StageSpec(Message):
+    """Layers [first_layer, last_layer) of an instance, on one node."""
+
+    rank: int
+    node: str
+    first_layer: int
+    last_layer: int
+
+
+class InstanceSpec(Message):
+    """A model placed to run. Stages are in rank order and cover every layer once."""
+
+    id: str
+    repo: str
+    commit: str
+    stages: list[StageSpec]
+    context_tokens: int
+    epoch: int = 1
+    created_at_s: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`."""
+        return f"{self.repo}@{self.commit}"
+
+
+StagePhase = Literal["fetching", "loading", "linking", "ready", "failed"]
+
+
+class StageState(Message):
+    """How a stage stands, and where its neighbour reaches it."""
+
+    instance: str
+    rank: int
+    node: str
+    epoch: int
+    phase: StagePhase
+    address: str = ""
+    """`host:port` of its activation port, once it listens."""
+    weight_bytes: int = 0
+    error: ErrorBody | None = None
+    uid: str = ""
+    """Which incarnation of the stage's process this is."""
+
+
+InstancePhase = Literal["starting", "ready", "degraded", "failed"]
+
+
+class InstanceState(Message):
+    """How an instance stands as a whole."""
+
+    id: str
+    repo: str
+    commit: str
+    phase: InstancePhase
+    nodes: list[str]
+    epoch: int = 1
+    error: ErrorBody | None = None

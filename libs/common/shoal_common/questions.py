@@ -1,0 +1,162 @@
+"""Questions and answers between services: NATS micro endpoints, typed, many at a time.
+
+Asking raises what the answerer raised (same class, same words), NodeAway when nobody listens, and Expired when
+the deadline passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from nats.errors import ConnectionClosedError, NoRespondersError
+from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeoutError
+from nats.micro.request import Request
+from nats.micro.service import EndpointConfig, Service, ServiceConfig
+
+from shoal_common import VERSION, subjects, telemetry
+from shoal_common.connection import Nats
+from shoal_common.errors import Expired, Failed, NodeAway, ShoalError, Unavailable, as_body, from_body
+from shoal_common.logs import Log
+from shoal_common.messages import decode, encode
+from shoal_common.messages.questions import Answer
+
+T = TypeVar("T")
+log = Log("questions")
+
+ASK_DEADLINE_S = 10.0
+MAX_ASKED_AT_ONCE = 64
+_AWAY_RETRY_S = 0.25
+_MICRO_DEADLINE_S = 2.0
+
+
+class Ask:
+    """Asks other services. `patience_s` waits for one that is restarting before saying it is away."""
+
+    def __init__(self, nats: Nats) -> None:
+        self._nats = nats
+
+    async def __call__(
+        self,
+        service: str,
+        node: str,
+        verb: str,
+        question: object,
+        kind: type[T],
+        deadline_s: float = ASK_DEADLINE_S,
+        patience_s: float = 0.0,
+    ) -> T:
+        """The answer of `service` on `node`, as `kind`."""
+        loop = asyncio.get_running_loop()
+        patient_until_s = loop.time() + patience_s
+        give_up_s = loop.time() + max(deadline_s, patience_s)
+        subject = subjects.question(service, node, verb)
+        while True:
+            try:
+                with telemetry.sending(f"svc.{service}.{verb}"):
+                    reply = await self._nats.client.request(
+                        subject,
+                        encode(question),
+                        timeout=max(give_up_s - loop.time(), 0.1),
+                        headers=telemetry.headers(),
+                    )
+                break
+            except NoRespondersError:
+                if loop.time() >= patient_until_s:
+                    raise NodeAway(
+                        f"{service} of node {node} does not answer {verb}: see `shoal status`, "
+                        f"or restart it there with `shoal restart {service}`"
+                    ) from None
+                await asyncio.sleep(_AWAY_RETRY_S)
+            except NatsTimeoutError:
+                raise Expired(f"{service} of node {node} did not answer {verb} in {deadline_s:.0f} s") from None
+            except ConnectionClosedError:
+                raise Unavailable("the connection to NATS is closed") from None
+        answer = decode(reply.data, Answer)
+        if answer.error is not None:
+            raise from_body(answer.error)
+        return decode(bytes(answer.result), kind)
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One verb a service answers: what it is asked with, and who answers."""
+
+    kind: type[Any]
+    answer: Callable[[Any], Awaitable[object]]
+
+
+async def serve(
+    nats: Nats, service: str, node: str, questions: Mapping[str, Question], stopping: asyncio.Event
+) -> None:
+    """Answer questions until `stopping`, then finish those under way. Runs as a task of the service."""
+    gate = asyncio.Semaphore(MAX_ASKED_AT_ONCE)
+    async with asyncio.TaskGroup() as tasks:
+
+        async def accept(verb: str, question: Question, request: Request) -> None:
+            # nats-py handles one request at a time per endpoint: hand over and return.
+            if not request._msg.reply:
+                return  # a plain `nats pub`: nobody waits for the answer
+            await gate.acquire()
+            tasks.create_task(answer(verb, question, request))
+
+        async def answer(verb: str, question: Question, request: Request) -> None:
+            try:
+                reply = encode(await _reply(service, verb, question, request))
+                if len(reply) > nats.client.max_payload:
+                    reply = encode(Answer(error=Failed(f"the answer to {verb} is too large for NATS").body()))
+                await request.respond(reply, headers=telemetry.headers())
+            except NatsError as e:
+                log.warning("an answer could not be sent", verb=verb, why=str(e) or type(e).__name__)
+            finally:
+                gate.release()
+
+        micro = Service(
+            nats.client,
+            ServiceConfig(name=f"shoal-{service}", version=VERSION, description=f"{service} of node {node}"),
+        )
+        await _unhurried(micro.start())
+        for verb, question in questions.items():
+
+            async def handler(request: Request, verb: str = verb, question: Question = question) -> None:
+                await accept(verb, question, request)
+
+            await micro.add_endpoint(
+                EndpointConfig(
+                    name=verb,
+                    subject=subjects.question(service, node, verb),
+                    handler=handler,
+                    queue_group=f"{service}-{node}",
+                )
+            )
+        await stopping.wait()
+        # First nobody asks any more (they hear at once that we are away), then the answers under way are finished.
+        # Drained, not stopped: what has arrived already is still answered, and micro's own stop would drop it.
+        listening = [e._subscription for e in micro._endpoints] + list(micro._subscriptions.values())
+        await _unhurried(*(s.drain() for s in listening if s is not None))
+        for _ in range(MAX_ASKED_AT_ONCE):
+            await gate.acquire()
+
+
+async def _unhurried(*work: Coroutine[Any, Any, None]) -> None:
+    # These flush, and a flush of nats-py that is cancelled takes the connection's read loop with it.
+    running = [asyncio.ensure_future(w) for w in work]
+    for task in running:
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    await asyncio.wait(running, timeout=_MICRO_DEADLINE_S)
+
+
+async def _reply(service: str, verb: str, question: Question, request: Request) -> Answer:
+    with telemetry.processing(f"svc.{service}.{verb}", request.headers) as span:
+        try:
+            result = await question.answer(decode(request.data, question.kind))
+        except ShoalError as e:
+            telemetry.failed(span, e.message)
+            return Answer(error=e.body())
+        except Exception as e:  # noqa: BLE001  # the asker is owed a reply; the log has the trace
+            log.error("a question failed", exc=e, verb=verb)
+            telemetry.failed(span, str(e))
+            return Answer(error=as_body(e))
+        return Answer(result=msgspec.Raw(encode(result)))

@@ -1,0 +1,205 @@
+"""The main loop of every service: connect, claim, run, drain, stop within a deadline.
+
+A service is a coroutine function `run(context)`. It opens what it needs, says `context.ready(...)`, and returns
+soon after `context.stopping` is set. When it raises, the process ends with an exit code, and the supervisor
+starts it again: there is no half-dead service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+from shoal_common import VERSION, logs, telemetry
+from shoal_common.buckets import Buckets, ensure_streams
+from shoal_common.cancelling import ended
+from shoal_common.commands import CommandWorker, Verb
+from shoal_common.config import Config, read_config
+from shoal_common.connection import Nats, connected
+from shoal_common.errors import ShoalError, Unavailable
+from shoal_common.events import Events
+from shoal_common.liveness import Liveness
+from shoal_common.logs import Log
+from shoal_common.messages.facts import Facts
+from shoal_common.notify import Supervisor
+from shoal_common.questions import Ask, Question, serve
+from shoal_common.watch import View, follow
+
+log = Log("service")
+
+STOP_DEADLINE_S = 10.0
+_WITHDRAW_DEADLINE_S = 2.0
+_ONE_ASKING_S = 0.5
+VIEW_DEADLINE_S = 30.0
+
+
+class Context:
+    """What a running service works with."""
+
+    def __init__(
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        nats: Nats,
+        liveness: Liveness,
+        supervisor: Supervisor,
+    ) -> None:
+        self.config, self.environ, self.nats, self.liveness = config, environ, nats, liveness
+        self.node = config.node
+        self.buckets = Buckets(nats.js)
+        self.events = Events(nats, config.service, config.node)
+        self.ask = Ask(nats)
+        self.stopping = asyncio.Event()
+        self._supervisor = supervisor
+
+    def ready(self, facts: Facts | None = None) -> None:
+        """The service does its work from now on. The supervisor hears of it once peers can read these facts."""
+
+        def said() -> None:
+            self._supervisor.tell(f"READY=1\nSTATUS=node {self.node}")
+            log.info("ready", version=VERSION, addresses=",".join(facts.addresses) if facts else "")
+
+        self.liveness.say_now(facts, said)
+
+    async def serve(self, questions: Mapping[str, Question]) -> None:
+        """Answer questions until stopping."""
+        await serve(self.nats, self.config.service, self.node, questions, self.stopping)
+
+    async def work(
+        self, verbs: Mapping[str, Verb], address: str | None = None, until: asyncio.Event | None = None
+    ) -> None:
+        """Carry out commands for this node (or `any`) until stopping."""
+        worker = CommandWorker(self.nats, self.buckets, self.events, self.config.service, self.node, verbs)
+        await worker.run(address or self.node, until or self.stopping)
+
+    async def view(self, tasks: asyncio.TaskGroup, bucket: str, keys: str = ">") -> View:
+        """A local view of a bucket, whole when this returns, followed by a task of the group until stopping."""
+        view = View(bucket)
+        tasks.create_task(self._until_stopping(follow(self.nats, view, keys)))
+        await view.complete(VIEW_DEADLINE_S)
+        return view
+
+    async def _until_stopping(self, work: Awaitable[None]) -> None:
+        working = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            await ended(working, stopped)
+            if not working.cancelled():
+                working.result()
+
+    def background(self, tasks: asyncio.TaskGroup, work: Awaitable[None]) -> None:
+        """Run endless work as a task that is cancelled when the service stops."""
+        tasks.create_task(self._until_stopping(work))
+
+
+async def _ensure_after_reconnects(nats: Nats, replicas: int) -> None:
+    # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
+    seen = nats.reconnects.count
+    while True:
+        seen = await nats.reconnects.wait_after(seen)
+        with suppress(Unavailable):
+            await ensure_streams(nats.js, replicas)
+
+
+async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
+    supervisor = Supervisor(environ)
+    stopping = asyncio.Event()
+    me = asyncio.current_task()
+    assert me is not None
+
+    asked_s: float | None = None
+
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal asked_s
+        now_s = time.monotonic()
+        if asked_s is None:
+            asked_s = now_s
+        elif number == signal.SIGINT or now_s - asked_s > _ONE_ASKING_S:
+            os._exit(130)  # asked twice: at once
+        else:
+            return  # the kernel may repeat the signal of a dying supervisor
+        stopping.set()
+        supervisor.tell("STOPPING=1")
+        log.info("stopping")
+        if not serving:
+            me.cancel()
+
+    serving = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
+    async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
+        await ensure_streams(nats.js, config.replicas)
+        liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
+        await liveness.claim()
+        try:
+            context = Context(config, environ, nats, liveness, supervisor)
+            context.stopping = stopping
+            serving = True
+            async with asyncio.TaskGroup() as tasks:
+                around = [
+                    tasks.create_task(liveness.beat_forever()),
+                    tasks.create_task(supervisor.watchdog_forever()),
+                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas)),
+                ]
+                running = asyncio.ensure_future(run(context))
+                around.append(tasks.create_task(_stop_in_time(running, stopping)))
+                try:
+                    await running
+                finally:
+                    for task in around:
+                        task.cancel()
+        finally:
+            with suppress(Exception):
+                await asyncio.wait_for(liveness.withdraw(), _WITHDRAW_DEADLINE_S)
+
+
+async def _stop_in_time(running: asyncio.Future[None], stopping: asyncio.Event) -> None:
+    await stopping.wait()
+    await asyncio.sleep(STOP_DEADLINE_S)
+    log.warning("not stopped in time; cancelling what is left", deadline_s=STOP_DEADLINE_S)
+    await ended(running)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main(service: str, run: Callable[[Context], Awaitable[None]]) -> int:
+    """Run a service to its end. Returns the exit code: 0, or that of the error that ended it."""
+    environ = dict(os.environ)
+    try:
+        config = read_config(service, environ)
+    except ShoalError as e:
+        print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # no log before its settings
+        return e.exit_code
+    logs.set_up(service, config.node, config.log_level)
+    finish = telemetry.set_up(service, config.node, environ)
+    try:
+        asyncio.run(_run(config, environ, run))
+    except asyncio.CancelledError:
+        pass
+    except BaseException as group:  # noqa: BLE001  # the process ends here; its exit code says how
+        cause = _first_cause(group)
+        if isinstance(cause, asyncio.CancelledError | KeyboardInterrupt):
+            return 0
+        if isinstance(cause, ShoalError):
+            log.error("ended", why=cause.message, code=cause.code)
+            return cause.exit_code
+        log.error("crashed", exc=cause, why=str(cause) or type(cause).__name__)
+        return 1
+    finally:
+        finish()
+    log.info("stopped")
+    return 0

@@ -1,0 +1,115 @@
+"""Changes keys of node.toml and nothing else of it: a person's comments, order and foreign keys stay.
+
+What will be in the file is parsed and compared with what was meant before it is written; where the two differ, as
+they may for a file written in an unusual way, it is refused and the file stays as it is.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Comment, InlineTable, Table, Trivia
+
+from shoal_common.config import read_settings, settings_locked, settings_path, write_settings
+from shoal_common.errors import Failed, Refused
+
+T = TypeVar("T")
+Value = int | str | None
+
+
+def change_settings(
+    home: Path, section: str, changes: Mapping[str, Value], accept: Callable[[dict[str, Any]], T]
+) -> T:
+    """Set keys of `[section]`, durably and all or none; None takes a key away. Returns what `accept` says of them.
+
+    `accept` is given all settings as they will be and refuses them by raising: nothing is written then. A file that
+    holds all of it already is not touched. Raises BadInput for a file that is no TOML, Refused for a section that
+    cannot be changed without changing more, Failed when the file cannot be written. Blocks.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    path = settings_path(home)
+    with settings_locked(home):
+        before = read_settings(home)
+        wanted = changed(before, section, changes)
+        accepted = accept(wanted)
+        if wanted == before:
+            return accepted
+        text = path.read_bytes().decode() if path.exists() else ""
+        after = changed_text(text, section, changes)
+        if after is None or _parsed(after) != wanted:
+            lines = ", ".join(f"{k} = {v!r}" if v is not None else f"no {k}" for k, v in changes.items())
+            raise Refused(
+                f"[{section}] in {path} is written in a way that cannot be changed from here: write {lines} there by "
+                "hand, or bring all of the section under one heading"
+            )
+        try:
+            write_settings(home, after.encode())
+        except OSError as e:
+            raise Failed(f"{path} cannot be written: {e.strerror}; nothing was changed") from None
+    return accepted
+
+
+def changed(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
+    """Settings after a change. Raises Refused when the section is something else than a table. Pure."""
+    found = settings.get(section, {})
+    if not isinstance(found, Mapping):
+        raise Refused(f"{section} in node.toml is {found!r}: write it as a section [{section}] first")
+    kept = {k: v for k, v in found.items() if k not in changes}
+    table = kept | {k: v for k, v in changes.items() if v is not None}
+    if not table and section not in settings:
+        return dict(settings)
+    return {**settings, section: table}
+
+
+def changed_text(text: str, section: str, changes: Mapping[str, Value]) -> str | None:
+    """The file's text after a change; None where the section is spread over the file. Pure."""
+    try:
+        document = tomlkit.parse(text)
+        table = document.get(section)
+        if table is None:
+            table = tomlkit.table()
+            if text and not text.endswith("\n"):
+                document.add(tomlkit.nl())
+            document[section] = table
+            table = document[section]
+        if not isinstance(table, Table | InlineTable):
+            return None
+        for key, value in changes.items():
+            if value is None:
+                _remove(table, key)
+            else:
+                _set(table, key, value)
+        return tomlkit.dumps(document)
+    except TOMLKitError:
+        return None
+
+
+def _set(table: Table | InlineTable, key: str, value: int | str) -> None:
+    plain = [k for k, v in table.value.body if k is not None and not isinstance(v, Table)]
+    if key in table or isinstance(table, InlineTable) or not plain:
+        table[key] = value
+        return
+    # After the last key: comments at the section's end speak of the next section more often than of this one.
+    table.value._insert_after(plain[-1], key, tomlkit.item(value))
+
+
+def _remove(table: Table | InlineTable, key: str) -> None:
+    if key not in table:
+        return
+    at, item = next((i, v) for i, (k, v) in enumerate(table.value.body) if k is not None and k.key == key)
+    table.remove(key)
+    if item.trivia.comment and isinstance(table, Table):
+        # What a person wrote beside the key stays, on a line of its own.
+        table.value.body[at] = (None, Comment(Trivia(comment=item.trivia.comment)))
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None

@@ -1,0 +1,37 @@
+"""The only place where subject strings are made."""
+
+from __future__ import annotations
+
+from shoal_common.names import check_id, check_node
+
+ROOT = "shoal.v1"
+ANY = "any"
+SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
+
+COMMANDS = f"{ROOT}.cmd.>"
+EVENTS = f"{ROOT}.evt.>"
+
+
+def command(service: str, node: str, verb: str) -> str:
+    """Where a command for a service of a node goes; node `any` lets the cluster answer."""
+    return f"{ROOT}.cmd.{service}.{check_node(node)}.{verb}"
+
+
+def commands_of(service: str, node: str) -> str:
+    """All commands for a service of a node."""
+    return f"{ROOT}.cmd.{service}.{check_node(node)}.*"
+
+
+def question(service: str, node: str, verb: str) -> str:
+    """Where a question to a service of a node goes."""
+    return f"{ROOT}.svc.{service}.{check_node(node)}.{verb}"
+
+
+def event(service: str, node: str, name: str) -> str:
+    """Where a service tells what happened."""
+    return f"{ROOT}.evt.{service}.{check_node(node)}.{name}"
+
+
+def tokens(request: str) -> str:
+    """Where the tokens of one answer go: core NATS, kept nowhere."""
+    return f"{ROOT}.tok.{check_id(request)}"

@@ -1,0 +1,84 @@
+"""Traces. Context travels in NATS headers, so that one trace spans the services that one command touches.
+
+Spans are exported over OTLP/HTTP when OTEL_EXPORTER_OTLP_ENDPOINT is set; otherwise nothing is recorded and the
+SDK is not even loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+
+_EXPORT_TIMEOUT_S = 2
+_tracer = trace.get_tracer("shoal")
+
+
+def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], None]:
+    """Start exporting if the environment names a collector. Returns what to call at the end."""
+    if not environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        return lambda: None
+    # Loaded only when used: the SDK and protobuf cost some 20 MB in every process.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": f"shoal-{service}", "service.instance.id": node})
+    )
+    # A dead collector must not delay stopping: the default timeout would by ten seconds.
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+def headers(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Headers for a message to send now: the current trace context, and `extra`."""
+    out = dict(extra or {})
+    propagate.inject(out)
+    return out
+
+
+@contextmanager
+def sending(subject_template: str) -> Iterator[Span]:
+    """Around sending a message. The template has no ids in it: `cmd.fetcher.download`."""
+    attributes = {"messaging.system": "nats", "messaging.destination.name": subject_template}
+    with _tracer.start_as_current_span(
+        f"send {subject_template}", kind=SpanKind.PRODUCER, attributes=attributes
+    ) as span:
+        yield span
+
+
+@contextmanager
+def processing(subject_template: str, carrier: Mapping[str, str] | None, redelivered: bool = False) -> Iterator[Span]:
+    """Around handling a message: a child of its sender, or at redelivery a new trace linked to it."""
+    parent = propagate.extract(dict(carrier or {}), context=context.Context())
+    attributes = {"messaging.system": "nats", "messaging.destination.name": subject_template}
+    links = []
+    if redelivered:
+        linked = trace.get_current_span(parent).get_span_context()
+        links = [Link(linked)] if linked.is_valid else []
+        parent = context.Context()
+    with _tracer.start_as_current_span(
+        f"process {subject_template}",
+        context=parent,
+        kind=SpanKind.CONSUMER,
+        attributes=attributes,
+        links=links,
+    ) as span:
+        yield span
+
+
+@contextmanager
+def step(name: str, **attributes: str | int | float) -> Iterator[Span]:
+    """Around a step of work: `reserve`, `file`, `verify`. An exception marks the span as failed."""
+    with _tracer.start_as_current_span(name, attributes=attributes) as span:
+        yield span
+
+
+def failed(span: Span, message: str) -> None:
+    """Mark a span as failed without an exception."""
+    span.set_status(Status(StatusCode.ERROR, message))

@@ -1,0 +1,1 @@
+"""fetcher: brings models in, from peers or the hub."""

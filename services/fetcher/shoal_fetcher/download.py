@@ -1,0 +1,225 @@
+"""One download, from `queued` to its end: resolve, reserve, fetch every missing blob, seal."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from msgspec import structs
+
+from shoal_common import telemetry
+from shoal_common.buckets import Buckets, download_key
+from shoal_common.errors import Failed, HubUnavailable, QuotaExceeded, ShoalError, Withdrawn
+from shoal_common.layout import Layout
+from shoal_common.logs import Log
+from shoal_common.messages.questions import AskManifest
+from shoal_common.messages.records import ENDED, DownloadPhase, DownloadState, Manifest, ManifestFile
+from shoal_common.names import ModelRef
+from shoal_common.questions import Ask
+from shoal_fetcher.blobs import BlobFetcher
+from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
+from shoal_fetcher.errors import RateLimited, ReservationLost
+from shoal_fetcher.hub import Hub
+from shoal_fetcher.partial import read_bitmap
+from shoal_fetcher.progress import Progress
+from shoal_fetcher.storage import Storage
+from shoal_fetcher.surroundings import Surroundings
+
+log = Log("download")
+
+_RESOLVE_TRIES = 4
+_RESERVE_TRIES = 3
+_FILES_IN_HAND = 32
+"""Files of one download that wait for a source or arrive; the rest waits for these."""
+
+
+class Download:
+    """A model on its way to this node. `run` it as a task; `ended` tells how it ended."""
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        node: str,
+        layout: Layout,
+        buckets: Buckets,
+        ask: Ask,
+        storage: Storage,
+        hub: Hub,
+        around: Surroundings,
+        blobs: BlobFetcher,
+        before: DownloadState | None,
+        wanted_elsewhere: Callable[[Download], bool],
+    ) -> None:
+        self.ref, self._node, self._layout = ref, node, layout
+        self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
+        self._around, self._blobs = around, blobs
+        self._wanted_elsewhere = wanted_elsewhere
+        self._key = download_key(node, str(ref))
+        self._reserved_commit = before.commit if before else ""
+        """Of what, if anything, storage may hold a reservation made for this download, in this life or an earlier."""
+        self._blobs_before = before.blobs if before else []
+        self._resumed_told = False
+        now_s = round(time.time(), 3)
+        state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
+        if state.phase in ENDED:
+            state = structs.replace(state, sources={}, started_at_s=now_s)
+        # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
+        # until storage says what is there: a hub that is down must not cost what has arrived.
+        self.progress = Progress(buckets.state, structs.replace(state, phase="queued", resumed_bytes=0))
+        self.ended: asyncio.Future[DownloadState] = asyncio.get_running_loop().create_future()
+        self.ended.add_done_callback(lambda f: f.cancelled() or f.exception())
+
+    @property
+    def commit(self) -> str:
+        """The commit that is being fetched, once it is known."""
+        return self._reserved_commit
+
+    async def run(self) -> None:
+        """Bring the model in. Ends with `ended` set, the state written and the wish for it withdrawn."""
+        publishing = asyncio.create_task(self.progress.publish_forever())
+        try:
+            with telemetry.step("transfer", model=str(self.ref)):
+                await self._bring_in()
+            await self._end("ready", None)
+        except Exception as e:  # noqa: BLE001  # whoever asked is owed an end; one bad download must not end the others
+            error = _ours(e, self.ref)
+            log.warning("download ended", model=str(self.ref), why=error.message, code=error.code)
+            if not self.progress.done_bytes:
+                with suppress(ShoalError):
+                    await self._release()
+            await self._end(ended_as(error), error)
+        finally:
+            publishing.cancel()
+
+    async def withdraw(self, running: asyncio.Task[None]) -> None:
+        """Stop, forget the wish and give back what was reserved. Idempotent.
+
+        Raises when storage is away: the state stays then, so that the next attempt, or the next start, goes on here.
+        """
+        running.cancel()
+        await asyncio.wait({running})
+        if not self.ended.done():
+            self.ended.set_exception(Withdrawn(f"the download of {self.ref} was withdrawn"))
+        await self._buckets.spec.delete(self._key)
+        await self._release()
+        await self._buckets.state.delete(self._key)
+
+    async def _end(self, phase: DownloadPhase, error: ShoalError | None) -> None:
+        body = error.body() if error else None
+        await self.progress.say(phase=phase, error=body, waiting_for="")
+        # The wish has been answered. Were it kept, a model lost later would come back uninvited.
+        await self._buckets.spec.delete(self._key)
+        if not self.ended.done():
+            if error is None:
+                self.ended.set_result(self.progress.state)
+            else:
+                self.ended.set_exception(error)
+
+    async def _release(self) -> None:
+        """Give back what was reserved, unless another download here brings the same commit."""
+        if not self._reserved_commit or self._wanted_elsewhere(self):
+            return
+        blobs = {*self._blobs_before, *self.progress.state.blobs}
+        try:
+            await self._storage.release(self.ref.repo, self._reserved_commit, blobs)
+        except ShoalError as e:
+            log.warning("a reservation could not be given back", model=str(self.ref), why=e.message)
+            raise
+
+    async def _bring_in(self) -> None:
+        await self.progress.say(phase="queued", error=None, waiting_for="")
+        manifest = await self._resolve()
+        if self._reserved_commit not in ("", manifest.commit):
+            log.info("the revision has moved on", model=str(self.ref), commit=manifest.commit)
+            await self._release()
+        self._reserved_commit = manifest.commit
+        for attempt in range(1, _RESERVE_TRIES + 1):
+            try:
+                return await self._reserve_and_fetch(manifest)
+            except ReservationLost as e:
+                # Storage was restarted or somebody removed files by hand: ask anew what is here.
+                if attempt == _RESERVE_TRIES:
+                    raise
+                log.warning("reserving again", model=str(self.ref), why=e.message)
+
+    async def _resolve(self) -> Manifest:
+        """The manifest: from a node that has the model (this one first), else from the hub."""
+        for attempt in range(1, _RESOLVE_TRIES + 1):
+            manifest = await self._from_a_node()
+            if manifest is not None:
+                return manifest
+            try:
+                return await self._hub.resolve(self.ref)
+            except HubUnavailable as e:
+                if attempt == _RESOLVE_TRIES or self._hub.offline:
+                    raise
+                await self.progress.say(waiting_for=e.message)
+                await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else retry_delay_s(attempt))
+        raise AssertionError("the last try returns or raises")
+
+    async def _from_a_node(self) -> Manifest | None:
+        for node, model in self._around.nodes_with(self.ref):
+            try:
+                manifest = await self._ask("storage", node, "manifest", AskManifest(model=model), Manifest)
+            except ShoalError as e:
+                log.info("a node could not give its manifest", peer=node, why=e.message)
+                continue
+            if manifest.model == model and manifest.sealed:
+                return structs.replace(manifest, revisions=[self.ref.revision])
+            log.warning("a node gave another manifest than was asked for", peer=node, model=model)
+        return None
+
+    async def _reserve_and_fetch(self, manifest: Manifest) -> None:
+        await self.progress.say(
+            phase="reserving", commit=manifest.commit, total_bytes=manifest.size_bytes, waiting_for="storage"
+        )
+        reserved = await self._storage.reserve(manifest)
+        known = dict(reserved.known)
+        here = set(reserved.present)
+        missing: list[ManifestFile] = []
+        self.progress.restart()
+        for blob, file in {f.blob: f for f in manifest.files}.items():
+            sha256 = known.get(blob, blob)
+            if sha256 in here:
+                self.progress.whole(blob, sha256, file.size_bytes)
+            else:
+                partial = self._layout.partial(blob)
+                bitmap = await asyncio.to_thread(read_bitmap, partial, file.size_bytes)
+                self.progress.durable(blob, bitmap.have_bytes)
+                missing.append(file)
+        changes = {} if self._resumed_told else {"resumed_bytes": self.progress.done_bytes}
+        self._resumed_told = True
+        await self.progress.say(phase="fetching", waiting_for="", **changes)
+        await self._fetch_all(manifest, missing, known)
+        await self.progress.say(phase="verifying", waiting_for="storage")
+        await self._storage.seal(sealed(manifest, known))
+
+    async def _fetch_all(self, manifest: Manifest, files: list[ManifestFile], known: dict[str, str]) -> None:
+        in_hand = asyncio.Semaphore(_FILES_IN_HAND)
+
+        async def one(file: ManifestFile) -> None:
+            async with in_hand:
+                sha256 = await self._blobs.fetch(manifest, file, self.progress)
+            if sha256 != file.blob:
+                known[file.blob] = sha256
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                # Largest first: the last file to finish is then a small one.
+                for file in sorted(files, key=lambda f: -f.size_bytes):
+                    tasks.create_task(one(file))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first failure has cancelled the others
+
+
+def _ours(error: Exception, ref: ModelRef) -> ShoalError:
+    """What went wrong, as one of our own errors."""
+    if isinstance(error, ShoalError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QuotaExceeded(f"the disk is full while {ref} arrives: free some space and pull again to resume")
+    log.error("a download failed", exc=error, model=str(ref))
+    return Failed(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")

@@ -1,0 +1,195 @@
+"""The hub: Hugging Face, or whatever speaks its protocol at HF_ENDPOINT.
+
+Listings go through huggingface_hub; file bytes are read by us, because its own download cannot be shared between
+nodes, verifies sizes only, and keeps a second copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import msgspec
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_fetcher import http_range
+from shoal_fetcher.errors import RateLimited
+from shoal_fetcher.http_range import Body, Source, hub_source, read_range, retry_after_s
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+MAX_FILES = 4000
+"""A download's state names each blob and has to fit in one message of 1 MiB."""
+_LISTING_TIMEOUT_S = 60.0
+_MAX_FILE_BYTES = 1 << 50
+
+
+class HubSettings(msgspec.Struct, frozen=True):
+    """Where the hub is and who we are there. The token never leaves this process (I12)."""
+
+    endpoint: str = DEFAULT_ENDPOINT
+    token: str | None = None
+    offline: bool = False
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> HubSettings:
+        """From HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
+        return cls(
+            endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
+            token=environ.get("HF_TOKEN") or None,
+            offline=environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        )
+
+
+class _Listing(httpx2.Client):
+    """What huggingface_hub speaks through. Its own has no timeout, and retries for minutes in a thread, unseen:
+
+    here a failure is an error of ours at once, and waiting is up to the download, which says so.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(
+            follow_redirects=True,
+            timeout=httpx2.Timeout(http_range.SILENCE_TIMEOUT_S, connect=http_range.CONNECT_TIMEOUT_S),
+        )
+        self._source = source
+
+    def send(self, *args: Any, **kwargs: Any) -> httpx2.Response:
+        """Send a request."""
+        try:
+            response = super().send(*args, **kwargs)
+        except http_range.FOREIGN as e:
+            raise http_range.foreign(e, self._source) from e
+        if response.status_code == 429 or response.status_code >= 500:
+            response.close()
+            http_range.raise_for(response.status_code, response.headers, self._source)
+        return response
+
+
+class Hub:
+    """Resolves models and reads their files."""
+
+    def __init__(self, settings: HubSettings, client: httpx2.AsyncClient) -> None:
+        self._settings, self._client = settings, client
+        self._source = hub_source(settings.endpoint)
+        self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
+        # huggingface_hub has one client per process, and so does a fetcher have one hub.
+        set_client_factory(lambda: _Listing(self._source))
+
+    @property
+    def offline(self) -> bool:
+        """Whether the hub must not be asked."""
+        return self._settings.offline
+
+    async def resolve(self, ref: ModelRef) -> Manifest:
+        """The commit that a revision means now, and its files. Raises NotFound, Denied, HubUnavailable."""
+        if self.offline:
+            raise HubUnavailable(
+                f"{ref} is on no live node and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model "
+                "where there is a connection"
+            )
+        try:
+            async with asyncio.timeout(_LISTING_TIMEOUT_S):
+                return await asyncio.to_thread(self._list, ref)
+        except TimeoutError:
+            raise Expired(f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s") from None
+
+    def _list(self, ref: ModelRef) -> Manifest:
+        try:
+            info = self._api.model_info(ref.repo, revision=ref.revision)
+            commit = check_commit(info.sha or "")
+            entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit)
+            files = [as_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
+            check_listing(ref, files)
+        except Exception as e:
+            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+        return Manifest(repo=ref.repo, commit=commit, files=files, revisions=[ref.revision])
+
+    def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
+        """Read bytes [start, end) of a file."""
+        if self.offline:
+            raise HubUnavailable(f"{file.path} is on no live node and HF_HUB_OFFLINE forbids asking the hub")
+        url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
+        headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
+        return read_range(self._client, url, headers, start, end, self._source)
+
+
+def is_file(entry: object) -> bool:
+    """Whether a listing's entry is a file."""
+    return isinstance(entry, RepoFile)
+
+
+def as_manifest_file(entry: object) -> ManifestFile:
+    """A listing's entry as a manifest's file. LFS and Xet files are named by sha256, others by git's sha1."""
+    assert isinstance(entry, RepoFile)
+    path = check_file_path(entry.path)
+    size = entry.size if entry.lfs is None else entry.lfs.size
+    if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
+        raise BadName(f"{size!r} is not the size of {path} in bytes")
+    if entry.lfs is not None:
+        return ManifestFile(path=path, size_bytes=size, sha256=check_blob(entry.lfs.sha256))
+    check_blob(f"git-{entry.blob_id}")
+    return ManifestFile(path=path, size_bytes=size, git_sha1=entry.blob_id)
+
+
+def check_listing(ref: ModelRef, files: list[ManifestFile]) -> None:
+    """Raise for a listing that cannot be a directory of files: one path twice, or a file that is a folder too."""
+    if len(files) > MAX_FILES:
+        raise Unsupported(f"{ref} has more than {MAX_FILES} files, which is more than Shoal can follow")
+    paths = {f.path for f in files}
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    if len(paths) < len(files) or paths & folders:
+        raise BadName(f"two of the files of {ref} have the same name")
+
+
+def foreign(error: Exception, ref: ModelRef, source: Source, has_token: bool) -> ShoalError:
+    """An error of huggingface_hub as one of ours."""
+    who = source.name
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, BadName):
+        return BadName(f"{who} lists a name in {ref} that Shoal will not write: {error.message}")
+    if isinstance(error, ShoalError):
+        return error
+    if isinstance(error, GatedRepoError):
+        return Denied(f"{ref} is gated on {who}: accept its terms there, and set HF_TOKEN to your token")
+    if isinstance(error, RevisionNotFoundError):
+        return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {who}: check the name after the @")
+    if status == 401 or (isinstance(error, HfHubHTTPError) and status == 403):
+        ask = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
+        return Denied(f"{who} does not show {ref.repo} to us (HTTP {status}): check the name; {ask}")
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return NotFound(f"{ref.repo} is not on {who}: check the name (org/name)")
+    if status == 429 and response is not None:
+        wait_s = retry_after_s(response.headers)
+        return RateLimited(f"{who} wants us to wait {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnavailable(f"{ref} is not here and HF_HUB_OFFLINE forbids asking the hub")
+    if isinstance(error, HFValidationError):
+        return BadName(f"{ref} is not a name that huggingface_hub takes: {error}")
+    if isinstance(error, HfHubHTTPError):
+        return HubUnavailable(f"{who} answered HTTP {status} when asked for {ref}; try again later")
+    if isinstance(error, OSError | httpx2.HTTPError):
+        return HubUnavailable(
+            f"{who} cannot be reached for {ref}: {error or type(error).__name__}; check HF_ENDPOINT"
+        )
+    return HubUnavailable(
+        f"{who} answered something that is no listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
+    )

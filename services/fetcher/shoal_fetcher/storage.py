@@ -1,0 +1,79 @@
+"""What a fetcher asks of its own node's storage. Every question here can be asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import TypeVar
+
+from shoal_common.errors import Corrupt, NotFound
+from shoal_common.messages.questions import CommitBlob, Committed, Done, Release, Reserve, Reserved, SealModel
+from shoal_common.messages.records import Manifest, ManifestFile, ModelState
+from shoal_common.questions import Ask
+from shoal_fetcher.errors import ReservationLost, WrongWhole
+from shoal_fetcher.surroundings import Surroundings
+
+T = TypeVar("T")
+
+_DEADLINE_S = 60.0
+_COMMIT_DEADLINE_S = 600.0
+"""Storage hashes all of a blob in a commit."""
+_PATIENCE_S = 30.0
+"""How long a storage that is away may take to come back."""
+_RELEASE_PATIENCE_S = 10.0
+
+
+class Storage:
+    """The storage of this node, through its restarts."""
+
+    def __init__(self, ask: Ask, node: str, around: Surroundings) -> None:
+        self._ask, self._node, self._around = ask, node, around
+
+    async def reserve(self, manifest: Manifest) -> Reserved:
+        """What is here of a model and what is to come. Raises QuotaExceeded."""
+        return await self._until_answered("reserve", Reserve(manifest=manifest), Reserved)
+
+    async def commit(self, blob: str) -> Committed:
+        """Verify a complete partial and make it a blob. Raises WrongWhole, or ReservationLost when it has gone."""
+        try:
+            return await self._until_answered("commit", CommitBlob(blob=blob), Committed, _COMMIT_DEADLINE_S)
+        except NotFound as e:
+            raise ReservationLost(e.message) from e
+        except Corrupt as e:
+            raise WrongWhole(e.message, **e.details) from e
+
+    async def seal(self, manifest: Manifest) -> ModelState:
+        """Make a model present. Raises ReservationLost when a blob of it has gone."""
+        try:
+            return await self._until_answered("seal", SealModel(manifest=manifest), ModelState)
+        except NotFound as e:
+            raise ReservationLost(e.message) from e
+
+    async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
+        """Give a reservation back. Bytes that only it wanted go: its partials, and these whole blobs."""
+        # A storage that was restarted remembers partials only; and here the manifest may not be known any more.
+        names = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
+        question = Release(manifest=Manifest(repo=repo, commit=commit, files=names))
+        await self._until_answered("release", question, Done, patience_s=_RELEASE_PATIENCE_S)
+
+    async def _until_answered(
+        self,
+        verb: str,
+        question: object,
+        kind: type[T],
+        deadline_s: float = _DEADLINE_S,
+        patience_s: float = _PATIENCE_S,
+    ) -> T:
+        # Without the race, an answer lost with a killed storage or a restarted NATS is waited for to the deadline.
+        while True:
+            asking = asyncio.ensure_future(
+                self._ask("storage", self._node, verb, question, kind, deadline_s=deadline_s, patience_s=patience_s)
+            )
+            lost = asyncio.ensure_future(self._around.answers_lost("storage"))
+            try:
+                await asyncio.wait({asking, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if asking.done():
+                    return asking.result()
+            finally:
+                asking.cancel()
+                lost.cancel()

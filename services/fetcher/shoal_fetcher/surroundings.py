@@ -1,0 +1,99 @@
+"""What a download sees of the cluster: who is live, who has what, who is an origin; and when that changes."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from shoal_common.buckets import download_key, live_key, origin_key
+from shoal_common.connection import Nats
+from shoal_common.leases import LeaseValue
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState
+from shoal_common.names import ModelRef
+from shoal_common.watch import View, any_changed, caught_up
+from shoal_fetcher.decide import Holding, holders
+
+_CATCH_UP_S = 5.0
+
+
+class Surroundings:
+    """Read-only views of the cluster."""
+
+    def __init__(self, nats: Nats, me: str, live: View, state: View, lease: View, spec: View) -> None:
+        self._nats, self._me = nats, me
+        self._live, self._state, self._lease, self._spec = live, state, lease, spec
+
+    def addresses(self) -> dict[str, list[str]]:
+        """Live fileservers of other nodes and where they answer."""
+        found: dict[str, list[str]] = {}
+        for key, live in self._live.items("", Live):
+            node, _, service = key.partition(".")
+            if service == "fileserver" and node != self._me and live.facts.addresses:
+                found[node] = live.facts.addresses
+        return found
+
+    def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
+        """Live peers that have a blob whole."""
+        models = (m for _, m in self._state.items("model.", ModelState))
+        downloads = (d for _, d in self._state.items("download.", DownloadState))
+        return holders(blob, manifest, models, downloads, self.addresses(), self._me)
+
+    def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
+        """`(node, org/name@commit)` of the nodes that hold what a person means by `ref`, this one first."""
+        live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".storage")}
+        found = [
+            (m.node, m.model)
+            for _, m in self._state.items("model.", ModelState)
+            if m.repo == ref.repo and (m.commit == ref.revision or ref.revision in m.revisions) and m.node in live
+        ]
+        return sorted(found, key=lambda pair: pair[0] != self._me)
+
+    def own_downloads(self) -> dict[str, DownloadState | None]:
+        """Every model of which this node has a wish or a download's state; and that state."""
+        prefix = f"download.{self._me}."
+        found: dict[str, DownloadState | None] = {s.model: None for _, s in self._spec.items(prefix, DownloadSpec)}
+        return found | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
+
+    def wished(self, model: str) -> bool:
+        """Whether somebody wants this model on this node."""
+        return self._spec.get(download_key(self._me, model), DownloadSpec) is not None
+
+    def origin(self, blob: str) -> str | None:
+        """Which node is reading a blob from the hub."""
+        lease = self._lease.get(origin_key(blob), LeaseValue)
+        return lease.node if lease else None
+
+    async def catch_up(self) -> None:
+        """See everything that was said in `state` before now."""
+        with suppress(TimeoutError):
+            await caught_up(self._nats, self._state, _CATCH_UP_S)
+
+    def seen(self) -> tuple[int, ...]:
+        """What has been seen so far: take it before looking, and give it to `changed`, so that nothing is missed."""
+        return tuple(v.changes for v in (self._live, self._state, self._lease))
+
+    async def changed(self, seen: tuple[int, ...], deadline_s: float) -> None:
+        """Return once anything has changed after `seen`, or after the deadline."""
+        await any_changed((self._live, self._state, self._lease), seen, deadline_s)
+
+    async def answers_lost(self, service: str) -> None:
+        """Return once a question asked now of a service of this node may have lost its answer:
+
+        its process is another one than now, or NATS was away.
+        """
+        connection, process = self._nats.reconnects.count, self._uid(service)
+        reconnected = asyncio.ensure_future(self._nats.reconnects.wait_after(connection))
+        try:
+            while self._uid(service) == process and not reconnected.done():
+                changed = asyncio.ensure_future(self._live.changed_after(self._live.changes))
+                try:
+                    await asyncio.wait({changed, reconnected}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+        finally:
+            reconnected.cancel()
+
+    def _uid(self, service: str) -> str:
+        live = self._live.get(live_key(self._me, service), Live)
+        return live.holder.uid if live else ""

@@ -1,0 +1,1 @@
+"""fileserver: serves ranges of the blobs a node holds."""

@@ -1,0 +1,9 @@
+"""`python -m shoal_fileserver`"""
+
+import sys
+
+from shoal_common.service import main
+from shoal_fileserver.server import run
+
+if __name__ == "__main__":
+    sys.exit(main("fileserver", run))

@@ -1,0 +1,43 @@
+"""What a Range header asks for (RFC 9110 §14). Pure."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+MAX_HEADER_CHARS = 100
+_ONE_RANGE = re.compile(r"bytes=([0-9]{1,19})?-([0-9]{1,19})?")
+
+
+class Whole(msgspec.Struct, frozen=True):
+    """Everything: no Range, or one that this server may ignore (another unit, many ranges)."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Bytes [start, end)."""
+
+    start: int
+    end: int
+
+
+class Unsatisfiable(msgspec.Struct, frozen=True):
+    """There is nothing there: 416."""
+
+
+def parse_range(header: str | None, size_bytes: int) -> Whole | Part | Unsatisfiable:
+    """Which bytes of a file of this size a Range header means. Ranges are clipped to the file, as the RFC says."""
+    if header is None or len(header) > MAX_HEADER_CHARS:
+        return Whole()
+    match = _ONE_RANGE.fullmatch(header.strip())
+    if match is None or match.groups() == (None, None):
+        return Whole()
+    first, last = match.groups()
+    if first is None:
+        suffix = min(int(last or 0), size_bytes)
+        return Part(size_bytes - suffix, size_bytes) if suffix else Unsatisfiable()
+    start = int(first)
+    end = size_bytes if last is None else min(int(last) + 1, size_bytes)
+    if last is not None and int(last) < start:
+        return Whole()
+    return Part(start, end) if start < size_bytes else Unsatisfiable()

@@ -1,0 +1,143 @@
+"""Downloads: what is under way, asking for more, taking it back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.buckets import download_key
+from shoal_common.errors import ShoalError
+from shoal_common.messages import Message
+from shoal_common.messages.commands import CancelDownload, Download, Outcome
+from shoal_common.messages.records import DownloadState
+from shoal_common.names import ModelRef
+from shoal_common.sending import new_id
+from shoal_common.watch import View
+from shoal_gateway.exchange import read_as, reply, unless_gone
+from shoal_gateway.gateway import Gateway, gateway_of
+from shoal_gateway.outcomes import raise_first_error, results, with_details
+from shoal_gateway.progress import begun, ended_badly
+from shoal_gateway.resource import resource
+from shoal_gateway.status import download_view, download_views
+from shoal_gateway.targets import Nodes, to_cancel, to_download
+
+
+class AskDownload(Message):
+    """The body of `POST /v1/downloads`. The other fields are those of the `download` command."""
+
+    model: str
+    nodes: Nodes = None
+    wait: bool = False
+    deadline_s: float = 0.0
+
+
+class AskCancel(Message):
+    """The body of `POST /v1/downloads/cancel`."""
+
+    model: str
+    nodes: Nodes = None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A download asked of one node: its command, and what `state` said before."""
+
+    node: str
+    key: str
+    command: str
+    before: DownloadState | None
+    at_s: float
+
+
+async def downloads(request: Request) -> Response:
+    """`GET /v1/downloads`."""
+    return reply({"downloads": download_views(gateway_of(request).picture())})
+
+
+async def download(request: Request) -> Response:
+    """`POST /v1/downloads`: 202 once each has begun, or 200 once each has ended when the asker waits."""
+    gateway, body = gateway_of(request), await read_as(request, AskDownload)
+    ref = ModelRef.parse(body.model)
+    gateway.sender.require_nats()
+    nodes = to_download(gateway.picture(), body.nodes, gateway.node)
+    command = Download(model=str(ref), deadline_s=body.deadline_s)
+    asked = [_asked(gateway.state, node, command.model) for node in nodes]
+    outcomes = await unless_gone(request.receive, _send(gateway, command, asked, body.wait))
+    commands = {a.node: a.command for a in asked}
+    _raise_first_refusal(gateway.state, asked, outcomes, commands)
+    return reply({"downloads": _views(gateway.state, asked), "commands": commands}, 200 if body.wait else 202)
+
+
+async def cancel(request: Request) -> Response:
+    """`POST /v1/downloads/cancel`."""
+    gateway, body = gateway_of(request), await read_as(request, AskCancel)
+    ref = ModelRef.parse(body.model)
+    nodes = to_cancel(gateway.picture(), ref, body.nodes)
+    command, deadline_s = CancelDownload(model=str(ref)), gateway.settings.limits.outcome_s
+    sending = gateway.sender.outcomes_of("fetcher", {n: new_id() for n in nodes}, "cancel", command, deadline_s)
+    outcomes = await unless_gone(request.receive, sending)
+    raise_first_error(outcomes)
+    return reply({"model": str(ref), "nodes": results(outcomes)})
+
+
+def _asked(state: View, node: str, model: str) -> Asked:
+    key = download_key(node, model)
+    return Asked(node, key, new_id(), state.get(key, DownloadState), time.time())
+
+
+async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: bool) -> dict[str, Outcome]:
+    """Send to every node. Returns the outcomes there are once all have begun, or with `wait` all of them."""
+    limits = gateway.settings.limits
+    deadline_s = command.deadline_s or limits.download_s
+    async with asyncio.TaskGroup() as tasks:
+        outcomes = {
+            a.node: tasks.create_task(
+                gateway.sender.outcome_of("fetcher", a.node, "download", command, a.command, deadline_s)
+            )
+            for a in asked
+        }
+        if not wait:
+            watching = [tasks.create_task(_until_begun(gateway.state, a, outcomes[a.node])) for a in asked]
+            await asyncio.wait(watching, timeout=limits.fetch_begins_s)
+            for task in [*watching, *outcomes.values()]:
+                task.cancel()
+    return {node: task.result() for node, task in outcomes.items() if not task.cancelled()}
+
+
+async def _until_begun(state: View, asked: Asked, outcome: asyncio.Task[Outcome]) -> None:
+    while not outcome.done():
+        seen = state.changes
+        if begun(state.get(asked.key, DownloadState), asked.before, asked.at_s):
+            return
+        changed = asyncio.create_task(state.changed_after(seen))
+        try:
+            await asyncio.wait({changed, outcome}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+
+
+def _raise_first_refusal(
+    state: View, asked: list[Asked], outcomes: Mapping[str, Outcome], commands: dict[str, str]
+) -> None:
+    """Raise what the first node that refused or failed said, in its outcome or in its state."""
+    for a in asked:
+        now = state.get(a.key, DownloadState)
+        fresh = now if begun(now, a.before, a.at_s) else None
+        error: ShoalError | None = ended_badly(outcomes.get(a.node), fresh)
+        if error is not None:
+            raise with_details(error, node=a.node, commands=commands)
+
+
+def _views(state: View, asked: list[Asked]) -> list[object]:
+    found = [state.get(a.key, DownloadState) for a in asked]
+    return [download_view(d) for d in found if d is not None]
+
+
+ROUTES = [
+    resource("/v1/downloads", GET=downloads, POST=download),
+    resource("/v1/downloads/cancel", POST=cancel),
+]

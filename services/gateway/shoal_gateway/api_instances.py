@@ -1,0 +1,128 @@
+"""Instances: what runs, placing a model, stopping it."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.buckets import instance_key
+from shoal_common.errors import Expired, Failed, NodeAway, NotFound, from_body
+from shoal_common.messages.commands import Place, Unplace
+from shoal_common.messages.records import InstanceState
+from shoal_common.names import ModelRef, check_id, check_node
+from shoal_common.sending import new_id
+from shoal_common.subjects import ANY
+from shoal_common.watch import View
+from shoal_gateway.exchange import read_as, reply, unless_gone
+from shoal_gateway.gateway import Gateway, gateway_of
+from shoal_gateway.outcomes import error_of, with_details
+from shoal_gateway.resource import resource
+from shoal_gateway.status import InstanceView, instance_view, instance_views
+
+_PLACE_OUTCOME_S = 120.0
+"""For the leader's decision, a change of leader included."""
+_VISIBLE_S = 10.0
+"""For what the leader has written to be seen here."""
+
+
+class AskPlace(Place):
+    """The body of `POST /v1/instances`: the `place` command, and whether to wait until the instance answers."""
+
+    wait: bool = True
+
+
+async def instances(request: Request) -> Response:
+    """`GET /v1/instances`."""
+    return reply({"instances": instance_views(gateway_of(request).picture())})
+
+
+async def instance(request: Request) -> Response:
+    """`GET /v1/instances/{id}`."""
+    identity = check_id(request.path_params["id"])
+    view = instance_view(gateway_of(request).picture(), identity)
+    if view is None:
+        raise NotFound(f"there is no instance {identity}; `shoal status` lists those there are")
+    return reply(view)
+
+
+async def place(request: Request) -> Response:
+    """`POST /v1/instances`: 201 with the instance, ready unless the asker does not wait."""
+    gateway, body = gateway_of(request), await read_as(request, AskPlace)
+    given = {name: getattr(body, name) for name in Place.__struct_fields__ if name != "id"}
+    command = Place(
+        **{**given, "model": str(ModelRef.parse(body.model)), "nodes": [check_node(n) for n in body.nodes]}
+    )
+    _require_placement(gateway)
+    view, identity = await unless_gone(request.receive, _place(gateway, command, body.wait))
+    return reply({**_fields(view), "command": identity}, 201, {"Location": f"/v1/instances/{view.id}"})
+
+
+async def unplace(request: Request) -> Response:
+    """`DELETE /v1/instances/{id}`. Absent already: nothing is sent."""
+    gateway, identity = gateway_of(request), check_id(request.path_params["id"])
+    gateway.sender.require_nats()
+    if instance_view(gateway.picture(), identity) is None:
+        return reply({"id": identity, "deleted": False})
+    _require_placement(gateway)
+    command, command_id = Unplace(instance=identity), new_id()
+    deadline_s = gateway.settings.limits.outcome_s
+    sending = gateway.sender.outcome_of("placement", ANY, "unplace", command, command_id, deadline_s)
+    outcome = await unless_gone(request.receive, sending)
+    error = error_of(outcome)
+    if error is not None:
+        raise error
+    return reply({"id": identity, "deleted": True, "command": command_id})
+
+
+def _require_placement(gateway: Gateway) -> None:
+    if not gateway.picture().nodes_with("placement"):
+        raise NodeAway("placement is live on no node; nothing was sent: start it with `shoal up`")
+
+
+async def _place(gateway: Gateway, command: Place, wait: bool) -> tuple[InstanceView, str]:
+    identity = new_id()
+    outcome = await gateway.sender.outcome_of(
+        "placement", ANY, "place", command, identity, command.deadline_s or _PLACE_OUTCOME_S
+    )
+    error = error_of(outcome)
+    if error is not None:
+        raise error
+    placed = str(outcome.result.get("instance") or outcome.result.get("id") or "")
+    if not placed:
+        raise Failed("placement did not say which instance it made; see `shoal status`", command=identity)
+    if wait:
+        await _until_ready(gateway, placed)
+    view = await gateway.spec.until(lambda _: instance_view(gateway.picture(), placed), _VISIBLE_S)
+    if view is None:
+        raise NotFound(f"instance {placed} was made and is gone again; see `shoal status`", instance=placed)
+    return view, identity
+
+
+async def _until_ready(gateway: Gateway, placed: str) -> None:
+    def settled(state: View) -> InstanceState | None:
+        now = state.get(instance_key(placed), InstanceState)
+        return now if now is not None and now.phase in ("ready", "failed") else None
+
+    deadline_s = gateway.settings.limits.place_s
+    state = await gateway.state.until(settled, deadline_s)
+    if state is None:
+        now = instance_view(gateway.picture(), placed)
+        phase = now.phase if now else "gone"
+        raise Expired(
+            f"instance {placed} is {phase} after {deadline_s:.0f} s; it goes on: see `shoal status`, "
+            f"or stop it with `shoal stop {placed}`",
+            instance=placed,
+        )
+    if state.phase == "failed":
+        why = from_body(state.error) if state.error else Failed(f"instance {placed} failed; see `shoal status`")
+        raise with_details(why, instance=placed)
+
+
+def _fields(view: InstanceView) -> dict[str, object]:
+    return {name: getattr(view, name) for name in view.__struct_fields__}
+
+
+ROUTES = [
+    resource("/v1/instances", GET=instances, POST=place),
+    resource("/v1/instances/{id}", GET=instance, DELETE=unplace),
+]

@@ -1,0 +1,70 @@
+"""Status, health, outcomes of commands, and the status page."""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common import VERSION
+from shoal_common.buckets import done_key
+from shoal_common.errors import NotFound
+from shoal_common.messages.commands import Outcome
+from shoal_gateway.exchange import reply
+from shoal_gateway.gateway import gateway_of
+from shoal_gateway.resource import resource
+from shoal_gateway.status import status_view
+
+# The page brings its own styles and script, and may load nothing from elsewhere or be framed there.
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_PAGE = resources.files(__package__).joinpath("static/index.html").read_bytes()
+
+
+async def page(_request: Request) -> Response:
+    """`GET /`: the status page."""
+    return Response(_PAGE, 200, _PAGE_HEADERS, "text/html")
+
+
+async def health(request: Request) -> Response:
+    """`GET /health`: whether this gateway can do its work."""
+    gateway = gateway_of(request)
+    if not gateway.context.nats.connected:
+        gateway.sender.require_nats()
+    return reply({"status": "ok", "node": gateway.node, "version": VERSION})
+
+
+async def status(request: Request) -> Response:
+    """`GET /v1/status`: everything at once."""
+    gateway = gateway_of(request)
+    connected = gateway.context.nats.connected
+    return reply(status_view(gateway.picture(), gateway.node, VERSION, connected, time.time()))
+
+
+async def command(request: Request) -> Response:
+    """`GET /v1/commands/{id}`: how a command ended."""
+    gateway, identity = gateway_of(request), request.path_params["id"]
+    gateway.sender.require_nats()
+    outcome = await gateway.context.buckets.done.get_as(done_key(identity), Outcome)
+    if outcome is None:
+        raise NotFound(
+            f"no outcome is known for command {identity}: it has not ended yet, or did more than an hour ago"
+        )
+    return reply(outcome)
+
+
+ROUTES = [
+    resource("/", GET=page),
+    resource("/health", GET=health),
+    resource("/v1/status", GET=status),
+    resource("/v1/commands/{id}", GET=command),
+]

@@ -1,0 +1,140 @@
+"""Nodes' disks: how they stand, their settings, what would be evicted, pins, garbage, verification."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.errors import BadInput
+from shoal_common.messages.commands import CollectGarbage, Command, Configure, Pin, Verify
+from shoal_common.messages.questions import AskPlan, EvictionPlan
+from shoal_common.names import ModelRef
+from shoal_common.sending import new_id
+from shoal_gateway.exchange import read_as, reply, unless_gone
+from shoal_gateway.gateway import Gateway, gateway_of
+from shoal_gateway.outcomes import raise_first_error, results
+from shoal_gateway.resource import resource
+from shoal_gateway.status import storage_views
+from shoal_gateway.targets import Nodes, to_storage
+
+_MOST_BYTES = (1 << 63) - 1
+_CHANGEABLE = ("max_storage_bytes", "eviction_policy", "headroom_bytes")
+
+
+class AskConfigure(Configure):
+    """The body of `PUT /v1/storage/config`: the `configure` command, and where."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskPin(Pin):
+    """The body of `POST /v1/storage/pins`: the `pin` command, and where."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskCollection(CollectGarbage):
+    """The body of `POST /v1/storage/gc`: the `gc` command, and where."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskVerify(Verify):
+    """The body of `POST /v1/storage/verify`: the `verify` command, and where."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+async def storages(request: Request) -> Response:
+    """`GET /v1/storage`."""
+    gateway = gateway_of(request)
+    return reply({"node": gateway.node, "nodes": storage_views(gateway.picture())})
+
+
+async def configure(request: Request) -> Response:
+    """`PUT /v1/storage/config`."""
+    body = await read_as(request, AskConfigure)
+    given = {name: getattr(body, name) for name in _CHANGEABLE}
+    if all(isinstance(value, UnsetType) for value in given.values()):
+        raise BadInput(f"nothing is to be changed: give at least one of {', '.join(_CHANGEABLE)}")
+    for name in ("max_storage_bytes", "headroom_bytes"):
+        value = given[name]
+        if value is not UNSET and value is not None and not 0 <= value <= _MOST_BYTES:
+            raise BadInput(f"{name} is {value}: a whole number of bytes from 0 is expected", param=name)
+    command = Configure(**given, deadline_s=body.deadline_s)
+    return await _everywhere(request, "configure", command, body.node, body.nodes)
+
+
+async def pin(request: Request) -> Response:
+    """`POST /v1/storage/pins`."""
+    body = await read_as(request, AskPin)
+    ModelRef.parse(body.model)
+    command = Pin(model=body.model, pinned=body.pinned, deadline_s=body.deadline_s)
+    return await _everywhere(request, "pin", command, body.node, body.nodes)
+
+
+async def collect_garbage(request: Request) -> Response:
+    """`POST /v1/storage/gc`."""
+    body = await read_as(request, AskCollection)
+    return await _everywhere(request, "gc", CollectGarbage(deadline_s=body.deadline_s), body.node, body.nodes)
+
+
+async def verify(request: Request) -> Response:
+    """`POST /v1/storage/verify`: answered when all of it has been hashed."""
+    body = await read_as(request, AskVerify)
+    if body.model:
+        ModelRef.parse(body.model)
+    command = Verify(model=body.model, deadline_s=body.deadline_s)
+    limit_s = gateway_of(request).settings.limits.verify_s
+    return await _everywhere(request, "verify", command, body.node, body.nodes, limit_s)
+
+
+async def plan(request: Request) -> Response:
+    """`GET /v1/storage/plan?need_bytes=…&node=…`: what would go; nothing does."""
+    gateway, text = gateway_of(request), request.query_params.get("need_bytes", "")
+    if not (text.isascii() and text.isdigit()) or int(text[:20]) > _MOST_BYTES:
+        raise BadInput(f"need_bytes is {text[:40]!r}: a whole number of bytes is expected", param="need_bytes")
+    gateway.sender.require_nats()
+    nodes = to_storage(gateway.picture(), request.query_params.get("node"), None, gateway.node)
+    plans = await unless_gone(request.receive, _plans(gateway, nodes, AskPlan(need_bytes=int(text))))
+    return reply({"nodes": plans})
+
+
+async def _plans(gateway: Gateway, nodes: list[str], question: AskPlan) -> Mapping[str, EvictionPlan]:
+    ask = gateway.context.ask
+    answers = await asyncio.gather(*(ask("storage", n, "plan", question, EvictionPlan) for n in nodes))
+    return dict(zip(nodes, answers, strict=True))
+
+
+async def _everywhere(
+    request: Request, verb: str, command: Command, node: str | None, nodes: Nodes, limit_s: float = 0.0
+) -> Response:
+    """Send a command to storage of the nodes that are meant, and answer with each one's result."""
+    gateway = gateway_of(request)
+    gateway.sender.require_nats()
+    chosen = to_storage(gateway.picture(), node, nodes, gateway.node)
+    deadline_s = command.deadline_s or limit_s or gateway.settings.limits.outcome_s
+    sending = gateway.sender.outcomes_of("storage", {n: new_id() for n in chosen}, verb, command, deadline_s)
+    outcomes = await unless_gone(request.receive, sending)
+    raise_first_error(outcomes)
+    return reply({"nodes": results(outcomes)})
+
+
+ROUTES = [
+    resource("/v1/storage", GET=storages),
+    resource("/v1/storage/config", PUT=configure),
+    # Where other systems have it, so that their scripts find it.
+    resource("/storage/config", PUT=configure),
+    resource("/v1/storage/plan", GET=plan),
+    resource("/v1/storage/pins", POST=pin),
+    resource("/v1/storage/gc", POST=collect_garbage),
+    resource("/v1/storage/verify", POST=verify),
+]

@@ -1,0 +1,173 @@
+"""`POST /v1/chat/completions`: an answer as one JSON, or as server-sent events while it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shoal_common.errors import Busy, Failed
+from shoal_common.logs import Log
+from shoal_common.messages.questions import FinishReason, Generate
+from shoal_common.messages.records import InstanceSpec
+from shoal_common.sending import new_id
+from shoal_gateway import openai
+from shoal_gateway.choose import choose
+from shoal_gateway.errors_http import as_shoal_error, shoal_error_body
+from shoal_gateway.exchange import read_body, reply, unless_gone
+from shoal_gateway.gateway import Gateway, gateway_of
+from shoal_gateway.generation import Generation, generating
+from shoal_gateway.tokens import StopScanner
+
+log = Log("chat")
+
+MAX_IN_FLIGHT = 512
+"""Requests this gateway keeps open. Instances have their own, lower limits."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Text that is certain, and how many tokens were received for all of it so far."""
+
+    text: str
+    completion_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Job(msgspec.Struct, frozen=True):
+    """An understood request and the instance that is to answer it."""
+
+    asked: openai.ChatRequest
+    spec: InstanceSpec
+    question: Generate
+    head: openai.Head
+
+
+async def chat_completions(request: Request) -> Response:
+    """The endpoint."""
+    gateway = gateway_of(request)
+    job = _understand(gateway, openai.read_chat(await read_body(request)))
+    if job.asked.stream:
+        return EventStream(gateway, job)
+    return await unless_gone(request.receive, _whole(gateway, job))
+
+
+def _understand(gateway: Gateway, asked: openai.ChatRequest) -> Job:
+    identity = new_id()
+    gateway.sender.require_nats()
+    if gateway.in_flight.total() >= MAX_IN_FLIGHT:
+        raise Busy(f"this gateway has {MAX_IN_FLIGHT} requests in flight; try again in a moment")
+    spec = choose(gateway.picture(), asked.model, gateway.in_flight)
+    head = openai.Head(
+        request=identity,
+        created=int(time.time()),
+        model=asked.model,
+        fingerprint=openai.fingerprint(spec),
+        with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
+    )
+    return Job(asked, spec, openai.generate_question(asked, spec, identity), head)
+
+
+async def _whole(gateway: Gateway, job: Job) -> Response:
+    texts: list[str] = []
+    async with (
+        generating(gateway, job.spec, job.question) as generation,
+        aclosing(_pieces(generation, job.asked.stops)) as pieces,
+    ):
+        async for piece in pieces:
+            texts.append(piece.text)
+            if piece.finish_reason is not None:
+                counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
+                return reply(openai.completion(job.head, "".join(texts), piece.finish_reason, counts))
+    raise Failed("the answer ended without saying why")
+
+
+async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[Piece, None]:
+    scanner, count = StopScanner(stops), 0
+    async with aclosing(generation.events()) as events:
+        async for event in events:
+            count += 1
+            text = scanner.push(event.text)
+            if scanner.stopped:
+                yield Piece(text, count, "stop")
+                return
+            if event.finish_reason is not None:
+                yield Piece(text + scanner.rest(), count, event.finish_reason)
+                return
+            yield Piece(text, count)
+
+
+async def _chunks(gateway: Gateway, job: Job) -> AsyncGenerator[bytes, None]:
+    """The stream's events. What goes wrong before the first is raised; later it is an event of its own."""
+    begun = False
+    try:
+        async with (
+            generating(gateway, job.spec, job.question) as generation,
+            aclosing(_pieces(generation, job.asked.stops)) as pieces,
+        ):
+            async for piece in pieces:
+                if not begun:
+                    begun = True
+                    yield openai.role_chunk(job.head)
+                if piece.text:
+                    yield openai.text_chunk(job.head, piece.text)
+                if piece.finish_reason is not None:
+                    yield openai.finish_chunk(job.head, piece.finish_reason)
+                    if job.head.with_usage:
+                        counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
+                        yield openai.usage_chunk(job.head, counts)
+    except Exception as e:  # the client is owed an event; the log has a stranger's trace
+        if not begun:
+            raise
+        error = as_shoal_error(e)
+        if error is not e:
+            log.error("an answer failed", exc=e, request=job.head.request)
+        yield openai.sse(shoal_error_body(error))
+        return
+    yield openai.DONE
+
+
+class EventStream(Response):
+    """A streamed answer. It starts with the first token, so what fails before that has its own HTTP status."""
+
+    def __init__(self, gateway: Gateway, job: Job) -> None:
+        self._gateway, self._job = gateway, job
+        self.status_code = 200
+        self.background = None
+        self.init_headers(
+            {
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                # Proxies that buffer would hold tokens back.
+                "X-Accel-Buffering": "no",
+            }
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or stop at once when the client goes."""
+        # Not for the handlers of errors: half of this answer may be out, and nobody reads another.
+        with suppress(ClientDisconnect):
+            await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        started = False
+        async with aclosing(_chunks(self._gateway, self._job)) as chunks:
+            async for chunk in chunks:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._send_in_time(send, chunk)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_in_time(self, send: Send, chunk: bytes) -> None:
+        # A client that does not read would keep its slot for ever.
+        try:
+            async with asyncio.timeout(self._gateway.settings.limits.silence_s):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnect from None

@@ -1,0 +1,42 @@
+"""What every endpoint works with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import cast
+
+from starlette.requests import Request
+
+from shoal_common.sending import Sender
+from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_gateway.picture import Picture, read_picture
+from shoal_gateway.settings import Settings
+
+
+class Gateway:
+    """The gateway of a node: its context, its views of the cluster, and what it has in flight."""
+
+    def __init__(
+        self, context: Context, settings: Settings, tasks: asyncio.TaskGroup, live: View, spec: View, state: View
+    ) -> None:
+        self.context, self.settings, self.tasks = context, settings, tasks
+        self.live, self.spec, self.state = live, spec, state
+        self.sender = Sender(context.nats, context.buckets)
+        self.in_flight: Counter[str] = Counter()
+        """Requests that this gateway has at each instance."""
+
+    @property
+    def node(self) -> str:
+        """The node that this is the gateway of."""
+        return self.context.node
+
+    def picture(self) -> Picture:
+        """The cluster now."""
+        return read_picture(self.live, self.spec, self.state)
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that a request came to."""
+    return cast(Gateway, request.app.state.gateway)

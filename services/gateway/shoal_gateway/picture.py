@@ -1,0 +1,58 @@
+"""What the gateway knows of the cluster at one moment, as plain values for the pure modules."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import (
+    DownloadState,
+    InstanceSpec,
+    InstanceState,
+    ModelState,
+    StageState,
+    StorageState,
+)
+from shoal_common.watch import View
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster now."""
+
+    live: dict[str, dict[str, Live]] = {}
+    """By node, then by service."""
+    storages: dict[str, StorageState] = {}
+    downloads: list[DownloadState] = []
+    models: list[ModelState] = []
+    specs: dict[str, InstanceSpec] = {}
+    instances: dict[str, InstanceState] = {}
+    stages: dict[str, dict[int, StageState]] = {}
+    """By instance, then by rank."""
+
+    def has(self, node: str, service: str) -> bool:
+        """Whether a service of a node is live."""
+        return service in self.live.get(node, {})
+
+    def nodes_with(self, service: str) -> list[str]:
+        """Nodes where a service is live, in order."""
+        return sorted(node for node, services in self.live.items() if service in services)
+
+
+def read_picture(live: View, spec: View, state: View) -> Picture:
+    """The picture that three local views make."""
+    by_node: dict[str, dict[str, Live]] = {}
+    for key, value in live.items("", Live):
+        node, _, service = key.partition(".")
+        by_node.setdefault(node, {})[service] = value
+    stages: dict[str, dict[int, StageState]] = {}
+    for _, stage in state.items("stage.", StageState):
+        stages.setdefault(stage.instance, {})[stage.rank] = stage
+    return Picture(
+        live=by_node,
+        storages={s.node: s for _, s in state.items("storage.", StorageState)},
+        downloads=[d for _, d in state.items("download.", DownloadState)],
+        models=[m for _, m in state.items("model.", ModelState)],
+        specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
+        instances={i.id: i for _, i in state.items("instance.", InstanceState)},
+        stages=stages,
+    )

@@ -1,0 +1,20 @@
+"""One route for each path, so that a wrong method is answered with all the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def resource(path: str, **endpoints: Endpoint) -> Route:
+    """A path and what answers each method: `resource("/v1/things", GET=things, POST=make)`."""
+
+    async def dispatch(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, dispatch, methods=list(endpoints))

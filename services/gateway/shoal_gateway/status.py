@@ -1,0 +1,272 @@
+"""The cluster as people look at it: `GET /v1/status`. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal_common.errors import ErrorBody
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import (
+    DownloadState,
+    InstancePhase,
+    InstanceSpec,
+    InstanceState,
+    StagePhase,
+    StageSpec,
+    StageState,
+    StorageState,
+)
+from shoal_common.subjects import SERVICES
+from shoal_gateway.picture import Picture
+
+_MEMORY_TELLERS = ("inference", "storage", *SERVICES)
+"""Whose word on a node's memory counts, best first."""
+
+
+class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A service of a node."""
+
+    version: str
+    pid: int
+    host: str
+    uptime_s: float
+    addresses: list[str]
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node. One that is not live is known from what it left in `state`."""
+
+    node: str
+    live: bool
+    services: dict[str, ServiceView]
+    missing_services: list[str]
+    memory_total_bytes: int
+    memory_available_bytes: int
+    storage: StorageState | None
+
+
+class StorageView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's disk: what its storage has said of it. `live` is whether it could be asked now."""
+
+    node: str
+    live: bool
+    disk_free_bytes: int | None
+    """Free space by the latest beat of a live storage, where `storage` has it as of the last change."""
+    storage: StorageState | None
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """A model and the nodes that hold all of it."""
+
+    model: str
+    repo: str
+    commit: str
+    nodes: list[str]
+    size_bytes: int
+
+
+class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
+    """A DownloadState, without the list of its blobs."""
+
+    node: str
+    model: str
+    phase: str
+    commit: str
+    total_bytes: int
+    done_bytes: int
+    resumed_bytes: int
+    sources: dict[str, int]
+    speed_bytes_per_s: float
+    waiting_for: str
+    error: ErrorBody | None
+    started_at_s: float
+    updated_at_s: float
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage: where it is placed, and how it stands there. `phase` is None until its node has spoken."""
+
+    rank: int
+    node: str
+    first_layer: int | None
+    last_layer: int | None
+    phase: StagePhase | None
+    epoch: int
+    address: str
+    weight_bytes: int
+    error: ErrorBody | None
+
+
+class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance with its stages."""
+
+    id: str
+    model: str
+    repo: str
+    commit: str
+    phase: InstancePhase
+    nodes: list[str]
+    epoch: int
+    context_tokens: int
+    created_at_s: float
+    error: ErrorBody | None
+    stages: list[StageView]
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything at once. `node` is the one that answers."""
+
+    node: str
+    version: str
+    nats_connected: bool
+    nodes: list[NodeView]
+    models: list[ModelView]
+    downloads: list[DownloadView]
+    instances: list[InstanceView]
+
+
+def status_view(picture: Picture, node: str, version: str, nats_connected: bool, now_s: float) -> StatusView:
+    """The whole status."""
+    return StatusView(
+        node=node,
+        version=version,
+        nats_connected=nats_connected,
+        nodes=node_views(picture, now_s),
+        models=model_views(picture),
+        downloads=download_views(picture),
+        instances=instance_views(picture),
+    )
+
+
+def known_nodes(picture: Picture) -> list[str]:
+    """Every node that is live or that `state` or `spec` names."""
+    named = {*picture.live, *picture.storages}
+    named |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
+    named |= {s.node for spec in picture.specs.values() for s in spec.stages}
+    named |= {s.node for stages in picture.stages.values() for s in stages.values()}
+    return sorted(named)
+
+
+def node_views(picture: Picture, now_s: float) -> list[NodeView]:
+    """All nodes, in order of their names."""
+    return [_node_view(picture, node, now_s) for node in known_nodes(picture)]
+
+
+def _node_view(picture: Picture, node: str, now_s: float) -> NodeView:
+    services = picture.live.get(node, {})
+    total_bytes, available_bytes = _memory(services)
+    return NodeView(
+        node=node,
+        live=bool(services),
+        services={
+            name: ServiceView(
+                version=live.version,
+                pid=live.holder.pid,
+                host=live.holder.host.split("/")[0],
+                uptime_s=round(max(0.0, now_s - live.started_at_s), 1),
+                addresses=live.facts.addresses,
+            )
+            for name, live in sorted(services.items())
+        },
+        missing_services=[name for name in SERVICES if name not in services],
+        memory_total_bytes=total_bytes,
+        memory_available_bytes=available_bytes,
+        storage=picture.storages.get(node),
+    )
+
+
+def _memory(services: dict[str, Live]) -> tuple[int, int]:
+    for name in _MEMORY_TELLERS:
+        live = services.get(name)
+        if live is not None and live.facts.memory_total_bytes:
+            return live.facts.memory_total_bytes, live.facts.memory_available_bytes
+    return 0, 0
+
+
+def storage_views(picture: Picture) -> list[StorageView]:
+    """The disks of all nodes whose storage is live or has said something, in order of their names."""
+    nodes = sorted({*picture.storages, *picture.nodes_with("storage")})
+    views = []
+    for node in nodes:
+        live = picture.live.get(node, {}).get("storage")
+        views.append(
+            StorageView(
+                node=node,
+                live=live is not None,
+                disk_free_bytes=live.facts.disk_free_bytes if live else None,
+                storage=picture.storages.get(node),
+            )
+        )
+    return views
+
+
+def model_views(picture: Picture) -> list[ModelView]:
+    """All models that some node holds whole."""
+    nodes: dict[str, list[str]] = {}
+    for held in picture.models:
+        nodes.setdefault(held.model, []).append(held.node)
+    first = {held.model: held for held in reversed(picture.models)}
+    return [
+        ModelView(
+            model=model,
+            repo=first[model].repo,
+            commit=first[model].commit,
+            nodes=sorted(nodes[model]),
+            size_bytes=first[model].size_bytes,
+        )
+        for model in sorted(nodes)
+    ]
+
+
+def download_view(state: DownloadState) -> DownloadView:
+    """One download."""
+    return DownloadView(**{name: getattr(state, name) for name in DownloadView.__struct_fields__})
+
+
+def download_views(picture: Picture) -> list[DownloadView]:
+    """All downloads, by model, then node."""
+    return [download_view(d) for d in sorted(picture.downloads, key=lambda d: (d.model, d.node))]
+
+
+def instance_views(picture: Picture) -> list[InstanceView]:
+    """All instances, placed or still there, oldest first."""
+    ids = picture.specs.keys() | picture.instances.keys()
+    views = [instance_view(picture, i) for i in ids]
+    return sorted((v for v in views if v is not None), key=lambda v: (v.created_at_s, v.id))
+
+
+def instance_view(picture: Picture, instance: str) -> InstanceView | None:
+    """One instance, or None when nothing is known of it."""
+    spec, state = picture.specs.get(instance), picture.instances.get(instance)
+    known: InstanceSpec | InstanceState | None = spec or state
+    if known is None:
+        return None
+    planned = {s.rank: s for s in spec.stages} if spec else {}
+    actual = picture.stages.get(instance, {})
+    return InstanceView(
+        id=instance,
+        model=f"{known.repo}@{known.commit}",
+        repo=known.repo,
+        commit=known.commit,
+        phase=state.phase if state else "starting",
+        nodes=[s.node for s in spec.stages] if spec else (state.nodes if state else []),
+        epoch=known.epoch,
+        context_tokens=spec.context_tokens if spec else 0,
+        created_at_s=spec.created_at_s if spec else 0.0,
+        error=state.error if state else None,
+        stages=[_stage_view(planned.get(rank), actual.get(rank), rank) for rank in sorted({*planned, *actual})],
+    )
+
+
+def _stage_view(plan: StageSpec | None, stage: StageState | None, rank: int) -> StageView:
+    return StageView(
+        rank=rank,
+        node=plan.node if plan else (stage.node if stage else ""),
+        first_layer=plan.first_layer if plan else None,
+        last_layer=plan.last_layer if plan else None,
+        phase=stage.phase if stage else None,
+        epoch=stage.epoch if stage else 0,
+        address=stage.address if stage else "",
+        weight_bytes=stage.weight_bytes if stage else 0,
+        error=stage.error if stage else None,
+    )

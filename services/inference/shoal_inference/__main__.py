@@ -1,0 +1,9 @@
+"""`python -m shoal_inference`"""
+
+import sys
+
+from shoal_common.service import main
+from shoal_inference.host import run
+
+if __name__ == "__main__":
+    sys.exit(main("inference", run))

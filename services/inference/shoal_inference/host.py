@@ -1,0 +1,135 @@
+"""The shell: what `spec.instance` wants of this node is what runs on it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.buckets import stage_key
+from shoal_common.errors import NotFound
+from shoal_common.logs import Log
+from shoal_common.messages.questions import Accepted, CancelGenerate, Done, Generate
+from shoal_common.messages.records import InstanceSpec, StageState
+from shoal_common.questions import Question
+from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_inference.decide import Assignment, assignments, leftovers, reconcile
+from shoal_inference.memory import memory_facts, read_cap
+from shoal_inference.runner import StageRunner
+from shoal_inference.uses import Uses
+
+log = Log("inference")
+
+_MEMORY_LOOK_S = 5.0
+
+
+class Host:
+    """All stages of this node."""
+
+    def __init__(self, context: Context, tasks: asyncio.TaskGroup, spec: View, state: View) -> None:
+        self._context, self._tasks = context, tasks
+        self._spec, self._state = spec, state
+        self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
+        self._uses = Uses(context.ask, tasks)
+        self.cap_bytes = read_cap(context.config.settings.get("inference", {}), context.environ)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that this node's stages hold."""
+        return sum(runner.held_bytes for runner, _ in self._running.values())
+
+    def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
+        return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
+
+    async def remove_leftovers(self) -> None:
+        """At start: what an earlier process said of stages that nobody wants now is taken back."""
+        told = [s for _, s in self._state.items("stage.", StageState)]
+        for instance, rank in leftovers(told, self._wanted().values(), self._context.node):
+            await self._context.buckets.state.delete(stage_key(instance, rank))
+
+    async def follow_spec(self) -> None:
+        """At every change of `spec`: start and stop stages."""
+        while True:
+            seen = self._spec.changes
+            changes = reconcile(self._wanted(), self._running)
+            for key in changes.stop:
+                await self._stop(key)
+            for assignment in changes.start:
+                self._start(assignment)
+            await self._spec.changed_after(seen)
+
+    def _start(self, assignment: Assignment) -> None:
+        stage = assignment.stage
+        log.info("starting stage", instance=assignment.spec.id, rank=stage.rank, layers=_layers(assignment))
+        context = self._context
+        runner = StageRunner(assignment, context.config, context.nats, context.buckets, self._state)
+        self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
+
+    async def _stop(self, key: tuple[str, int, int]) -> None:
+        runner, task = self._running.pop(key)
+        log.info("stopping stage", instance=key[0], rank=key[2])
+        task.cancel()
+        await asyncio.wait({task})
+        if not any(k[0] == key[0] and k[2] == key[2] for k in self._running):
+            await runner.withdraw()
+
+    async def stop_all(self) -> None:
+        """The service stops: no stage of this node remains, in memory or in `state`."""
+        async with asyncio.TaskGroup() as stopping:
+            for key in list(self._running):
+                stopping.create_task(self._stop(key))
+
+    async def watch_memory(self) -> None:
+        """Keep the memory in the liveness facts true."""
+        while True:
+            self._context.liveness.set_facts(memory_facts(self.cap_bytes, self.held_bytes))
+            await asyncio.sleep(_MEMORY_LOOK_S)
+
+    def _first_stage(self, instance: str) -> StageRunner:
+        for (name, _, rank), (runner, _) in self._running.items():
+            if name == instance and rank == 0:
+                return runner
+        raise NotFound(
+            f"instance {instance} has no first stage on node {self._context.node}: it was stopped or placed anew; "
+            "see `shoal ps`"
+        )
+
+    async def generate(self, question: Generate) -> Accepted:
+        """Begin an answer."""
+        runner = self._first_stage(question.instance)
+        accepted = await runner.generate(question)
+        self._uses.note(runner.assignment.spec, asyncio.get_running_loop().time())
+        return accepted
+
+    async def cancel(self, question: CancelGenerate) -> Done:
+        """End an answer that nobody reads. One that has ended is no error (I5)."""
+        try:
+            await self._first_stage(question.instance).cancel(question.request)
+        except NotFound:
+            log.debug("cancel for an instance that is gone", instance=question.instance)
+        return Done()
+
+
+def _layers(assignment: Assignment) -> str:
+    return f"{assignment.stage.first_layer}-{assignment.stage.last_layer - 1}"
+
+
+async def run(context: Context) -> None:
+    """The inference service."""
+    async with asyncio.TaskGroup() as tasks:
+        spec = await context.view(tasks, "spec", "instance.>")
+        state = await context.view(tasks, "state")
+        host = Host(context, tasks, spec, state)
+        await host.remove_leftovers()
+        context.background(tasks, host.follow_spec())
+        context.background(tasks, host.watch_memory())
+        tasks.create_task(
+            context.serve(
+                {
+                    "generate": Question(Generate, host.generate),
+                    "cancel": Question(CancelGenerate, host.cancel),
+                }
+            )
+        )
+        context.ready(memory_facts(host.cap_bytes, 0))
+        await context.stopping.wait()
+        await host.stop_all()

@@ -1,0 +1,204 @@
+"""Rank 0's side of a request: tokenise, admit, feed the prompt, then a token for each that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+import msgspec
+
+from shoal_inference.stage import decide
+from shoal_inference.stage.control import Accepted, Failed, Generate, Token
+from shoal_inference.stage.core import Core
+from shoal_inference.stage.errors import Busy, ComputeFailed, LinkError, RequestError, StageLost, StageTimeout
+from shoal_inference.stage.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
+from shoal_inference.stage.requests import Answered, Entry
+
+SLOT_GRACE_S = 0.25
+"""How long a request beyond the limit waits for one to end before it is told `busy`."""
+
+log = logging.getLogger(__name__)
+
+
+class Lead:
+    """Drives every request of the instance, each in a task of its own."""
+
+    def __init__(self, core: Core, group: asyncio.TaskGroup) -> None:
+        self._core = core
+        self._group = group
+        self._slots = asyncio.Semaphore(core.start.max_requests)
+        self._window = decide.window(core.start.stages)
+
+    def generate(self, ask: Generate) -> None:
+        """Begin a request, or say at once why not. One that is in flight is left to end."""
+        core = self._core
+        if core.requests.named(ask.request) is not None:
+            log.info("request %s is in flight already", ask.request)
+            return
+        error: RequestError | None = None
+        if len(core.requests) >= 2 * core.start.max_requests:
+            error = self._busy()
+        elif not core.can_serve:
+            error = StageLost(
+                f"rank 0 of instance {core.start.instance} is not linked to its neighbours: ask again later"
+            )
+        if error is not None:
+            core.emit(Failed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
+            return
+        entry = Entry(secrets.token_bytes(16), ask.request, ask.reply, asyncio.get_running_loop().time())
+        entry.next_index = len(ask.generated)
+        core.requests.add(entry)
+        entry.driver = self._group.create_task(self._drive(entry, ask), name=f"request {ask.request}")
+
+    def cancel(self, request: str) -> None:
+        """Stop a request; the rank that owns its last word says so."""
+        entry = self._core.requests.named(request)
+        if entry is None:
+            return
+        if entry.opened and self._core.successor is not None:
+            self._end_others(entry, "cancelled")
+            self._core.requests.end(entry)
+        else:
+            self._core.requests.say_cancelled(entry)
+
+    async def on_frame(self, frame: Frame) -> None:
+        """What came back around the ring; never waits, so the ring cannot wait for itself."""
+        header = frame.header
+        entry = self._core.requests.get(header.request)
+        if entry is None:
+            # A FAIL may well come after this rank saw the same loss itself.
+            if header.kind is not Kind.FAIL and self._core.requests.unknown(header.request):
+                log.info("%s for a request that has ended here", header.kind.name)
+            return
+        if header.kind is Kind.FAIL:
+            self._core.give_up(entry, _failure(frame))
+        elif header.kind is Kind.TOKEN:
+            token = int.from_bytes(frame.payload, "little") if frame.payload else None
+            answer = Answered(header.seq, token, Flag.FINISHED in header.flags)
+            try:
+                entry.answers.put_nowait(answer)
+            except asyncio.QueueFull:
+                self._core.give_up(entry, ComputeFailed("more answers came back than passes were begun"))
+        else:
+            self._core.give_up(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
+
+    async def _drive(self, entry: Entry, ask: Generate) -> None:
+        try:
+            await self._take_slot()
+            try:
+                await self._answer(entry, ask)
+            finally:
+                self._slots.release()
+        except RequestError as error:
+            self._core.give_up(entry, error)
+
+    async def _take_slot(self) -> None:
+        # The client has an answer's end before word of it is back here: that must not refuse its next request.
+        try:
+            async with asyncio.timeout(SLOT_GRACE_S):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            raise self._busy() from error
+
+    def _busy(self) -> Busy:
+        return Busy(f"{self._core.start.max_requests} requests are in flight, as many as allowed: ask again later")
+
+    async def _answer(self, entry: Entry, ask: Generate) -> None:
+        core = self._core
+        plan, stop = await core.on_thread(core.engine.plan, ask)
+        core.emit(Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens))
+        if plan.ended is not None:
+            core.emit(_complete(ask, plan))
+            core.requests.end(entry)
+            return
+        await self._open(entry, ask, plan, stop)
+        answered = 0
+        for step in decide.steps(len(plan.feed), core.start.prefill_chunk_tokens):
+            while entry.next_seq - answered >= self._window:
+                answered = (await self._next(entry, answered)).seq
+            await self._pass(entry, plan.feed[step.start : step.stop], step.sample)
+        while True:
+            answer = await self._next(entry, answered)
+            answered = answer.seq
+            if answer.finished:
+                break
+            if answer.token is not None:
+                await self._pass(entry, (answer.token,), True)
+        self._end_others(entry, "finished")
+        core.requests.end(entry)
+
+    async def _open(self, entry: Entry, ask: Generate, plan: decide.Plan, stop: frozenset[int]) -> None:
+        core = self._core
+        opening = Open(
+            request=ask.request,
+            reply=ask.reply,
+            first_index=plan.first_index,
+            max_tokens=plan.max_tokens,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=secrets.randbits(63) if ask.seed is None else ask.seed,
+            stop_token_ids=tuple(stop),
+            generated=ask.generated,
+        )
+        await core.on_thread(core.engine.open, entry.key, opening)
+        if core.successor is not None:
+            entry.opened = True  # before waiting: a request cancelled in `send` is known to the others already
+            try:
+                await core.successor.send(core.open_frame(entry, opening))
+            except LinkError as error:
+                raise core.lost(1, error) from error
+
+    async def _pass(self, entry: Entry, tokens: tuple[int, ...], sample: bool) -> None:
+        timeout_s = self._core.start.step_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._core.step(entry, tokens, sample)
+        except TimeoutError as error:
+            raise self._silent(entry, "rank 0 itself did not finish a pass and hand it on") from error
+
+    async def _next(self, entry: Entry, answered: int) -> Answered:
+        """The next answer; each must be to the pass after the last one answered."""
+        try:
+            async with asyncio.timeout(self._core.start.step_timeout_s):
+                answer = await entry.answers.get()
+        except TimeoutError as error:
+            waited = f"pass {answered + 1} of {entry.next_seq} did not come back from ranks 1 to "
+            raise self._silent(entry, f"{waited}{self._core.start.stages - 1}") from error
+        if answer.seq != answered + 1:
+            raise ComputeFailed(f"pass {answer.seq} came back when {answered + 1} was due")
+        return answer
+
+    def _silent(self, entry: Entry, what: str) -> StageTimeout:
+        start = self._core.start
+        return StageTimeout(
+            f"request {entry.request} of instance {start.instance}: {what} within {start.step_timeout_s} s; "
+            "a stage is stuck or too slow"
+        )
+
+    def _end_others(self, entry: Entry, reason: str) -> None:
+        core = self._core
+        core.tell(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
+
+
+def _complete(ask: Generate, plan: decide.Plan) -> Token:
+    """The last word of an answer that an earlier epoch had finished but for saying so."""
+    return Token(
+        request=ask.request,
+        reply=ask.reply,
+        index=plan.first_index,
+        token=None,
+        text="",
+        finish_reason=plan.ended,
+    )
+
+
+_BY_CODE = {kind.code: kind for kind in RequestError.__subclasses__()}
+
+
+def _failure(frame: Frame) -> RequestError:
+    try:
+        fail = msgspec.json.decode(frame.meta, type=Fail)
+    except msgspec.MsgspecError as error:
+        return ComputeFailed(f"a stage gave the request up and its reason does not decode: {error}")
+    return _BY_CODE.get(fail.code, ComputeFailed)(fail.message)

@@ -1,0 +1,1 @@
+"""placement: lays models out over the nodes' memory."""

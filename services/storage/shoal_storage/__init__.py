@@ -1,0 +1,1 @@
+"""storage: owns a node's disk."""

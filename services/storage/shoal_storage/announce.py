@@ -1,0 +1,112 @@
+"""What the cluster is told of a node's disk: the only writer of `state` at `model.<node>.*` and `storage.<node>`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.buckets import Bucket, model_key, storage_key
+from shoal_common.errors import ShoalError
+from shoal_common.logs import Log
+from shoal_common.messages import encode
+from shoal_common.messages.records import Manifest, ModelState, StorageState
+from shoal_common.names import DEFAULT_REVISION
+from shoal_common.service import Context
+from shoal_common.shape import read_shape
+from shoal_common.watch import View
+from shoal_storage.decide import Ledger, Limits
+from shoal_storage.disk import Disk
+from shoal_storage.limits import overridden
+
+log = Log("storage")
+
+
+class Announcer:
+    """Says what the ledger holds, when that differs from what was said."""
+
+    def __init__(self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View) -> None:
+        self._node, self._state = context.node, context.buckets.state
+        self._disk, self._ledger, self._limits = disk, ledger, limits
+        self._announced = announced
+        self._from_environment = overridden(context.environ)
+        self._publishing = asyncio.Lock()
+        self._published: StorageState | None = None
+
+    def use_limits(self, limits: Limits) -> None:
+        """Say these limits from the next time on."""
+        self._limits = limits
+
+    async def announce_all(self) -> None:
+        """At start and after a reconnection: say what the disk holds, and take back what it no longer does."""
+        held: set[str] = set()
+        for manifest in list(self._ledger.manifests.values()):
+            try:
+                await asyncio.to_thread(self._disk.build_view, manifest)
+                await self.announce(manifest)
+            except OSError as e:
+                log.warning("a model cannot be opened; not announced", model=manifest.model, why=str(e))
+                continue
+            held.add(model_key(self._node, manifest.model))
+        for key, _ in list(self._announced.items("model.", ModelState)):
+            if key not in held:
+                await self._state.delete(key)
+        self._published = None
+        await self.publish()
+
+    async def announce(self, manifest: Manifest) -> ModelState:
+        """Say that a model is ready. Returns what is said of it."""
+        lay = self._disk.layout
+        shape, why = None, ""
+        try:
+            shape = await asyncio.to_thread(read_shape, lay.view(manifest.repo, manifest.commit))
+        except ShoalError as e:
+            why = e.message
+        path = lay.manifest(manifest.repo, manifest.commit)
+        ready_at_s = (await asyncio.to_thread(path.stat)).st_mtime
+        state = ModelState(
+            node=self._node,
+            repo=manifest.repo,
+            commit=manifest.commit,
+            size_bytes=manifest.size_bytes,
+            file_count=len(manifest.files),
+            revisions=manifest.revisions or [DEFAULT_REVISION],
+            shape=shape,
+            shape_error=why,
+            ready_at_s=round(ready_at_s, 3),
+        )
+        await _say(self._state, model_key(self._node, manifest.model), state)
+        return state
+
+    async def take_back(self, model: str) -> None:
+        """Say that a model (`org/name@commit`) is here no more."""
+        await self._state.delete(model_key(self._node, model))
+
+    async def publish(self) -> None:
+        """Say how the disk stands, when that has changed."""
+        # One at a time, each reading the ledger in its turn: an older picture never follows a newer one.
+        async with self._publishing:
+            free = await asyncio.to_thread(self._disk.free_bytes)
+            ledger = self._ledger
+            state = StorageState(
+                node=self._node,
+                quota_bytes=self._limits.quota_bytes,
+                headroom_bytes=self._limits.headroom_bytes,
+                eviction_policy=self._limits.eviction_policy,
+                from_environment=self._from_environment,
+                used_bytes=ledger.used_bytes,
+                reserved_bytes=ledger.reserved_bytes,
+                free_bytes=free,
+                model_count=len(ledger.manifests),
+                blob_count=len(ledger.blobs),
+                quarantined=sorted(ledger.quarantined),
+                pinned=sorted(ledger.pinned & ledger.on_disk.keys()),
+            )
+            if state != self._published:
+                await _say(self._state, storage_key(self._node), state)
+                self._published = state
+
+
+async def _say(bucket: Bucket, key: str, value: object) -> None:
+    """Write unless exactly this stands there: a start that changes nothing writes nothing."""
+    entry = await bucket.get(key)
+    if entry is None or entry.value != encode(value):
+        await bucket.put(key, value)

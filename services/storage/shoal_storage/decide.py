@@ -1,0 +1,236 @@
+"""What storage decides, apart from doing it: admission, references, what a deletion takes with it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from shoal_common.errors import BadInput, BadName, QuotaExceeded
+from shoal_common.messages.records import Manifest
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+
+EvictionPolicy = Literal["manual", "lru"]
+_GIT = "git-"
+
+
+class Partial(msgspec.Struct):
+    """A blob on its way in: promised bytes, bytes allocated on the disk so far, and the models it is for."""
+
+    size_bytes: int
+    allocated_bytes: int = 0
+    models: set[str] = msgspec.field(default_factory=set)
+
+
+class Ledger(msgspec.Struct):
+    """What the disk holds, as known. The disk is the truth; this is rebuilt from it at start."""
+
+    blobs: dict[str, int] = msgspec.field(default_factory=dict)
+    """Bytes of each blob, by sha256."""
+    partials: dict[str, Partial] = msgspec.field(default_factory=dict)
+    manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
+    """Manifests of whole models, by `org/name@commit`."""
+    broken: dict[str, Manifest] = msgspec.field(default_factory=dict)
+    """Manifests of models that have lost blobs: never announced; their other blobs wait for a repair or an `rm`."""
+    promised: dict[str, set[str]] = msgspec.field(default_factory=dict)
+    """Blobs, present or arriving, that a fetch under way counts on, by `org/name@commit`."""
+    quarantined: set[str] = msgspec.field(default_factory=set)
+    """Blobs that were set aside because they were not what their name says, and are wanted back."""
+    git: dict[str, str] = msgspec.field(default_factory=dict)
+    """What blobs named by git's sha1 became when they were committed: `git-<sha1>` to sha256."""
+    pinned: set[str] = msgspec.field(default_factory=set)
+    """Models (`org/name@commit`) that people keep."""
+    last_uses: dict[str, float] = msgspec.field(default_factory=dict)
+    """Seconds since 1970 of each model's last use; of one that never ran, when it came in."""
+
+    @property
+    def on_disk(self) -> dict[str, Manifest]:
+        """Every manifest in the store, of whole models and of broken ones."""
+        return {**self.manifests, **self.broken}
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all blobs."""
+        return sum(self.blobs.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes promised to blobs that are arriving."""
+        return sum(p.size_bytes for p in self.partials.values())
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
+        return sum(max(0, p.size_bytes - p.allocated_bytes) for p in self.partials.values())
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """A node's settings. `quota_bytes` None: only the disk limits."""
+
+    quota_bytes: int | None
+    headroom_bytes: int
+    eviction_policy: EvictionPolicy = "manual"
+
+
+class Shortfall(msgspec.Struct, frozen=True):
+    """Bytes that would have to go before others may come in: for the quota, and for the disk."""
+
+    quota_bytes: int
+    disk_bytes: int
+
+    @property
+    def need_bytes(self) -> int:
+        """What has to be freed to meet both."""
+        return max(self.quota_bytes, self.disk_bytes)
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """An approval: which blobs are here, which are to come (new or already on their way)."""
+
+    present: list[str]
+    missing: list[str]
+    needed_bytes: int
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check every name and size of a manifest from outside, once, at the edge (I10). Raises BadName, BadInput."""
+    if ModelRef.parse(manifest.repo).repo != manifest.repo:
+        raise BadName(f"{manifest.repo[:200]!r} is not a model's repository: org/name is expected")
+    check_commit(manifest.commit)
+    for revision in manifest.revisions:
+        ModelRef.parse(f"{manifest.repo}@{revision}")
+    sizes: dict[str, int] = {}
+    paths: set[str] = set()
+    for f in manifest.files:
+        check_file_path(f.path)
+        check_blob(f.blob)
+        if f.sha256.startswith(_GIT):
+            raise BadName(f"{f.sha256!r}, given for {f.path}, is not a sha256")
+        if f.path in paths:
+            raise BadInput(f"the manifest of {manifest.model} has {f.path} twice")
+        if f.size_bytes < 0 or sizes.setdefault(f.blob, f.size_bytes) != f.size_bytes:
+            raise BadInput(f"the manifest of {manifest.model} gives {f.path} a size that cannot be: {f.size_bytes}")
+        paths.add(f.path)
+    for path in paths:
+        parts = path.split("/")
+        for end in range(1, len(parts)):
+            if (above := "/".join(parts[:end])) in paths:
+                raise BadInput(f"in the manifest of {manifest.model} {above} is both a file and a directory")
+
+
+def shortfall(needed_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int) -> Shortfall:
+    """What is lacking for so many new bytes. Nothing needed lacks nothing, however full it is."""
+    if needed_bytes <= 0:
+        return Shortfall(0, 0)
+    quota = 0
+    if limits.quota_bytes is not None:
+        quota = needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes)
+    disk = needed_bytes - (free_bytes - limits.headroom_bytes - ledger.in_flight_bytes)
+    return Shortfall(max(quota, 0), max(disk, 0))
+
+
+def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -> Admission:
+    """Approve a manifest's missing blobs, or raise QuotaExceeded with the figures (I3).
+
+    Needed are the distinct bytes neither present nor promised. They must fit the quota beside all that is present
+    and promised, and the disk beside the headroom and all that is still to be written. A blob whose size has
+    changed under us is missing: a new one will take its place. Raises BadInput for a size that contradicts what
+    was promised already.
+    """
+    sizes = manifest.blob_sizes
+    present = [b for b in sizes if ledger.blobs.get(b) == sizes[b]]
+    missing = [b for b in sizes if ledger.blobs.get(b) != sizes[b]]
+    for blob in missing:
+        promised = ledger.partials.get(blob)
+        if promised is not None and promised.size_bytes != sizes[blob]:
+            raise BadInput(
+                f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, and it is arriving with "
+                f"{promised.size_bytes}: one of the two manifests is wrong; cancel the other download to try this one"
+            )
+    needed = sum(sizes[b] for b in missing if b not in ledger.partials)
+    lacking = shortfall(needed, ledger, limits, free_bytes)
+    figures = {
+        "needed_bytes": needed,
+        "free_bytes": free_bytes,
+        "headroom_bytes": limits.headroom_bytes,
+        "in_flight_bytes": ledger.in_flight_bytes,
+        "quota_bytes": limits.quota_bytes,
+        "used_bytes": ledger.used_bytes,
+        "reserved_bytes": ledger.reserved_bytes,
+        "shortfall_bytes": lacking.need_bytes,
+    }
+    if lacking.quota_bytes:
+        raise QuotaExceeded(
+            f"{manifest.repo} needs {human(needed)} and the quota of {human(limits.quota_bytes or 0)} has "
+            f"{human(max(needed - lacking.quota_bytes, 0))} left ({human(ledger.used_bytes)} used, "
+            f"{human(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise max_storage_bytes",
+            **figures,
+        )
+    if lacking.disk_bytes:
+        raise QuotaExceeded(
+            f"{manifest.repo} needs {human(needed)} and the disk has {human(max(needed - lacking.disk_bytes, 0))} "
+            f"to give ({human(free_bytes)} free, {human(limits.headroom_bytes)} kept free, "
+            f"{human(ledger.in_flight_bytes)} promised): free some space, or remove a model with `shoal rm`",
+            **figures,
+        )
+    return Admission(present=present, missing=missing, needed_bytes=needed)
+
+
+def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
+    """Blobs that a manifest or a fetch under way needs, not counting the models in `leaving`."""
+    gone = set(leaving)
+    needed = {b for model, m in ledger.on_disk.items() if model not in gone for b in m.blob_sizes}
+    for model, blobs in ledger.promised.items():
+        if model not in gone:
+            needed |= blobs
+    for blob, partial in ledger.partials.items():
+        if partial.models - gone:
+            needed.add(blob)
+    return needed
+
+
+def blobs_of(model: str, ledger: Ledger) -> set[str]:
+    """Every blob, present or arriving, that is here for a model."""
+    manifest = ledger.on_disk.get(model)
+    its = set(manifest.blob_sizes) if manifest else set()
+    its |= ledger.promised.get(model, set())
+    return its | {b for b, p in ledger.partials.items() if model in p.models}
+
+
+def freed_by(model: str, ledger: Ledger) -> list[str]:
+    """Blobs of a model that nothing else needs: what removing it removes."""
+    return sorted(blobs_of(model, ledger) - referenced(ledger, leaving=[model]))
+
+
+def left_behind(deleted: Manifest, ledger: Ledger) -> list[str]:
+    """Blobs of a model whose deletion a crash interrupted, that nothing else needs."""
+    return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced(ledger))
+
+
+def arriving(repo: str, revision: str, ledger: Ledger) -> list[str]:
+    """Models of a repo (`org/name@commit`) of which something is reserved, whole ones aside.
+
+    Which branch a model on its way was asked under is not known here: a revision matches by commit only.
+    """
+    models = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}
+    wanted = {m for m in models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
+
+
+def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Manifest]:
+    """The manifests a person means by `org/name` (all commits) or `org/name@revision`."""
+    found = [m for m in manifests if m.repo == repo]
+    if revision:
+        found = [m for m in found if m.commit == revision or revision in m.revisions]
+    return sorted(found, key=lambda m: m.commit)
+
+
+def human(size_bytes: int) -> str:
+    """Bytes for people, in decimal units as disks are sold."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{size_bytes} B"
+        value /= 1000
+    return f"{value:.4g} TB"

@@ -1,0 +1,44 @@
+"""Where a store may not be: on a file system of another machine, whose locks do not keep two storages apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from shoal_common.errors import Unsupported
+
+LYING_LOCKS = frozenset({"9p", "afpfs", "cifs", "fuse.sshfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"})
+"""File systems on which flock(2) is local to one machine, or succeeds for everybody."""
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """A mounted file system."""
+
+    at: Path
+    kind: str
+
+
+def mounts() -> list[Mount]:
+    """What is mounted on this machine."""
+    return [Mount(Path(p.mountpoint), p.fstype) for p in psutil.disk_partitions(all=True)]
+
+
+def kind_of(root: Path, mounted: Iterable[Mount]) -> str:
+    """The kind of the file system that holds an absolute path: that of the deepest mount above it, the last one of
+    several at the same place. "" when none is known.
+    """
+    above = [m for m in mounted if root.is_relative_to(m.at)]
+    return max(enumerate(above), key=lambda pair: (len(pair[1].at.parts), pair[0]))[1].kind if above else ""
+
+
+def refuse_lying_locks(root: Path, mounted: Iterable[Mount]) -> None:
+    """Raise Unsupported when a store's locks would not hold where it is."""
+    kind = kind_of(root, mounted)
+    if kind in LYING_LOCKS:
+        raise Unsupported(
+            f"the store at {root} is on {kind}, where locks do not hold between machines and two nodes could write "
+            "one store: set storage.path in node.toml to a disk of this machine"
+        )

@@ -1,0 +1,391 @@
+"""The guard: one critical section around the ledger and the disk, and what the cluster is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import structs
+
+from shoal_common.commands import Verb
+from shoal_common.errors import BadInput, Corrupt, InUse, NotFound, Unavailable
+from shoal_common.logs import Log
+from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.questions import (
+    AskManifest,
+    AskPlan,
+    CommitBlob,
+    Committed,
+    Done,
+    NoteUse,
+    Release,
+    Reserve,
+    Reserved,
+    SealModel,
+    Withdraw,
+)
+from shoal_common.messages.records import InstanceSpec, Manifest, ModelState
+from shoal_common.names import ModelRef, check_blob
+from shoal_common.questions import Question
+from shoal_common.service import Context
+from shoal_common.watch import View, caught_up
+from shoal_storage.announce import Announcer
+from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
+from shoal_storage.decide import Ledger, Limits, Partial, arriving, check_manifest, freed_by, matching
+from shoal_storage.disk import Disk, require_present
+from shoal_storage.evict import as_told, uses_of
+from shoal_storage.keeping import Keeping
+from shoal_storage.limits import read_limits
+from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.room import Room
+from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
+from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
+
+log = Log("storage")
+
+_DELETE_DEADLINE_S = 60.0
+_WITHDRAW_PATIENCE_S = 8.0
+_FREE_SPACE_LOOK_S = 5.0
+_CATCH_UP_S = 5.0
+
+
+class Guard:
+    """Storage of one node. Every change of the ledger happens under `_section`."""
+
+    def __init__(
+        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, specs: View, announcer: Announcer
+    ) -> None:
+        self._context, self._disk, self._ledger = context, disk, ledger
+        self._specs, self._announcer = specs, announcer
+        self._section = asyncio.Lock()
+        self.room = Room(context, disk, ledger, limits, specs, announcer, self._remove)
+        self.keeping = Keeping(disk.layout, ledger)
+        self._committing: dict[str, asyncio.Task[Committed]] = {}
+        self._deleting: set[asyncio.Task[dict[str, object]]] = set()
+
+    @property
+    def section(self) -> asyncio.Lock:
+        """What the ledger and the disk are changed under."""
+        return self._section
+
+    # Questions
+
+    async def reserve(self, question: Reserve) -> Reserved:
+        """Approve a fetch and promise its bytes, or raise QuotaExceeded."""
+        check_manifest(question.manifest)
+        async with self._section:
+            manifest, known = await self._with_known(question.manifest)
+            sizes, promised = manifest.blob_sizes, self._ledger.promised
+            before = promised.get(manifest.model)
+            # Promised first: what is here of it already does not go to make room for the rest.
+            promised[manifest.model] = set(sizes)
+            try:
+                admission, evicted = await self.room.admit(manifest)
+                if promised[manifest.model] != before:
+                    await asyncio.to_thread(self.keeping.promise, manifest.model)
+                for blob in admission.missing:
+                    await self._promise(blob, sizes[blob], manifest.model)
+            except BaseException:
+                if before is None:
+                    del promised[manifest.model]
+                else:
+                    promised[manifest.model] = before
+                raise
+        await self._announcer.publish()
+        log.info(
+            "reserved", model=manifest.model, needed_bytes=admission.needed_bytes, present=len(admission.present)
+        )
+        told = as_told(evicted) if evicted else None
+        return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
+
+    async def _promise(self, blob: str, size_bytes: int, model: str) -> None:
+        partial = self._ledger.partials.get(blob) or Partial(size_bytes)
+        models = {*partial.models, model}
+        # Files removed by hand while we ran are made again: the disk is the truth.
+        if models != partial.models or not await asyncio.to_thread(self._disk.has_partial, blob):
+            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models)
+            partial.models = models
+        self._ledger.partials[blob] = partial
+
+    async def _with_known(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
+        """A manifest with the sha256 of those small files that are here already."""
+        known: dict[str, str] = {}
+        for f in manifest.files:
+            if not f.sha256:
+                found = self._ledger.git.get(f.blob)
+                if found not in self._ledger.blobs:
+                    found = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
+                if found:
+                    known[f.blob] = found
+        files = [structs.replace(f, sha256=known.get(f.blob, f.sha256)) for f in manifest.files]
+        return structs.replace(manifest, files=files), known
+
+    async def release(self, question: Release) -> Done:
+        """End a reservation. Bytes that only it wanted are removed."""
+        check_manifest(question.manifest)
+        async with self._section:
+            manifest, _ = await self._with_known(question.manifest)
+            model = manifest.model
+            if model in self._ledger.on_disk:
+                await self._end_promise(model)
+            else:
+                self._ledger.promised.setdefault(model, set()).update(manifest.blob_sizes)
+                await self._remove(model)
+        await self._announcer.publish()
+        return Done()
+
+    async def _end_promise(self, model: str) -> None:
+        """A model's fetch is over: partials that only it wanted go."""
+        await asyncio.to_thread(self.keeping.end_promise, model)
+        for blob, partial in list(self._ledger.partials.items()):
+            if model not in partial.models:
+                continue
+            rest = partial.models - {model}
+            if rest:
+                # On the disk too, or the next start would think that two still want it.
+                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
+                partial.models = rest
+            else:
+                await asyncio.to_thread(self._disk.remove_partial, blob)
+                del self._ledger.partials[blob]
+
+    async def _remove(self, model: str) -> int:
+        """Remove a model, whole, broken or on its way in, with the blobs that only it needs. Returns bytes freed."""
+        leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
+        repo, _, commit = model.rpartition("@")
+        await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
+        await asyncio.to_thread(self.keeping.forget, model)
+        self._ledger.manifests.pop(model, None)
+        self._ledger.broken.pop(model, None)
+        freed = sum(self._ledger.blobs.pop(blob) for blob in leaving)
+        self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
+        await self._end_promise(model)
+        await forget_useless(self._disk, self._ledger)
+        return freed
+
+    async def commit(self, question: CommitBlob) -> Committed:
+        """Verify all of a partial and make it a blob. Asked by several fetches at once, it is done once."""
+        blob = check_blob(question.blob)
+        task = self._committing.get(blob)
+        if task is None:
+            task = asyncio.create_task(self._commit(blob))
+            self._committing[blob] = task
+            task.add_done_callback(lambda _: self._committing.pop(blob, None))
+        return await asyncio.shield(task)
+
+    async def _commit(self, blob: str) -> Committed:
+        partial = self._ledger.partials.get(blob)
+        if partial is None:
+            sha256 = self._ledger.git.get(blob, blob)
+            if sha256 in self._ledger.blobs:
+                return Committed(sha256=sha256, size_bytes=self._ledger.blobs[sha256])
+            raise NotFound(f"blob {blob[:16]}… has no reservation here; reserve it first")
+        try:
+            # Hashing takes seconds per GB: outside the critical section, nobody else writes this partial.
+            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes)
+        except FileNotFoundError:
+            raise NotFound(f"the partial of {blob[:16]}… has gone; reserve it again") from None
+        except Corrupt:
+            async with self._section:
+                self._require_same(blob, partial)
+                await asyncio.to_thread(self._disk.remove_partial, blob)
+                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, partial.models)
+            raise
+        async with self._section:
+            self._require_same(blob, partial)
+            for model, promised in self._ledger.promised.items():
+                if blob in promised and digests.sha256 not in promised:
+                    promised.add(digests.sha256)
+                    await asyncio.to_thread(self.keeping.promise, model)
+            await asyncio.to_thread(self._disk.commit, blob, digests)
+            del self._ledger.partials[blob]
+            self._ledger.blobs[digests.sha256] = digests.size_bytes
+            self._ledger.quarantined.discard(digests.sha256)
+            if blob != digests.sha256:
+                self._ledger.git[blob] = digests.sha256
+        await self._announcer.publish()
+        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes)
+
+    def _require_same(self, blob: str, verified: Partial) -> None:
+        # Withdrawn and reserved anew while we hashed: that one's bytes are not those that were verified.
+        if self._ledger.partials.get(blob) is not verified:
+            raise NotFound(f"the reservation of blob {blob[:16]}… was withdrawn; reserve it again")
+
+    async def seal(self, question: SealModel) -> ModelState:
+        """Make a model present: all its blobs are. Returns what the cluster is told of it."""
+        manifest = question.manifest
+        check_manifest(manifest)
+        if not manifest.sealed:
+            raise BadInput(f"the manifest of {manifest.model} is not sealed: it lacks the sha256 of some files")
+        async with self._section:
+            held = self._ledger.manifests.get(manifest.model)
+            names = sorted({*manifest.revisions, *(held.revisions if held else [])})
+            # A commit never changes: what was sealed stands, and only gains names.
+            manifest = structs.replace(held or manifest, revisions=names)
+            for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
+                self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
+            require_present(manifest, self._ledger)
+            await asyncio.to_thread(self._disk.build_view if manifest == held else self._disk.seal, manifest)
+            self._ledger.manifests[manifest.model] = manifest
+            self._ledger.broken.pop(manifest.model, None)
+            await asyncio.to_thread(self.keeping.came_in, manifest.model)
+            await self._end_promise(manifest.model)
+            state = await self._announcer.announce(manifest)
+        await self._announcer.publish()
+        if held is None:
+            await self._context.events.tell("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
+        log.info("model is ready", model=manifest.model, size_bytes=manifest.size_bytes)
+        return state
+
+    async def manifest(self, question: AskManifest) -> Manifest:
+        """The manifest of a model held here."""
+        ref = ModelRef.parse(question.model)
+        found = matching(ref.repo, ref.revision, self._ledger.manifests.values())
+        if not found:
+            raise NotFound(f"{ref} is not on node {self._context.node}")
+        return found[-1]
+
+    # Commands
+
+    async def delete(self, command: Delete, _: str) -> dict[str, object]:
+        """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
+        ref = ModelRef.parse(command.model)
+        revision = ref.revision if "@" in command.model else ""
+        await self._refuse_if_used(ref.repo, revision)
+        await self._context.ask(
+            "fetcher",
+            self._context.node,
+            "withdraw",
+            Withdraw(repo=ref.repo, revision=revision),
+            Done,
+            deadline_s=_DELETE_DEADLINE_S / 2,
+            patience_s=_WITHDRAW_PATIENCE_S,
+        )
+        # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
+        deleting = asyncio.create_task(self._delete(ref, revision))
+        self._deleting.add(deleting)
+        deleting.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(deleting)
+
+    async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
+        freed = 0
+        async with self._section:
+            await self._refuse_if_used(ref.repo, revision)
+            found = matching(ref.repo, revision, self._ledger.on_disk.values())
+            for manifest in found:
+                freed += await self._remove(manifest.model)
+                await self._announcer.take_back(manifest.model)
+                await self._context.events.tell("model_deleted", model=manifest.model)
+            for model in arriving(ref.repo, revision, self._ledger):
+                freed += await self._remove(model)
+        await self._announcer.publish()
+        log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
+        return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
+
+    async def _refuse_if_used(self, repo: str, revision: str) -> None:
+        held = matching(repo, revision, self._ledger.on_disk.values())
+        if not held:
+            return
+        for manifest in held:
+            if manifest.model in self._ledger.pinned:
+                raise InUse(
+                    f"{manifest.model} is pinned on node {self._context.node}: "
+                    f"`shoal storage unpin {manifest.model}` lets it go"
+                )
+        try:
+            # An instance that was placed a moment ago counts (I4).
+            await caught_up(self._context.nats, self._specs, _CATCH_UP_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"NATS does not say which instances use {repo}; nothing was deleted, try again"
+            ) from None
+        uses = uses_of((s for _, s in self._specs.items("instance.", InstanceSpec)), self._context.node)
+        for manifest in held:
+            if instance := uses.get(manifest.model):
+                raise InUse(
+                    f"{repo} on node {self._context.node} is used by instance {instance}: "
+                    f"stop it first with `shoal stop {instance}`",
+                    instance=instance,
+                )
+
+    # Around
+
+    def use_limits(self, limits: Limits) -> None:
+        """From now on these settings hold. The next `publish` tells the cluster."""
+        self.room.limits = limits
+        self._announcer.use_limits(limits)
+
+    async def say_again_after_reconnects(self) -> None:
+        """A NATS that comes back may have lost its store, and with it what we said."""
+        reconnects = self._context.nats.reconnects
+        seen = reconnects.count
+        while True:
+            seen = await reconnects.wait_after(seen)
+            try:
+                async with self._section:
+                    await self._announcer.announce_all()
+            except Unavailable as e:
+                log.warning("what the disk holds could not be said again", why=e.message)
+
+    async def watch_free_space(self) -> None:
+        """Keep the free space in the liveness facts true."""
+        while True:
+            free = await asyncio.to_thread(self._disk.free_bytes)
+            self._context.liveness.set_facts(Facts(disk_free_bytes=free))
+            await asyncio.sleep(_FREE_SPACE_LOOK_S)
+
+
+async def run(context: Context) -> None:
+    """The storage service."""
+    limits = read_limits(context.config.settings, context.environ)
+    disk = Disk(context.config.store)
+    await asyncio.to_thread(disk.open)
+    ledger = await asyncio.to_thread(disk.recover)
+    ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
+    await forget_useless(disk, ledger)
+    async with asyncio.TaskGroup() as tasks:
+        specs = await context.view(tasks, "spec")
+        announced = await context.view(tasks, "state", f"model.{context.node}.>")
+        announcer = Announcer(context, disk, ledger, limits, announced)
+        guard = Guard(context, disk, ledger, limits, specs, announcer)
+        await asyncio.to_thread(guard.keeping.read)
+        await announcer.announce_all()
+        settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
+        context.background(tasks, guard.say_again_after_reconnects())
+        context.background(tasks, guard.watch_free_space())
+        upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
+        context.background(tasks, upkeep.keep_uses())
+        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
+        context.background(tasks, verifier.verify_slowly())
+        tasks.create_task(_stop_hashing(context, disk))
+        tasks.create_task(
+            context.serve(
+                {
+                    "reserve": Question(Reserve, guard.reserve),
+                    "release": Question(Release, guard.release),
+                    "commit": Question(CommitBlob, guard.commit),
+                    "seal": Question(SealModel, guard.seal),
+                    "manifest": Question(AskManifest, guard.manifest),
+                    "plan": Question(AskPlan, upkeep.plan),
+                    "used": Question(NoteUse, upkeep.used),
+                }
+            )
+        )
+        tasks.create_task(
+            context.work(
+                {
+                    "delete": Verb(Delete, guard.delete, _DELETE_DEADLINE_S),
+                    "pin": Verb(Pin, upkeep.pin, UPKEEP_DEADLINE_S),
+                    "gc": Verb(CollectGarbage, upkeep.collect_garbage, UPKEEP_DEADLINE_S),
+                    "configure": Verb(Configure, settings.configure, CONFIGURE_DEADLINE_S),
+                    "verify": Verb(Verify, verifier.verify, VERIFY_DEADLINE_S),
+                }
+            )
+        )
+        context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
+    await upkeep.write_uses()
+
+
+async def _stop_hashing(context: Context, disk: Disk) -> None:
+    await context.stopping.wait()
+    disk.stopping.set()

@@ -1,0 +1,113 @@
+"""The node's storage settings: `[storage]` of node.toml, and the environment, which wins. Pure.
+
+max_storage_bytes   SHOAL_MAX_STORAGE_BYTES   quota for blobs, present and promised    only the disk limits
+eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit, lru makes room      manual
+headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk        1 GiB
+path                                          where the store is                       <home>/store
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast, get_args
+
+from msgspec import UNSET
+
+from shoal_common.errors import BadInput, Refused
+from shoal_common.messages.commands import Configure
+from shoal_storage.decide import EvictionPolicy, Limits, human
+
+DEFAULT_HEADROOM_BYTES = 1 << 30
+VARIABLES = {
+    "max_storage_bytes": "SHOAL_MAX_STORAGE_BYTES",
+    "eviction_policy": "SHOAL_EVICTION_POLICY",
+    "headroom_bytes": "SHOAL_HEADROOM_BYTES",
+}
+"""Each setting that can be changed, and the variable that wins over it."""
+_MOST_BYTES = (1 << 63) - 1
+
+
+def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> Limits:
+    """The limits of this node, from the parsed node.toml and the environment. Raises BadInput naming the setting."""
+    section = settings.get("storage", {})
+    if not isinstance(section, Mapping):
+        raise BadInput(f"storage in node.toml is {section!r}: a section [storage] is expected")
+    if not isinstance(section.get("path", ""), str):
+        raise BadInput(f"storage.path in node.toml is {section['path']!r}: a path in quotes is expected")
+    headroom = _bytes("headroom_bytes", section, environ)
+    return Limits(
+        quota_bytes=_bytes("max_storage_bytes", section, environ),
+        headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
+        eviction_policy=_policy(section, environ),
+    )
+
+
+def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
+    variable = VARIABLES[name]
+    return (variable, environ[variable]) if environ.get(variable) else (f"storage.{name}", section.get(name))
+
+
+def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+    where, value = _stated(name, section, environ)
+    if value is None:
+        return None
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
+        raise BadInput(f"{where} is {value!r}: a whole number of bytes is expected, for example 500000000000")
+    return int(text)
+
+
+def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> EvictionPolicy:
+    where, value = _stated("eviction_policy", section, environ)
+    if value is None:
+        return "manual"
+    if value not in get_args(EvictionPolicy):
+        raise BadInput(f'{where} is {value!r}: "manual" and "lru" are possible')
+    return cast(EvictionPolicy, value)
+
+
+def overridden(environ: Mapping[str, str]) -> list[str]:
+    """The settings that the environment holds, against which the file is of no use."""
+    return [name for name, variable in VARIABLES.items() if environ.get(variable)]
+
+
+def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, int | str | None]:
+    """What `configure` changes in the file; None takes a key away. Raises BadInput; Refused for the overridden.
+
+    Asking for what the environment holds would be a change without effect, so it is refused, all of it.
+    """
+    asked = {name: getattr(command, name) for name in VARIABLES}
+    changes = {name: value for name, value in asked.items() if value is not UNSET}
+    if not changes:
+        raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
+    for name, value in changes.items():
+        if isinstance(value, int) and not 0 <= value <= _MOST_BYTES:
+            raise BadInput(f"{name} is {value}: a whole number of bytes from 0 is expected", param=name)
+        if environ.get(VARIABLES[name]):
+            raise Refused(
+                f"{name} comes from the environment here, which wins over the file: unset {VARIABLES[name]} for "
+                "storage and restart it; nothing was changed",
+                variable=VARIABLES[name],
+            )
+    return changes
+
+
+def remark(limits: Limits, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
+    """What a person who set these limits had better know, or ""."""
+    taken = used_bytes + reserved_bytes
+    if limits.quota_bytes is not None and taken > limits.quota_bytes:
+        then = (
+            "what comes next makes room first"
+            if limits.eviction_policy == "lru"
+            else "nothing comes in until models are removed with `shoal rm`"
+        )
+        return (
+            f"{human(taken)} are used or promised already, more than the quota of {human(limits.quota_bytes)}: "
+            f"nothing is removed for that, and {then}"
+        )
+    if free_bytes < limits.headroom_bytes:
+        return (
+            f"the disk has {human(free_bytes)} free, less than the {human(limits.headroom_bytes)} that shall stay "
+            "free: nothing comes in until there is more"
+        )
+    return ""

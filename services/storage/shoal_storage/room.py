@@ -1,0 +1,163 @@
+"""Making room: plans made of what is known now, and carried out step by step. Only within the guard's section."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from msgspec import structs
+
+from shoal_common.errors import QuotaExceeded, Unavailable
+from shoal_common.logs import Log
+from shoal_common.messages.questions import EvictionPlan, Victim
+from shoal_common.messages.records import InstanceSpec, Manifest
+from shoal_common.service import Context
+from shoal_common.watch import View, caught_up
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Admission, Ledger, Limits, admit, human, shortfall
+from shoal_storage.disk import Disk
+from shoal_storage.evict import garbage_of, kept_models, plan, refusal_with, uses_of
+
+log = Log("storage")
+
+CATCH_UP_S = 5.0
+_PLANS_AT_MOST = 5
+_FREED_DEADLINE_S = 5.0
+"""How long a file system may take to give back what was removed."""
+_FREED_LOOK_S = 0.1
+
+
+class Room:
+    """Finds out what may go, and makes it go. `remove` takes a model off disk and ledger and returns bytes freed."""
+
+    def __init__(
+        self,
+        context: Context,
+        disk: Disk,
+        ledger: Ledger,
+        limits: Limits,
+        specs: View,
+        announcer: Announcer,
+        remove: Callable[[str], Awaitable[int]],
+    ) -> None:
+        self._context, self._disk, self._ledger = context, disk, ledger
+        self.limits = limits
+        self._specs, self._announcer, self._remove = specs, announcer, remove
+
+    async def uses(self) -> dict[str, str]:
+        """The models that instances use on this node, as of this moment (I4). Raises Unavailable."""
+        try:
+            await caught_up(self._context.nats, self._specs, CATCH_UP_S)
+        except TimeoutError:
+            raise Unavailable(
+                "NATS does not say which instances use the models of this node; nothing was removed, try again"
+            ) from None
+        return uses_of((s for _, s in self._specs.items("instance.", InstanceSpec)), self._context.node)
+
+    async def free_bytes(self) -> int:
+        """What the file system has, with what arriving blobs have taken of it brought up to date first."""
+        for blob, partial in self._ledger.partials.items():
+            partial.allocated_bytes = await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
+        return await asyncio.to_thread(self._disk.free_bytes)
+
+    async def plan_for(self, new_bytes: int) -> EvictionPlan:
+        """What would go for so many new bytes to come in. Nothing is done."""
+        return await self._plan(shortfall(new_bytes, self._ledger, self.limits, await self.free_bytes()).need_bytes)
+
+    async def _plan(self, need_bytes: int, asking: str = "") -> EvictionPlan:
+        ledger = self._ledger
+        kept = kept_models(ledger, await self.uses())
+        if asking not in ledger.on_disk:
+            kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
+        return plan(need_bytes, ledger, ledger.last_uses, kept)
+
+    async def admit(self, manifest: Manifest) -> tuple[Admission, EvictionPlan | None]:
+        """Approve a manifest, making room when the policy is to. Returns what went. Raises QuotaExceeded.
+
+        What the manifest needs has to be promised already: else it could go to make room for itself.
+        """
+        went: EvictionPlan | None = None
+        for _ in range(_PLANS_AT_MOST):
+            try:
+                return admit(manifest, self._ledger, self.limits, await self.free_bytes()), went
+            except QuotaExceeded as refusal:
+                if went is not None and went.enough:
+                    await self._wait_freed(manifest, went)
+                    continue
+                made = await self._plan(refusal.details["shortfall_bytes"], asking=manifest.model)
+                if (policy := self.limits.eviction_policy) != "lru" or not made.enough:
+                    raise refusal_with(refusal, made, policy) from None
+            done = await self.carry_out(made)
+            went = done if went is None else _together(went, done)
+        raise Unavailable(
+            f"models of node {self._context.node} came into use again and again while room was made for "
+            f"{manifest.repo}; try again"
+        )
+
+    async def _wait_freed(self, manifest: Manifest, went: EvictionPlan) -> None:
+        """A whole plan was carried out and the disk lacks space still: more victims would be no help.
+
+        Files that somebody has open keep their space until they are closed.
+        """
+        give_up_s = asyncio.get_running_loop().time() + _FREED_DEADLINE_S
+        while True:
+            try:
+                admit(manifest, self._ledger, self.limits, await self.free_bytes())
+                return
+            except QuotaExceeded as refusal:
+                if asyncio.get_running_loop().time() > give_up_s:
+                    raise QuotaExceeded(
+                        f"{refusal.message}; {human(went.frees_bytes)} were evicted for it, and the disk has not "
+                        "given them back: a process has these files open (`lsof +L1` names it), or others write to "
+                        "this disk",
+                        **refusal.details,
+                        evicted=[v.model for v in went.victims],
+                    ) from None
+            await asyncio.sleep(_FREED_LOOK_S)
+
+    async def carry_out(self, made: EvictionPlan) -> EvictionPlan:
+        """Do what a plan says, up to a victim that has come into use. Returns what was done; `enough` if all was."""
+        garbage_bytes = await self.remove_garbage(made.garbage)
+        done: list[Victim] = []
+        for victim in made.victims:
+            uses = await self.uses()
+            if victim.model in uses:
+                log.info("a victim came into use; planning anew", model=victim.model, instance=uses[victim.model])
+                break
+            freed = await self._remove(victim.model)
+            done.append(structs.replace(victim, frees_bytes=freed))
+            await self._announcer.take_back(victim.model)
+            await self._context.events.tell(
+                "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
+            )
+            log.info("evicted", model=victim.model, freed_bytes=freed)
+        await self._announcer.publish()
+        return structs.replace(
+            made,
+            garbage_bytes=garbage_bytes,
+            victims=done,
+            frees_bytes=garbage_bytes + sum(v.frees_bytes for v in done),
+            enough=len(done) == len(made.victims),
+        )
+
+    async def remove_garbage(self, blobs: Iterable[str] | None = None) -> int:
+        """Remove these blobs, or all that nothing refers to. Returns bytes freed."""
+        freed = 0
+        for sha256 in garbage_of(self._ledger) if blobs is None else blobs:
+            await asyncio.to_thread(self._disk.remove_blob, sha256)
+            freed += self._ledger.blobs.pop(sha256, 0)
+        self._ledger.git = {git: sha for git, sha in self._ledger.git.items() if sha in self._ledger.blobs}
+        return freed
+
+
+def _together(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
+    """What two plans have done, one after the other, for the need of the first."""
+    return structs.replace(
+        second,
+        need_bytes=first.need_bytes,
+        garbage=first.garbage + second.garbage,
+        garbage_bytes=first.garbage_bytes + second.garbage_bytes,
+        victims=first.victims + second.victims,
+        frees_bytes=first.frees_bytes + second.frees_bytes,
+        evictable_bytes=first.evictable_bytes,
+    )

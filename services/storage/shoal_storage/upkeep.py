@@ -1,0 +1,88 @@
+"""What people and the inference service say about keeping: pins, uses, plans and garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from shoal_common.errors import BadInput, NotFound
+from shoal_common.messages.commands import CollectGarbage, Pin
+from shoal_common.messages.questions import AskPlan, Done, EvictionPlan, NoteUse
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Ledger, matching
+from shoal_storage.evict import as_told, garbage_of
+from shoal_storage.keeping import WRITE_EVERY_S, Keeping
+from shoal_storage.room import Room
+
+UPKEEP_DEADLINE_S = 60.0
+
+
+class Upkeep:
+    """Answers them within the guard's section."""
+
+    def __init__(
+        self,
+        context: Context,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        room: Room,
+        keeping: Keeping,
+        announcer: Announcer,
+    ) -> None:
+        self._node, self._ledger, self._section = context.node, ledger, section
+        self._room, self._keeping, self._announcer = room, keeping, announcer
+
+    # Questions
+
+    async def plan(self, question: AskPlan) -> EvictionPlan:
+        """What would go for so many bytes to come in. Nothing is done."""
+        if question.need_bytes < 0:
+            raise BadInput(f"need_bytes is {question.need_bytes}: how many bytes are to come in is expected")
+        async with self._section:
+            return as_told(await self._room.plan_for(question.need_bytes))
+
+    async def used(self, question: NoteUse) -> Done:
+        """Models of this node were used now. On the disk soon, not at once."""
+        self._keeping.used(question.models, time.time())
+        return Done()
+
+    # Commands
+
+    async def pin(self, command: Pin, _: str) -> dict[str, object]:
+        """Keep a model, all its commits or the one named; or keep it no longer. Durable before it is acknowledged."""
+        ref = ModelRef.parse(command.model)
+        revision = ref.revision if "@" in command.model else ""
+        async with self._section:
+            models = [m.model for m in matching(ref.repo, revision, self._ledger.on_disk.values())]
+            if command.pinned and not models:
+                raise NotFound(
+                    f"{command.model} is not on node {self._node}, and only what is there can be pinned: "
+                    "pull it first"
+                )
+            for model in models:
+                await asyncio.to_thread(self._keeping.pin if command.pinned else self._keeping.unpin, model)
+        await self._announcer.publish()
+        return {"models": models, "pinned": command.pinned}
+
+    async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
+        """Remove what nothing refers to."""
+        async with self._section:
+            garbage = garbage_of(self._ledger)
+            freed = await self._room.remove_garbage(garbage)
+        await self._announcer.publish()
+        return {"freed_bytes": freed, "blobs": len(garbage)}
+
+    # Around
+
+    async def keep_uses(self) -> None:
+        """Write last uses now and then: many answers, few writes."""
+        while True:
+            await asyncio.sleep(WRITE_EVERY_S)
+            await self.write_uses()
+
+    async def write_uses(self) -> None:
+        """Make the last uses that were noted durable."""
+        async with self._section:
+            await asyncio.to_thread(self._keeping.write_uses)

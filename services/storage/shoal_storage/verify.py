@@ -1,0 +1,192 @@
+"""Looking again at what is on the disk: when a person asks (`verify`), and slowly all the time.
+
+One blob at a time, and never in the critical section: only setting a corrupt blob aside is done there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+
+import msgspec
+
+from shoal_common.errors import NotFound, ShoalError
+from shoal_common.logs import Log
+from shoal_common.messages.commands import Verify
+from shoal_common.messages.records import InstanceSpec
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_storage import quarantine
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Ledger, matching
+from shoal_storage.disk import Disk
+from shoal_storage.doubt import due, having, lose, of_no_more_use
+
+log = Log("storage")
+
+VERIFY_DEADLINE_S = 3600.0
+"""A terabyte takes about a quarter of it."""
+PACE_BYTES_PER_S = 20_000_000.0
+"""Of the pass in the background: a small part of what any disk reads."""
+AGAIN_AFTER_S = 7 * 86400.0
+_LOOK_S = 60.0
+_BETWEEN_S = 0.05
+
+
+class Report(msgspec.Struct):
+    """The outcome of `verify`. Blobs by sha256, models as `org/name@commit`."""
+
+    checked: int = 0
+    checked_bytes: int = 0
+    corrupt: list[str] = []
+    """Blobs that did not hash to their name, now in quarantine."""
+    missing: list[str] = []
+    """Blobs whose file had gone."""
+    models: list[str] = []
+    """Models that were whole before and are not: no longer announced; pull them again."""
+    instances: list[str] = []
+    """Instances that have stages of those models here: stop them, what they have loaded may be wrong."""
+
+
+class _GivenUp(Exception):
+    """Ends a hash in its thread: the blob has gone, or nobody waits any more."""
+
+
+class Verifier:
+    """Hashes blobs of one node again."""
+
+    def __init__(
+        self,
+        context: Context,
+        disk: Disk,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        specs: View,
+        announcer: Announcer,
+        pace_bytes_per_s: float = PACE_BYTES_PER_S,
+    ) -> None:
+        self._context, self._disk, self._ledger = context, disk, ledger
+        self._section, self._specs, self._announcer = section, specs, announcer
+        self._pace_bytes_per_s = pace_bytes_per_s
+        self._turn = asyncio.Lock()
+        self._hurried = 0
+        self._setting_aside: set[asyncio.Task[None]] = set()
+        self._verified_s: dict[str, float] = {}
+        self._begin = os.urandom(32).hex()
+
+    async def verify(self, command: Verify, _: str) -> Report:
+        """Hash the blobs of a model, or all there are, and set aside what is corrupt. Raises NotFound."""
+        report = Report()
+        # While somebody waits, the pass in the background does not dawdle over the blob it has in hand.
+        self._hurried += 1
+        try:
+            for sha256 in self._asked(command.model):
+                if sha256 in self._ledger.blobs:
+                    await self._look(sha256, report, slowly=False)
+        finally:
+            self._hurried -= 1
+        log.info("verified", checked=report.checked, checked_bytes=report.checked_bytes, corrupt=len(report.corrupt))
+        return report
+
+    def _asked(self, model: str) -> list[str]:
+        if not model:
+            return sorted(self._ledger.blobs)
+        ref = ModelRef.parse(model)
+        found = matching(ref.repo, ref.revision if "@" in model else "", self._ledger.on_disk.values())
+        if not found:
+            raise NotFound(f"{ref} is not on node {self._context.node}: there is nothing to verify")
+        return sorted({blob for manifest in found for blob in manifest.blob_sizes})
+
+    async def verify_slowly(self) -> None:
+        """Endlessly: the blob that was verified longest ago, at a pace that leaves the disk to others."""
+        unseen = set(self._ledger.blobs)
+        while True:
+            now_s = time.monotonic()
+            # What has come in since the start was hashed as it came.
+            known = {b: self._verified_s.get(b, now_s) for b in self._ledger.blobs if b not in unseen}
+            self._verified_s = known
+            for blob in due(self._ledger.blobs, known, self._begin, now_s, AGAIN_AFTER_S):
+                # Noted before: a blob that cannot be read now must not keep the others from their turn.
+                unseen.discard(blob)
+                self._verified_s[blob] = time.monotonic()
+                if blob not in self._ledger.blobs:
+                    continue
+                try:
+                    await self._look(blob, Report(), slowly=True)
+                except (OSError, ShoalError) as e:
+                    log.warning("a blob could not be verified", blob=blob, why=str(e))
+                await asyncio.sleep(_BETWEEN_S)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _look(self, sha256: str, report: Report, slowly: bool) -> None:
+        abandoned = threading.Event()
+
+        def pace(chunk_bytes: int) -> None:
+            if abandoned.is_set() or sha256 not in self._ledger.blobs:
+                raise _GivenUp
+            if slowly and not self._hurried:
+                self._disk.stopping.wait(chunk_bytes / self._pace_bytes_per_s)
+
+        async with self._turn:
+            try:
+                checked = await asyncio.to_thread(quarantine.check, self._disk, sha256, pace)
+            except _GivenUp:
+                return
+            finally:
+                abandoned.set()
+        if checked is not None:
+            report.checked += 1
+            report.checked_bytes += checked.size_bytes
+            if checked.intact:
+                self._verified_s[sha256] = time.monotonic()
+                return
+        # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
+        task = asyncio.create_task(self._doubted(sha256, checked, report))
+        self._setting_aside.add(task)
+        task.add_done_callback(self._setting_aside.discard)
+        await asyncio.shield(task)
+
+    async def _doubted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
+        async with self._section:
+            if sha256 not in self._ledger.blobs:
+                return  # deleted while we looked
+            if checked is not None:
+                manifests = having(sha256, self._ledger)
+                if not await asyncio.to_thread(quarantine.set_aside, self._disk, checked, manifests):
+                    return  # deleted and fetched anew while we looked: those bytes were verified when they came
+                self._ledger.quarantined.add(sha256)
+                report.corrupt.append(sha256)
+            elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
+                return
+            else:
+                report.missing.append(sha256)
+            models = lose(sha256, self._ledger)
+            instances = [
+                spec.id
+                for _, spec in self._specs.items("instance.", InstanceSpec)
+                if spec.model in models and any(s.node == self._context.node for s in spec.stages)
+            ]
+            report.models += models
+            report.instances += instances
+            await forget_useless(self._disk, self._ledger)
+            for model in models:
+                await self._announcer.take_back(model)
+        log.warning(
+            "a blob is not what its name says; set aside" if checked else "a blob has gone",
+            blob=sha256,
+            models=",".join(models),
+            instances=",".join(instances),
+        )
+        await self._announcer.publish()
+        if checked is not None:
+            await self._context.events.tell("quarantined", blob=sha256, models=models, instances=instances)
+
+
+async def forget_useless(disk: Disk, ledger: Ledger) -> None:
+    """Remove what was set aside and has come back, or is wanted by nothing. Within the critical section."""
+    for sha256 in of_no_more_use(ledger):
+        await asyncio.to_thread(quarantine.drop, disk, sha256)
+        ledger.quarantined.discard(sha256)

@@ -1,0 +1,356 @@
+"""The commands against a real HTTP server: what they ask, what they print, how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+
+from shoal_cli.command import run
+from shoal_common.credentials import derive
+from shoal_common.errors import BY_CODE, HubUnavailable, QuotaExceeded, ShoalError, StageLost
+from tests.cli.cluster import COMMIT, MODEL, Cluster, download, held, instance
+from tests.cli.conftest import Node
+
+Capture = pytest.CaptureFixture[str]
+
+
+def one_line(text: str) -> str:
+    """A failure's line: exactly one."""
+    assert text.startswith("shoal: ") and text.count("\n") == 1 and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("code", sorted(BY_CODE))
+def test_every_error_code_becomes_one_line_and_its_exit_code(cluster: Cluster, capsys: Capture, code: str) -> None:
+    cluster.fails = BY_CODE[code](f"this is why {code}\nand more")
+    assert run(["ls"]) == BY_CODE[code].exit_code
+    said = capsys.readouterr()
+    assert one_line(said.err) == f"shoal: this is why {code} and more\n"
+    assert said.out == ""
+
+
+def test_an_error_code_of_a_later_version_is_a_plain_failure_with_its_words(
+    cluster: Cluster, capsys: Capture
+) -> None:
+    class Later(ShoalError):
+        code = "from_the_future"
+
+    cluster.fails = Later("who knows")
+    assert run(["ls", "--json"]) == 1
+    assert one_line(capsys.readouterr().err) == "shoal: who knows\n"
+
+
+def test_without_a_node_every_command_says_how_to_start_one(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.setenv("SHOAL_GATEWAY_PORT", "9")  # nobody discards here
+    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    for command in (["status"], ["ls", "--json"], ["pull", MODEL], ["rm", MODEL], ["ps"], ["run", MODEL, "hi"]):
+        assert run(command) == 5
+        assert (
+            one_line(capsys.readouterr().err) == "shoal: no Shoal node is running here: start one with `shoal up`\n"
+        )
+    assert run(["ls", "--gateway", "127.0.0.1:9"]) == 5
+    assert "no gateway answers at http://127.0.0.1:9" in one_line(capsys.readouterr().err)
+
+
+def test_what_answers_but_is_no_gateway_is_said_to_be_none(
+    serve: Callable[[Starlette], str], capsys: Capture
+) -> None:
+    assert run(["ls", "--gateway", serve(Starlette())]) == 1
+    assert "is no Shoal gateway: status 404" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["pul", MODEL], "did you mean `shoal pull`?"),
+        (["--home", "/x", "stauts"], "did you mean `shoal status`?"),
+        (["frobnicate"], "shoal --help"),
+        (["pull"], "shoal pull --help"),
+        (["pull", "fish"], "write org/name"),
+        (["pull", MODEL, "--node", "a", "--all"], "not allowed with"),
+        (["pull", MODEL, "--node", "NO"], "not a node id"),
+        (["place", MODEL, "--nodes", "0"], "is not a count"),
+        (["run", MODEL, "--temperature", "9"], "is not a temperature"),
+        (["up", "--port", "99999"], "is not a port"),
+        (["up", "--max-storage", "lots"], "200GB"),
+        (["restart", "everything"], "invalid choice"),
+        (["stop", "a/b"], "is not an id"),
+        (["up", "--eviction-policy", "fifo"], "invalid choice"),
+        (["storage", "shwo"], "invalid choice"),
+        (["storage", "set"], "nothing to set"),
+        (["storage", "set", "--max-storage", "lots"], "200GB"),
+        (["storage", "set", "--headroom", "none"], "200GB"),
+        (["storage", "set", "--eviction-policy", "fifo"], "invalid choice"),
+        (["storage", "set", "--headroom", "1GB", "--node", "NO"], "not a node id"),
+        (["storage", "--all", "set", "--headroom", "1GB", "--node", "a"], "give one of them"),
+        (["storage", "plan"], "--need"),
+        (["storage", "plan", "--need", "-5"], "is not a size"),
+        (["storage", "pin", "fish"], "write org/name"),
+        (["storage", "show", "--node", "a", "--all"], "not allowed with"),
+        (["verify", "fish"], "write org/name"),
+        (["gc", MODEL], "unrecognized arguments"),
+        (["rm", f"{MODEL}@x", "--revision", "y"], "given twice"),
+    ],
+)
+def test_what_is_not_understood_ends_with_exit_code_2_and_a_hint(
+    cluster: Cluster, capsys: Capture, arguments: list[str], hint: str
+) -> None:
+    assert run(arguments) == 2
+    assert hint in one_line(capsys.readouterr().err)
+    assert cluster.requests == []
+
+
+def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0)]]
+    assert run(["status"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "node-a",
+        "up 1 min 05 s",
+        "48.0 GB of 64.0 GB",
+        "1.0 TB, manual",
+        "node-b",
+        "away",
+        "5.0 GB (0 %)",
+        "node-a[0-7]",
+    ):
+        assert words in said
+    assert "org/fish  node-a: 25 %, 250 B of 1.0 kB, 100 B/s, 8 s left, from hub" in said
+
+
+def test_json_documents_are_those_of_the_api(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    assert run(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["node"] == "node-a" and status["a field of a later version"] == 1
+    assert run(["ls", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"models": [held()]}
+    assert run(["ps", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"instances": [instance("ready")]}
+
+
+def test_every_json_document_is_described_in_its_help(capsys: Capture) -> None:
+    for command in ("status", "ls", "ps", "pull", "storage", "gc", "verify"):
+        with pytest.raises(SystemExit) as ended:
+            run([command, "--help"])
+        assert ended.value.code == 0
+        assert "--json prints" in capsys.readouterr().out
+
+
+def test_ls_shows_models_and_says_how_to_get_one(cluster: Cluster, capsys: Capture) -> None:
+    assert run(["ls"]) == 0
+    assert "shoal pull" in capsys.readouterr().out
+    cluster.models = [held()]
+    assert run(["ls"]) == 0
+    said = capsys.readouterr().out
+    assert "org/fish" in said and COMMIT[:8] in said and "node-a, node-b" in said
+
+
+def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [
+        # What an earlier wish left: it must not be taken for the end of this one.
+        [download("ready", 1000)],
+        [download("queued")],
+        [download("fetching", 100, waiting_for="origin node-b")],
+        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0)],
+        [download("verifying", 1000)],
+        [download("ready", 1000)],
+    ]
+    cluster.outcomes["c1"] = {"ok": True}
+    assert run(["pull", MODEL]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
+        "node-a: 0 %, 0 B of 1.0 kB, queued",
+        "node-a: 10 %, 100 B of 1.0 kB, waiting for origin node-b",
+        "node-a: 50 %, 500 B of 1.0 kB, 50 B/s, 10 s left, from node-b, hub",
+        "node-a: 100 %, 1.0 kB of 1.0 kB, verifying",
+        "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
+        "org/fish is ready on node-a",
+    ]
+    assert cluster.asked("POST", "/v1/downloads") == [{"model": MODEL}]
+
+
+def test_pull_asks_the_nodes_it_is_told(cluster: Cluster, capsys: Capture) -> None:
+    run(["pull", MODEL, "--node", "node-b", "--node", "node-c", "--no-wait"])
+    run(["pull", f"{MODEL}@v1", "--all", "--no-wait"])
+    assert cluster.asked("POST", "/v1/downloads") == [
+        {"model": MODEL, "nodes": ["node-b", "node-c"]},
+        {"model": f"{MODEL}@v1", "nodes": "all"},
+    ]
+    assert capsys.readouterr().out.splitlines()[0] == "asked node-a for org/fish; `shoal status` shows how it goes"
+
+
+def test_pull_as_json_prints_the_final_state_only(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("fetching", 5)], [download("ready", 1000)]]
+    cluster.outcomes["c1"] = {"ok": True}
+    assert run(["pull", MODEL, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"downloads": [download("ready", 1000)], "commands": {"node-a": "c1"}}
+    assert said.err == ""
+
+
+def test_a_pull_that_fails_ends_with_the_nodes_words_and_exit_code(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("rejected")]]
+    error = {"code": QuotaExceeded.code, "message": "no room: 5 GB needed, 1 GB free", "details": {}}
+    cluster.outcomes["c1"] = {"ok": False, "error": error}
+    assert run(["pull", MODEL]) == QuotaExceeded.exit_code
+    assert one_line(capsys.readouterr().err) == "shoal: node-a: no room: 5 GB needed, 1 GB free\n"
+    assert run(["pull", MODEL, "--json"]) == QuotaExceeded.exit_code
+    assert json.loads(capsys.readouterr().out)["downloads"][0]["phase"] == "rejected"
+
+
+def test_ctrl_c_leaves_a_pull_running_and_says_so(
+    cluster: Cluster, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.downloads = [[download("fetching", 5)]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal_cli", "pull", MODEL],
+        env=node.environ(SHOAL_GATEWAY=os.environ["SHOAL_GATEWAY"]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert cluster.polled.wait(15)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "the download goes on" in said and f"shoal cancel {MODEL}" in said and "Traceback" not in said
+    assert cluster.asked("POST", "/v1/downloads/cancel") == []
+
+
+def test_cancel_rm_stop_say_what_they_did_and_are_content_when_there_is_nothing(
+    cluster: Cluster, capsys: Capture
+) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    for command, words in (
+        (["cancel", MODEL], "withdrew org/fish on node-a"),
+        (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
+        (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
+        (["stop", "i1"], "stopped i1"),
+        (["stop", "i2"], "i2 was not running"),
+    ):
+        assert run(command) == 0
+        assert capsys.readouterr().out == f"{words}\n"
+    assert cluster.asked("DELETE", "/v1/models/org/fish") == [
+        {"node": "node-a", "revision": "v1"},
+        {"revision": "v2"},
+    ]
+
+
+def test_place_waits_until_the_instance_answers(cluster: Cluster, capsys: Capture) -> None:
+    cluster.placing = [
+        instance("starting", stages=[{"rank": 0, "node": "node-a", "phase": "loading"}]),
+        instance("ready"),
+    ]
+    arguments = ["place", MODEL, "--nodes", "2", "--node", "node-a", "--node", "node-b", "--context", "512"]
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    assert said.out == "instance i1 is ready on node-a\n"
+    assert "starting, node-a loading" in said.err
+    wish = {"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2, "nodes": ["node-a", "node-b"]}
+    assert cluster.asked("POST", "/v1/instances") == [{**wish, "context_tokens": 512}]
+
+
+def test_place_that_fails_ends_with_the_instances_error(cluster: Cluster, capsys: Capture) -> None:
+    error = {"code": "no_room", "message": "node-a: 9 GB needed, 4 GB available", "details": {}}
+    cluster.placing = [instance("failed", error=error)]
+    assert run(["place", MODEL]) == BY_CODE["no_room"].exit_code
+    assert "9 GB needed" in one_line(capsys.readouterr().err)
+
+
+def test_run_with_a_prompt_prints_the_answer_and_nothing_else_on_stdout(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("failed", "i0"), instance("ready")]
+    assert run(["run", MODEL, "what do fish say?", "--max-tokens", "9", "--temperature", "0"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Blub blub.\n", "")
+    [asked] = cluster.asked("POST", "/v1/chat/completions")
+    assert asked["model"] == "i1" and (asked["max_tokens"], asked["temperature"]) == (9, 0)
+    assert asked["messages"] == [{"role": "user", "content": "what do fish say?"}]
+
+
+def test_run_brings_and_places_a_model_that_is_nowhere(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.downloads, cluster.outcomes = [[download("ready", 1000)]], {"c1": {"ok": True}}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert run(["run", MODEL, "--nodes", "2"]) == 0
+    assert capsys.readouterr().out == "Blub blub.\n"
+    assert len(cluster.asked("POST", "/v1/downloads")) == 1
+    assert cluster.asked("POST", "/v1/instances") == [{"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2}]
+    assert cluster.asked("POST", "/v1/chat/completions")[0]["messages"][0]["content"] == "from a pipe"
+
+
+def test_run_waits_for_an_instance_that_is_on_its_way(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.placing = [instance("starting")], [instance("starting"), instance("ready")]
+    assert run(["run", MODEL, "hi"]) == 0
+    assert cluster.asked("POST", "/v1/instances") == []
+
+
+@pytest.mark.parametrize("error", [StageLost("stage 1 is lost"), HubUnavailable("the hub is away")])
+def test_an_answer_that_fails_in_its_middle_ends_with_that_error(
+    cluster: Cluster, capsys: Capture, error: ShoalError
+) -> None:
+    cluster.instances, cluster.fails_mid_answer = [instance("ready")], error
+    assert run(["run", MODEL, "hi"]) == error.exit_code
+    said = capsys.readouterr()
+    assert said.out == "Blub blub."
+    assert one_line(said.err) == f"shoal: {error.message}\n"
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.finish = [instance("ready")], False
+    assert run(["run", MODEL, "hi"]) == 5
+    assert "broke off before its end" in one_line(capsys.readouterr().err)
+
+
+def test_I12_a_homes_secret_is_shown_to_its_own_gateway_only(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home, url = tmp_path / "home", os.environ["SHOAL_GATEWAY"]
+    (home / "run").mkdir(parents=True)
+    (home / "secret").write_text("the-clusters-secret\n")
+    (home / "run" / "gateway.url").write_text(f"{url}\n")
+    assert run(["ls"]) == 0
+    assert "authorization" not in cluster.headers
+    monkeypatch.setenv("SHOAL_SECRET", "of-the-other-one")
+    assert run(["ls", "--gateway", url]) == 0
+    assert cluster.headers["authorization"] == f"Bearer {derive('of-the-other-one', 'api')}"
+    monkeypatch.delenv("SHOAL_SECRET")
+    monkeypatch.delenv("SHOAL_GATEWAY")
+    assert run(["ls"]) == 0
+    assert cluster.headers["authorization"] == f"Bearer {derive('the-clusters-secret', 'api')}"
+
+
+def test_an_unforeseen_failure_is_one_line_and_a_trace_only_when_asked_for(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "gateway.url").write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    assert run(["ls", "--home", str(tmp_path)]) == 1
+    assert "SHOAL_DEBUG=1" in one_line(capsys.readouterr().err)
+    monkeypatch.setenv("SHOAL_DEBUG", "1")
+    with pytest.raises(UnicodeDecodeError):
+        run(["ls", "--home", str(tmp_path)])
+
+
+def test_version_and_help_need_no_node(capsys: Capture) -> None:
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out.startswith("shoal 0.")
+    with pytest.raises(SystemExit):
+        run([])
+    assert "exit codes:" in capsys.readouterr().out

@@ -1,0 +1,190 @@
+"""`shoal storage`, `shoal gc` and `shoal verify`, against a gateway of the test."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from shoal_cli.client.disks import plan_words
+from shoal_cli.command import run
+from shoal_cli.sizes import parse_limit
+from shoal_common.errors import BadInput, Corrupt, NotFound, Refused
+from shoal_common.messages.questions import EvictionPlan, Victim
+from tests.cli.cluster import COMMIT, MODEL, Cluster
+
+Capture = pytest.CaptureFixture[str]
+GB = 10**9
+HELD = f"{MODEL}@{COMMIT}"
+
+
+def disk(node: str, **storage: Any) -> dict[str, Any]:
+    """A node's disk as the gateway shows it."""
+    said = {"node": node, "used_bytes": 50 * GB, "reserved_bytes": 10 * GB, "free_bytes": 300 * GB, "model_count": 4}
+    said |= {"quota_bytes": 200 * GB, "headroom_bytes": 5 * GB, "eviction_policy": "lru"}
+    return {"node": node, "live": True, "disk_free_bytes": 299 * GB, "storage": {**said, **storage}}
+
+
+def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_special(
+    cluster: Cluster, capsys: Capture
+) -> None:
+    cluster.disks = [
+        disk("node-a", pinned=[HELD], quarantined=["ab" * 32], from_environment=["max_storage_bytes"]),
+        disk("node-b"),
+    ]
+    for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
+        assert run(arguments) == 0
+        said = capsys.readouterr().out
+        for words in ("200.0 GB", "lru", "5.0 GB", "299.0 GB", "50.0 GB (25 %)"):
+            assert words in said
+        assert "node-a has promised 10.0 GB to downloads" in said
+        assert f"node-a keeps {HELD}: pinned" in said
+        assert "node-a has set aside abababababababab…: corrupt" in said
+        assert "node-a: the environment holds max_storage_bytes" in said
+        assert "node-b" not in said
+    assert run(["storage", "--node", "node-b"]) == 0
+    assert "node-a" not in capsys.readouterr().out
+
+
+def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Cluster, capsys: Capture) -> None:
+    away = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
+    new = {"node": "node-d", "live": True, "disk_free_bytes": 7, "storage": None}
+    cluster.disks = [disk("node-a"), away, new]
+    for arguments in (["storage", "--all"], ["storage", "show", "--all"]):
+        assert run(arguments) == 0
+        said = capsys.readouterr().out
+        assert "node-c (away)" in said and "none" in said and "300.0 GB" in said and "node-d" in said
+    assert run(["storage", "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks}
+    assert run(["storage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks[:1]}
+
+
+def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a")]
+    assert run(["storage", "--node", "node-x"]) == NotFound.exit_code
+    assert capsys.readouterr().err == (
+        "shoal: no storage of node node-x is known (known: node-a); see `shoal status`\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body"),
+    [
+        (
+            ["--max-storage", "200GB", "--eviction-policy", "lru", "--headroom", "5GB"],
+            {"max_storage_bytes": 200 * GB, "eviction_policy": "lru", "headroom_bytes": 5 * GB},
+        ),
+        (["--max-storage", "none"], {"max_storage_bytes": None}),
+        (["--headroom", "0", "--node", "node-b"], {"headroom_bytes": 0, "node": "node-b"}),
+        (["--eviction-policy", "manual", "--all"], {"eviction_policy": "manual", "node": "all"}),
+    ],
+)
+def test_storage_set_sends_what_is_given_and_says_what_holds_now(
+    cluster: Cluster, capsys: Capture, arguments: list[str], body: dict[str, Any]
+) -> None:
+    result = {"max_storage_bytes": None, "eviction_policy": "lru", "headroom_bytes": 5 * GB, "command": "c1"}
+    cluster.disk_results = {"node-a": {**result, "note": "60 GB are used already"}}
+    assert run(["storage", "set", *arguments]) == 0
+    assert cluster.requests == [("PUT", "/v1/storage/config", body)]
+    assert capsys.readouterr().out == (
+        "node-a: quota none, eviction policy lru, headroom 5.0 GB\n  60 GB are used already\n"
+    )
+    assert run(["storage", "set", "--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+
+
+def test_a_setting_that_storage_refuses_is_one_line_and_exit_code_4(cluster: Cluster, capsys: Capture) -> None:
+    cluster.fails = Refused("headroom_bytes comes from the environment here")
+    assert run(["storage", "set", "--headroom", "5GB"]) == 4
+    assert capsys.readouterr().err == "shoal: headroom_bytes comes from the environment here\n"
+
+
+def test_storage_plan_asks_and_shows_what_would_go(cluster: Cluster, capsys: Capture) -> None:
+    victim = {"model": HELD, "frees_bytes": 60 * GB, "last_use_s": 5.0}
+    plan = {"need_bytes": 50 * GB, "victims": [victim], "frees_bytes": 60 * GB, "enough": True}
+    cluster.disk_results = {"node-b": plan}
+    assert run(["storage", "plan", "--need", "50GB", "--node", "node-b"]) == 0
+    assert cluster.asked("GET", "/v1/storage/plan") == [{"need_bytes": str(50 * GB), "node": "node-b"}]
+    said = capsys.readouterr().out
+    assert "node-b: to make room for 50.0 GB, 50.0 GB have to go; these would, 60.0 GB in all:" in said
+    assert f"  {HELD}, 60.0 GB, last used " in said
+    assert run(["storage", "plan", "--need", "50GB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": {"node-b": plan}}
+
+
+def test_a_plan_in_words_says_what_would_go_or_why_nothing_can() -> None:
+    nothing = EvictionPlan(need_bytes=0, enough=True)
+    assert plan_words("a", 5 * GB, nothing, 0.0) == ["a: there is room for 5.0 GB already; nothing would go"]
+    enough = EvictionPlan(
+        need_bytes=3 * GB,
+        garbage=["ab"],
+        garbage_bytes=GB,
+        victims=[Victim(model="org/old@c", frees_bytes=4 * GB, last_use_s=1000.0)],
+        frees_bytes=5 * GB,
+        enough=True,
+    )
+    assert plan_words("a", 5 * GB, enough, 1000.0 + 7200) == [
+        "a: to make room for 5.0 GB, 3.0 GB have to go; these would, 5.0 GB in all:",
+        "  1 blob of no model, 1.0 GB",
+        "  org/old@c, 4.0 GB, last used 2 h 00 min ago",
+    ]
+    short = EvictionPlan(
+        need_bytes=3 * GB, evictable_bytes=GB, kept={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
+    )
+    assert plan_words("a", 5 * GB, short, 0.0) == [
+        "a: cannot make room for 5.0 GB: 3.0 GB would have to go and 1.0 GB may",
+        "  keeps org/a@c: pinned",
+        "  keeps org/b@c: used by instance i1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "pinned", "words"),
+    [("pin", True, "is pinned: never evicted or deleted"), ("unpin", False, "is no longer pinned")],
+)
+def test_storage_pin_and_unpin_say_which_models_of_which_node(
+    cluster: Cluster, capsys: Capture, action: str, pinned: bool, words: str
+) -> None:
+    cluster.disk_results = {"node-a": {"models": [HELD], "pinned": pinned}}
+    assert run(["storage", action, f"{MODEL}@main"]) == 0
+    assert capsys.readouterr().out == f"node-a: {HELD} {words}\n"
+    assert run(["storage", action, MODEL, "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/pins") == [
+        {"model": f"{MODEL}@main", "pinned": pinned},
+        {"model": MODEL, "pinned": pinned, "node": "all"},
+    ]
+
+
+def test_gc_says_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"blobs": 3, "freed_bytes": 2 * GB}, "node-b": {"blobs": 0, "freed_bytes": 0}}
+    assert run(["gc", "--all"]) == 0
+    assert capsys.readouterr().out == "node-a: removed 3 blobs, 2.0 GB freed\nnode-b: nothing to remove\n"
+    assert run(["gc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/gc") == [{"node": "all"}, {}]
+
+
+def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
+    assert run(["verify"]) == 0
+    assert capsys.readouterr().out == "node-a: checked 1 blob, 2.0 GB: all intact\n"
+    found = {"corrupt": ["ab" * 32], "missing": ["cd" * 32], "models": [HELD], "instances": ["i1"]}
+    cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
+    assert run(["verify", MODEL, "--node", "node-a"]) == Corrupt.exit_code
+    assert capsys.readouterr().out.splitlines() == [
+        "node-a: checked 3 blobs, 2.0 GB: 1 corrupt and set aside, 1 missing",
+        f"  {HELD} is no longer whole: `shoal pull {HELD} --node node-a` brings it back",
+        "  instance i1 may have loaded wrong bytes: `shoal stop i1`",
+    ]
+    assert run(["verify", "--json"]) == Corrupt.exit_code
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/verify") == [{}, {"node": "node-a", "model": MODEL}, {}]
+
+
+def test_a_limit_is_a_size_or_none() -> None:
+    assert (parse_limit("none"), parse_limit(" None "), parse_limit("5kB")) == (None, None, 5000)
+    with pytest.raises(BadInput):
+        parse_limit("nothing")

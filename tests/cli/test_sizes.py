@@ -1,0 +1,67 @@
+"""Sizes as people write and read them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_cli.sizes import parse_size, show_bytes, show_seconds
+from shoal_common.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("512B", 512),
+        ("1kB", 1000),
+        ("1KiB", 1024),
+        ("100 MB", 100_000_000),
+        ("200GB", 200_000_000_000),
+        ("200gb", 200_000_000_000),
+        ("200G", 200_000_000_000),
+        ("200GiB", 200 * 2**30),
+        ("1.5TiB", 3 * 2**39),
+        (" 2 TB ", 2_000_000_000_000),
+        ("0.1GB", 100_000_000),
+    ],
+)
+def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "1,5GB", "1e9", "NaN", "200 potatoes", "1iB", "1GBB", "٣GB", "1" * 30]
+)
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadInput, match="200GB"):
+        parse_size(text)
+
+
+@given(st.integers(0, 10**15), st.sampled_from(["", "k", "M", "G", "T"]), st.booleans())
+def test_a_size_times_its_unit_is_exact(number: int, prefix: str, binary: bool) -> None:
+    unit = f"{prefix}{'i' if binary and prefix else ''}B"
+    assert parse_size(f"{number}{unit}") == number * (1024 if binary else 1000) ** (
+        "kMGT".find(prefix) + 1 if prefix else 0
+    )
+
+
+@given(st.integers(0, 10**17))
+def test_a_size_shown_is_within_a_twentieth_of_the_size(size_bytes: int) -> None:
+    assert parse_size(show_bytes(size_bytes)) == pytest.approx(size_bytes, rel=0.05)
+
+
+@given(st.integers(0, 10**17))
+def test_a_size_shown_is_short(size_bytes: int) -> None:
+    assert len(show_bytes(size_bytes)) <= len("999.9 MB")
+
+
+def test_spans_are_shown_in_the_unit_that_matters() -> None:
+    assert [show_seconds(s) for s in (0.4, 59.4, 59.6, 3599, 3600, 90061)] == [
+        "0 s",
+        "59 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 00 min",
+        "1 d 1 h",
+    ]

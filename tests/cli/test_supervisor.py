@@ -1,0 +1,329 @@
+"""The supervisor, run by the real command, over small real children."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+from shoal_cli.node.control import Request, ask
+from shoal_common.connection import connected
+from shoal_common.errors import BadMessage, NotFound, Refused
+from tests.cli.conftest import Node, alive, until
+
+
+def ready(node: Node, name: str, but: int = 0) -> Callable[[], bool]:
+    """Whether a child is ready under another pid than `but`."""
+    return lambda: any(c.name == name and c.phase == "ready" and c.pid != but for c in node.status().children)
+
+
+def test_a_killed_service_is_started_again_and_only_that_one(node: Node) -> None:
+    up = node.up()
+    assert up.returncode == 0, up.stderr
+    before = node.pids()
+    os.kill(before["storage"], signal.SIGKILL)
+    until(ready(node, "storage", but=before["storage"]), "storage is back")
+    after = node.pids()
+    assert {n for n in before if before[n] != after[n]} == {"storage"}
+    assert not alive(before["storage"])
+    assert "killed by SIGKILL" in node.log("supervisor")
+    assert node.log("storage").count("began") == 2
+
+
+def test_restart_changes_the_pid_of_that_service_only(node: Node) -> None:
+    node.up()
+    before = node.pids()
+    done = node.shoal("restart", "fetcher")
+    after = node.pids()
+    assert (done.returncode, done.stdout) == (0, f"fetcher is back, pid {after['fetcher']}\n")
+    assert {n for n in before if before[n] != after[n]} == {"fetcher"}
+    # Asked to stop, not killed.
+    assert "stopping" in node.log("fetcher")
+    assert node.shoal("restart", "placement").returncode == NotFound.exit_code
+
+
+def test_a_second_up_in_the_same_home_is_refused_naming_the_first(node: Node) -> None:
+    node.up()
+    before = node.pids()
+    for arguments in (Node.UP, (*Node.UP, "--detach")):
+        second = node.shoal(*arguments)
+        assert second.returncode == 9
+        assert f"pid {node.status().pid}" in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+    assert node.pids() == before
+
+
+def test_I5_down_leaves_no_process_and_is_idempotent(node: Node) -> None:
+    node.behave(fetcher="parent")
+    node.up()
+    pids = [node.status().pid, *node.pids().values()]
+    found = re.search(r"stage (\d+)", node.log("fetcher"))
+    assert found is not None
+    pids.append(int(found.group(1)))
+    assert all(map(alive, pids))
+    first, second = node.shoal("down"), node.shoal("down")
+    assert [pid for pid in pids if alive(pid)] == []
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "stopped the node" in first.stdout
+    assert "no node is running" in second.stdout
+    assert sorted(p.name for p in node.home.run.iterdir()) == ["lock", "nats-server.conf"]
+
+
+def test_NATS_is_stopped_last(node: Node) -> None:
+    node.up()
+    node.shoal("down")
+    ended = re.findall(r"msg=ended service=(\w+)", node.log("supervisor"))
+    assert sorted(ended) == ["fetcher", "gateway", "nats", "storage"]
+    assert ended[-1] == "nats"
+    assert "Server Exiting" in node.log("nats")
+
+
+def test_what_a_killed_service_leaves_in_its_group_is_ended_before_its_successor_starts(node: Node) -> None:
+    node.behave(fetcher="parent")
+    node.up()
+    fetcher = node.pids()["fetcher"]
+    os.kill(fetcher, signal.SIGKILL)
+    until(ready(node, "fetcher", but=fetcher), "fetcher is back")
+    first, second = re.findall(r"stage (\d+)", node.log("fetcher"))
+    until(lambda: not alive(int(first)), "the first stage is gone")
+    assert alive(int(second))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_I6_children_of_a_killed_supervisor_end_and_the_next_up_is_a_whole_node(node: Node) -> None:
+    node.up()
+    pids = node.pids()
+    os.kill(node.status().pid, signal.SIGKILL)
+    until(lambda: not any(map(alive, pids.values())), "the children are gone")
+    up = node.up()
+    assert up.returncode == 0, up.stderr
+    assert set(node.pids()) == set(pids)
+
+
+def test_I6_down_ends_what_a_killed_supervisor_left(node: Node) -> None:
+    node.behave(storage="deaf")
+    up = node.up()
+    assert up.returncode == 0, up.stderr
+    pids = node.pids()
+    storage = pids.pop("storage")
+    os.kill(node.status().pid, signal.SIGKILL)
+    if sys.platform == "linux":
+        until(lambda: not any(map(alive, pids.values())), "the others heard the kernel")
+    assert alive(storage)
+    down = node.shoal("down")
+    assert down.returncode == 0, down.stderr
+    assert str(storage) in down.stdout
+    assert not any(map(alive, [storage, *pids.values()]))
+
+
+def test_a_service_that_does_not_start_is_named_with_the_end_of_its_log(node: Node) -> None:
+    node.behave(storage="breaks")
+    up = node.up()
+    assert up.returncode == 5
+    assert "storage is not up: exit code 3" in up.stderr
+    assert "cannot open the frobnicator" in up.stderr
+    assert up.stderr.splitlines()[-1].startswith("shoal: node node-a is not whole: storage is not ready")
+    # The others run, and the supervisor keeps trying.
+    assert {c.phase for c in node.status().children if c.name != "storage"} == {"ready"}
+    status = node.shoal("status")
+    assert status.returncode != 0
+
+
+def test_a_service_that_never_says_ready_is_named_when_the_deadline_passes(node: Node) -> None:
+    node.behave(storage="silent")
+    up = node.up("--wait", "0.7")
+    assert up.returncode == 5
+    assert "storage is not up: has started and is not ready yet" in up.stderr
+
+
+def test_a_place_that_another_process_holds_is_said_plainly_with_exit_code_9(node: Node) -> None:
+    node.behave(storage="claimed")
+    up = node.up()
+    assert up.returncode == 9
+    assert "another process already is this node's service" in up.stderr
+    assert "pid 1 on y holds it" in up.stderr
+
+
+def test_ctrl_c_reaches_the_supervisor_only_which_stops_the_node_in_order(node: Node) -> None:
+    process = subprocess.Popen(
+        node.command(*Node.UP), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environ(), process_group=0
+    )
+    assert process.stdout is not None
+    said = b""
+    while b"Ctrl-C stops it" not in said:
+        line = process.stdout.readline()
+        assert line, "it ended"
+        said += line
+    node.note()
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    assert process.wait(20) == 0
+    assert "got SIGINT" not in node.log("storage")
+    assert not any(alive(pid) for pid in node.seen)
+    assert b"http://127.0.0.1:" in said
+
+
+def test_a_second_ctrl_c_kills_what_does_not_stop(node: Node) -> None:
+    node.behave(storage="stubborn")
+    process = subprocess.Popen(
+        node.command(*Node.UP), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environ(), process_group=0
+    )
+    assert process.stdout is not None and process.stderr is not None
+    while b"Ctrl-C stops it" not in process.stdout.readline():
+        assert process.poll() is None
+    node.note()
+    process.send_signal(signal.SIGINT)
+    assert b"once more kills" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    # Far below the 12 s that a service has for itself.
+    assert process.wait(8) == 0
+    assert not any(alive(pid) for pid in node.seen)
+
+
+def test_a_home_too_deep_for_a_socket_gets_its_sockets_elsewhere(
+    make_node: Callable[[str], Node],
+) -> None:
+    deep = make_node(f"{'d' * 60}/{'e' * 40}")
+    up = deep.up()
+    assert up.returncode == 0, up.stderr
+    control = Path(deep.home.control_path.read_text().strip())
+    assert len(str(control)) < 100 < len(str(deep.home.run / "control.sock"))
+    assert stat.S_IMODE(control.parent.stat().st_mode) == 0o700
+    assert deep.shoal("down").returncode == 0
+    assert not control.parent.exists()
+
+
+def test_the_control_socket_answers_json_lines_and_refuses_what_it_does_not_know(node: Node) -> None:
+    node.up()
+    status = json.loads(ask(node.home, Request(op="status"), 5))
+    assert {c["name"] for c in status["children"]} == {"nats", "storage", "fetcher", "gateway"}
+    with pytest.raises(BadMessage, match="status, restart and stop"):
+        ask(node.home, Request(op="dance"), 5)
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(5)
+        s.connect(node.home.control_path.read_text().strip())
+        s.sendall(b"not json\n")
+        assert json.loads(s.makefile().readline())["error"]["code"] == "bad_message"
+
+
+def test_up_writes_storage_flags_into_the_file_and_leaves_the_rest_of_it(node: Node) -> None:
+    path = node.home.root / "node.toml"
+    path.write_text(f"# mine\n{path.read_text()}\n\n[storage] # the disk\nheadroom_bytes = 7 # little\n")
+    before = path.read_text()
+    up = node.up("--max-storage", "200GB", "--eviction-policy", "lru")
+    assert up.returncode == 0, up.stderr
+    assert path.read_text() == before + 'max_storage_bytes = 200000000000\neviction_policy = "lru"\n'
+    assert "SHOAL_MAX_STORAGE_BYTES" not in psutil.Process(node.pids()["storage"]).environ()
+    node.shoal("down")
+    assert node.up("--max-storage", "none").returncode == 0
+    assert path.read_text() == before + 'eviction_policy = "lru"\n'
+    node.shoal("down")
+    refused = node.up("--max-storage", "5GB", SHOAL_MAX_STORAGE_BYTES="9")
+    assert refused.returncode == Refused.exit_code and refused.stderr.count("\n") == 1
+    assert "SHOAL_MAX_STORAGE_BYTES is set and wins" in refused.stderr
+    assert path.read_text() == before + 'eviction_policy = "lru"\n'
+
+
+async def test_NATS_is_as_asked_and_keeps_its_store_when_killed(node: Node) -> None:
+    up = node.up()
+    assert up.returncode == 0, up.stderr
+    [ports_file] = node.home.run.glob("nats-server_*.ports")
+    ports = json.loads(ports_file.read_text())
+    before = node.pids()["nats"]
+    assert str(before) in ports_file.name
+    asked = _monitor(ports["monitoring"][0], "jsz?config=1")["config"]
+    assert asked["store_dir"] == str(node.home.nats_store / "jetstream")
+    assert asked["sync_always"] is True
+    assert (asked["max_storage"], asked["max_memory"]) == (2**30, 64 * 2**20)
+    assert _monitor(ports["monitoring"][0], "varz")["server_name"] == node.home.root.name
+
+    [url] = node.status().nats
+    async with connected([url], "test", patience_s=5) as nats:
+        await nats.js.add_stream(name="kept", subjects=["kept"])
+        await nats.js.publish("kept", b"acknowledged")
+    os.kill(before, signal.SIGKILL)
+    until(ready(node, "nats", but=before), "NATS is back")
+    # The same address, another process, the same store.
+    assert node.status().nats == [url]
+    async with connected([url], "test", patience_s=5) as nats:
+        assert (await nats.js.get_last_msg("kept", "kept")).data == b"acknowledged"
+    assert len(list(node.home.run.glob("nats-server_*.ports"))) == 1
+
+
+def _monitor(url: str, page: str) -> dict[str, Any]:
+    return dict(httpx2.get(f"{url}/{page}", trust_env=False).json())
+
+
+def test_a_port_that_a_NATS_server_has_is_refused_with_how_to_join_it(
+    node: Node, make_node: Callable[[str], Node]
+) -> None:
+    node.up()
+    port = node.status().nats[0].rpartition(":")[2]
+    other = make_node("node-b")
+    up = other.up("--nats-port", port)
+    assert up.returncode == 4
+    assert f"a NATS server already listens on 127.0.0.1:{port}" in up.stderr
+    assert f"pid {node.pids()['nats']}" in up.stderr
+    assert f"shoal up --nats nats://127.0.0.1:{port}" in up.stderr
+
+
+@pytest.mark.parametrize("flag", ["--nats-port", "--port"])
+def test_a_port_that_another_program_has_is_refused_naming_it(node: Node, flag: str) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        up = node.up(flag, str(s.getsockname()[1]))
+    assert up.returncode == 4
+    assert f"pid {os.getpid()}" in up.stderr
+    assert flag in up.stderr
+
+
+async def test_I12_beyond_loopback_NATS_asks_for_the_secret_and_the_printed_command_joins(
+    node: Node, make_node: Callable[[str], Node]
+) -> None:
+    up = node.up("--bind", "0.0.0.0")
+    assert up.returncode == 0, up.stderr
+    secret = node.home.read_secret()
+    assert stat.S_IMODE(node.home.secret.stat().st_mode) == 0o600
+    assert len(secret) >= 32
+    join = re.search(r"shoal up --nats (nats://\S+)", up.stdout)
+    assert join is not None and secret in join.group(1)
+    # Only there: no other line, no log and no status tells the secret.
+    assert up.stdout.count(secret) == 1
+    assert not any(secret in node.log(n) for n in ("supervisor", "nats", "storage"))
+    assert secret not in ask(node.home, Request(op="status"), 5).decode()
+
+    port = node.status().nats[0].rpartition(":")[2]
+    greeting = _first_line_then(port, b'CONNECT {"verbose":false}\r\nPING\r\n')
+    assert "Authorization Violation" in greeting
+
+    other = make_node("node-b")
+    joined = other.up("--nats", f"nats://{secret}@127.0.0.1:{port}", "--bind", "0.0.0.0")
+    assert joined.returncode == 0, joined.stderr
+    assert other.home.read_secret() == secret
+    assert "nats" not in other.pids()
+
+
+def _first_line_then(port: str, words: bytes) -> str:
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as s:
+        reader = s.makefile()
+        reader.readline()
+        s.sendall(words)
+        return reader.readline()
+
+
+def test_another_name_for_a_node_that_has_one_is_refused(node: Node) -> None:
+    up = node.up("--node", "node-z")
+    assert up.returncode == 2
+    assert "is called node-a and keeps that name" in up.stderr

@@ -1,0 +1,36 @@
+"""Clusters of whole nodes. One is shared by tests that leave it as they found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal_demo import MODELS_DIR
+from shoal_demo.running import RunningHub, running_hub
+from tests.harness.shoal import ShoalCluster
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[RunningHub]:
+    """The tiny hub, healthy and with its counters at zero before each test that asks for `quiet_hub`."""
+    with running_hub(MODELS_DIR, process=True) as running:
+        yield running
+
+
+@pytest.fixture
+def quiet_hub(hub: RunningHub) -> Iterator[RunningHub]:
+    """The hub without faults, counting from here."""
+    hub.reset_faults()
+    hub.reset_stats()
+    yield hub
+    hub.reset_faults()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, hub: RunningHub) -> Iterator[ShoalCluster]:
+    """Three nodes."""
+    root: Path = tmp_path_factory.mktemp("cluster")
+    with ShoalCluster(root, hub.base_url) as running:
+        yield running

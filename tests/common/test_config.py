@@ -1,0 +1,106 @@
+"""What a service is told from outside: the node's id is made once, and nothing opens itself without a credential."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from shoal_common.config import ensure_node_id, read_config
+from shoal_common.errors import BadInput, BadName
+from tests.harness.process import node_environment, started
+
+ASK_FOR_ID = """
+import pathlib, sys
+from shoal_common.config import ensure_node_id
+print("id", ensure_node_id(pathlib.Path(sys.argv[1])))
+"""
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    return {"SHOAL_HOME": str(home), **more}
+
+
+def test_I8_a_node_id_is_made_once_and_kept(tmp_path: Path) -> None:
+    first = ensure_node_id(tmp_path / "home")
+    assert re.fullmatch(r"[a-z0-9-]+-[0-9a-f]{4}", first)
+    assert ensure_node_id(tmp_path / "home") == first
+    assert read_config("storage", environment(tmp_path / "home")).node == first
+
+
+def test_I8_a_given_node_id_is_used_at_first_only(tmp_path: Path) -> None:
+    assert ensure_node_id(tmp_path, "workshop") == "workshop"
+    assert ensure_node_id(tmp_path, "another") == "workshop"
+
+
+def test_I8_a_persons_settings_stay_when_the_id_is_added(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('# mine\n[storage]\npath = "/models"\n')
+    node = ensure_node_id(tmp_path)
+    config = read_config("storage", environment(tmp_path))
+    assert config.node == node
+    assert config.store == Path("/models")
+    assert "# mine" in (tmp_path / "node.toml").read_text()
+
+
+def test_I6_a_kill_between_writing_and_renaming_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "node.new").write_text('id = "half-wri')
+    node = ensure_node_id(tmp_path)
+    assert ensure_node_id(tmp_path) == node
+
+
+async def test_I8_services_that_start_together_agree_on_one_node_id(tmp_path: Path) -> None:
+    async def ask() -> str:
+        async with started("-c", ASK_FOR_ID, str(tmp_path / "home"), environment=node_environment(tmp_path, "")) as p:
+            assert await p.wait_exit() == 0, p.output
+            return await p.wait_line("id ")
+
+    answers = await asyncio.gather(*(ask() for _ in range(6)))
+    assert len(set(answers)) == 1
+    assert answers[0] == f"id {ensure_node_id(tmp_path / 'home')}"
+
+
+@pytest.mark.parametrize("text", ['id = "', 'id = "UPPER"', 'id = ""', "id = 7.5", 'id = "any"'])
+def test_I10_a_settings_file_with_a_fault_is_refused_naming_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "node.toml").write_text(text)
+    with pytest.raises(BadInput) as refusal:
+        read_config("storage", environment(tmp_path))
+    assert "node.toml" in refusal.value.message or isinstance(refusal.value, BadName)
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "10.1.2.3"])
+def test_I12_beyond_loopback_nothing_starts_without_a_secret(tmp_path: Path, bind: str) -> None:
+    with pytest.raises(BadInput, match="SHOAL_SECRET"):
+        read_config("storage", environment(tmp_path, SHOAL_BIND=bind))
+    assert read_config("storage", environment(tmp_path, SHOAL_BIND=bind, SHOAL_SECRET="s")).bind == bind
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "::1", "localhost"])
+def test_on_loopback_no_secret_is_needed(tmp_path: Path, bind: str) -> None:
+    config = read_config("storage", environment(tmp_path, SHOAL_BIND=bind))
+    assert config.secret == ""
+    assert config.addresses(7000) in (["127.0.0.1:7000"], ["[::1]:7000"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"SHOAL_BIND": "everywhere"}, {"SHOAL_REPLICAS": "many"}, {"SHOAL_REPLICAS": "0"}, {"SHOAL_LOG": "chatty"}],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path: Path, more: dict[str, str]) -> None:
+    (value,) = more.values()
+    with pytest.raises(BadInput, match=value):
+        read_config("storage", environment(tmp_path, **more))
+
+
+def test_peers_are_told_the_advertised_addresses_else_those_of_the_interfaces(tmp_path: Path) -> None:
+    given = {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": "s"}
+    config = read_config("storage", environment(tmp_path, SHOAL_ADVERTISE="10.0.0.9, fd00::9", **given))
+    assert config.addresses(7000) == ["10.0.0.9:7000", "[fd00::9]:7000"]
+    found = read_config("storage", environment(tmp_path, **given)).addresses(7000)
+    assert found and all(a.endswith(":7000") and not a.startswith("0.0.0.0") for a in found)
+
+
+def test_servers_of_a_cluster_are_read_as_a_list(tmp_path: Path) -> None:
+    config = read_config("storage", environment(tmp_path, SHOAL_NATS="nats://a:4222, nats://b:4222,"))
+    assert config.nats == ["nats://a:4222", "nats://b:4222"]

@@ -1,0 +1,184 @@
+"""Liveness: one process is a node's service, everybody sees who, and a dead one is in nobody's way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal_common import liveness as module
+from shoal_common.buckets import live_key
+from shoal_common.errors import Claimed
+from shoal_common.identity import is_gone, this_host, this_process
+from shoal_common.liveness import Liveness
+from shoal_common.messages.facts import Facts, Holder, Live
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.process import node_environment, started
+from tests.harness.waiting import eventually
+
+Fresh = Callable[[str], str]
+TOY = str(Path(__file__).with_name("toy.py"))
+
+
+async def live(here: Joined, node: str, service: str = "storage") -> Live | None:
+    return await here.buckets.live.get_as(live_key(node, service), Live)
+
+
+async def test_a_claimed_key_says_who_it_is(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await mine.claim()
+        there = await live(here, node)
+        assert there is not None
+        assert (there.holder.uid, there.holder.pid) == (mine.uid, os.getpid())
+        await mine.withdraw()
+        assert await live(here, node) is None
+
+
+async def test_a_second_claim_is_refused_naming_the_living_holder(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        node = fresh("node")
+        first, second = (Liveness(here.buckets.live, node, "storage") for _ in range(2))
+        await first.claim()
+        with pytest.raises(Claimed, match=f"pid {os.getpid()}"):
+            await second.claim()
+        await second.withdraw()  # which was never its own
+        there = await live(here, node)
+        assert there is not None and there.holder.uid == first.uid
+        await first.withdraw()
+
+
+async def test_I6_a_holder_killed_on_this_machine_is_succeeded_at_once(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    (tmp_path / "node.toml").write_text(f'id = "{(node := fresh("node"))}"\n')
+    async with joined(nats) as here:
+        async with started(TOY, environment=node_environment(tmp_path, nats.url)) as toy:
+            await toy.wait_ready()
+            dead = await live(here, node)
+            assert dead is not None and dead.holder.pid == toy.pid
+            await toy.kill()
+        assert await live(here, node) == dead  # it had no time to say goodbye
+        successor = Liveness(here.buckets.live, node, "storage")
+        async with asyncio.timeout(module._CLAIM_POLL_S):
+            await successor.claim()
+        await successor.withdraw()
+
+
+async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
+    nats: NatsServer, fresh: Fresh, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with joined(nats) as here:
+        key = live_key(node := fresh("node"), "storage")
+        elsewhere = Live(holder=Holder(uid="theirs", host="elsewhere/boot/ns", pid=1), version="0")
+        await here.buckets.live.put(key, elsewhere)
+        mine = Liveness(here.buckets.live, node, "storage")
+        claiming = asyncio.create_task(mine.claim())
+
+        async def waiting() -> bool:
+            return "waiting for a silent holder" in caplog.text
+
+        await eventually(waiting, "the claim has seen the holder")
+        await here.buckets.live.put(key, elsewhere)  # it beats
+        with pytest.raises(Claimed, match="elsewhere"):
+            await asyncio.wait_for(claiming, 5)
+
+
+async def test_facts_with_new_addresses_are_told_at_once(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await mine.claim()
+        beating = asyncio.create_task(mine.beat_forever())
+        mine.set_facts(Facts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
+
+        async def told() -> bool:
+            there = await live(here, node)
+            return there is not None and there.facts.disk_free_bytes == 5
+
+        await eventually(told, "the new address is told", module.BEAT_S / 2)
+        beating.cancel()
+        await mine.withdraw()
+
+
+async def test_a_beat_whose_acknowledgement_was_lost_is_not_mistaken_for_another_process(
+    nats: NatsServer, fresh: Fresh
+) -> None:
+    async with joined(nats) as here:
+        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await mine.claim()
+        # The beat that NATS stored just before it went away for longer than a write is patient.
+        there = await live(here, node)
+        assert there is not None
+        await here.buckets.live.put(live_key(node, "storage"), there)
+        mine.set_facts(Facts(addresses=["127.0.0.1:7001"]))
+        beating = asyncio.create_task(mine.beat_forever())
+
+        async def told() -> bool:
+            now = await live(here, node)
+            return beating.done() or (now is not None and bool(now.facts.addresses))
+
+        await eventually(told, "it beats on")
+        assert not beating.done(), beating.exception()
+        beating.cancel()
+        await mine.withdraw()
+        assert await live(here, node) is None
+
+
+async def test_a_beat_survives_a_restart_of_nats_and_one_that_lost_everything(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        mine = Liveness(here.buckets.live, "node-a", "storage")
+        await mine.claim()
+        beating = asyncio.create_task(mine.beat_forever())
+        for round_number, again in enumerate((own_nats.restart, own_nats.wipe), start=1):
+            again()
+            async with joined(own_nats):  # whoever connects first makes the streams anew
+                pass
+            mine.set_facts(Facts(addresses=[f"127.0.0.1:{round_number}"]))
+
+            async def told(port: int = round_number) -> bool:
+                there = await live(here, "node-a")
+                return there is not None and there.facts.addresses == [f"127.0.0.1:{port}"]
+
+            await eventually(told, "it beats again")
+        assert not beating.done()
+        beating.cancel()
+        await mine.withdraw()
+
+
+async def test_withdrawing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        for _ in range(5):
+            mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
+            await mine.claim()
+            beating = asyncio.create_task(mine.beat_forever())
+            mine.set_facts(Facts(addresses=["127.0.0.1:7000"]))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the beat is on its way, its acknowledgement is not here
+            beating.cancel()
+            await mine.withdraw()
+            assert await live(here, node) is None
+
+
+async def test_only_a_process_of_this_machine_can_be_known_to_be_gone(tmp_path: Path) -> None:
+    me = this_process()
+    assert not is_gone(me, this_host())
+    async with started("-c", "print('here', flush=True); input()", environment={}) as child:
+        await child.wait_exit()
+        dead = Holder(uid="x", host=this_host(), pid=child.pid, pid_started_s=me.pid_started_s)
+    assert is_gone(dead, this_host())
+    assert not is_gone(dead, "another/boot/ns")
+    # A later process that got the same pid is not the holder.
+    assert is_gone(Holder(uid="x", host=this_host(), pid=me.pid, pid_started_s=me.pid_started_s - 60), this_host())
+
+
+async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text(f'id = "{(node := fresh("node"))}"\n')
+    async with joined(nats) as here, started(TOY, environment=node_environment(tmp_path, nats.url)) as toy:
+        await toy.wait_ready()
+        toy.send(signal.SIGSTOP)
+        with pytest.raises(Claimed, match=f"pid {toy.pid}"):
+            await Liveness(here.buckets.live, node, "storage").claim()

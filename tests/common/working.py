@@ -1,0 +1,65 @@
+"""A command worker of a test: its verbs, and how to ask it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from nats.errors import Error as NatsError
+
+from shoal_common import subjects
+from shoal_common.commands import CommandWorker, Verb
+from shoal_common.events import Events
+from shoal_common.messages import decode
+from shoal_common.messages.commands import Outcome
+from tests.harness.nats import Joined
+from tests.harness.waiting import eventually
+
+SERVICE = "storage"
+ASK_DEADLINE_S = 15.0
+
+
+@asynccontextmanager
+async def working(here: Joined, node: str, verbs: Mapping[str, Verb]) -> AsyncIterator[asyncio.Event]:
+    """Run a worker of `node` while the body runs. Gives the event that stops it."""
+    stopping = asyncio.Event()
+    events = Events(here.nats, SERVICE, node)
+    worker = CommandWorker(here.nats, here.buckets, events, SERVICE, node, verbs)
+    running = asyncio.create_task(worker.run(node, stopping))
+    try:
+        await eventually(lambda: pulling(here, node), "the worker pulls commands")
+        yield stopping
+    finally:
+        stopping.set()
+        await running
+
+
+async def pulling(here: Joined, node: str) -> bool:
+    """Whether a worker of this node waits for commands."""
+    try:
+        return bool((await here.client.jetstream(timeout=1).consumer_info("CMD", f"{SERVICE}-{node}")).num_waiting)
+    except NatsError:
+        return False  # not there yet, or NATS is not
+
+
+def subject(node: str, verb: str) -> str:
+    """Where a command for the worker goes."""
+    return subjects.command(SERVICE, node, verb)
+
+
+async def ask(here: Joined, node: str, verb: str, body: bytes, identity: str = "") -> Outcome:
+    """What `nats req` does: a core request on the command's subject. The first reply is what counts."""
+    headers = {"Nats-Msg-Id": identity} if identity else None
+    reply = await here.client.request(subject(node, verb), body, timeout=ASK_DEADLINE_S, headers=headers)
+    return decode(reply.data, Outcome)
+
+
+async def nothing_left(here: Joined, node: str) -> None:
+    """Return once no command of this node is in the queue, worked on or not."""
+
+    async def empty() -> bool:
+        info = await here.js.stream_info("CMD", subjects_filter=subject(node, "*"))
+        return not info.state.subjects
+
+    await eventually(empty, f"the queue of {node} is empty")

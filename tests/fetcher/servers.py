@@ -1,0 +1,63 @@
+"""Little HTTP servers that answer as a test says: hostile peers, strange hubs. What they send is written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
+
+
+class Asked(NamedTuple):
+    """A request's head."""
+
+    path: str
+    headers: dict[str, str]
+
+
+class Server:
+    """A server that listens. `asked` is every request so far."""
+
+    def __init__(self, port: int, asked: list[Asked]) -> None:
+        self.port, self.asked = port, asked
+        self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
+
+
+Answer = Callable[[Asked, asyncio.StreamWriter], Awaitable[None]]
+
+
+def reply(status: int, body: bytes = b"", **headers: str) -> bytes:
+    """A whole answer, head and body; header names with `_` for `-`."""
+    lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@asynccontextmanager
+async def serving(answer: Answer | bytes | Mapping[str, object]) -> AsyncIterator[Server]:
+    """Serve while the body runs: the same bytes to all, JSON by path (404 for others), or what `answer` writes."""
+    asked: list[Asked] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                fields = (line.split(": ", 1) for line in head[1:] if line)
+                request = Asked(head[0].split(" ")[1], {k.lower(): v for k, v in fields})
+                asked.append(request)
+                if isinstance(answer, bytes):
+                    writer.write(answer)
+                elif isinstance(answer, Mapping):
+                    found = answer.get(request.path)
+                    writer.write(reply(404) if found is None else reply(200, json.dumps(found).encode()))
+                else:
+                    await answer(request, writer)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield Server(server.sockets[0].getsockname()[1], asked)
+    finally:
+        server.close()

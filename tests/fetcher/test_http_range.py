@@ -1,0 +1,207 @@
+"""Reading a range from servers of every kind, and what their failures are called."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import httpx2
+import pytest
+
+from shoal_common.errors import BadName, Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError, Unavailable
+from shoal_fetcher.errors import RateLimited
+from shoal_fetcher.http_range import (
+    FOREIGN,
+    blob_url,
+    foreign,
+    hub_client,
+    hub_source,
+    peer_client,
+    peer_source,
+    read_range,
+)
+from tests.fetcher.servers import Asked, reply, serving
+
+HUB, PEER = hub_source("https://hub.example"), peer_source("b")
+
+
+async def read(url: str, start: int, end: int, client: httpx2.AsyncClient | None = None, **headers: str) -> bytes:
+    """What a range holds, with where it begins before it."""
+    async with client or hub_client() as c, read_range(c, url, headers, start, end, HUB) as body:
+        return b"%d:" % body.begin + b"".join([chunk async for chunk in body.chunks])
+
+
+async def test_a_range_is_asked_for_unencoded_and_read() -> None:
+    async with serving(reply(206, b"cde", content_range="bytes 2-4/9")) as server:
+        assert await read(server.url, 2, 5) == b"2:cde"
+    assert server.asked[0].headers["range"] == "bytes=2-4"
+    assert server.asked[0].headers["accept-encoding"] == "identity"
+
+
+async def test_a_server_that_answers_a_range_with_everything_is_read_from_the_start() -> None:
+    async with serving(reply(200, b"abcdefghi")) as server:
+        assert await read(server.url, 2, 5) == b"0:abcdefghi"
+
+
+@pytest.mark.parametrize("answered", ["bytes 0-2/9", "bytes */9", "items 2-4/9", "", "bytes " + "9" * 5000 + "-4/9"])
+async def test_another_range_than_was_asked_for_is_refused_before_its_bytes_are_read(answered: str) -> None:
+    async with serving(reply(206, b"abc", content_range=answered)) as server:
+        with pytest.raises(Corrupt, match="another range"):
+            await read(server.url, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        *[(401, Denied), (403, Denied), (404, NotFound), (416, Corrupt)],
+        *[(500, HubUnavailable), (503, HubUnavailable), (204, Failed), (400, Failed), (418, Failed)],
+    ],
+)
+async def test_each_status_has_its_error_and_names_who_said_it(status: int, kind: type[ShoalError]) -> None:
+    async with serving(reply(status)) as server:
+        with pytest.raises(ShoalError, match=r"hub\.example") as caught:
+            await read(server.url, 0, 5)
+    assert type(caught.value) is kind
+
+
+async def test_a_refusal_says_which_credential_to_set() -> None:
+    async with serving(reply(401)) as server:
+        with pytest.raises(Denied, match="HF_TOKEN"):
+            await read(server.url, 0, 5)
+        async with peer_client() as client:
+            with pytest.raises(Denied, match=r"node b .*SHOAL_SECRET"):
+                async with read_range(client, server.url, {}, 0, 5, PEER):
+                    pass
+    async with serving(reply(403, x_error_code="GatedRepo")) as server:
+        with pytest.raises(Denied, match=r"gated.*accept its terms"):
+            await read(server.url, 0, 5)
+
+
+async def test_a_peer_with_a_fault_is_not_called_the_hub() -> None:
+    async with serving(reply(503)) as server, peer_client() as client:
+        with pytest.raises(Unavailable) as caught:
+            async with read_range(client, server.url, {}, 0, 5, PEER):
+                pass
+    assert type(caught.value) is Unavailable
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"retry_after": "12"}, 12),
+        ({"ratelimit": '"resolvers";r=0;t=7'}, 7),
+        ({"retry_after": "3", "ratelimit": '"api";r=0;t=9'}, 3),
+        ({"retry_after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 5),
+        ({"retry_after": "²"}, 5),
+        ({"retry_after": "9" * 400}, 900),
+        ({}, 5),
+    ],
+)
+async def test_a_rate_limit_says_when_to_come_back(headers: dict[str, str], wait_s: float) -> None:
+    async with serving(reply(429, b"", **headers)) as server:
+        with pytest.raises(RateLimited) as caught:
+            await read(server.url, 0, 5)
+    assert caught.value.retry_after_s == wait_s
+
+
+async def test_I7_a_source_that_falls_silent_is_given_up() -> None:
+    forever = asyncio.Event()
+
+    async def silent(_: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(206, b"abcde", content_range="bytes 0-4/5")[:-2])
+        await writer.drain()
+        await forever.wait()
+
+    async with serving(silent) as server:
+        with pytest.raises(HubUnavailable, match="silent"):
+            await read(server.url, 0, 5, hub_client(silence_s=0.2))
+        forever.set()
+
+
+async def test_a_body_that_breaks_off_is_the_source_gone_and_not_a_short_file() -> None:
+    async def breaks(_: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(206, b"abcde", content_range="bytes 0-4/5")[:-2])
+        writer.close()
+
+    async with serving(breaks) as server:
+        with pytest.raises(HubUnavailable, match="broke off"):
+            await read(server.url, 0, 5)
+
+
+async def test_nobody_listening_is_the_source_away() -> None:
+    async with serving(b"") as server:
+        pass
+    with pytest.raises(HubUnavailable, match="cannot be reached"):
+        await read(server.url, 0, 5)
+
+
+async def test_I12_the_token_does_not_follow_a_redirect_to_another_host() -> None:
+    async with serving(reply(206, b"abc", content_range="bytes 0-2/3")) as other:
+        async with serving(reply(302, location=f"http://localhost:{other.port}/x")) as server:
+            assert await read(server.url, 0, 3, Authorization="Bearer secret") == b"0:abc"
+        assert server.asked[0].headers["authorization"] == "Bearer secret"
+        assert "authorization" not in other.asked[0].headers
+
+
+async def test_I12_a_peer_cannot_send_us_elsewhere() -> None:
+    async with serving(b"") as other, serving(reply(302, location=other.url)) as server:
+        with pytest.raises(Failed, match="302"):
+            await read(server.url, 0, 3, peer_client())
+    assert not other.asked
+
+
+async def test_I12_no_proxy_of_the_environment_sees_what_goes_between_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(reply(502)) as proxy, serving(reply(206, b"abc", content_range="bytes 0-2/3")) as server:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.setenv("no_proxy", "")
+        assert await read(server.url, 0, 3, peer_client()) == b"0:abc"
+        assert not proxy.asked
+        with pytest.raises(HubUnavailable):
+            await read(server.url, 0, 3, hub_client())
+        assert proxy.asked
+
+
+def test_I12_a_password_in_the_hubs_address_is_not_repeated_in_messages() -> None:
+    assert hub_source("https://me:hunter2@hub.example/base").name == "hub hub.example/base"
+
+
+# Raised when the client library is used wrongly, which is a bug of ours and shall look like one.
+OURS_TO_BLAME = {
+    "StreamError",
+    "StreamConsumed",
+    "StreamClosed",
+    "ResponseNotRead",
+    "RequestNotRead",
+    "CookieConflict",
+    "HTTPXDeprecationWarning",
+}
+
+
+def test_every_exception_of_httpx2_is_mapped_or_ours_to_blame() -> None:
+    classes = [c for _, c in inspect.getmembers(httpx2, inspect.isclass) if issubclass(c, Exception)]
+    unmapped = {c.__name__ for c in classes if not issubclass(c, FOREIGN)}
+    assert unmapped - OURS_TO_BLAME == set()
+    for kind in classes:
+        if issubclass(kind, FOREIGN):
+            error = foreign(kind.__new__(kind), HUB)
+            assert type(error) is HubUnavailable and "hub.example" in error.message
+
+
+@pytest.mark.parametrize("address", ["10.0.0.2:80", "[fd00::7]:65535", "node-b.lan:1234", "localhost:1"])
+def test_an_address_of_a_peer_leads_to_a_blob(address: str) -> None:
+    assert blob_url(address, "a" * 64) == f"http://{address}/v1/blobs/{'a' * 64}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *["", "host", "host:", ":80", "host:99999", "a b:1", "[nonsense:1", "user@host:1", "host:1/x", "host:1#"],
+        *["a..b:1", "x" * 300 + ":1", "host:²", "host:80\n", "-a:1"],
+    ],
+)
+def test_I10_an_address_that_no_node_can_have_is_refused_before_it_is_used(address: str) -> None:
+    with pytest.raises(BadName):
+        blob_url(address, "a" * 64)
+    with pytest.raises(BadName):
+        blob_url("10.0.0.2:80", "../health")

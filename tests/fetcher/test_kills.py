@@ -1,0 +1,190 @@
+"""kill -9 of anything in the middle of a pull: it completes, and what was durable is not fetched again (I6)."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+from nats.aio.msg import Msg
+
+from shoal_common.buckets import origin_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.leases import LeaseValue
+from shoal_common.messages.commands import Outcome
+from shoal_common.messages.records import DownloadState
+from shoal_demo.faults import Faults
+from tests.fetcher.pulling import Pulls, Site
+from tests.fetcher.repos import noise
+from tests.harness.waiting import eventually
+
+SLOW = Faults(bytes_per_s=4 * LEAF_BYTES)
+
+
+def two_files(seed: str) -> dict[str, bytes]:
+    """A file that is soon whole, and one that takes a while."""
+    return {"1.safetensors": noise(LEAF_BYTES // 2, seed), "2.safetensors": noise(10 * LEAF_BYTES, seed + "2")}
+
+
+async def in_the_middle(here: Pulls, node: str = "a") -> DownloadState:
+    """Return once the small file is whole and the large one has durable leaves."""
+    return await here.state(
+        node, lambda s: s.phase == "fetching" and len(s.blobs) == 1 and s.done_bytes > 2 * LEAF_BYTES
+    )
+
+
+async def ready(here: Pulls, node: str = "a") -> DownloadState:
+    return await here.state(node, lambda s: s.phase == "ready", deadline_s=40.0)
+
+
+async def test_I6_the_fetcher_killed_in_the_middle_goes_on_where_it_was_and_tells_what_it_resumed(site: Site) -> None:
+    size = site.make(files := two_files(site.repo))
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        pull = await here.begin("a")
+        killed_at = await in_the_middle(here)
+        site["a"]["fetcher"].kill()
+        sent_before = site.hub_bytes()
+        site.hub.set_faults(Faults())
+        await site["a"].restart(here.here, "fetcher")
+        state = await ready(here)
+        await here.is_whole("a", files)
+        assert state.resumed_bytes >= killed_at.done_bytes
+        assert state.resumed_bytes + site.hub_bytes() - sent_before == size
+        assert site.gets("1.safetensors") == 1
+        assert state.started_at_s == killed_at.started_at_s
+        pull.cancel()
+
+
+async def test_I6_the_fetcher_stopped_politely_pauses_and_its_successor_goes_on(site: Site) -> None:
+    size = site.make(files := two_files(site.repo))
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        identity = site.repo.replace("/", "-")
+        pull = asyncio.create_task(here.pull("a", identity=identity))
+        await in_the_middle(here)
+        assert await asyncio.to_thread(site["a"]["fetcher"].stop) == 0
+        sent_before = site.hub_bytes()
+        site.hub.set_faults(Faults())
+        await site["a"].restart(here.here, "fetcher")
+        state = await ready(here)
+        await here.is_whole("a", files)
+        assert state.resumed_bytes + site.hub_bytes() - sent_before == size
+        # The command went back to the queue and was taken up again: who asked finds the outcome under its id.
+        outcome = await eventually(lambda: here.buckets.done.get_as(identity, Outcome), "the command has ended")
+        assert outcome.ok and outcome.result["phase"] == "ready"
+        pull.cancel()
+
+
+async def test_I6_storage_killed_in_the_middle_of_a_pull(site: Site) -> None:
+    size = site.make(files := two_files(site.repo))
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        pull = await here.begin("a")
+        await in_the_middle(here)
+        await site["a"].restart(here.here, "storage")
+        site.hub.set_faults(Faults())
+        assert (await pull).ok
+        await here.is_whole("a", files)
+        assert site.hub_bytes() == size
+
+
+async def test_I6_storage_killed_while_it_owes_an_answer_is_asked_again(site: Site) -> None:
+    size = site.make(files := two_files(site.repo))
+    async with site.join() as here:
+        asked = asyncio.Event()
+
+        async def arrived(_: Msg) -> None:
+            asked.set()
+
+        watching = await here.here.client.subscribe("shoal.v1.svc.storage.a.reserve", cb=arrived)
+        await here.here.client.flush()
+        site["a"]["storage"].send(signal.SIGSTOP)
+        pull = await here.begin("a")
+        await asked.wait()
+        await watching.unsubscribe()  # or NATS would take the test for somebody who answers
+        await site["a"].restart(here.here, "storage")
+        assert (await pull).ok
+        await here.is_whole("a", files)
+        assert site.hub_bytes() == size
+
+
+@pytest.mark.parametrize("service", ["fetcher", "storage", "fileserver"])
+async def test_I9_a_service_of_the_source_killed_in_the_middle_costs_the_hub_nothing(
+    site: Site, service: str
+) -> None:
+    """b takes a large model from a; a's service dies and is started again at once, as a supervisor does."""
+    size = site.make(files := {"1.safetensors": noise(96 * LEAF_BYTES, "large"), "c.json": site.repo.encode()})
+    async with site.join() as here:
+        await here.pull_ok("a")
+        site.hub.reset_stats()
+        pull = await here.begin("b")
+        await here.state("b", lambda s: s.phase == "fetching")
+        await site["a"].restart(here.here, service)
+        outcome = await pull
+        assert outcome.ok, outcome.error
+        await here.is_whole("b", files)
+        assert site.hub_bytes() == 0
+        state = await here.state_now("b")
+        assert state is not None and state.sources["a"] >= size
+        if service == "fileserver":
+            assert "a source failed" in site["b"]["fetcher"].log(), "it was not in the middle"
+        for node in "ab":
+            assert (await here.delete(node)).ok
+
+
+async def test_I6_nats_restarted_in_the_middle_of_a_pull(site: Site) -> None:
+    size = site.make(files := two_files(site.repo))
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        pull = await here.begin("a")
+        await in_the_middle(here)
+        await asyncio.to_thread(site.server.restart)
+        site.hub.set_faults(Faults())
+        await ready(here)
+        await here.is_whole("a", files)
+        assert site.hub_bytes() <= size + 2 * LEAF_BYTES
+        pull.cancel()
+
+
+async def test_an_origin_killed_in_the_middle_is_succeeded_by_a_node_that_waits(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(10 * LEAF_BYTES, site.repo)})
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        first = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        second = await here.begin("b")
+        await here.state("b", lambda s: s.waiting_for == "origin a")
+        site["a"]["fetcher"].kill()
+        site.hub.set_faults(Faults())
+        sent = site.hub_bytes()
+        assert (await second).ok
+        await here.is_whole("b", files)
+        state = await here.state_now("b")
+        assert state is not None and state.sources == {"hub": size}
+        # a goes on with what it had: the rest it takes from b, and no byte from the hub.
+        await site["a"].restart(here.here, "fetcher")
+        state = await ready(here)
+        await here.is_whole("a", files)
+        assert state.resumed_bytes > 0 and state.sources["b"] == size - state.resumed_bytes
+        assert site.hub_bytes() == sent + size
+        first.cancel()
+
+
+async def test_a_node_that_comes_back_gets_its_origin_lease_back_at_once(site: Site) -> None:
+    site.make(files := {"model.safetensors": noise(10 * LEAF_BYTES, site.repo)})
+    site.hub.set_faults(SLOW)
+    async with site.join() as here:
+        pull = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        blob = next(iter(p.name for p in site["a"].layout.partials.iterdir()))
+        assert await here.buckets.lease.get_as(origin_key(blob), LeaseValue) is not None
+        site["a"]["fetcher"].kill()
+        await site["a"].restart(here.here, "fetcher")
+        began_s = asyncio.get_running_loop().time()
+        await here.state("a", lambda s: s.phase == "fetching" and s.speed_bytes_per_s > 0)
+        assert asyncio.get_running_loop().time() - began_s < 5
+        site.hub.set_faults(Faults())
+        await ready(here)
+        await here.is_whole("a", files)
+        pull.cancel()

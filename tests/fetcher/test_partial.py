@@ -1,0 +1,218 @@
+"""Writing what arrives: whatever the chunks, whenever it ends, the bitmap claims only what is in the file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal_common.layout import LEAF_BYTES, Bitmap
+from shoal_fetcher import partial as partial_module
+from shoal_fetcher.errors import ReservationLost
+from shoal_fetcher.partial import PartialBlob, read_bitmap
+
+SIZES = st.integers(0, 3 * LEAF_BYTES + 5) | st.sampled_from([0, 1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1])
+CUTS = st.lists(st.integers(1, 2 * LEAF_BYTES), min_size=1, max_size=8)
+
+
+def content(size_bytes: int) -> bytes:
+    return random.Random(size_bytes).randbytes(size_bytes)
+
+
+def reserved(directory: Path) -> Path:
+    """A partial as storage makes it."""
+    directory.mkdir(exist_ok=True)
+    (directory / "data").touch()
+    return directory
+
+
+async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None) -> None:
+    """Write data from where `begin_at` has put us, cut in pieces of these sizes, over and over."""
+    at, end, turn = 0, len(data) if upto is None else upto, 0
+    while at < end:
+        step = min(cuts[turn % len(cuts)], end - at)
+        await partial.write(data[at : at + step])
+        at, turn = at + step, turn + 1
+
+
+def claims_only_what_is_there(directory: Path, data: bytes) -> Bitmap:
+    """The bitmap as a next start reads it, after checking every leaf that it claims."""
+    bitmap = read_bitmap(directory, len(data))
+    on_disk = (directory / "data").read_bytes()
+    for leaf in range(bitmap.leaves):
+        if leaf in bitmap:
+            start, end = leaf * LEAF_BYTES, leaf * LEAF_BYTES + bitmap.leaf_bytes(leaf)
+            assert on_disk[start:end] == data[start:end], f"leaf {leaf} is claimed and is not there"
+    return bitmap
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, CUTS)
+def test_any_chunking_gives_the_same_file_and_the_same_bitmap(size_bytes: int, cuts: list[int]) -> None:
+    data = content(size_bytes)
+
+    async def scenario(directory: Path) -> None:
+        async with PartialBlob(directory, size_bytes) as partial:
+            partial.begin_at(0)
+            await fill(partial, data, cuts)
+            assert not partial.overflowing
+        assert partial.durable_bytes == size_bytes
+
+    with TemporaryDirectory() as root:
+        asyncio.run(scenario(directory := reserved(Path(root) / "p")))
+        assert (directory / "data").read_bytes() == data
+        assert claims_only_what_is_there(directory, data).complete
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3 * LEAF_BYTES + 5), CUTS, st.data())
+def test_I6_however_it_is_cut_off_it_goes_on_with_the_whole_leaves_that_had_arrived(
+    size_bytes: int, cuts: list[int], draw: st.DataObject
+) -> None:
+    data = content(size_bytes)
+    cut_off = draw.draw(st.integers(0, size_bytes))
+
+    async def scenario(directory: Path) -> None:
+        with pytest.raises(ConnectionError):
+            async with PartialBlob(directory, size_bytes) as partial:
+                partial.begin_at(0)
+                await fill(partial, data, cuts, upto=cut_off)
+                raise ConnectionError("the source went away")
+        bitmap = claims_only_what_is_there(directory, data)
+        whole = cut_off if cut_off == size_bytes else cut_off // LEAF_BYTES * LEAF_BYTES
+        assert bitmap.have_bytes == whole == partial.durable_bytes
+        async with PartialBlob(directory, size_bytes) as partial:
+            for start, end in partial.bitmap.missing_runs():
+                partial.begin_at(start)
+                await fill(partial, data[start:end], cuts)
+        assert claims_only_what_is_there(directory, data).complete
+        assert (directory / "data").read_bytes() == data
+
+    with TemporaryDirectory() as root:
+        asyncio.run(scenario(reserved(Path(root) / "p")))
+
+
+async def test_a_source_that_starts_over_does_not_touch_what_is_durable(tmp_path: Path) -> None:
+    data, directory = content(3 * LEAF_BYTES), reserved(tmp_path / "p")
+    async with PartialBlob(directory, len(data)) as partial:
+        partial.begin_at(0)
+        await partial.write(data[:LEAF_BYTES])
+    async with PartialBlob(directory, len(data)) as partial:
+        partial.begin_at(0)
+        await partial.write(b"\0" * LEAF_BYTES + data[LEAF_BYTES:])
+        assert partial.holds(0, len(data))
+    assert (directory / "data").read_bytes() == data
+    assert partial.durable_bytes == len(data)
+
+
+async def test_more_bytes_than_the_blob_has_are_noticed_and_not_written(tmp_path: Path) -> None:
+    data, directory = content(LEAF_BYTES + 7), reserved(tmp_path / "p")
+    async with PartialBlob(directory, len(data)) as partial:
+        partial.begin_at(0)
+        await partial.write(data)
+        assert not partial.overflowing
+        await partial.write(b"x")
+        assert partial.overflowing
+    assert (directory / "data").read_bytes() == data
+
+
+async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claims_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path / "p")
+
+    class Crash(BaseException):
+        """The process ends here."""
+
+    def crash(self: Path, target: Path) -> Path:
+        raise Crash
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(Path, "replace", crash)
+        async with PartialBlob(directory, len(data)) as partial:
+            partial.begin_at(0)
+            await partial.write(data)
+    assert (directory / "data").read_bytes() == data
+    assert claims_only_what_is_there(directory, data).have_bytes == 0
+
+
+async def test_I6_leaves_whose_sync_failed_are_not_claimed_even_by_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path / "p")
+    real = os.fsync
+
+    def failing(fd: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(partial_module, "CHECKPOINT_LEAVES", 1)
+    async with PartialBlob(directory, len(data)) as partial:
+        partial.begin_at(0)
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError):
+            await partial.write(data[:LEAF_BYTES])
+        await partial.write(data[LEAF_BYTES:])
+    assert claims_only_what_is_there(directory, data).missing_runs() == [(0, LEAF_BYTES)]
+
+
+def test_I6_a_bitmap_that_claims_more_than_the_file_holds_is_not_believed(tmp_path: Path) -> None:
+    directory = reserved(tmp_path / "p")
+    (directory / "have").write_bytes(b"\x07")
+    (directory / "data").write_bytes(content(2 * LEAF_BYTES + 1)[: 2 * LEAF_BYTES])
+    assert read_bitmap(directory, 2 * LEAF_BYTES + 1).missing_runs() == [(2 * LEAF_BYTES, 2 * LEAF_BYTES + 1)]
+    (directory / "have").write_bytes(b"\x07\x00")  # of another size
+    assert read_bitmap(directory, 2 * LEAF_BYTES + 1).have_bytes == 0
+
+
+async def test_a_reservation_that_is_gone_is_told_from_a_source_that_failed(tmp_path: Path) -> None:
+    with pytest.raises(ReservationLost):
+        async with PartialBlob(tmp_path / "none", 1):
+            pass
+
+
+async def test_I1_a_cancelled_write_ends_before_its_file_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that wrote later would write into whatever file had got the same descriptor."""
+    data, directory = content(LEAF_BYTES), reserved(tmp_path / "p")
+    begun, gate, real = asyncio.Event(), threading.Event(), os.pwrite
+    loop = asyncio.get_running_loop()
+
+    def slow(fd: int, piece: bytes, offset: int) -> int:
+        loop.call_soon_threadsafe(begun.set)
+        assert gate.wait(10)
+        return real(fd, piece, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+
+    async def writing() -> None:
+        async with PartialBlob(directory, len(data)) as partial:
+            partial.begin_at(0)
+            await partial.write(data)
+
+    task = asyncio.create_task(writing())
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait({task}, timeout=0.05)
+    assert not task.done(), "the file was closed under a thread that writes"
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (directory / "data").read_bytes() == data
+
+
+async def test_short_writes_are_written_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, directory, real = content(LEAF_BYTES), reserved(tmp_path / "p"), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, piece, offset: real(fd, piece[:100_000], offset))
+    async with PartialBlob(directory, len(data)) as partial:
+        partial.begin_at(0)
+        await partial.write(data)
+    assert (directory / "data").read_bytes() == data

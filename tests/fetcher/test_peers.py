@@ -1,0 +1,206 @@
+"""Peers that lie, hang or leave, and clusters of more than two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal_common.buckets import download_key, live_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.facts import Facts, Holder, Live
+from shoal_common.messages.records import DownloadState
+from shoal_demo.faults import DropAtByte, Faults
+from tests.fetcher.pulling import Pulls, Site, check_store
+from tests.fetcher.repos import noise
+from tests.fetcher.servers import Asked, Server, reply, serving
+from tests.harness.node import Node, running_nodes
+
+LIAR = "liar"
+
+
+@asynccontextmanager
+async def claiming(here: Pulls, server: Server, blobs: list[str]) -> AsyncIterator[None]:
+    """A node that is live, with this server, and says that it has these blobs of the test's model."""
+    live, state = live_key(LIAR, "fileserver"), download_key(LIAR, here.site.repo)
+    holder = Holder(uid="liar", host="elsewhere", pid=1)
+    await here.buckets.live.put(live, Live(holder=holder, version="1", facts=Facts(addresses=[server.address])))
+    claim = DownloadState(node=LIAR, model=here.site.repo, phase="fetching", blobs=blobs)
+    await here.buckets.state.put(state, claim)
+    try:
+        yield
+    finally:
+        await here.buckets.live.delete(live)
+        await here.buckets.state.delete(state)
+
+
+async def blob_of(here: Pulls, path: str) -> str:
+    """The sha256 of a file, from a that has the model."""
+    return next(f.sha256 for f in (await here.manifest("a")).files if f.path == path)
+
+
+def wrong(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+async def test_I1_a_peer_that_gives_wrong_bytes_is_set_aside_and_the_hub_gives_the_right_ones(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+
+    async def lie(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        content = wrong(files["model.safetensors"])
+        writer.write(reply(206, content, content_range=f"bytes 0-{size - 1}/{size}"))
+
+    async with site.join() as here, serving(lie) as server:
+        await here.pull_ok("a")
+        blob = await blob_of(here, "model.safetensors")
+        assert (await here.delete("a")).ok
+        site.hub.reset_stats()
+        async with claiming(here, server, [blob]):
+            state = await here.pull_ok("b")
+        await here.is_whole("b", files)
+        assert len(server.asked) == 1 and server.asked[0].path == f"/v1/blobs/{blob}"
+        assert state.sources == {LIAR: size, "hub": size} and site.hub_bytes() == size
+        assert state.done_bytes == size
+
+
+async def test_I1_with_an_honest_peer_beside_the_liar_the_hub_is_not_asked(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+
+    async def lie(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        content = wrong(files["model.safetensors"])
+        writer.write(reply(206, content, content_range=f"bytes 0-{size - 1}/{size}"))
+
+    async with site.join() as here, serving(lie) as server:
+        await here.pull_ok("a")
+        site.hub.reset_stats()
+        async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
+            state = await here.pull_ok("b")
+        await here.is_whole("b", files)
+        assert state.sources["a"] == size and site.hub_bytes() == 0
+        assert len(server.asked) <= 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply(404),
+        reply(500),
+        reply(302, location="http://127.0.0.1:1/"),
+        b"not even HTTP\r\n\r\n",
+        reply(206, b"x" * 100, content_range="bytes 5-104/2097152"),
+        reply(200, b"y" * (3 * LEAF_BYTES)),
+    ],
+    ids=["404", "500", "302", "noise", "other range", "too long"],
+)
+async def test_a_peer_that_cannot_give_what_it_claims_only_costs_time(site: Site, answer: bytes) -> None:
+    site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+    async with site.join() as here, serving(answer) as server:
+        await here.pull_ok("a")
+        site.hub.reset_stats()
+        async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
+            # Both nodes are asked in turn; a, which has it, ends it.
+            await here.pull_ok("b")
+        await here.is_whole("b", files)
+        assert site.hub_bytes() == 0
+
+
+async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -> None:
+    """An address that is none, and a blob's name that is none (I10)."""
+    size = site.make(files := {"model.safetensors": noise(LEAF_BYTES, site.repo), "c.json": site.repo.encode()})
+    async with site.join() as here, serving(b"") as server:
+        bad = Server(0, [])
+        bad.address = "nowhere:99999/../x"
+        await here.pull_ok("a")
+        manifest = await here.manifest("a")
+        git = next(f"git-{f.git_sha1}" for f in manifest.files if f.git_sha1)
+        assert (await here.delete("a")).ok
+        site.hub.reset_stats()
+        async with claiming(here, bad, [f.sha256 for f in manifest.files]):
+            claim = DownloadState(
+                node=LIAR, model=site.repo, phase="fetching", blobs=["../../up"], known={git: "../../up"}
+            )
+            await here.buckets.state.put(download_key(LIAR, site.repo), claim)
+            await here.pull_ok("b")
+        await here.is_whole("b", files)
+        assert site.hub_bytes() == size and not server.asked
+
+
+@pytest.fixture
+def more_nodes(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Node]:
+    """c and d, not yet started."""
+    homes: Path = tmp_path_factory.mktemp("more")
+    environment = {"HF_ENDPOINT": site.hub.base_url}
+    return {n: Node(homes / n, n, site.server.url, tuple(site["a"].services), **environment) for n in ("c", "d")}
+
+
+async def test_I9_four_nodes_at_the_same_time_cost_the_hub_one_model(site: Site, more_nodes: dict[str, Node]) -> None:
+    files = {f"{i}.safetensors": noise((i + 1) * LEAF_BYTES // 2, f"{site.repo}{i}") for i in range(6)}
+    files |= {f"{i}.json": noise(500 + i, site.repo) for i in range(6)}
+    size = site.make(files)
+    site.nodes.update(more_nodes)
+    try:
+        with running_nodes(*more_nodes.values()):
+            async with site.join() as here:
+                for node in more_nodes.values():
+                    await node.ready(here.here)
+                states = await asyncio.gather(*(here.pull_ok(n) for n in "abcd"))
+                assert site.hub_bytes() <= 1.02 * size
+                for name, state in zip("abcd", states, strict=True):
+                    await here.is_whole(name, files)
+                    assert state.done_bytes == state.total_bytes == size
+                    check_store(site[name])
+                await here.no_lease_is_left()
+                # The first three die; whoever asks next still needs no byte from the hub.
+                site.hub.reset_stats()
+                assert (await here.delete("a")).ok
+                for node in more_nodes.values():
+                    node["fetcher"].kill()
+                await here.pull_ok("a")
+                await here.is_whole("a", files)
+                assert site.hub_bytes() == 0
+    finally:
+        for name in more_nodes:
+            del site.nodes[name]
+
+
+async def test_a_large_file_does_not_need_memory_of_its_size(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(256 * LEAF_BYTES, "256 MiB")})
+    async with site.join() as here:
+        fetchers = {n: psutil.Process(site[n]["fetcher"].pid) for n in "ab"}
+        before = {n: p.memory_info().rss for n, p in fetchers.items()}
+        most = dict.fromkeys(fetchers, 0)
+        for node, process in fetchers.items():
+            pull = asyncio.create_task(here.pull_ok(node))
+            while not pull.done():
+                most[node] = max(most[node], process.memory_info().rss - before[node])
+                await asyncio.wait({pull}, timeout=0.01)
+            await pull
+        assert site.hub_bytes() == size
+        await here.is_whole("b", files)
+        for node in "ab":
+            assert (await here.delete(node)).ok
+        print({n: f"{b >> 20} MiB" for n, b in most.items()})
+        assert max(most.values()) < 64 << 20, {n: f"{b >> 20} MiB" for n, b in most.items()}
+
+
+async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is_left(site: Site) -> None:
+    site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+    directory = site["a"].home / "impatient"
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text("import shoal_fetcher.blobs as b\nb.NO_PROGRESS_S = 1.0\n")
+    usual = site["a"]["fetcher"].environment["PYTHONPATH"]
+    # 300 KB of each answer get through: bytes and bytes, and never a leaf.
+    site.hub.set_faults(Faults(drop_at_byte=DropAtByte(after_bytes=300_000, times=None)))
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", PYTHONPATH=f"{directory}:{usual}")
+        code, message = await here.pull_wrong("a")
+        assert code == "unavailable"
+        assert "nothing was added to model.safetensors for 1 s" in message and "broke off" in message
+        state = await here.state_now("a")
+        assert state is not None and state.done_bytes == 0 and state.sources["hub"] > 300_000 // 2
+        await here.nothing_is_left("a")
+        await site["a"].restart(here.here, "fetcher")

@@ -1,0 +1,199 @@
+"""What cannot be done ends in one clear line with the right code, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from shoal_common.buckets import download_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.questions import Done, Withdraw
+from shoal_common.questions import Ask
+from shoal_demo.faults import Faults, Unavailable
+from tests.fetcher.pulling import Site
+from tests.fetcher.repos import noise
+from tests.harness.waiting import eventually
+
+
+async def ends_so(site: Site, code: str, *words: str, phase: str = "failed", model: str = "") -> None:
+    """A pull on a ends with this code and these words, and nothing is left of it."""
+    async with site.join() as here:
+        found, message = await here.pull_wrong("a", model)
+        assert found == code and all(w in message for w in words), message
+        state = await here.state_now("a", model)
+        assert state is not None and state.phase == phase
+        assert state.error is not None and (state.error.code, state.error.message) == (code, message)
+        await here.nothing_is_left("a", model)
+
+
+async def test_a_model_that_does_not_exist(site: Site) -> None:
+    await ends_so(site, "not_found", site.repo, "check the name")
+
+
+async def test_a_revision_that_does_not_exist(site: Site) -> None:
+    site.make({"config.json": b"{}"})
+    await ends_so(site, "not_found", "no revision 'v9'", model=f"{site.repo}@v9")
+
+
+async def test_a_hub_that_cannot_be_reached(site: Site) -> None:
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", HF_ENDPOINT="http://127.0.0.1:1")
+    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "cannot be reached")
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher")
+
+
+async def test_a_hub_that_must_not_be_asked(site: Site) -> None:
+    site.make({"config.json": b"{}"})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", HF_HUB_OFFLINE="1")
+    await ends_so(site, "hub_unavailable", "HF_HUB_OFFLINE")
+    assert site.hub.stats().requests.api == 0
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher")
+
+
+async def test_I3_a_model_beyond_the_quota_is_rejected_with_the_figures(site: Site) -> None:
+    site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "storage", SHOAL_MAX_STORAGE_BYTES="1000")
+    await ends_so(site, "quota_exceeded", "needs 2.1 MB", "quota of 1 kB", phase="rejected")
+    assert site.hub_bytes() == 0
+    async with site.join() as here:
+        await site["a"].restart(here.here, "storage")
+
+
+async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Site) -> None:
+    """A limit in the process stands in for the disk: the same error, from the same call."""
+    size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", **_limited(site, 3 * LEAF_BYTES))
+        code, message = await here.pull_wrong("a")
+        assert code == "quota_exceeded" and "disk is full" in message and "pull again to resume" in message
+        state = await here.state_now("a")
+        assert state is not None and state.phase == "rejected" and state.done_bytes == 3 * LEAF_BYTES
+        await site["a"].restart(here.here, "fetcher")
+        state = await here.pull_ok("a")
+        await here.is_whole("a", files)
+        assert state.resumed_bytes == 3 * LEAF_BYTES and site.hub_bytes() < 1.6 * size
+
+
+def _limited(site: Site, file_bytes: int) -> dict[str, str]:
+    """An environment in which the process gives itself ENOSPC past so many bytes of a file."""
+    directory = site["a"].home / "limited"
+    directory.mkdir(exist_ok=True)
+    (directory / "sitecustomize.py").write_text(
+        "import errno, os\n"
+        "real, limit = os.pwrite, int(os.environ['TEST_FILE_BYTES'])\n"
+        "def pwrite(fd, data, offset):\n"
+        "    if offset + len(data) > limit:\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return real(fd, data, offset)\n"
+        "os.pwrite = pwrite\n"
+    )
+    usual = site["a"]["fetcher"].environment["PYTHONPATH"]
+    return {"PYTHONPATH": f"{directory}:{usual}", "TEST_FILE_BYTES": str(file_bytes)}
+
+
+async def test_a_hub_that_is_down_does_not_cost_what_an_earlier_try_has_brought(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", **_limited(site, 4 * LEAF_BYTES))
+        await here.pull_wrong("a")
+        await site["a"].restart(here.here, "fetcher")
+        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        code, _ = await here.pull_wrong("a")
+        assert code == "hub_unavailable"
+        site.hub.set_faults(Faults())
+        site.hub.reset_stats()
+        state = await here.pull_ok("a")
+        await here.is_whole("a", files)
+        assert state.resumed_bytes == 4 * LEAF_BYTES and site.hub_bytes() == size - 4 * LEAF_BYTES
+
+
+async def test_I5_cancel_in_the_middle_leaves_nothing_and_is_nothing_the_second_time(site: Site) -> None:
+    site.make(
+        files := {"model.safetensors": noise(8 * LEAF_BYTES, site.repo), "config.json": site.repo.encode()},
+    )
+    site.hub.set_faults(Faults(bytes_per_s=4 * LEAF_BYTES))
+    async with site.join() as here:
+        pull = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        assert (await here.cancel("a")).result == {"cancelled": True}
+        outcome = await pull
+        assert outcome.error is not None and outcome.error.code == "withdrawn"
+        await here.nothing_is_left("a")
+        assert await here.state_now("a") is None
+        await here.no_lease_is_left()
+        assert (await here.cancel("a")).result == {"cancelled": False}
+        site.hub.set_faults(Faults())
+        await here.pull_ok("a")
+        await here.is_whole("a", files)
+        assert (await here.cancel("a")).result == {"cancelled": False}
+        assert await here.state_now("a") is not None
+
+
+@pytest.mark.parametrize("by_commit", [False, True])
+async def test_I5_delete_in_the_middle_stops_the_download_and_leaves_nothing(site: Site, by_commit: bool) -> None:
+    site.make({"model.safetensors": noise(8 * LEAF_BYTES, site.repo), "config.json": site.repo.encode()})
+    site.hub.set_faults(Faults(bytes_per_s=4 * LEAF_BYTES))
+    async with site.join() as here:
+        pull = await here.begin("a")
+        state = await here.durable("a", LEAF_BYTES)
+        deleted = await here.delete("a", f"{site.repo}@{state.commit}" if by_commit else "")
+        assert deleted.ok, deleted.error
+        outcome = await pull
+        assert outcome.error is not None and outcome.error.code == "withdrawn"
+        await here.nothing_is_left("a")
+        assert await here.state_now("a") is None
+
+
+async def test_one_of_two_downloads_of_the_same_commit_can_be_cancelled_without_harm_to_the_other(
+    site: Site,
+) -> None:
+    size = site.make(files := {"model.safetensors": noise(8 * LEAF_BYTES, site.repo)})
+    site.hub.set_faults(Faults(bytes_per_s=2 * LEAF_BYTES))
+    async with site.join() as here:
+        by_branch = await here.begin("a")
+        commit = (await here.state("a", lambda s: bool(s.commit))).commit
+        by_commit = await here.begin("a", f"{site.repo}@{commit}")
+        await here.state("a", lambda s: s.phase == "fetching", f"{site.repo}@{commit}")
+        await here.durable("a", LEAF_BYTES)
+        await here.cancel("a", f"{site.repo}@{commit}")
+        site.hub.set_faults(Faults())
+        assert not (await by_commit).ok and (await by_branch).ok
+        await here.is_whole("a", files)
+        assert site.hub_bytes() == size
+
+
+async def test_I6_a_withdrawal_that_a_crash_interrupted_is_finished_by_the_next_start(site: Site) -> None:
+    site.make({"model.safetensors": noise(8 * LEAF_BYTES, site.repo)})
+    site.hub.set_faults(Faults(bytes_per_s=4 * LEAF_BYTES))
+    async with site.join() as here:
+        pull = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        site["a"]["storage"].kill()
+        cancelled = asyncio.create_task(here.cancel("a"))
+
+        async def wish_is_gone() -> bool:
+            return await here.buckets.spec.get(download_key("a", site.repo)) is None
+
+        await eventually(wish_is_gone, "the wish is withdrawn")
+        site["a"]["fetcher"].kill()
+        site["a"].start("storage", "fetcher")
+        await site["a"].ready(here.here)
+
+        async def all_gone() -> bool:
+            return await here.state_now("a") is None
+
+        await eventually(all_gone, "the withdrawal is finished")
+        await here.nothing_is_left("a")
+        for task in (pull, cancelled):
+            task.cancel()
+
+
+async def test_withdrawing_what_was_never_wished_for_is_answered(site: Site) -> None:
+    async with site.join() as here:
+        question = Withdraw(repo=site.repo)
+        assert await Ask(here.here.nats)("fetcher", "a", "withdraw", question, Done) == Done()

@@ -1,0 +1,93 @@
+"""A real fileserver over a store of a test, and plain sockets to speak to it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from shoal_common.layout import Layout
+from tests.harness.nats import NatsServer
+from tests.harness.process import Process, node_environment, started
+
+DEADLINE_S = 15.0
+
+
+class Reply(msgspec.Struct):
+    """What came back."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Fileserver:
+    """A running fileserver and the store that it serves."""
+
+    def __init__(self, process: Process, layout: Layout, host: str, port: int) -> None:
+        self.process, self.layout, self.host, self.port = process, layout, host, port
+
+    def add(self, data: bytes) -> str:
+        """Put a blob into the store, as storage leaves it."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self.layout.blob(sha256)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(0o444)
+        return sha256
+
+    async def connect(self, limit_bytes: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that has said nothing yet."""
+        async with asyncio.timeout(DEADLINE_S):
+            return await asyncio.open_connection(self.host, self.port, limit=limit_bytes)
+
+    async def raw(self, request: bytes) -> Reply:
+        """Send these bytes, and read one reply to its end."""
+        reader, writer = await self.connect()
+        try:
+            writer.write(request)
+            return await read_reply(reader, head_only=request.startswith(b"HEAD "))
+        finally:
+            writer.close()
+
+    async def ask(self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET") -> Reply:
+        """An honest request, its path sent as it stands."""
+        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in (headers or {}).items())]
+        return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1"))
+
+    async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:
+        """Ask for a blob, or a part of it."""
+        return await self.ask(f"/v1/blobs/{sha256}", {"Range": range_header} if range_header else {}, method)
+
+    def open_file_count(self) -> int:
+        """How many files and sockets the process has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+async def read_reply(reader: asyncio.StreamReader, head_only: bool = False) -> Reply:
+    """Read one reply: the head, and as many bytes as it says."""
+    async with asyncio.timeout(DEADLINE_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        status, *lines = head.strip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        size = 0 if head_only else int(headers.get("content-length", 0))
+        return Reply(int(status.split()[1]), headers, await reader.readexactly(size))
+
+
+@asynccontextmanager
+async def serving(server: NatsServer, directory: Path, name: str, **environ: str) -> AsyncIterator[Fileserver]:
+    """Run a fileserver of a node called `name` while the body runs."""
+    home = directory / name
+    home.mkdir(parents=True)
+    (home / "node.toml").write_text(f'id = "{name}"\n')
+    environment = node_environment(home, server.url, **environ)
+    async with started("-m", "shoal_fileserver", environment=environment) as process:
+        ready = await process.wait_line("msg=ready")
+        found = re.search(r"addresses=([0-9.]+):(\d+)", ready)
+        assert found is not None, ready
+        yield Fileserver(process, Layout(home / "store"), found.group(1), int(found.group(2)))

@@ -1,0 +1,74 @@
+"""A gateway as a real process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from tests.harness.nats import NatsServer
+from tests.harness.process import node_environment
+
+NODE = "here"
+START_DEADLINE_S = 20.0
+
+_LIMITS = """[gateway]
+gap_s = 0.3
+silence_s = 1.0
+first_token_s = 1.5
+accept_s = 3
+fetch_begins_s = 2
+place_s = 5
+"""
+_READY = re.compile(r"msg=ready .*addresses=(\S+)")
+
+
+class RunningGateway(msgspec.Struct, frozen=True):
+    """A gateway process."""
+
+    url: str
+    nats: NatsServer
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environment: str) -> Iterator[RunningGateway]:
+    """Run `python -m shoal_gateway` on a free port while the body runs."""
+    home.mkdir()
+    (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}')
+    log = home / "gateway.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal_gateway"],
+            env={**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = _address(process, log)
+        yield RunningGateway(f"http://127.0.0.1:{address.rpartition(':')[2]}", nats, log, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    give_up_s = time.monotonic() + START_DEADLINE_S
+    while True:
+        ready = _READY.search(log.read_text())
+        if ready:
+            return ready.group(1).split(",")[0]
+        if process.poll() is not None or time.monotonic() > give_up_s:
+            raise AssertionError(f"the gateway did not start:\n{log.read_text()}")
+        time.sleep(0.02)

@@ -1,0 +1,160 @@
+"""Chat completions over real HTTP and real NATS, answered by a peer that speaks the inference service's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.messages.questions import TokenEvent
+from tests.gateway.peers import cluster, events_of, question, running, text_of
+from tests.gateway.process import RunningGateway
+
+
+async def test_whole_answer_has_text_usage_and_the_incarnation_that_made_it(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(max_tokens=9, seed=3)))
+        prompt = await peer.prompt()
+        await prompt.say("Hel", "lo", "!", finish=True)
+        body = (await asking).json()
+    assert body["object"] == "chat.completion" and body["model"] == "org/tiny"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello!", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert body["system_fingerprint"] == "i1-1"
+    assert (prompt.question.max_tokens, prompt.question.seed, prompt.question.temperature) == (9, 3, 1.0)
+    assert [(m.role, m.content) for m in prompt.question.messages] == [("user", "Hello")]
+    assert peer.cancelled.empty()
+
+
+async def test_stream_begins_with_the_role_and_ends_with_reason_usage_and_done(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        body = question(stream=True, stream_options={"include_usage": True})
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=body))
+        await (await peer.prompt()).say("Hel", "lo", finish=True)
+        response = await asking
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response.text)
+    assert events.pop() == "[DONE]"
+    usage = events.pop()
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 2
+    assert all(e["usage"] is None and e["object"] == "chat.completion.chunk" for e in events)
+    assert len({e["id"] for e in events}) == 1
+    assert [e["choices"][0]["delta"] for e in events] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert [e["choices"][0]["finish_reason"] for e in events] == [None, None, None, "stop"]
+
+
+async def test_tokens_are_passed_on_while_they_are_made(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        shown: asyncio.Queue[str] = asyncio.Queue()
+
+        async def read() -> None:
+            async with c.http.stream("POST", "/v1/chat/completions", json=question(stream=True)) as response:
+                async for line in response.aiter_lines():
+                    await shown.put(line)
+
+        async def until(text: str) -> None:
+            while text not in await asyncio.wait_for(shown.get(), 5):
+                pass
+
+        reading = asyncio.create_task(read())
+        prompt = await peer.prompt()
+        await prompt.say("one")
+        await until('"one"')
+        await prompt.say("two", first=1, finish=True)
+        await until('"two"')
+        await until("[DONE]")
+        await reading
+
+
+async def test_tokens_out_of_order_and_twice_are_shown_in_order_and_once(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(stream=True)))
+        prompt = await peer.prompt()
+        for i in (1, 0, 0, 3, 1, 2):
+            await prompt.say("abcd"[i], first=i, finish=i == 3)
+        events = events_of((await asking).text)
+    assert text_of(events) == "abcd" and events[-1] == "[DONE]"
+
+
+async def test_stop_string_across_tokens_ends_the_text_before_it_and_frees_the_slot(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        body = question(stream=True, stop=["END"], stream_options={"include_usage": True})
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=body))
+        prompt = await peer.prompt()
+        await prompt.say("One E", "N", "ough, two E", "N", "D and more")
+        events = events_of((await asking).text)
+        assert await peer.cancellation() == prompt.question.request
+    assert text_of(events) == "One ENough, two "
+    assert events[-3]["choices"][0]["finish_reason"] == "stop" and events[-1] == "[DONE]"
+
+
+async def test_text_held_back_for_a_stop_string_that_never_comes_is_shown_at_the_end(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(stop="END")))
+        await (await peer.prompt()).say("the E", "N", finish=True)
+        body = (await asking).json()
+    assert body["choices"][0]["message"]["content"] == "the EN"
+
+
+async def test_length_is_told_as_the_reason(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(max_completion_tokens=1)))
+        prompt = await peer.prompt()
+        await prompt.event(
+            TokenEvent(request=prompt.question.request, index=0, token=5, text="x", finish_reason="length")
+        )
+        body = (await asking).json()
+    assert prompt.question.max_tokens == 1
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_client_that_leaves_a_stream_cancels_the_answer(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, peer):
+
+        async def read_one_token() -> None:
+            async with c.http.stream("POST", "/v1/chat/completions", json=question(stream=True)) as response:
+                async for line in response.aiter_lines():
+                    if '"one"' in line:
+                        return
+
+        reading = asyncio.create_task(read_one_token())
+        prompt = await peer.prompt()
+        await prompt.say("one")
+        await reading
+        assert await peer.cancellation() == prompt.question.request
+
+
+async def test_client_that_leaves_before_the_first_token_cancels_the_answer(gateway: RunningGateway) -> None:
+    for stream in (True, False):
+        async with running(gateway) as (c, peer):
+            asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(stream=stream)))
+            prompt = await peer.prompt()
+            asking.cancel()
+            assert await peer.cancellation() == prompt.question.request
+
+
+async def test_requests_go_to_the_ready_instance_with_the_fewest_in_flight(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        peers = {"i1": await c.inference("a"), "i2": await c.inference("b")}
+        await c.placed("i1", "org/tiny", ["a"])
+        await c.placed("i2", "org/tiny", ["b"])
+        first = asyncio.create_task(c.http.post("/v1/chat/completions", json=question()))
+        one = await peers["i1"].prompt()
+        second = asyncio.create_task(c.http.post("/v1/chat/completions", json=question()))
+        two = await peers["i2"].prompt()
+        named = asyncio.create_task(c.http.post("/v1/chat/completions", json=question("i2")))
+        three = await peers["i2"].prompt()
+        for prompt in (one, two, three):
+            await prompt.say("x", finish=True)
+        answers = [(await task).json() for task in (first, second, named)]
+    assert [a["system_fingerprint"] for a in answers] == ["i1-1", "i2-1", "i2-1"]

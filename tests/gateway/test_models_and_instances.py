@@ -1,0 +1,181 @@
+"""Models and instances over REST: peers play storage and placement."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.errors import Corrupt, NoRoom
+from shoal_common.messages.commands import Delete, Place, Unplace
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.records import DownloadState, InstanceState, StorageState
+from shoal_common.subjects import SERVICES
+from tests.gateway.peers import COMMIT, cluster, error_of, running
+from tests.gateway.process import NODE, RunningGateway
+
+
+async def test_models_are_listed_as_openai_does_with_where_they_are(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, _):
+        await c.held("a", "org/tiny")
+        await c.held("b", "org/tiny")
+        await c.held("b", "other/big", size_bytes=5)
+        listed = (await c.http.get("/v1/models")).json()
+        one = (await c.http.get("/v1/models/org/tiny")).json()
+        by_commit = (await c.http.get(f"/v1/models/org/tiny@{COMMIT}")).json()
+        error_of(await c.http.get("/v1/models/org/none"), 404)
+        error_of(await c.http.get("/v1/models/org/tiny@v9"), 404)
+    assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["org/tiny", "other/big"]
+    assert (
+        listed["data"][0]
+        == one
+        == {
+            "id": "org/tiny",
+            "object": "model",
+            "created": 1_700_000_000,
+            "owned_by": "org",
+            "shoal": {
+                "commit": COMMIT,
+                "nodes": ["a", "b"],
+                "instances": [{"id": "i1", "phase": "ready"}],
+                "ready": True,
+                "size_bytes": 1000,
+            },
+        }
+    )
+    assert by_commit["shoal"] == one["shoal"]
+    assert listed["data"][1]["shoal"]["ready"] is False
+
+
+async def test_delete_goes_to_every_node_that_holds_or_downloads_it(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        asked: list[tuple[str, str]] = []
+        for node in ("a", "b", "c"):
+
+            async def delete(command: Delete, node: str = node) -> object:
+                asked.append((node, command.model))
+                return {"deleted": node == "a"}
+
+            await c.worker("storage", node, "delete", Delete, delete)
+        await c.held("a", "org/big")
+        await c.downloading(DownloadState(node="b", model="org/big", phase="fetching"))
+        await c.seen("/v1/downloads", lambda s: bool(s["downloads"]))
+        body = (await c.http.delete("/v1/models/org/big")).json()
+        assert sorted(asked) == [("a", "org/big"), ("b", "org/big")]
+        assert body["deleted"] is True and body["nodes"]["b"]["deleted"] is False
+        await c.http.delete("/v1/models/org/big", params={"node": "c", "revision": COMMIT})
+        assert asked[-1] == ("c", f"org/big@{COMMIT}")
+        await c.http.delete("/v1/models/org/big", params={"node": "c", "revision": "main"})
+        assert asked[-1] == ("c", "org/big@main")
+
+
+async def test_I5_deleting_what_is_nowhere_succeeds_and_sends_nothing(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        before = await c.joined.last_sequence("CMD")
+        response = await c.http.delete("/v1/models/org/none")
+        assert response.status_code == 200
+        assert response.json() == {"model": "org/none", "deleted": False, "nodes": {}}
+        gone = await c.http.delete("/v1/instances/none")
+        assert gone.status_code == 200 and gone.json() == {"id": "none", "deleted": False}
+        assert await c.joined.last_sequence("CMD") == before
+
+
+async def test_delete_on_a_node_that_is_away_is_503(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        await c.held("away", "org/big")
+        for params in ({}, {"node": "away"}):
+            error = error_of(await c.http.delete("/v1/models/org/big", params=params), 503)
+            assert error["code"] == "node_away" and "away" in error["details"]["nodes"]
+
+
+async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        await c.inference("a")
+
+        async def place(command: Place) -> object:
+            assert (command.model, command.max_nodes, command.nodes) == ("org/tiny", 2, ["a"])
+            await c.placed("i1", "org/tiny", ["a"], phase="starting")
+            return {"instance": "i1"}
+
+        await c.worker("placement", "any", "place", Place, place)
+        body = {"model": "org/tiny", "max_nodes": 2, "nodes": ["a"]}
+        asking = asyncio.create_task(c.http.post("/v1/instances", json=body))
+        await c.seen("/v1/instances", lambda s: bool(s["instances"]))
+        assert not asking.done()
+        await c.placed("i1", "org/tiny", ["a"])
+        response = await asking
+        assert response.status_code == 201 and response.headers["location"] == "/v1/instances/i1"
+        placed = response.json()
+        shown = (await c.http.get("/v1/instances/i1")).json()
+        error_of(await c.http.get("/v1/instances/i9"), 404)
+        again = await c.http.post("/v1/instances", json={**body, "wait": False})
+        assert again.status_code == 201
+    assert placed["phase"] == "ready" and placed["model"] == f"org/tiny@{COMMIT}"
+    assert {k: placed["stages"][0][k] for k in ("rank", "node", "first_layer", "last_layer", "phase")} == {
+        "rank": 0,
+        "node": "a",
+        "first_layer": 0,
+        "last_layer": 4,
+        "phase": "ready",
+    }
+    assert {k: v for k, v in placed.items() if k != "command"} == shown
+
+
+async def test_place_that_finds_no_room_is_507_with_every_nodes_figures(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+
+        async def place(_command: Place) -> object:
+            raise NoRoom("nothing fits", nodes={"a": {"needed_bytes": 9, "available_bytes": 5, "total_bytes": 8}})
+
+        await c.worker("placement", "any", "place", Place, place)
+        error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 507)
+    assert error["code"] == "no_room" and error["details"]["nodes"]["a"]["available_bytes"] == 5
+
+
+async def test_place_of_an_instance_that_fails_answers_with_its_error(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+
+        async def place(_command: Place) -> object:
+            error = Corrupt("layer 3 does not match its hash").body()
+            state = InstanceState(id="i1", repo="org/tiny", commit=COMMIT, phase="failed", nodes=["a"], error=error)
+            await c.write("state", "instance.i1", state)
+            return {"instance": "i1"}
+
+        await c.worker("placement", "any", "place", Place, place)
+        error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 502)
+    assert error["code"] == "corrupt" and error["details"]["instance"] == "i1"
+
+
+async def test_place_without_placement_is_503(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 503)
+    assert error["code"] == "node_away" and "placement" in error["message"]
+
+
+async def test_stop_sends_unplace_and_says_that_it_is_gone(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        asked: list[str] = []
+
+        async def unplace(command: Unplace) -> object:
+            asked.append(command.instance)
+            return {}
+
+        await c.worker("placement", "any", "unplace", Unplace, unplace)
+        await c.placed("i1", "org/tiny", ["a"])
+        body = (await c.http.delete("/v1/instances/i1")).json()
+    assert asked == ["i1"] and body["deleted"] is True
+
+
+async def test_status_has_every_node_with_its_services_memory_and_disk(gateway: RunningGateway) -> None:
+    async with running(gateway) as (c, _):
+        await c.live("a", "storage", Facts(disk_free_bytes=7))
+        await c.write("state", "storage.a", StorageState(node="a", used_bytes=3, free_bytes=7))
+        await c.write("state", "storage.asleep", StorageState(node="asleep", used_bytes=3))
+        status = await c.seen("/v1/status", lambda s: len(s["nodes"]) == 3)
+    assert status["node"] == NODE and status["nats_connected"] is True
+    nodes = {n["node"]: n for n in status["nodes"]}
+    assert nodes["asleep"]["live"] is False and nodes["asleep"]["missing_services"] == list(SERVICES)
+    a = nodes["a"]
+    assert a["live"] and sorted(a["services"]) == ["inference", "storage"]
+    assert a["memory_total_bytes"] == 16 << 30 and a["storage"]["free_bytes"] == 7
+    assert a["storage"]["quota_bytes"] is None
+    assert nodes[NODE]["services"]["gateway"]["addresses"] == [c.gateway.url.removeprefix("http://")]
+    assert [i["id"] for i in status["instances"]] == ["i1"]

@@ -1,0 +1,1 @@
+"""Real servers and processes for tests. Nothing here pretends to be anything."""

@@ -1,0 +1,138 @@
+"""A real nats-server, with its store in a directory of the test, to be stopped, killed, restarted and wiped."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from shoal_cli.node.ports import free_port
+from shoal_common.buckets import Buckets, ensure_streams
+from shoal_common.connection import Nats, connected
+
+START_DEADLINE_S = 10.0
+STOP_DEADLINE_S = 10.0
+_POLL_S = 0.01
+
+_SETTINGS = """
+listen: "127.0.0.1:{port}"
+ports_file_dir: "{directory}"
+jetstream {{
+  store_dir: "{directory}/store"
+  sync_interval: always
+  max_file_store: 1GB
+  max_memory_store: 64MB
+}}
+"""
+
+
+class _Ports(msgspec.Struct):
+    nats: list[str]
+
+
+class NatsServer:
+    """A nats-server with JetStream, every acknowledged write on the disk. Starts on entering the context."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.url = ""
+        self._port = free_port("127.0.0.1")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """The running server's pid."""
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, every time on the same port. Blocks until it listens (~50 ms)."""
+        assert self._process is None, "the server is running already"
+        settings = self.directory / "nats-server.conf"
+        settings.write_text(_SETTINGS.format(port=self._port, directory=self.directory))
+        with (self.directory / "nats-server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("nats-server")), "-c", str(settings)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        ports = self.directory / f"nats-server_{self._process.pid}.ports"
+        give_up_s = time.monotonic() + START_DEADLINE_S
+        while True:
+            if self._process.poll() is not None or time.monotonic() > give_up_s:
+                raise AssertionError(f"nats-server did not start:\n{self.log()}")
+            try:
+                self.url = msgspec.json.decode(ports.read_bytes(), type=_Ports).nats[0]
+                break
+            except (FileNotFoundError, msgspec.MsgspecError):
+                time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Ask it to end, and wait."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it without a word (kill -9). Nothing happens when it has ended already."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Start it again on the same port and store; what still runs is killed first."""
+        self.kill()
+        self.start()
+
+    def wipe(self) -> None:
+        """Kill it, lose everything it has stored, and start it on the same port."""
+        self.kill()
+        shutil.rmtree(self.directory / "store", ignore_errors=True)
+        self.start()
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return (self.directory / "nats-server.log").read_text(errors="replace")
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(number)
+        self._process.wait(STOP_DEADLINE_S)
+        self._process = None
+
+
+class Joined:
+    """A test's own connection to the cluster."""
+
+    def __init__(self, nats: Nats) -> None:
+        self.nats, self.client, self.js = nats, nats.client, nats.js
+        self.buckets = Buckets(nats.js)
+
+    async def last_sequence(self, stream: str) -> int:
+        """The number of the last message a stream has ever taken: unchanged means nothing was written."""
+        return int((await self.js.stream_info(stream)).state.last_seq)
+
+    async def key_count(self, bucket: str) -> int:
+        """How many messages a bucket holds, markers of deletions included."""
+        return int((await self.js.stream_info(f"KV_{bucket}")).state.messages)
+
+
+@asynccontextmanager
+async def joined(server: NatsServer) -> AsyncIterator[Joined]:
+    """Connect as a service does, with streams and buckets in place."""
+    async with connected([server.url], "test", patience_s=START_DEADLINE_S) as nats:
+        await ensure_streams(nats.js)
+        yield Joined(nats)

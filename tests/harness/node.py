@@ -1,0 +1,180 @@
+"""The services of a node as real processes, to be killed, stopped and restarted one by one.
+
+They belong to no event loop, so a module or a session may share them between tests. Each is ready when its own
+process has its key in `live`, and does there what it is for: the fileserver has an address, the others wait for
+commands (a command sent earlier is carried out, but its sender waits for the reply in vain).
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nats.js.errors import NotFoundError
+
+from shoal_common.buckets import live_key
+from shoal_common.layout import Layout
+from shoal_common.messages.facts import Live
+from tests.harness.nats import Joined
+from tests.harness.process import node_environment
+from tests.harness.waiting import eventually
+
+READY_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 15.0
+_LOG_TAIL_LINES = 40
+_TAKE_COMMANDS = ("storage", "fetcher", "placement")
+
+
+class ServiceProcess:
+    """One service of one node: `python -m shoal_<service>`, its output in a file of the node's home."""
+
+    def __init__(self, service: str, home: Path, environment: dict[str, str]) -> None:
+        self.service, self.environment = service, environment
+        self.log_path = home / f"{service}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its pid, as long as it has not been ended by us."""
+        assert self._process is not None, f"{self.service} is not running"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, **more: str) -> None:
+        """Start it, with these variables besides its usual ones. Does not wait."""
+        assert not self.running, f"{self.service} is running already"
+        with self.log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"shoal_{self.service}"],
+                env={**self.environment, **more},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+        if self.running and self._process is not None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone. Nothing happens when it has ended already."""
+        self.send(signal.SIGKILL)
+        self.wait_exit()
+
+    def stop(self) -> int:
+        """Ask it to end, and wait. Returns its exit code."""
+        self.send(signal.SIGTERM)
+        return self.wait_exit()
+
+    def wait_exit(self) -> int:
+        """Its exit code once it has ended; it is killed when that takes longer than STOP_DEADLINE_S."""
+        if self._process is None:
+            return 0
+        try:
+            return self._process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise AssertionError(f"{self.service} did not end within {STOP_DEADLINE_S} s:\n{self.log()}") from None
+
+    def log(self) -> str:
+        """All it has said, in all its lives."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+
+class Node:
+    """A node: a home with `node.toml`, and some of its services."""
+
+    def __init__(self, home: Path, node: str, nats_url: str, services: tuple[str, ...], **environment: str) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "node.toml").write_text(f'id = "{node}"\n')
+        self.id, self.home = node, home
+        self.layout = Layout(home / "store")
+        usual = node_environment(home, nats_url, **environment)
+        self.services = {name: ServiceProcess(name, home, usual) for name in services}
+
+    def __getitem__(self, service: str) -> ServiceProcess:
+        return self.services[service]
+
+    def start(self, *names: str) -> None:
+        """Start these services, or all, at once."""
+        for name in names or self.services:
+            self.services[name].start()
+
+    async def ready(self, here: Joined, *names: str) -> None:
+        """Return once these services, or all, are live. Fails with the log of one that ended instead."""
+        for name in names or self.services:
+            service = self.services[name]
+
+            async def live(service: ServiceProcess = service) -> bool:
+                assert service.running, f"{service.service} of {self.id} ended:\n{service.log()}"
+                found = await here.buckets.live.get_as(live_key(self.id, service.service), Live)
+                if found is None or found.holder.pid != service.pid:
+                    return False
+                if service.service in _TAKE_COMMANDS:
+                    return await _waits_for_commands(here, f"{service.service}-{self.id}")
+                return bool(found.facts.addresses)
+
+            await eventually(live, f"{name} of {self.id} is live", READY_DEADLINE_S)
+
+    async def restart(self, here: Joined, service: str, **more: str) -> None:
+        """kill -9 a service, if it still runs, and start it again, with these variables besides its usual ones."""
+        self.services[service].kill()
+        self.services[service].start(**more)
+        await self.ready(here, service)
+
+    def stop(self) -> None:
+        """Ask all services to end, and wait. None is left running, whatever happens."""
+        try:
+            for service in self.services.values():
+                service.send(signal.SIGTERM)
+            for service in self.services.values():
+                service.wait_exit()
+        finally:
+            for service in self.services.values():
+                service.kill()
+
+    def kill(self) -> None:
+        """kill -9 all of it, as when the power goes."""
+        for service in self.services.values():
+            service.send(signal.SIGKILL)
+        for service in self.services.values():
+            service.kill()
+
+    def log(self) -> str:
+        """The last lines of every service, for a failing test to show."""
+        return "\n".join(
+            f"--- {s.service} of {self.id}\n" + "\n".join(s.log().splitlines()[-_LOG_TAIL_LINES:])
+            for s in self.services.values()
+        )
+
+
+async def _waits_for_commands(here: Joined, durable: str) -> bool:
+    try:
+        return bool((await here.js.consumer_info("CMD", durable)).num_waiting)
+    except NotFoundError:
+        return False
+
+
+@contextmanager
+def running_nodes(*nodes: Node) -> Iterator[tuple[Node, ...]]:
+    """Start nodes; at the end they are stopped. Wait with `ready`."""
+    try:
+        for node in nodes:
+            node.start()
+        yield nodes
+    finally:
+        for node in nodes:
+            for service in node.services.values():
+                service.send(signal.SIGTERM)
+        for node in nodes:
+            node.stop()

@@ -1,0 +1,125 @@
+"""Real child processes: started with the tree's own code, watched by their log lines, ended by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LINE_DEADLINE_S = 20.0
+EXIT_DEADLINE_S = 20.0
+
+
+def source_path() -> str:
+    """PYTHONPATH that puts the tree's own distributions first."""
+    return os.pathsep.join(
+        str(p)
+        for p in (ROOT, ROOT / "libs" / "common", ROOT / "cli", ROOT / "demo", *sorted(ROOT.glob("services/*")))
+    )
+
+
+def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
+    """The environment of a service of the node whose directory is `home`, with nothing inherited but PATH."""
+    return {
+        "PATH": os.environ.get("PATH", ""),
+        "PYTHONPATH": source_path(),
+        "SHOAL_HOME": str(home),
+        "SHOAL_NATS": nats_url,
+        **more,
+    }
+
+
+class Process:
+    """A running child. `lines` is what it has said on stdout and stderr so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.lines: list[str] = []
+        self._said = asyncio.Event()
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self.lines.append(line.decode(errors="replace").rstrip("\n"))
+            self._said.set()
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.returncode is None
+
+    @property
+    def output(self) -> str:
+        """All lines, for a failing test to show."""
+        return "\n".join(self.lines)
+
+    async def wait_line(self, *parts: str, deadline_s: float = LINE_DEADLINE_S) -> str:
+        """The first line that holds all parts, past or to come. Fails when the process ends or time is up first."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while True:
+                    self._said.clear()
+                    for line in self.lines:
+                        if all(part in line for part in parts):
+                            return line
+                    said = asyncio.ensure_future(self._said.wait())
+                    await asyncio.wait({said, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+                    said.cancel()
+                    if self._reading.done() and not self._said.is_set():
+                        break
+        raise AssertionError(f"no line with {parts} (exit code {self._process.returncode}):\n{self.output}")
+
+    async def wait_ready(self) -> None:
+        """Return once the service says that it is ready."""
+        await self.wait_line("msg=ready")
+
+    async def wait_exit(self, deadline_s: float = EXIT_DEADLINE_S) -> int:
+        """Its exit code (minus a signal's number, if one ended it), once it has ended and all its lines are read."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                code = await self._process.wait()
+                await self._reading
+                return code
+        except TimeoutError:
+            raise AssertionError(f"pid {self.pid} has not ended in {deadline_s:.0f} s:\n{self.output}") from None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+        if self.running:
+            self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        await self.wait_exit()
+
+
+@asynccontextmanager
+async def started(*arguments: str, environment: Mapping[str, str]) -> AsyncIterator[Process]:
+    """Run `python <arguments>` while the body runs; afterwards it is killed if it has not ended."""
+    process = Process(
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            env=dict(environment),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    )
+    try:
+        yield process
+    finally:
+        # Whatever became of the test, no child outlives it.
+        await asyncio.shield(process.kill())

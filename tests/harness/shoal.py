@@ -1,0 +1,173 @@
+"""Whole nodes for tests: `shoal up` with its supervisor, as a person starts it, on free ports in a temporary home."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx2
+
+from shoal_cli.home import Home
+from shoal_cli.node.decide import ChildStatus
+from shoal_cli.node.down import supervisor_status
+
+UP_DEADLINE_S = 90.0
+DOWN_DEADLINE_S = 60.0
+WAIT_DEADLINE_S = 60.0
+_POLL_S = 0.05
+
+T = TypeVar("T")
+
+
+def eventually(look: Callable[[], T | None], what: str, deadline_s: float = WAIT_DEADLINE_S) -> T:
+    """The first truthy answer of `look`; an AssertionError naming `what` when the deadline passes."""
+    give_up_s = time.monotonic() + deadline_s
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < give_up_s, f"not within {deadline_s:.0f} s: {what}"
+        time.sleep(_POLL_S)
+
+
+class ShoalNode:
+    """One node, its processes and its API."""
+
+    def __init__(self, home: Path, environ: dict[str, str]) -> None:
+        self.home, self.node = home, home.name
+        self._environ = environ
+        self.client = httpx2.Client(timeout=120)
+
+    def shoal(
+        self, *arguments: str, check: bool = False, stdin: str = "", timeout_s: float = WAIT_DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Type a command on this node."""
+        result = subprocess.run(
+            [sys.executable, "-m", "shoal_cli", *arguments],
+            env={**self._environ, "SHOAL_HOME": str(self.home)},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert not check or result.returncode == 0, f"shoal {' '.join(arguments)}: {result.stderr}\n{self.logs()}"
+        assert "Traceback" not in result.stderr, result.stderr
+        return result
+
+    def up(self, *arguments: str) -> None:
+        """Start it and wait until it is ready."""
+        self.shoal(
+            "up", "--detach", "--node", self.node, "--port", "0", *arguments, check=True, timeout_s=UP_DEADLINE_S
+        )
+
+    def down(self) -> None:
+        """Stop it; nothing of it remains running."""
+        self.shoal("down", check=True, timeout_s=DOWN_DEADLINE_S)
+
+    @property
+    def url(self) -> str:
+        """Its gateway."""
+        return (self.home / "run" / "gateway.url").read_text().strip()
+
+    @property
+    def nats_url(self) -> str:
+        """The NATS server that it runs."""
+        ports = max((self.home / "run").glob("nats-server_*.ports"), key=lambda p: p.stat().st_mtime)
+        return str(json.loads(ports.read_text())["nats"][0])
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """A request to its API that has to succeed."""
+        response = self.client.request(method, self.url + path, json=body)
+        assert response.is_success, f"{method} {path}: {response.status_code} {response.text}\n{self.logs()}"
+        return response.json()
+
+    def status(self) -> dict[str, Any] | None:
+        """`/v1/status`, or None while the gateway is away."""
+        try:
+            response = self.client.get(self.url + "/v1/status")
+        except httpx2.TransportError:
+            return None
+        return dict(response.json()) if response.is_success else None
+
+    def download(self, model: str, node: str | None = None) -> dict[str, Any] | None:
+        """How a model's download on a node (this one) stands."""
+        status = self.status() or {"downloads": []}
+        mine = [d for d in status["downloads"] if d["model"] == model and d["node"] == (node or self.node)]
+        return mine[0] if mine else None
+
+    def child(self, service: str) -> ChildStatus:
+        """A service, or `nats`, as the supervisor knows it."""
+        status = supervisor_status(Home(self.home))
+        assert status is not None, f"no supervisor answers in {self.home}"
+        return next(c for c in status.children if c.name == service)
+
+    def kill(self, service: str) -> int:
+        """kill -9 one service; returns the pid that was."""
+        pid = self.child(service).pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def wait_reborn(self, service: str, old_pid: int) -> None:
+        """Return once the supervisor has started a service anew, and it is ready."""
+
+        def reborn() -> bool:
+            child = self.child(service)
+            return child.phase == "ready" and child.pid not in (0, old_pid)
+
+        eventually(reborn, f"{service} of {self.node} is ready again")
+
+    def logs(self) -> str:
+        """The end of every log, for a failing test."""
+        out = []
+        for log in sorted((self.home / "log").glob("*.log")):
+            out.append(
+                f"--- {self.node} {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            )
+        return "\n".join(out)
+
+
+class ShoalCluster:
+    """Several nodes on one NATS, which the first node runs. Down, in order, at the end of the context."""
+
+    def __init__(self, root: Path, hub: str, names: tuple[str, ...] = ("a", "b", "c"), **environ: str) -> None:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHOAL_", "HF_"))}
+        self._environ = {**inherited, "HF_ENDPOINT": hub, "HOME": str(root), **environ}
+        self.nodes = [ShoalNode(root / name, self._environ) for name in names]
+
+    def __enter__(self) -> Self:
+        try:
+            self.nodes[0].up("--nats-port", "0")
+            nats = self.nodes[0].nats_url
+            with ThreadPoolExecutor() as starting:
+                list(starting.map(lambda n: n.up("--nats", nats), self.nodes[1:]))
+        except BaseException:
+            self._down()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            for node in self.nodes:
+                print(node.logs())
+        self._down()
+
+    def _down(self) -> None:
+        for node in reversed(self.nodes):
+            if (node.home / "run" / "supervisor.pid").exists():
+                node.down()
+            node.client.close()
+
+    def __getitem__(self, name: str) -> ShoalNode:
+        return next(n for n in self.nodes if n.node == name)

@@ -1,0 +1,24 @@
+"""Waiting for what another process does: by asking, again and again, until it is so or the deadline passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_ASK_S = 0.02
+
+
+async def eventually(ask: Callable[[], Awaitable[T | None]], what: str, deadline_s: float = 15.0) -> T:
+    """The first answer that is not None or False. Fails, saying `what` was waited for, when the deadline passes."""
+    loop = asyncio.get_running_loop()
+    give_up_s = loop.time() + deadline_s
+    while True:
+        answer = await ask()
+        if answer is not None and answer is not False:
+            return answer
+        if loop.time() > give_up_s:
+            raise AssertionError(f"not within {deadline_s:.0f} s: {what}")
+        await asyncio.sleep(_ASK_S)

@@ -1,0 +1,119 @@
+"""Shared by the tests of a stage: tiny models, one event loop, and rings that several tests use."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVICE = str(ROOT / "services" / "inference")
+for entry in (str(ROOT), SERVICE):
+    if entry not in sys.path:
+        sys.path.insert(0, entry)
+
+from tests.inference.stage_ring import PATIENCE_S, RingOfStages  # noqa: E402  the paths above come first
+from tests.inference.tiny_models import write_model  # noqa: E402  the same
+
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
+Models = Callable[..., Path]
+Rings = Callable[..., RingOfStages]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_import_the_service() -> Iterator[None]:
+    """Children inherit the environment; they must find the package wherever the tests run from."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = SERVICE if before is None else f"{SERVICE}:{before}"
+    yield
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def run(runner: asyncio.Runner) -> Run[Any]:
+    """Run a coroutine on the session's loop, within a deadline."""
+
+    def bounded(work: Coroutine[Any, Any, T]) -> T:
+        async def within() -> T:
+            async with asyncio.timeout(3 * PATIENCE_S):
+                return await work
+
+        return runner.run(within())
+
+    return bounded
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """models("qwen3", bits=4): the directory of that tiny model, written once."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def get(name: str, **options: Any) -> Path:
+        key = "-".join([name, *(f"{k}{v}" for k, v in sorted(options.items()))])
+        if key not in made:
+            made[key] = write_model(root / key, name, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared_rings(run: Run[Any]) -> Iterator[Rings]:
+    """Rings that outlive a test: importing mlx-lm costs each child most of a second."""
+    made: dict[tuple[Path, tuple[int, ...]], RingOfStages] = {}
+
+    def get(model_dir: Path, cuts: Sequence[int]) -> RingOfStages:
+        key = (model_dir, tuple(cuts))
+        if key not in made:
+            made[key] = run(RingOfStages(model_dir, cuts).start())
+        return made[key]
+
+    yield get
+    for ring in made.values():
+        run(ring.stop())
+
+
+@pytest.fixture
+def rings(shared_rings: Rings, run: Run[Any]) -> Iterator[Rings]:
+    """Shared rings, each checked to hold nothing when the test is over."""
+    used: list[RingOfStages] = []
+
+    def get(model_dir: Path, cuts: Sequence[int]) -> RingOfStages:
+        used.append(shared_rings(model_dir, cuts))
+        return used[-1]
+
+    yield get
+    for ring in used:
+        run(ring.check_idle())
+
+
+@pytest.fixture
+def own_ring(run: Run[Any]) -> Iterator[Rings]:
+    """A ring of the test's own, to be broken: own_ring(model_dir, cuts, step_timeout_s=2)."""
+    made: list[RingOfStages] = []
+
+    def get(model_dir: Path, cuts: Sequence[int], **settings: Any) -> RingOfStages:
+        ring = RingOfStages(model_dir, cuts, **settings)
+        made.append(ring)
+        run(ring.start())
+        return ring
+
+    yield get
+    for ring in made:
+        run(ring.stop())

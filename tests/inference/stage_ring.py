@@ -1,0 +1,187 @@
+"""A ring of real stage processes over real sockets, driven as the inference service will drive it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal_inference.stage.control import (
+    Cancel,
+    Failed,
+    FromChild,
+    Generate,
+    Link,
+    Linked,
+    Listening,
+    Loaded,
+    Message,
+    Probe,
+    Start,
+    Stats,
+    Token,
+)
+from shoal_inference.stage.spawn import StageProcess
+
+PATIENCE_S = 20.0
+"""For what should take far less; a wait beyond it is a failure, not a delay."""
+SECRET = b"the ring's secret"
+CHUNK_TOKENS = 8
+
+T = TypeVar("T")
+
+
+class Child:
+    """One stage process and what it has said, in order."""
+
+    def __init__(self, process: StageProcess, rank: int) -> None:
+        self.process = process
+        self.rank = rank
+        self.events: list[FromChild] = []
+        self.exited = False
+        self._news = asyncio.Condition()
+        self.pump = asyncio.get_running_loop().create_task(self._pump())
+
+    async def _pump(self) -> None:
+        async for event in self.process:
+            async with self._news:
+                self.events.append(event)
+                self._news.notify_all()
+        async with self._news:
+            self.exited = True
+            self._news.notify_all()
+
+    async def wait(self, kind: type[T], match: Callable[[T], bool] = lambda _: True, since: int = 0) -> T:
+        """The first event of a kind after the since-th, once it is there."""
+        async with asyncio.timeout(PATIENCE_S), self._news:
+            while True:
+                while since < len(self.events):
+                    event = self.events[since]
+                    since += 1
+                    if isinstance(event, kind) and match(event):
+                        return event
+                if self.exited:
+                    raise AssertionError(f"rank {self.rank} exited; it said {self.events[-3:]}")
+                await self._news.wait()
+
+    async def stats(self) -> Stats:
+        since = len(self.events)
+        await self.process.send(Probe())
+        return await self.wait(Stats, since=since)
+
+
+class RingOfStages:
+    """`cuts` are layer boundaries: (0, 3, 6) is two stages of three layers."""
+
+    def __init__(self, model_dir: Path, cuts: Sequence[int], **settings: Any) -> None:
+        self.model_dir = model_dir
+        self.cuts = tuple(cuts)
+        self.settings = settings
+        self.children: list[Child] = []
+        self._next = 0
+
+    @property
+    def stages(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def last(self) -> Child:
+        return self.children[-1]
+
+    def start_for(self, rank: int) -> Start:
+        settings = {"prefill_chunk_tokens": CHUNK_TOKENS, "secret": SECRET, **self.settings}
+        return Start(
+            instance="i1",
+            epoch=3,
+            rank=rank,
+            stages=self.stages,
+            model_dir=str(self.model_dir),
+            first_layer=self.cuts[rank],
+            last_layer=self.cuts[rank + 1],
+            **settings,
+        )
+
+    async def spawn(self, rank: int) -> Child:
+        child = Child(await StageProcess.spawn(), rank)
+        await child.process.send(self.start_for(rank))
+        return child
+
+    async def start(self) -> RingOfStages:
+        self.children = [await self.spawn(rank) for rank in range(self.stages)]
+        for child in self.children:
+            await child.wait(Loaded)
+        await self.link()
+        return self
+
+    async def link(self, since: Sequence[int] | None = None) -> None:
+        if self.stages == 1:
+            return
+        ports = [(await child.wait(Listening)).port for child in self.children]
+        for child in self.children:
+            await child.process.send(Link(host="127.0.0.1", port=ports[(child.rank + 1) % self.stages]))
+        for child in self.children:
+            await child.wait(Linked, since=since[child.rank] if since else 0)
+
+    async def respawn(self, rank: int) -> None:
+        """Replace a dead stage and link the ring again."""
+        await self.children[rank].process.stop()
+        since = [len(child.events) for child in self.children]
+        since[rank] = 0
+        self.children[rank] = await self.spawn(rank)
+        await self.children[rank].wait(Loaded)
+        await self.link(since)
+
+    async def ask(self, prompt: str | Sequence[int | Message], max_tokens: int, **more: Any) -> str:
+        """Begin a request; its name."""
+        self._next += 1
+        request: str = more.pop("request", f"r{self._next}")
+        fixed = prompt if isinstance(prompt, str) else tuple(prompt)
+        await self.children[0].process.send(
+            Generate(request=request, reply=f"reply.{request}", prompt=fixed, max_tokens=max_tokens, **more)
+        )
+        return request
+
+    async def token(self, request: str, index: int) -> Token:
+        return await self.last.wait(Token, lambda t: t.request == request and t.index == index)
+
+    async def answer(self, request: str) -> list[Token]:
+        """All tokens of a request that ends well."""
+        lead, last = self.children[0], self.last
+        wanted = asyncio.create_task(last.wait(Token, lambda t: t.request == request and t.finish_reason is not None))
+        failed = asyncio.create_task(lead.wait(Failed, lambda f: f.request == request))
+        try:
+            await asyncio.wait({wanted, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not wanted.done():
+                raise AssertionError(f"{request} failed: {failed.result()}")
+            await wanted
+        finally:
+            wanted.cancel()
+            failed.cancel()
+            await asyncio.gather(wanted, failed, return_exceptions=True)
+        return [event for event in self.last.events if isinstance(event, Token) and event.request == request]
+
+    async def failure(self, request: str, rank: int = 0) -> Failed:
+        return await self.children[rank].wait(Failed, lambda f: f.request == request)
+
+    async def generate(self, prompt: str | Sequence[int | Message], max_tokens: int, **more: Any) -> list[Token]:
+        return await self.answer(await self.ask(prompt, max_tokens, **more))
+
+    async def cancel(self, request: str) -> None:
+        await self.children[0].process.send(Cancel(request=request))
+
+    async def check_idle(self) -> None:
+        """The invariant after every test: no stage holds a request, nor caches of one."""
+        for child in self.children:
+            while (stats := await child.stats()).requests or stats.sessions:
+                pass  # END is still on its way round; each turn is a round trip
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.children[rank].process.pid, number)
+
+    async def stop(self) -> None:
+        for child in self.children:
+            await child.process.stop()
+            await child.pump

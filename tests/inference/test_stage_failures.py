@@ -1,0 +1,275 @@
+"""Stages that die, stop, hang or are attacked: who says what, and what works afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import psutil
+import pytest
+
+from shoal_inference.stage import handshake
+from shoal_inference.stage.control import Fatal, Linked, Listening, Start, Token, Unlinked
+from shoal_inference.stage.frames import Kind, encode_frame, make_frame, ring_tag
+from shoal_inference.stage.spawn import StageProcess
+from tests.inference.conftest import Models, Rings, Run
+from tests.inference.stage_ring import SECRET, Child, RingOfStages
+
+PROMPT = (7, 21, 40, 3, 99, 250, 8, 12, 77, 5, 64)
+LONG = 450
+NOTICED_WITHIN_S = 2.0
+
+
+def test_I6_I11_a_killed_middle_stage_is_named_replaced_and_the_answer_goes_on(
+    models: Models, own_ring: Rings, run: Run[Any]
+) -> None:
+    ring = own_ring(models("llama"), (0, 2, 4, 6))
+    whole = [t.token for t in run(ring.generate(PROMPT, LONG))]
+
+    async def killed() -> tuple[list[int | None], float]:
+        request = await ring.ask(PROMPT, LONG)
+        await ring.token(request, 5)
+        ring.signal(1, signal.SIGKILL)
+        killed_s = monotonic()
+        for rank in (0, 2):
+            failed = await ring.failure(request, rank)
+            assert failed.code == "stage_lost"
+            # Either neighbour may notice first; rank 0 then hears it from rank 2, in rank 2's words.
+            assert "of instance i1 lost rank 1 (" in failed.message
+            unlinked = await ring.children[rank].wait(Unlinked)
+            assert unlinked.rank == 1
+        took_s = monotonic() - killed_s
+        said = [e.token for e in ring.last.events if isinstance(e, Token) and e.request == request]
+        return said, took_s
+
+    said, took_s = run(killed())
+    assert took_s < NOTICED_WITHIN_S
+    run(ring.respawn(1))
+    rest = run(ring.generate(PROMPT, LONG, generated=tuple(said)))
+    assert said + [t.token for t in rest] == whole
+    run(ring.check_idle())
+
+
+def test_without_a_link_a_request_fails_at_once(models: Models, own_ring: Rings, run: Run[Any]) -> None:
+    ring = own_ring(models("llama"), (0, 3, 6))
+
+    async def alone() -> str:
+        ring.signal(1, signal.SIGKILL)
+        await ring.children[0].wait(Unlinked)
+        return (await ring.failure(await ring.ask(PROMPT, 5))).code
+
+    assert run(alone()) == "stage_lost"
+
+
+def test_a_stopped_stage_times_the_request_out_and_serves_again_when_it_wakes(
+    models: Models, own_ring: Rings, run: Run[Any]
+) -> None:
+    ring = own_ring(models("llama"), (0, 3, 6), step_timeout_s=1.0)
+
+    async def stopped() -> str:
+        request = await ring.ask(PROMPT, LONG)
+        await ring.token(request, 5)
+        ring.signal(1, signal.SIGSTOP)
+        try:
+            failed = await ring.failure(request)
+        finally:
+            ring.signal(1, signal.SIGCONT)
+        assert request in failed.message
+        return failed.code
+
+    assert run(stopped()) == "stage_timeout"
+    run(ring.check_idle())
+    assert len(run(ring.generate(PROMPT, 5))) == 5
+
+
+def test_a_stage_forgets_a_request_whose_frames_stop_coming(models: Models, own_ring: Rings, run: Run[Any]) -> None:
+    # The predecessor is played by hand: it opens a request and never says another word.
+    ring = own_ring(models("llama"), (0, 3, 6), idle_limit_s=0.4)
+
+    async def abandoned() -> str:
+        child = ring.children[1]
+        ring.signal(0, signal.SIGKILL)
+        await child.wait(Unlinked)
+        _reader, writer = await greet(child, member(rank=0))
+        meta = b'{"request":"left","reply":"","first_index":0,"max_tokens":5,"temperature":0.0,"top_p":1.0,"seed":1,'
+        meta += b'"stop_token_ids":[],"generated":[]}'
+        writer.write(encode_frame(make_frame(Kind.OPEN, ring_tag("i1", 3), bytes(16), meta=meta)))
+        failed = await ring.failure("left", rank=1)
+        assert (await child.stats()).sessions == 0
+        writer.close()
+        return failed.code
+
+    assert run(abandoned()) == "stage_timeout"
+
+
+def test_a_moved_neighbour_is_followed(models: Models, own_ring: Rings, run: Run[Any]) -> None:
+    ring = own_ring(models("llama"), (0, 3, 6))
+    first_port = run(ring.children[1].wait(Listening)).port
+    run(ring.children[1].process.stop())
+    run(ring.respawn(1))
+    assert run(ring.children[1].wait(Listening)).port != first_port
+    assert len(run(ring.generate(PROMPT, 5))) == 5
+
+
+def member(*, rank: int, secret: bytes = SECRET, epoch: int = 3) -> handshake.Member:
+    return handshake.Member(instance="i1", epoch=epoch, rank=rank, stages=2, secret=secret)
+
+
+async def greet(child: Child, who: handshake.Member) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a stage as its predecessor would, as far as it lets us."""
+    port = (await child.wait(Listening)).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    nonce = handshake.read_challenge(await reader.readexactly(handshake.CHALLENGE_BYTES))
+    writer.write(handshake.hello(who, nonce, bytes(32)))
+    if who.secret == SECRET and who.epoch == 3:
+        await reader.readexactly(handshake.PROOF_BYTES)
+    return reader, writer
+
+
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read() == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.fixture(scope="module")
+def besieged(models: Models, shared_rings: Rings) -> RingOfStages:
+    return shared_rings(models("llama"), (0, 3, 6))
+
+
+@pytest.mark.parametrize(
+    "who", [member(rank=0, secret=b"guessed"), member(rank=0, epoch=2)], ids=["wrong-secret", "old-epoch"]
+)
+def test_I12_a_stranger_is_refused_and_the_ring_stays_linked(
+    who: handshake.Member, besieged: RingOfStages, run: Run[Any]
+) -> None:
+    async def refused() -> None:
+        before = (await besieged.children[1].stats()).refused_connections
+        reader, writer = await greet(besieged.children[1], who)
+        assert await is_closed(reader)
+        writer.close()
+        assert (await besieged.children[1].stats()).refused_connections == before + 1
+
+    run(refused())
+    assert len(run(besieged.generate(PROMPT, 4))) == 4
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff" + b"x" * 64, b"\x04\x00"])
+def test_bytes_that_are_no_hello_are_refused(said: bytes, besieged: RingOfStages, run: Run[Any]) -> None:
+    async def refused() -> None:
+        port = (await besieged.children[0].wait(Listening)).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await reader.readexactly(handshake.CHALLENGE_BYTES)
+        writer.write(said)
+        writer.write_eof()
+        assert await is_closed(reader)
+        writer.close()
+
+    run(refused())
+    assert len(run(besieged.generate(PROMPT, 4))) == 4
+
+
+def hostile_frames() -> dict[str, bytes]:
+    good = encode_frame(make_frame(Kind.END, ring_tag("i1", 3), bytes(16)))
+    return {
+        "bad-magic": b"HTTP" + good[4:],
+        "other-version": good[:4] + b"\x09" + good[5:],
+        "other-ring": encode_frame(make_frame(Kind.END, ring_tag("i1", 2), bytes(16))),
+        "huge-payload": good[:48] + (1 << 60).to_bytes(8, "little") + good[56:],
+        "huge-meta": good[:44] + b"\xff\xff\xff\xff" + good[48:],
+        "truncated": good[:30],
+    }
+
+
+@pytest.mark.parametrize("name", hostile_frames())
+def test_a_hostile_frame_closes_its_connection_and_the_stage_serves_on(
+    name: str, besieged: RingOfStages, run: Run[Any]
+) -> None:
+    # Even with the secret: this connection replaces the real predecessor's, which then connects again by itself.
+    async def attacked() -> None:
+        child = besieged.children[1]
+        reader, writer = await greet(child, member(rank=0))
+        writer.write(hostile_frames()[name])
+        if name == "truncated":
+            writer.write_eof()
+        assert await is_closed(reader)
+        writer.close()
+        # Both links are up again when a request gets through; until then it is refused at once.
+        while not await answered(besieged):
+            pass
+
+    run(attacked())
+
+
+async def answered(ring: RingOfStages) -> bool:
+    request = await ring.ask(PROMPT, 3)
+    done = asyncio.create_task(ring.answer(request))
+    failed = asyncio.create_task(ring.failure(request))
+    await asyncio.wait({done, failed}, return_when=asyncio.FIRST_COMPLETED)
+    ok = done.done()
+    for task in (done, failed):
+        task.cancel()
+    await asyncio.gather(done, failed, return_exceptions=True)
+    return ok
+
+
+def test_the_child_exits_when_its_parent_is_gone(models: Models, run: Run[Any]) -> None:
+    async def orphaned() -> int:
+        async with await StageProcess.spawn() as process:
+            child = Child(process, 0)
+            await process.send(RingOfStages(models("llama"), (0, 6)).start_for(0))
+            await child.wait(Listening)
+            process._writer.close()  # what the kernel does for a parent that died
+            return await process.wait()
+
+    assert run(orphaned()) == 0
+
+
+def test_a_stage_that_is_stopped_by_a_signal_is_killed_and_reaped(run: Run[Any]) -> None:
+    async def stuck() -> int:
+        process = await StageProcess.spawn()
+        psutil.Process(process.pid).suspend()
+        status = await process.stop(deadline_s=0.1)
+        assert not psutil.pid_exists(process.pid)
+        return status
+
+    assert run(stuck()) == -signal.SIGKILL
+
+
+def fatal_of(start: Start, run: Run[Any]) -> tuple[Fatal, int]:
+    async def failed() -> tuple[Fatal, int]:
+        async with await StageProcess.spawn() as process:
+            await process.send(start)
+            said = [event async for event in process]
+            last = said[-1]
+            assert isinstance(last, Fatal), said
+            return last, await process.wait()
+
+    result: tuple[Fatal, int] = run(failed())
+    return result
+
+
+def test_an_unsupported_architecture_is_named_with_those_that_are(tmp_path: Path, run: Run[Any]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
+    assert (fatal.code, status) == ("unsupported_architecture", 1)
+    assert "'mamba'" in fatal.message
+    assert "llama" in fatal.message
+
+
+def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run: Run[Any]) -> None:
+    for file in models("llama").iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
+    assert (fatal.code, status) == ("load_failed", 1)
+    assert "safetensors" in fatal.message
+
+
+def test_linked_is_said_once_for_each_time_both_links_come_up(besieged: RingOfStages) -> None:
+    said = [type(e) for e in besieged.children[1].events if isinstance(e, Linked | Unlinked)]
+    assert said == [Linked, Unlinked] * (len(said) // 2) + [Linked] * (len(said) % 2)

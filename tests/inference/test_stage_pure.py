@@ -1,0 +1,236 @@
+"""The parts of a stage that decide and encode, without a process or a socket."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_inference.stage import control, decide, errors, handshake
+from shoal_inference.stage.blas import child_environment
+from shoal_inference.stage.engine import from_hidden, step_seed, to_hidden
+from shoal_inference.stage.frames import (
+    HEADER_BYTES,
+    ITEM_BYTES,
+    MAGIC,
+    Dtype,
+    Flag,
+    Kind,
+    decode_header,
+    encode_frame,
+    make_frame,
+    ring_tag,
+)
+
+STAGE = Path(decide.__file__).parent
+DOCS = Path(__file__).parents[2] / "docs" / "wire-activations.md"
+
+
+@given(
+    kind=st.sampled_from(Kind),
+    dtype=st.sampled_from(Dtype),
+    flags=st.sampled_from([Flag.NONE, Flag.SAMPLE, Flag.FINISHED]),
+    seq=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 33)),
+    request=st.binary(min_size=16, max_size=16),
+    meta=st.binary(max_size=200),
+)
+def test_a_frame_comes_back_as_it_was_sent(
+    kind: Kind, dtype: Dtype, flags: Flag, seq: int, shape: tuple[int, int, int], request: bytes, meta: bytes
+) -> None:
+    payload = bytes(shape[0] * shape[1] * shape[2] * ITEM_BYTES[dtype])
+    frame = make_frame(
+        kind,
+        ring_tag("i", 1),
+        request,
+        seq=seq,
+        flags=flags,
+        dtype=dtype,
+        shape=shape,
+        meta=meta,
+        payload=payload,
+    )
+    data = encode_frame(frame)
+    assert decode_header(data[:HEADER_BYTES]) == frame.header
+    assert data[HEADER_BYTES:] == meta + payload
+
+
+@given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES), st.booleans())
+def test_any_64_bytes_are_a_header_or_a_bad_frame(data: bytes, with_magic: bool) -> None:
+    if with_magic:
+        data = MAGIC + b"\x01" + data[5:]
+    try:
+        header = decode_header(data)
+    except errors.BadFrame:
+        return
+    assert header.payload_bytes == header.batch * header.tokens * header.width * ITEM_BYTES[header.dtype]
+
+
+def test_the_documented_sample_is_what_the_code_writes() -> None:
+    frame = make_frame(
+        Kind.HIDDEN,
+        ring_tag("i1", 3),
+        bytes(range(16)),
+        seq=2,
+        flags=Flag.SAMPLE,
+        dtype=Dtype.BF16,
+        shape=(1, 1, 4),
+        payload=bytes.fromhex("803f0040403f80bf"),
+    )
+    documented = DOCS.read_text().split("```hex")[1].split("```")[0]
+    digits = "".join(line.split("|")[0] for line in documented.strip().splitlines())
+    assert bytes.fromhex(digits) == encode_frame(frame)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_a_hidden_state_crosses_bit_by_bit(dtype: mx.Dtype) -> None:
+    h = mx.random.normal((1, 5, 24), key=mx.random.key(1)).astype(dtype).transpose(0, 2, 1)
+    back = from_hidden(to_hidden(h))
+    assert back.dtype == dtype
+    assert mx.array_equal(back, h).item()
+
+
+def member(**changes: Any) -> handshake.Member:
+    return handshake.Member(**{"instance": "i1", "epoch": 1, "rank": 0, "stages": 3, "secret": b"s", **changes})
+
+
+def test_neighbours_with_the_secret_prove_themselves_to_each_other() -> None:
+    nonce, own = bytes(32), bytes([1]) * 32
+    hello = handshake.hello(member(), nonce, own)
+    assert handshake.check_hello(member(rank=1), nonce, hello[2:]) == own
+    handshake.check_welcome(member(), nonce, own, handshake.welcome(member(rank=1), nonce, own))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"secret": b"other"}, "proof"),
+        ({"epoch": 2}, "epoch"),
+        ({"instance": "i2"}, "instance"),
+        ({"rank": 1}, "rank"),
+        ({"rank": 2}, "rank"),
+    ],
+)
+def test_anyone_else_is_refused_and_told_apart_in_the_log(changes: dict[str, Any], says: str) -> None:
+    hello = handshake.hello(member(**changes), bytes(32), bytes(32))
+    with pytest.raises(errors.Refused, match=says):
+        handshake.check_hello(member(rank=1), bytes(32), hello[2:])
+
+
+def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
+    hello = handshake.hello(member(), bytes(32), bytes(32))
+    with pytest.raises(errors.Refused, match="proof"):
+        handshake.check_hello(member(rank=1), bytes([9]) * 32, hello[2:])
+
+
+def test_a_listener_without_the_secret_is_not_given_hidden_states() -> None:
+    forged = handshake.welcome(member(rank=1, secret=b"other"), bytes(32), bytes(32))
+    with pytest.raises(errors.Refused, match="welcome"):
+        handshake.check_welcome(member(), bytes(32), bytes(32), forged)
+
+
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_steps_cover_the_prompt_once_and_sample_only_its_last_token(count: int, chunk: int) -> None:
+    steps = list(decide.steps(count, chunk))
+    assert [token for s in steps for token in range(s.start, s.stop)] == list(range(count))
+    assert [s.sample for s in steps] == [False] * (len(steps) - 1) + [True]
+    assert (steps[-1].start, steps[-1].stop) == (count - 1, count)
+    assert all(0 < s.stop - s.start <= chunk for s in steps)
+
+
+@given(
+    prompt=st.integers(1, 40),
+    said=st.integers(0, 40),
+    max_tokens=st.integers(1, 60),
+    context=st.integers(1, 60),
+)
+def test_an_admitted_answer_never_outgrows_the_context(prompt: int, said: int, max_tokens: int, context: int) -> None:
+    ask = control.Generate(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * said)
+    try:
+        plan = decide.admit(ask, (1,) * prompt, context_tokens=context, vocabulary=5, stop_token_ids=())
+    except errors.PromptTooLong:
+        assert prompt >= context
+        return
+    assert plan.prompt_tokens + plan.max_tokens <= context
+    assert 1 <= plan.max_tokens <= max_tokens
+    assert (plan.ended == "length") == (said >= plan.max_tokens)
+
+
+def test_backoff_grows_to_its_limit_and_stays() -> None:
+    waits = [decide.backoff_s(attempt) for attempt in range(60)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (decide.FIRST_BACKOFF_S, decide.MAX_BACKOFF_S)
+
+
+def test_a_tokens_seed_depends_on_its_index_alone() -> None:
+    assert len({step_seed(5, index) for index in range(100)}) == 100
+    assert step_seed(5, 3) == step_seed(5, 3)
+
+
+def test_a_line_of_the_first_version_still_decodes() -> None:
+    start = (
+        b'{"type":"start","instance":"i1","epoch":1,"rank":0,"stages":2,"model_dir":"m","first_layer":0,'
+        b'"last_layer":3,"context_tokens":0,"bind_host":"127.0.0.1","secret":"c2VjcmV0","step_timeout_s":60.0,'
+        b'"prefill_chunk_tokens":2048,"a_later_field":1}'
+    )
+    decoded = control.decode_to_child(start)
+    assert isinstance(decoded, control.Start)
+    assert decoded.secret == b"secret"
+    token = b'{"type":"token","request":"r","reply":"s","index":3,"token":null,"text":"","finish_reason":"cancelled"}'
+    assert isinstance(control.decode_from_child(token), control.Token)
+    with pytest.raises(msgspec.MsgspecError):
+        control.decode_to_child(b'{"type":"no-such"}')
+
+
+def test_a_line_is_a_message_whatever_the_text_holds() -> None:
+    said = control.Token(request="r", reply="", index=0, token=1, text='a\nb\r"\u2028', finish_reason=None)
+    line = control.encode_line(said)
+    assert line.count(b"\n") == 1
+    assert control.decode_from_child(line) == said
+
+
+def leaves(kind: type[errors.StageError]) -> list[type[errors.StageError]]:
+    return [kind, *(leaf for sub in kind.__subclasses__() for leaf in leaves(sub))]
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    codes = [leaf.code for leaf in leaves(errors.StageError) if not leaf.__subclasses__()]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize("module", ["decide", "frames", "handshake", "architectures", "blas"])
+def test_pure_modules_reach_for_no_clock_loop_or_socket(module: str) -> None:
+    tree = ast.parse((STAGE / f"{module}.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in imported} & {"asyncio", "os", "time", "socket", "mlx", "mlx_lm"}
+
+
+def test_mlx_lm_is_called_in_one_module_only() -> None:
+    callers = [path.name for path in STAGE.glob("*.py") if "mlx_lm" in path.read_text().split('"""', 2)[2]]
+    assert callers == ["mlxlm.py"]
+
+
+def test_a_child_is_given_openblas_where_there_is_one(tmp_path: Path) -> None:
+    library = tmp_path / "openblas-pthread" / "libopenblas.so.0"
+    library.parent.mkdir()
+    library.touch()
+    env = child_environment({"A": "1"}, platform="linux", directories=[library.parent])
+    assert env == {"A": "1", "LD_PRELOAD": str(library), "OPENBLAS_NUM_THREADS": "1"}
+
+
+def test_a_child_keeps_its_environment_without_openblas_on_macos_or_with_a_blas_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "libopenblas.so.0").touch()
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    (reference / "libblas.so.3").touch()
+    assert child_environment({}, platform="linux", directories=[reference]) == {}
+    assert child_environment({}, platform="darwin", directories=[tmp_path]) == {}
+    chosen = {"LD_PRELOAD": "/opt/libblas-mine.so"}
+    assert child_environment(chosen, platform="linux", directories=[tmp_path]) == chosen

@@ -1,0 +1,167 @@
+"""A cluster as placement sees it: real placement processes, and nodes that are facts and states put into NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from shoal_common import subjects
+from shoal_common.buckets import instance_key, leader_key, live_key, model_key, stage_key
+from shoal_common.leases import LeaseValue
+from shoal_common.messages import decode, encode
+from shoal_common.messages.commands import Outcome, Place, Unplace
+from shoal_common.messages.facts import Facts, Holder, Live
+from shoal_common.messages.records import (
+    InstancePhase,
+    InstanceSpec,
+    InstanceState,
+    ModelShape,
+    ModelState,
+    StagePhase,
+    StageState,
+)
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.process import Process, node_environment, started
+from tests.harness.waiting import eventually
+
+MIB = 1 << 20
+COMMIT = "a" * 40
+MODEL = "org/tiny-fish"
+SHAPE = ModelShape(
+    architecture="qwen3",
+    layer_bytes=[100 * MIB] * 4,
+    embed_bytes=50 * MIB,
+    head_bytes=60 * MIB,
+    kv_bytes_per_token_layer=1024,
+    context_tokens=32768,
+    hidden_bytes=2048,
+)
+INSTANCE_MIB = 4 * 104 + 110 + 96
+"""What one instance takes on one node: layers with their cache, embedding and head, a stage's overhead."""
+ASK_DEADLINE_S = 20.0
+FOLLOW_DEADLINE_S = 15.0
+"""For news to reach the placement processes, the takeover after a death included."""
+
+
+class Cluster:
+    """Nodes that are only facts, and the placement processes that look at them."""
+
+    def __init__(self, server: NatsServer, here: Joined, directory: Path) -> None:
+        self.server, self.here, self.directory = server, here, directory
+        self._numbers = itertools.count(1)
+
+    @asynccontextmanager
+    async def placement(self, node: str) -> AsyncIterator[Process]:
+        """A placement service of a node, from ready to the end of the body."""
+        home = self.directory / node
+        await asyncio.to_thread(home.mkdir, exist_ok=True)
+        await asyncio.to_thread((home / "node.toml").write_text, f'id = "{node}"\n')
+        environment = node_environment(home, self.server.url)
+        async with started("-m", "shoal_placement", environment=environment) as process:
+            await process.wait_ready()
+            yield process
+
+    async def beat(self, node: str, memory_mib: int, service: str = "inference") -> None:
+        """A node's service is live, with this much memory. Its key lasts as long as any: 20 s."""
+        live = Live(
+            holder=Holder(uid=f"{node}-{service}", host="elsewhere", pid=1),
+            version="0",
+            facts=Facts(memory_available_bytes=memory_mib * MIB, memory_total_bytes=2 * memory_mib * MIB),
+        )
+        await self.here.buckets.live.put(live_key(node, service), live)
+
+    async def die(self, node: str) -> None:
+        """A node's inference is live no more."""
+        await self.here.buckets.live.delete(live_key(node, "inference"))
+
+    async def hold(self, node: str, shape: ModelShape | None = SHAPE, shape_error: str = "") -> None:
+        """A node holds the model."""
+        state = ModelState(
+            node=node,
+            repo=MODEL,
+            commit=COMMIT,
+            size_bytes=1,
+            file_count=1,
+            revisions=["main"],
+            shape=shape,
+            shape_error=shape_error,
+        )
+        await self.here.buckets.state.put(model_key(node, state.model), state)
+
+    async def stage(self, spec: InstanceSpec, rank: int, phase: StagePhase) -> None:
+        """A node's inference says how a stage stands."""
+        state = StageState(
+            instance=spec.id, rank=rank, node=spec.stages[rank].node, epoch=spec.epoch, phase=phase, uid="u"
+        )
+        await self.here.buckets.state.put(stage_key(spec.id, rank), state)
+
+    async def unstage(self, spec: InstanceSpec, rank: int) -> None:
+        """A node's inference has let go of a stage."""
+        await self.here.buckets.state.delete(stage_key(spec.id, rank))
+
+    async def send(self, verb: str, command: Place | Unplace) -> None:
+        """Send a command and wait for nothing."""
+        await self.here.client.publish(subjects.command("placement", "any", verb), encode(command))
+
+    async def ask(self, verb: str, command: Place | Unplace) -> Outcome:
+        """Send a command and wait for its outcome, wherever it is worked on in the end."""
+        identity = command.id or f"command-{next(self._numbers)}"
+        subject = subjects.command("placement", "any", verb)
+        await self.here.client.publish(subject, encode(command), headers={"Nats-Msg-Id": identity})
+        return await self.outcome(identity)
+
+    async def outcome(self, identity: str) -> Outcome:
+        """How a command ended, once it has."""
+        return await eventually(
+            lambda: self.here.buckets.done.get_as(identity, Outcome), f"{identity} is done", ASK_DEADLINE_S
+        )
+
+    async def placed(self, command: Place | None = None) -> InstanceSpec:
+        """Place the model; the spec of the instance."""
+        outcome = await self.ask("place", command or Place(model=MODEL))
+        assert outcome.ok, outcome.error
+        spec = await self.spec(str(outcome.result["instance"]))
+        assert spec is not None
+        return spec
+
+    async def spec(self, instance: str) -> InstanceSpec | None:
+        """What is wanted of an instance."""
+        return await self.here.buckets.spec.get_as(instance_key(instance), InstanceSpec)
+
+    async def specs(self) -> list[InstanceSpec]:
+        """All instances that are wanted."""
+        keys = (await self.here.js.stream_info("KV_spec", subjects_filter="$KV.spec.instance.>")).state.subjects or {}
+        found = [await self.here.buckets.spec.get(subject.removeprefix("$KV.spec.")) for subject in keys]
+        return [decode(entry.value, InstanceSpec) for entry in found if entry is not None]
+
+    async def state(self, instance: str) -> InstanceState | None:
+        """How an instance stands."""
+        return await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
+
+    async def stands(self, instance: str, phase: InstancePhase) -> InstanceState:
+        """Return once an instance stands so."""
+
+        async def so() -> InstanceState | None:
+            state = await self.state(instance)
+            return state if state is not None and state.phase == phase else None
+
+        return await eventually(so, f"{instance} is {phase}", FOLLOW_DEADLINE_S)
+
+    async def leader(self) -> str:
+        """The node whose placement leads, once one does."""
+
+        async def held() -> str | None:
+            lease = await self.here.buckets.lease.get_as(leader_key("placement"), LeaseValue)
+            return lease.node if lease is not None else None
+
+        return await eventually(held, "somebody leads", FOLLOW_DEADLINE_S)
+
+
+@asynccontextmanager
+async def cluster_of(server: NatsServer, directory: Path) -> AsyncIterator[Cluster]:
+    """An empty cluster on this NATS server."""
+    async with joined(server) as here:
+        yield Cluster(server, here, directory)

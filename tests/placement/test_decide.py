@@ -1,0 +1,314 @@
+"""What the leader decides: which model is meant, what is free, how an instance stands. No I/O anywhere."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal_common.errors import BadInput, BadName, ErrorBody, NoRoom, NotFound, Unsupported
+from shoal_common.messages.commands import Place
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.records import InstanceSpec, InstanceState, ModelShape, ModelState, StageSpec, StageState
+from shoal_common.names import check_id
+from shoal_placement import decide
+from shoal_placement.decide import (
+    STAGE_OVERHEAD_BYTES,
+    World,
+    instance_id,
+    instance_state,
+    plan,
+    reserved_bytes,
+    spec_of,
+)
+
+MIB = 1 << 20
+COMMIT, NEWER = "a" * 40, "b" * 40
+SHAPE = ModelShape(
+    architecture="qwen3",
+    layer_bytes=[100 * MIB] * 4,
+    embed_bytes=50 * MIB,
+    head_bytes=60 * MIB,
+    kv_bytes_per_token_layer=1024,
+    context_tokens=32768,
+    hidden_bytes=2048,
+)
+KV_BYTES = 1024 * 4096
+WHOLE_BYTES = 4 * (100 * MIB + KV_BYTES) + 110 * MIB
+
+
+def held(node: str = "a", commit: str = COMMIT, repo: str = "org/tiny-fish", **more: Any) -> ModelState:
+    fields = {"size_bytes": 1, "file_count": 1, "revisions": ["main"], "shape": SHAPE, **more}
+    return ModelState(node=node, repo=repo, commit=commit, **fields)
+
+
+def world(
+    memory_mib: Mapping[str, int],
+    models: Sequence[ModelState] = (),
+    instances: Sequence[InstanceSpec] = (),
+    alive: Sequence[str] = (),
+) -> World:
+    facts = {n: Facts(memory_available_bytes=m * MIB, memory_total_bytes=2 * m * MIB) for n, m in memory_mib.items()}
+    return World(facts=facts, models=list(models), instances=list(instances), alive={*facts, *alive})
+
+
+@pytest.mark.parametrize("module", ["decide.py", "solve.py"])
+def test_decisions_import_nothing_that_acts(module: str) -> None:
+    tree = ast.parse((Path(decide.__file__).with_name(module)).read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {i.partition(".")[0] for i in imported} & {
+        "asyncio",
+        "nats",
+        "os",
+        "time",
+        "random",
+        "socket",
+        "pathlib",
+    }
+
+
+# Which model
+
+
+def test_a_model_is_placed_where_it_fits() -> None:
+    found = plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held()]))
+    assert (found.model.commit, found.context_tokens) == (COMMIT, 4096)
+    (stage,) = found.layout.slices
+    assert (stage.node, stage.first, stage.last) == ("a", 0, 4)
+    assert stage.bytes == WHOLE_BYTES + STAGE_OVERHEAD_BYTES
+
+
+def test_a_model_that_no_node_holds_is_not_found_and_says_how_to_get_it() -> None:
+    with pytest.raises(NotFound, match=r"`shoal pull org/tiny-fish`"):
+        plan(Place(model="org/tiny-fish"), world({"a": 1000}))
+
+
+def test_what_only_dead_nodes_hold_is_not_found() -> None:
+    with pytest.raises(NotFound):
+        plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("dead")]))
+
+
+def test_a_node_without_inference_may_hold_the_model_for_the_others() -> None:
+    found = plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("store")], alive=["store"]))
+    assert [s.node for s in found.layout.slices] == ["a"]
+
+
+def test_the_newest_commit_is_meant_by_a_name_and_a_named_one_by_its_commit_or_tag() -> None:
+    models = [held(ready_at_s=1.0, revisions=["main", "v1"]), held(commit=NEWER, ready_at_s=2.0)]
+    there = world({"a": 1000}, models)
+    assert plan(Place(model="org/tiny-fish"), there).model.commit == NEWER
+    assert plan(Place(model=f"org/tiny-fish@{COMMIT}"), there).model.commit == COMMIT
+    assert plan(Place(model="org/tiny-fish@v1"), there).model.commit == COMMIT
+    with pytest.raises(NotFound):
+        plan(Place(model="org/tiny-fish@v2"), there)
+
+
+def test_a_model_without_a_shape_is_unsupported_and_says_why() -> None:
+    with pytest.raises(Unsupported, match=r"it has no config\.json"):
+        plan(
+            Place(model="org/tiny-fish"), world({"a": 1000}, [held(shape=None, shape_error="it has no config.json")])
+        )
+
+
+def test_a_node_that_could_read_the_shape_is_believed_over_one_that_could_not() -> None:
+    models = [held("a", shape=None, shape_error="unreadable", ready_at_s=9.0), held("b")]
+    assert plan(Place(model="org/tiny-fish"), world({"a": 1000, "b": 1000}, models)).shape == SHAPE
+
+
+@pytest.mark.parametrize("model", ["", "tiny-fish", "../../etc", "org/..", "org/name@../x"])
+def test_I10_a_hostile_model_is_refused(model: str) -> None:
+    with pytest.raises(BadName):
+        plan(Place(model=model), world({"a": 1000}, [held()]))
+
+
+# What it needs
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(0, 4096), (1, 1), (8192, 8192), (32768, 32768)])
+def test_context_is_what_was_asked_else_the_models_at_most_4096(asked: int, kept: int) -> None:
+    there = world({"a": 5000}, [held()])
+    assert plan(Place(model="org/tiny-fish", context_tokens=asked), there).context_tokens == kept
+
+
+@pytest.mark.parametrize("asked", [32769, -1])
+def test_a_context_the_model_does_not_have_is_refused(asked: int) -> None:
+    with pytest.raises(BadInput, match="context"):
+        plan(Place(model="org/tiny-fish", context_tokens=asked), world({"a": 5000}, [held()]))
+
+
+def test_the_cache_is_counted_in_steps_of_256_tokens() -> None:
+    assert decide.need_of(SHAPE, 1).layer_bytes == decide.need_of(SHAPE, 256).layer_bytes
+    assert decide.need_of(SHAPE, 257).layer_bytes[0] == 100 * MIB + 512 * 1024
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 4), (-1, 4), (3, 2), (1, 0)])
+def test_node_counts_that_leave_nothing_to_choose_are_refused(least: int, most: int) -> None:
+    with pytest.raises(BadInput, match="min_nodes"):
+        plan(Place(model="org/tiny-fish", min_nodes=least, max_nodes=most), world({"a": 5000}, [held()]))
+
+
+def test_only_the_named_nodes_are_used_and_unknown_ones_are_said() -> None:
+    there = world({"a": 5000, "b": 1000}, [held("a")])
+    assert [s.node for s in plan(Place(model="org/tiny-fish", nodes=["b"]), there).layout.slices] == ["b"]
+    with pytest.raises(NotFound, match="c, d"):
+        plan(Place(model="org/tiny-fish", nodes=["d", "b", "c"]), there)
+
+
+def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
+    with pytest.raises(NoRoom) as refusal:
+        plan(Place(model="org/tiny-fish"), world({"a": 300, "b": 150}, [held()]))
+    error = refusal.value
+    assert "\n" not in error.message and "does not fit" in error.message
+    assert "shoal ps" in error.message  # what to do
+    assert error.details["needed_bytes"] == WHOLE_BYTES
+    one_layer_bytes = 100 * MIB + KV_BYTES + STAGE_OVERHEAD_BYTES
+    assert error.details["nodes"] == [
+        {"node": n, "needed_bytes": one_layer_bytes, "available_bytes": m * MIB, "total_bytes": 2 * m * MIB}
+        for n, m in (("a", 300), ("b", 150))
+    ]
+
+
+def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
+    with pytest.raises(NoRoom, match="2 nodes were asked for and 1 can take part"):
+        plan(Place(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
+    five = dict.fromkeys("abcde", 5000)
+    with pytest.raises(NoRoom, match="5 nodes were asked for and the model has 4 layers"):
+        plan(Place(model="org/tiny-fish", min_nodes=5), world(five, [held()]))
+
+
+# What is taken already
+
+
+def test_what_is_placed_is_reserved_stage_by_stage() -> None:
+    spec = InstanceSpec(
+        id="i",
+        repo="org/tiny-fish",
+        commit=COMMIT,
+        context_tokens=4096,
+        stages=[
+            StageSpec(rank=0, node="a", first_layer=0, last_layer=1),
+            StageSpec(rank=1, node="b", first_layer=1, last_layer=4),
+        ],
+    )
+    one = 100 * MIB + KV_BYTES
+    assert reserved_bytes(world({}, [held("dead")], [spec])) == {
+        "a": STAGE_OVERHEAD_BYTES + one + 50 * MIB,
+        "b": STAGE_OVERHEAD_BYTES + 3 * one + 60 * MIB,
+    }
+
+
+def test_a_tied_head_on_a_single_stage_is_reserved_once() -> None:
+    tied = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": True})
+    there = world({"a": 5000}, [held(shape=tied)])
+    found = plan(Place(model="org/tiny-fish"), there)
+    spec = spec_of(found, "i", 0.0)
+    assert reserved_bytes(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.integers(0, 2000), min_size=1),
+    st.lists(st.tuples(st.integers(1, 3), st.sampled_from([0, 300, 8192])), max_size=12),
+    st.booleans(),
+)
+def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
+    memory_mib: dict[str, int], requests: list[tuple[int, int]], tied: bool
+) -> None:
+    shape = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": tied})
+    models = [held("store", shape=shape)]
+    placed: list[InstanceSpec] = []
+    for number, (min_nodes, context_tokens) in enumerate(requests):
+        there = world(memory_mib, models, placed, alive=["store"])
+        request = Place(model="org/tiny-fish", min_nodes=min_nodes, context_tokens=context_tokens)
+        before = reserved_bytes(there)
+        try:
+            found = plan(request, there)
+        except NoRoom:
+            continue
+        placed.append(spec_of(found, f"i-{number}", 0.0))
+        after = reserved_bytes(world(memory_mib, models, placed, alive=["store"]))
+        # What a stage was promised is what is reserved for it from then on.
+        for stage in found.layout.slices:
+            assert after[stage.node] - before.get(stage.node, 0) == stage.bytes
+        assert all(after[n] <= memory_mib[n] * MIB for n in after)
+
+
+# What it is called
+
+
+@given(st.text("abcXYZ019._-", min_size=1, max_size=96), st.text(max_size=30))
+def test_I10_an_instances_id_is_readable_safe_and_the_same_for_the_same_command(name: str, command: str) -> None:
+    identity = instance_id(f"org/{name}", command)
+    assert check_id(identity) == identity == instance_id(f"org/{name}", command)
+    assert identity != instance_id(f"org/{name}", f"{command}x")
+
+
+def test_an_instance_is_called_after_its_model() -> None:
+    assert instance_id("shoal/tiny-fish", "c1").startswith("tiny-fish-")
+
+
+# How it stands
+
+SPEC = InstanceSpec(
+    id="i",
+    repo="org/tiny-fish",
+    commit=COMMIT,
+    context_tokens=4096,
+    epoch=2,
+    stages=[
+        StageSpec(rank=0, node="a", first_layer=0, last_layer=2),
+        StageSpec(rank=1, node="b", first_layer=2, last_layer=4),
+    ],
+)
+
+
+def stage(rank: int, phase: Any, epoch: int = 2, **more: Any) -> StageState:
+    return StageState(instance="i", rank=rank, node="ab"[rank], epoch=epoch, phase=phase, **more)
+
+
+def stands(*stages: StageState, live: str = "ab", before: InstanceState | None = None) -> InstanceState:
+    return instance_state(SPEC, stages, list(live), before)
+
+
+READY = stands(stage(0, "ready"), stage(1, "ready"))
+LOST = ErrorBody(code="failed", message="out of memory on b")
+
+
+def test_an_instance_is_starting_until_every_stage_of_its_epoch_is_ready() -> None:
+    assert stands().phase == "starting"
+    assert stands(stage(0, "ready"), stage(1, "loading")).phase == "starting"
+    assert stands(stage(0, "ready"), stage(1, "ready", epoch=1)).phase == "starting"
+    assert READY.phase == "ready"
+    assert (READY.nodes, READY.epoch, READY.error) == (["a", "b"], 2, None)
+
+
+def test_a_ready_instance_is_degraded_when_a_stage_or_its_node_is_lost_and_ready_when_it_is_back() -> None:
+    both = (stage(0, "ready"), stage(1, "ready"))
+    degraded = stands(*both, live="a", before=READY)
+    assert degraded.phase == "degraded"
+    assert stands(stage(0, "ready"), before=READY).phase == "degraded"
+    assert stands(stage(0, "ready"), stage(1, "linking"), before=READY).phase == "degraded"
+    assert stands(*both, before=degraded).phase == "ready"
+
+
+def test_an_instance_whose_stage_fails_has_failed_with_the_stages_words() -> None:
+    failed = stands(stage(0, "ready"), stage(1, "failed", error=LOST))
+    assert (failed.phase, failed.error) == ("failed", LOST)
+    assert stands(stage(0, "ready"), stage(1, "failed", error=LOST), before=READY).error == LOST
+    assert stands(stage(0, "ready"), stage(1, "ready"), before=failed) == READY
+
+
+def test_stages_of_other_instances_do_not_count() -> None:
+    strangers = [StageState(instance="j", rank=r, node="ab"[r], epoch=2, phase="ready") for r in (0, 1)]
+    assert stands(*strangers).phase == "starting"
+
+
+@given(st.permutations([stage(0, "ready"), stage(1, "ready"), stage(1, "ready", epoch=1)]))
+def test_how_an_instance_stands_does_not_depend_on_the_order_of_news(news: list[StageState]) -> None:
+    assert stands(*news) == READY

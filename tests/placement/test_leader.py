@@ -1,0 +1,236 @@
+"""The placement service as a cluster uses it: real processes, real NATS, nodes that are facts."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from shoal_common.buckets import LEASE_TTL_S, instance_key
+from shoal_common.errors import NoRoom
+from shoal_common.messages.commands import Outcome, Place, Unplace
+from shoal_common.messages.records import StageSpec
+from shoal_common.questions import Ask
+from tests.harness.nats import NatsServer
+from tests.harness.waiting import eventually
+from tests.placement.cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, cluster_of
+
+
+async def test_an_instance_is_placed_starts_runs_degrades_and_goes(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        await asyncio.gather(c.beat("a", 400), c.beat("b", 400), c.hold("a"))
+        outcome = await c.ask("place", Place(model=MODEL))
+        assert outcome.ok, outcome.error
+        spec = await c.spec(outcome.result["instance"])
+        assert spec is not None
+        assert spec.id.startswith("tiny-fish-")
+        assert (spec.model, spec.context_tokens, len(spec.stages)) == (f"{MODEL}@{COMMIT}", 4096, 2)
+        assert outcome.result["context_tokens"] == 4096
+        assert [StageSpec(**s) for s in outcome.result["stages"]] == spec.stages
+        assert (await c.stands(spec.id, "starting")).nodes == [s.node for s in spec.stages]
+
+        await c.stage(spec, 0, "ready")
+        await c.stage(spec, 1, "ready")
+        await c.stands(spec.id, "ready")
+        await c.die(spec.stages[1].node)
+        await c.stands(spec.id, "degraded")
+        await c.beat(spec.stages[1].node, 400)
+        await c.stands(spec.id, "ready")
+
+        stopping = asyncio.create_task(c.ask("unplace", Unplace(instance=spec.id)))
+
+        async def withdrawn() -> bool:
+            return await c.spec(spec.id) is None
+
+        await eventually(withdrawn, "the spec is withdrawn")
+        await c.unstage(spec, 0)
+        await c.unstage(spec, 1)
+        assert (await stopping).ok
+
+        async def forgotten() -> bool:
+            return await c.state(spec.id) is None
+
+        await eventually(forgotten, "the state goes with the spec")
+
+
+async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        before = await c.here.last_sequence("KV_spec")
+        assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
+        assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
+        assert await c.here.last_sequence("KV_spec") == before
+
+
+async def test_I5_a_command_delivered_twice_places_one_instance(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        await asyncio.gather(c.beat("a", 5 * INSTANCE_MIB), c.hold("a"))
+        command = Place(model=MODEL, id="the-same")
+        await c.send("place", command)
+        first = await c.outcome("the-same")
+        # As if the leader had died between placing and saying so: the outcome is lost, the command comes again.
+        await c.here.buckets.done.delete("the-same")
+        await c.send("place", command)
+        second = await c.outcome("the-same")
+        assert first.ok and second.ok
+        assert first.result == second.result
+        assert [s.id for s in await c.specs()] == [first.result["instance"]]
+
+
+async def test_refusals_say_why_and_what_to_do(own_nats: NatsServer, tmp_path: Path) -> None:
+    async def refused(command: Place) -> tuple[str, Outcome]:
+        outcome = await c.ask("place", command)
+        assert not outcome.ok and outcome.error is not None
+        return outcome.error.code, outcome
+
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        await c.beat("a", 100)
+        code, outcome = await refused(Place(model=MODEL))
+        assert code == "not_found" and f"shoal pull {MODEL}" in str(outcome.error)
+        await c.hold("a", None, "it has no config.json")
+        code, outcome = await refused(Place(model=MODEL))
+        assert code == "unsupported" and "it has no config.json" in str(outcome.error)
+        await c.hold("a")
+        code, outcome = await refused(Place(model=MODEL))
+        assert code == "no_room" and outcome.error is not None
+        (figures,) = outcome.error.details["nodes"]
+        assert figures["node"] == "a" and figures["available_bytes"] == 100 << 20
+        assert figures["total_bytes"] == 200 << 20 and figures["needed_bytes"] > figures["available_bytes"]
+        code, _ = await refused(Place(model="../../etc"))
+        assert code == "bad_name"
+        assert await c.specs() == []
+
+
+async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
+        await asyncio.gather(c.beat("a", INSTANCE_MIB), c.beat("b", 2 * INSTANCE_MIB + 50), c.hold("a"))
+        outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL, max_nodes=1)) for _ in range(10)))
+        won = {o.result["instance"] for o in outcomes if o.ok}
+        assert len(won) == 3
+        assert all(o.error is not None and o.error.code == "no_room" for o in outcomes if not o.ok)
+        specs = await c.specs()
+        assert {s.id for s in specs} == won
+        assert sorted(s.stages[0].node for s in specs) == ["a", "b", "b"]
+        # One goes: its memory is there for the next.
+        assert (await c.ask("unplace", Unplace(instance=specs[0].id))).ok
+        assert (await c.ask("place", Place(model=MODEL, max_nodes=1))).ok
+
+
+async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
+        await asyncio.gather(c.beat("a", 400), c.beat("b", 500), c.hold("b"))
+        ask = Ask(c.here.nats)
+        before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
+        seen = [
+            await ask("placement", node, "preview", Place(model=MODEL), dict[str, object]) for node in ("p-1", "p-2")
+        ]
+        assert seen[0] == seen[1]
+        assert [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")] == before
+        outcome = await c.ask("place", Place(model=MODEL))
+        assert outcome.result["stages"] == seen[0]["stages"]
+        with pytest.raises(NoRoom) as refusal:
+            await ask("placement", "p-2", "preview", Place(model=MODEL), dict[str, object])
+        assert {n["node"] for n in refusal.value.details["nodes"]} == {"a", "b"}
+
+
+async def test_I6_when_the_leader_is_killed_another_leads_and_nothing_is_lost(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
+        processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2", "p-3")}
+        await asyncio.gather(c.beat("a", 2 * INSTANCE_MIB), c.hold("a"))
+        first = await c.placed()
+        await c.stands(first.id, "starting")
+        leader = await c.leader()
+        await processes[leader].kill()
+        killed_s = time.monotonic()
+        # Sent to nobody: the queue keeps them until somebody leads.
+        wanted = [asyncio.create_task(c.ask("place", Place(model=MODEL, id=f"after-{i}"))) for i in range(2)]
+        await c.stage(first, 0, "ready")
+        outcomes = await asyncio.gather(*wanted)
+        took_s = time.monotonic() - killed_s
+        assert took_s < LEASE_TTL_S + 4
+        assert await c.leader() != leader
+        # What the dead leader had promised is still promised: there is room for one more, not for two.
+        assert sorted(o.ok for o in outcomes) == [False, True]
+        assert {s.id for s in await c.specs()} == {first.id, *(o.result["instance"] for o in outcomes if o.ok)}
+        await c.stands(first.id, "ready")
+        assert sum("msg=leading" in line for p in processes.values() for line in p.lines) == 2
+
+
+async def test_a_leader_that_stops_hands_over_at_once(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
+        processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2")}
+        leader = await c.leader()
+        (other,) = processes.keys() - {leader}
+        processes[leader].send(signal.SIGTERM)
+        assert await processes[leader].wait_exit() == 0, processes[leader].output
+        await processes[other].wait_line("msg=leading", deadline_s=3)
+        await asyncio.gather(c.beat("a", INSTANCE_MIB), c.hold("a"))
+        await c.placed()
+
+
+async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
+        processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2")}
+        leader = await c.leader()
+        (other,) = processes.keys() - {leader}
+        processes[leader].send(signal.SIGSTOP)
+        await processes[other].wait_line("msg=leading", deadline_s=LEASE_TTL_S + 4)
+        processes[leader].send(signal.SIGCONT)
+        await processes[leader].wait_line("no longer leading", deadline_s=5)
+        await asyncio.gather(c.beat("a", INSTANCE_MIB), c.hold("a"))
+        outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL)) for _ in range(4)))
+        assert sum(o.ok for o in outcomes) == 1
+        assert {o.node for o in outcomes} == {other}
+
+
+async def test_placement_goes_on_after_nats_is_killed(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1") as process:
+        await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
+        first = await c.placed()
+        own_nats.restart()
+        await c.here.nats.reconnects.wait_after(0)
+        second = await c.placed()
+        assert {s.id for s in await c.specs()} == {first.id, second.id}
+        assert process.running
+
+
+async def test_idle_means_silent(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
+        await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
+        spec = await c.placed()
+        await c.stage(spec, 0, "ready")
+        await c.stands(spec.id, "ready")
+        before = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
+        for memory_mib in range(3 * INSTANCE_MIB, 3 * INSTANCE_MIB - 10, -1):
+            await c.beat("a", memory_mib)  # facts change at every beat, and how the instance stands does not
+        marker = await c.placed(Place(model=MODEL, id="after"))  # decided with all those beats seen
+        await c.stands(marker.id, "starting")
+        after = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
+        # One spec, one state, one command, one event: those of the marker itself.
+        assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1, 1]
+
+
+async def test_a_spec_that_vanished_while_nobody_led_takes_its_state_with_it(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with cluster_of(own_nats, tmp_path) as c:
+        async with c.placement("p-1") as first:
+            await asyncio.gather(c.beat("a", INSTANCE_MIB), c.hold("a"))
+            spec = await c.placed()
+            await c.stands(spec.id, "starting")
+            first.send(signal.SIGTERM)
+            await first.wait_exit()
+        await c.here.buckets.spec.delete(instance_key(spec.id))
+        async with c.placement("p-1"):
+
+            async def forgotten() -> bool:
+                return await c.state(spec.id) is None
+
+            await eventually(forgotten, "the state goes", FOLLOW_DEADLINE_S)

@@ -1,0 +1,195 @@
+"""The layout problem against brute force: never a layout that does not fit, never a refusal while one does."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal_placement.solve import Layout, Need, Room, best_split, slice_bytes, solve
+
+SIZES = st.integers(1, 30)
+
+
+@st.composite
+def needs(draw: st.DrawFn, most_layers: int = 6) -> Need:
+    embed = draw(st.integers(0, 20))
+    tied = draw(st.booleans())
+    return Need(
+        layer_bytes=draw(st.lists(SIZES, min_size=1, max_size=most_layers)),
+        embed_bytes=embed,
+        head_bytes=draw(st.integers(0, 20)) + (embed if tied else 0),
+        tied=tied,
+        stage_bytes=draw(st.integers(0, 5)),
+    )
+
+
+@st.composite
+def rooms(draw: st.DrawFn, most: int = 4, least: int = 1) -> list[Room]:
+    count = draw(st.integers(least, most))
+    return [Room(f"node-{i}", draw(st.integers(-5, 120)), draw(st.booleans())) for i in range(count)]
+
+
+def every_split(layers: int, stages: int) -> Iterator[list[tuple[int, int]]]:
+    for cuts in itertools.combinations(range(1, layers), stages - 1):
+        yield list(itertools.pairwise((0, *cuts, layers)))
+
+
+def fullest(need: Need, order: Sequence[Room], split: Sequence[tuple[int, int]]) -> float:
+    """The largest share of a node's memory that this split takes; infinite when it does not fit."""
+    own = [slice_bytes(need, a, b) for a, b in split]
+    if any(o > r.free_bytes or r.free_bytes <= 0 for o, r in zip(own, order, strict=True)):
+        return float("inf")
+    return max(o / r.free_bytes for o, r in zip(own, order, strict=True))
+
+
+def brute_split(need: Need, order: Sequence[Room]) -> float:
+    return min(
+        (fullest(need, order, s) for s in every_split(len(need.layer_bytes), len(order))), default=float("inf")
+    )
+
+
+def check(need: Need, order: Sequence[Room], layout: Layout) -> None:
+    """A layout covers each layer once, in order, a layer at least in each stage, and every stage fits."""
+    by_node = {r.node: r for r in order}
+    assert [s.first for s in layout.slices] == [0, *(s.last for s in layout.slices[:-1])]
+    assert layout.slices[-1].last == len(need.layer_bytes)
+    assert len({s.node for s in layout.slices}) == len(layout.slices)
+    for s in layout.slices:
+        assert s.first < s.last
+        assert s.bytes == slice_bytes(need, s.first, s.last) <= by_node[s.node].free_bytes
+    assert layout.fullest == max(s.bytes / by_node[s.node].free_bytes for s in layout.slices) <= 1
+
+
+@settings(max_examples=400, deadline=None)
+@given(needs(8), rooms())
+def test_the_split_over_an_order_is_the_best_there_is(need: Need, order: list[Room]) -> None:
+    layout = best_split(need, order)
+    best = brute_split(need, order)
+    if best == float("inf"):
+        assert layout is None
+    else:
+        assert layout is not None
+        assert [s.node for s in layout.slices] == [r.node for r in order]
+        check(need, order, layout)
+        assert layout.fullest == best
+
+
+@settings(max_examples=400, deadline=None)
+@given(needs(), rooms(), st.integers(1, 4), st.integers(1, 5))
+def test_over_all_nodes_orders_and_splits_nothing_that_fits_is_refused_and_nothing_better_is_missed(
+    need: Need, cluster: list[Room], min_nodes: int, max_nodes: int
+) -> None:
+    layout = solve(need, cluster, min_nodes, max_nodes)
+    feasible: list[tuple[int, int, float]] = []
+    for k in range(min_nodes, min(max_nodes, len(cluster)) + 1):
+        for order in itertools.permutations(cluster, k):
+            best = brute_split(need, order)
+            if best < float("inf"):
+                feasible.append((k, -sum(r.holds for r in order), best))
+    if layout is None:
+        assert not feasible
+        return
+    check(need, cluster, layout)
+    holding = sum(r.holds for r in cluster if r.node in {s.node for s in layout.slices})
+    # The fewest nodes; of those the most that hold the model; of those the emptiest fullest one.
+    assert (len(layout.slices), -holding, layout.fullest) == min(feasible)
+
+
+@given(needs(), rooms(5), st.randoms())
+def test_the_same_cluster_gives_the_same_layout_in_whatever_order_it_is_told(
+    need: Need, cluster: list[Room], chance: random.Random
+) -> None:
+    shuffled = cluster[:]
+    chance.shuffle(shuffled)
+    assert solve(need, cluster, 1, 5) == solve(need, shuffled, 1, 5)
+
+
+@given(needs(12), rooms(9, 5), st.integers(5, 9))
+def test_over_more_than_four_nodes_what_is_given_still_fits(need: Need, cluster: list[Room], min_nodes: int) -> None:
+    layout = solve(need, cluster, min_nodes, 9)
+    if layout is not None:
+        assert len(layout.slices) >= min_nodes
+        check(need, cluster, layout)
+
+
+def plain(model: int, layers: int) -> Need:
+    """A model without embedding, head or overhead, in units that divide evenly."""
+    assert model * 100 % layers == 0
+    return Need(layer_bytes=[model * 100 // layers] * layers)
+
+
+def counts(memory: Sequence[int], model: int, layers: int, min_nodes: int = 1) -> list[int] | None:
+    """Layers by node, in the order of `memory`, which is in the unit of `model`; None when it is refused."""
+    cluster = [Room(f"node-{i}", m * 100) for i, m in enumerate(memory)]
+    layout = solve(plain(model, layers), cluster, min_nodes, 16)
+    if layout is None:
+        return None
+    given_layers = {s.node: s.last - s.first for s in layout.slices}
+    return [given_layers.get(r.node, 0) for r in cluster]
+
+
+@pytest.mark.parametrize(
+    ("memory", "layers", "expected"),
+    [((500, 500, 1000), 12, [3, 3, 6]), ((500, 500, 500), 12, [4, 4, 4]), ((312, 518, 1024), 12, [2, 3, 7])],
+)
+def test_the_published_splits_hold_when_all_nodes_are_asked_for(
+    memory: tuple[int, ...], layers: int, expected: list[int]
+) -> None:
+    twelfths = [m * 12 for m in memory]  # so that a layer is a whole number
+    assert counts(twelfths, 1000 * 12, layers, min_nodes=3) == expected
+
+
+def test_a_model_that_fits_one_node_exactly_is_placed_and_a_byte_more_is_refused() -> None:
+    assert counts([1000], 1000, 1) == [1]
+    assert counts([1000], 1001, 1) is None
+
+
+def test_memory_that_is_short_in_sum_is_refused() -> None:
+    assert counts([900, 50, 10], 1000, 20) is None
+
+
+def test_unequal_nodes_that_fit_only_unevenly_are_used() -> None:
+    assert counts([22 * 16, 180 * 16], 191 * 16, 16) == [1, 15]
+
+
+def test_of_two_nodes_that_fit_the_one_that_holds_the_model_is_taken_even_if_it_is_smaller() -> None:
+    layout = solve(plain(1000, 10), [Room("big", 200_000), Room("holder", 100_000, True)], 1, 16)
+    assert layout is not None
+    assert [s.node for s in layout.slices] == ["holder"]
+
+
+def test_a_holder_too_small_alone_is_used_beside_the_largest_other() -> None:
+    cluster = [Room("a", 80_000), Room("b", 60_000), Room("holder", 50_000, True)]
+    layout = solve(plain(1000, 10), cluster, 2, 16)
+    assert layout is not None
+    assert {s.node for s in layout.slices} == {"a", "holder"}
+
+
+def test_a_tied_head_counts_once_where_the_embedding_is() -> None:
+    need = Need(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105, tied=True)
+    assert slice_bytes(need, 0, 2) == 20 + 105
+    assert (slice_bytes(need, 0, 1), slice_bytes(need, 1, 2)) == (10 + 100, 10 + 105)
+    assert solve(need, [Room("a", 125)], 1, 1) is not None
+    assert solve(Need(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105), [Room("a", 125)], 1, 1) is None
+
+
+def test_no_more_stages_than_layers() -> None:
+    assert solve(plain(100, 2), [Room(f"n{i}", 10**6) for i in range(5)], 3, 16) is None
+
+
+def test_a_large_cluster_is_laid_out_in_no_time() -> None:
+    chance = random.Random(7)
+    cluster = [Room(f"node-{i}", chance.randrange(4, 64) << 30, chance.random() < 0.1) for i in range(1000)]
+    need = Need(layer_bytes=[5 << 30] * 80, embed_bytes=2 << 30, head_bytes=2 << 30, stage_bytes=96 << 20)
+    started_s = time.monotonic()
+    layout = solve(need, cluster, 1, 16)
+    took_s = time.monotonic() - started_s
+    assert layout is not None
+    check(need, cluster, layout)
+    assert took_s < 5

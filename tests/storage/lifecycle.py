@@ -1,0 +1,50 @@
+"""A model's whole life in a store, in a process of its own, to be killed anywhere. Says what it has acknowledged.
+
+python -m tests.storage.lifecycle STORE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.storage.stores import Model, Store, put
+
+STAYS = Model("org/stays", {"shared.bin": b"both have these" * 20, "own.bin": b"s" * 500})
+LEAVES = Model(
+    "org/leaves",
+    {"shared.bin": b"both have these" * 20, "sub/own.bin": b"l" * 700, "config.json": b"{}"},
+    by_git=("config.json",),
+)
+COMES = Model("org/comes", {"late.bin": b"c" * 600})
+
+
+def acknowledge(what: str, which: str) -> None:
+    """One line, written at once."""
+    os.write(1, f"{what} {which}\n".encode())
+
+
+def bring_in(store: Store, model: Model) -> None:
+    """Reserve, receive, commit and seal, saying so each time."""
+    for blob in store.reserve(model):
+        acknowledge("reserved", blob)
+        put(store.layout, blob, model.blobs[blob])
+        acknowledge("committed", store.commit(blob))
+    store.seal(model)
+    acknowledge("sealed", model.name)
+
+
+def main(root: Path) -> None:
+    """Two models that share a blob come in; one of them leaves; another one is reserved."""
+    store = Store(root)
+    bring_in(store, STAYS)
+    bring_in(store, LEAVES)
+    store.delete(LEAVES)
+    acknowledge("deleted", LEAVES.name)
+    for blob in store.reserve(COMES):
+        acknowledge("reserved", blob)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

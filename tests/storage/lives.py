@@ -1,0 +1,102 @@
+"""A longer life of a store, with every kind of change, that says what it begins and what it has acknowledged.
+
+Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE [function …]` says
+`at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal_storage import quarantine
+from shoal_storage.doubt import having, lose
+from shoal_storage.keeping import Keeping
+from tests.storage.lifecycle import COMES, LEAVES, STAYS
+from tests.storage.seam import Call, seen
+from tests.storage.stores import Model, Store, put, sha256
+
+Acknowledge = Callable[[str, str], None]
+ROTTEN = sha256(STAYS.bytes["own.bin"])
+
+
+def live(root: Path, acknowledge: Acknowledge) -> None:
+    """Models come and go, one is pinned, a blob rots and is brought in anew, a deleted model begins to come back."""
+    store = Store(root)
+    keeping = Keeping(store.layout, store.ledger)
+    bring_in(store, STAYS, acknowledge)
+    keeping.pin(STAYS.name)
+    acknowledge("pinned", STAYS.name)
+    bring_in(store, LEAVES, acknowledge)
+    acknowledge("setting-aside", ROTTEN)
+    rot(store, ROTTEN)
+    acknowledge("quarantined", ROTTEN)
+    bring_in(store, STAYS, acknowledge)
+    acknowledge("deleting", LEAVES.name)
+    store.delete(LEAVES)
+    acknowledge("deleted", LEAVES.name)
+    bring_back_a_part(store, acknowledge)
+    for blob in store.reserve(COMES):
+        acknowledge("reserved", blob)
+        acknowledge("releasing", blob)
+        store.disk.remove_partial(blob)
+        del store.ledger.partials[blob]
+        acknowledge("released", blob)
+    acknowledge("unpinning", STAYS.name)
+    keeping.unpin(STAYS.name)
+    acknowledge("unpinned", STAYS.name)
+
+
+def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
+    """Reserve, receive, commit, seal."""
+    acknowledge("reserving", model.name)
+    for blob in store.reserve(model):
+        acknowledge("reserved", blob)
+        put(store.layout, blob, model.blobs[blob])
+        acknowledge("committed", store.commit(blob))
+    store.seal(model)
+    store.ledger.broken.pop(model.name, None)
+    acknowledge("sealed", model.name)
+
+
+def rot(store: Store, blob: str) -> None:
+    """A blob changes on the disk, is looked at, and is set aside."""
+    path = store.layout.blob(blob)
+    path.chmod(0o644)
+    with path.open("r+b") as f:
+        f.write(b"?")
+    checked = quarantine.check(store.disk, blob, lambda _: None)
+    assert checked is not None and not checked.intact
+    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
+    lose(blob, store.ledger)
+
+
+def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:
+    """The first blob of a model that was deleted comes in again, and no more of it."""
+    acknowledge("reserving", LEAVES.name)
+    blobs = store.reserve(LEAVES)
+    for blob in blobs:
+        acknowledge("reserved", blob)
+    put(store.layout, blobs[0], LEAVES.blobs[blobs[0]])
+    acknowledge("committed", store.commit(blobs[0]))
+
+
+def main(root: Path) -> None:
+    """Live, asking before each change and after each acknowledgement whether to go on."""
+
+    def ask(line: str) -> None:
+        print(line, flush=True)
+        sys.stdin.readline()
+
+    def before(call: Call) -> bool:
+        ask(f"at {call}")
+        return call.site.split(":")[1] not in left_out or call.name != "fsync"
+
+    left_out = set(sys.argv[2:])
+    with seen(root, before):
+        live(root, lambda what, which: ask(f"ack {what} {which}"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,108 @@
+"""What a life (`lives.py`) has acknowledged, and whether a store that starts after its end still has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal_storage import quarantine
+from shoal_storage.doubt import having, lose
+from shoal_storage.keeping import Keeping
+from tests.storage.lifecycle import COMES, LEAVES, STAYS
+from tests.storage.lives import ROTTEN
+from tests.storage.stores import Store, check_invariants, sha256
+
+MODELS = (STAYS, LEAVES, COMES)
+OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
+"""Blobs that go with the model that is deleted."""
+CALLED = {blob: sha256(data) for m in MODELS for blob, data in m.blobs.items()}
+
+
+def look_at(store: Store, blob: str) -> None:
+    """What the verifier does, in case that what changed the blob has reached the disk."""
+    checked = quarantine.check(store.disk, blob, lambda _: None)
+    assert checked is not None
+    if not checked.intact:
+        assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
+        lose(blob, store.ledger)
+
+
+class Promises:
+    """What a life has acknowledged and not taken back."""
+
+    def __init__(self) -> None:
+        self.promised: set[str] = set()
+        """Blobs, by the names they arrive under, that are reserved or here."""
+        self.here: set[str] = set()
+        """Blobs by sha256."""
+        self.gone: set[str] = set()
+        self.models: set[str] = set()
+        self.deleted: set[str] = set()
+        self.pinned: set[str] = set()
+        self.may_be_pinned: set[str] = {STAYS.name}
+
+    def hear(self, what: str, which: str) -> None:
+        """What is said from here on holds, or is being taken back."""
+        if what == "reserving":
+            self.gone -= {b for m in MODELS if m.name == which for b in (*m.blobs, *m.sealed.blob_sizes)}
+        elif what == "reserved":
+            self.promised.add(which)
+            self.gone.discard(which)
+            self.deleted -= {m.name for m in MODELS if which in m.blobs}
+        elif what == "committed":
+            self.here.add(which)
+            self.gone.discard(which)
+        elif what == "sealed":
+            self.models.add(which)
+        elif what == "pinned":
+            self.pinned.add(which)
+        elif what == "setting-aside":
+            self.promised.discard(which)
+            self.here.discard(which)
+            self.models -= {m.name for m in MODELS if which in m.blobs}
+        elif what == "deleting":
+            self.models.discard(which)
+            self.promised -= OWN
+            self.here -= OWN
+        elif what == "deleted":
+            self.deleted.add(which)
+            self.gone |= OWN
+        elif what == "releasing":
+            self.promised.discard(which)
+        elif what == "unpinning":
+            self.pinned.discard(which)
+        elif what == "unpinned":
+            self.may_be_pinned.discard(which)
+        else:
+            assert what in ("quarantined", "released")
+            self.gone.add(which)
+
+    def hold(self, root: Path) -> None:
+        """Check a store that starts after a cut: nothing promised is lost, nothing that has gone comes back."""
+        if not root.exists():
+            assert not self.promised, "the store is lost"
+            return
+        rotten = "" if STAYS.name in self.models else ROTTEN
+        check_invariants(root, rotten)
+        store = Store(root)
+        check_invariants(root, rotten)
+        ledger = store.ledger
+        if rotten in ledger.blobs:
+            look_at(store, rotten)
+        for blob in self.promised:
+            assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
+        assert not self.here - set(ledger.blobs), "committed and lost"
+        assert not self.gone & {*ledger.blobs, *ledger.partials}, "gone and come back"
+        assert not self.models - set(ledger.manifests), "sealed and lost"
+        assert not self.deleted & set(ledger.on_disk), "deleted and come back"
+        keeping = Keeping(store.layout, ledger)
+        keeping.read()
+        assert self.pinned <= ledger.pinned <= self.may_be_pinned, f"pinned: {ledger.pinned}"
+        assert not any(store.layout.tombs.iterdir()), "what was begun is not finished"
+        for model in MODELS:
+            if model.name in ledger.manifests:
+                store.disk.build_view(model.sealed)  # as the start's announcing does
+                assert store.holds(model), f"{model.name} has other bytes"
+        # And life goes on, to the same end.
+        for model in (STAYS, COMES):
+            store.bring_in(model)
+            assert store.holds(model)

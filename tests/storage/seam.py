@@ -1,0 +1,138 @@
+"""Every call that changes the disk, in this process, seen before it is made: to stop there, fail it, or leave it out.
+
+The calls themselves are real.
+
+Writes into open files are not seen; a file counts as written when it is opened for that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+CHANGES = ("fsync", "replace", "rename", "link", "symlink", "unlink", "mkdir", "rmdir", "chmod")
+_PACKAGE = "shoal_storage"
+_active: Seam | None = None
+_hooked = False
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One call. `site` is where the store's code made it: its functions with their lines, innermost first."""
+
+    number: int
+    name: str
+    paths: tuple[str, ...]
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.number}: {self.name} {' '.join(self.paths)} ({self.site})"
+
+
+class Seam:
+    """What is seen of the calls below a directory. `before` may block, raise OSError, or return False: not made."""
+
+    def __init__(self, root: Path, before: Callable[[Call], bool]) -> None:
+        self.root, self._before = str(root), before
+        self.calls: list[Call] = []
+        """Those that were made, without fault."""
+        self.events: list[Call | tuple[str, str]] = []
+        """The same, with what was acknowledged in between."""
+        self._count = 0
+        self._busy = False
+
+    def acknowledge(self, what: str, which: str) -> None:
+        """Something is promised to last from here on."""
+        self.events.append((what, which))
+
+    def wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        """A call of `os` that is seen first."""
+
+        def call(*args: Any, **more: Any) -> Any:
+            paths = self._paths(name, args, more)
+            seen = self._see(name, paths)
+            if seen is None:
+                return real(*args, **more)
+            if not self._before(seen):
+                return None
+            result = real(*args, **more)
+            self._made(seen)
+            return result
+
+        return call
+
+    def opened(self, path: object, flags: int) -> None:
+        """A file is about to be opened."""
+        if isinstance(path, str | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR):
+            seen = self._see("create" if flags & os.O_CREAT else "write", (_path(path, None),))
+            if seen is not None and self._before(seen):
+                self._made(seen)
+
+    def _see(self, name: str, paths: tuple[str, ...]) -> Call | None:
+        if self._busy or not any(p == self.root or p.startswith(f"{self.root}/") for p in paths):
+            return None
+        site = _site()
+        if not site:
+            return None  # the test's own doing
+        self._count += 1
+        return Call(self._count, name, paths, site)
+
+    def _made(self, call: Call) -> None:
+        self.calls.append(call)
+        self.events.append(call)
+
+    def _paths(self, name: str, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[str, ...]:
+        self._busy = True
+        try:
+            wanted = args[: 2 if name in ("replace", "rename", "link", "symlink") else 1]
+            return tuple(_path(a, more.get("dir_fd")) for a in wanted)
+        finally:
+            self._busy = False
+
+
+def _path(given: Any, dir_fd: int | None) -> str:
+    if isinstance(given, int):
+        return str(Path(f"/proc/self/fd/{given}").readlink())
+    base = Path(f"/proc/self/fd/{dir_fd}").readlink() if dir_fd is not None else Path.cwd()
+    return str(base / given)
+
+
+def _site() -> str:
+    frame, found = sys._getframe(1), []
+    while frame.f_back is not None:
+        code = frame.f_code
+        if _PACKAGE in code.co_filename and code.co_name != "sync_directory":
+            found.append(f"{Path(code.co_filename).name}:{code.co_name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(found)
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _active is not None:
+        _active.opened(arguments[0], arguments[2])
+
+
+@contextmanager
+def seen(root: Path, before: Callable[[Call], bool] = lambda _: True) -> Iterator[Seam]:
+    """See every change below `root` that the store's code makes while the body runs."""
+    global _active, _hooked  # noqa: PLW0603  # an audit hook cannot be removed: there is one, for whoever is active
+    assert _active is None, "one at a time"
+    if not _hooked:
+        sys.addaudithook(_hook)
+        _hooked = True
+    real = {name: getattr(os, name) for name in CHANGES}
+    seam = Seam(root, before)
+    _active = seam
+    for name, function in real.items():
+        setattr(os, name, seam.wrapped(name, function))
+    try:
+        yield seam
+    finally:
+        for name, function in real.items():
+            setattr(os, name, function)
+        _active = None

@@ -1,0 +1,157 @@
+"""The storage service as its neighbours meet it: a real process on a real NATS, asked as the fetcher asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal_common import subjects
+from shoal_common.buckets import model_key, storage_key
+from shoal_common.layout import Layout
+from shoal_common.messages import decode, encode
+from shoal_common.messages.commands import Command, Delete, Outcome
+from shoal_common.messages.questions import (
+    AskPlan,
+    CommitBlob,
+    Committed,
+    Done,
+    EvictionPlan,
+    NoteUse,
+    Release,
+    Reserve,
+    Reserved,
+    SealModel,
+    Withdraw,
+)
+from shoal_common.messages.records import Manifest, ModelState, StorageState
+from shoal_common.questions import Ask, Question, serve
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.process import Process, node_environment, started
+from tests.storage.stores import Model, put
+
+T = TypeVar("T")
+PATIENCE_S = 15.0
+ASK_DEADLINE_S = 20.0
+DELETE_DEADLINE_S = 30.0
+
+
+class Node:
+    """A node of a test: its directory, its NATS, and what asks its storage."""
+
+    def __init__(self, here: Joined, server: NatsServer, home: Path, node: str) -> None:
+        self.here, self.home, self.node, self._server = here, home, node, server
+        self.layout = Layout(home / "store")
+        self.withdrawn: list[Withdraw] = []
+        self._ask = Ask(here.nats)
+
+    @asynccontextmanager
+    async def storage(self, **environ: str) -> AsyncIterator[Process]:
+        """Run the service while the body runs. Leaving kills it."""
+        limits = {"SHOAL_HEADROOM_BYTES": "0", **environ}
+        environment = node_environment(self.home, self._server.url, **limits)
+        async with started("-m", "shoal_storage", environment=environment) as process:
+            await process.wait_ready()
+            yield process
+
+    @asynccontextmanager
+    async def fetcher(self) -> AsyncIterator[None]:
+        """Somebody who answers `withdraw` in the fetcher's place, and remembers it."""
+
+        async def withdraw(question: Withdraw) -> Done:
+            self.withdrawn.append(question)
+            return Done()
+
+        stopping = asyncio.Event()
+        questions = {"withdraw": Question(Withdraw, withdraw)}
+        serving = asyncio.create_task(serve(self.here.nats, "fetcher", self.node, questions, stopping))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await serving
+
+    async def ask(self, verb: str, question: object, kind: type[T]) -> T:
+        """A question to storage."""
+        return await self._ask("storage", self.node, verb, question, kind, ASK_DEADLINE_S, PATIENCE_S)
+
+    async def reserve(self, manifest: Manifest) -> Reserved:
+        """storage.reserve"""
+        return await self.ask("reserve", Reserve(manifest=manifest), Reserved)
+
+    async def release(self, manifest: Manifest) -> None:
+        """storage.release"""
+        await self.ask("release", Release(manifest=manifest), Done)
+
+    async def commit(self, blob: str) -> Committed:
+        """storage.commit"""
+        return await self.ask("commit", CommitBlob(blob=blob), Committed)
+
+    async def seal(self, manifest: Manifest) -> ModelState:
+        """storage.seal"""
+        return await self.ask("seal", SealModel(manifest=manifest), ModelState)
+
+    async def fetch(self, model: Model) -> None:
+        """Reserve, write and commit every blob that is missing."""
+        for blob in (await self.reserve(model.manifest)).missing:
+            put(self.layout, blob, model.blobs[blob])
+            await self.commit(blob)
+
+    async def bring_in(self, model: Model) -> ModelState:
+        """A model's whole way in."""
+        await self.fetch(model)
+        return await self.seal(model.sealed)
+
+    async def delete(self, model: str, identity: str = "") -> Outcome:
+        """`nats req` of a delete: its outcome."""
+        headers = {"Nats-Msg-Id": identity} if identity else None
+        subject = subjects.command("storage", self.node, "delete")
+        body = encode(Delete(model=model))
+        reply = await self.here.client.request(subject, body, timeout=DELETE_DEADLINE_S, headers=headers)
+        return decode(reply.data, Outcome)
+
+    async def command(self, verb: str, command: Command) -> Outcome:
+        """`nats req` of a command: its outcome."""
+        subject = subjects.command("storage", self.node, verb)
+        reply = await self.here.client.request(subject, encode(command), timeout=DELETE_DEADLINE_S)
+        return decode(reply.data, Outcome)
+
+    async def plan(self, need_bytes: int) -> EvictionPlan:
+        """storage.plan"""
+        return await self.ask("plan", AskPlan(need_bytes=need_bytes), EvictionPlan)
+
+    async def use(self, *models: Model) -> None:
+        """storage.used"""
+        await self.ask("used", NoteUse(models=[m.name for m in models]), Done)
+
+    async def model_state(self, model: Model) -> ModelState | None:
+        """What the cluster is told of a model here."""
+        return await self.here.buckets.state.get_as(model_key(self.node, model.name), ModelState)
+
+    async def storage_state(self) -> StorageState:
+        """What the cluster is told of the disk here."""
+        state = await self.here.buckets.state.get_as(storage_key(self.node), StorageState)
+        assert state is not None
+        return state
+
+    async def events(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every event of this storage so far, oldest first."""
+        subject, found, after = subjects.event("storage", self.node, "*"), [], 0
+        count = (await self.here.js.stream_info("EVT", subjects_filter=subject)).state.subjects or {}
+        for _ in range(sum(count.values())):
+            message = await self.here.js.get_msg("EVT", seq=after + 1, subject=subject, next=True)
+            after = message.seq or 0
+            found.append((str(message.subject).rsplit(".", 1)[-1], decode(message.data or b"", dict[str, Any])))
+        return found
+
+
+@asynccontextmanager
+async def on_node(server: NatsServer, directory: Path, name: str) -> AsyncIterator[Node]:
+    """A node with a home of its own, nothing of it running yet."""
+    home = directory / name
+    home.mkdir(parents=True)
+    (home / "node.toml").write_text(f'id = "{name}"\n')
+    async with joined(server) as here:
+        yield Node(here, server, home, name)

@@ -1,0 +1,168 @@
+"""A store opened as the service opens it, models to put into it, and what must hold of any store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from shoal_common.errors import BadMessage
+from shoal_common.layout import Bitmap, Layout
+from shoal_common.messages import decode
+from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_storage.decide import Limits, Partial, admit, freed_by
+from shoal_storage.disk import Disk, require_present
+
+UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
+
+
+def sha256(data: bytes) -> str:
+    """What a blob with these bytes is called."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    """What git calls these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+class Model:
+    """A model with its bytes. Files listed in `by_git` are named as the hub names small ones."""
+
+    def __init__(self, repo: str, files: Mapping[str, bytes], by_git: tuple[str, ...] = (), commit: str = "") -> None:
+        commit = commit or hashlib.sha1(repo.encode(), usedforsecurity=False).hexdigest()
+        self.bytes = dict(files)
+        self.manifest = Manifest(
+            repo=repo,
+            commit=commit,
+            revisions=["main"],
+            files=[
+                ManifestFile(
+                    path=path,
+                    size_bytes=len(data),
+                    sha256="" if path in by_git else sha256(data),
+                    git_sha1=git_sha1(data) if path in by_git else "",
+                )
+                for path, data in files.items()
+            ],
+        )
+        self.sealed = Manifest(
+            repo=repo,
+            commit=commit,
+            revisions=["main"],
+            files=[ManifestFile(path=p, size_bytes=len(d), sha256=sha256(d)) for p, d in files.items()],
+        )
+
+    @property
+    def name(self) -> str:
+        """`org/name@commit`."""
+        return self.manifest.model
+
+    @property
+    def blobs(self) -> dict[str, bytes]:
+        """Its bytes by the names that blobs arrive under."""
+        return {f.blob: self.bytes[f.path] for f in self.manifest.files}
+
+
+def put(layout: Layout, blob: str, data: bytes) -> None:
+    """What the fetcher does: all bytes into the partial, and a bitmap that says so."""
+    directory = layout.partial(blob)
+    with (directory / "data").open("r+b") as f:
+        f.write(data)
+    bitmap = Bitmap(len(data))
+    for leaf in range(bitmap.leaves):
+        bitmap.add(leaf)
+    (directory / "have").write_bytes(bitmap.to_bytes())
+
+
+class Store:
+    """A disk and its ledger, driven as the guard drives them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.layout = root, Layout(root)
+        self.disk = Disk(root)
+        self.disk.open()
+        self.ledger = self.disk.recover()
+
+    def reserve(self, model: Model) -> list[str]:
+        """Reserve what is missing, and say what that is."""
+        missing = admit(model.manifest, self.ledger, UNLIMITED, self.disk.free_bytes()).missing
+        for blob in missing:
+            partial = self.ledger.partials.setdefault(blob, Partial(model.manifest.blob_sizes[blob]))
+            partial.models.add(model.name)
+            self.disk.write_partial(blob, partial.size_bytes, partial.models)
+        return missing
+
+    def commit(self, blob: str) -> str:
+        """Verify and commit a partial."""
+        digests = self.disk.verify_partial(blob, self.ledger.partials[blob].size_bytes)
+        self.disk.commit(blob, digests)
+        del self.ledger.partials[blob]
+        self.ledger.blobs[digests.sha256] = digests.size_bytes
+        return digests.sha256
+
+    def bring_in(self, model: Model) -> None:
+        """All of a model's way to being present."""
+        for blob in self.reserve(model):
+            put(self.layout, blob, model.blobs[blob])
+            self.commit(blob)
+        self.seal(model)
+
+    def seal(self, model: Model) -> None:
+        """Seal a model whose blobs are here."""
+        require_present(model.sealed, self.ledger)
+        self.disk.seal(model.sealed)
+        self.ledger.manifests[model.name] = model.sealed
+
+    def delete(self, model: Model) -> None:
+        """Remove a model."""
+        blobs = freed_by(model.name, self.ledger)
+        self.disk.delete(model.manifest.repo, model.manifest.commit, blobs)
+        self.ledger.manifests.pop(model.name, None)
+        for blob in blobs:
+            del self.ledger.blobs[blob]
+
+    def holds(self, model: Model) -> bool:
+        """Whether a model is present, every byte of its view included."""
+        view = self.layout.view(model.manifest.repo, model.manifest.commit)
+        return model.name in self.ledger.manifests and all(
+            (view / path).read_bytes() == data for path, data in model.bytes.items()
+        )
+
+
+def check_invariants(root: Path, rotten: str = "") -> None:
+    """What holds of a store at any moment, whatever was killed: I1 and I2. Strange files are not its business.
+
+    A blob that the disk itself has changed, `rotten`, is excepted until somebody has looked at it.
+    """
+    layout = Layout(root)
+    for path in layout.blobs.glob("*/*"):
+        if path.name != rotten and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
+            assert sha256(path.read_bytes()) == path.name, f"I1: {path.name} does not hash to its name"
+    for path in layout.manifests.glob("*/*.json"):
+        with suppress(BadMessage):
+            for f in decode(path.read_bytes(), Manifest).files:
+                assert f.sha256 == rotten or layout.blob(f.sha256).is_file(), (
+                    f"I2: {path} is there and its blob {f.sha256} is not"
+                )
+
+
+def files_below(root: Path) -> set[str]:
+    """Every file of a store but the two of the store itself, relative to it."""
+    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_symlink() or not p.is_dir()}
+    return found - {"VERSION", "lock"}
+
+
+def whole_of(*models: Model) -> set[str]:
+    """The files that a store with exactly these models has."""
+    layout = Layout(Path())
+    return {
+        str(path)
+        for m in models
+        for path in (
+            layout.manifest(m.sealed.repo, m.sealed.commit),
+            *(layout.blob(f.sha256) for f in m.sealed.files),
+            *(layout.view_file(m.sealed, f.path) for f in m.sealed.files),
+        )
+    }

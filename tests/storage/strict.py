@@ -1,0 +1,185 @@
+"""A disk as strict as POSIX allows: what was not made durable may be lost, and may be kept, name by name.
+
+Each directory remembers every state it had since its last fsync: after a power cut a name in it stands as in any of
+them. A file's bytes are certain only after its fsync. Fed with the calls of a life, it says which promises break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from shoal_common.layout import Layout
+from tests.storage.lifecycle import COMES, LEAVES, STAYS
+from tests.storage.seam import Call
+from tests.storage.stores import Model
+
+MODELS = {m.name: m for m in (STAYS, LEAVES, COMES)}
+
+
+class File:
+    """A file; `dirty` when some of its bytes may be lost."""
+
+    def __init__(self) -> None:
+        self.dirty = True
+
+
+class Directory:
+    """A directory, and every state of its names that a power cut may leave."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Node]] = [{}]
+
+    @property
+    def now(self) -> dict[str, Node]:
+        """Its names as a running process sees them."""
+        return self.states[-1]
+
+    def change(self, name: str, node: Node | None) -> None:
+        """Give a name to something, or take it away."""
+        names = {k: v for k, v in self.now.items() if k != name}
+        self.states.append(names if node is None else {**names, name: node})
+
+
+Node = File | Directory
+
+
+class StrictDisk:
+    """The tree below a directory that was there before."""
+
+    def __init__(self, root: str) -> None:
+        self._base, self._root = PurePath(root), Directory()
+
+    def make(self, call: Call) -> None:
+        """Carry out a call."""
+        if call.name == "fsync":
+            node = self._at(call.paths[0])
+            if isinstance(node, File):
+                node.dirty = False
+            elif node is not None:
+                node.states = [node.now]
+        elif call.name in ("create", "write"):
+            directory, name = self._parent(call.paths[0])
+            there = directory.now.get(name)
+            if isinstance(there, File):
+                # Opened to be written: `data` is, by somebody whom the seam does not see, until it is a blob.
+                there.dirty = True
+            else:
+                directory.change(name, File())
+        elif call.name == "mkdir":
+            directory, name = self._parent(call.paths[0])
+            directory.change(name, Directory())
+        elif call.name in ("unlink", "rmdir"):
+            directory, name = self._parent(call.paths[0])
+            directory.change(name, None)
+        elif call.name in ("rename", "replace", "link"):
+            source, target = call.paths
+            node = self._at(source)
+            directory, name = self._parent(target)
+            directory.change(name, node)
+            if call.name != "link":
+                directory, name = self._parent(source)
+                directory.change(name, None)
+
+    def _parent(self, path: str) -> tuple[Directory, str]:
+        found = self._at(str(PurePath(path).parent))
+        assert isinstance(found, Directory), path
+        return found, PurePath(path).name
+
+    def _at(self, path: str) -> Node | None:
+        node: Node | None = self._root
+        for part in PurePath(path).relative_to(self._base).parts:
+            node = node.now.get(part) if isinstance(node, Directory) else None
+        return node
+
+    def may_be(self, path: PurePath) -> list[Node]:
+        """Everything that may be found at a path after a power cut."""
+        found: set[Node] = {self._root}
+        for part in path.relative_to(self._base).parts:
+            found = {s[part] for d in found if isinstance(d, Directory) for s in d.states if part in s}
+        return list(found)
+
+    def certain(self, path: PurePath) -> bool:
+        """Whether a path is there after a power cut, with its bytes."""
+        node: Node = self._root
+        for part in path.relative_to(self._base).parts:
+            if not isinstance(node, Directory) or any(part not in s for s in node.states):
+                return False
+            (*others, node) = {s[part] for s in node.states}
+            if others and any(isinstance(o, Directory) or o.dirty for o in (*others, node)):
+                return False
+        return isinstance(node, Directory) or not node.dirty
+
+
+def broken_promises(root: str, events: list[Call | tuple[str, str]]) -> Iterator[str]:
+    """What a power cut at some moment of a life would break: I1, I2 and I6, and the orders of `disk.py`."""
+    disk, lay = StrictDisk(root), Layout(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
+    deleting: Model | None = None
+    renamed: list[Call] = []
+    for event in events:
+        if isinstance(event, Call):
+            if event.name == "unlink" and deleting is not None and event.paths[0].startswith(str(lay.blobs)):
+                tomb = lay.tombs / f"{lay.manifest(deleting.manifest.repo, deleting.manifest.commit).parent.name}"
+                tomb = tomb.with_name(f"{tomb.name}@{deleting.manifest.commit}.json")
+                if not disk.certain(tomb):
+                    yield f"I6: {event}: a deletion that nothing would finish"
+            disk.make(event)
+            if event.name in ("rename", "replace"):
+                renamed.append(event)
+            yield from (f"{why}: {event}" for why in _at_any_time(disk, lay))
+        else:
+            what, which = event
+            if what in ("deleting", "deleted"):
+                deleting = MODELS[which] if what == "deleting" else None
+            yield from (f"I6: {what} {which[:40]}: {why}" for why in _acknowledged(disk, lay, what, which, renamed))
+
+
+def _at_any_time(disk: StrictDisk, lay: Layout) -> Iterator[str]:
+    if any(isinstance(v, File) and v.dirty for v in disk.may_be(lay.version)):
+        yield "a VERSION without its bytes"
+    for model in MODELS.values():
+        for blob in model.sealed.blob_sizes:
+            if any(isinstance(f, File) and f.dirty for f in disk.may_be(lay.blob(blob))):
+                yield f"I1: blob {blob[:12]} without its bytes"
+        manifests = disk.may_be(lay.manifest(model.sealed.repo, model.sealed.commit))
+        if any(isinstance(m, File) and m.dirty for m in manifests):
+            yield f"I2: the manifest of {model.name} without its bytes"
+        for blob in model.sealed.blob_sizes if manifests else ():
+            # One that was set aside is missing though the manifest stays: the pull that repairs it brings it back.
+            if not disk.certain(lay.blob(blob)) and not disk.may_be(lay.quarantine / blob):
+                yield f"I2: the manifest of {model.name} without blob {blob[:12]}"
+
+
+def _acknowledged(disk: StrictDisk, lay: Layout, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
+    model = MODELS.get(which)
+    manifest = lay.manifest(model.sealed.repo, model.sealed.commit) if model else lay.root
+    here: list[PurePath] = []
+    gone: list[PurePath] = []
+    if what == "reserved":
+        here = [lay.version, lay.partial(which) / "meta.json"]
+    elif what == "committed":
+        here = [lay.version, lay.blob(which)]
+        # DESIGN §7: both directories of the rename.
+        gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
+    elif what == "sealed":
+        here = [manifest]
+    elif what == "deleted" and model is not None:
+        tomb = lay.tombs / f"{manifest.parent.name}@{manifest.name}"
+        own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}
+        gone = [manifest, tomb, *(lay.blob(b) for b in own)]
+    elif what == "released":
+        gone = [lay.partial(which)]
+    elif what == "quarantined":
+        here, gone = [lay.quarantine / which], [lay.blob(which)]
+        gone += [
+            lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
+        ]
+    elif what in ("pinned", "unpinned") and model is not None:
+        pin = lay.pin(model.manifest.repo, model.manifest.commit)
+        here, gone = ([pin], []) if what == "pinned" else ([], [pin])
+    for path in here:
+        if not disk.certain(path):
+            yield f"{path.relative_to(lay.root)} may be lost"
+    for path in gone:
+        if disk.may_be(path):
+            yield f"{path.relative_to(lay.root)} may come back"

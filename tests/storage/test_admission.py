@@ -1,0 +1,187 @@
+"""What storage admits: never more than there is room for, and nothing counted twice."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import shoal_storage.decide
+import shoal_storage.evict
+import shoal_storage.limits
+from shoal_common.errors import BadInput, QuotaExceeded
+from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_storage.decide import Ledger, Limits, Partial, admit, freed_by, human, matching, referenced
+
+SIZES = [0, 1, 7, 10, 30, 64, 100, 250]
+BLOBS = {f"{n:064x}": size for n, size in enumerate(SIZES)}
+MODELS = [f"org/model-{n}" for n in range(4)]
+COMMIT = "c" * 40
+
+
+def manifest_of(repo: str, blobs: list[str]) -> Manifest:
+    files = [ManifestFile(path=f"file-{n}", size_bytes=BLOBS[b], sha256=b) for n, b in enumerate(blobs)]
+    return Manifest(repo=repo, commit=COMMIT, files=files)
+
+
+MANIFESTS = st.builds(
+    manifest_of, st.sampled_from(MODELS), st.lists(st.sampled_from(sorted(BLOBS)), min_size=1, max_size=6)
+)
+
+
+class Admissions(RuleBasedStateMachine):
+    """A disk of some size, on which models come, arrive in pieces, are committed, sealed, given up and removed."""
+
+    @initialize(total=st.integers(0, 500), headroom=st.integers(0, 100), quota=st.none() | st.integers(0, 700))
+    def begin(self, total: int, headroom: int, quota: int | None) -> None:
+        self.total_bytes, self.limits, self.ledger = total, Limits(quota, headroom), Ledger()
+
+    @property
+    def free_bytes(self) -> int:
+        allocated = sum(p.allocated_bytes for p in self.ledger.partials.values())
+        return self.total_bytes - self.ledger.used_bytes - allocated
+
+    @rule(manifest=MANIFESTS)
+    def ask(self, manifest: Manifest) -> None:
+        ledger = self.ledger
+        new = {b: s for b, s in manifest.blob_sizes.items() if b not in ledger.blobs and b not in ledger.partials}
+        fits_quota = self.limits.quota_bytes is None or (
+            ledger.used_bytes + ledger.reserved_bytes + sum(new.values()) <= self.limits.quota_bytes
+        )
+        fits_disk = self.free_bytes - ledger.in_flight_bytes - sum(new.values()) >= self.limits.headroom_bytes
+        try:
+            admission = admit(manifest, ledger, self.limits, self.free_bytes)
+        except QuotaExceeded as e:
+            assert sum(new.values()) > 0, "nothing new is needed, and it was refused"
+            assert not (fits_quota and fits_disk)
+            assert e.details["needed_bytes"] == sum(new.values())
+            assert e.details["free_bytes"] == self.free_bytes
+            assert e.details["quota_bytes"] == self.limits.quota_bytes
+            assert e.details["used_bytes"] == ledger.used_bytes
+            assert e.details["reserved_bytes"] == ledger.reserved_bytes
+            return
+        assert (fits_quota and fits_disk) or not sum(new.values())
+        assert admission.needed_bytes == sum(new.values())
+        assert sorted(admission.present + admission.missing) == sorted(manifest.blob_sizes)
+        for blob in admission.missing:
+            ledger.partials.setdefault(blob, Partial(BLOBS[blob])).models.add(manifest.model)
+        ledger.promised[manifest.model] = set(manifest.blob_sizes)
+
+    @precondition(lambda self: self.ledger.partials)
+    @rule(data=st.data())
+    def receive(self, data: st.DataObject) -> None:
+        partial = self.ledger.partials[data.draw(st.sampled_from(sorted(self.ledger.partials)))]
+        partial.allocated_bytes = data.draw(st.integers(partial.allocated_bytes, partial.size_bytes))
+
+    @precondition(lambda self: self.ledger.partials)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        blob = data.draw(st.sampled_from(sorted(self.ledger.partials)))
+        self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+
+    @rule(repo=st.sampled_from(MODELS))
+    def give_up(self, repo: str) -> None:
+        model, others = f"{repo}@{COMMIT}", set(self.ledger.promised) - {f"{repo}@{COMMIT}"}
+        counted_on = {m: self.ledger.promised[m] & self.here for m in others}
+        for blob in freed_by(model, self.ledger):
+            self.ledger.blobs.pop(blob, None)
+            self.ledger.partials.pop(blob, None)
+        for partial in self.ledger.partials.values():
+            partial.models.discard(model)
+        self.ledger.promised.pop(model, None)
+        for other in others:
+            assert counted_on[other] <= self.here, f"giving up {model} took bytes from {other}"
+
+    @property
+    def here(self) -> set[str]:
+        return {*self.ledger.blobs, *self.ledger.partials}
+
+    @invariant()
+    def I3_present_and_reserved_bytes_fit_the_quota(self) -> None:
+        if self.limits.quota_bytes is not None:
+            assert self.ledger.used_bytes + self.ledger.reserved_bytes <= self.limits.quota_bytes
+
+    @invariant()
+    def I3_what_was_promised_can_arrive_and_leaves_the_headroom(self) -> None:
+        if self.ledger.reserved_bytes + self.ledger.used_bytes:
+            assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
+
+    @invariant()
+    def nothing_is_present_and_arriving_at_once(self) -> None:
+        assert not set(self.ledger.blobs) & set(self.ledger.partials)
+        assert not set(self.ledger.partials) - referenced(self.ledger), "a partial that nobody wants"
+
+
+Admissions.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+test_I3_no_sequence_of_asking_receiving_and_giving_up_promises_more_than_there_is = Admissions.TestCase
+
+
+def test_a_refusal_says_needed_quota_used_and_what_to_do() -> None:
+    ledger = Ledger(blobs={"a" * 64: 60})
+    with pytest.raises(QuotaExceeded) as refused:
+        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(300, 0), 10**6)
+    assert str(refused.value) == (
+        "org/model needs 250 B and the quota of 300 B has 240 B left (60 B used, 0 B reserved): "
+        "remove a model with `shoal rm`, or raise max_storage_bytes"
+    )
+    with pytest.raises(
+        QuotaExceeded, match=r"the disk has 150 B to give \(200 B free, 50 B kept free, 0 B promised\)"
+    ):
+        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(None, 50), 200)
+
+
+def test_I3_bytes_promised_and_not_yet_written_are_not_promised_twice() -> None:
+    blob = f"{7:064x}"
+    ledger = Ledger(partials={f"{6:064x}": Partial(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
+    with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B kept free, 60 B promised\)"):
+        admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 300)
+    assert admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 310).missing == [blob]
+
+
+def test_nothing_needed_is_approved_however_full_the_disk() -> None:
+    blob = f"{7:064x}"
+    ledger = Ledger(blobs={blob: BLOBS[blob]})
+    admission = admit(manifest_of("org/model", [blob, blob]), ledger, Limits(0, 10**12), 0)
+    assert (admission.present, admission.missing, admission.needed_bytes) == ([blob], [], 0)
+
+
+def test_a_blob_whose_size_has_changed_on_the_disk_is_fetched_again() -> None:
+    blob = f"{7:064x}"
+    admission = admit(manifest_of("org/model", [blob]), Ledger(blobs={blob: 3}), Limits(None, 0), 1000)
+    assert admission.missing == [blob]
+
+
+def test_I3_a_manifest_cannot_enlarge_what_another_reserved() -> None:
+    blob = f"{7:064x}"
+    ledger = Ledger(partials={blob: Partial(1, models={"org/liar@" + COMMIT})})
+    with pytest.raises(BadInput, match=r"250 bytes, and it is arriving with 1"):
+        admit(manifest_of("org/model", [blob]), ledger, Limits(300, 0), 1000)
+
+
+@given(st.integers(0, 10**15))
+def test_bytes_for_people_are_short_and_have_a_unit(size_bytes: int) -> None:
+    text = human(size_bytes)
+    assert len(text) <= 8 and text.split()[1] in ("B", "kB", "MB", "GB", "TB")
+
+
+def test_a_model_is_meant_by_its_name_its_branch_or_its_commit() -> None:
+    old = Manifest(repo="org/model", commit="1" * 40, files=[], revisions=["v1"])
+    new = Manifest(repo="org/model", commit="2" * 40, files=[], revisions=["main"])
+    other = Manifest(repo="org/other", commit="3" * 40, files=[], revisions=["main"])
+    every = [old, new, other]
+    assert matching("org/model", "", every) == [old, new]
+    assert matching("org/model", "main", every) == [new]
+    assert matching("org/model", "1" * 40, every) == [old]
+    assert matching("org/model", "v2", every) == []
+
+
+@pytest.mark.parametrize("module", [shoal_storage.decide, shoal_storage.evict, shoal_storage.limits])
+def test_decisions_import_neither_clock_nor_disk_nor_network(module: object) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())  # type: ignore[attr-defined]  # a module has one
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {i.split(".")[0] for i in imported} & {"asyncio", "nats", "os", "time", "pathlib", "httpx2", "random"}

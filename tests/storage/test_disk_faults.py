@@ -1,0 +1,195 @@
+"""Every change of the disk refused once, in every way a disk refuses; and a disk full to the last byte (I6).
+
+Nothing is acknowledged that is not so, and the store goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal_common.errors import ShoalError
+from tests.harness.nats import NatsServer
+from tests.storage.lives import live
+from tests.storage.promises import Promises
+from tests.storage.seam import Call, seen
+from tests.storage.service import on_node
+from tests.storage.stores import Model, Store, check_invariants, files_below, whole_of
+from tests.storage.test_disk_kills import live as live_under_strace
+from tests.storage.test_disk_kills import start_after
+
+Fresh = Callable[[str], str]
+ANY_CALL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+TWO_PLACES = (*ANY_CALL, errno.EMLINK, errno.EXDEV)
+FULL_BYTES = 8 << 20
+
+
+def faults_of(call: Call) -> tuple[int, ...]:
+    """In which ways a call is refused."""
+    if call.name in ("replace", "rename", "link"):
+        return TWO_PLACES
+    return (*ANY_CALL, errno.EMLINK) if call.name == "mkdir" else ANY_CALL
+
+
+@pytest.fixture
+def fast(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: what is looked at here are refusals, not durability."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        yield tmp_path
+        return
+    directory = memory / f"shoal-test-{os.getpid()}"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Promises, bool]:
+    """A life in which the first call of a place is refused. Returns what it acknowledged, and whether it failed."""
+    promises, refused = Promises(), False
+
+    def before(call: Call) -> bool:
+        nonlocal refused
+        if not refused and (call.name, call.site) == site:
+            refused = True
+            raise OSError(number, os.strerror(number), call.paths[-1])
+        return True
+
+    directory.mkdir()
+    try:
+        with seen(directory, before):
+            live(directory / "store", promises.hear)
+    except (OSError, ShoalError):
+        return promises, True
+    finally:
+        assert refused, f"{site} was never reached"
+    return promises, False
+
+
+def test_I6_no_refused_call_is_taken_for_success_and_the_store_goes_on(fast: Path) -> None:
+    (fast / "whole").mkdir()
+    with seen(fast / "whole") as whole:
+        live(fast / "whole" / "store", lambda *_: None)
+    calls = {(c.name, c.site): c for c in whole.calls}
+    points = [(site, number) for site, call in calls.items() for number in faults_of(call)]
+    assert len(points) > 200, len(points)
+    wrong = []
+    for at, (site, number) in enumerate(points):
+        directory = fast / str(at)
+        try:
+            promises, failed = live_with_fault(directory, site, number)
+            assert failed or site[0] != "fsync", "a failed fsync went unnoticed"
+            promises.hold(directory / "store")
+        except Exception as e:  # noqa: BLE001  # all of them are told together
+            wrong.append(f"{errno.errorcode[number]} at {site}: {type(e).__name__}: {e}")
+        shutil.rmtree(directory)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: refused writes are NOT tested here")
+def test_I6_a_refused_write_is_not_taken_for_success(tmp_path: Path) -> None:
+    ended = live_under_strace(tmp_path / "whole", "-o", str(tmp_path / "trace"), "-e", "trace=write")
+    assert ended.returncode == 0, ended.stderr
+    count = Counter(line.partition("(")[0].split()[-1] for line in (tmp_path / "trace").read_text().splitlines())
+    points = [(error, n) for error in ("ENOSPC", "EIO") for n in range(1, count["write"] + 1)]
+    assert len(points) > 30, count
+
+    def refuse(point: tuple[str, int]) -> tuple[Path, int, list[str]]:
+        error, n = point
+        root = tmp_path / f"{error}-{n}"
+        inject = f"inject=write:error={error}:when={n}"
+        ended = live_under_strace(root, "-o", "/dev/null", "-e", "trace=write", "-e", inject)
+        return root, ended.returncode, ended.stdout.splitlines()
+
+    with ThreadPoolExecutor(2) as two:
+        for point, (root, _, acknowledged) in zip(points, two.map(refuse, points), strict=True):
+            try:
+                start_after(root, acknowledged)
+            except AssertionError as e:
+                raise AssertionError(f"refused at {point} after {acknowledged[-1:]}: {e}") from e
+
+
+@contextmanager
+def tiny(at: Path) -> Iterator[Path]:
+    """A file system of 8 MiB, while the body runs."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a small disk: a full disk is NOT tested here")
+    at.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES}", "tmpfs", str(at)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted, a full disk is NOT tested here: {made.stderr.decode()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def fill(directory: Path) -> None:
+    """Take every byte that is left."""
+    with (directory / "ballast").open("wb", buffering=0) as f:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while f.write(b"x" * size):
+                    pass
+            except OSError as e:
+                assert e.errno == errno.ENOSPC
+    assert os.statvfs(directory).f_bavail == 0
+
+
+LARGE = Model("org/large", {"weights.bin": b"w" * (2 << 20), "config.json": b"{}"})
+OTHER = Model("org/other", {"weights.bin": b"o" * (1 << 20), "config.json": b"{}"})
+
+
+async def test_I6_at_0_bytes_free_the_service_starts_refuses_what_comes_and_deletes(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
+        with tiny(node.layout.root) as disk:
+            async with node.storage() as process:
+                await node.bring_in(LARGE)
+                await process.kill()
+            fill(disk)
+            async with node.storage() as process:
+                assert await node.model_state(LARGE) is not None
+                with pytest.raises(ShoalError):
+                    await node.reserve(OTHER.manifest)
+                outcome = await node.delete("org/large")
+                assert outcome.ok and outcome.result["freed_bytes"] == LARGE.manifest.size_bytes
+                assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= LARGE.manifest.size_bytes
+                await node.bring_in(OTHER)
+                (disk / "ballast").unlink()
+                assert files_below(disk) == whole_of(OTHER)
+                check_invariants(disk)
+                await process.kill()
+
+
+def test_I6_a_disk_that_fills_up_under_a_commit_and_a_seal_leaves_nothing_wrong(tmp_path: Path) -> None:
+    with tiny(tmp_path / "disk") as disk:
+        store = Store(disk / "store")
+        store.bring_in(LARGE)
+        store.reserve(OTHER)
+        fill(disk)
+        with pytest.raises(OSError, match="No space left"):
+            store.bring_in(OTHER)
+        (disk / "ballast").unlink()
+        check_invariants(disk / "store")
+        store.bring_in(OTHER)
+        fill(disk)
+        store.delete(LARGE)
+        assert store.holds(OTHER)
+        (disk / "ballast").unlink()
+        assert files_below(disk / "store") == whole_of(OTHER)

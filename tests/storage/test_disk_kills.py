@@ -1,0 +1,176 @@
+"""kill -9 at every change that a model's life makes to the disk (I6), and the order of those changes.
+
+strace kills the process as it enters its n-th call of a kind, for every n that a life has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shoal_common.layout import Layout
+from tests.harness.process import source_path
+from tests.storage.lifecycle import COMES, LEAVES, STAYS
+from tests.storage.stores import Store, check_invariants, files_below, whole_of
+
+CHANGES = [
+    "mkdir",
+    "rename",
+    "link",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "chmod",
+    "fsync",
+    "ftruncate",
+    "write",
+    "pwrite64",
+]
+DEADLINE_S = 30
+_CALL = re.compile(r"^(?:\d+ +)?(\w+)\(")
+_NO_STRACE = "no strace on this machine: kills at every change are NOT tested here"
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRACE)
+
+
+def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
+    """Live a model's life under strace."""
+    return subprocess.run(
+        [
+            "strace",
+            "-f",
+            "-qq",
+            "-y",
+            "-s",
+            "400",
+            *strace,
+            sys.executable,
+            "-m",
+            "tests.storage.lifecycle",
+            str(root),
+        ],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_life(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Every change of a life that nobody interrupted, in order, with the paths."""
+    directory = tmp_path_factory.mktemp("life")
+    calls = ",".join(f"?{c}" for c in CHANGES)
+    ended = live(directory / "store", "-o", str(directory / "trace"), "-e", f"trace={calls}")
+    assert ended.returncode == 0, ended.stderr
+    return (directory / "trace").read_text().splitlines()
+
+
+def start_after(root: Path, acknowledged: list[str]) -> None:
+    """What the next start must find, given what the killed process had acknowledged."""
+    check_invariants(root)
+    said = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
+    store = Store(root)
+    check_invariants(root)
+    ledger, stays = store.ledger, {f.sha256 for f in STAYS.sealed.files}
+    leaves = {*LEAVES.blobs, *(f.sha256 for f in LEAVES.sealed.files)} - stays
+    assert not ledger.broken
+    if ("sealed", STAYS.name) in said:
+        assert store.holds(STAYS)
+    if ("deleted", LEAVES.name) in said:
+        assert LEAVES.name not in ledger.manifests and not leaves & set(ledger.blobs)
+    elif ("sealed", LEAVES.name) in said and LEAVES.name not in ledger.manifests:
+        assert set(ledger.blobs) == stays, "a deletion that had begun was not finished"
+    for what, which in said:
+        if what == "committed" and which not in leaves:
+            assert which in ledger.blobs, "an acknowledged blob is lost"
+        if what == "reserved" and which not in leaves:
+            assert which in {*ledger.partials, *ledger.blobs}, "an acknowledged reservation is lost"
+    assert not any(store.layout.tombs.iterdir())
+    assert not [p for p in files_below(root) if p.endswith(".json.new")]
+    # And everything goes on from here, to the same end.
+    for model in (STAYS, LEAVES, COMES):
+        store.bring_in(model)
+    store.delete(LEAVES)
+    assert store.holds(STAYS) and store.holds(COMES)
+    assert files_below(root) == whole_of(STAYS, COMES)
+
+
+def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acknowledged_and_leaves_nothing_behind(
+    tmp_path: Path, whole_life: list[str]
+) -> None:
+    counts = Counter(match.group(1) for line in whole_life if (match := _CALL.match(line)))
+    points = [(call, n) for call, count in counts.items() for n in range(1, count + 1)]
+    assert len(points) > 100, counts
+
+    def kill_at(point: tuple[str, int]) -> tuple[Path, list[str]]:
+        call, n = point
+        root = tmp_path / f"{call}-{n}"
+        inject = f"inject={call}:signal=SIGKILL:when={n}"
+        ended = live(root, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
+        assert ended.returncode != 0, f"{call} number {n} was never reached"
+        return root, ended.stdout.splitlines()
+
+    with ThreadPoolExecutor(2) as two:
+        for point, (root, acknowledged) in zip(points, two.map(kill_at, points), strict=True):
+            try:
+                start_after(root, acknowledged)
+            except AssertionError as e:
+                raise AssertionError(f"killed at {point} after {acknowledged[-1:]}: {e}") from e
+
+
+def final_name(what: str, which: str, layout: Layout) -> str:
+    """The rename that makes what was acknowledged so, by where it goes."""
+    if what == "reserved":
+        return str(layout.partial(which) / "meta.json")
+    if what == "committed":
+        return str(layout.blob(which))
+    repo, _, commit = which.partition("@")
+    return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombs)
+
+
+def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: list[str]) -> None:
+    """A kill cannot show a missing fsync; the order of the calls can."""
+    layout = Layout(Path(next(m.group(1) for line in whole_life if (m := re.search(r'mkdir\("([^"]+)"', line)))))
+    synced: dict[str, int] = {}
+    renamed: dict[str, tuple[int, str]] = {}
+    acknowledged = 0
+    for at, line in enumerate(whole_life):
+        if match := re.search(r"fsync\(\d+<([^>]+)>", line):
+            synced[match.group(1)] = at
+        elif match := re.search(r'rename\("([^"]+)", "([^"]+)"', line):
+            source, target = match.groups()
+            if not target.startswith(str(layout.tombs)):
+                assert source in synced, f"{target} got its name before its bytes were durable"
+            renamed[target] = at, source
+        elif match := re.search(r'write\(1<[^>]*>, "(\w+) ([^ \\]+)', line):
+            what, which = match.groups()
+            wanted = final_name(what, which, layout)
+            # A manifest's tomb has a name of its own in tombs/; all else is where it is expected.
+            target = next(t for t in reversed(renamed) if t == wanted or t.startswith(f"{wanted}/org--"))
+            named_at, source = renamed[target]
+            must = {Path(target).parent, Path(source).parent}
+            if what == "reserved":
+                must.add(layout.partials)
+            for directory in must:
+                assert synced.get(str(directory), 0) > named_at, f"{what} {which}: {directory} is not durable"
+            acknowledged += 1
+    assert acknowledged == 12
+
+
+def test_bytes_whose_fsync_failed_are_corrupt_and_are_not_trusted_by_a_second_fsync(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    blob = STAYS.manifest.files[0].blob
+    data = Layout(root).partial(blob) / "data"
+    ended = live(root, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")
+    assert ended.returncode != 0
+    assert "Corrupt: the disk could not keep the bytes of" in ended.stderr
+    assert ended.stdout == f"reserved {blob}\n"

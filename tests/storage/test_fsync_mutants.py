@@ -1,0 +1,54 @@
+"""The proof that tests bite: for every place where the store calls fsync, a store without that call is found out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.storage.lives import live
+from tests.storage.seam import Call, seen
+from tests.storage.strict import broken_promises
+
+REDUNDANT = {"disk.py:_make < disk.py:_make < disk.py:open"}
+"""Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
+
+
+def without_lines(site: str) -> str:
+    """A place by its functions."""
+    return re.sub(r":\d+\b", "", site)
+
+
+def lived(directory: Path, left_out: str = "") -> list[Call | tuple[str, str]]:
+    """The calls and acknowledgements of a life without the fsyncs of one place."""
+    directory.mkdir()
+    with seen(directory, lambda call: call.name != "fsync" or call.site != left_out) as seam:
+        live(directory / "store", seam.acknowledge)
+    return seam.events
+
+
+def test_I6_I1_I2_the_strictest_disk_keeps_every_promise_at_every_moment_of_a_life(tmp_path: Path) -> None:
+    events = lived(tmp_path / "whole")
+    assert len([e for e in events if isinstance(e, Call)]) > 200
+    assert not list(broken_promises(str(tmp_path / "whole"), events))
+
+
+def test_every_fsync_that_is_left_out_is_found_out(tmp_path: Path) -> None:
+    sites = sorted({e.site for e in lived(tmp_path / "whole") if isinstance(e, Call) and e.name == "fsync"})
+    assert len(sites) >= 25, sites
+    survivors = []
+    for number, site in enumerate(sites):
+        root = tmp_path / f"mutant-{number}"
+        if not any(broken_promises(str(root), lived(root, left_out=site))):
+            survivors.append(site)
+    assert {without_lines(site) for site in survivors} == REDUNDANT
+
+
+def test_bytes_made_durable_after_they_have_their_name_are_found_out(tmp_path: Path) -> None:
+    events = lived(tmp_path / "whole")
+    durable = next(n for n, e in enumerate(events) if isinstance(e, Call) and "verify_partial" in e.site)
+    named = next(
+        n for n, e in enumerate(events) if isinstance(e, Call) and e.name == "replace" and ":commit:" in e.site
+    )
+    assert durable < named
+    events.insert(named, events.pop(durable))
+    assert any("I1" in why for why in broken_promises(str(tmp_path / "whole"), events))

@@ -1,0 +1,145 @@
+"""Power cuts (I6): the image below a mounted file system is copied while a life goes on above it.
+
+That is what a disk holds when the power goes. The copy is mounted, which replays its journal, and a store is opened.
+
+Nothing reaches the image but what was made durable: the journal's own timer is set far off, and the life waits while
+the image is copied.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness.process import source_path
+from tests.storage.promises import Promises
+
+DEADLINE_S = 60
+SIZES_MIB = {"ext4": 24, "xfs": 320}
+OPTIONS = {"ext4": "loop,commit=600", "xfs": "loop"}
+MAKE = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard"), "xfs": ("mkfs.xfs", "-q", "-f", "-K")}
+
+
+def _can_mount(kind: str) -> str:
+    """Why this machine cannot do this; empty when it can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "only root on Linux can mount images"
+    if shutil.which(MAKE[kind][0]) is None:
+        return f"there is no {MAKE[kind][0]} (scripts/system-packages.sh test installs it)"
+    with tempfile.TemporaryDirectory() as name:
+        image, at = Path(name) / "image", Path(name) / "at"
+        make_image(kind, image)
+        at.mkdir()
+        tried = subprocess.run(mounting(kind, image, at), capture_output=True, text=True, check=False)
+        if tried.returncode == 0:
+            subprocess.run(["umount", at], check=True)
+        return tried.stderr.strip()
+
+
+def make_image(kind: str, image: Path) -> None:
+    """An empty file system in a sparse file."""
+    with image.open("wb") as f:
+        f.truncate(SIZES_MIB[kind] << 20)
+    subprocess.run([*MAKE[kind], str(image)], check=True, capture_output=True, timeout=DEADLINE_S)
+
+
+def mounting(kind: str, image: Path, at: Path) -> list[str]:
+    """The command that mounts an image. A copy of a mounted XFS has the same id as the original."""
+    options = OPTIONS[kind] + (",nouuid" if kind == "xfs" else "")
+    return ["mount", "-t", kind, "-o", options, str(image), str(at)]
+
+
+@contextmanager
+def mounted(kind: str, image: Path, at: Path) -> Iterator[Path]:
+    """A mounted image, while the body runs."""
+    at.mkdir(exist_ok=True)
+    subprocess.run(mounting(kind, image, at), check=True, capture_output=True, timeout=DEADLINE_S)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", str(at)], check=True, capture_output=True, timeout=DEADLINE_S)
+
+
+class Cuts:
+    """A life above an image, and what a power cut would leave of it."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        self.kind, self.directory = kind, directory
+        self.image = directory / "image"
+        make_image(kind, self.image)
+
+    def run(self, every: int, *left_out: str) -> tuple[int, list[str]]:
+        """Cut a life at every n-th change and after each acknowledgement. Returns how often, and what was wrong."""
+        wrong: list[str] = []
+        cuts = changes = 0
+        promises = Promises()
+        with mounted(self.kind, self.image, self.directory / "live") as live:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.storage.lives", str(live / "store"), *left_out],
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+            try:
+                for line in process.stdout:
+                    kind, _, rest = line.strip().partition(" ")
+                    changes += kind == "at"
+                    if kind == "ack":
+                        what, _, which = rest.partition(" ")
+                        promises.hear(what, which)
+                    if kind == "ack" or changes % every == 0:
+                        cuts += 1
+                        if why := self.after_a_cut(promises):
+                            wrong.append(f"cut at {rest}: {why}")
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                assert process.wait(DEADLINE_S) == 0, process.stderr.read()
+            finally:
+                process.kill()
+                process.communicate()
+        assert not promises.may_be_pinned, "the life has ended early"
+        return cuts, wrong
+
+    def after_a_cut(self, promises: Promises) -> str:
+        """What is wrong with the store after a cut now; empty when nothing is."""
+        copy = self.directory / "copy"
+        subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True, timeout=DEADLINE_S)
+        with mounted(self.kind, copy, self.directory / "after") as at:
+            try:
+                promises.hold(at / "store")
+            except (AssertionError, OSError) as e:
+                return str(e) or type(e).__name__
+            except Exception as e:  # noqa: BLE001  # whatever keeps a start from starting is what is looked for
+                return f"the start failed: {e!r}"
+        return ""
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acknowledged_and_shows_no_corrupt_blob(
+    tmp_path: Path, kind: str
+) -> None:
+    if why := _can_mount(kind):
+        pytest.skip(f"power cuts on {kind} are NOT tested here: {why}")
+    every = {"ext4": 1, "xfs": 3}[kind]
+    cuts, wrong = Cuts(kind, tmp_path).run(every)
+    assert not wrong, "\n".join(wrong)
+    assert cuts > 240 // every
+
+
+@pytest.mark.parametrize("left_out", ["verify_partial", "commit", "_write"])
+def test_the_cuts_bite_a_store_without_one_fsync_loses_what_it_acknowledged(tmp_path: Path, left_out: str) -> None:
+    if why := _can_mount("ext4"):
+        pytest.skip(f"power cuts are NOT tested here: {why}")
+    _, wrong = Cuts("ext4", tmp_path).run(10**9, left_out)
+    assert wrong
