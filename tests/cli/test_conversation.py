@@ -123,8 +123,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(cluster: Cluster, terminal:
     terminal.wait("(stopped)", "> ")
     # The gateway hears of it: the slot is free for others.
     until(cluster.hung_up.is_set, "the answer was hung up")
-    # Only once it is echoed: Ctrl-C makes the kernel drop what was typed and not read yet, and a readline that was just
-    # told of it would then wait for it, deaf to signals, until the next key.
+    # Only once it is echoed: Ctrl-C makes the kernel drop what was typed and not read yet, and a readline that was
+    # just told of it would then wait for it, deaf to signals, until the next key.
     terminal.press("half a line")
     terminal.wait("half a line")
     terminal.insist(CTRL_C, "Ctrl-D or /exit ends", "> ")

@@ -20,6 +20,7 @@ from shoal_common.notify import Supervisor
 from shoal_common.service import Context
 from shoal_common.watch import View, follow
 from shoal_storage import room as room_module
+from shoal_storage import uses as uses_module
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Limits
 from shoal_storage.disk import Disk
@@ -135,8 +136,8 @@ async def test_I4_nothing_is_evicted_while_it_is_unknown_which_instances_there_a
     async with holding(nats, tmp_path, fresh("storage"), Limits(3000, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         before, name = files_below(held.disk.layout.root), fresh("instance")
-        monkeypatch.setattr(room_module, "CATCH_UP_S", 0.3)
-        held.guard.room._specs = View("spec")  # one that has heard of nothing
+        monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)
+        held.guard.room._uses._specs = View("spec")  # one that has heard of nothing
         spec = InstanceSpec(id=name, repo="org/x", commit="c" * 40, stages=[], context_tokens=1)
         await held.here.buckets.spec.put(instance_key(name), spec)
         with pytest.raises(Unavailable, match="nothing was removed, try again"):

@@ -20,7 +20,7 @@ from shoal_common.messages.records import InstanceSpec
 from shoal_common.notify import Supervisor
 from shoal_common.service import Context
 from shoal_common.watch import View
-from shoal_storage import guard as guard_module
+from shoal_storage import uses as uses_module
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Limits
 from shoal_storage.digests import Digests
@@ -114,7 +114,7 @@ async def test_an_asker_that_gives_up_does_not_undo_a_commit(nats: NatsServer, f
 async def test_I4_nothing_is_deleted_while_it_is_unknown_which_instances_there_are(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_module, "_CATCH_UP_S", 0.3)
+    monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)
     model, name = Model("org/model", {"weights.bin": b"w" * 3000}), fresh("instance")
     async with holding(nats, tmp_path, fresh("guard")) as held, joined(nats) as here:
         held.disk.gate.set()
@@ -125,7 +125,7 @@ async def test_I4_nothing_is_deleted_while_it_is_unknown_which_instances_there_a
         before = files_below(held.disk.layout.root)
         spec = InstanceSpec(id=name, repo="org/model", commit=model.manifest.commit, stages=[], context_tokens=1)
         await here.buckets.spec.put(instance_key(name), spec)  # and the guard's view has not heard of it
-        with pytest.raises(Unavailable, match="nothing was deleted, try again"):
-            await held.guard.delete(Delete(model="org/model"), "id")
+        with pytest.raises(Unavailable, match="nothing was removed, try again"):
+            await held.guard.removal.delete(Delete(model="org/model"), "id")
         assert files_below(held.disk.layout.root) == before
         await here.buckets.spec.delete(instance_key(name))

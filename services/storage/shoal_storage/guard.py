@@ -6,47 +6,35 @@ import asyncio
 
 from msgspec import structs
 
-from shoal_common.commands import Verb
-from shoal_common.errors import BadInput, Corrupt, InUse, NotFound, Unavailable
+from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
 from shoal_common.logs import Log
-from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import (
     AskManifest,
-    AskPlan,
     CommitBlob,
     Committed,
     Done,
-    NoteUse,
     Release,
     Reserve,
     Reserved,
     SealModel,
-    Withdraw,
 )
-from shoal_common.messages.records import InstanceSpec, Manifest, ModelState
+from shoal_common.messages.records import Manifest, ModelState
 from shoal_common.names import ModelRef, check_blob
-from shoal_common.questions import Question
 from shoal_common.service import Context
-from shoal_common.watch import View, caught_up
+from shoal_common.watch import View
 from shoal_storage.announce import Announcer
-from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
-from shoal_storage.decide import Ledger, Limits, Partial, arriving, check_manifest, freed_by, matching
+from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, matching
 from shoal_storage.disk import Disk, require_present
-from shoal_storage.evict import as_told, uses_of
+from shoal_storage.evict import as_told
 from shoal_storage.keeping import Keeping
-from shoal_storage.limits import read_limits
-from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.removal import Removal
 from shoal_storage.room import Room
-from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
-from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
+from shoal_storage.uses import Uses
 
 log = Log("storage")
 
-_DELETE_DEADLINE_S = 60.0
-_WITHDRAW_PATIENCE_S = 8.0
 _FREE_SPACE_LOOK_S = 5.0
-_CATCH_UP_S = 5.0
 
 
 class Guard:
@@ -56,12 +44,13 @@ class Guard:
         self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, specs: View, announcer: Announcer
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self._specs, self._announcer = specs, announcer
+        self._announcer = announcer
         self._section = asyncio.Lock()
-        self.room = Room(context, disk, ledger, limits, specs, announcer, self._remove)
         self.keeping = Keeping(disk.layout, ledger)
+        uses = Uses(context, specs)
+        self.removal = Removal(context, disk, ledger, self._section, self.keeping, announcer, uses)
+        self.room = Room(context, disk, ledger, limits, uses, announcer, self.removal.remove)
         self._committing: dict[str, asyncio.Task[Committed]] = {}
-        self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     @property
     def section(self) -> asyncio.Lock:
@@ -127,41 +116,12 @@ class Guard:
             manifest, _ = await self._with_known(question.manifest)
             model = manifest.model
             if model in self._ledger.on_disk:
-                await self._end_promise(model)
+                await self.removal.end_promise(model)
             else:
                 self._ledger.promised.setdefault(model, set()).update(manifest.blob_sizes)
-                await self._remove(model)
+                await self.removal.remove(model)
         await self._announcer.publish()
         return Done()
-
-    async def _end_promise(self, model: str) -> None:
-        """A model's fetch is over: partials that only it wanted go."""
-        await asyncio.to_thread(self.keeping.end_promise, model)
-        for blob, partial in list(self._ledger.partials.items()):
-            if model not in partial.models:
-                continue
-            rest = partial.models - {model}
-            if rest:
-                # On the disk too, or the next start would think that two still want it.
-                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
-                partial.models = rest
-            else:
-                await asyncio.to_thread(self._disk.remove_partial, blob)
-                del self._ledger.partials[blob]
-
-    async def _remove(self, model: str) -> int:
-        """Remove a model, whole, broken or on its way in, with the blobs that only it needs. Returns bytes freed."""
-        leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
-        repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
-        await asyncio.to_thread(self.keeping.forget, model)
-        self._ledger.manifests.pop(model, None)
-        self._ledger.broken.pop(model, None)
-        freed = sum(self._ledger.blobs.pop(blob) for blob in leaving)
-        self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
-        await self._end_promise(model)
-        await forget_useless(self._disk, self._ledger)
-        return freed
 
     async def commit(self, question: CommitBlob) -> Committed:
         """Verify all of a partial and make it a blob. Asked by several fetches at once, it is done once."""
@@ -229,7 +189,7 @@ class Guard:
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.broken.pop(manifest.model, None)
             await asyncio.to_thread(self.keeping.came_in, manifest.model)
-            await self._end_promise(manifest.model)
+            await self.removal.end_promise(manifest.model)
             state = await self._announcer.announce(manifest)
         await self._announcer.publish()
         if held is None:
@@ -244,69 +204,6 @@ class Guard:
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
         return found[-1]
-
-    # Commands
-
-    async def delete(self, command: Delete, _: str) -> dict[str, object]:
-        """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
-        ref = ModelRef.parse(command.model)
-        revision = ref.revision if "@" in command.model else ""
-        await self._refuse_if_used(ref.repo, revision)
-        await self._context.ask(
-            "fetcher",
-            self._context.node,
-            "withdraw",
-            Withdraw(repo=ref.repo, revision=revision),
-            Done,
-            deadline_s=_DELETE_DEADLINE_S / 2,
-            patience_s=_WITHDRAW_PATIENCE_S,
-        )
-        # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
-        deleting = asyncio.create_task(self._delete(ref, revision))
-        self._deleting.add(deleting)
-        deleting.add_done_callback(self._deleting.discard)
-        return await asyncio.shield(deleting)
-
-    async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
-        freed = 0
-        async with self._section:
-            await self._refuse_if_used(ref.repo, revision)
-            found = matching(ref.repo, revision, self._ledger.on_disk.values())
-            for manifest in found:
-                freed += await self._remove(manifest.model)
-                await self._announcer.take_back(manifest.model)
-                await self._context.events.tell("model_deleted", model=manifest.model)
-            for model in arriving(ref.repo, revision, self._ledger):
-                freed += await self._remove(model)
-        await self._announcer.publish()
-        log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
-        return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
-
-    async def _refuse_if_used(self, repo: str, revision: str) -> None:
-        held = matching(repo, revision, self._ledger.on_disk.values())
-        if not held:
-            return
-        for manifest in held:
-            if manifest.model in self._ledger.pinned:
-                raise InUse(
-                    f"{manifest.model} is pinned on node {self._context.node}: "
-                    f"`shoal storage unpin {manifest.model}` lets it go"
-                )
-        try:
-            # An instance that was placed a moment ago counts (I4).
-            await caught_up(self._context.nats, self._specs, _CATCH_UP_S)
-        except TimeoutError:
-            raise Unavailable(
-                f"NATS does not say which instances use {repo}; nothing was deleted, try again"
-            ) from None
-        uses = uses_of((s for _, s in self._specs.items("instance.", InstanceSpec)), self._context.node)
-        for manifest in held:
-            if instance := uses.get(manifest.model):
-                raise InUse(
-                    f"{repo} on node {self._context.node} is used by instance {instance}: "
-                    f"stop it first with `shoal stop {instance}`",
-                    instance=instance,
-                )
 
     # Around
 
@@ -333,59 +230,3 @@ class Guard:
             free = await asyncio.to_thread(self._disk.free_bytes)
             self._context.liveness.set_facts(Facts(disk_free_bytes=free))
             await asyncio.sleep(_FREE_SPACE_LOOK_S)
-
-
-async def run(context: Context) -> None:
-    """The storage service."""
-    limits = read_limits(context.config.settings, context.environ)
-    disk = Disk(context.config.store)
-    await asyncio.to_thread(disk.open)
-    ledger = await asyncio.to_thread(disk.recover)
-    ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
-    await forget_useless(disk, ledger)
-    async with asyncio.TaskGroup() as tasks:
-        specs = await context.view(tasks, "spec")
-        announced = await context.view(tasks, "state", f"model.{context.node}.>")
-        announcer = Announcer(context, disk, ledger, limits, announced)
-        guard = Guard(context, disk, ledger, limits, specs, announcer)
-        await asyncio.to_thread(guard.keeping.read)
-        await announcer.announce_all()
-        settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
-        context.background(tasks, guard.say_again_after_reconnects())
-        context.background(tasks, guard.watch_free_space())
-        upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
-        context.background(tasks, upkeep.keep_uses())
-        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
-        context.background(tasks, verifier.verify_slowly())
-        tasks.create_task(_stop_hashing(context, disk))
-        tasks.create_task(
-            context.serve(
-                {
-                    "reserve": Question(Reserve, guard.reserve),
-                    "release": Question(Release, guard.release),
-                    "commit": Question(CommitBlob, guard.commit),
-                    "seal": Question(SealModel, guard.seal),
-                    "manifest": Question(AskManifest, guard.manifest),
-                    "plan": Question(AskPlan, upkeep.plan),
-                    "used": Question(NoteUse, upkeep.used),
-                }
-            )
-        )
-        tasks.create_task(
-            context.work(
-                {
-                    "delete": Verb(Delete, guard.delete, _DELETE_DEADLINE_S),
-                    "pin": Verb(Pin, upkeep.pin, UPKEEP_DEADLINE_S),
-                    "gc": Verb(CollectGarbage, upkeep.collect_garbage, UPKEEP_DEADLINE_S),
-                    "configure": Verb(Configure, settings.configure, CONFIGURE_DEADLINE_S),
-                    "verify": Verb(Verify, verifier.verify, VERIFY_DEADLINE_S),
-                }
-            )
-        )
-        context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
-    await upkeep.write_uses()
-
-
-async def _stop_hashing(context: Context, disk: Disk) -> None:
-    await context.stopping.wait()
-    disk.stopping.set()

@@ -10,17 +10,16 @@ from msgspec import structs
 from shoal_common.errors import QuotaExceeded, Unavailable
 from shoal_common.logs import Log
 from shoal_common.messages.questions import EvictionPlan, Victim
-from shoal_common.messages.records import InstanceSpec, Manifest
+from shoal_common.messages.records import Manifest
 from shoal_common.service import Context
-from shoal_common.watch import View, caught_up
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Admission, Ledger, Limits, admit, human, shortfall
 from shoal_storage.disk import Disk
-from shoal_storage.evict import garbage_of, kept_models, plan, refusal_with, uses_of
+from shoal_storage.evict import garbage_of, kept_models, plan, refusal_with
+from shoal_storage.uses import Uses
 
 log = Log("storage")
 
-CATCH_UP_S = 5.0
 _PLANS_AT_MOST = 5
 _FREED_DEADLINE_S = 5.0
 """How long a file system may take to give back what was removed."""
@@ -36,23 +35,13 @@ class Room:
         disk: Disk,
         ledger: Ledger,
         limits: Limits,
-        specs: View,
+        uses: Uses,
         announcer: Announcer,
         remove: Callable[[str], Awaitable[int]],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
         self.limits = limits
-        self._specs, self._announcer, self._remove = specs, announcer, remove
-
-    async def uses(self) -> dict[str, str]:
-        """The models that instances use on this node, as of this moment (I4). Raises Unavailable."""
-        try:
-            await caught_up(self._context.nats, self._specs, CATCH_UP_S)
-        except TimeoutError:
-            raise Unavailable(
-                "NATS does not say which instances use the models of this node; nothing was removed, try again"
-            ) from None
-        return uses_of((s for _, s in self._specs.items("instance.", InstanceSpec)), self._context.node)
+        self._uses, self._announcer, self._remove = uses, announcer, remove
 
     async def free_bytes(self) -> int:
         """What the file system has, with what arriving blobs have taken of it brought up to date first."""
@@ -66,7 +55,7 @@ class Room:
 
     async def _plan(self, need_bytes: int, asking: str = "") -> EvictionPlan:
         ledger = self._ledger
-        kept = kept_models(ledger, await self.uses())
+        kept = kept_models(ledger, await self._uses.now())
         if asking not in ledger.on_disk:
             kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
         return plan(need_bytes, ledger, ledger.last_uses, kept)
@@ -120,7 +109,7 @@ class Room:
         garbage_bytes = await self.remove_garbage(made.garbage)
         done: list[Victim] = []
         for victim in made.victims:
-            uses = await self.uses()
+            uses = await self._uses.now()
             if victim.model in uses:
                 log.info("a victim came into use; planning anew", model=victim.model, instance=uses[victim.model])
                 break

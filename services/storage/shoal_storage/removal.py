@@ -1,0 +1,124 @@
+"""What goes: models that people delete, and what a fetch that has ended leaves. Only storage removes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.errors import InUse
+from shoal_common.logs import Log
+from shoal_common.messages.commands import Delete
+from shoal_common.messages.questions import Done, Withdraw
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Ledger, arriving, freed_by, matching
+from shoal_storage.disk import Disk
+from shoal_storage.keeping import Keeping
+from shoal_storage.uses import Uses
+from shoal_storage.verify import forget_useless
+
+log = Log("storage")
+
+DELETE_DEADLINE_S = 60.0
+_WITHDRAW_PATIENCE_S = 8.0
+
+
+class Removal:
+    """Takes models off disk and ledger."""
+
+    def __init__(
+        self,
+        context: Context,
+        disk: Disk,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        keeping: Keeping,
+        announcer: Announcer,
+        uses: Uses,
+    ) -> None:
+        self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
+        self._keeping, self._announcer, self._uses = keeping, announcer, uses
+        self._deleting: set[asyncio.Task[dict[str, object]]] = set()
+
+    async def remove(self, model: str) -> int:
+        """Remove a model, whole, broken or on its way in, with the blobs that only it needs. Returns bytes freed."""
+        leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
+        repo, _, commit = model.rpartition("@")
+        await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
+        await asyncio.to_thread(self._keeping.forget, model)
+        self._ledger.manifests.pop(model, None)
+        self._ledger.broken.pop(model, None)
+        freed = sum(self._ledger.blobs.pop(blob) for blob in leaving)
+        self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
+        await self.end_promise(model)
+        await forget_useless(self._disk, self._ledger)
+        return freed
+
+    async def end_promise(self, model: str) -> None:
+        """A model's fetch is over: partials that only it wanted go."""
+        await asyncio.to_thread(self._keeping.end_promise, model)
+        for blob, partial in list(self._ledger.partials.items()):
+            if model not in partial.models:
+                continue
+            rest = partial.models - {model}
+            if rest:
+                # On the disk too, or the next start would think that two still want it.
+                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
+                partial.models = rest
+            else:
+                await asyncio.to_thread(self._disk.remove_partial, blob)
+                del self._ledger.partials[blob]
+
+    async def delete(self, command: Delete, _: str) -> dict[str, object]:
+        """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
+        ref = ModelRef.parse(command.model)
+        revision = ref.revision if "@" in command.model else ""
+        await self._refuse_if_used(ref.repo, revision)
+        await self._context.ask(
+            "fetcher",
+            self._context.node,
+            "withdraw",
+            Withdraw(repo=ref.repo, revision=revision),
+            Done,
+            deadline_s=DELETE_DEADLINE_S / 2,
+            patience_s=_WITHDRAW_PATIENCE_S,
+        )
+        # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
+        deleting = asyncio.create_task(self._delete(ref, revision))
+        self._deleting.add(deleting)
+        deleting.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(deleting)
+
+    async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
+        freed = 0
+        async with self._section:
+            await self._refuse_if_used(ref.repo, revision)
+            found = matching(ref.repo, revision, self._ledger.on_disk.values())
+            for manifest in found:
+                freed += await self.remove(manifest.model)
+                await self._announcer.take_back(manifest.model)
+                await self._context.events.tell("model_deleted", model=manifest.model)
+            for model in arriving(ref.repo, revision, self._ledger):
+                freed += await self.remove(model)
+        await self._announcer.publish()
+        log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
+        return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
+
+    async def _refuse_if_used(self, repo: str, revision: str) -> None:
+        held = matching(repo, revision, self._ledger.on_disk.values())
+        if not held:
+            return
+        for manifest in held:
+            if manifest.model in self._ledger.pinned:
+                raise InUse(
+                    f"{manifest.model} is pinned on node {self._context.node}: "
+                    f"`shoal storage unpin {manifest.model}` lets it go"
+                )
+        uses = await self._uses.now()  # an instance that was placed a moment ago counts (I4)
+        for manifest in held:
+            if instance := uses.get(manifest.model):
+                raise InUse(
+                    f"{repo} on node {self._context.node} is used by instance {instance}: "
+                    f"stop it first with `shoal stop {instance}`",
+                    instance=instance,
+                )

@@ -1,0 +1,85 @@
+"""The storage service: its parts wired together, and what it answers to."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal_common.commands import Verb
+from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.questions import (
+    AskManifest,
+    AskPlan,
+    CommitBlob,
+    NoteUse,
+    Release,
+    Reserve,
+    SealModel,
+)
+from shoal_common.questions import Question
+from shoal_common.service import Context
+from shoal_storage.announce import Announcer
+from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
+from shoal_storage.disk import Disk
+from shoal_storage.guard import Guard
+from shoal_storage.limits import read_limits
+from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.removal import DELETE_DEADLINE_S
+from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
+from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
+
+
+async def run(context: Context) -> None:
+    """The storage service."""
+    limits = read_limits(context.config.settings, context.environ)
+    disk = Disk(context.config.store)
+    await asyncio.to_thread(disk.open)
+    ledger = await asyncio.to_thread(disk.recover)
+    ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
+    await forget_useless(disk, ledger)
+    async with asyncio.TaskGroup() as tasks:
+        specs = await context.view(tasks, "spec")
+        announced = await context.view(tasks, "state", f"model.{context.node}.>")
+        announcer = Announcer(context, disk, ledger, limits, announced)
+        guard = Guard(context, disk, ledger, limits, specs, announcer)
+        await asyncio.to_thread(guard.keeping.read)
+        await announcer.announce_all()
+        settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
+        context.background(tasks, guard.say_again_after_reconnects())
+        context.background(tasks, guard.watch_free_space())
+        upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
+        context.background(tasks, upkeep.keep_uses())
+        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
+        context.background(tasks, verifier.verify_slowly())
+        tasks.create_task(_stop_hashing(context, disk))
+        tasks.create_task(
+            context.serve(
+                {
+                    "reserve": Question(Reserve, guard.reserve),
+                    "release": Question(Release, guard.release),
+                    "commit": Question(CommitBlob, guard.commit),
+                    "seal": Question(SealModel, guard.seal),
+                    "manifest": Question(AskManifest, guard.manifest),
+                    "plan": Question(AskPlan, upkeep.plan),
+                    "used": Question(NoteUse, upkeep.used),
+                }
+            )
+        )
+        tasks.create_task(
+            context.work(
+                {
+                    "delete": Verb(Delete, guard.removal.delete, DELETE_DEADLINE_S),
+                    "pin": Verb(Pin, upkeep.pin, UPKEEP_DEADLINE_S),
+                    "gc": Verb(CollectGarbage, upkeep.collect_garbage, UPKEEP_DEADLINE_S),
+                    "configure": Verb(Configure, settings.configure, CONFIGURE_DEADLINE_S),
+                    "verify": Verb(Verify, verifier.verify, VERIFY_DEADLINE_S),
+                }
+            )
+        )
+        context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
+    await upkeep.write_uses()
+
+
+async def _stop_hashing(context: Context, disk: Disk) -> None:
+    await context.stopping.wait()
+    disk.stopping.set()
