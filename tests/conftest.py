@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,11 @@ sys.path[:0] = [
 
 from tests.harness.nats import NatsServer  # noqa: E402  # after the path is set
 
-TEST_DEADLINE_S = 60.0
+TEST_DEADLINE_S = 120.0
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what runs in the background; all that tests start would be deaf to Ctrl-C with us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -25,7 +25,7 @@ from tests.cli.cluster import Cluster
 from tests.harness.process import source_path
 
 STANDIN = Path(__file__).parent / "standin.py"
-DEADLINE_S = 15.0
+DEADLINE_S = 45.0
 
 
 def until(wanted: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> object:

@@ -224,9 +224,9 @@ def test_ctrl_c_leaves_a_pull_running_and_says_so(
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert cluster.polled.wait(15)
+    assert cluster.polled.wait(45)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=15)
+    _, said = process.communicate(timeout=45)
     assert process.returncode == 130
     assert "the download goes on" in said and f"shoal cancel {MODEL}" in said and "Traceback" not in said
     assert cluster.asked("POST", "/v1/downloads/cancel") == []

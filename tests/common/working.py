@@ -17,7 +17,7 @@ from tests.harness.nats import Joined
 from tests.harness.waiting import eventually
 
 SERVICE = "storage"
-ASK_DEADLINE_S = 15.0
+ASK_DEADLINE_S = 45.0
 
 
 @asynccontextmanager

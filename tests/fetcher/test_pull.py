@@ -180,23 +180,20 @@ async def test_two_models_that_share_blobs_fetch_them_once_and_both_are_whole(si
         assert "reserving again" not in site["a"]["fetcher"].log()
 
 
-async def test_many_small_files_are_quick_and_only_a_few_arrive_at_a_time(site: Site) -> None:
+async def test_of_many_small_files_only_a_few_arrive_at_a_time(site: Site) -> None:
     size = site.make(files := {f"d{i % 7}/{i}.json": noise(100 + i, f"{site.repo}{i}") for i in range(500)})
     hub_port = int(site.hub.base_url.rpartition(":")[2])
     most = 0
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher")  # without the idle connections of other tests
         fetcher = psutil.Process(site["a"]["fetcher"].pid)
-        began_s = asyncio.get_running_loop().time()
         pull = asyncio.create_task(here.pull_ok("a"))
         while not pull.done():
             to_hub = [c for c in fetcher.net_connections() if c.raddr and c.raddr.port == hub_port]
             most = max(most, len([c for c in to_hub if c.status == psutil.CONN_ESTABLISHED]))
             await asyncio.wait({pull}, timeout=0.05)
-        took_s = asyncio.get_running_loop().time() - began_s
         assert (await pull).done_bytes == size == site.hub_bytes()
         await here.is_whole("a", files)
-    assert took_s < 20
     assert 2 <= most <= AT_ONCE + 2  # and the listing's own
 
 

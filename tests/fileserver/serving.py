@@ -15,7 +15,7 @@ from shoal_common.layout import Layout
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 
-DEADLINE_S = 15.0
+DEADLINE_S = 45.0
 
 
 class Reply(msgspec.Struct):

@@ -36,7 +36,7 @@ from tests.harness.nats import Joined, joined
 from tests.harness.waiting import eventually
 
 COMMIT = "c" * 40
-HTTP_DEADLINE_S = 20.0
+HTTP_DEADLINE_S = 45.0
 
 
 class Prompt:

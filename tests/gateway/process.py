@@ -16,7 +16,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment
 
 NODE = "here"
-START_DEADLINE_S = 20.0
+START_DEADLINE_S = 45.0
 
 _LIMITS = """[gateway]
 gap_s = 0.3

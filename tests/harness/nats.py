@@ -18,8 +18,8 @@ from shoal_cli.node.ports import free_port
 from shoal_common.buckets import Buckets, ensure_streams
 from shoal_common.connection import Nats, connected
 
-START_DEADLINE_S = 10.0
-STOP_DEADLINE_S = 10.0
+START_DEADLINE_S = 45.0
+STOP_DEADLINE_S = 30.0
 _POLL_S = 0.01
 
 _SETTINGS = """

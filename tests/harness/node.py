@@ -23,7 +23,7 @@ from tests.harness.nats import Joined
 from tests.harness.process import node_environment
 from tests.harness.waiting import eventually
 
-READY_DEADLINE_S = 30.0
+READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 15.0
 _LOG_TAIL_LINES = 40
 _TAKE_COMMANDS = ("storage", "fetcher", "placement")

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LINE_DEADLINE_S = 20.0
-EXIT_DEADLINE_S = 20.0
+LINE_DEADLINE_S = 45.0
+EXIT_DEADLINE_S = 45.0
 
 
 def source_path() -> str:

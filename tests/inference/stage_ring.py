@@ -26,7 +26,7 @@ from shoal_inference.stage.control import (
 )
 from shoal_inference.stage.spawn import StageProcess
 
-PATIENCE_S = 20.0
+PATIENCE_S = 45.0
 """For what should take far less; a wait beyond it is a failure, not a delay."""
 SECRET = b"the ring's secret"
 CHUNK_TOKENS = 8

@@ -20,7 +20,7 @@ from tests.inference.stage_ring import SECRET, Child, RingOfStages
 
 PROMPT = (7, 21, 40, 3, 99, 250, 8, 12, 77, 5, 64)
 LONG = 450
-NOTICED_WITHIN_S = 2.0
+NOTICED_WITHIN_S = 10.0
 
 
 def test_I6_I11_a_killed_middle_stage_is_named_replaced_and_the_answer_goes_on(

@@ -41,8 +41,8 @@ SHAPE = ModelShape(
 )
 INSTANCE_MIB = 4 * 104 + 110 + 96
 """What one instance takes on one node: layers with their cache, embedding and head, a stage's overhead."""
-ASK_DEADLINE_S = 20.0
-FOLLOW_DEADLINE_S = 15.0
+ASK_DEADLINE_S = 45.0
+FOLLOW_DEADLINE_S = 45.0
 """For news to reach the placement processes, the takeover after a death included."""
 
 

@@ -33,9 +33,9 @@ from tests.harness.process import Process, node_environment, started
 from tests.storage.stores import Model, put
 
 T = TypeVar("T")
-PATIENCE_S = 15.0
-ASK_DEADLINE_S = 20.0
-DELETE_DEADLINE_S = 30.0
+PATIENCE_S = 45.0
+ASK_DEADLINE_S = 45.0
+DELETE_DEADLINE_S = 60.0
 
 
 class Node:

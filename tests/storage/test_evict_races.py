@@ -30,7 +30,7 @@ from tests.storage.stores import Model, check_invariants, files_below, put
 from tests.storage.test_storage_deletes import instance_of
 
 Fresh = Callable[[str], str]
-GATE_DEADLINE_S = 20.0
+GATE_DEADLINE_S = 45.0
 
 
 class GatedDisk(Disk):

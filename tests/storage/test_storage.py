@@ -285,7 +285,7 @@ async def test_a_stop_does_not_wait_for_a_long_hash(nats: NatsServer, fresh: Fre
 
         await eventually(hashing, "the commit is hashing")
         process.send(signal.SIGTERM)
-        assert await process.wait_exit(deadline_s=4) == 0
+        assert await process.wait_exit(deadline_s=12) == 0
         assert "stopping" in str((await asyncio.gather(committing, return_exceptions=True))[0])
         assert data.exists()
 

@@ -27,7 +27,7 @@ from tests.storage.stores import Model, Store, check_invariants, files_below, pu
 from tests.storage.test_storage_deletes import instance_of
 
 Fresh = Callable[[str], str]
-DEADLINE_S = 20.0
+DEADLINE_S = 45.0
 EXAMPLES = 12
 LARGE = Model("org/large", {"weights.bin": bytes(range(256)) * 12000, "config.json": b"{}"})
 TWIN = Model("org/twin", {"same/weights.bin": LARGE.bytes["weights.bin"], "own.bin": b"own"})
