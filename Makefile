@@ -32,9 +32,12 @@ demo: setup
 
 test: lint types unit
 
+# Tests wait more than they compute: a worker more than there are cores. A file's tests share servers, and one worker.
+TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+
 unit: setup
 	@scripts/system-packages.sh test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)
