@@ -19,6 +19,7 @@ from shoal_cli.client import disks, logs
 from shoal_cli.client.answers import Anything, InstanceRow, StatusAnswer
 from shoal_cli.client.conversation import Sampling
 from shoal_cli.client.gateway import Gateway, find_gateway
+from shoal_cli.client.hub import as_exports, hub_settings
 from shoal_cli.client.placing import place, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.run import Run
@@ -277,6 +278,17 @@ def _run(call: Call) -> int:
     return session.once(prompt)
 
 
+def _hub(call: Call) -> int:
+    status = call.gateway.get("/v1/status", StatusAnswer)
+    node = check_node(call.args.node) if call.args.node else ""
+    settings = hub_settings(status, node, call.environ.get("SHOAL_SECRET") or call.home.read_secret())
+    if call.args.as_json:
+        return _print_json(settings)
+    for line in as_exports(settings):
+        print(line)
+    return 0
+
+
 def _logs(call: Call) -> int:
     for text in logs.last_lines(call.home, call.args.service, max(call.args.lines, 0)):
         print(text)
@@ -317,6 +329,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "ps": _ps,
     "stop": _stop,
     "run": _run,
+    "hub": _hub,
     "logs": _logs,
     "demo": _demo,
     "version": _version,

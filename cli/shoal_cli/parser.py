@@ -53,6 +53,8 @@ unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
 missing. Fields are only ever added.""",
     "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "stages": [{"rank",
 "node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
+    "hub": """For a shell: eval "$(shoal hub)", then `hf download org/name` and all that uses huggingface_hub reads
+from the cluster. --json prints {"HF_ENDPOINT", "HF_TOKEN" where the cluster has a secret}.""",
 }
 
 
@@ -291,6 +293,8 @@ def _add_instances(add: _Add) -> None:
     place.add_argument("--context", metavar="T", type=_count, default=0, help="tokens of context to keep room for")
     add("ps", "list the instances", as_json=True)
     add("stop", "stop an instance").add_argument("instance", metavar="INSTANCE", help="its id; `shoal ps` lists them")
+    hub = add("hub", "print what lets huggingface_hub take models from the cluster", as_json=True)
+    hub.add_argument("--node", metavar="N", default="", help="the node to ask for models (this one)")
     run = add("run", "talk to a model; brings and places it if need be")
     _model(run)
     run.add_argument("prompt", metavar="PROMPT", nargs="?", help="answer this and end; else what stdin holds")

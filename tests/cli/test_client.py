@@ -112,6 +112,20 @@ def test_what_is_not_understood_ends_with_exit_code_2_and_a_hint(
     assert cluster.requests == []
 
 
+def test_hub_prints_what_a_shell_needs_to_take_models_from_the_cluster(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["hub"]) == 0
+    assert capsys.readouterr().out == "export HF_ENDPOINT=http://192.0.2.7:4242\n"
+    monkeypatch.setenv("SHOAL_SECRET", "se cret")
+    assert run(["hub", "--json"]) == 0
+    shown = {"HF_ENDPOINT": "http://192.0.2.7:4242", "HF_TOKEN": derive("se cret", "hub")}
+    assert json.loads(capsys.readouterr().out) == shown
+    assert run(["hub", "--node", "node-b"]) == 5
+    assert "the fileserver of node node-b does not run" in one_line(capsys.readouterr().err)
+    assert run(["hub", "--node", "node-z"]) == 3
+
+
 def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0)]]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -89,6 +93,25 @@ def test_the_command_line_shows_what_is_there_in_words_and_in_json(pulled: Shoal
     assert DEMO_MODEL in node.shoal("ls", check=True).stdout
     for name in "abc":
         assert name in node.shoal("status", check=True).stdout
+
+
+def test_huggingface_hub_downloads_from_the_cluster_as_the_command_tells_it_to(
+    pulled: ShoalCluster, quiet_hub: RunningHub, tmp_path: Path
+) -> None:
+    pulled["c"].shoal("rm", DEMO_MODEL, "--node", "c", check=True)
+    settings = json.loads(pulled["c"].shoal("hub", "--json", check=True).stdout)
+    program = f"from huggingface_hub import snapshot_download; print(snapshot_download({DEMO_MODEL!r}))"
+    environ = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "PATH": os.environ["PATH"], **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found, source = Path(done.stdout.strip()), MODELS_DIR / DEMO_MODEL
+    files = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    assert {str(p.relative_to(found)) for p in found.rglob("*") if p.is_file()} == files
+    assert all((found / f).read_bytes() == (source / f).read_bytes() for f in files)
+    assert quiet_hub.stats().bytes == 0
+    pulled["c"].shoal("pull", DEMO_MODEL, check=True)
 
 
 def test_run_places_what_is_not_placed_and_answers_from_the_terminal(pulled: ShoalCluster, expected: str) -> None:

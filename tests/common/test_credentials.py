@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.credentials import allowed, bearer, derive
+from shoal_common.credentials import allowed, bearer, capability, capable, derive
 
 
 def shown(secret: str, purpose: str) -> dict[str, str]:
@@ -35,3 +35,19 @@ def test_I12_no_header_however_odd_opens_or_breaks_the_door(header: str) -> None
 def test_on_loopback_nothing_is_asked() -> None:
     assert allowed("", "blobs", {})
     assert bearer("", "blobs") == {}
+
+
+@given(st.integers(0, 10**11), st.floats(0, 1e12))
+def test_I12_an_address_shows_its_blob_until_its_time_and_no_other(until_s: int, now_s: float) -> None:
+    query = capability("secret", "ab" * 32, until_s)
+    assert capable("secret", "ab" * 32, query, now_s) == (now_s <= until_s)
+    assert not capable("secret", "cd" * 32, query, 0)
+    assert not capable("another", "ab" * 32, query, 0)
+    assert not capable("secret", "ab" * 32, {**query, "until": str(until_s + 1)}, 0)
+
+
+@given(st.text(max_size=30), st.text(max_size=80))
+def test_I12_no_other_words_show_anything(until: str, key: str) -> None:
+    assert not capable("secret", "ab" * 32, {"until": until, "key": key}, 0)
+    assert not capable("secret", "ab" * 32, {}, 0)
+    assert capability("", "ab" * 32, 5) == {} and not capable("", "ab" * 32, {"until": "5", "key": ""}, 0)

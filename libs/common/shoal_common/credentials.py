@@ -10,9 +10,11 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
+_UNTIL_DIGITS = 12
+
 
 def derive(secret: str, purpose: str) -> str:
-    """The key for one purpose (`blobs`, `activations`, `api`): HMAC-SHA256 of the purpose, as hex."""
+    """The key for one purpose (`blobs`, `hub`, `activations`, `api`): HMAC-SHA256 of the purpose, as hex."""
     return hmac.new(secret.encode(), f"shoal/v1/{purpose}".encode(), hashlib.sha256).hexdigest()
 
 
@@ -27,3 +29,19 @@ def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
         return True
     given = headers.get("authorization") or ""
     return hmac.compare_digest(given.encode(errors="replace"), f"Bearer {derive(secret, purpose)}".encode())
+
+
+def capability(secret: str, blob: str, until_s: int) -> dict[str, str]:
+    """Query fields that show one blob to whoever has the address, up to a time (seconds since 1970).
+
+    For clients that send no credential where a redirection leads them. Empty when there is no secret.
+    """
+    return {"until": str(until_s), "key": derive(secret, f"blob/{blob}/{until_s}")} if secret else {}
+
+
+def capable(secret: str, blob: str, query: Mapping[str, str], now_s: float) -> bool:
+    """Whether an address shows this blob now."""
+    until, key = query.get("until", ""), query.get("key", "")
+    if not (secret and until.isascii() and until.isdigit() and len(until) <= _UNTIL_DIGITS and now_s <= int(until)):
+        return False
+    return hmac.compare_digest(key.encode(errors="replace"), derive(secret, f"blob/{blob}/{int(until)}").encode())

@@ -1,7 +1,7 @@
 """`GET /v1/blobs/<sha256>`, with single ranges. Content is named by hash only, so no path comes from outside (I10).
 
 Only whole, verified blobs are in `blobs/`; nothing else can be asked for (I1). Without the cluster's credential
-every path answers the same 401 (I12).
+every path answers the same 401 (I12), but for the hub's protocol (`hub.py`), which has a credential of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import AsyncIterator, Mapping
 from io import FileIO
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal_common.credentials import allowed
@@ -28,7 +27,9 @@ from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.names import check_blob
 from shoal_common.service import Context
+from shoal_fileserver.catalog import Catalog
 from shoal_fileserver.connections import BoundedHttp
+from shoal_fileserver.hub import HubProtocol
 from shoal_fileserver.ranges import Part, Unsatisfiable, parse_range
 
 log = Log("fileserver")
@@ -39,46 +40,54 @@ _KEEP_ALIVE_S = 30
 _STOP_S = 5
 
 
-def make_app(layout: Layout, secret: str) -> ASGIApp:
-    """The HTTP application over one store."""
+def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASGIApp:
+    """The HTTP application over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
 
     async def blob(request: Request) -> Response:
         try:
-            sha256 = check_blob(request.path_params["sha256"])
-            file = await asyncio.to_thread(FileIO, layout.blob(sha256))
+            return await serve(request, check_blob(request.path_params["sha256"]), {})
         except BadName as e:
             return _problem(400, e.message)
+
+    async def serve(request: Request, sha256: str, headers: Mapping[str, str]) -> Response:
+        try:
+            file = await asyncio.to_thread(FileIO, layout.blob(sha256))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return _problem(404, "this node does not hold that blob")
         except OSError as e:
             log.warning("a blob cannot be opened", blob=sha256, why=str(e))
             return _problem(503, "this node cannot read that blob now")
         # Open, it stays readable to its end even if the blob is deleted meanwhile; it is closed with the response.
-        return _answer(request, file, sha256)
+        return _answer(request, file, {"ETag": f'"{sha256}"', **headers})
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
 
-    app = Starlette(
+    async def denied(scope: Scope, receive: Receive, send: Send) -> None:
+        await _problem(401, "show the cluster's credential for blobs")(scope, receive, send)
+
+    hub_routes = HubProtocol(secret, catalog, serve).routes if catalog else []
+    peers = Router(
         routes=[
             Route("/v1/blobs/{sha256}", blob, methods=["GET", "HEAD"]),
             Route("/health", health, methods=["GET"]),
-        ]
+            *hub_routes,
+        ],
+        # A redirection would send the peer, and its credential, wherever its Host header says.
+        redirect_slashes=False,
     )
-    # A redirection would send the peer, and its credential, wherever its Host header says.
-    app.router.redirect_slashes = False
+    strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        shown = allowed(secret, "blobs", Headers(scope=scope))
-        answer = app if shown else _problem(401, "show the cluster's credential for blobs")
+        answer = peers if allowed(secret, "blobs", Headers(scope=scope)) else strangers
         await answer(scope, receive, send)
 
     return guarded
 
 
-def _answer(request: Request, file: FileIO, sha256: str) -> Response:
-    size, etag = os.fstat(file.fileno()).st_size, f'"{sha256}"'
-    headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "immutable, max-age=31536000"}
+def _answer(request: Request, file: FileIO, named: Mapping[str, str]) -> Response:
+    size, etag = os.fstat(file.fileno()).st_size, named["ETag"]
+    headers = {**named, "Accept-Ranges": "bytes", "Cache-Control": "immutable, max-age=31536000"}
     # Several Range headers are several ranges; a part of another version than ours is no part of this blob.
     header = ",".join(request.headers.getlist("range")) or None
     asked = parse_range(header if request.headers.get("if-range", etag) == etag else None, size)
@@ -131,25 +140,28 @@ async def run(context: Context) -> None:
     listener = _listen(config.bind, context.environ)
     # What a hostile peer can provoke is not worth a line each; what went wrong here is.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            make_app(Layout(config.store), config.secret),
-            http=BoundedHttp,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_STOP_S,
-        )
-    )
-
-    async def stop() -> None:
-        await context.stopping.wait()
-        server.should_exit = True
-
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(stop())
+        models = await context.view(tasks, "state", "model.>")
+        live = await context.view(tasks, "live")
+        catalog = Catalog(context.node, context.ask, models, live)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(Layout(config.store), config.secret, catalog),
+                http=BoundedHttp,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_STOP_S,
+            )
+        )
+        tasks.create_task(_stop(context, server))
         context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
         # `_serve` is `serve` without its signal handlers: signals are the main loop's.
         await server._serve(sockets=[listener])
+
+
+async def _stop(context: Context, server: uvicorn.Server) -> None:
+    await context.stopping.wait()
+    server.should_exit = True
