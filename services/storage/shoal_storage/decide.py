@@ -39,7 +39,7 @@ class Stamp(msgspec.Struct, frozen=True):
 
 
 class Unknown(msgspec.Struct, frozen=True):
-    """Files in the store that are none of ours: counted, never deleted. Paths are of the first ones, below the store."""
+    """Files in the store that are none of ours: counted, never deleted. `paths`: the first, below the store."""
 
     count: int = 0
     size_bytes: int = 0

@@ -24,9 +24,8 @@ def mend(ledger: Ledger) -> list[str]:
 
     Not those that a fetch under way is for: sealing them is its own last step.
     """
-    whole = sorted(
-        m for m, manifest in ledger.broken.items() if m not in ledger.promised and is_whole(manifest, ledger)
-    )
+    candidates = {model: m for model, m in ledger.broken.items() if model not in ledger.promised}
+    whole = sorted(model for model, m in candidates.items() if is_whole(m, ledger))
     for model in whole:
         ledger.manifests[model] = ledger.broken.pop(model)
     return whole

@@ -82,25 +82,20 @@ def _manifest_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
 
 def _view_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
     parts = path.relative_to(layout.views).parts
-    touched = [
-        m
-        for m in ledger.manifests.values()
-        if _together(layout.view(m.repo, m.commit), path) and _unlinked(layout, m, path)
-    ]
-    if touched:
-        return True
+    for manifest in ledger.manifests.values():
+        if _together(layout.view(manifest.repo, manifest.commit), path) and _unlinked(layout, manifest, path):
+            return True
     if not os.path.lexists(path):
         return _counted(ledger, str(path.relative_to(layout.root)))
     if path.is_dir() and not path.is_symlink():
         return any(_view_differs(layout, ledger, below) for below in path.iterdir())
     try:
-        manifest = ledger.on_disk.get(model_at(parts[0], parts[1])) if len(parts) > 2 else None
+        named = ledger.on_disk.get(model_at(*parts[:2])) if parts[2:] else None
     except BadName:
         return True
-    # A link of a model that is being sealed, or was removed by hand, is no news; a file that is no link may be.
-    return (manifest is None or "/".join(parts[2:]) not in {f.path for f in manifest.files}) and (
-        path.lstat().st_nlink == 1 and not path.is_symlink()
-    )
+    # A link of a model that was removed by hand is no news; a file that is no link may be.
+    is_named = named is not None and "/".join(parts[2:]) in {f.path for f in named.files}
+    return not is_named and path.lstat().st_nlink == 1 and not path.is_symlink()
 
 
 def _together(view: Path, path: Path) -> bool:

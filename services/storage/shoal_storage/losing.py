@@ -1,4 +1,4 @@
-"""What is said and done when models that were whole are not any more, whoever found out. Within the guard's section."""
+"""What is done when models that were whole are not any more, whoever found out. Within the guard's section."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Files that somebody put in a blob's place, hashed before anything believes them (I1). One at a time, at full speed.
+"""Files that somebody put in a blob's place, hashed before anything believes them (I1): one at a time, not slowly.
 
-An intact one becomes a blob. One that is not stays where it is, and is hashed again when its stat has changed. One that
-is still being written to is not judged: its stat is the same before and after, or it is looked at again.
+An intact one becomes a blob. One that is not stays where it is, and is hashed again when its stat has changed. One
+that is still being written to is not judged: its stat is the same before and after, or it is looked at again.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def remove_view(layout: Layout, view: Path, manifest: Manifest | None) -> None:
 def unlink_from_views(
     layout: Layout, sha256: str, manifests: Iterable[Manifest], inode: int | None = None
 ) -> set[Path]:
-    """Take a blob out of the views of these manifests: whatever stands for it there, or only the file with this inode.
+    """Take a blob out of the views of these manifests: whatever stands for it there, or only this inode.
 
     Returns the directories that were changed.
     """

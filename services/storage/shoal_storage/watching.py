@@ -81,16 +81,12 @@ class Watcher:
     async def _without_notices(self, why: str) -> None:
         """Scan now and then for a while; then watching is tried again."""
         if not await self._rescan.is_there():
-            while not await self._rescan.is_there():
-                await asyncio.sleep(TICK_S)
+            await asyncio.sleep(TICK_S)
             return
         if not self._said:
             self._said = True
-            log.warning(
-                "the file system does not tell of changes; looking at the disk now and then",
-                every_s=FALLBACK_S,
-                why=why,
-            )
+            said = "the file system does not tell of changes; looking at the disk now and then"
+            log.warning(said, every_s=FALLBACK_S, why=why)
         try_again_s = time.monotonic() + max(FALLBACK_S, TICK_S)
         while time.monotonic() < try_again_s:
             await self._tick(False, FALLBACK_S)
