@@ -388,7 +388,7 @@ async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_
         root, aside = node.layout.root, tmp_path / "aside"
         root.rename(aside)
         await taken_back(node, LARGE)
-        state = await said(node, "the store is missed", lambda s: s.away)
+        state = await said(node, "the store is missed", lambda s: s.store_away)
         assert (state.model_count, state.blob_count) == (1, 3), "and nothing is concluded"
         assert (await node.command("verify", Verify())).ok
         assert not (await node.delete("org/large")).ok
@@ -399,7 +399,7 @@ async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_
         root.rmdir()
         aside.rename(root)
         await announced(node, LARGE)
-        state = await said(node, "it is back", lambda s: not s.away)
+        state = await said(node, "it is back", lambda s: not s.store_away)
         assert (state.blob_count, state.unproven_count) == (3, 0), "nothing was hashed anew"
         node.layout.blob(WEIGHTS).unlink()
         await taken_back(node, LARGE)

@@ -110,7 +110,7 @@ class Announcer:
                 unknown_count=ledger.unknown.count + len(ledger.wrong),
                 unknown_bytes=ledger.unknown.size_bytes + sum(s.size_bytes for s in ledger.wrong.values()),
                 unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
-                away=ledger.away,
+                store_away=ledger.away,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

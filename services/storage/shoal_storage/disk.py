@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -87,6 +88,7 @@ class Disk:
             self._write(lay.version, FORMAT_VERSION.encode())
         if self._root_fd is None:
             self._root_fd = os.open(lay.root, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._root_fd)
 
     def is_there(self) -> bool:
         """Whether the store that was opened is still found at its path: not unmounted, moved away or removed whole.

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from shoal_common.errors import BadName, ShoalError
-from shoal_common.layout import Layout
+from shoal_common.errors import ShoalError
+from shoal_common.layout import Layout, directory_of
 from shoal_common.messages.records import Manifest
 from shoal_storage.decide import Ledger
-from shoal_storage.scan import blob_stamp, model_at, read_manifest
+from shoal_storage.scan import blob_stamp, read_manifest
 
 
 def any_differs(layout: Layout, ledger: Ledger, paths: Iterable[Path]) -> bool:
@@ -81,34 +81,34 @@ def _manifest_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
 
 
 def _view_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
-    parts = path.relative_to(layout.views).parts
-    for manifest in ledger.manifests.values():
-        if _together(layout.view(manifest.repo, manifest.commit), path) and _unlinked(layout, manifest, path):
-            return True
+    repo, commit, *rest = (*path.relative_to(layout.views).parts, "", "")
+    below = "/".join(part for part in rest if part)
+    if any(_unlinked(layout, m, below) for m in _models_at(ledger, repo, commit)):
+        return True
     if not os.path.lexists(path):
         return _counted(ledger, str(path.relative_to(layout.root)))
     if path.is_dir() and not path.is_symlink():
-        return any(_view_differs(layout, ledger, below) for below in path.iterdir())
-    try:
-        named = ledger.on_disk.get(model_at(*parts[:2])) if parts[2:] else None
-    except BadName:
-        return True
+        return any(_view_differs(layout, ledger, inside) for inside in path.iterdir())
     # A link of a model that was removed by hand is no news; a file that is no link may be.
-    is_named = named is not None and "/".join(parts[2:]) in {f.path for f in named.files}
-    return not is_named and path.lstat().st_nlink == 1 and not path.is_symlink()
+    named = any(f.path == below for m in ledger.on_disk.values() if _is_at(m, repo, commit) for f in m.files)
+    return not named and path.lstat().st_nlink == 1 and not path.is_symlink()
 
 
-def _together(view: Path, path: Path) -> bool:
-    return path.is_relative_to(view) or view.is_relative_to(path)
+def _models_at(ledger: Ledger, repo: str, commit: str) -> list[Manifest]:
+    """The whole models whose views a place in `views/` is, or is above of."""
+    return [m for m in ledger.manifests.values() if _is_at(m, repo, commit)]
 
 
-def _unlinked(layout: Layout, manifest: Manifest, path: Path) -> bool:
-    """Whether a file of a model's view, of those that a path stands for, is not its blob."""
+def _is_at(manifest: Manifest, repo: str, commit: str) -> bool:
+    return commit in ("", manifest.commit) and repo in ("", directory_of(manifest.repo))
+
+
+def _unlinked(layout: Layout, manifest: Manifest, below: str) -> bool:
+    """Whether a file of a model's view, of those that a path in it stands for, is not its blob."""
     for f in manifest.files:
-        linked = layout.view_file(manifest, f.path)
-        if linked.is_relative_to(path):
+        if below in ("", f.path) or f.path.startswith(f"{below}/"):
             try:
-                if not linked.samefile(layout.blob(f.sha256)):
+                if not layout.view_file(manifest, f.path).samefile(layout.blob(f.sha256)):
                     return True
             except FileNotFoundError:
                 return True

@@ -63,8 +63,8 @@ class Watcher:
         with_thread = ThreadPoolExecutor(1, thread_name_prefix="watch")
         try:
             waiting = loop.run_in_executor(with_thread, next, notices, None)
-            # What changed before the watch was in place.
             await self._scan()
+            first = True
             while (changes := await waiting) is not None:
                 paths = {Path(path) for _, path in changes}
                 if paths & real.keys() or not await self._rescan.is_there():
@@ -73,7 +73,9 @@ class Watcher:
                     return
                 waiting = loop.run_in_executor(with_thread, next, notices, None)
                 named = {own / p.relative_to(d) for p in paths for d, own in real.items() if p.is_relative_to(d)}
-                await self._tick(bool(named) and await self._rescan.differs(named), BACKSTOP_S)
+                # The first time for what changed after that scan and before the watch was in place.
+                await self._tick(first or (bool(named) and await self._rescan.differs(named)), BACKSTOP_S)
+                first = False
         finally:
             stop.set()
             with_thread.shutdown(wait=False)

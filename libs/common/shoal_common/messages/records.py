@@ -142,7 +142,7 @@ class StorageState(Message):
     unknown_bytes: int = 0
     unknown: list[str] = []
     """Paths of the first of them, below the store."""
-    away: bool = False
+    store_away: bool = False
     """Whether the store is not where it was, as when its disk was unmounted: its models are not offered."""
 
 
