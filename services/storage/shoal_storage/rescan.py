@@ -58,7 +58,7 @@ class Rescan:
                 return  # it went while we looked: what was not seen may well be there
             self._scans += 1
             log.debug("looked at the disk", scans=self._scans)
-            found = differences(self._ledger, seen)
+            found = await asyncio.to_thread(differences, self._ledger, seen)
             if found.any_in(self._ledger):
                 await self._follow(found)
             await self.announce_found()
