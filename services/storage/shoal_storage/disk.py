@@ -31,12 +31,11 @@ from shoal_storage.doubt import is_whole
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.scan import blob_stamp, scan
 from shoal_storage.truth import PROVEN_MODE, believed
-from shoal_storage.views import remove_view
+from shoal_storage.views import build_view, remove_view
 
 log = Log("disk")
 
 _PARTIAL_MODE = 0o644
-_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 class PartialMeta(Message):
@@ -320,24 +319,10 @@ class Disk:
         self._write(path, encode(manifest))
 
     def build_view(self, manifest: Manifest) -> None:
-        """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
-
-        What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
-        """
+        """Link every file of a model into its view. Raises OSError, also when the store has gone."""
         if self._root_fd is not None and not self.is_there():
             raise FileNotFoundError(errno.ENOENT, "the store has gone", str(self.layout.root))
-        for f in manifest.files:
-            target, blob = self.layout.view_file(manifest, f.path), self.layout.blob(f.sha256)
-            if target.exists() and target.samefile(blob):
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                target.hardlink_to(blob)
-            except OSError as e:
-                if e.errno not in _NO_HARD_LINK:
-                    raise
-                target.symlink_to(blob)
+        build_view(self.layout, manifest)
 
     def delete(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Remove a model, sealed or not, with blobs that only it needs. What is absent already is fine.

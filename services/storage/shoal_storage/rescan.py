@@ -87,7 +87,8 @@ class Rescan:
             log.warning("unknown files in the store; left alone", count=strange.count, first=first)
         await self._tell(followed.lost, followed.found)
         for model in sorted(found.unlinked & self._ledger.manifests.keys()):
-            await self._link(model)
+            if not await self._link(model):
+                await self._tell([model], [])
 
     async def announce_found(self) -> None:
         """Announce models that have become whole. Within the section."""

@@ -1,7 +1,8 @@
-"""Views taken down: links go, files that somebody else put there stay. Blocking: runs in threads."""
+"""Views built, and taken down: links go, files that somebody else put there stay. Blocking: runs in threads."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -10,6 +11,27 @@ from pathlib import Path
 
 from shoal_common.layout import Layout
 from shoal_common.messages.records import Manifest
+
+_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
+
+
+def build_view(layout: Layout, manifest: Manifest) -> None:
+    """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
+
+    What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
+    """
+    for f in manifest.files:
+        target, blob = layout.view_file(manifest, f.path), layout.blob(f.sha256)
+        if target.exists() and target.samefile(blob):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(blob)
+        except OSError as e:
+            if e.errno not in _NO_HARD_LINK:
+                raise
+            target.symlink_to(blob)
 
 
 def remove_view(layout: Layout, view: Path, manifest: Manifest | None) -> None:
