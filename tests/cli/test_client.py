@@ -143,6 +143,7 @@ def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluste
     ):
         assert words in said
     assert "org/fish  node-a: 25 %, 250 B of 1.0 kB, 100 B/s, 8 s left, from hub" in said
+    assert "node-a: 3 unknown files, 7 B, never deleted: index.db, …\n" in said
 
 
 def test_json_documents_are_those_of_the_api(cluster: Cluster, capsys: Capture) -> None:

@@ -47,6 +47,20 @@ def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_speci
     assert "node-a" not in capsys.readouterr().out
 
 
+def test_storage_names_what_it_did_not_put_there_and_says_that_it_stays(cluster: Cluster, capsys: Capture) -> None:
+    first = ["index.db", "blobs/sha256/ab/notes.txt"]
+    cluster.disks = [disk("node-a", unknown_count=3, unknown_bytes=12 * GB, unknown=first, unproven_count=1)]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: 3 unknown files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
+    assert "node-a: 1 copied-in file, 0 B, to be hashed before use" in said and "has gone" not in said
+    cluster.disks = [disk("node-a", unknown_count=1, unknown_bytes=1, unknown=first[:1], store_away=True)]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: 1 unknown file, 1 B, never deleted: index.db\n" in said
+    assert "node-a: the store has gone: mount its disk, or put it back" in said
+
+
 def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Cluster, capsys: Capture) -> None:
     away = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
     new = {"node": "node-d", "live": True, "disk_free_bytes": 7, "storage": None}

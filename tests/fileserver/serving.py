@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.layout import Layout
+from shoal_common.proof import prove
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 
@@ -39,6 +40,7 @@ class Fileserver:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
+        prove(sha256, path)
         return sha256
 
     async def connect(self, limit_bytes: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

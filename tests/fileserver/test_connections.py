@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from shoal_common.layout import Layout
+from shoal_common.proof import prove
 from shoal_fileserver import connections
 from shoal_fileserver.server import make_app
 
@@ -65,6 +66,7 @@ async def test_I7_a_reader_that_takes_nothing_is_cut_off(tmp_path: Path, monkeyp
     path = Layout(tmp_path).blob("ab" * 32)
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(32 << 20))
+    prove(path.name, path)
     async with serving_here(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(f"GET /v1/blobs/{path.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -88,6 +90,7 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
     path = Layout(tmp_path).blob("ab" * 32)
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
+    prove(path.name, path)
     async with serving_here(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(f"GET /v1/blobs/{path.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,28 @@ async def test_I1_only_committed_blobs_are_served(nats: NatsServer, fresh: Fresh
         for name in (*names, f"../../partial/{arriving}/data", f"..%2f..%2fpartial%2f{arriving}%2fdata"):
             reply = await server.blob(name)
             assert reply.status in (400, 404) and b"not to be seen" not in reply.body, name
+
+
+async def test_I1_a_file_that_shows_no_proof_is_not_served_and_one_that_was_written_to_no_longer(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with serving(nats, tmp_path, fresh("files")) as server:
+        path = server.layout.blob(server.add(DATA))
+        copied, kept = tmp_path / "copied", tmp_path / "kept"
+        shutil.copy2(path, copied)
+        path.rename(kept)
+        shutil.copy2(copied, path)  # its mode and its time are those of a blob
+        assert (await server.blob(path.name)).status == 404
+        path.unlink()
+        kept.rename(path)
+        assert (await server.blob(path.name)).body == DATA
+        path.chmod(0o644)
+        with path.open("r+b") as f:
+            f.write(b"x")
+        path.chmod(0o444)
+        for method in ("GET", "HEAD"):
+            assert (await server.blob(path.name, method=method)).status == 404
+        assert server.open_file_count() < 40
 
 
 async def test_a_blob_deleted_while_it_is_read_is_read_to_its_end(

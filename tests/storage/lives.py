@@ -69,7 +69,7 @@ def rot(store: Store, blob: str) -> None:
     checked = quarantine.check(store.disk, blob, lambda _: None)
     assert checked is not None and not checked.intact
     assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
-    lose(blob, store.ledger)
+    lose({blob}, store.ledger)
 
 
 def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:

@@ -23,7 +23,7 @@ def look_at(store: Store, blob: str) -> None:
     assert checked is not None
     if not checked.intact:
         assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
-        lose(blob, store.ledger)
+        lose({blob}, store.ledger)
 
 
 class Promises:

@@ -212,6 +212,7 @@ class Lives(RuleBasedStateMachine):
         if fits and len(content) <= room and not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
+            path.chmod(0o444)
             self.ledger.blobs[path.name] = len(content)
 
     @rule()

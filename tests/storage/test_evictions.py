@@ -198,6 +198,7 @@ async def test_garbage_goes_first_and_by_itself_when_asked(nats: NatsServer, fre
         for quota in ("5600", "100000"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(garbage)
+            path.chmod(0o444)
             async with node.storage(SHOAL_MAX_STORAGE_BYTES=quota, **LRU):
                 await hold(node, ONE)
                 if quota == "5600":

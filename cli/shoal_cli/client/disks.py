@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from shoal_cli.client.answers import Anything, CollectedRow, ConfiguredRow, DisksAnswer, PinnedRow, VerifiedRow
 from shoal_cli.client.gateway import Gateway
-from shoal_cli.client.tables import disks_table
+from shoal_cli.client.tables import disks_table, strange_words
 from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
@@ -93,6 +93,7 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
             words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
+        words += strange_words(row.node, row.storage)
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
     return Said(answer, words, table=disks_table(disks))
 

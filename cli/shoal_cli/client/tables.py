@@ -25,6 +25,7 @@ def _table(*columns: str) -> Table:
 def status_page(status: StatusAnswer) -> RenderableType:
     """Everything `shoal status` shows."""
     parts: list[RenderableType] = [nodes_table(status)]
+    parts += [Text(words) for n in status.nodes if n.storage for words in strange_words(n.node, n.storage)]
     if not status.nats_connected:
         parts.insert(0, Text("this gateway has lost NATS: what follows may be old", style="red"))
     under_way = [d for d in status.downloads if d.phase not in ENDED]
@@ -82,6 +83,21 @@ def disks_table(disks: list[DiskRow]) -> RenderableType:
             str(s.model_count) if s else "-",
         )
     return table
+
+
+def strange_words(node: str, storage: StorageState) -> list[str]:
+    """What a person may want to know of files that storage did not put there, and of a store that has gone."""
+    words = []
+    if storage.store_away:
+        words.append(f"{node}: the store has gone: mount its disk, or put it back")
+    if storage.unproven_count:
+        copied = "1 copied-in file" if storage.unproven_count == 1 else f"{storage.unproven_count} copied-in files"
+        words.append(f"{node}: {copied}, {show_bytes(storage.unproven_bytes)}, to be hashed before use")
+    if storage.unknown_count:
+        unknown = "1 unknown file" if storage.unknown_count == 1 else f"{storage.unknown_count} unknown files"
+        first = ", ".join(storage.unknown) + (", …" if storage.unknown_count > len(storage.unknown) else "")
+        words.append(f"{node}: {unknown}, {show_bytes(storage.unknown_bytes)}, never deleted: {first}")
+    return words
 
 
 def _node_state(node: NodeRow) -> Text:

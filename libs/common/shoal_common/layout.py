@@ -1,7 +1,7 @@
 """Where things are in a store. The only place that builds these paths; names are checked before they come here.
 
 <store>/VERSION lock
-  blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1)
+  blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), shows its proof (proof.py)
   partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
   manifests/<org>--<name>/<commit>.json      what makes a model present (I2)
   views/<org>--<name>/<commit>/<path>        the directory MLX opens
@@ -40,6 +40,12 @@ class Layout:
         self.uses = root / "uses"
         self.promises = root / "promises"
         self.quarantine = root / "quarantine"
+
+    @property
+    def top_names(self) -> set[str]:
+        """What the store's own files and directories at its top are called."""
+        paths = [path for path in vars(self).values() if isinstance(path, Path) and path != self.root]
+        return {path.relative_to(self.root).parts[0] for path in paths}
 
     def blob(self, sha256: str) -> Path:
         """A blob's file."""

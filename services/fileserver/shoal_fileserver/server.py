@@ -1,7 +1,8 @@
 """`GET /v1/blobs/<sha256>`, with single ranges. Content is named by hash only, so no path comes from outside (I10).
 
-Only whole, verified blobs are in `blobs/`; nothing else can be asked for (I1). Without the cluster's credential
-every path answers the same 401 (I12), but for the hub's protocol (`hub.py`), which has a credential of its own.
+Only what shows that storage has hashed it is served (I1, `shoal_common/proof.py`): a person may have put another file
+in a blob's place, or be putting one there now. Without the cluster's credential every path answers the same 401 (I12),
+but for the hub's protocol (`hub.py`), which has a credential of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.names import check_blob
+from shoal_common.proof import proven
 from shoal_common.service import Context
 from shoal_fileserver.catalog import Catalog
 from shoal_fileserver.connections import BoundedHttp
@@ -57,6 +59,9 @@ def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASG
         except OSError as e:
             log.warning("a blob cannot be opened", blob=sha256, why=str(e))
             return _problem(503, "this node cannot read that blob now")
+        if not proven(sha256, os.fstat(file.fileno())):
+            file.close()
+            return _problem(404, "this node does not hold that blob verified")
         # Open, it stays readable to its end even if the blob is deleted meanwhile; it is closed with the response.
         return _answer(request, file, {"ETag": f'"{sha256}"', **headers})
 

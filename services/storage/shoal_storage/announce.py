@@ -19,6 +19,8 @@ from shoal_storage.limits import overridden
 
 log = Log("storage")
 
+UNKNOWN_NAMED_AT_MOST = 5
+
 
 class Announcer:
     """Says what the ledger holds, when that differs from what was said."""
@@ -38,7 +40,7 @@ class Announcer:
     async def announce_all(self) -> None:
         """At start and after a reconnection: say what the disk holds, and take back what it no longer does."""
         held: set[str] = set()
-        for manifest in list(self._ledger.manifests.values()):
+        for manifest in list(self._ledger.manifests.values()) if not self._ledger.away else []:
             try:
                 await asyncio.to_thread(self._disk.build_view, manifest)
                 await self.announce(manifest)
@@ -86,6 +88,10 @@ class Announcer:
         async with self._publishing:
             free = await asyncio.to_thread(self._disk.free_bytes)
             ledger = self._ledger
+            unproven = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
+            at, lay = self._disk.layout.root, self._disk.layout
+            wrong = [str(lay.blob(b).relative_to(at)) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            unknown = [*wrong, *ledger.unknown.paths]
             state = StorageState(
                 node=self._node,
                 quota_bytes=self._limits.quota_bytes,
@@ -99,6 +105,12 @@ class Announcer:
                 blob_count=len(ledger.blobs),
                 quarantined=sorted(ledger.quarantined),
                 pinned=sorted(ledger.pinned & ledger.on_disk.keys()),
+                unproven_count=len(unproven),
+                unproven_bytes=sum(unproven.values()),
+                unknown_count=ledger.unknown.count + len(ledger.wrong),
+                unknown_bytes=ledger.unknown.size_bytes + sum(s.size_bytes for s in ledger.wrong.values()),
+                unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
+                store_away=ledger.away,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

@@ -23,11 +23,41 @@ class Partial(msgspec.Struct):
     models: set[str] = msgspec.field(default_factory=set)
 
 
+class Stamp(msgspec.Struct, frozen=True):
+    """What the stat of a blob's file says: another stamp is another file, or another content."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    mode: int = 0
+    proven: bool = False
+    """Whether the file shows that it was hashed under its name (`proof.py`)."""
+
+    def same_file(self, other: Stamp) -> bool:
+        """Whether nothing was written in between. A mode is no content."""
+        return (self.size_bytes, self.mtime_ns, self.inode) == (other.size_bytes, other.mtime_ns, other.inode)
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """Files in the store that are none of ours: counted, never deleted. `paths`: the first, below the store."""
+
+    count: int = 0
+    size_bytes: int = 0
+    paths: tuple[str, ...] = ()
+
+
 class Ledger(msgspec.Struct):
-    """What the disk holds, as known. The disk is the truth; this is rebuilt from it at start."""
+    """What the disk holds, as known. The disk is the truth; this is rebuilt from it at start, and follows it."""
 
     blobs: dict[str, int] = msgspec.field(default_factory=dict)
     """Bytes of each blob, by sha256."""
+    unproven: dict[str, Stamp] = msgspec.field(default_factory=dict)
+    """Files with a blob's name that somebody put there: they take room, and are no blobs before they are hashed."""
+    wrong: dict[str, Stamp] = msgspec.field(default_factory=dict)
+    """Those of them that did not hash to their name, as they were then."""
+    unknown: Unknown = msgspec.field(default_factory=Unknown)
+    away: bool = False
+    """Whether the store is not where it was: an unmounted disk has lost nothing, and offers nothing."""
     partials: dict[str, Partial] = msgspec.field(default_factory=dict)
     manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
     """Manifests of whole models, by `org/name@commit`."""
@@ -51,8 +81,8 @@ class Ledger(msgspec.Struct):
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all blobs."""
-        return sum(self.blobs.values())
+        """Bytes of all blobs, and of what has a blob's name and is not proven."""
+        return sum(self.blobs.values()) + sum(stamp.size_bytes for stamp in self.unproven.values())
 
     @property
     def reserved_bytes(self) -> int:

@@ -11,8 +11,8 @@ import errno
 import fcntl
 import os
 import shutil
-import stat
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,15 +24,18 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob, check_commit
-from shoal_storage.decide import Ledger, Partial, check_manifest, left_behind
+from shoal_common.proof import prove
+from shoal_storage.decide import Ledger, Partial, left_behind
 from shoal_storage.digests import Digests, digest
+from shoal_storage.doubt import is_whole
 from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_storage.scan import blob_stamp, scan
+from shoal_storage.truth import PROVEN_MODE, believed
+from shoal_storage.views import build_view, remove_view
 
 log = Log("disk")
 
-_BLOB_MODE = 0o444
 _PARTIAL_MODE = 0o644
-_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 class PartialMeta(Message):
@@ -60,6 +63,7 @@ class Disk:
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would outlast the time there is."""
         self._lock: BinaryIO | None = None
+        self._root_fd: int | None = None
 
     def open(self) -> None:
         """Take the lock, check the format, make the directories. Raises Claimed, Unsupported."""
@@ -67,6 +71,11 @@ class Disk:
         refuse_lying_locks(lay.root.resolve(), mounts())
         self._make(lay.root)
         self._take_lock()
+        if not prove("0" * 64, lay.lock):
+            raise Unsupported(
+                f"the file system of the store at {lay.root} keeps no nanoseconds of a file's time, by which a blob "
+                "shows that it was verified: give the node a store on another one"
+            )
         if lay.version.exists() and (found := lay.version.read_text().strip()) != FORMAT_VERSION:
             raise Unsupported(
                 f"the store at {lay.root} has format {found} and this version of Shoal knows {FORMAT_VERSION}: "
@@ -76,6 +85,28 @@ class Disk:
             self._make(directory)
         if not lay.version.exists():
             self._write(lay.version, FORMAT_VERSION.encode())
+        if self._root_fd is None:
+            self._root_fd = os.open(lay.root, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._root_fd)
+
+    def is_there(self) -> bool:
+        """Whether the store that was opened is still found at its path: not unmounted, moved away or removed whole.
+
+        While it is not, what is missing below the path says nothing of what the store holds.
+        """
+        lay = self.layout
+        try:
+            assert self._root_fd is not None
+            same = os.path.samestat(os.fstat(self._root_fd), lay.root.stat())
+        except OSError:
+            return False
+        its_own = lay.version.is_file() or lay.lock.is_file()
+        return same and its_own and lay.blobs.is_dir() and lay.manifests.is_dir()
+
+    def require_there(self) -> None:
+        """Raise Unavailable while the store is not found at its path."""
+        if not self.is_there():
+            raise Unavailable(f"the store is not at {self.layout.root} now: mount its disk, or put it back")
 
     def _make(self, directory: Path) -> None:
         """Make a directory and those above it, durably: what is kept in it is lost with a name that is not."""
@@ -100,7 +131,8 @@ class Disk:
 
     def free_bytes(self) -> int:
         """Bytes the file system would give us now."""
-        s = os.statvfs(self.layout.root)
+        # Of the store that was opened: its path may lead elsewhere, or nowhere, by now.
+        s = os.statvfs(self.layout.root if self._root_fd is None else self._root_fd)
         return s.f_bavail * s.f_frsize
 
     # Start
@@ -108,14 +140,14 @@ class Disk:
     def recover(self) -> Ledger:
         """Finish what a crash interrupted, and say what the disk holds, by stat alone.
 
-        Strange files are left where they are, and logged.
+        Strange files are left where they are, and counted.
         """
         lay = self.layout
         for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
             unfinished.unlink(missing_ok=True)
-        deleted = list(self._read_tombs())
-        ledger = self._scan()
-        for manifest in deleted:
+        deleted = {m.model: m for m in self._read_tombs()}
+        ledger = self._read()
+        for manifest in deleted.values():
             for sha256 in left_behind(manifest, ledger):
                 self.remove_blob(sha256)
                 del ledger.blobs[sha256]
@@ -123,44 +155,44 @@ class Disk:
             # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
             with suppress(BadName):
                 if not (lay.manifests / view.parent.name / f"{check_commit(view.name)}.json").exists():
-                    self._remove(view)
+                    remove_view(lay, view, deleted.get(f"{view.parent.name.replace('--', '/')}@{view.name}"))
         for tomb in lay.tombs.iterdir():
             self._remove(tomb)
         return ledger
 
     def _read_tombs(self) -> Iterator[Manifest]:
         for tomb in self.layout.tombs.glob("*.json"):
-            with suppress(ShoalError, OSError):
-                yield decode(tomb.read_bytes(), Manifest)
+            manifest = _decoded(tomb)
+            if manifest is not None:
+                yield manifest
 
-    def _scan(self) -> Ledger:
-        ledger = Ledger()
-        for path in self.layout.blobs.glob("*/*"):
-            size = self._blob_size(path)
-            if size is None:
-                log.warning("not a blob; left alone", path=path)
-            else:
-                ledger.blobs[path.name] = size
+    def _read(self) -> Ledger:
+        seen = scan(self.layout)
+        ledger = Ledger(unknown=seen.unknown)
+        for sha256, stamp in seen.blobs.items():
+            if not believed(stamp):
+                ledger.unproven[sha256] = stamp
+                continue
+            ledger.blobs[sha256] = stamp.size_bytes
+            if not stamp.proven:
+                prove(sha256, self.layout.blob(sha256))
         for directory in self.layout.partials.iterdir():
             partial = self._read_partial(directory, ledger)
             if partial is not None:
                 ledger.partials[directory.name] = partial
-        for manifest in self._read_manifests():
-            missing = [f.path for f in manifest.files if ledger.blobs.get(f.sha256) != f.size_bytes]
-            if missing:
-                log.warning("model is not whole; not announced", model=manifest.model, missing=",".join(missing[:5]))
-            (ledger.broken if missing else ledger.manifests)[manifest.model] = manifest
+        for model, manifest in seen.manifests.items():
+            whole = is_whole(manifest, ledger)
+            if not whole:
+                log.warning("model is not whole; not announced", model=model)
+            (ledger.manifests if whole else ledger.broken)[model] = manifest
+        if seen.unknown.count:
+            log.warning(
+                "unknown files in the store; left alone",
+                count=seen.unknown.count,
+                size_bytes=seen.unknown.size_bytes,
+                first=",".join(seen.unknown.paths),
+            )
         return ledger
-
-    def _blob_size(self, path: Path) -> int | None:
-        """Size of a file that is a blob by name, place and kind."""
-        try:
-            if path != self.layout.blob(path.name):
-                return None
-            found = path.lstat()
-        except (BadName, OSError):
-            return None
-        return found.st_size if stat.S_ISREG(found.st_mode) and not path.name.startswith("git-") else None
 
     def _read_partial(self, directory: Path, ledger: Ledger) -> Partial | None:
         try:
@@ -169,7 +201,6 @@ class Disk:
             # A commit that was interrupted before its rename has made this read-only.
             (directory / "data").chmod(_PARTIAL_MODE)
         except BadName:
-            log.warning("not a partial; left alone", path=directory)
             return None
         except (ShoalError, FileNotFoundError, NotADirectoryError):
             # Its reservation was never acknowledged, or its data is a blob by now.
@@ -180,18 +211,6 @@ class Disk:
             self._remove(directory)
             return None
         return Partial(meta.size_bytes, self.allocated_bytes(blob, meta.size_bytes), set(meta.models))
-
-    def _read_manifests(self) -> Iterator[Manifest]:
-        for path in sorted(self.layout.manifests.glob("*/*.json")):
-            try:
-                manifest = decode(path.read_bytes(), Manifest)
-                check_manifest(manifest)
-                if not manifest.sealed or path != self.layout.manifest(manifest.repo, manifest.commit):
-                    raise BadName(f"it is the manifest of {manifest.model}, unsealed or out of its place")
-            except (ShoalError, OSError) as e:
-                log.warning("not a manifest; left alone", path=path, why=str(e))
-                continue
-            yield manifest
 
     # Partials
 
@@ -254,11 +273,14 @@ class Disk:
         """Give verified bytes their name. After this returns, the blob survives a power cut."""
         source = self.layout.partial(blob)
         target = self.layout.blob(digests.sha256)
-        if self._blob_size(target) != digests.size_bytes:  # else it is here: views hold on to that very file
+        here = blob_stamp(self.layout, target)
+        # If a proven one is here, it stays: views hold on to that very file.
+        if here is None or not here.proven or here.size_bytes != digests.size_bytes:
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 sync_directory(self.layout.blobs)
-            (source / "data").chmod(_BLOB_MODE)
+            (source / "data").chmod(PROVEN_MODE)
+            prove(digests.sha256, source / "data")
             (source / "data").replace(target)
             sync_directory(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
@@ -277,9 +299,13 @@ class Disk:
             path.parent.rmdir()
 
     def lost(self, manifest: Manifest) -> list[str]:
-        """Blobs of a manifest that are not on the disk, or with another size, whatever the ledger says."""
-        sizes = manifest.blob_sizes
-        return [b for b in sizes if self._blob_size(self.layout.blob(b)) != sizes[b]]
+        """Blobs of a manifest that are not on the disk, or other files than were proven, whatever the ledger says."""
+        lost = []
+        for blob, size_bytes in manifest.blob_sizes.items():
+            stamp = blob_stamp(self.layout, self.layout.blob(blob))
+            if stamp is None or not stamp.proven or stamp.size_bytes != size_bytes:
+                lost.append(blob)
+        return lost
 
     # Models
 
@@ -293,22 +319,10 @@ class Disk:
         self._write(path, encode(manifest))
 
     def build_view(self, manifest: Manifest) -> None:
-        """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
-
-        What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
-        """
-        for f in manifest.files:
-            target, blob = self.layout.view_file(manifest, f.path), self.layout.blob(f.sha256)
-            if target.exists() and target.samefile(blob):
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                target.hardlink_to(blob)
-            except OSError as e:
-                if e.errno not in _NO_HARD_LINK:
-                    raise
-                target.symlink_to(blob)
+        """Link every file of a model into its view. Raises OSError, also when the store has gone."""
+        if self._root_fd is not None and not self.is_there():
+            raise FileNotFoundError(errno.ENOENT, "the store has gone", str(self.layout.root))
+        build_view(self.layout, manifest)
 
     def delete(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Remove a model, sealed or not, with blobs that only it needs. What is absent already is fine.
@@ -323,7 +337,7 @@ class Disk:
         sync_directory(self.layout.tombs)
         with suppress(FileNotFoundError):
             sync_directory(path.parent)
-        self._remove(view)
+        remove_view(self.layout, view, _decoded(tomb))
         for empty in (path.parent, view.parent):
             with suppress(OSError):  # another commit of the model lives there
                 empty.rmdir()
@@ -369,6 +383,12 @@ class Disk:
             shutil.rmtree(tomb)
         else:
             path.unlink(missing_ok=True)
+
+
+def _decoded(tomb: Path) -> Manifest | None:
+    with suppress(ShoalError, OSError):
+        return decode(tomb.read_bytes(), Manifest)
+    return None
 
 
 def require_present(manifest: Manifest, ledger: Ledger) -> None:

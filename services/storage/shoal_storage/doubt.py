@@ -1,4 +1,4 @@
-"""What follows from a blob that is no longer what its name says, and which to look at next. Pure."""
+"""What follows from blobs that are no longer what their names say, or are again, and which to look at next. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,32 @@ from shoal_common.messages.records import Manifest
 from shoal_storage.decide import Ledger, referenced
 
 
-def lose(sha256: str, ledger: Ledger) -> list[str]:
-    """A blob has gone: the models that need it are broken. Returns those that were whole, `org/name@commit`."""
-    ledger.blobs.pop(sha256, None)
-    ledger.git = {git: known for git, known in ledger.git.items() if known != sha256}
-    lost = sorted(m.model for m in ledger.manifests.values() if sha256 in m.blob_sizes)
+def lose(blobs: set[str], ledger: Ledger) -> list[str]:
+    """Blobs have gone: the models that need them are broken. Returns those that were whole, `org/name@commit`."""
+    for sha256 in blobs:
+        ledger.blobs.pop(sha256, None)
+    ledger.git = {git: known for git, known in ledger.git.items() if known not in blobs}
+    lost = sorted(model for model, m in ledger.manifests.items() if not is_whole(m, ledger))
     for model in lost:
         ledger.broken[model] = ledger.manifests.pop(model)
     return lost
+
+
+def mend(ledger: Ledger) -> list[str]:
+    """Broken models all of whose blobs are here are whole. Returns them, `org/name@commit`.
+
+    Not those that a fetch under way is for: sealing them is its own last step.
+    """
+    candidates = {model: m for model, m in ledger.broken.items() if model not in ledger.promised}
+    whole = sorted(model for model, m in candidates.items() if is_whole(m, ledger))
+    for model in whole:
+        ledger.manifests[model] = ledger.broken.pop(model)
+    return whole
+
+
+def is_whole(manifest: Manifest, ledger: Ledger) -> bool:
+    """Whether every file of a manifest is a blob of its size."""
+    return all(ledger.blobs.get(f.sha256) == f.size_bytes for f in manifest.files)
 
 
 def having(sha256: str, ledger: Ledger) -> list[Manifest]:

@@ -160,6 +160,8 @@ class Guard:
             await asyncio.to_thread(self._disk.commit, blob, digests)
             del self._ledger.partials[blob]
             self._ledger.blobs[digests.sha256] = digests.size_bytes
+            self._ledger.unproven.pop(digests.sha256, None)
+            self._ledger.wrong.pop(digests.sha256, None)
             self._ledger.quarantined.discard(digests.sha256)
             if blob != digests.sha256:
                 self._ledger.git[blob] = digests.sha256
@@ -182,6 +184,7 @@ class Guard:
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
             # A commit never changes: what was sealed stands, and only gains names.
             manifest = structs.replace(held or manifest, revisions=names)
+            await asyncio.to_thread(self._disk.require_there)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
             require_present(manifest, self._ledger)

@@ -20,6 +20,7 @@ from shoal_common.errors import BadName
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
 from shoal_storage.disk import Disk, sync_directory
+from shoal_storage.views import unlink_from_views
 
 _STEP_BYTES = 1 << 20
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
@@ -94,13 +95,7 @@ def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest]) -> bo
         return False
     if (found.st_ino, found.st_mtime_ns) != (checked.inode, checked.changed_ns):
         return False
-    changed: set[Path] = set()
-    for manifest in manifests:
-        for file in manifest.files:
-            if file.sha256 == checked.sha256:
-                linked = lay.view_file(manifest, file.path)
-                linked.unlink(missing_ok=True)
-                changed.add(linked.parent)
+    changed = unlink_from_views(lay, checked.sha256, manifests)
     for directory in changed:
         if directory.exists():
             sync_directory(directory)

@@ -14,8 +14,8 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, arriving, freed_by, matching
 from shoal_storage.disk import Disk
 from shoal_storage.keeping import Keeping
+from shoal_storage.losing import forget_useless
 from shoal_storage.uses import Uses
-from shoal_storage.verify import forget_useless
 
 log = Log("storage")
 

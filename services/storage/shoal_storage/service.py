@@ -23,10 +23,14 @@ from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
 from shoal_storage.disk import Disk
 from shoal_storage.guard import Guard
 from shoal_storage.limits import read_limits
+from shoal_storage.losing import Losses, forget_useless
+from shoal_storage.proving import Prover
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.removal import DELETE_DEADLINE_S
+from shoal_storage.rescan import Rescan
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
-from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
+from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
+from shoal_storage.watching import Watcher
 
 
 async def run(context: Context) -> None:
@@ -49,7 +53,12 @@ async def run(context: Context) -> None:
         context.background(tasks, guard.watch_free_space())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
-        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
+        losses = Losses(context, disk, ledger, specs, announcer)
+        rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses)
+        prover = Prover(disk, ledger, guard.section, rescan)
+        context.background(tasks, prover.prove_forever())
+        context.background(tasks, Watcher(disk.layout, rescan).watch_forever())
+        verifier = Verifier(context, disk, ledger, guard.section, losses, prover, announcer)
         context.background(tasks, verifier.verify_slowly())
         tasks.create_task(_stop_hashing(context, disk))
         tasks.create_task(

@@ -15,15 +15,15 @@ import msgspec
 from shoal_common.errors import NotFound, ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Verify
-from shoal_common.messages.records import InstanceSpec
 from shoal_common.names import ModelRef
 from shoal_common.service import Context
-from shoal_common.watch import View
 from shoal_storage import quarantine
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, matching
 from shoal_storage.disk import Disk
-from shoal_storage.doubt import due, having, lose, of_no_more_use
+from shoal_storage.doubt import due, having, lose
+from shoal_storage.losing import Losses
+from shoal_storage.proving import Prover
 
 log = Log("storage")
 
@@ -64,12 +64,13 @@ class Verifier:
         disk: Disk,
         ledger: Ledger,
         section: asyncio.Lock,
-        specs: View,
+        losses: Losses,
+        prover: Prover,
         announcer: Announcer,
         pace_bytes_per_s: float = PACE_BYTES_PER_S,
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self._section, self._specs, self._announcer = section, specs, announcer
+        self._section, self._losses, self._prover, self._announcer = section, losses, prover, announcer
         self._pace_bytes_per_s = pace_bytes_per_s
         self._turn = asyncio.Lock()
         self._hurried = 0
@@ -112,6 +113,7 @@ class Verifier:
                 # Noted before: a blob that cannot be read now must not keep the others from their turn.
                 unseen.discard(blob)
                 self._verified_s[blob] = time.monotonic()
+                await self._prover.idle()  # what nobody can use yet comes first
                 if blob not in self._ledger.blobs:
                     continue
                 try:
@@ -161,19 +163,14 @@ class Verifier:
                 report.corrupt.append(sha256)
             elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
                 return
+            elif not await asyncio.to_thread(self._disk.is_there):
+                return  # an unmounted disk has lost nothing
             else:
                 report.missing.append(sha256)
-            models = lose(sha256, self._ledger)
-            instances = [
-                spec.id
-                for _, spec in self._specs.items("instance.", InstanceSpec)
-                if spec.model in models and any(s.node == self._context.node for s in spec.stages)
-            ]
+            models = lose({sha256}, self._ledger)
+            instances = await self._losses.take_back(models)
             report.models += models
             report.instances += instances
-            await forget_useless(self._disk, self._ledger)
-            for model in models:
-                await self._announcer.take_back(model)
         log.warning(
             "a blob is not what its name says; set aside" if checked else "a blob has gone",
             blob=sha256,
@@ -183,10 +180,3 @@ class Verifier:
         await self._announcer.publish()
         if checked is not None:
             await self._context.events.tell("quarantined", blob=sha256, models=models, instances=instances)
-
-
-async def forget_useless(disk: Disk, ledger: Ledger) -> None:
-    """Remove what was set aside and has come back, or is wanted by nothing. Within the critical section."""
-    for sha256 in of_no_more_use(ledger):
-        await asyncio.to_thread(quarantine.drop, disk, sha256)
-        ledger.quarantined.discard(sha256)

@@ -134,6 +134,16 @@ class StorageState(Message):
     """Blobs that did not hash to their name and were set aside."""
     from_environment: list[str] = []
     """Settings that the environment holds, against which the file is of no use."""
+    unproven_count: int = 0
+    """Files that somebody put in a blob's place, not hashed yet: part of `used_bytes`, offered to nobody."""
+    unproven_bytes: int = 0
+    unknown_count: int = 0
+    """Files in the store that are none of Shoal's, or do not hash to their name: never deleted."""
+    unknown_bytes: int = 0
+    unknown: list[str] = []
+    """Paths of the first of them, below the store."""
+    store_away: bool = False
+    """Whether the store is not where it was, as when its disk was unmounted: its models are not offered."""
 
 
 class ModelState(Message):

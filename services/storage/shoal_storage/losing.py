@@ -1,0 +1,42 @@
+"""What is done when models that were whole are not any more, whoever found out. Within the guard's section."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from shoal_common.messages.records import InstanceSpec
+from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_storage import quarantine
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Ledger
+from shoal_storage.disk import Disk
+from shoal_storage.doubt import of_no_more_use
+
+
+class Losses:
+    """Takes back what can no longer be vouched for."""
+
+    def __init__(self, context: Context, disk: Disk, ledger: Ledger, specs: View, announcer: Announcer) -> None:
+        self._node, self._disk, self._ledger = context.node, disk, ledger
+        self._specs, self._announcer = specs, announcer
+
+    async def take_back(self, models: Iterable[str]) -> list[str]:
+        """Announce these models (`org/name@commit`) no longer. Returns the instances with stages of them here."""
+        await forget_useless(self._disk, self._ledger)
+        lost = set(models)
+        for model in sorted(lost):
+            await self._announcer.take_back(model)
+        return [
+            spec.id
+            for _, spec in self._specs.items("instance.", InstanceSpec)
+            if spec.model in lost and any(s.node == self._node for s in spec.stages)
+        ]
+
+
+async def forget_useless(disk: Disk, ledger: Ledger) -> None:
+    """Remove what was set aside and has come back, or is wanted by nothing. Within the critical section."""
+    for sha256 in of_no_more_use(ledger):
+        await asyncio.to_thread(quarantine.drop, disk, sha256)
+        ledger.quarantined.discard(sha256)

@@ -1,0 +1,210 @@
+"""How the ledger follows what was seen: whatever differs, afterwards it says what the disk holds, and no more."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_storage.decide import Ledger, Stamp, Unknown
+from shoal_storage.doubt import is_whole
+from shoal_storage.proving import due_to_prove
+from shoal_storage.scan import Seen, scan
+from shoal_storage.truth import believed, differences, follow
+from tests.storage.stores import Model, Store, files_below, put, sha256
+
+BLOBS = [f"{n:x}" * 64 for n in range(6)]
+SIZES = dict(zip(BLOBS, (1, 2, 3, 4, 5, 6), strict=True))
+
+
+def manifest_of(number: int, blobs: list[str]) -> Manifest:
+    """A model with these blobs."""
+    files = [ManifestFile(path=f"file-{b[0]}", size_bytes=SIZES[b], sha256=b) for b in blobs]
+    return Manifest(repo=f"org/model-{number}", commit=f"{number:040x}", files=files)
+
+
+manifests = st.integers(0, 4).flatmap(
+    lambda n: st.lists(st.sampled_from(BLOBS), min_size=1, max_size=3, unique=True).map(lambda b: manifest_of(n, b))
+)
+held = st.lists(manifests, max_size=5).map(lambda found: {m.model: m for m in found})
+stamps = st.builds(
+    Stamp,
+    size_bytes=st.integers(1, 6),
+    mtime_ns=st.integers(0, 2),
+    inode=st.integers(1, 2),
+    mode=st.sampled_from([0o444, 0o644]),
+    proven=st.booleans(),
+)
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> Ledger:
+    """What may be known: whole models whole, broken ones not, no blob both proven and not."""
+    ledger = Ledger()
+    for blob in draw(st.sets(st.sampled_from(BLOBS))):
+        ledger.blobs[blob] = draw(st.sampled_from([SIZES[blob], 9]))
+    for blob in draw(st.sets(st.sampled_from(BLOBS))) - ledger.blobs.keys():
+        ledger.unproven[blob] = draw(stamps)
+        if draw(st.booleans()):
+            ledger.wrong[blob] = ledger.unproven[blob]
+    for model, manifest in draw(held).items():
+        (ledger.manifests if is_whole(manifest, ledger) else ledger.broken)[model] = manifest
+    ledger.promised = {m: set() for m in draw(st.sets(st.sampled_from(sorted(ledger.broken) or ["none"])))}
+    ledger.unknown = Unknown(draw(st.integers(0, 3)))
+    return ledger
+
+
+seens = st.builds(
+    Seen,
+    blobs=st.dictionaries(st.sampled_from(BLOBS), stamps),
+    manifests=held,
+    unreadable=st.sets(st.sampled_from([manifest_of(n, BLOBS[:1]).model for n in range(5)]), max_size=1),
+    unknown=st.builds(Unknown, st.integers(0, 3)),
+)
+
+
+@given(ledgers(), seens)
+def test_I1_after_following_the_ledger_says_what_was_seen_and_believes_nothing_new(
+    ledger: Ledger, seen: Seen
+) -> None:
+    seen.unreadable -= seen.manifests.keys()
+    before = dict(ledger.blobs)
+    whole_before, known_before = dict(ledger.manifests), dict(ledger.on_disk)
+    wrong_before = dict(ledger.wrong)
+    followed = follow(differences(ledger, seen), ledger)
+    # Every file in a blob's place is either the blob that it was, or waits to be hashed.
+    assert ledger.blobs.keys() | ledger.unproven.keys() == seen.blobs.keys()
+    assert not ledger.blobs.keys() & ledger.unproven.keys()
+    for blob, size_bytes in ledger.blobs.items():
+        assert before[blob] == size_bytes == seen.blobs[blob].size_bytes and seen.blobs[blob].proven
+    assert all(ledger.unproven[b].same_file(seen.blobs[b]) for b in ledger.unproven)
+    assert {b for b, s in wrong_before.items() if b in seen.blobs and s.same_file(seen.blobs[b])} == set(ledger.wrong)
+    assert set(due_to_prove(ledger)) == ledger.unproven.keys() - ledger.wrong.keys()
+    # Every manifest that was seen is held, and one that could not be read stands as it was.
+    stays = {m: known_before[m] for m in seen.unreadable & known_before.keys()}
+    assert ledger.on_disk == {**seen.manifests, **stays}
+    for model, manifest in ledger.on_disk.items():
+        assert (model in ledger.manifests) == (
+            is_whole(manifest, ledger) and self_sealed(model, ledger, whole_before)
+        )
+    assert set(followed.lost) == whole_before.keys() - ledger.manifests.keys()
+    assert set(followed.found) == {m for m, found in ledger.manifests.items() if whole_before.get(m) != found}
+    assert ledger.unknown == seen.unknown
+    again = differences(ledger, seen)
+    assert not again.any_in(ledger), "what was followed is no difference any more"
+
+
+def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -> bool:
+    """A model that a fetch is for becomes whole when that seals it; one that was whole stays so."""
+    return model not in ledger.promised or model in whole_before
+
+
+@given(stamps)
+def test_a_start_believes_what_has_the_mode_of_a_blob(stamp: Stamp) -> None:
+    assert believed(stamp) == (stamp.mode == 0o444)
+
+
+def test_a_scan_of_an_untouched_store_differs_in_nothing(root: Path, apples: Model, pears: Model) -> None:
+    store = Store(root)
+    store.bring_in(apples)
+    store.bring_in(pears)
+    store.reserve(Model("org/coming", {"a": b"later"}))
+    seen = scan(store.layout)
+    assert not differences(store.ledger, seen).any_in(store.ledger)
+    assert seen.unknown == Unknown() and seen.manifests == {m.name: m.sealed for m in (apples, pears)}
+
+
+def test_a_scan_counts_each_file_that_the_layout_does_not_name_and_changes_none(root: Path, apples: Model) -> None:
+    store = Store(root)
+    store.bring_in(apples)
+    lay = store.layout
+    strange = [
+        root / "index.db",
+        root / "notes" / "deep" / "more.txt",
+        lay.blobs.parent / "md5" / "x",
+        lay.blobs / "zz" / ("ab" * 32),
+        lay.blobs / "ab" / "README",
+        lay.blobs / "gi" / ("git-" + "a" * 40),
+        lay.partials / "README" / "data",
+        lay.manifests / "org--apples" / "readme.json",
+        lay.manifests / "stray.json",
+        lay.views / "mine" / "model.bin",
+        lay.view(apples.sealed.repo, apples.sealed.commit) / "sub" / "mine.txt",
+        lay.view(apples.sealed.repo, "e" * 40) / "left.txt",
+        lay.pins / "no-model",
+        lay.quarantine / "no-blob",
+    ]
+    for path in strange:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine!")
+    (root / "link").symlink_to("/nowhere")
+    (lay.manifests / "org--apples" / ".readme.json.new").write_bytes(b"ours, unfinished")
+    before = files_below(root)
+    seen = scan(lay)
+    size_bytes = 5 * len(strange) + len("/nowhere")
+    assert (seen.unknown.count, seen.unknown.size_bytes) == (len(strange) + 1, size_bytes)
+    named = {str(p.relative_to(root)) for p in (*strange, root / "link")}
+    assert len(seen.unknown.paths) == 5 and set(seen.unknown.paths) <= named
+    assert files_below(root) == before
+    del store
+    again = Store(root)
+    assert {str(p.relative_to(root)) for p in strange} <= files_below(root), "a start leaves them too"
+    assert again.ledger.unknown.count == len(strange) + 1
+    again.delete(apples)
+    assert {str(p.relative_to(root)) for p in strange} <= files_below(root), "and so does a deletion"
+
+
+def test_links_of_a_view_whose_manifest_has_gone_are_not_unknown_and_go_at_the_next_start(
+    root: Path, apples: Model
+) -> None:
+    store = Store(root)
+    store.bring_in(apples)
+    store.layout.manifest(apples.sealed.repo, apples.sealed.commit).unlink()
+    seen = scan(store.layout)
+    assert seen.unknown == Unknown() and not seen.manifests
+    followed = follow(differences(store.ledger, seen), store.ledger)
+    assert followed.lost == [apples.name] and not store.ledger.on_disk
+    del store
+    assert Store(root).ledger.blobs.keys() == set(apples.sealed.blob_sizes)
+    assert not list((root / "views").rglob("*.bin"))
+
+
+def test_I1_a_copy_shows_no_proof_whatever_is_preserved_and_a_write_takes_it(root: Path, apples: Model) -> None:
+    store = Store(root)
+    store.bring_in(apples)
+    blob = sha256(apples.bytes["sub/weights.bin"])
+    path = store.layout.blob(blob)
+    assert scan(store.layout).blobs[blob].proven
+    with tempfile.TemporaryDirectory(dir=root.parent) as aside:
+        copied = Path(aside, blob)
+        shutil.copy2(path, copied)  # mode and times too
+        held_open = path.open("rb")  # its inode is not given away
+        path.unlink()
+        shutil.copy2(copied, path)
+        held_open.close()
+    stamp = scan(store.layout).blobs[blob]
+    assert stamp.mode == 0o444 and not stamp.proven
+    found = differences(store.ledger, scan(store.layout))
+    assert found.gone == found.replaced == set(found.unproven) == {blob}
+
+
+def test_I1_a_pull_replaces_a_file_of_the_right_size_that_was_never_proven(root: Path, apples: Model) -> None:
+    store = Store(root)
+    weights = apples.bytes["sub/weights.bin"]
+    path = store.layout.blob(sha256(weights))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\0" * len(weights))
+    path.chmod(0o644)
+    del store
+    store = Store(root)
+    assert set(store.ledger.unproven) == {path.name} and store.ledger.used_bytes == len(weights)
+    blobs = store.reserve(apples)
+    assert path.name in blobs
+    for blob in blobs:
+        put(store.layout, blob, apples.blobs[blob])
+        store.commit(blob)
+    assert path.read_bytes() == weights and path.stat().st_mode & 0o777 == 0o444
