@@ -1,8 +1,8 @@
 """What storage does to the disk, in the orders that DESIGN §7 gives. Blocking: runs in threads.
 
-Order of a commit: data, fsync, verify, chmod, rename, fsync of both directories; the manifest last. Order of a
-delete: the manifest first, into tombs/, then view and blobs, then the manifest's tomb: a start that finds one there
-finishes that deletion.
+Order of a commit: data, fsync and verify at the same time, the leaves' hashes, chmod, rename, fsync of both
+directories; the manifest last. Order of a delete: the manifest first, into tombs/, then view and blobs, then the
+manifest's tomb: a start that finds one there finishes that deletion.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,14 +25,16 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob, check_commit
+from shoal_storage import leaves
 from shoal_storage.decide import Ledger, Partial, check_manifest, left_behind
 from shoal_storage.digests import Digests, digest
+from shoal_storage.durable import make_directory, sync_directory, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 
 log = Log("disk")
 
 _BLOB_MODE = 0o444
-_PARTIAL_MODE = 0o644
+PARTIAL_MODE = 0o644
 _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
@@ -40,15 +43,6 @@ class PartialMeta(Message):
 
     size_bytes: int
     models: list[str]
-
-
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Disk:
@@ -65,24 +59,25 @@ class Disk:
         """Take the lock, check the format, make the directories. Raises Claimed, Unsupported."""
         lay = self.layout
         refuse_lying_locks(lay.root.resolve(), mounts())
-        self._make(lay.root)
+        make_directory(lay.root)
         self._take_lock()
         if lay.version.exists() and (found := lay.version.read_text().strip()) != FORMAT_VERSION:
             raise Unsupported(
                 f"the store at {lay.root} has format {found} and this version of Shoal knows {FORMAT_VERSION}: "
                 "update Shoal, or give the node another store"
             )
-        for directory in (lay.blobs, lay.partials, lay.manifests, lay.views, lay.tombs, lay.quarantine):
-            self._make(directory)
+        for directory in (
+            lay.blobs,
+            lay.leaf_lists,
+            lay.partials,
+            lay.manifests,
+            lay.views,
+            lay.tombs,
+            lay.quarantine,
+        ):
+            make_directory(directory)
         if not lay.version.exists():
-            self._write(lay.version, FORMAT_VERSION.encode())
-
-    def _make(self, directory: Path) -> None:
-        """Make a directory and those above it, durably: what is kept in it is lost with a name that is not."""
-        if not directory.exists():
-            self._make(directory.parent)
-            directory.mkdir(exist_ok=True)
-            sync_directory(directory.parent)
+            write_file(lay.version, FORMAT_VERSION.encode())
 
     def _take_lock(self) -> None:
         f = self.layout.lock.open("a+b", buffering=0)
@@ -126,6 +121,7 @@ class Disk:
                     self._remove(view)
         for tomb in lay.tombs.iterdir():
             self._remove(tomb)
+        leaves.remove_strays(lay, ledger.blobs)
         return ledger
 
     def _read_tombs(self) -> Iterator[Manifest]:
@@ -167,7 +163,7 @@ class Disk:
             blob = check_blob(directory.name)
             meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
             # A commit that was interrupted before its rename has made this read-only.
-            (directory / "data").chmod(_PARTIAL_MODE)
+            (directory / "data").chmod(PARTIAL_MODE)
         except BadName:
             log.warning("not a partial; left alone", path=directory)
             return None
@@ -210,9 +206,11 @@ class Disk:
         """Make a partial's directory, or change for which models it is reserved."""
         directory = self.layout.partial(blob)
         directory.mkdir(exist_ok=True)
-        (directory / "data").touch(mode=_PARTIAL_MODE)
+        if not (directory / "data").exists():
+            (directory / "have").unlink(missing_ok=True)  # what it claims was in data that has gone
+            (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
-        self._write(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
+        write_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
         sync_directory(self.layout.partials)
 
     def remove_partial(self, blob: str) -> None:
@@ -224,17 +222,26 @@ class Disk:
 
     def verify_partial(self, blob: str, size_bytes: int) -> Digests:
         """Make a partial's data durable and hash all of it. Raises Corrupt when it is not what it should be."""
-        data = self.layout.partial(blob) / "data"
-        with data.open("rb") as f:
+        data, failed = self.layout.partial(blob) / "data", threading.Event()
+
+        def between() -> None:
+            self.keep_on()
+            if failed.is_set():
+                raise Unavailable("the bytes that are hashed are lost already")
+
+        # Both at once: one waits for the disk, the other for the processor.
+        with data.open("rb") as f, ThreadPoolExecutor(1) as beside:
+            hashing = beside.submit(digest, data, blob.startswith("git-"), between)
             try:
                 os.fsync(f.fileno())
             except OSError as e:
+                failed.set()
                 # Final: the next fsync would say that all is well, and the bytes are gone.
                 raise Corrupt(
                     f"the disk could not keep the bytes of {blob[:16]}… ({e.strerror}); "
                     "they are discarded and fetched again"
                 ) from None
-        found = digest(data, with_git=blob.startswith("git-"), between=self.keep_on)
+            found = hashing.result()
         name = f"git-{found.git_sha1}" if found.git_sha1 else found.sha256
         if name != blob or found.size_bytes != size_bytes:
             raise Corrupt(
@@ -255,17 +262,24 @@ class Disk:
         source = self.layout.partial(blob)
         target = self.layout.blob(digests.sha256)
         if self._blob_size(target) != digests.size_bytes:  # else it is here: views hold on to that very file
-            if not target.parent.exists():
-                target.parent.mkdir(exist_ok=True)
-                sync_directory(self.layout.blobs)
+            leaves.write(self.layout, digests.sha256, digests.leaves, digests.mtime_ns)
+            make_directory(target.parent)
             (source / "data").chmod(_BLOB_MODE)
             (source / "data").replace(target)
             sync_directory(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
         sync_directory(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
-        (self.layout.quarantine / digests.sha256).unlink(missing_ok=True)
+        self.drop_set_aside(digests.sha256)
         self._remove(source)
+
+    def drop_set_aside(self, sha256: str) -> None:
+        """Remove what is in quarantine of a blob, durably: its bitmap must not come back beside other bytes."""
+        files = [p for p in (self.layout.set_aside(sha256), self.layout.set_aside_have(sha256)) if p.exists()]
+        for path in files:
+            path.unlink(missing_ok=True)
+        if files:
+            sync_directory(self.layout.quarantine)
 
     def remove_blob(self, sha256: str) -> None:
         """Remove a blob, durably. Absent already is fine."""
@@ -275,6 +289,7 @@ class Disk:
             sync_directory(path.parent)  # if it was absent too: a first attempt may have failed at this
         with suppress(OSError):  # other blobs live there
             path.parent.rmdir()
+        leaves.remove(self.layout, sha256)
 
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or with another size, whatever the ledger says."""
@@ -287,10 +302,8 @@ class Disk:
         """Build the view, then write the manifest: from then on the model is present (I2)."""
         self.build_view(manifest)
         path = self.layout.manifest(manifest.repo, manifest.commit)
-        if not path.parent.exists():
-            path.parent.mkdir(exist_ok=True)
-            sync_directory(self.layout.manifests)
-        self._write(path, encode(manifest))
+        make_directory(path.parent)
+        write_file(path, encode(manifest))
 
     def build_view(self, manifest: Manifest) -> None:
         """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
@@ -345,16 +358,6 @@ class Disk:
         return None
 
     # Small things
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a small file so that it is, durably, either the old or the new one."""
-        fresh = path.with_name(f".{path.name}.new")
-        with fresh.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        fresh.replace(path)
-        sync_directory(path.parent)
 
     def _remove(self, path: Path) -> None:
         """Remove a file or a directory with all that is in it, atomically out of sight first."""
