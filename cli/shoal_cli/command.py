@@ -230,8 +230,12 @@ def _verify(call: Call) -> int:
 def _repair(call: Call) -> int:
     as_json = getattr(call.args, "as_json", False)
     say: Callable[[str], None] = (lambda _: None) if as_json else call.say
-    with display(call.out, as_json) as shown:
-        said = repair(call.gateway, call.args, shown, say)
+    try:
+        with display(call.out, as_json) as shown:
+            said = repair(call.gateway, call.args, shown, say)
+    except KeyboardInterrupt:
+        print("\nwhat was asked for goes on without you: `shoal status` shows it", file=sys.stderr)
+        return _INTERRUPTED
     return _said(call, said)
 
 

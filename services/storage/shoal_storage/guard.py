@@ -89,10 +89,11 @@ class Guard:
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
 
     async def _promise(self, blob: str, size_bytes: int, model: str) -> None:
-        partial = self._ledger.partials.get(blob) or Partial(size_bytes)
+        known = self._ledger.partials.get(blob)
+        partial = known or Partial(size_bytes)
         models = {*partial.models, model}
         # Files removed by hand while we ran are made again: the disk is the truth.
-        if not await asyncio.to_thread(self._disk.has_partial, blob):
+        if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
             if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models):
                 self._ledger.quarantined.discard(blob)
                 self._ledger.repairable.pop(blob, None)

@@ -188,7 +188,8 @@ class Verifier:
                     return  # deleted and fetched anew while we looked: those bytes were verified when they came
                 self._ledger.quarantined.add(sha256)
                 self._ledger.repairable.pop(sha256, None)
-                await self._keep_good_leaves(checked)
+                if checked.size_bytes == self._ledger.blobs[sha256]:
+                    await self._keep_good_leaves(checked)
                 report.corrupt.append(sha256)
                 report.bad_leaves += checked.bad_leaf_count
             elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
