@@ -1,7 +1,7 @@
 """What the store costs: making a blob durable, a start, an admission, a plan.
 
 - `commit_vs_cp`: bytes per second of putting a blob durable and verified (a plain write into the partial, then
-  storage's fsync, sha256 and rename) over `cp`, `sync FILE` and `sha256sum` of the same bytes, digests compared.
+  storage's fsync, hashes and rename) over `cp`, `sync FILE` and `sha256sum` of the same bytes, digests compared.
 - `commit_vs_cp_fast_hash`: the same with Python's hashlib in `sha256sum`'s place: it uses the processor's own
   instructions for sha256, and the system's tool may not.
 - `scan_10k_s`: seconds that a start reads a store of 10,000 blobs with manifests and views; the disk's cache is warm.

@@ -22,6 +22,7 @@ from shoal_cli.client.gateway import Gateway, find_gateway
 from shoal_cli.client.hub import as_exports, hub_settings
 from shoal_cli.client.placing import place, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
+from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
 from shoal_cli.client.tables import instances_table, models_table, status_page
 from shoal_cli.client.typed import TypedLines
@@ -227,6 +228,18 @@ def _verify(call: Call) -> int:
     return _said(call, disks.verify(call.gateway, call.args))
 
 
+def _repair(call: Call) -> int:
+    as_json = getattr(call.args, "as_json", False)
+    say: Callable[[str], None] = (lambda _: None) if as_json else call.say
+    try:
+        with display(call.out, as_json) as shown:
+            said = repair(call.gateway, call.args, shown, say)
+    except KeyboardInterrupt:
+        print("\nwhat was asked for goes on without you: `shoal status` shows it", file=sys.stderr)
+        return _INTERRUPTED
+    return _said(call, said)
+
+
 def _said(call: Call, said: disks.Said) -> int:
     if getattr(call.args, "as_json", False):
         _print_json(said.answer)
@@ -325,6 +338,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "storage": _storage,
     "gc": _gc,
     "verify": _verify,
+    "repair": _repair,
     "place": _place,
     "ps": _ps,
     "stop": _stop,

@@ -48,9 +48,12 @@ Fields are only ever added.""",
 "victims": [{"model", "frees_bytes", "last_use_s"}], "frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and
 unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
-    "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "missing": [blob],
-"models": [no longer whole], "instances": [of those models]}}}. The exit code is 8 when anything is corrupt or
-missing. Fields are only ever added.""",
+    "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
+"missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code
+is 8 when anything is corrupt or missing. Fields are only ever added.""",
+    "repair": """--json prints what `shoal verify --json` does, and for each node "repaired": [models],
+"fetched_bytes" and "errors": {model: {"code", "message"}}. The exit code is that of the first model that could not be
+repaired. Fields are only ever added.""",
     "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "stages": [{"rank",
 "node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
     "hub": """For a shell: eval "$(shoal hub)", then `hf download org/name` and all that uses huggingface_hub reads
@@ -281,6 +284,8 @@ def _add_disks(add: _Add, remote: Parser) -> None:
     add("gc", "remove bytes that no model and no download needs", where=where)
     verify = add("verify", "hash what a node holds again, and set aside what is corrupt", where=where)
     verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")
+    repair = add("repair", "verify, and fetch again what is bad, by leaf where that can be told", where=where)
+    repair.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")
 
 
 def _add_instances(add: _Add) -> None:

@@ -1,4 +1,4 @@
-"""`shoal storage`, `shoal gc` and `shoal verify`, against a gateway of the test."""
+"""`shoal storage`, `shoal gc`, `shoal verify` and `shoal repair`, against a gateway of the test."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from shoal_cli.client.disks import plan_words
 from shoal_cli.command import run
 from shoal_cli.sizes import parse_limit
-from shoal_common.errors import BadInput, Corrupt, NotFound, Refused
+from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
 from shoal_common.messages.questions import EvictionPlan, Victim
-from tests.cli.cluster import COMMIT, MODEL, Cluster
+from tests.cli.cluster import COMMIT, MODEL, Cluster, download
 
 Capture = pytest.CaptureFixture[str]
 GB = 10**9
@@ -190,12 +190,57 @@ def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Ca
     assert run(["verify", MODEL, "--node", "node-a"]) == Corrupt.exit_code
     assert capsys.readouterr().out.splitlines() == [
         "node-a: checked 3 blobs, 2.0 GB: 1 corrupt and set aside, 1 missing",
-        f"  {HELD} is no longer whole: `shoal pull {HELD} --node node-a` brings it back",
+        f"  {HELD} is no longer whole: `shoal repair {HELD} --node node-a` brings it back",
         "  instance i1 may have loaded wrong bytes: `shoal stop i1`",
     ]
     assert run(["verify", "--json"]) == Corrupt.exit_code
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
     assert cluster.asked("POST", "/v1/storage/verify") == [{}, {"node": "node-a", "model": MODEL}, {}]
+
+
+def repaired(cluster: Cluster, **outcome: Any) -> None:
+    """A node on which two leaves of a blob are bad, and how pulling the model again ends there."""
+    found = {"corrupt": ["ab" * 32], "bad_leaves": 2, "models": [HELD], "broken": [HELD], "instances": ["i1"]}
+    cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
+    phase = "ready" if outcome["ok"] else "failed"
+    arriving = download("fetching", 500, model=HELD)
+    cluster.downloads = [[arriving], [arriving], [download(phase, 1000, model=HELD, sources={"hub": 2_097_152})]]
+    cluster.outcomes = {"c1": outcome}
+
+
+def test_repair_verifies_pulls_what_is_broken_and_says_what_was_bad_and_what_it_cost(
+    cluster: Cluster, capsys: Capture
+) -> None:
+    repaired(cluster, ok=True)
+    assert run(["repair", MODEL, "--node", "node-a"]) == 0
+    assert cluster.asked("POST", "/v1/storage/verify") == [{"node": "node-a", "model": MODEL}]
+    assert cluster.asked("POST", "/v1/downloads") == [{"model": HELD, "nodes": ["node-a"]}]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "node-a: checked 3 blobs, 2.0 GB: 1 corrupt and set aside (2 bad leaves)"
+    assert said[-3:] == [
+        "node-a: 2 bad leaves in 1 blob; fetched 2.1 MB",
+        f"  {HELD} is whole again",
+        "  instance i1 may have loaded wrong bytes: `shoal stop i1`",
+    ]
+    repaired(cluster, ok=True)
+    assert run(["repair", "--all", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["nodes"]["node-a"]
+    assert (row["bad_leaves"], row["repaired"], row["fetched_bytes"], row["errors"]) == (2, [HELD], 2_097_152, {})
+
+
+def test_repair_fetches_nothing_where_nothing_is_broken(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
+    assert run(["repair"]) == 0
+    assert not cluster.asked("POST", "/v1/downloads")
+    assert capsys.readouterr().out == ("node-a: checked 1 blob, 2.0 GB: all intact\nnode-a: nothing to repair\n")
+
+
+def test_a_model_that_cannot_be_repaired_is_named_and_its_error_is_the_exit_code(
+    cluster: Cluster, capsys: Capture
+) -> None:
+    repaired(cluster, ok=False, error={"code": "hub_unavailable", "message": "the hub does not answer"})
+    assert run(["repair", MODEL]) == HubUnavailable.exit_code
+    assert f"  {HELD} is still broken: the hub does not answer" in capsys.readouterr().out.splitlines()
 
 
 def test_a_limit_is_a_size_or_none() -> None:

@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from shoal_common.layout import LEAF_BYTES
 from tests.storage.stores import Model, Store, put
 
-STAYS = Model("org/stays", {"shared.bin": b"both have these" * 20, "own.bin": b"s" * 500})
+STAYS = Model("org/stays", {"shared.bin": b"both have these" * 20, "own.bin": b"s" * LEAF_BYTES + b"o" * 500})
 LEAVES = Model(
     "org/leaves",
     {"shared.bin": b"both have these" * 20, "sub/own.bin": b"l" * 700, "config.json": b"{}"},

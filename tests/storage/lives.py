@@ -13,25 +13,31 @@ from pathlib import Path
 from shoal_storage import quarantine
 from shoal_storage.doubt import having, lose
 from shoal_storage.keeping import Keeping
+from shoal_storage.repair import keep_good_leaves
 from tests.storage.lifecycle import COMES, LEAVES, STAYS
 from tests.storage.seam import Call, seen
-from tests.storage.stores import Model, Store, put, sha256
+from tests.storage.stores import Model, Store, claimed_leaves, put, put_missing, sha256
 
 Acknowledge = Callable[[str, str], None]
 ROTTEN = sha256(STAYS.bytes["own.bin"])
 
 
 def live(root: Path, acknowledge: Acknowledge) -> None:
-    """Models come and go, one is pinned, a blob rots and is brought in anew, a deleted model begins to come back."""
+    """Models come and go, one is pinned, a blob rots and is repaired, a deleted model begins to come back."""
     store = Store(root)
     keeping = Keeping(store.layout, store.ledger)
     bring_in(store, STAYS, acknowledge)
     keeping.pin(STAYS.name)
     acknowledge("pinned", STAYS.name)
     bring_in(store, LEAVES, acknowledge)
-    acknowledge("setting-aside", ROTTEN)
-    rot(store, ROTTEN)
-    acknowledge("quarantined", ROTTEN)
+    rot(store, ROTTEN, acknowledge)
+    bring_in(store, STAYS, acknowledge)  # by leaf
+    store.layout.leaves(ROTTEN).unlink()  # as in a store of before there were any
+    rot(store, ROTTEN, acknowledge)
+    bring_in(store, STAYS, acknowledge)  # whole
+    rot(store, ROTTEN, acknowledge)
+    store.disk.drop_set_aside(ROTTEN)
+    acknowledge("dropped", ROTTEN)
     bring_in(store, STAYS, acknowledge)
     acknowledge("deleting", LEAVES.name)
     store.delete(LEAVES)
@@ -53,15 +59,18 @@ def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
     acknowledge("reserving", model.name)
     for blob in store.reserve(model):
         acknowledge("reserved", blob)
-        put(store.layout, blob, model.blobs[blob])
+        if claimed_leaves(store.layout.partial(blob), model.blobs[blob]):
+            acknowledge("taken-back", blob)
+        put_missing(store.layout, blob, model.blobs[blob])
         acknowledge("committed", store.commit(blob))
     store.seal(model)
     store.ledger.broken.pop(model.name, None)
     acknowledge("sealed", model.name)
 
 
-def rot(store: Store, blob: str) -> None:
-    """A blob changes on the disk, is looked at, and is set aside."""
+def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
+    """The first leaf of a blob changes on the disk, it is looked at, and set aside."""
+    acknowledge("setting-aside", blob)
     path = store.layout.blob(blob)
     path.chmod(0o644)
     with path.open("r+b") as f:
@@ -70,6 +79,9 @@ def rot(store: Store, blob: str) -> None:
     assert checked is not None and not checked.intact
     assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
     lose({blob}, store.ledger)
+    acknowledge("quarantined", blob)
+    if keep_good_leaves(store.disk, checked):
+        acknowledge("kept-good", blob)
 
 
 def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal_storage import quarantine
+from shoal_storage import leaves, quarantine
 from shoal_storage.doubt import having, lose
 from shoal_storage.keeping import Keeping
+from shoal_storage.repair import keep_good_leaves
 from tests.storage.lifecycle import COMES, LEAVES, STAYS
 from tests.storage.lives import ROTTEN
-from tests.storage.stores import Store, check_invariants, sha256
+from tests.storage.stores import Store, check_invariants, claimed_leaves, sha256
 
 MODELS = (STAYS, LEAVES, COMES)
 OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
@@ -24,6 +25,7 @@ def look_at(store: Store, blob: str) -> None:
     if not checked.intact:
         assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
         lose({blob}, store.ledger)
+        keep_good_leaves(store.disk, checked)
 
 
 class Promises:
@@ -42,6 +44,11 @@ class Promises:
 
     def hear(self, what: str, which: str) -> None:
         """What is said from here on holds, or is being taken back."""
+        if what in ("kept-good", "taken-back", "dropped"):
+            return  # of which files: the strict disk's business; a store that starts may find them or not
+        self._hear(what, which)
+
+    def _hear(self, what: str, which: str) -> None:
         if what == "reserving":
             self.gone -= {b for m in MODELS if m.name == which for b in (*m.blobs, *m.sealed.blob_sizes)}
         elif what == "reserved":
@@ -91,6 +98,10 @@ class Promises:
         for blob in self.promised:
             assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
         assert not self.here - set(ledger.blobs), "committed and lost"
+        assert all(leaves.proves(store.layout, blob) for blob in self.here), "committed, and nothing proves it"
+        for model in MODELS:
+            for blob, data in model.blobs.items():
+                claimed_leaves(store.layout.partial(blob), data)
         assert not self.gone & {*ledger.blobs, *ledger.partials}, "gone and come back"
         assert not self.models - set(ledger.manifests), "sealed and lost"
         assert not self.deleted & set(ledger.on_disk), "deleted and come back"

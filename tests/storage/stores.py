@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.errors import BadMessage
-from shoal_common.layout import Bitmap, Layout
+from shoal_common.layout import LEAF_BYTES, Bitmap, Layout, leaf_count
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_storage.decide import Limits, Partial, admit, freed_by
 from shoal_storage.disk import Disk, require_present
+from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.repair import make_partial
 
 UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
 
@@ -65,6 +67,30 @@ class Model:
         return {f.blob: self.bytes[f.path] for f in self.manifest.files}
 
 
+def put_missing(layout: Layout, blob: str, data: bytes) -> set[int]:
+    """What the fetcher does with a partial that has leaves already: those that are not claimed. Returns these."""
+    directory = layout.partial(blob)
+    missing = set(range(leaf_count(len(data)))) - claimed_leaves(directory, data)
+    with (directory / "data").open("r+b") as f:
+        for leaf in missing:
+            f.seek(leaf * LEAF_BYTES)
+            f.write(data[leaf * LEAF_BYTES : (leaf + 1) * LEAF_BYTES])
+    return missing
+
+
+def claimed_leaves(directory: Path, data: bytes) -> set[int]:
+    """The leaves that a partial says it has. None of them has other bytes than it should."""
+    try:
+        claimed, here = Bitmap(len(data), (directory / "have").read_bytes()), (directory / "data").read_bytes()
+    except FileNotFoundError:
+        return set()
+    leaves = {leaf for leaf in range(claimed.leaves) if leaf in claimed}
+    for leaf in leaves:
+        at = slice(leaf * LEAF_BYTES, leaf * LEAF_BYTES + claimed.leaf_bytes(leaf))
+        assert here[at] == data[at], f"leaf {leaf} of {directory.name[:12]} is claimed, and it is not good"
+    return leaves
+
+
 def put(layout: Layout, blob: str, data: bytes) -> None:
     """What the fetcher does: all bytes into the partial, and a bitmap that says so."""
     directory = layout.partial(blob)
@@ -84,6 +110,7 @@ class Store:
         self.disk = Disk(root)
         self.disk.open()
         self.ledger = self.disk.recover()
+        self.ledger.quarantined = set_aside_earlier(self.disk)
 
     def reserve(self, model: Model) -> list[str]:
         """Reserve what is missing, and say what that is."""
@@ -91,7 +118,11 @@ class Store:
         for blob in missing:
             partial = self.ledger.partials.setdefault(blob, Partial(model.manifest.blob_sizes[blob]))
             partial.models.add(model.name)
-            self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            if self.disk.has_partial(blob):
+                self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            else:
+                make_partial(self.disk, blob, partial.size_bytes, partial.models)
+            claimed_leaves(self.layout.partial(blob), model.blobs[blob])
         return missing
 
     def commit(self, blob: str) -> str:
@@ -163,6 +194,7 @@ def whole_of(*models: Model) -> set[str]:
         for path in (
             layout.manifest(m.sealed.repo, m.sealed.commit),
             *(layout.blob(f.sha256) for f in m.sealed.files),
+            *(layout.leaves(f.sha256) for f in m.sealed.files),
             *(layout.view_file(m.sealed, f.path) for f in m.sealed.files),
         )
     }

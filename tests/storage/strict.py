@@ -116,6 +116,8 @@ def broken_promises(root: str, events: list[Call | tuple[str, str]]) -> Iterator
     disk, lay = StrictDisk(root), Layout(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
     deleting: Model | None = None
     renamed: list[Call] = []
+    lost: set[str] = set()
+    """Blobs set aside: missing though the manifest stays, until the pull that repairs it."""
     for event in events:
         if isinstance(event, Call):
             if event.name == "unlink" and deleting is not None and event.paths[0].startswith(str(lay.blobs)):
@@ -126,60 +128,80 @@ def broken_promises(root: str, events: list[Call | tuple[str, str]]) -> Iterator
             disk.make(event)
             if event.name in ("rename", "replace"):
                 renamed.append(event)
-            yield from (f"{why}: {event}" for why in _at_any_time(disk, lay))
+            yield from (f"{why}: {event}" for why in _at_any_time(disk, lay, lost))
         else:
             what, which = event
             if what in ("deleting", "deleted"):
                 deleting = MODELS[which] if what == "deleting" else None
+            if what == "setting-aside":
+                lost.add(which)
+            elif what == "committed":
+                lost.discard(which)
             yield from (f"I6: {what} {which[:40]}: {why}" for why in _acknowledged(disk, lay, what, which, renamed))
 
 
-def _at_any_time(disk: StrictDisk, lay: Layout) -> Iterator[str]:
+def _at_any_time(disk: StrictDisk, lay: Layout, lost: set[str]) -> Iterator[str]:
     if any(isinstance(v, File) and v.dirty for v in disk.may_be(lay.version)):
         yield "a VERSION without its bytes"
     for model in MODELS.values():
         for blob in model.sealed.blob_sizes:
             if any(isinstance(f, File) and f.dirty for f in disk.may_be(lay.blob(blob))):
                 yield f"I1: blob {blob[:12]} without its bytes"
+            for bitmap in (lay.set_aside_have(blob), lay.partial(blob) / "have"):
+                if any(isinstance(f, File) and f.dirty for f in disk.may_be(bitmap)):
+                    yield f"I6: {bitmap.parent.name}/{bitmap.name[:12]} claims leaves without its bytes"
         manifests = disk.may_be(lay.manifest(model.sealed.repo, model.sealed.commit))
         if any(isinstance(m, File) and m.dirty for m in manifests):
             yield f"I2: the manifest of {model.name} without its bytes"
         for blob in model.sealed.blob_sizes if manifests else ():
-            # One that was set aside is missing though the manifest stays: the pull that repairs it brings it back.
-            if not disk.certain(lay.blob(blob)) and not disk.may_be(lay.quarantine / blob):
+            if not disk.certain(lay.blob(blob)) and blob not in lost:
                 yield f"I2: the manifest of {model.name} without blob {blob[:12]}"
 
 
 def _acknowledged(disk: StrictDisk, lay: Layout, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
-    model = MODELS.get(which)
-    manifest = lay.manifest(model.sealed.repo, model.sealed.commit) if model else lay.root
-    here: list[PurePath] = []
-    gone: list[PurePath] = []
-    if what == "reserved":
-        here = [lay.version, lay.partial(which) / "meta.json"]
-    elif what == "committed":
-        here = [lay.version, lay.blob(which)]
-        # DESIGN §7: both directories of the rename.
-        gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
-    elif what == "sealed":
-        here = [manifest]
-    elif what == "deleted" and model is not None:
-        tomb = lay.tombs / f"{manifest.parent.name}@{manifest.name}"
-        own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}
-        gone = [manifest, tomb, *(lay.blob(b) for b in own)]
-    elif what == "released":
-        gone = [lay.partial(which)]
-    elif what == "quarantined":
-        here, gone = [lay.quarantine / which], [lay.blob(which)]
-        gone += [
-            lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
-        ]
-    elif what in ("pinned", "unpinned") and model is not None:
-        pin = lay.pin(model.manifest.repo, model.manifest.commit)
-        here, gone = ([pin], []) if what == "pinned" else ([], [pin])
+    here, gone = (
+        _of_a_blob(lay, what, which, renamed) if which not in MODELS else _of_a_model(lay, what, MODELS[which])
+    )
     for path in here:
         if not disk.certain(path):
             yield f"{path.relative_to(lay.root)} may be lost"
     for path in gone:
         if disk.may_be(path):
             yield f"{path.relative_to(lay.root)} may come back"
+
+
+def _of_a_blob(lay: Layout, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
+    """What is here for certain, and what has gone for certain, once this was acknowledged."""
+    partial: PurePath = lay.partial(which)
+    aside: list[PurePath] = [lay.set_aside(which), lay.set_aside_have(which)]
+    if what == "committed":
+        # DESIGN §7: both directories of the rename.
+        gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
+        return [lay.version, lay.blob(which), lay.leaves(which)], [*gone, *aside]
+    if what == "quarantined":
+        views = [
+            lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
+        ]
+        return aside[:1], [lay.blob(which), *views]
+    promised: dict[str, tuple[list[PurePath], list[PurePath]]] = {
+        "reserved": ([lay.version, partial / "meta.json"], []),
+        "released": ([], [partial]),
+        "kept-good": (aside[1:], []),
+        "taken-back": ([partial / name for name in ("data", "have", "meta.json")], aside),
+        "dropped": ([], aside),
+    }
+    return promised.get(what, ([], []))
+
+
+def _of_a_model(lay: Layout, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
+    manifest = lay.manifest(model.sealed.repo, model.sealed.commit)
+    tomb = lay.tombs / f"{manifest.parent.name}@{manifest.name}"
+    own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}
+    pin: PurePath = lay.pin(model.manifest.repo, model.manifest.commit)
+    promised: dict[str, tuple[list[PurePath], list[PurePath]]] = {
+        "sealed": ([manifest], []),
+        "deleted": ([], [manifest, tomb, *(lay.blob(b) for b in own)]),
+        "pinned": ([pin], []),
+        "unpinned": ([], [pin]),
+    }
+    return promised.get(what, ([], []))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal_common.errors import QuotaExceeded
+from shoal_common.proof import prove
 from shoal_storage.decide import Admission, Limits, Partial, admit, arriving, freed_by
 from shoal_storage.disk import Disk
 from shoal_storage.evict import garbage_of, kept_models, plan
@@ -212,7 +213,7 @@ class Lives(RuleBasedStateMachine):
         if fits and len(content) <= room and not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            path.chmod(0o444)
+            assert prove(path.name, path)
             self.ledger.blobs[path.name] = len(content)
 
     @rule()

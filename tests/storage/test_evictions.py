@@ -14,6 +14,7 @@ from shoal_common.buckets import instance_key
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.commands import CollectGarbage, Pin
 from shoal_common.messages.questions import EvictionPlan, Reserved
+from shoal_common.proof import prove
 from tests.harness.nats import NatsServer
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
@@ -198,7 +199,7 @@ async def test_garbage_goes_first_and_by_itself_when_asked(nats: NatsServer, fre
         for quota in ("5600", "100000"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(garbage)
-            path.chmod(0o444)
+            assert prove(path.name, path)
             async with node.storage(SHOAL_MAX_STORAGE_BYTES=quota, **LRU):
                 await hold(node, ONE)
                 if quota == "5600":

@@ -137,7 +137,7 @@ def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acknowledged_and_shows
     assert cuts > 240 // every
 
 
-@pytest.mark.parametrize("left_out", ["verify_partial", "commit", "_write"])
+@pytest.mark.parametrize("left_out", ["verify_partial", "commit", "put_file", "write_file"])
 def test_the_cuts_bite_a_store_without_one_fsync_loses_what_it_acknowledged(tmp_path: Path, left_out: str) -> None:
     if why := _can_mount("ext4"):
         pytest.skip(f"power cuts are NOT tested here: {why}")

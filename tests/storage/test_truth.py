@@ -103,9 +103,9 @@ def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -
     return model not in ledger.promised or model in whole_before
 
 
-@given(stamps)
-def test_a_start_believes_what_has_the_mode_of_a_blob(stamp: Stamp) -> None:
-    assert believed(stamp) == (stamp.mode == 0o444)
+@given(stamps, st.booleans())
+def test_I1_a_start_believes_what_shows_that_it_was_hashed_and_nothing_else(stamp: Stamp, listed: bool) -> None:
+    assert believed(stamp, listed) == (stamp.proven or listed)
 
 
 def test_a_scan_of_an_untouched_store_differs_in_nothing(root: Path, apples: Model, pears: Model) -> None:

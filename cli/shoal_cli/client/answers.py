@@ -133,9 +133,11 @@ class VerifiedRow(Message):
     checked: int = 0
     checked_bytes: int = 0
     corrupt: list[str] = []
+    bad_leaves: int = 0
     missing: list[str] = []
     models: list[str] = []
     instances: list[str] = []
+    broken: list[str] = []
 
 
 Anything = dict[str, Any]

@@ -48,29 +48,45 @@ def collect_garbage(gateway: Gateway, args: argparse.Namespace) -> Said:
     answer = gateway.post("/v1/storage/gc", _where(args), Anything)
     words = []
     for node, row in _rows(answer, CollectedRow):
-        freed = f"removed {_count(row.blobs, 'blob')}, {show_bytes(row.freed_bytes)} freed"
+        freed = f"removed {count(row.blobs, 'blob')}, {show_bytes(row.freed_bytes)} freed"
         words.append(f"{node}: {freed if row.blobs or row.freed_bytes else 'nothing to remove'}")
     return Said(answer, words)
 
 
 def verify(gateway: Gateway, args: argparse.Namespace) -> Said:
     """`shoal verify`: its exit code says whether all is intact."""
-    body = _where(args)
-    if args.model:
-        body["model"] = _model(args.model)
-    answer = gateway.post("/v1/storage/verify", body, Anything, answer_s=_VERIFY_ANSWER_S)
-    words, lost = [], False
-    for node, row in _rows(answer, VerifiedRow):
-        words.append(f"{node}: {_verified(row)}")
-        words += [f"  {m} is no longer whole: `shoal pull {m} --node {node}` brings it back" for m in row.models]
-        words += [f"  instance {i} may have loaded wrong bytes: `shoal stop {i}`" for i in row.instances]
+    answer, words, lost = look_again(gateway, args), [], False
+    for node, row in verified_rows(answer):
+        words.append(verified_words(node, row))
+        words += [f"  {m} is no longer whole: `shoal repair {m} --node {node}` brings it back" for m in row.models]
+        words += instance_words(row)
         lost = lost or bool(row.corrupt or row.missing)
     return Said(answer, words, exit_code=Corrupt.exit_code if lost else 0)
 
 
-def _verified(row: VerifiedRow) -> str:
-    checked = f"checked {_count(row.checked, 'blob')}, {show_bytes(row.checked_bytes)}"
-    found = [f"{len(row.corrupt)} corrupt and set aside"] if row.corrupt else []
+def look_again(gateway: Gateway, args: argparse.Namespace) -> Anything:
+    """Have what a command line means hashed again. Returns when all of it has been."""
+    body = _where(args)
+    if args.model:
+        body["model"] = _model(args.model)
+    return gateway.post("/v1/storage/verify", body, Anything, answer_s=_VERIFY_ANSWER_S)
+
+
+def verified_rows(answer: Anything) -> list[tuple[str, VerifiedRow]]:
+    """What each node has found."""
+    return _rows(answer, VerifiedRow)
+
+
+def instance_words(row: VerifiedRow) -> list[str]:
+    """Which instances are in doubt."""
+    return [f"  instance {i} may have loaded wrong bytes: `shoal stop {i}`" for i in row.instances]
+
+
+def verified_words(node: str, row: VerifiedRow) -> str:
+    """What a node has found, on one line."""
+    checked = f"{node}: checked {count(row.checked, 'blob')}, {show_bytes(row.checked_bytes)}"
+    bad = f" ({count(row.bad_leaves, 'bad leaf')})" if row.bad_leaves else ""
+    found = [f"{len(row.corrupt)} corrupt and set aside{bad}"] if row.corrupt else []
     found += [f"{len(row.missing)} missing"] if row.missing else []
     return f"{checked}: {', '.join(found) or 'all intact'}"
 
@@ -138,7 +154,7 @@ def plan_words(node: str, asked_bytes: int, plan: EvictionPlan, now_s: float) ->
         return words + [f"  keeps {model}: {why}" for model, why in sorted(plan.kept.items())]
     words = [f"{node}: to make {room}, {need} have to go; these would, {show_bytes(plan.frees_bytes)} in all:"]
     if plan.garbage:
-        words.append(f"  {_count(len(plan.garbage), 'blob')} of no model, {show_bytes(plan.garbage_bytes)}")
+        words.append(f"  {count(len(plan.garbage), 'blob')} of no model, {show_bytes(plan.garbage_bytes)}")
     for victim in plan.victims:
         ago = f"last used {show_seconds(max(now_s - victim.last_use_s, 0))} ago"
         words.append(f"  {victim.model}, {show_bytes(victim.frees_bytes)}, {ago}")
@@ -184,5 +200,8 @@ def _model(text: str) -> str:
     return text
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def count(number: int, what: str) -> str:
+    """`1 blob`, `2 leaves`."""
+    if number == 1:
+        return f"1 {what}"
+    return f"{number} {what.removesuffix('f')}ves" if what.endswith("leaf") else f"{number} {what}s"

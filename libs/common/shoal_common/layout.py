@@ -2,6 +2,7 @@
 
 <store>/VERSION lock
   blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), shows its proof (proof.py)
+  leaves/ab/<sha256>                         BLAKE3 of each leaf of a blob; its mtime is the blob's
   partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
   manifests/<org>--<name>/<commit>.json      what makes a model present (I2)
   views/<org>--<name>/<commit>/<path>        the directory MLX opens
@@ -9,6 +10,7 @@
   pins/<org>--<name>@<commit>                empty; its being there is the pin
   uses/<org>--<name>@<commit>                empty; its mtime is the last use
   quarantine/<sha256>                        what did not hash to its name
+  quarantine/<sha256>.have                   bitmap of its leaves that are good all the same
   promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
 """
 
@@ -32,6 +34,7 @@ class Layout:
         self.version = root / "VERSION"
         self.lock = root / "lock"
         self.blobs = root / "blobs" / "sha256"
+        self.leaf_lists = root / "leaves"
         self.partials = root / "partial"
         self.manifests = root / "manifests"
         self.views = root / "views"
@@ -50,6 +53,18 @@ class Layout:
     def blob(self, sha256: str) -> Path:
         """A blob's file."""
         return self.blobs / check_blob(sha256)[:2] / sha256
+
+    def leaves(self, sha256: str) -> Path:
+        """The file with the hashes of a blob's leaves."""
+        return self.leaf_lists / check_blob(sha256)[:2] / sha256
+
+    def set_aside(self, sha256: str) -> Path:
+        """Where a blob goes that is not what it is called."""
+        return self.quarantine / check_blob(sha256)
+
+    def set_aside_have(self, sha256: str) -> Path:
+        """The bitmap of the good leaves of a blob that was set aside."""
+        return self.quarantine / f"{check_blob(sha256)}.have"
 
     def partial(self, blob: str) -> Path:
         """The directory of a blob that is arriving."""

@@ -17,7 +17,7 @@ from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
 from shoal_common.messages.records import ENDED, DownloadPhase, DownloadState, Manifest, ManifestFile
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelRef, is_commit
 from shoal_common.questions import Ask
 from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
@@ -146,9 +146,9 @@ class Download:
                 log.warning("reserving again", model=str(self.ref), why=e.message)
 
     async def _resolve(self) -> Manifest:
-        """The manifest: from a node that has the model (this one first), else from the hub."""
+        """The manifest: from this node, where it may be broken, or another that has the model; else from the hub."""
         for attempt in range(1, _RESOLVE_TRIES + 1):
-            manifest = await self._from_a_node()
+            manifest = await self._from_this_disk() or await self._from_a_node()
             if manifest is not None:
                 return manifest
             try:
@@ -171,6 +171,18 @@ class Download:
                 return structs.replace(manifest, revisions=[self.ref.revision])
             log.warning("a node gave another manifest than was asked for", peer=node, model=model)
         return None
+
+    async def _from_this_disk(self) -> Manifest | None:
+        """Of a commit that is here, though it has lost blobs: it is repaired though nobody else has it any more."""
+        if not is_commit(self.ref.revision):
+            return None  # what a branch stands for now only others can say
+        question = AskManifest(model=str(self.ref), broken=True)
+        try:
+            manifest = await self._ask("storage", self._node, "manifest", question, Manifest)
+        except ShoalError as e:
+            log.info("this node has no manifest", model=str(self.ref), why=e.message)
+            return None
+        return manifest if manifest.commit == self.ref.revision else None
 
     async def _reserve_and_fetch(self, manifest: Manifest) -> None:
         await self.progress.say(

@@ -1,8 +1,8 @@
 """`GET /v1/blobs/<sha256>`, with single ranges. Content is named by hash only, so no path comes from outside (I10).
 
 Only what shows that storage has hashed it is served (I1, `shoal_common/proof.py`): a person may have put another file
-in a blob's place, or be putting one there now. Without the cluster's credential every path answers the same 401 (I12),
-but for the hub's protocol (`hub.py`), which has a credential of its own.
+in a blob's place, or be putting one there now. Without the cluster's credential every path answers the same 401
+(I12), but for the hub's protocol (`hub.py`), which has a credential of its own.
 """
 
 from __future__ import annotations

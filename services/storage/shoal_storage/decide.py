@@ -67,6 +67,8 @@ class Ledger(msgspec.Struct):
     """Blobs, present or arriving, that a fetch under way counts on, by `org/name@commit`."""
     quarantined: set[str] = msgspec.field(default_factory=set)
     """Blobs that were set aside because they were not what their name says, and are wanted back."""
+    repairable: dict[str, int] = msgspec.field(default_factory=dict)
+    """Of those, the ones that are repaired by leaf: bytes on the disk that are used again, by sha256."""
     git: dict[str, str] = msgspec.field(default_factory=dict)
     """What blobs named by git's sha1 became when they were committed: `git-<sha1>` to sha256."""
     pinned: set[str] = msgspec.field(default_factory=set)
@@ -149,14 +151,17 @@ def check_manifest(manifest: Manifest) -> None:
                 raise BadInput(f"in the manifest of {manifest.model} {above} is both a file and a directory")
 
 
-def shortfall(needed_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int) -> Shortfall:
-    """What is lacking for so many new bytes. Nothing needed lacks nothing, however full it is."""
+def shortfall(needed_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int, there_bytes: int = 0) -> Shortfall:
+    """What is lacking for so many new bytes. Nothing needed lacks nothing, however full it is.
+
+    `there_bytes` of them are on the disk already, in quarantine: the quota does not know them, the disk does.
+    """
     if needed_bytes <= 0:
         return Shortfall(0, 0)
     quota = 0
     if limits.quota_bytes is not None:
         quota = needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes)
-    disk = needed_bytes - (free_bytes - limits.headroom_bytes - ledger.in_flight_bytes)
+    disk = needed_bytes - there_bytes - (free_bytes - limits.headroom_bytes - ledger.in_flight_bytes)
     return Shortfall(max(quota, 0), max(disk, 0))
 
 
@@ -178,8 +183,10 @@ def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, and it is arriving with "
                 f"{promised.size_bytes}: one of the two manifests is wrong; cancel the other download to try this one"
             )
-    needed = sum(sizes[b] for b in missing if b not in ledger.partials)
-    lacking = shortfall(needed, ledger, limits, free_bytes)
+    new = [b for b in missing if b not in ledger.partials]
+    needed = sum(sizes[b] for b in new)
+    there = sum(ledger.repairable.get(b, 0) for b in new)
+    lacking = shortfall(needed, ledger, limits, free_bytes, there)
     figures = {
         "needed_bytes": needed,
         "free_bytes": free_bytes,

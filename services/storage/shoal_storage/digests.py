@@ -1,36 +1,79 @@
-"""Hashing a file: what a blob is called, and whether it still is what it is called."""
+"""Hashing a file: what a blob is called, whether it still is what it is called, and what its leaves hash to."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
-_CHUNK_BYTES = 1 << 20
+from shoal_common.layout import LEAF_BYTES
+from shoal_storage.leaves import leaf_hash
 
 
 class Digests(msgspec.Struct, frozen=True):
-    """What a file's bytes hash to."""
+    """What a file's bytes hash to, and the mtime that it had when they were read."""
 
     sha256: str
     git_sha1: str
     size_bytes: int
+    leaves: bytes
+    """BLAKE3 of each leaf, one after the other."""
+    mtime_ns: int
 
 
 def digest(path: Path, with_git: bool, between: Callable[[], None]) -> Digests:
-    """Hash a whole file, 1 MiB at a time (larger buffers fall out of the cache and are slower).
+    """Hash a whole file in one pass, a leaf at a time (larger buffers fall out of the cache and are slower).
 
-    `between` is called before each chunk is hashed, and may raise to end this.
+    `between` is called before each leaf is hashed, and may raise to end this.
     """
-    sha256, git, done = hashlib.sha256(), hashlib.sha1(usedforsecurity=False), 0
-    git.update(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb", buffering=0) as f:
-        while chunk := f.read(_CHUNK_BYTES):
+    sha256, git, leaves, done = hashlib.sha256(), hashlib.sha1(usedforsecurity=False), bytearray(), 0
+    with path.open("rb", buffering=0) as f, closing(hashed_ahead(_leaves_of(f.fileno()))) as hashed:
+        found = os.fstat(f.fileno())
+        git.update(b"blob %d\0" % found.st_size)
+        for leaf, its_hash in hashed:
             between()
-            sha256.update(chunk)
+            sha256.update(leaf)
             if with_git:
-                git.update(chunk)
-            done += len(chunk)
-    return Digests(sha256=sha256.hexdigest(), git_sha1=git.hexdigest() if with_git else "", size_bytes=done)
+                git.update(leaf)
+            leaves += its_hash
+            done += len(leaf)
+    return Digests(
+        sha256=sha256.hexdigest(),
+        git_sha1=git.hexdigest() if with_git else "",
+        size_bytes=done,
+        leaves=bytes(leaves),
+        mtime_ns=found.st_mtime_ns,
+    )
+
+
+def hashed_ahead(leaves: Iterator[bytes]) -> Generator[tuple[bytes, bytes]]:
+    """Leaves with their BLAKE3. The next one is read and hashed in a thread while the caller works on this one.
+
+    Close it: that waits for the leaf in hand.
+    """
+
+    def take() -> tuple[bytes, bytes] | None:
+        for leaf in leaves:
+            return leaf, leaf_hash(leaf)
+        return None
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(take)
+        while (found := coming.result()) is not None:
+            coming = ahead.submit(take)
+            yield found
+
+
+def _leaves_of(fd: int) -> Iterator[bytes]:
+    at_byte = 0
+    while leaf := os.pread(fd, LEAF_BYTES, at_byte):
+        # A read that a signal has cut short is no leaf yet.
+        while len(leaf) < LEAF_BYTES and (more := os.pread(fd, LEAF_BYTES - len(leaf), at_byte + len(leaf))):
+            leaf += more
+        yield leaf
+        at_byte += len(leaf)

@@ -1,8 +1,8 @@
 """What storage does to the disk, in the orders that DESIGN §7 gives. Blocking: runs in threads.
 
-Order of a commit: data, fsync, verify, chmod, rename, fsync of both directories; the manifest last. Order of a
-delete: the manifest first, into tombs/, then view and blobs, then the manifest's tomb: a start that finds one there
-finishes that deletion.
+Order of a commit: data, fsync and verify at the same time, the leaves' hashes, chmod, rename, fsync of both
+directories; the manifest last. Order of a delete: the manifest first, into tombs/, then view and blobs, then the
+manifest's tomb: a start that finds one there finishes that deletion.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,10 +25,12 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob, check_commit
-from shoal_common.proof import prove
+from shoal_common.proof import prove, proven
+from shoal_storage import leaves
 from shoal_storage.decide import Ledger, Partial, left_behind
 from shoal_storage.digests import Digests, digest
 from shoal_storage.doubt import is_whole
+from shoal_storage.durable import make_directory, sync_directory, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.scan import blob_stamp, scan
 from shoal_storage.truth import PROVEN_MODE, believed
@@ -35,7 +38,7 @@ from shoal_storage.views import build_view, remove_view
 
 log = Log("disk")
 
-_PARTIAL_MODE = 0o644
+PARTIAL_MODE = 0o644
 
 
 class PartialMeta(Message):
@@ -43,15 +46,6 @@ class PartialMeta(Message):
 
     size_bytes: int
     models: list[str]
-
-
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Disk:
@@ -69,7 +63,7 @@ class Disk:
         """Take the lock, check the format, make the directories. Raises Claimed, Unsupported."""
         lay = self.layout
         refuse_lying_locks(lay.root.resolve(), mounts())
-        self._make(lay.root)
+        make_directory(lay.root)
         self._take_lock()
         if not prove("0" * 64, lay.lock):
             raise Unsupported(
@@ -81,10 +75,18 @@ class Disk:
                 f"the store at {lay.root} has format {found} and this version of Shoal knows {FORMAT_VERSION}: "
                 "update Shoal, or give the node another store"
             )
-        for directory in (lay.blobs, lay.partials, lay.manifests, lay.views, lay.tombs, lay.quarantine):
-            self._make(directory)
+        for directory in (
+            lay.blobs,
+            lay.leaf_lists,
+            lay.partials,
+            lay.manifests,
+            lay.views,
+            lay.tombs,
+            lay.quarantine,
+        ):
+            make_directory(directory)
         if not lay.version.exists():
-            self._write(lay.version, FORMAT_VERSION.encode())
+            write_file(lay.version, FORMAT_VERSION.encode())
         if self._root_fd is None:
             self._root_fd = os.open(lay.root, os.O_RDONLY)
             weakref.finalize(self, os.close, self._root_fd)
@@ -107,13 +109,6 @@ class Disk:
         """Raise Unavailable while the store is not found at its path."""
         if not self.is_there():
             raise Unavailable(f"the store is not at {self.layout.root} now: mount its disk, or put it back")
-
-    def _make(self, directory: Path) -> None:
-        """Make a directory and those above it, durably: what is kept in it is lost with a name that is not."""
-        if not directory.exists():
-            self._make(directory.parent)
-            directory.mkdir(exist_ok=True)
-            sync_directory(directory.parent)
 
     def _take_lock(self) -> None:
         f = self.layout.lock.open("a+b", buffering=0)
@@ -158,6 +153,7 @@ class Disk:
                     remove_view(lay, view, deleted.get(f"{view.parent.name.replace('--', '/')}@{view.name}"))
         for tomb in lay.tombs.iterdir():
             self._remove(tomb)
+        leaves.remove_strays(lay, ledger.blobs)
         return ledger
 
     def _read_tombs(self) -> Iterator[Manifest]:
@@ -170,7 +166,7 @@ class Disk:
         seen = scan(self.layout)
         ledger = Ledger(unknown=seen.unknown)
         for sha256, stamp in seen.blobs.items():
-            if not believed(stamp):
+            if not believed(stamp, listed=leaves.proves(self.layout, sha256)):
                 ledger.unproven[sha256] = stamp
                 continue
             ledger.blobs[sha256] = stamp.size_bytes
@@ -199,7 +195,7 @@ class Disk:
             blob = check_blob(directory.name)
             meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
             # A commit that was interrupted before its rename has made this read-only.
-            (directory / "data").chmod(_PARTIAL_MODE)
+            (directory / "data").chmod(PARTIAL_MODE)
         except BadName:
             return None
         except (ShoalError, FileNotFoundError, NotADirectoryError):
@@ -229,9 +225,11 @@ class Disk:
         """Make a partial's directory, or change for which models it is reserved."""
         directory = self.layout.partial(blob)
         directory.mkdir(exist_ok=True)
-        (directory / "data").touch(mode=_PARTIAL_MODE)
+        if not (directory / "data").exists():
+            (directory / "have").unlink(missing_ok=True)  # what it claims was in data that has gone
+            (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
-        self._write(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
+        write_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
         sync_directory(self.layout.partials)
 
     def remove_partial(self, blob: str) -> None:
@@ -243,17 +241,26 @@ class Disk:
 
     def verify_partial(self, blob: str, size_bytes: int) -> Digests:
         """Make a partial's data durable and hash all of it. Raises Corrupt when it is not what it should be."""
-        data = self.layout.partial(blob) / "data"
-        with data.open("rb") as f:
+        data, failed = self.layout.partial(blob) / "data", threading.Event()
+
+        def between() -> None:
+            self.keep_on()
+            if failed.is_set():
+                raise Unavailable("the bytes that are hashed are lost already")
+
+        # Both at once: one waits for the disk, the other for the processor.
+        with data.open("rb") as f, ThreadPoolExecutor(1) as beside:
+            hashing = beside.submit(digest, data, blob.startswith("git-"), between)
             try:
                 os.fsync(f.fileno())
             except OSError as e:
+                failed.set()
                 # Final: the next fsync would say that all is well, and the bytes are gone.
                 raise Corrupt(
                     f"the disk could not keep the bytes of {blob[:16]}… ({e.strerror}); "
                     "they are discarded and fetched again"
                 ) from None
-        found = digest(data, with_git=blob.startswith("git-"), between=self.keep_on)
+            found = hashing.result()
         name = f"git-{found.git_sha1}" if found.git_sha1 else found.sha256
         if name != blob or found.size_bytes != size_bytes:
             raise Corrupt(
@@ -276,18 +283,29 @@ class Disk:
         here = blob_stamp(self.layout, target)
         # If a proven one is here, it stays: views hold on to that very file.
         if here is None or not here.proven or here.size_bytes != digests.size_bytes:
-            if not target.parent.exists():
-                target.parent.mkdir(exist_ok=True)
-                sync_directory(self.layout.blobs)
-            (source / "data").chmod(PROVEN_MODE)
-            prove(digests.sha256, source / "data")
+            data = source / "data"
+            found = data.stat()
+            if found.st_mtime_ns != digests.mtime_ns and not proven(digests.sha256, found):
+                raise Unavailable(f"somebody wrote to the partial of {blob[:16]}… after it was verified; try again")
+            data.chmod(PROVEN_MODE)
+            prove(digests.sha256, data)
+            leaves.write(self.layout, digests.sha256, digests.leaves, data.stat().st_mtime_ns)
+            make_directory(target.parent)
             (source / "data").replace(target)
             sync_directory(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
         sync_directory(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
-        (self.layout.quarantine / digests.sha256).unlink(missing_ok=True)
+        self.drop_set_aside(digests.sha256)
         self._remove(source)
+
+    def drop_set_aside(self, sha256: str) -> None:
+        """Remove what is in quarantine of a blob, durably: its bitmap must not come back beside other bytes."""
+        files = [p for p in (self.layout.set_aside(sha256), self.layout.set_aside_have(sha256)) if p.exists()]
+        for path in files:
+            path.unlink(missing_ok=True)
+        if files:
+            sync_directory(self.layout.quarantine)
 
     def remove_blob(self, sha256: str) -> None:
         """Remove a blob, durably. Absent already is fine."""
@@ -297,6 +315,7 @@ class Disk:
             sync_directory(path.parent)  # if it was absent too: a first attempt may have failed at this
         with suppress(OSError):  # other blobs live there
             path.parent.rmdir()
+        leaves.remove(self.layout, sha256)
 
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or other files than were proven, whatever the ledger says."""
@@ -313,10 +332,8 @@ class Disk:
         """Build the view, then write the manifest: from then on the model is present (I2)."""
         self.build_view(manifest)
         path = self.layout.manifest(manifest.repo, manifest.commit)
-        if not path.parent.exists():
-            path.parent.mkdir(exist_ok=True)
-            sync_directory(self.layout.manifests)
-        self._write(path, encode(manifest))
+        make_directory(path.parent)
+        write_file(path, encode(manifest))
 
     def build_view(self, manifest: Manifest) -> None:
         """Link every file of a model into its view. Raises OSError, also when the store has gone."""
@@ -359,16 +376,6 @@ class Disk:
         return None
 
     # Small things
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a small file so that it is, durably, either the old or the new one."""
-        fresh = path.with_name(f".{path.name}.new")
-        with fresh.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        fresh.replace(path)
-        sync_directory(path.parent)
 
     def _remove(self, path: Path) -> None:
         """Remove a file or a directory with all that is in it, atomically out of sight first."""

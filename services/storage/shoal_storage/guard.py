@@ -29,6 +29,7 @@ from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.keeping import Keeping
 from shoal_storage.removal import Removal
+from shoal_storage.repair import make_partial
 from shoal_storage.room import Room
 from shoal_storage.uses import Uses
 
@@ -88,12 +89,18 @@ class Guard:
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
 
     async def _promise(self, blob: str, size_bytes: int, model: str) -> None:
-        partial = self._ledger.partials.get(blob) or Partial(size_bytes)
+        known = self._ledger.partials.get(blob)
+        partial = known or Partial(size_bytes)
         models = {*partial.models, model}
         # Files removed by hand while we ran are made again: the disk is the truth.
-        if models != partial.models or not await asyncio.to_thread(self._disk.has_partial, blob):
+        if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
+            if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models):
+                self._ledger.quarantined.discard(blob)
+                self._ledger.repairable.pop(blob, None)
+                partial.allocated_bytes = await asyncio.to_thread(self._disk.allocated_bytes, blob, size_bytes)
+        elif models != partial.models:
             await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models)
-            partial.models = models
+        partial.models = models
         self._ledger.partials[blob] = partial
 
     async def _with_known(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
@@ -163,6 +170,7 @@ class Guard:
             self._ledger.unproven.pop(digests.sha256, None)
             self._ledger.wrong.pop(digests.sha256, None)
             self._ledger.quarantined.discard(digests.sha256)
+            self._ledger.repairable.pop(digests.sha256, None)
             if blob != digests.sha256:
                 self._ledger.git[blob] = digests.sha256
         await self._announcer.publish()
@@ -180,7 +188,8 @@ class Guard:
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: it lacks the sha256 of some files")
         async with self._section:
-            held = self._ledger.manifests.get(manifest.model)
+            whole = manifest.model in self._ledger.manifests
+            held = self._ledger.on_disk.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
             # A commit never changes: what was sealed stands, and only gains names.
             manifest = structs.replace(held or manifest, revisions=names)
@@ -195,15 +204,16 @@ class Guard:
             await self.removal.end_promise(manifest.model)
             state = await self._announcer.announce(manifest)
         await self._announcer.publish()
-        if held is None:
+        if not whole:
             await self._context.events.tell("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
         log.info("model is ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
     async def manifest(self, question: AskManifest) -> Manifest:
-        """The manifest of a model held here."""
+        """The manifest of a model held here, whole; or broken too, for who repairs it."""
         ref = ModelRef.parse(question.model)
-        found = matching(ref.repo, ref.revision, self._ledger.manifests.values())
+        held = self._ledger.on_disk if question.broken else self._ledger.manifests
+        found = matching(ref.repo, ref.revision, held.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
         return found[-1]

@@ -22,7 +22,7 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.names import ModelRef
 from shoal_storage.decide import Ledger
-from shoal_storage.disk import sync_directory
+from shoal_storage.durable import make_directory, sync_directory, write_file
 
 log = Log("keeping")
 
@@ -112,15 +112,9 @@ class Keeping:
         """Make what the ledger has promised to a model's fetch survive a restart."""
         repo, _, commit = model.rpartition("@")
         path = self._layout.promise(repo, commit)
-        fresh = path.with_name(f".{path.name}{_UNFINISHED}")
         try:
-            _make_directory(path.parent)
-            with fresh.open("wb") as f:
-                f.write(encode(Promise(blobs=sorted(self._ledger.promised[model]))))
-                f.flush()
-                os.fsync(f.fileno())
-            fresh.replace(path)
-            sync_directory(path.parent)
+            make_directory(path.parent)
+            write_file(path, encode(Promise(blobs=sorted(self._ledger.promised[model]))))
         except OSError as e:
             # A full disk; after a restart, what this fetch has brought would be brought again.
             log.warning("a promise is kept in memory only", model=model, why=e.strerror)
@@ -177,7 +171,7 @@ def _named(directory: Path) -> Iterator[tuple[str, Path]]:
 
 def _touch(path: Path, mtime_s: float | None = None) -> None:
     """Make an empty file, or give it another time, durably."""
-    _make_directory(path.parent)
+    make_directory(path.parent)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         if mtime_s is not None:
@@ -187,12 +181,6 @@ def _touch(path: Path, mtime_s: float | None = None) -> None:
     finally:
         os.close(fd)
     sync_directory(path.parent)
-
-
-def _make_directory(path: Path) -> None:
-    if not path.exists():
-        path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
 
 
 def _remove(path: Path) -> None:

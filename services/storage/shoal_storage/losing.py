@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from shoal_common.messages.records import InstanceSpec
 from shoal_common.service import Context
 from shoal_common.watch import View
-from shoal_storage import quarantine
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger
 from shoal_storage.disk import Disk
@@ -38,5 +37,6 @@ class Losses:
 async def forget_useless(disk: Disk, ledger: Ledger) -> None:
     """Remove what was set aside and has come back, or is wanted by nothing. Within the critical section."""
     for sha256 in of_no_more_use(ledger):
-        await asyncio.to_thread(quarantine.drop, disk, sha256)
+        await asyncio.to_thread(disk.drop_set_aside, sha256)
         ledger.quarantined.discard(sha256)
+        ledger.repairable.pop(sha256, None)

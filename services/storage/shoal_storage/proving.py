@@ -16,9 +16,10 @@ import msgspec
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.proof import disprove, prove
-from shoal_storage import quarantine
+from shoal_storage import leaves, quarantine
 from shoal_storage.decide import Ledger, Stamp
-from shoal_storage.disk import Disk, sync_directory
+from shoal_storage.disk import Disk
+from shoal_storage.durable import sync_directory
 from shoal_storage.losing import forget_useless
 from shoal_storage.rescan import Rescan
 from shoal_storage.scan import blob_stamp
@@ -28,7 +29,6 @@ log = Log("storage")
 
 SETTLED_AFTER_S = 1.0
 """Without a write; a copy goes on or ends."""
-_WRONG_MODE = 0o644
 
 
 class Judged(msgspec.Struct, frozen=True):
@@ -37,6 +37,8 @@ class Judged(msgspec.Struct, frozen=True):
     stamp: Stamp
     intact: bool
     why: str = ""
+    leaves: bytes = b""
+    """BLAKE3 of each leaf, one after the other."""
 
 
 class _Unsettled(Exception):
@@ -88,7 +90,7 @@ class Prover:
         if sha256 not in ledger.unproven:
             return True  # removed, or a blob by now
         if judged.intact:
-            if not await asyncio.to_thread(accept, self._disk, sha256, judged.stamp):
+            if not await asyncio.to_thread(accept, self._disk, sha256, judged):
                 return False
             del ledger.unproven[sha256]
             ledger.wrong.pop(sha256, None)
@@ -137,17 +139,19 @@ def judge(disk: Disk, sha256: str) -> Judged | None:
         return None
     if checked is None:
         return None
-    return Judged(stamp, checked.intact, "" if checked.intact else "its bytes hash to something else")
+    why = "" if checked.intact else "its bytes hash to something else"
+    return Judged(stamp, checked.intact, why, checked.leaves)
 
 
-def accept(disk: Disk, sha256: str, stamp: Stamp) -> bool:
+def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
     """Make a file that was found intact a blob, durably. False: it is not that file any more."""
     path = disk.layout.blob(sha256)
     now = blob_stamp(disk.layout, path)
-    if now is None or not now.same_file(stamp):
+    if now is None or not now.same_file(judged.stamp):
         return False
     path.chmod(PROVEN_MODE)
     prove(sha256, path)
+    leaves.write(disk.layout, sha256, judged.leaves, path.lstat().st_mtime_ns)
     _sync_file(path)
     sync_directory(path.parent)
     sync_directory(disk.layout.blobs)
@@ -163,8 +167,7 @@ def refuse(disk: Disk, sha256: str, stamp: Stamp) -> Stamp | None:
     now = blob_stamp(disk.layout, path)
     if now is None or not now.same_file(stamp):
         return None
-    if now.mode == PROVEN_MODE:
-        path.chmod(_WRONG_MODE)
+    leaves.remove(disk.layout, sha256)
     disprove(sha256, path)
     _sync_file(path)
     return blob_stamp(disk.layout, path)

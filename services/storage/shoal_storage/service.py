@@ -27,6 +27,7 @@ from shoal_storage.losing import Losses, forget_useless
 from shoal_storage.proving import Prover
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.removal import DELETE_DEADLINE_S
+from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
 from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
@@ -40,6 +41,7 @@ async def run(context: Context) -> None:
     await asyncio.to_thread(disk.open)
     ledger = await asyncio.to_thread(disk.recover)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
+    ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)
     await forget_useless(disk, ledger)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")

@@ -50,12 +50,13 @@ class Followed(msgspec.Struct, frozen=True):
     """Whole now, and not before, or with another manifest."""
 
 
-def believed(stamp: Stamp) -> bool:
+def believed(stamp: Stamp, listed: bool) -> bool:
     """Whether a start takes a file for the blob that it is called, without hashing it.
 
-    Every blob that was ever proven has this mode, and what was found to be wrong while we ran has lost it.
+    `listed`: its leaves are, with its time (`leaves.proves`). That is so in a store that was copied whole, times and
+    all, to another disk, where no file shows its proof.
     """
-    return stamp.mode == PROVEN_MODE
+    return stamp.proven or listed
 
 
 def differences(ledger: Ledger, seen: Seen) -> Differences:

@@ -9,15 +9,17 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Mapping
 
 import msgspec
 
 from shoal_common.errors import NotFound, ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Verify
+from shoal_common.messages.records import Manifest
 from shoal_common.names import ModelRef
 from shoal_common.service import Context
-from shoal_storage import quarantine
+from shoal_storage import quarantine, repair
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, matching
 from shoal_storage.disk import Disk
@@ -43,12 +45,16 @@ class Report(msgspec.Struct):
     checked_bytes: int = 0
     corrupt: list[str] = []
     """Blobs that did not hash to their name, now in quarantine."""
+    bad_leaves: int = 0
+    """Leaves of the corrupt blobs that have to come anew: all of a blob's when nothing tells which are good."""
     missing: list[str] = []
     """Blobs whose file had gone."""
     models: list[str] = []
     """Models that were whole before and are not: no longer announced; pull them again."""
     instances: list[str] = []
     """Instances that have stages of those models here: stop them, what they have loaded may be wrong."""
+    broken: list[str] = []
+    """Of the models that were asked about, all that are broken here now, those found earlier too."""
 
 
 class _GivenUp(Exception):
@@ -89,17 +95,23 @@ class Verifier:
                     await self._look(sha256, report, slowly=False)
         finally:
             self._hurried -= 1
+        report.broken = sorted(m.model for m in self._meant(command.model, self._ledger.broken))
         log.info("verified", checked=report.checked, checked_bytes=report.checked_bytes, corrupt=len(report.corrupt))
         return report
 
     def _asked(self, model: str) -> list[str]:
         if not model:
             return sorted(self._ledger.blobs)
-        ref = ModelRef.parse(model)
-        found = matching(ref.repo, ref.revision if "@" in model else "", self._ledger.on_disk.values())
+        found = self._meant(model, self._ledger.on_disk)
         if not found:
-            raise NotFound(f"{ref} is not on node {self._context.node}: there is nothing to verify")
+            raise NotFound(f"{model} is not on node {self._context.node}: there is nothing to verify")
         return sorted({blob for manifest in found for blob in manifest.blob_sizes})
+
+    def _meant(self, model: str, manifests: Mapping[str, Manifest]) -> list[Manifest]:
+        if not model:
+            return list(manifests.values())
+        ref = ModelRef.parse(model)
+        return matching(ref.repo, ref.revision if "@" in model else "", manifests.values())
 
     async def verify_slowly(self) -> None:
         """Endlessly: the blob that was verified longest ago, at a pace that leaves the disk to others."""
@@ -144,12 +156,30 @@ class Verifier:
             report.checked_bytes += checked.size_bytes
             if checked.intact:
                 self._verified_s[sha256] = time.monotonic()
+                if not checked.listed:
+                    await self._list_leaves(checked)
                 return
         # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
         task = asyncio.create_task(self._doubted(sha256, checked, report))
         self._setting_aside.add(task)
         task.add_done_callback(self._setting_aside.discard)
         await asyncio.shield(task)
+
+    async def _list_leaves(self, checked: quarantine.Checked) -> None:
+        async with self._section:
+            try:
+                await asyncio.to_thread(quarantine.list_leaves, self._disk, checked)
+            except OSError as e:
+                log.warning("the leaves of a blob could not be listed", blob=checked.sha256, why=e.strerror)
+
+    async def _keep_good_leaves(self, checked: quarantine.Checked) -> None:
+        try:
+            kept_bytes = await asyncio.to_thread(repair.keep_good_leaves, self._disk, checked)
+        except OSError as e:  # a full disk: it is out of the way, and comes whole
+            log.warning("the good leaves of a blob could not be noted", blob=checked.sha256, why=e.strerror)
+            return
+        if kept_bytes:
+            self._ledger.repairable[checked.sha256] = kept_bytes
 
     async def _doubted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
         async with self._section:
@@ -160,7 +190,11 @@ class Verifier:
                 if not await asyncio.to_thread(quarantine.set_aside, self._disk, checked, manifests):
                     return  # deleted and fetched anew while we looked: those bytes were verified when they came
                 self._ledger.quarantined.add(sha256)
+                self._ledger.repairable.pop(sha256, None)
+                if checked.size_bytes == self._ledger.blobs[sha256]:
+                    await self._keep_good_leaves(checked)
                 report.corrupt.append(sha256)
+                report.bad_leaves += checked.bad_leaf_count
             elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
                 return
             elif not await asyncio.to_thread(self._disk.is_there):

@@ -110,6 +110,8 @@ class AskManifest(Message):
     """storage.manifest: the manifest of `org/name@revision` as this node holds it, or `not_found`."""
 
     model: str
+    broken: bool = False
+    """Also of a model that has lost blobs: asked of its own node by a fetcher that is to bring them back."""
 
 
 class Withdraw(Message):

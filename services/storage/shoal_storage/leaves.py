@@ -1,0 +1,92 @@
+"""The hashes of a blob's leaves, in a small file beside it: which leaf is bad, and whether this very file was hashed.
+
+    leaves/<ab>/<sha256>      written durably before its blob gets its name; goes after it
+
+| offset     | bytes | what                                                        |
+| ---------- | ----- | ----------------------------------------------------------- |
+| 0          | 32    | BLAKE3 of all that follows: a list that does not hash to it says nothing |
+| 32         | 32    | BLAKE3 of leaf 0, the first 1 MiB                           |
+| 32 + 32 i  | 32    | BLAKE3 of leaf i; the last leaf may be shorter; no padding  |
+
+Sample: the blob of 1,048,577 bytes `w` has two leaves, and its list 96 bytes, beginning `bef8d0e3`. An empty blob has
+no leaf, and a list of 32 bytes beginning `af1349b9`, the BLAKE3 of nothing.
+
+The file's mtime is its blob's, to the nanosecond: the blob that has this mtime and the size that fits the list was
+hashed whole, and hashed to its name. A blob that was put there by other hands, or changed by a program, has another
+one. What a disk changes by itself changes no mtime: only hashing finds that.
+
+Without the file, or with one that is of no use, nothing is lost but the repair by leaf: `verify` writes it anew for a
+blob that it finds intact.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Container
+from contextlib import suppress
+
+from blake3 import blake3
+
+from shoal_common.errors import BadName
+from shoal_common.layout import Layout, leaf_count
+from shoal_common.names import check_blob
+from shoal_storage.durable import make_directory, write_file
+
+HASH_BYTES = 32
+
+
+def leaf_hash(leaf: bytes) -> bytes:
+    """BLAKE3 of a leaf, 32 bytes."""
+    return blake3(leaf).digest()
+
+
+def write(layout: Layout, sha256: str, hashes: bytes, mtime_ns: int) -> None:
+    """Keep the hashes of a blob's leaves, one after the other, durably; `mtime_ns` is the blob's."""
+    path = layout.leaves(sha256)
+    make_directory(path.parent)
+    write_file(path, leaf_hash(hashes) + hashes, mtime_ns)
+
+
+def read(layout: Layout, sha256: str, size_bytes: int) -> bytes | None:
+    """The hashes of a blob's leaves, one after the other; None when there are none, or they cannot be believed."""
+    try:
+        found = layout.leaves(sha256).read_bytes()
+    except OSError:
+        return None
+    said, hashes = found[:HASH_BYTES], found[HASH_BYTES:]
+    return hashes if leaf_hash(hashes) == said and len(found) == _list_bytes(size_bytes) else None
+
+
+def proves(layout: Layout, sha256: str) -> bool:
+    """Whether the file that is this blob now was hashed to its name, here. By stat alone."""
+    try:
+        blob, leaves = layout.blob(sha256).lstat(), layout.leaves(sha256).lstat()
+    except OSError:
+        return False
+    return (
+        stat.S_ISREG(blob.st_mode)
+        and leaves.st_size == _list_bytes(blob.st_size)
+        and leaves.st_mtime_ns == blob.st_mtime_ns
+    )
+
+
+def _list_bytes(size_bytes: int) -> int:
+    """Size of the file for a blob of `size_bytes`."""
+    return HASH_BYTES * (1 + leaf_count(size_bytes))
+
+
+def remove(layout: Layout, sha256: str) -> None:
+    """Remove the hashes of a blob that has gone. Absent already is fine; one that comes back goes at a start."""
+    layout.leaves(sha256).unlink(missing_ok=True)
+
+
+def remove_strays(layout: Layout, blobs: Container[str]) -> None:
+    """At start: remove the hashes of all but these blobs, and what a kill left half written. By names alone."""
+    for directory in layout.leaf_lists.glob("*/"):
+        for path in directory.iterdir():
+            if path.name.startswith(".") and path.suffix == ".new":
+                path.unlink(missing_ok=True)
+                continue
+            with suppress(BadName):  # not ours; left alone
+                if check_blob(path.name)[:2] == directory.name and path.name not in blobs:
+                    path.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""Flipped bytes on a node's disk: neither served nor announced, and repaired by asking for the bad leaves alone."""
+
+from __future__ import annotations
+
+import re
+
+import httpx2
+
+from shoal_common.buckets import live_key, model_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import Manifest, ModelState
+from shoal_demo.faults import Faults, Unavailable
+from shoal_storage import leaves
+from tests.fetcher.pulling import Pulls, Site
+from tests.fetcher.repos import noise
+from tests.storage.test_verify import flip
+
+BLOB_LEAVES = 6
+TWO_BAD = (LEAF_BYTES + 5, 4 * LEAF_BYTES)
+"""Offsets in two leaves that do not touch."""
+
+
+def files_of(seed: str) -> dict[str, bytes]:
+    """A model with a blob of several MiB, the last leaf short."""
+    return {"model.safetensors": noise((BLOB_LEAVES - 1) * LEAF_BYTES + 99, seed), "config.json": b"{}"}
+
+
+async def rot(here: Pulls, node: str, *offsets: int) -> Manifest:
+    """Flip bytes of the large blob on a node's disk, and have it verified. Returns the manifest that stays."""
+    manifest = await here.manifest(node)
+    path = here.site[node].layout.blob(weights(manifest))
+    for offset in offsets:
+        flip(path, offset)
+    outcome = await here.ask(node, "verify", b"{}", service="storage")
+    assert outcome.ok, outcome.error
+    assert outcome.result["corrupt"] == [weights(manifest)]
+    assert outcome.result["bad_leaves"] == len({o // LEAF_BYTES for o in offsets})
+    assert manifest.model in outcome.result["broken"]
+    return manifest
+
+
+def weights(manifest: Manifest) -> str:
+    """The large blob."""
+    return next(f.sha256 for f in manifest.files if f.path == "model.safetensors")
+
+
+def asked_bytes(site: Site) -> int:
+    """Bytes of the large file that the hub was asked for. A GET without a range asks for all."""
+    found = site.hub.stats().files.get(f"{site.repo}/model.safetensors")
+    if found is None:
+        return 0
+    assert found.gets == len(found.ranges), "the whole file was asked for"
+    ends = [re.fullmatch(r"bytes=(\d+)-(\d+)", asked) for asked in found.ranges]
+    return sum(int(m.group(2)) + 1 - int(m.group(1)) for m in ends if m is not None)
+
+
+async def served(here: Pulls, node: str, blob: str) -> int:
+    """What a node's fileserver answers to who wants a blob."""
+    live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
+    assert live is not None
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        return (await client.get(f"http://{live.facts.addresses[0]}/v1/blobs/{blob}")).status_code
+
+
+async def test_I1_two_bad_leaves_are_neither_served_nor_announced_and_cost_the_hub_two_leaves(site: Site) -> None:
+    site.make(files := files_of(site.repo))
+    async with site.join() as here:
+        await here.pull_ok("a")
+        manifest = await rot(here, "a", *TWO_BAD)
+        assert await served(here, "a", weights(manifest)) == 404
+        assert await here.buckets.state.get_as(model_key("a", manifest.model), ModelState) is None
+        site.hub.reset_stats()
+        state = await here.pull_ok("a", manifest.model)
+        await here.is_whole("a", files)
+        assert asked_bytes(site) == 2 * LEAF_BYTES
+        assert site.hub_bytes() == 2 * LEAF_BYTES == sum(state.sources.values())
+        assert site.hub.stats().requests.api == 0, "the manifest was here"
+        assert await served(here, "a", weights(manifest)) == 200
+        ready = await here.buckets.state.get_as(model_key("a", manifest.model), ModelState)
+        assert ready is not None and "main" in ready.revisions
+        assert leaves.proves(site["a"].layout, weights(manifest))
+
+
+async def test_the_short_last_leaf_comes_from_a_peer_while_the_hub_is_away(site: Site) -> None:
+    site.make(files := files_of(site.repo))
+    async with site.join() as here:
+        await here.pull_ok("a")
+        await here.pull_ok("b")
+        manifest = await rot(here, "b", len(files["model.safetensors"]) - 1)
+        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        state = await here.pull_ok("b", manifest.model)
+        await here.is_whole("b", files)
+        assert state.sources == {"a": 99}
+
+
+async def test_a_model_that_nobody_else_lists_is_repaired_by_a_peer_that_has_the_blob_for_another(site: Site) -> None:
+    site.make(files := files_of(site.repo))
+    other = f"{site.repo}-other"
+    site.make({"same.safetensors": files["model.safetensors"]}, other)
+    async with site.join() as here:
+        await here.pull_ok("a")
+        await here.pull_ok("b", other)
+        manifest = await rot(here, "a", *TWO_BAD)
+        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        state = await here.pull_ok("a", manifest.model)
+        await here.is_whole("a", files)
+        assert state.sources == {"b": 2 * LEAF_BYTES}
+
+
+async def test_leaves_that_lie_cost_one_whole_blob_and_never_a_wrong_byte(site: Site) -> None:
+    site.make(files := files_of(site.repo))
+    async with site.join() as here:
+        await here.pull_ok("a")
+        manifest, layout = await here.manifest("a"), site["a"].layout
+        blob = layout.blob(weights(manifest))
+        flip(blob, LEAF_BYTES)
+        # Made of the flipped bytes: it calls the bad leaf good, and another one bad.
+        data = blob.read_bytes()
+        lie = [leaves.leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)]
+        lie[3] = leaves.leaf_hash(b"?")
+        leaves.write(layout, blob.name, b"".join(lie), blob.stat().st_mtime_ns)
+        assert (await here.ask("a", "verify", b"{}", service="storage")).result["bad_leaves"] == 1
+        site.hub.reset_stats()
+        state = await here.pull_ok("a", manifest.model)
+        await here.is_whole("a", files)
+        assert sum(state.sources.values()) == LEAF_BYTES + len(data)
+
+
+async def test_I6_a_repair_that_is_killed_goes_on_with_the_leaves_it_has(site: Site) -> None:
+    site.make(files := files_of(site.repo))
+    async with site.join() as here:
+        await here.pull_ok("a")
+        manifest = await rot(here, "a", *TWO_BAD)
+        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        pulling = await here.begin("a", manifest.model)
+        good_bytes = sum(len(content) for content in files.values()) - 2 * LEAF_BYTES
+        await here.state("a", lambda s: s.done_bytes == good_bytes and s.phase == "fetching", manifest.model)
+        for service in ("storage", "fetcher"):
+            await site["a"].restart(here.here, service)
+        site.hub.reset_faults()
+        site.hub.reset_stats()
+        await here.state("a", lambda s: s.phase == "ready", manifest.model, deadline_s=45.0)
+        await here.is_whole("a", files)
+        assert asked_bytes(site) == 2 * LEAF_BYTES
+        pulling.cancel()
