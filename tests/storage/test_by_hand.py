@@ -370,6 +370,8 @@ async def test_what_changes_while_nats_is_away_is_told_when_it_is_back(
         aside = tmp_path / "aside"
         shutil.move(node.layout.manifest(apples.sealed.repo, apples.sealed.commit), aside)
         await taken_back(node, apples)
+        # All of it told: what is half told when NATS goes waits for it, and with it the next look at the disk.
+        await said(node, "one model is left", lambda s: s.model_count == 1)
         own_nats.kill()
         node.layout.blob(WEIGHTS).unlink()
         shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))

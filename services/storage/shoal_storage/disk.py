@@ -1,6 +1,6 @@
 """What storage does to the disk, in the orders that DESIGN §7 gives. Blocking: runs in threads.
 
-Order of a commit: data, fsync and verify at the same time, the leaves' hashes, chmod, rename, fsync of both
+Order of a commit: data, fsync and verify at the same time, chmod, proof, the leaves' hashes, rename, fsync of both
 directories; the manifest last. Order of a delete: the manifest first, into tombs/, then view and blobs, then the
 manifest's tomb: a start that finds one there finishes that deletion.
 """
