@@ -15,7 +15,9 @@ from shoal_common.shape import read_shape
 from shoal_common.watch import View
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
+from shoal_storage.leases import told
 from shoal_storage.limits import overridden
+from shoal_storage.views import build_view
 
 log = Log("storage")
 
@@ -40,7 +42,7 @@ class Announcer:
         held: set[str] = set()
         for manifest in list(self._ledger.manifests.values()):
             try:
-                await asyncio.to_thread(self._disk.build_view, manifest)
+                await asyncio.to_thread(build_view, self._disk.layout, manifest)
                 await self.announce(manifest)
             except OSError as e:
                 log.warning("a model cannot be opened; not announced", model=manifest.model, why=str(e))
@@ -99,6 +101,7 @@ class Announcer:
                 blob_count=len(ledger.blobs),
                 quarantined=sorted(ledger.quarantined),
                 pinned=sorted(ledger.pinned & ledger.on_disk.keys()),
+                leases=told(ledger.leases.values()),
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

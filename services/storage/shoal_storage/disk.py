@@ -7,13 +7,12 @@ finishes that deletion.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -27,12 +26,13 @@ from shoal_common.names import check_blob, check_commit
 from shoal_storage.decide import Ledger, Partial, check_manifest, left_behind
 from shoal_storage.digests import Digests, digest
 from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_storage.leases import Lease
+from shoal_storage.views import build_view
 
 log = Log("disk")
 
 _BLOB_MODE = 0o444
 _PARTIAL_MODE = 0o644
-_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 class PartialMeta(Message):
@@ -72,7 +72,7 @@ class Disk:
                 f"the store at {lay.root} has format {found} and this version of Shoal knows {FORMAT_VERSION}: "
                 "update Shoal, or give the node another store"
             )
-        for directory in (lay.blobs, lay.partials, lay.manifests, lay.views, lay.tombs, lay.quarantine):
+        for directory in (lay.blobs, lay.partials, lay.manifests, lay.views, lay.tombs, lay.quarantine, lay.leases):
             self._make(directory)
         if not lay.version.exists():
             self._write(lay.version, FORMAT_VERSION.encode())
@@ -105,16 +105,17 @@ class Disk:
 
     # Start
 
-    def recover(self) -> Ledger:
+    def recover(self, leases: Mapping[str, Lease] | None = None) -> Ledger:
         """Finish what a crash interrupted, and say what the disk holds, by stat alone.
 
-        Strange files are left where they are, and logged.
+        What `leases` need stays, whatever else has gone. Strange files are left where they are, and logged.
         """
         lay = self.layout
         for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
             unfinished.unlink(missing_ok=True)
         deleted = list(self._read_tombs())
         ledger = self._scan()
+        ledger.leases = dict(leases or {})
         for manifest in deleted:
             for sha256 in left_behind(manifest, ledger):
                 self.remove_blob(sha256)
@@ -123,9 +124,9 @@ class Disk:
             # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
             with suppress(BadName):
                 if not (lay.manifests / view.parent.name / f"{check_commit(view.name)}.json").exists():
-                    self._remove(view)
+                    self.remove(view)
         for tomb in lay.tombs.iterdir():
-            self._remove(tomb)
+            self.remove(tomb)
         return ledger
 
     def _read_tombs(self) -> Iterator[Manifest]:
@@ -174,10 +175,10 @@ class Disk:
         except (ShoalError, FileNotFoundError, NotADirectoryError):
             # Its reservation was never acknowledged, or its data is a blob by now.
             log.info("a partial that was being made or committed; removed", path=directory)
-            self._remove(directory)
+            self.remove(directory)
             return None
         if ledger.blobs.get(blob) == meta.size_bytes:
-            self._remove(directory)
+            self.remove(directory)
             return None
         return Partial(meta.size_bytes, self.allocated_bytes(blob, meta.size_bytes), set(meta.models))
 
@@ -217,7 +218,7 @@ class Disk:
 
     def remove_partial(self, blob: str) -> None:
         """Drop a partial's bytes and its reservation, durably: one that came back would be promised for ever."""
-        self._remove(self.layout.partial(blob))
+        self.remove(self.layout.partial(blob))
         sync_directory(self.layout.partials)
 
     # Commit
@@ -265,7 +266,7 @@ class Disk:
         sync_directory(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
         (self.layout.quarantine / digests.sha256).unlink(missing_ok=True)
-        self._remove(source)
+        self.remove(source)
 
     def remove_blob(self, sha256: str) -> None:
         """Remove a blob, durably. Absent already is fine."""
@@ -285,30 +286,12 @@ class Disk:
 
     def seal(self, manifest: Manifest) -> None:
         """Build the view, then write the manifest: from then on the model is present (I2)."""
-        self.build_view(manifest)
+        build_view(self.layout, manifest)
         path = self.layout.manifest(manifest.repo, manifest.commit)
         if not path.parent.exists():
             path.parent.mkdir(exist_ok=True)
             sync_directory(self.layout.manifests)
         self._write(path, encode(manifest))
-
-    def build_view(self, manifest: Manifest) -> None:
-        """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
-
-        What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
-        """
-        for f in manifest.files:
-            target, blob = self.layout.view_file(manifest, f.path), self.layout.blob(f.sha256)
-            if target.exists() and target.samefile(blob):
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                target.hardlink_to(blob)
-            except OSError as e:
-                if e.errno not in _NO_HARD_LINK:
-                    raise
-                target.symlink_to(blob)
 
     def delete(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Remove a model, sealed or not, with blobs that only it needs. What is absent already is fine.
@@ -323,7 +306,7 @@ class Disk:
         sync_directory(self.layout.tombs)
         with suppress(FileNotFoundError):
             sync_directory(path.parent)
-        self._remove(view)
+        self.remove(view)
         for empty in (path.parent, view.parent):
             with suppress(OSError):  # another commit of the model lives there
                 empty.rmdir()
@@ -356,7 +339,7 @@ class Disk:
         fresh.replace(path)
         sync_directory(path.parent)
 
-    def _remove(self, path: Path) -> None:
+    def remove(self, path: Path) -> None:
         """Remove a file or a directory with all that is in it, atomically out of sight first."""
         if path.is_dir() and not path.is_symlink():
             tomb = path

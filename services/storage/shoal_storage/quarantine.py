@@ -3,7 +3,7 @@
     quarantine/<sha256>    what did not hash to its name; goes when good bytes have come, or nothing wants them back
 
 Order of setting aside: the blob's files in views, fsync of their directories, rename into quarantine/, fsync of both
-directories. Hard links share the bytes: a view that kept one would go on being loaded.
+directories. Hard links and reflinks share the bytes: a view that kept one would go on being loaded, a lease's too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.errors import BadName
+from shoal_common.layout import file_in
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
 from shoal_storage.disk import Disk, sync_directory
+from shoal_storage.leases import Lease
 
 _STEP_BYTES = 1 << 20
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
@@ -84,7 +86,7 @@ def _forget_cached(fd: int, at_byte: int) -> None:
         os.posix_fadvise(fd, at_byte, _STEP_BYTES, os.POSIX_FADV_DONTNEED)
 
 
-def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest]) -> bool:
+def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest], leases: Iterable[Lease] = ()) -> bool:
     """Move a corrupt blob where nothing serves or loads it, durably. False: it is not that file any more."""
     lay = disk.layout
     path = lay.blob(checked.sha256)
@@ -94,14 +96,13 @@ def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest]) -> bo
         return False
     if (found.st_ino, found.st_mtime_ns) != (checked.inode, checked.changed_ns):
         return False
-    changed: set[Path] = set()
-    for manifest in manifests:
-        for file in manifest.files:
-            if file.sha256 == checked.sha256:
-                linked = lay.view_file(manifest, file.path)
-                linked.unlink(missing_ok=True)
-                changed.add(linked.parent)
-    for directory in changed:
+    linked = [lay.view_file(m, f.path) for m in manifests for f in m.files if f.sha256 == checked.sha256]
+    for lease in leases:
+        view = lay.lease_view(lease.id)
+        linked += [file_in(view, path) for path, blob in lease.files.items() if blob == checked.sha256]
+    for file in linked:
+        file.unlink(missing_ok=True)
+    for directory in {file.parent for file in linked}:
         if directory.exists():
             sync_directory(directory)
     lay.quarantine.mkdir(exist_ok=True)
