@@ -75,8 +75,8 @@ def test_on_xfs_a_views_files_are_reflinks_that_share_the_blobs_bytes_and_not_it
         views.build_view(store.layout, MODEL.sealed)
         assert mine.stat().st_ino == inode
         mine.chmod(0o644)
-        with mine.open("r+b") as f:
-            f.write(b"mine")
+        with mine.open("r+b") as opened:
+            opened.write(b"mine")
         assert store.leased_view_is_whole(leases[0], MODEL)
         views.build_view(store.layout, MODEL.sealed)
         assert store.holds(MODEL)

@@ -113,6 +113,8 @@ def look(lay: Layout, leases: list[str]) -> dict[str, tuple[bool, int]]:
             with suppress(OSError):
                 lock = lay.lease_lock(lease).stat()
                 pid = pids.get((lock.st_ino, os.major(lock.st_dev), os.minor(lock.st_dev)), 0)
+                if not Path(f"/proc/{pid}").exists():  # it took the lock for somebody else, as flock(1) in a script
+                    pid = 0
         found[lease] = held, pid
     return found
 

@@ -111,6 +111,7 @@ class Removal:
     async def _wait_for_leaving(self, repo: str, revision: str) -> None:
         """Refuse what is in use; but stages of an instance that was stopped end by themselves, in a moment."""
         give_up_s = asyncio.get_running_loop().time() + _LEAVING_PATIENCE_S
+        waited = False
         while True:
             try:
                 async with self._section:
@@ -119,6 +120,9 @@ class Removal:
             except InUse as e:
                 if not e.details.get("leaving") or asyncio.get_running_loop().time() > give_up_s:
                     raise
+                if not waited:
+                    log.info("waiting for stages that are ending", model=repo, users=",".join(e.details["users"]))
+            waited = True
             await asyncio.sleep(_LEAVING_LOOK_S)
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
