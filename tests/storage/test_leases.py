@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from shoal_common.messages.questions import Done, Leased, Withdraw
 from shoal_common.messages.records import InstanceSpec, Manifest, ManifestFile, StageSpec
 from shoal_common.names import check_holder
 from shoal_common.questions import Question, serve
+from shoal_storage import lease_disk
 from shoal_storage.decide import Ledger, freed_by
 from shoal_storage.evict import garbage_of, kept_models, plan
 from shoal_storage.leases import GRACE_S, LEASES_AT_MOST, Lease, grace_left_s, has_ended
@@ -30,6 +33,7 @@ from tests.harness.waiting import eventually
 from tests.storage.holding import holder_of
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.test_guard import holding as guarding
 from tests.storage.test_storage_deletes import instance_of
 from tests.storage.test_verify import flip
 
@@ -108,7 +112,7 @@ BLOBS = st.sets(st.sampled_from([f"{n}" * 64 for n in range(6)]))
 
 
 @given(BLOBS, BLOBS, st.booleans(), st.integers(0, 10))
-def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_other_model(
+def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
     leased: set[str], theirs: set[str], manifest_is_here: bool, need_bytes: int
 ) -> None:
     def manifest(repo: str, blobs: set[str]) -> Manifest:
@@ -123,11 +127,35 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_other_model(
     lease.files = {b: b for b in leased}
     ledger.leases = {"l": lease}
     assert not leased & set(garbage_of(ledger))
-    assert not leased & set(freed_by(other.model, ledger))
+    assert not leased & {*freed_by(other.model, ledger), *freed_by(mine.model, ledger)}
     users = users_of([], ledger.leases.values(), "a")
     made = plan(need_bytes, ledger, {}, kept_models(ledger, users))
     assert mine.model not in [v.model for v in made.victims] and not leased & set(made.garbage)
     assert made.evictable_bytes <= 6 - len(leased)
+
+
+async def test_a_look_at_leases_says_whether_anything_changed_and_survives_a_disk_that_refuses(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guarding(nats, tmp_path, fresh("storage")) as held:
+        holders, leases, now_s = held.guard.holders, held.ledger.leases, time.monotonic()
+        for name, grace_s in (("young", GRACE_S), ("old", 0.0)):
+            leases[name] = Lease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s)
+            lease_disk.make(held.disk, leases[name])
+
+        def refuse(*_: object) -> bool:
+            raise OSError(errno.EIO, "the disk refuses")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(lease_disk, "remove", refuse)
+            assert not await holders.look() and set(leases) == {"young", "old"}
+        assert await holders.look() and set(leases) == {"young"}
+        assert not await holders.look()
+        with holder_of(str(held.disk.layout.lease_lock("young"))) as holder:
+            assert await holders.look() and leases["young"].pid == holder.pid
+            assert not await holders.look()
+        assert await holders.look() and not leases
+        assert not await holders.look()
 
 
 @pytest.mark.parametrize("holder", ["", "  ", "a\nb", "x" * 201, "\x1b[31mred"])

@@ -187,9 +187,8 @@ def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
     for model, blobs in ledger.promised.items():
         if model not in gone:
             needed |= blobs
-    for lease in ledger.leases.values():
-        if lease.model not in gone:
-            needed |= lease.blobs
+    for lease in ledger.leases.values():  # whatever its model's manifest does: somebody reads them
+        needed |= lease.blobs
     for blob, partial in ledger.partials.items():
         if partial.models - gone:
             needed.add(blob)
