@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,37 +73,62 @@ def check_after(root: Path, said: list[str]) -> None:
     assert files_below(root) == whole_of(STAYS)
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: kills at every call are NOT tested here")
+NO_STRACE = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="no strace: kills and refusals at every call are NOT tested here"
+)
+
+
+class Points:
+    """The calls that a life of leases makes below a store, and a store for each of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        Store(directory / "whole").bring_in(STAYS)
+        root, trace, calls = self._fresh("traced"), directory / "trace", ",".join(f"?{c}" for c in CALLS)
+        ended = live(root, "-o", str(trace), "-e", f"trace={calls}")
+        assert ended.returncode == 0, ended.stderr
+        lay, counts = Layout(root), Counter[str]()
+        self.all: list[tuple[str, int]] = []
+        for line in trace.read_text().splitlines():
+            if match := _CALL.match(line):
+                counts[match.group(1)] += 1
+                if str(lay.leases) in line or str(lay.tombs) in line:
+                    self.all.append((match.group(1), counts[match.group(1)]))
+
+    def _fresh(self, name: str) -> Path:
+        shutil.copytree(self._directory / "whole", self._directory / name)
+        return self._directory / name
+
+    def hit(self, points: list[tuple[str, int]], how: str) -> Iterator[subprocess.CompletedProcess[str]]:
+        """A life for each point, in which that call goes wrong. Checks what the next start finds."""
+
+        def one(point: tuple[str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+            call, n = point
+            at = self._fresh(f"{call}-{n}")
+            return at, live(at, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{how}:when={n}")
+
+        with ThreadPoolExecutor(2) as two:
+            for point, (at, ended) in zip(points, two.map(one, points), strict=True):
+                try:
+                    check_after(at, ended.stdout.splitlines())
+                except AssertionError as e:
+                    raise AssertionError(f"{how} at {point} after {ended.stdout.splitlines()[-1:]}: {e}") from e
+                yield ended
+
+
+@NO_STRACE
 def test_I6_a_kill_at_any_call_of_making_and_removing_a_lease_leaves_nothing_uncleaned(tmp_path: Path) -> None:
-    Store(tmp_path / "whole").bring_in(STAYS)
+    points = Points(tmp_path)
+    assert len(points.all) > 40, points.all
+    for ended in points.hit(points.all, "signal=SIGKILL"):
+        assert ended.returncode != 0, "it was never reached"
 
-    def fresh(name: str) -> Path:
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
-        return tmp_path / name
 
-    calls = ",".join(f"?{c}" for c in CALLS)
-    root = fresh("traced")
-    ended = live(root, "-o", str(tmp_path / "trace"), "-e", f"trace={calls}")
-    assert ended.returncode == 0, ended.stderr
-    counts: Counter[str] = Counter()
-    points = []
-    lay = Layout(root)
-    for line in (tmp_path / "trace").read_text().splitlines():
-        if match := _CALL.match(line):
-            counts[match.group(1)] += 1
-            if str(lay.leases) in line or str(lay.tombs) in line:
-                points.append((match.group(1), counts[match.group(1)]))
-    assert len(points) > 40, points
-
-    def kill_at(point: tuple[str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        call, n = point
-        at = fresh(f"{call}-{n}")
-        return at, live(at, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={n}")
-
-    with ThreadPoolExecutor(2) as two:
-        for point, (at, killed) in zip(points, two.map(kill_at, points), strict=True):
-            assert killed.returncode != 0, f"{point} was never reached"
-            try:
-                check_after(at, killed.stdout.splitlines())
-            except AssertionError as e:
-                raise AssertionError(f"killed at {point} after {killed.stdout.splitlines()[-1:]}: {e}") from e
+@NO_STRACE
+def test_I6_what_a_full_disk_refuses_of_a_lease_is_told_and_leaves_nothing_uncleaned(tmp_path: Path) -> None:
+    points = Points(tmp_path)
+    refused = [point for point in points.all if point[0] in ("write", "ioctl")]
+    assert {call for call, _ in refused} == {"write", "ioctl"}
+    told = ["No space left" in ended.stderr for ended in points.hit(refused, "error=ENOSPC")]
+    # Python asks of each file that it opens whether it is a terminal, by ioctl, and does not mind a refusal.
+    assert told.count(True) >= 4

@@ -19,7 +19,7 @@ from shoal_common.buckets import instance_key
 from shoal_common.errors import BadName, Busy, InUse, NotFound, QuotaExceeded
 from shoal_common.messages import encode
 from shoal_common.messages.commands import CollectGarbage, Verify
-from shoal_common.messages.questions import Done, Leased, Withdraw
+from shoal_common.messages.questions import AskLease, Done, Leased, Unlease, Withdraw
 from shoal_common.messages.records import InstanceSpec, Manifest, ManifestFile, StageSpec
 from shoal_common.names import check_holder
 from shoal_common.questions import Question, serve
@@ -32,7 +32,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.holding import holder_of
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, Store, check_invariants, files_below, put, sha256, whole_of
 from tests.storage.test_guard import holding as guarding
 from tests.storage.test_storage_deletes import instance_of
 from tests.storage.test_verify import flip
@@ -263,13 +263,29 @@ async def test_I5_a_lease_that_nobody_holds_is_given_back_at_once_and_again(
 
 
 async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
-        await node.bring_in(OTHER)
-        first, *_ = await asyncio.gather(*(node.lease("org/other") for _ in range(LEASES_AT_MOST)))
+    async with guarding(nats, tmp_path, fresh("storage")) as held:
+        names = [f"l{n}" for n in range(LEASES_AT_MOST)]
+        for name in names:
+            held.ledger.leases[name] = Lease(name, "org/m@c", "me", "", time.time(), {}, float("inf"))
+        question = AskLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
-            await node.lease("org/other")
-        await node.unlease(first.id)
-        await node.lease("org/other")
+            await held.guard.holders.lease(question)
+        await held.guard.holders.unlease(Unlease(id=names[0]))
+        with pytest.raises(NotFound):  # room for a lease, and nothing to lease
+            await held.guard.holders.lease(question)
+
+
+async def test_what_cannot_be_found_out_of_a_lock_counts_as_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(root)
+    store.bring_in(MODEL)
+    lease = store.lease(MODEL, "one")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk refuses")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert lease_disk.is_held(store.layout, lease.id)
+    assert set(lease_disk.read(store.disk, 0.0, time.time() + 2 * GRACE_S)) == {"one"}
 
 
 async def test_I4_blobs_of_a_leased_model_whose_manifest_was_removed_by_hand_stay_while_it_is_held(

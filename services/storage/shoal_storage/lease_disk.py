@@ -85,9 +85,13 @@ def _dead(lay: Layout, lease: str) -> Iterator[bool]:
 
 
 def is_held(lay: Layout, lease: str) -> bool:
-    """Whether somebody holds a lease's lock now."""
-    with _dead(lay, lease) as dead:
-        return not dead
+    """Whether somebody holds a lease's lock now. What cannot be found out counts as held."""
+    try:
+        with _dead(lay, lease) as dead:
+            return not dead
+    except OSError as e:
+        log.warning("whether a lease is held cannot be seen; it counts as held", lease=lease, why=e.strerror)
+        return True
 
 
 def remove(disk: Disk, lease: str) -> bool:
@@ -101,21 +105,26 @@ def remove(disk: Disk, lease: str) -> bool:
 
 def look(lay: Layout, leases: list[str]) -> dict[str, tuple[bool, int]]:
     """Whether each lease is held, and by which process; 0 where the system does not say (macOS never does)."""
-    pids: dict[tuple[int, int, int], int] = {}
-    with suppress(OSError):
-        for pid, major, minor, inode in _HELD.findall(_LOCKS.read_text()):
-            pids[int(inode), int(major, 16), int(minor, 16)] = int(pid)
+    pids = _lockers()
     found: dict[str, tuple[bool, int]] = {}
     for lease in leases:
-        pid = 0
-        held = is_held(lay, lease)
+        held, pid = is_held(lay, lease), 0
         if held:
             with suppress(OSError):
                 lock = lay.lease_lock(lease).stat()
                 pid = pids.get((lock.st_ino, os.major(lock.st_dev), os.minor(lock.st_dev)), 0)
-                if not Path(f"/proc/{pid}").exists():  # it took the lock for somebody else, as flock(1) in a script
-                    pid = 0
         found[lease] = held, pid
+    return found
+
+
+def _lockers() -> dict[tuple[int, int, int], int]:
+    """Living processes that have taken a flock, by the file's inode and its device, major and minor."""
+    found: dict[tuple[int, int, int], int] = {}
+    with suppress(OSError):
+        for pid, major, minor, inode in _HELD.findall(_LOCKS.read_text()):
+            # It may have taken the lock for somebody else and ended, as flock(1) in a script does.
+            if Path(f"/proc/{pid}").exists():
+                found[int(inode), int(major, 16), int(minor, 16)] = int(pid)
     return found
 
 
