@@ -103,6 +103,7 @@ def test_users_are_told_as_people_list_things() -> None:
         "a (pid 1) and instance x",
         "a (pid 1), instance x and stage 0 of y",
     ]
+    assert words([a] * 256).endswith("a (pid 1) and 246 more")
     assert how_to_end([b]) == "stop it first with `shoal stop x`"
     assert how_to_end([a, b]) == "stop it first with `shoal stop x`, and end that program first"
     assert how_to_end([c]) == "it is ending; try again in a moment"

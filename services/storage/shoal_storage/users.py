@@ -9,6 +9,8 @@ import msgspec
 from shoal_common.messages.records import InstanceSpec
 from shoal_storage.leases import Lease, words_of
 
+_NAMED_AT_MOST = 10
+
 
 class User(msgspec.Struct, frozen=True):
     """Somebody who uses a model. `instance` is what to stop so that it ends, "" for what is no instance of ours."""
@@ -39,8 +41,9 @@ def users_of(specs: Iterable[InstanceSpec], leases: Iterable[Lease], node: str) 
 
 
 def words(users: Sequence[User]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    said = [user.words for user in users]
+    """`a`, `a and b`, `a, b and c`; of very many the first ones."""
+    said = [user.words for user in users[:_NAMED_AT_MOST]]
+    said += [f"{len(users) - _NAMED_AT_MOST} more"] if len(users) > _NAMED_AT_MOST else []
     return " and ".join(filter(None, (", ".join(said[:-1]), *said[-1:])))
 
 
