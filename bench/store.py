@@ -35,6 +35,7 @@ from shoal_common.messages.records import Manifest, ManifestFile  # noqa: E402
 from shoal_storage.decide import Ledger, Limits, Partial, admit  # noqa: E402
 from shoal_storage.disk import Disk  # noqa: E402
 from shoal_storage.evict import plan  # noqa: E402
+from shoal_storage.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
 from tests.storage.service import on_node  # noqa: E402
 
@@ -138,7 +139,7 @@ def build_store(root: Path) -> None:
             path.touch(mode=0o644)
             os.truncate(path, size)
             path.chmod(0o444)
-        disk.build_view(manifest)
+        build_view(lay, manifest)
         path = lay.manifest(manifest.repo, manifest.commit)
         path.parent.mkdir()
         path.write_bytes(encode(manifest))

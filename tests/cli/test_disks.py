@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -29,8 +30,13 @@ def disk(node: str, **storage: Any) -> dict[str, Any]:
 def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_special(
     cluster: Cluster, capsys: Capture
 ) -> None:
+    since_s = time.time() - 7200
+    leases = [
+        {"id": "l1", "model": HELD, "holder": "stage 0 of instance x", "since_s": since_s, "pid": 4711},
+        {"id": "l2", "model": HELD, "holder": "me", "since_s": since_s},
+    ]
     cluster.disks = [
-        disk("node-a", pinned=[HELD], quarantined=["ab" * 32], from_environment=["max_storage_bytes"]),
+        disk("node-a", pinned=[HELD], quarantined=["ab" * 32], from_environment=["max_storage_bytes"], leases=leases),
         disk("node-b"),
     ]
     for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
@@ -41,6 +47,8 @@ def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_speci
         assert "node-a has promised 10.0 GB to downloads" in said
         assert f"node-a keeps {HELD}: pinned" in said
         assert "node-a has set aside abababababababab…: corrupt" in said
+        assert f"node-a: {HELD} is in use by stage 0 of instance x (pid 4711), for 2 h" in said
+        assert f"node-a: {HELD} is in use by me, for 2 h" in said
         assert "node-a: the environment holds max_storage_bytes" in said
         assert "node-b" not in said
     assert run(["storage", "--node", "node-b"]) == 0

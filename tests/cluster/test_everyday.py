@@ -32,6 +32,10 @@ def place(cluster: ShoalCluster, stages: int) -> str:
     return str(cluster["a"].call("POST", "/v1/instances", body)["id"])
 
 
+def instances_of(cluster: ShoalCluster) -> list[dict[str, Any]]:
+    return list(cluster["a"].call("GET", "/v1/instances")["instances"])
+
+
 def ask(cluster: ShoalCluster, model: str, **more: Any) -> dict[str, Any]:
     body = {"model": model, "messages": [{"role": "user", "content": DEMO_PROMPT}], "temperature": 0, **more}
     return dict(cluster["a"].call("POST", "/v1/chat/completions", body))
@@ -126,8 +130,14 @@ def test_a_model_in_use_is_not_removed_and_the_refusal_says_by_whom(pulled: Shoa
     instance = place(pulled, 3)
     refused = pulled["a"].shoal("rm", DEMO_MODEL, "--node", "a")
     assert refused.returncode == 4
-    assert instance in refused.stderr
+    ranks = [s["rank"] for i in instances_of(pulled) if i["id"] == instance for s in i["stages"] if s["node"] == "a"]
+    assert f"is used by stage {ranks[0]} of instance {instance} (pid " in refused.stderr
+    assert f"`shoal stop {instance}`" in refused.stderr
+    assert f"stage {ranks[0]} of instance {instance}" in pulled["a"].shoal("storage", check=True).stdout
     pulled["a"].shoal("stop", instance, check=True)
+    # The stage's process may still be ending: the removal waits for it.
+    pulled["a"].shoal("rm", DEMO_MODEL, "--node", "a", check=True)
+    pulled["a"].shoal("pull", DEMO_MODEL, check=True)
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,21 @@ ROTTEN = sha256(STAYS.bytes["own.bin"])
 
 
 def live(root: Path, acknowledge: Acknowledge) -> None:
-    """Models come and go, one is pinned, a blob rots and is repaired, a deleted model begins to come back."""
+    """Models come and go, are pinned and leased, a blob rots and is repaired, a deleted one begins to come back."""
     store = Store(root)
     keeping = Keeping(store.layout, store.ledger)
     bring_in(store, STAYS, acknowledge)
     keeping.pin(STAYS.name)
     acknowledge("pinned", STAYS.name)
     bring_in(store, LEAVES, acknowledge)
+    lease, other = store.lease(STAYS, "one"), store.lease(LEAVES, "other")
+    assert store.end(other)
+    acknowledge("setting-aside", ROTTEN)
     rot(store, ROTTEN, acknowledge)
     bring_in(store, STAYS, acknowledge)  # by leaf
     store.layout.leaves(ROTTEN).unlink()  # as in a store of before there were any
     rot(store, ROTTEN, acknowledge)
+    assert store.end(lease)
     bring_in(store, STAYS, acknowledge)  # whole
     rot(store, ROTTEN, acknowledge)
     store.disk.drop_set_aside(ROTTEN)
@@ -77,7 +81,7 @@ def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
         f.write(b"?")
     checked = quarantine.check(store.disk, blob, lambda _: None)
     assert checked is not None and not checked.intact
-    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
+    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger), store.ledger.leases.values())
     lose({blob}, store.ledger)
     acknowledge("quarantined", blob)
     if keep_good_leaves(store.disk, checked):

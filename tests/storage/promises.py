@@ -8,6 +8,7 @@ from shoal_storage import leaves, quarantine
 from shoal_storage.doubt import having, lose
 from shoal_storage.keeping import Keeping
 from shoal_storage.repair import keep_good_leaves
+from shoal_storage.views import build_view
 from tests.storage.lifecycle import COMES, LEAVES, STAYS
 from tests.storage.lives import ROTTEN
 from tests.storage.stores import Store, check_invariants, claimed_leaves, sha256
@@ -23,7 +24,7 @@ def look_at(store: Store, blob: str) -> None:
     checked = quarantine.check(store.disk, blob, lambda _: None)
     assert checked is not None
     if not checked.intact:
-        assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
+        assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger), store.ledger.leases.values())
         lose({blob}, store.ledger)
         keep_good_leaves(store.disk, checked)
 
@@ -111,8 +112,12 @@ class Promises:
         assert not any(store.layout.tombs.iterdir()), "what was begun is not finished"
         for model in MODELS:
             if model.name in ledger.manifests:
-                store.disk.build_view(model.sealed)  # as the start's announcing does
+                build_view(store.layout, model.sealed)  # as the start's announcing does
                 assert store.holds(model), f"{model.name} has other bytes"
+        # Nobody holds the leases of a process that has gone, whatever is left of their views.
+        for lease in list(ledger.leases.values()):
+            assert store.end(lease)
+        assert not any(store.layout.leases.iterdir()), "an unfinished lease is left"
         # And life goes on, to the same end.
         for model in (STAYS, COMES):
             store.bring_in(model)

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-CHANGES = ("fsync", "replace", "rename", "link", "symlink", "unlink", "mkdir", "rmdir", "chmod")
+CHANGES = ("fsync", "replace", "rename", "link", "symlink", "unlink", "mkdir", "rmdir", "chmod", "fchmod", "utime")
 _PACKAGE = "shoal_storage"
 _active: Seam | None = None
 _hooked = False

@@ -14,16 +14,19 @@ from shoal_common.layout import Layout
 from shoal_common.messages import decode, encode
 from shoal_common.messages.commands import Command, Delete, Outcome
 from shoal_common.messages.questions import (
+    AskLease,
     AskPlan,
     CommitBlob,
     Committed,
     Done,
     EvictionPlan,
+    Leased,
     NoteUse,
     Release,
     Reserve,
     Reserved,
     SealModel,
+    Unlease,
     Withdraw,
 )
 from shoal_common.messages.records import Manifest, ModelState, StorageState
@@ -121,6 +124,14 @@ class Node:
     async def plan(self, need_bytes: int) -> EvictionPlan:
         """storage.plan"""
         return await self.ask("plan", AskPlan(need_bytes=need_bytes), EvictionPlan)
+
+    async def lease(self, model: str, holder: str = "a test", instance: str = "") -> Leased:
+        """storage.lease"""
+        return await self.ask("lease", AskLease(model=model, holder=holder, instance=instance), Leased)
+
+    async def unlease(self, lease: str) -> None:
+        """storage.unlease"""
+        await self.ask("unlease", Unlease(id=lease), Done)
 
     async def use(self, *models: Model) -> None:
         """storage.used"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +12,10 @@ from shoal_common.errors import BadMessage
 from shoal_common.layout import LEAF_BYTES, Bitmap, Layout, leaf_count
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_storage import lease_disk
 from shoal_storage.decide import Limits, Partial, admit, freed_by
 from shoal_storage.disk import Disk, require_present
+from shoal_storage.leases import GRACE_S, Lease
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.repair import make_partial
 
@@ -109,7 +112,7 @@ class Store:
         self.root, self.layout = root, Layout(root)
         self.disk = Disk(root)
         self.disk.open()
-        self.ledger = self.disk.recover()
+        self.ledger = self.disk.recover(lease_disk.read(self.disk, time.monotonic(), time.time()))
         self.ledger.quarantined = set_aside_earlier(self.disk)
 
     def reserve(self, model: Model) -> list[str]:
@@ -153,6 +156,27 @@ class Store:
         self.ledger.manifests.pop(model.name, None)
         for blob in blobs:
             del self.ledger.blobs[blob]
+
+    def lease(self, model: Model, name: str) -> Lease:
+        """Make a lease on a model that is here. Nobody holds it yet."""
+        files = {f.path: f.sha256 for f in model.sealed.files}
+        until_s = time.monotonic() + GRACE_S
+        lease = Lease(name, model.name, "a test", "", time.time(), files, until_s)
+        lease_disk.make(self.disk, lease)
+        self.ledger.leases[name] = lease
+        return lease
+
+    def end(self, lease: Lease) -> bool:
+        """Remove a lease unless somebody holds it."""
+        if not lease_disk.remove(self.disk, lease.id):
+            return False
+        del self.ledger.leases[lease.id]
+        return True
+
+    def leased_view_is_whole(self, lease: Lease, model: Model) -> bool:
+        """Whether every file of a lease's view has its bytes."""
+        view = self.layout.lease_view(lease.id)
+        return all((view / path).read_bytes() == data for path, data in model.bytes.items())
 
     def holds(self, model: Model) -> bool:
         """Whether a model is present, every byte of its view included."""

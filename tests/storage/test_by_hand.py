@@ -86,7 +86,8 @@ async def test_a_model_leaves_with_a_blob_that_was_removed_and_returns_when_that
         shutil.copy2(path, aside)
         path.unlink()
         await taken_back(node, LARGE)
-        assert (await node.storage_state()).model_count == 1 and await node.model_state(apples)
+        await said(node, "one model is left", lambda s: s.model_count == 1)
+        assert await node.model_state(apples)
         assert (await node.reserve(LARGE.manifest)).missing == [WEIGHTS]
         await node.release(LARGE.manifest)
         shutil.copy2(aside, path)
@@ -216,7 +217,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
                 f.write(right[-1:])
             await announced(node, LARGE)
             assert (await fileserver.blob(WEIGHTS)).body == right
-            assert (await node.storage_state()).unknown_count == 0
+            await said(node, "nothing is unknown", lambda s: s.unknown_count == 0)
 
 
 async def test_I1_a_blob_written_to_in_place_takes_its_models_with_it_and_is_pulled_anew(

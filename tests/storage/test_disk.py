@@ -14,6 +14,7 @@ import pytest
 
 from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, Unavailable, Unsupported
 from shoal_storage.disk import Disk
+from shoal_storage.views import build_view
 from tests.harness.process import source_path
 from tests.storage.stores import Model, Store, files_below, put, sha256, whole_of
 
@@ -93,7 +94,7 @@ def test_what_a_person_put_in_place_of_a_views_file_is_replaced_by_the_blob(root
     mine.unlink()
     mine.write_text("my own words")
     assert not store.holds(apples)
-    store.disk.build_view(apples.sealed)
+    build_view(store.layout, apples.sealed)
     assert store.holds(apples)
 
 

@@ -14,7 +14,8 @@ from shoal_common.messages import decode, encode
 from shoal_common.messages.questions import EvictionPlan
 from shoal_common.messages.records import InstanceSpec, Manifest, ManifestFile, StageSpec
 from shoal_storage.decide import Ledger, Limits, Partial, admit, freed_by, referenced, shortfall
-from shoal_storage.evict import as_told, garbage_of, kept_models, plan, refusal_with, uses_of
+from shoal_storage.evict import as_told, garbage_of, kept_models, plan, refusal_with
+from shoal_storage.users import User, users_of
 
 SIZES = {f"{n:064x}": size for n, size in enumerate([0, 1, 2, 5, 10, 30, 64, 100])}
 NAMES = [f"org/model-{n}@{'c' * 40}" for n in range(5)]
@@ -56,7 +57,7 @@ def situations(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], int]:
     if bool(arriving) and draw(st.booleans()):
         blob = draw(st.sampled_from(arriving))
         ledger.partials[blob] = Partial(SIZES[blob], models={draw(st.sampled_from(NAMES))})
-    uses = {draw(st.sampled_from(NAMES)): "i-1"} if draw(st.booleans()) else {}
+    uses = {draw(st.sampled_from(NAMES)): [User("instance i-1", "i-1")]} if draw(st.booleans()) else {}
     return ledger, kept_models(ledger, uses), draw(st.integers(-1, 250))
 
 
@@ -225,8 +226,8 @@ def test_what_is_kept_is_kept_for_the_reason_that_counts_most() -> None:
         InstanceSpec(id=f"i-{name}", repo=f"org/{name}", commit="c" * 40, stages=[stage], context_tokens=1)
         for name in ("used", "pinned", "absent")
     ]
-    assert uses_of(specs, "node-b") == {}
-    assert kept_models(ledger, uses_of(specs, "node-a")) == {
+    assert users_of(specs, [], "node-b") == {}
+    assert kept_models(ledger, users_of(specs, [], "node-a")) == {
         here["pinned"]: "pinned",
         here["used"]: "used by instance i-used",
         here["coming"]: "being fetched",

@@ -19,6 +19,7 @@ from shoal_storage.decide import Admission, Limits, Partial, admit, arriving, fr
 from shoal_storage.disk import Disk
 from shoal_storage.evict import garbage_of, kept_models, plan
 from shoal_storage.keeping import Keeping
+from shoal_storage.users import User
 from tests.storage.stores import Model, check_invariants, put, sha256
 
 FILES = {f"file-{n}": bytes([n]) * size for n, size in enumerate([0, 1, 90, 150, 200, 300, 400])}
@@ -42,7 +43,7 @@ class Lives(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="shoal-lives-"))
         self.limits = Limits(quota, headroom, "lru" if policy == "lru" else "manual")
         self.total_bytes, self.now_s = total, 1_700_000_000.0
-        self.used_by: dict[str, str] = {}
+        self.used_by: dict[str, list[User]] = {}
         self.open()
         for model in MODELS[1:5]:
             self.now_s += 1
@@ -190,7 +191,7 @@ class Lives(RuleBasedStateMachine):
     def place(self, data: st.DataObject, placed: bool) -> None:
         model = data.draw(st.sampled_from(sorted(self.ledger.manifests)))
         if placed:
-            self.used_by[model] = "instance"
+            self.used_by[model] = [User("instance i-1", "i-1")]
         else:
             self.used_by.pop(model, None)
 
@@ -226,8 +227,7 @@ class Lives(RuleBasedStateMachine):
     def restart(self) -> None:
         self.keeping.write_uses()
         before = self.ledger
-        assert self.disk._lock is not None
-        self.disk._lock.close()
+        self.disk.close()
         self.open()
         assert (self.ledger.blobs, self.ledger.pinned) == (before.blobs, before.pinned)
         assert self.ledger.manifests.keys() == before.manifests.keys() and not self.ledger.broken

@@ -24,8 +24,7 @@ def opened(root: Path) -> tuple[Store, Keeping]:
 
 
 def reopened(store: Store) -> tuple[Store, Keeping]:
-    assert store.disk._lock is not None
-    store.disk._lock.close()
+    store.disk.close()
     return opened(store.root)
 
 

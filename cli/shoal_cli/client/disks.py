@@ -16,6 +16,7 @@ from shoal_cli.client.tables import disks_table, strange_words
 from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
+from shoal_common.messages.records import LeaseState
 from shoal_common.names import ModelRef, check_node
 
 _VERIFY_ANSWER_S = 3700.0
@@ -108,10 +109,16 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
         if row.storage.reserved_bytes:
             words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
+        words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
         words += strange_words(row.node, row.storage)
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
     return Said(answer, words, table=disks_table(disks))
+
+
+def _leased(lease: LeaseState, now_s: float) -> str:
+    who = f"{lease.holder} (pid {lease.pid})" if lease.pid else lease.holder
+    return f"{lease.model} is in use by {who}, for {show_seconds(max(now_s - lease.since_s, 0))}"
 
 
 def _set(gateway: Gateway, args: argparse.Namespace) -> Said:

@@ -12,6 +12,7 @@
   quarantine/<sha256>                        what did not hash to its name
   quarantine/<sha256>.have                   bitmap of its leaves that are good all the same
   promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
+  leases/<id>/{lease.json,lock,view/<path>}  a caller's own view, kept while somebody holds a flock on `lock`
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal_common.messages.records import Manifest
-from shoal_common.names import check_blob, check_commit, check_file_path
+from shoal_common.names import check_blob, check_commit, check_file_path, check_id
 
 LEAF_BYTES = 1 << 20
 """The unit of verification and of resuming."""
@@ -43,6 +44,7 @@ class Layout:
         self.uses = root / "uses"
         self.promises = root / "promises"
         self.quarantine = root / "quarantine"
+        self.leases = root / "leases"
 
     @property
     def top_names(self) -> set[str]:
@@ -92,7 +94,24 @@ class Layout:
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
         """A file in a view."""
-        return self.view(manifest.repo, manifest.commit) / check_file_path(path)
+        return file_in(self.view(manifest.repo, manifest.commit), path)
+
+    def lease(self, lease: str) -> Path:
+        """The directory of a lease, by its id."""
+        return self.leases / check_id(lease)
+
+    def lease_lock(self, lease: str) -> Path:
+        """The file whose flock says that a lease lives."""
+        return self.lease(lease) / "lock"
+
+    def lease_view(self, lease: str) -> Path:
+        """The view that is the lease holder's own."""
+        return self.lease(lease) / "view"
+
+
+def file_in(view: Path, path: str) -> Path:
+    """A model's file in a view of it."""
+    return view / check_file_path(path)
 
 
 def directory_of(repo: str) -> str:

@@ -24,6 +24,7 @@ _KEY_SAFE = re.compile(r"[A-Za-z0-9_/-]")
 _QUOTED = re.compile(r"=([0-9A-F]{2})")
 
 DEFAULT_REVISION = "main"
+_HOLDER_CHARACTERS = 200
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -95,6 +96,16 @@ def check_file_path(text: str) -> str:
     )
     if hostile:
         raise BadName(f"{text[:200]!r} is not a path that a model's file may have")
+    return text
+
+
+def check_holder(text: str) -> str:
+    """Who holds a lease, in words for people, or BadName."""
+    if not text.strip() or len(text) > _HOLDER_CHARACTERS or not text.isprintable():
+        raise BadName(
+            f"{text[:80]!r} does not say who holds a lease: one line of at most {_HOLDER_CHARACTERS} characters is "
+            "expected"
+        )
     return text
 
 

@@ -15,14 +15,15 @@ from shoal_common.config import Config
 from shoal_common.connection import Nats
 from shoal_common.credentials import derive
 from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from_body
-from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages import commands, encode
 from shoal_common.messages.questions import Accepted, Generate, TokenEvent
 from shoal_common.messages.records import ModelState, StageState
+from shoal_common.questions import Ask
 from shoal_common.sending import Sender, new_id
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, next_address, respawn_delay_s, stage_error
+from shoal_inference.lease import leased
 from shoal_inference.stage import control
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.spawn import StageProcess
@@ -41,7 +42,7 @@ class StageRunner:
     def __init__(self, assignment: Assignment, config: Config, nats: Nats, buckets: Buckets, state: View) -> None:
         self.assignment = assignment
         self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
-        self._sender = Sender(nats, buckets)
+        self._sender, self._ask = Sender(nats, buckets), Ask(nats)
         self._spec, self._stage = assignment.spec, assignment.stage
         self._key = stage_key(self._spec.id, self._stage.rank)
         self._state = StageState(
@@ -102,8 +103,11 @@ class StageRunner:
         """One process: start it, follow what it says. Raises why it ended."""
         await self._say(phase="loading", error=None, uid=uuid.uuid4().hex[:8])
         spec, stage = self._spec, self._stage
-        layout = Layout(self._config.store)
-        async with await StageProcess.spawn() as process:
+        # The process ends before its lease does, whichever way we leave.
+        async with (
+            leased(self._ask, self._config.node, self.assignment) as lease,
+            await StageProcess.spawn() as process,
+        ):
             await self._send(
                 process,
                 control.Start(
@@ -111,7 +115,8 @@ class StageRunner:
                     epoch=spec.epoch,
                     rank=stage.rank,
                     stages=len(spec.stages),
-                    model_dir=str(layout.view(spec.repo, spec.commit)),
+                    model_dir=lease.view,
+                    lock=lease.lock,
                     first_layer=stage.first_layer,
                     last_layer=stage.last_layer,
                     context_tokens=spec.context_tokens,

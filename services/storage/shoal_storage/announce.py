@@ -15,6 +15,7 @@ from shoal_common.shape import read_shape
 from shoal_common.watch import View
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
+from shoal_storage.leases import told
 from shoal_storage.limits import overridden
 
 log = Log("storage")
@@ -111,6 +112,7 @@ class Announcer:
                 unknown_bytes=ledger.unknown.size_bytes + sum(s.size_bytes for s in ledger.wrong.values()),
                 unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
                 store_away=ledger.away,
+                leases=told(ledger.leases.values()),
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

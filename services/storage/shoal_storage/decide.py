@@ -10,6 +10,7 @@ import msgspec
 from shoal_common.errors import BadInput, BadName, QuotaExceeded
 from shoal_common.messages.records import Manifest
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_storage.leases import Lease
 
 EvictionPolicy = Literal["manual", "lru"]
 _GIT = "git-"
@@ -71,6 +72,8 @@ class Ledger(msgspec.Struct):
     """Of those, the ones that are repaired by leaf: bytes on the disk that are used again, by sha256."""
     git: dict[str, str] = msgspec.field(default_factory=dict)
     """What blobs named by git's sha1 became when they were committed: `git-<sha1>` to sha256."""
+    leases: dict[str, Lease] = msgspec.field(default_factory=dict)
+    """Leases that live, by id."""
     pinned: set[str] = msgspec.field(default_factory=set)
     """Models (`org/name@commit`) that people keep."""
     last_uses: dict[str, float] = msgspec.field(default_factory=dict)
@@ -215,12 +218,14 @@ def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -
 
 
 def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
-    """Blobs that a manifest or a fetch under way needs, not counting the models in `leaving`."""
+    """Blobs that a manifest, a fetch under way or a lease needs, not counting the models in `leaving`."""
     gone = set(leaving)
     needed = {b for model, m in ledger.on_disk.items() if model not in gone for b in m.blob_sizes}
     for model, blobs in ledger.promised.items():
         if model not in gone:
             needed |= blobs
+    for lease in ledger.leases.values():  # whatever its model's manifest does: somebody reads them
+        needed |= lease.blobs
     for blob, partial in ledger.partials.items():
         if partial.models - gone:
             needed.add(blob)

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +32,7 @@ from shoal_storage.digests import Digests, digest
 from shoal_storage.doubt import is_whole
 from shoal_storage.durable import make_directory, sync_directory, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_storage.leases import Lease
 from shoal_storage.scan import blob_stamp, scan
 from shoal_storage.truth import PROVEN_MODE, believed
 from shoal_storage.views import build_view, remove_view
@@ -83,13 +84,22 @@ class Disk:
             lay.views,
             lay.tombs,
             lay.quarantine,
+            lay.leases,
         ):
             make_directory(directory)
         if not lay.version.exists():
             write_file(lay.version, FORMAT_VERSION.encode())
         if self._root_fd is None:
             self._root_fd = os.open(lay.root, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._root_fd)
+            self._closing = weakref.finalize(self, os.close, self._root_fd)
+
+    def close(self) -> None:
+        """Give the store up, for another one to open. The end of the process does that too."""
+        if self._lock is not None:
+            self._lock.close()
+        if self._root_fd is not None:
+            self._closing()
+        self._lock = self._root_fd = None
 
     def is_there(self) -> bool:
         """Whether the store that was opened is still found at its path: not unmounted, moved away or removed whole.
@@ -132,16 +142,17 @@ class Disk:
 
     # Start
 
-    def recover(self) -> Ledger:
+    def recover(self, leases: Mapping[str, Lease] | None = None) -> Ledger:
         """Finish what a crash interrupted, and say what the disk holds, by stat alone.
 
-        Strange files are left where they are, and counted.
+        What `leases` need stays, whatever else has gone. Strange files are left where they are, and counted.
         """
         lay = self.layout
         for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
             unfinished.unlink(missing_ok=True)
         deleted = {m.model: m for m in self._read_tombs()}
         ledger = self._read()
+        ledger.leases = dict(leases or {})
         for manifest in deleted.values():
             for sha256 in left_behind(manifest, ledger):
                 self.remove_blob(sha256)
@@ -150,11 +161,17 @@ class Disk:
             # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
             with suppress(BadName):
                 if not (lay.manifests / view.parent.name / f"{check_commit(view.name)}.json").exists():
-                    remove_view(lay, view, deleted.get(f"{view.parent.name.replace('--', '/')}@{view.name}"))
+                    model = f"{view.parent.name.replace('--', '/')}@{view.name}"
+                    remove_view(lay, view, deleted.get(model), self._times_of(ledger.blobs))
         for tomb in lay.tombs.iterdir():
-            self._remove(tomb)
+            self.remove(tomb)
         leaves.remove_strays(lay, ledger.blobs)
         return ledger
+
+    def _times_of(self, blobs: Iterable[str]) -> set[tuple[int, int]]:
+        """Size and mtime_ns of blobs: what their reflinks have too."""
+        found = (self.layout.blob(b).lstat() for b in blobs)
+        return {(its.st_size, its.st_mtime_ns) for its in found}
 
     def _read_tombs(self) -> Iterator[Manifest]:
         for tomb in self.layout.tombs.glob("*.json"):
@@ -172,6 +189,7 @@ class Disk:
             ledger.blobs[sha256] = stamp.size_bytes
             if not stamp.proven:
                 prove(sha256, self.layout.blob(sha256))
+                leaves.follow_time(self.layout, sha256)
         for directory in self.layout.partials.iterdir():
             partial = self._read_partial(directory, ledger)
             if partial is not None:
@@ -201,10 +219,10 @@ class Disk:
         except (ShoalError, FileNotFoundError, NotADirectoryError):
             # Its reservation was never acknowledged, or its data is a blob by now.
             log.info("a partial that was being made or committed; removed", path=directory)
-            self._remove(directory)
+            self.remove(directory)
             return None
         if ledger.blobs.get(blob) == meta.size_bytes:
-            self._remove(directory)
+            self.remove(directory)
             return None
         return Partial(meta.size_bytes, self.allocated_bytes(blob, meta.size_bytes), set(meta.models))
 
@@ -234,7 +252,7 @@ class Disk:
 
     def remove_partial(self, blob: str) -> None:
         """Drop a partial's bytes and its reservation, durably: one that came back would be promised for ever."""
-        self._remove(self.layout.partial(blob))
+        self.remove(self.layout.partial(blob))
         sync_directory(self.layout.partials)
 
     # Commit
@@ -297,7 +315,7 @@ class Disk:
         sync_directory(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
         self.drop_set_aside(digests.sha256)
-        self._remove(source)
+        self.remove(source)
 
     def drop_set_aside(self, sha256: str) -> None:
         """Remove what is in quarantine of a blob, durably: its bitmap must not come back beside other bytes."""
@@ -377,7 +395,7 @@ class Disk:
 
     # Small things
 
-    def _remove(self, path: Path) -> None:
+    def remove(self, path: Path) -> None:
         """Remove a file or a directory with all that is in it, atomically out of sight first."""
         if path.is_dir() and not path.is_symlink():
             tomb = path

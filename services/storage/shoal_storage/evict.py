@@ -7,14 +7,14 @@ models there are and however much they share.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import structs
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.questions import EvictionPlan, Victim
-from shoal_common.messages.records import InstanceSpec
 from shoal_storage.decide import EvictionPolicy, Ledger, human
+from shoal_storage.users import User, words
 
 _LISTED_AT_MOST = 1000
 
@@ -69,10 +69,12 @@ def plan(need_bytes: int, ledger: Ledger, last_uses: Mapping[str, float], kept: 
 
 
 def _needs(ledger: Ledger) -> tuple[dict[str, set[str]], Counter[str]]:
-    """The blobs that each model needs, whole, broken or on its way in, and how many models need each blob."""
+    """The blobs that each model needs, whole, broken, leased or on its way in, and how many models need each blob."""
     needs = {model: {f.blob for f in m.files} for model, m in ledger.on_disk.items()}
     for model, blobs in ledger.promised.items():
         needs.setdefault(model, set()).update(blobs)
+    for lease in ledger.leases.values():
+        needs.setdefault(lease.model, set()).update(lease.blobs)
     for blob, partial in ledger.partials.items():
         for model in partial.models:
             needs.setdefault(model, set()).add(blob)
@@ -93,21 +95,16 @@ def _leave(its: Iterable[str], left: Counter[str], blobs: Mapping[str, int]) -> 
 
 
 def garbage_of(ledger: Ledger) -> list[str]:
-    """Blobs that no manifest and no fetch under way needs."""
+    """Blobs that no manifest, no fetch under way and no lease needs."""
     _, references = _needs(ledger)
     return sorted(b for b in ledger.blobs if b not in references)
 
 
-def uses_of(specs: Iterable[InstanceSpec], node: str) -> dict[str, str]:
-    """The models of which an instance has a stage on this node, and an instance that has."""
-    return {spec.model: spec.id for spec in specs if any(stage.node == node for stage in spec.stages)}
-
-
-def kept_models(ledger: Ledger, uses: Mapping[str, str]) -> dict[str, str]:
+def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]]) -> dict[str, str]:
     """The models here, or on their way, that may not go, and why."""
     coming, here = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.on_disk
     kept = dict.fromkeys(sorted(coming), "being fetched")
-    kept |= {model: f"used by instance {instance}" for model, instance in sorted(uses.items()) if model in here}
+    kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in here}
     kept |= dict.fromkeys(sorted(ledger.pinned & here.keys()), "pinned")
     return kept
 

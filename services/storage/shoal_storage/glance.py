@@ -14,6 +14,7 @@ from shoal_common.layout import Layout, directory_of
 from shoal_common.messages.records import Manifest
 from shoal_storage.decide import Ledger
 from shoal_storage.scan import blob_stamp, read_manifest
+from shoal_storage.views import is_blob
 
 
 def any_differs(layout: Layout, ledger: Ledger, paths: Iterable[Path]) -> bool:
@@ -106,10 +107,7 @@ def _is_at(manifest: Manifest, repo: str, commit: str) -> bool:
 def _unlinked(layout: Layout, manifest: Manifest, below: str) -> bool:
     """Whether a file of a model's view, of those that a path in it stands for, is not its blob."""
     for f in manifest.files:
-        if below in ("", f.path) or f.path.startswith(f"{below}/"):
-            try:
-                if not layout.view_file(manifest, f.path).samefile(layout.blob(f.sha256)):
-                    return True
-            except FileNotFoundError:
-                return True
+        concerned = below in ("", f.path) or f.path.startswith(f"{below}/")
+        if concerned and not is_blob(layout.view_file(manifest, f.path), layout.blob(f.sha256)):
+            return True
     return False

@@ -27,6 +27,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, matching
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
+from shoal_storage.holders import Holders
 from shoal_storage.keeping import Keeping
 from shoal_storage.removal import Removal
 from shoal_storage.repair import make_partial
@@ -48,7 +49,8 @@ class Guard:
         self._announcer = announcer
         self._section = asyncio.Lock()
         self.keeping = Keeping(disk.layout, ledger)
-        uses = Uses(context, specs)
+        self.holders = Holders(context, disk, ledger, self._section, announcer)
+        uses = Uses(context, specs, ledger, self.holders.look)
         self.removal = Removal(context, disk, ledger, self._section, self.keeping, announcer, uses)
         self.room = Room(context, disk, ledger, limits, uses, announcer, self.removal.remove)
         self._committing: dict[str, asyncio.Task[Committed]] = {}
@@ -197,7 +199,10 @@ class Guard:
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
             require_present(manifest, self._ledger)
-            await asyncio.to_thread(self._disk.build_view if manifest == held else self._disk.seal, manifest)
+            if manifest == held:
+                await asyncio.to_thread(self._disk.build_view, manifest)
+            else:
+                await asyncio.to_thread(self._disk.seal, manifest)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.broken.pop(manifest.model, None)
             await asyncio.to_thread(self.keeping.came_in, manifest.model)

@@ -3,8 +3,8 @@
     quarantine/<sha256>    what did not hash to its name; goes when good bytes have come, or nothing wants them back
 
 Order of setting aside: the blob's files in views, fsync of their directories, rename into quarantine/, fsync of both
-directories. Hard links share the bytes: a view that kept one would go on being loaded. `repair.py` has which leaves
-are good all the same, and how the blob is repaired with them.
+directories. Hard links and reflinks share the bytes: a view that kept one would go on being loaded, a lease's too.
+`repair.py` has which leaves are good all the same, and how the blob is repaired with them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from shoal_storage import leaves
 from shoal_storage.digests import hashed_ahead
 from shoal_storage.disk import Disk
 from shoal_storage.durable import sync_directory
-from shoal_storage.views import unlink_from_views
+from shoal_storage.leases import Lease
+from shoal_storage.views import places_of, unlink
 
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 """What a file system says of bytes that the device, or its own checksums, cannot vouch for."""
@@ -124,7 +125,7 @@ def _forget_cached(fd: int, at_byte: int) -> None:
         os.posix_fadvise(fd, at_byte, LEAF_BYTES, os.POSIX_FADV_DONTNEED)
 
 
-def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest]) -> bool:
+def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest], leases: Iterable[Lease] = ()) -> bool:
     """Move a corrupt blob where nothing serves or loads it, durably. False: it is not that file any more."""
     lay = disk.layout
     path = lay.blob(checked.sha256)
@@ -134,8 +135,7 @@ def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest]) -> bo
         return False
     if not _is_that(found, checked):
         return False
-    changed = unlink_from_views(lay, checked.sha256, manifests)
-    for directory in changed:
+    for directory in unlink(places_of(lay, checked.sha256, manifests, leases)):
         if directory.exists():
             sync_directory(directory)
     lay.quarantine.mkdir(exist_ok=True)

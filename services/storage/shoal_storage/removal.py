@@ -15,12 +15,16 @@ from shoal_storage.decide import Ledger, arriving, freed_by, matching
 from shoal_storage.disk import Disk
 from shoal_storage.keeping import Keeping
 from shoal_storage.losing import forget_useless
+from shoal_storage.users import how_to_end, words
 from shoal_storage.uses import Uses
 
 log = Log("storage")
 
 DELETE_DEADLINE_S = 60.0
 _WITHDRAW_PATIENCE_S = 8.0
+_LEAVING_PATIENCE_S = 10.0
+"""Longer than a stage is given to stop."""
+_LEAVING_LOOK_S = 0.1
 
 
 class Removal:
@@ -73,7 +77,7 @@ class Removal:
         """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
-        await self._refuse_if_used(ref.repo, revision)
+        await self._wait_for_leaving(ref.repo, revision)
         await self._context.ask(
             "fetcher",
             self._context.node,
@@ -104,6 +108,23 @@ class Removal:
         log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
         return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
 
+    async def _wait_for_leaving(self, repo: str, revision: str) -> None:
+        """Refuse what is in use; but stages of an instance that was stopped end by themselves, in a moment."""
+        give_up_s = asyncio.get_running_loop().time() + _LEAVING_PATIENCE_S
+        waited = False
+        while True:
+            try:
+                async with self._section:
+                    await self._refuse_if_used(repo, revision)
+                return
+            except InUse as e:
+                if not e.details.get("leaving") or asyncio.get_running_loop().time() > give_up_s:
+                    raise
+                if not waited:
+                    log.info("waiting for stages that are ending", model=repo, users=",".join(e.details["users"]))
+            waited = True
+            await asyncio.sleep(_LEAVING_LOOK_S)
+
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
         held = matching(repo, revision, self._ledger.on_disk.values())
         if not held:
@@ -115,10 +136,12 @@ class Removal:
                     f"`shoal storage unpin {manifest.model}` lets it go"
                 )
         uses = await self._uses.now()  # an instance that was placed a moment ago counts (I4)
-        for manifest in held:
-            if instance := uses.get(manifest.model):
-                raise InUse(
-                    f"{repo} on node {self._context.node} is used by instance {instance}: "
-                    f"stop it first with `shoal stop {instance}`",
-                    instance=instance,
-                )
+        users = [user for manifest in held for user in uses.get(manifest.model, [])]
+        if users:
+            instances = list(dict.fromkeys(user.instance for user in users if user.instance))
+            raise InUse(
+                f"{repo} on node {self._context.node} is used by {words(users)}: {how_to_end(users)}",
+                users=[user.words for user in users],
+                leaving=all(user.leaving for user in users),
+                **({"instance": instances[0], "instances": instances} if instances else {}),
+            )

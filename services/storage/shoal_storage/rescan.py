@@ -18,7 +18,7 @@ from shoal_storage.keeping import Keeping
 from shoal_storage.losing import Losses
 from shoal_storage.scan import scan
 from shoal_storage.truth import Differences, differences, follow
-from shoal_storage.views import unlink_from_views
+from shoal_storage.views import places_of, unlink
 
 log = Log("storage")
 
@@ -70,8 +70,8 @@ class Rescan:
         lay = self._disk.layout
         for sha256 in found.replaced:
             # What stands in the blob's place may be its very file, written to: no view may go on with that.
-            wanted, inode = having(sha256, self._ledger), found.unproven[sha256].inode
-            await asyncio.to_thread(unlink_from_views, lay, sha256, wanted, inode)
+            places = places_of(lay, sha256, having(sha256, self._ledger), self._ledger.leases.values())
+            await asyncio.to_thread(unlink, places, found.unproven[sha256].inode)
         strange = found.unknown if found.unknown != self._ledger.unknown else None
         followed = follow(found, self._ledger)
         log.info(

@@ -16,6 +16,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Admission, Ledger, Limits, admit, human, shortfall
 from shoal_storage.disk import Disk
 from shoal_storage.evict import garbage_of, kept_models, plan, refusal_with
+from shoal_storage.users import words
 from shoal_storage.uses import Uses
 
 log = Log("storage")
@@ -111,7 +112,7 @@ class Room:
         for victim in made.victims:
             uses = await self._uses.now()
             if victim.model in uses:
-                log.info("a victim came into use; planning anew", model=victim.model, instance=uses[victim.model])
+                log.info("a victim came into use; planning anew", model=victim.model, users=words(uses[victim.model]))
                 break
             freed = await self._remove(victim.model)
             done.append(structs.replace(victim, frees_bytes=freed))

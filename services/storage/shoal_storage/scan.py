@@ -93,6 +93,8 @@ class _Scanner:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._inodes: set[int] = set()
+        self._times: set[tuple[int, int]] = set()
+        """Size and mtime_ns of the blobs: what reflinks of them have too."""
         self._strange = 0
         self._strange_bytes = 0
         self._first: list[str] = []
@@ -136,6 +138,7 @@ class _Scanner:
                     if stat.S_ISREG(found.st_mode):
                         self.seen.blobs[entry.name] = stamp_of(entry.name, found)
                         self._inodes.add(found.st_ino)
+                        self._times.add((found.st_size, found.st_mtime_ns))
                         continue
                 self._unknown(Path(entry.path))
 
@@ -194,9 +197,11 @@ class _Scanner:
                     linked.add(path)
                 elif path not in wanted and not points_to.is_relative_to(self._layout.blobs):
                     self._unknown(Path(entry.path))
-            elif blob is not None and entry.inode() == blob.inode:
+            elif blob is not None and (
+                entry.inode() == blob.inode or _time(entry) == (blob.size_bytes, blob.mtime_ns)
+            ):
                 linked.add(path)
-            elif path not in wanted and entry.inode() not in self._inodes:
+            elif path not in wanted and entry.inode() not in self._inodes and _time(entry) not in self._times:
                 self._unknown(Path(entry.path))
         return linked
 
@@ -235,6 +240,12 @@ def _files(directory: Path) -> Iterator[os.DirEntry[str]]:
             yield from _files(Path(entry.path))
         else:
             yield entry
+
+
+def _time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """A file's size and mtime_ns."""
+    found = entry.stat(follow_symlinks=False)
+    return found.st_size, found.st_mtime_ns
 
 
 def _is_temporary(name: str) -> bool:

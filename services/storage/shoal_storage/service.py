@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from shoal_common.commands import Verb
 from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import (
+    AskLease,
     AskManifest,
     AskPlan,
     CommitBlob,
@@ -15,9 +17,11 @@ from shoal_common.messages.questions import (
     Release,
     Reserve,
     SealModel,
+    Unlease,
 )
 from shoal_common.questions import Question
 from shoal_common.service import Context
+from shoal_storage import lease_disk
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
 from shoal_storage.disk import Disk
@@ -39,7 +43,8 @@ async def run(context: Context) -> None:
     limits = read_limits(context.config.settings, context.environ)
     disk = Disk(context.config.store)
     await asyncio.to_thread(disk.open)
-    ledger = await asyncio.to_thread(disk.recover)
+    leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
+    ledger = await asyncio.to_thread(disk.recover, leases)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
     ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)
     await forget_useless(disk, ledger)
@@ -53,6 +58,7 @@ async def run(context: Context) -> None:
         settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
         context.background(tasks, guard.say_again_after_reconnects())
         context.background(tasks, guard.watch_free_space())
+        context.background(tasks, guard.holders.watch())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
         losses = Losses(context, disk, ledger, specs, announcer)
@@ -71,6 +77,8 @@ async def run(context: Context) -> None:
                     "commit": Question(CommitBlob, guard.commit),
                     "seal": Question(SealModel, guard.seal),
                     "manifest": Question(AskManifest, guard.manifest),
+                    "lease": Question(AskLease, guard.holders.lease),
+                    "unlease": Question(Unlease, guard.holders.unlease),
                     "plan": Question(AskPlan, upkeep.plan),
                     "used": Question(NoteUse, upkeep.used),
                 }

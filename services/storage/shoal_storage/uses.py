@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from shoal_common.errors import Unavailable
 from shoal_common.messages.records import InstanceSpec
 from shoal_common.service import Context
 from shoal_common.watch import View, caught_up
-from shoal_storage.evict import uses_of
+from shoal_storage.decide import Ledger
+from shoal_storage.users import User, users_of
 
 CATCH_UP_S = 5.0
 
 
 class Uses:
-    """Looks at the instances that people have placed."""
+    """Looks at the instances that people have placed, and at the leases. `look` finds out which of those live."""
 
-    def __init__(self, context: Context, specs: View) -> None:
-        self._context, self._specs = context, specs
+    def __init__(self, context: Context, specs: View, ledger: Ledger, look: Callable[[], Awaitable[bool]]) -> None:
+        self._context, self._specs, self._ledger, self._look = context, specs, ledger, look
 
-    async def now(self) -> dict[str, str]:
-        """The models in use here and an instance that uses each: one placed a moment ago counts (I4).
+    async def now(self) -> dict[str, list[User]]:
+        """The models in use here and who uses each: an instance placed a moment ago counts (I4). Within the section.
 
-        Raises Unavailable.
+        Leases that have ended are removed on the way, views and all. Raises Unavailable.
         """
         try:
             await caught_up(self._context.nats, self._specs, CATCH_UP_S)
@@ -28,4 +31,6 @@ class Uses:
             raise Unavailable(
                 "NATS does not say which instances use the models of this node; nothing was removed, try again"
             ) from None
-        return uses_of((s for _, s in self._specs.items("instance.", InstanceSpec)), self._context.node)
+        await self._look()
+        specs = (s for _, s in self._specs.items("instance.", InstanceSpec))
+        return users_of(specs, self._ledger.leases.values(), self._context.node)

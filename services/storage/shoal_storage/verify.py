@@ -187,7 +187,8 @@ class Verifier:
                 return  # deleted while we looked
             if checked is not None:
                 manifests = having(sha256, self._ledger)
-                if not await asyncio.to_thread(quarantine.set_aside, self._disk, checked, manifests):
+                leases = list(self._ledger.leases.values())
+                if not await asyncio.to_thread(quarantine.set_aside, self._disk, checked, manifests, leases):
                     return  # deleted and fetched anew while we looked: those bytes were verified when they came
                 self._ledger.quarantined.add(sha256)
                 self._ledger.repairable.pop(sha256, None)

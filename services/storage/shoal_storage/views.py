@@ -1,43 +1,74 @@
-"""Views built, and taken down: links go, files that somebody else put there stay. Blocking: runs in threads."""
+"""Views: a model's files under their own names, each a reflink, else a hard link, else a symbolic link. Blocking.
+
+Never a copy. Link counts are no reference counts: a blob whose name was unlinked keeps its bytes on the disk while a
+reflink or a hard link of it lives. So whoever removes a blob removes it from the views before, or with it. Files that
+somebody else put into a view stay.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import errno
+import fcntl
 import os
 import stat
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from shoal_common.layout import Layout
+from shoal_common.layout import Layout, file_in
 from shoal_common.messages.records import Manifest
+from shoal_storage.leases import Lease
 
+_MODE = 0o444
+_FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python names it from 3.12 on
+_NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EINVAL, errno.ENOTTY)
 _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 def build_view(layout: Layout, manifest: Manifest) -> None:
-    """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
+    """Build, or mend, the view of a model that all may open."""
+    build(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
+
+
+def build(layout: Layout, files: Mapping[str, str], view: Path) -> None:
+    """Link blobs (sha256) under the paths of a model's files. Raises OSError.
 
     What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
     """
-    for f in manifest.files:
-        target, blob = layout.view_file(manifest, f.path), layout.blob(f.sha256)
-        if target.exists() and target.samefile(blob):
+    ways = list(_WAYS)
+    for path, sha256 in files.items():
+        target, blob = file_in(view, path), layout.blob(sha256)
+        if is_blob(target, blob):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(blob)
-        except OSError as e:
-            if e.errno not in _NO_HARD_LINK:
-                raise
-            target.symlink_to(blob)
+        _link(blob, target, ways)
 
 
-def remove_view(layout: Layout, view: Path, manifest: Manifest | None) -> None:
-    """Remove what a manifest names; without one, what is the name of bytes that have another name too.
+def is_blob(target: Path, blob: Path) -> bool:
+    """Whether a view's file is the blob: the very file, a link to it, or a reflink of it that nobody has changed."""
+    try:
+        its = blob.stat()
+        found = target.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            return target.samefile(blob)
+    except FileNotFoundError:
+        return False
+    same_file = (found.st_dev, found.st_ino) == (its.st_dev, its.st_ino)
+    return same_file or (
+        stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (its.st_size, its.st_mtime_ns)
+    )
 
-    Directories that are empty then go as well.
+
+def remove_view(
+    layout: Layout, view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()
+) -> None:
+    """Remove what a manifest names; without one, what is a link: another name of some bytes, or a reflink of a blob.
+
+    `times` has size and mtime_ns of every blob that there may be reflinks of. Directories that are empty then go too.
     """
     named = {str(view / f.path) for f in manifest.files} if manifest else set()
     if not view.is_dir() or view.is_symlink():
@@ -45,33 +76,89 @@ def remove_view(layout: Layout, view: Path, manifest: Manifest | None) -> None:
     for directory, _, files in os.walk(view, topdown=False):
         for name in files:
             path = Path(directory, name)
-            if str(path) in named or _is_link(layout, path):
+            if str(path) in named or _is_link(layout, path, times):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # somebody's file is in it
             Path(directory).rmdir()
 
 
-def unlink_from_views(
-    layout: Layout, sha256: str, manifests: Iterable[Manifest], inode: int | None = None
-) -> set[Path]:
-    """Take a blob out of the views of these manifests: whatever stands for it there, or only this inode.
-
-    Returns the directories that were changed.
-    """
-    changed: set[Path] = set()
-    for manifest in manifests:
-        for file in manifest.files:
-            if file.sha256 == sha256:
-                linked = layout.view_file(manifest, file.path)
-                with suppress(FileNotFoundError):
-                    if inode is None or linked.stat().st_ino == inode:
-                        linked.unlink()
-                changed.add(linked.parent)
-    return changed
-
-
-def _is_link(layout: Layout, path: Path) -> bool:
+def _is_link(layout: Layout, path: Path, times: Container[tuple[int, int]]) -> bool:
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
         return path.readlink().is_relative_to(layout.blobs)
-    return found.st_nlink > 1
+    return found.st_nlink > 1 or (found.st_size, found.st_mtime_ns) in times
+
+
+def places_of(layout: Layout, sha256: str, manifests: Iterable[Manifest], leases: Iterable[Lease]) -> list[Path]:
+    """Where a blob stands in the views of these manifests and leases."""
+    places = [layout.view_file(m, f.path) for m in manifests for f in m.files if f.sha256 == sha256]
+    for lease in leases:
+        view = layout.lease_view(lease.id)
+        places += [file_in(view, path) for path, blob in lease.files.items() if blob == sha256]
+    return places
+
+
+def unlink(places: Iterable[Path], inode: int | None = None) -> set[Path]:
+    """Remove these files of views, whatever they are or only where they are this inode. Returns their directories."""
+    directories = set()
+    for place in places:
+        with suppress(FileNotFoundError):
+            if inode is None or place.stat().st_ino == inode:
+                place.unlink()
+        directories.add(place.parent)
+    return directories
+
+
+def _link(blob: Path, target: Path, ways: list[Way]) -> None:
+    while True:
+        link, refusals = ways[0]
+        try:
+            link(blob, target)
+            return
+        except OSError as e:
+            if e.errno not in refusals:
+                raise
+            if e.errno == errno.EMLINK:  # this blob has many names; the next one may not
+                _symlink(blob, target)
+                return
+            ways.pop(0)  # what this file system cannot, it cannot for the model's other files either
+
+
+def _reflink(blob: Path, target: Path) -> None:
+    if sys.platform == "darwin":
+        _clonefile(blob, target)
+        return
+    with blob.open("rb", buffering=0) as source:
+        its = os.fstat(source.fileno())
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
+        try:
+            fcntl.ioctl(fd, _FICLONE, source.fileno())
+            os.fchmod(fd, _MODE)  # whatever the umask
+            # Last: until it has the blob's time it is not the blob, and would be replaced.
+            os.utime(fd, ns=(its.st_atime_ns, its.st_mtime_ns))
+        except BaseException:
+            with suppress(OSError):
+                target.unlink()
+            raise
+        finally:
+            os.close(fd)
+
+
+def _clonefile(blob: Path, target: Path) -> None:
+    """macOS: clonefile(2), which keeps mode and times."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    if libc.clonefile(os.fsencode(blob), os.fsencode(target), ctypes.c_uint32(0)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(blob), None, str(target))
+
+
+def _hard_link(blob: Path, target: Path) -> None:
+    target.hardlink_to(blob)
+
+
+def _symlink(blob: Path, target: Path) -> None:
+    target.symlink_to(blob)
+
+
+Way = tuple[Callable[[Path, Path], None], tuple[int, ...]]
+_WAYS: tuple[Way, ...] = ((_reflink, _NO_REFLINK), (_hard_link, _NO_HARD_LINK), (_symlink, ()))

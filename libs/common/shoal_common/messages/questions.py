@@ -55,7 +55,7 @@ class EvictionPlan(Message):
     evictable_bytes: int = 0
     """What could go at most."""
     kept: dict[str, str] = {}
-    """Models that may not go, and why: `pinned`, `used by instance x`, `being fetched`."""
+    """Models that may not go, and why: `pinned`, `used by instance x and me (pid 4711)`, `being fetched`."""
 
 
 class NoteUse(Message):
@@ -112,6 +112,33 @@ class AskManifest(Message):
     model: str
     broken: bool = False
     """Also of a model that has lost blobs: asked of its own node by a fetcher that is to bring them back."""
+
+
+class AskLease(Message):
+    """storage.lease: a view of `org/name@revision` for one caller alone; the model stays while it is held."""
+
+    model: str
+    holder: str
+    """Who asks, in words for people."""
+    instance: str = ""
+    """The instance that it is for, if it is for one."""
+
+
+class Leased(Message):
+    """A lease. It lives while somebody holds a flock on `lock`, and ends when nobody does, however that came."""
+
+    id: str
+    commit: str
+    view: str
+    """Absolute path of the directory with the model's files."""
+    lock: str
+    """Absolute path of the file to take a shared flock on, within 30 s."""
+
+
+class Unlease(Message):
+    """storage.unlease: this lease is not needed any more. One that has gone already is fine."""
+
+    id: str
 
 
 class Withdraw(Message):

@@ -116,6 +116,18 @@ class DownloadState(Message):
     updated_at_s: float = 0.0
 
 
+class LeaseState(Message):
+    """A lease on a model of a node, and who holds it."""
+
+    id: str
+    model: str
+    holder: str
+    """In the holder's own words."""
+    since_s: float
+    pid: int = 0
+    """The process that holds its lock; 0 where none does yet, or the system does not say."""
+
+
 class StorageState(Message):
     """A node's disk: its settings and their use."""
 
@@ -132,6 +144,8 @@ class StorageState(Message):
     """Models (`org/name@commit`) that are never evicted or deleted."""
     quarantined: list[str] = []
     """Blobs that did not hash to their name and were set aside."""
+    leases: list[LeaseState] = []
+    """Who uses models of this node through views of their own."""
     from_environment: list[str] = []
     """Settings that the environment holds, against which the file is of no use."""
     unproven_count: int = 0

@@ -42,6 +42,9 @@ class Start(_Line, frozen=True, kw_only=True):
     rank: int
     stages: int
     model_dir: str
+    lock: str = ""
+    """The lock of the lease on `model_dir`, held from before the first read until the end; "" where nobody keeps
+    count of who uses those files."""
     first_layer: int
     last_layer: int
     """Exclusive."""

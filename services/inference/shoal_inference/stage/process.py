@@ -15,6 +15,7 @@ from shoal_inference.stage.errors import BadControl, BadInput, FatalError, LoadF
 from shoal_inference.stage.follow import Follow
 from shoal_inference.stage.frames import MAX_PAYLOAD_BYTES
 from shoal_inference.stage.handshake import Member
+from shoal_inference.stage.hold import hold
 from shoal_inference.stage.lead import Lead
 from shoal_inference.stage.ring import Predecessor, Successor
 
@@ -70,6 +71,8 @@ async def _serve(channel: Channel) -> None:
         raise BadControl(f"the parent said {type(start).__name__} first: it must say start")
     _check(start)
     logs.configure(f"stage {start.instance}/{start.rank}")
+    if start.lock:
+        await hold(start.lock)
     core = Core(start, channel.emit)
     async with asyncio.TaskGroup() as group:
         lead = Lead(core, group) if start.rank == 0 else None

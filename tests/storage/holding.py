@@ -1,0 +1,31 @@
+"""A process that holds the lock of a lease, as any program on the machine may: until it is told to end, or killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1])
+fcntl.flock(lock, fcntl.LOCK_SH)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder_of(lock: str) -> Iterator[subprocess.Popen[str]]:
+    """Hold a lock in another process while the body runs. It has the lock when this returns."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
