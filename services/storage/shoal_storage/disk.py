@@ -27,6 +27,7 @@ from shoal_common.names import check_blob, check_commit
 from shoal_storage.decide import Ledger, Partial, check_manifest, left_behind
 from shoal_storage.digests import Digests, digest
 from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_storage.reserve import ReserveFile
 
 log = Log("disk")
 
@@ -54,11 +55,12 @@ def sync_directory(path: Path) -> None:
 class Disk:
     """One node's store. Open it once; it holds the store's lock until the process ends."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
         # Absolute: symbolic links in views name blobs by it.
         self.layout = Layout(root.absolute())
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would outlast the time there is."""
+        self.reserve = ReserveFile(self.layout.reserve, reserve_bytes)
         self._lock: BinaryIO | None = None
 
     def open(self) -> None:
@@ -76,6 +78,7 @@ class Disk:
             self._make(directory)
         if not lay.version.exists():
             self._write(lay.version, FORMAT_VERSION.encode())
+        self.reserve.look()
 
     def _make(self, directory: Path) -> None:
         """Make a directory and those above it, durably: what is kept in it is lost with a name that is not."""
@@ -102,6 +105,11 @@ class Disk:
         """Bytes the file system would give us now."""
         s = os.statvfs(self.layout.root)
         return s.f_bavail * s.f_frsize
+
+    def has_no_file_left(self) -> bool:
+        """Whether the file system takes no further file, however small. Not all of them count files."""
+        s = os.statvfs(self.layout.root)
+        return s.f_files > 0 and s.f_favail == 0
 
     # Start
 
@@ -259,7 +267,11 @@ class Disk:
                 target.parent.mkdir(exist_ok=True)
                 sync_directory(self.layout.blobs)
             (source / "data").chmod(_BLOB_MODE)
-            (source / "data").replace(target)
+            try:
+                (source / "data").replace(target)
+            except OSError:
+                (source / "data").chmod(_PARTIAL_MODE)  # it is a partial still, and may be written to
+                raise
             sync_directory(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
         sync_directory(target.parent)

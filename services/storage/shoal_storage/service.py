@@ -10,6 +10,7 @@ from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import (
     AskManifest,
     AskPlan,
+    AskRoom,
     CommitBlob,
     NoteUse,
     Release,
@@ -21,10 +22,12 @@ from shoal_common.service import Context
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
 from shoal_storage.disk import Disk
+from shoal_storage.full import Full, told
 from shoal_storage.guard import Guard
-from shoal_storage.limits import read_limits
+from shoal_storage.limits import read_limits, read_reserve_bytes
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.removal import DELETE_DEADLINE_S
+from shoal_storage.reservations import Reservations
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
 from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
 
@@ -32,21 +35,38 @@ from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
 async def run(context: Context) -> None:
     """The storage service."""
     limits = read_limits(context.config.settings, context.environ)
-    disk = Disk(context.config.store)
-    await asyncio.to_thread(disk.open)
+    disk = Disk(context.config.store, read_reserve_bytes(context.config.settings, context.environ))
+    with told("open its store"):
+        await asyncio.to_thread(disk.open)
     ledger = await asyncio.to_thread(disk.recover)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
     await forget_useless(disk, ledger)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
         announced = await context.view(tasks, "state", f"model.{context.node}.>")
+        downloads = await context.view(tasks, "state", f"download.{context.node}.>")
+        live = await context.view(tasks, "live", f"{context.node}.>")
         announcer = Announcer(context, disk, ledger, limits, announced)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
         await announcer.announce_all()
         settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
         context.background(tasks, guard.say_again_after_reconnects())
-        context.background(tasks, guard.watch_free_space())
+        full = Full(context, disk, ledger, guard.section, guard.room, announcer)
+        context.background(tasks, full.watch())
+        reservations = Reservations(
+            context,
+            ledger,
+            guard.section,
+            guard.keeping,
+            guard.removal,
+            announcer,
+            lambda: guard.room.limits,
+            specs,
+            downloads,
+            live,
+        )
+        context.background(tasks, reservations.watch())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
         verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
@@ -55,12 +75,13 @@ async def run(context: Context) -> None:
         tasks.create_task(
             context.serve(
                 {
-                    "reserve": Question(Reserve, guard.reserve),
+                    "reserve": Question(Reserve, full.guarded("reserve", guard.reserve)),
                     "release": Question(Release, guard.release),
-                    "commit": Question(CommitBlob, guard.commit),
-                    "seal": Question(SealModel, guard.seal),
+                    "commit": Question(CommitBlob, full.guarded("commit a blob", guard.commit)),
+                    "seal": Question(SealModel, full.guarded("seal a model", guard.seal)),
                     "manifest": Question(AskManifest, guard.manifest),
                     "plan": Question(AskPlan, upkeep.plan),
+                    "room": Question(AskRoom, full.room),
                     "used": Question(NoteUse, upkeep.used),
                 }
             )
