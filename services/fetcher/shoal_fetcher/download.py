@@ -69,7 +69,7 @@ class Download:
         # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
         # until storage says what is there: a hub that is down must not cost what has arrived.
         self.progress = Progress(buckets.state, structs.replace(state, phase="queued", resumed_bytes=0))
-        self._blockage = Blockage(self.progress, storage, around)
+        self._blockage = Blockage(self.progress, storage, around, layout)
         self.ended: asyncio.Future[DownloadState] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(lambda f: f.cancelled() or f.exception())
 

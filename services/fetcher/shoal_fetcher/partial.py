@@ -32,6 +32,8 @@ log = Log("partial")
 CHECKPOINT_LEAVES = 16
 CHECKPOINT_S = 1.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROBE_BYTES = 4096
+"""No more than the least that a partial can lack: a probe must not ask for more than the fetch does."""
 
 
 class PartialBlob:
@@ -60,7 +62,7 @@ class PartialBlob:
         return self
 
     def _open(self) -> None:
-        with self._told():
+        with _told(self._directory):
             try:
                 self._fd = os.open(self._directory / "data", os.O_RDWR)
                 self.bitmap = read_bitmap(self._directory, self.size_bytes)
@@ -78,19 +80,6 @@ class PartialBlob:
             new.write_bytes(bits)
             new.replace(have)
         return os.open(have, os.O_WRONLY)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """A full disk, in our own words."""
-        try:
-            yield
-        except OSError as e:
-            if e.errno not in _FULL:
-                raise
-            raise DiskFull(
-                f"disk full: {e.strerror} while blob {self._directory.name[:16]}… arrived; free some space and it "
-                "goes on by itself"
-            ) from None
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,7 +137,7 @@ class PartialBlob:
         return bool(self._leaf) and self._offset >= self.size_bytes
 
     def _write_leaf(self, data: bytes, offset: int) -> None:
-        with self._told():
+        with _told(self._directory):
             _pwrite(self._fd, data, offset)
 
     def _checkpoint(self) -> None:
@@ -160,11 +149,45 @@ class PartialBlob:
         bitmap = Bitmap(self.size_bytes, self.bitmap.to_bytes())
         for leaf in fresh:
             bitmap.add(leaf)
-        with self._told():
+        with _told(self._directory):
             os.fsync(self._fd)
             _pwrite(self._have_fd, bitmap.to_bytes(), 0)
         self.bitmap = bitmap
         self.durable_bytes += sum(bitmap.leaf_bytes(leaf) for leaf in fresh)
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """A full disk, in our own words."""
+    blob = directory.name
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise DiskFull(
+            f"disk full: {e.strerror} while blob {blob[:16]}… arrived; free some space and it goes on by itself",
+            blob=blob,
+        ) from None
+
+
+def probe(directory: Path) -> None:
+    """Write a block beside a partial and take it away again. Raises DiskFull; ReservationLost when it has gone.
+
+    A quota of the file system does not show in its free space, and bytes that a source sends in vain are not free.
+    """
+    path = directory / "probe"
+    with _told(directory):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except FileNotFoundError:
+            raise ReservationLost(f"the reservation of blob {directory.name[:16]}… has gone") from None
+        try:
+            _pwrite(fd, bytes(_PROBE_BYTES), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
 
 
 def _pwrite(fd: int, data: bytes, offset: int) -> None:

@@ -117,7 +117,9 @@ class Full:
         """What all that is on its way still needs, beyond what the disk has to give."""
         free = await self._room.free_bytes()
         await self._settle()
-        return max(self._ledger.in_flight_bytes + self._room.limits.headroom_bytes - free, 0 if free else 1)
+        if not (in_flight := self._ledger.in_flight_bytes):
+            return 0 if free else 1  # all bytes are here: a name in a directory may be what is lacking
+        return max(in_flight + self._room.limits.headroom_bytes - free, 0)
 
     # The reserve
 
