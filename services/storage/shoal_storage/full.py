@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from shoal_common.errors import DiskFull
+from shoal_common.errors import DiskFull, ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import AskRoom, EvictionPlan, RoomLeft
@@ -126,8 +126,11 @@ class Full:
     async def watch(self) -> None:
         """Keep the free space in the liveness facts true, and the reserve where there is room for it."""
         while True:
-            free = await self.look()
-            self._context.liveness.set_facts(Facts(disk_free_bytes=free))
+            try:
+                free = await self.look()
+                self._context.liveness.set_facts(Facts(disk_free_bytes=free))
+            except (OSError, ShoalError) as e:  # NATS is away, say: the next look tells what this one could not
+                log.warning("the disk could not be looked at", why=str(e))
             await asyncio.sleep(_LOOK_S)
 
     async def look(self) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 
 from shoal_common.buckets import live_key
+from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState
@@ -114,8 +115,8 @@ class Reservations:
         while True:
             try:
                 await self.look(time.time(), time.monotonic())
-            except OSError as e:
-                log.warning("what an ended download left could not be removed", why=str(e))
+            except (OSError, ShoalError) as e:  # NATS is away, say: the next look does what this one could not
+                log.warning("reservations could not be looked at", why=str(e))
             await asyncio.sleep(LOOK_S)
 
     async def look(self, now_s: float, monotonic_s: float) -> None:
