@@ -44,9 +44,9 @@ The exit code is that of the first node that failed. Fields are only ever added.
 Fields are only ever added.""",
     "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
 "storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
-"used_bytes", "from_environment", "note"}}}; plan {"nodes": {node: {"need_bytes", "garbage", "garbage_bytes",
-"victims": [{"model", "frees_bytes", "last_use_s"}], "frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and
-unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
+"partial_retention_s", "used_bytes", "from_environment", "note"}}}; plan {"nodes": {node: {"need_bytes", "garbage",
+"garbage_bytes", "unfinished" and "victims": [{"model", "frees_bytes", "last_use_s"}], "frees_bytes", "enough",
+"evictable_bytes", "kept"}}}; pin and unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
     "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code
@@ -277,6 +277,9 @@ def _add_disks(add: _Add, remote: Parser) -> None:
         "--eviction-policy", choices=_POLICIES, help="lru makes room for new models, manual refuses them"
     )
     change.add_argument("--headroom", metavar="SIZE", help="what stays free on the disk, like 5GB")
+    change.add_argument(
+        "--partial-retention", metavar="SPAN", help="how long what ended downloads leave is kept, like 7d; 0: not"
+    )
     plan = action("plan", "what would be evicted to make room; nothing is")
     plan.add_argument("--need", metavar="SIZE", required=True, help="room for so much, like 50GB")
     _model(action("pin", "never evict or delete a model"))

@@ -181,6 +181,7 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
         [download("queued")],
         [download("fetching", 100, waiting_for="origin node-b")],
         [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0)],
+        [download("blocked", 600, waiting_for="disk full: 400 B more needed, 0 B free")],
         [download("verifying", 1000)],
         [download("ready", 1000)],
     ]
@@ -192,6 +193,7 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
         "node-a: 0 %, 0 B of 1.0 kB, queued",
         "node-a: 10 %, 100 B of 1.0 kB, waiting for origin node-b",
         "node-a: 50 %, 500 B of 1.0 kB, 50 B/s, 10 s left, from node-b, hub",
+        "node-a: 60 %, 600 B of 1.0 kB, blocked: disk full: 400 B more needed, 0 B free",
         "node-a: 100 %, 1.0 kB of 1.0 kB, verifying",
         "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
         "org/fish is ready on node-a",

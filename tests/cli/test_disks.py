@@ -117,6 +117,23 @@ def test_storage_set_sends_what_is_given_and_says_what_holds_now(
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
 
 
+def test_storage_set_takes_a_span_for_what_ended_downloads_leave(cluster: Cluster, capsys: Capture) -> None:
+    result = {"eviction_policy": "lru", "headroom_bytes": 5 * GB, "partial_retention_s": 7 * 86400, "command": "c1"}
+    cluster.disk_results = {"node-a": result}
+    assert run(["storage", "set", "--partial-retention", "7d"]) == 0
+    assert cluster.requests == [("PUT", "/v1/storage/config", {"partial_retention_s": 604800})]
+    assert "\n  what ended downloads leave is kept for 7 d 0 h\n" in capsys.readouterr().out
+    assert run(["storage", "set", "--partial-retention", "soon"]) == 2
+    assert "'soon' is not a span of time: write it like 12h or 7d" in capsys.readouterr().err
+
+
+def test_storage_shows_a_full_disk_and_what_ended_downloads_have_left(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a", free_bytes=0, unfinished=[HELD])]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a's disk is full" in said and f"node-a has bytes of {HELD}, whose download has ended" in said
+
+
 def test_a_setting_that_storage_refuses_is_one_line_and_exit_code_4(cluster: Cluster, capsys: Capture) -> None:
     cluster.fails = Refused("headroom_bytes comes from the environment here")
     assert run(["storage", "set", "--headroom", "5GB"]) == 4

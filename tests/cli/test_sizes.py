@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_cli.sizes import parse_size, show_bytes, show_seconds
+from shoal_cli.sizes import parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput
 
 
@@ -28,6 +28,20 @@ from shoal_common.errors import BadInput
 )
 def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
+)
+def test_spans_are_read(text: str, seconds: int) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "-1d", "1.5h", "7 days", "1w", "1" * 10])
+def test_what_is_no_span_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadInput, match="7d"):
+        parse_seconds(text)
 
 
 @pytest.mark.parametrize(

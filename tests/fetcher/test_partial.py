@@ -131,11 +131,15 @@ async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claim
     class Crash(BaseException):
         """The process ends here."""
 
-    def crash(self: Path, target: Path) -> Path:
-        raise Crash
+    real = os.pwrite
+
+    def crash(fd: int, piece: bytes, offset: int) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink().name == "have":
+            raise Crash
+        return real(fd, piece, offset)
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(Path, "replace", crash)
+        patched.setattr(os, "pwrite", crash)
         async with PartialBlob(directory, len(data)) as partial:
             partial.begin_at(0)
             await partial.write(data)

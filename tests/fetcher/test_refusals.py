@@ -69,14 +69,16 @@ async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Sit
     size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", **_limited(site, 3 * LEAF_BYTES))
-        code, message = await here.pull_wrong("a")
-        assert code == "quota_exceeded" and "disk is full" in message and "pull again to resume" in message
-        state = await here.state_now("a")
-        assert state is not None and state.phase == "rejected" and state.done_bytes == 3 * LEAF_BYTES
+        pull = await here.begin("a")
+        state = await here.state("a", lambda s: s.phase == "blocked")
+        assert state.error is not None and state.error.code == "disk_full" and state.done_bytes == 3 * LEAF_BYTES
+        assert state.waiting_for.startswith("disk full: No space left on device")
         await site["a"].restart(here.here, "fetcher")
-        state = await here.pull_ok("a")
+        state = await here.state("a", lambda s: s.phase == "ready")
         await here.is_whole("a", files)
+        assert (state.error, state.blocked_since_s) == (None, 0.0)
         assert state.resumed_bytes == 3 * LEAF_BYTES and site.hub_bytes() < 1.6 * size
+        pull.cancel()
 
 
 def _limited(site: Site, file_bytes: int) -> dict[str, str]:
@@ -100,11 +102,13 @@ async def test_a_hub_that_is_down_does_not_cost_what_an_earlier_try_has_brought(
     size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", **_limited(site, 4 * LEAF_BYTES))
-        await here.pull_wrong("a")
-        await site["a"].restart(here.here, "fetcher")
+        pull = await here.begin("a")
+        await here.state("a", lambda s: s.phase == "blocked")
         site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
-        code, _ = await here.pull_wrong("a")
-        assert code == "hub_unavailable"
+        await site["a"].restart(here.here, "fetcher")
+        failed = await here.state("a", lambda s: s.phase == "failed")
+        assert failed.error is not None and failed.error.code == "hub_unavailable"
+        pull.cancel()
         site.hub.set_faults(Faults())
         site.hub.reset_stats()
         state = await here.pull_ok("a")

@@ -72,8 +72,8 @@ async def test_storage_lists_every_disk_with_what_its_storage_last_said(gateway:
             "PUT",
             "/v1/storage/config",
             "configure",
-            {"max_storage_bytes": 200, "eviction_policy": "lru", "headroom_bytes": 5},
-            {"max_storage_bytes": 200, "eviction_policy": "lru", "headroom_bytes": 5},
+            {"max_storage_bytes": 200, "eviction_policy": "lru", "headroom_bytes": 5, "partial_retention_s": 0},
+            {"max_storage_bytes": 200, "eviction_policy": "lru", "headroom_bytes": 5, "partial_retention_s": 0},
         ),
         ("PUT", "/storage/config", "configure", {"max_storage_bytes": None}, {"max_storage_bytes": None}),
         ("PUT", "/v1/storage/config", "configure", {"headroom_bytes": 0, "id": "x"}, {"headroom_bytes": 0}),
@@ -136,6 +136,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         enough=True,
         evictable_bytes=90,
         kept={"org/kept@c": "pinned"},
+        unfinished=[Victim(model="org/half@c", frees_bytes=1, last_use_s=4.0)],
     )
     async with cluster(gateway) as c:
         before = await c.joined.last_sequence("CMD")
@@ -155,6 +156,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         "enough": False,
         "evictable_bytes": 0,
         "kept": {},
+        "unfinished": [],
     }
 
 
@@ -164,6 +166,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         ("PUT", "/v1/storage/config", {}, "nothing is to be changed"),
         ("PUT", "/v1/storage/config", {"max_storage_bytes": -1}, "max_storage_bytes is -1"),
         ("PUT", "/v1/storage/config", {"headroom_bytes": 2**63}, "headroom_bytes is"),
+        ("PUT", "/v1/storage/config", {"partial_retention_s": -1}, "partial_retention_s is -1"),
         ("PUT", "/v1/storage/config", {"headroom_bytes": None}, "headroom_bytes"),
         ("PUT", "/v1/storage/config", {"max_storage_bytes": "200GB"}, "max_storage_bytes"),
         ("PUT", "/v1/storage/config", {"eviction_policy": "fifo"}, "eviction_policy"),

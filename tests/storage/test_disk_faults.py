@@ -8,18 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from shoal_common.errors import ShoalError
 from tests.harness.nats import NatsServer
+from tests.harness.small_disk import fill, small_disk
 from tests.storage.lives import live
 from tests.storage.promises import Promises
 from tests.storage.seam import Call, seen
@@ -121,35 +119,6 @@ def test_I6_a_refused_write_is_not_taken_for_success(tmp_path: Path) -> None:
                 raise AssertionError(f"refused at {point} after {acknowledged[-1:]}: {e}") from e
 
 
-@contextmanager
-def tiny(at: Path) -> Iterator[Path]:
-    """A file system of 8 MiB, while the body runs."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root on Linux can mount a small disk: a full disk is NOT tested here")
-    at.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES}", "tmpfs", str(at)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"a small disk cannot be mounted, a full disk is NOT tested here: {made.stderr.decode()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", str(at)], check=True)
-
-
-def fill(directory: Path) -> None:
-    """Take every byte that is left."""
-    with (directory / "ballast").open("wb", buffering=0) as f:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while f.write(b"x" * size):
-                    pass
-            except OSError as e:
-                assert e.errno == errno.ENOSPC
-    assert os.statvfs(directory).f_bavail == 0
-
-
 LARGE = Model("org/large", {"weights.bin": b"w" * (2 << 20), "config.json": b"{}"})
 OTHER = Model("org/other", {"weights.bin": b"o" * (1 << 20), "config.json": b"{}"})
 
@@ -158,7 +127,7 @@ async def test_I6_at_0_bytes_free_the_service_starts_refuses_what_comes_and_dele
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
-        with tiny(node.layout.root) as disk:
+        with small_disk(node.layout.root, FULL_BYTES) as disk:
             async with node.storage() as process:
                 await node.bring_in(LARGE)
                 await process.kill()
@@ -178,7 +147,7 @@ async def test_I6_at_0_bytes_free_the_service_starts_refuses_what_comes_and_dele
 
 
 def test_I6_a_disk_that_fills_up_under_a_commit_and_a_seal_leaves_nothing_wrong(tmp_path: Path) -> None:
-    with tiny(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", FULL_BYTES) as disk:
         store = Store(disk / "store")
         store.bring_in(LARGE)
         store.reserve(OTHER)

@@ -16,9 +16,9 @@ from shoal_common.messages.commands import CollectGarbage, Pin
 from shoal_common.messages.questions import EvictionPlan, Reserved
 from shoal_common.proof import prove
 from tests.harness.nats import NatsServer
+from tests.harness.small_disk import fill, small_disk
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
-from tests.storage.test_disk_faults import fill, tiny
 from tests.storage.test_storage_deletes import instance_of
 
 Fresh = Callable[[str], str]
@@ -254,7 +254,7 @@ async def test_at_0_bytes_free_room_is_made_and_the_next_model_comes_in(
 ) -> None:
     old, new = model_of("old", 2 << 20), model_of("new", 1 << 20)
     async with on_node(nats, tmp_path, fresh("storage")) as node:
-        with tiny(node.layout.root) as disk:
+        with small_disk(node.layout.root, 8 << 20) as disk:
             async with node.storage(**LRU) as process:
                 await hold(node, old)
                 fill(disk)

@@ -49,7 +49,7 @@ def test_bytes_made_durable_after_they_have_their_name_are_found_out(tmp_path: P
     named = next(
         n
         for n, e in enumerate(events)
-        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("disk.py:commit:")
+        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("disk.py:_name:")
     )
     assert durable < named
     events.insert(named, events.pop(durable))

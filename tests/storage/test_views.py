@@ -14,11 +14,12 @@ import pytest
 
 from shoal_storage import quarantine, views
 from shoal_storage.doubt import having
+from tests.harness.small_disk import small_disk
 from tests.storage.stores import Model, Store, files_below
-from tests.storage.test_disk_faults import tiny
 from tests.storage.test_power_cuts import _can_mount, make_image, mounted
 
 WEIGHTS = b"w" * 300_000
+TINY_BYTES = 8 << 20
 MODEL = Model("org/model", {"weights.bin": WEIGHTS, "sub/config.json": b"{}", "empty": b""})
 
 
@@ -111,7 +112,7 @@ def test_I1_a_reflinked_view_of_a_corrupt_blob_is_gone_after_it_was_set_aside_le
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 def test_without_reflinks_a_views_files_are_hard_links(tmp_path: Path, kind: str) -> None:
     with (
-        tiny(tmp_path / "tiny") if kind == "tmpfs" else disk_of("ext4", tmp_path) as at,
+        small_disk(tmp_path / "tiny", TINY_BYTES) if kind == "tmpfs" else disk_of("ext4", tmp_path) as at,
         store_on(at / "store") as store,
     ):
         store.bring_in(MODEL)
@@ -127,7 +128,7 @@ def test_without_reflinks_a_views_files_are_hard_links(tmp_path: Path, kind: str
 def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.bring_in(MODEL)
-    with tiny(store.layout.leases), tiny(tmp_path / "elsewhere"):
+    with small_disk(store.layout.leases, TINY_BYTES), small_disk(tmp_path / "elsewhere", TINY_BYTES):
         lease = store.lease(MODEL, "far")
         for f in MODEL.sealed.files:
             target = store.layout.lease_view(lease.id) / f.path

@@ -111,6 +111,7 @@ class ConfiguredRow(Message):
     max_storage_bytes: int | None = None
     eviction_policy: str = ""
     headroom_bytes: int = 0
+    partial_retention_s: int = 0
     note: str = ""
 
 

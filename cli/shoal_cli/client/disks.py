@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from shoal_cli.client.answers import Anything, CollectedRow, ConfiguredRow, DisksAnswer, PinnedRow, VerifiedRow
 from shoal_cli.client.gateway import Gateway
 from shoal_cli.client.tables import disks_table, strange_words
-from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
+from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
 from shoal_common.messages.records import LeaseState
@@ -106,8 +106,11 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
     for row in disks:
         if row.storage is None:
             continue
+        if row.storage.free_bytes == 0:
+            words.append(f"{row.node}'s disk is full: `shoal rm` or `shoal gc` frees some space")
         if row.storage.reserved_bytes:
             words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
+        words += [f"{row.node} has bytes of {model}, whose download has ended" for model in row.storage.unfinished]
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
         words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
@@ -129,14 +132,18 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         body["eviction_policy"] = args.eviction_policy
     if args.headroom is not None:
         body["headroom_bytes"] = parse_size(args.headroom)
+    if args.partial_retention is not None:
+        body["partial_retention_s"] = parse_seconds(args.partial_retention)
     if body.keys() <= {"node"}:
-        raise BadInput("nothing to set: give --max-storage, --eviction-policy or --headroom")
+        raise BadInput("nothing to set: give --max-storage, --eviction-policy, --headroom or --partial-retention")
     answer = gateway.put("/v1/storage/config", body, Anything)
     words = []
     for node, row in _rows(answer, ConfiguredRow):
         quota = "none" if row.max_storage_bytes is None else show_bytes(row.max_storage_bytes)
         headroom = show_bytes(row.headroom_bytes)
         words.append(f"{node}: quota {quota}, eviction policy {row.eviction_policy}, headroom {headroom}")
+        if args.partial_retention is not None:
+            words.append(f"  what ended downloads leave is kept for {show_seconds(row.partial_retention_s)}")
         words += [f"  {row.note}"] if row.note else []
     return Said(answer, words)
 
@@ -162,6 +169,8 @@ def plan_words(node: str, asked_bytes: int, plan: EvictionPlan, now_s: float) ->
     words = [f"{node}: to make {room}, {need} have to go; these would, {show_bytes(plan.frees_bytes)} in all:"]
     if plan.garbage:
         words.append(f"  {count(len(plan.garbage), 'blob')} of no model, {show_bytes(plan.garbage_bytes)}")
+    for left in plan.unfinished:
+        words.append(f"  what is here of {left.model}, {show_bytes(left.frees_bytes)}; its download has ended")
     for victim in plan.victims:
         ago = f"last used {show_seconds(max(now_s - victim.last_use_s, 0))} ago"
         words.append(f"  {victim.model}, {show_bytes(victim.frees_bytes)}, {ago}")

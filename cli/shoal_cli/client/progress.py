@@ -31,6 +31,8 @@ def sources(state: DownloadState, before: Mapping[str, int]) -> list[str]:
 
 def what_it_does(state: DownloadState, before: Mapping[str, int]) -> str:
     """The state in words: `from hub, node-b`, `waiting for origin node-b`, `verifying`."""
+    if state.phase == "blocked":
+        return f"blocked: {state.waiting_for}"
     if state.waiting_for:
         return f"waiting for {state.waiting_for}"
     if state.phase == "fetching":

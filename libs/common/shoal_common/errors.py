@@ -10,6 +10,7 @@
     │   ├── InUse               somebody is using it
     │   ├── Withdrawn           the work was taken back by a person
     │   ├── QuotaExceeded       no room on the disk                        507
+    │   ├── DiskFull            the disk took no more bytes                507
     │   ├── NoRoom              no room in memory                          507
     │   ├── Claimed             another process is this node's service
     │   └── Unsupported         this version cannot do it                  501
@@ -129,6 +130,13 @@ class QuotaExceeded(Refused):
     """The disk has no room for it: needed, free and quota are in the details."""
 
     code = "quota_exceeded"
+    http_status = 507
+
+
+class DiskFull(Refused):
+    """The disk took no more of what had been approved: others have filled it, or a quota of its own is used up."""
+
+    code = "disk_full"
     http_status = 507
 
 

@@ -1,6 +1,6 @@
 """Where things are in a store. The only place that builds these paths; names are checked before they come here.
 
-<store>/VERSION lock
+<store>/VERSION lock reserve                 reserve: held back, given up first when the disk is full
   blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), shows its proof (proof.py)
   leaves/ab/<sha256>                         BLAKE3 of each leaf of a blob; its mtime is the blob's
   partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
@@ -34,6 +34,7 @@ class Layout:
         self.root = root
         self.version = root / "VERSION"
         self.lock = root / "lock"
+        self.reserve = root / "reserve"
         self.blobs = root / "blobs" / "sha256"
         self.leaf_lists = root / "leaves"
         self.partials = root / "partial"

@@ -14,7 +14,7 @@ import msgspec
 from shoal_common import telemetry
 from shoal_common.buckets import Buckets, origin_key
 from shoal_common.credentials import bearer
-from shoal_common.errors import Corrupt, ShoalError, Unavailable
+from shoal_common.errors import Corrupt, DiskFull, ShoalError, Unavailable
 from shoal_common.layout import Layout
 from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
@@ -149,7 +149,7 @@ class BlobFetcher:
                 try:
                     await self._read(peer, file, read, setbacks, progress)
                     break
-                except Corrupt:
+                except (Corrupt, DiskFull):
                     raise
                 except ShoalError as e:
                     error = e

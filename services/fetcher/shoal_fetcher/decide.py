@@ -11,6 +11,7 @@ from shoal_common.errors import (
     BadInput,
     Corrupt,
     Denied,
+    DiskFull,
     Expired,
     NodeAway,
     NotFound,
@@ -158,8 +159,8 @@ class Setbacks(msgspec.Struct):
         is not the end.
         """
         self.last = error
-        if isinstance(error, ReservationLost | NodeAway | Expired):
-            raise error  # our own storage: no source is to blame
+        if isinstance(error, ReservationLost | NodeAway | Expired | DiskFull):
+            raise error  # our own storage, our own disk: no source is to blame
         if isinstance(error, WrongWhole):
             givers, self.givers = self.givers, set()
             if len(givers) != 1 or EARLIER in givers:
@@ -201,3 +202,21 @@ class Setbacks(msgspec.Struct):
 def retry_delay_s(failures: int) -> float:
     """Seconds to wait after the n-th failure in a row: 0.25, 0.5, … at most 8."""
     return float(min(0.25 * 2 ** min(max(failures - 1, 0), 10), 8.0))
+
+
+MAX_BLOCKED_S = 24 * 3600.0
+"""A download that a full disk has kept from getting on for so long fails (I7)."""
+
+
+def in_vain_delay_s(count: int) -> float:
+    """Seconds to wait before writing is tried for the n-th time after none of it became durable, though storage says
+    that there is room: a quota of the file system, say. 0, 1, 2, … at most 60.
+    """
+    return 0.0 if count <= 0 else float(min(2 ** min(count - 1, 10), 60))
+
+
+def look_again_s(count: int) -> float:
+    """Seconds until storage is asked for the n-th time whether there is room, if nothing is heard before: 5, 10, … at
+    most 60.
+    """
+    return float(min(5 * 2 ** min(max(count - 1, 0), 10), 60))

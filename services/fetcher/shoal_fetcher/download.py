@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,7 @@ from msgspec import structs
 
 from shoal_common import telemetry
 from shoal_common.buckets import Buckets, download_key
-from shoal_common.errors import Failed, HubUnavailable, QuotaExceeded, ShoalError, Withdrawn
+from shoal_common.errors import DiskFull, Failed, HubUnavailable, ShoalError, Withdrawn
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
@@ -20,6 +19,7 @@ from shoal_common.messages.records import ENDED, DownloadPhase, DownloadState, M
 from shoal_common.names import ModelRef, is_commit
 from shoal_common.questions import Ask
 from shoal_fetcher.blobs import BlobFetcher
+from shoal_fetcher.blocked import Blockage
 from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
 from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub import Hub
@@ -65,10 +65,11 @@ class Download:
         now_s = round(time.time(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED:
-            state = structs.replace(state, sources={}, started_at_s=now_s)
+            state = structs.replace(state, sources={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
         # until storage says what is there: a hub that is down must not cost what has arrived.
         self.progress = Progress(buckets.state, structs.replace(state, phase="queued", resumed_bytes=0))
+        self._blockage = Blockage(self.progress, storage, around, layout)
         self.ended: asyncio.Future[DownloadState] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(lambda f: f.cancelled() or f.exception())
 
@@ -109,7 +110,7 @@ class Download:
 
     async def _end(self, phase: DownloadPhase, error: ShoalError | None) -> None:
         body = error.body() if error else None
-        await self.progress.say(phase=phase, error=body, waiting_for="")
+        await self.progress.say(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
         # The wish has been answered. Were it kept, a model lost later would come back uninvited.
         await self._buckets.spec.delete(self._key)
         if not self.ended.done():
@@ -136,14 +137,19 @@ class Download:
             log.info("the revision has moved on", model=str(self.ref), commit=manifest.commit)
             await self._release()
         self._reserved_commit = manifest.commit
-        for attempt in range(1, _RESERVE_TRIES + 1):
+        lost_count, durable_bytes = 0, 0
+        while True:
             try:
                 return await self._reserve_and_fetch(manifest)
             except ReservationLost as e:
-                # Storage was restarted or somebody removed files by hand: ask anew what is here.
-                if attempt == _RESERVE_TRIES:
+                # It has ended, storage was restarted, or somebody removed files by hand: ask anew what is here.
+                lost_count = 1 if self.progress.done_bytes > durable_bytes else lost_count + 1
+                durable_bytes = max(durable_bytes, self.progress.done_bytes)
+                if lost_count == _RESERVE_TRIES:
                     raise
                 log.warning("reserving again", model=str(self.ref), why=e.message)
+            except DiskFull as e:
+                await self._blockage.wait_for_room(manifest.model, e)
 
     async def _resolve(self) -> Manifest:
         """The manifest: from this node, where it may be broken, or another that has the model; else from the hub."""
@@ -186,7 +192,11 @@ class Download:
 
     async def _reserve_and_fetch(self, manifest: Manifest) -> None:
         await self.progress.say(
-            phase="reserving", commit=manifest.commit, total_bytes=manifest.size_bytes, waiting_for="storage"
+            phase="reserving",
+            commit=manifest.commit,
+            total_bytes=manifest.size_bytes,
+            waiting_for="storage",
+            error=None,
         )
         reserved = await self._storage.reserve(manifest)
         known = dict(reserved.known)
@@ -231,7 +241,5 @@ def _ours(error: Exception, ref: ModelRef) -> ShoalError:
     """What went wrong, as one of our own errors."""
     if isinstance(error, ShoalError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return QuotaExceeded(f"the disk is full while {ref} arrives: free some space and pull again to resume")
     log.error("a download failed", exc=error, model=str(ref))
     return Failed(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")

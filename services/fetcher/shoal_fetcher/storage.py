@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from shoal_common.errors import Corrupt, NotFound
-from shoal_common.messages.questions import CommitBlob, Committed, Done, Release, Reserve, Reserved, SealModel
+from shoal_common.messages.questions import (
+    AskRoom,
+    CommitBlob,
+    Committed,
+    Done,
+    Release,
+    Reserve,
+    Reserved,
+    RoomLeft,
+    SealModel,
+)
 from shoal_common.messages.records import Manifest, ManifestFile, ModelState
 from shoal_common.questions import Ask
 from shoal_fetcher.errors import ReservationLost, WrongWhole
@@ -48,6 +58,10 @@ class Storage:
             return await self._until_answered("seal", SealModel(manifest=manifest), ModelState)
         except NotFound as e:
             raise ReservationLost(e.message) from e
+
+    async def room(self, model: str) -> RoomLeft:
+        """Whether there is room again for what is on its way, `model` (`org/name@commit`) among it."""
+        return await self._until_answered("room", AskRoom(model=model), RoomLeft)
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Give a reservation back. Bytes that only it wanted go: its partials, and these whole blobs."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from shoal_common.buckets import download_key, live_key, origin_key
+from shoal_common.buckets import download_key, live_key, origin_key, storage_key
 from shoal_common.connection import Nats
 from shoal_common.leases import LeaseValue
 from shoal_common.messages.facts import Live
-from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState
+from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState, StorageState
 from shoal_common.names import ModelRef
 from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
@@ -76,6 +76,22 @@ class Surroundings:
     async def changed(self, seen: tuple[int, ...], deadline_s: float) -> None:
         """Return once anything has changed after `seen`, or after the deadline."""
         await any_changed((self._live, self._state, self._lease), seen, deadline_s)
+
+    def disk(self) -> tuple[object, ...]:
+        """What is said of this node's disk: who waits for space looks at storage again when it differs."""
+        live = self._live.get(live_key(self._me, "storage"), Live)
+        return (live and live.facts.disk_free_bytes, self._state.get(storage_key(self._me), StorageState))
+
+    async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
+        """Return once what is said of this node's disk differs from `before`, or after the deadline."""
+        views = (self._live, self._state)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while True:
+                    seen = tuple(v.changes for v in views)
+                    if self.disk() != before:
+                        return
+                    await any_changed(views, seen)
 
     async def answers_lost(self, service: str) -> None:
         """Return once a question asked now of a service of this node may have lost its answer:

@@ -22,7 +22,8 @@ from shoal_gateway.status import storage_views
 from shoal_gateway.targets import Nodes, to_storage
 
 _MOST_BYTES = (1 << 63) - 1
-_CHANGEABLE = ("max_storage_bytes", "eviction_policy", "headroom_bytes")
+_NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
+_CHANGEABLE = (*_NUMBERS, "eviction_policy")
 
 
 class AskConfigure(Configure):
@@ -65,10 +66,10 @@ async def configure(request: Request) -> Response:
     given = {name: getattr(body, name) for name in _CHANGEABLE}
     if all(isinstance(value, UnsetType) for value in given.values()):
         raise BadInput(f"nothing is to be changed: give at least one of {', '.join(_CHANGEABLE)}")
-    for name in ("max_storage_bytes", "headroom_bytes"):
+    for name, unit in _NUMBERS.items():
         value = given[name]
         if value is not UNSET and value is not None and not 0 <= value <= _MOST_BYTES:
-            raise BadInput(f"{name} is {value}: a whole number of bytes from 0 is expected", param=name)
+            raise BadInput(f"{name} is {value}: a whole number of {unit} from 0 is expected", param=name)
     command = Configure(**given, deadline_s=body.deadline_s)
     return await _everywhere(request, "configure", command, body.node, body.nodes)
 

@@ -98,6 +98,7 @@ class Announcer:
                 quota_bytes=self._limits.quota_bytes,
                 headroom_bytes=self._limits.headroom_bytes,
                 eviction_policy=self._limits.eviction_policy,
+                partial_retention_s=self._limits.partial_retention_s,
                 from_environment=self._from_environment,
                 used_bytes=ledger.used_bytes,
                 reserved_bytes=ledger.reserved_bytes,
@@ -113,6 +114,8 @@ class Announcer:
                 unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
                 store_away=ledger.away,
                 leases=told(ledger.leases.values()),
+                unfinished=sorted(ledger.ended - ledger.on_disk.keys()),
+                reserve_bytes=self._disk.reserve.held_bytes,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

@@ -55,6 +55,7 @@ class Settings:
             "max_storage_bytes": limits.quota_bytes,
             "eviction_policy": limits.eviction_policy,
             "headroom_bytes": limits.headroom_bytes,
+            "partial_retention_s": limits.partial_retention_s,
             "used_bytes": self._ledger.used_bytes,
             "from_environment": overridden(self._context.environ),
         }

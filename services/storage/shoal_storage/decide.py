@@ -78,6 +78,10 @@ class Ledger(msgspec.Struct):
     """Models (`org/name@commit`) that people keep."""
     last_uses: dict[str, float] = msgspec.field(default_factory=dict)
     """Seconds since 1970 of each model's last use; of one that never ran, when it came in."""
+    wanted_s: dict[str, float] = msgspec.field(default_factory=dict)
+    """Seconds since 1970 of when each model on its way was last known to be wanted."""
+    ended: set[str] = msgspec.field(default_factory=set)
+    """Models on their way whose promise has ended: nobody wants them any more, and their bytes are still here."""
 
     @property
     def on_disk(self) -> dict[str, Manifest]:
@@ -91,13 +95,24 @@ class Ledger(msgspec.Struct):
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes promised to blobs that are arriving."""
-        return sum(p.size_bytes for p in self.partials.values())
+        """Bytes promised to blobs that are arriving, and those that ended promises have left."""
+        return sum(p.size_bytes if self.promises(p) else p.allocated_bytes for p in self.partials.values())
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
-        return sum(max(0, p.size_bytes - p.allocated_bytes) for p in self.partials.values())
+        return sum(max(0, p.size_bytes - p.allocated_bytes) for p in self.partials.values() if self.promises(p))
+
+    def promises(self, partial: Partial) -> bool:
+        """Whether a partial may still grow: the promise to one of its models stands."""
+        return not partial.models or not partial.models <= self.ended
+
+    def needed_bytes(self, blob: str, size_bytes: int) -> int:
+        """What promising a blob that is not here adds to what is promised already."""
+        partial = self.partials.get(blob)
+        if partial is None:
+            return size_bytes
+        return 0 if self.promises(partial) else max(0, size_bytes - partial.allocated_bytes)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -106,6 +121,8 @@ class Limits(msgspec.Struct, frozen=True):
     quota_bytes: int | None
     headroom_bytes: int
     eviction_policy: EvictionPolicy = "manual"
+    partial_retention_s: int = 7 * 86400
+    """How long bytes of a download that nobody wants any more are kept."""
 
 
 class Shortfall(msgspec.Struct, frozen=True):
@@ -186,9 +203,8 @@ def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, and it is arriving with "
                 f"{promised.size_bytes}: one of the two manifests is wrong; cancel the other download to try this one"
             )
-    new = [b for b in missing if b not in ledger.partials]
-    needed = sum(sizes[b] for b in new)
-    there = sum(ledger.repairable.get(b, 0) for b in new)
+    needed = sum(ledger.needed_bytes(b, sizes[b]) for b in missing)
+    there = sum(ledger.repairable.get(b, 0) for b in missing if b not in ledger.partials)
     lacking = shortfall(needed, ledger, limits, free_bytes, there)
     figures = {
         "needed_bytes": needed,

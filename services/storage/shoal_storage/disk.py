@@ -33,6 +33,7 @@ from shoal_storage.doubt import is_whole
 from shoal_storage.durable import make_directory, sync_directory, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.leases import Lease
+from shoal_storage.reserve import ReserveFile
 from shoal_storage.scan import blob_stamp, scan
 from shoal_storage.truth import PROVEN_MODE, believed
 from shoal_storage.views import build_view, remove_view
@@ -52,11 +53,12 @@ class PartialMeta(Message):
 class Disk:
     """One node's store. Open it once; it holds the store's lock until the process ends."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
         # Absolute: symbolic links in views name blobs by it.
         self.layout = Layout(root.absolute())
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would outlast the time there is."""
+        self.reserve = ReserveFile(self.layout.reserve, reserve_bytes)
         self._lock: BinaryIO | None = None
         self._root_fd: int | None = None
 
@@ -89,6 +91,7 @@ class Disk:
             make_directory(directory)
         if not lay.version.exists():
             write_file(lay.version, FORMAT_VERSION.encode())
+        self.reserve.look()
         if self._root_fd is None:
             self._root_fd = os.open(lay.root, os.O_RDONLY)
             self._closing = weakref.finalize(self, os.close, self._root_fd)
@@ -139,6 +142,11 @@ class Disk:
         # Of the store that was opened: its path may lead elsewhere, or nowhere, by now.
         s = os.statvfs(self.layout.root if self._root_fd is None else self._root_fd)
         return s.f_bavail * s.f_frsize
+
+    def has_no_file_left(self) -> bool:
+        """Whether the file system takes no further file, however small. Not all of them count files."""
+        s = os.statvfs(self.layout.root)
+        return s.f_files > 0 and s.f_favail == 0
 
     # Start
 
@@ -301,21 +309,27 @@ class Disk:
         here = blob_stamp(self.layout, target)
         # If a proven one is here, it stays: views hold on to that very file.
         if here is None or not here.proven or here.size_bytes != digests.size_bytes:
-            data = source / "data"
-            found = data.stat()
-            if found.st_mtime_ns != digests.mtime_ns and not proven(digests.sha256, found):
-                raise Unavailable(f"somebody wrote to the partial of {blob[:16]}… after it was verified; try again")
-            data.chmod(PROVEN_MODE)
-            prove(digests.sha256, data)
-            leaves.write(self.layout, digests.sha256, digests.leaves, data.stat().st_mtime_ns)
-            make_directory(target.parent)
-            (source / "data").replace(target)
+            self._name(source / "data", target, digests)
             sync_directory(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
         sync_directory(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
         self.drop_set_aside(digests.sha256)
         self.remove(source)
+
+    def _name(self, data: Path, target: Path, digests: Digests) -> None:
+        found = data.stat()
+        if found.st_mtime_ns != digests.mtime_ns and not proven(digests.sha256, found):
+            raise Unavailable(f"somebody wrote to {digests.sha256[:16]}… after it was verified; try again")
+        try:
+            data.chmod(PROVEN_MODE)
+            prove(digests.sha256, data)
+            leaves.write(self.layout, digests.sha256, digests.leaves, data.stat().st_mtime_ns)
+            make_directory(target.parent)
+            data.replace(target)
+        except OSError:
+            data.chmod(PARTIAL_MODE)  # it is a partial still, and may be written to
+            raise
 
     def drop_set_aside(self, sha256: str) -> None:
         """Remove what is in quarantine of a blob, durably: its bitmap must not come back beside other bytes."""

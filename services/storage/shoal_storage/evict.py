@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
 from msgspec import structs
 
@@ -20,56 +21,114 @@ _LISTED_AT_MOST = 1000
 
 
 def plan(need_bytes: int, ledger: Ledger, last_uses: Mapping[str, float], kept: Mapping[str, str]) -> EvictionPlan:
-    """How `need_bytes` are freed: all garbage, then the models least lately used that are not in `kept`.
+    """How `need_bytes` are freed: all garbage, then what ended downloads have left, then the models least lately used
+    that are not in `kept`.
 
-    A model without a last use counts as never used. What a victim frees is what nothing else needs once the
-    victims before it are gone.
+    A model without a last use counts as never used. What a victim frees is what nothing else needs once those before
+    it are gone.
     """
-    needs, references = _needs(ledger)
-    blobs = ledger.blobs
-    garbage = sorted(b for b in blobs if b not in references)
-    garbage_bytes = sum(blobs[b] for b in garbage)
-    order = sorted((m for m in ledger.on_disk if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
+    start = _References(ledger)
+    garbage = sorted(b for b in ledger.blobs if b not in start.blobs)
+    garbage_bytes = sum(ledger.blobs[b] for b in garbage)
+    here = ledger.on_disk
+    left_over = [m for m in ledger.ended if m not in here and m not in kept]
+    left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
+    order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
 
-    left, prefix, evictable = references.copy(), list[str](), garbage_bytes
-    for model in order:
+    left, prefix, evictable = start.copy(), list[str](), garbage_bytes
+    for model in (*left_over, *order):
         if evictable < need_bytes:
             prefix.append(model)
-        evictable += _leave(needs[model], left, blobs)
+        evictable += left.leave(model)
     if need_bytes <= 0 or evictable < need_bytes:
         return EvictionPlan(
             need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable, kept=dict(kept)
         )
 
-    left = references.copy()
-    freed = garbage_bytes + sum(_leave(needs[model], left, blobs) for model in prefix)
-    victims = []
-    for model in prefix:
-        stays = sum(blobs.get(b, 0) for b in needs[model] if left[b] == 0)
+    left = start.copy()
+    freed = garbage_bytes + sum(left.leave(model) for model in prefix)
+    models = [m for m in prefix if m in here]
+    spared = set()
+    # What ended downloads have left is never kept at the cost of a model.
+    for model in models or prefix:
+        stays = left.kept_by(model)
         if freed - stays >= need_bytes:  # the others suffice: it is spared
             freed -= stays
-            left.update(needs[model])
-        else:
-            victims.append(model)
+            left.come_back(model)
+            spared.add(model)
 
-    left = references.copy()
-    steps = [
-        Victim(model=m, frees_bytes=_leave(needs[m], left, blobs), last_use_s=last_uses.get(m, 0.0)) for m in victims
+    left = start.copy()
+    unfinished = [
+        Victim(model=m, frees_bytes=left.leave(m), last_use_s=ledger.wanted_s.get(m, 0.0))
+        for m in prefix
+        if m not in here and m not in spared
+    ]
+    victims = [
+        Victim(model=m, frees_bytes=left.leave(m), last_use_s=last_uses.get(m, 0.0))
+        for m in models
+        if m not in spared
     ]
     return EvictionPlan(
         need_bytes=need_bytes,
         garbage=garbage,
         garbage_bytes=garbage_bytes,
-        victims=steps,
-        frees_bytes=garbage_bytes + sum(v.frees_bytes for v in steps),
+        unfinished=unfinished,
+        victims=victims,
+        frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *victims)),
         enough=True,
         evictable_bytes=evictable,
         kept=dict(kept),
     )
 
 
-def _needs(ledger: Ledger) -> tuple[dict[str, set[str]], Counter[str]]:
-    """The blobs that each model needs, whole, broken, leased or on its way in, and how many models need each blob."""
+class _References:
+    """Who needs what, while one model after the other leaves. A blob goes when no model needs it; a partial, with the
+    bytes that it occupies, when no model is left that it arrives for.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._sizes = ledger.blobs
+        self._needs = _needs(ledger)
+        self._partials: dict[str, list[str]] = {}
+        self._occupied = {b: p.allocated_bytes for b, p in ledger.partials.items() if not ledger.promises(p)}
+        self.blobs: Counter[str] = Counter()
+        for blobs in self._needs.values():
+            self.blobs.update(blobs)
+        self._arriving: Counter[str] = Counter()
+        for blob in self._occupied:
+            for model in ledger.partials[blob].models:
+                self._partials.setdefault(model, []).append(blob)
+                self._arriving[blob] += 1
+
+    def copy(self) -> _References:
+        """The same, to be changed by itself."""
+        made = copy(self)
+        made.blobs, made._arriving = self.blobs.copy(), self._arriving.copy()
+        return made
+
+    def leave(self, model: str) -> int:
+        """Take a model's references away. Returns the bytes that nothing needs any more."""
+        self.blobs.subtract(its := self._needs[model])
+        self._arriving.subtract(partials := self._partials.get(model, ()))
+        return self._unneeded(its, partials)
+
+    def kept_by(self, model: str) -> int:
+        """Of what nothing needs now, the bytes that a model which has left would need again."""
+        return self._unneeded(self._needs[model], self._partials.get(model, ()))
+
+    def come_back(self, model: str) -> None:
+        """Undo `leave`."""
+        self.blobs.update(self._needs[model])
+        self._arriving.update(self._partials.get(model, ()))
+
+    def _unneeded(self, blobs: Iterable[str], partials: Iterable[str]) -> int:
+        return sum(self._sizes.get(b, 0) for b in blobs if self.blobs[b] == 0) + sum(
+            self._occupied[b] for b in partials if self._arriving[b] == 0
+        )
+
+
+def _needs(ledger: Ledger) -> dict[str, set[str]]:
+    """The blobs that each model needs, whole, broken, leased or on its way in."""
     needs = {model: {f.blob for f in m.files} for model, m in ledger.on_disk.items()}
     for model, blobs in ledger.promised.items():
         needs.setdefault(model, set()).update(blobs)
@@ -78,32 +137,19 @@ def _needs(ledger: Ledger) -> tuple[dict[str, set[str]], Counter[str]]:
     for blob, partial in ledger.partials.items():
         for model in partial.models:
             needs.setdefault(model, set()).add(blob)
-    references: Counter[str] = Counter()
-    for blobs in needs.values():
-        references.update(blobs)
-    return needs, references
-
-
-def _leave(its: Iterable[str], left: Counter[str], blobs: Mapping[str, int]) -> int:
-    """Take a model's references away. Returns the bytes that nothing needs any more."""
-    freed = 0
-    for blob in its:
-        left[blob] -= 1
-        if left[blob] == 0:
-            freed += blobs.get(blob, 0)
-    return freed
+    return needs
 
 
 def garbage_of(ledger: Ledger) -> list[str]:
     """Blobs that no manifest, no fetch under way and no lease needs."""
-    _, references = _needs(ledger)
-    return sorted(b for b in ledger.blobs if b not in references)
+    needed = set().union(*_needs(ledger).values())
+    return sorted(b for b in ledger.blobs if b not in needed)
 
 
-def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]]) -> dict[str, str]:
-    """The models here, or on their way, that may not go, and why."""
+def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]], asking: str = "") -> dict[str, str]:
+    """The models here, or on their way, that may not go, and why. One that asks to come in is on its way again."""
     coming, here = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.on_disk
-    kept = dict.fromkeys(sorted(coming), "being fetched")
+    kept = dict.fromkeys(sorted(coming - (ledger.ended - {asking})), "being fetched")
     kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in here}
     kept |= dict.fromkeys(sorted(ledger.pinned & here.keys()), "pinned")
     return kept
@@ -113,7 +159,7 @@ def refusal_with(refusal: QuotaExceeded, made: EvictionPlan, policy: EvictionPol
     """A refusal that also says what could go."""
     if made.enough:
         models = [v.model for v in made.victims]
-        what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "garbage alone"
+        what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "what no model needs"
         hint = f"evicting {what} would free {human(made.frees_bytes)}"
         hint += ": set eviction_policy to lru with `shoal storage set`" if policy == "manual" else ""
     else:
@@ -133,4 +179,5 @@ def refusal_with(refusal: QuotaExceeded, made: EvictionPlan, policy: EvictionPol
 def as_told(made: EvictionPlan) -> EvictionPlan:
     """A plan that fits a message: very long lists are cut, the figures stay whole."""
     kept = dict(list(made.kept.items())[:_LISTED_AT_MOST])
-    return structs.replace(made, garbage=made.garbage[:_LISTED_AT_MOST], kept=kept)
+    unfinished = made.unfinished[:_LISTED_AT_MOST]
+    return structs.replace(made, garbage=made.garbage[:_LISTED_AT_MOST], unfinished=unfinished, kept=kept)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from msgspec import structs
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
 from shoal_common.logs import Log
-from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import (
     AskManifest,
     CommitBlob,
@@ -35,8 +35,6 @@ from shoal_storage.room import Room
 from shoal_storage.uses import Uses
 
 log = Log("storage")
-
-_FREE_SPACE_LOOK_S = 5.0
 
 
 class Guard:
@@ -77,6 +75,8 @@ class Guard:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
                     await self._promise(blob, sizes[blob], manifest.model)
+                self._ledger.ended.discard(manifest.model)
+                await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
                 if before is None:
                     del promised[manifest.model]
@@ -149,6 +149,8 @@ class Guard:
             if sha256 in self._ledger.blobs:
                 return Committed(sha256=sha256, size_bytes=self._ledger.blobs[sha256])
             raise NotFound(f"blob {blob[:16]}… has no reservation here; reserve it first")
+        if not self._ledger.promises(partial):
+            raise NotFound(f"the reservation of blob {blob[:16]}… has ended: nobody wanted it; reserve it again")
         try:
             # Hashing takes seconds per GB: outside the critical section, nobody else writes this partial.
             digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes)
@@ -241,10 +243,3 @@ class Guard:
                     await self._announcer.announce_all()
             except Unavailable as e:
                 log.warning("what the disk holds could not be said again", why=e.message)
-
-    async def watch_free_space(self) -> None:
-        """Keep the free space in the liveness facts true."""
-        while True:
-            free = await asyncio.to_thread(self._disk.free_bytes)
-            self._context.liveness.set_facts(Facts(disk_free_bytes=free))
-            await asyncio.sleep(_FREE_SPACE_LOOK_S)

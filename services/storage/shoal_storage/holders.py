@@ -15,6 +15,7 @@ from shoal_storage import lease_disk
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, matching
 from shoal_storage.disk import Disk
+from shoal_storage.durable import FULL
 from shoal_storage.leases import GRACE_S, LEASES_AT_MOST, Lease, has_ended, words_of
 
 log = Log("leases")
@@ -68,6 +69,8 @@ class Holders:
                     f"{manifest.model} on node {self._node} has lost files ({e.filename}): pull it again"
                 ) from None
             except OSError as e:
+                if e.errno in FULL:
+                    raise  # the reserve may help
                 raise Failed(
                     f"a view of {manifest.model} could not be made on node {self._node} ({e.strerror}); free some "
                     "space and try again"

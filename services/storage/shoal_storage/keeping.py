@@ -4,6 +4,9 @@
     uses/<org>--<name>@<commit>   empty; its mtime is the last use, written within 30 s of it and at a stop
     promises/<org>--<name>@<commit>   {"blobs":[…]}: what a fetch under way counts on, here already or not
 
+The mtime of a promise is when its model was last known to be wanted; where the file could not be written, that of its
+partials' `meta.json`.
+
 A model without a file in `uses/` counts from when its manifest was written. Pins and uses of a model go with it; a
 start removes those of models whose manifest is not there. A promise goes when its fetch ends; without it, a start
 would take what that fetch has committed so far for garbage.
@@ -62,8 +65,14 @@ class Keeping:
                 continue
             try:
                 ledger.promised[model] = set(decode(path.read_bytes(), Promise).blobs)
+                ledger.wanted_s[model] = path.stat().st_mtime
             except (BadMessage, OSError) as e:
                 log.warning("not a promise; left alone", path=path, why=str(e))
+        for blob, partial in ledger.partials.items():
+            with suppress(FileNotFoundError):
+                reserved_s = (lay.partial(blob) / "meta.json").stat().st_mtime
+                for model in partial.models - ledger.promised.keys():
+                    ledger.wanted_s[model] = max(reserved_s, ledger.wanted_s.get(model, 0.0))
 
     def _entries(self, directory: Path) -> dict[str, Path]:
         """The files of a directory by the models they are of. Those of models that are gone are removed."""
@@ -119,9 +128,20 @@ class Keeping:
             # A full disk; after a restart, what this fetch has brought would be brought again.
             log.warning("a promise is kept in memory only", model=model, why=e.strerror)
 
+    def wanted(self, model: str, now_s: float) -> None:
+        """A model on its way is wanted now. A restart remembers it where the disk lets it."""
+        self._ledger.wanted_s[model] = now_s
+        repo, _, commit = model.rpartition("@")
+        partials = (self._layout.partial(b) for b, p in self._ledger.partials.items() if model in p.models)
+        for path in (self._layout.promise(repo, commit), *(p / "meta.json" for p in partials)):
+            with suppress(OSError):
+                os.utime(path, (now_s, now_s))
+
     def end_promise(self, model: str) -> None:
         """A model's fetch is over, for better or worse."""
         self._ledger.promised.pop(model, None)
+        self._ledger.wanted_s.pop(model, None)
+        self._ledger.ended.discard(model)
         repo, _, commit = model.rpartition("@")
         _remove(self._layout.promise(repo, commit))
 

@@ -3,6 +3,8 @@
 max_storage_bytes   SHOAL_MAX_STORAGE_BYTES   quota for blobs, present and promised    only the disk limits
 eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit, lru makes room      manual
 headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk        1 GiB
+partial_retention_s SHOAL_PARTIAL_RETENTION_S bytes that ended downloads left are kept seven days
+reserve_bytes       SHOAL_RESERVE_BYTES       size of the reserve file; read at start  64 MiB
 path                                          where the store is                       <home>/store
 """
 
@@ -16,15 +18,20 @@ from msgspec import UNSET
 from shoal_common.errors import BadInput, Refused
 from shoal_common.messages.commands import Configure
 from shoal_storage.decide import EvictionPolicy, Limits, human
+from shoal_storage.reserve import RESERVE_BYTES
 
 DEFAULT_HEADROOM_BYTES = 1 << 30
 VARIABLES = {
     "max_storage_bytes": "SHOAL_MAX_STORAGE_BYTES",
     "eviction_policy": "SHOAL_EVICTION_POLICY",
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
+    "partial_retention_s": "SHOAL_PARTIAL_RETENTION_S",
 }
 """Each setting that can be changed, and the variable that wins over it."""
-_MOST_BYTES = (1 << 63) - 1
+DEFAULT_RETENTION_S = 7 * 86400
+_RESERVE = "reserve_bytes"
+_RESERVE_VARIABLE = "SHOAL_RESERVE_BYTES"
+_MOST = (1 << 63) - 1
 
 
 def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> Limits:
@@ -35,25 +42,43 @@ def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> L
     if not isinstance(section.get("path", ""), str):
         raise BadInput(f"storage.path in node.toml is {section['path']!r}: a path in quotes is expected")
     headroom = _bytes("headroom_bytes", section, environ)
+    retention = _seconds("partial_retention_s", section, environ)
+    read_reserve_bytes(settings, environ)
     return Limits(
         quota_bytes=_bytes("max_storage_bytes", section, environ),
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
+        partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
     )
 
 
+def read_reserve_bytes(settings: Mapping[str, object], environ: Mapping[str, str]) -> int:
+    """The size of the reserve file: from a checked node.toml and the environment, once at start. 0: none."""
+    section = settings.get("storage", {})
+    stated = _bytes(_RESERVE, section, environ) if isinstance(section, Mapping) else None
+    return RESERVE_BYTES if stated is None else stated
+
+
 def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
-    variable = VARIABLES[name]
+    variable = _RESERVE_VARIABLE if name == _RESERVE else VARIABLES[name]
     return (variable, environ[variable]) if environ.get(variable) else (f"storage.{name}", section.get(name))
 
 
 def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+    return _number(name, "bytes is expected, for example 500000000000", section, environ)
+
+
+def _seconds(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+    return _number(name, "seconds is expected, for example 604800 for seven days", section, environ)
+
+
+def _number(name: str, of_what: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
     where, value = _stated(name, section, environ)
     if value is None:
         return None
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise BadInput(f"{where} is {value!r}: a whole number of bytes is expected, for example 500000000000")
+        raise BadInput(f"{where} is {value!r}: a whole number of {of_what}")
     return int(text)
 
 
@@ -81,8 +106,9 @@ def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, int 
     if not changes:
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
     for name, value in changes.items():
-        if isinstance(value, int) and not 0 <= value <= _MOST_BYTES:
-            raise BadInput(f"{name} is {value}: a whole number of bytes from 0 is expected", param=name)
+        if isinstance(value, int) and not 0 <= value <= _MOST:
+            unit = "seconds" if name.endswith("_s") else "bytes"
+            raise BadInput(f"{name} is {value}: a whole number of {unit} from 0 is expected", param=name)
         if environ.get(VARIABLES[name]):
             raise Refused(
                 f"{name} comes from the environment here, which wins over the file: unset {VARIABLES[name]} for "

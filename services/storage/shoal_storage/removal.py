@@ -45,7 +45,7 @@ class Removal:
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def remove(self, model: str) -> int:
-        """Remove a model, whole, broken or on its way in, with the blobs that only it needs. Returns bytes freed."""
+        """Remove a model, whole, broken or on its way in, with what only it needs. Returns bytes freed."""
         leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
         repo, _, commit = model.rpartition("@")
         await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
@@ -54,24 +54,36 @@ class Removal:
         self._ledger.broken.pop(model, None)
         freed = sum(self._ledger.blobs.pop(blob) for blob in leaving)
         self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
-        await self.end_promise(model)
+        freed += await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
         return freed
 
-    async def end_promise(self, model: str) -> None:
-        """A model's fetch is over: partials that only it wanted go."""
+    async def remove_unfinished(self, model: str) -> int:
+        """Remove what an ended download has left. A model that is here stays. Returns bytes freed."""
+        return await (self.end_promise(model) if model in self._ledger.on_disk else self.remove(model))
+
+    async def end_promise(self, model: str) -> int:
+        """A model's fetch is over: partials that only it wanted go. Returns the bytes that they occupied."""
         await asyncio.to_thread(self._keeping.end_promise, model)
+        freed = 0
         for blob, partial in list(self._ledger.partials.items()):
             if model not in partial.models:
                 continue
             rest = partial.models - {model}
             if rest:
                 # On the disk too, or the next start would think that two still want it.
-                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
+                try:
+                    await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
+                except OSError as e:
+                    # A full disk takes no file, and this path frees space. After a restart nobody wishes for this
+                    # model, and its share in the promise ends for that.
+                    log.warning("who wants a partial is known in memory only", blob=blob, why=e.strerror)
                 partial.models = rest
             else:
+                freed += await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
                 await asyncio.to_thread(self._disk.remove_partial, blob)
                 del self._ledger.partials[blob]
+        return freed
 
     async def delete(self, command: Delete, _: str) -> dict[str, object]:
         """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""

@@ -45,21 +45,25 @@ class Room:
         self._uses, self._announcer, self._remove = uses, announcer, remove
 
     async def free_bytes(self) -> int:
-        """What the file system has, with what arriving blobs have taken of it brought up to date first."""
+        """What the file system has and the reserve holds. What partials have taken is brought up to date first."""
         for blob, partial in self._ledger.partials.items():
             partial.allocated_bytes = await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
-        return await asyncio.to_thread(self._disk.free_bytes)
+        return await asyncio.to_thread(self._disk.free_bytes) + self._disk.reserve.held_bytes
 
     async def plan_for(self, new_bytes: int) -> EvictionPlan:
         """What would go for so many new bytes to come in. Nothing is done."""
-        return await self._plan(shortfall(new_bytes, self._ledger, self.limits, await self.free_bytes()).need_bytes)
+        return await self.plan_to_free(
+            shortfall(new_bytes, self._ledger, self.limits, await self.free_bytes()).need_bytes
+        )
 
-    async def _plan(self, need_bytes: int, asking: str = "") -> EvictionPlan:
+    async def plan_to_free(self, need_bytes: int, asking: str = "") -> EvictionPlan:
+        """What would go to free so many bytes. What is here of the model that asks stays. Nothing is done."""
         ledger = self._ledger
-        kept = kept_models(ledger, await self._uses.now())
+        kept = kept_models(ledger, await self._uses.now(), asking)
+        made = plan(need_bytes, ledger, ledger.last_uses, kept)
         if asking not in ledger.on_disk:
             kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
-        return plan(need_bytes, ledger, ledger.last_uses, kept)
+        return structs.replace(made, kept=kept)
 
     async def admit(self, manifest: Manifest) -> tuple[Admission, EvictionPlan | None]:
         """Approve a manifest, making room when the policy is to. Returns what went. Raises QuotaExceeded.
@@ -72,9 +76,10 @@ class Room:
                 return admit(manifest, self._ledger, self.limits, await self.free_bytes()), went
             except QuotaExceeded as refusal:
                 if went is not None and went.enough:
-                    await self._wait_freed(manifest, went)
+                    if not await self.wait_freed(lambda: self._admits(manifest)):
+                        raise self._not_given_back(refusal, went) from None
                     continue
-                made = await self._plan(refusal.details["shortfall_bytes"], asking=manifest.model)
+                made = await self.plan_to_free(refusal.details["shortfall_bytes"], asking=manifest.model)
                 if (policy := self.limits.eviction_policy) != "lru" or not made.enough:
                     raise refusal_with(refusal, made, policy) from None
             done = await self.carry_out(made)
@@ -84,30 +89,41 @@ class Room:
             f"{manifest.repo}; try again"
         )
 
-    async def _wait_freed(self, manifest: Manifest, went: EvictionPlan) -> None:
-        """A whole plan was carried out and the disk lacks space still: more victims would be no help.
+    async def _admits(self, manifest: Manifest) -> bool:
+        try:
+            admit(manifest, self._ledger, self.limits, await self.free_bytes())
+        except QuotaExceeded:
+            return False
+        return True
 
-        Files that somebody has open keep their space until they are closed.
+    async def wait_freed(self, suffices: Callable[[], Awaitable[bool]]) -> bool:
+        """A whole plan was carried out: wait a little for the file system to give it back. False: it has not.
+
+        Files that somebody has open keep their space until they are closed: more victims would be no help.
         """
         give_up_s = asyncio.get_running_loop().time() + _FREED_DEADLINE_S
-        while True:
-            try:
-                admit(manifest, self._ledger, self.limits, await self.free_bytes())
-                return
-            except QuotaExceeded as refusal:
-                if asyncio.get_running_loop().time() > give_up_s:
-                    raise QuotaExceeded(
-                        f"{refusal.message}; {human(went.frees_bytes)} were evicted for it, and the disk has not "
-                        "given them back: a process has these files open (`lsof +L1` names it), or others write to "
-                        "this disk",
-                        **refusal.details,
-                        evicted=[v.model for v in went.victims],
-                    ) from None
+        while not await suffices():
+            if asyncio.get_running_loop().time() > give_up_s:
+                return False
             await asyncio.sleep(_FREED_LOOK_S)
+        return True
+
+    def _not_given_back(self, refusal: QuotaExceeded, went: EvictionPlan) -> QuotaExceeded:
+        return QuotaExceeded(
+            f"{refusal.message}; {human(went.frees_bytes)} were evicted for it, and the disk has not given them "
+            "back: a process has these files open (`lsof +L1` names it), or others write to this disk",
+            **refusal.details,
+            evicted=[v.model for v in went.victims],
+        )
 
     async def carry_out(self, made: EvictionPlan) -> EvictionPlan:
         """Do what a plan says, up to a victim that has come into use. Returns what was done; `enough` if all was."""
         garbage_bytes = await self.remove_garbage(made.garbage)
+        unfinished: list[Victim] = []
+        for left in made.unfinished:
+            freed = await self._remove(left.model)
+            unfinished.append(structs.replace(left, frees_bytes=freed))
+            log.info("removed what an ended download had left", model=left.model, freed_bytes=freed)
         done: list[Victim] = []
         for victim in made.victims:
             uses = await self._uses.now()
@@ -125,8 +141,9 @@ class Room:
         return structs.replace(
             made,
             garbage_bytes=garbage_bytes,
+            unfinished=unfinished,
             victims=done,
-            frees_bytes=garbage_bytes + sum(v.frees_bytes for v in done),
+            frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *done)),
             enough=len(done) == len(made.victims),
         )
 
@@ -147,6 +164,7 @@ def _together(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
         need_bytes=first.need_bytes,
         garbage=first.garbage + second.garbage,
         garbage_bytes=first.garbage_bytes + second.garbage_bytes,
+        unfinished=first.unfinished + second.unfinished,
         victims=first.victims + second.victims,
         frees_bytes=first.frees_bytes + second.frees_bytes,
         evictable_bytes=first.evictable_bytes,

@@ -12,6 +12,7 @@ from shoal_common.messages.questions import (
     AskLease,
     AskManifest,
     AskPlan,
+    AskRoom,
     CommitBlob,
     NoteUse,
     Release,
@@ -25,14 +26,16 @@ from shoal_storage import lease_disk
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
 from shoal_storage.disk import Disk
+from shoal_storage.full import Full, told
 from shoal_storage.guard import Guard
-from shoal_storage.limits import read_limits
+from shoal_storage.limits import read_limits, read_reserve_bytes
 from shoal_storage.losing import Losses, forget_useless
 from shoal_storage.proving import Prover
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.removal import DELETE_DEADLINE_S
 from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
+from shoal_storage.reservations import Reservations
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
 from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
 from shoal_storage.watching import Watcher
@@ -41,8 +44,9 @@ from shoal_storage.watching import Watcher
 async def run(context: Context) -> None:
     """The storage service."""
     limits = read_limits(context.config.settings, context.environ)
-    disk = Disk(context.config.store)
-    await asyncio.to_thread(disk.open)
+    disk = Disk(context.config.store, read_reserve_bytes(context.config.settings, context.environ))
+    with told("open its store"):
+        await asyncio.to_thread(disk.open)
     leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
     ledger = await asyncio.to_thread(disk.recover, leases)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
@@ -51,14 +55,30 @@ async def run(context: Context) -> None:
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
         announced = await context.view(tasks, "state", f"model.{context.node}.>")
+        downloads = await context.view(tasks, "state", f"download.{context.node}.>")
+        live = await context.view(tasks, "live", f"{context.node}.>")
         announcer = Announcer(context, disk, ledger, limits, announced)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
         await announcer.announce_all()
         settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
         context.background(tasks, guard.say_again_after_reconnects())
-        context.background(tasks, guard.watch_free_space())
         context.background(tasks, guard.holders.watch())
+        full = Full(context, disk, ledger, guard.section, guard.room, announcer)
+        context.background(tasks, full.watch())
+        reservations = Reservations(
+            context,
+            ledger,
+            guard.section,
+            guard.keeping,
+            guard.removal,
+            announcer,
+            lambda: guard.room.limits,
+            specs,
+            downloads,
+            live,
+        )
+        context.background(tasks, reservations.watch())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
         losses = Losses(context, disk, ledger, specs, announcer)
@@ -72,14 +92,15 @@ async def run(context: Context) -> None:
         tasks.create_task(
             context.serve(
                 {
-                    "reserve": Question(Reserve, guard.reserve),
+                    "reserve": Question(Reserve, full.guarded("reserve", guard.reserve)),
                     "release": Question(Release, guard.release),
-                    "commit": Question(CommitBlob, guard.commit),
-                    "seal": Question(SealModel, guard.seal),
+                    "commit": Question(CommitBlob, full.guarded("commit a blob", guard.commit)),
+                    "seal": Question(SealModel, full.guarded("seal a model", guard.seal)),
                     "manifest": Question(AskManifest, guard.manifest),
-                    "lease": Question(AskLease, guard.holders.lease),
+                    "lease": Question(AskLease, full.guarded("make a view for a lease", guard.holders.lease)),
                     "unlease": Question(Unlease, guard.holders.unlease),
                     "plan": Question(AskPlan, upkeep.plan),
+                    "room": Question(AskRoom, full.room),
                     "used": Question(NoteUse, upkeep.used),
                 }
             )

@@ -50,6 +50,8 @@ class Configure(Command):
     """Null takes the quota away."""
     eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
     headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    partial_retention_s: int | msgspec.UnsetType = msgspec.UNSET
+    """How long to keep bytes of a download that nobody wants any more; 0: not at all."""
 
 
 class Pin(Command):

@@ -40,7 +40,7 @@ class Victim(Message):
 
 
 class EvictionPlan(Message):
-    """How room is made, in order: garbage, then victims. A dry run and the real thing are the same object."""
+    """How room is made, in order: garbage, unfinished, victims. A dry run and the real thing are the same object."""
 
     need_bytes: int
     """Bytes that have to be freed."""
@@ -49,13 +49,37 @@ class EvictionPlan(Message):
     garbage_bytes: int = 0
     victims: list[Victim] = []
     frees_bytes: int = 0
-    """By garbage and victims together."""
+    """By all of them together."""
     enough: bool = False
     """Whether that meets the need. If not, nothing is evicted, and the lists are empty."""
     evictable_bytes: int = 0
     """What could go at most."""
     kept: dict[str, str] = {}
     """Models that may not go, and why: `pinned`, `used by instance x and me (pid 4711)`, `being fetched`."""
+    unfinished: list[Victim] = []
+    """What ended downloads have left, oldest first; `last_use_s` is when they were last wanted."""
+
+
+class AskRoom(Message):
+    """storage.room: the disk was full while this model (`org/name@commit`) arrived; is there room now?
+
+    Storage makes some where its policy is to: one plan, for all that is on its way.
+    """
+
+    model: str
+
+
+class RoomLeft(Message):
+    """Whether all that is on its way fits the disk now."""
+
+    enough: bool
+    lacking_bytes: int = 0
+    free_bytes: int = 0
+    headroom_bytes: int = 0
+    words: str = ""
+    """What is lacking, for people: `3.2 GB more needed, 0 B free`."""
+    evicted: EvictionPlan | None = None
+    """What was evicted for it now, if anything was."""
 
 
 class NoteUse(Message):

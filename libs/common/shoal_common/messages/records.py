@@ -80,7 +80,10 @@ class ModelShape(Message):
     """Whether head and embedding are one tensor, which a stage that has both holds once."""
 
 
-DownloadPhase = Literal["queued", "reserving", "fetching", "verifying", "ready", "paused", "rejected", "failed"]
+DownloadPhase = Literal[
+    "queued", "reserving", "fetching", "verifying", "blocked", "ready", "paused", "rejected", "failed"
+]
+"""`blocked`: the disk is full; it goes on by itself when there is space again."""
 ENDED: frozenset[DownloadPhase] = frozenset({"ready", "rejected", "failed"})
 
 
@@ -114,6 +117,8 @@ class DownloadState(Message):
     error: ErrorBody | None = None
     started_at_s: float = 0.0
     updated_at_s: float = 0.0
+    blocked_since_s: float = 0.0
+    """Since when a full disk has kept it from getting on; 0 when none does."""
 
 
 class LeaseState(Message):
@@ -158,6 +163,12 @@ class StorageState(Message):
     """Paths of the first of them, below the store."""
     store_away: bool = False
     """Whether the store is not where it was, as when its disk was unmounted: its models are not offered."""
+    partial_retention_s: int = 0
+    """How long bytes of a download that nobody wants any more are kept."""
+    unfinished: list[str] = []
+    """Models (`org/name@commit`) of which only bytes of an ended download are here: the first to go."""
+    reserve_bytes: int = 0
+    """Bytes of the reserve file: held back to be given up first when the disk is full."""
 
 
 class ModelState(Message):

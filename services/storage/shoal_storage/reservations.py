@@ -1,0 +1,147 @@
+"""Reservations that nobody fetches any more: their promise ends, their bytes stay a while, and then go.
+
+A model on its way is wanted while a wish for it stands (`spec` `download.<node>.…`, whose commit is in `state` under
+the same key) and this node's fetcher lives; and for some minutes after it was last known to be. When that was is the
+mtime of its promise, so that a restart changes nothing. A promise that has ended counts what its bytes occupy, no
+more, and is the first to go when room is needed. It comes back by being reserved anew, if there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from shoal_common.buckets import live_key
+from shoal_common.errors import ShoalError
+from shoal_common.logs import Log
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import DownloadSpec, DownloadState
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_storage.announce import Announcer
+from shoal_storage.decide import Ledger, Limits
+from shoal_storage.keeping import Keeping
+from shoal_storage.removal import Removal
+
+log = Log("storage")
+
+STILL_WANTED_S = 300.0
+"""So long after it was last known to be wanted a model keeps its promise."""
+RENEW_EVERY_S = 60.0
+GONE_AFTER_S = 900.0
+"""A fetcher whose liveness key has been away so long fetches nothing, whatever wishes it has left."""
+LOOK_S = 30.0
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What somebody wants on this node. `commit` is "" until the fetcher knows it."""
+
+    repo: str
+    commit: str
+
+
+class Steps(msgspec.Struct):
+    """Models (`org/name@commit`) by what becomes of their reservations."""
+
+    renew: list[str] = []
+    end: list[str] = []
+    remove: list[str] = []
+
+
+def wishes(specs: Iterable[tuple[str, DownloadSpec]], states: Mapping[str, DownloadState]) -> list[Wish]:
+    """Wishes by their keys, with the commits that the states under the same keys know."""
+    found = []
+    for key, spec in specs:
+        state = states.get(key)
+        found.append(Wish(ModelRef.parse(spec.model).repo, state.commit if state else ""))
+    return found
+
+
+def on_its_way(ledger: Ledger) -> list[str]:
+    """Models of which something is reserved, or was."""
+    return sorted({*ledger.promised, *(m for p in ledger.partials.values() for m in p.models)})
+
+
+def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s: float, retention_s: float) -> Steps:
+    """What becomes of every reservation now. Pure."""
+    steps = Steps(renew=[], end=[], remove=[])
+    repos: dict[str, set[str]] = {}
+    for wish in wished:
+        repos.setdefault(wish.repo, set()).add(wish.commit)
+    for model in on_its_way(ledger):
+        repo, _, commit = model.rpartition("@")
+        is_wished = not repos.get(repo, set()).isdisjoint({commit, ""})
+        unwanted_s = now_s - ledger.wanted_s.get(model, 0.0)
+        if model not in ledger.ended:
+            if is_wished and fetcher_away_s < GONE_AFTER_S:
+                if fetcher_away_s == 0 and unwanted_s >= RENEW_EVERY_S:
+                    steps.renew.append(model)
+                continue
+            if unwanted_s < STILL_WANTED_S:
+                continue
+            steps.end.append(model)
+        if unwanted_s >= retention_s:
+            steps.remove.append(model)
+    return steps
+
+
+class Reservations:
+    """Carries that out, every now and then."""
+
+    def __init__(
+        self,
+        context: Context,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        keeping: Keeping,
+        removal: Removal,
+        announcer: Announcer,
+        limits: Callable[[], Limits],
+        specs: View,
+        downloads: View,
+        live: View,
+    ) -> None:
+        self._context, self._ledger, self._section = context, ledger, section
+        self._keeping, self._removal, self._announcer, self._limits = keeping, removal, announcer, limits
+        self._specs, self._downloads, self._live = specs, downloads, live
+        self._fetcher_seen_s: float | None = None
+
+    async def watch(self) -> None:
+        """Look every LOOK_S."""
+        while True:
+            try:
+                await self.look(time.time(), time.monotonic())
+            except (OSError, ShoalError) as e:  # NATS is away, say: the next look does what this one could not
+                log.warning("reservations could not be looked at", why=str(e))
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self, now_s: float, monotonic_s: float) -> None:
+        """Decide by what the cluster says now, and do it."""
+        prefix = f"download.{self._context.node}."
+        async with self._section:
+            wished = wishes(
+                self._specs.items(prefix, DownloadSpec), dict(self._downloads.items(prefix, DownloadState))
+            )
+            away_s = self._fetcher_away_s(monotonic_s)
+            steps = decide(self._ledger, wished, away_s, now_s, self._limits().partial_retention_s)
+            for model in steps.renew:
+                await asyncio.to_thread(self._keeping.wanted, model, now_s)
+            for model in steps.end:
+                self._ledger.ended.add(model)
+                log.info("nobody fetches this any more: its promise has ended", model=model)
+            for model in steps.remove:
+                freed = await self._removal.remove_unfinished(model)
+                log.info("removed what an ended download had left", model=model, freed_bytes=freed)
+        if steps.end or steps.remove:
+            await self._announcer.publish()
+
+    def _fetcher_away_s(self, monotonic_s: float) -> float:
+        """0 while its key is there, or while it is not known: who does not hear NATS does not hear of it."""
+        here = self._live.get(live_key(self._context.node, "fetcher"), Live) is not None
+        if here or self._fetcher_seen_s is None or not self._context.nats.client.is_connected:
+            self._fetcher_seen_s = monotonic_s
+        return monotonic_s - self._fetcher_seen_s

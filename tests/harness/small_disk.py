@@ -1,0 +1,50 @@
+"""A small file system of its own for a test, and somebody who fills it to the last byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+BALLAST = "ballast"
+
+
+@contextmanager
+def small_disk(at: Path, size_bytes: int, files: int = 4096) -> Iterator[Path]:
+    """A file system of so many bytes and files, while the body runs. Skips where none can be mounted."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a small disk: a full disk is NOT tested here")
+    at.mkdir(parents=True, exist_ok=True)
+    options = f"size={size_bytes},nr_inodes={files}"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted, a full disk is NOT tested here: {made.stderr.decode()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """Take every byte that is left. Returns the file that has them."""
+    ballast = directory / BALLAST
+    with ballast.open("wb", buffering=0) as f:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while f.write(b"x" * size):
+                    pass
+            except OSError as e:
+                assert e.errno == errno.ENOSPC
+    return ballast
+
+
+def free_bytes(directory: Path) -> int:
+    """What the file system would give now."""
+    s = os.statvfs(directory)
+    return s.f_bavail * s.f_frsize
