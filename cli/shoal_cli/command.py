@@ -101,6 +101,9 @@ def _up(call: Call) -> int:
         port=args.port,
         max_storage_bytes=parse_limit(args.max_storage) if args.max_storage else msgspec.UNSET,
         eviction_policy=args.eviction_policy or msgspec.UNSET,
+        read_only_roots=msgspec.UNSET
+        if args.read_only_roots is None
+        else [r if r.startswith("~") else str(Path(r).absolute()) for r in args.read_only_roots],
         hub=args.hub,
         without=args.without or [],
         ready_deadline_s=args.wait,

@@ -57,6 +57,7 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
                 "max_storage_bytes": 10_000,
                 "eviction_policy": "lru",
                 "headroom_bytes": 7,
+                "read_only_roots": [],
                 "used_bytes": 0,
                 "from_environment": [],
             }

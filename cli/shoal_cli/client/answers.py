@@ -39,6 +39,7 @@ class ModelRow(Message):
     commit: str
     nodes: list[str] = []
     size_bytes: int = 0
+    adopted_from: dict[str, str] = {}
 
 
 class StageRow(Message):
@@ -111,6 +112,7 @@ class ConfiguredRow(Message):
     max_storage_bytes: int | None = None
     eviction_policy: str = ""
     headroom_bytes: int = 0
+    read_only_roots: list[str] = []
     note: str = ""
 
 

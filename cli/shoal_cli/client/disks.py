@@ -16,6 +16,7 @@ from shoal_cli.client.tables import disks_table
 from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
+from shoal_common.messages.records import RootState
 from shoal_common.names import ModelRef, check_node
 
 _VERIFY_ANSWER_S = 3700.0
@@ -93,8 +94,23 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
             words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
+        for root in row.storage.read_only_roots:
+            words += [f"{row.node} {line}" for line in root_words(root)]
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
     return Said(answer, words, table=disks_table(disks))
+
+
+def root_words(root: RootState) -> list[str]:
+    """A read-only root for a person. Pure."""
+    if root.error:
+        return [f"cannot offer what is in {root.path}: {root.error}"]
+    words = [f"offers {_count(root.model_count, 'model')} of {root.path}"]
+    if root.waiting_count:
+        words.append(f"has yet to hash {_count(root.waiting_count, 'model')} there, {show_bytes(root.waiting_bytes)}")
+    words += [f"does not offer {directory}: {why}" for directory, why in root.not_adopted.items()]
+    if (more := root.not_adopted_count - len(root.not_adopted)) > 0:
+        words.append(f"does not offer {more} more of {root.path}; storage's log says why")
+    return words
 
 
 def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
@@ -105,14 +121,17 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         body["eviction_policy"] = args.eviction_policy
     if args.headroom is not None:
         body["headroom_bytes"] = parse_size(args.headroom)
+    if args.read_only_roots is not None:
+        body["read_only_roots"] = args.read_only_roots
     if body.keys() <= {"node"}:
-        raise BadInput("nothing to set: give --max-storage, --eviction-policy or --headroom")
+        raise BadInput("nothing to set: give --max-storage, --eviction-policy, --headroom or --read-only-root")
     answer = gateway.put("/v1/storage/config", body, Anything)
     words = []
     for node, row in _rows(answer, ConfiguredRow):
         quota = "none" if row.max_storage_bytes is None else show_bytes(row.max_storage_bytes)
         headroom = show_bytes(row.headroom_bytes)
         words.append(f"{node}: quota {quota}, eviction policy {row.eviction_policy}, headroom {headroom}")
+        words += [f"  read-only root {root}" for root in row.read_only_roots]
         words += [f"  {row.note}"] if row.note else []
     return Said(answer, words)
 

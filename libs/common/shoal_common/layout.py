@@ -10,6 +10,9 @@
   uses/<org>--<name>@<commit>                empty; its mtime is the last use
   quarantine/<sha256>                        what did not hash to its name
   promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
+  adopted/verified.json                      files of read-only roots, as they were when they were hashed
+  adopted/blobs/ab/<sha256>                  where in a read-only root the bytes of a blob are (`blobs.py`)
+  adopted/models/<org>--<name>@<commit>      empty; the view of this model leads into a read-only root
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ class Layout:
         self.uses = root / "uses"
         self.promises = root / "promises"
         self.quarantine = root / "quarantine"
+        self.verified = root / "adopted" / "verified.json"
+        self.adopted_blobs = root / "adopted" / "blobs"
+        self.adopted_models = root / "adopted" / "models"
 
     def blob(self, sha256: str) -> Path:
         """A blob's file."""
@@ -68,6 +74,14 @@ class Layout:
     def promise(self, repo: str, commit: str) -> Path:
         """The file that says which blobs a fetch under way counts on."""
         return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def adopted_blob(self, sha256: str) -> Path:
+        """The file that says where in a read-only root a blob's bytes are."""
+        return self.adopted_blobs / check_blob(sha256)[:2] / sha256
+
+    def adopted_model(self, repo: str, commit: str) -> Path:
+        """The file that is there as long as a model's view leads into a read-only root."""
+        return self.adopted_models / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
         """A file in a view."""

@@ -24,6 +24,8 @@ _KEY_SAFE = re.compile(r"[A-Za-z0-9_/-]")
 _QUOTED = re.compile(r"=([0-9A-F]{2})")
 
 DEFAULT_REVISION = "main"
+LOCAL_REVISION = "local"
+"""What a model is called that no hub knows, a directory of a person's own: never meant by plain `org/name`."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):

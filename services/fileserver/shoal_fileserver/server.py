@@ -1,7 +1,7 @@
 """`GET /v1/blobs/<sha256>`, with single ranges. Content is named by hash only, so no path comes from outside (I10).
 
-Only whole, verified blobs are in `blobs/`; nothing else can be asked for (I1). Without the cluster's credential
-every path answers the same 401 (I12).
+Only whole, verified blobs are found (`shoal_common.blobs`); nothing else can be asked for (I1). Without the cluster's
+credential every path answers the same 401 (I12).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal_common.blobs import open_blob
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, BadName, Unavailable
 from shoal_common.layout import Layout
@@ -45,7 +46,7 @@ def make_app(layout: Layout, secret: str) -> ASGIApp:
     async def blob(request: Request) -> Response:
         try:
             sha256 = check_blob(request.path_params["sha256"])
-            file = await asyncio.to_thread(FileIO, layout.blob(sha256))
+            file = await asyncio.to_thread(open_blob, layout, sha256)
         except BadName as e:
             return _problem(400, e.message)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -22,7 +22,7 @@ from shoal_gateway.status import storage_views
 from shoal_gateway.targets import Nodes, to_storage
 
 _MOST_BYTES = (1 << 63) - 1
-_CHANGEABLE = ("max_storage_bytes", "eviction_policy", "headroom_bytes")
+_CHANGEABLE = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "read_only_roots")
 
 
 class AskConfigure(Configure):

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from shoal_common.blobs import find_blob
 from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
 from shoal_common.layout import FORMAT_VERSION, Layout
 from shoal_common.logs import Log
@@ -122,7 +123,9 @@ class Disk:
         for view in lay.views.glob("*/*"):
             # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
             with suppress(BadName):
-                if not (lay.manifests / view.parent.name / f"{check_commit(view.name)}.json").exists():
+                name, commit = view.parent.name, check_commit(view.name)
+                known = lay.manifests / name / f"{commit}.json", lay.adopted_models / f"{name}@{commit}"
+                if not any(path.exists() for path in known):
                     self._remove(view)
         for tomb in lay.tombs.iterdir():
             self._remove(tomb)
@@ -279,7 +282,17 @@ class Disk:
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or with another size, whatever the ledger says."""
         sizes = manifest.blob_sizes
-        return [b for b in sizes if self._blob_size(self.layout.blob(b)) != sizes[b]]
+        return [b for b in sizes if self._held_bytes(b) != sizes[b]]
+
+    def _held_bytes(self, sha256: str) -> int | None:
+        """Size of a blob in the store, else of one in a read-only root that still is as it was."""
+        own = self._blob_size(self.layout.blob(sha256))
+        if own is not None:
+            return own
+        try:
+            return find_blob(self.layout, sha256).stat().st_size
+        except OSError:
+            return None
 
     # Models
 
@@ -295,14 +308,19 @@ class Disk:
     def build_view(self, manifest: Manifest) -> None:
         """Link every file of a model under its own name: hard links, or symbolic ones; never a copy.
 
+        Into a read-only root only symbolic ones lead: a hard link would change its file.
+
         What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
         """
         for f in manifest.files:
-            target, blob = self.layout.view_file(manifest, f.path), self.layout.blob(f.sha256)
+            target, blob = self.layout.view_file(manifest, f.path), find_blob(self.layout, f.sha256)
             if target.exists() and target.samefile(blob):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
+            if not blob.is_relative_to(self.layout.blobs):
+                target.symlink_to(blob)
+                continue
             try:
                 target.hardlink_to(blob)
             except OSError as e:
@@ -374,7 +392,8 @@ class Disk:
 def require_present(manifest: Manifest, ledger: Ledger) -> None:
     """Raise NotFound or Corrupt unless every file of a manifest is a blob of the right size."""
     for f in manifest.files:
-        if f.sha256 not in ledger.blobs:
+        size_bytes = ledger.bytes_of(f.sha256)
+        if size_bytes is None:
             raise NotFound(f"{f.path} of {manifest.model} is not here: blob {f.sha256[:16]}… is missing")
-        if ledger.blobs[f.sha256] != f.size_bytes:
+        if size_bytes != f.size_bytes:
             raise Corrupt(f"{f.path} of {manifest.model} has another size than its blob {f.sha256[:16]}…")

@@ -18,6 +18,21 @@ def lose(sha256: str, ledger: Ledger) -> list[str]:
     return lost
 
 
+def weigh(ledger: Ledger) -> tuple[list[str], list[str]]:
+    """Adopted blobs have come or gone: which models of the store that breaks, and which it makes whole."""
+
+    def is_whole(manifest: Manifest) -> bool:
+        return all(ledger.bytes_of(blob) == size for blob, size in manifest.blob_sizes.items())
+
+    broken = sorted(model for model, m in ledger.manifests.items() if not is_whole(m))
+    whole = sorted(model for model, m in ledger.broken.items() if is_whole(m))
+    for model in broken:
+        ledger.broken[model] = ledger.manifests.pop(model)
+    for model in whole:
+        ledger.manifests[model] = ledger.broken.pop(model)
+    return broken, whole
+
+
 def having(sha256: str, ledger: Ledger) -> list[Manifest]:
     """The manifests, of whole models and of broken ones, that need a blob."""
     return [m for m in ledger.on_disk.values() if sha256 in m.blob_sizes]

@@ -24,7 +24,7 @@ from shoal_common.names import ModelRef, check_blob
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_storage.announce import Announcer
-from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, matching
+from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, is_offered, matching
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.keeping import Keeping
@@ -103,6 +103,8 @@ class Guard:
             if not f.sha256:
                 found = self._ledger.git.get(f.blob)
                 if found not in self._ledger.blobs:
+                    found = self._ledger.adopted_git.get(f.blob)
+                if found is None:
                     found = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
                 if found:
                     known[f.blob] = found
@@ -178,12 +180,17 @@ class Guard:
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: it lacks the sha256 of some files")
         async with self._section:
+            if is_offered(manifest, self._ledger):
+                # All that was wanted is in a read-only root, and offered from there.
+                await self.removal.end_promise(manifest.model)
+                return await self._announcer.announce(manifest)
             held = self._ledger.manifests.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
             # A commit never changes: what was sealed stands, and only gains names.
             manifest = structs.replace(held or manifest, revisions=names)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
+                self._ledger.adopted_blobs.pop(sha256, None)
             require_present(manifest, self._ledger)
             await asyncio.to_thread(self._disk.build_view if manifest == held else self._disk.seal, manifest)
             self._ledger.manifests[manifest.model] = manifest
@@ -200,7 +207,7 @@ class Guard:
     async def manifest(self, question: AskManifest) -> Manifest:
         """The manifest of a model held here."""
         ref = ModelRef.parse(question.model)
-        found = matching(ref.repo, ref.revision, self._ledger.manifests.values())
+        found = matching(ref.repo, ref.revision, self._ledger.whole.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
         return found[-1]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from shoal_common.blobs import find_blob
 from shoal_common.errors import BadName
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
@@ -37,13 +38,13 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
-    """Hash a blob as the disk holds it now; None when there is no such file, or no longer.
+    """Hash a blob, of the store or adopted, as the disk holds it now; None when there is no such file, or no longer.
 
     `pace` is given the bytes of each step before they are hashed. It may wait, and raise to end this.
     """
-    path = disk.layout.blob(sha256)
     digest = hashlib.sha256()
     try:
+        path = find_blob(disk.layout, sha256)
         found = path.lstat()
         for chunk in _steps(path, found.st_ino):
             disk.keep_on()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal_common.errors import InUse
+from shoal_common.errors import InUse, Refused
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Delete
 from shoal_common.messages.questions import Done, Withdraw
@@ -14,6 +14,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, arriving, freed_by, matching
 from shoal_storage.disk import Disk
 from shoal_storage.keeping import Keeping
+from shoal_storage.links import show
 from shoal_storage.uses import Uses
 from shoal_storage.verify import forget_useless
 
@@ -52,6 +53,8 @@ class Removal:
         self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
         await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
+        if offered := self._ledger.offered.get(model):
+            await asyncio.to_thread(show, self._disk.layout, offered)
         return freed
 
     async def end_promise(self, model: str) -> None:
@@ -73,6 +76,7 @@ class Removal:
         """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
+        self._refuse_if_adopted(ref.repo, revision)
         await self._refuse_if_used(ref.repo, revision)
         await self._context.ask(
             "fetcher",
@@ -103,6 +107,18 @@ class Removal:
         await self._announcer.publish()
         log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
         return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
+
+    def _refuse_if_adopted(self, repo: str, revision: str) -> None:
+        if matching(repo, revision, self._ledger.on_disk.values()):
+            return  # what the store has of it may go
+        for manifest in matching(repo, revision, self._ledger.whole.values()):
+            adopted = self._ledger.adopted[manifest.model]
+            raise Refused(
+                f"{manifest.model} is not in the store of node {self._context.node} but in a read-only root, at "
+                f"{adopted.directory}, where Shoal removes nothing: remove it there, or take {adopted.root} out of "
+                "read_only_roots with `shoal storage set`",
+                directory=adopted.directory,
+            )
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
         held = matching(repo, revision, self._ledger.on_disk.values())

@@ -18,13 +18,16 @@ from shoal_common.messages.questions import (
 )
 from shoal_common.questions import Question
 from shoal_common.service import Context
+from shoal_storage.adoption import Adoption
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
+from shoal_storage.decide import Limits
 from shoal_storage.disk import Disk
 from shoal_storage.guard import Guard
 from shoal_storage.limits import read_limits
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.removal import DELETE_DEADLINE_S
+from shoal_storage.roots import refuse_overlap
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
 from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
 
@@ -32,6 +35,7 @@ from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier, forget_useless
 async def run(context: Context) -> None:
     """The storage service."""
     limits = read_limits(context.config.settings, context.environ)
+    await asyncio.to_thread(refuse_overlap, limits.read_only_roots, context.config.store)
     disk = Disk(context.config.store)
     await asyncio.to_thread(disk.open)
     ledger = await asyncio.to_thread(disk.recover)
@@ -43,13 +47,23 @@ async def run(context: Context) -> None:
         announcer = Announcer(context, disk, ledger, limits, announced)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
+        adoption = Adoption(context, disk, ledger, guard.section, announcer, limits.read_only_roots)
+        first_look = await adoption.start()
         await announcer.announce_all()
-        settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
+
+        async def use(limits: Limits) -> None:
+            guard.use_limits(limits)
+            await adoption.use_roots(limits.read_only_roots)
+
+        settings = Settings(context, disk, ledger, use, announcer.publish)
+        context.background(tasks, first_look)
+        context.background(tasks, adoption.look_regularly())
+        context.background(tasks, adoption.hash_what_waits())
         context.background(tasks, guard.say_again_after_reconnects())
         context.background(tasks, guard.watch_free_space())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
-        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer)
+        verifier = Verifier(context, disk, ledger, guard.section, specs, announcer, adoption.doubted)
         context.background(tasks, verifier.verify_slowly())
         tasks.create_task(_stop_hashing(context, disk))
         tasks.create_task(

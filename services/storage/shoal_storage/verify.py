@@ -9,6 +9,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 
@@ -66,10 +67,12 @@ class Verifier:
         section: asyncio.Lock,
         specs: View,
         announcer: Announcer,
+        adopted_doubted: Callable[[str, quarantine.Checked | None], Awaitable[list[str]]],
         pace_bytes_per_s: float = PACE_BYTES_PER_S,
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
         self._section, self._specs, self._announcer = section, specs, announcer
+        self._adopted_doubted = adopted_doubted
         self._pace_bytes_per_s = pace_bytes_per_s
         self._turn = asyncio.Lock()
         self._hurried = 0
@@ -84,7 +87,7 @@ class Verifier:
         self._hurried += 1
         try:
             for sha256 in self._asked(command.model):
-                if sha256 in self._ledger.blobs:
+                if self._ledger.bytes_of(sha256) is not None:
                     await self._look(sha256, report, slowly=False)
         finally:
             self._hurried -= 1
@@ -93,26 +96,30 @@ class Verifier:
 
     def _asked(self, model: str) -> list[str]:
         if not model:
-            return sorted(self._ledger.blobs)
+            return sorted(self._all())
         ref = ModelRef.parse(model)
-        found = matching(ref.repo, ref.revision if "@" in model else "", self._ledger.on_disk.values())
+        here = {**self._ledger.whole, **self._ledger.broken}
+        found = matching(ref.repo, ref.revision if "@" in model else "", here.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}: there is nothing to verify")
         return sorted({blob for manifest in found for blob in manifest.blob_sizes})
 
+    def _all(self) -> set[str]:
+        return {*self._ledger.blobs, *self._ledger.adopted_blobs}
+
     async def verify_slowly(self) -> None:
         """Endlessly: the blob that was verified longest ago, at a pace that leaves the disk to others."""
-        unseen = set(self._ledger.blobs)
+        unseen = self._all()
         while True:
             now_s = time.monotonic()
             # What has come in since the start was hashed as it came.
-            known = {b: self._verified_s.get(b, now_s) for b in self._ledger.blobs if b not in unseen}
+            known = {b: self._verified_s.get(b, now_s) for b in self._all() if b not in unseen}
             self._verified_s = known
-            for blob in due(self._ledger.blobs, known, self._begin, now_s, AGAIN_AFTER_S):
+            for blob in due(self._all(), known, self._begin, now_s, AGAIN_AFTER_S):
                 # Noted before: a blob that cannot be read now must not keep the others from their turn.
                 unseen.discard(blob)
                 self._verified_s[blob] = time.monotonic()
-                if blob not in self._ledger.blobs:
+                if self._ledger.bytes_of(blob) is None:
                     continue
                 try:
                     await self._look(blob, Report(), slowly=True)
@@ -125,7 +132,7 @@ class Verifier:
         abandoned = threading.Event()
 
         def pace(chunk_bytes: int) -> None:
-            if abandoned.is_set() or sha256 not in self._ledger.blobs:
+            if abandoned.is_set() or self._ledger.bytes_of(sha256) is None:
                 raise _GivenUp
             if slowly and not self._hurried:
                 self._disk.stopping.wait(chunk_bytes / self._pace_bytes_per_s)
@@ -143,11 +150,27 @@ class Verifier:
             if checked.intact:
                 self._verified_s[sha256] = time.monotonic()
                 return
+        if sha256 not in self._ledger.blobs:
+            await self._doubted_adopted(sha256, checked, report)
+            return
         # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
         task = asyncio.create_task(self._doubted(sha256, checked, report))
         self._setting_aside.add(task)
         task.add_done_callback(self._setting_aside.discard)
         await asyncio.shield(task)
+
+    async def _doubted_adopted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
+        (report.missing if checked is None else report.corrupt).append(sha256)
+        models = await self._adopted_doubted(sha256, checked)
+        report.models += models
+        report.instances += self._instances_of(models)
+
+    def _instances_of(self, models: Collection[str]) -> list[str]:
+        return [
+            spec.id
+            for _, spec in self._specs.items("instance.", InstanceSpec)
+            if spec.model in models and any(s.node == self._context.node for s in spec.stages)
+        ]
 
     async def _doubted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
         async with self._section:
@@ -164,11 +187,7 @@ class Verifier:
             else:
                 report.missing.append(sha256)
             models = lose(sha256, self._ledger)
-            instances = [
-                spec.id
-                for _, spec in self._specs.items("instance.", InstanceSpec)
-                if spec.model in models and any(s.node == self._context.node for s in spec.stages)
-            ]
+            instances = self._instances_of(models)
             report.models += models
             report.instances += instances
             await forget_useless(self._disk, self._ledger)

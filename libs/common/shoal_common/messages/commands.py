@@ -50,6 +50,8 @@ class Configure(Command):
     """Null takes the quota away."""
     eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
     headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All of them, absolute or with `~`; an empty list takes them away."""
 
 
 class Pin(Command):

@@ -116,6 +116,22 @@ class DownloadState(Message):
     updated_at_s: float = 0.0
 
 
+class RootState(Message):
+    """A read-only root: a directory whose models a node offers as they are."""
+
+    path: str
+    error: str = ""
+    """Why it cannot be looked at, when it cannot."""
+    model_count: int = 0
+    """Models adopted from it."""
+    waiting_count: int = 0
+    """Models whose files have yet to be hashed."""
+    waiting_bytes: int = 0
+    not_adopted: dict[str, str] = {}
+    """What looks like a model there and is not adopted, by its directory, and why; the first 20 of them."""
+    not_adopted_count: int = 0
+
+
 class StorageState(Message):
     """A node's disk: its settings and their use."""
 
@@ -134,6 +150,7 @@ class StorageState(Message):
     """Blobs that did not hash to their name and were set aside."""
     from_environment: list[str] = []
     """Settings that the environment holds, against which the file is of no use."""
+    read_only_roots: list[RootState] = []
 
 
 class ModelState(Message):
@@ -149,6 +166,8 @@ class ModelState(Message):
     """None when this is not a language model that Shoal can read; `shape_error` says why."""
     shape_error: str = ""
     ready_at_s: float = 0.0
+    adopted_from: str = ""
+    """The directory of a read-only root where it is; "" for a model of the store."""
 
     @property
     def model(self) -> str:
