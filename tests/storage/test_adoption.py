@@ -260,7 +260,12 @@ async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model
         assert not await is_served(fileserver, WEIGHTS), "before storage has looked"
         await set_roots(node, root)
         await gone(node, tuned)
-        assert not node.layout.view("me/tuned", tuned.rpartition("@")[2]).exists()
+        view = node.layout.view("me/tuned", tuned.rpartition("@")[2])
+
+        async def view_gone() -> bool:
+            return not view.exists()
+
+        await eventually(view_gone, "its view goes after its announcement")
         assert await is_served(fileserver, b"kept") and kept.exists()
         if how == "changed":
 

@@ -87,11 +87,9 @@ class Adoption:
         """
         self._verified = await asyncio.to_thread(links.read_verified, self._layout)
         self._noted = set(await asyncio.to_thread(links.noted, self._layout))
-        look = asyncio.create_task(self.refresh())
+        look = asyncio.create_task(self._look_again())
         done, _ = await asyncio.wait({look}, timeout=_FIRST_LOOK_S)
-        if done:
-            look.result()
-        else:
+        if not done:
             log.warning("the read-only roots do not answer yet; going on without them")
         return look
 
@@ -128,6 +126,10 @@ class Adoption:
             await self.refresh()
         return sorted(before - self._ledger.whole.keys())
 
+    async def remember(self) -> None:
+        """At a stop: what was hashed is not hashed again."""
+        await self._write(now=True)
+
     # Around
 
     async def look_regularly(self) -> None:
@@ -139,10 +141,13 @@ class Adoption:
             except TimeoutError:
                 pass
             self._look_now.clear()
-            try:
-                await self.refresh()
-            except (OSError, ShoalError) as e:
-                log.warning("the read-only roots could not be looked at", why=str(e))
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        try:
+            await self.refresh()
+        except (OSError, ShoalError) as e:
+            log.warning("the read-only roots could not be looked at", why=str(e))
 
     async def hash_what_waits(self) -> None:
         """Endlessly: hash what nobody has hashed yet, the smallest model first."""
@@ -258,25 +263,22 @@ class Adoption:
         ledger.adopt(kept)
         for model in gone:
             await self._let_go(model)
-        for model, adopted in wanted.items():
-            if model not in kept:
-                ledger.adopt({**kept, model: adopted})
-                if await self._take_in(model, adopted):
-                    kept[model] = adopted
-                else:
-                    ledger.adopt(kept)
-        await self._point()
+        await self._take_in({m: a for m, a in wanted.items() if m not in kept})
         broken, whole = weigh(ledger)
         for model in broken:
             await self._announcer.take_back(model)
             log.warning("a model counted on a read-only root and is not whole any more; pull it again", model=model)
         for model, manifest in list(ledger.manifests.items()):
-            if not all(blob in ledger.blobs for blob in manifest.blob_sizes):
+            if all(blob in ledger.blobs for blob in manifest.blob_sizes):
+                continue
+            try:
                 # What it counts on may be in another file by now.
                 await asyncio.to_thread(self._disk.build_view, manifest)
-            if model in whole:
-                await self._announcer.announce(manifest)
-                log.info("a model is whole again, with files of a read-only root", model=model)
+                if model in whole:
+                    await self._announcer.announce(manifest)
+                    log.info("a model is whole again, with files of a read-only root", model=model)
+            except OSError as e:
+                log.warning("a model that counts on a read-only root cannot be opened", model=model, why=str(e))
 
     async def _let_go(self, model: str) -> None:
         in_store = model in self._ledger.on_disk
@@ -286,21 +288,34 @@ class Adoption:
         log.warning("a model of a read-only root is not there any more, or not as it was", model=model)
         await self._context.events.tell("adoption_ended", model=model)
 
-    async def _take_in(self, model: str, adopted: Adopted) -> bool:
+    async def _take_in(self, new: dict[str, Adopted]) -> None:
+        """Adopt these too, those aside of which the store cannot take a note: its disk may be full."""
+        before = self._ledger.adopted
+        self._ledger.adopt({**before, **new})
+        failed: dict[str, OSError] = {}
         try:
             await self._point()
-            news = await asyncio.to_thread(links.note, self._layout, model)
-            if model not in self._ledger.on_disk:
-                await asyncio.to_thread(links.show, self._layout, adopted)
-                await self._announcer.announce(adopted.manifest)
         except OSError as e:
-            self._unable[adopted.directory] = f"the store cannot take a note of it: {e.strerror}"
-            log.warning("not adopted", directory=adopted.directory, why=self._unable[adopted.directory])
-            return False
-        if news:
-            log.info("adopted", model=model, directory=adopted.directory)
-            await self._context.events.tell("adopted", model=model, directory=adopted.directory)
-        return True
+            failed = dict.fromkeys(new, e)
+            log.warning("where adopted blobs are could not be written down", why=str(e))
+        for model in new.keys() - failed.keys():
+            adopted = new[model]
+            try:
+                news = await asyncio.to_thread(links.note, self._layout, model)
+                if model in self._ledger.offered:
+                    await asyncio.to_thread(links.show, self._layout, adopted)
+                    await self._announcer.announce(adopted.manifest)
+            except OSError as e:
+                failed[model] = e
+                continue
+            if news:
+                log.info("adopted", model=model, directory=adopted.directory)
+                await self._context.events.tell("adopted", model=model, directory=adopted.directory)
+        for model, why in failed.items():
+            self._unable[new[model].directory] = f"the store cannot take a note of it: {why.strerror}"
+            log.warning("not adopted", directory=new[model].directory, why=why.strerror)
+        if failed:
+            self._ledger.adopt({m: a for m, a in self._ledger.adopted.items() if m not in failed})
 
     async def _point(self) -> None:
         """Say of every adopted blob where it is, and of no other."""

@@ -13,6 +13,7 @@ from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
 from shoal_common.watch import View
+from shoal_storage.adopted import Adopted
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
 from shoal_storage.limits import overridden
@@ -50,8 +51,8 @@ class Announcer:
                 continue
             held.add(model_key(self._node, manifest.model))
         for model, adopted in self._ledger.offered.items():
-            await self.announce(adopted.manifest)
-            held.add(model_key(self._node, model))
+            if await self._offer(adopted):
+                held.add(model_key(self._node, model))
         for key, _ in list(self._announced.items("model.", ModelState)):
             if key not in held:
                 await self._state.delete(key)
@@ -87,11 +88,19 @@ class Announcer:
 
     async def take_back(self, model: str) -> None:
         """Say that a model (`org/name@commit`) is here no more; or, where a read-only root has it too, is there."""
-        if offered := self._ledger.offered.get(model):
-            await asyncio.to_thread(show, self._disk.layout, offered)
-            await self.announce(offered.manifest)
+        offered = self._ledger.offered.get(model)
+        if offered and await self._offer(offered):
             return
         await self._state.delete(model_key(self._node, model))
+
+    async def _offer(self, adopted: Adopted) -> bool:
+        try:
+            await asyncio.to_thread(show, self._disk.layout, adopted)
+            await self.announce(adopted.manifest)
+        except OSError as e:
+            log.warning("a model cannot be opened; not announced", model=adopted.manifest.model, why=str(e))
+            return False
+        return True
 
     async def publish(self) -> None:
         """Say how the disk stands, when that has changed."""

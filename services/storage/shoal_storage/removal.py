@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from shoal_common.errors import InUse, Refused
 from shoal_common.logs import Log
@@ -54,7 +55,8 @@ class Removal:
         await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
         if offered := self._ledger.offered.get(model):
-            await asyncio.to_thread(show, self._disk.layout, offered)
+            with suppress(OSError):  # said, and tried again, where the model is taken back
+                await asyncio.to_thread(show, self._disk.layout, offered)
         return freed
 
     async def end_promise(self, model: str) -> None:

@@ -92,6 +92,7 @@ async def run(context: Context) -> None:
         )
         context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
     await upkeep.write_uses()
+    await adoption.remember()
 
 
 async def _stop_hashing(context: Context, disk: Disk) -> None:
