@@ -307,6 +307,8 @@ def test_a_root_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
     with pytest.raises(Unlistable, match="No such file"):
         list_root(str(tmp_path / "gone"), lambda: None)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(Unlistable, match="No such file"):
+        list_root("~nobody-of-this-name/models", lambda: None)
     with pytest.raises(Unlistable, match="Not a directory"):
         list_root(str(tmp_path / "file"), lambda: None)
 

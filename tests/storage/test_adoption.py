@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from nats.js.errors import NotFoundError
 
 from shoal_common.buckets import model_key
 from shoal_common.errors import NotFound
@@ -40,6 +41,20 @@ async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path
         with (node.home / "node.toml").open("a") as f:
             f.write(f"# mine\n[storage]\n# theirs\nread_only_roots = [{listed}]  # the NAS\n")
         yield node
+
+
+@asynccontextmanager
+async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
+    """Run storage, from when it waits for commands: one sent before that is carried out, and its reply is lost."""
+    async with node.storage(**environ) as process:
+
+        async def waits() -> bool:
+            with suppress(NotFoundError):
+                return bool((await node.here.js.consumer_info("CMD", f"storage-{node.node}")).num_waiting)
+            return False
+
+        await eventually(waits, "storage waits for commands")
+        yield process
 
 
 async def announced(node: Node, model: str) -> ModelState:
@@ -99,7 +114,7 @@ async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_
         async with (
             on_node_with(nats, tmp_path, fresh("node"), root) as node,
             node.fetcher(),
-            node.storage() as process,
+            listening(node) as process,
             fileserver_of(node, nats) as fileserver,
         ):
             state = await announced(node, THEIRS.name)
@@ -117,6 +132,7 @@ async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_
             manifest = await node.ask("manifest", AskManifest(model="org/theirs"), Manifest)
             assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
 
+            await root_is(node, lambda r: r.model_count == 1)
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
             assert disk.read_only_roots == [RootState(path=str(root), model_count=1)]
@@ -151,7 +167,7 @@ async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_re
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
         node.fetcher(),
-        node.storage(SHOAL_MAX_STORAGE_BYTES="1000") as process,
+        listening(node, SHOAL_MAX_STORAGE_BYTES="1000") as process,
     ):
         await announced(node, THEIRS.name)
         by_git = Model("org/by-git", {"config.json": FILES["config.json"]}, by_git=("config.json",))
@@ -166,7 +182,7 @@ async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_re
         assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
         assert (await node.storage_state()).used_bytes == 300
         await process.kill()
-        async with node.storage() as again:
+        async with listening(node) as again:
             assert await node.model_state(OURS) is not None, "not taken back by a start"
             assert hashed(again) == []
             await set_roots(node)
@@ -190,7 +206,7 @@ async def test_taking_a_root_out_removes_what_is_ours_at_once_and_nothing_of_the
     before = picture(cache)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
-        node.storage(),
+        listening(node),
         fileserver_of(node, nats) as fileserver,
     ):
         await announced(node, THEIRS.name)
@@ -216,7 +232,7 @@ async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
     before = picture(cache)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
-        node.storage() as process,
+        listening(node) as process,
         fileserver_of(node, nats) as fileserver,
     ):
         state = await root_is(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
@@ -228,7 +244,7 @@ async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
         assert await node.model_state(THEIRS) is None
         assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
         await process.kill()
-        async with node.storage() as again:
+        async with listening(node) as again:
             assert (await root_is(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
             assert hashed(again) == [] and await node.model_state(THEIRS) is None
         assert len(await node.events()) == 2, "told once"
@@ -244,7 +260,7 @@ async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model
     kept = plain(root, "me/kept", {"config.json": config(), "model.safetensors": b"kept"})
     async with (
         on_node_with(nats, tmp_path, fresh("node"), root) as node,
-        node.storage(),
+        listening(node),
         fileserver_of(node, nats) as fileserver,
     ):
         await root_is(node, lambda r: r.model_count == 2)
@@ -285,7 +301,7 @@ async def test_I1_verify_finds_what_rots_in_a_root_takes_it_back_and_moves_nothi
     weights = plain(root, "me/tuned", FILES) / "model.safetensors"
     async with (
         on_node_with(nats, tmp_path, fresh("node"), root) as node,
-        node.storage() as process,
+        listening(node) as process,
         fileserver_of(node, nats) as fileserver,
     ):
         await root_is(node, lambda r: r.model_count == 1)
@@ -299,7 +315,7 @@ async def test_I1_verify_finds_what_rots_in_a_root_takes_it_back_and_moves_nothi
         assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
         assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
         await process.kill()
-        async with node.storage() as again:
+        async with listening(node) as again:
             assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
             assert hashed(again) == [], "what rotted is not taken for something new"
         assert picture(root) == before and not list(node.layout.quarantine.iterdir())
@@ -315,7 +331,7 @@ async def test_another_store_is_a_root_like_any_other(
     async with (
         on_node_with(nats, tmp_path, fresh("node"), theirs.root) as node,
         node.fetcher(),
-        node.storage(),
+        listening(node),
         fileserver_of(node, nats) as fileserver,
     ):
         for model in (apples, pears):
@@ -334,16 +350,16 @@ async def test_a_restart_hashes_nothing_again_and_changed_files_only(
     directory = plain(root, "me/tuned", FILES)
     plain(root, "me/other", {**FILES, "model.safetensors": b"other"})
     async with on_node_with(nats, tmp_path, fresh("node"), root) as node:
-        async with node.storage() as process:
+        async with listening(node) as process:
             await root_is(node, lambda r: r.model_count == 2)
             assert sum(int(line.split("files=")[1].split()[0]) for line in hashed(process)) == 6
             await process.kill()
-        async with node.storage() as process:
+        async with listening(node) as process:
             await root_is(node, lambda r: r.model_count == 2)
             assert hashed(process) == []
             await process.kill()
         os.utime(directory / "config.json", ns=(1, 1))
-        async with node.storage() as process:
+        async with listening(node) as process:
             await process.wait_line("hashed a model of a read-only root", "files=1")
             await root_is(node, lambda r: r.model_count == 2)
             assert len(hashed(process)) == 1
@@ -356,15 +372,16 @@ async def test_a_root_that_is_missing_is_said_and_keeps_nothing_from_starting(
     root = tmp_path / "nas"
     cached(root, "org/theirs", THEIRS.manifest.commit, FILES)
     async with on_node_with(nats, tmp_path, fresh("node"), root, tmp_path / "never") as node:
-        async with node.storage() as process:
+        async with listening(node) as process:
             await announced(node, THEIRS.name)
+            await root_is(node, lambda r: r.model_count == 1)
             states = (await node.storage_state()).read_only_roots
             assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
             await process.wait_line("cannot be looked at", "never")
             root.rename(tmp_path / "unmounted")
             await set_roots(node, root, tmp_path / "never")
             await gone(node, THEIRS.name)
-        async with node.storage() as process:
+        async with listening(node) as process:
             assert (await node.storage_state()).read_only_roots[0].error == "No such file or directory"
             (tmp_path / "unmounted").rename(root)
             await set_roots(node, root, tmp_path / "never")
@@ -379,14 +396,14 @@ async def test_the_environment_and_bad_roots_are_said_as_of_other_settings(
     cached(one, "org/theirs", THEIRS.manifest.commit, FILES)
     two.mkdir()
     async with on_node_with(nats, tmp_path, fresh("node"), tmp_path / "file") as node:
-        async with node.storage(SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
+        async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
             await announced(node, THEIRS.name)
             state = await node.storage_state()
             assert [r.path for r in state.read_only_roots] == [str(one), str(two)]
             assert "read_only_roots" in state.from_environment
             refused = await node.command("configure", Configure(read_only_roots=[]))
             assert refused.error is not None and "unset SHOAL_READ_ONLY_ROOTS" in refused.error.message
-        async with node.storage():
+        async with listening(node):
             assert await node.model_state(THEIRS) is None
             text = (node.home / "node.toml").read_text()
             for bad in (["relative"], [str(node.layout.root)], [str(tmp_path)], ["/x\n"]):
@@ -399,7 +416,7 @@ async def test_an_eviction_spares_the_bytes_of_roots_and_shows_again_what_the_st
     nats: NatsServer, fresh: Fresh, tmp_path: Path, pears: Model
 ) -> None:
     cache = tmp_path / "hub"
-    async with on_node(nats, tmp_path, fresh("node")) as node, node.fetcher(), node.storage():
+    async with on_node(nats, tmp_path, fresh("node")) as node, node.fetcher(), listening(node):
         await node.bring_in(THEIRS)
         cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
         before = picture(cache)

@@ -246,12 +246,13 @@ class Adoption:
             ]
             self._verdict = verdict = await asyncio.to_thread(decide, candidates, dict(self._verified))
             self._wanted = frozenset(f.at for c in verdict.waiting for f in c.files)
+            # Before it is announced: a kill afterwards costs no second hashing.
+            await self._write(now=not verdict.waiting)
             async with self._section:
                 await self._apply(verdict.adopted)
             await self._say_corrupt(verdict)
             self._announcer.roots = self._states()
             await self._announcer.publish()
-            await self._write(now=not verdict.waiting)
         self._hash_now.set()
 
     async def _apply(self, wanted: dict[str, Adopted]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.blobs import open_plain
@@ -32,7 +33,10 @@ class Unlistable(Exception):
 
 def real_root(root: str) -> Path:
     """Where a root really is. It may not exist."""
-    return Path(os.path.realpath(Path(root).expanduser()))
+    path = Path(root)
+    with suppress(RuntimeError):  # `~name` of nobody: no such directory
+        path = path.expanduser()
+    return Path(os.path.realpath(path))
 
 
 def refuse_overlap(roots: Iterable[str], store: Path) -> None:
