@@ -75,6 +75,7 @@ class Adoption:
         self._pointed: dict[str, File] = {}
         self._unwritten, self._written_s = False, 0.0
         self._told: set[str] | None = None
+        self._started = False
         self._one_look, self._one_settling = asyncio.Lock(), asyncio.Lock()
         self._look_now, self._hash_now = asyncio.Event(), asyncio.Event()
 
@@ -91,6 +92,7 @@ class Adoption:
         done, _ = await asyncio.wait({look}, timeout=_FIRST_LOOK_S)
         if not done:
             log.warning("the read-only roots do not answer yet; going on without them")
+        self._started = True
         return look
 
     async def use_roots(self, roots: Iterable[str]) -> None:
@@ -252,7 +254,8 @@ class Adoption:
                 await self._apply(verdict.adopted)
             await self._say_corrupt(verdict)
             self._announcer.roots = self._states()
-            await self._announcer.publish()
+            if self._started:  # before that, what follows a start says it: once is enough
+                await self._announcer.publish()
         self._hash_now.set()
 
     async def _apply(self, wanted: dict[str, Adopted]) -> None:
