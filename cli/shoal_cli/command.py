@@ -103,6 +103,9 @@ def _up(call: Call) -> int:
         port=args.port,
         max_storage_bytes=parse_limit(args.max_storage) if args.max_storage else msgspec.UNSET,
         eviction_policy=args.eviction_policy or msgspec.UNSET,
+        read_only_roots=msgspec.UNSET
+        if args.read_only_roots is None
+        else [r if r.startswith("~") else str(Path(r).absolute()) for r in args.read_only_roots],
         hub=args.hub,
         without=args.without or [],
         ready_deadline_s=args.wait,
@@ -192,7 +195,7 @@ def _ls(call: Call) -> int:
         return _print_json({"models": answer.get("models", [])})
     models = _as(answer, StatusAnswer).models
     if models:
-        call.out.print(models_table(models))
+        call.out.print(models_table(models), crop=False)
     else:
         call.say("no node holds a model yet: `shoal pull org/name` brings one here")
     return 0

@@ -40,13 +40,14 @@ _JSON = {
     "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
 "phase", "commit", "total_bytes", "done_bytes", "sources": {source: bytes}, "error", …}], "commands": {node: id}}.
 The exit code is that of the first node that failed. Fields are only ever added.""",
-    "ls": """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes"}]}.
-Fields are only ever added.""",
+    "ls": """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
+"adopted_from": {node: directory of a read-only root}}]}. Fields are only ever added.""",
     "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
 "storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
-"partial_retention_s", "used_bytes", "from_environment", "note"}}}; plan {"nodes": {node: {"need_bytes", "garbage",
-"garbage_bytes", "unfinished" and "victims": [{"model", "frees_bytes", "last_use_s"}], "frees_bytes", "enough",
-"evictable_bytes", "kept"}}}; pin and unpin {"nodes": {node: {"models", "pinned"}}}. Fields are only ever added.""",
+"partial_retention_s", "read_only_roots", "used_bytes", "from_environment", "note"}}}; plan {"nodes": {node:
+{"need_bytes", "garbage", "garbage_bytes", "unfinished" and "victims": [{"model", "frees_bytes", "last_use_s"}],
+"frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and unpin {"nodes": {node: {"models", "pinned"}}}. Fields
+are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
     "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code
@@ -200,6 +201,7 @@ def _add_up(up: Parser) -> None:
         default="",
         help="lru makes room for new models, manual refuses them (manual); kept in node.toml",
     )
+    _read_only_roots(up)
     up.add_argument("--hub", metavar="URL", default="", help="a hub instead of huggingface.co (HF_ENDPOINT)")
     up.add_argument("-d", "--detach", action="store_true", help="return once the node is up; it goes on")
     up.add_argument(
@@ -280,6 +282,7 @@ def _add_disks(add: _Add, remote: Parser) -> None:
     change.add_argument(
         "--partial-retention", metavar="SPAN", help="how long what ended downloads leave is kept, like 7d; 0: not"
     )
+    _read_only_roots(change)
     plan = action("plan", "what would be evicted to make room; nothing is")
     plan.add_argument("--need", metavar="SIZE", required=True, help="room for so much, like 50GB")
     _model(action("pin", "never evict or delete a model"))
@@ -289,6 +292,21 @@ def _add_disks(add: _Add, remote: Parser) -> None:
     verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")
     repair = add("repair", "verify, and fetch again what is bad, by leaf where that can be told", where=where)
     repair.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")
+
+
+def _read_only_roots(to: Parser) -> None:
+    roots = to.add_mutually_exclusive_group()
+    roots.add_argument(
+        "--read-only-root",
+        metavar="PATH",
+        action="append",
+        dest="read_only_roots",
+        help="offer the models of this directory as they are, like ~/.cache/huggingface/hub; never written; may be "
+        "repeated, and replaces those set before; kept in node.toml",
+    )
+    roots.add_argument(
+        "--no-read-only-roots", action="store_const", const=[], dest="read_only_roots", help="offer the store's only"
+    )
 
 
 def _add_instances(add: _Add) -> None:

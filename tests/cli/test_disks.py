@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from shoal_cli.client.disks import plan_words
+from shoal_cli.client.disks import plan_words, root_words
 from shoal_cli.command import run
 from shoal_cli.sizes import parse_limit
 from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
 from shoal_common.messages.questions import EvictionPlan, Victim
+from shoal_common.messages.records import RootState
 from tests.cli.cluster import COMMIT, MODEL, Cluster, download
 
 Capture = pytest.CaptureFixture[str]
@@ -99,6 +100,8 @@ def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, ca
             {"max_storage_bytes": 200 * GB, "eviction_policy": "lru", "headroom_bytes": 5 * GB},
         ),
         (["--max-storage", "none"], {"max_storage_bytes": None}),
+        (["--read-only-root", "/a", "--read-only-root", "~/b"], {"read_only_roots": ["/a", "~/b"]}),
+        (["--no-read-only-roots"], {"read_only_roots": []}),
         (["--headroom", "0", "--node", "node-b"], {"headroom_bytes": 0, "node": "node-b"}),
         (["--eviction-policy", "manual", "--all"], {"eviction_policy": "manual", "node": "all"}),
     ],
@@ -132,6 +135,26 @@ def test_storage_shows_a_full_disk_and_what_ended_downloads_have_left(cluster: C
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a's disk is full" in said and f"node-a has bytes of {HELD}, whose download has ended" in said
+
+
+def test_a_read_only_root_in_words_says_what_it_offers_and_what_not() -> None:
+    assert root_words(RootState(path="/nas", error="Permission denied")) == [
+        "cannot offer what is in /nas: Permission denied"
+    ]
+    root = RootState(
+        path="/nas",
+        model_count=2,
+        waiting_count=1,
+        waiting_bytes=GB,
+        not_adopted={"/nas/x": "it has no weights"},
+        not_adopted_count=3,
+    )
+    assert root_words(root) == [
+        "offers 2 models of /nas",
+        "has yet to hash 1 model there, 1.0 GB",
+        "does not offer /nas/x: it has no weights",
+        "does not offer 2 more of /nas; storage's log says why",
+    ]
 
 
 def test_a_setting_that_storage_refuses_is_one_line_and_exit_code_4(cluster: Cluster, capsys: Capture) -> None:

@@ -66,6 +66,8 @@ def test_storage_flags_go_into_the_file_and_not_where_the_environment_wins() -> 
         "max_storage_bytes": None,
         "eviction_policy": "lru",
     }
+    assert plan(read_only_roots=["/x"]).storage == {"read_only_roots": ["/x"]}
+    assert plan(read_only_roots=[]).storage == {"read_only_roots": None}
     environ = {"SHOAL_MAX_STORAGE_BYTES": "7"}
     assert plan(environ, eviction_policy="lru").storage == {"eviction_policy": "lru"}
     assert service_spec(plan(environ), "storage", [], 1, "py", environ).environ["SHOAL_MAX_STORAGE_BYTES"] == "7"

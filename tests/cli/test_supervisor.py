@@ -96,7 +96,8 @@ def test_what_a_killed_service_leaves_in_its_group_is_ended_before_its_successor
     fetcher = node.pids()["fetcher"]
     os.kill(fetcher, signal.SIGKILL)
     until(ready(node, "fetcher", but=fetcher), "fetcher is back")
-    first, second = re.findall(r"stage (\d+)", node.log("fetcher"))
+    until(lambda: len(re.findall(r"stage (\d+)\n", node.log("fetcher"))) == 2, "both have said their stage")
+    first, second = re.findall(r"stage (\d+)\n", node.log("fetcher"))
     until(lambda: not alive(int(first)), "the first stage is gone")
     assert alive(int(second))
 

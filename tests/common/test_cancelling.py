@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal_common.cancelling import ended
+import pytest
+
+from shoal_common.cancelling import ended, wait_for
+from tests.harness.nats import NatsServer, joined
 
 
 async def test_a_task_whose_cancellation_meets_its_answer_is_ended_all_the_same() -> None:
@@ -41,3 +44,39 @@ async def test_nothing_to_end_is_no_wait() -> None:
     await done
     await ended()
     await ended(done)
+
+
+async def test_a_cancellation_that_meets_the_answer_is_not_lost() -> None:
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    asking = asyncio.create_task(wait_for(answer, 60))
+    await asyncio.sleep(0)
+    answer.set_result("in the same moment")
+    asking.cancel()
+    await asyncio.wait({asking})
+    assert asking.cancelled()
+
+
+async def test_a_wait_ends_with_the_answer_or_with_its_deadline() -> None:
+    async def answer() -> str:
+        return "yes"
+
+    assert await wait_for(answer(), 60) == await wait_for(answer(), None) == "yes"
+    for deadline_s in (0.01, 0, -1):
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with pytest.raises(TimeoutError):
+            await wait_for(never, deadline_s)
+        assert never.cancelled()
+    there: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    there.set_result(7)
+    assert await wait_for(there, 0) == 7
+
+
+async def test_whoever_is_connected_to_nats_loses_no_cancellation(nats: NatsServer) -> None:
+    async with joined(nats):
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        asking = asyncio.create_task(asyncio.wait_for(answer, 60))
+        await asyncio.sleep(0)
+        answer.set_result("in the same moment")
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert asking.cancelled()

@@ -22,7 +22,7 @@ def change(home: Path, changes: dict[str, Value]) -> None:
     change_settings(home, "storage", changes, lambda _: None)
 
 
-KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes")
+KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "read_only_roots")
 
 # Lines as people write them. `%d` makes each comment one of its own, so that none can stand for another.
 _TOP = [
@@ -43,6 +43,7 @@ _IN_STORAGE = [
     '"a quoted key" = [1, 2] # c%d',
     "deep.er = true # c%d",
     "headroom_bytes.x = 1",
+    'read_only_roots = ["/a"] # c%d',
 ]
 _AFTER = ["[gateway] # c%d", "gap_s = 0.5 # c%d", "# c%d", "", "[commands]\nstorage = ['x'] # c%d", "[[list]]\n# c%d"]
 
@@ -60,8 +61,9 @@ def files(draw: st.DrawFn) -> str:
     return text.replace("\n", draw(st.sampled_from(["\n", "\n", "\r\n"])))
 
 
+_LISTS = st.sampled_from([["/a", "/b"], ["/b"], []])
 CHANGES = st.dictionaries(
-    st.sampled_from(KEYS), st.one_of(st.none(), st.integers(0, 2**62), st.sampled_from(["lru", "manual"]))
+    st.sampled_from(KEYS), st.one_of(st.none(), st.integers(0, 2**62), st.sampled_from(["lru", "manual"]), _LISTS)
 )
 
 
@@ -80,7 +82,7 @@ def _parses(text: str) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(files().filter(_parses), st.lists(CHANGES, max_size=5))
 def test_any_sequence_of_changes_keeps_every_comment_and_every_foreign_key(
-    text: str, sequence: list[dict[str, int | str | None]]
+    text: str, sequence: list[dict[str, Value]]
 ) -> None:
     for changes in sequence:
         wanted = changed(tomllib.loads(text), "storage", changes)
@@ -92,6 +94,21 @@ def test_any_sequence_of_changes_keeps_every_comment_and_every_foreign_key(
         rest = iter(after.splitlines())
         assert all(line in rest for line in kept if line), "every other line is there, in its order"
         text = after
+
+
+def test_a_list_is_changed_in_place_and_keeps_what_is_written_beside_what_stays(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text('[storage]\nread_only_roots = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
+    change(tmp_path, {"read_only_roots": ["/x", "/z"]})
+    text = path.read_text()
+    assert read_settings(tmp_path) == {"storage": {"read_only_roots": ["/x", "/z"]}}
+    assert all(comment in text for comment in ("# mine", "# the NAS", "# old", "# end"))
+    change(tmp_path, {"read_only_roots": ["/z", "/x"]})
+    assert read_settings(tmp_path) == {"storage": {"read_only_roots": ["/z", "/x"]}}
+    change(tmp_path, {"read_only_roots": None})
+    assert read_settings(tmp_path) == {"storage": {}} and "# end" in path.read_text()
+    change(tmp_path, {"read_only_roots": ["/a", "/b"]})
+    assert 'read_only_roots = ["/a", "/b"]' in path.read_text()
 
 
 def test_a_change_reads_as_a_person_would_have_written_it(tmp_path: Path) -> None:

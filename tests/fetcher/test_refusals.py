@@ -77,7 +77,8 @@ async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Sit
         state = await here.state("a", lambda s: s.phase == "ready")
         await here.is_whole("a", files)
         assert (state.error, state.blocked_since_s) == (None, 0.0)
-        assert state.resumed_bytes == 3 * LEAF_BYTES and site.hub_bytes() < 1.6 * size
+        # What the process took; the hub's own count has what filled the sockets of attempts that ended, too.
+        assert state.resumed_bytes == 3 * LEAF_BYTES and size - 3 * LEAF_BYTES <= state.sources["hub"] < 2 * size
         pull.cancel()
 
 

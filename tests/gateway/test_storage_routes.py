@@ -77,6 +77,8 @@ async def test_storage_lists_every_disk_with_what_its_storage_last_said(gateway:
         ),
         ("PUT", "/storage/config", "configure", {"max_storage_bytes": None}, {"max_storage_bytes": None}),
         ("PUT", "/v1/storage/config", "configure", {"headroom_bytes": 0, "id": "x"}, {"headroom_bytes": 0}),
+        ("PUT", "/storage/config", "configure", {"read_only_roots": ["/a"]}, {"read_only_roots": ["/a"]}),
+        ("PUT", "/storage/config", "configure", {"read_only_roots": []}, {"read_only_roots": []}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m"}, {"model": "org/m"}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m", "pinned": False}, {"model": "org/m", "pinned": False}),
         ("POST", "/v1/storage/gc", "gc", {}, {}),

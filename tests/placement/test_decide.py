@@ -57,6 +57,15 @@ def world(
     return World(facts=facts, models=list(models), instances=list(instances), alive={*facts, *alive})
 
 
+def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
+    own = held(revisions=["local"])
+    assert decide.find_model("org/tiny-fish@local", world({"a": 1}, [own])) == own
+    with pytest.raises(NotFound):
+        decide.find_model("org/tiny-fish", world({"a": 1}, [own]))
+    named_by_commit = held(commit=NEWER, revisions=[])
+    assert decide.find_model("org/tiny-fish", world({"a": 1}, [own, named_by_commit])) == named_by_commit
+
+
 @pytest.mark.parametrize("module", ["decide.py", "solve.py"])
 def test_decisions_import_nothing_that_acts(module: str) -> None:
     tree = ast.parse((Path(decide.__file__).with_name(module)).read_text())

@@ -39,6 +39,7 @@ class ModelRow(Message):
     commit: str
     nodes: list[str] = []
     size_bytes: int = 0
+    adopted_from: dict[str, str] = {}
 
 
 class StageRow(Message):
@@ -112,6 +113,7 @@ class ConfiguredRow(Message):
     eviction_policy: str = ""
     headroom_bytes: int = 0
     partial_retention_s: int = 0
+    read_only_roots: list[str] = []
     note: str = ""
 
 

@@ -16,7 +16,7 @@ from shoal_cli.client.tables import disks_table, strange_words
 from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
-from shoal_common.messages.records import LeaseState
+from shoal_common.messages.records import LeaseState, RootState
 from shoal_common.names import ModelRef, check_node
 
 _VERIFY_ANSWER_S = 3700.0
@@ -115,6 +115,8 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
         words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
         words += strange_words(row.node, row.storage)
+        for root in row.storage.read_only_roots:
+            words += [f"{row.node} {line}" for line in root_words(root)]
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
     return Said(answer, words, table=disks_table(disks))
 
@@ -122,6 +124,19 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
 def _leased(lease: LeaseState, now_s: float) -> str:
     who = f"{lease.holder} (pid {lease.pid})" if lease.pid else lease.holder
     return f"{lease.model} is in use by {who}, for {show_seconds(max(now_s - lease.since_s, 0))}"
+
+
+def root_words(root: RootState) -> list[str]:
+    """A read-only root for a person. Pure."""
+    if root.error:
+        return [f"cannot offer what is in {root.path}: {root.error}"]
+    words = [f"offers {count(root.model_count, 'model')} of {root.path}"]
+    if root.waiting_count:
+        words.append(f"has yet to hash {count(root.waiting_count, 'model')} there, {show_bytes(root.waiting_bytes)}")
+    words += [f"does not offer {directory}: {why}" for directory, why in root.not_adopted.items()]
+    if (more := root.not_adopted_count - len(root.not_adopted)) > 0:
+        words.append(f"does not offer {more} more of {root.path}; storage's log says why")
+    return words
 
 
 def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
@@ -134,8 +149,13 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         body["headroom_bytes"] = parse_size(args.headroom)
     if args.partial_retention is not None:
         body["partial_retention_s"] = parse_seconds(args.partial_retention)
+    if args.read_only_roots is not None:
+        body["read_only_roots"] = args.read_only_roots
     if body.keys() <= {"node"}:
-        raise BadInput("nothing to set: give --max-storage, --eviction-policy, --headroom or --partial-retention")
+        raise BadInput(
+            "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention or "
+            "--read-only-root"
+        )
     answer = gateway.put("/v1/storage/config", body, Anything)
     words = []
     for node, row in _rows(answer, ConfiguredRow):
@@ -144,6 +164,7 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         words.append(f"{node}: quota {quota}, eviction policy {row.eviction_policy}, headroom {headroom}")
         if args.partial_retention is not None:
             words.append(f"  what ended downloads leave is kept for {show_seconds(row.partial_retention_s)}")
+        words += [f"  read-only root {root}" for root in row.read_only_roots]
         words += [f"  {row.note}"] if row.note else []
     return Said(answer, words)
 

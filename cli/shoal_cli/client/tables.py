@@ -114,7 +114,9 @@ def models_table(models: list[ModelRow]) -> RenderableType:
     table = _table("model", "commit", "size", "nodes")
     for m in models:
         table.add_row(m.repo, m.commit[:8], show_bytes(m.size_bytes), ", ".join(m.nodes))
-    return table
+    # Whole and unbroken, below: a path in a narrow column is of no use to anybody.
+    places = [f"{m.repo} on {n} is in {m.adopted_from[n]}" for m in models for n in m.nodes if n in m.adopted_from]
+    return Group(table, *(Text(place, style="dim", no_wrap=True, overflow="ignore") for place in places))
 
 
 def instances_table(instances: list[InstanceRow]) -> RenderableType:

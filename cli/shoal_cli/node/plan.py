@@ -13,6 +13,7 @@ import msgspec
 
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Refused
+from shoal_common.settings_file import Value
 from shoal_common.subjects import SERVICES
 
 NATS_PORT = 4222
@@ -39,6 +40,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
     """None takes the quota away."""
     eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
+    read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """Empty takes them away."""
     hub: str = ""
     without: list[str] = []
     ready_deadline_s: float = READY_DEADLINE_S
@@ -61,7 +64,7 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
     commands: dict[str, list[str]]
     """Programs that replace `python -m shoal_<service>`: from `[commands]` in node.toml."""
     hub: str = ""
-    storage: dict[str, int | str | None] = {}
+    storage: dict[str, Value] = {}
     """What to set in `[storage]` of node.toml before anything starts; None takes a key away."""
     ready_deadline_s: float = READY_DEADLINE_S
 
@@ -120,12 +123,15 @@ def make_plan(
     )
 
 
-def _storage_changes(options: UpOptions, environ: Mapping[str, str]) -> dict[str, int | str | None]:
-    changes: dict[str, int | str | None] = {}
-    for name, flag, value in (
+def _storage_changes(options: UpOptions, environ: Mapping[str, str]) -> dict[str, Value]:
+    changes: dict[str, Value] = {}
+    roots = options.read_only_roots
+    given: tuple[tuple[str, str, Value | msgspec.UnsetType], ...] = (
         ("max_storage_bytes", "--max-storage", options.max_storage_bytes),
         ("eviction_policy", "--eviction-policy", options.eviction_policy),
-    ):
+        ("read_only_roots", "--read-only-root", roots if roots is msgspec.UNSET else roots or None),
+    )
+    for name, flag, value in given:
         if value is msgspec.UNSET:
             continue
         variable = f"SHOAL_{name.upper()}"

@@ -10,6 +10,7 @@ import nats
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 
+from shoal_common.cancelling import keep_cancellations
 from shoal_common.errors import Denied, Unavailable
 from shoal_common.logs import Log
 
@@ -61,6 +62,7 @@ async def connected(servers: list[str], name: str, patience_s: float | None = No
 
     Raises Unavailable when patience ends, Denied when the server refuses our credentials.
     """
+    keep_cancellations()
     reconnects = Reconnects()
     denied: list[str] = []
 

@@ -13,6 +13,9 @@
   quarantine/<sha256>.have                   bitmap of its leaves that are good all the same
   promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
   leases/<id>/{lease.json,lock,view/<path>}  a caller's own view, kept while somebody holds a flock on `lock`
+  adopted/verified.json                      files of read-only roots, as they were when they were hashed
+  adopted/blobs/ab/<sha256>                  where in a read-only root the bytes of a blob are (`blobs.py`)
+  adopted/models/<org>--<name>@<commit>      empty; the view of this model leads into a read-only root
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ class Layout:
         self.promises = root / "promises"
         self.quarantine = root / "quarantine"
         self.leases = root / "leases"
+        self.verified = root / "adopted" / "verified.json"
+        self.adopted_blobs = root / "adopted" / "blobs"
+        self.adopted_models = root / "adopted" / "models"
 
     @property
     def top_names(self) -> set[str]:
@@ -92,6 +98,14 @@ class Layout:
     def promise(self, repo: str, commit: str) -> Path:
         """The file that says which blobs a fetch under way counts on."""
         return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def adopted_blob(self, sha256: str) -> Path:
+        """The file that says where in a read-only root a blob's bytes are."""
+        return self.adopted_blobs / check_blob(sha256)[:2] / sha256
+
+    def adopted_model(self, repo: str, commit: str) -> Path:
+        """The file that is there as long as a model's view leads into a read-only root."""
+        return self.adopted_models / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
         """A file in a view."""

@@ -25,6 +25,8 @@ _QUOTED = re.compile(r"=([0-9A-F]{2})")
 
 DEFAULT_REVISION = "main"
 _HOLDER_CHARACTERS = 200
+LOCAL_REVISION = "local"
+"""What a model is called that no hub knows, a directory of a person's own: never meant by plain `org/name`."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
-from tomlkit.items import Comment, InlineTable, Table, Trivia
+from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
 from shoal_common.config import read_settings, settings_locked, settings_path, write_settings
 from shoal_common.errors import Failed, Refused
 
 T = TypeVar("T")
-Value = int | str | None
+Value = int | str | list[str] | None
 
 
 def change_settings(
@@ -89,8 +89,16 @@ def changed_text(text: str, section: str, changes: Mapping[str, Value]) -> str |
         return None
 
 
-def _set(table: Table | InlineTable, key: str, value: int | str) -> None:
+def _set(table: Table | InlineTable, key: str, value: int | str | list[str]) -> None:
     plain = [k for k, v in table.value.body if k is not None and not isinstance(v, Table)]
+    if isinstance(value, list) and isinstance(held := table.get(key), Array):
+        # In place: what a person wrote beside an element that stays, stays too.
+        for gone in [e for e in held.unwrap() if e not in value]:
+            held.remove(gone)
+        for new in [e for e in value if e not in held.unwrap()]:
+            held.append(new)
+        if held.unwrap() == value:
+            return
     if key in table or isinstance(table, InlineTable) or not plain:
         table[key] = value
         return

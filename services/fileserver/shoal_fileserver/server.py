@@ -21,13 +21,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal_common.blobs import open_blob
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, BadName, Unavailable
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.names import check_blob
-from shoal_common.proof import proven
 from shoal_common.service import Context
 from shoal_fileserver.catalog import Catalog
 from shoal_fileserver.connections import BoundedHttp
@@ -53,15 +53,12 @@ def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASG
 
     async def serve(request: Request, sha256: str, headers: Mapping[str, str]) -> Response:
         try:
-            file = await asyncio.to_thread(FileIO, layout.blob(sha256))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return _problem(404, "this node does not hold that blob")
+            file = await asyncio.to_thread(open_blob, layout, sha256)
+        except FileNotFoundError:
+            return _problem(404, "this node does not hold that blob, verified")
         except OSError as e:
             log.warning("a blob cannot be opened", blob=sha256, why=str(e))
             return _problem(503, "this node cannot read that blob now")
-        if not proven(sha256, os.fstat(file.fileno())):
-            file.close()
-            return _problem(404, "this node does not hold that blob verified")
         # Open, it stays readable to its end even if the blob is deleted meanwhile; it is closed with the response.
         return _answer(request, file, {"ETag": f'"{sha256}"', **headers})
 

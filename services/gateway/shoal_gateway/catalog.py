@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
 from shoal_common.errors import NotFound
 from shoal_common.messages.records import InstancePhase, ModelState
-from shoal_common.names import DEFAULT_REVISION, ModelRef
+from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
 from shoal_gateway.picture import Picture
 
 
@@ -49,7 +50,17 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
 
 def catalog(picture: Picture) -> Catalog:
     """All models, by name."""
-    return Catalog(data=[_entry(picture, repo, repo, None) for repo in sorted(_repos(picture))])
+    return Catalog(data=[_entry(picture, repo, name, commit) for repo, name, commit in _names(picture)])
+
+
+def _names(picture: Picture) -> Iterator[tuple[str, str, str | None]]:
+    """Each repo, what it is called, and its commit where that name alone would not say."""
+    for repo in sorted(_repos(picture)):
+        local = commit_of(picture.models, ModelRef(repo, LOCAL_REVISION))
+        if local and commit_of(picture.models, ModelRef(repo)) is None:
+            yield repo, f"{repo}@{LOCAL_REVISION}", local
+        else:
+            yield repo, repo, None
 
 
 def catalog_entry(picture: Picture, ref: ModelRef) -> CatalogEntry:
@@ -79,7 +90,7 @@ def commit_of(models: list[ModelState], ref: ModelRef) -> str | None:
     of_repo = [m for m in models if m.repo == ref.repo]
     named = [m for m in of_repo if ref.revision == m.commit or ref.revision in m.revisions]
     if ref.revision == DEFAULT_REVISION:
-        named = named or of_repo
+        named = named or [m for m in of_repo if m.revisions != [LOCAL_REVISION]]
     return max(named, key=lambda m: m.ready_at_s).commit if named else None
 
 

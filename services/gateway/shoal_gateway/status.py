@@ -63,6 +63,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     commit: str
     nodes: list[str]
     size_bytes: int
+    adopted_from: dict[str, str]
+    """By node, the directory of a read-only root where it is; nodes that have it in their store are not here."""
 
 
 class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +205,10 @@ def storage_views(picture: Picture) -> list[StorageView]:
 def model_views(picture: Picture) -> list[ModelView]:
     """All models that some node holds whole."""
     nodes: dict[str, list[str]] = {}
+    adopted: dict[str, dict[str, str]] = {}
     for held in picture.models:
+        if held.adopted_from:
+            adopted.setdefault(held.model, {})[held.node] = held.adopted_from
         nodes.setdefault(held.model, []).append(held.node)
     first = {held.model: held for held in reversed(picture.models)}
     return [
@@ -213,6 +218,7 @@ def model_views(picture: Picture) -> list[ModelView]:
             commit=first[model].commit,
             nodes=sorted(nodes[model]),
             size_bytes=first[model].size_bytes,
+            adopted_from=adopted.get(model, {}),
         )
         for model in sorted(nodes)
     ]

@@ -19,7 +19,7 @@ from shoal_common.messages.records import (
     StageSpec,
     StageState,
 )
-from shoal_common.names import DEFAULT_REVISION, ModelRef
+from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
 from shoal_placement.solve import Layout, Need, Room, slice_bytes, solve
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -60,6 +60,8 @@ def find_model(text: str, world: World) -> ModelState:
         found = [m for m in found if ref.revision == m.commit or ref.revision in m.revisions]
     elif any(DEFAULT_REVISION in m.revisions for m in found):
         found = [m for m in found if DEFAULT_REVISION in m.revisions]
+    else:
+        found = [m for m in found if m.revisions != [LOCAL_REVISION]]
     if not found:
         raise NotFound(f"no live node holds {ref}: bring it in with `shoal pull {ref}`")
     # Nodes may differ in why they could not read a shape; one that could is enough.

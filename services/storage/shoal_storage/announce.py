@@ -8,15 +8,17 @@ from shoal_common.buckets import Bucket, model_key, storage_key
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages import encode
-from shoal_common.messages.records import Manifest, ModelState, StorageState
+from shoal_common.messages.records import Manifest, ModelState, RootState, StorageState
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
 from shoal_common.watch import View
+from shoal_storage.adopted import Adopted
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
 from shoal_storage.leases import told
 from shoal_storage.limits import overridden
+from shoal_storage.links import show
 
 log = Log("storage")
 
@@ -33,6 +35,8 @@ class Announcer:
         self._from_environment = overridden(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
+        self.roots: list[RootState] = []
+        """What the next `publish` says of the read-only roots."""
 
     def use_limits(self, limits: Limits) -> None:
         """Say these limits from the next time on."""
@@ -49,6 +53,9 @@ class Announcer:
                 log.warning("a model cannot be opened; not announced", model=manifest.model, why=str(e))
                 continue
             held.add(model_key(self._node, manifest.model))
+        for model, adopted in self._ledger.offered.items():
+            if await self._offer(adopted):
+                held.add(model_key(self._node, model))
         for key, _ in list(self._announced.items("model.", ModelState)):
             if key not in held:
                 await self._state.delete(key)
@@ -63,7 +70,8 @@ class Announcer:
             shape = await asyncio.to_thread(read_shape, lay.view(manifest.repo, manifest.commit))
         except ShoalError as e:
             why = e.message
-        path = lay.manifest(manifest.repo, manifest.commit)
+        offered = self._ledger.offered.get(manifest.model)
+        path = (lay.adopted_model if offered else lay.manifest)(manifest.repo, manifest.commit)
         ready_at_s = (await asyncio.to_thread(path.stat)).st_mtime
         state = ModelState(
             node=self._node,
@@ -71,17 +79,31 @@ class Announcer:
             commit=manifest.commit,
             size_bytes=manifest.size_bytes,
             file_count=len(manifest.files),
-            revisions=manifest.revisions or [DEFAULT_REVISION],
+            # A snapshot that no ref names has its commit and no other name.
+            revisions=manifest.revisions or ([] if offered else [DEFAULT_REVISION]),
             shape=shape,
             shape_error=why,
             ready_at_s=round(ready_at_s, 3),
+            adopted_from=offered.directory if offered else "",
         )
         await _say(self._state, model_key(self._node, manifest.model), state)
         return state
 
     async def take_back(self, model: str) -> None:
-        """Say that a model (`org/name@commit`) is here no more."""
+        """Say that a model (`org/name@commit`) is here no more; or, where a read-only root has it too, is there."""
+        offered = self._ledger.offered.get(model)
+        if offered and await self._offer(offered):
+            return
         await self._state.delete(model_key(self._node, model))
+
+    async def _offer(self, adopted: Adopted) -> bool:
+        try:
+            await asyncio.to_thread(show, self._disk.layout, adopted)
+            await self.announce(adopted.manifest)
+        except OSError as e:
+            log.warning("a model cannot be opened; not announced", model=adopted.manifest.model, why=str(e))
+            return False
+        return True
 
     async def publish(self) -> None:
         """Say how the disk stands, when that has changed."""
@@ -116,6 +138,7 @@ class Announcer:
                 leases=told(ledger.leases.values()),
                 unfinished=sorted(ledger.ended - ledger.on_disk.keys()),
                 reserve_bytes=self._disk.reserve.held_bytes,
+                read_only_roots=self.roots,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

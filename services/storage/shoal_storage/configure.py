@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Configure
 from shoal_common.service import Context
-from shoal_common.settings_file import change_settings
+from shoal_common.settings_file import Value, change_settings
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
 from shoal_storage.limits import changes_of, overridden, read_limits, remark
+from shoal_storage.roots import refuse_overlap
 
 log = Log("storage")
 
@@ -26,7 +27,7 @@ class Settings:
         context: Context,
         disk: Disk,
         ledger: Ledger,
-        use: Callable[[Limits], None],
+        use: Callable[[Limits], Awaitable[None]],
         publish: Callable[[], Awaitable[None]],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
@@ -43,10 +44,10 @@ class Settings:
         changing.add_done_callback(self._changing.discard)
         return await asyncio.shield(changing)
 
-    async def _change(self, changes: dict[str, int | str | None]) -> dict[str, object]:
+    async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._one_at_a_time:
             limits = await asyncio.to_thread(self._write, changes)
-            self._use(limits)
+            await self._use(limits)
             await self._publish()
         log.info("configured", **changes)
         free = await asyncio.to_thread(self._disk.free_bytes)
@@ -56,14 +57,17 @@ class Settings:
             "eviction_policy": limits.eviction_policy,
             "headroom_bytes": limits.headroom_bytes,
             "partial_retention_s": limits.partial_retention_s,
+            "read_only_roots": list(limits.read_only_roots),
             "used_bytes": self._ledger.used_bytes,
             "from_environment": overridden(self._context.environ),
         }
         return result | ({"note": note} if note else {})
 
-    def _write(self, changes: dict[str, int | str | None]) -> Limits:
+    def _write(self, changes: dict[str, Value]) -> Limits:
         def accept(settings: dict[str, object]) -> Limits:
             # All of the section: a fault made there since the start is refused now, not at a restart.
-            return read_limits(settings, self._context.environ)
+            limits = read_limits(settings, self._context.environ)
+            refuse_overlap(limits.read_only_roots, self._context.config.store)
+            return limits
 
         return change_settings(self._context.config.home, "storage", changes, accept)

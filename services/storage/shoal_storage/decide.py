@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from shoal_common.errors import BadInput, BadName, QuotaExceeded
 from shoal_common.messages.records import Manifest
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_storage.adopted import Adopted, File
 from shoal_storage.leases import Lease
 
 EvictionPolicy = Literal["manual", "lru"]
@@ -82,11 +83,44 @@ class Ledger(msgspec.Struct):
     """Seconds since 1970 of when each model on its way was last known to be wanted."""
     ended: set[str] = msgspec.field(default_factory=set)
     """Models on their way whose promise has ended: nobody wants them any more, and their bytes are still here."""
+    adopted: dict[str, Adopted] = msgspec.field(default_factory=dict)
+    """Models of read-only roots, by `org/name@commit`. Present, and nothing of this store: no bytes of the quota,
+    never garbage, never a victim. Changed by `adopt` alone."""
+    adopted_blobs: dict[str, File] = msgspec.field(default_factory=dict)
+    """Their blobs, each with one file that has its bytes, by sha256."""
+    adopted_git: dict[str, str] = msgspec.field(default_factory=dict)
+    """As `git`, of adopted blobs."""
 
     @property
     def on_disk(self) -> dict[str, Manifest]:
         """Every manifest in the store, of whole models and of broken ones."""
         return {**self.manifests, **self.broken}
+
+    @property
+    def offered(self) -> dict[str, Adopted]:
+        """The adopted models, those aside that are in the store too."""
+        return {m: a for m, a in self.adopted.items() if m not in self.manifests and m not in self.broken}
+
+    @property
+    def whole(self) -> dict[str, Manifest]:
+        """The manifests of every model that the cluster may have from here."""
+        return {**{m: a.manifest for m, a in self.offered.items()}, **self.manifests}
+
+    def bytes_of(self, blob: str) -> int | None:
+        """Bytes of a blob that is here, in the store or adopted; None when it is not."""
+        found = self.blobs.get(blob)
+        if found is None and blob in self.adopted_blobs:
+            found = self.adopted_blobs[blob].seen.size_bytes
+        return found
+
+    def adopt(self, models: Mapping[str, Adopted]) -> None:
+        """From now on these models are adopted, and no others."""
+        self.adopted, self.adopted_blobs, self.adopted_git = dict(models), {}, {}
+        for model in sorted(models):
+            adopted = models[model]
+            for f in adopted.manifest.files:
+                self.adopted_blobs.setdefault(f.sha256, adopted.files[f.path])
+            self.adopted_git.update(adopted.git)
 
     @property
     def used_bytes(self) -> int:
@@ -123,6 +157,7 @@ class Limits(msgspec.Struct, frozen=True):
     eviction_policy: EvictionPolicy = "manual"
     partial_retention_s: int = 7 * 86400
     """How long bytes of a download that nobody wants any more are kept."""
+    read_only_roots: tuple[str, ...] = ()
 
 
 class Shortfall(msgspec.Struct, frozen=True):
@@ -194,8 +229,8 @@ def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -
     was promised already.
     """
     sizes = manifest.blob_sizes
-    present = [b for b in sizes if ledger.blobs.get(b) == sizes[b]]
-    missing = [b for b in sizes if ledger.blobs.get(b) != sizes[b]]
+    present = [b for b in sizes if ledger.bytes_of(b) == sizes[b]]
+    missing = [b for b in sizes if ledger.bytes_of(b) != sizes[b]]
     for blob in missing:
         promised = ledger.partials.get(blob)
         if promised is not None and promised.size_bytes != sizes[blob]:
@@ -282,6 +317,14 @@ def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Ma
     if revision:
         found = [m for m in found if m.commit == revision or revision in m.revisions]
     return sorted(found, key=lambda m: m.commit)
+
+
+def is_offered(manifest: Manifest, ledger: Ledger) -> bool:
+    """Whether a read-only root offers exactly this model, under all of its names."""
+    adopted = ledger.offered.get(manifest.model)
+    if adopted is None or not set(manifest.revisions) <= {*adopted.manifest.revisions, manifest.commit}:
+        return False
+    return {f.path: f.sha256 for f in manifest.files} == {f.path: f.sha256 for f in adopted.manifest.files}
 
 
 def human(size_bytes: int) -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import FileIO
 from pathlib import Path
 
 import msgspec
@@ -27,14 +28,17 @@ class Digests(msgspec.Struct, frozen=True):
 
 
 def digest(path: Path, with_git: bool, between: Callable[[], None]) -> Digests:
-    """Hash a whole file in one pass, a leaf at a time (larger buffers fall out of the cache and are slower).
+    """Hash a whole file. `between` is called before each leaf is hashed, and may raise to end this."""
+    with FileIO(path) as f:
+        return digest_of(f, with_git, between)
 
-    `between` is called before each leaf is hashed, and may raise to end this.
-    """
+
+def digest_of(f: FileIO, with_git: bool, between: Callable[[], None]) -> Digests:
+    """Hash an open file in one pass, a leaf at a time (larger buffers fall out of the cache and are slower)."""
     sha256, git, leaves, done = hashlib.sha256(), hashlib.sha1(usedforsecurity=False), bytearray(), 0
-    with path.open("rb", buffering=0) as f, closing(hashed_ahead(_leaves_of(f.fileno()))) as hashed:
-        found = os.fstat(f.fileno())
-        git.update(b"blob %d\0" % found.st_size)
+    found = os.fstat(f.fileno())
+    git.update(b"blob %d\0" % found.st_size)
+    with closing(hashed_ahead(_leaves_of(f.fileno()))) as hashed:
         for leaf, its_hash in hashed:
             between()
             sha256.update(leaf)

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from shoal_common.blobs import find_blob
 from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
 from shoal_common.layout import FORMAT_VERSION, Layout
 from shoal_common.logs import Log
@@ -168,8 +169,10 @@ class Disk:
         for view in lay.views.glob("*/*"):
             # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
             with suppress(BadName):
-                if not (lay.manifests / view.parent.name / f"{check_commit(view.name)}.json").exists():
-                    model = f"{view.parent.name.replace('--', '/')}@{view.name}"
+                name, commit = view.parent.name, check_commit(view.name)
+                known = lay.manifests / name / f"{commit}.json", lay.adopted_models / f"{name}@{commit}"
+                if not any(path.exists() for path in known):
+                    model = f"{name.replace('--', '/')}@{commit}"
                     remove_view(lay, view, deleted.get(model), self._times_of(ledger.blobs))
         for tomb in lay.tombs.iterdir():
             self.remove(tomb)
@@ -351,12 +354,14 @@ class Disk:
 
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or other files than were proven, whatever the ledger says."""
-        lost = []
-        for blob, size_bytes in manifest.blob_sizes.items():
-            stamp = blob_stamp(self.layout, self.layout.blob(blob))
-            if stamp is None or not stamp.proven or stamp.size_bytes != size_bytes:
-                lost.append(blob)
-        return lost
+        return [blob for blob, size_bytes in manifest.blob_sizes.items() if not self._is_here(blob, size_bytes)]
+
+    def _is_here(self, sha256: str, size_bytes: int) -> bool:
+        """Whether a blob is in the store, or in a read-only root and still as it was."""
+        try:
+            return find_blob(self.layout, sha256).stat().st_size == size_bytes
+        except OSError:
+            return False
 
     # Models
 
@@ -433,7 +438,8 @@ def _decoded(tomb: Path) -> Manifest | None:
 def require_present(manifest: Manifest, ledger: Ledger) -> None:
     """Raise NotFound or Corrupt unless every file of a manifest is a blob of the right size."""
     for f in manifest.files:
-        if f.sha256 not in ledger.blobs:
+        size_bytes = ledger.bytes_of(f.sha256)
+        if size_bytes is None:
             raise NotFound(f"{f.path} of {manifest.model} is not here: blob {f.sha256[:16]}… is missing")
-        if ledger.blobs[f.sha256] != f.size_bytes:
+        if size_bytes != f.size_bytes:
             raise Corrupt(f"{f.path} of {manifest.model} has another size than its blob {f.sha256[:16]}…")

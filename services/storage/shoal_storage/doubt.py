@@ -32,8 +32,13 @@ def mend(ledger: Ledger) -> list[str]:
 
 
 def is_whole(manifest: Manifest, ledger: Ledger) -> bool:
-    """Whether every file of a manifest is a blob of its size."""
-    return all(ledger.blobs.get(f.sha256) == f.size_bytes for f in manifest.files)
+    """Whether every file of a manifest is a blob of its size, of the store or adopted."""
+    return all(ledger.bytes_of(f.sha256) == f.size_bytes for f in manifest.files)
+
+
+def weigh(ledger: Ledger) -> tuple[list[str], list[str]]:
+    """Adopted blobs have come or gone: which models of the store that breaks, and which it makes whole."""
+    return lose(set(), ledger), mend(ledger)
 
 
 def having(sha256: str, ledger: Ledger) -> list[Manifest]:

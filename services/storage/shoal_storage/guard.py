@@ -24,7 +24,7 @@ from shoal_common.names import ModelRef, check_blob
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_storage.announce import Announcer
-from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, matching
+from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, is_offered, matching
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.holders import Holders
@@ -112,6 +112,8 @@ class Guard:
             if not f.sha256:
                 found = self._ledger.git.get(f.blob)
                 if found not in self._ledger.blobs:
+                    found = self._ledger.adopted_git.get(f.blob)
+                if found is None:
                     found = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
                 if found:
                     known[f.blob] = found
@@ -192,6 +194,10 @@ class Guard:
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: it lacks the sha256 of some files")
         async with self._section:
+            if is_offered(manifest, self._ledger):
+                # All that was wanted is in a read-only root, and offered from there.
+                await self.removal.end_promise(manifest.model)
+                return await self._announcer.announce(manifest)
             whole = manifest.model in self._ledger.manifests
             held = self._ledger.on_disk.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
@@ -200,6 +206,7 @@ class Guard:
             await asyncio.to_thread(self._disk.require_there)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
+                self._ledger.adopted_blobs.pop(sha256, None)
             require_present(manifest, self._ledger)
             if manifest == held:
                 await asyncio.to_thread(self._disk.build_view, manifest)
@@ -219,7 +226,8 @@ class Guard:
     async def manifest(self, question: AskManifest) -> Manifest:
         """The manifest of a model held here, whole; or broken too, for who repairs it."""
         ref = ModelRef.parse(question.model)
-        held = self._ledger.on_disk if question.broken else self._ledger.manifests
+        ledger = self._ledger
+        held = {**ledger.broken, **ledger.whole} if question.broken else ledger.whole
         found = matching(ref.repo, ref.revision, held.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")

@@ -49,7 +49,7 @@ class Holders:
                     f"node {self._node} has {LEASES_AT_MOST} leases, which is the most: see who holds them with "
                     "`shoal storage`, end some, and ask again"
                 )
-            found = matching(ref.repo, ref.revision, self._ledger.manifests.values())
+            found = matching(ref.repo, ref.revision, self._ledger.whole.values())
             if not found:
                 raise NotFound(f"{ref} is not on node {self._node}, and only what is there can be leased: pull it")
             manifest = found[-1]

@@ -5,6 +5,7 @@ eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit, 
 headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk        1 GiB
 partial_retention_s SHOAL_PARTIAL_RETENTION_S bytes that ended downloads left are kept seven days
 reserve_bytes       SHOAL_RESERVE_BYTES       size of the reserve file; read at start  64 MiB
+read_only_roots     SHOAL_READ_ONLY_ROOTS     directories whose models are offered as they are (as in PATH)   none
 path                                          where the store is                       <home>/store
 """
 
@@ -17,6 +18,7 @@ from msgspec import UNSET
 
 from shoal_common.errors import BadInput, Refused
 from shoal_common.messages.commands import Configure
+from shoal_common.settings_file import Value
 from shoal_storage.decide import EvictionPolicy, Limits, human
 from shoal_storage.reserve import RESERVE_BYTES
 
@@ -26,9 +28,13 @@ VARIABLES = {
     "eviction_policy": "SHOAL_EVICTION_POLICY",
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
     "partial_retention_s": "SHOAL_PARTIAL_RETENTION_S",
+    "read_only_roots": "SHOAL_READ_ONLY_ROOTS",
 }
 """Each setting that can be changed, and the variable that wins over it."""
 DEFAULT_RETENTION_S = 7 * 86400
+MOST_ROOTS = 64
+_BETWEEN_ROOTS = ":"
+"""As in PATH (`os.pathsep`)."""
 _RESERVE = "reserve_bytes"
 _RESERVE_VARIABLE = "SHOAL_RESERVE_BYTES"
 _MOST = (1 << 63) - 1
@@ -49,6 +55,7 @@ def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> L
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
+        read_only_roots=_roots(section, environ),
     )
 
 
@@ -91,12 +98,27 @@ def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> Evicti
     return cast(EvictionPolicy, value)
 
 
+def _roots(section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
+    where, value = _stated("read_only_roots", section, environ)
+    if value is None:
+        return ()
+    roots = [r for r in value.split(_BETWEEN_ROOTS) if r] if where in environ and isinstance(value, str) else value
+    if not isinstance(roots, list):
+        raise BadInput(f'{where} is {value!r}: a list of directories is expected, ["/mnt/models"]')
+    if len(roots) > MOST_ROOTS:
+        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS} at most are possible")
+    for root in roots:
+        if not isinstance(root, str) or not root.startswith(("/", "~")) or not root.isprintable():
+            raise BadInput(f"{where} has {root!r}: the absolute path of a directory is expected, or one with ~")
+    return tuple(dict.fromkeys(roots))
+
+
 def overridden(environ: Mapping[str, str]) -> list[str]:
     """The settings that the environment holds, against which the file is of no use."""
     return [name for name, variable in VARIABLES.items() if environ.get(variable)]
 
 
-def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, int | str | None]:
+def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Value]:
     """What `configure` changes in the file; None takes a key away. Raises BadInput; Refused for the overridden.
 
     Asking for what the environment holds would be a change without effect, so it is refused, all of it.
@@ -105,6 +127,9 @@ def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, int 
     changes = {name: value for name, value in asked.items() if value is not UNSET}
     if not changes:
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
+    if isinstance(changes.get("read_only_roots"), list):
+        _roots(changes, {})
+        changes["read_only_roots"] = changes["read_only_roots"] or None
     for name, value in changes.items():
         if isinstance(value, int) and not 0 <= value <= _MOST:
             unit = "seconds" if name.endswith("_s") else "bytes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from shoal_common.messages.records import InstanceSpec
 from shoal_common.service import Context
@@ -27,10 +27,14 @@ class Losses:
         lost = set(models)
         for model in sorted(lost):
             await self._announcer.take_back(model)
+        return self.instances_of(lost)
+
+    def instances_of(self, models: Collection[str]) -> list[str]:
+        """The instances with stages of these models on this node."""
         return [
             spec.id
             for _, spec in self._specs.items("instance.", InstanceSpec)
-            if spec.model in lost and any(s.node == self._node for s in spec.stages)
+            if spec.model in models and any(s.node == self._node for s in spec.stages)
         ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from shoal_common.blobs import find_blob
 from shoal_common.errors import BadName
 from shoal_common.layout import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.messages.records import Manifest
@@ -58,13 +59,14 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
-    """Hash a blob as the disk holds it now; None when there is no such file, or no longer.
+    """Hash a blob, of the store or adopted, as the disk holds it now; None when there is no such file, or no longer.
 
     `pace` is given the bytes of each leaf before they are hashed. It may wait, and raise to end this.
     """
-    path = disk.layout.blob(sha256)
+    own = disk.layout.blob(sha256)
     digest, now = hashlib.sha256(), bytearray()
     try:
+        path = own if own.is_file() else find_blob(disk.layout, sha256)
         found = path.lstat()
         listed = leaves.read(disk.layout, sha256, found.st_size)
         steps = _steps(path, found.st_ino, found.st_size, _UNREADABLE_AT_MOST if listed else 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
-from shoal_common.errors import InUse
+from shoal_common.errors import InUse, Refused
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Delete
 from shoal_common.messages.questions import Done, Withdraw
@@ -14,6 +15,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, arriving, freed_by, matching
 from shoal_storage.disk import Disk
 from shoal_storage.keeping import Keeping
+from shoal_storage.links import show
 from shoal_storage.losing import forget_useless
 from shoal_storage.users import how_to_end, words
 from shoal_storage.uses import Uses
@@ -56,6 +58,9 @@ class Removal:
         self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
         freed += await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
+        if offered := self._ledger.offered.get(model):
+            with suppress(OSError):  # said, and tried again, where the model is taken back
+                await asyncio.to_thread(show, self._disk.layout, offered)
         return freed
 
     async def remove_unfinished(self, model: str) -> int:
@@ -89,6 +94,7 @@ class Removal:
         """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
+        self._refuse_if_adopted(ref.repo, revision)
         await self._wait_for_leaving(ref.repo, revision)
         await self._context.ask(
             "fetcher",
@@ -136,6 +142,18 @@ class Removal:
                     log.info("waiting for stages that are ending", model=repo, users=",".join(e.details["users"]))
             waited = True
             await asyncio.sleep(_LEAVING_LOOK_S)
+
+    def _refuse_if_adopted(self, repo: str, revision: str) -> None:
+        if matching(repo, revision, self._ledger.on_disk.values()):
+            return  # what the store has of it may go
+        for manifest in matching(repo, revision, self._ledger.whole.values()):
+            adopted = self._ledger.adopted[manifest.model]
+            raise Refused(
+                f"{manifest.model} is not in the store of node {self._context.node} but in a read-only root, at "
+                f"{adopted.directory}, where Shoal removes nothing: remove it there, or take {adopted.root} out of "
+                "read_only_roots with `shoal storage set`",
+                directory=adopted.directory,
+            )
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
         held = matching(repo, revision, self._ledger.on_disk.values())

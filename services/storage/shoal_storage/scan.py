@@ -167,6 +167,7 @@ class _Scanner:
     def _look_at_views(self) -> None:
         lay, seen = self._layout, self.seen
         views: dict[str, set[str]] = {}
+        adopted = {entry.name for entry in _entries(lay.adopted_models)}
         for directory in _entries(lay.views):
             if not directory.is_dir(follow_symlinks=False):
                 self._unknown(Path(directory.path))
@@ -177,6 +178,8 @@ class _Scanner:
                 except BadName:
                     self._unknown(Path(entry.path))
                     continue
+                if model not in seen.manifests and f"{directory.name}@{entry.name}" in adopted:
+                    continue  # links into a read-only root, which `adoption.py` looks after
                 if model not in seen.unreadable:
                     views[model] = self._look_at_view(Path(entry.path), seen.manifests.get(model))
         for model, manifest in seen.manifests.items():

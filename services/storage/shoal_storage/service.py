@@ -23,8 +23,10 @@ from shoal_common.messages.questions import (
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_storage import lease_disk
+from shoal_storage.adoption import Adoption
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
+from shoal_storage.decide import Limits
 from shoal_storage.disk import Disk
 from shoal_storage.full import Full, told
 from shoal_storage.guard import Guard
@@ -36,6 +38,7 @@ from shoal_storage.removal import DELETE_DEADLINE_S
 from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
 from shoal_storage.reservations import Reservations
+from shoal_storage.roots import refuse_overlap
 from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
 from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
 from shoal_storage.watching import Watcher
@@ -44,6 +47,7 @@ from shoal_storage.watching import Watcher
 async def run(context: Context) -> None:
     """The storage service."""
     limits = read_limits(context.config.settings, context.environ)
+    await asyncio.to_thread(refuse_overlap, limits.read_only_roots, context.config.store)
     disk = Disk(context.config.store, read_reserve_bytes(context.config.settings, context.environ))
     with told("open its store"):
         await asyncio.to_thread(disk.open)
@@ -60,8 +64,18 @@ async def run(context: Context) -> None:
         announcer = Announcer(context, disk, ledger, limits, announced)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
+        adoption = Adoption(context, disk, ledger, guard.section, announcer, limits.read_only_roots)
+        first_look = await adoption.start()
         await announcer.announce_all()
-        settings = Settings(context, disk, ledger, guard.use_limits, announcer.publish)
+
+        async def use(limits: Limits) -> None:
+            guard.use_limits(limits)
+            await adoption.use_roots(limits.read_only_roots)
+
+        settings = Settings(context, disk, ledger, use, announcer.publish)
+        context.background(tasks, first_look)
+        context.background(tasks, adoption.look_regularly())
+        context.background(tasks, adoption.hash_what_waits())
         context.background(tasks, guard.say_again_after_reconnects())
         context.background(tasks, guard.holders.watch())
         full = Full(context, disk, ledger, guard.section, guard.room, announcer)
@@ -86,7 +100,7 @@ async def run(context: Context) -> None:
         prover = Prover(disk, ledger, guard.section, rescan)
         context.background(tasks, prover.prove_forever())
         context.background(tasks, Watcher(disk.layout, rescan).watch_forever())
-        verifier = Verifier(context, disk, ledger, guard.section, losses, prover, announcer)
+        verifier = Verifier(context, disk, ledger, guard.section, losses, prover, announcer, adoption.doubted)
         context.background(tasks, verifier.verify_slowly())
         tasks.create_task(_stop_hashing(context, disk))
         tasks.create_task(
@@ -118,6 +132,7 @@ async def run(context: Context) -> None:
         )
         context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
     await upkeep.write_uses()
+    await adoption.remember()
 
 
 async def _stop_hashing(context: Context, disk: Disk) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from shoal_common.errors import BadInput, NotFound
+from shoal_common.errors import BadInput, NotFound, Refused
 from shoal_common.messages.commands import CollectGarbage, Pin
 from shoal_common.messages.questions import AskPlan, Done, EvictionPlan, NoteUse
 from shoal_common.names import ModelRef
@@ -56,6 +56,11 @@ class Upkeep:
         revision = ref.revision if "@" in command.model else ""
         async with self._section:
             models = [m.model for m in matching(ref.repo, revision, self._ledger.on_disk.values())]
+            if command.pinned and not models and matching(ref.repo, revision, self._ledger.whole.values()):
+                raise Refused(
+                    f"{command.model} is in a read-only root of node {self._node}, from which nothing is ever "
+                    "removed: it needs no pin"
+                )
             if command.pinned and not models:
                 raise NotFound(
                     f"{command.model} is not on node {self._node}, and only what is there can be pinned: "

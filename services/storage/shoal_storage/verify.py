@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -73,10 +73,12 @@ class Verifier:
         losses: Losses,
         prover: Prover,
         announcer: Announcer,
+        adopted_doubted: Callable[[str, quarantine.Checked | None], Awaitable[list[str]]],
         pace_bytes_per_s: float = PACE_BYTES_PER_S,
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
         self._section, self._losses, self._prover, self._announcer = section, losses, prover, announcer
+        self._adopted_doubted = adopted_doubted
         self._pace_bytes_per_s = pace_bytes_per_s
         self._turn = asyncio.Lock()
         self._hurried = 0
@@ -91,7 +93,7 @@ class Verifier:
         self._hurried += 1
         try:
             for sha256 in self._asked(command.model):
-                if sha256 in self._ledger.blobs:
+                if self._ledger.bytes_of(sha256) is not None:
                     await self._look(sha256, report, slowly=False)
         finally:
             self._hurried -= 1
@@ -101,8 +103,8 @@ class Verifier:
 
     def _asked(self, model: str) -> list[str]:
         if not model:
-            return sorted(self._ledger.blobs)
-        found = self._meant(model, self._ledger.on_disk)
+            return sorted(self._all())
+        found = self._meant(model, {**self._ledger.broken, **self._ledger.whole})
         if not found:
             raise NotFound(f"{model} is not on node {self._context.node}: there is nothing to verify")
         return sorted({blob for manifest in found for blob in manifest.blob_sizes})
@@ -113,20 +115,23 @@ class Verifier:
         ref = ModelRef.parse(model)
         return matching(ref.repo, ref.revision if "@" in model else "", manifests.values())
 
+    def _all(self) -> set[str]:
+        return {*self._ledger.blobs, *self._ledger.adopted_blobs}
+
     async def verify_slowly(self) -> None:
         """Endlessly: the blob that was verified longest ago, at a pace that leaves the disk to others."""
-        unseen = set(self._ledger.blobs)
+        unseen = self._all()
         while True:
             now_s = time.monotonic()
             # What has come in since the start was hashed as it came.
-            known = {b: self._verified_s.get(b, now_s) for b in self._ledger.blobs if b not in unseen}
+            known = {b: self._verified_s.get(b, now_s) for b in self._all() if b not in unseen}
             self._verified_s = known
-            for blob in due(self._ledger.blobs, known, self._begin, now_s, AGAIN_AFTER_S):
+            for blob in due(self._all(), known, self._begin, now_s, AGAIN_AFTER_S):
                 # Noted before: a blob that cannot be read now must not keep the others from their turn.
                 unseen.discard(blob)
                 self._verified_s[blob] = time.monotonic()
                 await self._prover.idle()  # what nobody can use yet comes first
-                if blob not in self._ledger.blobs:
+                if self._ledger.bytes_of(blob) is None:
                     continue
                 try:
                     await self._look(blob, Report(), slowly=True)
@@ -139,7 +144,7 @@ class Verifier:
         abandoned = threading.Event()
 
         def pace(chunk_bytes: int) -> None:
-            if abandoned.is_set() or sha256 not in self._ledger.blobs:
+            if abandoned.is_set() or self._ledger.bytes_of(sha256) is None:
                 raise _GivenUp
             if slowly and not self._hurried:
                 self._disk.stopping.wait(chunk_bytes / self._pace_bytes_per_s)
@@ -159,6 +164,9 @@ class Verifier:
                 if not checked.listed:
                     await self._list_leaves(checked)
                 return
+        if sha256 not in self._ledger.blobs:
+            await self._doubted_adopted(sha256, checked, report)
+            return
         # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
         task = asyncio.create_task(self._doubted(sha256, checked, report))
         self._setting_aside.add(task)
@@ -180,6 +188,12 @@ class Verifier:
             return
         if kept_bytes:
             self._ledger.repairable[checked.sha256] = kept_bytes
+
+    async def _doubted_adopted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
+        (report.missing if checked is None else report.corrupt).append(sha256)
+        models = await self._adopted_doubted(sha256, checked)
+        report.models += models
+        report.instances += self._losses.instances_of(models)
 
     async def _doubted(self, sha256: str, checked: quarantine.Checked | None, report: Report) -> None:
         async with self._section:

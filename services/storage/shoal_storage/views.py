@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from shoal_common.blobs import find_blob
 from shoal_common.layout import Layout, file_in
 from shoal_common.messages.records import Manifest
 from shoal_storage.leases import Lease
@@ -40,12 +41,15 @@ def build(layout: Layout, files: Mapping[str, str], view: Path) -> None:
     """
     ways = list(_WAYS)
     for path, sha256 in files.items():
-        target, blob = file_in(view, path), layout.blob(sha256)
+        target, blob = file_in(view, path), find_blob(layout, sha256)
         if is_blob(target, blob):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        _link(blob, target, ways)
+        if blob.is_relative_to(layout.blobs):
+            _link(blob, target, ways)
+        else:
+            _symlink(blob, target)  # a hard link would change a file of the root
 
 
 def is_blob(target: Path, blob: Path) -> bool:

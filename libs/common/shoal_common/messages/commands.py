@@ -52,6 +52,8 @@ class Configure(Command):
     headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
     partial_retention_s: int | msgspec.UnsetType = msgspec.UNSET
     """How long to keep bytes of a download that nobody wants any more; 0: not at all."""
+    read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All of them, absolute or with `~`; an empty list takes them away."""
 
 
 class Pin(Command):

@@ -133,6 +133,22 @@ class LeaseState(Message):
     """The process that holds its lock; 0 where none does yet, or the system does not say."""
 
 
+class RootState(Message):
+    """A read-only root: a directory whose models a node offers as they are."""
+
+    path: str
+    error: str = ""
+    """Why it cannot be looked at, when it cannot."""
+    model_count: int = 0
+    """Models adopted from it."""
+    waiting_count: int = 0
+    """Models whose files have yet to be hashed."""
+    waiting_bytes: int = 0
+    not_adopted: dict[str, str] = {}
+    """What looks like a model there and is not adopted, by its directory, and why; the first 20 of them."""
+    not_adopted_count: int = 0
+
+
 class StorageState(Message):
     """A node's disk: its settings and their use."""
 
@@ -169,6 +185,7 @@ class StorageState(Message):
     """Models (`org/name@commit`) of which only bytes of an ended download are here: the first to go."""
     reserve_bytes: int = 0
     """Bytes of the reserve file: held back to be given up first when the disk is full."""
+    read_only_roots: list[RootState] = []
 
 
 class ModelState(Message):
@@ -184,6 +201,8 @@ class ModelState(Message):
     """None when this is not a language model that Shoal can read; `shape_error` says why."""
     shape_error: str = ""
     ready_at_s: float = 0.0
+    adopted_from: str = ""
+    """The directory of a read-only root where it is; "" for a model of the store."""
 
     @property
     def model(self) -> str:

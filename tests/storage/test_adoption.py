@@ -1,0 +1,441 @@
+"""Models of read-only roots: hashed, offered and served as they are, taken back when they change, never touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from nats.js.errors import NotFoundError
+
+from shoal_common.buckets import model_key
+from shoal_common.errors import NotFound
+from shoal_common.layout import Layout
+from shoal_common.messages.commands import CollectGarbage, Configure, Pin, Verify
+from shoal_common.messages.questions import AskManifest
+from shoal_common.messages.records import Manifest, ModelState, RootState
+from tests.fileserver.serving import Fileserver
+from tests.harness.nats import NatsServer
+from tests.harness.process import Process
+from tests.harness.waiting import eventually
+from tests.storage.made_roots import cached, config, mounted_read_only, picture, plain
+from tests.storage.service import Node, on_node
+from tests.storage.stores import Model, Store, files_below, git_sha1, sha256
+from tests.storage.test_verify import fileserver_of, flip
+
+Fresh = Callable[[str], str]
+WEIGHTS = bytes(range(256)) * 9000
+FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
+THEIRS = Model("org/theirs", FILES)
+OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100})
+"""A model that shares its weights with the adopted one."""
+
+
+@asynccontextmanager
+async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path) -> AsyncIterator[Node]:
+    """A node whose file has these roots."""
+    async with on_node(nats, tmp_path, name) as node:
+        listed = ", ".join(f'"{root}"' for root in roots)
+        with (node.home / "node.toml").open("a") as f:
+            f.write(f"# mine\n[storage]\n# theirs\nread_only_roots = [{listed}]  # the NAS\n")
+        yield node
+
+
+@asynccontextmanager
+async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
+    """Run storage, from when it waits for commands: one sent before that is carried out, and its reply is lost."""
+    async with node.storage(**environ) as process:
+
+        async def waits() -> bool:
+            with suppress(NotFoundError):
+                return bool((await node.here.js.consumer_info("CMD", f"storage-{node.node}")).num_waiting)
+            return False
+
+        await eventually(waits, "storage waits for commands")
+        yield process
+
+
+async def announced(node: Node, model: str) -> ModelState:
+    """Wait until a model (`org/name@commit`) is announced."""
+
+    async def look() -> ModelState | None:
+        return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
+
+    return await eventually(look, f"{model} is announced")
+
+
+async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
+    """Wait until what is said of a root is as wanted."""
+
+    async def look() -> RootState | None:
+        roots = (await node.storage_state()).read_only_roots
+        return roots[at] if len(roots) > at and wanted(roots[at]) else None
+
+    return await eventually(look, "the root is as wanted")
+
+
+async def set_roots(node: Node, *roots: Path) -> None:
+    """`configure`: which also has the roots looked at anew."""
+    outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
+    assert outcome.ok, outcome.error
+    assert outcome.result["read_only_roots"] == [str(r) for r in roots]
+
+
+async def gone(node: Node, model: str) -> None:
+    """Wait until a model is announced no more."""
+
+    async def look() -> bool:
+        return await node.here.buckets.state.get(model_key(node.node, model)) is None
+
+    await eventually(look, f"{model} is taken back")
+
+
+async def is_served(fileserver: Fileserver, data: bytes) -> bool:
+    reply = await fileserver.blob(sha256(data))
+    assert reply.status in (200, 404)
+    assert reply.status == 404 or reply.body == data
+    return reply.status == 200
+
+
+def hashed(process: Process) -> list[str]:
+    """The lines that say what was hashed."""
+    return [line for line in process.lines if "hashed a model of a read-only root" in line]
+
+
+async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_here_writes_to_it(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = picture(cache)
+    with mounted_read_only(cache) as root:
+        async with (
+            on_node_with(nats, tmp_path, fresh("node"), root) as node,
+            node.fetcher(),
+            listening(node) as process,
+            fileserver_of(node, nats) as fileserver,
+        ):
+            state = await announced(node, THEIRS.name)
+            assert state.adopted_from == str(root / snapshot.relative_to(cache))
+            assert (state.revisions, state.size_bytes, state.file_count) == (
+                ["main"],
+                sum(map(len, FILES.values())),
+                3,
+            )
+            assert all([await is_served(fileserver, data) for data in FILES.values()])
+            ranged = await fileserver.ask(f"/v1/blobs/{sha256(WEIGHTS)}", {"Range": "bytes=1000-1009"})
+            assert (ranged.status, ranged.body) == (206, WEIGHTS[1000:1010])
+            view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+            assert {p: (view / p).read_bytes() for p in FILES} == FILES
+            manifest = await node.ask("manifest", AskManifest(model="org/theirs"), Manifest)
+            assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
+
+            await root_is(node, lambda r: r.model_count == 1)
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
+            assert disk.read_only_roots == [RootState(path=str(root), model_count=1)]
+            assert [name for name, _ in await node.events()] == ["adopted"]
+
+            reserved = await node.reserve(THEIRS.manifest)
+            assert reserved.missing == [] and (await node.seal(THEIRS.sealed)).adopted_from == state.adopted_from
+            assert list(node.layout.manifests.iterdir()) == [], "a pull of what is adopted leaves it where it is"
+            refused = await node.delete("org/theirs")
+            assert refused.error is not None and refused.error.code == "refused"
+            assert "remove it there" in refused.error.message and str(root) in refused.error.message
+            pinned = await node.command("pin", Pin(model="org/theirs"))
+            assert pinned.error is not None and pinned.error.code == "refused"
+            await node.command("configure", Configure(eviction_policy="lru", max_storage_bytes=1))
+            plan = await node.plan(10**9)
+            assert not plan.enough and plan.evictable_bytes == 0
+            assert (await node.command("gc", CollectGarbage())).result == {"freed_bytes": 0, "blobs": 0}
+            verified = (await node.command("verify", Verify(model="org/theirs"))).result
+            assert (verified["checked"], verified["corrupt"], verified["missing"]) == (3, [], [])
+            assert (await node.command("verify", Verify())).result["checked"] == 3
+            assert len(hashed(process)) == 1
+            assert await announced(node, THEIRS.name) == state
+    assert picture(cache) == before
+
+
+async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_rest(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = picture(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        node.fetcher(),
+        listening(node, SHOAL_MAX_STORAGE_BYTES="1000") as process,
+    ):
+        await announced(node, THEIRS.name)
+        by_git = Model("org/by-git", {"config.json": FILES["config.json"]}, by_git=("config.json",))
+        reserved = await node.reserve(by_git.manifest)
+        sha = sha256(FILES["config.json"])
+        assert (reserved.missing, reserved.known) == ([], {f"git-{git_sha1(FILES['config.json'])}": sha})
+        await node.release(by_git.manifest)
+
+        assert (await node.reserve(OURS.manifest)).missing == [sha256(OURS.bytes["own.bin"])]
+        await node.bring_in(OURS)
+        view = node.layout.view("org/ours", OURS.manifest.commit)
+        assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
+        assert (await node.storage_state()).used_bytes == 300
+        await process.kill()
+        async with listening(node) as again:
+            assert await node.model_state(OURS) is not None, "not taken back by a start"
+            assert hashed(again) == []
+            await set_roots(node)
+            assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
+            assert "org/ours" in await again.wait_line("counted on a read-only root")
+            assert (await node.reserve(OURS.manifest)).missing == [sha256(WEIGHTS)]
+            await node.release(OURS.manifest)
+            await set_roots(node, cache)
+            await announced(node, OURS.name)
+            assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
+            assert (await node.delete("org/ours")).result["freed_bytes"] == 300
+            await announced(node, THEIRS.name)
+    assert picture(cache) == before
+
+
+async def test_taking_a_root_out_removes_what_is_ours_at_once_and_nothing_of_theirs(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = picture(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await announced(node, THEIRS.name)
+        await set_roots(node)
+        assert await node.model_state(THEIRS) is None
+        assert not await is_served(fileserver, WEIGHTS)
+        assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"adopted"}
+        assert files_below(node.layout.root) == {"adopted/verified.json"}
+        text = (node.home / "node.toml").read_text()
+        assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "read_only_roots" not in text
+        assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended"]
+    assert picture(cache) == before
+
+
+async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    small = cached(cache, "org/small", "b" * 40, {**FILES, "config.json": b'{"a": 1}'})
+    flip((snapshot / "model.safetensors").resolve(), 70_000)
+    flip((small / "config.json").resolve(), 3)
+    before = picture(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        listening(node) as process,
+        fileserver_of(node, nats) as fileserver,
+    ):
+        state = await root_is(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
+        assert state.model_count == 0
+        assert "model.safetensors is corrupt" in state.not_adopted[str(snapshot)]
+        assert "config.json is corrupt" in state.not_adopted[str(small)]
+        assert [name for name, _ in await node.events()] == ["adopted_corrupt"] * 2
+        await process.wait_line("is corrupt", sha256(WEIGHTS))
+        assert await node.model_state(THEIRS) is None
+        assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
+        await process.kill()
+        async with listening(node) as again:
+            assert (await root_is(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
+            assert hashed(again) == [] and await node.model_state(THEIRS) is None
+        assert len(await node.events()) == 2, "told once"
+    assert picture(cache) == before
+
+
+@pytest.mark.parametrize("how", ["changed", "removed", "replaced by a link"])
+async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model_is_taken_back(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, how: str
+) -> None:
+    root = tmp_path / "models"
+    weights = plain(root, "me/tuned", FILES) / "model.safetensors"
+    kept = plain(root, "me/kept", {"config.json": config(), "model.safetensors": b"kept"})
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), root) as node,
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await root_is(node, lambda r: r.model_count == 2)
+        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        assert await is_served(fileserver, WEIGHTS)
+        if how == "changed":
+            weights.write_bytes(b"new" + WEIGHTS)
+        elif how == "removed":
+            weights.unlink()
+        else:
+            weights.rename(tmp_path / "elsewhere")
+            weights.symlink_to(tmp_path / "elsewhere")
+        assert not await is_served(fileserver, WEIGHTS), "before storage has looked"
+        await set_roots(node, root)
+        await gone(node, tuned)
+        view = node.layout.view("me/tuned", tuned.rpartition("@")[2])
+
+        async def view_gone() -> bool:
+            return not view.exists()
+
+        await eventually(view_gone, "its view goes after its announcement")
+        assert await is_served(fileserver, b"kept") and kept.exists()
+        if how == "changed":
+
+            async def adopted_anew() -> Manifest | None:
+                with suppress(NotFound):
+                    return await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)
+                return None
+
+            assert (await eventually(adopted_anew, "it is adopted as it is now")).model != tuned
+            assert await is_served(fileserver, b"new" + WEIGHTS)
+
+
+async def test_I1_verify_finds_what_rots_in_a_root_takes_it_back_and_moves_nothing(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    weights = plain(root, "me/tuned", FILES) / "model.safetensors"
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), root) as node,
+        listening(node) as process,
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await root_is(node, lambda r: r.model_count == 1)
+        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        flip(weights, 12_345)
+        before = picture(root)
+        result = (await node.command("verify", Verify())).result
+        assert (result["checked"], result["corrupt"], result["models"]) == (3, [sha256(WEIGHTS)], [tuned])
+        assert await node.here.buckets.state.get(model_key(node.node, tuned)) is None
+        assert not await is_served(fileserver, WEIGHTS)
+        assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+        assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
+        await process.kill()
+        async with listening(node) as again:
+            assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+            assert hashed(again) == [], "what rotted is not taken for something new"
+        assert picture(root) == before and not list(node.layout.quarantine.iterdir())
+
+
+async def test_another_store_is_a_root_like_any_other(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
+) -> None:
+    theirs = Store(tmp_path / "theirs")
+    for model in (apples, pears):
+        theirs.bring_in(model)
+    before = picture(theirs.root)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), theirs.root) as node,
+        node.fetcher(),
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        for model in (apples, pears):
+            await announced(node, model.name)
+            view = node.layout.view(model.manifest.repo, model.manifest.commit)
+            assert {p: (view / p).read_bytes() for p in model.bytes} == model.bytes
+            assert all([await is_served(fileserver, data) for data in model.bytes.values()])
+        assert not (await node.delete("org/apples")).ok
+    assert picture(theirs.root) == before
+
+
+async def test_a_restart_hashes_nothing_again_and_changed_files_only(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    directory = plain(root, "me/tuned", FILES)
+    plain(root, "me/other", {**FILES, "model.safetensors": b"other"})
+    async with on_node_with(nats, tmp_path, fresh("node"), root) as node:
+        async with listening(node) as process:
+            await root_is(node, lambda r: r.model_count == 2)
+            assert sum(int(line.split("files=")[1].split()[0]) for line in hashed(process)) == 6
+            await process.kill()
+        async with listening(node) as process:
+            await root_is(node, lambda r: r.model_count == 2)
+            assert hashed(process) == []
+            await process.kill()
+        os.utime(directory / "config.json", ns=(1, 1))
+        async with listening(node) as process:
+            await process.wait_line("hashed a model of a read-only root", "files=1")
+            await root_is(node, lambda r: r.model_count == 2)
+            assert len(hashed(process)) == 1
+        assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
+
+
+async def test_a_root_that_is_missing_is_said_and_keeps_nothing_from_starting(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "nas"
+    cached(root, "org/theirs", THEIRS.manifest.commit, FILES)
+    async with on_node_with(nats, tmp_path, fresh("node"), root, tmp_path / "never") as node:
+        async with listening(node) as process:
+            await announced(node, THEIRS.name)
+            await root_is(node, lambda r: r.model_count == 1)
+            states = (await node.storage_state()).read_only_roots
+            assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
+            await process.wait_line("cannot be looked at", "never")
+            root.rename(tmp_path / "unmounted")
+            await set_roots(node, root, tmp_path / "never")
+            await gone(node, THEIRS.name)
+        async with listening(node) as process:
+            assert (await node.storage_state()).read_only_roots[0].error == "No such file or directory"
+            (tmp_path / "unmounted").rename(root)
+            await set_roots(node, root, tmp_path / "never")
+            await announced(node, THEIRS.name)
+            assert hashed(process) == [], "what was hashed before it went away still counts"
+
+
+async def test_the_environment_and_bad_roots_are_said_as_of_other_settings(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cached(one, "org/theirs", THEIRS.manifest.commit, FILES)
+    two.mkdir()
+    async with on_node_with(nats, tmp_path, fresh("node"), tmp_path / "file") as node:
+        async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
+            await announced(node, THEIRS.name)
+            state = await node.storage_state()
+            assert [r.path for r in state.read_only_roots] == [str(one), str(two)]
+            assert "read_only_roots" in state.from_environment
+            refused = await node.command("configure", Configure(read_only_roots=[]))
+            assert refused.error is not None and "unset SHOAL_READ_ONLY_ROOTS" in refused.error.message
+        async with listening(node):
+            assert await node.model_state(THEIRS) is None
+            text = (node.home / "node.toml").read_text()
+            for bad in (["relative"], [str(node.layout.root)], [str(tmp_path)], ["/x\n"]):
+                outcome = await node.command("configure", Configure(read_only_roots=bad))
+                assert outcome.error is not None and outcome.error.code == "bad_input", bad
+            assert (node.home / "node.toml").read_text() == text
+
+
+async def test_an_eviction_spares_the_bytes_of_roots_and_shows_again_what_the_store_had_too(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, pears: Model
+) -> None:
+    cache = tmp_path / "hub"
+    async with on_node(nats, tmp_path, fresh("node")) as node, node.fetcher(), listening(node):
+        await node.bring_in(THEIRS)
+        cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+        before = picture(cache)
+        await set_roots(node, cache)
+        await root_is(node, lambda r: r.model_count == 1)
+        own = await node.model_state(THEIRS)
+        assert own is not None and own.adopted_from == "", "what the store has is the store's"
+        quota = own.size_bytes + 10
+        await node.command("configure", Configure(eviction_policy="lru", max_storage_bytes=quota))
+        await node.bring_in(pears)
+        state = await node.model_state(THEIRS)
+        assert state is not None and state.adopted_from.startswith(str(cache))
+        view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+        assert {p: (view / p).read_bytes() for p in FILES} == FILES
+        assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
+        assert picture(cache) == before
+
+
+def test_the_layout_keeps_what_is_said_of_adopted_models_apart() -> None:
+    lay = Layout(Path("/s"))
+    assert lay.adopted_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
+    assert lay.adopted_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"
