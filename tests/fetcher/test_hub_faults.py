@@ -98,7 +98,8 @@ async def test_I1_bytes_that_are_always_wrong_end_it_with_both_hashes_and_never_
         assert state.error.message == message and state.error.code == "corrupt"
         right = {hashlib.sha256(c).hexdigest() for c in files.values() if c is not wrong}
         assert set(blobs(site["a"])) - before <= right
-        assert state.done_bytes in (0, BIG, 300) and state.done_bytes != len(wrong)
+        # The other file was stopped wherever it was.
+        assert state.done_bytes <= sum(len(c) for c in files.values() if c is not wrong)
         # What was right stays for the next try; withdrawing gives it back.
         assert (await here.cancel("a")).result == {"cancelled": True}
         await here.nothing_is_left("a")
