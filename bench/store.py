@@ -35,6 +35,7 @@ from shoal_common.messages.records import Manifest, ManifestFile  # noqa: E402
 from shoal_storage.decide import Ledger, Limits, Partial, admit  # noqa: E402
 from shoal_storage.disk import Disk  # noqa: E402
 from shoal_storage.evict import plan  # noqa: E402
+from shoal_storage.recovery import recover  # noqa: E402
 from shoal_storage.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
 from tests.storage.service import on_node  # noqa: E402
@@ -150,7 +151,7 @@ def scan_s(root: Path) -> float:
     disk = Disk(root)
     disk.open()
     began_s = time.perf_counter()
-    ledger = disk.recover()
+    ledger = recover(disk)
     took_s = time.perf_counter() - began_s
     if (len(ledger.blobs), len(ledger.manifests)) != (10_000, MODELS):
         raise SystemExit(f"the scan found {len(ledger.blobs)} blobs and {len(ledger.manifests)} models")

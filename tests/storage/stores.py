@@ -17,6 +17,7 @@ from shoal_storage.decide import Limits, Partial, admit, freed_by
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.leases import GRACE_S, Lease
 from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.recovery import recover
 from shoal_storage.repair import make_partial
 
 UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
@@ -112,7 +113,7 @@ class Store:
         self.root, self.layout = root, Layout(root)
         self.disk = Disk(root)
         self.disk.open()
-        self.ledger = self.disk.recover(lease_disk.read(self.disk, time.monotonic(), time.time()))
+        self.ledger = recover(self.disk, lease_disk.read(self.disk, time.monotonic(), time.time()))
         self.ledger.quarantined = set_aside_earlier(self.disk)
 
     def reserve(self, model: Model) -> list[str]:

@@ -19,6 +19,7 @@ from shoal_storage.decide import Admission, Limits, Partial, admit, arriving, fr
 from shoal_storage.disk import Disk
 from shoal_storage.evict import garbage_of, kept_models, plan
 from shoal_storage.keeping import Keeping
+from shoal_storage.recovery import recover
 from shoal_storage.users import User
 from tests.storage.stores import Model, check_invariants, put, sha256
 
@@ -52,7 +53,7 @@ class Lives(RuleBasedStateMachine):
     def open(self) -> None:
         self.disk = Disk(self.root)
         self.disk.open()
-        self.ledger = self.disk.recover()
+        self.ledger = recover(self.disk)
         self.keeping = Keeping(self.disk.layout, self.ledger)
         self.keeping.read()
 

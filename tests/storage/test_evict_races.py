@@ -25,6 +25,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Limits
 from shoal_storage.disk import Disk
 from shoal_storage.guard import Guard
+from shoal_storage.recovery import recover
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.stores import Model, check_invariants, files_below, put
 from tests.storage.test_storage_deletes import instance_of
@@ -62,7 +63,7 @@ class Held:
         self.here, self.node = here, node
         self.disk = GatedDisk(config.store)
         self.disk.open()
-        self.ledger, self.specs = self.disk.recover(), View("spec")
+        self.ledger, self.specs = recover(self.disk), View("spec")
         announcer = Announcer(context, self.disk, self.ledger, limits, View("state"))
         self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
 

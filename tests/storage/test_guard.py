@@ -26,6 +26,7 @@ from shoal_storage.decide import Limits
 from shoal_storage.digests import Digests
 from shoal_storage.disk import Disk
 from shoal_storage.guard import Guard
+from shoal_storage.recovery import recover
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.stores import Model, check_invariants, files_below, put
 
@@ -59,7 +60,7 @@ class Held:
         limits = Limits(quota_bytes=None, headroom_bytes=0)
         self.disk = GatedDisk(config.store)
         self.disk.open()
-        self.ledger = self.disk.recover()
+        self.ledger = recover(self.disk)
         self.specs = View("spec")
         announcer = Announcer(context, self.disk, self.ledger, limits, View("state"))
         self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)

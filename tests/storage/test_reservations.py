@@ -23,6 +23,7 @@ from shoal_common.watch import View
 from shoal_storage.decide import Ledger, Limits, Partial
 from shoal_storage.evict import garbage_of, kept_models, plan
 from shoal_storage.keeping import Keeping
+from shoal_storage.recovery import recover
 from shoal_storage.reservations import (
     GONE_AFTER_S,
     RENEW_EVERY_S,
@@ -303,7 +304,7 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
             if without_promise:
                 for path in held.disk.layout.promises.iterdir():
                     path.unlink()
-            ledger = held.disk.recover()
+            ledger = recover(held.disk)
             Keeping(held.disk.layout, ledger).read()
             assert ledger.wanted_s.keys() == {COMES.name}
             assert abs(ledger.wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001

@@ -19,6 +19,7 @@ from shoal_common.messages import decode, encode
 from shoal_common.messages.commands import Outcome, Verify
 from shoal_storage import quarantine
 from shoal_storage.doubt import due
+from shoal_storage.recovery import recover
 from tests.fileserver.serving import Fileserver
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
@@ -236,7 +237,7 @@ def test_I1_every_view_of_a_corrupt_blob_loses_it(root: Path, how: str) -> None:
     assert checked is not None
     assert quarantine.set_aside(store.disk, checked, [LARGE.sealed, TWIN.sealed])
     assert not [view for view in views if os.path.lexists(view)]
-    store.ledger = store.disk.recover()
+    store.ledger = recover(store.disk)
     assert set(store.ledger.broken) == {LARGE.name, TWIN.name} and WEIGHTS not in store.ledger.blobs
     # Repaired: each view has the good bytes again.
     for model in (LARGE, TWIN):

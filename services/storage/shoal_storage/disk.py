@@ -2,7 +2,7 @@
 
 Order of a commit: data, fsync and verify at the same time, chmod, proof, the leaves' hashes, rename, fsync of both
 directories; the manifest last. Order of a delete: the manifest first, into tombs/, then view and blobs, then the
-manifest's tomb: a start that finds one there finishes that deletion.
+manifest's tomb: a start that finds one there finishes that deletion (`recovery.py`).
 """
 
 from __future__ import annotations
@@ -13,30 +13,27 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from shoal_common.blobs import find_blob
-from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
+from shoal_common.errors import Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
 from shoal_common.layout import FORMAT_VERSION, Layout
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
-from shoal_common.names import check_blob, check_commit
 from shoal_common.proof import prove, proven
 from shoal_storage import leaves
-from shoal_storage.decide import Ledger, Partial, left_behind
+from shoal_storage.decide import Ledger
 from shoal_storage.digests import Digests, digest
-from shoal_storage.doubt import is_whole
 from shoal_storage.durable import make_directory, sync_directory, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
-from shoal_storage.leases import Lease
 from shoal_storage.reserve import ReserveFile
-from shoal_storage.scan import blob_stamp, scan
-from shoal_storage.truth import PROVEN_MODE, believed
+from shoal_storage.scan import blob_stamp
+from shoal_storage.truth import PROVEN_MODE
 from shoal_storage.views import build_view, remove_view
 
 log = Log("disk")
@@ -148,94 +145,6 @@ class Disk:
         """Whether the file system takes no further file, however small. Not all of them count files."""
         s = os.statvfs(self.layout.root)
         return s.f_files > 0 and s.f_favail == 0
-
-    # Start
-
-    def recover(self, leases: Mapping[str, Lease] | None = None) -> Ledger:
-        """Finish what a crash interrupted, and say what the disk holds, by stat alone.
-
-        What `leases` need stays, whatever else has gone. Strange files are left where they are, and counted.
-        """
-        lay = self.layout
-        for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
-            unfinished.unlink(missing_ok=True)
-        deleted = {m.model: m for m in self._read_tombs()}
-        ledger = self._read()
-        ledger.leases = dict(leases or {})
-        for manifest in deleted.values():
-            for sha256 in left_behind(manifest, ledger):
-                self.remove_blob(sha256)
-                del ledger.blobs[sha256]
-        for view in lay.views.glob("*/*"):
-            # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
-            with suppress(BadName):
-                name, commit = view.parent.name, check_commit(view.name)
-                known = lay.manifests / name / f"{commit}.json", lay.adopted_models / f"{name}@{commit}"
-                if not any(path.exists() for path in known):
-                    model = f"{name.replace('--', '/')}@{commit}"
-                    remove_view(lay, view, deleted.get(model), self._times_of(ledger.blobs))
-        for tomb in lay.tombs.iterdir():
-            self.remove(tomb)
-        leaves.remove_strays(lay, ledger.blobs)
-        return ledger
-
-    def _times_of(self, blobs: Iterable[str]) -> set[tuple[int, int]]:
-        """Size and mtime_ns of blobs: what their reflinks have too."""
-        found = (self.layout.blob(b).lstat() for b in blobs)
-        return {(its.st_size, its.st_mtime_ns) for its in found}
-
-    def _read_tombs(self) -> Iterator[Manifest]:
-        for tomb in self.layout.tombs.glob("*.json"):
-            manifest = _decoded(tomb)
-            if manifest is not None:
-                yield manifest
-
-    def _read(self) -> Ledger:
-        seen = scan(self.layout)
-        ledger = Ledger(unknown=seen.unknown)
-        for sha256, stamp in seen.blobs.items():
-            if not believed(stamp, listed=leaves.proves(self.layout, sha256)):
-                ledger.unproven[sha256] = stamp
-                continue
-            ledger.blobs[sha256] = stamp.size_bytes
-            if not stamp.proven:
-                prove(sha256, self.layout.blob(sha256))
-                leaves.follow_time(self.layout, sha256)
-        for directory in self.layout.partials.iterdir():
-            partial = self._read_partial(directory, ledger)
-            if partial is not None:
-                ledger.partials[directory.name] = partial
-        for model, manifest in seen.manifests.items():
-            whole = is_whole(manifest, ledger)
-            if not whole:
-                log.warning("model is not whole; not announced", model=model)
-            (ledger.manifests if whole else ledger.broken)[model] = manifest
-        if seen.unknown.count:
-            log.warning(
-                "unknown files in the store; left alone",
-                count=seen.unknown.count,
-                size_bytes=seen.unknown.size_bytes,
-                first=",".join(seen.unknown.paths),
-            )
-        return ledger
-
-    def _read_partial(self, directory: Path, ledger: Ledger) -> Partial | None:
-        try:
-            blob = check_blob(directory.name)
-            meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
-            # A commit that was interrupted before its rename has made this read-only.
-            (directory / "data").chmod(PARTIAL_MODE)
-        except BadName:
-            return None
-        except (ShoalError, FileNotFoundError, NotADirectoryError):
-            # Its reservation was never acknowledged, or its data is a blob by now.
-            log.info("a partial that was being made or committed; removed", path=directory)
-            self.remove(directory)
-            return None
-        if ledger.blobs.get(blob) == meta.size_bytes:
-            self.remove(directory)
-            return None
-        return Partial(meta.size_bytes, self.allocated_bytes(blob, meta.size_bytes), set(meta.models))
 
     # Partials
 
@@ -391,7 +300,7 @@ class Disk:
         sync_directory(self.layout.tombs)
         with suppress(FileNotFoundError):
             sync_directory(path.parent)
-        remove_view(self.layout, view, _decoded(tomb))
+        remove_view(self.layout, view, decoded_tomb(tomb))
         for empty in (path.parent, view.parent):
             with suppress(OSError):  # another commit of the model lives there
                 empty.rmdir()
@@ -429,12 +338,6 @@ class Disk:
             path.unlink(missing_ok=True)
 
 
-def _decoded(tomb: Path) -> Manifest | None:
-    with suppress(ShoalError, OSError):
-        return decode(tomb.read_bytes(), Manifest)
-    return None
-
-
 def require_present(manifest: Manifest, ledger: Ledger) -> None:
     """Raise NotFound or Corrupt unless every file of a manifest is a blob of the right size."""
     for f in manifest.files:
@@ -443,3 +346,10 @@ def require_present(manifest: Manifest, ledger: Ledger) -> None:
             raise NotFound(f"{f.path} of {manifest.model} is not here: blob {f.sha256[:16]}… is missing")
         if size_bytes != f.size_bytes:
             raise Corrupt(f"{f.path} of {manifest.model} has another size than its blob {f.sha256[:16]}…")
+
+
+def decoded_tomb(tomb: Path) -> Manifest | None:
+    """The manifest in tombs/ of a model whose deletion has begun; None when it says nothing."""
+    with suppress(ShoalError, OSError):
+        return decode(tomb.read_bytes(), Manifest)
+    return None

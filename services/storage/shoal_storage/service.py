@@ -34,6 +34,7 @@ from shoal_storage.limits import read_limits, read_reserve_bytes
 from shoal_storage.losing import Losses, forget_useless
 from shoal_storage.proving import Prover
 from shoal_storage.quarantine import set_aside_earlier
+from shoal_storage.recovery import recover
 from shoal_storage.removal import DELETE_DEADLINE_S
 from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
@@ -52,7 +53,7 @@ async def run(context: Context) -> None:
     with told("open its store"):
         await asyncio.to_thread(disk.open)
     leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
-    ledger = await asyncio.to_thread(disk.recover, leases)
+    ledger = await asyncio.to_thread(recover, disk, leases)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
     ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)
     await forget_useless(disk, ledger)
