@@ -32,9 +32,11 @@ from figures import Figure, figure, interleaved, report  # noqa: E402  # after t
 from shoal_common.layout import Layout  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.records import Manifest, ManifestFile  # noqa: E402
+from shoal_common.proof import prove  # noqa: E402
 from shoal_storage.decide import Ledger, Limits, Partial, admit  # noqa: E402
 from shoal_storage.disk import Disk  # noqa: E402
 from shoal_storage.evict import plan  # noqa: E402
+from shoal_storage.leaves import HASH_BYTES  # noqa: E402
 from shoal_storage.recovery import recover  # noqa: E402
 from shoal_storage.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
@@ -129,7 +131,7 @@ def blob_name(number: int) -> str:
 
 
 def build_store(root: Path) -> None:
-    """10,000 blobs, their manifests and views; only names and sizes matter to what is measured."""
+    """10,000 blobs that show they were hashed, their leaf lists, manifests and views; contents do not matter here."""
     disk, lay = Disk(root), Layout(root)
     disk.open()
     for number in range(MODELS):
@@ -140,6 +142,9 @@ def build_store(root: Path) -> None:
             path.touch(mode=0o644)
             os.truncate(path, size)
             path.chmod(0o444)
+            prove(name, path)
+            lay.leaves(name).parent.mkdir(exist_ok=True)
+            lay.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
         build_view(lay, manifest)
         path = lay.manifest(manifest.repo, manifest.commit)
         path.parent.mkdir()
