@@ -33,7 +33,7 @@ demo: setup
 test: lint types unit
 
 # Tests wait more than they compute: a worker more than there are cores. A file's tests share servers, and one worker.
-TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
 
 unit: setup
 	@scripts/system-packages.sh test

@@ -33,14 +33,19 @@ def small_disk(at: Path, size_bytes: int, files: int = 4096) -> Iterator[Path]:
 
 def fill(directory: Path) -> Path:
     """Take every byte that is left. Returns the file that has them."""
-    ballast = directory / BALLAST
-    with ballast.open("wb", buffering=0) as f:
+    return fill_more(directory / BALLAST)
+
+
+def fill_more(ballast: Path) -> Path:
+    """Take again what was freed."""
+    with ballast.open("ab", buffering=0) as f:
         for size in (1 << 16, 1 << 12, 1):
             try:
                 while f.write(b"x" * size):
                     pass
             except OSError as e:
                 assert e.errno == errno.ENOSPC
+    assert free_bytes(ballast.parent) == 0
     return ballast
 
 

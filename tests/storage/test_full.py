@@ -21,7 +21,7 @@ from shoal_storage.decide import Limits
 from shoal_storage.full import Full, told
 from shoal_storage.reserve import ReserveFile, decide
 from tests.harness.nats import NatsServer
-from tests.harness.small_disk import fill, free_bytes, small_disk
+from tests.harness.small_disk import fill, fill_more, free_bytes, small_disk
 from tests.storage.service import on_node
 from tests.storage.stores import Model, Store, check_invariants, put, sha256
 from tests.storage.test_evict_races import A, B, C, Held, holding, model_of
@@ -137,18 +137,6 @@ async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_fre
                 await node.bring_in(NEW)
                 check_invariants(disk)
                 await process.kill()
-
-
-def fill_more(ballast: Path) -> None:
-    """Somebody takes again what was freed."""
-    with ballast.open("ab", buffering=0) as f:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while f.write(b"x" * size):
-                    pass
-            except OSError as e:
-                assert e.errno == errno.ENOSPC
-    assert free_bytes(ballast.parent) == 0
 
 
 async def test_at_0_bytes_free_a_share_in_a_partial_can_be_given_back(
