@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 # The tree itself, whatever is installed: a checkout is tested by its own code.
@@ -21,6 +22,10 @@ sys.path[:0] = [
 from tests.harness.nats import NatsServer  # noqa: E402  # after the path is set
 
 TEST_DEADLINE_S = 120.0
+
+# No rule is broken by a slow machine: Hypothesis would take 200 ms for an example as a failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in the background; all that tests start would be deaf to Ctrl-C with us.

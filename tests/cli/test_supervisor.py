@@ -188,7 +188,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop(node: Node) -> None:
     assert b"once more kills" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     # Far below the 12 s that a service has for itself.
-    assert process.wait(8) == 0
+    assert process.wait(11) == 0
     assert not any(alive(pid) for pid in node.seen)
 
 

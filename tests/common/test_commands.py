@@ -206,7 +206,7 @@ async def test_I6_stopping_hands_unfinished_commands_to_the_next_worker_at_once(
                 return len(first.begun) == 3
 
             await eventually(begun, "all are being worked on")
-        async with asyncio.timeout(3), working(here, node, second.verbs):
+        async with asyncio.timeout(12), working(here, node, second.verbs):
             for identity in identities:
                 assert (await kept(here, identity)).ok
         assert sorted(second.begun) == sorted(identities)

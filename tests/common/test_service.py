@@ -95,7 +95,7 @@ async def test_systemd_hears_of_ready_watchdog_and_stopping(home: Home, tmp_path
         supervisor.setblocking(False)
 
         async def hear(word: str) -> str:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(45):
                 while True:
                     told = (await asyncio.get_running_loop().sock_recv(supervisor, 4096)).decode()
                     if word in told:

@@ -192,7 +192,7 @@ async def test_I1_a_cancelled_write_ends_before_its_file_is_closed(
 
     def slow(fd: int, piece: bytes, offset: int) -> int:
         loop.call_soon_threadsafe(begun.set)
-        assert gate.wait(10)
+        assert gate.wait(45)
         return real(fd, piece, offset)
 
     monkeypatch.setattr(os, "pwrite", slow)

@@ -119,7 +119,7 @@ async def test_a_wanted_stage_without_its_model_asks_the_fetcher_and_says_why_it
 
         await cluster.nats.client.subscribe("shoal.v1.cmd.fetcher.a.download", cb=fetcher)
         await cluster.buckets.spec.put(instance_key("x"), instance("x", "a"))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(45):
             assert (await asked)["model"] == f"org/name@{COMMIT}"
 
         async def failed() -> bool:
