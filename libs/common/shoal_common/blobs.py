@@ -13,6 +13,7 @@ import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 from shoal_common.errors import BadMessage
 from shoal_common.layout import Layout
@@ -32,12 +33,23 @@ class AdoptedBlob(Message):
     """0 where the file system makes its numbers up."""
 
 
-def is_as_it_was(found: os.stat_result, record: AdoptedBlob) -> bool:
-    """Whether a file still is the one that was hashed, as far as its size, time and inode tell."""
+class Known(Protocol):
+    """What is known of a file since it was hashed, or listed. `inode` 0: not to be compared."""
+
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+    @property
+    def inode(self) -> int: ...
+
+
+def is_as_it_was(found: os.stat_result, known: Known) -> bool:
+    """Whether a file still is the one that is known, as far as its size, time and inode tell."""
     return (
         stat.S_ISREG(found.st_mode)
-        and (found.st_size, found.st_mtime_ns) == (record.size_bytes, record.mtime_ns)
-        and record.inode in (0, found.st_ino)
+        and (found.st_size, found.st_mtime_ns) == (known.size_bytes, known.mtime_ns)
+        and known.inode in (0, found.st_ino)
     )
 
 

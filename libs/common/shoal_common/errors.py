@@ -29,9 +29,13 @@ A class is its code: `ErrorBody.code` crosses processes, and `from_body` gives t
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 import msgspec
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a file system says that takes no more: `DiskFull` in the end."""
 
 
 class ErrorBody(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shoal_common.errors import BadName
 from shoal_common.messages.records import Manifest
-from shoal_common.names import check_blob, check_commit, check_file_path, check_id
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, check_id
 
 LEAF_BYTES = 1 << 20
 """The unit of verification and of resuming."""
@@ -132,6 +133,14 @@ def file_in(view: Path, path: str) -> Path:
 def directory_of(repo: str) -> str:
     """`org/name` as one directory name. `--` never occurs in either part, so this can be undone."""
     return repo.replace("/", "--")
+
+
+def model_of(directory: str, commit: str) -> str:
+    """The model (`org/name@commit`) that `<org>--<name>` and a commit stand for. Raises BadName."""
+    ref = ModelRef.parse(directory.replace("--", "/", 1))
+    if directory_of(ref.repo) != directory:
+        raise BadName(f"{directory!r} is not the directory of a model")
+    return f"{ref.repo}@{check_commit(commit)}"
 
 
 def leaf_count(size_bytes: int) -> int:

@@ -11,7 +11,6 @@ any mixture of the old and the new bitmap is true as well.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
-from shoal_common.errors import DiskFull
+from shoal_common.errors import DISK_FULL, DiskFull
 from shoal_common.layout import LEAF_BYTES, Bitmap
 from shoal_common.logs import Log
 from shoal_fetcher.errors import ReservationLost
@@ -31,7 +30,6 @@ log = Log("partial")
 
 CHECKPOINT_LEAVES = 16
 CHECKPOINT_S = 1.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 4096
 """No more than the least that a partial can lack: a probe must not ask for more than the fetch does."""
 
@@ -163,7 +161,7 @@ def _told(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in _FULL:
+        if e.errno not in DISK_FULL:
             raise
         raise DiskFull(
             f"disk full: {e.strerror} while blob {blob[:16]}… arrived; free some space and it goes on by itself",

@@ -31,12 +31,11 @@ class Stamp(msgspec.Struct, frozen=True):
     size_bytes: int
     mtime_ns: int
     inode: int
-    mode: int = 0
     proven: bool = False
     """Whether the file shows that it was hashed under its name (`proof.py`)."""
 
     def same_file(self, other: Stamp) -> bool:
-        """Whether nothing was written in between. A mode is no content."""
+        """Whether nothing was written in between."""
         return (self.size_bytes, self.mtime_ns, self.inode) == (other.size_bytes, other.mtime_ns, other.inode)
 
 

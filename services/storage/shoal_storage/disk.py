@@ -29,7 +29,7 @@ from shoal_common.proof import prove, proven
 from shoal_storage import leaves
 from shoal_storage.decide import Ledger
 from shoal_storage.digests import Digests, digest
-from shoal_storage.durable import make_directory, sync_directory, write_file
+from shoal_storage.durable import make_directory, sync, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.reserve import ReserveFile
 from shoal_storage.scan import blob_stamp
@@ -168,12 +168,12 @@ class Disk:
             (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
         write_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
-        sync_directory(self.layout.partials)
+        sync(self.layout.partials)
 
     def remove_partial(self, blob: str) -> None:
         """Drop a partial's bytes and its reservation, durably: one that came back would be promised for ever."""
         self.remove(self.layout.partial(blob))
-        sync_directory(self.layout.partials)
+        sync(self.layout.partials)
 
     # Commit
 
@@ -222,9 +222,9 @@ class Disk:
         # If a proven one is here, it stays: views hold on to that very file.
         if here is None or not here.proven or here.size_bytes != digests.size_bytes:
             self._name(source / "data", target, digests)
-            sync_directory(source)
+            sync(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
-        sync_directory(target.parent)
+        sync(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
         self.drop_set_aside(digests.sha256)
         self.remove(source)
@@ -249,14 +249,14 @@ class Disk:
         for path in files:
             path.unlink(missing_ok=True)
         if files:
-            sync_directory(self.layout.quarantine)
+            sync(self.layout.quarantine)
 
     def remove_blob(self, sha256: str) -> None:
         """Remove a blob, durably. Absent already is fine."""
         path = self.layout.blob(sha256)
         path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            sync_directory(path.parent)  # if it was absent too: a first attempt may have failed at this
+            sync(path.parent)  # if it was absent too: a first attempt may have failed at this
         with suppress(OSError):  # other blobs live there
             path.parent.rmdir()
         leaves.remove(self.layout, sha256)
@@ -297,9 +297,9 @@ class Disk:
         with suppress(FileNotFoundError):
             path.replace(tomb)
         # If it was absent too: a first attempt may have failed at this.
-        sync_directory(self.layout.tombs)
+        sync(self.layout.tombs)
         with suppress(FileNotFoundError):
-            sync_directory(path.parent)
+            sync(path.parent)
         remove_view(self.layout, view, decoded_tomb(tomb))
         for empty in (path.parent, view.parent):
             with suppress(OSError):  # another commit of the model lives there
@@ -308,7 +308,7 @@ class Disk:
             self.remove_blob(sha256)
         # Durably too: a tomb that came back would take blobs with it that have been fetched anew.
         tomb.unlink(missing_ok=True)
-        sync_directory(self.layout.tombs)
+        sync(self.layout.tombs)
 
     def find_git(self, git_sha1: str, size_bytes: int, ledger: Ledger) -> str | None:
         """The present blob with this git hash, looked for among those of the same size."""

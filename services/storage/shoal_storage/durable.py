@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a file system says that takes no more."""
 
-
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries durable."""
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -24,7 +20,7 @@ def make_directory(directory: Path) -> None:
     if not directory.exists():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-        sync_directory(directory.parent)
+        sync(directory.parent)
 
 
 def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
@@ -33,7 +29,7 @@ def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
     A kill may leave `.<name>.new` beside it.
     """
     put_file(path, data, mtime_ns)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def put_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from shoal_common.errors import DiskFull, ShoalError
+from shoal_common.errors import DISK_FULL, DiskFull, ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import AskRoom, EvictionPlan, RoomLeft
@@ -16,7 +16,6 @@ from shoal_common.service import Context
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, human
 from shoal_storage.disk import Disk
-from shoal_storage.durable import FULL
 from shoal_storage.evict import as_told
 from shoal_storage.reserve import Step, decide
 from shoal_storage.room import Room
@@ -34,7 +33,7 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in DISK_FULL:
             raise
         raise DiskFull(f"disk full: {e.strerror} while storage was to {what}; free some space") from e
 

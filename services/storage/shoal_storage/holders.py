@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 
-from shoal_common.errors import Busy, Failed, InUse, NotFound
+from shoal_common.errors import DISK_FULL, Busy, Failed, InUse, NotFound
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskLease, Done, Leased, Unlease
 from shoal_common.names import ModelRef, check_holder, check_id
@@ -15,7 +15,6 @@ from shoal_storage import lease_disk
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, matching
 from shoal_storage.disk import Disk
-from shoal_storage.durable import FULL
 from shoal_storage.leases import GRACE_S, LEASES_AT_MOST, Lease, has_ended, words_of
 
 log = Log("leases")
@@ -69,7 +68,7 @@ class Holders:
                     f"{manifest.model} on node {self._node} has lost files ({e.filename}): pull it again"
                 ) from None
             except OSError as e:
-                if e.errno in FULL:
+                if e.errno in DISK_FULL:
                     raise  # the reserve may help
                 raise Failed(
                     f"a view of {manifest.model} could not be made on node {self._node} ({e.strerror}); free some "

@@ -20,12 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.errors import BadMessage, BadName, Failed
-from shoal_common.layout import Layout
+from shoal_common.layout import Layout, model_of
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
-from shoal_common.names import ModelRef
 from shoal_storage.decide import Ledger
-from shoal_storage.durable import make_directory, sync_directory, write_file
+from shoal_storage.durable import make_directory, sync, write_file
 
 log = Log("keeping")
 
@@ -180,13 +179,11 @@ def _named(directory: Path) -> Iterator[tuple[str, Path]]:
                 continue
             name, _, commit = path.name.rpartition("@")
             try:
-                ref = ModelRef.parse(f"{name.replace('--', '/')}@{commit}")
-                if Layout(path).pin(ref.repo, ref.revision).name != path.name:
-                    raise BadName("it is called otherwise")
+                model = model_of(name, commit)
             except BadName:
                 log.warning("not a pin or a use of a model; left alone", path=path)
                 continue
-            yield f"{ref.repo}@{ref.revision}", path
+            yield model, path
 
 
 def _touch(path: Path, mtime_s: float | None = None) -> None:
@@ -200,10 +197,10 @@ def _touch(path: Path, mtime_s: float | None = None) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.unlink()
-        sync_directory(path.parent)
+        sync(path.parent)

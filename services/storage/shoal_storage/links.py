@@ -15,10 +15,9 @@ from pathlib import Path
 
 from shoal_common.blobs import AdoptedBlob
 from shoal_common.errors import BadMessage, BadName
-from shoal_common.layout import Layout
+from shoal_common.layout import Layout, model_of
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
-from shoal_common.names import ModelRef
 from shoal_storage.adopt import Verified
 from shoal_storage.adopted import Adopted, File
 from shoal_storage.durable import write_file
@@ -125,8 +124,6 @@ def noted(layout: Layout) -> list[str]:
     with suppress(FileNotFoundError):
         for path in layout.adopted_models.iterdir():
             name, _, commit = path.name.rpartition("@")
-            with suppress(ValueError, BadName):
-                org, repo = name.split("--")
-                if ModelRef.parse(f"{org}/{repo}@{commit}").revision == commit:
-                    found.append(f"{org}/{repo}@{commit}")
+            with suppress(BadName):
+                found.append(model_of(name, commit))
     return found

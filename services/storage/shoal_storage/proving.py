@@ -19,7 +19,7 @@ from shoal_common.proof import disprove, prove
 from shoal_storage import leaves, quarantine
 from shoal_storage.decide import Ledger, Stamp
 from shoal_storage.disk import Disk
-from shoal_storage.durable import sync_directory
+from shoal_storage.durable import sync
 from shoal_storage.losing import forget_useless
 from shoal_storage.rescan import Rescan
 from shoal_storage.scan import blob_stamp
@@ -129,7 +129,7 @@ def judge(disk: Disk, sha256: str) -> Judged | None:
             raise _Unsettled
 
     try:
-        _sync_file(path)
+        sync(path)
     except OSError as e:
         return Judged(stamp, intact=False, why=str(e))
     try:
@@ -152,9 +152,9 @@ def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
     path.chmod(PROVEN_MODE)
     prove(sha256, path)
     leaves.write(disk.layout, sha256, judged.leaves, path.lstat().st_mtime_ns)
-    _sync_file(path)
-    sync_directory(path.parent)
-    sync_directory(disk.layout.blobs)
+    sync(path)
+    sync(path.parent)
+    sync(disk.layout.blobs)
     return True
 
 
@@ -169,16 +169,8 @@ def refuse(disk: Disk, sha256: str, stamp: Stamp) -> Stamp | None:
         return None
     leaves.remove(disk.layout, sha256)
     disprove(sha256, path)
-    _sync_file(path)
+    sync(path)
     return blob_stamp(disk.layout, path)
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _stat_of(path: Path) -> os.stat_result | None:

@@ -26,7 +26,7 @@ from shoal_common.names import check_blob
 from shoal_storage import leaves
 from shoal_storage.digests import hashed_ahead
 from shoal_storage.disk import Disk
-from shoal_storage.durable import sync_directory
+from shoal_storage.durable import sync
 from shoal_storage.leases import Lease
 from shoal_storage.views import places_of, unlink
 
@@ -139,13 +139,13 @@ def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest], lease
         return False
     for directory in unlink(places_of(lay, checked.sha256, manifests, leases)):
         if directory.exists():
-            sync_directory(directory)
+            sync(directory)
     lay.quarantine.mkdir(exist_ok=True)
     # What was set aside under this name before says nothing of these bytes.
     disk.drop_set_aside(checked.sha256)
     path.replace(lay.set_aside(checked.sha256))
-    sync_directory(lay.quarantine)
-    sync_directory(path.parent)
+    sync(lay.quarantine)
+    sync(path.parent)
     leaves.remove(lay, checked.sha256)
     return True
 

@@ -40,14 +40,16 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
         for sha256 in left_behind(manifest, ledger):
             disk.remove_blob(sha256)
             del ledger.blobs[sha256]
+    times: set[tuple[int, int]] | None = None
     for view in lay.views.glob("*/*"):
         # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
         with suppress(BadName):
             name, commit = view.parent.name, check_commit(view.name)
             known = lay.manifests / name / f"{commit}.json", lay.adopted_models / f"{name}@{commit}"
             if not any(path.exists() for path in known):
+                times = _times_of(lay, ledger.blobs) if times is None else times
                 model = f"{name.replace('--', '/')}@{commit}"
-                remove_view(lay, view, deleted.get(model), _times_of(lay, ledger.blobs))
+                remove_view(lay, view, deleted.get(model), times)
     for tomb in lay.tombs.iterdir():
         disk.remove(tomb)
     leaves.remove_strays(lay, ledger.blobs)

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from shoal_common.layout import Bitmap
 from shoal_common.messages import encode
 from shoal_storage.disk import PARTIAL_MODE, Disk, PartialMeta
-from shoal_storage.durable import put_file, sync_directory, write_file
+from shoal_storage.durable import put_file, sync, write_file
 from shoal_storage.quarantine import Checked
 
 
@@ -71,10 +71,10 @@ def make_partial(disk: Disk, blob: str, size_bytes: int, models: Iterable[str]) 
     directory.mkdir()
     put_file(directory / "have", good.to_bytes())
     put_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
-    sync_directory(lay.partials)
+    sync(lay.partials)
     lay.set_aside(blob).chmod(PARTIAL_MODE)
     lay.set_aside(blob).replace(directory / "data")
-    sync_directory(directory)
+    sync(directory)
     lay.set_aside_have(blob).unlink(missing_ok=True)
-    sync_directory(lay.quarantine)
+    sync(lay.quarantine)
     return True

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from shoal_common.blobs import open_plain
+from shoal_common.blobs import is_as_it_was, open_plain
 from shoal_common.errors import BadInput
 from shoal_storage.adopt import Entry, Listing, cached_blob, is_store, is_to_be_read, leads_to_models
 from shoal_storage.adopted import File, Seen
@@ -138,15 +138,11 @@ def hash_file(file: File, between: Callable[[], None]) -> Digests | None:
     """
     try:
         with open_plain(file.at) as f:
-            if not _stands(os.fstat(f.fileno()), file.seen):
+            if not is_as_it_was(os.fstat(f.fileno()), file.seen):
                 return None
             git = file.expected.startswith("git-") or file.seen.size_bytes <= _WITH_GIT_BYTES
             found = digest_of(f, git, between)
             # Written to while it was read, it is none of what it was before and after.
-            return found if _stands(os.fstat(f.fileno()), file.seen) else None
+            return found if is_as_it_was(os.fstat(f.fileno()), file.seen) else None
     except FileNotFoundError:
         return None
-
-
-def _stands(found: os.stat_result, seen: Seen) -> bool:
-    return (found.st_size, found.st_mtime_ns) == (seen.size_bytes, seen.mtime_ns) and seen.inode in (0, found.st_ino)

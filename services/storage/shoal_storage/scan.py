@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.layout import Layout, directory_of
+from shoal_common.layout import Layout, model_of
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest
-from shoal_common.names import ModelRef, check_blob, check_commit
+from shoal_common.names import check_blob
 from shoal_common.proof import proven
 from shoal_storage.decide import Stamp, Unknown, check_manifest
 
@@ -56,7 +56,6 @@ def stamp_of(sha256: str, found: os.stat_result) -> Stamp:
         size_bytes=found.st_size,
         mtime_ns=found.st_mtime_ns,
         inode=found.st_ino,
-        mode=stat.S_IMODE(found.st_mode),
         proven=proven(sha256, found),
     )
 
@@ -79,14 +78,6 @@ def read_manifest(layout: Layout, path: Path) -> Manifest:
     if not manifest.sealed or path != layout.manifest(manifest.repo, manifest.commit):
         raise BadName(f"it is the manifest of {manifest.model}, unsealed or out of its place")
     return manifest
-
-
-def model_at(directory: str, commit: str) -> str:
-    """The model (`org/name@commit`) that `<org>--<name>` and a commit stand for. Raises BadName."""
-    ref = ModelRef.parse(directory.replace("--", "/", 1))
-    if directory_of(ref.repo) != directory:
-        raise BadName(f"{directory!r} is not the directory of a model")
-    return f"{ref.repo}@{check_commit(commit)}"
 
 
 class _Scanner:
@@ -158,7 +149,7 @@ class _Scanner:
                 except OSError:
                     self._unknown(path)
                     try:
-                        self.seen.unreadable.add(model_at(directory.name, path.stem))
+                        self.seen.unreadable.add(model_of(directory.name, path.stem))
                     except BadName:
                         continue
                 else:
@@ -174,7 +165,7 @@ class _Scanner:
                 continue
             for entry in _entries(Path(directory.path)):
                 try:
-                    model = model_at(directory.name, entry.name)
+                    model = model_of(directory.name, entry.name)
                 except BadName:
                     self._unknown(Path(entry.path))
                     continue
@@ -266,7 +257,7 @@ def _is_blob_name(name: str) -> bool:
 def _is_model_name(name: str) -> bool:
     directory, _, commit = name.rpartition("@")
     try:
-        model_at(directory, commit)
+        model_of(directory, commit)
     except BadName:
         return False
     return True
