@@ -143,6 +143,9 @@ async def run(context: Context) -> None:
     # What a hostile peer can provoke is not worth a line each; what went wrong here is.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     async with asyncio.TaskGroup() as tasks:
+        # At once: while a fileserver that was restarted says no address, its peers turn to the hub (I9). The socket
+        # listens already, and who comes waits there for the views.
+        context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
         models = await context.view(tasks, "state", "model.>")
         live = await context.view(tasks, "live")
         catalog = Catalog(context.node, context.ask, models, live)
@@ -159,7 +162,6 @@ async def run(context: Context) -> None:
             )
         )
         tasks.create_task(_stop(context, server))
-        context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
         # `_serve` is `serve` without its signal handlers: signals are the main loop's.
         await server._serve(sockets=[listener])
 
