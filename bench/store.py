@@ -30,13 +30,13 @@ sys.path[:0] = [str(ROOT)]
 
 from figures import Figure, figure, interleaved, report  # noqa: E402  # after the path is set
 from shoal_common.layout import Layout  # noqa: E402
+from shoal_common.leaves import HASH_BYTES  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.records import Manifest, ManifestFile  # noqa: E402
 from shoal_common.proof import prove  # noqa: E402
 from shoal_storage.decide import Ledger, Limits, Partial, admit  # noqa: E402
 from shoal_storage.disk import Disk  # noqa: E402
 from shoal_storage.evict import plan  # noqa: E402
-from shoal_storage.leaves import HASH_BYTES  # noqa: E402
 from shoal_storage.recovery import recover  # noqa: E402
 from shoal_storage.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402

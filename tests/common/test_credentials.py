@@ -5,7 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.credentials import allowed, bearer, capability, capable, derive
+from shoal_common.credentials import (
+    TOKEN_S,
+    allowed,
+    bearer,
+    blob_token,
+    blob_token_shows,
+    capability,
+    capable,
+    derive,
+)
 
 
 def shown(secret: str, purpose: str) -> dict[str, str]:
@@ -51,3 +60,22 @@ def test_I12_no_other_words_show_anything(until: str, key: str) -> None:
     assert not capable("secret", "ab" * 32, {"until": until, "key": key}, 0)
     assert not capable("secret", "ab" * 32, {}, 0)
     assert capability("", "ab" * 32, 5) == {} and not capable("", "ab" * 32, {"until": "5", "key": ""}, 0)
+
+
+def test_a_blob_token_shows_one_blob_of_one_node_for_some_minutes() -> None:
+    blob, other, now_s = "ab" * 32, "cd" * 32, 1_000_000.0
+    headers = {k.lower(): v for k, v in blob_token("s", "a", blob, now_s).items()}
+    assert blob_token_shows("s", "a", blob, headers, now_s)
+    assert blob_token_shows("s", "a", blob, headers, now_s + TOKEN_S)
+    assert not blob_token_shows("s", "a", other, headers, now_s)
+    assert not blob_token_shows("s", "b", blob, headers, now_s)
+    assert not blob_token_shows("t", "a", blob, headers, now_s)
+    assert not blob_token_shows("s", "a", blob, headers, now_s + 3 * TOKEN_S)
+    assert not blob_token_shows("s", "a", blob, headers, now_s - 3 * TOKEN_S)
+
+
+def test_what_is_no_blob_token_shows_nothing() -> None:
+    for header in ("", "Shoal", "Shoal .", "Shoal ١٢.x", "Bearer 1.2", "Shoal 99999999999999.x"):
+        assert not blob_token_shows("s", "a", "ab" * 32, {"authorization": header}, 1_000_000.0)
+    assert blob_token_shows("", "a", "ab" * 32, {}, 1_000_000.0)
+    assert blob_token("", "a", "ab" * 32, 1_000_000.0) == {}

@@ -39,6 +39,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=20),
     int: st.integers(-(2**53), 2**53),
     bool: st.booleans(),
+    bytes: st.binary(max_size=20),
     float: st.floats(allow_nan=False, allow_infinity=False),
     Any: st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5) | st.lists(st.text(max_size=3)),
     msgspec.Raw: st.just(msgspec.Raw(b'{"any":1}')),

@@ -8,6 +8,7 @@ import httpx2
 
 from shoal_common.buckets import live_key, model_key
 from shoal_common.layout import LEAF_BYTES
+from shoal_common.leaves import leaf_hash
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import Manifest, ModelState
 from shoal_demo.faults import Faults, Unavailable
@@ -117,8 +118,8 @@ async def test_leaves_that_lie_cost_one_whole_blob_and_never_a_wrong_byte(site: 
         flip(blob, LEAF_BYTES)
         # Made of the flipped bytes: it calls the bad leaf good, and another one bad.
         data = blob.read_bytes()
-        lie = [leaves.leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)]
-        lie[3] = leaves.leaf_hash(b"?")
+        lie = [leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)]
+        lie[3] = leaf_hash(b"?")
         leaves.write(layout, blob.name, b"".join(lie), blob.stat().st_mtime_ns)
         assert (await here.ask("a", "verify", b"{}", service="storage")).result["bad_leaves"] == 1
         site.hub.reset_stats()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import Corrupt, QuotaExceeded
 from shoal_common.layout import LEAF_BYTES, leaf_count
+from shoal_common.leaves import leaf_hash
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_storage import leaves, quarantine
 from shoal_storage.decide import Ledger, Limits, admit
@@ -160,7 +161,7 @@ def test_without_leaves_that_can_be_believed_all_comes_anew(root: Path, useless:
     elif useless == "damaged":
         path.write_bytes(b"\0" * path.stat().st_size)
     else:
-        leaves.write(store.layout, blob, leaves.leaf_hash(b"?") * 3, 0)
+        leaves.write(store.layout, blob, leaf_hash(b"?") * 3, 0)
     flip(store.layout.blob(blob), 5)
     checked = doubt(store, blob)
     assert checked.bad_leaf_count == 3 and not store.layout.set_aside_have(blob).exists()
@@ -178,8 +179,8 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(ro
     flip(store.layout.blob(blob), LEAF_BYTES + 1)
     # A list that was made of the flipped byte, with a self-check that holds: it calls the bad leaf good.
     now = store.layout.blob(blob).read_bytes()
-    lie = [leaves.leaf_hash(now[at : at + LEAF_BYTES]) for at in range(0, len(now), LEAF_BYTES)]
-    lie[2] = leaves.leaf_hash(b"?")
+    lie = [leaf_hash(now[at : at + LEAF_BYTES]) for at in range(0, len(now), LEAF_BYTES)]
+    lie[2] = leaf_hash(b"?")
     leaves.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
     assert doubt(store, blob).bad_leaf_count == 1
     partial = store.ledger.partials

@@ -31,6 +31,32 @@ def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
     return hmac.compare_digest(given.encode(errors="replace"), f"Bearer {derive(secret, purpose)}".encode())
 
 
+TOKEN_S = 600
+"""How long a token for a blob is good for; clocks of nodes may differ by as much again."""
+
+
+def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str]:
+    """Headers that let their bearer read one blob of one node for some minutes; none when there is no secret."""
+    if not secret:
+        return {}
+    until_s = int(now_s) + TOKEN_S
+    return {"Authorization": f"Shoal {until_s}.{derive(secret, f'blob/{node}/{blob}/{until_s}')}"}
+
+
+def blob_token_shows(secret: str, node: str, blob: str, headers: Mapping[str, str], now_s: float) -> bool:
+    """Whether a request may read this blob of this node now. `headers` must look names up in any case."""
+    if not secret:
+        return True
+    scheme, _, token = (headers.get("authorization") or "").partition(" ")
+    until, _, key = token.partition(".")
+    if scheme != "Shoal" or not (until.isascii() and until.isdigit() and len(until) <= _UNTIL_DIGITS):
+        return False
+    if not now_s - TOKEN_S <= int(until) <= now_s + 2 * TOKEN_S:
+        return False
+    good = derive(secret, f"blob/{node}/{blob}/{int(until)}")
+    return hmac.compare_digest(key.encode(errors="replace"), good.encode())
+
+
 def capability(secret: str, blob: str, until_s: int) -> dict[str, str]:
     """Query fields that show one blob to whoever has the address, up to a time (seconds since 1970).
 

@@ -4,6 +4,7 @@
   blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), shows its proof (proof.py)
   leaves/ab/<sha256>                         BLAKE3 of each leaf of a blob; its mtime is the blob's
   partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
+  partial/<blob>/{leaves,ready}              leaf list so far, bitmap of leaves to relay (docs/transfer.md)
   manifests/<org>--<name>/<commit>.json      what makes a model present (I2)
   views/<org>--<name>/<commit>/<path>        the directory MLX opens
   tombs/                                     on their way out
@@ -79,6 +80,14 @@ class Layout:
     def partial(self, blob: str) -> Path:
         """The directory of a blob that is arriving."""
         return self.partials / check_blob(blob)
+
+    def partial_leaves(self, blob: str) -> Path:
+        """The leaf list of a blob that is arriving, zeros where it is not known yet."""
+        return self.partial(blob) / "leaves"
+
+    def partial_ready(self, blob: str) -> Path:
+        """Which leaves of it can be relayed, in this boot."""
+        return self.partial(blob) / "ready"
 
     def manifest(self, repo: str, commit: str) -> Path:
         """A manifest's file."""

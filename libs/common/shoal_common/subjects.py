@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal_common.names import check_id, check_node
+from shoal_common.names import check_blob, check_id, check_node
 
 ROOT = "shoal.v1"
 ANY = "any"
@@ -30,6 +30,11 @@ def question(service: str, node: str, verb: str) -> str:
 def event(service: str, node: str, name: str) -> str:
     """Where a service tells what happened."""
     return f"{ROOT}.evt.{service}.{check_node(node)}.{name}"
+
+
+def have(node: str, blob: str) -> str:
+    """Where a node tells what it has of a blob that it is fetching; node `*` listens to all."""
+    return f"{ROOT}.have.{node if node == '*' else check_node(node)}.{check_blob(blob)}"
 
 
 def tokens(request: str) -> str:

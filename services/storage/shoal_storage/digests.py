@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.layout import LEAF_BYTES
-from shoal_storage.leaves import leaf_hash
+from shoal_common.leaves import leaf_hash
 
 
 class Digests(msgspec.Struct, frozen=True):

@@ -26,19 +26,11 @@ import stat
 from collections.abc import Container
 from contextlib import suppress
 
-from blake3 import blake3
-
 from shoal_common.errors import BadName
-from shoal_common.layout import Layout, leaf_count
+from shoal_common.layout import Layout
+from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes
 from shoal_common.names import check_blob
 from shoal_storage.durable import make_directory, write_file
-
-HASH_BYTES = 32
-
-
-def leaf_hash(leaf: bytes) -> bytes:
-    """BLAKE3 of a leaf, 32 bytes."""
-    return blake3(leaf).digest()
 
 
 def write(layout: Layout, sha256: str, hashes: bytes, mtime_ns: int) -> None:
@@ -55,7 +47,7 @@ def read(layout: Layout, sha256: str, size_bytes: int) -> bytes | None:
     except OSError:
         return None
     said, hashes = found[:HASH_BYTES], found[HASH_BYTES:]
-    return hashes if leaf_hash(hashes) == said and len(found) == _list_bytes(size_bytes) else None
+    return hashes if leaf_hash(hashes) == said and len(found) == _file_bytes(size_bytes) else None
 
 
 def proves(layout: Layout, sha256: str) -> bool:
@@ -66,7 +58,7 @@ def proves(layout: Layout, sha256: str) -> bool:
         return False
     return (
         stat.S_ISREG(blob.st_mode)
-        and leaves.st_size == _list_bytes(blob.st_size)
+        and leaves.st_size == _file_bytes(blob.st_size)
         and leaves.st_mtime_ns == blob.st_mtime_ns
     )
 
@@ -77,9 +69,9 @@ def follow_time(layout: Layout, sha256: str) -> None:
     os.utime(layout.leaves(sha256), ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def _list_bytes(size_bytes: int) -> int:
+def _file_bytes(size_bytes: int) -> int:
     """Size of the file for a blob of `size_bytes`."""
-    return HASH_BYTES * (1 + leaf_count(size_bytes))
+    return HASH_BYTES + list_bytes(size_bytes)
 
 
 def remove(layout: Layout, sha256: str) -> None:

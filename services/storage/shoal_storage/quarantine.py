@@ -21,6 +21,7 @@ import msgspec
 from shoal_common.blobs import find_blob
 from shoal_common.errors import BadName
 from shoal_common.layout import LEAF_BYTES, Bitmap, leaf_count
+from shoal_common.leaves import HASH_BYTES
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
 from shoal_storage import leaves
@@ -86,7 +87,7 @@ def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | Non
 
 def _good_leaves(size_bytes: int, listed: bytes, now: bytes) -> Bitmap | None:
     """The leaves that are as they are listed; None when all of them are, and so the list is wrong, or none is."""
-    good, size = Bitmap(size_bytes), leaves.HASH_BYTES
+    good, size = Bitmap(size_bytes), HASH_BYTES
     for leaf in range(good.leaves):
         if now[leaf * size : (leaf + 1) * size] == listed[leaf * size : (leaf + 1) * size]:
             good.add(leaf)

@@ -115,6 +115,9 @@ class CommitBlob(Message):
     """storage.commit: this partial is complete; verify all of it and make it a blob."""
 
     blob: str
+    root: str = ""
+    """Root of a leaf list that is sealed: the partial's own list is compared with it, and each leaf with the list.
+    "": the whole is hashed by sha256."""
 
 
 class Committed(Message):
@@ -122,6 +125,8 @@ class Committed(Message):
 
     sha256: str
     size_bytes: int
+    root: str = ""
+    """Of its leaf list; "" where none is known."""
 
 
 class SealModel(Message):

@@ -26,6 +26,8 @@ class ManifestFile(Message):
     size_bytes: int
     sha256: str = ""
     git_sha1: str = ""
+    leaves: str = ""
+    """Root of its leaf list (docs/transfer.md); "" where nobody has said."""
 
     @property
     def blob(self) -> str:
@@ -112,6 +114,8 @@ class DownloadState(Message):
     """Blobs of this model that are whole on this node: what peers may ask it for before it is ready."""
     known: dict[str, str] = {}
     """sha256 of those whole blobs that the hub names by git's sha1 only."""
+    roots: dict[str, str] = {}
+    """Roots of the leaf lists of those whole blobs, by sha256."""
     waiting_for: str = ""
     """What it waits for, when it does: `origin node-b`, `hub: rate limited for 12 s`."""
     error: ErrorBody | None = None
@@ -186,6 +190,12 @@ class StorageState(Message):
     reserve_bytes: int = 0
     """Bytes of the reserve file: held back to be given up first when the disk is full."""
     read_only_roots: list[RootState] = []
+    max_upload_bytes_per_s: int | None = None
+    """What this node's fileserver sends in all; None: no limit. The same for what follows."""
+    max_hub_bytes_per_s: int | None = None
+    """What its fetcher takes from the hub in all."""
+    max_peer_bytes_per_s: int | None = None
+    """What its fetcher takes from each peer."""
 
 
 class ModelState(Message):

@@ -1,0 +1,54 @@
+"""A rate that several transfers share: a token bucket that can be set anew while it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+_BURST_S = 0.1
+
+
+class Pace:
+    """At most `bytes_per_s`; None is no limit.
+
+    Takers are served in the order in which they came. One that takes more than there is waits for its share, and the
+    next one waits for it: any size gets through, however small the rate.
+    """
+
+    def __init__(self, bytes_per_s: int | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._clock_s = bytes_per_s, clock_s
+        self._free_at_s = clock_s()
+        self._changed = asyncio.Event()
+
+    @property
+    def bytes_per_s(self) -> int | None:
+        """The limit now."""
+        return self._rate
+
+    def use(self, bytes_per_s: int | None) -> None:
+        """From now on this limit holds, for those who wait already as well."""
+        if bytes_per_s == self._rate:
+            return
+        now_s = self._clock_s()
+        owed_bytes = max(self._free_at_s - now_s, 0.0) * (self._rate or 0)
+        self._rate = bytes_per_s
+        self._free_at_s = now_s + owed_bytes / bytes_per_s if bytes_per_s else now_s
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def take(self, count: int) -> None:
+        """Return when `count` bytes may pass."""
+        if not self._rate:
+            return
+        start_s = max(self._free_at_s, self._clock_s() - _BURST_S)
+        self._free_at_s = start_s + count / self._rate
+        mine_s, rate = self._free_at_s, self._rate
+        while self._rate and (wait_s := mine_s - self._clock_s()) > 0:
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+            except TimeoutError:
+                return
+            if self._rate:
+                now_s = self._clock_s()
+                mine_s, rate = now_s + max(mine_s - now_s, 0.0) * rate / self._rate, self._rate
