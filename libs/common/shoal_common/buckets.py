@@ -298,6 +298,11 @@ def model_key(node: str, model: str) -> str:
     return f"model.{check_node(node)}.{quote_key(model)}"
 
 
+def part_key(node: str, model: str) -> str:
+    """`state`: a model (`org/name@commit`) of which a node has some layers."""
+    return f"part.{check_node(node)}.{quote_key(model)}"
+
+
 def storage_key(node: str) -> str:
     """`state`: a node's disk."""
     return f"storage.{check_node(node)}"

@@ -13,6 +13,7 @@
   quarantine/<sha256>                        what did not hash to its name
   quarantine/<sha256>.have                   bitmap of its leaves that are good all the same
   promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
+  parts/<org>--<name>@<commit>               which layers of a model are here, where not all of it is
   leases/<id>/{lease.json,lock,view/<path>}  a caller's own view, kept while somebody holds a flock on `lock`
   adopted/verified.json                      files of read-only roots, as they were when they were hashed
   adopted/blobs/ab/<sha256>                  where in a read-only root the bytes of a blob are (`blobs.py`)
@@ -49,6 +50,7 @@ class Layout:
         self.pins = root / "pins"
         self.uses = root / "uses"
         self.promises = root / "promises"
+        self.parts = root / "parts"
         self.quarantine = root / "quarantine"
         self.leases = root / "leases"
         self.verified = root / "adopted" / "verified.json"
@@ -108,6 +110,10 @@ class Layout:
     def promise(self, repo: str, commit: str) -> Path:
         """The file that says which blobs a fetch under way counts on."""
         return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def part(self, repo: str, commit: str) -> Path:
+        """The file that says what is here of a model that is not here whole."""
+        return self.parts / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def adopted_blob(self, sha256: str) -> Path:
         """The file that says where in a read-only root a blob's bytes are."""

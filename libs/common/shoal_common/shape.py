@@ -1,47 +1,34 @@
-"""A model's shape, read from its config.json and the headers of its safetensors files.
+"""A model's shape, read from its config.json and the headers of its safetensors files (`tensors.py`).
 
-A safetensors file begins with the header's length (`<Q`) and the header: JSON from tensor names to their dtype,
-shape and data_offsets. Nothing here reads a tensor.
+Nothing here reads a tensor.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shoal_common.errors import Corrupt, Unsupported
 from shoal_common.messages.records import ModelShape
+from shoal_common.tensors import LAYER, PREFIX_BYTES, header_end, tensor_ranges
 
-MAX_HEADER_BYTES = 100 << 20
-"""The format's own limit."""
 DEFAULT_CONTEXT_TOKENS = 4096
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
     """Bytes of each tensor in a safetensors file. Raises Corrupt when the header is not one."""
+    return {name: end - start for name, (start, end) in read_ranges(path).items()}
+
+
+def read_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """The bytes [start, end) of each tensor in a safetensors file. Raises Corrupt when the header is not one."""
     with path.open("rb") as f:
-        prefix = f.read(8)
-        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= size <= MAX_HEADER_BYTES:
-            raise Corrupt(f"{path.name} does not begin with a safetensors header")
-        raw = f.read(size)
-    try:
-        header = json.loads(raw)
-        return {name: _size(*t["data_offsets"]) for name, t in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise Corrupt(f"the safetensors header of {path.name} cannot be read: {e}") from None
-
-
-def _size(start: object, end: object) -> int:
-    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end):
-        raise ValueError(f"a tensor lies from {start!r} to {end!r}")
-    return end - start
+        prefix = f.read(PREFIX_BYTES)
+        header = prefix + f.read(header_end(prefix, path.name) - PREFIX_BYTES)
+    return tensor_ranges(header, path.name)
 
 
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, int]) -> ModelShape:
@@ -56,7 +43,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, int]) -> ModelS
     layer_bytes = [0] * layers
     embed = head = 0
     for name, size in tensors.items():
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         if match and int(match.group(1)) < layers:
             layer_bytes[int(match.group(1))] += size
         elif "embed_tokens" in name:

@@ -11,11 +11,11 @@ from contextlib import AbstractAsyncContextManager
 import httpx2
 import msgspec
 
-from shoal_common import telemetry
+from shoal_common import leafset, telemetry
 from shoal_common.buckets import Buckets, origin_key
 from shoal_common.credentials import bearer
 from shoal_common.errors import Corrupt, DiskFull, ShoalError, Unavailable
-from shoal_common.layout import Layout
+from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages.questions import Committed
@@ -72,8 +72,13 @@ class BlobFetcher:
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._arriving: dict[str, _Arrival] = {}
 
-    async def fetch(self, manifest: Manifest, file: ManifestFile, progress: Progress) -> str:
-        """Make a blob present. Returns its sha256; peers know of it before this returns."""
+    async def fetch(
+        self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None = None
+    ) -> str:
+        """Make a blob present, or only the leaves `wanted` of it. Returns its sha256.
+
+        Peers know of it before this returns, if it is present. Not all leaves wanted, it stays a partial.
+        """
         # Two models on their way may share a blob: one brings it in while the other waits for it.
         arrival = self._arriving.setdefault(file.blob, _Arrival(asyncio.Lock()))
         arrival.wanted_count += 1
@@ -81,7 +86,9 @@ class BlobFetcher:
             async with arrival.one:
                 if arrival.committed is None:
                     with telemetry.step("file", path=file.path, size_bytes=file.size_bytes):
-                        arrival.committed = await self._fetch(manifest, file, progress)
+                        arrival.committed = await self._fetch(manifest, file, progress, wanted)
+                    if arrival.committed is None:
+                        return file.blob
                 else:
                     progress.whole(file.blob, arrival.committed.sha256, arrival.committed.size_bytes)
                 return arrival.committed.sha256
@@ -90,7 +97,9 @@ class BlobFetcher:
             if not arrival.wanted_count:
                 del self._arriving[file.blob]
 
-    async def _fetch(self, manifest: Manifest, file: ManifestFile, progress: Progress) -> Committed:
+    async def _fetch(
+        self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
+    ) -> Committed | None:
         setbacks = Setbacks()
         while True:
             if progress.still_s > NO_PROGRESS_S:
@@ -111,9 +120,9 @@ class BlobFetcher:
                 async with self._gate:
                     progress.excuse(time.monotonic() - queued_at_s)
                     if isinstance(choice, FromPeer):
-                        return await self._from_peer(choice, file, setbacks, progress)
-                    committed = await self._as_origin(manifest, file, setbacks, progress)
-                if committed is not None:
+                        return await self._from_peer(choice, file, setbacks, progress, wanted)
+                    done, committed = await self._as_origin(manifest, file, setbacks, progress, wanted)
+                if done:
                     return committed
                 await self._around.changed(seen, _LOOK_AGAIN_S)
             except ShoalError as e:
@@ -131,8 +140,8 @@ class BlobFetcher:
         await self._around.changed(seen, _LOOK_AGAIN_S)
 
     async def _from_peer(
-        self, choice: FromPeer, file: ManifestFile, setbacks: Setbacks, progress: Progress
-    ) -> Committed:
+        self, choice: FromPeer, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
+    ) -> Committed | None:
         await progress.say(waiting_for="")
         peer = choice.node
         source = peer_source(peer)
@@ -147,7 +156,7 @@ class BlobFetcher:
                     return read_range(self._peers, url, self._credentials, start, end, source)
 
                 try:
-                    await self._read(peer, file, read, setbacks, progress)
+                    await self._read(peer, file, read, setbacks, progress, wanted)
                     break
                 except (Corrupt, DiskFull):
                     raise
@@ -155,34 +164,40 @@ class BlobFetcher:
                     error = e
             else:
                 raise error
-            return await self._commit(file, progress)
+            return await self._commit(file, progress, wanted)
         finally:
             self._busy[peer] -= 1
 
     async def _as_origin(
-        self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress
-    ) -> Committed | None:
-        """Read from the hub for everyone. None when somebody else is the origin, or has just finished."""
+        self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
+    ) -> tuple[bool, Committed | None]:
+        """Read from the hub for everyone. False when somebody else is the origin, or has just finished."""
         lease = await acquire(self._buckets.lease, origin_key(file.blob), self._node, self._uid)
         if lease is None:
-            return None
+            return False, None
         async with holding(lease):
             # The last origin may have finished between our look and our taking the lease (I9).
             await self._around.catch_up()
             if setbacks.usable(self._around.holders(file.blob, manifest)):
-                return None
+                return False, None
             await progress.say(waiting_for="")
 
             def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
                 return self._hub.read(manifest, file, start, end)
 
-            await self._while_held(lease, file, read, setbacks, progress)
-            return await self._commit(file, progress)
+            await self._while_held(lease, file, read, setbacks, progress, wanted)
+            return True, await self._commit(file, progress, wanted)
 
     async def _while_held(
-        self, lease: Lease, file: ManifestFile, read: Reader, setbacks: Setbacks, progress: Progress
+        self,
+        lease: Lease,
+        file: ManifestFile,
+        read: Reader,
+        setbacks: Setbacks,
+        progress: Progress,
+        wanted: int | None,
     ) -> None:
-        reading = asyncio.ensure_future(self._read(HUB, file, read, setbacks, progress))
+        reading = asyncio.ensure_future(self._read(HUB, file, read, setbacks, progress, wanted))
         lost = asyncio.ensure_future(lease.wait_lost())
         try:
             await asyncio.wait({reading, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -196,18 +211,29 @@ class BlobFetcher:
                 await asyncio.wait({reading})
 
     async def _read(
-        self, source: str, file: ManifestFile, read: Reader, setbacks: Setbacks, progress: Progress
+        self,
+        source: str,
+        file: ManifestFile,
+        read: Reader,
+        setbacks: Setbacks,
+        progress: Progress,
+        wanted: int | None,
     ) -> None:
-        """Read all missing ranges of a blob into its partial."""
+        """Read all missing ranges of a blob, or what is missing of the leaves wanted, into its partial."""
+        asked = leafset.whole(file.size_bytes) if wanted is None else wanted
         partial = PartialBlob(self._layout.partial(file.blob), file.size_bytes)
         try:
             async with partial:
                 if partial.durable_bytes and not setbacks.givers:
                     setbacks.givers.add(EARLIER)
-                for start, end in partial.bitmap.missing_runs():
+                missing = asked & ~leafset.of_bitmap(partial.bitmap.to_bytes())
+                for first, last in leafset.ranges(missing):
+                    start, end = first * LEAF_BYTES, min(last * LEAF_BYTES, file.size_bytes)
                     if partial.holds(start, end):
                         continue  # a source that ignores ranges has sent it before
                     async with read(start, end) as body:
+                        if wanted is not None and body.begin != start:
+                            raise Unavailable(f"{source} sends all of {file.path} where a part of it was asked for")
                         partial.begin_at(body.begin)
                         setbacks.givers.add(source)
                         async for chunk in body.chunks:
@@ -218,11 +244,15 @@ class BlobFetcher:
                                 raise Corrupt(f"{source} sends more bytes for {file.path} than it has")
         finally:
             progress.durable(file.blob, partial.durable_bytes)
-        missing = file.size_bytes - partial.durable_bytes
+        missing = asked & ~leafset.of_bitmap(partial.bitmap.to_bytes())
         if missing:
-            raise Unavailable(f"{source} ended early: {missing} bytes of {file.path} are missing")
+            missing_bytes = leafset.size_of(missing, file.size_bytes)
+            raise Unavailable(f"{source} ended early: {missing_bytes} bytes of {file.path} are missing")
 
-    async def _commit(self, file: ManifestFile, progress: Progress) -> Committed:
+    async def _commit(self, file: ManifestFile, progress: Progress, wanted: int | None) -> Committed | None:
+        """Have storage make it a blob; None where only leaves of it are wanted."""
+        if wanted is not None and wanted != leafset.whole(file.size_bytes):
+            return None
         try:
             committed = await self._storage.commit(file.blob)
         except WrongWhole:

@@ -24,6 +24,7 @@ from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
 from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub import Hub
 from shoal_fetcher.partial import read_bitmap
+from shoal_fetcher.parts import LeafListReader, PartFetch
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
@@ -50,12 +51,17 @@ class Download:
         hub: Hub,
         around: Surroundings,
         blobs: BlobFetcher,
+        leaf_lists: LeafListReader,
+        layers: list[list[int]],
         before: DownloadState | None,
+        ended: asyncio.Future[DownloadState] | None,
         wanted_elsewhere: Callable[[Download], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
         self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
-        self._around, self._blobs = around, blobs
+        self._around, self._blobs, self._leaf_lists = around, blobs, leaf_lists
+        self.layers = layers
+        """Of which layers it brings what is needed; none: all of the model."""
         self._wanted_elsewhere = wanted_elsewhere
         self._key = download_key(node, str(ref))
         self._reserved_commit = before.commit if before else ""
@@ -68,9 +74,11 @@ class Download:
             state = structs.replace(state, sources={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
         # until storage says what is there: a hub that is down must not cost what has arrived.
-        self.progress = Progress(buckets.state, structs.replace(state, phase="queued", resumed_bytes=0))
+        self.progress = Progress(
+            buckets.state, structs.replace(state, phase="queued", resumed_bytes=0, layers=layers)
+        )
         self._blockage = Blockage(self.progress, storage, around, layout)
-        self.ended: asyncio.Future[DownloadState] = asyncio.get_running_loop().create_future()
+        self.ended = ended or asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(lambda f: f.cancelled() or f.exception())
 
     @property
@@ -191,12 +199,15 @@ class Download:
         return manifest if manifest.commit == self.ref.revision else None
 
     async def _reserve_and_fetch(self, manifest: Manifest) -> None:
+        if self.layers and await self._bring_part(manifest):
+            return
         await self.progress.say(
             phase="reserving",
             commit=manifest.commit,
             total_bytes=manifest.size_bytes,
             waiting_for="storage",
             error=None,
+            layers=self.layers,
         )
         reserved = await self._storage.reserve(manifest)
         known = dict(reserved.known)
@@ -215,24 +226,41 @@ class Download:
         changes = {} if self._resumed_told else {"resumed_bytes": self.progress.done_bytes}
         self._resumed_told = True
         await self.progress.say(phase="fetching", waiting_for="", **changes)
-        await self._fetch_all(manifest, missing, known)
+        await self._fetch_all(manifest, [(file, None) for file in missing], known)
         await self.progress.say(phase="verifying", waiting_for="storage")
         await self._storage.seal(sealed(manifest, known))
 
-    async def _fetch_all(self, manifest: Manifest, files: list[ManifestFile], known: dict[str, str]) -> None:
+    async def _bring_part(self, manifest: Manifest) -> bool:
+        """Bring what the layers need. False: nobody says which leaves are right, or all is here: bring all of it."""
+        lists = await self._leaf_lists.read(manifest)
+        if lists is not None:
+            await self.progress.say(commit=manifest.commit, error=None)
+
+            async def fetch(files: list[tuple[ManifestFile, int | None]]) -> None:
+                await self._fetch_all(manifest, files, {})
+
+            part = PartFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
+            if await part.bring_in():
+                return True
+        self.layers = []
+        return False
+
+    async def _fetch_all(
+        self, manifest: Manifest, files: list[tuple[ManifestFile, int | None]], known: dict[str, str]
+    ) -> None:
         in_hand = asyncio.Semaphore(_FILES_IN_HAND)
 
-        async def one(file: ManifestFile) -> None:
+        async def one(file: ManifestFile, wanted: int | None) -> None:
             async with in_hand:
-                sha256 = await self._blobs.fetch(manifest, file, self.progress)
+                sha256 = await self._blobs.fetch(manifest, file, self.progress, wanted)
             if sha256 != file.blob:
                 known[file.blob] = sha256
 
         try:
             async with asyncio.TaskGroup() as tasks:
                 # Largest first: the last file to finish is then a small one.
-                for file in sorted(files, key=lambda f: -f.size_bytes):
-                    tasks.create_task(one(file))
+                for file, wanted in sorted(files, key=lambda pair: -pair[0].size_bytes):
+                    tasks.create_task(one(file, wanted))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first failure has cancelled the others
 

@@ -19,10 +19,12 @@ from shoal_common.messages.records import ENDED, DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.questions import Question
 from shoal_common.service import Context
+from shoal_common.tensors import check_layers, union
 from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.download import Download
 from shoal_fetcher.http_range import hub_client, peer_client
 from shoal_fetcher.hub import Hub, HubSettings
+from shoal_fetcher.parts import LeafListReader
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 
@@ -60,15 +62,16 @@ class Fetcher:
             peers=from_peers,
             around=around,
         )
+        self._leaf_lists = LeafListReader(context.config.secret, from_peers, around)
         self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 
     async def resume(self) -> None:
         """At start: go on with what people asked for before, and with what they had begun to withdraw."""
         for name, state in self._around.own_downloads().items():
-            if self._around.wished(name):
+            if wish := self._around.wish(name):
                 log.info("resuming", model=name)
-                await self._start(ModelRef.parse(name))
+                await self._start(ModelRef.parse(name), wish.layers)
             elif state is not None and state.phase not in ENDED:
                 log.info("withdrawing what was left", model=name)
                 self._tasks.create_task(self._finish_withdrawal(name))
@@ -80,22 +83,35 @@ class Fetcher:
                     await self._withdraw(name)
 
     async def download(self, command: commands.Download, _: str) -> DownloadState:
-        """Bring a model to this node; ends when it is ready, or raises why it is not to be."""
+        """Bring a model, or some layers of it, to this node; ends when it is ready, or raises why it is not to be."""
         ref = ModelRef.parse(command.model)
+        layers = [list(check_layers(command.layers))] if command.layers else []
+        name = str(ref)
         async with self._changing:
             spec = self._context.buckets.spec
-            if len(self._running) >= MAX_DOWNLOADS and str(ref) not in self._running:
+            if len(self._running) >= MAX_DOWNLOADS and name not in self._running:
                 raise Busy(f"{MAX_DOWNLOADS} downloads are under way on this node; wait for one to end")
-            if str(ref) not in self._running:
-                wish = DownloadSpec(model=str(ref), asked_at_s=round(time.time(), 3))
-                await spec.put(download_key(self._context.node, str(ref)), wish)
-            download = await self._start(ref)
-        return await asyncio.shield(download.ended)
+            waited_for = None
+            if name in self._running:
+                running, task = self._running[name]
+                layers = union([*running.layers, *layers]) if layers and running.layers else []
+                if running.layers != layers:
+                    # More of it is wanted: it goes on as another one, for whoever waits for this one too.
+                    task.cancel()
+                    await asyncio.wait({task})
+                    waited_for = None if running.ended.done() else running.ended
+                    self._forget(name, task)
+            if name not in self._running:
+                wish = DownloadSpec(model=name, asked_at_s=round(time.time(), 3), layers=layers)
+                await spec.put(download_key(self._context.node, name), wish)
+                await self._start(ref, layers, waited_for)
+            ended = self._running[name][0].ended
+        return await asyncio.shield(ended)
 
-    async def _start(self, ref: ModelRef) -> Download:
+    async def _start(
+        self, ref: ModelRef, layers: list[list[int]], waited_for: asyncio.Future[DownloadState] | None = None
+    ) -> Download:
         name = str(ref)
-        if name in self._running:
-            return self._running[name][0]
         before = await self._state_of(name)
         download = Download(
             ref=ref,
@@ -107,13 +123,20 @@ class Fetcher:
             hub=self._hub,
             around=self._around,
             blobs=self._blobs,
+            leaf_lists=self._leaf_lists,
+            layers=layers,
             before=before,
+            ended=waited_for,
             wanted_elsewhere=lambda d: self._is_fetching(d.ref.repo, d.commit, but=d),
         )
         running = self._tasks.create_task(download.run())
         self._running[name] = (download, running)
-        running.add_done_callback(lambda _: self._running.pop(name, None))
+        running.add_done_callback(lambda task: self._forget(name, task))
         return download
+
+    def _forget(self, name: str, task: asyncio.Task[None]) -> None:
+        if name in self._running and self._running[name][1] is task:
+            del self._running[name]
 
     def _is_fetching(self, repo: str, commit: str, but: Download | None = None) -> bool:
         """Whether a download brings this commit: `main` and a tag may be two downloads of the same bytes."""

@@ -57,6 +57,11 @@ def blob_url(address: str, sha256: str) -> str:
     return f"http://{address}/v1/blobs/{check_blob(sha256)}"
 
 
+def leaves_url(address: str, sha256: str) -> str:
+    """Where a node serves a blob's leaf list. Raises BadName."""
+    return blob_url(address, sha256).replace("/v1/blobs/", "/v1/leaves/")
+
+
 class Body(msgspec.Struct, frozen=True):
     """A body that is being read: where its first byte belongs, and its chunks."""
 

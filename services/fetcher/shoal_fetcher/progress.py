@@ -60,6 +60,11 @@ class Progress:
         self._dirty |= size_bytes != self._parts.get(blob)
         self._parts[blob] = size_bytes
 
+    def total(self, size_bytes: int) -> None:
+        """So many bytes are to be here at the end."""
+        self.state = structs.replace(self.state, total_bytes=size_bytes)
+        self._dirty = True
+
     @property
     def done_bytes(self) -> int:
         """Bytes that are durable now, said or not."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from shoal_common import leafset
 from shoal_common.errors import Corrupt, NotFound
 from shoal_common.messages.questions import (
     AskRoom,
@@ -17,8 +18,9 @@ from shoal_common.messages.questions import (
     Reserved,
     RoomLeft,
     SealModel,
+    SealPart,
 )
-from shoal_common.messages.records import Manifest, ManifestFile, ModelState
+from shoal_common.messages.records import Manifest, ManifestFile, ModelState, PartState
 from shoal_common.questions import Ask
 from shoal_fetcher.errors import ReservationLost, WrongWhole
 from shoal_fetcher.surroundings import Surroundings
@@ -39,9 +41,10 @@ class Storage:
     def __init__(self, ask: Ask, node: str, around: Surroundings) -> None:
         self._ask, self._node, self._around = ask, node, around
 
-    async def reserve(self, manifest: Manifest) -> Reserved:
-        """What is here of a model and what is to come. Raises QuotaExceeded."""
-        return await self._until_answered("reserve", Reserve(manifest=manifest), Reserved)
+    async def reserve(self, manifest: Manifest, leaves: Mapping[str, int] | None = None) -> Reserved:
+        """What is here of a model and what is to come, of some blobs only `leaves`. Raises QuotaExceeded."""
+        question = Reserve(manifest=manifest, leaves=_as_ranges(leaves or {}))
+        return await self._until_answered("reserve", question, Reserved)
 
     async def commit(self, blob: str) -> Committed:
         """Verify a complete partial and make it a blob. Raises WrongWhole, or ReservationLost when it has gone."""
@@ -58,6 +61,20 @@ class Storage:
             return await self._until_answered("seal", SealModel(manifest=manifest), ModelState)
         except NotFound as e:
             raise ReservationLost(e.message) from e
+
+    async def seal_part(
+        self, manifest: Manifest, layers: list[list[int]], leaves: Mapping[str, int], roots: dict[str, str]
+    ) -> PartState:
+        """Have what was fetched for some layers checked and kept. Raises ReservationLost when some of it has gone,
+        WrongWhole when leaves are wrong.
+        """
+        question = SealPart(manifest=manifest, layers=layers, leaves=_as_ranges(leaves), roots=roots)
+        try:
+            return await self._until_answered("seal_part", question, PartState, _COMMIT_DEADLINE_S)
+        except NotFound as e:
+            raise ReservationLost(e.message) from e
+        except Corrupt as e:
+            raise WrongWhole(e.message, **e.details) from e
 
     async def room(self, model: str) -> RoomLeft:
         """Whether there is room again for what is on its way, `model` (`org/name@commit`) among it."""
@@ -91,3 +108,7 @@ class Storage:
             finally:
                 asking.cancel()
                 lost.cancel()
+
+
+def _as_ranges(leaves: Mapping[str, int]) -> dict[str, leafset.Ranges]:
+    return {blob: leafset.ranges(its) for blob, its in leaves.items()}

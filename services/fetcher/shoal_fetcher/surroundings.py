@@ -55,9 +55,9 @@ class Surroundings:
         found: dict[str, DownloadState | None] = {s.model: None for _, s in self._spec.items(prefix, DownloadSpec)}
         return found | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
 
-    def wished(self, model: str) -> bool:
-        """Whether somebody wants this model on this node."""
-        return self._spec.get(download_key(self._me, model), DownloadSpec) is not None
+    def wish(self, model: str) -> DownloadSpec | None:
+        """What somebody wants of this model on this node, if anything."""
+        return self._spec.get(download_key(self._me, model), DownloadSpec)
 
     def origin(self, blob: str) -> str | None:
         """Which node is reading a blob from the hub."""

@@ -21,10 +21,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal_common.blobs import open_blob
+from shoal_common.blobs import find_blob, open_blob
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, BadName, Unavailable
 from shoal_common.layout import Layout
+from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
 from shoal_common.names import check_blob
@@ -62,6 +63,21 @@ def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASG
         # Open, it stays readable to its end even if the blob is deleted meanwhile; it is closed with the response.
         return _answer(request, file, {"ETag": f'"{sha256}"', **headers})
 
+    async def leaf_list(request: Request) -> Response:
+        try:
+            sha256 = check_blob(request.path_params["sha256"])
+            # Of a blob that is here only: its list is written before it has its name, and proves nothing by itself.
+            size_bytes = (await asyncio.to_thread(find_blob, layout, sha256)).stat().st_size
+            found = await asyncio.to_thread(layout.leaves(sha256).read_bytes)
+        except BadName as e:
+            return _problem(400, e.message)
+        except OSError:
+            return _problem(404, "this node has no leaf list of that blob")
+        hashes = found[HASH_BYTES:]
+        if len(hashes) != list_bytes(size_bytes) or found[:HASH_BYTES] != leaf_hash(hashes):
+            return _problem(404, "this node has no leaf list of that blob")
+        return Response(hashes, headers={"Cache-Control": "immutable, max-age=31536000"}, media_type=_TYPE)
+
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
 
@@ -72,6 +88,7 @@ def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASG
     peers = Router(
         routes=[
             Route("/v1/blobs/{sha256}", blob, methods=["GET", "HEAD"]),
+            Route("/v1/leaves/{sha256}", leaf_list, methods=["GET", "HEAD"]),
             Route("/health", health, methods=["GET"]),
             *hub_routes,
         ],

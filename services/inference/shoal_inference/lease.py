@@ -41,7 +41,12 @@ async def leased(
 
 async def _take(ask: Ask, node: str, assignment: Assignment, within_s: float) -> Leased:
     spec, rank = assignment.spec, assignment.stage.rank
-    question = AskLease(model=spec.model, holder=f"stage {rank} of instance {spec.id}", instance=spec.id)
+    question = AskLease(
+        model=spec.model,
+        holder=f"stage {rank} of instance {spec.id}",
+        instance=spec.id,
+        layers=[assignment.stage.first_layer, assignment.stage.last_layer],
+    )
     give_up_s = asyncio.get_running_loop().time() + within_s
     while True:
         try:

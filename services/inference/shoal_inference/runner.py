@@ -10,7 +10,7 @@ from msgspec import structs
 from nats.errors import Error as NatsError
 
 from shoal_common import subjects
-from shoal_common.buckets import Buckets, model_key, stage_key
+from shoal_common.buckets import Buckets, model_key, part_key, stage_key
 from shoal_common.config import Config
 from shoal_common.connection import Nats
 from shoal_common.credentials import derive
@@ -18,9 +18,10 @@ from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from
 from shoal_common.logs import Log
 from shoal_common.messages import commands, encode
 from shoal_common.messages.questions import Accepted, Generate, TokenEvent
-from shoal_common.messages.records import ModelState, StageState
+from shoal_common.messages.records import ModelState, PartState, StageState
 from shoal_common.questions import Ask
 from shoal_common.sending import Sender, new_id
+from shoal_common.tensors import covers
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, next_address, respawn_delay_s, stage_error
 from shoal_inference.lease import leased
@@ -88,14 +89,17 @@ class StageRunner:
     # Life of one process
 
     async def _fetch(self) -> None:
-        """Have this node's fetcher bring the model, if it is not here."""
-        if self._view.get(model_key(self._config.node, self._spec.model), ModelState) is not None:
+        """Have this node's fetcher bring what this stage needs of the model, if that is not here."""
+        node, model = self._config.node, self._spec.model
+        layers = [self._stage.first_layer, self._stage.last_layer]
+        if self._view.get(model_key(node, model), ModelState) is not None:
+            return
+        part = self._view.get(part_key(node, model), PartState)
+        if part is not None and covers(part.layers, layers):
             return
         await self._say(phase="fetching", error=None)
-        command = commands.Download(model=self._spec.model, deadline_s=_FETCH_DEADLINE_S)
-        outcome = await self._sender.outcome_of(
-            "fetcher", self._config.node, "download", command, new_id(), _FETCH_DEADLINE_S
-        )
+        command = commands.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S)
+        outcome = await self._sender.outcome_of("fetcher", node, "download", command, new_id(), _FETCH_DEADLINE_S)
         if outcome.error is not None:
             raise from_body(outcome.error)
 
@@ -117,6 +121,7 @@ class StageRunner:
                     stages=len(spec.stages),
                     model_dir=lease.view,
                     lock=lease.lock,
+                    leaves=lease.leaves,
                     first_layer=stage.first_layer,
                     last_layer=stage.last_layer,
                     context_tokens=spec.context_tokens,

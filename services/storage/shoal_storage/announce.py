@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal_common.buckets import Bucket, model_key, storage_key
+from shoal_common.buckets import Bucket, model_key, part_key, storage_key
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages import encode
-from shoal_common.messages.records import Manifest, ModelState, RootState, StorageState
+from shoal_common.messages.records import Manifest, ModelState, PartState, RootState, StorageState
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
 from shoal_common.watch import View
 from shoal_storage.adopted import Adopted
-from shoal_storage.decide import Ledger, Limits
+from shoal_storage.decide import Ledger, Limits, Part
 from shoal_storage.disk import Disk
 from shoal_storage.leases import told
 from shoal_storage.limits import overridden
@@ -29,7 +29,8 @@ class Announcer:
     """Says what the ledger holds, when that differs from what was said."""
 
     def __init__(self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View) -> None:
-        self._node, self._state = context.node, context.buckets.state
+        self.node = self._node = context.node
+        self._state = context.buckets.state
         self._disk, self._ledger, self._limits = disk, ledger, limits
         self._announced = announced
         self._from_environment = overridden(context.environ)
@@ -56,7 +57,12 @@ class Announcer:
         for model, adopted in self._ledger.offered.items():
             if await self._offer(adopted):
                 held.add(model_key(self._node, model))
-        for key, _ in list(self._announced.items("model.", ModelState)):
+        for part in list(self._ledger.parts.values()) if not self._ledger.away else []:
+            await self.announce_part(part)
+            held.add(part_key(self._node, part.manifest.model))
+        told = [k for k, _ in self._announced.items("model.", ModelState)]
+        told += [k for k, _ in self._announced.items("part.", PartState)]
+        for key in told:
             if key not in held:
                 await self._state.delete(key)
         self._published = None
@@ -88,6 +94,14 @@ class Announcer:
         )
         await _say(self._state, model_key(self._node, manifest.model), state)
         return state
+
+    async def announce_part(self, part: Part) -> None:
+        """Say which layers of a model are here."""
+        await _say(self._state, part_key(self._node, part.manifest.model), part_state(self._node, part))
+
+    async def take_back_part(self, model: str) -> None:
+        """Say that no part of a model (`org/name@commit`) is here any more."""
+        await self._state.delete(part_key(self._node, model))
 
     async def take_back(self, model: str) -> None:
         """Say that a model (`org/name@commit`) is here no more; or, where a read-only root has it too, is there."""
@@ -128,7 +142,7 @@ class Announcer:
                 model_count=len(ledger.manifests),
                 blob_count=len(ledger.blobs),
                 quarantined=sorted(ledger.quarantined),
-                pinned=sorted(ledger.pinned & ledger.on_disk.keys()),
+                pinned=sorted(ledger.pinned & ledger.here.keys()),
                 unproven_count=len(unproven),
                 unproven_bytes=sum(unproven.values()),
                 unknown_count=ledger.unknown.count + len(ledger.wrong),
@@ -136,13 +150,27 @@ class Announcer:
                 unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
                 store_away=ledger.away,
                 leases=told(ledger.leases.values()),
-                unfinished=sorted(ledger.ended - ledger.on_disk.keys()),
+                unfinished=sorted(ledger.ended - ledger.here.keys()),
                 reserve_bytes=self._disk.reserve.held_bytes,
                 read_only_roots=self.roots,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)
                 self._published = state
+
+
+def part_state(node: str, part: Part) -> PartState:
+    """What the cluster is told of a part."""
+    manifest = part.manifest
+    return PartState(
+        node=node,
+        repo=manifest.repo,
+        commit=manifest.commit,
+        layers=part.layers,
+        size_bytes=part.size_bytes,
+        model_bytes=manifest.size_bytes,
+        revisions=manifest.revisions,
+    )
 
 
 async def _say(bucket: Bucket, key: str, value: object) -> None:

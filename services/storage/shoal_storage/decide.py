@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
+from shoal_common import leafset
 from shoal_common.errors import BadInput, BadName, QuotaExceeded
 from shoal_common.messages.records import Manifest
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_common.tensors import check_layers, covers
 from shoal_storage.adopted import Adopted, File
 from shoal_storage.leases import Lease
 
@@ -18,11 +20,58 @@ _GIT = "git-"
 
 
 class Partial(msgspec.Struct):
-    """A blob on its way in: promised bytes, bytes allocated on the disk so far, and the models it is for."""
+    """A blob on its way in: its size, bytes allocated on the disk so far, and the models it is for."""
 
     size_bytes: int
     allocated_bytes: int = 0
     models: set[str] = msgspec.field(default_factory=set)
+    leaves: dict[str, int] = msgspec.field(default_factory=dict)
+    """Of those models that want it in part, the leaves that they want. The others want all of it."""
+    here: int = 0
+    """Leaves that are durable, as of when it was last reserved; of use only where nobody wants all of it."""
+
+    @property
+    def promised_leaves(self) -> int:
+        """The leaves that may come to be here."""
+        if not self.models or not self.models <= self.leaves.keys():
+            return leafset.whole(self.size_bytes)
+        found = self.here
+        for model in self.models:
+            found |= self.leaves[model]
+        return found
+
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes that it may come to take; never less than it takes already."""
+        return max(leafset.size_of(self.promised_leaves, self.size_bytes), self.allocated_bytes)
+
+    def wanted_by(self, model: str, leaves: int | None) -> Partial:
+        """The same, once this model wants these leaves of it, or all."""
+        others = {m: x for m, x in self.leaves.items() if m != model}
+        its = others if leaves is None else {**others, model: leaves}
+        return msgspec.structs.replace(self, models={*self.models, model}, leaves=its)
+
+    def without(self, model: str) -> Partial:
+        """The same, once this model wants nothing of it."""
+        rest = {m: x for m, x in self.leaves.items() if m != model}
+        return msgspec.structs.replace(self, models=self.models - {model}, leaves=rest)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What is here of a model that is not here whole: enough for stages with these layers, `[first, last)` each."""
+
+    manifest: Manifest
+    layers: list[list[int]]
+    leaves: dict[str, int]
+    """Of the blobs that are not needed whole, the leaves that are; none of a blob that is not needed."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what it needs."""
+        return sum(
+            leafset.size_of(self.leaves[b], size) if b in self.leaves else size
+            for b, size in self.manifest.blob_sizes.items()
+        )
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -70,6 +119,8 @@ class Ledger(msgspec.Struct):
     """Blobs that were set aside because they were not what their name says, and are wanted back."""
     repairable: dict[str, int] = msgspec.field(default_factory=dict)
     """Of those, the ones that are repaired by leaf: bytes on the disk that are used again, by sha256."""
+    parts: dict[str, Part] = msgspec.field(default_factory=dict)
+    """Models of which what some stages need is here, verified, by `org/name@commit`. Their promises stand."""
     git: dict[str, str] = msgspec.field(default_factory=dict)
     """What blobs named by git's sha1 became when they were committed: `git-<sha1>` to sha256."""
     leases: dict[str, Lease] = msgspec.field(default_factory=dict)
@@ -94,6 +145,18 @@ class Ledger(msgspec.Struct):
     def on_disk(self) -> dict[str, Manifest]:
         """Every manifest in the store, of whole models and of broken ones."""
         return {**self.manifests, **self.broken}
+
+    @property
+    def here(self) -> dict[str, Manifest]:
+        """What people can keep, use and remove: the models in the store, and those of which a part is."""
+        return {**{m: part.manifest for m, part in self.parts.items()}, **self.on_disk}
+
+    def at_rest(self, model: str) -> bool:
+        """Whether a part of a model is here and nothing more of it is promised."""
+        part = self.parts.get(model)
+        return part is not None and all(
+            p.leaves.get(model) == part.leaves.get(b, -1) for b, p in self.partials.items() if model in p.models
+        )
 
     @property
     def offered(self) -> dict[str, Adopted]:
@@ -129,23 +192,31 @@ class Ledger(msgspec.Struct):
     @property
     def reserved_bytes(self) -> int:
         """Bytes promised to blobs that are arriving, and those that ended promises have left."""
-        return sum(p.size_bytes if self.promises(p) else p.allocated_bytes for p in self.partials.values())
+        return sum(self.promised_bytes(p) for p in self.partials.values())
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
-        return sum(max(0, p.size_bytes - p.allocated_bytes) for p in self.partials.values() if self.promises(p))
+        return sum(self.promised_bytes(p) - p.allocated_bytes for p in self.partials.values())
 
     def promises(self, partial: Partial) -> bool:
         """Whether a partial may still grow: the promise to one of its models stands."""
         return not partial.models or not partial.models <= self.ended
 
-    def needed_bytes(self, blob: str, size_bytes: int) -> int:
-        """What promising a blob that is not here adds to what is promised already."""
+    def promised_bytes(self, partial: Partial, standing: str = "") -> int:
+        """Bytes that a partial may come to take by the promises that stand, that to `standing` among them."""
+        left = partial.models - (self.ended - {standing})
+        if partial.models and not left:
+            return partial.allocated_bytes
+        return msgspec.structs.replace(partial, models=left).promised_bytes
+
+    def needed_bytes(self, blob: str, size_bytes: int, model: str = "", leaves: int | None = None) -> int:
+        """What promising a model a blob that is not here, or leaves of it, adds to what is promised already."""
         partial = self.partials.get(blob)
         if partial is None:
-            return size_bytes
-        return 0 if self.promises(partial) else max(0, size_bytes - partial.allocated_bytes)
+            return size_bytes if leaves is None else leafset.size_of(leaves, size_bytes)
+        after = self.promised_bytes(partial.wanted_by(model, leaves), standing=model)
+        return max(0, after - self.promised_bytes(partial))
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -219,15 +290,47 @@ def shortfall(needed_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int
     return Shortfall(max(quota, 0), max(disk, 0))
 
 
-def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -> Admission:
-    """Approve a manifest's missing blobs, or raise QuotaExceeded with the figures (I3).
+def asked_leaves(manifest: Manifest, asked: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger) -> dict[str, int]:
+    """Of which blobs only which leaves are asked for, those that are here of the model as a part among them.
+
+    Raises BadInput for blobs and leaves that are not the manifest's.
+    """
+    sizes, part = manifest.blob_sizes, ledger.parts.get(manifest.model)
+    found: dict[str, int] = {}
+    for blob, ranges in asked.items():
+        if blob not in sizes:
+            raise BadInput(f"leaves of {blob[:80]!r} were asked for, which is no blob of {manifest.model}")
+        found[blob] = leafset.of_ranges(ranges, sizes[blob])
+        if part is not None and blob in part.leaves:
+            found[blob] |= part.leaves[blob]
+    return found
+
+
+def promised_leaves(model: str, asked: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
+    """Of which blobs only these leaves are promised to a model now that they are asked for: the others are, whole."""
+    found = dict(asked)
+    for blob in asked:
+        partial = ledger.partials.get(blob)
+        arrives_whole = partial is not None and model in partial.models and model not in partial.leaves
+        if arrives_whole and model not in ledger.ended:
+            del found[blob]  # another download of the model brings all of it
+        elif partial is None and asked[blob] and blob in ledger.repairable:
+            del found[blob]  # it comes back with the good leaves that it has, which may be others
+    return found
+
+
+def admit(
+    manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int, leaves: Mapping[str, int] | None = None
+) -> Admission:
+    """Approve a manifest's missing blobs, of some only `leaves`, or raise QuotaExceeded with the figures (I3).
 
     Needed are the distinct bytes neither present nor promised. They must fit the quota beside all that is present
     and promised, and the disk beside the headroom and all that is still to be written. A blob whose size has
     changed under us is missing: a new one will take its place. Raises BadInput for a size that contradicts what
     was promised already.
     """
-    sizes = manifest.blob_sizes
+    leaves = leaves or {}
+    sizes = {b: size for b, size in manifest.blob_sizes.items() if leaves.get(b) != 0}
     present = [b for b in sizes if ledger.bytes_of(b) == sizes[b]]
     missing = [b for b in sizes if ledger.bytes_of(b) != sizes[b]]
     for blob in missing:
@@ -237,7 +340,7 @@ def admit(manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int) -
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, and it is arriving with "
                 f"{promised.size_bytes}: one of the two manifests is wrong; cancel the other download to try this one"
             )
-    needed = sum(ledger.needed_bytes(b, sizes[b]) for b in missing)
+    needed = sum(ledger.needed_bytes(b, sizes[b], manifest.model, leaves.get(b)) for b in missing)
     there = sum(ledger.repairable.get(b, 0) for b in missing if b not in ledger.partials)
     lacking = shortfall(needed, ledger, limits, free_bytes, there)
     figures = {
@@ -316,6 +419,16 @@ def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Ma
     if revision:
         found = [m for m in found if m.commit == revision or revision in m.revisions]
     return sorted(found, key=lambda m: m.commit)
+
+
+def part_for(ref: ModelRef, layers: Sequence[int], ledger: Ledger) -> Part | None:
+    """What is here of a model, if that is enough for a stage with these layers; None for no layers."""
+    if not layers:
+        return None
+    check_layers(layers)
+    held = matching(ref.repo, ref.revision, (p.manifest for p in ledger.parts.values()))
+    enough = [p for m in held if covers((p := ledger.parts[m.model]).layers, layers)]
+    return enough[-1] if enough else None
 
 
 def is_offered(manifest: Manifest, ledger: Ledger) -> bool:

@@ -13,21 +13,22 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from shoal_common import leafset
 from shoal_common.blobs import find_blob
 from shoal_common.errors import Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
-from shoal_common.layout import FORMAT_VERSION, Layout
+from shoal_common.layout import FORMAT_VERSION, Bitmap, Layout
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
 from shoal_common.proof import prove, proven
 from shoal_storage import leaves
-from shoal_storage.decide import Ledger
+from shoal_storage.decide import Ledger, Partial
 from shoal_storage.digests import Digests, digest
 from shoal_storage.durable import make_directory, sync, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
@@ -46,6 +47,8 @@ class PartialMeta(Message):
 
     size_bytes: int
     models: list[str]
+    leaves: dict[str, list[list[int]]] = {}
+    """Of those models that want it in part, the leaves that they want, `[first, last)` each."""
 
 
 class Disk:
@@ -155,19 +158,36 @@ class Disk:
         except OSError:
             return 0
 
+    def look_at(self, blob: str, partial: Partial) -> None:
+        """Bring up to date what is known of a partial's bytes on the disk."""
+        partial.allocated_bytes = self.allocated_bytes(blob, partial.size_bytes)
+        if partial.leaves:
+            partial.here = self.durable_leaves(blob, partial.size_bytes)
+
+    def durable_leaves(self, blob: str, size_bytes: int) -> int:
+        """The leaves of a partial that its bitmap has."""
+        try:
+            return leafset.of_bitmap(Bitmap(size_bytes, (self.layout.partial(blob) / "have").read_bytes()).to_bytes())
+        except FileNotFoundError:
+            return 0
+
     def has_partial(self, blob: str) -> bool:
         """Whether a partial's file is still there for bytes to be written to."""
         return (self.layout.partial(blob) / "data").is_file()
 
-    def write_partial(self, blob: str, size_bytes: int, models: Iterable[str]) -> None:
-        """Make a partial's directory, or change for which models it is reserved."""
+    def write_partial(
+        self, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
+    ) -> None:
+        """Make a partial's directory, or change for which models it is reserved, and which leaves of it for whom."""
         directory = self.layout.partial(blob)
         directory.mkdir(exist_ok=True)
         if not (directory / "data").exists():
             (directory / "have").unlink(missing_ok=True)  # what it claims was in data that has gone
             (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
-        write_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
+        ranges = {model: leafset.ranges(its) for model, its in (wanted or {}).items()}
+        meta = PartialMeta(size_bytes=size_bytes, models=sorted(models), leaves=ranges)
+        write_file(directory / "meta.json", encode(meta))
         sync(self.layout.partials)
 
     def remove_partial(self, blob: str) -> None:

@@ -30,7 +30,7 @@ def plan(need_bytes: int, ledger: Ledger, last_uses: Mapping[str, float], kept: 
     start = _References(ledger)
     garbage = sorted(b for b in ledger.blobs if b not in start.blobs)
     garbage_bytes = sum(ledger.blobs[b] for b in garbage)
-    here = ledger.on_disk
+    here = ledger.here
     left_over = [m for m in ledger.ended if m not in here and m not in kept]
     left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
     order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
@@ -90,7 +90,10 @@ class _References:
         self._sizes = ledger.blobs
         self._needs = _needs(ledger)
         self._partials: dict[str, list[str]] = {}
-        self._occupied = {b: p.allocated_bytes for b, p in ledger.partials.items() if not ledger.promises(p)}
+        leaving = ledger.ended | ledger.parts.keys()
+        self._occupied = {
+            b: p.allocated_bytes for b, p in ledger.partials.items() if p.models and p.models <= leaving
+        }
         self.blobs: Counter[str] = Counter()
         for blobs in self._needs.values():
             self.blobs.update(blobs)
@@ -148,8 +151,9 @@ def garbage_of(ledger: Ledger) -> list[str]:
 
 def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]], asking: str = "") -> dict[str, str]:
     """The models here, or on their way, that may not go, and why. One that asks to come in is on its way again."""
-    coming, here = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.on_disk
-    kept = dict.fromkeys(sorted(coming - (ledger.ended - {asking})), "being fetched")
+    coming, here = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.here
+    resting = {m for m in ledger.parts if ledger.at_rest(m)}
+    kept = dict.fromkeys(sorted(coming - ((ledger.ended | resting) - {asking})), "being fetched")
     kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in here}
     kept |= dict.fromkeys(sorted(ledger.pinned & here.keys()), "pinned")
     return kept

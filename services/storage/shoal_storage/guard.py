@@ -8,6 +8,7 @@ import time
 from msgspec import structs
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
+from shoal_common.leaves import root_of
 from shoal_common.logs import Log
 from shoal_common.messages.questions import (
     AskManifest,
@@ -23,12 +24,23 @@ from shoal_common.messages.records import Manifest, ModelState
 from shoal_common.names import ModelRef, check_blob
 from shoal_common.service import Context
 from shoal_common.watch import View
+from shoal_storage import leaves
 from shoal_storage.announce import Announcer
-from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, is_offered, matching
+from shoal_storage.decide import (
+    Ledger,
+    Limits,
+    Partial,
+    asked_leaves,
+    check_manifest,
+    is_offered,
+    matching,
+    promised_leaves,
+)
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.holders import Holders
 from shoal_storage.keeping import Keeping
+from shoal_storage.parts import Parts
 from shoal_storage.removal import Removal
 from shoal_storage.repair import make_partial
 from shoal_storage.room import Room
@@ -47,9 +59,10 @@ class Guard:
         self._announcer = announcer
         self._section = asyncio.Lock()
         self.keeping = Keeping(disk.layout, ledger)
-        self.holders = Holders(context, disk, ledger, self._section, announcer)
+        self.parts = Parts(disk, ledger, self._section, self.keeping, announcer)
+        self.holders = Holders(context, disk, ledger, self._section, self.parts, announcer)
         uses = Uses(context, specs, ledger, self.holders.look)
-        self.removal = Removal(context, disk, ledger, self._section, self.keeping, announcer, uses)
+        self.removal = Removal(context, disk, ledger, self._section, self.keeping, self.parts, announcer, uses)
         self.room = Room(context, disk, ledger, limits, uses, announcer, self.removal.remove)
         self._committing: dict[str, asyncio.Task[Committed]] = {}
 
@@ -66,15 +79,17 @@ class Guard:
         async with self._section:
             manifest, known = await self._with_known(question.manifest)
             sizes, promised = manifest.blob_sizes, self._ledger.promised
+            asked = asked_leaves(manifest, question.leaves, self._ledger)
+            wanted = promised_leaves(manifest.model, asked, self._ledger)
             before = promised.get(manifest.model)
             # Promised first: what is here of it already does not go to make room for the rest.
             promised[manifest.model] = set(sizes)
             try:
-                admission, evicted = await self.room.admit(manifest)
+                admission, evicted = await self.room.admit(manifest, wanted)
                 if promised[manifest.model] != before:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
-                    await self._promise(blob, sizes[blob], manifest.model)
+                    await self._promise(blob, sizes[blob], manifest.model, wanted.get(blob))
                 self._ledger.ended.discard(manifest.model)
                 await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
@@ -90,19 +105,20 @@ class Guard:
         told = as_told(evicted) if evicted else None
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
 
-    async def _promise(self, blob: str, size_bytes: int, model: str) -> None:
+    async def _promise(self, blob: str, size_bytes: int, model: str, wanted: int | None) -> None:
         known = self._ledger.partials.get(blob)
         partial = known or Partial(size_bytes)
-        models = {*partial.models, model}
+        changed = partial.wanted_by(model, wanted)
+        models = changed.models
         # Files removed by hand while we ran are made again: the disk is the truth.
         if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
-            if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models):
+            if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models, changed.leaves):
                 self._ledger.quarantined.discard(blob)
                 self._ledger.repairable.pop(blob, None)
-                partial.allocated_bytes = await asyncio.to_thread(self._disk.allocated_bytes, blob, size_bytes)
-        elif models != partial.models:
-            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models)
-        partial.models = models
+        elif (models, changed.leaves) != (partial.models, partial.leaves):
+            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models, changed.leaves)
+        partial.models, partial.leaves = models, changed.leaves
+        await asyncio.to_thread(self._disk.look_at, blob, partial)
         self._ledger.partials[blob] = partial
 
     async def _with_known(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
@@ -128,6 +144,8 @@ class Guard:
             model = manifest.model
             if model in self._ledger.on_disk:
                 await self.removal.end_promise(model)
+            elif model in self._ledger.parts:
+                await self.parts.settle(model)
             else:
                 self._ledger.promised.setdefault(model, set()).update(manifest.blob_sizes)
                 await self.removal.remove(model)
@@ -161,8 +179,7 @@ class Guard:
         except Corrupt:
             async with self._section:
                 self._require_same(blob, partial)
-                await asyncio.to_thread(self._disk.remove_partial, blob)
-                await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, partial.models)
+                await self.parts.discard(blob, partial)
             raise
         async with self._section:
             self._require_same(blob, partial)
@@ -196,6 +213,7 @@ class Guard:
         async with self._section:
             if is_offered(manifest, self._ledger):
                 # All that was wanted is in a read-only root, and offered from there.
+                await self.parts.drop(manifest.model)
                 await self.removal.end_promise(manifest.model)
                 return await self._announcer.announce(manifest)
             whole = manifest.model in self._ledger.manifests
@@ -212,6 +230,7 @@ class Guard:
                 await asyncio.to_thread(self._disk.build_view, manifest)
             else:
                 await asyncio.to_thread(self._disk.seal, manifest)
+            await self.parts.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.broken.pop(manifest.model, None)
             await asyncio.to_thread(self.keeping.came_in, manifest.model)
@@ -231,7 +250,14 @@ class Guard:
         found = matching(ref.repo, ref.revision, held.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return found[-1]
+        return await asyncio.to_thread(self._with_roots, found[-1])
+
+    def _with_roots(self, manifest: Manifest) -> Manifest:
+        """With the roots of the leaf lists of its blobs: whoever has them can verify what it takes of a blob."""
+        lists = {f.sha256: leaves.read(self._disk.layout, f.sha256, f.size_bytes) for f in manifest.files}
+        roots = {sha256: root_of(hashes) for sha256, hashes in lists.items() if hashes is not None}
+        files = [structs.replace(f, leaves=roots.get(f.sha256, "")) for f in manifest.files]
+        return structs.replace(manifest, files=files)
 
     # Around
 

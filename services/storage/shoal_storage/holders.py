@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 
+from shoal_common import leafset
 from shoal_common.errors import DISK_FULL, Busy, Failed, InUse, NotFound
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskLease, Done, Leased, Unlease
@@ -13,9 +14,10 @@ from shoal_common.names import ModelRef, check_holder, check_id
 from shoal_common.service import Context
 from shoal_storage import lease_disk
 from shoal_storage.announce import Announcer
-from shoal_storage.decide import Ledger, matching
+from shoal_storage.decide import Ledger, matching, part_for
 from shoal_storage.disk import Disk
 from shoal_storage.leases import GRACE_S, LEASES_AT_MOST, Lease, has_ended, words_of
+from shoal_storage.parts import Parts
 
 log = Log("leases")
 
@@ -27,10 +29,16 @@ class Holders:
     """Keeps `leases` of the ledger and the directories on the disk alike."""
 
     def __init__(
-        self, context: Context, disk: Disk, ledger: Ledger, section: asyncio.Lock, announcer: Announcer
+        self,
+        context: Context,
+        disk: Disk,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        parts: Parts,
+        announcer: Announcer,
     ) -> None:
         self._node, self._disk, self._ledger = context.node, disk, ledger
-        self._section, self._announcer = section, announcer
+        self._section, self._parts, self._announcer = section, parts, announcer
         self._any = asyncio.Event()
         if ledger.leases:
             self._any.set()
@@ -49,21 +57,27 @@ class Holders:
                     "`shoal storage`, end some, and ask again"
                 )
             found = matching(ref.repo, ref.revision, self._ledger.whole.values())
-            if not found:
-                raise NotFound(f"{ref} is not on node {self._node}, and only what is there can be leased: pull it")
-            manifest = found[-1]
+            part = None if found else part_for(ref, question.layers, self._ledger)
+            if not found and part is None:
+                what = f"layers {question.layers} of {ref} are" if question.layers else f"{ref} is"
+                raise NotFound(f"{what} not on node {self._node}, and only what is there can be leased: pull it")
+            manifest = part.manifest if part else found[-1]
+            leaves = part.leaves if part else {}
             lease = Lease(
                 id=os.urandom(_ID_BYTES).hex(),
                 model=manifest.model,
                 holder=holder,
                 instance=instance,
                 since_s=time.time(),
-                files={f.path: f.sha256 for f in manifest.files},
+                files={f.path: f.sha256 for f in manifest.files if leaves.get(f.sha256) != 0},
                 grace_until_s=time.monotonic() + GRACE_S,
+                arriving=frozenset(leaves),
             )
             try:
                 await asyncio.to_thread(lease_disk.make, self._disk, lease)
             except FileNotFoundError as e:
+                if part is not None:
+                    await self._parts.drop(manifest.model)
                 raise NotFound(
                     f"{manifest.model} on node {self._node} has lost files ({e.filename}): pull it again"
                 ) from None
@@ -84,6 +98,7 @@ class Holders:
             commit=manifest.commit,
             view=str(lay.lease_view(lease.id)),
             lock=str(lay.lease_lock(lease.id)),
+            leaves={f.path: leafset.ranges(leaves[f.sha256]) for f in manifest.files if leaves.get(f.sha256)},
         )
 
     async def unlease(self, question: Unlease) -> Done:

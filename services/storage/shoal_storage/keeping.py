@@ -53,12 +53,12 @@ class Keeping:
         lay, ledger = self._layout, self._ledger
         ledger.pinned = set(self._entries(lay.pins))
         ledger.last_uses.clear()
-        for model in ledger.on_disk:
+        for model in ledger.here:
             self.came_in(model)
         for model, path in self._entries(lay.uses).items():
             with suppress(FileNotFoundError):
                 ledger.last_uses[model] = path.stat().st_mtime
-        for model, path in _named(lay.promises):
+        for model, path in named(lay.promises):
             if model in ledger.manifests:
                 _remove(path)  # sealed, and all its blobs are its manifest's
                 continue
@@ -67,6 +67,8 @@ class Keeping:
                 ledger.wanted_s[model] = path.stat().st_mtime
             except (BadMessage, OSError) as e:
                 log.warning("not a promise; left alone", path=path, why=str(e))
+        for model, part in ledger.parts.items():
+            ledger.promised.setdefault(model, set()).update(part.manifest.blob_sizes)
         for blob, partial in ledger.partials.items():
             with suppress(FileNotFoundError):
                 reserved_s = (lay.partial(blob) / "meta.json").stat().st_mtime
@@ -75,8 +77,8 @@ class Keeping:
 
     def _entries(self, directory: Path) -> dict[str, Path]:
         """The files of a directory by the models they are of. Those of models that are gone are removed."""
-        found, here = {}, self._ledger.on_disk
-        for model, path in _named(directory):
+        found, here = {}, self._ledger.here
+        for model, path in named(directory):
             repo, _, commit = model.rpartition("@")
             if model in here:
                 found[model] = path
@@ -88,14 +90,15 @@ class Keeping:
         """A model was sealed: until it is used, it counts from when its manifest was written."""
         if model not in self._unwritten:
             repo, _, commit = model.rpartition("@")
-            for path in (self._layout.use(repo, commit), self._layout.manifest(repo, commit)):
+            lay = self._layout
+            for path in (lay.use(repo, commit), lay.manifest(repo, commit), lay.part(repo, commit)):
                 with suppress(FileNotFoundError):
                     self._ledger.last_uses[model] = path.stat().st_mtime
                     return
 
     def used(self, models: Iterable[str], now_s: float) -> None:
         """Note a use of those of the models that are here. In memory: `write_uses` makes it last."""
-        here = self._ledger.on_disk
+        here = self._ledger.here
         for model in models:
             if model in here:
                 self._ledger.last_uses[model] = now_s
@@ -170,7 +173,7 @@ class Keeping:
         self._layout.use(repo, commit).unlink(missing_ok=True)
 
 
-def _named(directory: Path) -> Iterator[tuple[str, Path]]:
+def named(directory: Path) -> Iterator[tuple[str, Path]]:
     """The files of a directory that are called as a model is on the disk. Strange ones are left alone, and logged."""
     with suppress(FileNotFoundError):
         for path in sorted(directory.iterdir()):

@@ -52,7 +52,7 @@ def make(disk: Disk, lease: Lease) -> None:
     lay.leases.mkdir(exist_ok=True)  # removed by hand while we ran
     unfinished.mkdir()
     try:
-        build(lay, lease.files, unfinished / lay.lease_view(lease.id).name)
+        build(lay, lease.files, unfinished / lay.lease_view(lease.id).name, lease.arriving)
         (unfinished / lay.lease_lock(lease.id).name).touch()
         record = LeaseFile(
             model=lease.model, holder=lease.holder, since_s=lease.since_s, files=lease.files, instance=lease.instance

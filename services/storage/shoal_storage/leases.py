@@ -31,6 +31,8 @@ class Lease(msgspec.Struct):
     """Whether somebody was seen to hold its lock."""
     pid: int = 0
     """Of one who does; 0 where the system does not say."""
+    arriving: frozenset[str] = frozenset()
+    """Of a part: those of its blobs of which only leaves are needed. Of use only while its view is made."""
 
     @property
     def blobs(self) -> set[str]:

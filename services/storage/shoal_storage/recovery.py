@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from shoal_common.errors import BadName, ShoalError
+from shoal_common import leafset
+from shoal_common.errors import BadInput, BadName, ShoalError
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob, check_commit
 from shoal_common.proof import prove
-from shoal_storage import leaves
+from shoal_storage import leaves, parts
 from shoal_storage.decide import Ledger, Partial, left_behind
 from shoal_storage.disk import PARTIAL_MODE, Disk, PartialMeta, decoded_tomb
 from shoal_storage.doubt import is_whole
@@ -36,6 +37,7 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
     deleted = {m.model: m for m in _read_tombs(lay)}
     ledger = _read(disk)
     ledger.leases = dict(leases or {})
+    ledger.parts = parts.read(disk, ledger)
     for manifest in deleted.values():
         for sha256 in left_behind(manifest, ledger):
             disk.remove_blob(sha256)
@@ -115,4 +117,10 @@ def _read_partial(disk: Disk, directory: Path, ledger: Ledger) -> Partial | None
     if ledger.blobs.get(blob) == meta.size_bytes:
         disk.remove(directory)
         return None
-    return Partial(meta.size_bytes, disk.allocated_bytes(blob, meta.size_bytes), set(meta.models))
+    try:
+        leaves = {m: leafset.of_ranges(its, meta.size_bytes) for m, its in meta.leaves.items()}
+    except BadInput:
+        leaves = {}  # all of it, then: that is never too little
+    partial = Partial(meta.size_bytes, models=set(meta.models), leaves=leaves)
+    disk.look_at(blob, partial)
+    return partial

@@ -17,6 +17,7 @@ from shoal_storage.disk import Disk
 from shoal_storage.keeping import Keeping
 from shoal_storage.links import show
 from shoal_storage.losing import forget_useless
+from shoal_storage.parts import Parts
 from shoal_storage.users import how_to_end, words
 from shoal_storage.uses import Uses
 
@@ -39,15 +40,17 @@ class Removal:
         ledger: Ledger,
         section: asyncio.Lock,
         keeping: Keeping,
+        parts: Parts,
         announcer: Announcer,
         uses: Uses,
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
-        self._keeping, self._announcer, self._uses = keeping, announcer, uses
+        self._keeping, self._parts, self._announcer, self._uses = keeping, parts, announcer, uses
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def remove(self, model: str) -> int:
         """Remove a model, whole, broken or on its way in, with what only it needs. Returns bytes freed."""
+        await self._parts.drop(model)
         leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
         repo, _, commit = model.rpartition("@")
         await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
@@ -74,16 +77,19 @@ class Removal:
         for blob, partial in list(self._ledger.partials.items()):
             if model not in partial.models:
                 continue
-            rest = partial.models - {model}
-            if rest:
+            left = partial.without(model)
+            if left.models:
                 # On the disk too, or the next start would think that two still want it.
                 try:
-                    await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, rest)
+                    await asyncio.to_thread(
+                        self._disk.write_partial, blob, partial.size_bytes, left.models, left.leaves
+                    )
                 except OSError as e:
                     # A full disk takes no file, and this path frees space. After a restart nobody wishes for this
                     # model, and its share in the promise ends for that.
                     log.warning("who wants a partial is known in memory only", blob=blob, why=e.strerror)
-                partial.models = rest
+                partial.models, partial.leaves = left.models, left.leaves
+                await asyncio.to_thread(self._disk.look_at, blob, partial)
             else:
                 freed += await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
                 await asyncio.to_thread(self._disk.remove_partial, blob)
@@ -115,7 +121,7 @@ class Removal:
         freed = 0
         async with self._section:
             await self._refuse_if_used(ref.repo, revision)
-            found = matching(ref.repo, revision, self._ledger.on_disk.values())
+            found = matching(ref.repo, revision, self._ledger.here.values())
             for manifest in found:
                 freed += await self.remove(manifest.model)
                 await self._announcer.take_back(manifest.model)
@@ -144,7 +150,7 @@ class Removal:
             await asyncio.sleep(_LEAVING_LOOK_S)
 
     def _refuse_if_adopted(self, repo: str, revision: str) -> None:
-        if matching(repo, revision, self._ledger.on_disk.values()):
+        if matching(repo, revision, self._ledger.here.values()):
             return  # what the store has of it may go
         for manifest in matching(repo, revision, self._ledger.whole.values()):
             adopted = self._ledger.adopted[manifest.model]
@@ -156,7 +162,7 @@ class Removal:
             )
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
-        held = matching(repo, revision, self._ledger.on_disk.values())
+        held = matching(repo, revision, self._ledger.here.values())
         if not held:
             return
         for manifest in held:

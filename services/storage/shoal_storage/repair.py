@@ -15,7 +15,7 @@ quarantine with its bitmap, or the partial, or at worst neither, and then all co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from shoal_common.layout import Bitmap
 from shoal_common.messages import encode
@@ -59,12 +59,14 @@ def _good_leaves(disk: Disk, sha256: str, size_bytes: int) -> Bitmap | None:
     return good if said == good.to_bytes() and good.have_bytes else None
 
 
-def make_partial(disk: Disk, blob: str, size_bytes: int, models: Iterable[str]) -> bool:
+def make_partial(
+    disk: Disk, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
+) -> bool:
     """Make a partial that is not there: of the good leaves in quarantine (True), or where none are, an empty one."""
     lay, directory = disk.layout, disk.layout.partial(blob)
     good = _good_leaves(disk, blob, size_bytes)
     if good is None:
-        disk.write_partial(blob, size_bytes, models)
+        disk.write_partial(blob, size_bytes, models, wanted)
         return False
     if directory.exists():  # without data: whatever else is there is of other bytes
         disk.remove_partial(blob)

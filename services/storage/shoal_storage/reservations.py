@@ -25,6 +25,7 @@ from shoal_common.watch import View
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.keeping import Keeping
+from shoal_storage.parts import Parts
 from shoal_storage.removal import Removal
 
 log = Log("storage")
@@ -76,6 +77,8 @@ def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s:
         repo, _, commit = model.rpartition("@")
         is_wished = not repos.get(repo, set()).isdisjoint({commit, ""})
         unwanted_s = now_s - ledger.wanted_s.get(model, 0.0)
+        if ledger.at_rest(model):
+            continue  # nobody has to wish for what is here
         if model not in ledger.ended:
             if is_wished and fetcher_away_s < GONE_AFTER_S:
                 if fetcher_away_s == 0 and unwanted_s >= RENEW_EVERY_S:
@@ -84,7 +87,7 @@ def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s:
             if unwanted_s < STILL_WANTED_S:
                 continue
             steps.end.append(model)
-        if unwanted_s >= retention_s:
+        if unwanted_s >= retention_s and model not in ledger.parts:
             steps.remove.append(model)
     return steps
 
@@ -99,6 +102,7 @@ class Reservations:
         section: asyncio.Lock,
         keeping: Keeping,
         removal: Removal,
+        parts: Parts,
         announcer: Announcer,
         limits: Callable[[], Limits],
         specs: View,
@@ -106,7 +110,8 @@ class Reservations:
         live: View,
     ) -> None:
         self._context, self._ledger, self._section = context, ledger, section
-        self._keeping, self._removal, self._announcer, self._limits = keeping, removal, announcer, limits
+        self._keeping, self._removal, self._parts = keeping, removal, parts
+        self._announcer, self._limits = announcer, limits
         self._specs, self._downloads, self._live = specs, downloads, live
         self._fetcher_seen_s: float | None = None
 
@@ -131,6 +136,10 @@ class Reservations:
             for model in steps.renew:
                 await asyncio.to_thread(self._keeping.wanted, model, now_s)
             for model in steps.end:
+                if model in self._ledger.parts:
+                    await self._parts.settle(model)
+                    log.info("nobody fetches more of this any more", model=model)
+                    continue
                 self._ledger.ended.add(model)
                 log.info("nobody fetches this any more: its promise has ended", model=model)
             for model in steps.remove:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from msgspec import structs
 
@@ -47,7 +47,7 @@ class Room:
     async def free_bytes(self) -> int:
         """What the file system has and the reserve holds. What partials have taken is brought up to date first."""
         for blob, partial in self._ledger.partials.items():
-            partial.allocated_bytes = await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
+            await asyncio.to_thread(self._disk.look_at, blob, partial)
         return await asyncio.to_thread(self._disk.free_bytes) + self._disk.reserve.held_bytes
 
     async def plan_for(self, new_bytes: int) -> EvictionPlan:
@@ -61,11 +61,13 @@ class Room:
         ledger = self._ledger
         kept = kept_models(ledger, await self._uses.now(), asking)
         made = plan(need_bytes, ledger, ledger.last_uses, kept)
-        if asking not in ledger.on_disk:
+        if asking not in ledger.here:
             kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
         return structs.replace(made, kept=kept)
 
-    async def admit(self, manifest: Manifest) -> tuple[Admission, EvictionPlan | None]:
+    async def admit(
+        self, manifest: Manifest, leaves: Mapping[str, int] | None = None
+    ) -> tuple[Admission, EvictionPlan | None]:
         """Approve a manifest, making room when the policy is to. Returns what went. Raises QuotaExceeded.
 
         What the manifest needs has to be promised already: else it could go to make room for itself.
@@ -73,10 +75,10 @@ class Room:
         went: EvictionPlan | None = None
         for _ in range(_PLANS_AT_MOST):
             try:
-                return admit(manifest, self._ledger, self.limits, await self.free_bytes()), went
+                return admit(manifest, self._ledger, self.limits, await self.free_bytes(), leaves), went
             except QuotaExceeded as refusal:
                 if went is not None and went.enough:
-                    if not await self.wait_freed(lambda: self._admits(manifest)):
+                    if not await self.wait_freed(lambda: self._admits(manifest, leaves)):
                         raise self._not_given_back(refusal, went) from None
                     continue
                 made = await self.plan_to_free(refusal.details["shortfall_bytes"], asking=manifest.model)
@@ -89,9 +91,9 @@ class Room:
             f"{manifest.repo}; try again"
         )
 
-    async def _admits(self, manifest: Manifest) -> bool:
+    async def _admits(self, manifest: Manifest, leaves: Mapping[str, int] | None) -> bool:
         try:
-            admit(manifest, self._ledger, self.limits, await self.free_bytes())
+            admit(manifest, self._ledger, self.limits, await self.free_bytes(), leaves)
         except QuotaExceeded:
             return False
         return True

@@ -109,7 +109,7 @@ class _Scanner:
         for entry in _entries(lay.quarantine):
             if not _is_blob_name(entry.name):
                 self._unknown(Path(entry.path))
-        for directory in (lay.pins, lay.uses, lay.promises):
+        for directory in (lay.pins, lay.uses, lay.promises, lay.parts):
             for entry in _entries(directory):
                 if not _is_temporary(entry.name) and not _is_model_name(entry.name):
                     self._unknown(Path(entry.path))

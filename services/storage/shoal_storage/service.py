@@ -18,6 +18,7 @@ from shoal_common.messages.questions import (
     Release,
     Reserve,
     SealModel,
+    SealPart,
     Unlease,
 )
 from shoal_common.questions import Question
@@ -59,7 +60,7 @@ async def run(context: Context) -> None:
     await forget_useless(disk, ledger)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
-        announced = await context.view(tasks, "state", f"model.{context.node}.>")
+        announced = await context.view(tasks, "state", f"*.{context.node}.>")
         downloads = await context.view(tasks, "state", f"download.{context.node}.>")
         live = await context.view(tasks, "live", f"{context.node}.>")
         announcer = Announcer(context, disk, ledger, limits, announced)
@@ -87,6 +88,7 @@ async def run(context: Context) -> None:
             guard.section,
             guard.keeping,
             guard.removal,
+            guard.parts,
             announcer,
             lambda: guard.room.limits,
             specs,
@@ -111,6 +113,7 @@ async def run(context: Context) -> None:
                     "release": Question(Release, guard.release),
                     "commit": Question(CommitBlob, full.guarded("commit a blob", guard.commit)),
                     "seal": Question(SealModel, full.guarded("seal a model", guard.seal)),
+                    "seal_part": Question(SealPart, full.guarded("remember a part", guard.parts.seal)),
                     "manifest": Question(AskManifest, guard.manifest),
                     "lease": Question(AskLease, full.guarded("make a view for a lease", guard.holders.lease)),
                     "unlease": Question(Unlease, guard.holders.unlease),

@@ -55,7 +55,7 @@ class Upkeep:
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
         async with self._section:
-            models = [m.model for m in matching(ref.repo, revision, self._ledger.on_disk.values())]
+            models = [m.model for m in matching(ref.repo, revision, self._ledger.here.values())]
             if command.pinned and not models and matching(ref.repo, revision, self._ledger.whole.values()):
                 raise Refused(
                     f"{command.model} is in a read-only root of node {self._node}, from which nothing is ever "

@@ -34,22 +34,27 @@ def build_view(layout: Layout, manifest: Manifest) -> None:
     build(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
 
 
-def build(layout: Layout, files: Mapping[str, str], view: Path) -> None:
-    """Link blobs (sha256) under the paths of a model's files. Raises OSError.
+def build(layout: Layout, files: Mapping[str, str], view: Path, arriving: Container[str] = ()) -> None:
+    """Link blobs (sha256) under the paths of a model's files; of those in `arriving` their partials. Raises OSError.
 
     What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
     """
     ways = list(_WAYS)
     for path, sha256 in files.items():
-        target, blob = file_in(view, path), find_blob(layout, sha256)
+        target, blob = file_in(view, path), _file_of(layout, sha256, sha256 in arriving)
         if is_blob(target, blob):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        if blob.is_relative_to(layout.blobs):
+        if blob.is_relative_to(layout.blobs) or blob.is_relative_to(layout.partials):
             _link(blob, target, ways)
         else:
             _symlink(blob, target)  # a hard link would change a file of the root
+
+
+def _file_of(layout: Layout, sha256: str, arriving: bool) -> Path:
+    data = layout.partial(sha256) / "data"
+    return data if arriving and data.is_file() else find_blob(layout, sha256)
 
 
 def is_blob(target: Path, blob: Path) -> bool:

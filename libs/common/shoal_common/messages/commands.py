@@ -26,6 +26,8 @@ class Download(Command):
     """`shoal.v1.cmd.fetcher.<node>.download`: bring a model to this node. Ends when it is ready or is not to be."""
 
     model: str
+    layers: list[int] = []
+    """`[first, last)`: only what a stage with these layers needs, where it can be had so; empty: all of it."""
 
 
 class CancelDownload(Command):

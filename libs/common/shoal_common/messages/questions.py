@@ -92,6 +92,8 @@ class Reserve(Message):
     """storage.reserve: may these blobs come in? Asking again renews the same reservation."""
 
     manifest: Manifest
+    leaves: dict[str, list[list[int]]] = {}
+    """Of these blobs only these leaves, `[first, last)` each; of one with an empty list none. Of the others all."""
 
 
 class Reserved(Message):
@@ -135,6 +137,17 @@ class SealModel(Message):
     manifest: Manifest
 
 
+class SealPart(Message):
+    """storage.seal_part: what stages with these layers need is here; check it, remember it, announce the part."""
+
+    manifest: Manifest
+    layers: list[list[int]]
+    leaves: dict[str, list[list[int]]]
+    """As in `reserve`: the leaves that are needed of blobs of which not all is."""
+    roots: dict[str, str]
+    """Of each of these blobs the root of its leaf list, which is sealed; the list is beside the partial's data."""
+
+
 class AskManifest(Message):
     """storage.manifest: the manifest of `org/name@revision` as this node holds it, or `not_found`."""
 
@@ -151,6 +164,8 @@ class AskLease(Message):
     """Who asks, in words for people."""
     instance: str = ""
     """The instance that it is for, if it is for one."""
+    layers: list[int] = []
+    """`[first, last)`: where the model is not here, what a stage with these layers needs will do."""
 
 
 class Leased(Message):
@@ -162,6 +177,8 @@ class Leased(Message):
     """Absolute path of the directory with the model's files."""
     lock: str
     """Absolute path of the file to take a shared flock on, within 30 s."""
+    leaves: dict[str, list[list[int]]] = {}
+    """Of a part: by path in the view, the leaves of files of which not all is there. Their other bytes are zeros."""
 
 
 class Unlease(Message):

@@ -7,6 +7,7 @@
 | state  download.<node>.<model>     | DownloadState | that node's fetcher         |
 | state  storage.<node>              | StorageState  | that node's storage         |
 | state  model.<node>.<model@commit> | ModelState    | that node's storage         |
+| state  part.<node>.<model@commit>  | PartState     | that node's storage         |
 | state  instance.<id>               | InstanceState | the placement leader        |
 | state  stage.<id>.<rank>           | StageState    | the inference of its node   |
 """
@@ -94,6 +95,8 @@ class DownloadSpec(Message):
 
     model: str
     asked_at_s: float
+    layers: list[list[int]] = []
+    """Only what stages with these layers, `[first, last)` each, need; empty: all of it."""
 
 
 class DownloadState(Message):
@@ -123,6 +126,8 @@ class DownloadState(Message):
     updated_at_s: float = 0.0
     blocked_since_s: float = 0.0
     """Since when a full disk has kept it from getting on; 0 when none does."""
+    layers: list[list[int]] = []
+    """Of which layers, `[first, last)` each, it brings what is needed, and counts that; empty: all of the model."""
 
 
 class LeaseState(Message):
@@ -213,6 +218,26 @@ class ModelState(Message):
     ready_at_s: float = 0.0
     adopted_from: str = ""
     """The directory of a read-only root where it is; "" for a model of the store."""
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`."""
+        return f"{self.repo}@{self.commit}"
+
+
+class PartState(Message):
+    """A model of which a node has what stages with these layers need: verified, durable, and not the model."""
+
+    node: str
+    repo: str
+    commit: str
+    layers: list[list[int]]
+    """`[first, last)` each, in order."""
+    size_bytes: int
+    """Of what is here."""
+    model_bytes: int
+    """Of the whole."""
+    revisions: list[str] = []
 
     @property
     def model(self) -> str:

@@ -45,6 +45,8 @@ class Start(_Line, frozen=True, kw_only=True):
     lock: str = ""
     """The lock of the lease on `model_dir`, held from before the first read until the end; "" where nobody keeps
     count of who uses those files."""
+    leaves: dict[str, list[list[int]]] = {}
+    """Of files of which not all is there, by path, the leaves that are, `[first, last)` each; all else is zeros."""
     first_layer: int
     last_layer: int
     """Exclusive."""

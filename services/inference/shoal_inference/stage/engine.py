@@ -116,7 +116,7 @@ class Engine:
         model_type = architectures.resolve(config, mlxlm.remapping())
         self.context_tokens = architectures.context_tokens(start.context_tokens, config)
         mlxlm.raise_wired_limit()
-        shard = load_shard(model_dir, start.first_layer, start.last_layer)
+        shard = load_shard(model_dir, start.first_layer, start.last_layer, start.leaves)
         if shard.is_first != (start.rank == 0) or shard.is_last != (start.rank == start.stages - 1):
             raise LoadFailed(
                 f"rank {start.rank} of {start.stages} was given layers {start.first_layer} to {start.last_layer}: "

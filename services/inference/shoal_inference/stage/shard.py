@@ -6,7 +6,7 @@ and only what is left is evaluated. So the weights of other stages are never rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from shoal_inference.stage import mlxlm
 from shoal_inference.stage.errors import LoadFailed
+from shoal_inference.stage.within import require_within
 
 Layer = Callable[[mx.array, Any, mlxlm.Cache], mx.array]
 
@@ -91,10 +92,17 @@ class Shard:
         return logits - mx.logsumexp(logits, keepdims=True)
 
 
-def load_shard(model_dir: Path, first_layer: int, last_layer: int) -> Shard:
-    """Cut and read the shard; what does not load raises LoadFailed with mlx-lm's words."""
+def load_shard(
+    model_dir: Path, first_layer: int, last_layer: int, leaves: Mapping[str, Sequence[Sequence[int]]] | None = None
+) -> Shard:
+    """Cut and read the shard; what does not load raises LoadFailed with mlx-lm's words.
+
+    `leaves`: of files of which not all is there, the leaves that are. LoadFailed when the shard reads others.
+    """
     try:
         shard = Shard(mlxlm.load_lazy(model_dir), first_layer, last_layer)
+        if leaves:
+            require_within(model_dir, first_layer, last_layer, leaves, shard.weight_bytes)
         shard.read()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise LoadFailed(f"the model's files do not load: {type(error).__name__}: {error}") from error
