@@ -1,42 +1,37 @@
-"""Only what a node needs: the nodes of an instance fetch the leaves of their own layers, and answer as one process."""
+"""Only what a node needs: an instance's nodes fetch the leaves of their own layers, and answer as one process."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import nats
 import pytest
 from mlx_lm import load, stream_generate
+from safetensors.numpy import load_file, save_file
 
-from shoal_common.buckets import part_key
-from shoal_common.layout import Layout
 from shoal_demo.running import RunningHub, running_hub
-from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
-from tests.inference.tiny_models import LAYERS, write_model
+from tests.harness.shoal import ShoalCluster
+from tests.inference.tiny_models import write_model
 
 ONE, SEVERAL = "org/one-file", "org/several-files"
 PROMPT = "the shoal turns"
 TOKENS = 12
-_WIDTH = 576
-"""Of hidden states: some 70 MB of weights, so that leaves are small against the model."""
+_WIDTH = 640
+"""Of hidden states: some 90 MB of weights, so that leaves are small against the model."""
 
 
-def split(directory: Path, files: int) -> None:
-    """Spread the tensors of `model.safetensors` over several files, as large models have them."""
-    weights: dict[str, mx.array] = mx.load(str(directory / "model.safetensors"))  # type: ignore[assignment]
-    mx.eval(weights)
+def rewrite(directory: Path, files: int) -> None:
+    """Write the tensors in the order of their names, as the hub's models have them, into one file or several."""
+    weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names = sorted(weights)
     weight_map = {}
     for number in range(files):
-        path = f"model-{number + 1:05}-of-{files:05}.safetensors"
-        own = {n: weights[n] for n in names[number::files]}
-        mx.save_safetensors(str(directory / path), own, {"format": "mlx"})
+        path = f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+        own = {n: weights[n] for n in names[number * len(names) // files : (number + 1) * len(names) // files]}
+        save_file(own, directory / path, {"format": "mlx"})
         weight_map |= dict.fromkeys(own, path)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -45,8 +40,8 @@ def split(directory: Path, files: int) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the hub has."""
     root = tmp_path_factory.mktemp("models")
-    write_model(root / ONE, "qwen3", width=_WIDTH)
-    split(write_model(root / SEVERAL, "qwen3-tied", width=_WIDTH), 3)
+    rewrite(write_model(root / ONE, "llama", width=_WIDTH), 1)
+    rewrite(write_model(root / SEVERAL, "llama-tied", width=_WIDTH), 3)
     return root
 
 
