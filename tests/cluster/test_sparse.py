@@ -27,7 +27,7 @@ def rewrite(directory: Path, files: int) -> None:
     weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names = sorted(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         path = f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
         own = {n: weights[n] for n in names[number * len(names) // files : (number + 1) * len(names) // files]}

@@ -139,6 +139,7 @@ class Cluster:
             guard.section,
             guard.keeping,
             guard.removal,
+            guard.parts,
             guard._announcer,
             lambda: Limits(None, 0, partial_retention_s=self.retention_s),
             self.specs,

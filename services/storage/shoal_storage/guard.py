@@ -8,7 +8,6 @@ import time
 from msgspec import structs
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
-from shoal_common.leaves import root_of
 from shoal_common.logs import Log
 from shoal_common.messages.questions import (
     AskManifest,
@@ -250,14 +249,7 @@ class Guard:
         found = matching(ref.repo, ref.revision, held.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return await asyncio.to_thread(self._with_roots, found[-1])
-
-    def _with_roots(self, manifest: Manifest) -> Manifest:
-        """With the roots of the leaf lists of its blobs: whoever has them can verify what it takes of a blob."""
-        lists = {f.sha256: leaves.read(self._disk.layout, f.sha256, f.size_bytes) for f in manifest.files}
-        roots = {sha256: root_of(hashes) for sha256, hashes in lists.items() if hashes is not None}
-        files = [structs.replace(f, leaves=roots.get(f.sha256, "")) for f in manifest.files]
-        return structs.replace(manifest, files=files)
+        return await asyncio.to_thread(leaves.with_roots, self._disk.layout, found[-1])
 
     # Around
 

@@ -1,0 +1,258 @@
+"""Parts of models, as the fetcher and inference meet storage with them: counted, kept, leased, completed, removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal_common.buckets import part_key
+from shoal_common.errors import Corrupt, InUse, NotFound, QuotaExceeded
+from shoal_common.layout import LEAF_BYTES, Bitmap
+from shoal_common.leaves import leaf_hash, root_of
+from shoal_common.messages.commands import CollectGarbage, Pin
+from shoal_common.messages.questions import AskLease, Leased, Reserve, Reserved, SealPart
+from shoal_common.messages.records import PartState
+from tests.harness.nats import NatsServer
+from tests.storage.service import Node, on_node
+from tests.storage.stores import Model, sha256
+
+Fresh = Callable[[str], str]
+LEAVES = 8
+LAST_BYTES = 1 << 16
+"""Of the last leaf: whole blocks of any file system, which counts those."""
+WEIGHTS = b"".join(bytes([65 + n]) * LEAF_BYTES for n in range(LEAVES - 1)) + b"e" * LAST_BYTES
+MODEL = Model("org/large", {"config.json": b"{}", "model.safetensors": WEIGHTS, "unneeded.bin": b"u" * 5000})
+BLOB, CONFIG, UNNEEDED = sha256(WEIGHTS), sha256(b"{}"), sha256(b"u" * 5000)
+FIRST, SECOND = [[0, 3]], [[2, 3], [6, 8]]
+"""The leaves of layers 0 to 1, and of layer 2."""
+FIRST_BYTES = 3 * LEAF_BYTES + 2
+
+
+async def reserve(node: Node, leaves: list[list[int]]) -> Reserved:
+    """Reserve leaves of the weights, the small files, and nothing of the file that no stage needs."""
+    asked = {BLOB: leaves, UNNEEDED: []}
+    return await node.ask("reserve", Reserve(manifest=MODEL.manifest, leaves=asked), Reserved)
+
+
+def arrive(node: Node, leaves: list[list[int]], data: bytes = WEIGHTS) -> None:
+    """What the fetcher does: leaves to their places, the bitmap, and the list beside them."""
+    directory = node.layout.partial(BLOB)
+    bitmap = Bitmap(len(data), (directory / "have").read_bytes() if (directory / "have").exists() else b"")
+    with (directory / "data").open("r+b") as f:
+        for first, last in leaves:
+            f.seek(first * LEAF_BYTES)
+            f.write(data[first * LEAF_BYTES : last * LEAF_BYTES])
+            for leaf in range(first, last):
+                bitmap.add(leaf)
+    (directory / "have").write_bytes(bitmap.to_bytes())
+    (directory / "leaves").write_bytes(leaf_list())
+
+
+def leaf_list() -> bytes:
+    return b"".join(leaf_hash(WEIGHTS[n * LEAF_BYTES : (n + 1) * LEAF_BYTES]) for n in range(LEAVES))
+
+
+async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str = "") -> PartState:
+    asked = {BLOB: leaves, UNNEEDED: []}
+    roots = {BLOB: root or root_of(leaf_list())}
+    question = SealPart(manifest=MODEL.sealed, layers=[layers], leaves=asked, roots=roots)
+    return await node.ask("seal_part", question, PartState)
+
+
+async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> PartState:
+    """A part's whole way in."""
+    for blob in (await reserve(node, leaves)).missing:
+        if blob == BLOB:
+            arrive(node, leaves)
+        else:
+            (node.layout.partial(blob) / "data").write_bytes(MODEL.blobs[blob])
+            await node.commit(blob)
+    return await seal(node, layers, leaves)
+
+
+async def complete(node: Node) -> None:
+    """The whole model after a part: what is here stays, the rest comes."""
+    assert set((await node.reserve(MODEL.manifest)).missing) == {BLOB, UNNEEDED}
+    arrive(node, [[3, LEAVES]])
+    (node.layout.partial(UNNEEDED) / "data").write_bytes(MODEL.blobs[UNNEEDED])
+    for blob in (BLOB, UNNEEDED):
+        await node.commit(blob)
+    await node.seal(MODEL.sealed)
+
+
+async def told(node: Node) -> PartState | None:
+    return await node.here.buckets.state.get_as(part_key(node.node, MODEL.name), PartState)
+
+
+async def lease(node: Node, layers: list[int]) -> Leased:
+    return await node.ask("lease", AskLease(model=MODEL.name, holder="a test", layers=layers), Leased)
+
+
+async def test_I3_a_part_counts_its_leaves_and_no_more_before_it_comes_and_when_it_is_here(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
+        assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
+        assert (await node.storage_state()).reserved_bytes == FIRST_BYTES
+        state = await bring_in(node, [0, 2], FIRST)
+        assert (state.size_bytes, state.model_bytes) == (FIRST_BYTES, MODEL.sealed.size_bytes)
+        assert await told(node) == state and state.layers == [[0, 2]]
+        disk = await node.storage_state()
+        assert (disk.reserved_bytes, disk.used_bytes) == (3 * LEAF_BYTES, 2)
+        assert await node.model_state(MODEL) is None, "a part is not the model"
+
+
+async def test_I3_the_quota_admits_a_part_and_refuses_the_whole(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with (
+        on_node(nats, tmp_path, fresh("parts")) as node,
+        node.storage(SHOAL_MAX_STORAGE_BYTES=str(FIRST_BYTES)),
+    ):
+        await bring_in(node, [0, 2], FIRST)
+        with pytest.raises(QuotaExceeded) as refused:
+            await node.reserve(MODEL.manifest)
+        assert refused.value.details["needed_bytes"] == MODEL.sealed.size_bytes - FIRST_BYTES
+        with pytest.raises(QuotaExceeded):
+            await reserve(node, [[0, 4]])
+        assert (await node.storage_state()).reserved_bytes == 3 * LEAF_BYTES
+
+
+async def test_other_layers_make_the_part_larger_and_a_restart_keeps_it(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        async with node.storage():
+            await bring_in(node, [0, 2], FIRST)
+            await reserve(node, SECOND)
+            assert (await node.storage_state()).reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
+            arrive(node, [[6, 8]])
+            state = await seal(node, [2, 3], SECOND)
+            assert state.layers == [[0, 3]] and state.size_bytes == 4 * LEAF_BYTES + LAST_BYTES + 2
+        async with node.storage():
+            assert await told(node) == state
+            assert (await node.storage_state()).reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
+            leased = await lease(node, [1, 3])
+            assert leased.leaves == {"model.safetensors": [[0, 3], [6, 8]]}
+
+
+async def test_I4_a_lease_has_a_view_of_the_part_and_keeps_it_from_gc_cancel_and_deletion(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        async with node.storage(), node.fetcher():
+            await bring_in(node, [0, 2], FIRST)
+            with pytest.raises(NotFound, match=r"layers \[1, 3\]"):
+                await lease(node, [1, 3])
+            with pytest.raises(NotFound):
+                await node.lease(MODEL.name)
+            leased = await lease(node, [0, 2])
+            weights = Path(leased.view) / "model.safetensors"
+            assert weights.stat().st_size == len(WEIGHTS), "who loads from it checks its length"
+            assert weights.read_bytes()[: 3 * LEAF_BYTES] == WEIGHTS[: 3 * LEAF_BYTES]
+            assert not (Path(leased.view) / "unneeded.bin").exists() and (Path(leased.view) / "config.json").exists()
+            fd = os.open(leased.lock, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                await node.command("gc", CollectGarbage())
+                await node.release(MODEL.manifest)
+                outcome = await node.delete(MODEL.name)
+                assert not outcome.ok and outcome.error is not None and outcome.error.code == InUse.code
+                assert weights.read_bytes()[: 3 * LEAF_BYTES] == WEIGHTS[: 3 * LEAF_BYTES]
+                assert await told(node) is not None
+            finally:
+                os.close(fd)
+            assert (await node.delete(MODEL.name)).ok
+            assert await told(node) is None
+            assert list(node.layout.partials.iterdir()) == [] and list(node.layout.parts.iterdir()) == []
+            disk = await node.storage_state()
+            assert (disk.reserved_bytes, disk.used_bytes) == (0, 0)
+        async with node.storage():
+            assert (await node.storage_state()).reserved_bytes == 0
+
+
+async def test_a_part_becomes_the_model_with_what_is_here_and_what_reads_it_goes_on(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
+        await bring_in(node, [0, 2], FIRST)
+        leased = await lease(node, [0, 2])
+        with (Path(leased.view) / "model.safetensors").open("rb") as reading:
+            await complete(node)
+            assert reading.read(LEAF_BYTES) == WEIGHTS[:LEAF_BYTES]
+        assert await told(node) is None and await node.model_state(MODEL) is not None
+        assert (await node.storage_state()).reserved_bytes == 0
+        assert (await lease(node, [0, 2])).leaves == {}
+        assert list(node.layout.parts.iterdir()) == []
+
+
+async def test_a_growth_that_was_given_back_leaves_the_part_as_it_was(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        async with node.storage():
+            await bring_in(node, [0, 2], FIRST)
+            await node.reserve(MODEL.manifest)
+            assert (await node.storage_state()).reserved_bytes == len(WEIGHTS) + 5000
+            await node.release(MODEL.manifest)
+            assert await told(node) is not None
+            await lease(node, [0, 2])
+        async with node.storage():
+            assert await told(node) is not None
+
+
+async def test_I1_leaves_that_are_not_what_the_sealed_list_says_are_discarded_and_never_leased(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        wrong = WEIGHTS[: 2 * LEAF_BYTES] + b"x" + WEIGHTS[2 * LEAF_BYTES + 1 :]
+        async with node.storage():
+            for blob in (await reserve(node, FIRST)).missing:
+                if blob != BLOB:
+                    (node.layout.partial(blob) / "data").write_bytes(MODEL.blobs[blob])
+                    await node.commit(blob)
+            arrive(node, FIRST, wrong)
+            with pytest.raises(NotFound, match="leaf list"):
+                await seal(node, [0, 2], FIRST, root="0" * 64)
+            with pytest.raises(Corrupt, match="1 of the leaves"):
+                await seal(node, [0, 2], FIRST)
+            assert await told(node) is None
+            with pytest.raises(NotFound):
+                await lease(node, [0, 2])
+            assert (node.layout.partial(BLOB) / "data").stat().st_size == 0
+            with pytest.raises(NotFound, match="leaves are missing"):
+                await seal(node, [0, 2], FIRST)
+            await bring_in(node, [0, 2], FIRST)
+
+
+async def test_a_part_that_nobody_uses_is_evicted_like_a_model_unless_it_is_pinned(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        other = Model("org/other", {"other.bin": b"o" * (2 * LEAF_BYTES)})
+        quota = FIRST_BYTES + LEAF_BYTES
+        async with node.storage(SHOAL_MAX_STORAGE_BYTES=str(quota), SHOAL_EVICTION_POLICY="lru"):
+            await bring_in(node, [0, 2], FIRST)
+            assert (await node.command("pin", Pin(model=MODEL.name))).ok
+            with pytest.raises(QuotaExceeded):
+                await node.reserve(other.manifest)
+            assert (await node.command("pin", Pin(model=MODEL.name, pinned=False))).ok
+            evicted = (await node.reserve(other.manifest)).evicted
+            assert evicted is not None and [v.model for v in evicted.victims] == [MODEL.name]
+            assert await told(node) is None and not node.layout.partial(BLOB).exists()
+
+
+async def test_I6_a_part_whose_bytes_have_gone_is_not_told_of_after_a_restart(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        async with node.storage():
+            await bring_in(node, [0, 2], FIRST)
+        (node.layout.partial(BLOB) / "have").unlink()
+        async with node.storage():
+            assert await told(node) is None
+            assert list(node.layout.parts.iterdir()) == []
