@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import nats
 import pytest
 from mlx_lm import load, stream_generate
 from safetensors.numpy import load_file, save_file
 
+from shoal_common.layout import Layout
 from shoal_demo.running import RunningHub, running_hub
-from tests.harness.shoal import ShoalCluster
+from tests.harness.shoal import ShoalCluster, eventually
 from tests.inference.tiny_models import write_model
 
 ONE, SEVERAL = "org/one-file", "org/several-files"
@@ -52,12 +56,29 @@ def sparse_hub(models: Path) -> Iterator[RunningHub]:
         yield running
 
 
-@pytest.fixture
-def three(tmp_path: Path, sparse_hub: RunningHub) -> Iterator[ShoalCluster]:
-    """Three nodes. The hub counts from here."""
-    with ShoalCluster(tmp_path, sparse_hub.base_url) as running:
-        sparse_hub.reset_stats()
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, sparse_hub: RunningHub) -> Iterator[ShoalCluster]:
+    """Three nodes."""
+    with ShoalCluster(tmp_path_factory.mktemp("three"), sparse_hub.base_url) as running:
         yield running
+
+
+@pytest.fixture
+def three(running: ShoalCluster, sparse_hub: RunningHub) -> Iterator[ShoalCluster]:
+    """Those nodes; c has both models whole, a and b have nothing. The hub counts from here."""
+    for model in (ONE, SEVERAL):
+        running["c"].shoal("pull", model, check=True)
+    sparse_hub.reset_stats()
+    yield running
+    for instance in running["c"].call("GET", "/v1/instances")["instances"]:
+        running["c"].call("DELETE", f"/v1/instances/{instance['id']}")
+    for model in (ONE, SEVERAL):
+        for node in "ab":
+            running["c"].call("DELETE", f"/v1/models/{model}?node={node}")
+    for node in "ab":
+        store = Layout(running[node].home / "store")
+        left = [*store.partials.iterdir(), *store.blobs.glob("*/*"), *store.root.glob("parts/*")]
+        assert left == [], f"{node} keeps something of models that were deleted"
 
 
 def expected(models: Path, model: str) -> str:
@@ -97,14 +118,96 @@ def fetched(cluster: ShoalCluster, *nodes: str) -> int:
     return sum(sum(d["sources"].values()) for d in downloads if d["node"] in nodes)
 
 
+def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
+    """`nats req` of a command that has to succeed: its result."""
+
+    async def request() -> dict[str, Any]:
+        connection = await nats.connect(cluster["a"].nats_url)
+        reply = await connection.request(f"shoal.v1.cmd.{subject}", json.dumps(body).encode(), timeout=60)
+        await connection.close()
+        return dict(json.loads(reply.data))
+
+    outcome = asyncio.run(request())
+    assert outcome["ok"], outcome
+    return dict(outcome["result"])
+
+
+def parts(cluster: ShoalCluster) -> dict[str, dict[str, Any]]:
+    """What is said of parts, by node."""
+    return {p["node"]: p for p in cluster["c"].call("GET", "/v1/status")["parts"]}
+
+
 @pytest.mark.parametrize("model", [ONE, SEVERAL])
 def test_I11_two_nodes_that_each_fetch_only_their_layers_answer_as_one_process(
     three: ShoalCluster, sparse_hub: RunningHub, models: Path, model: str
 ) -> None:
-    three["c"].shoal("pull", model, check=True)
-    sparse_hub.reset_stats()
     instance = place(three, model)
     assert answer(three, instance) == expected(models, model)
     both, whole = fetched(three, "a", "b") + sparse_hub.stats().bytes, bytes_of(models / model)
-    print(both / whole)
     assert both <= 1.10 * whole
+    told = parts(three)
+    assert sorted(layer for part in told.values() for layer in part["layers"]) == [[0, 3], [3, 6]]
+    assert sum(p["size_bytes"] for p in told.values()) <= 1.10 * whole
+    words = f"a has layers {told['a']['layers'][0][0]}-{told['a']['layers'][0][1] - 1} of {model}"
+    for command in ("status", "storage"):
+        assert words in three["a"].shoal(command, check=True).stdout
+    assert three["a"].call("GET", "/v1/status")["models"][0]["nodes"] == ["c"], "a part is not the model"
+
+
+def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
+    three: ShoalCluster, sparse_hub: RunningHub, models: Path
+) -> None:
+    instance = place(three, SEVERAL)
+    refused = three["a"].shoal("rm", SEVERAL, "--node", "a")
+    assert refused.returncode == 4 and f"of instance {instance} (pid " in refused.stderr
+    old = three["a"].kill("storage")
+    three["a"].wait_reborn("storage", old)
+    eventually(lambda: "a" in parts(three), "the part is told of again")
+    assert three["a"].shoal("gc", check=True).stdout.strip() == "a: nothing to remove"
+    three["a"].shoal("pull", SEVERAL, check=True)
+    assert fetched(three, "a") == bytes_of(models / SEVERAL), "every byte once, in two downloads"
+    assert sparse_hub.stats().bytes == 0
+    assert "a" not in parts(three)
+    view = next((three["a"].home / "store" / "views").glob("*/*"))
+    for file in (models / SEVERAL).iterdir():
+        assert (view / file.name).read_bytes() == file.read_bytes()
+    assert answer(three, instance) == expected(models, SEVERAL), "what had loaded from the part goes on"
+
+
+def test_the_layers_of_two_stages_on_one_node_are_fetched_once(three: ShoalCluster, models: Path) -> None:
+    first = ask(three, "fetcher.a.download", model=ONE, layers=[0, 4])
+    again = ask(three, "fetcher.a.download", model=ONE, layers=[1, 3])
+    both = ask(three, "fetcher.a.download", model=ONE, layers=[3, 6])
+    assert again.get("sources", {}) == {}, "the layers are here"
+    assert parts(three)["a"]["layers"] == [[0, 6]]
+    whole = bytes_of(models / ONE)
+    assert whole / 2 < sum(first["sources"].values()) < whole
+    assert sum(first["sources"].values()) + sum(both["sources"].values()) <= whole
+
+
+@pytest.mark.parametrize("service", ["fetcher", "storage", "fileserver", "inference"])
+def test_I6_whatever_is_killed_while_parts_arrive_the_instance_comes_up(
+    three: ShoalCluster, models: Path, service: str
+) -> None:
+    body = {"model": ONE, "min_nodes": 2, "max_nodes": 2, "nodes": ["a", "b"], "context_tokens": 256, "wait": False}
+    instance = str(three["c"].call("POST", "/v1/instances", body)["id"])
+    eventually(lambda: fetched(three, "a") or "a" in parts(three), "a has begun")
+    victim = three["c" if service == "fileserver" else "a"]
+    victim.wait_reborn(service, victim.kill(service))
+
+    def ready() -> bool:
+        return str(three["c"].call("GET", f"/v1/instances/{instance}")["phase"]) == "ready"
+
+    eventually(ready, "the instance is ready", 120.0)
+    assert answer(three, instance) == expected(models, ONE)
+
+
+def test_I9_where_nobody_has_a_sealed_list_all_of_the_model_comes_and_crosses_the_internet_once(
+    three: ShoalCluster, sparse_hub: RunningHub, models: Path
+) -> None:
+    three["c"].call("DELETE", f"/v1/models/{ONE}?node=c")
+    state = ask(three, "fetcher.a.download", model=ONE, layers=[0, 3])
+    assert state["phase"] == "ready" and "layers" not in state
+    assert "a" not in parts(three)
+    sent = sum(f.bytes for name, f in sparse_hub.stats().files.items() if name.startswith(f"{ONE}/"))
+    assert sent == bytes_of(models / ONE)

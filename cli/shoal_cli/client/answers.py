@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import Message
-from shoal_common.messages.records import DownloadState, StorageState
+from shoal_common.messages.records import DownloadState, PartState, StorageState
 
 
 class ServiceRow(Message):
@@ -73,6 +73,7 @@ class StatusAnswer(Message):
     nats_connected: bool = True
     nodes: list[NodeRow] = []
     models: list[ModelRow] = []
+    parts: list[PartState] = []
     downloads: list[DownloadState] = []
     instances: list[InstanceRow] = []
 
@@ -97,6 +98,7 @@ class DiskRow(Message):
     live: bool = False
     disk_free_bytes: int | None = None
     storage: StorageState | None = None
+    parts: list[PartState] = []
 
 
 class DisksAnswer(Message):

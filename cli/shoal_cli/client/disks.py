@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from shoal_cli.client.answers import Anything, CollectedRow, ConfiguredRow, DisksAnswer, PinnedRow, VerifiedRow
 from shoal_cli.client.gateway import Gateway
-from shoal_cli.client.tables import disks_table, strange_words
+from shoal_cli.client.tables import disks_table, part_words, strange_words
 from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
@@ -109,8 +109,10 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
         if row.storage.free_bytes == 0:
             words.append(f"{row.node}'s disk is full: `shoal rm` or `shoal gc` frees some space")
         if row.storage.reserved_bytes:
-            words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
+            whom = "downloads and parts of models" if row.parts else "downloads"
+            words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to {whom}")
         words += [f"{row.node} has bytes of {model}, whose download has ended" for model in row.storage.unfinished]
+        words += [f"{row.node} has {part_words(part)}" for part in row.parts]
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
         words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]

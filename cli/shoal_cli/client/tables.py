@@ -9,7 +9,7 @@ from rich.text import Text
 from shoal_cli.client.answers import DiskRow, InstanceRow, ModelRow, NodeRow, StatusAnswer
 from shoal_cli.client.progress import line
 from shoal_cli.sizes import show_bytes, show_seconds
-from shoal_common.messages.records import ENDED, StorageState
+from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 
@@ -33,6 +33,7 @@ def status_page(status: StatusAnswer) -> RenderableType:
         parts += [Text("\ndownloads", style="bold"), *(Text(f"{d.model}  {line(d, {})}") for d in under_way)]
     if status.models:
         parts += [Text("\nmodels", style="bold"), models_table(status.models)]
+    parts += [Text(f"{part.node} has {part_words(part)}") for part in status.parts]
     if status.instances:
         parts += [Text("\ninstances", style="bold"), instances_table(status.instances)]
     return Group(*parts)
@@ -98,6 +99,13 @@ def strange_words(node: str, storage: StorageState) -> list[str]:
         first = ", ".join(storage.unknown) + (", …" if storage.unknown_count > len(storage.unknown) else "")
         words.append(f"{node}: {unknown}, {show_bytes(storage.unknown_bytes)}, never deleted: {first}")
     return words
+
+
+def part_words(part: PartState) -> str:
+    """A part for a person: `layers 0-13 of org/name (73e3c0a1): 1.2 GB of 2.4 GB`."""
+    runs = ", ".join(f"{first}-{last - 1}" for first, last in part.layers)
+    sizes = f"{show_bytes(part.size_bytes)} of {show_bytes(part.model_bytes)}"
+    return f"layers {runs} of {part.repo} ({part.commit[:8]}): {sizes}"
 
 
 def _node_state(node: NodeRow) -> Text:

@@ -10,6 +10,7 @@ from shoal_common.messages.records import (
     InstanceSpec,
     InstanceState,
     ModelState,
+    PartState,
     StageState,
     StorageState,
 )
@@ -24,6 +25,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     storages: dict[str, StorageState] = {}
     downloads: list[DownloadState] = []
     models: list[ModelState] = []
+    parts: list[PartState] = []
     specs: dict[str, InstanceSpec] = {}
     instances: dict[str, InstanceState] = {}
     stages: dict[str, dict[int, StageState]] = {}
@@ -52,6 +54,7 @@ def read_picture(live: View, spec: View, state: View) -> Picture:
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
         models=[m for _, m in state.items("model.", ModelState)],
+        parts=[p for _, p in state.items("part.", PartState)],
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,

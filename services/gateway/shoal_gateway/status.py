@@ -11,6 +11,7 @@ from shoal_common.messages.records import (
     InstancePhase,
     InstanceSpec,
     InstanceState,
+    PartState,
     StagePhase,
     StageSpec,
     StageState,
@@ -53,6 +54,8 @@ class StorageView(msgspec.Struct, frozen=True, kw_only=True):
     disk_free_bytes: int | None
     """Free space by the latest beat of a live storage, where `storage` has it as of the last change."""
     storage: StorageState | None
+    parts: list[PartState]
+    """Models of which it has some layers."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +86,8 @@ class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody | None
     started_at_s: float
     updated_at_s: float
+    layers: list[list[int]]
+    """Of which layers it brings what is needed; empty: all of the model."""
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +128,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     nats_connected: bool
     nodes: list[NodeView]
     models: list[ModelView]
+    parts: list[PartState]
+    """Models of which a node has some layers, by model, then node."""
     downloads: list[DownloadView]
     instances: list[InstanceView]
 
@@ -135,6 +142,7 @@ def status_view(picture: Picture, node: str, version: str, nats_connected: bool,
         nats_connected=nats_connected,
         nodes=node_views(picture, now_s),
         models=model_views(picture),
+        parts=parts_of(picture),
         downloads=download_views(picture),
         instances=instance_views(picture),
     )
@@ -144,6 +152,7 @@ def known_nodes(picture: Picture) -> list[str]:
     """Every node that is live or that `state` or `spec` names."""
     named = {*picture.live, *picture.storages}
     named |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
+    named |= {p.node for p in picture.parts}
     named |= {s.node for spec in picture.specs.values() for s in spec.stages}
     named |= {s.node for stages in picture.stages.values() for s in stages.values()}
     return sorted(named)
@@ -197,9 +206,15 @@ def storage_views(picture: Picture) -> list[StorageView]:
                 live=live is not None,
                 disk_free_bytes=live.facts.disk_free_bytes if live else None,
                 storage=picture.storages.get(node),
+                parts=[part for part in parts_of(picture) if part.node == node],
             )
         )
     return views
+
+
+def parts_of(picture: Picture) -> list[PartState]:
+    """Models of which a node has some layers, by model, then node."""
+    return sorted(picture.parts, key=lambda p: (p.model, p.node))
 
 
 def model_views(picture: Picture) -> list[ModelView]:

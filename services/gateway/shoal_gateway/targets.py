@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shoal_common.errors import BadInput, NodeAway
-from shoal_common.messages.records import ENDED
+from shoal_common.messages.records import ENDED, ModelState, PartState
 from shoal_common.names import ModelRef, check_node
 from shoal_gateway.picture import Picture
 
@@ -29,7 +29,8 @@ def to_delete(picture: Picture, repo: str, revision: str | None, node: str | Non
     """Where to delete a revision of a repo (None: all of them): `node`, or every node that holds or downloads it."""
     if node is not None:
         return _live(picture, [check_node(node)], "storage")
-    chosen = {m.node for m in picture.models if m.repo == repo and revision in (None, m.commit, *m.revisions)}
+    held: list[ModelState | PartState] = [*picture.models, *picture.parts]
+    chosen = {m.node for m in held if m.repo == repo and revision in (None, m.commit, *m.revisions)}
     for d in picture.downloads:
         # An ended download is only a record: it is cleared where somebody can, and holds nobody up elsewhere.
         wanted = ModelRef.parse(d.model)
