@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shoal_common import leafset
 from shoal_common.buckets import part_key
 from shoal_common.errors import Corrupt, InUse, NotFound, QuotaExceeded
 from shoal_common.layout import LEAF_BYTES, Bitmap
 from shoal_common.leaves import leaf_hash, root_of
 from shoal_common.messages.commands import CollectGarbage, Pin
-from shoal_common.messages.questions import AskLease, Leased, Reserve, Reserved, SealPart
-from shoal_common.messages.records import PartState
+from shoal_common.messages.questions import AskLease, Done, Leased, Reserve, Reserved, SealPart, Unlease
+from shoal_common.messages.records import Manifest, PartState
+from shoal_storage.decide import Ledger, Part, Partial
 from tests.harness.nats import NatsServer
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, sha256
@@ -26,6 +30,8 @@ LAST_BYTES = 1 << 16
 """Of the last leaf: whole blocks of any file system, which counts those."""
 WEIGHTS = b"".join(bytes([65 + n]) * LEAF_BYTES for n in range(LEAVES - 1)) + b"e" * LAST_BYTES
 MODEL = Model("org/large", {"config.json": b"{}", "model.safetensors": WEIGHTS, "unneeded.bin": b"u" * 5000})
+TWIN = Model("org/twin", {"model.safetensors": WEIGHTS})
+"""Another model with the same weights."""
 BLOB, CONFIG, UNNEEDED = sha256(WEIGHTS), sha256(b"{}"), sha256(b"u" * 5000)
 FIRST, SECOND = [[0, 3]], [[2, 3], [6, 8]]
 """The leaves of layers 0 to 1, and of layer 2."""
@@ -102,7 +108,9 @@ async def test_I3_a_part_counts_its_leaves_and_no_more_before_it_comes_and_when_
         assert (state.size_bytes, state.model_bytes) == (FIRST_BYTES, MODEL.sealed.size_bytes)
         assert await told(node) == state and state.layers == [[0, 2]]
         disk = await node.storage_state()
-        assert (disk.reserved_bytes, disk.used_bytes) == (3 * LEAF_BYTES, 2)
+        assert (disk.reserved_bytes, disk.used_bytes) == (0, FIRST_BYTES), (
+            "it is present, and nothing more is to come"
+        )
         assert await node.model_state(MODEL) is None, "a part is not the model"
 
 
@@ -119,7 +127,8 @@ async def test_I3_the_quota_admits_a_part_and_refuses_the_whole(
         assert refused.value.details["needed_bytes"] == MODEL.sealed.size_bytes - FIRST_BYTES
         with pytest.raises(QuotaExceeded):
             await reserve(node, [[0, 4]])
-        assert (await node.storage_state()).reserved_bytes == 3 * LEAF_BYTES
+        disk = await node.storage_state()
+        assert (disk.reserved_bytes, disk.used_bytes) == (0, FIRST_BYTES)
 
 
 async def test_other_layers_make_the_part_larger_and_a_restart_keeps_it(
@@ -129,13 +138,14 @@ async def test_other_layers_make_the_part_larger_and_a_restart_keeps_it(
         async with node.storage():
             await bring_in(node, [0, 2], FIRST)
             await reserve(node, SECOND)
-            assert (await node.storage_state()).reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
+            assert (await node.storage_state()).reserved_bytes == LEAF_BYTES + LAST_BYTES
             arrive(node, [[6, 8]])
             state = await seal(node, [2, 3], SECOND)
             assert state.layers == [[0, 3]] and state.size_bytes == 4 * LEAF_BYTES + LAST_BYTES + 2
         async with node.storage():
             assert await told(node) == state
-            assert (await node.storage_state()).reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
+            disk = await node.storage_state()
+            assert (disk.reserved_bytes, disk.used_bytes) == (0, state.size_bytes)
             leased = await lease(node, [1, 3])
             assert leased.leaves == {"model.safetensors": [[0, 3], [6, 8]]}
 
@@ -197,7 +207,9 @@ async def test_a_growth_that_was_given_back_leaves_the_part_as_it_was(
         async with node.storage():
             await bring_in(node, [0, 2], FIRST)
             await node.reserve(MODEL.manifest)
-            assert (await node.storage_state()).reserved_bytes == len(WEIGHTS) + 5000
+            disk = await node.storage_state()
+            assert disk.reserved_bytes == len(WEIGHTS) + 5000 - 3 * LEAF_BYTES
+            assert disk.used_bytes == FIRST_BYTES
             await node.release(MODEL.manifest)
             assert await told(node) is not None
             await lease(node, [0, 2])
@@ -241,9 +253,21 @@ async def test_a_part_that_nobody_uses_is_evicted_like_a_model_unless_it_is_pinn
             with pytest.raises(QuotaExceeded):
                 await node.reserve(other.manifest)
             assert (await node.command("pin", Pin(model=MODEL.name, pinned=False))).ok
+            leased = await lease(node, [0, 2])
+            fd = os.open(leased.lock, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                with pytest.raises(QuotaExceeded):
+                    await node.reserve(other.manifest)
+            finally:
+                os.close(fd)
+            await node.ask("unlease", Unlease(id=leased.id), Done)
             evicted = (await node.reserve(other.manifest)).evicted
             assert evicted is not None and [v.model for v in evicted.victims] == [MODEL.name]
+            assert evicted.frees_bytes >= FIRST_BYTES, "at least: a file system may have given its file more"
             assert await told(node) is None and not node.layout.partial(BLOB).exists()
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.reserved_bytes) == (0, 2 * LEAF_BYTES)
 
 
 async def test_I6_a_part_whose_bytes_have_gone_is_not_told_of_after_a_restart(
@@ -256,3 +280,97 @@ async def test_I6_a_part_whose_bytes_have_gone_is_not_told_of_after_a_restart(
         async with node.storage():
             assert await told(node) is None
             assert list(node.layout.parts.iterdir()) == []
+
+
+async def test_I1_a_part_that_has_lost_leaves_is_not_leased_and_only_those_come_again(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
+        await bring_in(node, [0, 2], FIRST)
+        bitmap = Bitmap(len(WEIGHTS))
+        bitmap.add(0)
+        bitmap.add(2)
+        (node.layout.partial(BLOB) / "have").write_bytes(bitmap.to_bytes())
+        with pytest.raises(NotFound, match="leaves are missing"):
+            await lease(node, [0, 2])
+        assert await told(node) is None
+        await reserve(node, FIRST)
+        disk = await node.storage_state()
+        assert (disk.used_bytes, disk.reserved_bytes) == (2, 3 * LEAF_BYTES), "none of it is verified any more"
+        arrive(node, [[1, 2]])
+        await seal(node, [0, 2], FIRST)
+        await lease(node, [0, 2])
+
+
+async def test_I3_a_part_whose_blob_comes_whole_for_another_model_stands_and_counts_once(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node:
+        async with node.storage(), node.fetcher():
+            state = await bring_in(node, [0, 2], FIRST)
+            assert set((await node.reserve(TWIN.manifest)).missing) == {BLOB}
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.reserved_bytes) == (FIRST_BYTES, len(WEIGHTS) - 3 * LEAF_BYTES)
+            arrive(node, [[3, LEAVES]])
+            await node.commit(BLOB)
+            await node.seal(TWIN.sealed)
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0)
+            assert await told(node) == state, "as much as its layers need"
+            leased = await lease(node, [0, 2])
+            assert (Path(leased.view) / "model.safetensors").read_bytes() == WEIGHTS
+            assert (await node.delete(TWIN.name)).ok
+            assert await told(node) == state
+        async with node.storage(), node.fetcher():
+            assert await told(node) == state
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0), "a blob goes whole or not at all"
+            await lease(node, [0, 2])
+            await node.ask("unlease", Unlease(id=leased.id), Done)
+
+
+async def test_I3_two_parts_that_share_a_blob_count_it_once_and_each_outlives_the_other(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage(), node.fetcher():
+        await bring_in(node, [0, 2], FIRST)
+        reserving = Reserve(manifest=TWIN.manifest, leaves={BLOB: SECOND})
+        assert (await node.ask("reserve", reserving, Reserved)).missing == [BLOB]
+        arrive(node, [[6, 8]])
+        sealing = SealPart(
+            manifest=TWIN.sealed, layers=[[2, 3]], leaves={BLOB: SECOND}, roots={BLOB: root_of(leaf_list())}
+        )
+        twin = await node.ask("seal_part", sealing, PartState)
+        assert twin.size_bytes == 2 * LEAF_BYTES + LAST_BYTES
+        disk = await node.storage_state()
+        assert (disk.used_bytes, disk.reserved_bytes) == (4 * LEAF_BYTES + LAST_BYTES + 2, 0)
+        assert (await node.delete(MODEL.name)).ok
+        assert await told(node) is None
+        disk = await node.storage_state()
+        # Leaves that nothing needs any more stay in the file of those that something needs, and count.
+        assert disk.used_bytes == twin.size_bytes
+        assert disk.used_bytes + disk.reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
+        leased = await node.ask("lease", AskLease(model=TWIN.name, holder="a test", layers=[2, 3]), Leased)
+        assert (Path(leased.view) / "model.safetensors").read_bytes()[6 * LEAF_BYTES :] == WEIGHTS[6 * LEAF_BYTES :]
+
+
+LEAF_SETS = st.integers(0, (1 << LEAVES) - 1)
+
+
+@given(st.dictionaries(st.sampled_from(["org/a", "org/b", "org/c"]), st.tuples(LEAF_SETS, LEAF_SETS), min_size=1))
+def test_I3_used_and_reserved_are_together_what_may_come_to_be_on_the_disk(
+    models: dict[str, tuple[int, int]],
+) -> None:
+    """Each model has a part of a blob, and wants leaves of it that are not here."""
+    size_bytes = len(WEIGHTS)
+    here = wanted = 0
+    parts, asked = {}, {}
+    for model, (its, more) in models.items():
+        parts[model] = Part(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: its})
+        asked[model] = its | more
+        here, wanted = here | its, wanted | its | more
+    partial = Partial(size_bytes, leafset.size_of(here, size_bytes), set(models), asked, here)
+    ledger = Ledger(partials={BLOB: partial}, parts=parts)
+    assert ledger.used_bytes == leafset.size_of(here, size_bytes)
+    assert ledger.reserved_bytes == leafset.size_of(wanted & ~here, size_bytes)
+    assert ledger.in_flight_bytes == ledger.reserved_bytes

@@ -109,8 +109,7 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
         if row.storage.free_bytes == 0:
             words.append(f"{row.node}'s disk is full: `shoal rm` or `shoal gc` frees some space")
         if row.storage.reserved_bytes:
-            whom = "downloads and parts of models" if row.parts else "downloads"
-            words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to {whom}")
+            words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
         words += [f"{row.node} has bytes of {model}, whose download has ended" for model in row.storage.unfinished]
         words += [f"{row.node} has {part_words(part)}" for part in row.parts]
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]

@@ -186,13 +186,28 @@ class Ledger(msgspec.Struct):
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all blobs, and of what has a blob's name and is not proven."""
-        return sum(self.blobs.values()) + sum(stamp.size_bytes for stamp in self.unproven.values())
+        """Bytes of all blobs, of the leaves that parts need, and of what has a blob's name and is not proven."""
+        unproven_bytes = sum(stamp.size_bytes for stamp in self.unproven.values())
+        return sum(self.blobs.values()) + self.part_bytes + unproven_bytes
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the leaves of partials that parts need: present and verified, those of two parts once."""
+        if not self.parts:
+            return 0
+        return sum(leafset.size_of(self.part_leaves(b), p.size_bytes) for b, p in self.partials.items())
+
+    def part_leaves(self, blob: str) -> int:
+        """The leaves of a blob that parts need: verified, unless the blob is here whole."""
+        found = 0
+        for part in self.parts.values():
+            found |= part.leaves.get(blob, 0)
+        return found
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes promised to blobs that are arriving, and those that ended promises have left."""
-        return sum(self.promised_bytes(p) for p in self.partials.values())
+        """Bytes promised to what is arriving, and those that ended promises have left; without what is used."""
+        return sum(self.promised_bytes(p) for p in self.partials.values()) - self.part_bytes
 
     @property
     def in_flight_bytes(self) -> int:

@@ -61,6 +61,8 @@ class Holders:
             if not found and part is None:
                 what = f"layers {question.layers} of {ref} are" if question.layers else f"{ref} is"
                 raise NotFound(f"{what} not on node {self._node}, and only what is there can be leased: pull it")
+            if part is not None:
+                await self._parts.require(part)
             manifest = part.manifest if part else found[-1]
             leaves = part.leaves if part else {}
             lease = Lease(

@@ -163,7 +163,7 @@ class Parts:
             partials = await asyncio.to_thread(_require, part, self._ledger, self._disk)
         # Hashing takes a while: outside the section. Leaves that are durable are not written again.
         for blob, partial in partials.items():
-            fresh = leaves[blob] & ~self._proven(blob)
+            fresh = leaves[blob] & ~self._ledger.part_leaves(blob)
             root = question.roots.get(blob, "")
             try:
                 await asyncio.to_thread(require_leaves, self._disk.layout, blob, partial.size_bytes, fresh, root)
@@ -194,12 +194,6 @@ class Parts:
         log.info("a part is ready", model=manifest.model, layers=str(part.layers), size_bytes=part.size_bytes)
         return part_state(self._announcer.node, part)
 
-    def _proven(self, blob: str) -> int:
-        found = 0
-        for part in self._ledger.parts.values():
-            found |= part.leaves.get(blob, 0)
-        return found
-
     async def settle(self, model: str) -> None:
         """No more of a model comes in than the part that is here: its partials promise that and no more."""
         part = self._ledger.parts[model]
@@ -212,6 +206,14 @@ class Parts:
                 partial.leaves = changed.leaves
             if partial.leaves:
                 await asyncio.to_thread(self._disk.look_at, blob, partial)
+
+    async def require(self, part: Part) -> None:
+        """Look that all of a part is here still; drop it and raise NotFound when somebody took leaves of it away."""
+        try:
+            await asyncio.to_thread(_require, part, self._ledger, self._disk)
+        except NotFound:
+            await self.drop(part.manifest.model)
+            raise
 
     async def drop(self, model: str) -> None:
         """A part is none any more: the model is whole, or goes. Nothing happens when there is none."""
