@@ -12,12 +12,11 @@ import mlx.core as mx
 import nats
 import pytest
 from mlx_lm import load, stream_generate
-from safetensors.numpy import load_file, save_file
 
 from shoal_common.layout import Layout
 from shoal_demo.running import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster, eventually
-from tests.inference.tiny_models import write_model
+from tests.inference.tiny_models import write_files, write_model
 
 ONE, SEVERAL = "org/one-file", "org/several-files"
 PROMPT = "the shoal turns"
@@ -26,26 +25,12 @@ _WIDTH = 640
 """Of hidden states: some 90 MB of weights, so that leaves are small against the model."""
 
 
-def rewrite(directory: Path, files: int) -> None:
-    """Write the tensors in the order of their names, as the hub's models have them, into one file or several."""
-    weights = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    names = sorted(weights)
-    weight_map: dict[str, str] = {}
-    for number in range(files):
-        path = f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
-        own = {n: weights[n] for n in names[number * len(names) // files : (number + 1) * len(names) // files]}
-        save_file(own, directory / path, {"format": "mlx"})
-        weight_map |= dict.fromkeys(own, path)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the hub has."""
     root = tmp_path_factory.mktemp("models")
-    rewrite(write_model(root / ONE, "llama", width=_WIDTH), 1)
-    rewrite(write_model(root / SEVERAL, "llama-tied", width=_WIDTH), 3)
+    write_files(write_model(root / ONE, "llama", width=_WIDTH), 1)
+    write_files(write_model(root / SEVERAL, "llama-tied", width=_WIDTH), 3)
     return root
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -120,3 +121,17 @@ def own_bytes(model_dir: Path, first: int, last: int, *, embedding: bool, head: 
         if own:
             total += entry["data_offsets"][1] - entry["data_offsets"][0]
     return total
+
+
+def write_files(directory: Path, files: int) -> None:
+    """Write a model's tensors anew, in the order of their names as the hub's models have them, into so many files."""
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
+    for number in range(files):
+        path = f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+        own = {n: weights[n] for n in names[number * len(names) // files : (number + 1) * len(names) // files]}
+        save_file(own, directory / path, {"format": "mlx"})
+        weight_map |= dict.fromkeys(own, path)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
