@@ -21,7 +21,8 @@ from shoal_common.messages.questions import AskLease, Done, Leased, Reserve, Res
 from shoal_common.messages.records import Manifest, PartState
 from shoal_storage.decide import Ledger, Part, Partial
 from tests.harness.nats import NatsServer
-from tests.storage.service import Node, on_node
+from tests.harness.waiting import eventually
+from tests.storage.service import PATIENCE_S, Node, on_node
 from tests.storage.stores import Model, sha256
 
 Fresh = Callable[[str], str]
@@ -300,6 +301,22 @@ async def test_I1_a_part_that_has_lost_leaves_is_not_leased_and_only_those_come_
         arrive(node, [[1, 2]])
         await seal(node, [0, 2], FIRST)
         await lease(node, [0, 2])
+
+
+async def test_a_part_of_which_a_person_removes_a_file_is_told_of_no_more(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
+        await bring_in(node, [0, 2], FIRST)
+        node.layout.blob(CONFIG).unlink()
+
+        async def taken_back() -> bool:
+            return await told(node) is None
+
+        await eventually(taken_back, "the part is told of no more", PATIENCE_S)
+        disk = await node.storage_state()
+        assert (disk.used_bytes, disk.reserved_bytes) == (0, 3 * LEAF_BYTES), "its leaves stay, for a fetch"
+        assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
 
 
 async def test_I3_a_part_whose_blob_comes_whole_for_another_model_stands_and_counts_once(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -211,9 +212,18 @@ class Parts:
         """Look that all of a part is here still; drop it and raise NotFound when somebody took leaves of it away."""
         try:
             await asyncio.to_thread(_require, part, self._ledger, self._disk)
-        except NotFound:
+        except NotFound as e:
+            log.warning("a part is not here any more, or not all of it", model=part.manifest.model, why=e.message)
             await self.drop(part.manifest.model)
             raise
+
+    async def drop_lost(self) -> bool:
+        """Drop every part of which not all is here any more. Whether there was one. Within the section."""
+        before = len(self._ledger.parts)
+        for part in list(self._ledger.parts.values()):
+            with suppress(NotFound):
+                await self.require(part)
+        return len(self._ledger.parts) < before
 
     async def drop(self, model: str) -> None:
         """A part is none any more: the model is whole, or goes. Nothing happens when there is none."""

@@ -16,6 +16,7 @@ from shoal_storage.doubt import having, mend
 from shoal_storage.glance import any_differs
 from shoal_storage.keeping import Keeping
 from shoal_storage.losing import Losses
+from shoal_storage.parts import Parts
 from shoal_storage.scan import scan
 from shoal_storage.truth import Differences, differences, follow
 from shoal_storage.views import places_of, unlink
@@ -35,9 +36,10 @@ class Rescan:
         keeping: Keeping,
         announcer: Announcer,
         losses: Losses,
+        parts: Parts,
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
-        self._keeping, self._announcer, self._losses = keeping, announcer, losses
+        self._keeping, self._announcer, self._losses, self._parts = keeping, announcer, losses, parts
         self.unproven = asyncio.Event()
         """Set when there are files to be hashed."""
         self._untold = False
@@ -62,6 +64,7 @@ class Rescan:
             if found.any_in(self._ledger):
                 await self._follow(found)
             await self.announce_found()
+            await self._lose_parts()
         await self.tell_untold()
         if self._ledger.unproven:
             self.unproven.set()
@@ -94,6 +97,14 @@ class Rescan:
         """Announce models that have become whole. Within the section."""
         if found := mend(self._ledger):
             await self._tell([], found)
+
+    async def _lose_parts(self) -> None:
+        try:
+            if await self._parts.drop_lost():
+                await self._announcer.publish()
+        except (ShoalError, OSError) as e:
+            self._untold = True
+            log.warning("what the disk holds could not be said; said again soon", why=str(e))
 
     async def _tell(self, lost: list[str], found: list[str]) -> None:
         try:

@@ -99,7 +99,7 @@ async def run(context: Context) -> None:
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
         losses = Losses(context, disk, ledger, specs, announcer)
-        rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses)
+        rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses, guard.parts)
         prover = Prover(disk, ledger, guard.section, rescan)
         context.background(tasks, prover.prove_forever())
         context.background(tasks, Watcher(disk.layout, rescan).watch_forever())
