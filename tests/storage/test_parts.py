@@ -27,8 +27,8 @@ from tests.storage.stores import Model, sha256
 
 Fresh = Callable[[str], str]
 LEAVES = 8
-LAST_BYTES = 1 << 16
-"""Of the last leaf: whole blocks of any file system, which counts those."""
+LAST_BYTES = 70_000
+"""Of the last leaf."""
 WEIGHTS = b"".join(bytes([65 + n]) * LEAF_BYTES for n in range(LEAVES - 1)) + b"e" * LAST_BYTES
 MODEL = Model("org/large", {"config.json": b"{}", "model.safetensors": WEIGHTS, "unneeded.bin": b"u" * 5000})
 TWIN = Model("org/twin", {"model.safetensors": WEIGHTS})

@@ -17,6 +17,8 @@ from shoal_storage.leases import Lease
 
 EvictionPolicy = Literal["manual", "lru"]
 _GIT = "git-"
+_BLOCK_BYTES = 64 << 10
+"""The largest blocks of common file systems: what a file's end takes beyond its bytes is less, and not counted."""
 
 
 class Partial(msgspec.Struct):
@@ -42,8 +44,9 @@ class Partial(msgspec.Struct):
 
     @property
     def promised_bytes(self) -> int:
-        """Bytes that it may come to take; never less than it takes already."""
-        return max(leafset.size_of(self.promised_leaves, self.size_bytes), self.allocated_bytes)
+        """Bytes that it may come to take; never less than it takes already, by whole blocks of the file system."""
+        promised = leafset.size_of(self.promised_leaves, self.size_bytes)
+        return promised if self.allocated_bytes < promised + _BLOCK_BYTES else self.allocated_bytes
 
     def wanted_by(self, model: str, leaves: int | None) -> Partial:
         """The same, once this model wants these leaves of it, or all."""
@@ -212,7 +215,7 @@ class Ledger(msgspec.Struct):
     @property
     def in_flight_bytes(self) -> int:
         """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
-        return sum(self.promised_bytes(p) - p.allocated_bytes for p in self.partials.values())
+        return sum(max(self.promised_bytes(p) - p.allocated_bytes, 0) for p in self.partials.values())
 
     def promises(self, partial: Partial) -> bool:
         """Whether a partial may still grow: the promise to one of its models stands."""

@@ -92,7 +92,9 @@ class _References:
         self._partials: dict[str, list[str]] = {}
         leaving = ledger.ended | ledger.parts.keys()
         self._occupied = {
-            b: p.allocated_bytes for b, p in ledger.partials.items() if p.models and p.models <= leaving
+            b: min(p.allocated_bytes, ledger.promised_bytes(p))
+            for b, p in ledger.partials.items()
+            if p.models and p.models <= leaving
         }
         self.blobs: Counter[str] = Counter()
         for blobs in self._needs.values():
