@@ -24,7 +24,7 @@ from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
 from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub import Hub
 from shoal_fetcher.partial import read_bitmap
-from shoal_fetcher.parts import LeafListReader, PartFetch
+from shoal_fetcher.parts import Lists, PartFetch, sealed_lists
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
@@ -51,7 +51,7 @@ class Download:
         hub: Hub,
         around: Surroundings,
         blobs: BlobFetcher,
-        leaf_lists: LeafListReader,
+        leaf_lists: Lists,
         layers: list[list[int]],
         before: DownloadState | None,
         ended: asyncio.Future[DownloadState] | None,
@@ -232,7 +232,7 @@ class Download:
 
     async def _bring_part(self, manifest: Manifest) -> bool:
         """Bring what the layers need. False: nobody says which leaves are right, or all is here: bring all of it."""
-        lists = await self._leaf_lists.read(manifest)
+        lists = await sealed_lists(manifest, self._around, self._leaf_lists)
         if lists is not None:
             await self.progress.say(commit=manifest.commit, error=None)
 

@@ -24,7 +24,7 @@ from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.download import Download
 from shoal_fetcher.http_range import hub_client, peer_client
 from shoal_fetcher.hub import Hub, HubSettings
-from shoal_fetcher.parts import LeafListReader
+from shoal_fetcher.leaf_lists import PeerLists
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 
@@ -62,7 +62,7 @@ class Fetcher:
             peers=from_peers,
             around=around,
         )
-        self._leaf_lists = LeafListReader(context.config.secret, from_peers, around)
+        self._leaf_lists = PeerLists(context.config.secret, from_peers, around)
         self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 

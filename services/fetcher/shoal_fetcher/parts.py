@@ -6,13 +6,10 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import httpx2
+from typing import Any, BinaryIO, Protocol
 
 from shoal_common import leafset
 from shoal_common.blobs import find_blob
-from shoal_common.credentials import bearer
 from shoal_common.errors import DISK_FULL, Corrupt, DiskFull, ShoalError
 from shoal_common.layout import Layout
 from shoal_common.leaves import list_bytes, root_of
@@ -21,7 +18,6 @@ from shoal_common.messages.questions import Reserved
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_common.tensors import PREFIX_BYTES, header_end
 from shoal_fetcher.errors import ReservationLost, WrongWhole
-from shoal_fetcher.http_range import leaves_url, peer_source, read_range
 from shoal_fetcher.partial import read_bitmap
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sparse import CONFIG, first_leaves, header_leaves, stage_leaves, weight_files
@@ -39,49 +35,39 @@ LeafLists = Mapping[str, bytes]
 """By blob, the hashes of its leaves, from a list whose root is sealed."""
 
 
-class LeafListReader:
-    """Reads leaf lists from nodes that have a blob whole."""
+class Lists(Protocol):
+    """Who reads leaf lists from nodes."""
 
-    def __init__(self, secret: str, peers: httpx2.AsyncClient, around: Surroundings) -> None:
-        self._credentials, self._peers, self._around = bearer(secret, "blobs"), peers, around
+    async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
+        """Bytes of the list of a blob as a node gives it. Raises ShoalError."""
 
-    async def read(self, manifest: Manifest) -> LeafLists | None:
-        """The lists of all files with weights; None when one of them is not to be had, and so nothing can be proven.
 
-        A list is believed by its root, which the manifest of a node that has the model says.
-        """
-        found: dict[str, bytes] = {}
-        for file in weight_files(manifest):
-            hashes = await self._read(manifest, file) if file.sha256 and file.leaves else None
-            if hashes is None:
-                log.info("no sealed leaf list is to be had", model=manifest.model, path=file.path)
-                return None
-            found[file.blob] = hashes
-        return found or None
+async def sealed_lists(manifest: Manifest, around: Surroundings, lists: Lists) -> LeafLists | None:
+    """The lists of all files with weights; None when one of them is not to be had, and so nothing can be proven.
 
-    async def _read(self, manifest: Manifest, file: ManifestFile) -> bytes | None:
-        addresses = self._around.addresses()
-        for holding in self._around.holders(file.blob, manifest):
-            for address in addresses.get(holding.node, []):
-                try:
-                    hashes = await self._read_from(holding.node, address, file)
-                except ShoalError as e:
-                    log.info("a node could not give its leaf list", peer=holding.node, path=file.path, why=e.message)
-                    continue
-                if root_of(hashes) == file.leaves:
-                    return hashes
-                log.warning("a node gave a leaf list that is not the sealed one", peer=holding.node, path=file.path)
-        return None
+    A list is believed by its root, which the manifest of a node that has the model says.
+    """
+    found: dict[str, bytes] = {}
+    for file in weight_files(manifest):
+        hashes = await _sealed_list(manifest, file, around, lists) if file.sha256 and file.leaves else None
+        if hashes is None:
+            log.info("no sealed leaf list is to be had", model=manifest.model, path=file.path)
+            return None
+        found[file.blob] = hashes
+    return found or None
 
-    async def _read_from(self, node: str, address: str, file: ManifestFile) -> bytes:
-        size_bytes, hashes = list_bytes(file.size_bytes), bytearray()
-        url = leaves_url(address, file.sha256)
-        async with read_range(self._peers, url, self._credentials, 0, size_bytes, peer_source(node)) as body:
-            async for chunk in body.chunks:
-                hashes += chunk
-                if len(hashes) > size_bytes:
-                    raise Corrupt(f"node {node} sends a longer leaf list for {file.path} than it can have")
-        return bytes(hashes)
+
+async def _sealed_list(manifest: Manifest, file: ManifestFile, around: Surroundings, lists: Lists) -> bytes | None:
+    for holding in around.holders(file.blob, manifest):
+        try:
+            hashes = await lists.leaf_list(holding.node, file.sha256, 0, list_bytes(file.size_bytes))
+        except ShoalError as e:
+            log.info("a node could not give its leaf list", peer=holding.node, path=file.path, why=e.message)
+            continue
+        if root_of(hashes) == file.leaves:
+            return hashes
+        log.warning("a node gave a leaf list that is not the sealed one", peer=holding.node, path=file.path)
+    return None
 
 
 class PartFetch:
