@@ -24,7 +24,7 @@ ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 async def serving_here(store: Path) -> AsyncIterator[int]:
     """The port of a server in this process."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(Layout(store), "")
+    app = make_app(Layout(store), "here", "")
     settings = uvicorn.Config(app, http=connections.BoundedHttp, ws="none", log_config=None, lifespan="off")
     settings.timeout_graceful_shutdown = 1
     server = uvicorn.Server(settings)

@@ -11,7 +11,10 @@ import time
 from collections import Counter
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from shoal_fileserver.sending import SENDING, Sending
 
 MAX_CONNECTIONS = 256
 MAX_HEAD_BYTES = 32 << 10
@@ -40,6 +43,8 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """Wait for a request, for a while; make room if this is one connection too many."""
         super().connection_made(transport)
+        # Writing is paused as soon as the socket takes no more: what follows comes by sendfile, past the buffer.
+        transport.set_write_buffer_limits(0)
         self._expect_head()
         if len(self.connections) > MAX_CONNECTIONS:
             self._make_room()
@@ -73,6 +78,10 @@ class BoundedHttp(HttpToolsProtocol):
         """A request begins."""
         self._head_arrived()
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        cycle.scope["state"][SENDING] = Sending(self.transport, self.flow, cycle)
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """It has been answered."""
