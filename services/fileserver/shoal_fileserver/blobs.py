@@ -198,8 +198,9 @@ class ContentResponse(Response):
         finally:
             content.close()
             if self._sent is not None:
-                whole = (self._start + count) // LEAF_BYTES if self._start + count < self._end else 1 << 62
-                self._sent.take_back(content.blob, range(whole, -(-self._end // LEAF_BYTES)))
+                at = self._start + count
+                through = at // LEAF_BYTES if at < self._end else leaf_count(self._end)
+                self._sent.take_back(content.blob, through, leaf_count(self._end))
 
 
 def _asked(headers: Headers, etag: str, size: int) -> Whole | Part | Unsatisfiable:

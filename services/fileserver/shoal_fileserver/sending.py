@@ -18,8 +18,9 @@ from shoal_common.layout import LEAF_BYTES
 from shoal_common.pace import Pace
 
 if TYPE_CHECKING:
-    from uvicorn.protocols.http.flow_control import FlowControl
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    from shoal_fileserver.connections import BoundedHttp
 
 SENDING = "shoal.sending"
 """Where in a request's state its Sending is."""
@@ -34,8 +35,9 @@ _THREADS = ThreadPoolExecutor(8, "send")
 class Sending:
     """The way to the peer, for one response."""
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl, cycle: RequestResponseCycle) -> None:
-        self._transport, self._flow, self._cycle = transport, flow, cycle
+    def __init__(self, connection: BoundedHttp, cycle: RequestResponseCycle) -> None:
+        self._connection, self._cycle = connection, cycle
+        self._transport, self._flow = connection.transport, connection.flow
 
     @property
     def broken(self) -> bool:
@@ -67,9 +69,11 @@ class Sending:
                     continue  # the peer may have gone meanwhile
                 sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, at, allowed, is_gone))
                 at += sent
+                self._connection.handed_bytes += sent
                 if rest and not self.broken:
-                    self._transport.write(rest)
                     at += len(rest)
+                    self._connection.handed_bytes += len(rest)
+                    self._transport.write(rest)
                 elif not sent:
                     break
         finally:

@@ -15,12 +15,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal_common.buckets import storage_key
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, Unavailable
 from shoal_common.layout import Layout
 from shoal_common.messages.facts import Facts
+from shoal_common.messages.records import StorageState
 from shoal_common.pace import Pace
 from shoal_common.service import Context
+from shoal_common.watch import View
 from shoal_fileserver.blobs import Blobs, problem
 from shoal_fileserver.catalog import Catalog
 from shoal_fileserver.connections import BoundedHttp
@@ -80,20 +83,24 @@ async def run(context: Context) -> None:
     listener = _listen(config.bind, context.environ)
     # What a hostile peer can provoke is not worth a line each; what went wrong here is.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    pace = Pace()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a fileserver that was restarted says no address, its peers turn to the hub (I9). The socket
         # listens already, and who comes waits there for the views.
         context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
         models = await context.view(tasks, "state", "model.>")
         live = await context.view(tasks, "live")
+        own = await context.view(tasks, "state", storage_key(context.node))
+        context.background(tasks, _keep_pace(own, context.node, pace))
         catalog = Catalog(context.node, context.ask, models, live)
         server = uvicorn.Server(
             uvicorn.Config(
-                make_app(Layout(config.store), context.node, config.secret, catalog),
+                make_app(Layout(config.store), context.node, config.secret, catalog, pace),
                 http=BoundedHttp,
                 ws="none",
                 log_config=None,
                 access_log=False,
+                server_header=False,
                 proxy_headers=False,
                 lifespan="off",
                 timeout_keep_alive=_KEEP_ALIVE_S,
@@ -103,6 +110,15 @@ async def run(context: Context) -> None:
         tasks.create_task(_stop(context, server))
         # `_serve` is `serve` without its signal handlers: signals are the main loop's.
         await server._serve(sockets=[listener])
+
+
+async def _keep_pace(own: View, node: str, pace: Pace) -> None:
+    """Follow the node's `max_upload_bytes_per_s`, as its storage tells it."""
+    seen = -1
+    while True:
+        seen = await own.changed_after(seen)
+        if state := own.get(storage_key(node), StorageState):
+            pace.use(state.max_upload_bytes_per_s)
 
 
 async def _stop(context: Context, server: uvicorn.Server) -> None:
