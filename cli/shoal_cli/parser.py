@@ -35,7 +35,7 @@ exit codes:
 _JSON = {
     "status": """--json prints GET /v1/status of the gateway as it is: {"node", "version",
 "nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
-"missing_services", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"missing_services", "link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
 "downloads": […], "instances": […]}. Fields are only ever added.""",
     "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
 "phase", "commit", "total_bytes", "done_bytes", "sources": {source: bytes}, "error", …}], "commands": {node: id}}.

@@ -99,6 +99,7 @@ class Cluster:
         services = {"gateway": {"version": "0.1.0", "pid": 7, "host": "h", "uptime_s": 65.0, "addresses": ["x:1"]}}
         services["fileserver"] = {**services["gateway"], "addresses": ["192.0.2.7:4242", "x:2"]}
         up = {"node": "node-a", "live": True, "services": services, "missing_services": [], "storage": storage}
+        up["link"] = "thunderbolt"
         away = {"node": "node-b", "live": False, "services": {}, "missing_services": ["storage"], "storage": None}
         memory = {"memory_total_bytes": 64 * 10**9, "memory_available_bytes": 48 * 10**9}
         return await self._note(request) or JSONResponse(

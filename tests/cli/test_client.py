@@ -133,7 +133,7 @@ def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluste
     said = capsys.readouterr().out
     for words in (
         "node-a",
-        "up 1 min 05 s",
+        "up 1 min 05 s, by Thunderbolt",
         "48.0 GB of 64.0 GB",
         "1.0 TB, manual",
         "node-b",

@@ -42,6 +42,14 @@ def boot_bytes() -> bytes:
     return hashlib.sha256(boot.strip().encode()).digest()[:_BOOT_BYTES]
 
 
+def this_network() -> str:
+    """This machine, this boot of it, and this network namespace: within one such value loopback is shared."""
+    if sys.platform == "linux":
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        return f"{boot}/{Path('/proc/self/ns/net').readlink().name.strip('net:[]')}"
+    return this_host()
+
+
 def this_process() -> Holder:
     """A holder record for this process, with a fresh uid."""
     return Holder(
@@ -49,6 +57,7 @@ def this_process() -> Holder:
         host=this_host(),
         pid=os.getpid(),
         pid_started_s=round(psutil.Process().create_time(), 1),
+        network=this_network(),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import httpx2
 import msgspec
@@ -26,6 +26,7 @@ from shoal_fetcher.http_range import Body, blob_url, peer_source, read_range
 from shoal_fetcher.hub import Hub
 from shoal_fetcher.partial import PartialBlob
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.rates import Rates
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 
@@ -66,7 +67,7 @@ class BlobFetcher:
     ) -> None:
         self._node, self._uid, self._layout = node, uid, layout
         self._buckets, self._storage, self._hub, self._peers = buckets, storage, hub, peers
-        self._around = around
+        self._around, self._rates = around, Rates()
         self._credentials = bearer(secret, "blobs")
         self._busy: Counter[str] = Counter()
         self._gate = asyncio.Semaphore(AT_ONCE)
@@ -136,15 +137,19 @@ class BlobFetcher:
         await progress.say(waiting_for="")
         peer = choice.node
         source = peer_source(peer)
-        addresses = self._around.addresses().get(peer, [])
+        addresses = self._rates.order(peer, self._around.addresses().get(peer, []), time.monotonic())
         error: ShoalError = Unavailable(f"node {peer} says no address")
         self._busy[peer] += 1
         try:
             for address in addresses:
 
-                def read(start: int, end: int, address: str = address) -> AbstractAsyncContextManager[Body]:
-                    url = blob_url(address, choice.sha256)
-                    return read_range(self._peers, url, self._credentials, start, end, source)
+                @asynccontextmanager
+                async def read(start: int, end: int, address: str = address) -> AsyncIterator[Body]:
+                    url, began_s = blob_url(address, choice.sha256), time.monotonic()
+                    async with read_range(self._peers, url, self._credentials, start, end, source) as body:
+                        yield body
+                    now_s = time.monotonic()
+                    self._rates.measured(peer, address, end - start, now_s - began_s, now_s)
 
                 try:
                     await self._read(peer, file, read, setbacks, progress)
@@ -153,6 +158,8 @@ class BlobFetcher:
                     raise
                 except ShoalError as e:
                     error = e
+                    if isinstance(e, Unavailable):
+                        self._rates.failed(peer, address, time.monotonic())
             else:
                 raise error
             return await self._commit(file, progress)

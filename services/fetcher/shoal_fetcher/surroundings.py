@@ -7,10 +7,13 @@ from contextlib import suppress
 
 from shoal_common.buckets import download_key, live_key, origin_key, storage_key
 from shoal_common.connection import Nats
+from shoal_common.identity import this_network
+from shoal_common.interfaces import Interfaces
 from shoal_common.leases import LeaseValue
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState, StorageState
 from shoal_common.names import ModelRef
+from shoal_common.reach import ways
 from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
 
@@ -20,18 +23,29 @@ _CATCH_UP_S = 5.0
 class Surroundings:
     """Read-only views of the cluster."""
 
-    def __init__(self, nats: Nats, me: str, live: View, state: View, lease: View, spec: View) -> None:
-        self._nats, self._me = nats, me
+    def __init__(
+        self,
+        nats: Nats,
+        me: str,
+        live: View,
+        state: View,
+        lease: View,
+        spec: View,
+        interfaces: Interfaces,
+    ) -> None:
+        self._nats, self._me, self._interfaces = nats, me, interfaces
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
+        self._network = this_network()
 
     def addresses(self) -> dict[str, list[str]]:
-        """Live fileservers of other nodes and where they answer."""
+        """Live fileservers of other nodes that can be reached from here, and where, in the order to try."""
         found: dict[str, list[str]] = {}
+        mine = self._interfaces.now
         for key, live in self._live.items("", Live):
             node, _, service = key.partition(".")
-            if service == "fileserver" and node != self._me and live.facts.addresses:
-                found[node] = live.facts.addresses
-        return found
+            if service == "fileserver" and node != self._me:
+                found[node] = [link.address for link in ways(live, self._network, mine)]
+        return {node: addresses for node, addresses in found.items() if addresses}
 
     def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
         """Live peers that have a blob whole."""

@@ -19,9 +19,9 @@ from shoal_common.buckets import storage_key
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, Unavailable
 from shoal_common.layout import Layout
-from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import StorageState
 from shoal_common.pace import Pace
+from shoal_common.reach import takes_both
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_fileserver.blobs import Blobs, problem
@@ -69,7 +69,7 @@ def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
         raise BadInput(f"SHOAL_FILESERVER_PORT is {asked!r}: a port from 1 to 65535 is expected, or 0 for any")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(asked)), family=family)
+        return socket.create_server((host, int(asked)), family=family, dualstack_ipv6=takes_both(host))
     except OSError as e:
         raise Unavailable(
             f"the fileserver cannot listen on {host} port {asked}: {e.strerror}; stop what does, or set "
@@ -87,12 +87,13 @@ async def run(context: Context) -> None:
     async with asyncio.TaskGroup() as tasks:
         # At once: while a fileserver that was restarted says no address, its peers turn to the hub (I9). The socket
         # listens already, and who comes waits there for the views.
-        context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
+        await context.follow_interfaces(listener.getsockname()[1])
+        context.ready()
         models = await context.view(tasks, "state", "model.>")
         live = await context.view(tasks, "live")
         own = await context.view(tasks, "state", storage_key(context.node))
         context.background(tasks, _keep_pace(own, context.node, pace))
-        catalog = Catalog(context.node, context.ask, models, live)
+        catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(Layout(config.store), context.node, config.secret, catalog, pace),

@@ -17,6 +17,7 @@ from typing import Literal
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import Message
+from shoal_common.messages.facts import Link
 
 
 class ManifestFile(Message):
@@ -259,6 +260,8 @@ class StageState(Message):
     phase: StagePhase
     address: str = ""
     """`host:port` of its activation port, once it listens."""
+    links: list[Link] = []
+    """All ways to that port, best first."""
     weight_bytes: int = 0
     error: ErrorBody | None = None
     uid: str = ""
