@@ -128,7 +128,7 @@ def test_hub_prints_what_a_shell_needs_to_take_models_from_the_cluster(
 
 def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
-    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0)]]
+    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0, eta_s=7.5)]]
     assert run(["status"]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -180,7 +180,7 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
         [download("ready", 1000)],
         [download("queued")],
         [download("fetching", 100, waiting_for="origin node-b")],
-        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0)],
+        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0, eta_s=10.0)],
         [download("blocked", 600, waiting_for="disk full: 400 B more needed, 0 B free")],
         [download("verifying", 1000)],
         [download("ready", 1000)],
@@ -254,7 +254,7 @@ def test_cancel_rm_stop_say_what_they_did_and_are_content_when_there_is_nothing(
 ) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     for command, words in (
-        (["cancel", MODEL], "withdrew org/fish on node-a"),
+        (["cancel", MODEL], "node-a: org/fish withdrawn, and its bytes are given back"),
         (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
         (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
         (["stop", "i1"], "stopped i1"),

@@ -115,7 +115,19 @@ class ConfiguredRow(Message):
     headroom_bytes: int = 0
     partial_retention_s: int = 0
     read_only_roots: list[str] = []
+    max_upload_bytes_per_s: int | None = None
+    max_hub_bytes_per_s: int | None = None
+    max_peer_bytes_per_s: int | None = None
     note: str = ""
+
+
+class ControlledRow(Message):
+    """What POST /v1/downloads/pause, resume or cancel has done on a node."""
+
+    models: dict[str, str] = {}
+    """Of pause and resume: what each download is now."""
+    cancelled: bool = False
+    was: str = ""
 
 
 class PinnedRow(Message):

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import httpx2
 import msgspec
@@ -24,6 +24,7 @@ from shoal_fetcher.decide import EARLIER, HUB, FromPeer, Setbacks, WaitFor, choo
 from shoal_fetcher.errors import RateLimited, WrongWhole
 from shoal_fetcher.http_range import Body, blob_url, peer_source, read_range
 from shoal_fetcher.hub import Hub
+from shoal_fetcher.limits import Limits
 from shoal_fetcher.partial import PartialBlob
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.rates import Rates
@@ -64,17 +65,18 @@ class BlobFetcher:
         hub: Hub,
         peers: httpx2.AsyncClient,
         around: Surroundings,
+        limits: Limits,
     ) -> None:
         self._node, self._uid, self._layout = node, uid, layout
         self._buckets, self._storage, self._hub, self._peers = buckets, storage, hub, peers
-        self._around, self._rates = around, Rates()
+        self._around, self._rates, self._limits = around, Rates(), limits
         self._credentials = bearer(secret, "blobs")
         self._busy: Counter[str] = Counter()
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._arriving: dict[str, _Arrival] = {}
 
     async def fetch(self, manifest: Manifest, file: ManifestFile, progress: Progress) -> str:
-        """Make a blob present. Returns its sha256; peers know of it before this returns."""
+        """Make a blob present. Returns its sha256; peers hear of it with the next word of `progress`."""
         # Two models on their way may share a blob: one brings it in while the other waits for it.
         arrival = self._arriving.setdefault(file.blob, _Arrival(asyncio.Lock()))
         arrival.wanted_count += 1
@@ -118,6 +120,8 @@ class BlobFetcher:
                     return committed
                 await self._around.changed(seen, _LOOK_AGAIN_S)
             except ShoalError as e:
+                if isinstance(e.__cause__, httpx2.TimeoutException):
+                    progress.left(peer or HUB)
                 delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(found)))
                 log.warning("a source failed", path=file.path, source=peer or HUB, why=e.message, wait_s=delay_s)
                 await progress.say(waiting_for=e.message)
@@ -173,7 +177,8 @@ class BlobFetcher:
         lease = await acquire(self._buckets.lease, origin_key(file.blob), self._node, self._uid)
         if lease is None:
             return None
-        async with holding(lease):
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(holding(lease))
             # The last origin may have finished between our look and our taking the lease (I9).
             await self._around.catch_up()
             if setbacks.usable(self._around.holders(file.blob, manifest)):
@@ -184,7 +189,10 @@ class BlobFetcher:
                 return self._hub.read(manifest, file, start, end)
 
             await self._while_held(lease, file, read, setbacks, progress)
-            return await self._commit(file, progress)
+            committed = await self._commit(file, progress)
+            # Only then goes the lease back: who takes it next looks in `state` first.
+            progress.when_told(held.pop_all())
+            return committed
 
     async def _while_held(
         self, lease: Lease, file: ManifestFile, read: Reader, setbacks: Setbacks, progress: Progress
@@ -206,6 +214,7 @@ class BlobFetcher:
         self, source: str, file: ManifestFile, read: Reader, setbacks: Setbacks, progress: Progress
     ) -> None:
         """Read all missing ranges of a blob into its partial."""
+        pace = self._limits.hub if source == HUB else self._limits.peer(source)
         partial = PartialBlob(self._layout.partial(file.blob), file.size_bytes)
         try:
             async with partial:
@@ -218,6 +227,7 @@ class BlobFetcher:
                         partial.begin_at(body.begin)
                         setbacks.givers.add(source)
                         async for chunk in body.chunks:
+                            await progress.paced(pace, len(chunk))
                             progress.received(source, len(chunk))
                             await partial.write(chunk)
                             progress.durable(file.blob, partial.durable_bytes)
@@ -236,6 +246,4 @@ class BlobFetcher:
             progress.durable(file.blob, 0)  # storage has discarded them all
             raise
         progress.whole(file.blob, committed.sha256, committed.size_bytes)
-        # Before the origin's lease goes back: who takes it next looks here first.
-        await progress.publish()
         return committed

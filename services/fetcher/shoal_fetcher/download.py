@@ -11,7 +11,7 @@ from msgspec import structs
 
 from shoal_common import telemetry
 from shoal_common.buckets import Buckets, download_key
-from shoal_common.errors import DiskFull, Failed, HubUnavailable, ShoalError, Withdrawn
+from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
@@ -27,6 +27,7 @@ from shoal_fetcher.partial import read_bitmap
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
+from shoal_fetcher.wishes import Wishes
 
 log = Log("download")
 
@@ -50,22 +51,24 @@ class Download:
         hub: Hub,
         around: Surroundings,
         blobs: BlobFetcher,
+        wishes: Wishes,
         before: DownloadState | None,
         wanted_elsewhere: Callable[[Download], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
         self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
-        self._around, self._blobs = around, blobs
+        self._around, self._blobs, self._wishes = around, blobs, wishes
         self._wanted_elsewhere = wanted_elsewhere
         self._key = download_key(node, str(ref))
         self._reserved_commit = before.commit if before else ""
         """Of what, if anything, storage may hold a reservation made for this download, in this life or an earlier."""
         self._blobs_before = before.blobs if before else []
         self._resumed_told = False
+        self._ending = False
         now_s = round(time.time(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED:
-            state = structs.replace(state, sources={}, started_at_s=now_s, blocked_since_s=0.0)
+            state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
         # until storage says what is there: a hub that is down must not cost what has arrived.
         self.progress = Progress(buckets.state, structs.replace(state, phase="queued", resumed_bytes=0))
@@ -82,10 +85,12 @@ class Download:
         """Bring the model in. Ends with `ended` set, the state written and the wish for it withdrawn."""
         publishing = asyncio.create_task(self.progress.publish_forever())
         try:
-            with telemetry.step("transfer", model=str(self.ref)):
+            with telemetry.step("transfer", model=str(self.ref)), telemetry.download_under_way():
                 await self._bring_in()
+            self._ending = True
             await self._end("ready", None)
         except Exception as e:  # noqa: BLE001  # whoever asked is owed an end; one bad download must not end the others
+            self._ending = True
             error = _ours(e, self.ref)
             log.warning("download ended", model=str(self.ref), why=error.message, code=error.code)
             if not self.progress.done_bytes:
@@ -94,17 +99,31 @@ class Download:
             await self._end(ended_as(error), error)
         finally:
             publishing.cancel()
+            await self.progress.close()
+
+    async def stop(self, running: asyncio.Task[None]) -> bool:
+        """Stop, and keep what has arrived and what is reserved. False: it has ended by itself."""
+        if not self._ending:  # an end that has begun is not cut in half
+            running.cancel()
+        await asyncio.wait({running})
+        return not self.ended.done()
+
+    async def say_paused(self, why: Paused) -> None:
+        """A person has stopped it: say so, to those too who wait for it."""
+        if not self.ended.done():
+            self.ended.set_exception(why)
+        await self.progress.say(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
 
     async def withdraw(self, running: asyncio.Task[None]) -> None:
         """Stop, forget the wish and give back what was reserved. Idempotent.
 
         Raises when storage is away: the state stays then, so that the next attempt, or the next start, goes on here.
         """
-        running.cancel()
-        await asyncio.wait({running})
+        await self.stop(running)
+        why = Withdrawn(f"the download of {self.ref} was withdrawn")
         if not self.ended.done():
-            self.ended.set_exception(Withdrawn(f"the download of {self.ref} was withdrawn"))
-        await self._buckets.spec.delete(self._key)
+            self.ended.set_exception(why)
+        await self._wishes.end(str(self.ref), why)
         await self._release()
         await self._buckets.state.delete(self._key)
 
@@ -112,7 +131,7 @@ class Download:
         body = error.body() if error else None
         await self.progress.say(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
         # The wish has been answered. Were it kept, a model lost later would come back uninvited.
-        await self._buckets.spec.delete(self._key)
+        await self._wishes.end(str(self.ref), error or self.progress.state)
         if not self.ended.done():
             if error is None:
                 self.ended.set_result(self.progress.state)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from msgspec import structs
 
+from shoal_common import telemetry
 from shoal_common.buckets import Bucket, download_key
 from shoal_common.errors import Unavailable
-from shoal_common.messages.records import DownloadState
+from shoal_common.messages.records import DownloadPhase, DownloadState
+from shoal_common.pace import Pace
+from shoal_fetcher.decide import HUB
 
 PUBLISH_S = 1.0
 _SPEED_WEIGHT = 0.4
-"""Of the newest second in the moving average of the speed."""
+"""Of the newest second in the moving average of a speed."""
+_MOST_SWITCHED = 16
 
 
 class Progress:
@@ -28,7 +32,10 @@ class Progress:
         self._parts: dict[str, int] = {}
         self._whole_bytes = state.done_bytes
         self._received: dict[str, int] = dict(state.sources)
-        self._last_total, self._last_at_s = sum(self._received.values()), time.monotonic()
+        self._last_received, self._last_at_s = dict(self._received), time.monotonic()
+        self._speeds: dict[str, float] = {}
+        self._switched = dict(state.switched)
+        self._untold = AsyncExitStack()
         self._dirty = False
         self._moved_at_s = time.monotonic()
         self._writing = asyncio.Lock()
@@ -48,10 +55,23 @@ class Progress:
         """So long we waited for our own turn."""
         self._moved_at_s = min(self._moved_at_s + waited_s, time.monotonic())
 
+    async def paced(self, pace: Pace, count: int) -> None:
+        """Return when so many bytes may pass. Our own limits are no reason to call a download stuck."""
+        asked_at_s = time.monotonic()
+        await pace.take(count)
+        self.excuse(time.monotonic() - asked_at_s)
+
     def received(self, source: str, count: int) -> None:
         """Bytes came in from a source."""
         self._received[source] = self._received.get(source, 0) + count
         self._dirty = True
+        telemetry.transferred(count, "hub" if source == HUB else "peer", "in")
+
+    def left(self, source: str) -> None:
+        """A source was silent for too long and is left, for another or for a new try."""
+        if source in self._switched or len(self._switched) < _MOST_SWITCHED:
+            self._switched[source] = self._switched.get(source, 0) + 1
+            self._dirty = True
 
     def durable(self, blob: str, size_bytes: int) -> None:
         """So much of a blob that is arriving is durable. Bytes received are no progress: they may never add up."""
@@ -80,10 +100,20 @@ class Progress:
         self._whole_bytes = 0
         self.state = structs.replace(self.state, blobs=[], known={})
 
+    def when_told(self, then: AsyncExitStack) -> None:
+        """Close this once what is so now has been said. Who must not forget it is not kept waiting."""
+        self._untold.push_async_exit(then)
+        self._dirty = True
+
     async def say(self, **changes: Any) -> None:
-        """Change fields and publish now; nothing is written when they are so already."""
-        if not self._said or any(getattr(self.state, name) != value for name, value in changes.items()):
-            self.state = structs.replace(self.state, **changes)
+        """Change fields. A new phase is published now, all else within PUBLISH_S; what is so already, never."""
+        if self._said and all(getattr(self.state, name) == value for name, value in changes.items()):
+            return
+        new: DownloadPhase = changes.get("phase", self.state.phase)
+        at_once = not self._said or new != self.state.phase
+        self.state = structs.replace(self.state, **changes)
+        self._dirty = True
+        if at_once:
             await self.publish()
 
     async def publish(self) -> None:
@@ -93,25 +123,40 @@ class Progress:
         async with self._writing:
             if self._answered_count >= mine:
                 return
-            answers = self._asked_count
-            now_s = time.monotonic()
-            total = sum(self._received.values())
-            elapsed_s = now_s - self._last_at_s
-            speed = self.state.speed_bytes_per_s
-            if elapsed_s >= PUBLISH_S / 2:
-                sample = (total - self._last_total) / elapsed_s
-                speed = sample if not speed or not sample else speed + _SPEED_WEIGHT * (sample - speed)
-                self._last_total, self._last_at_s = total, now_s
-            self._dirty = False
-            self.state = structs.replace(
-                self.state,
-                done_bytes=self.done_bytes,
-                sources=dict(self._received),
-                speed_bytes_per_s=round(speed) if self.state.phase == "fetching" else 0.0,
-                updated_at_s=round(time.time(), 3),
-            )
-            await self._bucket.put(self._key, self.state)
+            answers, untold = self._asked_count, self._untold
+            self._untold, self._dirty = AsyncExitStack(), False
+            self._measure()
+            try:
+                await self._bucket.put(self._key, self.state)
+            except BaseException:
+                self._dirty = True
+                self._untold.push_async_exit(untold)
+                raise
             self._said, self._answered_count = True, answers
+        await untold.aclose()
+
+    def _measure(self) -> None:
+        now_s = time.monotonic()
+        elapsed_s = now_s - self._last_at_s
+        fetching = self.state.phase == "fetching"
+        if elapsed_s >= PUBLISH_S / 2:
+            for source, total in self._received.items():
+                sample, speed = (total - self._last_received.get(source, 0)) / elapsed_s, self._speeds.get(source, 0)
+                self._speeds[source] = sample if not speed or not sample else speed + _SPEED_WEIGHT * (sample - speed)
+            self._last_received, self._last_at_s = dict(self._received), now_s
+        speeds = {source: round(speed) for source, speed in self._speeds.items() if fetching and round(speed)}
+        speed, left_bytes = sum(speeds.values()), self.state.total_bytes - self.done_bytes
+        self.state = structs.replace(
+            self.state,
+            done_bytes=self.done_bytes,
+            verified_bytes=self._whole_bytes,
+            sources=dict(self._received),
+            source_speeds=speeds,
+            speed_bytes_per_s=speed,
+            eta_s=round(max(left_bytes, 0) / speed, 1) if speed else None,
+            switched=dict(self._switched),
+            updated_at_s=round(time.time(), 3),
+        )
 
     async def publish_forever(self) -> None:
         """Once a second, if anything changed. Idle is silent, and has no speed."""
@@ -121,3 +166,7 @@ class Progress:
                 # Bytes may flow from the hub while NATS is away: the next second says more.
                 with suppress(Unavailable):
                     await self.publish()
+
+    async def close(self) -> None:
+        """Nothing more is said: what waited for a word does not wait any more."""
+        await self._untold.aclose()

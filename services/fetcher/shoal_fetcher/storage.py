@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import TypeVar
 
+from shoal_common import telemetry
 from shoal_common.errors import Corrupt, NotFound
 from shoal_common.messages.questions import (
     AskRoom,
@@ -46,11 +47,13 @@ class Storage:
     async def commit(self, blob: str) -> Committed:
         """Verify a complete partial and make it a blob. Raises WrongWhole, or ReservationLost when it has gone."""
         try:
-            return await self._until_answered("commit", CommitBlob(blob=blob), Committed, _COMMIT_DEADLINE_S)
+            committed = await self._until_answered("commit", CommitBlob(blob=blob), Committed, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
             raise WrongWhole(e.message, **e.details) from e
+        telemetry.verified(committed.size_bytes)
+        return committed
 
     async def seal(self, manifest: Manifest) -> ModelState:
         """Make a model present. Raises ReservationLost when a blob of it has gone."""

@@ -82,7 +82,11 @@ class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
     done_bytes: int
     resumed_bytes: int
     sources: dict[str, int]
+    verified_bytes: int
     speed_bytes_per_s: float
+    source_speeds: dict[str, float]
+    eta_s: float | None
+    switched: dict[str, int]
     waiting_for: str
     error: ErrorBody | None
     started_at_s: float

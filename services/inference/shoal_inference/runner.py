@@ -102,7 +102,7 @@ class StageRunner:
         if self._view.get(model_key(self._config.node, self._spec.model), ModelState) is not None:
             return
         await self._say(phase="fetching", error=None)
-        command = commands.Download(model=self._spec.model, deadline_s=_FETCH_DEADLINE_S)
+        command = commands.Download(model=self._spec.model, deadline_s=_FETCH_DEADLINE_S, unless_paused=True)
         outcome = await self._sender.outcome_of(
             "fetcher", self._config.node, "download", command, new_id(), _FETCH_DEADLINE_S
         )

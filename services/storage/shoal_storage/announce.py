@@ -14,7 +14,7 @@ from shoal_common.service import Context
 from shoal_common.shape import read_shape
 from shoal_common.watch import View
 from shoal_storage.adopted import Adopted
-from shoal_storage.decide import Ledger, Limits
+from shoal_storage.decide import Ledger, Limits, paused_bytes
 from shoal_storage.disk import Disk
 from shoal_storage.leases import told
 from shoal_storage.limits import overridden
@@ -138,7 +138,11 @@ class Announcer:
                 leases=told(ledger.leases.values()),
                 unfinished=sorted(ledger.ended - ledger.on_disk.keys()),
                 reserve_bytes=self._disk.reserve.held_bytes,
+                paused=paused_bytes(ledger),
                 read_only_roots=self.roots,
+                max_upload_bytes_per_s=self._limits.transfer.max_upload_bytes_per_s,
+                max_hub_bytes_per_s=self._limits.transfer.max_hub_bytes_per_s,
+                max_peer_bytes_per_s=self._limits.transfer.max_peer_bytes_per_s,
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

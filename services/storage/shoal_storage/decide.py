@@ -82,6 +82,8 @@ class Ledger(msgspec.Struct):
     """Seconds since 1970 of when each model on its way was last known to be wanted."""
     ended: set[str] = msgspec.field(default_factory=set)
     """Models on their way whose promise has ended: nobody wants them any more, and their bytes are still here."""
+    paused: set[str] = msgspec.field(default_factory=set)
+    """Models on their way that people have paused: wanted, and not fetched."""
     adopted: dict[str, Adopted] = msgspec.field(default_factory=dict)
     """Models of read-only roots, by `org/name@commit`. Present, and nothing of this store: no bytes of the quota,
     never garbage, never a victim. Changed by `adopt` alone."""
@@ -136,6 +138,11 @@ class Ledger(msgspec.Struct):
         """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
         return sum(max(0, p.size_bytes - p.allocated_bytes) for p in self.partials.values() if self.promises(p))
 
+    @property
+    def on_its_way(self) -> set[str]:
+        """Models of which something is reserved, or was."""
+        return {*self.promised, *(m for p in self.partials.values() for m in p.models)}
+
     def promises(self, partial: Partial) -> bool:
         """Whether a partial may still grow: the promise to one of its models stands."""
         return not partial.models or not partial.models <= self.ended
@@ -148,6 +155,14 @@ class Ledger(msgspec.Struct):
         return 0 if self.promises(partial) else max(0, size_bytes - partial.allocated_bytes)
 
 
+class Rates(msgspec.Struct, frozen=True):
+    """How fast a node moves weights. None: as fast as it goes. Told to fetcher and fileserver, who keep to them."""
+
+    max_upload_bytes_per_s: int | None = None
+    max_hub_bytes_per_s: int | None = None
+    max_peer_bytes_per_s: int | None = None
+
+
 class Limits(msgspec.Struct, frozen=True):
     """A node's settings. `quota_bytes` None: only the disk limits."""
 
@@ -157,6 +172,7 @@ class Limits(msgspec.Struct, frozen=True):
     partial_retention_s: int = 7 * 86400
     """How long bytes of a download that nobody wants any more are kept."""
     read_only_roots: tuple[str, ...] = ()
+    transfer: Rates = Rates()
 
 
 class Shortfall(msgspec.Struct, frozen=True):
@@ -295,6 +311,15 @@ def freed_by(model: str, ledger: Ledger) -> list[str]:
     return sorted(blobs_of(model, ledger) - referenced(ledger, leaving=[model]))
 
 
+def paused_bytes(ledger: Ledger) -> dict[str, int]:
+    """Paused models, and what is kept for each: all that is promised to it, and blobs that nothing else needs."""
+    found = {}
+    for model in sorted(ledger.paused & ledger.on_its_way):
+        here = sum(ledger.blobs.get(blob, 0) for blob in freed_by(model, ledger))
+        found[model] = here + sum(p.size_bytes for p in ledger.partials.values() if model in p.models)
+    return found
+
+
 def left_behind(deleted: Manifest, ledger: Ledger) -> list[str]:
     """Blobs of a model whose deletion a crash interrupted, that nothing else needs."""
     return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced(ledger))
@@ -305,8 +330,7 @@ def arriving(repo: str, revision: str, ledger: Ledger) -> list[str]:
 
     Which branch a model on its way was asked under is not known here: a revision matches by commit only.
     """
-    models = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}
-    wanted = {m for m in models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    wanted = {m for m in ledger.on_its_way if m.rpartition("@")[0] == repo and m not in ledger.manifests}
     return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
 
 

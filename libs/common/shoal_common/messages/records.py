@@ -95,6 +95,11 @@ class DownloadSpec(Message):
 
     model: str
     asked_at_s: float
+    paused: bool = False
+    """A person stopped it: it goes on when a person says so, and for no other reason."""
+    commands: list[str] = []
+    """Ids of the commands that wait for it, the last 64: whatever ends or stops it answers them in `done`, so that
+    one that is delivered again does not begin anew what a person has taken back since."""
 
 
 class DownloadState(Message):
@@ -111,6 +116,14 @@ class DownloadState(Message):
     sources: dict[str, int] = {}
     """Bytes received, by source: a node's id, or `hub`."""
     speed_bytes_per_s: float = 0.0
+    source_speeds: dict[str, float] = {}
+    """Bytes per second now, by source; sources that send nothing are not here."""
+    eta_s: float | None = None
+    """Seconds until all has arrived at this speed; None while that cannot be told."""
+    verified_bytes: int = 0
+    """Of `done_bytes`, those of blobs that storage has hashed whole."""
+    switched: dict[str, int] = {}
+    """How often a source was left because it was silent for too long; the first 16 of them."""
     blobs: list[str] = []
     """Blobs of this model that are whole on this node: what peers may ask it for before it is ready."""
     known: dict[str, str] = {}
@@ -124,6 +137,11 @@ class DownloadState(Message):
     updated_at_s: float = 0.0
     blocked_since_s: float = 0.0
     """Since when a full disk has kept it from getting on; 0 when none does."""
+
+    @property
+    def resumed_from(self) -> float:
+        """The part of it, 0 to 1, that was on the disk when this attempt began."""
+        return min(self.resumed_bytes / self.total_bytes, 1.0) if self.total_bytes else 0.0
 
 
 class LeaseState(Message):
@@ -188,6 +206,9 @@ class StorageState(Message):
     """How long bytes of a download that nobody wants any more are kept."""
     unfinished: list[str] = []
     """Models (`org/name@commit`) of which only bytes of an ended download are here: the first to go."""
+    paused: dict[str, int] = {}
+    """Models (`org/name@commit`) whose download is paused, and the bytes that are kept for it: part of
+    `reserved_bytes` and of `used_bytes`."""
     reserve_bytes: int = 0
     """Bytes of the reserve file: held back to be given up first when the disk is full."""
     read_only_roots: list[RootState] = []
