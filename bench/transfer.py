@@ -69,9 +69,9 @@ EIGHT = "abcdefgh"
 ROUNDS = 3
 KILL_ROUNDS = 1 if QUICK else 3
 """A round of this has two starts of a node: the quick one is one sample, not a median."""
-COLD_FILES = (4 * MIB, 4 * MIB) if QUICK else (96 * MIB, 96 * MIB)
-HUB_BYTES_PER_S = 4 * MIB if QUICK else 24 * MIB
-FILE_BYTES = (128 if QUICK else 1024) * MIB
+COLD_FILES = (3 * MIB, 3 * MIB) if QUICK else (96 * MIB, 96 * MIB)
+HUB_BYTES_PER_S = (5 if QUICK else 24) * MIB
+FILE_BYTES = (96 if QUICK else 1024) * MIB
 LARGE_BYTES = (512 if QUICK else 4096) * MIB
 SHARED_FILES = ((8 if QUICK else 96) * MIB,) * 4
 DEADLINE_S = 900.0
@@ -240,7 +240,7 @@ async def receive_figures(site: Site) -> dict[str, Figure]:
 
     async with site.running("u", **unhashed):
         await site.pull_s("a", model)
-        node, commit = f"http://{await site.address('a')}", await commit_of(site, "a", model)
+        node, commit = f"http://{await site.address('a')}", (await state_of(site, "a", model)).commit
         with nginx(site, sha256, commit) as plain:
             for _ in range(ROUNDS):
                 before = cpu_s(site, "b")
@@ -264,11 +264,11 @@ async def receive_figures(site: Site) -> dict[str, Figure]:
     }
 
 
-async def commit_of(site: Site, node: str, model: str) -> str:
-    """The commit that a node has of a model."""
+async def state_of(site: Site, node: str, model: str) -> DownloadState:
+    """How a model's download on a node stands."""
     state = await site.here.buckets.state.get_as(download_key(node, model), DownloadState)
     assert state is not None
-    return state.commit
+    return state
 
 
 def known_digests(file: Path, to: Path) -> str:
@@ -371,7 +371,8 @@ async def corrupt_figures(site: Site) -> dict[str, Figure]:
         flip(blobs)
         corrupt.append(await site.pull_s("efg"[number], model))
         flip(blobs)
-    print({"clean": clean, "corrupt": corrupt}, file=sys.stderr)
+    from_liar = [(await state_of(site, n, model)).sources.get("c", 0) for n in "efg"]
+    print({"clean": clean, "corrupt": corrupt, "bytes from who lies": from_liar}, file=sys.stderr)
     return {"corrupt_peer_over_clean": figure(statistics.median(corrupt) / statistics.median(clean), "x", "<= 1.35")}
 
 
