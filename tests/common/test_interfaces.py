@@ -183,6 +183,8 @@ def test_any_text_of_a_tool_gives_kinds_or_nothing(text: str) -> None:
         ("fe80::1%en0", "ffff:ffff:ffff:ffff::", ""),
         ("169.254.7.8", "255.255.0.0", ""),
         ("0.0.0.0", "0.0.0.0", ""),
+        ("no address", "255.255.255.0", ""),
+        ("10.8.0.1", "no mask", ""),
     ],
 )
 def test_an_address_has_its_prefix_and_a_link_local_one_is_none(address: str, netmask: str | None, text: str) -> None:
@@ -204,3 +206,18 @@ def test_interfaces_are_read_again_only_when_looked_at() -> None:
     seen = Interfaces(lambda: next(reads))
     assert seen.now == seen.now == (Interface("a", "ethernet"),)
     assert seen.look() == seen.now == (Interface("b", "wifi"),)
+
+
+def test_when_the_system_does_not_say_what_was_seen_stays() -> None:
+    away = OSError("too many open files")
+    answers: list[OSError | tuple[Interface, ...]] = [away, (Interface("a", "ethernet"),), away]
+
+    def read() -> tuple[Interface, ...]:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    seen = Interfaces(read)
+    assert seen.look() == ()
+    assert seen.look() == seen.look() == (Interface("a", "ethernet"),)

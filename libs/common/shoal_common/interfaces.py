@@ -63,8 +63,15 @@ class Interfaces:
         return self.look() if self._seen is None else self._seen
 
     def look(self) -> tuple[Interface, ...]:
-        """Look again. Blocks for milliseconds, on macOS with interfaces that were not there before for seconds."""
-        self._seen = self._read()
+        """Look again. Blocks for milliseconds, on macOS with interfaces that were not there before for longer.
+
+        Where the system does not say, what was seen before stays: a service does not end for it.
+        """
+        try:
+            self._seen = self._read()
+        except (OSError, psutil.Error) as e:
+            log.warning("this machine's interfaces cannot be read", why=str(e))
+            self._seen = self._seen or ()
         return self._seen
 
 
@@ -82,10 +89,13 @@ def read_interfaces() -> tuple[Interface, ...]:
 
 def with_prefix(address: str, netmask: str | None) -> str:
     """`host/prefix` of an address as psutil tells it; "" for one that no other machine could use."""
-    ip = ipaddress.ip_address(address.split("%", maxsplit=1)[0])
+    try:
+        ip = ipaddress.ip_address(address.split("%", maxsplit=1)[0])
+        mask = int(ipaddress.ip_address(netmask)) if netmask else (1 << ip.max_prefixlen) - 1
+    except ValueError:
+        return ""
     if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
         return ""
-    mask = int(ipaddress.ip_address(netmask)) if netmask else (1 << ip.max_prefixlen) - 1
     return f"{ip}/{mask.bit_count()}"
 
 

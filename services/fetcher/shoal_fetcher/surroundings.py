@@ -8,7 +8,7 @@ from contextlib import suppress
 from shoal_common.buckets import download_key, live_key, origin_key, storage_key
 from shoal_common.connection import Nats
 from shoal_common.identity import this_network
-from shoal_common.interfaces import Interfaces
+from shoal_common.interfaces import Interface, Interfaces
 from shoal_common.leases import LeaseValue
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState, StorageState
@@ -36,11 +36,21 @@ class Surroundings:
         self._nats, self._me, self._interfaces = nats, me, interfaces
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
         self._network = this_network()
+        self._addresses: dict[str, list[str]] = {}
+        self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
 
     def addresses(self) -> dict[str, list[str]]:
-        """Live fileservers of other nodes that can be reached from here, and where, in the order to try."""
+        """Live fileservers of other nodes that can be reached from here, and where, in the order to try.
+
+        It is worked out anew only when a node has said something or an interface has changed: it is asked often.
+        """
+        mine, as_of = self._interfaces.now, (self._live.changes, self._interfaces.now)
+        if as_of != self._addresses_as_of:
+            self._addresses, self._addresses_as_of = self._work_out_addresses(mine), as_of
+        return self._addresses
+
+    def _work_out_addresses(self, mine: tuple[Interface, ...]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        mine = self._interfaces.now
         for key, live in self._live.items("", Live):
             node, _, service = key.partition(".")
             if service == "fileserver" and node != self._me:
