@@ -49,6 +49,8 @@ class Person:
 def machine_of(site: Site) -> type[RuleBasedStateMachine]:
     """A machine over these services."""
 
+    earlier: list[str] = []
+
     class Control(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
@@ -66,6 +68,11 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
         @initialize()
         def begin(self) -> None:
             site.hub.set_faults(SLOWLY)
+            # What an example has left that failed must not fail the next one.
+            for model in earlier:
+                for node in self.people:
+                    self.runner.run(self.here.delete(node, model))
+            earlier.append(self.model)
 
         # What people do
 
@@ -120,13 +127,18 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
         # How
 
         async def _send(self, node: str, verb: str, service: str = "fetcher") -> Outcome:
-            outcome = await self.here.ask(node, verb, json.dumps({"model": self.model}).encode(), service=service)
+            # With an id of its own: of identical commands the first answers for all.
+            body, identity = json.dumps({"model": self.model}).encode(), self._new_id(node)
+            outcome = await self.here.ask(node, verb, body, identity, service)
             assert outcome.ok, outcome.error
             return outcome
 
+        def _new_id(self, node: str) -> str:
+            return f"{self.model.replace('/', '-')}-{node}-{next(_examples)}"
+
         async def _pull(self, node: str) -> None:
             person = self.people[node]
-            person.pulls.append(identity := f"{self.model.replace('/', '-')}-{node}-{next(_examples)}")
+            person.pulls.append(identity := self._new_id(node))
             await self.here.here.client.publish(
                 subjects.command("fetcher", node, "download"),
                 json.dumps({"model": self.model}).encode(),
@@ -249,6 +261,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
                 assert outcome.ok, outcome.error
                 await self.here.nothing_is_left(node, self.model)
                 assert not blobs(site[node])
+            earlier.remove(self.model)
 
     return Control
 
