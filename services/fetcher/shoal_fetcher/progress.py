@@ -39,7 +39,7 @@ class Progress:
         self._dirty = False
         self._moved_at_s = time.monotonic()
         self._writing = asyncio.Lock()
-        self._said = False
+        self._said, self._written_at_s = False, 0.0
         self._asked_count = self._answered_count = 0
 
     @property
@@ -106,11 +106,11 @@ class Progress:
         self._dirty = True
 
     async def say(self, **changes: Any) -> None:
-        """Change fields. A new phase is published now, all else within PUBLISH_S; what is so already, never."""
+        """Change fields. A new phase is published now, all else PUBLISH_S after the last word; what is so, never."""
         if self._said and all(getattr(self.state, name) == value for name, value in changes.items()):
             return
         new: DownloadPhase = changes.get("phase", self.state.phase)
-        at_once = not self._said or new != self.state.phase
+        at_once = not self._said or new != self.state.phase or self._wait_s <= 0
         self.state = structs.replace(self.state, **changes)
         self._dirty = True
         if at_once:
@@ -119,7 +119,7 @@ class Progress:
     async def publish(self) -> None:
         """Write the state as it is now. Many who ask at once share one write."""
         self._asked_count += 1
-        mine = self._asked_count
+        mine, self._written_at_s = self._asked_count, time.monotonic()
         async with self._writing:
             if self._answered_count >= mine:
                 return
@@ -158,11 +158,16 @@ class Progress:
             updated_at_s=round(time.time(), 3),
         )
 
+    @property
+    def _wait_s(self) -> float:
+        """Seconds until something that is no new phase may be written."""
+        return self._written_at_s + PUBLISH_S - time.monotonic()
+
     async def publish_forever(self) -> None:
         """Once a second, if anything changed. Idle is silent, and has no speed."""
         while True:
-            await asyncio.sleep(PUBLISH_S)
-            if self._dirty or self.state.speed_bytes_per_s:
+            await asyncio.sleep(self._wait_s if self._wait_s > 0 else PUBLISH_S)
+            if self._wait_s <= 0 and (self._dirty or self.state.speed_bytes_per_s):
                 # Bytes may flow from the hub while NATS is away: the next second says more.
                 with suppress(Unavailable):
                     await self.publish()

@@ -41,7 +41,7 @@ class HoldBack:
         """Raise RateLimited, saying how long, when it is not time yet."""
         left_s = self._until_s - self._clock_s()
         if left_s > 0:
-            raise RateLimited(f"{who} wants us to wait {left_s:.0f} s more (HTTP 429)", retry_after_s=left_s)
+            raise RateLimited(f"{who} wants us to wait {max(left_s, 1):.0f} s (HTTP 429)", retry_after_s=left_s)
 
 
 class Listings:
