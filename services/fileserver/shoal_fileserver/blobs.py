@@ -27,6 +27,7 @@ from shoal_common.layout import LEAF_BYTES, Layout, leaf_count
 from shoal_common.logs import Log
 from shoal_common.pace import Pace
 from shoal_common.runs import MAX_RUN_LEAVES, from_bitmap
+from shoal_fileserver.at_once import AtOnce
 from shoal_fileserver.contents import Content, LeafList, open_content, open_leaf_list
 from shoal_fileserver.ranges import Part, Unsatisfiable, Whole, parse_range
 from shoal_fileserver.sending import SENDING, Sending
@@ -47,9 +48,9 @@ _NOT_HERE = "this node does not hold that blob, verified"
 class Blobs:
     """Answers peers from one store."""
 
-    def __init__(self, layout: Layout, node: str, secret: str, sent: Sent, pace: Pace) -> None:
+    def __init__(self, layout: Layout, node: str, secret: str, at_once: AtOnce, sent: Sent, pace: Pace) -> None:
         self._layout, self._node, self._secret = layout, node, secret
-        self._sent, self._pace = sent, pace
+        self._at_once, self._sent, self._pace = at_once, sent, pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application for the paths above."""
@@ -100,6 +101,8 @@ class Blobs:
             said["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         if method == "HEAD":
             content.close()
+        elif end - start <= LEAF_BYTES:
+            self._at_once.keep(content)
         status = 206 if isinstance(asked, Part) else 200
         return ContentResponse(content, start, end, status, said, self._pace)
 
