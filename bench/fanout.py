@@ -255,7 +255,9 @@ def simulated() -> dict[str, Figure]:
 
 def main() -> None:
     """Measure and report."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends us, all is taken down
+    # Whatever ends us, all is taken down; a shell starts what runs in the background deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     figures: dict[str, Figure] = {}
     try:
         figures = on_links()
