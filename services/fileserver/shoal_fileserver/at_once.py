@@ -20,6 +20,7 @@ from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_common.pace import Pace
 from shoal_fileserver.contents import Content
 from shoal_fileserver.ranges import Part, parse_range
+from shoal_fileserver.sent import Sent
 
 PREFIX = b"/v1/blobs/"
 MAX_FILES = 32
@@ -61,8 +62,8 @@ class _Open(msgspec.Struct):
 class AtOnce:
     """The files that were asked for just now."""
 
-    def __init__(self, layout: Layout, node: str, secret: str, pace: Pace) -> None:
-        self._layout, self._node, self._secret, self._pace = layout, node, secret, pace
+    def __init__(self, layout: Layout, node: str, secret: str, sent: Sent, pace: Pace) -> None:
+        self._layout, self._node, self._secret, self._sent, self._pace = layout, node, secret, sent, pace
         self._open: dict[bytes, _Open] = {}
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -117,7 +118,11 @@ class AtOnce:
             return None
         if not _in_memory(kept.file.fileno(), part.start, part.end):
             return None
-        kept.used_at_s = time.monotonic()
+        now_s = kept.used_at_s = time.monotonic()
+        if not part.start % LEAF_BYTES:
+            leaf = part.start // LEAF_BYTES
+            if going := self._sent.asked(blob, leaf, leaf + 1, now_s):
+                self._sent.ended(going, leaf + 1)
         length, size = part.end - part.start, kept.size_bytes
         where = b"content-range: bytes %d-%d/%d\r\ncontent-length: %d\r\n" % (part.start, part.end - 1, size, length)
         return Leaf(kept.said + where, kept.file.fileno(), part.start, part.end)

@@ -40,9 +40,10 @@ def settings(
 ) -> uvicorn.Config:
     """A server over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
     pace = pace or Pace()
-    at_once = AtOnce(layout, node, secret, pace)
+    sent = Sent(random.Random())
+    at_once = AtOnce(layout, node, secret, sent, pace)
     return uvicorn.Config(
-        _application(Blobs(layout, node, secret, at_once, Sent(random.Random()), pace), secret, catalog),
+        _application(Blobs(layout, node, secret, at_once, sent, pace), secret, catalog),
         http=bounded(at_once),
         ws="none",
         log_config=None,
