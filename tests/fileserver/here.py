@@ -43,13 +43,14 @@ def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:
     return name
 
 
-async def closed(reader: asyncio.StreamReader) -> int:
-    """Bytes that still came before the server closed a connection."""
+async def closed(reader: asyncio.StreamReader, rest_s: float = 0.0) -> int:
+    """Bytes that still came before the server closed a connection, to a reader that rests after each piece."""
     count = 0
     async with asyncio.timeout(45):
         try:
             while data := await reader.read(1 << 16):
                 count += len(data)
+                await asyncio.sleep(rest_s)
         except ConnectionResetError:
             pass
     return count

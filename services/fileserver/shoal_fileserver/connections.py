@@ -193,6 +193,9 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The peer has not taken what was written."""
         super().pause_writing()
+        if self._waited_s >= DRAIN_S:  # in many short waits, none of which saw the timer's end
+            self._look_at_rate()
+            return
         if not self._waited_s:
             self._taken_then_bytes = self._taken_bytes
         self._paused_at_s = time.monotonic()
