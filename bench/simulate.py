@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from shoal_common.layout import LEAF_BYTES
-from shoal_common.runs import bounds, least_sent, run
+from shoal_common.runs import bounds, counted, least_sent, run
 from shoal_fetcher.swarm.decide import Ask, Peer, Run, Situation, asks, wake_s
 from shoal_fetcher.swarm.overlay import neighbours
 
@@ -116,7 +116,7 @@ class Node:
         self.views: dict[str, View] = {}
         self.neighbours: list[Node] = []
         self.runs: list[Transfer] = []
-        self.sent = [0] * leaf_count
+        self.sent = [run(0, leaf_count)]
         self.kept_back: Counter[int] = Counter()
         self.queue: deque[Transfer] = deque()
         self.giving: set[Transfer] = set()
@@ -222,7 +222,9 @@ class Simulation:
             grown = (leaves & ~view.leaves).bit_count() * LEAF_BYTES / (self.now_s - view.heard_s)
             view.grows_bytes_per_s = averaged(view.grows_bytes_per_s, grown)
         new = leaves & ~view.leaves & ~node.have
-        view.leaves, view.source, view.fetching, view.heard_s = leaves, source, not source, self.now_s
+        # Who has all of it may be asked for anything, however it came by it.
+        view.source = source or leaves == self.everything
+        view.leaves, view.fetching, view.heard_s = leaves, not source, self.now_s
         if new and not node.source and node.finished_s is None:
             self._decide_soon(node)
 
@@ -266,7 +268,7 @@ class Simulation:
                     node=name,
                     leaves=v.leaves,
                     source=v.source,
-                    fetching=v.fetching and (self.now_s - v.heard_s < SILENT_S or v.leaves == self.everything),
+                    fetching=v.fetching and self.now_s - v.heard_s < SILENT_S,
                     rate_bytes_per_s=v.rate_bytes_per_s,
                     run_s=v.run_s,
                     grows_bytes_per_s=v.grows_bytes_per_s,
@@ -302,9 +304,8 @@ class Simulation:
             first, end = chosen
         else:
             first, end = transfer.first, transfer.end
-        for leaf in range(first, end):
-            giver.sent[leaf] += 1
-            giver.kept_back[leaf] += 1
+        counted(giver.sent, run(first, end))
+        giver.kept_back.update(range(first, end))
         self.leaves_sent_count += end - first
         transfer.unsent_chunks = (end - first) * LEAF_CHUNKS
         giver.giving.add(transfer)

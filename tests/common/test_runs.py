@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.layout import LEAF_BYTES, Bitmap
-from shoal_common.runs import bounds, drawn, from_bitmap, least_sent, run, run_around, runs_of, to_bitmap
+from shoal_common.runs import (
+    MAX_SENT_COUNT,
+    bounds,
+    counted,
+    drawn,
+    from_bitmap,
+    least_sent,
+    run,
+    run_around,
+    runs_of,
+    to_bitmap,
+)
 
 COUNT = 150
 SETS = st.sets(st.integers(0, COUNT - 1))
@@ -18,10 +29,6 @@ LENGTHS = st.integers(1, 64)
 
 def as_number(leaves: set[int]) -> int:
     return sum(1 << leaf for leaf in leaves)
-
-
-def as_set(leaves: int) -> set[int]:
-    return {leaf for leaf in range(COUNT) if leaves >> leaf & 1}
 
 
 @given(SETS)
@@ -73,8 +80,9 @@ def test_a_run_around_a_leaf_is_as_long_as_it_can_be_between_multiples(
 
 @given(SETS, SETS, st.lists(st.integers(0, 3), min_size=COUNT, max_size=COUNT), LENGTHS, st.integers(0))
 def test_a_source_sends_of_what_is_wanted_and_ready_what_it_has_sent_least(
-    wanted: set[int], ready: set[int], sent: list[int], max_leaves: int, seed: int
+    wanted: set[int], ready: set[int], counts: list[int], max_leaves: int, seed: int
 ) -> None:
+    sent = [as_number({leaf for leaf, count in enumerate(counts) if count == n}) for n in range(4)]
     chosen = least_sent(sent, as_number(wanted), as_number(ready), max_leaves, random.Random(seed))
     able = wanted & ready
     if chosen is None:
@@ -82,20 +90,30 @@ def test_a_source_sends_of_what_is_wanted_and_ready_what_it_has_sent_least(
         return
     leaves = set(range(*chosen))
     assert 0 < len(leaves) <= max_leaves and leaves <= able
-    assert {sent[leaf] for leaf in leaves} == {min(sent[leaf] for leaf in able)}
+    assert {counts[leaf] for leaf in leaves} == {min(counts[leaf] for leaf in able)}
 
 
 @given(LENGTHS, st.integers(1, COUNT), st.integers(0))
 def test_a_source_sends_every_leaf_once_before_it_sends_one_twice(max_leaves: int, count: int, seed: int) -> None:
-    sent, draw, everything = [0] * count, random.Random(seed), run(0, count)
-    while sum(sent) < count:
+    sent, draw, everything = [run(0, count)], random.Random(seed), run(0, count)
+    while sent[0]:
+        assert len(sent) <= 2
         chosen = least_sent(sent, everything, everything, max_leaves, draw)
         assert chosen is not None
-        for leaf in range(*chosen):
-            sent[leaf] += 1
-    assert sent == [1] * count
+        counted(sent, run(*chosen))
+    assert sent == [0, everything]
+
+
+@given(st.lists(SETS, max_size=80))
+def test_every_leaf_is_counted_up_to_a_bound(those: list[set[int]]) -> None:
+    sent = [run(0, COUNT)]
+    for leaves in those:
+        counted(sent, as_number(leaves))
+    for leaf in range(COUNT):
+        count = min(sum(leaf in leaves for leaves in those), MAX_SENT_COUNT)
+        assert [n for n, leaves in enumerate(sent) if leaves >> leaf & 1] == [count]
 
 
 def test_what_is_wanted_beyond_the_last_leaf_is_not_sent() -> None:
-    assert least_sent([0] * 3, 1 << 3, -1, 8, random.Random(0)) is None
-    assert as_set(run(2, 2)) == set() and run(5, 2) == 0
+    assert least_sent([run(0, 3)], 1 << 3, -1, 8, random.Random(0)) is None
+    assert run(2, 2) == 0 and run(5, 2) == 0

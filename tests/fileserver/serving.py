@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -81,6 +81,14 @@ class Fileserver:
     async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:
         """Ask for a blob, or a part of it."""
         return await self.ask(f"/v1/blobs/{sha256}", {"Range": range_header} if range_header else {}, method)
+
+    def open_paths(self) -> list[str]:
+        """What the process has open, as Linux names it."""
+        found = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.append(str(link.readlink()))
+        return found
 
     def open_file_count(self) -> int:
         """How many files and sockets the process has open."""

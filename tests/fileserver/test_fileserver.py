@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
 import shutil
 import signal
@@ -35,6 +37,8 @@ async def test_a_blob_is_served_whole_in_ranges_and_by_head(nats: NatsServer, fr
         assert whole.headers["content-length"] == str(SIZE)
         assert whole.headers["content-type"] == "application/octet-stream"
         assert "content-range" not in whole.headers
+        digest = base64.b64encode(hashlib.sha256(DATA).digest()).decode()
+        assert whole.headers["repr-digest"] == f"sha-256=:{digest}:"
         for header, start, end in (
             ("bytes=0-0", 0, 1),
             (f"bytes=1048575-{1 << 20}", 1048575, (1 << 20) + 1),
@@ -46,6 +50,7 @@ async def test_a_blob_is_served_whole_in_ranges_and_by_head(nats: NatsServer, fr
             part = await server.blob(blob, header)
             assert part.status == 206 and part.body == DATA[start:end], header
             assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
+            assert part.headers["repr-digest"] == whole.headers["repr-digest"]
             assert part.headers["etag"] == f'"{blob}"' and part.headers["accept-ranges"] == "bytes"
             head = await server.blob(blob, header, method="HEAD")
             changing = {"date"}

@@ -39,6 +39,8 @@ class ServiceProcess:
 
     def __init__(self, service: str, home: Path, environment: dict[str, str]) -> None:
         self.service, self.environment = service, environment
+        self.within: tuple[str, ...] = ()
+        """What is put before its command: where it runs."""
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
 

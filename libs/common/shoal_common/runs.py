@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 MAX_RUN_LEAVES = 64
 """No run is longer."""
+MAX_SENT_COUNT = 64
 
 
 def from_bitmap(bitmap: bytes | bytearray) -> int:
@@ -76,22 +77,25 @@ def least_sent(
 ) -> tuple[int, int] | None:
     """The run [first, end) that a source answers `any` with: of leaves that it has sent least, a random one.
 
-    `sent` has for each leaf how often it was sent, or is being sent, to anyone: the caller counts a run as soon as it
-    is chosen. `ready` is what can be sent; leaves that are on their way to somebody at this moment are better left
-    out of it, because whoever gets them will have passed them on before a second copy could arrive. At random, so
-    that several sources do not all begin with the same leaves. None when nothing wanted is ready.
+    `sent[n]` is the set of leaves that were sent, or are being sent, n times to anyone: the caller counts a run as
+    soon as it is chosen. `ready` is what can be sent; leaves that are on their way to somebody at this moment are
+    better left out of it, because whoever gets them will pass them on before a second copy could arrive. At random,
+    so that several sources do not all begin with the same leaves. None when nothing wanted is ready.
     """
-    able = wanted & ready & run(0, len(sent))
-    if not able:
-        return None
-    indices = [leaf for first, end in runs_of(able) for leaf in range(first, end)]
-    fewest = min(sent[leaf] for leaf in indices)
-    least = bytearray(len(sent) // 8 + 1)
-    for leaf in indices:
-        if sent[leaf] == fewest:
-            least[leaf // 8] |= 1 << leaf % 8
-    leaves = from_bitmap(least)
-    return run_around(drawn(leaves, draw), leaves, max_leaves)
+    for leaves in sent:
+        if least := leaves & wanted & ready:
+            return run_around(drawn(least, draw), least, max_leaves)
+    return None
+
+
+def counted(sent: list[int], leaves: int) -> None:
+    """Count leaves once more in `sent`, as `least_sent` reads it. After MAX_SENT_COUNT times nothing is counted."""
+    for count in range(min(len(sent), MAX_SENT_COUNT) - 1, -1, -1):
+        if again := sent[count] & leaves:
+            if count + 1 == len(sent):
+                sent.append(0)
+            sent[count] &= ~again
+            sent[count + 1] |= again
 
 
 def _lowest(leaves: int) -> int:

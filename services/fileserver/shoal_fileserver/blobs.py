@@ -27,10 +27,11 @@ from shoal_common.layout import LEAF_BYTES, Layout, leaf_count
 from shoal_common.logs import Log
 from shoal_common.pace import Pace
 from shoal_common.runs import MAX_RUN_LEAVES, from_bitmap
+from shoal_fileserver.at_once import AtOnce
 from shoal_fileserver.contents import Content, LeafList, open_content, open_leaf_list
 from shoal_fileserver.ranges import Part, Unsatisfiable, Whole, parse_range
 from shoal_fileserver.sending import SENDING, Sending
-from shoal_fileserver.sent import Sent
+from shoal_fileserver.sent import Going, Sent
 
 log = Log("fileserver")
 
@@ -47,9 +48,9 @@ _NOT_HERE = "this node does not hold that blob, verified"
 class Blobs:
     """Answers peers from one store."""
 
-    def __init__(self, layout: Layout, node: str, secret: str, sent: Sent, pace: Pace) -> None:
+    def __init__(self, layout: Layout, node: str, secret: str, at_once: AtOnce, sent: Sent, pace: Pace) -> None:
         self._layout, self._node, self._secret = layout, node, secret
-        self._sent, self._pace = sent, pace
+        self._at_once, self._sent, self._pace = at_once, sent, pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application for the paths above."""
@@ -100,8 +101,13 @@ class Blobs:
             said["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         if method == "HEAD":
             content.close()
+        elif end - start <= LEAF_BYTES:
+            self._at_once.keep(content)
+        going = None
+        if method == "GET" and not start % LEAF_BYTES and (end == size or not end % LEAF_BYTES):
+            going = self._sent.asked(blob, start // LEAF_BYTES, leaf_count(end), time.monotonic())
         status = 206 if isinstance(asked, Part) else 200
-        return ContentResponse(content, start, end, status, said, self._pace)
+        return ContentResponse(content, start, end, status, said, self._pace, self._sent, going)
 
     async def of_hub(self, request: Request, sha256: str, named: Mapping[str, str]) -> Response:
         """The same, for a request in the hub's protocol."""
@@ -128,13 +134,13 @@ class Blobs:
         if len(body) != -(-leaf_count(size) // 8):
             content.close()
             return problem(400, f"{len(body)} bytes are no bitmap of the {leaf_count(size)} leaves of this blob")
-        run = self._sent.choose(blob, size, from_bitmap(body), content.leaves, int(asked), time.monotonic())
-        if run is None:
+        going = self._sent.choose(blob, size, from_bitmap(body), content.leaves, int(asked), time.monotonic())
+        if going is None:
             content.close()
             return Response(status_code=204, headers=content.headers)
-        start, end = run[0] * LEAF_BYTES, min(run[1] * LEAF_BYTES, size)
+        start, end = going.first * LEAF_BYTES, min(going.end * LEAF_BYTES, size)
         said = {**content.headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}
-        return ContentResponse(content, start, end, 206, said, self._pace, self._sent)
+        return ContentResponse(content, start, end, 206, said, self._pace, self._sent, going)
 
     async def _list(self, scope: Scope, blob: str) -> Response:
         """A page of a leaf list."""
@@ -166,7 +172,7 @@ async def _page(method: str, found: LeafList, asked: Whole | Part, said: dict[st
 
 
 class ContentResponse(Response):
-    """Bytes [start, end) of a blob; closes it. Leaves that do not get through are taken back from `sent`."""
+    """Bytes [start, end) of a blob; closes it, and tells `sent` which leaves have gone."""
 
     def __init__(
         self,
@@ -176,12 +182,14 @@ class ContentResponse(Response):
         status: int,
         headers: Mapping[str, str],
         pace: Pace,
-        sent: Sent | None = None,
+        sent: Sent,
+        going: Going | None,
     ) -> None:
         self.status_code, self.background, self.body = status, None, b""
         self.media_type = _TYPE
         self.init_headers({**headers, "Content-Length": str(end - start)})
-        self._content, self._start, self._end, self._pace, self._sent = content, start, end, pace, sent
+        self._content, self._start, self._end, self._pace = content, start, end, pace
+        self._sent, self._going = sent, going
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -197,10 +205,9 @@ class ContentResponse(Response):
             await send({"type": "http.response.body"})
         finally:
             content.close()
-            if self._sent is not None:
+            if self._going is not None:
                 at = self._start + count
-                through = at // LEAF_BYTES if at < self._end else leaf_count(self._end)
-                self._sent.take_back(content.blob, through, leaf_count(self._end))
+                self._sent.ended(self._going, at // LEAF_BYTES if at < self._end else leaf_count(at))
 
 
 def _asked(headers: Headers, etag: str, size: int) -> Whole | Part | Unsatisfiable:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import socket
 import struct
 import sys
 import termios
 import time
+from functools import partial
+from io import FileIO
 from typing import Any, cast
 
 from starlette.responses import JSONResponse
@@ -20,8 +23,9 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from shoal_fileserver import crowd
+from shoal_fileserver.at_once import AtOnce
 from shoal_fileserver.crowd import Seen
-from shoal_fileserver.sending import SENDING, Sending
+from shoal_fileserver.sending import SENDING, Sending, send_at_once
 
 MAX_HEAD_BYTES = 32 << 10
 HEAD_DEADLINE_S = 10.0
@@ -35,6 +39,7 @@ DRAIN_S = 30.0
 """So long a reader is waited for before its rate is looked at: longer than what lost packets cost."""
 
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_PARTIAL = b"HTTP/1.1 206 Partial Content\r\n"
 _SO_NWRITE = 0x1024
 """macOS: bytes in a socket's queue."""
 
@@ -42,12 +47,16 @@ _SO_NWRITE = 0x1024
 class BoundedHttp(HttpToolsProtocol):
     """One connection."""
 
+    at_once: AtOnce | None = None
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.handed_bytes = 0
         """Bytes of files that the socket or the transport has been given."""
         self.refused = False
         """Whether there was no room for it: it is told so, and closed."""
+        self._answered = False
+        self._rest: tuple[FileIO, int, int] | None = None
         self._idle_since_s = time.monotonic()
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -101,21 +110,66 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Part of a request. A head that goes on and on is refused."""
-        if self._idle and self._head_timer is None:
-            self._expect_head()
         self._head_bytes += len(data)
         super().data_received(data)
+        if self._head_timer is None and self.timeout_keep_alive_task is None and self._idle:
+            self._expect_head(len(data))
         if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(_TOO_LARGE)
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """A request begins."""
+        """A request begins. It may be answered right here."""
         self._head_arrived()
-        super().on_headers_complete()
+        self._answered = self._answer_at_once()
+        if not self._answered:
+            super().on_headers_complete()
+
+    def _answer_at_once(self) -> bool:
+        """Send a leaf that is at hand; what the socket does not take of it is left to a task. False: not at hand."""
+        if (
+            self.parser.get_method() != b"GET"
+            or not self._idle
+            or self.refused
+            or not self.parser.should_keep_alive()
+        ):
+            return False
+        leaf = self.at_once.answer(self.url, self.headers) if self.at_once else None
+        if leaf is None or self.flow.write_paused or self.transport.is_closing():
+            return False
+        head = _PARTIAL + b"".join(b"%b: %b\r\n" % each for each in self.server_state.default_headers) + leaf.head
+        rest = send_at_once(self.transport, leaf, head + b"\r\n")
+        self.handed_bytes += rest - leaf.start
+        if rest < leaf.end:
+            self._rest = FileIO(os.dup(leaf.fd)), rest, leaf.end
+            return False
+        self._idle_since_s = time.monotonic()
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        return True
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it; uvicorn says None
+        """The peer says no more: it may still read what it has asked for."""
+        if self._idle:
+            return None
+        self.cycle.keep_alive = False
+        return True
+
+    def on_body(self, body: bytes) -> None:
+        """Of a request's body."""
+        if not self._answered:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request has come whole."""
+        if not self._answered:
+            super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        cycle.scope["state"][SENDING] = Sending(self, cycle)
+        way = cycle.scope["state"][SENDING] = Sending(self, cycle)
+        if self._rest is not None:
+            (file, start, end), self._rest = self._rest, None
+            app = cast(ASGI3Application, partial(way.rest, file, start, end))
         super()._start_asgi_task(cycle, _NO_ROOM if self.refused else app)
 
     def on_response_complete(self) -> None:
@@ -124,8 +178,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._forget_waiting()
         super().on_response_complete()
 
-    def _expect_head(self) -> None:
-        self._head_bytes = 0
+    def _expect_head(self, begun_bytes: int = 0) -> None:
+        self._head_bytes = begun_bytes
         self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.abort)
 
     def _head_arrived(self) -> None:
@@ -139,6 +193,9 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The peer has not taken what was written."""
         super().pause_writing()
+        if self._waited_s >= DRAIN_S:  # in many short waits, none of which saw the timer's end
+            self._look_at_rate()
+            return
         if not self._waited_s:
             self._taken_then_bytes = self._taken_bytes
         self._paused_at_s = time.monotonic()
@@ -179,6 +236,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_arrived()
         self._forget_waiting()
         super().connection_lost(exc)
+
+
+def bounded(at_once: AtOnce) -> type[BoundedHttp]:
+    """The protocol of a server that may answer from these files at once."""
+
+    class Answering(BoundedHttp):
+        pass
+
+    Answering.at_once = at_once
+    return Answering
 
 
 _NO_ROOM = cast(

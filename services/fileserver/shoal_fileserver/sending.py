@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
-from typing import TYPE_CHECKING
+from socket import IPPROTO_TCP
+from typing import TYPE_CHECKING, Any
 
 from shoal_common.layout import LEAF_BYTES
 from shoal_common.pace import Pace
@@ -20,6 +21,7 @@ from shoal_common.pace import Pace
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+    from shoal_fileserver.at_once import Leaf
     from shoal_fileserver.connections import BoundedHttp
 
 SENDING = "shoal.sending"
@@ -29,6 +31,8 @@ _PUSH_BYTES = 8 * LEAF_BYTES
 _PIECE_BYTES = 64 << 10
 _PACED_S = 0.1
 _LEAST_PACED_BYTES = 16 << 10
+_TCP_CORK = 3
+"""Linux: only there is anything sent at once."""
 _THREADS = ThreadPoolExecutor(8, "send")
 
 
@@ -80,6 +84,38 @@ class Sending:
             os.close(socket)
         self._cycle.expected_content_length -= at - start
         return at - start
+
+    async def rest(self, file: FileIO, start: int, end: int, *application: Any) -> None:
+        """An ASGI application: what is left of a body whose head has gone. Closes the file."""
+        _, _, send = application
+        cycle = self._cycle
+        cycle.response_started, cycle.chunked_encoding, cycle.expected_content_length = True, False, end - start
+        with file:
+            if await self.file(file, start, end, Pace(), lambda: False) < end - start:
+                self.abort()
+            else:
+                await send({"type": "http.response.body"})
+
+
+def send_at_once(transport: asyncio.Transport, leaf: Leaf, head: bytes) -> int:
+    """Send a head and the leaf that follows, as far as the socket takes them now. Returns where the rest begins."""
+    socket = transport.get_extra_info("socket")
+    number, at = socket.fileno(), leaf.start
+    try:
+        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)  # one packet, and one waking of the peer, less
+        written = 0
+        with suppress(BlockingIOError):
+            written = os.write(number, head)
+            while (
+                written == len(head) and at < leaf.end and (sent := os.sendfile(number, leaf.fd, at, leaf.end - at))
+            ):
+                at += sent
+        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+        if written < len(head):
+            transport.write(head[written:])
+    except OSError:
+        transport.abort()
+    return at
 
 
 def _share_bytes(pace: Pace) -> int:

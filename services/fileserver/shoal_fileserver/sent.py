@@ -1,8 +1,6 @@
-"""How often this source has sent each leaf, to choose what it sends next.
+"""How often this source has sent each leaf, and what is on its way: from this it chooses what it sends next.
 
-`least_sent` of `shoal_common/runs.py` says what is chosen; here the leaves are kept in sets, one for each count, so
-that a blob of 100,000 leaves takes microseconds too. In memory, for some blobs and a while: what is forgotten costs
-nothing but a second copy before another's first.
+Kept in memory, for some blobs and a while: what is forgotten costs nothing but a second copy before another's first.
 """
 
 from __future__ import annotations
@@ -13,19 +11,29 @@ from collections import OrderedDict
 import msgspec
 
 from shoal_common.layout import leaf_count
-from shoal_common.runs import drawn, run, run_around
+from shoal_common.runs import counted, least_sent, run
 
 MAX_BLOBS = 64
 FORGOTTEN_AFTER_S = 900.0
-MAX_COUNT = 64
-"""Leaves that were sent more often count as sent so often."""
+ON_ITS_WAY_S = 10.0
+"""So long a leaf that is on its way to somebody is sent to nobody else: who takes longer is nobody to wait for."""
+
+
+class Going(msgspec.Struct, eq=False):
+    """Leaves [first, end) on their way to somebody."""
+
+    blob: str
+    first: int
+    end: int
+    since_s: float
 
 
 class _Counts(msgspec.Struct):
-    """Of one blob: the leaves that were sent never, once, twice, …"""
+    """Of one blob: the leaves that were sent never, once, twice, …; and those on their way."""
 
     leaf_count: int
     sets: list[int]
+    going: list[Going]
     used_at_s: float
 
 
@@ -38,27 +46,39 @@ class Sent:
 
     def choose(
         self, blob: str, size_bytes: int, wanted: int, ready: int, max_leaves: int, now_s: float
-    ) -> tuple[int, int] | None:
-        """The run [first, end) to send next, counted as sent from now on; None when nothing wanted is ready."""
+    ) -> Going | None:
+        """The run to send next, counted from now on; `ended` has to follow. None when nothing wanted can be sent."""
         counts = self._counts(blob, leaf_count(size_bytes), now_s)
-        least = next((least for leaves in counts.sets if (least := leaves & wanted & ready)), 0)
-        if not least:
-            return None
-        chosen = run_around(drawn(least, self._draw), least, max_leaves)
-        _move(counts.sets, run(*chosen), 1)
-        return chosen
+        for going in counts.going:
+            if now_s - going.since_s < ON_ITS_WAY_S:
+                ready &= ~run(going.first, going.end)
+        chosen = least_sent(counts.sets, wanted, ready, max_leaves, self._draw)
+        return None if chosen is None else _begun(counts, blob, *chosen, now_s)
 
-    def take_back(self, blob: str, first: int, end: int) -> None:
-        """These leaves were chosen, and have not been sent after all."""
-        if counts := self._blobs.get(blob):
-            _move(counts.sets, run(first, end), -1)
+    def asked(self, blob: str, first: int, end: int, now_s: float) -> Going | None:
+        """Somebody asked for these very leaves, which counts as well; None for a blob of which nobody wants any."""
+        counts = self._blobs.get(blob)
+        return None if counts is None else _begun(counts, blob, first, end, now_s)
+
+    def ended(self, going: Going, through: int) -> None:
+        """Leaves up to `through` have gone; the rest has not, and counts no more."""
+        counts = self._blobs.get(going.blob)
+        if counts is None or going not in counts.going:  # forgotten meanwhile
+            return
+        counts.going.remove(going)
+        lost = run(max(through, going.first), going.end)
+        # Sets move down from the second on: what was counted once more is counted once less.
+        for count in range(1, len(counts.sets)):
+            less = counts.sets[count] & lost
+            counts.sets[count] &= ~less
+            counts.sets[count - 1] |= less
 
     def _counts(self, blob: str, leaves: int, now_s: float) -> _Counts:
         while self._blobs and next(iter(self._blobs.values())).used_at_s < now_s - FORGOTTEN_AFTER_S:
             self._blobs.popitem(last=False)
         counts = self._blobs.get(blob)
         if counts is None or counts.leaf_count != leaves:
-            counts = self._blobs[blob] = _Counts(leaves, [run(0, leaves)], now_s)
+            counts = self._blobs[blob] = _Counts(leaves, [run(0, leaves)], [], now_s)
         counts.used_at_s = now_s
         self._blobs.move_to_end(blob)
         if len(self._blobs) > MAX_BLOBS:
@@ -66,13 +86,8 @@ class Sent:
         return counts
 
 
-def _move(sets: list[int], leaves: int, by: int) -> None:
-    """Count these leaves once more, or once less."""
-    moved = [kept & leaves for kept in sets]
-    for count, those in enumerate(moved):
-        to = min(max(count + by, 0), MAX_COUNT)
-        if those and to != count:
-            if to == len(sets):
-                sets.append(0)
-            sets[count] &= ~those
-            sets[to] |= those
+def _begun(counts: _Counts, blob: str, first: int, end: int, now_s: float) -> Going:
+    counted(counts.sets, run(first, end))
+    going = Going(blob, first, end, now_s)
+    counts.going.append(going)
+    return going

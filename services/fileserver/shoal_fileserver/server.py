@@ -24,9 +24,10 @@ from shoal_common.pace import Pace
 from shoal_common.reach import takes_both
 from shoal_common.service import Context
 from shoal_common.watch import View
+from shoal_fileserver.at_once import AtOnce
 from shoal_fileserver.blobs import Blobs, problem
 from shoal_fileserver.catalog import Catalog
-from shoal_fileserver.connections import BoundedHttp
+from shoal_fileserver.connections import bounded
 from shoal_fileserver.hub import HubProtocol
 from shoal_fileserver.sent import Sent
 
@@ -34,11 +35,28 @@ _KEEP_ALIVE_S = 30
 _STOP_S = 5
 
 
-def make_app(
+def settings(
     layout: Layout, node: str, secret: str, catalog: Catalog | None = None, pace: Pace | None = None
-) -> ASGIApp:
-    """The HTTP application over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
-    blobs = Blobs(layout, node, secret, Sent(random.Random()), pace or Pace())
+) -> uvicorn.Config:
+    """A server over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
+    pace = pace or Pace()
+    sent = Sent(random.Random())
+    at_once = AtOnce(layout, node, secret, sent, pace)
+    return uvicorn.Config(
+        _application(Blobs(layout, node, secret, at_once, sent, pace), secret, catalog),
+        http=bounded(at_once),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        lifespan="off",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_STOP_S,
+    )
+
+
+def _application(blobs: Blobs, secret: str, catalog: Catalog | None) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -94,20 +112,7 @@ async def run(context: Context) -> None:
         own = await context.view(tasks, "state", storage_key(context.node))
         context.background(tasks, _keep_pace(own, context.node, pace))
         catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(Layout(config.store), context.node, config.secret, catalog, pace),
-                http=BoundedHttp,
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                lifespan="off",
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=_STOP_S,
-            )
-        )
+        server = uvicorn.Server(settings(Layout(config.store), context.node, config.secret, catalog, pace))
         tasks.create_task(_stop(context, server))
         # `_serve` is `serve` without its signal handlers: signals are the main loop's.
         await server._serve(sockets=[listener])
