@@ -218,6 +218,38 @@ def test_a_source_rests_while_others_have_yet_to_take_what_we_have() -> None:
     assert asks(alone(have=run(0, decide.BACKLOG_RUNS), peers=[source, gone]), random.Random(0))
 
 
+def test_in_a_crowd_a_source_is_asked_for_one_run_at_a_time() -> None:
+    source = Peer(node="z", leaves=EVERY_LEAF, source=True)
+    others = [Peer(node=name, leaves=0, fetching=True) for name in "bcdefg"]
+    for count in range(len(others)):
+        made = asks(alone(peers=[source, *others[:count]]), random.Random(0))
+        assert len(made) == (1 if count >= decide.CROWD_NODES else OUTSTANDING_RUNS)
+
+
+def test_a_source_whose_time_is_left_over_is_asked_for_what_others_have_too() -> None:
+    other = Peer(node="c", leaves=run(0, 1000), fetching=True, rate_bytes_per_s=1e6)
+    busy = Peer(node="b", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=2e6)
+    assert {a.node for a in asks(alone(peers=[busy, other]), random.Random(0))} == {"c"}
+    idle = Peer(node="b", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=4e6)
+    assert "b" in {a.node for a in asks(alone(peers=[idle, other]), random.Random(0))}
+
+
+def test_a_source_that_had_nothing_for_us_is_left_alone_for_a_moment() -> None:
+    declined = Peer(node="b", leaves=EVERY_LEAF, source=True, declined_at_s=0.0)
+    before = alone(peers=[declined], now_s=0.1)
+    assert asks(before, random.Random(0)) == [] and wake_s(before) <= decide.DECLINED_S
+    assert asks(alone(peers=[declined], now_s=decide.DECLINED_S), random.Random(0))
+
+
+def test_the_last_leaves_are_asked_of_others_who_have_them_and_not_of_a_source() -> None:
+    source = Peer(node="b", leaves=EVERY_LEAF, source=True)
+    others = [Peer(node=name, leaves=1, fetching=True) for name in "cdefg"]
+    asked = [Run(node="c", leaves=1, asked_at_s=0.0)]
+    made = asks(alone(wanted=1, peers=[source, *others], runs=asked, now_s=0.1), random.Random(0))
+    assert len(made) == ENDGAME_COPIES - 1 and {a.leaves for a in made} == {1}
+    assert not {a.node for a in made} & {"b", "c"}
+
+
 def test_I7_after_two_seconds_in_which_nothing_moved_a_source_is_asked_all_the_same() -> None:
     source = Peer(node="b", leaves=EVERY_LEAF, source=True)
     stuck = Peer(node="c", leaves=run(0, 900), fetching=True)

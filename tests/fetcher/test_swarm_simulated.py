@@ -32,6 +32,18 @@ def test_a_slow_uplink_holds_nobody_up() -> None:
     assert over_bound(outcome, 256) <= 1.2
 
 
+def test_a_fast_source_makes_up_for_uplinks_that_are_all_slow() -> None:
+    outcome = Simulation([Link(up=40 * B, down=40 * B)], [Link(up=B / 10)] * 4, leaf_count=256, seed=1).run()
+    assert over_bound(outcome, 256) <= 2.0
+
+
+def test_a_fast_node_does_not_wait_for_slow_ones() -> None:
+    fast = Link(up=40 * B, down=40 * B)
+    outcome = Simulation([fast], [fast, Link(), Link(), Link()], leaf_count=256, seed=1).run()
+    assert over_bound(outcome, 256) <= 1.1
+    assert outcome.finished_s["n0"] <= max(outcome.finished_s.values()) / 4
+
+
 def test_one_fetcher_uses_all_of_several_sources_by_their_rates_and_no_leaf_comes_twice() -> None:
     sources = [Link(up=B / 8), Link(up=B / 2), Link(up=3 * B / 8)]
     outcome = Simulation(sources, [Link()], leaf_count=256, seed=1).run()

@@ -20,6 +20,8 @@ from shoal_common.runs import MAX_RUN_LEAVES, drawn, run, run_around
 
 OUTSTANDING_RUNS = 2
 """So many runs are asked of one peer at a time."""
+CROWD_NODES = 4
+"""Where so many others fetch as well, one run at a time keeps a source busy, and what it sends arrives sooner."""
 BACKLOG_RUNS = 6
 """With so many runs that no other fetching node has, a node does not ask sources for more of them."""
 RUN_S = 0.03
@@ -44,6 +46,8 @@ LOOK_AGAIN_S = 1.0
 """The shell looks again after this at the latest: peers fall silent without saying so."""
 WAITED_FOR = 0.25
 """A node whose part of the blob grows at less than this share of what a source gives us is not waited for."""
+IDLE_FACTOR = 4.0
+"""A source that gives us so many times what the fastest other node does is asked for whatever is missing."""
 EVERY_LEAF = -1
 """The set of all leaves of any blob."""
 
@@ -198,11 +202,12 @@ class _Choosing:
         return self._asks
 
     def _free(self, peer: Peer) -> bool:
-        return self._outstanding[peer.node] < OUTSTANDING_RUNS
+        crowd = peer.source and len(self._others) >= CROWD_NODES
+        return self._outstanding[peer.node] < (1 if crowd else OUTSTANDING_RUNS)
 
     def _ask_source(self, peer: Peer) -> None:
         leaves = self._need & ~self._asked_of.get(peer.node, 0) & ~self._open(peer)
-        if not self._still:
+        if not (self._still or self._idle(peer)):
             # What another fetching node has comes from there: a source's time is for what nobody has.
             leaves &= ~self._held
             if self._throttled(peer):
@@ -241,6 +246,11 @@ class _Choosing:
         """The part of the blob that this source is asked for first, so that several do not send the same leaves."""
         place, count = self._sources.index(source.node), len(self._sources)
         return run(place * self._s.leaf_count // count, (place + 1) * self._s.leaf_count // count)
+
+    def _idle(self, source: Peer) -> bool:
+        """Whether a source gives us so much more than any other node that its time must be left over."""
+        fastest = max((p.rate_bytes_per_s for p in self._others), default=0.0)
+        return 0 < fastest * IDLE_FACTOR <= source.rate_bytes_per_s
 
     def _throttled(self, source: Peer) -> bool:
         """Whether we have enough that the others have yet to take from us.
