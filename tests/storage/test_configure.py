@@ -59,6 +59,7 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
                 "headroom_bytes": 7,
                 "partial_retention_s": 604800,
                 "read_only_roots": [],
+                "roots": [],
                 "used_bytes": 0,
                 "from_environment": [],
             }

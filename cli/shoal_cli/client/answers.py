@@ -114,6 +114,7 @@ class ConfiguredRow(Message):
     headroom_bytes: int = 0
     partial_retention_s: int = 0
     read_only_roots: list[str] = []
+    roots: list[str] = []
     note: str = ""
 
 

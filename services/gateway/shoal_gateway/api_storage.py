@@ -23,7 +23,7 @@ from shoal_gateway.targets import Nodes, to_storage
 
 _MOST_BYTES = (1 << 63) - 1
 _NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
-_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots")
+_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots", "roots")
 
 
 class AskConfigure(Configure):

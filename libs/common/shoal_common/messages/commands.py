@@ -54,6 +54,8 @@ class Configure(Command):
     """How long to keep bytes of a download that nobody wants any more; 0: not at all."""
     read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All of them, absolute or with `~`; an empty list takes them away."""
+    roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All further roots, absolute or with `~`; an empty list takes them away. Their files stay as they are."""
 
 
 class Pin(Command):
