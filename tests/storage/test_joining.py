@@ -116,6 +116,7 @@ async def test_what_the_store_has_no_room_for_comes_to_the_second_disk_and_is_of
         with holder_of(lease.lock):
             refused = await m.node.delete("org/second")
             assert refused.error is not None and refused.error.code == "in_use"
+        await m.node.unlease(lease.id)
         verified = await m.node.command("verify", Verify())
         assert verified.ok and verified.result["corrupt"] == [] and verified.result["checked"] == 4
         (root,) = (await m.node.storage_state()).roots
@@ -145,7 +146,7 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             # Two are too many for the store alone; nothing is written beside.
             with pytest.raises(QuotaExceeded):
                 await m.node.reserve(SECOND.manifest)
-            outcome = await m.node.command("configure", Configure(headroom_bytes=1))
+            outcome = await m.node.command("configure", Configure(partial_retention_s=1))
             assert outcome.ok, "other settings can be changed without it"
             assert not list(m.disk.at.iterdir()), "something was written to an empty mount point"
             m.disk.mount()
