@@ -20,6 +20,7 @@ from shoal_storage.leases import GRACE_S, Lease
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.recovery import recover
 from shoal_storage.repair import make_partial, repairable_bytes
+from shoal_storage.spread import Space
 
 UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
 
@@ -131,7 +132,10 @@ class Store:
 
     def reserve(self, model: Model) -> list[str]:
         """Reserve what is missing, and say what that is."""
-        missing = admit(model.manifest, self.ledger, UNLIMITED, self.disk.free_bytes()).missing
+        # Both on one disk here, which storage would count once: of no matter where there is plenty.
+        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_root
+        spaces = [Space(further, str(lay.root), free, in_flight[further]) for further, lay in self.layout.all()]
+        missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
         for blob in missing:
             if blob not in self.ledger.partials:
                 bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
