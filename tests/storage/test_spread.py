@@ -17,6 +17,7 @@ from shoal_storage.spread import Space, lacking_bytes, spread
 from tests.storage.test_evict import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 
 ROOTS = ["", "one", "two"]
+NEW = "org/new@" + "d" * 40
 ROOMS = st.dictionaries(st.sampled_from(ROOTS[1:]), st.integers(-10, 60), max_size=2).flatmap(
     lambda further: st.integers(-10, 60).map(lambda room: {"": room, **further})
 )
@@ -119,7 +120,9 @@ def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[Space], Limits,
     limits = Limits(draw(st.none() | st.integers(0, 300)), draw(st.integers(0, 10)), "lru")
     uses = draw(st.sets(st.sampled_from(NAMES), max_size=1))
     ledger.pinned = uses
-    return ledger, kept_models(ledger, {}), spaces, limits, draw(BLOB_SETS)
+    new = draw(BLOB_SETS)
+    ledger.promised[NEW] = set(new)  # before a plan is made for it, as the guard does: else it could go for itself
+    return ledger, kept_models(ledger, {}), spaces, limits, new
 
 
 Case = tuple[Ledger, dict[str, str], list[Space], Limits, set[str]]
@@ -127,7 +130,7 @@ Case = tuple[Ledger, dict[str, str], list[Space], Limits, set[str]]
 
 def made_for(case: Case, need: int) -> EvictionPlan:
     ledger, kept, spaces, limits, new = case
-    manifest = manifest_of("org/new@" + "d" * 40, sorted(new), SIZES)
+    manifest = manifest_of(NEW, sorted(new), SIZES)
     return plan(need, ledger, ledger.last_uses, kept, wanted(manifest, ledger).met_by(ledger, limits, spaces))
 
 
@@ -153,7 +156,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[Space]) -> list[S
 @given(disks())
 def test_I3_a_plan_over_several_roots_makes_room_where_the_blobs_come_and_admits_them_all(case: Case) -> None:
     ledger, _, spaces, limits, new = case
-    manifest = manifest_of("org/new@" + "d" * 40, sorted(new), SIZES)
+    manifest = manifest_of(NEW, sorted(new), SIZES)
     try:
         admission = admit(manifest, ledger, limits, spaces[0].free_bytes, spaces)
     except QuotaExceeded as refused:
@@ -177,7 +180,7 @@ def test_I3_a_plan_over_several_roots_makes_room_where_the_blobs_come_and_admits
 @given(disks())
 def test_no_victim_of_a_plan_over_several_roots_could_be_spared_and_none_is_kept(case: Case) -> None:
     ledger, kept, spaces, limits, new = case
-    manifest = manifest_of("org/new@" + "d" * 40, sorted(new), SIZES)
+    manifest = manifest_of(NEW, sorted(new), SIZES)
     try:
         admit(manifest, ledger, limits, spaces[0].free_bytes, spaces)
     except QuotaExceeded as refused:
@@ -205,7 +208,7 @@ def test_a_copy_that_a_lease_may_look_at_is_no_garbage() -> None:
 
 
 def test_a_refusal_has_the_figures_of_every_root() -> None:
-    manifest = manifest_of("org/new@" + "d" * 40, ["e" * 64], {"e" * 64: 70})
+    manifest = manifest_of(NEW, ["e" * 64], {"e" * 64: 70})
     spaces = [Space("", "the store", 50, 0), Space("one", "/mnt/big", 60, 5)]
     with pytest.raises(QuotaExceeded, match="the store has 40 B to give, /mnt/big has 45 B to give") as refused:
         admit(manifest, Ledger(), Limits(None, 10), 50, spaces)
