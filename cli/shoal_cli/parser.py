@@ -45,8 +45,8 @@ _JSON = {
 "adopted_from": {node: directory of a read-only root}}]}. Fields are only ever added.""",
     "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
 "storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
-"partial_retention_s", "read_only_roots", the limits of `shoal transfer`, "used_bytes", "from_environment", "note"}}};
-plan {"nodes": {node:
+"partial_retention_s", "read_only_roots", "roots", the limits of `shoal transfer`, "used_bytes", "from_environment",
+"note"}}}; plan {"nodes": {node:
 {"need_bytes", "garbage", "garbage_bytes", "unfinished" and "victims": [{"model", "frees_bytes", "last_use_s"}],
 "frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and unpin {"nodes": {node: {"models", "pinned"}}}. Fields
 are only ever added.""",
@@ -309,6 +309,11 @@ def _add_disks(add: _Add, remote: Parser) -> None:
         "--partial-retention", metavar="SPAN", help="how long what ended downloads leave is kept, like 7d; 0: not"
     )
     _read_only_roots(change)
+    for option, what in (
+        ("add", "let models come to this directory on another disk too; may be repeated"),
+        ("remove", "use it no more; what is there stays, and its models are not offered; may be repeated"),
+    ):
+        change.add_argument(f"--{option}-root", metavar="PATH", action="append", dest=f"{option}_roots", help=what)
     plan = action("plan", "what would be evicted to make room; nothing is")
     plan.add_argument("--need", metavar="SIZE", required=True, help="room for so much, like 50GB")
     _model(action("pin", "never evict or delete a model"))

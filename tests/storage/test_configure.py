@@ -60,6 +60,7 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
                 "headroom_bytes": 7,
                 "partial_retention_s": 604800,
                 "read_only_roots": [],
+                "roots": [],
                 "max_upload_bytes_per_s": None,
                 "max_hub_bytes_per_s": None,
                 "max_peer_bytes_per_s": None,

@@ -71,10 +71,14 @@ def mounted(kind: str, image: Path, at: Path) -> Iterator[Path]:
 class Cuts:
     """A life above an image, and what a power cut would leave of it."""
 
-    def __init__(self, kind: str, directory: Path) -> None:
-        self.kind, self.directory = kind, directory
+    def __init__(self, kind: str, directory: Path, has_further: bool = False) -> None:
+        self.kind, self.directory, self.has_further = kind, directory, has_further
         self.image = directory / "image"
         make_image(kind, self.image)
+
+    def _further(self, at: Path) -> Path | None:
+        # On the same image: one copy has the whole machine at one moment.
+        return at / "further" if self.has_further else None
 
     def run(self, every: int, *left_out: str) -> tuple[int, list[str]]:
         """Cut a life at every n-th change and after each acknowledgement. Returns how often, and what was wrong."""
@@ -83,7 +87,14 @@ class Cuts:
         promises = Promises()
         with mounted(self.kind, self.image, self.directory / "live") as live:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.storage.lives", str(live / "store"), *left_out],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.storage.lives",
+                    str(live / "store"),
+                    str(self._further(live) or ""),
+                    *left_out,
+                ],
                 env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -117,7 +128,7 @@ class Cuts:
         subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True, timeout=DEADLINE_S)
         with mounted(self.kind, copy, self.directory / "after") as at:
             try:
-                promises.hold(at / "store")
+                promises.hold(at / "store", self._further(at))
             except (AssertionError, OSError) as e:
                 return str(e) or type(e).__name__
             except Exception as e:  # noqa: BLE001  # whatever keeps a start from starting is what is looked for
@@ -125,14 +136,14 @@ class Cuts:
         return ""
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize(("kind", "has_further"), [("ext4", False), ("xfs", False), ("ext4", True)])
 def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acknowledged_and_shows_no_corrupt_blob(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, has_further: bool
 ) -> None:
     if why := _can_mount(kind):
         pytest.skip(f"power cuts on {kind} are NOT tested here: {why}")
-    every = {"ext4": 1, "xfs": 3}[kind]
-    cuts, wrong = Cuts(kind, tmp_path).run(every)
+    every = {"ext4": 3 if has_further else 1, "xfs": 3}[kind]
+    cuts, wrong = Cuts(kind, tmp_path, has_further).run(every)
     assert not wrong, "\n".join(wrong)
     assert cuts > 240 // every
 

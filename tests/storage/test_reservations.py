@@ -227,7 +227,7 @@ async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention
         with pytest.raises(NotFound, match="has ended: nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is room for others.
-        await held.guard.room.free_bytes()
+        await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
         await cluster.look(37 * DAY_S - 1)
@@ -298,7 +298,7 @@ async def test_I4_what_an_ended_download_left_goes_before_any_model_as_the_dry_r
         await held.bring_in(A, B)
         cluster.wish(COMES, False)
         await cluster.look(STILL_WANTED_S)
-        await held.guard.room.free_bytes()
+        await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
         dry = await held.guard.room.plan_for(new.manifest.size_bytes)

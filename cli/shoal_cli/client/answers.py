@@ -118,6 +118,7 @@ class ConfiguredRow(Message):
     max_upload_bytes_per_s: int | None = None
     max_hub_bytes_per_s: int | None = None
     max_peer_bytes_per_s: int | None = None
+    roots: list[str] = []
     note: str = ""
 
 

@@ -16,7 +16,7 @@ from shoal_cli.client.tables import disks_table, strange_words
 from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
-from shoal_common.messages.records import LeaseState, RootState
+from shoal_common.messages.records import FurtherRootState, LeaseState, RootState
 from shoal_common.names import ModelRef, check_node
 
 _VERIFY_ANSWER_S = 3700.0
@@ -110,6 +110,7 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
         words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
         words += strange_words(row.node, row.storage)
+        words += [f"{row.node} {further_words(further)}" for further in row.storage.roots]
         for root in row.storage.read_only_roots:
             words += [f"{row.node} {line}" for line in root_words(root)]
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
@@ -131,6 +132,19 @@ def only_meant(answer: Anything, args: argparse.Namespace) -> Anything:
 def _leased(lease: LeaseState, now_s: float) -> str:
     who = f"{lease.holder} (pid {lease.pid})" if lease.pid else lease.holder
     return f"{lease.model} is in use by {who}, for {show_seconds(max(now_s - lease.since_s, 0))}"
+
+
+def further_words(root: FurtherRootState) -> str:
+    """A further root for a person. Pure."""
+    if root.error:
+        return f"cannot use {root.path}: {root.error}"
+    words = f"has {count(root.blob_count, 'blob')} in {root.path}, {show_bytes(root.used_bytes)}; "
+    words += f"{show_bytes(root.free_bytes)} free there, {show_bytes(root.headroom_bytes)} of it kept free"
+    if root.reserved_bytes:
+        words += f", {show_bytes(root.reserved_bytes)} promised"
+    if root.double_bytes:
+        words += f"; {show_bytes(root.double_bytes)} are there once too often: `shoal gc` removes them"
+    return words
 
 
 def root_words(root: RootState) -> list[str]:
@@ -158,10 +172,12 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         body["partial_retention_s"] = parse_seconds(args.partial_retention)
     if args.read_only_roots is not None:
         body["read_only_roots"] = args.read_only_roots
+    if args.add_roots or args.remove_roots:
+        body["roots"] = _further_roots(gateway, args)
     if body.keys() <= {"node"}:
         raise BadInput(
-            "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention or "
-            "--read-only-root"
+            "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention, "
+            "--read-only-root, --add-root or --remove-root"
         )
     answer = gateway.put("/v1/storage/config", body, Anything)
     words = []
@@ -172,8 +188,26 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         if args.partial_retention is not None:
             words.append(f"  what ended downloads leave is kept for {show_seconds(row.partial_retention_s)}")
         words += [f"  read-only root {root}" for root in row.read_only_roots]
+        words += [f"  further root {root}" for root in row.roots]
         words += [f"  {row.note}"] if row.note else []
     return Said(answer, words)
+
+
+def _further_roots(gateway: Gateway, args: argparse.Namespace) -> list[str]:
+    """All further roots that a node is to have."""
+    if _everywhere(args):
+        raise BadInput("--add-root and --remove-root are of one node: give --node, or none for this one")
+    answer = gateway.get("/v1/storage", Anything)
+    node = _node(args) or str(answer.get("node", ""))
+    rows = [row for row in msgspec.convert(answer, DisksAnswer).nodes if row.node == node and row.storage]
+    if not rows:
+        raise NotFound(f"no storage of node {node} is known; see `shoal status`")
+    roots = [root.path for row in rows if row.storage for root in row.storage.roots]
+    for root in args.remove_roots or []:
+        if root not in roots:
+            raise BadInput(f"{root} is no further root of {node} (they are: {', '.join(roots) or 'none'})")
+        roots.remove(root)
+    return [*roots, *(root for root in args.add_roots or [] if root not in roots)]
 
 
 def _plan(gateway: Gateway, args: argparse.Namespace) -> Said:

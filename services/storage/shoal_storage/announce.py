@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from shoal_common.buckets import Bucket, model_key, storage_key
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages import encode
-from shoal_common.messages.records import Manifest, ModelState, RootState, StorageState
+from shoal_common.messages.records import FurtherRootState, Manifest, ModelState, RootState, StorageState
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
@@ -37,6 +38,8 @@ class Announcer:
         self._published: StorageState | None = None
         self.roots: list[RootState] = []
         """What the next `publish` says of the read-only roots."""
+        self.further: Callable[[], list[FurtherRootState]] = list
+        """What `publish` says of the further roots. Called in a thread."""
 
     def use_limits(self, limits: Limits) -> None:
         """Say these limits from the next time on."""
@@ -113,7 +116,8 @@ class Announcer:
             ledger = self._ledger
             unproven = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
             at, lay = self._disk.layout.root, self._disk.layout
-            wrong = [str(lay.blob(b).relative_to(at)) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            paths = [lay.blob(b) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            wrong = [str(path.relative_to(at) if path.is_relative_to(at) else path) for path in paths]
             unknown = [*wrong, *ledger.unknown.paths]
             state = StorageState(
                 node=self._node,
@@ -143,6 +147,7 @@ class Announcer:
                 max_upload_bytes_per_s=self._limits.transfer.max_upload_bytes_per_s,
                 max_hub_bytes_per_s=self._limits.transfer.max_hub_bytes_per_s,
                 max_peer_bytes_per_s=self._limits.transfer.max_peer_bytes_per_s,
+                roots=await asyncio.to_thread(self.further),
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

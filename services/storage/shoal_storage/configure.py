@@ -31,9 +31,10 @@ class Settings:
         ledger: Ledger,
         use: Callable[[Limits], Awaitable[None]],
         publish: Callable[[], Awaitable[None]],
+        refuse: Callable[[Limits], None],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self._use, self._publish = use, publish
+        self._use, self._publish, self._refuse = use, publish, refuse
         self._one_at_a_time = asyncio.Lock()
         self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
@@ -60,6 +61,7 @@ class Settings:
             "headroom_bytes": limits.headroom_bytes,
             "partial_retention_s": limits.partial_retention_s,
             "read_only_roots": list(limits.read_only_roots),
+            "roots": list(limits.roots),
             **msgspec.to_builtins(limits.transfer),
             "used_bytes": self._ledger.used_bytes,
             "from_environment": overridden(self._context.environ),
@@ -71,6 +73,7 @@ class Settings:
             # All of both sections: a fault made there since the start is refused now, not at a restart.
             limits = read_limits(settings, self._context.environ)
             refuse_overlap(limits.read_only_roots, self._context.config.store)
+            self._refuse(limits)
             return limits
 
         return change_settings(self._context.config.home, by_section(changes), accept)

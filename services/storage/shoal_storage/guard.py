@@ -74,7 +74,7 @@ class Guard:
                 if promised[manifest.model] != before:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
-                    await self._promise(blob, sizes[blob], manifest.model)
+                    await self._promise(blob, sizes[blob], manifest.model, admission.roots[blob])
                 self._ledger.ended.discard(manifest.model)
                 await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
@@ -90,8 +90,10 @@ class Guard:
         told = as_told(evicted) if evicted else None
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
 
-    async def _promise(self, blob: str, size_bytes: int, model: str) -> None:
+    async def _promise(self, blob: str, size_bytes: int, model: str, further: str) -> None:
         known = self._ledger.partials.get(blob)
+        if known is None:
+            await asyncio.to_thread(self._disk.place, blob, further)
         partial = known or Partial(size_bytes)
         models = {*partial.models, model}
         # Files removed by hand while we ran are made again: the disk is the truth.

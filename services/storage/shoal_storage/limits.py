@@ -7,6 +7,7 @@ headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk 
 partial_retention_s SHOAL_PARTIAL_RETENTION_S bytes that ended downloads left are kept seven days
 reserve_bytes       SHOAL_RESERVE_BYTES       size of the reserve file; read at start  64 MiB
 read_only_roots     SHOAL_READ_ONLY_ROOTS     directories whose models are offered as they are (as in PATH)   none
+roots               SHOAL_ROOTS               directories on other disks for models to come to (as in PATH)   none
 path                                          where the store is                       <home>/store
 
 [transfer], whole numbers from 1; without one there is no limit
@@ -35,6 +36,7 @@ VARIABLES = {
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
     "partial_retention_s": "SHOAL_PARTIAL_RETENTION_S",
     "read_only_roots": "SHOAL_READ_ONLY_ROOTS",
+    "roots": "SHOAL_ROOTS",
     "max_upload_bytes_per_s": "SHOAL_MAX_UPLOAD_BYTES_PER_S",
     "max_hub_bytes_per_s": "SHOAL_MAX_HUB_BYTES_PER_S",
     "max_peer_bytes_per_s": "SHOAL_MAX_PEER_BYTES_PER_S",
@@ -43,7 +45,7 @@ VARIABLES = {
 RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
 """Those of them that are in `[transfer]`; the others are in `[storage]`."""
 DEFAULT_RETENTION_S = 7 * 86400
-MOST_ROOTS = 64
+MOST_ROOTS = {"read_only_roots": 64, "roots": 16}
 _BETWEEN_ROOTS = ":"
 """As in PATH (`os.pathsep`)."""
 _RESERVE = "reserve_bytes"
@@ -64,7 +66,8 @@ def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> L
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
-        read_only_roots=_roots(section, environ),
+        read_only_roots=_roots("read_only_roots", section, environ),
+        roots=_roots("roots", section, environ),
         transfer=Rates(**{name: _rate(name, transfer, environ) for name in RATES}),
     )
 
@@ -123,15 +126,15 @@ def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> Evicti
     return cast(EvictionPolicy, value)
 
 
-def _roots(section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
-    where, value = _stated("read_only_roots", section, environ)
+def _roots(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
+    where, value = _stated(name, section, environ)
     if value is None:
         return ()
     roots = [r for r in value.split(_BETWEEN_ROOTS) if r] if where in environ and isinstance(value, str) else value
     if not isinstance(roots, list):
         raise BadInput(f'{where} is {value!r}: a list of directories is expected, ["/mnt/models"]')
-    if len(roots) > MOST_ROOTS:
-        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS} at most are possible")
+    if len(roots) > MOST_ROOTS[name]:
+        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS[name]} at most are possible")
     for root in roots:
         if not isinstance(root, str) or not root.startswith(("/", "~")) or not root.isprintable():
             raise BadInput(f"{where} has {root!r}: the absolute path of a directory is expected, or one with ~")
@@ -160,9 +163,10 @@ def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Valu
     changes = {name: value for name, value in asked.items() if value is not UNSET}
     if not changes:
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
-    if isinstance(changes.get("read_only_roots"), list):
-        _roots(changes, {})
-        changes["read_only_roots"] = changes["read_only_roots"] or None
+    for name in MOST_ROOTS:
+        if isinstance(changes.get(name), list):
+            _roots(name, changes, {})
+            changes[name] = changes[name] or None
     for name, value in changes.items():
         least = 1 if name in RATES else 0
         if isinstance(value, int) and not least <= value <= _MOST:

@@ -74,6 +74,8 @@ class Configure(Command):
     """How long to keep bytes of a download that nobody wants any more; 0: not at all."""
     read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All of them, absolute or with `~`; an empty list takes them away."""
+    roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All further roots, absolute or with `~`; an empty list takes them away. Their files stay as they are."""
     max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
     """What the node's fileserver sends in all. Null takes the limit away; the same for what follows."""
     max_hub_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET

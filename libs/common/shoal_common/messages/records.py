@@ -172,6 +172,26 @@ class RootState(Message):
     not_adopted_count: int = 0
 
 
+class FurtherRootState(Message):
+    """A further root: a directory on another disk that a node's models may come to."""
+
+    path: str
+    id: str = ""
+    """What its VERSION calls it; "" while it is not known."""
+    error: str = ""
+    """Why it is not used, when it is not: its disk is not mounted, say. What is there stays as it is."""
+    used_bytes: int = 0
+    """By blobs that are there; part of the node's `used_bytes`."""
+    blob_count: int = 0
+    free_bytes: int = 0
+    headroom_bytes: int = 0
+    """What stays free of them."""
+    reserved_bytes: int = 0
+    """Promised to blobs that are arriving there."""
+    double_bytes: int = 0
+    """Of blobs that are in another root too: garbage."""
+
+
 class StorageState(Message):
     """A node's disk: its settings and their use."""
 
@@ -212,6 +232,8 @@ class StorageState(Message):
     reserve_bytes: int = 0
     """Bytes of the reserve file: held back to be given up first when the disk is full."""
     read_only_roots: list[RootState] = []
+    roots: list[FurtherRootState] = []
+    """Further roots, beside the store, whose own `free_bytes` are above."""
     max_upload_bytes_per_s: int | None = None
     """What this node's fileserver sends in all; None: no limit. The same for what follows."""
     max_hub_bytes_per_s: int | None = None
