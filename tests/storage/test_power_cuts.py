@@ -23,6 +23,7 @@ from tests.harness.process import source_path
 from tests.storage.promises import Promises
 
 DEADLINE_S = 60
+COPIES_AT_MOST = 50
 SIZES_MIB = {"ext4": 24, "xfs": 320}
 OPTIONS = {"ext4": "loop,commit=600", "xfs": "loop"}
 MAKE = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard"), "xfs": ("mkfs.xfs", "-q", "-f", "-K")}
@@ -66,6 +67,18 @@ def mounted(kind: str, image: Path, at: Path) -> Iterator[Path]:
         yield at
     finally:
         subprocess.run(["umount", str(at)], check=True, capture_output=True, timeout=DEADLINE_S)
+
+
+def copy_at_one_moment(image: Path, copy: Path) -> None:
+    """Copy an image while nothing is written to it: a busy machine writes back when it likes."""
+    for _ in range(COPIES_AT_MOST):
+        with image.open("rb") as f:
+            os.fsync(f.fileno())  # of the image, not of what is in it: holes are where nothing was ever written
+        before_ns = image.stat().st_mtime_ns
+        subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True, timeout=DEADLINE_S)
+        if image.stat().st_mtime_ns == before_ns:
+            return
+    raise AssertionError(f"{image} never stood still")
 
 
 class Cuts:
@@ -125,7 +138,7 @@ class Cuts:
     def after_a_cut(self, promises: Promises) -> str:
         """What is wrong with the store after a cut now; empty when nothing is."""
         copy = self.directory / "copy"
-        subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True, timeout=DEADLINE_S)
+        copy_at_one_moment(self.image, copy)
         with mounted(self.kind, copy, self.directory / "after") as at:
             try:
                 promises.hold(at / "store", self._further(at))
