@@ -165,8 +165,8 @@ class Disk:
         directory = self.layout.partial(blob)
         directory.mkdir(exist_ok=True)
         if not (directory / "data").exists():
-            for claims in (directory / "have", self.layout.partial_ready(blob)):
-                claims.unlink(missing_ok=True)  # what they claim was in data that has gone
+            for claims in ("have", "ready", "leaves"):  # what they claim was in data that has gone
+                (directory / claims).unlink(missing_ok=True)
             (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
         write_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
