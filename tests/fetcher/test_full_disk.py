@@ -19,10 +19,9 @@ from shoal_common.layout import LEAF_BYTES
 from shoal_common.messages.records import DownloadState, ModelState, StorageState
 from shoal_demo.faults import Faults
 from shoal_fetcher import partial as partial_module
-from shoal_fetcher.partial import PartialBlob
 from tests.fetcher.pulling import Pulls, Site, check_store
 from tests.fetcher.repos import noise
-from tests.fetcher.test_partial import claims_only_what_is_there, content, reserved
+from tests.fetcher.test_partial import claims_only_what_is_there, content, fill, missing_runs, opened, reserved
 from tests.harness.node import Node, running_nodes
 from tests.harness.small_disk import fill, free_bytes, small_disk
 
@@ -55,11 +54,9 @@ class Refusing:
 
 async def write_all(directory: Path, data: bytes) -> None:
     """What a download does with a partial, from wherever it stands."""
-    async with PartialBlob(directory, len(data)) as partial:
-        for start, end in partial.bitmap.missing_runs():
-            partial.begin_at(start)
-            for at in range(start, end, LEAF_BYTES):
-                await partial.write(data[at : min(at + LEAF_BYTES, end)])
+    async with opened(directory, len(data)) as partial:
+        for start, end in missing_runs(partial):
+            await fill(partial, data[start:end], [LEAF_BYTES], begin=start)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -98,12 +95,11 @@ async def test_a_cancelled_writer_stays_cancelled_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last leaves cannot be made durable; a download that was withdrawn must not be blocked for that."""
-    data, directory, written = content(2 * LEAF_BYTES), reserved(tmp_path / "p"), asyncio.Event()
+    data, directory, written = content(2 * LEAF_BYTES), reserved(tmp_path), asyncio.Event()
 
     async def writing() -> None:
-        async with PartialBlob(directory, len(data)) as partial:
-            partial.begin_at(0)
-            await partial.write(data[:LEAF_BYTES])
+        async with opened(directory, len(data)) as partial:
+            await fill(partial, data[:LEAF_BYTES], [LEAF_BYTES])
             written.set()
             await asyncio.Event().wait()
 
@@ -121,7 +117,7 @@ async def test_a_cancelled_writer_stays_cancelled_on_a_full_disk(
 async def test_a_disk_that_is_full_to_the_last_byte_still_takes_the_bitmap(tmp_path: Path) -> None:
     data = content(12 * LEAF_BYTES)
     with small_disk(tmp_path / "disk", 8 << 20) as disk:
-        directory = reserved(disk / "p")
+        directory = reserved(disk)
         with pytest.raises(DiskFull):
             await write_all(directory, data)
         assert free_bytes(disk) == 0

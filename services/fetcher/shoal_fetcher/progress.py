@@ -65,20 +65,27 @@ class Progress:
         """Bytes that are durable now, said or not."""
         return self._whole_bytes + sum(self._parts.values())
 
-    def whole(self, blob: str, sha256: str, size_bytes: int) -> None:
-        """A blob is complete: peers may have it from the next word on."""
+    def note(self, waiting_for: str) -> None:
+        """What it waits for now, or "": said with the next second's word."""
+        if self.state.waiting_for != waiting_for:
+            self.state = structs.replace(self.state, waiting_for=waiting_for)
+            self._dirty = True
+
+    def whole(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
+        """A blob is complete: peers may have it from the next word on, verified by the list with this root."""
         self._parts.pop(blob, None)
         self._whole_bytes += size_bytes
         self.moved()
         known = {**self.state.known, blob: sha256} if blob != sha256 else self.state.known
-        self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known)
+        roots = {**self.state.roots, sha256: root} if root else self.state.roots
+        self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known, roots=roots)
         self._dirty = True
 
     def restart(self) -> None:
         """Count the blobs anew: what is here is about to be asked again."""
         self._parts.clear()
         self._whole_bytes = 0
-        self.state = structs.replace(self.state, blobs=[], known={})
+        self.state = structs.replace(self.state, blobs=[], known={}, roots={})
 
     async def say(self, **changes: Any) -> None:
         """Change fields and publish now; nothing is written when they are so already."""

@@ -39,6 +39,12 @@ class Surroundings:
         downloads = (d for _, d in self._state.items("download.", DownloadState))
         return holders(blob, manifest, models, downloads, self.addresses(), self._me)
 
+    def roots(self, sha256: str) -> set[str]:
+        """Roots of a blob's leaf list, as live nodes that have it whole and are still downloading its model say."""
+        live = self.addresses()
+        downloads = (d for _, d in self._state.items("download.", DownloadState))
+        return {d.roots[sha256] for d in downloads if d.node in live and sha256 in d.roots}
+
     def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
         """`(node, org/name@commit)` of the nodes that hold what a person means by `ref`, this one first."""
         live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".storage")}
