@@ -13,7 +13,7 @@ import uvicorn
 
 from shoal_common.layout import Layout
 from shoal_common.proof import prove
-from shoal_fileserver import connections
+from shoal_fileserver import connections, crowd
 from shoal_fileserver.server import make_app
 
 SHORT_S = 0.3
@@ -24,7 +24,7 @@ ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 async def serving_here(store: Path) -> AsyncIterator[int]:
     """The port of a server in this process."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(Layout(store), "")
+    app = make_app(Layout(store), "here", "")
     settings = uvicorn.Config(app, http=connections.BoundedHttp, ws="none", log_config=None, lifespan="off")
     settings.timeout_graceful_shutdown = 1
     server = uvicorn.Server(settings)
@@ -62,7 +62,7 @@ async def test_I7_a_request_that_never_comes_whole_is_not_waited_for(
 
 
 async def test_I7_a_reader_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "STALL_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(connections, "DRAIN_S", SHORT_S)
     path = Layout(tmp_path).blob("ab" * 32)
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(32 << 20))
@@ -103,7 +103,7 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
 async def test_I7_the_newcomer_is_served_and_the_longest_idle_one_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(crowd, "MAX_CONNECTIONS", 5)
     async with serving_here(tmp_path) as port:
         idle = []
         for _ in range(8):

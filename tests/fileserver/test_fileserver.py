@@ -6,13 +6,14 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shoal_common.buckets import live_key
-from shoal_common.credentials import bearer, derive
+from shoal_common.credentials import bearer, blob_token, derive
 from shoal_common.messages.facts import Live
 from tests.fileserver.serving import read_reply, serving
 from tests.harness.nats import NatsServer, joined
@@ -237,6 +238,8 @@ async def test_I12_with_a_secret_everything_needs_the_credential_and_every_refus
 ) -> None:
     async with serving(nats, tmp_path, fresh("files"), SHOAL_SECRET="the cluster's") as server:
         blob = server.add(b"abc")
+        now_s, secret = time.time(), "the cluster's"
+        token = blob_token(secret, server.node, blob, now_s)
         wrong = [
             {},
             bearer("another's", "blobs"),
@@ -244,15 +247,24 @@ async def test_I12_with_a_secret_everything_needs_the_credential_and_every_refus
             {"Authorization": "Bearer the cluster's"},
             {"Authorization": derive("the cluster's", "blobs")},
             {"Authorization": "Bearer "},
+            {"Authorization": "Shoal "},
+            {"Authorization": f"Shoal {int(now_s)}."},
+            bearer(secret, "hub"),
+            blob_token("another's", server.node, blob, now_s),
+            blob_token(secret, "another", blob, now_s),
+            blob_token(secret, server.node, "cd" * 32, now_s),
+            blob_token(secret, server.node, blob, now_s - 3600),
+            blob_token(secret, server.node, blob, now_s + 3600),
             {"Authorization": "Bearer \xff\xfe"},
         ]
+        others = ("/v1/blobs/" + "ef" * 32, "/v1/blobs/..", "/v1/leaves/x", "/health", "/nothing")
         refusals = set()
         for headers in wrong:
-            for path in (f"/v1/blobs/{blob}", "/v1/blobs/" + "ab" * 32, "/v1/blobs/..", "/health", "/nothing"):
+            for path in (f"/v1/blobs/{blob}", f"/v1/blobs/{blob}/any", f"/v1/leaves/{blob}", *others):
                 reply = await server.ask(path, headers)
                 refusals.add((reply.status, reply.body))
         assert len(refusals) == 1 and refusals.pop()[0] == 401
-        assert (await server.ask(f"/v1/blobs/{blob}", bearer("the cluster's", "blobs"))).body == b"abc"
+        assert (await server.ask(f"/v1/blobs/{blob}", token)).body == b"abc"
         assert (await server.ask("/health", bearer("the cluster's", "blobs"))).status == 200
         assert "the cluster's" not in server.process.output
 
