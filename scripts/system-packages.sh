@@ -4,7 +4,7 @@
 # everything works without it too. macOS needs nothing: MLX uses Accelerate and Metal there.
 #
 # `system-packages.sh test` adds what tests use: strace, which kills the store at every one of its system calls, and the
-# makers of the file systems on which its power is cut.
+# makers of the file systems on which its power is cut. `system-packages.sh bench` adds what makes links.
 set -euo pipefail
 [ "$(uname -s)" = Linux ] || exit 0
 
@@ -23,6 +23,10 @@ if [ "${1:-}" = test ]; then
   command -v strace >/dev/null || packages+=(strace)
   command -v mkfs.xfs >/dev/null || packages+=(xfsprogs)
   command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
+fi
+if [ "${1:-}" = bench ]; then
+  PATH=$PATH:/usr/sbin:/sbin
+  { command -v ip && command -v tc; } >/dev/null || packages+=(iproute2)
 fi
 [ ${#packages[@]} -gt 0 ] || exit 0
 

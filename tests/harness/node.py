@@ -34,6 +34,8 @@ class ServiceProcess:
 
     def __init__(self, service: str, home: Path, environment: dict[str, str]) -> None:
         self.service, self.environment = service, environment
+        self.within: tuple[str, ...] = ()
+        """What is put before its command: where it runs."""
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -53,7 +55,7 @@ class ServiceProcess:
         assert not self.running, f"{self.service} is running already"
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"shoal_{self.service}"],
+                [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
                 env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
