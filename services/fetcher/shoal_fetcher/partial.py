@@ -363,7 +363,8 @@ class PartialBlob:
         while True:
             await self._some.wait()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._enough.wait(), CHECKPOINT_S)
+                async with asyncio.timeout(CHECKPOINT_S):
+                    await self._enough.wait()
             self._some.clear()
             self._enough.clear()
             try:

@@ -109,7 +109,8 @@ class Haves:
             hello = False
             await asyncio.sleep(BATCH_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._dirty.wait(), UNCHANGED_S - BATCH_S)
+                async with asyncio.timeout(UNCHANGED_S - BATCH_S):
+                    await self._dirty.wait()
 
     async def _say(self, hello: bool = False, leaving: bool = False) -> None:
         first, end = bounds(self._untold)

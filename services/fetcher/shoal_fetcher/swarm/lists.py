@@ -18,6 +18,8 @@ from shoal_fetcher.swarm.shared import Fetch
 log = Log("lists")
 
 _AGAIN_S = 0.3
+_FORGET_S = 5.0
+"""A node that did not give its list is asked again after so long."""
 _MAX_PROVISIONAL_LEAVES = 1 << 16
 """Of a provisional list, asked for at once."""
 
@@ -31,6 +33,8 @@ class Lists:
         """The root, once it is sealed and the partial's list has it."""
         self.lacking = False
         """A root is sealed, and nobody who can be asked has its list."""
+        self._without: set[str] = set()
+        self._forget_at_s = 0.0
         self._vouched: dict[str, int] = {}
         self._not_before_s = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -73,6 +77,10 @@ class Lists:
                 whole = [h.node for h in fetch.holders()]
                 sealed = [h.node for h in self._haves.heard.values() if h.sealed == root and h.node in reachable]
                 nodes = sorted({*whole, *sealed} & reachable.keys())
+                if now_s >= self._forget_at_s:
+                    self._forget_at_s = now_s + _FORGET_S
+                    self._without.clear()
+                nodes = [n for n in nodes if n not in self._without]
                 self.lacking = not nodes
                 if nodes:
                     self._start(self._read_sealed(root, nodes))
@@ -119,6 +127,7 @@ class Lists:
                 hashes = await fetch.shared.peers.leaf_list(node, fetch.blob, 0, list_bytes(fetch.file.size_bytes))
             except ShoalError as e:
                 log.info("a node does not give its leaf list", peer=node, blob=fetch.blob, why=e.message)
+                self._without.add(node)
                 continue
             if root_of(hashes) != root:
                 log.warning("banned: its leaf list is not the sealed one", peer=node, blob=fetch.blob)
@@ -130,7 +139,6 @@ class Lists:
                     log.warning("banned: it told wrong hashes", peer=voucher, blob=fetch.blob)
                     fetch.setbacks.corrupt.add(voucher)
             return self._prove(root)
-        self.lacking = True
 
     async def _read_provisional(self, node: str, leaves: int) -> None:
         fetch = self._fetch

@@ -229,6 +229,11 @@ class Origin:
             self._haves.origin = True
             await self._while_held(lease, source)
             kept = True
+        except asyncio.CancelledError:
+            kept = True  # all is here, or the attempt ends: the lease goes back with `held`, after the commit
+            raise
+        except WrongWhole:
+            raise
         except Contradiction as e:
             raise WrongWhole(e.message) from e
         except ShoalError as e:
@@ -316,7 +321,8 @@ class Origin:
                 )
                 if fetch.missing():
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(pulse.wait(), _LOOK_AGAIN_S)
+                        async with asyncio.timeout(_LOOK_AGAIN_S):
+                            await pulse.wait()
         finally:
             if source is not None:
                 shared.busy[source] -= 1

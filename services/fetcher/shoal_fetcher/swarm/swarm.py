@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import msgspec
 
@@ -17,6 +17,7 @@ from shoal_fetcher.swarm.decide import Ask, Peer, Run, Situation, asks, wake_s
 from shoal_fetcher.swarm.haves import SILENT_S, Haves
 from shoal_fetcher.swarm.lists import Lists
 from shoal_fetcher.swarm.origin import Origin
+from shoal_fetcher.swarm.overlay import neighbours
 from shoal_fetcher.swarm.receive import Crowded
 from shoal_fetcher.swarm.shared import Fetch
 
@@ -100,10 +101,9 @@ class Swarm:
                 self._origin.look(now_s)
                 self._changed.clear()
                 wait_s = self._ask(now_s)
-                try:
-                    await asyncio.wait_for(self._changed.wait(), wait_s)
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._changed.wait()
         finally:
             watching.cancel()
             for one in self._runs:
@@ -164,8 +164,9 @@ class Swarm:
         """Nodes that can be asked, and the leaves that they have."""
         fetch = self._fetch
         live = self._shared.around.addresses()
-        found = {n: h.leaves for n, h in self._haves.heard.items() if n in live and self._setbacks.may_ask(n)}
-        if self._lists.root() and not self._lists.lacking:
+        near = neighbours(self._shared.node, self._haves.heard, fetch.blob)
+        found = {n: self._haves.heard[n].leaves for n in near if n in live and self._setbacks.may_ask(n)}
+        if self._lists.root():
             found |= {h.node: self._partial.all for h in fetch.holders() if h.node in live}
         return found
 
