@@ -106,17 +106,19 @@ class BlobFetcher:
         await progress.say(waiting_for="")
         began_s = time.monotonic()
         async with AsyncExitStack() as held:
-            async with PartialBlob(self._layout, file.blob, file.size_bytes) as partial:
-                progress.excuse(time.monotonic() - began_s)  # after a power cut all of it was hashed again
-                leaves = partial.all if wanted is None else partial.all & wanted
-                fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
-                try:
+            partial = PartialBlob(self._layout, file.blob, file.size_bytes)
+            try:
+                async with partial:
+                    progress.excuse(time.monotonic() - began_s)  # after a power cut all of it was hashed again
+                    leaves = partial.all if wanted is None else partial.all & wanted
+                    fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
                     root = await Swarm(fetch, held).run()
-                except WrongWhole:
-                    root = ""  # storage says so too, and with what it hashes to, and discards it
-                if not root and leaves != partial.all:
-                    return None
-            progress.durable(file.blob, partial.durable_bytes)
+            except WrongWhole:
+                root = ""  # storage finds so too, says what it hashes to, and discards it
+            finally:
+                progress.durable(file.blob, partial.durable_bytes)
+            if leaves != partial.all:
+                return None
             return await self._commit(file, progress, root)
 
     async def _commit(self, file: ManifestFile, progress: Progress, root: str = "") -> Committed:

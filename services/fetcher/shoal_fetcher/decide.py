@@ -211,8 +211,9 @@ class Setbacks(msgspec.Struct):
         if self.alone:
             raise error
         self.alone = True
-        self.hub_was_corrupt |= HUB in givers
-        self.corrupt |= givers - {HUB, EARLIER}
+        self.hub_was_corrupt |= HUB in givers and EARLIER not in givers
+        if not givers & self.corrupt:  # of whom it is known already, it was
+            self.corrupt |= givers - {HUB, EARLIER}
         return 0.0
 
     def bad_leaf(self, node: str) -> bool:

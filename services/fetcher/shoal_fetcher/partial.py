@@ -146,7 +146,7 @@ class PartialBlob:
                 await asyncio.wait({self._keeping})
             if error is None:
                 self.raise_failure()
-            await self._checkpoint()
+            await self.checkpoint()
         except (OSError, DiskFull) as e:
             if error is None:
                 raise
@@ -368,12 +368,13 @@ class PartialBlob:
             self._some.clear()
             self._enough.clear()
             try:
-                await self._checkpoint()
+                await self.checkpoint()
             except (OSError, DiskFull) as e:
                 self._failed = e
             self.changed()
 
-    async def _checkpoint(self) -> None:
+    async def checkpoint(self) -> None:
+        """Make durable what has come so far, and say so in `have`. Raises DiskFull, OSError: it comes again then."""
         await to_its_end(self._make_durable)
 
     def _make_durable(self) -> None:
