@@ -179,7 +179,7 @@ async def test_I9_an_origin_killed_in_the_middle_is_succeeded_and_what_the_clust
 
 
 async def test_a_node_that_comes_back_gets_its_origin_lease_back_at_once(site: Site) -> None:
-    site.make(files := {"model.safetensors": noise(10 * LEAF_BYTES, site.repo)})
+    site.make(files := {"model.safetensors": noise(24 * LEAF_BYTES, site.repo)})
     site.hub.set_faults(SLOW)
     async with site.join() as here:
         pull = await here.begin("a")

@@ -21,6 +21,7 @@ from shoal_fetcher.swarm.receive import (
     parse_address,
 )
 from tests.fetcher.servers import Answer, Asked, Server, reply, serving
+from tests.harness.waiting import eventually
 
 BLOB = "a" * 64
 DATA = random.Random(1).randbytes(5 * LEAF_BYTES + 123)
@@ -103,7 +104,7 @@ async def test_a_source_without_anything_wanted_says_so_and_the_connection_stays
     async def both(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(next(answers))
 
-    connected = []
+    connected: list[int] = []
     async with serving(_counting(both, connected)) as server, PeerClient() as client:
         peers = peers_of(client, server)
         # The test's server reads heads alone: a body of one byte would be the next head's first.
@@ -180,7 +181,7 @@ async def test_what_came_before_a_node_broke_off_is_kept() -> None:
         writer.close()
 
     async with serving(half) as server, PeerClient() as client:
-        with pytest.raises(Unavailable, match="node b .*broke off"):
+        with pytest.raises(Unavailable, match=r"node b .*broke off"):
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 3, caught.took)
         assert caught.is_right(0, 2) and client.buffers.out_count == 0
 
@@ -273,7 +274,7 @@ async def test_leaves_in_memory_are_bounded_by_runs_and_not_by_their_length() ->
         writer.write(reply(206, b"", content_range="x").split(b"content-length")[0])
         last = size_bytes - 1
         writer.write(f"content-length: {size_bytes}\r\ncontent-range: bytes 0-{last}/{size_bytes}\r\n\r\n".encode())
-        for _ in range(leaf_count(size_bytes)):
+        for _leaf in range(leaf_count(size_bytes)):
             writer.write(data)
             await writer.drain()
 
@@ -284,8 +285,11 @@ async def test_leaves_in_memory_are_bounded_by_runs_and_not_by_their_length() ->
             asyncio.create_task(peers.leaves("b", BLOB, size_bytes, 0, leaf_count(size_bytes), c.took))
             for c in caught
         ]
-        while client.buffers.out_count < BUFFERS_AHEAD:
-            await asyncio.sleep(0)
+
+        async def full() -> bool:
+            return client.buffers.out_count >= BUFFERS_AHEAD
+
+        await eventually(full, "no more leaves are read than there is room for")
         while not all(task.done() for task in asking):
             for one in caught:
                 one.give_back()

@@ -27,6 +27,8 @@ log = Log("fetch")
 
 AT_ONCE = 8
 """Blobs that arrive at the same time, for all downloads of this node."""
+_LEAVES_LOST_TRIES = 3
+"""A disk that so often gives back something else than was written is not written to again."""
 
 
 class _Arrival(msgspec.Struct):
@@ -76,7 +78,7 @@ class BlobFetcher:
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
     ) -> Committed | None:
         """None when only a part was wanted, and is here."""
-        setbacks = Setbacks()
+        setbacks, lost_count = Setbacks(), 0
         while True:
             try:
                 if is_relayed(file.blob, file.size_bytes):
@@ -86,6 +88,9 @@ class BlobFetcher:
                     self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._turn
                 )
             except LeavesLost as e:
+                lost_count += 1
+                if lost_count == _LEAVES_LOST_TRIES:
+                    raise
                 log.warning("fetching leaves again", path=file.path, why=e.message)
             except WrongWhole as e:
                 # Whose word was taken for it is banned; raises when that was so before.
@@ -114,7 +119,7 @@ class BlobFetcher:
                     fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
                     root = await Swarm(fetch, held).run()
             except WrongWhole:
-                root = ""  # storage finds so too, says what it hashes to, and discards it
+                root, leaves = "", partial.all  # storage finds so too, says what it hashes to, and discards it
             finally:
                 progress.durable(file.blob, partial.durable_bytes)
             if leaves != partial.all:

@@ -213,17 +213,20 @@ class PartialBlob:
 
     async def use_list(self, hashes: bytes) -> int:
         """Take a list that is sealed. Leaves here that it says something else of are given up: returns them."""
-        mine = self._list
-        differing = 0
-        for leaf in range(self.leaf_count):
-            at = slice(leaf * HASH_BYTES, (leaf + 1) * HASH_BYTES)
-            if mine[at] != hashes[at] and self.known >> leaf & 1:
-                differing |= 1 << leaf
-        self._list[:] = hashes
-        self.known = self.all
-        await to_its_end(self._write_list, self.all)
+        differing = await to_its_end(self._adopt, hashes)
         await self._give_up(differing & self.here)
         await self._check(self.here & ~self.ready)
+        return differing
+
+    def _adopt(self, hashes: bytes) -> int:
+        differing = 0
+        with self._bits:
+            for leaf in _each(self.known):
+                if self.hash_of(leaf) != hashes[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES]:
+                    differing |= 1 << leaf
+            self._list[:] = hashes
+            self.known = self.all
+        self._write_list(self.all)
         return differing
 
     def _write_list(self, leaves: int) -> None:
@@ -259,10 +262,14 @@ class PartialBlob:
             return True
         with _told(self._directory):
             _pwrite(self._fd, data, leaf * LEAF_BYTES)
-            if expected is None:
-                self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = found
-                _pwrite(self._list_fd, found, leaf * HASH_BYTES)
             with self._bits:
+                now = self.hash_of(leaf) if self.known & bit else None
+                if now is None:
+                    self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = found
+                    _pwrite(self._list_fd, found, leaf * HASH_BYTES)
+                elif now != found:
+                    # A sealed list has come meanwhile, and says something else: it is fetched again.
+                    return True
                 assert self._ready_file is not None
                 self._ready_file.add([leaf])
                 self.known |= bit

@@ -16,7 +16,7 @@ from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages.questions import Committed
 from shoal_common.messages.records import Manifest, ManifestFile
-from shoal_fetcher.decide import EARLIER, HUB, FromPeer, Setbacks, WaitFor, choose
+from shoal_fetcher.decide import EARLIER, HUB, FromHub, FromPeer, Setbacks, WaitFor, choose
 from shoal_fetcher.errors import RateLimited, WrongWhole
 from shoal_fetcher.http_range import Body
 from shoal_fetcher.partial import PartialBlob
@@ -28,6 +28,7 @@ from shoal_fetcher.swarm.swarm import NO_PROGRESS_S
 log = Log("small")
 
 _LOOK_AGAIN_S = 5.0
+_RETURNING_S = 1.0
 Commit = Callable[[ManifestFile, Progress], Awaitable[Committed]]
 Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
 
@@ -58,6 +59,9 @@ async def fetch(
             # An origin that gets nowhere loses its lease after its own deadline: ours does not run meanwhile.
             progress.moved()
             await around.changed(seen, _LOOK_AGAIN_S)
+            continue
+        if isinstance(choice, FromHub) and setbacks.usable(around.returning(file.blob, manifest)):
+            await around.changed(seen, _RETURNING_S)
             continue
         peer = choice.node if isinstance(choice, FromPeer) else None
         try:

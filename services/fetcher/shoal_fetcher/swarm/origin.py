@@ -198,6 +198,8 @@ class Origin:
 
     def _is_needed(self) -> bool:
         fetch = self._fetch
+        if fetch.returning():
+            return False
         if self._lists.proven:
             return bool(fetch.missing() & ~self._elsewhere())
         if fetch.holders() and self._lists.root() and not self._lists.lacking:

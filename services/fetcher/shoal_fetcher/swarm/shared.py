@@ -61,6 +61,10 @@ class Fetch(msgspec.Struct):
         """Live nodes that have it whole and may be asked."""
         return self.setbacks.usable(self.shared.around.holders(self.blob, self.manifest))
 
+    def returning(self) -> list[Holding]:
+        """Nodes that have it whole, whose fileserver is starting."""
+        return self.setbacks.usable(self.shared.around.returning(self.blob, self.manifest))
+
     def has_hopes(self) -> bool:
         """Whether a hub that refuses is not the end: somebody has it."""
         return bool(self.setbacks.trusted(self.shared.around.holders(self.blob, self.manifest)))

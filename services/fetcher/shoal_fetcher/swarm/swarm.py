@@ -176,6 +176,10 @@ class Swarm:
         for node, has in self._reachable().items():
             if node in self._haves.heard or self._lists.proven:
                 leaves |= has
+        if self._fetch.returning():
+            return self._partial.all
+        for node in self._shared.around.starting() & self._haves.heard.keys():
+            leaves |= self._haves.heard[node].leaves if self._setbacks.may_ask(node) else 0
         return leaves
 
     def _situation(self, now_s: float) -> Situation:
