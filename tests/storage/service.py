@@ -90,9 +90,9 @@ class Node:
         """storage.release"""
         await self.ask("release", Release(manifest=manifest), Done)
 
-    async def commit(self, blob: str) -> Committed:
+    async def commit(self, blob: str, root: str = "") -> Committed:
         """storage.commit"""
-        return await self.ask("commit", CommitBlob(blob=blob), Committed)
+        return await self.ask("commit", CommitBlob(blob=blob, root=root), Committed)
 
     async def seal(self, manifest: Manifest) -> ModelState:
         """storage.seal"""

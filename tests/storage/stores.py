@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec import structs
+
 from shoal_common.errors import BadMessage
 from shoal_common.layout import LEAF_BYTES, Bitmap, Layout, leaf_count
+from shoal_common.leaves import leaf_hash, root_of
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_storage import lease_disk
@@ -33,6 +36,11 @@ def sha256(data: bytes) -> str:
 def git_sha1(data: bytes) -> str:
     """What git calls these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def leaf_list(data: bytes) -> bytes:
+    """The leaf list of a blob with these bytes."""
+    return b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES))
 
 
 class Model:
@@ -61,6 +69,12 @@ class Model:
             revisions=["main"],
             files=[ManifestFile(path=p, size_bytes=len(d), sha256=sha256(d)) for p, d in files.items()],
         )
+
+    @property
+    def kept(self) -> Manifest:
+        """The sealed manifest as a service keeps it that has hashed every leaf: with the lists' roots."""
+        files = [structs.replace(f, leaves=root_of(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
+        return structs.replace(self.sealed, files=files)
 
     @property
     def name(self) -> str:

@@ -53,7 +53,7 @@ async def test_a_model_comes_in_and_the_cluster_is_told_exactly_what_is_here(
         assert (after.used_bytes, after.reserved_bytes) == (sum(held.values()), 0)
         assert (after.model_count, after.blob_count) == (2, len(held))
         assert [name for name, _ in await node.events()] == ["model_ready", "model_ready"]
-        assert await node.ask("manifest", AskManifest(model=apples.name), Manifest) == apples.sealed
+        assert await node.ask("manifest", AskManifest(model=apples.name), Manifest) == apples.kept
         assert files_below(node.layout.root) == whole_of(apples, pears)
         check_invariants(node.layout.root)
 

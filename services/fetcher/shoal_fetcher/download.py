@@ -23,7 +23,7 @@ from shoal_fetcher.blocked import Blockage
 from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
 from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub import Hub
-from shoal_fetcher.partial import read_bitmap
+from shoal_fetcher.partial import held_bytes
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
@@ -227,9 +227,8 @@ class Download:
             if sha256 in here:
                 self.progress.whole(blob, sha256, file.size_bytes)
             else:
-                partial = self._layout.partial(blob)
-                bitmap = await asyncio.to_thread(read_bitmap, partial, file.size_bytes)
-                self.progress.durable(blob, bitmap.have_bytes)
+                here_bytes = await asyncio.to_thread(held_bytes, self._layout, blob, file.size_bytes)
+                self.progress.durable(blob, here_bytes)
                 missing.append(file)
         changes = {} if self._resumed_told else {"resumed_bytes": self.progress.done_bytes}
         self._resumed_told = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -21,12 +22,15 @@ from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.download import Download
-from shoal_fetcher.http_range import hub_client, peer_client
+from shoal_fetcher.http_range import hub_client
 from shoal_fetcher.hub import Hub, HubSettings
 from shoal_fetcher.limits import Limits
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
+from shoal_fetcher.swarm.peers import Peers
+from shoal_fetcher.swarm.receive import PeerClient
+from shoal_fetcher.swarm.shared import Shared
 from shoal_fetcher.wishes import Wishes
 
 log = Log("fetcher")
@@ -48,25 +52,25 @@ class Fetcher:
         wishes: Wishes,
         limits: Limits,
         from_hub: httpx2.AsyncClient,
-        from_peers: httpx2.AsyncClient,
+        from_peers: PeerClient,
     ) -> None:
         self._context, self._tasks = context, tasks
         self._layout = Layout(context.config.store)
         self._hub = Hub(HubSettings.read(context.environ), from_hub)
         self._around, self._wishes = around, wishes
         self._storage = Storage(context.ask, context.node, around)
-        self._blobs = BlobFetcher(
+        shared = Shared(
             node=context.node,
             uid=context.liveness.uid,
-            secret=context.config.secret,
-            layout=self._layout,
+            nats=context.nats,
             buckets=context.buckets,
-            storage=self._storage,
-            hub=self._hub,
-            peers=from_peers,
             around=around,
+            hub=self._hub,
+            peers=Peers(from_peers, context.config.secret, around.addresses),
+            busy=Counter(),
             limits=limits,
         )
+        self._blobs = BlobFetcher(shared, self._layout, self._storage)
         self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 
@@ -244,7 +248,7 @@ class Fetcher:
 
 async def run(context: Context) -> None:
     """The fetcher service."""
-    async with hub_client() as from_hub, peer_client() as from_peers, asyncio.TaskGroup() as tasks:
+    async with hub_client() as from_hub, PeerClient() as from_peers, asyncio.TaskGroup() as tasks:
         live = await context.view(tasks, "live")
         state = await context.view(tasks, "state")
         lease = await context.view(tasks, "lease")

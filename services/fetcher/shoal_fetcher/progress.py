@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -61,6 +62,10 @@ class Progress:
         await pace.take(count)
         self.excuse(time.monotonic() - asked_at_s)
 
+    def pacing(self, pace: Pace) -> Callable[[int], Awaitable[None]]:
+        """`paced` by this pace."""
+        return lambda count: self.paced(pace, count)
+
     def received(self, source: str, count: int) -> None:
         """Bytes came in from a source."""
         self._received[source] = self._received.get(source, 0) + count
@@ -85,20 +90,27 @@ class Progress:
         """Bytes that are durable now, said or not."""
         return self._whole_bytes + sum(self._parts.values())
 
-    def whole(self, blob: str, sha256: str, size_bytes: int) -> None:
-        """A blob is complete: peers may have it from the next word on."""
+    def note(self, waiting_for: str) -> None:
+        """What it waits for now, or "": said with the next second's word."""
+        if self.state.waiting_for != waiting_for:
+            self.state = structs.replace(self.state, waiting_for=waiting_for)
+            self._dirty = True
+
+    def whole(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
+        """A blob is complete: peers may have it from the next word on, verified by the list with this root."""
         self._parts.pop(blob, None)
         self._whole_bytes += size_bytes
         self.moved()
         known = {**self.state.known, blob: sha256} if blob != sha256 else self.state.known
-        self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known)
+        roots = {**self.state.roots, sha256: root} if root else self.state.roots
+        self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known, roots=roots)
         self._dirty = True
 
     def restart(self) -> None:
         """Count the blobs anew: what is here is about to be asked again."""
         self._parts.clear()
         self._whole_bytes = 0
-        self.state = structs.replace(self.state, blobs=[], known={})
+        self.state = structs.replace(self.state, blobs=[], known={}, roots={})
 
     def when_told(self, then: AsyncExitStack) -> None:
         """Close this once what is so now has been said. Who must not forget it is not kept waiting."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 from shoal_common.buckets import download_key, live_key, origin_key, storage_key
@@ -18,6 +20,8 @@ from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
 
 _CATCH_UP_S = 5.0
+STARTING_S = 8.0
+"""A fileserver that starts is waited for so long: what only it has need not come from the hub (I9)."""
 
 
 class Surroundings:
@@ -38,6 +42,7 @@ class Surroundings:
         self._network = this_network()
         self._addresses: dict[str, list[str]] = {}
         self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
+        self._starting: dict[str, float] = {}
 
     def addresses(self) -> dict[str, list[str]]:
         """Live fileservers of other nodes that can be reached from here, and where, in the order to try.
@@ -57,11 +62,34 @@ class Surroundings:
                 found[node] = [link.address for link in ways(live, self._network, mine)]
         return {node: addresses for node, addresses in found.items() if addresses}
 
+    def starting(self) -> set[str]:
+        """Other nodes whose fileserver is there and does not say yet where it answers; not after STARTING_S."""
+        found, now_s = set[str](), time.monotonic()
+        for key, live in self._live.items("", Live):
+            node, _, service = key.partition(".")
+            if service == "fileserver" and node != self._me and not live.facts.addresses:
+                found.add(node)
+        self._starting = {node: self._starting.get(node, now_s) for node in found}
+        return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_S}
+
     def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
         """Live peers that have a blob whole."""
+        return self._holders(blob, manifest, self.addresses())
+
+    def returning(self, blob: str, manifest: Manifest) -> list[Holding]:
+        """Peers that have a blob whole, and can be asked for it in a moment."""
+        return self._holders(blob, manifest, self.starting())
+
+    def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[Holding]:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
-        return holders(blob, manifest, models, downloads, self.addresses(), self._me)
+        return holders(blob, manifest, models, downloads, nodes, self._me)
+
+    def roots(self, sha256: str) -> set[str]:
+        """Roots of a blob's leaf list, as live nodes that have it whole and are still downloading its model say."""
+        live = self.addresses()
+        downloads = (d for _, d in self._state.items("download.", DownloadState))
+        return {d.roots[sha256] for d in downloads if d.node in live and sha256 in d.roots}
 
     def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
         """`(node, org/name@commit)` of the nodes that hold what a person means by `ref`, this one first."""

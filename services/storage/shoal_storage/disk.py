@@ -31,6 +31,7 @@ from shoal_storage.digests import Digests, digest
 from shoal_storage.durable import make_directory, sync, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.further import FurtherRoot
+from shoal_storage.listed import compare, sealed_list
 from shoal_storage.locking import take_lock
 from shoal_storage.reserve import ReserveFile
 from shoal_storage.scan import blob_stamp
@@ -218,9 +219,13 @@ class Disk:
 
     # Commit
 
-    def verify_partial(self, blob: str, size_bytes: int) -> Digests:
-        """Make a partial's data durable and hash all of it. Raises Corrupt when it is not what it should be."""
+    def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
+        """Make a partial's data durable and hash all of it: by leaf where its list has this root, else by sha256.
+
+        Raises Corrupt when it is not what it should be; BadLeaves when only some leaves are not.
+        """
         data, failed = self.layout.partial(blob) / "data", threading.Event()
+        hashes = sealed_list(self.layout, blob, size_bytes, root)
 
         def between() -> None:
             self.keep_on()
@@ -229,7 +234,10 @@ class Disk:
 
         # Both at once: one waits for the disk, the other for the processor.
         with data.open("rb") as f, ThreadPoolExecutor(1) as beside:
-            hashing = beside.submit(digest, data, blob.startswith("git-"), between)
+            if hashes is None:
+                hashing = beside.submit(digest, data, blob.startswith("git-"), between)
+            else:
+                hashing = beside.submit(compare, data, blob, size_bytes, hashes, between)
             try:
                 os.fsync(f.fileno())
             except OSError as e:

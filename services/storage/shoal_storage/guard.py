@@ -8,6 +8,7 @@ import time
 from msgspec import structs
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
+from shoal_common.leaves import root_of
 from shoal_common.logs import Log
 from shoal_common.messages.questions import (
     AskManifest,
@@ -23,12 +24,14 @@ from shoal_common.messages.records import Manifest, ModelState
 from shoal_common.names import ModelRef, check_blob
 from shoal_common.service import Context
 from shoal_common.watch import View
+from shoal_storage import leaves
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, Limits, Partial, check_manifest, is_offered, matching
 from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.holders import Holders
 from shoal_storage.keeping import Keeping
+from shoal_storage.listed import BadLeaves, forget
 from shoal_storage.removal import Removal
 from shoal_storage.repair import make_partial
 from shoal_storage.room import Room
@@ -141,25 +144,32 @@ class Guard:
         blob = check_blob(question.blob)
         task = self._committing.get(blob)
         if task is None:
-            task = asyncio.create_task(self._commit(blob))
+            task = asyncio.create_task(self._commit(blob, question.root))
             self._committing[blob] = task
             task.add_done_callback(lambda _: self._committing.pop(blob, None))
         return await asyncio.shield(task)
 
-    async def _commit(self, blob: str) -> Committed:
+    async def _commit(self, blob: str, root: str) -> Committed:
         partial = self._ledger.partials.get(blob)
         if partial is None:
             sha256 = self._ledger.git.get(blob, blob)
             if sha256 in self._ledger.blobs:
-                return Committed(sha256=sha256, size_bytes=self._ledger.blobs[sha256])
+                size_bytes = self._ledger.blobs[sha256]
+                found = await asyncio.to_thread(leaves.root, self._disk.layout, sha256, size_bytes)
+                return Committed(sha256=sha256, size_bytes=size_bytes, root=found)
             raise NotFound(f"blob {blob[:16]}… has no reservation here; reserve it first")
         if not self._ledger.promises(partial):
             raise NotFound(f"the reservation of blob {blob[:16]}… has ended: nobody wanted it; reserve it again")
         try:
             # Hashing takes seconds per GB: outside the critical section, nobody else writes this partial.
-            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes)
+            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes, root)
         except FileNotFoundError:
             raise NotFound(f"the partial of {blob[:16]}… has gone; reserve it again") from None
+        except BadLeaves as e:
+            async with self._section:
+                self._require_same(blob, partial)
+                await asyncio.to_thread(forget, self._disk.layout, blob, partial.size_bytes, e.leaves)
+            raise
         except Corrupt:
             async with self._section:
                 self._require_same(blob, partial)
@@ -182,7 +192,7 @@ class Guard:
             if blob != digests.sha256:
                 self._ledger.git[blob] = digests.sha256
         await self._announcer.publish()
-        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes)
+        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes, root=root_of(digests.leaves))
 
     def _require_same(self, blob: str, verified: Partial) -> None:
         # Withdrawn and reserved anew while we hashed: that one's bytes are not those that were verified.
@@ -203,13 +213,14 @@ class Guard:
             whole = manifest.model in self._ledger.manifests
             held = self._ledger.on_disk.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
-            # A commit never changes: what was sealed stands, and only gains names.
+            # A commit never changes: what was sealed stands, and only gains names, and roots of its lists.
             manifest = structs.replace(held or manifest, revisions=names)
             await asyncio.to_thread(self._disk.require_there)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
                 self._ledger.adopted_blobs.pop(sha256, None)
             require_present(manifest, self._ledger)
+            manifest = await asyncio.to_thread(leaves.with_roots, self._disk.layout, manifest)
             if manifest == held:
                 await asyncio.to_thread(self._disk.build_view, manifest)
             else:
@@ -233,7 +244,7 @@ class Guard:
         found = matching(ref.repo, ref.revision, held.values())
         if not found:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return found[-1]
+        return await asyncio.to_thread(leaves.with_roots, self._disk.layout, found[-1])
 
     # Around
 

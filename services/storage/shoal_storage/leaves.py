@@ -26,9 +26,12 @@ import stat
 from collections.abc import Container
 from contextlib import suppress
 
+from msgspec import structs
+
 from shoal_common.errors import BadName
 from shoal_common.layout import Layout
-from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes
+from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes, root_of
+from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
 from shoal_storage.durable import make_directory, write_file
 
@@ -48,6 +51,18 @@ def read(layout: Layout, sha256: str, size_bytes: int) -> bytes | None:
         return None
     said, hashes = found[:HASH_BYTES], found[HASH_BYTES:]
     return hashes if leaf_hash(hashes) == said and len(found) == _file_bytes(size_bytes) else None
+
+
+def root(layout: Layout, sha256: str, size_bytes: int) -> str:
+    """The root of a blob's leaf list; "" when there is no list, or it cannot be believed."""
+    hashes = read(layout, sha256, size_bytes)
+    return "" if hashes is None else root_of(hashes)
+
+
+def with_roots(layout: Layout, manifest: Manifest) -> Manifest:
+    """A sealed manifest with the root of every list that is here, and no other: what others say is theirs to say."""
+    files = [structs.replace(f, leaves=root(layout, f.sha256, f.size_bytes)) for f in manifest.files]
+    return structs.replace(manifest, files=files)
 
 
 def proves(layout: Layout, sha256: str) -> bool:
