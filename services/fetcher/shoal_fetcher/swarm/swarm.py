@@ -191,6 +191,8 @@ class Swarm:
             heard = self._haves.heard.get(node)
             if peer.not_before_s > now_s:
                 continue
+            if node in self._setbacks.bad_leaves_of and any(r.ask.node == node for r in self._runs):
+                continue  # who has sent a wrong leaf is asked for one run at a time
             peers.append(
                 Peer(
                     node=node,
