@@ -549,7 +549,7 @@ class PeerClient:
         """Connections to addresses that nobody asks any more do not stay for ever."""
         now_s = asyncio.get_running_loop().time()
         for address, kept in list(self._idle.items()):
-            if kept[-1][1] + _IDLE_S < now_s:
+            if not kept or kept[-1][1] + _IDLE_S < now_s:
                 for connection, _ in self._idle.pop(address):
                     connection.close()
 
