@@ -16,6 +16,7 @@ from shoal_fetcher.swarm.receive import (
     BUFFERS_AHEAD,
     MAX_HEAD_BYTES,
     Crowded,
+    Leaves,
     PeerClient,
     Whole,
     parse_address,
@@ -120,6 +121,25 @@ def _counting(answer: Answer, ports: list[int]) -> Answer:
         await answer(asked, writer)
 
     return counted
+
+
+async def test_an_answer_of_one_node_does_not_stumble_over_the_connection_that_another_is_asked_on() -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def first_at_once(request: Asked, writer: asyncio.StreamWriter) -> None:
+        if request.path == "/later":
+            asked.set()
+            await go.wait()
+        writer.write(part(0, 1))
+
+    async with serving(first_at_once) as one, serving(part(0, 1)) as two, PeerClient() as client:
+        await peers_of(client, one).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
+        landing = Leaves(SIZE, lambda first, end: True, Caught().took, client.buffers)
+        later = asyncio.create_task(client.ask("b", one.address, "GET", "/later", {}, landing))
+        await asked.wait()  # on the connection that was kept: none to this node is idle now
+        await peers_of(client, two).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
+        go.set()
+        assert (await later).status == 206
 
 
 async def test_a_connection_that_was_closed_since_it_was_used_is_made_anew() -> None:

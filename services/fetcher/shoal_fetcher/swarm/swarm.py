@@ -192,6 +192,8 @@ class Swarm:
             heard = self._haves.heard.get(node)
             if peer.not_before_s > now_s:
                 continue
+            if node in self._setbacks.bad_leaves_of and any(r.ask.node == node for r in self._runs):
+                continue  # who has sent a wrong leaf is asked for one run at a time
             peers.append(
                 Peer(
                     node=node,
@@ -243,12 +245,14 @@ class Swarm:
             one = _Run(msgspec.structs.replace(ask, leaves=leaves), now_s, left=0 if ask.any else leaves)
             one.task = asyncio.create_task(self._run(one))
             self._runs.append(one)
-            one.task.add_done_callback(lambda _, one=one: self._run_ended(one))  # type: ignore[misc]  # a default binds it
+            one.task.add_done_callback(lambda task, one=one: self._run_ended(one, task))  # type: ignore[misc]  # a default binds it
         blocked = [p.not_before_s - now_s for p in self._known.values() if p.not_before_s > now_s]
         return max(min([wake_s(situation), *blocked]), 0.01)
 
-    def _run_ended(self, one: _Run) -> None:
+    def _run_ended(self, one: _Run, task: asyncio.Task[None]) -> None:
         self._runs.remove(one)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)
         self.wake()
 
     async def _run(self, one: _Run) -> None:
