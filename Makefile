@@ -50,8 +50,15 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: setup
+bench: $(VENV)/.bench
+	@scripts/system-packages.sh bench
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+# Anchors, which nothing but benchmarks needs. Where one cannot be had, its figures are left out.
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt \
+	  || echo "the anchors of benchmarks cannot be installed: their figures will be left out" >&2
+	@touch $@
 
 # Needs uv (`pip install uv`). No address of a registry gets into the files.
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
@@ -59,6 +66,7 @@ UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generat
 lock:
 	$(UV_COMPILE) requirements.in -o requirements.txt
 	$(UV_COMPILE) requirements-dev.in -o requirements-dev.txt
+	$(UV_COMPILE) requirements-bench.in -o requirements-bench.txt
 
 clean:
 	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,8 @@
 # everything works without it too. macOS needs nothing: MLX uses Accelerate and Metal there.
 #
 # `system-packages.sh test` adds what tests use: strace, which kills the store at every one of its system calls, and the
-# makers of the file systems on which its power is cut.
+# makers of the file systems on which its power is cut. `system-packages.sh bench` adds what makes links,
+# and nginx, beside which the fileserver is measured.
 set -euo pipefail
 [ "$(uname -s)" = Linux ] || exit 0
 
@@ -24,6 +25,11 @@ if [ "${1:-}" = test ]; then
   command -v mkfs.xfs >/dev/null || packages+=(xfsprogs)
   command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
 fi
+if [ "${1:-}" = bench ]; then
+  PATH=$PATH:/usr/sbin:/sbin
+  { command -v ip && command -v tc; } >/dev/null || packages+=(iproute2)
+  command -v nginx >/dev/null || packages+=(nginx-light)
+fi
 [ ${#packages[@]} -gt 0 ] || exit 0
 
 run=()
@@ -39,4 +45,4 @@ if command -v apt-get >/dev/null && [ "${run[0]:-}" != false ]; then
 fi
 echo "please install ${packages[*]} (or your system's package of the same name)" >&2
 [ "$missing_venv" = 0 ] || { echo "Shoal needs Python's venv module: it cannot go on without" >&2; exit 1; }
-echo "Shoal works without them: without OpenBLAS it generates slowly on a Linux CPU, without the others tests are skipped" >&2
+echo "Shoal works without them: without OpenBLAS it generates slowly on a Linux CPU, without the others tests are skipped and figures left out" >&2

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).parents[1]
 # The tree itself, whatever is installed: a checkout is tested by its own code.
 sys.path[:0] = [
-    str(p) for p in (ROOT, ROOT / "libs" / "common", ROOT / "cli", ROOT / "demo", *ROOT.glob("services/*"))
+    str(p)
+    for p in (ROOT, ROOT / "libs" / "common", ROOT / "cli", ROOT / "demo", ROOT / "bench", *ROOT.glob("services/*"))
 ]
 
 from tests.harness.nats import NatsServer  # noqa: E402  # after the path is set

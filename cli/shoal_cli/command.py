@@ -25,6 +25,7 @@ from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
 from shoal_cli.client.tables import instances_table, models_table, status_page
+from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
 from shoal_cli.home import Home
 from shoal_cli.node import down as stopping
@@ -179,14 +180,12 @@ def _pull(call: Call) -> int:
     return 0
 
 
-def _cancel(call: Call) -> int:
-    model = str(ModelRef.parse(call.args.model))
-    body: dict[str, Any] = {"model": model}
-    if call.args.nodes:
-        body["nodes"] = [check_node(n) for n in call.args.nodes]
-    nodes = call.gateway.post("/v1/downloads/cancel", body, Anything).get("nodes", {})
-    call.say(f"withdrew {model} on {', '.join(nodes)}" if nodes else f"no download of {model} is under way")
-    return 0
+def _control(verb: str) -> Callable[[Call], int]:
+    return lambda call: _said(call, control(call.gateway, verb, call.args))
+
+
+def _transfer(call: Call) -> int:
+    return _said(call, transfer(call.gateway, call.args))
 
 
 def _ls(call: Call) -> int:
@@ -335,10 +334,13 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "restart": _restart,
     "status": _status,
     "pull": _pull,
-    "cancel": _cancel,
+    "pause": _control("pause"),
+    "resume": _control("resume"),
+    "cancel": _control("cancel"),
     "ls": _ls,
     "rm": _rm,
     "storage": _storage,
+    "transfer": _transfer,
     "gc": _gc,
     "verify": _verify,
     "repair": _repair,

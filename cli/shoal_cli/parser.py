@@ -35,19 +35,29 @@ exit codes:
 _JSON = {
     "status": """--json prints GET /v1/status of the gateway as it is: {"node", "version",
 "nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
-"missing_services", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"missing_services", "link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
 "downloads": […], "instances": […]}. Fields are only ever added.""",
     "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
-"phase", "commit", "total_bytes", "done_bytes", "sources": {source: bytes}, "error", …}], "commands": {node: id}}.
-The exit code is that of the first node that failed. Fields are only ever added.""",
+"phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},
+"source_speeds": {source: bytes per second}, "eta_s", "switched": {source: times}, "error", …}], "commands":
+{node: id}}. The exit code is that of the first node that failed. Fields are only ever added.""",
     "ls": """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
 "adopted_from": {node: directory of a read-only root}}]}. Fields are only ever added.""",
     "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
 "storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
-"partial_retention_s", "read_only_roots", "used_bytes", "from_environment", "note"}}}; plan {"nodes": {node:
+"partial_retention_s", "read_only_roots", "roots", the limits of `shoal transfer`, "used_bytes", "from_environment",
+"note"}}}; plan {"nodes": {node:
 {"need_bytes", "garbage", "garbage_bytes", "unfinished" and "victims": [{"model", "frees_bytes", "last_use_s"}],
 "frees_bytes", "enough", "evictable_bytes", "kept"}}}; pin and unpin {"nodes": {node: {"models", "pinned"}}}. Fields
 are only ever added.""",
+    "transfer": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "storage": {…,
+"max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s", "from_environment"} or null}]}; set what
+`shoal storage set --json` prints. RATE is bytes per second: 20MB, 500kB, none. Fields are only ever added.""",
+    "pause": """--json prints {"model", "nodes": {node: {"models": {model: "paused", "was_paused", "unknown", or the
+phase it has ended with}}}}. Fields are only ever added.""",
+    "resume": """--json prints {"model", "nodes": {node: {"models": {model: "resumed", "under_way", "unknown", or the
+phase it has ended with}}}}. Fields are only ever added.""",
+    "cancel": """--json prints {"model", "nodes": {node: {"cancelled", "was"}}}. Fields are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
     "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code
@@ -242,9 +252,23 @@ def _add_models(add: _Add) -> None:
     )
     where.add_argument("--all", action="store_true", dest="everywhere", help="to every live node")
     pull.add_argument("--no-wait", action="store_true", help="only ask; do not follow the download")
-    cancel = add("cancel", "withdraw a download that is under way, partial bytes included")
-    _model(cancel)
-    cancel.add_argument("--node", metavar="N", action="append", dest="nodes", default=[], help="on this node only")
+    for name, text in (
+        ("pause", "stop a download and keep its bytes; only a person lets it go on"),
+        ("resume", "let a paused download go on"),
+        ("cancel", "withdraw a download that is under way or paused, partial bytes included"),
+    ):
+        sub = add(name, text, as_json=True)
+        if name == "cancel":
+            _model(sub)
+        else:
+            sub.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of them")
+        on = sub.add_mutually_exclusive_group()
+        on.add_argument(
+            "--node", metavar="N", action="append", dest="nodes", default=[], help="on this node; may be repeated"
+        )
+        on.add_argument(
+            "--all", action="store_true", dest="everywhere", help="on every live node; else where it is downloaded"
+        )
     add("ls", "list the models that nodes hold", as_json=True)
     rm = add("rm", "delete a model; deleting what is absent succeeds")
     _model(rm)
@@ -261,14 +285,16 @@ def _add_disks(add: _Add, remote: Parser) -> None:
 
     storage = add("storage", "show nodes' disks, and change their settings", where=where)
     actions = storage.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser)
+    transfer = add("transfer", "show how fast nodes may send and take weights, and change it", where=where)
+    rates = transfer.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser)
 
-    def action(name: str, text: str) -> Parser:
-        return actions.add_parser(
+    def action(name: str, text: str, of: str = "storage") -> Parser:
+        return {"storage": actions, "transfer": rates}[of].add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             parents=[remote, where],
-            epilog=_JSON["storage"],
+            epilog=_JSON[of],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
@@ -283,10 +309,22 @@ def _add_disks(add: _Add, remote: Parser) -> None:
         "--partial-retention", metavar="SPAN", help="how long what ended downloads leave is kept, like 7d; 0: not"
     )
     _read_only_roots(change)
+    for option, what in (
+        ("add", "let models come to this directory on another disk too; may be repeated"),
+        ("remove", "use it no more; what is there stays, and its models are not offered; may be repeated"),
+    ):
+        change.add_argument(f"--{option}-root", metavar="PATH", action="append", dest=f"{option}_roots", help=what)
     plan = action("plan", "what would be evicted to make room; nothing is")
     plan.add_argument("--need", metavar="SIZE", required=True, help="room for so much, like 50GB")
     _model(action("pin", "never evict or delete a model"))
     _model(action("unpin", "let a model be evicted and deleted again"))
+    action("show", "the limits; what is done without an action", "transfer")
+    limit = action("set", "change limits, in node.toml and at once; what is left out stays as it is", "transfer")
+    limit.add_argument(
+        "--max-upload", metavar="RATE", help="what the node sends to others in all, like 20MB, or none"
+    )
+    limit.add_argument("--max-hub", metavar="RATE", help="what it takes from the hub in all")
+    limit.add_argument("--max-peer", metavar="RATE", help="what it takes from each other node")
     add("gc", "remove bytes that no model and no download needs", where=where)
     verify = add("verify", "hash what a node holds again, and set aside what is corrupt", where=where)
     verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="only this one; else all of it")

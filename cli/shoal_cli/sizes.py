@@ -28,6 +28,19 @@ def parse_limit(text: str) -> int | None:
     return None if text.strip().lower() == "none" else parse_size(text)
 
 
+def parse_rate(text: str) -> int | None:
+    """Bytes per second of `20MB` or `20MB/s`, from 1; None for `none`: no limit. Raises BadInput."""
+    rate = parse_limit(text.strip().removesuffix("/s"))
+    if rate is not None and rate < 1:
+        raise BadInput(f"{text[:80]!r} is no rate: write it like 20MB, or none for no limit")
+    return rate
+
+
+def show_rate(bytes_per_s: int | None) -> str:
+    """A limit for people: `20.0 MB/s`, `no limit`."""
+    return "no limit" if bytes_per_s is None else f"{show_bytes(bytes_per_s)}/s"
+
+
 def parse_seconds(text: str) -> int:
     """Seconds of `90`, `90 s`, `15min`, `12h`, `7d`. Raises BadInput."""
     match = _SPAN.fullmatch(text.strip().lower())

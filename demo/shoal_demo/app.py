@@ -6,6 +6,7 @@ real hub fails. The endpoints /_faults and /_stats have no authentication and ar
 """
 
 import asyncio
+import hashlib
 import hmac
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -195,7 +196,11 @@ class Hub:
         repository = await self._find(target.model, target.revision)
         with_blobs = _is_true(request.query_params.get("blobs"))
         siblings = [entry.as_sibling(with_blobs) for entry in repository.entries.values()]
-        return JSONResponse({**_model_summary(target.model), "sha": repository.commit, "siblings": siblings})
+        answer = JSONResponse({**_model_summary(target.model), "sha": repository.commit, "siblings": siblings})
+        answer.headers["ETag"] = f'W/"{hashlib.sha1(answer.body, usedforsecurity=False).hexdigest()}"'
+        if request.headers.get("if-none-match") == answer.headers["ETag"]:
+            return Response(status_code=304, headers={"ETag": answer.headers["ETag"]})
+        return answer
 
     async def _tree(self, request: Request, target: TreeTarget) -> Response:
         repository = await self._find(target.model, target.revision)

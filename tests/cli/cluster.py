@@ -66,7 +66,7 @@ class Cluster:
                 Route("/v1/status", self._status),
                 Route("/v1/downloads", self._downloads),
                 Route("/v1/downloads", self._download, methods=["POST"]),
-                Route("/v1/downloads/cancel", self._cancel, methods=["POST"]),
+                Route("/v1/downloads/{verb}", self._control, methods=["POST"]),
                 Route("/v1/commands/{id}", self._command),
                 Route("/v1/models/{org}/{name}", self._delete, methods=["DELETE"]),
                 Route("/v1/storage", self._storage),
@@ -99,6 +99,7 @@ class Cluster:
         services = {"gateway": {"version": "0.1.0", "pid": 7, "host": "h", "uptime_s": 65.0, "addresses": ["x:1"]}}
         services["fileserver"] = {**services["gateway"], "addresses": ["192.0.2.7:4242", "x:2"]}
         up = {"node": "node-a", "live": True, "services": services, "missing_services": [], "storage": storage}
+        up["link"] = "thunderbolt"
         away = {"node": "node-b", "live": False, "services": {}, "missing_services": ["storage"], "storage": None}
         memory = {"memory_total_bytes": 64 * 10**9, "memory_available_bytes": 48 * 10**9}
         return await self._note(request) or JSONResponse(
@@ -126,8 +127,11 @@ class Cluster:
         answer = {"downloads": self.downloads[0], "commands": self.commands}
         return await self._note(request) or JSONResponse(answer, 202)
 
-    async def _cancel(self, request: Request) -> Response:
-        return await self._note(request) or JSONResponse({"model": MODEL, "nodes": {"node-a": {"command": "c2"}}})
+    async def _control(self, request: Request) -> Response:
+        verb = request.path_params["verb"]
+        done = {"cancel": {"cancelled": True}, "pause": {"models": {MODEL: "paused", "org/other": "was_paused"}}}
+        row = done.get(verb, {"models": {MODEL: "rejected"}})
+        return await self._note(request) or JSONResponse({"model": MODEL, "nodes": {"node-a": row}})
 
     async def _command(self, request: Request) -> Response:
         identity = request.path_params["id"]

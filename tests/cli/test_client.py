@@ -128,12 +128,12 @@ def test_hub_prints_what_a_shell_needs_to_take_models_from_the_cluster(
 
 def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
-    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0)]]
+    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0, eta_s=7.5)]]
     assert run(["status"]) == 0
     said = capsys.readouterr().out
     for words in (
         "node-a",
-        "up 1 min 05 s",
+        "up 1 min 05 s, by Thunderbolt",
         "48.0 GB of 64.0 GB",
         "1.0 TB, manual",
         "node-b",
@@ -180,7 +180,7 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
         [download("ready", 1000)],
         [download("queued")],
         [download("fetching", 100, waiting_for="origin node-b")],
-        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0)],
+        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0, eta_s=10.0)],
         [download("blocked", 600, waiting_for="disk full: 400 B more needed, 0 B free")],
         [download("verifying", 1000)],
         [download("ready", 1000)],
@@ -254,7 +254,7 @@ def test_cancel_rm_stop_say_what_they_did_and_are_content_when_there_is_nothing(
 ) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     for command, words in (
-        (["cancel", MODEL], "withdrew org/fish on node-a"),
+        (["cancel", MODEL], "node-a: org/fish withdrawn, and its bytes are given back"),
         (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
         (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
         (["stop", "i1"], "stopped i1"),
@@ -371,3 +371,48 @@ def test_version_and_help_need_no_node(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         run([])
     assert "exit codes:" in capsys.readouterr().out
+
+
+def test_pause_resume_and_cancel_say_of_each_download_what_it_is_now(cluster: Cluster, capsys: Capture) -> None:
+    assert run(["pause", MODEL, "--all"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "node-a: org/fish is paused; its bytes are kept, and `shoal resume org/fish` lets it go on",
+        "node-a: org/other was paused already",
+    ]
+    assert run(["resume", MODEL, "--node", "node-a"]) == 0
+    assert "was rejected, and is not tried again by itself: `shoal pull org/fish`" in capsys.readouterr().out
+    assert run(["pause", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nodes"]["node-a"]["models"][MODEL] == "paused"
+    assert cluster.asked("POST", "/v1/downloads/pause") == [{"model": MODEL, "nodes": "all"}, {"model": ""}]
+    assert cluster.asked("POST", "/v1/downloads/resume") == [{"model": MODEL, "nodes": ["node-a"]}]
+
+
+def test_a_pull_that_somebody_pauses_ends_and_says_so(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("fetching", 100)], [download("paused", 400, resumed_bytes=400)]]
+    error = {"code": "paused", "message": "the download of org/fish is paused on node node-a"}
+    cluster.outcomes["c1"] = {"ok": False, "error": error}
+    assert run(["pull", MODEL]) == 4
+    said = capsys.readouterr()
+    assert "node-a: the download of org/fish is paused" in said.err
+    assert "40 %, 400 B of 1.0 kB, resumed from 40 %, paused: `shoal resume org/fish`" in said.out
+
+
+def test_status_shows_verified_bytes_speeds_by_source_and_who_was_left(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [
+        [
+            download(
+                "fetching",
+                500,
+                verified_bytes=200,
+                source_speeds={"hub": 10.0, "node-b": 40.0},
+                speed_bytes_per_s=50.0,
+                eta_s=10.0,
+                switched={"node-c": 2},
+            )
+        ]
+    ]
+    assert run(["status"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "500 B of 1.0 kB, 200 B verified, 50 B/s, 10 s left, left node-c, silent, 2 times" in words
+    assert "from node-b 40 B/s, hub 10 B/s" in words

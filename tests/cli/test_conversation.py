@@ -174,13 +174,13 @@ def test_a_model_that_is_nowhere_is_pulled_when_a_person_says_yes_and_not_otherw
 def test_pull_at_a_terminal_draws_a_bar(cluster: Cluster) -> None:
     cluster.models = [held()]
     cluster.downloads = [
-        [download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0)],
+        [download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0, eta_s=7.5)],
         [download("ready", 1000)],
     ]
     cluster.outcomes["c1"] = {"ok": True}
     opened = Terminal("pull", MODEL)
     try:
-        opened.wait("25%", "250 B/1.0 kB", "100 B/s", "8 s left", "from hub")
+        opened.wait("25%", "250 B of 1.0 kB", "100 B/s", "8 s left", "from hub")
         opened.wait("100%", "ready on node-a")
         assert opened.end() == 0
     finally:

@@ -84,6 +84,29 @@ def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Clust
     assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks[:1]}
 
 
+def test_further_roots_are_shown_and_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+    big = {"path": "/mnt/big", "used_bytes": 2 * GB, "blob_count": 3, "free_bytes": 9 * GB, "headroom_bytes": GB}
+    gone = {"path": "/mnt/gone", "error": "it is not there: mount its disk"}
+    cluster.disks = [disk("node-a", roots=[{**big, "double_bytes": GB, "reserved_bytes": GB}, gone]), disk("node-b")]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "node-a has 3 blobs in /mnt/big, 2.0 GB; 9.0 GB free there, 1.0 GB of it kept free, 1.0 GB promised" in said
+    )
+    assert "1.0 GB are there once too often: `shoal gc` removes them" in said
+    assert "node-a cannot use /mnt/gone: it is not there: mount its disk" in said
+    cluster.disk_results = {"node-a": {"roots": ["/mnt/big", "/mnt/new"]}}
+    before = len(cluster.requests)
+    assert run(["storage", "set", "--add-root", "/mnt/new", "--remove-root", "/mnt/gone"]) == 0
+    assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"roots": ["/mnt/big", "/mnt/new"]})
+    assert "further root /mnt/new" in capsys.readouterr().out
+    assert run(["storage", "set", "--node", "node-b", "--add-root", "/mnt/new"]) == 0
+    assert cluster.requests[-1][2] == {"roots": ["/mnt/new"], "node": "node-b"}
+    assert run(["storage", "set", "--remove-root", "/mnt/new"]) == BadInput.exit_code
+    assert "is no further root of node-a" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--add-root", "/mnt/new"]) == BadInput.exit_code
+
+
 def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a")]
     assert run(["storage", "--node", "node-x"]) == NotFound.exit_code

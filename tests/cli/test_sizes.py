@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_cli.sizes import parse_seconds, parse_size, show_bytes, show_seconds
+from shoal_cli.sizes import parse_rate, parse_seconds, parse_size, show_bytes, show_rate, show_seconds
 from shoal_common.errors import BadInput
 
 
@@ -79,3 +79,11 @@ def test_spans_are_shown_in_the_unit_that_matters() -> None:
         "1 h 00 min",
         "1 d 1 h",
     ]
+
+
+def test_rates_are_sizes_a_second_and_none_is_no_limit() -> None:
+    assert [parse_rate(t) for t in ("20MB", "1.5 MiB/s", "none", "1")] == [20_000_000, 1_572_864, None, 1]
+    assert (show_rate(20_000_000), show_rate(None)) == ("20.0 MB/s", "no limit")
+    for text in ("0", "fast", "-1", "20MB/h"):
+        with pytest.raises(BadInput):
+            parse_rate(text)

@@ -10,6 +10,7 @@ import pytest
 
 from shoal_common.config import ensure_node_id, read_config
 from shoal_common.errors import BadInput, BadName
+from shoal_common.interfaces import read_interfaces
 from tests.harness.process import node_environment, started
 
 ASK_FOR_ID = """
@@ -80,7 +81,8 @@ def test_I12_beyond_loopback_nothing_starts_without_a_secret(tmp_path: Path, bin
 def test_on_loopback_no_secret_is_needed(tmp_path: Path, bind: str) -> None:
     config = read_config("storage", environment(tmp_path, SHOAL_BIND=bind))
     assert config.secret == ""
-    assert config.addresses(7000) in (["127.0.0.1:7000"], ["[::1]:7000"])
+    (link,) = config.links(7000, [])
+    assert link.address in ("127.0.0.1:7000", "[::1]:7000") and link.kind == "loopback"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +97,10 @@ def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path: Path, more: dict[
 
 def test_peers_are_told_the_advertised_addresses_else_those_of_the_interfaces(tmp_path: Path) -> None:
     given = {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": "s"}
+    here = read_interfaces()
     config = read_config("storage", environment(tmp_path, SHOAL_ADVERTISE="10.0.0.9, fd00::9", **given))
-    assert config.addresses(7000) == ["10.0.0.9:7000", "[fd00::9]:7000"]
-    found = read_config("storage", environment(tmp_path, **given)).addresses(7000)
+    assert [link.address for link in config.links(7000, here)] == ["10.0.0.9:7000", "[fd00::9]:7000"]
+    found = [link.address for link in read_config("storage", environment(tmp_path, **given)).links(7000, here)]
     assert found and all(a.endswith(":7000") and not a.startswith("0.0.0.0") for a in found)
 
 

@@ -15,7 +15,7 @@ from shoal_common.buckets import live_key
 from shoal_common.errors import Claimed
 from shoal_common.identity import is_gone, this_host, this_process
 from shoal_common.liveness import Liveness
-from shoal_common.messages.facts import Facts, Holder, Live
+from shoal_common.messages.facts import Facts, Holder, Link, Live
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -100,6 +100,51 @@ async def test_facts_with_new_addresses_are_told_at_once(nats: NatsServer, fresh
             return there is not None and there.facts.disk_free_bytes == 5
 
         await eventually(told, "the new address is told", module.BEAT_S / 2)
+        beating.cancel()
+        await mine.withdraw()
+
+
+async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_more_of_them(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    lo = Link(address="127.0.0.1:7000", kind="loopback")
+    eth = Link(address="10.0.0.5:7000", interface="eth0", kind="ethernet")
+    wifi = Link(address="192.168.2.5:7000", interface="wlan0", kind="wifi")
+    now, looks = [eth, lo], 0
+
+    def look() -> list[Link]:
+        nonlocal looks
+        looks += 1
+        return list(now)
+
+    async with joined(nats) as here:
+        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await mine.claim()
+        mine.follow_links(look)
+        mine.set_facts(Facts(memory_total_bytes=7))
+        beating = asyncio.create_task(mine.beat_forever())
+
+        async def told(links: list[Link]) -> bool:
+            there = await live(here, node)
+            return there is not None and there.facts.links == links
+
+        await eventually(lambda: told([eth, lo]), "the first links are told")
+        now[:] = [lo]  # the cable is pulled
+        await eventually(lambda: told([lo]), "one is gone")
+        now[:] = [wifi, lo]
+        await eventually(lambda: told([wifi, lo]), "another is there")
+        there = await live(here, node)
+        assert there is not None and there.facts.memory_total_bytes == 7
+        assert there.facts.addresses == [wifi.address]  # loopback is nobody else's
+        before, looked = await here.last_sequence("KV_live"), looks
+
+        async def looked_again() -> bool:
+            return looks >= looked + 5
+
+        await eventually(looked_again, "it looks on")
+        beats = await here.last_sequence("KV_live") - before
+        assert beats <= looks - looked + 1  # one write for each look, which is the beat itself
         beating.cancel()
         await mine.withdraw()
 

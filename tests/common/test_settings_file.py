@@ -19,7 +19,7 @@ from tests.harness.process import node_environment, started
 
 
 def change(home: Path, changes: dict[str, Value]) -> None:
-    change_settings(home, "storage", changes, lambda _: None)
+    change_settings(home, {"storage": changes}, lambda _: None)
 
 
 KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "read_only_roots")
@@ -182,7 +182,7 @@ def test_what_the_caller_does_not_accept_is_not_written(tmp_path: Path) -> None:
         raise BadInput(f"not {settings}")
 
     with pytest.raises(BadInput, match="'headroom_bytes': 5"):
-        change_settings(tmp_path, "storage", {"headroom_bytes": 5}, no)
+        change_settings(tmp_path, {"storage": {"headroom_bytes": 5}}, no)
     assert not (tmp_path / "node.toml").exists()
 
 
@@ -214,7 +214,7 @@ def die_then_sync(fd):
     fsync(fd)
 
 pathlib.Path.replace, os.fsync = die_then_replace, die_then_sync
-settings_file.change_settings(home, "storage", {"headroom_bytes": 6}, lambda _: None)
+settings_file.change_settings(home, {"storage": {"headroom_bytes": 6}}, lambda _: None)
 """
 
 
@@ -245,7 +245,7 @@ def say_and_sync(fd):
     fsync(fd)
 
 pathlib.Path.replace, os.fsync = say_and_replace, say_and_sync
-settings_file.change_settings(pathlib.Path(sys.argv[1]), "storage", {"headroom_bytes": 6}, lambda _: None)
+settings_file.change_settings(pathlib.Path(sys.argv[1]), {"storage": {"headroom_bytes": 6}}, lambda _: None)
 """
 
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 
 class Asked(NamedTuple):
-    """A request's head."""
+    """A request."""
 
     path: str
     headers: dict[str, str]
+    body: bytes = b""
 
 
 class Server:
@@ -44,7 +45,9 @@ async def serving(answer: Answer | bytes | Mapping[str, object]) -> AsyncIterato
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 fields = (line.split(": ", 1) for line in head[1:] if line)
-                request = Asked(head[0].split(" ")[1], {k.lower(): v for k, v in fields})
+                headers = {k.lower(): v for k, v in fields}
+                body = await reader.readexactly(int(headers.get("content-length", "0")))
+                request = Asked(head[0].split(" ")[1], headers, body)
                 asked.append(request)
                 if isinstance(answer, bytes):
                     writer.write(answer)

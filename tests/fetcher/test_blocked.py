@@ -85,6 +85,7 @@ async def test_it_says_what_is_lacking_and_ends_when_there_is_room(
         storage = Says(FULL, NodeAway("it restarts"), FULL, RoomLeft(enough=True))
         blockage = Blockage(progress, storage, around, Layout(tmp_path), lambda: around.now_s)
         await blockage.wait_for_room(MODEL, MET)
+        await progress.publish()  # as every second
         said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
         assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
         assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and it goes on by itself"

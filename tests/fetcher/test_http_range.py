@@ -8,21 +8,12 @@ import inspect
 import httpx2
 import pytest
 
-from shoal_common.errors import BadName, Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError, Unavailable
+from shoal_common.errors import Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError
 from shoal_fetcher.errors import RateLimited
-from shoal_fetcher.http_range import (
-    FOREIGN,
-    blob_url,
-    foreign,
-    hub_client,
-    hub_source,
-    peer_client,
-    peer_source,
-    read_range,
-)
+from shoal_fetcher.http_range import FOREIGN, foreign, hub_client, hub_source, read_range
 from tests.fetcher.servers import Asked, reply, serving
 
-HUB, PEER = hub_source("https://hub.example"), peer_source("b")
+HUB = hub_source("https://hub.example")
 
 
 async def read(url: str, start: int, end: int, client: httpx2.AsyncClient | None = None, **headers: str) -> bytes:
@@ -68,21 +59,9 @@ async def test_a_refusal_says_which_credential_to_set() -> None:
     async with serving(reply(401)) as server:
         with pytest.raises(Denied, match="HF_TOKEN"):
             await read(server.url, 0, 5)
-        async with peer_client() as client:
-            with pytest.raises(Denied, match=r"node b .*SHOAL_SECRET"):
-                async with read_range(client, server.url, {}, 0, 5, PEER):
-                    pass
     async with serving(reply(403, x_error_code="GatedRepo")) as server:
         with pytest.raises(Denied, match=r"gated.*accept its terms"):
             await read(server.url, 0, 5)
-
-
-async def test_a_peer_with_a_fault_is_not_called_the_hub() -> None:
-    async with serving(reply(503)) as server, peer_client() as client:
-        with pytest.raises(Unavailable) as caught:
-            async with read_range(client, server.url, {}, 0, 5, PEER):
-                pass
-    assert type(caught.value) is Unavailable
 
 
 @pytest.mark.parametrize(
@@ -143,25 +122,6 @@ async def test_I12_the_token_does_not_follow_a_redirect_to_another_host() -> Non
         assert "authorization" not in other.asked[0].headers
 
 
-async def test_I12_a_peer_cannot_send_us_elsewhere() -> None:
-    async with serving(b"") as other, serving(reply(302, location=other.url)) as server:
-        with pytest.raises(Failed, match="302"):
-            await read(server.url, 0, 3, peer_client())
-    assert not other.asked
-
-
-async def test_I12_no_proxy_of_the_environment_sees_what_goes_between_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(reply(502)) as proxy, serving(reply(206, b"abc", content_range="bytes 0-2/3")) as server:
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-            monkeypatch.setenv(name, proxy.url)
-        monkeypatch.setenv("no_proxy", "")
-        assert await read(server.url, 0, 3, peer_client()) == b"0:abc"
-        assert not proxy.asked
-        with pytest.raises(HubUnavailable):
-            await read(server.url, 0, 3, hub_client())
-        assert proxy.asked
-
-
 def test_I12_a_password_in_the_hubs_address_is_not_repeated_in_messages() -> None:
     assert hub_source("https://me:hunter2@hub.example/base").name == "hub hub.example/base"
 
@@ -186,22 +146,3 @@ def test_every_exception_of_httpx2_is_mapped_or_ours_to_blame() -> None:
         if issubclass(kind, FOREIGN):
             error = foreign(kind.__new__(kind), HUB)
             assert type(error) is HubUnavailable and "hub.example" in error.message
-
-
-@pytest.mark.parametrize("address", ["10.0.0.2:80", "[fd00::7]:65535", "node-b.lan:1234", "localhost:1"])
-def test_an_address_of_a_peer_leads_to_a_blob(address: str) -> None:
-    assert blob_url(address, "a" * 64) == f"http://{address}/v1/blobs/{'a' * 64}"
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        *["", "host", "host:", ":80", "host:99999", "a b:1", "[nonsense:1", "user@host:1", "host:1/x", "host:1#"],
-        *["a..b:1", "x" * 300 + ":1", "host:²", "host:80\n", "-a:1"],
-    ],
-)
-def test_I10_an_address_that_no_node_can_have_is_refused_before_it_is_used(address: str) -> None:
-    with pytest.raises(BadName):
-        blob_url(address, "a" * 64)
-    with pytest.raises(BadName):
-        blob_url("10.0.0.2:80", "../health")

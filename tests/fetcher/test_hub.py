@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from shoal_fetcher import hub as hub_module
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.http_range import hub_client, hub_source
 from shoal_fetcher.hub import Hub, HubSettings, foreign
+from shoal_fetcher.restraint import MOST_FILES, HoldBack, Listings
 from tests.fetcher.repos import make_model
 from tests.fetcher.servers import Server, reply, serving
 
@@ -96,6 +98,74 @@ async def test_I7_a_hub_that_is_busy_or_broken_says_so_at_once_and_not_after_hid
     with pytest.raises(HubUnavailable, match="503"):
         await resolve(paged.base_url)
     assert (await resolve(paged.base_url)).files  # one fault, one error: nobody retried
+
+
+async def test_a_commit_is_listed_once_and_a_branch_is_asked_again_with_its_etag(paged: RunningHub) -> None:
+    async with hub_client() as client:
+        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+        paged.reset_stats()
+        first = await hub.resolve(REF)
+        asked = paged.stats().requests.api
+        assert await hub.resolve(REF) == first
+        assert paged.stats().requests.api == asked + 1 and paged.stats().answers[304] == 1
+        again = await hub.resolve(ModelRef(REF.repo, first.commit))
+        assert again.files == first.files and again.revisions == [first.commit]
+        assert paged.stats().requests.api == asked + 1, "a commit never changes its meaning"
+
+
+async def test_who_asks_while_the_same_is_being_asked_waits_for_that_answer(paged: RunningHub) -> None:
+    async with hub_client() as client:
+        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+        paged.reset_stats()
+        alone = await hub.resolve(REF)
+        asked = paged.stats().requests.api
+        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+        paged.reset_stats()
+        leaving = asyncio.ensure_future(hub.resolve(REF))
+        others = [asyncio.ensure_future(hub.resolve(REF)) for _ in range(9)]
+        await asyncio.sleep(0)
+        leaving.cancel()
+        assert await asyncio.gather(*others) == [alone] * 9, "one that leaves takes it from nobody"
+        assert paged.stats().requests.api == asked
+
+
+async def test_a_rate_limit_holds_back_every_request_of_the_node_until_its_time(paged: RunningHub) -> None:
+    async with hub_client() as client:
+        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+        manifest = await hub.resolve(REF)
+        file = next(f for f in manifest.files if f.sha256)
+        paged.set_faults(Faults(rate_limit=RateLimit(times=1, retry_after_s=600, kinds=("get",))))
+        with pytest.raises(RateLimited):
+            async with hub.read(manifest, file, 0, 7):
+                pass
+        paged.reset_faults()
+        paged.reset_stats()
+        with pytest.raises(RateLimited) as held:
+            await hub.resolve(ModelRef("org/other"))
+        assert 0 < held.value.retry_after_s <= 600 and "wants us to wait" in held.value.message
+        with pytest.raises(RateLimited):
+            hub.read(manifest, file, 0, 7)
+        assert (paged.stats().requests.api, paged.stats().requests.get) == (0, 0)
+        assert (await hub.resolve(ModelRef(REF.repo, manifest.commit))).files, "what is known needs no request"
+
+
+def test_I7_holding_back_ends_at_the_time_that_was_named_and_listings_are_bounded() -> None:
+    now_s = 100.0
+    hold = HoldBack(lambda: now_s)
+    hold.check("hub")
+    hold.note(RateLimited("wait", retry_after_s=30.0))
+    hold.note(RateLimited("wait", retry_after_s=5.0))
+    now_s = 129.0
+    with pytest.raises(RateLimited):
+        hold.check("hub")
+    now_s = 130.0
+    hold.check("hub")
+    listings, many = Listings(), [ManifestFile(path="x", size_bytes=1, sha256=SHA256)] * (MOST_FILES // 4)
+    for number in range(9):
+        listings.keep("org/m", f"{number:040x}", many)
+        assert listings.get("org/m", "0" * 40) is not None, "what is used stays"
+    kept = [n for n in range(9) if listings.get("org/m", f"{n:040x}") is not None]
+    assert kept == [0, 6, 7, 8]
 
 
 async def test_offline_means_that_nothing_is_asked() -> None:

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_common.layout import LEAF_BYTES, Bitmap
+from shoal_common.layout import LEAF_BYTES, Bitmap, Layout
+from shoal_common.ready import read_ready
+from shoal_common.runs import runs_of
 from shoal_fetcher import partial as partial_module
+from shoal_fetcher.cut import Cutter
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partial import PartialBlob, read_bitmap
 
@@ -26,20 +29,58 @@ def content(size_bytes: int) -> bytes:
     return random.Random(size_bytes).randbytes(size_bytes)
 
 
-def reserved(directory: Path) -> Path:
-    """A partial as storage makes it."""
-    directory.mkdir(exist_ok=True)
+BLOB = "ab" * 32
+
+
+def reserved(root: Path) -> Path:
+    """A partial as storage makes it, in a store at `root`. Returns its directory."""
+    directory = Layout(root).partial(BLOB)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "data").touch()
     return directory
 
 
-async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None) -> None:
-    """Write data from where `begin_at` has put us, cut in pieces of these sizes, over and over."""
+def opened(directory: Path, size_bytes: int) -> PartialBlob:
+    """That partial, to be written."""
+    return PartialBlob(Layout(directory.parent.parent), BLOB, size_bytes)
+
+
+def missing_runs(partial: PartialBlob) -> list[tuple[int, int]]:
+    """Byte ranges that are not here."""
+    ends = [
+        (a * LEAF_BYTES, min(b * LEAF_BYTES, partial.size_bytes)) for a, b in runs_of(partial.all & ~partial.here)
+    ]
+    return ends
+
+
+class Source:
+    """What a source sends in order, and what becomes of it."""
+
+    def __init__(self, partial: PartialBlob) -> None:
+        self.partial, self.cutter = partial, Cutter(partial.size_bytes)
+
+    async def write(self, data: bytes) -> None:
+        """Bytes that follow the last ones."""
+        for leaf, whole in self.cutter.feed(data):
+            assert await self.partial.write(leaf, whole, vouch=True)
+
+
+async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None, begin: int = 0) -> Source:
+    """Write data from `begin` on, cut in pieces of these sizes, over and over."""
+    source = Source(partial)
+    source.cutter.begin_at(begin)
     at, end, turn = 0, len(data) if upto is None else upto, 0
     while at < end:
         step = min(cuts[turn % len(cuts)], end - at)
-        await partial.write(data[at : at + step])
+        await source.write(data[at : at + step])
         at, turn = at + step, turn + 1
+    return source
+
+
+def ready_leaves(directory: Path, size_bytes: int) -> set[int]:
+    """What others may ask for."""
+    bitmap = read_ready(Layout(directory.parent.parent), BLOB, size_bytes)
+    return {leaf for leaf in range(bitmap.leaves) if leaf in bitmap}
 
 
 def claims_only_what_is_there(directory: Path, data: bytes) -> Bitmap:
@@ -59,14 +100,13 @@ def test_any_chunking_gives_the_same_file_and_the_same_bitmap(size_bytes: int, c
     data = content(size_bytes)
 
     async def scenario(directory: Path) -> None:
-        async with PartialBlob(directory, size_bytes) as partial:
-            partial.begin_at(0)
-            await fill(partial, data, cuts)
-            assert not partial.overflowing
+        async with opened(directory, size_bytes) as partial:
+            source = await fill(partial, data, cuts)
+            assert not source.cutter.overflowing
         assert partial.durable_bytes == size_bytes
 
     with TemporaryDirectory() as root:
-        asyncio.run(scenario(directory := reserved(Path(root) / "p")))
+        asyncio.run(scenario(directory := reserved(Path(root))))
         assert (directory / "data").read_bytes() == data
         assert claims_only_what_is_there(directory, data).complete
 
@@ -81,52 +121,49 @@ def test_I6_however_it_is_cut_off_it_goes_on_with_the_whole_leaves_that_had_arri
 
     async def scenario(directory: Path) -> None:
         with pytest.raises(ConnectionError):
-            async with PartialBlob(directory, size_bytes) as partial:
-                partial.begin_at(0)
+            async with opened(directory, size_bytes) as partial:
                 await fill(partial, data, cuts, upto=cut_off)
                 raise ConnectionError("the source went away")
         bitmap = claims_only_what_is_there(directory, data)
         whole = cut_off if cut_off == size_bytes else cut_off // LEAF_BYTES * LEAF_BYTES
         assert bitmap.have_bytes == whole == partial.durable_bytes
-        async with PartialBlob(directory, size_bytes) as partial:
-            for start, end in partial.bitmap.missing_runs():
-                partial.begin_at(start)
-                await fill(partial, data[start:end], cuts)
+        async with opened(directory, size_bytes) as partial:
+            assert partial.bytes_of(partial.here) == whole
+            for start, end in missing_runs(partial):
+                await fill(partial, data[start:end], cuts, begin=start)
         assert claims_only_what_is_there(directory, data).complete
         assert (directory / "data").read_bytes() == data
 
     with TemporaryDirectory() as root:
-        asyncio.run(scenario(reserved(Path(root) / "p")))
+        asyncio.run(scenario(reserved(Path(root))))
 
 
 async def test_a_source_that_starts_over_does_not_touch_what_is_durable(tmp_path: Path) -> None:
-    data, directory = content(3 * LEAF_BYTES), reserved(tmp_path / "p")
-    async with PartialBlob(directory, len(data)) as partial:
-        partial.begin_at(0)
-        await partial.write(data[:LEAF_BYTES])
-    async with PartialBlob(directory, len(data)) as partial:
-        partial.begin_at(0)
-        await partial.write(b"\0" * LEAF_BYTES + data[LEAF_BYTES:])
-        assert partial.holds(0, len(data))
+    data, directory = content(3 * LEAF_BYTES), reserved(tmp_path)
+    async with opened(directory, len(data)) as partial:
+        await Source(partial).write(data[:LEAF_BYTES])
+    async with opened(directory, len(data)) as partial:
+        assert not await partial.write(0, b"\0" * LEAF_BYTES, vouch=True)
+        await fill(partial, data, [LEAF_BYTES])
+        assert partial.here == partial.ready == partial.all
     assert (directory / "data").read_bytes() == data
     assert partial.durable_bytes == len(data)
 
 
 async def test_more_bytes_than_the_blob_has_are_noticed_and_not_written(tmp_path: Path) -> None:
-    data, directory = content(LEAF_BYTES + 7), reserved(tmp_path / "p")
-    async with PartialBlob(directory, len(data)) as partial:
-        partial.begin_at(0)
-        await partial.write(data)
-        assert not partial.overflowing
-        await partial.write(b"x")
-        assert partial.overflowing
+    data, directory = content(LEAF_BYTES + 7), reserved(tmp_path)
+    async with opened(directory, len(data)) as partial:
+        source = await fill(partial, data, [len(data)])
+        assert not source.cutter.overflowing
+        await source.write(b"x")
+        assert source.cutter.overflowing
     assert (directory / "data").read_bytes() == data
 
 
 async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claims_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path / "p")
+    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path)
 
     class Crash(BaseException):
         """The process ends here."""
@@ -140,9 +177,8 @@ async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claim
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
         patched.setattr(os, "pwrite", crash)
-        async with PartialBlob(directory, len(data)) as partial:
-            partial.begin_at(0)
-            await partial.write(data)
+        async with opened(directory, len(data)) as partial:
+            await fill(partial, data, [len(data)])
     assert (directory / "data").read_bytes() == data
     assert claims_only_what_is_there(directory, data).have_bytes == 0
 
@@ -150,25 +186,29 @@ async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claim
 async def test_I6_leaves_whose_sync_failed_are_not_claimed_even_by_a_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path / "p")
-    real = os.fsync
+    data, directory = content(2 * LEAF_BYTES), reserved(tmp_path)
+    real, tried = os.fsync, asyncio.Event()
 
     def failing(fd: int) -> None:
         monkeypatch.setattr(os, "fsync", real)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(partial_module, "CHECKPOINT_LEAVES", 1)
-    async with PartialBlob(directory, len(data)) as partial:
-        partial.begin_at(0)
+    async with opened(directory, len(data)) as partial:
+        partial.changed = tried.set
         monkeypatch.setattr(os, "fsync", failing)
+        assert await partial.write(0, data[:LEAF_BYTES], vouch=True)
+        await tried.wait()
+        assert partial.here == partial.ready == 0, "it is in doubt"
         with pytest.raises(OSError):
-            await partial.write(data[:LEAF_BYTES])
-        await partial.write(data[LEAF_BYTES:])
+            await partial.write(1, data[LEAF_BYTES:], vouch=True)
+        assert await partial.write(1, data[LEAF_BYTES:], vouch=True)
+        assert list(ready_leaves(directory, len(data))) == [1]
     assert claims_only_what_is_there(directory, data).missing_runs() == [(0, LEAF_BYTES)]
 
 
 def test_I6_a_bitmap_that_claims_more_than_the_file_holds_is_not_believed(tmp_path: Path) -> None:
-    directory = reserved(tmp_path / "p")
+    directory = reserved(tmp_path)
     (directory / "have").write_bytes(b"\x07")
     (directory / "data").write_bytes(content(2 * LEAF_BYTES + 1)[: 2 * LEAF_BYTES])
     assert read_bitmap(directory, 2 * LEAF_BYTES + 1).missing_runs() == [(2 * LEAF_BYTES, 2 * LEAF_BYTES + 1)]
@@ -178,7 +218,7 @@ def test_I6_a_bitmap_that_claims_more_than_the_file_holds_is_not_believed(tmp_pa
 
 async def test_a_reservation_that_is_gone_is_told_from_a_source_that_failed(tmp_path: Path) -> None:
     with pytest.raises(ReservationLost):
-        async with PartialBlob(tmp_path / "none", 1):
+        async with opened(Layout(tmp_path).partial(BLOB), 1):
             pass
 
 
@@ -186,7 +226,7 @@ async def test_I1_a_cancelled_write_ends_before_its_file_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread that wrote later would write into whatever file had got the same descriptor."""
-    data, directory = content(LEAF_BYTES), reserved(tmp_path / "p")
+    data, directory = content(LEAF_BYTES), reserved(tmp_path)
     begun, gate, real = asyncio.Event(), threading.Event(), os.pwrite
     loop = asyncio.get_running_loop()
 
@@ -198,9 +238,8 @@ async def test_I1_a_cancelled_write_ends_before_its_file_is_closed(
     monkeypatch.setattr(os, "pwrite", slow)
 
     async def writing() -> None:
-        async with PartialBlob(directory, len(data)) as partial:
-            partial.begin_at(0)
-            await partial.write(data)
+        async with opened(directory, len(data)) as partial:
+            await fill(partial, data, [len(data)])
 
     task = asyncio.create_task(writing())
     await begun.wait()
@@ -214,9 +253,8 @@ async def test_I1_a_cancelled_write_ends_before_its_file_is_closed(
 
 
 async def test_short_writes_are_written_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, directory, real = content(LEAF_BYTES), reserved(tmp_path / "p"), os.pwrite
+    data, directory, real = content(LEAF_BYTES), reserved(tmp_path), os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, piece, offset: real(fd, piece[:100_000], offset))
-    async with PartialBlob(directory, len(data)) as partial:
-        partial.begin_at(0)
-        await partial.write(data)
+    async with opened(directory, len(data)) as partial:
+        await fill(partial, data, [len(data)])
     assert (directory / "data").read_bytes() == data

@@ -80,8 +80,8 @@ async def test_I1_with_an_honest_peer_beside_the_liar_the_hub_is_not_asked(site:
         async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
             state = await here.pull_ok("b")
         await here.is_whole("b", files)
-        assert state.sources["a"] == size and site.hub_bytes() == 0
-        assert len(server.asked) <= 1
+        assert state.sources["a"] >= size and site.hub_bytes() == 0
+        assert state.sources.get(LIAR, 0) <= 2 * LEAF_BYTES, "two bad leaves, and it is not asked again"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     directory = site["a"].home / "impatient"
     directory.mkdir()
-    (directory / "sitecustomize.py").write_text("import shoal_fetcher.blobs as b\nb.NO_PROGRESS_S = 1.0\n")
+    (directory / "sitecustomize.py").write_text("import shoal_fetcher.swarm.swarm as s\ns.NO_PROGRESS_S = 1.0\n")
     usual = site["a"]["fetcher"].environment["PYTHONPATH"]
     # 300 KB of each answer get through: bytes and bytes, and never a leaf.
     site.hub.set_faults(Faults(drop_at_byte=DropAtByte(after_bytes=300_000, times=None)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import pytest
+from nats.aio.msg import Msg
 
 from shoal_common.buckets import Bucket, download_key
-from shoal_common.messages.records import DownloadState
+from shoal_common.messages import decode
+from shoal_common.messages.records import DownloadPhase, DownloadState
 from shoal_fetcher import progress as progress_module
 from shoal_fetcher.progress import Progress
 from tests.harness.nats import Joined, NatsServer, joined
@@ -93,3 +97,72 @@ async def test_idle_is_silent_and_a_stalled_download_has_no_speed(
 
 async def _beyond(here: Joined, sequence: int) -> bool:
     return await here.last_sequence("KV_state") > sequence
+
+
+async def test_a_fast_source_of_many_files_costs_one_write_a_second_and_one_for_each_phase(
+    nats: NatsServer, fresh: Fresh
+) -> None:
+    async with joined(nats) as here:
+        progress = begun(here, node := fresh("node"))
+        writes: list[DownloadState] = []
+
+        async def wrote(message: Msg) -> None:
+            writes.append(decode(message.data, DownloadState))
+
+        key = download_key(node, "org/name")
+        await here.client.subscribe(f"$KV.state.{key}", cb=wrote)
+        begun_s, told, files_count = time.monotonic(), list[int](), 0
+        publishing = asyncio.create_task(progress.publish_forever())
+        phases: list[DownloadPhase] = ["queued", "reserving", "fetching"]
+        for phase in phases:
+            await progress.say(phase=phase, total_bytes=1 << 40)
+
+        async def tell(number: int) -> None:
+            told.append(number)
+
+        while len(writes) < 5 or not told:
+            files_count += 1
+            progress.received(("hub", "b")[files_count % 2], 1 << 20)
+            progress.durable("a" * 64, files_count)
+            progress.whole(f"{files_count:064x}", f"{files_count:064x}", 1 << 20)
+            await progress.say(waiting_for=("origin b", "")[files_count % 2])
+            then = AsyncExitStack()
+            then.push_async_callback(tell, files_count)
+            progress.when_told(then)
+            await asyncio.sleep(0.002)
+        await progress.say(phase="verifying")
+        publishing.cancel()
+        await here.client.flush()
+        elapsed_s = time.monotonic() - begun_s
+        assert len(writes) <= int(elapsed_s) + len(phases) + 1, (len(writes), elapsed_s)
+        assert sorted(told) == list(range(1, files_count + 1)), "each once"
+        assert len(writes[-1].blobs) == files_count and writes[-1].phase == "verifying"
+        fetching = [w for w in writes if w.source_speeds]
+        assert fetching and set(fetching[-1].source_speeds) == {"hub", "b"}
+        assert fetching[-1].speed_bytes_per_s == sum(fetching[-1].source_speeds.values())
+        assert fetching[-1].eta_s is not None and fetching[-1].eta_s > 0
+        assert writes[-1].verified_bytes == files_count << 20 and writes[-1].eta_s is None
+
+
+async def test_what_waits_for_a_word_is_let_go_when_no_more_words_come(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        progress, closed = begun(here, fresh("node")), asyncio.Event()
+        then = AsyncExitStack()
+        then.callback(closed.set)
+        progress.when_told(then)
+        assert not closed.is_set()
+        await progress.close()
+        assert closed.is_set()
+
+
+async def test_silent_sources_are_counted_by_name_and_no_more_names_than_a_few(
+    nats: NatsServer, fresh: Fresh
+) -> None:
+    async with joined(nats) as here:
+        progress = begun(here, node := fresh("node"))
+        for number in range(100):
+            progress.left("hub")
+            progress.left(f"node-{number}")
+        await progress.publish()
+        state = await said(here.buckets.state, node)
+        assert state is not None and state.switched["hub"] == 100 and len(state.switched) == 16

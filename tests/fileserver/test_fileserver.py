@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shoal_common.buckets import live_key
-from shoal_common.credentials import bearer, derive
+from shoal_common.credentials import bearer, blob_token, derive
 from shoal_common.messages.facts import Live
 from tests.fileserver.serving import read_reply, serving
 from tests.harness.nats import NatsServer, joined
@@ -34,6 +37,8 @@ async def test_a_blob_is_served_whole_in_ranges_and_by_head(nats: NatsServer, fr
         assert whole.headers["content-length"] == str(SIZE)
         assert whole.headers["content-type"] == "application/octet-stream"
         assert "content-range" not in whole.headers
+        digest = base64.b64encode(hashlib.sha256(DATA).digest()).decode()
+        assert whole.headers["repr-digest"] == f"sha-256=:{digest}:"
         for header, start, end in (
             ("bytes=0-0", 0, 1),
             (f"bytes=1048575-{1 << 20}", 1048575, (1 << 20) + 1),
@@ -45,6 +50,7 @@ async def test_a_blob_is_served_whole_in_ranges_and_by_head(nats: NatsServer, fr
             part = await server.blob(blob, header)
             assert part.status == 206 and part.body == DATA[start:end], header
             assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
+            assert part.headers["repr-digest"] == whole.headers["repr-digest"]
             assert part.headers["etag"] == f'"{blob}"' and part.headers["accept-ranges"] == "bytes"
             head = await server.blob(blob, header, method="HEAD")
             changing = {"date"}
@@ -237,6 +243,8 @@ async def test_I12_with_a_secret_everything_needs_the_credential_and_every_refus
 ) -> None:
     async with serving(nats, tmp_path, fresh("files"), SHOAL_SECRET="the cluster's") as server:
         blob = server.add(b"abc")
+        now_s, secret = time.time(), "the cluster's"
+        token = blob_token(secret, server.node, blob, now_s)
         wrong = [
             {},
             bearer("another's", "blobs"),
@@ -244,15 +252,24 @@ async def test_I12_with_a_secret_everything_needs_the_credential_and_every_refus
             {"Authorization": "Bearer the cluster's"},
             {"Authorization": derive("the cluster's", "blobs")},
             {"Authorization": "Bearer "},
+            {"Authorization": "Shoal "},
+            {"Authorization": f"Shoal {int(now_s)}."},
+            bearer(secret, "hub"),
+            blob_token("another's", server.node, blob, now_s),
+            blob_token(secret, "another", blob, now_s),
+            blob_token(secret, server.node, "cd" * 32, now_s),
+            blob_token(secret, server.node, blob, now_s - 3600),
+            blob_token(secret, server.node, blob, now_s + 3600),
             {"Authorization": "Bearer \xff\xfe"},
         ]
+        others = ("/v1/blobs/" + "ef" * 32, "/v1/blobs/..", "/v1/leaves/x", "/health", "/nothing")
         refusals = set()
         for headers in wrong:
-            for path in (f"/v1/blobs/{blob}", "/v1/blobs/" + "ab" * 32, "/v1/blobs/..", "/health", "/nothing"):
+            for path in (f"/v1/blobs/{blob}", f"/v1/blobs/{blob}/any", f"/v1/leaves/{blob}", *others):
                 reply = await server.ask(path, headers)
                 refusals.add((reply.status, reply.body))
         assert len(refusals) == 1 and refusals.pop()[0] == 401
-        assert (await server.ask(f"/v1/blobs/{blob}", bearer("the cluster's", "blobs"))).body == b"abc"
+        assert (await server.ask(f"/v1/blobs/{blob}", token)).body == b"abc"
         assert (await server.ask("/health", bearer("the cluster's", "blobs"))).status == 200
         assert "the cluster's" not in server.process.output
 

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from shoal_common.errors import QuotaExceeded, Withdrawn
-from shoal_common.messages.commands import CancelDownload, Download
+from shoal_common.messages.commands import CancelDownload, Download, PauseDownload
 from shoal_common.messages.records import DownloadState
 from tests.gateway.peers import Cluster, cluster, error_of, now_s
 from tests.gateway.process import NODE, RunningGateway
@@ -149,6 +149,28 @@ async def test_cancel_goes_to_every_node_that_downloads_it(gateway: RunningGatew
         assert asked == ["org/big"] and body["nodes"]["a"]["cancelled"] is True and list(body["nodes"]) == ["a"]
         nothing = (await c.http.post("/v1/downloads/cancel", json={"model": "org/none"})).json()
     assert nothing == {"model": "org/none", "nodes": {}}
+
+
+async def test_pause_and_resume_go_where_it_is_downloaded_or_to_all_and_answer_what_each_says(
+    gateway: RunningGateway,
+) -> None:
+    async with cluster(gateway) as c:
+        asked: list[tuple[str, str]] = []
+        for node in ("a", "b"):
+
+            async def pause(command: PauseDownload, node: str = node) -> object:
+                asked.append((node, command.model))
+                return {"models": {"org/big": "paused"}}
+
+            await c.worker("fetcher", node, "pause", PauseDownload, pause)
+        await c.downloading(DownloadState(node="a", model="org/big", phase="fetching"))
+        await c.seen("/v1/downloads", lambda s: len(s["downloads"]) == 1)
+        body = (await c.http.post("/v1/downloads/pause", json={"model": "org/big"})).json()
+        assert asked == [("a", "org/big")] and body["nodes"]["a"]["models"] == {"org/big": "paused"}
+        body = (await c.http.post("/v1/downloads/pause", json={"nodes": "all"})).json()
+        assert sorted(asked[1:]) == [("a", ""), ("b", "")] and list(body["nodes"]) == ["a", "b"]
+        assert (await c.http.post("/v1/downloads/resume", json={"model": "org/none"})).json()["nodes"] == {}
+        error_of(await c.http.post("/v1/downloads/resume", json={"model": "../up"}), 400)
 
 
 async def test_waiting_asker_hears_that_the_download_was_withdrawn(gateway: RunningGateway) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 from shoal_common.errors import Corrupt, NoRoom
 from shoal_common.messages.commands import Delete, Place, Unplace
-from shoal_common.messages.facts import Facts
+from shoal_common.messages.facts import Facts, Link
 from shoal_common.messages.records import DownloadState, InstanceState, StorageState
 from shoal_common.subjects import SERVICES
 from tests.gateway.peers import COMMIT, cluster, error_of, running
@@ -167,14 +167,16 @@ async def test_stop_sends_unplace_and_says_that_it_is_gone(gateway: RunningGatew
 async def test_status_has_every_node_with_its_services_memory_and_disk(gateway: RunningGateway) -> None:
     async with running(gateway) as (c, _):
         await c.live("a", "storage", Facts(disk_free_bytes=7))
+        await c.live("a", "fileserver", Facts(links=[Link(address="192.0.2.9:1", kind="wifi")]))
         await c.write("state", "storage.a", StorageState(node="a", used_bytes=3, free_bytes=7))
         await c.write("state", "storage.asleep", StorageState(node="asleep", used_bytes=3))
-        status = await c.seen("/v1/status", lambda s: len(s["nodes"]) == 3)
+        status = await c.seen("/v1/status", lambda s: len(s["nodes"]) == 3 and any(n["link"] for n in s["nodes"]))
     assert status["node"] == NODE and status["nats_connected"] is True
     nodes = {n["node"]: n for n in status["nodes"]}
     assert nodes["asleep"]["live"] is False and nodes["asleep"]["missing_services"] == list(SERVICES)
     a = nodes["a"]
-    assert a["live"] and sorted(a["services"]) == ["inference", "storage"]
+    assert a["live"] and sorted(a["services"]) == ["fileserver", "inference", "storage"]
+    assert a["link"] == "wifi" and nodes["asleep"]["link"] == ""
     assert a["memory_total_bytes"] == 16 << 30 and a["storage"]["free_bytes"] == 7
     assert a["storage"]["quota_bytes"] is None
     assert nodes[NODE]["services"]["gateway"]["addresses"] == [c.gateway.url.removeprefix("http://")]

@@ -20,7 +20,6 @@ from shoal_common.messages.records import (
     StageSpec,
     StageState,
 )
-from shoal_common.names import ModelRef
 from shoal_gateway import errors as gateway_errors
 from shoal_gateway.access import refusal
 from shoal_gateway.app import ROUTES
@@ -29,7 +28,7 @@ from shoal_gateway.openai import UNSUPPORTED
 from shoal_gateway.picture import Picture
 from shoal_gateway.progress import begun
 from shoal_gateway.settings import Limits
-from shoal_gateway.targets import to_cancel, to_delete, to_download
+from shoal_gateway.targets import to_control, to_delete, to_download
 from shoal_gateway.tokens import MAX_AHEAD, InOrder, StopScanner
 
 PURE = ("access", "catalog", "choose", "openai", "outcomes", "progress", "status", "targets", "tokens")
@@ -207,7 +206,7 @@ def test_ended_downloads_on_nodes_that_are_away_hold_no_delete_up() -> None:
     assert to_delete(Picture(downloads=downloads("failed")), "org/m", None, None) == []
     with pytest.raises(NodeAway):
         to_delete(Picture(downloads=downloads("paused")), "org/m", None, None)
-    assert to_cancel(Picture(downloads=downloads("ready")), ModelRef("org/m"), None) == []
+    assert to_control(Picture(downloads=downloads("ready")), "org/m", None) == []
 
 
 def test_delete_of_a_revision_goes_where_that_revision_is() -> None:

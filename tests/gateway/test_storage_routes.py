@@ -79,6 +79,7 @@ async def test_storage_lists_every_disk_with_what_its_storage_last_said(gateway:
         ("PUT", "/v1/storage/config", "configure", {"headroom_bytes": 0, "id": "x"}, {"headroom_bytes": 0}),
         ("PUT", "/storage/config", "configure", {"read_only_roots": ["/a"]}, {"read_only_roots": ["/a"]}),
         ("PUT", "/storage/config", "configure", {"read_only_roots": []}, {"read_only_roots": []}),
+        ("PUT", "/storage/config", "configure", {"roots": ["/b"]}, {"roots": ["/b"]}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m"}, {"model": "org/m"}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m", "pinned": False}, {"model": "org/m", "pinned": False}),
         ("POST", "/v1/storage/gc", "gc", {}, {}),

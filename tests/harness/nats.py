@@ -23,7 +23,7 @@ STOP_DEADLINE_S = 30.0
 _POLL_S = 0.01
 
 _SETTINGS = """
-listen: "127.0.0.1:{port}"
+listen: "{host}:{port}"
 ports_file_dir: "{directory}"
 jetstream {{
   store_dir: "{directory}/store"
@@ -41,11 +41,11 @@ class _Ports(msgspec.Struct):
 class NatsServer:
     """A nats-server with JetStream, every acknowledged write on the disk. Starts on entering the context."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.url = ""
-        self._port = free_port("127.0.0.1")
+        self._host, self._port = host, free_port(host)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -65,7 +65,7 @@ class NatsServer:
         """Start it, every time on the same port. Blocks until it listens (~50 ms)."""
         assert self._process is None, "the server is running already"
         settings = self.directory / "nats-server.conf"
-        settings.write_text(_SETTINGS.format(port=self._port, directory=self.directory))
+        settings.write_text(_SETTINGS.format(host=self._host, port=self._port, directory=self.directory))
         with (self.directory / "nats-server.log").open("ab") as output:
             self._process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("nats-server")), "-c", str(settings)],

@@ -30,10 +30,17 @@ _TAKE_COMMANDS = ("storage", "fetcher", "placement")
 
 
 class ServiceProcess:
-    """One service of one node: `python -m shoal_<service>`, its output in a file of the node's home."""
+    """One service of one node: `python -m shoal_<service>`, its output in a file of the node's home.
+
+    `within` is a command that runs it, as `ip netns exec` does, and becomes it: its pid is the service's.
+    """
+
+    within: tuple[str, ...] = ()
 
     def __init__(self, service: str, home: Path, environment: dict[str, str]) -> None:
         self.service, self.environment = service, environment
+        self.within: tuple[str, ...] = ()
+        """What is put before its command: where it runs."""
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -53,7 +60,7 @@ class ServiceProcess:
         assert not self.running, f"{self.service} is running already"
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"shoal_{self.service}"],
+                [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
                 env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 BALLAST = "ballast"
+_DEADLINE_S = 60
 
 
 @contextmanager
@@ -29,6 +30,53 @@ def small_disk(at: Path, size_bytes: int, files: int = 4096) -> Iterator[Path]:
         yield at
     finally:
         subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+class LoopDisk:
+    """A disk of its own, an ext4 in a file, that can be unmounted and mounted again as a person does."""
+
+    def __init__(self, image: Path, at: Path, size_bytes: int) -> None:
+        self.at = at
+        at.mkdir(parents=True, exist_ok=True)
+        with image.open("wb") as f:
+            f.truncate(size_bytes)
+        _run("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
+        # One device for its whole life: two over one file would not know of each other.
+        self._device = _run("losetup", "--find", "--show", str(image)).strip()
+
+    def mount(self) -> None:
+        """Put the disk in."""
+        _run("mount", "-t", "ext4", self._device, str(self.at))
+
+    def unmount(self) -> None:
+        """Pull it out, whoever has files of it open."""
+        _run("umount", "-l", str(self.at))
+
+    def close(self) -> None:
+        """Throw it away."""
+        while os.path.ismount(self.at):
+            self.unmount()
+        _run("losetup", "--detach", self._device)
+
+
+@contextmanager
+def loop_disk(at: Path, size_bytes: int) -> Iterator[LoopDisk]:
+    """A disk with an empty ext4, mounted, while the body runs. Skips where none can be had."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a disk: unmounting one is NOT tested here")
+    try:
+        disk = LoopDisk(at.with_name(f"{at.name}.image"), at, size_bytes)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"a disk cannot be made, unmounting one is NOT tested here: {e}")
+    try:
+        disk.mount()
+        yield disk
+    finally:
+        disk.close()
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_DEADLINE_S).stdout
 
 
 def fill(directory: Path) -> Path:

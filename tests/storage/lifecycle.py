@@ -1,6 +1,6 @@
 """A model's whole life in a store, in a process of its own, to be killed anywhere. Says what it has acknowledged.
 
-python -m tests.storage.lifecycle STORE
+python -m tests.storage.lifecycle STORE [FURTHER ROOT, where blobs come then]
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def bring_in(store: Store, model: Model) -> None:
     acknowledge("sealed", model.name)
 
 
-def main(root: Path) -> None:
+def main(root: Path, further: Path | None = None) -> None:
     """Two models that share a blob come in; one of them leaves; another one is reserved."""
-    store = Store(root)
+    store = Store(root, further)
+    store.onto = next(iter(store.disk.further), "")
     bring_in(store, STAYS)
     bring_in(store, LEAVES)
     store.delete(LEAVES)
@@ -48,4 +49,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,7 +1,8 @@
 """A longer life of a store, with every kind of change, that says what it begins and what it has acknowledged.
 
-Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE [function …]` says
-`at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out.
+Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE FURTHER [function …]`
+says `at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out. FURTHER is a further
+root, where all blobs come then, or "".
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ Acknowledge = Callable[[str, str], None]
 ROTTEN = sha256(STAYS.bytes["own.bin"])
 
 
-def live(root: Path, acknowledge: Acknowledge) -> None:
-    """Models come and go, are pinned and leased, a blob rots and is repaired, a deleted one begins to come back."""
-    store = Store(root)
+def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> None:
+    """Models come and go, are pinned and leased, a blob rots and is repaired, a deleted one begins to come back.
+
+    All of it in a further root, where there is one, as far as it is blobs.
+    """
+    store = Store(root, further)
+    store.onto = next(iter(store.disk.further), "")
     keeping = Keeping(store.layout, store.ledger)
     bring_in(store, STAYS, acknowledge)
     keeping.pin(STAYS.name)
@@ -109,9 +114,9 @@ def main(root: Path) -> None:
         ask(f"at {call}")
         return call.site.split(":")[1] not in left_out or call.name != "fsync"
 
-    left_out = set(sys.argv[2:])
-    with seen(root, before):
-        live(root, lambda what, which: ask(f"ack {what} {which}"))
+    left_out, further = set(sys.argv[3:]), Path(sys.argv[2]) if sys.argv[2] else None
+    with seen(root.parent, before):
+        live(root, lambda what, which: ask(f"ack {what} {which}"), further)
 
 
 if __name__ == "__main__":

@@ -84,15 +84,16 @@ class Promises:
             assert what in ("quarantined", "released")
             self.gone.add(which)
 
-    def hold(self, root: Path) -> None:
+    def hold(self, root: Path, further: Path | None = None) -> None:
         """Check a store that starts after a cut: nothing promised is lost, nothing that has gone comes back."""
         if not root.exists():
             assert not self.promised, "the store is lost"
             return
         rotten = "" if STAYS.name in self.models else ROTTEN
-        check_invariants(root, rotten)
-        store = Store(root)
-        check_invariants(root, rotten)
+        check_invariants(root, rotten, further)
+        store = Store(root, further)
+        store.onto = next(iter(store.disk.further), "")
+        check_invariants(root, rotten, further)
         ledger = store.ledger
         if rotten in ledger.blobs:
             look_at(store, rotten)

@@ -16,6 +16,7 @@ from shoal_common.messages.commands import Command, Delete, Outcome
 from shoal_common.messages.questions import (
     AskLease,
     AskPlan,
+    AskRoom,
     CommitBlob,
     Committed,
     Done,
@@ -25,6 +26,7 @@ from shoal_common.messages.questions import (
     Release,
     Reserve,
     Reserved,
+    RoomLeft,
     SealModel,
     Unlease,
     Withdraw,
@@ -88,9 +90,9 @@ class Node:
         """storage.release"""
         await self.ask("release", Release(manifest=manifest), Done)
 
-    async def commit(self, blob: str) -> Committed:
+    async def commit(self, blob: str, root: str = "") -> Committed:
         """storage.commit"""
-        return await self.ask("commit", CommitBlob(blob=blob), Committed)
+        return await self.ask("commit", CommitBlob(blob=blob, root=root), Committed)
 
     async def seal(self, manifest: Manifest) -> ModelState:
         """storage.seal"""
@@ -124,6 +126,10 @@ class Node:
     async def plan(self, need_bytes: int) -> EvictionPlan:
         """storage.plan"""
         return await self.ask("plan", AskPlan(need_bytes=need_bytes), EvictionPlan)
+
+    async def room(self, model: str) -> RoomLeft:
+        """storage.room"""
+        return await self.ask("room", AskRoom(model=model), RoomLeft)
 
     async def lease(self, model: str, holder: str = "a test", instance: str = "") -> Leased:
         """storage.lease"""

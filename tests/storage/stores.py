@@ -8,17 +8,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec import structs
+
 from shoal_common.errors import BadMessage
 from shoal_common.layout import LEAF_BYTES, Bitmap, Layout, leaf_count
+from shoal_common.leaves import leaf_hash, root_of
 from shoal_common.messages import decode
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_storage import lease_disk
 from shoal_storage.decide import Limits, Partial, admit, freed_by
 from shoal_storage.disk import Disk, require_present
+from shoal_storage.further import open_root, remember
 from shoal_storage.leases import GRACE_S, Lease
 from shoal_storage.quarantine import set_aside_earlier
 from shoal_storage.recovery import recover
-from shoal_storage.repair import make_partial
+from shoal_storage.repair import make_partial, repairable_bytes
+from shoal_storage.spread import Space
 
 UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
 
@@ -31,6 +36,11 @@ def sha256(data: bytes) -> str:
 def git_sha1(data: bytes) -> str:
     """What git calls these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def leaf_list(data: bytes) -> bytes:
+    """The leaf list of a blob with these bytes."""
+    return b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES))
 
 
 class Model:
@@ -59,6 +69,12 @@ class Model:
             revisions=["main"],
             files=[ManifestFile(path=p, size_bytes=len(d), sha256=sha256(d)) for p, d in files.items()],
         )
+
+    @property
+    def kept(self) -> Manifest:
+        """The sealed manifest as a service keeps it that has hashed every leaf: with the lists' roots."""
+        files = [structs.replace(f, leaves=root_of(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
+        return structs.replace(self.sealed, files=files)
 
     @property
     def name(self) -> str:
@@ -109,17 +125,35 @@ def put(layout: Layout, blob: str, data: bytes) -> None:
 class Store:
     """A disk and its ledger, driven as the guard drives them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.layout = root, Layout(root)
+    def __init__(self, root: Path, further: Path | None = None) -> None:
+        self.root = root
         self.disk = Disk(root)
+        self.layout = self.disk.layout
         self.disk.open()
+        self.onto = ""
+        """The root that blobs come to from now on; "" for the store."""
+        if further is not None:
+            self.join(further)
         self.ledger = recover(self.disk, lease_disk.read(self.disk, time.monotonic(), time.time()))
         self.ledger.quarantined = set_aside_earlier(self.disk)
 
+    def join(self, further: Path) -> str:
+        """Use a further root from its opening on; at a start, before anything is read. Returns its id."""
+        opened = open_root(self.layout, further)
+        remember(self.layout, opened)
+        self.disk.join(opened)
+        return opened.id
+
     def reserve(self, model: Model) -> list[str]:
         """Reserve what is missing, and say what that is."""
-        missing = admit(model.manifest, self.ledger, UNLIMITED, self.disk.free_bytes()).missing
+        # Both on one disk here, which storage would count once: of no matter where there is plenty.
+        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_root
+        spaces = [Space(further, str(lay.root), free, in_flight[further]) for further, lay in self.layout.all()]
+        missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
         for blob in missing:
+            if blob not in self.ledger.partials:
+                bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
+                self.disk.place(blob, self.layout.where.get(blob, "") if bound else self.onto)
             partial = self.ledger.partials.setdefault(blob, Partial(model.manifest.blob_sizes[blob]))
             partial.models.add(model.name)
             if self.disk.has_partial(blob):
@@ -187,19 +221,20 @@ class Store:
         )
 
 
-def check_invariants(root: Path, rotten: str = "") -> None:
+def check_invariants(root: Path, rotten: str = "", further: Path | None = None) -> None:
     """What holds of a store at any moment, whatever was killed: I1 and I2. Strange files are not its business.
 
     A blob that the disk itself has changed, `rotten`, is excepted until somebody has looked at it.
     """
     layout = Layout(root)
-    for path in layout.blobs.glob("*/*"):
+    roots = [layout, *([Layout(further)] if further else [])]
+    for path in [p for its in roots for p in its.blobs.glob("*/*")]:
         if path.name != rotten and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
             assert sha256(path.read_bytes()) == path.name, f"I1: {path.name} does not hash to its name"
     for path in layout.manifests.glob("*/*.json"):
         with suppress(BadMessage):
             for f in decode(path.read_bytes(), Manifest).files:
-                assert f.sha256 == rotten or layout.blob(f.sha256).is_file(), (
+                assert f.sha256 == rotten or any(its.blob(f.sha256).is_file() for its in roots), (
                     f"I2: {path} is there and its blob {f.sha256} is not"
                 )
 

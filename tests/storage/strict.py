@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from shoal_common.layout import Layout
+from shoal_storage.store_layout import StoreLayout
 from tests.storage.lifecycle import COMES, LEAVES, STAYS
 from tests.storage.seam import Call
 from tests.storage.stores import Model
@@ -66,6 +67,11 @@ class StrictDisk:
                 there.dirty = True
             else:
                 directory.change(name, File())
+        elif call.name == "symlink":
+            directory, name = self._parent(call.paths[1])
+            link = File()
+            link.dirty = False  # it is its name and nothing else
+            directory.change(name, link)
         elif call.name == "mkdir":
             directory, name = self._parent(call.paths[0])
             directory.change(name, Directory())
@@ -99,6 +105,12 @@ class StrictDisk:
             found = {s[part] for d in found if isinstance(d, Directory) for s in d.states if part in s}
         return list(found)
 
+    def remembers(self, directory: PurePath) -> bool:
+        """Whether something is in a directory after a power cut, whatever it is called."""
+        return self.certain(directory) and all(
+            s for d in self.may_be(directory) if isinstance(d, Directory) for s in d.states
+        )
+
     def certain(self, path: PurePath) -> bool:
         """Whether a path is there after a power cut, with its bytes."""
         node: Node = self._root
@@ -111,16 +123,36 @@ class StrictDisk:
         return isinstance(node, Directory) or not node.dirty
 
 
-def broken_promises(root: str, events: list[Call | tuple[str, str]]) -> Iterator[str]:
+class Paths(StoreLayout):
+    """The paths of a store whose blobs are all in a further root, or of one that has none."""
+
+    def __init__(self, root: str, has_further: bool) -> None:
+        super().__init__(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
+        self.versions = [self.version]
+        self._at = ""
+        if has_further:
+            self._at = "further"
+            self.add(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
+            self.versions.append(self.of(self._at).version)
+
+    def _root_of(self, blob: str) -> Layout:
+        return self.of(self._at)
+
+    def blob(self, sha256: str) -> PurePath:  # type: ignore[override]  # the same
+        """A blob's file."""
+        return self.blob_in(self._at, sha256)
+
+
+def broken_promises(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
     """What a power cut at some moment of a life would break: I1, I2 and I6, and the orders of `disk.py`."""
-    disk, lay = StrictDisk(root), Layout(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
+    disk, lay = StrictDisk(root), Paths(root, has_further)
     deleting: Model | None = None
     renamed: list[Call] = []
     lost: set[str] = set()
     """Blobs set aside: missing though the manifest stays, until the pull that repairs it."""
     for event in events:
         if isinstance(event, Call):
-            if event.name == "unlink" and deleting is not None and event.paths[0].startswith(str(lay.blobs)):
+            if event.name == "unlink" and deleting is not None and "blobs" in PurePath(event.paths[0]).parts:
                 tomb = lay.tombs / f"{lay.manifest(deleting.manifest.repo, deleting.manifest.commit).parent.name}"
                 tomb = tomb.with_name(f"{tomb.name}@{deleting.manifest.commit}.json")
                 if not disk.certain(tomb):
@@ -140,8 +172,8 @@ def broken_promises(root: str, events: list[Call | tuple[str, str]]) -> Iterator
             yield from (f"I6: {what} {which[:40]}: {why}" for why in _acknowledged(disk, lay, what, which, renamed))
 
 
-def _at_any_time(disk: StrictDisk, lay: Layout, lost: set[str]) -> Iterator[str]:
-    if any(isinstance(v, File) and v.dirty for v in disk.may_be(lay.version)):
+def _at_any_time(disk: StrictDisk, lay: Paths, lost: set[str]) -> Iterator[str]:
+    if any(isinstance(v, File) and v.dirty for version in lay.versions for v in disk.may_be(version)):
         yield "a VERSION without its bytes"
     for model in MODELS.values():
         for blob in model.sealed.blob_sizes:
@@ -158,33 +190,35 @@ def _at_any_time(disk: StrictDisk, lay: Layout, lost: set[str]) -> Iterator[str]
                 yield f"I2: the manifest of {model.name} without blob {blob[:12]}"
 
 
-def _acknowledged(disk: StrictDisk, lay: Layout, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
+def _acknowledged(disk: StrictDisk, lay: Paths, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
     here, gone = (
         _of_a_blob(lay, what, which, renamed) if which not in MODELS else _of_a_model(lay, what, MODELS[which])
     )
     for path in here:
         if not disk.certain(path):
-            yield f"{path.relative_to(lay.root)} may be lost"
+            yield f"{path.relative_to(lay.root.parent)} may be lost"
     for path in gone:
         if disk.may_be(path):
-            yield f"{path.relative_to(lay.root)} may come back"
+            yield f"{path.relative_to(lay.root.parent)} may come back"
+    if what == "reserved" and len(lay.versions) > 1 and not disk.remembers(lay.further):
+        yield "where the further root is may be forgotten"
 
 
-def _of_a_blob(lay: Layout, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
+def _of_a_blob(lay: Paths, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
     """What is here for certain, and what has gone for certain, once this was acknowledged."""
     partial: PurePath = lay.partial(which)
     aside: list[PurePath] = [lay.set_aside(which), lay.set_aside_have(which)]
     if what == "committed":
         # DESIGN §7: both directories of the rename.
         gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
-        return [lay.version, lay.blob(which), lay.leaves(which)], [*gone, *aside]
+        return [*lay.versions, lay.blob(which), lay.leaves(which)], [*gone, *aside]
     if what == "quarantined":
         views = [
             lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
         ]
         return aside[:1], [lay.blob(which), *views]
     promised: dict[str, tuple[list[PurePath], list[PurePath]]] = {
-        "reserved": ([lay.version, partial / "meta.json"], []),
+        "reserved": ([*lay.versions, partial / "meta.json"], []),
         "released": ([], [partial]),
         "kept-good": (aside[1:], []),
         "taken-back": ([partial / name for name in ("data", "have", "meta.json")], aside),
@@ -193,7 +227,7 @@ def _of_a_blob(lay: Layout, what: str, which: str, renamed: list[Call]) -> tuple
     return promised.get(what, ([], []))
 
 
-def _of_a_model(lay: Layout, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
+def _of_a_model(lay: Paths, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
     manifest = lay.manifest(model.sealed.repo, model.sealed.commit)
     tomb = lay.tombs / f"{manifest.parent.name}@{manifest.name}"
     own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -59,6 +60,10 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
                 "headroom_bytes": 7,
                 "partial_retention_s": 604800,
                 "read_only_roots": [],
+                "roots": [],
+                "max_upload_bytes_per_s": None,
+                "max_hub_bytes_per_s": None,
+                "max_peer_bytes_per_s": None,
                 "used_bytes": 0,
                 "from_environment": [],
             }
@@ -145,6 +150,38 @@ async def test_bad_values_are_refused_in_one_line_and_nothing_is_written(
             path.write_text(before)
             assert await node.storage_state() == state
             assert "Traceback" not in process.output
+
+
+async def test_rates_go_into_a_section_of_their_own_with_the_others_all_or_none(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node:
+        path = with_file(node)
+        async with node.storage(SHOAL_MAX_PEER_BYTES_PER_S="77", **FREE):
+            change = Configure(headroom_bytes=7, max_hub_bytes_per_s=20_000_000, max_upload_bytes_per_s=None)
+            outcome = await configure(node, change)
+            assert outcome.ok and outcome.result["max_hub_bytes_per_s"] == 20_000_000
+            assert tomllib.loads(path.read_text())["transfer"] == {"max_hub_bytes_per_s": 20_000_000}
+            assert "# half of it" in path.read_text()
+            state = await node.storage_state()
+            rates = (state.max_upload_bytes_per_s, state.max_hub_bytes_per_s, state.max_peer_bytes_per_s)
+            assert rates == (None, 20_000_000, 77) and state.from_environment == ["max_peer_bytes_per_s"]
+            before = path.read_text()
+            for body, words in (
+                ({"headroom_bytes": 8, "max_hub_bytes_per_s": 0}, "bytes per second from 1"),
+                ({"headroom_bytes": 8, "max_peer_bytes_per_s": 5}, "unset SHOAL_MAX_PEER_BYTES_PER_S"),
+                ({"headroom_bytes": 8, "max_upload_bytes_per_s": 2**63}, "max_upload_bytes_per_s is"),
+            ):
+                refused = await configure(node, body)
+                assert refused.error is not None and words in refused.error.message
+            assert path.read_text() == before and await node.storage_state() == state, "all or none"
+            # A fault in one section refuses a change of the other.
+            path.write_text(before.replace("20000000", '"fast"'))
+            broken = await configure(node, Configure(headroom_bytes=9))
+            assert broken.error is not None and "transfer.max_hub_bytes_per_s is 'fast'" in broken.error.message
+            path.write_text(before)
+            assert (await configure(node, Configure(max_hub_bytes_per_s=None))).ok
+            assert (await node.storage_state()).max_hub_bytes_per_s is None
 
 
 async def test_changes_asked_at_once_all_hold(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from tests.storage.promises import Promises
 from tests.storage.seam import Call, seen
 from tests.storage.service import on_node
 from tests.storage.stores import Model, Store, check_invariants, files_below, whole_of
+from tests.storage.test_disk_kills import Life, start_after
 from tests.storage.test_disk_kills import live as live_under_strace
-from tests.storage.test_disk_kills import start_after
 
 Fresh = Callable[[str], str]
 ANY_CALL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -98,23 +98,24 @@ def test_I6_no_refused_call_is_taken_for_success_and_the_store_goes_on(fast: Pat
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: refused writes are NOT tested here")
 def test_I6_a_refused_write_is_not_taken_for_success(tmp_path: Path) -> None:
-    ended = live_under_strace(tmp_path / "whole", "-o", str(tmp_path / "trace"), "-e", "trace=write")
+    ended = live_under_strace(Life(tmp_path, has_further=False), "-o", str(tmp_path / "trace"), "-e", "trace=write")
     assert ended.returncode == 0, ended.stderr
     count = Counter(line.partition("(")[0].split()[-1] for line in (tmp_path / "trace").read_text().splitlines())
     points = [(error, n) for error in ("ENOSPC", "EIO") for n in range(1, count["write"] + 1)]
     assert len(points) > 30, count
 
-    def refuse(point: tuple[str, int]) -> tuple[Path, int, list[str]]:
+    def refuse(point: tuple[str, int]) -> tuple[Life, int, list[str]]:
         error, n = point
-        root = tmp_path / f"{error}-{n}"
+        life = Life(tmp_path / f"{error}-{n}", has_further=False)
+        life.directory.mkdir()
         inject = f"inject=write:error={error}:when={n}"
-        ended = live_under_strace(root, "-o", "/dev/null", "-e", "trace=write", "-e", inject)
-        return root, ended.returncode, ended.stdout.splitlines()
+        ended = live_under_strace(life, "-o", "/dev/null", "-e", "trace=write", "-e", inject)
+        return life, ended.returncode, ended.stdout.splitlines()
 
     with ThreadPoolExecutor(2) as two:
-        for point, (root, _, acknowledged) in zip(points, two.map(refuse, points), strict=True):
+        for point, (life, _, acknowledged) in zip(points, two.map(refuse, points), strict=True):
             try:
-                start_after(root, acknowledged)
+                start_after(life, acknowledged)
             except AssertionError as e:
                 raise AssertionError(f"refused at {point} after {acknowledged[-1:]}: {e}") from e
 

@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal_common.layout import Layout
@@ -40,7 +41,29 @@ _NO_STRACE = "no strace on this machine: kills at every change are NOT tested he
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRACE)
 
 
-def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
+class Life(msgspec.Struct, frozen=True):
+    """A life in a directory; where its blobs come: to the store, or to a further root."""
+
+    directory: Path
+    has_further: bool
+
+    @property
+    def root(self) -> Path:
+        """The store."""
+        return self.directory / "store"
+
+    @property
+    def further(self) -> Path | None:
+        """The further root, if it has one."""
+        return self.directory / "further" if self.has_further else None
+
+    @property
+    def blobs(self) -> Layout:
+        """The paths of the root where blobs come."""
+        return Layout(self.further or self.root)
+
+
+def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
     """Live a model's life under strace."""
     return subprocess.run(
         [
@@ -54,7 +77,7 @@ def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
             sys.executable,
             "-m",
             "tests.storage.lifecycle",
-            str(root),
+            *map(str, filter(None, (life.root, life.further))),
         ],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
@@ -64,22 +87,24 @@ def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def whole_life(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@pytest.fixture(scope="module", params=[False, True], ids=["store", "further-root"])
+def whole_life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Life, list[str]]:
     """Every change of a life that nobody interrupted, in order, with the paths."""
-    directory = tmp_path_factory.mktemp("life")
-    calls = ",".join(f"?{c}" for c in CHANGES)
-    ended = live(directory / "store", "-o", str(directory / "trace"), "-e", f"trace={calls}")
+    life = Life(tmp_path_factory.mktemp("life"), request.param)
+    calls, trace = ",".join(f"?{c}" for c in CHANGES), life.directory / "trace"
+    ended = live(life, "-o", str(trace), "-e", f"trace={calls}")
     assert ended.returncode == 0, ended.stderr
-    return (directory / "trace").read_text().splitlines()
+    return life, trace.read_text().splitlines()
 
 
-def start_after(root: Path, acknowledged: list[str]) -> None:
+def start_after(life: Life, acknowledged: list[str]) -> None:
     """What the next start must find, given what the killed process had acknowledged."""
-    check_invariants(root)
+    root, further = life.root, life.further
+    check_invariants(root, further=further)
     said = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
-    store = Store(root)
-    check_invariants(root)
+    store = Store(root, further)
+    check_invariants(root, further=further)
+    assert further is None or not any((further / "tombs").iterdir())
     ledger, stays = store.ledger, {f.sha256 for f in STAYS.sealed.files}
     leaves = {*LEAVES.blobs, *(f.sha256 for f in LEAVES.sealed.files)} - stays
     assert not ledger.broken
@@ -101,65 +126,70 @@ def start_after(root: Path, acknowledged: list[str]) -> None:
         store.bring_in(model)
     store.delete(LEAVES)
     assert store.holds(STAYS) and store.holds(COMES)
-    assert files_below(root) == whole_of(STAYS, COMES)
+    here = files_below(root) | (files_below(further) if further else set())
+    assert here - {f"further/{identity}" for identity in store.disk.further} == whole_of(STAYS, COMES)
 
 
 def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acknowledged_and_leaves_nothing_behind(
-    tmp_path: Path, whole_life: list[str]
+    tmp_path: Path, whole_life: tuple[Life, list[str]]
 ) -> None:
-    counts = Counter(match.group(1) for line in whole_life if (match := _CALL.match(line)))
+    its, calls = whole_life
+    counts = Counter(match.group(1) for line in calls if (match := _CALL.match(line)))
     points = [(call, n) for call, count in counts.items() for n in range(1, count + 1)]
     assert len(points) > 100, counts
 
-    def kill_at(point: tuple[str, int]) -> tuple[Path, list[str]]:
+    def kill_at(point: tuple[str, int]) -> tuple[Life, list[str]]:
         call, n = point
-        root = tmp_path / f"{call}-{n}"
+        life = Life(tmp_path / f"{call}-{n}", its.has_further)
+        life.directory.mkdir()
         inject = f"inject={call}:signal=SIGKILL:when={n}"
-        ended = live(root, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
+        ended = live(life, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
         assert ended.returncode != 0, f"{call} number {n} was never reached"
-        return root, ended.stdout.splitlines()
+        return life, ended.stdout.splitlines()
 
     with ThreadPoolExecutor(2) as two:
-        for point, (root, acknowledged) in zip(points, two.map(kill_at, points), strict=True):
+        for point, (life, acknowledged) in zip(points, two.map(kill_at, points), strict=True):
             try:
-                start_after(root, acknowledged)
+                start_after(life, acknowledged)
             except AssertionError as e:
                 raise AssertionError(f"killed at {point} after {acknowledged[-1:]}: {e}") from e
 
 
-def final_name(what: str, which: str, layout: Layout) -> str:
+def final_name(what: str, which: str, life: Life) -> str:
     """The rename that makes what was acknowledged so, by where it goes."""
     if what == "reserved":
-        return str(layout.partial(which) / "meta.json")
+        return str(life.blobs.partial(which) / "meta.json")
     if what == "committed":
-        return str(layout.blob(which))
+        return str(life.blobs.blob(which))
+    layout = Layout(life.root)
     repo, _, commit = which.partition("@")
     return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombs)
 
 
-def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: list[str]) -> None:
+def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life, list[str]]) -> None:
     """A kill cannot show a missing fsync; the order of the calls can."""
-    layout = Layout(Path(next(m.group(1) for line in whole_life if (m := re.search(r'mkdir\("([^"]+)"', line)))))
+    life, calls = whole_life
+    tombs = tuple(str(Layout(root).tombs) for root in (life.root, life.further) if root)
     synced: dict[str, int] = {}
     renamed: dict[str, tuple[int, str]] = {}
     acknowledged = 0
-    for at, line in enumerate(whole_life):
+    for at, line in enumerate(calls):
         if match := re.search(r"fsync\(\d+<([^>]+)>", line):
             synced[match.group(1)] = at
         elif match := re.search(r'rename\("([^"]+)", "([^"]+)"', line):
             source, target = match.groups()
-            if not target.startswith(str(layout.tombs)):
+            if not target.startswith(tombs):
                 assert source in synced, f"{target} got its name before its bytes were durable"
             renamed[target] = at, source
         elif match := re.search(r'write\(1<[^>]*>, "(\w+) ([^ \\]+)', line):
             what, which = match.groups()
-            wanted = final_name(what, which, layout)
+            wanted = final_name(what, which, life)
             # A manifest's tomb has a name of its own in tombs/; all else is where it is expected.
             target = next(t for t in reversed(renamed) if t == wanted or t.startswith(f"{wanted}/org--"))
             named_at, source = renamed[target]
             must = {Path(target).parent, Path(source).parent}
             if what == "reserved":
-                must.add(layout.partials)
+                must.add(life.blobs.partials)
             for directory in must:
                 assert synced.get(str(directory), 0) > named_at, f"{what} {which}: {directory} is not durable"
             acknowledged += 1
@@ -167,10 +197,10 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: list[str]) 
 
 
 def test_bytes_whose_fsync_failed_are_corrupt_and_are_not_trusted_by_a_second_fsync(tmp_path: Path) -> None:
-    root = tmp_path / "store"
+    life = Life(tmp_path, has_further=False)
     blob = STAYS.manifest.files[0].blob
-    data = Layout(root).partial(blob) / "data"
-    ended = live(root, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")
+    data = life.blobs.partial(blob) / "data"
+    ended = live(life, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")
     assert ended.returncode != 0
     assert "Corrupt: the disk could not keep the bytes of" in ended.stderr
     assert ended.stdout == f"reserved {blob}\n"

@@ -13,7 +13,7 @@ from shoal_common.errors import QuotaExceeded
 from shoal_common.messages import decode, encode
 from shoal_common.messages.questions import EvictionPlan
 from shoal_common.messages.records import InstanceSpec, Manifest, ManifestFile, StageSpec
-from shoal_storage.decide import Ledger, Limits, Partial, admit, freed_by, referenced, shortfall
+from shoal_storage.decide import Ledger, Limits, Partial, Shortfall, Wanted, admit, freed_by, referenced, store_space
 from shoal_storage.evict import as_told, garbage_of, kept_models, plan, refusal_with
 from shoal_storage.users import User, users_of
 
@@ -144,7 +144,7 @@ def test_I3_what_is_lacking_is_what_admission_lacks(
 ) -> None:
     limits, manifest = Limits(quota, headroom), manifest_of("org/new@" + "d" * 40, sorted(wanted), SIZES)
     new = sum(SIZES[b] for b in wanted - ledger.blobs.keys())
-    lacking = shortfall(new, ledger, limits, free).need_bytes
+    lacking = lacking_for(new, ledger, limits, free).need_bytes
     try:
         admit(manifest, ledger, limits, free)
         assert lacking == 0
@@ -156,6 +156,11 @@ def test_I3_what_is_lacking_is_what_admission_lacks(
         with pytest.raises(QuotaExceeded):
             tighter = Limits(None if quota is None else quota + lacking - 1, headroom)
             admit(manifest, ledger, tighter, free + lacking - 1)
+
+
+def lacking_for(new_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int) -> Shortfall:
+    """What one new blob lacks in a store without further roots."""
+    return Wanted({"": new_bytes}, {}, new_bytes).lacking(ledger, limits, [store_space(ledger, free_bytes)])
 
 
 def sized(sizes: dict[str, int], uses: Iterable[str] | None = None) -> Ledger:
@@ -175,7 +180,7 @@ def names(made: EvictionPlan) -> list[str]:
 
 def test_of_one_two_and_sixty_oldest_first_only_the_sixty_go_for_fifty() -> None:
     ledger = sized({"one": 1, "two": 2, "sixty": 60})
-    lacking = shortfall(50, ledger, Limits(70, 0), 10**9)
+    lacking = lacking_for(50, ledger, Limits(70, 0), 10**9)
     made = plan(lacking.need_bytes, ledger, ledger.last_uses, {})
     assert (made.need_bytes, names(made), made.frees_bytes, made.evictable_bytes) == (43, ["sixty"], 60, 63)
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.storage.lives import live
 from tests.storage.seam import Call, seen
 from tests.storage.strict import broken_promises
 
 REDUNDANT = {"durable.py:make_directory < durable.py:make_directory < disk.py:open"}
 """Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
+REDUNDANT_FURTHER = {
+    "durable.py:make_directory < durable.py:make_directory < further.py:open_root",
+    "durable.py:make_directory < disk.py:open",
+    "durable.py:write_file < disk.py:open",
+}
+"""The same in a store with a further root: `further/`, made last, makes the store's top durable again."""
 
 
 def without_lines(site: str) -> str:
@@ -18,29 +26,49 @@ def without_lines(site: str) -> str:
     return re.sub(r":\d+\b", "", site)
 
 
-def lived(directory: Path, left_out: str = "") -> list[Call | tuple[str, str]]:
+def lived(directory: Path, left_out: str = "", has_further: bool = False) -> list[Call | tuple[str, str]]:
     """The calls and acknowledgements of a life without the fsyncs of one place."""
     directory.mkdir()
     with seen(directory, lambda call: call.name != "fsync" or call.site != left_out) as seam:
-        live(directory / "store", seam.acknowledge)
+        live(directory / "store", seam.acknowledge, directory / "further" if has_further else None)
     return seam.events
 
 
-def test_I6_I1_I2_the_strictest_disk_keeps_every_promise_at_every_moment_of_a_life(tmp_path: Path) -> None:
-    events = lived(tmp_path / "whole")
+def survivors(tmp_path: Path, sites: list[str], has_further: bool) -> set[str]:
+    """The places whose fsync nobody missed."""
+    found = set()
+    for number, site in enumerate(sites):
+        root = tmp_path / f"mutant-{number}"
+        if not any(broken_promises(str(root), lived(root, site, has_further), has_further)):
+            found.add(without_lines(site))
+    return found
+
+
+def fsyncs(events: list[Call | tuple[str, str]]) -> set[str]:
+    """The places where a life calls fsync."""
+    return {e.site for e in events if isinstance(e, Call) and e.name == "fsync"}
+
+
+@pytest.mark.parametrize("has_further", [False, True])
+def test_I6_I1_I2_the_strictest_disk_keeps_every_promise_at_every_moment_of_a_life(
+    tmp_path: Path, has_further: bool
+) -> None:
+    events = lived(tmp_path / "whole", has_further=has_further)
     assert len([e for e in events if isinstance(e, Call)]) > 200
-    assert not list(broken_promises(str(tmp_path / "whole"), events))
+    assert not list(broken_promises(str(tmp_path / "whole"), events, has_further))
 
 
 def test_every_fsync_that_is_left_out_is_found_out(tmp_path: Path) -> None:
-    sites = sorted({e.site for e in lived(tmp_path / "whole") if isinstance(e, Call) and e.name == "fsync"})
+    sites = fsyncs(lived(tmp_path / "whole"))
     assert len(sites) >= 25, sites
-    survivors = []
-    for number, site in enumerate(sites):
-        root = tmp_path / f"mutant-{number}"
-        if not any(broken_promises(str(root), lived(root, left_out=site))):
-            survivors.append(site)
-    assert {without_lines(site) for site in survivors} == REDUNDANT
+    assert survivors(tmp_path, sorted(sites), has_further=False) == REDUNDANT
+
+
+def test_every_fsync_that_is_left_out_where_blobs_are_in_a_further_root_is_found_out(tmp_path: Path) -> None:
+    alone = {without_lines(site) for site in fsyncs(lived(tmp_path / "alone"))}
+    sites = fsyncs(lived(tmp_path / "whole", has_further=True))
+    assert len({without_lines(site) for site in sites} - alone) >= 5, sites
+    assert survivors(tmp_path, sorted(sites), has_further=True) == REDUNDANT | REDUNDANT_FURTHER
 
 
 def test_bytes_made_durable_after_they_have_their_name_are_found_out(tmp_path: Path) -> None:

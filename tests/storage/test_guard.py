@@ -41,10 +41,10 @@ class GatedDisk(Disk):
         super().__init__(root)
         self.verified, self.gate = threading.Event(), threading.Event()
 
-    def verify_partial(self, blob: str, size_bytes: int) -> Digests:
+    def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
         """Verify, and wait at the gate, whatever was found."""
         try:
-            return super().verify_partial(blob, size_bytes)
+            return super().verify_partial(blob, size_bytes, root)
         finally:
             self.verified.set()
             assert self.gate.wait(GATE_DEADLINE_S)

@@ -20,7 +20,7 @@ from shoal_common.messages.facts import Live
 from shoal_common.messages.questions import CommitBlob, Release, Reserve, SealModel
 from shoal_common.messages.records import DownloadSpec, DownloadState
 from shoal_common.watch import View
-from shoal_storage.decide import Ledger, Limits, Partial
+from shoal_storage.decide import Ledger, Limits, Partial, paused_bytes
 from shoal_storage.evict import garbage_of, kept_models, plan
 from shoal_storage.keeping import Keeping
 from shoal_storage.recovery import recover
@@ -31,6 +31,7 @@ from shoal_storage.reservations import (
     Reservations,
     Wish,
     decide,
+    paused_of,
     wishes,
 )
 from tests.harness.nats import NatsServer
@@ -77,10 +78,39 @@ def test_I4_what_is_wished_for_keeps_its_promise_while_its_fetcher_lives_and_not
         assert steps.remove == ([MODEL] if unwanted_s >= retention_s else [])
 
 
+@given(SPANS_S, SPANS_S)
+def test_I4_what_is_paused_keeps_its_promise_though_no_fetcher_lives(unwanted_s: float, away_s: float) -> None:
+    ledger = Ledger(promised={MODEL: {"a" * 64}}, wanted_s={MODEL: NOW_S - unwanted_s})
+    steps = decide(ledger, [Wish("org/model", COMMIT, paused=True)], away_s, NOW_S, 0)
+    assert not steps.end and not steps.remove
+    assert bool(steps.renew) == (unwanted_s >= RENEW_EVERY_S)
+
+
+def test_what_is_paused_and_fetched_under_another_name_is_not_told_as_paused() -> None:
+    ledger = Ledger(promised={MODEL: {"a" * 64}})
+    paused, fetched = Wish("org/model", COMMIT, paused=True), Wish("org/model", COMMIT)
+    assert paused_of(ledger, [paused]) == {MODEL}
+    assert paused_of(ledger, [paused, fetched]) == paused_of(ledger, [fetched]) == paused_of(ledger, []) == set()
+
+
+def test_of_a_paused_model_all_that_it_is_promised_is_told_and_what_others_need_too_is_not() -> None:
+    mine, shared = "b" * 64, "d" * 64
+    ledger = Ledger(blobs={mine: 5, shared: 7}, paused={MODEL, f"org/gone@{COMMIT}"})
+    ledger.partials = {"1" * 64: Partial(100, 20, {MODEL})}
+    other = f"org/whole@{COMMIT}"
+    ledger.promised = {MODEL: {"1" * 64, mine, shared}}
+    ledger.manifests[other] = manifest_of(other, [shared], {shared: 7})
+    assert paused_bytes(ledger) == {MODEL: 105}
+    assert ledger.reserved_bytes == 100 and garbage_of(ledger) == [], "wanted, so no garbage"
+    assert not plan(1000, ledger, {}, kept_models(ledger, {})).unfinished
+
+
 def test_wishes_get_their_commits_from_the_states_under_the_same_keys() -> None:
     specs = [(f"download.a.{n}", DownloadSpec(model=f"org/{n}", asked_at_s=1.0)) for n in ("x@v1", "y")]
     states = {"download.a.x@v1": DownloadState(node="a", model="org/x@v1", phase="fetching", commit=COMMIT)}
     assert wishes(specs, states) == [Wish("org/x", COMMIT), Wish("org/y", "")]
+    paused = [(key, DownloadSpec(model=spec.model, asked_at_s=1.0, paused=True)) for key, spec in specs]
+    assert wishes(paused, states) == [Wish("org/x", COMMIT, True), Wish("org/y", "", True)]
 
 
 # What has ended, in the ledger and in plans
@@ -198,7 +228,7 @@ async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention
         with pytest.raises(NotFound, match="has ended: nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is room for others.
-        await held.guard.room.free_bytes()
+        await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
         await cluster.look(37 * DAY_S - 1)
@@ -269,7 +299,7 @@ async def test_I4_what_an_ended_download_left_goes_before_any_model_as_the_dry_r
         await held.bring_in(A, B)
         cluster.wish(COMES, False)
         await cluster.look(STILL_WANTED_S)
-        await held.guard.room.free_bytes()
+        await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
         dry = await held.guard.room.plan_for(new.manifest.size_bytes)

@@ -67,7 +67,7 @@ async def fileserver_of(node: Node, server: NatsServer) -> AsyncIterator[Fileser
     async with started("-m", "shoal_fileserver", environment=node_environment(node.home, server.url)) as process:
         ready = await process.wait_line("msg=ready")
         host, _, port = ready.partition("addresses=")[2].split()[0].partition(":")
-        yield Fileserver(process, node.layout, host, int(port))
+        yield Fileserver(process, node.node, node.layout, host, int(port))
 
 
 async def test_I1_one_flipped_byte_anywhere_is_found_never_served_again_and_repaired_by_fetching_that_blob(

@@ -26,6 +26,7 @@ class NodeRow(Message):
     live: bool
     services: dict[str, ServiceRow] = {}
     missing_services: list[str] = []
+    link: str = ""
     memory_total_bytes: int = 0
     memory_available_bytes: int = 0
     storage: StorageState | None = None
@@ -116,7 +117,20 @@ class ConfiguredRow(Message):
     headroom_bytes: int = 0
     partial_retention_s: int = 0
     read_only_roots: list[str] = []
+    max_upload_bytes_per_s: int | None = None
+    max_hub_bytes_per_s: int | None = None
+    max_peer_bytes_per_s: int | None = None
+    roots: list[str] = []
     note: str = ""
+
+
+class ControlledRow(Message):
+    """What POST /v1/downloads/pause, resume or cancel has done on a node."""
+
+    models: dict[str, str] = {}
+    """Of pause and resume: what each download is now."""
+    cancelled: bool = False
+    was: str = ""
 
 
 class PinnedRow(Message):

@@ -16,7 +16,7 @@ from shoal_cli.client.tables import disks_table, part_words, strange_words
 from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
-from shoal_common.messages.records import LeaseState, RootState
+from shoal_common.messages.records import FurtherRootState, LeaseState, RootState
 from shoal_common.names import ModelRef, check_node
 
 _VERIFY_ANSWER_S = 3700.0
@@ -46,9 +46,9 @@ def storage(gateway: Gateway, args: argparse.Namespace) -> Said:
 
 def collect_garbage(gateway: Gateway, args: argparse.Namespace) -> Said:
     """`shoal gc`"""
-    answer = gateway.post("/v1/storage/gc", _where(args), Anything)
+    answer = gateway.post("/v1/storage/gc", where(args), Anything)
     words = []
-    for node, row in _rows(answer, CollectedRow):
+    for node, row in rows(answer, CollectedRow):
         freed = f"removed {count(row.blobs, 'blob')}, {show_bytes(row.freed_bytes)} freed"
         words.append(f"{node}: {freed if row.blobs or row.freed_bytes else 'nothing to remove'}")
     return Said(answer, words)
@@ -67,7 +67,7 @@ def verify(gateway: Gateway, args: argparse.Namespace) -> Said:
 
 def look_again(gateway: Gateway, args: argparse.Namespace) -> Anything:
     """Have what a command line means hashed again. Returns when all of it has been."""
-    body = _where(args)
+    body = where(args)
     if args.model:
         body["model"] = _model(args.model)
     return gateway.post("/v1/storage/verify", body, Anything, answer_s=_VERIFY_ANSWER_S)
@@ -75,7 +75,7 @@ def look_again(gateway: Gateway, args: argparse.Namespace) -> Anything:
 
 def verified_rows(answer: Anything) -> list[tuple[str, VerifiedRow]]:
     """What each node has found."""
-    return _rows(answer, VerifiedRow)
+    return rows(answer, VerifiedRow)
 
 
 def instance_words(row: VerifiedRow) -> list[str]:
@@ -93,14 +93,7 @@ def verified_words(node: str, row: VerifiedRow) -> str:
 
 
 def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
-    answer = gateway.get("/v1/storage", Anything)
-    if not _everywhere(args):
-        node = _node(args) or str(answer.get("node", ""))
-        shown = [n for n in answer.get("nodes", []) if n.get("node") == node]
-        if not shown:
-            known = ", ".join(str(n.get("node")) for n in answer.get("nodes", []))
-            raise NotFound(f"no storage of node {node} is known (known: {known or 'none'}); see `shoal status`")
-        answer = {**answer, "nodes": shown}
+    answer = only_meant(gateway.get("/v1/storage", Anything), args)
     disks = msgspec.convert(answer, DisksAnswer).nodes
     words = []
     for row in disks:
@@ -110,21 +103,49 @@ def _show(gateway: Gateway, args: argparse.Namespace) -> Said:
             words.append(f"{row.node}'s disk is full: `shoal rm` or `shoal gc` frees some space")
         if row.storage.reserved_bytes:
             words.append(f"{row.node} has promised {show_bytes(row.storage.reserved_bytes)} to downloads")
+        for model, kept_bytes in row.storage.paused.items():
+            words.append(f"{row.node} keeps {show_bytes(kept_bytes)} for {model}, whose download is paused")
         words += [f"{row.node} has bytes of {model}, whose download has ended" for model in row.storage.unfinished]
         words += [f"{row.node} has {part_words(part)}" for part in row.parts]
         words += [f"{row.node} keeps {model}: pinned" for model in row.storage.pinned]
         words += [f"{row.node}: {_leased(lease, time.time())}" for lease in row.storage.leases]
         words += [f"{row.node} has set aside {blob[:16]}…: corrupt" for blob in row.storage.quarantined]
         words += strange_words(row.node, row.storage)
+        words += [f"{row.node} {further_words(further)}" for further in row.storage.roots]
         for root in row.storage.read_only_roots:
             words += [f"{row.node} {line}" for line in root_words(root)]
         words += [f"{row.node}: the environment holds {name}" for name in row.storage.from_environment]
     return Said(answer, words, table=disks_table(disks))
 
 
+def only_meant(answer: Anything, args: argparse.Namespace) -> Anything:
+    """Of what GET /v1/storage says, the nodes that a command line means: one, the gateway's own, or all."""
+    if _everywhere(args):
+        return answer
+    node = _node(args) or str(answer.get("node", ""))
+    shown = [n for n in answer.get("nodes", []) if n.get("node") == node]
+    if not shown:
+        known = ", ".join(str(n.get("node")) for n in answer.get("nodes", []))
+        raise NotFound(f"no storage of node {node} is known (known: {known or 'none'}); see `shoal status`")
+    return {**answer, "nodes": shown}
+
+
 def _leased(lease: LeaseState, now_s: float) -> str:
     who = f"{lease.holder} (pid {lease.pid})" if lease.pid else lease.holder
     return f"{lease.model} is in use by {who}, for {show_seconds(max(now_s - lease.since_s, 0))}"
+
+
+def further_words(root: FurtherRootState) -> str:
+    """A further root for a person. Pure."""
+    if root.error:
+        return f"cannot use {root.path}: {root.error}"
+    words = f"has {count(root.blob_count, 'blob')} in {root.path}, {show_bytes(root.used_bytes)}; "
+    words += f"{show_bytes(root.free_bytes)} free there, {show_bytes(root.headroom_bytes)} of it kept free"
+    if root.reserved_bytes:
+        words += f", {show_bytes(root.reserved_bytes)} promised"
+    if root.double_bytes:
+        words += f"; {show_bytes(root.double_bytes)} are there once too often: `shoal gc` removes them"
+    return words
 
 
 def root_words(root: RootState) -> list[str]:
@@ -141,7 +162,7 @@ def root_words(root: RootState) -> list[str]:
 
 
 def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
-    body = _where(args)
+    body = where(args)
     if args.max_storage is not None:
         body["max_storage_bytes"] = parse_limit(args.max_storage)
     if args.eviction_policy is not None:
@@ -152,29 +173,49 @@ def _set(gateway: Gateway, args: argparse.Namespace) -> Said:
         body["partial_retention_s"] = parse_seconds(args.partial_retention)
     if args.read_only_roots is not None:
         body["read_only_roots"] = args.read_only_roots
+    if args.add_roots or args.remove_roots:
+        body["roots"] = _further_roots(gateway, args)
     if body.keys() <= {"node"}:
         raise BadInput(
-            "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention or "
-            "--read-only-root"
+            "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention, "
+            "--read-only-root, --add-root or --remove-root"
         )
     answer = gateway.put("/v1/storage/config", body, Anything)
     words = []
-    for node, row in _rows(answer, ConfiguredRow):
+    for node, row in rows(answer, ConfiguredRow):
         quota = "none" if row.max_storage_bytes is None else show_bytes(row.max_storage_bytes)
         headroom = show_bytes(row.headroom_bytes)
         words.append(f"{node}: quota {quota}, eviction policy {row.eviction_policy}, headroom {headroom}")
         if args.partial_retention is not None:
             words.append(f"  what ended downloads leave is kept for {show_seconds(row.partial_retention_s)}")
         words += [f"  read-only root {root}" for root in row.read_only_roots]
+        words += [f"  further root {root}" for root in row.roots]
         words += [f"  {row.note}"] if row.note else []
     return Said(answer, words)
 
 
+def _further_roots(gateway: Gateway, args: argparse.Namespace) -> list[str]:
+    """All further roots that a node is to have."""
+    if _everywhere(args):
+        raise BadInput("--add-root and --remove-root are of one node: give --node, or none for this one")
+    answer = gateway.get("/v1/storage", Anything)
+    node = _node(args) or str(answer.get("node", ""))
+    rows = [row for row in msgspec.convert(answer, DisksAnswer).nodes if row.node == node and row.storage]
+    if not rows:
+        raise NotFound(f"no storage of node {node} is known; see `shoal status`")
+    roots = [root.path for row in rows if row.storage for root in row.storage.roots]
+    for root in args.remove_roots or []:
+        if root not in roots:
+            raise BadInput(f"{root} is no further root of {node} (they are: {', '.join(roots) or 'none'})")
+        roots.remove(root)
+    return [*roots, *(root for root in args.add_roots or [] if root not in roots)]
+
+
 def _plan(gateway: Gateway, args: argparse.Namespace) -> Said:
     need_bytes = parse_size(args.need)
-    answer = gateway.get("/v1/storage/plan", Anything, need_bytes=str(need_bytes), **_where(args))
+    answer = gateway.get("/v1/storage/plan", Anything, need_bytes=str(need_bytes), **where(args))
     words: list[str] = []
-    for node, plan in _rows(answer, EvictionPlan):
+    for node, plan in rows(answer, EvictionPlan):
         words += plan_words(node, need_bytes, plan, time.time())
     return Said(answer, words)
 
@@ -201,20 +242,21 @@ def plan_words(node: str, asked_bytes: int, plan: EvictionPlan, now_s: float) ->
 
 def _pin(gateway: Gateway, args: argparse.Namespace, pinned: bool) -> Said:
     model = _model(args.model)
-    body = {**_where(args), "model": model, "pinned": pinned}
+    body = {**where(args), "model": model, "pinned": pinned}
     answer = gateway.post("/v1/storage/pins", body, Anything)
     now = "is pinned: never evicted or deleted" if pinned else "is no longer pinned"
     words = []
-    for node, row in _rows(answer, PinnedRow):
+    for node, row in rows(answer, PinnedRow):
         words += [f"{node}: {m} {now}" for m in row.models] or [f"{node}: {model} {now}"]
     return Said(answer, words)
 
 
-def _rows(answer: Anything, kind: type[Any]) -> list[tuple[str, Any]]:
+def rows(answer: Anything, kind: type[Any]) -> list[tuple[str, Any]]:
+    """What each node answers, as `kind`."""
     return [(node, msgspec.convert(row, kind)) for node, row in answer.get("nodes", {}).items()]
 
 
-def _where(args: argparse.Namespace) -> dict[str, Any]:
+def where(args: argparse.Namespace) -> dict[str, Any]:
     """The node that is meant; nothing: the gateway's own."""
     node = "all" if _everywhere(args) else _node(args)
     return {"node": node} if node else {}

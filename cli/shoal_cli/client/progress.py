@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from shoal_cli.sizes import show_bytes, show_seconds
-from shoal_common.messages.records import DownloadState
-
-
-def left_s(state: DownloadState) -> float | None:
-    """Seconds until it is done at this speed; None while that cannot be told."""
-    if state.phase != "fetching" or state.speed_bytes_per_s < 1 or not state.total_bytes:
-        return None
-    return max(state.total_bytes - state.done_bytes, 0) / state.speed_bytes_per_s
+from shoal_common.messages.records import ENDED, DownloadState
 
 
 def percent(state: DownloadState) -> float:
@@ -23,16 +16,26 @@ def percent(state: DownloadState) -> float:
 
 
 def sources(state: DownloadState, before: Mapping[str, int]) -> list[str]:
-    """Where bytes come from now: the sources that grew since `before`, the largest first; else all there were."""
+    """Where bytes come from now, the fastest first, with its speed where it is not the only one.
+
+    Where no speed is known: the sources that grew since `before`, the largest first; else all there were.
+    """
+    speeds = state.source_speeds
+    if len(speeds) > 1:
+        return [f"{s} {show_bytes(v)}/s" for s, v in sorted(speeds.items(), key=lambda pair: (-pair[1], pair[0]))]
     grown = {s: n - before.get(s, 0) for s, n in state.sources.items()}
-    names = [s for s, n in grown.items() if n > 0] or [s for s, n in state.sources.items() if n > 0]
-    return sorted(names, key=lambda s: (-grown[s], s))
+    names = list(speeds) or [s for s, n in grown.items() if n > 0] or [s for s, n in state.sources.items() if n > 0]
+    return sorted(names, key=lambda s: (-grown.get(s, 0), s))
 
 
 def what_it_does(state: DownloadState, before: Mapping[str, int]) -> str:
     """The state in words: `from hub, node-b`, `waiting for origin node-b`, `verifying`."""
     if state.phase == "blocked":
         return f"blocked: {state.waiting_for}"
+    if state.phase == "paused":
+        return f"paused: `shoal resume {state.model}`"
+    if state.phase == "fetching" and state.source_speeds:
+        return f"from {', '.join(sources(state, before))}"
     if state.waiting_for:
         return f"waiting for {state.waiting_for}"
     if state.phase == "fetching":
@@ -43,18 +46,29 @@ def what_it_does(state: DownloadState, before: Mapping[str, int]) -> str:
     return state.phase
 
 
+def figures(state: DownloadState) -> list[str]:
+    """How far it is and how fast, where these are known."""
+    found = []
+    if state.total_bytes:
+        found.append(f"{show_bytes(state.done_bytes)} of {show_bytes(state.total_bytes)}")
+        if state.phase not in ENDED:
+            found += [f"{show_bytes(state.verified_bytes)} verified"] if state.verified_bytes else []
+            found += [f"resumed from {100 * state.resumed_from:.0f} %"] if state.resumed_bytes else []
+    if state.phase == "fetching" and state.speed_bytes_per_s >= 1:
+        found.append(f"{show_bytes(state.speed_bytes_per_s)}/s")
+    if state.eta_s is not None:
+        found.append(f"{show_seconds(state.eta_s)} left")
+    found += [f"left {source}, silent, {_times(count)}" for source, count in sorted(state.switched.items())]
+    return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def line(state: DownloadState, before: Mapping[str, int]) -> str:
     """All of it on one line, for where no terminal is."""
-    parts = [f"{percent(state):.0f} %"]
-    if state.total_bytes:
-        parts.append(f"{show_bytes(state.done_bytes)} of {show_bytes(state.total_bytes)}")
-    if state.phase == "fetching" and state.speed_bytes_per_s >= 1:
-        parts.append(f"{show_bytes(state.speed_bytes_per_s)}/s")
-    remaining = left_s(state)
-    if remaining is not None:
-        parts.append(f"{show_seconds(remaining)} left")
-    parts.append(what_it_does(state, before))
-    return f"{state.node}: {', '.join(parts)}"
+    return f"{state.node}: {', '.join([f'{percent(state):.0f} %', *figures(state), what_it_does(state, before)])}"
 
 
 def latest(states: Sequence[DownloadState], model: str, nodes: Sequence[str]) -> dict[str, DownloadState]:

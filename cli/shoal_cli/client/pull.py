@@ -15,14 +15,15 @@ from rich.text import Text
 
 from shoal_cli.client.answers import Anything, DownloadsAnswer
 from shoal_cli.client.gateway import Gateway
-from shoal_cli.client.progress import latest, left_s, line, percent, what_it_does
-from shoal_cli.sizes import show_bytes, show_seconds
+from shoal_cli.client.progress import figures, latest, line, percent, what_it_does
 from shoal_common.errors import NotFound, ShoalError, Unavailable, from_body
 from shoal_common.messages.commands import Outcome
 from shoal_common.messages.records import ENDED, DownloadState
 from shoal_common.names import ModelRef
 
 POLL_S = 0.5
+_STILL = ENDED | {"paused"}
+"""Phases in which a command that waits may have its answer."""
 _LINE_EVERY_S = 3.0
 _OUTAGE_PATIENCE_S = 30.0
 """A gateway that restarts meanwhile is no reason to give up watching."""
@@ -60,16 +61,10 @@ class Bars(AbstractContextManager["Bars"]):
         """Move the node's bar."""
         if state.node not in self._bars:
             self._bars[state.node] = self._progress.add_task(state.node, total=100, bytes="", doing="")
-        figures = [f"{show_bytes(state.done_bytes)}/{show_bytes(state.total_bytes)}"] if state.total_bytes else []
-        if state.phase == "fetching" and state.speed_bytes_per_s >= 1:
-            figures.append(f"{show_bytes(state.speed_bytes_per_s)}/s")
-        remaining = left_s(state)
-        if remaining is not None:
-            figures.append(f"{show_seconds(remaining)} left")
         self._progress.update(
             self._bars[state.node],
             completed=percent(state),
-            bytes="  ".join(figures),
+            bytes="  ".join(figures(state)),
             # Names of peers and messages are no markup.
             doing=Text(what_it_does(state, before)).markup,
         )
@@ -150,7 +145,7 @@ class Pull:
                         shown.show(state, before.get(node, {}))
                         before[node] = dict(state.sources)
                     # An old state may say "ready" or "failed" of an earlier wish: the command's outcome decides.
-                    if (state is None or state.phase in ENDED) and self._has_ended(node):
+                    if (state is None or state.phase in _STILL) and self._has_ended(node):
                         running.discard(node)
                 reached_s = time.monotonic()
             except Unavailable:
@@ -179,6 +174,7 @@ class Pull:
 def say_it_goes_on(model: str) -> None:
     """What Ctrl-C did: nothing to the download."""
     print(
-        f"\nthe download goes on without you: `shoal pull {model}` shows it again, `shoal cancel {model}` ends it",
+        f"\nthe download goes on without you: `shoal pull {model}` shows it again, `shoal pause {model}` stops it "
+        f"for a while, `shoal cancel {model}` for good",
         file=sys.stderr,
     )

@@ -13,6 +13,9 @@ from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 
+_LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "virtual": "a tunnel"}
+"""How this node reaches another; nothing is said of one on the same machine."""
+
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
@@ -114,7 +117,8 @@ def _node_state(node: NodeRow) -> Text:
     if node.missing_services:
         return Text(f"without {', '.join(node.missing_services)}", style="yellow")
     uptime_s = min((s.uptime_s for s in node.services.values()), default=0.0)
-    return Text(f"up {show_seconds(uptime_s)}", style="green")
+    by = f", by {_LINKS[node.link]}" if node.link in _LINKS else ""
+    return Text(f"up {show_seconds(uptime_s)}{by}", style="green")
 
 
 def models_table(models: list[ModelRow]) -> RenderableType:

@@ -27,10 +27,12 @@ from shoal_cli.node.process import Child
 from shoal_cli.node.readiness import AnswersHealth, Greets, Readiness, SaysReady
 from shoal_cli.node.report import UpReport, missing
 from shoal_cli.node.rotate import RotatingLog
-from shoal_common.config import interface_addresses, is_loopback
+from shoal_common.config import is_loopback
 from shoal_common.credentials import bearer
 from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
+from shoal_common.interfaces import read_interfaces
 from shoal_common.logs import Log
+from shoal_common.reach import meeting_host
 
 log = Log("supervisor")
 
@@ -174,7 +176,7 @@ class Supervisor:
         port = url.rpartition(":")[2]
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
         anywhere = local_address(plan.bind) != plan.bind
-        host = advertised or (interface_addresses()[0] if anywhere else plan.bind)
+        host = advertised or (meeting_host(read_interfaces(), plan.bind) if anywhere else plan.bind)
         return f"shoal up --nats nats://{url_token(url)}@{bracketed(host)}:{port}"
 
     # Following

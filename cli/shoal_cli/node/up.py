@@ -77,7 +77,7 @@ def run_node(
             log.warning("ended a process that a killed supervisor had left", pid=pid)
         if plan.storage:
             # Into the file, not the environment: it holds after a restart too, and `shoal storage set` may change it.
-            change_settings(home.root, "storage", plan.storage, lambda _: None)
+            change_settings(home.root, {"storage": plan.storage}, lambda _: None)
         asyncio.run(_supervise(home, plan, environ, when_up, news))
     finally:
         # The lock is kept: it is free when this process has ended, which is what `shoal down` waits for.

@@ -1,4 +1,4 @@
-"""Where a blob's bytes are: in the store's own `blobs/`, proven (`proof.py`), else in a read-only root.
+"""Where a blob's bytes are: in `blobs/` of store or further root, proven (`proof.py`), else in a read-only root.
 
 `adopted/blobs/ab/<sha256>` is a small JSON file, an `AdoptedBlob`: the absolute path of a file that hashed to this
 name, and its size, time of change and inode at that moment. Only as long as all of them still are so is the file that
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -61,12 +62,30 @@ def adopted_blob(layout: Layout, sha256: str) -> AdoptedBlob | None:
         return None
 
 
+def further_roots(layout: Layout) -> list[tuple[str, Path]]:
+    """The further roots that a store remembers, by their ids, and where they are when their disks are mounted."""
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for link in sorted(layout.further.iterdir()):
+            with suppress(OSError):  # not a link
+                found.append((link.name, link.readlink()))
+    return found
+
+
+def _places(layout: Layout, sha256: str) -> Iterator[Path]:
+    """Where a blob's file may be, the store's own place first."""
+    yield layout.blob(sha256)
+    for _, root in further_roots(layout):
+        yield Layout(root).blob(sha256)
+
+
 def find_blob(layout: Layout, sha256: str) -> Path:
     """The file with a blob's bytes. Raises BadName, FileNotFoundError, other OSErrors when it cannot be looked at."""
     own = layout.blob(sha256)
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if proven(sha256, own.lstat()):
-            return own
+    for path in _places(layout, sha256):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if proven(sha256, path.lstat()):
+                return path
     record = adopted_blob(layout, sha256)
     if record is not None and is_as_it_was(os.lstat(record.path), record):
         return Path(record.path)
@@ -75,11 +94,12 @@ def find_blob(layout: Layout, sha256: str) -> Path:
 
 def open_blob(layout: Layout, sha256: str) -> FileIO:
     """A blob's bytes, open to be read. Raises BadName, FileNotFoundError, other OSErrors when it cannot be opened."""
-    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        file = FileIO(layout.blob(sha256))
-        if proven(sha256, os.fstat(file.fileno())):
-            return file
-        file.close()
+    for path in _places(layout, sha256):
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            file = FileIO(path)
+            if proven(sha256, os.fstat(file.fileno())):
+                return file
+            file.close()
     record = adopted_blob(layout, sha256)
     if record is None:
         raise FileNotFoundError(errno.ENOENT, "no file has this blob, verified", sha256)

@@ -6,7 +6,7 @@
     SHOAL_HOME       the node's directory                        ~/.shoal
     SHOAL_NATS       NATS servers, comma-separated               nats://127.0.0.1:4222
     SHOAL_BIND       address that data ports bind                127.0.0.1
-    SHOAL_ADVERTISE  addresses peers use, comma-separated        the bound one, or every interface's
+    SHOAL_ADVERTISE  addresses peers use, comma-separated        the bound one, or every interface's (interfaces.py)
     SHOAL_SECRET     shared by the cluster's nodes; needed beyond loopback
     SHOAL_LOG        debug, info, warning                        info
     SHOAL_REPLICAS   copies of streams and buckets in a NATS cluster   1
@@ -21,15 +21,17 @@ import secrets
 import socket
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
+from shoal_common import reach
 from shoal_common.errors import BadInput, BadName
+from shoal_common.interfaces import Interface
+from shoal_common.messages.facts import Link
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.subjects import ANY
 
@@ -59,17 +61,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         path = section.get("path") if isinstance(section, dict) else None
         return (self.home / Path(str(path)).expanduser()) if path else self.home / "store"
 
-    def addresses(self, port: int) -> list[str]:
-        """`host:port` under which peers reach a data port of this node, best first."""
-        if self.advertise:
-            hosts = self.advertise
-        elif self.bind == "localhost":
-            hosts = ["127.0.0.1"]
-        elif ipaddress.ip_address(self.bind).is_unspecified:
-            hosts = interface_addresses()
-        else:
-            hosts = [self.bind]
-        return [f"[{h}]:{port}" if ":" in h else f"{h}:{port}" for h in hosts]
+    def links(self, port: int, interfaces: Sequence[Interface]) -> list[Link]:
+        """How peers reach a data port of this node, best first."""
+        return reach.links(self.bind, self.advertise, port, interfaces)
 
 
 def is_loopback(host: str) -> bool:
@@ -80,19 +74,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         raise BadInput(f"{host!r} is not an address to bind: give one like 127.0.0.1 or 0.0.0.0") from None
-
-
-def interface_addresses() -> list[str]:
-    """This machine's addresses that another machine could use: no loopback, no link-local."""
-    found: list[str] = []
-    for addresses in psutil.net_if_addrs().values():
-        for a in addresses:
-            if a.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
-            ip = ipaddress.ip_address(a.address.split("%")[0])
-            if not (ip.is_loopback or ip.is_link_local):
-                found.append(str(ip))
-    return sorted(found, key=lambda host: ":" in host) or ["127.0.0.1"]
 
 
 def home_directory(environ: Mapping[str, str]) -> Path:

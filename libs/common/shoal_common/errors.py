@@ -9,6 +9,7 @@
     ├── Refused             understood, and not done                       409  exit 4
     │   ├── InUse               somebody is using it
     │   ├── Withdrawn           the work was taken back by a person
+    │   ├── Paused              the work was stopped by a person, to go on later
     │   ├── QuotaExceeded       no room on the disk                        507
     │   ├── DiskFull            the disk took no more bytes                507
     │   ├── NoRoom              no room in memory                          507
@@ -121,6 +122,12 @@ class Withdrawn(Refused):
     """A person took the work back while it ran."""
 
     code = "withdrawn"
+
+
+class Paused(Refused):
+    """A person stopped the work while it ran; what has arrived is kept, and only a person lets it go on."""
+
+    code = "paused"
 
 
 class Claimed(Refused):

@@ -18,6 +18,10 @@
   adopted/verified.json                      files of read-only roots, as they were when they were hashed
   adopted/blobs/ab/<sha256>                  where in a read-only root the bytes of a blob are (`blobs.py`)
   adopted/models/<org>--<name>@<commit>      empty; the view of this model leads into a read-only root
+  further/<id>                               symbolic link to a further root, on another disk
+
+A further root has VERSION, lock, reserve, blobs/, partial/, tombs/ and quarantine/ as above. Of a blob that arrives
+there, partial/<blob> in the store is a symbolic link to its directory.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ class Layout:
         self.verified = root / "adopted" / "verified.json"
         self.adopted_blobs = root / "adopted" / "blobs"
         self.adopted_models = root / "adopted" / "models"
+        self.further = root / "further"
 
     @property
     def top_names(self) -> set[str]:

@@ -10,13 +10,16 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from msgspec import structs
+
 from shoal_common import VERSION
 from shoal_common.buckets import LIVE_TTL_S, Bucket, live_key
 from shoal_common.errors import Claimed, Unavailable
 from shoal_common.identity import is_gone, this_process
 from shoal_common.logs import Log
 from shoal_common.messages import decode
-from shoal_common.messages.facts import Facts, Live
+from shoal_common.messages.facts import Facts, Link, Live
+from shoal_common.reach import for_others
 
 log = Log("live")
 
@@ -37,11 +40,17 @@ class Liveness:
         self._revision = 0
         self._news = asyncio.Event()
         self._once_said: list[Callable[[], None]] = []
+        self._look: Callable[[], list[Link]] | None = None
 
     @property
     def uid(self) -> str:
         """This process, among all that ever were this service of this node."""
         return self._live.holder.uid
+
+    @property
+    def facts(self) -> Facts:
+        """What is said of this service, or will be with the next beat."""
+        return self._live.facts
 
     def set_facts(self, facts: Facts) -> None:
         """Say these facts from the next beat on; at once if a peer could not find us by the old ones."""
@@ -53,6 +62,10 @@ class Liveness:
             started_at_s=self._live.started_at_s,
             facts=facts,
         )
+
+    def follow_links(self, look: Callable[[], list[Link]]) -> None:
+        """Before each beat, look (in a thread) how we are reached, and say that; nothing is written for it alone."""
+        self._look = look
 
     def say_now(self, facts: Facts | None, then: Callable[[], None]) -> None:
         """Say these facts at once, and call `then` when the cluster has been told."""
@@ -103,6 +116,10 @@ class Liveness:
                     await self._news.wait()
             except TimeoutError:
                 pass
+            if self._look is not None:
+                links = await asyncio.to_thread(self._look)
+                addresses = [link.address for link in for_others(links)]
+                self.set_facts(structs.replace(self.facts, links=links, addresses=addresses))
             self._news.clear()
             try:
                 revision = await self._bucket.swap(self._key, self._live, self._revision)

@@ -23,9 +23,10 @@ from shoal_common.config import Config, read_config
 from shoal_common.connection import Nats, connected
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.events import Events
+from shoal_common.interfaces import Interfaces
 from shoal_common.liveness import Liveness
 from shoal_common.logs import Log
-from shoal_common.messages.facts import Facts
+from shoal_common.messages.facts import Facts, Link
 from shoal_common.notify import Supervisor
 from shoal_common.questions import Ask, Question, serve
 from shoal_common.watch import View, follow
@@ -55,6 +56,7 @@ class Context:
         self.events = Events(nats, config.service, config.node)
         self.ask = Ask(nats)
         self.stopping = asyncio.Event()
+        self.interfaces = Interfaces()
         self._supervisor = supervisor
 
     def ready(self, facts: Facts | None = None) -> None:
@@ -62,9 +64,19 @@ class Context:
 
         def said() -> None:
             self._supervisor.tell(f"READY=1\nSTATUS=node {self.node}")
-            log.info("ready", version=VERSION, addresses=",".join(facts.addresses) if facts else "")
+            log.info("ready", version=VERSION, addresses=",".join(self.liveness.facts.addresses))
 
         self.liveness.say_now(facts, said)
+
+    async def follow_interfaces(self, port: int | None = None) -> None:
+        """Keep `interfaces` true from now on; with a data port, tell peers by which of them it is reached."""
+
+        def look() -> list[Link]:
+            seen = self.interfaces.look()
+            return [] if port is None else self.config.links(port, seen)
+
+        await asyncio.to_thread(self.interfaces.look)
+        self.liveness.follow_links(look)
 
     async def serve(self, questions: Mapping[str, Question]) -> None:
         """Answer questions until stopping."""

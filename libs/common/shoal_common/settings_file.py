@@ -23,9 +23,9 @@ Value = int | str | list[str] | None
 
 
 def change_settings(
-    home: Path, section: str, changes: Mapping[str, Value], accept: Callable[[dict[str, Any]], T]
+    home: Path, changes: Mapping[str, Mapping[str, Value]], accept: Callable[[dict[str, Any]], T]
 ) -> T:
-    """Set keys of `[section]`, durably and all or none; None takes a key away. Returns what `accept` says of them.
+    """Set keys of sections, durably and all or none; None takes a key away. Returns what `accept` says of them.
 
     `accept` is given all settings as they will be and refuses them by raising: nothing is written then. A file that
     holds all of it already is not touched. Raises BadInput for a file that is no TOML, Refused for a section that
@@ -35,17 +35,24 @@ def change_settings(
     path = settings_path(home)
     with settings_locked(home):
         before = read_settings(home)
-        wanted = changed(before, section, changes)
+        wanted = before
+        for section, keys in changes.items():
+            wanted = changed(wanted, section, keys)
         accepted = accept(wanted)
         if wanted == before:
             return accepted
-        text = path.read_bytes().decode() if path.exists() else ""
-        after = changed_text(text, section, changes)
+        after: str | None = path.read_bytes().decode() if path.exists() else ""
+        for section, keys in changes.items():
+            after = changed_text(after, section, keys) if after is not None and keys else after
         if after is None or _parsed(after) != wanted:
-            lines = ", ".join(f"{k} = {v!r}" if v is not None else f"no {k}" for k, v in changes.items())
+            lines = "; ".join(
+                f"{k} = {v!r} in [{section}]" if v is not None else f"no {k} in [{section}]"
+                for section, keys in changes.items()
+                for k, v in keys.items()
+            )
             raise Refused(
-                f"[{section}] in {path} is written in a way that cannot be changed from here: write {lines} there by "
-                "hand, or bring all of the section under one heading"
+                f"{path} is written in a way that cannot be changed from here: write {lines} there by hand, or bring "
+                "all of a section under one heading"
             )
         try:
             write_settings(home, after.encode())

@@ -1,19 +1,28 @@
-"""Traces. Context travels in NATS headers, so that one trace spans the services that one command touches.
+"""Traces and metrics. Context travels in NATS headers: one trace spans the services that one command touches.
 
-Spans are exported over OTLP/HTTP when OTEL_EXPORTER_OTLP_ENDPOINT is set; otherwise nothing is recorded and the
-SDK is not even loaded.
+Both are exported over OTLP/HTTP when OTEL_EXPORTER_OTLP_ENDPOINT is set; otherwise nothing is recorded and the SDK is
+not even loaded.
+
+shoal.transfer.bytes     counter        bytes of blobs: `source` hub or peer, `direction` in or out
+shoal.download.active    up-down        downloads at work on this node: not those that are paused, or have ended
+shoal.verified.bytes     counter        bytes of blobs that were hashed and made durable for a download
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
-from opentelemetry import context, propagate, trace
+from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 _EXPORT_TIMEOUT_S = 2
 _tracer = trace.get_tracer("shoal")
+_meter = metrics.get_meter("shoal")
+_transferred = _meter.create_counter("shoal.transfer.bytes", "By", "Bytes of blobs that came in or went out")
+_active = _meter.create_up_down_counter("shoal.download.active", "{download}", "Downloads at work")
+_verified = _meter.create_counter("shoal.verified.bytes", "By", "Bytes hashed and made durable for downloads")
 
 
 def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], None]:
@@ -21,18 +30,29 @@ def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], 
     if not environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return lambda: None
     # Loaded only when used: the SDK and protobuf cost some 20 MB in every process.
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter  # noqa: PLC0415
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+    from opentelemetry.sdk.metrics import MeterProvider  # noqa: PLC0415
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader  # noqa: PLC0415
     from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": f"shoal-{service}", "service.instance.id": node})
-    )
+    resource = Resource.create({"service.name": f"shoal-{service}", "service.instance.id": node})
     # A dead collector must not delay stopping: the default timeout would by ten seconds.
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
-    trace.set_tracer_provider(provider)
-    return provider.shutdown
+    traces = TracerProvider(resource=resource)
+    traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
+    trace.set_tracer_provider(traces)
+    # Once a minute, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise, and at the end.
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter(timeout=_EXPORT_TIMEOUT_S))
+    meters = MeterProvider([reader], resource)
+    metrics.set_meter_provider(meters)
+
+    def stop() -> None:
+        traces.shutdown()
+        meters.shutdown(timeout_millis=_EXPORT_TIMEOUT_S * 1000)
+
+    return stop
 
 
 def headers(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -82,3 +102,23 @@ def step(name: str, **attributes: str | int | float) -> Iterator[Span]:
 def failed(span: Span, message: str) -> None:
     """Mark a span as failed without an exception."""
     span.set_status(Status(StatusCode.ERROR, message))
+
+
+def transferred(count: int, source: Literal["hub", "peer"], direction: Literal["in", "out"]) -> None:
+    """So many bytes of blobs came in from the hub or a peer, or went out to one."""
+    _transferred.add(count, {"source": source, "direction": direction})
+
+
+def verified(count: int) -> None:
+    """So many bytes of a download are hashed and durable."""
+    _verified.add(count)
+
+
+@contextmanager
+def download_under_way() -> Iterator[None]:
+    """While a download is at work on this node."""
+    _active.add(1)
+    try:
+        yield
+    finally:
+        _active.add(-1)

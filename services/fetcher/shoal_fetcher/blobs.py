@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
-import httpx2
 import msgspec
 
-from shoal_common import leafset, telemetry
-from shoal_common.buckets import Buckets, origin_key
-from shoal_common.credentials import bearer
-from shoal_common.errors import Corrupt, DiskFull, ShoalError, Unavailable
-from shoal_common.layout import LEAF_BYTES, Layout
-from shoal_common.leases import Lease, acquire, holding
+from shoal_common import telemetry
+from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import Committed
 from shoal_common.messages.records import Manifest, ManifestFile
-from shoal_fetcher.decide import EARLIER, HUB, FromPeer, Setbacks, WaitFor, choose
-from shoal_fetcher.errors import RateLimited, WrongWhole
-from shoal_fetcher.http_range import Body, blob_url, peer_source, read_range
-from shoal_fetcher.hub import Hub
+from shoal_fetcher import small
+from shoal_fetcher.decide import Setbacks, is_relayed
+from shoal_fetcher.errors import LeavesLost, WrongWhole
 from shoal_fetcher.partial import PartialBlob
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
-from shoal_fetcher.surroundings import Surroundings
+from shoal_fetcher.swarm.shared import Fetch, Shared
+from shoal_fetcher.swarm.swarm import Swarm
 
 log = Log("fetch")
 
-NO_PROGRESS_S = 120.0
-"""A download to which nothing was added for so long fails, naming what it waited for (I7)."""
 AT_ONCE = 8
 """Blobs that arrive at the same time, for all downloads of this node."""
-_LOOK_AGAIN_S = 5.0
-
-Reader = Callable[[int, int], AbstractAsyncContextManager[Body]]
-"""Opens a source at bytes [start, end)."""
+_LEAVES_LOST_TRIES = 3
+"""A disk that so often gives back something else than was written is not written to again."""
 
 
 class _Arrival(msgspec.Struct):
@@ -52,32 +42,18 @@ class _Arrival(msgspec.Struct):
 class BlobFetcher:
     """Fetches blobs for all downloads of this node; each blob once at a time."""
 
-    def __init__(
-        self,
-        node: str,
-        uid: str,
-        secret: str,
-        layout: Layout,
-        buckets: Buckets,
-        storage: Storage,
-        hub: Hub,
-        peers: httpx2.AsyncClient,
-        around: Surroundings,
-    ) -> None:
-        self._node, self._uid, self._layout = node, uid, layout
-        self._buckets, self._storage, self._hub, self._peers = buckets, storage, hub, peers
-        self._around = around
-        self._credentials = bearer(secret, "blobs")
-        self._busy: Counter[str] = Counter()
+    def __init__(self, shared: Shared, layout: Layout, storage: Storage) -> None:
+        self._shared, self._layout, self._storage = shared, layout, storage
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._arriving: dict[str, _Arrival] = {}
 
     async def fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None = None
     ) -> str:
-        """Make a blob present, or only the leaves `wanted` of it. Returns its sha256.
+        """Make a blob present. Returns its sha256; peers hear of it with the next word of `progress`.
 
-        Peers know of it before this returns, if it is present. Not all leaves wanted, it stays a partial.
+        `wanted`: only these leaves (a set, `shoal_common/runs.py`) of a blob that is relayed: they are durable when
+        this returns, and the blob stays a partial, unless it was whole already.
         """
         # Two models on their way may share a blob: one brings it in while the other waits for it.
         arrival = self._arriving.setdefault(file.blob, _Arrival(asyncio.Lock()))
@@ -90,7 +66,8 @@ class BlobFetcher:
                     if arrival.committed is None:
                         return file.blob
                 else:
-                    progress.whole(file.blob, arrival.committed.sha256, arrival.committed.size_bytes)
+                    committed = arrival.committed
+                    progress.whole(file.blob, committed.sha256, committed.size_bytes, committed.root)
                 return arrival.committed.sha256
         finally:
             arrival.wanted_count -= 1
@@ -100,165 +77,63 @@ class BlobFetcher:
     async def _fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
     ) -> Committed | None:
-        setbacks = Setbacks()
+        """None when only a part was wanted, and is here."""
+        setbacks, lost_count = Setbacks(), 0
         while True:
-            if progress.still_s > NO_PROGRESS_S:
-                why = setbacks.last.message if setbacks.last else progress.state.waiting_for
-                raise Unavailable(
-                    f"nothing was added to {file.path} for {NO_PROGRESS_S:.0f} s ({why}); pull again to resume"
-                )
-            seen = self._around.seen()
-            found = self._around.holders(file.blob, manifest)
-            origin = self._around.origin(file.blob)
-            choice = choose(file.blob, found, origin, self._node, setbacks, self._busy)
-            if isinstance(choice, WaitFor):
-                await self._wait_for(choice.node, seen, progress)
-                continue
-            peer = choice.node if isinstance(choice, FromPeer) else None
             try:
-                queued_at_s = time.monotonic()
-                async with self._gate:
-                    progress.excuse(time.monotonic() - queued_at_s)
-                    if isinstance(choice, FromPeer):
-                        return await self._from_peer(choice, file, setbacks, progress, wanted)
-                    done, committed = await self._as_origin(manifest, file, setbacks, progress, wanted)
-                if done:
-                    return committed
-                await self._around.changed(seen, _LOOK_AGAIN_S)
-            except ShoalError as e:
-                delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(found)))
-                log.warning("a source failed", path=file.path, source=peer or HUB, why=e.message, wait_s=delay_s)
-                await progress.say(waiting_for=e.message)
-                await asyncio.sleep(delay_s)
-                if isinstance(e, RateLimited):
-                    progress.moved()
+                if is_relayed(file.blob, file.size_bytes):
+                    async with self._turn(progress):
+                        return await self._by_swarm(manifest, file, setbacks, progress, wanted)
+                return await small.fetch(
+                    self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._turn
+                )
+            except LeavesLost as e:
+                lost_count += 1
+                if lost_count == _LEAVES_LOST_TRIES:
+                    raise
+                log.warning("fetching leaves again", path=file.path, why=e.message)
+            except WrongWhole as e:
+                # Whose word was taken for it is banned; raises when that was so before.
+                setbacks.after(e, None)
+                log.warning("starting again", path=file.path, why=e.message)
+                progress.note(e.message)
 
-    async def _wait_for(self, origin: str, seen: tuple[int, ...], progress: Progress) -> None:
-        await progress.say(waiting_for=f"origin {origin}")
-        # An origin that gets nowhere loses its lease after its own deadline: ours does not run meanwhile.
-        progress.moved()
-        await self._around.changed(seen, _LOOK_AGAIN_S)
+    @asynccontextmanager
+    async def _turn(self, progress: Progress) -> AsyncIterator[None]:
+        queued_at_s = time.monotonic()
+        async with self._gate:
+            progress.excuse(time.monotonic() - queued_at_s)
+            yield
 
-    async def _from_peer(
-        self, choice: FromPeer, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
+    async def _by_swarm(
+        self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
     ) -> Committed | None:
         await progress.say(waiting_for="")
-        peer = choice.node
-        source = peer_source(peer)
-        addresses = self._around.addresses().get(peer, [])
-        error: ShoalError = Unavailable(f"node {peer} says no address")
-        self._busy[peer] += 1
+        began_s = time.monotonic()
+        async with AsyncExitStack() as held:
+            partial = PartialBlob(self._layout, file.blob, file.size_bytes)
+            try:
+                async with partial:
+                    progress.excuse(time.monotonic() - began_s)  # after a power cut all of it was hashed again
+                    leaves = partial.all if wanted is None else partial.all & wanted
+                    fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
+                    root = await Swarm(fetch, held).run()
+            except WrongWhole:
+                root, leaves = "", partial.all  # storage finds so too, says what it hashes to, and discards it
+            finally:
+                progress.durable(file.blob, partial.durable_bytes)
+            if leaves != partial.all:
+                return None
+            committed = await self._commit(file, progress, root)
+            # Only then goes an origin's lease back: who takes it next looks in `state` first.
+            progress.when_told(held.pop_all())
+            return committed
+
+    async def _commit(self, file: ManifestFile, progress: Progress, root: str = "") -> Committed:
         try:
-            for address in addresses:
-
-                def read(start: int, end: int, address: str = address) -> AbstractAsyncContextManager[Body]:
-                    url = blob_url(address, choice.sha256)
-                    return read_range(self._peers, url, self._credentials, start, end, source)
-
-                try:
-                    await self._read(peer, file, read, setbacks, progress, wanted)
-                    break
-                except (Corrupt, DiskFull):
-                    raise
-                except ShoalError as e:
-                    error = e
-            else:
-                raise error
-            return await self._commit(file, progress, wanted)
-        finally:
-            self._busy[peer] -= 1
-
-    async def _as_origin(
-        self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
-    ) -> tuple[bool, Committed | None]:
-        """Read from the hub for everyone. False when somebody else is the origin, or has just finished."""
-        lease = await acquire(self._buckets.lease, origin_key(file.blob), self._node, self._uid)
-        if lease is None:
-            return False, None
-        async with holding(lease):
-            # The last origin may have finished between our look and our taking the lease (I9).
-            await self._around.catch_up()
-            if setbacks.usable(self._around.holders(file.blob, manifest)):
-                return False, None
-            await progress.say(waiting_for="")
-
-            def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
-                return self._hub.read(manifest, file, start, end)
-
-            await self._while_held(lease, file, read, setbacks, progress, wanted)
-            return True, await self._commit(file, progress, wanted)
-
-    async def _while_held(
-        self,
-        lease: Lease,
-        file: ManifestFile,
-        read: Reader,
-        setbacks: Setbacks,
-        progress: Progress,
-        wanted: int | None,
-    ) -> None:
-        reading = asyncio.ensure_future(self._read(HUB, file, read, setbacks, progress, wanted))
-        lost = asyncio.ensure_future(lease.wait_lost())
-        try:
-            await asyncio.wait({reading, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise Unavailable(f"the origin lease of {file.path} was lost; its leaves are kept")
-            reading.result()
-        finally:
-            lost.cancel()
-            if not reading.done():
-                reading.cancel()
-                await asyncio.wait({reading})
-
-    async def _read(
-        self,
-        source: str,
-        file: ManifestFile,
-        read: Reader,
-        setbacks: Setbacks,
-        progress: Progress,
-        wanted: int | None,
-    ) -> None:
-        """Read all missing ranges of a blob, or what is missing of the leaves wanted, into its partial."""
-        asked = leafset.whole(file.size_bytes) if wanted is None else wanted
-        partial = PartialBlob(self._layout.partial(file.blob), file.size_bytes)
-        try:
-            async with partial:
-                if partial.durable_bytes and not setbacks.givers:
-                    setbacks.givers.add(EARLIER)
-                missing = asked & ~leafset.of_bitmap(partial.bitmap.to_bytes())
-                for first, last in leafset.ranges(missing):
-                    start, end = first * LEAF_BYTES, min(last * LEAF_BYTES, file.size_bytes)
-                    if partial.holds(start, end):
-                        continue  # a source that ignores ranges has sent it before
-                    async with read(start, end) as body:
-                        if wanted is not None and body.begin != start:
-                            raise Unavailable(f"{source} sends all of {file.path} where a part of it was asked for")
-                        partial.begin_at(body.begin)
-                        setbacks.givers.add(source)
-                        async for chunk in body.chunks:
-                            progress.received(source, len(chunk))
-                            await partial.write(chunk)
-                            progress.durable(file.blob, partial.durable_bytes)
-                            if partial.overflowing:
-                                raise Corrupt(f"{source} sends more bytes for {file.path} than it has")
-        finally:
-            progress.durable(file.blob, partial.durable_bytes)
-        missing = asked & ~leafset.of_bitmap(partial.bitmap.to_bytes())
-        if missing:
-            missing_bytes = leafset.size_of(missing, file.size_bytes)
-            raise Unavailable(f"{source} ended early: {missing_bytes} bytes of {file.path} are missing")
-
-    async def _commit(self, file: ManifestFile, progress: Progress, wanted: int | None) -> Committed | None:
-        """Have storage make it a blob; None where only leaves of it are wanted."""
-        if wanted is not None and wanted != leafset.whole(file.size_bytes):
-            return None
-        try:
-            committed = await self._storage.commit(file.blob)
+            committed = await self._storage.commit(file.blob, root)
         except WrongWhole:
             progress.durable(file.blob, 0)  # storage has discarded them all
             raise
-        progress.whole(file.blob, committed.sha256, committed.size_bytes)
-        # Before the origin's lease goes back: who takes it next looks here first.
-        await progress.publish()
+        progress.whole(file.blob, committed.sha256, committed.size_bytes, committed.root)
         return committed

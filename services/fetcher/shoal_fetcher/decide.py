@@ -19,11 +19,13 @@ from shoal_common.errors import (
     Refused,
     ShoalError,
 )
+from shoal_common.layout import leaf_count
 from shoal_common.messages.records import DownloadPhase, DownloadState, Manifest, ManifestFile, ModelState
 from shoal_fetcher.errors import RateLimited, ReservationLost, WrongWhole
 
 HUB = "hub"
 """The hub among sources."""
+MIN_RELAYED_LEAVES = 2
 
 
 class FromPeer(msgspec.Struct, frozen=True):
@@ -104,11 +106,22 @@ def choose(
     return FromHub()
 
 
+def sealed_root(said: Iterable[str]) -> str:
+    """The root that all agree on who say one. Where two differ, neither is believed: sha256 decides."""
+    roots = set(said) - {""}
+    return roots.pop() if len(roots) == 1 else ""
+
+
+def is_relayed(blob: str, size_bytes: int) -> bool:
+    """Whether nodes pass a blob on while it arrives. Small files are taken whole, from whoever has them."""
+    return not blob.startswith("git-") and leaf_count(size_bytes) >= MIN_RELAYED_LEAVES
+
+
 def sealed(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
     """The manifest with every sha256 that has been learned."""
     files = [
         ManifestFile(path=f.path, size_bytes=f.size_bytes, sha256=known.get(f.blob, f.sha256), git_sha1=f.git_sha1)
-        for f in manifest.files
+        for f in manifest.files  # roots of leaf lists are storage's to say
     ]
     return Manifest(repo=manifest.repo, commit=manifest.commit, files=files, revisions=manifest.revisions)
 
@@ -120,6 +133,8 @@ def ended_as(error: ShoalError) -> DownloadPhase:
 
 PEER_TRIES = 5
 """A peer that fails so often in a row is passed over: about 8 s, in which a service that was killed is back."""
+BAD_LEAVES = 2
+"""A node that sent so many wrong leaves of a blob is not asked for it any more."""
 EARLIER = ""
 """The giver of leaves that were here before: nobody knows any more who it was."""
 MAX_ASKED_WAIT_S = 1800.0
@@ -138,9 +153,11 @@ class Setbacks(msgspec.Struct):
     asked_wait_s: float = 0.0
     last: ShoalError | None = None
     givers: set[str] = msgspec.field(default_factory=set)
-    """Who gave the leaves that have arrived: peers, `hub`, and EARLIER."""
-    mixed_count: int = 0
-    """How often leaves of several givers did not make the blob."""
+    """Whose word was taken for leaves that have arrived, before any list was sealed: nodes, `hub`, and EARLIER."""
+    bad_leaves_of: dict[str, int] = msgspec.field(default_factory=dict)
+    """Leaves that did not hash to what the list says, by who sent them."""
+    alone: bool = False
+    """Somebody's word was wrong, and nobody knows whose: nothing but the hub's, or one node's, is taken any more."""
 
     def usable(self, found: Iterable[Holding]) -> list[Holding]:
         """The holders that may be asked now."""
@@ -190,13 +207,25 @@ class Setbacks(msgspec.Struct):
         return retry_delay_s(self.hub_failures)
 
     def _after_mixed(self, givers: set[str], error: ShoalError) -> float:
-        # One of them lied. All may try again from the start; the liar's next failures are its own.
-        self.mixed_count += 1
-        if self.mixed_count >= PEER_TRIES:
+        # One of them lied. It starts again, once, and takes nobody's word but one source's.
+        if self.alone:
             raise error
-        for giver in givers - {HUB, EARLIER}:
-            self.failures_of[giver] = self.failures_of.get(giver, 0) + 1
+        self.alone = True
+        self.hub_was_corrupt |= HUB in givers and EARLIER not in givers
+        if not givers & self.corrupt:  # of whom it is known already, it was
+            self.corrupt |= givers - {HUB, EARLIER}
         return 0.0
+
+    def bad_leaf(self, node: str) -> bool:
+        """A node sent a leaf that is not what the list says. Whether it is banned for this blob now."""
+        self.bad_leaves_of[node] = self.bad_leaves_of.get(node, 0) + 1
+        if self.bad_leaves_of[node] >= BAD_LEAVES:
+            self.corrupt.add(node)
+        return node in self.corrupt
+
+    def may_ask(self, node: str) -> bool:
+        """Whether a node may be asked for what it has of this blob."""
+        return not self.alone and node not in self.corrupt and self.failures_of.get(node, 0) < PEER_TRIES
 
 
 def retry_delay_s(failures: int) -> float:

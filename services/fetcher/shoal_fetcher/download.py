@@ -11,7 +11,7 @@ from msgspec import structs
 
 from shoal_common import telemetry
 from shoal_common.buckets import Buckets, download_key
-from shoal_common.errors import DiskFull, Failed, HubUnavailable, ShoalError, Withdrawn
+from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
@@ -23,11 +23,12 @@ from shoal_fetcher.blocked import Blockage
 from shoal_fetcher.decide import ended_as, retry_delay_s, sealed
 from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub import Hub
-from shoal_fetcher.partial import read_bitmap
+from shoal_fetcher.partial import held_bytes
 from shoal_fetcher.parts import Lists, PartFetch, sealed_lists
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
+from shoal_fetcher.wishes import Wishes
 
 log = Log("download")
 
@@ -51,6 +52,7 @@ class Download:
         hub: Hub,
         around: Surroundings,
         blobs: BlobFetcher,
+        wishes: Wishes,
         leaf_lists: Lists,
         layers: list[list[int]],
         before: DownloadState | None,
@@ -59,7 +61,7 @@ class Download:
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
         self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
-        self._around, self._blobs, self._leaf_lists = around, blobs, leaf_lists
+        self._around, self._blobs, self._wishes, self._leaf_lists = around, blobs, wishes, leaf_lists
         self.layers = layers
         """Of which layers it brings what is needed; none: all of the model."""
         self._wanted_elsewhere = wanted_elsewhere
@@ -68,10 +70,11 @@ class Download:
         """Of what, if anything, storage may hold a reservation made for this download, in this life or an earlier."""
         self._blobs_before = before.blobs if before else []
         self._resumed_told = False
+        self._ending = False
         now_s = round(time.time(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED:
-            state = structs.replace(state, sources={}, started_at_s=now_s, blocked_since_s=0.0)
+            state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
         # until storage says what is there: a hub that is down must not cost what has arrived.
         self.progress = Progress(
@@ -90,10 +93,12 @@ class Download:
         """Bring the model in. Ends with `ended` set, the state written and the wish for it withdrawn."""
         publishing = asyncio.create_task(self.progress.publish_forever())
         try:
-            with telemetry.step("transfer", model=str(self.ref)):
+            with telemetry.step("transfer", model=str(self.ref)), telemetry.download_under_way():
                 await self._bring_in()
+            self._ending = True
             await self._end("ready", None)
         except Exception as e:  # noqa: BLE001  # whoever asked is owed an end; one bad download must not end the others
+            self._ending = True
             error = _ours(e, self.ref)
             log.warning("download ended", model=str(self.ref), why=error.message, code=error.code)
             if not self.progress.done_bytes:
@@ -102,17 +107,31 @@ class Download:
             await self._end(ended_as(error), error)
         finally:
             publishing.cancel()
+            await self.progress.close()
+
+    async def stop(self, running: asyncio.Task[None]) -> bool:
+        """Stop, and keep what has arrived and what is reserved. False: it has ended by itself."""
+        if not self._ending:  # an end that has begun is not cut in half
+            running.cancel()
+        await asyncio.wait({running})
+        return not self.ended.done()
+
+    async def say_paused(self, why: Paused) -> None:
+        """A person has stopped it: say so, to those too who wait for it."""
+        if not self.ended.done():
+            self.ended.set_exception(why)
+        await self.progress.say(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
 
     async def withdraw(self, running: asyncio.Task[None]) -> None:
         """Stop, forget the wish and give back what was reserved. Idempotent.
 
         Raises when storage is away: the state stays then, so that the next attempt, or the next start, goes on here.
         """
-        running.cancel()
-        await asyncio.wait({running})
+        await self.stop(running)
+        why = Withdrawn(f"the download of {self.ref} was withdrawn")
         if not self.ended.done():
-            self.ended.set_exception(Withdrawn(f"the download of {self.ref} was withdrawn"))
-        await self._buckets.spec.delete(self._key)
+            self.ended.set_exception(why)
+        await self._wishes.end(str(self.ref), why)
         await self._release()
         await self._buckets.state.delete(self._key)
 
@@ -120,7 +139,7 @@ class Download:
         body = error.body() if error else None
         await self.progress.say(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
         # The wish has been answered. Were it kept, a model lost later would come back uninvited.
-        await self._buckets.spec.delete(self._key)
+        await self._wishes.end(str(self.ref), error or self.progress.state)
         if not self.ended.done():
             if error is None:
                 self.ended.set_result(self.progress.state)
@@ -219,9 +238,8 @@ class Download:
             if sha256 in here:
                 self.progress.whole(blob, sha256, file.size_bytes)
             else:
-                partial = self._layout.partial(blob)
-                bitmap = await asyncio.to_thread(read_bitmap, partial, file.size_bytes)
-                self.progress.durable(blob, bitmap.have_bytes)
+                here_bytes = await asyncio.to_thread(held_bytes, self._layout, blob, file.size_bytes)
+                self.progress.durable(blob, here_bytes)
                 missing.append(file)
         changes = {} if self._resumed_told else {"resumed_bytes": self.progress.done_bytes}
         self._resumed_told = True

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import httpx2
 
 from shoal_common.buckets import download_key
 from shoal_common.commands import Verb
-from shoal_common.errors import Busy, ShoalError
+from shoal_common.errors import Busy, Paused, ShoalError, Withdrawn, from_body
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages import commands
@@ -19,20 +20,26 @@ from shoal_common.messages.records import ENDED, DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.questions import Question
 from shoal_common.service import Context
-from shoal_common.tensors import check_layers, union
+from shoal_common.tensors import check_layers
 from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.download import Download
-from shoal_fetcher.http_range import hub_client, peer_client
+from shoal_fetcher.http_range import hub_client
 from shoal_fetcher.hub import Hub, HubSettings
-from shoal_fetcher.leaf_lists import PeerLists
+from shoal_fetcher.limits import Limits
+from shoal_fetcher.progress import Progress
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
+from shoal_fetcher.swarm.peers import Peers
+from shoal_fetcher.swarm.receive import PeerClient
+from shoal_fetcher.swarm.shared import Shared
+from shoal_fetcher.wishes import Wishes, joined
 
 log = Log("fetcher")
 
 _DOWNLOAD_DEADLINE_S = 24 * 3600.0
-_CANCEL_DEADLINE_S = 60.0
+_CONTROL_DEADLINE_S = 60.0
 MAX_DOWNLOADS = 256
+"""Under way and paused together."""
 
 
 class Fetcher:
@@ -43,76 +50,96 @@ class Fetcher:
         context: Context,
         tasks: asyncio.TaskGroup,
         around: Surroundings,
+        wishes: Wishes,
+        limits: Limits,
         from_hub: httpx2.AsyncClient,
-        from_peers: httpx2.AsyncClient,
+        from_peers: PeerClient,
     ) -> None:
         self._context, self._tasks = context, tasks
         self._layout = Layout(context.config.store)
         self._hub = Hub(HubSettings.read(context.environ), from_hub)
-        self._around = around
+        self._around, self._wishes = around, wishes
         self._storage = Storage(context.ask, context.node, around)
-        self._blobs = BlobFetcher(
+        shared = Shared(
             node=context.node,
             uid=context.liveness.uid,
-            secret=context.config.secret,
-            layout=self._layout,
+            nats=context.nats,
             buckets=context.buckets,
-            storage=self._storage,
-            hub=self._hub,
-            peers=from_peers,
             around=around,
+            hub=self._hub,
+            peers=Peers(from_peers, context.config.secret, around.addresses),
+            busy=Counter(),
+            limits=limits,
         )
-        self._leaf_lists = PeerLists(context.config.secret, from_peers, around)
+        self._blobs = BlobFetcher(shared, self._layout, self._storage)
+        self._leaf_lists = shared.peers
         self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 
-    async def resume(self) -> None:
-        """At start: go on with what people asked for before, and with what they had begun to withdraw."""
-        for name, state in self._around.own_downloads().items():
-            if wish := self._around.wish(name):
-                log.info("resuming", model=name)
-                await self._start(ModelRef.parse(name), wish.layers)
-            elif state is not None and state.phase not in ENDED:
+    async def take_up(self) -> None:
+        """At start: go on with what people asked for before and have not paused, and finish what had begun to end."""
+        states = self._around.own_downloads()
+        for name in self._wishes.names:
+            wish, state = self._wishes.get(name), states.get(name)
+            has_ended = state is not None and state.phase in ENDED
+            if wish is None:
+                continue
+            if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.asked_at_s):
+                # Killed between its end and the end of its wish: what was rejected is not tried again by that.
+                await self._wishes.end(name, from_body(state.error) if state.error else state)
+            elif wish.paused:
+                if state is None or state.phase != "paused":
+                    await self._say_paused(name, state)
+            else:
+                log.info("going on", model=name)
+                await self._start(ModelRef.parse(name))
+        for name, state in states.items():
+            if state is not None and state.phase not in ENDED and self._wishes.get(name) is None:
                 log.info("withdrawing what was left", model=name)
                 self._tasks.create_task(self._finish_withdrawal(name))
 
     async def _finish_withdrawal(self, name: str) -> None:
         async with self._changing:
-            if name not in self._running:
+            if self._wishes.get(name) is None:
                 with suppress(ShoalError):  # storage is away: the state stays, for the next start
                     await self._withdraw(name)
 
-    async def download(self, command: commands.Download, _: str) -> DownloadState:
+    async def download(self, command: commands.Download, identity: str) -> DownloadState:
         """Bring a model, or some layers of it, to this node; ends when it is ready, or raises why it is not to be."""
         ref = ModelRef.parse(command.model)
         layers = [list(check_layers(command.layers))] if command.layers else []
         name = str(ref)
         async with self._changing:
-            spec = self._context.buckets.spec
-            if len(self._running) >= MAX_DOWNLOADS and name not in self._running:
-                raise Busy(f"{MAX_DOWNLOADS} downloads are under way on this node; wait for one to end")
-            waited_for = None
-            if name in self._running:
-                running, task = self._running[name]
-                layers = union([*running.layers, *layers]) if layers and running.layers else []
-                if running.layers != layers:
-                    # More of it is wanted: it goes on as another one, for whoever waits for this one too.
-                    task.cancel()
-                    await asyncio.wait({task})
-                    waited_for = None if running.ended.done() else running.ended
-                    self._forget(name, task)
-            if name not in self._running:
-                wish = DownloadSpec(model=name, asked_at_s=round(time.time(), 3), layers=layers)
-                await spec.put(download_key(self._context.node, name), wish)
-                await self._start(ref, layers, waited_for)
-            ended = self._running[name][0].ended
-        return await asyncio.shield(ended)
+            if self._wishes.get(name) is None and len(self._wishes.names) >= MAX_DOWNLOADS:
+                raise Busy(f"{MAX_DOWNLOADS} downloads are under way or paused on this node; wait for one to end")
+            if command.unless_paused and self._wishes.is_paused(name):
+                raise self._paused(name)
+            narrower = await self._stop_narrower(name, layers)
+            try:
+                await self._wishes.ask(name, identity, layers)
+            except ShoalError:  # NATS is away: what is not kept is not done, and the other goes on as it was
+                if narrower is not None:
+                    await self._start(ref, narrower)
+                raise
+            download = await self._start(ref, narrower)
+        return await asyncio.shield(download.ended)
 
-    async def _start(
-        self, ref: ModelRef, layers: list[list[int]], waited_for: asyncio.Future[DownloadState] | None = None
-    ) -> Download:
+    async def _stop_narrower(self, name: str, layers: list[list[int]]) -> Download | None:
+        """Stop a download that brings less than is wanted now. Returns it, unless it has ended by itself."""
+        if name not in self._running:
+            return None
+        download, running = self._running[name]
+        if joined(download.layers, layers) == download.layers:
+            return None
+        return download if await download.stop(running) else None
+
+    async def _start(self, ref: ModelRef, instead_of: Download | None = None) -> Download:
+        """Fetch what the wish says. `instead_of` was stopped: this one goes on for it, and for who waits for it."""
         name = str(ref)
-        before = await self._state_of(name)
+        if name in self._running:
+            return self._running[name][0]
+        before = instead_of.progress.state if instead_of else await self._state_of(name)
+        wish = self._wishes.get(name)
         download = Download(
             ref=ref,
             node=self._context.node,
@@ -123,86 +150,147 @@ class Fetcher:
             hub=self._hub,
             around=self._around,
             blobs=self._blobs,
+            wishes=self._wishes,
             leaf_lists=self._leaf_lists,
-            layers=layers,
+            layers=wish.layers if wish else [],
             before=before,
-            ended=waited_for,
-            wanted_elsewhere=lambda d: self._is_fetching(d.ref.repo, d.commit, but=d),
+            ended=instead_of.ended if instead_of else None,
+            wanted_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, but=name),
         )
         running = self._tasks.create_task(download.run())
         self._running[name] = (download, running)
-        running.add_done_callback(lambda task: self._forget(name, task))
+        running.add_done_callback(lambda _: self._running.pop(name, None))
         return download
 
-    def _forget(self, name: str, task: asyncio.Task[None]) -> None:
-        if name in self._running and self._running[name][1] is task:
-            del self._running[name]
+    def _is_wanted(self, repo: str, commit: str, but: str) -> bool:
+        """Whether another wish is for this commit: `main` and a tag may be two downloads of the same bytes."""
+        commits = {name: state.commit for name, state in self._around.own_downloads().items() if state is not None}
+        commits |= {name: download.commit for name, (download, _) in self._running.items()}
+        others = (name for name in self._wishes.names if name != but)
+        return any((ModelRef.parse(name).repo, commits.get(name)) == (repo, commit) for name in others)
 
-    def _is_fetching(self, repo: str, commit: str, but: Download | None = None) -> bool:
-        """Whether a download brings this commit: `main` and a tag may be two downloads of the same bytes."""
-        return any(d is not but and (d.ref.repo, d.commit) == (repo, commit) for d, _ in self._running.values())
+    async def pause(self, command: commands.PauseDownload, _: str) -> dict[str, object]:
+        """Stop downloads and keep their bytes. Says of each what it is now; nothing is an error (I5)."""
+        return await self._each(command.model, self._pause)
+
+    async def resume(self, command: commands.ResumeDownload, _: str) -> dict[str, object]:
+        """Let paused downloads go on. Says of each what it is now; nothing is an error (I5)."""
+        return await self._each(command.model, self._resume)
+
+    async def _each(self, model: str, change: Callable[[str], Awaitable[str]]) -> dict[str, object]:
+        names = [str(ModelRef.parse(model))] if model else None
+        async with self._changing:
+            return {"models": {name: await change(name) for name in names or self._wishes.names}}
+
+    async def _pause(self, name: str) -> str:
+        if name in self._running:
+            download, running = self._running[name]
+            if not await download.stop(running):
+                return download.progress.state.phase
+            try:
+                await self._wishes.pause(name, self._paused(name))
+            except ShoalError:  # NATS is away: what is not kept would not outlive us, and is not done
+                await self._start(ModelRef.parse(name), download)
+                raise
+            await download.say_paused(self._paused(name))
+        elif self._wishes.get(name) is None:
+            return await self._phase_of(name)
+        elif self._wishes.is_paused(name):
+            return "was_paused"
+        log.info("paused", model=name)
+        return "paused"
+
+    async def _resume(self, name: str) -> str:
+        if self._wishes.get(name) is None:
+            return await self._phase_of(name)
+        if not self._wishes.is_paused(name):
+            return "under_way"
+        await self._wishes.go_on(name)
+        await self._start(ModelRef.parse(name))
+        log.info("resumed", model=name)
+        return "resumed"
+
+    def _paused(self, name: str) -> Paused:
+        return Paused(
+            f"the download of {name} is paused on node {self._context.node}: `shoal resume {name}` lets it go on"
+        )
+
+    async def _say_paused(self, name: str, state: DownloadState | None) -> None:
+        """Of a download that is not running: its process was killed, or what was said of it is lost."""
+        state = state or DownloadState(node=self._context.node, model=name, phase="queued")
+        await Progress(self._context.buckets.state, state).say(phase="paused", waiting_for="", error=None)
+
+    async def _phase_of(self, name: str) -> str:
+        state = await self._state_of(name)
+        return state.phase if state else "unknown"
 
     async def cancel(self, command: commands.CancelDownload, _: str) -> dict[str, object]:
         """Withdraw one download, or what a failed one has left. One that is not under way is no error (I5)."""
         name = str(ModelRef.parse(command.model))
         async with self._changing:
-            state = await self._state_of(name)
-            if name not in self._running and (state is None or state.phase == "ready"):
-                return {"cancelled": False}
+            was = await self._phase_of(name)
+            if self._wishes.get(name) is None and was in ("unknown", "ready"):
+                return {"cancelled": False, "was": was}
             await self._withdraw(name)
-        return {"cancelled": True}
+        return {"cancelled": True, "was": was}
 
     async def withdraw(self, question: Withdraw) -> Done:
         """Storage is about to delete: no wish, no running download and no state of the model may remain."""
         async with self._changing:
-            commits = {name: d.commit for name, d in self._around.own_downloads().items() if d is not None}
+            states = self._around.own_downloads()
+            commits = {name: state.commit for name, state in states.items() if state is not None}
             commits |= {name: download.commit for name, (download, _) in self._running.items()}
-            for name in {*self._around.own_downloads(), *self._running}:
+            for name in {*states, *self._wishes.names, *self._running}:
                 ref = ModelRef.parse(name)
                 if ref.repo == question.repo and question.revision in ("", ref.revision, commits.get(name)):
                     await self._withdraw(name)
         return Done()
 
     async def _withdraw(self, name: str) -> None:
-        key = download_key(self._context.node, name)
         if name in self._running:
             download, running = self._running[name]
             await download.withdraw(running)
         else:
             state = await self._state_of(name)
-            await self._context.buckets.spec.delete(key)
+            await self._wishes.end(name, Withdrawn(f"the download of {name} was withdrawn"))
             if state is not None and state.commit:
                 repo = ModelRef.parse(name).repo
-                if not self._is_fetching(repo, state.commit):
+                if not self._is_wanted(repo, state.commit, but=name):
                     await self._storage.release(repo, state.commit, state.blobs)
-            await self._context.buckets.state.delete(key)
+            await self._context.buckets.state.delete(download_key(self._context.node, name))
         log.info("withdrawn", model=name)
 
     async def _state_of(self, name: str) -> DownloadState | None:
         return await self._context.buckets.state.get_as(download_key(self._context.node, name), DownloadState)
 
     def stop(self) -> None:
-        """The service stops: downloads pause as they are and go on at the next start."""
+        """The service stops: downloads stop as they are and go on at the next start."""
         for _, running in self._running.values():
             running.cancel()
 
 
 async def run(context: Context) -> None:
     """The fetcher service."""
-    async with hub_client() as from_hub, peer_client() as from_peers, asyncio.TaskGroup() as tasks:
+    async with hub_client() as from_hub, PeerClient() as from_peers, asyncio.TaskGroup() as tasks:
         live = await context.view(tasks, "live")
         state = await context.view(tasks, "state")
         lease = await context.view(tasks, "lease")
         spec = await context.view(tasks, "spec", f"download.{context.node}.>")
-        around = Surroundings(context.nats, context.node, live, state, lease, spec)
-        fetcher = Fetcher(context, tasks, around, from_hub, from_peers)
-        await fetcher.resume()
+        await context.follow_interfaces()
+        around = Surroundings(context.nats, context.node, live, state, lease, spec, context.interfaces)
+        wishes = Wishes(context.buckets, context.node, [wish for _, wish in spec.items("", DownloadSpec)])
+        limits = Limits()
+        tasks.create_task(limits.follow(state, context.node))
+        fetcher = Fetcher(context, tasks, around, wishes, limits, from_hub, from_peers)
+        await fetcher.take_up()
         tasks.create_task(context.serve({"withdraw": Question(Withdraw, fetcher.withdraw)}))
         tasks.create_task(
             context.work(
                 {
                     "download": Verb(commands.Download, fetcher.download, _DOWNLOAD_DEADLINE_S),
-                    "cancel": Verb(commands.CancelDownload, fetcher.cancel, _CANCEL_DEADLINE_S),
+                    "pause": Verb(commands.PauseDownload, fetcher.pause, _CONTROL_DEADLINE_S),
+                    "resume": Verb(commands.ResumeDownload, fetcher.resume, _CONTROL_DEADLINE_S),
+                    "cancel": Verb(commands.CancelDownload, fetcher.cancel, _CONTROL_DEADLINE_S),
                 }
             )
         )

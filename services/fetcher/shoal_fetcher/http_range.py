@@ -1,4 +1,4 @@
-"""Reading a byte range over HTTP, whoever serves it; and what its failures are called here."""
+"""Reading a byte range of a file from the hub; and what its failures are called here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 import httpx2
 import msgspec
 
-from shoal_common.errors import BadName, Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError, Unavailable
-from shoal_common.names import check_blob
-from shoal_fetcher.errors import RateLimited
+from shoal_common.errors import Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError, Unavailable
+from shoal_fetcher.errors import RateLimited, Silent
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
@@ -21,9 +20,6 @@ _MAX_CONNECTIONS = 32
 _DEFAULT_RETRY_S = 5.0
 _MAX_RETRY_S = 900.0
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_ADDRESS = re.compile(rf"(?:\[[0-9a-fA-F:.]{{2,45}}\]|{_LABEL}(?:\.{_LABEL}){{0,9}}):([0-9]{{1,5}})")
-_MAX_PORT = 65535
 _RATE_LIMIT_RESET = re.compile(r"\bt=(\d+)")
 
 
@@ -44,24 +40,6 @@ def hub_source(endpoint: str) -> Source:
     return Source(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_REMEDY)
 
 
-def peer_source(node: str) -> Source:
-    """A node as a source."""
-    return Source(f"node {node}", "SHOAL_SECRET", Unavailable, "see `shoal status`")
-
-
-def blob_url(address: str, sha256: str) -> str:
-    """Where a node serves a blob, by what its peers are told (I10). Raises BadName."""
-    match = _ADDRESS.fullmatch(address)
-    if not match or int(match.group(1)) > _MAX_PORT:
-        raise BadName(f"{address[:80]!r} is not an address that a node could have")
-    return f"http://{address}/v1/blobs/{check_blob(sha256)}"
-
-
-def leaves_url(address: str, sha256: str) -> str:
-    """Where a node serves a blob's leaf list. Raises BadName."""
-    return blob_url(address, sha256).replace("/v1/blobs/", "/v1/leaves/")
-
-
 class Body(msgspec.Struct, frozen=True):
     """A body that is being read: where its first byte belongs, and its chunks."""
 
@@ -79,16 +57,6 @@ def hub_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
         timeout=httpx2.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
         limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS),
         trust_env=True,
-    )
-
-
-def peer_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
-    """A client for nodes of the cluster: no proxy sees the cluster's credential, no peer sends us elsewhere (I12)."""
-    return httpx2.AsyncClient(
-        follow_redirects=False,
-        timeout=httpx2.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
-        limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS),
-        trust_env=False,
     )
 
 
@@ -151,6 +119,11 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
 
 FOREIGN: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.InvalidURL)
 """What httpx2 raises for reasons that are not ours; its other classes mean that it was used wrongly."""
+
+
+def was_silent(error: ShoalError) -> bool:
+    """Whether a source was left because it sent nothing."""
+    return isinstance(error, Silent) or isinstance(error.__cause__, httpx2.TimeoutException)
 
 
 def foreign(error: Exception, source: Source) -> ShoalError:

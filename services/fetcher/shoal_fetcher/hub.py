@@ -7,8 +7,8 @@ nodes, verifies sizes only, and keeps a second copy.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -29,10 +29,11 @@ from huggingface_hub.hf_api import RepoFile
 
 from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
 from shoal_common.messages.records import Manifest, ManifestFile
-from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher import http_range
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.http_range import Body, Source, hub_source, read_range, retry_after_s
+from shoal_fetcher.restraint import Answers, HoldBack, Listings, Once
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_FILES = 4000
@@ -64,23 +65,30 @@ class _Listing(httpx2.Client):
     here a failure is an error of ours at once, and waiting is up to the download, which says so.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, hold: HoldBack, answers: Answers) -> None:
         super().__init__(
             follow_redirects=True,
             timeout=httpx2.Timeout(http_range.SILENCE_TIMEOUT_S, connect=http_range.CONNECT_TIMEOUT_S),
         )
-        self._source = source
+        self._source, self._hold, self._answers = source, hold, answers
 
-    def send(self, *args: Any, **kwargs: Any) -> httpx2.Response:
-        """Send a request."""
+    def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
+        """Send a request, if it is time."""
+        self._hold.check(self._source.name)
+        if "/revision/" in request.url.path:
+            self._answers.prepare(request)
         try:
-            response = super().send(*args, **kwargs)
+            response = super().send(request, **kwargs)
         except http_range.FOREIGN as e:
             raise http_range.foreign(e, self._source) from e
         if response.status_code == 429 or response.status_code >= 500:
             response.close()
-            http_range.raise_for(response.status_code, response.headers, self._source)
-        return response
+            try:
+                http_range.raise_for(response.status_code, response.headers, self._source)
+            except RateLimited as e:
+                self._hold.note(e)
+                raise
+        return self._answers.settle(request, response) if "/revision/" in request.url.path else response
 
 
 class Hub:
@@ -90,8 +98,10 @@ class Hub:
         self._settings, self._client = settings, client
         self._source = hub_source(settings.endpoint)
         self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
+        self._hold, self._listings, answers = HoldBack(), Listings(), Answers()
+        self._commits, self._trees = Once[str](), Once[list[ManifestFile]]()
         # huggingface_hub has one client per process, and so does a fetcher have one hub.
-        set_client_factory(lambda: _Listing(self._source))
+        set_client_factory(lambda: _Listing(self._source, self._hold, answers))
 
     @property
     def offline(self) -> bool:
@@ -107,28 +117,53 @@ class Hub:
             )
         try:
             async with asyncio.timeout(_LISTING_TIMEOUT_S):
-                return await asyncio.to_thread(self._list, ref)
+                commit = ref.revision
+                if not is_commit(commit) or self._listings.get(ref.repo, commit) is None:
+                    commit = await self._commits(ref, lambda: asyncio.to_thread(self._commit_of, ref))
+                files = await self._files_of(ref, commit)
         except TimeoutError:
             raise Expired(f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s") from None
+        return Manifest(repo=ref.repo, commit=commit, files=list(files), revisions=[ref.revision])
 
-    def _list(self, ref: ModelRef) -> Manifest:
+    async def _files_of(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+        files = self._listings.get(ref.repo, commit)
+        if files is None:
+            files = await self._trees((ref.repo, commit), lambda: asyncio.to_thread(self._list, ref, commit))
+            self._listings.keep(ref.repo, commit, files)
+        return files
+
+    def _commit_of(self, ref: ModelRef) -> str:
         try:
-            info = self._api.model_info(ref.repo, revision=ref.revision)
-            commit = check_commit(info.sha or "")
+            return check_commit(self._api.model_info(ref.repo, revision=ref.revision).sha or "")
+        except Exception as e:
+            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+
+    def _list(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+        try:
             entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit)
             files = [as_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
             check_listing(ref, files)
         except Exception as e:
             raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
-        return Manifest(repo=ref.repo, commit=commit, files=files, revisions=[ref.revision])
+        return files
 
     def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
-        """Read bytes [start, end) of a file."""
+        """Read bytes [start, end) of a file. Raises RateLimited at once while the hub wants no request."""
         if self.offline:
             raise HubUnavailable(f"{file.path} is on no live node and HF_HUB_OFFLINE forbids asking the hub")
         url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
-        return read_range(self._client, url, headers, start, end, self._source)
+        self._hold.check(self._source.name)
+        return self._noting(read_range(self._client, url, headers, start, end, self._source))
+
+    @asynccontextmanager
+    async def _noting(self, reading: AbstractAsyncContextManager[Body]) -> AsyncIterator[Body]:
+        try:
+            async with reading as body:
+                yield body
+        except RateLimited as e:
+            self._hold.note(e)
+            raise
 
 
 def is_file(entry: object) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from shoal_common import leafset
+from shoal_common import leafset, telemetry
 from shoal_common.errors import Corrupt, NotFound
 from shoal_common.messages.questions import (
     AskRoom,
@@ -22,7 +22,7 @@ from shoal_common.messages.questions import (
 )
 from shoal_common.messages.records import Manifest, ManifestFile, ModelState, PartState
 from shoal_common.questions import Ask
-from shoal_fetcher.errors import ReservationLost, WrongWhole
+from shoal_fetcher.errors import LeavesLost, ReservationLost, WrongWhole
 from shoal_fetcher.surroundings import Surroundings
 
 T = TypeVar("T")
@@ -46,14 +46,22 @@ class Storage:
         question = Reserve(manifest=manifest, leaves=_as_ranges(leaves or {}))
         return await self._until_answered("reserve", question, Reserved)
 
-    async def commit(self, blob: str) -> Committed:
-        """Verify a complete partial and make it a blob. Raises WrongWhole, or ReservationLost when it has gone."""
+    async def commit(self, blob: str, root: str = "") -> Committed:
+        """Verify a complete partial and make it a blob: by its leaf list if that has this root, else by sha256.
+
+        Raises WrongWhole, LeavesLost, or ReservationLost when it has gone.
+        """
         try:
-            return await self._until_answered("commit", CommitBlob(blob=blob), Committed, _COMMIT_DEADLINE_S)
+            question = CommitBlob(blob=blob, root=root)
+            committed = await self._until_answered("commit", question, Committed, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
+            if e.details.get("bad_leaves"):
+                raise LeavesLost(e.message, **e.details) from e
             raise WrongWhole(e.message, **e.details) from e
+        telemetry.verified(committed.size_bytes)
+        return committed
 
     async def seal(self, manifest: Manifest) -> ModelState:
         """Make a model present. Raises ReservationLost when a blob of it has gone."""

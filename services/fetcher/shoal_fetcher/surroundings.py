@@ -3,41 +3,93 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 
-from shoal_common.buckets import download_key, live_key, origin_key, storage_key
+from shoal_common.buckets import live_key, origin_key, storage_key
 from shoal_common.connection import Nats
+from shoal_common.identity import this_network
+from shoal_common.interfaces import Interface, Interfaces
 from shoal_common.leases import LeaseValue
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState, Manifest, ModelState, StorageState
 from shoal_common.names import ModelRef
+from shoal_common.reach import ways
 from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
 
 _CATCH_UP_S = 5.0
+STARTING_S = 8.0
+"""A fileserver that starts is waited for so long: what only it has need not come from the hub (I9)."""
 
 
 class Surroundings:
     """Read-only views of the cluster."""
 
-    def __init__(self, nats: Nats, me: str, live: View, state: View, lease: View, spec: View) -> None:
-        self._nats, self._me = nats, me
+    def __init__(
+        self,
+        nats: Nats,
+        me: str,
+        live: View,
+        state: View,
+        lease: View,
+        spec: View,
+        interfaces: Interfaces,
+    ) -> None:
+        self._nats, self._me, self._interfaces = nats, me, interfaces
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
+        self._network = this_network()
+        self._addresses: dict[str, list[str]] = {}
+        self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
+        self._starting: dict[str, float] = {}
 
     def addresses(self) -> dict[str, list[str]]:
-        """Live fileservers of other nodes and where they answer."""
+        """Live fileservers of other nodes that can be reached from here, and where, in the order to try.
+
+        It is worked out anew only when a node has said something or an interface has changed: it is asked often.
+        """
+        mine, as_of = self._interfaces.now, (self._live.changes, self._interfaces.now)
+        if as_of != self._addresses_as_of:
+            self._addresses, self._addresses_as_of = self._work_out_addresses(mine), as_of
+        return self._addresses
+
+    def _work_out_addresses(self, mine: tuple[Interface, ...]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for key, live in self._live.items("", Live):
             node, _, service = key.partition(".")
-            if service == "fileserver" and node != self._me and live.facts.addresses:
-                found[node] = live.facts.addresses
-        return found
+            if service == "fileserver" and node != self._me:
+                found[node] = [link.address for link in ways(live, self._network, mine)]
+        return {node: addresses for node, addresses in found.items() if addresses}
+
+    def starting(self) -> set[str]:
+        """Other nodes whose fileserver is there and does not say yet where it answers; not after STARTING_S."""
+        found, now_s = set[str](), time.monotonic()
+        for key, live in self._live.items("", Live):
+            node, _, service = key.partition(".")
+            if service == "fileserver" and node != self._me and not live.facts.addresses:
+                found.add(node)
+        self._starting = {node: self._starting.get(node, now_s) for node in found}
+        return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_S}
 
     def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
         """Live peers that have a blob whole."""
+        return self._holders(blob, manifest, self.addresses())
+
+    def returning(self, blob: str, manifest: Manifest) -> list[Holding]:
+        """Peers that have a blob whole, and can be asked for it in a moment."""
+        return self._holders(blob, manifest, self.starting())
+
+    def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[Holding]:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
-        return holders(blob, manifest, models, downloads, self.addresses(), self._me)
+        return holders(blob, manifest, models, downloads, nodes, self._me)
+
+    def roots(self, sha256: str) -> set[str]:
+        """Roots of a blob's leaf list, as live nodes that have it whole and are still downloading its model say."""
+        live = self.addresses()
+        downloads = (d for _, d in self._state.items("download.", DownloadState))
+        return {d.roots[sha256] for d in downloads if d.node in live and sha256 in d.roots}
 
     def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
         """`(node, org/name@commit)` of the nodes that hold what a person means by `ref`, this one first."""
@@ -54,10 +106,6 @@ class Surroundings:
         prefix = f"download.{self._me}."
         found: dict[str, DownloadState | None] = {s.model: None for _, s in self._spec.items(prefix, DownloadSpec)}
         return found | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
-
-    def wish(self, model: str) -> DownloadSpec | None:
-        """What somebody wants of this model on this node, if anything."""
-        return self._spec.get(download_key(self._me, model), DownloadSpec)
 
     def origin(self, blob: str) -> str | None:
         """Which node is reading a blob from the hub."""

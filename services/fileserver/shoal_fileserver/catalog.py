@@ -8,11 +8,13 @@ from collections.abc import Container, Iterable
 import msgspec
 
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.messages.facts import Live
+from shoal_common.interfaces import Interfaces
+from shoal_common.messages.facts import Link, Live
 from shoal_common.messages.questions import AskManifest
 from shoal_common.messages.records import Manifest, ModelState
 from shoal_common.names import ModelRef
 from shoal_common.questions import Ask
+from shoal_common.reach import facing
 from shoal_common.watch import View
 
 _KEPT = 64
@@ -30,14 +32,20 @@ class Found(msgspec.Struct, frozen=True):
 class Catalog:
     """Looks models up in what nodes say of themselves."""
 
-    def __init__(self, node: str, ask: Ask, models: View, live: View) -> None:
+    def __init__(self, node: str, ask: Ask, models: View, live: View, interfaces: Interfaces) -> None:
         self._node, self._ask, self._models, self._live = node, ask, models, live
+        self._interfaces = interfaces
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
 
-    async def find(self, ref: ModelRef) -> Found | None:
-        """A model of a live node, this one first. Raises Unavailable when none of those that have it answers."""
+    async def find(self, ref: ModelRef, came_to: str) -> Found | None:
+        """A model of a live node, this one first. Raises Unavailable when none of those that have it answers.
+
+        `came_to` is the address of ours that is asked: of another node's, the one on the same wire is given.
+        """
         unavailable: Unavailable | None = None
-        serving = self._serving
+        mine = self._interfaces.now
+        facings = {node: facing(links, came_to, mine) for node, links in self._serving.items()}
+        serving = {node: link.address for node, link in facings.items() if link} | {self._node: ""}
         for state in holders(ref, self._held, serving, self._node):
             try:
                 manifest = await self._manifest(state)
@@ -46,7 +54,7 @@ class Catalog:
             except Unavailable as e:
                 unavailable = e
                 continue
-            return Found(manifest, "" if state.node == self._node else serving[state.node][0])
+            return Found(manifest, serving[state.node])
         if unavailable:
             raise unavailable
         return None
@@ -60,11 +68,15 @@ class Catalog:
         return [m for _, m in self._models.items("model.", ModelState)]
 
     @property
-    def _serving(self) -> dict[str, list[str]]:
-        """Nodes whose fileserver is live, this one among them, and their addresses."""
-        lives = ((key.partition("."), live) for key, live in self._live.items("", Live))
-        found = {node: live.facts.addresses for (node, _, service), live in lives if service == "fileserver"}
-        return {node: addresses for node, addresses in found.items() if addresses} | {self._node: []}
+    def _serving(self) -> dict[str, list[Link]]:
+        """Nodes whose fileserver is live, this one among them, and how they are reached."""
+        lives = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
+        found = {
+            node: facts.links or [Link(address=a) for a in facts.addresses]
+            for (node, _, service), facts in lives
+            if service == "fileserver"
+        }
+        return {node: links for node, links in found.items() if links} | {self._node: []}
 
     async def _manifest(self, state: ModelState) -> Manifest:
         known = self._manifests.get(state.model)

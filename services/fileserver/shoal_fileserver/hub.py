@@ -98,11 +98,11 @@ class HubProtocol:
 
         Revisions may hold slashes: the shortest that a node has is meant.
         """
-        fields = request.path_params
+        fields, came_to = request.path_params, (request.scope.get("server") or ("",))[0]
         repo, parts = f"{fields['org']}/{fields['name']}", fields.get("rest", DEFAULT_REVISION).split("/")
         for end in range(1, min(len(parts), _MAX_REVISION_PARTS) + 1):
             ref = ModelRef.parse(f"{repo}@{'/'.join(parts[:end])}")
-            if found := await self._catalog.find(ref):
+            if found := await self._catalog.find(ref, came_to):
                 return found, "/".join(parts[end:])
         code = "RevisionNotFound" if self._catalog.knows(repo) else "RepoNotFound"
         message = f"no live node of this cluster has {repo} at {parts[0]}: `shoal pull {repo}` brings it here"

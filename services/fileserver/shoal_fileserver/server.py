@@ -1,141 +1,83 @@
-"""`GET /v1/blobs/<sha256>`, with single ranges. Content is named by hash only, so no path comes from outside (I10).
-
-Only what shows that storage has hashed it is served (I1, `shoal_common/proof.py`): a person may have put another file
-in a blob's place, or be putting one there now. Without the cluster's credential every path answers the same 401
-(I12), but for the hub's protocol (`hub.py`), which has a credential of its own.
-"""
+"""The service: what peers ask (`blobs.py`), the hub's protocol (`hub.py`), and the port that both share."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import random
 import socket
-from collections.abc import AsyncIterator, Mapping
-from io import FileIO
+from collections.abc import Mapping
 
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal_common.blobs import find_blob, open_blob
+from shoal_common.buckets import storage_key
 from shoal_common.credentials import allowed
-from shoal_common.errors import BadInput, BadName, Unavailable
+from shoal_common.errors import BadInput, Unavailable
 from shoal_common.layout import Layout
-from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes
-from shoal_common.logs import Log
-from shoal_common.messages.facts import Facts
-from shoal_common.names import check_blob
+from shoal_common.messages.records import StorageState
+from shoal_common.pace import Pace
+from shoal_common.reach import takes_both
 from shoal_common.service import Context
+from shoal_common.watch import View
+from shoal_fileserver.at_once import AtOnce
+from shoal_fileserver.blobs import Blobs, problem
 from shoal_fileserver.catalog import Catalog
-from shoal_fileserver.connections import BoundedHttp
+from shoal_fileserver.connections import bounded
 from shoal_fileserver.hub import HubProtocol
-from shoal_fileserver.ranges import Part, Unsatisfiable, parse_range
+from shoal_fileserver.sent import Sent
 
-log = Log("fileserver")
-
-_TYPE = "application/octet-stream"
-_CHUNK_BYTES = 1 << 20
 _KEEP_ALIVE_S = 30
 _STOP_S = 5
 
 
-def make_app(layout: Layout, secret: str, catalog: Catalog | None = None) -> ASGIApp:
-    """The HTTP application over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
+def settings(
+    layout: Layout, node: str, secret: str, catalog: Catalog | None = None, pace: Pace | None = None
+) -> uvicorn.Config:
+    """A server over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
+    pace = pace or Pace()
+    sent = Sent(random.Random())
+    at_once = AtOnce(layout, node, secret, sent, pace)
+    return uvicorn.Config(
+        _application(Blobs(layout, node, secret, at_once, sent, pace), secret, catalog),
+        http=bounded(at_once),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        lifespan="off",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_STOP_S,
+    )
 
-    async def blob(request: Request) -> Response:
-        try:
-            return await serve(request, check_blob(request.path_params["sha256"]), {})
-        except BadName as e:
-            return _problem(400, e.message)
 
-    async def serve(request: Request, sha256: str, headers: Mapping[str, str]) -> Response:
-        try:
-            file = await asyncio.to_thread(open_blob, layout, sha256)
-        except FileNotFoundError:
-            return _problem(404, "this node does not hold that blob, verified")
-        except OSError as e:
-            log.warning("a blob cannot be opened", blob=sha256, why=str(e))
-            return _problem(503, "this node cannot read that blob now")
-        # Open, it stays readable to its end even if the blob is deleted meanwhile; it is closed with the response.
-        return _answer(request, file, {"ETag": f'"{sha256}"', **headers})
-
-    async def leaf_list(request: Request) -> Response:
-        try:
-            sha256 = check_blob(request.path_params["sha256"])
-            # Of a blob that is here only: its list is written before it has its name, and proves nothing by itself.
-            size_bytes = (await asyncio.to_thread(find_blob, layout, sha256)).stat().st_size
-            found = await asyncio.to_thread(layout.leaves(sha256).read_bytes)
-        except BadName as e:
-            return _problem(400, e.message)
-        except OSError:
-            return _problem(404, "this node has no leaf list of that blob")
-        hashes = found[HASH_BYTES:]
-        if len(hashes) != list_bytes(size_bytes) or found[:HASH_BYTES] != leaf_hash(hashes):
-            return _problem(404, "this node has no leaf list of that blob")
-        return Response(hashes, headers={"Cache-Control": "immutable, max-age=31536000"}, media_type=_TYPE)
+def _application(blobs: Blobs, secret: str, catalog: Catalog | None) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def denied(scope: Scope, receive: Receive, send: Send) -> None:
-        await _problem(401, "show the cluster's credential for blobs")(scope, receive, send)
+        await problem(401, "show a token for this blob of this node")(scope, receive, send)
 
-    hub_routes = HubProtocol(secret, catalog, serve).routes if catalog else []
-    peers = Router(
-        routes=[
-            Route("/v1/blobs/{sha256}", blob, methods=["GET", "HEAD"]),
-            Route("/v1/leaves/{sha256}", leaf_list, methods=["GET", "HEAD"]),
-            Route("/health", health, methods=["GET"]),
-            *hub_routes,
-        ],
-        # A redirection would send the peer, and its credential, wherever its Host header says.
-        redirect_slashes=False,
-    )
+    hub_routes = HubProtocol(secret, catalog, blobs.of_hub).routes if catalog else []
+    # A redirection would send the peer, and its credential, wherever its Host header says.
+    peers = Router(routes=[Route("/health", health, methods=["GET"]), *hub_routes], redirect_slashes=False)
     strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
 
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        answer = peers if allowed(secret, "blobs", Headers(scope=scope)) else strangers
-        await answer(scope, receive, send)
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(("/v1/blobs/", "/v1/leaves/")):
+            await blobs(scope, receive, send)
+        elif allowed(secret, "blobs", Headers(scope=scope)):
+            await peers(scope, receive, send)
+        else:
+            await strangers(scope, receive, send)
 
-    return guarded
-
-
-def _answer(request: Request, file: FileIO, named: Mapping[str, str]) -> Response:
-    size, etag = os.fstat(file.fileno()).st_size, named["ETag"]
-    headers = {**named, "Accept-Ranges": "bytes", "Cache-Control": "immutable, max-age=31536000"}
-    # Several Range headers are several ranges; a part of another version than ours is no part of this blob.
-    header = ",".join(request.headers.getlist("range")) or None
-    asked = parse_range(header if request.headers.get("if-range", etag) == etag else None, size)
-    if isinstance(asked, Unsatisfiable):
-        file.close()
-        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
-    start, end, status = 0, size, 200
-    if isinstance(asked, Part):
-        start, end, status = asked.start, asked.end, 206
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    headers["Content-Length"] = str(end - start)
-    if request.method == "HEAD":
-        file.close()
-        return Response(status_code=status, headers=headers, media_type=_TYPE)
-    return StreamingResponse(_read(file, start, end), status, headers, media_type=_TYPE)
-
-
-async def _read(file: FileIO, start: int, end: int) -> AsyncIterator[bytes]:
-    with file:
-        while start < end:
-            chunk = await asyncio.to_thread(os.pread, file.fileno(), min(_CHUNK_BYTES, end - start), start)
-            if not chunk:
-                return  # shorter than it was: the missing Content-Length tells the peer
-            start += len(chunk)
-            yield chunk
-
-
-def _problem(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+    return app
 
 
 def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
@@ -145,7 +87,7 @@ def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
         raise BadInput(f"SHOAL_FILESERVER_PORT is {asked!r}: a port from 1 to 65535 is expected, or 0 for any")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(asked)), family=family)
+        return socket.create_server((host, int(asked)), family=family, dualstack_ipv6=takes_both(host))
     except OSError as e:
         raise Unavailable(
             f"the fileserver cannot listen on {host} port {asked}: {e.strerror}; stop what does, or set "
@@ -159,28 +101,30 @@ async def run(context: Context) -> None:
     listener = _listen(config.bind, context.environ)
     # What a hostile peer can provoke is not worth a line each; what went wrong here is.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    pace = Pace()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a fileserver that was restarted says no address, its peers turn to the hub (I9). The socket
         # listens already, and who comes waits there for the views.
-        context.ready(Facts(addresses=config.addresses(listener.getsockname()[1])))
+        await context.follow_interfaces(listener.getsockname()[1])
+        context.ready()
         models = await context.view(tasks, "state", "model.>")
         live = await context.view(tasks, "live")
-        catalog = Catalog(context.node, context.ask, models, live)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(Layout(config.store), config.secret, catalog),
-                http=BoundedHttp,
-                ws="none",
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=_STOP_S,
-            )
-        )
+        own = await context.view(tasks, "state", storage_key(context.node))
+        context.background(tasks, _keep_pace(own, context.node, pace))
+        catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
+        server = uvicorn.Server(settings(Layout(config.store), context.node, config.secret, catalog, pace))
         tasks.create_task(_stop(context, server))
         # `_serve` is `serve` without its signal handlers: signals are the main loop's.
         await server._serve(sockets=[listener])
+
+
+async def _keep_pace(own: View, node: str, pace: Pace) -> None:
+    """Follow the node's `max_upload_bytes_per_s`, as its storage tells it."""
+    seen = -1
+    while True:
+        seen = await own.changed_after(seen)
+        if state := own.get(storage_key(node), StorageState):
+            pace.use(state.max_upload_bytes_per_s)
 
 
 async def _stop(context: Context, server: uvicorn.Server) -> None:

@@ -1,4 +1,4 @@
-"""Downloads: what is under way, asking for more, taking it back."""
+"""Downloads: what is under way, asking for more, stopping it, letting it go on, taking it back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from shoal_common.buckets import download_key
 from shoal_common.errors import ShoalError
 from shoal_common.messages import Message
-from shoal_common.messages.commands import CancelDownload, Download, Outcome
+from shoal_common.messages.commands import CancelDownload, Download, Outcome, PauseDownload, ResumeDownload
 from shoal_common.messages.records import DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.sending import new_id
@@ -24,7 +24,7 @@ from shoal_gateway.outcomes import raise_first_error, results, with_details
 from shoal_gateway.progress import begun, ended_badly
 from shoal_gateway.resource import resource
 from shoal_gateway.status import download_view, download_views
-from shoal_gateway.targets import Nodes, to_cancel, to_download
+from shoal_gateway.targets import Nodes, to_control, to_download
 
 
 class AskDownload(Message):
@@ -34,6 +34,13 @@ class AskDownload(Message):
     nodes: Nodes = None
     wait: bool = False
     deadline_s: float = 0.0
+
+
+class AskControl(Message):
+    """The body of `POST /v1/downloads/pause` and `/resume`. Without a model all of the nodes' downloads are meant."""
+
+    model: str = ""
+    nodes: Nodes = None
 
 
 class AskCancel(Message):
@@ -72,16 +79,40 @@ async def download(request: Request) -> Response:
     return reply({"downloads": _views(gateway.state, asked), "commands": commands}, 200 if body.wait else 202)
 
 
+async def pause(request: Request) -> Response:
+    """`POST /v1/downloads/pause`."""
+    body = await read_as(request, AskControl)
+    return await _control(request, "pause", PauseDownload(model=_name(body.model)), body.nodes)
+
+
+async def resume(request: Request) -> Response:
+    """`POST /v1/downloads/resume`."""
+    body = await read_as(request, AskControl)
+    return await _control(request, "resume", ResumeDownload(model=_name(body.model)), body.nodes)
+
+
 async def cancel(request: Request) -> Response:
     """`POST /v1/downloads/cancel`."""
-    gateway, body = gateway_of(request), await read_as(request, AskCancel)
-    ref = ModelRef.parse(body.model)
-    nodes = to_cancel(gateway.picture(), ref, body.nodes)
-    command, deadline_s = CancelDownload(model=str(ref)), gateway.settings.limits.outcome_s
-    sending = gateway.sender.outcomes_of("fetcher", {n: new_id() for n in nodes}, "cancel", command, deadline_s)
+    body = await read_as(request, AskCancel)
+    return await _control(request, "cancel", CancelDownload(model=str(ModelRef.parse(body.model))), body.nodes)
+
+
+def _name(model: str) -> str:
+    return str(ModelRef.parse(model)) if model else ""
+
+
+async def _control(
+    request: Request, verb: str, command: PauseDownload | ResumeDownload | CancelDownload, nodes: Nodes
+) -> Response:
+    """Send a command to the fetchers that it is meant for, and answer with what each says of it."""
+    gateway = gateway_of(request)
+    gateway.sender.require_nats()
+    chosen = to_control(gateway.picture(), command.model, nodes)
+    ids, deadline_s = {n: new_id() for n in chosen}, gateway.settings.limits.outcome_s
+    sending = gateway.sender.outcomes_of("fetcher", ids, verb, command, deadline_s)
     outcomes = await unless_gone(request.receive, sending)
     raise_first_error(outcomes)
-    return reply({"model": str(ref), "nodes": results(outcomes)})
+    return reply({"model": command.model, "nodes": results(outcomes)})
 
 
 def _asked(state: View, node: str, model: str) -> Asked:
@@ -139,5 +170,7 @@ def _views(state: View, asked: list[Asked]) -> list[object]:
 
 ROUTES = [
     resource("/v1/downloads", GET=downloads, POST=download),
+    resource("/v1/downloads/pause", POST=pause),
+    resource("/v1/downloads/resume", POST=resume),
     resource("/v1/downloads/cancel", POST=cancel),
 ]

@@ -15,7 +15,7 @@ from shoal_common.messages.commands import Outcome
 from shoal_gateway.exchange import reply
 from shoal_gateway.gateway import gateway_of
 from shoal_gateway.resource import resource
-from shoal_gateway.status import status_view
+from shoal_gateway.status import Place, status_view
 
 # The page brings its own styles and script, and may load nothing from elsewhere or be framed there.
 _PAGE_HEADERS = {
@@ -46,8 +46,8 @@ async def health(request: Request) -> Response:
 async def status(request: Request) -> Response:
     """`GET /v1/status`: everything at once."""
     gateway = gateway_of(request)
-    connected = gateway.context.nats.connected
-    return reply(status_view(gateway.picture(), gateway.node, VERSION, connected, time.time()))
+    connected, place = gateway.context.nats.connected, Place(gateway.network, gateway.context.interfaces.now)
+    return reply(status_view(gateway.picture(), gateway.node, VERSION, connected, time.time(), place))
 
 
 async def command(request: Request) -> Response:

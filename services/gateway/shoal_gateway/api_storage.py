@@ -23,7 +23,8 @@ from shoal_gateway.targets import Nodes, to_storage
 
 _MOST_BYTES = (1 << 63) - 1
 _NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
-_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots")
+_RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
+_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots", "roots", *_RATES)
 
 
 class AskConfigure(Configure):
@@ -70,6 +71,10 @@ async def configure(request: Request) -> Response:
         value = given[name]
         if value is not UNSET and value is not None and not 0 <= value <= _MOST_BYTES:
             raise BadInput(f"{name} is {value}: a whole number of {unit} from 0 is expected", param=name)
+    for name in _RATES:
+        value = given[name]
+        if value is not UNSET and value is not None and not 1 <= value <= _MOST_BYTES:
+            raise BadInput(f"{name} is {value}: a whole number of bytes per second from 1 is expected", param=name)
     command = Configure(**given, deadline_s=body.deadline_s)
     return await _everywhere(request, "configure", command, body.node, body.nodes)
 

@@ -8,6 +8,7 @@ from typing import cast
 
 from starlette.requests import Request
 
+from shoal_common.identity import this_network
 from shoal_common.sending import Sender
 from shoal_common.service import Context
 from shoal_common.watch import View
@@ -24,6 +25,7 @@ class Gateway:
         self.context, self.settings, self.tasks = context, settings, tasks
         self.live, self.spec, self.state = live, spec, state
         self.sender = Sender(context.nats, context.buckets)
+        self.network = this_network()
         self.in_flight: Counter[str] = Counter()
         """Requests that this gateway has at each instance."""
 

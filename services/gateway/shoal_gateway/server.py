@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from shoal_common.errors import Refused
-from shoal_common.messages.facts import Facts
+from shoal_common.reach import takes_both
 from shoal_common.service import STOP_DEADLINE_S, Context
 from shoal_gateway.app import build_app
 from shoal_gateway.gateway import Gateway
@@ -34,7 +34,7 @@ async def run(context: Context) -> None:
 
 async def _serve(context: Context, gateway: Gateway, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    facts = Facts(addresses=context.config.addresses(port))
+    await context.follow_interfaces(port)
     server = _Server(
         uvicorn.Config(
             build_app(gateway),
@@ -47,7 +47,7 @@ async def _serve(context: Context, gateway: Gateway, listener: socket.socket) ->
             proxy_headers=False,
             timeout_graceful_shutdown=_FINISH_S,
         ),
-        on_started=lambda: context.ready(facts),
+        on_started=context.ready,
     )
 
     async def stop_when_told() -> None:
@@ -85,6 +85,8 @@ def _listening(bind: str, settings: Settings) -> Iterator[socket.socket]:
     # asyncio turns Nagle's algorithm off only where the protocol is stated; with it, answers take 40 ms longer.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_both(bind))
         try:
             listener.bind((bind, settings.port))
         except OSError as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shoal_common.errors import ErrorBody
+from shoal_common.interfaces import Interface
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import (
     DownloadState,
@@ -17,6 +18,7 @@ from shoal_common.messages.records import (
     StageState,
     StorageState,
 )
+from shoal_common.reach import ways
 from shoal_common.subjects import SERVICES
 from shoal_gateway.picture import Picture
 
@@ -41,6 +43,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     live: bool
     services: dict[str, ServiceView]
     missing_services: list[str]
+    link: str
+    """The kind of link by which the node that answers would reach this one's fileserver; "" where it cannot say."""
     memory_total_bytes: int
     memory_available_bytes: int
     storage: StorageState | None
@@ -81,7 +85,11 @@ class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
     done_bytes: int
     resumed_bytes: int
     sources: dict[str, int]
+    verified_bytes: int
     speed_bytes_per_s: float
+    source_speeds: dict[str, float]
+    eta_s: float | None
+    switched: dict[str, int]
     waiting_for: str
     error: ErrorBody | None
     started_at_s: float
@@ -134,13 +142,22 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[InstanceView]
 
 
-def status_view(picture: Picture, node: str, version: str, nats_connected: bool, now_s: float) -> StatusView:
+class Place(msgspec.Struct, frozen=True):
+    """Where the node that answers is: its network (`identity.this_network`), and its interfaces."""
+
+    network: str
+    interfaces: tuple[Interface, ...]
+
+
+def status_view(
+    picture: Picture, node: str, version: str, nats_connected: bool, now_s: float, place: Place
+) -> StatusView:
     """The whole status."""
     return StatusView(
         node=node,
         version=version,
         nats_connected=nats_connected,
-        nodes=node_views(picture, now_s),
+        nodes=node_views(picture, now_s, place),
         models=model_views(picture),
         parts=parts_of(picture),
         downloads=download_views(picture),
@@ -158,13 +175,15 @@ def known_nodes(picture: Picture) -> list[str]:
     return sorted(named)
 
 
-def node_views(picture: Picture, now_s: float) -> list[NodeView]:
+def node_views(picture: Picture, now_s: float, place: Place) -> list[NodeView]:
     """All nodes, in order of their names."""
-    return [_node_view(picture, node, now_s) for node in known_nodes(picture)]
+    return [_node_view(picture, node, now_s, place) for node in known_nodes(picture)]
 
 
-def _node_view(picture: Picture, node: str, now_s: float) -> NodeView:
+def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeView:
     services = picture.live.get(node, {})
+    fileserver = services.get("fileserver")
+    reached = ways(fileserver, place.network, place.interfaces) if fileserver else []
     total_bytes, available_bytes = _memory(services)
     return NodeView(
         node=node,
@@ -180,6 +199,7 @@ def _node_view(picture: Picture, node: str, now_s: float) -> NodeView:
             for name, live in sorted(services.items())
         },
         missing_services=[name for name in SERVICES if name not in services],
+        link=reached[0].kind if reached else "",
         memory_total_bytes=total_bytes,
         memory_available_bytes=available_bytes,
         storage=picture.storages.get(node),

@@ -17,11 +17,11 @@ def to_download(picture: Picture, nodes: Nodes, here: str) -> list[str]:
     return _live(picture, _named(picture, nodes, "fetcher") or [here], "fetcher")
 
 
-def to_cancel(picture: Picture, ref: ModelRef, nodes: Nodes) -> list[str]:
-    """Where to cancel: every node whose download of this has not ended, when nothing is said."""
+def to_control(picture: Picture, model: str, nodes: Nodes) -> list[str]:
+    """Where to pause, resume or cancel a download (any: ""): where it has not ended, when nothing is said."""
     chosen = _named(picture, nodes, "fetcher")
     if chosen is None:
-        chosen = sorted({d.node for d in picture.downloads if d.model == str(ref) and d.phase not in ENDED})
+        chosen = sorted({d.node for d in picture.downloads if model in ("", d.model) and d.phase not in ENDED})
     return _live(picture, chosen, "fetcher")
 
 

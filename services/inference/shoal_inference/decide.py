@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from shoal_common import errors
+from shoal_common.interfaces import Interface
 from shoal_common.messages.records import InstanceSpec, StageSpec, StageState
+from shoal_common.reach import order
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -50,12 +52,13 @@ def leftovers(states: Iterable[StageState], wanted: Iterable[Assignment], node: 
     return sorted((s.instance, s.rank) for s in states if s.node == node and (s.instance, s.rank) not in keep)
 
 
-def next_address(spec: InstanceSpec, rank: int, states: Iterable[StageState]) -> str:
-    """Where the stage after `rank` listens, "" while it does not."""
+def next_address(spec: InstanceSpec, rank: int, states: Iterable[StageState], mine: Sequence[Interface] = ()) -> str:
+    """Where to reach the stage after `rank` from a machine with these interfaces, "" while it does not listen."""
     after = (rank + 1) % len(spec.stages)
     for state in states:
         if (state.instance, state.rank, state.epoch) == (spec.id, after, spec.epoch):
-            return state.address
+            links = order(state.links, mine) if state.address else []
+            return links[0].address if links else state.address
     return ""
 
 

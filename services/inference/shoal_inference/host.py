@@ -61,7 +61,9 @@ class Host:
         stage = assignment.stage
         log.info("starting stage", instance=assignment.spec.id, rank=stage.rank, layers=_layers(assignment))
         context = self._context
-        runner = StageRunner(assignment, context.config, context.nats, context.buckets, self._state)
+        runner = StageRunner(
+            assignment, context.config, context.nats, context.buckets, self._state, context.interfaces
+        )
         self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
 
     async def _stop(self, key: tuple[str, int, int]) -> None:
@@ -118,6 +120,7 @@ async def run(context: Context) -> None:
     async with asyncio.TaskGroup() as tasks:
         spec = await context.view(tasks, "spec", "instance.>")
         state = await context.view(tasks, "state")
+        await context.follow_interfaces()
         host = Host(context, tasks, spec, state)
         await host.remove_leftovers()
         context.background(tasks, host.follow_spec())

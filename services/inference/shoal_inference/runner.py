@@ -15,11 +15,13 @@ from shoal_common.config import Config
 from shoal_common.connection import Nats
 from shoal_common.credentials import derive
 from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.interfaces import Interfaces
 from shoal_common.logs import Log
 from shoal_common.messages import commands, encode
 from shoal_common.messages.questions import Accepted, Generate, TokenEvent
 from shoal_common.messages.records import ModelState, PartState, StageState
 from shoal_common.questions import Ask
+from shoal_common.reach import for_others
 from shoal_common.sending import Sender, new_id
 from shoal_common.tensors import covers
 from shoal_common.watch import View
@@ -40,8 +42,16 @@ _STEADY_S = 30.0
 class StageRunner:
     """Runs one assignment until cancelled, and is the only writer of its `state.stage` key."""
 
-    def __init__(self, assignment: Assignment, config: Config, nats: Nats, buckets: Buckets, state: View) -> None:
-        self.assignment = assignment
+    def __init__(
+        self,
+        assignment: Assignment,
+        config: Config,
+        nats: Nats,
+        buckets: Buckets,
+        state: View,
+        interfaces: Interfaces,
+    ) -> None:
+        self.assignment, self._interfaces = assignment, interfaces
         self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
         self._sender, self._ask = Sender(nats, buckets), Ask(nats)
         self._spec, self._stage = assignment.spec, assignment.stage
@@ -79,7 +89,7 @@ class StageRunner:
                 "stage ended", instance=self._spec.id, rank=self._stage.rank, why=error.message, deaths=deaths
             )
             self._fail_accepting(error)
-            await self._say(phase="failed", error=error.body(), address="", uid="")
+            await self._say(phase="failed", error=error.body(), address="", links=[], uid="")
             await asyncio.sleep(respawn_delay_s(deaths))
 
     async def withdraw(self) -> None:
@@ -98,7 +108,7 @@ class StageRunner:
         if part is not None and covers(part.layers, layers):
             return
         await self._say(phase="fetching", error=None)
-        command = commands.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S)
+        command = commands.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, unless_paused=True)
         outcome = await self._sender.outcome_of("fetcher", node, "download", command, new_id(), _FETCH_DEADLINE_S)
         if outcome.error is not None:
             raise from_body(outcome.error)
@@ -150,7 +160,7 @@ class StageRunner:
         while True:
             seen = self._view.changes
             states = (s for _, s in self._view.items(f"stage.{self._spec.id}.", StageState))
-            address = next_address(self._spec, self._stage.rank, states)
+            address = next_address(self._spec, self._stage.rank, states, self._interfaces.now)
             if address and address != told:
                 host, _, port = address.rpartition(":")
                 await self._send(process, control.Link(host=host.strip("[]"), port=int(port)))
@@ -166,7 +176,8 @@ class StageRunner:
     async def _on(self, event: control.FromChild) -> None:
         match event:
             case control.Listening(port=port):
-                self._state = structs.replace(self._state, address=self._config.addresses(port)[0] if port else "")
+                links = for_others(self._config.links(port, self._interfaces.now)) if port else []
+                self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case control.Loaded():
                 self.held_bytes = event.active_bytes
                 alone = len(self._spec.stages) == 1

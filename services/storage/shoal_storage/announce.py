@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from shoal_common.buckets import Bucket, model_key, part_key, storage_key
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages import encode
-from shoal_common.messages.records import Manifest, ModelState, PartState, RootState, StorageState
+from shoal_common.messages.records import (
+    FurtherRootState,
+    Manifest,
+    ModelState,
+    PartState,
+    RootState,
+    StorageState,
+)
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
 from shoal_common.watch import View
 from shoal_storage.adopted import Adopted
-from shoal_storage.decide import Ledger, Limits, Part
+from shoal_storage.decide import Ledger, Limits, Part, paused_bytes
 from shoal_storage.disk import Disk
 from shoal_storage.leases import told
 from shoal_storage.limits import overridden
@@ -38,6 +46,8 @@ class Announcer:
         self._published: StorageState | None = None
         self.roots: list[RootState] = []
         """What the next `publish` says of the read-only roots."""
+        self.further: Callable[[], list[FurtherRootState]] = list
+        """What `publish` says of the further roots. Called in a thread."""
 
     def use_limits(self, limits: Limits) -> None:
         """Say these limits from the next time on."""
@@ -127,7 +137,8 @@ class Announcer:
             ledger = self._ledger
             unproven = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
             at, lay = self._disk.layout.root, self._disk.layout
-            wrong = [str(lay.blob(b).relative_to(at)) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            paths = [lay.blob(b) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            wrong = [str(path.relative_to(at) if path.is_relative_to(at) else path) for path in paths]
             unknown = [*wrong, *ledger.unknown.paths]
             state = StorageState(
                 node=self._node,
@@ -152,7 +163,12 @@ class Announcer:
                 leases=told(ledger.leases.values()),
                 unfinished=sorted(ledger.ended - ledger.here.keys()),
                 reserve_bytes=self._disk.reserve.held_bytes,
+                paused=paused_bytes(ledger),
                 read_only_roots=self.roots,
+                max_upload_bytes_per_s=self._limits.transfer.max_upload_bytes_per_s,
+                max_hub_bytes_per_s=self._limits.transfer.max_hub_bytes_per_s,
+                max_peer_bytes_per_s=self._limits.transfer.max_peer_bytes_per_s,
+                roots=await asyncio.to_thread(self.further),
             )
             if state != self._published:
                 await _say(self._state, storage_key(self._node), state)

@@ -1,9 +1,11 @@
-"""The command `configure`: a node's storage settings, in its file first and then in force."""
+"""The command `configure`: what a node's storage keeps of its settings, in their file first and then in force."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+
+import msgspec
 
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Configure
@@ -11,7 +13,7 @@ from shoal_common.service import Context
 from shoal_common.settings_file import Value, change_settings
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
-from shoal_storage.limits import changes_of, overridden, read_limits, remark
+from shoal_storage.limits import by_section, changes_of, overridden, read_limits, remark
 from shoal_storage.roots import refuse_overlap
 
 log = Log("storage")
@@ -29,9 +31,10 @@ class Settings:
         ledger: Ledger,
         use: Callable[[Limits], Awaitable[None]],
         publish: Callable[[], Awaitable[None]],
+        refuse: Callable[[Limits], None],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self._use, self._publish = use, publish
+        self._use, self._publish, self._refuse = use, publish, refuse
         self._one_at_a_time = asyncio.Lock()
         self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
@@ -58,6 +61,8 @@ class Settings:
             "headroom_bytes": limits.headroom_bytes,
             "partial_retention_s": limits.partial_retention_s,
             "read_only_roots": list(limits.read_only_roots),
+            "roots": list(limits.roots),
+            **msgspec.to_builtins(limits.transfer),
             "used_bytes": self._ledger.used_bytes,
             "from_environment": overridden(self._context.environ),
         }
@@ -65,9 +70,10 @@ class Settings:
 
     def _write(self, changes: dict[str, Value]) -> Limits:
         def accept(settings: dict[str, object]) -> Limits:
-            # All of the section: a fault made there since the start is refused now, not at a restart.
+            # All of both sections: a fault made there since the start is refused now, not at a restart.
             limits = read_limits(settings, self._context.environ)
             refuse_overlap(limits.read_only_roots, self._context.config.store)
+            self._refuse(limits)
             return limits
 
-        return change_settings(self._context.config.home, "storage", changes, accept)
+        return change_settings(self._context.config.home, by_section(changes), accept)

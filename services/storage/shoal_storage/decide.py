@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +15,7 @@ from shoal_common.names import ModelRef, check_blob, check_commit, check_file_pa
 from shoal_common.tensors import check_layers, covers
 from shoal_storage.adopted import Adopted, File
 from shoal_storage.leases import Lease
+from shoal_storage.spread import Space, lacking_bytes, spread
 
 EvictionPolicy = Literal["manual", "lru"]
 _GIT = "git-"
@@ -54,6 +56,10 @@ class Partial(msgspec.Struct):
         its = others if leaves is None else {**others, model: leaves}
         return msgspec.structs.replace(self, models={*self.models, model}, leaves=its)
 
+    def wanted_by_only(self, model: str) -> Partial:
+        """The same, if only this one of its models wanted it."""
+        return msgspec.structs.replace(self, models={model})
+
     def without(self, model: str) -> Partial:
         """The same, once this model wants nothing of it."""
         rest = {m: x for m, x in self.leaves.items() if m != model}
@@ -85,10 +91,13 @@ class Stamp(msgspec.Struct, frozen=True):
     inode: int
     proven: bool = False
     """Whether the file shows that it was hashed under its name (`proof.py`)."""
+    further: str = ""
+    """The further root that it is in, by its id; "" for the store."""
 
     def same_file(self, other: Stamp) -> bool:
         """Whether nothing was written in between."""
-        return (self.size_bytes, self.mtime_ns, self.inode) == (other.size_bytes, other.mtime_ns, other.inode)
+        mine = self.size_bytes, self.mtime_ns, self.inode, self.further
+        return mine == (other.size_bytes, other.mtime_ns, other.inode, other.further)
 
 
 class Unknown(msgspec.Struct, frozen=True):
@@ -104,6 +113,10 @@ class Ledger(msgspec.Struct):
 
     blobs: dict[str, int] = msgspec.field(default_factory=dict)
     """Bytes of each blob, by sha256."""
+    where: dict[str, str] = msgspec.field(default_factory=dict)
+    """The further root, by its id, that a blob is in, arrives in or was set aside in; the others are in the store."""
+    doubles: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
+    """Blobs that are here once more: bytes by the root ("" for the store) of each file that is one too many."""
     unproven: dict[str, Stamp] = msgspec.field(default_factory=dict)
     """Files with a blob's name that somebody put there: they take room, and are no blobs before they are hashed."""
     wrong: dict[str, Stamp] = msgspec.field(default_factory=dict)
@@ -136,6 +149,8 @@ class Ledger(msgspec.Struct):
     """Seconds since 1970 of when each model on its way was last known to be wanted."""
     ended: set[str] = msgspec.field(default_factory=set)
     """Models on their way whose promise has ended: nobody wants them any more, and their bytes are still here."""
+    paused: set[str] = msgspec.field(default_factory=set)
+    """Models on their way that people have paused: wanted, and not fetched."""
     adopted: dict[str, Adopted] = msgspec.field(default_factory=dict)
     """Models of read-only roots, by `org/name@commit`. Present, and nothing of this store: no bytes of the quota,
     never garbage, never a victim. Changed by `adopt` alone."""
@@ -178,6 +193,17 @@ class Ledger(msgspec.Struct):
             found = self.adopted_blobs[blob].seen.size_bytes
         return found
 
+    def drop(self, blob: str) -> int:
+        """A blob was removed, with every copy of it. Returns its bytes."""
+        self.where.pop(blob, None)
+        return self.blobs.pop(blob, 0) + sum(self.doubles.pop(blob, {}).values())
+
+    def forget_places(self) -> None:
+        """Where a blob was that is here no more is of no use."""
+        known = {*self.blobs, *self.partials, *self.unproven, *self.quarantined}
+        for blob in [b for b, further in self.where.items() if not further or b not in known]:
+            del self.where[blob]
+
     def adopt(self, models: Mapping[str, Adopted]) -> None:
         """From now on these models are adopted, and no others."""
         self.adopted, self.adopted_blobs, self.adopted_git = dict(models), {}, {}
@@ -190,15 +216,18 @@ class Ledger(msgspec.Struct):
     @property
     def used_bytes(self) -> int:
         """Bytes of all blobs, of the leaves that parts need, and of what has a blob's name and is not proven."""
+        doubled = sum(sum(copies.values()) for copies in self.doubles.values())
         unproven_bytes = sum(stamp.size_bytes for stamp in self.unproven.values())
-        return sum(self.blobs.values()) + self.part_bytes + unproven_bytes
+        return sum(self.blobs.values()) + self.part_bytes + unproven_bytes + doubled
 
     @property
     def part_bytes(self) -> int:
         """Bytes of the leaves of partials that parts need: present and verified, those of two parts once."""
-        if not self.parts:
-            return 0
-        return sum(leafset.size_of(self.part_leaves(b), p.size_bytes) for b, p in self.partials.items())
+        return sum(self.part_bytes_of(b) for b in self.partials) if self.parts else 0
+
+    def part_bytes_of(self, blob: str) -> int:
+        """The same, of one partial."""
+        return leafset.size_of(self.part_leaves(blob), self.partials[blob].size_bytes)
 
     def part_leaves(self, blob: str) -> int:
         """The leaves of a blob that parts need: verified, unless the blob is here whole."""
@@ -215,7 +244,20 @@ class Ledger(msgspec.Struct):
     @property
     def in_flight_bytes(self) -> int:
         """Bytes promised and not yet allocated: they will still shrink what the file system calls free."""
-        return sum(max(self.promised_bytes(p) - p.allocated_bytes, 0) for p in self.partials.values())
+        return sum(self.in_flight_by_root.values())
+
+    @property
+    def in_flight_by_root(self) -> Counter[str]:
+        """The same, by further root; "" for the store."""
+        found = Counter[str]()
+        for blob, p in self.partials.items():
+            found[self.where.get(blob, "")] += max(self.promised_bytes(p) - p.allocated_bytes, 0)
+        return found
+
+    @property
+    def on_its_way(self) -> set[str]:
+        """Models of which something is reserved, or was."""
+        return {*self.promised, *(m for p in self.partials.values() for m in p.models)}
 
     def promises(self, partial: Partial) -> bool:
         """Whether a partial may still grow: the promise to one of its models stands."""
@@ -237,6 +279,14 @@ class Ledger(msgspec.Struct):
         return max(0, after - self.promised_bytes(partial))
 
 
+class Rates(msgspec.Struct, frozen=True):
+    """How fast a node moves weights. None: as fast as it goes. Told to fetcher and fileserver, who keep to them."""
+
+    max_upload_bytes_per_s: int | None = None
+    max_hub_bytes_per_s: int | None = None
+    max_peer_bytes_per_s: int | None = None
+
+
 class Limits(msgspec.Struct, frozen=True):
     """A node's settings. `quota_bytes` None: only the disk limits."""
 
@@ -246,6 +296,9 @@ class Limits(msgspec.Struct, frozen=True):
     partial_retention_s: int = 7 * 86400
     """How long bytes of a download that nobody wants any more are kept."""
     read_only_roots: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    """Further roots, as they were given."""
+    transfer: Rates = Rates()
 
 
 class Shortfall(msgspec.Struct, frozen=True):
@@ -266,6 +319,37 @@ class Admission(msgspec.Struct, frozen=True):
     present: list[str]
     missing: list[str]
     needed_bytes: int
+    roots: dict[str, str] = {}
+    """The root ("" for the store) of each blob that is to come and has none yet."""
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What new blobs ask of quota and disks. Bytes by blob; `fixed`: those that can be in one root only."""
+
+    blobs: Mapping[str, int]
+    """What each needs of its disk: less than its size where some of it is there, in quarantine."""
+    fixed: Mapping[str, str]
+    needed_bytes: int
+    """Of the quota."""
+
+    def lacking(self, ledger: Ledger, limits: Limits, spaces: Sequence[Space]) -> Shortfall:
+        """What has to go before they may come in. Nothing needed lacks nothing, however full it is."""
+        if self.needed_bytes <= 0:
+            return Shortfall(0, 0)
+        disk = lacking_bytes(self.blobs, rooms_of(spaces, limits), self.fixed)
+        return Shortfall(_over_quota(self.needed_bytes, ledger, limits), disk)
+
+    def met_by(self, ledger: Ledger, limits: Limits, spaces: Sequence[Space]) -> Callable[[Mapping[str, int]], bool]:
+        """Whether they may come in once so many bytes were freed, by root."""
+        quota, rooms = _over_quota(self.needed_bytes, ledger, limits), rooms_of(spaces, limits)
+
+        def met(freed: Mapping[str, int]) -> bool:
+            if self.needed_bytes <= 0:
+                return True
+            then = {further: room + freed.get(further, 0) for further, room in rooms.items()}
+            return sum(freed.values()) >= quota and spread(self.blobs, then, self.fixed) is not None
+
+        return met
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -294,18 +378,10 @@ def check_manifest(manifest: Manifest) -> None:
                 raise BadInput(f"in the manifest of {manifest.model} {above} is both a file and a directory")
 
 
-def shortfall(needed_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int, there_bytes: int = 0) -> Shortfall:
-    """What is lacking for so many new bytes. Nothing needed lacks nothing, however full it is.
-
-    `there_bytes` of them are on the disk already, in quarantine: the quota does not know them, the disk does.
-    """
-    if needed_bytes <= 0:
-        return Shortfall(0, 0)
-    quota = 0
-    if limits.quota_bytes is not None:
-        quota = needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes)
-    disk = needed_bytes - there_bytes - (free_bytes - limits.headroom_bytes - ledger.in_flight_bytes)
-    return Shortfall(max(quota, 0), max(disk, 0))
+def _over_quota(needed_bytes: int, ledger: Ledger, limits: Limits) -> int:
+    if limits.quota_bytes is None:
+        return 0
+    return max(needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes), 0)
 
 
 def asked_leaves(manifest: Manifest, asked: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger) -> dict[str, int]:
@@ -337,18 +413,49 @@ def promised_leaves(model: str, asked: Mapping[str, int], ledger: Ledger) -> dic
     return found
 
 
+def rooms_of(spaces: Iterable[Space], limits: Limits) -> dict[str, int]:
+    """What each root has to give, the store first."""
+    return {s.further: s.to_give(limits.headroom_bytes) for s in spaces}
+
+
+def store_space(ledger: Ledger, free_bytes: int) -> Space:
+    """What a store without further roots has."""
+    return Space("", "the store", free_bytes, ledger.in_flight_by_root[""])
+
+
+def wanted(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] | None = None) -> Wanted:
+    """What the blobs of a manifest that are not here ask for, or of some of them only `leaves`."""
+    its = leaves or {}
+    sizes = {b: size for b, size in manifest.blob_sizes.items() if ledger.bytes_of(b) != size and its.get(b) != 0}
+    needed = {b: ledger.needed_bytes(b, size, manifest.model, its.get(b)) for b, size in sizes.items()}
+    there = {b: ledger.repairable[b] for b in sizes if b in ledger.repairable and b not in ledger.partials}
+    bound = {*ledger.partials, *ledger.unproven, *there}
+    return Wanted(
+        blobs={b: max(n - there.get(b, 0), 0) for b, n in needed.items()},
+        fixed={b: ledger.where.get(b, "") for b in sizes if b in bound},
+        needed_bytes=sum(needed.values()),
+    )
+
+
 def admit(
-    manifest: Manifest, ledger: Ledger, limits: Limits, free_bytes: int, leaves: Mapping[str, int] | None = None
+    manifest: Manifest,
+    ledger: Ledger,
+    limits: Limits,
+    free_bytes: int,
+    spaces: Sequence[Space] = (),
+    leaves: Mapping[str, int] | None = None,
 ) -> Admission:
     """Approve a manifest's missing blobs, of some only `leaves`, or raise QuotaExceeded with the figures (I3).
 
     Needed are the distinct bytes neither present nor promised. They must fit the quota beside all that is present
-    and promised, and the disk beside the headroom and all that is still to be written. A blob whose size has
-    changed under us is missing: a new one will take its place. Raises BadInput for a size that contradicts what
-    was promised already.
+    and promised, and each blob the disk that it comes to, beside the headroom and all that is still to be written
+    there. `free_bytes` are those of the store; `spaces`, where there are further roots, has all, the store first.
+    A blob whose size has changed under us is missing: a new one will take its place. Raises BadInput for a size that
+    contradicts what was promised already.
     """
     leaves = leaves or {}
     sizes = {b: size for b, size in manifest.blob_sizes.items() if leaves.get(b) != 0}
+    spaces = spaces or [store_space(ledger, free_bytes)]
     present = [b for b in sizes if ledger.bytes_of(b) == sizes[b]]
     missing = [b for b in sizes if ledger.bytes_of(b) != sizes[b]]
     for blob in missing:
@@ -358,10 +465,9 @@ def admit(
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, and it is arriving with "
                 f"{promised.size_bytes}: one of the two manifests is wrong; cancel the other download to try this one"
             )
-    needed = sum(ledger.needed_bytes(b, sizes[b], manifest.model, leaves.get(b)) for b in missing)
-    there = sum(ledger.repairable.get(b, 0) for b in missing if b not in ledger.partials)
-    lacking = shortfall(needed, ledger, limits, free_bytes, there)
-    figures = {
+    asked = wanted(manifest, ledger, leaves)
+    needed, lacking = asked.needed_bytes, asked.lacking(ledger, limits, spaces)
+    figures: dict[str, Any] = {
         "needed_bytes": needed,
         "free_bytes": free_bytes,
         "headroom_bytes": limits.headroom_bytes,
@@ -371,11 +477,28 @@ def admit(
         "reserved_bytes": ledger.reserved_bytes,
         "shortfall_bytes": lacking.need_bytes,
     }
+    if len(spaces) > 1:
+        figures["roots"] = [
+            {
+                "path": s.path,
+                "free_bytes": s.free_bytes,
+                "in_flight_bytes": s.in_flight_bytes,
+                "room_bytes": max(s.to_give(limits.headroom_bytes), 0),
+            }
+            for s in spaces
+        ]
     if lacking.quota_bytes:
         raise QuotaExceeded(
             f"{manifest.repo} needs {human(needed)} and the quota of {human(limits.quota_bytes or 0)} has "
             f"{human(max(needed - lacking.quota_bytes, 0))} left ({human(ledger.used_bytes)} used, "
             f"{human(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise max_storage_bytes",
+            **figures,
+        )
+    if lacking.disk_bytes and len(spaces) > 1:
+        raise QuotaExceeded(
+            f"{manifest.repo} needs {human(needed)}, its largest file {human(max(asked.blobs.values()))}, and "
+            f"{_to_give(spaces, limits)}, each beside the {human(limits.headroom_bytes)} kept free there: free some "
+            "space, or remove a model with `shoal rm`",
             **figures,
         )
     if lacking.disk_bytes:
@@ -385,7 +508,15 @@ def admit(
             f"{human(ledger.in_flight_bytes)} promised): free some space, or remove a model with `shoal rm`",
             **figures,
         )
-    return Admission(present=present, missing=missing, needed_bytes=needed)
+    # What needs nothing is taken however full the disks are.
+    roots = spread(asked.blobs, rooms_of(spaces, limits), asked.fixed) or {}
+    return Admission(
+        present=present, missing=missing, needed_bytes=needed, roots={b: roots.get(b, "") for b in missing}
+    )
+
+
+def _to_give(spaces: Iterable[Space], limits: Limits) -> str:
+    return ", ".join(f"{s.path} has {human(max(s.to_give(limits.headroom_bytes), 0))} to give" for s in spaces)
 
 
 def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
@@ -416,6 +547,16 @@ def freed_by(model: str, ledger: Ledger) -> list[str]:
     return sorted(blobs_of(model, ledger) - referenced(ledger, leaving=[model]))
 
 
+def paused_bytes(ledger: Ledger) -> dict[str, int]:
+    """Paused models, and what is kept for each: all that is promised to it, and blobs that nothing else needs."""
+    found = {}
+    for model in sorted(ledger.paused & ledger.on_its_way):
+        here = sum(ledger.blobs.get(blob, 0) for blob in freed_by(model, ledger))
+        mine = [p.wanted_by_only(model) for p in ledger.partials.values() if model in p.models]
+        found[model] = here + sum(p.promised_bytes for p in mine)
+    return found
+
+
 def left_behind(deleted: Manifest, ledger: Ledger) -> list[str]:
     """Blobs of a model whose deletion a crash interrupted, that nothing else needs."""
     return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced(ledger))
@@ -426,8 +567,7 @@ def arriving(repo: str, revision: str, ledger: Ledger) -> list[str]:
 
     Which branch a model on its way was asked under is not known here: a revision matches by commit only.
     """
-    models = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}
-    wanted = {m for m in models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    wanted = {m for m in ledger.on_its_way if m.rpartition("@")[0] == repo and m not in ledger.manifests}
     return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,7 +14,10 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.layout import LEAF_BYTES
-from shoal_common.leaves import leaf_hash
+from shoal_common.leaves import HASH_BYTES, leaf_hash
+
+_AT_ONCE = min(os.cpu_count() or 1, 4)
+"""Leaves that are compared with a list at the same time: more wait for the disk."""
 
 
 class Digests(msgspec.Struct, frozen=True):
@@ -81,3 +85,35 @@ def _leaves_of(fd: int) -> Iterator[bytes]:
             leaf += more
         yield leaf
         at_byte += len(leaf)
+
+
+def unlike(f: FileIO, hashes: bytes, between: Callable[[], None]) -> list[int]:
+    """The leaves of an open file that do not hash to what a list says of them, in order.
+
+    Several threads hash at once: BLAKE3 by leaf needs no order. `between` is called before each leaf, and may raise.
+    """
+    turns, taking = iter(range(len(hashes) // HASH_BYTES)), threading.Lock()
+
+    def work() -> list[int]:
+        bad: list[int] = []
+        buffer = memoryview(bytearray(LEAF_BYTES))
+        while True:
+            with taking:
+                leaf = next(turns, None)
+            if leaf is None:
+                return bad
+            between()
+            found = buffer[: _read_into(f.fileno(), buffer, leaf * LEAF_BYTES)]
+            if leaf_hash(found) != hashes[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES]:
+                bad.append(leaf)
+
+    with ThreadPoolExecutor(_AT_ONCE) as workers:
+        works = [workers.submit(work) for _ in range(_AT_ONCE)]
+        return sorted(leaf for done in works for leaf in done.result())
+
+
+def _read_into(fd: int, buffer: memoryview, at_byte: int) -> int:
+    done = 0
+    while done < len(buffer) and (count := os.preadv(fd, [buffer[done:]], at_byte + done)):
+        done += count
+    return done

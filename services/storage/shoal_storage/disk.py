@@ -8,7 +8,6 @@ manifest's tomb: a start that finds one there finishes that deletion (`recovery.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import threading
@@ -21,7 +20,7 @@ from typing import BinaryIO
 
 from shoal_common import leafset
 from shoal_common.blobs import find_blob
-from shoal_common.errors import Claimed, Corrupt, NotFound, ShoalError, Unavailable, Unsupported
+from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable, Unsupported
 from shoal_common.layout import FORMAT_VERSION, Bitmap, Layout
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
@@ -32,8 +31,12 @@ from shoal_storage.decide import Ledger, Partial
 from shoal_storage.digests import Digests, digest
 from shoal_storage.durable import make_directory, sync, write_file
 from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_storage.further import FurtherRoot
+from shoal_storage.listed import compare, sealed_list
+from shoal_storage.locking import take_lock
 from shoal_storage.reserve import ReserveFile
 from shoal_storage.scan import blob_stamp
+from shoal_storage.store_layout import StoreLayout
 from shoal_storage.truth import PROVEN_MODE
 from shoal_storage.views import build_view, remove_view
 
@@ -56,7 +59,9 @@ class Disk:
 
     def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
         # Absolute: symbolic links in views name blobs by it.
-        self.layout = Layout(root.absolute())
+        self.layout = StoreLayout(root.absolute())
+        self.further: dict[str, FurtherRoot] = {}
+        """The further roots that are there, by their ids."""
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would outlast the time there is."""
         self.reserve = ReserveFile(self.layout.reserve, reserve_bytes)
@@ -68,7 +73,7 @@ class Disk:
         lay = self.layout
         refuse_lying_locks(lay.root.resolve(), mounts())
         make_directory(lay.root)
-        self._take_lock()
+        self._lock = take_lock(lay.lock, f"the store at {lay.root}", f"pid {os.getpid()}")
         if not prove("0" * 64, lay.lock):
             raise Unsupported(
                 f"the file system of the store at {lay.root} keeps no nanoseconds of a file's time, by which a blob "
@@ -99,6 +104,8 @@ class Disk:
 
     def close(self) -> None:
         """Give the store up, for another one to open. The end of the process does that too."""
+        for identity in list(self.further):
+            self.leave(identity)
         if self._lock is not None:
             self._lock.close()
         if self._root_fd is not None:
@@ -119,24 +126,41 @@ class Disk:
         its_own = lay.version.is_file() or lay.lock.is_file()
         return same and its_own and lay.blobs.is_dir() and lay.manifests.is_dir()
 
+    def is_all_there(self) -> bool:
+        """Whether the store is, and every further root that was."""
+        return self.is_there() and all(root.is_there() for root in list(self.further.values()))
+
     def require_there(self) -> None:
         """Raise Unavailable while the store is not found at its path."""
         if not self.is_there():
             raise Unavailable(f"the store is not at {self.layout.root} now: mount its disk, or put it back")
 
-    def _take_lock(self) -> None:
-        f = self.layout.lock.open("a+b", buffering=0)
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            holder = f.read().decode(errors="replace").strip()
-            f.close()
-            raise Claimed(f"the store at {self.layout.root} is open already, by {holder}; stop that one") from None
-        self._lock = f
-        with suppress(OSError):  # a full disk must not keep the one from starting that can empty it
-            f.truncate(0)
-            f.write(f"pid {os.getpid()}".encode())
+    # Further roots
+
+    def join(self, root: FurtherRoot) -> None:
+        """A further root is there: blobs may be in it. What is, `recovery.take_in` says."""
+        self.further[root.id] = root
+        self.layout.add(root.id, root.path)
+
+    def leave(self, identity: str) -> None:
+        """A further root is there no more, or is none of ours any more. Not a file of it is touched."""
+        self.further.pop(identity).close()
+        self.layout.forget(identity)
+
+    def has_root(self, blob: str) -> bool:
+        """Whether the further root where a blob is, or arrives, is found at its path. True for the store."""
+        identity = self.layout.where.get(blob, "")
+        return not identity or (identity in self.further and self.further[identity].is_there())
+
+    def require_root(self, blob: str) -> None:
+        """Raise Unavailable while the further root where a blob is, or arrives, is not found at its path."""
+        if not self.has_root(blob):
+            raise Unavailable(f"the further root with blob {blob[:16]}… is not there now: mount its disk")
+
+    @property
+    def device(self) -> int:
+        """The number of the store's file system."""
+        return (self.layout.root.stat() if self._root_fd is None else os.fstat(self._root_fd)).st_dev
 
     def free_bytes(self) -> int:
         """Bytes the file system would give us now."""
@@ -173,33 +197,55 @@ class Disk:
 
     def has_partial(self, blob: str) -> bool:
         """Whether a partial's file is still there for bytes to be written to."""
-        return (self.layout.partial(blob) / "data").is_file()
+        return (self.layout.partial_link(blob) / "data").is_file()
 
     def write_partial(
         self, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
     ) -> None:
         """Make a partial's directory, or change for which models it is reserved, and which leaves of it for whom."""
+        self.require_root(blob)
         directory = self.layout.partial(blob)
         directory.mkdir(exist_ok=True)
         if not (directory / "data").exists():
-            (directory / "have").unlink(missing_ok=True)  # what it claims was in data that has gone
+            for claims in ("have", "ready", "leaves"):  # what they claim was in data that has gone
+                (directory / claims).unlink(missing_ok=True)
             (directory / "data").touch(mode=PARTIAL_MODE)
         # Last: a directory with a meta.json is a reservation, and has its data.
         ranges = {model: leafset.ranges(its) for model, its in (wanted or {}).items()}
         meta = PartialMeta(size_bytes=size_bytes, models=sorted(models), leaves=ranges)
         write_file(directory / "meta.json", encode(meta))
-        sync(self.layout.partials)
+        sync(directory.parent)
+        self.link_partial(blob)
+
+    def link_partial(self, blob: str) -> None:
+        """Let everybody find a partial of a further root where they look for it. A start does it again."""
+        link, directory = self.layout.partial_link(blob), self.layout.partial(blob)
+        if link == directory or (link.is_symlink() and link.readlink() == directory):
+            return
+        self.remove(link)
+        link.symlink_to(directory)
 
     def remove_partial(self, blob: str) -> None:
         """Drop a partial's bytes and its reservation, durably: one that came back would be promised for ever."""
-        self.remove(self.layout.partial(blob))
-        sync(self.layout.partials)
+        directory = self.layout.partial(blob)
+        self.remove(directory)
+        sync(directory.parent)
+        self._unlink_partial(blob)
+
+    def _unlink_partial(self, blob: str) -> None:
+        link = self.layout.partial_link(blob)
+        if link.is_symlink():
+            link.unlink(missing_ok=True)
 
     # Commit
 
-    def verify_partial(self, blob: str, size_bytes: int) -> Digests:
-        """Make a partial's data durable and hash all of it. Raises Corrupt when it is not what it should be."""
+    def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
+        """Make a partial's data durable and hash all of it: by leaf where its list has this root, else by sha256.
+
+        Raises Corrupt when it is not what it should be; BadLeaves when only some leaves are not.
+        """
         data, failed = self.layout.partial(blob) / "data", threading.Event()
+        hashes = sealed_list(self.layout, blob, size_bytes, root)
 
         def between() -> None:
             self.keep_on()
@@ -208,7 +254,10 @@ class Disk:
 
         # Both at once: one waits for the disk, the other for the processor.
         with data.open("rb") as f, ThreadPoolExecutor(1) as beside:
-            hashing = beside.submit(digest, data, blob.startswith("git-"), between)
+            if hashes is None:
+                hashing = beside.submit(digest, data, blob.startswith("git-"), between)
+            else:
+                hashing = beside.submit(compare, data, blob, size_bytes, hashes, between)
             try:
                 os.fsync(f.fileno())
             except OSError as e:
@@ -236,18 +285,30 @@ class Disk:
 
     def commit(self, blob: str, digests: Digests) -> None:
         """Give verified bytes their name. After this returns, the blob survives a power cut."""
-        source = self.layout.partial(blob)
-        target = self.layout.blob(digests.sha256)
-        here = blob_stamp(self.layout, target)
+        self.require_root(blob)
+        lay = self.layout
+        source, target = lay.partial(blob), lay.blob(digests.sha256)
+        here = blob_stamp(lay, target)
         # If a proven one is here, it stays: views hold on to that very file.
         if here is None or not here.proven or here.size_bytes != digests.size_bytes:
+            target = lay.blob_in(lay.where.get(blob, ""), digests.sha256)
             self._name(source / "data", target, digests)
+            self.place(digests.sha256, lay.where.get(blob, ""))
             sync(source)
         # If it was here too: a first attempt may have failed, or been killed, just before this.
         sync(target.parent)
         # Good bytes have come in the place of corrupt ones: those taught all that they could.
         self.drop_set_aside(digests.sha256)
         self.remove(source)
+        self._unlink_partial(blob)
+        if blob != digests.sha256:
+            lay.place(blob, "")
+
+    def place(self, blob: str, further: str) -> None:
+        """A blob is, or is to come, in this root; "": the store. What was set aside of it elsewhere is of no use."""
+        if self.layout.where.get(blob, "") != further:
+            self.drop_set_aside(blob)
+            self.layout.place(blob, further)
 
     def _name(self, data: Path, target: Path, digests: Digests) -> None:
         found = data.stat()
@@ -257,7 +318,7 @@ class Disk:
             data.chmod(PROVEN_MODE)
             prove(digests.sha256, data)
             leaves.write(self.layout, digests.sha256, digests.leaves, data.stat().st_mtime_ns)
-            make_directory(target.parent)
+            make_directory(target.parent, self.layout.holding(target).root)
             data.replace(target)
         except OSError:
             data.chmod(PARTIAL_MODE)  # it is a partial still, and may be written to
@@ -265,21 +326,34 @@ class Disk:
 
     def drop_set_aside(self, sha256: str) -> None:
         """Remove what is in quarantine of a blob, durably: its bitmap must not come back beside other bytes."""
-        files = [p for p in (self.layout.set_aside(sha256), self.layout.set_aside_have(sha256)) if p.exists()]
-        for path in files:
-            path.unlink(missing_ok=True)
-        if files:
-            sync(self.layout.quarantine)
+        for _, root in self.layout.all():
+            files = [p for p in (Layout.set_aside(root, sha256), Layout.set_aside_have(root, sha256)) if p.exists()]
+            for path in files:
+                path.unlink(missing_ok=True)
+            if files:
+                sync(root.quarantine)
 
     def remove_blob(self, sha256: str) -> None:
-        """Remove a blob, durably. Absent already is fine."""
-        path = self.layout.blob(sha256)
+        """Remove a blob, durably, wherever it is. Absent already is fine."""
+        known = self.layout.where.get(sha256, "")
+        for further, _ in self.layout.all():
+            if further == known or self._is_proven_in(further, sha256):
+                self.remove_copy(sha256, further)
+        leaves.remove(self.layout, sha256)
+
+    def _is_proven_in(self, further: str, sha256: str) -> bool:
+        with suppress(OSError):
+            return proven(sha256, self.layout.blob_in(further, sha256).lstat())
+        return False
+
+    def remove_copy(self, sha256: str, further: str) -> None:
+        """Remove a blob's file from one root, durably. Absent already is fine."""
+        path = self.layout.blob_in(further, sha256)
         path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             sync(path.parent)  # if it was absent too: a first attempt may have failed at this
         with suppress(OSError):  # other blobs live there
             path.parent.rmdir()
-        leaves.remove(self.layout, sha256)
 
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or other files than were proven, whatever the ledger says."""
@@ -320,7 +394,7 @@ class Disk:
         sync(self.layout.tombs)
         with suppress(FileNotFoundError):
             sync(path.parent)
-        remove_view(self.layout, view, decoded_tomb(tomb))
+        remove_view(view, decoded_tomb(tomb))
         for empty in (path.parent, view.parent):
             with suppress(OSError):  # another commit of the model lives there
                 empty.rmdir()
@@ -347,8 +421,9 @@ class Disk:
         """Remove a file or a directory with all that is in it, atomically out of sight first."""
         if path.is_dir() and not path.is_symlink():
             tomb = path
-            if path.parent != self.layout.tombs:
-                tomb = self.layout.tombs / f"{os.urandom(6).hex()}-{path.name[:80]}"
+            tombs = self.layout.holding(path).tombs
+            if path.parent != tombs:
+                tomb = tombs / f"{os.urandom(6).hex()}-{path.name[:80]}"
                 try:
                     path.replace(tomb)
                 except FileNotFoundError:

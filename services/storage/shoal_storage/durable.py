@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,10 +16,15 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def make_directory(directory: Path) -> None:
-    """Make a directory and those above it: what is kept in it is lost with a name that is not."""
+def make_directory(directory: Path, within: Path | None = None) -> None:
+    """Make a directory and those above it: what is kept in it is lost with a name that is not.
+
+    `within` has to be there: an unmounted disk is not written beside. Raises FileNotFoundError when it is not.
+    """
     if not directory.exists():
-        make_directory(directory.parent)
+        if directory == within:
+            raise FileNotFoundError(errno.ENOENT, "it has gone", str(within))
+        make_directory(directory.parent, within)
         directory.mkdir(exist_ok=True)
         sync(directory.parent)
 

@@ -7,7 +7,7 @@ models there are and however much they share.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 
 from msgspec import structs
@@ -20,51 +20,66 @@ from shoal_storage.users import User, words
 _LISTED_AT_MOST = 1000
 
 
-def plan(need_bytes: int, ledger: Ledger, last_uses: Mapping[str, float], kept: Mapping[str, str]) -> EvictionPlan:
+Enough = Callable[[Mapping[str, int]], bool]
+"""Whether so many bytes freed, by further root ("" for the store), are enough."""
+
+
+def plan(
+    need_bytes: int,
+    ledger: Ledger,
+    last_uses: Mapping[str, float],
+    kept: Mapping[str, str],
+    enough: Enough | None = None,
+) -> EvictionPlan:
     """How `need_bytes` are freed: all garbage, then what ended downloads have left, then the models least lately used
     that are not in `kept`.
 
-    A model without a last use counts as never used. What a victim frees is what nothing else needs once those before
-    it are gone.
+    Where there are further roots, `enough` says of what would be freed on each whether that will do. A model without
+    a last use counts as never used. What a victim frees is what nothing else needs once those before it are gone.
     """
+    will_do = enough or (lambda freed: sum(freed.values()) >= need_bytes)
     start = _References(ledger)
-    garbage = sorted(b for b in ledger.blobs if b not in start.blobs)
-    garbage_bytes = sum(ledger.blobs[b] for b in garbage)
+    garbage = garbage_of(ledger)
+    from_garbage = garbage_bytes_of(garbage, ledger)
+    garbage_bytes = from_garbage.total()
     here = ledger.here
     left_over = [m for m in ledger.ended if m not in here and m not in kept]
     left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
     order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
 
-    left, prefix, evictable = start.copy(), list[str](), garbage_bytes
+    left, prefix, evictable = start.copy(), list[str](), from_garbage.copy()
+    suffices = need_bytes <= 0 or will_do(evictable)
     for model in (*left_over, *order):
-        if evictable < need_bytes:
+        if not suffices:
             prefix.append(model)
-        evictable += left.leave(model)
-    if need_bytes <= 0 or evictable < need_bytes:
+        evictable.update(left.leave(model))
+        suffices = suffices or will_do(evictable)
+    if need_bytes <= 0 or not suffices:
         return EvictionPlan(
-            need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable, kept=dict(kept)
+            need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable.total(), kept=dict(kept)
         )
 
-    left = start.copy()
-    freed = garbage_bytes + sum(left.leave(model) for model in prefix)
+    left, freed = start.copy(), from_garbage.copy()
+    for model in prefix:
+        freed.update(left.leave(model))
     models = [m for m in prefix if m in here]
     spared = set()
     # What ended downloads have left is never kept at the cost of a model.
     for model in models or prefix:
         stays = left.kept_by(model)
-        if freed - stays >= need_bytes:  # the others suffice: it is spared
+        if will_do(freed - stays):  # the others suffice: it is spared
             freed -= stays
             left.come_back(model)
             spared.add(model)
 
     left = start.copy()
     unfinished = [
-        Victim(model=m, frees_bytes=left.leave(m), last_use_s=ledger.wanted_s.get(m, 0.0))
+        Victim(model=m, frees_bytes=left.leave(m).total(), last_use_s=ledger.wanted_s.get(m, 0.0))
         for m in prefix
         if m not in here and m not in spared
     ]
     victims = [
-        Victim(model=m, frees_bytes=left.leave(m), last_use_s=last_uses.get(m, 0.0))
+        Victim(model=m, frees_bytes=left.leave(m).total(), last_use_s=last_uses.get(m, 0.0))
         for m in models
         if m not in spared
     ]
@@ -76,7 +91,7 @@ def plan(need_bytes: int, ledger: Ledger, last_uses: Mapping[str, float], kept: 
         victims=victims,
         frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *victims)),
         enough=True,
-        evictable_bytes=evictable,
+        evictable_bytes=evictable.total(),
         kept=dict(kept),
     )
 
@@ -87,7 +102,7 @@ class _References:
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        self._sizes = ledger.blobs
+        self._sizes, self._where = ledger.blobs, ledger.where
         self._needs = _needs(ledger)
         self._partials: dict[str, list[str]] = {}
         leaving = ledger.ended | ledger.parts.keys()
@@ -111,13 +126,13 @@ class _References:
         made.blobs, made._arriving = self.blobs.copy(), self._arriving.copy()
         return made
 
-    def leave(self, model: str) -> int:
-        """Take a model's references away. Returns the bytes that nothing needs any more."""
+    def leave(self, model: str) -> Counter[str]:
+        """Take a model's references away. Returns the bytes that nothing needs any more, by root."""
         self.blobs.subtract(its := self._needs[model])
         self._arriving.subtract(partials := self._partials.get(model, ()))
         return self._unneeded(its, partials)
 
-    def kept_by(self, model: str) -> int:
+    def kept_by(self, model: str) -> Counter[str]:
         """Of what nothing needs now, the bytes that a model which has left would need again."""
         return self._unneeded(self._needs[model], self._partials.get(model, ()))
 
@@ -126,10 +141,15 @@ class _References:
         self.blobs.update(self._needs[model])
         self._arriving.update(self._partials.get(model, ()))
 
-    def _unneeded(self, blobs: Iterable[str], partials: Iterable[str]) -> int:
-        return sum(self._sizes.get(b, 0) for b in blobs if self.blobs[b] == 0) + sum(
-            self._occupied[b] for b in partials if self._arriving[b] == 0
-        )
+    def _unneeded(self, blobs: Iterable[str], partials: Iterable[str]) -> Counter[str]:
+        found = Counter[str]()
+        for b in blobs:
+            if self.blobs[b] == 0 and b in self._sizes:
+                found[self._where.get(b, "")] += self._sizes[b]
+        for b in partials:
+            if self._arriving[b] == 0:
+                found[self._where.get(b, "")] += self._occupied[b]
+        return found
 
 
 def _needs(ledger: Ledger) -> dict[str, set[str]]:
@@ -146,9 +166,25 @@ def _needs(ledger: Ledger) -> dict[str, set[str]]:
 
 
 def garbage_of(ledger: Ledger) -> list[str]:
-    """Blobs that no manifest, no fetch under way and no lease needs."""
+    """Blobs that no manifest, no fetch under way and no lease needs, and those that are here once too often."""
     needed = set().union(*_needs(ledger).values())
-    return sorted(b for b in ledger.blobs if b not in needed)
+    return sorted({b for b in ledger.blobs if b not in needed} | spare_copies(ledger).keys())
+
+
+def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
+    """Copies of blobs that are one too many: bytes by root. Those that the view of a lease may lead to are not."""
+    leased = {b for lease in ledger.leases.values() for b in lease.blobs}
+    return {b: copies for b, copies in ledger.doubles.items() if b not in leased}
+
+
+def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
+    """What removing these frees, by root. Of a blob that something needs, only its spare copies go."""
+    needed, spare, found = set().union(*_needs(ledger).values()), spare_copies(ledger), Counter[str]()
+    for b in garbage:
+        found.update(spare.get(b, {}))
+        if b not in needed:
+            found[ledger.where.get(b, "")] += ledger.blobs.get(b, 0)
+    return found
 
 
 def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]], asking: str = "") -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, human
 from shoal_storage.disk import Disk
 from shoal_storage.evict import as_told
-from shoal_storage.reserve import Step, decide
+from shoal_storage.reserve import ReserveFile, Step, decide
 from shoal_storage.room import Room
 
 Q = TypeVar("Q")
@@ -52,7 +52,6 @@ class Full:
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._room, self._announcer = room, announcer
-        self._reserve = disk.reserve
         self._made_room = False
         """A plan was carried out since there was last enough room: what it removed may be open somewhere still."""
         self._was_full = False
@@ -76,17 +75,19 @@ class Full:
         """Whether all that is on its way fits the disk now, one plan having been carried out where that is wanted."""
         ModelRef.parse(question.model)
         async with self._section:
-            evicted, lacking = None, await self._lacking_bytes()
-            if lacking and not self._made_room and self._room.limits.eviction_policy == "lru":
-                evicted = await self._make_room(lacking)
-                lacking = await self._lacking_bytes()
-            if not lacking:
+            evicted, lack = None, await self._lack()
+            if lack and not self._made_room and self._room.limits.eviction_policy == "lru":
+                evicted = await self._make_room(lack)
+                lack = await self._lack()
+            if not lack:
                 self._made_room = False
-            free = await asyncio.to_thread(self._disk.free_bytes)
+            full = max(lack, key=lambda further: lack[further], default="")
+            free = await asyncio.to_thread(self._free_on, full)
             no_file_left = await asyncio.to_thread(self._disk.has_no_file_left)
         await self._announcer.publish()
-        headroom = self._room.limits.headroom_bytes
+        headroom, lacking = self._room.limits.headroom_bytes, sum(lack.values())
         words = f"{human(lacking)} more needed, {human(free)} free"
+        words += f" on {self._disk.further[full].path}" if full in self._disk.further else ""
         words += f" ({human(headroom)} of it stay free)" if lacking and headroom else ""
         if no_file_left and not lacking:
             words = f"the file system has no room for another file, though {human(free)} are free"
@@ -99,8 +100,15 @@ class Full:
             evicted=as_told(evicted) if evicted else None,
         )
 
-    async def _make_room(self, lacking_bytes: int) -> EvictionPlan | None:
-        made = await self._room.plan_to_free(lacking_bytes)
+    def _free_on(self, further: str) -> int:
+        root = self._disk.further.get(further)
+        return root.free_bytes() if root else self._disk.free_bytes()
+
+    async def _make_room(self, lack: dict[str, int]) -> EvictionPlan | None:
+        def enough(freed: Mapping[str, int]) -> bool:
+            return all(freed.get(further, 0) >= lacking for further, lacking in lack.items())
+
+        made = await self._room.plan_to_free(sum(lack.values()), enough)
         if not made.enough:
             return None
         went = await self._room.carry_out(made)
@@ -109,15 +117,17 @@ class Full:
         return went
 
     async def _lacks_nothing(self) -> bool:
-        return not await self._lacking_bytes()
+        return not await self._lack()
 
-    async def _lacking_bytes(self) -> int:
-        """What all that is on its way still needs, beyond what the disk has to give."""
-        free = await self._room.free_bytes()
+    async def _lack(self) -> dict[str, int]:
+        """What all that is on its way still needs beyond what its disk has to give, by root, where it needs any."""
+        spaces, headroom = await self._room.spaces(), self._room.limits.headroom_bytes
         await self._settle()
-        if not (in_flight := self._ledger.in_flight_bytes):
-            return 0 if free else 1  # all bytes are here: a name in a directory may be what is lacking
-        return max(in_flight + self._room.limits.headroom_bytes - free, 0)
+        # When all bytes are here, a name in a directory may be what is lacking.
+        lack = {s.further: max(-s.to_give(headroom), 0) for s in spaces if s.in_flight_bytes}
+        if not spaces[0].in_flight_bytes and not spaces[0].free_bytes:
+            lack[""] = 1
+        return {further: lacking for further, lacking in lack.items() if lacking}
 
     # The reserve
 
@@ -132,13 +142,12 @@ class Full:
             await asyncio.sleep(_LOOK_S)
 
     async def look(self) -> int:
-        """Make or give up the reserve, and log that the disk is full, or no more. Returns its free bytes."""
-        free = await asyncio.to_thread(self._disk.free_bytes)
-        if self._step(free) != "leave":
+        """Make or give up reserves, and log that the disk is full, or no more. Returns free bytes, of all roots."""
+        if any(step != "leave" for _, step in await asyncio.to_thread(self._steps)):
             async with self._section:
                 await self._settle()
             await self._announcer.publish()
-            free = await asyncio.to_thread(self._disk.free_bytes)
+        free = await asyncio.to_thread(self._disk.free_bytes)
         if (free == 0) != self._was_full:
             self._was_full = free == 0
             if self._was_full:
@@ -148,27 +157,38 @@ class Full:
                 )
             else:
                 log.info("the disk has space again", free_bytes=free)
-        return free
+        return free + await asyncio.to_thread(self._free_on_further)
 
-    def _step(self, free_bytes: int) -> Step:
-        reserve, headroom = self._reserve, self._room.limits.headroom_bytes
-        return decide(reserve.held_bytes, reserve.size_bytes, free_bytes, headroom, self._ledger.in_flight_bytes)
+    def _free_on_further(self) -> int:
+        roots = {root.device: root for root in list(self._disk.further.values())}
+        return sum(root.free_bytes() for device, root in roots.items() if device != self._disk.device)
+
+    def _steps(self) -> list[tuple[ReserveFile, Step]]:
+        """What to do with each root's reserve. Blocking."""
+        headroom, in_flight = self._room.limits.headroom_bytes, self._ledger.in_flight_by_root
+        held = [("", self._disk.reserve)] + [(r.id, r.reserve) for r in list(self._disk.further.values())]
+        return [
+            (r, decide(r.held_bytes, r.size_bytes, self._free_on(further), headroom, in_flight[further]))
+            for further, r in held
+        ]
 
     async def _settle(self) -> None:
         """Within the section."""
-        step = self._step(await asyncio.to_thread(self._disk.free_bytes))
-        if step == "make":
-            try:
-                await asyncio.to_thread(self._reserve.make)
-            except OSError as e:
-                log.warning("the reserve could not be made", why=e.strerror)
-        elif step == "give up":
-            given = await asyncio.to_thread(self._reserve.give_up)
-            log.warning("the reserve was given up for what has to be written", freed_bytes=given)
+        for reserve, step in await asyncio.to_thread(self._steps):
+            if step == "make":
+                try:
+                    await asyncio.to_thread(reserve.make)
+                except OSError as e:
+                    log.warning("the reserve could not be made", why=e.strerror)
+            elif step == "give up":
+                given = await asyncio.to_thread(reserve.give_up)
+                log.warning("the reserve was given up for what has to be written", freed_bytes=given)
 
     async def _give_up(self) -> bool:
+        """Give up every reserve that is held: which disk a write was refused by, its error does not say."""
         async with self._section:
-            given = await asyncio.to_thread(self._reserve.give_up)
+            held = [self._disk.reserve, *(root.reserve for root in self._disk.further.values())]
+            given = sum([await asyncio.to_thread(reserve.give_up) for reserve in held])
         if given:
             log.warning("the reserve was given up: the disk is full", freed_bytes=given)
         return bool(given)

@@ -10,23 +10,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shoal_common.errors import ShoalError
-from shoal_common.layout import Layout, directory_of
+from shoal_common.layout import directory_of
 from shoal_common.messages.records import Manifest
 from shoal_storage.decide import Ledger
 from shoal_storage.scan import blob_stamp, read_manifest
+from shoal_storage.store_layout import StoreLayout
 from shoal_storage.views import is_blob
 
 
-def any_differs(layout: Layout, ledger: Ledger, paths: Iterable[Path]) -> bool:
+def any_differs(layout: StoreLayout, ledger: Ledger, paths: Iterable[Path]) -> bool:
     """Whether a scan is worth it."""
     return any(_differs(layout, ledger, path) for path in paths)
 
 
-def _differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
+def _differs(layout: StoreLayout, ledger: Ledger, path: Path) -> bool:
     if path.name.startswith(".") and path.name.endswith(".new"):
         return False
     try:
-        if path.is_relative_to(layout.blobs.parent):
+        if path.is_relative_to(layout.holding(path).blobs.parent):
             return _blob_differs(layout, ledger, path)
         if path.is_relative_to(layout.manifests):
             return _manifest_differs(layout, ledger, path)
@@ -37,13 +38,13 @@ def _differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
     return True
 
 
-def _blob_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
+def _blob_differs(layout: StoreLayout, ledger: Ledger, path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         return any(_blob_differs(layout, ledger, below) for below in path.iterdir())
     stamp, known = blob_stamp(layout, path), ledger.unproven.get(path.name)
     if stamp is None:
         # Gone, a directory of ours that has gone, or a file that is none of ours: that is somebody else's doing.
-        below = str(path.relative_to(layout.root))
+        below = str(path.relative_to(layout.root) if path.is_relative_to(layout.root) else path)
         gone = not os.path.lexists(path)
         expected = path.name in ledger.blobs or path.name in ledger.unproven
         return expected or not gone or _counted(ledger, below) or _prefix(path, ledger)
@@ -66,7 +67,7 @@ def _counted(ledger: Ledger, below: str) -> bool:
     )
 
 
-def _manifest_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
+def _manifest_differs(layout: StoreLayout, ledger: Ledger, path: Path) -> bool:
     below = str(path.relative_to(layout.root))
     if path.is_dir() and not path.is_symlink():
         return any(_manifest_differs(layout, ledger, p) for p in path.iterdir() if not p.name.startswith("."))
@@ -81,7 +82,7 @@ def _manifest_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
     return ledger.on_disk.get(manifest.model) != manifest
 
 
-def _view_differs(layout: Layout, ledger: Ledger, path: Path) -> bool:
+def _view_differs(layout: StoreLayout, ledger: Ledger, path: Path) -> bool:
     repo, commit, *rest = (*path.relative_to(layout.views).parts, "", "")
     below = "/".join(part for part in rest if part)
     if any(_unlinked(layout, m, below) for m in _models_at(ledger, repo, commit)):
@@ -104,7 +105,7 @@ def _is_at(manifest: Manifest, repo: str, commit: str) -> bool:
     return commit in ("", manifest.commit) and repo in ("", directory_of(manifest.repo))
 
 
-def _unlinked(layout: Layout, manifest: Manifest, below: str) -> bool:
+def _unlinked(layout: StoreLayout, manifest: Manifest, below: str) -> bool:
     """Whether a file of a model's view, of those that a path in it stands for, is not its blob."""
     for f in manifest.files:
         concerned = below in ("", f.path) or f.path.startswith(f"{below}/")

@@ -8,6 +8,7 @@ import time
 from msgspec import structs
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
+from shoal_common.leaves import root_of
 from shoal_common.logs import Log
 from shoal_common.messages.questions import (
     AskManifest,
@@ -39,6 +40,7 @@ from shoal_storage.disk import Disk, require_present
 from shoal_storage.evict import as_told
 from shoal_storage.holders import Holders
 from shoal_storage.keeping import Keeping
+from shoal_storage.listed import BadLeaves, forget
 from shoal_storage.parts import Parts
 from shoal_storage.removal import Removal
 from shoal_storage.repair import make_partial
@@ -88,7 +90,7 @@ class Guard:
                 if promised[manifest.model] != before:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
-                    await self._promise(blob, sizes[blob], manifest.model, wanted.get(blob))
+                    await self._promise(blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob])
                 self._ledger.ended.discard(manifest.model)
                 await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
@@ -104,8 +106,10 @@ class Guard:
         told = as_told(evicted) if evicted else None
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
 
-    async def _promise(self, blob: str, size_bytes: int, model: str, wanted: int | None) -> None:
+    async def _promise(self, blob: str, size_bytes: int, model: str, wanted: int | None, further: str) -> None:
         known = self._ledger.partials.get(blob)
+        if known is None:
+            await asyncio.to_thread(self._disk.place, blob, further)
         partial = known or Partial(size_bytes)
         changed = partial.wanted_by(model, wanted)
         models = changed.models
@@ -156,25 +160,33 @@ class Guard:
         blob = check_blob(question.blob)
         task = self._committing.get(blob)
         if task is None:
-            task = asyncio.create_task(self._commit(blob))
+            task = asyncio.create_task(self._commit(blob, question.root))
             self._committing[blob] = task
             task.add_done_callback(lambda _: self._committing.pop(blob, None))
         return await asyncio.shield(task)
 
-    async def _commit(self, blob: str) -> Committed:
+    async def _commit(self, blob: str, root: str) -> Committed:
         partial = self._ledger.partials.get(blob)
         if partial is None:
             sha256 = self._ledger.git.get(blob, blob)
             if sha256 in self._ledger.blobs:
-                return Committed(sha256=sha256, size_bytes=self._ledger.blobs[sha256])
+                size_bytes = self._ledger.blobs[sha256]
+                found = await asyncio.to_thread(leaves.root, self._disk.layout, sha256, size_bytes)
+                return Committed(sha256=sha256, size_bytes=size_bytes, root=found)
             raise NotFound(f"blob {blob[:16]}… has no reservation here; reserve it first")
         if not self._ledger.promises(partial):
             raise NotFound(f"the reservation of blob {blob[:16]}… has ended: nobody wanted it; reserve it again")
         try:
             # Hashing takes seconds per GB: outside the critical section, nobody else writes this partial.
-            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes)
+            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes, root)
         except FileNotFoundError:
             raise NotFound(f"the partial of {blob[:16]}… has gone; reserve it again") from None
+        except BadLeaves as e:
+            async with self._section:
+                self._require_same(blob, partial)
+                await asyncio.to_thread(forget, self._disk.layout, blob, partial.size_bytes, e.leaves)
+                await self.parts.drop_lost()
+            raise
         except Corrupt:
             async with self._section:
                 self._require_same(blob, partial)
@@ -196,7 +208,7 @@ class Guard:
             if blob != digests.sha256:
                 self._ledger.git[blob] = digests.sha256
         await self._announcer.publish()
-        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes)
+        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes, root=root_of(digests.leaves))
 
     def _require_same(self, blob: str, verified: Partial) -> None:
         # Withdrawn and reserved anew while we hashed: that one's bytes are not those that were verified.
@@ -218,13 +230,14 @@ class Guard:
             whole = manifest.model in self._ledger.manifests
             held = self._ledger.on_disk.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
-            # A commit never changes: what was sealed stands, and only gains names.
+            # A commit never changes: what was sealed stands, and only gains names, and roots of its lists.
             manifest = structs.replace(held or manifest, revisions=names)
             await asyncio.to_thread(self._disk.require_there)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
                 self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
                 self._ledger.adopted_blobs.pop(sha256, None)
             require_present(manifest, self._ledger)
+            manifest = await asyncio.to_thread(leaves.with_roots, self._disk.layout, manifest)
             if manifest == held:
                 await asyncio.to_thread(self._disk.build_view, manifest)
             else:

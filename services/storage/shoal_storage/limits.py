@@ -1,12 +1,19 @@
-"""The node's storage settings: `[storage]` of node.toml, and the environment, which wins. Pure.
+"""The node's settings that storage keeps: `[storage]`, `[transfer]` of node.toml, the environment, which wins. Pure.
 
+[storage]
 max_storage_bytes   SHOAL_MAX_STORAGE_BYTES   quota for blobs, present and promised    only the disk limits
 eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit, lru makes room      manual
 headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk        1 GiB
 partial_retention_s SHOAL_PARTIAL_RETENTION_S bytes that ended downloads left are kept seven days
 reserve_bytes       SHOAL_RESERVE_BYTES       size of the reserve file; read at start  64 MiB
 read_only_roots     SHOAL_READ_ONLY_ROOTS     directories whose models are offered as they are (as in PATH)   none
+roots               SHOAL_ROOTS               directories on other disks for models to come to (as in PATH)   none
 path                                          where the store is                       <home>/store
+
+[transfer], whole numbers from 1; without one there is no limit
+max_upload_bytes_per_s  SHOAL_MAX_UPLOAD_BYTES_PER_S  what the fileserver sends in all
+max_hub_bytes_per_s     SHOAL_MAX_HUB_BYTES_PER_S     what the fetcher takes from the hub in all
+max_peer_bytes_per_s    SHOAL_MAX_PEER_BYTES_PER_S    what the fetcher takes from each peer
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from msgspec import UNSET
 from shoal_common.errors import BadInput, Refused
 from shoal_common.messages.commands import Configure
 from shoal_common.settings_file import Value
-from shoal_storage.decide import EvictionPolicy, Limits, human
+from shoal_storage.decide import EvictionPolicy, Limits, Rates, human
 from shoal_storage.reserve import RESERVE_BYTES
 
 DEFAULT_HEADROOM_BYTES = 1 << 30
@@ -29,10 +36,16 @@ VARIABLES = {
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
     "partial_retention_s": "SHOAL_PARTIAL_RETENTION_S",
     "read_only_roots": "SHOAL_READ_ONLY_ROOTS",
+    "roots": "SHOAL_ROOTS",
+    "max_upload_bytes_per_s": "SHOAL_MAX_UPLOAD_BYTES_PER_S",
+    "max_hub_bytes_per_s": "SHOAL_MAX_HUB_BYTES_PER_S",
+    "max_peer_bytes_per_s": "SHOAL_MAX_PEER_BYTES_PER_S",
 }
 """Each setting that can be changed, and the variable that wins over it."""
+RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
+"""Those of them that are in `[transfer]`; the others are in `[storage]`."""
 DEFAULT_RETENTION_S = 7 * 86400
-MOST_ROOTS = 64
+MOST_ROOTS = {"read_only_roots": 64, "roots": 16}
 _BETWEEN_ROOTS = ":"
 """As in PATH (`os.pathsep`)."""
 _RESERVE = "reserve_bytes"
@@ -42,9 +55,7 @@ _MOST = (1 << 63) - 1
 
 def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> Limits:
     """The limits of this node, from the parsed node.toml and the environment. Raises BadInput naming the setting."""
-    section = settings.get("storage", {})
-    if not isinstance(section, Mapping):
-        raise BadInput(f"storage in node.toml is {section!r}: a section [storage] is expected")
+    section, transfer = _section(settings, "storage"), _section(settings, "transfer")
     if not isinstance(section.get("path", ""), str):
         raise BadInput(f"storage.path in node.toml is {section['path']!r}: a path in quotes is expected")
     headroom = _bytes("headroom_bytes", section, environ)
@@ -55,24 +66,41 @@ def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> L
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
-        read_only_roots=_roots(section, environ),
+        read_only_roots=_roots("read_only_roots", section, environ),
+        roots=_roots("roots", section, environ),
+        transfer=Rates(**{name: _rate(name, transfer, environ) for name in RATES}),
     )
+
+
+def _section(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
+    section = settings.get(name, {})
+    if not isinstance(section, Mapping):
+        raise BadInput(f"{name} in node.toml is {section!r}: a section [{name}] is expected")
+    return section
 
 
 def read_reserve_bytes(settings: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """The size of the reserve file: from a checked node.toml and the environment, once at start. 0: none."""
-    section = settings.get("storage", {})
-    stated = _bytes(_RESERVE, section, environ) if isinstance(section, Mapping) else None
+    stated = _bytes(_RESERVE, _section(settings, "storage"), environ)
     return RESERVE_BYTES if stated is None else stated
 
 
 def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
     variable = _RESERVE_VARIABLE if name == _RESERVE else VARIABLES[name]
-    return (variable, environ[variable]) if environ.get(variable) else (f"storage.{name}", section.get(name))
+    where = f"{'transfer' if name in RATES else 'storage'}.{name}"
+    return (variable, environ[variable]) if environ.get(variable) else (where, section.get(name))
 
 
 def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
     return _number(name, "bytes is expected, for example 500000000000", section, environ)
+
+
+def _rate(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+    rate = _number(name, "bytes per second from 1 is expected, for example 20000000", section, environ)
+    if rate == 0:
+        where, _ = _stated(name, section, environ)
+        raise BadInput(f"{where} is 0: leave it out for no limit, or pause what shall not move")
+    return rate
 
 
 def _seconds(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
@@ -98,15 +126,15 @@ def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> Evicti
     return cast(EvictionPolicy, value)
 
 
-def _roots(section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
-    where, value = _stated("read_only_roots", section, environ)
+def _roots(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
+    where, value = _stated(name, section, environ)
     if value is None:
         return ()
     roots = [r for r in value.split(_BETWEEN_ROOTS) if r] if where in environ and isinstance(value, str) else value
     if not isinstance(roots, list):
         raise BadInput(f'{where} is {value!r}: a list of directories is expected, ["/mnt/models"]')
-    if len(roots) > MOST_ROOTS:
-        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS} at most are possible")
+    if len(roots) > MOST_ROOTS[name]:
+        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS[name]} at most are possible")
     for root in roots:
         if not isinstance(root, str) or not root.startswith(("/", "~")) or not root.isprintable():
             raise BadInput(f"{where} has {root!r}: the absolute path of a directory is expected, or one with ~")
@@ -118,6 +146,14 @@ def overridden(environ: Mapping[str, str]) -> list[str]:
     return [name for name, variable in VARIABLES.items() if environ.get(variable)]
 
 
+def by_section(changes: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+    """Changes by the section of the file that they belong to."""
+    found: dict[str, dict[str, Value]] = {}
+    for name, value in changes.items():
+        found.setdefault("transfer" if name in RATES else "storage", {})[name] = value
+    return found
+
+
 def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Value]:
     """What `configure` changes in the file; None takes a key away. Raises BadInput; Refused for the overridden.
 
@@ -127,13 +163,15 @@ def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Valu
     changes = {name: value for name, value in asked.items() if value is not UNSET}
     if not changes:
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
-    if isinstance(changes.get("read_only_roots"), list):
-        _roots(changes, {})
-        changes["read_only_roots"] = changes["read_only_roots"] or None
+    for name in MOST_ROOTS:
+        if isinstance(changes.get(name), list):
+            _roots(name, changes, {})
+            changes[name] = changes[name] or None
     for name, value in changes.items():
-        if isinstance(value, int) and not 0 <= value <= _MOST:
-            unit = "seconds" if name.endswith("_s") else "bytes"
-            raise BadInput(f"{name} is {value}: a whole number of {unit} from 0 is expected", param=name)
+        least = 1 if name in RATES else 0
+        if isinstance(value, int) and not least <= value <= _MOST:
+            unit = "bytes per second" if name in RATES else "seconds" if name.endswith("_s") else "bytes"
+            raise BadInput(f"{name} is {value}: a whole number of {unit} from {least} is expected", param=name)
         if environ.get(VARIABLES[name]):
             raise Refused(
                 f"{name} comes from the environment here, which wins over the file: unset {VARIABLES[name]} for "

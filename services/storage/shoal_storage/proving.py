@@ -154,7 +154,7 @@ def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
     leaves.write(disk.layout, sha256, judged.leaves, path.lstat().st_mtime_ns)
     sync(path)
     sync(path.parent)
-    sync(disk.layout.blobs)
+    sync(path.parent.parent)
     return True
 
 

@@ -141,11 +141,11 @@ def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest], lease
     for directory in unlink(places_of(lay, checked.sha256, manifests, leases)):
         if directory.exists():
             sync(directory)
-    lay.quarantine.mkdir(exist_ok=True)
+    lay.set_aside(checked.sha256).parent.mkdir(exist_ok=True)
     # What was set aside under this name before says nothing of these bytes.
     disk.drop_set_aside(checked.sha256)
     path.replace(lay.set_aside(checked.sha256))
-    sync(lay.quarantine)
+    sync(lay.set_aside(checked.sha256).parent)
     sync(path.parent)
     leaves.remove(lay, checked.sha256)
     return True
@@ -166,10 +166,16 @@ def _is_that(found: os.stat_result, checked: Checked) -> bool:
 
 
 def set_aside_earlier(disk: Disk) -> set[str]:
-    """At start: the blobs that are in quarantine. Bitmaps without theirs, and what a kill left half written, go."""
+    """At start: the blobs that are in quarantine, in the store and in its further roots."""
+    return set().union(*(set_aside_in(disk, further) for further, _ in disk.layout.all()))
+
+
+def set_aside_in(disk: Disk, further: str) -> set[str]:
+    """The blobs that are in quarantine in one root. Bitmaps without theirs, and what a kill left half written, go."""
     found, bitmaps = set(), []
-    if disk.layout.quarantine.is_dir():
-        for path in disk.layout.quarantine.iterdir():
+    root, lay = disk.layout.of(further), disk.layout
+    if root.quarantine.is_dir():
+        for path in root.quarantine.iterdir():
             if path.name.startswith(".") and path.suffix == ".new":
                 path.unlink(missing_ok=True)
             elif path.suffix == ".have":
@@ -182,4 +188,7 @@ def set_aside_earlier(disk: Disk) -> set[str]:
     for path in bitmaps:
         if path.stem not in found:
             path.unlink(missing_ok=True)
+    for blob in found:
+        if further and not lay.blob(blob).exists() and not lay.partial(blob).exists():
+            lay.where.setdefault(blob, further)
     return found

@@ -57,7 +57,7 @@ class Removal:
         await asyncio.to_thread(self._keeping.forget, model)
         self._ledger.manifests.pop(model, None)
         self._ledger.broken.pop(model, None)
-        freed = sum(self._ledger.blobs.pop(blob) for blob in leaving)
+        freed = sum(self._ledger.drop(blob) for blob in leaving)
         self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
         freed += await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)

@@ -68,15 +68,17 @@ def make_partial(
     if good is None:
         disk.write_partial(blob, size_bytes, models, wanted)
         return False
+    disk.require_root(blob)
     if directory.exists():  # without data: whatever else is there is of other bytes
         disk.remove_partial(blob)
     directory.mkdir()
     put_file(directory / "have", good.to_bytes())
     put_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
-    sync(lay.partials)
+    sync(directory.parent)
     lay.set_aside(blob).chmod(PARTIAL_MODE)
     lay.set_aside(blob).replace(directory / "data")
     sync(directory)
     lay.set_aside_have(blob).unlink(missing_ok=True)
-    sync(lay.quarantine)
+    sync(lay.set_aside(blob).parent)
+    disk.link_partial(blob)
     return True

@@ -56,8 +56,8 @@ class Rescan:
             return
         async with self._section:
             seen = await asyncio.to_thread(scan, self._disk.layout)
-            if not await asyncio.to_thread(self._disk.is_there):
-                return  # it went while we looked: what was not seen may well be there
+            if not await asyncio.to_thread(self._disk.is_all_there):
+                return  # something went while we looked: what was not seen may well be there
             self._scans += 1
             log.debug("looked at the disk", scans=self._scans)
             found = await asyncio.to_thread(differences, self._ledger, seen)
@@ -88,15 +88,15 @@ class Rescan:
         if strange is not None and strange.count:
             first = ",".join(strange.paths)
             log.warning("unknown files in the store; left alone", count=strange.count, first=first)
-        await self._tell(followed.lost, followed.found)
+        await self.tell(followed.lost, followed.found)
         for model in sorted(found.unlinked & self._ledger.manifests.keys()):
             if not await self._link(model):
-                await self._tell([model], [])
+                await self.tell([model], [])
 
     async def announce_found(self) -> None:
         """Announce models that have become whole. Within the section."""
         if found := mend(self._ledger):
-            await self._tell([], found)
+            await self.tell([], found)
 
     async def _lose_parts(self) -> None:
         try:
@@ -106,7 +106,8 @@ class Rescan:
             self._untold = True
             log.warning("what the disk holds could not be said; said again soon", why=str(e))
 
-    async def _tell(self, lost: list[str], found: list[str]) -> None:
+    async def tell(self, lost: list[str], found: list[str]) -> None:
+        """Announce these models, or no longer. What NATS does not hear is said later. Within the section."""
         try:
             if lost:
                 instances = await self._losses.take_back(lost)
@@ -125,7 +126,7 @@ class Rescan:
 
     async def publish(self) -> None:
         """Say how the disk stands, now or when NATS hears it again."""
-        await self._tell([], [])
+        await self.tell([], [])
 
     async def _link(self, model: str) -> bool:
         try:

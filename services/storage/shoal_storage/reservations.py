@@ -21,7 +21,7 @@ from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.service import Context
-from shoal_common.watch import View
+from shoal_common.watch import View, any_changed
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.keeping import Keeping
@@ -43,6 +43,7 @@ class Wish(msgspec.Struct, frozen=True):
 
     repo: str
     commit: str
+    paused: bool = False
 
 
 class Steps(msgspec.Struct):
@@ -58,30 +59,41 @@ def wishes(specs: Iterable[tuple[str, DownloadSpec]], states: Mapping[str, Downl
     found = []
     for key, spec in specs:
         state = states.get(key)
-        found.append(Wish(ModelRef.parse(spec.model).repo, state.commit if state else ""))
+        found.append(Wish(ModelRef.parse(spec.model).repo, state.commit if state else "", spec.paused))
     return found
 
 
-def on_its_way(ledger: Ledger) -> list[str]:
-    """Models of which something is reserved, or was."""
-    return sorted({*ledger.promised, *(m for p in ledger.partials.values() for m in p.models)})
+def wishes_for(model: str, wished: Iterable[Wish]) -> list[Wish]:
+    """The wishes that mean a model (`org/name@commit`), or may: whose commit is not known yet."""
+    repo, _, commit = model.rpartition("@")
+    return [w for w in wished if w.repo == repo and w.commit in (commit, "")]
+
+
+def paused_of(ledger: Ledger, wished: Iterable[Wish]) -> set[str]:
+    """Models on their way that are paused, and that nobody fetches under another name."""
+    wanted = list(wished)
+    found = set()
+    for model in ledger.on_its_way:
+        mine = wishes_for(model, wanted)
+        if mine and all(w.paused for w in mine):
+            found.add(model)
+    return found
 
 
 def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s: float, retention_s: float) -> Steps:
     """What becomes of every reservation now. Pure."""
     steps = Steps(renew=[], end=[], remove=[])
-    repos: dict[str, set[str]] = {}
-    for wish in wished:
-        repos.setdefault(wish.repo, set()).add(wish.commit)
-    for model in on_its_way(ledger):
-        repo, _, commit = model.rpartition("@")
-        is_wished = not repos.get(repo, set()).isdisjoint({commit, ""})
+    wanted = list(wished)
+    for model in sorted(ledger.on_its_way):
+        mine = wishes_for(model, wanted)
+        # Nobody has to live for what is paused to stay so; for what is fetched, a fetcher has to.
+        is_paused = any(w.paused for w in mine)
         unwanted_s = now_s - ledger.wanted_s.get(model, 0.0)
         if ledger.at_rest(model):
             continue  # nobody has to wish for what is here
         if model not in ledger.ended:
-            if is_wished and fetcher_away_s < GONE_AFTER_S:
-                if fetcher_away_s == 0 and unwanted_s >= RENEW_EVERY_S:
+            if mine and (is_paused or fetcher_away_s < GONE_AFTER_S):
+                if (is_paused or fetcher_away_s == 0) and unwanted_s >= RENEW_EVERY_S:
                     steps.renew.append(model)
                 continue
             if unwanted_s < STILL_WANTED_S:
@@ -116,13 +128,14 @@ class Reservations:
         self._fetcher_seen_s: float | None = None
 
     async def watch(self) -> None:
-        """Look every LOOK_S."""
+        """Look every LOOK_S, and when what people want changes."""
         while True:
+            seen = self._specs.changes
             try:
                 await self.look(time.time(), time.monotonic())
             except (OSError, ShoalError) as e:  # NATS is away, say: the next look does what this one could not
                 log.warning("reservations could not be looked at", why=str(e))
-            await asyncio.sleep(LOOK_S)
+            await any_changed((self._specs,), (seen,), LOOK_S)
 
     async def look(self, now_s: float, monotonic_s: float) -> None:
         """Decide by what the cluster says now, and do it."""
@@ -145,7 +158,10 @@ class Reservations:
             for model in steps.remove:
                 freed = await self._removal.remove_unfinished(model)
                 log.info("removed what an ended download had left", model=model, freed_bytes=freed)
-        if steps.end or steps.remove:
+            paused = paused_of(self._ledger, wished)
+            is_news = bool(steps.end or steps.remove) or paused != self._ledger.paused
+            self._ledger.paused = paused
+        if is_news:
             await self._announcer.publish()
 
     def _fetcher_away_s(self, monotonic_s: float) -> float:

@@ -13,9 +13,10 @@ from shoal_common.messages.questions import EvictionPlan, Victim
 from shoal_common.messages.records import Manifest
 from shoal_common.service import Context
 from shoal_storage.announce import Announcer
-from shoal_storage.decide import Admission, Ledger, Limits, admit, human, shortfall
+from shoal_storage.decide import Admission, Ledger, Limits, Wanted, admit, human, referenced, wanted
 from shoal_storage.disk import Disk
-from shoal_storage.evict import garbage_of, kept_models, plan, refusal_with
+from shoal_storage.evict import Enough, garbage_of, kept_models, plan, refusal_with, spare_copies
+from shoal_storage.spread import Space
 from shoal_storage.users import words
 from shoal_storage.uses import Uses
 
@@ -44,23 +45,28 @@ class Room:
         self.limits = limits
         self._uses, self._announcer, self._remove = uses, announcer, remove
 
-    async def free_bytes(self) -> int:
-        """What the file system has and the reserve holds. What partials have taken is brought up to date first."""
+    async def spaces(self) -> list[Space]:
+        """What each file system has and its reserve holds, the store's first. What partials have taken is brought up
+        to date before.
+        """
         for blob, partial in self._ledger.partials.items():
             await asyncio.to_thread(self._disk.look_at, blob, partial)
-        return await asyncio.to_thread(self._disk.free_bytes) + self._disk.reserve.held_bytes
+        return await asyncio.to_thread(spaces_of, self._disk, self._ledger.in_flight_by_root)
 
     async def plan_for(self, new_bytes: int) -> EvictionPlan:
-        """What would go for so many new bytes to come in. Nothing is done."""
-        return await self.plan_to_free(
-            shortfall(new_bytes, self._ledger, self.limits, await self.free_bytes()).need_bytes
-        )
+        """What would go for so many new bytes to come in, as one blob. Nothing is done."""
+        asked, spaces = Wanted({"": new_bytes}, {}, new_bytes), await self.spaces()
+        need_bytes = asked.lacking(self._ledger, self.limits, spaces).need_bytes
+        return await self.plan_to_free(need_bytes, asked.met_by(self._ledger, self.limits, spaces))
 
-    async def plan_to_free(self, need_bytes: int, asking: str = "") -> EvictionPlan:
-        """What would go to free so many bytes. What is here of the model that asks stays. Nothing is done."""
+    async def plan_to_free(self, need_bytes: int, enough: Enough, asking: str = "") -> EvictionPlan:
+        """What would go to free so many bytes, where `enough` wants them. What is here of the model that asks stays.
+
+        Nothing is done.
+        """
         ledger = self._ledger
         kept = kept_models(ledger, await self._uses.now(), asking)
-        made = plan(need_bytes, ledger, ledger.last_uses, kept)
+        made = plan(need_bytes, ledger, ledger.last_uses, kept, enough)
         if asking not in ledger.here:
             kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
         return structs.replace(made, kept=kept)
@@ -74,14 +80,16 @@ class Room:
         """
         went: EvictionPlan | None = None
         for _ in range(_PLANS_AT_MOST):
+            spaces = await self.spaces()
             try:
-                return admit(manifest, self._ledger, self.limits, await self.free_bytes(), leaves), went
+                return self._admit(manifest, spaces, leaves), went
             except QuotaExceeded as refusal:
                 if went is not None and went.enough:
                     if not await self.wait_freed(lambda: self._admits(manifest, leaves)):
                         raise self._not_given_back(refusal, went) from None
                     continue
-                made = await self.plan_to_free(refusal.details["shortfall_bytes"], asking=manifest.model)
+                enough = wanted(manifest, self._ledger, leaves).met_by(self._ledger, self.limits, spaces)
+                made = await self.plan_to_free(refusal.details["shortfall_bytes"], enough, asking=manifest.model)
                 if (policy := self.limits.eviction_policy) != "lru" or not made.enough:
                     raise refusal_with(refusal, made, policy) from None
             done = await self.carry_out(made)
@@ -91,9 +99,12 @@ class Room:
             f"{manifest.repo}; try again"
         )
 
+    def _admit(self, manifest: Manifest, spaces: list[Space], leaves: Mapping[str, int] | None) -> Admission:
+        return admit(manifest, self._ledger, self.limits, spaces[0].free_bytes, spaces, leaves)
+
     async def _admits(self, manifest: Manifest, leaves: Mapping[str, int] | None) -> bool:
         try:
-            admit(manifest, self._ledger, self.limits, await self.free_bytes(), leaves)
+            self._admit(manifest, await self.spaces(), leaves)
         except QuotaExceeded:
             return False
         return True
@@ -151,12 +162,39 @@ class Room:
 
     async def remove_garbage(self, blobs: Iterable[str] | None = None) -> int:
         """Remove these blobs, or all that nothing refers to. Returns bytes freed."""
-        freed = 0
-        for sha256 in garbage_of(self._ledger) if blobs is None else blobs:
-            await asyncio.to_thread(self._disk.remove_blob, sha256)
-            freed += self._ledger.blobs.pop(sha256, 0)
-        self._ledger.git = {git: sha for git, sha in self._ledger.git.items() if sha in self._ledger.blobs}
+        freed, ledger = 0, self._ledger
+        needed, spare = referenced(ledger), spare_copies(ledger)
+        for sha256 in garbage_of(ledger) if blobs is None else blobs:
+            for further, size_bytes in spare.get(sha256, {}).items():
+                await asyncio.to_thread(self._disk.remove_copy, sha256, further)
+                log.info("removed one of two copies of a blob", blob=sha256, freed_bytes=size_bytes)
+                freed += size_bytes
+            if sha256 in spare:
+                del ledger.doubles[sha256]
+            if sha256 not in needed:
+                await asyncio.to_thread(self._disk.remove_blob, sha256)
+                freed += ledger.drop(sha256)
+        ledger.git = {git: sha for git, sha in ledger.git.items() if sha in ledger.blobs}
         return freed
+
+
+def spaces_of(disk: Disk, in_flight: Mapping[str, int]) -> list[Space]:
+    """What the store's file system has for blobs, and then each further root's. Blocking.
+
+    Two roots on one file system, which nobody could have asked for, have its bytes once: the second takes nothing.
+    """
+    found = [Space("", "the store", disk.free_bytes() + disk.reserve.held_bytes, in_flight.get("", 0))]
+    devices = {disk.device: 0}
+    for root in list(disk.further.values()):
+        if not root.is_there():
+            continue
+        its = in_flight.get(root.id, 0)
+        if (first := devices.setdefault(root.device, len(found))) < len(found):
+            twin = found[first]
+            found[first] = structs.replace(twin, in_flight_bytes=twin.in_flight_bytes + its)
+            continue
+        found.append(Space(root.id, str(root.path), root.free_bytes() + root.reserve.held_bytes, its))
+    return found
 
 
 def _together(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:

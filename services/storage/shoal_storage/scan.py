@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,8 @@ from shoal_common.messages.records import Manifest
 from shoal_common.names import check_blob
 from shoal_common.proof import proven
 from shoal_storage.decide import Stamp, Unknown, check_manifest
+from shoal_storage.store_layout import StoreLayout
+from shoal_storage.views import names_a_blob
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAMED_AT_MOST = 5
@@ -33,7 +35,10 @@ class Seen(msgspec.Struct):
     """What was seen in a store."""
 
     blobs: dict[str, Stamp] = msgspec.field(default_factory=dict)
-    """Files with a blob's name in a blob's place, by sha256."""
+    """Files with a blob's name in a blob's place, by sha256; of several a proven one, that where storage knows the
+    blob to be if that is."""
+    doubles: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
+    """Bytes, by root, of the others of them that are proven."""
     manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
     """By `org/name@commit`."""
     unreadable: set[str] = msgspec.field(default_factory=set)
@@ -43,24 +48,28 @@ class Seen(msgspec.Struct):
     unknown: Unknown = msgspec.field(default_factory=Unknown)
 
 
-def scan(layout: Layout) -> Seen:
-    """Look at all of a store. Raises OSError when a part of it cannot be read: then nothing follows from the rest."""
+def scan(layout: StoreLayout) -> Seen:
+    """Look at all of a store and of those of its further roots that are there.
+
+    Raises OSError when a part of it cannot be read: then nothing follows from the rest.
+    """
     scanner = _Scanner(layout)
     scanner.look()
     return scanner.seen
 
 
-def stamp_of(sha256: str, found: os.stat_result) -> Stamp:
-    """A blob's file as its stat tells it apart."""
+def stamp_of(sha256: str, found: os.stat_result, further: str = "") -> Stamp:
+    """A blob's file as its stat tells it apart, in a further root or in the store."""
     return Stamp(
         size_bytes=found.st_size,
         mtime_ns=found.st_mtime_ns,
         inode=found.st_ino,
         proven=proven(sha256, found),
+        further=further,
     )
 
 
-def blob_stamp(layout: Layout, path: Path) -> Stamp | None:
+def blob_stamp(layout: StoreLayout, path: Path) -> Stamp | None:
     """The stamp of a file that is a blob by name, place and kind; None for any other, and where none is."""
     try:
         if not _SHA256.fullmatch(path.name) or path != layout.blob(path.name):
@@ -68,7 +77,28 @@ def blob_stamp(layout: Layout, path: Path) -> Stamp | None:
         found = path.lstat()
     except OSError:
         return None
-    return stamp_of(path.name, found) if stat.S_ISREG(found.st_mode) else None
+    further = layout.where.get(path.name, "")
+    return stamp_of(path.name, found, further) if stat.S_ISREG(found.st_mode) else None
+
+
+def blobs_in(layout: Layout, further: str, strange: Callable[[Path], None] = lambda _: None) -> dict[str, Stamp]:
+    """The files of a root that have a blob's name, place and kind; every other one is given to `strange`."""
+    seen: dict[str, Stamp] = {}
+    for directory in _entries(layout.blobs):
+        if not directory.is_dir(follow_symlinks=False):
+            strange(Path(directory.path))
+            continue
+        for entry in _entries(Path(directory.path)):
+            if _SHA256.fullmatch(entry.name) and entry.name[:2] == directory.name:
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(found.st_mode):
+                    seen[entry.name] = stamp_of(entry.name, found, further)
+                    continue
+            strange(Path(entry.path))
+    return seen
 
 
 def read_manifest(layout: Layout, path: Path) -> Manifest:
@@ -81,7 +111,7 @@ def read_manifest(layout: Layout, path: Path) -> Manifest:
 
 
 class _Scanner:
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: StoreLayout) -> None:
         self._layout = layout
         self._inodes: set[int] = set()
         self._times: set[tuple[int, int]] = set()
@@ -97,18 +127,13 @@ class _Scanner:
         for entry in _entries(lay.root):
             if entry.name not in own and not _is_temporary(entry.name):
                 self._unknown(Path(entry.path))
-        for entry in _entries(lay.blobs.parent):
-            if entry.name != lay.blobs.name:
-                self._unknown(Path(entry.path))
         self._look_at_blobs()
         self._look_at_manifests()
         self._look_at_views()
-        for entry in _entries(lay.partials):
-            if not _is_blob_name(entry.name):
-                self._unknown(Path(entry.path))
-        for entry in _entries(lay.quarantine):
-            if not _is_blob_name(entry.name):
-                self._unknown(Path(entry.path))
+        for _, root in lay.all():
+            for entry in (*_entries(root.partials), *_entries(root.quarantine)):
+                if not _is_blob_name(entry.name):
+                    self._unknown(Path(entry.path))
         for directory in (lay.pins, lay.uses, lay.promises, lay.parts):
             for entry in _entries(directory):
                 if not _is_temporary(entry.name) and not _is_model_name(entry.name):
@@ -116,22 +141,26 @@ class _Scanner:
         self.seen.unknown = Unknown(self._strange, self._strange_bytes, tuple(sorted(self._first)))
 
     def _look_at_blobs(self) -> None:
-        for directory in _entries(self._layout.blobs):
-            if not directory.is_dir(follow_symlinks=False):
-                self._unknown(Path(directory.path))
-                continue
-            for entry in _entries(Path(directory.path)):
-                if _SHA256.fullmatch(entry.name) and entry.name[:2] == directory.name:
-                    try:
-                        found = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if stat.S_ISREG(found.st_mode):
-                        self.seen.blobs[entry.name] = stamp_of(entry.name, found)
-                        self._inodes.add(found.st_ino)
-                        self._times.add((found.st_size, found.st_mtime_ns))
-                        continue
-                self._unknown(Path(entry.path))
+        places: dict[str, list[Stamp]] = {}
+        for further, root in self._layout.all():
+            for entry in _entries(root.blobs.parent):
+                if entry.name != root.blobs.name:
+                    self._unknown(Path(entry.path))
+            found = blobs_in(root, further, self._unknown)
+            for sha256, stamp in found.items():
+                places.setdefault(sha256, []).append(stamp)
+            if not further:  # files of views can be those of the store only
+                self._inodes.update(stamp.inode for stamp in found.values())
+                self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in found.values())
+        for sha256, stamps in places.items():
+            known = self._layout.where.get(sha256, "")
+            chosen, *others = sorted(stamps, key=lambda s: (not s.proven, s.further != known))
+            self.seen.blobs[sha256] = chosen
+            for other in others:
+                if other.proven:
+                    self.seen.doubles.setdefault(sha256, {})[other.further] = other.size_bytes
+                else:
+                    self._unknown(self._layout.blob_in(other.further, sha256))
 
     def _look_at_manifests(self) -> None:
         for directory in _entries(self._layout.manifests):
@@ -187,12 +216,14 @@ class _Scanner:
             blob = self.seen.blobs.get(wanted.get(path, ""))
             if entry.is_symlink():
                 points_to = Path(entry.path).readlink()
-                if blob is not None and points_to == self._layout.blob(wanted[path]):
+                if blob is not None and points_to == self._layout.blob_in(blob.further, wanted[path]):
                     linked.add(path)
-                elif path not in wanted and not points_to.is_relative_to(self._layout.blobs):
+                elif path not in wanted and not names_a_blob(points_to):
                     self._unknown(Path(entry.path))
-            elif blob is not None and (
-                entry.inode() == blob.inode or _time(entry) == (blob.size_bytes, blob.mtime_ns)
+            elif (
+                blob is not None
+                and not blob.further
+                and (entry.inode() == blob.inode or _time(entry) == (blob.size_bytes, blob.mtime_ns))
             ):
                 linked.add(path)
             elif path not in wanted and entry.inode() not in self._inodes and _time(entry) not in self._times:
@@ -212,7 +243,8 @@ class _Scanner:
                 self._strange += 1
                 self._strange_bytes += size_bytes
                 if len(self._first) < _NAMED_AT_MOST:
-                    self._first.append(str(file.relative_to(self._layout.root)))
+                    below = file.is_relative_to(self._layout.root)
+                    self._first.append(str(file.relative_to(self._layout.root) if below else file))
         except OSError:
             return  # it has gone, or cannot be read: nobody counts on it
 

@@ -27,10 +27,11 @@ from shoal_storage import lease_disk
 from shoal_storage.adoption import Adoption
 from shoal_storage.announce import Announcer
 from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
-from shoal_storage.decide import Limits
+from shoal_storage.decide import Ledger, Limits
 from shoal_storage.disk import Disk
 from shoal_storage.full import Full, told
 from shoal_storage.guard import Guard
+from shoal_storage.joining import Joining, open_all
 from shoal_storage.limits import read_limits, read_reserve_bytes
 from shoal_storage.losing import Losses, forget_useless
 from shoal_storage.proving import Prover
@@ -53,11 +54,8 @@ async def run(context: Context) -> None:
     disk = Disk(context.config.store, read_reserve_bytes(context.config.settings, context.environ))
     with told("open its store"):
         await asyncio.to_thread(disk.open)
-    leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
-    ledger = await asyncio.to_thread(recover, disk, leases)
-    ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
-    ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)
-    await forget_useless(disk, ledger)
+    root_errors = await asyncio.to_thread(open_all, disk, limits)
+    ledger = await _read(disk)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
         announced = await context.view(tasks, "state", f"*.{context.node}.>")
@@ -66,15 +64,19 @@ async def run(context: Context) -> None:
         announcer = Announcer(context, disk, ledger, limits, announced)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
+        losses = Losses(context, disk, ledger, specs, announcer)
+        rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses, guard.parts)
+        joining = Joining(disk, ledger, guard.section, announcer, rescan, limits, root_errors)
         adoption = Adoption(context, disk, ledger, guard.section, announcer, limits.read_only_roots)
         first_look = await adoption.start()
         await announcer.announce_all()
 
         async def use(limits: Limits) -> None:
             guard.use_limits(limits)
+            await joining.use(limits)
             await adoption.use_roots(limits.read_only_roots)
 
-        settings = Settings(context, disk, ledger, use, announcer.publish)
+        settings = Settings(context, disk, ledger, use, announcer.publish, joining.refuse_unusable)
         context.background(tasks, first_look)
         context.background(tasks, adoption.look_regularly())
         context.background(tasks, adoption.hash_what_waits())
@@ -98,11 +100,10 @@ async def run(context: Context) -> None:
         context.background(tasks, reservations.watch())
         upkeep = Upkeep(context, ledger, guard.section, guard.room, guard.keeping, announcer)
         context.background(tasks, upkeep.keep_uses())
-        losses = Losses(context, disk, ledger, specs, announcer)
-        rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses, guard.parts)
         prover = Prover(disk, ledger, guard.section, rescan)
         context.background(tasks, prover.prove_forever())
         context.background(tasks, Watcher(disk.layout, rescan).watch_forever())
+        context.background(tasks, joining.watch())
         verifier = Verifier(context, disk, ledger, guard.section, losses, prover, announcer, adoption.doubted)
         context.background(tasks, verifier.verify_slowly())
         tasks.create_task(_stop_hashing(context, disk))
@@ -137,6 +138,16 @@ async def run(context: Context) -> None:
         context.ready(Facts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
     await upkeep.write_uses()
     await adoption.remember()
+
+
+async def _read(disk: Disk) -> Ledger:
+    """What the disk holds, after what a crash had interrupted was finished."""
+    leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
+    ledger = await asyncio.to_thread(recover, disk, leases)
+    ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
+    ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)
+    await forget_useless(disk, ledger)
+    return ledger
 
 
 async def _stop_hashing(context: Context, disk: Disk) -> None:

@@ -25,6 +25,10 @@ class Differences(msgspec.Struct, frozen=True):
     """Those of them that are another file: it is in `unproven`."""
     unproven: dict[str, Stamp]
     """Files that have to be hashed: in the place of no blob we know, or of one that they are not."""
+    moved: dict[str, str]
+    """Blobs that are in another root ("" for the store) than they were, intact: the copy that was known has gone."""
+    doubles: dict[str, dict[str, int]]
+    """All blobs that are here more than once."""
     vanished: set[str]
     """Unproven files that are there no more."""
     removed: set[str]
@@ -37,8 +41,8 @@ class Differences(msgspec.Struct, frozen=True):
 
     def any_in(self, ledger: Ledger) -> bool:
         """Whether anything differs at all."""
-        parts = (self.gone, self.unproven, self.vanished, self.removed, self.added, self.unlinked)
-        return any(parts) or self.unknown != ledger.unknown
+        parts = (self.gone, self.unproven, self.moved, self.vanished, self.removed, self.added, self.unlinked)
+        return any(parts) or self.unknown != ledger.unknown or self.doubles != ledger.doubles
 
 
 class Followed(msgspec.Struct, frozen=True):
@@ -73,6 +77,8 @@ def differences(ledger: Ledger, seen: Seen) -> Differences:
         gone=gone,
         replaced=gone & seen.blobs.keys(),
         unproven=unproven,
+        moved={b: seen.blobs[b].further for b in here if seen.blobs[b].further != ledger.where.get(b, "")},
+        doubles={b: copies for b, copies in seen.doubles.items() if b in here},
         vanished=ledger.unproven.keys() - seen.blobs.keys(),
         removed=on_disk.keys() - seen.manifests.keys() - seen.unreadable,
         added={m: manifest for m, manifest in seen.manifests.items() if on_disk.get(m) != manifest},
@@ -98,9 +104,12 @@ def follow(found: Differences, ledger: Ledger) -> Followed:
     for sha256 in found.vanished:
         del ledger.unproven[sha256]
     ledger.unproven.update(found.unproven)
+    ledger.where.update(found.moved | {b: stamp.further for b, stamp in found.unproven.items()})
+    ledger.doubles = found.doubles
     ledger.wrong = {b: s for b, s in ledger.wrong.items() if b in ledger.unproven and s.same_file(ledger.unproven[b])}
     ledger.unknown = found.unknown
     lose(found.gone, ledger)
+    ledger.forget_places()
     mend(ledger)
     return Followed(
         lost=sorted(whole_before.keys() - ledger.manifests.keys()),

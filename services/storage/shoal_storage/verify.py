@@ -212,7 +212,7 @@ class Verifier:
                 report.bad_leaves += checked.bad_leaf_count
             elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
                 return
-            elif not await asyncio.to_thread(self._disk.is_there):
+            elif not await asyncio.to_thread(lambda: self._disk.is_there() and self._disk.has_root(sha256)):
                 return  # an unmounted disk has lost nothing
             else:
                 report.missing.append(sha256)

@@ -72,9 +72,7 @@ def is_blob(target: Path, blob: Path) -> bool:
     )
 
 
-def remove_view(
-    layout: Layout, view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()
-) -> None:
+def remove_view(view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()) -> None:
     """Remove what a manifest names; without one, what is a link: another name of some bytes, or a reflink of a blob.
 
     `times` has size and mtime_ns of every blob that there may be reflinks of. Directories that are empty then go too.
@@ -85,17 +83,23 @@ def remove_view(
     for directory, _, files in os.walk(view, topdown=False):
         for name in files:
             path = Path(directory, name)
-            if str(path) in named or _is_link(layout, path, times):
+            if str(path) in named or _is_link(path, times):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # somebody's file is in it
             Path(directory).rmdir()
 
 
-def _is_link(layout: Layout, path: Path, times: Container[tuple[int, int]]) -> bool:
+def _is_link(path: Path, times: Container[tuple[int, int]]) -> bool:
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
-        return path.readlink().is_relative_to(layout.blobs)
+        return names_a_blob(path.readlink())
     return found.st_nlink > 1 or (found.st_size, found.st_mtime_ns) in times
+
+
+def names_a_blob(path: Path) -> bool:
+    """Whether a path is one that a blob has, in whatever root."""
+    *_, blobs, kind, start, sha256 = ("", "", "", "", *path.parts)
+    return (blobs, kind) == ("blobs", "sha256") and len(sha256) == 64 and sha256.startswith(start) and len(start) == 2
 
 
 def places_of(layout: Layout, sha256: str, manifests: Iterable[Manifest], leases: Iterable[Lease]) -> list[Path]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_storage.rescan import Rescan
+from shoal_storage.store_layout import StoreLayout
 
 log = Log("storage")
 
@@ -31,7 +31,7 @@ _STEP_MS = 100
 class Watcher:
     """Calls for a scan when one is due."""
 
-    def __init__(self, layout: Layout, rescan: Rescan) -> None:
+    def __init__(self, layout: StoreLayout, rescan: Rescan) -> None:
         self._layout, self._rescan = layout, rescan
         self._scanned_s = float("-inf")
         self._said = False
@@ -45,10 +45,12 @@ class Watcher:
                 await self._without_notices(str(e))
 
     async def _follow_notices(self) -> None:
-        """Until the store is away, or the watch has lost a directory."""
+        """Until the store is away, the watch has lost a directory, or a further root has come or gone."""
         lay, stop, loop = self._layout, threading.Event(), asyncio.get_running_loop()
         # Notices may name the real paths, whatever links lead there.
-        real = {d.resolve(strict=True): d for d in (lay.blobs.parent, lay.manifests, lay.views)}
+        roots = list(lay.all())
+        blobs = [root.blobs.parent for _, root in roots]
+        real = {d.resolve(strict=True): d for d in (*blobs, lay.manifests, lay.views)}
         notices = watch(
             *real,
             watch_filter=None,
@@ -67,7 +69,7 @@ class Watcher:
             first = True
             while (changes := await waiting) is not None:
                 paths = {Path(path) for _, path in changes}
-                if paths & real.keys() or not await self._rescan.is_there():
+                if paths & real.keys() or roots != list(lay.all()) or not await self._rescan.is_there():
                     # The watch sticks to directories that may be others now: begin anew.
                     await asyncio.sleep(APART_S)
                     return

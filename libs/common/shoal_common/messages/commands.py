@@ -23,17 +23,37 @@ class Command(Message):
 
 
 class Download(Command):
-    """`shoal.v1.cmd.fetcher.<node>.download`: bring a model to this node. Ends when it is ready or is not to be."""
+    """`shoal.v1.cmd.fetcher.<node>.download`: bring a model to this node. Ends when it is ready or is not to be.
+
+    A person who pulls what is paused resumes it.
+    """
 
     model: str
     layers: list[int] = []
     """`[first, last)`: only what a stage with these layers needs, where it can be had so; empty: all of it."""
+    unless_paused: bool = False
+    """A download that is paused stays so, and this ends with `paused`: for services, which ask by themselves."""
 
 
 class CancelDownload(Command):
     """`shoal.v1.cmd.fetcher.<node>.cancel`: withdraw a download that is under way; its partial bytes go too."""
 
     model: str
+
+
+class PauseDownload(Command):
+    """`shoal.v1.cmd.fetcher.<node>.pause`: stop a download (all of this node: "") and keep its bytes and its room.
+
+    Nothing but `resume`, or pulling it again, lets it go on.
+    """
+
+    model: str = ""
+
+
+class ResumeDownload(Command):
+    """`shoal.v1.cmd.fetcher.<node>.resume`: let a paused download (all of this node: "") go on."""
+
+    model: str = ""
 
 
 class Delete(Command):
@@ -56,6 +76,14 @@ class Configure(Command):
     """How long to keep bytes of a download that nobody wants any more; 0: not at all."""
     read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All of them, absolute or with `~`; an empty list takes them away."""
+    roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All further roots, absolute or with `~`; an empty list takes them away. Their files stay as they are."""
+    max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """What the node's fileserver sends in all. Null takes the limit away; the same for what follows."""
+    max_hub_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """What its fetcher takes from the hub in all."""
+    max_peer_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """What its fetcher takes from each peer."""
 
 
 class Pin(Command):

@@ -16,13 +16,29 @@ class Holder(Message):
     host: str
     pid: int
     pid_started_s: float = 0.0
+    network: str = ""
+    """The machine, this boot of it, and the network namespace: within one such value loopback is the same."""
+
+
+class Link(Message):
+    """One way to a data port: its address, and the interface that carries it."""
+
+    address: str
+    """`host:port`"""
+    interface: str = ""
+    kind: str = ""
+    """thunderbolt, ethernet, wifi, virtual or loopback; "" and words of a later version: not known."""
+    mbit: int = 0
+    """Speed of the interface in Mbit/s, 0 where the system does not say."""
 
 
 class Facts(Message):
     """A service's facts. Each service fills in the fields that are its own."""
 
     addresses: list[str] = []
-    """Where its data port answers, `host:port`, best first (fileserver, gateway, inference)."""
+    """Where its data port answers, `host:port`, best first (fileserver, gateway)."""
+    links: list[Link] = []
+    """The same with what carries them, and loopback where it listens there as well, which is for its own machine."""
     memory_total_bytes: int = 0
     memory_available_bytes: int = 0
     disk_free_bytes: int = 0

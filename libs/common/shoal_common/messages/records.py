@@ -18,6 +18,7 @@ from typing import Literal
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import Message
+from shoal_common.messages.facts import Link
 
 
 class ManifestFile(Message):
@@ -95,6 +96,11 @@ class DownloadSpec(Message):
 
     model: str
     asked_at_s: float
+    paused: bool = False
+    """A person stopped it: it goes on when a person says so, and for no other reason."""
+    commands: list[str] = []
+    """Ids of the commands that wait for it, the last 64: whatever ends or stops it answers them in `done`, so that
+    one that is delivered again does not begin anew what a person has taken back since."""
     layers: list[list[int]] = []
     """Only what stages with these layers, `[first, last)` each, need; empty: all of it."""
 
@@ -113,6 +119,14 @@ class DownloadState(Message):
     sources: dict[str, int] = {}
     """Bytes received, by source: a node's id, or `hub`."""
     speed_bytes_per_s: float = 0.0
+    source_speeds: dict[str, float] = {}
+    """Bytes per second now, by source; sources that send nothing are not here."""
+    eta_s: float | None = None
+    """Seconds until all has arrived at this speed; None while that cannot be told."""
+    verified_bytes: int = 0
+    """Of `done_bytes`, those of blobs that storage has hashed whole."""
+    switched: dict[str, int] = {}
+    """How often a source was left because it was silent for too long; the first 16 of them."""
     blobs: list[str] = []
     """Blobs of this model that are whole on this node: what peers may ask it for before it is ready."""
     known: dict[str, str] = {}
@@ -128,6 +142,11 @@ class DownloadState(Message):
     """Since when a full disk has kept it from getting on; 0 when none does."""
     layers: list[list[int]] = []
     """Of which layers, `[first, last)` each, it brings what is needed, and counts that; empty: all of the model."""
+
+    @property
+    def resumed_from(self) -> float:
+        """The part of it, 0 to 1, that was on the disk when this attempt began."""
+        return min(self.resumed_bytes / self.total_bytes, 1.0) if self.total_bytes else 0.0
 
 
 class LeaseState(Message):
@@ -156,6 +175,26 @@ class RootState(Message):
     not_adopted: dict[str, str] = {}
     """What looks like a model there and is not adopted, by its directory, and why; the first 20 of them."""
     not_adopted_count: int = 0
+
+
+class FurtherRootState(Message):
+    """A further root: a directory on another disk that a node's models may come to."""
+
+    path: str
+    id: str = ""
+    """What its VERSION calls it; "" while it is not known."""
+    error: str = ""
+    """Why it is not used, when it is not: its disk is not mounted, say. What is there stays as it is."""
+    used_bytes: int = 0
+    """By blobs that are there; part of the node's `used_bytes`."""
+    blob_count: int = 0
+    free_bytes: int = 0
+    headroom_bytes: int = 0
+    """What stays free of them."""
+    reserved_bytes: int = 0
+    """Promised to blobs that are arriving there."""
+    double_bytes: int = 0
+    """Of blobs that are in another root too: garbage."""
 
 
 class StorageState(Message):
@@ -192,9 +231,14 @@ class StorageState(Message):
     """How long bytes of a download that nobody wants any more are kept."""
     unfinished: list[str] = []
     """Models (`org/name@commit`) of which only bytes of an ended download are here: the first to go."""
+    paused: dict[str, int] = {}
+    """Models (`org/name@commit`) whose download is paused, and the bytes that are kept for it: part of
+    `reserved_bytes` and of `used_bytes`."""
     reserve_bytes: int = 0
     """Bytes of the reserve file: held back to be given up first when the disk is full."""
     read_only_roots: list[RootState] = []
+    roots: list[FurtherRootState] = []
+    """Further roots, beside the store, whose own `free_bytes` are above."""
     max_upload_bytes_per_s: int | None = None
     """What this node's fileserver sends in all; None: no limit. The same for what follows."""
     max_hub_bytes_per_s: int | None = None
@@ -284,6 +328,8 @@ class StageState(Message):
     phase: StagePhase
     address: str = ""
     """`host:port` of its activation port, once it listens."""
+    links: list[Link] = []
+    """All ways to that port, best first."""
     weight_bytes: int = 0
     error: ErrorBody | None = None
     uid: str = ""

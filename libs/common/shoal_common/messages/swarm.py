@@ -15,6 +15,8 @@ class Have(Message):
     """The process of the fetcher, so that a restarted one is not taken for the one before."""
     leaves: bytes = b""
     """Bitmap of the leaves that are verified and can be asked for, as `ready` has it (base64 in JSON)."""
+    wanted: bytes = b""
+    """Bitmap of the leaves that it fetches, where those are not all; empty: all."""
     origin: bool = False
     """Whether it reads this blob from the hub, under the lease."""
     hashes_from: int = 0

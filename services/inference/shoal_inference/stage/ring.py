@@ -137,7 +137,8 @@ class Predecessor:
     def listen(self, host: str) -> socket.socket:
         """A listening socket on any free port of `host`."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family, backlog=MAX_HANDSHAKES)
+        both = host == "::"  # all addresses of the node are told then, those of IPv4 too
+        listener = socket.create_server((host, 0), family=family, backlog=MAX_HANDSHAKES, dualstack_ipv6=both)
         listener.setblocking(False)
         return listener
 

@@ -1,0 +1,274 @@
+"""How soon all nodes have a model that one of them has: the last one's finish over F/B.
+
+F is the model's size, a single file of 256 MiB; B is what each link carries each way, 200 Mbit/s. All pull at the
+same moment; a pull ends when storage has hashed all of it and the node says that the model is ready.
+
+- `fanout_n4`, `fanout_n8`: four and eight nodes take it from one.
+- `fanout_slow_uplink`: four, one of which has a quarter of B to send with.
+- `source_bytes_n8`: what the one sent over F, by its link's counter: headers, and whatever else it said, included.
+- `libtorrent_n4`: the anchor, on the same links.
+- `sim_fanout_…`: the same in `simulate.py`, without disks, hashing or processes; a thousand nodes pull a quarter of
+  the bytes, or a sixteenth, which weighs their way through the graph all the more.
+
+The services are real processes in network namespaces (`netns.py`), which root can make on Linux. Elsewhere only the
+simulated figures are reported. Stores are in memory where there is room: nine nodes do not share a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import msgspec  # noqa: E402  # after the path is set
+
+from figures import Figure, figure, interleaved, report  # noqa: E402
+from netns import CannotMake, Links  # noqa: E402
+from shoal_common import subjects  # noqa: E402
+from shoal_common.layout import LEAF_BYTES  # noqa: E402
+from shoal_common.messages import decode  # noqa: E402
+from shoal_common.messages.commands import Outcome  # noqa: E402
+from shoal_demo.running import running_hub  # noqa: E402
+from simulate import Link, Simulation  # noqa: E402
+from tests.harness.nats import NatsServer, joined  # noqa: E402
+from tests.harness.node import Node, running_nodes  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+ROUNDS = 1 if QUICK else 3
+LEAVES = 128 if QUICK else 256
+SIZE_BYTES = LEAVES * LEAF_BYTES
+RATE = 25e6
+"""Bytes per second of each link, each way."""
+SOURCE = "source"
+RECEIVERS = [f"n{number}" for number in range(8)]
+SERVICES = ("storage", "fetcher", "fileserver")
+SECRET = "the-nodes-of-a-bench"
+REPO = "bench/model"
+TORRENT_PORT = 6881
+PULL_DEADLINE_S = 600.0
+
+
+class Cluster:
+    """One node that has the model and eight that can pull it, each on a link of its own."""
+
+    def __init__(self, links: Links, server: NatsServer) -> None:
+        self._links, self._server = links, server
+        self.source_sent_bytes: list[int] = []
+
+    def pull_s(self, receivers: list[str], slow_uplink: str = "") -> float:
+        """Seconds until the last of the receivers has the model; it is gone from them afterwards."""
+        if slow_uplink:
+            self._links.shape(slow_uplink, RATE / 4, RATE)
+        try:
+            sent_bytes = self._links.sent_bytes(SOURCE)
+            took_s = asyncio.run(self._command(receivers, "fetcher", "download"))
+            if len(receivers) == len(RECEIVERS):
+                self.source_sent_bytes.append(self._links.sent_bytes(SOURCE) - sent_bytes)
+            asyncio.run(self._command(receivers, "storage", "delete"))
+        finally:
+            if slow_uplink:
+                self._links.shape(slow_uplink, RATE, RATE)
+        return took_s
+
+    def give_source(self) -> None:
+        """Have the source pull it from the hub."""
+        asyncio.run(self._command([SOURCE], "fetcher", "download"))
+
+    async def _command(self, nodes: list[str], service: str, verb: str) -> float:
+        body = msgspec.json.encode({"model": REPO})
+        async with joined(self._server) as here:
+
+            async def one(node: str) -> None:
+                reply = await here.client.request(
+                    subjects.command(service, node, verb), body, timeout=PULL_DEADLINE_S
+                )
+                outcome = decode(reply.data, Outcome)
+                if not outcome.ok:
+                    raise SystemExit(f"{verb} on {node}: {outcome.error}")
+
+            began_s = time.perf_counter()
+            async with asyncio.TaskGroup() as tasks:
+                for node in nodes:
+                    tasks.create_task(one(node))
+            return time.perf_counter() - began_s
+
+
+@contextmanager
+def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
+    """The services of all nodes, the source with the model; from then on links are shaped."""
+    repo = directory / "hub" / REPO
+    repo.mkdir(parents=True)
+    with (repo / "weights.bin").open("wb") as f:
+        for _ in range(LEAVES):
+            f.write(os.urandom(LEAF_BYTES))
+    with ExitStack() as stack:
+        hub = stack.enter_context(running_hub(directory / "hub", host=links.here, process=True))
+        server = stack.enter_context(NatsServer(directory / "nats", links.here))
+        nodes = [
+            Node(
+                directory / name,
+                name,
+                server.url,
+                SERVICES,
+                SHOAL_BIND=links.address(name),
+                SHOAL_SECRET=SECRET,
+                HF_ENDPOINT=hub.base_url,
+            )
+            for name in links.nodes
+        ]
+        for node in nodes:
+            for service in node.services.values():
+                service.within = links.within(node.id)
+        stack.enter_context(running_nodes(*nodes))
+
+        async def all_ready() -> None:
+            async with joined(server) as here:
+                for node in nodes:
+                    await node.ready(here)
+
+        asyncio.run(all_ready())
+        cluster = Cluster(links, server)
+        cluster.give_source()
+        links.shape_all()
+        yield cluster
+
+
+class TorrentPeer:
+    """`torrent.py` on a node."""
+
+    def __init__(self, links: Links, node: str) -> None:
+        self.address = f"{links.address(node)}:{TORRENT_PORT}"
+        script = str(Path(__file__).with_name("torrent.py"))
+        self._process = subprocess.Popen(
+            [*links.within(node), sys.executable, script, links.address(node), str(TORRENT_PORT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def say(self, *words: str) -> None:
+        """Tell it what to do."""
+        assert self._process.stdin is not None
+        print(*words, file=self._process.stdin, flush=True)
+
+    def wait_done(self) -> None:
+        """Return once it has done so."""
+        assert self._process.stdout is not None
+        if self._process.stdout.readline().strip() != "done":
+            raise SystemExit(f"libtorrent at {self.address} ended")
+
+    def end(self) -> None:
+        """End it, and wait."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
+    """Seconds until the last of the receivers has the same bytes by BitTorrent."""
+    work = directory / "torrent"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with ExitStack() as stack:
+        peers: list[TorrentPeer] = []
+        for node in (SOURCE, *receivers):
+            peers.append(TorrentPeer(links, node))
+            stack.callback(peers[-1].end)
+        peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
+        peers[0].wait_done()
+        began_s = time.perf_counter()
+        for number, peer in enumerate(peers[1:]):
+            others = [p.address for p in peers if p is not peer]
+            peer.say("leech", str(work / str(number)), str(work / "model.torrent"), *others)
+        for peer in peers[1:]:
+            peer.wait_done()
+        return time.perf_counter() - began_s
+
+
+def on_links() -> dict[str, Figure]:
+    """The figures of the shipped services. Raises CannotMake where there can be no links."""
+    bound_s = SIZE_BYTES / RATE
+    with ExitStack() as stack:
+        links = stack.enter_context(Links([SOURCE, *RECEIVERS], RATE))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=roomy_directory())))
+        cluster = stack.enter_context(running_cluster(directory, links))
+        contenders: dict[str, Callable[[], float]] = {
+            "n4": partial(cluster.pull_s, RECEIVERS[:4]),
+            "n8": partial(cluster.pull_s, RECEIVERS),
+            "slow": partial(cluster.pull_s, RECEIVERS[:4], RECEIVERS[0]),
+        }
+        if find_spec("libtorrent"):
+            contenders["libtorrent"] = partial(torrent_s, directory, links, RECEIVERS[:4])
+        else:
+            print("libtorrent is not installed (`make bench` does): its figure is left out", file=sys.stderr)
+        took_s = interleaved(contenders, ROUNDS)
+        sent_bytes = statistics.median(cluster.source_sent_bytes)
+    figures = {
+        "fanout_n4": figure(took_s["n4"] / bound_s, "x", "<= 1.10"),
+        "fanout_n8": figure(took_s["n8"] / bound_s, "x", "<= 1.15"),
+        "fanout_slow_uplink": figure(took_s["slow"] / bound_s, "x", "<= 1.25"),
+        "source_bytes_n8": figure(sent_bytes / SIZE_BYTES, "x", "<= 1.02"),
+    }
+    if "libtorrent" in took_s:
+        figures["libtorrent_n4"] = figure(took_s["libtorrent"] / bound_s, "x")
+    return figures
+
+
+def roomy_directory() -> str | None:
+    """Where nine copies have room in memory; None: where temporary files usually are."""
+    memory = Path("/dev/shm")
+    needed_bytes = 3 * len(RECEIVERS) * SIZE_BYTES
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > needed_bytes else None
+
+
+SIMULATED = {4: "<= 1.08", 8: "<= 1.12", 100: "", 1000: ""}
+"""Targets by how many nodes pull."""
+
+
+def simulated() -> dict[str, Figure]:
+    """The same decisions in a simulation: the median of some, one where a single one takes long."""
+    figures = {}
+    for count, target in SIMULATED.items():
+        leaves = 256 if count <= 100 else 16 if QUICK else 64
+        bound_s = leaves * LEAF_BYTES / RATE
+        samples = []
+        for seed in range(3 if count < 100 else 1):
+            outcome = Simulation([Link(RATE, RATE)], [Link(RATE, RATE)] * count, leaves, seed=seed).run()
+            if outcome.unfinished:
+                raise SystemExit(f"{len(outcome.unfinished)} of {count} simulated nodes did not finish")
+            samples.append(max(outcome.finished_s.values()) / bound_s)
+        figures[f"sim_fanout_{count}"] = figure(statistics.median(samples), "x", target)
+    return figures
+
+
+def main() -> None:
+    """Measure and report."""
+    # Whatever ends us, all is taken down; a shell starts what runs in the background deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    figures: dict[str, Figure] = {}
+    try:
+        figures = on_links()
+    except CannotMake as e:
+        print(f"only simulated figures: {e}", file=sys.stderr)
+    report(figures | simulated())
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
+        sys.exit(0)
+    sys.exit(130)

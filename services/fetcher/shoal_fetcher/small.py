@@ -1,0 +1,170 @@
+"""Blobs that are too small to be relayed: whole from a node that has it, else, as its origin, from the hub.
+
+Who is not the origin waits for it. Storage hashes the whole by sha256 in any case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+from shoal_common.buckets import origin_key
+from shoal_common.errors import ShoalError, Unavailable
+from shoal_common.layout import Layout
+from shoal_common.leases import Lease, acquire, holding
+from shoal_common.logs import Log
+from shoal_common.messages.questions import Committed
+from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_fetcher.decide import EARLIER, HUB, FromHub, FromPeer, Setbacks, WaitFor, choose
+from shoal_fetcher.errors import RateLimited, WrongWhole
+from shoal_fetcher.http_range import Body, was_silent
+from shoal_fetcher.partial import PartialBlob
+from shoal_fetcher.progress import Progress
+from shoal_fetcher.swarm.origin import Reader, from_hub, from_node, read_missing
+from shoal_fetcher.swarm.shared import Shared
+from shoal_fetcher.swarm.swarm import NO_PROGRESS_S
+
+log = Log("small")
+
+_LOOK_AGAIN_S = 5.0
+_RETURNING_S = 1.0
+Commit = Callable[[ManifestFile, Progress], Awaitable[Committed]]
+Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
+
+
+async def fetch(
+    shared: Shared,
+    layout: Layout,
+    manifest: Manifest,
+    file: ManifestFile,
+    setbacks: Setbacks,
+    progress: Progress,
+    commit: Commit,
+    turn: Turn,
+) -> Committed:
+    """Make a small blob present. Raises WrongWhole when it is not what it is called, and what no source can help."""
+    around = shared.around
+    while True:
+        if progress.still_s > NO_PROGRESS_S:
+            why = setbacks.last.message if setbacks.last else progress.state.waiting_for
+            raise Unavailable(
+                f"nothing was added to {file.path} for {NO_PROGRESS_S:.0f} s ({why}); pull again to resume"
+            )
+        seen = around.seen()
+        found = around.holders(file.blob, manifest)
+        choice = choose(file.blob, found, around.origin(file.blob), shared.node, setbacks, shared.busy)
+        if isinstance(choice, WaitFor):
+            await progress.say(waiting_for=f"origin {choice.node}")
+            # An origin that gets nowhere loses its lease after its own deadline: ours does not run meanwhile.
+            progress.moved()
+            await around.changed(seen, _LOOK_AGAIN_S)
+            continue
+        if isinstance(choice, FromHub) and setbacks.usable(around.returning(file.blob, manifest)):
+            await around.changed(seen, _RETURNING_S)
+            continue
+        peer = choice.node if isinstance(choice, FromPeer) else None
+        try:
+            async with turn(progress):
+                await progress.say(waiting_for="")
+                if isinstance(choice, FromPeer):
+                    reader = from_node(
+                        shared.peers,
+                        choice.node,
+                        choice.sha256,
+                        file.size_bytes,
+                        progress.pacing(shared.limits.peer(choice.node)),
+                    )
+                    shared.busy[choice.node] += 1
+                    try:
+                        await _read(choice.node, layout, file, reader, setbacks, progress)
+                    finally:
+                        shared.busy[choice.node] -= 1
+                    return await commit(file, progress)
+                committed = await _as_origin(shared, layout, manifest, file, setbacks, progress, commit)
+            if committed is not None:
+                return committed
+            await around.changed(seen, _LOOK_AGAIN_S)
+        except WrongWhole:
+            raise
+        except ShoalError as e:
+            if was_silent(e):
+                progress.left(peer or HUB)
+            delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(found)))
+            log.warning("a source failed", path=file.path, source=peer or HUB, why=e.message, wait_s=delay_s)
+            await progress.say(waiting_for=e.message)
+            await asyncio.sleep(delay_s)
+            if isinstance(e, RateLimited):
+                progress.moved()
+
+
+async def _as_origin(
+    shared: Shared,
+    layout: Layout,
+    manifest: Manifest,
+    file: ManifestFile,
+    setbacks: Setbacks,
+    progress: Progress,
+    commit: Commit,
+) -> Committed | None:
+    """Read from the hub for everyone. None when somebody else is the origin, or has just finished."""
+    lease = await acquire(shared.buckets.lease, origin_key(file.blob), shared.node, shared.uid)
+    if lease is None:
+        return None
+    async with AsyncExitStack() as held:
+        await held.enter_async_context(holding(lease))
+        # The last origin may have finished between our look and our taking the lease (I9).
+        await shared.around.catch_up()
+        if setbacks.usable(shared.around.holders(file.blob, manifest)):
+            return None
+
+        def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
+            return shared.hub.read(manifest, file, start, end)
+
+        reader = from_hub(read, progress.pacing(shared.limits.hub))
+        await _while_held(lease, file, _read(HUB, layout, file, reader, setbacks, progress))
+        committed = await commit(file, progress)
+        # Only then goes the lease back: who takes it next looks in `state` first.
+        progress.when_told(held.pop_all())
+        return committed
+
+
+async def _while_held(lease: Lease, file: ManifestFile, work: Awaitable[None]) -> None:
+    reading = asyncio.ensure_future(work)
+    lost = asyncio.ensure_future(lease.wait_lost())
+    try:
+        await asyncio.wait({reading, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise Unavailable(f"the origin lease of {file.path} was lost; its leaves are kept")
+        reading.result()
+    finally:
+        lost.cancel()
+        if not reading.done():
+            reading.cancel()
+            await asyncio.wait({reading})
+
+
+async def _read(
+    source: str, layout: Layout, file: ManifestFile, reader: Reader, setbacks: Setbacks, progress: Progress
+) -> None:
+    partial = PartialBlob(layout, file.blob, file.size_bytes)
+    try:
+        async with partial:
+            if partial.here and not setbacks.givers:
+                setbacks.givers.add(EARLIER)
+            if partial.here != partial.all:
+                setbacks.givers.add(source)
+
+            async def came(count: int) -> None:
+                progress.received(source, count)
+
+            def missing() -> int:
+                return partial.all & ~partial.here
+
+            def got(leaf: int) -> None:
+                """Nobody is told of a leaf of these."""
+
+            name = "the hub" if source == HUB else f"node {source}"
+            await read_missing(partial, file.path, name, reader, missing, got, came, sealed=lambda: True)
+    finally:
+        progress.durable(file.blob, partial.durable_bytes)

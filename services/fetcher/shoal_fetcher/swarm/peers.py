@@ -1,0 +1,121 @@
+"""Asking the fileserver of a node: which of its addresses, with which credential, at which pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from shoal_common.credentials import blob_token
+from shoal_common.errors import ShoalError, Unavailable
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.names import check_blob
+from shoal_common.runs import run, to_bitmap
+from shoal_fetcher.rates import Rates
+from shoal_fetcher.swarm.receive import Crowded, Landing, Leaves, PeerClient, Reply, Took, Whole
+
+PAGE_BYTES = 256 << 10
+"""Of a leaf list, read at once: the list of 8 GiB."""
+
+
+class Peers:
+    """The other nodes' fileservers. `addresses()` says which live ones there are, and where."""
+
+    def __init__(self, client: PeerClient, secret: str, addresses: Callable[[], dict[str, list[str]]]) -> None:
+        self._client, self._secret, self._addresses = client, secret, addresses
+        self._rates = Rates()
+
+    @property
+    def client(self) -> PeerClient:
+        """What asks."""
+        return self._client
+
+    async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: Took) -> Reply:
+        """Leaves [first, end) of a blob."""
+
+        def exactly(got_first: int, got_end: int) -> bool:
+            return (got_first, got_end) == (first, end)
+
+        span = f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, size_bytes) - 1}"
+        landing = Leaves(size_bytes, exactly, took, self._client.buffers)
+        headers, most = {"Range": span}, (end - first) * LEAF_BYTES
+        return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, landing, most)
+
+    async def any(
+        self,
+        node: str,
+        blob: str,
+        size_bytes: int,
+        leaves: int,
+        max_leaves: int,
+        took: Took,
+        chosen: Callable[[int, int], None],
+    ) -> Reply:
+        """A run of a source's choice among these leaves; `chosen(first, end)` is called once it has said which."""
+
+        def fits(first: int, end: int) -> bool:
+            if end - first > max_leaves or run(first, end) & ~leaves:
+                return False
+            chosen(first, end)
+            return True
+
+        landing = Leaves(size_bytes, fits, took, self._client.buffers)
+        path = f"/v1/blobs/{check_blob(blob)}/any?max_leaves={max_leaves}"
+        body = to_bitmap(leaves, -(-size_bytes // LEAF_BYTES))
+        return await self._leaves(node, "POST", path, {}, landing, max_leaves * LEAF_BYTES, body)
+
+    async def _leaves(
+        self,
+        node: str,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        landing: Leaves,
+        most_bytes: int,
+        body: bytes = b"",
+    ) -> Reply:
+        try:
+            return await self._ask(node, method, path, headers, landing, most_bytes, body)
+        finally:
+            landing.close()
+
+    async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
+        """Bytes [start, start + size_bytes) of a leaf list, in pages."""
+        found = bytearray()
+        while len(found) < size_bytes:
+            at = start + len(found)
+            page = Whole(at, min(PAGE_BYTES, size_bytes - len(found)))
+            span = {"Range": f"bytes={at}-{at + len(page.content) - 1}"}
+            await self._ask(node, "GET", f"/v1/leaves/{check_blob(blob)}", span, page, len(page.content))
+            found += page.content
+        return bytes(found)
+
+    async def _ask(
+        self,
+        node: str,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        landing: Landing,
+        most_bytes: int,
+        body: bytes = b"",
+    ) -> Reply:
+        known, rates = self._addresses().get(node, []), self._rates
+        error: ShoalError = Unavailable(f"node {node} says no address")
+        blob = path.split("/")[3]
+        for address in rates.order(node, known, time.monotonic(), most_bytes):
+            token = blob_token(self._secret, node, blob, time.time())
+            began_s = time.monotonic()
+            try:
+                reply = await self._client.ask(node, address, method, path, {**token, **headers}, landing, body)
+            except Crowded:
+                raise
+            except Unavailable as e:
+                rates.failed(node, address, time.monotonic())
+                if landing.begun:
+                    raise
+                error = e
+                continue
+            now_s = time.monotonic()
+            rates.measured(node, address, reply.body_bytes, now_s - began_s, now_s)
+            return reply
+        raise error

@@ -1,0 +1,222 @@
+"""Pause, resume and cancel: what each says, what it keeps, and that nothing but a person undoes it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from shoal_common import subjects
+from shoal_common.buckets import done_key, download_key, storage_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.commands import Outcome
+from shoal_common.messages.records import DownloadSpec, DownloadState, StorageState
+from shoal_demo.faults import Faults
+from tests.fetcher.pulling import Pulls, Site, partials
+from tests.fetcher.repos import noise
+from tests.harness.waiting import eventually
+
+BIG_BYTES = 12 * LEAF_BYTES
+SLOWLY = Faults(bytes_per_s=2 * LEAF_BYTES)
+
+
+async def say(here: Pulls, node: str, verb: str, model: str | None = None) -> str:
+    """What a node answers to pause or resume, of this test's model."""
+    body = {"model": here.site.repo if model is None else model}
+    outcome = await here.ask(node, verb, json.dumps(body).encode())
+    assert outcome.ok, outcome.error
+    return str(outcome.result["models"].get(here.site.repo, ""))
+
+
+async def wish_of(here: Pulls, node: str) -> DownloadSpec | None:
+    return await here.buckets.spec.get_as(download_key(node, here.site.repo), DownloadSpec)
+
+
+async def storage_of(here: Pulls, node: str, wanted: Callable[[StorageState], bool]) -> StorageState:
+    """What a node's storage says, once it is as wanted."""
+
+    async def look() -> StorageState | None:
+        found = await here.buckets.state.get_as(storage_key(node), StorageState)
+        return found if found is not None and wanted(found) else None
+
+    return await eventually(look, f"storage of {node} says so", 45)
+
+
+async def test_a_pull_that_waits_hears_of_the_pause_and_the_rest_comes_after_the_resume(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        waiting = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        assert await say(here, "a", "pause") == "paused"
+        outcome = await waiting
+        assert not outcome.ok and outcome.error is not None and outcome.error.code == "paused"
+        assert f"`shoal resume {site.repo}` lets it go on" in outcome.error.message
+        paused = await here.state_now("a")
+        assert paused is not None and paused.phase == "paused" and paused.done_bytes >= LEAF_BYTES
+        assert (paused.speed_bytes_per_s, paused.source_speeds, paused.eta_s) == (0, {}, None)
+        assert await say(here, "a", "pause") == "was_paused" and await say(here, "b", "pause") == "unknown"
+        # Its bytes, and the room for the others, are kept and told.
+        kept = await storage_of(here, "a", lambda s: bool(s.paused))
+        assert kept.paused == {f"{site.repo}@{paused.commit}": size} and kept.reserved_bytes == size
+        site.hub.set_faults(Faults())
+        assert await say(here, "a", "resume") == "resumed"
+        assert await say(here, "a", "resume") in ("under_way", "ready")
+        done = await here.state("a", lambda s: s.phase == "ready")
+        assert done.resumed_bytes == paused.done_bytes and done.verified_bytes == done.done_bytes == size
+        assert 0 < done.resumed_from < 1
+        await here.is_whole("a", files)
+        assert (await storage_of(here, "a", lambda s: not s.paused)).reserved_bytes == 0
+        assert await say(here, "a", "resume") == "ready"
+
+
+async def test_no_bytes_move_while_it_is_paused_whatever_else_the_node_does(site: Site) -> None:
+    site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
+    other = {"model.safetensors": noise(BIG_BYTES, site.repo + "other")}
+    site.make(other, f"{site.repo}-other")
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        await say(here, "a", "pause")
+        site.hub.set_faults(Faults())
+        paused = await here.state_now("a")
+        # Twice as much as is missing comes by the same way meanwhile; buffers that were full have long been emptied.
+        await here.pull_ok("a", f"{site.repo}-other")
+        sent, gets = site.hub_bytes(), site.gets("model.safetensors")
+        await here.pull_ok("b", f"{site.repo}-other")
+        assert (site.hub_bytes(), site.gets("model.safetensors")) == (sent, gets)
+        assert await here.state_now("a") == paused, "and nothing is written of it"
+        assert (await here.cancel("a")).result == {"cancelled": True, "was": "paused"}
+        await here.nothing_is_left("a")
+
+
+async def test_neither_a_restart_nor_a_returning_node_nor_a_service_resumes_it_and_a_person_who_pulls_does(
+    site: Site,
+) -> None:
+    site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        await say(here, "a", "pause")
+        site.hub.set_faults(Faults())
+        for service in ("fetcher", "storage", "fileserver"):
+            await site["a"].restart(here.here, service)
+        await site["b"].restart(here.here, "fileserver")
+        # As the host of a stage asks, by itself.
+        body = json.dumps({"model": site.repo, "unless_paused": True}).encode()
+        outcome = await here.ask("a", "download", body)
+        assert outcome.error is not None and outcome.error.code == "paused"
+        wish, state = await wish_of(here, "a"), await here.state_now("a")
+        assert wish is not None and wish.paused and state is not None and state.phase == "paused"
+        assert (await here.pull_ok("a")).resumed_bytes >= LEAF_BYTES
+        await here.is_whole("a", files)
+
+
+async def test_I6_a_kill_between_the_wish_and_its_word_leaves_it_paused_and_says_so(site: Site) -> None:
+    site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        await here.begin("a")
+        state = await here.durable("a", LEAF_BYTES)
+        site["a"]["fetcher"].kill()
+        wish = await wish_of(here, "a")
+        assert wish is not None and len(wish.commands) == 1
+        key = download_key("a", site.repo)
+        await here.buckets.spec.put(key, msgspec.structs.replace(wish, paused=True, commands=[]))
+        site["a"]["fetcher"].start()
+        await site["a"].ready(here.here, "fetcher")
+        said = await here.state("a", lambda s: s.phase == "paused")
+        assert said.commit == state.commit
+        # The same of one that was rejected, and killed before its wish was withdrawn: it is not tried again.
+        site["a"]["fetcher"].kill()
+        ended = msgspec.structs.replace(said, phase="rejected", updated_at_s=wish.asked_at_s + 1)
+        await here.buckets.state.put(key, ended)
+        await here.buckets.spec.put(key, wish)
+        site.hub.reset_stats()
+        site["a"]["fetcher"].start()
+        await site["a"].ready(here.here, "fetcher")
+        assert await wish_of(here, "a") is None and await here.state_now("a") == ended
+        assert site.hub.stats().requests.api == 0
+        await here.cancel("a")
+        await here.nothing_is_left("a")
+
+
+async def test_a_command_that_a_killed_fetcher_had_in_hand_does_not_undo_a_later_word(site: Site) -> None:
+    site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        for verb, code in (("pause", "paused"), ("cancel", "withdrawn")):
+            identity = f"{site.repo.replace('/', '-')}-{verb}"
+            await here.here.client.publish(
+                subjects.command("fetcher", "a", "download"),
+                json.dumps({"model": site.repo}).encode(),
+                headers={"Nats-Msg-Id": identity},
+            )
+            await here.durable("a", LEAF_BYTES)
+            await site["a"].restart(here.here, "fetcher")
+            await here.ask("a", verb, json.dumps({"model": site.repo}).encode())
+            # Before it can be delivered again it has its answer, which is all that it will get then.
+            answer = await here.buckets.done.get_as(done_key(identity), Outcome)
+            assert answer is not None and answer.error is not None and answer.error.code == code
+        await here.nothing_is_left("a")
+
+
+async def test_all_of_a_node_is_paused_and_resumed_at_once(site: Site) -> None:
+    repos = [f"{site.repo}-{n}" for n in range(3)]
+    for repo in repos:
+        site.make({"model.safetensors": noise(4 * LEAF_BYTES, repo)}, repo)
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        for repo in repos:
+            await here.begin("a", repo)
+        await asyncio.gather(*(here.state("a", lambda s: s.phase == "fetching", repo) for repo in repos))
+        outcome = await here.ask("a", "pause", b"{}")
+        assert outcome.result == {"models": dict.fromkeys(repos, "paused")}
+        site.hub.set_faults(Faults())
+        outcome = await here.ask("a", "resume", b"{}")
+        assert outcome.result == {"models": dict.fromkeys(repos, "resumed")}
+        for repo in repos:
+            await here.state("a", lambda s: s.phase == "ready", repo, 45)
+        assert (await here.ask("a", "pause", b"{}")).result == {"models": {}}
+
+
+async def test_cancelling_a_tag_leaves_the_paused_branch_of_the_same_bytes_alone(site: Site) -> None:
+    site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        await here.begin("a")
+        commit = (await here.durable("a", LEAF_BYTES)).commit
+        await say(here, "a", "pause")
+        await here.begin("a", named := f"{site.repo}@{commit}")
+        await here.durable("a", LEAF_BYTES, named)
+        assert (await here.cancel("a", named)).result["cancelled"] is True
+        site.hub.set_faults(Faults())
+        assert partials(site["a"]), "they are the paused one's too"
+        assert await say(here, "a", "resume") == "resumed"
+        done: DownloadState = await here.state("a", lambda s: s.phase == "ready")
+        assert done.resumed_bytes >= LEAF_BYTES
+        await here.is_whole("a", files)
+
+
+async def test_I5_several_people_at_once_are_all_answered_and_the_last_word_holds(site: Site) -> None:
+    site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
+    site.hub.set_faults(SLOWLY)
+    async with site.join() as here:
+        waiting = await here.begin("a")
+        await here.durable("a", LEAF_BYTES)
+        verbs = ["pause", "resume", "pause", "cancel", "resume", "pause", "cancel"] * 3
+        body = json.dumps({"model": site.repo}).encode()
+        ids = [f"{site.repo.replace('/', '-')}-{i}" for i in range(len(verbs))]
+        asking = (here.ask("a", verb, body, i) for verb, i in zip(verbs, ids, strict=True))
+        outcomes: list[Any] = await asyncio.gather(*asking)
+        assert all(o.ok for o in outcomes)
+        assert [o.result["cancelled"] for o in outcomes if o.verb == "cancel"].count(True) == 1
+        outcome = await waiting
+        assert outcome.error is not None and outcome.error.code in ("paused", "withdrawn")
+        assert await wish_of(here, "a") is None and await here.state_now("a") is None
+        await here.nothing_is_left("a")

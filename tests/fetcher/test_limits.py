@@ -1,0 +1,110 @@
+"""Rates are kept, by the hub's own count: nothing more than what was under way comes until they are lifted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from shoal_common.buckets import storage_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages import encode
+from shoal_common.messages.records import StorageState
+from shoal_common.watch import View
+from shoal_fetcher.limits import MOST_PEERS, Limits
+from tests.fetcher.pulling import Pulls, Site
+from tests.fetcher.repos import noise
+from tests.harness.waiting import eventually
+
+BIG_BYTES = 48 * LEAF_BYTES
+"""More than all buffers between a hub and a fetcher that does not read hold."""
+
+
+@pytest.fixture(autouse=True)
+def unlimited(site: Site) -> Iterator[None]:
+    """A test that fails leaves no limit to the next one."""
+    yield
+
+    async def lift() -> None:
+        async with site.join() as here:
+            await limit(here, "a", max_hub_bytes_per_s=None, max_peer_bytes_per_s=None)
+
+    asyncio.run(lift())
+
+
+async def limit(here: Pulls, node: str, **settings: int | None) -> None:
+    """Change a node's settings, as a person does."""
+    outcome = await here.ask(node, "configure", json.dumps(settings).encode(), service="storage")
+    assert outcome.ok and settings.items() <= outcome.result.items(), outcome
+
+
+async def test_a_hub_limit_holds_all_files_of_all_downloads_and_is_lifted_while_they_wait(site: Site) -> None:
+    """One byte a second: whatever passes, passes although it should not. No clock is looked at."""
+    half = BIG_BYTES // 2
+    size = site.make(files := {f"{n}.safetensors": noise(half, f"{site.repo}{n}") for n in (1, 2)})
+    site.make({"model.safetensors": noise(BIG_BYTES, site.repo + "p")}, f"{site.repo}-by-peer")
+    async with site.join() as here:
+        await here.pull_ok("b", f"{site.repo}-by-peer")
+        await limit(here, "a", max_hub_bytes_per_s=1)
+        pull = await here.begin("a")
+
+        async def asked() -> bool:
+            return site.gets("1.safetensors") > 0 and site.gets("2.safetensors") > 0
+
+        await eventually(asked, "both files are asked for")
+        # As much comes from a peer meanwhile, for which there is no limit.
+        await here.pull_ok("a", f"{site.repo}-by-peer")
+        state = await here.state("a", lambda s: s.phase == "fetching")
+        assert state.done_bytes == 0 and sum(state.sources.values()) == 0
+        assert site.hub_bytes() < size, "the hub has sent what fits into buffers, and no more"
+        await limit(here, "a", max_hub_bytes_per_s=None)
+        assert (await pull).ok
+        await here.is_whole("a", files)
+
+
+async def test_a_peer_limit_is_of_peers_alone(site: Site) -> None:
+    site.make(files := {"model.safetensors": noise(4 * LEAF_BYTES, site.repo)})
+    site.make({"model.safetensors": noise(4 * LEAF_BYTES, site.repo + "h")}, f"{site.repo}-by-hub")
+    async with site.join() as here:
+        await here.pull_ok("b")
+        await limit(here, "a", max_peer_bytes_per_s=1)
+        pull = await here.begin("a")
+        await here.state("a", lambda s: s.phase == "fetching")
+        await here.pull_ok("a", f"{site.repo}-by-hub")
+        state = await here.state_now("a")
+        assert state is not None and state.phase == "fetching" and state.done_bytes == 0
+        await limit(here, "a", max_peer_bytes_per_s=None)
+        assert (await pull).ok
+        await here.is_whole("a", files)
+
+
+async def test_limits_follow_what_storage_says_for_peers_old_and_new_and_stay_bounded() -> None:
+    limits, state = Limits(), View("state")
+    following = asyncio.create_task(limits.follow(state, "a"))
+    known = limits.peer("b")
+    assert (limits.hub.bytes_per_s, known.bytes_per_s) == (None, None)
+
+    async def say(hub: int | None, peer: int | None) -> None:
+        settings = StorageState(node="a", max_hub_bytes_per_s=hub, max_peer_bytes_per_s=peer)
+        state.apply(storage_key("a"), encode(settings))
+        await eventually(_so(lambda: limits.hub.bytes_per_s == hub), "it is followed")
+
+    await say(7, 8)
+    assert known is limits.peer("b") and known.bytes_per_s == limits.peer("c").bytes_per_s == 8
+    state.apply(storage_key("b"), encode(StorageState(node="b", max_hub_bytes_per_s=99)))
+    state.apply(storage_key("a"), None)
+    assert limits.hub.bytes_per_s == 7, "another node's settings, and none, change nothing"
+    await say(None, None)
+    assert known.bytes_per_s is None
+    paces = {id(limits.peer(f"node-{n}")) for n in range(3 * MOST_PEERS)}
+    assert len(paces) >= MOST_PEERS and len(limits._peers) == MOST_PEERS
+    following.cancel()
+
+
+def _so(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
+    async def ask() -> bool:
+        return condition()
+
+    return ask

@@ -1,0 +1,174 @@
+"""Nodes with several networks, real ones: the one that both are on is tried first, and a dead one costs seconds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal_common.buckets import live_key
+from shoal_common.messages.facts import Live
+from shoal_demo.running import RunningHub, running_hub
+from tests.fetcher.pulling import Pulls, Site, check_store
+from tests.fetcher.repos import noise
+from tests.harness.nats import NatsServer
+from tests.harness.networks import Machine, machines, relayed, wire
+from tests.harness.node import Node, running_nodes
+from tests.harness.waiting import eventually
+
+SERVICES = ("storage", "fetcher", "fileserver")
+SECRET = "a secret for tests only"
+FILES = {"model.safetensors": noise(3 << 20, "several networks"), "config.json": b"{}"}
+BEATS_S = 40.0
+"""Interfaces are looked at with every beat; a loaded machine may be late."""
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Machine, Machine]]:
+    """Two machines without a network."""
+    with machines("a", "b") as (a, b):
+        yield a, b
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[RunningHub]:
+    """A hub of this test."""
+    (tmp_path / "models").mkdir()
+    with running_hub(tmp_path / "models", process=True) as running:
+        yield running
+
+
+@asynccontextmanager
+async def nodes_on(
+    two: tuple[Machine, Machine], server: NatsServer, hub: RunningHub, home: Path, bind: str
+) -> AsyncIterator[Pulls]:
+    """The nodes a and b on these machines, and the model on a."""
+    ports = [int(url.rpartition(":")[2]) for url in (server.url, hub.base_url)]
+    environment = {"HF_ENDPOINT": hub.base_url, "SHOAL_BIND": bind, "SHOAL_SECRET": SECRET}
+    nodes = [Node(home / name, name, server.url, SERVICES, **environment) for name in "ab"]
+    for node, machine in zip(nodes, two, strict=True):
+        for service in node.services.values():
+            service.within = machine.within
+    site = Site(server, hub, home / "models", {n.id: n for n in nodes}, "org/networks")
+    site.make(FILES)
+    async with AsyncExitStack() as stack:
+        for machine in two:
+            for port in ports:
+                stack.enter_context(relayed(machine, port))
+        stack.enter_context(running_nodes(*nodes))
+        here = await stack.enter_async_context(site.join())
+        try:
+            for node in nodes:
+                await node.ready(here.here)
+            await here.pull_ok("a")
+            hub.reset_stats()
+            yield here
+        except BaseException:
+            print(*(node.log() for node in nodes), sep="\n")
+            raise
+        for node in nodes:
+            check_store(node)
+
+
+async def told(here: Pulls, node: str) -> list[str]:
+    """The hosts that a node's fileserver tells, best first."""
+    live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
+    assert live is not None
+    return [address.rpartition(":")[0] for address in live.facts.addresses]
+
+
+async def pulled_from_a(here: Pulls) -> None:
+    """Pull on b; every byte comes from a."""
+    state = await here.pull_ok("b")
+    await here.is_whole("b", FILES)
+    assert set(state.sources) == {"a"} and here.site.hub_bytes() == 0
+
+
+async def test_a_peer_that_has_only_ipv6_pulls_from_a_node_that_listens_on_all(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan", a, ("10.77.1.1/24", "fd77:1::1/64"), b, ("fd77:1::2/64",))
+    async with nodes_on(two, own_nats, hub, tmp_path, "::") as here:
+        assert await told(here, "a") == ["10.77.1.1", "[fd77:1::1]"]
+        assert await told(here, "b") == ["[fd77:1::2]"]
+        await pulled_from_a(here)
+
+
+async def test_a_node_that_listens_on_all_of_ipv6_takes_ipv4_too(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan", a, ("10.77.1.1/24", "fd77:1::1/64"), b, ("10.77.1.2/24",))
+    async with nodes_on(two, own_nats, hub, tmp_path, "::") as here:
+        await pulled_from_a(here)
+
+
+async def test_of_several_networks_the_one_that_both_are_on_is_used(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan1", a, ("10.77.1.1/24",), b, ())
+    wire("lan2", a, ("10.77.2.1/24", "fd77:2::1/64"), b, ("10.77.2.2/24",))
+    # Packets to the first network go somewhere, and nobody ever answers: whoever tried it first would wait.
+    b.ip("route", "add", "default", "via", "10.77.2.99")
+    b.ip("neighbour", "replace", "10.77.2.99", "lladdr", "02:00:00:00:00:99", "dev", "lan2", "nud", "permanent")
+    async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
+        assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]  # IPv4 alone, for it listens on no other
+        await pulled_from_a(here)
+        assert "was silent" not in here.site["b"]["fetcher"].log()
+
+
+async def test_a_dead_first_address_does_not_stall_a_pull(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan1", a, ("10.77.1.1/24",), b, ("10.77.1.2/24",))
+    wire("lan2", a, ("10.77.2.1/24",), b, ("10.77.2.2/24",))
+    # As behind a switch that lost its way: what b sends to a's first address reaches nobody, and nothing says so.
+    b.ip("neighbour", "replace", "10.77.1.1", "lladdr", "02:00:00:00:00:99", "dev", "lan1", "nud", "permanent")
+    async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
+        assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]
+        await pulled_from_a(here)
+
+
+async def test_a_cable_that_is_pulled_and_a_network_that_is_joined_are_told_without_a_restart(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan1", a, ("10.77.1.1/24",), b, ("10.77.1.2/24",))
+    async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
+        pid = here.site["a"]["fileserver"].pid
+
+        async def tells(*hosts: str) -> bool:
+            return await told(here, "a") == list(hosts)
+
+        await eventually(lambda: tells("10.77.1.1"), "the one network is told")
+        wire("lan2", a, ("10.77.2.1/24",), b, ("10.77.2.2/24",))
+        await eventually(lambda: tells("10.77.1.1", "10.77.2.1"), "the second is told", BEATS_S)
+        b.ip("link", "set", "lan1", "down")  # the other end, as when somebody pulls the cable: a has no carrier
+        await eventually(lambda: tells("10.77.2.1"), "the first is told no more", BEATS_S)
+        assert here.site["a"]["fileserver"].pid == pid
+        await pulled_from_a(here)
+
+
+async def test_loopback_is_told_for_its_own_machine_and_another_namespace_is_another_machine(
+    two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
+) -> None:
+    a, b = two
+    wire("lan", a, ("10.77.1.1/24",), b, ("10.77.1.2/24",))
+    async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
+        lives = [await here.buckets.live.get_as(live_key(n, "fileserver"), Live) for n in "ab"]
+        kinds = [[link.kind for link in live.facts.links] for live in lives if live]
+        assert kinds == [["virtual", "loopback"], ["virtual", "loopback"]]
+        networks = {live.holder.network for live in lives if live}
+        assert len(networks) == 2 and "" not in networks
+        local = next(
+            link.address for live in lives[:1] if live for link in live.facts.links if link.kind == "loopback"
+        )
+        # Something else listens on b's loopback at a's port: had b asked it, a source would have failed once.
+        with relayed(b, int(local.rpartition(":")[2])):
+            await pulled_from_a(here)
+        assert "a source failed" not in here.site["b"]["fetcher"].log()

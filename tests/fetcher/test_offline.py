@@ -1,0 +1,40 @@
+"""Offline: not one connection leaves for the hub, and what is somewhere in the cluster comes all the same."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.fetcher.pulling import Site
+from tests.fetcher.repos import noise
+
+
+async def test_offline_nothing_connects_to_the_hub_and_what_a_node_has_is_pulled_by_branch_and_by_commit(
+    site: Site,
+) -> None:
+    site.make(files := {"model.safetensors": noise(2_000_000, site.repo), "config.json": noise(400, site.repo)})
+    connections = 0
+
+    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, site.join() as here:
+        try:
+            await here.pull_ok("a")
+            commit = (await here.manifest("a")).commit
+            site.hub.reset_stats()
+            await site["b"].restart(here.here, "fetcher", HF_HUB_OFFLINE="1", HF_ENDPOINT=url)
+            await here.pull_ok("b")
+            await here.is_whole("b", files)
+            assert (await here.delete("b")).ok
+            await here.pull_ok("b", f"{site.repo}@{commit}")
+            code, words = await here.pull_wrong("b", f"{site.repo}-nowhere")
+            assert code == "hub_unavailable" and "HF_HUB_OFFLINE" in words
+            assert connections == 0
+            requests = site.hub.stats().requests
+            assert (requests.api, requests.head, requests.get) == (0, 0, 0)
+        finally:
+            await site["b"].restart(here.here, "fetcher")

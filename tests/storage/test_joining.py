@@ -1,0 +1,279 @@
+"""Further roots on disks of their own: filled, unmounted, mounted again, taken out, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal_common.blobs import find_blob, open_blob
+from shoal_common.errors import QuotaExceeded
+from shoal_common.layout import Layout
+from shoal_common.messages.commands import CollectGarbage, Configure, Verify
+from shoal_common.messages.records import FurtherRootState
+from tests.harness.nats import NatsServer
+from tests.harness.small_disk import LoopDisk, fill, loop_disk, small_disk
+from tests.storage.holding import holder_of
+from tests.storage.made_roots import picture
+from tests.storage.service import Node, on_node
+from tests.storage.stores import Model, check_invariants, put
+
+Fresh = Callable[[str], str]
+MIB = 1 << 20
+DEADLINE_S = 60.0
+DISK_BYTES = 32 * MIB
+SMALL_BYTES = 6 * MIB
+FIRST = Model("org/first", {"weights.bin": b"f" * 4 * MIB, "config.json": b"{}"})
+SECOND = Model("org/second", {"weights.bin": b"s" * 4 * MIB, "config.json": b'{"a": 1}'})
+WEIGHTS = SECOND.sealed.files[0].sha256
+
+
+async def until(look: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Return once it is so."""
+    give_up_s = time.monotonic() + DEADLINE_S
+    while not await look():
+        assert time.monotonic() < give_up_s, what
+        await asyncio.sleep(0.05)
+
+
+class Machine:
+    """A node whose store is on a small disk, and a second disk."""
+
+    def __init__(self, node: Node, disk: LoopDisk) -> None:
+        self.node, self.disk, self.further = node, disk, disk.at / "shoal"
+
+    async def configure(self, *roots: Path) -> None:
+        """Set the further roots."""
+        outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
+        assert outcome.ok, outcome.error
+
+    async def refused(self, *roots: Path, code: str = "bad_input") -> str:
+        """What is said of roots that cannot be."""
+        before = await self.state()
+        outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
+        assert outcome.error is not None and outcome.error.code == code, outcome
+        assert await self.state() == before
+        return outcome.error.message
+
+    async def state(self) -> list[FurtherRootState]:
+        """What the cluster is told of the roots."""
+        return [
+            FurtherRootState(path=r.path, error=r.error, used_bytes=r.used_bytes, double_bytes=r.double_bytes)
+            for r in (await self.node.storage_state()).roots
+        ]
+
+    async def is_offered(self, model: Model) -> bool:
+        """Whether the cluster may have a model from here."""
+        return await self.node.model_state(model) is not None
+
+    async def until_offered(self, model: Model, offered: bool) -> None:
+        """Wait for that."""
+
+        async def so() -> bool:
+            return await self.is_offered(model) == offered
+
+        await until(so, f"{model.name} is {'' if offered else 'no longer '}offered")
+
+    def check(self, *models: Model) -> None:
+        """Whether these models can be read, byte for byte, as inference and peers read them."""
+        layout = self.node.layout
+        for model in models:
+            view = layout.view(model.sealed.repo, model.sealed.commit)
+            assert all((view / path).read_bytes() == data for path, data in model.bytes.items())
+            for f in model.sealed.files:
+                with open_blob(layout, f.sha256) as blob:
+                    assert blob.read() == model.bytes[f.path]
+
+
+@asynccontextmanager
+async def machine(nats: NatsServer, name: str, tmp_path: Path) -> AsyncIterator[Machine]:
+    """A node with a store for one model of the two, and a disk for more."""
+    async with on_node(nats, tmp_path, name) as node, node.fetcher():
+        with small_disk(node.layout.root, SMALL_BYTES), loop_disk(tmp_path / "big", DISK_BYTES) as disk:
+            yield Machine(node, disk)
+            if disk.at.is_mount():
+                check_invariants(node.layout.root, further=disk.at / "shoal")
+
+
+async def test_what_the_store_has_no_room_for_comes_to_the_second_disk_and_is_offered_leased_and_read(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage() as process:
+        await m.node.bring_in(FIRST)
+        with pytest.raises(QuotaExceeded):
+            await m.node.reserve(SECOND.manifest)
+        await m.configure(m.further)
+        await m.node.bring_in(SECOND)
+        assert find_blob(m.node.layout, WEIGHTS).is_relative_to(m.further)
+        assert (m.node.layout.view(SECOND.sealed.repo, SECOND.sealed.commit) / "weights.bin").is_symlink()
+        m.check(FIRST, SECOND)
+        lease = await m.node.lease("org/second")
+        assert (Path(lease.view) / "weights.bin").read_bytes() == SECOND.bytes["weights.bin"]
+        with holder_of(lease.lock):
+            refused = await m.node.delete("org/second")
+            assert refused.error is not None and refused.error.code == "in_use"
+        await m.node.unlease(lease.id)
+        verified = await m.node.command("verify", Verify())
+        assert verified.ok and verified.result["corrupt"] == [] and verified.result["checked"] == 4
+        (root,) = (await m.node.storage_state()).roots
+        assert (root.used_bytes, root.blob_count, root.error) == (SECOND.manifest.size_bytes, 2, "")
+        assert 0 < root.free_bytes < DISK_BYTES
+        await process.kill()
+        async with m.node.storage():
+            await m.until_offered(SECOND, True)
+            m.check(FIRST, SECOND)
+            deleted = await m.node.delete("org/second")
+            assert deleted.ok and deleted.result["freed_bytes"] == SECOND.manifest.size_bytes
+            assert not list(Layout(m.further).blobs.rglob("*"))
+
+
+async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_back(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m:
+        async with m.node.storage() as process:
+            await m.configure(m.further)
+            await m.node.bring_in(FIRST)
+            await m.node.bring_in(SECOND)
+            m.disk.unmount()
+            await m.until_offered(SECOND, False)
+            assert await m.is_offered(FIRST)
+            assert [r.error for r in await m.state()] == ["it is not there: mount its disk"]
+            # Two are too many for the store alone; nothing is written beside.
+            with pytest.raises(QuotaExceeded):
+                await m.node.reserve(SECOND.manifest)
+            outcome = await m.node.command("configure", Configure(partial_retention_s=1))
+            assert outcome.ok, "other settings can be changed without it"
+            assert not list(m.disk.at.iterdir()), "something was written to an empty mount point"
+            m.disk.mount()
+            await m.until_offered(SECOND, True)
+            m.check(FIRST, SECOND)
+            m.disk.unmount()
+            await m.until_offered(SECOND, False)
+            await process.kill()
+        async with m.node.storage() as process:  # a start without it
+            assert await m.is_offered(FIRST) and not await m.is_offered(SECOND)
+            assert not list(m.disk.at.iterdir())
+            m.disk.mount()
+            await m.until_offered(SECOND, True)
+            m.check(FIRST, SECOND)
+            assert "a file in a blob's place" not in process.output, "what came back was hashed again"
+
+
+async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc_removes_one(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
+        await m.configure(m.further)
+        await m.node.bring_in(FIRST)
+        await m.node.bring_in(SECOND)
+        m.disk.unmount()
+        await m.until_offered(SECOND, False)
+        await m.node.delete("org/first")
+        await m.node.bring_in(SECOND)
+        m.check(SECOND)
+        m.disk.mount()
+
+        async def twice() -> bool:
+            return [r.double_bytes for r in await m.state()] == [SECOND.manifest.size_bytes]
+
+        await until(twice, "the copies are counted")
+        assert (await m.node.storage_state()).used_bytes == 2 * SECOND.manifest.size_bytes
+        outcome = await m.node.command("gc", CollectGarbage())
+        assert outcome.ok and outcome.result["freed_bytes"] == SECOND.manifest.size_bytes, outcome
+        assert (await m.node.storage_state()).used_bytes == SECOND.manifest.size_bytes
+        m.check(SECOND)
+        assert not list(Layout(m.further).blobs.rglob("*"))
+
+
+async def test_a_root_taken_out_of_the_settings_keeps_its_files_and_comes_back_with_them(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
+        await m.configure(m.further)
+        await m.node.bring_in(FIRST)
+        await m.node.bring_in(SECOND)
+        before = picture(m.further)
+        await m.configure()
+        assert not await m.is_offered(SECOND) and await m.is_offered(FIRST)
+        assert await m.state() == [] and picture(m.further) == before
+        assert not list((m.node.layout.root / "further").iterdir())
+        await m.configure(m.further)
+        await m.until_offered(SECOND, True)
+        m.check(FIRST, SECOND)
+
+
+async def test_eviction_frees_the_disk_that_the_blob_comes_to(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    large = [Model(f"org/large-{n}", {"weights.bin": bytes([65 + n]) * 9 * MIB}) for n in range(3)]
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_EVICTION_POLICY="lru"):
+        await m.configure(m.further)
+        await m.node.bring_in(FIRST)  # in the store, least lately used: of no help for what does not fit there
+        await m.node.bring_in(large[0])
+        await m.node.bring_in(large[1])
+        planned = await m.node.plan(large[2].manifest.size_bytes)
+        assert [v.model for v in planned.victims] == [large[0].name]
+        evicted = (await m.node.reserve(large[2].manifest)).evicted
+        assert evicted is not None and evicted.victims == planned.victims
+        blob = next(iter(large[2].blobs))
+        put(m.node.layout, blob, large[2].blobs[blob])
+        await m.node.commit(blob)
+        await m.node.seal(large[2].sealed)
+        m.check(FIRST, large[1], large[2])
+
+
+async def test_a_full_second_disk_is_said_and_its_partial_is_kept(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_RESERVE_BYTES="0"):
+        await m.node.bring_in(FIRST)
+        await m.configure(m.further)
+        await m.node.reserve(SECOND.manifest)
+        ballast = fill(m.disk.at)
+        room = await m.node.room(SECOND.name)
+        assert not room.enough and str(m.further) in room.words and room.free_bytes == 0
+        ballast.unlink()
+        assert (await m.node.room(SECOND.name)).enough
+        await m.node.bring_in(SECOND)
+
+
+async def test_roots_that_cannot_be_are_refused_with_the_reason(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
+        m.disk.unmount()
+        assert "mount its disk" in await m.refused(m.disk.at / "x" / "y")
+        m.disk.mount()
+        assert "one in the other" in await m.refused(m.node.layout.root / "inside")
+        assert "one in the other" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
+        assert "the same file system as" in await m.refused(m.disk.at / "a", m.disk.at / "b")
+        (m.disk.at / "models").mkdir()
+        both = Configure(roots=[str(m.disk.at / "models" / "x")], read_only_roots=[str(m.disk.at / "models")])
+        outcome = await m.node.command("configure", both)
+        assert outcome.error is not None and "the read-only root" in outcome.error.message
+        (m.disk.at / "VERSION").write_text("1")
+        assert "is a store" in await m.refused(m.disk.at)
+        (m.disk.at / "VERSION").unlink()
+        await m.configure(m.further)
+        async with machine(nats, fresh("other"), tmp_path / "other") as other, other.node.storage():
+            words = await other.refused(m.further, code="claimed")
+            assert str(m.node.layout.root) in words, "the holder is named"
+
+
+async def test_a_root_on_the_store_s_own_disk_is_refused_and_none_is_made_there_at_a_start(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("roots")) as node:
+        here = tmp_path / "unmounted"
+        here.mkdir()
+        async with node.storage():
+            outcome = await node.command("configure", Configure(roots=[str(here)]))
+            assert outcome.error is not None and "the same file system as the store" in outcome.error.message
+        async with node.storage(SHOAL_ROOTS=str(here)):
+            (root,) = (await node.storage_state()).roots
+            assert "the same file system as the store" in root.error
+            await node.bring_in(FIRST)
+        assert not list(here.iterdir())
