@@ -11,16 +11,9 @@ import pytest
 from shoal_common.errors import BadName, Corrupt, Denied, Failed, NotFound, ShoalError, Unavailable
 from shoal_common.layout import LEAF_BYTES, leaf_count
 from shoal_common.runs import run
+from shoal_fetcher.swarm.landing import BUFFERS_AHEAD, Leaves, Whole
 from shoal_fetcher.swarm.peers import Peers
-from shoal_fetcher.swarm.receive import (
-    BUFFERS_AHEAD,
-    MAX_HEAD_BYTES,
-    Crowded,
-    Leaves,
-    PeerClient,
-    Whole,
-    parse_address,
-)
+from shoal_fetcher.swarm.receive import MAX_HEAD_BYTES, Crowded, PeerClient, parse_address
 from tests.fetcher.servers import Answer, Asked, Server, reply, serving
 from tests.harness.waiting import eventually
 

@@ -87,6 +87,7 @@ class Cuts:
     def __init__(self, kind: str, directory: Path, has_further: bool = False) -> None:
         self.kind, self.directory, self.has_further = kind, directory, has_further
         self.image = directory / "image"
+        self.copies = 0
         make_image(kind, self.image)
 
     def _further(self, at: Path) -> Path | None:
@@ -137,8 +138,16 @@ class Cuts:
 
     def after_a_cut(self, promises: Promises) -> str:
         """What is wrong with the store after a cut now; empty when nothing is."""
-        copy = self.directory / "copy"
+        # A file of its own each time: a device that still has the last copy is never taken for this one.
+        self.copies += 1
+        copy = self.directory / f"copy-{self.copies}"
         copy_at_one_moment(self.image, copy)
+        try:
+            return self._look_into(copy, promises)
+        finally:
+            copy.unlink()
+
+    def _look_into(self, copy: Path, promises: Promises) -> str:
         with mounted(self.kind, copy, self.directory / "after") as at:
             try:
                 promises.hold(at / "store", self._further(at))

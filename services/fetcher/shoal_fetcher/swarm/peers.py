@@ -11,7 +11,8 @@ from shoal_common.layout import LEAF_BYTES
 from shoal_common.names import check_blob
 from shoal_common.runs import run, to_bitmap
 from shoal_fetcher.rates import Rates
-from shoal_fetcher.swarm.receive import Crowded, Landing, Leaves, PeerClient, Reply, Took, Whole
+from shoal_fetcher.swarm.landing import Landing, Leaves, Reply, Took, Whole
+from shoal_fetcher.swarm.receive import Crowded, PeerClient
 
 PAGE_BYTES = 256 << 10
 """Of a leaf list, read at once: the list of 8 GiB."""
