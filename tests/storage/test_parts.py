@@ -24,6 +24,8 @@ from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.service import PATIENCE_S, Node, on_node
 from tests.storage.stores import Model, sha256
+from tests.storage.test_joining import FIRST as FILLS_THE_STORE
+from tests.storage.test_joining import machine
 
 Fresh = Callable[[str], str]
 LEAVES = 8
@@ -391,3 +393,47 @@ def test_I3_used_and_reserved_are_together_what_may_come_to_be_on_the_disk(
     assert ledger.used_bytes == leafset.size_of(here, size_bytes)
     assert ledger.reserved_bytes == leafset.size_of(wanted & ~here, size_bytes)
     assert ledger.in_flight_bytes == ledger.reserved_bytes
+
+
+async def test_I3_a_part_on_a_second_disk_counts_there_is_leased_and_is_taken_back_while_that_disk_is_away(
+    nats: NatsServer, tmp_path: Path, fresh: Fresh
+) -> None:
+    async with machine(nats, fresh("parts"), tmp_path) as m, m.node.storage():
+        node = m.node
+        await node.bring_in(FILLS_THE_STORE)
+        with pytest.raises(QuotaExceeded):
+            await reserve(node, FIRST)
+        await m.configure(m.further)
+        await reserve(node, FIRST)
+        (root,) = (await node.storage_state()).roots
+        assert (root.used_bytes, root.reserved_bytes) == (0, 3 * LEAF_BYTES), (
+            "its config.json is the other model's too"
+        )
+        state = await bring_in(node, [0, 2], FIRST)
+        assert node.layout.partial(BLOB).resolve().is_relative_to(m.further)
+        (root,) = (await node.storage_state()).roots
+        assert (root.used_bytes, root.reserved_bytes) == (3 * LEAF_BYTES, 0)
+        leased = await lease(node, [0, 2])
+        with (Path(leased.view) / "model.safetensors").open("rb") as f:
+            assert f.read(3 * LEAF_BYTES) == WEIGHTS[: 3 * LEAF_BYTES]
+        await node.ask("unlease", Unlease(id=leased.id), Done)
+        m.disk.unmount()
+
+        async def taken_back() -> bool:
+            return await told(node) is None
+
+        await eventually(taken_back, "the part is told of no more", PATIENCE_S)
+        assert (await node.storage_state()).used_bytes == FILLS_THE_STORE.sealed.size_bytes
+        m.disk.mount()
+
+        async def is_back() -> bool:
+            return bool((await node.storage_state()).roots[0].reserved_bytes)
+
+        await eventually(is_back, "its leaves are counted again", PATIENCE_S)
+        assert set((await reserve(node, FIRST)).missing) == {BLOB}
+        assert await seal(node, [0, 2], FIRST) == state, "nothing of it had to come again"
+        await complete(node)
+        m.check(MODEL, FILLS_THE_STORE)
+        assert await told(node) is None
+        (root,) = (await node.storage_state()).roots
+        assert (root.used_bytes, root.reserved_bytes) == (len(WEIGHTS), 0)
