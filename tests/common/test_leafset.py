@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shoal_common import leafset
 from shoal_common.errors import BadInput
 from shoal_common.layout import LEAF_BYTES, Bitmap, leaf_count
+from shoal_common.runs import from_bitmap
 
 SIZES = st.integers(1, 40 * LEAF_BYTES)
 
@@ -36,7 +37,7 @@ def test_a_set_comes_back_from_its_ranges_and_from_the_bitmap_on_the_disk(blob: 
     bitmap = Bitmap(size_bytes)
     for leaf in leaves:
         bitmap.add(leaf)
-    assert leafset.of_bitmap(bitmap.to_bytes()) == as_int(leaves)
+    assert from_bitmap(bitmap.to_bytes()) == as_int(leaves)
     assert leafset.size_of(as_int(leaves), size_bytes) == bitmap.have_bytes
 
 

@@ -1,6 +1,6 @@
-"""Sets of leaves of one blob: bit i of a Python int is leaf i, as in the bitmaps on the disk (docs/sparse.md). Pure.
+"""Sets of leaves (`runs.py`) of a blob of some size, and as they are written in messages and files. Pure.
 
-In messages and files a set is written as ranges: `[[0, 3], [7, 8]]` are the leaves 0, 1, 2 and 7.
+There a set is ranges: `[[0, 3], [7, 8]]` are the leaves 0, 1, 2 and 7 (docs/sparse.md).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from shoal_common.errors import BadInput
 from shoal_common.layout import LEAF_BYTES, leaf_count
+from shoal_common.runs import run, runs_of
 
 Ranges = list[list[int]]
 """`[first, last)` pairs, in order."""
@@ -16,22 +17,12 @@ Ranges = list[list[int]]
 
 def whole(size_bytes: int) -> int:
     """All leaves of a blob."""
-    return (1 << leaf_count(size_bytes)) - 1
+    return run(0, leaf_count(size_bytes))
 
 
 def covering(start: int, end: int) -> int:
     """The leaves in which bytes [start, end) are."""
     return run(start // LEAF_BYTES, -(-end // LEAF_BYTES)) if start < end else 0
-
-
-def run(first: int, last: int) -> int:
-    """The leaves [first, last)."""
-    return (1 << last) - (1 << first)
-
-
-def of_bitmap(bits: bytes) -> int:
-    """The set that a bitmap on the disk has."""
-    return int.from_bytes(bits, "little")
 
 
 def of_ranges(ranges: Iterable[Sequence[int]], size_bytes: int) -> int:
@@ -46,17 +37,7 @@ def of_ranges(ranges: Iterable[Sequence[int]], size_bytes: int) -> int:
 
 def ranges(leaves: int) -> Ranges:
     """A set as ranges, in order, adjacent ones joined."""
-    found: Ranges = []
-    first = 0
-    while leaves:
-        gap = (leaves & -leaves).bit_length() - 1
-        leaves >>= gap
-        first += gap
-        length = (~leaves & (leaves + 1)).bit_length() - 1
-        found.append([first, first + length])
-        leaves >>= length
-        first += length
-    return found
+    return [[first, last] for first, last in runs_of(leaves)]
 
 
 def size_of(leaves: int, size_bytes: int) -> int:

@@ -16,6 +16,7 @@ from shoal_common.leaves import list_bytes, root_of
 from shoal_common.logs import Log
 from shoal_common.messages.questions import Reserved
 from shoal_common.messages.records import Manifest, ManifestFile
+from shoal_common.runs import from_bitmap
 from shoal_common.tensors import PREFIX_BYTES, header_end
 from shoal_fetcher.errors import ReservationLost, WrongWhole
 from shoal_fetcher.partial import read_bitmap
@@ -141,7 +142,7 @@ class PartFetch:
             if blob in self._lists:
                 await asyncio.to_thread(_put, self._layout.partial_leaves(blob), self._lists[blob])
             bitmap = await asyncio.to_thread(read_bitmap, directory, file.size_bytes)
-            durable = leafset.of_bitmap(bitmap.to_bytes())
+            durable = from_bitmap(bitmap.to_bytes())
             progress.durable(blob, leafset.size_of(durable, file.size_bytes))
             if wanted is None or needed & ~durable:
                 missing.append((file, wanted))

@@ -26,6 +26,7 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
 from shoal_common.messages.records import Manifest
 from shoal_common.proof import prove, proven
+from shoal_common.runs import from_bitmap
 from shoal_storage import leaves
 from shoal_storage.decide import Ledger, Partial
 from shoal_storage.digests import Digests, digest
@@ -191,7 +192,7 @@ class Disk:
     def durable_leaves(self, blob: str, size_bytes: int) -> int:
         """The leaves of a partial that its bitmap has."""
         try:
-            return leafset.of_bitmap(Bitmap(size_bytes, (self.layout.partial(blob) / "have").read_bytes()).to_bytes())
+            return from_bitmap(Bitmap(size_bytes, (self.layout.partial(blob) / "have").read_bytes()).to_bytes())
         except FileNotFoundError:
             return 0
 

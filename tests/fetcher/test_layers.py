@@ -1,0 +1,139 @@
+"""Some layers of a model: pausing, going on and asking for more are as with whole models, for all who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from shoal_common.buckets import download_key, part_key
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.commands import Outcome
+from shoal_common.messages.records import DownloadSpec, DownloadState, PartState
+from tests.fetcher.pulling import Pulls, Site
+from tests.fetcher.repos import noise
+from tests.fetcher.test_control import say
+from tests.fetcher.test_limits import limit
+from tests.fetcher.test_sparse import CONFIG, NAMES, header
+from tests.harness.waiting import eventually
+
+SLOWLY = {"max_peer_bytes_per_s": LEAF_BYTES}
+
+
+@pytest.fixture(autouse=True)
+def unlimited(site: Site) -> Iterator[None]:
+    """A test that fails leaves no limit to the next one."""
+    yield
+
+    async def lift() -> None:
+        async with site.join() as here:
+            await limit(here, "a", max_peer_bytes_per_s=None)
+
+    asyncio.run(lift())
+
+
+async def at_b(here: Pulls) -> dict[str, bytes]:
+    """A model of four layers that b has whole; a is to get it slowly."""
+    sizes = {name: 2 * LEAF_BYTES if "proj" in name else 1000 for name in NAMES}
+    weights = header(sizes) + noise(sum(sizes.values()), here.site.repo)
+    here.site.make(files := {"model.safetensors": weights, "config.json": json.dumps(CONFIG).encode()})
+    await here.pull_ok("b")
+    await limit(here, "a", **SLOWLY)
+    return files
+
+
+async def begin(here: Pulls, layers: list[int], unless_paused: bool = False) -> asyncio.Task[Outcome]:
+    """Ask a for these layers, without waiting; it is kept when this returns."""
+    body = {"model": here.site.repo, "layers": layers, "unless_paused": unless_paused}
+    wish = await wish_of(here)
+    before = len(wish.commands) if wish else 0
+    task = asyncio.create_task(here.ask("a", "download", json.dumps(body).encode()))
+
+    async def is_kept() -> bool:
+        wish = await wish_of(here)
+        return task.done() or (wish is not None and len(wish.commands) > before)
+
+    await eventually(is_kept, "the wish is kept")
+    return task
+
+
+async def wish_of(here: Pulls) -> DownloadSpec | None:
+    return await here.buckets.spec.get_as(download_key("a", here.site.repo), DownloadSpec)
+
+
+async def part(here: Pulls) -> PartState | None:
+    """What is told of the part on a."""
+    at_b = await here.state_now("b")
+    assert at_b is not None
+    return await here.buckets.state.get_as(part_key("a", f"{here.site.repo}@{at_b.commit}"), PartState)
+
+
+async def ready(task: asyncio.Task[Outcome]) -> DownloadState:
+    outcome = await task
+    assert outcome.ok, outcome.error
+    return msgspec.convert(outcome.result, DownloadState)
+
+
+async def test_layers_that_are_paused_are_the_same_layers_after_a_restart_and_a_resume(site: Site) -> None:
+    async with site.join() as here:
+        await at_b(here)
+        waiting = await begin(here, [0, 2])
+        await here.durable("a", LEAF_BYTES)
+        assert await say(here, "a", "pause") == "paused"
+        error = (await waiting).error
+        assert error is not None and error.code == "paused"
+        await limit(here, "a", max_peer_bytes_per_s=None)
+        refused = (await (await begin(here, [2, 4], unless_paused=True))).error
+        assert refused is not None and refused.code == "paused"
+        await site["a"].restart(here.here, "fetcher")
+        wish, state = await wish_of(here), await here.state_now("a")
+        assert wish is not None and (wish.paused, wish.layers) == (True, [[0, 2]])
+        assert state is not None and (state.phase, state.layers) == ("paused", [[0, 2]])
+        assert await say(here, "a", "resume") == "resumed"
+        done = await here.state("a", lambda s: s.phase == "ready")
+        told = await part(here)
+        assert told is not None and told.layers == done.layers == [[0, 2]]
+        assert (await here.cancel("a")).result["cancelled"] is False
+        assert (await here.delete("a")).ok and await part(here) is None
+        await here.nothing_is_left("a")
+
+
+async def test_who_waits_for_some_layers_hears_of_the_end_of_what_is_fetched_once_more_are_wanted(site: Site) -> None:
+    async with site.join() as here:
+        await at_b(here)
+        first = await begin(here, [0, 2])
+        await here.durable("a", LEAF_BYTES)
+        second = await begin(here, [2, 3])
+        within = await begin(here, [1, 2])
+        wish = await wish_of(here)
+        assert wish is not None and wish.layers == [[0, 3]] and len(wish.commands) == 3
+        assert await say(here, "a", "pause") == "paused"
+        for waiting in (first, second, within):
+            error = (await waiting).error
+            assert error is not None and error.code == "paused"
+        # Whoever asks for a layer more, as a person does, lets all of them go on.
+        again = await begin(here, [1, 4])
+        await limit(here, "a", max_peer_bytes_per_s=None)
+        assert (await ready(again)).layers == [[0, 4]]
+        told = await part(here)
+        assert told is not None and told.layers == [[0, 4]]
+        assert (await here.delete("a")).ok
+
+
+async def test_a_pull_of_the_whole_takes_the_layers_that_are_under_way_along(site: Site) -> None:
+    async with site.join() as here:
+        files = await at_b(here)
+        waiting = await begin(here, [0, 2])
+        before = await here.durable("a", LEAF_BYTES)
+        pulling = asyncio.create_task(here.pull("a"))
+        await here.state("a", lambda s: not s.layers)
+        await limit(here, "a", max_peer_bytes_per_s=None)
+        assert (await ready(waiting)) == (await ready(pulling))
+        await here.is_whole("a", files)
+        assert await wish_of(here) is None and await part(here) is None
+        assert before.layers == [[0, 2]] and site.hub_bytes() <= sum(len(data) for data in files.values())
+        # The whole is here: no layers are needed any more.
+        assert (await ready(await begin(here, [2, 4]))).layers == []
