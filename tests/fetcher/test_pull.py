@@ -181,7 +181,7 @@ async def test_two_models_that_share_blobs_fetch_them_once_and_both_are_whole(si
 
 
 async def test_of_many_small_files_only_a_few_arrive_at_a_time(site: Site) -> None:
-    size = site.make(files := {f"d{i % 7}/{i}.json": noise(100 + i, f"{site.repo}{i}") for i in range(500)})
+    size = site.make(files := {f"d{i % 7}/{i}.json": noise(100 + i, f"{site.repo}{i}") for i in range(150)})
     hub_port = int(site.hub.base_url.rpartition(":")[2])
     most = 0
     async with site.join() as here:

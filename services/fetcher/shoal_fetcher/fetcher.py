@@ -280,7 +280,7 @@ async def run(context: Context) -> None:
         around = Surroundings(context.nats, context.node, live, state, lease, spec, context.interfaces)
         wishes = Wishes(context.buckets, context.node, [wish for _, wish in spec.items("", DownloadSpec)])
         limits = Limits()
-        tasks.create_task(limits.follow(state, context.node))
+        context.background(tasks, limits.follow(state, context.node))
         fetcher = Fetcher(context, tasks, around, wishes, limits, from_hub, from_peers)
         await fetcher.take_up()
         tasks.create_task(context.serve({"withdraw": Question(Withdraw, fetcher.withdraw)}))
