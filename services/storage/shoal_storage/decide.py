@@ -223,16 +223,16 @@ class Ledger(msgspec.Struct):
     @property
     def part_bytes(self) -> int:
         """Bytes of the leaves of partials that parts need: present and verified, those of two parts once."""
-        return sum(self.part_bytes_of(b) for b in self.partials) if self.parts else 0
+        return sum(self.part_bytes_of(b, p) for b, p in self.partials.items()) if self.parts else 0
 
-    def part_bytes_of(self, blob: str) -> int:
+    def part_bytes_of(self, blob: str, partial: Partial) -> int:
         """The same, of one partial."""
-        return leafset.size_of(self.part_leaves(blob), self.partials[blob].size_bytes)
+        return leafset.size_of(self.part_leaves(blob), partial.size_bytes)
 
     def part_leaves(self, blob: str) -> int:
         """The leaves of a blob that parts need: verified, unless the blob is here whole."""
         found = 0
-        for part in self.parts.values():
+        for part in list(self.parts.values()):  # what is told of a root is worked out in a thread
             found |= part.leaves.get(blob, 0)
         return found
 

@@ -180,7 +180,7 @@ class Joining:
         sizes += [ledger.unproven[b].size_bytes for b in here if b in ledger.unproven]
         doubles = [copies.get(root.id, 0) for copies in list(ledger.doubles.values())]
         arriving = {b: p for b, p in list(ledger.partials.items()) if b in here}
-        parts_bytes = sum(ledger.part_bytes_of(b) for b in arriving)
+        parts_bytes = sum(ledger.part_bytes_of(b, p) for b, p in arriving.items())
         try:
             free = root.free_bytes()
         except OSError:
