@@ -315,9 +315,12 @@ async def test_a_part_of_which_a_person_removes_a_file_is_told_of_no_more(
         async def taken_back() -> bool:
             return await told(node) is None
 
+        async def is_counted() -> bool:
+            disk = await node.storage_state()
+            return (disk.used_bytes, disk.reserved_bytes) == (0, 3 * LEAF_BYTES)
+
         await eventually(taken_back, "the part is told of no more", PATIENCE_S)
-        disk = await node.storage_state()
-        assert (disk.used_bytes, disk.reserved_bytes) == (0, 3 * LEAF_BYTES), "its leaves stay, for a fetch"
+        await eventually(is_counted, "its leaves stay, for a fetch", PATIENCE_S)
         assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
 
 
