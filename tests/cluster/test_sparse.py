@@ -13,7 +13,7 @@ import nats
 import pytest
 from mlx_lm import load, stream_generate
 
-from shoal_common.layout import Layout
+from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_demo.running import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster, eventually
 from tests.inference.tiny_models import write_files, write_model
@@ -151,7 +151,9 @@ def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
     assert three["a"].shoal("gc", check=True).stdout.strip() == "a: nothing to remove"
     here_bytes, before = parts(three)["a"]["size_bytes"], fetched(three, "a")
     three["a"].shoal("pull", SEVERAL, check=True)
-    assert fetched(three, "a") - before == bytes_of(models / SEVERAL) - here_bytes, "none of it comes again"
+    came, lacking = fetched(three, "a") - before, bytes_of(models / SEVERAL) - here_bytes
+    # What is late is asked of two nodes; what was here is asked of nobody.
+    assert lacking <= came <= min(lacking + 4 * LEAF_BYTES, bytes_of(models / SEVERAL) - LEAF_BYTES)
     assert sparse_hub.stats().bytes == 0
     assert "a" not in parts(three)
     view = next((three["a"].home / "store" / "views").glob("*/*"))
@@ -168,7 +170,8 @@ def test_the_layers_of_two_stages_on_one_node_are_fetched_once(three: ShoalClust
     assert parts(three)["a"]["layers"] == [[0, 6]]
     whole = bytes_of(models / ONE)
     assert whole / 2 < sum(first["sources"].values()) < whole
-    assert sum(first["sources"].values()) + sum(both["sources"].values()) <= whole
+    # What is late is asked of two nodes.
+    assert sum(first["sources"].values()) + sum(both["sources"].values()) <= whole + 4 * LEAF_BYTES
 
 
 @pytest.mark.parametrize("service", ["fetcher", "storage", "fileserver", "inference"])
