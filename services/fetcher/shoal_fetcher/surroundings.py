@@ -20,6 +20,7 @@ from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
 
 _CATCH_UP_S = 5.0
+_SAID_AT_MOST = 1024
 STARTING_S = 8.0
 """A fileserver that starts is waited for so long: what only it has need not come from the hub (I9)."""
 
@@ -43,6 +44,9 @@ class Surroundings:
         self._addresses: dict[str, list[str]] = {}
         self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
         self._starting: dict[str, float] = {}
+        self._starting_as_of = -1
+        self._said: dict[tuple[str, str], list[Holding]] = {}
+        self._said_as_of: tuple[object, ...] = ()
 
     def addresses(self) -> dict[str, list[str]]:
         """Live fileservers of other nodes that can be reached from here, and where, in the order to try.
@@ -64,21 +68,32 @@ class Surroundings:
 
     def starting(self) -> set[str]:
         """Other nodes whose fileserver is there and does not say yet where it answers; not after STARTING_S."""
-        found, now_s = set[str](), time.monotonic()
-        for key, live in self._live.items("", Live):
-            node, _, service = key.partition(".")
-            if service == "fileserver" and node != self._me and not live.facts.addresses:
-                found.add(node)
-        self._starting = {node: self._starting.get(node, now_s) for node in found}
+        now_s = time.monotonic()
+        if self._live.changes != self._starting_as_of:
+            found = {
+                node
+                for (node, _, service), live in ((k.partition("."), v) for k, v in self._live.items("", Live))
+                if service == "fileserver" and node != self._me and not live.facts.addresses
+            }
+            self._starting = {node: self._starting.get(node, now_s) for node in found}
+            self._starting_as_of = self._live.changes
         return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_S}
 
     def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
-        """Live peers that have a blob whole."""
-        return self._holders(blob, manifest, self.addresses())
+        """Live peers that have a blob whole. Worked out anew only when somebody has said something."""
+        addresses = self.addresses()
+        as_of = (self._state.changes, self._addresses_as_of)
+        if as_of != self._said_as_of or len(self._said) > _SAID_AT_MOST:
+            self._said, self._said_as_of = {}, as_of
+        key = (blob, manifest.model)
+        if key not in self._said:
+            self._said[key] = self._holders(blob, manifest, addresses)
+        return self._said[key]
 
     def returning(self, blob: str, manifest: Manifest) -> list[Holding]:
         """Peers that have a blob whole, and can be asked for it in a moment."""
-        return self._holders(blob, manifest, self.starting())
+        starting = self.starting()
+        return self._holders(blob, manifest, starting) if starting else []
 
     def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[Holding]:
         models = (m for _, m in self._state.items("model.", ModelState))

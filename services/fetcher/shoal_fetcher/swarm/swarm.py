@@ -64,6 +64,7 @@ class Swarm:
         self._draw = random.Random()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        self._within_reach: tuple[tuple[int, ...], dict[str, int]] | None = None
         self._known: dict[str, _Peer] = {}
         self._runs: list[_Run] = []
         self._leaves: set[asyncio.Task[None]] = set()
@@ -80,6 +81,7 @@ class Swarm:
 
     def wake(self) -> None:
         """Something changed: look again."""
+        self._within_reach = None
         self._changed.set()
 
     async def run(self) -> str:
@@ -164,7 +166,13 @@ class Swarm:
     # Who has what
 
     def _reachable(self) -> dict[str, int]:
-        """Nodes that can be asked, and the leaves that they have."""
+        """Nodes that can be asked, and the leaves that they have. Worked out anew after each `wake`, or new word."""
+        seen = self._shared.around.seen()
+        if self._within_reach is None or seen != self._within_reach[0]:
+            self._within_reach = seen, self._look_who_is_there()
+        return self._within_reach[1]
+
+    def _look_who_is_there(self) -> dict[str, int]:
         fetch = self._fetch
         live = self._shared.around.addresses()
         near = neighbours(self._shared.node, self._haves.heard, fetch.blob)
@@ -312,6 +320,7 @@ class Swarm:
         if was_silent(error):
             self._fetch.progress.left(node)
         peer.not_before_s = self._loop.time() + delay_s
+        self.wake()
         log.warning("a source failed", path=self._fetch.file.path, source=node, why=error.message, wait_s=delay_s)
         self._fetch.progress.note(error.message)
 
@@ -340,6 +349,7 @@ class Swarm:
 
     def _bad(self, node: str, why: str) -> None:
         """It sent what it should not have."""
+        self.wake()
         log.warning("wrong bytes", peer=node, why=why)
         self._setbacks.last = Corrupt(why)
         self._fetch.progress.note(why)
