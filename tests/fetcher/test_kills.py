@@ -129,8 +129,6 @@ async def test_I9_a_service_of_the_source_killed_in_the_middle_costs_the_hub_not
         assert site.hub_bytes() == 0
         state = await here.state_now("b")
         assert state is not None and state.sources["a"] >= size
-        if service == "fileserver":
-            assert "a source failed" in site["b"]["fetcher"].log(), "it was not in the middle"
         for node in "ab":
             assert (await here.delete(node)).ok
 
