@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+from shoal_common import leafset
 from shoal_common.errors import DISK_FULL, DiskFull
 from shoal_common.layout import LEAF_BYTES, Bitmap, Layout, leaf_count
 from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes
@@ -61,7 +62,7 @@ class PartialBlob:
         self._layout, self._blob, self.size_bytes = layout, blob, size_bytes
         self._directory = layout.partial(blob)
         self.leaf_count = leaf_count(size_bytes)
-        self.all = run(0, self.leaf_count)
+        self.all = leafset.whole(size_bytes)
         self.here = 0
         """Leaves that are written, durable or not."""
         self.ready = 0
@@ -171,9 +172,7 @@ class PartialBlob:
 
     def bytes_of(self, leaves: int) -> int:
         """Bytes of a set of leaves."""
-        last = self.leaf_count - 1
-        short = LEAF_BYTES - self.leaf_bytes(last) if leaves and leaves >> last & 1 else 0
-        return leaves.bit_count() * LEAF_BYTES - short
+        return leafset.size_of(leaves, self.size_bytes)
 
     def leaf_bytes(self, leaf: int) -> int:
         """Size of a leaf: 1 MiB, less for the last one."""

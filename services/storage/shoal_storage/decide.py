@@ -35,9 +35,14 @@ class Partial(msgspec.Struct):
     """Leaves that are durable, as of when it was last reserved; of use only where nobody wants all of it."""
 
     @property
+    def _in_part(self) -> bool:
+        """Whether nobody wants all of it."""
+        return bool(self.leaves) and bool(self.models) and self.models <= self.leaves.keys()
+
+    @property
     def promised_leaves(self) -> int:
         """The leaves that may come to be here."""
-        if not self.models or not self.models <= self.leaves.keys():
+        if not self._in_part:
             return leafset.whole(self.size_bytes)
         found = self.here
         for model in self.models:
@@ -47,7 +52,8 @@ class Partial(msgspec.Struct):
     @property
     def promised_bytes(self) -> int:
         """Bytes that it may come to take; never less than it takes already, by whole blocks of the file system."""
-        promised = leafset.size_of(self.promised_leaves, self.size_bytes)
+        # Asked of every partial at every admission: a set of leaves is made only where it is needed.
+        promised = leafset.size_of(self.promised_leaves, self.size_bytes) if self._in_part else self.size_bytes
         return promised if self.allocated_bytes < promised + _BLOCK_BYTES else self.allocated_bytes
 
     def wanted_by(self, model: str, leaves: int | None) -> Partial:
@@ -268,7 +274,8 @@ class Ledger(msgspec.Struct):
         left = partial.models - (self.ended - {standing})
         if partial.models and not left:
             return partial.allocated_bytes
-        return msgspec.structs.replace(partial, models=left).promised_bytes
+        only = partial if left == partial.models else msgspec.structs.replace(partial, models=left)
+        return only.promised_bytes
 
     def needed_bytes(self, blob: str, size_bytes: int, model: str = "", leaves: int | None = None) -> int:
         """What promising a model a blob that is not here, or leaves of it, adds to what is promised already."""
@@ -467,6 +474,26 @@ def admit(
             )
     asked = wanted(manifest, ledger, leaves)
     needed, lacking = asked.needed_bytes, asked.lacking(ledger, limits, spaces)
+    if lacking.need_bytes:
+        raise _refused(manifest, asked, lacking, ledger, limits, free_bytes, spaces)
+    # What needs nothing is taken however full the disks are.
+    roots = spread(asked.blobs, rooms_of(spaces, limits), asked.fixed) or {}
+    return Admission(
+        present=present, missing=missing, needed_bytes=needed, roots={b: roots.get(b, "") for b in missing}
+    )
+
+
+def _refused(
+    manifest: Manifest,
+    asked: Wanted,
+    lacking: Shortfall,
+    ledger: Ledger,
+    limits: Limits,
+    free_bytes: int,
+    spaces: Sequence[Space],
+) -> QuotaExceeded:
+    """The refusal and its figures, which take a look at everything that is here: an approval needs none of them."""
+    needed = asked.needed_bytes
     figures: dict[str, Any] = {
         "needed_bytes": needed,
         "free_bytes": free_bytes,
@@ -488,30 +515,24 @@ def admit(
             for s in spaces
         ]
     if lacking.quota_bytes:
-        raise QuotaExceeded(
+        return QuotaExceeded(
             f"{manifest.repo} needs {human(needed)} and the quota of {human(limits.quota_bytes or 0)} has "
             f"{human(max(needed - lacking.quota_bytes, 0))} left ({human(ledger.used_bytes)} used, "
             f"{human(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise max_storage_bytes",
             **figures,
         )
-    if lacking.disk_bytes and len(spaces) > 1:
-        raise QuotaExceeded(
+    if len(spaces) > 1:
+        return QuotaExceeded(
             f"{manifest.repo} needs {human(needed)}, its largest file {human(max(asked.blobs.values()))}, and "
             f"{_to_give(spaces, limits)}, each beside the {human(limits.headroom_bytes)} kept free there: free some "
             "space, or remove a model with `shoal rm`",
             **figures,
         )
-    if lacking.disk_bytes:
-        raise QuotaExceeded(
-            f"{manifest.repo} needs {human(needed)} and the disk has {human(max(needed - lacking.disk_bytes, 0))} "
-            f"to give ({human(free_bytes)} free, {human(limits.headroom_bytes)} kept free, "
-            f"{human(ledger.in_flight_bytes)} promised): free some space, or remove a model with `shoal rm`",
-            **figures,
-        )
-    # What needs nothing is taken however full the disks are.
-    roots = spread(asked.blobs, rooms_of(spaces, limits), asked.fixed) or {}
-    return Admission(
-        present=present, missing=missing, needed_bytes=needed, roots={b: roots.get(b, "") for b in missing}
+    return QuotaExceeded(
+        f"{manifest.repo} needs {human(needed)} and the disk has {human(max(needed - lacking.disk_bytes, 0))} "
+        f"to give ({human(free_bytes)} free, {human(limits.headroom_bytes)} kept free, "
+        f"{human(ledger.in_flight_bytes)} promised): free some space, or remove a model with `shoal rm`",
+        **figures,
     )
 
 
