@@ -7,7 +7,7 @@ models there are and however much they share.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import copy
 
 from msgspec import structs
@@ -38,30 +38,30 @@ def plan(
     a last use counts as never used. What a victim frees is what nothing else needs once those before it are gone.
     """
     will_do = enough or (lambda freed: sum(freed.values()) >= need_bytes)
-    start = _References(ledger)
-    garbage = garbage_of(ledger)
-    from_garbage = garbage_bytes_of(garbage, ledger)
+    needs = _needs(ledger)
+    start = _References(ledger, needs)
+    garbage = _garbage(ledger, needs)
+    from_garbage = _garbage_bytes(garbage, ledger, needs)
     garbage_bytes = from_garbage.total()
     here = ledger.here
     left_over = [m for m in ledger.ended if m not in here and m not in kept]
     left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
     order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
+    evictable_bytes = garbage_bytes + start.only_in({*left_over, *order})
 
-    left, prefix, evictable = start.copy(), list[str](), from_garbage.copy()
-    suffices = need_bytes <= 0 or will_do(evictable)
+    left, prefix, freed = start.copy(), list[str](), from_garbage.copy()
+    suffices = need_bytes <= 0 or will_do(freed)
     for model in (*left_over, *order):
-        if not suffices:
-            prefix.append(model)
-        evictable.update(left.leave(model))
-        suffices = suffices or will_do(evictable)
+        if suffices:
+            break
+        prefix.append(model)
+        freed.update(left.leave(model))
+        suffices = will_do(freed)
     if need_bytes <= 0 or not suffices:
         return EvictionPlan(
-            need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable.total(), kept=dict(kept)
+            need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable_bytes, kept=dict(kept)
         )
 
-    left, freed = start.copy(), from_garbage.copy()
-    for model in prefix:
-        freed.update(left.leave(model))
     models = [m for m in prefix if m in here]
     spared = set()
     # What ended downloads have left is never kept at the cost of a model.
@@ -72,14 +72,13 @@ def plan(
             left.come_back(model)
             spared.add(model)
 
-    left = start.copy()
     unfinished = [
-        Victim(model=m, frees_bytes=left.leave(m).total(), last_use_s=ledger.wanted_s.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
         for m in prefix
         if m not in here and m not in spared
     ]
     victims = [
-        Victim(model=m, frees_bytes=left.leave(m).total(), last_use_s=last_uses.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=last_uses.get(m, 0.0))
         for m in models
         if m not in spared
     ]
@@ -91,7 +90,7 @@ def plan(
         victims=victims,
         frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *victims)),
         enough=True,
-        evictable_bytes=evictable.total(),
+        evictable_bytes=evictable_bytes,
         kept=dict(kept),
     )
 
@@ -101,9 +100,8 @@ class _References:
     bytes that it occupies, when no model is left that it arrives for.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._sizes, self._where = ledger.blobs, ledger.where
-        self._needs = _needs(ledger)
+    def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
+        self._sizes, self._where, self._needs = ledger.blobs, ledger.where, needs
         self._partials: dict[str, list[str]] = {}
         leaving = ledger.ended | ledger.parts.keys()
         self._occupied = {
@@ -111,10 +109,9 @@ class _References:
             for b, p in ledger.partials.items()
             if p.models and p.models <= leaving
         }
-        self.blobs: Counter[str] = Counter()
-        for blobs in self._needs.values():
-            self.blobs.update(blobs)
-        self._arriving: Counter[str] = Counter()
+        self._blobs, self._arriving = Counter[str](), Counter[str]()
+        for blobs in needs.values():
+            self._blobs.update(blobs)
         for blob in self._occupied:
             for model in ledger.partials[blob].models:
                 self._partials.setdefault(model, []).append(blob)
@@ -123,33 +120,47 @@ class _References:
     def copy(self) -> _References:
         """The same, to be changed by itself."""
         made = copy(self)
-        made.blobs, made._arriving = self.blobs.copy(), self._arriving.copy()
+        made._blobs, made._arriving = self._blobs.copy(), self._arriving.copy()
         return made
 
-    def leave(self, model: str) -> Counter[str]:
+    def only_in(self, models: Set[str]) -> int:
+        """Bytes that nothing would need any more if all of these left."""
+        needed = set[str]().union(*(blobs for m, blobs in self._needs.items() if m not in models))
+        arriving = {b for m, blobs in self._partials.items() if m not in models for b in blobs}
+        gone = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
+        return gone + sum(n for b, n in self._occupied.items() if b not in arriving)
+
+    def leave(self, model: str) -> dict[str, int]:
         """Take a model's references away. Returns the bytes that nothing needs any more, by root."""
-        self.blobs.subtract(its := self._needs[model])
-        self._arriving.subtract(partials := self._partials.get(model, ()))
-        return self._unneeded(its, partials)
+        # Written out: this and `kept_by` are most of what a plan costs.
+        freed, counts, arriving = dict[str, int](), self._blobs, self._arriving
+        for b in self._needs[model]:
+            counts[b] = count = counts[b] - 1
+            if count == 0 and b in self._sizes:
+                root = self._where.get(b, "")
+                freed[root] = freed.get(root, 0) + self._sizes[b]
+        for b in self._partials.get(model, ()):
+            arriving[b] -= 1
+            if arriving[b] == 0:
+                root = self._where.get(b, "")
+                freed[root] = freed.get(root, 0) + self._occupied[b]
+        return freed
 
     def kept_by(self, model: str) -> Counter[str]:
         """Of what nothing needs now, the bytes that a model which has left would need again."""
-        return self._unneeded(self._needs[model], self._partials.get(model, ()))
-
-    def come_back(self, model: str) -> None:
-        """Undo `leave`."""
-        self.blobs.update(self._needs[model])
-        self._arriving.update(self._partials.get(model, ()))
-
-    def _unneeded(self, blobs: Iterable[str], partials: Iterable[str]) -> Counter[str]:
         found = Counter[str]()
-        for b in blobs:
-            if self.blobs[b] == 0 and b in self._sizes:
+        for b in self._needs[model]:
+            if self._blobs[b] == 0 and b in self._sizes:
                 found[self._where.get(b, "")] += self._sizes[b]
-        for b in partials:
+        for b in self._partials.get(model, ()):
             if self._arriving[b] == 0:
                 found[self._where.get(b, "")] += self._occupied[b]
         return found
+
+    def come_back(self, model: str) -> None:
+        """Undo `leave`."""
+        self._blobs.update(self._needs[model])
+        self._arriving.update(self._partials.get(model, ()))
 
 
 def _needs(ledger: Ledger) -> dict[str, set[str]]:
@@ -167,8 +178,11 @@ def _needs(ledger: Ledger) -> dict[str, set[str]]:
 
 def garbage_of(ledger: Ledger) -> list[str]:
     """Blobs that no manifest, no fetch under way and no lease needs, and those that are here once too often."""
-    needed = set().union(*_needs(ledger).values())
-    return sorted({b for b in ledger.blobs if b not in needed} | spare_copies(ledger).keys())
+    return _garbage(ledger, _needs(ledger))
+
+
+def _garbage(ledger: Ledger, needs: Mapping[str, set[str]]) -> list[str]:
+    return sorted(ledger.blobs.keys() - set[str]().union(*needs.values()) | spare_copies(ledger).keys())
 
 
 def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
@@ -179,7 +193,12 @@ def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
     """What removing these frees, by root. Of a blob that something needs, only its spare copies go."""
-    needed, spare, found = set().union(*_needs(ledger).values()), spare_copies(ledger), Counter[str]()
+    return _garbage_bytes(garbage, ledger, _needs(ledger))
+
+
+def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needs: Mapping[str, set[str]]) -> Counter[str]:
+    spare, found = spare_copies(ledger), Counter[str]()
+    needed = set[str]().union(*needs.values())
     for b in garbage:
         found.update(spare.get(b, {}))
         if b not in needed:
