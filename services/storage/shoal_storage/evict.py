@@ -39,23 +39,24 @@ def plan(
     """
     will_do = enough or (lambda freed: sum(freed.values()) >= need_bytes)
     needs = _needs(ledger)
-    start = _References(ledger, needs)
-    garbage = _garbage(ledger, needs)
-    from_garbage = _garbage_bytes(garbage, ledger, needs)
-    garbage_bytes = from_garbage.total()
+    start, needed = _References(ledger, needs), set[str]().union(*needs.values())
+    garbage = _garbage(ledger, needed)
+    freed = _garbage_bytes(garbage, ledger, needed)
+    garbage_bytes = freed.total()
     here = ledger.here
     left_over = [m for m in ledger.ended if m not in here and m not in kept]
     left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
     order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
     evictable_bytes = garbage_bytes + start.only_in({*left_over, *order})
 
-    left, prefix, freed = start.copy(), list[str](), from_garbage.copy()
+    left, prefix = start.copy(), list[str]()
     suffices = need_bytes <= 0 or will_do(freed)
     for model in (*left_over, *order):
         if suffices:
             break
         prefix.append(model)
-        freed.update(left.leave(model))
+        for root, size_bytes in left.leave(model).items():
+            freed[root] += size_bytes
         suffices = will_do(freed)
     if need_bytes <= 0 or not suffices:
         return EvictionPlan(
@@ -67,8 +68,9 @@ def plan(
     # What ended downloads have left is never kept at the cost of a model.
     for model in models or prefix:
         stays = left.kept_by(model)
-        if will_do(freed - stays):  # the others suffice: it is spared
-            freed -= stays
+        less = {root: size_bytes - stays.get(root, 0) for root, size_bytes in freed.items()}
+        if will_do(less):  # the others suffice: it is spared
+            freed = Counter(less)
             left.come_back(model)
             spared.add(model)
 
@@ -110,6 +112,7 @@ class _References:
             if p.models and p.models <= leaving
         }
         self._blobs, self._arriving = Counter[str](), Counter[str]()
+        self._gone = set[str]()
         for blobs in needs.values():
             self._blobs.update(blobs)
         for blob in self._occupied:
@@ -120,7 +123,7 @@ class _References:
     def copy(self) -> _References:
         """The same, to be changed by itself."""
         made = copy(self)
-        made._blobs, made._arriving = self._blobs.copy(), self._arriving.copy()
+        made._blobs, made._arriving, made._gone = self._blobs.copy(), self._arriving.copy(), self._gone.copy()
         return made
 
     def only_in(self, models: Set[str]) -> int:
@@ -137,6 +140,7 @@ class _References:
         for b in self._needs[model]:
             counts[b] = count = counts[b] - 1
             if count == 0 and b in self._sizes:
+                self._gone.add(b)
                 root = self._where.get(b, "")
                 freed[root] = freed.get(root, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
@@ -146,20 +150,22 @@ class _References:
                 freed[root] = freed.get(root, 0) + self._occupied[b]
         return freed
 
-    def kept_by(self, model: str) -> Counter[str]:
+    def kept_by(self, model: str) -> dict[str, int]:
         """Of what nothing needs now, the bytes that a model which has left would need again."""
-        found = Counter[str]()
-        for b in self._needs[model]:
-            if self._blobs[b] == 0 and b in self._sizes:
-                found[self._where.get(b, "")] += self._sizes[b]
+        found = dict[str, int]()
+        for b in self._needs[model] & self._gone:
+            root = self._where.get(b, "")
+            found[root] = found.get(root, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
             if self._arriving[b] == 0:
-                found[self._where.get(b, "")] += self._occupied[b]
+                root = self._where.get(b, "")
+                found[root] = found.get(root, 0) + self._occupied[b]
         return found
 
     def come_back(self, model: str) -> None:
         """Undo `leave`."""
         self._blobs.update(self._needs[model])
+        self._gone -= self._needs[model]
         self._arriving.update(self._partials.get(model, ()))
 
 
@@ -178,11 +184,11 @@ def _needs(ledger: Ledger) -> dict[str, set[str]]:
 
 def garbage_of(ledger: Ledger) -> list[str]:
     """Blobs that no manifest, no fetch under way and no lease needs, and those that are here once too often."""
-    return _garbage(ledger, _needs(ledger))
+    return _garbage(ledger, set[str]().union(*_needs(ledger).values()))
 
 
-def _garbage(ledger: Ledger, needs: Mapping[str, set[str]]) -> list[str]:
-    return sorted(ledger.blobs.keys() - set[str]().union(*needs.values()) | spare_copies(ledger).keys())
+def _garbage(ledger: Ledger, needed: Set[str]) -> list[str]:
+    return sorted(ledger.blobs.keys() - needed | spare_copies(ledger).keys())
 
 
 def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
@@ -193,12 +199,11 @@ def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
     """What removing these frees, by root. Of a blob that something needs, only its spare copies go."""
-    return _garbage_bytes(garbage, ledger, _needs(ledger))
+    return _garbage_bytes(garbage, ledger, set[str]().union(*_needs(ledger).values()))
 
 
-def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needs: Mapping[str, set[str]]) -> Counter[str]:
+def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needed: Set[str]) -> Counter[str]:
     spare, found = spare_copies(ledger), Counter[str]()
-    needed = set[str]().union(*needs.values())
     for b in garbage:
         found.update(spare.get(b, {}))
         if b not in needed:
