@@ -7,6 +7,7 @@ same moment; a pull ends when storage has hashed all of it and the node says tha
 - `fanout_slow_uplink`: four, one of which has a quarter of B to send with.
 - `source_bytes_n8`: what the one sent over F, by its link's counter: headers, and whatever else it said, included.
 - `libtorrent_n4`: the anchor, on the same links.
+- `link_tcp`: one plain TCP stream of F over one of these links: what their headers alone take of B.
 - `sim_fanout_…`: the same in `simulate.py`, without disks, hashing or processes; a thousand nodes pull a quarter of
   the bytes, or a sixteenth, which weighs their way through the graph all the more.
 
@@ -46,6 +47,7 @@ from shoal_demo.running import running_hub  # noqa: E402
 from simulate import Link, Simulation  # noqa: E402
 from tests.harness.nats import NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
+from touched import touched  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 ROUNDS = 1 if QUICK else 3
@@ -65,8 +67,8 @@ PULL_DEADLINE_S = 600.0
 class Cluster:
     """One node that has the model and eight that can pull it, each on a link of its own."""
 
-    def __init__(self, links: Links, server: NatsServer) -> None:
-        self._links, self._server = links, server
+    def __init__(self, links: Links, server: NatsServer, directory: Path) -> None:
+        self._links, self._server, self._directory = links, server, directory
         self.source_sent_bytes: list[int] = []
 
     def pull_s(self, receivers: list[str], slow_uplink: str = "") -> float:
@@ -75,7 +77,8 @@ class Cluster:
             self._links.shape(slow_uplink, RATE / 4, RATE)
         try:
             sent_bytes = self._links.sent_bytes(SOURCE)
-            took_s = asyncio.run(self._command(receivers, "fetcher", "download"))
+            with touched(self._directory, len(receivers) * SIZE_BYTES):
+                took_s = asyncio.run(self._command(receivers, "fetcher", "download"))
             if len(receivers) == len(RECEIVERS):
                 self.source_sent_bytes.append(self._links.sent_bytes(SOURCE) - sent_bytes)
             asyncio.run(self._command(receivers, "storage", "delete"))
@@ -141,7 +144,7 @@ def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
                     await node.ready(here)
 
         asyncio.run(all_ready())
-        cluster = Cluster(links, server)
+        cluster = Cluster(links, server, directory)
         cluster.give_source()
         links.shape_all()
         yield cluster
@@ -189,6 +192,7 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
             stack.callback(peers[-1].end)
         peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
         peers[0].wait_done()
+        stack.enter_context(touched(directory, len(receivers) * SIZE_BYTES))
         began_s = time.perf_counter()
         for number, peer in enumerate(peers[1:]):
             others = [p.address for p in peers if p is not peer]
@@ -196,6 +200,35 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
         for peer in peers[1:]:
             peer.wait_done()
         return time.perf_counter() - began_s
+
+
+_TAKES = f"""
+import socket, time
+with socket.create_server(("0.0.0.0", {TORRENT_PORT})) as server:
+    print(flush=True)
+    stream, began_s = server.accept()[0], time.perf_counter()
+    while stream.recv(1 << 20):
+        pass
+    print(time.perf_counter() - began_s)
+"""
+_GIVES = f"""
+import os, socket, sys
+with socket.create_connection((sys.argv[1], {TORRENT_PORT})) as stream:
+    for _ in range({LEAVES}):
+        stream.sendall(os.urandom({LEAF_BYTES}))
+"""
+
+
+def tcp_s(links: Links, receiver: str) -> float:
+    """Seconds that the same bytes take from the source to one other in a plain TCP stream."""
+    taking = subprocess.Popen(
+        [*links.within(receiver), sys.executable, "-c", _TAKES], stdout=subprocess.PIPE, text=True
+    )
+    with taking:
+        assert taking.stdout is not None
+        taking.stdout.readline()
+        subprocess.run([*links.within(SOURCE), sys.executable, "-c", _GIVES, links.address(receiver)], check=True)
+        return float(taking.stdout.readline())
 
 
 def on_links() -> dict[str, Figure]:
@@ -209,6 +242,7 @@ def on_links() -> dict[str, Figure]:
             "n4": partial(cluster.pull_s, RECEIVERS[:4]),
             "n8": partial(cluster.pull_s, RECEIVERS),
             "slow": partial(cluster.pull_s, RECEIVERS[:4], RECEIVERS[0]),
+            "tcp": partial(tcp_s, links, RECEIVERS[0]),
         }
         if find_spec("libtorrent"):
             contenders["libtorrent"] = partial(torrent_s, directory, links, RECEIVERS[:4])
@@ -221,6 +255,7 @@ def on_links() -> dict[str, Figure]:
         "fanout_n8": figure(took_s["n8"] / bound_s, "x", "<= 1.15"),
         "fanout_slow_uplink": figure(took_s["slow"] / bound_s, "x", "<= 1.25"),
         "source_bytes_n8": figure(sent_bytes / SIZE_BYTES, "x", "<= 1.02"),
+        "link_tcp": figure(took_s["tcp"] / bound_s, "x"),
     }
     if "libtorrent" in took_s:
         figures["libtorrent_n4"] = figure(took_s["libtorrent"] / bound_s, "x")

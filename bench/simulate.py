@@ -29,7 +29,7 @@ GIVE_UP_S = 10.0
 """A run that brings nothing for so long is ended by the shell."""
 SET_ASIDE_S = 1.0
 """A peer that failed is not asked for so long, twice as long after the next failure, 8 s at most."""
-KEPT_BACK_S = 0.2
+KEPT_BACK_S = 1.0
 """A source keeps a leaf back from `any` for so long after it has sent it: whoever got it is about to say so."""
 AVERAGED = 0.3
 """The weight of the newest value in a moving average."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shoal_common.layout import LEAF_BYTES
 from shoal_common.runs import MAX_SENT_COUNT, run
-from shoal_fileserver.sent import FORGOTTEN_AFTER_S, MAX_BLOBS, ON_ITS_WAY_S, Going, Sent
+from shoal_fileserver.sent import FORGOTTEN_AFTER_S, JUST_SENT_S, MAX_BLOBS, ON_ITS_WAY_S, Going, Sent
 
 LEAVES = 20
 SIZE = LEAVES * LEAF_BYTES - 5
@@ -23,19 +23,24 @@ def of(leaves: int) -> list[int]:
 
 
 @given(st.lists(st.tuples(SETS, SETS, st.integers(1, 8), st.integers(-1, LEAVES)), max_size=40), st.integers())
-def test_what_is_chosen_is_wanted_ready_sent_least_and_not_on_its_way(
+def test_what_is_chosen_is_wanted_ready_sent_least_and_neither_on_its_way_nor_just_gone(
     asked: list[tuple[int, int, int, int]], seed: int
 ) -> None:
     sent, counts = Sent(random.Random(seed)), [0] * LEAVES
     under_way: list[Going] = []
-    for wanted, ready, most, through in asked:
+    just_gone: dict[int, float] = {}
+    for step, (wanted, ready, most, through) in enumerate(asked):
+        now_s = step * JUST_SENT_S / 4
         busy = {leaf for going in under_way for leaf in range(going.first, going.end)}
+        busy |= {leaf for leaf, since_s in just_gone.items() if now_s < since_s + JUST_SENT_S}
         able = [leaf for leaf in of(wanted & ready) if leaf not in busy]
-        chosen = sent.choose("blob", SIZE, wanted, ready, most, 0.0)
+        chosen = sent.choose("blob", SIZE, wanted, ready, most, now_s)
         assert (chosen is None) == (not able)
         if chosen is None:
             if under_way:
-                sent.ended(under_way.pop(0), LEAVES)
+                going = under_way.pop(0)
+                just_gone |= dict.fromkeys(range(going.first, going.end), now_s)
+                sent.ended(going, LEAVES, now_s)
             continue
         run_of = range(chosen.first, chosen.end)
         fewest = min(counts[leaf] for leaf in able)
@@ -44,7 +49,8 @@ def test_what_is_chosen_is_wanted_ready_sent_least_and_not_on_its_way(
         if through < 0:
             under_way.append(chosen)
         else:
-            sent.ended(chosen, through)
+            just_gone |= {leaf: now_s for leaf in run_of if leaf < through}
+            sent.ended(chosen, through, now_s)
         for leaf in run_of:
             counts[leaf] += through < 0 or leaf < through
 
@@ -52,14 +58,12 @@ def test_what_is_chosen_is_wanted_ready_sent_least_and_not_on_its_way(
 @given(st.integers(1, 8), st.integers(1, 5))
 def test_every_leaf_goes_out_once_before_any_goes_out_twice(most: int, rounds: int) -> None:
     sent = Sent(random.Random(most))
-    for _ in range(rounds):
+    for number in range(rounds):
         gone: list[int] = []
-        while len(gone) < LEAVES:
-            chosen = sent.choose("blob", SIZE, ALL, ALL, most, 0.0)
-            assert chosen is not None
-            sent.ended(chosen, LEAVES)
+        while chosen := sent.choose("blob", SIZE, ALL, ALL, most, number * JUST_SENT_S):
+            sent.ended(chosen, LEAVES, number * JUST_SENT_S)
             gone += range(chosen.first, chosen.end)
-        assert sorted(gone) == list(range(LEAVES))
+        assert sorted(gone) == list(range(LEAVES)), "what has just gone waits until others may have heard of it"
 
 
 def test_what_is_asked_for_by_its_place_counts_too_and_a_run_that_takes_long_holds_nothing_back() -> None:
@@ -79,13 +83,13 @@ def test_I7_what_is_kept_is_bounded_and_forgotten() -> None:
     for number in range(3 * MAX_BLOBS):
         old = sent.choose(str(number), SIZE, ALL, ALL, 64, float(number))
     assert len(sent._blobs) == MAX_BLOBS
-    for _ in range(3 * MAX_SENT_COUNT):
-        chosen = sent.choose("often", SIZE, 1, 1, 1, 1e6)
+    for number in range(3 * MAX_SENT_COUNT):
+        chosen = sent.choose("often", SIZE, 1, 1, 1, 1e6 + number * JUST_SENT_S)
         assert chosen is not None
-        sent.ended(chosen, 1)
-    assert len(sent._blobs["often"].sets) == MAX_SENT_COUNT + 1 and not sent._blobs["often"].going
+        sent.ended(chosen, 1, 1e6 + number * JUST_SENT_S)
+    assert len(sent._blobs["often"].sets) == MAX_SENT_COUNT + 1 and sent._blobs["often"].going == [chosen]
     assert list(sent._blobs) == ["often"], "the others were not asked for, for long"
     assert old is not None
-    sent.ended(old, 0)  # of a blob that is forgotten
-    sent.choose("next", SIZE, 1, 1, 1, 1e6 + FORGOTTEN_AFTER_S + 1)
+    sent.ended(old, 0, 1e6)  # of a blob that is forgotten
+    sent.choose("next", SIZE, 1, 1, 1, 2e6 + FORGOTTEN_AFTER_S)
     assert list(sent._blobs) == ["next"]

@@ -122,7 +122,7 @@ class AtOnce:
         if not part.start % LEAF_BYTES:
             leaf = part.start // LEAF_BYTES
             if going := self._sent.asked(blob, leaf, leaf + 1, now_s):
-                self._sent.ended(going, leaf + 1)
+                self._sent.ended(going, leaf + 1, now_s)
         length, size = part.end - part.start, kept.size_bytes
         where = b"content-range: bytes %d-%d/%d\r\ncontent-length: %d\r\n" % (part.start, part.end - 1, size, length)
         return Leaf(kept.said + where, kept.file.fileno(), part.start, part.end)

@@ -207,7 +207,8 @@ class ContentResponse(Response):
             content.close()
             if self._going is not None:
                 at = self._start + count
-                self._sent.ended(self._going, at // LEAF_BYTES if at < self._end else leaf_count(at))
+                through = at // LEAF_BYTES if at < self._end else leaf_count(at)
+                self._sent.ended(self._going, through, time.monotonic())
 
 
 def _asked(headers: Headers, etag: str, size: int) -> Whole | Part | Unsatisfiable:

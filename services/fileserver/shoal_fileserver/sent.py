@@ -17,15 +17,19 @@ MAX_BLOBS = 64
 FORGOTTEN_AFTER_S = 900.0
 ON_ITS_WAY_S = 10.0
 """So long a leaf that is on its way to somebody is sent to nobody else: who takes longer is nobody to wait for."""
+JUST_SENT_S = 1.0
+"""And so long after it has gone: until then others may not have heard that somebody has it now, and ask for it."""
 
 
 class Going(msgspec.Struct, eq=False):
-    """Leaves [first, end) on their way to somebody."""
+    """Leaves [first, end) on their way to somebody, or just gone."""
 
     blob: str
     first: int
     end: int
-    since_s: float
+    until_s: float
+    """Until then they are sent to nobody else."""
+    gone: bool = False
 
 
 class _Counts(msgspec.Struct):
@@ -49,8 +53,9 @@ class Sent:
     ) -> Going | None:
         """The run to send next, counted from now on; `ended` has to follow. None when nothing wanted can be sent."""
         counts = self._counts(blob, leaf_count(size_bytes), now_s)
+        counts.going = [g for g in counts.going if not g.gone or now_s < g.until_s]
         for going in counts.going:
-            if now_s - going.since_s < ON_ITS_WAY_S:
+            if now_s < going.until_s:
                 ready &= ~run(going.first, going.end)
         chosen = least_sent(counts.sets, wanted, ready, max_leaves, self._draw)
         return None if chosen is None else _begun(counts, blob, *chosen, now_s)
@@ -60,13 +65,14 @@ class Sent:
         counts = self._blobs.get(blob)
         return None if counts is None else _begun(counts, blob, first, end, now_s)
 
-    def ended(self, going: Going, through: int) -> None:
+    def ended(self, going: Going, through: int, now_s: float) -> None:
         """Leaves up to `through` have gone; the rest has not, and counts no more."""
         counts = self._blobs.get(going.blob)
         if counts is None or going not in counts.going:  # forgotten meanwhile
             return
-        counts.going.remove(going)
-        lost = run(max(through, going.first), going.end)
+        through = max(through, going.first)
+        lost = run(through, going.end)
+        going.end, going.gone, going.until_s = min(through, going.end), True, now_s + JUST_SENT_S
         # Sets move down from the second on: what was counted once more is counted once less.
         for count in range(1, len(counts.sets)):
             less = counts.sets[count] & lost
@@ -88,6 +94,6 @@ class Sent:
 
 def _begun(counts: _Counts, blob: str, first: int, end: int, now_s: float) -> Going:
     counted(counts.sets, run(first, end))
-    going = Going(blob, first, end, now_s)
+    going = Going(blob, first, end, now_s + ON_ITS_WAY_S)
     counts.going.append(going)
     return going
