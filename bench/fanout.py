@@ -47,7 +47,7 @@ from shoal_demo.running import running_hub  # noqa: E402
 from simulate import Link, Simulation  # noqa: E402
 from tests.harness.nats import NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
-from touched import touched  # noqa: E402
+from touched import memory_directory, touched  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 ROUNDS = 1 if QUICK else 3
@@ -67,8 +67,8 @@ PULL_DEADLINE_S = 600.0
 class Cluster:
     """One node that has the model and eight that can pull it, each on a link of its own."""
 
-    def __init__(self, links: Links, server: NatsServer, directory: Path) -> None:
-        self._links, self._server, self._directory = links, server, directory
+    def __init__(self, links: Links, server: NatsServer) -> None:
+        self._links, self._server = links, server
         self.source_sent_bytes: list[int] = []
 
     def pull_s(self, receivers: list[str], slow_uplink: str = "") -> float:
@@ -77,7 +77,7 @@ class Cluster:
             self._links.shape(slow_uplink, RATE / 4, RATE)
         try:
             sent_bytes = self._links.sent_bytes(SOURCE)
-            with touched(self._directory, len(receivers) * SIZE_BYTES):
+            with touched(len(receivers) * SIZE_BYTES):
                 took_s = asyncio.run(self._command(receivers, "fetcher", "download"))
             if len(receivers) == len(RECEIVERS):
                 self.source_sent_bytes.append(self._links.sent_bytes(SOURCE) - sent_bytes)
@@ -144,7 +144,7 @@ def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
                     await node.ready(here)
 
         asyncio.run(all_ready())
-        cluster = Cluster(links, server, directory)
+        cluster = Cluster(links, server)
         cluster.give_source()
         links.shape_all()
         yield cluster
@@ -192,7 +192,7 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
             stack.callback(peers[-1].end)
         peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
         peers[0].wait_done()
-        stack.enter_context(touched(directory, len(receivers) * SIZE_BYTES))
+        stack.enter_context(touched(len(receivers) * SIZE_BYTES))
         began_s = time.perf_counter()
         for number, peer in enumerate(peers[1:]):
             others = [p.address for p in peers if p is not peer]
@@ -236,7 +236,9 @@ def on_links() -> dict[str, Figure]:
     bound_s = SIZE_BYTES / RATE
     with ExitStack() as stack:
         links = stack.enter_context(Links([SOURCE, *RECEIVERS], RATE))
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=roomy_directory())))
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=memory_directory(3 * len(RECEIVERS) * SIZE_BYTES)))
+        )
         cluster = stack.enter_context(running_cluster(directory, links))
         contenders: dict[str, Callable[[], float]] = {
             "n4": partial(cluster.pull_s, RECEIVERS[:4]),
@@ -260,13 +262,6 @@ def on_links() -> dict[str, Figure]:
     if "libtorrent" in took_s:
         figures["libtorrent_n4"] = figure(took_s["libtorrent"] / bound_s, "x")
     return figures
-
-
-def roomy_directory() -> str | None:
-    """Where nine copies have room in memory; None: where temporary files usually are."""
-    memory = Path("/dev/shm")
-    needed_bytes = 3 * len(RECEIVERS) * SIZE_BYTES
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > needed_bytes else None
 
 
 SIMULATED = {4: "<= 1.08", 8: "<= 1.12", 100: "", 1000: ""}

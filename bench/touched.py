@@ -1,60 +1,65 @@
-"""Memory that is in use just before what is measured needs it.
+"""Files in memory, and memory that is in use just before what is measured needs it.
 
 The host of a virtual machine may take memory back that is free for some seconds. Who touches such memory again waits
-for the host, and the machine's cores with it: several times the cost of the copy, and nothing of ours. A measurement
-that writes to a file system in memory takes its room from a file that gives way as it is needed.
+for the host, and the machine's cores with it: several times the cost of the copy, and nothing of ours. So what is
+measured takes its memory, that of files included, from a heap that gives way as it is needed. Linux.
 """
 
 from __future__ import annotations
 
-import os
+import mmap
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 _PIECE_BYTES = 16 << 20
-_LOOK_S = 0.02
+AHEAD_BYTES = 4 * _PIECE_BYTES
+"""What is measured in seconds uses this before the host could take it back."""
+_LOOK_S = 0.01
 
 
 @contextmanager
-def touched(directory: Path, size_bytes: int) -> Iterator[None]:
-    """Let `size_bytes` of new files in a file system in memory, while the context lasts, take memory that is touched.
+def touched(size_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> Iterator[None]:
+    """While the context lasts, let `size_bytes` of memory that is newly used be memory that is touched.
 
-    Elsewhere, and where there is no room for it, nothing is done.
+    `ahead_bytes` more than is used so far are let go, so that what comes next finds them. Elsewhere than on Linux,
+    and where there is not twice as much free, nothing is done.
     """
-    free_bytes = _free_bytes(directory)
-    if not directory.is_relative_to("/dev/shm") or free_bytes < 2 * size_bytes:
+    if sys.platform != "linux" or psutil.virtual_memory().free < 2 * size_bytes:
         yield
         return
-    path = directory / "touched"
-    with path.open("wb") as f:
-        piece = bytes(_PIECE_BYTES)
-        for _ in range(-(-size_bytes // _PIECE_BYTES)):
-            f.write(piece)
-        f.flush()
-        held_bytes, ended = f.tell(), threading.Event()
-        free_then_bytes = free_bytes - held_bytes
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    heap = mmap.mmap(-1, -(-size_bytes // _PIECE_BYTES) * _PIECE_BYTES, flags)
+    for at in range(0, len(heap), mmap.PAGESIZE):
+        heap[at] = 1
+    free_then_bytes, ended = psutil.virtual_memory().free, threading.Event()
 
-        def give_way() -> None:
-            held_now_bytes = held_bytes
-            while not ended.wait(_LOOK_S):
-                used_bytes = free_then_bytes + (held_bytes - held_now_bytes) - _free_bytes(directory)
-                if used_bytes > held_bytes - held_now_bytes:
-                    # Somewhat more than is used so far: what comes next finds it.
-                    held_now_bytes = max(held_bytes - used_bytes - 2 * _PIECE_BYTES, 0)
-                    os.ftruncate(f.fileno(), held_now_bytes)
+    def give_way() -> None:
+        given_bytes = 0
+        while given_bytes < len(heap):
+            used_bytes = free_then_bytes + given_bytes - psutil.virtual_memory().free
+            while given_bytes < min(used_bytes + ahead_bytes, len(heap)):
+                heap.madvise(mmap.MADV_DONTNEED, given_bytes, _PIECE_BYTES)
+                given_bytes += _PIECE_BYTES
+            if ended.wait(_LOOK_S):
+                return
 
-        giving = threading.Thread(target=give_way)
-        giving.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            giving.join()
-            path.unlink()
+    giving = threading.Thread(target=give_way)
+    giving.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        giving.join()
+        heap.close()
 
 
-def _free_bytes(directory: Path) -> int:
-    stat = os.statvfs(directory)
-    return stat.f_bavail * stat.f_frsize
+def memory_directory(needed_bytes: int) -> str | None:
+    """Where files are kept in memory, if there is room for these; None: where temporary files usually are."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > needed_bytes else None

@@ -47,8 +47,11 @@ _PROBE_BYTES = 4096
 _CHECK_LEAVES = 64
 """Leaves that are hashed again before it is looked whether somebody wants it to end."""
 _UNKNOWN = bytes(HASH_BYTES)
-_workers = ThreadPoolExecutor(4, "leaves")
-"""Hash and write leaves. Apart from the loop's own threads: those may all wait for an fsync."""
+_workers = ThreadPoolExecutor(min(os.cpu_count() or 1, 4), "leaves")
+"""Hash and write leaves; more than there are cores would only wait for each other, at the file.
+
+Apart from the loop's own threads: those may all wait for an fsync.
+"""
 
 
 class PartialBlob:
