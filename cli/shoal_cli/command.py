@@ -280,6 +280,15 @@ def _stop(call: Call) -> int:
     return 0
 
 
+def _node(call: Call) -> int:
+    node = check_node(call.args.node)
+    answer = call.gateway.delete(f"/v1/nodes/{node}", Anything)
+    count = answer.get("key_count", 0)
+    keys = f"{count} {'key' if count == 1 else 'keys'}"
+    call.say(f"forgot {node}: {keys} removed" if answer.get("found") else f"nothing names {node}")
+    return 0
+
+
 def _run(call: Call) -> int:
     a = call.args
     session = Run(call.gateway, a.model, a.exactly, Sampling(a.max_tokens, a.temperature), call.err)
@@ -346,6 +355,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "repair": _repair,
     "place": _place,
     "ps": _ps,
+    "node": _node,
     "stop": _stop,
     "run": _run,
     "hub": _hub,

@@ -162,7 +162,7 @@ def _build() -> tuple[Parser, list[str]]:
     add("status", "show nodes, disks, models, downloads and instances", as_json=True)
     _add_models(add)
     _add_disks(add, remote)
-    _add_instances(add)
+    _add_instances(add, remote)
     logs = add("logs", "show the logs of this machine's node", common)
     logs.add_argument(
         "service", metavar="SERVICE", nargs="?", default="", choices=("", *NAMES), help=", ".join(NAMES)
@@ -347,7 +347,7 @@ def _read_only_roots(to: Parser) -> None:
     )
 
 
-def _add_instances(add: _Add) -> None:
+def _add_instances(add: _Add, remote: Parser) -> None:
     place = add("place", "lay a model out over the nodes' memory and start it")
     _model(place)
     count = place.add_mutually_exclusive_group()
@@ -357,6 +357,16 @@ def _add_instances(add: _Add) -> None:
     place.add_argument("--context", metavar="T", type=_count, default=0, help="tokens of context to keep room for")
     add("ps", "list the instances", as_json=True)
     add("stop", "stop an instance").add_argument("instance", metavar="INSTANCE", help="its id; `shoal ps` lists them")
+    node = add("node", "look after the cluster's nodes")
+    doing = node.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, required=True)
+    forget = doing.add_parser(
+        "forget",
+        help="remove all that names a node which is gone for good",
+        description="Remove all that names a node which is gone for good: downloads, instances, what it held. "
+        "One that comes back says again what is on its disk.",
+        parents=[remote],
+    )
+    forget.add_argument("node", metavar="NODE", help="its id; `shoal status` lists them")
     hub = add("hub", "print what lets huggingface_hub take models from the cluster", as_json=True)
     hub.add_argument("--node", metavar="N", default="", help="the node to ask for models (this one)")
     run = add("run", "talk to a model; brings and places it if need be")

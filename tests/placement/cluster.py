@@ -12,7 +12,7 @@ from shoal_common import subjects
 from shoal_common.buckets import instance_key, leader_key, live_key, model_key, stage_key
 from shoal_common.leases import LeaseValue
 from shoal_common.messages import decode, encode
-from shoal_common.messages.commands import Outcome, Place, Unplace
+from shoal_common.messages.commands import Command, Outcome, Place
 from shoal_common.messages.facts import Facts, Holder, Live
 from shoal_common.messages.records import (
     InstancePhase,
@@ -54,12 +54,12 @@ class Cluster:
         self._numbers = itertools.count(1)
 
     @asynccontextmanager
-    async def placement(self, node: str) -> AsyncIterator[Process]:
+    async def placement(self, node: str, **more: str) -> AsyncIterator[Process]:
         """A placement service of a node, from ready to the end of the body."""
         home = self.directory / node
         await asyncio.to_thread(home.mkdir, exist_ok=True)
         await asyncio.to_thread((home / "node.toml").write_text, f'id = "{node}"\n')
-        environment = node_environment(home, self.server.url)
+        environment = node_environment(home, self.server.url, **more)
         async with started("-m", "shoal_placement", environment=environment) as process:
             await process.wait_ready()
             yield process
@@ -102,11 +102,11 @@ class Cluster:
         """A node's inference has let go of a stage."""
         await self.here.buckets.state.delete(stage_key(spec.id, rank))
 
-    async def send(self, verb: str, command: Place | Unplace) -> None:
+    async def send(self, verb: str, command: Command) -> None:
         """Send a command and wait for nothing."""
         await self.here.client.publish(subjects.command("placement", "any", verb), encode(command))
 
-    async def ask(self, verb: str, command: Place | Unplace) -> Outcome:
+    async def ask(self, verb: str, command: Command) -> Outcome:
         """Send a command and wait for its outcome, wherever it is worked on in the end."""
         identity = command.id or f"command-{next(self._numbers)}"
         subject = subjects.command("placement", "any", verb)

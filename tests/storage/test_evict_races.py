@@ -64,7 +64,7 @@ class Held:
         self.disk = GatedDisk(config.store)
         self.disk.open()
         self.ledger, self.specs = recover(self.disk), View("spec")
-        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"))
+        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"), View("state"))
         self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
 
     async def bring_in(self, *models: Model) -> None:

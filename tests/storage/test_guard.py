@@ -62,7 +62,7 @@ class Held:
         self.disk.open()
         self.ledger = recover(self.disk)
         self.specs = View("spec")
-        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"))
+        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"), View("state"))
         self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
 
 

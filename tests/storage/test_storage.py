@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from shoal_common.buckets import model_key
+from shoal_common.buckets import model_key, storage_key
 from shoal_common.errors import BadInput, BadName, Corrupt, NotFound, QuotaExceeded
 from shoal_common.messages.questions import AskManifest
-from shoal_common.messages.records import Manifest, ManifestFile, ModelState
+from shoal_common.messages.records import Manifest, ManifestFile, ModelState, StorageState
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -264,6 +264,29 @@ async def test_a_nats_that_lost_everything_is_told_again(
 
         assert await eventually(told, "the model is announced again") == state
         assert (await eventually(node.storage_state, "the disk is announced again")).model_count == 1
+
+
+async def test_I8_a_node_that_was_retired_while_it_lived_says_again_what_it_has(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
+        state = await node.bring_in(apples)
+        assert await node.here.buckets.state.delete(model_key(node.node, apples.name))
+        assert await node.here.buckets.state.delete(storage_key(node.node))
+
+        async def told() -> ModelState | None:
+            return await node.model_state(apples)
+
+        async def disk() -> StorageState | None:
+            return await node.here.buckets.state.get_as(storage_key(node.node), StorageState)
+
+        assert await eventually(told, "the model is announced again") == state
+        assert (await eventually(disk, "the disk is announced again")).model_count == 1
+        assert (await node.delete("org/apples")).ok, "what we take back ourselves stays away"
+        written = await node.here.last_sequence("KV_state")
+        assert await node.here.buckets.state.delete(storage_key(node.node))
+        assert (await eventually(disk, "the disk is announced again")).model_count == 0
+        assert await node.here.last_sequence("KV_state") <= written + 3 and await node.model_state(apples) is None
 
 
 async def test_a_stop_does_not_wait_for_a_long_hash(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

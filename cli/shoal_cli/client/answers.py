@@ -24,6 +24,7 @@ class NodeRow(Message):
 
     node: str
     live: bool
+    silent_since_s: float | None = None
     services: dict[str, ServiceRow] = {}
     missing_services: list[str] = []
     link: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -113,7 +115,8 @@ def part_words(part: PartState) -> str:
 
 def _node_state(node: NodeRow) -> Text:
     if not node.live:
-        return Text("away", style="red")
+        since_s = node.silent_since_s
+        return Text("away" if since_s is None else f"away for {show_seconds(time.time() - since_s)}", style="red")
     if node.missing_services:
         return Text(f"without {', '.join(node.missing_services)}", style="yellow")
     uptime_s = min((s.uptime_s for s in node.services.values()), default=0.0)

@@ -303,6 +303,11 @@ def part_key(node: str, model: str) -> str:
     return f"part.{check_node(node)}.{quote_key(model)}"
 
 
+def node_key(node: str) -> str:
+    """`state`: a node that is silent."""
+    return f"node.{check_node(node)}"
+
+
 def storage_key(node: str) -> str:
     """`state`: a node's disk."""
     return f"storage.{check_node(node)}"

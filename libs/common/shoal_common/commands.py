@@ -75,7 +75,7 @@ class CommandWorker:
         subject = subjects.commands_of(self._service, address)
         async with asyncio.TaskGroup() as tasks:
             desk = tasks.create_task(self._desk.listen(subject))
-            pulling = tasks.create_task(self._pull_forever(f"{self._service}-{address}", subject, tasks))
+            pulling = tasks.create_task(self._pull_forever(subjects.durable(self._service, address), subject, tasks))
             await stopping.wait()
             await ended(desk, pulling)
             await ended(*self._jobs)

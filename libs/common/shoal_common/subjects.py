@@ -22,6 +22,11 @@ def commands_of(service: str, node: str) -> str:
     return f"{ROOT}.cmd.{service}.{check_node(node)}.*"
 
 
+def durable(service: str, node: str) -> str:
+    """The consumer that brings a service of a node (or `any`) its commands."""
+    return f"{service}-{check_node(node)}"
+
+
 def question(service: str, node: str, verb: str) -> str:
     """Where a question to a service of a node goes."""
     return f"{ROOT}.svc.{service}.{check_node(node)}.{verb}"

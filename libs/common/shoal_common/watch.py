@@ -61,6 +61,13 @@ class View:
             if value is not None:
                 yield key, value
 
+    def keys(self) -> list[str]:
+        """All keys."""
+        return list(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     async def changed_after(self, seen: int) -> int:
         """Return the change count once it is beyond `seen`."""
         while self.changes <= seen:

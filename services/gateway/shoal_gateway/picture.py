@@ -10,6 +10,7 @@ from shoal_common.messages.records import (
     InstanceSpec,
     InstanceState,
     ModelState,
+    NodeState,
     PartState,
     StageState,
     StorageState,
@@ -30,6 +31,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     instances: dict[str, InstanceState] = {}
     stages: dict[str, dict[int, StageState]] = {}
     """By instance, then by rank."""
+    silent: dict[str, NodeState] = {}
+    """Nodes that are not live, by the leader's word."""
 
     def has(self, node: str, service: str) -> bool:
         """Whether a service of a node is live."""
@@ -58,4 +61,5 @@ def read_picture(live: View, spec: View, state: View) -> Picture:
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,
+        silent={s.node: s for _, s in state.items("node.", NodeState)},
     )

@@ -41,6 +41,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     live: bool
+    silent_since_s: float | None
+    """When a node that is not live was found silent (Unix time); it is retired when that is long ago."""
     services: dict[str, ServiceView]
     missing_services: list[str]
     link: str
@@ -188,6 +190,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
     return NodeView(
         node=node,
         live=bool(services),
+        silent_since_s=picture.silent[node].silent_since_s if not services and node in picture.silent else None,
         services={
             name: ServiceView(
                 version=live.version,

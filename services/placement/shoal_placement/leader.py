@@ -16,19 +16,22 @@ from shoal_common.errors import Failed, Unavailable
 from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
-from shoal_common.messages.commands import Place, Unplace
+from shoal_common.messages.commands import Forget, Place, Unplace
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, InstanceState, ModelState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_common.watch import View, any_changed, caught_up
+from shoal_placement.collector import Collector
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
+from shoal_placement.retire import read_retire_after
 
 log = Log("placement")
 
 _PLACE_DEADLINE_S = 60.0
 _UNPLACE_DEADLINE_S = 60.0
+_FORGET_DEADLINE_S = 60.0
 _STAGES_GONE_S = 20.0
 _CATCH_UP_S = 5.0
 _LOOK_FOR_LEADER_S = LEASE_TTL_S / 2
@@ -46,8 +49,8 @@ class Placed(Message):
 class Placement:
     """Views of the cluster, and what a leader does with them."""
 
-    def __init__(self, context: Context, live: View, spec: View, state: View) -> None:
-        self._context = context
+    def __init__(self, context: Context, live: View, spec: View, state: View, collector: Collector) -> None:
+        self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
 
@@ -143,13 +146,15 @@ class Placement:
         verbs = {
             "place": Verb(Place, self.place, _PLACE_DEADLINE_S),
             "unplace": Verb(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
+            "forget": Verb(Forget, self._collector.forget, _FORGET_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))
             keeping = tasks.create_task(self._keep_instance_states())
+            collecting = tasks.create_task(self._collector.run(lease))
             await lease.wait_lost()
             over.set()
-            await ended(keeping)
+            await ended(keeping, collecting)
             await asyncio.wait({working})
 
     async def _keep_instance_states(self) -> None:
@@ -184,7 +189,9 @@ async def run(context: Context) -> None:
         spec = await context.view(tasks, "spec")
         state = await context.view(tasks, "state")
         lease = await context.view(tasks, "lease", "leader.>")
-        placement = Placement(context, live, spec, state)
+        retire_after_s = read_retire_after(context.config.settings.get("placement", {}), context.environ)
+        collector = Collector(context, live, spec, state, retire_after_s)
+        placement = Placement(context, live, spec, state, collector)
         context.background(tasks, placement.lead_forever(lease))
         tasks.create_task(context.serve({"preview": Question(Place, placement.preview)}))
         context.ready()

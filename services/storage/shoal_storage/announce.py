@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from shoal_common.buckets import Bucket, model_key, part_key, storage_key
+from shoal_common.buckets import model_key, part_key, storage_key
 from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages import encode
@@ -20,7 +20,7 @@ from shoal_common.messages.records import (
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import Context
 from shoal_common.shape import read_shape
-from shoal_common.watch import View
+from shoal_common.watch import View, any_changed
 from shoal_storage.adopted import Adopted
 from shoal_storage.decide import Ledger, Limits, Part, paused_bytes
 from shoal_storage.disk import Disk
@@ -36,11 +36,14 @@ UNKNOWN_NAMED_AT_MOST = 5
 class Announcer:
     """Says what the ledger holds, when that differs from what was said."""
 
-    def __init__(self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View) -> None:
+    def __init__(
+        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View, of_the_disk: View
+    ) -> None:
         self.node = self._node = context.node
         self._state = context.buckets.state
         self._disk, self._ledger, self._limits = disk, ledger, limits
-        self._announced = announced
+        self._announced, self._of_the_disk = announced, of_the_disk
+        self._said: dict[str, int] = {}
         self._from_environment = overridden(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
@@ -56,6 +59,7 @@ class Announcer:
     async def announce_all(self) -> None:
         """At start and after a reconnection: say what the disk holds, and take back what it no longer does."""
         held: set[str] = set()
+        self._said.clear()
         for manifest in list(self._ledger.manifests.values()) if not self._ledger.away else []:
             try:
                 await asyncio.to_thread(self._disk.build_view, manifest)
@@ -74,7 +78,7 @@ class Announcer:
         told += [k for k, _ in self._announced.items("part.", PartState)]
         for key in told:
             if key not in held:
-                await self._state.delete(key)
+                await self._take_back(key)
         self._published = None
         await self.publish()
 
@@ -102,23 +106,23 @@ class Announcer:
             ready_at_s=round(ready_at_s, 3),
             adopted_from=offered.directory if offered else "",
         )
-        await _say(self._state, model_key(self._node, manifest.model), state)
+        await self._say(model_key(self._node, manifest.model), state)
         return state
 
     async def announce_part(self, part: Part) -> None:
         """Say which layers of a model are here."""
-        await _say(self._state, part_key(self._node, part.manifest.model), part_state(self._node, part))
+        await self._say(part_key(self._node, part.manifest.model), part_state(self._node, part))
 
     async def take_back_part(self, model: str) -> None:
         """Say that no part of a model (`org/name@commit`) is here any more."""
-        await self._state.delete(part_key(self._node, model))
+        await self._take_back(part_key(self._node, model))
 
     async def take_back(self, model: str) -> None:
         """Say that a model (`org/name@commit`) is here no more; or, where a read-only root has it too, is there."""
         offered = self._ledger.offered.get(model)
         if offered and await self._offer(offered):
             return
-        await self._state.delete(model_key(self._node, model))
+        await self._take_back(model_key(self._node, model))
 
     async def _offer(self, adopted: Adopted) -> bool:
         try:
@@ -171,8 +175,34 @@ class Announcer:
                 roots=await asyncio.to_thread(self.further),
             )
             if state != self._published:
-                await _say(self._state, storage_key(self._node), state)
+                await self._say(storage_key(self._node), state)
                 self._published = state
+
+    async def _say(self, key: str, value: object) -> None:
+        """Write unless exactly this stands there: a start that changes nothing writes nothing."""
+        entry = await self._state.get(key)
+        stands = entry is not None and entry.value == encode(value)
+        self._said[key] = entry.revision if entry and stands else await self._state.put(key, value)
+
+    async def _take_back(self, key: str) -> None:
+        self._said.pop(key, None)
+        await self._state.delete(key)
+
+    async def taken(self) -> None:
+        """Return once something that was said does not stand there any more.
+
+        Whoever retired this node while it could not be heard has removed it.
+        """
+        views = (self._announced, self._of_the_disk)
+        while True:
+            seen = tuple(view.changes for view in views)
+            if any(self._is_missing(key, revision) for key, revision in self._said.items()):
+                return
+            await any_changed(views, seen)
+
+    def _is_missing(self, key: str, revision: int) -> bool:
+        view = self._of_the_disk if key == storage_key(self._node) else self._announced
+        return view.revision >= revision and key not in view
 
 
 def part_state(node: str, part: Part) -> PartState:
@@ -187,10 +217,3 @@ def part_state(node: str, part: Part) -> PartState:
         model_bytes=manifest.size_bytes,
         revisions=manifest.revisions,
     )
-
-
-async def _say(bucket: Bucket, key: str, value: object) -> None:
-    """Write unless exactly this stands there: a start that changes nothing writes nothing."""
-    entry = await bucket.get(key)
-    if entry is None or entry.value != encode(value):
-        await bucket.put(key, value)

@@ -49,6 +49,9 @@ from shoal_storage.uses import Uses
 
 log = Log("storage")
 
+_SAY_AGAIN_S = 5.0
+"""When what the disk holds could not be said, it is tried again after this."""
+
 
 class Guard:
     """Storage of one node. Every change of the ledger happens under `_section`."""
@@ -277,8 +280,19 @@ class Guard:
         seen = reconnects.count
         while True:
             seen = await reconnects.wait_after(seen)
-            try:
-                async with self._section:
-                    await self._announcer.announce_all()
-            except Unavailable as e:
-                log.warning("what the disk holds could not be said again", why=e.message)
+            await self._say_again()
+
+    async def say_again_what_is_taken(self) -> None:
+        """A node that was retired while it lived says again what it has."""
+        while True:
+            await self._announcer.taken()
+            log.warning("what was said of this disk has been removed; it is said again")
+            await self._say_again()
+
+    async def _say_again(self) -> None:
+        try:
+            async with self._section:
+                await self._announcer.announce_all()
+        except Unavailable as e:
+            log.warning("what the disk holds could not be said again", why=e.message)
+            await asyncio.sleep(_SAY_AGAIN_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from shoal_common.buckets import storage_key
 from shoal_common.commands import Verb
 from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
 from shoal_common.messages.facts import Facts
@@ -47,6 +48,14 @@ from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
 from shoal_storage.watching import Watcher
 
 
+async def _announcer(
+    context: Context, tasks: asyncio.TaskGroup, disk: Disk, ledger: Ledger, limits: Limits
+) -> Announcer:
+    announced = await context.view(tasks, "state", f"*.{context.node}.>")
+    of_the_disk = await context.view(tasks, "state", storage_key(context.node))
+    return Announcer(context, disk, ledger, limits, announced, of_the_disk)
+
+
 async def run(context: Context) -> None:
     """The storage service."""
     limits = read_limits(context.config.settings, context.environ)
@@ -58,10 +67,9 @@ async def run(context: Context) -> None:
     ledger = await _read(disk)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
-        announced = await context.view(tasks, "state", f"*.{context.node}.>")
         downloads = await context.view(tasks, "state", f"download.{context.node}.>")
         live = await context.view(tasks, "live", f"{context.node}.>")
-        announcer = Announcer(context, disk, ledger, limits, announced)
+        announcer = await _announcer(context, tasks, disk, ledger, limits)
         guard = Guard(context, disk, ledger, limits, specs, announcer)
         await asyncio.to_thread(guard.keeping.read)
         losses = Losses(context, disk, ledger, specs, announcer)
@@ -81,6 +89,7 @@ async def run(context: Context) -> None:
         context.background(tasks, adoption.look_regularly())
         context.background(tasks, adoption.hash_what_waits())
         context.background(tasks, guard.say_again_after_reconnects())
+        context.background(tasks, guard.say_again_what_is_taken())
         context.background(tasks, guard.holders.watch())
         full = Full(context, disk, ledger, guard.section, guard.room, announcer)
         context.background(tasks, full.watch())

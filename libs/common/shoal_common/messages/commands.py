@@ -121,6 +121,12 @@ class Unplace(Command):
     instance: str
 
 
+class Forget(Command):
+    """Retire a node that is not live: remove every key that names it, now."""
+
+    node: str
+
+
 class Outcome(Message):
     """How a command ended: the reply to `nats req`, and the value of `done` at the command's id."""
 

@@ -315,6 +315,16 @@ class InstanceSpec(Message):
         return f"{self.repo}@{self.commit}"
 
 
+class NodeState(Message):
+    """A node that is not live, while anything else names it. Written by the leader of placement."""
+
+    node: str
+    silent_since_s: float
+    """When the leader found it silent."""
+    forgotten: bool = False
+    """A person wants it retired at once."""
+
+
 StagePhase = Literal["fetching", "loading", "linking", "ready", "failed"]
 
 

@@ -1,0 +1,153 @@
+"""The leader's collector: notes which nodes are silent, and removes what names those that are retired, once.
+
+The one exception to "every key has one writer": a retired node's keys have no writer left. A node that is live is
+never touched; one that comes back says again what its disk holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from nats.js.errors import NotFoundError
+
+from shoal_common import subjects
+from shoal_common.buckets import Bucket, instance_key, node_key, patiently
+from shoal_common.errors import InUse, Unavailable
+from shoal_common.leases import Lease
+from shoal_common.logs import Log
+from shoal_common.messages.commands import Forget
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import InstanceSpec, NodeState, StageState
+from shoal_common.names import check_node
+from shoal_common.service import Context
+from shoal_common.watch import View, any_changed, caught_up
+from shoal_placement.retire import Named, named_by, reconcile
+
+log = Log("collector")
+
+SETTLED_S = 10.0
+"""So long after NATS has come back nobody is retired for silence: the living may have had no chance to speak yet."""
+_CATCH_UP_S = 5.0
+_AT_ONCE = 32
+_RETRY_S = 5.0
+
+
+class Collector:
+    """What one leader does about nodes that are gone, as long as it holds its lease."""
+
+    def __init__(self, context: Context, live: View, spec: View, state: View, retire_after_s: float) -> None:
+        self._context, self._live, self._spec, self._state = context, live, spec, state
+        self._retire_after_s = retire_after_s
+        self._collecting = asyncio.Lock()
+        self._lease: Lease | None = None
+
+    async def run(self, lease: Lease) -> None:
+        """Collect while this lease is held. Level-triggered: looks at everything at each change."""
+        self._lease = lease
+        views = (self._live, self._spec, self._state)
+        loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
+        connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+        while True:
+            seen = tuple(view.changes for view in views)
+            if reconnects.count != connection:
+                connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+            try:
+                wake_s = await self._look(settled_at_s - loop.time())
+            except Unavailable as e:
+                log.warning("cannot collect now", why=e.message)
+                wake_s = _RETRY_S
+            await any_changed(views, seen, wake_s)
+
+    async def _look(self, unsettled_s: float) -> float | None:
+        actions = reconcile(
+            self._named().keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
+        )
+        state, wake_s = self._context.buckets.state, actions.wake_s
+        for silent in actions.silent:
+            log.info("a node is silent", silent=silent.node)
+            await self._state.reached(await state.put(node_key(silent.node), silent))
+        for node in actions.clear:
+            await state.delete(node_key(node))
+            log.info("a node is back, or nothing names it any more", was_silent=node)
+        for retired in actions.retire:
+            if unsettled_s > 0 and not retired.forgotten:
+                wake_s = min(wake_s or unsettled_s, unsettled_s)
+                continue
+            why = "forgotten" if retired.forgotten else f"silent for {time.time() - retired.silent_since_s:.0f} s"
+            async with self._collecting:
+                await self._retire(retired.node, why)
+        return wake_s
+
+    def _live_nodes(self) -> set[str]:
+        return {key.partition(".")[0] for key, _ in self._live.items("", Live)}
+
+    def _told(self) -> dict[str, NodeState]:
+        return {state.node: state for _, state in self._state.items("node.", NodeState)}
+
+    def _named(self) -> dict[str, Named]:
+        instances = [s for _, s in self._spec.items("instance.", InstanceSpec)]
+        stages = list(self._state.items("stage.", StageState))
+        return named_by(self._spec.keys(), self._state.keys(), instances, stages)
+
+    async def _retire(self, node: str, why: str) -> int:
+        """Remove all that names a node; its NodeState last, so that the next leader goes on where this one ends."""
+        buckets, found = self._context.buckets, self._named().get(node, Named())
+        for name in found.instances:
+            # What was to run there cannot: its other nodes take their stages down when this is gone.
+            await self._delete(buckets.spec, [instance_key(name)], node)
+        await self._delete(buckets.spec, found.spec, node)
+        await self._delete(buckets.state, found.state, node)
+        await self._drop_commands(node)
+        if not self._may_collect(node):
+            return 0
+        if await buckets.state.delete(node_key(node)):
+            log.info("retired", retired=node, why=why, keys=found.count)
+            await self._context.events.tell(
+                "retired", retired=node, why=why, key_count=found.count, instances=sorted(found.instances)
+            )
+        return found.count
+
+    async def _delete(self, bucket: Bucket, keys: list[str], node: str) -> None:
+        for at in range(0, len(keys), _AT_ONCE):
+            if not self._may_collect(node):
+                return
+            await asyncio.gather(*(bucket.delete(key) for key in keys[at : at + _AT_ONCE]))
+
+    async def _drop_commands(self, node: str) -> None:
+        """Commands that wait for the node, and the consumers that would have brought them."""
+        js = self._context.nats.js
+        for service in subjects.SERVICES:
+            if not self._may_collect(node):
+                return
+            await patiently(lambda s=service: js.purge_stream("CMD", subject=subjects.commands_of(s, node)))  # type: ignore[misc]  # a default binds it
+            try:
+                await patiently(lambda s=service: js.delete_consumer("CMD", subjects.durable(s, node)))  # type: ignore[misc]  # the same
+            except NotFoundError:
+                continue
+
+    def _may_collect(self, node: str) -> bool:
+        """Whether we lead still, and the node is still away."""
+        return self._lease is not None and self._lease.held and node not in self._live_nodes()
+
+    async def forget(self, command: Forget, _: str) -> dict[str, object]:
+        """Retire a node now. One that nothing names is no error (I5); one that is live is not forgotten."""
+        node = check_node(command.node)
+        try:
+            await asyncio.gather(
+                *(caught_up(self._context.nats, v, _CATCH_UP_S) for v in (self._live, self._spec, self._state))
+            )
+        except TimeoutError:
+            raise Unavailable("placement cannot see the cluster just now: ask again in a moment") from None
+        async with self._collecting:
+            if node in self._live_nodes():
+                raise InUse(f"node {node} is live: end it there with `shoal down`, then forget it")
+            if node not in self._named() and node not in self._told():
+                return {"node": node, "found": False, "key_count": 0}
+            told = NodeState(node=node, silent_since_s=round(time.time(), 3), forgotten=True)
+            # Should this leader end in the middle, the next one goes on.
+            await self._state.reached(await self._context.buckets.state.put(node_key(node), told))
+            count = await self._retire(node, "forgotten")
+        if node in self._live_nodes():
+            raise InUse(f"node {node} came back while it was being forgotten; it says again what it has")
+        return {"node": node, "found": True, "key_count": count}

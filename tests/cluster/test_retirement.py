@@ -1,0 +1,118 @@
+"""Nodes that are gone for good, and what of them may lie about: a known failure of others, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nats
+from nats.js import JetStreamContext
+
+from shoal_common.buckets import Bucket, download_key, model_key, storage_key
+from shoal_common.layout import Layout
+from shoal_common.messages.records import DownloadSpec, DownloadState, ModelState, StorageState
+from shoal_demo.running import RunningHub
+from tests.harness.shoal import ShoalCluster, eventually
+
+SILENCE_S = 60.0
+COLLECTED_DEADLINE_S = 90.0
+RETIRED = {"gone-1": "missing", "gone-2": "leftovers", "gone-3": "not-empty"}
+COMMIT = "d" * 40
+
+
+def model_of(node: str) -> str:
+    return f"stale/{RETIRED[node]}"
+
+
+async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
+    """What nodes that were retired months ago have left: downloads in every phase, wishes, models, a disk."""
+    spec, state = Bucket(js, "spec"), Bucket(js, "state")
+    keys: list[tuple[Bucket, str]] = []
+    for node in RETIRED:
+        name = model_of(node)
+        await spec.put(download_key(node, name), DownloadSpec(model=name, asked_at_s=1.0))
+        for phase in ("queued", "fetching", "failed", "ready"):
+            said = DownloadState(node=node, model=f"{name}-{phase}", phase=phase, commit=COMMIT)
+            await state.put(download_key(node, said.model), said)
+            keys.append((state, download_key(node, said.model)))
+        held = ModelState(node=node, repo=name, commit=COMMIT, size_bytes=10**12, file_count=9, revisions=["main"])
+        await state.put(model_key(node, held.model), held)
+        await state.put(storage_key(node), StorageState(node=node, model_count=1))
+        keys += [(spec, download_key(node, name)), (state, model_key(node, held.model)), (state, storage_key(node))]
+    return keys
+
+
+def lay_about(store: Layout) -> None:
+    """What their directories may look like on a disk that lives: none at all, leftovers, a directory with content."""
+    leftovers = store.root / "manifests" / "stale--leftovers"
+    leftovers.mkdir(parents=True)
+    (leftovers / f"{COMMIT}.json.new").write_text("{")
+    not_empty = store.root / "views" / "stale--not-empty" / COMMIT
+    not_empty.mkdir(parents=True)
+    (not_empty / "a-persons-notes.txt").write_text("keep me")
+
+
+async def written(js: JetStreamContext) -> dict[str, int]:
+    """How much was ever written to each stream, besides liveness and the leader's lease."""
+    streams = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
+    return {s: (await js.stream_info(s)).state.last_seq for s in streams}
+
+
+async def retirements(js: JetStreamContext) -> list[dict[str, Any]]:
+    """The events of retirement that the log has."""
+    last = (await js.stream_info("EVT")).state.last_seq
+    messages = [await js.get_msg("EVT", sequence) for sequence in range(1, last + 1)]
+    return [json.loads(m.data or b"") for m in messages if (m.subject or "").endswith(".retired")]
+
+
+async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
+    """The whole of it, on a cluster of one live node."""
+    client = await nats.connect(nats_url)
+    try:
+        js = client.jetstream()
+        keys = await stale_entries(js)
+        for node in RETIRED:
+            await asyncio.to_thread(remove, model_of(node))
+        give_up_s = asyncio.get_running_loop().time() + COLLECTED_DEADLINE_S
+        while standing := [key for bucket, key in keys if await bucket.get(key) is not None]:
+            assert asyncio.get_running_loop().time() < give_up_s, f"still there: {standing}"
+            await asyncio.sleep(0.5)
+        while len(events := await retirements(js)) < len(RETIRED):
+            assert asyncio.get_running_loop().time() < give_up_s, f"only these were told of: {events}"
+            await asyncio.sleep(0.5)
+        before = await written(js)
+        await asyncio.sleep(SILENCE_S)  # what is shown is that nothing happens
+        assert await written(js) == before, "a cluster in which nothing happens writes nothing"
+        assert sorted(e["retired"] for e in await retirements(js)) == sorted(RETIRED)
+    finally:
+        await client.close()
+
+
+def test_I5_I7_I8_what_retired_nodes_left_is_collected_once_without_the_hub_and_then_there_is_silence(
+    tmp_path: Path, quiet_hub: RunningHub
+) -> None:
+    with ShoalCluster(tmp_path, quiet_hub.base_url, names=("a",), SHOAL_RETIRE_AFTER="12s") as cluster:
+        node = cluster["a"]
+        store = Layout(node.home / "store")
+        lay_about(store)
+        services = ("storage", "fetcher", "placement", "gateway")
+        pids = {service: node.child(service).pid for service in services}
+
+        def remove(model: str) -> None:
+            assert f"{model} is not on a" in node.shoal("rm", model, "--node", "a", check=True).stdout
+
+        def counted() -> bool:
+            row = node.call("GET", "/v1/status")["nodes"][0]
+            return bool(row["storage"] and row["storage"]["unknown_count"] >= 1)
+
+        eventually(counted, "what lies about is counted")
+        asyncio.run(collected(node.nats_url, remove))
+        asked = quiet_hub.stats().requests
+        assert (asked.api, asked.head, asked.get) == (0, 0, 0)
+        assert {service: node.child(service).pid for service in services} == pids, "nothing has crashed"
+        notes = store.root / "views" / "stale--not-empty" / COMMIT / "a-persons-notes.txt"
+        assert notes.read_text() == "keep me"
+        assert [n["node"] for n in node.call("GET", "/v1/status")["nodes"]] == ["a"]
