@@ -26,7 +26,8 @@ from tests.harness.waiting import eventually
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 15.0
 _LOG_TAIL_LINES = 40
-_TAKE_COMMANDS = ("storage", "fetcher", "placement")
+_TAKE_COMMANDS = ("storage", "fetcher")
+_HAVE_ADDRESSES = ("fileserver", "gateway")
 
 
 class ServiceProcess:
@@ -129,7 +130,7 @@ class Node:
                     return False
                 if service.service in _TAKE_COMMANDS:
                     return await _waits_for_commands(here, f"{service.service}-{self.id}")
-                return bool(found.facts.addresses)
+                return bool(found.facts.addresses) or service.service not in _HAVE_ADDRESSES
 
             await eventually(live, f"{name} of {self.id} is live", READY_DEADLINE_S)
 

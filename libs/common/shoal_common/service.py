@@ -150,6 +150,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
+        log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
         await liveness.claim()

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal_common.buckets import storage_key
 from shoal_common.credentials import allowed
 from shoal_common.errors import BadInput, Unavailable
+from shoal_common.http_server import HttpServer
 from shoal_common.layout import Layout
 from shoal_common.messages.records import StorageState
 from shoal_common.pace import Pace
@@ -112,10 +113,8 @@ async def run(context: Context) -> None:
         own = await context.view(tasks, "state", storage_key(context.node))
         context.background(tasks, _keep_pace(own, context.node, pace))
         catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
-        server = uvicorn.Server(settings(Layout(config.store), context.node, config.secret, catalog, pace))
-        tasks.create_task(_stop(context, server))
-        # `_serve` is `serve` without its signal handlers: signals are the main loop's.
-        await server._serve(sockets=[listener])
+        answering = settings(Layout(config.store), context.node, config.secret, catalog, pace)
+        await HttpServer(answering, context.stopping).serve(sockets=[listener])
 
 
 async def _keep_pace(own: View, node: str, pace: Pace) -> None:
@@ -125,8 +124,3 @@ async def _keep_pace(own: View, node: str, pace: Pace) -> None:
         seen = await own.changed_after(seen)
         if state := own.get(storage_key(node), StorageState):
             pace.use(state.max_upload_bytes_per_s)
-
-
-async def _stop(context: Context, server: uvicorn.Server) -> None:
-    await context.stopping.wait()
-    server.should_exit = True

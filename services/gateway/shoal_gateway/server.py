@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
 
 from shoal_common.errors import Refused
+from shoal_common.http_server import HttpServer
 from shoal_common.reach import takes_both
 from shoal_common.service import STOP_DEADLINE_S, Context
 from shoal_gateway.app import build_app
@@ -35,7 +36,7 @@ async def run(context: Context) -> None:
 async def _serve(context: Context, gateway: Gateway, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     await context.follow_interfaces(port)
-    server = _Server(
+    server = HttpServer(
         uvicorn.Config(
             build_app(gateway),
             http="httptools",
@@ -47,36 +48,10 @@ async def _serve(context: Context, gateway: Gateway, listener: socket.socket) ->
             proxy_headers=False,
             timeout_graceful_shutdown=_FINISH_S,
         ),
+        context.stopping,
         on_started=context.ready,
     )
-
-    async def stop_when_told() -> None:
-        await context.stopping.wait()
-        server.should_exit = True
-
-    stopper = asyncio.create_task(stop_when_told())
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        stopper.cancel()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: signals are the main loop's."""
-
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell that we listen, once we do."""
-        await super().startup(sockets)
-        self._on_started()
+    await server.serve(sockets=[listener])
 
 
 @contextmanager

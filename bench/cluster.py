@@ -1,0 +1,249 @@
+"""What a cluster costs when nothing happens, and how soon a newcomer knows a large one.
+
+Five nodes with all their services, left alone for a minute:
+
+- `idle_messages`: what was written to any stream or said on any subject of Shoal's, besides liveness and leases.
+- `liveness_mb_day`: what a node's liveness keys and its part of the leader's lease send in a day.
+- `idle_cpu_pct`: of one core, all processes of the node that uses most; the first one has NATS besides.
+- `rss_mb`: the largest service that has not loaded MLX, and `rss_mb_inference`, the one that would.
+
+A thousand nodes, written by this script, that beat and hold ten models each:
+
+- `join_s`: from the connection of a new node's placement to its answer to a preview over all of them;
+  `join_process_s`: from the start of its process.
+- `leader_cpu_pct_1000`: of one core, a leader's placement while they beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import psutil  # noqa: E402  # after the path is set
+
+from figures import Figure, figure, report  # noqa: E402
+from shoal_common import subjects  # noqa: E402
+from shoal_common.buckets import leader_key, live_key, model_key  # noqa: E402
+from shoal_common.leases import LeaseValue  # noqa: E402
+from shoal_common.messages import encode  # noqa: E402
+from shoal_common.messages.facts import Facts, Holder, Live  # noqa: E402
+from shoal_common.messages.records import ModelShape, ModelState  # noqa: E402
+from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
+from tests.harness.node import Node, running_nodes  # noqa: E402
+from tests.harness.waiting import eventually  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+IDLE_S = 15.0 if QUICK else 60.0
+SETTLED_S = 5.0
+NODES = "abcde"
+SERVICES = subjects.SERVICES
+LARGE = 100 if QUICK else 1000
+MODELS_EACH = 10
+BEAT_S = 5.0
+LEAD_S = 10.0 if QUICK else 20.0
+_DAY_S = 86400.0
+_STREAMS = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
+_MIB = 1 << 20
+
+
+async def written(here: Joined) -> int:
+    """How much was ever written to the streams that should be silent."""
+    return sum([await here.last_sequence(stream) for stream in _STREAMS])
+
+
+async def settled(here: Joined) -> None:
+    """Return once nothing was written for SETTLED_S."""
+    before = -1
+    while (now := await written(here)) != before:
+        before = now
+        await asyncio.sleep(SETTLED_S)
+
+
+async def idle_figures(directory: Path) -> dict[str, Figure]:
+    """Five nodes that are left alone."""
+    with NatsServer(directory / "nats") as server:
+        nodes = [Node(directory / name, name, server.url, SERVICES, SHOAL_GATEWAY_PORT="0") for name in NODES]
+        with running_nodes(*nodes):
+            async with joined(server) as here:
+                for node in nodes:
+                    await node.ready(here)
+                await settled(here)
+                said, lived_bytes = Counter[str](), 0
+
+                async def hear(message: Any) -> None:
+                    said[message.subject] += 1
+
+                async def hear_life(message: Any) -> None:
+                    nonlocal lived_bytes
+                    lived_bytes += len(message.subject) + len(message.data)
+                    lived_bytes += sum(len(k) + len(v) + 4 for k, v in (message.headers or {}).items())
+
+                await here.client.subscribe(f"{subjects.ROOT}.>", cb=hear)
+                for bucket in ("live", "lease"):
+                    await here.client.subscribe(f"$KV.{bucket}.>", cb=hear_life)
+                await here.client.flush()
+                before, cpu_before = await written(here), cpu_of(nodes, server)
+                began_s = time.monotonic()
+                await asyncio.sleep(IDLE_S)  # what is measured is that nothing happens
+                took_s = time.monotonic() - began_s
+                await here.client.flush()
+                cpu = {n: s - cpu_before[n] for n, s in cpu_of(nodes, server).items()}
+                messages = await written(here) - before + sum(said.values())
+                if messages:
+                    print("said while idle:", dict(said), file=sys.stderr)
+                rss = {s: max(psutil.Process(n[s].pid).memory_info().rss for n in nodes) for s in SERVICES}
+    print(
+        {s: f"{b / 1e6:.0f} MB" for s, b in rss.items()}, {n: f"{s:.2f} s" for n, s in cpu.items()}, file=sys.stderr
+    )
+    return {
+        "idle_messages": figure(messages, "", "<= 0"),
+        "liveness_mb_day": figure(lived_bytes / len(NODES) * _DAY_S / took_s / 1e6, "MB", "<= 30"),
+        "idle_cpu_pct": figure(100 * max(cpu.values()) / took_s, "%", "<= 2"),
+        "rss_mb": figure(max(b for s, b in rss.items() if s != "inference") / 1e6, "MB", "<= 80"),
+        "rss_mb_inference": figure(rss["inference"] / 1e6, "MB"),
+    }
+
+
+def cpu_of(nodes: list[Node], server: NatsServer) -> dict[str, float]:
+    """CPU seconds so far of each node's processes; the first one's include NATS."""
+    found = {}
+    for node in nodes:
+        pids = [service.pid for service in node.services.values()] + [server.pid] * (node is nodes[0])
+        times = [psutil.Process(pid).cpu_times() for pid in pids]
+        found[node.id] = sum(t.user + t.system for t in times)
+    return found
+
+
+SHAPE = ModelShape(
+    architecture="qwen3",
+    layer_bytes=[100 * _MIB] * 32,
+    embed_bytes=50 * _MIB,
+    head_bytes=60 * _MIB,
+    kv_bytes_per_token_layer=1024,
+    context_tokens=32768,
+    hidden_bytes=2048,
+)
+
+
+async def beat(here: Joined, round_number: int) -> None:
+    """All nodes say that they are there, as their inference and storage would."""
+    for number in range(LARGE):
+        for service in ("inference", "storage"):
+            node = f"n{number:04}"
+            facts = Facts(memory_available_bytes=8 << 30, memory_total_bytes=16 << 30, disk_free_bytes=round_number)
+            live = Live(holder=Holder(uid=f"{node}-{service}", host="h", pid=1), version="0.1.0", facts=facts)
+            await here.client.publish(f"$KV.live.{live_key(node, service)}", encode(live))
+    await here.client.flush()
+
+
+async def beat_forever(here: Joined) -> None:
+    """Until cancelled."""
+    for round_number in range(1 << 30):
+        began_s = time.monotonic()
+        await beat(here, round_number)
+        await asyncio.sleep(max(BEAT_S - (time.monotonic() - began_s), 0))
+
+
+async def large_figures(directory: Path) -> dict[str, Figure]:
+    """A thousand nodes, a leader, and one that joins."""
+    async with AsyncExitStack() as stack:
+        server = stack.enter_context(NatsServer(directory / "nats"))
+        here = await stack.enter_async_context(joined(server))
+        leader = Node(directory / "leader", "leader", server.url, ("placement",))
+        stack.enter_context(running_nodes(leader))
+        await leader.ready(here)
+        for number in range(LARGE):
+            for model in range(MODELS_EACH):
+                repo = f"org/model-{(number * 7 + model) % 500}"
+                state = ModelState(
+                    node=f"n{number:04}",
+                    repo=repo,
+                    commit="c" * 40,
+                    size_bytes=1,
+                    file_count=3,
+                    revisions=["main"],
+                    shape=SHAPE,
+                )
+                await here.client.publish(f"$KV.state.{model_key(state.node, state.model)}", encode(state))
+        await here.client.flush()
+        beating = asyncio.create_task(beat_forever(here))
+        stack.callback(beating.cancel)
+
+        async def led() -> LeaseValue | None:
+            return await here.buckets.lease.get_as(leader_key("placement"), LeaseValue)
+
+        async def all_live() -> bool:
+            return await here.key_count("live") >= 2 * LARGE
+
+        await eventually(led, "somebody leads")
+        await eventually(all_live, "all nodes are live")
+        joins, processes = [], []
+        for number in range(3):
+            newcomer = Node(directory / f"new-{number}", f"new-{number}", server.url, ("placement",))
+            with running_nodes(newcomer):
+                began_s = time.perf_counter()
+                await answered(here, newcomer.id)
+                processes.append(time.perf_counter() - began_s)
+                joins.append(time.time() - connected_at_s(newcomer))
+        process = psutil.Process(leader["placement"].pid)
+        before, began_s = process.cpu_times(), time.monotonic()
+        await asyncio.sleep(LEAD_S)  # what is measured is what it costs meanwhile
+        after, took_s = process.cpu_times(), time.monotonic() - began_s
+        spent_s = after.user + after.system - before.user - before.system
+    return {
+        "join_s": figure(sorted(joins)[1], "s", "<= 1"),
+        "join_process_s": figure(sorted(processes)[1], "s"),
+        "leader_cpu_pct_1000": figure(100 * spent_s / took_s, "%"),
+    }
+
+
+async def answered(here: Joined, node: str) -> None:
+    """Return once a node's placement has answered a preview, asked as soon as it can be."""
+    question = json.dumps({"model": "org/model-1", "max_nodes": 2}).encode()
+    while True:
+        try:
+            reply = await here.client.request(subjects.question("placement", node, "preview"), question, timeout=30)
+        except Exception:  # noqa: BLE001  # nobody is there yet: nats-py has several words for it
+            await asyncio.sleep(0.005)
+            continue
+        answer = json.loads(reply.data)
+        if answer.get("error"):
+            raise SystemExit(f"the newcomer does not know the cluster: {answer}")
+        return
+
+
+def connected_at_s(node: Node) -> float:
+    """When a node's placement was connected (Unix time), by its own log."""
+    found = re.search(r"^ts=(\S+).* msg=connected", node["placement"].log(), re.MULTILINE)
+    assert found is not None, node.log()
+    return datetime.fromisoformat(found[1]).timestamp()
+
+
+async def measure(directory: Path) -> dict[str, Figure]:
+    """All figures."""
+    idle, large = directory / "idle", directory / "large"
+    idle.mkdir()
+    large.mkdir()
+    return await idle_figures(idle) | await large_figures(large)
+
+
+def main() -> None:
+    """Measure and report."""
+    with tempfile.TemporaryDirectory() as name:
+        report(asyncio.run(measure(Path(name))))
+
+
+if __name__ == "__main__":
+    main()
