@@ -23,7 +23,8 @@ from shoal_common.reach import for_others
 
 log = Log("live")
 
-BEAT_S = 5.0
+BEAT_S = 6.5
+"""Three of them in the life of a key: whoever misses two is still there."""
 _CLAIM_POLL_S = 1.0
 _WITHDRAW_TRIES = 3
 _CLAIM_WAIT_S = LIVE_TTL_S + 5.0
