@@ -11,7 +11,7 @@ import msgspec
 from figures import Figure, Report
 
 HERE = Path(__file__).parent
-_NOT_SCRIPTS = {"run.py", "figures.py", "netns.py", "simulate.py", "torrent.py"}
+_NOT_SCRIPTS = {"run.py", "figures.py", "netns.py", "simulate.py", "torrent.py", "touched.py"}
 _DEADLINE_S = 1800
 
 

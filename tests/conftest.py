@@ -35,11 +35,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run an `async def` test to its end, or to TEST_DEADLINE_S."""
+    """Run an `async def` test to its end, or to TEST_DEADLINE_S, or what it is marked with."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), TEST_DEADLINE_S))
+    marked = pyfuncitem.get_closest_marker("deadline_s")
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), marked.args[0] if marked else TEST_DEADLINE_S))
     return True
 
 

@@ -243,6 +243,7 @@ async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fe
         assert site.hub_bytes() == size and "starting again" in site["b"]["fetcher"].log()
 
 
+@pytest.mark.deadline_s(60.0 + 30.0 * KILL_ROUNDS)
 @pytest.mark.parametrize("who", ["origin", "receiver", "sender"])
 async def test_I6_kills_at_random_points_lose_nothing_and_end_in_whole_models(site: Site, who: str) -> None:
     draw = random.Random(f"{who} {os.environ.get('SHOAL_KILL_SEED', '')}")
