@@ -39,10 +39,11 @@ from shoal_common.buckets import leader_key, live_key, model_key  # noqa: E402
 from shoal_common.leases import LeaseValue  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.facts import Facts, Holder, Live  # noqa: E402
-from shoal_common.messages.records import ModelShape, ModelState  # noqa: E402
+from shoal_common.messages.records import ModelState  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from tests.harness.waiting import eventually  # noqa: E402
+from tests.placement.cluster import SHAPE  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 IDLE_S = 15.0 if QUICK else 60.0
@@ -55,7 +56,6 @@ BEAT_S = 5.0
 LEAD_S = 10.0 if QUICK else 20.0
 _DAY_S = 86400.0
 _STREAMS = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
-_MIB = 1 << 20
 
 
 async def written(here: Joined) -> int:
@@ -124,17 +124,6 @@ def cpu_of(nodes: list[Node], server: NatsServer) -> dict[str, float]:
         times = [psutil.Process(pid).cpu_times() for pid in pids]
         found[node.id] = sum(t.user + t.system for t in times)
     return found
-
-
-SHAPE = ModelShape(
-    architecture="qwen3",
-    layer_bytes=[100 * _MIB] * 32,
-    embed_bytes=50 * _MIB,
-    head_bytes=60 * _MIB,
-    kv_bytes_per_token_layer=1024,
-    context_tokens=32768,
-    hidden_bytes=2048,
-)
 
 
 async def beat(here: Joined, round_number: int) -> None:
