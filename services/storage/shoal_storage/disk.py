@@ -31,7 +31,7 @@ from shoal_storage import leaves
 from shoal_storage.decide import Ledger, Partial
 from shoal_storage.digests import Digests, digest
 from shoal_storage.durable import make_directory, sync, write_file
-from shoal_storage.filesystem import mounts, refuse_lying_locks
+from shoal_common.filesystem import mounts, refuse_lying_locks
 from shoal_storage.further import FurtherRoot
 from shoal_storage.listed import compare, sealed_list
 from shoal_storage.locking import take_lock
