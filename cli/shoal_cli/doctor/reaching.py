@@ -10,9 +10,10 @@ import msgspec
 from shoal_common.interfaces import Interface
 from shoal_common.reach import host_of, network
 
-Trouble = Literal["", "refused", "silent", "no_route", "no_name", "broken"]
+Trouble = Literal["", "refused", "silent", "no_route", "no_name", "mute", "broken"]
 """refused: nobody listens there. silent: no answer at all. no_route: the system says there is no way. no_name: the
-name means nothing. broken: connected, and then not what was expected."""
+name means nothing. mute: it takes the connection and says nothing. broken: connected, and then not as
+expected."""
 
 MACOS_WITH_LOCAL_NETWORK = 15
 
@@ -50,6 +51,7 @@ def in_words(trouble: Trouble, why: str) -> str:
         "silent": "no answer",
         "no_route": "no route to host",
         "no_name": "the name cannot be resolved",
+        "mute": "it takes connections and does not answer",
     }.get(trouble, why or "it broke off")
 
 
@@ -77,6 +79,8 @@ def remedy(trouble: Trouble, address: str, system: System, there: str) -> str:
                 else "no network of this machine has that address: connect both to one network, or tell the address "
                 "that others can use with SHOAL_ADVERTISE there"
             )
+        case "mute":
+            return f"it hangs, or is stopped: on {there} see its log, and restart it with `shoal restart`"
         case "no_name":
             return "correct the name, or give the address instead"
     return f"see what listens there: `shoal doctor` on {there}"

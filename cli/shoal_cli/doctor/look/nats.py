@@ -107,14 +107,18 @@ async def _greet(url: str) -> tuple[Server, dict[str, Any]]:
         return Server(url=name, jetstream=True), {}  # a web socket: only a client's handshake opens it
     try:
         _, reader, writer = await dial(parts.hostname or "", parts.port or NATS_PORT, _GREET_S)
-        try:
-            async with asyncio.timeout(_GREET_S):
-                line = await reader.readline()
-        finally:
-            writer.close()
     except (OSError, TimeoutError, ValueError) as e:
         trouble, why = trouble_of(e)
         return Server(url=name, trouble=trouble, why=why), {}
+    try:
+        async with asyncio.timeout(_GREET_S):
+            line = await reader.readline()
+    except TimeoutError:
+        return Server(url=name, trouble="mute"), {}
+    except (OSError, ValueError) as e:
+        return Server(url=name, trouble="broken", why=trouble_of(e)[1]), {}
+    finally:
+        writer.close()
     if not line.startswith(b"INFO ") or len(line) > _MAX_INFO_BYTES:
         return Server(url=name, trouble="broken", why="what listens there does not speak NATS"), {}
     try:

@@ -24,6 +24,7 @@ _ANSWER_S = 3.0
 MOST_PEERS = 64
 MOST_WAYS = 4
 _AT_ONCE = 32
+_OF_A_FILESERVER = (200, 401)
 _DATE_WITHIN_S = 1.5
 """An HTTP date is of a whole second, and the server makes it once a second."""
 
@@ -65,6 +66,8 @@ async def _way(address: str, node: str, secret: str, turns: asyncio.Semaphore) -
                 began_s = time.time()
                 response = await http.get(f"http://{at}/health", headers=bearer(secret, "blobs"))
                 ended_s = time.time()
+        except httpx2.TimeoutException:
+            return Way(address=address, trouble="mute"), None
         except (httpx2.HTTPError, OSError) as e:
             why = f"it connects, and then fails ({type(e).__name__})"
             return Way(address=address, trouble="broken", why=why), None
@@ -73,6 +76,8 @@ async def _way(address: str, node: str, secret: str, turns: asyncio.Semaphore) -
 
 def _clock(node: str, response: httpx2.Response, began_s: float, ended_s: float) -> Offset | None:
     """Their clock against ours, as closely as an HTTP date says."""
+    if response.status_code not in _OF_A_FILESERVER:
+        return None  # another program's, on another machine perhaps
     with suppress(ValueError, TypeError):
         theirs_s = parsedate_to_datetime(response.headers.get("date", "")).timestamp() + 0.5
         return Offset(node, theirs_s - (began_s + ended_s) / 2, _DATE_WITHIN_S + (ended_s - began_s) / 2)
