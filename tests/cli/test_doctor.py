@@ -122,8 +122,8 @@ def listening(answer: bytes | None = None) -> Iterator[int]:
 def test_nothing_at_all_is_no_problem_and_nothing_is_made(tmp_path: Path) -> None:
     report = examine(Home(tmp_path / "none"), quiet(SHOAL_NATS=""))
     assert only(report, "services").level == "warning" and "no node was ever started" in only(report, "services").what
-    # Its own NATS would listen at 4222, which may be taken on this machine.
-    assert {f.check for f in report.findings if f.level == "problem"} <= {"ports", "disk"}
+    # The other checks look at this machine's own ports, memory and disk, of which a test knows nothing.
+    assert {only(report, c).level for c in ("permissions", "roots")} == {"ok"}
     assert not (tmp_path / "none").exists()
 
 
@@ -314,6 +314,13 @@ def test_a_fileserver_that_is_not_reached_is_told(home: Home, own_nats: NatsServ
     assert "tells no address" in found["node c"].what
 
 
+def test_services_of_another_machine_with_this_node_s_id_are_not_this_node_s(
+    home: Home, own_nats: NatsServer
+) -> None:
+    says_live(own_nats, ("a", "storage", elsewhere()))
+    assert "does not run" in only(look(home, own_nats), "services").what
+
+
 # Ports, permissions, disks
 
 
@@ -430,8 +437,6 @@ def test_whole_nodes_are_well_and_a_killed_nats_is_told(tmp_path: Path) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", ("a", "b")) as nodes:
         for name in ("a", "b"):
             told = json.loads(nodes[name].shoal("doctor", "--json").stdout)
-            wrong = [f for f in told["findings"] if f["level"] not in ("ok", "warning")]
-            assert not wrong, wrong
             assert told["node"] == name and told["version"] == VERSION
             levels: Mapping[str, str] = {f["check"]: f["level"] for f in told["findings"]}
             for check in (
@@ -446,7 +451,8 @@ def test_whole_nodes_are_well_and_a_killed_nats_is_told(tmp_path: Path) -> None:
             ):
                 assert levels[check] == "ok", (check, told)
         printed = nodes["b"].shoal("doctor")
-        assert printed.returncode == 0 and "node b, " in printed.stdout.splitlines()[-1]
+        assert printed.returncode == int(told["worst"] == "problem"), "this machine's own disk may be full"
+        assert "node b, " in printed.stdout.splitlines()[-1]
 
         pid = nodes["a"].child("nats").pid
         os.kill(pid, signal.SIGSTOP)

@@ -31,7 +31,7 @@ from shoal_cli.doctor.nats import NatsFacts
 from shoal_cli.doctor.reaching import System
 from shoal_cli.home import Home
 from shoal_common import VERSION
-from shoal_common.identity import this_host
+from shoal_common.identity import this_host, this_process
 from shoal_common.messages.facts import Live
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def _unseen(check: str, why: _Unseen) -> Finding:
 
 
 async def _cluster(here: Here, home: Home) -> Cluster:
-    expected = not here.runs_nats or here.supervisor != "none"
+    expected = not here.runs_nats or here.supervisor in ("answers", "silent")
     try:
         return await _gather(
             _NATS_S, lambda: look_nats.look(here.servers, here.secret, here.node, expected, home.run)
@@ -161,9 +161,14 @@ async def _disk(here: Here, cluster: asyncio.Task[Cluster]) -> list[Finding]:
 
 
 async def _services(here: Here, cluster: asyncio.Task[Cluster]) -> list[Finding]:
-    units = await _or([], _local(lambda: look_units.look(Path.home()))) if here.status is None else []
+    # The units are for the node in ~/.shoal, and for no other.
+    ask_systemd = here.status is None and here.home == Path.home() / ".shoal"
+    units = await _or([], _local(lambda: look_units.look(Path.home()))) if ask_systemd else []
     seen = await cluster
-    live = sorted(_mine(here, seen.beats)) if seen.facts.connected else None
+    # Those of another machine with this node's id are the concern of `node ids`.
+    this = identities.machine(this_process())
+    mine = _mine(here, seen.beats).items()
+    live = sorted(name for name, said in mine if identities.machine(said.holder) == this)
     return services.judge(
         services.ServiceFacts(
             home=str(here.home),
@@ -173,7 +178,7 @@ async def _services(here: Here, cluster: asyncio.Task[Cluster]) -> list[Finding]
             children=here.status.children if here.status else [],
             last_words=here.last_words,
             units=units,
-            live=live,
+            live=live if seen.facts.connected else None,
         )
     )
 

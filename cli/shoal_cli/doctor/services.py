@@ -13,6 +13,8 @@ from shoal_cli.node.decide import CLAIMED, ChildStatus, how_it_ended, why_not_up
 CHECK = "services"
 OFTEN = 3
 """So many ends in a row, each within half a minute of its start, are no accident."""
+MANY = 10
+"""So many starts anew since the supervisor's own, whatever was between them."""
 
 Supervisor = Literal["answers", "silent", "foreign", "none"]
 """silent: it holds the home's lock and does not answer. foreign: it is another user's."""
@@ -100,8 +102,14 @@ def _supervised(facts: ServiceFacts) -> list[Finding]:
 def _child(child: ChildStatus, last_words: str) -> Finding | None:
     logs = f"see `shoal logs {child.name}`" + (f", which ends with: {last_words}" if last_words else "")
     if child.phase == "ready":
-        if child.ends_in_a_row < OFTEN or child.last_code is None:
+        if child.last_code is None or (child.ends_in_a_row < OFTEN and child.restart_count < MANY):
             return None
+        if child.ends_in_a_row < OFTEN:
+            what = (
+                f"{child.name} runs, and was started anew {child.restart_count} times (`shoal restart` counts too; "
+                f"last end of its own: {how_it_ended(child.last_code)})"
+            )
+            return Finding(CHECK, "warning", what, logs, child.name)
         what = (
             f"{child.name} runs, and ended {child.ends_in_a_row} times in a row before, each soon after its start "
             f"(last: {how_it_ended(child.last_code)})"
