@@ -151,6 +151,20 @@ def _status(call: Call) -> int:
     return 0
 
 
+def _doctor(call: Call) -> int:
+    # Here and not above: it brings the client of NATS, whose import every other command would wait for.
+    from shoal_cli.doctor import page  # noqa: PLC0415
+    from shoal_cli.doctor.examine import examine  # noqa: PLC0415
+    from shoal_cli.doctor.finding import exit_code  # noqa: PLC0415
+
+    report = examine(call.home, call.environ)
+    if call.args.as_json:
+        _print_json(page.as_json(report, VERSION))
+    else:
+        page.show(report, call.out)
+    return exit_code(report.findings)
+
+
 def _as(answer: Anything, kind: type[Any]) -> Any:
     return msgspec.convert(answer, kind)
 
@@ -342,6 +356,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "down": _down,
     "restart": _restart,
     "status": _status,
+    "doctor": _doctor,
     "pull": _pull,
     "pause": _control("pause"),
     "resume": _control("resume"),

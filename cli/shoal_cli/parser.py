@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   shoal run mlx-community/Qwen3-0.6B-4bit         talk to it
   shoal run mlx-community/Qwen3-0.6B-4bit "Why do fish swim in shoals?"
   shoal status                                    nodes, disks, models, instances
+  shoal doctor                                    what is wrong here, and what to do about it
   shoal storage set --max-storage 200GB --eviction-policy lru --all
 
 environment:
@@ -37,6 +38,11 @@ _JSON = {
 "nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
 "missing_services", "link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
 "downloads": […], "instances": […]}. Fields are only ever added.""",
+    "doctor": """It changes nothing, works while NATS or the node is down, and looks from this machine: run it on both
+when two nodes do not reach each other. Exit code 0 when nothing is a problem, else 1.
+--json prints {"home", "node", "version", "worst", "findings": [{"check", "level", "what", "remedy", "about"}]}; a
+level is "ok", "skipped" (it could not be looked at; another finding says why), "warning" or "problem". Fields are
+only ever added.""",
     "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
 "phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},
 "source_speeds": {source: bytes per second}, "eta_s", "switched": {source: times}, "error", …}], "commands":
@@ -160,6 +166,7 @@ def _build() -> tuple[Parser, list[str]]:
         "service", metavar="SERVICE", choices=(*SERVICES, "nats"), help=", ".join((*SERVICES, "nats"))
     )
     add("status", "show nodes, disks, models, downloads and instances", as_json=True)
+    add("doctor", "say what is wrong with this node and its cluster, and what to do about it", common, as_json=True)
     _add_models(add)
     _add_disks(add, remote)
     _add_instances(add, remote)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from typing import Any, TypeVar
 
 import msgspec
@@ -122,8 +123,13 @@ def differences(wanted: api.StreamConfig, found: api.StreamConfig) -> list[str]:
     for name in _COMPARED:
         want, have = getattr(wanted, name), getattr(found, name)
         if (want or None) != (have or None):
-            out.append(f"{name}: {have} instead of {want}")
+            out.append(f"{name}: {_plain(have)} instead of {_plain(want)}")
     return out
+
+
+def _plain(value: object) -> object:
+    """A setting as NATS writes it: `memory`, not `StorageType.MEMORY`."""
+    return value.value if isinstance(value, Enum) else value
 
 
 async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:

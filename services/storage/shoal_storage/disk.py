@@ -21,6 +21,7 @@ from typing import BinaryIO
 from shoal_common import leafset
 from shoal_common.blobs import find_blob
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable, Unsupported
+from shoal_common.filesystem import mounts, refuse_lying_locks
 from shoal_common.layout import FORMAT_VERSION, Bitmap, Layout
 from shoal_common.logs import Log
 from shoal_common.messages import Message, decode, encode
@@ -31,7 +32,6 @@ from shoal_storage import leaves
 from shoal_storage.decide import Ledger, Partial
 from shoal_storage.digests import Digests, digest
 from shoal_storage.durable import make_directory, sync, write_file
-from shoal_storage.filesystem import mounts, refuse_lying_locks
 from shoal_storage.further import FurtherRoot
 from shoal_storage.listed import compare, sealed_list
 from shoal_storage.locking import take_lock

@@ -22,11 +22,11 @@ from typing import BinaryIO
 
 from shoal_common.blobs import further_roots
 from shoal_common.errors import BadInput, ShoalError, Unsupported
+from shoal_common.filesystem import LYING_LOCKS, kind_of, mounts
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.proof import prove
 from shoal_storage.durable import make_directory, sync, write_file
-from shoal_storage.filesystem import LYING_LOCKS, kind_of, mounts
 from shoal_storage.locking import take_lock
 from shoal_storage.reserve import ReserveFile
 from shoal_storage.roots import real_root

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from shoal_common.blobs import is_as_it_was, open_plain
 from shoal_common.errors import BadInput
+from shoal_common.filesystem import kind_of, mounts
 from shoal_storage.adopt import Entry, Listing, cached_blob, is_store, is_to_be_read, leads_to_models
 from shoal_storage.adopted import File, Seen
 from shoal_storage.digests import Digests, digest_of
-from shoal_storage.filesystem import kind_of, mounts
 
 MOST_ENTRIES = 200_000
 _MOST_TEXT_BYTES = 16 << 20

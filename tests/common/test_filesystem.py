@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoal_common.errors import Unsupported
-from shoal_storage.filesystem import LYING_LOCKS, Mount, kind_of, mounts, refuse_lying_locks
+from shoal_common.filesystem import LYING_LOCKS, Mount, kind_of, mounts, refuse_lying_locks
 
 MOUNTED = [
     Mount(Path("/"), "ext4"),
