@@ -31,7 +31,7 @@ from shoal_gateway.settings import Limits
 from shoal_gateway.targets import to_control, to_delete, to_download
 from shoal_gateway.tokens import MAX_AHEAD, InOrder, StopScanner
 
-PURE = ("access", "catalog", "choose", "openai", "outcomes", "progress", "status", "targets", "tokens")
+PURE = ("access", "catalog", "choose", "events", "openai", "outcomes", "progress", "status", "targets", "tokens")
 PACKAGE = Path(gateway_errors.__file__).parent
 
 few_letters = st.text(alphabet="ab", max_size=30)

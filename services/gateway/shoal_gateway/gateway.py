@@ -28,6 +28,8 @@ class Gateway:
         self.network = this_network()
         self.in_flight: Counter[str] = Counter()
         """Requests that this gateway has at each instance."""
+        self.event_readers = 0
+        """Clients that follow events now."""
 
     @property
     def node(self) -> str:
