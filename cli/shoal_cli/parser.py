@@ -29,13 +29,15 @@ environment:
 
 exit codes:
   0 done   2 not understood   3 not found   4 refused   5 away or busy: try again
-  6 credential missing   7 deadline passed   8 corrupt   9 already running   1 anything else   130 Ctrl-C
+  6 credential missing   7 deadline passed   8 corrupt   9 already running
+  10 another version   1 anything else   130 Ctrl-C
 """
 
 _JSON = {
     "status": """--json prints GET /v1/status of the gateway as it is: {"node", "version",
 "nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
-"missing_services", "link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"missing_services", "other_versions": {service: version},
+"link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
 "downloads": […], "instances": […]}. Fields are only ever added.""",
     "pull": """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
 "phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_common import VERSION
 from shoal_common.errors import BY_CODE, ErrorBody, NodeAway, NotFound, StageLost
 from shoal_common.messages.facts import Holder, Live
 from shoal_common.messages.questions import TokenEvent
@@ -148,7 +149,7 @@ def live(*names: str) -> dict[str, dict[str, Live]]:
     out: dict[str, dict[str, Live]] = {}
     for name in names:
         node, _, service = name.partition(".")
-        out.setdefault(node, {})[service] = Live(holder=Holder(uid="u", host="h", pid=1), version="0")
+        out.setdefault(node, {})[service] = Live(holder=Holder(uid="u", host="h", pid=1), version=VERSION)
     return out
 
 
