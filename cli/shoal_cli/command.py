@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from shoal_cli.client import disks, logs
+from shoal_cli.client import disks, events, logs
 from shoal_cli.client.answers import Anything, InstanceRow, StatusAnswer
 from shoal_cli.client.conversation import Sampling
 from shoal_cli.client.gateway import Gateway, find_gateway
@@ -337,6 +337,12 @@ def _logs(call: Call) -> int:
     return 0
 
 
+def _events(call: Call) -> int:
+    with contextlib.suppress(KeyboardInterrupt) if call.args.follow else contextlib.nullcontext():
+        events.tell(lambda: call.gateway, call.args)
+    return 0
+
+
 def _demo(call: Call) -> int:
     if importlib.util.find_spec("shoal_demo") is None or importlib.util.find_spec("shoal_demo.__main__") is None:
         raise NotFound(
@@ -375,6 +381,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "run": _run,
     "hub": _hub,
     "logs": _logs,
+    "events": _events,
     "demo": _demo,
     "version": _version,
 }

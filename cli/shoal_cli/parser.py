@@ -30,13 +30,15 @@ environment:
 
 exit codes:
   0 done   2 not understood   3 not found   4 refused   5 away or busy: try again
-  6 credential missing   7 deadline passed   8 corrupt   9 already running   1 anything else   130 Ctrl-C
+  6 credential missing   7 deadline passed   8 corrupt   9 already running
+  10 another version   1 anything else   130 Ctrl-C
 """
 
 _JSON = {
     "status": """--json prints GET /v1/status of the gateway as it is: {"node", "version",
 "nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
-"missing_services", "link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"missing_services", "other_versions": {service: version},
+"link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
 "downloads": […], "instances": […]}. Fields are only ever added.""",
     "doctor": """It changes nothing, works while NATS or the node is down, and looks from this machine: run it on both
 when two nodes do not reach each other. Exit code 0 when nothing is a problem, else 1.
@@ -73,6 +75,9 @@ is 8 when anything is corrupt or missing. Fields are only ever added.""",
 repaired. Fields are only ever added.""",
     "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "stages": [{"rank",
 "node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
+    "events": """--json prints a line of JSON for each event: {"sequence", "service", "node", "event", "at_s",
+"fields": {…}}; and {"notice": "lost" or "anew", "cursor", "message", …} where the log could not go on from where it
+was. Fields are only ever added; docs/protocol.md lists the events.""",
     "hub": """For a shell: eval "$(shoal hub)", then `hf download org/name` and all that uses huggingface_hub reads
 from the cluster. --json prints {"HF_ENDPOINT", "HF_TOKEN" where the cluster has a secret}.""",
 }
@@ -176,6 +181,7 @@ def _build() -> tuple[Parser, list[str]]:
     )
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what is written")
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="this many lines (100)")
+    _add_events(add)
     demo = commands.add_parser("demo", help="run the demo: a small cluster on this machine", add_help=False)
     demo.set_defaults(rest=[])
     add("version", "print the version", common)
@@ -232,6 +238,17 @@ def _add_up(up: Parser) -> None:
         up.add_argument(
             f"--no-{service}", dest="without", action="append_const", const=service, help=f"do not run {service}"
         )
+
+
+def _add_events(add: _Add) -> None:
+    events = add("events", "show what has happened in the cluster", as_json=True)
+    events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
+    begin = events.add_mutually_exclusive_group()
+    begin.add_argument("-n", "--lines", type=_count, default=50, metavar="N", help="the last N events (50)")
+    begin.add_argument("--since", metavar="SPAN", default="", help="all of the last so long, like 10m, 1h or 7d")
+    events.add_argument("--service", choices=("", *SERVICES), default="", metavar="SERVICE", help="only of this one")
+    events.add_argument("--node", metavar="N", default="", help="only of this node")
+    events.add_argument("--event", metavar="E", default="", help="only this event, like model_ready")
 
 
 def _port(text: str) -> int:

@@ -1,4 +1,7 @@
-"""Sizes and spans as people write and read them: `200GB` is 200 x 10^9 bytes, `200GiB` is 200 x 2^30; `7d`."""
+"""Sizes as people write and read them, and spans as they read them.
+
+`200GB` is 200 x 10^9 bytes, `200GiB` is 200 x 2^30.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from decimal import Decimal
 from shoal_common.errors import BadInput
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(?:([kmgtp]?)(i?)b?)", re.IGNORECASE)
-_SPAN = re.compile(r"([0-9]{1,9})\s*(s|m|min|h|d)?")
-_SPAN_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _NAMES = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -39,15 +40,6 @@ def parse_rate(text: str) -> int | None:
 def show_rate(bytes_per_s: int | None) -> str:
     """A limit for people: `20.0 MB/s`, `no limit`."""
     return "no limit" if bytes_per_s is None else f"{show_bytes(bytes_per_s)}/s"
-
-
-def parse_seconds(text: str) -> int:
-    """Seconds of `90`, `90 s`, `15min`, `12h`, `7d`. Raises BadInput."""
-    match = _SPAN.fullmatch(text.strip().lower())
-    if match is None:
-        raise BadInput(f"{text[:80]!r} is not a span of time: write it like 12h or 7d")
-    number, unit = match.groups()
-    return int(number) * _SPAN_S[unit or "s"]
 
 
 def show_bytes(count: float) -> str:

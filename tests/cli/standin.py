@@ -39,6 +39,9 @@ def main(behaviour: str) -> int:
     if behaviour == "claimed":
         print("storage of node x is already running: pid 1 on y holds it", file=sys.stderr)
         return 9
+    if behaviour == "other_version":
+        print("storage of node y runs Shoal '2.0.0', and storage of node x is '1.0.0'", file=sys.stderr)
+        return 10
     if behaviour == "parent":
         # The stage of an instance: nothing tells it to end but its group.
         stage = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])

@@ -52,6 +52,13 @@ def test_a_claimed_place_is_said_plainly_and_not_fought_for() -> None:
     assert on_exit(History(0.0, 0), 1.0, 9).delay_s == decide.LONGEST_DELAY_S
 
 
+def test_a_cluster_of_another_version_is_said_plainly_and_not_fought_with() -> None:
+    assert "another major version" in how_it_ended(10)
+    assert on_exit(History(0.0, 0), 1.0, 10).delay_s == decide.LONGEST_DELAY_S
+    refused = ChildStatus(name="a", phase="waiting", ends_in_a_row=1, last_code=10)
+    assert readiness([refused]) == "hopeless"
+
+
 def test_a_signal_is_called_by_its_name() -> None:
     assert how_it_ended(-9) == "killed by SIGKILL"
     assert how_it_ended(-63) == "killed by signal 63"

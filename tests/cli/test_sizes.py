@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_cli.sizes import parse_rate, parse_seconds, parse_size, show_bytes, show_rate, show_seconds
+from shoal_cli.sizes import parse_rate, parse_size, show_bytes, show_rate, show_seconds
 from shoal_common.errors import BadInput
+from shoal_common.spans import parse_seconds
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,15 @@ def test_a_place_that_another_process_holds_is_said_plainly_with_exit_code_9(nod
     assert "pid 1 on y holds it" in up.stderr
 
 
+def test_another_major_version_in_the_cluster_is_said_plainly_with_exit_code_10(node: Node) -> None:
+    node.behave(storage="other_version")
+    up = node.up()
+    assert up.returncode == 10
+    assert "the cluster runs another major version" in up.stderr and "node y runs Shoal '2.0.0'" in up.stderr
+    (storage,) = [c for c in node.status().children if c.name == "storage"]
+    assert storage.last_code == 10 and not storage.was_ready
+
+
 def test_ctrl_c_reaches_the_supervisor_only_which_stops_the_node_in_order(node: Node) -> None:
     process = subprocess.Popen(
         node.command(*Node.UP), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environ(), process_group=0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal_common import VERSION
 from shoal_common import liveness as module
 from shoal_common.buckets import live_key
 from shoal_common.errors import Claimed
@@ -74,7 +75,7 @@ async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
 ) -> None:
     async with joined(nats) as here:
         key = live_key(node := fresh("node"), "storage")
-        elsewhere = Live(holder=Holder(uid="theirs", host="elsewhere/boot/ns", pid=1), version="0")
+        elsewhere = Live(holder=Holder(uid="theirs", host="elsewhere/boot/ns", pid=1), version=VERSION)
         await here.buckets.live.put(key, elsewhere)
         mine = Liveness(here.buckets.live, node, "storage")
         claiming = asyncio.create_task(mine.claim())

@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import pytest
+from nats.js.kv import KeyValue
+
 from shoal_common.buckets import ensure_streams
 from shoal_common.messages import Message
 from shoal_common.watch import View, follow
@@ -55,6 +58,38 @@ async def test_a_view_begins_whole_and_follows_every_change(nats: NatsServer, fr
             await state.delete(f"{prefix}a")
             await holds(view, prefix, {"b": "2"})
             assert view.get(f"{prefix}a", Note) is None
+
+
+class Hasty:
+    """A real watcher whose word that all has come overtakes what comes, as that of nats-py may."""
+
+    def __init__(self, watcher: KeyValue.KeyWatcher) -> None:
+        self._watcher, self._sub, self.stop = watcher, watcher._sub, watcher.stop
+
+    async def __aiter__(self) -> AsyncIterator[KeyValue.Entry | None]:
+        yield None
+        async for entry in self._watcher:
+            if entry is not None:
+                yield entry
+
+
+async def test_a_view_is_not_whole_before_all_that_the_server_has_sent_is_in_it(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = KeyValue.watch
+
+    async def hasty(bucket: KeyValue, keys: str) -> Hasty:
+        return Hasty(await watch(bucket, keys))
+
+    monkeypatch.setattr(KeyValue, "watch", hasty)
+    async with joined(nats) as here:
+        prefix, state = f"{fresh('hasty')}.", here.buckets.state
+        await state.put(f"{prefix}a", Note(text="1"))
+        await state.put(f"{prefix}b", Note(text="2"))
+        async with viewing(here, "state", f"{prefix}>") as view:
+            assert texts(view, prefix) == {"a": "1", "b": "2"}
+            await state.put(f"{prefix}c", Note(text="3"))
+            await holds(view, prefix, {"a": "1", "b": "2", "c": "3"})
 
 
 async def test_a_key_that_expires_leaves_the_view(nats: NatsServer, fresh: Fresh) -> None:

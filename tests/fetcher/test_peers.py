@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoal_common import VERSION
 from shoal_common.buckets import download_key, live_key
 from shoal_common.layout import LEAF_BYTES
 from shoal_common.messages.facts import Facts, Holder, Live
@@ -24,11 +25,11 @@ LIAR = "liar"
 
 
 @asynccontextmanager
-async def claiming(here: Pulls, server: Server, blobs: list[str]) -> AsyncIterator[None]:
+async def claiming(here: Pulls, server: Server, blobs: list[str], version: str = VERSION) -> AsyncIterator[None]:
     """A node that is live, with this server, and says that it has these blobs of the test's model."""
     live, state = live_key(LIAR, "fileserver"), download_key(LIAR, here.site.repo)
     holder = Holder(uid="liar", host="elsewhere", pid=1)
-    await here.buckets.live.put(live, Live(holder=holder, version="1", facts=Facts(addresses=[server.address])))
+    await here.buckets.live.put(live, Live(holder=holder, version=version, facts=Facts(addresses=[server.address])))
     claim = DownloadState(node=LIAR, model=here.site.repo, phase="fetching", blobs=blobs)
     await here.buckets.state.put(state, claim)
     try:
@@ -65,6 +66,22 @@ async def test_I1_a_peer_that_gives_wrong_bytes_is_set_aside_and_the_hub_gives_t
         assert len(server.asked) == 1 and server.asked[0].path == f"/v1/blobs/{blob}"
         assert state.sources == {LIAR: size, "hub": size} and site.hub_bytes() == size
         assert state.done_bytes == size
+
+
+async def test_a_node_of_another_major_version_is_asked_for_nothing(site: Site) -> None:
+    size = site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
+
+    async def serve(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(206, files["model.safetensors"], content_range=f"bytes 0-{size - 1}/{size}"))
+
+    async with site.join() as here, serving(serve) as server:
+        await here.pull_ok("a")
+        blob = await blob_of(here, "model.safetensors")
+        assert (await here.delete("a")).ok
+        async with claiming(here, server, [blob], version="99.0.0"):
+            state = await here.pull_ok("b")
+        await here.is_whole("b", files)
+        assert server.asked == [] and state.sources == {"hub": size}
 
 
 async def test_I1_with_an_honest_peer_beside_the_liar_the_hub_is_not_asked(site: Site) -> None:

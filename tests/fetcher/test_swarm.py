@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common import subjects
+from shoal_common import VERSION, subjects
 from shoal_common.buckets import live_key, origin_key
 from shoal_common.layout import LEAF_BYTES, leaf_count
 from shoal_common.leases import LeaseValue
@@ -194,7 +194,7 @@ async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -
     """A live node that holds a blob's origin lease and tells, again and again, what its leaves hash to."""
     live = live_key(LIAR, "fileserver")
     holder = Holder(uid="liar", host="elsewhere", pid=1)
-    await here.buckets.live.put(live, Live(holder=holder, version="1", facts=Facts(addresses=[server.address])))
+    await here.buckets.live.put(live, Live(holder=holder, version=VERSION, facts=Facts(addresses=[server.address])))
     await here.buckets.lease.put(origin_key(blob), LeaseValue(node=LIAR, uid="liar"))
     count = leaf_count(len(content))
     have = Have(

@@ -24,6 +24,7 @@ silence_s = 1.0
 first_token_s = 1.5
 accept_s = 3
 fetch_begins_s = 2
+keep_alive_s = 0.2
 place_s = 5
 """
 _READY = re.compile(r"msg=ready .*addresses=(\S+)")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.buckets import live_key
 from shoal_common.errors import Corrupt, NoRoom
 from shoal_common.messages.commands import Delete, Place, Unplace
-from shoal_common.messages.facts import Facts, Link
+from shoal_common.messages.facts import Facts, Holder, Link, Live
 from shoal_common.messages.records import DownloadState, InstanceState, StorageState
 from shoal_common.subjects import SERVICES
 from tests.gateway.peers import COMMIT, cluster, error_of, running
@@ -181,3 +182,19 @@ async def test_status_has_every_node_with_its_services_memory_and_disk(gateway: 
     assert a["storage"]["quota_bytes"] is None
     assert nodes[NODE]["services"]["gateway"]["addresses"] == [c.gateway.url.removeprefix("http://")]
     assert [i["id"] for i in status["instances"]] == ["i1"]
+
+
+async def test_a_node_of_another_major_version_is_shown_as_ignored_and_is_no_holder(gateway: RunningGateway) -> None:
+    async with cluster(gateway) as c:
+        await c.held("b", "org/theirs")
+        await c.seen("/v1/status", lambda s: any(m["repo"] == "org/theirs" for m in s["models"]))
+        for service in ("storage", "fetcher"):
+            theirs = Live(holder=Holder(uid="b", host="elsewhere", pid=1), version="99.0.0")
+            await c.write("live", live_key("b", service), theirs)
+        status = await c.seen("/v1/status", lambda s: any(len(n["other_versions"]) == 2 for n in s["nodes"]))
+        (node,) = [n for n in status["nodes"] if n["node"] == "b"]
+        assert node["other_versions"] == {"fetcher": "99.0.0", "storage": "99.0.0"}
+        assert node["live"] is False and node["services"] == {}
+        assert not any(m["repo"] == "org/theirs" for m in status["models"])
+        refused = await c.http.post("/v1/downloads", json={"model": "org/x", "nodes": ["b"]})
+        assert error_of(refused, 503)["code"] == "node_away"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_common import VERSION
 from shoal_common.errors import BY_CODE, ErrorBody, NodeAway, NotFound, StageLost
 from shoal_common.messages.facts import Holder, Live
 from shoal_common.messages.questions import TokenEvent
@@ -31,7 +32,7 @@ from shoal_gateway.settings import Limits
 from shoal_gateway.targets import to_control, to_delete, to_download
 from shoal_gateway.tokens import MAX_AHEAD, InOrder, StopScanner
 
-PURE = ("access", "catalog", "choose", "openai", "outcomes", "progress", "status", "targets", "tokens")
+PURE = ("access", "catalog", "choose", "events", "openai", "outcomes", "progress", "status", "targets", "tokens")
 PACKAGE = Path(gateway_errors.__file__).parent
 
 few_letters = st.text(alphabet="ab", max_size=30)
@@ -148,7 +149,7 @@ def live(*names: str) -> dict[str, dict[str, Live]]:
     out: dict[str, dict[str, Live]] = {}
     for name in names:
         node, _, service = name.partition(".")
-        out.setdefault(node, {})[service] = Live(holder=Holder(uid="u", host="h", pid=1), version="0")
+        out.setdefault(node, {})[service] = Live(holder=Holder(uid="u", host="h", pid=1), version=VERSION)
     return out
 
 

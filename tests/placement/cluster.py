@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from shoal_common import subjects
+from shoal_common import VERSION, subjects
 from shoal_common.buckets import instance_key, leader_key, live_key, model_key, stage_key
 from shoal_common.leases import LeaseValue
 from shoal_common.messages import decode, encode
@@ -64,11 +64,11 @@ class Cluster:
             await process.wait_ready()
             yield process
 
-    async def beat(self, node: str, memory_mib: int, service: str = "inference") -> None:
+    async def beat(self, node: str, memory_mib: int, service: str = "inference", version: str = VERSION) -> None:
         """A node's service is live, with this much memory. Its key lasts as long as any: 20 s."""
         live = Live(
             holder=Holder(uid=f"{node}-{service}", host="elsewhere", pid=1),
-            version="0",
+            version=version,
             facts=Facts(memory_available_bytes=memory_mib * MIB, memory_total_bytes=2 * memory_mib * MIB),
         )
         await self.here.buckets.live.put(live_key(node, service), live)

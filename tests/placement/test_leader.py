@@ -56,6 +56,25 @@ async def test_an_instance_is_placed_starts_runs_degrades_and_goes(own_nats: Nat
         await eventually(forgotten, "the state goes with the spec")
 
 
+async def test_nothing_is_placed_on_a_node_of_another_major_version_nor_taken_from_it(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1") as process:
+        await asyncio.gather(
+            c.beat("a", 5 * INSTANCE_MIB, version="99.0.0"), c.beat("b", 5 * INSTANCE_MIB), c.hold("a")
+        )
+        refused = await c.ask("place", Place(model=MODEL))
+        assert refused.error is not None and refused.error.code == "not_found"
+        await c.hold("b")
+        placed = await c.ask("place", Place(model=MODEL))
+        assert [s["node"] for s in placed.result["stages"]] == ["b"]
+        await c.beat("a", 5 * INSTANCE_MIB, version="99.0.0")
+        named = await c.ask("place", Place(model=MODEL, nodes=["a"]))
+        assert named.error is not None and named.error.code == "not_found"
+        said = [line for line in process.lines if "ignoring a node of another major version" in line]
+        assert len(said) == 1 and "other_node=a" in said[0] and "99.0.0" in said[0]
+
+
 async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:

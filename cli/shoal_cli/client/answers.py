@@ -27,6 +27,7 @@ class NodeRow(Message):
     silent_since_s: float | None = None
     services: dict[str, ServiceRow] = {}
     missing_services: list[str] = []
+    other_versions: dict[str, str] = {}
     link: str = ""
     memory_total_bytes: int = 0
     memory_available_bytes: int = 0

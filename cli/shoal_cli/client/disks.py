@@ -13,11 +13,12 @@ from rich.console import RenderableType
 from shoal_cli.client.answers import Anything, CollectedRow, ConfiguredRow, DisksAnswer, PinnedRow, VerifiedRow
 from shoal_cli.client.gateway import Gateway
 from shoal_cli.client.tables import disks_table, part_words, strange_words
-from shoal_cli.sizes import parse_limit, parse_seconds, parse_size, show_bytes, show_seconds
+from shoal_cli.sizes import parse_limit, parse_size, show_bytes, show_seconds
 from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.messages.questions import EvictionPlan
 from shoal_common.messages.records import FurtherRootState, LeaseState, RootState
 from shoal_common.names import ModelRef, check_node
+from shoal_common.spans import parse_seconds
 
 _VERIFY_ANSWER_S = 3700.0
 """The gateway waits an hour for a verification; its answer comes after that."""

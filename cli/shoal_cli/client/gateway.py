@@ -88,19 +88,43 @@ class Gateway:
     @contextmanager
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
         """The events of a streamed answer. Leaving the block early tells the gateway that nobody reads any more."""
+        with self._lines("POST", path, SILENCE_S, body=body) as lines:
+            yield self._decoded(lines)
+
+    @contextmanager
+    def follow(self, path: str, silence_s: float, cursor: str, **query: str) -> Iterator[Iterator[str]]:
+        """The lines of a stream of server-sent events, after a cursor of it (none: ""), with at most so much silence.
+
+        Raises Unavailable when it breaks off, Expired at silence; it may also end.
+        """
+        headers = {"Last-Event-ID": cursor} if cursor else {}
+        with self._lines("GET", path, silence_s, query=query, headers=headers) as lines:
+            yield lines
+
+    @contextmanager
+    def _lines(
+        self,
+        method: str,
+        path: str,
+        silence_s: float,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Iterator[Iterator[str]]:
+        timeout = httpx2.Timeout(silence_s, connect=CONNECT_S)
         with (
             self._mapped_errors(),
             self._http.stream(
-                "POST", path, json=body, timeout=httpx2.Timeout(SILENCE_S, connect=CONNECT_S)
+                method, path, json=body, params=dict(query or {}), headers=dict(headers or {}), timeout=timeout
             ) as response,
         ):
             if not response.is_success:
                 response.read()
                 check(response.status_code, response.content, self.url)
-            yield self._decoded(response)
+            yield response.iter_lines()
 
-    def _decoded(self, response: httpx2.Response) -> Iterator[dict[str, Any]]:
-        for line in response.iter_lines():
+    def _decoded(self, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+        for line in lines:
             if not line.startswith("data:"):
                 continue
             data = line.removeprefix("data:").strip()

@@ -15,6 +15,7 @@ from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 
+_SHOWN = 40
 _LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "virtual": "a tunnel"}
 """How this node reaches another; nothing is said of one on the same machine."""
 
@@ -52,7 +53,7 @@ def nodes_table(status: StatusAnswer) -> RenderableType:
         s = n.storage
         table.add_row(
             name,
-            _node_state(n),
+            _node_state(n, status.version),
             f"{show_bytes(n.memory_available_bytes)} of {show_bytes(n.memory_total_bytes)}"
             if n.memory_total_bytes
             else "-",
@@ -113,7 +114,10 @@ def part_words(part: PartState) -> str:
     return f"layers {runs} of {part.repo} ({part.commit[:8]}): {sizes}"
 
 
-def _node_state(node: NodeRow) -> Text:
+def _node_state(node: NodeRow, version_here: str) -> Text:
+    if node.other_versions:
+        versions = ", ".join(sorted({version[:_SHOWN] for version in node.other_versions.values()}))
+        return Text(f"ignored: runs Shoal {versions}, this is {version_here}", style="red")
     if not node.live:
         since_s = node.silent_since_s
         return Text("away" if since_s is None else f"away for {show_seconds(time.time() - since_s)}", style="red")

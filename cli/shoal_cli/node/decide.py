@@ -14,6 +14,10 @@ SETTLED_AFTER_S = 30.0
 """A child that lived this long has proved itself: its next end counts as the first."""
 CLAIMED = 9
 """The exit code of a service whose place another process holds (errors.Claimed)."""
+OTHER_VERSION = 10
+"""The exit code of a service that the cluster refuses for its major version (errors.OtherVersion)."""
+_REFUSED = (CLAIMED, OTHER_VERSION)
+"""Starting again changes nothing: somebody has to go first."""
 NEVER_UP_AFTER = 4
 """Ends in a row, never once ready, after which waiting for a child is pointless."""
 
@@ -37,11 +41,11 @@ class Restart(msgspec.Struct, frozen=True):
 def on_exit(history: History, now_s: float, code: int) -> Restart:
     """How long to wait before starting a child again: 0.2 s doubling to 10 s, from the start after 30 s of life.
 
-    A place that another process holds is looked at at the longest interval: it is free only when that one goes.
+    A place that others hold is looked at at the longest interval: it is free only when they go.
     """
     settled = now_s - history.began_s >= SETTLED_AFTER_S
     ends = 1 if settled else history.ends_in_a_row + 1
-    if code == CLAIMED:
+    if code in _REFUSED:
         return Restart(LONGEST_DELAY_S, ends)
     # The exponent is bounded so that a long run of failures cannot overflow a float.
     return Restart(min(FIRST_DELAY_S * 2.0 ** min(ends - 1, 16), LONGEST_DELAY_S), ends)
@@ -51,6 +55,8 @@ def how_it_ended(code: int) -> str:
     """An exit code in words."""
     if code == CLAIMED:
         return "another process already is this node's service (exit code 9, claimed)"
+    if code == OTHER_VERSION:
+        return "the cluster runs another major version of Shoal (exit code 10, other version)"
     if code < 0:
         known = -code in {int(s) for s in signal.Signals}
         return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
@@ -82,7 +88,7 @@ def readiness(children: Sequence[ChildStatus]) -> Verdict:
 def _hopeless(child: ChildStatus) -> bool:
     if child.phase == "ready" or child.was_ready:
         return False
-    return child.last_code == CLAIMED or child.ends_in_a_row >= NEVER_UP_AFTER
+    return child.last_code in _REFUSED or child.ends_in_a_row >= NEVER_UP_AFTER
 
 
 def why_not_up(child: ChildStatus) -> str:

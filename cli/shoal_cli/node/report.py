@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from shoal_cli.home import Home
-from shoal_cli.node.decide import CLAIMED, ChildStatus, why_not_up
+from shoal_cli.node.decide import CLAIMED, OTHER_VERSION, ChildStatus, why_not_up
 from shoal_cli.node.rotate import tail
-from shoal_common.errors import Claimed, ShoalError, Unavailable
+from shoal_common.errors import Claimed, OtherVersion, ShoalError, Unavailable
 from shoal_common.messages import Message
 
 _TAIL_LINES = 6
@@ -26,6 +26,7 @@ class NotUp(Message):
     log: str
     tail: list[str] = []
     claimed: bool = False
+    other_version: bool = False
 
 
 class UpReport(Message):
@@ -52,6 +53,7 @@ def missing(home: Home, children: list[ChildStatus]) -> list[NotUp]:
             why=why_not_up(c),
             log=str(home.log(c.name)),
             claimed=c.last_code == CLAIMED,
+            other_version=c.last_code == OTHER_VERSION,
             tail=[line[:_TOO_LONG] for line in tail(home.log(c.name), _TAIL_LINES)],
         )
         for c in children
@@ -61,7 +63,9 @@ def missing(home: Home, children: list[ChildStatus]) -> list[NotUp]:
 
 def not_up_error(report: UpReport) -> ShoalError:
     """The one-line error for a node of which some part is not ready."""
-    kind = Claimed if any(n.claimed for n in report.not_up) else Unavailable
+    kind: type[ShoalError] = Claimed if any(n.claimed for n in report.not_up) else Unavailable
+    if any(n.other_version for n in report.not_up):
+        kind = OtherVersion
     names = ", ".join(n.name for n in report.not_up)
     return kind(
         f"node {report.node} is not whole: {names} {'is' if len(report.not_up) == 1 else 'are'} not ready; it keeps "

@@ -14,6 +14,7 @@
     │   ├── DiskFull            the disk took no more bytes                507
     │   ├── NoRoom              no room in memory                          507
     │   ├── Claimed             another process is this node's service
+    │   ├── OtherVersion        the cluster runs another major version
     │   └── Unsupported         this version cannot do it                  501
     ├── Busy                try again in a moment                          429  exit 5
     ├── Unavailable         somebody needed is away                        503  exit 5
@@ -135,6 +136,13 @@ class Claimed(Refused):
 
     code = "claimed"
     exit_code = 9
+
+
+class OtherVersion(Refused):
+    """The cluster runs another major version: node and both versions are in the details."""
+
+    code = "other_version"
+    exit_code = 10
 
 
 class QuotaExceeded(Refused):

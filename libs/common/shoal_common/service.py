@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from typing import Literal, overload
 
 from shoal_common import VERSION, logs, telemetry
 from shoal_common.buckets import Buckets, ensure_streams
 from shoal_common.cancelling import ended
 from shoal_common.commands import CommandWorker, Verb
+from shoal_common.company import CompanyView, refuse_newcomer
 from shoal_common.config import Config, read_config
 from shoal_common.connection import Nats, connected
 from shoal_common.errors import ShoalError, Unavailable
@@ -89,9 +91,18 @@ class Context:
         worker = CommandWorker(self.nats, self.buckets, self.events, self.config.service, self.node, verbs)
         await worker.run(address or self.node, until or self.stopping)
 
+    @overload
+    async def view(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], keys: str = ">") -> CompanyView: ...
+
+    @overload
+    async def view(self, tasks: asyncio.TaskGroup, bucket: str, keys: str = ">") -> View: ...
+
     async def view(self, tasks: asyncio.TaskGroup, bucket: str, keys: str = ">") -> View:
-        """A local view of a bucket, whole when this returns, followed by a task of the group until stopping."""
-        view = View(bucket)
+        """A local view of a bucket, whole when this returns, followed by a task of the group until stopping.
+
+        That of `live` does not show services of another major version: they are ignored, everywhere.
+        """
+        view = CompanyView() if bucket == "live" else View(bucket)
         tasks.create_task(self._until_stopping(follow(self.nats, view, keys)))
         await view.complete(VIEW_DEADLINE_S)
         return view
@@ -153,6 +164,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
         log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
+        await refuse_newcomer(nats, config.node, config.service)
         await liveness.claim()
         try:
             context = Context(config, environ, nats, liveness, supervisor)

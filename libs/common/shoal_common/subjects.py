@@ -33,8 +33,8 @@ def question(service: str, node: str, verb: str) -> str:
 
 
 def event(service: str, node: str, name: str) -> str:
-    """Where a service tells what happened."""
-    return f"{ROOT}.evt.{service}.{check_node(node)}.{name}"
+    """Where a service tells what happened; `*` listens to all services, nodes or events."""
+    return f"{ROOT}.evt.{service}.{node if node == '*' else check_node(node)}.{name}"
 
 
 def have(node: str, blob: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nats.errors import Error as NatsError
 from nats.js.kv import KeyValue
@@ -168,6 +168,14 @@ async def follow(nats: Nats, view: View, keys: str = ">") -> None:
             await asyncio.sleep(_WATCH_RETRY_S)
 
 
+async def _sent_to(watcher: KeyValue.KeyWatcher) -> int:
+    # nats-py says that all has come when nothing is pending at the server and nothing is here yet: what is under way
+    # between the two makes a snapshot without anything. The server knows how much it has sent.
+    subscription: Any = watcher._sub
+    info = await patiently(subscription.consumer_info)
+    return int(info.delivered.consumer_seq) if info.delivered else 0
+
+
 async def _follow_once(nats: Nats, view: View, keys: str, connection: int) -> None:
     bucket = await patiently(lambda: nats.js.key_value(view.bucket))
     # Revisions that nothing is left of (an expired marker) are never delivered: they count as seen.
@@ -181,18 +189,23 @@ async def _follow_once(nats: Nats, view: View, keys: str, connection: int) -> No
     ending = asyncio.create_task(end_at_reconnection())
     snapshot: dict[str, bytes] | None = {}
     entry: KeyValue.Entry | None
+    came, sent = 0, None
     try:
         async for entry in watcher:
             if entry is None:
-                view.replace(snapshot or {}, revision)
-                snapshot = None
+                sent = await _sent_to(watcher)
             elif snapshot is not None:
+                came += 1
                 revision = max(revision, entry.revision or 0)
                 if entry.operation:
                     snapshot.pop(entry.key, None)
                 else:
                     snapshot[entry.key] = entry.value or b""
-            else:
+            if snapshot is not None:
+                if sent is not None and came >= sent:
+                    view.replace(snapshot, revision)
+                    snapshot = None
+            elif entry is not None:
                 view.apply(entry.key, None if entry.operation else entry.value or b"", entry.revision or 0)
     finally:
         ending.cancel()

@@ -8,6 +8,7 @@ from typing import cast
 
 from starlette.requests import Request
 
+from shoal_common.company import CompanyView
 from shoal_common.identity import this_network
 from shoal_common.sending import Sender
 from shoal_common.service import Context
@@ -20,7 +21,13 @@ class Gateway:
     """The gateway of a node: its context, its views of the cluster, and what it has in flight."""
 
     def __init__(
-        self, context: Context, settings: Settings, tasks: asyncio.TaskGroup, live: View, spec: View, state: View
+        self,
+        context: Context,
+        settings: Settings,
+        tasks: asyncio.TaskGroup,
+        live: CompanyView,
+        spec: View,
+        state: View,
     ) -> None:
         self.context, self.settings, self.tasks = context, settings, tasks
         self.live, self.spec, self.state = live, spec, state
@@ -28,6 +35,8 @@ class Gateway:
         self.network = this_network()
         self.in_flight: Counter[str] = Counter()
         """Requests that this gateway has at each instance."""
+        self.event_readers = 0
+        """Clients that follow events now."""
 
     @property
     def node(self) -> str:

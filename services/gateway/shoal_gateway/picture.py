@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal_common.company import CompanyView
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import (
     DownloadState,
@@ -23,6 +24,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
     live: dict[str, dict[str, Live]] = {}
     """By node, then by service."""
+    other_versions: dict[str, dict[str, str]] = {}
+    """Services of another major version, which this node ignores: by node, then by service."""
     storages: dict[str, StorageState] = {}
     downloads: list[DownloadState] = []
     models: list[ModelState] = []
@@ -43,7 +46,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return sorted(node for node, services in self.live.items() if service in services)
 
 
-def read_picture(live: View, spec: View, state: View) -> Picture:
+def read_picture(live: CompanyView, spec: View, state: View) -> Picture:
     """The picture that three local views make."""
     by_node: dict[str, dict[str, Live]] = {}
     for key, value in live.items("", Live):
@@ -52,12 +55,19 @@ def read_picture(live: View, spec: View, state: View) -> Picture:
     stages: dict[str, dict[int, StageState]] = {}
     for _, stage in state.items("stage.", StageState):
         stages.setdefault(stage.instance, {})[stage.rank] = stage
+    others: dict[str, dict[str, str]] = {}
+    for key, other in sorted(live.others.items()):
+        node, _, service = key.partition(".")
+        others.setdefault(node, {})[service] = other.version
+    # What such a storage holds nobody here can take.
+    away = {node for node, services in others.items() if "storage" in services}
     return Picture(
         live=by_node,
+        other_versions=others,
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
-        models=[m for _, m in state.items("model.", ModelState)],
-        parts=[p for _, p in state.items("part.", PartState)],
+        models=[m for _, m in state.items("model.", ModelState) if m.node not in away],
+        parts=[p for _, p in state.items("part.", PartState) if p.node not in away],
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,

@@ -27,6 +27,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """For the first token: a long prompt is read first, and that is silent."""
     silence_s: Seconds = 60.0
     """Between two tokens; also for a client that does not read."""
+    keep_alive_s: Seconds = 15.0
+    """Between two signs of life to a client that follows events."""
     gap_s: Seconds = 2.0
     """For a token that was overtaken by a later one."""
     fetch_begins_s: Seconds = 15.0

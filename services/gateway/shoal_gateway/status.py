@@ -45,6 +45,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """When a node that is not live was found silent (Unix time); it is retired when that is long ago."""
     services: dict[str, ServiceView]
     missing_services: list[str]
+    other_versions: dict[str, str]
+    """Services of it that are of another major version than the node that answers, which ignores them."""
     link: str
     """The kind of link by which the node that answers would reach this one's fileserver; "" where it cannot say."""
     memory_total_bytes: int
@@ -169,7 +171,7 @@ def status_view(
 
 def known_nodes(picture: Picture) -> list[str]:
     """Every node that is live or that `state` or `spec` names."""
-    named = {*picture.live, *picture.storages}
+    named = {*picture.live, *picture.storages, *picture.other_versions}
     named |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
     named |= {p.node for p in picture.parts}
     named |= {s.node for spec in picture.specs.values() for s in spec.stages}
@@ -202,6 +204,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
             for name, live in sorted(services.items())
         },
         missing_services=[name for name in SERVICES if name not in services],
+        other_versions=picture.other_versions.get(node, {}),
         link=reached[0].kind if reached else "",
         memory_total_bytes=total_bytes,
         memory_available_bytes=available_bytes,

@@ -13,6 +13,7 @@ from nats.js.errors import NotFoundError
 
 from shoal_common import subjects
 from shoal_common.buckets import Bucket, instance_key, node_key, patiently
+from shoal_common.company import CompanyView
 from shoal_common.errors import InUse, Unavailable
 from shoal_common.leases import Lease
 from shoal_common.logs import Log
@@ -36,7 +37,7 @@ _RETRY_S = 5.0
 class Collector:
     """What one leader does about nodes that are gone, as long as it holds its lease."""
 
-    def __init__(self, context: Context, live: View, spec: View, state: View, retire_after_s: float) -> None:
+    def __init__(self, context: Context, live: CompanyView, spec: View, state: View, retire_after_s: float) -> None:
         self._context, self._live, self._spec, self._state = context, live, spec, state
         self._retire_after_s = retire_after_s
         self._collecting = asyncio.Lock()
@@ -80,7 +81,9 @@ class Collector:
         return wake_s
 
     def _live_nodes(self) -> set[str]:
-        return {key.partition(".")[0] for key, _ in self._live.items("", Live)}
+        # One of another version is ignored, and lives.
+        here = {key for key, _ in self._live.items("", Live)} | self._live.others.keys()
+        return {key.partition(".")[0] for key in here}
 
     def _told(self) -> dict[str, NodeState]:
         return {state.node: state for _, state in self._state.items("node.", NodeState)}

@@ -1,0 +1,41 @@
+"""The page lists the events that services tell, all of them and no others."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def told_in_code() -> dict[str, set[str]]:
+    """By event, the services that tell it; `<service>` for what is told in the common code."""
+    found: dict[str, set[str]] = {}
+    for path in [*ROOT.glob("libs/common/shoal_common/**/*.py"), *ROOT.glob("services/*/shoal_*/**/*.py")]:
+        service = path.relative_to(ROOT).parts[1] if path.is_relative_to(ROOT / "services") else "<service>"
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and re.search(
+                r"\bevents\.tell$", ast.unparse(call.func).replace("_events", "events")
+            ):
+                name = call.args[0]
+                assert isinstance(name, ast.Constant), (
+                    f"{path.name}:{call.lineno} tells an event that has no fixed name"
+                )
+                found.setdefault(str(name.value), set()).add(service)
+    return found
+
+
+def told_in_the_page() -> dict[str, set[str]]:
+    """By event, the services that the table in docs/protocol.md gives it."""
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    section = page.split("\n## Events\n")[1].split("\n## ")[0]
+    found: dict[str, set[str]] = {}
+    for service, name in re.findall(r"^\| `….([\w<>]+)\.<node>\.(\w+)` \|", section, re.MULTILINE):
+        found.setdefault(name, set()).add(service)
+    return found
+
+
+def test_the_page_lists_every_event_and_who_tells_it_and_no_other() -> None:
+    assert told_in_code() == told_in_the_page()
+    assert "model_ready" in told_in_code()

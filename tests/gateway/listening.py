@@ -1,0 +1,113 @@
+"""A client of `GET /events`: a task that reads a stream, and what it has been told so far."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx2
+import msgspec
+
+from shoal_common import subjects
+from shoal_common.messages import encode
+from tests.harness.nats import Joined
+from tests.harness.waiting import eventually
+
+READ_DEADLINE_S = 60.0
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """One server-sent event."""
+
+    name: str
+    cursor: int | None
+    data: Any
+
+
+class Listener:
+    """What a stream has told."""
+
+    def __init__(self) -> None:
+        self.heard: list[Heard] = []
+        self.comments = 0
+        self.cursor: int | None = None
+        self.over = asyncio.Event()
+
+    def take(self, line: str, parts: dict[str, str]) -> None:
+        """One more line."""
+        if line.startswith(":"):
+            self.comments += 1
+        elif line:
+            name, _, value = line.partition(": ")
+            parts[name] = value
+        else:
+            cursor = int(parts["id"]) if "id" in parts else None
+            self.cursor = self.cursor if cursor is None else cursor
+            if "data" in parts:
+                self.heard.append(Heard(parts.get("event", ""), cursor, json.loads(parts["data"])))
+            parts.clear()
+
+    @property
+    def numbers(self) -> list[int]:
+        """The field `number` of each event, in the order they were told."""
+        return [h.data["fields"]["number"] for h in self.heard if not h.name]
+
+    def notices(self, name: str) -> list[Any]:
+        """What was said of the stream itself."""
+        return [h.data for h in self.heard if h.name == name]
+
+    async def until(self, wanted: Callable[[Listener], object], what: str) -> None:
+        """Return once it is so."""
+
+        async def ask() -> bool:
+            return bool(wanted(self))
+
+        try:
+            await eventually(ask, what, READ_DEADLINE_S)
+        except AssertionError:
+            raise AssertionError(f"{what}; heard {self.heard[-5:]}, cursor {self.cursor}") from None
+
+    async def begun(self) -> None:
+        """Return once it is told where it is: all that is published from now on comes."""
+        await self.until(lambda s: s.cursor is not None or s.over.is_set(), "the stream has begun")
+
+
+@asynccontextmanager
+async def listening(url: str, last_event_id: int | None = None, **query: str) -> AsyncIterator[Listener]:
+    """Follow events while the body runs. A stream that breaks off is over, as one that ends."""
+    listener = Listener()
+    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+    async with (
+        httpx2.AsyncClient(base_url=url, timeout=READ_DEADLINE_S, trust_env=False) as http,
+        http.stream("GET", "/events", params=query, headers=headers) as response,
+    ):
+        assert response.status_code == 200, await response.aread()
+        assert response.headers["content-type"].startswith("text/event-stream")
+
+        async def read() -> None:
+            parts: dict[str, str] = {}
+            with suppress(httpx2.TransportError):
+                async for line in response.aiter_lines():
+                    listener.take(line, parts)
+            listener.over.set()
+
+        reading = asyncio.create_task(read())
+        try:
+            yield listener
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
+
+
+async def tell(here: Joined, number: int, node: str = "a", service: str = "storage", event: str = "told") -> int:
+    """Tell an event as a service does, and return its place in the log."""
+    body = encode({"at_s": 1000.0 + number, "number": number})
+    return int((await here.js.publish(subjects.event(service, node, event), body)).seq)
+
+
+async def consumers(here: Joined) -> int:
+    """How many consumers the log has."""
+    return len(await here.js.consumers_info("EVT"))
