@@ -1,6 +1,7 @@
 """Weights between machines, with the shipped services as processes: what the hub sends, and what a transfer costs.
 
-Eight nodes want a model at the same time, from a hub with a limited rate:
+Eight nodes want a model at the same time, from a hub with a limited rate; their stores are in memory where there is
+room, for eight nodes do not share a disk:
 
 - `hub_bytes_8`: bytes that the hub sends over the model's; the worst round.
 - `time_8_over_1`: when the last of the eight has it, over one node alone.
@@ -177,10 +178,12 @@ async def cold_start_figures(site: Site) -> dict[str, Figure]:
     site.hub.set_faults(Faults(bytes_per_s=HUB_BYTES_PER_S))
     alone, together, shares = [], [], []
     for _ in range(ROUNDS):
-        alone.append(await site.pull_s("a", model))
+        with touched(size):
+            alone.append(await site.pull_s("a", model))
         await site.delete("a", model)
         site.hub.reset_stats()
-        together.append(max(await asyncio.gather(*(site.pull_s(n, model) for n in EIGHT))))
+        with touched(len(EIGHT) * size):
+            together.append(max(await asyncio.gather(*(site.pull_s(n, model) for n in EIGHT))))
         shares.append(site.hub_bytes(model) / size)
         await site.delete(EIGHT, model)
     killed = [await killed_share(site, model, size) for _ in range(KILL_ROUNDS)]
@@ -425,9 +428,11 @@ async def measure(directory: Path, server: NatsServer, hub: RunningHub) -> dict[
         async with site.running("a", "b"):
             done(await receive_figures(site, "a", "b"))
             done(await peak_figures(site))
-            async with site.running(*EIGHT[2:]):
-                done(await cold_start_figures(site))
-                done(await corrupt_figures(site))
+        with tempfile.TemporaryDirectory(dir=memory_directory(3 * len(EIGHT) * sum(COLD_FILES))) as name:
+            eight = Site(directory, server, hub, here, Path(name))
+            async with eight.running(*EIGHT):
+                done(await cold_start_figures(eight))
+                done(await corrupt_figures(eight))
     return figures
 
 

@@ -1,7 +1,7 @@
 """Saying and hearing who has what of one blob that is being fetched: `Have`, core NATS, kept nowhere.
 
-At most every 100 ms when something changed (40 ms as origin), every second when nothing did. The newest message of a
-node says all, so any of them may be lost.
+At most every 100 ms when something changed, every second when nothing did. The newest message of a node says all, so
+any of them may be lost.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from shoal_fetcher.partial import PartialBlob
 log = Log("haves")
 
 BATCH_S = 0.1
-ORIGIN_BATCH_S = 0.04
-"""What an origin has read and nobody has taken yet is read again should it die now."""
 UNCHANGED_S = 1.0
 SILENT_S = 3.0
 """Who was not heard for so long does not count as fetching."""
@@ -112,10 +110,9 @@ class Haves:
             self._dirty.clear()
             await self._say(hello=hello)
             hello = False
-            batch_s = ORIGIN_BATCH_S if self.origin else BATCH_S
-            await asyncio.sleep(batch_s)
+            await asyncio.sleep(BATCH_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(UNCHANGED_S - batch_s):
+                async with asyncio.timeout(UNCHANGED_S - BATCH_S):
                     await self._dirty.wait()
 
     async def _say(self, hello: bool = False, leaving: bool = False) -> None:
