@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
 SOURCES := libs services cli demo tests bench deploy
 
-.PHONY: demo test unit lint types setup bench lock format clean
+.PHONY: demo test unit lint types setup bench chaos lock format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    three nodes on this machine: pull, place over two, chat   (Ctrl-C ends it)"
 	@echo "make test    lint, types and all tests"
 	@echo "make bench   measure, and write docs/benchmarks.md"
+	@echo "make chaos   kill, stop and restart what a cluster is made of, and see what is left (CHAOS_ROUNDS, CHAOS_SEED)"
 	@echo "make lock    pin the requirements anew       make format    format the code"
 
 setup: $(VENV)/.ready
@@ -49,6 +50,13 @@ types: setup
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# Every run says its seed; the same seed draws the same things again.
+CHAOS_ROUNDS ?= 100
+CHAOS_SEED ?= $(shell date +%s)
+
+chaos: setup
+	SHOAL_CHAOS_ROUNDS=$(CHAOS_ROUNDS) SHOAL_CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest tests/cluster/test_chaos.py
 
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench
