@@ -7,6 +7,7 @@ things again (how they meet the processes is the machine's affair).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import signal
@@ -23,7 +24,7 @@ from shoal_common.errors import Unavailable
 from shoal_common.messages import decode
 from shoal_common.messages.commands import Outcome
 from shoal_common.messages.records import DownloadSpec, ModelState, StorageState
-from tests.fetcher.pulling import Pulls, Site, check_store, manifests, partials, stray_blobs
+from tests.fetcher.pulling import Pulls, Site, blobs, manifests, partials, stray_blobs
 from tests.harness.node import Node
 from tests.harness.waiting import eventually
 
@@ -55,6 +56,8 @@ class Chaos:
         """What was done, in order."""
         self._sent: list[Sent] = []
         self._quota: dict[str, int | None] = {}
+        self._removed: set[str] = set()
+        """Blobs that were removed by hand somewhere: their models are not announced until they are pulled again."""
 
     # What happens
 
@@ -162,6 +165,7 @@ class Chaos:
         if found:
             victim = self.draw.choice(found)
             self.did.append(f"{number}: remove {victim.name[:12]} of {node.id} by hand")
+            self._removed.add(victim.name)
             await asyncio.to_thread(victim.unlink, missing_ok=True)
 
     # Afterwards
@@ -202,7 +206,7 @@ class Chaos:
         """The invariants, from outside."""
         for node in self.site.nodes.values():
             await eventually(self._is_as_said(node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
-            await asyncio.to_thread(check_store, node)
+            await asyncio.to_thread(self._check_store, node)
             said = await self._disk_of(node)
             quota = self._quota.get(node.id, said.quota_bytes)
             assert said.quota_bytes == quota, f"a setting of {node.id} is lost"
@@ -216,6 +220,15 @@ class Chaos:
 
         await eventually(as_many_consumers, "I8: consumers are back to what they were", SETTLED_DEADLINE_S)
         assert await self._ghosts() == [], "I8"
+
+    def _check_store(self, node: Node) -> None:
+        """I1: a blob hashes to its name. I2: of a manifest nothing is missing but what was removed by hand."""
+        here = blobs(node)
+        for sha256, path in here.items():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"I1: {path}"
+        for manifest in manifests(node):
+            missing = {f.sha256 for f in manifest.files} - here.keys()
+            assert missing <= self._removed, f"I2: {manifest.model} on {node.id}: {missing}"
 
     async def _disk_of(self, node: Node) -> StorageState:
         state = await self.here.buckets.state.get_as(storage_key(node.id), StorageState)
