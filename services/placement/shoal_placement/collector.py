@@ -22,14 +22,14 @@ from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, NodeState, StageState
 from shoal_common.names import check_node
 from shoal_common.service import Context
-from shoal_common.watch import View, any_changed, caught_up
+from shoal_common.watch import View, any_changed
+from shoal_placement.current import catch_up
 from shoal_placement.retire import Named, named_by, reconcile
 
 log = Log("collector")
 
 SETTLED_S = 10.0
 """So long after NATS has come back nobody is retired for silence: the living may have had no chance to speak yet."""
-_CATCH_UP_S = 5.0
 _AT_ONCE = 32
 _RETRY_S = 5.0
 
@@ -61,8 +61,9 @@ class Collector:
             await any_changed(views, seen, wake_s)
 
     async def _look(self, unsettled_s: float) -> float | None:
+        named = self._named()
         actions = reconcile(
-            self._named().keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
+            named.keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
         )
         state, wake_s = self._context.buckets.state, actions.wake_s
         for silent in actions.silent:
@@ -77,7 +78,7 @@ class Collector:
                 continue
             why = "forgotten" if retired.forgotten else f"silent for {time.time() - retired.silent_since_s:.0f} s"
             async with self._collecting:
-                await self._retire(retired.node, why)
+                await self._retire(retired.node, why, named.get(retired.node, Named()))
         return wake_s
 
     def _live_nodes(self) -> set[str]:
@@ -93,9 +94,9 @@ class Collector:
         stages = list(self._state.items("stage.", StageState))
         return named_by(self._spec.keys(), self._state.keys(), instances, stages)
 
-    async def _retire(self, node: str, why: str) -> int:
+    async def _retire(self, node: str, why: str, found: Named) -> int:
         """Remove all that names a node; its NodeState last, so that the next leader goes on where this one ends."""
-        buckets, found = self._context.buckets, self._named().get(node, Named())
+        buckets = self._context.buckets
         for name in found.instances:
             # What was to run there cannot: its other nodes take their stages down when this is gone.
             await self._delete(buckets.spec, [instance_key(name)], node)
@@ -136,21 +137,17 @@ class Collector:
     async def forget(self, command: Forget, _: str) -> dict[str, object]:
         """Retire a node now. One that nothing names is no error (I5); one that is live is not forgotten."""
         node = check_node(command.node)
-        try:
-            await asyncio.gather(
-                *(caught_up(self._context.nats, v, _CATCH_UP_S) for v in (self._live, self._spec, self._state))
-            )
-        except TimeoutError:
-            raise Unavailable("placement cannot see the cluster just now: ask again in a moment") from None
+        await catch_up(self._context.nats, self._live, self._spec, self._state)
         async with self._collecting:
             if node in self._live_nodes():
                 raise InUse(f"node {node} is live: end it there with `shoal down`, then forget it")
-            if node not in self._named() and node not in self._told():
+            found = self._named().get(node)
+            if found is None and node not in self._told():
                 return {"node": node, "found": False, "key_count": 0}
             told = NodeState(node=node, silent_since_s=round(time.time(), 3), forgotten=True)
             # Should this leader end in the middle, the next one goes on.
             await self._state.reached(await self._context.buckets.state.put(node_key(node), told))
-            count = await self._retire(node, "forgotten")
+            count = await self._retire(node, "forgotten", found or Named())
         if node in self._live_nodes():
             raise InUse(f"node {node} came back while it was being forgotten; it says again what it has")
         return {"node": node, "found": True, "key_count": count}

@@ -22,8 +22,9 @@ from shoal_common.messages.records import InstanceSpec, InstanceState, ModelStat
 from shoal_common.names import ModelRef, check_id
 from shoal_common.questions import Question
 from shoal_common.service import Context
-from shoal_common.watch import View, any_changed, caught_up
+from shoal_common.watch import View, any_changed
 from shoal_placement.collector import Collector
+from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
 from shoal_placement.retire import read_retire_after
 
@@ -33,7 +34,6 @@ _PLACE_DEADLINE_S = 60.0
 _UNPLACE_DEADLINE_S = 60.0
 _FORGET_DEADLINE_S = 60.0
 _STAGES_GONE_S = 20.0
-_CATCH_UP_S = 5.0
 _LOOK_FOR_LEADER_S = LEASE_TTL_S / 2
 
 
@@ -69,11 +69,7 @@ class Placement:
 
     async def _catch_up(self) -> None:
         # What another leader placed, or a fetcher finished, a moment ago is in NATS, if not yet in our views.
-        views = (self._live, self._spec, self._state)
-        try:
-            await asyncio.gather(*(caught_up(self._context.nats, view, _CATCH_UP_S) for view in views))
-        except TimeoutError:
-            raise Unavailable("placement cannot see the cluster just now: ask again in a moment") from None
+        await catch_up(self._context.nats, self._live, self._spec, self._state)
 
     # Commands and questions
 
