@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal_common.buckets import instance_key
-from shoal_common.errors import Expired, Failed, NodeAway, NotFound, from_body
+from shoal_common.errors import Expired, Failed, NotFound, from_body
 from shoal_common.messages.commands import Place, Unplace
 from shoal_common.messages.records import InstanceState
 from shoal_common.names import ModelRef, check_id, check_node
@@ -15,6 +15,7 @@ from shoal_common.subjects import ANY
 from shoal_common.watch import View
 from shoal_gateway.exchange import read_as, reply, unless_gone
 from shoal_gateway.gateway import Gateway, gateway_of
+from shoal_gateway.leader import carried_out, require_placement
 from shoal_gateway.outcomes import error_of, with_details
 from shoal_gateway.resource import resource
 from shoal_gateway.status import InstanceView, instance_view, instance_views
@@ -52,7 +53,7 @@ async def place(request: Request) -> Response:
     command = Place(
         **{**given, "model": str(ModelRef.parse(body.model)), "nodes": [check_node(n) for n in body.nodes]}
     )
-    _require_placement(gateway)
+    require_placement(gateway)
     view, identity = await unless_gone(request.receive, _place(gateway, command, body.wait))
     return reply({**_fields(view), "command": identity}, 201, {"Location": f"/v1/instances/{view.id}"})
 
@@ -63,20 +64,8 @@ async def unplace(request: Request) -> Response:
     gateway.sender.require_nats()
     if instance_view(gateway.picture(), identity) is None:
         return reply({"id": identity, "deleted": False})
-    _require_placement(gateway)
-    command, command_id = Unplace(instance=identity), new_id()
-    deadline_s = gateway.settings.limits.outcome_s
-    sending = gateway.sender.outcome_of("placement", ANY, "unplace", command, command_id, deadline_s)
-    outcome = await unless_gone(request.receive, sending)
-    error = error_of(outcome)
-    if error is not None:
-        raise error
+    _, command_id = await carried_out(request, "unplace", Unplace(instance=identity))
     return reply({"id": identity, "deleted": True, "command": command_id})
-
-
-def _require_placement(gateway: Gateway) -> None:
-    if not gateway.picture().nodes_with("placement"):
-        raise NodeAway("placement is live on no node; nothing was sent: start it with `shoal up`")
 
 
 async def _place(gateway: Gateway, command: Place, wait: bool) -> tuple[InstanceView, str]:
