@@ -28,6 +28,7 @@ from shoal_cli.doctor.look.here import Here
 from shoal_cli.doctor.look.nats import Beat, Cluster
 from shoal_cli.doctor.look.waiting import within
 from shoal_cli.doctor.nats import NatsFacts
+from shoal_cli.doctor.ports import Listener, Wanted
 from shoal_cli.doctor.reaching import System
 from shoal_cli.home import Home
 from shoal_common import VERSION
@@ -187,19 +188,16 @@ async def _ports_and_files(here: Here, cluster: asyncio.Task[Cluster]) -> list[F
     mine = _mine(here, (await cluster).beats)
     pids = _pids(here, mine)
 
-    def look() -> list[Finding]:
+    def look() -> tuple[list[Wanted], list[Listener], set[int]]:
         found = look_ports.listeners(pids.values())
         ours = set(pids.values())
         if here.status is None and mine:
             # NATS under systemd says its pid to nobody: it is the one that our services have found.
             ours |= {x.pid for x in found if "nats-server" in x.name}
-        return ports.judge(look_ports.wanted(here, mine, found), found, ours)
-
-    def judged(found: list[Finding]) -> list[Finding]:
-        return found
+        return look_ports.wanted(here, mine, found), found, ours
 
     return [
-        *await _judged(ports.CHECK, look, judged),
+        *await _judged(ports.CHECK, look, lambda seen: ports.judge(*seen)),
         *await _judged(machine.LIMITS, lambda: look_machine.opened(pids), machine.judge_files),
     ]
 
