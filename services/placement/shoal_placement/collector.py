@@ -24,7 +24,7 @@ from shoal_common.names import check_node
 from shoal_common.service import Context
 from shoal_common.watch import View, any_changed
 from shoal_placement.current import catch_up
-from shoal_placement.retire import Named, named_by, reconcile
+from shoal_placement.retire import Actions, Named, named_by, reconcile
 
 log = Log("collector")
 
@@ -61,10 +61,11 @@ class Collector:
             await any_changed(views, seen, wake_s)
 
     async def _look(self, unsettled_s: float) -> float | None:
-        named = self._named()
-        actions = reconcile(
-            named.keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
-        )
+        named, actions = self._decide()
+        if actions.silent:
+            # Views run apart: what a node has may be seen before it is seen to live.
+            await catch_up(self._context.nats, self._live)
+            named, actions = self._decide()
         state, wake_s = self._context.buckets.state, actions.wake_s
         for silent in actions.silent:
             log.info("a node is silent", silent=silent.node)
@@ -80,6 +81,10 @@ class Collector:
             async with self._collecting:
                 await self._retire(retired.node, why, named.get(retired.node, Named()))
         return wake_s
+
+    def _decide(self) -> tuple[dict[str, Named], Actions]:
+        named, now_s = self._named(), round(time.time(), 3)
+        return named, reconcile(named.keys(), self._live_nodes(), self._told(), now_s, self._retire_after_s)
 
     def _live_nodes(self) -> set[str]:
         # One of another version is ignored, and lives.
