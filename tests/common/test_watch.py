@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
-from nats.js.kv import KeyValue
+from nats.aio.msg import Msg
 
 from shoal_common.buckets import ensure_streams
-from shoal_common.messages import Message
-from shoal_common.watch import View, follow
+from shoal_common.messages import Message, encode
+from shoal_common.watch import View, Watch, follow
 from tests.harness.nats import Joined, NatsServer, joined
 
 Fresh = Callable[[str], str]
@@ -24,9 +25,9 @@ class Note(Message):
 
 
 @asynccontextmanager
-async def viewing(here: Joined, bucket: str, keys: str = ">") -> AsyncIterator[View]:
+async def viewing(here: Joined, bucket: str, *keys: str) -> AsyncIterator[View]:
     view = View(bucket)
-    following = asyncio.create_task(follow(here.nats, view, keys))
+    following = asyncio.create_task(follow(here.nats, view, *keys))
     try:
         await view.complete(10)
         yield view
@@ -60,36 +61,80 @@ async def test_a_view_begins_whole_and_follows_every_change(nats: NatsServer, fr
             assert view.get(f"{prefix}a", Note) is None
 
 
-class Hasty:
-    """A real watcher whose word that all has come overtakes what comes, as that of nats-py may."""
-
-    def __init__(self, watcher: KeyValue.KeyWatcher) -> None:
-        self._watcher, self._sub, self.stop = watcher, watcher._sub, watcher.stop
-
-    async def __aiter__(self) -> AsyncIterator[KeyValue.Entry | None]:
-        yield None
-        async for entry in self._watcher:
-            if entry is not None:
-                yield entry
-
-
-async def test_a_view_is_not_whole_before_all_that_the_server_has_sent_is_in_it(
+async def test_a_snapshot_whose_last_key_expired_on_the_way_is_whole_all_the_same(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = KeyValue.watch
+    take = Watch.take
 
-    async def hasty(bucket: KeyValue, keys: str) -> Hasty:
-        return Hasty(await watch(bucket, keys))
+    async def more_to_come(watch: Watch, message: Msg) -> None:
+        if not watch.whole and message.reply.startswith("$JS.ACK"):
+            message._metadata = replace(message.metadata, num_pending=1)
+        await take(watch, message)
 
-    monkeypatch.setattr(KeyValue, "watch", hasty)
+    monkeypatch.setattr(Watch, "take", more_to_come)
     async with joined(nats) as here:
-        prefix, state = f"{fresh('hasty')}.", here.buckets.state
+        prefix, state = f"{fresh('expired')}.", here.buckets.state
         await state.put(f"{prefix}a", Note(text="1"))
         await state.put(f"{prefix}b", Note(text="2"))
         async with viewing(here, "state", f"{prefix}>") as view:
             assert texts(view, prefix) == {"a": "1", "b": "2"}
             await state.put(f"{prefix}c", Note(text="3"))
             await holds(view, prefix, {"a": "1", "b": "2", "c": "3"})
+
+
+@pytest.mark.parametrize("lost", ["c", "d"])
+async def test_a_change_that_never_came_is_noticed(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    take, missing = Watch.take, {lost}
+
+    async def losing(watch: Watch, message: Msg) -> None:
+        key = message.subject.rpartition(".")[2]
+        if key in missing:
+            missing.remove(key)
+        else:
+            await take(watch, message)
+
+    monkeypatch.setattr(Watch, "take", losing)
+    monkeypatch.setattr("shoal_common.watch._HEARTBEAT_S", 0.2)
+    async with joined(nats) as here:
+        prefix, state = f"{fresh('lost')}.", here.buckets.state
+        await state.put(f"{prefix}a", Note(text="1"))
+        async with viewing(here, "state", f"{prefix}>") as view:
+            await state.put(f"{prefix}c", Note(text="3"))
+            await state.put(
+                f"{prefix}d", Note(text="4")
+            )  # by the next one, or, when it is the last, by the heartbeat
+            await holds(view, prefix, {"a": "1", "c": "3", "d": "4"})
+            assert not missing
+
+
+async def test_a_view_follows_some_keys_only(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        prefix, state = f"{fresh('some')}.", here.buckets.state
+        await state.put(f"{prefix}x.a", Note(text="1"))
+        await state.put(f"{prefix}y.a", Note(text="1"))
+        async with viewing(here, "state", f"{prefix}x.*", f"{prefix}z.>") as view:
+            assert texts(view, prefix) == {"x.a": "1"}
+            await state.put(f"{prefix}y.b", Note(text="2"))
+            await state.put(f"{prefix}z.b", Note(text="2"))
+            await holds(view, prefix, {"x.a": "1", "z.b": "2"})
+
+
+async def test_ten_thousand_keys_come_in_while_others_are_written(own_nats: NatsServer) -> None:
+    count = 10_000
+    async with joined(own_nats) as here, joined(own_nats) as other:
+        values = [here.buckets.state.subject(f"n.{i}") for i in range(count)]
+        note = encode(Note(text="x" * 500))
+        for start in range(0, count, 500):
+            await asyncio.gather(*(here.js.publish(s, note) for s in values[start : start + 500]))
+        async with viewing(here, "state") as view:
+            assert len(view.keys()) == count
+            await asyncio.gather(*(other.js.publish(s, encode(Note(text="y"))) for s in values[:500]))
+            changed = await view.until(
+                lambda v: sum(n.text == "y" for _, n in v.items("n.", Note)) == 500 or None, 30
+            )
+            assert changed
 
 
 async def test_a_key_that_expires_leaves_the_view(nats: NatsServer, fresh: Fresh) -> None:
@@ -164,8 +209,8 @@ async def test_I8_views_leave_no_consumer_behind(own_nats: NatsServer) -> None:
         for _ in range(3):
             async with viewing(here, "state") as view:
                 assert view.changes
-        async with viewing(here, "state"):
-            assert len(await here.js.consumers_info("KV_state")) <= 1 + 3  # ephemeral: the server reaps the others
+                assert len(await here.js.consumers_info("KV_state")) == 1
+        assert await here.js.consumers_info("KV_state") == []
 
 
 async def test_waiting_for_what_never_comes_ends_at_the_deadline(nats: NatsServer, fresh: Fresh) -> None:

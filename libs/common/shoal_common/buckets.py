@@ -34,6 +34,7 @@ COMMAND_MAX_AGE_S = 3600
 EVENT_MAX_AGE_S = 7 * 86400
 MARKER_TTL_S = 600
 """How long a deletion stays readable for watchers that were away; then the key leaves no trace (I8)."""
+MAX_CONSUMERS = 100_000
 OUTAGE_PATIENCE_S = 60.0
 _RETRY_S = 0.25
 
@@ -49,7 +50,12 @@ OUTAGE = (
 
 def stream_configs(replicas: int) -> list[api.StreamConfig]:
     """Every stream, buckets included, as it has to be."""
-    common: dict[str, Any] = {"storage": api.StorageType.FILE, "num_replicas": replicas}
+    common: dict[str, Any] = {
+        "storage": api.StorageType.FILE,
+        "num_replicas": replicas,
+        # Six services a node follow `live`: a server's own default, a thousand, is not enough for two hundred nodes.
+        "max_consumers": MAX_CONSUMERS,
+    }
     command = api.StreamConfig(
         name="CMD",
         subjects=[subjects.COMMANDS],
@@ -151,7 +157,8 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
         if not wrong:
             continue
         log.warning("a stream's settings differ; changing them", stream=name, differences="; ".join(wrong))
-        wanted.num_replicas = found.num_replicas
+        # What cannot be changed of a stream that exists stays as it is.
+        wanted.num_replicas, wanted.max_consumers = found.num_replicas, found.max_consumers
         try:
             await js.update_stream(wanted)
         except jse.APIError as e:
@@ -183,7 +190,8 @@ class Entry(msgspec.Struct, frozen=True):
     revision: int
 
 
-_MARKERS = {"KV-Operation", "Nats-Marker-Reason"}
+KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
+"""A message with one of these headers says that its key has no value."""
 _LOST_RACE = (10071, 10164)
 
 
@@ -199,11 +207,7 @@ class Bucket:
         return f"$KV.{self.name}.{key}"
 
     async def _publish(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int | None) -> int:
-        ack = await patiently(
-            lambda: self.js.publish(
-                self.subject(key), value, stream=self.stream, headers=dict(headers), msg_ttl=ttl_s
-            )
-        )
+        ack = await patiently(lambda: self.js.publish(self.subject(key), value, headers=dict(headers), msg_ttl=ttl_s))
         return int(ack.seq)
 
     async def put(self, key: str, value: object) -> int:
@@ -275,7 +279,7 @@ class Bucket:
 
 
 def _is_marker(message: api.RawStreamMsg) -> bool:
-    return bool((message.headers or {}).keys() & _MARKERS)
+    return bool((message.headers or {}).keys() & KV_MARKERS)
 
 
 class Buckets:

@@ -92,18 +92,18 @@ class Context:
         await worker.run(address or self.node, until or self.stopping)
 
     @overload
-    async def view(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], keys: str = ">") -> CompanyView: ...
+    async def view(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompanyView: ...
 
     @overload
-    async def view(self, tasks: asyncio.TaskGroup, bucket: str, keys: str = ">") -> View: ...
+    async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View: ...
 
-    async def view(self, tasks: asyncio.TaskGroup, bucket: str, keys: str = ">") -> View:
+    async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View:
         """A local view of a bucket, whole when this returns, followed by a task of the group until stopping.
 
         That of `live` does not show services of another major version: they are ignored, everywhere.
         """
         view = CompanyView() if bucket == "live" else View(bucket)
-        tasks.create_task(self._until_stopping(follow(self.nats, view, keys)))
+        tasks.create_task(self._until_stopping(follow(self.nats, view, *keys)))
         await view.complete(VIEW_DEADLINE_S)
         return view
 

@@ -1,20 +1,25 @@
 """A bucket as a local dict that follows it, through restarts of NATS.
 
-A watcher of nats-py goes deaf when its server restarts, so each reconnection starts a new one; what vanished
-meanwhile is known because the new snapshot does not have it.
+An ephemeral push consumer sends the last value of each key, then every change. It goes with its server, so each
+reconnection makes a new one; what vanished meanwhile is known because the new snapshot does not have it. The watcher
+of nats-py does not serve: it leaves its consumer to expire after minutes, takes one that was counted as under way for
+one that came, and waits for ever for a snapshot's end that has expired.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from time import monotonic
+from typing import TypeVar
 
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.kv import KeyValue
+from nats.js.api import AckPolicy, ConsumerInfo, DeliverPolicy
 
-from shoal_common.buckets import patiently
+from shoal_common.buckets import KV_MARKERS, patiently
 from shoal_common.connection import Nats
 from shoal_common.errors import BadMessage, Unavailable
 from shoal_common.logs import Log
@@ -24,6 +29,12 @@ T = TypeVar("T")
 log = Log("watch")
 
 _WATCH_RETRY_S = 0.5
+_SNAPSHOT_LOOK_S = 1.0
+_HEARTBEAT_S = 30.0
+_DEAF_S = 2.5 * _HEARTBEAT_S
+_FORGOTTEN_S = 60.0
+"""The server forgets a consumer that nobody listens to after this long."""
+_LAST_SENT, _STALLED = "Nats-Last-Consumer", "Nats-Consumer-Stalled"
 
 
 class View:
@@ -157,57 +168,122 @@ async def caught_up(nats: Nats, view: View, deadline_s: float) -> None:
         await view.reached(info.state.last_seq)
 
 
-async def follow(nats: Nats, view: View, keys: str = ">") -> None:
-    """Keep a view in step with its bucket, for ever. Runs as a task of the service."""
+async def follow(nats: Nats, view: View, *keys: str) -> None:
+    """Keep a view in step with its bucket, or some of its keys (`model.*.>`), for ever. A task of the service."""
     while True:
-        connection = nats.reconnects.count
         try:
-            await _follow_once(nats, view, keys, connection)
+            await _follow_once(nats, view, keys or (">",))
         except (NatsError, TimeoutError, Unavailable) as e:
             log.debug("watch ended; starting a new one", bucket=view.bucket, why=str(e) or type(e).__name__)
             await asyncio.sleep(_WATCH_RETRY_S)
 
 
-async def _sent_to(watcher: KeyValue.KeyWatcher) -> int:
-    # nats-py says that all has come when nothing is pending at the server and nothing is here yet: what is under way
-    # between the two makes a snapshot without anything. The server knows how much it has sent.
-    subscription: Any = watcher._sub
-    info = await patiently(subscription.consumer_info)
-    return int(info.delivered.consumer_seq) if info.delivered else 0
+class Watch:
+    """What one consumer sends, made into a view: the snapshot as a whole, after it change by change."""
+
+    def __init__(self, nats: Nats, view: View, revision: int) -> None:
+        self.came = 0
+        """Messages received. The server numbers them, so none can be missing unnoticed."""
+        self.heard_s = monotonic()
+        self.over = asyncio.Event()
+        """A message is missing, or the connection was: only a new consumer knows what is true."""
+        self._nats, self._view, self._prefix = nats, view, len(f"$KV.{view.bucket}.")
+        self._snapshot: dict[str, bytes] | None = {}
+        self._revision = revision
+
+    @property
+    def whole(self) -> bool:
+        """Whether the view has the snapshot."""
+        return self._snapshot is None
+
+    async def take(self, message: Msg) -> None:
+        """A key's value, its end, or word from the server that nothing happens."""
+        self.heard_s = monotonic()
+        headers = message.headers or {}
+        if "Status" in headers:
+            await self._answer(message, headers)
+            return
+        meta = message.metadata
+        self.came += 1
+        if meta.sequence.consumer != self.came:
+            self.over.set()
+        if self.over.is_set():
+            return
+        value = message.data if KV_MARKERS.isdisjoint(headers) else None
+        self._apply(message.subject[self._prefix :], value, meta.sequence.stream)
+        if meta.num_pending == 0:
+            self._end_snapshot()
+
+    async def _answer(self, message: Msg, headers: dict[str, str]) -> None:
+        # The server stops sending until it hears that what it sent has been taken.
+        asked = message.reply or headers.get(_STALLED)
+        if asked:
+            await self._nats.client.publish(asked)
+        if int(headers.get(_LAST_SENT, 0)) > self.came:
+            self.over.set()
+
+    def _apply(self, key: str, value: bytes | None, revision: int) -> None:
+        if self._snapshot is None:
+            self._view.apply(key, value, revision)
+            return
+        self._revision = max(self._revision, revision)
+        if value is None:
+            self._snapshot.pop(key, None)
+        else:
+            self._snapshot[key] = value
+
+    def told(self, info: ConsumerInfo) -> None:
+        """What the server says of the consumer. With all sent and here, the snapshot is whole."""
+        sent = info.delivered.consumer_seq if info.delivered else 0
+        if not info.num_pending and self.came >= sent:
+            self._end_snapshot()
+
+    def _end_snapshot(self) -> None:
+        if self._snapshot is not None:
+            self._view.replace(self._snapshot, self._revision)
+            self._snapshot = None
 
 
-async def _follow_once(nats: Nats, view: View, keys: str, connection: int) -> None:
-    bucket = await patiently(lambda: nats.js.key_value(view.bucket))
+async def _follow_once(nats: Nats, view: View, keys: Sequence[str]) -> None:
+    """Follow with one consumer until it is over."""
+    connection, stream = nats.reconnects.count, f"KV_{view.bucket}"
     # Revisions that nothing is left of (an expired marker) are never delivered: they count as seen.
-    revision = (await patiently(lambda: nats.js.stream_info(f"KV_{view.bucket}"))).state.last_seq
-    watcher = await bucket.watch(keys)
+    watch = Watch(nats, view, (await patiently(lambda: nats.js.stream_info(stream))).state.last_seq)
 
     async def end_at_reconnection() -> None:
         await nats.reconnects.wait_after(connection)
-        await watcher.stop()  # type: ignore[no-untyped-call]  # nats-py
+        watch.over.set()
 
     ending = asyncio.create_task(end_at_reconnection())
-    snapshot: dict[str, bytes] | None = {}
-    entry: KeyValue.Entry | None
-    came, sent = 0, None
+    inbox, name = nats.client.new_inbox(), uuid.uuid4().hex
+    subscription = await nats.client.subscribe(inbox, cb=watch.take)
     try:
-        async for entry in watcher:
-            if entry is None:
-                sent = await _sent_to(watcher)
-            elif snapshot is not None:
-                came += 1
-                revision = max(revision, entry.revision or 0)
-                if entry.operation:
-                    snapshot.pop(entry.key, None)
-                else:
-                    snapshot[entry.key] = entry.value or b""
-            if snapshot is not None:
-                if sent is not None and came >= sent:
-                    view.replace(snapshot, revision)
-                    snapshot = None
-            elif entry is not None:
-                view.apply(entry.key, None if entry.operation else entry.value or b"", entry.revision or 0)
+        made = await nats.js.add_consumer(
+            stream,
+            name=name,
+            deliver_subject=inbox,
+            deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
+            ack_policy=AckPolicy.NONE,
+            filter_subjects=[f"$KV.{view.bucket}.{key}" for key in keys],
+            flow_control=True,
+            idle_heartbeat=_HEARTBEAT_S,
+            inactive_threshold=_FORGOTTEN_S,
+            mem_storage=True,
+            num_replicas=1,
+        )
+        watch.told(made)
+        while monotonic() - watch.heard_s < _DEAF_S:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DEAF_S if watch.whole else _SNAPSHOT_LOOK_S):
+                    await watch.over.wait()
+                    return
+            if not watch.whole:
+                # The last message of a snapshot says that it is the last, unless its key expired on the way.
+                watch.told(await nats.js.consumer_info(stream, name))
     finally:
         ending.cancel()
+        # Not left to be forgotten: a server may allow a stream no more than a thousand.
         with suppress(Exception):
-            await asyncio.wait_for(watcher.stop(), _WATCH_RETRY_S)  # type: ignore[no-untyped-call]  # nats-py
+            async with asyncio.timeout(_WATCH_RETRY_S):
+                await subscription.unsubscribe()
+                await nats.js.delete_consumer(stream, name)

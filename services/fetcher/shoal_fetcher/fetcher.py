@@ -272,7 +272,7 @@ class Fetcher:
 async def run(context: Context) -> None:
     """The fetcher service."""
     async with hub_client() as from_hub, PeerClient() as from_peers, asyncio.TaskGroup() as tasks:
-        live = await context.view(tasks, "live")
+        live = await context.view(tasks, "live", "*.fileserver", "*.storage")
         state = await context.view(tasks, "state")
         lease = await context.view(tasks, "lease")
         spec = await context.view(tasks, "spec", f"download.{context.node}.>")

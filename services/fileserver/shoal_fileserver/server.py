@@ -109,7 +109,7 @@ async def run(context: Context) -> None:
         await context.follow_interfaces(listener.getsockname()[1])
         context.ready()
         models = await context.view(tasks, "state", "model.>")
-        live = await context.view(tasks, "live")
+        live = await context.view(tasks, "live", "*.fileserver")
         own = await context.view(tasks, "state", storage_key(context.node))
         context.background(tasks, _keep_pace(own, context.node, pace))
         catalog = Catalog(context.node, context.ask, models, live, context.interfaces)

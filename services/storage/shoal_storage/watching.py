@@ -25,7 +25,7 @@ APART_S = 1.0
 TICK_S = 5.0
 """Between two looks whether the store is there."""
 _GATHER_MS = 1000
-_STEP_MS = 100
+_STEP_MS = 500
 
 
 class Watcher:
