@@ -51,10 +51,11 @@ class CompanyView(View):
         """One change from the server."""
         other = self._other(key, value)
         if other is None:
-            self.others.pop(key, None)
+            self.comings += self.others.pop(key, None) is not None
             super().apply(key, value, revision)
         else:
             before = self.others.get(key)
+            self.comings += before is None
             self._note(key, other)
             if before is not None and before.holder.uid == other.holder.uid:
                 self.others[key] = msgspec.structs.replace(other, beats=before.beats + 1)
@@ -63,6 +64,7 @@ class CompanyView(View):
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
         """A whole new snapshot."""
         found = {key: other for key, value in values.items() if (other := self._other(key, value))}
+        self.comings += found.keys() != self.others.keys()
         self.others = {key: other for key, other in self.others.items() if key in found}
         for key, other in found.items():
             self._note(key, other)

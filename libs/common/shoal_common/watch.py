@@ -43,6 +43,8 @@ class View:
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
         self.changes = 0
+        self.comings = 0
+        """Counts keys that came or went: what is said anew under a key that stays is none."""
         self.revision = 0
         """Everything in the bucket up to this revision is in here."""
         self._values: dict[str, bytes] = {}
@@ -111,13 +113,14 @@ class View:
     def apply(self, key: str, value: bytes | None, revision: int = 0) -> None:
         """One change from the server."""
         self._advance(revision)
-        if value is None:
-            if self._values.pop(key, None) is None:
-                return
-        elif self._values.get(key) == value:
+        before = self._values.get(key)
+        if before == value:
             return
+        if value is None:
+            del self._values[key]
         else:
             self._values[key] = value
+        self.comings += before is None or value is None
         self._forget(key)
         self._tell()
 
@@ -125,6 +128,7 @@ class View:
         """A whole new snapshot, after a reconnection."""
         self.revision = revision
         if values != self._values:
+            self.comings += values.keys() != self._values.keys()
             self._values, self._decoded = values, {}
             self._tell()
         if not self._complete.is_set():

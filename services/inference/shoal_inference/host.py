@@ -10,6 +10,7 @@ from shoal_common.logs import Log
 from shoal_common.messages.questions import Accepted, CancelGenerate, Done, Generate
 from shoal_common.messages.records import InstanceSpec, StageState
 from shoal_common.questions import Question
+from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, assignments, leftovers, reconcile
@@ -48,14 +49,14 @@ class Host:
 
     async def follow_spec(self) -> None:
         """At every change of `spec`: start and stop stages."""
-        while True:
-            seen = self._spec.changes
-            changes = reconcile(self._wanted(), self._running)
-            for key in changes.stop:
-                await self._stop(key)
-            for assignment in changes.start:
-                self._start(assignment)
-            await self._spec.changed_after(seen)
+        await reconcile_forever("starting and stopping stages", (self._spec,), self._start_and_stop)
+
+    async def _start_and_stop(self) -> None:
+        changes = reconcile(self._wanted(), self._running)
+        for key in changes.stop:
+            await self._stop(key)
+        for assignment in changes.start:
+            self._start(assignment)
 
     def _start(self, assignment: Assignment) -> None:
         stage = assignment.stage

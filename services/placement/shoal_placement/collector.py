@@ -14,15 +14,16 @@ from nats.js.errors import NotFoundError
 from shoal_common import subjects
 from shoal_common.buckets import Bucket, instance_key, node_key, patiently
 from shoal_common.company import CompanyView
-from shoal_common.errors import InUse, Unavailable
+from shoal_common.errors import InUse
 from shoal_common.leases import Lease
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Forget
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, NodeState, StageState
 from shoal_common.names import check_node
+from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
-from shoal_common.watch import View, any_changed
+from shoal_common.watch import View
 from shoal_placement.current import catch_up
 from shoal_placement.retire import Actions, Named, named_by, reconcile
 
@@ -31,7 +32,6 @@ log = Log("collector")
 SETTLED_S = 10.0
 """So long after NATS has come back nobody is retired for silence: the living may have had no chance to speak yet."""
 _AT_ONCE = 32
-_RETRY_S = 5.0
 
 
 class Collector:
@@ -44,21 +44,24 @@ class Collector:
         self._lease: Lease | None = None
 
     async def run(self, lease: Lease) -> None:
-        """Collect while this lease is held. Level-triggered: looks at everything at each change."""
+        """Collect while this lease is held."""
         self._lease = lease
-        views = (self._live, self._spec, self._state)
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
         connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
-        while True:
-            seen = tuple(view.changes for view in views)
+
+        async def look() -> float | None:
+            nonlocal connection, settled_at_s
             if reconnects.count != connection:
                 connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
-            try:
-                wake_s = await self._look(settled_at_s - loop.time())
-            except Unavailable as e:
-                log.warning("cannot collect now", why=e.message)
-                wake_s = _RETRY_S
-            await any_changed(views, seen, wake_s)
+            return await self._look(settled_at_s - loop.time())
+
+        await reconcile_forever(
+            "collecting what retired nodes leave behind",
+            (self._live, self._spec, self._state),
+            look,
+            # What the living say of themselves is nothing to go by here.
+            lambda: (self._live.comings, self._spec.changes, self._state.changes),
+        )
 
     async def _look(self, unsettled_s: float) -> float | None:
         named, actions = self._decide()

@@ -21,8 +21,9 @@ from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, InstanceState, ModelState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id
 from shoal_common.questions import Question
+from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
-from shoal_common.watch import View, any_changed
+from shoal_common.watch import View
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
@@ -155,10 +156,12 @@ class Placement:
 
     async def _keep_instance_states(self) -> None:
         """Write `state.instance` at every change that changes it."""
-        while True:
-            seen = (self._live.changes, self._spec.changes, self._state.changes)
-            await self._write_instance_states()
-            await any_changed((self._live, self._spec, self._state), seen)
+        await reconcile_forever(
+            "saying how instances stand",
+            (self._live, self._spec, self._state),
+            self._write_instance_states,
+            lambda: (self._live.comings, self._spec.changes, self._state.changes),
+        )
 
     async def _write_instance_states(self) -> None:
         bucket = self._context.buckets.state

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 
 from shoal_common.buckets import live_key
-from shoal_common.errors import ShoalError
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
+from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
-from shoal_common.watch import View, any_changed
+from shoal_common.watch import View
 from shoal_storage.announce import Announcer
 from shoal_storage.decide import Ledger, Limits
 from shoal_storage.keeping import Keeping
@@ -129,13 +129,12 @@ class Reservations:
 
     async def watch(self) -> None:
         """Look every LOOK_S, and when what people want changes."""
-        while True:
-            seen = self._specs.changes
-            try:
-                await self.look(time.time(), time.monotonic())
-            except (OSError, ShoalError) as e:  # NATS is away, say: the next look does what this one could not
-                log.warning("reservations could not be looked at", why=str(e))
-            await any_changed((self._specs,), (seen,), LOOK_S)
+
+        async def look() -> float:
+            await self.look(time.time(), time.monotonic())
+            return LOOK_S
+
+        await reconcile_forever("looking at reservations", (self._specs,), look)
 
     async def look(self, now_s: float, monotonic_s: float) -> None:
         """Decide by what the cluster says now, and do it."""
