@@ -70,6 +70,6 @@ def test_retire_after_is_a_span_of_a_day_unless_said_otherwise() -> None:
     assert read_retire_after({}, {}) == RETIRE_AFTER_S == 86400
     assert read_retire_after({"retire_after": "36h"}, {}) == 36 * 3600
     assert read_retire_after({"retire_after": "36h"}, {"SHOAL_RETIRE_AFTER": "7d"}) == 7 * 86400
-    for wrong in ("0s", "-1h", "soon", "12", "1.5h", "h", "٣h", "9999999999s"):
-        with pytest.raises(BadInput, match="36h"):
+    for wrong in ("0s", "-1h", "soon", "1.5h", "h", "٣h", "9999999999s"):
+        with pytest.raises(BadInput, match="retire_after"):
             read_retire_after({"retire_after": wrong}, {})

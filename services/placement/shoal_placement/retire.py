@@ -12,9 +12,9 @@ import msgspec
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.records import InstanceSpec, NodeState, StageState
+from shoal_common.spans import parse_seconds
 
 RETIRE_AFTER_S = 86400.0
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 class Named(msgspec.Struct):
@@ -92,8 +92,10 @@ def reconcile(
 def read_retire_after(settings: Mapping[str, object], environ: Mapping[str, str]) -> float:
     """`[placement] retire_after` of node.toml, or SHOAL_RETIRE_AFTER: a span like `36h`. Seconds. Raises BadInput."""
     value = str(environ.get("SHOAL_RETIRE_AFTER") or settings.get("retire_after") or f"{RETIRE_AFTER_S:.0f}s")
-    number, unit = value[:-1], value[-1:]
-    plain = number.isascii() and number.isdecimal() and len(number) <= 9
-    if unit not in _UNITS_S or not plain or int(number) == 0:
-        raise BadInput(f"retire_after {value[:20]!r} is not a span of time: give one like 36h or 7d")
-    return float(int(number) * _UNITS_S[unit])
+    try:
+        span_s = parse_seconds(value)
+    except BadInput as e:
+        raise BadInput(f"retire_after: {e.message}") from None
+    if span_s == 0:
+        raise BadInput("retire_after: 0 would retire every node that is silent for a moment; give a span like 36h")
+    return float(span_s)

@@ -25,11 +25,6 @@ class Peers:
         self._client, self._secret, self._addresses = client, secret, addresses
         self._rates = Rates()
 
-    @property
-    def client(self) -> PeerClient:
-        """What asks."""
-        return self._client
-
     async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: Took) -> Reply:
         """Leaves [first, end) of a blob."""
 
