@@ -27,6 +27,7 @@ from shoal_cli.client.run import Run
 from shoal_cli.client.tables import instances_table, models_table, status_page
 from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
+from shoal_cli.denied import not_allowed
 from shoal_cli.home import Home
 from shoal_cli.node import down as stopping
 from shoal_cli.node.decide import why_not_up
@@ -36,7 +37,7 @@ from shoal_cli.parser import parse
 from shoal_cli.sizes import parse_limit
 from shoal_common import VERSION
 from shoal_common.config import home_directory
-from shoal_common.errors import BadInput, NotFound, ShoalError, Unavailable
+from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
 from shoal_common.names import ModelRef, check_id, check_node
 
 _INTERRUPTED = 130
@@ -77,6 +78,8 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read our output has seen enough; Python must not complain about it while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as e:
+        return _fail(e, not_allowed(e), Denied.exit_code, environ)
     except Exception as e:  # noqa: BLE001  # people get a line, never a trace; SHOAL_DEBUG has it
         return _fail(e, f"{type(e).__name__}: {e}; SHOAL_DEBUG=1 shows where", 1, environ)
 
