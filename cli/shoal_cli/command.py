@@ -299,10 +299,25 @@ def _stop(call: Call) -> int:
 
 def _node(call: Call) -> int:
     node = check_node(call.args.node)
+    if call.args.action == "drain":
+        return _drain(call, node)
     answer = call.gateway.delete(f"/v1/nodes/{node}", Anything)
     count = answer.get("key_count", 0)
     keys = f"{count} {'key' if count == 1 else 'keys'}"
     call.say(f"forgot {node}: {keys} removed" if answer.get("found") else f"nothing names {node}")
+    return 0
+
+
+def _drain(call: Call, node: str) -> int:
+    if call.args.undo:
+        answer = call.gateway.delete(f"/v1/nodes/{node}/drain", Anything)
+        call.say(f"{node} may work again" if answer.get("was_drained") else f"{node} was not drained")
+        return 0
+    answer = call.gateway.post(f"/v1/nodes/{node}/drain", {}, Anything)
+    staying = ", ".join(answer.get("instances", []))
+    call.say(
+        f"drained {node}" + (f"; {staying} will move as far as other nodes have room: `shoal ps`" if staying else "")
+    )
     return 0
 
 

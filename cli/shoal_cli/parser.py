@@ -391,6 +391,15 @@ def _add_instances(add: _Add, remote: Parser) -> None:
         parents=[remote],
     )
     forget.add_argument("node", metavar="NODE", help="its id; `shoal status` lists them")
+    drain = doing.add_parser(
+        "drain",
+        help="let nothing run on a node any more",
+        description="Place nothing on a node any more and move the instances that run there, as far as others have "
+        "room. Its models stay and are served.",
+        parents=[remote],
+    )
+    drain.add_argument("node", metavar="NODE", help="its id; `shoal status` lists them")
+    drain.add_argument("--undo", action="store_true", help="let it work again")
     hub = add("hub", "print what lets huggingface_hub take models from the cluster", as_json=True)
     hub.add_argument("--node", metavar="N", default="", help="the node to ask for models (this one)")
     run = add("run", "talk to a model; brings and places it if need be")

@@ -25,6 +25,7 @@ class NodeRow(Message):
     node: str
     live: bool
     silent_since_s: float | None = None
+    drained: bool = False
     services: dict[str, ServiceRow] = {}
     missing_services: list[str] = []
     other_versions: dict[str, str] = {}

@@ -125,6 +125,8 @@ def _node_state(node: NodeRow, version_here: str) -> Text:
         return Text(f"without {', '.join(node.missing_services)}", style="yellow")
     uptime_s = min((s.uptime_s for s in node.services.values()), default=0.0)
     by = f", by {_LINKS[node.link]}" if node.link in _LINKS else ""
+    if node.drained:
+        return Text(f"drained, up {show_seconds(uptime_s)}{by}", style="yellow")
     return Text(f"up {show_seconds(uptime_s)}{by}", style="green")
 
 

@@ -314,7 +314,7 @@ def part_key(node: str, model: str) -> str:
 
 
 def node_key(node: str) -> str:
-    """`state`: a node that is silent."""
+    """`state`: a node that is silent. `spec`: one that is drained."""
     return f"node.{check_node(node)}"
 
 

@@ -1,11 +1,11 @@
-"""Nodes: having the cluster forget one that is gone."""
+"""Nodes: draining one, and having the cluster forget one that is gone."""
 
 from __future__ import annotations
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from shoal_common.messages.commands import Forget
+from shoal_common.messages.commands import Drain, Forget
 from shoal_common.names import check_node
 from shoal_gateway.exchange import reply
 from shoal_gateway.gateway import gateway_of
@@ -21,4 +21,24 @@ async def forget(request: Request) -> Response:
     return reply({**outcome.result, "command": identity})
 
 
-ROUTES = [resource("/v1/nodes/{node}", DELETE=forget)]
+async def drain(request: Request) -> Response:
+    """`POST /v1/nodes/{node}/drain`: nothing is placed there any more, and what runs there moves."""
+    return await _drain(request, True)
+
+
+async def undrain(request: Request) -> Response:
+    """`DELETE /v1/nodes/{node}/drain`: the node may work again."""
+    return await _drain(request, False)
+
+
+async def _drain(request: Request, drained: bool) -> Response:
+    gateway, node = gateway_of(request), check_node(request.path_params["node"])
+    gateway.sender.require_nats()
+    outcome, identity = await carried_out(request, "drain", Drain(node=node, drained=drained))
+    return reply({**outcome.result, "command": identity})
+
+
+ROUTES = [
+    resource("/v1/nodes/{node}", DELETE=forget),
+    resource("/v1/nodes/{node}/drain", POST=drain, DELETE=undrain),
+]

@@ -11,6 +11,7 @@ from shoal_common.messages.records import (
     InstanceSpec,
     InstanceState,
     ModelState,
+    NodeSpec,
     NodeState,
     PartState,
     StageState,
@@ -36,6 +37,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """By instance, then by rank."""
     silent: dict[str, NodeState] = {}
     """Nodes that are not live, by the leader's word."""
+    drained: frozenset[str] = frozenset()
+    """Nodes on which nothing is to run."""
 
     def has(self, node: str, service: str) -> bool:
         """Whether a service of a node is live."""
@@ -72,4 +75,5 @@ def read_picture(live: CompanyView, spec: View, state: View) -> Picture:
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,
         silent={s.node: s for _, s in state.items("node.", NodeState)},
+        drained=frozenset(s.node for _, s in spec.items("node.", NodeSpec)),
     )

@@ -43,6 +43,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     live: bool
     silent_since_s: float | None
     """When a node that is not live was found silent (Unix time); it is retired when that is long ago."""
+    drained: bool
+    """Whether people want nothing to run on it."""
     services: dict[str, ServiceView]
     missing_services: list[str]
     other_versions: dict[str, str]
@@ -193,6 +195,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
         node=node,
         live=bool(services),
         silent_since_s=picture.silent[node].silent_since_s if not services and node in picture.silent else None,
+        drained=node in picture.drained,
         services={
             name: ServiceView(
                 version=live.version,

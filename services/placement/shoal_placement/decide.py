@@ -38,6 +38,8 @@ class World(msgspec.Struct, frozen=True):
     instances: Sequence[InstanceSpec]
     alive: Set[str]
     """Nodes with any live service: what only others hold cannot be had now."""
+    drained: Set[str] = frozenset()
+    """Nodes on which people want nothing to run."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -117,7 +119,11 @@ def plan(request: Place, world: World) -> Plan:
     unknown = sorted(set(request.nodes) - set(world.facts))
     if unknown:
         raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
-    usable = {n: f for n, f in world.facts.items() if not request.nodes or n in request.nodes}
+    drained = sorted(set(request.nodes) & world.drained)
+    if drained:
+        raise BadInput(f"{', '.join(drained)} is drained: `shoal node drain {drained[0]} --undo` lets it work again")
+    able = {n: f for n, f in world.facts.items() if n not in world.drained}
+    usable = {n: f for n, f in able.items() if not request.nodes or n in request.nodes}
     rooms = [
         Room(node, facts.memory_available_bytes - taken.get(node, 0), node in holders)
         for node, facts in sorted(usable.items())

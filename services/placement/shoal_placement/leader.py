@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 
-from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key
+from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key, node_key
 from shoal_common.cancelling import ended
 from shoal_common.commands import Verb
-from shoal_common.errors import Failed, Unavailable
+from shoal_common.errors import Failed, NotFound, Unavailable
 from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
-from shoal_common.messages.commands import Forget, Place, Unplace
+from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.records import InstanceSpec, InstanceState, ModelState, StageSpec, StageState
-from shoal_common.names import ModelRef, check_id
+from shoal_common.messages.records import InstanceSpec, InstanceState, ModelState, NodeSpec, StageSpec, StageState
+from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
 from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
@@ -34,6 +34,7 @@ log = Log("placement")
 _PLACE_DEADLINE_S = 60.0
 _UNPLACE_DEADLINE_S = 60.0
 _FORGET_DEADLINE_S = 60.0
+_DRAIN_DEADLINE_S = 60.0
 _STAGES_GONE_S = 20.0
 _LOOK_FOR_LEADER_S = LEASE_TTL_S / 2
 
@@ -66,6 +67,7 @@ class Placement:
             facts=facts,
             models=[m for _, m in self._state.items("model.", ModelState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
+            drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
         )
 
     async def _catch_up(self) -> None:
@@ -106,6 +108,25 @@ class Placement:
             await self._state.until(gone, _STAGES_GONE_S)
         return {"instance": name, "stopped": stopped}
 
+    async def _drain(self, command: Drain, _: str) -> dict[str, object]:
+        """Say that a node is to be empty, or is not any more. Idempotent; raises NotFound for one nobody knows."""
+        async with self._section:
+            await self._catch_up()
+            node, spec = check_node(command.node), self._context.buckets.spec
+            if not command.drained:
+                was = await spec.delete(node_key(node))
+            elif was := node_key(node) in self._spec:
+                pass
+            elif node in self._world().alive:
+                await self._spec.reached(
+                    await spec.put(node_key(node), NodeSpec(node=node, asked_at_s=round(time.time(), 3)))
+                )
+            else:
+                raise NotFound(f"node {node} is not live: what is on one that is gone goes with `shoal node forget`")
+        log.info("drained" if command.drained else "not drained any more", drained=node)
+        staying = [s.id for _, s in self._spec.items("instance.", InstanceSpec) if node in {g.node for g in s.stages}]
+        return {"node": node, "drained": command.drained, "was_drained": was, "instances": sorted(staying)}
+
     async def preview(self, question: Place) -> Placed:
         """The layout that `place` would choose now. Writes nothing."""
         await self._catch_up()
@@ -144,6 +165,7 @@ class Placement:
             "place": Verb(Place, self.place, _PLACE_DEADLINE_S),
             "unplace": Verb(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
             "forget": Verb(Forget, self._collector.forget, _FORGET_DEADLINE_S),
+            "drain": Verb(Drain, self._drain, _DRAIN_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))

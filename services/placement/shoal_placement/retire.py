@@ -57,7 +57,7 @@ def named_by(
 
     for key in spec_keys:
         kind, _, rest = key.partition(".")
-        if kind == "download":
+        if kind in ("download", "node"):
             of(rest.partition(".")[0]).spec.append(key)
     for key in state_keys:
         kind, _, rest = key.partition(".")

@@ -127,6 +127,13 @@ class Forget(Command):
     node: str
 
 
+class Drain(Command):
+    """Place nothing on a node any more and move what runs there; `drained=false` takes that back."""
+
+    node: str
+    drained: bool = True
+
+
 class Outcome(Message):
     """How a command ended: the reply to `nats req`, and the value of `done` at the command's id."""
 

@@ -315,6 +315,13 @@ class InstanceSpec(Message):
         return f"{self.repo}@{self.commit}"
 
 
+class NodeSpec(Message):
+    """A node on which people want nothing to run. Written by the leader of placement."""
+
+    node: str
+    asked_at_s: float
+
+
 class NodeState(Message):
     """A node that is not live, while anything else names it. Written by the leader of placement."""
 
