@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.buckets import download_key, model_key, part_key, stage_key, storage_key
-from shoal_common.errors import BadInput
 from shoal_common.messages.records import InstanceSpec, NodeState, StageSpec, StageState
-from shoal_placement.retire import RETIRE_AFTER_S, named_by, read_retire_after, reconcile
+from shoal_placement.retire import named_by, reconcile
 
 NODES = st.sampled_from("abcdef")
 SETS = st.frozensets(NODES)
@@ -64,12 +62,3 @@ def test_the_keys_that_name_a_node_are_found_and_no_others() -> None:
     assert found["a"].spec == [download_key("a", "org/m")]
     assert sorted(found["a"].state) == sorted([*of_a, stage_key("i", 1)])
     assert found["a"].instances == found["b"].instances == ["i"] and found["ab"].instances == []
-
-
-def test_retire_after_is_a_span_of_a_day_unless_said_otherwise() -> None:
-    assert read_retire_after({}, {}) == RETIRE_AFTER_S == 86400
-    assert read_retire_after({"retire_after": "36h"}, {}) == 36 * 3600
-    assert read_retire_after({"retire_after": "36h"}, {"SHOAL_RETIRE_AFTER": "7d"}) == 7 * 86400
-    for wrong in ("0s", "-1h", "soon", "1.5h", "h", "٣h", "9999999999s"):
-        with pytest.raises(BadInput, match="retire_after"):
-            read_retire_after({"retire_after": wrong}, {})

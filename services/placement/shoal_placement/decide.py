@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 import msgspec
+from msgspec import structs
 
-from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
+from shoal_common.errors import BadInput, ErrorBody, NoRoom, NotFound, Unsupported
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import (
+    Asked,
     InstanceSpec,
     InstanceState,
     ModelShape,
@@ -49,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     shape: ModelShape
     layout: Layout
     context_tokens: int
+    asked: Asked = Asked()
 
 
 def find_model(text: str, world: World) -> ModelState:
@@ -131,7 +134,8 @@ def plan(request: Place, world: World) -> Plan:
     layout = solve(need, rooms, request.min_nodes, request.max_nodes)
     if layout is None:
         raise _no_room(model, need, rooms, usable, request)
-    return Plan(model, model.shape, layout, context_tokens)
+    asked = Asked(**{name: getattr(request, name) for name in Asked.__struct_fields__})
+    return Plan(model, model.shape, layout, context_tokens, asked)
 
 
 def _no_room(
@@ -186,13 +190,33 @@ def spec_of(found: Plan, instance: str, created_at_s: float) -> InstanceSpec:
         stages=stages,
         context_tokens=found.context_tokens,
         created_at_s=created_at_s,
+        asked=found.asked,
     )
 
 
+def placed_anew(spec: InstanceSpec, world: World) -> InstanceSpec:
+    """The instance as it could run now, as it was asked for. Raises what `plan` raises."""
+    asked = {name: getattr(spec.asked, name) for name in Asked.__struct_fields__}
+    # Of the nodes that were named, those that are there; with none of them it is refused as any request would be.
+    asked["nodes"] = [n for n in spec.asked.nodes if n in world.facts.keys() - world.drained] or spec.asked.nodes
+    request = Place(model=spec.model, context_tokens=spec.context_tokens, **asked)
+    others = [s for s in world.instances if s.id != spec.id]
+    found = plan(request, structs.replace(world, instances=others))
+    fresh = spec_of(found, spec.id, spec.created_at_s)
+    return structs.replace(fresh, epoch=spec.epoch + 1, asked=spec.asked)
+
+
 def instance_state(
-    spec: InstanceSpec, stages: Iterable[StageState], live: Iterable[str], before: InstanceState | None
+    spec: InstanceSpec,
+    stages: Iterable[StageState],
+    live: Iterable[str],
+    before: InstanceState | None,
+    stays_because: ErrorBody | None = None,
 ) -> InstanceState:
-    """How an instance stands: ready when all its stages are; degraded when it was and one is not any more."""
+    """How an instance stands: ready when all its stages are; degraded when it was and one is not any more.
+
+    `stays_because`: why one that should move to other nodes cannot.
+    """
     here = set(live)
     own = {s.rank: s for s in stages if s.instance == spec.id and s.epoch == spec.epoch}
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in here]
@@ -201,11 +225,11 @@ def instance_state(
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
     elif was_up:
-        phase, error = "degraded", next((e for e in failed if e is not None), None)
+        phase, error = "degraded", next((e for e in failed if e is not None), stays_because)
     elif failed:
         phase, error = "failed", next((e for e in failed if e is not None), None)
     else:
-        phase, error = "starting", None
+        phase, error = "starting", stays_because
     return InstanceState(
         id=spec.id,
         repo=spec.repo,

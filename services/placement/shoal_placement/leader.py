@@ -27,7 +27,8 @@ from shoal_common.watch import View
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
-from shoal_placement.retire import read_retire_after
+from shoal_placement.mover import Mover
+from shoal_placement.settings import read_settings
 
 log = Log("placement")
 
@@ -51,10 +52,13 @@ class Placed(Message):
 class Placement:
     """Views of the cluster, and what a leader does with them."""
 
-    def __init__(self, context: Context, live: View, spec: View, state: View, collector: Collector) -> None:
+    def __init__(
+        self, context: Context, live: View, spec: View, state: View, collector: Collector, replace_after_s: float
+    ) -> None:
         self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
+        self._mover = Mover(context, (live, spec, state), self._world, self._section, replace_after_s)
 
     def _world(self) -> World:
         facts = {}
@@ -169,19 +173,30 @@ class Placement:
         }
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))
-            keeping = tasks.create_task(self._keep_instance_states())
+            keeping = tasks.create_task(self._look_after_instances(lease))
             collecting = tasks.create_task(self._collector.run(lease))
             await lease.wait_lost()
             over.set()
             await ended(keeping, collecting)
             await asyncio.wait({working})
 
-    async def _keep_instance_states(self) -> None:
-        """Write `state.instance` at every change that changes it."""
+    async def _look_after_instances(self, lease: Lease) -> None:
+        """Say in `state.instance` how they stand, and move those that cannot stay where they are."""
+        self._mover.begin()
+
+        async def look() -> float | None:
+            await self._write_instance_states()
+            known = self._mover.stays.copy()
+            wake_s = await self._mover.look(lease)
+            if self._mover.stays != known:
+                await self._write_instance_states()
+            return wake_s
+
         await reconcile_forever(
-            "saying how instances stand",
+            "looking after instances",
             (self._live, self._spec, self._state),
-            self._write_instance_states,
+            look,
+            # What the living say of themselves is nothing to go by here.
             lambda: (self._live.comings, self._spec.changes, self._state.changes),
         )
 
@@ -192,7 +207,7 @@ class Placement:
         stages = [s for _, s in self._state.items("stage.", StageState)]
         live = set(self._world().facts)
         for name, spec in specs.items():
-            now = instance_state(spec, stages, live, told.get(name))
+            now = instance_state(spec, stages, live, told.get(name), self._mover.stays.get(name))
             if now != told.get(name):
                 await self._state.reached(await bucket.put(instance_key(name), now))
         for name in told.keys() - specs.keys():
@@ -210,9 +225,9 @@ async def run(context: Context) -> None:
         spec = await context.view(tasks, "spec")
         state = await context.view(tasks, "state")
         lease = await context.view(tasks, "lease", "leader.>")
-        retire_after_s = read_retire_after(context.config.settings.get("placement", {}), context.environ)
-        collector = Collector(context, live, spec, state, retire_after_s)
-        placement = Placement(context, live, spec, state, collector)
+        settings = read_settings(context.config.settings.get("placement", {}), context.environ)
+        collector = Collector(context, live, spec, state, settings.retire_after_s)
+        placement = Placement(context, live, spec, state, collector, settings.replace_after_s)
         context.background(tasks, placement.lead_forever(lease))
         tasks.create_task(context.serve({"preview": Question(Place, placement.preview)}))
         context.ready()

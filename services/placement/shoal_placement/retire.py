@@ -10,11 +10,7 @@ from collections.abc import Iterable, Mapping, Set
 
 import msgspec
 
-from shoal_common.errors import BadInput
 from shoal_common.messages.records import InstanceSpec, NodeState, StageState
-from shoal_common.spans import parse_seconds
-
-RETIRE_AFTER_S = 86400.0
 
 
 class Named(msgspec.Struct):
@@ -87,15 +83,3 @@ def reconcile(
         retire=[told[n] for n, s in sorted(waiting.items()) if s <= 0],
         wake_s=min(later_s, default=None),
     )
-
-
-def read_retire_after(settings: Mapping[str, object], environ: Mapping[str, str]) -> float:
-    """`[placement] retire_after` of node.toml, or SHOAL_RETIRE_AFTER: a span like `36h`. Seconds. Raises BadInput."""
-    value = str(environ.get("SHOAL_RETIRE_AFTER") or settings.get("retire_after") or f"{RETIRE_AFTER_S:.0f}s")
-    try:
-        span_s = parse_seconds(value)
-    except BadInput as e:
-        raise BadInput(f"retire_after: {e.message}") from None
-    if span_s == 0:
-        raise BadInput("retire_after: 0 would retire every node that is silent for a moment; give a span like 36h")
-    return float(span_s)

@@ -298,6 +298,14 @@ class StageSpec(Message):
     last_layer: int
 
 
+class Asked(Message):
+    """What people asked of a layout, as `place` has it: a later layout of the instance keeps to it."""
+
+    min_nodes: int = 1
+    max_nodes: int = 16
+    nodes: list[str] = []
+
+
 class InstanceSpec(Message):
     """A model placed to run. Stages are in rank order and cover every layer once."""
 
@@ -307,7 +315,9 @@ class InstanceSpec(Message):
     stages: list[StageSpec]
     context_tokens: int
     epoch: int = 1
+    """Counts layouts: each time the instance is placed anew, its stages are others."""
     created_at_s: float = 0.0
+    asked: Asked = Asked()
 
     @property
     def model(self) -> str:
