@@ -246,6 +246,11 @@ class Bucket:
         entry = await self.get(key)
         return decode(entry.value, kind) if entry else None
 
+    async def keys(self, pattern: str) -> list[str]:
+        """Keys that match (`*.storage`), those that were removed a moment ago among them."""
+        info = await patiently(lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern)))
+        return sorted(subject.removeprefix(self.subject("")) for subject in info.state.subjects or {})
+
     async def delete(self, key: str, revision: int | None = None) -> bool:
         """Remove a key. Absent already: nothing is written. Its marker goes by itself after a while (I8)."""
         last = await self._last(key)

@@ -124,13 +124,14 @@ class Context:
         tasks.create_task(self._until_stopping(work))
 
 
-async def _ensure_after_reconnects(nats: Nats, replicas: int) -> None:
+async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
     seen = nats.reconnects.count
     while True:
         seen = await nats.reconnects.wait_after(seen)
         with suppress(Unavailable):
             await ensure_streams(nats.js, replicas)
+            liveness.beat_now()
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
@@ -174,7 +175,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
                 around = [
                     tasks.create_task(liveness.beat_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
-                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas)),
+                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas, liveness)),
                 ]
                 running = asyncio.ensure_future(run(context))
                 around.append(tasks.create_task(_stop_in_time(running, stopping)))
