@@ -161,6 +161,11 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
             ) from None
 
 
+async def store_made(js: JetStreamContext) -> str:
+    """When what NATS keeps of what people asked for was begun: another moment after it has lost its store."""
+    return str((await patiently(lambda: js.stream_info("KV_spec"))).created)
+
+
 async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = OUTAGE_PATIENCE_S) -> T:
     """Run an idempotent call, again and again while NATS is out, for `patience_s`. Then Unavailable."""
     loop = asyncio.get_running_loop()

@@ -16,8 +16,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Literal, overload
 
+from nats.js.errors import NotFoundError
+
 from shoal_common import VERSION, logs, telemetry
-from shoal_common.buckets import Buckets, ensure_streams
+from shoal_common.buckets import Buckets, ensure_streams, store_made
 from shoal_common.cancelling import ended
 from shoal_common.commands import CommandWorker, Verb
 from shoal_common.company import CompanyView, refuse_newcomer
@@ -126,12 +128,16 @@ class Context:
 
 async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
-    seen = nats.reconnects.count
+    seen, made = nats.reconnects.count, await store_made(nats.js)
     while True:
         seen = await nats.reconnects.wait_after(seen)
-        with suppress(Unavailable):
+        with suppress(Unavailable, NotFoundError):  # away again already, or wiped again: the next time tells
             await ensure_streams(nats.js, replicas)
             liveness.beat_now()
+            before, made = made, await store_made(nats.js)
+            if made != before:
+                log.warning("NATS has lost all that it had kept; what this service knows is said again")
+                nats.wipes.happened()
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:

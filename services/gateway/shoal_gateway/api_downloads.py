@@ -126,7 +126,7 @@ async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: b
         async with asyncio.TaskGroup() as tasks:
             ending = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in asked}
         return {node: task.result() for node, task in ending.items()}
-    # What has not begun when the answer goes out is still looked after: it may have to be sent again, or nobody comes.
+    # What has not begun when the answer goes out is looked after still: it may have to be sent again, or withdrawn.
     beginning = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in asked}
     await asyncio.wait(beginning.values(), timeout=gateway.settings.limits.fetch_begins_s)
     ended = {node: task.result() for node, task in beginning.items() if task.done() and not task.cancelled()}
