@@ -77,7 +77,9 @@ async def test_rest_sends_the_documented_command_and_nothing_else(gateway: Runni
         message = await sent.next_msg(timeout=5)
         assert sent.pending_msgs == 0
     assert message.subject == "shoal.v1.cmd.fetcher.a.download"
-    assert msgspec.json.decode(message.data) == {"model": "org/big@v1", "deadline_s": 30}
+    sent_body = msgspec.json.decode(message.data)
+    assert sent_body.pop("expires_at_s") > 0
+    assert sent_body == {"model": "org/big@v1", "deadline_s": 30}
     assert message.headers is not None and message.headers["Nats-Msg-Id"] == command
 
 

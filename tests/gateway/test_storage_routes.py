@@ -101,7 +101,9 @@ async def test_each_route_sends_the_documented_command_to_its_own_node_and_nothi
         message = await commands.next_msg(timeout=5)
         assert commands.pending_msgs == 0 and len(asked) == 1
     assert message.subject == f"shoal.v1.cmd.storage.{NODE}.{verb}"
-    assert msgspec.json.decode(message.data) == sent
+    body = msgspec.json.decode(message.data)
+    assert body.pop("expires_at_s") > 0
+    assert body == sent
     assert message.headers is not None
     command = message.headers["Nats-Msg-Id"]
     assert response.json() == {

@@ -168,6 +168,11 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
             ) from None
 
 
+async def store_made(js: JetStreamContext) -> str:
+    """When what NATS keeps of what people asked for was begun: another moment after it has lost its store."""
+    return str((await patiently(lambda: js.stream_info("KV_spec"))).created)
+
+
 async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = OUTAGE_PATIENCE_S) -> T:
     """Run an idempotent call, again and again while NATS is out, for `patience_s`. Then Unavailable."""
     loop = asyncio.get_running_loop()
@@ -249,6 +254,11 @@ class Bucket:
         """What the key holds, decoded, or None."""
         entry = await self.get(key)
         return decode(entry.value, kind) if entry else None
+
+    async def keys(self, pattern: str) -> list[str]:
+        """Keys that match (`*.storage`), those that were removed a moment ago among them."""
+        info = await patiently(lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern)))
+        return sorted(subject.removeprefix(self.subject("")) for subject in info.state.subjects or {})
 
     async def delete(self, key: str, revision: int | None = None) -> bool:
         """Remove a key. Absent already: nothing is written. Its marker goes by itself after a while (I8)."""

@@ -180,12 +180,11 @@ class CommandWorker:
         started_s = time.monotonic()
         try:
             verb, command = self._understand(message, verb_name)
-            deadline_s = command.deadline_s or verb.deadline_s
-            left_s = deadline_s - (time.time() - message.metadata.timestamp.timestamp())
+            left_s = _left_s(command, verb, message.metadata.timestamp.timestamp(), time.time())
             if left_s <= 0:
                 raise Expired(
-                    f"{verb_name} waited longer than its {deadline_s:.0f} s for {self._service} of node "
-                    f"{self._node} and was not carried out; send it again"
+                    f"{verb_name} waited past its deadline for {self._service} of node {self._node} and was not "
+                    "carried out; send it again"
                 )
             if delivered > MAX_DELIVERIES:
                 raise Failed(
@@ -237,6 +236,12 @@ class CommandWorker:
                 f"the command's deadline has passed on node {self._node}; what it began may still be going on: "
                 "see `shoal status`"
             ) from None
+
+
+def _left_s(command: Command, verb: Verb, stored_at_s: float, now_s: float) -> float:
+    # It may have been stored long after it was sent, by a NATS that was away: then its sender's word counts.
+    until_s = stored_at_s + (command.deadline_s or verb.deadline_s)
+    return min(until_s, command.expires_at_s or until_s) - now_s
 
 
 async def _keep(message: Msg) -> None:

@@ -30,7 +30,7 @@ class Reconnects:
         self._changed = asyncio.Event()
 
     def happened(self) -> None:
-        """The client connected again."""
+        """The client has connected again."""
         self.count += 1
         self._changed.set()
         self._changed = asyncio.Event()
@@ -49,6 +49,8 @@ class Nats:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
+        self.wipes = Reconnects()
+        """Those connections at which NATS had lost all that it had kept. Counted by the main loop of a service."""
 
     @property
     def connected(self) -> bool:

@@ -75,6 +75,10 @@ class Liveness:
         self._once_said.append(then)
         self._news.set()
 
+    def beat_now(self) -> None:
+        """Renew the key before its time: NATS was away, and the key may be about to expire, or gone."""
+        self._news.set()
+
     async def claim(self) -> None:
         """Become this node's service. Raises Claimed while another live process is.
 

@@ -1,19 +1,29 @@
 """Sends commands as anybody would with `nats req`, and waits for their outcomes.
 
-A reply is lost when the service that owes it restarts, or NATS does; `done` has the outcome all the same.
+A reply is lost when the service that owes it restarts, or NATS does; `done` has the outcome all the same. A command
+is lost with a NATS that dies before it has kept it (nothing acknowledges it), so it is sent again, under the same id,
+to each NATS that is reached while its sender waits. Its id is done once, however often it comes.
+
+One whose service is away for AWAY_AFTER_S is withdrawn: it ends with `node_away`, in `done` too, where the service
+finds it when it is back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 
+import msgspec
+from msgspec import structs
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import TimeoutError as NatsTimeoutError
 
 from shoal_common import subjects, telemetry
+from shoal_common.away import is_live, node_away
 from shoal_common.buckets import Buckets, done_key
 from shoal_common.connection import Nats
 from shoal_common.errors import BadMessage, Expired, ShoalError, Unavailable
@@ -22,11 +32,36 @@ from shoal_common.messages.commands import Command, Outcome
 
 _LOOK_EVERY_S = 2.0
 """How often `done` is looked at: a reply may be lost in an outage of NATS, the outcome is not."""
+AWAY_AFTER_S = 15.0
+"""So long a service may have no key in `live`, as while it restarts, before it counts as away."""
+_LAST_LOOK_S = 5.0
 
 
 def new_id() -> str:
     """A fresh id for a command or a request."""
     return uuid.uuid4().hex
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    """A command on its way."""
+
+    service: str
+    node: str
+    verb: str
+    command: Command
+    identity: str
+
+    def ended_with(self, error: ShoalError) -> Outcome:
+        """Its outcome when nobody carried it out."""
+        return Outcome(
+            id=self.identity,
+            ok=False,
+            node=self.node,
+            service=self.service,
+            verb=self.verb,
+            error=error.body(),
+            ended_at_s=round(time.time(), 3),
+        )
 
 
 class Sender:
@@ -47,43 +82,89 @@ class Sender:
 
         When none comes in time, or it could not be sent, that is an outcome too: never raises a ShoalError.
         """
+        sent = _Sent(service, node, verb, structs.replace(command, expires_at_s=time.time() + deadline_s), identity)
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._send(service, node, verb, command, identity)
+                return await self._outcome(sent)
         except TimeoutError:
-            error: ShoalError = Expired(
-                f"{verb} did not end within {deadline_s:.0f} s on {service} of node {node}; it may still go on: "
-                f"see `shoal status`, or ask GET /v1/commands/{identity} later"
-            )
+            error: ShoalError = await self._why_late(sent, deadline_s)
         except NatsError as e:
             error = Unavailable(f"{verb} could not be sent to {service} of node {node}: NATS is away ({e})")
         except ShoalError as e:
             error = e
-        return Outcome(id=identity, ok=False, node=node, service=service, verb=verb, error=error.body())
+        return sent.ended_with(error)
 
-    async def _send(self, service: str, node: str, verb: str, command: Command, identity: str) -> Outcome:
+    async def _outcome(self, sent: _Sent) -> Outcome:
         self.require_nats()
-        client = self._nats.client
-        inbox = client.new_inbox()
-        replies = await client.subscribe(inbox, max_msgs=1)
+        inbox = self._nats.client.new_inbox()
+        replies = await self._nats.client.subscribe(inbox)
+        reconnects, connection = self._nats.reconnects, -1
+        away_since_s: float | None = None
         try:
-            with telemetry.sending(f"cmd.{service}.{verb}"):
-                await client.publish(
-                    subjects.command(service, node, verb),
-                    encode(command),
-                    reply=inbox,
-                    headers=telemetry.headers({"Nats-Msg-Id": identity}),
-                )
             while True:
-                with suppress(NatsTimeoutError, BadMessage):
-                    return decode((await replies.next_msg(timeout=_LOOK_EVERY_S)).data, Outcome)
-                with suppress(Unavailable):
-                    outcome = await self._buckets.done.get_as(done_key(identity), Outcome)
-                    if outcome is not None:
-                        return outcome
+                if connection != reconnects.count and (connection < 0 or await self._is_kept()):
+                    connection, away_since_s = reconnects.count, None
+                    await self._publish(sent, inbox)
+                outcome = await self._reply(replies) or await self._done(sent)
+                if outcome is not None:
+                    return outcome
+                if await self._is_away(sent):
+                    away_since_s = away_since_s or time.monotonic()
+                    if time.monotonic() - away_since_s >= AWAY_AFTER_S:
+                        return await self._withdraw(sent)
+                else:
+                    away_since_s = None
         finally:
             with suppress(NatsError):
                 await replies.unsubscribe()
+
+    async def _publish(self, sent: _Sent, inbox: str) -> None:
+        with telemetry.sending(f"cmd.{sent.service}.{sent.verb}"):
+            await self._nats.client.publish(
+                subjects.command(sent.service, sent.node, sent.verb),
+                encode(sent.command),
+                reply=inbox,
+                headers=telemetry.headers({"Nats-Msg-Id": sent.identity}),
+            )
+
+    async def _is_kept(self) -> bool:
+        """Whether the queue is there: a NATS that has lost its store has none until a service has made it anew."""
+        with suppress(NatsError):
+            await self._nats.js.stream_info("CMD")
+            return True
+        return False
+
+    async def _reply(self, replies: Subscription) -> Outcome | None:
+        with suppress(NatsTimeoutError, BadMessage):
+            return decode((await replies.next_msg(timeout=_LOOK_EVERY_S)).data, Outcome)
+        return None
+
+    async def _done(self, sent: _Sent) -> Outcome | None:
+        with suppress(Unavailable):
+            return await self._buckets.done.get_as(done_key(sent.identity), Outcome)
+        return None
+
+    async def _is_away(self, sent: _Sent) -> bool:
+        with suppress(Unavailable, NatsError):
+            return not await is_live(self._buckets, sent.service, sent.node)
+        return False
+
+    async def _withdraw(self, sent: _Sent) -> Outcome:
+        """End a command that nobody is there for. Its service finds that in `done`; one that was faster is right."""
+        outcome = sent.ended_with(await node_away(self._buckets, sent.service, sent.node, sent.verb))
+        if await self._buckets.done.create(done_key(sent.identity), outcome) is None:
+            return await self._done(sent) or outcome
+        return outcome
+
+    async def _why_late(self, sent: _Sent, deadline_s: float) -> ShoalError:
+        with suppress(TimeoutError, Unavailable, NatsError):
+            async with asyncio.timeout(_LAST_LOOK_S):
+                if self._nats.connected and not await is_live(self._buckets, sent.service, sent.node):
+                    return await node_away(self._buckets, sent.service, sent.node, sent.verb)
+        return Expired(
+            f"{sent.verb} did not end within {deadline_s:.0f} s on {sent.service} of node {sent.node}; it may still "
+            f"go on: see `shoal status`, or ask GET /v1/commands/{sent.identity} later"
+        )
 
     async def outcomes_of(
         self, service: str, ids: Mapping[str, str], verb: str, command: Command, deadline_s: float

@@ -16,8 +16,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Literal, overload
 
+from nats.js.errors import NotFoundError
+
 from shoal_common import VERSION, logs, telemetry
-from shoal_common.buckets import Buckets, ensure_streams
+from shoal_common.buckets import Buckets, ensure_streams, store_made
 from shoal_common.cancelling import ended
 from shoal_common.commands import CommandWorker, Verb
 from shoal_common.company import CompanyView, refuse_newcomer
@@ -124,13 +126,18 @@ class Context:
         tasks.create_task(self._until_stopping(work))
 
 
-async def _ensure_after_reconnects(nats: Nats, replicas: int) -> None:
+async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
-    seen = nats.reconnects.count
+    seen, made = nats.reconnects.count, await store_made(nats.js)
     while True:
         seen = await nats.reconnects.wait_after(seen)
-        with suppress(Unavailable):
+        with suppress(Unavailable, NotFoundError):  # away again already, or wiped again: the next time tells
             await ensure_streams(nats.js, replicas)
+            liveness.beat_now()
+            before, made = made, await store_made(nats.js)
+            if made != before:
+                log.warning("NATS has lost all that it had kept; what this service knows is said again")
+                nats.wipes.happened()
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
@@ -174,7 +181,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
                 around = [
                     tasks.create_task(liveness.beat_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
-                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas)),
+                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas, liveness)),
                 ]
                 running = asyncio.ensure_future(run(context))
                 around.append(tasks.create_task(_stop_in_time(running, stopping)))

@@ -11,7 +11,7 @@ import httpx2
 
 from shoal_common.buckets import download_key
 from shoal_common.commands import Verb
-from shoal_common.errors import Busy, Paused, ShoalError, Withdrawn, from_body
+from shoal_common.errors import Busy, Paused, ShoalError, Unavailable, Withdrawn, from_body
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages import commands
@@ -103,6 +103,24 @@ class Fetcher:
             if self._wishes.get(name) is None:
                 with suppress(ShoalError):  # storage is away: the state stays, for the next start
                     await self._withdraw(name)
+
+    async def say_again_after_wipes(self) -> None:
+        """A NATS that has lost its store has lost what people want of this node, and how it stands."""
+        seen, wipes = 0, self._context.nats.wipes
+        while True:
+            count = await wipes.wait_after(seen)
+            with suppress(Unavailable):  # away again already: once more, then
+                await self._say_again()
+                seen = count
+
+    async def _say_again(self) -> None:
+        async with self._changing:
+            await self._wishes.say_again()
+            for name in self._wishes.names:
+                if name in self._running:
+                    await self._running[name][0].progress.publish()
+                elif self._wishes.is_paused(name):
+                    await self._say_paused(name, None)
 
     async def download(self, command: commands.Download, identity: str) -> DownloadState:
         """Bring a model, or some layers of it, to this node; ends when it is ready, or raises why it is not to be."""
@@ -283,6 +301,7 @@ async def run(context: Context) -> None:
         context.background(tasks, limits.follow(state, context.node))
         fetcher = Fetcher(context, tasks, around, wishes, limits, from_hub, from_peers)
         await fetcher.take_up()
+        context.background(tasks, fetcher.say_again_after_wipes())
         tasks.create_task(context.serve({"withdraw": Question(Withdraw, fetcher.withdraw)}))
         tasks.create_task(
             context.work(

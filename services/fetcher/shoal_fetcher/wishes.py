@@ -7,6 +7,7 @@ there, and does not begin anew what a person has taken back since.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 
@@ -34,6 +35,7 @@ class Wishes:
     def __init__(self, buckets: Buckets, node: str, found: Iterable[DownloadSpec]) -> None:
         self._buckets, self._node = buckets, node
         self._held = {wish.model: wish for wish in found}
+        self._writing = asyncio.Lock()
 
     def get(self, name: str) -> DownloadSpec | None:
         """The wish for a model, if there is one."""
@@ -73,8 +75,15 @@ class Wishes:
         wish = self._held.get(name)
         if wish is not None:
             await self._answer(wish, result)
-        await self._buckets.spec.delete(download_key(self._node, name))
-        self._held.pop(name, None)
+        async with self._writing:
+            await self._buckets.spec.delete(download_key(self._node, name))
+            self._held.pop(name, None)
+
+    async def say_again(self) -> None:
+        """Write all of them: NATS has lost them, and nobody has taken them back."""
+        async with self._writing:
+            for name, wish in self._held.items():
+                await self._buckets.spec.put(download_key(self._node, name), wish)
 
     async def _answer(self, wish: DownloadSpec, result: object) -> None:
         error = result.body() if isinstance(result, ShoalError) else None
@@ -92,5 +101,6 @@ class Wishes:
             await self._buckets.done.create(done_key(command), outcome)
 
     async def _put(self, wish: DownloadSpec) -> None:
-        await self._buckets.spec.put(download_key(self._node, wish.model), wish)
-        self._held[wish.model] = wish
+        async with self._writing:
+            await self._buckets.spec.put(download_key(self._node, wish.model), wish)
+            self._held[wish.model] = wish

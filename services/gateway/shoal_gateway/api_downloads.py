@@ -122,33 +122,38 @@ def _asked(state: View, node: str, model: str) -> Asked:
 
 async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: bool) -> dict[str, Outcome]:
     """Send to every node. Returns the outcomes there are once all have begun, or with `wait` all of them."""
-    limits = gateway.settings.limits
-    deadline_s = command.deadline_s or limits.download_s
-    async with asyncio.TaskGroup() as tasks:
-        outcomes = {
-            a.node: tasks.create_task(
-                gateway.sender.outcome_of("fetcher", a.node, "download", command, a.command, deadline_s)
-            )
-            for a in asked
-        }
-        if not wait:
-            watching = [tasks.create_task(_until_begun(gateway.state, a, outcomes[a.node])) for a in asked]
-            await asyncio.wait(watching, timeout=limits.fetch_begins_s)
-            for task in [*watching, *outcomes.values()]:
-                task.cancel()
-    return {node: task.result() for node, task in outcomes.items() if not task.cancelled()}
+    if wait:
+        async with asyncio.TaskGroup() as tasks:
+            ending = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in asked}
+        return {node: task.result() for node, task in ending.items()}
+    # What has not begun when the answer goes out is looked after still: it may have to be sent again, or withdrawn.
+    beginning = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in asked}
+    await asyncio.wait(beginning.values(), timeout=gateway.settings.limits.fetch_begins_s)
+    ended = {node: task.result() for node, task in beginning.items() if task.done() and not task.cancelled()}
+    return {node: outcome for node, outcome in ended.items() if outcome is not None}
 
 
-async def _until_begun(state: View, asked: Asked, outcome: asyncio.Task[Outcome]) -> None:
-    while not outcome.done():
-        seen = state.changes
-        if begun(state.get(asked.key, DownloadState), asked.before, asked.at_s):
-            return
-        changed = asyncio.create_task(state.changed_after(seen))
-        try:
-            await asyncio.wait({changed, outcome}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
+async def _outcome(gateway: Gateway, command: Download, asked: Asked) -> Outcome:
+    deadline_s = command.deadline_s or gateway.settings.limits.download_s
+    return await gateway.sender.outcome_of("fetcher", asked.node, "download", command, asked.command, deadline_s)
+
+
+async def _until_begun(gateway: Gateway, command: Download, asked: Asked) -> Outcome | None:
+    """The outcome, or None as soon as `state` says that the download has begun."""
+    state, outcome = gateway.state, asyncio.create_task(_outcome(gateway, command, asked))
+    try:
+        while not outcome.done():
+            seen = state.changes
+            if begun(state.get(asked.key, DownloadState), asked.before, asked.at_s):
+                return None
+            changed = asyncio.create_task(state.changed_after(seen))
+            try:
+                await asyncio.wait({changed, outcome}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+        return outcome.result()
+    finally:
+        outcome.cancel()
 
 
 def _raise_first_refusal(

@@ -20,6 +20,8 @@ class Command(Message):
     id: str = ""
     deadline_s: float = 0.0
     """Seconds from sending until the command ends with `expired`; 0 takes the verb's own default."""
+    expires_at_s: float = 0.0
+    """When its sender has given it up, in seconds since 1970: whoever gets it later does not do it. 0: not said."""
 
 
 class Download(Command):

@@ -1,0 +1,285 @@
+"""NATS killed again and again under a cluster at work, and NATS that loses its store: what goes on, what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from nats.errors import Error as NatsError
+
+from shoal_common.buckets import download_key, instance_key, live_key, stage_key, storage_key, stream_configs
+from shoal_common.layout import LEAF_BYTES
+from shoal_common.messages.commands import Outcome
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import DownloadSpec, InstanceState, StageState, StorageState
+from shoal_demo import DEMO_MODEL, MODELS_DIR
+from shoal_demo.faults import Faults
+from shoal_demo.running import running_hub
+from tests.fetcher.pulling import Pulls, Site, partials
+from tests.fetcher.repos import noise
+from tests.harness.nats import NatsServer
+from tests.harness.node import Node, running_nodes
+from tests.harness.waiting import eventually
+
+SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference")
+KILLS = 20
+DEADLINE_S = 120.0
+QUOTA_BYTES = 3 << 30
+SLOWLY = Faults(bytes_per_s=LEAF_BYTES / 2)
+KEPT, BIG, PAUSED = "org/kept", "org/big", "org/paused"
+_OF_THE_DISK = ("storage.", "model.", "part.")
+
+
+class Cluster:
+    """Two nodes at work, and what a test sees of them."""
+
+    def __init__(self, site: Site, here: Pulls) -> None:
+        self.site, self.here = site, here
+        self.pids = {(n.id, s): n[s].pid for n in site.nodes.values() for s in SERVICES}
+
+    async def ask(self, service: str, node: str, verb: str, **body: object) -> dict[str, Any]:
+        """A command that has to succeed: its result."""
+        outcome = await self.here.ask(node, verb, json.dumps(body).encode(), service=service)
+        assert outcome.ok, outcome.error
+        return outcome.result
+
+    async def place(self) -> str:
+        """The demo's model over both nodes, ready."""
+        asked = await self.ask("placement", "any", "place", model=DEMO_MODEL, min_nodes=2, context_tokens=256)
+        name = str(asked["instance"])
+        await self.stands(name, "ready")
+        return name
+
+    async def stands(self, instance: str, phase: str) -> None:
+        """Return once an instance stands so."""
+
+        async def so() -> bool:
+            state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
+            return state is not None and state.phase == phase
+
+        await eventually(so, f"{instance} is {phase}", DEADLINE_S)
+
+    async def stages(self, instance: str) -> list[str]:
+        """Which processes run an instance's stages."""
+        found = [await self.here.buckets.state.get_as(stage_key(instance, r), StageState) for r in range(2)]
+        return [stage.uid for stage in found if stage is not None]
+
+    async def said_of_disks(self) -> dict[str, Any]:
+        """What `state` says of all disks, without what moves by itself."""
+        found: dict[str, Any] = {}
+        for prefix in _OF_THE_DISK:
+            for key in await self.here.buckets.state.keys(f"{prefix}>"):
+                entry = await self.here.buckets.state.get(key)
+                if entry is not None:
+                    value = json.loads(entry.value)
+                    found[key] = {k: v for k, v in value.items() if k not in ("free_bytes", "leases")}
+        return found
+
+    async def live(self) -> dict[str, str]:
+        """Which process is each service of `live`."""
+        found = {}
+        for node in self.site.nodes:
+            for service in SERVICES:
+                live = await self.here.buckets.live.get_as(live_key(node, service), Live)
+                if live is not None:
+                    found[live_key(node, service)] = live.holder.uid
+        return found
+
+    async def consumers(self) -> set[str]:
+        """Who takes commands."""
+        return {str(c.name) for c in await self.here.here.js.consumers_info("CMD")}
+
+    def check_processes(self) -> None:
+        """Nothing has crashed or was started again."""
+        for (node, service), pid in self.pids.items():
+            process = self.site[node][service]
+            assert process.running and process.pid == pid
+            log = process.log()
+            assert "Traceback" not in log and "level=error" not in log, log
+
+    async def same(self, look: Any, before: object, what: str) -> None:
+        """Return once it is as it was before."""
+
+        async def as_before() -> bool:
+            try:
+                return bool(await look() == before)
+            except NatsError:
+                return False
+
+        try:
+            await eventually(as_before, what, DEADLINE_S)
+        except AssertionError:
+            raise AssertionError(f"{what}: {await look()} instead of {before}") from None
+
+
+@asynccontextmanager
+async def cluster_of(tmp_path: Path, server: NatsServer) -> AsyncIterator[Cluster]:
+    """Two nodes with models, a setting, and room for more."""
+    hub_root = tmp_path / "hub"
+    shutil.copytree(MODELS_DIR / DEMO_MODEL, hub_root / DEMO_MODEL)
+    with running_hub(hub_root, process=True) as hub:
+        nodes = {n: Node(tmp_path / n, n, server.url, SERVICES, HF_ENDPOINT=hub.base_url) for n in "ab"}
+        site = Site(server, hub, hub_root, nodes, repo=BIG)
+        site.make({"model.bin": noise(2 * LEAF_BYTES + 7, KEPT), "config.json": b"{}"}, KEPT)
+        site.make({"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        site.make({"model.bin": noise(6 * LEAF_BYTES, PAUSED)}, PAUSED)
+        with running_nodes(*nodes.values()):
+            async with site.join() as here:
+                for node in nodes.values():
+                    await node.ready(here.here)
+                cluster = Cluster(site, here)
+                try:
+                    await cluster.ask("storage", "a", "configure", max_storage_bytes=QUOTA_BYTES)
+                    for name in nodes:
+                        await here.pull_ok(name, KEPT)
+                        await here.pull_ok(name, DEMO_MODEL)
+                    yield cluster
+                except BaseException:
+                    print(*(node.log() for node in nodes.values()))
+                    raise
+
+
+async def begin(cluster: Cluster, node: str, model: str) -> None:
+    """A download that is under way, slowly, and for which nobody waits."""
+    cluster.site.hub.set_faults(SLOWLY)
+    data = json.dumps({"model": model, "id": f"pull-{model.rpartition('/')[2]}"}).encode()
+    await cluster.here.here.client.publish(f"shoal.v1.cmd.fetcher.{node}.download", data)
+    await cluster.here.durable(node, LEAF_BYTES, model)
+
+
+async def outcome_of(cluster: Cluster, model: str) -> Outcome:
+    """How that download ended."""
+    identity = f"pull-{model.rpartition('/')[2]}"
+    return await eventually(
+        lambda: cluster.here.buckets.done.get_as(identity, Outcome), f"the pull of {model} ends", DEADLINE_S
+    )
+
+
+@pytest.mark.deadline_s(400.0)
+async def test_I6_nats_killed_twenty_times_under_a_cluster_at_work_costs_nothing_but_the_wait(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with cluster_of(tmp_path, own_nats) as cluster:
+        here, site = cluster.here, cluster.site
+        instance = await cluster.place()
+        stages = await cluster.stages(instance)
+        said, live, consumers = await cluster.said_of_disks(), await cluster.live(), await cluster.consumers()
+        kept_gets = site.gets("model.bin", KEPT)
+        await begin(cluster, "b", BIG)
+        for number in range(KILLS):
+            seen = here.here.nats.reconnects.count
+            await asyncio.to_thread(own_nats.restart)
+            if number % 2:  # else it is killed before anybody is back
+                await here.here.nats.reconnects.wait_after(seen)
+        site.hub.reset_faults()
+        assert (await outcome_of(cluster, BIG)).ok
+        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        await cluster.ask("storage", "b", "delete", model=BIG)
+        await cluster.same(cluster.said_of_disks, said, "what is said of the disks")
+        await cluster.same(cluster.live, live, "the same processes are live")
+        await cluster.same(cluster.consumers, consumers, "the same services take commands")
+        await cluster.stands(instance, "ready")
+        assert await cluster.stages(instance) == stages, "a stage was started again although only NATS was"
+        assert site.gets("model.bin", KEPT) == kept_gets
+        assert site.hub_bytes() <= (16 + 2 * KILLS) * LEAF_BYTES, "more than what was in flight was read again"
+        cluster.check_processes()
+
+
+@pytest.mark.deadline_s(400.0)
+async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_on_a_disk(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with cluster_of(tmp_path, own_nats) as cluster:
+        here, site = cluster.here, cluster.site
+        instance = await cluster.place()
+        await begin(cluster, "a", PAUSED)
+        assert (await cluster.ask("fetcher", "a", "pause", model=PAUSED))["models"] == {PAUSED: "paused"}
+        assert (await outcome_of(cluster, PAUSED)).error is not None
+        held = partials(site["a"])
+        live, consumers = await cluster.live(), await cluster.consumers()
+        await begin(cluster, "b", BIG)
+        said = {k: v for k, v in (await cluster.said_of_disks()).items() if not k.startswith("storage.")}
+        before = site.hub.stats().files
+
+        await asyncio.to_thread(own_nats.wipe)
+
+        async def models_and_parts() -> dict[str, Any]:
+            return {k: v for k, v in (await cluster.said_of_disks()).items() if not k.startswith("storage.")}
+
+        await cluster.same(models_and_parts, said, "what is said of models")
+        await cluster.same(cluster.live, live, "the same processes are live")
+        await cluster.same(cluster.consumers, consumers, "the same services take commands")
+        streams = {str(s.config.name) for s in await here.here.js.streams_info()}
+        assert streams == {str(s.name) for s in stream_configs(1)}
+        for node, quota in (("a", QUOTA_BYTES), ("b", None)):
+            disk = await here.buckets.state.get_as(storage_key(node), StorageState)
+            assert disk is not None and disk.quota_bytes == quota
+
+        # What people want of a node its fetcher says again: it goes on, or stays paused, also after its next start.
+        async def wanted() -> bool:
+            wishes = [
+                await here.buckets.spec.get_as(download_key(n, m), DownloadSpec)
+                for n, m in (("a", PAUSED), ("b", BIG))
+            ]
+            return [w.paused for w in wishes if w is not None] == [True, False]
+
+        await eventually(wanted, "both wishes are there again", DEADLINE_S)
+        assert (await here.state("a", lambda s: s.phase == "paused", PAUSED)).error is None
+        assert partials(site["a"]) == held
+        await here.durable("b", LEAF_BYTES, BIG)
+        site.hub.reset_faults()
+        assert (await outcome_of(cluster, BIG)).ok
+        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        assert (await cluster.ask("fetcher", "a", "resume", model=PAUSED))["models"] == {PAUSED: "resumed"}
+        ready = await here.state("a", lambda s: s.phase == "ready", PAUSED, DEADLINE_S)
+        assert ready.resumed_bytes >= LEAF_BYTES
+        for model, leaves in ((PAUSED, 6), (BIG, 16)):
+            assert site.hub_bytes(model) <= (leaves + 2) * LEAF_BYTES, "more than what was in flight was read again"
+
+        # An instance is only asked for in NATS: it is gone, plainly, and can be placed again from what is here.
+        async def gone() -> bool:
+            inference = [psutil.Process(site[node]["inference"].pid) for node in site.nodes]
+            running = any(process.children() for process in inference)
+            return not running and await here.buckets.state.get(instance_key(instance)) is None
+
+        await eventually(gone, "no process runs the instance any more", DEADLINE_S)
+        await cluster.place()
+        after = site.hub.stats().files
+        assert {n: f.gets for n, f in after.items() if KEPT in n or DEMO_MODEL in n} == {
+            n: f.gets for n, f in before.items() if KEPT in n or DEMO_MODEL in n
+        }, "what was on a disk was fetched again"
+        cluster.check_processes()
+
+
+@pytest.mark.deadline_s(200.0)
+async def test_bytes_of_a_wish_that_was_lost_with_nats_are_kept_for_who_asks_again(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with cluster_of(tmp_path, own_nats) as cluster:
+        here, site = cluster.here, cluster.site
+        await begin(cluster, "a", BIG)
+        await asyncio.to_thread(site["a"]["fetcher"].kill)  # who knows of the wish
+        held = partials(site["a"])
+        assert held
+        await asyncio.to_thread(own_nats.wipe)
+        site["a"]["fetcher"].start()
+        await site["a"].ready(here.here)
+        assert await here.buckets.spec.get(download_key("a", BIG)) is None
+
+        async def reserved() -> StorageState | None:
+            disk = await here.buckets.state.get_as(storage_key("a"), StorageState)
+            return disk if disk is not None and disk.reserved_bytes else None
+
+        await eventually(reserved, "its room is still promised", DEADLINE_S)
+        assert partials(site["a"]) == held
+        site.hub.reset_faults()
+        ready = await here.pull_ok("a", BIG)
+        assert ready.resumed_bytes >= LEAF_BYTES
+        assert site.hub_bytes(BIG) <= (16 + 2) * LEAF_BYTES

@@ -1,0 +1,241 @@
+"""A command and its sender, through outages of NATS and of its service: done once, or said not to be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal_common import sending
+from shoal_common.buckets import done_key, node_key, storage_key
+from shoal_common.cancelling import ended
+from shoal_common.commands import Verb
+from shoal_common.liveness import Liveness
+from shoal_common.messages.commands import Command, Outcome
+from shoal_common.messages.records import NodeState, StorageState
+from shoal_common.sending import Sender
+from shoal_common.subjects import ANY
+from tests.common.working import SERVICE, ask, nothing_left, subject, working
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.process import node_environment, started
+from tests.harness.waiting import eventually
+
+Fresh = Callable[[str], str]
+TOY = str(Path(__file__).with_name("toy.py"))
+DEADLINE_S = 60.0
+
+
+class Work(Command, kw_only=True):
+    """Work that waits at a gate."""
+
+
+class Bench:
+    """Notes which commands were begun; each goes on when the gate is open."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.gate = asyncio.Event()
+        self.verbs = {"work": Verb(Work, self._work, DEADLINE_S)}
+
+    async def _work(self, command: Work, identity: str) -> dict[str, str]:
+        self.begun.append(identity)
+        await self.gate.wait()
+        return {"identity": identity}
+
+    async def has_begun(self) -> bool:
+        return bool(self.begun)
+
+
+@asynccontextmanager
+async def alive(here: Joined, node: str, service: str = SERVICE) -> AsyncIterator[Liveness]:
+    """The service of a node is live, as far as `live` says, while the body runs."""
+    liveness = Liveness(here.buckets.live, node, service)
+    await liveness.claim()
+    beating = asyncio.create_task(liveness.beat_forever())
+    try:
+        yield liveness
+    finally:
+        await ended(beating)
+        await liveness.withdraw()
+
+
+def send(here: Joined, node: str, identity: str, deadline_s: float = DEADLINE_S) -> asyncio.Task[Outcome]:
+    """Send `work` as the gateway does."""
+    sender = Sender(here.nats, here.buckets)
+    return asyncio.create_task(sender.outcome_of(SERVICE, node, "work", Work(), identity, deadline_s))
+
+
+async def is_sent(here: Joined, node: str) -> None:
+    """Return once a command for the node is in the queue."""
+
+    async def kept() -> bool:
+        return bool((await here.js.stream_info("CMD", subjects_filter=subject(node, "*"))).state.subjects)
+
+    await eventually(kept, "the command is in the queue")
+
+
+async def test_a_command_that_nats_died_before_keeping_is_sent_again_and_done_once(own_nats: NatsServer) -> None:
+    async with (
+        joined(own_nats) as here,
+        joined(own_nats) as other,
+        alive(other, "node-a"),
+        working(other, "node-a", (bench := Bench()).verbs),
+    ):
+        bench.gate.set()
+        os.kill(own_nats.pid, signal.SIGSTOP)  # what is sent now is read by nobody
+        before = here.client.stats["out_msgs"]
+        outcome = send(here, "node-a", "id-1")
+
+        async def left_us() -> bool:
+            return here.client.stats["out_msgs"] > before and not here.client.pending_data_size
+
+        await eventually(left_us, "the command is on its way")
+        own_nats.restart()
+        assert (await outcome).result == {"identity": "id-1"}
+        assert bench.begun == ["id-1"]
+
+
+async def test_a_command_that_nats_lost_with_its_store_while_it_was_worked_on_is_done_once(
+    own_nats: NatsServer,
+) -> None:
+    async with (
+        joined(own_nats) as here,
+        working(here, "node-a", (bench := Bench()).verbs),
+        alive(here, "node-a") as liveness,
+    ):
+        outcome = send(here, "node-a", "id-1")
+        await eventually(bench.has_begun, "it is worked on")
+        own_nats.wipe()
+        async with joined(own_nats) as again:  # whoever connects first makes the streams anew
+            liveness.beat_now()
+            await is_sent(again, "node-a")  # once more, while the first is still in hand
+            bench.gate.set()
+            assert (await outcome).result == {"identity": "id-1"}
+            await nothing_left(again, "node-a")
+        assert bench.begun == ["id-1"]
+
+
+async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_once_by_the_next(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    home, begun, identity = tmp_path / "home", tmp_path / "begun", fresh("id")
+    home.mkdir()
+    (home / "node.toml").write_text(f'id = "{(node := fresh("node"))}"\n')
+    environment = node_environment(home, nats.url, TOY_ACK_WAIT_S="3")
+    async with joined(nats) as here:
+        async with started(TOY, environment=environment) as first:
+            await first.wait_ready()
+            body = {"path": str(begun)}
+            for data, headers in (
+                ({**body, "id": identity}, None),  # the stream knows no id of this one, and keeps both
+                (body, {"Nats-Msg-Id": identity}),
+            ):
+                await here.client.publish(subject(node, "work"), json.dumps(data).encode(), headers=headers)
+
+            async def has_begun() -> bool:
+                return begun.exists()
+
+            await eventually(has_begun, "the command is worked on")
+            await first.kill()
+        async with started(TOY, environment=environment) as second:
+            await second.wait_ready()
+            outcome = await eventually(
+                lambda: here.buckets.done.get_as(done_key(identity), Outcome), "it is finished"
+            )
+            assert outcome.ok and outcome.result == {"identity": identity}
+            await nothing_left(here, node)
+            assert sum("msg=command " in line for line in second.lines) == 1, second.output
+
+
+async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_done(own_nats: NatsServer) -> None:
+    async with (
+        joined(own_nats) as here,
+        joined(own_nats) as other,
+        working(other, "node-a", (bench := Bench()).verbs),
+    ):
+        bench.gate.set()
+        os.kill(own_nats.pid, signal.SIGSTOP)
+        try:
+            outcome = await send(here, "node-a", "id-1", deadline_s=0.5)
+        finally:
+            os.kill(own_nats.pid, signal.SIGCONT)
+        assert outcome.error is not None and outcome.error.code == "expired"
+        assert "node-a" in outcome.error.message
+        late = await eventually(lambda: here.buckets.done.get_as("id-1", Outcome), "it has an outcome")
+        assert late.error is not None and late.error.code == "expired"
+        assert "was not carried out" in late.error.message
+        await nothing_left(here, "node-a")
+        assert bench.begun == []
+
+
+async def test_a_command_for_a_node_that_never_was_ends_early_and_is_withdrawn(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
+    async with joined(nats) as here:
+        node, identity = fresh("node"), fresh("id")
+        outcome = await send(here, node, identity)
+        assert outcome.error is not None and outcome.error.code == "node_away"
+        assert node in outcome.error.message and "no node of this name is known" in outcome.error.message
+        assert await here.buckets.done.get_as(done_key(identity), Outcome) == outcome
+        # It is there after all: what was said not to be done is not done, and the queue is empty.
+        async with alive(here, node), working(here, node, (bench := Bench()).verbs):
+            bench.gate.set()
+            assert (await ask(here, node, "work", b"{}")).ok
+            await nothing_left(here, node)
+            assert identity not in bench.begun
+
+
+async def test_a_command_for_a_silent_node_says_since_when_it_is_away(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
+    async with joined(nats) as here:
+        node = fresh("node")
+        await here.buckets.state.put(storage_key(node), StorageState(node=node))
+        outcome = await send(here, node, fresh("id"))
+        assert outcome.error is not None and f"its {SERVICE} is not live" in outcome.error.message
+        await here.buckets.state.put(node_key(node), NodeState(node=node, silent_since_s=86400.0))
+        outcome = await send(here, node, fresh("id"))
+        assert outcome.error is not None and outcome.error.code == "node_away" and outcome.error.retryable
+        assert "silent since 1970-01-02T00:00:00" in outcome.error.message
+        assert outcome.error.details == {"node": node, "silent_since_s": 86400.0}
+
+
+async def test_a_deadline_shorter_than_the_patience_names_the_node_that_is_away_too(
+    nats: NatsServer, fresh: Fresh
+) -> None:
+    async with joined(nats) as here:
+        outcome = await send(here, node := fresh("node"), fresh("id"), deadline_s=0.5)
+        assert outcome.error is not None and outcome.error.code == "node_away" and node in outcome.error.message
+
+
+async def test_a_service_that_is_back_in_time_carries_out_what_waited_for_it(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        node, identity = fresh("node"), fresh("id")
+        outcome = send(here, node, identity)
+        await is_sent(here, node)
+        async with alive(here, node), working(here, node, (bench := Bench()).verbs):
+            bench.gate.set()
+            assert (await outcome).result == {"identity": identity}
+
+
+async def test_what_any_node_may_do_waits_for_one_that_can_and_is_withdrawn_when_there_is_none(
+    own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(own_nats) as here:
+        patient = send(here, ANY, "id-1")
+        await is_sent(here, ANY)
+        async with alive(here, "node-b"), working(here, ANY, (bench := Bench()).verbs):
+            bench.gate.set()
+            assert (await patient).result == {"identity": "id-1"}
+        monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
+        nobody = await send(here, ANY, "id-2")  # of node-b there is a key still, which says that it is gone
+        assert nobody.error is not None and nobody.error.code == "node_away"
+        assert f"{SERVICE} is live on no node" in nobody.error.message
