@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+from time import monotonic
 
 from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key, node_key
 from shoal_common.cancelling import ended
 from shoal_common.commands import Verb
 from shoal_common.errors import Failed, NotFound, Unavailable
-from shoal_common.leases import Lease, acquire, holding
+from shoal_common.leases import Lease, LeaseValue, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
@@ -38,6 +40,8 @@ _FORGET_DEADLINE_S = 60.0
 _DRAIN_DEADLINE_S = 60.0
 _STAGES_GONE_S = 20.0
 _LOOK_FOR_LEADER_S = LEASE_TTL_S / 2
+_ASK_ANYWAY_S = 30.0
+"""Whether somebody leads is seen by the lease; so often NATS is asked all the same."""
 
 
 class Placed(Message):
@@ -141,26 +145,27 @@ class Placement:
 
     async def lead_forever(self, lease_view: View) -> None:
         """Become the leader whenever nobody is."""
-        context = self._context
+        key, asks_at_s = leader_key("placement"), 0.0
         while True:
-            seen = lease_view.changes
-            lease = None
-            try:
-                lease = await acquire(
-                    context.buckets.lease, leader_key("placement"), context.node, context.liveness.uid
-                )
-            except Unavailable as e:
-                log.warning("cannot ask for the leadership", why=e.message)
-            if lease is not None:
-                async with holding(lease):
-                    await self._lead(lease)
-                log.info("no longer leading")
-                continue
-            try:
+            seen, holder = lease_view.changes, lease_view.get(key, LeaseValue)
+            if holder is None or holder.node == self._context.node or monotonic() >= asks_at_s:
+                asks_at_s = monotonic() + _ASK_ANYWAY_S
+                if (lease := await self._acquire(key)) is not None:
+                    async with holding(lease):
+                        await self._lead(lease)
+                    log.info("no longer leading")
+                    continue
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_FOR_LEADER_S):
                     await lease_view.changed_after(seen)
-            except TimeoutError:
-                continue
+
+    async def _acquire(self, key: str) -> Lease | None:
+        context = self._context
+        try:
+            return await acquire(context.buckets.lease, key, context.node, context.liveness.uid)
+        except Unavailable as e:
+            log.warning("cannot ask for the leadership", why=e.message)
+            return None
 
     async def _lead(self, lease: Lease) -> None:
         log.info("leading")
