@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal_common import VERSION
 from shoal_common import liveness as module
-from shoal_common.buckets import live_key
+from shoal_common.buckets import LIVE_TTL_S, live_key
 from shoal_common.errors import Claimed
 from shoal_common.identity import is_gone, this_host, this_process
-from shoal_common.liveness import Liveness
+from shoal_common.liveness import BEAT_S, Liveness, until_beat_s
 from shoal_common.messages.facts import Facts, Holder, Link, Live
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
@@ -228,3 +230,13 @@ async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path
         toy.send(signal.SIGSTOP)
         with pytest.raises(Claimed, match=f"pid {toy.pid}"):
             await Liveness(here.buckets.live, node, "storage").claim()
+
+
+@given(st.text("abc-", min_size=1), st.floats(0, 1e8))
+def test_a_nodes_services_beat_together_and_each_misses_two_before_it_is_gone(node: str, now_s: float) -> None:
+    left_s = until_beat_s(node, now_s)
+    assert 0 < left_s < BEAT_S + 0.2
+    # Another process of the node that looks a moment later, still before the beat, aims at the same instant.
+    later_s = now_s + left_s / 2
+    assert until_beat_s(node, later_s) == pytest.approx(left_s / 2, abs=1e-3) or left_s / 2 < 0.2
+    assert 3 * BEAT_S < LIVE_TTL_S
