@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Literal, overload
 
-from shoal_common import VERSION, logs, telemetry
+from shoal_common import VERSION, clock, logs, telemetry
 from shoal_common.buckets import Buckets, ensure_streams
 from shoal_common.cancelling import ended
 from shoal_common.commands import CommandWorker, Verb
@@ -128,9 +128,12 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int) -> None:
     # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
     seen = nats.reconnects.count
     while True:
-        seen = await nats.reconnects.wait_after(seen)
-        with suppress(Unavailable):
-            await ensure_streams(nats.js, replicas)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(clock.LOOK_AGAIN_S):
+                seen = await nats.reconnects.wait_after(seen)
+            with suppress(Unavailable):
+                await ensure_streams(nats.js, replicas)
+        await clock.set_by(nats.client)
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
@@ -163,6 +166,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
         log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
+        await clock.set_by(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
         await refuse_newcomer(nats, config.node, config.service)
         await liveness.claim()
