@@ -12,7 +12,7 @@ help:
 	@echo "make demo    three nodes on this machine: pull, place over two, chat   (Ctrl-C ends it)"
 	@echo "make test    lint, types and all tests"
 	@echo "make bench   measure, and write docs/benchmarks.md"
-	@echo "make chaos   kill, stop and restart what a cluster is made of, and see what is left (CHAOS_ROUNDS, CHAOS_SEED)"
+	@echo "make chaos   do all kinds of harm to a cluster, and see what is left   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
 	@echo "make lock    pin the requirements anew       make format    format the code"
 
 setup: $(VENV)/.ready
@@ -51,12 +51,15 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Every run says its seed; the same seed draws the same things again.
+# Every run says its seed; the same seed draws the same things again. Kinds are in tests/cluster/chaos.py: `kill,network`.
 CHAOS_ROUNDS ?= 100
+CHAOS_KINDS ?=
+CHAOS_LONGEST_S ?= 25
 CHAOS_SEED ?= $(shell date +%s)
 
 chaos: setup
-	SHOAL_CHAOS_ROUNDS=$(CHAOS_ROUNDS) SHOAL_CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest tests/cluster/test_chaos.py
+	SHOAL_CHAOS_ROUNDS=$(CHAOS_ROUNDS) SHOAL_CHAOS_SEED=$(CHAOS_SEED) SHOAL_CHAOS_KINDS=$(CHAOS_KINDS) \
+	SHOAL_CHAOS_LONGEST_S=$(CHAOS_LONGEST_S) $(BIN)/python -m pytest tests/cluster/test_chaos.py
 
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench

@@ -44,11 +44,10 @@ from shoal_cli.doctor.services import ServiceFacts, Unit
 from shoal_cli.node.control import Status
 from shoal_cli.node.decide import ChildStatus
 from shoal_common.buckets import stream_configs
-from shoal_common.credentials import TOKEN_S, blob_token, blob_token_shows
 from shoal_common.interfaces import Interface
 from shoal_common.messages.facts import Holder
 from shoal_common.messages.records import FurtherRootState, RootState, StorageState
-from shoal_storage import configure, limits, reserve
+from shoal_storage import limits, reserve
 
 GB = 10**9
 PACKAGE = Path(finding.__file__).parent
@@ -329,41 +328,16 @@ def test_a_store_or_a_bucket_that_fills_up_is_told_before_it_is_full(share: floa
     [
         (0.2, 0.1, "ok", ()),
         (6.0, 2.0, "ok", ()),
-        (9.0, 2.0, "warning", ("ahead of NATS's", "from 30 s on")),
-        (-9.0, 2.0, "warning", ("behind NATS's", "from 10 min on")),
-        (40.0, 2.0, "problem", ("expired", "configure: 30 s", "timedatectl")),
+        (9.0, 2.0, "warning", ("ahead of NATS's", "logs", "timedatectl")),
         (-400.0, 2.0, "warning", ("6 min 40 s behind",)),
+        (-7200.0, 2.0, "problem", ("behind NATS's", "certificate")),
+        (7200.0, 2.0, "problem", ("ahead of NATS's", "too soon or too late")),
     ],
 )
-def test_a_clock_that_is_off_says_what_breaks_at_which_distance(
+def test_a_clock_that_is_off_says_what_goes_by_it(
     ahead_s: float, within_s: float, level: str, words: tuple[str, ...]
 ) -> None:
-    says(only(clocks.judge([Offset("b", ahead_s, within_s)], secret=True)), level, *words)
-
-
-def test_tokens_are_refused_between_nodes_that_are_far_apart() -> None:
-    apart = [Offset("a", 0.0), Offset("b", -(TOKEN_S + 1.0))]
-    [alone, pair] = clocks.judge(apart, secret=True)
-    says(alone, "warning", "node b")
-    says(pair, "problem", "fileserver of b refuses a's tokens (401)")
-    assert "the other way round" not in pair.what
-    assert len(clocks.judge(apart, secret=False)) == 1, "without a secret nobody shows a token"
-    both = clocks.judge([Offset("a", 0.0), Offset("b", -(2 * TOKEN_S + 1.0))], secret=True)
-    says(both[-1], "problem", "the other way round too")
-
-
-@given(skew_s=st.integers(-3 * TOKEN_S, 3 * TOKEN_S))
-def test_what_is_said_of_tokens_is_what_fileservers_do(skew_s: int) -> None:
-    now_s = 1_800_000_000
-    shown = blob_token("s" * 16, "b", "0" * 64, now_s + skew_s)
-    back = blob_token("s" * 16, "a", "0" * 64, now_s)
-    there = blob_token_shows("s" * 16, "b", "0" * 64, {"authorization": shown["Authorization"]}, now_s)
-    here = blob_token_shows("s" * 16, "a", "0" * 64, {"authorization": back["Authorization"]}, now_s + skew_s)
-    found = clocks.judge([Offset("a", float(skew_s)), Offset("b", 0.0)], secret=True)
-    pair = [f for f in found if "tokens (401)" in f.what]
-    assert bool(pair) == (not there or not here)
-    if pair:
-        assert ("the other way round" in pair[0].what) == (not there and not here)
+    says(only(clocks.judge([Offset("b", ahead_s, within_s)])), level, *words)
 
 
 def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
@@ -374,7 +348,7 @@ def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
         {"b": 50.0, "c": 60.0, "d": -1},
     )
     assert offsets == [Offset("a", 2.0, 0.1), Offset("b", -1.0, 1.6), Offset("c", 60.0, 0.0, at_least=True)]
-    says(clocks.judge([offsets[-1]], secret=False)[0], "problem", "node c is at least 1 min 00 s ahead")
+    says(clocks.judge([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
 
 
 # Versions, ids, fileservers
@@ -522,7 +496,6 @@ def test_what_the_doctor_takes_for_storage_s_defaults_are_storage_s_defaults() -
     assert disk.DEFAULT_HEADROOM_BYTES == limits.DEFAULT_HEADROOM_BYTES
     assert disk.DEFAULT_RESERVE_BYTES == reserve.RESERVE_BYTES
     assert disk.RESERVE_WANTS == reserve._PLENTY
-    assert clocks.SHORTEST_COMMAND_S == configure.CONFIGURE_DEADLINE_S
 
 
 # Permissions, memory, open files

@@ -1,4 +1,4 @@
-"""Chaos, a few rounds of it; `make chaos` runs as many as are asked for."""
+"""Chaos, a few rounds of it; `make chaos` runs as many as are asked for, of all kinds or of some."""
 
 from __future__ import annotations
 
@@ -9,43 +9,37 @@ from pathlib import Path
 import pytest
 
 from shoal_common.layout import LEAF_BYTES
-from shoal_demo.running import running_hub
-from tests.cluster.chaos import SERVICES, Chaos
-from tests.fetcher.pulling import Site
-from tests.harness.nats import NatsServer
-from tests.harness.node import Node, running_nodes
+from tests.cluster.chaos import HARMS, Chaos
+from tests.cluster.chaos_checks import check
+from tests.cluster.chaos_site import running_world
 
 ROUNDS = int(os.environ.get("SHOAL_CHAOS_ROUNDS", "4"))
 SEED = os.environ.get("SHOAL_CHAOS_SEED", "a quiet day")
+KINDS = set((os.environ.get("SHOAL_CHAOS_KINDS") or ",".join(HARMS)).split(","))
+LONGEST_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
 
 
-@pytest.mark.deadline_s(900.0 + 30.0 * ROUNDS)
-async def test_I1_I2_I3_I5_I7_I8_whatever_happens_a_cluster_comes_to_rest_as_it_should(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
-    hub_root = tmp_path / "hub"
-    hub_root.mkdir()
-    with running_hub(hub_root, process=True) as hub:
-        names = "abc"
-        nodes = {n: Node(tmp_path / n, n, own_nats.url, SERVICES, HF_ENDPOINT=hub.base_url) for n in names}
-        site = Site(own_nats, hub, hub_root, nodes, repo="org/chaos")
+@pytest.mark.deadline_s(900.0 + (30.0 + LONGEST_S) * ROUNDS)
+async def test_I1_I2_I3_I5_I7_I8_whatever_happens_a_cluster_comes_to_rest_as_it_should(tmp_path: Path) -> None:
+    assert HARMS.keys() >= KINDS, f"kinds of harm are {', '.join(HARMS)}"
+    with running_world(tmp_path, KINDS) as world:
+        site = world.site
         models = [f"org/chaos-{number}" for number in range(4)]
         shared = random.Random("shared").randbytes(2 * LEAF_BYTES + 7)
         for model in models:
             site.make({"own.bin": random.Random(model).randbytes(5 * LEAF_BYTES), "shared.bin": shared}, model)
-        with running_nodes(*nodes.values()):
-            async with site.join() as here:
-                for node in nodes.values():
-                    await node.ready(here.here)
-                consumers = (await here.here.js.stream_info("CMD")).state.consumer_count
-                chaos = Chaos(site, here, models, SEED)
-                try:
-                    for number in range(ROUNDS):
-                        await chaos.round(number)
-                    await chaos.settle()
-                    await chaos.check(consumers)
-                except BaseException:
-                    print(f"seed {SEED!r}, {ROUNDS} rounds:", *chaos.did, sep="\n  ")
-                    for node in nodes.values():
-                        print(node.log())
-                    raise
+        async with site.join() as here:
+            for node in site.nodes.values():
+                await node.ready(here.here)
+            consumers = (await here.here.js.stream_info("CMD")).state.consumer_count
+            chaos = Chaos(world, here, models, SEED, KINDS, LONGEST_S)
+            try:
+                for number in range(ROUNDS):
+                    await chaos.round(number)
+                await chaos.settle()
+                await check(site, here, chaos.quotas, chaos.removed, consumers)
+            except BaseException:
+                print(f"seed {SEED!r}, {ROUNDS} rounds of {', '.join(sorted(KINDS))}:", *chaos.did, sep="\n  ")
+                for node in site.nodes.values():
+                    print(node.log())
+                raise

@@ -39,13 +39,16 @@ class _Ports(msgspec.Struct):
 
 
 class NatsServer:
-    """A nats-server with JetStream, every acknowledged write on the disk. Starts on entering the context."""
+    """A nats-server with JetStream, every acknowledged write on the disk. Starts on entering the context.
 
-    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
+    `within` is a command that runs it, as `ip netns exec` does, and becomes it; its port is to be given then.
+    """
+
+    def __init__(self, directory: Path, host: str = "127.0.0.1", port: int = 0, within: tuple[str, ...] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.url = ""
-        self._host, self._port = host, free_port(host)
+        self._host, self._port, self._within = host, port or free_port(host), within
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -68,7 +71,7 @@ class NatsServer:
         settings.write_text(_SETTINGS.format(host=self._host, port=self._port, directory=self.directory))
         with (self.directory / "nats-server.log").open("ab") as output:
             self._process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("nats-server")), "-c", str(settings)],
+                [*self._within, str(Path(sys.executable).with_name("nats-server")), "-c", str(settings)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,22 +45,29 @@ class Machine:
 
     def listener(self, port: int) -> socket.socket:
         """A socket that listens on this machine's loopback, for this process to accept from."""
+        return self._made_here(lambda: socket.create_server(("127.0.0.1", port)))
+
+    def connection(self, host: str, port: int) -> socket.socket:
+        """A socket of this process that is connected from this machine. Raises OSError."""
+        return self._made_here(lambda: socket.create_connection((host, port), _DEADLINE_S))
+
+    def _made_here(self, make: Callable[[], socket.socket]) -> socket.socket:
         made: list[socket.socket | OSError] = []
 
-        def listen() -> None:
+        def enter() -> None:
             # A socket stays in the namespace of the thread that made it; the thread ends, and with it its membership.
             at = os.open(f"/run/netns/{self.namespace}", os.O_RDONLY)
             try:
                 libc = ctypes.CDLL(None, use_errno=True)
                 if libc.setns(at, _CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), "setns")
-                made.append(socket.create_server(("127.0.0.1", port)))
+                made.append(make())
             except OSError as e:
                 made.append(e)
             finally:
                 os.close(at)
 
-        thread = threading.Thread(target=listen)
+        thread = threading.Thread(target=enter)
         thread.start()
         thread.join()
         (found,) = made
@@ -69,11 +76,23 @@ class Machine:
         return found
 
 
+def no_networks() -> str:
+    """Why no networks can be made on this machine, if so."""
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+        return "only root on Linux with iproute2 can make networks"
+    tried = f"shoal-try-{uuid.uuid4().hex[:6]}"
+    done = subprocess.run(["ip", "netns", "add", tried], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"no network namespace can be made: {done.stderr.strip()}"
+    _ip("netns", "del", tried)
+    return ""
+
+
 @contextmanager
 def machines(*names: str) -> Iterator[list[Machine]]:
     """Machines with nothing but loopback, while the body runs. Skips where there can be none."""
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("only root on Linux with iproute2 can make networks: nodes with several are NOT tested here")
+    if why := no_networks():
+        pytest.skip(f"{why}: nodes with several networks are NOT tested here")
     if not Path("/proc/net/if_inet6").exists():
         pytest.skip("this kernel has no IPv6: nodes with several networks are NOT tested here")
     made = [Machine(name) for name in names]
@@ -100,12 +119,65 @@ def wire(name: str, one: Machine, addresses: tuple[str, ...], other: Machine, ot
             machine.ip("address", "add", address, "dev", name, *(["nodad"] if ":" in address else []))
 
 
+class Switch:
+    """Machines on one network, each by a wire of its own to a bridge. Wires can be pulled, and packets lost."""
+
+    def __init__(self, bridge: Machine, others: Mapping[str, Machine]) -> None:
+        self._bridge, self._others = bridge, dict(others)
+        self.addresses = {name: f"{_NETWORK}.{number}" for number, name in enumerate(others, 1)}
+        bridge.ip("link", "add", "bridge", "type", "bridge")
+        bridge.ip("link", "set", "bridge", "up")
+        for name, machine in others.items():
+            peer = ("peer", "name", _WIRE, "netns", machine.namespace)
+            bridge.ip("link", "add", self._plug(name), "type", "veth", *peer)
+            bridge.ip("link", "set", self._plug(name), "master", "bridge", "up")
+            machine.ip("link", "set", _WIRE, "up")
+            machine.ip("address", "add", f"{self.addresses[name]}/24", "dev", _WIRE)
+
+    def _plug(self, name: str) -> str:
+        return f"to-{name}"
+
+    def unplug(self, name: str) -> None:
+        """Pull a machine's wire: it reaches nobody, and knows it."""
+        self._bridge.ip("link", "set", self._plug(name), "down")
+
+    def plug_in(self, name: str) -> None:
+        """Its wire is in again."""
+        self._bridge.ip("link", "set", self._plug(name), "up")
+
+    def lose(self, one: str, other: str) -> None:
+        """What one machine sends to the other is lost from now on, without a word."""
+        to_nobody = ("lladdr", _NOBODY, "dev", _WIRE, "nud", "permanent")
+        self._others[one].ip("neigh", "replace", self.addresses[other], *to_nobody)
+
+    def deliver(self, one: str, other: str) -> None:
+        """It arrives again."""
+        self._others[one].ip("neigh", "del", self.addresses[other], "dev", _WIRE)
+
+
+_NETWORK, _WIRE, _NOBODY = "10.213.77", "wire", "02:00:00:00:00:99"
+
+
 @contextmanager
 def relayed(machine: Machine, port: int) -> Iterator[None]:
     """While the body runs, this port on the machine's loopback leads to the same port on ours."""
+    with _relaying(machine.listener(port), lambda: socket.create_connection(("127.0.0.1", port), _DEADLINE_S)):
+        yield
+
+
+@contextmanager
+def reached(machine: Machine, host: str, port: int) -> Iterator[int]:
+    """While the body runs, a port on our loopback leads to this host and port as the machine sees them."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with _relaying(listener, lambda: machine.connection(host, port)):
+        yield int(listener.getsockname()[1])
+
+
+@contextmanager
+def _relaying(listener: socket.socket, connect: Callable[[], socket.socket]) -> Iterator[None]:
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
     # A thread: tests wait for processes to end without letting their own loop run, and those say goodbye to NATS.
-    thread = threading.Thread(target=lambda: asyncio.run(_relay(machine, port, running)))
+    thread = threading.Thread(target=lambda: asyncio.run(_relay(listener, connect, running)))
     thread.start()
     try:
         loop, ending = running.result(_DEADLINE_S)
@@ -118,11 +190,15 @@ def relayed(machine: Machine, port: int) -> Iterator[None]:
 
 
 async def _relay(
-    machine: Machine, port: int, running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]
+    listener: socket.socket,
+    connect: Callable[[], socket.socket],
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]],
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.CancelledError):
-            there, back = await asyncio.open_connection("127.0.0.1", port)
+            connection = await asyncio.to_thread(connect)
+            connection.setblocking(False)
+            there, back = await asyncio.open_connection(sock=connection)
             try:
                 await asyncio.gather(_copy(reader, back), _copy(there, writer))
             finally:
@@ -130,11 +206,7 @@ async def _relay(
         writer.close()
 
     ending = asyncio.Event()
-    try:
-        server = await asyncio.start_server(serve, sock=machine.listener(port))
-    except OSError as e:
-        running.set_exception(e)
-        return
+    server = await asyncio.start_server(serve, sock=listener)
     running.set_result((asyncio.get_running_loop(), ending))
     await ending.wait()
     server.close()  # connections under way end with this loop

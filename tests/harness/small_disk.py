@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,18 @@ import pytest
 
 BALLAST = "ballast"
 _DEADLINE_S = 60
+
+
+def no_small_disks() -> str:
+    """Why no small disk can be mounted on this machine, if so."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "only root on Linux can mount a small disk"
+    with tempfile.TemporaryDirectory() as at:
+        made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", at], capture_output=True, check=False)
+        if made.returncode == 0:
+            subprocess.run(["umount", "-l", at], check=True)
+            return ""
+    return f"a small disk cannot be mounted: {made.stderr.decode()}"
 
 
 @contextmanager
@@ -86,6 +99,13 @@ def fill(directory: Path) -> Path:
 
 def fill_more(ballast: Path) -> Path:
     """Take again what was freed."""
+    fill_up(ballast)
+    assert free_bytes(ballast.parent) == 0
+    return ballast
+
+
+def fill_up(ballast: Path) -> None:
+    """Take what there is now. Others may free some, and take it, meanwhile."""
     with ballast.open("ab", buffering=0) as f:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -93,8 +113,6 @@ def fill_more(ballast: Path) -> Path:
                     pass
             except OSError as e:
                 assert e.errno == errno.ENOSPC
-    assert free_bytes(ballast.parent) == 0
-    return ballast
 
 
 def free_bytes(directory: Path) -> int:

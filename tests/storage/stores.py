@@ -187,7 +187,8 @@ class Store:
     def delete(self, model: Model) -> None:
         """Remove a model."""
         blobs = freed_by(model.name, self.ledger)
-        self.disk.delete(model.manifest.repo, model.manifest.commit, blobs)
+        self.disk.entomb(model.manifest.repo, model.manifest.commit)
+        self.disk.clear(model.manifest.repo, model.manifest.commit, blobs)
         self.ledger.manifests.pop(model.name, None)
         for blob in blobs:
             del self.ledger.blobs[blob]

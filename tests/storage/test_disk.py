@@ -54,7 +54,8 @@ def test_deleting_what_is_not_there_changes_nothing(root: Path, apples: Model, p
     store = Store(root)
     store.bring_in(apples)
     for _ in range(2):
-        store.disk.delete(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
+        store.disk.entomb(pears.manifest.repo, pears.manifest.commit)
+        store.disk.clear(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
     assert files_below(root) == whole_of(apples)
 
 

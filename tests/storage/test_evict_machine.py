@@ -79,7 +79,8 @@ class Lives(RuleBasedStateMachine):
         ledger = self.ledger
         leaving = [b for b in freed_by(model, ledger) if b in ledger.blobs]
         repo, _, commit = model.rpartition("@")
-        self.disk.delete(repo, commit, leaving)
+        self.disk.entomb(repo, commit)
+        self.disk.clear(repo, commit, leaving)
         self.keeping.forget(model)
         ledger.manifests.pop(model, None)
         freed = sum(ledger.blobs.pop(b) for b in leaving)

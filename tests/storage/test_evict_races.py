@@ -43,9 +43,9 @@ class GatedDisk(Disk):
         self.gate.set()
         self.claims_free_bytes: int | None = None
 
-    def delete(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        """Delete, say so, wait."""
-        super().delete(repo, commit, blobs)
+    def clear(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
+        """Clear, say so, wait."""
+        super().clear(repo, commit, blobs)
         self.deleted.set()
         assert self.gate.wait(GATE_DEADLINE_S)
 

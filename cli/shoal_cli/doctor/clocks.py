@@ -1,8 +1,7 @@
-"""Clocks: how far each node's is from that of NATS, and what breaks at that distance. Pure.
+"""Clocks: how far each node's is from that of NATS. Pure.
 
-A command's deadline is counted from NATS's time of its arrival to the clock of the node that carries it out: ahead by
-a deadline, and it ends with `expired` before it has begun. With a secret, a token for a blob is good for TOKEN_S by
-the clock of who asks, and is judged by the clock of the fileserver that is asked.
+What two processes compare is a time of NATS's clock (`shoal_common.clock`), so no node's own clock can keep it from
+the others. What a node tells by its own are logs, the ages of its files, and whether a certificate is valid.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import msgspec
 
 from shoal_cli.doctor.finding import Finding, or_ok
 from shoal_cli.sizes import show_seconds
-from shoal_common.credentials import TOKEN_S
 
 CHECK = "clocks"
 NOTICED_S = 5.0
-SHORTEST_COMMAND_S = 30.0
-"""The shortest deadline of a command, storage's `configure`."""
+FAR_S = 3600.0
+"""From here on what goes by a file's age, and soon the certificates of the hub, go wrong."""
 
 _SET_IT = (
     "set its clock by the network: `timedatectl set-ntp true` on Linux, System Settings > General > Date & Time \
@@ -57,10 +55,9 @@ def against_nats(
     return [found[name] for name in sorted(found)]
 
 
-def judge(offsets: Sequence[Offset], secret: bool) -> list[Finding]:
-    """What is wrong with them. `secret`: whether the cluster has one, without which nobody shows tokens."""
+def judge(offsets: Sequence[Offset]) -> list[Finding]:
+    """What is wrong with them."""
     wrong = [f for o in offsets if (f := _alone(o)) is not None]
-    wrong += _pairs(offsets, secret)
     most = max((abs(o.ahead_s) for o in offsets), default=0.0)
     exactly = max((o.within_s for o in offsets), default=0.0)
     nodes = "1 node" if len(offsets) == 1 else f"{len(offsets)} nodes"
@@ -81,29 +78,8 @@ def _alone(offset: Offset) -> Finding | None:
     way = "ahead of" if sure > 0 else "behind"
     what = f"the clock of node {offset.node} is {least}{show_seconds(abs(offset.ahead_s))} {way} NATS's"
     about = f"node {offset.node}"
-    if sure >= SHORTEST_COMMAND_S:
-        then = f"commands with a shorter deadline (configure: {SHORTEST_COMMAND_S:.0f} s) end with `expired` there"
-        return Finding(CHECK, "problem", f"{what}: {then}", _SET_IT, about)
-    breaks = (
-        f"from {SHORTEST_COMMAND_S:.0f} s on commands end with `expired`"
-        if sure > 0
-        else f"from {TOKEN_S // 60} min on, nodes with the right time cannot take models from it"
-    )
-    return Finding(CHECK, "warning", f"{what}: {breaks}", _SET_IT, about)
-
-
-def _pairs(offsets: Sequence[Offset], secret: bool) -> list[Finding]:
-    """Who cannot take models from whom: the furthest pair stands for all of them."""
-    if not secret or len(offsets) < 2:
-        return []
-    first, last = max(offsets, key=lambda o: o.ahead_s), min(offsets, key=lambda o: o.ahead_s)
-    apart_s = first.ahead_s - last.ahead_s - first.within_s - last.within_s
-    if apart_s <= TOKEN_S:
-        return []
-    both = apart_s > 2 * TOKEN_S
-    what = (
-        f"{first.node} and {last.node} are {show_seconds(first.ahead_s - last.ahead_s)} apart: the fileserver of "
-        f"{last.node} refuses {first.node}'s tokens (401)" + (", and the other way round too" if both else "")
-    )
-    why = f"tokens are good for {TOKEN_S // 60} min; {_SET_IT}"
-    return [Finding(CHECK, "problem", what, why, f"nodes {first.node}, {last.node}")]
+    then = "its logs and the times of its files are off by that"
+    if abs(sure) < FAR_S:
+        return Finding(CHECK, "warning", f"{what}: {then}", _SET_IT, about)
+    then += ", what it keeps for a while goes too soon or too late, and it may refuse the hub's certificate"
+    return Finding(CHECK, "problem", f"{what}: {then}", _SET_IT, about)

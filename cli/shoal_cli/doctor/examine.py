@@ -218,7 +218,7 @@ async def _peers_and_clocks(
     except _Unseen as e:
         return [_unseen(peers.CHECK, e), _skipped(clocks.CHECK, seen)]
     apart = clocks.against_nats(here.node or "here", seen.clock, offsets, began_ahead(seen.beats))
-    return [*peers.judge(found, here.node, around), *clocks.judge(apart, bool(here.secret))]
+    return [*peers.judge(found, here.node, around), *clocks.judge(apart)]
 
 
 def began_ahead(beats: Mapping[tuple[str, str], Beat]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import api
 from nats.js import errors as jse
 
-from shoal_common import subjects, telemetry
+from shoal_common import clock, subjects, telemetry
 from shoal_common.buckets import COMMAND_MAX_AGE_S, Buckets, done_key, patiently
 from shoal_common.cancelling import ended
 from shoal_common.connection import Nats
@@ -180,7 +180,7 @@ class CommandWorker:
         started_s = time.monotonic()
         try:
             verb, command = self._understand(message, verb_name)
-            left_s = _left_s(command, verb, message.metadata.timestamp.timestamp(), time.time())
+            left_s = _left_s(command, verb, message.metadata.timestamp.timestamp(), clock.now_s())
             if left_s <= 0:
                 raise Expired(
                     f"{verb_name} waited past its deadline for {self._service} of node {self._node} and was not "
@@ -216,7 +216,7 @@ class CommandWorker:
             verb=verb_name,
             result=msgspec.to_builtins(result) if result is not None else {},
             error=as_body(error) if error else None,
-            ended_at_s=round(time.time(), 3),
+            ended_at_s=round(clock.now_s(), 3),
         )
 
     def _understand(self, message: Msg, verb_name: str) -> tuple[Verb, Command]:

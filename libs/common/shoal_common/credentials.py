@@ -32,7 +32,8 @@ def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
 
 
 TOKEN_S = 600
-"""How long a token for a blob is good for; clocks of nodes may differ by as much again."""
+"""How long a token for a blob is good for, by the cluster's clock (`clock.py`); what two processes take for it may
+differ by as much again."""
 
 
 def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str]:

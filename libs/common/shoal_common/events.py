@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from typing import Any
 
 from nats.errors import Error as NatsError
 
-from shoal_common import subjects, telemetry
+from shoal_common import clock, subjects, telemetry
 from shoal_common.connection import Nats
 from shoal_common.messages import encode
 
@@ -21,7 +20,7 @@ class Events:
 
     async def tell(self, name: str, **fields: Any) -> None:
         """Publish `shoal.v1.evt.<service>.<node>.<name>`. An event lost in an outage is lost; state is not."""
-        body = {"at_s": round(time.time(), 3), **fields}
+        body = {"at_s": round(clock.now_s(), 3), **fields}
         with suppress(NatsError):
             await self._nats.client.publish(
                 subjects.event(self._service, self._node, name), encode(body), headers=telemetry.headers()

@@ -22,7 +22,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import TimeoutError as NatsTimeoutError
 
-from shoal_common import subjects, telemetry
+from shoal_common import clock, subjects, telemetry
 from shoal_common.away import is_live, node_away
 from shoal_common.buckets import Buckets, done_key
 from shoal_common.connection import Nats
@@ -60,7 +60,7 @@ class _Sent(msgspec.Struct, frozen=True):
             service=self.service,
             verb=self.verb,
             error=error.body(),
-            ended_at_s=round(time.time(), 3),
+            ended_at_s=round(clock.now_s(), 3),
         )
 
 
@@ -82,7 +82,7 @@ class Sender:
 
         When none comes in time, or it could not be sent, that is an outcome too: never raises a ShoalError.
         """
-        sent = _Sent(service, node, verb, structs.replace(command, expires_at_s=time.time() + deadline_s), identity)
+        sent = _Sent(service, node, verb, structs.replace(command, expires_at_s=clock.now_s() + deadline_s), identity)
         try:
             async with asyncio.timeout(deadline_s):
                 return await self._outcome(sent)

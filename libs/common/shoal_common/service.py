@@ -18,7 +18,7 @@ from typing import Literal, overload
 
 from nats.js.errors import NotFoundError
 
-from shoal_common import VERSION, logs, telemetry
+from shoal_common import VERSION, clock, logs, telemetry
 from shoal_common.buckets import Buckets, ensure_streams, store_made
 from shoal_common.cancelling import ended
 from shoal_common.commands import CommandWorker, Verb
@@ -130,14 +130,17 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
     # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
     seen, made = nats.reconnects.count, await store_made(nats.js)
     while True:
-        seen = await nats.reconnects.wait_after(seen)
-        with suppress(Unavailable, NotFoundError):  # away again already, or wiped again: the next time tells
-            await ensure_streams(nats.js, replicas)
-            liveness.beat_now()
-            before, made = made, await store_made(nats.js)
-            if made != before:
-                log.warning("NATS has lost all that it had kept; what this service knows is said again")
-                nats.wipes.happened()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(clock.LOOK_AGAIN_S):
+                seen = await nats.reconnects.wait_after(seen)
+            with suppress(Unavailable, NotFoundError):  # away again already, or wiped again: the next time tells
+                await ensure_streams(nats.js, replicas)
+                liveness.beat_now()
+                before, made = made, await store_made(nats.js)
+                if made != before:
+                    log.warning("NATS has lost all that it had kept; what this service knows is said again")
+                    nats.wipes.happened()
+        await clock.set_by(nats.client)
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
@@ -170,6 +173,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
         log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
+        await clock.set_by(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
         await refuse_newcomer(nats, config.node, config.service)
         await liveness.claim()

@@ -7,9 +7,9 @@ and now and then besides. Storage makes room where its policy is to.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
+from shoal_common import clock
 from shoal_common.errors import DiskFull, ErrorBody, ShoalError
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
@@ -35,7 +35,7 @@ class Blockage:
         storage: Storage,
         around: Surroundings,
         layout: Layout,
-        clock_s: Callable[[], float] = time.time,
+        clock_s: Callable[[], float] = clock.now_s,
     ) -> None:
         self._progress, self._storage, self._around = progress, storage, around
         self._layout, self._clock_s = layout, clock_s

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from msgspec import structs
 
-from shoal_common import telemetry
+from shoal_common import clock, telemetry
 from shoal_common.buckets import Buckets, download_key
 from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
 from shoal_common.layout import Layout
@@ -71,7 +70,7 @@ class Download:
         self._blobs_before = before.blobs if before else []
         self._resumed_told = False
         self._ending = False
-        now_s = round(time.time(), 3)
+        now_s = round(clock.now_s(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED:
             state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)

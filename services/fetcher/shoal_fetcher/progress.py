@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
-from shoal_common import telemetry
+from shoal_common import clock, telemetry
 from shoal_common.buckets import Bucket, download_key
 from shoal_common.errors import Unavailable
 from shoal_common.messages.records import DownloadPhase, DownloadState
@@ -172,7 +172,7 @@ class Progress:
             speed_bytes_per_s=speed,
             eta_s=round(max(left_bytes, 0) / speed, 1) if speed else None,
             switched=dict(self._switched),
-            updated_at_s=round(time.time(), 3),
+            updated_at_s=round(clock.now_s(), 3),
         )
 
     @property

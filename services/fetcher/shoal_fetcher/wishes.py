@@ -8,12 +8,12 @@ there, and does not begin anew what a person has taken back since.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable
 
 import msgspec
 from msgspec import structs
 
+from shoal_common import clock
 from shoal_common.buckets import Buckets, done_key, download_key
 from shoal_common.errors import ShoalError
 from shoal_common.messages.commands import Outcome
@@ -55,7 +55,7 @@ class Wishes:
         """Somebody wants these layers of it, or all, now: a pause ends."""
         wish = self._held.get(name)
         if wish is None:
-            wish = DownloadSpec(model=name, asked_at_s=round(time.time(), 3), layers=layers)
+            wish = DownloadSpec(model=name, asked_at_s=round(clock.now_s(), 3), layers=layers)
         wish = structs.replace(wish, layers=joined(wish.layers, layers))
         others = [c for c in wish.commands if c != command]
         await self._put(structs.replace(wish, paused=False, commands=[*others, command][-_COMMANDS:]))
@@ -96,7 +96,7 @@ class Wishes:
                 verb="download",
                 result=msgspec.to_builtins(result) if error is None else {},
                 error=error,
-                ended_at_s=round(time.time(), 3),
+                ended_at_s=round(clock.now_s(), 3),
             )
             await self._buckets.done.create(done_key(command), outcome)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from shoal_common import clock
 from shoal_common.credentials import blob_token_shows
 from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_common.pace import Pace
@@ -111,7 +112,7 @@ class AtOnce:
         if not isinstance(part, Part) or part.end - part.start > LEAF_BYTES:
             return None
         blob = url[len(PREFIX) :].decode()
-        if not blob_token_shows(self._secret, self._node, blob, shown, time.time()):
+        if not blob_token_shows(self._secret, self._node, blob, shown, clock.now_s()):
             return None
         if not kept.is_as_it_was():
             self._close(url[len(PREFIX) :])

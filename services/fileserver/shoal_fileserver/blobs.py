@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from shoal_common import clock
 from shoal_common.credentials import blob_token_shows
 from shoal_common.errors import BadName
 from shoal_common.layout import LEAF_BYTES, Layout, leaf_count
@@ -59,7 +60,7 @@ class Blobs:
     async def _answer(self, scope: Scope, receive: Receive) -> Response:
         _, _, kind, blob, *rest = scope["path"].split("/")
         headers, method = Headers(scope=scope), scope["method"]
-        if not blob_token_shows(self._secret, self._node, blob, headers, time.time()):
+        if not blob_token_shows(self._secret, self._node, blob, headers, clock.now_s()):
             return problem(401, "show a token for this blob of this node")
         if kind == "blobs" and rest == ["any"]:
             if method != "POST":

@@ -11,7 +11,6 @@ file for a while: clients send no credential across hosts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -20,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from shoal_common import clock
 from shoal_common.credentials import allowed, capability, capable
 from shoal_common.errors import BadName, Denied, NotFound, ShoalError
 from shoal_common.messages.records import Manifest, ManifestFile
@@ -74,13 +74,13 @@ class HubProtocol:
         manifest = found.manifest
         commit = {"X-Repo-Commit": manifest.commit}
         file = next((f for f in manifest.files if f.path == path), None)
-        if "key" in query and not (file and capable(self._secret, file.sha256, query, time.time())):
+        if "key" in query and not (file and capable(self._secret, file.sha256, query, clock.now_s())):
             self._require_credential(request)
         if file is None:
             return _refusal(404, "EntryNotFound", f"{manifest.repo} has no file {path[:200]}", commit)
         if not found.address:
             return await self._serve_blob(request, file.sha256, commit | {"ETag": f'"{_etag(file)}"'})
-        shown = urlencode(capability(self._secret, file.sha256, int(time.time()) + SHOWN_S))
+        shown = urlencode(capability(self._secret, file.sha256, int(clock.now_s()) + SHOWN_S))
         address = f"http://{found.address}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         elsewhere = {
             "Location": f"{address}?{shown}" if shown else address,

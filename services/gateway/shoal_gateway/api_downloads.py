@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from shoal_common import clock
 from shoal_common.buckets import download_key
 from shoal_common.errors import ShoalError
 from shoal_common.messages import Message
@@ -117,7 +117,7 @@ async def _control(
 
 def _asked(state: View, node: str, model: str) -> Asked:
     key = download_key(node, model)
-    return Asked(node, key, new_id(), state.get(key, DownloadState), time.time())
+    return Asked(node, key, new_id(), state.get(key, DownloadState), clock.now_s())
 
 
 async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: bool) -> dict[str, Outcome]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from nats.errors import Error as NatsError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext, api
 
+from shoal_common import clock
 from shoal_common.cancelling import ended
 from shoal_common.connection import Nats
 from shoal_common.logs import Log
@@ -133,7 +134,7 @@ class Reader:
         if self._asked.last is not None:
             return await self._consumer_of_last(self._asked.last)
         if self._asked.since_s is not None:
-            begin = datetime.now(UTC) - timedelta(seconds=self._asked.since_s)
+            begin = datetime.fromtimestamp(clock.now_s() - self._asked.since_s, UTC)
             return await self._consumer(
                 api.ConsumerConfig(deliver_policy=api.DeliverPolicy.BY_START_TIME, opt_start_time=begin)
             ), 0

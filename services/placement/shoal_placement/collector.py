@@ -7,11 +7,10 @@ never touched; one that comes back says again what its disk holds.
 from __future__ import annotations
 
 import asyncio
-import time
 
 from nats.js.errors import NotFoundError
 
-from shoal_common import subjects
+from shoal_common import clock, subjects
 from shoal_common.buckets import Bucket, instance_key, node_key, patiently
 from shoal_common.company import CompanyView
 from shoal_common.errors import InUse
@@ -80,13 +79,13 @@ class Collector:
             if unsettled_s > 0 and not retired.forgotten:
                 wake_s = min(wake_s or unsettled_s, unsettled_s)
                 continue
-            why = "forgotten" if retired.forgotten else f"silent for {time.time() - retired.silent_since_s:.0f} s"
+            why = "forgotten" if retired.forgotten else f"silent for {clock.now_s() - retired.silent_since_s:.0f} s"
             async with self._collecting:
                 await self._retire(retired.node, why, named.get(retired.node, Named()))
         return wake_s
 
     def _decide(self) -> tuple[dict[str, Named], Actions]:
-        named, now_s = self._named(), round(time.time(), 3)
+        named, now_s = self._named(), round(clock.now_s(), 3)
         return named, reconcile(named.keys(), self._live_nodes(), self._told(), now_s, self._retire_after_s)
 
     def _live_nodes(self) -> set[str]:
@@ -152,7 +151,7 @@ class Collector:
             found = self._named().get(node)
             if found is None and node not in self._told():
                 return {"node": node, "found": False, "key_count": 0}
-            told = NodeState(node=node, silent_since_s=round(time.time(), 3), forgotten=True)
+            told = NodeState(node=node, silent_since_s=round(clock.now_s(), 3), forgotten=True)
             # Should this leader end in the middle, the next one goes on.
             await self._state.reached(await self._context.buckets.state.put(node_key(node), told))
             count = await self._retire(node, "forgotten", found or Named())

@@ -7,10 +7,10 @@ its unfinished commands go back to the queue for the next one.
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 from time import monotonic
 
+from shoal_common import clock
 from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key, node_key
 from shoal_common.cancelling import ended
 from shoal_common.commands import Verb
@@ -93,7 +93,7 @@ class Placement:
             if placed is not None:
                 return _placed(placed)
             found = await asyncio.to_thread(plan, command, self._world())
-            spec = spec_of(found, name, round(time.time(), 3))
+            spec = spec_of(found, name, round(clock.now_s(), 3))
             revision = await self._context.buckets.spec.create(instance_key(name), spec)
             if revision is None:
                 raise Failed(f"an instance {name} exists already; send the command again with another id")
@@ -127,7 +127,7 @@ class Placement:
                 pass
             elif node in self._world().alive:
                 await self._spec.reached(
-                    await spec.put(node_key(node), NodeSpec(node=node, asked_at_s=round(time.time(), 3)))
+                    await spec.put(node_key(node), NodeSpec(node=node, asked_at_s=round(clock.now_s(), 3)))
                 )
             else:
                 raise NotFound(f"node {node} is not live: what is on one that is gone goes with `shoal node forget`")

@@ -135,6 +135,8 @@ class Ledger(msgspec.Struct):
     """Manifests of whole models, by `org/name@commit`."""
     broken: dict[str, Manifest] = msgspec.field(default_factory=dict)
     """Manifests of models that have lost blobs: never announced; their other blobs wait for a repair or an `rm`."""
+    leaving: dict[str, Manifest] = msgspec.field(default_factory=dict)
+    """Manifests, in `tombs/`, of models whose deletion the disk refused in the middle: not here, and not all gone."""
     promised: dict[str, set[str]] = msgspec.field(default_factory=dict)
     """Blobs, present or arriving, that a fetch under way counts on, by `org/name@commit`."""
     quarantined: set[str] = msgspec.field(default_factory=set)
@@ -557,7 +559,7 @@ def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
 
 def blobs_of(model: str, ledger: Ledger) -> set[str]:
     """Every blob, present or arriving, that is here for a model."""
-    manifest = ledger.on_disk.get(model)
+    manifest = ledger.on_disk.get(model) or ledger.leaving.get(model)
     its = set(manifest.blob_sizes) if manifest else set()
     its |= ledger.promised.get(model, set())
     return its | {b for b, p in ledger.partials.items() if model in p.models}

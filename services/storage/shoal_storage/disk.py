@@ -356,6 +356,10 @@ class Disk:
         with suppress(OSError):  # other blobs live there
             path.parent.rmdir()
 
+    def gone(self, blobs: Iterable[str]) -> list[str]:
+        """Those of the blobs whose files are not where they were."""
+        return [sha256 for sha256 in blobs if not self.layout.blob(sha256).exists()]
+
     def lost(self, manifest: Manifest) -> list[str]:
         """Blobs of a manifest that are not on the disk, or other files than were proven, whatever the ledger says."""
         return [blob for blob, size_bytes in manifest.blob_sizes.items() if not self._is_here(blob, size_bytes)]
@@ -382,15 +386,22 @@ class Disk:
             raise FileNotFoundError(errno.ENOENT, "the store has gone", str(self.layout.root))
         build_view(self.layout, manifest)
 
-    def delete(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        """Remove a model, sealed or not, with blobs that only it needs. What is absent already is fine.
+    def entomb(self, repo: str, commit: str) -> None:
+        """Put a model's manifest into tombs/: the model is not here any more, and `clear` removes the rest of it.
 
-        It is gone once its manifest is in tombs/, where that stays until all the rest has gone too.
+        Raises OSError, or Unavailable for a store that is away, while nothing of it has gone. What is absent already
+        is fine.
         """
-        path, view = self.layout.manifest(repo, commit), self.layout.view(repo, commit)
-        tomb = self.layout.tombs / f"{path.parent.name}@{path.name}"
+        self.require_there()
         with suppress(FileNotFoundError):
-            path.replace(tomb)
+            self.layout.manifest(repo, commit).replace(self.layout.tomb(repo, commit))
+
+    def clear(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
+        """Remove what is left of a model without a manifest, with blobs that only it needs.
+
+        What is absent already is fine. After an OSError its tomb is there, and it is to be called again.
+        """
+        path, view, tomb = (of(repo, commit) for of in (self.layout.manifest, self.layout.view, self.layout.tomb))
         # If it was absent too: a first attempt may have failed at this.
         sync(self.layout.tombs)
         with suppress(FileNotFoundError):

@@ -248,6 +248,7 @@ class Guard:
             await self.parts.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.broken.pop(manifest.model, None)
+            self._ledger.leaving.pop(manifest.model, None)  # it is here again: a start drops the tomb
             await asyncio.to_thread(self.keeping.came_in, manifest.model)
             await self.removal.end_promise(manifest.model)
             state = await self._announcer.announce(manifest)

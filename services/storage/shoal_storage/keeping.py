@@ -204,6 +204,6 @@ def _touch(path: Path, mtime_s: float | None = None) -> None:
 
 
 def _remove(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        path.unlink()
+    if path.exists():  # a read-only file system refuses to remove even what is not there
+        path.unlink(missing_ok=True)
         sync(path.parent)

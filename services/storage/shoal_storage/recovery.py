@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal_common import leafset
@@ -39,14 +39,20 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
         link.unlink(missing_ok=True)  # those of roots that are there are made again
     for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
         unfinished.unlink(missing_ok=True)
-    deleted = {m.model: m for m in _read_tombs(lay)}
+    tombs = dict(_read_tombs(lay))
+    deleted = {m.model: m for m in tombs.values()}
     ledger = _read(disk)
     ledger.leases = dict(leases or {})
     ledger.parts = parts.read(disk, ledger)
     for manifest in deleted.values():
-        for sha256 in left_behind(manifest, ledger):
-            disk.remove_blob(sha256)
-            del ledger.blobs[sha256]
+        with _left_for_later(manifest.model, ledger, deleted):
+            left = left_behind(manifest, ledger)
+            try:
+                for sha256 in left:
+                    disk.remove_blob(sha256)
+            finally:
+                for sha256 in disk.gone(left):
+                    del ledger.blobs[sha256]
     times: set[tuple[int, int]] | None = None
     for view in lay.views.glob("*/*"):
         # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
@@ -56,9 +62,13 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
             if not any(path.exists() for path in known):
                 times = _times_of(lay, ledger.blobs) if times is None else times
                 model = f"{name.replace('--', '/')}@{commit}"
-                remove_view(view, deleted.get(model), times)
+                with _left_for_later(model, ledger, deleted):
+                    remove_view(view, deleted.get(model), times)
     for tomb in lay.tombs.iterdir():
-        disk.remove(tomb)
+        model = tombs[tomb].model if tomb in tombs else tomb.name
+        if model not in ledger.leaving:
+            with _left_for_later(model, ledger, deleted):
+                disk.remove(tomb)
     if {identity for identity, _ in further_roots(lay)} <= disk.further.keys():
         leaves.remove_strays(lay, ledger.blobs)  # of a root that is away nothing is known
     return ledger
@@ -142,11 +152,22 @@ def _times_of(layout: StoreLayout, blobs: Iterable[str]) -> set[tuple[int, int]]
     return {(its.st_size, its.st_mtime_ns) for its in found}
 
 
-def _read_tombs(layout: Layout) -> Iterator[Manifest]:
+@contextmanager
+def _left_for_later(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
+    """What the disk refuses to let go does not keep a start from anything else: the next one tries again."""
+    try:
+        yield
+    except OSError as e:
+        log.warning("what is left of a deleted model could not be removed", model=model, why=str(e))
+        if model in deleted and model not in ledger.on_disk:
+            ledger.leaving[model] = deleted[model]
+
+
+def _read_tombs(layout: Layout) -> Iterator[tuple[Path, Manifest]]:
     for tomb in layout.tombs.glob("*.json"):
         manifest = decoded_tomb(tomb)
         if manifest is not None:
-            yield manifest
+            yield tomb, manifest
 
 
 def _read(disk: Disk) -> Ledger:

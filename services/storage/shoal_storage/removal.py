@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from shoal_common.errors import InUse, Refused
+from shoal_common.errors import Failed, InUse, Refused
 from shoal_common.logs import Log
 from shoal_common.messages.commands import Delete
 from shoal_common.messages.questions import Done, Withdraw
+from shoal_common.messages.records import Manifest
 from shoal_common.names import ModelRef
 from shoal_common.service import Context
 from shoal_storage.announce import Announcer
@@ -49,15 +50,29 @@ class Removal:
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def remove(self, model: str) -> int:
-        """Remove a model, whole, broken or on its way in, with what only it needs. Returns bytes freed."""
+        """Remove a model, whole, broken or on its way in, with what only it needs. Returns bytes freed.
+
+        What the disk refuses, OSError, leaves it whole and announced, or neither: then it is in `leaving`, and this
+        is to be called again.
+        """
+        ledger = self._ledger
         await self._parts.drop(model)
-        leaving = [blob for blob in freed_by(model, self._ledger) if blob in self._ledger.blobs]
         repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(self._disk.delete, repo, commit, leaving)
-        await asyncio.to_thread(self._keeping.forget, model)
-        self._ledger.manifests.pop(model, None)
-        self._ledger.broken.pop(model, None)
-        freed = sum(self._ledger.drop(blob) for blob in leaving)
+        await asyncio.to_thread(self._disk.entomb, repo, commit)
+        if manifest := ledger.manifests.pop(model, None) or ledger.broken.pop(model, None):
+            ledger.leaving[model] = manifest
+        manifest = ledger.leaving.get(model)
+        # Those that are not here too: their leaves may be, and a first attempt may not have been durable.
+        known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unproven.keys() if manifest else set())
+        leaving = [blob for blob in freed_by(model, ledger) if blob in known]
+        try:
+            await asyncio.to_thread(self._disk.clear, repo, commit, leaving)
+            await asyncio.to_thread(self._keeping.forget, model)
+        finally:
+            freed = sum(ledger.drop(blob) for blob in await asyncio.to_thread(self._disk.gone, leaving))
+            if model in ledger.leaving:
+                await self._announcer.take_back(model)
+        ledger.leaving.pop(model, None)
         self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
         freed += await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
@@ -119,18 +134,35 @@ class Removal:
 
     async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
         freed = 0
-        async with self._section:
-            await self._refuse_if_used(ref.repo, revision)
-            found = matching(ref.repo, revision, self._ledger.here.values())
-            for manifest in found:
-                freed += await self.remove(manifest.model)
-                await self._announcer.take_back(manifest.model)
-                await self._context.events.tell("model_deleted", model=manifest.model)
-            for model in arriving(ref.repo, revision, self._ledger):
-                freed += await self.remove(model)
-        await self._announcer.publish()
+        try:
+            async with self._section:
+                await self._refuse_if_used(ref.repo, revision)
+                found = self._removable(ref.repo, revision)
+                for manifest in found:
+                    freed += await self._remove_or_say(manifest.model)
+                    await self._context.events.tell("model_deleted", model=manifest.model)
+                for model in arriving(ref.repo, revision, self._ledger):
+                    freed += await self._remove_or_say(model)
+        finally:
+            await self._announcer.publish()
         log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
         return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
+
+    def _removable(self, repo: str, revision: str) -> list[Manifest]:
+        """What is here of a revision, and what is left of it."""
+        return matching(repo, revision, {**self._ledger.leaving, **self._ledger.here}.values())
+
+    async def _remove_or_say(self, model: str) -> int:
+        try:
+            return await self.remove(model)
+        except OSError as e:
+            what = f"the disk refuses it ({e.strerror}: {e.filename})"
+            if model in self._ledger.here:
+                raise Failed(f"{model} was not deleted from node {self._context.node}: {what}") from e
+            raise Failed(
+                f"{model} is not on node {self._context.node} any more, but not all of its files are gone: {what}. "
+                "Delete it again when the disk lets them go; a start of storage tries that too"
+            ) from e
 
     async def _wait_for_leaving(self, repo: str, revision: str) -> None:
         """Refuse what is in use; but stages of an instance that was stopped end by themselves, in a moment."""
@@ -150,7 +182,7 @@ class Removal:
             await asyncio.sleep(_LEAVING_LOOK_S)
 
     def _refuse_if_adopted(self, repo: str, revision: str) -> None:
-        if matching(repo, revision, self._ledger.here.values()):
+        if self._removable(repo, revision):
             return  # what the store has of it may go
         for manifest in matching(repo, revision, self._ledger.whole.values()):
             adopted = self._ledger.adopted[manifest.model]

@@ -145,7 +145,6 @@ class Room:
                 break
             freed = await self._remove(victim.model)
             done.append(structs.replace(victim, frees_bytes=freed))
-            await self._announcer.take_back(victim.model)
             await self._context.events.tell(
                 "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
             )

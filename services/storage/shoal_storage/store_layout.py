@@ -39,6 +39,11 @@ class StoreLayout(Layout):
         """The directory of a blob that is arriving, links aside."""
         return Layout.partial(self._root_of(blob), blob)
 
+    def tomb(self, repo: str, commit: str) -> Path:
+        """Where the manifest of a model stays whose deletion has begun."""
+        manifest = self.manifest(repo, commit)
+        return self.tombs / f"{manifest.parent.name}@{manifest.name}"
+
     def partial_link(self, blob: str) -> Path:
         """Where everybody else finds that directory."""
         return super().partial(blob)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from shoal_cli.doctor.nats import Monitor, NatsFacts, Server, Stream
 from shoal_cli.node.natsd import Ports
 from shoal_cli.node.plan import NATS_PORT, without_token
 from shoal_common.buckets import Buckets, storage_key, stream_configs
+from shoal_common.clock import read_time
 from shoal_common.errors import BadMessage, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.facts import Live
@@ -170,15 +170,9 @@ async def _question(client: Client, subject: str) -> tuple[dict[str, Any], Offse
     ended_s = time.time()
     answer = dict(json.loads(reply.data))
     with suppress(KeyError, ValueError):
-        theirs_s = datetime.fromisoformat(_microseconds(str(answer["ts"]))).timestamp()
+        theirs_s = read_time(str(answer["ts"]))
         return answer, Offset("", (began_s + ended_s) / 2 - theirs_s, (ended_s - began_s) / 2)
     return answer, None
-
-
-def _microseconds(stamp: str) -> str:
-    """`…:45.123456789Z` as Python reads it: six digits at most."""
-    whole, _, rest = stamp.partition(".")
-    return f"{whole}.{rest.rstrip('Z')[:6].ljust(6, '0')}+00:00" if rest.endswith("Z") else stamp
 
 
 async def _stream(client: Client, wanted: api.StreamConfig) -> tuple[Stream, Offset | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from shoal_common import clock
 from shoal_common.credentials import blob_token
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.layout import LEAF_BYTES
@@ -99,7 +100,7 @@ class Peers:
         error: ShoalError = Unavailable(f"node {node} says no address")
         blob = path.split("/")[3]
         for address in rates.order(node, known, time.monotonic(), most_bytes):
-            token = blob_token(self._secret, node, blob, time.time())
+            token = blob_token(self._secret, node, blob, clock.now_s())
             began_s = time.monotonic()
             try:
                 reply = await self._client.ask(node, address, method, path, {**token, **headers}, landing, body)

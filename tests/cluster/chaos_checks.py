@@ -1,0 +1,94 @@
+"""What must hold of a cluster that has come to rest, whatever happened to it, seen from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+
+from shoal_common.buckets import storage_key
+from shoal_common.messages import decode
+from shoal_common.messages.records import ModelState, StorageState
+from tests.fetcher.pulling import Pulls, Site, blobs, manifests, partials, stray_blobs
+from tests.harness.node import Node
+from tests.harness.waiting import eventually
+
+SETTLED_DEADLINE_S = 120.0
+"""For what follows from the end of the last thing that happened."""
+
+
+async def check(
+    site: Site, here: Pulls, quotas: Mapping[str, int | None], removed: Collection[str], consumer_count: int
+) -> None:
+    """The invariants. `quotas`: what people set last; `removed`: blobs that were taken away by hand somewhere."""
+    for node in site.nodes.values():
+        await eventually(_is_as_said(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
+        await asyncio.to_thread(_check_store, node, removed)
+        said = await disk_of(here, node.id)
+        quota = quotas.get(node.id, said.quota_bytes)
+        assert said.quota_bytes == quota, f"a setting of {node.id} is lost"
+        if quota is not None:
+            assert said.used_bytes + said.reserved_bytes <= quota, "I3"
+        assert not stray_blobs(node), f"I8: blobs of {node.id} that nothing needs"
+
+    async def no_command_waits() -> bool:
+        return (await here.here.js.stream_info("CMD")).state.messages == 0
+
+    async def as_many_consumers() -> bool:
+        return (await here.here.js.stream_info("CMD")).state.consumer_count == consumer_count
+
+    await eventually(no_command_waits, "no command waits", SETTLED_DEADLINE_S)
+    await eventually(as_many_consumers, "I8: consumers are back to what they were", SETTLED_DEADLINE_S)
+    assert await _ghosts(site, here) == [], "I8"
+
+
+def _check_store(node: Node, removed: Collection[str]) -> None:
+    """I1: a blob hashes to its name. I2: of a manifest nothing is missing but what was removed by hand."""
+    here = blobs(node)
+    for sha256, path in here.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"I1: {path}"
+    for manifest in manifests(node):
+        missing = {f.sha256 for f in manifest.files} - here.keys()
+        assert missing <= set(removed), f"I2: {manifest.model} on {node.id}: {missing}"
+
+
+async def disk_of(here: Pulls, node: str) -> StorageState:
+    """What is said of a node's disk."""
+    state = await here.buckets.state.get_as(storage_key(node), StorageState)
+    assert state is not None
+    return state
+
+
+def _is_as_said(here: Pulls, node: Node) -> Callable[[], Awaitable[bool]]:
+    async def as_said() -> bool:
+        info = await here.here.js.stream_info("KV_state", subjects_filter=f"$KV.state.model.{node.id}.>")
+        said = set()
+        for subject in info.state.subjects or {}:
+            entry = await here.buckets.state.get(subject.removeprefix("$KV.state."))
+            if entry is not None:
+                said.add(decode(entry.value, ModelState).model)
+        whole = await asyncio.to_thread(
+            lambda: {m.model for m in manifests(node) if all(_is_here(node, f.sha256) for f in m.files)}
+        )
+        disk = await here.buckets.state.get_as(storage_key(node.id), StorageState)
+        if disk is None or said != whole or disk.reserved_bytes:
+            return False
+        return not await asyncio.to_thread(partials, node)
+
+    return as_said
+
+
+def _is_here(node: Node, sha256: str) -> bool:
+    return node.layout.blob(sha256).exists()
+
+
+async def _ghosts(site: Site, here: Pulls) -> list[str]:
+    """Keys that name nodes there never were."""
+    known, found = set(site.nodes), []
+    for bucket in ("state", "spec"):
+        info = await here.here.js.stream_info(f"KV_{bucket}", subjects_filter=">")
+        for subject in info.state.subjects or {}:
+            kind, _, rest = subject.removeprefix(f"$KV.{bucket}.").partition(".")
+            if kind in ("storage", "model", "download", "part", "node") and rest.partition(".")[0] not in known:
+                found.append(subject)
+    return found

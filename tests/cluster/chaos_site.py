@@ -1,0 +1,104 @@
+"""Where chaos happens: three nodes on a network of their own, each with a small disk and a clock that can be set.
+
+Each node's processes run in a network namespace behind a bridge, NATS in another one; the hub and the test itself are
+outside, and reach in by relays that nobody cuts. Where namespaces or disks cannot be had, nodes are on loopback or on
+the test's disk, which is said aloud, and what needs them is not done.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from shoal_demo.running import RunningHub, running_hub
+from tests.fetcher.pulling import Site
+from tests.harness.clocks import WrongClock
+from tests.harness.nats import NatsServer
+from tests.harness.networks import Switch, machines, no_networks, reached, relayed
+from tests.harness.node import Node, running_nodes
+from tests.harness.small_disk import no_small_disks, small_disk
+
+NODES = ("a", "b", "c")
+SERVICES = ("storage", "fetcher", "fileserver", "placement")
+DISK_BYTES = 48 << 20
+HEADROOM_BYTES = 1 << 20
+_NATS_PORT = 4222
+_SECRET = "a secret for tests only"
+
+
+class ReachedServer(NatsServer):
+    """A NATS server in a network namespace, which the test reaches by another address than the nodes."""
+
+    outside_url = ""
+
+    def start(self) -> None:
+        """Start it as any other."""
+        super().start()
+        self.url = self.outside_url or self.url
+
+
+class World(msgspec.Struct):
+    """Everything that things can happen to. Without a network or disks of its own: None, or no such paths."""
+
+    site: Site
+    clocks: dict[str, WrongClock]
+    switch: Switch | None
+    disks: dict[str, Path]
+
+
+@contextmanager
+def running_world(home: Path, harms: set[str]) -> Iterator[World]:
+    """The world that these kinds of harm need, while the body runs."""
+    hub_root = home / "hub"
+    hub_root.mkdir(parents=True)
+    with ExitStack() as stack:
+        hub = stack.enter_context(running_hub(hub_root, process=True))
+        networked = "network" in harms and _can("network", no_networks())
+        server, switch, within, url = (_networked if networked else _on_loopback)(stack, home, hub)
+        usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_HEADROOM_BYTES": str(HEADROOM_BYTES)}
+        if networked:
+            usual |= {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": _SECRET}  # of a namespace
+        nodes = {name: Node(home / name, name, url, SERVICES, **usual) for name in NODES}
+        for name, node in nodes.items():
+            for service in node.services.values():
+                service.within = within.get(name, ())
+        disks = {}
+        if "full_disk" in harms and _can("full_disk", no_small_disks()):
+            for name, node in nodes.items():
+                disks[name] = stack.enter_context(small_disk(node.layout.root, DISK_BYTES))
+        clocks = {name: WrongClock(node) for name, node in nodes.items()}
+        stack.enter_context(running_nodes(*nodes.values()))
+        yield World(Site(server, hub, hub_root, nodes, repo="org/chaos"), clocks, switch, disks)
+
+
+def _can(harm: str, why_not: str) -> bool:
+    if why_not:
+        warnings.warn(f"{why_not}: chaos of kind {harm} is NOT tested here", stacklevel=3)
+    return not why_not
+
+
+Network = tuple[NatsServer, Switch | None, dict[str, tuple[str, ...]], str]
+"""NATS, what the nodes are on, how a process is put there, and NATS's address for it."""
+
+
+def _on_loopback(stack: ExitStack, home: Path, _: RunningHub) -> Network:
+    server = stack.enter_context(NatsServer(home / "nats"))
+    return server, None, {}, server.url
+
+
+def _networked(stack: ExitStack, home: Path, hub: RunningHub) -> Network:
+    names = (*NODES, "nats")
+    bridge, *others = stack.enter_context(machines("bridge", *names))
+    switch = Switch(bridge, dict(zip(names, others, strict=True)))
+    hub_port = int(hub.base_url.rpartition(":")[2])
+    for machine in others:
+        stack.enter_context(relayed(machine, hub_port))
+    address = switch.addresses["nats"]
+    server = ReachedServer(home / "nats", address, _NATS_PORT, others[-1].within)
+    server.outside_url = f"nats://127.0.0.1:{stack.enter_context(reached(others[-1], address, _NATS_PORT))}"
+    stack.enter_context(server)
+    return server, switch, {n: m.within for n, m in zip(names, others, strict=True)}, f"nats://{address}:{_NATS_PORT}"

@@ -1,0 +1,90 @@
+"""Nodes whose wall clocks are wrong by hours, and are set while they run: it makes no difference to the others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from shoal_common.buckets import node_key, storage_key
+from shoal_common.messages.records import NodeState, StorageState
+from shoal_demo.running import running_hub
+from tests.fetcher.pulling import Pulls, Site
+from tests.fetcher.repos import noise
+from tests.harness.clocks import WrongClock
+from tests.harness.nats import NatsServer
+from tests.harness.node import Node, running_nodes
+from tests.harness.waiting import eventually
+
+HOUR_S = 3600.0
+SECRET = "a secret for tests only"
+FILES = {"model.safetensors": noise(3 << 20, "wrong clocks"), "config.json": b"{}"}
+DEADLINE_S = 45.0
+
+
+@asynccontextmanager
+async def nodes_with(
+    server: NatsServer, home: Path, ahead_s: dict[str, float], services: tuple[str, ...], **environment: str
+) -> AsyncIterator[tuple[Pulls, dict[str, WrongClock]]]:
+    """Nodes with these clocks."""
+    (home / "models").mkdir()
+    with running_hub(home / "models", process=True) as hub:
+        usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_SECRET": SECRET, **environment}
+        nodes = {name: Node(home / name, name, server.url, services, **usual) for name in ahead_s}
+        clocks = {name: WrongClock(node) for name, node in nodes.items()}
+        for name, off_s in ahead_s.items():
+            clocks[name].set(off_s)
+        site = Site(server, hub, home / "models", nodes, "org/clocks")
+        site.make(FILES)
+        with running_nodes(*nodes.values()):
+            async with site.join() as here:
+                try:
+                    for node in nodes.values():
+                        await node.ready(here.here)
+                    yield here, clocks
+                except BaseException:
+                    print(*(node.log() for node in nodes.values()), sep="\n")
+                    raise
+
+
+async def test_nodes_whose_clocks_are_half_a_day_apart_do_what_they_are_asked_and_take_from_each_other(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    apart = {"a": 5 * HOUR_S, "b": -7 * HOUR_S}
+    async with nodes_with(own_nats, tmp_path, apart, ("storage", "fetcher", "fileserver")) as (here, clocks):
+        await here.pull_ok("a")
+        here.site.hub.reset_stats()
+        await here.pull_ok("b")
+        await here.is_whole("b", FILES)
+        assert here.site.hub_bytes() == 0, "b took it from a, whose token it has to show"
+        for turn, (node, clock) in enumerate(clocks.items()):
+            for ahead_s in (20 * HOUR_S, -20 * HOUR_S, 0.0):
+                clock.set(ahead_s)  # while it runs
+                quota = (1 << 30) + turn
+                done = await here.ask(node, "configure", b'{"max_storage_bytes": %d}' % quota, service="storage")
+                assert done.ok, done.error
+        assert (await here.delete("b")).result["deleted"]
+        await here.pull_ok("b")
+        assert here.site.hub_bytes() == 0
+
+
+async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsServer, tmp_path: Path) -> None:
+    """A day that was never waited for is no day of silence."""
+    leading = nodes_with(own_nats, tmp_path, {"a": 0.0}, ("placement",), SHOAL_RETIRE_AFTER="24h")
+    async with leading as (here, clocks):
+        state = here.buckets.state
+
+        async def falls_silent(node: str) -> NodeState:
+            await state.put(storage_key(node), StorageState(node=node))
+            return await eventually(
+                lambda: state.get_as(node_key(node), NodeState), f"{node} is said to be silent", DEADLINE_S
+            )
+
+        first = await falls_silent("gone-1")
+        for number, ahead_s in enumerate((48 * HOUR_S, -48 * HOUR_S, 240 * HOUR_S), 2):
+            clocks["a"].set(ahead_s)
+            # Each of these is told by one look at all of them; the one before it has ended by then.
+            for again in (0, 1):
+                later = await falls_silent(f"gone-{number}-{again}")
+                assert 0 <= later.silent_since_s - first.silent_since_s < HOUR_S
+            assert await state.get_as(storage_key("gone-1"), StorageState) is not None
