@@ -49,7 +49,7 @@ class Facts(Message):
     stages: dict[str, int] = {}
     """What this node's stages occupy now, by `<instance>/<rank>`. None from versions that counted it as available."""
     memory_pressure: int | None = None
-    """How much the machine suffers for want of memory: 0 none, 1 some, 2 much, 3 nothing works. None: not known."""
+    """How much the machine suffers for want of memory: 0 not at all, 1 some, 2 much. None: not known."""
     accelerator: str = ""
     """What MLX computes with: cpu, metal, cuda; "" while it is not known."""
     accelerator_bytes: int | None = None
