@@ -15,9 +15,11 @@ import nats
 import pytest
 from mlx_lm import load, stream_generate
 
+from shoal_common.messages import decode
+from shoal_common.messages.facts import Facts, Live
 from shoal_demo import DEMO_MODEL, DEMO_PROMPT, MODELS_DIR
 from shoal_demo.running import RunningHub
-from tests.harness.shoal import ShoalCluster
+from tests.harness.shoal import ShoalCluster, eventually
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,24 @@ def test_I11_the_answer_over_any_number_of_stages_equals_that_of_one_process(
         assert answer["usage"]["completion_tokens"] > 0
     finally:
         pulled["a"].shoal("stop", instance, check=True)
+
+
+def test_nodes_tell_what_their_stages_occupy_and_take_it_back(pulled: ShoalCluster) -> None:
+    async def facts() -> Facts:
+        client = await nats.connect(pulled["a"].nats_url)
+        try:
+            bucket = await client.jetstream().key_value("live")
+            return decode((await bucket.get("a.inference")).value or b"", Live).facts
+        finally:
+            await client.close()
+
+    instance = str(pulled["a"].call("POST", "/v1/instances", {"model": DEMO_MODEL, "nodes": ["a"]})["id"])
+    try:
+        # A process with Python and MLX, and 3 MB of weights, once it has loaded them.
+        eventually(lambda: asyncio.run(facts()).stages.get(f"{instance}/0", 0) > 32 << 20, "what it occupies is told")
+    finally:
+        pulled["a"].shoal("stop", instance, check=True)
+    eventually(lambda: not asyncio.run(facts()).stages, "it is taken back")
 
 
 def test_nats_req_does_what_the_command_line_does_and_returns_the_outcome(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import Corrupt, Unsupported
 from shoal_common.shape import model_shape, read_shape, tensor_bytes
+from shoal_common.tensors import Tensor
 
 CONFIG = {
     "model_type": "qwen3",
@@ -67,7 +68,8 @@ def test_a_tied_head_counts_the_embedding_again_and_says_so(tmp_path: Path) -> N
 
 
 def test_a_text_config_within_a_larger_model_is_found() -> None:
-    shape = model_shape({"model_type": "vlm", "text_config": CONFIG}, TENSORS)
+    tensors = {name: Tensor(0, size) for name, size in TENSORS.items()}
+    shape = model_shape({"model_type": "vlm", "text_config": CONFIG}, tensors)
     assert len(shape.layer_bytes) == 2
 
 

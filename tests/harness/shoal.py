@@ -24,6 +24,8 @@ UP_DEADLINE_S = 90.0
 DOWN_DEADLINE_S = 60.0
 WAIT_DEADLINE_S = 60.0
 _POLL_S = 0.05
+_GIVEN = {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}
+"""So that no node of a test measures it."""
 
 T = TypeVar("T")
 
@@ -141,7 +143,7 @@ class ShoalCluster:
 
     def __init__(self, root: Path, hub: str, names: tuple[str, ...] = ("a", "b", "c"), **environ: str) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHOAL_", "HF_"))}
-        self._environ = {**inherited, "HF_ENDPOINT": hub, "HOME": str(root), **environ}
+        self._environ = {**inherited, "HF_ENDPOINT": hub, "HOME": str(root), **_GIVEN, **environ}
         self.nodes = [ShoalNode(root / name, self._environ) for name in names]
 
     def __enter__(self) -> Self:

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.buckets import instance_key, stage_key
-from shoal_common.errors import BadInput, NodeAway, NotFound, StageLost
+from shoal_common.errors import NodeAway, NotFound, StageLost
 from shoal_common.messages.questions import Accepted, CancelGenerate, Done, Generate
 from shoal_common.messages.records import InstanceSpec, StageSpec, StageState
 from shoal_common.questions import Ask
 from shoal_inference.decide import assignments, leftovers, next_address, reconcile, respawn_delay_s
-from shoal_inference.memory import memory_facts, read_cap
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -76,14 +75,6 @@ def test_the_last_rank_is_linked_to_the_first_and_only_within_an_epoch() -> None
 @given(st.integers(0, 10_000))
 def test_I7_the_delay_before_a_respawn_is_bounded(deaths: int) -> None:
     assert 0 < respawn_delay_s(deaths) <= 15
-
-
-def test_a_memory_cap_limits_what_is_told_and_a_bad_one_is_refused_in_one_line() -> None:
-    facts = memory_facts(cap_bytes=5 << 20, held_bytes=0)
-    assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 << 20, 5 << 20)
-    assert memory_facts(None, 0).memory_total_bytes > 5 << 20
-    with pytest.raises(BadInput, match="much"):
-        read_cap({"max_memory_bytes": "much"}, {})
 
 
 class Service:

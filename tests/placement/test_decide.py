@@ -17,15 +17,8 @@ from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import InstanceSpec, InstanceState, ModelShape, ModelState, StageSpec, StageState
 from shoal_common.names import check_id
 from shoal_placement import decide
-from shoal_placement.decide import (
-    STAGE_OVERHEAD_BYTES,
-    World,
-    instance_id,
-    instance_state,
-    plan,
-    reserved_bytes,
-    spec_of,
-)
+from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
+from shoal_placement.need import STAGE_OVERHEAD_BYTES, promised_bytes
 
 MIB = 1 << 20
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -57,6 +50,12 @@ def world(
     return World(facts=facts, models=list(models), instances=list(instances), alive={*facts, *alive})
 
 
+def promised(there: World) -> dict[str, int]:
+    """Bytes promised of each node."""
+    found = promised_bytes(there.instances, there.models, there.facts)
+    return {node: sum(stages.values()) for node, stages in found.items()}
+
+
 def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
     own = held(revisions=["local"])
     assert decide.find_model("org/tiny-fish@local", world({"a": 1}, [own])) == own
@@ -66,7 +65,7 @@ def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
     assert decide.find_model("org/tiny-fish", world({"a": 1}, [own, named_by_commit])) == named_by_commit
 
 
-@pytest.mark.parametrize("module", ["decide.py", "solve.py"])
+@pytest.mark.parametrize("module", ["decide.py", "solve.py", "need.py", "tiers.py"])
 def test_decisions_import_nothing_that_acts(module: str) -> None:
     tree = ast.parse((Path(decide.__file__).with_name(module)).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -151,11 +150,6 @@ def test_a_context_the_model_does_not_have_is_refused(asked: int) -> None:
         plan(Place(model="org/tiny-fish", context_tokens=asked), world({"a": 5000}, [held()]))
 
 
-def test_the_cache_is_counted_in_steps_of_256_tokens() -> None:
-    assert decide.need_of(SHAPE, 1).layer_bytes == decide.need_of(SHAPE, 256).layer_bytes
-    assert decide.need_of(SHAPE, 257).layer_bytes[0] == 100 * MIB + 512 * 1024
-
-
 @pytest.mark.parametrize(("least", "most"), [(0, 4), (-1, 4), (3, 2), (1, 0)])
 def test_node_counts_that_leave_nothing_to_choose_are_refused(least: int, most: int) -> None:
     with pytest.raises(BadInput, match="min_nodes"):
@@ -194,7 +188,7 @@ def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
 # What is taken already
 
 
-def test_what_is_placed_is_reserved_stage_by_stage() -> None:
+def test_what_is_placed_is_promised_stage_by_stage() -> None:
     spec = InstanceSpec(
         id="i",
         repo="org/tiny-fish",
@@ -206,18 +200,18 @@ def test_what_is_placed_is_reserved_stage_by_stage() -> None:
         ],
     )
     one = 100 * MIB + KV_BYTES
-    assert reserved_bytes(world({}, [held("dead")], [spec])) == {
+    assert promised(world({}, [held("dead")], [spec])) == {
         "a": STAGE_OVERHEAD_BYTES + one + 50 * MIB,
         "b": STAGE_OVERHEAD_BYTES + 3 * one + 60 * MIB,
     }
 
 
-def test_a_tied_head_on_a_single_stage_is_reserved_once() -> None:
+def test_a_tied_head_on_a_single_stage_is_promised_once() -> None:
     tied = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": True})
     there = world({"a": 5000}, [held(shape=tied)])
     found = plan(Place(model="org/tiny-fish"), there)
     spec = spec_of(found, "i", 0.0)
-    assert reserved_bytes(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
+    assert promised(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
 
 
 @settings(max_examples=60, deadline=None)
@@ -235,14 +229,14 @@ def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
     for number, (min_nodes, context_tokens) in enumerate(requests):
         there = world(memory_mib, models, placed, alive=["store"])
         request = Place(model="org/tiny-fish", min_nodes=min_nodes, context_tokens=context_tokens)
-        before = reserved_bytes(there)
+        before = promised(there)
         try:
             found = plan(request, there)
         except NoRoom:
             continue
         placed.append(spec_of(found, f"i-{number}", 0.0))
-        after = reserved_bytes(world(memory_mib, models, placed, alive=["store"]))
-        # What a stage was promised is what is reserved for it from then on.
+        after = promised(world(memory_mib, models, placed, alive=["store"]))
+        # What a stage was promised is what counts for it from then on.
         for stage in found.layout.slices:
             assert after[stage.node] - before.get(stage.node, 0) == stage.bytes
         assert all(after[n] <= memory_mib[n] * MIB for n in after)

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from shoal_common.errors import BadInput, Corrupt, Unsupported
 
 MAX_HEADER_BYTES = 100 << 20
@@ -28,14 +30,43 @@ def header_end(prefix: bytes, name: str) -> int:
     return PREFIX_BYTES + int(size)
 
 
-def tensor_ranges(header: bytes, name: str) -> dict[str, tuple[int, int]]:
-    """The bytes [start, end) of each tensor in its file, by the file up to the header's end. Raises Corrupt."""
+class Tensor(msgspec.Struct, frozen=True):
+    """What a header says of a tensor."""
+
+    start: int
+    """In its file; it ends before `end`."""
+    end: int
+    dtype: str = ""
+    """As safetensors writes it: F32, BF16, U32, F8_E4M3, …"""
+    rows: int = 0
+    """The first of its dimensions; packing of quantised weights leaves that as it is."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its bytes."""
+        return self.end - self.start
+
+
+def tensors_of(header: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a file by their names, read from the file up to the header's end. Raises Corrupt."""
     begin = len(header)
     try:
         found = json.loads(header[PREFIX_BYTES:])
-        return {n: _range(begin, *t["data_offsets"]) for n, t in found.items() if n != "__metadata__"}
+        return {n: _tensor(begin, t) for n, t in found.items() if n != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Corrupt(f"the safetensors header of {name} cannot be read: {e}") from None
+
+
+def tensor_ranges(header: bytes, name: str) -> dict[str, tuple[int, int]]:
+    """The bytes [start, end) of each tensor in its file, by the file up to the header's end. Raises Corrupt."""
+    return {n: (t.start, t.end) for n, t in tensors_of(header, name).items()}
+
+
+def _tensor(begin: int, said: Mapping[str, Any]) -> Tensor:
+    start, end = _range(begin, *said["data_offsets"])
+    shape = said.get("shape")
+    rows = shape[0] if isinstance(shape, list) and shape and type(shape[0]) is int else 0
+    return Tensor(start, end, str(said.get("dtype", "")), rows)
 
 
 def _range(begin: int, start: object, end: object) -> tuple[int, int]:

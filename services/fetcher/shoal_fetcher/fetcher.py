@@ -15,7 +15,7 @@ from shoal_common.errors import Busy, Paused, ShoalError, Unavailable, Withdrawn
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages import commands
-from shoal_common.messages.questions import Done, Withdraw
+from shoal_common.messages.questions import AskShape, Done, ModelSize, Withdraw
 from shoal_common.messages.records import ENDED, DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.questions import Question
@@ -27,6 +27,7 @@ from shoal_fetcher.http_range import hub_client
 from shoal_fetcher.hub import Hub, HubSettings
 from shoal_fetcher.limits import Limits
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.shapes import Shapes
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 from shoal_fetcher.swarm.peers import Peers
@@ -71,6 +72,7 @@ class Fetcher:
             busy=Counter(),
             limits=limits,
         )
+        self._shapes = Shapes(self._hub, limits.hub)
         self._blobs = BlobFetcher(shared, self._layout, self._storage)
         self._leaf_lists = shared.peers
         self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
@@ -264,6 +266,10 @@ class Fetcher:
                     await self._withdraw(name)
         return Done()
 
+    async def shape(self, question: AskShape) -> ModelSize:
+        """What a model's layers take, before anybody pulls it."""
+        return await self._shapes.of(ModelRef.parse(question.model))
+
     async def _withdraw(self, name: str) -> None:
         if name in self._running:
             download, running = self._running[name]
@@ -302,7 +308,8 @@ async def run(context: Context) -> None:
         fetcher = Fetcher(context, tasks, around, wishes, limits, from_hub, from_peers)
         await fetcher.take_up()
         context.background(tasks, fetcher.say_again_after_wipes())
-        tasks.create_task(context.serve({"withdraw": Question(Withdraw, fetcher.withdraw)}))
+        questions = {"withdraw": Question(Withdraw, fetcher.withdraw), "shape": Question(AskShape, fetcher.shape)}
+        tasks.create_task(context.serve(questions))
         tasks.create_task(
             context.work(
                 {

@@ -7,6 +7,7 @@ import asyncio
 from shoal_common.buckets import stage_key
 from shoal_common.errors import NotFound
 from shoal_common.logs import Log
+from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import Accepted, CancelGenerate, Done, Generate
 from shoal_common.messages.records import InstanceSpec, StageState
 from shoal_common.questions import Question
@@ -14,8 +15,10 @@ from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, assignments, leftovers, reconcile
-from shoal_inference.memory import memory_facts, read_cap
+from shoal_inference.device import find_device, read_speed
+from shoal_inference.memory import memory_facts, occupied_bytes, read_cap, steady
 from shoal_inference.runner import StageRunner
+from shoal_inference.stage.device import Device
 from shoal_inference.uses import Uses
 
 log = Log("inference")
@@ -31,12 +34,23 @@ class Host:
         self._spec, self._state = spec, state
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
         self._uses = Uses(context.ask, tasks)
-        self.cap_bytes = read_cap(context.config.settings.get("inference", {}), context.environ)
+        settings = context.config.settings.get("inference", {})
+        self._cap_bytes = read_cap(settings, context.environ)
+        self._speed = read_speed(settings, context.environ)
+        self._device = Device(bytes_per_s=self._speed or 0.0)
 
-    @property
-    def held_bytes(self) -> int:
-        """Memory that this node's stages hold."""
-        return sum(runner.held_bytes for runner, _ in self._running.values())
+    def facts(self) -> Facts:
+        """What this node's stages occupy, and what there is for more. Reads files; call it in a thread."""
+        stages: dict[str, int] = {}
+        for (instance, _, rank), (runner, _) in list(self._running.items()):
+            if (pid := runner.pid) is not None:
+                name = f"{instance}/{rank}"
+                stages[name] = stages.get(name, 0) + occupied_bytes(pid)
+        return memory_facts(self._cap_bytes, stages, self._device)
+
+    async def find_device(self) -> None:
+        """Learn what MLX computes with here; said with the next look at the memory."""
+        self._device = await find_device(self._context.config.home, self._speed)
 
     def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
         return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
@@ -84,7 +98,8 @@ class Host:
     async def watch_memory(self) -> None:
         """Keep the memory in the liveness facts true."""
         while True:
-            self._context.liveness.set_facts(memory_facts(self.cap_bytes, self.held_bytes))
+            liveness = self._context.liveness
+            liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))
             await asyncio.sleep(_MEMORY_LOOK_S)
 
     def _first_stage(self, instance: str) -> StageRunner:
@@ -134,6 +149,7 @@ async def run(context: Context) -> None:
                 }
             )
         )
-        context.ready(memory_facts(host.cap_bytes, 0))
+        context.ready(await asyncio.to_thread(host.facts))
+        context.background(tasks, host.find_device())
         await context.stopping.wait()
         await host.stop_all()

@@ -1,13 +1,24 @@
-"""How much memory instances may use on this node."""
+"""How much memory instances may use on this node, and what its stages occupy of it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
+from msgspec import structs
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.facts import Facts
+from shoal_inference.pressure import pressure
+from shoal_inference.stage.device import Device
+
+_MIB = 1 << 20
+_STEP_BYTES = 64 * _MIB
+_STEP_SHARE = 100
+_OWN_PAGES = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
 def read_cap(settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
@@ -19,15 +30,63 @@ def read_cap(settings: Mapping[str, object], environ: Mapping[str, str]) -> int 
         raise BadInput(f"max_memory_bytes {value!r} is not a number of bytes") from None
 
 
-def memory_facts(cap_bytes: int | None, held_bytes: int) -> Facts:
-    """Total and available memory for instances.
+def occupied_bytes(pid: int) -> int:
+    """What a process holds that the machine would have again without it; 0 when it has ended.
 
-    What stages of this node hold already (`held_bytes`) counts as available here: placement knows what it has
-    placed and subtracts that itself, once.
+    On Linux without the pages of files, which count as available while they are mapped.
     """
+    try:
+        return sum(int(kib) << 10 for kib in _OWN_PAGES.findall(Path(f"/proc/{pid}/status").read_text()))
+    except OSError:
+        with suppress(psutil.Error):
+            return int(psutil.Process(pid).memory_info().rss)
+    return 0
+
+
+def memory_facts(cap_bytes: int | None, stages: Mapping[str, int], device: Device) -> Facts:
+    """What the machine has, less where a cap says so, and what `stages` (bytes by `<instance>/<rank>`) occupy."""
     memory = psutil.virtual_memory()
-    total, available = int(memory.total), int(memory.available) + held_bytes
+    return _facts(int(memory.total), int(memory.available), int(memory.free), cap_bytes, stages, device)
+
+
+def _facts(
+    total: int, available: int, free: int, cap_bytes: int | None, stages: Mapping[str, int], device: Device
+) -> Facts:
+    reclaimable = max(available - free, 0)
     if cap_bytes is not None:
         total = min(total, cap_bytes)
-    # Rounded, so that the liveness value of an idle node stays the same from beat to beat.
-    return Facts(memory_total_bytes=total, memory_available_bytes=min(available, total) >> 20 << 20)
+        available = min(available, max(total - sum(stages.values()), 0))
+    return Facts(
+        memory_total_bytes=total,
+        memory_available_bytes=available // _MIB * _MIB,
+        memory_reclaimable_bytes=min(reclaimable, available) // _MIB * _MIB,
+        stages={name: size // _MIB * _MIB for name, size in sorted(stages.items())},
+        memory_pressure=pressure(),
+        accelerator=device.accelerator,
+        accelerator_bytes=device.limit_bytes,
+        memory_bytes_per_s=device.bytes_per_s,
+    )
+
+
+def steady(said: Facts, now: Facts) -> Facts:
+    """What to say now: what was said before, unless something differs from it by more than machines waver.
+
+    So an idle machine says the same from beat to beat. What is available and what stages occupy are always of one
+    look: when one of them changes by a step, all are said anew. A step is a hundredth of the memory, 64 MiB at least.
+    """
+    step = max(now.memory_total_bytes // _STEP_SHARE, _STEP_BYTES)
+    same = structs.replace(
+        now,
+        memory_available_bytes=said.memory_available_bytes,
+        memory_reclaimable_bytes=said.memory_reclaimable_bytes,
+        stages=said.stages,
+        addresses=said.addresses,
+        links=said.links,
+    )
+    wavered = [
+        abs(now.memory_available_bytes - said.memory_available_bytes),
+        abs(now.memory_reclaimable_bytes - said.memory_reclaimable_bytes),
+        *(abs(size - said.stages.get(name, 0)) for name, size in now.stages.items()),
+    ]
+    unchanged = same == said and now.stages.keys() == said.stages.keys() and max(wavered) <= step
+    return said if unchanged else now

@@ -66,7 +66,12 @@ class StageRunner:
         self._said: StageState | None = None
         self._process: StageProcess | None = None
         self._accepting: dict[str, asyncio.Future[Accepted]] = {}
-        self.held_bytes = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the stage's process, while there is one."""
+        process = self._process
+        return None if process is None else process.pid
 
     @property
     def ready(self) -> bool:
@@ -145,7 +150,7 @@ class StageRunner:
                 async for event in process:
                     await self._on(event)
             finally:
-                self._process, self.held_bytes = None, 0
+                self._process = None
                 linking.cancel()
         code = await process.wait()
         if self._state.error is not None:
@@ -179,7 +184,6 @@ class StageRunner:
                 links = for_others(self._config.links(port, self._interfaces.now)) if port else []
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case control.Loaded():
-                self.held_bytes = event.active_bytes
                 alone = len(self._spec.stages) == 1
                 await self._say(phase="ready" if alone else "linking", weight_bytes=event.weight_bytes, error=None)
                 log.info("stage loaded", instance=self._spec.id, rank=self._stage.rank, load_s=round(event.load_s, 2))

@@ -22,13 +22,11 @@ from shoal_common.messages.records import (
     StageState,
 )
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
+from shoal_placement.need import need_of, promised_bytes, unfused_bytes
 from shoal_placement.solve import Layout, Need, Room, slice_bytes, solve
+from shoal_placement.tiers import tiers
 
 DEFAULT_CONTEXT_TOKENS = 4096
-KV_STEP_TOKENS = 256
-"""mlx-lm's caches grow by this many tokens."""
-STAGE_OVERHEAD_BYTES = 96 << 20
-"""Python, MLX and the tokenizer in a stage's process: 88 MiB resident were measured with a tiny model."""
 
 
 class World(msgspec.Struct, frozen=True):
@@ -80,34 +78,6 @@ def context_for(asked_tokens: int, shape: ModelShape) -> int:
     return asked_tokens or min(shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
 
 
-def need_of(shape: ModelShape, context_tokens: int) -> Need:
-    """What a model takes with this much context."""
-    steps = -(-context_tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS
-    kv_bytes = shape.kv_bytes_per_token_layer * steps
-    return Need(
-        layer_bytes=[b + kv_bytes for b in shape.layer_bytes],
-        embed_bytes=shape.embed_bytes,
-        head_bytes=shape.head_bytes,
-        tied=shape.tied,
-        stage_bytes=STAGE_OVERHEAD_BYTES,
-    )
-
-
-def reserved_bytes(world: World) -> dict[str, int]:
-    """What placed instances take of each node, loaded or not: nothing is placed twice into the same memory."""
-    shapes = {m.model: m.shape for m in world.models if m.shape is not None}
-    taken: dict[str, int] = {}
-    for spec in world.instances:
-        shape = shapes.get(spec.model)
-        if shape is None:
-            continue
-        need = need_of(shape, spec.context_tokens)
-        for stage in spec.stages:
-            own_bytes = slice_bytes(need, stage.first_layer, stage.last_layer)
-            taken[stage.node] = taken.get(stage.node, 0) + own_bytes
-    return taken
-
-
 def plan(request: Place, world: World) -> Plan:
     """A layout for a request, or the refusal: NotFound, Unsupported, BadInput, NoRoom with every node's figures."""
     if not 1 <= request.min_nodes <= request.max_nodes:
@@ -117,7 +87,7 @@ def plan(request: Place, world: World) -> Plan:
         raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is not known'}")
     context_tokens = context_for(request.context_tokens, model.shape)
     need = need_of(model.shape, context_tokens)
-    taken = reserved_bytes(world)
+    promised = promised_bytes(world.instances, world.models, world.facts)
     holders = {m.node for m in world.models if m.model == model.model}
     unknown = sorted(set(request.nodes) - set(world.facts))
     if unknown:
@@ -128,7 +98,11 @@ def plan(request: Place, world: World) -> Plan:
     able = {n: f for n, f in world.facts.items() if n not in world.drained}
     usable = {n: f for n, f in able.items() if not request.nodes or n in request.nodes}
     rooms = [
-        Room(node, facts.memory_available_bytes - taken.get(node, 0), node in holders)
+        Room(
+            node,
+            tiers(facts, promised.get(node, {})).fits_bytes - unfused_bytes(model.shape, context_tokens, facts),
+            node in holders,
+        )
         for node, facts in sorted(usable.items())
     ]
     layout = solve(need, rooms, request.min_nodes, request.max_nodes)

@@ -40,7 +40,22 @@ class Facts(Message):
     links: list[Link] = []
     """The same with what carries them, and loopback where it listens there as well, which is for its own machine."""
     memory_total_bytes: int = 0
+    """What instances may use of this machine at most: its memory, or less where a setting says so (inference; the
+    same for what follows)."""
     memory_available_bytes: int = 0
+    """Of that, what is free or can be had at once. What `stages` occupy is not in it."""
+    memory_reclaimable_bytes: int = 0
+    """Of what is available, what the system has lent to caches."""
+    stages: dict[str, int] = {}
+    """What this node's stages occupy now, by `<instance>/<rank>`. None from versions that counted it as available."""
+    memory_pressure: int | None = None
+    """How much the machine suffers for want of memory: 0 not at all, 1 some, 2 much. None: not known."""
+    accelerator: str = ""
+    """What MLX computes with: cpu, metal, cuda; "" while it is not known."""
+    accelerator_bytes: int | None = None
+    """What the accelerator can use at most; None: no limit of its own, or not known."""
+    memory_bytes_per_s: float = 0.0
+    """How fast MLX reads weights here, measured; 0: not yet."""
     disk_free_bytes: int = 0
 
 

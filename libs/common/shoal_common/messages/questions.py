@@ -11,7 +11,7 @@ import msgspec
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import Message
-from shoal_common.messages.records import Manifest
+from shoal_common.messages.records import Manifest, ModelShape
 
 
 class Answer(Message):
@@ -192,6 +192,22 @@ class Withdraw(Message):
 
     repo: str
     revision: str = ""
+
+
+class AskShape(Message):
+    """fetcher.shape: what a model's layers take, by the hub's listing and the headers of its files."""
+
+    model: str
+
+
+class ModelSize(Message):
+    """What a model would take that may be on no node yet. None of it is verified."""
+
+    model: str
+    """`org/name@commit`: the commit that the revision means now."""
+    size_bytes: int
+    """Of all its files."""
+    shape: ModelShape
 
 
 class ChatMessage(Message):

@@ -67,6 +67,16 @@ class Manifest(Message):
         return sum(self.blob_sizes.values())
 
 
+class KvRule(Message):
+    """What one layer's cache takes for each sequence. A layer without attention grows with nothing."""
+
+    bytes_per_token: int = 0
+    window_tokens: int = 0
+    """The most tokens it keeps; 0: all of the context."""
+    constant_bytes: int = 0
+    """However long the sequence is: a state."""
+
+
 class ModelShape(Message):
     """What placement needs to know of a model, read from its config and safetensors headers."""
 
@@ -82,6 +92,23 @@ class ModelShape(Message):
     """Bytes of one token's hidden state."""
     tied: bool = False
     """Whether head and embedding are one tensor, which a stage that has both holds once."""
+    kv_rules: list[KvRule] = []
+    """Of each layer, in order; none from versions that took `kv_bytes_per_token_layer` for all. That is the most
+    that any of them takes."""
+    layer_active_bytes: list[int] = []
+    """What one token reads of each layer, less than its bytes where a router chooses among experts; none: all."""
+    chunk_bytes_per_token: int = 0
+    """Activations of one token of a chunk, while a layer computes it."""
+    context_bytes_per_token: int = 0
+    """What a layer expands for one token of the context, while it computes a chunk."""
+    score_bytes: int = 0
+    """Attention scores of a token of the chunk with one of the context, where attention is not fused."""
+    fused_score_bytes: int = 0
+    """The same where it is."""
+    head_dim: int = 0
+    """Of the values: whether attention is fused depends on it."""
+    estimated: bool = False
+    """The architecture's rule is not known, or weights change their size when loaded: an upper bound."""
 
 
 DownloadPhase = Literal[

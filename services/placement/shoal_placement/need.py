@@ -1,0 +1,122 @@
+"""What a model takes of its nodes, and what is promised of a node already (docs/memory.md). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.records import InstanceSpec, KvRule, ModelShape, ModelState
+from shoal_placement.solve import Need, slice_bytes
+
+KV_STEP_TOKENS = 256
+"""mlx-lm's caches grow by this many tokens."""
+PREFILL_CHUNK_TOKENS = 2048
+"""The longest piece of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
+STAGE_OVERHEAD_BYTES = 96 << 20
+"""Python, MLX and the tokenizer in a stage's process: 88 MiB resident were measured with a tiny model."""
+_FUSED_HEAD_DIMS = (64, 80, 128)
+"""Of the values, where MLX on Metal attends to a chunk without writing the scores to memory."""
+
+
+def rules_of(shape: ModelShape) -> Sequence[KvRule]:
+    """One rule a layer; of a shape that an earlier version told, the same for all."""
+    return shape.kv_rules or [KvRule(bytes_per_token=shape.kv_bytes_per_token_layer)] * len(shape.layer_bytes)
+
+
+def kept_tokens(rule: KvRule, context_tokens: int) -> int:
+    """Tokens that a layer's cache has room for when an answer has filled the context."""
+    steps = -(-context_tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS
+    return min(steps, rule.window_tokens) if rule.window_tokens else steps
+
+
+def most_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
+    """The most it ever has room for: a window is cut to its length with the first token of the answer, and until
+    then there is a whole chunk beside it."""
+    if not rule.window_tokens:
+        return kept_tokens(rule, context_tokens)
+    return max(kept_tokens(rule, context_tokens), min(context_tokens, rule.window_tokens - 1 + chunk_tokens))
+
+
+def cache_bytes(shape: ModelShape, context_tokens: int, batch: int = 1) -> list[int]:
+    """What each layer's caches take when `batch` answers have filled their context."""
+    return [batch * (r.bytes_per_token * kept_tokens(r, context_tokens) + r.constant_bytes) for r in rules_of(shape)]
+
+
+def pass_bytes(shape: ModelShape, context_tokens: int, fused: bool, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
+    """What a stage takes for a moment, while it computes the last chunk of a prompt as long as the context.
+
+    One layer at a time: its activations, the scores, and its cache once more, which is copied when it grows. One
+    pass at a time too, however many requests are in flight.
+    """
+    chunk = min(chunk_tokens, context_tokens)
+    rules = rules_of(shape)
+    seen = max((most_tokens(r, context_tokens, chunk) for r in rules if r.bytes_per_token), default=0)
+    grown = max((r.bytes_per_token * most_tokens(r, context_tokens, chunk) for r in rules), default=0)
+    scores = shape.fused_score_bytes if fused else shape.score_bytes
+    if not (shape.chunk_bytes_per_token or scores):
+        return 0  # told by an earlier version, which counted none of this
+    return chunk * shape.chunk_bytes_per_token + seen * shape.context_bytes_per_token + chunk * seen * scores + grown
+
+
+def fuses(shape: ModelShape, facts: Facts) -> bool:
+    """Whether a node attends without writing the scores to memory."""
+    return facts.accelerator == "metal" and shape.head_dim in _FUSED_HEAD_DIMS
+
+
+def need_of(
+    shape: ModelShape,
+    context_tokens: int,
+    batch: int = 1,
+    fused: bool = True,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Need:
+    """What a model takes with this much context, for `batch` answers at once.
+
+    Of a node that does not fuse attention every stage takes `unfused_bytes` more.
+    """
+    chunk = min(chunk_tokens, context_tokens)
+    return Need(
+        layer_bytes=[
+            weights + batch * (r.bytes_per_token * most_tokens(r, context_tokens, chunk) + r.constant_bytes)
+            for weights, r in zip(shape.layer_bytes, rules_of(shape), strict=True)
+        ],
+        embed_bytes=shape.embed_bytes,
+        head_bytes=shape.head_bytes,
+        tied=shape.tied,
+        stage_bytes=STAGE_OVERHEAD_BYTES + pass_bytes(shape, context_tokens, fused, chunk_tokens),
+    )
+
+
+def unfused_bytes(shape: ModelShape, context_tokens: int, facts: Facts) -> int:
+    """What a stage takes on this node beyond the need of one that fuses attention."""
+    if fuses(shape, facts):
+        return 0
+    return pass_bytes(shape, context_tokens, False) - pass_bytes(shape, context_tokens, True)
+
+
+def layer_times_s(shape: ModelShape, bandwidth_bytes_per_s: float) -> list[float]:
+    """Seconds that each layer takes for one token on a node that reads memory this fast: it is all read once."""
+    return [active / bandwidth_bytes_per_s for active in shape.layer_active_bytes or shape.layer_bytes]
+
+
+def stage_key(instance: str, rank: int) -> str:
+    """How `Facts.stages` calls a stage."""
+    return f"{instance}/{rank}"
+
+
+def promised_bytes(
+    instances: Iterable[InstanceSpec], models: Iterable[ModelState], facts: Mapping[str, Facts]
+) -> dict[str, dict[str, int]]:
+    """What placed instances were promised: for each node its stages' bytes, by `stage_key`."""
+    shapes = {m.model: m.shape for m in models if m.shape is not None}
+    promised: dict[str, dict[str, int]] = {}
+    for spec in instances:
+        shape = shapes.get(spec.model)
+        if shape is None:
+            continue
+        need = need_of(shape, spec.context_tokens)
+        for stage in spec.stages:
+            own = slice_bytes(need, stage.first_layer, stage.last_layer)
+            own += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, Facts()))
+            promised.setdefault(stage.node, {})[stage_key(spec.id, stage.rank)] = own
+    return promised

@@ -1,0 +1,209 @@
+"""The facts that placement decides by: what a machine has, what its stages occupy, how fast it reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from shoal_common.errors import BadInput
+from shoal_common.messages.facts import Facts
+from shoal_inference import device
+from shoal_inference.device import find_device, read_kept, read_speed, this_machine
+from shoal_inference.memory import memory_facts, occupied_bytes, read_cap, steady
+from shoal_inference.pressure import of_stalls, pressure
+from shoal_inference.stage.device import Device
+from tests.inference.conftest import ROOT
+
+MIB = 1 << 20
+CPU = Device(accelerator="cpu")
+
+
+def left_in(directory: Path) -> list[Path]:
+    return list(directory.iterdir())
+
+
+def test_a_memory_cap_limits_what_is_told_and_a_bad_one_is_refused_in_one_line() -> None:
+    facts = memory_facts(5 * MIB, {}, CPU)
+    assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 * MIB, 5 * MIB)
+    assert memory_facts(None, {}, CPU).memory_total_bytes > 5 * MIB
+    with pytest.raises(BadInput, match="much"):
+        read_cap({"max_memory_bytes": "much"}, {})
+
+
+def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:
+    facts = memory_facts(50 * MIB, {"i/0": 20 * MIB, "j/1": 10 * MIB}, CPU)
+    assert (facts.memory_total_bytes, facts.memory_available_bytes) == (50 * MIB, 20 * MIB)
+    assert facts.stages == {"i/0": 20 * MIB, "j/1": 10 * MIB}
+    assert memory_facts(50 * MIB, {"i/0": 80 * MIB}, CPU).memory_available_bytes == 0
+
+
+def test_a_process_occupies_what_it_has_written_to_and_nothing_once_it_has_ended() -> None:
+    program = "held = bytearray(b'x') * (128 << 20); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 128 * MIB <= occupied_bytes(process.pid) < 256 * MIB
+        process.communicate("\n")
+    assert occupied_bytes(process.pid) == 0
+
+
+# From beat to beat
+
+FACTS = Facts(
+    memory_total_bytes=16 << 30,
+    memory_available_bytes=8 << 30,
+    memory_reclaimable_bytes=1 << 30,
+    stages={"i/0": 1 << 30},
+    memory_pressure=0,
+    accelerator="cpu",
+)
+WAVER = st.integers(-(16 << 30) // 100, (16 << 30) // 100)
+
+
+@given(WAVER, WAVER, WAVER)
+def test_a_machine_that_only_wavers_says_the_same_again(available: int, reclaimable: int, stage: int) -> None:
+    now = structs.replace(
+        FACTS,
+        memory_available_bytes=FACTS.memory_available_bytes + available,
+        memory_reclaimable_bytes=FACTS.memory_reclaimable_bytes + reclaimable,
+        stages={"i/0": FACTS.stages["i/0"] + stage},
+    )
+    assert steady(FACTS, now) is FACTS
+
+
+@given(st.integers((16 << 30) // 100 + 1, 4 << 30), WAVER)
+def test_when_a_stage_has_loaded_both_sides_of_it_are_said_at_once(loaded: int, waver: int) -> None:
+    now = structs.replace(
+        FACTS,
+        memory_available_bytes=FACTS.memory_available_bytes - loaded + waver,
+        stages={"i/0": FACTS.stages["i/0"] + loaded},
+    )
+    assert steady(FACTS, now) is now
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": {}},
+        {"stages": {"i/0": 1 << 30, "j/0": 0}},
+        {"memory_pressure": 1},
+        {"memory_pressure": None},
+        {"memory_bytes_per_s": 1e9},
+        {"accelerator_bytes": 1},
+        {"memory_total_bytes": 8 << 30},
+    ],
+)
+def test_what_does_not_waver_is_said_when_it_changes(change: dict[str, object]) -> None:
+    now = structs.replace(FACTS, **change)
+    assert steady(FACTS, now) is now
+
+
+def test_addresses_that_are_said_of_a_service_do_not_make_its_memory_news() -> None:
+    said = structs.replace(FACTS, addresses=["10.0.0.1:1"])
+    assert steady(said, FACTS) is said
+
+
+# Pressure
+
+
+@pytest.mark.parametrize(
+    ("avg10", "step"), [("0.00", 0), ("0.99", 0), ("1.00", 1), ("19.9", 1), ("20.00", 2), ("97", 2)]
+)
+def test_pressure_is_told_in_steps(avg10: str, step: int) -> None:
+    assert (
+        of_stalls(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0")
+        == step
+    )
+
+
+def test_a_system_that_does_not_say_how_it_suffers_is_not_known_to() -> None:
+    assert of_stalls("") is None
+    assert of_stalls("full avg10=50.00") is None
+    if sys.platform == "linux":
+        assert pressure() is None or Path("/proc/pressure/memory").exists()
+
+
+# What it computes with
+
+
+def test_the_service_does_not_load_mlx() -> None:
+    program = "import sys, shoal_inference.host; assert not [m for m in sys.modules if m.split('.')[0] == 'mlx']"
+    paths = ":".join(str(ROOT / p) for p in ("libs/common", "services/inference"))
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": paths}, check=True, timeout=60)
+
+
+async def test_a_machine_is_measured_once_and_again_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "busy", lambda: False)
+    found = await find_device(tmp_path, None)
+    assert found.accelerator in ("cpu", "metal", "cuda")
+    assert found.bytes_per_s > 0
+    assert read_kept(tmp_path, this_machine()) == found
+
+    # What is kept is believed: a start measures nothing.
+    known = structs.replace(found, bytes_per_s=12345.0)
+    device.keep(tmp_path, this_machine(), known)
+    assert (await find_device(tmp_path, None)).bytes_per_s == 12345.0
+    # What a person says comes first.
+    assert (await find_device(tmp_path, 7.0)).bytes_per_s == 7.0
+
+    device.keep(tmp_path, "another machine", known)
+    again = await find_device(tmp_path, None)
+    assert again.bytes_per_s not in (0.0, 12345.0)
+    assert read_kept(tmp_path, this_machine()) == again
+
+
+async def test_what_is_measured_on_a_busy_machine_is_used_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "busy", lambda: True)
+    assert (await find_device(tmp_path, None, patience_s=0.0)).bytes_per_s > 0
+    assert not left_in(tmp_path)
+
+
+async def test_a_speed_that_is_given_measures_nothing_and_writes_nothing(tmp_path: Path) -> None:
+    assert (await find_device(tmp_path, 5e9)).bytes_per_s == 5e9
+    assert not left_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"{", b"[]", b'{"machine": 3}', b'{"machine": "m", "device": {"bytes_per_s": 0}}']
+)
+def test_half_a_file_is_measured_anew(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "device.json").write_bytes(left)
+    assert read_kept(tmp_path, "m") is None
+
+
+async def test_mlx_that_cannot_be_asked_is_no_reason_not_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert await find_device(tmp_path, None, patience_s=0.0) == Device()
+    assert not left_in(tmp_path)
+
+
+def test_a_speed_is_a_number_of_bytes_a_second() -> None:
+    assert read_speed({}, {}) is None
+    assert read_speed({"memory_bytes_per_s": 400e9}, {}) == 400e9
+    assert read_speed({"memory_bytes_per_s": 1}, {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}) == 10e9
+    for wrong in ("fast", "-1", "nan", "inf"):
+        with pytest.raises(BadInput, match="memory_bytes_per_s"):
+            read_speed({}, {"SHOAL_MEMORY_BYTES_PER_S": wrong})
+
+
+def test_what_is_told_is_what_the_machine_has() -> None:
+    facts = memory_facts(None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
+    assert facts.memory_total_bytes == psutil.virtual_memory().total
+    assert 0 < facts.memory_available_bytes <= facts.memory_total_bytes
+    assert 0 <= facts.memory_reclaimable_bytes <= facts.memory_available_bytes
+    assert (facts.accelerator, facts.accelerator_bytes, facts.memory_bytes_per_s) == ("cpu", 9, 3.0)

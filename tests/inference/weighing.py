@@ -1,0 +1,61 @@
+"""`python -m tests.inference.weighing DIRECTORY TOKENS CHUNK`: what MLX says a model takes when it answers.
+
+A process of its own, so that MLX's counts are of this model alone. It is loaded and fed as a stage does it; an
+architecture that cannot be cut into stages yet runs whole, in the same steps. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from shoal_inference.stage import mlxlm
+from shoal_inference.stage.architectures import SUPPORTED
+from shoal_inference.stage.decide import steps
+from shoal_inference.stage.shard import Shard, load_shard
+
+
+def weigh(directory: Path, tokens: int, chunk: int) -> dict[str, int]:
+    """Active bytes after loading and after an answer's first token, and the peak between, beyond an idle MLX's."""
+    idle_bytes = mx.get_active_memory()
+    config = mlxlm.load_config(directory)
+    model: Any = None
+    if mlxlm.remapping().get(config["model_type"], config["model_type"]) in SUPPORTED:
+        shard: Shard | None = load_shard(directory, 0, config["num_hidden_layers"])
+        assert shard is not None
+        caches = shard.make_caches()
+    else:
+        shard, model = None, mlxlm.load_lazy(directory)
+        mx.eval(model.parameters())
+        caches = mlxlm.make_caches(model)
+    mx.clear_cache()
+    weight_bytes = mx.get_active_memory() - idle_bytes
+    mx.reset_peak_memory()
+    prompt = [number % config["vocab_size"] for number in range(1, tokens + 1)]
+    for step in steps(tokens, chunk):
+        given = prompt[step.start : step.stop]
+        if shard is not None:
+            h = shard.forward(shard.embed(given), caches)
+            out = shard.log_probabilities(h) if step.sample else None
+        else:
+            body = model if step.sample else model.model
+            out = body(mx.array([given]), cache=caches)
+            h = None
+        if step.sample:
+            mx.eval(out)
+        mx.eval([layer_cache.state for layer_cache in caches])
+        del h, out
+        mx.clear_cache()
+    return {
+        "weight_bytes": weight_bytes,
+        "answering_bytes": mx.get_active_memory() - idle_bytes,
+        "peak_bytes": mx.get_peak_memory() - idle_bytes,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(weigh(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
