@@ -1,0 +1,111 @@
+"""The best layout over at most 16 nodes, for each number of nodes or over all of them.
+
+First a narrow search that looks where the bounds are lowest; then a wider and wider one for anything better, until
+nothing was dropped for lack of width. That ends with a proof, or where `effort` ends, and then the answer says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shoal_placement.solve.bounds import CLOSE, Bounds
+from shoal_placement.solve.cost import Chain, Floats, keeps, layout_of
+from shoal_placement.solve.problem import Answer, Layout, Problem
+from shoal_placement.solve.search import INF, Search
+
+EFFORT = 20_000_000
+"""Ways that are looked at before a search gives up the proof: some seconds."""
+_NARROW = 12
+_WIDER = 16
+_STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
+
+
+def best_for_each_count(problem: Problem, effort: int = EFFORT) -> dict[int, Answer]:
+    """The best layout over exactly k nodes, for each k that is allowed."""
+    return _solve(problem, effort, together=False)
+
+
+def best(problem: Problem, effort: int = EFFORT) -> Answer:
+    """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes."""
+    answers = _solve(problem, effort, together=True)
+    lower = min((a.lower_bound_s for a in answers.values()), default=INF)
+    found = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
+    if not found:
+        return Answer(None, lower, proved=all(a.proved for a in answers.values()))
+    layout = min(found, key=lambda x: x.cost_s)
+    layout = next(x for x in found if x.cost_s <= layout.cost_s * (1 + CLOSE))
+    return Answer(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * CLOSE))
+
+
+def _solve(problem: Problem, effort: int, together: bool) -> dict[int, Answer]:
+    chain = Chain(problem, problem.nodes)
+    count = len(problem.nodes)
+    most = min(problem.max_nodes, count, chain.layers)
+    answers: dict[int, Answer] = {}
+    if problem.min_nodes <= 1 <= most:
+        answers[1] = _one_node(problem)
+    counts = range(max(problem.min_nodes, 2), most + 1)
+    if not counts:
+        return answers
+    search = Search(Bounds(chain, links(problem)), counts)
+    lower = _run(search, effort, INF if 1 not in answers else _cost(answers[1].layout), together)
+    for k, found, least in zip(counts, search.best, lower, strict=True):
+        layout = layout_of(problem, found.order, found.cuts) if found.order else None
+        cost = _cost(layout)
+        answers[k] = Answer(layout, min(float(least), cost), bool(least >= cost * (1 - 2 * CLOSE)))
+    return answers
+
+
+def _cost(layout: Layout | None) -> float:
+    return INF if layout is None else layout.cost_s
+
+
+def links(problem: Problem) -> Floats:
+    """Seconds from node to node; zeros where the problem names none."""
+    count = len(problem.nodes)
+    found = np.array(problem.link_s, dtype=float) if problem.link_s else np.zeros((count, count))
+    np.fill_diagonal(found, 0.0)
+    return found
+
+
+def _one_node(problem: Problem) -> Answer:
+    whole = [layout_of(problem, [i], [0, len(problem.layer_bytes)]) for i in range(len(problem.nodes))]
+    layout = min((x for x in whole if keeps(problem, x)), key=lambda x: x.cost_s, default=None)
+    return Answer(layout, _cost(layout), proved=True)
+
+
+def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
+    """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
+    `together`, that nothing that could be the best of all is below."""
+    lower = search.lower_bounds(rounds=6)
+
+    def goal() -> Floats:
+        own = np.array([f.cost_s for f in search.best])
+        return np.full(len(own), min(known_s, own.min())) if together else own
+
+    def look(below: Floats, wanted: Sequence[bool], width: int) -> bool:
+        """Whether something better was found. If not, what was looked at in full has raised the lower bounds."""
+        before = [f.cost_s for f in search.best]
+        asked = np.where(wanted, below, 0.0)
+        dropped = search.sweep(asked, width)
+        after = [f.cost_s for f in search.best]
+        # What was found has the least T; with several in flight a dearer T may still have the better bottleneck.
+        better = np.array(after) < before
+        seen = np.where(better, np.where(search.flight <= 1, np.minimum(asked, after), 0.0), asked)
+        np.maximum(lower, np.minimum(seen, dropped), out=lower)
+        return bool(better.any())
+
+    for step in _STEPS_OVER_BOUND:
+        unknown = (goal() == INF) & (lower < INF)
+        if unknown.any():
+            look(np.maximum(lower, 1e-300) * step, list(unknown), _NARROW)
+    width = _NARROW
+    while search.work_count < effort:
+        open_ = lower < goal() * (1 - CLOSE)
+        if not open_.any():
+            break
+        if not look(goal(), list(open_), width):
+            width *= _WIDER
+    return lower
