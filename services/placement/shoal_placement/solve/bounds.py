@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shoal_placement.solve.cost import Chain, Floats, Ints
-from shoal_placement.solve.subsets import earliest_start, round_trips
+from shoal_placement.solve.subsets import earliest_start, round_trips, ways_to, without
 
 NEVER = 1e30
 """The work of a run that no memory holds."""
@@ -86,6 +86,7 @@ class Bounds:
         reach = chain.reach(float("inf"))
         self.least: Floats = np.array(_least_work(chain, reach))
         self.trips: Floats = round_trips(link_s)
+        self._ways: list[Floats | None] = [None] * self.count
         self.start: Ints = earliest_start(reach)
         g, h = chain.problem.embed_work, chain.problem.head_work
         self._ends_beside = self._least_in_each(self.rate * g + self.beside_first) + self._least_in_each(
@@ -97,6 +98,25 @@ class Bounds:
         found = np.full(1, np.inf)
         for value in values:
             found = np.concatenate([found, np.minimum(found, value)])
+        return found
+
+    def links_to(self, node: Ints, through: Ints, last: Ints, exactly: bool) -> Floats:
+        """Seconds at least of the links from each node through all of a set to the last one, which is in the set.
+
+        `exactly` takes O(2^n n^2) for each last node once. Otherwise the way to the last node and a link from there
+        back is taken for a round trip, which is no shorter than the shortest.
+        """
+        if not exactly:
+            return self.trips[through | (1 << node)] - self.link_s[last, node]
+        found = np.empty(len(node))
+        subset = without((through | (1 << node)) & ~(1 << last), last)
+        for end in np.unique(last):
+            if self._ways[end] is None:
+                self._ways[end] = ways_to(self.link_s, int(end))
+            own = np.flatnonzero(last == end)
+            ways = self._ways[end]
+            assert ways is not None
+            found[own] = ways[node[own], subset[own]]
         return found
 
     def of_sets(self, sets: Ints, limits: Limits, row: int) -> Floats:

@@ -6,19 +6,22 @@ nothing was dropped for lack of width. That ends with a proof, or where `effort`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from shoal_placement.solve.bounds import CLOSE, Bounds
 from shoal_placement.solve.cost import Chain, Floats, keeps, layout_of
+from shoal_placement.solve.feasible import Fits
 from shoal_placement.solve.problem import Answer, Layout, Problem
-from shoal_placement.solve.search import INF, Search
+from shoal_placement.solve.search import INF, Found, Search
 
 EFFORT = 20_000_000
 """Ways that are looked at before a search gives up the proof: some seconds."""
 _NARROW = 12
 _WIDER = 16
+_HALVINGS = 12
+_NEAR = 1e-3
 _STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
 
 
@@ -101,6 +104,9 @@ def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
         unknown = (goal() == INF) & (lower < INF)
         if unknown.any():
             look(np.maximum(lower, 1e-300) * step, list(unknown), _NARROW)
+    _fitting(search, lower)
+    _closer(search, goal, look, lower)
+    search.exactly = True
     width = _NARROW
     while search.work_count < effort:
         open_ = lower < goal() * (1 - CLOSE)
@@ -109,3 +115,36 @@ def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
         if not look(goal(), list(open_), width):
             width *= _WIDER
     return lower
+
+
+def _fitting(search: Search, lower: Floats) -> None:
+    """Where nothing was found for a number of nodes: whatever fits, or the certainty that nothing does."""
+    missing = [row for row, f in enumerate(search.best) if f.cost_s == INF and lower[row] < INF]
+    if not missing:
+        return
+    fits = Fits(search.chain)
+    problem = search.chain.problem
+    for row in missing:
+        search.sets[row] = search.sets[row][fits(search.sets[row])]
+        if not len(search.sets[row]):
+            lower[row] = INF
+        elif problem.max_fetch_bytes is None:
+            order, cuts = fits.layout(int(search.sets[row][0]))
+            search.best[row] = Found(layout_of(problem, order, cuts).cost_s, order, cuts)
+
+
+def _closer(
+    search: Search, goal: Callable[[], Floats], look: Callable[[Floats, Sequence[bool], int], bool], lower: Floats
+) -> None:
+    """With several requests in flight the least T below a cost has a cost that is only just below it: halve the way
+    to the lower bound instead, until nothing is found."""
+    hopeless = lower.copy()
+    for _ in range(_HALVINGS):
+        middle = np.sqrt(hopeless * goal())
+        asked = (search.flight > 1) & (goal() < INF) & (hopeless < goal() * (1 - _NEAR))
+        if not asked.any():
+            return
+        before = goal()
+        look(middle, list(asked), _NARROW)
+        better = goal() < before
+        hopeless = np.where(asked & ~better, middle, hopeless)

@@ -19,9 +19,12 @@ from shoal_placement.solve.bounds import CLOSE, Bounds, Limits
 from shoal_placement.solve.cost import Floats, Ints
 from shoal_placement.solve.subsets import sizes
 
-_ROWS_AT_ONCE = 1 << 15
+_ROWS_AT_ONCE = 1 << 12
 """So many ways are lengthened in one go: it bounds memory, and how long numpy keeps other threads waiting."""
 _SETS_PER_WIDTH = 2
+_ALIKE = 4
+EXACT_LINKS = 11
+"""Nodes for which that takes little time anyway."""
 INF = float("inf")
 
 
@@ -72,6 +75,8 @@ class Search:
         self.flight = np.array([bounds.chain.in_flight(k) for k in counts], dtype=float)
         self.best = [Found(INF, [], []) for _ in counts]
         self.work_count = 0
+        self.exactly = bounds.count <= EXACT_LINKS
+        """Whether links are bounded as well as they can be: `Bounds.links_to`."""
         self._alike = _alike(bounds)
         fixed = sum(1 << int(i) for i in np.flatnonzero(self.chain.fixed))
         everything = np.arange(1 << bounds.count)
@@ -174,7 +179,11 @@ class Search:
             ]
             or [np.zeros(0)]
         )
-        bound_s += self.bounds.trips[sets[which]]
+        if self.exactly:
+            way = self.bounds.links_to(first, sets[which] & ~(1 << first), last, True)
+            bound_s += way + self.bounds.link_s[last, first]
+        else:
+            bound_s += self.bounds.trips[sets[which]]
         good = np.flatnonzero(bound_s < below_s[row] * (1 - CLOSE))
         good = good[np.argsort(bound_s[good], kind="stable")]
         if len(good) > width:
@@ -242,7 +251,9 @@ class Search:
         if not found:
             return ways.pick(np.zeros(0, dtype=np.int64))
         together = Ways(*(np.concatenate([getattr(w, f) for w in found]) for f in Ways.__struct_fields__))
-        return self._narrowed(self._distinct(together), tasks, width, dropped)
+        # What is far too many is not worth comparing.
+        few = self._narrowed(together, tasks, _ALIKE * width, dropped)
+        return self._narrowed(self._distinct(few), tasks, width, dropped)
 
     def _judged(
         self, ways: Ways, rows: Ints, node: Ints, rest: Ints, layer: Ints, tasks: Tasks, below_s: Floats, limits: Limits
@@ -255,8 +266,9 @@ class Search:
         slowest = np.maximum(ways.slowest_s[rows], chain.s_per_work[node] * (chain.work[layer] - chain.work[before]))
         fetch = ways.fetch[rows] + chain.fetch[node, layer] - chain.fetch[node, before]
         links = ways.links_s[rows] + link_s[ways.node[rows], node]
-        # The way on to the last node closes a round trip with the link from there to here, which is not taken.
-        on = np.where(rest > 0, trips[rest | (1 << node)] - link_s[last, node], 0.0)
+        on = np.zeros(len(rest))
+        ahead_of = np.flatnonzero(rest > 0)
+        on[ahead_of] = self.bounds.links_to(node[ahead_of], rest[ahead_of], last[ahead_of], self.exactly)
         ahead = np.maximum(links + on + link_s[last, first], trips[tasks.sets[task]])
         bound = own_s + ahead + self.bounds.of_rest(rest, layer, last, None, limits, count_row)
         good = bound < below_s[count_row] * (1 - CLOSE)
@@ -286,14 +298,16 @@ class Search:
 
     def _narrowed(self, ways: Ways, tasks: Tasks, width: int, dropped: Floats) -> Ways:
         """At most `width` ways of each count: those with the least bounds."""
+        if len(ways.task) <= width:
+            return ways
         count_row = tasks.row[ways.task]
-        ranked = np.lexsort((ways.bound_s, count_row))
-        own = count_row[ranked]
-        starts = np.searchsorted(own, np.arange(len(self.counts)))
-        place = np.arange(len(own)) - starts[own]
-        over = ranked[place == width]
-        np.minimum.at(dropped, count_row[over], ways.bound_s[over])
-        return ways.pick(np.sort(ranked[place < width]))
+        most = np.full(len(self.counts), np.inf)
+        for row, here in enumerate(np.bincount(count_row, minlength=len(self.counts))):
+            if here > width:
+                bounds = ways.bound_s[count_row == row]
+                most[row] = np.partition(bounds, width)[width]
+                dropped[row] = min(dropped[row], most[row])
+        return ways.pick(np.flatnonzero(ways.bound_s < most[count_row]))
 
     # Ways that have come to their end
 

@@ -56,6 +56,31 @@ def round_trips(link_s: Floats) -> Floats:
     return found
 
 
+def ways_to(link_s: Floats, last: int) -> Floats:
+    """For each node and each subset that has it, the shortest way from it through all of the subset on to `last`.
+
+    Subsets are numbered without `last`: see `without`.
+    """
+    count = len(link_s)
+    others = [i for i in range(count) if i != last]
+    between = link_s[others]
+    ways = np.full((count, 1 << (count - 1)), np.inf)
+    for v, node in enumerate(others):
+        ways[node, 1 << v] = link_s[node, last]
+    for step in _steps(count - 1)[2:]:
+        for v, (subset, before) in enumerate(step):
+            longer = ways.take(before, axis=1)
+            longer += between[v, :, None]
+            ways[others[v], subset] = longer.min(axis=0)
+    return ways
+
+
+def without(subset: Ints, node: Ints) -> Ints:
+    """The subsets' numbers where this node is not counted; they must not have it."""
+    below = (1 << node) - 1
+    return (subset & below) | ((subset >> (node + 1)) << node)
+
+
 def earliest_start(reach: Ints) -> Ints:
     """For each subset the first layer from which on its nodes can hold all that follow, in some order.
 
