@@ -27,12 +27,15 @@ _STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
 
 def best_for_each_count(problem: Problem, effort: int = EFFORT) -> dict[int, Answer]:
     """The best layout over exactly k nodes, for each k that is allowed."""
-    return _solve(problem, effort, together=False)
+    return _solve(problem, effort, False, INF)
 
 
-def best(problem: Problem, effort: int = EFFORT) -> Answer:
-    """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes."""
-    answers = _solve(problem, effort, together=True)
+def best(problem: Problem, effort: int = EFFORT, known_s: float = INF) -> Answer:
+    """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes.
+
+    None where there is none below `known_s`, if that is given.
+    """
+    answers = _solve(problem, effort, True, known_s)
     lower = min((a.lower_bound_s for a in answers.values()), default=INF)
     found = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
     if not found:
@@ -42,18 +45,18 @@ def best(problem: Problem, effort: int = EFFORT) -> Answer:
     return Answer(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * CLOSE))
 
 
-def _solve(problem: Problem, effort: int, together: bool) -> dict[int, Answer]:
+def _solve(problem: Problem, effort: int, together: bool, known_s: float) -> dict[int, Answer]:
     chain = Chain(problem, problem.nodes)
     count = len(problem.nodes)
     most = min(problem.max_nodes, count, chain.layers)
     answers: dict[int, Answer] = {}
     if problem.min_nodes <= 1 <= most:
-        answers[1] = _one_node(problem)
+        answers[1] = one_node(problem)
     counts = range(max(problem.min_nodes, 2), most + 1)
     if not counts:
         return answers
     search = Search(Bounds(chain, links(problem)), counts)
-    lower = _run(search, effort, INF if 1 not in answers else _cost(answers[1].layout), together)
+    lower = _run(search, effort, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
     for k, found, least in zip(counts, search.best, lower, strict=True):
         layout = layout_of(problem, found.order, found.cuts) if found.order else None
         cost = _cost(layout)
@@ -73,10 +76,21 @@ def links(problem: Problem) -> Floats:
     return found
 
 
-def _one_node(problem: Problem) -> Answer:
-    whole = [layout_of(problem, [i], [0, len(problem.layer_bytes)]) for i in range(len(problem.nodes))]
-    layout = min((x for x in whole if keeps(problem, x)), key=lambda x: x.cost_s, default=None)
-    return Answer(layout, _cost(layout), proved=True)
+def one_node(problem: Problem) -> Answer:
+    """The best layout over a single node: all nodes are looked at."""
+    chain = Chain(problem, problem.nodes)
+    cheapest_first = np.argsort(chain.cost[:, -1], kind="stable")
+    tied = max((n.price_s_per_byte for n in problem.nodes), default=0.0) * chain.tied_bytes
+    tied += problem.fetch_price_s_per_byte * chain.tied_bytes
+    best: Layout | None = None
+    for i in cheapest_first[(chain.free >= chain.bytes[-1] - chain.tied_bytes + problem.stage_bytes)[cheapest_first]]:
+        # A tied end that is kept once may make a dearer one cheaper, by so much at most.
+        if best is not None and chain.cost[i, -1] - tied > best.cost_s:
+            break
+        layout = layout_of(problem, [int(i)], [0, chain.layers])
+        if keeps(problem, layout) and layout.cost_s < _cost(best):
+            best = layout
+    return Answer(best, _cost(best), proved=True)
 
 
 def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
@@ -104,7 +118,7 @@ def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
         unknown = (goal() == INF) & (lower < INF)
         if unknown.any():
             look(np.maximum(lower, 1e-300) * step, list(unknown), _NARROW)
-    _fitting(search, lower)
+    _fitting(search, goal(), lower)
     _closer(search, goal, look, lower)
     search.exactly = True
     width = _NARROW
@@ -117,9 +131,9 @@ def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
     return lower
 
 
-def _fitting(search: Search, lower: Floats) -> None:
+def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
     """Where nothing was found for a number of nodes: whatever fits, or the certainty that nothing does."""
-    missing = [row for row, f in enumerate(search.best) if f.cost_s == INF and lower[row] < INF]
+    missing = [int(row) for row in np.flatnonzero((goal == INF) & (lower < INF))]
     if not missing:
         return
     fits = Fits(search.chain)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from shoal_placement.solve.answers import best
 from shoal_placement.solve.even import emptiest
-from shoal_placement.solve.exact import best
 from shoal_placement.solve.problem import Layout, Node, Problem
-from shoal_placement.solve.subsets import MOST
 
 S_PER_BYTE = 1 / 100e9
 """Of a node whose memory's bandwidth is not known: 100 GB/s, as a machine with two channels of DDR5 has."""
