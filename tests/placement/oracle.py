@@ -20,9 +20,17 @@ def stage(problem: Problem, node: Node, first: int, last: int) -> tuple[int, flo
     fetch = list(node.fetch_bytes) or [0] * end
     held, seconds, fetched = sum(problem.layer_bytes[first:last]), sum(work[first:last]), sum(fetch[first:last])
     if first == 0:
-        held, seconds, fetched = held + problem.embed_bytes, seconds + problem.embed_work, fetched + node.fetch_embed_bytes
+        held, seconds, fetched = (
+            held + problem.embed_bytes,
+            seconds + problem.embed_work,
+            fetched + node.fetch_embed_bytes,
+        )
     if last == end:
-        held, seconds, fetched = held + problem.head_bytes, seconds + problem.head_work, fetched + node.fetch_head_bytes
+        held, seconds, fetched = (
+            held + problem.head_bytes,
+            seconds + problem.head_work,
+            fetched + node.fetch_head_bytes,
+        )
     if first == 0 and last == end and problem.tied:
         held -= problem.embed_bytes
         fetched -= min(node.fetch_embed_bytes, node.fetch_head_bytes)
@@ -76,10 +84,11 @@ def random_problem(chance: random.Random, nodes: int, layers: int, equal: bool =
     whole = sum(kinds)
     names = [f"n{i}" for i in range(nodes)]
     links = chance.choice(("none", "same", "any", "classes"))
-    link_s = [
-        [0.0 if a == b else {"same": 0.3, "any": chance.uniform(0.01, 2), "classes": chance.choice((0.05, 0.3, 3.0))}[links] for b in names]
-        for a in names
-    ] if links != "none" else []  # fmt: skip
+
+    def link() -> float:
+        return {"same": 0.3, "any": chance.uniform(0.01, 2)}.get(links, chance.choice((0.05, 0.3, 3.0)))
+
+    link_s = [[0.0 if a == b else link() for b in names] for a in names] if links != "none" else []
     kinds_of_node = [(int(whole * chance.uniform(0.1, 1.3)), chance.uniform(0.2, 3)) for _ in range(nodes)]
     members = []
     for name in names:

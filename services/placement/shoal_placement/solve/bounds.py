@@ -107,7 +107,8 @@ class Bounds:
         back is taken for a round trip, which is no shorter than the shortest.
         """
         if not exactly:
-            return self.trips[through | (1 << node)] - self.link_s[last, node]
+            closed: Floats = self.trips[through | (1 << node)] - self.link_s[last, node]
+            return closed
         found = np.empty(len(node))
         subset = without((through | (1 << node)) & ~(1 << last), last)
         for end in np.unique(last):

@@ -106,7 +106,9 @@ def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> La
         latency_s=latency,
         bottleneck_s=bottleneck,
         fetch_bytes=fetch,
-        fullest=max(s.bytes / n.free_bytes if n.free_bytes > 0 else float("inf") for n, s in zip(nodes, slices, strict=True)),
+        fullest=max(
+            s.bytes / n.free_bytes if n.free_bytes > 0 else float("inf") for n, s in zip(nodes, slices, strict=True)
+        ),
         cost_s=max(latency + prices, chain.in_flight(len(order)) * bottleneck),
     )
 

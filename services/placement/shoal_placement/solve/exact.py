@@ -1,13 +1,14 @@
 """The best layout over at most 16 nodes, for each number of nodes or over all of them.
 
 First a narrow search that looks where the bounds are lowest; then a wider and wider one for anything better, until
-nothing was dropped for lack of width. That ends with a proof, or where `effort` ends, and then the answer says so.
+nothing was dropped for lack of width. That ends with a proof, or where the effort ends, and then the answer says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from shoal_placement.solve.bounds import CLOSE, Bounds
@@ -16,26 +17,37 @@ from shoal_placement.solve.feasible import Fits
 from shoal_placement.solve.problem import Answer, Layout, Problem
 from shoal_placement.solve.search import INF, Found, Search
 
-EFFORT = 20_000_000
-"""Ways that are looked at before a search gives up the proof: some seconds."""
-_NARROW = 12
 _WIDER = 16
-_HALVINGS = 12
 _NEAR = 1e-3
 _STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
 
 
-def best_for_each_count(problem: Problem, effort: int = EFFORT) -> dict[int, Answer]:
+class Pace(msgspec.Struct, frozen=True):
+    """How long to search, in what is looked at: the same problem gets the same answer on every machine."""
+
+    effort: int = 20_000_000
+    """Ways that are looked at before the proof is given up: some seconds."""
+    narrow: int = 12
+    """Ways that the first search keeps of each count at each stage."""
+    halvings: int = 12
+
+
+THOROUGH = Pace()
+SHORT = Pace(effort=0, narrow=4, halvings=5)
+"""Nothing but the narrow searches."""
+
+
+def best_for_each_count(problem: Problem, pace: Pace = THOROUGH) -> dict[int, Answer]:
     """The best layout over exactly k nodes, for each k that is allowed."""
-    return _solve(problem, effort, False, INF)
+    return _solve(problem, pace, False, INF)
 
 
-def best(problem: Problem, effort: int = EFFORT, known_s: float = INF) -> Answer:
+def best(problem: Problem, pace: Pace = THOROUGH, known_s: float = INF) -> Answer:
     """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes.
 
     None where there is none below `known_s`, if that is given.
     """
-    answers = _solve(problem, effort, True, known_s)
+    answers = _solve(problem, pace, True, known_s)
     lower = min((a.lower_bound_s for a in answers.values()), default=INF)
     found = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
     if not found:
@@ -45,7 +57,7 @@ def best(problem: Problem, effort: int = EFFORT, known_s: float = INF) -> Answer
     return Answer(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * CLOSE))
 
 
-def _solve(problem: Problem, effort: int, together: bool, known_s: float) -> dict[int, Answer]:
+def _solve(problem: Problem, pace: Pace, together: bool, known_s: float) -> dict[int, Answer]:
     chain = Chain(problem, problem.nodes)
     count = len(problem.nodes)
     most = min(problem.max_nodes, count, chain.layers)
@@ -56,7 +68,7 @@ def _solve(problem: Problem, effort: int, together: bool, known_s: float) -> dic
     if not counts:
         return answers
     search = Search(Bounds(chain, links(problem)), counts)
-    lower = _run(search, effort, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
+    lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
     for k, found, least in zip(counts, search.best, lower, strict=True):
         layout = layout_of(problem, found.order, found.cuts) if found.order else None
         cost = _cost(layout)
@@ -93,7 +105,7 @@ def one_node(problem: Problem) -> Answer:
     return Answer(best, _cost(best), proved=True)
 
 
-def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
+def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
     """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
     `together`, that nothing that could be the best of all is below."""
     lower = search.lower_bounds(rounds=6)
@@ -117,12 +129,12 @@ def _run(search: Search, effort: int, known_s: float, together: bool) -> Floats:
     for step in _STEPS_OVER_BOUND:
         unknown = (goal() == INF) & (lower < INF)
         if unknown.any():
-            look(np.maximum(lower, 1e-300) * step, list(unknown), _NARROW)
+            look(np.maximum(lower, 1e-300) * step, list(unknown), pace.narrow)
     _fitting(search, goal(), lower)
-    _closer(search, goal, look, lower)
+    _closer(search, goal, look, lower, pace)
     search.exactly = True
-    width = _NARROW
-    while search.work_count < effort:
+    width = pace.narrow
+    while search.work_count < pace.effort:
         open_ = lower < goal() * (1 - CLOSE)
         if not open_.any():
             break
@@ -148,17 +160,21 @@ def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
 
 
 def _closer(
-    search: Search, goal: Callable[[], Floats], look: Callable[[Floats, Sequence[bool], int], bool], lower: Floats
+    search: Search,
+    goal: Callable[[], Floats],
+    look: Callable[[Floats, Sequence[bool], int], bool],
+    lower: Floats,
+    pace: Pace,
 ) -> None:
     """With several requests in flight the least T below a cost has a cost that is only just below it: halve the way
     to the lower bound instead, until nothing is found."""
     hopeless = lower.copy()
-    for _ in range(_HALVINGS):
+    for _ in range(pace.halvings):
         middle = np.sqrt(hopeless * goal())
         asked = (search.flight > 1) & (goal() < INF) & (hopeless < goal() * (1 - _NEAR))
         if not asked.any():
             return
         before = goal()
-        look(middle, list(asked), _NARROW)
+        look(middle, list(asked), pace.narrow)
         better = goal() < before
         hopeless = np.where(asked & ~better, middle, hopeless)

@@ -1,7 +1,7 @@
 """Whether a set of nodes can hold the layers at all, each at least one of them: by memory and asked counts, exactly.
 
 From the back: of each subset all layers are known from which on it can hold the rest. A node beside that subset can
-begin wherever it reaches one of them. O(2^n n L); needed only where the search has found nothing for a number of nodes.
+begin wherever it reaches one of them. O(2^n n L); asked only where the search has found nothing for a count of nodes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class Fits:
         starts = np.arange(self._chain.layers + 1)
         # One with a count of its own ends where it reaches, any other somewhere up to there.
         lowest = np.where(self._chain.fixed[node] > 0, np.maximum(reach - 1, starts), starts)
-        return known[:, reach + 1] > known[:, lowest + 1]
+        found: NDArray[np.bool_] = known[:, reach + 1] > known[:, lowest + 1]
+        return found
 
     def __call__(self, sets: Ints) -> NDArray[np.bool_]:
         """Which of these sets can hold all layers."""
-        return self._from[sets, 0]
+        found: NDArray[np.bool_] = self._from[sets, 0]
+        return found
 
     def layout(self, subset: int) -> tuple[list[int], list[int]]:
         """An order of a set that can, and where to cut the layers."""

@@ -21,14 +21,14 @@ from shoal_placement.solve import exact
 from shoal_placement.solve.bounds import FIRST, INNER, LAST, Limits
 from shoal_placement.solve.cost import Chain, Floats, Ints, keeps, layout_of
 from shoal_placement.solve.even import cheapest_cuts
-from shoal_placement.solve.exact import INF, links, one_node
+from shoal_placement.solve.exact import links, one_node
 from shoal_placement.solve.problem import Answer, Layout, Problem
+from shoal_placement.solve.search import INF
 from shoal_placement.solve.subsets import MOST
 
 NEIGHBOURS = 12
 _MOST_SEARCHES = 8
-_EFFORT = 60_000
-_PREVIEW_EFFORT = 1
+_PACE = exact.Pace(effort=60_000)
 _ROUNDS = 12
 _STARTS = 3
 
@@ -50,7 +50,8 @@ class Cluster:
     def most_work(self, slowest_s: float) -> Floats:
         """What each node can take within a bottleneck."""
         most = Limits(self.chain, [slowest_s]).most[:, :, 0]
-        return np.maximum(np.maximum(most[INNER], most[FIRST]), most[LAST])
+        largest: Floats = np.maximum(np.maximum(most[INNER], most[FIRST]), most[LAST])
+        return largest
 
     def lower_bound(self) -> float:
         """No layout costs less."""
@@ -75,9 +76,7 @@ class Cluster:
     def part(self, places: Sequence[int]) -> Problem:
         """The problem with these nodes only."""
         nodes = [self.problem.nodes[i] for i in places]
-        return msgspec.structs.replace(
-            self.problem, nodes=nodes, link_s=self.link_s[np.ix_(places, places)].tolist()
-        )
+        return msgspec.structs.replace(self.problem, nodes=nodes, link_s=self.link_s[np.ix_(places, places)].tolist())
 
 
 def poured(rate: Floats, most: Floats, work: float) -> Floats:
@@ -90,7 +89,7 @@ def poured(rate: Floats, most: Floats, work: float) -> Floats:
     return np.where(upto[:, -1] >= work * (1 - 1e-9), cost, INF)
 
 
-def best(problem: Problem, effort: int = _EFFORT) -> Answer:
+def best(problem: Problem, pace: exact.Pace = _PACE) -> Answer:
     """The best layout that was found over any number of nodes."""
     cluster = Cluster(problem)
     lower = cluster.lower_bound()
@@ -101,7 +100,7 @@ def best(problem: Problem, effort: int = _EFFORT) -> Answer:
     for pool, least in _neighbourhoods(cluster, NEIGHBOURS)[:_MOST_SEARCHES]:
         if least >= _cost(found):
             break
-        layout = exact.best(cluster.part(pool), effort, _cost(found)).layout
+        layout = exact.best(cluster.part(pool), pace, _cost(found)).layout
         if layout is not None and layout.cost_s < _cost(found):
             found = layout
     if found is None or len(found.slices) >= NEIGHBOURS:
@@ -118,7 +117,7 @@ def best_for_each_count(problem: Problem) -> dict[int, Answer]:
     found: dict[int, Layout] = {}
     pools = _neighbourhoods(cluster, MOST)
     for pool, _ in pools[:1] + [p for p in pools[1:2] if cluster.count > 4 * MOST]:
-        for k, answer in exact.best_for_each_count(cluster.part(pool), _PREVIEW_EFFORT).items():
+        for k, answer in exact.best_for_each_count(cluster.part(pool), exact.SHORT).items():
             if answer.layout is not None and answer.layout.cost_s < _cost(found.get(k)):
                 found[k] = answer.layout
     over = best(problem).layout

@@ -13,7 +13,7 @@ from shoal_placement.solve.problem import Layout, Node, Problem
 S_PER_BYTE = 1 / 100e9
 """Of a node whose memory's bandwidth is not known: 100 GB/s, as a machine with two channels of DDR5 has."""
 LINK_S = 1e-3
-"""To pass a hidden state to another node where nothing is known of the link: a wired network, and the stages' own work."""
+"""To pass a hidden state to another node where nothing is known of the link: a wired network."""
 FETCH_PRICE = 0.02
 """To download nothing of a model a layout may be so much slower than one that downloads it all: a token's time is
 not known better, and a download takes minutes."""

@@ -1,9 +1,9 @@
 """The search over orders and runs of layers: stage by stage, whatever cannot beat the best known is left out.
 
 A way is: the set it is to use, its first and its last node, which of the set are left, the node it has come to, and
-the layer it has come to. Of two ways that agree in all of these the dearer one is dropped (what follows costs the same
-for both), and so is a way whose cost so far, and at least to the end (bounds.py), reaches the cost to be beaten. If
-nothing else was dropped for lack of width, there is no better layout than the best one found.
+the layer it has come to. Of two ways that agree in all of these the dearer one is dropped (what follows costs the
+same for both), and so is a way whose cost so far and, at least, to the end (bounds.py) is no less than the cost to be
+beaten. If nothing else was dropped for lack of width, there is no better layout than the best one found.
 
 The bottleneck is a limit on each stage, not a part of the cost: to beat a cost t, every stage has to be below t / C.
 """
@@ -155,12 +155,11 @@ class Search:
                 dropped[row] = least[good[most]]
             found.append(self._with_ends(sets[good[:most]], row, below_s, limits, width, dropped))
         if not found:
-            return Tasks(*(np.zeros(0, dtype=np.int64) for _ in range(4)), np.zeros(0))
+            none = np.zeros(0, dtype=np.int64)
+            return Tasks(none, none, none, none, np.zeros(0))
         return Tasks(*(np.concatenate([getattr(t, f) for t in found]) for f in Tasks.__struct_fields__))
 
-    def _with_ends(
-        self, sets: Ints, row: int, below_s: Floats, limits: Limits, width: int, dropped: Floats
-    ) -> Tasks:
+    def _with_ends(self, sets: Ints, row: int, below_s: Floats, limits: Limits, width: int, dropped: Floats) -> Tasks:
         places = self.bounds.places
         has = (sets[:, None] >> places) & 1 == 1
         begins, ends = has.copy(), has.copy()
@@ -196,9 +195,7 @@ class Search:
     def _begin(self, tasks: Tasks, below_s: Floats, limits: Limits, width: int, dropped: Floats) -> Ways:
         count = len(tasks.row)
         nothing, none = np.zeros(count), np.zeros(count, dtype=np.int64)
-        before = Ways(
-            np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none, nothing
-        )
+        before = Ways(np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none, nothing)
         return self._stages(before, np.arange(count), tasks.first, tasks, below_s, limits, width, dropped)
 
     def _lengthen(
@@ -208,9 +205,9 @@ class Search:
         last = tasks.last[ways.task]
         only = ways.rest == 1 << last
         left[np.arange(len(last)), last] = only
-        for node, before in enumerate(self._alike):
+        for place, before in enumerate(self._alike):
             if before >= 0:
-                left[:, node] &= (ways.rest >> before) & 1 == 0
+                left[:, place] &= (ways.rest >> before) & 1 == 0
         rows, node = np.nonzero(left)
         return self._stages(ways, rows, node, tasks, below_s, limits, width, dropped)
 
@@ -243,10 +240,10 @@ class Search:
             until = max(int(np.searchsorted(ends, base + _ROWS_AT_ONCE, side="right")), at + 1)
             piece = np.arange(at, until)
             each = np.repeat(piece, lengths[piece])
-            layer = least[each] + np.arange(len(each)) - np.repeat(ends[piece] - lengths[piece] - base, lengths[piece])
-            found.append(
-                self._judged(ways, rows[each], node[each], rest[each], layer, tasks, below_s, limits)
+            layer = (
+                least[each] + np.arange(len(each)) - np.repeat(ends[piece] - lengths[piece] - base, lengths[piece])
             )
+            found.append(self._judged(ways, rows[each], node[each], rest[each], layer, tasks, below_s, limits))
             at = until
         if not found:
             return ways.pick(np.zeros(0, dtype=np.int64))
@@ -256,7 +253,15 @@ class Search:
         return self._narrowed(self._distinct(few), tasks, width, dropped)
 
     def _judged(
-        self, ways: Ways, rows: Ints, node: Ints, rest: Ints, layer: Ints, tasks: Tasks, below_s: Floats, limits: Limits
+        self,
+        ways: Ways,
+        rows: Ints,
+        node: Ints,
+        rest: Ints,
+        layer: Ints,
+        tasks: Tasks,
+        below_s: Floats,
+        limits: Limits,
     ) -> Ways:
         self.work_count += len(rows)
         chain, link_s, trips = self.chain, self.bounds.link_s, self.bounds.trips
