@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal_placement.solve.bounds import CLOSE, Bounds, Limits
 from shoal_placement.solve.cost import Floats, Ints
@@ -84,6 +85,7 @@ class Search:
         for node, before in enumerate(self._alike):
             if before >= 0:
                 usable &= ((everything >> node) & 1 == 0) | ((everything >> before) & 1 == 1)
+        usable &= _each_has_a_layer(bounds)
         size = sizes(bounds.count)
         self.sets = [everything[usable & (size == k)] for k in counts]
         """Those that may still hold something better, by count."""
@@ -306,13 +308,16 @@ class Search:
         if len(ways.task) <= width:
             return ways
         count_row = tasks.row[ways.task]
-        most = np.full(len(self.counts), np.inf)
-        for row, here in enumerate(np.bincount(count_row, minlength=len(self.counts))):
-            if here > width:
-                bounds = ways.bound_s[count_row == row]
-                most[row] = np.partition(bounds, width)[width]
-                dropped[row] = min(dropped[row], most[row])
-        return ways.pick(np.flatnonzero(ways.bound_s < most[count_row]))
+        kept: list[Ints] = []
+        for row in np.unique(count_row):
+            here = np.flatnonzero(count_row == row)
+            if len(here) > width:
+                bounds = ways.bound_s[here]
+                ranked = np.argpartition(bounds, width)
+                dropped[row] = min(dropped[row], bounds[ranked[width]])
+                here = here[ranked[:width]]
+            kept.append(here)
+        return ways.pick(np.sort(np.concatenate(kept)))
 
     # Ways that have come to their end
 
@@ -330,6 +335,24 @@ class Search:
                     cuts.append(int(level.layer[at]))
                     at = int(level.parent[at])
                 self.best[row[way]] = Found(float(cost[way]), order[::-1], [0, *cuts[::-1]])
+
+
+def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
+    """For each subset whether each of its nodes could have a layer of its own, as far as memory goes.
+
+    What a smaller node can hold a larger one can too, so it is enough that among those that can hold at most c
+    layers, each by itself, there are at most c (Hall).
+    """
+    layers = np.sort(np.diff(bounds.chain.bytes))
+    room = bounds.chain.free - bounds.chain.problem.stage_bytes
+    can_hold = np.searchsorted(layers, room, side="right")
+    size = sizes(bounds.count)
+    subsets = np.arange(1 << bounds.count)
+    found = np.ones(len(subsets), dtype=bool)
+    for most in np.unique(can_hold[can_hold < bounds.count]):
+        among = int(sum(1 << int(i) for i in np.flatnonzero(can_hold <= most)))
+        found &= size[subsets & among] <= most
+    return found
 
 
 def _pieces(count: int) -> list[slice]:

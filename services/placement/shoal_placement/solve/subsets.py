@@ -46,7 +46,7 @@ def round_trips(link_s: Floats) -> Floats:
         between = link_s[start + 1 :, start + 1 :]
         for step in _steps(above)[2:]:
             for v, (subset, before) in enumerate(step):
-                longer = ways.take(before, axis=1)
+                longer = ways.take(before, axis=1, mode="clip")
                 longer += between[:, v, None]
                 ways[v, subset] = longer.min(axis=0)
         ways += link_s[start + 1 :, start, None]
@@ -69,7 +69,7 @@ def ways_to(link_s: Floats, last: int) -> Floats:
         ways[node, 1 << v] = link_s[node, last]
     for step in _steps(count - 1)[2:]:
         for v, (subset, before) in enumerate(step):
-            longer = ways.take(before, axis=1)
+            longer = ways.take(before, axis=1, mode="clip")
             longer += between[v, :, None]
             ways[others[v], subset] = longer.min(axis=0)
     return ways
