@@ -33,7 +33,7 @@ class Pace(msgspec.Struct, frozen=True):
 
 
 THOROUGH = Pace()
-SHORT = Pace(effort=0, narrow=4, halvings=5)
+SHORT = Pace(effort=0, narrow=3, halvings=3)
 """Nothing but the narrow searches."""
 
 
@@ -151,7 +151,8 @@ def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
     fits = Fits(search.chain)
     problem = search.chain.problem
     for row in missing:
-        search.sets[row] = search.sets[row][fits(search.sets[row])]
+        able = fits(search.sets[row])
+        search.sets[row], search.known[row] = search.sets[row][able], search.known[row][able]
         if not len(search.sets[row]):
             lower[row] = INF
         elif problem.max_fetch_bytes is None:

@@ -27,10 +27,13 @@ from shoal_placement.solve.search import INF
 from shoal_placement.solve.subsets import MOST
 
 NEIGHBOURS = 12
-_MOST_SEARCHES = 8
+_SEARCHES = 8
+_PREVIEW_SEARCHES = 3
 _PACE = exact.Pace(effort=60_000)
 _ROUNDS = 12
-_STARTS = 3
+_STARTS = 2
+_SPLITS = 4
+"""Bottlenecks that are tried for a way round."""
 
 
 class Cluster:
@@ -89,7 +92,7 @@ def poured(rate: Floats, most: Floats, work: float) -> Floats:
     return np.where(upto[:, -1] >= work * (1 - 1e-9), cost, INF)
 
 
-def best(problem: Problem, pace: exact.Pace = _PACE) -> Answer:
+def best(problem: Problem, pace: exact.Pace = _PACE, searches: int = _SEARCHES) -> Answer:
     """The best layout that was found over any number of nodes."""
     cluster = Cluster(problem)
     lower = cluster.lower_bound()
@@ -97,7 +100,7 @@ def best(problem: Problem, pace: exact.Pace = _PACE) -> Answer:
     if problem.min_nodes <= 1 <= problem.max_nodes:
         found = one_node(problem).layout
         lower = min(lower, _cost(found))
-    for pool, least in _neighbourhoods(cluster, NEIGHBOURS)[:_MOST_SEARCHES]:
+    for pool, least in _neighbourhoods(cluster, NEIGHBOURS)[:searches]:
         if least >= _cost(found):
             break
         layout = exact.best(cluster.part(pool), pace, _cost(found)).layout
@@ -120,7 +123,7 @@ def best_for_each_count(problem: Problem) -> dict[int, Answer]:
         for k, answer in exact.best_for_each_count(cluster.part(pool), exact.SHORT).items():
             if answer.layout is not None and answer.layout.cost_s < _cost(found.get(k)):
                 found[k] = answer.layout
-    over = best(problem).layout
+    over = best(problem, exact.SHORT, _PREVIEW_SEARCHES).layout
     if over is not None and over.cost_s < _cost(found.get(len(over.slices))):
         found[len(over.slices)] = over
     missing = [k for k in range(max(problem.min_nodes, 2), _most(problem) + 1) if k not in found]
@@ -178,29 +181,25 @@ def _stretched(cluster: Cluster, counts: Sequence[int]) -> dict[int, Layout]:
     """A good layout over exactly k nodes, for each of these k for which one is found."""
     found: dict[int, Layout] = {}
     for k in counts:
-        for nodes in _members(cluster, k):
-            order = _round(cluster.link_s, nodes)
-            layout = _split(cluster, order)
-            if layout is not None and layout.cost_s < _cost(found.get(k)):
-                found[k] = layout
+        nodes = _members(cluster, k)
+        layout = None if nodes is None else _split(cluster, _round(cluster.link_s, nodes))
+        if layout is not None:
+            found[k] = layout
     return found
 
 
-def _members(cluster: Cluster, count: int) -> list[list[int]]:
-    """Sets of so many nodes that have the room, the fastest that do; then those with the most room."""
+def _members(cluster: Cluster, count: int) -> list[int] | None:
+    """So many nodes that have the room: the fastest that do, and more and more for their room."""
     most = cluster.most_work(INF)
     work = float(cluster.chain.work[-1])
     rate = cluster.rate + cluster.links_of / np.maximum(most, 1e-12)
     rate[cluster.fixed] = -INF
-    found: list[list[int]] = []
     spread = max(float(np.ptp(cluster.rate)), 1e-12) / max(float(most.max()), 1e-12)
     for weight in (0.0, 0.25, 1.0, 4.0, 64.0):
         chosen = np.argsort(rate - weight * spread * most, kind="stable")[:count]
         if most[chosen].min() > 0 and most[chosen].sum() >= work:
-            found.append(sorted(int(i) for i in chosen))
-            if len(found) == 2:
-                break
-    return found
+            return sorted(int(i) for i in chosen)
+    return None
 
 
 def _round(link_s: Floats, nodes: list[int]) -> list[int]:
@@ -238,7 +237,7 @@ def _split(cluster: Cluster, order: list[int]) -> Layout | None:
         chain = Chain(problem, [problem.nodes[i] for i in turned])
         flight = chain.in_flight(len(turned))
         slowest_s, low = INF, 0.0
-        for _ in range(_ROUNDS if flight > 1 else 1):
+        for _ in range(_SPLITS if flight > 1 else 1):
             cuts = cheapest_cuts(chain, chain.reach(slowest_s))
             layout = None if cuts is None else layout_of(problem, turned, cuts)
             if layout is not None and keeps(problem, layout) and layout.cost_s < _cost(best):

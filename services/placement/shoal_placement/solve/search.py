@@ -23,6 +23,7 @@ from shoal_placement.solve.subsets import sizes
 _ROWS_AT_ONCE = 1 << 12
 """So many ways are lengthened in one go: it bounds memory, and how long numpy keeps other threads waiting."""
 _SETS_PER_WIDTH = 2
+_LOOKED_AT_PER_WIDTH = 64
 _ALIKE = 4
 EXACT_LINKS = 11
 """Nodes for which that takes little time anyway."""
@@ -88,7 +89,8 @@ class Search:
         usable &= _each_has_a_layer(bounds)
         size = sizes(bounds.count)
         self.sets = [everything[usable & (size == k)] for k in counts]
-        """Those that may still hold something better, by count."""
+        self.known = [np.zeros(len(s)) for s in self.sets]
+        """The sets of each count that can hold the layers, and a cost that none of their layouts is below."""
 
     def limits(self, below_s: Floats) -> Limits:
         """What a stage may take in a layout that costs less than this."""
@@ -99,24 +101,24 @@ class Search:
         """For each count a cost that no layout is below. Whatever t is tried, nothing costs less than both t and the
         least T of those whose stages are below t / C."""
         free = self.limits(np.full(len(self.counts), INF))
-        least = [self.bounds.of_sets(s, free, row) for row, s in enumerate(self.sets)]
-        low = np.array([v.min(initial=INF) for v in least])
+        self.known = [self.bounds.of_sets(s, free, row) for row, s in enumerate(self.sets)]
+        low = np.array([v.min(initial=INF) for v in self.known])
         tried = [row for row in range(len(self.counts)) if self.flight[row] > 1 and low[row] < INF]
         if not tried:
             return low
         # Between T without a limit, and that of its stages in one place, C times.
         high = low * np.maximum(self.flight, 1)
-        sets = list(self.sets)
         for _ in range(rounds):
             middle = np.where(high > low, np.sqrt(low * high), low)
             limits = self.limits(middle)
             for row in tried:
-                values = self.bounds.of_sets(sets[row], limits, row)
+                below = np.flatnonzero(self.known[row] < middle[row])
+                values = self.bounds.of_sets(self.sets[row][below], limits, row)
+                self.known[row][below] = np.maximum(self.known[row][below], np.minimum(values, middle[row]))
                 if values.min(initial=INF) >= middle[row]:
                     low[row] = middle[row]
                 else:
                     high[row] = middle[row]
-                    sets[row] = sets[row][values < middle[row]]
         return low
 
     def sweep(self, below_s: Floats, width: int) -> Floats:
@@ -146,15 +148,19 @@ class Search:
         for row, sets in enumerate(self.sets):
             if not len(sets) or below_s[row] <= 0:
                 continue
-            least = self.bounds.of_sets(sets, limits, row)
-            good = np.flatnonzero(least < below_s[row] * (1 - CLOSE))
-            if below_s[row] >= self.best[row].cost_s:
-                # What cannot beat the best one now never will.
-                self.sets[row] = sets[good]
-            good = good[np.argsort(least[good], kind="stable")]
+            here = np.flatnonzero(self.known[row] < below_s[row] * (1 - CLOSE))
+            if len(here) > width * _LOOKED_AT_PER_WIDTH:
+                ranked = here[np.argsort(self.known[row][here], kind="stable")]
+                here = ranked[: width * _LOOKED_AT_PER_WIDTH]
+                dropped[row] = self.known[row][ranked[len(here)]]
+            least = self.bounds.of_sets(sets[here], limits, row)
+            self.known[row][here] = np.maximum(self.known[row][here], np.minimum(least, below_s[row]))
+            ranked = np.argsort(least, kind="stable")
+            ranked = ranked[least[ranked] < below_s[row] * (1 - CLOSE)]
+            good, least = here[ranked], least[ranked]
             most = max(width * _SETS_PER_WIDTH, 8)
             if len(good) > most:
-                dropped[row] = least[good[most]]
+                dropped[row] = min(dropped[row], least[most])
             found.append(self._with_ends(sets[good[:most]], row, below_s, limits, width, dropped))
         if not found:
             none = np.zeros(0, dtype=np.int64)
