@@ -83,7 +83,10 @@ def _cost(layout: Layout | None) -> float:
 def links(problem: Problem) -> Floats:
     """Seconds from node to node; zeros where the problem names none."""
     count = len(problem.nodes)
-    found = np.array(problem.link_s, dtype=float) if problem.link_s else np.zeros((count, count))
+    found = np.zeros((count, count))
+    # Row by row: all at once would keep other threads waiting for as long as a large table takes.
+    for node, row in enumerate(problem.link_s):
+        found[node] = row
     np.fill_diagonal(found, 0.0)
     return found
 

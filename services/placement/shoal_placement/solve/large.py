@@ -32,6 +32,7 @@ _PREVIEW_SEARCHES = 3
 _PACE = exact.Pace(effort=60_000)
 _ROUNDS = 12
 _STARTS = 2
+_SEEDS_AT_ONCE = 64
 _SPLITS = 4
 """Bottlenecks that are tried for a way round."""
 
@@ -46,7 +47,8 @@ class Cluster:
         self.count = len(problem.nodes)
         by_layer = np.diff(self.chain.cost, axis=1) / np.diff(self.chain.work)
         self.rate: Floats = by_layer.min(axis=1)
-        others = self.link_s + np.where(np.eye(self.count, dtype=bool), INF, 0.0)
+        others = self.link_s.copy()
+        np.fill_diagonal(others, INF)
         self.links_of: Floats = (others.min(axis=0) + others.min(axis=1)) / 2
         self.fixed = [int(i) for i in np.flatnonzero(self.chain.fixed)]
 
@@ -157,21 +159,41 @@ def _neighbourhoods(cluster: Cluster, size: int) -> list[tuple[list[int], float]
     usable = np.flatnonzero(most > 0)
     if len(usable) < 2:
         return []
-    to_seed = (cluster.link_s + cluster.link_s.T)[np.ix_(usable, usable)] / 2
-    score = cluster.rate[usable] + to_seed / most[usable]
-    np.fill_diagonal(score, -INF)
-    for node in cluster.fixed:
-        score[:, usable == node] = -INF
     size = min(size, len(usable))
-    pools: Ints = usable[np.sort(np.argpartition(score, size - 1, axis=1)[:, :size], axis=1)]
+    # A few seeds at a time: a large table in one go would keep other threads waiting.
+    pools: Ints = np.concatenate(
+        [_around(cluster, usable[at : at + _SEEDS_AT_ONCE], usable, most, size) for at in _starts(len(usable))]
+    )
     pools = np.unique(pools, axis=0)
     # Links no shorter than the shortest within the neighbourhood.
-    within = cluster.link_s[pools[:, :, None], pools[:, None, :]] + np.where(np.eye(size, dtype=bool), INF, 0.0)
-    links_of = (within.min(axis=1) + within.min(axis=2)) / 2
+    links_of = np.concatenate(
+        [_shortest_within(cluster, pools[at : at + _SEEDS_AT_ONCE]) for at in _starts(len(pools))]
+    )
     rate = cluster.rate[pools] + links_of / most[pools]
     least = poured(rate, most[pools], float(cluster.chain.work[-1]))
     ranked = np.argsort(least, kind="stable")
     return [([int(i) for i in pools[row]], float(least[row])) for row in ranked if least[row] < INF]
+
+
+def _starts(count: int) -> range:
+    return range(0, count, _SEEDS_AT_ONCE)
+
+
+def _around(cluster: Cluster, seeds: Ints, usable: Ints, most: Floats, size: int) -> Ints:
+    """For each seed, the nodes that suit it best, itself among them."""
+    to_seed = (cluster.link_s[seeds] + cluster.link_s[:, seeds].T)[:, usable] / 2
+    score = cluster.rate[usable] + to_seed / most[usable]
+    score[seeds[:, None] == usable] = -INF
+    score[:, np.isin(usable, cluster.fixed)] = -INF
+    nearest: Ints = usable[np.sort(np.argpartition(score, size - 1, axis=1)[:, :size], axis=1)]
+    return nearest
+
+
+def _shortest_within(cluster: Cluster, pools: Ints) -> Floats:
+    within = cluster.link_s[pools[:, :, None], pools[:, None, :]]
+    within = within + np.where(np.eye(pools.shape[1], dtype=bool), INF, 0.0)
+    shortest: Floats = (within.min(axis=1) + within.min(axis=2)) / 2
+    return shortest
 
 
 # Layouts over more nodes than a neighbourhood has
