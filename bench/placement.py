@@ -1,0 +1,220 @@
+"""The solver of placement: is it right, is it fast, does it leave the event loop alone, and what is it worth?
+
+Right: against everything tried on small clusters, against HiGHS on middling ones (where highspy is installed), and
+against an independent check of what fits. Fast: previews, which are the best layout over each number of nodes, of 16,
+32 and 1000 nodes, with models and machines as people have them (tests/placement/clusters.py), for one request in
+flight, eight, and as many as stages. The anchor is exo's rule: the fewest nodes whose memory in sum is enough, of
+those with the most of it, and layers in proportion to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from figures import Figure, figure, report  # noqa: E402  # after the path is set
+from shoal_placement.solve.answers import best, preview  # noqa: E402
+from shoal_placement.solve.problem import AS_STAGES, Answer, Problem  # noqa: E402
+from tests.placement import oracle  # noqa: E402
+from tests.placement.clusters import random_placement  # noqa: E402
+from tests.placement.oracle import INF, random_problem  # noqa: E402
+from tests.placement.test_feasible import judge, tight_problem  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+FLIGHTS = (1, 8, AS_STAGES)
+TICK_S = 0.001
+
+
+def cost_of(answer: Answer) -> float:
+    """What its layout costs; infinite without one."""
+    return INF if answer.layout is None else answer.layout.cost_s
+
+
+def same(a: float, b: float, share: float) -> bool:
+    """Whether two costs are the same but for rounding."""
+    return a == b or abs(a - b) <= share * max(abs(a), abs(b), 1.0)
+
+
+def bruteforce_differences(count: int) -> int:
+    """Clusters of up to 5 nodes, models of up to 10 layers: how many answers differ from the best there is."""
+    different = 0
+    for seed in range(count):
+        chance = random.Random(seed)
+        nodes = chance.randint(1, 5)
+        problem = random_problem(chance, nodes, chance.randint(1, 10 if nodes < 5 else 8))
+        problem = oracle.with_in_flight(problem, (1, 4, 8)[seed % 3])
+        least = min(oracle.best_by_count(problem).values(), default=INF)
+        answer = best(problem)
+        different += not (answer.proved and same(cost_of(answer), least, 1e-7))
+    return different
+
+
+def milp_differences(count: int) -> tuple[int, int] | None:
+    """Clusters of 8 to 12 nodes: how many answers differ from HiGHS's, of how many that it ended. None without it."""
+    try:
+        from tests.placement.milp import solve_milp  # noqa: PLC0415  # it may not be installed
+    except ImportError:
+        print("highspy is not installed: its figures are left out", file=sys.stderr)
+        return None
+    different = ended = 0
+    for seed in range(count):
+        chance = random.Random(seed)
+        nodes = chance.randint(8, 12)
+        problem = random_problem(chance, nodes, chance.randint(nodes, nodes + 3))
+        stages = chance.randint(2, 7)
+        problem = msgspec.structs.replace(
+            problem, counts={}, max_fetch_bytes=None, min_nodes=stages, max_nodes=stages
+        )
+        least = solve_milp(problem, stages, deadline_s=5.0 if QUICK else 30.0)
+        if least is None:
+            continue
+        ended += 1
+        answer = best(problem)
+        # HiGHS keeps its rows to 1e-6.
+        different += not (answer.proved and same(cost_of(answer), least, 2e-6))
+    return different, ended
+
+
+def feasibility_errors(count: int) -> int:
+    """How often something that fits was refused, or something given that does not fit."""
+    chance = random.Random(1)
+    return sum(judge(tight_problem(chance)) != "" for _ in range(count))
+
+
+def problems(nodes: int, seeds: int, max_nodes: int) -> Iterator[Problem]:
+    """Clusters as people have them, with each number of requests in flight."""
+    for seed in range(seeds):
+        for in_flight in FLIGHTS:
+            yield random_placement(seed, nodes, in_flight, max_nodes)
+
+
+def previews(nodes: int, seeds: int, max_nodes: int) -> tuple[list[float], list[dict[int, Answer]]]:
+    """Seconds of each preview, and what it found."""
+    times_s, found = [], []
+    for problem in problems(nodes, seeds, max_nodes):
+        began = time.perf_counter()
+        found.append(preview(problem))
+        times_s.append(time.perf_counter() - began)
+    return times_s, found
+
+
+def cheapest_over_bound(answers: dict[int, Answer]) -> float | None:
+    """Of the cheapest layout of a preview; None where nothing fits."""
+    layouts = [a for a in answers.values() if a.layout is not None]
+    if not layouts:
+        return None
+    return min(cost_of(a) for a in layouts) / min(a.lower_bound_s for a in answers.values())
+
+
+async def blocked_s(work: Callable[[], object]) -> float:
+    """How late at most a tick of the loop comes while a thread does this."""
+    worst_s, over = 0.0, asyncio.Event()
+
+    async def tick() -> None:
+        nonlocal worst_s
+        while not over.is_set():
+            due = time.perf_counter() + TICK_S
+            await asyncio.sleep(TICK_S)
+            worst_s = max(worst_s, time.perf_counter() - due)
+
+    async with asyncio.TaskGroup() as tasks:
+        ticking = tasks.create_task(tick())
+        await asyncio.to_thread(work)
+        over.set()
+        await ticking
+    return worst_s
+
+
+def exo_cost(problem: Problem) -> float | None:
+    """What exo's rule costs; None where it gives nothing that fits."""
+    whole = sum(problem.layer_bytes) + problem.embed_bytes + problem.head_bytes
+    ranked = sorted(range(len(problem.nodes)), key=lambda i: -problem.nodes[i].free_bytes)
+    layers = len(problem.layer_bytes)
+    for k in range(1, min(len(ranked), layers) + 1):
+        order = sorted(ranked[:k])
+        free = [problem.nodes[i].free_bytes for i in order]
+        if sum(free) < whole:
+            continue
+        exact = [layers * f / sum(free) for f in free]
+        given = [max(int(e), 1) for e in exact]
+        while sum(given) != layers:
+            short = layers - sum(given)
+            one = max(range(k), key=lambda i: (exact[i] - given[i]) * (1 if short > 0 else -1) if short > 0 or given[i] > 1 else -INF)  # noqa: E501  # fmt: skip
+            given[one] += 1 if short > 0 else -1
+        cuts = [sum(given[:i]) for i in range(k + 1)]
+        cost = oracle.cost(problem, order, cuts)
+        return None if cost == INF else cost
+    return None
+
+
+def exo_over_ours(in_flight: int, count: int) -> float:
+    """The mean ratio of what the rule's layouts cost, on clusters where it gives one, to what ours do."""
+    ratios = []
+    for seed in range(count):
+        problem = random_placement(seed, 3 + seed % 6, in_flight)
+        rule = exo_cost(problem)
+        if rule is not None:
+            ratios.append(rule / cost_of(best(problem)))
+    return statistics.mean(ratios)
+
+
+def main() -> None:
+    """Measure and report."""
+    figures: dict[str, Figure] = {}
+    preview(random_placement(0, 16, 1))  # the tables of subsets are made once in a process
+
+    for nodes, seeds, target_ms in ((16, 10, 50), (32, 8, 200)):
+        times_s, found = previews(nodes, 3 if QUICK else seeds, nodes)
+        figures[f"preview_ms_{nodes}"] = figure(statistics.median(times_s) * 1e3, "ms", f"<= {target_ms}")
+        figures[f"preview_ms_{nodes}_worst"] = figure(max(times_s) * 1e3, "ms")
+        answers = [a for each in found for a in each.values() if a.layout is not None]
+        figures[f"preview_over_bound_{nodes}"] = figure(statistics.mean(a.cost_over_bound for a in answers), "x")
+        figures[f"preview_proved_{nodes}"] = figure(statistics.mean(a.proved for a in answers), "of 1")
+    times_s, found = previews(1000, 2 if QUICK else 6, 16)
+    figures["preview_s_1000"] = figure(statistics.median(times_s), "s", "<= 1.5")
+    over = [r for each in found if (r := cheapest_over_bound(each)) is not None]
+    figures["cost_over_bound_1000"] = figure(statistics.mean(over), "x", "<= 1.05")
+    figures["cost_over_bound_1000_worst"] = figure(max(over), "x")
+
+    best_s, proved = [], []
+    for problem in problems(16, 4 if QUICK else 20, 16):
+        began = time.perf_counter()
+        answer = best(problem)
+        best_s.append(time.perf_counter() - began)
+        proved.append(answer.proved)
+    figures["best_ms_16"] = figure(statistics.median(best_s) * 1e3, "ms")
+    figures["best_ms_16_worst"] = figure(max(best_s) * 1e3, "ms")
+    figures["best_proved_16"] = figure(statistics.mean(proved), "of 1", ">= 1")
+
+    blocks = [
+        asyncio.run(blocked_s(lambda p=problem: preview(p)))  # type: ignore[misc]  # a default binds it
+        for nodes in (16, 32, 1000)
+        for problem in problems(nodes, 1 if QUICK else 3, 16)
+    ]
+    figures["loop_block_ms"] = figure(max(blocks) * 1e3, "ms", "<= 20")
+    figures["loop_block_ms_median"] = figure(statistics.median(blocks) * 1e3, "ms")
+    for in_flight in (1, 4, 8):
+        figures[f"exo_rule_c{in_flight}"] = figure(exo_over_ours(in_flight, 30 if QUICK else 200), "x")
+
+    count = 200 if QUICK else 2000
+    figures["bruteforce_differences"] = figure(bruteforce_differences(count), f"of {count}", "<= 0")
+    count = 1000 if QUICK else 20_000
+    figures["feasibility_errors"] = figure(feasibility_errors(count), f"of {count}", "<= 0")
+    compared = milp_differences(4 if QUICK else 200)
+    if compared is not None:
+        figures["highs_differences"] = figure(compared[0], f"of {compared[1]}", "<= 0")
+    report(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The best layout over at most 16 nodes, for each number of nodes or over all of them.
+
+First a narrow search that looks where the bounds are lowest; then a wider and wider one for anything better, until
+nothing was dropped for lack of width. That ends with a proof, or where the effort ends, and then the answer says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+
+from shoal_placement.solve.bounds import CLOSE, Bounds
+from shoal_placement.solve.cost import Chain, Floats, keeps, layout_of
+from shoal_placement.solve.feasible import Fits
+from shoal_placement.solve.problem import Answer, Layout, Problem
+from shoal_placement.solve.search import INF, Found, Search
+
+_WIDER = 16
+_NEAR = 1e-3
+_STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How long to search, in what is looked at: the same problem gets the same answer on every machine."""
+
+    effort: int = 20_000_000
+    """Ways that are looked at before the proof is given up: some seconds."""
+    narrow: int = 12
+    """Ways that the first search keeps of each count at each stage."""
+    halvings: int = 12
+
+
+THOROUGH = Pace()
+SHORT = Pace(effort=0, narrow=3, halvings=3)
+"""Nothing but the narrow searches."""
+
+
+def best_for_each_count(problem: Problem, pace: Pace = THOROUGH) -> dict[int, Answer]:
+    """The best layout over exactly k nodes, for each k that is allowed."""
+    return _solve(problem, pace, False, INF)
+
+
+def best(problem: Problem, pace: Pace = THOROUGH, known_s: float = INF) -> Answer:
+    """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes.
+
+    None where there is none below `known_s`, if that is given.
+    """
+    answers = _solve(problem, pace, True, known_s)
+    lower = min((a.lower_bound_s for a in answers.values()), default=INF)
+    found = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
+    if not found:
+        return Answer(None, lower, proved=all(a.proved for a in answers.values()))
+    layout = min(found, key=lambda x: x.cost_s)
+    layout = next(x for x in found if x.cost_s <= layout.cost_s * (1 + CLOSE))
+    return Answer(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * CLOSE))
+
+
+def _solve(problem: Problem, pace: Pace, together: bool, known_s: float) -> dict[int, Answer]:
+    chain = Chain(problem, problem.nodes)
+    count = len(problem.nodes)
+    most = min(problem.max_nodes, count, chain.layers)
+    answers: dict[int, Answer] = {}
+    if problem.min_nodes <= 1 <= most:
+        answers[1] = one_node(problem)
+    counts = range(max(problem.min_nodes, 2), most + 1)
+    if not counts:
+        return answers
+    search = Search(Bounds(chain, links(problem)), counts)
+    lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
+    for k, found, least in zip(counts, search.best, lower, strict=True):
+        layout = layout_of(problem, found.order, found.cuts) if found.order else None
+        cost = _cost(layout)
+        answers[k] = Answer(layout, min(float(least), cost), bool(least >= cost * (1 - 2 * CLOSE)))
+    return answers
+
+
+def _cost(layout: Layout | None) -> float:
+    return INF if layout is None else layout.cost_s
+
+
+def links(problem: Problem) -> Floats:
+    """Seconds from node to node; zeros where the problem names none."""
+    count = len(problem.nodes)
+    found = np.zeros((count, count))
+    # Row by row: all at once would keep other threads waiting for as long as a large table takes.
+    for node, row in enumerate(problem.link_s):
+        found[node] = row
+    np.fill_diagonal(found, 0.0)
+    return found
+
+
+def one_node(problem: Problem) -> Answer:
+    """The best layout over a single node: all nodes are looked at."""
+    chain = Chain(problem, problem.nodes)
+    cheapest_first = np.argsort(chain.cost[:, -1], kind="stable")
+    tied = max((n.price_s_per_byte for n in problem.nodes), default=0.0) * chain.tied_bytes
+    tied += problem.fetch_price_s_per_byte * chain.tied_bytes
+    best: Layout | None = None
+    for i in cheapest_first[(chain.free >= chain.bytes[-1] - chain.tied_bytes + problem.stage_bytes)[cheapest_first]]:
+        # A tied end that is kept once may make a dearer one cheaper, by so much at most.
+        if best is not None and chain.cost[i, -1] - tied > best.cost_s:
+            break
+        layout = layout_of(problem, [int(i)], [0, chain.layers])
+        if keeps(problem, layout) and layout.cost_s < _cost(best):
+            best = layout
+    return Answer(best, _cost(best), proved=True)
+
+
+def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
+    """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
+    `together`, that nothing that could be the best of all is below."""
+    lower = search.lower_bounds(rounds=6)
+
+    def goal() -> Floats:
+        own = np.array([f.cost_s for f in search.best])
+        return np.full(len(own), min(known_s, own.min())) if together else own
+
+    def look(below: Floats, wanted: Sequence[bool], width: int) -> bool:
+        """Whether something better was found. If not, what was looked at in full has raised the lower bounds."""
+        before = [f.cost_s for f in search.best]
+        asked = np.where(wanted, below, 0.0)
+        dropped = search.sweep(asked, width)
+        after = [f.cost_s for f in search.best]
+        # What was found has the least T; with several in flight a dearer T may still have the better bottleneck.
+        better = np.array(after) < before
+        seen = np.where(better, np.where(search.flight <= 1, np.minimum(asked, after), 0.0), asked)
+        np.maximum(lower, np.minimum(seen, dropped), out=lower)
+        return bool(better.any())
+
+    for step in _STEPS_OVER_BOUND:
+        unknown = (goal() == INF) & (lower < INF)
+        if unknown.any():
+            look(np.maximum(lower, 1e-300) * step, list(unknown), pace.narrow)
+    _fitting(search, goal(), lower)
+    _closer(search, goal, look, lower, pace)
+    search.exactly = True
+    width = pace.narrow
+    while search.work_count < pace.effort:
+        open_ = lower < goal() * (1 - CLOSE)
+        if not open_.any():
+            break
+        if not look(goal(), list(open_), width):
+            width *= _WIDER
+    return lower
+
+
+def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
+    """Where nothing was found for a number of nodes: whatever fits, or the certainty that nothing does."""
+    missing = [int(row) for row in np.flatnonzero((goal == INF) & (lower < INF))]
+    if not missing:
+        return
+    fits = Fits(search.chain)
+    problem = search.chain.problem
+    for row in missing:
+        able = fits(search.sets[row])
+        search.sets[row], search.known[row] = search.sets[row][able], search.known[row][able]
+        if not len(search.sets[row]):
+            lower[row] = INF
+        elif problem.max_fetch_bytes is None:
+            order, cuts = fits.layout(int(search.sets[row][0]))
+            search.best[row] = Found(layout_of(problem, order, cuts).cost_s, order, cuts)
+
+
+def _closer(
+    search: Search,
+    goal: Callable[[], Floats],
+    look: Callable[[Floats, Sequence[bool], int], bool],
+    lower: Floats,
+    pace: Pace,
+) -> None:
+    """With several requests in flight the least T below a cost has a cost that is only just below it: halve the way
+    to the lower bound instead, until nothing is found."""
+    hopeless = lower.copy()
+    for _ in range(pace.halvings):
+        middle = np.sqrt(hopeless * goal())
+        asked = (search.flight > 1) & (goal() < INF) & (hopeless < goal() * (1 - _NEAR))
+        if not asked.any():
+            return
+        before = goal()
+        look(middle, list(asked), pace.narrow)
+        better = goal() < before
+        hopeless = np.where(asked & ~better, middle, hopeless)

@@ -1,0 +1,102 @@
+"""The layout problem in plain numbers, and what answers it.
+
+Choose nodes, their order and a run of consecutive layers for each, so that every stage fits its node's memory and
+
+    max(T, C * B)
+
+is least. T: seconds one token takes through all stages, the links between them and the way back. B: seconds of the
+slowest stage, its links not included (they carry one token while the next is computed). C: requests in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+AS_STAGES = 0
+"""In flight: as many as there are stages, the fewest that keep every stage at work. This is `balanced`."""
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A node that may take layers."""
+
+    name: str
+    free_bytes: int
+    s_per_work: float = 0.0
+    """Seconds for one unit of a layer's work (t_i)."""
+    fetch_bytes: Sequence[int] = ()
+    """What it would have to download of each layer; empty: nothing of any."""
+    fetch_embed_bytes: int = 0
+    fetch_head_bytes: int = 0
+    price_s_per_byte: float = 0.0
+    """Seconds a token may take longer to spare a byte of memory here: tiny, it only decides between equals."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """A model, the nodes it may run on, and what is asked. Bytes of a layer include its cache."""
+
+    nodes: Sequence[Node]
+    layer_bytes: Sequence[int]
+    layer_work: Sequence[float] = ()
+    """Of each layer, above 0, in the unit of `Node.s_per_work`; empty: each is 1."""
+    embed_bytes: int = 0
+    embed_work: float = 0.0
+    head_bytes: int = 0
+    """With a tied embedding in them: a stage that has both ends keeps it once."""
+    head_work: float = 0.0
+    tied: bool = False
+    stage_bytes: int = 0
+    """What every stage takes beside its layers."""
+    link_s: Sequence[Sequence[float]] = ()
+    """Seconds to pass a hidden state (or, on the way back, a token) from node to node; empty: no time at all."""
+    in_flight: int = 1
+    """C; 1 is `latency`, AS_STAGES `balanced`, any other number `throughput`."""
+    min_nodes: int = 1
+    max_nodes: int = 16
+    counts: Mapping[str, int] = {}
+    """Layers that these nodes have to take, no more and no fewer."""
+    max_fetch_bytes: int | None = None
+    fetch_price_s_per_byte: float = 0.0
+    """Seconds a token may take longer to spare a byte of download. It is added to T, so the search stays exact."""
+
+
+class Slice(msgspec.Struct, frozen=True):
+    """Layers [first, last) on a node, and the bytes they take there."""
+
+    node: str
+    first: int
+    last: int
+    bytes: int
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Stages in order, and what they cost."""
+
+    slices: list[Slice]
+    latency_s: float
+    """T: one token, once around, without prices."""
+    bottleneck_s: float
+    """B: the slowest stage."""
+    fetch_bytes: int
+    fullest: float
+    """The largest share of a node's free memory that a stage takes: at most 1."""
+    cost_s: float
+    """max(T + prices, C * B): what was minimised."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The best layout that was found. `layout` None and `proved`: there is none."""
+
+    layout: Layout | None
+    lower_bound_s: float
+    """No layout costs less."""
+    proved: bool
+    """Whether the layout is known to be the best one, or that there is none."""
+
+    @property
+    def cost_over_bound(self) -> float:
+        """How much better another layout could be at most, as a ratio; 1 where it is proved."""
+        if self.layout is None or self.layout.cost_s <= self.lower_bound_s:
+            return 1.0
+        return self.layout.cost_s / self.lower_bound_s if self.lower_bound_s > 0 else float("inf")

@@ -1,0 +1,110 @@
+"""What `decide.py` asks: a model's need over the rooms that nodes have for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from shoal_placement.solve.answers import best
+from shoal_placement.solve.even import emptiest
+from shoal_placement.solve.problem import Layout, Node, Problem
+
+S_PER_BYTE = 1 / 100e9
+"""Of a node whose memory's bandwidth is not known: 100 GB/s, as a machine with two channels of DDR5 has."""
+LINK_S = 1e-3
+"""To pass a hidden state to another node where nothing is known of the link: a wired network."""
+FETCH_PRICE = 0.02
+"""To download nothing of a model a layout may be so much slower than one that downloads it all: a token's time is
+not known better, and a download takes minutes."""
+ROOM_PRICE = 1e-4
+"""The same between memory of which there is little and of which there is plenty; it decides between equals."""
+
+
+class Need(msgspec.Struct, frozen=True):
+    """What a model's parts take, in bytes, KV for the asked context included in its layer."""
+
+    layer_bytes: list[int]
+    embed_bytes: int = 0
+    """On the first stage."""
+    head_bytes: int = 0
+    """On the last stage; when tied, the embedding's bytes are in here too."""
+    tied: bool = False
+    stage_bytes: int = 0
+    """What every stage takes beside its layers."""
+
+
+class Room(msgspec.Struct, frozen=True):
+    """A node that may take layers, and the bytes it has for them."""
+
+    node: str
+    free_bytes: int
+    holds: bool = False
+    """Whether the model is on its disk already."""
+    s_per_byte: float = S_PER_BYTE
+    """Seconds to read a byte of its memory: a layer is read once for each token."""
+
+
+def problem_of(
+    need: Need,
+    rooms: Sequence[Room],
+    min_nodes: int,
+    max_nodes: int,
+    link_s: Sequence[Sequence[float]] = (),
+    in_flight: int = 1,
+) -> Problem:
+    """The layout problem. A layer's work is its bytes; links that are not known take `LINK_S`."""
+    whole = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
+    fastest = min((r.s_per_byte for r in rooms), default=S_PER_BYTE)
+    nodes = [
+        Node(
+            name=r.node,
+            free_bytes=r.free_bytes,
+            s_per_work=r.s_per_byte,
+            fetch_bytes=() if r.holds else need.layer_bytes,
+            fetch_embed_bytes=0 if r.holds else need.embed_bytes,
+            fetch_head_bytes=0 if r.holds else need.head_bytes,
+            price_s_per_byte=ROOM_PRICE * fastest * whole / (whole + max(r.free_bytes, 0)),
+        )
+        for r in rooms
+    ]
+    alone = [[0.0 if a is b else LINK_S for b in rooms] for a in rooms]
+    return Problem(
+        nodes=nodes,
+        layer_bytes=need.layer_bytes,
+        layer_work=[float(max(b, 1)) for b in need.layer_bytes],
+        embed_bytes=need.embed_bytes,
+        head_bytes=need.head_bytes,
+        head_work=float(need.head_bytes),
+        tied=need.tied,
+        stage_bytes=need.stage_bytes,
+        link_s=link_s or alone,
+        in_flight=in_flight,
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
+        fetch_price_s_per_byte=FETCH_PRICE * fastest,
+    )
+
+
+def solve(
+    need: Need,
+    rooms: Sequence[Room],
+    min_nodes: int,
+    max_nodes: int,
+    link_s: Sequence[Sequence[float]] = (),
+    in_flight: int = 1,
+) -> Layout | None:
+    """The best layout, or None: none fits. The same for the same rooms in whatever order they are told."""
+    ranked = sorted(range(len(rooms)), key=lambda i: rooms[i].node)
+    told = [[link_s[a][b] for b in ranked] for a in ranked] if link_s else ()
+    problem = problem_of(need, [rooms[i] for i in ranked], min_nodes, max_nodes, told, in_flight)
+    answer = best(problem)
+    return None if answer.layout is None else emptiest(problem, answer.layout)
+
+
+def slice_bytes(need: Need, first: int, last: int) -> int:
+    """Bytes of the stage with layers [first, last)."""
+    begins, ends = first == 0, last == len(need.layer_bytes)
+    own = (need.embed_bytes if begins else 0) + (need.head_bytes if ends else 0)
+    own -= need.embed_bytes if need.tied and begins and ends else 0
+    return need.stage_bytes + sum(need.layer_bytes[first:last]) + own

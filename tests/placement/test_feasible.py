@@ -1,0 +1,108 @@
+"""Nothing that fits is refused, and nothing that does not fit is given: against a check written by itself."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+
+import msgspec
+import numpy as np
+import pytest
+
+from shoal_placement.solve.cost import Chain, keeps
+from shoal_placement.solve.exact import best
+from shoal_placement.solve.feasible import Fits
+from shoal_placement.solve.problem import Node, Problem
+from tests.placement.oracle import random_problem, stage
+
+
+def can_fit(problem: Problem) -> bool:
+    """Whether any order of any allowed set has a split in which every stage fits: depth first, with what was seen."""
+    end = len(problem.layer_bytes)
+
+    @cache
+    def onward(used: frozenset[int], first: int) -> bool:
+        if first == end:
+            names = {problem.nodes[i].name for i in used}
+            return problem.min_nodes <= len(used) <= problem.max_nodes and set(problem.counts) <= names
+        if len(used) == problem.max_nodes:
+            return False
+        for i, node in enumerate(problem.nodes):
+            if i in used:
+                continue
+            for last in range(first + 1, end + 1):
+                fits = stage(problem, node, first, last)[0] <= node.free_bytes
+                asked = problem.counts.get(node.name, last - first) == last - first
+                if fits and asked and onward(used | {i}, last):
+                    return True
+        return False
+
+    return onward(frozenset(), 0)
+
+
+def judge(problem: Problem) -> str:
+    """What is wrong with the solver's answer; empty when nothing is."""
+    layout, possible = best(problem).layout, can_fit(problem)
+    if layout is None:
+        return "refused, and it fits" if possible else ""
+    if not keeps(problem, layout):
+        return "given, and it does not fit"
+    return "" if possible else "given, and nothing fits"
+
+
+def tight_problem(chance: random.Random) -> Problem:
+    """A cluster with about as much memory as the model needs."""
+    problem = random_problem(chance, chance.randint(1, 5), chance.randint(1, 10))
+    whole = sum(problem.layer_bytes) + problem.embed_bytes + problem.head_bytes
+    share = [chance.random() for _ in problem.nodes]
+    scale = whole * chance.uniform(0.9, 1.5) / sum(share)
+    nodes = [msgspec.structs.replace(n, free_bytes=int(scale * s)) for n, s in zip(problem.nodes, share, strict=True)]
+    return msgspec.structs.replace(problem, nodes=nodes, max_fetch_bytes=None)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_that_fits_is_refused_and_nothing_else_is_given(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(15):
+        problem = tight_problem(chance)
+        assert judge(problem) == "", problem
+
+
+def test_what_a_rule_by_share_of_memory_refuses_is_given() -> None:
+    nodes = [Node("a", 22, 1.0), Node("b", 180, 1.0)]
+    # A layer is 191 / 16 of the unit, so everything is counted in sixteenths.
+    problem = Problem(
+        nodes=[msgspec.structs.replace(n, free_bytes=n.free_bytes * 16) for n in nodes],
+        layer_bytes=[191] * 16,
+        min_nodes=2,
+    )
+    layout = best(problem).layout
+    assert layout is not None
+    # It is published as (2, 14); but two layers are 23.875 of the 22 that a has, so (1, 15) is all there is.
+    assert {s.node: s.last - s.first for s in layout.slices} == {"a": 1, "b": 15}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_of_each_set_it_is_known_whether_it_can_hold_the_layers(seed: int) -> None:
+    problem = tight_problem(random.Random(seed))
+    if len(problem.layer_bytes) < 2:
+        return
+    fits = Fits(Chain(problem, problem.nodes))
+    for size in range(2, len(problem.nodes) + 1):
+        for chosen in itertools.combinations(range(len(problem.nodes)), size):
+            subset = sum(1 << i for i in chosen)
+            part = msgspec.structs.replace(
+                problem,
+                nodes=[problem.nodes[i] for i in chosen],
+                min_nodes=size,
+                max_nodes=size,
+                counts={n: c for n, c in problem.counts.items() if n in {problem.nodes[i].name for i in chosen}},
+            )
+            possible = can_fit(part)
+            assert bool(fits(np.array([subset]))[0]) == possible
+            if possible:
+                order, cuts = fits.layout(subset)
+                assert sorted(order) == list(chosen)
+                for node, first, last in zip(order, cuts, cuts[1:], strict=False):
+                    assert stage(problem, problem.nodes[node], first, last)[0] <= problem.nodes[node].free_bytes
