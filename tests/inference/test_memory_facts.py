@@ -66,7 +66,8 @@ FACTS = Facts(
     memory_pressure=0,
     accelerator="cpu",
 )
-WAVER = st.integers(-(16 << 30) // 100, (16 << 30) // 100)
+_STEP = (16 << 30) // 100
+WAVER = st.integers(-_STEP, _STEP)
 
 
 @given(WAVER, WAVER, WAVER)

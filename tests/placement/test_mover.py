@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from shoal_common.buckets import node_key
-from shoal_common.messages.commands import Drain, Place
+from shoal_common.messages.commands import Drain, Forget, Place
 from shoal_common.messages.records import InstanceSpec, NodeSpec
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -37,14 +37,10 @@ async def running(c: Cluster, max_nodes: int = 16) -> InstanceSpec:
 
 async def test_an_instance_whose_node_dies_is_placed_anew_on_the_others(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1", **SOON) as process:
-        await asyncio.gather(*(c.beat(n, 400) for n in "abc"))
-        await c.hold("a")
+        await asyncio.gather(*(c.beat(n, 400) for n in "abc"), *(c.hold(n) for n in "abc"))
         spec = await running(c)
         dead = spec.stages[1].node
         await c.die(dead)
-        await c.beat("a", 400)  # who holds the model lives
-        if dead == "a":
-            await c.hold("b")
         fresh = await anew(c, spec)
         assert fresh.epoch == spec.epoch + 1 and dead not in {s.node for s in fresh.stages}
         assert (fresh.stages[0].first_layer, fresh.stages[-1].last_layer) == (0, 4)
@@ -124,9 +120,5 @@ async def test_what_is_no_node_is_not_drained_and_one_that_was_forgotten_is_not_
         assert (await c.ask("drain", Drain(node="a"))).ok
         assert await c.here.buckets.spec.get_as(node_key("a"), NodeSpec) is not None
         await c.die("a")
-
-        async def gone() -> bool:
-            return await c.here.buckets.spec.get(node_key("a")) is None
-
-        await c.here.buckets.state.put(node_key("a"), {"node": "a", "silent_since_s": 0.0, "forgotten": True})
-        await eventually(gone, "what was wanted of it is forgotten with it", FOLLOW_DEADLINE_S)
+        assert (await c.ask("forget", Forget(node="a"))).result["found"]
+        assert await c.here.buckets.spec.get(node_key("a")) is None
