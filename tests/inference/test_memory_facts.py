@@ -81,7 +81,7 @@ def test_a_machine_that_only_wavers_says_the_same_again(available: int, reclaima
     assert steady(FACTS, now) is FACTS
 
 
-@given(st.integers((16 << 30) // 100 + 1, 4 << 30), WAVER)
+@given(st.integers(_STEP + 1, 4 << 30), WAVER)
 def test_when_a_stage_has_loaded_both_sides_of_it_are_said_at_once(loaded: int, waver: int) -> None:
     now = structs.replace(
         FACTS,
