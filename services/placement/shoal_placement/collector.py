@@ -48,25 +48,30 @@ class Collector:
         self._lease = lease
         views = (self._live, self._spec, self._state)
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
-        connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+        connection, settled_at_s, noted_at_s = reconnects.count, loop.time() + SETTLED_S, loop.time()
         while True:
             seen = tuple(view.changes for view in views)
             if reconnects.count != connection:
                 connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+                noted_at_s = settled_at_s
             try:
-                wake_s = await self._look(settled_at_s - loop.time())
+                wake_s = await self._look(settled_at_s - loop.time(), noted_at_s - loop.time())
             except Unavailable as e:
                 log.warning("cannot collect now", why=e.message)
                 wake_s = _RETRY_S
             await any_changed(views, seen, wake_s)
 
-    async def _look(self, unsettled_s: float) -> float | None:
+    async def _look(self, unsettled_s: float, excused_s: float) -> float | None:
+        """`unsettled_s`: for so long nobody is retired; `excused_s`: nor found silent, right after an outage."""
         named = self._named()
         actions = reconcile(
             named.keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
         )
         state, wake_s = self._context.buckets.state, actions.wake_s
         for silent in actions.silent:
+            if excused_s > 0:
+                wake_s = min(wake_s or excused_s, excused_s)
+                continue
             log.info("a node is silent", silent=silent.node)
             await self._state.reached(await state.put(node_key(silent.node), silent))
         for node in actions.clear:

@@ -23,10 +23,12 @@ from shoal_common.names import ModelRef, check_id
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_common.watch import View, any_changed
-from shoal_placement.collector import Collector
+from shoal_placement.collector import SETTLED_S, Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
 from shoal_placement.retire import read_retire_after
+from shoal_placement.suspect import present
+from shoal_placement.suspicion import Suspicion
 
 log = Log("placement")
 
@@ -53,15 +55,17 @@ class Placement:
         self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
+        self._suspicion = Suspicion(context, live)
 
     def _world(self) -> World:
+        here = {k: v for k, v in self._live.items("", Live) if k not in self._suspicion.silent}
         facts = {}
-        for key, live in self._live.items("", Live):
+        for key, live in here.items():
             node, _, service = key.partition(".")
             if service == "inference":
                 facts[node] = live.facts
         return World(
-            alive={key.partition(".")[0] for key, _ in self._live.items("", Live)},
+            alive={key.partition(".")[0] for key in here},
             facts=facts,
             models=[m for _, m in self._state.items("model.", ModelState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
@@ -148,26 +152,36 @@ class Placement:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))
             keeping = tasks.create_task(self._keep_instance_states())
             collecting = tasks.create_task(self._collector.run(lease))
+            suspecting = tasks.create_task(self._suspicion.run())
             await lease.wait_lost()
             over.set()
-            await ended(keeping, collecting)
+            await ended(keeping, collecting, suspecting)
             await asyncio.wait({working})
 
     async def _keep_instance_states(self) -> None:
-        """Write `state.instance` at every change that changes it."""
+        """Write `state.instance` at every change that changes it, and when an outage of NATS has been settled."""
+        views = (self._live, self._spec, self._state, self._suspicion.silent)
+        loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
+        # It may be an outage that made us the leader.
+        connection, settled_at_s = 0, loop.time()
         while True:
-            seen = (self._live.changes, self._spec.changes, self._state.changes)
-            await self._write_instance_states()
-            await any_changed((self._live, self._spec, self._state), seen)
+            seen = tuple(view.changes for view in views)
+            if reconnects.count != connection:
+                connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+            unsettled_s = settled_at_s - loop.time()
+            await self._write_instance_states(settled=unsettled_s <= 0)
+            await any_changed(views, seen, unsettled_s if unsettled_s > 0 else None)
 
-    async def _write_instance_states(self) -> None:
+    async def _write_instance_states(self, settled: bool) -> None:
         bucket = self._context.buckets.state
         specs = {s.id: s for _, s in self._spec.items("instance.", InstanceSpec)}
         told = {s.id: s for _, s in self._state.items("instance.", InstanceState)}
         stages = [s for _, s in self._state.items("stage.", StageState)]
-        live = set(self._world().facts)
+        live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".inference")}
+        silent = self._suspicion.nodes("inference")
         for name, spec in specs.items():
-            now = instance_state(spec, stages, live, told.get(name))
+            here = present(live, silent, told.get(name), settled)
+            now = instance_state(spec, stages, here, told.get(name))
             if now != told.get(name):
                 await self._state.reached(await bucket.put(instance_key(name), now))
         for name in told.keys() - specs.keys():
