@@ -79,6 +79,7 @@ async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        await c.placed_nothing()  # somebody leads, and has said so
         before = await c.here.last_sequence("KV_spec")
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
@@ -141,7 +142,9 @@ async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tm
 
 async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
-        await asyncio.gather(c.beat("a", 400), c.beat("b", 500), c.hold("b"))
+        await asyncio.gather(c.beat("a", 400), c.beat("b", 500))
+        await c.placed_nothing()  # somebody leads, and has seen who lives before it hears what they hold
+        await c.hold("b")
         ask = Ask(c.here.nats)
         before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
         seen = [
@@ -203,6 +206,34 @@ async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: N
         outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL)) for _ in range(4)))
         assert sum(o.ok for o in outcomes) == 1
         assert {o.node for o in outcomes} == {other}
+
+
+async def test_what_a_leader_had_decided_before_it_was_stopped_is_not_written_when_it_goes_on(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
+        processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2")}
+        await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
+        spec = await c.placed()
+        await c.stage(spec, 0, "ready")
+        await c.stands(spec.id, "ready")
+        leader = await c.leader()
+        (other,) = processes.keys() - {leader}
+        processes[leader].send(signal.SIGSTOP)
+        # What waits for the stopped one when it goes on: a stage has failed; much later it is well again.
+        await c.stage(spec, 0, "failed")
+        await processes[other].wait_line("msg=leading")
+        await c.stands(spec.id, "degraded")
+        await c.stage(spec, 0, "ready")
+        await c.beat("a", 3 * INSTANCE_MIB)
+        await c.stands(spec.id, "ready")
+        marker = await c.placed()
+        await c.stands(marker.id, "starting")
+        written = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")]
+        processes[leader].send(signal.SIGCONT)
+        await processes[leader].wait_line("no longer leading")
+        assert (await c.ask("unplace", Unplace(instance="none"))).node == other
+        assert [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")] == written
 
 
 async def test_placement_goes_on_after_nats_is_killed(own_nats: NatsServer, tmp_path: Path) -> None:

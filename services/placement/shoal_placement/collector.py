@@ -12,7 +12,7 @@ import time
 from nats.js.errors import NotFoundError
 
 from shoal_common import subjects
-from shoal_common.buckets import Bucket, instance_key, node_key, patiently
+from shoal_common.buckets import instance_key, node_key, patiently
 from shoal_common.company import CompanyView
 from shoal_common.errors import InUse, Unavailable
 from shoal_common.leases import Lease
@@ -24,6 +24,7 @@ from shoal_common.names import check_node
 from shoal_common.service import Context
 from shoal_common.watch import View, any_changed
 from shoal_placement.current import catch_up
+from shoal_placement.fenced import Fenced, Writes
 from shoal_placement.retire import Named, named_by, reconcile
 
 log = Log("collector")
@@ -42,10 +43,12 @@ class Collector:
         self._retire_after_s = retire_after_s
         self._collecting = asyncio.Lock()
         self._lease: Lease | None = None
+        self._writes: Writes
+        """While it leads."""
 
-    async def run(self, lease: Lease) -> None:
+    async def run(self, lease: Lease, writes: Writes) -> None:
         """Collect while this lease is held. Level-triggered: looks at everything at each change."""
-        self._lease = lease
+        self._lease, self._writes = lease, writes
         views = (self._live, self._spec, self._state)
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
         connection, settled_at_s, noted_at_s = reconnects.count, loop.time() + SETTLED_S, loop.time()
@@ -67,7 +70,7 @@ class Collector:
         actions = reconcile(
             named.keys(), self._live_nodes(), self._told(), round(time.time(), 3), self._retire_after_s
         )
-        state, wake_s = self._context.buckets.state, actions.wake_s
+        state, wake_s = self._writes.state, actions.wake_s
         for silent in actions.silent:
             if excused_s > 0:
                 wake_s = min(wake_s or excused_s, excused_s)
@@ -101,23 +104,23 @@ class Collector:
 
     async def _retire(self, node: str, why: str, found: Named) -> int:
         """Remove all that names a node; its NodeState last, so that the next leader goes on where this one ends."""
-        buckets = self._context.buckets
+        writes = self._writes
         for name in found.instances:
             # What was to run there cannot: its other nodes take their stages down when this is gone.
-            await self._delete(buckets.spec, [instance_key(name)], node)
-        await self._delete(buckets.spec, found.spec, node)
-        await self._delete(buckets.state, found.state, node)
+            await self._delete(writes.spec, [instance_key(name)], node)
+        await self._delete(writes.spec, found.spec, node)
+        await self._delete(writes.state, found.state, node)
         await self._drop_commands(node)
         if not self._may_collect(node):
             return 0
-        if await buckets.state.delete(node_key(node)):
+        if await writes.state.delete(node_key(node)):
             log.info("retired", retired=node, why=why, keys=found.count)
             await self._context.events.tell(
                 "retired", retired=node, why=why, key_count=found.count, instances=sorted(found.instances)
             )
         return found.count
 
-    async def _delete(self, bucket: Bucket, keys: list[str], node: str) -> None:
+    async def _delete(self, bucket: Fenced, keys: list[str], node: str) -> None:
         for at in range(0, len(keys), _AT_ONCE):
             if not self._may_collect(node):
                 return
@@ -151,7 +154,7 @@ class Collector:
                 return {"node": node, "found": False, "key_count": 0}
             told = NodeState(node=node, silent_since_s=round(time.time(), 3), forgotten=True)
             # Should this leader end in the middle, the next one goes on.
-            await self._state.reached(await self._context.buckets.state.put(node_key(node), told))
+            await self._state.reached(await self._writes.state.put(node_key(node), told))
             count = await self._retire(node, "forgotten", found or Named())
         if node in self._live_nodes():
             raise InUse(f"node {node} came back while it was being forgotten; it says again what it has")

@@ -12,7 +12,7 @@ import time
 from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key
 from shoal_common.cancelling import ended
 from shoal_common.commands import Verb
-from shoal_common.errors import Failed, Unavailable
+from shoal_common.errors import Unavailable
 from shoal_common.leases import Lease, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
@@ -26,6 +26,7 @@ from shoal_common.watch import View, any_changed
 from shoal_placement.collector import SETTLED_S, Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
+from shoal_placement.fenced import Writes
 from shoal_placement.retire import read_retire_after
 from shoal_placement.suspect import present
 from shoal_placement.suspicion import Suspicion
@@ -56,6 +57,8 @@ class Placement:
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
         self._suspicion = Suspicion(context, live)
+        self._writes: Writes
+        """While it leads."""
 
     def _world(self) -> World:
         here = {k: v for k, v in self._live.items("", Live) if k not in self._suspicion.silent}
@@ -87,10 +90,7 @@ class Placement:
                 return _placed(placed)
             found = await asyncio.to_thread(plan, command, self._world())
             spec = spec_of(found, name, round(time.time(), 3))
-            revision = await self._context.buckets.spec.create(instance_key(name), spec)
-            if revision is None:
-                raise Failed(f"an instance {name} exists already; send the command again with another id")
-            await self._spec.reached(revision)
+            await self._spec.reached(await self._writes.spec.put(instance_key(name), spec))
         log.info("placed", instance=name, model=spec.model, nodes=",".join(s.node for s in spec.stages))
         await self._context.events.tell("placed", instance=name, model=spec.model)
         return _placed(spec)
@@ -98,7 +98,7 @@ class Placement:
     async def unplace(self, command: Unplace, _: str) -> dict[str, object]:
         """Stop an instance and wait for its stages to be gone. One that is not there is no error (I5)."""
         name = check_id(command.instance)
-        stopped = await self._context.buckets.spec.delete(instance_key(name))
+        stopped = await self._writes.spec.delete(instance_key(name))
 
         def gone(view: View) -> bool | None:
             return None if any(True for _ in view.items(f"stage.{name}.", StageState)) else True
@@ -141,6 +141,9 @@ class Placement:
                 continue
 
     async def _lead(self, lease: Lease) -> None:
+        self._writes = Writes(self._context.buckets.spec, self._context.buckets.state, lease)
+        if not await self._writes.begin():
+            return
         log.info("leading")
         over = asyncio.Event()
         verbs = {
@@ -151,7 +154,7 @@ class Placement:
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))
             keeping = tasks.create_task(self._keep_instance_states())
-            collecting = tasks.create_task(self._collector.run(lease))
+            collecting = tasks.create_task(self._collector.run(lease, self._writes))
             suspecting = tasks.create_task(self._suspicion.run())
             await lease.wait_lost()
             over.set()
@@ -173,7 +176,7 @@ class Placement:
             await any_changed(views, seen, unsettled_s if unsettled_s > 0 else None)
 
     async def _write_instance_states(self, settled: bool) -> None:
-        bucket = self._context.buckets.state
+        bucket = self._writes.state
         specs = {s.id: s for _, s in self._spec.items("instance.", InstanceSpec)}
         told = {s.id: s for _, s in self._state.items("instance.", InstanceState)}
         stages = [s for _, s in self._state.items("stage.", StageState)]
