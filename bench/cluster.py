@@ -12,6 +12,12 @@ A thousand nodes, written by this script, that beat and hold ten models each:
 - `join_s`: from the connection of a new node's placement to its answer to a preview over all of them;
   `join_process_s`: from the start of its process.
 - `leader_cpu_pct_1000`: of one core, a leader's placement while they beat.
+
+Two nodes that run an instance together, of which one dies:
+
+- `death_seen_connection_s`: from the kill of all its processes until the instance is degraded and the node is not
+  offered for placement any more.
+- `death_seen_s`: the same for a node that is stopped (SIGSTOP), where nothing but its silence tells.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +33,7 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +48,7 @@ from shoal_common.leases import LeaseValue  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.facts import Facts, Holder, Live  # noqa: E402
 from shoal_common.messages.records import ModelState  # noqa: E402
+from tests.cluster.test_deaths import at_work  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from tests.harness.waiting import eventually  # noqa: E402
@@ -54,6 +63,7 @@ LARGE = 100 if QUICK else 1000
 MODELS_EACH = 10
 BEAT_S = 5.0
 LEAD_S = 10.0 if QUICK else 20.0
+DEATHS = 1 if QUICK else 3
 _DAY_S = 86400.0
 _STREAMS = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
 
@@ -220,12 +230,35 @@ def connected_at_s(node: Node) -> float:
     return datetime.fromisoformat(found[1]).timestamp()
 
 
+async def death_figures(directory: Path) -> dict[str, Figure]:
+    """How soon a death is seen."""
+    took: dict[signal.Signals, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
+    for number in range(DEATHS):
+        for how, seconds in took.items():
+            at = directory / f"{how.name}-{number}"
+            with NatsServer(at / "nats") as server:
+                async with at_work(at, server) as deaths:
+                    await asyncio.to_thread(deaths.site["b"]["placement"].stop)
+                    began_s = time.perf_counter()
+                    deaths.send("b", how)
+                    try:
+                        await deaths.stands("degraded")
+                        await eventually(deaths.is_not_offered_b, "b is not offered", 60)
+                        seconds.append(time.perf_counter() - began_s)
+                    finally:
+                        deaths.send("b", signal.SIGCONT)
+    return {
+        "death_seen_s": figure(median(took[signal.SIGSTOP]), "s", "<= 30"),
+        "death_seen_connection_s": figure(median(took[signal.SIGKILL]), "s", "<= 2"),
+    }
+
+
 async def measure(directory: Path) -> dict[str, Figure]:
     """All figures."""
-    idle, large = directory / "idle", directory / "large"
-    idle.mkdir()
-    large.mkdir()
-    return await idle_figures(idle) | await large_figures(large)
+    idle, large, deaths = (directory / name for name in ("idle", "large", "deaths"))
+    for part in (idle, large, deaths):
+        part.mkdir()
+    return await idle_figures(idle) | await large_figures(large) | await death_figures(deaths)
 
 
 def main() -> None:

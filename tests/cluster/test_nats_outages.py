@@ -1,4 +1,4 @@
-"""NATS killed again and again under a cluster at work, and NATS that loses its store: what goes on, what is lost."""
+"""NATS killed again and again, NATS that loses its store, everything switched off: what goes on, what is lost."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ class Cluster:
             return state is not None and state.phase == phase
 
         await eventually(so, f"{instance} is {phase}", DEADLINE_S)
+
+    async def runs_anew(self, instance: str) -> None:
+        """Return once an instance is ready, in processes of the inference services that run now."""
+
+        async def so() -> bool:
+            state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
+            stages = [await self.here.buckets.state.get_as(stage_key(instance, r), StageState) for r in range(2)]
+            children = [psutil.Process(n["inference"].pid).children() for n in self.site.nodes.values()]
+            well = all(stage is not None and stage.phase == "ready" for stage in stages)
+            return state is not None and state.phase == "ready" and well and all(children)
+
+        await eventually(so, f"{instance} is ready again", DEADLINE_S)
 
     async def stages(self, instance: str) -> list[str]:
         """Which processes run an instance's stages."""
@@ -283,3 +295,47 @@ async def test_bytes_of_a_wish_that_was_lost_with_nats_are_kept_for_who_asks_aga
         ready = await here.pull_ok("a", BIG)
         assert ready.resumed_bytes >= LEAF_BYTES
         assert site.hub_bytes(BIG) <= (16 + 2) * LEAF_BYTES
+
+
+@pytest.mark.deadline_s(400.0)
+async def test_I6_after_everything_was_switched_off_downloads_and_instances_come_back_by_themselves(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with cluster_of(tmp_path, own_nats) as cluster:
+        here, site = cluster.here, cluster.site
+        await cluster.ask("storage", "b", "pin", model=KEPT)
+        instance = await cluster.place()
+        await begin(cluster, "a", PAUSED)
+        assert (await cluster.ask("fetcher", "a", "pause", model=PAUSED))["models"] == {PAUSED: "paused"}
+        await begin(cluster, "b", BIG)
+        before = site.hub.stats().files
+
+        nodes = list(site.nodes.values())
+
+        def all_off() -> None:
+            own_nats.kill()
+            for node in nodes:
+                node.kill()
+
+        await asyncio.to_thread(all_off)
+        await asyncio.to_thread(own_nats.start)
+        for node in nodes:
+            node.start()
+        for node in nodes:
+            await node.ready(here.here)
+
+        # Nobody says anything.
+        site.hub.reset_faults()
+        ready = await here.state("b", lambda s: s.phase == "ready", BIG, DEADLINE_S)
+        assert ready.resumed_bytes >= LEAF_BYTES
+        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        assert (await outcome_of(cluster, BIG)).ok
+        assert site.hub_bytes(BIG) <= (16 + 2) * LEAF_BYTES, "more than what was in flight was read again"
+        await cluster.runs_anew(instance)
+        assert (await here.state_now("a", PAUSED) or ready).phase == "paused"
+        for name, quota, pinned in (("a", QUOTA_BYTES, 0), ("b", None, 1)):
+            disk = await here.buckets.state.get_as(storage_key(name), StorageState)
+            assert disk is not None and (disk.quota_bytes, len(disk.pinned)) == (quota, pinned)
+        after = site.hub.stats().files
+        for path in (n for n in after if KEPT in n or DEMO_MODEL in n):
+            assert after[path].gets == before[path].gets, f"{path} was on a disk and was fetched again"

@@ -127,6 +127,11 @@ class Cluster:
         assert spec is not None
         return spec
 
+    async def placed_nothing(self) -> None:
+        """Ask for what nobody holds: whoever leads answers, having seen all that was said before."""
+        outcome = await self.ask("place", Place(model="org/nothing"))
+        assert outcome.error is not None and outcome.error.code == "not_found", outcome
+
     async def spec(self, instance: str) -> InstanceSpec | None:
         """What is wanted of an instance."""
         return await self.here.buckets.spec.get_as(instance_key(instance), InstanceSpec)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from shoal_common.buckets import LEASE_TTL_S, instance_key
-from shoal_common.errors import NoRoom
+from shoal_common.errors import NoRoom, NotFound
 from shoal_common.messages.commands import Outcome, Place, Unplace
 from shoal_common.messages.records import StageSpec
 from shoal_common.questions import Ask
+from tests.harness.held import held_way
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, cluster_of
@@ -79,6 +80,7 @@ async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
+        await c.placed_nothing()  # somebody leads, and has said so
         before = await c.here.last_sequence("KV_spec")
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
@@ -142,7 +144,8 @@ async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tm
 async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
         await asyncio.gather(c.beat("a", 400), c.beat("b", 500))
-        await c.hold("b")  # not before: who has a model and does not live is noted as silent
+        await c.placed_nothing()  # somebody leads, and has seen who lives before it hears what they hold
+        await c.hold("b")
         ask = Ask(c.here.nats)
         before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
         seen = [
@@ -204,6 +207,39 @@ async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: N
         outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL)) for _ in range(4)))
         assert sum(o.ok for o in outcomes) == 1
         assert {o.node for o in outcomes} == {other}
+
+
+async def test_what_a_former_leader_wrote_arrives_when_another_leads_and_is_not_taken(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    async with (
+        cluster_of(own_nats, tmp_path) as c,
+        held_way(own_nats.url) as way,
+        c.placement("p-1", SHOAL_NATS=way.url) as first,
+    ):
+        await first.wait_line("msg=leading")
+        async with c.placement("p-2") as second:
+            await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
+            spec = await c.placed()
+            await c.stage(spec, 0, "ready")
+            await c.stands(spec.id, "ready")
+            way.flows.clear()
+            await c.stage(spec, 0, "failed")
+            await eventually(lambda: way.holds(b'"degraded"'), "what the first says is on its way", FOLLOW_DEADLINE_S)
+            await second.wait_line("msg=leading")
+            await c.stands(spec.id, "degraded")
+            await c.stage(spec, 0, "ready")
+            await c.beat("a", 3 * INSTANCE_MIB)
+            await c.stands(spec.id, "ready")
+            written = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")]
+            way.flows.set()
+            # The answer comes on the same way, after all that was held.
+            with pytest.raises(NotFound):
+                question = Place(model="org/nothing")
+                await Ask(c.here.nats)("placement", "p-1", "preview", question, dict[str, object], patience_s=10)
+            assert [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")] == written
+            state = await c.state(spec.id)
+            assert state is not None and state.phase == "ready"
 
 
 async def test_placement_goes_on_after_nats_is_killed(own_nats: NatsServer, tmp_path: Path) -> None:

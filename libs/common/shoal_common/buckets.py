@@ -195,6 +195,13 @@ class Entry(msgspec.Struct, frozen=True):
     revision: int
 
 
+class Fence(msgspec.Struct, frozen=True):
+    """A key and its revision: writes behind it are taken only as long as nobody has written that key since."""
+
+    key: str
+    revision: int
+
+
 KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
 """A message with one of these headers says that its key has no value."""
 _LOST_RACE = (10071, 10164)
@@ -218,6 +225,32 @@ class Bucket:
     async def put(self, key: str, value: object) -> int:
         """Say what is. Returns the revision."""
         return await self._publish(key, encode(value), {}, None)
+
+    async def put_behind(self, fence: Fence, key: str, value: object) -> int | None:
+        """Say what is, unless the fence is another's by now: then None, and nothing is written."""
+        return await self._publish_behind(fence, key, encode(value), {}, None)
+
+    async def delete_behind(self, fence: Fence, key: str) -> bool | None:
+        """Remove a key. False when it is absent already; None when the fence is another's."""
+        last = await self._last(key)
+        if last is None or _is_marker(last):
+            return False
+        headers = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
+        return True if await self._publish_behind(fence, key, b"", headers, MARKER_TTL_S) is not None else None
+
+    async def _publish_behind(
+        self, fence: Fence, key: str, data: bytes, headers: dict[str, str], ttl_s: int | None
+    ) -> int | None:
+        expected = {
+            "Nats-Expected-Last-Subject-Sequence": str(fence.revision),
+            "Nats-Expected-Last-Subject-Sequence-Subject": self.subject(fence.key),
+        }
+        try:
+            return await self._publish(key, data, {**headers, **expected}, ttl_s)
+        except jse.APIError as e:
+            if e.err_code in _LOST_RACE:
+                return None
+            raise
 
     async def swap(self, key: str, value: object, revision: int, ttl_s: int | None = None) -> int | None:
         """Write only if the key's last revision is `revision` (0: it never was). None when somebody was faster."""

@@ -43,6 +43,10 @@ class Lease:
         """Whether this process may still act as the holder."""
         return not self._lost.is_set() and time.monotonic() < self._until_s
 
+    def lose(self) -> None:
+        """Somebody else has it, as is known from elsewhere: stop acting as the holder."""
+        self._lost.set()
+
     async def wait_lost(self) -> None:
         """Return once the lease is lost."""
         await self._lost.wait()

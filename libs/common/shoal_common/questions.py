@@ -22,13 +22,15 @@ from shoal_common.connection import Nats
 from shoal_common.errors import Expired, Failed, NodeAway, ShoalError, Unavailable, as_body, from_body
 from shoal_common.logs import Log
 from shoal_common.messages import decode, encode
-from shoal_common.messages.questions import Answer
+from shoal_common.messages.questions import Answer, Done
 
 T = TypeVar("T")
 log = Log("questions")
 
 ASK_DEADLINE_S = 10.0
 MAX_ASKED_AT_ONCE = 64
+HERE = "here"
+"""What every service that answers questions answers: that it is there."""
 _AWAY_RETRY_S = 0.25
 _MICRO_DEADLINE_S = 2.0
 
@@ -92,6 +94,7 @@ async def serve(
     nats: Nats, service: str, node: str, questions: Mapping[str, Question], stopping: asyncio.Event
 ) -> None:
     """Answer questions until `stopping`, then finish those under way. Runs as a task of the service."""
+    questions = {**questions, HERE: Question(Done, _here)}
     gate = asyncio.Semaphore(MAX_ASKED_AT_ONCE)
     async with asyncio.TaskGroup() as tasks:
 
@@ -138,6 +141,10 @@ async def serve(
         await _unhurried(*(s.drain() for s in listening if s is not None))
         for _ in range(MAX_ASKED_AT_ONCE):
             await gate.acquire()
+
+
+async def _here(question: Done) -> Done:
+    return question
 
 
 async def _unhurried(*work: Coroutine[Any, Any, None]) -> None:

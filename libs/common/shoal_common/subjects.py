@@ -42,6 +42,11 @@ def have(node: str, blob: str) -> str:
     return f"{ROOT}.have.{node if node == '*' else check_node(node)}.{check_blob(blob)}"
 
 
+def lost(node: str) -> str:
+    """Where somebody tells that a connection to a node broke; node `*` listens to all. Core NATS, kept nowhere."""
+    return f"{ROOT}.lost.{node if node == '*' else check_node(node)}"
+
+
 def tokens(request: str) -> str:
     """Where the tokens of one answer go: core NATS, kept nowhere."""
     return f"{ROOT}.tok.{check_id(request)}"

@@ -20,6 +20,7 @@ from shoal_common.messages.records import ENDED, DownloadSpec, DownloadState
 from shoal_common.names import ModelRef
 from shoal_common.questions import Question
 from shoal_common.service import Context
+from shoal_common.sight import Sight
 from shoal_common.tensors import check_layers
 from shoal_fetcher.blobs import BlobFetcher
 from shoal_fetcher.download import Download
@@ -68,7 +69,7 @@ class Fetcher:
             buckets=context.buckets,
             around=around,
             hub=self._hub,
-            peers=Peers(from_peers, context.config.secret, around.addresses),
+            peers=Peers(from_peers, context.config.secret, around.addresses, Sight(context.nats, context.node).lost),
             busy=Counter(),
             limits=limits,
         )

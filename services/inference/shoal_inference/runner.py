@@ -23,6 +23,7 @@ from shoal_common.messages.records import ModelState, PartState, StageState
 from shoal_common.questions import Ask
 from shoal_common.reach import for_others
 from shoal_common.sending import Sender, new_id
+from shoal_common.sight import Sight
 from shoal_common.tensors import covers
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, next_address, respawn_delay_s, stage_error
@@ -53,7 +54,7 @@ class StageRunner:
     ) -> None:
         self.assignment, self._interfaces = assignment, interfaces
         self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
-        self._sender, self._ask = Sender(nats, buckets), Ask(nats)
+        self._sender, self._ask, self._sight = Sender(nats, buckets), Ask(nats), Sight(nats, config.node)
         self._spec, self._stage = assignment.spec, assignment.stage
         self._key = stage_key(self._spec.id, self._stage.rank)
         self._state = StageState(
@@ -189,8 +190,10 @@ class StageRunner:
                 log.info("stage loaded", instance=self._spec.id, rank=self._stage.rank, load_s=round(event.load_s, 2))
             case control.Linked():
                 await self._say(phase="ready", error=None)
-            case control.Unlinked(reason=reason):
+            case control.Unlinked(reason=reason, rank=rank):
                 log.warning("stage unlinked", instance=self._spec.id, rank=self._stage.rank, why=reason)
+                if rank < len(self._spec.stages):
+                    await self._sight.lost(self._spec.stages[rank].node, reason)
                 await self._say(phase="linking")
             case control.Accepted():
                 self._accept(event)

@@ -11,7 +11,7 @@ import asyncio
 from nats.js.errors import NotFoundError
 
 from shoal_common import clock, subjects
-from shoal_common.buckets import Bucket, instance_key, node_key, patiently
+from shoal_common.buckets import instance_key, node_key, patiently
 from shoal_common.company import CompanyView
 from shoal_common.errors import InUse
 from shoal_common.leases import Lease
@@ -24,6 +24,7 @@ from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.current import catch_up
+from shoal_placement.fenced import Fenced, Writes
 from shoal_placement.retire import Actions, Named, named_by, reconcile
 
 log = Log("collector")
@@ -41,18 +42,21 @@ class Collector:
         self._retire_after_s = retire_after_s
         self._collecting = asyncio.Lock()
         self._lease: Lease | None = None
+        self._writes: Writes
+        """While it leads."""
 
-    async def run(self, lease: Lease) -> None:
+    async def run(self, lease: Lease, writes: Writes) -> None:
         """Collect while this lease is held."""
-        self._lease = lease
+        self._lease, self._writes = lease, writes
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
-        connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
+        connection, settled_at_s, noted_at_s = reconnects.count, loop.time() + SETTLED_S, loop.time()
 
         async def look() -> float | None:
-            nonlocal connection, settled_at_s
+            nonlocal connection, settled_at_s, noted_at_s
             if reconnects.count != connection:
                 connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
-            return await self._look(settled_at_s - loop.time())
+                noted_at_s = settled_at_s
+            return await self._look(settled_at_s - loop.time(), noted_at_s - loop.time())
 
         await reconcile_forever(
             "collecting what retired nodes leave behind",
@@ -62,14 +66,18 @@ class Collector:
             lambda: (self._live.comings, self._spec.changes, self._state.changes),
         )
 
-    async def _look(self, unsettled_s: float) -> float | None:
+    async def _look(self, unsettled_s: float, excused_s: float) -> float | None:
+        """`unsettled_s`: for so long nobody is retired; `excused_s`: nor found silent, right after an outage."""
         named, actions = self._decide()
         if actions.silent:
             # Views run apart: what a node has may be seen before it is seen to live.
             await catch_up(self._context.nats, self._live)
             named, actions = self._decide()
-        state, wake_s = self._context.buckets.state, actions.wake_s
+        state, wake_s = self._writes.state, actions.wake_s
         for silent in actions.silent:
+            if excused_s > 0:
+                wake_s = min(wake_s or excused_s, excused_s)
+                continue
             log.info("a node is silent", silent=silent.node)
             await self._state.reached(await state.put(node_key(silent.node), silent))
         for node in actions.clear:
@@ -103,23 +111,23 @@ class Collector:
 
     async def _retire(self, node: str, why: str, found: Named) -> int:
         """Remove all that names a node; its NodeState last, so that the next leader goes on where this one ends."""
-        buckets = self._context.buckets
+        writes = self._writes
         for name in found.instances:
             # What was to run there cannot: its other nodes take their stages down when this is gone.
-            await self._delete(buckets.spec, [instance_key(name)], node)
-        await self._delete(buckets.spec, found.spec, node)
-        await self._delete(buckets.state, found.state, node)
+            await self._delete(writes.spec, [instance_key(name)], node)
+        await self._delete(writes.spec, found.spec, node)
+        await self._delete(writes.state, found.state, node)
         await self._drop_commands(node)
         if not self._may_collect(node):
             return 0
-        if await buckets.state.delete(node_key(node)):
+        if await writes.state.delete(node_key(node)):
             log.info("retired", retired=node, why=why, keys=found.count)
             await self._context.events.tell(
                 "retired", retired=node, why=why, key_count=found.count, instances=sorted(found.instances)
             )
         return found.count
 
-    async def _delete(self, bucket: Bucket, keys: list[str], node: str) -> None:
+    async def _delete(self, bucket: Fenced, keys: list[str], node: str) -> None:
         for at in range(0, len(keys), _AT_ONCE):
             if not self._may_collect(node):
                 return
@@ -153,7 +161,7 @@ class Collector:
                 return {"node": node, "found": False, "key_count": 0}
             told = NodeState(node=node, silent_since_s=round(clock.now_s(), 3), forgotten=True)
             # Should this leader end in the middle, the next one goes on.
-            await self._state.reached(await self._context.buckets.state.put(node_key(node), told))
+            await self._state.reached(await self._writes.state.put(node_key(node), told))
             count = await self._retire(node, "forgotten", found or Named())
         if node in self._live_nodes():
             raise InUse(f"node {node} came back while it was being forgotten; it says again what it has")

@@ -14,23 +14,25 @@ from shoal_common import clock
 from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key, node_key
 from shoal_common.cancelling import ended
 from shoal_common.commands import Verb
-from shoal_common.errors import Failed, NotFound, Unavailable
+from shoal_common.errors import NotFound, Unavailable
 from shoal_common.leases import Lease, LeaseValue, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.records import InstanceSpec, InstanceState, ModelState, NodeSpec, StageSpec, StageState
+from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
-from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
-from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
+from shoal_placement.decide import World, instance_id, plan, spec_of
+from shoal_placement.fenced import Writes
+from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
 from shoal_placement.settings import read_settings
+from shoal_placement.suspicion import Suspicion
 
 log = Log("placement")
 
@@ -62,16 +64,21 @@ class Placement:
         self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
-        self._mover = Mover(context, (live, spec, state), self._world, self._section, replace_after_s)
+        self._suspicion = Suspicion(context, live)
+        mover = Mover(context, (live, spec, state), self._world, self._section, replace_after_s)
+        self._instances = Instances(context, (live, spec, state), self._suspicion, mover)
+        self._writes: Writes
+        """While it leads."""
 
     def _world(self) -> World:
+        here = {k: v for k, v in self._live.items("", Live) if k not in self._suspicion.silent}
         facts = {}
-        for key, live in self._live.items("", Live):
+        for key, live in here.items():
             node, _, service = key.partition(".")
             if service == "inference":
                 facts[node] = live.facts
         return World(
-            alive={key.partition(".")[0] for key, _ in self._live.items("", Live)},
+            alive={key.partition(".")[0] for key in here},
             facts=facts,
             models=[m for _, m in self._state.items("model.", ModelState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
@@ -94,10 +101,7 @@ class Placement:
                 return _placed(placed)
             found = await asyncio.to_thread(plan, command, self._world())
             spec = spec_of(found, name, round(clock.now_s(), 3))
-            revision = await self._context.buckets.spec.create(instance_key(name), spec)
-            if revision is None:
-                raise Failed(f"an instance {name} exists already; send the command again with another id")
-            await self._spec.reached(revision)
+            await self._spec.reached(await self._writes.spec.put(instance_key(name), spec))
         log.info("placed", instance=name, model=spec.model, nodes=",".join(s.node for s in spec.stages))
         await self._context.events.tell("placed", instance=name, model=spec.model)
         return _placed(spec)
@@ -105,7 +109,8 @@ class Placement:
     async def unplace(self, command: Unplace, _: str) -> dict[str, object]:
         """Stop an instance and wait for its stages to be gone. One that is not there is no error (I5)."""
         name = check_id(command.instance)
-        stopped = await self._context.buckets.spec.delete(instance_key(name))
+        async with self._section:  # or what is being placed anew would come back
+            stopped = await self._writes.spec.delete(instance_key(name))
 
         def gone(view: View) -> bool | None:
             return None if any(True for _ in view.items(f"stage.{name}.", StageState)) else True
@@ -120,7 +125,7 @@ class Placement:
         """Say that a node is to be empty, or is not any more. Idempotent; raises NotFound for one nobody knows."""
         async with self._section:
             await self._catch_up()
-            node, spec = check_node(command.node), self._context.buckets.spec
+            node, spec = check_node(command.node), self._writes.spec
             if not command.drained:
                 was = await spec.delete(node_key(node))
             elif was := node_key(node) in self._spec:
@@ -168,6 +173,9 @@ class Placement:
             return None
 
     async def _lead(self, lease: Lease) -> None:
+        self._writes = Writes(self._context.buckets.spec, self._context.buckets.state, lease)
+        if not await self._writes.begin():
+            return
         log.info("leading")
         over = asyncio.Event()
         verbs = {
@@ -178,45 +186,13 @@ class Placement:
         }
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self._context.work(verbs, address="any", until=over))
-            keeping = tasks.create_task(self._look_after_instances(lease))
-            collecting = tasks.create_task(self._collector.run(lease))
+            keeping = tasks.create_task(self._instances.run(lease, self._writes))
+            collecting = tasks.create_task(self._collector.run(lease, self._writes))
+            suspecting = tasks.create_task(self._suspicion.run())
             await lease.wait_lost()
             over.set()
-            await ended(keeping, collecting)
+            await ended(keeping, collecting, suspecting)
             await asyncio.wait({working})
-
-    async def _look_after_instances(self, lease: Lease) -> None:
-        """Say in `state.instance` how they stand, and move those that cannot stay where they are."""
-        self._mover.begin()
-
-        async def look() -> float | None:
-            await self._write_instance_states()
-            known = self._mover.stays.copy()
-            wake_s = await self._mover.look(lease)
-            if self._mover.stays != known:
-                await self._write_instance_states()
-            return wake_s
-
-        await reconcile_forever(
-            "looking after instances",
-            (self._live, self._spec, self._state),
-            look,
-            # What the living say of themselves is nothing to go by here.
-            lambda: (self._live.comings, self._spec.changes, self._state.changes),
-        )
-
-    async def _write_instance_states(self) -> None:
-        bucket = self._context.buckets.state
-        specs = {s.id: s for _, s in self._spec.items("instance.", InstanceSpec)}
-        told = {s.id: s for _, s in self._state.items("instance.", InstanceState)}
-        stages = [s for _, s in self._state.items("stage.", StageState)]
-        live = set(self._world().facts)
-        for name, spec in specs.items():
-            now = instance_state(spec, stages, live, told.get(name), self._mover.stays.get(name))
-            if now != told.get(name):
-                await self._state.reached(await bucket.put(instance_key(name), now))
-        for name in told.keys() - specs.keys():
-            await bucket.delete(instance_key(name))
 
 
 def _placed(spec: InstanceSpec) -> Placed:

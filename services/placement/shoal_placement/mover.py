@@ -10,12 +10,12 @@ from shoal_common.buckets import instance_key
 from shoal_common.errors import ErrorBody, ShoalError
 from shoal_common.leases import Lease
 from shoal_common.logs import Log
-from shoal_common.messages import decode
 from shoal_common.messages.records import InstanceSpec
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, placed_anew
+from shoal_placement.fenced import Writes
 from shoal_placement.moves import Leaving, Moves, moves
 
 log = Log("mover")
@@ -50,7 +50,7 @@ class Mover:
         self._connection = self._context.nats.reconnects.count
         self.stays = {}
 
-    async def look(self, lease: Lease) -> float | None:
+    async def look(self, lease: Lease, writes: Writes) -> float | None:
         """Move what has to move, while the lease is held. Returns the seconds until another look is due."""
         if self._context.nats.reconnects.count != self._connection:
             # While NATS was away nobody could say that they live: they get their time anew.
@@ -65,7 +65,7 @@ class Mover:
                 for leaving in now.leaving:
                     if not lease.held:
                         return None
-                    await self._move(leaving)
+                    await self._move(leaving, writes)
         self.stays = {i: e for i, e in self.stays.items() if i in {m.spec.id for m in now.leaving}}
         wakes_s = [s for s in (now.wake_s, _LOOK_AGAIN_S if self.stays else None) if s is not None]
         return min(wakes_s, default=None)
@@ -77,8 +77,8 @@ class Mover:
         gone_s = {node: now_s - since_s for node, since_s in self._gone_since_s.items()}
         return moves(world.instances, gone_s, world.drained, self._replace_after_s)
 
-    async def _move(self, leaving: Leaving) -> None:
-        spec, key = leaving.spec, instance_key(leaving.spec.id)
+    async def _move(self, leaving: Leaving, writes: Writes) -> None:
+        spec = leaving.spec
         try:
             fresh = await asyncio.to_thread(placed_anew, spec, self._world())
         except ShoalError as e:
@@ -86,13 +86,9 @@ class Mover:
                 log.warning("cannot move", instance=spec.id, because=leaving.why, why=e.message)
             self.stays[spec.id] = e.body()
             return
-        entry = await self._context.buckets.spec.get(key)
-        if entry is None or decode(entry.value, InstanceSpec) != spec:
-            return  # changed meanwhile: there will be another look
-        revision = await self._context.buckets.spec.swap(key, fresh, entry.revision)
-        if revision is None:
-            return
-        await self._spec.reached(revision)
+        if self._spec.get(instance_key(spec.id), InstanceSpec) != spec:
+            return  # stopped meanwhile
+        await self._spec.reached(await writes.spec.put(instance_key(spec.id), fresh))
         self.stays.pop(spec.id, None)
         nodes = [stage.node for stage in fresh.stages]
         log.info("moved", instance=spec.id, because=leaving.why, nodes=",".join(nodes), epoch=fresh.epoch)

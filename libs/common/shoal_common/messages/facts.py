@@ -59,6 +59,14 @@ class Facts(Message):
     disk_free_bytes: int = 0
 
 
+class LostSight(Message):
+    """`shoal.v1.lost.<node>`: a connection to the node broke or was refused. Whoever minds asks the node itself."""
+
+    by: str
+    """The node that says so."""
+    why: str = ""
+
+
 class Live(Message):
     """The value of `live` at `<node>.<service>`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from shoal_common import clock
 from shoal_common.credentials import blob_token
@@ -20,10 +20,19 @@ PAGE_BYTES = 256 << 10
 
 
 class Peers:
-    """The other nodes' fileservers. `addresses()` says which live ones there are, and where."""
+    """The other nodes' fileservers. `addresses()` says which live ones there are, and where.
 
-    def __init__(self, client: PeerClient, secret: str, addresses: Callable[[], dict[str, list[str]]]) -> None:
-        self._client, self._secret, self._addresses = client, secret, addresses
+    `lost(node, why)` is told of connections that break or are refused.
+    """
+
+    def __init__(
+        self,
+        client: PeerClient,
+        secret: str,
+        addresses: Callable[[], dict[str, list[str]]],
+        lost: Callable[[str, str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._client, self._secret, self._addresses, self._lost = client, secret, addresses, lost
         self._rates = Rates()
 
     async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: Took) -> Reply:
@@ -108,6 +117,8 @@ class Peers:
                 raise
             except Unavailable as e:
                 rates.failed(node, address, time.monotonic())
+                if self._lost is not None:
+                    await self._lost(node, e.message)
                 if landing.begun:
                     raise
                 error = e

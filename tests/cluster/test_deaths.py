@@ -1,0 +1,188 @@
+"""How the death of a node is seen, and what is no death. Orders of events; bench/cluster.py has the seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from shoal_common.buckets import instance_key, live_key
+from shoal_common.errors import NotFound
+from shoal_common.messages.commands import Outcome, Place
+from shoal_common.messages.records import InstanceState
+from shoal_common.questions import Ask
+from shoal_common.sending import Sender, new_id
+from shoal_common.subjects import ANY
+from shoal_demo import DEMO_MODEL, MODELS_DIR
+from shoal_demo.running import running_hub
+from tests.fetcher.pulling import Pulls, Site
+from tests.harness.nats import NatsServer
+from tests.harness.node import Node, running_nodes
+from tests.harness.waiting import eventually
+
+SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference")
+DEADLINE_S = 90.0
+AWAY_S = 10.0
+"""How long NATS is away."""
+
+
+class Deaths:
+    """Two nodes that run an instance together."""
+
+    def __init__(self, site: Site, here: Pulls) -> None:
+        self.site, self.here, self.instance = site, here, ""
+        self.said: list[str] = []
+        """What was said of instances and nodes, in order: `ready`, `degraded`, `node b`, `event retired`."""
+
+    async def listen(self) -> None:
+        """Note what is said from now on."""
+
+        async def state(message: Any) -> None:
+            kind, _, rest = message.subject.removeprefix("$KV.state.").partition(".")
+            if kind == "node":
+                self.said.append(f"node {rest}")
+            elif kind == "instance" and message.data:
+                self.said.append(json.loads(message.data)["phase"])
+
+        async def event(message: Any) -> None:
+            self.said.append(f"event {message.subject.rpartition('.')[2]}")
+
+        await self.here.here.client.subscribe("$KV.state.>", cb=state)
+        await self.here.here.client.subscribe("shoal.v1.evt.placement.>", cb=event)
+        await self.here.here.client.flush()
+
+    async def place(self, *nodes: str) -> Outcome:
+        """Ask for the demo's model on these nodes."""
+        command = Place(model=DEMO_MODEL, nodes=list(nodes), min_nodes=len(nodes), context_tokens=256)
+        sender = Sender(self.here.here.nats, self.here.buckets)
+        return await sender.outcome_of("placement", ANY, "place", command, new_id(), DEADLINE_S)
+
+    async def stands(self, phase: str) -> None:
+        """Return once the instance stands so."""
+
+        async def so() -> bool:
+            state = await self.here.buckets.state.get_as(instance_key(self.instance), InstanceState)
+            return state is not None and state.phase == phase
+
+        await eventually(so, f"the instance is {phase}", DEADLINE_S)
+
+    async def is_not_offered_b(self) -> bool:
+        """Whether the leader, which is a's, would place nothing on b."""
+        question = Place(model=DEMO_MODEL, nodes=["b"], context_tokens=256)
+        try:
+            await Ask(self.here.here.nats)("placement", "a", "preview", question, dict[str, object])
+        except NotFound as e:
+            assert "no inference service is live on b" in e.message
+            return True
+        return False
+
+    async def is_said_to_live(self, node: str) -> bool:
+        """Whether the key of its inference is there."""
+        return await self.here.buckets.live.get(live_key(node, "inference")) is not None
+
+    def send(self, node: str, number: signal.Signals) -> None:
+        """A signal to all processes of a node, its stages included."""
+        for service in self.site[node].services.values():
+            if not service.running:
+                continue
+            children = psutil.Process(service.pid).children(recursive=True)
+            service.send(number)
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    child.send_signal(number)
+
+
+@asynccontextmanager
+async def at_work(tmp_path: Path, server: NatsServer) -> AsyncIterator[Deaths]:
+    """An instance over a and b, ready."""
+    hub_root = tmp_path / "hub"
+    shutil.copytree(MODELS_DIR / DEMO_MODEL, hub_root / DEMO_MODEL)
+    with running_hub(hub_root, process=True) as hub:
+        nodes = {n: Node(tmp_path / n, n, server.url, SERVICES, HF_ENDPOINT=hub.base_url) for n in "ab"}
+        site = Site(server, hub, hub_root, nodes, repo=DEMO_MODEL)
+        with running_nodes(*nodes.values()):
+            async with site.join() as here:
+                for node in nodes.values():
+                    await node.ready(here.here)
+                deaths = Deaths(site, here)
+                try:
+                    for name in nodes:
+                        await here.pull_ok(name)
+                    placed = await deaths.place("a", "b")
+                    assert placed.ok, placed.error
+                    deaths.instance = str(placed.result["instance"])
+                    await deaths.stands("ready")
+                    await deaths.listen()
+                    yield deaths
+                except BaseException:
+                    print(*(node.log() for node in nodes.values()))
+                    raise
+
+
+@pytest.mark.deadline_s(250.0)
+async def test_a_broken_connection_tells_of_a_death_long_before_the_liveness_key_expires(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with at_work(tmp_path, own_nats) as deaths:
+        # b does not lead: what is shown is how its death is seen, not how the next leader is found.
+        await asyncio.to_thread(deaths.site["b"]["placement"].stop)
+        deaths.send("b", signal.SIGKILL)
+        await deaths.stands("degraded")
+        await eventually(deaths.is_not_offered_b, "b is not offered for placement", DEADLINE_S)
+        assert await deaths.is_said_to_live("b"), "only the missing key told of it"
+        assert "event retired" not in deaths.said
+
+
+@pytest.mark.deadline_s(250.0)
+async def test_a_node_that_falls_silent_is_seen_by_its_missing_key_and_taken_back_when_it_speaks(
+    tmp_path: Path, own_nats: NatsServer
+) -> None:
+    async with at_work(tmp_path, own_nats) as deaths:
+        await asyncio.to_thread(deaths.site["b"]["placement"].stop)
+        deaths.send("b", signal.SIGSTOP)
+        try:
+            await deaths.stands("degraded")
+            refused = await deaths.place("b")
+            assert refused.error is not None and "no inference service is live on b" in refused.error.message
+        finally:
+            deaths.send("b", signal.SIGCONT)
+        await deaths.stands("ready")
+        assert "event retired" not in deaths.said
+
+
+@pytest.mark.deadline_s(250.0)
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_while_nats_is_away_for_ten_seconds_nobody_is_declared_dead(
+    tmp_path: Path, own_nats: NatsServer, how: str
+) -> None:
+    async with at_work(tmp_path, own_nats) as deaths:
+        if how == "killed":
+            seen = deaths.here.here.nats.reconnects.count
+            await asyncio.to_thread(own_nats.kill)
+            await asyncio.sleep(AWAY_S)  # how long it is away
+            await asyncio.to_thread(own_nats.start)
+            await deaths.here.here.nats.reconnects.wait_after(seen)
+        else:
+            psutil.Process(own_nats.pid).suspend()
+            await asyncio.sleep(AWAY_S)  # the same
+            psutil.Process(own_nats.pid).resume()
+        # Placed after it, on both: whoever leads now has seen both, and decided.
+        placed = await deaths.place("a", "b")
+        assert placed.ok, placed.error
+        second = str(placed.result["instance"])
+
+        async def ready() -> bool:
+            state = await deaths.here.buckets.state.get_as(instance_key(second), InstanceState)
+            return state is not None and state.phase == "ready"
+
+        await eventually(ready, "another instance is ready", DEADLINE_S)
+        await deaths.stands("ready")
+        assert not {"degraded", "failed", "node a", "node b", "event retired"} & set(deaths.said), deaths.said

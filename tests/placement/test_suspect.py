@@ -1,0 +1,59 @@
+"""What a silence means before a liveness key expires, and what a missing key means after an outage of NATS."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_common.messages.records import InstanceState
+from shoal_common.subjects import SERVICES
+from shoal_placement.suspect import ANSWERING, present, silent_keys, to_ask
+
+NODES = ("a", "a-2", "b")
+keys = st.sets(st.builds(lambda n, s: f"{n}.{s}", st.sampled_from(NODES), st.sampled_from(SERVICES)))
+nodes = st.sets(st.sampled_from(NODES))
+
+
+def instance(phase: str, *on: str) -> InstanceState:
+    return InstanceState(id="i", repo="org/name", commit="c", phase=phase, nodes=list(on))  # type: ignore[arg-type]  # one of its literals
+
+
+@given(keys, st.sampled_from(NODES))
+def test_only_live_services_of_the_node_are_asked_and_only_those_that_answer_questions(
+    live: set[str], node: str
+) -> None:
+    asked = to_ask(node, live)
+    assert {f"{node}.{service}" for service in asked} <= live
+    assert set(asked) <= set(ANSWERING)
+
+
+@given(keys, st.sampled_from(NODES), st.data())
+def test_who_answers_is_never_away_and_nobody_else_s_silence_counts(
+    live: set[str], node: str, data: st.DataObject
+) -> None:
+    answered = {service: data.draw(st.booleans()) for service in to_ask(node, live)}
+    silent = silent_keys(node, live, answered)
+    assert silent <= {key for key in live if key.startswith(f"{node}.")}
+    assert not {f"{node}.{service}" for service, spoke in answered.items() if spoke} & silent
+    assert {f"{node}.{service}" for service, spoke in answered.items() if not spoke} <= silent
+
+
+def test_of_a_node_whose_services_are_all_silent_those_that_were_not_asked_count_as_away_too() -> None:
+    live = {"a.inference", "a.fileserver", "b.fileserver"}
+    assert silent_keys("a", live, {"inference": False}) == {"a.inference", "a.fileserver"}
+    assert silent_keys("a", live, {"inference": True}) == set()
+    assert silent_keys("b", live, {}) == set(), "where nobody was asked nobody is suspect"
+
+
+@given(nodes, nodes, st.sampled_from(["starting", "ready", "degraded", "failed"]), st.booleans())
+def test_a_silent_node_is_never_present_and_a_missing_key_is_excused_only_after_an_outage_and_only_where_all_was_well(
+    live: set[str], silent: set[str], phase: str, settled: bool
+) -> None:
+    here = present(live, silent, instance(phase, "a", "b"), settled)
+    assert not here & silent
+    assert live - silent <= here
+    if settled or phase != "ready":
+        assert here == live - silent
+    else:
+        assert {"a", "b"} - silent <= here
+    assert present(live, silent, None, settled) == live - silent
