@@ -13,8 +13,8 @@ from tests.cluster.chaos import HARMS, Chaos
 from tests.cluster.chaos_checks import check
 from tests.cluster.chaos_site import running_world
 
-ROUNDS = int(os.environ.get("SHOAL_CHAOS_ROUNDS", "4"))
-SEED = os.environ.get("SHOAL_CHAOS_SEED", "a quiet day")
+ROUNDS = int(os.environ.get("SHOAL_CHAOS_ROUNDS", "5"))
+SEED = os.environ.get("SHOAL_CHAOS_SEED", "day-173")  # one that draws most kinds in a few rounds
 KINDS = set((os.environ.get("SHOAL_CHAOS_KINDS") or ",".join(HARMS)).split(","))
 LONGEST_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
 
