@@ -12,7 +12,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 import msgspec
@@ -35,6 +35,9 @@ from tests.harness.waiting import eventually
 
 _SENT_AGAIN_S = 15.0
 _QUOTAS = (None, 1 << 30, 2 << 30)
+_BESIDE_OTHERS = ("network", "full_disk", "clock")
+"""What may go wrong while something else does."""
+_TWO_AT_ONCE = 0.3
 _CLOCKS_S = (-7 * 3600.0, -1200.0, -45.0, 0.0, 90.0, 5 * 3600.0, 40 * 86400.0)
 
 
@@ -68,11 +71,16 @@ class Chaos:
         self._harms = [harm for harm in HARMS if harm in harms and can.get(harm, True)]
 
     async def round(self, number: int) -> None:
-        """Some commands, and one thing that goes wrong in their midst."""
+        """Some commands, and a thing that goes wrong in their midst, or two at once."""
         for _ in range(self.draw.randrange(1, 4)):
             self._command(number)
-        [harm] = self.draw.choices(self._harms, weights=[HARMS[h][0] for h in self._harms])
-        await HARMS[harm][1](self, number)
+        harms = self.draw.choices(self._harms, weights=[HARMS[h][0] for h in self._harms])
+        beside = [harm for harm in _BESIDE_OTHERS if harm in self._harms and harm not in harms]
+        if beside and self.draw.random() < _TWO_AT_ONCE:
+            harms.append(self.draw.choice(beside))
+        async with asyncio.TaskGroup() as tasks:
+            for harm in harms:
+                tasks.create_task(HARMS[harm][1](self, number))
 
     # Commands
 
@@ -173,9 +181,10 @@ class Chaos:
     async def remove(self, number: int) -> None:
         """Somebody removes a blob by hand."""
         node, _ = self._somebody()
+        which = self.draw.random()
         found = await asyncio.to_thread(lambda: sorted(node.layout.blobs.glob("*/*")))
         if found:
-            victim = self.draw.choice(found)
+            victim = found[int(which * len(found))]
             self.did.append(f"{number}: remove {victim.name[:12]} of {node.id} by hand")
             self.removed.add(victim.name)
             await asyncio.to_thread(victim.unlink, missing_ok=True)
@@ -280,7 +289,7 @@ class Chaos:
         ]
 
 
-HARMS: dict[str, tuple[int, Callable[[Chaos, int], Awaitable[None]]]] = {
+HARMS: dict[str, tuple[int, Callable[[Chaos, int], Coroutine[None, None, None]]]] = {
     "kill": (6, Chaos.kill),
     "kill_node": (2, Chaos.kill_node),
     "stop": (3, Chaos.stop),

@@ -42,6 +42,20 @@ async def check(
     assert await _ghosts(site, here) == [], "I8"
 
 
+async def still_works(site: Site, here: Pulls, model: str, size_bytes: int) -> None:
+    """Each node does at once what it is asked, and I9: the hub sends a model once for all of them."""
+    site.hub.reset_stats()
+    for name in site.nodes:
+        done = await here.ask(name, "configure", b'{"max_storage_bytes": null}', service="storage")
+        assert done.ok, f"{name} is not configured: {done.error}"
+        await here.pull_ok(name, model)
+    assert site.hub_bytes(model) <= 1.02 * size_bytes, "I9"
+    for node in site.nodes.values():
+        await eventually(_is_as_said(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
+        await here.delete(node.id, model)
+        assert not [m for m in manifests(node) if m.repo == model]
+
+
 def _check_store(node: Node, removed: Collection[str]) -> None:
     """I1: a blob hashes to its name. I2: of a manifest nothing is missing but what was removed by hand."""
     here = blobs(node)

@@ -427,6 +427,18 @@ async def test_a_start_survives_what_the_disk_does_not_let_go_and_a_delete_ends_
         await case.nothing_is_left()
 
 
+async def test_garbage_collection_ends_a_delete_that_was_refused_midway(site: Site) -> None:
+    async with case_of(site) as case:
+        await present(case)
+        with immutable(await case.view()):
+            assert not (await case.ask("delete", "storage")).ok
+            collected = await case.ask("gc", "storage")
+            assert collected.ok, "what stays does not keep the rest from going"
+        collected = await case.ask("gc", "storage")
+        assert collected.ok
+        await case.nothing_is_left()
+
+
 async def test_a_model_whose_delete_was_refused_midway_comes_back_whole(site: Site) -> None:
     async with case_of(site) as case:
         await present(case)

@@ -160,8 +160,13 @@ class Room:
         )
 
     async def remove_garbage(self, blobs: Iterable[str] | None = None) -> int:
-        """Remove these blobs, or all that nothing refers to. Returns bytes freed."""
+        """Remove these blobs, or all that nothing refers to, and what deletes have left. Returns bytes freed."""
         freed, ledger = 0, self._ledger
+        for model in list(ledger.leaving):
+            try:
+                freed += await self._remove(model)
+            except OSError as e:  # as before; it does not keep others from going
+                log.warning("what is left of a deleted model could not be removed", model=model, why=str(e))
         needed, spare = referenced(ledger), spare_copies(ledger)
         for sha256 in garbage_of(ledger) if blobs is None else blobs:
             for further, size_bytes in spare.get(sha256, {}).items():
