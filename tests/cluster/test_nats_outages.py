@@ -311,7 +311,9 @@ async def test_I6_after_everything_was_switched_off_downloads_and_instances_come
         before = site.hub.stats().files
 
         nodes = list(site.nodes.values())
-        await asyncio.to_thread(lambda: [own_nats.kill(), *(node.kill() for node in nodes)])
+        await asyncio.to_thread(own_nats.kill)
+        for node in nodes:
+            await asyncio.to_thread(node.kill)
         await asyncio.to_thread(own_nats.start)
         for node in nodes:
             node.start()
