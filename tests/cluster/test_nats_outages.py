@@ -311,13 +311,9 @@ async def test_I6_after_everything_was_switched_off_downloads_and_instances_come
         before = site.hub.stats().files
 
         nodes = list(site.nodes.values())
-
-        def all_off() -> None:
-            own_nats.kill()
-            for node in nodes:
-                node.kill()
-
-        await asyncio.to_thread(all_off)
+        await asyncio.to_thread(own_nats.kill)
+        for node in nodes:
+            await asyncio.to_thread(node.kill)
         await asyncio.to_thread(own_nats.start)
         for node in nodes:
             node.start()
