@@ -20,17 +20,18 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, StageSpec, StageState
+from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, PartState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
-from shoal_placement.decide import World, instance_id, plan, spec_of
+from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
+from shoal_placement.planning import plan, spec_of
 from shoal_placement.settings import read_settings
 from shoal_placement.suspicion import Suspicion
 
@@ -81,6 +82,7 @@ class Placement:
             alive={key.partition(".")[0] for key in here},
             facts=facts,
             models=[m for _, m in self._state.items("model.", ModelState)],
+            parts=[p for _, p in self._state.items("part.", PartState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
             drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
         )

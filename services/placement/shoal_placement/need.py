@@ -84,6 +84,8 @@ def need_of(
         head_bytes=shape.head_bytes,
         tied=shape.tied,
         stage_bytes=STAGE_OVERHEAD_BYTES + pass_bytes(shape, context_tokens, fused, chunk_tokens),
+        weight_bytes=shape.layer_bytes,
+        layer_work_bytes=shape.layer_active_bytes or shape.layer_bytes,
     )
 
 

@@ -115,6 +115,22 @@ class Place(Command):
     """Only these nodes; empty means any live one."""
     context_tokens: int = 0
     """Tokens of context to keep room for; 0 means the model's own limit, at most 4096."""
+    without: list[str] = []
+    """Not these nodes."""
+    objective: Literal["latency", "throughput", "balanced"] = "latency"
+    """What the layout is best at: one answer at a time, `in_flight` at once, or as many as it has stages."""
+    in_flight: int = 0
+    """For `throughput`: answers at once; 0 means 4."""
+    allow_low_memory: bool = False
+    """Also where other programs would have to give memory back (tier `tight`)."""
+    force: bool = False
+    """Also without a reserve for the system (tier `force`)."""
+    layers: dict[str, int] = {}
+    """These nodes take exactly so many layers."""
+    max_fetch_bytes: int | None = None
+    """The most that all nodes together may have to download."""
+    layout: str = ""
+    """Exactly these nodes with so many layers each, in this order, as a preview names them: `a:14,b:2`."""
 
 
 class Unplace(Command):

@@ -331,6 +331,13 @@ class Asked(Message):
     min_nodes: int = 1
     max_nodes: int = 16
     nodes: list[str] = []
+    without: list[str] = []
+    objective: Literal["latency", "throughput", "balanced"] = "latency"
+    in_flight: int = 0
+    allow_low_memory: bool = False
+    force: bool = False
+    layers: dict[str, int] = {}
+    max_fetch_bytes: int | None = None
 
 
 class InstanceSpec(Message):
@@ -345,6 +352,8 @@ class InstanceSpec(Message):
     """Counts layouts: each time the instance is placed anew, its stages are others."""
     created_at_s: float = 0.0
     asked: Asked = Asked()
+    tier: Literal["fits", "tight", "force"] = "fits"
+    """Into which memory it was placed."""
 
     @property
     def model(self) -> str:

@@ -1,6 +1,18 @@
 """The layout problem and its solver: pure. `problem.py` says what is asked and what is answered."""
 
 from shoal_placement.solve.problem import Answer, Layout, Node, Problem, Slice
-from shoal_placement.solve.rooms import Need, Room, slice_bytes, solve
+from shoal_placement.solve.rooms import Need, Room, problem_of, slice_bytes, solve, solved
 
-__all__ = ["Answer", "Layout", "Need", "Node", "Problem", "Room", "Slice", "slice_bytes", "solve"]
+__all__ = [
+    "Answer",
+    "Layout",
+    "Need",
+    "Node",
+    "Problem",
+    "Room",
+    "Slice",
+    "problem_of",
+    "slice_bytes",
+    "solve",
+    "solved",
+]

@@ -32,6 +32,10 @@ class Need(msgspec.Struct, frozen=True):
     tied: bool = False
     stage_bytes: int = 0
     """What every stage takes beside its layers."""
+    weight_bytes: Sequence[int] = ()
+    """Of each layer, without its cache: what is downloaded. Empty: `layer_bytes`."""
+    layer_work_bytes: Sequence[int] = ()
+    """Of each layer, what is read for a token. Empty: `layer_bytes`."""
 
 
 class Room(msgspec.Struct, frozen=True):
@@ -43,6 +47,8 @@ class Room(msgspec.Struct, frozen=True):
     """Whether the model is on its disk already."""
     s_per_byte: float = S_PER_BYTE
     """Seconds to read a byte of its memory: a layer is read once for each token."""
+    lacks: Sequence[float] = ()
+    """Of each layer, the share that is not on its disk; empty: all of it, or none where it `holds` the model."""
 
 
 def problem_of(
@@ -53,7 +59,8 @@ def problem_of(
     link_s: Sequence[Sequence[float]] = (),
     in_flight: int = 1,
 ) -> Problem:
-    """The layout problem. A layer's work is its bytes; links that are not known take `LINK_S`."""
+    """The layout problem. A layer's work is the bytes that are read for a token; links that are not known take `LINK_S`."""
+    count, weights = len(need.layer_bytes), need.weight_bytes or need.layer_bytes
     whole = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
     fastest = min((r.s_per_byte for r in rooms), default=S_PER_BYTE)
     nodes = [
@@ -61,18 +68,19 @@ def problem_of(
             name=r.node,
             free_bytes=r.free_bytes,
             s_per_work=r.s_per_byte,
-            fetch_bytes=() if r.holds else need.layer_bytes,
-            fetch_embed_bytes=0 if r.holds else need.embed_bytes,
-            fetch_head_bytes=0 if r.holds else need.head_bytes,
+            fetch_bytes=[round(b * lack) for b, lack in zip(weights, _lacks(r, count), strict=True)],
+            fetch_embed_bytes=round(need.embed_bytes * _lacks(r, count)[0]),
+            fetch_head_bytes=round(need.head_bytes * _lacks(r, count)[-1]),
             price_s_per_byte=ROOM_PRICE * fastest * whole / (whole + max(r.free_bytes, 0)),
         )
         for r in rooms
     ]
+    work = need.layer_work_bytes or need.layer_bytes
     alone = [[0.0 if a is b else LINK_S for b in rooms] for a in rooms]
     return Problem(
         nodes=nodes,
         layer_bytes=need.layer_bytes,
-        layer_work=[float(max(b, 1)) for b in need.layer_bytes],
+        layer_work=[float(max(b, 1)) for b in work],
         embed_bytes=need.embed_bytes,
         head_bytes=need.head_bytes,
         head_work=float(need.head_bytes),
@@ -98,8 +106,17 @@ def solve(
     ranked = sorted(range(len(rooms)), key=lambda i: rooms[i].node)
     told = [[link_s[a][b] for b in ranked] for a in ranked] if link_s else ()
     problem = problem_of(need, [rooms[i] for i in ranked], min_nodes, max_nodes, told, in_flight)
+    return solved(problem)
+
+
+def solved(problem: Problem) -> Layout | None:
+    """The best layout; of those that are as good, the one that leaves the fullest node emptiest. None: none fits."""
     answer = best(problem)
     return None if answer.layout is None else emptiest(problem, answer.layout)
+
+
+def _lacks(room: Room, count: int) -> Sequence[float]:
+    return room.lacks or [0.0 if room.holds else 1.0] * count
 
 
 def slice_bytes(need: Need, first: int, last: int) -> int:

@@ -1,0 +1,293 @@
+"""From a request and what is known of the cluster to a layout, its alternatives, or a refusal with figures. Pure.
+
+The tiers are tried in order (`tiers.py`): what fits in free memory is never put where other programs would have to give
+way. docs/placement.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+from msgspec import structs
+
+from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
+from shoal_common.messages.commands import Place
+from shoal_common.messages.facts import Facts
+from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, ModelState, PartState, StageSpec
+from shoal_placement.decide import World, context_for, find_model
+from shoal_placement.need import need_of, promised_bytes, stage_key, unfused_bytes
+from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
+from shoal_placement.solve.answers import preview
+from shoal_placement.solve.cost import keeps, layout_of
+from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
+
+IN_FLIGHT = 4
+"""Requests at once, where `throughput` is asked for and not said for how many."""
+_TIERS: tuple[Tier, ...] = ("fits", "tight", "force")
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A layout for a request."""
+
+    model: ModelState
+    shape: ModelShape
+    layout: Layout
+    context_tokens: int
+    tier: Tier = "fits"
+    asked: Asked = Asked()
+    rooms: Mapping[str, Tiers] = {}
+    """What each node had for one more stage."""
+
+    @property
+    def name(self) -> str:
+        """The layout in a word, by which it can be asked for: `a:14,b:2`."""
+        return ",".join(f"{s.node}:{s.last - s.first}" for s in self.layout.slices)
+
+
+class _Question(msgspec.Struct, frozen=True):
+    """A request that was understood: what is needed, and what each node has."""
+
+    request: Place
+    model: ModelState
+    shape: ModelShape
+    context_tokens: int
+    need: Need
+    facts: Mapping[str, Facts]
+    rooms: Mapping[str, Tiers]
+    lacks: Mapping[str, Sequence[float]]
+    """Of each layer, how much of it a node would have to download: 0 to 1."""
+
+    def problem(self, tier: Tier, in_flight: int) -> Problem:
+        rooms = [
+            Room(
+                node,
+                room.of(tier),
+                lacks=self.lacks[node],
+                **({"s_per_byte": 1 / speed} if (speed := self.facts[node].memory_bytes_per_s) > 0 else {}),
+            )
+            for node, room in sorted(self.rooms.items())
+        ]
+        asked = problem_of(self.need, rooms, self.request.min_nodes, self.request.max_nodes, in_flight=in_flight)
+        return structs.replace(asked, counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes)
+
+    def plan(self, layout: Layout, tier: Tier) -> Plan:
+        asked = Asked(**{name: getattr(self.request, name) for name in Asked.__struct_fields__})
+        return Plan(self.model, self.shape, layout, self.context_tokens, tier, asked, self.rooms)
+
+
+def plan(request: Place, world: World) -> Plan:
+    """The best layout of the first tier that has one. Raises NotFound, Unsupported, BadInput, or NoRoom with the
+    figures of every node, and the tier that would do where that was not allowed."""
+    asked = _understood(request, world)
+    if request.layout:
+        return _as_named(asked)
+    allowed = allowed_tiers(request)
+    for tier in _TIERS:
+        layout = solved(asked.problem(tier, in_flight(request)))
+        if layout is not None and tier in allowed:
+            return asked.plan(layout, tier)
+        if layout is not None:
+            raise _no_room(asked, tier)
+    raise _no_room(asked, None)
+
+
+def previews(request: Place, world: World) -> list[Plan]:
+    """What could be chosen: for each number of nodes the best layout of the first tier that has one. The tier that
+    a request allows does not matter here; what `plan` would choose comes first. Raises what `plan` raises."""
+    asked = _understood(request, world)
+    if request.layout:
+        return [_as_named(structs.replace(asked, request=structs.replace(request, force=True)))]
+    found: dict[int, Plan] = {}
+    for tier in _TIERS:
+        for count, answer in preview(asked.problem(tier, in_flight(request))).items():
+            if answer.layout is not None and count not in found:
+                found[count] = asked.plan(answer.layout, tier)
+    if not found:
+        raise _no_room(asked, None)
+    return sorted(found.values(), key=lambda p: (_TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
+
+
+def allowed_tiers(request: Place) -> tuple[Tier, ...]:
+    """Those up to the one that a request names."""
+    return _TIERS[: 3 if request.force else 2 if request.allow_low_memory else 1]
+
+
+def in_flight(request: Place) -> int:
+    """Requests at once that the layout is for; 0 for as many as it has stages. Raises BadInput."""
+    if request.objective == "latency":
+        return 1
+    if request.objective == "balanced":
+        return 0
+    return request.in_flight or IN_FLIGHT
+
+
+def _understood(request: Place, world: World) -> _Question:
+    if not 1 <= request.min_nodes <= request.max_nodes:
+        raise BadInput(f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes} leave nothing to choose")
+    model = find_model(request.model, world)
+    if model.shape is None:
+        raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is not known'}")
+    shape, context_tokens = model.shape, context_for(request.context_tokens, model.shape)
+    named = {*request.nodes, *request.layers, *(node for node, _ in _named_layout(request.layout))}
+    unknown = sorted(named - set(world.facts))
+    if unknown:
+        raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
+    drained = sorted(named & world.drained)
+    if drained:
+        raise BadInput(f"{', '.join(drained)} is drained: `shoal node drain {drained[0]} --undo` lets it work again")
+    facts = {
+        node: f
+        for node, f in world.facts.items()
+        if node not in world.drained and node not in request.without and (not request.nodes or node in request.nodes)
+    }
+    promised = promised_bytes(world.instances, world.models, world.facts)
+    rooms = {}
+    for node, own in facts.items():
+        room, more = tiers(own, promised.get(node, {})), unfused_bytes(shape, context_tokens, own)
+        rooms[node] = Tiers(room.fits_bytes - more, room.tight_bytes - more, room.force_bytes - more)
+    count = len(shape.layer_bytes)
+    holders = {m.node for m in world.models if m.model == model.model}
+    parts = {p.node: p for p in world.parts if p.model == model.model}
+    lacks = {n: [0.0] * count if n in holders else _lacks(parts.get(n), count) for n in facts}
+    need = need_of(shape, context_tokens)
+    return _Question(request, model, shape, context_tokens, need, facts, rooms, lacks)
+
+
+def _lacks(part: PartState | None, count: int) -> list[float]:
+    runs = part.layers if part is not None else []
+    return [0.0 if any(first <= layer < end for first, end in runs) else 1.0 for layer in range(count)]
+
+
+def _named_layout(text: str) -> list[tuple[str, int]]:
+    """`a:14,b:2` as nodes and their numbers of layers, in order. Raises BadInput."""
+    found = []
+    for part in text.split(",") if text else []:
+        node, _, count = part.rpartition(":")
+        if not node or not (count.isascii() and count.isdecimal() and 0 < int(count[:6]) < 100_000):
+            raise BadInput(f"{text[:80]!r} is no layout: write nodes and numbers of layers, as previews do: a:14,b:2")
+        found.append((node, int(count)))
+    if len({node for node, _ in found}) < len(found):
+        raise BadInput(f"{text[:80]!r} names a node twice")
+    return found
+
+
+def _as_named(asked: _Question) -> Plan:
+    """The layout that a preview showed, if it still fits as it was allowed to."""
+    named, layers = _named_layout(asked.request.layout), len(asked.shape.layer_bytes)
+    if sum(count for _, count in named) != layers:
+        raise BadInput(f"{asked.request.layout!r} does not have the model's {layers} layers")
+    missing = [node for node, _ in named if node not in asked.rooms]
+    if missing:
+        raise BadInput(f"{', '.join(missing)} is left out by the request itself: see `nodes` and `without`")
+    cuts = [0]
+    for _, count in named:
+        cuts.append(cuts[-1] + count)
+    needed = [slice_bytes(asked.need, first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    each = [tier_of(own, asked.rooms[node]) for (node, _), own in zip(named, needed, strict=True)]
+    if None in each:
+        raise _no_room(asked, None)
+    tier = max((t for t in each if t is not None), key=_TIERS.index)
+    if tier not in allowed_tiers(asked.request):
+        raise _no_room(asked, tier)
+    problem = asked.problem(tier, in_flight(asked.request))
+    names = [node.name for node in problem.nodes]
+    layout = layout_of(problem, [names.index(node) for node, _ in named], cuts)
+    if not keeps(problem, layout):
+        raise _no_room(asked, None)
+    return asked.plan(layout, tier)
+
+
+def _no_room(asked: _Question, would_do: Tier | None) -> NoRoom:
+    """The refusal. `would_do`: the tier in which it could run, which the request does not allow."""
+    need, request = asked.need, asked.request
+    whole = slice_bytes(need, 0, len(need.layer_bytes)) - need.stage_bytes
+    free = sum(max(r.fits_bytes, 0) for r in asked.rooms.values())
+    least = need.stage_bytes + max(need.layer_bytes)
+    nodes = [
+        {
+            "node": node,
+            "needed_bytes": least,
+            "available_bytes": max(room.fits_bytes, 0),
+            "tight_bytes": max(room.tight_bytes, 0),
+            "total_bytes": asked.facts[node].memory_total_bytes,
+        }
+        for node, room in sorted(asked.rooms.items())
+    ]
+    figures = {"needed_bytes": whole, "available_bytes": free, "nodes": nodes, "model": asked.model.model}
+    return NoRoom(
+        f"{asked.model.repo} does not fit: {'. '.join(_why(asked, whole, would_do))}",
+        **figures,
+        **({"tier": would_do} if would_do else {}),
+    )
+
+
+def _why(asked: _Question, whole: int, would_do: Tier | None) -> Iterator[str]:
+    request, need, rooms = asked.request, asked.need, asked.rooms
+    if len(rooms) < request.min_nodes:
+        yield f"{request.min_nodes} nodes were asked for and {len(rooms)} can take part"
+        return
+    if len(need.layer_bytes) < request.min_nodes:
+        yield f"{request.min_nodes} nodes were asked for and the model has {len(need.layer_bytes)} layers"
+        return
+    each = ", ".join(f"{node} {_gb(max(room.fits_bytes, 0))}" for node, room in sorted(rooms.items()))
+    yield f"it needs {_gb(whole)} and {_gb(need.stage_bytes)} more per stage; free are {each or 'no nodes'}"
+    if would_do == "tight":
+        yield (
+            "It would run if other programs gave way: end some, or allow that with --allow-low-memory (nodes may "
+            "swap, and answers take longer)"
+        )
+    elif would_do == "force":
+        yield "Only --force would try it, without a reserve for the system"
+    else:
+        yield "Stop an instance (`shoal ps`), add a node, or ask for less context"
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.3g} GB"
+
+
+def spec_of(found: Plan, instance: str, created_at_s: float) -> InstanceSpec:
+    """A plan as what is wanted of the nodes."""
+    stages = [
+        StageSpec(rank=rank, node=s.node, first_layer=s.first, last_layer=s.last)
+        for rank, s in enumerate(found.layout.slices)
+    ]
+    return InstanceSpec(
+        id=instance,
+        repo=found.model.repo,
+        commit=found.model.commit,
+        stages=stages,
+        context_tokens=found.context_tokens,
+        created_at_s=created_at_s,
+        asked=found.asked,
+        tier=found.tier,
+    )
+
+
+def placed_anew(spec: InstanceSpec, world: World) -> InstanceSpec:
+    """The instance as it could run now, as it was asked for. Raises what `plan` raises."""
+    asked = {name: getattr(spec.asked, name) for name in Asked.__struct_fields__}
+    here = world.facts.keys() - world.drained
+    # Of the nodes that were named, those that are there; with none of them it is refused as any request would be.
+    asked["nodes"] = [n for n in spec.asked.nodes if n in here] or spec.asked.nodes
+    asked["layers"] = {n: count for n, count in spec.asked.layers.items() if n in here}
+    request = Place(model=spec.model, context_tokens=spec.context_tokens, **asked)
+    # What its stages occupy is theirs again.
+    own = {stage_key(spec.id, s.rank) for s in spec.stages}
+    facts = {n: _without_stages(f, own) for n, f in world.facts.items()}
+    others = [s for s in world.instances if s.id != spec.id]
+    found = plan(request, structs.replace(world, facts=facts, instances=others))
+    fresh = spec_of(found, spec.id, spec.created_at_s)
+    return structs.replace(fresh, epoch=spec.epoch + 1, asked=spec.asked)
+
+
+def _without_stages(facts: Facts, keys: set[str]) -> Facts:
+    freed = sum(size for key, size in facts.stages.items() if key in keys)
+    if not freed:
+        return facts
+    return structs.replace(
+        facts,
+        memory_available_bytes=facts.memory_available_bytes + freed,
+        stages={key: size for key, size in facts.stages.items() if key not in keys},
+    )
