@@ -20,11 +20,11 @@ from shoal_cli.client.answers import Anything, InstanceRow, StatusAnswer
 from shoal_cli.client.conversation import Sampling
 from shoal_cli.client.gateway import Gateway, find_gateway
 from shoal_cli.client.hub import as_exports, hub_settings
-from shoal_cli.client.placing import place, wish
+from shoal_cli.client.placing import as_query, finer, place, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
-from shoal_cli.client.tables import instances_table, models_table, status_page
+from shoal_cli.client.tables import instances_table, models_table, previews_table, status_page
 from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
 from shoal_cli.denied import not_allowed
@@ -38,6 +38,7 @@ from shoal_cli.sizes import parse_limit
 from shoal_common import VERSION
 from shoal_common.config import home_directory
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
+from shoal_common.messages.questions import Previews
 from shoal_common.names import ModelRef, check_id, check_node
 
 _INTERRUPTED = 130
@@ -272,8 +273,16 @@ def _said(call: Call, said: disks.Said) -> int:
 
 def _place(call: Call) -> int:
     a = call.args
-    body = wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context)
+    body = wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context) | finer(a)
+    if a.preview:
+        found = call.gateway.get("/v1/placements/preview", Previews, **as_query(body))
+        if a.as_json:
+            return _print_json(msgspec.to_builtins(found))
+        call.out.print(previews_table(found))
+        return 0
     instance: InstanceRow = place(call.gateway, body, lambda words: print(words, file=sys.stderr))
+    if a.as_json:
+        return _print_json(msgspec.to_builtins(instance))
     call.say(f"instance {instance.id} is ready on {', '.join(instance.nodes)}")
     return 0
 

@@ -66,6 +66,10 @@ phase it has ended with}}}}. Fields are only ever added.""",
     "resume": """--json prints {"model", "nodes": {node: {"models": {model: "resumed", "under_way", "unknown", or the
 phase it has ended with}}}}. Fields are only ever added.""",
     "cancel": """--json prints {"model", "nodes": {node: {"cancelled", "was"}}}. Fields are only ever added.""",
+    "place": """--json prints the instance as GET /v1/instances/{id} has it; with --preview what GET
+/v1/placements/preview answers: {"model", "context_tokens", "estimated", "previews": [{"layout", "tier",
+"is_low_memory", "stages": [{"node", "first_layer", "last_layer", "needed_bytes", "available_bytes", "tight_bytes",
+"total_bytes", "freeing_bytes"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
     "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code
@@ -372,13 +376,27 @@ def _read_only_roots(to: Parser) -> None:
 
 
 def _add_instances(add: _Add, remote: Parser) -> None:
-    place = add("place", "lay a model out over the nodes' memory and start it")
+    place = add("place", "lay a model out over the nodes' memory and start it", as_json=True)
     _model(place)
     count = place.add_mutually_exclusive_group()
     count.add_argument("--nodes", metavar="N", type=_count, dest="exactly", help="over exactly this many nodes")
     count.add_argument("--min-nodes", metavar="N", type=_count, dest="at_least", help="over at least this many nodes")
     place.add_argument("--node", metavar="N", action="append", dest="nodes", default=[], help="only on these nodes")
     place.add_argument("--context", metavar="T", type=_count, default=0, help="tokens of context to keep room for")
+    place.add_argument("--without", metavar="N", action="append", default=[], help="not on these nodes")
+    place.add_argument(
+        "--objective",
+        choices=("latency", "throughput", "balanced"),
+        default="latency",
+        help="best for one answer at a time, for --in-flight of them, or for as many as it has stages",
+    )
+    place.add_argument("--in-flight", metavar="C", type=_count, default=0, help="answers at once (4)")
+    place.add_argument("--layout", metavar="L", default="", help="exactly this one, as --preview names it: a:14,b:2")
+    place.add_argument(
+        "--allow-low-memory", action="store_true", help="also where other programs have to give memory back"
+    )
+    place.add_argument("--force", action="store_true", help="also without a reserve for the system")
+    place.add_argument("--preview", action="store_true", help="show what could be chosen, and choose nothing")
     add("ps", "list the instances", as_json=True)
     add("stop", "stop an instance").add_argument("instance", metavar="INSTANCE", help="its id; `shoal ps` lists them")
     node = add("node", "look after the cluster's nodes")

@@ -17,8 +17,9 @@ from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import InstanceSpec, InstanceState, ModelShape, ModelState, StageSpec, StageState
 from shoal_common.names import check_id
 from shoal_placement import decide
-from shoal_placement.decide import World, instance_id, instance_state, plan, spec_of
+from shoal_placement.decide import World, instance_id, instance_state
 from shoal_placement.need import STAGE_OVERHEAD_BYTES, promised_bytes
+from shoal_placement.planning import plan, spec_of
 
 MIB = 1 << 20
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -66,7 +67,10 @@ def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
 
 
 PURE = [
-    *(Path(decide.__file__).with_name(n) for n in ("decide.py", "need.py", "tiers.py", "moves.py", "retire.py")),
+    *(
+        Path(decide.__file__).with_name(f"{name}.py")
+        for name in ("decide", "need", "tiers", "moves", "planning", "retire", "suspect")
+    ),
     *sorted(Path(decide.__file__).with_name("solve").glob("*.py")),
 ]
 
@@ -178,7 +182,13 @@ def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
     assert error.details["needed_bytes"] == WHOLE_BYTES
     one_layer_bytes = 100 * MIB + KV_BYTES + STAGE_OVERHEAD_BYTES
     assert error.details["nodes"] == [
-        {"node": n, "needed_bytes": one_layer_bytes, "available_bytes": m * MIB, "total_bytes": 2 * m * MIB}
+        {
+            "node": n,
+            "needed_bytes": one_layer_bytes,
+            "available_bytes": m * MIB,
+            "tight_bytes": 2 * m * MIB - 2 * m * MIB // 10,
+            "total_bytes": 2 * m * MIB,
+        }
         for n, m in (("a", 300), ("b", 150))
     ]
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput, NoRoom
 from shoal_common.messages.records import Asked, InstanceSpec, StageSpec
-from shoal_placement.decide import placed_anew
 from shoal_placement.moves import moves
+from shoal_placement.planning import placed_anew
 from shoal_placement.settings import Settings, read_settings
 from tests.placement.test_decide import COMMIT, held, world
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from shoal_cli.client.answers import InstanceRow, InstancesAnswer, StatusAnswer
 from shoal_cli.client.gateway import Gateway
 from shoal_cli.client.tables import how_it_stands
 from shoal_common.errors import Expired, Failed, from_body
-from shoal_common.names import DEFAULT_REVISION, ModelRef
+from shoal_common.names import DEFAULT_REVISION, ModelRef, check_node
 
 POLL_S = 0.3
 READY_DEADLINE_S = 600.0
@@ -30,6 +31,25 @@ def wish(
     if context_tokens:
         body["context_tokens"] = context_tokens
     return body
+
+
+def finer(args: argparse.Namespace) -> dict[str, Any]:
+    """What else the body of POST /v1/instances says, as far as it was asked for."""
+    asked = {
+        "without": [check_node(node) for node in args.without],
+        "objective": args.objective if args.objective != "latency" else "",
+        "in_flight": args.in_flight,
+        "layout": args.layout,
+        "allow_low_memory": args.allow_low_memory,
+        "force": args.force,
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
+def as_query(body: dict[str, Any]) -> dict[str, str]:
+    """The same as the parameters of a preview, for which it does not matter what memory is allowed."""
+    leave = ("wait", "allow_low_memory", "force")
+    return {k: ",".join(v) if isinstance(v, list) else str(v) for k, v in body.items() if k not in leave}
 
 
 def place(gateway: Gateway, body: dict[str, Any], tell: Callable[[str], None]) -> InstanceRow:

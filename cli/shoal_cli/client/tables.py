@@ -11,6 +11,7 @@ from rich.text import Text
 from shoal_cli.client.answers import DiskRow, InstanceRow, ModelRow, NodeRow, StatusAnswer
 from shoal_cli.client.progress import line
 from shoal_cli.sizes import show_bytes, show_seconds
+from shoal_common.messages.questions import Previews
 from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
@@ -152,6 +153,36 @@ def instances_table(instances: list[InstanceRow]) -> RenderableType:
         )
         table.add_row(i.id, i.repo, how_it_stands(i), stages or ", ".join(i.nodes))
     return table
+
+
+_TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
+
+
+def previews_table(answer: Previews) -> RenderableType:
+    """Layouts that could be chosen, the best first."""
+    table = _table("layout", "memory", "tokens/s", "first token", "to download", "each node needs, of what is free")
+    for p in answer.previews:
+        each = ", ".join(
+            f"{s.node} {show_bytes(s.needed_bytes)} of {show_bytes(s.available_bytes)}"
+            + (f" (free {show_bytes(s.freeing_bytes)} more)" if s.freeing_bytes else "")
+            for s in p.stages
+        )
+        style = _TIER_STYLES[p.tier]
+        table.add_row(
+            p.layout,
+            Text(p.tier, style=style),
+            f"{p.tokens_per_s:.3g}",
+            f"{p.first_token_s * 1000:.3g} ms",
+            show_bytes(p.fetch_bytes) if p.fetch_bytes else "-",
+            each,
+        )
+    words = [f"for {answer.model} with {answer.context_tokens} tokens of context; times are predictions"]
+    if answer.estimated:
+        words.append("its architecture is not known: what it needs is an upper bound")
+    if answer.previews[0].is_low_memory:
+        flag = "--allow-low-memory" if answer.previews[0].tier == "tight" else "--force"
+        words.append(f"nothing fits in what is free: `shoal place … {flag}` places it all the same")
+    return Group(table, *(Text(w, style="dim") for w in words))
 
 
 def how_it_stands(instance: InstanceRow) -> Text:

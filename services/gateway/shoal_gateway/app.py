@@ -5,7 +5,16 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from shoal_gateway import api_downloads, api_events, api_instances, api_models, api_nodes, api_status, api_storage
+from shoal_gateway import (
+    api_downloads,
+    api_events,
+    api_instances,
+    api_models,
+    api_nodes,
+    api_placements,
+    api_status,
+    api_storage,
+)
 from shoal_gateway.chat import chat_completions
 from shoal_gateway.errors_http import HANDLERS
 from shoal_gateway.gateway import Gateway
@@ -19,6 +28,7 @@ ROUTES = [
     *api_instances.ROUTES,
     *api_storage.ROUTES,
     *api_nodes.ROUTES,
+    *api_placements.ROUTES,
     *api_events.ROUTES,
     resource("/v1/chat/completions", POST=chat_completions),
 ]

@@ -15,6 +15,7 @@ from shoal_common.messages.records import (
     InstanceState,
     ModelShape,
     ModelState,
+    PartState,
     StageState,
 )
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from time import monotonic
+from typing import Literal
 
 from shoal_common import clock
 from shoal_common.buckets import LEASE_TTL_S, instance_key, leader_key, node_key
@@ -20,6 +21,7 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
+from shoal_common.messages.questions import Previews
 from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, PartState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
@@ -31,7 +33,7 @@ from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
-from shoal_placement.planning import plan, spec_of
+from shoal_placement.planning import as_previews, in_flight, plan, previews, spec_of
 from shoal_placement.settings import read_settings
 from shoal_placement.suspicion import Suspicion
 
@@ -54,6 +56,9 @@ class Placed(Message):
     model: str
     stages: list[StageSpec]
     context_tokens: int
+    tier: Literal["fits", "tight", "force"] = "fits"
+    is_low_memory: bool = False
+    """Whether other programs may have to give memory back."""
 
 
 class Placement:
@@ -148,6 +153,13 @@ class Placement:
         found = await asyncio.to_thread(plan, question, self._world())
         return _placed(spec_of(found, "preview", 0.0))
 
+    async def previews(self, question: Place) -> Previews:
+        """What could be chosen, over each number of nodes and into whichever memory. Writes nothing."""
+        await self._catch_up()
+        world = self._world()
+        found = await asyncio.to_thread(previews, question, world)
+        return as_previews(found, world.facts, in_flight(question))
+
     # Leading
 
     async def lead_forever(self, lease_view: View) -> None:
@@ -198,7 +210,14 @@ class Placement:
 
 
 def _placed(spec: InstanceSpec) -> Placed:
-    return Placed(instance=spec.id, model=spec.model, stages=spec.stages, context_tokens=spec.context_tokens)
+    return Placed(
+        instance=spec.id,
+        model=spec.model,
+        stages=spec.stages,
+        context_tokens=spec.context_tokens,
+        tier=spec.tier,
+        is_low_memory=spec.tier != "fits",
+    )
 
 
 async def run(context: Context) -> None:
@@ -212,5 +231,6 @@ async def run(context: Context) -> None:
         collector = Collector(context, live, spec, state, settings.retire_after_s)
         placement = Placement(context, live, spec, state, collector, settings.replace_after_s)
         context.background(tasks, placement.lead_forever(lease))
-        tasks.create_task(context.serve({"preview": Question(Place, placement.preview)}))
+        questions = {"preview": Question(Place, placement.preview), "previews": Question(Place, placement.previews)}
+        tasks.create_task(context.serve(questions))
         context.ready()

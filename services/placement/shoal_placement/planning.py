@@ -1,12 +1,13 @@
 """From a request and what is known of the cluster to a layout, its alternatives, or a refusal with figures. Pure.
 
-The tiers are tried in order (`tiers.py`): what fits in free memory is never put where other programs would have to give
-way. docs/placement.md.
+The tiers are tried in order (`tiers.py`): what fits in free memory is never put where other programs would have to
+give way. docs/placement.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 from msgspec import structs
@@ -14,12 +15,15 @@ from msgspec import structs
 from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
+from shoal_common.messages.questions import Preview, Previews, PreviewStage
 from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, ModelState, PartState, StageSpec
+from shoal_common.names import check_node
 from shoal_placement.decide import World, context_for, find_model
 from shoal_placement.need import need_of, promised_bytes, stage_key, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
 from shoal_placement.solve.answers import preview
 from shoal_placement.solve.cost import keeps, layout_of
+from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
 IN_FLIGHT = 4
@@ -63,8 +67,8 @@ class _Question(msgspec.Struct, frozen=True):
             Room(
                 node,
                 room.of(tier),
+                s_per_byte=1 / (self.facts[node].memory_bytes_per_s or USUAL_BYTES_PER_S),
                 lacks=self.lacks[node],
-                **({"s_per_byte": 1 / speed} if (speed := self.facts[node].memory_bytes_per_s) > 0 else {}),
             )
             for node, room in sorted(self.rooms.items())
         ]
@@ -130,6 +134,8 @@ def _understood(request: Place, world: World) -> _Question:
         raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is not known'}")
     shape, context_tokens = model.shape, context_for(request.context_tokens, model.shape)
     named = {*request.nodes, *request.layers, *(node for node, _ in _named_layout(request.layout))}
+    for node in {*named, *request.without}:
+        check_node(node)
     unknown = sorted(named - set(world.facts))
     if unknown:
         raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
@@ -183,7 +189,7 @@ def _as_named(asked: _Question) -> Plan:
     cuts = [0]
     for _, count in named:
         cuts.append(cuts[-1] + count)
-    needed = [slice_bytes(asked.need, first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    needed = [slice_bytes(asked.need, first, last) for first, last in pairwise(cuts)]
     each = [tier_of(own, asked.rooms[node]) for (node, _), own in zip(named, needed, strict=True)]
     if None in each:
         raise _no_room(asked, None)
@@ -200,7 +206,7 @@ def _as_named(asked: _Question) -> Plan:
 
 def _no_room(asked: _Question, would_do: Tier | None) -> NoRoom:
     """The refusal. `would_do`: the tier in which it could run, which the request does not allow."""
-    need, request = asked.need, asked.request
+    need = asked.need
     whole = slice_bytes(need, 0, len(need.layer_bytes)) - need.stage_bytes
     free = sum(max(r.fits_bytes, 0) for r in asked.rooms.values())
     least = need.stage_bytes + max(need.layer_bytes)
@@ -232,13 +238,14 @@ def _why(asked: _Question, whole: int, would_do: Tier | None) -> Iterator[str]:
         return
     each = ", ".join(f"{node} {_gb(max(room.fits_bytes, 0))}" for node, room in sorted(rooms.items()))
     yield f"it needs {_gb(whole)} and {_gb(need.stage_bytes)} more per stage; free are {each or 'no nodes'}"
+    less = "Stop an instance (`shoal ps`) or another program"
     if would_do == "tight":
         yield (
-            "It would run if other programs gave way: end some, or allow that with --allow-low-memory (nodes may "
-            "swap, and answers take longer)"
+            f"{less}, or allow with --allow-low-memory that other programs give memory back: the nodes may swap, and "
+            "answers take longer"
         )
     elif would_do == "force":
-        yield "Only --force would try it, without a reserve for the system"
+        yield f"{less}, or add a node; --force would try it without a reserve for the system"
     else:
         yield "Stop an instance (`shoal ps`), add a node, or ask for less context"
 
@@ -290,4 +297,39 @@ def _without_stages(facts: Facts, keys: set[str]) -> Facts:
         facts,
         memory_available_bytes=facts.memory_available_bytes + freed,
         stages={key: size for key, size in facts.stages.items() if key not in keys},
+    )
+
+
+def as_previews(found: Sequence[Plan], facts: Mapping[str, Facts], requests: int) -> Previews:
+    """Plans for people and programs. `requests`: in flight, 0 for as many as there are stages."""
+    return Previews(
+        model=found[0].model.model,
+        context_tokens=found[0].context_tokens,
+        estimated=found[0].shape.estimated,
+        previews=[_preview(plan, facts, requests or len(plan.layout.slices)) for plan in found],
+    )
+
+
+def _preview(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
+    layout = plan.layout
+    return Preview(
+        layout=plan.name,
+        tier=plan.tier,
+        is_low_memory=plan.tier != "fits",
+        stages=[
+            PreviewStage(
+                node=s.node,
+                first_layer=s.first,
+                last_layer=s.last,
+                needed_bytes=s.bytes,
+                available_bytes=max(plan.rooms[s.node].fits_bytes, 0),
+                tight_bytes=max(plan.rooms[s.node].tight_bytes, 0),
+                total_bytes=facts[s.node].memory_total_bytes,
+                freeing_bytes=max(s.bytes - plan.rooms[s.node].fits_bytes, 0),
+            )
+            for s in layout.slices
+        ],
+        tokens_per_s=round(requests / max(layout.latency_s, requests * layout.bottleneck_s), 3),
+        first_token_s=round(layout.latency_s, 6),
+        fetch_bytes=layout.fetch_bytes,
     )

@@ -259,3 +259,45 @@ class TokenEvent(Message):
     text: str = ""
     finish_reason: FinishReason | None = None
     error: ErrorBody | None = None
+
+
+class PreviewStage(Message):
+    """What one node would take, and what it has for it."""
+
+    node: str
+    first_layer: int
+    last_layer: int
+    needed_bytes: int
+    available_bytes: int
+    """Free for one more stage: the tier `fits`."""
+    tight_bytes: int
+    """The same once other programs have given way."""
+    total_bytes: int
+    freeing_bytes: int
+    """Once other programs have freed this much, it fits; 0 when it does."""
+
+
+class Preview(Message):
+    """A layout that could be chosen. `layout` is what `place` takes to choose it: `a:14,b:2`."""
+
+    layout: str
+    tier: Literal["fits", "tight", "force"]
+    is_low_memory: bool
+    """Whether other programs would have to give memory back: `place` has to allow that."""
+    stages: list[PreviewStage]
+    tokens_per_s: float
+    """Of all answers together, as predicted from what nodes read in a second."""
+    first_token_s: float
+    """Of a short prompt: once around, weights read once. A long one takes as much longer as it has to be computed."""
+    fetch_bytes: int
+    """What all nodes together would download."""
+
+
+class Previews(Message):
+    """The answer to `previews`: what `place` would choose comes first, if the request allows its tier."""
+
+    model: str
+    context_tokens: int
+    estimated: bool
+    """The model's architecture is not known: what it needs is an upper bound."""
+    previews: list[Preview]

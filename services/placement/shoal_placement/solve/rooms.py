@@ -10,8 +10,9 @@ from shoal_placement.solve.answers import best
 from shoal_placement.solve.even import emptiest
 from shoal_placement.solve.problem import Layout, Node, Problem
 
-S_PER_BYTE = 1 / 100e9
-"""Of a node whose memory's bandwidth is not known: 100 GB/s, as a machine with two channels of DDR5 has."""
+USUAL_BYTES_PER_S = 100e9
+"""Of a node whose memory's bandwidth is not known: as a machine with two channels of DDR5 has."""
+S_PER_BYTE = 1 / USUAL_BYTES_PER_S
 LINK_S = 1e-3
 """To pass a hidden state to another node where nothing is known of the link: a wired network."""
 FETCH_PRICE = 0.02
@@ -59,7 +60,7 @@ def problem_of(
     link_s: Sequence[Sequence[float]] = (),
     in_flight: int = 1,
 ) -> Problem:
-    """The layout problem. A layer's work is the bytes that are read for a token; links that are not known take `LINK_S`."""
+    """The layout problem. A layer's work is what is read for a token; links that are not known take `LINK_S`."""
     count, weights = len(need.layer_bytes), need.weight_bytes or need.layer_bytes
     whole = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
     fastest = min((r.s_per_byte for r in rooms), default=S_PER_BYTE)

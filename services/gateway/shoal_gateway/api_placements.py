@@ -1,0 +1,53 @@
+"""Placements that could be: what placement would choose, and what else could be chosen. Nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.errors import BadInput
+from shoal_common.messages.commands import Place
+from shoal_common.messages.questions import Previews
+from shoal_common.names import ModelRef, check_node
+from shoal_gateway.exchange import reply, unless_gone
+from shoal_gateway.gateway import gateway_of
+from shoal_gateway.leader import require_placement
+from shoal_gateway.resource import resource
+
+_NAMES = ("nodes", "without")
+_WORDS = ("model", "context_tokens", "min_nodes", "max_nodes", "objective", "in_flight", "max_fetch_bytes", "layout")
+_ANSWER_S = 30.0
+
+
+async def preview(request: Request) -> Response:
+    """`GET /v1/placements/preview?model=…`: the alternatives, the one that `place` would choose first."""
+    gateway, question = gateway_of(request), _question(request)
+    gateway.sender.require_nats()
+    require_placement(gateway)
+    able = gateway.picture().nodes_with("placement")
+    node = gateway.node if gateway.node in able else able[0]
+    asking = gateway.context.ask("placement", node, "previews", question, Previews, deadline_s=_ANSWER_S)
+    return reply(await unless_gone(request.receive, asking))
+
+
+def _question(request: Request) -> Place:
+    given: dict[str, Any] = dict(request.query_params)
+    for name in sorted(given.keys() - {*_NAMES, *_WORDS}):
+        known = ", ".join((*_WORDS, *_NAMES))
+        raise BadInput(f"there is no parameter {name[:40]!r}: known are {known}", param=name[:40])
+    if not given.get("model"):
+        raise BadInput("which model? /v1/placements/preview?model=org/name", param="model")
+    for name in _NAMES:
+        if name in given:
+            given[name] = [check_node(node) for node in given[name].split(",") if node]
+    given["model"] = str(ModelRef.parse(given["model"]))
+    try:
+        return msgspec.convert(given, Place, strict=False)
+    except msgspec.ValidationError as e:
+        raise BadInput(f"a parameter is not as it has to be: {e}") from None
+
+
+ROUTES = [resource("/v1/placements/preview", GET=preview)]

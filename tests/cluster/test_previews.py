@@ -1,0 +1,44 @@
+"""What could be placed is shown before anything is, and what was shown can be chosen."""
+
+from __future__ import annotations
+
+import json
+
+from shoal_demo import DEMO_MODEL
+from tests.harness.shoal import ShoalCluster
+
+
+def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalCluster) -> None:
+    node = cluster["a"]
+    node.shoal("pull", DEMO_MODEL, check=True)
+    before = node.call("GET", "/v1/instances")["instances"]
+    shown = json.loads(node.shoal("place", DEMO_MODEL, "--preview", "--json", check=True).stdout)
+    assert node.call("GET", "/v1/instances")["instances"] == before
+    counts = [len(p["stages"]) for p in shown["previews"]]
+    assert sorted(counts) == list(range(1, 1 + max(counts))) and counts[0] == 1
+    over_two = next(p for p in shown["previews"] if len(p["stages"]) == 2)
+    assert over_two["tier"] == "fits" and over_two["tokens_per_s"] > 0 and over_two["first_token_s"] > 0
+    table = node.shoal("place", DEMO_MODEL, "--preview", check=True).stdout
+    assert over_two["layout"] in table and "fits" in table
+
+    placed = json.loads(node.shoal("place", DEMO_MODEL, "--layout", over_two["layout"], "--json", check=True).stdout)
+    try:
+        wanted = [(s["node"], s["first_layer"], s["last_layer"]) for s in over_two["stages"]]
+        assert [(s["node"], s["first_layer"], s["last_layer"]) for s in placed["stages"]] == wanted
+    finally:
+        node.shoal("stop", placed["id"], check=True)
+
+
+def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster) -> None:
+    node = cluster["a"]
+    for query, words in {
+        "": "which model",
+        "?model=org/x&nodez=a": "known are model",
+        f"?model={DEMO_MODEL}&min_nodes=two": "int",
+        f"?model={DEMO_MODEL}&objective=speed": "speed",
+        f"?model={DEMO_MODEL}&nodes=../a": "../a",
+    }.items():
+        response = node.client.get(f"{node.url}/v1/placements/preview{query}")
+        assert response.status_code == 400, (query, response.text)
+        assert words in response.json()["error"]["message"], (query, response.text)
+    assert node.client.get(f"{node.url}/v1/placements/preview?model=org/nowhere").status_code == 404
