@@ -171,7 +171,7 @@ def previews_table(answer: Previews) -> RenderableType:
         table.add_row(
             p.layout,
             Text(p.tier, style=style),
-            f"{p.tokens_per_s:.3g}",
+            f"{p.tokens_per_s:,.0f}" if p.tokens_per_s >= 100 else f"{p.tokens_per_s:.2g}",
             f"{p.first_token_s * 1000:.3g} ms",
             show_bytes(p.fetch_bytes) if p.fetch_bytes else "-",
             each,
