@@ -19,6 +19,7 @@ from shoal_inference.device import find_device, read_speed
 from shoal_inference.memory import memory_facts, occupied_bytes, read_cap, steady
 from shoal_inference.runner import StageRunner
 from shoal_inference.stage.device import Device
+from shoal_inference.starving import LOOK_S, read_floor, why_starving
 from shoal_inference.uses import Uses
 
 log = Log("inference")
@@ -36,6 +37,7 @@ class Host:
         self._uses = Uses(context.ask, tasks)
         settings = context.config.settings.get("inference", {})
         self._cap_bytes = read_cap(settings, context.environ)
+        self._floor_bytes = read_floor(settings, context.environ)
         self._speed = read_speed(settings, context.environ)
         self._device = Device(bytes_per_s=self._speed or 0.0)
 
@@ -102,6 +104,20 @@ class Host:
             liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))
             await asyncio.sleep(_MEMORY_LOOK_S)
 
+    async def watch_forced(self) -> None:
+        """Have stages that were forced onto this node give way before the machine starves (`starving.py`)."""
+        while True:
+            seen = self._spec.changes
+            if all(wanted.spec.tier != "force" for wanted in self._wanted().values()):
+                await self._spec.changed_after(seen)
+                continue
+            why = why_starving(await asyncio.to_thread(self.facts), self._floor_bytes)
+            if why is not None:
+                for runner, _ in self._running.values():
+                    if runner.assignment.spec.tier == "force":
+                        runner.give_way(why)
+            await asyncio.sleep(LOOK_S)
+
     def _first_stage(self, instance: str) -> StageRunner:
         for (name, _, rank), (runner, _) in self._running.items():
             if name == instance and rank == 0:
@@ -141,6 +157,7 @@ async def run(context: Context) -> None:
         await host.remove_leftovers()
         context.background(tasks, host.follow_spec())
         context.background(tasks, host.watch_memory())
+        context.background(tasks, host.watch_forced())
         tasks.create_task(
             context.serve(
                 {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import uuid
 from contextlib import suppress
 
@@ -67,6 +69,7 @@ class StageRunner:
         self._said: StageState | None = None
         self._process: StageProcess | None = None
         self._accepting: dict[str, asyncio.Future[Accepted]] = {}
+        self._gave_way: ShoalError | None = None
 
     @property
     def pid(self) -> int | None:
@@ -90,13 +93,24 @@ class StageRunner:
                 await self._live()
             except ShoalError as e:
                 error = e
+            if self._gave_way is not None:
+                error = self._gave_way
             deaths = 1 if loop.time() - born_s > _STEADY_S else deaths + 1
             log.warning(
                 "stage ended", instance=self._spec.id, rank=self._stage.rank, why=error.message, deaths=deaths
             )
             self._fail_accepting(error)
             await self._say(phase="failed", error=error.body(), address="", links=[], uid="")
+            if self._gave_way is not None:
+                await asyncio.Event().wait()  # until people stop the instance, or it is placed anew
             await asyncio.sleep(respawn_delay_s(deaths))
+
+    def give_way(self, error: ShoalError) -> None:
+        """Kill the process, if there is one, and start no other: the machine needs the memory."""
+        if self.pid is not None and self._gave_way is None:
+            self._gave_way = error
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     async def withdraw(self) -> None:
         """The stage is gone from this node: say so."""
