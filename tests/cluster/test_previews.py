@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from shoal_demo import DEMO_MODEL
+from shoal_demo.running import RunningHub
 from tests.harness.shoal import ShoalCluster
 
 
@@ -42,3 +44,19 @@ def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster)
         assert response.status_code == 400, (query, response.text)
         assert words in response.json()["error"]["message"], (query, response.text)
     assert node.client.get(f"{node.url}/v1/placements/preview?model=org/nowhere").status_code == 404
+
+
+def test_whether_a_model_will_fit_is_known_before_anybody_has_it_and_its_weights_are_not_fetched(
+    tmp_path: Path, hub: RunningHub
+) -> None:
+    with ShoalCluster(tmp_path, hub.base_url, names=("a",)) as fresh:
+        hub.reset_stats()
+        shown = json.loads(fresh["a"].shoal("place", DEMO_MODEL, "--preview", "--json", check=True).stdout)
+        (only,) = shown["previews"]
+        weights = {name: f for name, f in hub.stats().files.items() if name.endswith(".safetensors")}
+        assert only["tier"] == "fits" and only["fetch_bytes"] > 0
+        assert 0 < sum(f.bytes for f in weights.values()) < only["fetch_bytes"] / 10
+        refused = fresh["a"].shoal("place", DEMO_MODEL)
+        assert refused.returncode == 3 and f"shoal pull {DEMO_MODEL}" in refused.stderr
+        none = fresh["a"].shoal("place", "org/nowhere", "--preview")
+        assert none.returncode == 3, none.stderr

@@ -13,11 +13,13 @@ from msgspec import structs
 from shoal_common.errors import BadInput, NoRoom, NotFound
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
+from shoal_common.messages.questions import ModelSize
 from shoal_common.messages.records import PartState
 from shoal_placement.decide import World
-from shoal_placement.planning import IN_FLIGHT, Plan, as_previews, in_flight, plan, previews
+from shoal_placement.planning import IN_FLIGHT, Plan, as_previews, held, in_flight, plan, previews, with_unheld
 from shoal_placement.tiers import Tier
-from tests.placement.test_decide import COMMIT, held, world
+from tests.placement.test_decide import COMMIT, SHAPE, world
+from tests.placement.test_decide import held as has
 
 MIB = 1 << 20
 MODEL = "org/tiny-fish"
@@ -31,7 +33,7 @@ def asks(**more: Any) -> Place:
 
 def machines(free_and_total_mib: Mapping[str, tuple[int, int]], **more: Any) -> World:
     """Nodes with so much memory free of so much; the first holds the model."""
-    there = world(dict.fromkeys(free_and_total_mib, 1), [held(min(free_and_total_mib))])
+    there = world(dict.fromkeys(free_and_total_mib, 1), [has(min(free_and_total_mib))])
     facts = {
         n: Facts(memory_available_bytes=free * MIB, memory_total_bytes=total * MIB, **more)
         for n, (free, total) in free_and_total_mib.items()
@@ -158,3 +160,14 @@ def test_place_does_what_a_preview_showed_and_refuses_what_none_did(
     found = plan(request, there)
     assert found.tier == able[0].tier
     assert found.layout.cost_s <= able[0].layout.cost_s * 1.002  # of equals the emptiest, within a thousandth
+
+
+def test_a_model_that_nobody_has_is_previewed_with_all_of_it_to_download_and_not_placed() -> None:
+    there = structs.replace(machines({"a": (5000, 5000), "b": (400, 5000)}), models=[])
+    assert not held(MODEL, there)
+    size = ModelSize(model=f"{MODEL}@{COMMIT}", size_bytes=7, shape=SHAPE)
+    shown = previews(asks(), with_unheld(there, MODEL, size))
+    assert nodes(shown[0]) == ["a"]
+    assert shown[0].layout.fetch_bytes == sum(SHAPE.layer_bytes) + SHAPE.embed_bytes + SHAPE.head_bytes
+    with pytest.raises(NotFound, match="shoal pull"):
+        plan(asks(), there)

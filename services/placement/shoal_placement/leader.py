@@ -21,7 +21,7 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.questions import Previews
+from shoal_common.messages.questions import AskShape, ModelSize, Previews
 from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, PartState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
@@ -33,7 +33,7 @@ from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
-from shoal_placement.planning import as_previews, in_flight, plan, previews, spec_of
+from shoal_placement.planning import as_previews, held, in_flight, plan, previews, spec_of, with_unheld
 from shoal_placement.settings import read_settings
 from shoal_placement.suspicion import Suspicion
 
@@ -44,6 +44,7 @@ _UNPLACE_DEADLINE_S = 60.0
 _FORGET_DEADLINE_S = 60.0
 _DRAIN_DEADLINE_S = 60.0
 _STAGES_GONE_S = 20.0
+_SIZE_DEADLINE_S = 25.0
 _LOOK_FOR_LEADER_S = LEASE_TTL_S / 2
 _ASK_ANYWAY_S = 30.0
 """Whether somebody leads is seen by the lease; so often NATS is asked all the same."""
@@ -157,8 +158,18 @@ class Placement:
         """What could be chosen, over each number of nodes and into whichever memory. Writes nothing."""
         await self._catch_up()
         world = self._world()
+        if not held(question.model, world):
+            world = with_unheld(world, question.model, await self._size_of(question.model))
         found = await asyncio.to_thread(previews, question, world)
         return as_previews(found, world.facts, in_flight(question))
+
+    async def _size_of(self, model: str) -> ModelSize:
+        """What a model takes that no node has, by the headers of its files on the hub. Raises NotFound and others."""
+        able = sorted(key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".fetcher"))
+        if not able:
+            raise NotFound(f"no live node holds {model}, and none can look at the hub: start one with `shoal up`")
+        node = self._context.node if self._context.node in able else able[0]
+        return await self._context.ask("fetcher", node, "shape", AskShape(model=model), ModelSize, _SIZE_DEADLINE_S)
 
     # Leading
 

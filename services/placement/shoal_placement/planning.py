@@ -15,9 +15,9 @@ from msgspec import structs
 from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
-from shoal_common.messages.questions import Preview, Previews, PreviewStage
+from shoal_common.messages.questions import ModelSize, Preview, Previews, PreviewStage
 from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, ModelState, PartState, StageSpec
-from shoal_common.names import check_node
+from shoal_common.names import ModelRef, check_node
 from shoal_placement.decide import World, context_for, find_model
 from shoal_placement.need import need_of, promised_bytes, stage_key, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
@@ -110,6 +110,30 @@ def previews(request: Place, world: World) -> list[Plan]:
     if not found:
         raise _no_room(asked, None)
     return sorted(found.values(), key=lambda p: (_TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
+
+
+def held(model: str, world: World) -> bool:
+    """Whether a live node has it."""
+    try:
+        find_model(model, world)
+    except NotFound:
+        return False
+    return True
+
+
+def with_unheld(world: World, model: str, size: ModelSize) -> World:
+    """The cluster as if it had the model on a node that takes no part: all of it would have to be downloaded."""
+    ref = ModelRef.parse(size.model)
+    known = ModelState(
+        node="",
+        repo=ref.repo,
+        commit=ref.revision,
+        size_bytes=size.size_bytes,
+        file_count=0,
+        revisions=[ModelRef.parse(model).revision],
+        shape=size.shape,
+    )
+    return structs.replace(world, models=[*world.models, known], alive={*world.alive, ""})
 
 
 def allowed_tiers(request: Place) -> tuple[Tier, ...]:
