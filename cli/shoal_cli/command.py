@@ -24,7 +24,7 @@ from shoal_cli.client.placing import as_query, finer, place, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
-from shoal_cli.client.tables import instances_table, models_table, previews_table, status_page
+from shoal_cli.client.tables import fits_table, instances_table, models_table, previews_table, status_page
 from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
 from shoal_cli.denied import not_allowed
@@ -38,7 +38,7 @@ from shoal_cli.sizes import parse_limit
 from shoal_common import VERSION
 from shoal_common.config import home_directory
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
-from shoal_common.messages.questions import Previews
+from shoal_common.messages.questions import Fits, Previews
 from shoal_common.names import ModelRef, check_id, check_node
 
 _INTERRUPTED = 130
@@ -207,6 +207,12 @@ def _transfer(call: Call) -> int:
 
 
 def _ls(call: Call) -> int:
+    if call.args.fits:
+        fits = call.gateway.get("/v1/placements/fits", Fits)
+        if call.args.as_json:
+            return _print_json(msgspec.to_builtins(fits))
+        call.out.print(fits_table(fits))
+        return 0
     answer = call.gateway.get("/v1/status", Anything)
     if call.args.as_json:
         return _print_json({"models": answer.get("models", [])})
@@ -395,6 +401,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "resume": _control("resume"),
     "cancel": _control("cancel"),
     "ls": _ls,
+    "models": _ls,
     "rm": _rm,
     "storage": _storage,
     "transfer": _transfer,

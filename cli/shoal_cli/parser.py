@@ -49,7 +49,10 @@ only ever added.""",
 "phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},
 "source_speeds": {source: bytes per second}, "eta_s", "switched": {source: times}, "error", …}], "commands":
 {node: id}}. The exit code is that of the first node that failed. Fields are only ever added.""",
-    "ls": """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
+    "models": """As `shoal ls`; see there for what --json prints.""",
+    "ls": """With --fits --json prints {"models": [{"model", "size_bytes", "tier": "fits", "tight", "force" or "",
+"preview": as `shoal place --preview` has it, or null, "why"}]}. Without,
+--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
 "adopted_from": {node: directory of a read-only root}}]}. Fields are only ever added.""",
     "storage": """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "disk_free_bytes",
 "storage": {…} or null}]}; set {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes",
@@ -297,7 +300,11 @@ def _add_models(add: _Add) -> None:
         on.add_argument(
             "--all", action="store_true", dest="everywhere", help="on every live node; else where it is downloaded"
         )
-    add("ls", "list the models that nodes hold", as_json=True)
+    for name in ("ls", "models"):
+        ls = add(name, "list the models that nodes hold", as_json=True)
+        ls.add_argument(
+            "--fits", action="store_true", help="and which of them could be placed now, the largest first"
+        )
     rm = add("rm", "delete a model; deleting what is absent succeeds")
     _model(rm)
     rm.add_argument("--node", metavar="N", default="", help="on this node only; else on every one")

@@ -23,6 +23,10 @@ def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalClus
     table = node.shoal("place", DEMO_MODEL, "--preview", check=True).stdout
     assert over_two["layout"] in table and "fits" in table
 
+    (fit,) = json.loads(node.shoal("models", "--fits", "--json", check=True).stdout)["models"]
+    assert fit["tier"] == "fits" and fit["preview"]["layout"] == shown["previews"][0]["layout"]
+    assert DEMO_MODEL in node.shoal("ls", "--fits", check=True).stdout
+
     placed = json.loads(node.shoal("place", DEMO_MODEL, "--layout", over_two["layout"], "--json", check=True).stdout)
     try:
         wanted = [(s["node"], s["first_layer"], s["last_layer"]) for s in over_two["stages"]]

@@ -13,10 +13,20 @@ from msgspec import structs
 from shoal_common.errors import BadInput, NoRoom, NotFound
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
-from shoal_common.messages.questions import ModelSize
+from shoal_common.messages.questions import AskFits, ModelSize
 from shoal_common.messages.records import PartState
 from shoal_placement.decide import World
-from shoal_placement.planning import IN_FLIGHT, Plan, as_previews, held, in_flight, plan, previews, with_unheld
+from shoal_placement.planning import (
+    IN_FLIGHT,
+    Plan,
+    as_previews,
+    fitting,
+    held,
+    in_flight,
+    plan,
+    previews,
+    with_unheld,
+)
 from shoal_placement.tiers import Tier
 from tests.placement.test_decide import COMMIT, SHAPE, world
 from tests.placement.test_decide import held as has
@@ -171,3 +181,24 @@ def test_a_model_that_nobody_has_is_previewed_with_all_of_it_to_download_and_not
     assert shown[0].layout.fetch_bytes == sum(SHAPE.layer_bytes) + SHAPE.embed_bytes + SHAPE.head_bytes
     with pytest.raises(NotFound, match="shoal pull"):
         plan(asks(), there)
+
+
+def test_what_fits_is_listed_first_and_of_the_same_the_larger() -> None:
+    there = machines({"a": (700, 800), "b": (1, 2500)})
+    layer = SHAPE.layer_bytes[0]
+    sizes = {"org/one": 1, "org/four": 4, "org/twelve": 12, "org/hundred": 100}
+    models = [
+        has("a", repo=repo, size_bytes=count, shape=structs.replace(SHAPE, layer_bytes=[layer] * count))
+        for repo, count in sizes.items()
+    ]
+    there = structs.replace(there, models=[*models, has("b", repo="org/picture", shape=None, shape_error="no text")])
+    listed = fitting(AskFits(), there).models
+    assert [(f.model.partition("@")[0], f.tier) for f in listed] == [
+        ("org/four", "fits"),
+        ("org/one", "fits"),
+        ("org/twelve", "tight"),
+        ("org/hundred", ""),
+        ("org/picture", ""),
+    ]
+    assert "does not fit" in listed[3].why and "no text" in listed[4].why
+    assert all((f.preview is None) == (f.tier == "") for f in listed)

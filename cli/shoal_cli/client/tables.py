@@ -11,7 +11,7 @@ from rich.text import Text
 from shoal_cli.client.answers import DiskRow, InstanceRow, ModelRow, NodeRow, StatusAnswer
 from shoal_cli.client.progress import line
 from shoal_cli.sizes import show_bytes, show_seconds
-from shoal_common.messages.questions import Previews
+from shoal_common.messages.questions import Fits, Previews
 from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
@@ -171,7 +171,7 @@ def previews_table(answer: Previews) -> RenderableType:
         table.add_row(
             p.layout,
             Text(p.tier, style=style),
-            f"{p.tokens_per_s:,.0f}" if p.tokens_per_s >= 100 else f"{p.tokens_per_s:.2g}",
+            _speed(p.tokens_per_s),
             f"{p.first_token_s * 1000:.3g} ms",
             show_bytes(p.fetch_bytes) if p.fetch_bytes else "-",
             each,
@@ -183,6 +183,26 @@ def previews_table(answer: Previews) -> RenderableType:
         flag = "--allow-low-memory" if answer.previews[0].tier == "tight" else "--force"
         words.append(f"nothing fits in what is free: `shoal place … {flag}` places it all the same")
     return Group(table, *(Text(w, style="dim") for w in words))
+
+
+def fits_table(answer: Fits) -> RenderableType:
+    """Models and whether they could be placed now."""
+    table = _table("model", "size", "memory", "tokens/s", "layout, or what keeps it from being placed")
+    for f in answer.models:
+        ref, _, commit = f.model.partition("@")
+        p = f.preview
+        table.add_row(
+            f"{ref} ({commit[:8]})",
+            show_bytes(f.size_bytes),
+            Text(f.tier or "does not", style=_TIER_STYLES.get(f.tier, "red")),
+            _speed(p.tokens_per_s) if p else "-",
+            p.layout if p else f.why,
+        )
+    return table
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.2g}"
 
 
 def how_it_stands(instance: InstanceRow) -> Text:

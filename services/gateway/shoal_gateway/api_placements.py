@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal_common.errors import BadInput
+from shoal_common.messages import Message
 from shoal_common.messages.commands import Place
-from shoal_common.messages.questions import Previews
+from shoal_common.messages.questions import AskFits, Fits, Previews
 from shoal_common.names import ModelRef, check_node
 from shoal_gateway.exchange import reply, unless_gone
 from shoal_gateway.gateway import gateway_of
 from shoal_gateway.leader import require_placement
 from shoal_gateway.resource import resource
+
+T = TypeVar("T")
 
 _NAMES = ("nodes", "without")
 _WORDS = ("model", "context_tokens", "min_nodes", "max_nodes", "objective", "in_flight", "max_fetch_bytes", "layout")
@@ -24,30 +28,48 @@ _ANSWER_S = 30.0
 
 async def preview(request: Request) -> Response:
     """`GET /v1/placements/preview?model=…`: the alternatives, the one that `place` would choose first."""
-    gateway, question = gateway_of(request), _question(request)
+    return await _asked(request, "previews", _question(request), Previews)
+
+
+async def fits(request: Request) -> Response:
+    """`GET /v1/placements/fits?context_tokens=…`: which of the models that nodes hold could be placed now."""
+    _refuse_others(request, ("context_tokens",))
+    return await _asked(request, "fits", _converted(dict(request.query_params), AskFits), Fits)
+
+
+async def _asked(request: Request, verb: str, question: Message, answer: type[Message]) -> Response:
+    """What placement says: this node's, or another's."""
+    gateway = gateway_of(request)
     gateway.sender.require_nats()
     require_placement(gateway)
     able = gateway.picture().nodes_with("placement")
     node = gateway.node if gateway.node in able else able[0]
-    asking = gateway.context.ask("placement", node, "previews", question, Previews, deadline_s=_ANSWER_S)
+    asking = gateway.context.ask("placement", node, verb, question, answer, deadline_s=_ANSWER_S)
     return reply(await unless_gone(request.receive, asking))
 
 
 def _question(request: Request) -> Place:
     given: dict[str, Any] = dict(request.query_params)
-    for name in sorted(given.keys() - {*_NAMES, *_WORDS}):
-        known = ", ".join((*_WORDS, *_NAMES))
-        raise BadInput(f"there is no parameter {name[:40]!r}: known are {known}", param=name[:40])
+    _refuse_others(request, (*_WORDS, *_NAMES))
     if not given.get("model"):
         raise BadInput("which model? /v1/placements/preview?model=org/name", param="model")
     for name in _NAMES:
         if name in given:
             given[name] = [check_node(node) for node in given[name].split(",") if node]
     given["model"] = str(ModelRef.parse(given["model"]))
+    return _converted(given, Place)
+
+
+def _refuse_others(request: Request, known: Sequence[str]) -> None:
+    for name in sorted(request.query_params.keys() - set(known)):
+        raise BadInput(f"there is no parameter {name[:40]!r}: known are {', '.join(known)}", param=name[:40])
+
+
+def _converted(given: dict[str, Any], kind: type[T]) -> T:
     try:
-        return msgspec.convert(given, Place, strict=False)
+        return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as e:
         raise BadInput(f"a parameter is not as it has to be: {e}") from None
 
 
-ROUTES = [resource("/v1/placements/preview", GET=preview)]
+ROUTES = [resource("/v1/placements/preview", GET=preview), resource("/v1/placements/fits", GET=fits)]

@@ -21,7 +21,7 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.questions import AskShape, ModelSize, Previews
+from shoal_common.messages.questions import AskFits, AskShape, Fits, ModelSize, Previews
 from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, PartState, StageSpec, StageState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
@@ -33,7 +33,7 @@ from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
-from shoal_placement.planning import as_previews, held, in_flight, plan, previews, spec_of, with_unheld
+from shoal_placement.planning import as_previews, fitting, held, in_flight, plan, previews, spec_of, with_unheld
 from shoal_placement.settings import read_settings
 from shoal_placement.suspicion import Suspicion
 
@@ -163,6 +163,11 @@ class Placement:
         found = await asyncio.to_thread(previews, question, world)
         return as_previews(found, world.facts, in_flight(question))
 
+    async def fits(self, question: AskFits) -> Fits:
+        """Which of the models that nodes hold could be placed now. Writes nothing."""
+        await self._catch_up()
+        return await asyncio.to_thread(fitting, question, self._world())
+
     async def _size_of(self, model: str) -> ModelSize:
         """What a model takes that no node has, by the headers of its files on the hub. Raises NotFound and others."""
         able = sorted(key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".fetcher"))
@@ -242,6 +247,10 @@ async def run(context: Context) -> None:
         collector = Collector(context, live, spec, state, settings.retire_after_s)
         placement = Placement(context, live, spec, state, collector, settings.replace_after_s)
         context.background(tasks, placement.lead_forever(lease))
-        questions = {"preview": Question(Place, placement.preview), "previews": Question(Place, placement.previews)}
+        questions = {
+            "preview": Question(Place, placement.preview),
+            "previews": Question(Place, placement.previews),
+            "fits": Question(AskFits, placement.fits),
+        }
         tasks.create_task(context.serve(questions))
         context.ready()

@@ -15,7 +15,7 @@ from msgspec import structs
 from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
-from shoal_common.messages.questions import ModelSize, Preview, Previews, PreviewStage
+from shoal_common.messages.questions import AskFits, Fit, Fits, ModelSize, Preview, Previews, PreviewStage
 from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, ModelState, PartState, StageSpec
 from shoal_common.names import ModelRef, check_node
 from shoal_placement.decide import World, context_for, find_model
@@ -357,3 +357,20 @@ def _preview(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
         first_token_s=round(layout.latency_s, 6),
         fetch_bytes=layout.fetch_bytes,
     )
+
+
+def fitting(question: AskFits, world: World) -> Fits:
+    """Every model that a live node holds, and how it could be placed for one answer at a time."""
+    found = []
+    for model in sorted({m.model: m for m in world.models if m.node in world.alive}.values(), key=lambda m: m.model):
+        try:
+            shape = model.shape
+            context_tokens = min(question.context_tokens, shape.context_tokens) if shape is not None else 0
+            best = previews(Place(model=model.model, context_tokens=context_tokens), world)[0]
+        except (NoRoom, Unsupported) as e:
+            found.append(Fit(model=model.model, size_bytes=model.size_bytes, why=e.message))
+        else:
+            shown = _preview(best, world.facts, 1)
+            found.append(Fit(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=shown))
+    last = len(_TIERS)
+    return Fits(models=sorted(found, key=lambda f: (_TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))

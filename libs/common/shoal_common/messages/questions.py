@@ -301,3 +301,28 @@ class Previews(Message):
     estimated: bool
     """The model's architecture is not known: what it needs is an upper bound."""
     previews: list[Preview]
+
+
+class AskFits(Message):
+    """placement.fits: which of the models that nodes hold could be placed now."""
+
+    context_tokens: int = 0
+    """As `place` has it."""
+
+
+class Fit(Message):
+    """A model, and how it could be placed at best."""
+
+    model: str
+    size_bytes: int
+    tier: Literal["fits", "tight", "force", ""] = ""
+    """Into which memory; "" if into none."""
+    preview: Preview | None = None
+    why: str = ""
+    """What keeps it from being placed."""
+
+
+class Fits(Message):
+    """The answer to `fits`: those that fit first, then those that are tight; of the same the larger first."""
+
+    models: list[Fit]
