@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -241,8 +242,11 @@ def check_invariants(root: Path, rotten: str = "", further: Path | None = None) 
 
 
 def files_below(root: Path) -> set[str]:
-    """Every file of a store but the two of the store itself, relative to it."""
-    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_symlink() or not p.is_dir()}
+    """Every file of a store but the two of the store itself, relative to it. It may be changing meanwhile."""
+    found = set()
+    for directory, subdirectories, files in os.walk(root):  # leaves out what has gone when it gets there
+        links = [name for name in subdirectories if (Path(directory) / name).is_symlink()]
+        found |= {str((Path(directory) / name).relative_to(root)) for name in (*files, *links)}
     return found - {"VERSION", "lock"}
 
 

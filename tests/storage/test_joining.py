@@ -142,7 +142,11 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             m.disk.unmount()
             await m.until_offered(SECOND, False)
             assert await m.is_offered(FIRST)
-            assert [r.error for r in await m.state()] == ["it is not there: mount its disk"]
+
+            async def told() -> bool:
+                return [r.error for r in await m.state()] == ["it is not there: mount its disk"]
+
+            await until(told, "the disk is said to be away")
             # Two are too many for the store alone; nothing is written beside.
             with pytest.raises(QuotaExceeded):
                 await m.node.reserve(SECOND.manifest)

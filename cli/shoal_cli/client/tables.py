@@ -161,6 +161,7 @@ _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
 def previews_table(answer: Previews) -> RenderableType:
     """Layouts that could be chosen, the best first."""
     table = _table("layout", "memory", "tokens/s", "first token", "to download", "each node needs, of what is free")
+    table.columns[0].no_wrap = True  # it is there to be copied
     for p in answer.previews:
         each = ", ".join(
             f"{s.node} {show_bytes(s.needed_bytes)} of {show_bytes(s.available_bytes)}"
