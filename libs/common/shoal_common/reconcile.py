@@ -30,6 +30,11 @@ def back_off_s(failures: int) -> float:
     return min(first_s * 2.0 ** min(failures - 1, 16), most_s)
 
 
+def soonest(*waits_s: float | None) -> float | None:
+    """The shortest of some waits, of which None is none."""
+    return min((s for s in waits_s if s is not None), default=None)
+
+
 async def reconcile_forever(
     what: str,
     views: Sequence[View],

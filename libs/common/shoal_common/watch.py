@@ -48,7 +48,7 @@ class View:
         self.revision = 0
         """Everything in the bucket up to this revision is in here."""
         self._values: dict[str, bytes] = {}
-        self._decoded: dict[tuple[str, type], object] = {}
+        self._decoded: dict[str, dict[type, object]] = {}
         self._complete = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -57,14 +57,14 @@ class View:
         value = self._values.get(key)
         if value is None:
             return None
-        cached = self._decoded.get((key, kind))
+        cached = self._decoded.get(key, {}).get(kind)
         if cached is None:
             try:
                 cached = decode(value, kind)
             except BadMessage as e:
                 log.warning("ignoring a value that does not decode", bucket=self.bucket, key=key, why=e.message)
                 return None
-            self._decoded[(key, kind)] = cached
+            self._decoded.setdefault(key, {})[kind] = cached
         return cached  # type: ignore[return-value]  # the cache's key holds the kind
 
     def items(self, prefix: str, kind: type[T]) -> Iterator[tuple[str, T]]:
@@ -121,7 +121,7 @@ class View:
         else:
             self._values[key] = value
         self.comings += before is None or value is None
-        self._forget(key)
+        self._decoded.pop(key, None)
         self._tell()
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
@@ -140,10 +140,6 @@ class View:
             self.revision = revision
             self._changed.set()
             self._changed = asyncio.Event()
-
-    def _forget(self, key: str) -> None:
-        for cached in [c for c in self._decoded if c[0] == key]:
-            del self._decoded[cached]
 
     def _tell(self) -> None:
         self.changes += 1
