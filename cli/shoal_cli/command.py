@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from shoal_cli.client import disks, events, logs
 from shoal_cli.client.answers import Anything, InstanceRow, StatusAnswer
@@ -40,6 +40,8 @@ from shoal_common.config import home_directory
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
 from shoal_common.messages.questions import Fits, Previews
 from shoal_common.names import ModelRef, check_id, check_node
+
+T = TypeVar("T")
 
 _INTERRUPTED = 130
 
@@ -94,6 +96,14 @@ def _fail(error: BaseException, message: str, code: int, environ: Mapping[str, s
 
 def _print_json(value: object) -> int:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _shown(call: Call, answer: T, table: Callable[[T], RenderableType]) -> int:
+    """An answer as it is, for programs, or as a table."""
+    if call.args.as_json:
+        return _print_json(msgspec.to_builtins(answer))
+    call.out.print(table(answer))
     return 0
 
 
@@ -208,11 +218,7 @@ def _transfer(call: Call) -> int:
 
 def _ls(call: Call) -> int:
     if call.args.fits:
-        fits = call.gateway.get("/v1/placements/fits", Fits)
-        if call.args.as_json:
-            return _print_json(msgspec.to_builtins(fits))
-        call.out.print(fits_table(fits))
-        return 0
+        return _shown(call, call.gateway.get("/v1/placements/fits", Fits), fits_table)
     answer = call.gateway.get("/v1/status", Anything)
     if call.args.as_json:
         return _print_json({"models": answer.get("models", [])})
@@ -281,11 +287,7 @@ def _place(call: Call) -> int:
     a = call.args
     body = wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context) | finer(a)
     if a.preview:
-        found = call.gateway.get("/v1/placements/preview", Previews, **as_query(body))
-        if a.as_json:
-            return _print_json(msgspec.to_builtins(found))
-        call.out.print(previews_table(found))
-        return 0
+        return _shown(call, call.gateway.get("/v1/placements/preview", Previews, **as_query(body)), previews_table)
     instance: InstanceRow = place(call.gateway, body, lambda words: print(words, file=sys.stderr))
     if a.as_json:
         return _print_json(msgspec.to_builtins(instance))

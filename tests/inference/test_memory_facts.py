@@ -16,7 +16,7 @@ from shoal_common.errors import BadInput
 from shoal_common.messages.facts import Facts
 from shoal_inference import device
 from shoal_inference.device import find_device, read_kept, read_speed, this_machine
-from shoal_inference.memory import memory_facts, occupied_bytes, read_cap, steady
+from shoal_inference.memory import memory_facts, occupied_bytes, read_bytes, steady
 from shoal_inference.pressure import of_stalls, pressure
 from shoal_inference.stage.device import Device
 from tests.inference.conftest import ROOT
@@ -34,7 +34,7 @@ def test_a_memory_cap_limits_what_is_told_and_a_bad_one_is_refused_in_one_line()
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 * MIB, 5 * MIB)
     assert memory_facts(None, {}, CPU).memory_total_bytes > 5 * MIB
     with pytest.raises(BadInput, match="much"):
-        read_cap({"max_memory_bytes": "much"}, {})
+        read_bytes("max_memory_bytes", {"max_memory_bytes": "much"}, {})
 
 
 def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:

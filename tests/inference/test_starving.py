@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.facts import Facts
-from shoal_inference.starving import read_floor, why_starving
+from shoal_inference.memory import read_bytes
+from shoal_inference.starving import why_starving
 
 GIB = 1 << 30
 
@@ -34,8 +35,8 @@ def test_they_end_when_everything_suffers_whatever_is_said_to_be_available(press
 
 
 def test_the_floor_can_be_set_and_has_to_be_a_number() -> None:
-    assert read_floor({}, {}) is None
-    assert read_floor({"force_floor_bytes": 5}, {}) == 5
-    assert read_floor({"force_floor_bytes": 5}, {"SHOAL_FORCE_FLOOR_BYTES": "7"}) == 7
+    assert read_bytes("force_floor_bytes", {}, {}) is None
+    assert read_bytes("force_floor_bytes", {"force_floor_bytes": 5}, {}) == 5
+    assert read_bytes("force_floor_bytes", {"force_floor_bytes": 5}, {"SHOAL_FORCE_FLOOR_BYTES": "7"}) == 7
     with pytest.raises(BadInput):
-        read_floor({"force_floor_bytes": "much"}, {})
+        read_bytes("force_floor_bytes", {"force_floor_bytes": "much"}, {})

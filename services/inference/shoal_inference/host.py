@@ -16,10 +16,10 @@ from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, assignments, leftovers, reconcile
 from shoal_inference.device import find_device, read_speed
-from shoal_inference.memory import memory_facts, occupied_bytes, read_cap, steady
+from shoal_inference.memory import memory_facts, occupied_bytes, read_bytes, steady
 from shoal_inference.runner import StageRunner
 from shoal_inference.stage.device import Device
-from shoal_inference.starving import LOOK_S, read_floor, why_starving
+from shoal_inference.starving import LOOK_S, why_starving
 from shoal_inference.uses import Uses
 
 log = Log("inference")
@@ -36,8 +36,8 @@ class Host:
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
         self._uses = Uses(context.ask, tasks)
         settings = context.config.settings.get("inference", {})
-        self._cap_bytes = read_cap(settings, context.environ)
-        self._floor_bytes = read_floor(settings, context.environ)
+        self._cap_bytes = read_bytes("max_memory_bytes", settings, context.environ)
+        self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
         self._speed = read_speed(settings, context.environ)
         self._device = Device(bytes_per_s=self._speed or 0.0)
 

@@ -21,13 +21,16 @@ _STEP_SHARE = 100
 _OWN_PAGES = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
-def read_cap(settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    """`[inference] max_memory_bytes` of node.toml, or SHOAL_MAX_MEMORY_BYTES: bytes, or None for no cap."""
-    value = environ.get("SHOAL_MAX_MEMORY_BYTES") or settings.get("max_memory_bytes")
+def read_bytes(name: str, settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+    """A setting of `[inference]` of node.toml, or SHOAL_ and its name: bytes, or None where it is not set.
+
+    `max_memory_bytes` is the cap, `force_floor_bytes` what forced stages have to leave. Raises BadInput.
+    """
+    value = environ.get(f"SHOAL_{name.upper()}") or settings.get(name)
     try:
         return int(str(value)) if value else None
     except ValueError:
-        raise BadInput(f"max_memory_bytes {value!r} is not a number of bytes") from None
+        raise BadInput(f"{name} {value!r} is not a number of bytes") from None
 
 
 def occupied_bytes(pid: int) -> int:

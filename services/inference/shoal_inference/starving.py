@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from shoal_common.errors import BadInput, NoRoom
+from shoal_common.errors import NoRoom
 from shoal_common.messages.facts import Facts
 
 LOOK_S = 0.5
 _FLOOR_SHARE = 50
 _LEAST_FLOOR_BYTES = 256 << 20
 _MUCH_PRESSURE = 2
-
-
-def read_floor(settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    """`[inference] force_floor_bytes` of node.toml, or SHOAL_FORCE_FLOOR_BYTES: bytes; None for what is usual."""
-    value = environ.get("SHOAL_FORCE_FLOOR_BYTES") or settings.get("force_floor_bytes")
-    try:
-        return int(str(value)) if value else None
-    except ValueError:
-        raise BadInput(f"force_floor_bytes {value!r} is not a number of bytes") from None
 
 
 def why_starving(facts: Facts, floor_bytes: int | None) -> NoRoom | None:

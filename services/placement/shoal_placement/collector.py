@@ -20,7 +20,7 @@ from shoal_common.messages.commands import Forget
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, NodeState, StageState
 from shoal_common.names import check_node
-from shoal_common.reconcile import reconcile_forever
+from shoal_common.reconcile import reconcile_forever, soonest
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.current import catch_up
@@ -76,7 +76,7 @@ class Collector:
         state, wake_s = self._writes.state, actions.wake_s
         for silent in actions.silent:
             if excused_s > 0:
-                wake_s = min(wake_s or excused_s, excused_s)
+                wake_s = soonest(wake_s, excused_s)
                 continue
             log.info("a node is silent", silent=silent.node)
             await self._state.reached(await state.put(node_key(silent.node), silent))
@@ -85,7 +85,7 @@ class Collector:
             log.info("a node is back, or nothing names it any more", was_silent=node)
         for retired in actions.retire:
             if unsettled_s > 0 and not retired.forgotten:
-                wake_s = min(wake_s or unsettled_s, unsettled_s)
+                wake_s = soonest(wake_s, unsettled_s)
                 continue
             why = "forgotten" if retired.forgotten else f"silent for {clock.now_s() - retired.silent_since_s:.0f} s"
             async with self._collecting:

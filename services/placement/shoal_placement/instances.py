@@ -8,7 +8,7 @@ from shoal_common.buckets import instance_key
 from shoal_common.leases import Lease
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, InstanceState, StageState
-from shoal_common.reconcile import reconcile_forever
+from shoal_common.reconcile import reconcile_forever, soonest
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.collector import SETTLED_S
@@ -44,7 +44,7 @@ class Instances:
             wake_s = await self._mover.look(lease, writes)
             if self._mover.stays != known:
                 await self._say(writes, settled=unsettled_s <= 0)
-            return min((s for s in (wake_s, unsettled_s if unsettled_s > 0 else None) if s is not None), default=None)
+            return soonest(wake_s, unsettled_s if unsettled_s > 0 else None)
 
         silent = self._suspicion.silent
         await reconcile_forever(

@@ -72,21 +72,29 @@ class Placement:
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
         self._suspicion = Suspicion(context, live)
-        mover = Mover(context, (live, spec, state), self._world, self._section, replace_after_s)
+        mover = Mover(context, (live, spec, state), self._working, self._world, self._section, replace_after_s)
         self._instances = Instances(context, (live, spec, state), self._suspicion, mover)
         self._writes: Writes
         """While it leads."""
 
+    def _heard(self) -> dict[str, dict[str, Live]]:
+        """Services that are live and not silent, by service and node."""
+        heard: dict[str, dict[str, Live]] = {}
+        for key, live in self._live.items("", Live):
+            if key not in self._suspicion.silent:
+                node, _, service = key.partition(".")
+                heard.setdefault(service, {})[node] = live
+        return heard
+
+    def _working(self) -> set[str]:
+        """Nodes that run stages."""
+        return set(self._heard().get("inference", {}))
+
     def _world(self) -> World:
-        here = {k: v for k, v in self._live.items("", Live) if k not in self._suspicion.silent}
-        facts = {}
-        for key, live in here.items():
-            node, _, service = key.partition(".")
-            if service == "inference":
-                facts[node] = live.facts
+        heard = self._heard()
         return World(
-            alive={key.partition(".")[0] for key in here},
-            facts=facts,
+            alive={node for nodes in heard.values() for node in nodes},
+            facts={node: live.facts for node, live in heard.get("inference", {}).items()},
             models=[m for _, m in self._state.items("model.", ModelState)],
             parts=[p for _, p in self._state.items("part.", PartState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],

@@ -10,7 +10,8 @@ from shoal_common.buckets import instance_key
 from shoal_common.errors import ErrorBody, ShoalError
 from shoal_common.leases import Lease
 from shoal_common.logs import Log
-from shoal_common.messages.records import InstanceSpec
+from shoal_common.messages.records import InstanceSpec, NodeSpec
+from shoal_common.reconcile import soonest
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.current import catch_up
@@ -32,12 +33,14 @@ class Mover:
         self,
         context: Context,
         views: tuple[View, View, View],
+        working: Callable[[], set[str]],
         world: Callable[[], World],
         section: asyncio.Lock,
         replace_after_s: float,
     ) -> None:
-        """`views`: live, spec, state. `section`: held while memory is given away."""
-        self._context, self._world, self._section = context, world, section
+        """`views`: live, spec, state. `working`: nodes that run stages. `section`: held to give memory away."""
+        self._context, self._section = context, section
+        self._working, self._world = working, world
         self._live, self._spec, self._state = views
         self._replace_after_s = replace_after_s
         self._gone_since_s: dict[str, float] = {}
@@ -68,15 +71,15 @@ class Mover:
                         return None
                     await self._move(leaving, writes)
         self.stays = {i: e for i, e in self.stays.items() if i in {m.spec.id for m in now.leaving}}
-        wakes_s = [s for s in (now.wake_s, _LOOK_AGAIN_S if self.stays else None) if s is not None]
-        return min(wakes_s, default=None)
+        return soonest(now.wake_s, _LOOK_AGAIN_S if self.stays else None)
 
     def _decide(self) -> Moves:
-        world, now_s = self._world(), monotonic()
-        gone = {stage.node for spec in world.instances for stage in spec.stages} - world.facts.keys()
+        specs, now_s = [s for _, s in self._spec.items("instance.", InstanceSpec)], monotonic()
+        gone = {stage.node for spec in specs for stage in spec.stages} - self._working()
         self._gone_since_s = {node: self._gone_since_s.get(node, now_s) for node in gone}
         gone_s = {node: now_s - since_s for node, since_s in self._gone_since_s.items()}
-        return moves(world.instances, gone_s, world.drained, self._replace_after_s)
+        drained = {s.node for _, s in self._spec.items("node.", NodeSpec)}
+        return moves(specs, gone_s, drained, self._replace_after_s)
 
     async def _move(self, leaving: Leaving, writes: Writes) -> None:
         spec = leaving.spec

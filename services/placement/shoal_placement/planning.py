@@ -298,7 +298,7 @@ def spec_of(found: Plan, instance: str, created_at_s: float) -> InstanceSpec:
 
 def placed_anew(spec: InstanceSpec, world: World) -> InstanceSpec:
     """The instance as it could run now, as it was asked for. Raises what `plan` raises."""
-    asked = {name: getattr(spec.asked, name) for name in Asked.__struct_fields__}
+    asked = structs.asdict(spec.asked)
     here = world.facts.keys() - world.drained
     # Of the nodes that were named, those that are there; with none of them it is refused as any request would be.
     asked["nodes"] = [n for n in spec.asked.nodes if n in here] or spec.asked.nodes
