@@ -16,15 +16,22 @@ import msgspec
 from rich.console import Console, RenderableType
 
 from shoal_cli.client import disks, events, logs
-from shoal_cli.client.answers import Anything, InstanceRow, StatusAnswer
+from shoal_cli.client.answers import Anything, InstanceRow, MovedRow, StatusAnswer
 from shoal_cli.client.conversation import Sampling
 from shoal_cli.client.gateway import Gateway, find_gateway
 from shoal_cli.client.hub import as_exports, hub_settings
-from shoal_cli.client.placing import as_query, finer, place, wish
+from shoal_cli.client.placing import as_query, finer, place, until_ready, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
-from shoal_cli.client.tables import fits_table, instances_table, models_table, previews_table, status_page
+from shoal_cli.client.tables import (
+    fits_table,
+    instances_table,
+    models_table,
+    previews_table,
+    rebalances_table,
+    status_page,
+)
 from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
 from shoal_cli.denied import not_allowed
@@ -38,7 +45,7 @@ from shoal_cli.sizes import parse_limit
 from shoal_common import VERSION
 from shoal_common.config import home_directory
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
-from shoal_common.messages.questions import Fits, Previews
+from shoal_common.messages.questions import Fits, Previews, Rebalances
 from shoal_common.names import ModelRef, check_id, check_node
 
 T = TypeVar("T")
@@ -314,6 +321,22 @@ def _stop(call: Call) -> int:
     return 0
 
 
+def _rebalance(call: Call) -> int:
+    if not call.args.instance:
+        if call.args.layout:
+            raise BadInput("which instance? `shoal rebalance INSTANCE --layout L`")
+        return _shown(call, call.gateway.get("/v1/placements/rebalances", Rebalances), rebalances_table)
+    path = f"/v1/instances/{check_id(call.args.instance)}/rebalance"
+    instance = call.gateway.post(path, {"layout": call.args.layout}, MovedRow)
+    if instance.moved:
+        until_ready(call.gateway, instance, lambda words: print(words, file=sys.stderr))
+    if call.args.as_json:
+        return _print_json(msgspec.to_builtins(instance))
+    nodes = ", ".join(instance.nodes)
+    call.say(f"instance {instance.id} is ready on {nodes}" if instance.moved else f"{instance.id} stays on {nodes}")
+    return 0
+
+
 def _node(call: Call) -> int:
     node = check_node(call.args.node)
     if call.args.action == "drain":
@@ -411,6 +434,7 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "verify": _verify,
     "repair": _repair,
     "place": _place,
+    "rebalance": _rebalance,
     "ps": _ps,
     "node": _node,
     "stop": _stop,

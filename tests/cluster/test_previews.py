@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal_demo import DEMO_MODEL
 from shoal_demo.running import RunningHub
-from tests.harness.shoal import ShoalCluster
+from tests.harness.shoal import ShoalCluster, ShoalNode
 
 
 def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalCluster) -> None:
@@ -31,8 +31,30 @@ def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalClus
     try:
         wanted = [(s["node"], s["first_layer"], s["last_layer"]) for s in over_two["stages"]]
         assert [(s["node"], s["first_layer"], s["last_layer"]) for s in placed["stages"]] == wanted
+        moves_only_when_told(node, placed["id"], over_two["layout"], shown["previews"][0]["layout"])
     finally:
         node.shoal("stop", placed["id"], check=True)
+
+
+def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str) -> None:
+    """An instance over two nodes that would be faster on one: that is proposed, and done when a person says so."""
+    (proposed,) = json.loads(node.shoal("rebalance", "--json", check=True).stdout)["rebalances"]
+    assert proposed["instance"] == instance and proposed["gain"] > 1.1
+    assert (proposed["now"]["layout"], proposed["better"]["layout"]) == (here, better)
+    table = node.shoal("rebalance", check=True).stdout
+    assert instance in table and better in table
+    assert len(node.call("GET", f"/v1/instances/{instance}")["nodes"]) == 2
+
+    moved = node.shoal("rebalance", instance, "--layout", better, check=True).stdout
+    (where,) = node.call("GET", f"/v1/instances/{instance}")["nodes"]
+    assert better.startswith(f"{where}:") and f"ready on {where}" in moved
+    question = {"role": "user", "content": "Why do fish swim in shoals?"}
+    answer = node.call("POST", "/v1/chat/completions", {"model": DEMO_MODEL, "max_tokens": 4, "messages": [question]})
+    assert answer["choices"][0]["message"]["content"]
+    assert "stays on" in node.shoal("rebalance", instance, check=True).stdout
+    assert "no instance would" in node.shoal("rebalance", check=True).stdout
+    refused = node.shoal("rebalance", "tiny-fish-ffffff")
+    assert refused.returncode == 3 and "there is no instance" in refused.stderr
 
 
 def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster) -> None:

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.errors import BadInput, NoRoom
+from shoal_common.errors import BadInput
 from shoal_common.messages.records import Asked, InstanceSpec, StageSpec
 from shoal_placement.moves import moves
-from shoal_placement.planning import placed_anew
 from shoal_placement.settings import Settings, read_settings
-from tests.placement.test_decide import COMMIT, held, world
+from tests.placement.test_decide import COMMIT
 
 AFTER_S = 60.0
 names = st.sampled_from("abcd")
@@ -61,16 +60,6 @@ def test_who_stands_on_living_undrained_nodes_never_moves(
         has_to = any(n in drained or gone_s.get(n, 0.0) >= AFTER_S for n in nodes)
         assert (f"i{number}" in leaving) == has_to
     assert now.wake_s is None or 0 < now.wake_s <= AFTER_S
-
-
-def test_an_instance_is_placed_anew_as_it_was_asked_for_into_the_memory_that_it_had() -> None:
-    spec = runs("i", "a", "b", asked=Asked(min_nodes=2, max_nodes=2, nodes=["a", "b", "c"]))
-    there = world({"a": 600, "c": 600, "d": 5000}, [held("a")], [spec])
-    fresh = placed_anew(spec, there)
-    assert (fresh.id, fresh.epoch, fresh.created_at_s, fresh.asked) == ("i", 5, 1.0, spec.asked)
-    assert {s.node for s in fresh.stages} == {"a", "c"}
-    with pytest.raises(NoRoom):
-        placed_anew(spec, world({"a": 600, "d": 5000}, [held("a")], [spec]))
 
 
 def test_settings_are_spans_of_time_and_the_environment_goes_first() -> None:

@@ -14,7 +14,7 @@ from shoal_common.errors import BadInput, NoRoom, NotFound
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import AskFits, ModelSize
-from shoal_common.messages.records import PartState
+from shoal_common.messages.records import DownloadPhase, DownloadState, PartState
 from shoal_placement.decide import World
 from shoal_placement.planning import (
     IN_FLIGHT,
@@ -107,6 +107,20 @@ def test_a_node_that_has_the_layers_already_is_preferred_to_one_that_has_not() -
     part = PartState(node="c", repo=MODEL, commit=COMMIT, layers=[[0, 4]], size_bytes=1, model_bytes=1)
     assert nodes(plan(asks(), structs.replace(there, parts=[part]))) == ["c"]
     assert plan(asks(), structs.replace(there, parts=[part])).layout.fetch_bytes == 0
+
+
+def test_a_node_to_which_a_part_has_come_is_preferred_in_proportion_though_its_download_is_paused() -> None:
+    there = machines({"a": (250, 250), "b": (800, 800), "c": (800, 800), "d": (800, 800)})
+    size = sum(SHAPE.layer_bytes) + SHAPE.embed_bytes + SHAPE.head_bytes
+    there = structs.replace(there, models=[has("a", size_bytes=size)])
+
+    def arrived(node: str, done: int, phase: DownloadPhase = "paused", commit: str = COMMIT) -> DownloadState:
+        return DownloadState(node=node, model=f"{MODEL}@main", phase=phase, commit=commit, done_bytes=done)
+
+    some = [arrived("b", size // 4, "fetching"), arrived("c", size // 2), arrived("d", size, commit="f" * 40)]
+    found = plan(asks(), structs.replace(there, downloads=some))
+    assert nodes(found) == ["c"] and found.layout.fetch_bytes == pytest.approx(size / 2, rel=0.01)
+    assert plan(asks(), structs.replace(there, downloads=some[2:])).layout.fetch_bytes == size
 
 
 def test_objectives_say_how_many_answers_a_layout_is_for() -> None:

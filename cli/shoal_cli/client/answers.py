@@ -69,6 +69,12 @@ class InstanceRow(Message):
     error: ErrorBody | None = None
 
 
+class MovedRow(InstanceRow):
+    """POST /v1/instances/{id}/rebalance."""
+
+    moved: bool = False
+
+
 class StatusAnswer(Message):
     """GET /v1/status."""
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from shoal_cli.client.answers import DiskRow, InstanceRow, ModelRow, NodeRow, StatusAnswer
 from shoal_cli.client.progress import line
 from shoal_cli.sizes import show_bytes, show_seconds
-from shoal_common.messages.questions import Fits, Previews
+from shoal_common.messages.questions import Fits, Previews, Rebalances
 from shoal_common.messages.records import ENDED, PartState, StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
@@ -200,6 +200,23 @@ def fits_table(answer: Fits) -> RenderableType:
             p.layout if p else f.why,
         )
     return table
+
+
+def rebalances_table(answer: Rebalances) -> RenderableType:
+    """Instances that would stand better elsewhere."""
+    if not answer.rebalances:
+        return Text("no instance would stand notably better elsewhere")
+    table = _table("instance", "gain", "now", "better", "to download")
+    for r in answer.rebalances:
+        table.add_row(
+            r.instance,
+            f"{r.gain:.2g}x" + (f", {r.now.tier} → {r.better.tier}" if r.now.tier != r.better.tier else ""),
+            r.now.layout,
+            r.better.layout,
+            show_bytes(r.better.fetch_bytes) if r.better.fetch_bytes else "-",
+        )
+    words = "`shoal rebalance INSTANCE` moves one; it does not answer while it does. Gains are predictions"
+    return Group(table, Text(words, style="dim"))
 
 
 def _speed(tokens_per_s: float) -> str:

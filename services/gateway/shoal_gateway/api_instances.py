@@ -7,7 +7,8 @@ from starlette.responses import Response
 
 from shoal_common.buckets import instance_key
 from shoal_common.errors import Expired, Failed, NotFound, from_body
-from shoal_common.messages.commands import Place, Unplace
+from shoal_common.messages import Message
+from shoal_common.messages.commands import Place, Rebalance, Unplace
 from shoal_common.messages.records import InstanceState
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.sending import new_id
@@ -30,6 +31,12 @@ class AskPlace(Place):
     """The body of `POST /v1/instances`: the `place` command, and whether to wait until the instance answers."""
 
     wait: bool = True
+
+
+class AskRebalance(Message):
+    """The body of `POST /v1/instances/{id}/rebalance`."""
+
+    layout: str = ""
 
 
 async def instances(request: Request) -> Response:
@@ -66,6 +73,24 @@ async def unplace(request: Request) -> Response:
         return reply({"id": identity, "deleted": False})
     _, command_id = await carried_out(request, "unplace", Unplace(instance=identity))
     return reply({"id": identity, "deleted": True, "command": command_id})
+
+
+async def rebalance(request: Request) -> Response:
+    """`POST /v1/instances/{id}/rebalance`: it moves, to `layout` if one is named. Answers before it has arrived."""
+    gateway, body = gateway_of(request), await read_as(request, AskRebalance)
+    identity = check_id(request.path_params["id"])
+    gateway.sender.require_nats()
+    outcome, command = await carried_out(request, "rebalance", Rebalance(instance=identity, layout=body.layout))
+    epoch = int(str(outcome.result.get("epoch") or 0))
+
+    def there(_: View) -> InstanceView | None:
+        view = instance_view(gateway.picture(), identity)
+        return view if view is not None and view.epoch >= epoch else None
+
+    view = await gateway.spec.until(there, _VISIBLE_S)
+    if view is None:
+        raise NotFound(f"instance {identity} is gone again; see `shoal status`", instance=identity)
+    return reply({**_fields(view), "moved": bool(outcome.result.get("moved")), "command": command})
 
 
 async def _place(gateway: Gateway, command: Place, wait: bool) -> tuple[InstanceView, str]:
@@ -114,4 +139,5 @@ def _fields(view: InstanceView) -> dict[str, object]:
 ROUTES = [
     resource("/v1/instances", GET=instances, POST=place),
     resource("/v1/instances/{id}", GET=instance, DELETE=unplace),
+    resource("/v1/instances/{id}/rebalance", POST=rebalance),
 ]

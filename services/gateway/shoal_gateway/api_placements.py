@@ -12,7 +12,7 @@ from starlette.responses import Response
 from shoal_common.errors import BadInput
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Place
-from shoal_common.messages.questions import AskFits, Fits, Previews
+from shoal_common.messages.questions import AskFits, AskRebalances, Fits, Previews, Rebalances
 from shoal_common.names import ModelRef, check_node
 from shoal_gateway.exchange import reply, unless_gone
 from shoal_gateway.gateway import gateway_of
@@ -35,6 +35,12 @@ async def fits(request: Request) -> Response:
     """`GET /v1/placements/fits?context_tokens=…`: which of the models that nodes hold could be placed now."""
     _refuse_others(request, ("context_tokens",))
     return await _asked(request, "fits", _converted(dict(request.query_params), AskFits), Fits)
+
+
+async def rebalances(request: Request) -> Response:
+    """`GET /v1/placements/rebalances`: which instances would stand better elsewhere, and what that would gain."""
+    _refuse_others(request, ())
+    return await _asked(request, "rebalances", AskRebalances(), Rebalances)
 
 
 async def _asked(request: Request, verb: str, question: Message, answer: type[Message]) -> Response:
@@ -72,4 +78,8 @@ def _converted(given: dict[str, Any], kind: type[T]) -> T:
         raise BadInput(f"a parameter is not as it has to be: {e}") from None
 
 
-ROUTES = [resource("/v1/placements/preview", GET=preview), resource("/v1/placements/fits", GET=fits)]
+ROUTES = [
+    resource("/v1/placements/preview", GET=preview),
+    resource("/v1/placements/fits", GET=fits),
+    resource("/v1/placements/rebalances", GET=rebalances),
+]

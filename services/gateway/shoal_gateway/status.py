@@ -298,7 +298,8 @@ def instance_view(picture: Picture, instance: str) -> InstanceView | None:
         model=f"{known.repo}@{known.commit}",
         repo=known.repo,
         commit=known.commit,
-        phase=state.phase if state else "starting",
+        # What is said of an earlier layout says nothing of this one.
+        phase=state.phase if state and state.epoch >= known.epoch else "starting",
         nodes=[s.node for s in spec.stages] if spec else (state.nodes if state else []),
         epoch=known.epoch,
         context_tokens=spec.context_tokens if spec else 0,

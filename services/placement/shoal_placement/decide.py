@@ -11,6 +11,7 @@ import msgspec
 from shoal_common.errors import BadInput, ErrorBody, NotFound
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import (
+    DownloadState,
     InstanceSpec,
     InstanceState,
     ModelShape,
@@ -33,6 +34,7 @@ class World(msgspec.Struct, frozen=True):
     alive: Set[str]
     """Nodes with any live service: what only others hold cannot be had now."""
     parts: Sequence[PartState] = ()
+    downloads: Sequence[DownloadState] = ()
     drained: Set[str] = frozenset()
     """Nodes on which people want nothing to run."""
 

@@ -19,21 +19,40 @@ from shoal_common.errors import NotFound, Unavailable
 from shoal_common.leases import Lease, LeaseValue, acquire, holding
 from shoal_common.logs import Log
 from shoal_common.messages import Message
-from shoal_common.messages.commands import Drain, Forget, Place, Unplace
+from shoal_common.messages.commands import Drain, Forget, Place, Rebalance, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.questions import AskFits, AskShape, Fits, ModelSize, Previews
-from shoal_common.messages.records import InstanceSpec, ModelState, NodeSpec, PartState, StageSpec, StageState
+from shoal_common.messages.questions import AskFits, AskRebalances, AskShape, Fits, ModelSize, Previews, Rebalances
+from shoal_common.messages.records import (
+    DownloadState,
+    InstanceSpec,
+    ModelState,
+    NodeSpec,
+    PartState,
+    StageSpec,
+    StageState,
+)
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_common.watch import View
+from shoal_placement.anew import placed_anew, rebalances
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
 from shoal_placement.mover import Mover
-from shoal_placement.planning import as_previews, fitting, held, in_flight, plan, previews, spec_of, with_unheld
+from shoal_placement.planning import (
+    as_previews,
+    fitting,
+    held,
+    in_flight,
+    layout_name,
+    plan,
+    previews,
+    spec_of,
+    with_unheld,
+)
 from shoal_placement.settings import read_settings
 from shoal_placement.suspicion import Suspicion
 
@@ -97,6 +116,7 @@ class Placement:
             facts={node: live.facts for node, live in heard.get("inference", {}).items()},
             models=[m for _, m in self._state.items("model.", ModelState)],
             parts=[p for _, p in self._state.items("part.", PartState)],
+            downloads=[d for _, d in self._state.items("download.", DownloadState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
             drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
         )
@@ -137,6 +157,26 @@ class Placement:
             await self._state.until(gone, _STAGES_GONE_S)
         return {"instance": name, "stopped": stopped}
 
+    async def _rebalance(self, command: Rebalance, _: str) -> dict[str, object]:
+        """Move an instance because a person says so. Once it stands so, saying it again is no error."""
+        name = check_id(command.instance)
+        async with self._section:
+            await self._catch_up()
+            spec, layout = self._spec.get(instance_key(name), InstanceSpec), command.layout
+            if spec is None:
+                raise NotFound(f"there is no instance {name}; `shoal ps` lists those there are")
+            if not layout:
+                proposed = await asyncio.to_thread(rebalances, self._world())
+                layout = next((r.better.layout for r in proposed.rebalances if r.instance == name), "")
+            if layout in ("", layout_name(spec.stages)):
+                return {"instance": name, "moved": False, "epoch": spec.epoch}
+            fresh = await asyncio.to_thread(placed_anew, spec, self._world(), layout)
+            await self._spec.reached(await self._writes.spec.put(instance_key(name), fresh))
+        nodes = [stage.node for stage in fresh.stages]
+        log.info("moved", instance=name, because="asked for", nodes=",".join(nodes), epoch=fresh.epoch)
+        await self._context.events.tell("moved", instance=name, because="asked for", nodes=nodes)
+        return {"instance": name, "moved": True, "epoch": fresh.epoch}
+
     async def _drain(self, command: Drain, _: str) -> dict[str, object]:
         """Say that a node is to be empty, or is not any more. Idempotent; raises NotFound for one nobody knows."""
         async with self._section:
@@ -175,6 +215,11 @@ class Placement:
         """Which of the models that nodes hold could be placed now. Writes nothing."""
         await self._catch_up()
         return await asyncio.to_thread(fitting, question, self._world())
+
+    async def rebalances(self, _: AskRebalances) -> Rebalances:
+        """Which instances would stand better elsewhere. Writes nothing."""
+        await self._catch_up()
+        return await asyncio.to_thread(rebalances, self._world())
 
     async def _size_of(self, model: str) -> ModelSize:
         """What a model takes that no node has, by the headers of its files on the hub. Raises NotFound and others."""
@@ -220,6 +265,7 @@ class Placement:
             "place": Verb(Place, self.place, _PLACE_DEADLINE_S),
             "unplace": Verb(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
             "forget": Verb(Forget, self._collector.forget, _FORGET_DEADLINE_S),
+            "rebalance": Verb(Rebalance, self._rebalance, _PLACE_DEADLINE_S),
             "drain": Verb(Drain, self._drain, _DRAIN_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
@@ -259,6 +305,7 @@ async def run(context: Context) -> None:
             "preview": Question(Place, placement.preview),
             "previews": Question(Place, placement.previews),
             "fits": Question(AskFits, placement.fits),
+            "rebalances": Question(AskRebalances, placement.rebalances),
         }
         tasks.create_task(context.serve(questions))
         context.ready()

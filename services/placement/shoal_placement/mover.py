@@ -14,11 +14,11 @@ from shoal_common.messages.records import InstanceSpec, NodeSpec
 from shoal_common.reconcile import soonest
 from shoal_common.service import Context
 from shoal_common.watch import View
+from shoal_placement.anew import placed_anew
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World
 from shoal_placement.fenced import Writes
 from shoal_placement.moves import Leaving, Moves, moves
-from shoal_placement.planning import placed_anew
 
 log = Log("mover")
 

@@ -6,7 +6,7 @@ give way. docs/placement.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -16,10 +16,18 @@ from shoal_common.errors import BadInput, NoRoom, NotFound, Unsupported
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.questions import AskFits, Fit, Fits, ModelSize, Preview, Previews, PreviewStage
-from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, ModelState, PartState, StageSpec
+from shoal_common.messages.records import (
+    Asked,
+    DownloadState,
+    InstanceSpec,
+    ModelShape,
+    ModelState,
+    PartState,
+    StageSpec,
+)
 from shoal_common.names import ModelRef, check_node
 from shoal_placement.decide import World, context_for, find_model
-from shoal_placement.need import need_of, promised_bytes, stage_key, unfused_bytes
+from shoal_placement.need import need_of, promised_bytes, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
 from shoal_placement.solve.answers import preview
 from shoal_placement.solve.cost import keeps, layout_of
@@ -28,7 +36,8 @@ from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
 IN_FLIGHT = 4
 """Requests at once, where `throughput` is asked for and not said for how many."""
-_TIERS: tuple[Tier, ...] = ("fits", "tight", "force")
+TIERS: tuple[Tier, ...] = ("fits", "tight", "force")
+"""In the order in which they are tried."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -47,6 +56,11 @@ class Plan(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """The layout in a word, by which it can be asked for: `a:14,b:2`."""
         return ",".join(f"{s.node}:{s.last - s.first}" for s in self.layout.slices)
+
+
+def layout_name(stages: Iterable[StageSpec]) -> str:
+    """The same of stages that are placed already, in rank order."""
+    return ",".join(f"{s.node}:{s.last_layer - s.first_layer}" for s in stages)
 
 
 class _Question(msgspec.Struct, frozen=True):
@@ -87,7 +101,7 @@ def plan(request: Place, world: World) -> Plan:
     if request.layout:
         return _as_named(asked)
     allowed = allowed_tiers(request)
-    for tier in _TIERS:
+    for tier in TIERS:
         layout = solved(asked.problem(tier, in_flight(request)))
         if layout is not None and tier in allowed:
             return asked.plan(layout, tier)
@@ -103,13 +117,13 @@ def previews(request: Place, world: World) -> list[Plan]:
     if request.layout:
         return [_as_named(structs.replace(asked, request=structs.replace(request, force=True)))]
     found: dict[int, Plan] = {}
-    for tier in _TIERS:
+    for tier in TIERS:
         for count, answer in preview(asked.problem(tier, in_flight(request))).items():
             if answer.layout is not None and count not in found:
                 found[count] = asked.plan(answer.layout, tier)
     if not found:
         raise _no_room(asked, None)
-    return sorted(found.values(), key=lambda p: (_TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
+    return sorted(found.values(), key=lambda p: (TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
 
 
 def held(model: str, world: World) -> bool:
@@ -138,7 +152,7 @@ def with_unheld(world: World, model: str, size: ModelSize) -> World:
 
 def allowed_tiers(request: Place) -> tuple[Tier, ...]:
     """Those up to the one that a request names."""
-    return _TIERS[: 3 if request.force else 2 if request.allow_low_memory else 1]
+    return TIERS[: 3 if request.force else 2 if request.allow_low_memory else 1]
 
 
 def in_flight(request: Place) -> int:
@@ -179,14 +193,24 @@ def _understood(request: Place, world: World) -> _Question:
     count = len(shape.layer_bytes)
     holders = {m.node for m in world.models if m.model == model.model}
     parts = {p.node: p for p in world.parts if p.model == model.model}
-    lacks = {n: [0.0] * count if n in holders else _lacks(parts.get(n), count) for n in facts}
+    arrived = _arrived(model, world.downloads)
+    lacks = {n: [0.0] * count if n in holders else _lacks(parts.get(n), arrived.get(n, 0.0), count) for n in facts}
     need = need_of(shape, context_tokens)
     return _Question(request, model, shape, context_tokens, need, facts, rooms, lacks)
 
 
-def _lacks(part: PartState | None, count: int) -> list[float]:
+def _lacks(part: PartState | None, arrived: float, count: int) -> list[float]:
     runs = part.layers if part is not None else []
-    return [0.0 if any(first <= layer < end for first, end in runs) else 1.0 for layer in range(count)]
+    return [0.0 if any(first <= layer < end for first, end in runs) else 1.0 - arrived for layer in range(count)]
+
+
+def _arrived(model: ModelState, downloads: Iterable[DownloadState]) -> dict[str, float]:
+    """The share of a model that has come to each node by downloads that have not ended well, paused ones too."""
+    return {
+        d.node: min(d.done_bytes / model.size_bytes, 1.0)
+        for d in downloads
+        if d.commit == model.commit and d.model.partition("@")[0] == model.repo and model.size_bytes > 0
+    }
 
 
 def _named_layout(text: str) -> list[tuple[str, int]]:
@@ -217,7 +241,7 @@ def _as_named(asked: _Question) -> Plan:
     each = [tier_of(own, asked.rooms[node]) for (node, _), own in zip(named, needed, strict=True)]
     if None in each:
         raise _no_room(asked, None)
-    tier = max((t for t in each if t is not None), key=_TIERS.index)
+    tier = max((t for t in each if t is not None), key=TIERS.index)
     if tier not in allowed_tiers(asked.request):
         raise _no_room(asked, tier)
     problem = asked.problem(tier, in_flight(asked.request))
@@ -296,45 +320,18 @@ def spec_of(found: Plan, instance: str, created_at_s: float) -> InstanceSpec:
     )
 
 
-def placed_anew(spec: InstanceSpec, world: World) -> InstanceSpec:
-    """The instance as it could run now, as it was asked for. Raises what `plan` raises."""
-    asked = structs.asdict(spec.asked)
-    here = world.facts.keys() - world.drained
-    # Of the nodes that were named, those that are there; with none of them it is refused as any request would be.
-    asked["nodes"] = [n for n in spec.asked.nodes if n in here] or spec.asked.nodes
-    asked["layers"] = {n: count for n, count in spec.asked.layers.items() if n in here}
-    request = Place(model=spec.model, context_tokens=spec.context_tokens, **asked)
-    # What its stages occupy is theirs again.
-    own = {stage_key(spec.id, s.rank) for s in spec.stages}
-    facts = {n: _without_stages(f, own) for n, f in world.facts.items()}
-    others = [s for s in world.instances if s.id != spec.id]
-    found = plan(request, structs.replace(world, facts=facts, instances=others))
-    fresh = spec_of(found, spec.id, spec.created_at_s)
-    return structs.replace(fresh, epoch=spec.epoch + 1, asked=spec.asked)
-
-
-def _without_stages(facts: Facts, keys: set[str]) -> Facts:
-    freed = sum(size for key, size in facts.stages.items() if key in keys)
-    if not freed:
-        return facts
-    return structs.replace(
-        facts,
-        memory_available_bytes=facts.memory_available_bytes + freed,
-        stages={key: size for key, size in facts.stages.items() if key not in keys},
-    )
-
-
 def as_previews(found: Sequence[Plan], facts: Mapping[str, Facts], requests: int) -> Previews:
     """Plans for people and programs. `requests`: in flight, 0 for as many as there are stages."""
     return Previews(
         model=found[0].model.model,
         context_tokens=found[0].context_tokens,
         estimated=found[0].shape.estimated,
-        previews=[_preview(plan, facts, requests or len(plan.layout.slices)) for plan in found],
+        previews=[preview_of(plan, facts, requests or len(plan.layout.slices)) for plan in found],
     )
 
 
-def _preview(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
+def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
+    """One plan for people and programs."""
     layout = plan.layout
     return Preview(
         layout=plan.name,
@@ -370,7 +367,7 @@ def fitting(question: AskFits, world: World) -> Fits:
         except (NoRoom, Unsupported) as e:
             found.append(Fit(model=model.model, size_bytes=model.size_bytes, why=e.message))
         else:
-            shown = _preview(best, world.facts, 1)
+            shown = preview_of(best, world.facts, 1)
             found.append(Fit(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=shown))
-    last = len(_TIERS)
-    return Fits(models=sorted(found, key=lambda f: (_TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))
+    last = len(TIERS)
+    return Fits(models=sorted(found, key=lambda f: (TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))

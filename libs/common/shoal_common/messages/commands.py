@@ -139,6 +139,14 @@ class Unplace(Command):
     instance: str
 
 
+class Rebalance(Command):
+    """Move an instance to a better layout. It does not answer meanwhile."""
+
+    instance: str
+    layout: str = ""
+    """As a proposal names it; "" for the best that there is now."""
+
+
 class Forget(Command):
     """Retire a node that is not live: remove every key that names it, now."""
 

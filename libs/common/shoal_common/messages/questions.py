@@ -326,3 +326,25 @@ class Fits(Message):
     """The answer to `fits`: those that fit first, then those that are tight; of the same the larger first."""
 
     models: list[Fit]
+
+
+class AskRebalances(Message):
+    """placement.rebalances: which instances would stand better on other nodes, or with other layers."""
+
+
+class Rebalancing(Message):
+    """An instance as it stands, and a layout in which it would stand better. Nothing moves by itself."""
+
+    instance: str
+    model: str
+    now: Preview
+    better: Preview
+    """Its `fetch_bytes` is what the move would download."""
+    gain: float
+    """Tokens per second over those of now; a layout that leaves other programs their memory may have less than 1."""
+
+
+class Rebalances(Message):
+    """The answer to `rebalances`: what gains most comes first."""
+
+    rebalances: list[Rebalancing]
