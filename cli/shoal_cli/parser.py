@@ -321,6 +321,13 @@ def _add_instances(add: _Add, remote: Parser) -> None:
         help="best for one answer at a time, for --in-flight of them, or for as many as it has stages",
     )
     place.add_argument("--in-flight", metavar="C", type=_count, default=0, help="answers at once (4)")
+    place.add_argument(
+        "--answers",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="room for N at once as long as the context; more share it",
+    )
     place.add_argument("--layout", metavar="L", default="", help="exactly this one, as --preview names it: a:14,b:2")
     place.add_argument(
         "--allow-low-memory", action="store_true", help="also where other programs have to give memory back"

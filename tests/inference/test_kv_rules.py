@@ -14,7 +14,7 @@ from shoal_common.kv import RULES, module_of
 from shoal_common.messages.records import KvRule, ModelShape
 from shoal_common.shape import shape_of
 from shoal_common.tensors import Tensor
-from shoal_placement.need import cache_bytes, most_tokens
+from shoal_placement.need import kept_tokens, most_tokens
 
 cache: Any = _untyped_cache
 
@@ -159,7 +159,8 @@ def test_a_known_rule_is_what_the_caches_weigh(module: str) -> None:
     experts = any(word in module for word in ("moe", "mixtral", "deepseek", "gpt_oss", "qwen3_next", "qwen3_5"))
     shape, caches, prefilled = shape_and_caches(named(module), mx.float32 if experts else mx.bfloat16)
     assert not shape.estimated
-    assert [weight(c) for c in caches] == cache_bytes(shape, TOKENS)
+    kept = [r.bytes_per_token * kept_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
+    assert [weight(c) for c in caches] == kept
     for before, rule in zip(prefilled, shape.kv_rules, strict=True):
         most = rule.bytes_per_token * most_tokens(rule, TOKENS, CHUNK) + rule.constant_bytes
         assert before <= most

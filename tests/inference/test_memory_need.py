@@ -16,7 +16,7 @@ from mlx_lm import utils
 from shoal_common.shape import read_shape
 from shoal_inference.stage.blas import child_environment
 from shoal_inference.stage.control import Start
-from shoal_placement.need import PREFILL_CHUNK_TOKENS, STAGE_OVERHEAD_BYTES, cache_bytes, need_of
+from shoal_placement.need import PREFILL_CHUNK_TOKENS, STAGE_OVERHEAD_BYTES, kept_tokens, need_of
 from shoal_placement.solve import slice_bytes
 from tests.inference.conftest import ROOT
 
@@ -140,8 +140,9 @@ def test_predicted_memory_is_what_mlx_reports(name: str, tmp_path: Path) -> None
     found = weighed(directory)
     head_bytes = shape.head_bytes - (shape.embed_bytes if shape.tied else 0)
     weight_bytes = sum(shape.layer_bytes) + shape.embed_bytes + head_bytes
-    answering_bytes = weight_bytes + sum(cache_bytes(shape, TOKENS))
-    need = need_of(shape, TOKENS, fused=False, chunk_tokens=CHUNK)
+    kept = [r.bytes_per_token * kept_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
+    answering_bytes = weight_bytes + sum(kept)
+    need = need_of(shape, TOKENS, requests=1, fused=False, chunk_tokens=CHUNK)
     peak_bytes = slice_bytes(need, 0, len(need.layer_bytes)) - STAGE_OVERHEAD_BYTES
     ratios = {
         "weights": found["weight_bytes"] / weight_bytes,

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
+from shoal_common.kv import CACHE_STEP_TOKENS
 from shoal_inference.stage.control import Accepted, Message, Token
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS, RingOfStages
@@ -85,6 +86,25 @@ def test_concurrent_requests_each_get_what_they_get_alone(ring: RingOfStages, ru
     answers = run(together())
     for prompt, answer in zip(prompts, answers, strict=True):
         assert ids(answer) == one_process(ring.model_dir, prompt)
+
+
+def test_requests_that_outgrow_their_room_give_way_to_older_ones_and_answer_all_the_same(
+    ring: RingOfStages, run: Run[Any]
+) -> None:
+    # Two of them have room for their prompts, and only one to grow.
+    prompts = [tuple(1 + (t * t + 7 * n) % (VOCABULARY - 1) for t in range(CACHE_STEP_TOKENS - 10)) for n in range(3)]
+    assert CONTEXT_TOKENS == 2 * CACHE_STEP_TOKENS
+
+    async def together() -> tuple[list[list[Token]], int]:
+        before = await ring.children[0].stats()
+        answers = await asyncio.gather(*(ring.generate(prompt, COUNT) for prompt in prompts))
+        return answers, (await ring.children[0].stats()).displaced - before.displaced
+
+    answers, displaced = run(together())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert ids(answer) == one_process(ring.model_dir, prompt)
+    long = [answer for answer in answers if len(answer) > 10]
+    assert len(long) > 1 and displaced > 0, "the answers are too short for the test to mean anything"
 
 
 def test_eight_at_a_time_are_answered_time_after_time(ring: RingOfStages, run: Run[Any]) -> None:

@@ -45,9 +45,33 @@ def test_the_cache_is_counted_in_steps_of_256_tokens() -> None:
 
 
 def test_each_layer_is_counted_by_its_own_rule_and_for_each_answer_at_once() -> None:
-    assert cache_bytes(MIXED, 1000) == [1024 * 1000, 512 * 1000, 7000, 0]
-    assert cache_bytes(MIXED, 1000, batch=3) == [3 * b for b in cache_bytes(MIXED, 1000)]
-    assert cache_bytes(SHAPE, 300) == [512 * 1024] * 4  # told by a version that knew one rule for all
+    def caches(answers: int = 1) -> list[int]:
+        need = need_of(MIXED, 4096, answers, requests=1)
+        return [taken - weights for taken, weights in zip(need.layer_bytes, MIXED.layer_bytes, strict=True)]
+
+    window = 512 - 1 + PREFILL_CHUNK_TOKENS
+    assert caches() == [4096 * 1000, window * 1000, 7000, 0]
+    assert caches(3) == [3 * b for b in caches()]
+    # Told by a version that knew one rule for all.
+    assert need_of(SHAPE, 300).layer_bytes == [100 * MIB + 512 * 1024] * 4
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(0, 1000),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+)
+def test_requests_that_share_the_room_of_the_answers_take_no_more_than_is_promised(
+    context_tokens: int, window_tokens: int, answers: int, asked: list[int]
+) -> None:
+    rule = KvRule(bytes_per_token=3, window_tokens=window_tokens, constant_bytes=5)
+    room, taken = answers * -(-context_tokens // 256), 0
+    for tokens in asked:
+        if tokens <= context_tokens and -(-tokens // 256) <= room:
+            room -= -(-tokens // 256)
+            taken += 3 * most_tokens(rule, tokens, 512) + 5
+    assert taken <= cache_bytes(rule, context_tokens, 512, answers, 8)
 
 
 def test_a_window_has_a_chunk_beside_it_until_the_answer_begins() -> None:
@@ -55,7 +79,7 @@ def test_a_window_has_a_chunk_beside_it_until_the_answer_begins() -> None:
     assert most_tokens(window, 100_000, 2048) == 512 - 1 + 2048
     assert most_tokens(window, 600, 2048) == 600
     assert most_tokens(window, 100, 2048) == 256
-    grown = need_of(MIXED, 8192).layer_bytes[1] - MIXED.layer_bytes[1]
+    grown = need_of(MIXED, 8192, requests=1).layer_bytes[1] - MIXED.layer_bytes[1]
     assert grown == 1000 * (512 - 1 + PREFILL_CHUNK_TOKENS)
 
 

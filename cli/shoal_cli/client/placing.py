@@ -39,6 +39,7 @@ def finer(args: argparse.Namespace) -> dict[str, Any]:
         "without": [check_node(node) for node in args.without],
         "objective": args.objective if args.objective != "latency" else "",
         "in_flight": args.in_flight,
+        "answers": args.answers if args.answers != 1 else 0,
         "layout": args.layout,
         "allow_low_memory": args.allow_low_memory,
         "force": args.force,

@@ -14,6 +14,11 @@ import msgspec
 
 from shoal_common.messages.records import KvRule
 
+CACHE_STEP_TOKENS = 256
+"""mlx-lm's caches grow by this many tokens."""
+REQUESTS_AT_ONCE = 8
+"""That an instance works on, however many answers it has room for: they share it."""
+
 _NAMED_IN_MLX_LM = {
     "mistral": "llama",
     "iquestcoder": "llama",

@@ -22,7 +22,17 @@ from shoal_gateway.resource import resource
 T = TypeVar("T")
 
 _NAMES = ("nodes", "without")
-_WORDS = ("model", "context_tokens", "min_nodes", "max_nodes", "objective", "in_flight", "max_fetch_bytes", "layout")
+_WORDS = (
+    "model",
+    "context_tokens",
+    "min_nodes",
+    "max_nodes",
+    "objective",
+    "in_flight",
+    "answers",
+    "max_fetch_bytes",
+    "layout",
+)
 _ANSWER_S = 30.0
 
 

@@ -18,6 +18,7 @@ from shoal_common.connection import Nats
 from shoal_common.credentials import derive
 from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from_body
 from shoal_common.interfaces import Interfaces
+from shoal_common.kv import REQUESTS_AT_ONCE
 from shoal_common.logs import Log
 from shoal_common.messages import commands, encode
 from shoal_common.messages.questions import Accepted, Generate, TokenEvent
@@ -155,6 +156,8 @@ class StageRunner:
                     first_layer=stage.first_layer,
                     last_layer=stage.last_layer,
                     context_tokens=spec.context_tokens,
+                    answers=spec.asked.answers,
+                    max_requests=max(spec.asked.answers, REQUESTS_AT_ONCE),
                     bind_host=self._config.bind,
                     secret=derive(self._config.secret, f"activations/{spec.id}").encode(),
                 ),

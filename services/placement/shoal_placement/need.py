@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from shoal_common.kv import CACHE_STEP_TOKENS, REQUESTS_AT_ONCE
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import InstanceSpec, KvRule, ModelShape, ModelState
 from shoal_placement.solve import Need, slice_bytes
 
-KV_STEP_TOKENS = 256
-"""mlx-lm's caches grow by this many tokens."""
 PREFILL_CHUNK_TOKENS = 2048
 """The longest piece of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
 STAGE_OVERHEAD_BYTES = 96 << 20
@@ -25,7 +24,7 @@ def rules_of(shape: ModelShape) -> Sequence[KvRule]:
 
 def kept_tokens(rule: KvRule, context_tokens: int) -> int:
     """Tokens that a layer's cache has room for when an answer has filled the context."""
-    steps = -(-context_tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS
+    steps = -(-context_tokens // CACHE_STEP_TOKENS) * CACHE_STEP_TOKENS
     return min(steps, rule.window_tokens) if rule.window_tokens else steps
 
 
@@ -37,9 +36,17 @@ def most_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
     return max(kept_tokens(rule, context_tokens), min(context_tokens, rule.window_tokens - 1 + chunk_tokens))
 
 
-def cache_bytes(shape: ModelShape, context_tokens: int, batch: int = 1) -> list[int]:
-    """What each layer's caches take when `batch` answers have filled their context."""
-    return [batch * (r.bytes_per_token * kept_tokens(r, context_tokens) + r.constant_bytes) for r in rules_of(shape)]
+def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: int, requests: int) -> int:
+    """What a layer's caches take at most: `answers` as long as the context, or up to `requests` that share that room.
+
+    What grows with the tokens is the same however many they are. Of a window each has its own, and of a state too.
+    """
+    requests = max(requests, answers)
+    shared = answers * -(-context_tokens // CACHE_STEP_TOKENS) * CACHE_STEP_TOKENS
+    tokens = min(shared, requests * most_tokens(rule, context_tokens, chunk_tokens))
+    if not rule.window_tokens:
+        tokens = shared
+    return rule.bytes_per_token * tokens + requests * rule.constant_bytes
 
 
 def pass_bytes(shape: ModelShape, context_tokens: int, fused: bool, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
@@ -66,18 +73,19 @@ def fuses(shape: ModelShape, facts: Facts) -> bool:
 def need_of(
     shape: ModelShape,
     context_tokens: int,
-    batch: int = 1,
+    answers: int = 1,
+    requests: int = REQUESTS_AT_ONCE,
     fused: bool = True,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Need:
-    """What a model takes with this much context, for `batch` answers at once.
+    """What a model takes with this much context for each of `answers`, whose room up to `requests` share.
 
     Of a node that does not fuse attention every stage takes `unfused_bytes` more.
     """
     chunk = min(chunk_tokens, context_tokens)
     return Need(
         layer_bytes=[
-            weights + batch * (r.bytes_per_token * most_tokens(r, context_tokens, chunk) + r.constant_bytes)
+            weights + cache_bytes(r, context_tokens, chunk, answers, requests)
             for weights, r in zip(shape.layer_bytes, rules_of(shape), strict=True)
         ],
         embed_bytes=shape.embed_bytes,
@@ -116,7 +124,7 @@ def promised_bytes(
         shape = shapes.get(spec.model)
         if shape is None:
             continue
-        need = need_of(shape, spec.context_tokens)
+        need = need_of(shape, spec.context_tokens, spec.asked.answers)
         for stage in spec.stages:
             own = slice_bytes(need, stage.first_layer, stage.last_layer)
             own += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, Facts()))

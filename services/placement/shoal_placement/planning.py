@@ -34,6 +34,7 @@ from shoal_placement.solve.cost import keeps, layout_of
 from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
+MOST_ANSWERS = 64
 IN_FLIGHT = 4
 """Requests at once, where `throughput` is asked for and not said for how many."""
 TIERS: tuple[Tier, ...] = ("fits", "tight", "force")
@@ -167,6 +168,8 @@ def in_flight(request: Place) -> int:
 def _understood(request: Place, world: World) -> _Question:
     if not 1 <= request.min_nodes <= request.max_nodes:
         raise BadInput(f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes} leave nothing to choose")
+    if not 1 <= request.answers <= MOST_ANSWERS:
+        raise BadInput(f"answers {request.answers}: there is room for 1 to {MOST_ANSWERS} at once")
     model = find_model(request.model, world)
     if model.shape is None:
         raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is not known'}")
@@ -195,7 +198,7 @@ def _understood(request: Place, world: World) -> _Question:
     parts = {p.node: p for p in world.parts if p.model == model.model}
     arrived = _arrived(model, world.downloads)
     lacks = {n: [0.0] * count if n in holders else _lacks(parts.get(n), arrived.get(n, 0.0), count) for n in facts}
-    need = need_of(shape, context_tokens)
+    need = need_of(shape, context_tokens, request.answers)
     return _Question(request, model, shape, context_tokens, need, facts, rooms, lacks)
 
 

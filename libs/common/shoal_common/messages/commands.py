@@ -121,6 +121,8 @@ class Place(Command):
     """What the layout is best at: one answer at a time, `in_flight` at once, or as many as it has stages."""
     in_flight: int = 0
     """For `throughput`: answers at once; 0 means 4."""
+    answers: int = 1
+    """Room for so many at once, each as long as the context; more than that share it, 8 at least."""
     allow_low_memory: bool = False
     """Also where other programs would have to give memory back (tier `tight`)."""
     force: bool = False

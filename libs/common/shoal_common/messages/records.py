@@ -334,6 +334,7 @@ class Asked(Message):
     without: list[str] = []
     objective: Literal["latency", "throughput", "balanced"] = "latency"
     in_flight: int = 0
+    answers: int = 1
     allow_low_memory: bool = False
     force: bool = False
     layers: dict[str, int] = {}

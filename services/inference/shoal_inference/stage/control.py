@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from shoal_common.kv import REQUESTS_AT_ONCE
+
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """Longest line either side accepts: a prompt of a million token ids fits."""
 
@@ -62,7 +64,9 @@ class Start(_Line, frozen=True, kw_only=True):
     """For a handshake, for writing a frame, and for the rest of one whose first byte has come."""
     idle_limit_s: float = 0.0
     """After this long without a frame a request's caches are dropped; 0 means 4 * step_timeout_s."""
-    max_requests: int = 8
+    max_requests: int = REQUESTS_AT_ONCE
+    answers: int = 1
+    """Answers as long as the context for which there is room at once; more requests than that share it."""
 
 
 class Link(_Line, frozen=True, kw_only=True):
@@ -179,6 +183,8 @@ class Stats(_Line, frozen=True, kw_only=True):
     unknown_frames: int
     """Frames dropped because nobody knew their request any more."""
     refused_connections: int
+    displaced: int = 0
+    """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
 
 
 class Fatal(_Line, frozen=True, kw_only=True):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 
 import msgspec
+from msgspec import structs
 
 from shoal_inference.stage import decide
 from shoal_inference.stage.control import Accepted, Failed, Generate, Token
@@ -14,9 +16,12 @@ from shoal_inference.stage.core import Core
 from shoal_inference.stage.errors import Busy, ComputeFailed, LinkError, RequestError, StageLost, StageTimeout
 from shoal_inference.stage.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
 from shoal_inference.stage.requests import Answered, Entry
+from shoal_inference.stage.room import Displaced, Room
 
 SLOT_GRACE_S = 0.25
 """How long a request beyond the limit waits for one to end before it is told `busy`."""
+ROOM_STEPS = 4
+"""Timeouts of a step that an accepted request waits for room in the cache at most."""
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,8 @@ class Lead:
         self._group = group
         self._slots = asyncio.Semaphore(core.start.max_requests)
         self._window = decide.window(core.start.stages)
+        self._room: Room | None = None
+        """None until the model is loaded, which may say how long a context is."""
 
     def generate(self, ask: Generate) -> None:
         """Begin a request, or say at once why not. One that is in flight is left to end."""
@@ -87,7 +94,23 @@ class Lead:
         try:
             await self._take_slot()
             try:
-                await self._answer(entry, ask)
+                plan, stop = await self._core.on_thread(self._core.engine.plan, ask)
+                self._core.emit(
+                    Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens)
+                )
+                if plan.ended is not None:
+                    self._core.emit(_complete(ask, plan))
+                    self._core.requests.end(entry)
+                    return
+                seed = secrets.randbits(63) if ask.seed is None else ask.seed
+                opening = _opening(ask, plan, stop, seed)
+                while True:
+                    try:
+                        await self._answer(entry, plan, opening)
+                        return
+                    except Displaced:
+                        plan, opening = _continued(plan, opening, entry.said)
+                        entry = self._anew(entry, plan)
             finally:
                 self._slots.release()
         except RequestError as error:
@@ -104,43 +127,64 @@ class Lead:
     def _busy(self) -> Busy:
         return Busy(f"{self._core.start.max_requests} requests are in flight, as many as allowed: ask again later")
 
-    async def _answer(self, entry: Entry, ask: Generate) -> None:
-        core = self._core
-        plan, stop = await core.on_thread(core.engine.plan, ask)
-        core.emit(Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens))
-        if plan.ended is not None:
-            core.emit(_complete(ask, plan))
+    async def _answer(self, entry: Entry, plan: decide.Plan, opening: Open) -> None:
+        """One attempt, to its end. Raises Displaced, with what it has generated in `entry.said`."""
+        core, room = self._core, self._room_of()
+        await self._enter(room, entry, plan)
+        try:
+            await self._open(entry, opening)
+            answered = 0
+            for step in decide.steps(len(plan.feed), core.start.prefill_chunk_tokens):
+                while entry.next_seq - answered >= self._window:
+                    answered = (await self._next(entry, answered)).seq
+                await room.grow(entry.key, len(plan.feed))
+                await self._pass(entry, plan.feed[step.start : step.stop], step.sample)
+            while True:
+                answer = await self._next(entry, answered)
+                answered = answer.seq
+                if answer.finished:
+                    break
+                if answer.token is not None:
+                    entry.said.append(answer.token)
+                    await room.grow(entry.key, len(plan.feed) + len(entry.said))
+                    await self._pass(entry, (answer.token,), True)
+            self._end_others(entry, "finished")
             core.requests.end(entry)
-            return
-        await self._open(entry, ask, plan, stop)
-        answered = 0
-        for step in decide.steps(len(plan.feed), core.start.prefill_chunk_tokens):
-            while entry.next_seq - answered >= self._window:
-                answered = (await self._next(entry, answered)).seq
-            await self._pass(entry, plan.feed[step.start : step.stop], step.sample)
-        while True:
-            answer = await self._next(entry, answered)
-            answered = answer.seq
-            if answer.finished:
-                break
-            if answer.token is not None:
-                await self._pass(entry, (answer.token,), True)
-        self._end_others(entry, "finished")
-        core.requests.end(entry)
+        finally:
+            room.leave(entry.key)
 
-    async def _open(self, entry: Entry, ask: Generate, plan: decide.Plan, stop: frozenset[int]) -> None:
+    def _room_of(self) -> Room:
+        if self._room is None:
+            self._room = Room(self._core.engine.context_tokens, self._core.start.answers)
+        return self._room
+
+    async def _enter(self, room: Room, entry: Entry, plan: decide.Plan) -> None:
+        limit_s = ROOM_STEPS * self._core.start.step_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await room.enter(entry.key, len(plan.feed), again=entry.again)
+        except TimeoutError as error:
+            raise Busy(
+                f"instance {self._core.start.instance} had no room for {len(plan.feed)} tokens within {limit_s:g} s, "
+                "for other requests fill its context: ask again later, or place it with room for more answers"
+            ) from error
+
+    def _anew(self, entry: Entry, plan: decide.Plan) -> Entry:
+        """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
         core = self._core
-        opening = Open(
-            request=ask.request,
-            reply=ask.reply,
-            first_index=plan.first_index,
-            max_tokens=plan.max_tokens,
-            temperature=ask.temperature,
-            top_p=ask.top_p,
-            seed=secrets.randbits(63) if ask.seed is None else ask.seed,
-            stop_token_ids=tuple(stop),
-            generated=ask.generated,
-        )
+        log.info("request %s gives way after %d tokens", entry.request, plan.first_index)
+        fresh = Entry(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
+        fresh.next_index, fresh.again = plan.first_index, True
+        fresh.driver, entry.driver = entry.driver, None
+        core.requests.displaced += 1
+        core.requests.add(fresh)
+        if entry.opened:
+            self._end_others(entry, "displaced")
+        core.requests.end(entry)
+        return fresh
+
+    async def _open(self, entry: Entry, opening: Open) -> None:
+        core = self._core
         await core.on_thread(core.engine.open, entry.key, opening)
         if core.successor is not None:
             entry.opened = True  # before waiting: a request cancelled in `send` is known to the others already
@@ -179,6 +223,29 @@ class Lead:
     def _end_others(self, entry: Entry, reason: str) -> None:
         core = self._core
         core.tell(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
+
+
+def _opening(ask: Generate, plan: decide.Plan, stop: frozenset[int], seed: int) -> Open:
+    return Open(
+        request=ask.request,
+        reply=ask.reply,
+        first_index=plan.first_index,
+        max_tokens=plan.max_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=seed,
+        stop_token_ids=tuple(stop),
+        generated=ask.generated,
+    )
+
+
+def _continued(plan: decide.Plan, opening: Open, said: Sequence[int]) -> tuple[decide.Plan, Open]:
+    """The same after these tokens of the answer."""
+    first = plan.first_index + len(said)
+    return (
+        structs.replace(plan, feed=(*plan.feed, *said), first_index=first),
+        structs.replace(opening, first_index=first, generated=(*opening.generated, *said)),
+    )
 
 
 def _complete(ask: Generate, plan: decide.Plan) -> Token:

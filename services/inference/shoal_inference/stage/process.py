@@ -168,4 +168,5 @@ async def _stats(core: Core) -> Stats:
         peak_bytes=peak_bytes,
         unknown_frames=core.requests.unknown_frames,
         refused_connections=core.predecessor.refused if core.predecessor else 0,
+        displaced=core.requests.displaced,
     )

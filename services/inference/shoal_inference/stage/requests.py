@@ -39,6 +39,10 @@ class Entry:
         """Rank 0: whether the other stages have heard of it."""
         self.driver: asyncio.Task[None] | None = None
         self.answers: asyncio.Queue[Answered] = asyncio.Queue(maxsize=64)
+        self.said: list[int] = []
+        """Rank 0: the tokens of the answer that this attempt has generated."""
+        self.again = False
+        """Rank 0: whether it was displaced, and goes before those that wait for the first time."""
 
 
 class Requests:
@@ -52,6 +56,7 @@ class Requests:
         self._by_name: dict[str, Entry] = {}
         self._unknown: dict[bytes, None] = {}
         self.unknown_frames = 0
+        self.displaced = 0
         self.some = asyncio.Event()
         """Set while any request is in flight."""
 
