@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from shoal_demo import DEMO_MODEL, DEMO_PROMPT, MODELS_DIR
@@ -30,6 +32,7 @@ TIGHT_TOKENS = 6144
 LEFT_BYTES, STARVED_BYTES = 350 * MIB, 224 * MIB
 """Too little for it; and less than forced stages have to leave."""
 NAMES = ("a", "b", "c")
+AT_ONCE = 50
 ANSWER = "Fish swim together because many eyes see danger sooner"
 
 
@@ -39,11 +42,19 @@ class Limited:
     def __init__(self, cluster: ShoalCluster, groups: dict[str, MemoryGroup], hogs: dict[str, Hog]) -> None:
         self.cluster, self.groups, self.hogs = cluster, groups, hogs
         self.node = cluster["a"]
+        self._idle = self._of_each_node()
 
-    def preview(self, context_tokens: int) -> dict[str, Any]:
+    def preview(self, context_tokens: int, nodes: str = "a,b,c") -> dict[str, Any]:
         """The first of those that are shown."""
-        answer = self.node.call("GET", f"/v1/placements/preview?model={MODEL}&context_tokens={context_tokens}")
-        return dict(answer["previews"][0])
+        asked = f"model={MODEL}&context_tokens={context_tokens}&nodes={nodes}"
+        return dict(self.node.call("GET", f"/v1/placements/preview?{asked}")["previews"][0])
+
+    def _of_each_node(self) -> list[int]:
+        return [self.preview(TIGHT_TOKENS, name)["stages"][0]["tight_bytes"] for name in NAMES]
+
+    def wait_idle(self) -> None:
+        """Return once every node has said that it runs no stage any more."""
+        eventually(lambda: self._of_each_node() == self._idle, "the nodes have as much as before any stage")
 
     def as_tier(self, tier: str, context_tokens: int) -> dict[str, Any]:
         """The preview once the nodes have said what they have, and it is of this tier."""
@@ -163,9 +174,41 @@ def test_what_fits_only_where_others_give_way_is_refused_until_a_person_allows_i
     assert limited.processes() == before, "the nodes live on"
 
 
+def test_of_fifty_asked_for_at_once_over_three_gateways_as_many_are_placed_as_the_limits_hold(
+    limited: Limited,
+) -> None:
+    node, context_tokens = limited.node, TIGHT_TOKENS // 2
+    limited.wait_idle()
+    (stage,) = limited.as_tier("fits", context_tokens)["stages"]
+    # All that a limit gives less a tenth is told as `tight`, less what a prompt's scores take on a CPU.
+    each_bytes = stage["needed_bytes"] + LIMIT_BYTES - LIMIT_BYTES // 10 - stage["tight_bytes"]
+    body = {"model": MODEL, "context_tokens": context_tokens, "force": True, "wait": False}
+
+    def ask(number: int) -> httpx2.Response:
+        asked = limited.cluster.nodes[number % len(NAMES)]
+        return asked.client.post(f"{asked.url}/v1/instances", json=body)
+
+    with ThreadPoolExecutor(AT_ONCE) as asking:
+        answers = list(asking.map(ask, range(AT_ONCE)))
+    placed = [a.json()["id"] for a in answers if a.status_code == 201]
+    try:
+        assert len(placed) == len(set(placed)) == len(NAMES) * (LIMIT_BYTES // each_bytes) == 6
+        assert {i["id"] for i in node.call("GET", "/v1/instances")["instances"]} == set(placed)
+        for answer in answers:
+            if answer.status_code != 201:
+                error = answer.json()["error"]
+                assert error["code"] == "no_room", error
+                assert {n["node"]: n["total_bytes"] for n in error["details"]["nodes"]} == dict.fromkeys(
+                    NAMES, LIMIT_BYTES
+                )
+    finally:
+        for instance in placed:
+            node.shoal("stop", instance, check=True)
+
+
 def test_what_was_forced_gives_way_when_memory_runs_out_and_its_node_lives_on(limited: Limited) -> None:
     node, before = limited.node, limited.processes()
-    limited.as_tier("fits", TIGHT_TOKENS)
+    limited.wait_idle()
     # What a stage is promised hardly depends on how many layers it has, so no layout does without force.
     tokens = next(t for t in range(TIGHT_TOKENS, MOST_TOKENS, 512) if limited.preview(t)["tier"] == "force")
     context = ("--context", str(tokens))
@@ -189,7 +232,7 @@ def test_what_was_forced_gives_way_when_memory_runs_out_and_its_node_lives_on(li
         assert limited.processes() == before, "the nodes live on"
 
     node.shoal("stop", instance["id"], check=True)
-    limited.as_tier("force", tokens)
+    limited.wait_idle()
     node.shoal("place", MODEL, *context, "--force", check=True)
     instance = limited.instance()
     assert limited.answer(instance["id"]).startswith(ANSWER)
