@@ -33,7 +33,7 @@ from shoal_cli.client.tables import (
     status_page,
 )
 from shoal_cli.client.transfers import control, transfer
-from shoal_cli.client.typed import TypedLines
+from shoal_cli.client.typed import TypedLines, confirmed
 from shoal_cli.denied import not_allowed
 from shoal_cli.home import Home
 from shoal_cli.node import down as stopping
@@ -295,7 +295,8 @@ def _place(call: Call) -> int:
     body = wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context) | finer(a)
     if a.preview:
         return _shown(call, call.gateway.get("/v1/placements/preview", Previews, **as_query(body)), previews_table)
-    instance: InstanceRow = place(call.gateway, body, lambda words: print(words, file=sys.stderr))
+    ask = confirmed if sys.stdin is not None and sys.stdin.isatty() and not a.as_json else None
+    instance: InstanceRow = place(call.gateway, body, lambda words: print(words, file=sys.stderr), ask)
     if a.as_json:
         return _print_json(msgspec.to_builtins(instance))
     call.say(f"instance {instance.id} is ready on {', '.join(instance.nodes)}")

@@ -73,8 +73,8 @@ is 8 when anything is corrupt or missing. Fields are only ever added.""",
     "repair": """--json prints what `shoal verify --json` does, and for each node "repaired": [models],
 "fetched_bytes" and "errors": {model: {"code", "message"}}. The exit code is that of the first model that could not be
 repaired. Fields are only ever added.""",
-    "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "stages": [{"rank",
-"node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
+    "ps": """--json prints {"instances": [{"id", "model", "repo", "commit", "phase", "nodes", "tier", "is_low_memory",
+"stages": [{"rank", "node", "first_layer", "last_layer", "phase", …}], "error"}]}. Fields are only ever added.""",
     "events": """--json prints a line of JSON for each event: {"sequence", "service", "node", "event", "at_s",
 "fields": {…}}; and {"notice": "lost" or "anew", "cursor", "message", …} where the log could not go on from where it
 was. Fields are only ever added; docs/protocol.md lists the events.""",

@@ -57,6 +57,7 @@ class Cluster:
         self.answer: list[str] = ["Blub", " blub", "."]
         self.finish = True
         self.fails: ShoalError | None = None
+        self.refuses_once: ShoalError | None = None
         self.fails_mid_answer: ShoalError | None = None
         self.polled = threading.Event()
         self.hold_answer = False
@@ -87,9 +88,12 @@ class Cluster:
         body = json.loads(await request.body() or b"null") or dict(request.query_params)
         self.requests.append((request.method, request.url.path, body))
         self.headers = dict(request.headers)
-        if self.fails is None:
+        if self.refuses_once is not None and request.method == "POST":
+            e, self.refuses_once = self.refuses_once, None
+        elif self.fails is None:
             return None
-        e = self.fails
+        else:
+            e = self.fails
         error = {"message": e.message, "type": "x", "code": e.code, "param": None, "details": e.details}
         return JSONResponse({"error": error}, e.http_status)
 

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from shoal_cli.command import run
 from shoal_common.credentials import derive
-from shoal_common.errors import BY_CODE, HubUnavailable, QuotaExceeded, ShoalError, StageLost
+from shoal_common.errors import BY_CODE, HubUnavailable, NoRoom, QuotaExceeded, ShoalError, StageLost
 from tests.cli.cluster import COMMIT, MODEL, Cluster, download, held, instance
 from tests.cli.conftest import Node
 
@@ -287,6 +287,24 @@ def test_place_that_fails_ends_with_the_instances_error(cluster: Cluster, capsys
     cluster.placing = [instance("failed", error=error)]
     assert run(["place", MODEL]) == BY_CODE["no_room"].exit_code
     assert "9 GB needed" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("tier", "said"), [("tight", "y"), ("tight", "yes"), ("tight", ""), ("force", "y"), ("", "y")]
+)
+def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tier: str, said: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", terminal := io.StringIO(f"{said}\n"))
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    cluster.refuses_once = NoRoom("node-a: 9 GB needed, 4 GB available", **({"tier": tier} if tier else {}))
+    cluster.placing = [{**instance("ready"), "tier": "tight"}]
+    agreed = tier == "tight" and bool(said)
+    assert run(["place", MODEL]) == (0 if agreed else NoRoom.exit_code)
+    told = capsys.readouterr()
+    assert ("[y/N]" in told.out) == (tier == "tight") and ("warning: it fits only" in told.err) == agreed
+    asked = [body.get("allow_low_memory", False) for body in cluster.asked("POST", "/v1/instances")]
+    assert asked == ([False, True] if agreed else [False])
 
 
 def test_run_with_a_prompt_prints_the_answer_and_nothing_else_on_stdout(cluster: Cluster, capsys: Capture) -> None:

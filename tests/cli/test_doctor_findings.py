@@ -530,8 +530,8 @@ def test_permissions_that_get_in_the_way_are_told(facts: dict[str, Any], level: 
         ({"cap_bytes": 24 * GB}, "ok", ("at most 24.0 GB",)),
         ({"cap_bytes": 80 * GB}, "warning", ("has no effect",)),
         ({"cap_error": "max_memory_bytes 'much' is not a number"}, "problem", ("'much'",)),
-        ({"container_bytes": 8 * GB}, "problem", ("this container", "7200000000", "killed")),
-        ({"container_bytes": 8 * GB, "cap_bytes": 7 * GB}, "ok", ()),
+        ({"machine_bytes": 128 * GB}, "ok", ("32.0 GB of 64.0 GB", "control group", "of 128.0 GB")),
+        ({"machine_bytes": 128 * GB, "cap_bytes": 80 * GB}, "warning", ("has no effect", "64.0 GB")),
         ({"available_bytes": GB}, "warning", ("1.0 GB of 64.0 GB",)),
     ],
 )

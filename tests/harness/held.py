@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 _CHUNK_BYTES = 1 << 16
@@ -16,6 +16,8 @@ class Held:
         self._port = port
         self.flows = asyncio.Event()
         self.flows.set()
+        self.heard: Callable[[bytes], None] = lambda _: None
+        """Told of what arrives, before anything is answered."""
         self.url = ""
         self._waiting = b""
 
@@ -40,6 +42,7 @@ class Held:
                 await self.flows.wait()
                 said, self._waiting = self._waiting, b""
                 writer.write(said)
+                self.heard(said)
                 await writer.drain()
                 await asyncio.sleep(0.005)  # a network's delay
         finally:

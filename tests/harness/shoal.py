@@ -48,14 +48,21 @@ class ShoalNode:
         self.home, self.node = home, home.name
         self._environ = environ
         self.client = httpx2.Client(timeout=120)
+        self.within: tuple[str, ...] = ()
+        """What to start it with: a command that runs another one."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Of a command that is typed on this node."""
+        return {**self._environ, "SHOAL_HOME": str(self.home)}
 
     def shoal(
         self, *arguments: str, check: bool = False, stdin: str = "", timeout_s: float = WAIT_DEADLINE_S
     ) -> subprocess.CompletedProcess[str]:
         """Type a command on this node."""
         result = subprocess.run(
-            [sys.executable, "-m", "shoal_cli", *arguments],
-            env={**self._environ, "SHOAL_HOME": str(self.home)},
+            [*(self.within if arguments[0] == "up" else ()), sys.executable, "-m", "shoal_cli", *arguments],
+            env=self.environ,
             input=stdin,
             capture_output=True,
             text=True,
@@ -107,11 +114,15 @@ class ShoalNode:
         mine = [d for d in status["downloads"] if d["model"] == model and d["node"] == (node or self.node)]
         return mine[0] if mine else None
 
-    def child(self, service: str) -> ChildStatus:
-        """A service, or `nats`, as the supervisor knows it."""
+    def children(self) -> dict[str, ChildStatus]:
+        """Its services, and `nats` where it runs that, as the supervisor knows them."""
         status = supervisor_status(Home(self.home))
         assert status is not None, f"no supervisor answers in {self.home}"
-        return next(c for c in status.children if c.name == service)
+        return {c.name: c for c in status.children}
+
+    def child(self, service: str) -> ChildStatus:
+        """One of them."""
+        return self.children()[service]
 
     def kill(self, service: str) -> int:
         """kill -9 one service; returns the pid that was."""

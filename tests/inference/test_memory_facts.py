@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from shoal_common.cgroup import Memory, Room
 from shoal_common.errors import BadInput
 from shoal_common.messages.facts import Facts
 from shoal_inference import device
@@ -23,6 +24,7 @@ from tests.inference.conftest import ROOT
 
 MIB = 1 << 20
 CPU = Device(accelerator="cpu")
+HERE = Memory().look()
 
 
 def left_in(directory: Path) -> list[Path]:
@@ -30,18 +32,28 @@ def left_in(directory: Path) -> list[Path]:
 
 
 def test_a_memory_cap_limits_what_is_told_and_a_bad_one_is_refused_in_one_line() -> None:
-    facts = memory_facts(5 * MIB, {}, CPU)
+    facts = memory_facts(HERE, 5 * MIB, {}, CPU)
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 * MIB, 5 * MIB)
-    assert memory_facts(None, {}, CPU).memory_total_bytes > 5 * MIB
+    assert memory_facts(HERE, None, {}, CPU).memory_total_bytes > 5 * MIB
     with pytest.raises(BadInput, match="much"):
         read_bytes("max_memory_bytes", {"max_memory_bytes": "much"}, {})
 
 
 def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:
-    facts = memory_facts(50 * MIB, {"i/0": 20 * MIB, "j/1": 10 * MIB}, CPU)
+    facts = memory_facts(HERE, 50 * MIB, {"i/0": 20 * MIB, "j/1": 10 * MIB}, CPU)
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (50 * MIB, 20 * MIB)
     assert facts.stages == {"i/0": 20 * MIB, "j/1": 10 * MIB}
-    assert memory_facts(50 * MIB, {"i/0": 80 * MIB}, CPU).memory_available_bytes == 0
+    assert memory_facts(HERE, 50 * MIB, {"i/0": 80 * MIB}, CPU).memory_available_bytes == 0
+
+
+def test_a_control_group_limits_what_is_told_and_what_stages_occupy_is_missing_in_it_already() -> None:
+    machine = Room(1000 * MIB, 900 * MIB, 700 * MIB)
+    groups = [Room(300 * MIB, 200 * MIB, 120 * MIB, Path("/g")), Room(400 * MIB, 150 * MIB, 140 * MIB, Path("/"))]
+    facts = memory_facts([machine, *groups], None, {"i/0": 50 * MIB}, CPU)
+    assert (facts.memory_total_bytes, facts.memory_available_bytes) == (300 * MIB, 150 * MIB)
+    assert facts.memory_reclaimable_bytes == 30 * MIB
+    facts = memory_facts([machine, *groups], 100 * MIB, {"i/0": 50 * MIB}, CPU)
+    assert (facts.memory_total_bytes, facts.memory_available_bytes) == (100 * MIB, 50 * MIB)
 
 
 def test_a_process_occupies_what_it_has_written_to_and_nothing_once_it_has_ended() -> None:
@@ -133,6 +145,16 @@ def test_a_system_that_does_not_say_how_it_suffers_is_not_known_to() -> None:
         assert pressure() is None or Path("/proc/pressure/memory").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_pressure_is_that_of_the_worst_limited_group_where_it_is_said(tmp_path: Path) -> None:
+    rooms = [Room(9, 9, 9)]
+    for name, avg10 in (("calm", "0.00"), ("worst", "30.00"), ("some", "2.00")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.pressure").write_text(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\n")
+        rooms.append(Room(9, 9, 9, tmp_path / name))
+    assert [pressure(rooms[:2]), pressure(rooms), pressure([rooms[1], rooms[3]])] == [0, 2, 1]
+
+
 # What it computes with
 
 
@@ -203,8 +225,8 @@ def test_a_speed_is_a_number_of_bytes_a_second() -> None:
 
 
 def test_what_is_told_is_what_the_machine_has() -> None:
-    facts = memory_facts(None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
-    assert facts.memory_total_bytes == psutil.virtual_memory().total
+    facts = memory_facts(Memory().look(), None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
+    assert 0 < facts.memory_total_bytes <= psutil.virtual_memory().total
     assert 0 < facts.memory_available_bytes <= facts.memory_total_bytes
     assert 0 <= facts.memory_reclaimable_bytes <= facts.memory_available_bytes
     assert (facts.accelerator, facts.accelerator_bytes, facts.memory_bytes_per_s) == ("cpu", 9, 3.0)

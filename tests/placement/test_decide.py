@@ -323,6 +323,12 @@ def test_an_instance_whose_stage_fails_has_failed_with_the_stages_words() -> Non
     assert stands(stage(0, "ready"), stage(1, "ready"), before=failed) == READY
 
 
+def test_an_instance_that_was_forced_and_gave_way_has_failed_though_it_was_ready() -> None:
+    why = NoRoom("it was forced onto this node").body()
+    failed = stands(stage(0, "ready"), stage(1, "failed", error=why), before=READY)
+    assert (failed.phase, failed.error) == ("failed", why)
+
+
 def test_stages_of_other_instances_do_not_count() -> None:
     strangers = [StageState(instance="j", rank=r, node="ab"[r], epoch=2, phase="ready") for r in (0, 1)]
     assert stands(*strangers).phase == "starting"

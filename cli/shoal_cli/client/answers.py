@@ -66,6 +66,7 @@ class InstanceRow(Message):
     phase: str
     nodes: list[str] = []
     stages: list[StageRow] = []
+    tier: str = "fits"
     error: ErrorBody | None = None
 
 

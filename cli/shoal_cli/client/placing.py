@@ -10,7 +10,7 @@ from typing import Any
 from shoal_cli.client.answers import InstanceRow, InstancesAnswer, StatusAnswer
 from shoal_cli.client.gateway import Gateway
 from shoal_cli.client.tables import how_it_stands
-from shoal_common.errors import Expired, Failed, from_body
+from shoal_common.errors import Expired, Failed, NoRoom, from_body
 from shoal_common.names import DEFAULT_REVISION, ModelRef, check_node
 
 POLL_S = 0.3
@@ -53,9 +53,30 @@ def as_query(body: dict[str, Any]) -> dict[str, str]:
     return {k: ",".join(v) if isinstance(v, list) else str(v) for k, v in body.items() if k not in leave}
 
 
-def place(gateway: Gateway, body: dict[str, Any], tell: Callable[[str], None]) -> InstanceRow:
-    """Place a model and return once its instance is ready, telling how it stands meanwhile."""
-    return until_ready(gateway, gateway.post("/v1/instances", body, InstanceRow), tell)
+_WARNINGS = {
+    "tight": "it fits only where other programs give memory back: the nodes may swap, and answers take longer",
+    "force": "nothing is kept for the system: the instance is stopped when its nodes run out of memory",
+}
+
+
+def place(
+    gateway: Gateway, body: dict[str, Any], tell: Callable[[str], None], ask: Callable[[str], bool] | None = None
+) -> InstanceRow:
+    """Place a model and return once its instance is ready, telling how it stands meanwhile.
+
+    `ask`: a person, who is asked where it was refused and would do with low memory.
+    """
+    try:
+        instance = gateway.post("/v1/instances", body, InstanceRow)
+    except NoRoom as e:
+        if e.details.get("tier") != "tight" or ask is None:
+            raise
+        if not ask(f"{e.message}\nPlace it all the same? [y/N] "):
+            raise
+        instance = gateway.post("/v1/instances", {**body, "allow_low_memory": True}, InstanceRow)
+    if instance.tier in _WARNINGS:
+        tell(f"warning: {_WARNINGS[instance.tier]}")
+    return until_ready(gateway, instance, tell)
 
 
 def until_ready(gateway: Gateway, instance: InstanceRow, tell: Callable[[str], None]) -> InstanceRow:

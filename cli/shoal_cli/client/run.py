@@ -13,7 +13,7 @@ from shoal_cli.client.conversation import Conversation, Sampling
 from shoal_cli.client.gateway import Gateway
 from shoal_cli.client.placing import find_instance, is_held_as, place, until_ready, wish
 from shoal_cli.client.pull import Pull, display
-from shoal_cli.client.typed import TypedLines
+from shoal_cli.client.typed import TypedLines, confirmed
 from shoal_cli.sizes import show_seconds
 from shoal_common.errors import Refused, ShoalError
 from shoal_common.names import DEFAULT_REVISION, ModelRef, is_commit
@@ -92,7 +92,7 @@ class Run:
             self._bring(status, ask)
             body = wish(str(self._ref), self._exactly, None, [], 0)
             self._err.print(f"[dim]placing {self._ref}[/dim]")
-            instance = place(self._gateway, body, self._tell)
+            instance = place(self._gateway, body, self._tell, confirmed if ask else None)
         elif instance.phase != "ready":
             instance = until_ready(self._gateway, instance, self._tell)
         return Conversation(self._gateway, instance.id, self._sampling)

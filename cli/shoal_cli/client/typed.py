@@ -17,6 +17,14 @@ _PROMPT = "\x01\x1b[1;36m\x02> \x01\x1b[0m\x02"
 """Bold cyan; \\x01 and \\x02 tell readline which characters take no room."""
 
 
+def confirmed(question: str) -> bool:
+    """Whether a person says yes, in so many words: Enter alone is no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 class TypedLines:
     """Reads lines from the terminal."""
 

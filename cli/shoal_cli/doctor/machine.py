@@ -25,8 +25,8 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
     cap_bytes: int | None = None
     """`[inference] max_memory_bytes`."""
     cap_error: str = ""
-    container_bytes: int | None = None
-    """What the control group of this process may have."""
+    machine_bytes: int | None = None
+    """All of the machine's, of which a container may have `total_bytes`."""
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -48,17 +48,15 @@ def judge_memory(facts: MemoryFacts) -> list[Finding]:
     if cap is not None and cap > total:
         words = f"the memory cap of {show_bytes(cap)} has no effect: there are {show_bytes(total)}"
         wrong.append(Finding(MEMORY, "warning", words, "lower [inference] max_memory_bytes in node.toml"))
-    container = facts.container_bytes
-    if container is not None and container < total and (cap is None or cap > container):
-        counted = show_bytes(min(cap or total, total))
-        words = f"this container may have {show_bytes(container)}, and placement counts {counted}"
-        remedy = f"set [inference] max_memory_bytes = {int(container * 0.9)} in node.toml (SHOAL_MAX_MEMORY_BYTES)"
-        wrong.append(Finding(MEMORY, "problem", f"{words}: an instance would be killed", remedy))
     if facts.available_bytes < LITTLE_SHARE * total:
         words = f"{show_bytes(facts.available_bytes)} of {show_bytes(total)} memory are available"
         wrong.append(Finding(MEMORY, "warning", words, "end what uses it; `shoal ps` shows the instances"))
     capped = "" if cap is None else f", at most {show_bytes(cap)} for instances"
-    what = f"{show_bytes(facts.available_bytes)} of {show_bytes(total)} available{capped}"
+    whole = facts.machine_bytes
+    limited = (
+        f", which is what a control group lets it have of {show_bytes(whole)}" if whole and whole > total else ""
+    )
+    what = f"{show_bytes(facts.available_bytes)} of {show_bytes(total)} available{limited}{capped}"
     return or_ok(MEMORY, wrong, what)
 
 

@@ -130,6 +130,9 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     context_tokens: int
     created_at_s: float
+    tier: str
+    is_low_memory: bool
+    """Whether other programs may have to give memory back."""
     error: ErrorBody | None
     stages: list[StageView]
 
@@ -304,6 +307,8 @@ def instance_view(picture: Picture, instance: str) -> InstanceView | None:
         epoch=known.epoch,
         context_tokens=spec.context_tokens if spec else 0,
         created_at_s=spec.created_at_s if spec else 0.0,
+        tier=spec.tier if spec else "fits",
+        is_low_memory=spec is not None and spec.tier != "fits",
         error=state.error if state else None,
         stages=[_stage_view(planned.get(rank), actual.get(rank), rank) for rank in sorted({*planned, *actual})],
     )

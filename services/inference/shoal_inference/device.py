@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from shoal_common.cgroup import Memory, least
 from shoal_common.errors import BadInput
 from shoal_common.logs import Log
 from shoal_inference.stage.blas import child_environment
@@ -90,7 +91,8 @@ async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_
     """
     machine = await asyncio.to_thread(this_machine)
     kept = await asyncio.to_thread(read_kept, home, machine)
-    measure = speed is None and kept is None and psutil.virtual_memory().available >= _LEAST_AVAILABLE_BYTES
+    room = least(await asyncio.to_thread(Memory().look))
+    measure = speed is None and kept is None and room.available_bytes >= _LEAST_AVAILABLE_BYTES
     known = kept or Device(bytes_per_s=speed or 0.0)
     if speed is not None:
         known = msgspec.structs.replace(known, bytes_per_s=speed)

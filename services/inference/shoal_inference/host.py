@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.buckets import stage_key
+from shoal_common.cgroup import Memory
 from shoal_common.errors import NotFound
 from shoal_common.logs import Log
 from shoal_common.messages.facts import Facts
@@ -40,6 +41,7 @@ class Host:
         self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
         self._speed = read_speed(settings, context.environ)
         self._device = Device(bytes_per_s=self._speed or 0.0)
+        self._memory = Memory()
 
     def facts(self) -> Facts:
         """What this node's stages occupy, and what there is for more. Reads files; call it in a thread."""
@@ -48,7 +50,7 @@ class Host:
             if (pid := runner.pid) is not None:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
-        return memory_facts(self._cap_bytes, stages, self._device)
+        return memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
 
     async def find_device(self) -> None:
         """Learn what MLX computes with here; said with the next look at the memory."""
@@ -99,6 +101,9 @@ class Host:
 
     async def watch_memory(self) -> None:
         """Keep the memory in the liveness facts true."""
+        for room in await asyncio.to_thread(self._memory.look):
+            if room.group is not None:
+                log.info("a control group limits the memory", group=str(room.group), limit_bytes=room.total_bytes)
         while True:
             liveness = self._context.liveness
             liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 from msgspec import structs
 
+from shoal_common.cgroup import Room, least
 from shoal_common.errors import BadInput
 from shoal_common.messages.facts import Facts
 from shoal_inference.pressure import pressure
@@ -46,16 +47,12 @@ def occupied_bytes(pid: int) -> int:
     return 0
 
 
-def memory_facts(cap_bytes: int | None, stages: Mapping[str, int], device: Device) -> Facts:
-    """What the machine has, less where a cap says so, and what `stages` (bytes by `<instance>/<rank>`) occupy."""
-    memory = psutil.virtual_memory()
-    return _facts(int(memory.total), int(memory.available), int(memory.free), cap_bytes, stages, device)
-
-
-def _facts(
-    total: int, available: int, free: int, cap_bytes: int | None, stages: Mapping[str, int], device: Device
-) -> Facts:
-    reclaimable = max(available - free, 0)
+def memory_facts(rooms: Sequence[Room], cap_bytes: int | None, stages: Mapping[str, int], device: Device) -> Facts:
+    """What this process may have (`Memory.look`), less where a cap says so, and what `stages` (bytes by
+    `<instance>/<rank>`) occupy."""
+    room = least(rooms)
+    total, available = room.total_bytes, room.available_bytes
+    reclaimable = max(available - room.free_bytes, 0)
     if cap_bytes is not None:
         total = min(total, cap_bytes)
         available = min(available, max(total - sum(stages.values()), 0))
@@ -64,7 +61,7 @@ def _facts(
         memory_available_bytes=available // _MIB * _MIB,
         memory_reclaimable_bytes=min(reclaimable, available) // _MIB * _MIB,
         stages={name: size // _MIB * _MIB for name, size in sorted(stages.items())},
-        memory_pressure=pressure(),
+        memory_pressure=pressure(rooms),
         accelerator=device.accelerator,
         accelerator_bytes=device.limit_bytes,
         memory_bytes_per_s=device.bytes_per_s,

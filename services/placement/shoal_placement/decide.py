@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 import msgspec
 
-from shoal_common.errors import BadInput, ErrorBody, NotFound
+from shoal_common.errors import BadInput, ErrorBody, NoRoom, NotFound
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import (
     DownloadState,
@@ -80,16 +80,18 @@ def instance_state(
 ) -> InstanceState:
     """How an instance stands: ready when all its stages are; degraded when it was and one is not any more.
 
+    One that was forced and had to give way does not come back, so it has failed, whatever it was.
     `stays_because`: why one that should move to other nodes cannot.
     """
     here = set(live)
     own = {s.rank: s for s in stages if s.instance == spec.id and s.epoch == spec.epoch}
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in here]
     failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
+    gave_way = any(error is not None and error.code == NoRoom.code for error in failed)
     was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
-    elif was_up:
+    elif was_up and not gave_way:
         phase, error = "degraded", next((e for e in failed if e is not None), stays_because)
     elif failed:
         phase, error = "failed", next((e for e in failed if e is not None), None)

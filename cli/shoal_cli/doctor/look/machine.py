@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
-from pathlib import Path
 
 import psutil
 
 from shoal_cli.doctor.look.here import Here
 from shoal_cli.doctor.machine import MemoryFacts, Opened
-
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
+from shoal_common.cgroup import Memory, least
 
 
 def memory(here: Here) -> MemoryFacts:
-    """The machine's memory and what is set for it."""
-    found = psutil.virtual_memory()
+    """The memory that a process may have here, and what is set for it."""
+    machine, *groups = Memory().look()
+    room = least([machine, *groups])
     section = here.settings.get("inference", {})
     value = here.environ.get("SHOAL_MAX_MEMORY_BYTES")
     if not value and isinstance(section, dict):
@@ -24,24 +23,12 @@ def memory(here: Here) -> MemoryFacts:
     text = str(value) if value else ""
     wrong = bool(text) and not text.isdecimal()
     return MemoryFacts(
-        total_bytes=int(found.total),
-        available_bytes=int(found.available),
+        total_bytes=room.total_bytes,
+        available_bytes=room.available_bytes,
+        machine_bytes=machine.total_bytes,
         cap_bytes=int(text) if text and not wrong else None,
         cap_error=f"max_memory_bytes {value!r} is not a number of bytes" if wrong else "",
-        container_bytes=_container_bytes(),
     )
-
-
-def _container_bytes() -> int | None:
-    """The limit of this process's control group: what a container may have, seen from within."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (_CONTROL_GROUP / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():
-            return int(text)
-    return None
 
 
 def opened(pids: Mapping[str, int]) -> list[Opened]:
