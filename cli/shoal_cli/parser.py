@@ -72,7 +72,8 @@ phase it has ended with}}}}. Fields are only ever added.""",
     "place": """--json prints the instance as GET /v1/instances/{id} has it; with --preview what GET
 /v1/placements/preview answers: {"model", "context_tokens", "estimated", "previews": [{"layout", "tier",
 "is_low_memory", "stages": [{"node", "first_layer", "last_layer", "needed_bytes", "available_bytes", "tight_bytes",
-"total_bytes", "freeing_bytes"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields are only ever added.""",
+"total_bytes", "freeing_bytes", "link_s", "link_measured"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields
+are only ever added.""",
     "gc": """--json prints {"nodes": {node: {"freed_bytes", "blobs"}}}. Fields are only ever added.""",
     "verify": """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [no longer whole], "instances": [of those models], "broken": [models]}}}. The exit code

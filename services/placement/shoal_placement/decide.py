@@ -19,6 +19,7 @@ from shoal_common.messages.records import (
     StageState,
 )
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
+from shoal_placement.links import Links
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -35,6 +36,7 @@ class World(msgspec.Struct, frozen=True):
     parts: Sequence[PartState] = ()
     drained: Set[str] = frozenset()
     """Nodes on which people want nothing to run."""
+    links: Links = Links()
 
 
 def find_model(text: str, world: World) -> ModelState:
