@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
@@ -16,6 +16,7 @@ from msgspec import structs
 
 from shoal_common import VERSION
 from shoal_common.buckets import links_key, live_key
+from shoal_common.messages import Message
 from shoal_common.messages.commands import Place
 from shoal_common.messages.facts import Facts, Holder, Link, Live
 from shoal_common.messages.questions import AskLinks, Preview, Previews
@@ -41,6 +42,8 @@ from tests.harness.networks import Machine, machines, reached, relayed
 from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually
 from tests.placement.cluster import MODEL, Cluster, cluster_of
+
+T = TypeVar("T")
 
 NODES = "abcd"
 SECRET = "a secret for tests only"
@@ -227,11 +230,16 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
             raise
 
 
+async def asked(c: Cluster, node: str, verb: str, question: Message, kind: type[T]) -> T:
+    """What placement of a node answers, which is live before it does."""
+    return await Ask(c.here.nats)("placement", node, verb, question, kind, MEASURED_S, MEASURED_S)
+
+
 async def shown(c: Cluster, **more: Any) -> list[Preview]:
     """What placement of node a shows, c having a little more memory than a and b."""
     await asyncio.gather(c.beat("a", 500), c.beat("b", 500), c.beat("c", 520))
     question = Place(model=MODEL, **more)
-    return (await Ask(c.here.nats)("placement", "a", "previews", question, Previews)).previews
+    return (await asked(c, "a", "previews", question, Previews)).previews
 
 
 async def all_measured(c: Cluster) -> list[LinksState]:
@@ -259,7 +267,7 @@ async def test_links_are_measured_once_somebody_asks_for_placements_and_then_not
                 assert link.round_trip_s > 0 and link.bytes_per_s > 0 and not link.error, link
         then = next(p for p in await shown(c) if len(p.stages) == 2)
         assert all(s.link_measured and s.link_s > 0 for s in then.stages)
-        again = await Ask(c.here.nats)("placement", "b", "links", AskLinks(peers=["a", "c", "gone"]), LinksState)
+        again = await asked(c, "b", "links", AskLinks(peers=["a", "c", "gone"]), LinksState)
         assert again == states[1]
 
 
@@ -271,7 +279,7 @@ async def test_a_peer_that_does_not_answer_is_said_to_be_unreachable(own_nats: N
         await c.here.buckets.live.put(live_key("d", "fileserver"), live)
 
         async def tried() -> LinksState | None:
-            found = await Ask(c.here.nats)("placement", "b", "links", AskLinks(peers=["d"]), LinksState)
+            found = await asked(c, "b", "links", AskLinks(peers=["d"]), LinksState)
             return found if found.links else None
 
         (link,) = (await eventually(tried, "b has seen d and tried to reach it")).links

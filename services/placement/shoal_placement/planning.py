@@ -20,11 +20,10 @@ from shoal_common.messages.records import Asked, InstanceSpec, ModelShape, Model
 from shoal_common.names import ModelRef, check_node
 from shoal_placement.decide import World, context_for, find_model
 from shoal_placement.links import Links
-from shoal_placement.need import need_of, promised_bytes, stage_key, unfused_bytes
+from shoal_placement.need import need_of, promised_bytes, reading_bytes_per_s, stage_key, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
 from shoal_placement.solve.answers import preview
 from shoal_placement.solve.cost import keeps, layout_of
-from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
 IN_FLIGHT = 4
@@ -72,7 +71,7 @@ class _Question(msgspec.Struct, frozen=True):
             Room(
                 node,
                 room.of(tier),
-                s_per_byte=1 / (self.facts[node].memory_bytes_per_s or USUAL_BYTES_PER_S),
+                s_per_byte=1 / reading_bytes_per_s(self.facts[node]),
                 lacks=self.lacks[node],
             )
             for node, room in sorted(self.rooms.items())
