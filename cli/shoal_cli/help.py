@@ -62,7 +62,8 @@ phase it has ended with}}}}. Fields are only ever added.""",
     "place": """--json prints the instance as GET /v1/instances/{id} has it; with --preview what GET
 /v1/placements/preview answers: {"model", "context_tokens", "estimated", "previews": [{"layout", "tier",
 "is_low_memory", "stages": [{"node", "first_layer", "last_layer", "needed_bytes", "available_bytes", "tight_bytes",
-"total_bytes", "freeing_bytes"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields are only ever added.""",
+"total_bytes", "freeing_bytes", "link_s", "link_measured"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields
+are only ever added.""",
     "rebalance": """Nothing moves by itself. --json prints {"rebalances": [{"instance", "model", "now" and "better":
 as `shoal place --preview` has them, "gain"}]}; with INSTANCE the instance as GET /v1/instances/{id} has it, and
 "moved". Fields are only ever added.""",

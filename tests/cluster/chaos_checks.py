@@ -103,6 +103,9 @@ async def _ghosts(site: Site, here: Pulls) -> list[str]:
         info = await here.here.js.stream_info(f"KV_{bucket}", subjects_filter=">")
         for subject in info.state.subjects or {}:
             kind, _, rest = subject.removeprefix(f"$KV.{bucket}.").partition(".")
-            if kind in ("storage", "model", "download", "part", "node") and rest.partition(".")[0] not in known:
+            if (
+                kind in ("storage", "model", "download", "part", "links", "node")
+                and rest.partition(".")[0] not in known
+            ):
                 found.append(subject)
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal_demo import DEMO_MODEL
 from shoal_demo.running import RunningHub
-from tests.harness.shoal import ShoalCluster, ShoalNode
+from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 
 
 def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalCluster) -> None:
@@ -20,6 +20,13 @@ def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalClus
     assert sorted(counts) == list(range(1, 1 + max(counts))) and counts[0] == 1
     over_two = next(p for p in shown["previews"] if len(p["stages"]) == 2)
     assert over_two["tier"] == "fits" and over_two["tokens_per_s"] > 0 and over_two["first_token_s"] > 0
+    assert all(s["link_s"] > 0 for s in over_two["stages"])
+
+    def measured() -> bool:
+        found = node.call("GET", f"/v1/placements/preview?model={DEMO_MODEL}")["previews"]
+        return all(s["link_measured"] for p in found for s in p["stages"] if s["link_s"])
+
+    eventually(measured, "the nodes have measured the links between them, which was asked for by looking")
     table = node.shoal("place", DEMO_MODEL, "--preview", check=True).stdout
     assert over_two["layout"] in table and "fits" in table
 

@@ -159,25 +159,28 @@ _NETWORK, _WIRE, _NOBODY = "10.213.77", "wire", "02:00:00:00:00:99"
 
 
 @contextmanager
-def relayed(machine: Machine, port: int) -> Iterator[None]:
-    """While the body runs, this port on the machine's loopback leads to the same port on ours."""
-    with _relaying(machine.listener(port), lambda: socket.create_connection(("127.0.0.1", port), _DEADLINE_S)):
+def relayed(machine: Machine, port: int, delay_s: float = 0.0) -> Iterator[None]:
+    """While the body runs, this port on the machine's loopback leads to the same port on ours, so far away."""
+    with _relaying(
+        machine.listener(port), lambda: socket.create_connection(("127.0.0.1", port), _DEADLINE_S), delay_s
+    ):
         yield
 
 
 @contextmanager
-def reached(machine: Machine, host: str, port: int) -> Iterator[int]:
-    """While the body runs, a port on our loopback leads to this host and port as the machine sees them."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    with _relaying(listener, lambda: machine.connection(host, port)):
+def reached(machine: Machine, host: str, port: int, at: int = 0, delay_s: float = 0.0) -> Iterator[int]:
+    """While the body runs, a port on our loopback (`at`, or any) leads to this host and port as the machine sees
+    them, so far away."""
+    listener = socket.create_server(("127.0.0.1", at))
+    with _relaying(listener, lambda: machine.connection(host, port), delay_s):
         yield int(listener.getsockname()[1])
 
 
 @contextmanager
-def _relaying(listener: socket.socket, connect: Callable[[], socket.socket]) -> Iterator[None]:
+def _relaying(listener: socket.socket, connect: Callable[[], socket.socket], delay_s: float = 0.0) -> Iterator[None]:
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
     # A thread: tests wait for processes to end without letting their own loop run, and those say goodbye to NATS.
-    thread = threading.Thread(target=lambda: asyncio.run(_relay(listener, connect, running)))
+    thread = threading.Thread(target=lambda: asyncio.run(_relay(listener, connect, running, delay_s)))
     thread.start()
     try:
         loop, ending = running.result(_DEADLINE_S)
@@ -193,6 +196,7 @@ async def _relay(
     listener: socket.socket,
     connect: Callable[[], socket.socket],
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]],
+    delay_s: float,
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.CancelledError):
@@ -200,7 +204,7 @@ async def _relay(
             connection.setblocking(False)
             there, back = await asyncio.open_connection(sock=connection)
             try:
-                await asyncio.gather(_copy(reader, back), _copy(there, writer))
+                await asyncio.gather(_copy(reader, back, delay_s), _copy(there, writer, delay_s))
             finally:
                 back.close()
         writer.close()
@@ -212,8 +216,10 @@ async def _relay(
     server.close()  # connections under way end with this loop
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
     while chunk := await reader.read(_CHUNK_BYTES):
+        if delay_s:
+            await asyncio.sleep(delay_s)  # this is the long wire
         writer.write(chunk)
         await writer.drain()
     with suppress(OSError):

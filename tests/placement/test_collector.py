@@ -13,12 +13,22 @@ from nats.js import api
 from nats.js.errors import NotFoundError
 
 from shoal_common import subjects
-from shoal_common.buckets import download_key, instance_key, model_key, node_key, part_key, stage_key, storage_key
+from shoal_common.buckets import (
+    download_key,
+    instance_key,
+    links_key,
+    model_key,
+    node_key,
+    part_key,
+    stage_key,
+    storage_key,
+)
 from shoal_common.messages.commands import Forget
 from shoal_common.messages.records import (
     DownloadSpec,
     DownloadState,
     InstanceSpec,
+    LinksState,
     NodeState,
     PartState,
     StageSpec,
@@ -47,6 +57,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
     await state.put(storage_key(node), StorageState(node=node))
     part = PartState(node=node, repo="org/p", commit=COMMIT, layers=[[0, 1]], size_bytes=1, model_bytes=2)
     await state.put(part_key(node, f"org/p@{COMMIT}"), part)
+    await state.put(links_key(node), LinksState(node=node))
     stages = [StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate((live, node))]
     instance = InstanceSpec(id=f"on-{node}", repo=MODEL, commit=COMMIT, stages=stages, context_tokens=64)
     await spec.put(instance_key(instance.id), instance)
@@ -63,6 +74,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
         ("state", model_key(node, f"{MODEL}@{COMMIT}")),
         ("state", storage_key(node)),
         ("state", part_key(node, f"org/p@{COMMIT}")),
+        ("state", links_key(node)),
         ("state", stage_key(instance.id, 1)),
         ("spec", instance_key(instance.id)),
     ]

@@ -69,7 +69,7 @@ def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
 PURE = [
     *(
         Path(decide.__file__).with_name(f"{name}.py")
-        for name in ("decide", "need", "tiers", "moves", "anew", "planning", "retire", "suspect")
+        for name in ("decide", "need", "tiers", "moves", "anew", "planning", "retire", "suspect", "links")
     ),
     *sorted(Path(decide.__file__).with_name("solve").glob("*.py")),
 ]

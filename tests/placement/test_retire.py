@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.buckets import download_key, model_key, part_key, stage_key, storage_key
+from shoal_common.buckets import download_key, links_key, model_key, part_key, stage_key, storage_key
 from shoal_common.messages.records import InstanceSpec, NodeState, StageSpec, StageState
 from shoal_placement.retire import named_by, reconcile
 
@@ -54,7 +54,8 @@ def test_the_keys_that_name_a_node_are_found_and_no_others() -> None:
         context_tokens=1,
         stages=[StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate("ba")],
     )
-    of_a = [storage_key("a"), model_key("a", "org/m@c"), part_key("a", "org/m@c"), download_key("a", "org/m")]
+    of_a = [storage_key("a"), model_key("a", "org/m@c"), part_key("a", "org/m@c"), links_key("a")]
+    of_a.append(download_key("a", "org/m"))
     others = ["node.a", "instance.a", storage_key("ab"), model_key("b", "a/a@a"), "download", "leader.placement"]
     spec_keys = [download_key("a", "org/m"), download_key("b", "a/a"), "instance.i"]
     found = named_by(spec_keys, of_a + others, [spread], [(stage_key("i", 1), stage)])

@@ -180,6 +180,8 @@ def previews_table(answer: Previews) -> RenderableType:
     words = [f"for {answer.model} with {answer.context_tokens} tokens of context; times are predictions"]
     if answer.estimated:
         words.append("its architecture is not known: what it needs is an upper bound")
+    if any(s.link_s and not s.link_measured for p in answer.previews for s in p.stages):
+        words.append("not all links between these nodes are measured yet: in a moment more is known")
     if answer.previews[0].is_low_memory:
         flag = "--allow-low-memory" if answer.previews[0].tier == "tight" else "--force"
         words.append(f"nothing fits in what is free: `shoal place … {flag}` places it all the same")

@@ -366,6 +366,11 @@ def storage_key(node: str) -> str:
     return f"storage.{check_node(node)}"
 
 
+def links_key(node: str) -> str:
+    """`state`: what a node has measured of its ways to others."""
+    return f"links.{check_node(node)}"
+
+
 def instance_key(instance: str) -> str:
     """`spec` and `state`: an instance."""
     return f"instance.{check_id(instance)}"

@@ -36,6 +36,10 @@ TOKEN_S = 600
 differ by as much again."""
 
 
+PROBE = "probe"
+"""Stands where a blob's name does in the token for a node's `/v1/probe`."""
+
+
 def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str]:
     """Headers that let their bearer read one blob of one node for some minutes; none when there is no secret."""
     if not secret:

@@ -1,4 +1,4 @@
-"""The service: what peers ask (`blobs.py`), the hub's protocol (`hub.py`), and the port that both share."""
+"""The service: what peers ask (`blobs.py`, `probe.py`), the hub's protocol (`hub.py`), and the port they share."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from shoal_fileserver.blobs import Blobs, problem
 from shoal_fileserver.catalog import Catalog
 from shoal_fileserver.connections import bounded
 from shoal_fileserver.hub import HubProtocol
+from shoal_fileserver.probe import PATH as PROBE_PATH
+from shoal_fileserver.probe import Probe
 from shoal_fileserver.sent import Sent
 
 _KEEP_ALIVE_S = 30
@@ -44,7 +46,7 @@ def settings(
     sent = Sent(random.Random())
     at_once = AtOnce(layout, node, secret, sent, pace)
     return uvicorn.Config(
-        _application(Blobs(layout, node, secret, at_once, sent, pace), secret, catalog),
+        _application(Blobs(layout, node, secret, at_once, sent, pace), Probe(node, secret), secret, catalog),
         http=bounded(at_once),
         ws="none",
         log_config=None,
@@ -57,7 +59,7 @@ def settings(
     )
 
 
-def _application(blobs: Blobs, secret: str, catalog: Catalog | None) -> ASGIApp:
+def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | None) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -73,6 +75,8 @@ def _application(blobs: Blobs, secret: str, catalog: Catalog | None) -> ASGIApp:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(("/v1/blobs/", "/v1/leaves/")):
             await blobs(scope, receive, send)
+        elif scope["path"] == PROBE_PATH:
+            await probe(scope, receive, send)
         elif allowed(secret, "blobs", Headers(scope=scope)):
             await peers(scope, receive, send)
         else:

@@ -40,6 +40,8 @@ class Kept(msgspec.Struct, frozen=True):
 
     machine: str
     device: Device
+    working_bytes_per_s: float = 0.0
+    """What stages have shown since; 0: nothing else."""
 
 
 def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
@@ -62,20 +64,39 @@ def this_machine() -> str:
     return " ".join(map(str, (*parts, metadata.version("mlx"))))
 
 
-def read_kept(home: Path, machine: str) -> Device | None:
-    """What an earlier start has measured here; None when it has to be measured."""
+def _read(home: Path, machine: str) -> Kept | None:
     try:
         kept = msgspec.json.decode((home / "device.json").read_bytes(), type=Kept)
     except (OSError, msgspec.MsgspecError):
         return None
-    return kept.device if kept.machine == machine and kept.device.bytes_per_s > 0 else None
+    return kept if kept.machine == machine and kept.device.bytes_per_s > 0 else None
 
 
-def keep(home: Path, machine: str, device: Device) -> None:
+def read_kept(home: Path, machine: str) -> Device | None:
+    """What an earlier start has measured here; None when it has to be measured."""
+    kept = _read(home, machine)
+    return None if kept is None else kept.device
+
+
+def read_working(home: Path) -> float:
+    """What stages have shown on this machine before; 0: nothing."""
+    kept = _read(home, this_machine())
+    return 0.0 if kept is None else max(kept.working_bytes_per_s, 0.0)
+
+
+def keep_working(home: Path, bytes_per_s: float) -> None:
+    """Write what stages have shown beside what was measured; nothing where that is not kept."""
+    machine = this_machine()
+    device = read_kept(home, machine)
+    if device is not None:
+        keep(home, machine, device, bytes_per_s)
+
+
+def keep(home: Path, machine: str, device: Device, working_bytes_per_s: float = 0.0) -> None:
     """Write it for the next start. It is only a saving: a disk that does not take it is no error."""
     fresh = home / "device.json.new"
     with suppress(OSError):
-        fresh.write_bytes(msgspec.json.encode(Kept(machine, device)))
+        fresh.write_bytes(msgspec.json.encode(Kept(machine, device, working_bytes_per_s)))
         fresh.replace(home / "device.json")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from msgspec import structs
+
 from shoal_common.buckets import stage_key
 from shoal_common.cgroup import Memory
 from shoal_common.errors import NotFound
@@ -16,9 +18,10 @@ from shoal_common.reconcile import reconcile_forever
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, assignments, leftovers, reconcile
-from shoal_inference.device import find_device, read_speed
+from shoal_inference.device import find_device, keep_working, read_speed, read_working
 from shoal_inference.memory import memory_facts, occupied_bytes, read_bytes, steady
 from shoal_inference.runner import StageRunner
+from shoal_inference.speed import Speed
 from shoal_inference.stage.device import Device
 from shoal_inference.starving import LOOK_S, why_starving
 from shoal_inference.uses import Uses
@@ -39,8 +42,9 @@ class Host:
         settings = context.config.settings.get("inference", {})
         self._cap_bytes = read_bytes("max_memory_bytes", settings, context.environ)
         self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
-        self._speed = read_speed(settings, context.environ)
-        self._device = Device(bytes_per_s=self._speed or 0.0)
+        self._given = read_speed(settings, context.environ)
+        self._device = Device(bytes_per_s=self._given or 0.0)
+        self._speed = Speed(self._keep_speed)
         self._memory = Memory()
 
     def facts(self) -> Facts:
@@ -50,11 +54,19 @@ class Host:
             if (pid := runner.pid) is not None:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
-        return memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
+        found = memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
+        return structs.replace(found, working_bytes_per_s=self._speed.said)
 
     async def find_device(self) -> None:
         """Learn what MLX computes with here; said with the next look at the memory."""
-        self._device = await find_device(self._context.config.home, self._speed)
+        home = self._context.config.home
+        self._device = await find_device(home, self._given)
+        if self._given is None:  # what a person has said is corrected by nobody
+            self._speed.begin(self._device.bytes_per_s, await asyncio.to_thread(read_working, home))
+
+    def _keep_speed(self, bytes_per_s: float) -> None:
+        log.info("stages show how fast this node reads", bytes_per_s=bytes_per_s)
+        self._tasks.create_task(asyncio.to_thread(keep_working, self._context.config.home, bytes_per_s))
 
     def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
         return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
@@ -81,7 +93,7 @@ class Host:
         log.info("starting stage", instance=assignment.spec.id, rank=stage.rank, layers=_layers(assignment))
         context = self._context
         runner = StageRunner(
-            assignment, context.config, context.nats, context.buckets, self._state, context.interfaces
+            assignment, context.config, context.nats, context.buckets, self._state, context.interfaces, self._speed
         )
         self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
 

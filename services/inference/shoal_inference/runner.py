@@ -31,6 +31,7 @@ from shoal_common.tensors import covers
 from shoal_common.watch import View
 from shoal_inference.decide import Assignment, next_address, respawn_delay_s, stage_error
 from shoal_inference.lease import leased
+from shoal_inference.speed import Speed, read_bytes
 from shoal_inference.stage import control
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.spawn import StageProcess
@@ -54,8 +55,9 @@ class StageRunner:
         buckets: Buckets,
         state: View,
         interfaces: Interfaces,
+        speed: Speed,
     ) -> None:
-        self.assignment, self._interfaces = assignment, interfaces
+        self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
         self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
         self._sender, self._ask, self._sight = Sender(nats, buckets), Ask(nats), Sight(nats, config.node)
         self._spec, self._stage = assignment.spec, assignment.stage
@@ -224,6 +226,8 @@ class StageRunner:
                         finish_reason=event.finish_reason,
                     )
                 )
+            case control.Pace(pass_s=pass_s):
+                self._note_pace(pass_s)
             case control.Failed():
                 await self._failed(event)
             case control.Fatal():
@@ -231,6 +235,13 @@ class StageRunner:
                 self._state = structs.replace(self._state, error=error.body())
             case _:
                 log.debug("stage says", event=type(event).__name__)
+
+    def _note_pace(self, pass_s: float) -> None:
+        # Of a model that came in parts only some other node may have the shape.
+        models = (m for _, m in self._view.items("model.", ModelState) if m.model == self._spec.model)
+        shape = next((m.shape for m in models if m.shape is not None), None)
+        if shape is not None:
+            self._speed.note(read_bytes(shape, self._stage.first_layer, self._stage.last_layer), pass_s)
 
     # Requests
 

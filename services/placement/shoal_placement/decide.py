@@ -20,6 +20,7 @@ from shoal_common.messages.records import (
     StageState,
 )
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
+from shoal_placement.links import Links
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -37,6 +38,7 @@ class World(msgspec.Struct, frozen=True):
     downloads: Sequence[DownloadState] = ()
     drained: Set[str] = frozenset()
     """Nodes on which people want nothing to run."""
+    links: Links = Links()
 
 
 def find_model(text: str, world: World) -> ModelState:

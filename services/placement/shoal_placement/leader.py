@@ -21,10 +21,20 @@ from shoal_common.logs import Log
 from shoal_common.messages import Message
 from shoal_common.messages.commands import Drain, Forget, Place, Rebalance, Unplace
 from shoal_common.messages.facts import Live
-from shoal_common.messages.questions import AskFits, AskRebalances, AskShape, Fits, ModelSize, Previews, Rebalances
+from shoal_common.messages.questions import (
+    AskFits,
+    AskLinks,
+    AskRebalances,
+    AskShape,
+    Fits,
+    ModelSize,
+    Previews,
+    Rebalances,
+)
 from shoal_common.messages.records import (
     DownloadState,
     InstanceSpec,
+    LinksState,
     ModelState,
     NodeSpec,
     PartState,
@@ -41,9 +51,11 @@ from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
+from shoal_placement.links import links_of
 from shoal_placement.mover import Mover
 from shoal_placement.planning import (
     as_previews,
+    candidates,
     fitting,
     held,
     in_flight,
@@ -54,6 +66,7 @@ from shoal_placement.planning import (
     with_unheld,
 )
 from shoal_placement.settings import read_settings
+from shoal_placement.survey import Survey
 from shoal_placement.suspicion import Suspicion
 
 log = Log("placement")
@@ -90,7 +103,7 @@ class Placement:
         self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
-        self._suspicion = Suspicion(context, live)
+        self._suspicion, self.survey = Suspicion(context, live), Survey(context, live, state)
         mover = Mover(context, (live, spec, state), self._working, self._world, self._section, replace_after_s)
         self._instances = Instances(context, (live, spec, state), self._suspicion, mover)
         self._writes: Writes
@@ -111,6 +124,8 @@ class Placement:
 
     def _world(self) -> World:
         heard = self._heard()
+        measured = (s for _, s in self._state.items("links.", LinksState))
+        reached = {node: live.facts for node, live in heard.get("fileserver", {}).items()}
         return World(
             alive={node for nodes in heard.values() for node in nodes},
             facts={node: live.facts for node, live in heard.get("inference", {}).items()},
@@ -119,6 +134,7 @@ class Placement:
             downloads=[d for _, d in self._state.items("download.", DownloadState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
             drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
+            links=links_of(measured, reached, clock.now_s()),
         )
 
     async def _catch_up(self) -> None:
@@ -138,6 +154,7 @@ class Placement:
             found = await asyncio.to_thread(plan, command, self._world())
             spec = spec_of(found, name, round(clock.now_s(), 3))
             await self._spec.reached(await self._writes.spec.put(instance_key(name), spec))
+        self.survey.want(candidates([found]))
         log.info("placed", instance=name, model=spec.model, nodes=",".join(s.node for s in spec.stages))
         await self._context.events.tell("placed", instance=name, model=spec.model)
         return _placed(spec)
@@ -200,6 +217,7 @@ class Placement:
         """The layout that `place` would choose now. Writes nothing."""
         await self._catch_up()
         found = await asyncio.to_thread(plan, question, self._world())
+        self.survey.want(candidates([found]))
         return _placed(spec_of(found, "preview", 0.0))
 
     async def previews(self, question: Place) -> Previews:
@@ -209,6 +227,7 @@ class Placement:
         if not held(question.model, world):
             world = with_unheld(world, question.model, await self._size_of(question.model))
         found = await asyncio.to_thread(previews, question, world)
+        self.survey.want(candidates(found))
         return as_previews(found, world.facts, in_flight(question))
 
     async def fits(self, question: AskFits) -> Fits:
@@ -301,11 +320,13 @@ async def run(context: Context) -> None:
         collector = Collector(context, live, spec, state, settings.retire_after_s)
         placement = Placement(context, live, spec, state, collector, settings.replace_after_s)
         context.background(tasks, placement.lead_forever(lease))
+        context.background(tasks, placement.survey.run())
         questions = {
             "preview": Question(Place, placement.preview),
             "previews": Question(Place, placement.previews),
             "fits": Question(AskFits, placement.fits),
             "rebalances": Question(AskRebalances, placement.rebalances),
+            "links": Question(AskLinks, placement.survey.links),
         }
         tasks.create_task(context.serve(questions))
         context.ready()

@@ -8,6 +8,7 @@ from shoal_common.kv import CACHE_STEP_TOKENS, REQUESTS_AT_ONCE
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import InstanceSpec, KvRule, ModelShape, ModelState
 from shoal_placement.solve import Need, slice_bytes
+from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 
 PREFILL_CHUNK_TOKENS = 2048
 """The longest piece of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
@@ -107,6 +108,11 @@ def unfused_bytes(shape: ModelShape, context_tokens: int, facts: Facts) -> int:
 def layer_times_s(shape: ModelShape, bandwidth_bytes_per_s: float) -> list[float]:
     """Seconds that each layer takes for one token on a node that reads memory this fast: it is all read once."""
     return [active / bandwidth_bytes_per_s for active in shape.layer_active_bytes or shape.layer_bytes]
+
+
+def reading_bytes_per_s(facts: Facts) -> float:
+    """How fast a node reads weights: as its stages have shown, else as measured while idle, else as usual."""
+    return facts.working_bytes_per_s or facts.memory_bytes_per_s or USUAL_BYTES_PER_S
 
 
 def stage_key(instance: str, rank: int) -> str:

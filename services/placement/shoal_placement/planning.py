@@ -27,11 +27,11 @@ from shoal_common.messages.records import (
 )
 from shoal_common.names import ModelRef, check_node
 from shoal_placement.decide import World, context_for, find_model
-from shoal_placement.need import need_of, promised_bytes, unfused_bytes
+from shoal_placement.links import Links
+from shoal_placement.need import need_of, promised_bytes, reading_bytes_per_s, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
 from shoal_placement.solve.answers import preview
 from shoal_placement.solve.cost import keeps, layout_of
-from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
 MOST_ANSWERS = 64
@@ -52,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
     asked: Asked = Asked()
     rooms: Mapping[str, Tiers] = {}
     """What each node had for one more stage."""
+    links: Links = Links()
 
     @property
     def name(self) -> str:
@@ -76,23 +77,27 @@ class _Question(msgspec.Struct, frozen=True):
     rooms: Mapping[str, Tiers]
     lacks: Mapping[str, Sequence[float]]
     """Of each layer, how much of it a node would have to download: 0 to 1."""
+    links: Links
+    link_s: Sequence[Sequence[float]]
+    """Between the nodes in the order of their names; empty: nothing is known."""
 
     def problem(self, tier: Tier, in_flight: int) -> Problem:
         rooms = [
             Room(
                 node,
                 room.of(tier),
-                s_per_byte=1 / (self.facts[node].memory_bytes_per_s or USUAL_BYTES_PER_S),
+                s_per_byte=1 / reading_bytes_per_s(self.facts[node]),
                 lacks=self.lacks[node],
             )
             for node, room in sorted(self.rooms.items())
         ]
-        asked = problem_of(self.need, rooms, self.request.min_nodes, self.request.max_nodes, in_flight=in_flight)
+        counts = self.request.min_nodes, self.request.max_nodes
+        asked = problem_of(self.need, rooms, *counts, self.link_s, in_flight)
         return structs.replace(asked, counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes)
 
     def plan(self, layout: Layout, tier: Tier) -> Plan:
         asked = Asked(**{name: getattr(self.request, name) for name in Asked.__struct_fields__})
-        return Plan(self.model, self.shape, layout, self.context_tokens, tier, asked, self.rooms)
+        return Plan(self.model, self.shape, layout, self.context_tokens, tier, asked, self.rooms, self.links)
 
 
 def plan(request: Place, world: World) -> Plan:
@@ -125,6 +130,13 @@ def previews(request: Place, world: World) -> list[Plan]:
     if not found:
         raise _no_room(asked, None)
     return sorted(found.values(), key=lambda p: (TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
+
+
+def candidates(found: Sequence[Plan]) -> list[str]:
+    """The nodes whose links matter to a choice like these: those chosen, then those with the most memory."""
+    chosen = dict.fromkeys(s.node for plan in found for s in plan.layout.slices)
+    others = sorted(found[0].rooms, key=lambda node: (-found[0].rooms[node].fits_bytes, node))
+    return list({**chosen, **dict.fromkeys(others)})
 
 
 def held(model: str, world: World) -> bool:
@@ -199,7 +211,8 @@ def _understood(request: Place, world: World) -> _Question:
     arrived = _arrived(model, world.downloads)
     lacks = {n: [0.0] * count if n in holders else _lacks(parts.get(n), arrived.get(n, 0.0), count) for n in facts}
     need = need_of(shape, context_tokens, request.answers)
-    return _Question(request, model, shape, context_tokens, need, facts, rooms, lacks)
+    link_s = world.links.costs_s(sorted(rooms), shape.hidden_bytes)
+    return _Question(request, model, shape, context_tokens, need, facts, rooms, lacks, world.links, link_s)
 
 
 def _lacks(part: PartState | None, arrived: float, count: int) -> list[float]:
@@ -335,7 +348,8 @@ def as_previews(found: Sequence[Plan], facts: Mapping[str, Facts], requests: int
 
 def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
     """One plan for people and programs."""
-    layout = plan.layout
+    layout, nodes = plan.layout, [s.node for s in plan.layout.slices]
+    onward = [plan.links.way(a, b) if a != b else None for a, b in pairwise([*nodes, nodes[0]])]
     return Preview(
         layout=plan.name,
         tier=plan.tier,
@@ -350,8 +364,10 @@ def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview
                 tight_bytes=max(plan.rooms[s.node].tight_bytes, 0),
                 total_bytes=facts[s.node].memory_total_bytes,
                 freeing_bytes=max(s.bytes - plan.rooms[s.node].fits_bytes, 0),
+                link_s=way.cost_s(plan.shape.hidden_bytes) if way is not None else 0.0,
+                link_measured=way is not None and way.measured,
             )
-            for s in layout.slices
+            for s, way in zip(layout.slices, onward, strict=True)
         ],
         tokens_per_s=round(requests / max(layout.latency_s, requests * layout.bottleneck_s), 3),
         first_token_s=round(layout.latency_s, 6),

@@ -57,7 +57,7 @@ def named_by(
             of(rest.partition(".")[0]).spec.append(key)
     for key in state_keys:
         kind, _, rest = key.partition(".")
-        if kind in ("storage", "download", "model", "part"):
+        if kind in ("storage", "download", "model", "part", "links"):
             of(rest.partition(".")[0]).state.append(key)
     for key, stage in stages:
         of(stage.node).state.append(key)

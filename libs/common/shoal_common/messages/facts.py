@@ -56,6 +56,8 @@ class Facts(Message):
     """What the accelerator can use at most; None: no limit of its own, or not known."""
     memory_bytes_per_s: float = 0.0
     """How fast MLX reads weights here, measured; 0: not yet."""
+    working_bytes_per_s: float = 0.0
+    """What stages have shown of it while they work, where that is something else; 0: nothing."""
     disk_free_bytes: int = 0
 
 

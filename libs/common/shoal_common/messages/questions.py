@@ -275,6 +275,10 @@ class PreviewStage(Message):
     total_bytes: int
     freeing_bytes: int
     """Once other programs have freed this much, it fits; 0 when it does."""
+    link_s: float = 0.0
+    """To pass a token's hidden state to the next stage, from the last back to the first; 0: it is the only one."""
+    link_measured: bool = False
+    """Whether that was measured, and is not what such links are taken for."""
 
 
 class Preview(Message):
@@ -348,3 +352,12 @@ class Rebalances(Message):
     """The answer to `rebalances`: what gains most comes first."""
 
     rebalances: list[Rebalancing]
+
+
+class AskLinks(Message):
+    """placement.links: measure the ways to these peers that have not been measured for an hour.
+
+    Answered with the LinksState.
+    """
+
+    peers: list[str]

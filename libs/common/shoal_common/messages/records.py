@@ -10,6 +10,7 @@
 | state  part.<node>.<model@commit>  | PartState     | that node's storage         |
 | state  instance.<id>               | InstanceState | the placement leader        |
 | state  stage.<id>.<rank>           | StageState    | the inference of its node   |
+| state  links.<node>                | LinksState    | that node's placement       |
 """
 
 from __future__ import annotations
@@ -413,3 +414,29 @@ class InstanceState(Message):
     nodes: list[str]
     epoch: int = 1
     error: ErrorBody | None = None
+
+
+class MeasuredLink(Message):
+    """A node's way to a peer, as it was measured."""
+
+    peer: str
+    at_s: float
+    ends: str = ""
+    """Stands for the addresses that both nodes told then: once they tell others, this says nothing any more."""
+    address: str = ""
+    """Of the peer, which was measured."""
+    kind: str = ""
+    """Of the interface that carries that address, as the peer told it."""
+    round_trip_s: float = 0.0
+    """The least of several small exchanges, the two programs' own time in it."""
+    bytes_per_s: float = 0.0
+    """What came from the peer; 0: not known."""
+    error: str = ""
+    """Why the peer could not be reached, if it could not."""
+
+
+class LinksState(Message):
+    """What a node has measured of its ways to others: the last 64 of them."""
+
+    node: str
+    links: list[MeasuredLink] = []

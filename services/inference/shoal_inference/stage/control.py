@@ -187,6 +187,14 @@ class Stats(_Line, frozen=True, kw_only=True):
     """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
 
 
+class Pace(_Line, frozen=True, kw_only=True):
+    """How long passes of one token of one answer have taken, computing alone: their median, and how many. Told by a
+    stage that works, every 10 s at most."""
+
+    pass_s: float
+    passes: int
+
+
 class Fatal(_Line, frozen=True, kw_only=True):
     """The child cannot go on and exits with status 1."""
 
@@ -195,7 +203,7 @@ class Fatal(_Line, frozen=True, kw_only=True):
 
 
 ToChild = Start | Link | Generate | Cancel | Probe | Stop
-FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Fatal
+FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Pace | Fatal
 
 _encoder = msgspec.json.Encoder()
 _to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from time import perf_counter
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ from shoal_inference.stage.errors import (
     StageLost,
 )
 from shoal_inference.stage.frames import Dtype, End, Fail, Flag, Frame, Kind, Open, make_frame, ring_tag
+from shoal_inference.stage.pace import Passes
 from shoal_inference.stage.requests import Answered, Entry, Requests
 from shoal_inference.stage.ring import Predecessor, Successor
 
@@ -60,6 +62,7 @@ class Core:
         """None with a single stage."""
         self.predecessor: Predecessor | None = None
         self._linked = False
+        self._passes = Passes()
 
     @property
     def is_last(self) -> bool:
@@ -97,12 +100,14 @@ class Core:
         entry.next_seq += 1
         seq = entry.next_seq
         try:
-            result = await in_time(self.on_thread(self.engine.run, entry.key, given, sample), compute_s)
+            computing = self.on_thread(self._computed, entry.key, given, sample)
+            result, took_s = await in_time(computing, compute_s)
         except TimeoutError as error:
             raise ComputeStuck(
                 f"rank {self.start.rank} has computed one pass for {compute_s} s: its thread cannot be taken back, "
                 "start the stage again"
             ) from error
+        self._note(given, sample, took_s)
         if self.requests.get(entry.key) is not entry:
             return  # ended meanwhile: cancelled, or a link broke
         entry.touched_s = asyncio.get_running_loop().time()
@@ -110,6 +115,20 @@ class Core:
             await self._hand_on(entry, seq, result, sample)
         else:
             self._answer(entry, seq, result)
+
+    def _computed(
+        self, session: bytes, given: Sequence[int] | Hidden, sample: bool
+    ) -> tuple[Hidden | Sampled | None, float]:
+        """A pass, and the seconds it took once it had its turn."""
+        begun_s = perf_counter()
+        result = self.engine.run(session, given, sample)
+        return result, perf_counter() - begun_s
+
+    def _note(self, given: Sequence[int] | Hidden, sample: bool, took_s: float) -> None:
+        tokens = given.shape[0] * given.shape[1] if isinstance(given, Hidden) else len(given)
+        told = self._passes.note(took_s, asyncio.get_running_loop().time()) if sample and tokens == 1 else None
+        if told is not None:
+            self.emit(told)
 
     async def _hand_on(self, entry: Entry, seq: int, hidden: Hidden, sample: bool) -> None:
         flags = Flag.SAMPLE if sample else Flag.NONE

@@ -1,0 +1,54 @@
+"""What placement measures the way to this node by: `GET /v1/probe?bytes=N`, so many bytes that mean nothing.
+
+They come from memory, so that no disk is measured; they are random, so that no tunnel packs them. No limit of uploads
+holds for them: hidden states know none, and there are few. The credential is a token as for a blob, for `probe`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from shoal_common import clock
+from shoal_common.credentials import PROBE, blob_token_shows
+from shoal_fileserver.blobs import problem
+
+PATH = "/v1/probe"
+MAX_PROBE_BYTES = 4 << 20
+_PIECE = os.urandom(64 << 10)
+_TYPE = "application/octet-stream"
+
+
+class Probe:
+    """An ASGI application for the path above."""
+
+    def __init__(self, node: str, secret: str) -> None:
+        self._node, self._secret = node, secret
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        await self._answer(Request(scope))(scope, receive, send)
+
+    def _answer(self, request: Request) -> Response:
+        if not blob_token_shows(self._secret, self._node, PROBE, Headers(scope=request.scope), clock.now_s()):
+            return problem(401, "show a token for this blob of this node")
+        if request.method != "GET":
+            return problem(405, "this answers GET", {"Allow": "GET"})
+        asked = request.query_params.get("bytes", "0")
+        if not (asked.isascii() and asked.isdecimal() and len(asked) < 10 and int(asked) <= MAX_PROBE_BYTES):
+            return problem(400, f"bytes is a number up to {MAX_PROBE_BYTES}")
+        size = int(asked)
+        headers = {"Content-Length": str(size), "Cache-Control": "no-store"}
+        return (
+            StreamingResponse(_pieces(size), headers=headers, media_type=_TYPE) if size else Response(headers=headers)
+        )
+
+
+async def _pieces(size_bytes: int) -> AsyncIterator[bytes]:
+    for at in range(0, size_bytes, len(_PIECE)):
+        yield _PIECE[: size_bytes - at]

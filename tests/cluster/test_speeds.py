@@ -1,0 +1,65 @@
+"""A stage that works shows how fast its node reads, and layouts are chosen by that."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from shoal_common.buckets import Buckets, live_key
+from shoal_common.connection import connected
+from shoal_common.messages.facts import Facts, Live
+from shoal_demo.running import running_hub
+from shoal_inference import device
+from shoal_inference.device import this_machine
+from shoal_inference.speed import LEAST_BYTES
+from shoal_inference.stage.device import Device
+from tests.harness.shoal import ShoalCluster, eventually
+from tests.inference.tiny_models import write_model
+
+MODEL = "org/wide"
+IDLE = 1e8
+"""Said of the idle machine: so slow that any shows more."""
+
+
+async def facts_of(nats: str, node: str) -> Facts:
+    """What a node's inference says."""
+    async with connected([nats], "test", 10) as here:
+        live = await Buckets(here.js).live.get_as(live_key(node, "inference"), Live)
+        return live.facts if live is not None else Facts()
+
+
+def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp_path: Path) -> None:
+    home, models = tmp_path / "a", tmp_path / "models"
+    directory = write_model(models / MODEL, "llama", width=640)
+    assert (directory / "model.safetensors").stat().st_size > LEAST_BYTES
+    home.mkdir()
+    device.keep(home, this_machine(), Device(accelerator="cpu", bytes_per_s=IDLE))
+    with (
+        running_hub(models, process=True) as hub,
+        ShoalCluster(tmp_path, hub.base_url, names=("a",), SHOAL_MEMORY_BYTES_PER_S="") as cluster,
+    ):
+        node = cluster["a"]
+        node.shoal("pull", MODEL, check=True)
+        node.shoal("place", MODEL, check=True)
+        preview = f"/v1/placements/preview?model={MODEL}"
+        before = node.call("GET", preview)["previews"][0]["tokens_per_s"]
+        assert asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s == 0
+
+        def shown() -> float:
+            ask = {"model": MODEL, "messages": [{"role": "user", "content": "go on"}], "max_tokens": 20}
+            node.call("POST", "/v1/chat/completions", ask)
+            return asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s
+
+        faster = eventually(shown, "what the stage has shown is said", 90.0)
+        assert faster > 1.1 * IDLE
+        assert node.call("GET", preview)["previews"][0]["tokens_per_s"] > before
+
+        node.wait_reborn("inference", node.kill("inference"))
+        kept = json.loads((home / "device.json").read_text())["working_bytes_per_s"]
+        assert kept > 1.1 * IDLE
+
+        def said_again() -> bool:
+            return asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s >= float(kept)
+
+        eventually(said_again, "what was shown before is said by the next start")

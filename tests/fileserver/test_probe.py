@@ -1,0 +1,54 @@
+"""What placement measures links by: so many bytes, for who shows a token for that, and never more than it may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal_common import clock
+from shoal_common.credentials import PROBE, bearer, blob_token
+from shoal_fileserver.probe import MAX_PROBE_BYTES
+from tests.fileserver.serving import read_reply, serving
+from tests.harness.nats import NatsServer
+
+Fresh = Callable[[str], str]
+SECRET = "a secret for tests only"
+
+
+async def test_a_probe_brings_as_many_bytes_as_it_asked_for_and_never_more_than_it_may(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with serving(nats, tmp_path, fresh("files")) as server:
+        for path, size in {"": 0, "?bytes=0": 0, "?bytes=1": 1, f"?bytes={MAX_PROBE_BYTES}": MAX_PROBE_BYTES}.items():
+            reply = await server.ask(f"/v1/probe{path}")
+            assert (reply.status, len(reply.body)) == (200, size), path
+        for path in (
+            f"?bytes={MAX_PROBE_BYTES + 1}",
+            "?bytes=-1",
+            "?bytes=many",
+            "?bytes=" + "9" * 99,
+            "?bytes=%D9%A3",
+        ):
+            assert (await server.ask(f"/v1/probe{path}")).status == 400, path
+        assert (await server.ask("/v1/probe", method="POST", body=b"x")).status == 405
+        reader, writer = await server.connect()
+        for _ in range(3):  # one connection, several exchanges
+            writer.write(b"GET /v1/probe?bytes=100 HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert len((await read_reply(reader)).body) == 100
+        writer.close()
+
+
+async def test_I12_a_probe_wants_a_token_of_its_own(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    node = fresh("files")
+    async with serving(nats, tmp_path, node, SHOAL_SECRET=SECRET) as server:
+        now_s = clock.now_s()
+        for headers in (
+            {},
+            bearer(SECRET, "blobs"),
+            blob_token(SECRET, node, "a" * 64, now_s),
+            blob_token(SECRET, "another", PROBE, now_s),
+            blob_token(SECRET, node, PROBE, now_s - 3600),
+        ):
+            refused = await server.ask("/v1/probe?bytes=9", headers)
+            assert refused.status == 401 and refused.body == (await server.ask("/v1/blobs/none")).body
+        assert len((await server.ask("/v1/probe?bytes=9", blob_token(SECRET, node, PROBE, now_s))).body) == 9
