@@ -43,7 +43,13 @@ def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp
         node.shoal("pull", MODEL, check=True)
         node.shoal("place", MODEL, check=True)
         preview = f"/v1/placements/preview?model={MODEL}"
-        before = node.call("GET", preview)["previews"][0]["tokens_per_s"]
+
+        def by_the_idle_speed() -> float | None:
+            tokens_per_s = float(node.call("GET", preview)["previews"][0]["tokens_per_s"])
+            return tokens_per_s if tokens_per_s < IDLE / LEAST_BYTES else None
+
+        # Until a node has said how fast it reads, the usual speed is taken.
+        before = eventually(by_the_idle_speed, "the idle machine's speed is used")
         assert asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s == 0
 
         def shown() -> float:
@@ -53,7 +59,9 @@ def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp
 
         faster = eventually(shown, "what the stage has shown is said", 90.0)
         assert faster > 1.1 * IDLE
-        assert node.call("GET", preview)["previews"][0]["tokens_per_s"] > before
+        eventually(
+            lambda: node.call("GET", preview)["previews"][0]["tokens_per_s"] > before, "what was shown is used"
+        )
 
         node.wait_reborn("inference", node.kill("inference"))
         kept = json.loads((home / "device.json").read_text())["working_bytes_per_s"]
