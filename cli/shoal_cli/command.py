@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
-from rich.console import Console, RenderableType
 
+from shoal_cli import instances
+from shoal_cli.call import Call, print_json, read_as, shown
 from shoal_cli.client import disks, events, logs
-from shoal_cli.client.answers import Anything, InstanceRow, MovedRow, StatusAnswer
+from shoal_cli.client.answers import Anything, StatusAnswer
 from shoal_cli.client.conversation import Sampling
-from shoal_cli.client.gateway import Gateway, find_gateway
 from shoal_cli.client.hub import as_exports, hub_settings
-from shoal_cli.client.placing import as_query, finer, place, until_ready, wish
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
 from shoal_cli.client.tables import (
     fits_table,
-    instances_table,
     models_table,
-    previews_table,
-    rebalances_table,
     status_page,
 )
 from shoal_cli.client.transfers import control, transfer
-from shoal_cli.client.typed import TypedLines, confirmed
+from shoal_cli.client.typed import TypedLines
 from shoal_cli.denied import not_allowed
-from shoal_cli.home import Home
 from shoal_cli.node import down as stopping
 from shoal_cli.node.decide import why_not_up
 from shoal_cli.node.plan import UpOptions
@@ -43,34 +36,13 @@ from shoal_cli.node.up import up
 from shoal_cli.parser import parse
 from shoal_cli.sizes import parse_limit
 from shoal_common import VERSION
-from shoal_common.config import home_directory
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
-from shoal_common.messages.questions import Fits, Previews, Rebalances
-from shoal_common.names import ModelRef, check_id, check_node
+from shoal_common.messages.questions import Fits
+from shoal_common.names import ModelRef, check_node
 
 T = TypeVar("T")
 
 _INTERRUPTED = 130
-
-
-class Call:
-    """What every command works with."""
-
-    def __init__(self, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
-        self.args, self.environ = args, environ
-        stated = getattr(args, "home", "")
-        self.home = Home(Path(stated).expanduser().absolute() if stated else home_directory(environ))
-        self.out = Console(highlight=False)
-        self.err = Console(stderr=True, highlight=False)
-
-    @property
-    def gateway(self) -> Gateway:
-        """The gateway this command is for."""
-        return find_gateway(getattr(self.args, "gateway", ""), self.home, self.environ)
-
-    def say(self, words: str) -> None:
-        """One line for a person, on stdout."""
-        self.out.print(words, markup=False, soft_wrap=True)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -99,19 +71,6 @@ def _fail(error: BaseException, message: str, code: int, environ: Mapping[str, s
         raise error
     print(f"shoal: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _print_json(value: object) -> int:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-    return 0
-
-
-def _shown(call: Call, answer: T, table: Callable[[T], RenderableType]) -> int:
-    """An answer as it is, for programs, or as a table."""
-    if call.args.as_json:
-        return _print_json(msgspec.to_builtins(answer))
-    call.out.print(table(answer))
-    return 0
 
 
 def _up(call: Call) -> int:
@@ -167,8 +126,8 @@ def _status(call: Call) -> int:
             f"{', '.join(wrong) or 'nothing'}; see `shoal logs`"
         ) from None
     if call.args.as_json:
-        return _print_json(answer)
-    call.out.print(status_page(_as(answer, StatusAnswer)))
+        return print_json(answer)
+    call.out.print(status_page(read_as(answer, StatusAnswer)))
     return 0
 
 
@@ -180,14 +139,10 @@ def _doctor(call: Call) -> int:
 
     report = examine(call.home, call.environ)
     if call.args.as_json:
-        _print_json(page.as_json(report, VERSION))
+        print_json(page.as_json(report, VERSION))
     else:
         page.show(report, call.out)
     return exit_code(report.findings)
-
-
-def _as(answer: Anything, kind: type[Any]) -> Any:
-    return msgspec.convert(answer, kind)
 
 
 def _pull(call: Call) -> int:
@@ -195,7 +150,7 @@ def _pull(call: Call) -> int:
     pull.ask([check_node(n) for n in call.args.nodes], call.args.everywhere)
     if call.args.no_wait:
         if call.args.as_json:
-            return _print_json(pull.final())
+            return print_json(pull.final())
         call.say(f"asked {', '.join(pull.nodes)} for {pull.model}; `shoal status` shows how it goes")
         return 0
     try:
@@ -205,7 +160,7 @@ def _pull(call: Call) -> int:
         say_it_goes_on(pull.model)
         return _INTERRUPTED
     if call.args.as_json:
-        _print_json(pull.final())
+        print_json(pull.final())
     for node, error in list(pull.errors.items())[1:]:
         print(f"shoal: {node}: {error.message}", file=sys.stderr)
     for node, error in pull.errors.items():
@@ -225,11 +180,11 @@ def _transfer(call: Call) -> int:
 
 def _ls(call: Call) -> int:
     if call.args.fits:
-        return _shown(call, call.gateway.get("/v1/placements/fits", Fits), fits_table)
+        return shown(call, call.gateway.get("/v1/placements/fits", Fits), fits_table)
     answer = call.gateway.get("/v1/status", Anything)
     if call.args.as_json:
-        return _print_json({"models": answer.get("models", [])})
-    models = _as(answer, StatusAnswer).models
+        return print_json({"models": answer.get("models", [])})
+    models = read_as(answer, StatusAnswer).models
     if models:
         call.out.print(models_table(models), crop=False)
     else:
@@ -281,85 +236,13 @@ def _repair(call: Call) -> int:
 
 def _said(call: Call, said: disks.Said) -> int:
     if getattr(call.args, "as_json", False):
-        _print_json(said.answer)
+        print_json(said.answer)
         return said.exit_code
     if said.table is not None:
         call.out.print(said.table)
     for line in said.words:
         call.say(line)
     return said.exit_code
-
-
-def _place(call: Call) -> int:
-    a = call.args
-    body = wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context) | finer(a)
-    if a.preview:
-        return _shown(call, call.gateway.get("/v1/placements/preview", Previews, **as_query(body)), previews_table)
-    ask = confirmed if sys.stdin is not None and sys.stdin.isatty() and not a.as_json else None
-    instance: InstanceRow = place(call.gateway, body, lambda words: print(words, file=sys.stderr), ask)
-    if a.as_json:
-        return _print_json(msgspec.to_builtins(instance))
-    call.say(f"instance {instance.id} is ready on {', '.join(instance.nodes)}")
-    return 0
-
-
-def _ps(call: Call) -> int:
-    answer = call.gateway.get("/v1/instances", Anything)
-    if call.args.as_json:
-        return _print_json({"instances": answer.get("instances", [])})
-    rows = [_as(i, InstanceRow) for i in answer.get("instances", [])]
-    if rows:
-        call.out.print(instances_table(rows))
-    else:
-        call.say("nothing is running: `shoal run org/name` starts a model")
-    return 0
-
-
-def _stop(call: Call) -> int:
-    instance = check_id(call.args.instance)
-    answer = call.gateway.delete(f"/v1/instances/{instance}", Anything)
-    call.say(f"stopped {instance}" if answer.get("deleted", True) else f"{instance} was not running")
-    return 0
-
-
-def _rebalance(call: Call) -> int:
-    if not call.args.instance:
-        if call.args.layout:
-            raise BadInput("which instance? `shoal rebalance INSTANCE --layout L`")
-        return _shown(call, call.gateway.get("/v1/placements/rebalances", Rebalances), rebalances_table)
-    path = f"/v1/instances/{check_id(call.args.instance)}/rebalance"
-    instance = call.gateway.post(path, {"layout": call.args.layout}, MovedRow)
-    if instance.moved:
-        until_ready(call.gateway, instance, lambda words: print(words, file=sys.stderr))
-    if call.args.as_json:
-        return _print_json(msgspec.to_builtins(instance))
-    nodes = ", ".join(instance.nodes)
-    call.say(f"instance {instance.id} is ready on {nodes}" if instance.moved else f"{instance.id} stays on {nodes}")
-    return 0
-
-
-def _node(call: Call) -> int:
-    node = check_node(call.args.node)
-    if call.args.action == "drain":
-        return _drain(call, node)
-    answer = call.gateway.delete(f"/v1/nodes/{node}", Anything)
-    count = answer.get("key_count", 0)
-    keys = f"{count} {'key' if count == 1 else 'keys'}"
-    call.say(f"forgot {node}: {keys} removed" if answer.get("found") else f"nothing names {node}")
-    return 0
-
-
-def _drain(call: Call, node: str) -> int:
-    if call.args.undo:
-        answer = call.gateway.delete(f"/v1/nodes/{node}/drain", Anything)
-        call.say(f"{node} may work again" if answer.get("was_drained") else f"{node} was not drained")
-        return 0
-    answer = call.gateway.post(f"/v1/nodes/{node}/drain", {}, Anything)
-    staying = ", ".join(answer.get("instances", []))
-    call.say(
-        f"drained {node}" + (f"; {staying} will move as far as other nodes have room: `shoal ps`" if staying else "")
-    )
-    return 0
 
 
 def _run(call: Call) -> int:
@@ -380,7 +263,7 @@ def _hub(call: Call) -> int:
     node = check_node(call.args.node) if call.args.node else ""
     settings = hub_settings(status, node, call.environ.get("SHOAL_SECRET") or call.home.read_secret())
     if call.args.as_json:
-        return _print_json(settings)
+        return print_json(settings)
     for line in as_exports(settings):
         print(line)
     return 0
@@ -434,11 +317,11 @@ _COMMANDS: dict[str, Callable[[Call], int]] = {
     "gc": _gc,
     "verify": _verify,
     "repair": _repair,
-    "place": _place,
-    "rebalance": _rebalance,
-    "ps": _ps,
-    "node": _node,
-    "stop": _stop,
+    "place": instances.place,
+    "rebalance": instances.rebalance,
+    "ps": instances.ps,
+    "node": instances.node,
+    "stop": instances.stop,
     "run": _run,
     "hub": _hub,
     "logs": _logs,

@@ -13,7 +13,6 @@ from shoal_placement.need import (
     PREFILL_CHUNK_TOKENS,
     STAGE_OVERHEAD_BYTES,
     cache_bytes,
-    layer_times_s,
     most_tokens,
     need_of,
     pass_bytes,
@@ -95,12 +94,6 @@ def test_scores_count_where_attention_is_not_fused() -> None:
 def test_a_shape_of_an_earlier_version_is_counted_as_it_was() -> None:
     assert pass_bytes(SHAPE, 4096, False) == 0
     assert need_of(SHAPE, 4096).stage_bytes == STAGE_OVERHEAD_BYTES
-
-
-def test_time_goes_by_what_a_token_reads() -> None:
-    experts = structs.replace(SHAPE, layer_active_bytes=[10 * MIB] * 4)
-    assert layer_times_s(experts, 10 * MIB) == [1.0] * 4
-    assert layer_times_s(SHAPE, 100 * MIB) == [1.0] * 4
 
 
 # What is promised

@@ -105,11 +105,6 @@ def unfused_bytes(shape: ModelShape, context_tokens: int, facts: Facts) -> int:
     return pass_bytes(shape, context_tokens, False) - pass_bytes(shape, context_tokens, True)
 
 
-def layer_times_s(shape: ModelShape, bandwidth_bytes_per_s: float) -> list[float]:
-    """Seconds that each layer takes for one token on a node that reads memory this fast: it is all read once."""
-    return [active / bandwidth_bytes_per_s for active in shape.layer_active_bytes or shape.layer_bytes]
-
-
 def reading_bytes_per_s(facts: Facts) -> float:
     """How fast a node reads weights: as its stages have shown, else as measured while idle, else as usual."""
     return facts.working_bytes_per_s or facts.memory_bytes_per_s or USUAL_BYTES_PER_S

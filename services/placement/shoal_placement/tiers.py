@@ -33,20 +33,6 @@ class Tiers(msgspec.Struct, frozen=True):
         return {"fits": self.fits_bytes, "tight": self.tight_bytes, "force": self.force_bytes}[tier]
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """How a node stands towards a stage, for people."""
-
-    node: str
-    needed_bytes: int
-    available_bytes: int
-    """For this stage, by the tier `fits`."""
-    total_bytes: int
-    tier: Tier | None
-    """The first that gives it; None: not even force."""
-    freeing_bytes: int
-    """Once other programs or instances have given up this much it fits; 0 when it does."""
-
-
 def reserve_bytes(total_bytes: int) -> int:
     """What is left to the system of a machine with this much: a tenth, at most 4 GiB."""
     return min(total_bytes // _RESERVE_SHARE, _MOST_RESERVE_BYTES)
@@ -72,16 +58,3 @@ def tier_of(needed_bytes: int, room: Tiers) -> Tier | None:
     """The first tier that gives this much; None: there is not so much."""
     order: tuple[Tier, ...] = ("fits", "tight", "force")
     return next((tier for tier in order if needed_bytes <= room.of(tier)), None)
-
-
-def standing(node: str, needed_bytes: int, facts: Facts, promised: Mapping[str, int]) -> Standing:
-    """How a node stands towards a stage that needs this much."""
-    room = tiers(facts, promised)
-    return Standing(
-        node=node,
-        needed_bytes=needed_bytes,
-        available_bytes=max(room.fits_bytes, 0),
-        total_bytes=facts.memory_total_bytes,
-        tier=tier_of(needed_bytes, room),
-        freeing_bytes=max(needed_bytes - room.fits_bytes, 0),
-    )
