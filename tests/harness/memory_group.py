@@ -80,10 +80,11 @@ def memory_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
         directory.mkdir()
     except OSError as e:
         pytest.skip(f"no control group can be made in {root} ({e}): {_NOT_TESTED}")
+    group = MemoryGroup(directory, limit_bytes)
     try:
-        yield MemoryGroup(directory, limit_bytes)
+        yield group
     finally:
-        MemoryGroup(directory, limit_bytes).remove()
+        group.remove()
 
 
 _TAKES = """
