@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -44,21 +45,33 @@ class Chain:
         """Of node i, to layer j: its share of T and of the prices. A stage's are a difference of two."""
         self.fixed: Ints = np.array([problem.counts.get(n.name, 0) for n in self.nodes], dtype=np.int64)
 
-    def reach(self, most_s: float) -> Ints:
+    @cached_property
+    def _held(self) -> Ints:
+        """For each node and each first layer: one past the last that its memory holds."""
+        room = self.free[:, None] - self.problem.stage_bytes
+        far: Ints = np.searchsorted(self.bytes, (self.bytes + room).ravel(), side="right") - 1
+        return far.reshape(len(self.nodes), -1)
+
+    def reach(self, most_s: float | Floats) -> Ints:
         """For each node and each first layer: one past the last that a stage there can hold within `most_s` of time.
 
-        No layer at all where it is the first itself. Right for stages that do not have both ends.
+        No layer at all where it is the first itself. Right for stages that do not have both ends. Of several times
+        for each of them.
         """
-        count = self.layers
-        room = self.free[:, None] - self.problem.stage_bytes
-        far = np.searchsorted(self.bytes, (self.bytes + room).ravel(), side="right") - 1
-        if most_s < float("inf"):
-            with np.errstate(divide="ignore"):
-                span = most_s / self.s_per_work[:, None]
-            timed = np.searchsorted(self.work, (self.work + span).ravel() * (1 + 1e-13), side="right") - 1
-            far = np.minimum(far, timed)
-        first = np.arange(count + 1)
-        found: Ints = np.maximum(far.reshape(len(self.nodes), count + 1), first)
+        most = np.asarray(most_s, dtype=float)[..., None, None]
+        first = np.arange(self.layers + 1)
+        timed = most < np.inf
+        far = np.broadcast_to(self._held, (*most.shape[:-2], *self._held.shape))
+        if timed.any():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                span = np.where(timed, most, 0.0) / self.s_per_work[:, None]
+            # A node that takes no time at all has as much as it holds.
+            span = np.where(timed & (self.s_per_work[:, None] > 0), span, np.inf)
+            until = np.searchsorted(self.work, (self.work + span) * (1 + 1e-13), side="right") - 1
+            far = np.minimum(far, until)
+        found: Ints = np.maximum(far, first)
+        if not self.fixed.any():
+            return found
         exact = first + self.fixed[:, None]
         return np.where(self.fixed[:, None] > 0, np.where(found >= exact, exact, first), found)
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-from shoal_placement.solve.bounds import CLOSE, Bounds
+from shoal_placement.solve.bounds import Bounds
 from shoal_placement.solve.cost import Chain, Floats, keeps, layout_of
 from shoal_placement.solve.feasible import Fits
+from shoal_placement.solve.pour import CLOSE
 from shoal_placement.solve.problem import Answer, Layout, Problem
 from shoal_placement.solve.search import INF, Found, Search
 
@@ -111,7 +112,7 @@ def one_node(problem: Problem) -> Answer:
 def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
     """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
     `together`, that nothing that could be the best of all is below."""
-    lower = search.lower_bounds(rounds=6)
+    lower = search.lower_bounds()
 
     def goal() -> Floats:
         own = np.array([f.cost_s for f in search.best])

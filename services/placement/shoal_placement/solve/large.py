@@ -54,7 +54,7 @@ class Cluster:
 
     def most_work(self, slowest_s: float) -> Floats:
         """What each node can take within a bottleneck."""
-        most = Limits(self.chain, [slowest_s]).most[:, :, 0]
+        most = Limits(self.chain, np.array([slowest_s])).most[:, :, 0]
         largest: Floats = np.maximum(np.maximum(most[INNER], most[FIRST]), most[LAST])
         return largest
 
