@@ -56,8 +56,16 @@ def _rounds(count: int) -> list[tuple[Ints, Ints, list[tuple[Ints, Ints]]]]:
 
 
 def round_trips(link_s: Floats) -> Floats:
-    """For each subset the shortest way once through all its nodes and back, in seconds; 0 for one node."""
-    count = len(link_s)
+    """For each subset the shortest way once through all its nodes and back, in seconds; 0 for one node.
+
+    Kept for the links that were asked for last: each tier of a request, and each request, asks for the same ones.
+    """
+    return _round_trips(link_s.tobytes(), len(link_s))
+
+
+@lru_cache(maxsize=8)
+def _round_trips(links: bytes, count: int) -> Floats:
+    link_s = np.frombuffer(links).reshape(count, count)
     found = np.zeros(1 << count)
     # By node and subset: the shortest way from the subset's lowest node through all of it to that node.
     ways = np.full((count, count), np.inf)
@@ -69,7 +77,10 @@ def round_trips(link_s: Floats) -> Floats:
             reached += link_s[:, node, None]
             longer[node, own] = reached.min(axis=0)
         ways = longer
-        found[subsets] = (ways + link_s[:, lowest]).min(axis=0)
+        ways_back = link_s.take(lowest, axis=1, mode="clip")
+        ways_back += ways
+        found[subsets] = ways_back.min(axis=0)
+    found.flags.writeable = False
     return found
 
 
