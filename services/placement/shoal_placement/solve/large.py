@@ -33,7 +33,7 @@ _PREVIEW_SEARCHES = 3
 _PACE = exact.Pace(effort=60_000)
 _ROUNDS = 12
 _STARTS = 2
-_SEEDS_AT_ONCE = 64
+_SEEDS_AT_ONCE = 32
 _SPLITS = 4
 """Bottlenecks that are tried for a way round."""
 

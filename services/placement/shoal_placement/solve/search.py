@@ -23,6 +23,7 @@ from shoal_placement.solve.subsets import sizes
 
 _SETS_PER_WIDTH = 2
 _LOOKED_AT_PER_WIDTH = 64
+_SETS_AT_ONCE = 512
 _ALIKE = 4
 EXACT_LINKS = 11
 """Nodes for which that takes little time anyway."""
@@ -186,13 +187,17 @@ class Search:
         if not len(rows):
             return Tasks(_NONE, _NONE, _NONE, _NONE)
         values = self._of_sets(sweep.limits, which)
-        for row, (own, found) in enumerate(zip(which, values, strict=True)):
-            self.known[row][own] = np.maximum(self.known[row][own], np.minimum(found, below_s[row]))
+        for row, (own, value) in enumerate(zip(which, values, strict=True)):
+            self.known[row][own] = np.maximum(self.known[row][own], np.minimum(value, below_s[row]))
         sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
         least = np.concatenate(values)
         good = np.flatnonzero(least < below_s[rows] * (1 - CLOSE))
         good = good[_narrowed(rows[good], least[good], max(width * _SETS_PER_WIDTH, 8), sweep.dropped)]
-        return self._with_ends(sets[good], rows[good], sweep)
+        sets, rows = sets[good], rows[good]
+        # A wide search has so many pairs of ends that each count has to do by itself.
+        counts = [slice(None)] if len(sets) <= _SETS_AT_ONCE else [rows == row for row in np.unique(rows)]
+        found = [self._with_ends(sets[own], rows[own], sweep) for own in counts]
+        return Tasks(*(np.concatenate([getattr(t, f) for t in found]) for f in Tasks.__struct_fields__))
 
     def _with_ends(self, sets: Ints, rows: Ints, sweep: _Sweep) -> Tasks:
         places, bounds = self.bounds.places, self.bounds
