@@ -21,6 +21,7 @@ NEVER = 1e30
 """The work of a run that no memory holds."""
 INNER, FIRST, LAST = 0, 1, 2
 ROWS_AT_ONCE = 1 << 12
+"""So many are bounded in one go: it bounds memory, and how long numpy keeps other threads waiting."""
 
 
 class Limits:
@@ -33,15 +34,8 @@ class Limits:
         """By role, node and row: the work of the largest run of layers."""
 
 
-def _runs(chain: Chain, reach: Ints) -> tuple[Ints, Ints]:
-    """By node and first layer: the ends of the shortest and the longest run there; the same where there is none."""
-    starts = np.arange(chain.layers + 1)
-    shortest = starts + np.maximum(chain.fixed, 1)[:, None]
-    return np.where(reach >= shortest, shortest, starts), reach
-
-
 def _most_work(chain: Chain, reach: Ints) -> list[Floats]:
-    """By role: of each row and node."""
+    """By role: of each row and node, the work of the largest run of layers."""
     work, last = chain.work, chain.layers
     starts = np.arange(1, last)
     begins = work[1:last]
@@ -55,9 +49,12 @@ def _most_work(chain: Chain, reach: Ints) -> list[Floats]:
 
 
 def _least_work(chain: Chain, reach: Ints) -> list[Floats]:
+    """By role: of each node, the work of the smallest run of layers."""
     work, last = chain.work, chain.layers
-    shortest, _ = _runs(chain, reach)
-    starts = np.arange(1, last)
+    every = np.arange(last + 1)
+    shortest = every + np.maximum(chain.fixed, 1)[:, None]
+    shortest = np.where(reach >= shortest, shortest, every)  # the first layer itself where there is none
+    starts = every[1:last]
     inner = shortest[:, 1:last]
     inner_work = np.where((inner > starts) & (inner < last), work[inner] - work[starts], NEVER)
     first = np.where((shortest[:, 0] > 0) & (shortest[:, 0] < last), work[shortest[:, 0]], NEVER)
@@ -189,5 +186,5 @@ class Rests:
 
 
 def pieces(count: int) -> list[slice]:
-    """So many rows, as many in one go as bound memory, and how long numpy keeps other threads waiting."""
+    """So many rows, in pieces of `ROWS_AT_ONCE`."""
     return [slice(at, at + ROWS_AT_ONCE) for at in range(0, count, ROWS_AT_ONCE)]

@@ -20,7 +20,7 @@ CLOSE = 1e-9
 
 
 class Pour:
-    """Nodes' rates, shares and rooms, where one row of `most` for each set of limits is given: by node and row."""
+    """What it costs to pour work into nodes with these rates, `whole` being all the work there is."""
 
     def __init__(self, rate: Floats, whole: float) -> None:
         self._rate = rate
@@ -31,7 +31,8 @@ class Pour:
         self._tolerance = CLOSE * whole
 
     def terms(self, own: Floats, most: Floats) -> Floats:
-        """What each node adds to each sum: by sum, node and row."""
+        """What each node adds to each sum, by sum, node and row: it takes `own` (by node) at least, and at most
+        `most` (by node and row) or that."""
         prices = self._slope[: self._prices, None, None]
         over = prices - self._rate[:, None]
         own = own[:, None]

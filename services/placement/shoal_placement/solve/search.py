@@ -24,6 +24,7 @@ from shoal_placement.solve.subsets import sizes
 _SETS_PER_WIDTH = 2
 _LOOKED_AT_PER_WIDTH = 64
 _SETS_AT_ONCE = 512
+"""Sets of all counts whose ends are looked at in one go."""
 _ALIKE = 4
 EXACT_LINKS = 11
 """Nodes for which that takes little time anyway."""
@@ -33,6 +34,7 @@ _LIKELY = 256
 """Sets of a count that its lower bound is sought with."""
 _ROUNDS = 5
 _STEP = 1.05
+"""So much dearer is tried for a lower bound: more after each success, less after each failure."""
 
 
 class Found(msgspec.Struct):
