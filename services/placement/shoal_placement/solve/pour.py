@@ -5,8 +5,8 @@ program, and the same as its dual: over all prices p of a unit of work the great
 
     p * work - sum over the set of (own * (p - rate) + spare * max(p - rate, 0))
 
-and one of the nodes' rates is always such a price. For each price this is a sum over the set, so two tables, one for
-each half of the nodes, give it for every subset in one addition.
+and one of the nodes' rates is always such a price. For each price this is a sum over the set, so a few small tables,
+each of all subsets of a few nodes, give it for every subset in as many additions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from shoal_placement.solve.cost import Floats, Ints
 
 CLOSE = 1e-9
 """Costs that differ by less than this share are the same."""
+_BITS = 6
+"""Nodes whose subsets are in one table."""
 
 
 class Pour:
@@ -52,39 +54,48 @@ class Pour:
 
     def every_cost(self, tables: Tables, work: float) -> Floats:
         """Of every subset, in the first row."""
-        found: Floats | None = None
-        never: Floats = np.full(1, -np.inf)
+        high, low = tables.halves()
+        shape = (high.shape[1], low.shape[1])
+        cost, lack, sums = np.full(shape, -np.inf), np.full(shape, -np.inf), np.empty(shape)
         for i, slope in enumerate(self._slope):
-            sums = (tables.high[i, : tables.high_count, None] + slope * work) + tables.low[i, : tables.low_count]
-            if i >= self._prices:
-                never = np.maximum(never, sums)
-            else:
-                found = sums if found is None else np.maximum(found, sums, out=found)
-        assert found is not None
-        found[never > self._tolerance] = np.inf
-        return found.ravel()
+            np.add((high[i] + slope * work)[:, None], low[i], out=sums)
+            most = cost if i < self._prices else lack
+            np.maximum(most, sums, out=most)
+        cost[lack > self._tolerance] = np.inf
+        return cost.ravel()
 
 
 class Tables:
     """The sums of terms over the nodes of any subset."""
 
     def __init__(self, terms: Floats) -> None:
-        count = terms.shape[1]
-        self._bits = (count + 1) // 2
-        self.low, self.low_count = _sums(terms[:, : self._bits]), 1 << self._bits
-        self.high, self.high_count = _sums(terms[:, self._bits :]), 1 << (count - self._bits)
+        self._parts = [_sums(terms[:, at : at + _BITS]) for at in range(0, terms.shape[1], _BITS)]
+        """By sum, row and subset of these nodes; each part has the next few nodes."""
 
     def of(self, sets: Ints, rows: Ints) -> Floats:
         """By sum and set."""
-        found: Floats = self.high.take((rows * self.high_count) + (sets >> self._bits), axis=1)
-        found += self.low.take((rows * self.low_count) + (sets & (self.low_count - 1)), axis=1)
+        found: Floats | None = None
+        for part in self._parts:
+            count = part.shape[2]
+            sums = part.reshape(len(part), -1).take(rows * count + (sets & (count - 1)), axis=1)
+            found = sums if found is None else np.add(found, sums, out=found)
+            sets = sets >> _BITS
+        assert found is not None
         return found
+
+    def halves(self) -> tuple[Floats, Floats]:
+        """By sum and subset, in the first row: of the last nodes, and of the first ones."""
+        low, *others = (part[:, 0] for part in self._parts)
+        high = np.zeros((len(low), 1))
+        for part in others:
+            high = (part[:, :, None] + high[:, None, :]).reshape(len(low), -1)
+        return high, low
 
 
 def _sums(terms: Floats) -> Floats:
-    """By sum, and by row and subset together."""
+    """By sum, row and subset."""
     count, nodes, rows = terms.shape
     found = np.zeros((count, rows, 1))
     for node in range(nodes):
         found = np.concatenate([found, found + terms[:, node, :, None]], axis=2)
-    return found.reshape(count, -1)
+    return found
