@@ -48,9 +48,9 @@ class Cluster:
         self.count = len(problem.nodes)
         by_layer = np.diff(self.chain.cost, axis=1) / np.diff(self.chain.work)
         self.rate: Floats = by_layer.min(axis=1)
-        others = self.link_s.copy()
-        np.fill_diagonal(others, INF)
-        self.links_of: Floats = (others.min(axis=0) + others.min(axis=1)) / 2
+        np.fill_diagonal(self.link_s, INF)
+        self.links_of: Floats = (self.link_s.min(axis=0) + self.link_s.min(axis=1)) / 2
+        np.fill_diagonal(self.link_s, 0.0)
         self.fixed = [int(i) for i in np.flatnonzero(self.chain.fixed)]
 
     def most_work(self, slowest_s: float) -> Floats:
