@@ -32,6 +32,8 @@ from tests.placement.test_feasible import judge, tight_problem  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 FLIGHTS = (1, 8, AS_STAGES)
+UNSEEN = 1000
+"""Seeds from here on: clusters of which nothing is kept, for each is asked for once."""
 TICK_S = 0.001
 
 
@@ -180,6 +182,13 @@ def main() -> None:
         answers = [a for each in found for a in each.values() if a.layout is not None]
         figures[f"preview_over_bound_{nodes}"] = figure(statistics.mean(a.cost_over_bound for a in answers), "x")
         figures[f"preview_proved_{nodes}"] = figure(statistics.mean(a.proved for a in answers), "of 1")
+    first_s = []
+    for seed in range(6 if QUICK else 30):
+        problem = random_placement(UNSEEN + seed, 16, FLIGHTS[seed % len(FLIGHTS)])
+        began = time.perf_counter()
+        preview(problem)
+        first_s.append(time.perf_counter() - began)
+    figures["preview_ms_16_unseen"] = figure(statistics.median(first_s) * 1e3, "ms")
     times_s, found = previews(1000, 2 if QUICK else 6, 16)
     figures["preview_s_1000"] = figure(statistics.median(times_s), "s", "<= 1.5")
     over = [r for each in found if (r := cheapest_over_bound(each)) is not None]

@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from shoal_placement.solve.answers import preview
 from shoal_placement.solve.cost import Chain, keeps
 from shoal_placement.solve.exact import best
 from shoal_placement.solve.feasible import Fits
-from shoal_placement.solve.problem import Node, Problem
+from shoal_placement.solve.problem import Problem
 from tests.placement.oracle import random_problem, stage
 
 
@@ -69,18 +70,15 @@ def test_nothing_that_fits_is_refused_and_nothing_else_is_given(seed: int) -> No
         assert judge(problem) == "", problem
 
 
-def test_what_a_rule_by_share_of_memory_refuses_is_given() -> None:
-    nodes = [Node("a", 22, 1.0), Node("b", 180, 1.0)]
-    # A layer is 191 / 16 of the unit, so everything is counted in sixteenths.
-    problem = Problem(
-        nodes=[msgspec.structs.replace(n, free_bytes=n.free_bytes * 16) for n in nodes],
-        layer_bytes=[191] * 16,
-        min_nodes=2,
-    )
-    layout = best(problem).layout
-    assert layout is not None
-    # It is published as (2, 14); but two layers are 23.875 of the 22 that a has, so (1, 15) is all there is.
-    assert {s.node: s.last - s.first for s in layout.slices} == {"a": 1, "b": 15}
+@pytest.mark.parametrize("seed", range(20))
+def test_a_preview_has_a_layout_for_each_number_of_nodes_that_fits_and_for_no_other(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(5):
+        problem = tight_problem(chance)
+        for count, answer in preview(problem).items():
+            asked = msgspec.structs.replace(problem, min_nodes=count, max_nodes=count)
+            assert (answer.layout is not None) == can_fit(asked), asked
+            assert answer.layout is None or keeps(asked, answer.layout)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -42,7 +42,7 @@ def test_the_bound_is_below_the_best_there_is(in_flight: int) -> None:
         proved = exact.best(problem)
         rough = large.best(problem)
         assert proved.proved and proved.layout is not None and rough.layout is not None
-        assert large.Cluster(problem).lower_bound() <= proved.layout.cost_s or len(proved.layout.slices) == 1
+        assert large.Cluster(problem).lower_bound <= proved.layout.cost_s or len(proved.layout.slices) == 1
         assert rough.lower_bound_s <= proved.layout.cost_s * (1 + 1e-9)
         assert rough.layout.cost_s >= proved.layout.cost_s * (1 - 1e-9)
 

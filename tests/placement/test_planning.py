@@ -60,6 +60,15 @@ def test_what_fits_is_never_put_where_others_have_to_give_way() -> None:
     assert (plan(asks(force=True), there).tier, nodes(plan(asks(force=True), there))) == ("fits", ["b"])
 
 
+def test_the_same_cluster_gives_the_same_layout_in_whatever_order_it_is_told() -> None:
+    told = {"a": (300, 300), "b": (400, 400), "c": (300, 300), "d": (300, 300)}
+    there = machines(told)
+    turned = structs.replace(there, facts=dict(reversed(list(there.facts.items()))))
+    layout = plan(asks(min_nodes=2), there).layout
+    assert len(layout.slices) == 3
+    assert plan(asks(min_nodes=2), turned).layout == layout
+
+
 def test_low_memory_has_to_be_allowed_and_is_said() -> None:
     there = machines({"a": (300, 4000)})
     with pytest.raises(NoRoom, match="--allow-low-memory") as refused:

@@ -1,7 +1,7 @@
 """The layout problem and its solver: pure. `problem.py` says what is asked and what is answered."""
 
 from shoal_placement.solve.problem import Answer, Layout, Node, Problem, Slice
-from shoal_placement.solve.rooms import Need, Room, problem_of, slice_bytes, solve, solved
+from shoal_placement.solve.rooms import Need, Room, problem_of, slice_bytes, solved
 
 __all__ = [
     "Answer",
@@ -13,6 +13,5 @@ __all__ = [
     "Slice",
     "problem_of",
     "slice_bytes",
-    "solve",
     "solved",
 ]

@@ -11,53 +11,50 @@ first and the last stage take beside (embedding, head) is counted where they are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from shoal_placement.solve.cost import Chain, Floats, Ints
+from shoal_placement.solve.pour import Pour, Tables
 from shoal_placement.solve.subsets import earliest_start, round_trips, ways_to, without
 
 NEVER = 1e30
 """The work of a run that no memory holds."""
 INNER, FIRST, LAST = 0, 1, 2
-CLOSE = 1e-9
-"""Costs that differ by less than this share are the same."""
+ROWS_AT_ONCE = 1 << 12
+"""So many are bounded in one go: it bounds memory, and how long numpy keeps other threads waiting."""
 
 
 class Limits:
     """What each node can take within a bottleneck: one row for each, which a set's size chooses."""
 
-    def __init__(self, chain: Chain, most_s: Sequence[float]) -> None:
-        known = {s: chain.reach(s) for s in set(most_s)}
-        self.reach: Ints = np.array([known[s] for s in most_s])
-        most = {s: np.array(_most_work(chain, reach)) for s, reach in known.items()}
-        self.most: Floats = np.stack([most[s] for s in most_s], axis=2)
+    def __init__(self, chain: Chain, most_s: Floats) -> None:
+        self.reach: Ints = chain.reach(most_s)
+        """By row, node and first layer."""
+        self.most: Floats = np.array(_most_work(chain, self.reach)).swapaxes(1, 2)
         """By role, node and row: the work of the largest run of layers."""
 
 
-def _runs(chain: Chain, reach: Ints) -> tuple[Ints, Ints]:
-    """By node and first layer: the ends of the shortest and the longest run there; the same where there is none."""
-    starts = np.arange(chain.layers + 1)
-    shortest = starts + np.maximum(chain.fixed, 1)[:, None]
-    return np.where(reach >= shortest, shortest, starts), reach
-
-
 def _most_work(chain: Chain, reach: Ints) -> list[Floats]:
+    """By role: of each row and node, the work of the largest run of layers."""
     work, last = chain.work, chain.layers
-    shortest, longest = _runs(chain, reach)
-    inner = np.minimum(longest, last - 1)[:, 1:last]
-    fits = (inner >= shortest[:, 1:last]) & (shortest[:, 1:last] > np.arange(1, last))
-    inner_work = np.where(fits, work[inner] - work[np.arange(1, last)], 0.0)
-    ends = np.where(longest[:, 1:last] >= last, work[last] - work[np.arange(1, last)], 0.0)
-    first = np.where(shortest[:, 0] > 0, work[np.minimum(longest[:, 0], last - 1)], 0.0)
-    return [inner_work.max(axis=1, initial=0.0), first, ends.max(axis=1, initial=0.0)]
+    starts = np.arange(1, last)
+    begins = work[1:last]
+    longest, least = reach[..., 1:last], np.maximum(chain.fixed, 1)[:, None]
+    inner = np.minimum(longest, last - 1)
+    inner_work = np.where(inner - starts >= least, work[inner] - begins, 0.0)
+    ends = np.where((longest >= last) & (last - starts >= least), work[last] - begins, 0.0)
+    to = reach[..., 0]
+    first = np.where(to >= least[:, 0], work[np.minimum(to, last - 1)], 0.0)
+    return [inner_work.max(axis=-1, initial=0.0), first, ends.max(axis=-1, initial=0.0)]
 
 
 def _least_work(chain: Chain, reach: Ints) -> list[Floats]:
+    """By role: of each node, the work of the smallest run of layers."""
     work, last = chain.work, chain.layers
-    shortest, _ = _runs(chain, reach)
-    starts = np.arange(1, last)
+    every = np.arange(last + 1)
+    shortest = every + np.maximum(chain.fixed, 1)[:, None]
+    shortest = np.where(reach >= shortest, shortest, every)  # the first layer itself where there is none
+    starts = every[1:last]
     inner = shortest[:, 1:last]
     inner_work = np.where((inner > starts) & (inner < last), work[inner] - work[starts], NEVER)
     first = np.where((shortest[:, 0] > 0) & (shortest[:, 0] < last), work[shortest[:, 0]], NEVER)
@@ -82,7 +79,6 @@ class Bounds:
         self.beside_first: Floats = (by_layer[:, 0] - self.rate) * work[0]
         self.beside_last: Floats = (by_layer[:, -1] - self.rate) * work[-1]
         """What the two ends cost beside that; may be below 0."""
-        self._fastest_first: Ints = np.argsort(self.rate, kind="stable")
         reach = chain.reach(float("inf"))
         self.least: Floats = np.array(_least_work(chain, reach))
         self.trips: Floats = round_trips(link_s)
@@ -93,6 +89,7 @@ class Bounds:
             self.rate * h + self.beside_last
         )
         self._ends_work = np.array([0.0, g, h])
+        self.pour = Pour(self.rate, float(chain.work[-1]))
 
     def _least_in_each(self, values: Floats) -> Floats:
         found = np.full(1, np.inf)
@@ -120,50 +117,74 @@ class Bounds:
             found[own] = ways[node[own], subset[own]]
         return found
 
-    def of_sets(self, sets: Ints, limits: Limits, row: int) -> Floats:
+    def shares(self) -> Floats:
+        """For each subset seconds of the slowest stage at least, if all its stages took the same."""
+        with np.errstate(divide="ignore"):
+            speed = 1 / self.chain.s_per_work
+        found = np.zeros(1)
+        for node in speed:
+            found = np.concatenate([found, found + node])
+        found[0] = 1.0
+        return float(self.chain.work[-1]) / found
+
+    def of_every_set(self, limits: Limits) -> Floats:
+        """T at least of each subset, by the first row of the limits."""
+        tables, work = self._of_sets(limits)
+        return self.pour.every_cost(tables, work) + self._ends_beside + self.trips
+
+    def of_sets(self, sets: Ints, rows: Ints, limits: Limits) -> Floats:
         """T at least, whichever nodes are first and last."""
+        tables, work = self._of_sets(limits)
+        beside = self._ends_beside[sets] + self.trips[sets]
+        found = [self.pour.costs(tables.of(sets[c], rows[c]), np.full(len(sets[c]), work)) for c in pieces(len(sets))]
+        return np.concatenate([*found, np.zeros(0)]) + beside
+
+    def _of_sets(self, limits: Limits) -> tuple[Tables, float]:
         beside = self._ends_work[:, None]
         least = (self.least - beside).min(axis=0)
-        most = (limits.most[:, :, row] - beside).max(axis=0)
-        inside = ((sets >> self.places[:, None]) & 1).astype(float)
-        spare = np.maximum(most - least, 0.0)[:, None] * inside
-        work = self.chain.work[-1] - self._ends_work.sum()
-        own = least[:, None] * inside
-        return self._pour(own, spare, np.full(len(sets), work)) + self._ends_beside[sets] + self.trips[sets]
+        most = (limits.most - beside[:, :, None]).max(axis=0)
+        return Tables(self.pour.terms(least, most)), float(self.chain.work[-1] - self._ends_work.sum())
 
-    def of_rest(
-        self, rest: Ints, from_layer: Ints, last: Ints, first: Ints | None, limits: Limits, rows: Ints
-    ) -> Floats:
-        """T without links, at least, of the layers from `from_layer` on over exactly the nodes of `rest`.
+    def rests(self, limits: Limits) -> Rests:
+        """The bounds of what is left, within these limits."""
+        return Rests(self, limits)
 
-        `last` is the last of them; `first`, when given, has layer 0.
-        """
-        inside = ((rest >> self.places[:, None]) & 1).astype(float)
-        own = self.least[INNER][:, None] * inside
-        most = limits.most[INNER].take(rows, axis=1)
-        each = np.arange(len(rest))
-        # Where nothing is left there is no last one.
-        here = rest > 0
-        own[last, each] = np.where(here, self.least[LAST][last], 0.0)
-        most[last, each] = limits.most[LAST][last, rows]
-        beside = np.where(here, self.beside_last[last], 0.0)
+
+class Rests:
+    """T without links, at least, of the layers from one on over exactly the nodes of a set."""
+
+    def __init__(self, bounds: Bounds, limits: Limits) -> None:
+        self._bounds, self._pour = bounds, bounds.pour
+        inner, first, last = (
+            bounds.pour.terms(own, most) for own, most in zip(bounds.least, limits.most, strict=True)
+        )
+        self._tables = Tables(inner)
+        self._first, self._last = first, last
+
+    def sums(self, rest: Ints, last: Ints, first: Ints | None, rows: Ints) -> Floats:
+        """The sums for `costs`. `last` is the last of the nodes of `rest`, where there is any; `first`, when given,
+        has layer 0."""
+        ends = 1 << last
         if first is not None:
-            own[first, each] = self.least[FIRST][first]
-            most[first, each] = limits.most[FIRST][first, rows]
-            beside = beside + self.beside_first[first]
-        spare = np.maximum(most * inside - own, 0.0)
-        return self._pour(own, spare, self.chain.work[-1] - self.chain.work[from_layer]) + beside
+            ends |= 1 << first
+        found = self._tables.of(rest & ~ends, rows)
+        here = rest > 0
+        of_last = self._last[:, last, rows]
+        found += of_last if here.all() else np.where(here, of_last, 0.0)
+        if first is not None:
+            found += self._first[:, first, rows]
+        return found
 
-    def _pour(self, own: Floats, spare: Floats, work: Floats) -> Floats:
-        cost = self.rate @ own
-        left = work - own.sum(axis=0)
-        tolerance = CLOSE * self.chain.work[-1]
-        never = left < -tolerance
-        left = np.maximum(left, 0.0)
-        for node in self._fastest_first:
-            taken = np.minimum(left, spare[node])
-            left -= taken
-            taken *= self.rate[node]
-            cost += taken
-        cost[never | (left > tolerance)] = np.inf
-        return cost
+    def beside(self, rest: Ints, last: Ints, first: Ints | None) -> Floats:
+        """What the ends cost beside that."""
+        beside: Floats = np.where(rest > 0, self._bounds.beside_last[last], 0.0)
+        return beside if first is None else beside + self._bounds.beside_first[first]
+
+    def costs(self, sums: Floats, from_layer: Ints) -> Floats:
+        """What the layers from `from_layer` on cost, without what is beside. Takes `sums`."""
+        return self._pour.costs(sums, self._bounds.chain.work[-1] - self._bounds.chain.work[from_layer])
+
+
+def pieces(count: int) -> list[slice]:
+    """So many rows, in pieces of `ROWS_AT_ONCE`."""
+    return [slice(at, at + ROWS_AT_ONCE) for at in range(0, count, ROWS_AT_ONCE)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -34,7 +36,11 @@ class Chain:
         self.tied_bytes = problem.embed_bytes if problem.tied else 0
         self.free: Ints = np.array([n.free_bytes for n in self.nodes], dtype=np.int64)
         self.s_per_work: Floats = np.array([n.s_per_work for n in self.nodes], dtype=float)
-        self.fetch: Ints = np.array([_fetch(n, count) for n in self.nodes], dtype=np.int64).reshape(-1, count + 1)
+        self.fetch: Ints = np.zeros((len(self.nodes), count + 1), dtype=np.int64)
+        # Node by node: all at once would keep other threads waiting for as long as a large table takes.
+        for i, node in enumerate(self.nodes):
+            if node.fetch_bytes or node.fetch_embed_bytes or node.fetch_head_bytes:
+                self.fetch[i] = _fetch(node, count)
         prices = np.array([n.price_s_per_byte for n in self.nodes])
         self.cost: Floats = (
             self.s_per_work[:, None] * self.work
@@ -44,21 +50,43 @@ class Chain:
         """Of node i, to layer j: its share of T and of the prices. A stage's are a difference of two."""
         self.fixed: Ints = np.array([problem.counts.get(n.name, 0) for n in self.nodes], dtype=np.int64)
 
-    def reach(self, most_s: float) -> Ints:
+    def part(self, order: Sequence[int]) -> Chain:
+        """The same over these nodes only, in this order."""
+        found = copy(self)
+        found.__dict__.pop("_held", None)
+        places = list(order)
+        found.nodes = [self.nodes[i] for i in places]
+        found.free, found.s_per_work, found.fixed = self.free[places], self.s_per_work[places], self.fixed[places]
+        found.fetch, found.cost = self.fetch[places], self.cost[places]
+        return found
+
+    @cached_property
+    def _held(self) -> Ints:
+        """For each node and each first layer: one past the last that its memory holds."""
+        room = self.free[:, None] - self.problem.stage_bytes
+        far: Ints = np.searchsorted(self.bytes, (self.bytes + room).ravel(), side="right") - 1
+        return far.reshape(len(self.nodes), -1)
+
+    def reach(self, most_s: float | Floats) -> Ints:
         """For each node and each first layer: one past the last that a stage there can hold within `most_s` of time.
 
-        No layer at all where it is the first itself. Right for stages that do not have both ends.
+        No layer at all where it is the first itself. Right for stages that do not have both ends. Of several times
+        for each of them.
         """
-        count = self.layers
-        room = self.free[:, None] - self.problem.stage_bytes
-        far = np.searchsorted(self.bytes, (self.bytes + room).ravel(), side="right") - 1
-        if most_s < float("inf"):
-            with np.errstate(divide="ignore"):
-                span = most_s / self.s_per_work[:, None]
-            timed = np.searchsorted(self.work, (self.work + span).ravel() * (1 + 1e-13), side="right") - 1
-            far = np.minimum(far, timed)
-        first = np.arange(count + 1)
-        found: Ints = np.maximum(far.reshape(len(self.nodes), count + 1), first)
+        most = np.asarray(most_s, dtype=float)[..., None, None]
+        first = np.arange(self.layers + 1)
+        timed = most < np.inf
+        far = np.broadcast_to(self._held, (*most.shape[:-2], *self._held.shape))
+        if timed.any():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                span = np.where(timed, most, 0.0) / self.s_per_work[:, None]
+            # A node that takes no time at all has as much as it holds.
+            span = np.where(timed & (self.s_per_work[:, None] > 0), span, np.inf)
+            until = np.searchsorted(self.work, (self.work + span) * (1 + 1e-13), side="right") - 1
+            far = np.minimum(far, until)
+        found: Ints = np.maximum(far, first)
+        if not self.fixed.any():
+            return found
         exact = first + self.fixed[:, None]
         return np.where(self.fixed[:, None] > 0, np.where(found >= exact, exact, first), found)
 
@@ -82,15 +110,23 @@ def stage_bytes(problem: Problem, first: int, last: int) -> int:
     return own - (problem.embed_bytes if problem.tied and begins and ends else 0)
 
 
-def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> Layout:
-    """The layout with these nodes (places in `problem.nodes`), and layers [cuts[i], cuts[i + 1]) on each."""
+def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int], chain: Chain | None = None) -> Layout:
+    """The layout with these nodes (places in `problem.nodes`), and layers [cuts[i], cuts[i + 1]) on each.
+
+    `chain`, where it is at hand, is the problem's over all its nodes.
+    """
     nodes = [problem.nodes[i] for i in order]
-    chain = Chain(problem, nodes)
+    own: Sequence[int] = order
+    if chain is None:
+        chain, own = Chain(problem, nodes), range(len(nodes))
     slices = [
         Slice(n.name, a, b, stage_bytes(problem, a, b)) for n, (a, b) in zip(nodes, pairwise(cuts), strict=True)
     ]
-    times = [float(chain.s_per_work[i] * (chain.work[s.last] - chain.work[s.first])) for i, s in enumerate(slices)]
-    fetch = sum(int(chain.fetch[i, s.last] - chain.fetch[i, s.first]) for i, s in enumerate(slices))
+    times = [
+        float(chain.s_per_work[i] * (chain.work[s.last] - chain.work[s.first]))
+        for i, s in zip(own, slices, strict=True)
+    ]
+    fetch = sum(int(chain.fetch[i, s.last] - chain.fetch[i, s.first]) for i, s in zip(own, slices, strict=True))
     if len(nodes) == 1 and problem.tied:
         fetch -= min(nodes[0].fetch_embed_bytes, nodes[0].fetch_head_bytes)
     links = 0.0
@@ -115,8 +151,8 @@ def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> La
 
 def keeps(problem: Problem, layout: Layout) -> bool:
     """Whether a layout keeps all that is asked: memory, counts of nodes and of layers, bytes to fetch."""
-    free = {n.name: n.free_bytes for n in problem.nodes}
     given = {s.node: s.last - s.first for s in layout.slices}
+    free = {n.name: n.free_bytes for n in problem.nodes if n.name in given}
     return (
         problem.min_nodes <= len(layout.slices) <= problem.max_nodes
         and all(s.bytes <= free[s.node] and s.first < s.last for s in layout.slices)

@@ -18,14 +18,15 @@ def emptiest(problem: Problem, layout: Layout) -> Layout:
         return layout
     place = {n.name: i for i, n in enumerate(problem.nodes)}
     order = [place[s.node] for s in layout.slices]
-    chain = Chain(problem, [problem.nodes[i] for i in order])
+    whole = Chain(problem, problem.nodes)
+    chain = whole.part(order)
     most_s = layout.cost_s * (1 + WORTH)
     slowest_s = most_s / chain.in_flight(len(order))
     low, high, best = 0.0, layout.fullest, layout
     for _ in range(_ROUNDS):
         share = (low + high) / 2
         cuts = cheapest_cuts(chain, _reach(chain, share, slowest_s))
-        found = None if cuts is None else layout_of(problem, order, cuts)
+        found = None if cuts is None else layout_of(problem, order, cuts, whole)
         if found is None or found.cost_s > most_s or not keeps(problem, found):
             low = share
         else:
@@ -44,17 +45,19 @@ def _reach(chain: Chain, share: float, slowest_s: float) -> Ints:
 def cheapest_cuts(chain: Chain, reach: Ints) -> list[int] | None:
     """Where to cut the layers for the chain's nodes in their order, so that the stages' cost is least, each within
     its reach. None where there is no such split."""
-    count, layers = len(chain.nodes), chain.layers
+    layers = chain.layers
     best: Floats = np.full(layers + 1, np.inf)
     best[0] = 0.0
     cuts: list[Ints] = []
     ends = np.arange(layers + 1)
-    for node in range(count):
-        # From each first layer (down) to each end (across).
-        allowed = (ends[None, :] > ends[:, None]) & (ends[None, :] <= reach[node][:, None])
-        cost = np.where(allowed, best[:, None] + chain.cost[node][None, :] - chain.cost[node][:, None], np.inf)
-        cuts.append(cost.argmin(axis=0))
-        best = cost.min(axis=0)
+    below = ends[None, :] < ends[:, None]
+    for reached, cost in zip(reach, chain.cost, strict=True):
+        # To each end (down) from each first layer (across).
+        allowed = below & (reached >= ends[:, None])
+        longer = np.where(allowed, best - cost, np.inf)
+        cut = longer.argmin(axis=1)
+        cuts.append(cut)
+        best = longer[ends, cut] + cost
     if best[layers] == np.inf:
         return None
     found = [layers]

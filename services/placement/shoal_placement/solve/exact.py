@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-from shoal_placement.solve.bounds import CLOSE, Bounds
+from shoal_placement.solve.bounds import Bounds
 from shoal_placement.solve.cost import Chain, Floats, keeps, layout_of
 from shoal_placement.solve.feasible import Fits
+from shoal_placement.solve.pour import CLOSE
 from shoal_placement.solve.problem import Answer, Layout, Problem
 from shoal_placement.solve.search import INF, Found, Search
 
@@ -63,14 +64,14 @@ def _solve(problem: Problem, pace: Pace, together: bool, known_s: float) -> dict
     most = min(problem.max_nodes, count, chain.layers)
     answers: dict[int, Answer] = {}
     if problem.min_nodes <= 1 <= most:
-        answers[1] = one_node(problem)
+        answers[1] = one_node(problem, chain)
     counts = range(max(problem.min_nodes, 2), most + 1)
     if not counts:
         return answers
     search = Search(Bounds(chain, links(problem)), counts)
     lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
     for k, found, least in zip(counts, search.best, lower, strict=True):
-        layout = layout_of(problem, found.order, found.cuts) if found.order else None
+        layout = layout_of(problem, found.order, found.cuts, chain) if found.order else None
         cost = _cost(layout)
         answers[k] = Answer(layout, min(float(least), cost), bool(least >= cost * (1 - 2 * CLOSE)))
     return answers
@@ -91,18 +92,18 @@ def links(problem: Problem) -> Floats:
     return found
 
 
-def one_node(problem: Problem) -> Answer:
-    """The best layout over a single node: all nodes are looked at."""
-    chain = Chain(problem, problem.nodes)
-    cheapest_first = np.argsort(chain.cost[:, -1], kind="stable")
+def one_node(problem: Problem, chain: Chain) -> Answer:
+    """The best layout over a single node: all nodes are looked at. `chain` is the problem's."""
+    # A tied end that is kept once may make a dearer one cheaper, by so much at most.
     tied = max((n.price_s_per_byte for n in problem.nodes), default=0.0) * chain.tied_bytes
     tied += problem.fetch_price_s_per_byte * chain.tied_bytes
+    least = np.maximum(chain.cost[:, -1] - tied, chain.in_flight(1) * chain.s_per_work * chain.work[-1])
+    holds = np.flatnonzero(chain.free >= chain.bytes[-1] - chain.tied_bytes + problem.stage_bytes)
     best: Layout | None = None
-    for i in cheapest_first[(chain.free >= chain.bytes[-1] - chain.tied_bytes + problem.stage_bytes)[cheapest_first]]:
-        # A tied end that is kept once may make a dearer one cheaper, by so much at most.
-        if best is not None and chain.cost[i, -1] - tied > best.cost_s:
+    for i in holds[np.lexsort((chain.cost[holds, -1], least[holds]))].tolist():
+        if best is not None and least[i] * (1 - CLOSE) > best.cost_s:
             break
-        layout = layout_of(problem, [int(i)], [0, chain.layers])
+        layout = layout_of(problem, [i], [0, chain.layers], chain)
         if keeps(problem, layout) and layout.cost_s < _cost(best):
             best = layout
     return Answer(best, _cost(best), proved=True)
@@ -111,7 +112,7 @@ def one_node(problem: Problem) -> Answer:
 def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
     """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
     `together`, that nothing that could be the best of all is below."""
-    lower = search.lower_bounds(rounds=6)
+    lower = search.lower_bounds()
 
     def goal() -> Floats:
         own = np.array([f.cost_s for f in search.best])
@@ -129,12 +130,7 @@ def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
         np.maximum(lower, np.minimum(seen, dropped), out=lower)
         return bool(better.any())
 
-    for step in _STEPS_OVER_BOUND:
-        unknown = (goal() == INF) & (lower < INF)
-        if unknown.any():
-            look(np.maximum(lower, 1e-300) * step, list(unknown), pace.narrow)
-    _fitting(search, goal(), lower)
-    _closer(search, goal, look, lower, pace)
+    _narrowly(search, goal, look, lower, pace)
     search.exactly = True
     width = pace.narrow
     while search.work_count < pace.effort:
@@ -160,25 +156,37 @@ def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
             lower[row] = INF
         elif problem.max_fetch_bytes is None:
             order, cuts = fits.layout(int(search.sets[row][0]))
-            search.best[row] = Found(layout_of(problem, order, cuts).cost_s, order, cuts)
+            search.best[row] = Found(layout_of(problem, order, cuts, search.chain).cost_s, order, cuts)
 
 
-def _closer(
+def _narrowly(
     search: Search,
     goal: Callable[[], Floats],
     look: Callable[[Floats, Sequence[bool], int], bool],
     lower: Floats,
     pace: Pace,
 ) -> None:
-    """With several requests in flight the least T below a cost has a cost that is only just below it: halve the way
-    to the lower bound instead, until nothing is found."""
-    hopeless = lower.copy()
-    for _ in range(pace.halvings):
-        middle = np.sqrt(hopeless * goal())
-        asked = (search.flight > 1) & (goal() < INF) & (hopeless < goal() * (1 - _NEAR))
-        if not asked.any():
-            return
+    """A good layout for each count: what costs little more than the lower bound is asked for at first.
+
+    With several requests in flight the least T below a cost has a cost that is only just below it: halve the way from
+    what was found to the lower bound instead, as long as something is found. Both in the same sweeps.
+    """
+    hopeless, steps = lower.copy(), list(_STEPS_OVER_BOUND)
+    halvings, fitted = pace.halvings, False
+    while True:
+        unknown = (goal() == INF) & (lower < INF)
+        if not steps:
+            if unknown.any() and not fitted:
+                _fitting(search, goal(), lower)
+            unknown[:], fitted = False, True
         before = goal()
-        look(middle, list(asked), pace.narrow)
-        better = goal() < before
-        hopeless = np.where(asked & ~better, middle, hopeless)
+        closer = (search.flight > 1) & (before < INF) & (hopeless < before * (1 - _NEAR)) & (halvings > 0)
+        if not (unknown | closer).any():
+            return
+        step = steps.pop(0) if unknown.any() else INF
+        halvings -= bool(closer.any())
+        with np.errstate(invalid="ignore"):
+            middle = np.sqrt(hopeless * before)
+        asked = np.where(closer, middle, np.maximum(lower, 1e-300) * step)
+        look(asked, list(unknown | closer), pace.narrow)
+        hopeless = np.where(closer & ~(goal() < before), middle, hopeless)

@@ -13,6 +13,7 @@ can take, that is a price on each unit, and the work is poured into the cheapest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -32,7 +33,7 @@ _PREVIEW_SEARCHES = 3
 _PACE = exact.Pace(effort=60_000)
 _ROUNDS = 12
 _STARTS = 2
-_SEEDS_AT_ONCE = 64
+_SEEDS_AT_ONCE = 32
 _SPLITS = 4
 """Bottlenecks that are tried for a way round."""
 
@@ -47,17 +48,18 @@ class Cluster:
         self.count = len(problem.nodes)
         by_layer = np.diff(self.chain.cost, axis=1) / np.diff(self.chain.work)
         self.rate: Floats = by_layer.min(axis=1)
-        others = self.link_s.copy()
-        np.fill_diagonal(others, INF)
-        self.links_of: Floats = (others.min(axis=0) + others.min(axis=1)) / 2
+        np.fill_diagonal(self.link_s, INF)
+        self.links_of: Floats = (self.link_s.min(axis=0) + self.link_s.min(axis=1)) / 2
+        np.fill_diagonal(self.link_s, 0.0)
         self.fixed = [int(i) for i in np.flatnonzero(self.chain.fixed)]
 
     def most_work(self, slowest_s: float) -> Floats:
         """What each node can take within a bottleneck."""
-        most = Limits(self.chain, [slowest_s]).most[:, :, 0]
+        most = Limits(self.chain, np.array([slowest_s])).most[:, :, 0]
         largest: Floats = np.maximum(np.maximum(most[INNER], most[FIRST]), most[LAST])
         return largest
 
+    @cached_property
     def lower_bound(self) -> float:
         """No layout costs less."""
         low = self._least(INF)
@@ -94,13 +96,16 @@ def poured(rate: Floats, most: Floats, work: float) -> Floats:
     return np.where(upto[:, -1] >= work * (1 - 1e-9), cost, INF)
 
 
-def best(problem: Problem, pace: exact.Pace = _PACE, searches: int = _SEARCHES) -> Answer:
+def best(problem: Problem) -> Answer:
     """The best layout that was found over any number of nodes."""
-    cluster = Cluster(problem)
-    lower = cluster.lower_bound()
+    return _best(Cluster(problem), _PACE, _SEARCHES)
+
+
+def _best(cluster: Cluster, pace: exact.Pace, searches: int) -> Answer:
+    problem, lower = cluster.problem, cluster.lower_bound
     found: Layout | None = None
     if problem.min_nodes <= 1 <= problem.max_nodes:
-        found = one_node(problem).layout
+        found = one_node(problem, cluster.chain).layout
         lower = min(lower, _cost(found))
     for pool, least in _neighbourhoods(cluster, NEIGHBOURS)[:searches]:
         if least >= _cost(found):
@@ -118,21 +123,20 @@ def best(problem: Problem, pace: exact.Pace = _PACE, searches: int = _SEARCHES) 
 def best_for_each_count(problem: Problem) -> dict[int, Answer]:
     """The best layout that was found over exactly k nodes, for each k that is allowed."""
     cluster = Cluster(problem)
-    lower = cluster.lower_bound()
     found: dict[int, Layout] = {}
     pools = _neighbourhoods(cluster, MOST)
     for pool, _ in pools[:1] + [p for p in pools[1:2] if cluster.count > 4 * MOST]:
         for k, answer in exact.best_for_each_count(cluster.part(pool), exact.SHORT).items():
             if answer.layout is not None and answer.layout.cost_s < _cost(found.get(k)):
                 found[k] = answer.layout
-    over = best(problem, exact.SHORT, _PREVIEW_SEARCHES).layout
+    over = _best(cluster, exact.SHORT, _PREVIEW_SEARCHES).layout
     if over is not None and over.cost_s < _cost(found.get(len(over.slices))):
         found[len(over.slices)] = over
-    missing = [k for k in range(max(problem.min_nodes, 2), _most(problem) + 1) if k not in found]
-    found.update(_stretched(cluster, missing))
-    answers = {k: _answer(found.get(k), lower) for k in range(max(problem.min_nodes, 2), _most(problem) + 1)}
+    counts = range(max(problem.min_nodes, 2), _most(problem) + 1)
+    found.update(_stretched(cluster, [k for k in counts if k not in found]))
+    answers = {k: _answer(found.get(k), cluster.lower_bound) for k in counts}
     if problem.min_nodes <= 1 <= problem.max_nodes:
-        answers[1] = one_node(problem)
+        answers[1] = one_node(problem, cluster.chain)
     return answers
 
 
@@ -154,7 +158,7 @@ def _neighbourhoods(cluster: Cluster, size: int) -> list[tuple[list[int], float]
     """Sets of nodes to search in, with what a layout within each costs at least; the most promising first."""
     size = min(size, cluster.count)
     flight = cluster.chain.in_flight(min(size, NEIGHBOURS))
-    slowest_s = 2 * cluster.lower_bound() / flight if flight > 1 else INF
+    slowest_s = 2 * cluster.lower_bound / flight if flight > 1 else INF
     most = cluster.most_work(slowest_s)
     usable = np.flatnonzero(most > 0)
     if len(usable) < 2:
@@ -256,12 +260,12 @@ def _split(cluster: Cluster, order: list[int]) -> Layout | None:
     best: Layout | None = None
     for start in np.argsort(-back, kind="stable")[:_STARTS]:
         turned = order[start:] + order[:start]
-        chain = Chain(problem, [problem.nodes[i] for i in turned])
+        chain = cluster.chain.part(turned)
         flight = chain.in_flight(len(turned))
         slowest_s, low = INF, 0.0
         for _ in range(_SPLITS if flight > 1 else 1):
             cuts = cheapest_cuts(chain, chain.reach(slowest_s))
-            layout = None if cuts is None else layout_of(problem, turned, cuts)
+            layout = None if cuts is None else layout_of(problem, turned, cuts, cluster.chain)
             if layout is not None and keeps(problem, layout) and layout.cost_s < _cost(best):
                 best = layout
             if layout is None or layout.bottleneck_s * flight <= layout.latency_s:

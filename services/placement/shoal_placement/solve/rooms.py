@@ -95,21 +95,6 @@ def problem_of(
     )
 
 
-def solve(
-    need: Need,
-    rooms: Sequence[Room],
-    min_nodes: int,
-    max_nodes: int,
-    link_s: Sequence[Sequence[float]] = (),
-    in_flight: int = 1,
-) -> Layout | None:
-    """The best layout, or None: none fits. The same for the same rooms in whatever order they are told."""
-    ranked = sorted(range(len(rooms)), key=lambda i: rooms[i].node)
-    told = [[link_s[a][b] for b in ranked] for a in ranked] if link_s else ()
-    problem = problem_of(need, [rooms[i] for i in ranked], min_nodes, max_nodes, told, in_flight)
-    return solved(problem)
-
-
 def solved(problem: Problem) -> Layout | None:
     """The best layout; of those that are as good, the one that leaves the fullest node emptiest. None: none fits."""
     answer = best(problem)

@@ -16,18 +16,25 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal_placement.solve.bounds import CLOSE, Bounds, Limits
+from shoal_placement.solve.bounds import ROWS_AT_ONCE, Bounds, Limits, pieces
 from shoal_placement.solve.cost import Floats, Ints
+from shoal_placement.solve.pour import CLOSE
 from shoal_placement.solve.subsets import sizes
 
-_ROWS_AT_ONCE = 1 << 12
-"""So many ways are lengthened in one go: it bounds memory, and how long numpy keeps other threads waiting."""
 _SETS_PER_WIDTH = 2
 _LOOKED_AT_PER_WIDTH = 64
+_SETS_AT_ONCE = 512
+"""Sets of all counts whose ends are looked at in one go."""
 _ALIKE = 4
 EXACT_LINKS = 11
 """Nodes for which that takes little time anyway."""
 INF = float("inf")
+_NONE: Ints = np.zeros(0, dtype=np.int64)
+_LIKELY = 256
+"""Sets of a count that its lower bound is sought with."""
+_ROUNDS = 5
+_STEP = 1.05
+"""So much dearer is tried for a lower bound: more after each success, less after each failure."""
 
 
 class Found(msgspec.Struct):
@@ -52,7 +59,6 @@ class Ways(msgspec.Struct):
     fetch: Ints
     parent: Ints
     """The row before, at one node less."""
-    bound_s: Floats
 
     def pick(self, rows: Ints) -> Ways:
         """These rows."""
@@ -66,7 +72,15 @@ class Tasks(msgspec.Struct):
     sets: Ints
     first: Ints
     last: Ints
-    bound_s: Floats
+
+
+class _Sweep:
+    """What is looked for, how wide, and the least bound of what was dropped; all by count."""
+
+    def __init__(self, bounds: Bounds, below_s: Floats, width: int, limits: Limits) -> None:
+        self.below_s, self.width, self.limits = below_s, width, limits
+        self.rests = bounds.rests(limits)
+        self.dropped: Floats = np.full(len(below_s), INF)
 
 
 class Search:
@@ -94,81 +108,101 @@ class Search:
 
     def limits(self, below_s: Floats) -> Limits:
         """What a stage may take in a layout that costs less than this."""
-        most = np.where(self.flight > 1, below_s / self.flight * (1 - CLOSE), INF)
-        return Limits(self.chain, [float(m) for m in most])
+        return Limits(self.chain, np.where(self.flight > 1, below_s / self.flight * (1 - CLOSE), INF))
 
-    def lower_bounds(self, rounds: int) -> Floats:
+    def lower_bounds(self) -> Floats:
         """For each count a cost that no layout is below. Whatever t is tried, nothing costs less than both t and the
         least T of those whose stages are below t / C."""
-        free = self.limits(np.full(len(self.counts), INF))
-        self.known = [self.bounds.of_sets(s, free, row) for row, s in enumerate(self.sets)]
+        free = Limits(self.chain, np.array([INF]))
+        token_s, share_s = self.bounds.of_every_set(free), self.bounds.shares()
+        self.known = [
+            token_s[s] if c <= 1 else np.maximum(token_s[s], share_s[s] * c)
+            for s, c in zip(self.sets, self.flight, strict=True)
+        ]
         low = np.array([v.min(initial=INF) for v in self.known])
-        tried = [row for row in range(len(self.counts)) if self.flight[row] > 1 and low[row] < INF]
-        if not tried:
+        closer = (self.flight > 1) & (low < INF)
+        if not closer.any():
             return low
-        # Between T without a limit, and that of its stages in one place, C times.
-        high = low * np.maximum(self.flight, 1)
-        for _ in range(rounds):
-            middle = np.where(high > low, np.sqrt(low * high), low)
-            limits = self.limits(middle)
-            for row in tried:
-                below = np.flatnonzero(self.known[row] < middle[row])
-                values = self.bounds.of_sets(self.sets[row][below], limits, row)
-                self.known[row][below] = np.maximum(self.known[row][below], np.minimum(values, middle[row]))
-                if values.min(initial=INF) >= middle[row]:
-                    low[row] = middle[row]
-                else:
-                    high[row] = middle[row]
-        return low
+        # With the most promising sets only, as far as that goes; then with all that this leaves.
+        likely = [_least(v, _LIKELY) if c else _NONE for v, c in zip(self.known, closer, strict=True)]
+        step, high = np.full(len(low), _STEP), np.full(len(low), INF)
+        for _ in range(_ROUNDS):
+            middle = np.where(high < INF, np.sqrt(low * high), low * step)
+            least = self._known_at(middle, likely)
+            reached = least >= middle
+            step = np.where(reached, step * step, step)
+            high = np.where(reached, high, middle)
+            low = np.where(closer, np.maximum(low, np.minimum(middle, least)), low)
+        rows = zip(self.known, low, closer, strict=True)
+        self._known_at(low, [np.flatnonzero(known < least) if c else _NONE for known, least, c in rows])
+        return np.array([v.min(initial=INF) for v in self.known])
+
+    def _known_at(self, below_s: Floats, which: Sequence[Ints]) -> Floats:
+        """Bound these sets of each count, as far as `below_s`. Returns the least T by count."""
+        values = self._of_sets(self.limits(below_s), which)
+        least = np.full(len(which), INF)
+        for row, (own, found) in enumerate(zip(which, values, strict=True)):
+            if len(own):
+                least[row] = found.min()
+                self.known[row][own] = np.maximum(self.known[row][own], np.minimum(found, below_s[row]))
+        return least
+
+    def _of_sets(self, limits: Limits, which: Sequence[Ints]) -> list[Floats]:
+        lengths = [len(w) for w in which]
+        sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
+        values = self.bounds.of_sets(sets, np.repeat(np.arange(len(which)), lengths), limits)
+        return np.split(values, np.cumsum(lengths)[:-1])
 
     def sweep(self, below_s: Floats, width: int) -> Floats:
         """Look for layouts that cost less than this, by count, keeping `width` ways of each count at each stage.
 
         Returns the least bound of what was dropped for lack of width: infinite where nothing was.
         """
-        limits = self.limits(below_s)
-        dropped = np.full(len(self.counts), INF)
-        tasks = self._tasks(below_s, limits, width, dropped)
+        sweep = _Sweep(self.bounds, below_s, width, self.limits(below_s))
+        tasks = self._tasks(sweep)
         if len(tasks.row) == 0:
-            return dropped
-        ways, levels = self._begin(tasks, below_s, limits, width, dropped), []
+            return sweep.dropped
+        ways, levels = self._begin(tasks, sweep), []
         while len(ways.task):
             levels.append(ways)
-            ways = self._lengthen(ways, tasks, below_s, limits, width, dropped)
+            ways = self._lengthen(ways, tasks, sweep)
             done = np.flatnonzero(ways.rest == 0)
             if len(done):
                 self._take(ways, done, tasks, levels)
                 ways = ways.pick(np.flatnonzero(ways.rest != 0))
-        return dropped
+        return sweep.dropped
 
     # Which sets, and which ends
 
-    def _tasks(self, below_s: Floats, limits: Limits, width: int, dropped: Floats) -> Tasks:
-        found: list[Tasks] = []
-        for row, sets in enumerate(self.sets):
-            if not len(sets) or below_s[row] <= 0:
-                continue
-            here = np.flatnonzero(self.known[row] < below_s[row] * (1 - CLOSE))
-            if len(here) > width * _LOOKED_AT_PER_WIDTH:
-                ranked = here[np.argsort(self.known[row][here], kind="stable")]
-                here = ranked[: width * _LOOKED_AT_PER_WIDTH]
-                dropped[row] = self.known[row][ranked[len(here)]]
-            least = self.bounds.of_sets(sets[here], limits, row)
-            self.known[row][here] = np.maximum(self.known[row][here], np.minimum(least, below_s[row]))
-            ranked = np.argsort(least, kind="stable")
-            ranked = ranked[least[ranked] < below_s[row] * (1 - CLOSE)]
-            good, least = here[ranked], least[ranked]
-            most = max(width * _SETS_PER_WIDTH, 8)
-            if len(good) > most:
-                dropped[row] = min(dropped[row], least[most])
-            found.append(self._with_ends(sets[good[:most]], row, below_s, limits, width, dropped))
-        if not found:
-            none = np.zeros(0, dtype=np.int64)
-            return Tasks(none, none, none, none, np.zeros(0))
+    def _tasks(self, sweep: _Sweep) -> Tasks:
+        below_s, width = sweep.below_s, sweep.width
+        which = []
+        for row, known in enumerate(self.known):
+            here = np.flatnonzero(known < below_s[row] * (1 - CLOSE))
+            most = width * _LOOKED_AT_PER_WIDTH
+            if len(here) > most:
+                nearest = _least(known[here], most + 1)
+                sweep.dropped[row] = known[here[nearest[most]]]
+                here = here[nearest[:most]]
+            which.append(here)
+        rows = np.repeat(np.arange(len(which)), [len(w) for w in which])
+        if not len(rows):
+            return Tasks(_NONE, _NONE, _NONE, _NONE)
+        values = self._of_sets(sweep.limits, which)
+        for row, (own, value) in enumerate(zip(which, values, strict=True)):
+            self.known[row][own] = np.maximum(self.known[row][own], np.minimum(value, below_s[row]))
+        sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
+        least = np.concatenate(values)
+        good = np.flatnonzero(least < below_s[rows] * (1 - CLOSE))
+        good = good[_narrowed(rows[good], least[good], max(width * _SETS_PER_WIDTH, 8), sweep.dropped)]
+        sets, rows = sets[good], rows[good]
+        # A wide search has so many pairs of ends that each count has to do by itself.
+        counts = [slice(None)] if len(sets) <= _SETS_AT_ONCE else [rows == row for row in np.unique(rows)]
+        found = [self._with_ends(sets[own], rows[own], sweep) for own in counts]
         return Tasks(*(np.concatenate([getattr(t, f) for t in found]) for f in Tasks.__struct_fields__))
 
-    def _with_ends(self, sets: Ints, row: int, below_s: Floats, limits: Limits, width: int, dropped: Floats) -> Tasks:
-        places = self.bounds.places
+    def _with_ends(self, sets: Ints, rows: Ints, sweep: _Sweep) -> Tasks:
+        places, bounds = self.bounds.places, self.bounds
         has = (sets[:, None] >> places) & 1 == 1
         begins, ends = has.copy(), has.copy()
         for node, before in enumerate(self._alike):
@@ -176,39 +210,28 @@ class Search:
                 begins[:, node] = False
                 ends[:, before] &= ~has[:, node]
         which, first, last = np.nonzero(begins[:, :, None] & ends[:, None, :] & ~np.eye(len(places), dtype=bool))
-        rows = np.full(len(which), row)
-        bound_s = np.concatenate(
-            [
-                self.bounds.of_rest(
-                    sets[which[c]], np.zeros(len(which[c]), dtype=np.int64), last[c], first[c], limits, rows[c]
-                )
-                for c in _pieces(len(which))
-            ]
-            or [np.zeros(0)]
-        )
+        sets, rows = sets[which], rows[which]
         if self.exactly:
-            way = self.bounds.links_to(first, sets[which] & ~(1 << first), last, True)
-            bound_s += way + self.bounds.link_s[last, first]
+            bound_s = bounds.links_to(first, sets & ~(1 << first), last, True) + bounds.link_s[last, first]
         else:
-            bound_s += self.bounds.trips[sets[which]]
-        good = np.flatnonzero(bound_s < below_s[row] * (1 - CLOSE))
-        good = good[np.argsort(bound_s[good], kind="stable")]
-        if len(good) > width:
-            dropped[row] = min(dropped[row], bound_s[good[width]])
-            good = good[:width]
-        return Tasks(rows[good], sets[which[good]], first[good], last[good], bound_s[good])
+            bound_s = bounds.trips[sets]
+        for c in pieces(len(which)):
+            sums = sweep.rests.sums(sets[c], last[c], first[c], rows[c])
+            bound_s[c] += sweep.rests.costs(sums, np.zeros(sums.shape[1], dtype=np.int64))
+            bound_s[c] += sweep.rests.beside(sets[c], last[c], first[c])
+        good = np.flatnonzero(bound_s < sweep.below_s[rows] * (1 - CLOSE))
+        good = good[_narrowed(rows[good], bound_s[good], sweep.width, sweep.dropped)]
+        return Tasks(rows[good], sets[good], first[good], last[good])
 
     # Stage by stage
 
-    def _begin(self, tasks: Tasks, below_s: Floats, limits: Limits, width: int, dropped: Floats) -> Ways:
+    def _begin(self, tasks: Tasks, sweep: _Sweep) -> Ways:
         count = len(tasks.row)
         nothing, none = np.zeros(count), np.zeros(count, dtype=np.int64)
-        before = Ways(np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none, nothing)
-        return self._stages(before, np.arange(count), tasks.first, tasks, below_s, limits, width, dropped)
+        before = Ways(np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none)
+        return self._stages(before, np.arange(count), tasks.first, tasks, sweep)
 
-    def _lengthen(
-        self, ways: Ways, tasks: Tasks, below_s: Floats, limits: Limits, width: int, dropped: Floats
-    ) -> Ways:
+    def _lengthen(self, ways: Ways, tasks: Tasks, sweep: _Sweep) -> Ways:
         left = (ways.rest[:, None] >> self.bounds.places) & 1 == 1
         last = tasks.last[ways.task]
         only = ways.rest == 1 << last
@@ -217,113 +240,83 @@ class Search:
             if before >= 0:
                 left[:, place] &= (ways.rest >> before) & 1 == 0
         rows, node = np.nonzero(left)
-        return self._stages(ways, rows, node, tasks, below_s, limits, width, dropped)
+        return self._stages(ways, rows, node, tasks, sweep)
 
-    def _stages(
-        self,
-        ways: Ways,
-        rows: Ints,
-        node: Ints,
-        tasks: Tasks,
-        below_s: Floats,
-        limits: Limits,
-        width: int,
-        dropped: Floats,
-    ) -> Ways:
+    def _stages(self, ways: Ways, rows: Ints, node: Ints, tasks: Tasks, sweep: _Sweep) -> Ways:
         """Each way of these rows with one stage more, on that node, of every length that leaves a chance."""
+        chain, bounds = self.chain, self.bounds
+        before, task = ways.layer[rows], ways.task[rows]
         rest = ways.rest[rows] & ~(1 << node)
-        first = ways.layer[rows]
-        to = np.minimum(
-            limits.reach[tasks.row[ways.task[rows]], node, first],
-            self.chain.layers - sizes(self.bounds.count)[rest],
-        )
-        least = np.maximum(first + np.maximum(self.chain.fixed[node], 1), self.bounds.start[rest])
+        row, last, first = tasks.row[task], tasks.last[task], tasks.first[task]
+        to = np.minimum(sweep.limits.reach[row, node, before], chain.layers - sizes(bounds.count)[rest])
+        least = np.maximum(before + np.maximum(chain.fixed[node], 1), bounds.start[rest])
         lengths = np.maximum(to - least + 1, 0)
-        found: list[Ways] = []
+        self.work_count += int(lengths.sum())
+        # What is the same for every length.
+        links = ways.links_s[rows] + bounds.link_s[ways.node[rows], node]
+        on = bounds.links_to(node, rest, last, self.exactly)
+        ahead = np.maximum(links + on + bounds.link_s[last, first], bounds.trips[tasks.sets[task]])
+        ahead += sweep.rests.beside(rest, last, None)
+        own = ways.own_s[rows] - chain.cost[node, before]
+        below = sweep.below_s[row] * (1 - CLOSE)
+        found: list[tuple[Ints, Ints, Floats, Floats]] = []
         ends = np.cumsum(lengths)
         at = 0
         while at < len(rows):
             # As many rows as give a piece of work; one at least.
             base = ends[at - 1] if at else 0
-            until = max(int(np.searchsorted(ends, base + _ROWS_AT_ONCE, side="right")), at + 1)
+            until = max(int(np.searchsorted(ends, base + ROWS_AT_ONCE, side="right")), at + 1)
             piece = np.arange(at, until)
             each = np.repeat(piece, lengths[piece])
-            layer = (
-                least[each] + np.arange(len(each)) - np.repeat(ends[piece] - lengths[piece] - base, lengths[piece])
-            )
-            found.append(self._judged(ways, rows[each], node[each], rest[each], layer, tasks, below_s, limits))
+            layer = np.arange(len(each)) - (ends[piece] - lengths[piece] - base - least[piece])[each - at]
+            sums = sweep.rests.sums(rest[piece], last[piece], None, row[piece])
+            own_s = own[each] + chain.cost[node[each], layer]
+            bound = own_s + ahead[each] + sweep.rests.costs(sums.take(each - at, axis=1), layer)
+            kept = np.flatnonzero(bound < below[each])
+            found.append((each[kept], layer[kept], own_s[kept], bound[kept]))
             at = until
         if not found:
-            return ways.pick(np.zeros(0, dtype=np.int64))
-        together = Ways(*(np.concatenate([getattr(w, f) for w in found]) for f in Ways.__struct_fields__))
-        # What is far too many is not worth comparing.
-        few = self._narrowed(together, tasks, _ALIKE * width, dropped)
-        return self._narrowed(self._distinct(few), tasks, width, dropped)
-
-    def _judged(
-        self,
-        ways: Ways,
-        rows: Ints,
-        node: Ints,
-        rest: Ints,
-        layer: Ints,
-        tasks: Tasks,
-        below_s: Floats,
-        limits: Limits,
-    ) -> Ways:
-        self.work_count += len(rows)
-        chain, link_s, trips = self.chain, self.bounds.link_s, self.bounds.trips
-        task, before = ways.task[rows], ways.layer[rows]
-        count_row, last, first = tasks.row[task], tasks.last[task], tasks.first[task]
-        own_s = ways.own_s[rows] + chain.cost[node, layer] - chain.cost[node, before]
-        slowest = np.maximum(ways.slowest_s[rows], chain.s_per_work[node] * (chain.work[layer] - chain.work[before]))
-        fetch = ways.fetch[rows] + chain.fetch[node, layer] - chain.fetch[node, before]
-        links = ways.links_s[rows] + link_s[ways.node[rows], node]
-        on = np.zeros(len(rest))
-        ahead_of = np.flatnonzero(rest > 0)
-        on[ahead_of] = self.bounds.links_to(node[ahead_of], rest[ahead_of], last[ahead_of], self.exactly)
-        ahead = np.maximum(links + on + link_s[last, first], trips[tasks.sets[task]])
-        bound = own_s + ahead + self.bounds.of_rest(rest, layer, last, None, limits, count_row)
-        good = bound < below_s[count_row] * (1 - CLOSE)
+            return ways.pick(_NONE)
+        each, layer, own_s, bound = (np.concatenate(column) for column in zip(*found, strict=True))
         if chain.problem.max_fetch_bytes is not None:
-            good &= fetch <= chain.problem.max_fetch_bytes
-        kept = np.flatnonzero(good)
-        every = Ways(task, rest, node, layer, own_s, links, slowest, fetch, rows, bound)
-        return every.pick(kept)
+            fetch = ways.fetch[rows[each]] + chain.fetch[node[each], layer] - chain.fetch[node[each], before[each]]
+            kept = np.flatnonzero(fetch <= chain.problem.max_fetch_bytes)
+            each, layer, own_s, bound = each[kept], layer[kept], own_s[kept], bound[kept]
+        # What is far too many is not worth comparing.
+        few = _narrowed(row[each], bound, _ALIKE * sweep.width, sweep.dropped)
+        each, layer, own_s, bound = each[few], layer[few], own_s[few], bound[few]
+        on_node, parent, links_s = node[each], rows[each], links[each]
+        fetch = ways.fetch[parent] + chain.fetch[on_node, layer] - chain.fetch[on_node, before[each]]
+        key = task[each] << 16 | rest[each]
+        key = (key << 4 | on_node) << 12 | layer
+        kept = self._distinct(key, own_s + links_s, fetch)
+        kept = kept[_narrowed(row[each[kept]], bound[kept], sweep.width, sweep.dropped)]
+        each, layer, on_node, parent = each[kept], layer[kept], on_node[kept], parent[kept]
+        stage_s = chain.s_per_work[on_node] * (chain.work[layer] - chain.work[before[each]])
+        return Ways(
+            task[each],
+            rest[each],
+            on_node,
+            layer,
+            own_s[kept],
+            links_s[kept],
+            np.maximum(ways.slowest_s[parent], stage_s),
+            fetch[kept],
+            parent,
+        )
 
-    def _distinct(self, ways: Ways) -> Ways:
+    def _distinct(self, key: Ints, cost_s: Floats, fetch: Ints) -> Ints:
         """Of ways that agree in all that what follows depends on, the cheapest; with a budget of bytes to fetch, all
         that fetch less than every cheaper one."""
-        key = ways.task << 16 | ways.rest
-        key = key << 4 | ways.node
-        key = key << 12 | ways.layer
-        ranked = np.lexsort((ways.fetch, ways.own_s + ways.links_s, key))
+        ranked = np.lexsort((fetch, cost_s, key))
         key = key[ranked]
         new = np.ones(len(key), dtype=bool)
         new[1:] = key[1:] != key[:-1]
-        if self.chain.problem.max_fetch_bytes is None:
-            return ways.pick(ranked[new])
-        # Ranks that fall from group to group make one running minimum do for all groups.
-        fetch = np.unique(ways.fetch[ranked], return_inverse=True)[1] - np.cumsum(new) * (len(key) + 1)
-        before = np.minimum.accumulate(fetch)
-        new[1:] |= fetch[1:] < before[:-1]
-        return ways.pick(ranked[new])
-
-    def _narrowed(self, ways: Ways, tasks: Tasks, width: int, dropped: Floats) -> Ways:
-        """At most `width` ways of each count: those with the least bounds."""
-        if len(ways.task) <= width:
-            return ways
-        count_row = tasks.row[ways.task]
-        kept: list[Ints] = []
-        for row in np.unique(count_row):
-            here = np.flatnonzero(count_row == row)
-            if len(here) > width:
-                bounds = ways.bound_s[here]
-                ranked = np.argpartition(bounds, width)
-                dropped[row] = min(dropped[row], bounds[ranked[width]])
-                here = here[ranked[:width]]
-            kept.append(here)
-        return ways.pick(np.sort(np.concatenate(kept)))
+        if self.chain.problem.max_fetch_bytes is not None:
+            # Ranks that fall from group to group make one running minimum do for all groups.
+            ranks = np.unique(fetch[ranked], return_inverse=True)[1] - np.cumsum(new) * (len(key) + 1)
+            new[1:] |= ranks[1:] < np.minimum.accumulate(ranks)[:-1]
+        return ranked[new]
 
     # Ways that have come to their end
 
@@ -361,8 +354,29 @@ def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
     return found
 
 
-def _pieces(count: int) -> list[slice]:
-    return [slice(at, at + _ROWS_AT_ONCE) for at in range(0, count, _ROWS_AT_ONCE)]
+def _narrowed(row: Ints, bound_s: Floats, width: int, dropped: Floats) -> Ints:
+    """Which to keep: `width` of each row, those with the least bounds. `row` never falls."""
+    if len(row) <= width:
+        return np.arange(len(row))
+    starts = row.searchsorted(np.arange(len(dropped) + 1))
+    wide = (starts[1:] - starts[:-1] > width).nonzero()[0]
+    if not len(wide):
+        return np.arange(len(row))
+    kept = np.ones(len(row), dtype=bool)
+    for at in wide.tolist():
+        here = slice(starts[at], starts[at + 1])
+        bounds = bound_s[here]
+        ranked = bounds.argpartition(width)
+        dropped[at] = min(dropped[at], bounds[ranked[width]])
+        kept[here][ranked[width:]] = False
+    return kept.nonzero()[0]
+
+
+def _least(values: Floats, count: int) -> Ints:
+    """Where the least of these are; the last of them last."""
+    if len(values) <= count:
+        return np.arange(len(values))
+    return np.argpartition(values, count - 1)[:count]
 
 
 def _alike(bounds: Bounds) -> list[int]:
