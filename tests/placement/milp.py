@@ -64,7 +64,7 @@ def solve_milp(problem: Problem, stages: int, deadline_s: float = 60.0) -> float
             for layer in range(end)
         ]
         total += [seconds, h.qsum(on[i][layer] * price[layer] for layer in range(end))]
-        if problem.link_s:
+        if len(problem.link_s):
             for j in nodes:
                 total += [step[layer][i][j] * problem.link_s[i][j] for layer in range(end - 1) if i != j]
                 total += [back[i][j] * problem.link_s[i][j]] if i != j else []

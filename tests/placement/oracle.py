@@ -53,7 +53,7 @@ def cost(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> float:
         total, slowest, fetched = total + seconds + prices, max(slowest, seconds), fetched + fetch
     if problem.max_fetch_bytes is not None and fetched > problem.max_fetch_bytes:
         return INF
-    if problem.link_s and len(order) > 1:
+    if len(problem.link_s) and len(order) > 1:
         total += sum(problem.link_s[a][b] for a, b in zip(order, [*order[1:], order[0]], strict=True))
     return max(total, (problem.in_flight or len(order)) * slowest)
 

@@ -31,7 +31,6 @@ from shoal_placement.links import (
     Links,
     Way,
     ends,
-    links_of,
     rate,
     to_measure,
     with_found,
@@ -88,7 +87,7 @@ some_records = st.dictionaries(
 def test_each_link_costs_something_and_what_nobody_measured_costs_what_such_links_do(
     found: dict[str, list[MeasuredLink]],
 ) -> None:
-    links = links_of(records(found), THERE, NOW_S)
+    links = Links(records(found), THERE, NOW_S)
     costs = links.costs_s(list(NODES), HIDDEN_BYTES)
     tried = {(n, m.peer) for n, own in found.items() for m in own}
     for i, a in enumerate(NODES):
@@ -131,12 +130,12 @@ def test_what_was_measured_says_nothing_once_a_node_is_reached_elsewhere(
     found: dict[str, list[MeasuredLink]], moved: str
 ) -> None:
     there = {**THERE, moved: told("10.9.9.9", "wifi")}
-    links = links_of(records(found), there, NOW_S)
+    links = Links(records(found), there, NOW_S)
     for node in set(NODES) - {moved}:
         assert not links.way(node, moved).measured and not links.way(moved, node).measured
         assert moved in to_measure(node, NODES, next((s for s in records(found) if s.node == node), None), there, 0.0)
     again = {n: told(f.addresses[0].rpartition(":")[0], port=7001) for n, f in THERE.items()}
-    assert links_of(records(found), again, NOW_S).measured == links_of(records(found), THERE, NOW_S).measured
+    assert Links(records(found), again, NOW_S).measured == Links(records(found), THERE, NOW_S).measured
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e6)), max_size=150))
@@ -168,19 +167,17 @@ def test_a_steady_transfers_rate_is_found_however_slowly_it_began(
 def test_a_peer_that_nobody_reaches_counts_as_far_away_for_some_minutes_only() -> None:
     failed = MeasuredLink(peer="b", at_s=0.0, ends=ends(THERE["a"], THERE["b"]), error="nobody answers")
     tried = [LinksState(node="a", links=[failed])]
-    assert links_of(tried, THERE, FAILED_FRESH_S - 1).way("a", "b").latency_s == UNREACHED_S
-    assert links_of(tried, THERE, FAILED_FRESH_S + 1).way("a", "b") == Links({}, links_of([], THERE, 0).told).way(
-        "a", "b"
-    )
+    assert Links(tried, THERE, FAILED_FRESH_S - 1).way("a", "b").latency_s == UNREACHED_S
+    assert Links(tried, THERE, FAILED_FRESH_S + 1).way("a", "b") == Links([], THERE, 0).way("a", "b")
 
 
 def test_what_is_told_of_interfaces_is_used_where_nothing_was_measured() -> None:
     there = {"a": told("1", "thunderbolt", 40_000), "b": told("2", "ethernet", 100), "c": told("3", "wifi")}
-    links = links_of([], there, 0.0)
+    links = Links([], there, 0.0)
     assert links.way("a", "b") == links.way("b", "a") == Way(LINK_S, 12.5e6)
     assert links.way("b", "c").latency_s > LINK_S > links.way("a", "a").latency_s
     assert links.way("a", "unknown") == Way() and Way().cost_s(HIDDEN_BYTES) == LINK_S
-    assert Links().costs_s(["a", "b"], 1) == []
+    assert Links().costs_s(["a", "b"], 1).tolist() == [[0.0, LINK_S], [LINK_S, 0.0]]
 
 
 # Real placement services and fileservers; what the nodes have of memory is said for them.

@@ -51,7 +51,7 @@ from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id
 from shoal_placement.fenced import Writes
 from shoal_placement.instances import Instances
-from shoal_placement.links import links_of
+from shoal_placement.links import Links
 from shoal_placement.mover import Mover
 from shoal_placement.planning import (
     as_previews,
@@ -134,7 +134,7 @@ class Placement:
             downloads=[d for _, d in self._state.items("download.", DownloadState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
             drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
-            links=links_of(measured, reached, clock.now_s()),
+            links=Links(measured, reached, clock.now_s()),
         )
 
     async def _catch_up(self) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import msgspec
+import numpy as np
 
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import LinksState, MeasuredLink
 from shoal_common.reach import for_others
+from shoal_placement.solve.cost import Floats
 from shoal_placement.solve.rooms import LINK_S
 
 FRESH_S = 3600.0
@@ -55,30 +58,42 @@ class Way(msgspec.Struct, frozen=True):
         return max(round(exact_s, min(digits, 4)), LEAST_S)
 
 
-class Links(msgspec.Struct, frozen=True):
-    """What is known of the ways between nodes at one moment."""
+class Links:
+    """What is known of the ways between nodes at one moment. Made of what they tell when somebody needs it: with many
+    nodes that takes a while, and belongs in a thread."""
 
-    measured: Mapping[tuple[str, str], Way] = {}
-    told: Mapping[str, tuple[str, int]] = {}
-    """Of nodes whose data port is known: the kind of the interface that is tried first, and its Mbit/s or 0."""
+    def __init__(
+        self, states: Iterable[LinksState] = (), fileservers: Mapping[str, Facts] | None = None, now_s: float = 0.0
+    ) -> None:
+        """`fileservers`: the facts of those that are live."""
+        self._states, self._fileservers, self._now_s = list(states), fileservers or {}, now_s
+
+    @cached_property
+    def measured(self) -> Mapping[tuple[str, str], Way]:
+        """The ways of which there are figures that count."""
+        return _measured(self._states, self._fileservers, self._now_s)
+
+    @cached_property
+    def told(self) -> Mapping[str, tuple[str, int]]:
+        """Of nodes whose data port is known: the kind of the interface that is tried first, and its Mbit/s or 0."""
+        first = {node: next(iter(for_others(facts.links)), None) for node, facts in self._fileservers.items()}
+        return {node: (link.kind, link.mbit) for node, link in first.items() if link is not None}
 
     def way(self, a: str, b: str) -> Way:
         """From node `a` to node `b`."""
         return self.measured.get((a, b)) or _guessed(self.told.get(a), self.told.get(b))
 
-    def costs_s(self, nodes: Sequence[str], hidden_bytes: int) -> list[list[float]]:
-        """`link_s` of a problem over these nodes, in this order; empty where nothing is known."""
-        if not (self.measured or self.told):
-            return []
-        here = [self.told.get(node) for node in nodes]
-        alike = {(a, b): _guessed(a, b).cost_s(hidden_bytes) for a in set(here) for b in set(here)}
-        found = [[alike[a, b] for b in here] for a in here]
+    def costs_s(self, nodes: Sequence[str], hidden_bytes: int) -> Floats:
+        """`link_s` of a problem over these nodes, in this order."""
+        kinds = {kind: i for i, kind in enumerate(dict.fromkeys(self.told.get(node) for node in nodes))}
+        alike = np.array([[_guessed(a, b).cost_s(hidden_bytes) for b in kinds] for a in kinds])
+        here = np.array([kinds[self.told.get(node)] for node in nodes], dtype=np.int64)
+        found: Floats = alike[here[:, None], here] if len(nodes) else np.zeros((0, 0))
         places = {node: i for i, node in enumerate(nodes)}
         for (a, b), way in self.measured.items():
             if a in places and b in places:
-                found[places[a]][places[b]] = way.cost_s(hidden_bytes)
-        for i in range(len(nodes)):
-            found[i][i] = 0.0
+                found[places[a], places[b]] = way.cost_s(hidden_bytes)
+        np.fill_diagonal(found, 0.0)
         return found
 
 
@@ -90,8 +105,9 @@ def _guessed(a: tuple[str, int] | None, b: tuple[str, int] | None) -> Way:
     return Way(_LATENCY_S.get(kind, LINK_S), mbit * 1e6 / 8)
 
 
-def links_of(states: Iterable[LinksState], fileservers: Mapping[str, Facts], now_s: float) -> Links:
-    """What may be said now. `fileservers`: the facts of those that are live."""
+def _measured(
+    states: Iterable[LinksState], fileservers: Mapping[str, Facts], now_s: float
+) -> dict[tuple[str, str], Way]:
     now_at = {node: at(facts) for node, facts in fileservers.items()}
     tried = {
         (state.node, link.peer): link
@@ -110,12 +126,7 @@ def links_of(states: Iterable[LinksState], fileservers: Mapping[str, Facts], now
             # What came to b is what b has measured; a round trip is the same from both ends.
             bytes_per_s = next((link.bytes_per_s for link in answered if link.bytes_per_s), 0.0)
             measured[a, b] = Way(min(link.round_trip_s for link in answered) / 2, bytes_per_s, measured=True)
-    told = {}
-    for node, facts in fileservers.items():
-        best = next(iter(for_others(facts.links)), None)
-        if best is not None:
-            told[node] = (best.kind, best.mbit)
-    return Links(measured, told)
+    return measured
 
 
 def at(facts: Facts) -> str:

@@ -31,7 +31,7 @@ from shoal_placement.links import Links
 from shoal_placement.need import need_of, promised_bytes, reading_bytes_per_s, unfused_bytes
 from shoal_placement.solve import Layout, Need, Problem, Room, problem_of, slice_bytes, solved
 from shoal_placement.solve.answers import preview
-from shoal_placement.solve.cost import keeps, layout_of
+from shoal_placement.solve.cost import Floats, keeps, layout_of
 from shoal_placement.tiers import Tier, Tiers, tier_of, tiers
 
 MOST_ANSWERS = 64
@@ -78,7 +78,7 @@ class _Question(msgspec.Struct, frozen=True):
     lacks: Mapping[str, Sequence[float]]
     """Of each layer, how much of it a node would have to download: 0 to 1."""
     links: Links
-    link_s: Sequence[Sequence[float]]
+    link_s: Floats
     """Between the nodes in the order of their names; empty: nothing is known."""
 
     def problem(self, tier: Tier, in_flight: int) -> Problem:

@@ -130,8 +130,8 @@ def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int], chain
     if len(nodes) == 1 and problem.tied:
         fetch -= min(nodes[0].fetch_embed_bytes, nodes[0].fetch_head_bytes)
     links = 0.0
-    if problem.link_s and len(order) > 1:
-        links = sum(problem.link_s[a][b] for a, b in pairwise([*order, order[0]]))
+    if len(problem.link_s) and len(order) > 1:
+        links = sum(float(problem.link_s[a][b]) for a, b in pairwise([*order, order[0]]))
     latency, bottleneck = sum(times) + links, max(times)
     prices = fetch * problem.fetch_price_s_per_byte
     prices += sum(n.price_s_per_byte * s.bytes for n, s in zip(nodes, slices, strict=True))

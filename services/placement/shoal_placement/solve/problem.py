@@ -13,7 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+Links = Sequence[Sequence[float]] | NDArray[np.float64]
+"""A table of seconds; empty for none."""
 AS_STAGES = 0
 """In flight: as many as there are stages, the fewest that keep every stage at work. This is `balanced`."""
 
@@ -48,7 +52,7 @@ class Problem(msgspec.Struct, frozen=True):
     tied: bool = False
     stage_bytes: int = 0
     """What every stage takes beside its layers."""
-    link_s: Sequence[Sequence[float]] = ()
+    link_s: Links = ()
     """Seconds to pass a hidden state (or, on the way back, a token) from node to node; empty: no time at all."""
     in_flight: int = 1
     """C; 1 is `latency`, AS_STAGES `balanced`, any other number `throughput`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from shoal_placement.solve.answers import best
 from shoal_placement.solve.even import emptiest
-from shoal_placement.solve.problem import Layout, Node, Problem
+from shoal_placement.solve.problem import Layout, Links, Node, Problem
 
 USUAL_BYTES_PER_S = 100e9
 """Of a node whose memory's bandwidth is not known: as a machine with two channels of DDR5 has."""
@@ -57,7 +58,7 @@ def problem_of(
     rooms: Sequence[Room],
     min_nodes: int,
     max_nodes: int,
-    link_s: Sequence[Sequence[float]] = (),
+    link_s: Links = (),
     in_flight: int = 1,
 ) -> Problem:
     """The layout problem. A layer's work is what is read for a token; links that are not known take `LINK_S`."""
@@ -77,7 +78,6 @@ def problem_of(
         for r in rooms
     ]
     work = need.layer_work_bytes or need.layer_bytes
-    alone = [[0.0 if a is b else LINK_S for b in rooms] for a in rooms]
     return Problem(
         nodes=nodes,
         layer_bytes=need.layer_bytes,
@@ -87,7 +87,7 @@ def problem_of(
         head_work=float(need.head_bytes),
         tied=need.tied,
         stage_bytes=need.stage_bytes,
-        link_s=link_s or alone,
+        link_s=link_s if len(link_s) else np.where(np.eye(len(rooms), dtype=bool), 0.0, LINK_S),
         in_flight=in_flight,
         min_nodes=min_nodes,
         max_nodes=max_nodes,
