@@ -123,10 +123,17 @@ def previews(request: Place, world: World) -> list[Plan]:
     if request.layout:
         return [_as_named(structs.replace(asked, request=structs.replace(request, force=True)))]
     found: dict[int, Plan] = {}
+    most = min(request.max_nodes, len(asked.rooms), len(asked.shape.layer_bytes))
+    missing = list(range(request.min_nodes, most + 1))
     for tier in TIERS:
-        for count, answer in preview(asked.problem(tier, in_flight(request))).items():
-            if answer.layout is not None and count not in found:
-                found[count] = asked.plan(answer.layout, tier)
+        if not missing:
+            break
+        problem = asked.problem(tier, in_flight(request))
+        answers = preview(structs.replace(problem, min_nodes=missing[0], max_nodes=missing[-1]))
+        for count in missing:
+            if count in answers and (layout := answers[count].layout) is not None:
+                found[count] = asked.plan(layout, tier)
+        missing = [count for count in missing if count not in found]
     if not found:
         raise _no_room(asked, None)
     return sorted(found.values(), key=lambda p: (TIERS.index(p.tier), p.layout.cost_s, len(p.layout.slices)))
