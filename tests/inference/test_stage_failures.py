@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -273,3 +274,10 @@ def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run
 def test_linked_is_said_once_for_each_time_both_links_come_up(besieged: RingOfStages) -> None:
     said = [type(e) for e in besieged.children[1].events if isinstance(e, Linked | Unlinked)]
     assert said == [Linked, Unlinked] * (len(said) // 2) + [Linked] * (len(said) % 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills by a score")
+def test_where_the_kernel_has_to_kill_for_memory_it_takes_a_stage_first(besieged: RingOfStages) -> None:
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    for child in besieged.children:
+        assert int(Path(f"/proc/{child.process.pid}/oom_score_adj").read_text()) > own

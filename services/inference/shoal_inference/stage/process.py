@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from shoal_inference.stage import logs
@@ -20,6 +22,8 @@ from shoal_inference.stage.lead import Lead
 from shoal_inference.stage.ring import Predecessor, Successor
 
 START_WITHIN_S = 30.0
+_OOM_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
+"""Where the kernel has to kill for memory, a stage can be started again; NATS and storage are everybody's."""
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ async def run(control_fd: int) -> int:
     """Serve until told to stop, until the parent is gone (both 0), or until it cannot go on (1)."""
     # A Ctrl-C in the parent's terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _go_first()
     logs.configure("stage")
     channel = await Channel.open(control_fd)
     last_words: Fatal | None = None
@@ -59,6 +64,11 @@ E = TypeVar("E", bound=Exception)
 def _first(group: BaseExceptionGroup[E]) -> E:
     found = group.exceptions[0]
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
+
+
+def _go_first() -> None:
+    with suppress(OSError):  # not Linux
+        _OOM_SCORE.write_text(_FIRST_TO_GO)
 
 
 async def _serve(channel: Channel) -> None:
