@@ -226,6 +226,8 @@ class StageRunner:
                         finish_reason=event.finish_reason,
                     )
                 )
+            case control.Waiting(request=request):
+                await self._publish(TokenEvent(request=request, index=-1))
             case control.Pace(pass_s=pass_s):
                 self._note_pace(pass_s)
             case control.Failed():

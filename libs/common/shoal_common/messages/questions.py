@@ -254,6 +254,7 @@ class TokenEvent(Message):
 
     request: str
     index: int = 0
+    """-1 is no token: the answer waits for room in the instance's cache, and will go on."""
     token: int | None = None
     """None where nothing was sampled: the answer was cancelled, or complete already."""
     text: str = ""

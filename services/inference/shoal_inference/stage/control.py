@@ -187,6 +187,12 @@ class Stats(_Line, frozen=True, kw_only=True):
     """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
 
 
+class Waiting(_Line, frozen=True, kw_only=True):
+    """An accepted request waits for room in the cache, and is not forgotten; rank 0 says it now and then."""
+
+    request: str
+
+
 class Pace(_Line, frozen=True, kw_only=True):
     """How long passes of one token of one answer have taken, computing alone: their median, and how many. Told by a
     stage that works, every 10 s at most."""
@@ -203,7 +209,7 @@ class Fatal(_Line, frozen=True, kw_only=True):
 
 
 ToChild = Start | Link | Generate | Cancel | Probe | Stop
-FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Pace | Fatal
+FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Waiting | Pace | Fatal
 
 _encoder = msgspec.json.Encoder()
 _to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)

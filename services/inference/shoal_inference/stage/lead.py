@@ -11,7 +11,7 @@ import msgspec
 from msgspec import structs
 
 from shoal_inference.stage import decide
-from shoal_inference.stage.control import Accepted, Failed, Generate, Token
+from shoal_inference.stage.control import Accepted, Failed, Generate, Token, Waiting
 from shoal_inference.stage.core import Core
 from shoal_inference.stage.errors import Busy, ComputeFailed, LinkError, RequestError, StageLost, StageTimeout
 from shoal_inference.stage.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
@@ -20,8 +20,10 @@ from shoal_inference.stage.room import Displaced, Room
 
 SLOT_GRACE_S = 0.25
 """How long a request beyond the limit waits for one to end before it is told `busy`."""
-ROOM_STEPS = 4
-"""Timeouts of a step that an accepted request waits for room in the cache at most."""
+ROOM_S = 900.0
+"""How long an accepted request waits for room in the cache: others may have long answers to give."""
+WAITING_S = 15.0
+"""How often it says meanwhile that it does."""
 
 log = logging.getLogger(__name__)
 
@@ -159,15 +161,22 @@ class Lead:
         return self._room
 
     async def _enter(self, room: Room, entry: Entry, plan: decide.Plan) -> None:
-        limit_s = ROOM_STEPS * self._core.start.step_timeout_s
+        waiting = self._group.create_task(self._say_waiting(entry.request))
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(ROOM_S):
                 await room.enter(entry.key, len(plan.feed), again=entry.again)
         except TimeoutError as error:
             raise Busy(
-                f"instance {self._core.start.instance} had no room for {len(plan.feed)} tokens within {limit_s:g} s, "
+                f"instance {self._core.start.instance} had no room for {len(plan.feed)} tokens within {ROOM_S:g} s, "
                 "for other requests fill its context: ask again later, or place it with room for more answers"
             ) from error
+        finally:
+            waiting.cancel()
+
+    async def _say_waiting(self, request: str) -> None:
+        while True:
+            await asyncio.sleep(WAITING_S)
+            self._core.emit(Waiting(request=request))
 
     def _anew(self, entry: Entry, plan: decide.Plan) -> Entry:
         """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
