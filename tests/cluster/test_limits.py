@@ -180,8 +180,7 @@ def test_of_fifty_asked_for_at_once_over_three_gateways_as_many_are_placed_as_th
     node, context_tokens = limited.node, TIGHT_TOKENS // 2
     limited.wait_idle()
     (stage,) = limited.as_tier("fits", context_tokens)["stages"]
-    # All that a limit gives less a tenth is told as `tight`, less what a prompt's scores take on a CPU.
-    each_bytes = stage["needed_bytes"] + LIMIT_BYTES - LIMIT_BYTES // 10 - stage["tight_bytes"]
+    each_bytes = stage["needed_bytes"]
     body = {"model": MODEL, "context_tokens": context_tokens, "force": True, "wait": False}
 
     def ask(number: int) -> httpx2.Response:

@@ -102,6 +102,28 @@ def test_nodes_are_left_out_and_layers_are_counted_as_asked() -> None:
         plan(asks(layers={"z": 1}), there)
 
 
+def test_what_a_node_has_is_said_as_it_is_and_what_only_it_needs_is_said_as_needed() -> None:
+    shape = structs.replace(SHAPE, score_bytes=64, fused_score_bytes=8, chunk_bytes_per_token=50, head_dim=64)
+    model = has("a", shape=shape)
+    needs = {}
+    for accelerator in ("metal", "cpu"):
+        there = structs.replace(machines({"a": (3000, 6000)}, accelerator=accelerator), models=[model])
+        (stage,) = as_previews(previews(asks(), there), there.facts, 1).previews[0].stages
+        assert stage.available_bytes == 3000 * MIB
+        needs[accelerator] = stage.needed_bytes
+    more = needs["cpu"] - needs["metal"]
+    assert more == 2048 * 4096 * (64 - 8)
+    # Enough for one that fuses attention, and not for one that does not.
+    free_mib = needs["metal"] // MIB + 1
+    fits = structs.replace(machines({"a": (free_mib, free_mib)}, accelerator="metal"), models=[model])
+    assert plan(asks(), fits).tier == "fits"
+    for layout in ("", "a:4"):
+        with pytest.raises(NoRoom) as refused:
+            plan(asks(layout=layout), structs.replace(machines({"a": (free_mib, free_mib)}), models=[model]))
+        (figures,) = refused.value.details["nodes"]
+        assert figures["available_bytes"] == free_mib * MIB and figures["needed_bytes"] > more
+
+
 def test_faster_memory_is_preferred_and_a_download_is_bounded() -> None:
     there = machines({"a": (5000, 5000), "b": (5000, 5000)})
     fast = structs.replace(there.facts["b"], memory_bytes_per_s=800e9)

@@ -81,11 +81,15 @@ class _Question(msgspec.Struct, frozen=True):
     link_s: Floats
     """Between the nodes in the order of their names; empty: nothing is known."""
 
+    def beside(self, node: str) -> int:
+        """Bytes that any stage takes there beyond the need, which is that of a node that fuses attention."""
+        return unfused_bytes(self.shape, self.context_tokens, self.facts[node])
+
     def problem(self, tier: Tier, in_flight: int) -> Problem:
         rooms = [
             Room(
                 node,
-                room.of(tier),
+                room.of(tier) - self.beside(node),
                 s_per_byte=1 / reading_bytes_per_s(self.facts[node]),
                 lacks=self.lacks[node],
             )
@@ -208,10 +212,7 @@ def _understood(request: Place, world: World) -> _Question:
         if node not in world.drained and node not in request.without and (not request.nodes or node in request.nodes)
     }
     promised = promised_bytes(world.instances, world.models, world.facts)
-    rooms = {}
-    for node, own in facts.items():
-        room, more = tiers(own, promised.get(node, {})), unfused_bytes(shape, context_tokens, own)
-        rooms[node] = Tiers(room.fits_bytes - more, room.tight_bytes - more, room.force_bytes - more)
+    rooms = {node: tiers(own, promised.get(node, {})) for node, own in facts.items()}
     count = len(shape.layer_bytes)
     holders = {m.node for m in world.models if m.model == model.model}
     parts = {p.node: p for p in world.parts if p.model == model.model}
@@ -261,7 +262,7 @@ def _as_named(asked: _Question) -> Plan:
     for _, count in named:
         cuts.append(cuts[-1] + count)
     needed = [slice_bytes(asked.need, first, last) for first, last in pairwise(cuts)]
-    each = [tier_of(own, asked.rooms[node]) for (node, _), own in zip(named, needed, strict=True)]
+    each = [tier_of(own + asked.beside(n), asked.rooms[n]) for (n, _), own in zip(named, needed, strict=True)]
     if None in each:
         raise _no_room(asked, None)
     tier = max((t for t in each if t is not None), key=TIERS.index)
@@ -284,7 +285,7 @@ def _no_room(asked: _Question, would_do: Tier | None) -> NoRoom:
     nodes = [
         {
             "node": node,
-            "needed_bytes": least,
+            "needed_bytes": least + asked.beside(node),
             "available_bytes": max(room.fits_bytes, 0),
             "tight_bytes": max(room.tight_bytes, 0),
             "total_bytes": asked.facts[node].memory_total_bytes,
@@ -308,7 +309,8 @@ def _why(asked: _Question, whole: int, would_do: Tier | None) -> Iterator[str]:
         yield f"{request.min_nodes} nodes were asked for and the model has {len(need.layer_bytes)} layers"
         return
     each = ", ".join(f"{node} {_gb(max(room.fits_bytes, 0))}" for node, room in sorted(rooms.items()))
-    yield f"it needs {_gb(whole)} and {_gb(need.stage_bytes)} more per stage; free are {each or 'no nodes'}"
+    stage_bytes = need.stage_bytes + max((asked.beside(node) for node in rooms), default=0)
+    yield f"it needs {_gb(whole)} and {_gb(stage_bytes)} more per stage; free are {each or 'no nodes'}"
     less = "Stop an instance (`shoal ps`) or another program"
     if would_do == "tight":
         yield (
@@ -356,6 +358,7 @@ def as_previews(found: Sequence[Plan], facts: Mapping[str, Facts], requests: int
 def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
     """One plan for people and programs."""
     layout, nodes = plan.layout, [s.node for s in plan.layout.slices]
+    needed = [s.bytes + unfused_bytes(plan.shape, plan.context_tokens, facts[s.node]) for s in layout.slices]
     onward = [plan.links.way(a, b) if a != b else None for a, b in pairwise([*nodes, nodes[0]])]
     return Preview(
         layout=plan.name,
@@ -366,15 +369,15 @@ def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview
                 node=s.node,
                 first_layer=s.first,
                 last_layer=s.last,
-                needed_bytes=s.bytes,
+                needed_bytes=own,
                 available_bytes=max(plan.rooms[s.node].fits_bytes, 0),
                 tight_bytes=max(plan.rooms[s.node].tight_bytes, 0),
                 total_bytes=facts[s.node].memory_total_bytes,
-                freeing_bytes=max(s.bytes - plan.rooms[s.node].fits_bytes, 0),
+                freeing_bytes=max(own - plan.rooms[s.node].fits_bytes, 0),
                 link_s=way.cost_s(plan.shape.hidden_bytes) if way is not None else 0.0,
                 link_measured=way is not None and way.measured,
             )
-            for s, way in zip(layout.slices, onward, strict=True)
+            for s, own, way in zip(layout.slices, needed, onward, strict=True)
         ],
         tokens_per_s=round(requests / max(layout.latency_s, requests * layout.bottleneck_s), 3),
         first_token_s=round(layout.latency_s, 6),
