@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -21,11 +20,7 @@ from shoal_cli.client.hub import as_exports, hub_settings
 from shoal_cli.client.pull import Pull, display, say_it_goes_on
 from shoal_cli.client.repair import repair
 from shoal_cli.client.run import Run
-from shoal_cli.client.tables import (
-    fits_table,
-    models_table,
-    status_page,
-)
+from shoal_cli.client.tables import fits_table, models_table, status_page
 from shoal_cli.client.transfers import control, transfer
 from shoal_cli.client.typed import TypedLines
 from shoal_cli.denied import not_allowed
@@ -39,8 +34,6 @@ from shoal_common import VERSION
 from shoal_common.errors import BadInput, Denied, NotFound, ShoalError, Unavailable
 from shoal_common.messages.questions import Fits
 from shoal_common.names import ModelRef, check_node
-
-T = TypeVar("T")
 
 _INTERRUPTED = 130
 

@@ -19,13 +19,11 @@ from shoal_common.names import check_id, check_node
 def place(call: Call) -> int:
     """`shoal place`: or a preview of what could be."""
     a = call.args
-    body = placing.wish(a.model, a.exactly, a.at_least, [check_node(n) for n in a.nodes], a.context) | placing.finer(
-        a
-    )
+    nodes = [check_node(n) for n in a.nodes]
+    body = placing.wish(a.model, a.exactly, a.at_least, nodes, a.context) | placing.finer(a)
     if a.preview:
-        return shown(
-            call, call.gateway.get("/v1/placements/preview", Previews, **placing.as_query(body)), previews_table
-        )
+        answer = call.gateway.get("/v1/placements/preview", Previews, **placing.as_query(body))
+        return shown(call, answer, previews_table)
     ask = confirmed if sys.stdin is not None and sys.stdin.isatty() and not a.as_json else None
     instance: InstanceRow = placing.place(call.gateway, body, lambda words: print(words, file=sys.stderr), ask)
     if a.as_json:

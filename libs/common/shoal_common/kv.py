@@ -40,6 +40,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """What mlx-lm takes where a config.json does not say, as those of Gemma 3 do not."""
 
 
+def cache_steps(tokens: int) -> int:
+    """Steps of a cache that so many tokens take."""
+    return -(-tokens // CACHE_STEP_TOKENS)
+
+
 class LayerFacts(msgspec.Struct, frozen=True):
     """One layer, as the files have it."""
 

@@ -6,8 +6,6 @@ downloaded for it, and a person decides (docs/placement.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from msgspec import structs
 
 from shoal_common.errors import ShoalError
@@ -31,26 +29,27 @@ def placed_anew(spec: InstanceSpec, world: World, layout: str = "") -> InstanceS
 
 def rebalances(world: World) -> Rebalances:
     """Which instances would stand better elsewhere, what gains most first."""
-    found = [better for spec in world.instances for better in _better(spec, world)]
+    found = [proposal for spec in world.instances if (proposal := better(spec, world)) is not None]
     return Rebalances(rebalances=sorted(found, key=lambda r: (-r.gain, r.instance)))
 
 
-def _better(spec: InstanceSpec, world: World) -> Iterator[Rebalancing]:
-    """What to propose for an instance: at most one layout."""
+def better(spec: InstanceSpec, world: World) -> Rebalancing | None:
+    """What to propose for an instance; None where it stands about as well as it can, or cannot stay."""
     without, request = _as_if_stopped(spec, world), _request(spec, world)
     as_it_is = structs.replace(request, layout=layout_name(spec.stages), force=True)
     try:
         now, best = plan(as_it_is, without), plan(request, without)
     except ShoalError:
-        return  # it has to move, or cannot: that is the mover's to say
+        return None  # it has to move, or cannot: that is the mover's to say
     if best.name == now.name:
-        return
+        return None
     gain = now.layout.cost_s / best.layout.cost_s if best.layout.cost_s > 0 else 1.0
     roomier = TIERS.index(best.tier) < TIERS.index(now.tier)
-    if gain >= _WORTH or roomier:
-        requests = in_flight(request)
-        shown = [preview_of(p, without.facts, requests or len(p.layout.slices)) for p in (now, best)]
-        yield Rebalancing(instance=spec.id, model=spec.model, now=shown[0], better=shown[1], gain=round(gain, 3))
+    if gain < _WORTH and not roomier:
+        return None
+    requests = in_flight(request)
+    shown = [preview_of(p, without.facts, requests or len(p.layout.slices)) for p in (now, best)]
+    return Rebalancing(instance=spec.id, model=spec.model, now=shown[0], better=shown[1], gain=round(gain, 3))
 
 
 def _request(spec: InstanceSpec, world: World, layout: str = "") -> Place:

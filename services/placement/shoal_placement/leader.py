@@ -45,7 +45,7 @@ from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.questions import Question
 from shoal_common.service import Context
 from shoal_common.watch import View
-from shoal_placement.anew import placed_anew, rebalances
+from shoal_placement.anew import better, placed_anew, rebalances
 from shoal_placement.collector import Collector
 from shoal_placement.current import catch_up
 from shoal_placement.decide import World, instance_id
@@ -104,8 +104,8 @@ class Placement:
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
         self._suspicion, self.survey = Suspicion(context, live), Survey(context, live, state)
-        mover = Mover(context, (live, spec, state), self._working, self._world, self._section, replace_after_s)
-        self._instances = Instances(context, (live, spec, state), self._suspicion, mover)
+        self._mover = Mover(context, (live, spec, state), self._working, self._world, self._section, replace_after_s)
+        self._instances = Instances(context, (live, spec, state), self._suspicion, self._mover)
         self._writes: Writes
         """While it leads."""
 
@@ -182,16 +182,13 @@ class Placement:
             spec, layout = self._spec.get(instance_key(name), InstanceSpec), command.layout
             if spec is None:
                 raise NotFound(f"there is no instance {name}; `shoal ps` lists those there are")
-            if not layout:
-                proposed = await asyncio.to_thread(rebalances, self._world())
-                layout = next((r.better.layout for r in proposed.rebalances if r.instance == name), "")
+            world = self._world()
+            if not layout and (proposal := await asyncio.to_thread(better, spec, world)) is not None:
+                layout = proposal.better.layout
             if layout in ("", layout_name(spec.stages)):
                 return {"instance": name, "moved": False, "epoch": spec.epoch}
-            fresh = await asyncio.to_thread(placed_anew, spec, self._world(), layout)
-            await self._spec.reached(await self._writes.spec.put(instance_key(name), fresh))
-        nodes = [stage.node for stage in fresh.stages]
-        log.info("moved", instance=name, because="asked for", nodes=",".join(nodes), epoch=fresh.epoch)
-        await self._context.events.tell("moved", instance=name, because="asked for", nodes=nodes)
+            fresh = await asyncio.to_thread(placed_anew, spec, world, layout)
+            await self._mover.settle(fresh, "asked for", self._writes)
         return {"instance": name, "moved": True, "epoch": fresh.epoch}
 
     async def _drain(self, command: Drain, _: str) -> dict[str, object]:

@@ -92,8 +92,12 @@ class Mover:
             return
         if self._spec.get(instance_key(spec.id), InstanceSpec) != spec:
             return  # stopped meanwhile
-        await self._spec.reached(await writes.spec.put(instance_key(spec.id), fresh))
+        await self.settle(fresh, leaving.why, writes)
         self.stays.pop(spec.id, None)
+
+    async def settle(self, fresh: InstanceSpec, because: str, writes: Writes) -> None:
+        """Have an instance stand so from now on, and tell. Under the section."""
+        await self._spec.reached(await writes.spec.put(instance_key(fresh.id), fresh))
         nodes = [stage.node for stage in fresh.stages]
-        log.info("moved", instance=spec.id, because=leaving.why, nodes=",".join(nodes), epoch=fresh.epoch)
-        await self._context.events.tell("moved", instance=spec.id, because=leaving.why, nodes=nodes)
+        log.info("moved", instance=fresh.id, because=because, nodes=",".join(nodes), epoch=fresh.epoch)
+        await self._context.events.tell("moved", instance=fresh.id, because=because, nodes=nodes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from shoal_common.kv import CACHE_STEP_TOKENS, REQUESTS_AT_ONCE
+from shoal_common.kv import CACHE_STEP_TOKENS, REQUESTS_AT_ONCE, cache_steps
 from shoal_common.messages.facts import Facts
 from shoal_common.messages.records import InstanceSpec, KvRule, ModelShape, ModelState
 from shoal_placement.solve import Need, slice_bytes
@@ -25,8 +25,8 @@ def rules_of(shape: ModelShape) -> Sequence[KvRule]:
 
 def kept_tokens(rule: KvRule, context_tokens: int) -> int:
     """Tokens that a layer's cache has room for when an answer has filled the context."""
-    steps = -(-context_tokens // CACHE_STEP_TOKENS) * CACHE_STEP_TOKENS
-    return min(steps, rule.window_tokens) if rule.window_tokens else steps
+    tokens = cache_steps(context_tokens) * CACHE_STEP_TOKENS
+    return min(tokens, rule.window_tokens) if rule.window_tokens else tokens
 
 
 def most_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
@@ -43,10 +43,9 @@ def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: i
     What grows with the tokens is the same however many they are. Of a window each has its own, and of a state too.
     """
     requests = max(requests, answers)
-    shared = answers * -(-context_tokens // CACHE_STEP_TOKENS) * CACHE_STEP_TOKENS
-    tokens = min(shared, requests * most_tokens(rule, context_tokens, chunk_tokens))
-    if not rule.window_tokens:
-        tokens = shared
+    tokens = answers * cache_steps(context_tokens) * CACHE_STEP_TOKENS
+    if rule.window_tokens:
+        tokens = min(tokens, requests * most_tokens(rule, context_tokens, chunk_tokens))
     return rule.bytes_per_token * tokens + requests * rule.constant_bytes
 
 

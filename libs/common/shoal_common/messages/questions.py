@@ -346,7 +346,8 @@ class Rebalancing(Message):
     better: Preview
     """Its `fetch_bytes` is what the move would download."""
     gain: float
-    """Tokens per second over those of now; a layout that leaves other programs their memory may have less than 1."""
+    """The cost of now over the better one's, by the objective that was asked for; less than 1 where a slower layout
+    leaves other programs their memory."""
 
 
 class Rebalances(Message):

@@ -10,16 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from shoal_common.kv import CACHE_STEP_TOKENS
+from shoal_common.kv import cache_steps
 
 
 class Displaced(Exception):
     """This request has to give its room back, and to begin again later."""
-
-
-def steps_of(tokens: int) -> int:
-    """Steps of cache that so many tokens take."""
-    return -(-tokens // CACHE_STEP_TOKENS)
 
 
 class Room:
@@ -27,7 +22,7 @@ class Room:
 
     def __init__(self, context_tokens: int, answers: int) -> None:
         """The promise is for so many answers as long as the context."""
-        self._whole = answers * steps_of(context_tokens)
+        self._whole = answers * cache_steps(context_tokens)
         self._taken: dict[bytes, int] = {}
         """Steps by request, the oldest first."""
         self._waiting: list[bytes] = []
@@ -49,9 +44,9 @@ class Room:
         self._waiting.insert(0 if again else len(self._waiting), key)
         try:
             await self._until(
-                lambda: self._waiting[0] == key and not self._growing and steps_of(tokens) <= self.free_steps
+                lambda: self._waiting[0] == key and not self._growing and cache_steps(tokens) <= self.free_steps
             )
-            self._taken[key] = steps_of(tokens)
+            self._taken[key] = cache_steps(tokens)
         finally:
             self._waiting.remove(key)
             self._tell()
@@ -61,7 +56,7 @@ class Room:
 
         Raises Displaced where an older one needs what this one has, or this one is the youngest itself.
         """
-        more = steps_of(tokens) - self._taken[key]
+        more = cache_steps(tokens) - self._taken[key]
         if more > self.free_steps and key not in self._leaving:
             self._growing.add(key)
             try:
