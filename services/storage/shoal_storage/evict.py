@@ -100,8 +100,8 @@ def plan(
 
 
 class _References:
-    """References to blobs, while models are removed one by one. A blob is freed when no model needs it; a partial blob,
-    with the bytes it occupies, when no model is left that it arrives for.
+    """References to blobs, while models are removed one by one. A blob is freed when no model needs it; a partial
+    blob, with the bytes it occupies, when no model is left that it arrives for.
     """
 
     def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:

@@ -72,7 +72,7 @@ class Full:
         return answered
 
     async def room(self, question: AskRoom) -> RoomLeft:
-        """Return whether everything arriving fits the disk now. Carries out one eviction plan if the policy is lru."""
+        """Return whether everything arriving fits the disk now. Carries out one eviction plan if `lru` is set."""
         ModelRef.parse(question.model)
         async with self._section:
             evicted, lack = None, await self._lack()

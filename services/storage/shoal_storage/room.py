@@ -123,8 +123,8 @@ class Room:
 
     def _not_given_back(self, refusal: QuotaExceeded, evicted: EvictionPlan) -> QuotaExceeded:
         return QuotaExceeded(
-            f"{refusal.message}; {human(evicted.frees_bytes)} were evicted for it, but the disk has not released them: "
-            "a process has these files open (`lsof +L1` lists it), or others write to this disk",
+            f"{refusal.message}; {human(evicted.frees_bytes)} were evicted for it, but the disk has not released "
+            "them: a process has these files open (`lsof +L1` lists it), or others write to this disk",
             **refusal.details,
             evicted=[v.model for v in evicted.victims],
         )
