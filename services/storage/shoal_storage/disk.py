@@ -1,8 +1,8 @@
 """A store on disk: opening it, partial blobs, commits and deletions, in the orders of DESIGN §7. Blocking.
 
 Order of a commit: data; fsync and verification in parallel; chmod; verification stamp; leaf hashes; rename; fsync of
-both directories; the manifest last. Order of a deletion: the manifest first, into tombs/, then view and blobs, then the
-manifest's tombstone. A start that finds a tombstone finishes that deletion (`startup.py`).
+both directories; the manifest last. Order of a deletion: the manifest first, into tombs/, then view and blobs, then
+the manifest's tombstone. A start that finds a tombstone finishes that deletion (`startup.py`).
 """
 
 from __future__ import annotations
@@ -305,11 +305,11 @@ class Disk:
         if blob != digests.sha256:
             paths.place(blob, "")
 
-    def place(self, blob: str, further: str) -> None:
+    def place(self, blob: str, volume_id: str) -> None:
         """Record that a blob is, or is to go, on a volume; "": the store. Drops its quarantined bytes elsewhere."""
-        if self.layout.where.get(blob, "") != further:
+        if self.layout.where.get(blob, "") != volume_id:
             self.drop_set_aside(blob)
-            self.layout.place(blob, further)
+            self.layout.place(blob, volume_id)
 
     def _name(self, data: Path, target: Path, digests: Digests) -> None:
         file_stat = data.stat()
@@ -346,14 +346,14 @@ class Disk:
                 self.remove_copy(sha256, volume_id)
         leaves.remove(self.layout, sha256)
 
-    def _is_proven_in(self, further: str, sha256: str) -> bool:
+    def _is_proven_in(self, volume_id: str, sha256: str) -> bool:
         with suppress(OSError):
-            return proven(sha256, self.layout.blob_in(further, sha256).lstat())
+            return proven(sha256, self.layout.blob_in(volume_id, sha256).lstat())
         return False
 
-    def remove_copy(self, sha256: str, further: str) -> None:
+    def remove_copy(self, sha256: str, volume_id: str) -> None:
         """Delete a blob's file on one volume, durably. Absent already is fine."""
-        path = self.layout.blob_in(further, sha256)
+        path = self.layout.blob_in(volume_id, sha256)
         path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             sync(path.parent)  # also if it was absent: an earlier attempt may have failed here
@@ -365,7 +365,7 @@ class Disk:
         return [sha256 for sha256 in blobs if not self.layout.blob(sha256).exists()]
 
     def lost(self, manifest: Manifest) -> list[str]:
-        """Return the blobs of a manifest that are not on disk, or not the verified files, whatever the ledger says."""
+        """Return the blobs of a manifest not on disk, or not the verified files, whatever the ledger says."""
         return [blob for blob, size_bytes in manifest.blob_sizes.items() if not self._is_here(blob, size_bytes)]
 
     def _is_here(self, sha256: str, size_bytes: int) -> bool:

@@ -13,8 +13,8 @@ Sample: the blob of 1,048,577 bytes `w` has two leaves, and its list 96 bytes, b
 no leaf, and a list of 32 bytes beginning `af1349b9`, the BLAKE3 of nothing.
 
 The file's mtime is its blob's, to the nanosecond. A blob with this mtime and a size that fits the list was hashed
-whole and matched its name. A blob that somebody copied here, or that a program changed, has another mtime. What a disk
-changes by itself changes no mtime: only hashing finds that.
+whole and matched its name. A blob that somebody copied here, or that a program changed, has another mtime. What a
+disk changes by itself changes no mtime: only hashing finds that.
 
 Without a usable file only the repair by leaf is lost: `verify` writes a new one for a blob that it finds intact.
 """

@@ -23,9 +23,9 @@ class StoreLayout(Layout):
         """A blob's file."""
         return self.blob_in(self.where.get(sha256, ""), sha256)
 
-    def blob_in(self, further: str, sha256: str) -> Path:
+    def blob_in(self, volume_id: str, sha256: str) -> Path:
         """A blob's file on one volume; "": in the store."""
-        return Layout.blob(self.of(further), sha256)
+        return Layout.blob(self.of(volume_id), sha256)
 
     def set_aside(self, sha256: str) -> Path:
         """A corrupt blob's file in quarantine."""
@@ -53,14 +53,14 @@ class StoreLayout(Layout):
 
     # Volumes
 
-    def of(self, further: str) -> Layout:
+    def of(self, volume_id: str) -> Layout:
         """The paths of a volume; "": of the store. Raises FileNotFoundError if the volume is missing."""
-        if not further:
+        if not volume_id:
             return self
         try:
-            return self._further[further]
+            return self._further[volume_id]
         except KeyError:
-            raise FileNotFoundError(f"volume {further} is missing") from None
+            raise FileNotFoundError(f"volume {volume_id} is missing") from None
 
     def all(self) -> Iterator[tuple[str, Layout]]:
         """The store ("") and the present volumes, by id."""
@@ -71,19 +71,19 @@ class StoreLayout(Layout):
         """The paths of the volume that a path is on; the store's if it is on none."""
         return next((paths for paths in self._further.values() if path.is_relative_to(paths.root)), self)
 
-    def add(self, further: str, root: Path) -> None:
+    def add(self, volume_id: str, root: Path) -> None:
         """Add a volume."""
-        self._further[further] = Layout(root)
+        self._further[volume_id] = Layout(root)
 
-    def forget(self, further: str) -> None:
+    def forget(self, volume_id: str) -> None:
         """Remove a volume, and every blob on it from `where`."""
-        self._further.pop(further, None)
-        for blob in [b for b, volume_id in self.where.items() if volume_id == further]:
+        self._further.pop(volume_id, None)
+        for blob in [b for b, other_id in self.where.items() if other_id == volume_id]:
             del self.where[blob]
 
-    def place(self, blob: str, further: str) -> None:
+    def place(self, blob: str, volume_id: str) -> None:
         """Record that a blob is, or is to go, on a volume; "": the store."""
-        if further:
-            self.where[blob] = further
+        if volume_id:
+            self.where[blob] = volume_id
         else:
             self.where.pop(blob, None)
