@@ -37,13 +37,13 @@ class Announcer:
     """Publishes the ledger when it differs from what was last published."""
 
     def __init__(
-        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View, of_the_disk: View
+        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, model_view: View, storage_view: View
     ) -> None:
         self.node = self._node = context.node
         self._state = context.buckets.state
         self._disk, self._ledger, self._limits = disk, ledger, limits
-        self._announced, self._of_the_disk = announced, of_the_disk
-        self._said: dict[str, int] = {}
+        self._model_view, self._storage_view = model_view, storage_view
+        self._revisions: dict[str, int] = {}
         self._from_environment = overridden(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
@@ -59,7 +59,7 @@ class Announcer:
     async def announce_all(self) -> None:
         """Publish everything the disk holds, and unpublish the rest. At start and after a reconnect."""
         held: set[str] = set()
-        self._said.clear()
+        self._revisions.clear()
         for manifest in list(self._ledger.manifests.values()) if not self._ledger.away else []:
             try:
                 await asyncio.to_thread(self._disk.build_view, manifest)
@@ -69,16 +69,16 @@ class Announcer:
                 continue
             held.add(model_key(self._node, manifest.model))
         for model, library_model in self._ledger.offered.items():
-            if await self._offer(library_model):
+            if await self._publish_library_model(library_model):
                 held.add(model_key(self._node, model))
         for part in list(self._ledger.parts.values()) if not self._ledger.away else []:
             await self.announce_part(part)
             held.add(part_key(self._node, part.manifest.model))
-        published_keys = [k for k, _ in self._announced.items("model.", ModelState)]
-        published_keys += [k for k, _ in self._announced.items("part.", PartState)]
+        published_keys = [k for k, _ in self._model_view.items("model.", ModelState)]
+        published_keys += [k for k, _ in self._model_view.items("part.", PartState)]
         for key in published_keys:
             if key not in held:
-                await self._take_back(key)
+                await self._unpublish(key)
         self._published = None
         await self.publish()
 
@@ -106,25 +106,25 @@ class Announcer:
             ready_at_s=round(ready_at_s, 3),
             adopted_from=offered.directory if offered else "",
         )
-        await self._say(model_key(self._node, manifest.model), state)
+        await self._put_if_changed(model_key(self._node, manifest.model), state)
         return state
 
     async def announce_part(self, part: Part) -> None:
         """Publish a model's shard: which of its layers are here."""
-        await self._say(part_key(self._node, part.manifest.model), part_state(self._node, part))
+        await self._put_if_changed(part_key(self._node, part.manifest.model), part_state(self._node, part))
 
     async def take_back_part(self, model: str) -> None:
         """Unpublish the shard of a model (`org/name@commit`)."""
-        await self._take_back(part_key(self._node, model))
+        await self._unpublish(part_key(self._node, model))
 
     async def take_back(self, model: str) -> None:
         """Unpublish a model (`org/name@commit`); or, if a library has it too, publish that copy."""
         offered = self._ledger.offered.get(model)
-        if offered and await self._offer(offered):
+        if offered and await self._publish_library_model(offered):
             return
-        await self._take_back(model_key(self._node, model))
+        await self._unpublish(model_key(self._node, model))
 
-    async def _offer(self, library_model: Adopted) -> bool:
+    async def _publish_library_model(self, library_model: Adopted) -> bool:
         try:
             await asyncio.to_thread(show, self._disk.layout, library_model)
             await self.announce(library_model.manifest)
@@ -179,17 +179,17 @@ class Announcer:
                 roots=await asyncio.to_thread(self.further),
             )
             if state != self._published:
-                await self._say(storage_key(self._node), state)
+                await self._put_if_changed(storage_key(self._node), state)
                 self._published = state
 
-    async def _say(self, key: str, value: object) -> None:
+    async def _put_if_changed(self, key: str, value: object) -> None:
         """Put a value unless the key already has it: a start that changes nothing writes nothing."""
         entry = await self._state.get(key)
         is_current = entry is not None and entry.value == encode(value)
-        self._said[key] = entry.revision if entry and is_current else await self._state.put(key, value)
+        self._revisions[key] = entry.revision if entry and is_current else await self._state.put(key, value)
 
-    async def _take_back(self, key: str) -> None:
-        self._said.pop(key, None)
+    async def _unpublish(self, key: str) -> None:
+        self._revisions.pop(key, None)
         await self._state.delete(key)
 
     async def taken(self) -> None:
@@ -197,15 +197,15 @@ class Announcer:
 
         A node retired while it was unreachable loses its keys.
         """
-        views = (self._announced, self._of_the_disk)
+        views = (self._model_view, self._storage_view)
         while True:
             seen = tuple(view.changes for view in views)
-            if any(self._is_missing(key, revision) for key, revision in self._said.items()):
+            if any(self._is_missing(key, revision) for key, revision in self._revisions.items()):
                 return
             await any_changed(views, seen)
 
     def _is_missing(self, key: str, revision: int) -> bool:
-        view = self._of_the_disk if key == storage_key(self._node) else self._announced
+        view = self._storage_view if key == storage_key(self._node) else self._model_view
         return view.revision >= revision and key not in view
 
 

@@ -36,7 +36,7 @@ class Settings:
     ) -> None:
         self._context, self._disk, self._ledger, self._limits = context, disk, ledger, limits
         self._use, self._publish, self._refuse = use, publish, refuse
-        self._one_at_a_time = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
     async def configure(self, command: Configure, _: str) -> dict[str, object]:
@@ -49,7 +49,7 @@ class Settings:
         return await asyncio.shield(changing)
 
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
-        async with self._one_at_a_time:
+        async with self._lock:
             limits = await asyncio.to_thread(self._write, changes)
             await self._use(limits)
             await self._publish()

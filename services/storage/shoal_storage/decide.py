@@ -35,14 +35,14 @@ class Partial(msgspec.Struct):
     """Durable leaves, as of the last reservation. Only used when no model wants the whole blob."""
 
     @property
-    def _in_part(self) -> bool:
+    def _is_sparse(self) -> bool:
         """Whether no model wants the whole blob."""
         return bool(self.leaves) and bool(self.models) and self.models <= self.leaves.keys()
 
     @property
     def promised_leaves(self) -> int:
         """The leaves that may arrive or are already durable."""
-        if not self._in_part:
+        if not self._is_sparse:
             return leafset.whole(self.size_bytes)
         leaves = self.here
         for model in self.models:
@@ -53,7 +53,7 @@ class Partial(msgspec.Struct):
     def promised_bytes(self) -> int:
         """Bytes it may come to occupy; never less than it occupies now, in whole file system blocks."""
         # Read for every partial at every admission: build a leaf set only where one is needed.
-        promised = leafset.size_of(self.promised_leaves, self.size_bytes) if self._in_part else self.size_bytes
+        promised = leafset.size_of(self.promised_leaves, self.size_bytes) if self._is_sparse else self.size_bytes
         return promised if self.allocated_bytes < promised + _BLOCK_BYTES else self.allocated_bytes
 
     def wanted_by(self, model: str, leaves: int | None) -> Partial:
@@ -161,11 +161,11 @@ class Ledger(msgspec.Struct):
     """Arriving models that people paused: wanted, and not fetched."""
     adopted: dict[str, Adopted] = msgspec.field(default_factory=dict)
     """Models of libraries, by `org/name@commit`. Present, but not part of the store: they use no quota and are never
-    garbage or victims. Changed by `adopt` alone."""
+    garbage or victims. Changed by `set_library_models` alone."""
     adopted_blobs: dict[str, File] = msgspec.field(default_factory=dict)
     """Their blobs, by sha256, each with one file that has its bytes."""
     adopted_git: dict[str, str] = msgspec.field(default_factory=dict)
-    """Like `git`, for blobs of libraries."""
+    """Like `sha256_by_git_name`, for blobs of libraries."""
 
     @property
     def on_disk(self) -> dict[str, Manifest]:

@@ -391,7 +391,7 @@ class Disk:
         build_view(self.layout, manifest)
 
     def entomb(self, repo: str, commit: str) -> None:
-        """Move a model's manifest into tombs/: the model is no longer here, and `clear` deletes the rest of it.
+        """Move a model's manifest into tombs/: the model is gone, and `finish_delete` deletes the rest of it.
 
         Raises OSError, or Unavailable if the store is missing; then nothing has changed. Absent already is fine.
         """

@@ -55,7 +55,7 @@ def plan(
         if suffices:
             break
         prefix.append(model)
-        for volume_id, size_bytes in remaining.leave(model).items():
+        for volume_id, size_bytes in remaining.remove(model).items():
             freed[volume_id] += size_bytes
         suffices = is_enough(freed)
     if need_bytes <= 0 or not suffices:
@@ -67,22 +67,22 @@ def plan(
     spared = set()
     # An abandoned download is never kept at the cost of a model.
     for model in models or prefix:
-        still_needed = remaining.kept_by(model)
+        still_needed = remaining.needed_by(model)
         remaining_freed = {
             volume_id: size_bytes - still_needed.get(volume_id, 0) for volume_id, size_bytes in freed.items()
         }
         if is_enough(remaining_freed):  # the others suffice: spare this one
             freed = Counter(remaining_freed)
-            remaining.come_back(model)
+            remaining.restore(model)
             spared.add(model)
 
     unfinished = [
-        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
         for m in prefix
         if m not in local and m not in spared
     ]
     victims = [
-        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=last_uses.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=last_uses.get(m, 0.0))
         for m in models
         if m not in spared
     ]
@@ -139,9 +139,9 @@ class _References:
         gone = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
         return gone + sum(n for b, n in self._occupied.items() if b not in arriving)
 
-    def leave(self, model: str) -> dict[str, int]:
+    def remove(self, model: str) -> dict[str, int]:
         """Remove a model's references. Returns the bytes that nothing needs any more, by volume."""
-        # Inlined: this and `kept_by` are most of what a plan costs.
+        # Inlined: this and `needed_by` are most of what a plan costs.
         freed, counts, arriving = dict[str, int](), self._blobs, self._arriving
         for b in self._needs[model]:
             counts[b] = count = counts[b] - 1
@@ -156,7 +156,7 @@ class _References:
                 freed[volume_id] = freed.get(volume_id, 0) + self._occupied[b]
         return freed
 
-    def kept_by(self, model: str) -> dict[str, int]:
+    def needed_by(self, model: str) -> dict[str, int]:
         """Return the bytes that are unneeded now and that a removed model would need again, by volume."""
         needed = dict[str, int]()
         for b in self._needs[model] & self._gone:
@@ -168,8 +168,8 @@ class _References:
                 needed[volume_id] = needed.get(volume_id, 0) + self._occupied[b]
         return needed
 
-    def come_back(self, model: str) -> None:
-        """Undo `leave`."""
+    def restore(self, model: str) -> None:
+        """Undo `remove`."""
         self._blobs.update(self._needs[model])
         self._gone -= self._needs[model]
         self._arriving.update(self._partials.get(model, ()))

@@ -52,7 +52,7 @@ class Full:
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._room, self._announcer = room, announcer
-        self._made_room = False
+        self._has_evicted = False
         """A plan was carried out since there was last enough space: what it deleted may still be open somewhere."""
         self._was_full = False
 
@@ -64,7 +64,7 @@ class Full:
                 with told(what):
                     return await answer(question)
             except DiskFull as e:
-                if not isinstance(e.__cause__, OSError) or not await self._give_up():
+                if not isinstance(e.__cause__, OSError) or not await self._give_up_ballast():
                     raise
             with told(what):
                 return await answer(question)
@@ -75,12 +75,12 @@ class Full:
         """Return whether everything arriving fits the disk now. Carries out one eviction plan if `lru` is set."""
         ModelRef.parse(question.model)
         async with self._section:
-            evicted, lack = None, await self._lack()
-            if lack and not self._made_room and self._room.limits.eviction_policy == "lru":
-                evicted = await self._make_room(lack)
-                lack = await self._lack()
+            evicted, lack = None, await self._shortfall()
+            if lack and not self._has_evicted and self._room.limits.eviction_policy == "lru":
+                evicted = await self._evict(lack)
+                lack = await self._shortfall()
             if not lack:
-                self._made_room = False
+                self._has_evicted = False
             full = max(lack, key=lambda volume_id: lack[volume_id], default="")
             free = await asyncio.to_thread(self._free_on, full)
             no_file_left = await asyncio.to_thread(self._disk.has_no_file_left)
@@ -104,7 +104,7 @@ class Full:
         volume = self._disk.further.get(volume_id)
         return volume.free_bytes() if volume else self._disk.free_bytes()
 
-    async def _make_room(self, lack: dict[str, int]) -> EvictionPlan | None:
+    async def _evict(self, lack: dict[str, int]) -> EvictionPlan | None:
         def enough(freed: Mapping[str, int]) -> bool:
             return all(freed.get(volume_id, 0) >= lacking for volume_id, lacking in lack.items())
 
@@ -112,17 +112,17 @@ class Full:
         if not eviction.enough:
             return None
         evicted = await self._room.carry_out(eviction)
-        self._made_room = evicted.enough
-        await self._room.wait_freed(self._lacks_nothing)
+        self._has_evicted = evicted.enough
+        await self._room.wait_freed(self._has_enough)
         return evicted
 
-    async def _lacks_nothing(self) -> bool:
-        return not await self._lack()
+    async def _has_enough(self) -> bool:
+        return not await self._shortfall()
 
-    async def _lack(self) -> dict[str, int]:
+    async def _shortfall(self) -> dict[str, int]:
         """Return the bytes still missing for everything that is arriving, by volume, where any are."""
         spaces, headroom = await self._room.spaces(), self._room.limits.headroom_bytes
-        await self._settle()
+        await self._apply_steps()
         # When all bytes are here, the file system may still be unable to add a directory entry.
         lack = {s.further: max(-s.to_give(headroom), 0) for s in spaces if s.in_flight_bytes}
         if not spaces[0].in_flight_bytes and not spaces[0].free_bytes:
@@ -145,7 +145,7 @@ class Full:
         """Update the ballast files and log when the disk becomes full or has space again. Returns all free bytes."""
         if any(step != "leave" for _, step in await asyncio.to_thread(self._steps)):
             async with self._section:
-                await self._settle()
+                await self._apply_steps()
             await self._announcer.publish()
         free = await asyncio.to_thread(self._disk.free_bytes)
         if (free == 0) != self._was_full:
@@ -177,7 +177,7 @@ class Full:
             for volume_id, ballast in ballasts
         ]
 
-    async def _settle(self) -> None:
+    async def _apply_steps(self) -> None:
         """Make and give up ballast files as needed. Within the section."""
         for ballast, step in await asyncio.to_thread(self._steps):
             if step == "make":
@@ -189,7 +189,7 @@ class Full:
                 freed = await asyncio.to_thread(ballast.give_up)
                 log.warning("ballast given up for reserved data", freed_bytes=freed)
 
-    async def _give_up(self) -> bool:
+    async def _give_up_ballast(self) -> bool:
         """Give up every ballast file. A failed write does not say which disk refused it."""
         async with self._section:
             ballasts = [self._disk.reserve, *(volume.reserve for volume in self._disk.further.values())]

@@ -81,7 +81,7 @@ class Guard:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(question.manifest)
         async with self._section:
-            manifest, known = await self._with_known(question.manifest)
+            manifest, known = await self._with_known_hashes(question.manifest)
             sizes, reservations = manifest.blob_sizes, self._ledger.promised
             requested = asked_leaves(manifest, question.leaves, self._ledger)
             wanted = promised_leaves(manifest.model, requested, self._ledger)
@@ -93,7 +93,9 @@ class Guard:
                 if reservations[manifest.model] != before:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
-                    await self._promise(blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob])
+                    await self._reserve_blob(
+                        blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob]
+                    )
                 self._ledger.ended.discard(manifest.model)
                 await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
@@ -112,7 +114,7 @@ class Guard:
         eviction_plan = as_told(evicted) if evicted else None
         return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=eviction_plan)
 
-    async def _promise(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
+    async def _reserve_blob(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
         known = self._ledger.partials.get(blob)
         if known is None:
             await asyncio.to_thread(self._disk.place, blob, volume_id)
@@ -130,7 +132,7 @@ class Guard:
         await asyncio.to_thread(self._disk.look_at, blob, partial)
         self._ledger.partials[blob] = partial
 
-    async def _with_known(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
+    async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
         """Fill in the sha256 of small files that are here. Returns the manifest and these hashes by git name."""
         known: dict[str, str] = {}
         for f in manifest.files:
@@ -149,7 +151,7 @@ class Guard:
         """End a reservation. Bytes that only it needed are deleted."""
         check_manifest(question.manifest)
         async with self._section:
-            manifest, _ = await self._with_known(question.manifest)
+            manifest, _ = await self._with_known_hashes(question.manifest)
             model = manifest.model
             if model in self._ledger.on_disk:
                 await self.removal.end_promise(model)
@@ -191,17 +193,17 @@ class Guard:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except BadLeaves as e:
             async with self._section:
-                self._require_same(blob, partial)
+                self._require_unchanged(blob, partial)
                 await asyncio.to_thread(forget, self._disk.layout, blob, partial.size_bytes, e.leaves)
                 await self.parts.drop_lost()
             raise
         except Corrupt:
             async with self._section:
-                self._require_same(blob, partial)
+                self._require_unchanged(blob, partial)
                 await self.parts.discard(blob, partial)
             raise
         async with self._section:
-            self._require_same(blob, partial)
+            self._require_unchanged(blob, partial)
             for model, reserved_blobs in self._ledger.promised.items():
                 if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
                     reserved_blobs.add(digests.sha256)
@@ -218,7 +220,7 @@ class Guard:
         await self._announcer.publish()
         return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes, root=root_of(digests.leaves))
 
-    def _require_same(self, blob: str, verified: Partial) -> None:
+    def _require_unchanged(self, blob: str, verified: Partial) -> None:
         # Cancelled and reserved again while we hashed: its bytes are not those that were verified.
         if self._ledger.partials.get(blob) is not verified:
             raise NotFound(f"the reservation of blob {blob[:16]}… was cancelled; reserve it again")
@@ -286,16 +288,16 @@ class Guard:
         seen = reconnects.count
         while True:
             seen = await reconnects.wait_after(seen)
-            await self._say_again()
+            await self._republish()
 
     async def say_again_what_is_taken(self) -> None:
         """Publish everything again whenever a published key is removed, as for a node retired while it lived."""
         while True:
             await self._announcer.taken()
             log.warning("published state of this disk was removed; publishing again")
-            await self._say_again()
+            await self._republish()
 
-    async def _say_again(self) -> None:
+    async def _republish(self) -> None:
         try:
             async with self._section:
                 await self._announcer.announce_all()

@@ -41,7 +41,7 @@ class Promise(Message):
 
 
 class Keeping:
-    """Keeps a ledger's `pinned`, `last_uses` and `promised` and their files in step."""
+    """Keeps a ledger's `pinned`, `last_uses` and `reservations` and their files in step."""
 
     def __init__(self, layout: Layout, ledger: Ledger) -> None:
         self._layout, self._ledger = layout, ledger

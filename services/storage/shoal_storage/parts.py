@@ -140,7 +140,7 @@ def require_leaves(layout: Layout, blob: str, size_bytes: int, leaves: int, root
 
 
 class Parts:
-    """Keeps a ledger's `parts`, their records and their published state in step."""
+    """Keeps a ledger's `shards`, their records and their published state in step."""
 
     def __init__(
         self, disk: Disk, ledger: Ledger, section: asyncio.Lock, keeping: Keeping, announcer: Announcer

@@ -45,7 +45,7 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
     ledger.leases = dict(leases or {})
     ledger.parts = parts.read(disk, ledger)
     for manifest in deleted.values():
-        with _left_for_later(manifest.model, ledger, deleted):
+        with _log_and_continue(manifest.model, ledger, deleted):
             leftover = left_behind(manifest, ledger)
             try:
                 for sha256 in leftover:
@@ -62,12 +62,12 @@ def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
             if not any(path.exists() for path in known):
                 times = _times_of(paths, ledger.blobs) if times is None else times
                 model = f"{name.replace('--', '/')}@{commit}"
-                with _left_for_later(model, ledger, deleted):
+                with _log_and_continue(model, ledger, deleted):
                     remove_view(view, deleted.get(model), times)
     for tomb in paths.tombs.iterdir():
         model = tombs[tomb].model if tomb in tombs else tomb.name
         if model not in ledger.leaving:
-            with _left_for_later(model, ledger, deleted):
+            with _log_and_continue(model, ledger, deleted):
                 disk.remove(tomb)
     if {identity for identity, _ in further_roots(paths)} <= disk.further.keys():
         leaves.remove_strays(paths, ledger.blobs)  # the blobs of a missing volume are unknown
@@ -90,7 +90,7 @@ def take_in(disk: Disk, ledger: Ledger, volume_id: str) -> None:
             if ledger.partials.pop(sha256, None) is not None:  # the whole blob is here: none of it has to arrive
                 disk.remove_partial(sha256)
             ledger.where[sha256] = volume_id
-            _take_in_blob(disk, ledger, sha256, stamp)
+            _add_blob(disk, ledger, sha256, stamp)
     for directory in volume_paths.partials.iterdir():
         name, known_volume = directory.name, ledger.where.get(directory.name)
         if name in ledger.partials or (name in ledger.blobs and known_volume != volume_id):
@@ -136,7 +136,7 @@ def let_go(disk: Disk, ledger: Ledger, volume_id: str) -> list[str]:
     return lose(lost, ledger)
 
 
-def _take_in_blob(disk: Disk, ledger: Ledger, sha256: str, stamp: Stamp) -> None:
+def _add_blob(disk: Disk, ledger: Ledger, sha256: str, stamp: Stamp) -> None:
     if not believed(stamp, listed=leaves.proves(disk.layout, sha256)):
         ledger.unproven[sha256] = stamp
         return
@@ -153,7 +153,7 @@ def _times_of(layout: StoreLayout, blobs: Iterable[str]) -> set[tuple[int, int]]
 
 
 @contextmanager
-def _left_for_later(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
+def _log_and_continue(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
     """Log what the disk refuses to delete, so that the start goes on; the next start retries."""
     try:
         yield
@@ -175,7 +175,7 @@ def _read(disk: Disk) -> Ledger:
     ledger = Ledger(unknown=scanned.unknown, where=disk.layout.where)
     for sha256, stamp in scanned.blobs.items():
         if not stamp.further:
-            _take_in_blob(disk, ledger, sha256, stamp)
+            _add_blob(disk, ledger, sha256, stamp)
     for directory in disk.layout.partials.iterdir():
         partial = _read_partial(disk, directory, ledger)
         if partial is not None:

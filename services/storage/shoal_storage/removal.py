@@ -52,7 +52,7 @@ class Removal:
     async def remove(self, model: str) -> int:
         """Delete a model, complete, incomplete or arriving, with the blobs that only it needs. Returns bytes freed.
 
-        After an OSError the model is either complete and published, or neither and in `leaving`; then call it again.
+        After an OSError the model is either complete and published, or neither and in `deleting`; then call it again.
         """
         ledger = self._ledger
         await self._parts.drop(model)
@@ -116,8 +116,8 @@ class Removal:
         """Delete a model from this node: its download request first, then its manifest, then its bytes."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
-        self._refuse_if_adopted(ref.repo, revision)
-        await self._wait_for_leaving(ref.repo, revision)
+        self._refuse_if_in_library(ref.repo, revision)
+        await self._wait_for_ending_stages(ref.repo, revision)
         await self._context.ask(
             "fetcher",
             self._context.node,
@@ -140,10 +140,10 @@ class Removal:
                 await self._refuse_if_used(ref.repo, revision)
                 manifests = self._removable(ref.repo, revision)
                 for manifest in manifests:
-                    freed += await self._remove_or_say(manifest.model)
+                    freed += await self._remove_or_explain(manifest.model)
                     await self._context.events.tell("model_deleted", model=manifest.model)
                 for model in arriving(ref.repo, revision, self._ledger):
-                    freed += await self._remove_or_say(model)
+                    freed += await self._remove_or_explain(model)
         finally:
             await self._announcer.publish()
         log.info("model deleted", model=str(ref), found=len(manifests), freed_bytes=freed)
@@ -153,7 +153,7 @@ class Removal:
         """Return what is here of a revision, and what failed deletions left of it."""
         return matching(repo, revision, {**self._ledger.leaving, **self._ledger.here}.values())
 
-    async def _remove_or_say(self, model: str) -> int:
+    async def _remove_or_explain(self, model: str) -> int:
         try:
             return await self.remove(model)
         except OSError as e:
@@ -165,7 +165,7 @@ class Removal:
                 "Delete it again when the disk allows it; storage also tries at its next start"
             ) from e
 
-    async def _wait_for_leaving(self, repo: str, revision: str) -> None:
+    async def _wait_for_ending_stages(self, repo: str, revision: str) -> None:
         """Raise InUse while the revision is in use, but wait for the stages of stopped instances, which end soon."""
         deadline_s = asyncio.get_running_loop().time() + _LEAVING_DEADLINE_S
         waited = False
@@ -182,7 +182,7 @@ class Removal:
             waited = True
             await asyncio.sleep(_LEAVING_POLL_S)
 
-    def _refuse_if_adopted(self, repo: str, revision: str) -> None:
+    def _refuse_if_in_library(self, repo: str, revision: str) -> None:
         if self._removable(repo, revision):
             return  # the store's copy can be deleted
         for manifest in matching(repo, revision, self._ledger.whole.values()):

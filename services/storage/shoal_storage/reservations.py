@@ -128,7 +128,7 @@ class Reservations:
         self._fetcher_seen_s: float | None = None
 
     async def watch(self) -> None:
-        """Check every LOOK_S, and when download requests change."""
+        """Check periodically, and when download requests change."""
 
         async def check() -> float:
             await self.look(time.time(), time.monotonic())
@@ -143,7 +143,7 @@ class Reservations:
             requests = wishes(
                 self._specs.items(prefix, DownloadSpec), dict(self._downloads.items(prefix, DownloadState))
             )
-            down_s = self._fetcher_away_s(monotonic_s)
+            down_s = self._fetcher_down_s(monotonic_s)
             steps = decide(self._ledger, requests, down_s, now_s, self._limits().partial_retention_s)
             for model in steps.renew:
                 await asyncio.to_thread(self._keeping.wanted, model, now_s)
@@ -163,7 +163,7 @@ class Reservations:
         if has_changed:
             await self._announcer.publish()
 
-    def _fetcher_away_s(self, monotonic_s: float) -> float:
+    def _fetcher_down_s(self, monotonic_s: float) -> float:
         """Return the seconds since the fetcher's liveness key was last seen; 0 while this node does not hear NATS."""
         is_live = self._live.get(live_key(self._context.node, "fetcher"), Live) is not None
         if is_live or self._fetcher_seen_s is None or not self._context.nats.client.is_connected:

@@ -44,24 +44,24 @@ class ReserveFile:
 
     def look(self) -> None:
         """Read its size at start. Removes one that was half made when its process ended."""
-        self._fresh.unlink(missing_ok=True)
+        self._temporary_path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             file_stat = self._path.stat()
             self.held_bytes = min(file_stat.st_size, file_stat.st_blocks * 512)
 
     @property
-    def _fresh(self) -> Path:
+    def _temporary_path(self) -> Path:
         return self._path.with_name(f".{self._path.name}.new")
 
     def make(self) -> None:
         """Allocate it. Raises OSError and then leaves nothing behind."""
         try:
-            with self._fresh.open("wb", buffering=0) as f:
+            with self._temporary_path.open("wb", buffering=0) as f:
                 _allocate(f.fileno(), self.size_bytes)
                 os.fsync(f.fileno())
-            self._fresh.replace(self._path)
+            self._temporary_path.replace(self._path)
         except BaseException:
-            self._fresh.unlink(missing_ok=True)
+            self._temporary_path.unlink(missing_ok=True)
             raise
         self.held_bytes = self.size_bytes
 

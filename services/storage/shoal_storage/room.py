@@ -86,14 +86,14 @@ class Room:
             except QuotaExceeded as refusal:
                 if evicted is not None and evicted.enough:
                     if not await self.wait_freed(lambda: self._admits(manifest, leaves)):
-                        raise self._not_given_back(refusal, evicted) from None
+                        raise self._not_released(refusal, evicted) from None
                     continue
                 enough = wanted(manifest, self._ledger, leaves).met_by(self._ledger, self.limits, spaces)
                 eviction = await self.plan_to_free(refusal.details["shortfall_bytes"], enough, asking=manifest.model)
                 if (policy := self.limits.eviction_policy) != "lru" or not eviction.enough:
                     raise refusal_with(refusal, eviction, policy) from None
             latest = await self.carry_out(eviction)
-            evicted = latest if evicted is None else _together(evicted, latest)
+            evicted = latest if evicted is None else _merged(evicted, latest)
         raise Unavailable(
             f"models of node {self._context.node} kept coming into use while space was freed for {manifest.repo}; "
             "try again"
@@ -121,7 +121,7 @@ class Room:
             await asyncio.sleep(_FREED_POLL_S)
         return True
 
-    def _not_given_back(self, refusal: QuotaExceeded, evicted: EvictionPlan) -> QuotaExceeded:
+    def _not_released(self, refusal: QuotaExceeded, evicted: EvictionPlan) -> QuotaExceeded:
         return QuotaExceeded(
             f"{refusal.message}; {human(evicted.frees_bytes)} were evicted for it, but the disk has not released "
             "them: a process has these files open (`lsof +L1` lists it), or others write to this disk",
@@ -203,7 +203,7 @@ def spaces_of(disk: Disk, in_flight: Mapping[str, int]) -> list[Space]:
     return spaces
 
 
-def _together(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
+def _merged(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
     """Merge two executed plans, in order, for the need of the first."""
     return structs.replace(
         second,

@@ -9,9 +9,9 @@ from shoal_common.layout import Layout
 
 
 class StoreLayout(Layout):
-    """`StorePaths` with volumes. `where` maps blobs, by name, to the id of the volume they are on.
+    """`StorePaths` with volumes. One map has the id of the volume that each blob, by name, is on.
 
-    It is the ledger's `where` too. Blobs that it does not name are in the store, or are to go there.
+    The ledger shares this map. Blobs that it does not name are in the store, or are to go there.
     """
 
     def __init__(self, root: Path) -> None:
@@ -76,7 +76,7 @@ class StoreLayout(Layout):
         self._further[volume_id] = Layout(root)
 
     def forget(self, volume_id: str) -> None:
-        """Remove a volume, and every blob on it from `where`."""
+        """Remove a volume, and every blob on it from the map."""
         self._further.pop(volume_id, None)
         for blob in [b for b, other_id in self.where.items() if other_id == volume_id]:
             del self.where[blob]
