@@ -272,7 +272,7 @@ class Ledger(msgspec.Struct):
         return not partial.models or not partial.models <= self.ended
 
     def promised_bytes(self, partial: Partial, standing: str = "") -> int:
-        """Bytes a partial blob may come to occupy by its active reservations; `standing` counts as active."""
+        """Bytes a partial blob may come to occupy by its active reservations; `active_model`'s counts as active."""
         active = partial.models - (self.ended - {standing})
         if partial.models and not active:
             return partial.allocated_bytes
@@ -529,7 +529,7 @@ def _refused(
     if len(spaces) > 1:
         return QuotaExceeded(
             f"{manifest.repo} needs {human(needed)}, its largest file {human(max(demand.blobs.values()))}; "
-            f"{_available_by_volume(spaces, limits)}, each beside {human(limits.headroom_bytes)} of headroom: free "
+            f"{_describe_available(spaces, limits)}, each beside {human(limits.headroom_bytes)} of headroom: free "
             "some space, or remove a model with `shoal rm`",
             **figures,
         )
@@ -541,12 +541,12 @@ def _refused(
     )
 
 
-def _available_by_volume(spaces: Iterable[Space], limits: Limits) -> str:
+def _describe_available(spaces: Iterable[Space], limits: Limits) -> str:
     return ", ".join(f"{s.path} has {human(max(s.to_give(limits.headroom_bytes), 0))} available" for s in spaces)
 
 
 def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
-    """Return the blobs that a manifest, a running fetch or a lease needs, ignoring the models in `leaving`."""
+    """Return the blobs that a manifest, a running fetch or a lease needs. The `ignored` models do not count."""
     gone = set(leaving)
     needed = {b for model, m in ledger.on_disk.items() if model not in gone for b in m.blob_sizes}
     for model, blobs in ledger.promised.items():

@@ -32,7 +32,7 @@ class Digests(msgspec.Struct, frozen=True):
 
 
 def digest(path: Path, with_git: bool, between: Callable[[], None]) -> Digests:
-    """Hash a whole file. `between` is called before each leaf and may raise to stop."""
+    """Hash a whole file. `on_progress` is called before each leaf and may raise to stop."""
     with FileIO(path) as f:
         return digest_of(f, with_git, between)
 
@@ -90,7 +90,8 @@ def _leaves_of(fd: int) -> Iterator[bytes]:
 def unlike(f: FileIO, hashes: bytes, between: Callable[[], None]) -> list[int]:
     """Return the leaves of an open file that do not match a list of hashes, in order.
 
-    Several threads hash at once: BLAKE3 by leaf needs no order. `between` is called before each leaf and may raise.
+    Several threads hash at once: BLAKE3 by leaf needs no order. `on_progress` is called before each leaf and may
+    raise.
     """
     pending, lock = iter(range(len(hashes) // HASH_BYTES)), threading.Lock()
 

@@ -241,7 +241,7 @@ class Disk:
     # Commit
 
     def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
-        """Make a partial blob durable and hash all of it: by leaf if its list has the digest `root`, else by sha256.
+        """Make a partial blob durable and hash all of it: by leaf if its list has the given digest, else by sha256.
 
         Raises Corrupt on a mismatch; CorruptLeaves when only some leaves mismatch.
         """

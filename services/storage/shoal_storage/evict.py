@@ -32,7 +32,7 @@ def plan(
     enough: Enough | None = None,
 ) -> EvictionPlan:
     """Plan how to free `need_bytes`: all garbage, then abandoned downloads, then the least recently used models that
-    are not in `kept`.
+    are not in `protected`.
 
     Where there are volumes, `enough` says whether the bytes freed on each suffice. A model without a last use counts
     as never used. A victim frees what nothing else needs once the victims before it are gone.

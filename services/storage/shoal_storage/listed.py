@@ -35,7 +35,7 @@ class BadLeaves(Corrupt):
 
 
 def sealed_list(layout: Layout, blob: str, size_bytes: int, root: str) -> bytes | None:
-    """Return the partial blob's own list if its digest is `root`; None when there is none, or it does not match."""
+    """Return the partial blob's own list if it has the given digest; None if there is none or it differs."""
     if not root or blob.startswith("git-"):  # the list covers neither git's sha1 nor an unknown sha256
         return None
     try:

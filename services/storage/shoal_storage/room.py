@@ -60,7 +60,7 @@ class Room:
         return await self.plan_to_free(need_bytes, demand.met_by(self._ledger, self.limits, spaces))
 
     async def plan_to_free(self, need_bytes: int, enough: Enough, asking: str = "") -> EvictionPlan:
-        """Return what would be evicted to free so many bytes where `enough` needs them. The model `asking` stays.
+        """Return what would be evicted to free so many bytes where `enough` needs them. The admitted model stays.
 
         Changes nothing.
         """

@@ -11,7 +11,7 @@ _MAX_SEARCH_STEPS = 2000
 
 
 class Space(msgspec.Struct, frozen=True):
-    """A file system that blobs may go to. `further` is a volume's id, "" for the store."""
+    """A file system that blobs may go to. `volume_id` is "" for the store."""
 
     further: str
     path: str
@@ -27,8 +27,8 @@ class Space(msgspec.Struct, frozen=True):
 def spread(blobs: Mapping[str, int], rooms: Mapping[str, int], fixed: Mapping[str, str]) -> dict[str, str] | None:
     """Return a volume for every blob (bytes by name), or None if they do not fit.
 
-    `rooms` gives the bytes available on each volume, the store ("") first; `fixed` names the volume of blobs that can
-    go to no other. A blob that needs no bytes fits anywhere.
+    `available_by_volume` gives the bytes available on each volume, the store ("") first; `fixed` names the volume of
+    blobs that can go to no other. A blob that needs no bytes fits anywhere.
     """
     left, placement = dict(rooms), dict[str, str]()
     for blob in sorted(blobs.keys() & fixed.keys()):
