@@ -125,11 +125,11 @@ def test_a_refusal_says_needed_quota_used_and_what_to_do() -> None:
     with pytest.raises(QuotaExceeded) as refused:
         admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(300, 0), 10**6)
     assert str(refused.value) == (
-        "org/model needs 250 B and the quota of 300 B has 240 B left (60 B used, 0 B reserved): "
-        "remove a model with `shoal rm`, or raise max_storage_bytes"
+        "org/model needs 250 B; the quota of 300 B has 240 B left (60 B used, 0 B reserved): "
+        "remove a model with `shoal rm`, or raise the quota with `shoal storage set --max-storage`"
     )
     with pytest.raises(
-        QuotaExceeded, match=r"the disk has 150 B to give \(200 B free, 50 B kept free, 0 B promised\)"
+        QuotaExceeded, match=r"the disk has 150 B available \(200 B free, 50 B headroom, 0 B reserved\)"
     ):
         admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(None, 50), 200)
 
@@ -137,7 +137,7 @@ def test_a_refusal_says_needed_quota_used_and_what_to_do() -> None:
 def test_I3_bytes_promised_and_not_yet_written_are_not_promised_twice() -> None:
     blob = f"{7:064x}"
     ledger = Ledger(partials={f"{6:064x}": Partial(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
-    with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B kept free, 60 B promised\)"):
+    with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B headroom, 60 B reserved\)"):
         admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 300)
     assert admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 310).missing == [blob]
 
@@ -158,7 +158,7 @@ def test_a_blob_whose_size_has_changed_on_the_disk_is_fetched_again() -> None:
 def test_I3_a_manifest_cannot_enlarge_what_another_reserved() -> None:
     blob = f"{7:064x}"
     ledger = Ledger(partials={blob: Partial(1, models={"org/liar@" + COMMIT})})
-    with pytest.raises(BadInput, match=r"250 bytes, and it is arriving with 1"):
+    with pytest.raises(BadInput, match=r"250 bytes, but another download reserved it with 1"):
         admit(manifest_of("org/model", [blob]), ledger, Limits(300, 0), 1000)
 
 

@@ -217,7 +217,7 @@ async def test_taking_a_root_out_removes_what_is_ours_at_once_and_nothing_of_the
         assert files_below(node.layout.root) == {"adopted/verified.json"}
         text = (node.home / "node.toml").read_text()
         assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "read_only_roots" not in text
-        assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended"]
+        assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended", "settings_changed"]
     assert picture(cache) == before
 
 

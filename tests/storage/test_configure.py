@@ -67,6 +67,13 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
                 "used_bytes": 0,
                 "from_environment": [],
             }
+            assert (await configure(node, Configure(headroom_bytes=7))).ok, "changes nothing, so it is no event"
+            assert [(name, event["settings"]) for name, event in await node.events()] == [
+                (
+                    "settings_changed",
+                    {"max_storage_bytes": 10_000, "eviction_policy": "lru", "headroom_bytes": 7},
+                )
+            ]
             await node.reserve(apples.manifest)
             state = await node.storage_state()
             assert (state.quota_bytes, state.eviction_policy, state.headroom_bytes) == (10_000, "lru", 7)
@@ -234,5 +241,5 @@ def test_a_remark_is_made_only_when_there_is_something_to_know() -> None:
     fits = Limits(100, 10)
     assert remark(fits, 60, 40, 10) == ""
     assert "until models are removed" in remark(fits, 60, 41, 10)
-    assert "makes room first" in remark(Limits(100, 10, "lru"), 101, 0, 10)
-    assert "9 B free, less than the 10 B" in remark(Limits(None, 10), 0, 0, 9)
+    assert "new downloads evict models first" in remark(Limits(100, 10, "lru"), 101, 0, 10)
+    assert "9 B free, less than the headroom of 10 B" in remark(Limits(None, 10), 0, 0, 9)

@@ -146,7 +146,7 @@ def test_hashing_ends_when_the_service_stops(root: Path) -> None:
 
 def test_a_second_process_is_refused_and_told_who_has_the_store(root: Path) -> None:
     store = Store(root)
-    with pytest.raises(Claimed, match=rf"is open already, by pid {os.getpid()}; stop that one") as refused:
+    with pytest.raises(Claimed, match=rf"is already open, by pid {os.getpid()}; stop it first") as refused:
         Disk(root).open()
     assert refused.value.exit_code == 9
     del store
@@ -156,7 +156,7 @@ def test_a_second_process_is_refused_and_told_who_has_the_store(root: Path) -> N
 def test_a_store_of_another_format_is_refused_untouched(root: Path) -> None:
     root.mkdir()
     (root / "VERSION").write_text("2\n")
-    with pytest.raises(Unsupported, match="has format 2 and this version of Shoal knows 1: update Shoal"):
+    with pytest.raises(Unsupported, match="has format 2; this version of Shoal supports 1: update Shoal"):
         Disk(root).open()
     assert {p.name for p in root.iterdir()} == {"VERSION", "lock"}
 

@@ -257,7 +257,7 @@ def test_a_refusal_says_what_could_go_and_how() -> None:
     assert (enough.details["evictable_bytes"], enough.details["needed_bytes"]) == (63, 50)
     kept = {"org/sixty@" + "c" * 40: "pinned"}
     short = refusal_with(refused.value, plan(need, ledger, ledger.last_uses, kept), "lru")
-    assert short.message.endswith("3 B could be evicted, and 43 B would have to be; 1 model is pinned or in use")
+    assert short.message.endswith("3 B evictable, 43 B needed; 1 model is pinned or in use")
     assert (short.details["evictable_bytes"], short.details["would_evict"]) == (3, [])
 
 

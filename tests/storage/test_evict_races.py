@@ -154,9 +154,7 @@ async def test_space_that_the_disk_does_not_give_back_costs_no_further_model(
     async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         held.disk.claims_free_bytes = 1500  # and no more, as long as somebody holds A's file open
-        with pytest.raises(
-            QuotaExceeded, match="1 kB were evicted for it, and the disk has not given them back"
-        ) as e:
+        with pytest.raises(QuotaExceeded, match="1 kB were evicted for it, but the disk has not released them") as e:
             await held.reserve(NEW)
         assert e.value.details["evicted"] == [A.name]
         assert held.ledger.manifests.keys() == {B.name, C.name}

@@ -107,7 +107,7 @@ async def test_I4_pinned_used_and_arriving_models_survive_and_what_is_left_is_no
         await spec.put(instance_key(name), instance_of(TWO, name, node.node))
         assert (await node.storage_state()).pinned == [SIXTY.name]
         before = files_below(node.layout.root)
-        with pytest.raises(QuotaExceeded, match=r"100 B could be evicted, and .* 2 models are pinned or in use") as e:
+        with pytest.raises(QuotaExceeded, match=r"100 B evictable, .* needed; 2 models are pinned or in use") as e:
             await node.reserve(FIFTY.manifest)
         assert e.value.details["evictable_bytes"] == 100
         assert files_below(node.layout.root) == before, "not enough: nothing goes"

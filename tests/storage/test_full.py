@@ -125,10 +125,10 @@ async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_fre
             ballast = fill(disk)
             async with node.storage(**environ) as process:
                 if reserve_bytes:
-                    await process.wait_line("the reserve was given up")
+                    await process.wait_line("ballast given up")
                     fill_more(ballast)
                 else:
-                    await process.wait_line("the disk is full")
+                    await process.wait_line("disk full: nothing can arrive")
                 assert free_bytes(disk) == 0
                 outcome = await node.command("gc", CollectGarbage())
                 assert outcome.ok and outcome.result["freed_bytes"] == len(stray), outcome.error
@@ -196,7 +196,7 @@ def test_a_commit_that_the_disk_refuses_leaves_a_partial_that_can_be_written_to(
 
 def test_only_a_full_disk_is_called_one() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(DiskFull, match="while storage was to seal"), told("seal"):
+        with pytest.raises(DiskFull, match="while storage tried to seal"), told("seal"):
             raise OSError(number, os.strerror(number))
     with pytest.raises(OSError, match="Input/output") as e, told("seal"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -224,7 +224,7 @@ async def test_the_reserve_is_given_up_for_what_storage_must_write_and_then_it_i
 
         guarded = full_of(held).guarded("commit", answer)
         assert await guarded(Done()) == Done() and asked == [True, False]
-        with pytest.raises(DiskFull, match="disk full: No space left on device while storage was to commit"):
+        with pytest.raises(DiskFull, match="disk full: No space left on device while storage tried to commit"):
             await guarded(Done())
         assert asked == [True, False, False], "there was nothing more to give up"
 

@@ -92,7 +92,7 @@ async def test_I1_what_was_verified_is_not_taken_for_what_was_reserved_anew_mean
         await held.guard.reserve(Reserve(manifest=model.manifest))
         put(held.disk.layout, blob, b"x" * 1000)
         held.disk.gate.set()
-        with pytest.raises(NotFound, match="was withdrawn; reserve it again"):
+        with pytest.raises(NotFound, match="was cancelled; reserve it again"):
             await committing
         assert (held.disk.layout.partial(blob) / "data").read_bytes() == b"x" * 1000, "the new bytes were touched"
         with pytest.raises(Corrupt):

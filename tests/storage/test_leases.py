@@ -349,7 +349,7 @@ async def test_a_deletion_waits_for_the_stages_of_an_instance_that_was_stopped(
             assert refused.error.details["instance"] == name
             await spec.delete(instance_key(name))
             deleting = asyncio.create_task(node.delete("org/model"))
-            await storage.wait_line("waiting for stages that are ending")
+            await storage.wait_line("waiting for ending stages")
             stage.kill()
             assert (await deleting).ok
         assert files_below(node.layout.root) == set()

@@ -225,7 +225,7 @@ async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention
         await cluster.look(30 * DAY_S + STILL_WANTED_S)
         assert held.ledger.ended == {COMES.name}
         assert kept_models(held.ledger, {}) == {}
-        with pytest.raises(NotFound, match="has ended: nobody wanted it; reserve it again"):
+        with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is room for others.
         await held.guard.room.spaces()

@@ -210,7 +210,7 @@ def test_a_copy_that_a_lease_may_look_at_is_no_garbage() -> None:
 def test_a_refusal_has_the_figures_of_every_root() -> None:
     manifest = manifest_of(NEW, ["e" * 64], {"e" * 64: 70})
     spaces = [Space("", "the store", 50, 0), Space("one", "/mnt/big", 60, 5)]
-    with pytest.raises(QuotaExceeded, match="the store has 40 B to give, /mnt/big has 45 B to give") as refused:
+    with pytest.raises(QuotaExceeded, match="the store has 40 B available, /mnt/big has 45 B available") as refused:
         admit(manifest, Ledger(), Limits(None, 10), 50, spaces)
     assert refused.value.details["roots"] == [
         {"path": "the store", "free_bytes": 50, "in_flight_bytes": 0, "room_bytes": 40},

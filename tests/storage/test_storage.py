@@ -142,7 +142,7 @@ async def test_I3_the_free_space_reserve_is_kept(
     node_dir = os.statvfs(tmp_path)
     headroom = node_dir.f_bavail * node_dir.f_frsize * 2
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_HEADROOM_BYTES=str(headroom)):
-        with pytest.raises(QuotaExceeded, match="kept free") as refused:
+        with pytest.raises(QuotaExceeded, match="headroom") as refused:
             await node.reserve(apples.manifest)
         assert refused.value.details["headroom_bytes"] == headroom
         assert not list(node.layout.partials.iterdir())
@@ -240,7 +240,7 @@ async def test_a_start_takes_back_models_that_the_disk_lost_and_announces_those_
         async with node.storage() as process, node.fetcher():
             assert await node.model_state(apples) is None
             assert await node.model_state(pears) is not None
-            await process.wait_line("model is not whole; not announced", apples.name)
+            await process.wait_line("model incomplete; not published", apples.name)
             deleted = await node.delete("org/apples")
             assert deleted.ok and deleted.result["models"] == [apples.name]
             assert files_below(node.layout.root) == whole_of(pears), "what was left of it can be removed"
@@ -322,7 +322,7 @@ async def test_a_second_storage_on_the_same_store_is_refused_naming_the_first(
         node.storage() as process,
     ):
         (other.home / "node.toml").write_text(f'id = "{other.node}"\n[storage]\npath = "{node.layout.root}"\n')
-        for home, holder in ((node.home, "is already running"), (other.home, "is open already")):
+        for home, holder in ((node.home, "is already running"), (other.home, "is already open")):
             environment = node_environment(home, nats.url)
             async with started("-m", "shoal_storage", environment=environment) as second:
                 assert await second.wait_exit() == 9

@@ -1,4 +1,4 @@
-"""What the cluster is told of a node's disk: the only writer of `state` at `model.<node>.*` and `storage.<node>`."""
+"""Publishes a node's disk: the only writer of `state` at `model.<node>.*`, `shard.<node>.*` and `storage.<node>`."""
 
 from __future__ import annotations
 
@@ -34,64 +34,64 @@ UNKNOWN_NAMED_AT_MOST = 5
 
 
 class Announcer:
-    """Says what the ledger holds, when that differs from what was said."""
+    """Publishes the ledger when it differs from what was last published."""
 
     def __init__(
-        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, announced: View, of_the_disk: View
+        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, model_view: View, storage_view: View
     ) -> None:
         self.node = self._node = context.node
         self._state = context.buckets.state
         self._disk, self._ledger, self._limits = disk, ledger, limits
-        self._announced, self._of_the_disk = announced, of_the_disk
-        self._said: dict[str, int] = {}
+        self._model_view, self._storage_view = model_view, storage_view
+        self._revisions: dict[str, int] = {}
         self._from_environment = overridden(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
         self.roots: list[RootState] = []
-        """What the next `publish` says of the read-only roots."""
+        """The libraries, as `publish` reports them next."""
         self.further: Callable[[], list[FurtherRootState]] = list
-        """What `publish` says of the further roots. Called in a thread."""
+        """Returns the volumes as `publish` reports them. Called in a thread."""
 
     def use_limits(self, limits: Limits) -> None:
-        """Say these limits from the next time on."""
+        """Publish these settings from the next `publish` on."""
         self._limits = limits
 
     async def announce_all(self) -> None:
-        """At start and after a reconnection: say what the disk holds, and take back what it no longer does."""
+        """Publish everything the disk holds, and unpublish the rest. At start and after a reconnect."""
         held: set[str] = set()
-        self._said.clear()
+        self._revisions.clear()
         for manifest in list(self._ledger.manifests.values()) if not self._ledger.away else []:
             try:
                 await asyncio.to_thread(self._disk.build_view, manifest)
                 await self.announce(manifest)
             except OSError as e:
-                log.warning("a model cannot be opened; not announced", model=manifest.model, why=str(e))
+                log.warning("cannot build the view of a model; not published", model=manifest.model, reason=str(e))
                 continue
             held.add(model_key(self._node, manifest.model))
-        for model, adopted in self._ledger.offered.items():
-            if await self._offer(adopted):
+        for model, library_model in self._ledger.offered.items():
+            if await self._publish_library_model(library_model):
                 held.add(model_key(self._node, model))
         for part in list(self._ledger.parts.values()) if not self._ledger.away else []:
             await self.announce_part(part)
             held.add(part_key(self._node, part.manifest.model))
-        told = [k for k, _ in self._announced.items("model.", ModelState)]
-        told += [k for k, _ in self._announced.items("part.", PartState)]
-        for key in told:
+        published_keys = [k for k, _ in self._model_view.items("model.", ModelState)]
+        published_keys += [k for k, _ in self._model_view.items("part.", PartState)]
+        for key in published_keys:
             if key not in held:
-                await self._take_back(key)
+                await self._unpublish(key)
         self._published = None
         await self.publish()
 
     async def announce(self, manifest: Manifest) -> ModelState:
-        """Say that a model is ready. Returns what is said of it."""
-        lay = self._disk.layout
-        shape, why = None, ""
+        """Publish a model as ready. Returns its state."""
+        paths = self._disk.layout
+        shape, shape_error = None, ""
         try:
-            shape = await asyncio.to_thread(read_shape, lay.view(manifest.repo, manifest.commit))
+            shape = await asyncio.to_thread(read_shape, paths.view(manifest.repo, manifest.commit))
         except ShoalError as e:
-            why = e.message
+            shape_error = e.message
         offered = self._ledger.offered.get(manifest.model)
-        path = (lay.adopted_model if offered else lay.manifest)(manifest.repo, manifest.commit)
+        path = (paths.adopted_model if offered else paths.manifest)(manifest.repo, manifest.commit)
         ready_at_s = (await asyncio.to_thread(path.stat)).st_mtime
         state = ModelState(
             node=self._node,
@@ -99,51 +99,55 @@ class Announcer:
             commit=manifest.commit,
             size_bytes=manifest.size_bytes,
             file_count=len(manifest.files),
-            # A snapshot that no ref names has its commit and no other name.
+            # A snapshot that no ref names has only its commit as a name.
             revisions=manifest.revisions or ([] if offered else [DEFAULT_REVISION]),
             shape=shape,
-            shape_error=why,
+            shape_error=shape_error,
             ready_at_s=round(ready_at_s, 3),
             adopted_from=offered.directory if offered else "",
         )
-        await self._say(model_key(self._node, manifest.model), state)
+        await self._put_if_changed(model_key(self._node, manifest.model), state)
         return state
 
     async def announce_part(self, part: Part) -> None:
-        """Say which layers of a model are here."""
-        await self._say(part_key(self._node, part.manifest.model), part_state(self._node, part))
+        """Publish a model's shard: which of its layers are here."""
+        await self._put_if_changed(part_key(self._node, part.manifest.model), part_state(self._node, part))
 
     async def take_back_part(self, model: str) -> None:
-        """Say that no part of a model (`org/name@commit`) is here any more."""
-        await self._take_back(part_key(self._node, model))
+        """Unpublish the shard of a model (`org/name@commit`)."""
+        await self._unpublish(part_key(self._node, model))
 
     async def take_back(self, model: str) -> None:
-        """Say that a model (`org/name@commit`) is here no more; or, where a read-only root has it too, is there."""
+        """Unpublish a model (`org/name@commit`); or, if a library has it too, publish that copy."""
         offered = self._ledger.offered.get(model)
-        if offered and await self._offer(offered):
+        if offered and await self._publish_library_model(offered):
             return
-        await self._take_back(model_key(self._node, model))
+        await self._unpublish(model_key(self._node, model))
 
-    async def _offer(self, adopted: Adopted) -> bool:
+    async def _publish_library_model(self, library_model: Adopted) -> bool:
         try:
-            await asyncio.to_thread(show, self._disk.layout, adopted)
-            await self.announce(adopted.manifest)
+            await asyncio.to_thread(show, self._disk.layout, library_model)
+            await self.announce(library_model.manifest)
         except OSError as e:
-            log.warning("a model cannot be opened; not announced", model=adopted.manifest.model, why=str(e))
+            log.warning(
+                "cannot build the view of a model; not published", model=library_model.manifest.model, reason=str(e)
+            )
             return False
         return True
 
     async def publish(self) -> None:
-        """Say how the disk stands, when that has changed."""
-        # One at a time, each reading the ledger in its turn: an older picture never follows a newer one.
+        """Publish the state of the disk if it has changed."""
+        # One at a time, each reading the ledger in its turn, so that an older state never follows a newer one.
         async with self._publishing:
             free = await asyncio.to_thread(self._disk.free_bytes)
             ledger = self._ledger
-            unproven = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
-            at, lay = self._disk.layout.root, self._disk.layout
-            paths = [lay.blob(b) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
-            wrong = [str(path.relative_to(at) if path.is_relative_to(at) else path) for path in paths]
-            unknown = [*wrong, *ledger.unknown.paths]
+            unverified = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
+            store_root, paths = self._disk.layout.root, self._disk.layout
+            blob_paths = [paths.blob(b) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            corrupt = [
+                str(path.relative_to(store_root) if path.is_relative_to(store_root) else path) for path in blob_paths
+            ]
+            foreign = [*corrupt, *ledger.unknown.paths]
             state = StorageState(
                 node=self._node,
                 quota_bytes=self._limits.quota_bytes,
@@ -158,11 +162,11 @@ class Announcer:
                 blob_count=len(ledger.blobs),
                 quarantined=sorted(ledger.quarantined),
                 pinned=sorted(ledger.pinned & ledger.here.keys()),
-                unproven_count=len(unproven),
-                unproven_bytes=sum(unproven.values()),
+                unproven_count=len(unverified),
+                unproven_bytes=sum(unverified.values()),
                 unknown_count=ledger.unknown.count + len(ledger.wrong),
                 unknown_bytes=ledger.unknown.size_bytes + sum(s.size_bytes for s in ledger.wrong.values()),
-                unknown=unknown[:UNKNOWN_NAMED_AT_MOST],
+                unknown=foreign[:UNKNOWN_NAMED_AT_MOST],
                 store_away=ledger.away,
                 leases=told(ledger.leases.values()),
                 unfinished=sorted(ledger.ended - ledger.here.keys()),
@@ -175,38 +179,38 @@ class Announcer:
                 roots=await asyncio.to_thread(self.further),
             )
             if state != self._published:
-                await self._say(storage_key(self._node), state)
+                await self._put_if_changed(storage_key(self._node), state)
                 self._published = state
 
-    async def _say(self, key: str, value: object) -> None:
-        """Write unless exactly this stands there: a start that changes nothing writes nothing."""
+    async def _put_if_changed(self, key: str, value: object) -> None:
+        """Put a value unless the key already has it: a start that changes nothing writes nothing."""
         entry = await self._state.get(key)
-        stands = entry is not None and entry.value == encode(value)
-        self._said[key] = entry.revision if entry and stands else await self._state.put(key, value)
+        is_current = entry is not None and entry.value == encode(value)
+        self._revisions[key] = entry.revision if entry and is_current else await self._state.put(key, value)
 
-    async def _take_back(self, key: str) -> None:
-        self._said.pop(key, None)
+    async def _unpublish(self, key: str) -> None:
+        self._revisions.pop(key, None)
         await self._state.delete(key)
 
     async def taken(self) -> None:
-        """Return once something that was said does not stand there any more.
+        """Return once a published key has been removed by somebody else.
 
-        Whoever retired this node while it could not be heard has removed it.
+        A node retired while it was unreachable loses its keys.
         """
-        views = (self._announced, self._of_the_disk)
+        views = (self._model_view, self._storage_view)
         while True:
             seen = tuple(view.changes for view in views)
-            if any(self._is_missing(key, revision) for key, revision in self._said.items()):
+            if any(self._is_missing(key, revision) for key, revision in self._revisions.items()):
                 return
             await any_changed(views, seen)
 
     def _is_missing(self, key: str, revision: int) -> bool:
-        view = self._of_the_disk if key == storage_key(self._node) else self._announced
+        view = self._storage_view if key == storage_key(self._node) else self._model_view
         return view.revision >= revision and key not in view
 
 
 def part_state(node: str, part: Part) -> PartState:
-    """What the cluster is told of a part."""
+    """Return the published state of a shard."""
     manifest = part.manifest
     return PartState(
         node=node,

@@ -1,4 +1,4 @@
-"""Small files and names that survive a power cut once these functions have returned. Blocking: runs in threads."""
+"""Small files and directory entries that survive a power cut once these functions return. Blocking."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def sync(path: Path) -> None:
 
 
 def make_directory(directory: Path, within: Path | None = None) -> None:
-    """Make a directory and those above it: what is kept in it is lost with a name that is not.
+    """Make a directory and its missing parents, durably: a file is lost if a directory entry above it is.
 
-    `within` has to be there: an unmounted disk is not written beside. Raises FileNotFoundError when it is not.
+    `within` must exist, so that nothing is written beside an unmounted disk. Raises FileNotFoundError if it does not.
     """
     if not directory.exists():
         if directory == within:
-            raise FileNotFoundError(errno.ENOENT, "it has gone", str(within))
+            raise FileNotFoundError(errno.ENOENT, "the directory is missing", str(within))
         make_directory(directory.parent, within)
         directory.mkdir(exist_ok=True)
         sync(directory.parent)
 
 
 def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
-    """Write a small file so that it is either the old or the new one, with its bytes and this mtime.
+    """Replace a small file atomically and durably, with this mtime.
 
     A kill may leave `.<name>.new` beside it.
     """
@@ -39,7 +39,7 @@ def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
 
 
 def put_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
-    """The same, but that it is there at all lasts only once its directory has been synced."""
+    """Like `write_file`, but the directory entry is durable only after the directory is synced."""
     fresh = path.with_name(f".{path.name}.new")
     with fresh.open("wb") as f:
         f.write(data)

@@ -1,6 +1,6 @@
-"""What may go, and in which order, when room is needed (docs/storage.md, "The plan"). Pure.
+"""The eviction plan: what may go, and in which order, when space is needed (docs/storage.md, "The plan"). Pure.
 
-References are counted once over all models, so a plan costs one look at every file of every model, however many
+References are counted once over all models, so a plan costs one pass over the files of all models, however many
 models there are and however much they share.
 """
 
@@ -17,11 +17,11 @@ from shoal_common.messages.questions import EvictionPlan, Victim
 from shoal_storage.decide import EvictionPolicy, Ledger, human
 from shoal_storage.users import User, words
 
-_LISTED_AT_MOST = 1000
+_MAX_LISTED = 1000
 
 
 Enough = Callable[[Mapping[str, int]], bool]
-"""Whether so many bytes freed, by further root ("" for the store), are enough."""
+"""Whether so many bytes freed, by volume ("" for the store), are enough."""
 
 
 def plan(
@@ -31,56 +31,58 @@ def plan(
     kept: Mapping[str, str],
     enough: Enough | None = None,
 ) -> EvictionPlan:
-    """How `need_bytes` are freed: all garbage, then what ended downloads have left, then the models least lately used
-    that are not in `kept`.
+    """Plan how to free `need_bytes`: all garbage, then abandoned downloads, then the least recently used models that
+    are not in `protected`.
 
-    Where there are further roots, `enough` says of what would be freed on each whether that will do. A model without
-    a last use counts as never used. What a victim frees is what nothing else needs once those before it are gone.
+    Where there are volumes, `enough` says whether the bytes freed on each suffice. A model without a last use counts
+    as never used. A victim frees what nothing else needs once the victims before it are gone.
     """
-    will_do = enough or (lambda freed: sum(freed.values()) >= need_bytes)
+    is_enough = enough or (lambda freed: sum(freed.values()) >= need_bytes)
     needs = _needs(ledger)
     start, needed = _References(ledger, needs), set[str]().union(*needs.values())
     garbage = _garbage(ledger, needed)
     freed = _garbage_bytes(garbage, ledger, needed)
     garbage_bytes = freed.total()
-    here = ledger.here
-    left_over = [m for m in ledger.ended if m not in here and m not in kept]
-    left_over.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
-    order = sorted((m for m in here if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
-    evictable_bytes = garbage_bytes + start.only_in({*left_over, *order})
+    local = ledger.here
+    abandoned = [m for m in ledger.ended if m not in local and m not in kept]
+    abandoned.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
+    order = sorted((m for m in local if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
+    evictable_bytes = garbage_bytes + start.only_in({*abandoned, *order})
 
-    left, prefix = start.copy(), list[str]()
-    suffices = need_bytes <= 0 or will_do(freed)
-    for model in (*left_over, *order):
+    remaining, prefix = start.copy(), list[str]()
+    suffices = need_bytes <= 0 or is_enough(freed)
+    for model in (*abandoned, *order):
         if suffices:
             break
         prefix.append(model)
-        for root, size_bytes in left.leave(model).items():
-            freed[root] += size_bytes
-        suffices = will_do(freed)
+        for volume_id, size_bytes in remaining.remove(model).items():
+            freed[volume_id] += size_bytes
+        suffices = is_enough(freed)
     if need_bytes <= 0 or not suffices:
         return EvictionPlan(
             need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable_bytes, kept=dict(kept)
         )
 
-    models = [m for m in prefix if m in here]
+    models = [m for m in prefix if m in local]
     spared = set()
-    # What ended downloads have left is never kept at the cost of a model.
+    # An abandoned download is never kept at the cost of a model.
     for model in models or prefix:
-        stays = left.kept_by(model)
-        less = {root: size_bytes - stays.get(root, 0) for root, size_bytes in freed.items()}
-        if will_do(less):  # the others suffice: it is spared
-            freed = Counter(less)
-            left.come_back(model)
+        still_needed = remaining.needed_by(model)
+        remaining_freed = {
+            volume_id: size_bytes - still_needed.get(volume_id, 0) for volume_id, size_bytes in freed.items()
+        }
+        if is_enough(remaining_freed):  # the others suffice: spare this one
+            freed = Counter(remaining_freed)
+            remaining.restore(model)
             spared.add(model)
 
     unfinished = [
-        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
         for m in prefix
-        if m not in here and m not in spared
+        if m not in local and m not in spared
     ]
     victims = [
-        Victim(model=m, frees_bytes=sum(start.leave(m).values()), last_use_s=last_uses.get(m, 0.0))
+        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=last_uses.get(m, 0.0))
         for m in models
         if m not in spared
     ]
@@ -98,8 +100,8 @@ def plan(
 
 
 class _References:
-    """Who needs what, while one model after the other leaves. A blob goes when no model needs it; a partial, with the
-    bytes that it occupies, when no model is left that it arrives for.
+    """References to blobs, while models are removed one by one. A blob is freed when no model needs it; a partial
+    blob, with the bytes it occupies, when no model is left that it arrives for.
     """
 
     def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
@@ -121,56 +123,60 @@ class _References:
                 self._arriving[blob] += 1
 
     def copy(self) -> _References:
-        """The same, to be changed by itself."""
-        made = copy(self)
-        made._blobs, made._arriving, made._gone = self._blobs.copy(), self._arriving.copy(), self._gone.copy()
-        return made
+        """Return an independent copy."""
+        duplicate = copy(self)
+        duplicate._blobs, duplicate._arriving, duplicate._gone = (
+            self._blobs.copy(),
+            self._arriving.copy(),
+            self._gone.copy(),
+        )
+        return duplicate
 
     def only_in(self, models: Set[str]) -> int:
-        """Bytes that nothing would need any more if all of these left."""
+        """Return the bytes that nothing would need if all of these models were removed."""
         needed = set[str]().union(*(blobs for m, blobs in self._needs.items() if m not in models))
         arriving = {b for m, blobs in self._partials.items() if m not in models for b in blobs}
         gone = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
         return gone + sum(n for b, n in self._occupied.items() if b not in arriving)
 
-    def leave(self, model: str) -> dict[str, int]:
-        """Take a model's references away. Returns the bytes that nothing needs any more, by root."""
-        # Written out: this and `kept_by` are most of what a plan costs.
+    def remove(self, model: str) -> dict[str, int]:
+        """Remove a model's references. Returns the bytes that nothing needs any more, by volume."""
+        # Inlined: this and `needed_by` are most of what a plan costs.
         freed, counts, arriving = dict[str, int](), self._blobs, self._arriving
         for b in self._needs[model]:
             counts[b] = count = counts[b] - 1
             if count == 0 and b in self._sizes:
                 self._gone.add(b)
-                root = self._where.get(b, "")
-                freed[root] = freed.get(root, 0) + self._sizes[b]
+                volume_id = self._where.get(b, "")
+                freed[volume_id] = freed.get(volume_id, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
             arriving[b] -= 1
             if arriving[b] == 0:
-                root = self._where.get(b, "")
-                freed[root] = freed.get(root, 0) + self._occupied[b]
+                volume_id = self._where.get(b, "")
+                freed[volume_id] = freed.get(volume_id, 0) + self._occupied[b]
         return freed
 
-    def kept_by(self, model: str) -> dict[str, int]:
-        """Of what nothing needs now, the bytes that a model which has left would need again."""
-        found = dict[str, int]()
+    def needed_by(self, model: str) -> dict[str, int]:
+        """Return the bytes that are unneeded now and that a removed model would need again, by volume."""
+        needed = dict[str, int]()
         for b in self._needs[model] & self._gone:
-            root = self._where.get(b, "")
-            found[root] = found.get(root, 0) + self._sizes[b]
+            volume_id = self._where.get(b, "")
+            needed[volume_id] = needed.get(volume_id, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
             if self._arriving[b] == 0:
-                root = self._where.get(b, "")
-                found[root] = found.get(root, 0) + self._occupied[b]
-        return found
+                volume_id = self._where.get(b, "")
+                needed[volume_id] = needed.get(volume_id, 0) + self._occupied[b]
+        return needed
 
-    def come_back(self, model: str) -> None:
-        """Undo `leave`."""
+    def restore(self, model: str) -> None:
+        """Undo `remove`."""
         self._blobs.update(self._needs[model])
         self._gone -= self._needs[model]
         self._arriving.update(self._partials.get(model, ()))
 
 
 def _needs(ledger: Ledger) -> dict[str, set[str]]:
-    """The blobs that each model needs, whole, broken, leased or on its way in."""
+    """Return the blobs that each model needs: complete, incomplete, leased or arriving."""
     needs = {model: {f.blob for f in m.files} for model, m in ledger.on_disk.items()}
     for model, blobs in ledger.promised.items():
         needs.setdefault(model, set()).update(blobs)
@@ -183,7 +189,7 @@ def _needs(ledger: Ledger) -> dict[str, set[str]]:
 
 
 def garbage_of(ledger: Ledger) -> list[str]:
-    """Blobs that no manifest, no fetch under way and no lease needs, and those that are here once too often."""
+    """Return the blobs that no manifest, running fetch or lease needs, and those with redundant copies."""
     return _garbage(ledger, set[str]().union(*_needs(ledger).values()))
 
 
@@ -192,58 +198,58 @@ def _garbage(ledger: Ledger, needed: Set[str]) -> list[str]:
 
 
 def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
-    """Copies of blobs that are one too many: bytes by root. Those that the view of a lease may lead to are not."""
+    """Return the redundant copies of blobs: bytes by volume. Copies that a lease's view may link to are excluded."""
     leased = {b for lease in ledger.leases.values() for b in lease.blobs}
     return {b: copies for b, copies in ledger.doubles.items() if b not in leased}
 
 
 def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
-    """What removing these frees, by root. Of a blob that something needs, only its spare copies go."""
+    """Return the bytes that deleting these frees, by volume. Of a blob that is needed, only its spare copies go."""
     return _garbage_bytes(garbage, ledger, set[str]().union(*_needs(ledger).values()))
 
 
 def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needed: Set[str]) -> Counter[str]:
-    spare, found = spare_copies(ledger), Counter[str]()
+    spare, freed = spare_copies(ledger), Counter[str]()
     for b in garbage:
-        found.update(spare.get(b, {}))
+        freed.update(spare.get(b, {}))
         if b not in needed:
-            found[ledger.where.get(b, "")] += ledger.blobs.get(b, 0)
-    return found
+            freed[ledger.where.get(b, "")] += ledger.blobs.get(b, 0)
+    return freed
 
 
 def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]], asking: str = "") -> dict[str, str]:
-    """The models here, or on their way, that may not go, and why. One that asks to come in is on its way again."""
-    coming, here = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.here
-    resting = {m for m in ledger.parts if ledger.at_rest(m)}
-    kept = dict.fromkeys(sorted(coming - ((ledger.ended | resting) - {asking})), "being fetched")
-    kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in here}
-    kept |= dict.fromkeys(sorted(ledger.pinned & here.keys()), "pinned")
+    """Return the models that may not go, and why. A model that is being admitted counts as being fetched again."""
+    coming, local = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.here
+    settled = {m for m in ledger.parts if ledger.at_rest(m)}
+    kept = dict.fromkeys(sorted(coming - ((ledger.ended | settled) - {asking})), "being fetched")
+    kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in local}
+    kept |= dict.fromkeys(sorted(ledger.pinned & local.keys()), "pinned")
     return kept
 
 
-def refusal_with(refusal: QuotaExceeded, made: EvictionPlan, policy: EvictionPolicy) -> QuotaExceeded:
-    """A refusal that also says what could go."""
-    if made.enough:
-        models = [v.model for v in made.victims]
-        what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "what no model needs"
-        hint = f"evicting {what} would free {human(made.frees_bytes)}"
+def refusal_with(refusal: QuotaExceeded, eviction: EvictionPlan, policy: EvictionPolicy) -> QuotaExceeded:
+    """Return the refusal, extended by what could be evicted."""
+    if eviction.enough:
+        models = [v.model for v in eviction.victims]
+        what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "unreferenced data"
+        hint = f"evicting {what} would free {human(eviction.frees_bytes)}"
         hint += ": set eviction_policy to lru with `shoal storage set`" if policy == "manual" else ""
     else:
         models = []
-        hint = f"{human(made.evictable_bytes)} could be evicted, and {human(made.need_bytes)} would have to be"
-        if stay := [m for m, why in made.kept.items() if why != "being fetched"]:
-            hint += f"; {len(stay)} {'model is' if len(stay) == 1 else 'models are'} pinned or in use"
+        hint = f"{human(eviction.evictable_bytes)} evictable, {human(eviction.need_bytes)} needed"
+        if protected := [m for m, why in eviction.kept.items() if why != "being fetched"]:
+            hint += f"; {len(protected)} {'model is' if len(protected) == 1 else 'models are'} pinned or in use"
     figures = {
-        "evictable_bytes": made.evictable_bytes,
+        "evictable_bytes": eviction.evictable_bytes,
         "eviction_policy": policy,
-        "would_evict": models[:_LISTED_AT_MOST],
-        "would_free_bytes": made.frees_bytes,
+        "would_evict": models[:_MAX_LISTED],
+        "would_free_bytes": eviction.frees_bytes,
     }
     return QuotaExceeded(f"{refusal.message}; {hint}", **{**refusal.details, **figures})
 
 
-def as_told(made: EvictionPlan) -> EvictionPlan:
-    """A plan that fits a message: very long lists are cut, the figures stay whole."""
-    kept = dict(list(made.kept.items())[:_LISTED_AT_MOST])
-    unfinished = made.unfinished[:_LISTED_AT_MOST]
-    return structs.replace(made, garbage=made.garbage[:_LISTED_AT_MOST], unfinished=unfinished, kept=kept)
+def as_told(eviction: EvictionPlan) -> EvictionPlan:
+    """Return a plan that fits a message: very long lists are cut, the figures stay exact."""
+    kept = dict(list(eviction.kept.items())[:_MAX_LISTED])
+    unfinished = eviction.unfinished[:_MAX_LISTED]
+    return structs.replace(eviction, garbage=eviction.garbage[:_MAX_LISTED], unfinished=unfinished, kept=kept)

@@ -1,4 +1,4 @@
-"""The guard: one critical section around the ledger and the disk, and what the cluster is told of them."""
+"""The fetch API: reserve, release, commit, seal and manifest, in one critical section over ledger and disk."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from shoal_storage.uses import Uses
 
 log = Log("storage")
 
-_SAY_AGAIN_S = 5.0
-"""When what the disk holds could not be said, it is tried again after this."""
+_REPUBLISH_RETRY_S = 5.0
+"""Delay before another attempt to publish what the disk holds."""
 
 
 class Guard:
-    """Storage of one node. Every change of the ledger happens under `_section`."""
+    """Handles a node's fetch requests. Every change of the ledger happens under `_section`."""
 
     def __init__(
         self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, specs: View, announcer: Announcer
@@ -72,51 +72,56 @@ class Guard:
 
     @property
     def section(self) -> asyncio.Lock:
-        """What the ledger and the disk are changed under."""
+        """The lock under which ledger and disk are changed."""
         return self._section
 
-    # Questions
+    # Requests
 
     async def reserve(self, question: Reserve) -> Reserved:
-        """Approve a fetch and promise its bytes, or raise QuotaExceeded."""
+        """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(question.manifest)
         async with self._section:
-            manifest, known = await self._with_known(question.manifest)
-            sizes, promised = manifest.blob_sizes, self._ledger.promised
-            asked = asked_leaves(manifest, question.leaves, self._ledger)
-            wanted = promised_leaves(manifest.model, asked, self._ledger)
-            before = promised.get(manifest.model)
-            # Promised first: what is here of it already does not go to make room for the rest.
-            promised[manifest.model] = set(sizes)
+            manifest, known = await self._with_known_hashes(question.manifest)
+            sizes, reservations = manifest.blob_sizes, self._ledger.promised
+            requested = asked_leaves(manifest, question.leaves, self._ledger)
+            wanted = promised_leaves(manifest.model, requested, self._ledger)
+            before = reservations.get(manifest.model)
+            # Reserved first, so that the model's own blobs are not evicted to make space for it.
+            reservations[manifest.model] = set(sizes)
             try:
                 admission, evicted = await self.room.admit(manifest, wanted)
-                if promised[manifest.model] != before:
+                if reservations[manifest.model] != before:
                     await asyncio.to_thread(self.keeping.promise, manifest.model)
                 for blob in admission.missing:
-                    await self._promise(blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob])
+                    await self._reserve_blob(
+                        blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob]
+                    )
                 self._ledger.ended.discard(manifest.model)
                 await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
             except BaseException:
                 if before is None:
-                    del promised[manifest.model]
+                    del reservations[manifest.model]
                 else:
-                    promised[manifest.model] = before
+                    reservations[manifest.model] = before
                 raise
         await self._announcer.publish()
         log.info(
-            "reserved", model=manifest.model, needed_bytes=admission.needed_bytes, present=len(admission.present)
+            "space reserved",
+            model=manifest.model,
+            needed_bytes=admission.needed_bytes,
+            present=len(admission.present),
         )
-        told = as_told(evicted) if evicted else None
-        return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=told)
+        eviction_plan = as_told(evicted) if evicted else None
+        return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=eviction_plan)
 
-    async def _promise(self, blob: str, size_bytes: int, model: str, wanted: int | None, further: str) -> None:
+    async def _reserve_blob(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
         known = self._ledger.partials.get(blob)
         if known is None:
-            await asyncio.to_thread(self._disk.place, blob, further)
+            await asyncio.to_thread(self._disk.place, blob, volume_id)
         partial = known or Partial(size_bytes)
         changed = partial.wanted_by(model, wanted)
         models = changed.models
-        # Files removed by hand while we ran are made again: the disk is the truth.
+        # Files deleted by hand meanwhile are made again: the disk is authoritative.
         if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
             if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models, changed.leaves):
                 self._ledger.quarantined.discard(blob)
@@ -127,26 +132,26 @@ class Guard:
         await asyncio.to_thread(self._disk.look_at, blob, partial)
         self._ledger.partials[blob] = partial
 
-    async def _with_known(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
-        """A manifest with the sha256 of those small files that are here already."""
+    async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
+        """Fill in the sha256 of small files that are here. Returns the manifest and these hashes by git name."""
         known: dict[str, str] = {}
         for f in manifest.files:
             if not f.sha256:
-                found = self._ledger.git.get(f.blob)
-                if found not in self._ledger.blobs:
-                    found = self._ledger.adopted_git.get(f.blob)
-                if found is None:
-                    found = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
-                if found:
-                    known[f.blob] = found
+                sha256 = self._ledger.git.get(f.blob)
+                if sha256 not in self._ledger.blobs:
+                    sha256 = self._ledger.adopted_git.get(f.blob)
+                if sha256 is None:
+                    sha256 = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
+                if sha256:
+                    known[f.blob] = sha256
         files = [structs.replace(f, sha256=known.get(f.blob, f.sha256)) for f in manifest.files]
         return structs.replace(manifest, files=files), known
 
     async def release(self, question: Release) -> Done:
-        """End a reservation. Bytes that only it wanted are removed."""
+        """End a reservation. Bytes that only it needed are deleted."""
         check_manifest(question.manifest)
         async with self._section:
-            manifest, _ = await self._with_known(question.manifest)
+            manifest, _ = await self._with_known_hashes(question.manifest)
             model = manifest.model
             if model in self._ledger.on_disk:
                 await self.removal.end_promise(model)
@@ -159,7 +164,7 @@ class Guard:
         return Done()
 
     async def commit(self, question: CommitBlob) -> Committed:
-        """Verify all of a partial and make it a blob. Asked by several fetches at once, it is done once."""
+        """Verify a whole partial blob and commit it. Concurrent requests for one blob share the work."""
         blob = check_blob(question.blob)
         task = self._committing.get(blob)
         if task is None:
@@ -174,32 +179,34 @@ class Guard:
             sha256 = self._ledger.git.get(blob, blob)
             if sha256 in self._ledger.blobs:
                 size_bytes = self._ledger.blobs[sha256]
-                found = await asyncio.to_thread(leaves.root, self._disk.layout, sha256, size_bytes)
-                return Committed(sha256=sha256, size_bytes=size_bytes, root=found)
-            raise NotFound(f"blob {blob[:16]}… has no reservation here; reserve it first")
+                digest = await asyncio.to_thread(leaves.root, self._disk.layout, sha256, size_bytes)
+                return Committed(sha256=sha256, size_bytes=size_bytes, root=digest)
+            raise NotFound(f"blob {blob[:16]}… has no reservation; reserve it first")
         if not self._ledger.promises(partial):
-            raise NotFound(f"the reservation of blob {blob[:16]}… has ended: nobody wanted it; reserve it again")
+            raise NotFound(
+                f"the reservation of blob {blob[:16]}… has ended because nobody wanted it; reserve it again"
+            )
         try:
-            # Hashing takes seconds per GB: outside the critical section, nobody else writes this partial.
+            # Hashing takes seconds per GB, so it runs outside the section; nobody else writes this partial blob.
             digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes, root)
         except FileNotFoundError:
-            raise NotFound(f"the partial of {blob[:16]}… has gone; reserve it again") from None
+            raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except BadLeaves as e:
             async with self._section:
-                self._require_same(blob, partial)
+                self._require_unchanged(blob, partial)
                 await asyncio.to_thread(forget, self._disk.layout, blob, partial.size_bytes, e.leaves)
                 await self.parts.drop_lost()
             raise
         except Corrupt:
             async with self._section:
-                self._require_same(blob, partial)
+                self._require_unchanged(blob, partial)
                 await self.parts.discard(blob, partial)
             raise
         async with self._section:
-            self._require_same(blob, partial)
-            for model, promised in self._ledger.promised.items():
-                if blob in promised and digests.sha256 not in promised:
-                    promised.add(digests.sha256)
+            self._require_unchanged(blob, partial)
+            for model, reserved_blobs in self._ledger.promised.items():
+                if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
+                    reserved_blobs.add(digests.sha256)
                     await asyncio.to_thread(self.keeping.promise, model)
             await asyncio.to_thread(self._disk.commit, blob, digests)
             del self._ledger.partials[blob]
@@ -213,31 +220,31 @@ class Guard:
         await self._announcer.publish()
         return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes, root=root_of(digests.leaves))
 
-    def _require_same(self, blob: str, verified: Partial) -> None:
-        # Withdrawn and reserved anew while we hashed: that one's bytes are not those that were verified.
+    def _require_unchanged(self, blob: str, verified: Partial) -> None:
+        # Cancelled and reserved again while we hashed: its bytes are not those that were verified.
         if self._ledger.partials.get(blob) is not verified:
-            raise NotFound(f"the reservation of blob {blob[:16]}… was withdrawn; reserve it again")
+            raise NotFound(f"the reservation of blob {blob[:16]}… was cancelled; reserve it again")
 
     async def seal(self, question: SealModel) -> ModelState:
-        """Make a model present: all its blobs are. Returns what the cluster is told of it."""
+        """Make a model present; all its blobs must be. Returns its published state."""
         manifest = question.manifest
         check_manifest(manifest)
         if not manifest.sealed:
-            raise BadInput(f"the manifest of {manifest.model} is not sealed: it lacks the sha256 of some files")
+            raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
         async with self._section:
             if is_offered(manifest, self._ledger):
-                # All that was wanted is in a read-only root, and offered from there.
+                # Everything requested is in a library, which offers it.
                 await self.parts.drop(manifest.model)
                 await self.removal.end_promise(manifest.model)
                 return await self._announcer.announce(manifest)
-            whole = manifest.model in self._ledger.manifests
+            was_complete = manifest.model in self._ledger.manifests
             held = self._ledger.on_disk.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
-            # A commit never changes: what was sealed stands, and only gains names, and roots of its lists.
+            # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
             manifest = structs.replace(held or manifest, revisions=names)
             await asyncio.to_thread(self._disk.require_there)
             for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
-                self._ledger.blobs.pop(sha256, None)  # removed by hand while we ran
+                self._ledger.blobs.pop(sha256, None)  # deleted by hand meanwhile
                 self._ledger.adopted_blobs.pop(sha256, None)
             require_present(manifest, self._ledger)
             manifest = await asyncio.to_thread(leaves.with_roots, self._disk.layout, manifest)
@@ -248,52 +255,52 @@ class Guard:
             await self.parts.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.broken.pop(manifest.model, None)
-            self._ledger.leaving.pop(manifest.model, None)  # it is here again: a start drops the tomb
+            self._ledger.leaving.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
             await asyncio.to_thread(self.keeping.came_in, manifest.model)
             await self.removal.end_promise(manifest.model)
             state = await self._announcer.announce(manifest)
         await self._announcer.publish()
-        if not whole:
+        if not was_complete:
             await self._context.events.tell("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
-        log.info("model is ready", model=manifest.model, size_bytes=manifest.size_bytes)
+        log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
     async def manifest(self, question: AskManifest) -> Manifest:
-        """The manifest of a model held here, whole; or broken too, for who repairs it."""
+        """Return the manifest of a complete model; with `broken`, of an incomplete one too, for a repair."""
         ref = ModelRef.parse(question.model)
         ledger = self._ledger
         held = {**ledger.broken, **ledger.whole} if question.broken else ledger.whole
-        found = matching(ref.repo, ref.revision, held.values())
-        if not found:
+        matches = matching(ref.repo, ref.revision, held.values())
+        if not matches:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return await asyncio.to_thread(leaves.with_roots, self._disk.layout, found[-1])
+        return await asyncio.to_thread(leaves.with_roots, self._disk.layout, matches[-1])
 
-    # Around
+    # Settings and publishing
 
     def use_limits(self, limits: Limits) -> None:
-        """From now on these settings hold. The next `publish` tells the cluster."""
+        """Use these settings from now on. The next `publish` publishes them."""
         self.room.limits = limits
         self._announcer.use_limits(limits)
 
     async def say_again_after_reconnects(self) -> None:
-        """A NATS that comes back may have lost its store, and with it what we said."""
+        """Publish everything again after each reconnect: a NATS that comes back may have lost its store."""
         reconnects = self._context.nats.reconnects
         seen = reconnects.count
         while True:
             seen = await reconnects.wait_after(seen)
-            await self._say_again()
+            await self._republish()
 
     async def say_again_what_is_taken(self) -> None:
-        """A node that was retired while it lived says again what it has."""
+        """Publish everything again whenever a published key is removed, as for a node retired while it lived."""
         while True:
             await self._announcer.taken()
-            log.warning("what was said of this disk has been removed; it is said again")
-            await self._say_again()
+            log.warning("published state of this disk was removed; publishing again")
+            await self._republish()
 
-    async def _say_again(self) -> None:
+    async def _republish(self) -> None:
         try:
             async with self._section:
                 await self._announcer.announce_all()
         except Unavailable as e:
-            log.warning("what the disk holds could not be said again", why=e.message)
-            await asyncio.sleep(_SAY_AGAIN_S)
+            log.warning("cannot publish what the disk holds; retrying", reason=e.message)
+            await asyncio.sleep(_REPUBLISH_RETRY_S)

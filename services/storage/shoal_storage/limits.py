@@ -1,19 +1,19 @@
-"""The node's settings that storage keeps: `[storage]`, `[transfer]` of node.toml, the environment, which wins. Pure.
+"""Storage's settings: `[storage]` and `[transfer]` of node.toml, and the environment, which takes precedence. Pure.
 
 [storage]
-max_storage_bytes   SHOAL_MAX_STORAGE_BYTES   quota for blobs, present and promised    only the disk limits
-eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit, lru makes room      manual
-headroom_bytes      SHOAL_HEADROOM_BYTES      space that stays free on the disk        1 GiB
-partial_retention_s SHOAL_PARTIAL_RETENTION_S bytes that ended downloads left are kept seven days
-reserve_bytes       SHOAL_RESERVE_BYTES       size of the reserve file; read at start  64 MiB
-read_only_roots     SHOAL_READ_ONLY_ROOTS     directories whose models are offered as they are (as in PATH)   none
-roots               SHOAL_ROOTS               directories on other disks for models to come to (as in PATH)   none
-path                                          where the store is                       <home>/store
+max_storage_bytes   SHOAL_MAX_STORAGE_BYTES   quota for blobs, present and reserved    only the disk limits
+eviction_policy     SHOAL_EVICTION_POLICY     manual refuses what does not fit; lru evicts        manual
+headroom_bytes      SHOAL_HEADROOM_BYTES      disk space to keep free                  1 GiB
+partial_retention_s SHOAL_PARTIAL_RETENTION_S how long abandoned downloads are kept    7 days
+reserve_bytes       SHOAL_RESERVE_BYTES       size of the ballast file; read at start  64 MiB
+read_only_roots     SHOAL_READ_ONLY_ROOTS     libraries: directories of models to offer read-only (as in PATH)  none
+roots               SHOAL_ROOTS               volumes: directories on other disks for blobs (as in PATH)       none
+path                                          path of the store                        <home>/store
 
-[transfer], whole numbers from 1; without one there is no limit
-max_upload_bytes_per_s  SHOAL_MAX_UPLOAD_BYTES_PER_S  what the fileserver sends in all
-max_hub_bytes_per_s     SHOAL_MAX_HUB_BYTES_PER_S     what the fetcher takes from the hub in all
-max_peer_bytes_per_s    SHOAL_MAX_PEER_BYTES_PER_S    what the fetcher takes from each peer
+[transfer]: whole numbers, 1 or more; unlimited when absent
+max_upload_bytes_per_s  SHOAL_MAX_UPLOAD_BYTES_PER_S  rate limit of the fileserver in all
+max_hub_bytes_per_s     SHOAL_MAX_HUB_BYTES_PER_S     rate limit of the fetcher from the hub in all
+max_peer_bytes_per_s    SHOAL_MAX_PEER_BYTES_PER_S    rate limit of the fetcher from each peer
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ VARIABLES = {
     "max_hub_bytes_per_s": "SHOAL_MAX_HUB_BYTES_PER_S",
     "max_peer_bytes_per_s": "SHOAL_MAX_PEER_BYTES_PER_S",
 }
-"""Each setting that can be changed, and the variable that wins over it."""
+"""Each setting that can be changed, and the environment variable that overrides it."""
 RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
-"""Those of them that are in `[transfer]`; the others are in `[storage]`."""
+"""The settings in `[transfer]`; the others are in `[storage]`."""
 DEFAULT_RETENTION_S = 7 * 86400
 MOST_ROOTS = {"read_only_roots": 64, "roots": 16}
-_BETWEEN_ROOTS = ":"
-"""As in PATH (`os.pathsep`)."""
-_RESERVE = "reserve_bytes"
-_RESERVE_VARIABLE = "SHOAL_RESERVE_BYTES"
-_MOST = (1 << 63) - 1
+_PATH_SEPARATOR = ":"
+"""`os.pathsep`."""
+_BALLAST_SETTING = "reserve_bytes"
+_BALLAST_VARIABLE = "SHOAL_RESERVE_BYTES"
+_MAX_NUMBER = (1 << 63) - 1
 
 
 def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> Limits:
-    """The limits of this node, from the parsed node.toml and the environment. Raises BadInput naming the setting."""
+    """Return the settings from the parsed node.toml and the environment. Raises BadInput naming the setting."""
     section, transfer = _section(settings, "storage"), _section(settings, "transfer")
     if not isinstance(section.get("path", ""), str):
-        raise BadInput(f"storage.path in node.toml is {section['path']!r}: a path in quotes is expected")
+        raise BadInput(f"storage.path in node.toml is {section['path']!r}: expected a path in quotes")
     headroom = _bytes("headroom_bytes", section, environ)
     retention = _seconds("partial_retention_s", section, environ)
     read_reserve_bytes(settings, environ)
@@ -75,45 +75,45 @@ def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> L
 def _section(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
     section = settings.get(name, {})
     if not isinstance(section, Mapping):
-        raise BadInput(f"{name} in node.toml is {section!r}: a section [{name}] is expected")
+        raise BadInput(f"{name} in node.toml is {section!r}: expected a section [{name}]")
     return section
 
 
 def read_reserve_bytes(settings: Mapping[str, object], environ: Mapping[str, str]) -> int:
-    """The size of the reserve file: from a checked node.toml and the environment, once at start. 0: none."""
-    stated = _bytes(_RESERVE, _section(settings, "storage"), environ)
-    return RESERVE_BYTES if stated is None else stated
+    """Return the size of the ballast file from a checked node.toml and the environment, once at start. 0: none."""
+    configured = _bytes(_BALLAST_SETTING, _section(settings, "storage"), environ)
+    return RESERVE_BYTES if configured is None else configured
 
 
 def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
-    variable = _RESERVE_VARIABLE if name == _RESERVE else VARIABLES[name]
+    variable = _BALLAST_VARIABLE if name == _BALLAST_SETTING else VARIABLES[name]
     where = f"{'transfer' if name in RATES else 'storage'}.{name}"
     return (variable, environ[variable]) if environ.get(variable) else (where, section.get(name))
 
 
 def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    return _number(name, "bytes is expected, for example 500000000000", section, environ)
+    return _number(name, "bytes, for example 500000000000", section, environ)
 
 
 def _rate(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    rate = _number(name, "bytes per second from 1 is expected, for example 20000000", section, environ)
+    rate = _number(name, "bytes per second from 1, for example 20000000", section, environ)
     if rate == 0:
         where, _ = _stated(name, section, environ)
-        raise BadInput(f"{where} is 0: leave it out for no limit, or pause what shall not move")
+        raise BadInput(f"{where} is 0: leave it out for no limit, or pause the downloads")
     return rate
 
 
 def _seconds(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    return _number(name, "seconds is expected, for example 604800 for seven days", section, environ)
+    return _number(name, "seconds, for example 604800 for seven days", section, environ)
 
 
-def _number(name: str, of_what: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+def _number(name: str, unit: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
     where, value = _stated(name, section, environ)
     if value is None:
         return None
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise BadInput(f"{where} is {value!r}: a whole number of {of_what}")
+        raise BadInput(f"{where} is {value!r}: expected a whole number of {unit}")
     return int(text)
 
 
@@ -122,7 +122,7 @@ def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> Evicti
     if value is None:
         return "manual"
     if value not in get_args(EvictionPolicy):
-        raise BadInput(f'{where} is {value!r}: "manual" and "lru" are possible')
+        raise BadInput(f'{where} is {value!r}: expected "manual" or "lru"')
     return cast(EvictionPolicy, value)
 
 
@@ -130,37 +130,37 @@ def _roots(name: str, section: Mapping[str, object], environ: Mapping[str, str])
     where, value = _stated(name, section, environ)
     if value is None:
         return ()
-    roots = [r for r in value.split(_BETWEEN_ROOTS) if r] if where in environ and isinstance(value, str) else value
-    if not isinstance(roots, list):
-        raise BadInput(f'{where} is {value!r}: a list of directories is expected, ["/mnt/models"]')
-    if len(roots) > MOST_ROOTS[name]:
-        raise BadInput(f"{where} has {len(roots)} directories: {MOST_ROOTS[name]} at most are possible")
-    for root in roots:
-        if not isinstance(root, str) or not root.startswith(("/", "~")) or not root.isprintable():
-            raise BadInput(f"{where} has {root!r}: the absolute path of a directory is expected, or one with ~")
-    return tuple(dict.fromkeys(roots))
+    paths = [r for r in value.split(_PATH_SEPARATOR) if r] if where in environ and isinstance(value, str) else value
+    if not isinstance(paths, list):
+        raise BadInput(f'{where} is {value!r}: expected a list of directories, for example ["/mnt/models"]')
+    if len(paths) > MOST_ROOTS[name]:
+        raise BadInput(f"{where} has {len(paths)} directories: at most {MOST_ROOTS[name]} are allowed")
+    for path in paths:
+        if not isinstance(path, str) or not path.startswith(("/", "~")) or not path.isprintable():
+            raise BadInput(f"{where} has {path!r}: expected the absolute path of a directory, or one with ~")
+    return tuple(dict.fromkeys(paths))
 
 
 def overridden(environ: Mapping[str, str]) -> list[str]:
-    """The settings that the environment holds, against which the file is of no use."""
+    """Return the settings that environment variables override."""
     return [name for name, variable in VARIABLES.items() if environ.get(variable)]
 
 
 def by_section(changes: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
-    """Changes by the section of the file that they belong to."""
-    found: dict[str, dict[str, Value]] = {}
+    """Group changes by the section of the file that they belong to."""
+    sections: dict[str, dict[str, Value]] = {}
     for name, value in changes.items():
-        found.setdefault("transfer" if name in RATES else "storage", {})[name] = value
-    return found
+        sections.setdefault("transfer" if name in RATES else "storage", {})[name] = value
+    return sections
 
 
 def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Value]:
-    """What `configure` changes in the file; None takes a key away. Raises BadInput; Refused for the overridden.
+    """Return what `configure` changes in the file; None removes a key. Raises BadInput, Refused for overridden ones.
 
-    Asking for what the environment holds would be a change without effect, so it is refused, all of it.
+    Changing an overridden setting would have no effect, so the whole command is refused.
     """
-    asked = {name: getattr(command, name) for name in VARIABLES}
-    changes = {name: value for name, value in asked.items() if value is not UNSET}
+    requested = {name: getattr(command, name) for name in VARIABLES}
+    changes = {name: value for name, value in requested.items() if value is not UNSET}
     if not changes:
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
     for name in MOST_ROOTS:
@@ -168,35 +168,35 @@ def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Valu
             _roots(name, changes, {})
             changes[name] = changes[name] or None
     for name, value in changes.items():
-        least = 1 if name in RATES else 0
-        if isinstance(value, int) and not least <= value <= _MOST:
+        minimum = 1 if name in RATES else 0
+        if isinstance(value, int) and not minimum <= value <= _MAX_NUMBER:
             unit = "bytes per second" if name in RATES else "seconds" if name.endswith("_s") else "bytes"
-            raise BadInput(f"{name} is {value}: a whole number of {unit} from {least} is expected", param=name)
+            raise BadInput(f"{name} is {value}: expected a whole number of {unit} from {minimum}", param=name)
         if environ.get(VARIABLES[name]):
             raise Refused(
-                f"{name} comes from the environment here, which wins over the file: unset {VARIABLES[name]} for "
-                "storage and restart it; nothing was changed",
+                f"{name} is set by the environment, which overrides the file: "
+                f"unset {VARIABLES[name]} for storage and restart it; nothing was changed",
                 variable=VARIABLES[name],
             )
     return changes
 
 
 def remark(limits: Limits, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
-    """What a person who set these limits had better know, or ""."""
-    taken = used_bytes + reserved_bytes
-    if limits.quota_bytes is not None and taken > limits.quota_bytes:
-        then = (
-            "what comes next makes room first"
+    """Return a warning about settings that keep models from coming in, or ""."""
+    committed_bytes = used_bytes + reserved_bytes
+    if limits.quota_bytes is not None and committed_bytes > limits.quota_bytes:
+        consequence = (
+            "new downloads evict models first"
             if limits.eviction_policy == "lru"
-            else "nothing comes in until models are removed with `shoal rm`"
+            else "new downloads are refused until models are removed with `shoal rm`"
         )
         return (
-            f"{human(taken)} are used or promised already, more than the quota of {human(limits.quota_bytes)}: "
-            f"nothing is removed for that, and {then}"
+            f"{human(committed_bytes)} are used or reserved, more than the quota of {human(limits.quota_bytes)}: "
+            f"nothing is removed, and {consequence}"
         )
     if free_bytes < limits.headroom_bytes:
         return (
-            f"the disk has {human(free_bytes)} free, less than the {human(limits.headroom_bytes)} that shall stay "
-            "free: nothing comes in until there is more"
+            f"the disk has {human(free_bytes)} free, less than the headroom of {human(limits.headroom_bytes)}: "
+            "nothing can arrive until more is free"
         )
     return ""

@@ -1,4 +1,4 @@
-"""What a start does: finishes what a crash interrupted, and reads what the disk holds, by stat alone. Blocking."""
+"""Startup: finishes what a crash interrupted, and reads what the disk holds, by stat alone. Blocking."""
 
 from __future__ import annotations
 
@@ -30,113 +30,113 @@ log = Log("disk")
 
 
 def recover(disk: Disk, leases: Mapping[str, Lease] | None = None) -> Ledger:
-    """Finish what a crash interrupted, and say what the disk holds, by stat alone.
+    """Finish what a crash interrupted, and return what the disk holds, by stat alone.
 
-    What `leases` need stays, whatever else has gone. Strange files are left where they are, and counted.
+    Blobs that `leases` need stay in any case. Foreign files are left alone and counted.
     """
-    lay = disk.layout
-    for link in [p for p in lay.partials.iterdir() if p.is_symlink()]:
-        link.unlink(missing_ok=True)  # those of roots that are there are made again
-    for unfinished in (*lay.root.glob(".*.new"), *lay.manifests.glob("*/.*.new")):
+    paths = disk.layout
+    for link in [p for p in paths.partials.iterdir() if p.is_symlink()]:
+        link.unlink(missing_ok=True)  # those of present volumes are made again
+    for unfinished in (*paths.root.glob(".*.new"), *paths.manifests.glob("*/.*.new")):
         unfinished.unlink(missing_ok=True)
-    tombs = dict(_read_tombs(lay))
+    tombs = dict(_read_tombs(paths))
     deleted = {m.model: m for m in tombs.values()}
     ledger = _read(disk)
     ledger.leases = dict(leases or {})
     ledger.parts = parts.read(disk, ledger)
     for manifest in deleted.values():
-        with _left_for_later(manifest.model, ledger, deleted):
-            left = left_behind(manifest, ledger)
+        with _log_and_continue(manifest.model, ledger, deleted):
+            leftover = left_behind(manifest, ledger)
             try:
-                for sha256 in left:
+                for sha256 in leftover:
                     disk.remove_blob(sha256)
             finally:
-                for sha256 in disk.gone(left):
+                for sha256 in disk.gone(leftover):
                     del ledger.blobs[sha256]
     times: set[tuple[int, int]] | None = None
-    for view in lay.views.glob("*/*"):
-        # Of a model whose deletion, or whose sealing, was interrupted. Its links would keep blobs on the disk.
+    for view in paths.views.glob("*/*"):
+        # Of a model whose deletion or sealing was interrupted. Its links would keep blobs on the disk.
         with suppress(BadName):
             name, commit = view.parent.name, check_commit(view.name)
-            known = lay.manifests / name / f"{commit}.json", lay.adopted_models / f"{name}@{commit}"
+            known = paths.manifests / name / f"{commit}.json", paths.adopted_models / f"{name}@{commit}"
             if not any(path.exists() for path in known):
-                times = _times_of(lay, ledger.blobs) if times is None else times
+                times = _times_of(paths, ledger.blobs) if times is None else times
                 model = f"{name.replace('--', '/')}@{commit}"
-                with _left_for_later(model, ledger, deleted):
+                with _log_and_continue(model, ledger, deleted):
                     remove_view(view, deleted.get(model), times)
-    for tomb in lay.tombs.iterdir():
+    for tomb in paths.tombs.iterdir():
         model = tombs[tomb].model if tomb in tombs else tomb.name
         if model not in ledger.leaving:
-            with _left_for_later(model, ledger, deleted):
+            with _log_and_continue(model, ledger, deleted):
                 disk.remove(tomb)
-    if {identity for identity, _ in further_roots(lay)} <= disk.further.keys():
-        leaves.remove_strays(lay, ledger.blobs)  # of a root that is away nothing is known
+    if {identity for identity, _ in further_roots(paths)} <= disk.further.keys():
+        leaves.remove_strays(paths, ledger.blobs)  # the blobs of a missing volume are unknown
     return ledger
 
 
-def take_in(disk: Disk, ledger: Ledger, further: str) -> None:
-    """A further root is there, at a start or again: from now on the ledger has what is in it, by stat alone.
+def take_in(disk: Disk, ledger: Ledger, volume_id: str) -> None:
+    """Read a volume that is present, at start or again: add its contents to the ledger, by stat alone.
 
-    What the ledger has elsewhere already stays there. What a crash has left in the root is finished or removed.
+    Blobs that the ledger has elsewhere stay there. What a crash left on the volume is finished or deleted.
     """
-    root = disk.layout.of(further)
-    for unfinished in root.root.glob(".*.new"):
+    volume_paths = disk.layout.of(volume_id)
+    for unfinished in volume_paths.root.glob(".*.new"):
         unfinished.unlink(missing_ok=True)
-    for sha256, stamp in blobs_in(root, further).items():
+    for sha256, stamp in blobs_in(volume_paths, volume_id).items():
         if sha256 in ledger.blobs:
             if stamp.proven:
-                ledger.doubles.setdefault(sha256, {})[further] = stamp.size_bytes
+                ledger.doubles.setdefault(sha256, {})[volume_id] = stamp.size_bytes
         elif sha256 not in ledger.unproven and (stamp.proven or sha256 not in ledger.partials):
-            if ledger.partials.pop(sha256, None) is not None:  # it is here: nothing of it has to arrive
+            if ledger.partials.pop(sha256, None) is not None:  # the whole blob is here: none of it has to arrive
                 disk.remove_partial(sha256)
-            ledger.where[sha256] = further
-            _take_in_blob(disk, ledger, sha256, stamp)
-    for directory in root.partials.iterdir():
-        name, its = directory.name, ledger.where.get(directory.name)
-        if name in ledger.partials or (name in ledger.blobs and its != further):
-            disk.remove(directory)  # it arrives, or is here, elsewhere
+            ledger.where[sha256] = volume_id
+            _add_blob(disk, ledger, sha256, stamp)
+    for directory in volume_paths.partials.iterdir():
+        name, known_volume = directory.name, ledger.where.get(directory.name)
+        if name in ledger.partials or (name in ledger.blobs and known_volume != volume_id):
+            disk.remove(directory)  # it arrives, or is present, elsewhere
             continue
-        ledger.where[name] = further
+        ledger.where[name] = volume_id
         partial = _read_partial(disk, directory, ledger)
         if partial is not None:
             ledger.partials[name] = partial
             disk.link_partial(name)
-        elif its is None:
+        elif known_volume is None:
             del ledger.where[name]
-    for tomb in root.tombs.iterdir():
+    for tomb in volume_paths.tombs.iterdir():
         disk.remove(tomb)
-    ledger.quarantined |= set_aside_in(disk, further)
+    ledger.quarantined |= set_aside_in(disk, volume_id)
 
 
-def let_go(disk: Disk, ledger: Ledger, further: str) -> list[str]:
-    """A further root is not there: neither is what is in it. Returns the models, `org/name@commit`, that breaks."""
+def let_go(disk: Disk, ledger: Ledger, volume_id: str) -> list[str]:
+    """Drop a missing volume's contents from the ledger. Returns the models (`org/name@commit`) now incomplete."""
 
-    def away(blobs: Iterable[str]) -> set[str]:
-        return {blob for blob in blobs if ledger.where.get(blob) == further}
+    def on_volume(blobs: Iterable[str]) -> set[str]:
+        return {blob for blob in blobs if ledger.where.get(blob) == volume_id}
 
-    lost = away(ledger.blobs)
+    lost = on_volume(ledger.blobs)
     for sha256, copies in list(ledger.doubles.items()):
-        copies.pop(further, None)
+        copies.pop(volume_id, None)
         if sha256 in lost and copies:
             lost.discard(sha256)
             disk.layout.place(sha256, next(iter(copies)))
             copies.pop(next(iter(copies)))
         if not copies:
             del ledger.doubles[sha256]
-    for sha256 in away(ledger.unproven):
+    for sha256 in on_volume(ledger.unproven):
         del ledger.unproven[sha256]
         ledger.wrong.pop(sha256, None)
-    for blob in away(ledger.partials):
+    for blob in on_volume(ledger.partials):
         del ledger.partials[blob]
         disk.layout.partial_link(blob).unlink(missing_ok=True)
-    gone = away(ledger.quarantined)
-    ledger.quarantined -= gone
-    ledger.repairable = {b: size for b, size in ledger.repairable.items() if b not in gone}
-    disk.leave(further)
+    quarantined = on_volume(ledger.quarantined)
+    ledger.quarantined -= quarantined
+    ledger.repairable = {b: size for b, size in ledger.repairable.items() if b not in quarantined}
+    disk.leave(volume_id)
     return lose(lost, ledger)
 
 
-def _take_in_blob(disk: Disk, ledger: Ledger, sha256: str, stamp: Stamp) -> None:
+def _add_blob(disk: Disk, ledger: Ledger, sha256: str, stamp: Stamp) -> None:
     if not believed(stamp, listed=leaves.proves(disk.layout, sha256)):
         ledger.unproven[sha256] = stamp
         return
@@ -147,18 +147,18 @@ def _take_in_blob(disk: Disk, ledger: Ledger, sha256: str, stamp: Stamp) -> None
 
 
 def _times_of(layout: StoreLayout, blobs: Iterable[str]) -> set[tuple[int, int]]:
-    """Size and mtime_ns of blobs of the store: what their reflinks have too."""
-    found = (layout.blob(b).lstat() for b in blobs if b not in layout.where)
-    return {(its.st_size, its.st_mtime_ns) for its in found}
+    """Return the size and mtime_ns of the store's blobs: their reflinks have the same."""
+    stats = (layout.blob(b).lstat() for b in blobs if b not in layout.where)
+    return {(blob_stat.st_size, blob_stat.st_mtime_ns) for blob_stat in stats}
 
 
 @contextmanager
-def _left_for_later(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
-    """What the disk refuses to let go does not keep a start from anything else: the next one tries again."""
+def _log_and_continue(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
+    """Log what the disk refuses to delete, so that the start goes on; the next start retries."""
     try:
         yield
     except OSError as e:
-        log.warning("what is left of a deleted model could not be removed", model=model, why=str(e))
+        log.warning("cannot delete the rest of a deleted model", model=model, reason=str(e))
         if model in deleted and model not in ledger.on_disk:
             ledger.leaving[model] = deleted[model]
 
@@ -171,28 +171,28 @@ def _read_tombs(layout: Layout) -> Iterator[tuple[Path, Manifest]]:
 
 
 def _read(disk: Disk) -> Ledger:
-    seen = scan(disk.layout)
-    ledger = Ledger(unknown=seen.unknown, where=disk.layout.where)
-    for sha256, stamp in seen.blobs.items():
+    scanned = scan(disk.layout)
+    ledger = Ledger(unknown=scanned.unknown, where=disk.layout.where)
+    for sha256, stamp in scanned.blobs.items():
         if not stamp.further:
-            _take_in_blob(disk, ledger, sha256, stamp)
+            _add_blob(disk, ledger, sha256, stamp)
     for directory in disk.layout.partials.iterdir():
         partial = _read_partial(disk, directory, ledger)
         if partial is not None:
             ledger.partials[directory.name] = partial
-    for further in list(disk.further):
-        take_in(disk, ledger, further)
-    for model, manifest in seen.manifests.items():
-        whole = is_whole(manifest, ledger)
-        if not whole:
-            log.warning("model is not whole; not announced", model=model)
-        (ledger.manifests if whole else ledger.broken)[model] = manifest
-    if seen.unknown.count:
+    for volume_id in list(disk.further):
+        take_in(disk, ledger, volume_id)
+    for model, manifest in scanned.manifests.items():
+        complete = is_whole(manifest, ledger)
+        if not complete:
+            log.warning("model incomplete; not published", model=model)
+        (ledger.manifests if complete else ledger.broken)[model] = manifest
+    if scanned.unknown.count:
         log.warning(
-            "unknown files in the store; left alone",
-            count=seen.unknown.count,
-            size_bytes=seen.unknown.size_bytes,
-            first=",".join(seen.unknown.paths),
+            "foreign files in the store; left alone",
+            count=scanned.unknown.count,
+            size_bytes=scanned.unknown.size_bytes,
+            first=",".join(scanned.unknown.paths),
         )
     return ledger
 
@@ -201,22 +201,22 @@ def _read_partial(disk: Disk, directory: Path, ledger: Ledger) -> Partial | None
     try:
         blob = check_blob(directory.name)
         meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
-        # A commit that was interrupted before its rename has made this read-only.
+        # A commit that was interrupted before its rename made it read-only.
         (directory / "data").chmod(PARTIAL_MODE)
     except BadName:
         return None
     except (ShoalError, FileNotFoundError, NotADirectoryError):
-        # Its reservation was never acknowledged, or its data is a blob by now.
-        log.info("a partial that was being made or committed; removed", path=directory)
+        # Its reservation was never acknowledged, or its data is already a blob.
+        log.info("unfinished partial blob deleted", path=directory)
         disk.remove(directory)
         return None
     if ledger.blobs.get(blob) == meta.size_bytes:
         disk.remove(directory)
         return None
     try:
-        leaves = {m: leafset.of_ranges(its, meta.size_bytes) for m, its in meta.leaves.items()}
+        leaves = {m: leafset.of_ranges(ranges, meta.size_bytes) for m, ranges in meta.leaves.items()}
     except BadInput:
-        leaves = {}  # all of it, then: that is never too little
+        leaves = {}  # all of it, then: never too little
     partial = Partial(meta.size_bytes, models=set(meta.models), leaves=leaves)
     disk.look_at(blob, partial)
     return partial

@@ -1,4 +1,4 @@
-"""What goes: models that people delete, and what a fetch that has ended leaves. Only storage removes."""
+"""Deletes models on request, and what ended fetches leave behind. Only storage deletes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = Log("storage")
 
 DELETE_DEADLINE_S = 60.0
 _WITHDRAW_PATIENCE_S = 8.0
-_LEAVING_PATIENCE_S = 10.0
-"""Longer than a stage is given to stop."""
-_LEAVING_LOOK_S = 0.1
+_LEAVING_DEADLINE_S = 10.0
+"""How long to wait for ending stages; longer than a stage is given to stop."""
+_LEAVING_POLL_S = 0.1
 
 
 class Removal:
-    """Takes models off disk and ledger."""
+    """Deletes models from disk and ledger."""
 
     def __init__(
         self,
@@ -50,10 +50,9 @@ class Removal:
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def remove(self, model: str) -> int:
-        """Remove a model, whole, broken or on its way in, with what only it needs. Returns bytes freed.
+        """Delete a model, complete, incomplete or arriving, with the blobs that only it needs. Returns bytes freed.
 
-        What the disk refuses, OSError, leaves it whole and announced, or neither: then it is in `leaving`, and this
-        is to be called again.
+        After an OSError the model is either complete and published, or neither and in `deleting`; then call it again.
         """
         ledger = self._ledger
         await self._parts.drop(model)
@@ -62,7 +61,7 @@ class Removal:
         if manifest := ledger.manifests.pop(model, None) or ledger.broken.pop(model, None):
             ledger.leaving[model] = manifest
         manifest = ledger.leaving.get(model)
-        # Those that are not here too: their leaves may be, and a first attempt may not have been durable.
+        # Also blobs that are not here: their leaf hashes may be, and an earlier attempt may not have been durable.
         known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unproven.keys() if manifest else set())
         leaving = [blob for blob in freed_by(model, ledger) if blob in known]
         try:
@@ -77,33 +76,35 @@ class Removal:
         freed += await self.end_promise(model)
         await forget_useless(self._disk, self._ledger)
         if offered := self._ledger.offered.get(model):
-            with suppress(OSError):  # said, and tried again, where the model is taken back
+            with suppress(OSError):  # logged and retried where the model is unpublished
                 await asyncio.to_thread(show, self._disk.layout, offered)
         return freed
 
     async def remove_unfinished(self, model: str) -> int:
-        """Remove what an ended download has left. A model that is here stays. Returns bytes freed."""
+        """Delete what an ended download left. A model that is here stays. Returns bytes freed."""
         return await (self.end_promise(model) if model in self._ledger.on_disk else self.remove(model))
 
     async def end_promise(self, model: str) -> int:
-        """A model's fetch is over: partials that only it wanted go. Returns the bytes that they occupied."""
+        """End a model's reservation and delete partial blobs that only it wanted. Returns the bytes they occupied."""
         await asyncio.to_thread(self._keeping.end_promise, model)
         freed = 0
         for blob, partial in list(self._ledger.partials.items()):
             if model not in partial.models:
                 continue
-            left = partial.without(model)
-            if left.models:
-                # On the disk too, or the next start would think that two still want it.
+            remaining = partial.without(model)
+            if remaining.models:
+                # On disk too, or the next start would count both models.
                 try:
                     await asyncio.to_thread(
-                        self._disk.write_partial, blob, partial.size_bytes, left.models, left.leaves
+                        self._disk.write_partial, blob, partial.size_bytes, remaining.models, remaining.leaves
                     )
                 except OSError as e:
-                    # A full disk takes no file, and this path frees space. After a restart nobody wishes for this
-                    # model, and its share in the promise ends for that.
-                    log.warning("who wants a partial is known in memory only", blob=blob, why=e.strerror)
-                partial.models, partial.leaves = left.models, left.leaves
+                    # A full disk takes no file, and this path frees space. After a restart nobody requests this
+                    # model, so its share of the reservation ends.
+                    log.warning(
+                        "cannot write which models need a partial blob; lost on restart", blob=blob, reason=e.strerror
+                    )
+                partial.models, partial.leaves = remaining.models, remaining.leaves
                 await asyncio.to_thread(self._disk.look_at, blob, partial)
             else:
                 freed += await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
@@ -112,11 +113,11 @@ class Removal:
         return freed
 
     async def delete(self, command: Delete, _: str) -> dict[str, object]:
-        """Remove a model from this node: the wish for it first, then its manifest, then its bytes."""
+        """Delete a model from this node: its download request first, then its manifest, then its bytes."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
-        self._refuse_if_adopted(ref.repo, revision)
-        await self._wait_for_leaving(ref.repo, revision)
+        self._refuse_if_in_library(ref.repo, revision)
+        await self._wait_for_ending_stages(ref.repo, revision)
         await self._context.ask(
             "fetcher",
             self._context.node,
@@ -126,7 +127,7 @@ class Removal:
             deadline_s=DELETE_DEADLINE_S / 2,
             patience_s=_WITHDRAW_PATIENCE_S,
         )
-        # Once begun it is finished, though the command's deadline pass: half of it would make the ledger wrong.
+        # Once begun it completes, even past the command's deadline: half a deletion would make the ledger wrong.
         deleting = asyncio.create_task(self._delete(ref, revision))
         self._deleting.add(deleting)
         deleting.add_done_callback(self._deleting.discard)
@@ -137,36 +138,36 @@ class Removal:
         try:
             async with self._section:
                 await self._refuse_if_used(ref.repo, revision)
-                found = self._removable(ref.repo, revision)
-                for manifest in found:
-                    freed += await self._remove_or_say(manifest.model)
+                manifests = self._removable(ref.repo, revision)
+                for manifest in manifests:
+                    freed += await self._remove_or_explain(manifest.model)
                     await self._context.events.tell("model_deleted", model=manifest.model)
                 for model in arriving(ref.repo, revision, self._ledger):
-                    freed += await self._remove_or_say(model)
+                    freed += await self._remove_or_explain(model)
         finally:
             await self._announcer.publish()
-        log.info("deleted", model=str(ref), found=len(found), freed_bytes=freed)
-        return {"deleted": bool(found), "models": [m.model for m in found], "freed_bytes": freed}
+        log.info("model deleted", model=str(ref), found=len(manifests), freed_bytes=freed)
+        return {"deleted": bool(manifests), "models": [m.model for m in manifests], "freed_bytes": freed}
 
     def _removable(self, repo: str, revision: str) -> list[Manifest]:
-        """What is here of a revision, and what is left of it."""
+        """Return what is here of a revision, and what failed deletions left of it."""
         return matching(repo, revision, {**self._ledger.leaving, **self._ledger.here}.values())
 
-    async def _remove_or_say(self, model: str) -> int:
+    async def _remove_or_explain(self, model: str) -> int:
         try:
             return await self.remove(model)
         except OSError as e:
-            what = f"the disk refuses it ({e.strerror}: {e.filename})"
+            refusal = f"the disk refuses it ({e.strerror}: {e.filename})"
             if model in self._ledger.here:
-                raise Failed(f"{model} was not deleted from node {self._context.node}: {what}") from e
+                raise Failed(f"{model} was not deleted from node {self._context.node}: {refusal}") from e
             raise Failed(
-                f"{model} is not on node {self._context.node} any more, but not all of its files are gone: {what}. "
-                "Delete it again when the disk lets them go; a start of storage tries that too"
+                f"{model} is no longer on node {self._context.node}, but not all of its files are gone: {refusal}. "
+                "Delete it again when the disk allows it; storage also tries at its next start"
             ) from e
 
-    async def _wait_for_leaving(self, repo: str, revision: str) -> None:
-        """Refuse what is in use; but stages of an instance that was stopped end by themselves, in a moment."""
-        give_up_s = asyncio.get_running_loop().time() + _LEAVING_PATIENCE_S
+    async def _wait_for_ending_stages(self, repo: str, revision: str) -> None:
+        """Raise InUse while the revision is in use, but wait for the stages of stopped instances, which end soon."""
+        deadline_s = asyncio.get_running_loop().time() + _LEAVING_DEADLINE_S
         waited = False
         while True:
             try:
@@ -174,37 +175,37 @@ class Removal:
                     await self._refuse_if_used(repo, revision)
                 return
             except InUse as e:
-                if not e.details.get("leaving") or asyncio.get_running_loop().time() > give_up_s:
+                if not e.details.get("leaving") or asyncio.get_running_loop().time() > deadline_s:
                     raise
                 if not waited:
-                    log.info("waiting for stages that are ending", model=repo, users=",".join(e.details["users"]))
+                    log.info("waiting for ending stages", model=repo, users=",".join(e.details["users"]))
             waited = True
-            await asyncio.sleep(_LEAVING_LOOK_S)
+            await asyncio.sleep(_LEAVING_POLL_S)
 
-    def _refuse_if_adopted(self, repo: str, revision: str) -> None:
+    def _refuse_if_in_library(self, repo: str, revision: str) -> None:
         if self._removable(repo, revision):
-            return  # what the store has of it may go
+            return  # the store's copy can be deleted
         for manifest in matching(repo, revision, self._ledger.whole.values()):
-            adopted = self._ledger.adopted[manifest.model]
+            library_model = self._ledger.adopted[manifest.model]
             raise Refused(
-                f"{manifest.model} is not in the store of node {self._context.node} but in a read-only root, at "
-                f"{adopted.directory}, where Shoal removes nothing: remove it there, or take {adopted.root} out of "
-                "read_only_roots with `shoal storage set`",
-                directory=adopted.directory,
+                f"{manifest.model} is not in the store of node {self._context.node} but in a library, at "
+                f"{library_model.directory}, where Shoal deletes nothing: remove it there, or remove the library "
+                f"{library_model.root} with `shoal storage set --remove-library`",
+                directory=library_model.directory,
             )
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
-        held = matching(repo, revision, self._ledger.here.values())
-        if not held:
+        manifests = matching(repo, revision, self._ledger.here.values())
+        if not manifests:
             return
-        for manifest in held:
+        for manifest in manifests:
             if manifest.model in self._ledger.pinned:
                 raise InUse(
                     f"{manifest.model} is pinned on node {self._context.node}: "
-                    f"`shoal storage unpin {manifest.model}` lets it go"
+                    f"`shoal storage unpin {manifest.model}` releases it"
                 )
-        uses = await self._uses.now()  # an instance that was placed a moment ago counts (I4)
-        users = [user for manifest in held for user in uses.get(manifest.model, [])]
+        uses = await self._uses.now()  # counts an instance that was placed a moment ago (I4)
+        users = [user for manifest in manifests for user in uses.get(manifest.model, [])]
         if users:
             instances = list(dict.fromkeys(user.instance for user in users if user.instance))
             raise InUse(

@@ -1,9 +1,9 @@
-"""Reservations that nobody fetches any more: their promise ends, their bytes stay a while, and then go.
+"""Reservations that nobody fetches any more: the reservation ends, its bytes stay for a while and are then deleted.
 
-A model on its way is wanted while a wish for it stands (`spec` `download.<node>.…`, whose commit is in `state` under
-the same key) and this node's fetcher lives; and for some minutes after it was last known to be. When that was is the
-mtime of its promise, so that a restart changes nothing. A promise that has ended counts what its bytes occupy, no
-more, and is the first to go when room is needed. It comes back by being reserved anew, if there is room.
+An arriving model is wanted while a download request for it exists (`spec` `download.<node>.…`, whose commit is in
+`state` under the same key) and this node's fetcher is live; and for some minutes after it was last known to be. That
+time is the mtime of its reservation file, so a restart changes nothing. An ended reservation counts only what its
+bytes occupy, and is the first to go when space is needed. Reserving the model again restores it, if there is space.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from shoal_storage.removal import Removal
 log = Log("storage")
 
 STILL_WANTED_S = 300.0
-"""So long after it was last known to be wanted a model keeps its promise."""
+"""A reservation lasts this long after its model was last known to be wanted."""
 RENEW_EVERY_S = 60.0
 GONE_AFTER_S = 900.0
-"""A fetcher whose liveness key has been away so long fetches nothing, whatever wishes it has left."""
+"""A fetcher whose liveness key is missing for this long fetches nothing, whatever requests it left."""
 LOOK_S = 30.0
 
 
 class Wish(msgspec.Struct, frozen=True):
-    """What somebody wants on this node. `commit` is "" until the fetcher knows it."""
+    """A download request on this node. `commit` is "" until the fetcher knows it."""
 
     repo: str
     commit: str
@@ -47,7 +47,7 @@ class Wish(msgspec.Struct, frozen=True):
 
 
 class Steps(msgspec.Struct):
-    """Models (`org/name@commit`) by what becomes of their reservations."""
+    """Models (`org/name@commit`) by what to do with their reservations."""
 
     renew: list[str] = []
     end: list[str] = []
@@ -55,44 +55,44 @@ class Steps(msgspec.Struct):
 
 
 def wishes(specs: Iterable[tuple[str, DownloadSpec]], states: Mapping[str, DownloadState]) -> list[Wish]:
-    """Wishes by their keys, with the commits that the states under the same keys know."""
-    found = []
+    """Return the download requests, with the commits that the states under the same keys know."""
+    requests = []
     for key, spec in specs:
         state = states.get(key)
-        found.append(Wish(ModelRef.parse(spec.model).repo, state.commit if state else "", spec.paused))
-    return found
+        requests.append(Wish(ModelRef.parse(spec.model).repo, state.commit if state else "", spec.paused))
+    return requests
 
 
 def wishes_for(model: str, wished: Iterable[Wish]) -> list[Wish]:
-    """The wishes that mean a model (`org/name@commit`), or may: whose commit is not known yet."""
+    """Return the requests that mean a model (`org/name@commit`), or may: those whose commit is not known yet."""
     repo, _, commit = model.rpartition("@")
     return [w for w in wished if w.repo == repo and w.commit in (commit, "")]
 
 
 def paused_of(ledger: Ledger, wished: Iterable[Wish]) -> set[str]:
-    """Models on their way that are paused, and that nobody fetches under another name."""
-    wanted = list(wished)
-    found = set()
+    """Return the arriving models that are paused and not fetched under another name."""
+    requests = list(wished)
+    paused = set()
     for model in ledger.on_its_way:
-        mine = wishes_for(model, wanted)
-        if mine and all(w.paused for w in mine):
-            found.add(model)
-    return found
+        own_requests = wishes_for(model, requests)
+        if own_requests and all(w.paused for w in own_requests):
+            paused.add(model)
+    return paused
 
 
 def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s: float, retention_s: float) -> Steps:
-    """What becomes of every reservation now. Pure."""
+    """Return what to do with every reservation now. Pure."""
     steps = Steps(renew=[], end=[], remove=[])
-    wanted = list(wished)
+    requests = list(wished)
     for model in sorted(ledger.on_its_way):
-        mine = wishes_for(model, wanted)
-        # Nobody has to live for what is paused to stay so; for what is fetched, a fetcher has to.
-        is_paused = any(w.paused for w in mine)
+        own_requests = wishes_for(model, requests)
+        # A paused model stays wanted without a live fetcher; a model being fetched needs one.
+        is_paused = any(w.paused for w in own_requests)
         unwanted_s = now_s - ledger.wanted_s.get(model, 0.0)
         if ledger.at_rest(model):
-            continue  # nobody has to wish for what is here
+            continue  # a settled shard needs no request
         if model not in ledger.ended:
-            if mine and (is_paused or fetcher_away_s < GONE_AFTER_S):
+            if own_requests and (is_paused or fetcher_away_s < GONE_AFTER_S):
                 if (is_paused or fetcher_away_s == 0) and unwanted_s >= RENEW_EVERY_S:
                     steps.renew.append(model)
                 continue
@@ -105,7 +105,7 @@ def decide(ledger: Ledger, wished: Iterable[Wish], fetcher_away_s: float, now_s:
 
 
 class Reservations:
-    """Carries that out, every now and then."""
+    """Renews, ends and removes reservations, periodically and when requests change."""
 
     def __init__(
         self,
@@ -128,44 +128,44 @@ class Reservations:
         self._fetcher_seen_s: float | None = None
 
     async def watch(self) -> None:
-        """Look every LOOK_S, and when what people want changes."""
+        """Check periodically, and when download requests change."""
 
-        async def look() -> float:
+        async def check() -> float:
             await self.look(time.time(), time.monotonic())
             return LOOK_S
 
-        await reconcile_forever("looking at reservations", (self._specs,), look)
+        await reconcile_forever("checking reservations", (self._specs,), check)
 
     async def look(self, now_s: float, monotonic_s: float) -> None:
-        """Decide by what the cluster says now, and do it."""
+        """Decide by the current cluster state, and act on it."""
         prefix = f"download.{self._context.node}."
         async with self._section:
-            wished = wishes(
+            requests = wishes(
                 self._specs.items(prefix, DownloadSpec), dict(self._downloads.items(prefix, DownloadState))
             )
-            away_s = self._fetcher_away_s(monotonic_s)
-            steps = decide(self._ledger, wished, away_s, now_s, self._limits().partial_retention_s)
+            down_s = self._fetcher_down_s(monotonic_s)
+            steps = decide(self._ledger, requests, down_s, now_s, self._limits().partial_retention_s)
             for model in steps.renew:
                 await asyncio.to_thread(self._keeping.wanted, model, now_s)
             for model in steps.end:
                 if model in self._ledger.parts:
                     await self._parts.settle(model)
-                    log.info("nobody fetches more of this any more", model=model)
+                    log.info("shard reservation ended; shard kept", model=model)
                     continue
                 self._ledger.ended.add(model)
-                log.info("nobody fetches this any more: its promise has ended", model=model)
+                log.info("reservation ended: no download request for it", model=model)
             for model in steps.remove:
                 freed = await self._removal.remove_unfinished(model)
-                log.info("removed what an ended download had left", model=model, freed_bytes=freed)
-            paused = paused_of(self._ledger, wished)
-            is_news = bool(steps.end or steps.remove) or paused != self._ledger.paused
+                log.info("abandoned download deleted", model=model, freed_bytes=freed)
+            paused = paused_of(self._ledger, requests)
+            has_changed = bool(steps.end or steps.remove) or paused != self._ledger.paused
             self._ledger.paused = paused
-        if is_news:
+        if has_changed:
             await self._announcer.publish()
 
-    def _fetcher_away_s(self, monotonic_s: float) -> float:
-        """0 while its key is there, or while it is not known: who does not hear NATS does not hear of it."""
-        here = self._live.get(live_key(self._context.node, "fetcher"), Live) is not None
-        if here or self._fetcher_seen_s is None or not self._context.nats.client.is_connected:
+    def _fetcher_down_s(self, monotonic_s: float) -> float:
+        """Return the seconds since the fetcher's liveness key was last seen; 0 while this node does not hear NATS."""
+        is_live = self._live.get(live_key(self._context.node, "fetcher"), Live) is not None
+        if is_live or self._fetcher_seen_s is None or not self._context.nats.client.is_connected:
             self._fetcher_seen_s = monotonic_s
         return monotonic_s - self._fetcher_seen_s

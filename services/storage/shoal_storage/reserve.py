@@ -1,9 +1,8 @@
-"""The reserve file: bytes held back while there is plenty, and given up first when the disk is full.
+"""The ballast file: space held while there is plenty, and given up first when the disk is full.
 
-`<store>/reserve` is really allocated, so that a disk which others have filled to the last byte has some left for what
-storage must still write. It counts as free wherever storage decides whether something fits: it is never the reason
-that something does not. On file systems that compress, or that copy on write (btrfs, ZFS, APFS), it may hold less
-than its size.
+`<store>/ballast` is really allocated, so that a disk that others have filled to the last byte still has room for what
+storage must write. It counts as free in every admission, so it is never the reason that something does not fit. On
+file systems that compress or copy on write (btrfs, ZFS, APFS) it may hold less than its size.
 """
 
 from __future__ import annotations
@@ -15,74 +14,74 @@ from pathlib import Path
 from typing import Literal
 
 RESERVE_BYTES = 64 << 20
-_PLENTY = 4
-"""The reserve is made when so many times its size is free beside all that is promised."""
+_MIN_FREE_MULTIPLE = 4
+"""The ballast is made when this many times its size is free beside the headroom and all reservations."""
 _CHUNK_BYTES = 1 << 20
-_CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 Step = Literal["make", "give up", "leave"]
 
 
 def decide(held_bytes: int, size_bytes: int, free_bytes: int, headroom_bytes: int, in_flight_bytes: int) -> Step:
-    """What to do with the reserve. Pure.
+    """Return what to do with the ballast file. Pure.
 
-    `held_bytes`: what it holds now; `size_bytes`: what it is to hold, 0 for none; `free_bytes`: of the file system,
-    without it.
+    `held_bytes`: what it occupies now; `size_bytes`: its configured size, 0 for none; `free_bytes`: free on the file
+    system, without it.
     """
     if held_bytes and (not size_bytes or free_bytes == 0 or free_bytes < in_flight_bytes):
         return "give up"
-    ample = free_bytes - headroom_bytes - in_flight_bytes >= _PLENTY * size_bytes
+    ample = free_bytes - headroom_bytes - in_flight_bytes >= _MIN_FREE_MULTIPLE * size_bytes
     return "make" if size_bytes and not held_bytes and ample else "leave"
 
 
 class ReserveFile:
-    """The file. Blocking: for threads."""
+    """One ballast file. Blocking."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self._path, self.size_bytes = path, size_bytes
         self.held_bytes = 0
-        """What giving it up gives back."""
+        """The bytes that giving it up frees."""
 
     def look(self) -> None:
-        """At start: whether it is there. One that was half made when its process ended is removed."""
-        self._fresh.unlink(missing_ok=True)
+        """Read its size at start. Removes one that was half made when its process ended."""
+        self._temporary_path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            found = self._path.stat()
-            self.held_bytes = min(found.st_size, found.st_blocks * 512)
+            file_stat = self._path.stat()
+            self.held_bytes = min(file_stat.st_size, file_stat.st_blocks * 512)
 
     @property
-    def _fresh(self) -> Path:
+    def _temporary_path(self) -> Path:
         return self._path.with_name(f".{self._path.name}.new")
 
     def make(self) -> None:
-        """Allocate it. Raises OSError, and leaves nothing then."""
+        """Allocate it. Raises OSError and then leaves nothing behind."""
         try:
-            with self._fresh.open("wb", buffering=0) as f:
+            with self._temporary_path.open("wb", buffering=0) as f:
                 _allocate(f.fileno(), self.size_bytes)
                 os.fsync(f.fileno())
-            self._fresh.replace(self._path)
+            self._temporary_path.replace(self._path)
         except BaseException:
-            self._fresh.unlink(missing_ok=True)
+            self._temporary_path.unlink(missing_ok=True)
             raise
         self.held_bytes = self.size_bytes
 
     def give_up(self) -> int:
-        """Give its bytes back, which works on a full disk. Returns how many; 0 if there were none."""
-        given, self.held_bytes = self.held_bytes, 0
+        """Delete it, which works on a full disk. Returns the bytes freed; 0 if there was none."""
+        freed, self.held_bytes = self.held_bytes, 0
         self._path.unlink(missing_ok=True)
-        return given
+        return freed
 
 
 def _allocate(fd: int, size_bytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):  # macOS has none
+    if hasattr(os, "posix_fallocate"):  # not on macOS
         try:
             os.posix_fallocate(fd, 0, size_bytes)
             return
         except OSError as e:
-            if e.errno not in _CANNOT:
+            if e.errno not in _UNSUPPORTED:
                 raise
     zeros = bytes(_CHUNK_BYTES)
-    for at in range(0, size_bytes, _CHUNK_BYTES):
-        left = memoryview(zeros)[: size_bytes - at]
-        while left:
-            left = left[os.write(fd, left) :]
+    for offset in range(0, size_bytes, _CHUNK_BYTES):
+        remaining = memoryview(zeros)[: size_bytes - offset]
+        while remaining:
+            remaining = remaining[os.write(fd, remaining) :]

@@ -1,4 +1,4 @@
-"""Making room: plans made of what is known now, and carried out step by step. Only within the guard's section."""
+"""Frees space: plans eviction from the current state and carries it out step by step. Only within the section."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from shoal_storage.uses import Uses
 
 log = Log("storage")
 
-_PLANS_AT_MOST = 5
+_MAX_PLANS = 5
 _FREED_DEADLINE_S = 5.0
-"""How long a file system may take to give back what was removed."""
-_FREED_LOOK_S = 0.1
+"""How long a file system may take to release the space of deleted files."""
+_FREED_POLL_S = 0.1
 
 
 class Room:
-    """Finds out what may go, and makes it go. `remove` takes a model off disk and ledger and returns bytes freed."""
+    """Plans and carries out evictions. `remove` takes a model off disk and ledger and returns the bytes freed."""
 
     def __init__(
         self,
@@ -46,57 +46,57 @@ class Room:
         self._uses, self._announcer, self._remove = uses, announcer, remove
 
     async def spaces(self) -> list[Space]:
-        """What each file system has and its reserve holds, the store's first. What partials have taken is brought up
-        to date before.
+        """Return the free space of each file system, its ballast included, the store's first. Refreshes the partial
+        blobs' allocated bytes before.
         """
         for blob, partial in self._ledger.partials.items():
             await asyncio.to_thread(self._disk.look_at, blob, partial)
         return await asyncio.to_thread(spaces_of, self._disk, self._ledger.in_flight_by_root)
 
     async def plan_for(self, new_bytes: int) -> EvictionPlan:
-        """What would go for so many new bytes to come in, as one blob. Nothing is done."""
-        asked, spaces = Wanted({"": new_bytes}, {}, new_bytes), await self.spaces()
-        need_bytes = asked.lacking(self._ledger, self.limits, spaces).need_bytes
-        return await self.plan_to_free(need_bytes, asked.met_by(self._ledger, self.limits, spaces))
+        """Return what would be evicted for so many new bytes, as one blob. Changes nothing."""
+        demand, spaces = Wanted({"": new_bytes}, {}, new_bytes), await self.spaces()
+        need_bytes = demand.lacking(self._ledger, self.limits, spaces).need_bytes
+        return await self.plan_to_free(need_bytes, demand.met_by(self._ledger, self.limits, spaces))
 
     async def plan_to_free(self, need_bytes: int, enough: Enough, asking: str = "") -> EvictionPlan:
-        """What would go to free so many bytes, where `enough` wants them. What is here of the model that asks stays.
+        """Return what would be evicted to free so many bytes where `enough` needs them. The admitted model stays.
 
-        Nothing is done.
+        Changes nothing.
         """
         ledger = self._ledger
         kept = kept_models(ledger, await self._uses.now(), asking)
-        made = plan(need_bytes, ledger, ledger.last_uses, kept, enough)
+        eviction = plan(need_bytes, ledger, ledger.last_uses, kept, enough)
         if asking not in ledger.here:
-            kept.pop(asking, None)  # nothing to keep yet: a dry run before it asked says the same
-        return structs.replace(made, kept=kept)
+            kept.pop(asking, None)  # nothing to protect yet: a dry run before the request says the same
+        return structs.replace(eviction, kept=kept)
 
     async def admit(
         self, manifest: Manifest, leaves: Mapping[str, int] | None = None
     ) -> tuple[Admission, EvictionPlan | None]:
-        """Approve a manifest, making room when the policy is to. Returns what went. Raises QuotaExceeded.
+        """Approve a manifest, evicting if the policy allows. Returns what was evicted. Raises QuotaExceeded.
 
-        What the manifest needs has to be promised already: else it could go to make room for itself.
+        The manifest must be reserved already, or its own blobs could be evicted to make space for it.
         """
-        went: EvictionPlan | None = None
-        for _ in range(_PLANS_AT_MOST):
+        evicted: EvictionPlan | None = None
+        for _ in range(_MAX_PLANS):
             spaces = await self.spaces()
             try:
-                return self._admit(manifest, spaces, leaves), went
+                return self._admit(manifest, spaces, leaves), evicted
             except QuotaExceeded as refusal:
-                if went is not None and went.enough:
+                if evicted is not None and evicted.enough:
                     if not await self.wait_freed(lambda: self._admits(manifest, leaves)):
-                        raise self._not_given_back(refusal, went) from None
+                        raise self._not_released(refusal, evicted) from None
                     continue
                 enough = wanted(manifest, self._ledger, leaves).met_by(self._ledger, self.limits, spaces)
-                made = await self.plan_to_free(refusal.details["shortfall_bytes"], enough, asking=manifest.model)
-                if (policy := self.limits.eviction_policy) != "lru" or not made.enough:
-                    raise refusal_with(refusal, made, policy) from None
-            done = await self.carry_out(made)
-            went = done if went is None else _together(went, done)
+                eviction = await self.plan_to_free(refusal.details["shortfall_bytes"], enough, asking=manifest.model)
+                if (policy := self.limits.eviction_policy) != "lru" or not eviction.enough:
+                    raise refusal_with(refusal, eviction, policy) from None
+            latest = await self.carry_out(eviction)
+            evicted = latest if evicted is None else _merged(evicted, latest)
         raise Unavailable(
-            f"models of node {self._context.node} came into use again and again while room was made for "
-            f"{manifest.repo}; try again"
+            f"models of node {self._context.node} kept coming into use while space was freed for {manifest.repo}; "
+            "try again"
         )
 
     def _admit(self, manifest: Manifest, spaces: list[Space], leaves: Mapping[str, int] | None) -> Admission:
@@ -110,68 +110,68 @@ class Room:
         return True
 
     async def wait_freed(self, suffices: Callable[[], Awaitable[bool]]) -> bool:
-        """A whole plan was carried out: wait a little for the file system to give it back. False: it has not.
+        """Wait briefly for the file system to release the space of an executed plan. Returns False if it does not.
 
-        Files that somebody has open keep their space until they are closed: more victims would be no help.
+        Files that somebody has open keep their space until they are closed: more victims would not help.
         """
-        give_up_s = asyncio.get_running_loop().time() + _FREED_DEADLINE_S
+        deadline_s = asyncio.get_running_loop().time() + _FREED_DEADLINE_S
         while not await suffices():
-            if asyncio.get_running_loop().time() > give_up_s:
+            if asyncio.get_running_loop().time() > deadline_s:
                 return False
-            await asyncio.sleep(_FREED_LOOK_S)
+            await asyncio.sleep(_FREED_POLL_S)
         return True
 
-    def _not_given_back(self, refusal: QuotaExceeded, went: EvictionPlan) -> QuotaExceeded:
+    def _not_released(self, refusal: QuotaExceeded, evicted: EvictionPlan) -> QuotaExceeded:
         return QuotaExceeded(
-            f"{refusal.message}; {human(went.frees_bytes)} were evicted for it, and the disk has not given them "
-            "back: a process has these files open (`lsof +L1` names it), or others write to this disk",
+            f"{refusal.message}; {human(evicted.frees_bytes)} were evicted for it, but the disk has not released "
+            "them: a process has these files open (`lsof +L1` lists it), or others write to this disk",
             **refusal.details,
-            evicted=[v.model for v in went.victims],
+            evicted=[v.model for v in evicted.victims],
         )
 
-    async def carry_out(self, made: EvictionPlan) -> EvictionPlan:
-        """Do what a plan says, up to a victim that has come into use. Returns what was done; `enough` if all was."""
-        garbage_bytes = await self.remove_garbage(made.garbage)
+    async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
+        """Carry out a plan, up to a victim that has come into use. Returns what was done; `enough` if all was."""
+        garbage_bytes = await self.remove_garbage(eviction.garbage)
         unfinished: list[Victim] = []
-        for left in made.unfinished:
-            freed = await self._remove(left.model)
-            unfinished.append(structs.replace(left, frees_bytes=freed))
-            log.info("removed what an ended download had left", model=left.model, freed_bytes=freed)
+        for abandoned in eviction.unfinished:
+            freed = await self._remove(abandoned.model)
+            unfinished.append(structs.replace(abandoned, frees_bytes=freed))
+            log.info("abandoned download deleted", model=abandoned.model, freed_bytes=freed)
         done: list[Victim] = []
-        for victim in made.victims:
+        for victim in eviction.victims:
             uses = await self._uses.now()
             if victim.model in uses:
-                log.info("a victim came into use; planning anew", model=victim.model, users=words(uses[victim.model]))
+                log.info("eviction victim in use; replanning", model=victim.model, users=words(uses[victim.model]))
                 break
             freed = await self._remove(victim.model)
             done.append(structs.replace(victim, frees_bytes=freed))
             await self._context.events.tell(
                 "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
             )
-            log.info("evicted", model=victim.model, freed_bytes=freed)
+            log.info("model evicted", model=victim.model, freed_bytes=freed)
         await self._announcer.publish()
         return structs.replace(
-            made,
+            eviction,
             garbage_bytes=garbage_bytes,
             unfinished=unfinished,
             victims=done,
             frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *done)),
-            enough=len(done) == len(made.victims),
+            enough=len(done) == len(eviction.victims),
         )
 
     async def remove_garbage(self, blobs: Iterable[str] | None = None) -> int:
-        """Remove these blobs, or all that nothing refers to, and what deletes have left. Returns bytes freed."""
+        """Delete these blobs, or all unreferenced ones, and the rest of failed deletions. Returns bytes freed."""
         freed, ledger = 0, self._ledger
         for model in list(ledger.leaving):
             try:
                 freed += await self._remove(model)
-            except OSError as e:  # as before; it does not keep others from going
-                log.warning("what is left of a deleted model could not be removed", model=model, why=str(e))
+            except OSError as e:  # tried again later; the others are deleted all the same
+                log.warning("cannot delete the rest of a deleted model", model=model, reason=str(e))
         needed, spare = referenced(ledger), spare_copies(ledger)
         for sha256 in garbage_of(ledger) if blobs is None else blobs:
-            for further, size_bytes in spare.get(sha256, {}).items():
-                await asyncio.to_thread(self._disk.remove_copy, sha256, further)
-                log.info("removed one of two copies of a blob", blob=sha256, freed_bytes=size_bytes)
+            for volume_id, size_bytes in spare.get(sha256, {}).items():
+                await asyncio.to_thread(self._disk.remove_copy, sha256, volume_id)
+                log.info("redundant blob copy deleted", blob=sha256, freed_bytes=size_bytes)
                 freed += size_bytes
             if sha256 in spare:
                 del ledger.doubles[sha256]
@@ -183,26 +183,28 @@ class Room:
 
 
 def spaces_of(disk: Disk, in_flight: Mapping[str, int]) -> list[Space]:
-    """What the store's file system has for blobs, and then each further root's. Blocking.
+    """Return the free space of the store's file system, then of each volume. Blocking.
 
-    Two roots on one file system, which nobody could have asked for, have its bytes once: the second takes nothing.
+    Two volumes on one file system, which the settings do not allow, count its bytes once: the second adds nothing.
     """
-    found = [Space("", "the store", disk.free_bytes() + disk.reserve.held_bytes, in_flight.get("", 0))]
+    spaces = [Space("", "the store", disk.free_bytes() + disk.reserve.held_bytes, in_flight.get("", 0))]
     devices = {disk.device: 0}
-    for root in list(disk.further.values()):
-        if not root.is_there():
+    for volume in list(disk.further.values()):
+        if not volume.is_there():
             continue
-        its = in_flight.get(root.id, 0)
-        if (first := devices.setdefault(root.device, len(found))) < len(found):
-            twin = found[first]
-            found[first] = structs.replace(twin, in_flight_bytes=twin.in_flight_bytes + its)
+        reserved_bytes = in_flight.get(volume.id, 0)
+        if (index := devices.setdefault(volume.device, len(spaces))) < len(spaces):
+            shared = spaces[index]
+            spaces[index] = structs.replace(shared, in_flight_bytes=shared.in_flight_bytes + reserved_bytes)
             continue
-        found.append(Space(root.id, str(root.path), root.free_bytes() + root.reserve.held_bytes, its))
-    return found
+        spaces.append(
+            Space(volume.id, str(volume.path), volume.free_bytes() + volume.reserve.held_bytes, reserved_bytes)
+        )
+    return spaces
 
 
-def _together(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
-    """What two plans have done, one after the other, for the need of the first."""
+def _merged(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
+    """Merge two executed plans, in order, for the need of the first."""
     return structs.replace(
         second,
         need_bytes=first.need_bytes,

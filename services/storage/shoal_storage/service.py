@@ -1,4 +1,4 @@
-"""The storage service: its parts wired together, and what it answers to."""
+"""The storage service: builds its parts and maps subjects to handlers."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ from shoal_storage.watching import Watcher
 async def _announcer(
     context: Context, tasks: asyncio.TaskGroup, disk: Disk, ledger: Ledger, limits: Limits
 ) -> Announcer:
-    announced = await context.view(tasks, "state", f"*.{context.node}.>")
-    of_the_disk = await context.view(tasks, "state", storage_key(context.node))
-    return Announcer(context, disk, ledger, limits, announced, of_the_disk)
+    published = await context.view(tasks, "state", f"*.{context.node}.>")
+    disk_state = await context.view(tasks, "state", storage_key(context.node))
+    return Announcer(context, disk, ledger, limits, published, disk_state)
 
 
 async def run(context: Context) -> None:
-    """The storage service."""
+    """Run the storage service until it is told to stop."""
     limits = read_limits(context.config.settings, context.environ)
     await asyncio.to_thread(refuse_overlap, limits.read_only_roots, context.config.store)
     disk = Disk(context.config.store, read_reserve_bytes(context.config.settings, context.environ))
     with told("open its store"):
         await asyncio.to_thread(disk.open)
-    root_errors = await asyncio.to_thread(open_all, disk, limits)
+    volume_errors = await asyncio.to_thread(open_all, disk, limits)
     ledger = await _read(disk)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.view(tasks, "spec")
@@ -74,9 +74,9 @@ async def run(context: Context) -> None:
         await asyncio.to_thread(guard.keeping.read)
         losses = Losses(context, disk, ledger, specs, announcer)
         rescan = Rescan(context, disk, ledger, guard.section, guard.keeping, announcer, losses, guard.parts)
-        joining = Joining(disk, ledger, guard.section, announcer, rescan, limits, root_errors)
+        joining = Joining(disk, ledger, guard.section, announcer, rescan, limits, volume_errors)
         adoption = Adoption(context, disk, ledger, guard.section, announcer, limits.read_only_roots)
-        first_look = await adoption.start()
+        first_scan = await adoption.start()
         await announcer.announce_all()
 
         async def use(limits: Limits) -> None:
@@ -84,8 +84,8 @@ async def run(context: Context) -> None:
             await joining.use(limits)
             await adoption.use_roots(limits.read_only_roots)
 
-        settings = Settings(context, disk, ledger, use, announcer.publish, joining.refuse_unusable)
-        context.background(tasks, first_look)
+        settings = Settings(context, disk, ledger, limits, use, announcer.publish, joining.refuse_unusable)
+        context.background(tasks, first_scan)
         context.background(tasks, adoption.look_regularly())
         context.background(tasks, adoption.hash_what_waits())
         context.background(tasks, guard.say_again_after_reconnects())
@@ -123,7 +123,7 @@ async def run(context: Context) -> None:
                     "release": Question(Release, guard.release),
                     "commit": Question(CommitBlob, full.guarded("commit a blob", guard.commit)),
                     "seal": Question(SealModel, full.guarded("seal a model", guard.seal)),
-                    "seal_part": Question(SealPart, full.guarded("remember a part", guard.parts.seal)),
+                    "seal_part": Question(SealPart, full.guarded("record a shard", guard.parts.seal)),
                     "manifest": Question(AskManifest, guard.manifest),
                     "lease": Question(AskLease, full.guarded("make a view for a lease", guard.holders.lease)),
                     "unlease": Question(Unlease, guard.holders.unlease),
@@ -150,7 +150,7 @@ async def run(context: Context) -> None:
 
 
 async def _read(disk: Disk) -> Ledger:
-    """What the disk holds, after what a crash had interrupted was finished."""
+    """Read what the disk holds, after finishing what a crash interrupted."""
     leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
     ledger = await asyncio.to_thread(recover, disk, leases)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)

@@ -1,4 +1,4 @@
-"""The paths of a store and of its further roots: those of a blob lead to the root that has it."""
+"""The paths of a store and its volumes. A blob's paths lead to the volume that has it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from shoal_common.layout import Layout
 
 
 class StoreLayout(Layout):
-    """A `Layout` for storage itself. `where` says which blobs, by name, are in which further root, by its id.
+    """`StorePaths` with volumes. One map has the id of the volume that each blob, by name, is on.
 
-    It is the ledger's `where` too. What it does not name is in the store, or is to come there.
+    The ledger shares this map. Blobs that it does not name are in the store, or are to go there.
     """
 
     def __init__(self, root: Path) -> None:
@@ -23,67 +23,67 @@ class StoreLayout(Layout):
         """A blob's file."""
         return self.blob_in(self.where.get(sha256, ""), sha256)
 
-    def blob_in(self, further: str, sha256: str) -> Path:
-        """A blob's file in a certain root; "": in the store."""
-        return Layout.blob(self.of(further), sha256)
+    def blob_in(self, volume_id: str, sha256: str) -> Path:
+        """A blob's file on one volume; "": in the store."""
+        return Layout.blob(self.of(volume_id), sha256)
 
     def set_aside(self, sha256: str) -> Path:
-        """Where a blob goes that is not what it is called."""
+        """A corrupt blob's file in quarantine."""
         return Layout.set_aside(self._root_of(sha256), sha256)
 
     def set_aside_have(self, sha256: str) -> Path:
-        """The bitmap of the good leaves of a blob that was set aside."""
+        """The bitmap of the good leaves of a blob in quarantine."""
         return Layout.set_aside_have(self._root_of(sha256), sha256)
 
     def partial(self, blob: str) -> Path:
-        """The directory of a blob that is arriving, links aside."""
+        """The real directory of a partial blob, not a link to it."""
         return Layout.partial(self._root_of(blob), blob)
 
     def tomb(self, repo: str, commit: str) -> Path:
-        """Where the manifest of a model stays whose deletion has begun."""
+        """The tombstone of a model: the manifest of a model being deleted."""
         manifest = self.manifest(repo, commit)
         return self.tombs / f"{manifest.parent.name}@{manifest.name}"
 
     def partial_link(self, blob: str) -> Path:
-        """Where everybody else finds that directory."""
+        """The path in the store at which other services find that directory."""
         return super().partial(blob)
 
     def _root_of(self, blob: str) -> Layout:
         return self.of(self.where.get(blob, ""))
 
-    # Roots
+    # Volumes
 
-    def of(self, further: str) -> Layout:
-        """The paths of a further root; "": of the store. Raises FileNotFoundError for a root that is away."""
-        if not further:
+    def of(self, volume_id: str) -> Layout:
+        """The paths of a volume; "": of the store. Raises FileNotFoundError if the volume is missing."""
+        if not volume_id:
             return self
         try:
-            return self._further[further]
+            return self._further[volume_id]
         except KeyError:
-            raise FileNotFoundError(f"the further root {further} is away") from None
+            raise FileNotFoundError(f"volume {volume_id} is missing") from None
 
     def all(self) -> Iterator[tuple[str, Layout]]:
-        """The store ("") and the further roots that are there, by their ids."""
+        """The store ("") and the present volumes, by id."""
         yield "", self
         yield from list(self._further.items())
 
     def holding(self, path: Path) -> Layout:
-        """The root that a path is in; the store, if it is in no other."""
-        return next((lay for lay in self._further.values() if path.is_relative_to(lay.root)), self)
+        """The paths of the volume that a path is on; the store's if it is on none."""
+        return next((paths for paths in self._further.values() if path.is_relative_to(paths.root)), self)
 
-    def add(self, further: str, root: Path) -> None:
-        """A further root is there from now on."""
-        self._further[further] = Layout(root)
+    def add(self, volume_id: str, root: Path) -> None:
+        """Add a volume."""
+        self._further[volume_id] = Layout(root)
 
-    def forget(self, further: str) -> None:
-        """A further root is there no more, nor anything in it."""
-        self._further.pop(further, None)
-        for blob in [b for b, its in self.where.items() if its == further]:
+    def forget(self, volume_id: str) -> None:
+        """Remove a volume, and every blob on it from the map."""
+        self._further.pop(volume_id, None)
+        for blob in [b for b, other_id in self.where.items() if other_id == volume_id]:
             del self.where[blob]
 
-    def place(self, blob: str, further: str) -> None:
-        """A blob is, or is to come, in this root; "": the store."""
-        if further:
-            self.where[blob] = further
+    def place(self, blob: str, volume_id: str) -> None:
+        """Record that a blob is, or is to go, on a volume; "": the store."""
+        if volume_id:
+            self.where[blob] = volume_id
         else:
             self.where.pop(blob, None)

@@ -1,4 +1,4 @@
-"""What people and the inference service say about keeping: pins, uses, plans and garbage."""
+"""Requests and commands about keeping models: eviction plans, last uses, pins and garbage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UPKEEP_DEADLINE_S = 60.0
 
 
 class Upkeep:
-    """Answers them within the guard's section."""
+    """Handles them within the section."""
 
     def __init__(
         self,
@@ -34,36 +34,36 @@ class Upkeep:
         self._node, self._ledger, self._section = context.node, ledger, section
         self._room, self._keeping, self._announcer = room, keeping, announcer
 
-    # Questions
+    # Requests
 
     async def plan(self, question: AskPlan) -> EvictionPlan:
-        """What would go for so many bytes to come in. Nothing is done."""
+        """Return what would be evicted for so many new bytes. Changes nothing."""
         if question.need_bytes < 0:
-            raise BadInput(f"need_bytes is {question.need_bytes}: how many bytes are to come in is expected")
+            raise BadInput(f"need_bytes is {question.need_bytes}: expected the number of new bytes, 0 or more")
         async with self._section:
             return as_told(await self._room.plan_for(question.need_bytes))
 
     async def used(self, question: NoteUse) -> Done:
-        """Models of this node were used now. On the disk soon, not at once."""
+        """Record that models of this node were used now. Written to the disk later."""
         self._keeping.used(question.models, time.time())
         return Done()
 
     # Commands
 
     async def pin(self, command: Pin, _: str) -> dict[str, object]:
-        """Keep a model, all its commits or the one named; or keep it no longer. Durable before it is acknowledged."""
+        """Pin or unpin a model: all its commits, or the one named. Durable before it is acknowledged."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
         async with self._section:
             models = [m.model for m in matching(ref.repo, revision, self._ledger.here.values())]
             if command.pinned and not models and matching(ref.repo, revision, self._ledger.whole.values()):
                 raise Refused(
-                    f"{command.model} is in a read-only root of node {self._node}, from which nothing is ever "
-                    "removed: it needs no pin"
+                    f"{command.model} is in a library of node {self._node}, from which nothing is ever removed: it "
+                    "needs no pin"
                 )
             if command.pinned and not models:
                 raise NotFound(
-                    f"{command.model} is not on node {self._node}, and only what is there can be pinned: "
+                    f"{command.model} is not on node {self._node}, and only models on the node can be pinned: "
                     "pull it first"
                 )
             for model in models:
@@ -72,22 +72,22 @@ class Upkeep:
         return {"models": models, "pinned": command.pinned}
 
     async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
-        """Remove what nothing refers to."""
+        """Delete unreferenced blobs."""
         async with self._section:
             garbage = garbage_of(self._ledger)
             freed = await self._room.remove_garbage(garbage)
         await self._announcer.publish()
         return {"freed_bytes": freed, "blobs": len(garbage)}
 
-    # Around
+    # Background
 
     async def keep_uses(self) -> None:
-        """Write last uses now and then: many answers, few writes."""
+        """Write the last uses periodically: many answers, few writes."""
         while True:
             await asyncio.sleep(WRITE_EVERY_S)
             await self.write_uses()
 
     async def write_uses(self) -> None:
-        """Make the last uses that were noted durable."""
+        """Make the recorded last uses durable."""
         async with self._section:
             await asyncio.to_thread(self._keeping.write_uses)

@@ -1,8 +1,8 @@
 """Views: a model's files under their own names, each a reflink, else a hard link, else a symbolic link. Blocking.
 
-Never a copy. Link counts are no reference counts: a blob whose name was unlinked keeps its bytes on the disk while a
-reflink or a hard link of it lives. So whoever removes a blob removes it from the views before, or with it. Files that
-somebody else put into a view stay.
+Never a copy. Link counts are no reference counts: a blob whose name was unlinked keeps its bytes on disk while a
+reflink or a hard link of it exists. So whoever deletes a blob also deletes it from the views, before or with it.
+Foreign files in a view stay.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from shoal_common.messages.records import Manifest
 from shoal_storage.leases import Lease
 
 _MODE = 0o444
-_FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python names it from 3.12 on
+_FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # in the standard library from Python 3.12 on
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EINVAL, errno.ENOTTY)
 _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 def build_view(layout: Layout, manifest: Manifest) -> None:
-    """Build, or mend, the view of a model that all may open."""
+    """Build or repair a model's public view."""
     build(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
 
 
 def build(layout: Layout, files: Mapping[str, str], view: Path, arriving: Container[str] = ()) -> None:
-    """Link blobs (sha256) under the paths of a model's files; of those in `arriving` their partials. Raises OSError.
+    """Link blobs (sha256) under a model's file paths; of those in `arriving`, the partial blobs. Raises OSError.
 
-    What is there and is not the blob (a file somebody put there, a link to what the blob was before) is replaced.
+    An existing file that is not the blob (a foreign file, a link to what the blob was before) is replaced.
     """
-    ways = list(_WAYS)
+    methods = list(_METHODS)
     for path, sha256 in files.items():
         target, blob = file_in(view, path), _file_of(layout, sha256, sha256 in arriving)
         if is_blob(target, blob):
@@ -47,9 +47,9 @@ def build(layout: Layout, files: Mapping[str, str], view: Path, arriving: Contai
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         if blob.is_relative_to(layout.blobs) or blob.is_relative_to(layout.partials):
-            _link(blob, target, ways)
+            _link(blob, target, methods)
         else:
-            _symlink(blob, target)  # a hard link would change a file of the root
+            _symlink(blob, target)  # a hard link would change a file of the library
 
 
 def _file_of(layout: Layout, sha256: str, arriving: bool) -> Path:
@@ -58,24 +58,25 @@ def _file_of(layout: Layout, sha256: str, arriving: bool) -> Path:
 
 
 def is_blob(target: Path, blob: Path) -> bool:
-    """Whether a view's file is the blob: the very file, a link to it, or a reflink of it that nobody has changed."""
+    """Whether a view's file is the blob: the same file, a link to it, or an unmodified reflink of it."""
     try:
-        its = blob.stat()
-        found = target.lstat()
-        if stat.S_ISLNK(found.st_mode):
+        blob_stat = blob.stat()
+        file_stat = target.lstat()
+        if stat.S_ISLNK(file_stat.st_mode):
             return target.samefile(blob)
     except FileNotFoundError:
         return False
-    same_file = (found.st_dev, found.st_ino) == (its.st_dev, its.st_ino)
+    same_file = (file_stat.st_dev, file_stat.st_ino) == (blob_stat.st_dev, blob_stat.st_ino)
     return same_file or (
-        stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (its.st_size, its.st_mtime_ns)
+        stat.S_ISREG(file_stat.st_mode)
+        and (file_stat.st_size, file_stat.st_mtime_ns) == (blob_stat.st_size, blob_stat.st_mtime_ns)
     )
 
 
 def remove_view(view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()) -> None:
-    """Remove what a manifest names; without one, what is a link: another name of some bytes, or a reflink of a blob.
+    """Delete the files that a manifest names; without a manifest, those that are links or reflinks of blobs.
 
-    `times` has size and mtime_ns of every blob that there may be reflinks of. Directories that are empty then go too.
+    `times` has the size and mtime_ns of every blob that may have reflinks. Directories that become empty are deleted.
     """
     named = {str(view / f.path) for f in manifest.files} if manifest else set()
     if not view.is_dir() or view.is_symlink():
@@ -85,56 +86,56 @@ def remove_view(view: Path, manifest: Manifest | None, times: Container[tuple[in
             path = Path(directory, name)
             if str(path) in named or _is_link(path, times):
                 path.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody's file is in it
+        with suppress(OSError):  # a foreign file is in it
             Path(directory).rmdir()
 
 
 def _is_link(path: Path, times: Container[tuple[int, int]]) -> bool:
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
+    file_stat = path.lstat()
+    if stat.S_ISLNK(file_stat.st_mode):
         return names_a_blob(path.readlink())
-    return found.st_nlink > 1 or (found.st_size, found.st_mtime_ns) in times
+    return file_stat.st_nlink > 1 or (file_stat.st_size, file_stat.st_mtime_ns) in times
 
 
 def names_a_blob(path: Path) -> bool:
-    """Whether a path is one that a blob has, in whatever root."""
+    """Whether a path is a blob's path, on any volume."""
     *_, blobs, kind, start, sha256 = ("", "", "", "", *path.parts)
     return (blobs, kind) == ("blobs", "sha256") and len(sha256) == 64 and sha256.startswith(start) and len(start) == 2
 
 
 def places_of(layout: Layout, sha256: str, manifests: Iterable[Manifest], leases: Iterable[Lease]) -> list[Path]:
-    """Where a blob stands in the views of these manifests and leases."""
-    places = [layout.view_file(m, f.path) for m in manifests for f in m.files if f.sha256 == sha256]
+    """Return the paths of a blob in the views of these manifests and leases."""
+    paths = [layout.view_file(m, f.path) for m in manifests for f in m.files if f.sha256 == sha256]
     for lease in leases:
         view = layout.lease_view(lease.id)
-        places += [file_in(view, path) for path, blob in lease.files.items() if blob == sha256]
-    return places
+        paths += [file_in(view, path) for path, blob in lease.files.items() if blob == sha256]
+    return paths
 
 
-def unlink(places: Iterable[Path], inode: int | None = None) -> set[Path]:
-    """Remove these files of views, whatever they are or only where they are this inode. Returns their directories."""
+def unlink(paths: Iterable[Path], inode: int | None = None) -> set[Path]:
+    """Delete these files of views, all or only those with this inode. Returns their directories."""
     directories = set()
-    for place in places:
+    for path in paths:
         with suppress(FileNotFoundError):
-            if inode is None or place.stat().st_ino == inode:
-                place.unlink()
-        directories.add(place.parent)
+            if inode is None or path.stat().st_ino == inode:
+                path.unlink()
+        directories.add(path.parent)
     return directories
 
 
-def _link(blob: Path, target: Path, ways: list[Way]) -> None:
+def _link(blob: Path, target: Path, methods: list[Way]) -> None:
     while True:
-        link, refusals = ways[0]
+        link, refusals = methods[0]
         try:
             link(blob, target)
             return
         except OSError as e:
             if e.errno not in refusals:
                 raise
-            if e.errno == errno.EMLINK:  # this blob has many names; the next one may not
+            if e.errno == errno.EMLINK:  # this blob has too many names; the next one may not
                 _symlink(blob, target)
                 return
-            ways.pop(0)  # what this file system cannot, it cannot for the model's other files either
+            methods.pop(0)  # what the file system cannot do, it cannot do for the model's other files either
 
 
 def _reflink(blob: Path, target: Path) -> None:
@@ -142,13 +143,13 @@ def _reflink(blob: Path, target: Path) -> None:
         _clonefile(blob, target)
         return
     with blob.open("rb", buffering=0) as source:
-        its = os.fstat(source.fileno())
+        blob_stat = os.fstat(source.fileno())
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
         try:
             fcntl.ioctl(fd, _FICLONE, source.fileno())
             os.fchmod(fd, _MODE)  # whatever the umask
-            # Last: until it has the blob's time it is not the blob, and would be replaced.
-            os.utime(fd, ns=(its.st_atime_ns, its.st_mtime_ns))
+            # Last: until it has the blob's mtime it does not count as the blob, and would be replaced.
+            os.utime(fd, ns=(blob_stat.st_atime_ns, blob_stat.st_mtime_ns))
         except BaseException:
             with suppress(OSError):
                 target.unlink()
@@ -158,7 +159,7 @@ def _reflink(blob: Path, target: Path) -> None:
 
 
 def _clonefile(blob: Path, target: Path) -> None:
-    """macOS: clonefile(2), which keeps mode and times."""
+    """Clone a file on macOS by clonefile(2), which keeps mode and times."""
     libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     if libc.clonefile(os.fsencode(blob), os.fsencode(target), ctypes.c_uint32(0)) != 0:
         number = ctypes.get_errno()
@@ -174,4 +175,4 @@ def _symlink(blob: Path, target: Path) -> None:
 
 
 Way = tuple[Callable[[Path, Path], None], tuple[int, ...]]
-_WAYS: tuple[Way, ...] = ((_reflink, _NO_REFLINK), (_hard_link, _NO_HARD_LINK), (_symlink, ()))
+_METHODS: tuple[Way, ...] = ((_reflink, _NO_REFLINK), (_hard_link, _NO_HARD_LINK), (_symlink, ()))
