@@ -140,7 +140,7 @@ def test_a_device_that_reads_nothing_any_more_is_not_asked_for_every_leaf(
 
     with monkeypatch.context() as failing:
         failing.setattr(os, "pread", pread)
-        failing.setattr(quarantine, "_UNREADABLE_AT_MOST", 2)
+        failing.setattr(quarantine, "_MAX_UNREADABLE_LEAVES", 2)
         checked = doubt(store, blob)
     assert asked == [0, LEAF_BYTES, 2 * LEAF_BYTES]
     assert checked.bad_leaf_count == 5
