@@ -57,7 +57,7 @@ def due(
 ) -> list[str]:
     """Return blobs last verified at least `again_after_s` ago, longest ago first.
 
-    Blobs never verified come first, in name order starting at `begin` and wrapping around: verification times are kept
+    Blobs never verified come first, in name order from `begin` on, wrapping around: verification times are kept
     in memory only, so restarts that always began at the same name would never reach the others.
     """
     pending = [b for b in blobs if b not in verified_s or now_s - verified_s[b] >= again_after_s]

@@ -1,7 +1,7 @@
 """Hash files that somebody put in a blob's place before anything uses them (I1), one at a time, at full speed.
 
-An intact file becomes a blob. A corrupt one is left alone and hashed again once its stat changes. A file that is still
-being written is not judged: its stat must be the same before and after hashing, or it is hashed again.
+An intact file becomes a blob. A corrupt one is left alone and hashed again once its stat changes. A file that is
+still being written is not judged: its stat must be the same before and after hashing, or it is hashed again.
 """
 
 from __future__ import annotations

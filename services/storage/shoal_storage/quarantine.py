@@ -62,7 +62,7 @@ class Checked(msgspec.Struct, frozen=True):
 def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
     """Hash a blob, of the store or of a library, as the disk holds it now; return None if its file is gone.
 
-    `pace` is called with the bytes of each leaf before it is hashed. It may block, and may raise to abort.
+    `pace` is called with the byte count of each leaf before it is hashed. It may block, and may raise to abort.
     """
     store_path = disk.layout.blob(sha256)
     digest, leaf_hashes = hashlib.sha256(), bytearray()
@@ -88,7 +88,7 @@ def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | Non
 
 
 def _good_leaves(size_bytes: int, recorded: bytes, current: bytes) -> Bitmap | None:
-    """Return the leaves that match their recorded hashes; None if none do, or all do (the record is wrong)."""
+    """Return the leaves that match their recorded hashes; None if none or (the record is wrong) all do."""
     good, size = Bitmap(size_bytes), HASH_BYTES
     for leaf in range(good.leaves):
         if current[leaf * size : (leaf + 1) * size] == recorded[leaf * size : (leaf + 1) * size]:
@@ -99,8 +99,8 @@ def _good_leaves(size_bytes: int, recorded: bytes, current: bytes) -> Bitmap | N
 def _read_leaves(path: Path, inode: int, size_bytes: int, max_unreadable: int) -> Iterator[bytes]:
     """Yield the leaves of a file, bypassing the page cache where possible; an unreadable leaf is empty.
 
-    The file is open only while a leaf is read, since a deleted file that is open keeps its space. Pages that were read
-    are dropped from the page cache, which others use better; pages that a process has mapped stay.
+    The file is open only while a leaf is read, since a deleted open file keeps its space. Pages that were read are
+    dropped from the page cache, which others use better; pages that a process has mapped stay.
     """
     offset = unreadable = 0
     while True:
