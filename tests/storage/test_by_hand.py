@@ -201,7 +201,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
             assert (state.unproven_count, state.unknown_bytes) == (0, len(wrong))
             assert state.unknown == [str(path.relative_to(node.layout.root))]
             assert state.used_bytes == LARGE.sealed.size_bytes
-            await process.wait_line("is not that blob; left alone", WEIGHTS)
+            await process.wait_line("copied-in file is corrupt; left in place", WEIGHTS)
             assert (await fileserver.blob(WEIGHTS)).status == 404
             assert (await node.command("gc", CollectGarbage())).ok
             assert (await node.command("verify", Verify())).ok
@@ -329,7 +329,7 @@ async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: F
 
 def scans_of(process: Process) -> int:
     """How often a storage that logs all has looked at its disk."""
-    return len([line for line in process.lines if "looked at the disk" in line])
+    return len([line for line in process.lines if "store scanned" in line])
 
 
 async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_silent(
@@ -343,7 +343,7 @@ async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_sil
         node.storage(SHOAL_LOG="debug") as process,
         node.fetcher(),
     ):
-        await process.wait_line("looked at the disk")
+        await process.wait_line("store scanned")
         for number, model in enumerate(models):
             await node.bring_in(model)
             if number % 2:
@@ -376,7 +376,7 @@ async def test_what_changes_while_nats_is_away_is_told_when_it_is_back(
         own_nats.kill()
         node.layout.blob(WEIGHTS).unlink()
         shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))
-        await process.wait_line("the disk has changed", LARGE.name)
+        await process.wait_line("store changed on disk", LARGE.name)
         own_nats.start()
         await taken_back(node, LARGE)
         await announced(node, apples)
@@ -446,7 +446,7 @@ async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_an
         environment = node_environment(node.home, nats.url, SHOAL_HEADROOM_BYTES="0")
         async with started(str(script), environment=environment) as process:
             await process.wait_ready()
-            await process.wait_line("does not tell of changes")
+            await process.wait_line("no change notifications")
             await node.bring_in(LARGE)
             path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
             shutil.copy2(path, aside)
@@ -454,7 +454,7 @@ async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_an
             await taken_back(node, LARGE)
             shutil.copy2(aside, path)
             await announced(node, LARGE)
-            assert len([line for line in process.lines if "does not tell of changes" in line]) == 1
+            assert len([line for line in process.lines if "no change notifications" in line]) == 1
 
 
 async def test_a_stop_does_not_wait_for_the_watch(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

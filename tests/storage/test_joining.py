@@ -165,7 +165,7 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             m.disk.mount()
             await m.until_offered(SECOND, True)
             m.check(FIRST, SECOND)
-            assert "a file in a blob's place" not in process.output, "what came back was hashed again"
+            assert "copied-in" not in process.output, "what came back was hashed again"
 
 
 async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc_removes_one(

@@ -46,7 +46,7 @@ class Holders:
     # Requests
 
     async def lease(self, question: AskLease) -> Leased:
-        """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError (full)."""
+        """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError."""
         ref, holder = ModelRef.parse(question.model), check_holder(question.holder)
         instance = check_id(question.instance) if question.instance else ""
         async with self._section:
@@ -122,7 +122,7 @@ class Holders:
     # Expiry
 
     async def look(self) -> bool:
-        """Refresh which leases are held and remove ended ones; return whether any changed. In the critical section."""
+        """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
         leases, changed = self._ledger.leases, False
         status = await asyncio.to_thread(lease_disk.look, self._disk.layout, list(leases)) if leases else {}
         for name, (held, pid) in status.items():

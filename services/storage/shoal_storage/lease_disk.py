@@ -104,7 +104,7 @@ def remove(disk: Disk, lease_id: str) -> bool:
 
 
 def look(paths: Layout, lease_ids: list[str]) -> dict[str, tuple[bool, int]]:
-    """Return whether each lease is held, and the holder's pid; 0 where the system does not tell (macOS never does)."""
+    """Return whether each lease is held, and by which pid; 0 where the system does not tell (macOS never does)."""
     pids = _flock_holders()
     status: dict[str, tuple[bool, int]] = {}
     for lease_id in lease_ids:

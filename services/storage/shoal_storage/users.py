@@ -13,7 +13,7 @@ _MAX_NAMED = 10
 
 
 class User(msgspec.Struct, frozen=True):
-    """A user of a model. `instance` is the instance to stop so that it releases the model, "" if it is none of ours."""
+    """A user of a model. `instance` is what to stop so that it releases the model, "" for a user of another kind."""
 
     words: str
     instance: str = ""
