@@ -6,8 +6,8 @@
     <store>/further/<id>    symbolic link to the volume; durable before anything is written to the volume
 
 The store records each volume's id and path and accepts only that id at that path: an empty mount point or another
-disk mounted there is not the volume. A volume is created only at a path that the store has no record of, and never on the
-file system of the store or of another volume, which is what an unmounted disk usually leaves at its path.
+disk mounted there is not the volume. A volume is created only at a path without a record, and never on the file
+system of the store or of another volume, which is what an unmounted disk usually leaves at its path.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Joining:
         await self.look()
 
     def refuse_unusable(self, limits: Limits) -> None:
-        """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used, before they are saved. Blocking."""
+        """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used; before saving them. Blocking."""
         refuse_overlap(limits.roots, limits.read_only_roots, self._disk.layout.root)
         others = _in_use(self._disk)
         for given_path in limits.roots:

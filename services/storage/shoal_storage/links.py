@@ -1,8 +1,8 @@
 """The store's records of library models: where their blobs are, views of symbolic links, and known hashes.
 
 Blocking: for threads. Everything is written to the store, nothing to a library, and all of it can be rebuilt from the
-library; only `adopted/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard link
-would change a file of the library.
+library; only `adopted/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard
+link would change a file of the library.
 """
 
 from __future__ import annotations

@@ -46,14 +46,14 @@ def refuse_overlap(libraries: Iterable[str], store: Path) -> None:
         real = real_root(library)
         if real.is_relative_to(real_store) or real_store.is_relative_to(real):
             raise BadInput(
-                f"the library {library} and the store at {store} overlap: give a directory outside of it, or move the "
-                "store (storage.path in node.toml)",
+                f"the library {library} and the store at {store} overlap: give a directory outside of it, or move "
+                "the store (storage.path in node.toml)",
                 param="read_only_roots",
             )
 
 
 def list_root(root: str, keep_on: Callable[[], None]) -> Listing:
-    """List a library where models may be. `keep_on` is called regularly and may raise to abort. Raises Unlistable."""
+    """List a library where models may be. `keep_on` is called regularly, may raise to abort. Raises Unlistable."""
     real = real_root(root)
     try:
         str(real).encode()
