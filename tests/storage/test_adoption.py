@@ -101,7 +101,7 @@ async def is_served(fileserver: Fileserver, data: bytes) -> bool:
 
 def hashed(process: Process) -> list[str]:
     """The lines that say what was hashed."""
-    return [line for line in process.lines if "hashed a model of a read-only root" in line]
+    return [line for line in process.lines if "library model hashed" in line]
 
 
 async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_here_writes_to_it(
@@ -187,7 +187,7 @@ async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_re
             assert hashed(again) == []
             await set_roots(node)
             assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
-            assert "org/ours" in await again.wait_line("counted on a read-only root")
+            assert "org/ours" in await again.wait_line("model is incomplete, it used files of a library")
             assert (await node.reserve(OURS.manifest)).missing == [sha256(WEIGHTS)]
             await node.release(OURS.manifest)
             await set_roots(node, cache)
@@ -360,7 +360,7 @@ async def test_a_restart_hashes_nothing_again_and_changed_files_only(
             await process.kill()
         os.utime(directory / "config.json", ns=(1, 1))
         async with listening(node) as process:
-            await process.wait_line("hashed a model of a read-only root", "files=1")
+            await process.wait_line("library model hashed", "files=1")
             await root_is(node, lambda r: r.model_count == 2)
             assert len(hashed(process)) == 1
         assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
@@ -377,7 +377,7 @@ async def test_a_root_that_is_missing_is_said_and_keeps_nothing_from_starting(
             await root_is(node, lambda r: r.model_count == 1)
             states = (await node.storage_state()).read_only_roots
             assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
-            await process.wait_line("cannot be looked at", "never")
+            await process.wait_line("library cannot be scanned", "never")
             root.rename(tmp_path / "unmounted")
             await set_roots(node, root, tmp_path / "never")
             await gone(node, THEIRS.name)

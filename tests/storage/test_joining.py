@@ -144,7 +144,7 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             assert await m.is_offered(FIRST)
 
             async def told() -> bool:
-                return [r.error for r in await m.state()] == ["it is not there: mount its disk"]
+                return [r.error for r in await m.state()] == ["it is not mounted: mount its disk"]
 
             await until(told, "the disk is said to be away")
             # Two are too many for the store alone; nothing is written beside.
@@ -251,13 +251,13 @@ async def test_roots_that_cannot_be_are_refused_with_the_reason(
         m.disk.unmount()
         assert "mount its disk" in await m.refused(m.disk.at / "x" / "y")
         m.disk.mount()
-        assert "one in the other" in await m.refused(m.node.layout.root / "inside")
-        assert "one in the other" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
+        assert "overlap" in await m.refused(m.node.layout.root / "inside")
+        assert "overlap" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
         assert "the same file system as" in await m.refused(m.disk.at / "a", m.disk.at / "b")
         (m.disk.at / "models").mkdir()
         both = Configure(roots=[str(m.disk.at / "models" / "x")], read_only_roots=[str(m.disk.at / "models")])
         outcome = await m.node.command("configure", both)
-        assert outcome.error is not None and "the read-only root" in outcome.error.message
+        assert outcome.error is not None and "the library" in outcome.error.message
         (m.disk.at / "VERSION").write_text("1")
         assert "is a store" in await m.refused(m.disk.at)
         (m.disk.at / "VERSION").unlink()
