@@ -26,7 +26,7 @@ from shoal_storage.doubt import weigh
 from shoal_storage.quarantine import Checked
 from shoal_storage.roots import Unlistable, hash_file, list_root, real_root
 
-log = Log("adoption")
+log = Log("libraries")
 
 LOOK_EVERY_S = 300.0
 _FIRST_SCAN_TIMEOUT_S = 10.0
@@ -36,11 +36,11 @@ _WRITE_INTERVAL_S = 5.0
 _MAX_NAMED = 20
 
 
-class _RootScan(msgspec.Struct):
+class _LibraryScan(msgspec.Struct):
     """Result of scanning a library. `real` is its path with symbolic links resolved."""
 
     real: str
-    found: Recognised = msgspec.field(default_factory=Recognised)
+    result: Recognised = msgspec.field(default_factory=Recognised)
     error: str = ""
 
 
@@ -63,8 +63,8 @@ class Adoption:
         self._context, self._disk, self._ledger = context, disk, ledger
         self._section, self._announcer, self._libraries = section, announcer, tuple(roots)
         self._layout = disk.layout
-        self._scans: dict[str, _RootScan] = {}
-        self._scanning: dict[str, asyncio.Task[_RootScan]] = {}
+        self._scans: dict[str, _LibraryScan] = {}
+        self._scanning: dict[str, asyncio.Task[_LibraryScan]] = {}
         self._verified: dict[str, Verified] = {}
         self._verdict = Verdict()
         self._unable: dict[str, str] = {}
@@ -166,32 +166,32 @@ class Adoption:
 
     # Scanning
 
-    async def _scan(self, library: str) -> _RootScan:
+    async def _scan(self, library: str) -> _LibraryScan:
         # One scan per library at a time: a hanging file system blocks one thread, not one more each time.
         task = self._scanning.get(library)
         if task is None:
             task = self._scanning[library] = asyncio.create_task(asyncio.to_thread(self._scan_blocking, library))
             task.add_done_callback(lambda _: self._scanning.pop(library, None))
         done, _ = await asyncio.wait({task}, timeout=_SCAN_DEADLINE_S)
-        scan = task.result() if done else _RootScan(library, error="it does not answer")
+        scan = task.result() if done else _LibraryScan(library, error="it does not answer")
         before = self._scans.get(library)
         if scan.error and (before is None or before.error != scan.error):
             log.warning("library cannot be scanned", library=library, error=scan.error)
-        for directory, reason in scan.found.refused.items():
-            if before is None or directory not in before.found.refused:
+        for directory, reason in scan.result.refused.items():
+            if before is None or directory not in before.result.refused:
                 log.warning("library model not offered", directory=directory, reason=reason)
         return scan
 
-    def _scan_blocking(self, library: str) -> _RootScan:
+    def _scan_blocking(self, library: str) -> _LibraryScan:
         real = str(real_root(library))
         try:
-            return _RootScan(real, recognise(list_root(library, self._disk.keep_on)))
+            return _LibraryScan(real, recognise(list_root(library, self._disk.keep_on)))
         except Unlistable as e:
-            return _RootScan(real, error=str(e))
+            return _LibraryScan(real, error=str(e))
 
     def _drop_obsolete_hashes(self) -> None:
         """Drop the hashes of files that are in no library now; keep those of libraries that cannot be scanned."""
-        present = {f.at for scan in self._scans.values() for c in scan.found.candidates for f in c.files}
+        present = {f.at for scan in self._scans.values() for c in scan.result.candidates for f in c.files}
         unreadable = tuple(f"{scan.real}/" for scan in self._scans.values() if scan.error)
         kept = {path: v for path, v in self._verified.items() if path in present or path.startswith(unreadable)}
         self._unsaved |= len(kept) < len(self._verified)
@@ -245,7 +245,7 @@ class Adoption:
         """Make ledger, store and published state match what was scanned and hashed so far."""
         async with self._apply_lock:
             candidates = [
-                c for path in self._libraries if path in self._scans for c in self._scans[path].found.candidates
+                c for path in self._libraries if path in self._scans for c in self._scans[path].result.candidates
             ]
             self._verdict = verdict = await asyncio.to_thread(decide, candidates, dict(self._verified))
             self._needed = frozenset(f.at for c in verdict.waiting for f in c.files)
@@ -349,9 +349,9 @@ class Adoption:
         scan = self._scans.get(library)
         if scan is None or scan.error:
             return RootState(path=library, error=scan.error if scan else "it has not been scanned yet")
-        directories = {c.directory for c in scan.found.candidates}
+        directories = {c.directory for c in scan.result.candidates}
         waiting = [c for c in self._verdict.waiting if c.directory in directories]
-        refused = dict(scan.found.refused)
+        refused = dict(scan.result.refused)
         refused |= {d: reason for d, reason in (self._verdict.refused | self._unable).items() if d in directories}
         return RootState(
             path=library,

@@ -31,7 +31,7 @@ from shoal_storage.locking import take_lock
 from shoal_storage.reserve import ReserveFile
 from shoal_storage.roots import real_root
 
-log = Log("further")
+log = Log("volumes")
 
 FURTHER_VERSION = "1"
 _VERSION = re.compile(r"further (\d+) ([0-9a-f]{16})")

@@ -25,7 +25,7 @@ from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
 from shoal_storage.roots import real_root
 
-log = Log("further")
+log = Log("volumes")
 
 LOOK_S = 5.0
 """Between two checks which volumes are mounted."""

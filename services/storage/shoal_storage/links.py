@@ -22,7 +22,7 @@ from shoal_storage.adopt import Verified
 from shoal_storage.adopted import Adopted, File
 from shoal_storage.durable import write_file
 
-log = Log("adoption")
+log = Log("libraries")
 
 
 class _VerifiedFile(Message):
