@@ -1,4 +1,4 @@
-"""What in a root is taken for a model, and what never is (I10)."""
+"""What in a library is recognized as a model, and what never is (I10)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def look(root: Path) -> Recognised:
 
 
 def hashed(found: Recognised) -> dict[str, Verified]:
-    """What the service knows when it has hashed everything."""
+    """What the service knows once it has hashed everything."""
     verified = {}
     for file in (f for c in found.candidates for f in c.files):
         digests = hash_file(file, lambda: None)
@@ -255,7 +255,7 @@ def test_I10_no_link_leads_anywhere_but_to_one_name_in_blobs(target: str) -> Non
 def test_a_model_is_offered_only_when_every_file_was_hashed_as_it_stands_and_is_what_it_is_called(
     data: st.DataObject,
 ) -> None:
-    """I1, as a rule: over any knowledge of what was hashed."""
+    """I1 as a property, over arbitrary known hashes."""
     shas = ["a" * 64, "b" * 64]
     seens = [Seen(1, 1, 1), Seen(1, 2, 1)]
     listing = Listing("/r", {}, {})

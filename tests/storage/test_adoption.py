@@ -1,4 +1,4 @@
-"""Models of read-only roots: hashed, offered and served as they are, taken back when they change, never touched."""
+"""Models of libraries: hashed, offered and served in place, unpublished when they change, never touched."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ WEIGHTS = bytes(range(256)) * 9000
 FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
 THEIRS = Model("org/theirs", FILES)
 OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100})
-"""A model that shares its weights with the adopted one."""
+"""A model that shares its weights with the library model."""
 
 
 @asynccontextmanager
 async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path) -> AsyncIterator[Node]:
-    """A node whose file has these roots."""
+    """A node with these libraries in its settings file."""
     async with on_node(nats, tmp_path, name) as node:
         listed = ", ".join(f'"{root}"' for root in roots)
         with (node.home / "node.toml").open("a") as f:
@@ -45,7 +45,7 @@ async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path
 
 @asynccontextmanager
 async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
-    """Run storage, from when it waits for commands: one sent before that is carried out, and its reply is lost."""
+    """Run storage, once it waits for commands: one sent earlier is executed, but its reply is lost."""
     async with node.storage(**environ) as process:
 
         async def waits() -> bool:
@@ -58,7 +58,7 @@ async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
 
 
 async def announced(node: Node, model: str) -> ModelState:
-    """Wait until a model (`org/name@commit`) is announced."""
+    """Wait until a model (`org/name@commit`) is published."""
 
     async def look() -> ModelState | None:
         return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
@@ -67,7 +67,7 @@ async def announced(node: Node, model: str) -> ModelState:
 
 
 async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
-    """Wait until what is said of a root is as wanted."""
+    """Wait until the published state of a library is as expected."""
 
     async def look() -> RootState | None:
         roots = (await node.storage_state()).read_only_roots
@@ -77,14 +77,14 @@ async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) 
 
 
 async def set_roots(node: Node, *roots: Path) -> None:
-    """`configure`: which also has the roots looked at anew."""
+    """Send `configure`, which also has the libraries scanned again."""
     outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
     assert outcome.ok, outcome.error
     assert outcome.result["read_only_roots"] == [str(r) for r in roots]
 
 
 async def gone(node: Node, model: str) -> None:
-    """Wait until a model is announced no more."""
+    """Wait until a model is unpublished."""
 
     async def look() -> bool:
         return await node.here.buckets.state.get(model_key(node.node, model)) is None
@@ -100,7 +100,7 @@ async def is_served(fileserver: Fileserver, data: bytes) -> bool:
 
 
 def hashed(process: Process) -> list[str]:
-    """The lines that say what was hashed."""
+    """The log lines about hashed models."""
     return [line for line in process.lines if "library model hashed" in line]
 
 
