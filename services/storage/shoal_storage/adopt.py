@@ -75,7 +75,7 @@ class Recognised(msgspec.Struct):
 
 
 class Verified(Message):
-    """A file's hash and its stat when hashed. `rotten`: hashed again later, it gave another hash."""
+    """A file's hash and its stat when hashed. `corrupt`: hashed again later, it gave another hash."""
 
     seen: Seen
     sha256: str

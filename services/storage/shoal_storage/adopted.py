@@ -18,9 +18,9 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file of a model: `path` in the model, absolute path `at`, and its expected hash.
+    """A file of a model: `path` in the model, its absolute path, and the hash it should have.
 
-    `expected` is a sha256, `git-<sha1>`, or "" if nothing names a hash.
+    `expected_hash` is a sha256, `git-<sha1>`, or "" if nothing names a hash.
     """
 
     path: str

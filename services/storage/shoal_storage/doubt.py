@@ -55,10 +55,10 @@ def of_no_more_use(ledger: Ledger) -> set[str]:
 def due(
     blobs: Iterable[str], verified_s: Mapping[str, float], begin: str, now_s: float, again_after_s: float
 ) -> list[str]:
-    """Return blobs last verified at least `again_after_s` ago, longest ago first.
+    """Return blobs last verified at least `max_age_s` ago, longest ago first.
 
-    Blobs never verified come first, in name order from `begin` on, wrapping around: verification times are kept
-    in memory only, so restarts that always began at the same name would never reach the others.
+    Blobs never verified come first, in name order from `first_name` on, wrapping around: verification times are
+    kept in memory only, so restarts that always began at the same name would never reach the others.
     """
     pending = [b for b in blobs if b not in verified_s or now_s - verified_s[b] >= again_after_s]
     return sorted(pending, key=lambda b: (verified_s.get(b, float("-inf")), b < begin, b))

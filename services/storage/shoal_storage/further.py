@@ -82,8 +82,8 @@ def open_root(
 ) -> FurtherRoot:
     """Open a volume of a store; create it if the store has no record of it and none exists at the path.
 
-    Never creates one on the file system of one of `others`. Raises Away; Claimed, naming the holder; Unsupported and
-    BadInput for a path that cannot be a volume; OSError.
+    Never creates one on the file system of one of `others`. Raises VolumeMissing; Claimed, naming the holder;
+    Unsupported and BadInput for a path that cannot be a volume; OSError.
     """
     recorded_id = next((volume_id for volume_id, volume_path in further_roots(store) if volume_path == path), "")
     paths = Layout(path)

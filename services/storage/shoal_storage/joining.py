@@ -73,7 +73,7 @@ def _open(disk: Disk, path: str) -> FurtherRoot | str:
 
 
 class Joining:
-    """Keeps the attached volumes, the ledger and the published state in step. `errors` are those of `open_all`."""
+    """Keeps attached volumes, the ledger and the published state in step. `errors` are those of `open_volumes`."""
 
     def __init__(
         self,

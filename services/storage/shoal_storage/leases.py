@@ -41,7 +41,7 @@ class Lease(msgspec.Struct):
 
 
 def grace_left_s(since_s: float, now_s: float) -> float:
-    """Return the seconds of grace left for a lease found at startup; at most `GRACE_S`, whatever the clock says."""
+    """Return the seconds of grace left for a lease found at startup: at most `LOCK_DEADLINE_S`, by any clock."""
     return min(max(GRACE_S - (now_s - since_s), 0.0), GRACE_S)
 
 

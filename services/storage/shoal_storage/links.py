@@ -51,7 +51,7 @@ def write_verified(layout: Layout, verified: Mapping[str, Verified]) -> None:
 
 
 def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) -> None:
-    """Record where the `changed` blobs are; delete the records of blobs not in `all_of`."""
+    """Record where the `changed` blobs are; delete the records of blobs not in `blobs`."""
     for path in layout.adopted_blobs.glob("*/*"):
         if path.name not in all_of:
             path.unlink(missing_ok=True)

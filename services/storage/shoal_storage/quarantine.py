@@ -62,7 +62,7 @@ class Checked(msgspec.Struct, frozen=True):
 def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
     """Hash a blob, of the store or of a library, as the disk holds it now; return None if its file is gone.
 
-    `pace` is called with the byte count of each leaf before it is hashed. It may block, and may raise to abort.
+    `before_leaf` is called with the byte count of each leaf before it is hashed. It may block, and raise to abort.
     """
     store_path = disk.layout.blob(sha256)
     digest, leaf_hashes = hashlib.sha256(), bytearray()

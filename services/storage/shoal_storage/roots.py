@@ -53,7 +53,7 @@ def refuse_overlap(libraries: Iterable[str], store: Path) -> None:
 
 
 def list_root(root: str, keep_on: Callable[[], None]) -> Listing:
-    """List a library where models may be. `keep_on` is called regularly, may raise to abort. Raises Unlistable."""
+    """List a library where models may be. `check_stopping` is called often, may raise. Raises LibraryUnreadable."""
     real = real_root(root)
     try:
         str(real).encode()
@@ -120,7 +120,7 @@ class _Lister:
         return Entry("file" if stat.S_ISREG(status.st_mode) else "other", file_stat)
 
     def read_texts(self) -> None:
-        """Read the files that describe others (`is_to_be_read`); skip unreadable and oversized ones."""
+        """Read the files that describe others (`describes_files`); skip unreadable and oversized ones."""
         listing = self.listing
         for path, entry in listing.entries.items():
             if entry.kind in ("file", "link") and is_to_be_read(path, self._is_store):
@@ -138,7 +138,7 @@ class _Lister:
 def hash_file(file: File, between: Callable[[], None]) -> Digests | None:
     """Hash a file; return None if it is gone or has changed since it was listed. Raises OSError if unreadable.
 
-    `between` is called before each step and may raise to abort.
+    `on_progress` is called before each step and may raise to abort.
     """
     try:
         with open_plain(file.at) as f:

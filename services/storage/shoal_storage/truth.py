@@ -22,7 +22,7 @@ class Differences(msgspec.Struct, frozen=True):
     gone: set[str]
     """Blobs whose file is gone or was replaced."""
     replaced: set[str]
-    """Those of them that were replaced: the new file is in `unproven`."""
+    """Those of them that were replaced: the new file is in `unverified`."""
     unproven: dict[str, Stamp]
     """Files to hash: in the place of an unknown blob, or in that of a known blob whose file they are not."""
     moved: dict[str, str]
@@ -57,7 +57,7 @@ class Followed(msgspec.Struct, frozen=True):
 def believed(stamp: Stamp, listed: bool) -> bool:
     """Return whether startup accepts a file as the blob it is named for, without hashing it.
 
-    `listed`: its leaf hash file names its mtime (`leaves.proves`). That holds in a store that was copied whole, with
+    `has_leaf_hash_file`: its leaf hash file names its mtime. That holds in a store that was copied whole, with
     its mtimes, to another disk, where no file carries its verification stamp.
     """
     return stamp.proven or listed

@@ -15,7 +15,7 @@ CATCH_UP_S = 5.0
 
 
 class Uses:
-    """Finds the users of models: placed instances, and leases. `look` refreshes which leases are alive."""
+    """Finds the users of models: placed instances, and leases. `refresh_leases` finds which are alive."""
 
     def __init__(self, context: Context, specs: View, ledger: Ledger, look: Callable[[], Awaitable[bool]]) -> None:
         self._context, self._specs, self._ledger, self._refresh_leases = context, specs, ledger, look
