@@ -12,14 +12,14 @@ from tests.storage.stores import Model, check_invariants
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """Where a store goes. Whatever a test does to it, I1 and I2 hold at its end."""
+    """The path of a store. Whatever a test does to it, I1 and I2 hold at its end."""
     yield tmp_path / "store"
     check_invariants(tmp_path / "store")
 
 
 @pytest.fixture
 def apples() -> Model:
-    """A model with a file in a directory, an empty one, and one that the hub names by git's sha1."""
+    """A model with a file in a subdirectory, an empty file, and a file that the hub names by its git sha1."""
     return Model(
         "org/apples",
         {"config.json": b"{}", "sub/weights.bin": b"w" * 3000, "empty": b"", "shared.bin": b"both have these" * 50},

@@ -1,4 +1,4 @@
-"""A process that holds the lock of a lease, as any program on the machine may: until it is told to end, or killed."""
+"""A process that holds a lease's lock, as any program on the machine may, until told to exit or killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.stdin.read()
 
 @contextmanager
 def holder_of(lock: str) -> Iterator[subprocess.Popen[str]]:
-    """Hold a lock in another process while the body runs. It has the lock when this returns."""
+    """Hold a lock in another process while the body runs; it is held when this returns."""
     process = subprocess.Popen(
         [sys.executable, "-c", _HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -1,6 +1,6 @@
-"""Two leases are made and one ends, in a process of its own, to be killed anywhere. Says what it has done.
+"""Create two leases and end one, in a process of its own that may be killed anywhere; print each step once done.
 
-python -m tests.storage.lease_life STORE, where org/stays is whole already
+python -m tests.storage.lease_life STORE, where org/stays is complete already
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tests.storage.stores import Store
 
 
 def say(what: str) -> None:
-    """One line, written at once."""
+    """Print one line, unbuffered."""
     os.write(1, f"{what}\n".encode())
 
 
 def main(root: Path) -> None:
-    """Make, make, end."""
+    """Create, create, end."""
     store = Store(root)
     first = store.lease(STAYS, "first")
     say("made first")

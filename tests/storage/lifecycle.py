@@ -1,6 +1,6 @@
-"""A model's whole life in a store, in a process of its own, to be killed anywhere. Says what it has acknowledged.
+"""A model's whole life in a store, in a process of its own that may be killed anywhere; prints what it acknowledges.
 
-python -m tests.storage.lifecycle STORE [FURTHER ROOT, where blobs come then]
+python -m tests.storage.lifecycle STORE [VOLUME, where the blobs go then]
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ COMES = Model("org/comes", {"late.bin": b"c" * 600})
 
 
 def acknowledge(what: str, which: str) -> None:
-    """One line, written at once."""
+    """Print one line, unbuffered."""
     os.write(1, f"{what} {which}\n".encode())
 
 
 def bring_in(store: Store, model: Model) -> None:
-    """Reserve, receive, commit and seal, saying so each time."""
+    """Reserve, receive, commit and seal a model, printing each step."""
     for blob in store.reserve(model):
         acknowledge("reserved", blob)
         put(store.layout, blob, model.blobs[blob])
@@ -37,7 +37,7 @@ def bring_in(store: Store, model: Model) -> None:
 
 
 def main(root: Path, further: Path | None = None) -> None:
-    """Two models that share a blob come in; one of them leaves; another one is reserved."""
+    """Download two models that share a blob, delete one of them, reserve another one."""
     store = Store(root, further)
     store.onto = next(iter(store.disk.further), "")
     bring_in(store, STAYS)

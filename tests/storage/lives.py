@@ -1,8 +1,8 @@
-"""A longer life of a store, with every kind of change, that says what it begins and what it has acknowledged.
+"""A longer life of a store with every kind of change; reports what it begins and what it has acknowledged.
 
-Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE FURTHER [function …]`
-says `at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out. FURTHER is a further
-root, where all blobs come then, or "".
+Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE VOLUME [function …]`
+prints `at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out. VOLUME is a volume
+to which all blobs go, or "".
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ROTTEN = sha256(STAYS.bytes["own.bin"])
 
 
 def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> None:
-    """Models come and go, are pinned and leased, a blob rots and is repaired, a deleted one begins to come back.
+    """Models come and go, are pinned and leased, a blob is corrupted and repaired, a deleted model is started again.
 
-    All of it in a further root, where there is one, as far as it is blobs.
+    All blobs are on a volume if there is one.
     """
     store = Store(root, further)
     store.onto = next(iter(store.disk.further), "")
@@ -40,10 +40,10 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     acknowledge("setting-aside", ROTTEN)
     rot(store, ROTTEN, acknowledge)
     bring_in(store, STAYS, acknowledge)  # by leaf
-    store.layout.leaves(ROTTEN).unlink()  # as in a store of before there were any
+    store.layout.leaves(ROTTEN).unlink()  # as in a store from before leaf hashes existed
     rot(store, ROTTEN, acknowledge)
     assert store.end(lease)
-    bring_in(store, STAYS, acknowledge)  # whole
+    bring_in(store, STAYS, acknowledge)  # the whole blob
     rot(store, ROTTEN, acknowledge)
     store.disk.drop_set_aside(ROTTEN)
     acknowledge("dropped", ROTTEN)
@@ -78,7 +78,7 @@ def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
 
 
 def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
-    """The first leaf of a blob changes on the disk, it is looked at, and set aside."""
+    """Change the first leaf of a blob on disk, verify the blob and quarantine it."""
     acknowledge("setting-aside", blob)
     path = store.layout.blob(blob)
     path.chmod(0o644)
@@ -94,7 +94,7 @@ def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
 
 
 def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:
-    """The first blob of a model that was deleted comes in again, and no more of it."""
+    """Download the first blob of a deleted model again, and nothing more of it."""
     acknowledge("reserving", LEAVES.name)
     blobs = store.reserve(LEAVES)
     for blob in blobs:
@@ -104,7 +104,7 @@ def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:
 
 
 def main(root: Path) -> None:
-    """Live, asking before each change and after each acknowledgement whether to go on."""
+    """Run the life, asking before each change and after each acknowledgement whether to go on."""
 
     def ask(line: str) -> None:
         print(line, flush=True)

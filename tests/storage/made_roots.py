@@ -1,4 +1,4 @@
-"""Read-only roots for tests: caches as huggingface_hub makes them, and a look at all of a root for comparison."""
+"""Libraries for tests: caches as huggingface_hub makes them, and a snapshot of a whole library for comparison."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.storage.stores import git_sha1, sha256
 
 
 def config() -> bytes:
-    """A file that every model has, and that git names."""
+    """A file that every model has and that is named by its git sha1."""
     return b'{"model_type": "none"}'
 
 
 def cached(root: Path, repo: str, commit: str, files: Mapping[str, bytes], refs: tuple[str, ...] = ("main",)) -> Path:
-    """A model as huggingface_hub leaves it in its cache: large files by sha256, the others by git's sha1."""
+    """A model as huggingface_hub leaves it in its cache: large files by sha256, the others by git sha1."""
     top = root / f"models--{repo.replace('/', '--')}"
     snapshot = top / "snapshots" / commit
     (top / "blobs").mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def cached(root: Path, repo: str, commit: str, files: Mapping[str, bytes], refs:
 
 
 def plain(root: Path, repo: str, files: Mapping[str, bytes]) -> Path:
-    """A model as a person keeps it: a directory."""
+    """A model as a plain directory."""
     for path, data in files.items():
         file = root / repo / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def plain(root: Path, repo: str, files: Mapping[str, bytes]) -> Path:
 
 
 def picture(root: Path) -> dict[str, tuple[object, ...]]:
-    """Everything below a root, itself included, that must not change: names, kinds, contents, modes, times, links."""
+    """Everything in a library, itself included, that must not change: names, types, contents, modes, times, links."""
     found: dict[str, tuple[object, ...]] = {}
     for path in (root, *sorted(root.rglob("*"))):
         at = path.lstat()
@@ -63,7 +63,7 @@ def picture(root: Path) -> dict[str, tuple[object, ...]]:
 
 @contextmanager
 def mounted_read_only(root: Path) -> Iterator[Path]:
-    """The same directory where nothing can write to it, as a NAS may be mounted. Skips where that cannot be had."""
+    """The same directory as a read-only mount, as a NAS may be mounted. Skips where that is not possible."""
     at = root.with_name(f"{root.name}-ro")
     at.mkdir()
     if sys.platform != "linux" or _mount("--bind", str(root), str(at)):

@@ -15,12 +15,12 @@ from tests.storage.stores import Store, check_invariants, claimed_leaves, sha256
 
 MODELS = (STAYS, LEAVES, COMES)
 OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
-"""Blobs that go with the model that is deleted."""
+"""Blobs deleted with the deleted model."""
 CALLED = {blob: sha256(data) for m in MODELS for blob, data in m.blobs.items()}
 
 
 def look_at(store: Store, blob: str) -> None:
-    """What the verifier does, in case that what changed the blob has reached the disk."""
+    """Do what the verifier does, in case the change of the blob has reached the disk."""
     checked = quarantine.check(store.disk, blob, lambda _: None)
     assert checked is not None
     if not checked.intact:
@@ -30,11 +30,11 @@ def look_at(store: Store, blob: str) -> None:
 
 
 class Promises:
-    """What a life has acknowledged and not taken back."""
+    """What a life has acknowledged and not revoked."""
 
     def __init__(self) -> None:
         self.promised: set[str] = set()
-        """Blobs, by the names they arrive under, that are reserved or here."""
+        """Blobs, by the names they arrive under, that are reserved or present."""
         self.here: set[str] = set()
         """Blobs by sha256."""
         self.gone: set[str] = set()
@@ -44,9 +44,9 @@ class Promises:
         self.may_be_pinned: set[str] = {STAYS.name}
 
     def hear(self, what: str, which: str) -> None:
-        """What is said from here on holds, or is being taken back."""
+        """Take note of a message: from here on it holds, or is being revoked."""
         if what in ("kept-good", "taken-back", "dropped"):
-            return  # of which files: the strict disk's business; a store that starts may find them or not
+            return  # which files exist is checked by the strict disk; a store that starts may find them or not
         self._hear(what, which)
 
     def _hear(self, what: str, which: str) -> None:
@@ -85,7 +85,7 @@ class Promises:
             self.gone.add(which)
 
     def hold(self, root: Path, further: Path | None = None) -> None:
-        """Check a store that starts after a cut: nothing promised is lost, nothing that has gone comes back."""
+        """Check a store that starts after a crash: nothing acknowledged is lost, nothing deleted comes back."""
         if not root.exists():
             assert not self.promised, "the store is lost"
             return
@@ -113,13 +113,13 @@ class Promises:
         assert not any(store.layout.tombs.iterdir()), "what was begun is not finished"
         for model in MODELS:
             if model.name in ledger.manifests:
-                build_view(store.layout, model.sealed)  # as the start's announcing does
+                build_view(store.layout, model.sealed)  # as publishing does at startup
                 assert store.holds(model), f"{model.name} has other bytes"
-        # Nobody holds the leases of a process that has gone, whatever is left of their views.
+        # Nobody holds the leases of a dead process, whatever is left of their views.
         for lease in list(ledger.leases.values()):
             assert store.end(lease)
         assert not any(store.layout.leases.iterdir()), "an unfinished lease is left"
-        # And life goes on, to the same end.
+        # The store goes on, to the same end.
         for model in (STAYS, COMES):
             store.bring_in(model)
             assert store.holds(model)

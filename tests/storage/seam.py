@@ -1,8 +1,8 @@
-"""Every call that changes the disk, in this process, seen before it is made: to stop there, fail it, or leave it out.
+"""Intercept every call that changes the disk, in this process: to stop before it, fail it, or skip it.
 
 The calls themselves are real.
 
-Writes into open files are not seen; a file counts as written when it is opened for that.
+Writes to open files are not intercepted; a file counts as written when it is opened for writing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _hooked = False
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One call. `site` is where the store's code made it: its functions with their lines, innermost first."""
+    """One call. `site` is where the store's code made it: functions with line numbers, innermost first."""
 
     number: int
     name: str
@@ -35,23 +35,23 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Seam:
-    """What is seen of the calls below a directory. `before` may block, raise OSError, or return False: not made."""
+    """The intercepted calls below a directory. `before` may block, raise OSError, or return False to skip one."""
 
     def __init__(self, root: Path, before: Callable[[Call], bool]) -> None:
         self.root, self._before = str(root), before
         self.calls: list[Call] = []
-        """Those that were made, without fault."""
+        """The calls that were made and succeeded."""
         self.events: list[Call | tuple[str, str]] = []
-        """The same, with what was acknowledged in between."""
+        """The same, with acknowledgements in between."""
         self._count = 0
         self._busy = False
 
     def acknowledge(self, what: str, which: str) -> None:
-        """Something is promised to last from here on."""
+        """Record an acknowledgement: from here on it must last."""
         self.events.append((what, which))
 
     def wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        """A call of `os` that is seen first."""
+        """Return a function of `os` that is intercepted."""
 
         def call(*args: Any, **more: Any) -> Any:
             paths = self._paths(name, args, more)
@@ -67,7 +67,7 @@ class Seam:
         return call
 
     def opened(self, path: object, flags: int) -> None:
-        """A file is about to be opened."""
+        """Intercept the opening of a file."""
         if isinstance(path, str | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR):
             seen = self._see("create" if flags & os.O_CREAT else "write", (_path(path, None),))
             if seen is not None and self._before(seen):
@@ -78,7 +78,7 @@ class Seam:
             return None
         site = _site()
         if not site:
-            return None  # the test's own doing
+            return None  # made by the test itself
         self._count += 1
         return Call(self._count, name, paths, site)
 
@@ -119,7 +119,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def seen(root: Path, before: Callable[[Call], bool] = lambda _: True) -> Iterator[Seam]:
-    """See every change below `root` that the store's code makes while the body runs."""
+    """Intercept every change below `root` that the store's code makes while the body runs."""
     global _active, _hooked  # noqa: PLW0603  # an audit hook cannot be removed: there is one, for whoever is active
     assert _active is None, "one at a time"
     if not _hooked:

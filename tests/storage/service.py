@@ -1,4 +1,4 @@
-"""The storage service as its neighbours meet it: a real process on a real NATS, asked as the fetcher asks."""
+"""The storage service as its clients see it: a real process on a real NATS, called as the fetcher calls it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DELETE_DEADLINE_S = 60.0
 
 
 class Node:
-    """A node of a test: its directory, its NATS, and what asks its storage."""
+    """A node under test: its directory, its NATS, and a client of its storage."""
 
     def __init__(self, here: Joined, server: NatsServer, home: Path, node: str) -> None:
         self.here, self.home, self.node, self._server = here, home, node, server
@@ -54,7 +54,7 @@ class Node:
 
     @asynccontextmanager
     async def storage(self, **environ: str) -> AsyncIterator[Process]:
-        """Run the service while the body runs. Leaving kills it."""
+        """Run the service while the body runs, then kill it."""
         limits = {"SHOAL_HEADROOM_BYTES": "0", **environ}
         environment = node_environment(self.home, self._server.url, **limits)
         async with started("-m", "shoal_storage", environment=environment) as process:
@@ -63,7 +63,7 @@ class Node:
 
     @asynccontextmanager
     async def fetcher(self) -> AsyncIterator[None]:
-        """Somebody who answers `withdraw` in the fetcher's place, and remembers it."""
+        """Answer `withdraw` in place of the fetcher and record the requests."""
 
         async def withdraw(question: Withdraw) -> Done:
             self.withdrawn.append(question)
@@ -79,7 +79,7 @@ class Node:
             await serving
 
     async def ask(self, verb: str, question: object, kind: type[T]) -> T:
-        """A question to storage."""
+        """Send a request to storage."""
         return await self._ask("storage", self.node, verb, question, kind, ASK_DEADLINE_S, PATIENCE_S)
 
     async def reserve(self, manifest: Manifest) -> Reserved:
@@ -99,18 +99,18 @@ class Node:
         return await self.ask("seal", SealModel(manifest=manifest), ModelState)
 
     async def fetch(self, model: Model) -> None:
-        """Reserve, write and commit every blob that is missing."""
+        """Reserve, write and commit every missing blob."""
         for blob in (await self.reserve(model.manifest)).missing:
             put(self.layout, blob, model.blobs[blob])
             await self.commit(blob)
 
     async def bring_in(self, model: Model) -> ModelState:
-        """A model's whole way in."""
+        """Download and seal a model."""
         await self.fetch(model)
         return await self.seal(model.sealed)
 
     async def delete(self, model: str, identity: str = "") -> Outcome:
-        """`nats req` of a delete: its outcome."""
+        """Send a delete with `nats req` and return its outcome."""
         headers = {"Nats-Msg-Id": identity} if identity else None
         subject = subjects.command("storage", self.node, "delete")
         body = encode(Delete(model=model))
@@ -118,7 +118,7 @@ class Node:
         return decode(reply.data, Outcome)
 
     async def command(self, verb: str, command: Command) -> Outcome:
-        """`nats req` of a command: its outcome."""
+        """Send a command with `nats req` and return its outcome."""
         subject = subjects.command("storage", self.node, verb)
         reply = await self.here.client.request(subject, encode(command), timeout=DELETE_DEADLINE_S)
         return decode(reply.data, Outcome)
@@ -144,17 +144,17 @@ class Node:
         await self.ask("used", NoteUse(models=[m.name for m in models]), Done)
 
     async def model_state(self, model: Model) -> ModelState | None:
-        """What the cluster is told of a model here."""
+        """The published state of a model on this node."""
         return await self.here.buckets.state.get_as(model_key(self.node, model.name), ModelState)
 
     async def storage_state(self) -> StorageState:
-        """What the cluster is told of the disk here."""
+        """The published state of the storage of this node."""
         state = await self.here.buckets.state.get_as(storage_key(self.node), StorageState)
         assert state is not None
         return state
 
     async def events(self) -> list[tuple[str, dict[str, Any]]]:
-        """Every event of this storage so far, oldest first."""
+        """All events of this storage so far, oldest first."""
         subject, found, after = subjects.event("storage", self.node, "*"), [], 0
         count = (await self.here.js.stream_info("EVT", subjects_filter=subject)).state.subjects or {}
         for _ in range(sum(count.values())):
@@ -166,7 +166,7 @@ class Node:
 
 @asynccontextmanager
 async def on_node(server: NatsServer, directory: Path, name: str) -> AsyncIterator[Node]:
-    """A node with a home of its own, nothing of it running yet."""
+    """A node with a home of its own; none of its services run yet."""
     home = directory / name
     home.mkdir(parents=True)
     (home / "node.toml").write_text(f'id = "{name}"\n')

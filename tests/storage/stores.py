@@ -1,4 +1,4 @@
-"""A store opened as the service opens it, models to put into it, and what must hold of any store."""
+"""A store opened as the service opens it, models to put into it, and the invariants of any store."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
 
 
 def sha256(data: bytes) -> str:
-    """What a blob with these bytes is called."""
+    """The name of a blob with these bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
-    """What git calls these bytes."""
+    """The git sha1 of these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -45,7 +45,7 @@ def leaf_list(data: bytes) -> bytes:
 
 
 class Model:
-    """A model with its bytes. Files listed in `by_git` are named as the hub names small ones."""
+    """A model with its bytes. Files listed in `by_git` are named by git sha1, as the hub names small ones."""
 
     def __init__(self, repo: str, files: Mapping[str, bytes], by_git: tuple[str, ...] = (), commit: str = "") -> None:
         commit = commit or hashlib.sha1(repo.encode(), usedforsecurity=False).hexdigest()
@@ -73,7 +73,7 @@ class Model:
 
     @property
     def kept(self) -> Manifest:
-        """The sealed manifest as a service keeps it that has hashed every leaf: with the lists' roots."""
+        """The sealed manifest with leaf list digests, as kept by a service that has hashed every leaf."""
         files = [structs.replace(f, leaves=root_of(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
         return structs.replace(self.sealed, files=files)
 
@@ -89,7 +89,7 @@ class Model:
 
 
 def put_missing(layout: Layout, blob: str, data: bytes) -> set[int]:
-    """What the fetcher does with a partial that has leaves already: those that are not claimed. Returns these."""
+    """Write the leaves that a partial blob lacks, as the fetcher does, and return them."""
     directory = layout.partial(blob)
     missing = set(range(leaf_count(len(data)))) - claimed_leaves(directory, data)
     with (directory / "data").open("r+b") as f:
@@ -100,7 +100,7 @@ def put_missing(layout: Layout, blob: str, data: bytes) -> set[int]:
 
 
 def claimed_leaves(directory: Path, data: bytes) -> set[int]:
-    """The leaves that a partial says it has. None of them has other bytes than it should."""
+    """Return the leaves that a partial blob claims, after checking their bytes."""
     try:
         claimed, here = Bitmap(len(data), (directory / "have").read_bytes()), (directory / "data").read_bytes()
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def claimed_leaves(directory: Path, data: bytes) -> set[int]:
 
 
 def put(layout: Layout, blob: str, data: bytes) -> None:
-    """What the fetcher does: all bytes into the partial, and a bitmap that says so."""
+    """Write all bytes into a partial blob and a complete bitmap, as the fetcher does."""
     directory = layout.partial(blob)
     with (directory / "data").open("r+b") as f:
         f.write(data)
@@ -124,7 +124,7 @@ def put(layout: Layout, blob: str, data: bytes) -> None:
 
 
 class Store:
-    """A disk and its ledger, driven as the guard drives them."""
+    """A disk and its ledger, driven as the service drives them."""
 
     def __init__(self, root: Path, further: Path | None = None) -> None:
         self.root = root
@@ -132,22 +132,22 @@ class Store:
         self.layout = self.disk.layout
         self.disk.open()
         self.onto = ""
-        """The root that blobs come to from now on; "" for the store."""
+        """The volume to which blobs go from now on; "" for the store itself."""
         if further is not None:
             self.join(further)
         self.ledger = recover(self.disk, lease_disk.read(self.disk, time.monotonic(), time.time()))
         self.ledger.quarantined = set_aside_earlier(self.disk)
 
     def join(self, further: Path) -> str:
-        """Use a further root from its opening on; at a start, before anything is read. Returns its id."""
+        """Attach a volume; at a start, before anything is read. Returns its id."""
         opened = open_root(self.layout, further)
         remember(self.layout, opened)
         self.disk.join(opened)
         return opened.id
 
     def reserve(self, model: Model) -> list[str]:
-        """Reserve what is missing, and say what that is."""
-        # Both on one disk here, which storage would count once: of no matter where there is plenty.
+        """Reserve what is missing and return it."""
+        # Both are on one disk here, which storage would count once; with plenty of space it makes no difference.
         free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_root
         spaces = [Space(further, str(lay.root), free, in_flight[further]) for further, lay in self.layout.all()]
         missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
@@ -165,7 +165,7 @@ class Store:
         return missing
 
     def commit(self, blob: str) -> str:
-        """Verify and commit a partial."""
+        """Verify and commit a partial blob."""
         digests = self.disk.verify_partial(blob, self.ledger.partials[blob].size_bytes)
         self.disk.commit(blob, digests)
         del self.ledger.partials[blob]
@@ -173,20 +173,20 @@ class Store:
         return digests.sha256
 
     def bring_in(self, model: Model) -> None:
-        """All of a model's way to being present."""
+        """Download and seal a model."""
         for blob in self.reserve(model):
             put(self.layout, blob, model.blobs[blob])
             self.commit(blob)
         self.seal(model)
 
     def seal(self, model: Model) -> None:
-        """Seal a model whose blobs are here."""
+        """Seal a model whose blobs are present."""
         require_present(model.sealed, self.ledger)
         self.disk.seal(model.sealed)
         self.ledger.manifests[model.name] = model.sealed
 
     def delete(self, model: Model) -> None:
-        """Remove a model."""
+        """Delete a model."""
         blobs = freed_by(model.name, self.ledger)
         self.disk.entomb(model.manifest.repo, model.manifest.commit)
         self.disk.clear(model.manifest.repo, model.manifest.commit, blobs)
@@ -195,7 +195,7 @@ class Store:
             del self.ledger.blobs[blob]
 
     def lease(self, model: Model, name: str) -> Lease:
-        """Make a lease on a model that is here. Nobody holds it yet."""
+        """Create a lease on a model; nobody holds it yet."""
         files = {f.path: f.sha256 for f in model.sealed.files}
         until_s = time.monotonic() + GRACE_S
         lease = Lease(name, model.name, "a test", "", time.time(), files, until_s)
@@ -211,12 +211,12 @@ class Store:
         return True
 
     def leased_view_is_whole(self, lease: Lease, model: Model) -> bool:
-        """Whether every file of a lease's view has its bytes."""
+        """Whether every file of a lease's view has the right bytes."""
         view = self.layout.lease_view(lease.id)
         return all((view / path).read_bytes() == data for path, data in model.bytes.items())
 
     def holds(self, model: Model) -> bool:
-        """Whether a model is present, every byte of its view included."""
+        """Whether a model is complete, every byte of its view included."""
         view = self.layout.view(model.manifest.repo, model.manifest.commit)
         return model.name in self.ledger.manifests and all(
             (view / path).read_bytes() == data for path, data in model.bytes.items()
@@ -224,9 +224,9 @@ class Store:
 
 
 def check_invariants(root: Path, rotten: str = "", further: Path | None = None) -> None:
-    """What holds of a store at any moment, whatever was killed: I1 and I2. Strange files are not its business.
+    """Check I1 and I2, which hold at any moment, whatever was killed; foreign files are ignored.
 
-    A blob that the disk itself has changed, `rotten`, is excepted until somebody has looked at it.
+    A blob that the disk itself has corrupted, `rotten`, is exempt until it is verified.
     """
     layout = Layout(root)
     roots = [layout, *([Layout(further)] if further else [])]
@@ -242,9 +242,9 @@ def check_invariants(root: Path, rotten: str = "", further: Path | None = None) 
 
 
 def files_below(root: Path) -> set[str]:
-    """Every file of a store but the two of the store itself, relative to it. It may be changing meanwhile."""
+    """Every file of a store except its own two, relative to it; the store may change meanwhile."""
     found = set()
-    for directory, subdirectories, files in os.walk(root):  # leaves out what has gone when it gets there
+    for directory, subdirectories, files in os.walk(root):  # skips what is deleted during the walk
         links = [name for name in subdirectories if (Path(directory) / name).is_symlink()]
         found |= {str((Path(directory) / name).relative_to(root)) for name in (*files, *links)}
     return found - {"VERSION", "lock"}

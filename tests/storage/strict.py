@@ -1,7 +1,7 @@
-"""A disk as strict as POSIX allows: what was not made durable may be lost, and may be kept, name by name.
+"""A disk as strict as POSIX allows: each name that was not made durable may be lost or kept independently.
 
-Each directory remembers every state it had since its last fsync: after a power cut a name in it stands as in any of
-them. A file's bytes are certain only after its fsync. Fed with the calls of a life, it says which promises break.
+A directory records every state since its last fsync: after a power cut each name is as in any of them. A file's bytes
+are certain only after its fsync. Given the calls of a life, it reports which acknowledgements break.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODELS = {m.name: m for m in (STAYS, LEAVES, COMES)}
 
 
 class File:
-    """A file; `dirty` when some of its bytes may be lost."""
+    """A file; `dirty` if some of its bytes may be lost."""
 
     def __init__(self) -> None:
         self.dirty = True
@@ -37,7 +37,7 @@ class Directory:
         return self.states[-1]
 
     def change(self, name: str, node: Node | None) -> None:
-        """Give a name to something, or take it away."""
+        """Create, replace or delete a name."""
         names = {k: v for k, v in self.now.items() if k != name}
         self.states.append(names if node is None else {**names, name: node})
 
@@ -46,13 +46,13 @@ Node = File | Directory
 
 
 class StrictDisk:
-    """The tree below a directory that was there before."""
+    """Load the tree below an existing directory."""
 
     def __init__(self, root: str) -> None:
         self._base, self._root = PurePath(root), Directory()
 
     def make(self, call: Call) -> None:
-        """Carry out a call."""
+        """Apply a call."""
         if call.name == "fsync":
             node = self._at(call.paths[0])
             if isinstance(node, File):
@@ -63,14 +63,14 @@ class StrictDisk:
             directory, name = self._parent(call.paths[0])
             there = directory.now.get(name)
             if isinstance(there, File):
-                # Opened to be written: `data` is, by somebody whom the seam does not see, until it is a blob.
+                # Opened for writing, as `data` is, by the fetcher, which is not intercepted, until it is a blob.
                 there.dirty = True
             else:
                 directory.change(name, File())
         elif call.name == "symlink":
             directory, name = self._parent(call.paths[1])
             link = File()
-            link.dirty = False  # it is its name and nothing else
+            link.dirty = False  # its name is all that matters
             directory.change(name, link)
         elif call.name == "mkdir":
             directory, name = self._parent(call.paths[0])
@@ -99,20 +99,20 @@ class StrictDisk:
         return node
 
     def may_be(self, path: PurePath) -> list[Node]:
-        """Everything that may be found at a path after a power cut."""
+        """All entries that may be found at a path after a power cut."""
         found: set[Node] = {self._root}
         for part in path.relative_to(self._base).parts:
             found = {s[part] for d in found if isinstance(d, Directory) for s in d.states if part in s}
         return list(found)
 
     def remembers(self, directory: PurePath) -> bool:
-        """Whether something is in a directory after a power cut, whatever it is called."""
+        """Whether something is in a directory after a power cut, under any name."""
         return self.certain(directory) and all(
             s for d in self.may_be(directory) if isinstance(d, Directory) for s in d.states
         )
 
     def certain(self, path: PurePath) -> bool:
-        """Whether a path is there after a power cut, with its bytes."""
+        """Whether a path exists after a power cut, with its bytes."""
         node: Node = self._root
         for part in path.relative_to(self._base).parts:
             if not isinstance(node, Directory) or any(part not in s for s in node.states):
@@ -124,7 +124,7 @@ class StrictDisk:
 
 
 class Paths(StoreLayout):
-    """The paths of a store whose blobs are all in a further root, or of one that has none."""
+    """The paths of a store with all blobs on a volume, or without volumes."""
 
     def __init__(self, root: str, has_further: bool) -> None:
         super().__init__(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
@@ -139,17 +139,17 @@ class Paths(StoreLayout):
         return self.of(self._at)
 
     def blob(self, sha256: str) -> PurePath:  # type: ignore[override]  # the same
-        """A blob's file."""
+        """The file of a blob."""
         return self.blob_in(self._at, sha256)
 
 
 def broken_promises(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
-    """What a power cut at some moment of a life would break: I1, I2 and I6, and the orders of `disk.py`."""
+    """What a power cut at some moment of a life would break: I1, I2, I6 and the orders of writing in `store/`."""
     disk, lay = StrictDisk(root), Paths(root, has_further)
     deleting: Model | None = None
     renamed: list[Call] = []
     lost: set[str] = set()
-    """Blobs set aside: missing though the manifest stays, until the pull that repairs it."""
+    """Quarantined blobs: missing until the pull that repairs them, though the manifest stays."""
     for event in events:
         if isinstance(event, Call):
             if event.name == "unlink" and deleting is not None and "blobs" in PurePath(event.paths[0]).parts:
@@ -205,7 +205,7 @@ def _acknowledged(disk: StrictDisk, lay: Paths, what: str, which: str, renamed: 
 
 
 def _of_a_blob(lay: Paths, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
-    """What is here for certain, and what has gone for certain, once this was acknowledged."""
+    """What certainly exists, and what certainly does not, once this was acknowledged."""
     partial: PurePath = lay.partial(which)
     aside: list[PurePath] = [lay.set_aside(which), lay.set_aside_have(which)]
     if what == "committed":

@@ -1,4 +1,4 @@
-"""What storage admits: never more than there is room for, and nothing counted twice."""
+"""What storage admits: never more than fits, and nothing counted twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MANIFESTS = st.builds(
 
 
 class Admissions(RuleBasedStateMachine):
-    """A disk of some size, on which models come, arrive in pieces, are committed, sealed, given up and removed."""
+    """A disk on which models are reserved, arrive in pieces, are committed, cancelled, sealed and deleted."""
 
     @initialize(total=st.integers(0, 500), headroom=st.integers(0, 100), quota=st.none() | st.integers(0, 700))
     def begin(self, total: int, headroom: int, quota: int | None) -> None:

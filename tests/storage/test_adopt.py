@@ -1,4 +1,4 @@
-"""What in a root is taken for a model, and what never is (I10)."""
+"""What in a library is recognized as a model, and what never is (I10)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def look(root: Path) -> Recognised:
 
 
 def hashed(found: Recognised) -> dict[str, Verified]:
-    """What the service knows when it has hashed everything."""
+    """What the service knows once it has hashed everything."""
     verified = {}
     for file in (f for c in found.candidates for f in c.files):
         digests = hash_file(file, lambda: None)
@@ -119,7 +119,7 @@ def test_another_store_gives_its_whole_models(tmp_path: Path, apples: Model, pea
     store.layout.blob(sha256(pears.bytes["pears.bin"])).unlink()
     found = look(tmp_path / "theirs")
     assert [c.repo for c in found.candidates] == ["org/apples"]
-    assert "pears.bin is not there" in next(iter(found.refused.values()))
+    assert "pears.bin is missing" in next(iter(found.refused.values()))
     (tmp_path / "theirs" / "VERSION").write_text("99")
     assert "format '99'" in refusal(look(tmp_path / "theirs"))
 
@@ -136,7 +136,7 @@ def test_part_of_a_model_is_not_taken_for_the_model(tmp_path: Path) -> None:
     snapshot = cached(tmp_path / "broken", "org/name", COMMIT, FILES)
     blob = (snapshot / "model.safetensors").resolve()
     blob.rename(blob.with_name(f"{blob.name}.incomplete"))
-    assert "model.safetensors is not there: its download was broken off" in refusal(look(tmp_path / "broken"))
+    assert "model.safetensors is missing: its download is incomplete" in refusal(look(tmp_path / "broken"))
     whole = {**part, "model-2.safetensors": b"2"}
     cached(tmp_path / "whole", "org/name", COMMIT, whole)
     assert {f.path for f in only(look(tmp_path / "whole")).files} == set(whole)
@@ -255,7 +255,7 @@ def test_I10_no_link_leads_anywhere_but_to_one_name_in_blobs(target: str) -> Non
 def test_a_model_is_offered_only_when_every_file_was_hashed_as_it_stands_and_is_what_it_is_called(
     data: st.DataObject,
 ) -> None:
-    """I1, as a rule: over any knowledge of what was hashed."""
+    """I1 as a property, over arbitrary known hashes."""
     shas = ["a" * 64, "b" * 64]
     seens = [Seen(1, 1, 1), Seen(1, 2, 1)]
     listing = Listing("/r", {}, {})
@@ -318,7 +318,7 @@ def test_a_root_in_the_store_or_around_it_is_refused_through_links_too(tmp_path:
     (store / "views").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "home")
     for root in (store, store / "views", tmp_path, tmp_path / "link", tmp_path / "link" / "store"):
-        with pytest.raises(BadInput, match="one in the other"):
+        with pytest.raises(BadInput, match="overlap"):
             refuse_overlap([str(root)], store)
     refuse_overlap([str(tmp_path / "home" / "models"), str(tmp_path / "gone")], store)
 

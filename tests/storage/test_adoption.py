@@ -1,4 +1,4 @@
-"""Models of read-only roots: hashed, offered and served as they are, taken back when they change, never touched."""
+"""Models of libraries: hashed, offered and served in place, unpublished when they change, never touched."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ WEIGHTS = bytes(range(256)) * 9000
 FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
 THEIRS = Model("org/theirs", FILES)
 OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100})
-"""A model that shares its weights with the adopted one."""
+"""A model that shares its weights with the library model."""
 
 
 @asynccontextmanager
 async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path) -> AsyncIterator[Node]:
-    """A node whose file has these roots."""
+    """A node with these libraries in its settings file."""
     async with on_node(nats, tmp_path, name) as node:
         listed = ", ".join(f'"{root}"' for root in roots)
         with (node.home / "node.toml").open("a") as f:
@@ -45,7 +45,7 @@ async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path
 
 @asynccontextmanager
 async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
-    """Run storage, from when it waits for commands: one sent before that is carried out, and its reply is lost."""
+    """Run storage, once it waits for commands: one sent earlier is executed, but its reply is lost."""
     async with node.storage(**environ) as process:
 
         async def waits() -> bool:
@@ -58,7 +58,7 @@ async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
 
 
 async def announced(node: Node, model: str) -> ModelState:
-    """Wait until a model (`org/name@commit`) is announced."""
+    """Wait until a model (`org/name@commit`) is published."""
 
     async def look() -> ModelState | None:
         return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
@@ -67,7 +67,7 @@ async def announced(node: Node, model: str) -> ModelState:
 
 
 async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
-    """Wait until what is said of a root is as wanted."""
+    """Wait until the published state of a library is as expected."""
 
     async def look() -> RootState | None:
         roots = (await node.storage_state()).read_only_roots
@@ -77,14 +77,14 @@ async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) 
 
 
 async def set_roots(node: Node, *roots: Path) -> None:
-    """`configure`: which also has the roots looked at anew."""
+    """Send `configure`, which also has the libraries scanned again."""
     outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
     assert outcome.ok, outcome.error
     assert outcome.result["read_only_roots"] == [str(r) for r in roots]
 
 
 async def gone(node: Node, model: str) -> None:
-    """Wait until a model is announced no more."""
+    """Wait until a model is unpublished."""
 
     async def look() -> bool:
         return await node.here.buckets.state.get(model_key(node.node, model)) is None
@@ -100,8 +100,8 @@ async def is_served(fileserver: Fileserver, data: bytes) -> bool:
 
 
 def hashed(process: Process) -> list[str]:
-    """The lines that say what was hashed."""
-    return [line for line in process.lines if "hashed a model of a read-only root" in line]
+    """The log lines about hashed models."""
+    return [line for line in process.lines if "library model hashed" in line]
 
 
 async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_here_writes_to_it(
@@ -187,7 +187,7 @@ async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_re
             assert hashed(again) == []
             await set_roots(node)
             assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
-            assert "org/ours" in await again.wait_line("counted on a read-only root")
+            assert "org/ours" in await again.wait_line("model is incomplete, it used files of a library")
             assert (await node.reserve(OURS.manifest)).missing == [sha256(WEIGHTS)]
             await node.release(OURS.manifest)
             await set_roots(node, cache)
@@ -360,7 +360,7 @@ async def test_a_restart_hashes_nothing_again_and_changed_files_only(
             await process.kill()
         os.utime(directory / "config.json", ns=(1, 1))
         async with listening(node) as process:
-            await process.wait_line("hashed a model of a read-only root", "files=1")
+            await process.wait_line("library model hashed", "files=1")
             await root_is(node, lambda r: r.model_count == 2)
             assert len(hashed(process)) == 1
         assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
@@ -377,7 +377,7 @@ async def test_a_root_that_is_missing_is_said_and_keeps_nothing_from_starting(
             await root_is(node, lambda r: r.model_count == 1)
             states = (await node.storage_state()).read_only_roots
             assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
-            await process.wait_line("cannot be looked at", "never")
+            await process.wait_line("library cannot be scanned", "never")
             root.rename(tmp_path / "unmounted")
             await set_roots(node, root, tmp_path / "never")
             await gone(node, THEIRS.name)

@@ -1,4 +1,4 @@
-"""The disk is the truth while storage runs: what people remove, replace or copy in is noticed, and never believed."""
+"""The disk is right while storage runs: files that people delete, replace or copy in are noticed, never trusted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WEIGHTS = sha256(LARGE.bytes["weights.bin"])
 
 
 async def announced(node: Node, model: Model) -> None:
-    """Return once the cluster is told of a model here."""
+    """Return once a model of this node is published."""
     await eventually(lambda: node.model_state(model), f"{model.name} is announced", PATIENCE_S)
 
 
 async def taken_back(node: Node, model: Model) -> None:
-    """Return once the cluster is told of it no more."""
+    """Return once it is unpublished."""
 
     async def gone() -> bool:
         return await node.model_state(model) is None
@@ -42,7 +42,7 @@ async def taken_back(node: Node, model: Model) -> None:
 
 
 async def said(node: Node, what: str, holds: Callable[[StorageState], bool]) -> StorageState:
-    """What is told of the disk, once that holds."""
+    """Return the published state of the storage, once the condition holds."""
 
     async def asked() -> StorageState | None:
         state = await node.storage_state()
@@ -52,7 +52,7 @@ async def said(node: Node, what: str, holds: Callable[[StorageState], bool]) -> 
 
 
 def elsewhere(directory: Path, *models: Model) -> Store:
-    """Another store that holds models, as a person may have one on a disk."""
+    """Another store with models, as a person may have one on a disk."""
     store = Store(directory / "elsewhere")
     for model in models:
         store.bring_in(model)
@@ -68,7 +68,7 @@ def copied(source: Store, node: Node, path: Path, like: Callable[[Path, Path], o
 
 
 def manifest_path(store: Store, model: Model) -> Path:
-    """Where a store has a model's manifest."""
+    """The path of a model's manifest in a store."""
     return store.layout.manifest(model.sealed.repo, model.sealed.commit)
 
 
@@ -145,7 +145,7 @@ async def test_I1_a_model_copied_in_is_announced_and_served_only_when_it_is_whol
         else:
             process.send(signal.SIGSTOP)
             copied(source, node, weights, like)
-            # Before storage has seen any of it. What another storage has proven, and nobody wrote to, is proven.
+            # Before storage has seen any of it: blobs that carry another storage's stamp are verified.
             assert (await fileserver.blob(WEIGHTS)).status == (200 if like is os.link else 404)
             process.send(signal.SIGCONT)
         if order == "manifest last":
@@ -165,7 +165,7 @@ async def test_I1_a_model_copied_in_is_announced_and_served_only_when_it_is_whol
 
 
 async def in_pieces(node: Node, fileserver: Fileserver, source: Path) -> None:
-    """Copy a blob so slowly that storage has noticed each piece before the next; nobody is given any of it."""
+    """Copy a blob so slowly that storage notices each piece before the next; it is never offered meanwhile."""
     target = node.layout.blob(source.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = LARGE.bytes["weights.bin"]
@@ -201,7 +201,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
             assert (state.unproven_count, state.unknown_bytes) == (0, len(wrong))
             assert state.unknown == [str(path.relative_to(node.layout.root))]
             assert state.used_bytes == LARGE.sealed.size_bytes
-            await process.wait_line("is not that blob; left alone", WEIGHTS)
+            await process.wait_line("copied-in file is corrupt; left in place", WEIGHTS)
             assert (await fileserver.blob(WEIGHTS)).status == 404
             assert (await node.command("gc", CollectGarbage())).ok
             assert (await node.command("verify", Verify())).ok
@@ -211,7 +211,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
             state = await said(node, "it is judged again", lambda s: s.unknown_count == 1)
             assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
             assert (await fileserver.blob(WEIGHTS)).status == 404
-            # What somebody mends is hashed again.
+            # A file that somebody repairs is hashed again.
             with path.open("r+b") as f:
                 f.seek(len(right) - 1)
                 f.write(right[-1:])
@@ -292,7 +292,7 @@ async def test_unknown_files_are_counted_and_survive_everything(
             for path in strange:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"mine")
-            # At the top of the store nobody watches: the next scan counts it with the others.
+            # The top of the store is not watched: the next scan counts it with the others.
             state = await said(node, "they are counted", lambda s: s.unknown_count == len(strange))
             assert state.unknown_bytes == 4 * len(strange) and len(state.unknown) == 5
             assert await node.model_state(LARGE)
@@ -328,8 +328,8 @@ async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: F
 
 
 def scans_of(process: Process) -> int:
-    """How often a storage that logs all has looked at its disk."""
-    return len([line for line in process.lines if "looked at the disk" in line])
+    """How often a storage that logs at debug level has scanned its store."""
+    return len([line for line in process.lines if "store scanned" in line])
 
 
 async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_silent(
@@ -343,12 +343,12 @@ async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_sil
         node.storage(SHOAL_LOG="debug") as process,
         node.fetcher(),
     ):
-        await process.wait_line("looked at the disk")
+        await process.wait_line("store scanned")
         for number, model in enumerate(models):
             await node.bring_in(model)
             if number % 2:
                 assert (await node.delete(model.name)).ok
-        # A file of a person is noticed after all that storage did before: it is the first to be worth a scan.
+        # A foreign file written after all of storage's own writes is the first change worth a scan.
         for number in (1, 2):
             mine = node.layout.manifests / f"mine-{number}"
             mine.write_text("mine")
@@ -371,12 +371,12 @@ async def test_what_changes_while_nats_is_away_is_told_when_it_is_back(
         aside = tmp_path / "aside"
         shutil.move(node.layout.manifest(apples.sealed.repo, apples.sealed.commit), aside)
         await taken_back(node, apples)
-        # All of it told: what is half told when NATS goes waits for it, and with it the next look at the disk.
+        # All of it is published: what is half published when NATS goes down waits for it, and so does the next scan.
         await said(node, "one model is left", lambda s: s.model_count == 1)
         own_nats.kill()
         node.layout.blob(WEIGHTS).unlink()
         shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))
-        await process.wait_line("the disk has changed", LARGE.name)
+        await process.wait_line("store changed on disk", LARGE.name)
         own_nats.start()
         await taken_back(node, LARGE)
         await announced(node, apples)
@@ -390,7 +390,7 @@ async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_
         await node.bring_in(LARGE)
         root, aside = node.layout.root, tmp_path / "aside"
         root.rename(aside)
-        root.mkdir()  # as a mount point stays when its disk has gone
+        root.mkdir()  # as a mount point stays when its disk is gone
         await taken_back(node, LARGE)
         state = await said(node, "the store is missed", lambda s: s.store_away)
         assert (state.model_count, state.blob_count) == (1, 3), "and nothing is concluded"
@@ -421,7 +421,7 @@ sys.exit(main("storage", run))
 
 
 _LIMITED = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_inotify_instances && exec "$@"', "sh"]
-"""Runs what follows where the kernel gives no notices."""
+"""Run a test where the kernel sends no notifications."""
 
 
 @pytest.fixture
@@ -446,7 +446,7 @@ async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_an
         environment = node_environment(node.home, nats.url, SHOAL_HEADROOM_BYTES="0")
         async with started(str(script), environment=environment) as process:
             await process.wait_ready()
-            await process.wait_line("does not tell of changes")
+            await process.wait_line("no change notifications")
             await node.bring_in(LARGE)
             path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
             shutil.copy2(path, aside)
@@ -454,7 +454,7 @@ async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_an
             await taken_back(node, LARGE)
             shutil.copy2(aside, path)
             await announced(node, LARGE)
-            assert len([line for line in process.lines if "does not tell of changes" in line]) == 1
+            assert len([line for line in process.lines if "no change notifications" in line]) == 1
 
 
 async def test_a_stop_does_not_wait_for_the_watch(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

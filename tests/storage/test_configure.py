@@ -1,4 +1,4 @@
-"""A node's storage settings: changed in the file and at once, kept over restarts, and the environment wins."""
+"""A node's storage settings: changed in the file and at once, kept over restarts, overridden by the environment."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ FILE = (
     '# the name\nid = "{}"\n\n[storage]  # the disk\n# half of it\nmax_storage_bytes = 1000  # small\n\n[gateway]\n'
 )
 FREE = {"SHOAL_HEADROOM_BYTES": ""}
-"""Without the harness's own setting of the headroom."""
+"""Without the harness's own headroom setting."""
 
 
 async def configure(node: Node, command: Configure | Mapping[str, object]) -> Outcome:
-    """`nats req` of a configure: its outcome."""
+    """Send `configure` with `nats req` and return its outcome."""
     subject = subjects.command("storage", node.node, "configure")
     body = encode(command) if isinstance(command, Configure) else msgspec.json.encode(command)
     return decode((await node.here.client.request(subject, body, timeout=20)).data, Outcome)
 
 
 def with_file(node: Node) -> Path:
-    """Give a node a file as a person has written it."""
+    """Give a node a settings file as a person has written it."""
     path = node.home / "node.toml"
     path.write_text(FILE.format(node.node))
     return path
@@ -146,7 +146,7 @@ async def test_bad_values_are_refused_in_one_line_and_nothing_is_written(
                 outcome = await configure(node, body)
                 assert outcome.error is not None and outcome.error.code in ("bad_input", "bad_message"), body
                 assert words in outcome.error.message and "\n" not in outcome.error.message, body
-            # A fault that somebody makes in the file while we run is not written around.
+            # A mistake that somebody makes in the file while storage runs is not overwritten.
             path.write_text(f'id = "{node.node}"\n[storage]\nmax_storage_bytes = "lots"\n')
             broken = await configure(node, Configure(headroom_bytes=5))
             assert broken.error is not None and "storage.max_storage_bytes is 'lots'" in broken.error.message
@@ -182,7 +182,7 @@ async def test_rates_go_into_a_section_of_their_own_with_the_others_all_or_none(
                 refused = await configure(node, body)
                 assert refused.error is not None and words in refused.error.message
             assert path.read_text() == before and await node.storage_state() == state, "all or none"
-            # A fault in one section refuses a change of the other.
+            # A mistake in one section refuses a change of the other.
             path.write_text(before.replace("20000000", '"fast"'))
             broken = await configure(node, Configure(headroom_bytes=9))
             assert broken.error is not None and "transfer.max_hub_bytes_per_s is 'fast'" in broken.error.message

@@ -1,7 +1,7 @@
-"""Deletes of whole services, whatever state a model is in: terminal, idempotent, and never a question to the hub.
+"""Deletes with whole services, whatever state a model is in: final, idempotent, and without a request to the hub.
 
-The matrix: a row makes a state; then a delete is asked for, twice, and the services start anew. What disks
-refuse and kills in the middle come after it. What `storage` answers in detail is in `test_storage_deletes`.
+The matrix: a row makes a state; then a delete is sent twice, and the services restart. Deletes that the disk refuses
+and kills in the middle follow. What `storage` answers in detail is in `test_storage_deletes`.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ class Case:
         site.make({path: self.bytes_of(path) for path in ("model.safetensors", "sub/config.json")})
         self.before = files_below(self.node.layout.root)
         self.stays: set[str] = set()
-        """Files, relative to the store, that are not ours to remove."""
+        """Foreign files, relative to the store, which must stay."""
 
     def bytes_of(self, path: str) -> bytes:
-        """What a file of it holds."""
+        """The content of such a file."""
         return noise(6 * LEAF_BYTES if path.endswith(".safetensors") else 100, self.site.repo + path)
 
     async def ask(self, verb: str, service: str = "fetcher", **body: object) -> Outcome:
-        """A command about the model, and its outcome."""
+        """Send a command about the model and return its outcome."""
         return await self.here.ask(NODE, verb, json.dumps({"model": self.repo, **body}).encode(), service=service)
 
     async def manifest(self) -> Manifest:
-        """Its manifest, by the disk."""
+        """Its manifest, as on disk."""
         return await self.here.manifest(NODE)
 
     async def blob(self) -> Path:
-        """The file of its largest blob, which may be written to from now on."""
+        """The file of its largest blob, made writable."""
         largest = max((await self.manifest()).files, key=lambda f: f.size_bytes)
         path = self.node.layout.blob(largest.sha256)
         path.chmod(0o644)
@@ -90,11 +90,11 @@ class Case:
         return self.node.layout.view(manifest.repo, manifest.commit)
 
     async def announced(self, manifest: Manifest) -> bool:
-        """Whether the cluster is told that the model is here."""
+        """Whether the model is published for this node."""
         return await self.here.buckets.state.get_as(model_key(NODE, manifest.model), ModelState) is not None
 
     async def nothing_is_left(self) -> None:
-        """On the disk, in `state` and in `spec`."""
+        """What remains of it on disk, in `state` and in `spec`."""
         assert files_below(self.node.layout.root) == self.before | self.stays
         state = self.here.buckets.state
         info = await self.here.here.js.stream_info("KV_state", subjects_filter=f"$KV.state.model.{NODE}.>")
@@ -107,7 +107,7 @@ class Case:
         assert disk is not None and disk.reserved_bytes == 0
 
     async def start_anew(self) -> None:
-        """All that a service does when it starts, and when NATS is there again, it does now."""
+        """Do now all that a service does when it starts and when NATS is back."""
         for service in ("storage", "fetcher"):
             await self.node.restart(self.here.here, service)
         reconnects = self.here.here.nats.reconnects
@@ -157,35 +157,35 @@ async def case_of(site: Site) -> AsyncIterator[Case]:
 
 
 async def absent(_: Case) -> None:
-    """Never here."""
+    """Never downloaded."""
 
 
 async def present(case: Case) -> None:
-    """Whole."""
+    """Complete."""
     await case.here.pull_ok(NODE)
 
 
 async def arriving(case: Case) -> None:
-    """Half of it is here, and more is on its way."""
+    """Half downloaded, and downloading."""
     case.site.hub.set_faults(SLOWLY)
     await case.here.begin(NODE)
     await case.here.durable(NODE, LEAF_BYTES)
 
 
 async def paused(case: Case) -> None:
-    """A person has stopped it."""
+    """Paused."""
     await arriving(case)
     assert (await case.ask("pause")).ok
 
 
 async def cancelled(case: Case) -> None:
-    """A person has taken it back."""
+    """Cancelled."""
     await arriving(case)
     assert (await case.ask("cancel")).ok
 
 
 async def rejected(case: Case) -> None:
-    """There was no room for it."""
+    """Refused for lack of space."""
 
     async def quota(quota_bytes: int | None) -> None:
         body = json.dumps({"max_storage_bytes": quota_bytes}).encode()
@@ -203,7 +203,7 @@ async def failed(case: Case) -> None:
 
 
 async def flipped(case: Case) -> None:
-    """A byte of it is another one, and nobody has noticed."""
+    """One byte is corrupt, and nobody has noticed."""
     await present(case)
     path = await case.blob()
     times = path.stat()
@@ -220,7 +220,7 @@ async def found_corrupt(case: Case) -> None:
 
 
 async def truncated(case: Case) -> None:
-    """A blob ends too soon."""
+    """A blob is truncated."""
     await present(case)
     os.truncate(await case.blob(), LEAF_BYTES + 1)
 
@@ -232,7 +232,7 @@ async def lost(case: Case) -> None:
 
 
 async def with_strangers(case: Case) -> None:
-    """Somebody's own files are in its view."""
+    """A person's own files are in its view."""
     await present(case)
     view = await case.view()
     for path in (view / "notes.txt", view / "sub" / "more" / "notes.txt"):
@@ -258,12 +258,12 @@ async def test_I5_a_delete_ends_and_leaves_nothing_whatever_there_was(site: Site
         assert outcome.result["deleted"] == (state in WAS_HERE)
         assert outcome.result["models"] == ([manifest.model] if manifest else [])
         await case.nothing_is_left()
-        # Again: nothing to do, nothing to say.
+        # Again: nothing to do, nothing to publish.
         said = [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
         again = await case.ask("delete", "storage")
         assert again.ok and not again.result["deleted"]
         assert said == [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
-        # And nothing begins again, whoever starts and whatever is there again.
+        # Nothing starts again, whichever service starts and whatever comes back.
         await case.start_anew()
         await case.nothing_is_left()
         assert site.hub.stats().requests == Requests(), "the hub was asked"
@@ -292,7 +292,7 @@ async def test_a_model_that_an_instance_on_a_retired_node_names_is_deleted_once_
         await case.nothing_is_left()
 
 
-# In the middle
+# Interrupted deletes
 
 
 RENAME, UNLINK = "?rename,?renameat,?renameat2", "?unlink,?unlinkat"
@@ -313,12 +313,12 @@ STEPS: dict[str, tuple[str, Callable[[Layout, Manifest], Path]]] = {
     "that is durable": ("fsync", lambda lay, m: lay.blob(max(m.blob_sizes)).parent),
     "the tomb goes": (UNLINK, _tomb),
 }
-"""What a delete does to the disk, in order: which calls, and the path that they are about."""
+"""The calls that a delete makes on the disk, in order, with their paths."""
 
 
 @asynccontextmanager
 async def meeting(case: Case, what: str, step: str, manifest: Manifest) -> AsyncIterator[None]:
-    """Storage meets this at a step of its deletes, until `let_go`."""
+    """Storage gets this error at a step of its deletes, until `let_go`."""
     calls, path = STEPS[step]
     storage = case.node["storage"]
     only = (
@@ -341,7 +341,7 @@ async def meeting(case: Case, what: str, step: str, manifest: Manifest) -> Async
 
 
 async def let_go(pid: int) -> None:
-    """End the tracing of a process, which goes on."""
+    """End the tracing of a process, which goes on running."""
 
     def tracer() -> int:
         return int(Path(f"/proc/{pid}/status").read_text().partition("TracerPid:")[2].split()[0])
@@ -390,14 +390,14 @@ async def test_I6_a_delete_that_is_killed_at_any_step_is_ended_by_the_next_start
             assert await asyncio.to_thread(case.node["storage"].wait_exit) == -signal.SIGKILL
         if step != "the manifest leaves":
             await case.nothing_is_left()
-        # The queue gives the killed one to the new process too, sooner or later.
+        # The queue redelivers the killed command to the new process, sooner or later.
         assert (await case.ask("delete", "storage")).ok
         await case.nothing_is_left()
 
 
 @contextmanager
 def immutable(directory: Path) -> Iterator[None]:
-    """Nothing in a directory can be removed, not even by root. Skips where that cannot be had."""
+    """Nothing in a directory can be deleted, not even by root. Skips where that is not possible."""
     done = subprocess.run(["chattr", "+i", str(directory)], capture_output=True, check=False) if _CHATTR else None
     if done is None or done.returncode:
         pytest.skip("only root with chattr can make a directory immutable: a refused delete is NOT tested here so")
@@ -454,7 +454,7 @@ async def test_a_model_whose_delete_was_refused_midway_comes_back_whole(site: Si
 
 @contextmanager
 def read_only(directory: Path) -> Iterator[None]:
-    """A directory is a read-only mount of itself. Skips where that cannot be had."""
+    """A directory is a read-only mount of itself. Skips where that is not possible."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root on Linux can mount: a delete in a read-only store is NOT tested here")
     made = subprocess.run(["mount", "--bind", str(directory), str(directory)], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""The disk: what is there after each step, and what a start makes of whatever it finds."""
+"""The store on disk: its contents after each step, and what a start makes of whatever it finds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.storage.stores import Model, Store, files_below, put, sha256, whole_o
 
 
 def reopened(root: Path) -> Store:
-    """The store as the next start finds it. No other one may be open."""
+    """The store as the next start finds it; no other one may be open."""
     return Store(root)
 
 

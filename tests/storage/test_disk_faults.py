@@ -1,6 +1,6 @@
-"""Every change of the disk refused once, in every way a disk refuses; and a disk full to the last byte (I6).
+"""Every change of the disk fails once, in every way a disk fails; and a disk full to the last byte (I6).
 
-Nothing is acknowledged that is not so, and the store goes on from there.
+Nothing false is acknowledged, and the store goes on from there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FULL_BYTES = 8 << 20
 
 
 def faults_of(call: Call) -> tuple[int, ...]:
-    """In which ways a call is refused."""
+    """The errors with which a call fails."""
     if call.name in ("replace", "rename", "link"):
         return TWO_PLACES
     return (*ANY_CALL, errno.EMLINK) if call.name == "mkdir" else ANY_CALL
@@ -41,7 +41,7 @@ def faults_of(call: Call) -> tuple[int, ...]:
 
 @pytest.fixture
 def fast(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: what is looked at here are refusals, not durability."""
+    """A directory in memory where there is one: these tests are about failures, not durability."""
     memory = Path("/dev/shm")
     if not memory.is_dir():
         yield tmp_path
@@ -55,7 +55,7 @@ def fast(tmp_path: Path) -> Iterator[Path]:
 
 
 def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Promises, bool]:
-    """A life in which the first call of a place is refused. Returns what it acknowledged, and whether it failed."""
+    """A life in which the first call at a site fails. Returns what it acknowledged, and whether it failed."""
     promises, refused = Promises(), False
 
     def before(call: Call) -> bool:

@@ -42,29 +42,29 @@ pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRAC
 
 
 class Life(msgspec.Struct, frozen=True):
-    """A life in a directory; where its blobs come: to the store, or to a further root."""
+    """A life in a directory, with its blobs in the store or on a volume."""
 
     directory: Path
     has_further: bool
 
     @property
     def root(self) -> Path:
-        """The store."""
+        """The path of the store."""
         return self.directory / "store"
 
     @property
     def further(self) -> Path | None:
-        """The further root, if it has one."""
+        """The path of the volume, if it has one."""
         return self.directory / "further" if self.has_further else None
 
     @property
     def blobs(self) -> Layout:
-        """The paths of the root where blobs come."""
+        """The paths of the volume or store that the blobs go to."""
         return Layout(self.further or self.root)
 
 
 def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
-    """Live a model's life under strace."""
+    """Run a model's life under strace."""
     return subprocess.run(
         [
             "strace",
@@ -89,7 +89,7 @@ def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["store", "further-root"])
 def whole_life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Life, list[str]]:
-    """Every change of a life that nobody interrupted, in order, with the paths."""
+    """Every change of an uninterrupted life, in order, with the paths."""
     life = Life(tmp_path_factory.mktemp("life"), request.param)
     calls, trace = ",".join(f"?{c}" for c in CHANGES), life.directory / "trace"
     ended = live(life, "-o", str(trace), "-e", f"trace={calls}")
@@ -121,7 +121,7 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
             assert which in {*ledger.partials, *ledger.blobs}, "an acknowledged reservation is lost"
     assert not any(store.layout.tombs.iterdir())
     assert not [p for p in files_below(root) if p.endswith(".json.new")]
-    # And everything goes on from here, to the same end.
+    # Everything goes on from here, to the same end.
     for model in (STAYS, LEAVES, COMES):
         store.bring_in(model)
     store.delete(LEAVES)
@@ -156,7 +156,7 @@ def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acknowledged_and_leaves_not
 
 
 def final_name(what: str, which: str, life: Life) -> str:
-    """The rename that makes what was acknowledged so, by where it goes."""
+    """The rename that makes an acknowledgement true, by its target."""
     if what == "reserved":
         return str(life.blobs.partial(which) / "meta.json")
     if what == "committed":
@@ -184,7 +184,7 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life,
         elif match := re.search(r'write\(1<[^>]*>, "(\w+) ([^ \\]+)', line):
             what, which = match.groups()
             wanted = final_name(what, which, life)
-            # A manifest's tomb has a name of its own in tombs/; all else is where it is expected.
+            # The tombstone of a manifest has a name of its own in tombs/; everything else keeps its expected name.
             target = next(t for t in reversed(renamed) if t == wanted or t.startswith(f"{wanted}/org--"))
             named_at, source = renamed[target]
             must = {Path(target).parent, Path(source).parent}

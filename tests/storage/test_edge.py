@@ -1,4 +1,4 @@
-"""What comes from outside: manifests and settings, hostile ones too."""
+"""Input from outside: manifests and settings, hostile ones too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans of eviction: nothing that is kept, never more than is needed, and exactly what was said."""
+"""Eviction plans: nothing protected, never more than needed, and exactly the bytes announced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def manifest_of(model: str, blobs: Iterable[str], sizes: dict[str, int]) -> Mani
 
 
 def ledger_of(models: dict[str, set[str]], blobs: dict[str, int]) -> Ledger:
-    """A disk with these blobs; models that lack one are broken."""
+    """A ledger with these blobs; models that lack one are incomplete."""
     ledger = Ledger(blobs=dict(blobs))
     for model, its in models.items():
         whole = its <= blobs.keys()
@@ -46,7 +46,7 @@ LEDGERS = st.builds(
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], int]:
-    """A disk with pins, uses and fetches; what may not go, and a need."""
+    """A ledger with pins, uses and downloads; what is protected, and a need."""
     ledger = draw(LEDGERS)
     ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.on_disk}
     ledger.pinned = draw(st.sets(st.sampled_from(NAMES), max_size=2))
@@ -62,12 +62,12 @@ def situations(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], int]:
 
 
 def freed_without(ledger: Ledger, leaving: Iterable[str]) -> int:
-    """By sets, from scratch: bytes that nothing needs once these models have left."""
+    """Bytes that nothing needs once these models are gone, computed from scratch."""
     return sum(ledger.blobs[b] for b in ledger.blobs.keys() - referenced(ledger, leaving))
 
 
 def carry_out(made: EvictionPlan, ledger: Ledger) -> list[int]:
-    """Do it to the ledger, a model at a time, as the service does. Returns what each step freed."""
+    """Apply a plan to the ledger, one model at a time, as the service does. Returns what each step freed."""
     freed = [sum(ledger.blobs.pop(b) for b in made.garbage)]
     for victim in made.victims:
         leaving = [b for b in freed_by(victim.model, ledger) if b in ledger.blobs]
@@ -150,7 +150,7 @@ def test_I3_what_is_lacking_is_what_admission_lacks(
         assert lacking == 0
     except QuotaExceeded as refused:
         assert refused.details["shortfall_bytes"] == lacking > 0
-        # So many bytes less of garbage, and it is admitted; one byte too few, and it is not.
+        # With exactly this much less garbage it is admitted; with one byte less freed it is not.
         roomier = Limits(None if quota is None else quota + lacking, headroom)
         admit(manifest, ledger, roomier, free + lacking)
         with pytest.raises(QuotaExceeded):
@@ -159,12 +159,12 @@ def test_I3_what_is_lacking_is_what_admission_lacks(
 
 
 def lacking_for(new_bytes: int, ledger: Ledger, limits: Limits, free_bytes: int) -> Shortfall:
-    """What one new blob lacks in a store without further roots."""
+    """The shortfall of one new blob in a store without volumes."""
     return Wanted({"": new_bytes}, {}, new_bytes).lacking(ledger, limits, [store_space(ledger, free_bytes)])
 
 
 def sized(sizes: dict[str, int], uses: Iterable[str] | None = None) -> Ledger:
-    """A disk with a model of its own blob per name, least lately used first."""
+    """A ledger with a model of its own blob per name, least recently used first."""
     blobs = {f"{n:064x}": size for n, size in enumerate(sizes.values())}
     ledger = Ledger(blobs=blobs)
     for name, blob in zip(sizes, blobs, strict=True):

@@ -1,6 +1,6 @@
-"""A store through a long life of models that come, are used, pinned, placed, deleted and evicted, and of restarts.
+"""A store through a long life of models downloaded, used, pinned, placed, deleted and evicted, and of restarts.
 
-Decisions and disk are the service's own; the free space of the disk is counted from its files.
+Decisions and disk are the service's own; the free space of the disk is computed from its files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Lives(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
     def blob_bytes(self) -> int:
-        """What is on the disk, by its files."""
+        """The bytes on disk, by its files."""
         return sum(p.stat().st_size for p in self.disk.layout.blobs.glob("*/*"))
 
     @property
@@ -98,7 +98,7 @@ class Lives(RuleBasedStateMachine):
                 del self.ledger.partials[blob]
 
     def make_room(self, model: Model) -> Admission | None:
-        """Admit, evicting by a plan where that helps, and hold what went against what the plan said."""
+        """Admit, evicting by a plan where that helps, and compare what was evicted with the plan."""
         self.measure()
         try:
             return admit(model.sealed, self.ledger, self.limits, self.free_bytes)
@@ -116,7 +116,7 @@ class Lives(RuleBasedStateMachine):
             assert self.remove(victim.model) == victim.frees_bytes
         freed = before - self.blob_bytes()
         assert abs(freed - made.frees_bytes) <= made.frees_bytes // 100, f"freed {freed} of {made.frees_bytes}"
-        return admit(model.sealed, self.ledger, self.limits, self.free_bytes)  # a plan that is enough is enough
+        return admit(model.sealed, self.ledger, self.limits, self.free_bytes)  # a plan that is sufficient is enough
 
     @rule(model=A_MODEL)
     def reserve(self, model: Model) -> None:

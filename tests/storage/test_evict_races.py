@@ -1,4 +1,4 @@
-"""What changes between a plan and its steps: gates hold these moments open, in this process, on a real disk."""
+"""Changes between a plan and its steps: gates hold these moments open, in this process, on a real disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GATE_DEADLINE_S = 45.0
 
 
 class GatedDisk(Disk):
-    """A disk that stops after it has deleted a model, and may keep what it deleted from showing as free."""
+    """A disk that stops after it has deleted a model, and may hide the freed space."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -44,18 +44,18 @@ class GatedDisk(Disk):
         self.claims_free_bytes: int | None = None
 
     def clear(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        """Clear, say so, wait."""
+        """Clear, report it, wait."""
         super().clear(repo, commit, blobs)
         self.deleted.set()
         assert self.gate.wait(GATE_DEADLINE_S)
 
     def free_bytes(self) -> int:
-        """What the test says is free."""
+        """The free space that the test sets."""
         return super().free_bytes() if self.claims_free_bytes is None else self.claims_free_bytes
 
 
 class Held:
-    """A guard that makes room, and what it works with."""
+    """A service that evicts, and its collaborators."""
 
     def __init__(self, here: Joined, home: Path, node: str, limits: Limits) -> None:
         config = Config(service="storage", node=node, home=home, nats=[])
@@ -68,7 +68,7 @@ class Held:
         self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
 
     async def bring_in(self, *models: Model) -> None:
-        """Models that are whole, the first one least lately used."""
+        """Complete models, the first one least recently used."""
         for model in models:
             for blob in (await self.guard.reserve(Reserve(manifest=model.manifest))).missing:
                 put(self.disk.layout, blob, model.blobs[blob])
@@ -77,13 +77,13 @@ class Held:
             self.ledger.last_uses[model.name] = float(len(self.ledger.manifests))
 
     async def reserve(self, model: Model) -> EvictionPlan | None:
-        """What went so that a model may come in."""
+        """The models evicted so that a model may be admitted."""
         return (await self.guard.reserve(Reserve(manifest=model.manifest))).evicted
 
 
 @asynccontextmanager
 async def holding(server: NatsServer, home: Path, node: str, limits: Limits) -> AsyncIterator[Held]:
-    """A guard of a node on a real NATS, which hears of instances as they are placed."""
+    """The services of a node on a real NATS, which learns of instances as they are placed."""
     async with joined(server) as here:
         held = Held(here, home, node, limits)
         following = asyncio.create_task(follow(here.nats, held.specs))
@@ -138,7 +138,7 @@ async def test_I4_nothing_is_evicted_while_it_is_unknown_which_instances_there_a
         await held.bring_in(A, B, C)
         before, name = files_below(held.disk.layout.root), fresh("instance")
         monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)
-        held.guard.room._uses._specs = View("spec")  # one that has heard of nothing
+        held.guard.room._uses._specs = View("spec")  # a mirror that has received nothing
         spec = InstanceSpec(id=name, repo="org/x", commit="c" * 40, stages=[], context_tokens=1)
         await held.here.buckets.spec.put(instance_key(name), spec)
         with pytest.raises(Unavailable, match="nothing was removed, try again"):

@@ -1,4 +1,4 @@
-"""Fifty requests at once to one guard on a real disk: the limits hold, what is kept stays, a plan frees what it said.
+"""Fifty requests at once on a real disk: limits hold, protected models stay, a plan frees what it announced.
 
 CI issues two hundred; SHOAL_STEPS=10000 in the environment makes it at least so many requests.
 """
@@ -51,21 +51,21 @@ issued = Counter[str]()
 
 
 class Watched(asyncio.Lock):
-    """The guard's section: whoever leaves it leaves a ledger that keeps the limits."""
+    """The critical section: each holder leaves a ledger that keeps the limits."""
 
     ledger: Ledger | None = None
     limits: Limits
     broken: str = ""
 
     def release(self) -> None:
-        """Look, then let the next one in."""
+        """Check the ledger, then release the lock."""
         if self.ledger is not None and not self.broken:
             self.broken = wrong_with(self.ledger, self.limits)
         super().release()
 
 
 def wrong_with(ledger: Ledger, limits: Limits) -> str:
-    """What of I3 and I4 a ledger breaks, or ""."""
+    """The violation of I3 or I4 in a ledger, or ""."""
     if limits.quota_bytes is not None and ledger.used_bytes + ledger.reserved_bytes > limits.quota_bytes:
         return f"I3: {ledger.used_bytes} + {ledger.reserved_bytes} > {limits.quota_bytes}"
     if gone := ledger.pinned - ledger.on_disk.keys():
@@ -80,7 +80,7 @@ def wrong_with(ledger: Ledger, limits: Limits) -> str:
 
 
 class Together:
-    """One store, asked by many at once."""
+    """One store with many concurrent requests."""
 
     def __init__(self, held: Held, upkeep: Upkeep) -> None:
         self.held, self.guard, self.upkeep = held, held.guard, upkeep
@@ -91,7 +91,7 @@ class Together:
         return sum(p.stat().st_size for p in self.held.disk.layout.blobs.glob("*/*"))
 
     async def carry_out(self, made: EvictionPlan) -> EvictionPlan:
-        """Hold what a plan has freed, by the files, against what it said."""
+        """Compare what a plan has freed, by the files, with what it announced."""
         kept = self.held.ledger.pinned | self.held.ledger.promised.keys()
         assert not kept & {v.model for v in made.victims}, "I4: a victim is kept"
         before = self.blob_bytes()
@@ -101,7 +101,7 @@ class Together:
         return done
 
     async def ask(self, verb: str, model: Model) -> None:
-        """One request, which may be refused for what others have done meanwhile, and for nothing else."""
+        """One request, which may be refused only for what others have done meanwhile."""
         issued[verb] += 1
         try:
             await (self._bring_in(verb, model) if verb in COMING_IN else self._keep(verb, model))
@@ -116,7 +116,7 @@ class Together:
             await guard.reserve(Reserve(manifest=model.manifest))
         if verb in ("pull", "commit"):
             for blob, data in model.blobs.items():
-                # As the one fetcher of a node: it writes no more into what it has asked to be committed.
+                # As the one fetcher of a node: it stops writing to a blob once it has asked for its commit.
                 if blob in ledger.partials and not (self.held.disk.layout.partial(blob) / "have").exists():
                     with suppress(FileNotFoundError):
                         put(self.held.disk.layout, blob, data)
@@ -139,7 +139,7 @@ class Together:
 
 
 async def live(server: NatsServer, home: Path, node: str, limits: Limits, seed: int) -> None:
-    """Rounds of requests, each of its own order, and a look at the disk after each."""
+    """Rounds of requests, each in its own order, with a check of the disk after each."""
     draw = random.Random(seed)
 
     async def withdraw(_: Withdraw) -> Done:
@@ -157,7 +157,7 @@ async def live(server: NatsServer, home: Path, node: str, limits: Limits, seed: 
             serve(held.here.nats, "fetcher", node, {"withdraw": Question(Withdraw, withdraw)}, stopping)
         )
         try:
-            for model in MODELS[3:5]:  # which no quota given here has room for both of
+            for model in MODELS[3:5]:  # no quota used here has space for both of these
                 await together.ask("pull", model)
             for _ in range(ROUNDS):
                 asked = list(
@@ -197,5 +197,5 @@ def test_I3_I4_fifty_requests_at_once_break_no_limit_and_evict_nothing_that_is_k
             asyncio.run(live(nats, Path(home), node, Limits(quota_bytes, 0, "lru"), seed))
 
     lives()
-    print(dict(issued))  # with `-s`: what was issued, how much of it was refused, and how often models went for it
+    print(dict(issued))  # with `-s`: requests issued, requests refused, and how often models were evicted
     assert sum(issued[verb] for verb in WEIGHTS) >= STEPS and issued["evictions"] >= STEPS // (AT_ONCE * ROUNDS)

@@ -1,4 +1,4 @@
-"""Room is made by the service: a real process on a real NATS, asked as its neighbours ask."""
+"""Eviction by the service: a real process on a real NATS, called as its clients call it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ONE, TWO, SIXTY, FIFTY = (
 
 
 async def hold(node: Node, *models: Model) -> None:
-    """Bring models in and use them, the first one least lately."""
+    """Download models and use them, the first one least recently."""
     for model in models:
         await node.bring_in(model)
         await node.use(model)
@@ -160,7 +160,7 @@ async def test_last_uses_survive_a_restart_and_say_who_goes_first(
             assert await process.wait_exit() == 0
         uses = {p.name.partition("@")[0]: p.stat().st_mtime for p in node.layout.uses.iterdir()}
         assert uses.keys() == {"org--aaa", "org--bbb"} and uses["org--aaa"] > uses["org--bbb"]
-        # Never used: it counts from its download, long ago.
+        # Never used: its download, long ago, counts.
         manifest = node.layout.manifest(models[2].manifest.repo, models[2].manifest.commit)
         os.utime(manifest, (1.0, 1.0))
         async with node.storage(SHOAL_MAX_STORAGE_BYTES="3000", **LRU):

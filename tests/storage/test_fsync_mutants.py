@@ -1,4 +1,4 @@
-"""The proof that tests bite: for every place where the store calls fsync, a store without that call is found out."""
+"""Proof that the tests detect a missing fsync: a store without the call fails, for every place that calls it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REDUNDANT_FURTHER = {
     "durable.py:make_directory < disk.py:open",
     "durable.py:write_file < disk.py:open",
 }
-"""The same in a store with a further root: `further/`, made last, makes the store's top durable again."""
+"""The same in a store with a volume: `further/`, made last, makes the store's top durable again."""
 
 
 def without_lines(site: str) -> str:
@@ -35,7 +35,7 @@ def lived(directory: Path, left_out: str = "", has_further: bool = False) -> lis
 
 
 def survivors(tmp_path: Path, sites: list[str], has_further: bool) -> set[str]:
-    """The places whose fsync nobody missed."""
+    """The places whose missing fsync was not detected."""
     found = set()
     for number, site in enumerate(sites):
         root = tmp_path / f"mutant-{number}"

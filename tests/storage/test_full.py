@@ -1,4 +1,4 @@
-"""A full disk: what frees space works on it, the reserve is given up for it, and room is looked for once."""
+"""A full disk: what frees space works on it, the ballast file is freed for it, and one eviction is tried."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEW = Model("org/new", {"weights.bin": b"n" * (MIB // 2)})
 
 
 async def given_back(disk: Path, size_bytes: int) -> None:
-    """Wait until so much is free: the verifier may just read what goes, and keeps its space until it is through."""
+    """Wait until this much is free: a deleted file keeps its space until the verifier has read it."""
 
     async def look() -> bool | None:
         return free_bytes(disk) >= size_bytes or None
@@ -46,7 +46,7 @@ async def given_back(disk: Path, size_bytes: int) -> None:
     await eventually(look, f"{size_bytes} free bytes")
 
 
-# The reserve
+# The ballast file
 
 
 @given(st.booleans(), st.integers(0, 100), SIZES, SIZES, SIZES)
@@ -138,7 +138,7 @@ async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_fre
                 assert outcome.ok and outcome.result["freed_bytes"] == MIB, outcome.error
                 await given_back(disk, MIB)
                 fill_more(ballast)
-                reserved = await node.reserve(NEW.manifest)  # which only an eviction can make room for
+                reserved = await node.reserve(NEW.manifest)  # which only an eviction can make space for
                 assert reserved.evicted is not None and [v.model for v in reserved.evicted.victims] == [OLD.name]
                 fill_more(ballast)
                 await node.release(NEW.manifest)
@@ -152,7 +152,7 @@ async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_fre
 async def test_at_0_bytes_free_a_share_in_a_partial_can_be_given_back(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    """Who still wants it is known in memory then: there is no room for the file that says so."""
+    """Partial-blob owners are in memory only then: there is no space for the file that records them."""
     one, other = (Model(f"org/{n}", {"shared.bin": b"s" * MIB, "own.bin": n.encode() * 5000}) for n in ("one", "two"))
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         with small_disk(node.layout.root, DISK_BYTES, FILES) as disk:
@@ -191,7 +191,7 @@ def test_a_commit_that_the_disk_refuses_leaves_a_partial_that_can_be_written_to(
     store.commit(blob)
 
 
-# Told, and tried again
+# Reported, and tried again
 
 
 def test_only_a_full_disk_is_called_one() -> None:
@@ -229,7 +229,7 @@ async def test_the_reserve_is_given_up_for_what_storage_must_write_and_then_it_i
         assert asked == [True, False, False], "there was nothing more to give up"
 
 
-# Room for what is on its way
+# Space for downloads under way
 
 
 async def test_several_who_are_blocked_cost_one_plan_and_what_does_not_come_back_costs_no_second_one(
@@ -251,7 +251,7 @@ async def test_several_who_are_blocked_cost_one_plan_and_what_does_not_come_back
         assert (answers[0].lacking_bytes, answers[0].free_bytes) == (800, 100)
         held.disk.claims_free_bytes = 1100
         assert (await full.room(AskRoom(model=second.name))).enough
-        held.disk.claims_free_bytes = 0  # another time: another plan
+        held.disk.claims_free_bytes = 0  # a later time: a new plan
         again = await full.room(AskRoom(model=second.name))
         assert again.evicted is not None and [v.model for v in again.evicted.victims] == [B.name]
 

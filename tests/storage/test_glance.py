@@ -1,4 +1,4 @@
-"""What a notice of the file system is worth: nothing when storage itself wrote, a scan when somebody else did."""
+"""When a notification leads to a scan: never for storage's own writes, always for those of others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def differs(store: Store, *paths: Path) -> bool:
 
 
 def watched(root: Path) -> list[Path]:
-    """All that a notice may name."""
+    """All paths that a notification may name."""
     return [p for top in ("blobs", "manifests", "views") for p in (root / top).rglob("*")]
 
 
@@ -34,7 +34,7 @@ def test_nothing_that_storage_does_is_worth_a_scan(root: Path, apples: Model, pe
         store.bring_in(apples)
         store.reserve(Model("org/coming", {"a": b"later"}))
     assert not [p for p in watched(root) if differs(store, p)]
-    # What was there for a while, too: temporary files, directories, what went to tombs.
+    # Also what existed for a while: temporary files, directories, what was moved to tombs.
     touched = {Path(p) for call in seam.calls for p in call.paths}
     named = {p for p in touched if any(p.is_relative_to(root / top) for top in ("blobs", "manifests", "views"))}
     assert len(named) > 20 and not [p for p in named if differs(store, p)]

@@ -1,4 +1,4 @@
-"""The guard in this process, where gates hold open the moments that a race would need."""
+"""The fetch API in this process, with gates that hold open the moments a race would need."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ GATE_DEADLINE_S = 45.0
 
 
 class GatedDisk(Disk):
-    """A disk that stops between verifying a partial and saying so, until the gate opens."""
+    """A disk that stops between verifying a partial blob and returning, until the gate opens."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.verified, self.gate = threading.Event(), threading.Event()
 
     def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
-        """Verify, and wait at the gate, whatever was found."""
+        """Verify, then wait at the gate, whatever the result."""
         try:
             return super().verify_partial(blob, size_bytes, root)
         finally:
@@ -51,7 +51,7 @@ class GatedDisk(Disk):
 
 
 class Held:
-    """A guard, and what it works with."""
+    """The service under test, and its collaborators."""
 
     def __init__(self, here: Joined, home: Path, node: str) -> None:
         config = Config(service="storage", node=node, home=home, nats=[])
@@ -68,7 +68,7 @@ class Held:
 
 @asynccontextmanager
 async def holding(server: NatsServer, home: Path, node: str) -> AsyncIterator[Held]:
-    """A guard of a node, on a real NATS."""
+    """The services of a node, on a real NATS."""
     async with joined(server) as here:
         held = Held(here, home, node)
         try:
@@ -125,7 +125,7 @@ async def test_I4_nothing_is_deleted_while_it_is_unknown_which_instances_there_a
         held.ledger.manifests[model.name] = model.sealed
         before = files_below(held.disk.layout.root)
         spec = InstanceSpec(id=name, repo="org/model", commit=model.manifest.commit, stages=[], context_tokens=1)
-        await here.buckets.spec.put(instance_key(name), spec)  # and the guard's view has not heard of it
+        await here.buckets.spec.put(instance_key(name), spec)  # and the mirror has not received it
         with pytest.raises(Unavailable, match="nothing was removed, try again"):
             await held.guard.removal.delete(Delete(model="org/model"), "id")
         assert files_below(held.disk.layout.root) == before

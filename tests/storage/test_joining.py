@@ -1,4 +1,4 @@
-"""Further roots on disks of their own: filled, unmounted, mounted again, taken out, refused."""
+"""Volumes on disks of their own: filled, unmounted, mounted again, removed from the settings, refused."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Machine:
         self.node, self.disk, self.further = node, disk, disk.at / "shoal"
 
     async def configure(self, *roots: Path) -> None:
-        """Set the further roots."""
+        """Set the volumes."""
         outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
         assert outcome.ok, outcome.error
 
     async def refused(self, *roots: Path, code: str = "bad_input") -> str:
-        """What is said of roots that cannot be."""
+        """The refusal of volumes that cannot be used."""
         before = await self.state()
         outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
         assert outcome.error is not None and outcome.error.code == code, outcome
@@ -60,14 +60,14 @@ class Machine:
         return outcome.error.message
 
     async def state(self) -> list[FurtherRootState]:
-        """What the cluster is told of the roots."""
+        """The published state of the volumes."""
         return [
             FurtherRootState(path=r.path, error=r.error, used_bytes=r.used_bytes, double_bytes=r.double_bytes)
             for r in (await self.node.storage_state()).roots
         ]
 
     async def is_offered(self, model: Model) -> bool:
-        """Whether the cluster may have a model from here."""
+        """Whether a model of this node is published."""
         return await self.node.model_state(model) is not None
 
     async def until_offered(self, model: Model, offered: bool) -> None:
@@ -144,10 +144,10 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             assert await m.is_offered(FIRST)
 
             async def told() -> bool:
-                return [r.error for r in await m.state()] == ["it is not there: mount its disk"]
+                return [r.error for r in await m.state()] == ["it is not mounted: mount its disk"]
 
             await until(told, "the disk is said to be away")
-            # Two are too many for the store alone; nothing is written beside.
+            # Two are too many for the store alone; nothing is written under the mount point.
             with pytest.raises(QuotaExceeded):
                 await m.node.reserve(SECOND.manifest)
             outcome = await m.node.command("configure", Configure(partial_retention_s=1))
@@ -165,7 +165,7 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             m.disk.mount()
             await m.until_offered(SECOND, True)
             m.check(FIRST, SECOND)
-            assert "a file in a blob's place" not in process.output, "what came back was hashed again"
+            assert "copied-in" not in process.output, "what came back was hashed again"
 
 
 async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc_removes_one(
@@ -215,7 +215,7 @@ async def test_eviction_frees_the_disk_that_the_blob_comes_to(nats: NatsServer, 
     large = [Model(f"org/large-{n}", {"weights.bin": bytes([65 + n]) * 9 * MIB}) for n in range(3)]
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_EVICTION_POLICY="lru"):
         await m.configure(m.further)
-        await m.node.bring_in(FIRST)  # in the store, least lately used: of no help for what does not fit there
+        await m.node.bring_in(FIRST)  # in the store, least recently used: no help for what does not fit there
         await m.node.bring_in(large[0])
         await m.node.bring_in(large[1])
         planned = await m.node.plan(large[2].manifest.size_bytes)
@@ -251,13 +251,13 @@ async def test_roots_that_cannot_be_are_refused_with_the_reason(
         m.disk.unmount()
         assert "mount its disk" in await m.refused(m.disk.at / "x" / "y")
         m.disk.mount()
-        assert "one in the other" in await m.refused(m.node.layout.root / "inside")
-        assert "one in the other" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
+        assert "overlap" in await m.refused(m.node.layout.root / "inside")
+        assert "overlap" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
         assert "the same file system as" in await m.refused(m.disk.at / "a", m.disk.at / "b")
         (m.disk.at / "models").mkdir()
         both = Configure(roots=[str(m.disk.at / "models" / "x")], read_only_roots=[str(m.disk.at / "models")])
         outcome = await m.node.command("configure", both)
-        assert outcome.error is not None and "the read-only root" in outcome.error.message
+        assert outcome.error is not None and "the library" in outcome.error.message
         (m.disk.at / "VERSION").write_text("1")
         assert "is a store" in await m.refused(m.disk.at)
         (m.disk.at / "VERSION").unlink()

@@ -1,4 +1,4 @@
-"""Pins, last uses and promises are on the disk when they have to be, and gone when they ought to be."""
+"""Pins, last uses and reservations are on disk when they have to be, and gone when they should be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THEN_S = 1_600_000_000.25
 
 
 def opened(root: Path) -> tuple[Store, Keeping]:
-    """A store and what is kept of it, as a start finds them. An earlier one lets go of its lock."""
+    """A store with its metadata files, as a start finds them; closes an earlier one."""
     store = Store(root)
     keeping = Keeping(store.layout, store.ledger)
     keeping.read()
@@ -182,7 +182,7 @@ def test_I4_what_an_unfinished_fetch_has_committed_is_no_garbage_after_a_restart
         put(store.layout, blob, apples.blobs[blob])
         store.commit(blob)
     store.seal(apples)
-    store, keeping = reopened(store)  # a crash before the fetch's end was noted
+    store, keeping = reopened(store)  # a crash before the end of the download was recorded
     assert store.ledger.promised == {}
     assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == whole_of(
         apples

@@ -66,7 +66,7 @@ def check_after(root: Path, said: list[str]) -> None:
     made = {line.split()[1] for line in said if line.startswith("made")}
     assert "second" in leases or "second" not in made, "a lease that was given has gone within its grace"
     assert not ("first" in leases and "ended first" in said), "a lease that ended is back"
-    # Nobody has taken them up: after their grace they go, and nothing of them is left.
+    # Nobody has taken them up: after their grace they are removed without a trace.
     now_s, clock_s = time.monotonic(), time.time()
     assert lease_disk.read(store.disk, now_s, clock_s + GRACE_S) == {}
     assert store.holds(STAYS)
@@ -79,7 +79,7 @@ NO_STRACE = pytest.mark.skipif(
 
 
 class Points:
-    """The calls that a life of leases makes below a store, and a store for each of them."""
+    """The calls that a life of leases makes below a store, with a store for each of them."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -100,7 +100,7 @@ class Points:
         return self._directory / name
 
     def hit(self, points: list[tuple[str, int]], how: str) -> Iterator[subprocess.CompletedProcess[str]]:
-        """A life for each point, in which that call goes wrong. Checks what the next start finds."""
+        """Run a life for each point, in which that call fails, and check what the next start finds."""
 
         def one(point: tuple[str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
             call, n = point
@@ -130,5 +130,5 @@ def test_I6_what_a_full_disk_refuses_of_a_lease_is_told_and_leaves_nothing_uncle
     refused = [point for point in points.all if point[0] in ("write", "ioctl")]
     assert {call for call, _ in refused} == {"write", "ioctl"}
     told = ["No space left" in ended.stderr for ended in points.hit(refused, "error=ENOSPC")]
-    # Python asks of each file that it opens whether it is a terminal, by ioctl, and does not mind a refusal.
+    # Python calls ioctl on each file it opens to see whether it is a terminal, and ignores a refusal.
     assert told.count(True) >= 4

@@ -1,4 +1,4 @@
-"""Leases: who uses a model is known while it does, and no longer, whoever dies (I4)."""
+"""Leases: a model's users are known exactly as long as they use it, whoever dies (I4)."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_I10_a_holder_that_is_not_one_line_is_refused(holder: str) -> None:
 
 
 async def leases_are(node: Node, *holders: str) -> None:
-    """What the cluster is told, once it is that."""
+    """Return the published state once it matches."""
 
     async def told() -> bool:
         return [x.holder for x in (await node.storage_state()).leases] == list(holders)
@@ -251,7 +251,7 @@ async def test_I5_a_lease_that_nobody_holds_is_given_back_at_once_and_again(
             await node.unlease(one.id)
         await leases_are(node, "a test")
         assert (Path(two.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
-        shutil.rmtree(node.layout.lease(two.id))  # by hand: nothing is left to give back
+        shutil.rmtree(node.layout.lease(two.id))  # deleted by hand: nothing is left to return
         await node.unlease(two.id)
         assert (await node.delete("org/model")).ok
         with pytest.raises(NotFound, match="pull it"):
@@ -272,7 +272,7 @@ async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh:
         with pytest.raises(Busy, match="`shoal storage`"):
             await held.guard.holders.lease(question)
         await held.guard.holders.unlease(Unlease(id=names[0]))
-        with pytest.raises(NotFound):  # room for a lease, and nothing to lease
+        with pytest.raises(NotFound):  # room for another lease, but no model to lease
             await held.guard.holders.lease(question)
 
 

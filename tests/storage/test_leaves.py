@@ -1,4 +1,4 @@
-"""The hashes of leaves beside blobs: what they say, what they prove, and what becomes of them."""
+"""Leaf hash files beside blobs: their content, what they prove, and when they are deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOB = sha256(WEIGHTS)
 
 
 def no_pace(_: int) -> None:
-    """As fast as it goes."""
+    """No rate limit."""
 
 
 def test_a_commit_leaves_the_hash_of_every_leaf_beside_the_blob_and_they_prove_it(root: Path) -> None:
@@ -108,7 +108,7 @@ def test_leaves_are_not_listed_for_a_file_that_took_the_blobs_place_meanwhile(ro
     checked = quarantine.check(store.disk, BLOB, no_pace)
     assert checked is not None
     blob = store.layout.blob(BLOB)
-    blob.rename(root.parent / "kept")  # so that the new file cannot be given the same inode
+    blob.rename(root.parent / "kept")  # so that the new file cannot get the same inode
     quarantine.list_leaves(store.disk, checked)
     blob.write_bytes(WEIGHTS)
     quarantine.list_leaves(store.disk, checked)

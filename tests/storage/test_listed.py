@@ -1,4 +1,4 @@
-"""A blob that arrived with a sealed leaf list is verified by it: as certain as by sha256, and without hashing so."""
+"""A blob that arrived with a sealed leaf list is verified by it: as certain as by sha256, without computing one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = root_of(LIST)
 
 
 def arrived(store: Store, data: bytes = WEIGHTS, hashes: bytes = LIST) -> None:
-    """All bytes are there, and the list beside them."""
+    """All bytes are present, with the list beside them."""
     store.reserve(LARGE)
     put(store.layout, BLOB, data)
     store.layout.partial_leaves(BLOB).write_bytes(hashes)
@@ -88,7 +88,7 @@ def test_I1_a_list_that_is_not_the_sealed_one_proves_nothing_and_the_whole_is_ha
     assert store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT).leaves == LIST
     store.layout.partial_leaves(BLOB).unlink()
     assert store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT).sha256 == BLOB
-    # Wrong bytes with their own list, and the root of the right one.
+    # Wrong bytes with their own list, and the digest of the right one.
     wrong = flipped(WEIGHTS, 99)
     put(store.layout, BLOB, wrong)
     store.layout.partial_leaves(BLOB).write_bytes(leaf_list(wrong))
@@ -130,7 +130,7 @@ async def test_a_service_commits_by_root_gives_up_bad_leaves_alone_and_tells_roo
         await node.seal(LARGE.sealed)
         path = node.layout.manifest(LARGE.manifest.repo, LARGE.manifest.commit)
         assert decode(path.read_bytes(), Manifest) == LARGE.kept
-    # One that was sealed before there were roots is told with them, and stays as it is.
+    # A model sealed before leaf list digests existed is published with them, and its manifest stays as it is.
     path.write_bytes(encode(LARGE.sealed))
     async with on_node(nats, tmp_path / "again", node.node) as again:
         again.home.rmdir() if not any(again.home.iterdir()) else None

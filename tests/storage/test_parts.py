@@ -1,4 +1,4 @@
-"""Parts of models, as the fetcher and inference meet storage with them: counted, kept, leased, completed, removed."""
+"""Shards as the fetcher and inference use them: counted, kept, leased, completed, deleted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.storage.test_joining import machine
 Fresh = Callable[[str], str]
 LEAVES = 8
 LAST_BYTES = 70_000
-"""Of the last leaf."""
+"""The size of the last leaf."""
 WEIGHTS = b"".join(bytes([65 + n]) * LEAF_BYTES for n in range(LEAVES - 1)) + b"e" * LAST_BYTES
 MODEL = Model("org/large", {"config.json": b"{}", "model.safetensors": WEIGHTS, "unneeded.bin": b"u" * 5000})
 TWIN = Model("org/twin", {"model.safetensors": WEIGHTS})
@@ -48,7 +48,7 @@ async def reserve(node: Node, leaves: list[list[int]]) -> Reserved:
 
 
 def arrive(node: Node, leaves: list[list[int]], data: bytes = WEIGHTS) -> None:
-    """What the fetcher does: leaves to their places, the bitmap, and the list beside them."""
+    """Write leaves to their places, the bitmap, and the list beside them, as the fetcher does."""
     directory = node.layout.partial(BLOB)
     bitmap = Bitmap(len(data), (directory / "have").read_bytes() if (directory / "have").exists() else b"")
     with (directory / "data").open("r+b") as f:
@@ -73,7 +73,7 @@ async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str
 
 
 async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> PartState:
-    """A part's whole way in."""
+    """Download and seal a shard."""
     for blob in (await reserve(node, leaves)).missing:
         if blob == BLOB:
             arrive(node, leaves)
@@ -84,7 +84,7 @@ async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> Pa
 
 
 async def complete(node: Node) -> None:
-    """The whole model after a part: what is here stays, the rest comes."""
+    """Download the complete model after a shard: what is present stays, the rest is downloaded."""
     assert set((await node.reserve(MODEL.manifest)).missing) == {BLOB, UNNEEDED}
     arrive(node, [[3, LEAVES]])
     (node.layout.partial(UNNEEDED) / "data").write_bytes(MODEL.blobs[UNNEEDED])
@@ -369,7 +369,7 @@ async def test_I3_two_parts_that_share_a_blob_count_it_once_and_each_outlives_th
         assert (await node.delete(MODEL.name)).ok
         assert await told(node) is None
         disk = await node.storage_state()
-        # Leaves that nothing needs any more stay in the file of those that something needs, and count.
+        # Leaves that nothing needs any more stay in a file whose other leaves are needed, and count.
         assert disk.used_bytes == twin.size_bytes
         assert disk.used_bytes + disk.reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
         leased = await node.ask("lease", AskLease(model=TWIN.name, holder="a test", layers=[2, 3]), Leased)
@@ -383,7 +383,7 @@ LEAF_SETS = st.integers(0, (1 << LEAVES) - 1)
 def test_I3_used_and_reserved_are_together_what_may_come_to_be_on_the_disk(
     models: dict[str, tuple[int, int]],
 ) -> None:
-    """Each model has a part of a blob, and wants leaves of it that are not here."""
+    """Each model has a shard with leaves of a blob, and needs leaves of it that are missing."""
     size_bytes = len(WEIGHTS)
     here = wanted = 0
     parts, asked = {}, {}

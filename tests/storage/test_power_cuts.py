@@ -2,8 +2,8 @@
 
 That is what a disk holds when the power goes. The copy is mounted, which replays its journal, and a store is opened.
 
-Nothing reaches the image but what was made durable: the journal's own timer is set far off, and the life waits while
-the image is copied.
+Only what was made durable reaches the image: the journal's own timer is set far off, and the life waits while the
+image is copied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAKE = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard"), "xfs": ("mkfs.xfs"
 
 
 def _can_mount(kind: str) -> str:
-    """Why this machine cannot do this; empty when it can."""
+    """Why this machine cannot run these tests; "" if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "only root on Linux can mount images"
     if shutil.which(MAKE[kind][0]) is None:
@@ -73,7 +73,7 @@ def copy_at_one_moment(image: Path, copy: Path) -> None:
     """Copy an image while nothing is written to it: a busy machine writes back when it likes."""
     for _ in range(COPIES_AT_MOST):
         with image.open("rb") as f:
-            os.fsync(f.fileno())  # of the image, not of what is in it: holes are where nothing was ever written
+            os.fsync(f.fileno())  # of the image file, not of its contents: holes are where nothing was ever written
         before_ns = image.stat().st_mtime_ns
         subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True, timeout=DEADLINE_S)
         if image.stat().st_mtime_ns == before_ns:
@@ -95,7 +95,7 @@ class Cuts:
         return at / "further" if self.has_further else None
 
     def run(self, every: int, *left_out: str) -> tuple[int, list[str]]:
-        """Cut a life at every n-th change and after each acknowledgement. Returns how often, and what was wrong."""
+        """Cut a life at every n-th change and after each acknowledgement. Returns the cuts and the violations."""
         wrong: list[str] = []
         cuts = changes = 0
         promises = Promises()
@@ -137,8 +137,8 @@ class Cuts:
         return cuts, wrong
 
     def after_a_cut(self, promises: Promises) -> str:
-        """What is wrong with the store after a cut now; empty when nothing is."""
-        # A file of its own each time: a device that still has the last copy is never taken for this one.
+        """The violation in the store after a cut now; "" if there is none."""
+        # A new file each time: a device that still has the last copy is never mistaken for this one.
         self.copies += 1
         copy = self.directory / f"copy-{self.copies}"
         copy_at_one_moment(self.image, copy)

@@ -1,4 +1,4 @@
-"""A corrupt blob repaired by leaf: exactly the bad leaves are found, and exactly those come anew."""
+"""A corrupt blob repaired by leaf: exactly the bad leaves are found and downloaded again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def only_blob(model: Model) -> tuple[str, bytes]:
 
 
 def doubt(store: Store, blob: str) -> quarantine.Checked:
-    """What the verifier does with a blob that has changed."""
+    """Do what the verifier does with a corrupt blob."""
     checked = quarantine.check(store.disk, blob, no_pace)
     assert checked is not None and not checked.intact
     assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
@@ -66,7 +66,7 @@ def doubt(store: Store, blob: str) -> quarantine.Checked:
 
 @contextmanager
 def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[Store, Model, quarantine.Checked]]:
-    """A store with a model whose blob was flipped at these offsets and set aside."""
+    """A store with a model whose blob was changed at these offsets and quarantined."""
     with tempfile.TemporaryDirectory() as name:
         store, model = Store(Path(name) / "store"), model_of(size_bytes)
         blob, _ = only_blob(model)
@@ -93,7 +93,7 @@ def test_I1_exactly_the_leaves_with_a_flipped_byte_are_found_and_come_anew(
         assert checked.bad_leaf_count == len(bad)
         assert store.reserve(model) == [blob]
         every = set(range(leaf_count(size_bytes)))
-        # Of a blob without a good leaf nothing is used again.
+        # Nothing is reused of a blob without a good leaf.
         assert claimed_leaves(store.layout.partial(blob), whole) == every - bad
         assert put_missing(store.layout, blob, whole) == bad
         assert store.commit(blob) == blob
@@ -140,7 +140,7 @@ def test_a_device_that_reads_nothing_any_more_is_not_asked_for_every_leaf(
 
     with monkeypatch.context() as failing:
         failing.setattr(os, "pread", pread)
-        failing.setattr(quarantine, "_UNREADABLE_AT_MOST", 2)
+        failing.setattr(quarantine, "_MAX_UNREADABLE_LEAVES", 2)
         checked = doubt(store, blob)
     assert asked == [0, LEAF_BYTES, 2 * LEAF_BYTES]
     assert checked.bad_leaf_count == 5
@@ -177,7 +177,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(ro
     blob, whole = only_blob(model)
     store.bring_in(model)
     flip(store.layout.blob(blob), LEAF_BYTES + 1)
-    # A list that was made of the flipped byte, with a self-check that holds: it calls the bad leaf good.
+    # A list made of the changed byte, with a valid self-check: it calls the bad leaf good.
     now = store.layout.blob(blob).read_bytes()
     lie = [leaf_hash(now[at : at + LEAF_BYTES]) for at in range(0, len(now), LEAF_BYTES)]
     lie[2] = leaf_hash(b"?")
@@ -191,7 +191,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(ro
         f.write(whole[2 * LEAF_BYTES :])
     with pytest.raises(Corrupt):
         store.disk.verify_partial(blob, len(whole))
-    # What the guard does then.
+    # What the service does then.
     store.disk.remove_partial(blob)
     store.disk.write_partial(blob, len(whole), [model.name])
     assert not partial and claimed_leaves(directory, whole) == set()
@@ -222,7 +222,7 @@ def test_what_a_partial_without_data_claims_is_forgotten(root: Path) -> None:
     blob, whole = only_blob(model)
     store.reserve(model)
     put(store.layout, blob, whole)
-    (store.layout.partial(blob) / "data").unlink()  # by hand, while we run
+    (store.layout.partial(blob) / "data").unlink()  # by hand, while storage runs
     store.reserve(model)
     assert not (store.layout.partial(blob) / "have").exists()
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
@@ -237,10 +237,10 @@ def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_an
     blob, whole = only_blob(model)
 
     class Killed(BaseException):
-        """Nothing in the store expects it: what stands on the disk is what a kill would leave."""
+        """Nothing in the store expects this error: the disk is left as a kill would leave it."""
 
     def repair(root: Path, last: int) -> list[Call]:
-        """Rot, doubt and repair, up to a change."""
+        """Corrupt, verify and repair, up to a change."""
 
         def before(call: Call) -> bool:
             if call.number == last:
@@ -282,7 +282,7 @@ def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_an
         again = Store(root)
         assert again.holds(model) and files_below(root) == whole_of(model)
         del again
-    # Between the rename into quarantine and that of the bitmap nothing tells which leaves are good.
+    # Between the rename into quarantine and that of the bitmap, nothing tells which leaves are good.
     assert all("quarantine.py:set_aside" in c.site or "keep_good_leaves" in c.site for c in fetched_whole)
     assert fetched_whole
 
@@ -356,7 +356,7 @@ async def test_a_service_that_is_asked_to_verify_says_which_leaves_are_bad_and_w
             ready = await node.seal(model.sealed)
             assert ready.revisions == ["main"]
             assert files_below(node.layout.root) == whole_of(model, other)
-            # A store of before there were leaves gets them.
+            # A store from before leaf hashes existed gets them.
             node.layout.leaves(blob).unlink()
             assert (await verify(node)).result["checked"] == 2
             assert leaves.proves(node.layout, blob)

@@ -1,4 +1,4 @@
-"""Reservations that nobody fetches: the promise ends, the bytes go first, then for good; a fetch keeps its own."""
+"""Reservations that nobody fetches end, their bytes may be evicted and are later deleted; downloads keep theirs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_wishes_get_their_commits_from_the_states_under_the_same_keys() -> None:
     assert wishes(paused, states) == [Wish("org/x", COMMIT, True), Wish("org/y", "", True)]
 
 
-# What has ended, in the ledger and in plans
+# Ended reservations in the ledger and in plans
 
 
 def test_I3_an_ended_promise_counts_what_it_occupies_and_reserving_it_anew_needs_the_rest() -> None:
@@ -152,11 +152,11 @@ def test_a_plan_takes_garbage_then_what_ended_downloads_left_oldest_first_and_no
     assert kept_models(ledger, {}, asking=older) == {older: "being fetched"}
 
 
-# In a store, with a cluster that says what a test lets it say
+# In a store, with a cluster state set by the test
 
 
 class Cluster:
-    """What storage of a node hears of its fetcher and its downloads."""
+    """The cluster state as storage sees it: its fetcher and its downloads."""
 
     def __init__(self, held: Held) -> None:
         self.held, self.specs, self.downloads, self.live = held, View("spec"), View("state"), View("live")
@@ -191,7 +191,7 @@ class Cluster:
         self.specs.apply(key, encode(DownloadSpec(model=repo, asked_at_s=1.0)) if there else None)
 
     async def look(self, after_s: float, passing_s: float = 0.0) -> None:
-        """A look so long after now; `passing_s` of them since the last look."""
+        """Check after so many seconds; `passing_s` of them since the last check."""
         self.monotonic_s += passing_s
         await self.reservations.look(self.begun_s + after_s, self.monotonic_s)
 
@@ -202,7 +202,7 @@ BLOB = next(iter(COMES.blobs))
 
 @asynccontextmanager
 async def a_fetch(nats: NatsServer, home: Path, node: str, limits: Limits) -> AsyncIterator[tuple[Held, Cluster]]:
-    """COMES is reserved and wished for, and all of it has arrived."""
+    """COMES is reserved and requested, and all of it has arrived."""
     async with holding(nats, home, node, limits) as held:
         cluster = Cluster(held)
         cluster.wish(COMES)
@@ -227,7 +227,7 @@ async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention
         assert kept_models(held.ledger, {}) == {}
         with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
-        # Its whole size no longer counts: there is room for others.
+        # Its whole size no longer counts: there is space for others.
         await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
@@ -328,7 +328,7 @@ async def test_what_one_of_two_downloads_ended_leaves_to_the_other_stays_promise
 async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    """By the promise's file; by the partials where a full disk had no room for that."""
+    """By the reservation's file; by the partial blobs if a full disk had no space for that."""
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
         await cluster.look(1000.0)
         for without_promise in (False, True):

@@ -1,4 +1,4 @@
-"""Which root each blob comes to, and plans over several roots: by rule, over arbitrary disks."""
+"""The volume for each blob, and plans over several volumes: as a property, over arbitrary disks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BLOBS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 40), max_size=
 
 @st.composite
 def pieces(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
-    """Blobs, rooms, and blobs that can be in one root only."""
+    """Blobs, free space, and blobs that fit one volume only."""
     blobs, rooms = draw(BLOBS), draw(ROOMS)
     bound = draw(st.dictionaries(st.sampled_from(sorted(blobs)), st.sampled_from(sorted(rooms)))) if blobs else {}
     return blobs, rooms, bound
 
 
 def fits(blobs: dict[str, int], rooms: dict[str, int], placed: dict[str, str]) -> bool:
-    """Whether every root that gets bytes has room for all it gets."""
+    """Whether every volume has space for all it gets."""
     taken = Counter[str]()
     for blob, further in placed.items():
         taken[further] += blobs[blob]
@@ -41,7 +41,7 @@ def fits(blobs: dict[str, int], rooms: dict[str, int], placed: dict[str, str]) -
 
 
 def any_way(blobs: dict[str, int], rooms: dict[str, int], bound: dict[str, str]) -> bool:
-    """By trying all of them."""
+    """By trying all assignments."""
     names = sorted(blobs)
     ways = itertools.product(*([bound[b]] if b in bound else sorted(rooms) for b in names))
     return any(fits(blobs, rooms, dict(zip(names, way, strict=True))) for way in ways)
@@ -100,7 +100,7 @@ def test_a_model_of_many_small_files_and_large_shards_finds_its_places_at_once()
 
 @st.composite
 def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[Space], Limits, set[str]]:
-    """A ledger over several roots, what may not go, what is free, and what wants to come in."""
+    """A ledger over several volumes, what is protected, what is free, and what is to be downloaded."""
     ledger = draw(LEDGERS)
     ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.on_disk}
     arriving = [b for b in sorted(SIZES) if b not in ledger.blobs]
@@ -121,7 +121,7 @@ def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[Space], Limits,
     uses = draw(st.sets(st.sampled_from(NAMES), max_size=1))
     ledger.pinned = uses
     new = draw(BLOB_SETS)
-    ledger.promised[NEW] = set(new)  # before a plan is made for it, as the guard does: else it could go for itself
+    ledger.promised[NEW] = set(new)  # before planning, as the service does: else it could be evicted for itself
     return ledger, kept_models(ledger, {}), spaces, limits, new
 
 
@@ -135,7 +135,7 @@ def made_for(case: Case, need: int) -> EvictionPlan:
 
 
 def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[Space]) -> list[Space]:
-    """Do it, and give what goes back to the root that it is on. Returns what is free then."""
+    """Apply a plan, giving freed bytes back to their volume. Returns the free space then."""
     free = Counter({s.further: s.free_bytes for s in spaces})
     free.update(garbage_bytes_of(made.garbage, ledger))
     needed = referenced(ledger)

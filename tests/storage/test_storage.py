@@ -1,4 +1,4 @@
-"""The storage service: what it answers, what it tells the cluster, and that it goes on after kill -9."""
+"""The storage service: its answers, its published state, and its recovery after kill -9."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_I2_a_model_is_not_sealed_while_a_blob_is_missing(
         await node.fetch(apples)
         with pytest.raises(BadInput, match="is not sealed"):
             await node.seal(apples.manifest)
-        # Removed by hand behind the back of a service that counts on it.
+        # Removed by hand behind the back of a service that relies on it.
         node.layout.blob(sha256(apples.bytes["sub/weights.bin"])).unlink()
         with pytest.raises(NotFound, match=r"sub/weights.bin of .* is not here"):
             await node.seal(apples.sealed)
@@ -189,7 +189,7 @@ async def test_release_removes_only_what_nothing_else_wants(
             await node.release(apples.manifest)
             assert files_below(node.layout.root) == set(), "blobs named by git's sha1 went too"
             assert (await node.storage_state()).used_bytes == 0
-            # A model that gave up is forgotten by the reservation on the disk as well.
+            # A model that gave up is forgotten by the reservation on disk as well.
             wanted = Model("org/third", {"pears.bin": pears.bytes["pears.bin"]})
             await node.reserve(pears.manifest)
             await node.reserve(wanted.manifest)

@@ -1,4 +1,4 @@
-"""Deleting: idempotent, terminal, and never what is in use."""
+"""Deleting: idempotent, final, and never what is in use."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_I4_a_model_that_an_instance_uses_on_this_node_is_not_deleted(
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
         await node.bring_in(apples)
         spec = node.here.buckets.spec
-        for _ in range(5):  # the moment the instance is there, it counts
+        for _ in range(5):  # the moment the instance exists, it counts
             await spec.put(instance_key(name), instance_of(apples, name, node.node))
             outcome = await node.delete("org/apples")
             assert not outcome.ok and outcome.error is not None and outcome.error.code == "in_use"
@@ -150,7 +150,7 @@ async def test_I6_a_delete_whose_process_is_killed_is_finished_by_the_next(
             await node.bring_in(apples)
             await node.bring_in(pears)
             await process.kill()
-        # As the kill leaves it after the first step of a deletion: the manifest is in its tomb, the rest is there.
+        # As a kill leaves it after the first step of a deletion: the manifest is a tombstone, the rest is present.
         manifest = node.layout.manifest(apples.manifest.repo, apples.manifest.commit)
         manifest.replace(node.layout.tombs / f"{manifest.parent.name}@{manifest.name}")
         async with node.storage(), node.fetcher():
@@ -173,5 +173,5 @@ async def test_a_delete_sent_while_storage_was_away_is_done_at_its_start(
 
 
 async def gone(node: Node, model: Model) -> bool:
-    """Whether nothing of a model is here or said to be."""
+    """Whether nothing of a model is on disk or published."""
     return not files_below(node.layout.root) and await node.model_state(model) is None

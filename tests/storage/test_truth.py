@@ -1,4 +1,4 @@
-"""How the ledger follows what was seen: whatever differs, afterwards it says what the disk holds, and no more."""
+"""How the ledger is updated from a scan: whatever differs, afterwards it matches the disk exactly."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ stamps = st.builds(
 
 @st.composite
 def ledgers(draw: st.DrawFn) -> Ledger:
-    """What may be known: whole models whole, broken ones not, no blob both proven and not."""
+    """A valid ledger: complete models complete, incomplete ones not, no blob both verified and unverified."""
     ledger = Ledger()
     for blob in draw(st.sets(st.sampled_from(BLOBS))):
         ledger.blobs[blob] = draw(st.sampled_from([SIZES[blob], 9]))
@@ -83,7 +83,7 @@ def test_I1_after_following_the_ledger_says_what_was_seen_and_believes_nothing_n
     assert all(ledger.unproven[b].same_file(seen.blobs[b]) for b in ledger.unproven)
     assert {b for b, s in wrong_before.items() if b in seen.blobs and s.same_file(seen.blobs[b])} == set(ledger.wrong)
     assert set(due_to_prove(ledger)) == ledger.unproven.keys() - ledger.wrong.keys()
-    # Every manifest that was seen is held, and one that could not be read stands as it was.
+    # Every manifest that was read is in the ledger, and one that could not be read is unchanged.
     stays = {m: known_before[m] for m in seen.unreadable & known_before.keys()}
     assert ledger.on_disk == {**seen.manifests, **stays}
     for model, manifest in ledger.on_disk.items():
@@ -98,7 +98,7 @@ def test_I1_after_following_the_ledger_says_what_was_seen_and_believes_nothing_n
 
 
 def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -> bool:
-    """A model that a fetch is for becomes whole when that seals it; one that was whole stays so."""
+    """A model being downloaded becomes complete when the download seals it; a complete one stays so."""
     return model not in ledger.promised or model in whole_before
 
 
@@ -181,7 +181,7 @@ def test_I1_a_copy_shows_no_proof_whatever_is_preserved_and_a_write_takes_it(roo
     with tempfile.TemporaryDirectory(dir=root.parent) as aside:
         copied = Path(aside, blob)
         shutil.copy2(path, copied)  # mode and times too
-        held_open = path.open("rb")  # its inode is not given away
+        held_open = path.open("rb")  # its inode is not reused
         path.unlink()
         shutil.copy2(copied, path)
         held_open.close()

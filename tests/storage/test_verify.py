@@ -1,4 +1,4 @@
-"""Looking again: a byte that changed on the disk is found, is loaded and served by nobody, and is repaired (I1)."""
+"""Verification: a byte that changed on disk is found, no longer loaded or served, and repaired (I1)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WEIGHTS = sha256(LARGE.bytes["weights.bin"])
 
 
 def flip(path: Path, offset: int) -> None:
-    """Change one byte of a file in place, as a failing disk does: neither its size nor its time tells."""
+    """Change one byte of a file in place, as a failing disk does: size and mtime stay the same."""
     before = path.stat()
     path.chmod(0o644)
     with path.open("r+b") as f:
@@ -48,14 +48,14 @@ def flip(path: Path, offset: int) -> None:
 
 
 def flip_unseen(storage: Process, path: Path, offset: int) -> None:
-    """The same under a storage that runs: it must not look while the file's time is another one."""
+    """The same under a running storage, which must not scan while the file's mtime differs."""
     storage.send(signal.SIGSTOP)
     flip(path, offset)
     storage.send(signal.SIGCONT)
 
 
 async def verify(node: Node, model: str = "") -> Outcome:
-    """`nats req` of a verification: its outcome."""
+    """Send `verify` with `nats req` and return its outcome."""
     subject = subjects.command("storage", node.node, "verify")
     reply = await node.here.client.request(subject, encode(Verify(model=model)), timeout=DEADLINE_S)
     return decode(reply.data, Outcome)
@@ -170,7 +170,7 @@ async def test_a_corrupt_model_is_set_aside_though_an_instance_uses_it_and_the_i
         await node.bring_in(LARGE)
         await node.here.buckets.spec.put(instance_key(name), instance_of(LARGE, name, node.node))
         try:
-            # Refused: storage has heard of the instance.
+            # Refused: storage knows of the instance.
             assert not (await node.delete("org/large")).ok
             flip_unseen(process, node.layout.blob(WEIGHTS), 0)
             outcome = await verify(node, LARGE.name)
@@ -190,7 +190,7 @@ async def test_a_blob_whose_file_has_gone_is_told_and_what_is_not_here_cannot_be
         node.layout.blob(WEIGHTS).unlink()
         outcome = await verify(node, "org/large")
         assert outcome.ok and outcome.result["corrupt"] == []
-        if not outcome.result["missing"]:  # storage has noticed by itself, and said so
+        if not outcome.result["missing"]:  # storage has noticed by itself and published it
 
             async def noticed() -> bool:
                 return "model_lost" in [name for name, _ in await node.events()]
@@ -211,7 +211,7 @@ def test_a_blob_deleted_and_fetched_anew_while_it_was_hashed_is_not_set_aside(ro
     flip(path, 5)
     checked = quarantine.check(store.disk, WEIGHTS, lambda _: None)
     assert checked is not None and not checked.intact
-    # Kept aside, so that the new file cannot be given the same inode.
+    # Kept aside, so that the new file cannot get the same inode.
     path.rename(root.parent / "corrupt")
     path.write_bytes(LARGE.bytes["weights.bin"])
     assert not quarantine.set_aside(store.disk, checked, [LARGE.sealed])

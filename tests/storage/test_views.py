@@ -1,4 +1,4 @@
-"""Views are links, never copies: reflinks where the file system has them, else hard links, else symbolic ones."""
+"""Views are links, never copies: reflinks if the file system has them, else hard links, else symbolic ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = Model("org/model", {"weights.bin": WEIGHTS, "sub/config.json": b"{}", "e
 
 @contextmanager
 def disk_of(kind: str, directory: Path) -> Iterator[Path]:
-    """A file system of a kind, empty, while the body runs."""
+    """An empty file system of a kind, while the body runs."""
     if why := _can_mount(kind):
         pytest.skip(f"views on {kind} are NOT tested here: {why}")
     make_image(kind, directory / "image")
@@ -68,7 +68,7 @@ def test_on_xfs_a_views_files_are_reflinks_that_share_the_blobs_bytes_and_not_it
                 assert target.stat().st_nlink == blob.stat().st_nlink == 1
                 assert target.stat().st_mode & 0o7777 == 0o444
                 assert views.is_blob(target, blob)
-        # Built again, nothing is touched; what somebody wrote into is replaced, and the blob has not seen it.
+        # Rebuilding changes nothing; a file that somebody wrote to is replaced, and the blob is unaffected.
         mine = store.layout.view_file(MODEL.sealed, "weights.bin")
         inode = mine.stat().st_ino
         views.build_view(store.layout, MODEL.sealed)

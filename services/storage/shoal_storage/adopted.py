@@ -1,4 +1,4 @@
-"""A model in a read-only root, as the ledger holds it. Pure."""
+"""A model in a library, as the ledger holds it. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shoal_common.messages.records import Manifest
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A file as stat shows it: while this is the same, its bytes are taken to be. `inode` 0: not to be compared."""
+    """A file's stat: while it is unchanged, so are the bytes. `inode` 0: not compared."""
 
     size_bytes: int
     mtime_ns: int
@@ -18,7 +18,10 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file of a model, where it is, and what it has to hash to: a sha256, `git-<sha1>`, or "" when nobody says."""
+    """A file of a model: `path` in the model, its absolute path, and the hash it should have.
+
+    `expected_hash` is a sha256, `git-<sha1>`, or "" if nothing names a hash.
+    """
 
     path: str
     at: str
@@ -27,7 +30,7 @@ class File(msgspec.Struct, frozen=True):
 
 
 class Adopted(msgspec.Struct, frozen=True):
-    """A model whose every file has been hashed, and where the files are."""
+    """A library model with every file hashed, and where the files are."""
 
     manifest: Manifest
     root: str
@@ -35,4 +38,4 @@ class Adopted(msgspec.Struct, frozen=True):
     files: Mapping[str, File]
     """By path in the model."""
     git: Mapping[str, str]
-    """sha256 by `git-<sha1>`, of those files of which both are known."""
+    """sha256 by `git-<sha1>`, for files with both hashes known."""

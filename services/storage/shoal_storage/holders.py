@@ -1,4 +1,4 @@
-"""Who holds leases: answers `lease` and `unlease`, and notices which leases have ended."""
+"""The lease service: answers `lease` and `unlease`, and removes leases that have ended."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from shoal_storage.parts import Parts
 
 log = Log("leases")
 
-_LOOK_S = 3.0
+_CHECK_INTERVAL_S = 3.0
 _ID_BYTES = 8
 
 
 class Holders:
-    """Keeps `leases` of the ledger and the directories on the disk alike."""
+    """Keeps the ledger's `leases` and the lease directories on disk in step."""
 
     def __init__(
         self,
@@ -39,32 +39,32 @@ class Holders:
     ) -> None:
         self._node, self._disk, self._ledger = context.node, disk, ledger
         self._section, self._parts, self._announcer = section, parts, announcer
-        self._any = asyncio.Event()
+        self._has_leases = asyncio.Event()
         if ledger.leases:
-            self._any.set()
+            self._has_leases.set()
 
-    # Questions
+    # Requests
 
     async def lease(self, question: AskLease) -> Leased:
-        """A view for one caller, kept while it holds the lock. Raises NotFound, Busy, and Failed on a full disk."""
+        """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError."""
         ref, holder = ModelRef.parse(question.model), check_holder(question.holder)
         instance = check_id(question.instance) if question.instance else ""
         async with self._section:
             await self.look()
             if len(self._ledger.leases) >= LEASES_AT_MOST:
                 raise Busy(
-                    f"node {self._node} has {LEASES_AT_MOST} leases, which is the most: see who holds them with "
-                    "`shoal storage`, end some, and ask again"
+                    f"node {self._node} has the maximum of {LEASES_AT_MOST} leases: see who holds them with "
+                    "`shoal storage`, end some and try again"
                 )
-            found = matching(ref.repo, ref.revision, self._ledger.whole.values())
-            part = None if found else part_for(ref, question.layers, self._ledger)
-            if not found and part is None:
-                what = f"layers {question.layers} of {ref} are" if question.layers else f"{ref} is"
-                raise NotFound(f"{what} not on node {self._node}, and only what is there can be leased: pull it")
-            if part is not None:
-                await self._parts.require(part)
-            manifest = part.manifest if part else found[-1]
-            leaves = part.leaves if part else {}
+            complete = matching(ref.repo, ref.revision, self._ledger.whole.values())
+            shard = None if complete else part_for(ref, question.layers, self._ledger)
+            if not complete and shard is None:
+                missing = f"layers {question.layers} of {ref} are" if question.layers else f"{ref} is"
+                raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
+            if shard is not None:
+                await self._parts.require(shard)
+            manifest = shard.manifest if shard else complete[-1]
+            leaves = shard.leaves if shard else {}
             lease = Lease(
                 id=os.urandom(_ID_BYTES).hex(),
                 model=manifest.model,
@@ -78,54 +78,54 @@ class Holders:
             try:
                 await asyncio.to_thread(lease_disk.make, self._disk, lease)
             except FileNotFoundError as e:
-                if part is not None:
+                if shard is not None:
                     await self._parts.drop(manifest.model)
                 raise NotFound(
-                    f"{manifest.model} on node {self._node} has lost files ({e.filename}): pull it again"
+                    f"{manifest.model} on node {self._node} is missing files ({e.filename}): pull it again"
                 ) from None
             except OSError as e:
                 if e.errno in DISK_FULL:
-                    raise  # the reserve may help
+                    raise  # freeing the ballast file may help
                 raise Failed(
-                    f"a view of {manifest.model} could not be made on node {self._node} ({e.strerror}); free some "
-                    "space and try again"
+                    f"cannot build a view of {manifest.model} on node {self._node} ({e.strerror}): free some space "
+                    "and try again"
                 ) from None
             self._ledger.leases[lease.id] = lease
-            self._any.set()
+            self._has_leases.set()
         await self._announcer.publish()
-        log.info("leased", model=lease.model, lease=lease.id, holder=holder)
-        lay = self._disk.layout
+        log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
+        paths = self._disk.layout
         return Leased(
             id=lease.id,
             commit=manifest.commit,
-            view=str(lay.lease_view(lease.id)),
-            lock=str(lay.lease_lock(lease.id)),
+            view=str(paths.lease_view(lease.id)),
+            lock=str(paths.lease_lock(lease.id)),
             leaves={f.path: leafset.ranges(leaves[f.sha256]) for f in manifest.files if leaves.get(f.sha256)},
         )
 
     async def unlease(self, question: Unlease) -> Done:
-        """End a lease at once. Gone already is fine; one whose lock is held is in use whoever asks (I4)."""
+        """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
         name = check_id(question.id)
         async with self._section:
             if not await asyncio.to_thread(lease_disk.remove, self._disk, name):
                 lease = self._ledger.leases.get(name)
                 raise InUse(
                     f"lease {name} on node {self._node} is held by {words_of(lease) if lease else 'somebody'}: "
-                    "close its lock first"
+                    "close its lock file first"
                 )
-            gone = self._ledger.leases.pop(name, None)
-        if gone is not None:
+            ended = self._ledger.leases.pop(name, None)
+        if ended is not None:
             await self._announcer.publish()
-            log.info("lease was given back", model=gone.model, lease=name, holder=gone.holder)
+            log.info("lease returned", model=ended.model, lease=name, holder=ended.holder)
         return Done()
 
-    # Around
+    # Expiry
 
     async def look(self) -> bool:
-        """See who lives, and remove the leases that have ended. Within the section. Whether anything has changed."""
+        """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
         leases, changed = self._ledger.leases, False
-        seen = await asyncio.to_thread(lease_disk.look, self._disk.layout, list(leases)) if leases else {}
-        for name, (held, pid) in seen.items():
+        status = await asyncio.to_thread(lease_disk.look, self._disk.layout, list(leases)) if leases else {}
+        for name, (held, pid) in status.items():
             lease = leases[name]
             changed = changed or pid != lease.pid
             lease.pid = pid
@@ -134,26 +134,26 @@ class Holders:
             elif await self._end(lease):
                 changed = True
         if not leases:
-            self._any.clear()
+            self._has_leases.clear()
         return changed
 
     async def _end(self, lease: Lease) -> bool:
         try:
             if not await asyncio.to_thread(lease_disk.remove, self._disk, lease.id):
-                return False  # taken up just now
+                return False  # its lock was taken just now
         except OSError as e:
-            log.warning("a lease that has ended stays for now", lease=lease.id, why=e.strerror)
+            log.warning("ended lease cannot be removed; retrying", lease=lease.id, error=e.strerror)
             return False
         del self._ledger.leases[lease.id]
-        log.info("a lease has ended", model=lease.model, lease=lease.id, holder=lease.holder)
+        log.info("lease ended", model=lease.model, lease=lease.id, holder=lease.holder)
         return True
 
     async def watch(self) -> None:
-        """Notice within seconds that a holder has gone. Silent while nothing changes, asleep while there is none."""
+        """Remove, forever, leases whose holder has exited, within seconds. Idle while there are no leases."""
         while True:
-            await self._any.wait()
+            await self._has_leases.wait()
             async with self._section:
                 changed = await self.look()
             if changed:
                 await self._announcer.publish()
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""Further roots join and leave: as settings change, and as their disks are mounted and unmounted."""
+"""Attach and detach volumes as settings change and as their disks are mounted and unmounted."""
 
 from __future__ import annotations
 
@@ -25,44 +25,45 @@ from shoal_storage.repair import repairable
 from shoal_storage.rescan import Rescan
 from shoal_storage.roots import real_root
 
-log = Log("further")
+log = Log("volumes")
 
 LOOK_S = 5.0
-"""Between two looks whether the roots are there."""
+"""Between two checks which volumes are mounted."""
 
 
 def open_all(disk: Disk, limits: Limits) -> dict[str, str]:
-    """At start, before what is in them is read: open those roots that are there. Returns why not, by root. Blocking.
+    """Open the mounted volumes, before startup reads them; return the errors of the others, by path. Blocking.
 
-    Raises BadInput for one that is in the store or another root, or around it.
+    Raises BadInput for a volume inside, or around, the store, a library or another volume.
     """
     refuse_overlap(limits.roots, limits.read_only_roots, disk.layout.root)
     errors: dict[str, str] = {}
-    for root in limits.roots:
-        found = _opened(disk, root)
-        if isinstance(found, str):
-            errors[root] = found
-            log.error("a further root is not used; going on without it", root=root, why=found)
+    for path in limits.roots:
+        volume = _open(disk, path)
+        if isinstance(volume, str):
+            errors[path] = volume
+            log.error("volume cannot be used; starting without it", volume=path, error=volume)
         else:
-            disk.join(found)
+            disk.join(volume)
     return errors
 
 
-def _others(disk: Disk) -> list[tuple[str, Path]]:
-    """What else takes up file systems, as people know it."""
-    used = [(f"the further root {root.path}", root.path) for root in list(disk.further.values())]
-    return [(f"the store at {disk.layout.root}", disk.layout.root), *used]
+def _in_use(disk: Disk) -> list[tuple[str, Path]]:
+    """Return the store and its volumes, as names for people and paths."""
+    volumes = [(f"the volume {volume.path}", volume.path) for volume in list(disk.further.values())]
+    return [(f"the store at {disk.layout.root}", disk.layout.root), *volumes]
 
 
-def _opened(disk: Disk, root: str) -> FurtherRoot | str:
+def _open(disk: Disk, path: str) -> FurtherRoot | str:
+    """Open a volume and record it; return the error message instead if that fails."""
     try:
-        found = open_root(disk.layout, real_root(root), disk.reserve.size_bytes, _others(disk))
+        volume = open_root(disk.layout, real_root(path), disk.reserve.size_bytes, _in_use(disk))
         try:
-            remember(disk.layout, found)
+            remember(disk.layout, volume)
         except OSError:
-            found.close()
+            volume.close()
             raise
-        return found
+        return volume
     except ShoalError as e:
         return e.message
     except OSError as e:
@@ -72,7 +73,7 @@ def _opened(disk: Disk, root: str) -> FurtherRoot | str:
 
 
 class Joining:
-    """Keeps ledger and cluster as the further roots are. `errors` are those of `open_all`."""
+    """Keeps attached volumes, the ledger and the published state in step. `errors` are those of `open_volumes`."""
 
     def __init__(
         self,
@@ -87,111 +88,113 @@ class Joining:
         self._disk, self._ledger, self._section = disk, ledger, section
         self._announcer, self._rescan = announcer, rescan
         self._limits, self._errors = limits, errors
-        self._one_at_a_time = asyncio.Lock()
+        self._update_lock = asyncio.Lock()
         announcer.further = self.states
 
     async def use(self, limits: Limits) -> None:
-        """From now on these are the roots."""
+        """Apply new settings: attach and detach volumes accordingly."""
         self._limits = limits
         await self.look()
 
     def refuse_unusable(self, limits: Limits) -> None:
-        """Before they are settings: raise BadInput, Claimed, Unsupported for new roots that are no use. Blocking."""
+        """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used; before saving them. Blocking."""
         refuse_overlap(limits.roots, limits.read_only_roots, self._disk.layout.root)
-        others = _others(self._disk)
-        for root in limits.roots:
-            if root in self._limits.roots:
+        others = _in_use(self._disk)
+        for given_path in limits.roots:
+            if given_path in self._limits.roots:
                 continue
-            path = real_root(root)
+            path = real_root(given_path)
             try:
-                found = open_root(self._disk.layout, path, others=others)
+                volume = open_root(self._disk.layout, path, others=others)
             except Away as e:
-                raise BadInput(f"the further root {root} cannot be used: {e}", param="roots") from None
+                raise BadInput(f"the volume {given_path} cannot be used: {e}", param="roots") from None
             except OSError as e:
-                raise BadInput(f"the further root {root} cannot be used: {e.strerror}", param="roots") from None
-            found.close()
+                raise BadInput(f"the volume {given_path} cannot be used: {e.strerror}", param="roots") from None
+            volume.close()
             refuse_same_disk(path, others)
-            others.append((f"the further root {root}", path))
+            others.append((f"the volume {given_path}", path))
 
     async def watch(self) -> None:
-        """Endlessly: notice within seconds that a disk was mounted or unmounted."""
+        """Attach and detach volumes, forever, within seconds of a disk being mounted or unmounted."""
         while True:
             await asyncio.sleep(LOOK_S)
             try:
                 await self.look()
             except (OSError, ShoalError) as e:
-                log.warning("the further roots could not be looked at", why=str(e))
+                log.warning("volumes cannot be checked; retrying", error=str(e))
 
     async def look(self) -> None:
-        """Let go of roots that are not there, or not in the settings any more; take in those that are there."""
-        async with self._one_at_a_time:
-            roots = {real_root(root): root for root in self._limits.roots}
+        """Detach volumes that are missing or no longer configured; attach configured ones that are mounted."""
+        async with self._update_lock:
+            configured = {real_root(given_path): given_path for given_path in self._limits.roots}
             changed = False
-            for identity, root in list(self._disk.further.items()):
-                if root.path not in roots or not await asyncio.to_thread(root.is_there):
-                    await self._let_go(identity, root.path)
+            for volume_id, volume in list(self._disk.further.items()):
+                if volume.path not in configured or not await asyncio.to_thread(volume.is_there):
+                    await self._detach(volume_id, volume.path)
                     changed = True
             if not await asyncio.to_thread(self._disk.is_there):
-                return  # nothing can be noted down
-            await asyncio.to_thread(forget_others, self._disk.layout, roots)
-            used = {root.path for root in self._disk.further.values()}
-            for path, root_as_given in roots.items():
-                if path not in used:
-                    changed = await self._take_in(root_as_given) or changed
-            self._errors = {root: why for root, why in self._errors.items() if root in self._limits.roots}
+                return  # the store is missing: volumes cannot be recorded
+            await asyncio.to_thread(forget_others, self._disk.layout, configured)
+            attached = {volume.path for volume in self._disk.further.values()}
+            for path, given_path in configured.items():
+                if path not in attached:
+                    changed = await self._attach(given_path) or changed
+            self._errors = {path: error for path, error in self._errors.items() if path in self._limits.roots}
         if changed:
             await self._rescan.look()
             async with self._section:
                 await self._rescan.publish()
 
-    async def _let_go(self, identity: str, path: Path) -> None:
+    async def _detach(self, volume_id: str, path: Path) -> None:
         async with self._section:
-            broken = await asyncio.to_thread(let_go, self._disk, self._ledger, identity)
-            log.warning("a further root is not used any more; its models are not offered", path=path)
-            await self._rescan.tell(broken, [])
+            incomplete = await asyncio.to_thread(let_go, self._disk, self._ledger, volume_id)
+            log.warning("volume detached; its models are not offered", volume=path)
+            await self._rescan.tell(incomplete, [])
 
-    async def _take_in(self, root: str) -> bool:
-        found = await asyncio.to_thread(_opened, self._disk, root)
-        if isinstance(found, str):
-            if self._errors.get(root) != found:
-                self._errors[root] = found
-                log.error("a further root is not used", root=root, why=found)
+    async def _attach(self, given_path: str) -> bool:
+        """Attach a volume; return whether its state has changed, a new error included."""
+        volume = await asyncio.to_thread(_open, self._disk, given_path)
+        if isinstance(volume, str):
+            if self._errors.get(given_path) != volume:
+                self._errors[given_path] = volume
+                log.error("volume cannot be used", volume=given_path, error=volume)
                 return True
             return False
-        self._errors.pop(root, None)
+        self._errors.pop(given_path, None)
         async with self._section:
-            self._disk.join(found)
-            await asyncio.to_thread(take_in, self._disk, self._ledger, found.id)
+            self._disk.join(volume)
+            await asyncio.to_thread(take_in, self._disk, self._ledger, volume.id)
             self._ledger.repairable = await asyncio.to_thread(repairable, self._disk, self._ledger.quarantined)
-        log.info("a further root is used", path=found.path)
+        log.info("volume attached", volume=volume.path)
         return True
 
     def states(self) -> list[FurtherRootState]:
-        """What the cluster is told of the roots. Blocking."""
-        by_path = {root.path: root for root in list(self._disk.further.values())}
-        return [self._state(root, by_path.get(real_root(root))) for root in self._limits.roots]
+        """Return the published state of all configured volumes. Blocking."""
+        attached = {volume.path: volume for volume in list(self._disk.further.values())}
+        return [self._state(path, attached.get(real_root(path))) for path in self._limits.roots]
 
-    def _state(self, given: str, root: FurtherRoot | None) -> FurtherRootState:
-        if root is None:
-            return FurtherRootState(path=given, error=self._errors.get(given) or "it is not there: mount its disk")
+    def _state(self, given_path: str, volume: FurtherRoot | None) -> FurtherRootState:
+        if volume is None:
+            error = self._errors.get(given_path) or "it is not mounted: mount its disk"
+            return FurtherRootState(path=given_path, error=error)
         ledger = self._ledger
-        here = {blob for blob, its in list(ledger.where.items()) if its == root.id}
-        sizes = [ledger.blobs[b] for b in here if b in ledger.blobs]
-        sizes += [ledger.unproven[b].size_bytes for b in here if b in ledger.unproven]
-        doubles = [copies.get(root.id, 0) for copies in list(ledger.doubles.values())]
-        arriving = {b: p for b, p in list(ledger.partials.items()) if b in here}
-        parts_bytes = sum(ledger.part_bytes_of(b, p) for b, p in arriving.items())
+        blobs = {blob for blob, volume_id in list(ledger.where.items()) if volume_id == volume.id}
+        sizes = [ledger.blobs[b] for b in blobs if b in ledger.blobs]
+        sizes += [ledger.unproven[b].size_bytes for b in blobs if b in ledger.unproven]
+        doubles = [copies.get(volume.id, 0) for copies in list(ledger.doubles.values())]
+        partials = {b: p for b, p in list(ledger.partials.items()) if b in blobs}
+        shard_bytes = sum(ledger.part_bytes_of(b, p) for b, p in partials.items())
         try:
-            free = root.free_bytes()
+            free_bytes = volume.free_bytes()
         except OSError:
-            free = 0
+            free_bytes = 0
         return FurtherRootState(
-            path=given,
-            id=root.id,
-            used_bytes=sum(sizes) + parts_bytes + sum(doubles),
+            path=given_path,
+            id=volume.id,
+            used_bytes=sum(sizes) + shard_bytes + sum(doubles),
             blob_count=len(sizes),
-            free_bytes=free,
+            free_bytes=free_bytes,
             headroom_bytes=self._limits.headroom_bytes,
-            reserved_bytes=sum(ledger.promised_bytes(p) for p in arriving.values()) - parts_bytes,
+            reserved_bytes=sum(ledger.promised_bytes(p) for p in partials.values()) - shard_bytes,
             double_bytes=sum(doubles),
         )

@@ -1,12 +1,12 @@
-"""Leases on the disk: a directory for each, with a lock that the kernel lets go of when its holder dies. Blocking.
+"""Leases on disk: one directory each, with a lock that the kernel releases when its holder dies. Blocking.
 
-    leases/<id>/lease.json   who holds it, since when, and which blobs are under which path
-    leases/<id>/lock         the holder keeps a shared flock on it; who can take an exclusive one finds it dead
+    leases/<id>/lease.json   holder, start time, and the blob under each path
+    leases/<id>/lock         the holder keeps a shared flock on it; an exclusive flock succeeds only if it has ended
     leases/<id>/view/…       the holder's own view
 
-One is made under a name that starts with a dot, and renamed when it is whole; one that ends is renamed into tombs/
-while its lock is taken, so that nobody takes it up meanwhile. A start removes the unfinished and the dead. Nothing is
-made durable: after a power cut no holder is left.
+A lease is made under a name that starts with a dot and renamed when complete. An ended lease is renamed into tombs/
+while its lock is held exclusively, so that nobody can take it up meanwhile. Startup removes unfinished and dead
+leases. Nothing is made durable: after a power cut no holder is left.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class LeaseFile(Message):
 
 
 def make(disk: Disk, lease: Lease) -> None:
-    """Make a lease's directory, whole or not at all. Raises OSError."""
-    lay = disk.layout
-    made = lay.lease(lease.id)
-    unfinished = made.with_name(f".{lease.id}{_UNFINISHED}")
-    lay.leases.mkdir(exist_ok=True)  # removed by hand while we ran
+    """Create a lease's directory, complete or not at all. Raises OSError."""
+    paths = disk.layout
+    directory = paths.lease(lease.id)
+    unfinished = directory.with_name(f".{lease.id}{_UNFINISHED}")
+    paths.leases.mkdir(exist_ok=True)  # it may have been deleted by hand
     unfinished.mkdir()
     try:
-        build(lay, lease.files, unfinished / lay.lease_view(lease.id).name, lease.arriving)
-        (unfinished / lay.lease_lock(lease.id).name).touch()
+        build(paths, lease.files, unfinished / paths.lease_view(lease.id).name, lease.arriving)
+        (unfinished / paths.lease_lock(lease.id).name).touch()
         record = LeaseFile(
             model=lease.model, holder=lease.holder, since_s=lease.since_s, files=lease.files, instance=lease.instance
         )
         (unfinished / "lease.json").write_bytes(encode(record))
-        unfinished.rename(made)
+        unfinished.rename(directory)
     except BaseException:
         with suppress(OSError):
             disk.remove(unfinished)
@@ -66,10 +66,10 @@ def make(disk: Disk, lease: Lease) -> None:
 
 
 @contextmanager
-def _dead(lay: Layout, lease: str) -> Iterator[bool]:
-    """Whether nobody holds a lease's lock; if so, nobody can take it either while the body runs."""
+def _lock_if_dead(paths: Layout, lease_id: str) -> Iterator[bool]:
+    """Yield whether nobody holds a lease's lock; if so, nobody can take it while the body runs."""
     try:
-        fd = os.open(lay.lease_lock(lease), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(paths.lease_lock(lease_id), os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         yield True
         return
@@ -84,56 +84,56 @@ def _dead(lay: Layout, lease: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def is_held(lay: Layout, lease: str) -> bool:
-    """Whether somebody holds a lease's lock now. What cannot be found out counts as held."""
+def is_held(paths: Layout, lease_id: str) -> bool:
+    """Return whether a lease's lock is held now; True if that cannot be determined."""
     try:
-        with _dead(lay, lease) as dead:
+        with _lock_if_dead(paths, lease_id) as dead:
             return not dead
     except OSError as e:
-        log.warning("whether a lease is held cannot be seen; it counts as held", lease=lease, why=e.strerror)
+        log.warning("cannot tell whether a lease is held; treating it as held", lease=lease_id, error=e.strerror)
         return True
 
 
-def remove(disk: Disk, lease: str) -> bool:
-    """Remove a lease that nobody holds. False: somebody does. Absent already is fine."""
-    directory = disk.layout.lease(lease)
-    with _dead(disk.layout, lease) as dead:
+def remove(disk: Disk, lease_id: str) -> bool:
+    """Remove a lease unless it is held; return False if it is. An absent lease is fine."""
+    directory = disk.layout.lease(lease_id)
+    with _lock_if_dead(disk.layout, lease_id) as dead:
         if dead:
             disk.remove(directory)
         return dead
 
 
-def look(lay: Layout, leases: list[str]) -> dict[str, tuple[bool, int]]:
-    """Whether each lease is held, and by which process; 0 where the system does not say (macOS never does)."""
-    pids = _lockers()
-    found: dict[str, tuple[bool, int]] = {}
-    for lease in leases:
-        held, pid = is_held(lay, lease), 0
+def look(paths: Layout, lease_ids: list[str]) -> dict[str, tuple[bool, int]]:
+    """Return whether each lease is held, and by which pid; 0 where the system does not tell (macOS never does)."""
+    pids = _flock_holders()
+    status: dict[str, tuple[bool, int]] = {}
+    for lease_id in lease_ids:
+        held, pid = is_held(paths, lease_id), 0
         if held:
             with suppress(OSError):
-                lock = lay.lease_lock(lease).stat()
+                lock = paths.lease_lock(lease_id).stat()
                 pid = pids.get((lock.st_ino, os.major(lock.st_dev), os.minor(lock.st_dev)), 0)
-        found[lease] = held, pid
-    return found
+        status[lease_id] = held, pid
+    return status
 
 
-def _lockers() -> dict[tuple[int, int, int], int]:
-    """Living processes that have taken a flock, by the file's inode and its device, major and minor."""
-    found: dict[tuple[int, int, int], int] = {}
+def _flock_holders() -> dict[tuple[int, int, int], int]:
+    """Return the pids of live processes that took a flock, by the file's inode, device major and device minor."""
+    pids: dict[tuple[int, int, int], int] = {}
     with suppress(OSError):
         for pid, major, minor, inode in _HELD.findall(_LOCKS.read_text()):
-            # It may have taken the lock for somebody else and ended, as flock(1) in a script does.
+            # A process may take a lock for another one and exit, as flock(1) in a script does.
             if Path(f"/proc/{pid}").exists():
-                found[int(inode), int(major, 16), int(minor, 16)] = int(pid)
-    return found
+                pids[int(inode), int(major, 16), int(minor, 16)] = int(pid)
+    return pids
 
 
 def read(disk: Disk, now_s: float, clock_s: float) -> dict[str, Lease]:
-    """At start: the leases that live, or still may be taken up. The others, and unfinished ones, are removed.
+    """Return the leases that are held or may still be taken up; remove all others, unfinished ones too.
 
-    `now_s` is of the clock that leases are looked at with, `clock_s` counts from 1970.
+    `now_s` is monotonic time, `clock_s` is seconds since 1970.
     """
-    found: dict[str, Lease] = {}
+    leases: dict[str, Lease] = {}
     for directory in sorted(disk.layout.leases.iterdir()):
         if directory.name.startswith(".") and directory.name.endswith(_UNFINISHED):
             disk.remove(directory)
@@ -141,20 +141,18 @@ def read(disk: Disk, now_s: float, clock_s: float) -> dict[str, Lease]:
         try:
             name = check_id(directory.name)
         except BadName:
-            log.warning("not a lease; left alone", path=directory)
+            log.warning("foreign file among the leases; left alone", path=directory)
             continue
         lease, held = _read_one(directory, name), is_held(disk.layout, name)
         if lease is None:
             if not remove(disk, name):
-                log.warning(
-                    "a lease that somebody holds cannot be read; its model is not kept for it", path=directory
-                )
+                log.warning("held lease is unreadable; its model is not protected", path=directory)
             continue
         lease.held = held
         lease.grace_until_s = now_s + grace_left_s(lease.since_s, clock_s)
         if held or lease.grace_until_s > now_s or not remove(disk, name):
-            found[name] = lease
-    return found
+            leases[name] = lease
+    return leases
 
 
 def _read_one(directory: Path, name: str) -> Lease | None:

@@ -1,8 +1,8 @@
-"""What the store holds of adopted models: where their blobs are, views that lead there, and what was hashed.
+"""The store's records of library models: where their blobs are, views of symbolic links, and known hashes.
 
-Blocking: for threads. All of it is in the store, none of it in a root, and all of it can be made again from the root;
-only `adopted/verified.json`, which saves hashing, is made durable. A view is links and nothing else: a hard link
-would change a file of the root.
+Blocking: for threads. Everything is written to the store, nothing to a library, and all of it can be rebuilt from the
+library; only `adopted/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard
+link would change a file of the library.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from shoal_storage.adopt import Verified
 from shoal_storage.adopted import Adopted, File
 from shoal_storage.durable import write_file
 
-log = Log("adoption")
+log = Log("libraries")
 
 
-class _Memory(Message):
+class _VerifiedFile(Message):
     files: dict[str, Verified] = {}
 
 
 def read_verified(layout: Layout) -> dict[str, Verified]:
-    """What was hashed before, by absolute path. What cannot be read is hashed again."""
+    """Return the known hashes, by absolute path; nothing if the record is unreadable, and all is hashed again."""
     try:
-        return decode(layout.verified.read_bytes(), _Memory).files
+        return decode(layout.verified.read_bytes(), _VerifiedFile).files
     except FileNotFoundError:
         return {}
     except (BadMessage, OSError) as e:
-        log.warning("what was hashed is not known any more; it is hashed again", why=str(e))
+        log.warning("library hashes are unreadable; hashing again", error=str(e))
         return {}
 
 
 def write_verified(layout: Layout, verified: Mapping[str, Verified]) -> None:
-    """Remember what was hashed, durably. A disk that cannot take it costs the next start the hashing, and no more."""
+    """Save the known hashes, durably. If that fails, the next start hashes again; nothing else is lost."""
     path = layout.verified
     try:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, encode(_Memory(files=dict(verified))))
+        write_file(path, encode(_VerifiedFile(files=dict(verified))))
     except OSError as e:
-        log.warning("what was hashed could not be written down; the next start hashes it again", why=e.strerror)
+        log.warning("library hashes cannot be saved; the next start hashes again", error=e.strerror)
 
 
 def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) -> None:
-    """Say where the bytes of some blobs are, and of no blob that is not in `all_of`."""
+    """Record where the `changed` blobs are; delete the records of blobs not in `blobs`."""
     for path in layout.adopted_blobs.glob("*/*"):
         if path.name not in all_of:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # others are there
+            with suppress(OSError):  # not empty
                 path.parent.rmdir()
     for sha256, file in changed.items():
         path, seen = layout.adopted_blob(sha256), file.seen
@@ -70,38 +70,39 @@ def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) 
 
 
 def note(layout: Layout, model: str) -> bool:
-    """Note that a model is adopted: before its view, which a start would remove. Returns whether that is news."""
+    """Mark a library model as offered, before building its view, which startup would delete. Return whether new."""
     repo, _, commit = model.rpartition("@")
     marker = layout.adopted_model(repo, commit)
-    news = not marker.exists()
-    if news:
+    is_new = not marker.exists()
+    if is_new:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    return news
+    return is_new
 
 
 def show(layout: Layout, adopted: Adopted) -> None:
-    """Make the view of an adopted model."""
+    """Build the view of a library model."""
     manifest = adopted.manifest
     view = layout.view(manifest.repo, manifest.commit)
-    wanted = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].at for f in manifest.files}
-    if _links_below(view) != wanted:
+    targets = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].at for f in manifest.files}
+    if _links_below(view) != targets:
         _remove_view(layout, manifest.repo, manifest.commit)
-        for link, target in wanted.items():
+        for link, target in targets.items():
             Path(link).parent.mkdir(parents=True, exist_ok=True)
             Path(link).symlink_to(target)
 
 
 def _links_below(view: Path) -> dict[str, str]:
-    found = {}
+    """Return the target of each file in a view, "" for a file that is no symbolic link."""
+    targets = {}
     for path in view.rglob("*"):
         if path.is_symlink() or not path.is_dir():
-            found[str(path)] = str(path.readlink()) if path.is_symlink() else ""
-    return found
+            targets[str(path)] = str(path.readlink()) if path.is_symlink() else ""
+    return targets
 
 
 def hide(layout: Layout, model: str, with_view: bool) -> None:
-    """A model is adopted no more. Its view stays when the store has the model itself."""
+    """Unmark a library model; delete its view too (`with_view`) unless the store has the model itself."""
     repo, _, commit = model.rpartition("@")
     if with_view:
         _remove_view(layout, repo, commit)
@@ -114,16 +115,16 @@ def _remove_view(layout: Layout, repo: str, commit: str) -> None:
     with suppress(FileNotFoundError):
         view.replace(tomb)
         shutil.rmtree(tomb)
-    with suppress(OSError):  # another commit of the model lives there
+    with suppress(OSError):  # not empty: another commit of the model
         view.parent.rmdir()
 
 
 def noted(layout: Layout) -> list[str]:
-    """The models (`org/name@commit`) that were noted as adopted."""
-    found = []
+    """Return the library models (`org/name@commit`) that are marked as offered."""
+    models = []
     with suppress(FileNotFoundError):
         for path in layout.adopted_models.iterdir():
-            name, _, commit = path.name.rpartition("@")
+            directory, _, commit = path.name.rpartition("@")
             with suppress(BadName):
-                found.append(model_of(name, commit))
-    return found
+                models.append(model_of(directory, commit))
+    return models

@@ -1,4 +1,4 @@
-"""What is done when models that were whole are not any more, whoever found out. Within the guard's section."""
+"""Unpublish models that became incomplete, whoever found out. Runs within the critical section."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from shoal_storage.doubt import of_no_more_use
 
 
 class Losses:
-    """Takes back what can no longer be vouched for."""
+    """Unpublishes models whose bytes can no longer be trusted."""
 
     def __init__(self, context: Context, disk: Disk, ledger: Ledger, specs: View, announcer: Announcer) -> None:
         self._node, self._disk, self._ledger = context.node, disk, ledger
         self._specs, self._announcer = specs, announcer
 
     async def take_back(self, models: Iterable[str]) -> list[str]:
-        """Announce these models (`org/name@commit`) no longer. Returns the instances with stages of them here."""
+        """Unpublish models (`org/name@commit`); return the instances with stages of them on this node."""
         await forget_useless(self._disk, self._ledger)
         lost = set(models)
         for model in sorted(lost):
@@ -30,7 +30,7 @@ class Losses:
         return self.instances_of(lost)
 
     def instances_of(self, models: Collection[str]) -> list[str]:
-        """The instances with stages of these models on this node."""
+        """Return the instances with stages of these models on this node."""
         return [
             spec.id
             for _, spec in self._specs.items("instance.", InstanceSpec)
@@ -39,7 +39,7 @@ class Losses:
 
 
 async def forget_useless(disk: Disk, ledger: Ledger) -> None:
-    """Remove what was set aside and has come back, or is wanted by nothing. Within the critical section."""
+    """Delete quarantined files that nothing needs or that good bytes have replaced. Within the critical section."""
     for sha256 in of_no_more_use(ledger):
         await asyncio.to_thread(disk.drop_set_aside, sha256)
         ledger.quarantined.discard(sha256)

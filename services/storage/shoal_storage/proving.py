@@ -1,7 +1,7 @@
-"""Files that somebody put in a blob's place, hashed before anything believes them (I1): one at a time, not slowly.
+"""Hash files that somebody put in a blob's place before anything uses them (I1), one at a time, at full speed.
 
-An intact one becomes a blob. One that is not stays where it is, and is hashed again when its stat has changed. One
-that is still being written to is not judged: its stat is the same before and after, or it is looked at again.
+An intact file becomes a blob. A corrupt one is left alone and hashed again once its stat changes. A file that is
+still being written is not judged: its stat must be the same before and after hashing, or it is hashed again.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from shoal_storage.truth import PROVEN_MODE
 log = Log("storage")
 
 SETTLED_AFTER_S = 1.0
-"""Without a write; a copy goes on or ends."""
+"""Seconds without a write after which a file counts as complete: a copy either goes on or has ended."""
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """What hashing has shown of a file."""
+    """Result of hashing a file."""
 
     stamp: Stamp
     intact: bool
     why: str = ""
     leaves: bytes = b""
-    """BLAKE3 of each leaf, one after the other."""
+    """BLAKE3 of each leaf, concatenated."""
 
 
-class _Unsettled(Exception):
-    """Somebody writes to the file, or it has gone."""
+class _FileChanged(Exception):
+    """The file is being written, or is gone."""
 
 
 class Prover:
-    """Hashes the unproven."""
+    """Hashes unverified files."""
 
     def __init__(self, disk: Disk, ledger: Ledger, section: asyncio.Lock, rescan: Rescan) -> None:
         self._disk, self._ledger, self._section, self._rescan = disk, ledger, section, rescan
@@ -54,100 +54,102 @@ class Prover:
         self._idle.set()
 
     async def idle(self) -> None:
-        """Return once nothing waits to be hashed but what is still being written."""
+        """Return once no file waits to be hashed, except those still being written."""
         await self._idle.wait()
 
     async def prove_forever(self) -> None:
-        """Endlessly: hash what is unproven and was not judged as it is now."""
+        """Hash, forever, each unverified file that was not hashed since it last changed."""
         while True:
-            unsettled = False
+            retry = False
             self._rescan.unproven.clear()
-            if due := due_to_prove(self._ledger):
+            if pending := due_to_prove(self._ledger):
                 self._idle.clear()
-            for sha256 in due:
-                unsettled = not await self._settle(sha256) or unsettled
+            for sha256 in pending:
+                retry = not await self._verify(sha256) or retry
             self._idle.set()
             try:
-                async with asyncio.timeout(SETTLED_AFTER_S if unsettled else None):
+                async with asyncio.timeout(SETTLED_AFTER_S if retry else None):
                     await self._rescan.unproven.wait()
             except TimeoutError:
                 continue
 
-    async def _settle(self, sha256: str) -> bool:
-        """Hash one, and draw the consequence. False: it has to be looked at again."""
+    async def _verify(self, sha256: str) -> bool:
+        """Hash one file and apply the result. Return False if it has to be hashed again."""
         try:
-            judged = await asyncio.to_thread(judge, self._disk, sha256)
-            if judged is None:
+            result = await asyncio.to_thread(judge, self._disk, sha256)
+            if result is None:
                 return False
             async with self._section:
-                return await self._conclude(sha256, judged)
+                return await self._apply(sha256, result)
         except (OSError, ShoalError) as e:
-            log.warning("a file in a blob's place could not be looked at", blob=sha256, why=str(e))
+            log.warning("unverified file cannot be hashed", blob=sha256, error=str(e))
             return False
 
-    async def _conclude(self, sha256: str, judged: Judged) -> bool:
+    async def _apply(self, sha256: str, result: Judged) -> bool:
         ledger = self._ledger
         if sha256 not in ledger.unproven:
             return True  # removed, or a blob by now
-        if judged.intact:
-            if not await asyncio.to_thread(accept, self._disk, sha256, judged):
+        if result.intact:
+            if not await asyncio.to_thread(accept, self._disk, sha256, result):
                 return False
             del ledger.unproven[sha256]
             ledger.wrong.pop(sha256, None)
-            ledger.blobs[sha256] = judged.stamp.size_bytes
+            ledger.blobs[sha256] = result.stamp.size_bytes
             await forget_useless(self._disk, ledger)
-            log.info("a file in a blob's place is that blob", blob=sha256, size_bytes=judged.stamp.size_bytes)
+            log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stamp.size_bytes)
             await self._rescan.announce_found()
         else:
-            stamp = await asyncio.to_thread(refuse, self._disk, sha256, judged.stamp)
+            stamp = await asyncio.to_thread(refuse, self._disk, sha256, result.stamp)
             if stamp is None:
                 return False
             ledger.unproven[sha256] = ledger.wrong[sha256] = stamp
             path = self._disk.layout.blob(sha256)
-            log.warning("a file in a blob's place is not that blob; left alone", path=path, why=judged.why)
+            log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.why)
         await self._rescan.publish()
         return True
 
 
 def due_to_prove(ledger: Ledger) -> list[str]:
-    """Unproven files that were not judged as they are now, those that broken models wait for first. Pure."""
-    waited = {b for m in ledger.broken.values() for b in m.blob_sizes}
-    due = [b for b, stamp in ledger.unproven.items() if b not in ledger.wrong or not stamp.same_file(ledger.wrong[b])]
-    return sorted(due, key=lambda b: (b not in waited, b))
+    """Return unverified files not hashed since they last changed, those incomplete models need first. Pure."""
+    needed = {b for m in ledger.broken.values() for b in m.blob_sizes}
+    pending = [
+        b for b, stamp in ledger.unproven.items() if b not in ledger.wrong or not stamp.same_file(ledger.wrong[b])
+    ]
+    return sorted(pending, key=lambda b: (b not in needed, b))
 
 
 def judge(disk: Disk, sha256: str) -> Judged | None:
-    """Make a file's bytes durable and hash them; None while somebody writes to it, or when it has gone."""
+    """Make a file's bytes durable and hash them; return None if the file is being written or is gone."""
     path = disk.layout.blob(sha256)
     before = _stat_of(path)
     stamp = blob_stamp(disk.layout, path)
     if before is None or stamp is None or 0 <= time.time() - before.st_mtime < SETTLED_AFTER_S:
         return None
 
-    def unchanged(_: int) -> None:
-        if not _same(before, _stat_of(path)):
-            raise _Unsettled
+    def require_unchanged(_: int) -> None:
+        if not _is_unchanged(before, _stat_of(path)):
+            raise _FileChanged
 
     try:
         sync(path)
     except OSError as e:
         return Judged(stamp, intact=False, why=str(e))
     try:
-        checked = quarantine.check(disk, sha256, unchanged)
-        unchanged(0)
-    except _Unsettled:
+        checked = quarantine.check(disk, sha256, require_unchanged)
+        require_unchanged(0)
+    except _FileChanged:
         return None
     if checked is None:
         return None
-    why = "" if checked.intact else "its bytes hash to something else"
-    return Judged(stamp, checked.intact, why, checked.leaves)
+    reason = "" if checked.intact else "its bytes have another hash"
+    return Judged(stamp, checked.intact, reason, checked.leaves)
 
 
 def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
-    """Make a file that was found intact a blob, durably. False: it is not that file any more."""
+    """Turn an intact file into a blob, durably. Return False if the file has changed since it was hashed."""
     path = disk.layout.blob(sha256)
-    now = blob_stamp(disk.layout, path)
-    if now is None or not now.same_file(judged.stamp):
+    stamp = blob_stamp(disk.layout, path)
+    if stamp is None or not stamp.same_file(judged.stamp):
         return False
     path.chmod(PROVEN_MODE)
     prove(sha256, path)
@@ -159,13 +161,13 @@ def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
 
 
 def refuse(disk: Disk, sha256: str, stamp: Stamp) -> Stamp | None:
-    """See to it that a file that is not what it is called is not taken for it, after a restart neither.
+    """Ensure a corrupt file is never treated as the blob, also after a restart; its bytes are left as they are.
 
-    Returns how it stands then; None: it is not that file any more. Not a byte of it is changed.
+    Returns its stat afterwards, or None if the file has changed since it was hashed.
     """
     path = disk.layout.blob(sha256)
-    now = blob_stamp(disk.layout, path)
-    if now is None or not now.same_file(stamp):
+    current = blob_stamp(disk.layout, path)
+    if current is None or not current.same_file(stamp):
         return None
     leaves.remove(disk.layout, sha256)
     disprove(sha256, path)
@@ -180,7 +182,7 @@ def _stat_of(path: Path) -> os.stat_result | None:
         return None
 
 
-def _same(one: os.stat_result, other: os.stat_result | None) -> bool:
-    """Whether nothing was written, or changed about a file, in between."""
-    facts = (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
-    return other is not None and facts == (other.st_ino, other.st_size, other.st_mtime_ns, other.st_ctime_ns)
+def _is_unchanged(before: os.stat_result, after: os.stat_result | None) -> bool:
+    """Whether the file was neither written nor had its metadata changed in between."""
+    identity = (before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+    return after is not None and identity == (after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns)

@@ -1,10 +1,10 @@
-"""Blobs looked at again, and those that are not what they are called set aside. Blocking: runs in threads.
+"""Hash a blob again and quarantine it if corrupt. Blocking: runs in threads.
 
-    quarantine/<sha256>    what did not hash to its name; goes when good bytes have come, or nothing wants them back
+    quarantine/<sha256>    a file that did not hash to its name; deleted once good bytes arrive or nothing needs them
 
-Order of setting aside: the blob's files in views, fsync of their directories, rename into quarantine/, fsync of both
-directories. Hard links and reflinks share the bytes: a view that kept one would go on being loaded, a lease's too.
-`repair.py` has which leaves are good all the same, and how the blob is repaired with them.
+Order of quarantining: unlink the blob's files from views, fsync their directories, rename into quarantine/, fsync
+both directories. Hard links and reflinks share the bytes: a view or lease that kept one would go on being loaded.
+`repair.py` records the leaves that are still good and repairs the blob with them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from shoal_storage.leases import Lease
 from shoal_storage.views import places_of, unlink
 
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
-"""What a file system says of bytes that the device, or its own checksums, cannot vouch for."""
-_UNREADABLE_AT_MOST = 64
-"""A device may take a minute over each leaf that it cannot read: after so many the rest counts as bad."""
+"""Read errors that mean bad bytes: a failing device, or the file system's own checksums."""
+_MAX_UNREADABLE_LEAVES = 64
+"""A device may take a minute over each unreadable leaf: after this many the rest counts as bad."""
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """What was found of a blob, and which file it was."""
+    """Result of hashing a blob, with the identity of the hashed file."""
 
     sha256: str
     size_bytes: int
@@ -46,68 +46,70 @@ class Checked(msgspec.Struct, frozen=True):
     inode: int
     mtime_ns: int
     leaves: bytes
-    """BLAKE3 of each leaf, one after the other; of an unreadable one, that of nothing."""
+    """BLAKE3 of each leaf, concatenated; for an unreadable leaf, the hash of no bytes."""
     listed: bool
-    """Whether `leaves/` says the same of this very file."""
+    """Whether the leaf hash file in `leaves/` matches this very file."""
     good: Bitmap | None = None
-    """Of a corrupt blob, the leaves that are as they were when it came; None when nothing tells."""
+    """Leaves of a corrupt blob that still match their recorded hashes; None if no hashes tell."""
 
     @property
     def bad_leaf_count(self) -> int:
-        """Leaves that have to come anew; all of them when nothing tells which are good."""
+        """Leaves to download again; all of them when no hashes tell which are good."""
         count = 0 if self.intact else leaf_count(self.size_bytes)
         return count if self.good is None else sum(leaf not in self.good for leaf in range(count))
 
 
 def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
-    """Hash a blob, of the store or adopted, as the disk holds it now; None when there is no such file, or no longer.
+    """Hash a blob, of the store or of a library, as the disk holds it now; return None if its file is gone.
 
-    `pace` is given the bytes of each leaf before they are hashed. It may wait, and raise to end this.
+    `before_leaf` is called with the byte count of each leaf before it is hashed. It may block, and raise to abort.
     """
-    own = disk.layout.blob(sha256)
-    digest, now = hashlib.sha256(), bytearray()
+    store_path = disk.layout.blob(sha256)
+    digest, leaf_hashes = hashlib.sha256(), bytearray()
     try:
-        path = own if own.is_file() else find_blob(disk.layout, sha256)
-        found = path.lstat()
-        listed = leaves.read(disk.layout, sha256, found.st_size)
-        steps = _steps(path, found.st_ino, found.st_size, _UNREADABLE_AT_MOST if listed else 0)
-        with closing(hashed_ahead(steps)) as hashed:
-            for leaf, its_hash in hashed:
+        path = store_path if store_path.is_file() else find_blob(disk.layout, sha256)
+        status = path.lstat()
+        recorded = leaves.read(disk.layout, sha256, status.st_size)
+        leaf_data = _read_leaves(path, status.st_ino, status.st_size, _MAX_UNREADABLE_LEAVES if recorded else 0)
+        with closing(hashed_ahead(leaf_data)) as hashed:
+            for leaf, leaf_hash in hashed:
                 disk.keep_on()
                 pace(len(leaf))
                 digest.update(leaf)
-                now += its_hash
+                leaf_hashes += leaf_hash
     except FileNotFoundError:
         return None
     intact = digest.hexdigest() == sha256
-    good = None if intact or listed is None else _good_leaves(found.st_size, listed, bytes(now))
-    same = intact and listed == bytes(now) and leaves.proves(disk.layout, sha256)
-    return Checked(sha256, found.st_size, intact, found.st_ino, found.st_mtime_ns, bytes(now), same, good)
+    good = None if intact or recorded is None else _good_leaves(status.st_size, recorded, bytes(leaf_hashes))
+    listed = intact and recorded == bytes(leaf_hashes) and leaves.proves(disk.layout, sha256)
+    return Checked(
+        sha256, status.st_size, intact, status.st_ino, status.st_mtime_ns, bytes(leaf_hashes), listed, good
+    )
 
 
-def _good_leaves(size_bytes: int, listed: bytes, now: bytes) -> Bitmap | None:
-    """The leaves that are as they are listed; None when all of them are, and so the list is wrong, or none is."""
+def _good_leaves(size_bytes: int, recorded: bytes, current: bytes) -> Bitmap | None:
+    """Return the leaves that match their recorded hashes; None if none or (the record is wrong) all do."""
     good, size = Bitmap(size_bytes), HASH_BYTES
     for leaf in range(good.leaves):
-        if now[leaf * size : (leaf + 1) * size] == listed[leaf * size : (leaf + 1) * size]:
+        if current[leaf * size : (leaf + 1) * size] == recorded[leaf * size : (leaf + 1) * size]:
             good.add(leaf)
     return good if good.have_bytes and not good.complete else None
 
 
-def _steps(path: Path, inode: int, size_bytes: int, unreadable_at_most: int) -> Iterator[bytes]:
-    """The leaves of a file, read from the device where that can be asked for; an unreadable one is empty.
+def _read_leaves(path: Path, inode: int, size_bytes: int, max_unreadable: int) -> Iterator[bytes]:
+    """Yield the leaves of a file, bypassing the page cache where possible; an unreadable leaf is empty.
 
-    It is open only while a leaf is read: an open file that is deleted keeps its space. What was read is not kept in
-    memory, for which others have a better use; pages that a process has mapped stay there.
+    The file is open only while a leaf is read, since a deleted open file keeps its space. Pages that were read are
+    dropped from the page cache, which others use better; pages that a process has mapped stay.
     """
-    at_byte = unreadable = 0
+    offset = unreadable = 0
     while True:
         with path.open("rb", buffering=0) as f:
             if os.fstat(f.fileno()).st_ino != inode:
-                raise FileNotFoundError(errno.ENOENT, "it is another file by now", str(path))
-            _forget_cached(f.fileno(), at_byte)
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(path))
+            _drop_page_cache(f.fileno(), offset)
             try:
-                leaf = os.pread(f.fileno(), LEAF_BYTES, at_byte)
+                leaf = os.pread(f.fileno(), LEAF_BYTES, offset)
             except OSError as e:
                 if e.errno not in _UNREADABLE:
                     raise
@@ -116,64 +118,64 @@ def _steps(path: Path, inode: int, size_bytes: int, unreadable_at_most: int) -> 
             else:
                 if not leaf:
                     return
-            _forget_cached(f.fileno(), at_byte)
+            _drop_page_cache(f.fileno(), offset)
         yield leaf
-        at_byte += LEAF_BYTES
-        if not leaf and (unreadable > unreadable_at_most or at_byte >= size_bytes):
+        offset += LEAF_BYTES
+        if not leaf and (unreadable > max_unreadable or offset >= size_bytes):
             return
 
 
-def _forget_cached(fd: int, at_byte: int) -> None:
+def _drop_page_cache(fd: int, offset: int) -> None:
     if hasattr(os, "posix_fadvise"):  # macOS has none
-        os.posix_fadvise(fd, at_byte, LEAF_BYTES, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, offset, LEAF_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def set_aside(disk: Disk, checked: Checked, manifests: Iterable[Manifest], leases: Iterable[Lease] = ()) -> bool:
-    """Move a corrupt blob where nothing serves or loads it, durably. False: it is not that file any more."""
-    lay = disk.layout
-    path = lay.blob(checked.sha256)
+    """Move a corrupt blob to quarantine, durably: nothing serves or loads it then. False if the file changed."""
+    paths = disk.layout
+    path = paths.blob(checked.sha256)
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return False
-    if not _is_that(found, checked):
+    if not _is_checked_file(status, checked):
         return False
-    for directory in unlink(places_of(lay, checked.sha256, manifests, leases)):
+    for directory in unlink(places_of(paths, checked.sha256, manifests, leases)):
         if directory.exists():
             sync(directory)
-    lay.set_aside(checked.sha256).parent.mkdir(exist_ok=True)
-    # What was set aside under this name before says nothing of these bytes.
+    paths.set_aside(checked.sha256).parent.mkdir(exist_ok=True)
+    # An older bitmap under this name does not describe these bytes.
     disk.drop_set_aside(checked.sha256)
-    path.replace(lay.set_aside(checked.sha256))
-    sync(lay.set_aside(checked.sha256).parent)
+    path.replace(paths.set_aside(checked.sha256))
+    sync(paths.set_aside(checked.sha256).parent)
     sync(path.parent)
-    leaves.remove(lay, checked.sha256)
+    leaves.remove(paths, checked.sha256)
     return True
 
 
 def list_leaves(disk: Disk, checked: Checked) -> None:
-    """Keep the leaves' hashes of a blob that is intact, unless it is another file by now."""
+    """Write the leaf hashes of an intact blob, unless its file has changed since."""
     try:
-        found = disk.layout.blob(checked.sha256).lstat()
+        status = disk.layout.blob(checked.sha256).lstat()
     except FileNotFoundError:
         return
-    if _is_that(found, checked):
+    if _is_checked_file(status, checked):
         leaves.write(disk.layout, checked.sha256, checked.leaves, checked.mtime_ns)
 
 
-def _is_that(found: os.stat_result, checked: Checked) -> bool:
-    return (found.st_ino, found.st_mtime_ns) == (checked.inode, checked.mtime_ns)
+def _is_checked_file(status: os.stat_result, checked: Checked) -> bool:
+    return (status.st_ino, status.st_mtime_ns) == (checked.inode, checked.mtime_ns)
 
 
 def set_aside_earlier(disk: Disk) -> set[str]:
-    """At start: the blobs that are in quarantine, in the store and in its further roots."""
-    return set().union(*(set_aside_in(disk, further) for further, _ in disk.layout.all()))
+    """Return the blobs in quarantine, in the store and its volumes; called at start."""
+    return set().union(*(set_aside_in(disk, volume_id) for volume_id, _ in disk.layout.all()))
 
 
-def set_aside_in(disk: Disk, further: str) -> set[str]:
-    """The blobs that are in quarantine in one root. Bitmaps without theirs, and what a kill left half written, go."""
-    found, bitmaps = set(), []
-    root, lay = disk.layout.of(further), disk.layout
+def set_aside_in(disk: Disk, volume_id: str) -> set[str]:
+    """Return the blobs in quarantine on one volume; delete bitmaps without a blob and temporary files."""
+    quarantined, bitmaps = set(), []
+    root, paths = disk.layout.of(volume_id), disk.layout
     if root.quarantine.is_dir():
         for path in root.quarantine.iterdir():
             if path.name.startswith(".") and path.suffix == ".new":
@@ -182,13 +184,13 @@ def set_aside_in(disk: Disk, further: str) -> set[str]:
                 bitmaps.append(path)
             else:
                 try:
-                    found.add(check_blob(path.name))
+                    quarantined.add(check_blob(path.name))
                 except BadName:
                     continue
     for path in bitmaps:
-        if path.stem not in found:
+        if path.stem not in quarantined:
             path.unlink(missing_ok=True)
-    for blob in found:
-        if further and not lay.blob(blob).exists() and not lay.partial(blob).exists():
-            lay.where.setdefault(blob, further)
-    return found
+    for blob in quarantined:
+        if volume_id and not paths.blob(blob).exists() and not paths.partial(blob).exists():
+            paths.where.setdefault(blob, volume_id)
+    return quarantined

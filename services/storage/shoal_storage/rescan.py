@@ -1,4 +1,4 @@
-"""The ledger follows the disk while storage runs: files that people removed, replaced or copied in."""
+"""Keep the ledger in step with the disk while storage runs: files that people delete, replace or copy in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = Log("storage")
 
 
 class Rescan:
-    """Looks at the disk and makes ledger and announcements say what is there. Deletes nothing."""
+    """Scans the disk and updates ledger and published state to match it. Deletes nothing."""
 
     def __init__(
         self,
@@ -41,73 +41,76 @@ class Rescan:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._keeping, self._announcer, self._losses, self._parts = keeping, announcer, losses, parts
         self.unproven = asyncio.Event()
-        """Set when there are files to be hashed."""
-        self._untold = False
+        """Set when there are files to hash."""
+        self._unpublished = False
         self._scans = 0
 
     async def differs(self, paths: Collection[Path]) -> bool:
-        """Whether paths that have changed show anything that the ledger does not say."""
+        """Return whether changed paths show something that the ledger lacks."""
         async with self._section:
             return await asyncio.to_thread(any_differs, self._disk.layout, self._ledger, paths)
 
     async def look(self) -> None:
-        """Scan the store and follow it. What could not be told to NATS is told the next time."""
+        """Scan the store and apply the differences. What NATS does not take is published the next time."""
         if not await self.is_there():
             return
         async with self._section:
             seen = await asyncio.to_thread(scan, self._disk.layout)
             if not await asyncio.to_thread(self._disk.is_all_there):
-                return  # something went while we looked: what was not seen may well be there
+                return  # a volume was unmounted during the scan: files that were not seen may still exist
             self._scans += 1
-            log.debug("looked at the disk", scans=self._scans)
-            found = await asyncio.to_thread(differences, self._ledger, seen)
-            if found.any_in(self._ledger):
-                await self._follow(found)
+            log.debug("store scanned", scans=self._scans)
+            diff = await asyncio.to_thread(differences, self._ledger, seen)
+            if diff.any_in(self._ledger):
+                await self._apply(diff)
             await self.announce_found()
-            await self._lose_parts()
+            await self._drop_lost_shards()
         await self.tell_untold()
         if self._ledger.unproven:
             self.unproven.set()
 
-    async def _follow(self, found: Differences) -> None:
-        lay = self._disk.layout
-        for sha256 in found.replaced:
-            # What stands in the blob's place may be its very file, written to: no view may go on with that.
-            places = places_of(lay, sha256, having(sha256, self._ledger), self._ledger.leases.values())
-            await asyncio.to_thread(unlink, places, found.unproven[sha256].inode)
-        strange = found.unknown if found.unknown != self._ledger.unknown else None
-        followed = follow(found, self._ledger)
+    async def _apply(self, diff: Differences) -> None:
+        for sha256 in diff.replaced:
+            # The file in the blob's place may be its very own, written to: no view may keep it.
+            ledger = self._ledger
+            places = places_of(self._disk.layout, sha256, having(sha256, ledger), ledger.leases.values())
+            await asyncio.to_thread(unlink, places, diff.unproven[sha256].inode)
+        foreign = diff.unknown if diff.unknown != self._ledger.unknown else None
+        changed = follow(diff, self._ledger)
         log.info(
-            "the disk has changed",
-            blobs_gone=len(found.gone | found.vanished),
-            unproven=len(found.unproven),
-            manifests_gone=",".join(sorted(found.removed)),
-            models_lost=",".join(followed.lost),
-            models_found=",".join(followed.found),
+            "store changed on disk",
+            blobs_gone=len(diff.gone | diff.vanished),
+            unverified=len(diff.unproven),
+            manifests_gone=",".join(sorted(diff.removed)),
+            models_lost=",".join(changed.lost),
+            models_found=",".join(changed.found),
         )
-        if strange is not None and strange.count:
-            first = ",".join(strange.paths)
-            log.warning("unknown files in the store; left alone", count=strange.count, first=first)
-        await self.tell(followed.lost, followed.found)
-        for model in sorted(found.unlinked & self._ledger.manifests.keys()):
+        if foreign is not None and foreign.count:
+            first = ",".join(foreign.paths)
+            log.warning("foreign files in the store; left alone", count=foreign.count, first=first)
+        await self.tell(changed.lost, changed.found)
+        for model in sorted(diff.unlinked & self._ledger.manifests.keys()):
             if not await self._link(model):
                 await self.tell([model], [])
 
     async def announce_found(self) -> None:
-        """Announce models that have become whole. Within the section."""
-        if found := mend(self._ledger):
-            await self.tell([], found)
+        """Publish models that have become complete. Within the critical section."""
+        if completed := mend(self._ledger):
+            await self.tell([], completed)
 
-    async def _lose_parts(self) -> None:
+    async def _drop_lost_shards(self) -> None:
         try:
             if await self._parts.drop_lost():
                 await self._announcer.publish()
         except (ShoalError, OSError) as e:
-            self._untold = True
-            log.warning("what the disk holds could not be said; said again soon", why=str(e))
+            self._retry_later(e)
+
+    def _retry_later(self, error: Exception) -> None:
+        self._unpublished = True
+        log.warning("store state not published; retrying", error=str(error))
 
     async def tell(self, lost: list[str], found: list[str]) -> None:
-        """Announce these models, or no longer. What NATS does not hear is said later. Within the section."""
+        """Unpublish lost models and publish found ones, now or when NATS is back. Within the critical section."""
         try:
             if lost:
                 instances = await self._losses.take_back(lost)
@@ -118,51 +121,50 @@ class Rescan:
                     await asyncio.to_thread(self._keeping.came_in, model)
                     await self._announcer.announce(manifest)
                     await self._context.events.tell("model_found", model=model, size_bytes=manifest.size_bytes)
-                    log.info("model was found on the disk", model=model, size_bytes=manifest.size_bytes)
+                    log.info("model found on disk", model=model, size_bytes=manifest.size_bytes)
             await self._announcer.publish()
         except (ShoalError, OSError) as e:
-            self._untold = True
-            log.warning("what the disk holds could not be said; said again soon", why=str(e))
+            self._retry_later(e)
 
     async def publish(self) -> None:
-        """Say how the disk stands, now or when NATS hears it again."""
+        """Publish the disk's state, now or when NATS is back."""
         await self.tell([], [])
 
     async def _link(self, model: str) -> bool:
         try:
             await asyncio.to_thread(self._disk.build_view, self._ledger.manifests[model])
         except OSError as e:
-            log.warning("a model cannot be opened; not announced", model=model, why=str(e))
+            log.warning("model view cannot be built; model not published", model=model, error=str(e))
             self._ledger.broken[model] = self._ledger.manifests.pop(model)
             return False
         return True
 
     async def tell_untold(self) -> None:
-        """Say again what an outage of NATS has kept from being said."""
-        if not self._untold:
+        """Publish again what an outage of NATS kept from being published."""
+        if not self._unpublished:
             return
         try:
             async with self._section:
                 await self._announcer.announce_all()
-            self._untold = False
+            self._unpublished = False
         except (ShoalError, OSError) as e:
-            log.warning("what the disk holds could not be said; said again soon", why=str(e))
+            self._retry_later(e)
 
     async def is_there(self) -> bool:
-        """Whether the store is where it was. While it is not, its models are not announced, and nothing is concluded.
+        """Return whether the store is present; while it is missing, its models are unpublished and no scan counts.
 
-        An unmounted disk has deleted nothing: the ledger keeps what it said, and says it again when it is back.
+        An unmounted disk deletes nothing: the ledger keeps its contents and publishes them when the store is back.
         """
-        there = await asyncio.to_thread(self._disk.is_there)
-        if there == (not self._ledger.away):
-            return there
+        present = await asyncio.to_thread(self._disk.is_there)
+        if present == (not self._ledger.away):
+            return present
         async with self._section:
-            self._ledger.away = not there
-            self._untold = True
-        where = self._disk.layout.root
-        if there:
-            log.info("the store is there again", path=where)
+            self._ledger.away = not present
+            self._unpublished = True
+        path = self._disk.layout.root
+        if present:
+            log.info("store is back", path=path)
         else:
-            log.error("the store has gone: mount its disk or put it back; its models are not offered now", path=where)
+            log.error("store is missing: mount its disk or put it back; its models are not offered", path=path)
         await self.tell_untold()
-        return there
+        return present

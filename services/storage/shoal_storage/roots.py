@@ -1,7 +1,7 @@
-"""Read-only roots, read: listed, their small files read, their files hashed. Nothing here writes. For threads.
+"""Scan libraries: list their files, read the small ones, hash them. Writes nothing. Blocking: for threads.
 
-Links are never followed but by name, into a Hugging Face cache's own blobs (`adopt.py`): a root that is given by a
-link is what the link leads to, and what is a link below it is listed as one.
+Symbolic links are resolved by name only, into a Hugging Face cache's own blobs (`libraries/recognize.py`), and never
+followed otherwise: a library path that is a link is resolved once, and links below it are listed as links.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from shoal_storage.adopted import File, Seen
 from shoal_storage.digests import Digests, digest_of
 
 MOST_ENTRIES = 200_000
-_MOST_TEXT_BYTES = 16 << 20
+_MAX_TEXT_BYTES = 16 << 20
 _WITH_GIT_BYTES = 16 << 20
-"""Up to here both hashes are taken: a hub names files by git's sha1 up to 10 MB."""
-_MADE_UP_INODES = frozenset({"9p", "afpfs", "cifs", "smb3", "smbfs"})
-"""File systems whose inode numbers may be others the next time; FUSE too."""
+"""Both hashes are computed up to this size: a hub names files up to 10 MB by their git sha1."""
+_UNSTABLE_INODES = frozenset({"9p", "afpfs", "cifs", "smb3", "smbfs"})
+"""File systems whose inode numbers may change between mounts; FUSE too."""
 
 
 class Unlistable(Exception):
-    """A root cannot be looked at; the message says why."""
+    """A library cannot be listed; the message says why."""
 
 
 def real_root(root: str) -> Path:
-    """Where a root really is. It may not exist."""
+    """Return the real path of a library or volume, which need not exist."""
     path = Path(root)
-    with suppress(RuntimeError):  # `~name` of nobody: no such directory
+    with suppress(RuntimeError):  # `~name` of an unknown user: there is no such directory
         path = path.expanduser()
     return Path(os.path.realpath(path))
 
 
-def refuse_overlap(roots: Iterable[str], store: Path) -> None:
-    """Raise BadInput for a root in the store, or around it: what Shoal itself writes is no read-only root."""
-    ours = Path(os.path.realpath(store))
-    for root in roots:
-        real = real_root(root)
-        if real.is_relative_to(ours) or ours.is_relative_to(real):
+def refuse_overlap(libraries: Iterable[str], store: Path) -> None:
+    """Raise BadInput for a library inside, or around, the store: Shoal writes to the store."""
+    real_store = Path(os.path.realpath(store))
+    for library in libraries:
+        real = real_root(library)
+        if real.is_relative_to(real_store) or real_store.is_relative_to(real):
             raise BadInput(
-                f"the read-only root {root} and the store at {store} are one in the other: give another directory, "
-                "or move the store (storage.path in node.toml)",
+                f"the library {library} and the store at {store} overlap: give a directory outside of it, or move "
+                "the store (storage.path in node.toml)",
                 param="read_only_roots",
             )
 
 
 def list_root(root: str, keep_on: Callable[[], None]) -> Listing:
-    """What is in a root, where models may be. Raises Unlistable. `keep_on` is called now and then, and may raise."""
+    """List a library where models may be. `check_stopping` is called often, may raise. Raises LibraryUnreadable."""
     real = real_root(root)
     try:
         str(real).encode()
@@ -64,7 +64,8 @@ def list_root(root: str, keep_on: Callable[[], None]) -> Listing:
     except OSError as e:
         raise Unlistable(e.strerror or str(e)) from None
     kind = kind_of(real, mounts())
-    lister = _Lister(Listing(str(real)), is_store(names), kind not in _MADE_UP_INODES and "fuse" not in kind, keep_on)
+    stable_inodes = kind not in _UNSTABLE_INODES and "fuse" not in kind
+    lister = _Lister(Listing(str(real)), is_store(names), stable_inodes, keep_on)
     try:
         lister.walk(())
     except OSError as e:
@@ -74,29 +75,32 @@ def list_root(root: str, keep_on: Callable[[], None]) -> Listing:
 
 
 class _Lister:
-    def __init__(self, listing: Listing, store: bool, with_inodes: bool, keep_on: Callable[[], None]) -> None:
-        self.listing, self._store, self._with_inodes, self._keep_on = listing, store, with_inodes, keep_on
+    def __init__(
+        self, listing: Listing, is_store: bool, stable_inodes: bool, check_stopping: Callable[[], None]
+    ) -> None:
+        self.listing, self._is_store, self._stable_inodes = listing, is_store, stable_inodes
+        self._check_stopping = check_stopping
 
-    def walk(self, above: tuple[str, ...]) -> None:
-        self._keep_on()
-        with os.scandir(Path(self.listing.root, *above)) as directory:
-            found = sorted(directory, key=lambda e: e.name)
-        for entry in found:
-            parts = (*above, entry.name)
+    def walk(self, parents: tuple[str, ...]) -> None:
+        self._check_stopping()
+        with os.scandir(Path(self.listing.root, *parents)) as directory:
+            children = sorted(directory, key=lambda e: e.name)
+        for child in children:
+            parts = (*parents, child.name)
             path = "/".join(parts)
             try:
                 path.encode()
-                described = self._entry(entry)
+                entry = self._entry(child)
             except UnicodeEncodeError:
-                # No model's file can be called so: its model must not be taken for one without it.
+                # No file of a model can have this name; listing it keeps its model from counting as complete.
                 path = path.encode(errors="replace").decode()
-                described = Entry("other")
+                entry = Entry("other")
             except FileNotFoundError:
-                continue  # gone while we looked
-            self.listing.entries[path] = described
+                continue  # deleted meanwhile
+            self.listing.entries[path] = entry
             if len(self.listing.entries) > MOST_ENTRIES:
                 raise Unlistable(f"it has more than {MOST_ENTRIES} files: give a directory that holds models only")
-            if described.kind == "directory" and leads_to_models(parts, self._store):
+            if entry.kind == "directory" and leads_to_models(parts, self._is_store):
                 try:
                     self.walk(parts)
                 except FileNotFoundError:
@@ -111,38 +115,38 @@ class _Lister:
             return Entry("link", target=target)
         if entry.is_dir(follow_symlinks=False):
             return Entry("directory")
-        found = entry.stat(follow_symlinks=False)
-        seen = Seen(found.st_size, found.st_mtime_ns, found.st_ino if self._with_inodes else 0)
-        return Entry("file" if stat.S_ISREG(found.st_mode) else "other", seen)
+        status = entry.stat(follow_symlinks=False)
+        file_stat = Seen(status.st_size, status.st_mtime_ns, status.st_ino if self._stable_inodes else 0)
+        return Entry("file" if stat.S_ISREG(status.st_mode) else "other", file_stat)
 
     def read_texts(self) -> None:
-        """Read what `adopt.is_to_be_read` names; what cannot be read, or is too large, is left out."""
+        """Read the files that describe others (`describes_files`); skip unreadable and oversized ones."""
         listing = self.listing
         for path, entry in listing.entries.items():
-            if entry.kind in ("file", "link") and is_to_be_read(path, self._store):
-                self._keep_on()
+            if entry.kind in ("file", "link") and is_to_be_read(path, self._is_store):
+                self._check_stopping()
                 source = cached_blob(path, entry.target, listing.root) if entry.kind == "link" else path
-                held = listing.entries.get(source or "")
-                if source and held and held.kind == "file" and held.seen.size_bytes <= _MOST_TEXT_BYTES:
+                target = listing.entries.get(source or "")
+                if source and target and target.kind == "file" and target.seen.size_bytes <= _MAX_TEXT_BYTES:
                     try:
                         with open_plain(f"{listing.root}/{source}") as f:
-                            listing.texts[path] = f.read(_MOST_TEXT_BYTES)
+                            listing.texts[path] = f.read(_MAX_TEXT_BYTES)
                     except OSError:
                         continue
 
 
 def hash_file(file: File, between: Callable[[], None]) -> Digests | None:
-    """Hash a file; None when it is not, or no longer, the one that was listed. Raises OSError when it cannot be read.
+    """Hash a file; return None if it is gone or has changed since it was listed. Raises OSError if unreadable.
 
-    `between` is called before each step, and may raise to end this.
+    `on_progress` is called before each step and may raise to abort.
     """
     try:
         with open_plain(file.at) as f:
             if not is_as_it_was(os.fstat(f.fileno()), file.seen):
                 return None
             git = file.expected.startswith("git-") or file.seen.size_bytes <= _WITH_GIT_BYTES
-            found = digest_of(f, git, between)
-            # Written to while it was read, it is none of what it was before and after.
-            return found if is_as_it_was(os.fstat(f.fileno()), file.seen) else None
+            digests = digest_of(f, git, between)
+            # A file that was written to meanwhile hashes to neither its old nor its new bytes.
+            return digests if is_as_it_was(os.fstat(f.fileno()), file.seen) else None
     except FileNotFoundError:
         return None

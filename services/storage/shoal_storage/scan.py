@@ -1,8 +1,8 @@
-"""What a store holds, by names and stats alone. Blocking: runs in threads; changes nothing.
+"""Scan a store by names and stats alone. Blocking: runs in threads; changes nothing.
 
-What the layout names is seen; every other file is unknown, counted and left alone: strange names, files out of their
-place, manifests that cannot be read, files in views that no manifest names. Temporary files of our own (`.….new`) and
-what is inside partials and tombs are neither.
+Files that `StorePaths` names are reported; every other file is foreign: counted and left alone. Foreign are
+unexpected names, misplaced files, unreadable manifests, and files in views that no manifest names. Shoal's own
+temporary files (`.….new`) and the contents of partial blobs and tombs are neither.
 """
 
 from __future__ import annotations
@@ -26,87 +26,87 @@ from shoal_storage.store_layout import StoreLayout
 from shoal_storage.views import names_a_blob
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAMED_AT_MOST = 5
-_WALKED_AT_MOST = 100_000
-"""Unknown files that are counted; a person may have put a whole disk of them here."""
+_MAX_NAMED = 5
+_MAX_COUNTED = 100_000
+"""Foreign files that are counted at most: somebody may have copied a whole disk here."""
 
 
 class Seen(msgspec.Struct):
-    """What was seen in a store."""
+    """Contents of a store."""
 
     blobs: dict[str, Stamp] = msgspec.field(default_factory=dict)
-    """Files with a blob's name in a blob's place, by sha256; of several a proven one, that where storage knows the
-    blob to be if that is."""
+    """Files with a blob's name in a blob's place, by sha256. Of several copies, a verified one, preferably that
+    on the volume where the ledger has the blob."""
     doubles: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
-    """Bytes, by root, of the others of them that are proven."""
+    """Bytes of the other verified copies, by volume id."""
     manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
     """By `org/name@commit`."""
     unreadable: set[str] = msgspec.field(default_factory=set)
-    """Models whose manifest is there and cannot be read now: nothing is known of it."""
+    """Models whose manifest exists but cannot be read now: nothing is concluded about them."""
     unlinked: set[str] = msgspec.field(default_factory=set)
-    """Models of whose files, in the view, some are not their blobs though these are there."""
+    """Models with a view file that is not its blob, although the blob is present."""
     unknown: Unknown = msgspec.field(default_factory=Unknown)
 
 
 def scan(layout: StoreLayout) -> Seen:
-    """Look at all of a store and of those of its further roots that are there.
+    """Scan a store and those of its volumes that are mounted.
 
-    Raises OSError when a part of it cannot be read: then nothing follows from the rest.
+    Raises OSError if any of it cannot be read: the rest then proves nothing.
     """
     scanner = _Scanner(layout)
-    scanner.look()
-    return scanner.seen
+    scanner.run()
+    return scanner.result
 
 
-def stamp_of(sha256: str, found: os.stat_result, further: str = "") -> Stamp:
-    """A blob's file as its stat tells it apart, in a further root or in the store."""
+def stamp_of(sha256: str, status: os.stat_result, volume_id: str = "") -> Stamp:
+    """Return the stat of a blob's file, on a volume or in the store itself ("")."""
     return Stamp(
-        size_bytes=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        inode=found.st_ino,
-        proven=proven(sha256, found),
-        further=further,
+        size_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        inode=status.st_ino,
+        proven=proven(sha256, status),
+        further=volume_id,
     )
 
 
 def blob_stamp(layout: StoreLayout, path: Path) -> Stamp | None:
-    """The stamp of a file that is a blob by name, place and kind; None for any other, and where none is."""
+    """Return the stat of a regular file with a blob's name in its place; None for anything else."""
     try:
         if not _SHA256.fullmatch(path.name) or path != layout.blob(path.name):
             return None
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    further = layout.where.get(path.name, "")
-    return stamp_of(path.name, found, further) if stat.S_ISREG(found.st_mode) else None
+    volume_id = layout.where.get(path.name, "")
+    return stamp_of(path.name, status, volume_id) if stat.S_ISREG(status.st_mode) else None
 
 
-def blobs_in(layout: Layout, further: str, strange: Callable[[Path], None] = lambda _: None) -> dict[str, Stamp]:
-    """The files of a root that have a blob's name, place and kind; every other one is given to `strange`."""
-    seen: dict[str, Stamp] = {}
+def blobs_in(layout: Layout, volume_id: str, on_foreign: Callable[[Path], None] = lambda _: None) -> dict[str, Stamp]:
+    """Return the regular files of a volume with a blob's name and place; pass every other file to `on_foreign`."""
+    blobs: dict[str, Stamp] = {}
     for directory in _entries(layout.blobs):
         if not directory.is_dir(follow_symlinks=False):
-            strange(Path(directory.path))
+            on_foreign(Path(directory.path))
             continue
         for entry in _entries(Path(directory.path)):
             if _SHA256.fullmatch(entry.name) and entry.name[:2] == directory.name:
                 try:
-                    found = entry.stat(follow_symlinks=False)
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                if stat.S_ISREG(found.st_mode):
-                    seen[entry.name] = stamp_of(entry.name, found, further)
+                if stat.S_ISREG(status.st_mode):
+                    blobs[entry.name] = stamp_of(entry.name, status, volume_id)
                     continue
-            strange(Path(entry.path))
-    return seen
+            on_foreign(Path(entry.path))
+    return blobs
 
 
 def read_manifest(layout: Layout, path: Path) -> Manifest:
-    """A manifest where it belongs, checked as one from outside. Raises ShoalError, OSError."""
+    """Read a manifest and check it like one from outside, its place included. Raises ShoalError, OSError."""
     manifest = decode(path.read_bytes(), Manifest)
     check_manifest(manifest)
     if not manifest.sealed or path != layout.manifest(manifest.repo, manifest.commit):
-        raise BadName(f"it is the manifest of {manifest.model}, unsealed or out of its place")
+        raise BadName(f"it is the manifest of {manifest.model}, unsealed or misplaced")
     return manifest
 
 
@@ -115,57 +115,56 @@ class _Scanner:
         self._layout = layout
         self._inodes: set[int] = set()
         self._times: set[tuple[int, int]] = set()
-        """Size and mtime_ns of the blobs: what reflinks of them have too."""
-        self._strange = 0
-        self._strange_bytes = 0
-        self._first: list[str] = []
-        self.seen = Seen()
+        """Size and mtime_ns of the blobs, which their reflinks share."""
+        self._foreign_count = 0
+        self._foreign_bytes = 0
+        self._foreign_paths: list[str] = []
+        self.result = Seen()
 
-    def look(self) -> None:
-        lay = self._layout
-        own = lay.top_names
-        for entry in _entries(lay.root):
-            if entry.name not in own and not _is_temporary(entry.name):
-                self._unknown(Path(entry.path))
-        self._look_at_blobs()
-        self._look_at_manifests()
-        self._look_at_views()
-        for _, root in lay.all():
-            for entry in (*_entries(root.partials), *_entries(root.quarantine)):
+    def run(self) -> None:
+        paths = self._layout
+        for entry in _entries(paths.root):
+            if entry.name not in paths.top_names and not _is_temporary(entry.name):
+                self._count_foreign(Path(entry.path))
+        self._scan_blobs()
+        self._scan_manifests()
+        self._scan_views()
+        for _, volume in paths.all():
+            for entry in (*_entries(volume.partials), *_entries(volume.quarantine)):
                 if not _is_blob_name(entry.name):
-                    self._unknown(Path(entry.path))
-        for directory in (lay.pins, lay.uses, lay.promises, lay.parts):
+                    self._count_foreign(Path(entry.path))
+        for directory in (paths.pins, paths.uses, paths.promises, paths.parts):
             for entry in _entries(directory):
                 if not _is_temporary(entry.name) and not _is_model_name(entry.name):
-                    self._unknown(Path(entry.path))
-        self.seen.unknown = Unknown(self._strange, self._strange_bytes, tuple(sorted(self._first)))
+                    self._count_foreign(Path(entry.path))
+        self.result.unknown = Unknown(self._foreign_count, self._foreign_bytes, tuple(sorted(self._foreign_paths)))
 
-    def _look_at_blobs(self) -> None:
-        places: dict[str, list[Stamp]] = {}
-        for further, root in self._layout.all():
-            for entry in _entries(root.blobs.parent):
-                if entry.name != root.blobs.name:
-                    self._unknown(Path(entry.path))
-            found = blobs_in(root, further, self._unknown)
-            for sha256, stamp in found.items():
-                places.setdefault(sha256, []).append(stamp)
-            if not further:  # files of views can be those of the store only
-                self._inodes.update(stamp.inode for stamp in found.values())
-                self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in found.values())
-        for sha256, stamps in places.items():
-            known = self._layout.where.get(sha256, "")
-            chosen, *others = sorted(stamps, key=lambda s: (not s.proven, s.further != known))
-            self.seen.blobs[sha256] = chosen
+    def _scan_blobs(self) -> None:
+        copies: dict[str, list[Stamp]] = {}
+        for volume_id, volume in self._layout.all():
+            for entry in _entries(volume.blobs.parent):
+                if entry.name != volume.blobs.name:
+                    self._count_foreign(Path(entry.path))
+            blobs = blobs_in(volume, volume_id, self._count_foreign)
+            for sha256, stamp in blobs.items():
+                copies.setdefault(sha256, []).append(stamp)
+            if not volume_id:  # hard links and reflinks in views can share a file of the store itself only
+                self._inodes.update(stamp.inode for stamp in blobs.values())
+                self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in blobs.values())
+        for sha256, stamps in copies.items():
+            expected = self._layout.where.get(sha256, "")
+            chosen, *others = sorted(stamps, key=lambda s: (not s.proven, s.further != expected))
+            self.result.blobs[sha256] = chosen
             for other in others:
                 if other.proven:
-                    self.seen.doubles.setdefault(sha256, {})[other.further] = other.size_bytes
+                    self.result.doubles.setdefault(sha256, {})[other.further] = other.size_bytes
                 else:
-                    self._unknown(self._layout.blob_in(other.further, sha256))
+                    self._count_foreign(self._layout.blob_in(other.further, sha256))
 
-    def _look_at_manifests(self) -> None:
+    def _scan_manifests(self) -> None:
         for directory in _entries(self._layout.manifests):
             if not directory.is_dir(follow_symlinks=False):
-                self._unknown(Path(directory.path))
+                self._count_foreign(Path(directory.path))
                 continue
             for entry in _entries(Path(directory.path)):
                 path = Path(entry.path)
@@ -174,93 +173,93 @@ class _Scanner:
                 try:
                     manifest = read_manifest(self._layout, path)
                 except (ShoalError, FileNotFoundError, IsADirectoryError):
-                    self._unknown(path)
+                    self._count_foreign(path)
                 except OSError:
-                    self._unknown(path)
+                    self._count_foreign(path)
                     try:
-                        self.seen.unreadable.add(model_of(directory.name, path.stem))
+                        self.result.unreadable.add(model_of(directory.name, path.stem))
                     except BadName:
                         continue
                 else:
-                    self.seen.manifests[manifest.model] = manifest
+                    self.result.manifests[manifest.model] = manifest
 
-    def _look_at_views(self) -> None:
-        lay, seen = self._layout, self.seen
+    def _scan_views(self) -> None:
+        paths, result = self._layout, self.result
         views: dict[str, set[str]] = {}
-        adopted = {entry.name for entry in _entries(lay.adopted_models)}
-        for directory in _entries(lay.views):
+        library_models = {entry.name for entry in _entries(paths.adopted_models)}
+        for directory in _entries(paths.views):
             if not directory.is_dir(follow_symlinks=False):
-                self._unknown(Path(directory.path))
+                self._count_foreign(Path(directory.path))
                 continue
             for entry in _entries(Path(directory.path)):
                 try:
                     model = model_of(directory.name, entry.name)
                 except BadName:
-                    self._unknown(Path(entry.path))
+                    self._count_foreign(Path(entry.path))
                     continue
-                if model not in seen.manifests and f"{directory.name}@{entry.name}" in adopted:
-                    continue  # links into a read-only root, which `adoption.py` looks after
-                if model not in seen.unreadable:
-                    views[model] = self._look_at_view(Path(entry.path), seen.manifests.get(model))
-        for model, manifest in seen.manifests.items():
+                if model not in result.manifests and f"{directory.name}@{entry.name}" in library_models:
+                    continue  # links into a library, which `libraries/service.py` maintains
+                if model not in result.unreadable:
+                    views[model] = self._scan_view(Path(entry.path), result.manifests.get(model))
+        for model, manifest in result.manifests.items():
             linked = views.get(model, set())
-            if any(f.path not in linked and f.sha256 in seen.blobs for f in manifest.files):
-                seen.unlinked.add(model)
+            if any(f.path not in linked and f.sha256 in result.blobs for f in manifest.files):
+                result.unlinked.add(model)
 
-    def _look_at_view(self, view: Path, manifest: Manifest | None) -> set[str]:
-        """The paths of a view that are the blobs they should be."""
-        wanted = {f.path: f.sha256 for f in manifest.files} if manifest else {}
+    def _scan_view(self, view: Path, manifest: Manifest | None) -> set[str]:
+        """Return the paths in a view whose file is the blob that the manifest names."""
+        expected = {f.path: f.sha256 for f in manifest.files} if manifest else {}
         linked: set[str] = set()
         for entry in _files(view):
             path = entry.path[len(str(view)) + 1 :]
-            blob = self.seen.blobs.get(wanted.get(path, ""))
+            blob = self.result.blobs.get(expected.get(path, ""))
             if entry.is_symlink():
-                points_to = Path(entry.path).readlink()
-                if blob is not None and points_to == self._layout.blob_in(blob.further, wanted[path]):
+                target = Path(entry.path).readlink()
+                if blob is not None and target == self._layout.blob_in(blob.further, expected[path]):
                     linked.add(path)
-                elif path not in wanted and not names_a_blob(points_to):
-                    self._unknown(Path(entry.path))
+                elif path not in expected and not names_a_blob(target):
+                    self._count_foreign(Path(entry.path))
             elif (
                 blob is not None
                 and not blob.further
                 and (entry.inode() == blob.inode or _time(entry) == (blob.size_bytes, blob.mtime_ns))
             ):
                 linked.add(path)
-            elif path not in wanted and entry.inode() not in self._inodes and _time(entry) not in self._times:
-                self._unknown(Path(entry.path))
+            elif path not in expected and entry.inode() not in self._inodes and _time(entry) not in self._times:
+                self._count_foreign(Path(entry.path))
         return linked
 
-    def _unknown(self, path: Path) -> None:
-        """Count a file that is none of ours, or all files of a directory."""
+    def _count_foreign(self, path: Path) -> None:
+        """Count a foreign file, or all files of a foreign directory."""
         try:
             entries: Iterator[Path] = iter([path])
             if path.is_dir() and not path.is_symlink():
                 entries = (Path(e.path) for e in _files(path))
             for file in entries:
-                if self._strange >= _WALKED_AT_MOST:
+                if self._foreign_count >= _MAX_COUNTED:
                     return
                 size_bytes = file.lstat().st_size
-                self._strange += 1
-                self._strange_bytes += size_bytes
-                if len(self._first) < _NAMED_AT_MOST:
-                    below = file.is_relative_to(self._layout.root)
-                    self._first.append(str(file.relative_to(self._layout.root) if below else file))
+                self._foreign_count += 1
+                self._foreign_bytes += size_bytes
+                if len(self._foreign_paths) < _MAX_NAMED:
+                    in_store = file.is_relative_to(self._layout.root)
+                    self._foreign_paths.append(str(file.relative_to(self._layout.root) if in_store else file))
         except OSError:
-            return  # it has gone, or cannot be read: nobody counts on it
+            return  # deleted meanwhile, or unreadable: nothing depends on it
 
 
 def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """What a directory holds, in the order of names; nothing when it is not there. Raises OSError."""
+    """Yield a directory's entries by name; nothing if it does not exist. Raises OSError."""
     try:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(directory) as scanned:
+            entries = sorted(scanned, key=lambda e: e.name)
     except (FileNotFoundError, NotADirectoryError):
         return
     yield from entries
 
 
 def _files(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything below a directory that is not a directory. A plain file given in its place has none."""
+    """Yield everything below a directory that is not a directory itself; nothing for a plain file."""
     for entry in _entries(directory):
         if entry.is_dir(follow_symlinks=False):
             yield from _files(Path(entry.path))
@@ -269,9 +268,9 @@ def _files(directory: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    """A file's size and mtime_ns."""
-    found = entry.stat(follow_symlinks=False)
-    return found.st_size, found.st_mtime_ns
+    """Return a file's size and mtime_ns."""
+    status = entry.stat(follow_symlinks=False)
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_temporary(name: str) -> bool:

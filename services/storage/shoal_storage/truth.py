@@ -1,7 +1,7 @@
-"""How what the ledger says differs from what was seen on the disk, and what follows for the ledger. Pure.
+"""How the store on disk differs from the ledger, and the ledger's update to match it. Pure.
 
-The disk is right. Nothing is deleted because of a difference: models are announced or taken back, files that somebody
-put in a blob's place wait to be hashed.
+The disk is right. No difference deletes anything: models are published or unpublished, and files that somebody put in
+a blob's place wait to be hashed.
 """
 
 from __future__ import annotations
@@ -17,68 +17,68 @@ PROVEN_MODE = 0o444
 
 
 class Differences(msgspec.Struct, frozen=True):
-    """What changed under us. Blobs by sha256, models as `org/name@commit`."""
+    """Changes on the disk that the ledger lacks. Blobs by sha256, models as `org/name@commit`."""
 
     gone: set[str]
-    """Blobs whose file has gone, or is another one now."""
+    """Blobs whose file is gone or was replaced."""
     replaced: set[str]
-    """Those of them that are another file: it is in `unproven`."""
+    """Those of them that were replaced: the new file is in `unverified`."""
     unproven: dict[str, Stamp]
-    """Files that have to be hashed: in the place of no blob we know, or of one that they are not."""
+    """Files to hash: in the place of an unknown blob, or in that of a known blob whose file they are not."""
     moved: dict[str, str]
-    """Blobs that are in another root ("" for the store) than they were, intact: the copy that was known has gone."""
+    """Intact blobs now on another volume ("" for the store itself): the copy in the ledger is gone."""
     doubles: dict[str, dict[str, int]]
-    """All blobs that are here more than once."""
+    """All blobs that are present more than once."""
     vanished: set[str]
-    """Unproven files that are there no more."""
+    """Unverified files that are gone."""
     removed: set[str]
-    """Models whose manifest has gone."""
+    """Models whose manifest is gone."""
     added: dict[str, Manifest]
-    """Manifests that are new, or say something else than they did."""
+    """Manifests that are new or changed."""
     unlinked: set[str]
-    """Whole models of whose view files are missing, or are not the blobs."""
+    """Complete models with view files that are missing or are not the blobs."""
     unknown: Unknown
 
     def any_in(self, ledger: Ledger) -> bool:
-        """Whether anything differs at all."""
-        parts = (self.gone, self.unproven, self.moved, self.vanished, self.removed, self.added, self.unlinked)
-        return any(parts) or self.unknown != ledger.unknown or self.doubles != ledger.doubles
+        """Return whether anything differs from the ledger."""
+        changes = (self.gone, self.unproven, self.moved, self.vanished, self.removed, self.added, self.unlinked)
+        return any(changes) or self.unknown != ledger.unknown or self.doubles != ledger.doubles
 
 
 class Followed(msgspec.Struct, frozen=True):
-    """What the ledger's following the disk means for models, `org/name@commit`."""
+    """Models (`org/name@commit`) affected by an update of the ledger."""
 
     lost: list[str]
-    """Whole before, and not now, or not here any more."""
+    """Complete before, and now incomplete or gone."""
     found: list[str]
-    """Whole now, and not before, or with another manifest."""
+    """Complete now, and before incomplete, absent or with another manifest."""
 
 
 def believed(stamp: Stamp, listed: bool) -> bool:
-    """Whether a start takes a file for the blob that it is called, without hashing it.
+    """Return whether startup accepts a file as the blob it is named for, without hashing it.
 
-    `listed`: its leaves are, with its time (`leaves.proves`). That is so in a store that was copied whole, times and
-    all, to another disk, where no file shows its proof.
+    `has_leaf_hash_file`: its leaf hash file names its mtime. That holds in a store that was copied whole, with
+    its mtimes, to another disk, where no file carries its verification stamp.
     """
     return stamp.proven or listed
 
 
 def differences(ledger: Ledger, seen: Seen) -> Differences:
-    """What is on the disk and not in the ledger, and the other way round."""
-    here = {b for b, size in ledger.blobs.items() if b in seen.blobs and _is_it(size, seen.blobs[b])}
-    gone = ledger.blobs.keys() - here
+    """Return how a scan of the disk differs from the ledger."""
+    intact = {b for b, size in ledger.blobs.items() if b in seen.blobs and _is_intact(size, seen.blobs[b])}
+    gone = ledger.blobs.keys() - intact
     unproven = {
         b: stamp
         for b, stamp in seen.blobs.items()
-        if b not in here and not (b in ledger.unproven and stamp.same_file(ledger.unproven[b]))
+        if b not in intact and not (b in ledger.unproven and stamp.same_file(ledger.unproven[b]))
     }
     on_disk = ledger.on_disk
     return Differences(
         gone=gone,
         replaced=gone & seen.blobs.keys(),
         unproven=unproven,
-        moved={b: seen.blobs[b].further for b in here if seen.blobs[b].further != ledger.where.get(b, "")},
-        doubles={b: copies for b, copies in seen.doubles.items() if b in here},
+        moved={b: seen.blobs[b].further for b in intact if seen.blobs[b].further != ledger.where.get(b, "")},
+        doubles={b: copies for b, copies in seen.doubles.items() if b in intact},
         vanished=ledger.unproven.keys() - seen.blobs.keys(),
         removed=on_disk.keys() - seen.manifests.keys() - seen.unreadable,
         added={m: manifest for m, manifest in seen.manifests.items() if on_disk.get(m) != manifest},
@@ -87,31 +87,31 @@ def differences(ledger: Ledger, seen: Seen) -> Differences:
     )
 
 
-def _is_it(size_bytes: int, stamp: Stamp) -> bool:
-    # A blob that shows no proof is one that somebody replaced or wrote to.
+def _is_intact(size_bytes: int, stamp: Stamp) -> bool:
+    # A file without its verification stamp was replaced or written to.
     return stamp.size_bytes == size_bytes and stamp.proven
 
 
-def follow(found: Differences, ledger: Ledger) -> Followed:
-    """Make the ledger say what was seen."""
-    whole_before = dict(ledger.manifests)
-    for model in found.removed:
+def follow(diff: Differences, ledger: Ledger) -> Followed:
+    """Update the ledger to match the disk; return the models affected."""
+    complete_before = dict(ledger.manifests)
+    for model in diff.removed:
         ledger.manifests.pop(model, None)
         ledger.broken.pop(model, None)
-    for model, manifest in found.added.items():
+    for model, manifest in diff.added.items():
         ledger.manifests.pop(model, None)
         ledger.broken[model] = manifest
-    for sha256 in found.vanished:
+    for sha256 in diff.vanished:
         del ledger.unproven[sha256]
-    ledger.unproven.update(found.unproven)
-    ledger.where.update(found.moved | {b: stamp.further for b, stamp in found.unproven.items()})
-    ledger.doubles = found.doubles
+    ledger.unproven.update(diff.unproven)
+    ledger.where.update(diff.moved | {b: stamp.further for b, stamp in diff.unproven.items()})
+    ledger.doubles = diff.doubles
     ledger.wrong = {b: s for b, s in ledger.wrong.items() if b in ledger.unproven and s.same_file(ledger.unproven[b])}
-    ledger.unknown = found.unknown
-    lose(found.gone, ledger)
+    ledger.unknown = diff.unknown
+    lose(diff.gone, ledger)
     ledger.forget_places()
     mend(ledger)
     return Followed(
-        lost=sorted(whole_before.keys() - ledger.manifests.keys()),
-        found=sorted(m for m, manifest in ledger.manifests.items() if whole_before.get(m) != manifest),
+        lost=sorted(complete_before.keys() - ledger.manifests.keys()),
+        found=sorted(m for m, manifest in ledger.manifests.items() if complete_before.get(m) != manifest),
     )

@@ -1,4 +1,4 @@
-"""Who uses the models of this node, as of this moment."""
+"""Who uses the models of this node, as of now."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CATCH_UP_S = 5.0
 
 
 class Uses:
-    """Looks at the instances that people have placed, and at the leases. `look` finds out which of those live."""
+    """Finds the users of models: placed instances, and leases. `refresh_leases` finds which are alive."""
 
     def __init__(self, context: Context, specs: View, ledger: Ledger, look: Callable[[], Awaitable[bool]]) -> None:
-        self._context, self._specs, self._ledger, self._look = context, specs, ledger, look
+        self._context, self._specs, self._ledger, self._refresh_leases = context, specs, ledger, look
 
     async def now(self) -> dict[str, list[User]]:
-        """The models in use here and who uses each: an instance placed a moment ago counts (I4). Within the section.
+        """Return the users of each model in use, including an instance placed a moment ago (I4).
 
-        Leases that have ended are removed on the way, views and all. Raises Unavailable.
+        Removes ended leases with their views. Within the critical section. Raises Unavailable.
         """
         try:
             await caught_up(self._context.nats, self._specs, CATCH_UP_S)
         except TimeoutError:
             raise Unavailable(
-                "NATS does not say which instances use the models of this node; nothing was removed, try again"
+                "NATS did not answer which instances use the models of this node; nothing was removed, try again"
             ) from None
-        await self._look()
+        await self._refresh_leases()
         specs = (s for _, s in self._specs.items("instance.", InstanceSpec))
         return users_of(specs, self._ledger.leases.values(), self._context.node)
