@@ -68,7 +68,7 @@ class Passing(Surroundings):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that nothing ends early take no time."""
-    monkeypatch.setattr(blocked_module, "_AT_LEAST_S", 0.0)
+    monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(blocked_module, "in_vain_delay_s", lambda _: 0.0)
 
 
@@ -88,7 +88,7 @@ async def test_it_says_what_is_lacking_and_ends_when_there_is_room(
         await progress.publish()  # as every second
         said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
         assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
-        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and it goes on by itself"
+        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
         assert said.error is not None and said.error.code == "disk_full"
         assert said.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
         assert storage.asked_count == 4 and around.waited_s == [look_again_s(n) for n in (1, 2, 3)]

@@ -54,7 +54,7 @@ async def test_a_pull_that_waits_hears_of_the_pause_and_the_rest_comes_after_the
         assert await say(here, "a", "pause") == "paused"
         outcome = await waiting
         assert not outcome.ok and outcome.error is not None and outcome.error.code == "paused"
-        assert f"`shoal resume {site.repo}` lets it go on" in outcome.error.message
+        assert f"`shoal resume {site.repo}` continues it" in outcome.error.message
         paused = await here.state_now("a")
         assert paused is not None and paused.phase == "paused" and paused.done_bytes >= LEAF_BYTES
         assert (paused.speed_bytes_per_s, paused.source_speeds, paused.eta_s) == (0, {}, None)

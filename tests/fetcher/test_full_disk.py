@@ -153,7 +153,7 @@ async def blocked(here: Pulls, node: str, model: str = "") -> DownloadState:
     state = await here.state(
         node, lambda s: s.phase == "blocked" and "more needed" in s.waiting_for, model, DEADLINE_S
     )
-    assert state.waiting_for.startswith("disk full: ") and "goes on by itself" in state.waiting_for
+    assert state.waiting_for.startswith("disk full: ") and "the download resumes" in state.waiting_for
     assert state.error is not None and state.error.code == "disk_full"
     assert state.error.details["lacking_bytes"] > 0 and state.blocked_since_s > 0
     return state
@@ -240,7 +240,7 @@ async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_c
             fill(disk)
             outcome = await pull
             assert outcome.ok, outcome.error
-            assert "msg=blocked" in node["fetcher"].log(), "it was never full"
+            assert 'msg="disk full, download blocked"' in node["fetcher"].log(), "it was never full"
             await here.is_whole(name, files)
             await here.here.client.flush()
             assert evictions.pending_msgs == 1

@@ -216,7 +216,7 @@ async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is
         await site["a"].restart(here.here, "fetcher", PYTHONPATH=f"{directory}:{usual}")
         code, message = await here.pull_wrong("a")
         assert code == "unavailable"
-        assert "nothing was added to model.safetensors for 1 s" in message and "broke off" in message
+        assert "no progress on model.safetensors for 1 s" in message and "broke off" in message
         state = await here.state_now("a")
         assert state is not None and state.done_bytes == 0 and state.sources["hub"] > 300_000 // 2
         await here.nothing_is_left("a")

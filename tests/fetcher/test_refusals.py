@@ -39,7 +39,7 @@ async def test_a_revision_that_does_not_exist(site: Site) -> None:
 async def test_a_hub_that_cannot_be_reached(site: Site) -> None:
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", HF_ENDPOINT="http://127.0.0.1:1")
-    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "cannot be reached")
+    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "is unreachable")
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher")
 

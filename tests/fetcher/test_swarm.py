@@ -185,7 +185,7 @@ async def test_I1_a_peer_that_edits_leaves_is_found_out_before_they_are_passed_o
             state = await here.pull_ok("b")
         await here.is_whole("b", files)
         said = site["b"]["fetcher"].log()[len(before) :]
-        assert 1 <= said.count('msg="wrong bytes"') <= 2, "it was asked for something, and not after two wrong leaves"
+        assert 1 <= said.count('msg="corrupt bytes from a node"') <= 2, "it was asked for something, and not after two wrong leaves"
         assert state.sources["a"] >= size and site.hub_bytes() == 0
 
 
@@ -240,7 +240,7 @@ async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fe
         await here.is_whole("b", files)
         state = await here.state_now("b")
         assert state is not None and state.sources["hub"] == size <= state.sources[LIAR]
-        assert site.hub_bytes() == size and "starting again" in site["b"]["fetcher"].log()
+        assert site.hub_bytes() == size and "fetching it again" in site["b"]["fetcher"].log()
 
 
 @pytest.mark.deadline_s(60.0 + 30.0 * KILL_ROUNDS)

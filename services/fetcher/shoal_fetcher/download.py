@@ -212,7 +212,7 @@ class Download:
         try:
             manifest = await self._ask("storage", self._node, "manifest", question, Manifest)
         except ShoalError as e:
-            log.info("no manifest on this node", model=str(self.ref), reason=e.message)
+            log.debug("no manifest on this node", model=str(self.ref), reason=e.message)
             return None
         return manifest if manifest.commit == self.ref.revision else None
 

@@ -135,7 +135,7 @@ async def _while_held(lease: Lease, file: ManifestFile, work: Awaitable[None]) -
     try:
         await asyncio.wait({reading, lost}, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
-            raise Unavailable(f"the origin lease of {file.path} was lost; its leaves are kept, pull again to resume")
+            raise Unavailable(f"the origin lease of {file.path} was lost; its leaves are kept")
         reading.result()
     finally:
         lost.cancel()
