@@ -15,7 +15,7 @@ from shoal_common.logs import Log
 from shoal_common.messages.questions import Committed
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_fetcher import small
-from shoal_fetcher.decide import Setbacks, is_relayed
+from shoal_fetcher.decide import HUB, FromHub, Setbacks, choose, is_relayed
 from shoal_fetcher.errors import LeavesLost, WrongWhole
 from shoal_fetcher.partial import PartialBlob
 from shoal_fetcher.progress import Progress
@@ -74,6 +74,14 @@ class BlobFetcher:
             if not arrival.wanted_count:
                 del self._arriving[file.blob]
 
+    def expected_source(self, manifest: Manifest, file: ManifestFile) -> str:
+        """Return the source that a blob would come from now: `hub` or a node."""
+        shared = self._shared
+        holders = shared.around.holders(file.blob, manifest)
+        origin = shared.around.origin(file.blob)
+        choice = choose(file.blob, holders, origin, shared.node, Setbacks(), shared.busy)
+        return HUB if isinstance(choice, FromHub) else choice.node
+
     async def _fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
     ) -> Committed | None:
@@ -97,6 +105,7 @@ class BlobFetcher:
             except WrongWhole as e:
                 # Bans whoever vouched for the blob; raises if that has happened before.
                 setbacks.after(e, None)
+                progress.source_failed(file.path)
                 log.warning("blob does not hash to its name, fetching it again", path=file.path, reason=e.message)
                 progress.note(e.message)
 

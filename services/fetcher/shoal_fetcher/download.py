@@ -11,6 +11,7 @@ from msgspec import structs
 from shoal_common import clock, telemetry
 from shoal_common.buckets import Buckets, download_key
 from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
+from shoal_common.events import Events
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
@@ -25,6 +26,7 @@ from shoal_fetcher.hub import Hub
 from shoal_fetcher.partial import held_bytes
 from shoal_fetcher.parts import Lists, PartFetch, sealed_lists
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.source_changes import SourceChange
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 from shoal_fetcher.wishes import Wishes
@@ -47,6 +49,7 @@ class Download:
         layout: Layout,
         buckets: Buckets,
         ask: Ask,
+        events: Events,
         storage: Storage,
         hub: Hub,
         around: Surroundings,
@@ -59,7 +62,7 @@ class Download:
         wanted_elsewhere: Callable[[Download], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
-        self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
+        self._buckets, self._ask, self._events, self._storage, self._hub = buckets, ask, events, storage, hub
         self._around, self._blobs, self._wishes, self._leaf_lists = around, blobs, wishes, leaf_lists
         self.layers = layers
         """The layers whose tensors it fetches; empty: the whole model."""
@@ -68,7 +71,7 @@ class Download:
         self._reserved_commit = before.commit if before else ""
         """Commit for which storage may hold a reservation of this download, from this process or an earlier one."""
         self._previous_blobs = before.blobs if before else []
-        self._resumed_published = False
+        self._resumed_published = self._has_started = False
         self._ending = False
         now_s = round(clock.now_s(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
@@ -77,7 +80,9 @@ class Download:
         # After a restart the download continues. What an ended download left on the disk counts as well, until
         # storage says what is present: a hub that is down must not discard what has arrived.
         self.progress = Progress(
-            buckets.state, structs.replace(state, phase="queued", resumed_bytes=0, layers=layers)
+            buckets.state,
+            structs.replace(state, phase="queued", resumed_bytes=0, layers=layers),
+            self._emit_source_change,
         )
         self._blockage = Blockage(self.progress, storage, around, layout)
         self.ended = ended or asyncio.get_running_loop().create_future()
@@ -104,6 +109,7 @@ class Download:
                 with suppress(ShoalError):
                     await self._release()
             await self._end(ended_as(error), error)
+            await self._emit_failure(error)
         finally:
             publishing.cancel()
             await self.progress.close()
@@ -144,6 +150,30 @@ class Download:
                 self.ended.set_result(self.progress.state)
             else:
                 self.ended.set_exception(error)
+
+    async def _emit_started(self, manifest: Manifest, files: list[ManifestFile], size_bytes: int | None) -> None:
+        """Emit `download_started`, once, with the source that the largest missing file is to come from."""
+        if self._has_started or not files:
+            return
+        self._has_started = True
+        largest = max(files, key=lambda file: file.size_bytes)
+        fields: dict[str, object] = {} if size_bytes is None else {"size_bytes": size_bytes}
+        if source := self._blobs.expected_source(manifest, largest):
+            fields["source"] = source
+        await self._events.tell("download_started", model=str(self.ref), **fields)
+
+    async def _emit_failure(self, error: ShoalError) -> None:
+        if ended_as(error) == "rejected":
+            figures = {
+                name: value for name, value in error.details.items() if name.endswith("_bytes") and value is not None
+            }
+            await self._events.tell("download_rejected", model=str(self.ref), message=error.message, **figures)
+        else:
+            await self._events.tell("download_failed", model=str(self.ref), code=error.code, message=error.message)
+
+    async def _emit_source_change(self, change: SourceChange) -> None:
+        fields = {"from": change.before, "to": change.now}
+        await self._events.tell("download_source_changed", model=str(self.ref), file=change.path, **fields)
 
     async def _release(self) -> None:
         """Release the reservation, unless another download of this node needs the same commit."""
@@ -243,6 +273,7 @@ class Download:
         changes = {} if self._resumed_published else {"resumed_bytes": self.progress.done_bytes}
         self._resumed_published = True
         await self.progress.say(phase="fetching", waiting_for="", **changes)
+        await self._emit_started(manifest, missing, manifest.size_bytes)
         await self._fetch_all(manifest, [(file, None) for file in missing], known)
         await self.progress.say(phase="verifying", waiting_for="storage")
         await self._storage.seal(sealed(manifest, known))
@@ -256,6 +287,7 @@ class Download:
             await self.progress.say(commit=manifest.commit, error=None)
 
             async def fetch(files: list[tuple[ManifestFile, int | None]]) -> None:
+                await self._emit_started(manifest, [file for file, _ in files], None)
                 await self._fetch_all(manifest, files, {})
 
             shard = PartFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)

@@ -171,6 +171,7 @@ class Fetcher:
             layout=self._layout,
             buckets=self._context.buckets,
             ask=self._context.ask,
+            events=self._context.events,
             storage=self._storage,
             hub=self._hub,
             around=self._around,
@@ -218,6 +219,7 @@ class Fetcher:
                 await self._start(ModelRef.parse(name), download)
                 raise
             await download.say_paused(self._paused(name))
+            await self._context.events.tell("download_paused", model=name)
         elif self._wishes.get(name) is None:
             return await self._phase_of(name)
         elif self._wishes.is_paused(name):

@@ -16,18 +16,26 @@ from shoal_common.errors import Unavailable
 from shoal_common.messages.records import DownloadPhase, DownloadState
 from shoal_common.pace import Pace
 from shoal_fetcher.decide import HUB
+from shoal_fetcher.source_changes import SourceChange, SourceChanges
 
 PUBLISH_S = 1.0
 _SPEED_WEIGHT = 0.4
 """Weight of the newest second in the moving average of a speed."""
 _MAX_SWITCHED_SOURCES = 16
+_MAX_SOURCE_CHANGES = 16
+"""Reported with one update; more are dropped."""
 
 
 class Progress:
     """The only publisher of one `state` key `download.<node>.<model>`."""
 
-    def __init__(self, bucket: Bucket, state: DownloadState) -> None:
-        self._bucket = bucket
+    def __init__(
+        self,
+        bucket: Bucket,
+        state: DownloadState,
+        on_source_change: Callable[[SourceChange], Awaitable[None]] | None = None,
+    ) -> None:
+        self._bucket, self._on_source_change = bucket, on_source_change
         self._key = download_key(state.node, state.model)
         self.state = state
         self._durable_by_blob: dict[str, int] = {}
@@ -36,6 +44,7 @@ class Progress:
         self._last_received, self._last_at_s = dict(self._received), time.monotonic()
         self._speeds: dict[str, float] = {}
         self._switched = dict(state.switched)
+        self._serving, self._source_changes = SourceChanges(), list[SourceChange]()
         self._after_publish = AsyncExitStack()
         self._dirty = False
         self._progress_at_s = time.monotonic()
@@ -66,11 +75,18 @@ class Progress:
         """Return `paced` bound to this rate limiter."""
         return lambda count: self.paced(pace, count)
 
-    def received(self, source: str, count: int) -> None:
-        """Count bytes received from a source."""
+    def received(self, source: str, count: int, path: str = "") -> None:
+        """Count bytes of a file received from a source."""
         self._received[source] = self._received.get(source, 0) + count
         self._dirty = True
         telemetry.transferred(count, "hub" if source == HUB else "peer", "in")
+        change = self._serving.received(path, source, time.monotonic()) if path else None
+        if change is not None and len(self._source_changes) < _MAX_SOURCE_CHANGES:
+            self._source_changes.append(change)
+
+    def source_failed(self, path: str, source: str = "") -> None:
+        """Record that a source of a file failed (default: its current one): bytes from another one are a change."""
+        self._serving.failed(path, source)
 
     def left(self, source: str) -> None:
         """Count that a source was left because it sent nothing for too long."""
@@ -151,6 +167,13 @@ class Progress:
                 raise
             self._published, self._finished_writes = True, covered
         await after_publish.aclose()
+        await self._report_source_changes()
+
+    async def _report_source_changes(self) -> None:
+        changes, self._source_changes = self._source_changes, []
+        for change in changes:
+            if self._on_source_change is not None:
+                await self._on_source_change(change)
 
     def _measure(self) -> None:
         now_s = time.monotonic()

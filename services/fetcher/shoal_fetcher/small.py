@@ -88,6 +88,7 @@ async def fetch(
         except WrongWhole:
             raise
         except ShoalError as e:
+            progress.source_failed(file.path, peer or HUB)
             if was_silent(e):
                 progress.left(peer or HUB)
             delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(holders)))
@@ -156,7 +157,7 @@ async def _read(
                 setbacks.givers.add(source)
 
             async def on_bytes(count: int) -> None:
-                progress.received(source, count)
+                progress.received(source, count, file.path)
 
             def missing() -> int:
                 return partial.all & ~partial.here

@@ -248,6 +248,7 @@ class Origin:
             # Raises if a retry cannot help.
             delay_s = fetch.setbacks.after(e, source, hopes=fetch.has_hopes() or bool(self._elsewhere()))
             log.warning("source failed", path=fetch.file.path, source=source or HUB, reason=e.message, wait_s=delay_s)
+            fetch.progress.source_failed(fetch.file.path, source or HUB)
             if was_silent(e):
                 fetch.progress.left(source or HUB)
             fetch.progress.note(e.message)
@@ -312,7 +313,7 @@ class Origin:
             fetch.changed()
 
         async def on_bytes(count: int) -> None:
-            fetch.progress.received(giver, count)
+            fetch.progress.received(giver, count, fetch.file.path)
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
             return shared.hub.read(fetch.manifest, fetch.file, start, end)

@@ -324,6 +324,7 @@ class Swarm:
 
     def _record_failure(self, node: str, peer: _Peer, error: ShoalError) -> None:
         delay_s = self._setbacks.after(error, node)
+        self._fetch.progress.source_failed(self._fetch.file.path, node)
         if was_silent(error):
             self._fetch.progress.left(node)
         peer.not_before_s = self._loop.time() + delay_s
@@ -335,7 +336,7 @@ class Swarm:
         """Verify and write a complete leaf. Its sender is known."""
         node, bit = request.ask.node, 1 << leaf
         try:
-            self._fetch.progress.received(node, len(data))
+            self._fetch.progress.received(node, len(data), self._fetch.file.path)
             if not self._partial.here & bit and self._setbacks.may_ask(node):
                 if await self._partial.write(leaf, data):
                     self._moved_at_s = self._loop.time()
@@ -364,6 +365,7 @@ class Swarm:
         self._fetch.progress.note(reason)
         if self._setbacks.bad_leaf(node):
             log.warning("node banned for this blob", peer=node, blob=self._fetch.blob)
+            self._fetch.progress.source_failed(self._fetch.file.path, node)
             self._fetch.progress.note(f"{reason}; it is not asked again")
             for request in self._runs:
                 if (
