@@ -153,7 +153,7 @@ class Setbacks(msgspec.Struct):
     asked_wait_s: float = 0.0
     last: ShoalError | None = None
     givers: set[str] = msgspec.field(default_factory=set)
-    """Who vouched for leaves that arrived before a list was sealed: nodes, `hub`, and EARLIER."""
+    """Who vouched for leaves that arrived before a list was sealed: nodes, `hub`, and UNKNOWN_SOURCE."""
     bad_leaves_of: dict[str, int] = msgspec.field(default_factory=dict)
     """Number of corrupt leaves, by sender."""
     alone: bool = False
@@ -172,7 +172,7 @@ class Setbacks(msgspec.Struct):
 
         `peer` is the node that failed, None for the hub. Corrupt bytes ban a peer, and allow the hub one clean
         restart. Other failures are retried: peers first, to keep bytes from the hub few (I9); when the hub fails too,
-        peers get another chance. `hopes`: a peer has the blob, so a refusal by the hub is not final.
+        peers get another chance. `has_peer`: a peer has the blob, so a refusal by the hub is not final.
         """
         self.last = error
         if isinstance(error, ReservationLost | NodeAway | Expired | DiskFull):

@@ -1,10 +1,10 @@
 """The fetcher's own errors, beside those of shoal_common.
 
-HubUnavailable └── RateLimited       the hub wants fewer requests until a time it names
-Unavailable    └── ReservationLost   storage has lost the partial blob: reserve again
-Unavailable    └── Silent            a node sent nothing for too long
-Unavailable    └── LeavesLost        storage read back other leaves than were written: fetch them again
-Corrupt        └── WrongWhole        all leaves arrived, and together they do not hash to the blob's name
+HubUnavailable └── RateLimited            the hub wants fewer requests until a time it names
+Unavailable    └── ReservationLost        storage has lost the partial blob: reserve again
+Unavailable    └── PeerTimeout            a node sent nothing for too long
+Unavailable    └── LeafReadbackMismatch   storage read back other leaves than were written: fetch them again
+Corrupt        └── BlobHashMismatch       all leaves arrived, and together they do not hash to the blob's name
 
 They have no codes of their own: a process that does not know these classes (all others) sees their parents.
 """

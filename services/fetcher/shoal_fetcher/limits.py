@@ -21,7 +21,7 @@ class Limits:
         self._peers: OrderedDict[str, Pace] = OrderedDict()
 
     def peer(self, node: str) -> Pace:
-        """Return the rate limiter of a node. Beyond MOST_PEERS the least recently used one is dropped."""
+        """Return the rate limiter of a node. Beyond MAX_PEERS the least recently used one is dropped."""
         if node not in self._peers:
             self._peers[node] = Pace(self._peer_bytes_per_s)
             if len(self._peers) > MOST_PEERS:

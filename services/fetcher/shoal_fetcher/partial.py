@@ -240,7 +240,7 @@ class PartialBlob:
     async def write(self, leaf: int, data: bytes | bytearray | memoryview, vouch: bool = False) -> bool:
         """Verify a leaf, write it and make it available to peers. Returns False if it does not match the list.
 
-        `vouch`: where the list has no hash yet, trust this leaf's. Raises DiskFull or OSError, also for earlier
+        `trust_hash`: where the list has no hash yet, trust this leaf's. Raises DiskFull or OSError, also for earlier
         leaves that could not be made durable.
         """
         self.raise_failure()

@@ -72,7 +72,7 @@ class Progress:
         self.excuse(time.monotonic() - asked_at_s)
 
     def pacing(self, pace: Pace) -> Callable[[int], Awaitable[None]]:
-        """Return `paced` bound to this rate limiter."""
+        """Return `take_from_limiter` bound to this rate limiter."""
         return lambda count: self.paced(pace, count)
 
     def received(self, source: str, count: int, path: str = "") -> None:
@@ -139,7 +139,9 @@ class Progress:
         self._dirty = True
 
     async def say(self, **changes: Any) -> None:
-        """Change fields. A new phase is published at once, others after PUBLISH_S, and unchanged values never."""
+        """Change fields. A new phase is published at once, others after PUBLISH_INTERVAL_S, and unchanged values
+        never.
+        """
         if self._published and all(getattr(self.state, name) == value for name, value in changes.items()):
             return
         new: DownloadPhase = changes.get("phase", self.state.phase)

@@ -1,9 +1,9 @@
 """Which of a node's addresses is fastest, as measured. Pure: time arrives as `now_s`.
 
 `ClusterView.addresses` orders by the published kind of the interfaces; measurements override that. An address moves
-ahead of others when it is clearly faster (FASTER times), so that noise does not move traffic, and behind all others
-for a while when it was unreachable. An unmeasured address is tried with one small request, so that a fast address
-behind a slow one is found.
+ahead of others when it is clearly faster (FASTER_FACTOR times), so that noise does not move traffic, and behind all
+others for a while when it was unreachable. An unmeasured address is tried with one small request, so that a fast
+address behind a slow one is found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Known(msgspec.Struct):
 
 
 class Rates:
-    """Moving averages of rates by node and address: an LRU of at most MAX_KEPT."""
+    """Moving averages of rates by node and address: an LRU of at most MAX_ADDRESSES."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()

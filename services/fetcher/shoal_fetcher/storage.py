@@ -49,7 +49,7 @@ class Storage:
     async def commit(self, blob: str, root: str = "") -> Committed:
         """Verify a complete partial blob and commit it: by its leaf list if that has this digest, else by sha256.
 
-        Raises WrongWhole, LeavesLost, or ReservationLost if the partial is gone.
+        Raises BlobHashMismatch, LeafReadbackMismatch, or ReservationLost if the partial is gone.
         """
         try:
             question = CommitBlob(blob=blob, root=root)
@@ -73,8 +73,8 @@ class Storage:
     async def seal_part(
         self, manifest: Manifest, layers: list[list[int]], leaves: Mapping[str, int], roots: dict[str, str]
     ) -> PartState:
-        """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, WrongWhole if
-        some are corrupt.
+        """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, BlobHashMismatch
+        if some are corrupt.
         """
         question = SealPart(manifest=manifest, layers=layers, leaves=_as_ranges(leaves), roots=roots)
         try:

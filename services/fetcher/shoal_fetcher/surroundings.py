@@ -67,7 +67,7 @@ class Surroundings:
         return {node: of_node for node, of_node in addresses.items() if of_node}
 
     def starting(self) -> set[str]:
-        """Return nodes whose fileserver is live but has no address yet; for at most STARTING_S."""
+        """Return nodes whose fileserver is live but has no address yet; for at most STARTING_TIMEOUT_S."""
         now_s = time.monotonic()
         if self._live.changes != self._starting_as_of:
             starting = {

@@ -57,7 +57,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     leaves: int
-    """Leaves that it can be asked for now. EVERY_LEAF is valid for a node with the complete blob."""
+    """Leaves that it can be asked for now. ALL_LEAVES is valid for a node with the complete blob."""
     source: bool = False
     """It has the complete blob, or is its origin: may be asked for `any`."""
     fetching: bool = False
@@ -120,7 +120,8 @@ def asks(situation: Situation, draw: random.Random) -> list[Ask]:
 
 
 def wake_s(situation: Situation) -> float:
-    """Return the seconds, at most LOOK_AGAIN_S, after which time alone may change the result of `asks`.
+    """Return the seconds, at most MAX_WAKEUP_INTERVAL_S, after which time alone may change the result of
+    `next_requests`.
 
     That is the next moment at which a run becomes late, a source may be asked again, or progress has stalled.
     """

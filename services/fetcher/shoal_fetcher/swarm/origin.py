@@ -59,8 +59,8 @@ async def read_missing(
 ) -> None:
     """Read the leaves that `missing()` returns, in order, until it returns none.
 
-    `on_bytes(count)` may wait; `on_leaf(leaf)` is called for each leaf. Raises Corrupt, Contradiction, and what
-    `read` raises.
+    `on_bytes(count)` may wait; `on_leaf(leaf)` is called for each leaf. Raises Corrupt, ConflictingLeafHashes, and
+    what `read` raises.
     """
     while todo := missing():
         first, end = next(runs_of(todo))
@@ -166,7 +166,8 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
 
 
 class Origin:
-    """The role of the origin. `look` takes it if one is needed; `held` keeps the lease while it is open."""
+    """The role of the origin. `start_if_needed` takes it if one is needed; `lease_stack` keeps the lease while it is open.
+    """
 
     def __init__(self, fetch: Fetch, haves: Haves, lists: Lists, elsewhere: Callable[[], int]) -> None:
         self._fetch, self._haves, self._lists, self._elsewhere = fetch, haves, lists, elsewhere
@@ -237,7 +238,7 @@ class Origin:
             keep_lease = True
         except asyncio.CancelledError:
             keep_lease = (
-                True  # the blob is complete, or the attempt ends: `held` releases the lease, after the commit
+                True  # the blob is complete, or the attempt ends: `lease_stack` releases the lease, after the commit
             )
             raise
         except WrongWhole:
@@ -348,7 +349,7 @@ class Origin:
                 shared.busy[source] -= 1
 
     async def close(self) -> None:
-        """Stop reading. The lease stays as long as `held` is open."""
+        """Stop reading. The lease stays as long as `lease_stack` is open."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})

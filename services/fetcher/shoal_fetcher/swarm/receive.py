@@ -265,7 +265,7 @@ class PeerClient:
     ) -> Reply:
         """Send a request to a node's fileserver; the body of a 200 or 206 goes to `landing`. Returns the head.
 
-        Raises BadName for an invalid address; Corrupt, NotFound, Denied, Failed, Crowded or Unavailable, naming the
+        Raises BadName for an invalid address; Corrupt, NotFound, Denied, Failed, PeerBusy or Unavailable, naming the
         node.
         """
         parse_address(address)

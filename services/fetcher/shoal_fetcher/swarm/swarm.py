@@ -56,7 +56,7 @@ class _Run(msgspec.Struct):
 
 
 class Swarm:
-    """One attempt to fetch a blob. `run` it; closing `held` releases the origin lease and publishes the leaving."""
+    """One attempt to fetch a blob. `run` it; closing `cleanup` releases the origin lease and publishes the leaving."""
 
     def __init__(self, fetch: Fetch, held: AsyncExitStack) -> None:
         self._fetch, self._held = fetch, held
@@ -87,8 +87,8 @@ class Swarm:
     async def run(self) -> str:
         """Fetch all that is wanted. Returns the digest of the sealed leaf list; "" if only some leaves were wanted.
 
-        Raises WrongWhole if it is not the blob; DiskFull, ReservationLost; what keeps the hub from sending it; or
-        Unavailable after too long without progress.
+        Raises BlobHashMismatch if it is not the blob; DiskFull, ReservationLost; what keeps the hub from sending it;
+        or Unavailable after too long without progress.
         """
         await self._held.enter_async_context(self._haves)
         await self._held.enter_async_context(self._origin.held)
