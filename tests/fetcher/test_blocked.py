@@ -1,4 +1,4 @@
-"""Waiting for a disk that is full: until there is room, with bounds, and through restarts. Time is the test's own."""
+"""Waiting for free space on a full disk: until there is some, with limits, and across restarts. Time is simulated."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BEGUN_S = 1_800_000_000.0
 
 
 class Says(Storage):
-    """A storage with these answers, the last one for ever."""
+    """A storage with these answers; the last one is repeated."""
 
     def __init__(self, *answers: RoomLeft | ShoalError) -> None:
         self._answers = list(answers)
         self.asked_count = 0
 
     async def room(self, model: str) -> RoomLeft:
-        """The next answer."""
+        """Return the next answer."""
         assert model == MODEL
         self.asked_count += 1
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
@@ -49,18 +49,18 @@ class Says(Storage):
 
 
 class Passing(Surroundings):
-    """A cluster in which time passes while one waits."""
+    """A cluster in which waiting advances the time."""
 
     def __init__(self) -> None:
         self.now_s = BEGUN_S
         self.waited_s: list[float] = []
 
     def disk(self) -> tuple[object, ...]:
-        """Nothing is ever said of the disk."""
+        """The disk never changes."""
         return ()
 
     async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
-        """Time is up."""
+        """Advance the time to the deadline."""
         self.now_s += deadline_s
         self.waited_s.append(deadline_s)
 

@@ -1,4 +1,4 @@
-"""What a download emits: when it starts, ends badly, is paused, and when another source serves a file."""
+"""Events of a download: started, rejected, failed, paused, and another source for a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness.waiting import eventually
 
 
 async def emitted(here: Pulls, node: str, name: str) -> list[dict[str, Any]]:
-    """The events of this name, of the test's model, without their time."""
+    """Return the events of this name for the test's model, without their time."""
     subject, found, after = subjects.event("fetcher", node, name), list[dict[str, Any]](), 0
     while True:
         try:
@@ -36,7 +36,7 @@ async def emitted(here: Pulls, node: str, name: str) -> list[dict[str, Any]]:
 
 
 async def the_event(here: Pulls, node: str, name: str) -> dict[str, Any]:
-    """The only event of this name, of the test's model."""
+    """Wait for the only event of this name for the test's model."""
 
     async def look() -> list[dict[str, Any]]:
         return await emitted(here, node, name)
@@ -112,7 +112,7 @@ async def test_a_file_that_comes_from_another_source_after_one_failed_emits_that
         async with claiming(here, server, [hashlib.sha256(content).hexdigest()]):
             pull = await here.begin("a")
             await here.state("a", lambda s: s.sources.get(LIAR, 0) >= LEAF_BYTES)
-        # Now nobody but the hub has it.
+        # Now only the hub has it.
         assert (await pull).ok
         assert await the_event(here, "a", "download_source_changed") == {
             "model": site.repo,

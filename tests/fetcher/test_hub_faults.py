@@ -1,4 +1,4 @@
-"""A hub that is hasty, broken, slow, strange or lying: what is pulled is right, or one line says why not."""
+"""A hub that is rate-limiting, broken, slow, odd or lying: the model arrives intact, or one line says why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BIG = 4 * LEAF_BYTES + 99
 
 @pytest.fixture
 def files(site: Site) -> dict[str, bytes]:
-    """A model with one large file and one small one, on the hub."""
+    """A model with one large and one small file, on the hub."""
     made = {"model.safetensors": noise(BIG, site.repo), "config.json": noise(300, site.repo + "c")}
     site.make(made)
     return made
@@ -99,9 +99,9 @@ async def test_I1_bytes_that_are_always_wrong_end_it_with_both_hashes_and_never_
         assert state.error.message == message and state.error.code == "corrupt"
         right = {hashlib.sha256(c).hexdigest() for c in files.values() if c is not wrong}
         assert set(blobs(site["a"])) - before <= right
-        # The other file was stopped wherever it was.
+        # The other file was stopped at any point.
         assert state.done_bytes <= sum(len(c) for c in files.values() if c is not wrong)
-        # What was right stays for the next try; withdrawing gives it back.
+        # Intact leaves stay for the next attempt; cancelling releases them.
         assert (await here.cancel("a")).result["cancelled"] is True
         await here.nothing_is_left("a")
         assert await here.state_now("a") is None

@@ -1,4 +1,4 @@
-"""When a file's source counts as changed: pure."""
+"""When another source serves a file. Pure."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ async def fetch(
     commit: Commit,
     turn: Turn,
 ) -> Committed:
-    """Make a small blob present. Raises BlobHashMismatch if it is corrupt, and errors that no other source can help.
-    """
+    """Make a small blob present. Raises BlobHashMismatch, and errors that no other source can help."""
     around = shared.around
     while True:
         if progress.still_s > NO_PROGRESS_S:

@@ -166,8 +166,7 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
 
 
 class Origin:
-    """The role of the origin. `start_if_needed` takes it if one is needed; `lease_stack` keeps the lease while it is open.
-    """
+    """The origin role: `start_if_needed` takes it, and the lease lasts while `lease_stack` is open."""
 
     def __init__(self, fetch: Fetch, haves: Haves, lists: Lists, elsewhere: Callable[[], int]) -> None:
         self._fetch, self._haves, self._lists, self._elsewhere = fetch, haves, lists, elsewhere

@@ -56,7 +56,7 @@ class _Run(msgspec.Struct):
 
 
 class Swarm:
-    """One attempt to fetch a blob. `run` it; closing `cleanup` releases the origin lease and publishes the leaving."""
+    """One attempt to fetch a blob. `run` it; closing `cleanup` releases the origin lease and ends the gossip."""
 
     def __init__(self, fetch: Fetch, held: AsyncExitStack) -> None:
         self._fetch, self._held = fetch, held
