@@ -236,9 +236,8 @@ class Origin:
             await self._while_held(lease, source)
             keep_lease = True
         except asyncio.CancelledError:
-            keep_lease = (
-                True  # the blob is complete, or the attempt ends: `lease_stack` releases the lease, after the commit
-            )
+            # The blob is complete, or the attempt ends: `lease_stack` releases the lease, after the commit.
+            keep_lease = True
             raise
         except WrongWhole:
             raise
