@@ -1,4 +1,4 @@
-"""Two nodes, a hub and NATS for all whole-service tests of the fetcher; each test pulls a model of its own."""
+"""Two nodes, a hub and NATS for all whole-service tests of the fetcher; each test pulls its own model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SERVICES = ("storage", "fetcher", "fileserver")
 
 @pytest.fixture(scope="package")
 def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where tests put the models that they pull."""
+    """The directory of the models that tests pull."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -26,7 +26,7 @@ def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(
     tmp_path_factory: pytest.TempPathFactory, hub_root: Path
 ) -> Iterator[tuple[NatsServer, RunningHub, dict[str, Node]]]:
-    """NATS, a hub over `hub_root`, and the nodes a and b. Further nodes are added by those who need them."""
+    """NATS, a hub over `hub_root`, and the nodes a and b. Tests that need more nodes add them."""
     homes = tmp_path_factory.mktemp("nodes")
     with NatsServer(homes / "nats") as server, running_hub(hub_root, other_lfs_host=True, process=True) as hub:
         made = [Node(homes / n, n, server.url, SERVICES, HF_ENDPOINT=hub.base_url) for n in ("a", "b")]
@@ -60,7 +60,7 @@ def site(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A failed test shows what the services said."""
+    """Add the services' logs to the report of a failed test."""
     report = yield
     found = getattr(item, "funcargs", {}).get("site")
     if found is not None and call.excinfo is not None:

@@ -1,4 +1,4 @@
-"""What whole-service tests do: ask as `nats req` does, look at stores, at states and at the hub's counters."""
+"""Helpers of whole-service tests: send commands as `nats req` does, inspect stores, states and the hub's counters."""
 
 from __future__ import annotations
 
@@ -33,84 +33,84 @@ class Site(msgspec.Struct):
     hub_root: Path
     nodes: dict[str, Node]
     repo: str
-    """A name for the model of this test."""
+    """The name of this test's model."""
 
     def __getitem__(self, node: str) -> Node:
         return self.nodes[node]
 
     def make(self, files: dict[str, bytes], repo: str = "") -> int:
-        """Put this test's model on the hub. Returns its bytes."""
+        """Put this test's model on the hub. Returns its size in bytes."""
         return make_model(self.hub_root, repo or self.repo, files)
 
     def hub_bytes(self, repo: str = "") -> int:
-        """Bytes of the model's files that the hub has sent."""
+        """Return the bytes of the model's files that the hub has sent."""
         prefix = (repo or self.repo) + "/"
         return sum(f.bytes for name, f in self.hub.stats().files.items() if name.startswith(prefix))
 
     def gets(self, path: str, repo: str = "") -> int:
-        """How often the hub has been asked for a file's content."""
+        """Return how often a file's content was requested from the hub."""
         found = self.hub.stats().files.get(f"{repo or self.repo}/{path}")
         return found.gets if found else 0
 
     @asynccontextmanager
     async def join(self) -> AsyncIterator[Pulls]:
-        """This test's own connection."""
+        """Open this test's own connection."""
         async with joined(self.server) as here:
             yield Pulls(here, self)
 
 
 class Pulls:
-    """Asking and looking, over a connection."""
+    """Commands and queries over a connection."""
 
     def __init__(self, here: Joined, site: Site) -> None:
         self.here, self.site, self.buckets = here, site, here.buckets
 
     async def ask(self, node: str, verb: str, body: bytes, identity: str = "", service: str = "fetcher") -> Outcome:
-        """`nats req`: a core request on the command's subject. The first reply is the outcome."""
+        """Send a command like `nats req`: a core request on its subject. The first reply is the outcome."""
         headers = {"Nats-Msg-Id": identity} if identity else None
         subject = subjects.command(service, node, verb)
         reply = await self.here.client.request(subject, body, timeout=PULL_DEADLINE_S, headers=headers)
         return decode(reply.data, Outcome)
 
     async def pull(self, node: str, model: str = "", identity: str = "") -> Outcome:
-        """Ask a node for a model, and wait for the outcome."""
+        """Pull a model on a node. Returns the outcome."""
         return await self.ask(node, "download", _model(model or self.site.repo), identity)
 
     async def pull_ok(self, node: str, model: str = "") -> DownloadState:
-        """Pull, see it succeed, and give what the outcome says."""
+        """Pull, require success, and return the resulting state."""
         outcome = await self.pull(node, model)
         assert outcome.ok, outcome.error
         return msgspec.convert(outcome.result, DownloadState)
 
     async def pull_wrong(self, node: str, model: str = "") -> tuple[str, str]:
-        """Pull, see it fail, and give the code and the words, which are one line."""
+        """Pull, require failure, and return the error's code and message, which is one line."""
         outcome = await self.pull(node, model)
         assert not outcome.ok and outcome.error is not None
         assert "\n" not in outcome.error.message and "Traceback" not in outcome.error.message
         return outcome.error.code, outcome.error.message
 
     async def begin(self, node: str, model: str = "") -> asyncio.Task[Outcome]:
-        """Ask for a model without waiting."""
+        """Start a pull and return its task, once the download has a state."""
         task = asyncio.create_task(self.pull(node, model))
         await self.state(node, lambda s: True, model)
         return task
 
     async def cancel(self, node: str, model: str = "") -> Outcome:
-        """Withdraw a download."""
+        """Cancel a download."""
         return await self.ask(node, "cancel", _model(model or self.site.repo))
 
     async def delete(self, node: str, model: str = "") -> Outcome:
-        """Remove a model from a node."""
+        """Delete a model from a node."""
         return await self.ask(node, "delete", _model(model or self.site.repo), service="storage")
 
     async def state_now(self, node: str, model: str = "") -> DownloadState | None:
-        """What is said of a download, if anything."""
+        """Return the published state of a download, or None."""
         return await self.buckets.state.get_as(download_key(node, model or self.site.repo), DownloadState)
 
     async def state(
         self, node: str, wanted: Callable[[DownloadState], bool], model: str = "", deadline_s: float = 15.0
     ) -> DownloadState:
-        """The first state of a download that is as wanted."""
+        """Wait for a state of a download that satisfies `wanted`."""
 
         async def look() -> DownloadState | None:
             found = await self.state_now(node, model)
@@ -119,11 +119,11 @@ class Pulls:
         return await eventually(look, f"the download on {node} is as wanted", deadline_s)
 
     async def durable(self, node: str, size_bytes: int = 1, model: str = "") -> DownloadState:
-        """A state of a download under way with so many durable bytes."""
+        """Wait until a download is fetching and has at least so many durable bytes."""
         return await self.state(node, lambda s: s.phase == "fetching" and s.done_bytes >= size_bytes, model)
 
     async def nothing_is_left(self, node: str, model: str = "") -> None:
-        """No wish, no partial, no reservation, and no blob that no model on the node needs."""
+        """Require no request, no partial blob, no reservation, and no blob that no model on the node needs."""
         name = model or self.site.repo
         assert await self.buckets.spec.get_as(download_key(node, name), DownloadSpec) is None
         assert partials(self.site[node]) == []
@@ -132,7 +132,7 @@ class Pulls:
         assert storage is not None and storage.reserved_bytes == 0
 
     async def no_lease_is_left(self) -> None:
-        """Origins give their leases back."""
+        """Wait until all origin leases are released."""
 
         async def none() -> bool:
             keys = await self.here.js.streams_info()
@@ -146,7 +146,7 @@ class Pulls:
         await eventually(none, "no lease is held")
 
     async def manifest(self, node: str, model: str = "") -> Manifest:
-        """The manifest of a ready model, from the disk."""
+        """Return the manifest of a ready model, from the disk."""
         for path in self.site[node].layout.manifests.glob("*/*.json"):
             found = decode(path.read_bytes(), Manifest)
             if found.repo == (model or self.site.repo):
@@ -154,7 +154,7 @@ class Pulls:
         raise AssertionError(f"{model or self.site.repo} has no manifest on {node}")
 
     async def is_whole(self, node: str, files: dict[str, bytes], model: str = "") -> None:
-        """Each file stands in the view with its bytes, and the node has announced the model."""
+        """Require that each file is in the view with its bytes, and that the node has published the model."""
         manifest = await self.manifest(node, model)
         assert {f.path for f in manifest.files} == set(files)
         assert manifest.sealed
@@ -169,22 +169,22 @@ def _model(name: str) -> bytes:
 
 
 def partials(node: Node) -> list[str]:
-    """Blobs that are arriving, by the disk."""
+    """Return the names of the partial blobs on the disk."""
     return sorted(p.name for p in node.layout.partials.iterdir())
 
 
 def blobs(node: Node) -> dict[str, Path]:
-    """Every blob on a node's disk."""
+    """Return every blob on a node's disk."""
     return {p.name: p for p in node.layout.blobs.glob("*/*")}
 
 
 def manifests(node: Node) -> list[Manifest]:
-    """Every manifest on a node's disk."""
+    """Return every manifest on a node's disk."""
     return [decode(p.read_bytes(), Manifest) for p in node.layout.manifests.glob("*/*.json")]
 
 
 def stray_blobs(node: Node) -> set[str]:
-    """Blobs that no manifest names."""
+    """Return the blobs that no manifest names."""
     return set(blobs(node)) - {f.sha256 for m in manifests(node) for f in m.files}
 
 
@@ -192,7 +192,7 @@ _checked: set[Path] = set()
 
 
 def check_store(node: Node) -> None:
-    """I1: a blob hashes to its name. I2: a manifest's blobs are all there. Each blob is hashed once in a run."""
+    """I1: a blob hashes to its name. I2: all blobs of a manifest are present. Each blob is hashed once per run."""
     for sha256, path in blobs(node).items():
         if path not in _checked:
             assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"I1: {path}"

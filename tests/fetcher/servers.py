@@ -1,4 +1,4 @@
-"""Little HTTP servers that answer as a test says: hostile peers, strange hubs. What they send is written by hand."""
+"""HTTP servers with hand-written answers: hostile peers, misbehaving hubs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Asked(NamedTuple):
 
 
 class Server:
-    """A server that listens. `asked` is every request so far."""
+    """A listening server; `asked` has every request so far."""
 
     def __init__(self, port: int, asked: list[Asked]) -> None:
         self.port, self.asked = port, asked
@@ -29,7 +29,7 @@ Answer = Callable[[Asked, asyncio.StreamWriter], Awaitable[None]]
 
 
 def reply(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A whole answer, head and body; header names with `_` for `-`."""
+    """Return a complete answer, head and body; header names with `_` for `-`."""
     lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -37,7 +37,7 @@ def reply(status: int, body: bytes = b"", **headers: str) -> bytes:
 
 @asynccontextmanager
 async def serving(answer: Answer | bytes | Mapping[str, object]) -> AsyncIterator[Server]:
-    """Serve while the body runs: the same bytes to all, JSON by path (404 for others), or what `answer` writes."""
+    """Serve the same bytes to all, JSON by path (404 for others), or what `answer` writes."""
     asked: list[Asked] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for a disk that is full: until there is room, with bounds, and through restarts. Time is the test's own."""
+"""Waiting for free space on a full disk: until there is some, with limits, and across restarts. Time is simulated."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BEGUN_S = 1_800_000_000.0
 
 
 class Says(Storage):
-    """A storage with these answers, the last one for ever."""
+    """A storage with these answers; the last one is repeated."""
 
     def __init__(self, *answers: RoomLeft | ShoalError) -> None:
         self._answers = list(answers)
         self.asked_count = 0
 
     async def room(self, model: str) -> RoomLeft:
-        """The next answer."""
+        """Return the next answer."""
         assert model == MODEL
         self.asked_count += 1
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
@@ -49,18 +49,18 @@ class Says(Storage):
 
 
 class Passing(Surroundings):
-    """A cluster in which time passes while one waits."""
+    """A cluster in which waiting advances the time."""
 
     def __init__(self) -> None:
         self.now_s = BEGUN_S
         self.waited_s: list[float] = []
 
     def disk(self) -> tuple[object, ...]:
-        """Nothing is ever said of the disk."""
+        """The disk never changes."""
         return ()
 
     async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
-        """Time is up."""
+        """Advance the time to the deadline."""
         self.now_s += deadline_s
         self.waited_s.append(deadline_s)
 
@@ -68,7 +68,7 @@ class Passing(Surroundings):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that nothing ends early take no time."""
-    monkeypatch.setattr(blocked_module, "_AT_LEAST_S", 0.0)
+    monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(blocked_module, "in_vain_delay_s", lambda _: 0.0)
 
 
@@ -88,7 +88,7 @@ async def test_it_says_what_is_lacking_and_ends_when_there_is_room(
         await progress.publish()  # as every second
         said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
         assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
-        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and it goes on by itself"
+        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
         assert said.error is not None and said.error.code == "disk_full"
         assert said.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
         assert storage.asked_count == 4 and around.waited_s == [look_again_s(n) for n in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""Pause, resume and cancel: what each says, what it keeps, and that nothing but a person undoes it."""
+"""Pause, resume and cancel: their answers, what they keep, and that only a person undoes a pause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOWLY = Faults(bytes_per_s=2 * LEAF_BYTES)
 
 
 async def say(here: Pulls, node: str, verb: str, model: str | None = None) -> str:
-    """What a node answers to pause or resume, of this test's model."""
+    """Return a node's answer to pause or resume for this test's model."""
     body = {"model": here.site.repo if model is None else model}
     outcome = await here.ask(node, verb, json.dumps(body).encode())
     assert outcome.ok, outcome.error
@@ -36,7 +36,7 @@ async def wish_of(here: Pulls, node: str) -> DownloadSpec | None:
 
 
 async def storage_of(here: Pulls, node: str, wanted: Callable[[StorageState], bool]) -> StorageState:
-    """What a node's storage says, once it is as wanted."""
+    """Wait for a storage state of a node that satisfies the condition."""
 
     async def look() -> StorageState | None:
         found = await here.buckets.state.get_as(storage_key(node), StorageState)
@@ -54,12 +54,12 @@ async def test_a_pull_that_waits_hears_of_the_pause_and_the_rest_comes_after_the
         assert await say(here, "a", "pause") == "paused"
         outcome = await waiting
         assert not outcome.ok and outcome.error is not None and outcome.error.code == "paused"
-        assert f"`shoal resume {site.repo}` lets it go on" in outcome.error.message
+        assert f"`shoal resume {site.repo}` continues it" in outcome.error.message
         paused = await here.state_now("a")
         assert paused is not None and paused.phase == "paused" and paused.done_bytes >= LEAF_BYTES
         assert (paused.speed_bytes_per_s, paused.source_speeds, paused.eta_s) == (0, {}, None)
         assert await say(here, "a", "pause") == "was_paused" and await say(here, "b", "pause") == "unknown"
-        # Its bytes, and the room for the others, are kept and told.
+        # Its bytes, and the reservation of the others, are kept and published.
         kept = await storage_of(here, "a", lambda s: bool(s.paused))
         assert kept.paused == {f"{site.repo}@{paused.commit}": size} and kept.reserved_bytes == size
         site.hub.set_faults(Faults())
@@ -84,7 +84,7 @@ async def test_no_bytes_move_while_it_is_paused_whatever_else_the_node_does(site
         await say(here, "a", "pause")
         site.hub.set_faults(Faults())
         paused = await here.state_now("a")
-        # Twice as much as is missing comes by the same way meanwhile; buffers that were full have long been emptied.
+        # Meanwhile twice as much as is missing passes the same way; buffers that were full have long been emptied.
         await here.pull_ok("a", f"{site.repo}-other")
         sent, gets = site.hub_bytes(), site.gets("model.safetensors")
         await here.pull_ok("b", f"{site.repo}-other")
@@ -107,7 +107,7 @@ async def test_neither_a_restart_nor_a_returning_node_nor_a_service_resumes_it_a
         for service in ("fetcher", "storage", "fileserver"):
             await site["a"].restart(here.here, service)
         await site["b"].restart(here.here, "fileserver")
-        # As the host of a stage asks, by itself.
+        # The stage manager asks by itself, like this.
         body = json.dumps({"model": site.repo, "unless_paused": True}).encode()
         outcome = await here.ask("a", "download", body)
         assert outcome.error is not None and outcome.error.code == "paused"
@@ -132,7 +132,7 @@ async def test_I6_a_kill_between_the_wish_and_its_word_leaves_it_paused_and_says
         await site["a"].ready(here.here, "fetcher")
         said = await here.state("a", lambda s: s.phase == "paused")
         assert said.commit == state.commit
-        # The same of one that was rejected, and killed before its wish was withdrawn: it is not tried again.
+        # The same for a rejected download, killed before its request was deleted: it is not retried.
         site["a"]["fetcher"].kill()
         ended = msgspec.structs.replace(said, phase="rejected", updated_at_s=wish.asked_at_s + 1)
         await here.buckets.state.put(key, ended)
@@ -160,7 +160,7 @@ async def test_a_command_that_a_killed_fetcher_had_in_hand_does_not_undo_a_later
             await here.durable("a", LEAF_BYTES)
             await site["a"].restart(here.here, "fetcher")
             await here.ask("a", verb, json.dumps({"model": site.repo}).encode())
-            # Before it can be delivered again it has its answer, which is all that it will get then.
+            # Before redelivery it has its answer, which is all that it will get then.
             answer = await here.buckets.done.get_as(done_key(identity), Outcome)
             assert answer is not None and answer.error is not None and answer.error.code == code
         await here.nothing_is_left("a")

@@ -1,8 +1,8 @@
 """People pause, resume, cancel, delete and pull in any order, while services die and the hub comes and goes.
 
-Real services on two nodes, a real hub. What is checked after every step: what is said of each download agrees with a
-person's last word, what waited for it has its answer, nothing is asked of the hub for what is paused, and nothing is
-left of what was taken back. At the end all is let go on, and every byte has its right hash.
+Real services on two nodes, a real hub. Checked after every step: the published state of each download agrees with a
+person's last command, commands that waited for it are answered, nothing is requested from the hub for a paused
+download, and nothing is left of a cancelled one. At the end everything is resumed, and every byte has its right hash.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _examples = itertools.count()
 
 
 class Person:
-    """What was last asked of one node."""
+    """The last command to one node."""
 
     def __init__(self) -> None:
         self.word = "nothing"
-        """`nothing`, `pull` (or resume), `pause`; after it has ended, or was taken back, `nothing` again."""
+        """`nothing`, `pull` (or resume), `pause`; after it has ended, or was cancelled, `nothing` again."""
         self.pulls: list[str] = []
-        """Ids of pulls that had no answer yet."""
+        """Ids of pulls that have no answer yet."""
         self.sources: dict[str, int] = {}
-        """What had come in, by source, when it was paused."""
+        """Bytes received by source when it was paused."""
 
 
 def machine_of(site: Site) -> type[RuleBasedStateMachine]:
-    """A machine over these services."""
+    """Return a state machine over these services."""
 
     earlier: list[str] = []
 
@@ -68,13 +68,13 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
         @initialize()
         def begin(self) -> None:
             site.hub.set_faults(SLOWLY)
-            # What an example has left that failed must not fail the next one.
+            # What a failed example has left must not fail the next one.
             for model in earlier:
                 for node in self.people:
                     self.runner.run(self.here.delete(node, model))
             earlier.append(self.model)
 
-        # What people do
+        # Commands
 
         @rule(node=NODES)
         def pull(self, node: str) -> None:
@@ -97,7 +97,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
         def several_at_once(self, node: str, verbs: list[str]) -> None:
             self.runner.run(self._at_once(node, verbs))
 
-        # What happens
+        # Failures
 
         @rule(node=NODES, service=st.sampled_from(["fetcher", "storage"]))
         def killed(self, node: str, service: str) -> None:
@@ -124,10 +124,10 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             finally:
                 self.runner.close()
 
-        # How
+        # Implementation
 
         async def _send(self, node: str, verb: str, service: str = "fetcher") -> Outcome:
-            # With an id of its own: of identical commands the first answers for all.
+            # With an id of its own: of identical commands the first one answers for all.
             body, identity = json.dumps({"model": self.model}).encode(), self._new_id(node)
             outcome = await self.here.ask(node, verb, body, identity, service)
             assert outcome.ok, outcome.error
@@ -196,7 +196,8 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             person = self.people[node]
             await asyncio.gather(*(self._send(node, verb) for verb in verbs))
             if person.word != "nothing":
-                # Who came last is not known here: what is kept says so, and all else has to agree with it.
+                # The order of arrival is not known here: the stored request tells, and everything else must agree
+                # with it.
                 wish = await self._wish(node)
                 person.word = "nothing" if wish is None else "pause" if wish.paused else "pull"
                 state = await self.here.state_now(node, self.model)
@@ -210,7 +211,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             return await self.here.buckets.done.get_as(done_key(identity), Outcome)
 
         async def _answered(self, node: str) -> None:
-            """Who waited for the download has heard."""
+            """Require that the commands that waited for the download are answered."""
             person = self.people[node]
             for identity in person.pulls:
                 outcome = await eventually(lambda i=identity: self._answer(i), "the pull has its answer", PATIENCE_S)  # type: ignore[misc]  # mypy cannot infer it
@@ -224,7 +225,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
                     wish, state = await self._wish(node), await self.here.state_now(node, self.model)
                     phase = state.phase if state else "unknown"
                     if person.word == "pause":
-                        # At once, and for ever: not eventually.
+                        # At once and always: not eventually.
                         assert wish is not None and wish.paused, "a pause outlasts everything but a person's word"
                         assert phase == "paused", phase
                         assert state is not None and state.sources == person.sources, "bytes moved while paused"
@@ -267,7 +268,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
 
 
 def test_phases_agree_with_the_last_word_of_a_person_whatever_happens(site: Site) -> None:
-    # Models of other tests would make "nothing is left" say less.
+    # Models of other tests would weaken "nothing is left".
     asyncio.run(_emptied(site))
     run_state_machine_as_test(
         machine_of(site),

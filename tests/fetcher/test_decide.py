@@ -1,4 +1,4 @@
-"""What the fetcher decides: holders, sources, setbacks, how it ends. Rules rather than examples."""
+"""Holders, sources, failures, and how downloads end: properties rather than examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk under a download: writers stop, what is durable stays, it is said, and it goes on by itself."""
+"""A full disk under a download: writers stop, durable leaves stay, it is reported, and the download resumes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ DEADLINE_S = 40.0
 _NO_STRACE = "no strace on this machine: refused writes of a real fetcher are NOT tested here"
 
 
-# Every call that writes, refused
+# Every write call, refused
 
 
 class Refusing:
-    """The calls that write a partial, counted; the n-th is refused."""
+    """Counts the calls that write a partial blob, and refuses the n-th."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: int = 0, number: int = 0) -> None:
         self.made: list[str] = []
@@ -54,7 +54,7 @@ class Refusing:
 
 
 async def write_all(directory: Path, data: bytes) -> None:
-    """What a download does with a partial, from wherever it stands. Every second leaf is a checkpoint."""
+    """Do what a download does with a partial blob, from any state. Every second leaf is a checkpoint."""
     async with opened(directory, len(data)) as partial:
         for start, end in missing_runs(partial):
             for turn, at in enumerate(range(start, end, LEAF_BYTES)):
@@ -72,7 +72,7 @@ async def test_I6_no_refused_call_of_a_partials_writing_is_taken_for_success_and
     with monkeypatch.context() as patched:
         whole = Refusing(patched)
         await write_all(reserved(tmp_path / "whole"), data)
-    # Each leaf, its hash and that it is ready; the bitmap of durable ones after each fsync.
+    # Each leaf, its hash and its ready bit; the bitmap of durable leaves after each fsync.
     assert whole.made.count("pwrite") == 3 * LEAVES + 3 and whole.made.count("fsync") == 3
     assert {"write_bytes", "replace"} < set(whole.made)
     for n in range(1, len(whole.made) + 1):
@@ -84,7 +84,7 @@ async def test_I6_no_refused_call_of_a_partials_writing_is_taken_for_success_and
         if number != errno.EIO:
             assert "disk full: " in str(refused.value)
         before = claims_only_what_is_there(directory, data)
-        # What was checkpointed before the refused call is claimed, whatever came after it.
+        # What was checkpointed before the refused call is claimed, whatever happened after it.
         checkpoints = sum(whole.made[at] == "fsync" for at in range(n - 1)) - (whole.made[n - 2 : n - 1] == ["fsync"])
         assert before.have_bytes >= min(checkpoints * 2 * LEAF_BYTES, len(data)), whole.made[n - 1]
         with monkeypatch.context() as patched:
@@ -98,7 +98,7 @@ async def test_I6_no_refused_call_of_a_partials_writing_is_taken_for_success_and
 async def test_a_cancelled_writer_stays_cancelled_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its last leaves cannot be made durable; a download that was withdrawn must not be blocked for that."""
+    """Its last leaves cannot be made durable; a cancelled download must not be blocked for that."""
     data, directory, written = content(2 * LEAF_BYTES), reserved(tmp_path), asyncio.Event()
 
     async def writing() -> None:
@@ -134,7 +134,7 @@ async def test_a_disk_that_is_full_to_the_last_byte_still_takes_the_bitmap(tmp_p
 
 @asynccontextmanager
 async def node_on(site: Site, disk: Path, name: str, **environment: str) -> AsyncIterator[Node]:
-    """A node whose store is on a disk of its own."""
+    """A node whose store is on its own disk."""
     usual = {"HF_ENDPOINT": site.hub.base_url, "SHOAL_HEADROOM_BYTES": "0", **environment}
     node = Node(disk, name, site.server.url, ("storage", "fetcher", "fileserver"), **usual)
     site.nodes[name] = node
@@ -149,11 +149,11 @@ async def node_on(site: Site, disk: Path, name: str, **environment: str) -> Asyn
 
 
 async def blocked(here: Pulls, node: str, model: str = "") -> DownloadState:
-    """The download, once it says that the disk is full and how much is lacking."""
+    """Wait until the download reports that the disk is full and how much is lacking."""
     state = await here.state(
         node, lambda s: s.phase == "blocked" and "more needed" in s.waiting_for, model, DEADLINE_S
     )
-    assert state.waiting_for.startswith("disk full: ") and "goes on by itself" in state.waiting_for
+    assert state.waiting_for.startswith("disk full: ") and "the download resumes" in state.waiting_for
     assert state.error is not None and state.error.code == "disk_full"
     assert state.error.details["lacking_bytes"] > 0 and state.blocked_since_s > 0
     return state
@@ -177,7 +177,7 @@ async def test_a_pull_that_a_foreign_file_has_blocked_goes_on_by_itself_and_fetc
             said = await here.buckets.state.get_as(storage_key(name), StorageState)
             assert said is not None and said.reserved_bytes >= size - stopped.done_bytes, "the reservation stands"
 
-            # Neither service's death changes it.
+            # The death of either service changes nothing.
             await node.restart(here.here, "storage")
             await node.restart(here.here, "fetcher")
             again = await blocked(here, name)
@@ -210,7 +210,7 @@ async def test_a_blocked_pull_can_be_cancelled_and_leaves_nothing(
             assert outcome.error is not None and outcome.error.code == "withdrawn"
             await here.nothing_is_left(name)
             assert free_bytes(disk) > 0, "the bytes of the partial were given back"
-            # And a deletion withdraws as well.
+            # A deletion cancels as well.
             (disk / "ballast").unlink()
             pull = await here.begin(name)
             await here.durable(name, LEAF_BYTES)
@@ -240,7 +240,7 @@ async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_c
             fill(disk)
             outcome = await pull
             assert outcome.ok, outcome.error
-            assert "msg=blocked" in node["fetcher"].log(), "it was never full"
+            assert 'msg="disk full, download blocked"' in node["fetcher"].log(), "it was never full"
             await here.is_whole(name, files)
             await here.here.client.flush()
             assert evictions.pending_msgs == 1
@@ -252,7 +252,7 @@ async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_c
 async def test_a_fetcher_whose_writes_are_refused_by_a_disk_quota_is_blocked_and_goes_on_when_they_are_not(
     site: Site,
 ) -> None:
-    """Free space there is: only trying again tells."""
+    """There is free space: only a retry shows the quota."""
     size = site.make(files := {"model.safetensors": noise(8 * LEAF_BYTES, site.repo)})
     site.hub.set_faults(SLOW)
     async with site.join() as here:

@@ -1,4 +1,4 @@
-"""A listing becomes a manifest; a hub that is strange, hostile, away or hasty becomes one clear line."""
+"""Listings become manifests; misbehaving, hostile, unreachable and rate-limiting hubs become one clear line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHA256 = "a" * 64
 
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    """A hub that lists three files a page."""
+    """A hub that lists three files per page."""
     root = tmp_path_factory.mktemp("paged")
     make_model(root, REF.repo, {f"part/{i}.json": b"%d" % i for i in range(10)} | {"model.safetensors": b"weights"})
     with running_hub(root, page_size=3) as running:
@@ -43,14 +43,14 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 @pytest.fixture(autouse=True)
 def healthy(paged: RunningHub) -> Iterator[None]:
-    """Each test finds a healthy hub, and leaves huggingface_hub's one client per process as it was."""
+    """Each test finds a healthy hub, and restores huggingface_hub's client, of which a process has one."""
     yield
     paged.reset_faults()
     set_client_factory(default_client_factory)
 
 
 async def resolve(endpoint: str, ref: ModelRef = REF, **settings: Any) -> Any:
-    """The manifest from a hub."""
+    """Return the manifest from a hub."""
     async with hub_client() as client:
         return await Hub(HubSettings(endpoint=endpoint, **settings), client).resolve(ref)
 
@@ -142,7 +142,7 @@ async def test_a_rate_limit_holds_back_every_request_of_the_node_until_its_time(
         paged.reset_stats()
         with pytest.raises(RateLimited) as held:
             await hub.resolve(ModelRef("org/other"))
-        assert 0 < held.value.retry_after_s <= 600 and "wants us to wait" in held.value.message
+        assert 0 < held.value.retry_after_s <= 600 and "limits our requests: retry in" in held.value.message
         with pytest.raises(RateLimited):
             hub.read(manifest, file, 0, 7)
         assert (paged.stats().requests.api, paged.stats().requests.get) == (0, 0)
@@ -183,7 +183,7 @@ async def test_offline_means_that_nothing_is_asked() -> None:
 async def test_nobody_listening_is_said_in_one_line() -> None:
     async with serving({}) as server:
         pass
-    with pytest.raises(HubUnavailable, match="cannot be reached"):
+    with pytest.raises(HubUnavailable, match="is unreachable"):
         await resolve(server.url)
 
 
@@ -202,7 +202,7 @@ def small(path: Any = "config.json", size: Any = 7, oid: Any = "b" * 40) -> dict
 
 
 def listing(*files: dict[str, Any], sha: Any = COMMIT) -> dict[str, object]:
-    """A hub with one model, listed so."""
+    """A hub with one model with this listing."""
     return {
         "/api/models/org/many/revision/main": {"id": "org/many", "sha": sha, "siblings": [], "tags": []},
         f"/api/models/org/many/tree/{COMMIT}?recursive=true&expand=false": list(files),
@@ -232,7 +232,7 @@ async def resolve_from(server: Server) -> Any:
 )
 async def test_I10_a_listing_with_a_hostile_path_is_refused_whole(path: str) -> None:
     async with serving(listing(lfs(), small(path))) as server:
-        with pytest.raises(BadName, match="lists a name in org/many that Shoal will not write"):
+        with pytest.raises(BadName, match="lists an unsafe name in org/many"):
             await resolve_from(server)
 
 
@@ -283,7 +283,7 @@ async def test_something_that_is_no_hub_is_said_to_be_none(body: bytes) -> None:
 
 
 def test_every_exception_of_huggingface_hub_becomes_one_of_ours_that_names_the_hub() -> None:
-    """None is left to chance: a class that nothing above knows says what it was and where to look."""
+    """Also a class that nothing handles by name says what it was and what to check."""
     source = hub_source("https://hub.example")
     unmapped = set()
     for name, kind in inspect.getmembers(errors, inspect.isclass):
@@ -294,7 +294,7 @@ def test_every_exception_of_huggingface_hub_becomes_one_of_ours_that_names_the_h
             error.response = httpx2.Response(418, request=httpx2.Request("GET", "https://hub.example"))
         ours = foreign(error, REF, source, has_token=False)
         assert isinstance(ours, ShoalError)
-        if "no listing" in ours.message:
+        if "an invalid listing" in ours.message:
             unmapped.add(name)
             assert name in ours.message
     assert unmapped == UNUSED

@@ -1,4 +1,4 @@
-"""A hub that is hasty, broken, slow, strange or lying: what is pulled is right, or one line says why not."""
+"""A hub that is rate-limiting, broken, slow, odd or lying: the model arrives intact, or one line says why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BIG = 4 * LEAF_BYTES + 99
 
 @pytest.fixture
 def files(site: Site) -> dict[str, bytes]:
-    """A model with one large file and one small one, on the hub."""
+    """A model with one large and one small file, on the hub."""
     made = {"model.safetensors": noise(BIG, site.repo), "config.json": noise(300, site.repo + "c")}
     site.make(made)
     return made
@@ -29,8 +29,9 @@ async def test_a_rate_limit_is_waited_for_said_and_survived(
     site.hub.set_faults(Faults(rate_limit=RateLimit(times=2, retry_after_s=1, kinds=kinds)))  # type: ignore[arg-type]  # literals
     async with site.join() as here:
         pull = await here.begin("a")
-        said = await here.state("a", lambda s: "wait" in s.waiting_for)
-        assert "hub 127.0.0.1" in said.waiting_for and "wants us to wait 1 s (HTTP 429)" in said.waiting_for
+        said = await here.state("a", lambda s: "429" in s.waiting_for)
+        assert "hub 127.0.0.1" in said.waiting_for
+        assert "limits our requests: retry in 1 s (HTTP 429)" in said.waiting_for
         assert (await pull).ok
         await here.is_whole("a", files)
         state = await here.state_now("a")
@@ -98,9 +99,9 @@ async def test_I1_bytes_that_are_always_wrong_end_it_with_both_hashes_and_never_
         assert state.error.message == message and state.error.code == "corrupt"
         right = {hashlib.sha256(c).hexdigest() for c in files.values() if c is not wrong}
         assert set(blobs(site["a"])) - before <= right
-        # The other file was stopped wherever it was.
+        # The other file was stopped at any point.
         assert state.done_bytes <= sum(len(c) for c in files.values() if c is not wrong)
-        # What was right stays for the next try; withdrawing gives it back.
+        # Intact leaves stay for the next attempt; cancelling releases them.
         assert (await here.cancel("a")).result["cancelled"] is True
         await here.nothing_is_left("a")
         assert await here.state_now("a") is None

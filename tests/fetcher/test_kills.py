@@ -1,4 +1,4 @@
-"""kill -9 of anything in the middle of a pull: it completes, and what was durable is not fetched again (I6)."""
+"""kill -9 of any process in the middle of a pull: it completes, and durable leaves are not fetched again (I6)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.harness.waiting import eventually
 
 SLOW = Faults(bytes_per_s=4 * LEAF_BYTES)
 SLOW_AHEAD_BYTES = 8 * LEAF_BYTES
-"""What a slow hub may have given to sockets that nobody reads any more."""
+"""Bytes that a slow hub may have sent into sockets that nobody reads any more."""
 
 
 def two_files(seed: str) -> dict[str, bytes]:
-    """A file that is soon whole, and one that takes a while."""
+    """A file that is soon complete, and one that takes a while."""
     return {"1.safetensors": noise(LEAF_BYTES // 2, seed), "2.safetensors": noise(10 * LEAF_BYTES, seed + "2")}
 
 
 async def in_the_middle(here: Pulls, node: str = "a") -> DownloadState:
-    """Return once the small file is whole and the large one has durable leaves."""
+    """Return once the small file is complete and the large one has durable leaves."""
     return await here.state(
         node, lambda s: s.phase == "fetching" and len(s.blobs) == 1 and s.done_bytes > 2 * LEAF_BYTES
     )
@@ -72,7 +72,7 @@ async def test_I6_the_fetcher_stopped_politely_pauses_and_its_successor_goes_on(
         state = await ready(here)
         await here.is_whole("a", files)
         assert state.resumed_bytes + site.hub_bytes() - sent_before == size
-        # The command went back to the queue and was taken up again: who asked finds the outcome under its id.
+        # The command was redelivered and continued: its sender finds the outcome under its id.
         outcome = await eventually(lambda: here.buckets.done.get_as(identity, Outcome), "the command has ended")
         assert outcome.ok and outcome.result["phase"] == "ready"
         pull.cancel()
@@ -115,7 +115,7 @@ async def test_I6_storage_killed_while_it_owes_an_answer_is_asked_again(site: Si
 async def test_I9_a_service_of_the_source_killed_in_the_middle_costs_the_hub_nothing(
     site: Site, service: str
 ) -> None:
-    """b takes a large model from a; a's service dies and is started again at once, as a supervisor does."""
+    """b fetches a large model from a; a's service dies and is restarted at once, as the supervisor does."""
     size = site.make(files := {"1.safetensors": noise(96 * LEAF_BYTES, "large"), "c.json": site.repo.encode()})
     async with site.join() as here:
         await here.pull_ok("a")
@@ -163,11 +163,11 @@ async def test_I9_an_origin_killed_in_the_middle_is_succeeded_and_what_the_clust
         assert (await second).ok
         await here.is_whole("b", files)
         state = await here.state_now("b")
-        # What the hub had on its way to the origin that died is lost, and no more.
+        # Only what was on its way from the hub to the dead origin is lost.
         assert state is not None and state.sources["hub"] < size - LEAF_BYTES
         assert site.hub_bytes() <= size + SLOW_AHEAD_BYTES
         sent = site.hub_bytes()
-        # a goes on with what it had: the rest it takes from b, and no byte from the hub.
+        # a continues with its leaves and fetches the rest from b, with no byte from the hub.
         await site["a"].restart(here.here, "fetcher")
         state = await ready(here)
         await here.is_whole("a", files)

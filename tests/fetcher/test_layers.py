@@ -1,4 +1,4 @@
-"""Some layers of a model: pausing, going on and asking for more are as with whole models, for all who wait."""
+"""Some layers of a model: pausing, resuming and asking for more work as with whole models, for all callers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOWLY = {"max_peer_bytes_per_s": LEAF_BYTES}
 
 @pytest.fixture(autouse=True)
 def unlimited(site: Site) -> Iterator[None]:
-    """A test that fails leaves no limit to the next one."""
+    """Reset rate limits that a failed test may leave."""
     yield
 
     async def lift() -> None:
@@ -36,7 +36,7 @@ def unlimited(site: Site) -> Iterator[None]:
 
 
 async def at_b(here: Pulls) -> dict[str, bytes]:
-    """A model of four layers that b has whole; a is to get it slowly."""
+    """A model of four layers, complete on b; a is to fetch it slowly."""
     sizes = {name: 2 * LEAF_BYTES if "proj" in name else 1000 for name in NAMES}
     weights = header(sizes) + noise(sum(sizes.values()), here.site.repo)
     here.site.make(files := {"model.safetensors": weights, "config.json": json.dumps(CONFIG).encode()})
@@ -46,7 +46,7 @@ async def at_b(here: Pulls) -> dict[str, bytes]:
 
 
 async def begin(here: Pulls, layers: list[int], unless_paused: bool = False) -> asyncio.Task[Outcome]:
-    """Ask a for these layers, without waiting; it is kept when this returns."""
+    """Request these layers on a, without waiting for them; the request is stored on return."""
     body = {"model": here.site.repo, "layers": layers, "unless_paused": unless_paused}
     wish = await wish_of(here)
     before = len(wish.commands) if wish else 0
@@ -65,7 +65,7 @@ async def wish_of(here: Pulls) -> DownloadSpec | None:
 
 
 async def part(here: Pulls) -> PartState | None:
-    """What is told of the part on a."""
+    """Return the published shard on a."""
     at_b = await here.state_now("b")
     assert at_b is not None
     return await here.buckets.state.get_as(part_key("a", f"{here.site.repo}@{at_b.commit}"), PartState)
@@ -114,7 +114,7 @@ async def test_who_waits_for_some_layers_hears_of_the_end_of_what_is_fetched_onc
         for waiting in (first, second, within):
             error = (await waiting).error
             assert error is not None and error.code == "paused"
-        # Whoever asks for a layer more, as a person does, lets all of them go on.
+        # A request for one more layer, as from a person, resumes all of them.
         again = await begin(here, [1, 4])
         await limit(here, "a", max_peer_bytes_per_s=None)
         assert (await ready(again)).layers == [[0, 4]]
@@ -135,5 +135,5 @@ async def test_a_pull_of_the_whole_takes_the_layers_that_are_under_way_along(sit
         await here.is_whole("a", files)
         assert await wish_of(here) is None and await part(here) is None
         assert before.layers == [[0, 2]] and site.hub_bytes() <= sum(len(data) for data in files.values())
-        # The whole is here: no layers are needed any more.
+        # The whole model is here: no layers are needed any more.
         assert (await ready(await begin(here, [2, 4]))).layers == []

@@ -1,4 +1,4 @@
-"""Many callers want one model at once: it is fetched once, and each has a view of its own."""
+"""Many callers want one model at once: it is fetched once, and each gets its own view."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALLERS = 32
 
 
 async def pull_and_lease(here: Pulls, ask: Ask, caller: int, held: ExitStack) -> Leased:
-    """What each of them does, by itself. The lease is held until `held` ends."""
+    """Act as one of the callers. The lease is held until `held` ends."""
     outcome = await here.pull("a")
     assert outcome.ok, outcome.error
     question = AskLease(model=here.site.repo, holder=f"caller {caller}")
@@ -35,7 +35,7 @@ def is_whole(view: Path, files: dict[str, bytes]) -> bool:
 
 
 def check_views(site: Site, files: dict[str, bytes], views: list[Path], locks: list[str], size_bytes: int) -> None:
-    """Each caller has all of the model, the hub was asked once, and nobody's doings reach the others."""
+    """Each caller has the whole model, the hub was asked once, and no caller affects the others."""
     assert {path: site.gets(path) for path in files} == dict.fromkeys(files, 1), "one fetch a blob"
     assert site.hub_bytes() == size_bytes
     assert len(set(views)) == len(set(locks)) == CALLERS

@@ -1,4 +1,4 @@
-"""Rates are kept, by the hub's own count: nothing more than what was under way comes until they are lifted."""
+"""Rate limits hold, by the hub's own count: only what was under way arrives until they are lifted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.fetcher.repos import noise
 from tests.harness.waiting import eventually
 
 BIG_BYTES = 48 * LEAF_BYTES
-"""More than all buffers between a hub and a fetcher that does not read hold."""
+"""More than all buffers hold between a hub and a fetcher that does not read."""
 
 
 @pytest.fixture(autouse=True)
 def unlimited(site: Site) -> Iterator[None]:
-    """A test that fails leaves no limit to the next one."""
+    """Reset rate limits that a failed test may leave."""
     yield
 
     async def lift() -> None:
@@ -41,7 +41,7 @@ async def limit(here: Pulls, node: str, **settings: int | None) -> None:
 
 
 async def test_a_hub_limit_holds_all_files_of_all_downloads_and_is_lifted_while_they_wait(site: Site) -> None:
-    """One byte a second: whatever passes, passes although it should not. No clock is looked at."""
+    """One byte a second: any byte that passes is wrong. No clock is read."""
     half = BIG_BYTES // 2
     size = site.make(files := {f"{n}.safetensors": noise(half, f"{site.repo}{n}") for n in (1, 2)})
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo + "p")}, f"{site.repo}-by-peer")
@@ -54,7 +54,7 @@ async def test_a_hub_limit_holds_all_files_of_all_downloads_and_is_lifted_while_
             return site.gets("1.safetensors") > 0 and site.gets("2.safetensors") > 0
 
         await eventually(asked, "both files are asked for")
-        # As much comes from a peer meanwhile, for which there is no limit.
+        # Meanwhile as much comes from a peer, which has no limit.
         await here.pull_ok("a", f"{site.repo}-by-peer")
         state = await here.state("a", lambda s: s.phase == "fetching")
         assert state.done_bytes == 0 and sum(state.sources.values()) == 0

@@ -1,4 +1,4 @@
-"""Nodes with several networks, real ones: the one that both are on is tried first, and a dead one costs seconds."""
+"""Nodes with several real networks: the shared one is tried first, and a dead one costs seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVICES = ("storage", "fetcher", "fileserver")
 SECRET = "a secret for tests only"
 FILES = {"model.safetensors": noise(3 << 20, "several networks"), "config.json": b"{}"}
 BEATS_S = 40.0
-"""Interfaces are looked at with every beat; a loaded machine may be late."""
+"""Interfaces are refreshed with every heartbeat; a loaded machine may be late."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def two() -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
-    """A hub of this test."""
+    """This test's hub."""
     (tmp_path / "models").mkdir()
     with running_hub(tmp_path / "models", process=True) as running:
         yield running
@@ -73,7 +73,7 @@ async def nodes_on(
 
 
 async def told(here: Pulls, node: str) -> list[str]:
-    """The hosts that a node's fileserver tells, best first."""
+    """Return the hosts that a node's fileserver publishes, best first."""
     live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
     assert live is not None
     return [address.rpartition(":")[0] for address in live.facts.addresses]
@@ -112,13 +112,13 @@ async def test_of_several_networks_the_one_that_both_are_on_is_used(
     a, b = two
     wire("lan1", a, ("10.77.1.1/24",), b, ())
     wire("lan2", a, ("10.77.2.1/24", "fd77:2::1/64"), b, ("10.77.2.2/24",))
-    # Packets to the first network go somewhere, and nobody ever answers: whoever tried it first would wait.
+    # Packets to the first network are dropped without an answer: a node that tried it first would wait.
     b.ip("route", "add", "default", "via", "10.77.2.99")
     b.ip("neighbour", "replace", "10.77.2.99", "lladdr", "02:00:00:00:00:99", "dev", "lan2", "nud", "permanent")
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
         assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]  # IPv4 alone, for it listens on no other
         await pulled_from_a(here)
-        assert "was silent" not in here.site["b"]["fetcher"].log()
+        assert "sent nothing" not in here.site["b"]["fetcher"].log()
 
 
 async def test_a_dead_first_address_does_not_stall_a_pull(
@@ -127,7 +127,7 @@ async def test_a_dead_first_address_does_not_stall_a_pull(
     a, b = two
     wire("lan1", a, ("10.77.1.1/24",), b, ("10.77.1.2/24",))
     wire("lan2", a, ("10.77.2.1/24",), b, ("10.77.2.2/24",))
-    # As behind a switch that lost its way: what b sends to a's first address reaches nobody, and nothing says so.
+    # Like a broken switch: what b sends to a's first address is dropped, without an error.
     b.ip("neighbour", "replace", "10.77.1.1", "lladdr", "02:00:00:00:00:99", "dev", "lan1", "nud", "permanent")
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
         assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]
@@ -168,7 +168,7 @@ async def test_loopback_is_told_for_its_own_machine_and_another_namespace_is_ano
         local = next(
             link.address for live in lives[:1] if live for link in live.facts.links if link.kind == "loopback"
         )
-        # Something else listens on b's loopback at a's port: had b asked it, a source would have failed once.
+        # Another server listens on b's loopback at a's port: had b asked it, a source would have failed once.
         with relayed(b, int(local.rpartition(":")[2])):
             await pulled_from_a(here)
-        assert "a source failed" not in here.site["b"]["fetcher"].log()
+        assert "source failed" not in here.site["b"]["fetcher"].log()

@@ -1,4 +1,4 @@
-"""Offline: not one connection leaves for the hub, and what is somewhere in the cluster comes all the same."""
+"""Offline: no connection goes to the hub, and what the cluster has is pulled all the same."""
 
 from __future__ import annotations
 

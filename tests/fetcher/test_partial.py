@@ -33,7 +33,7 @@ BLOB = "ab" * 32
 
 
 def reserved(root: Path) -> Path:
-    """A partial as storage makes it, in a store at `root`. Returns its directory."""
+    """Create a partial blob as storage does, in a store at `root`. Returns its directory."""
     directory = Layout(root).partial(BLOB)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "data").touch()
@@ -41,12 +41,12 @@ def reserved(root: Path) -> Path:
 
 
 def opened(directory: Path, size_bytes: int) -> PartialBlob:
-    """That partial, to be written."""
+    """Open it for writing."""
     return PartialBlob(Layout(directory.parent.parent), BLOB, size_bytes)
 
 
 def missing_runs(partial: PartialBlob) -> list[tuple[int, int]]:
-    """Byte ranges that are not here."""
+    """Return the missing byte ranges."""
     ends = [
         (a * LEAF_BYTES, min(b * LEAF_BYTES, partial.size_bytes)) for a, b in runs_of(partial.all & ~partial.here)
     ]
@@ -54,19 +54,19 @@ def missing_runs(partial: PartialBlob) -> list[tuple[int, int]]:
 
 
 class Source:
-    """What a source sends in order, and what becomes of it."""
+    """What a source sends in order, and the result."""
 
     def __init__(self, partial: PartialBlob) -> None:
         self.partial, self.cutter = partial, Cutter(partial.size_bytes)
 
     async def write(self, data: bytes) -> None:
-        """Bytes that follow the last ones."""
+        """Add the next bytes."""
         for leaf, whole in self.cutter.feed(data):
             assert await self.partial.write(leaf, whole, vouch=True)
 
 
 async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None, begin: int = 0) -> Source:
-    """Write data from `begin` on, cut in pieces of these sizes, over and over."""
+    """Write data from `begin` on, in chunks of these sizes, cyclically."""
     source = Source(partial)
     source.cutter.begin_at(begin)
     at, end, turn = 0, len(data) if upto is None else upto, 0
@@ -78,13 +78,13 @@ async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | N
 
 
 def ready_leaves(directory: Path, size_bytes: int) -> set[int]:
-    """What others may ask for."""
+    """Return what others may request."""
     bitmap = read_ready(Layout(directory.parent.parent), BLOB, size_bytes)
     return {leaf for leaf in range(bitmap.leaves) if leaf in bitmap}
 
 
 def claims_only_what_is_there(directory: Path, data: bytes) -> Bitmap:
-    """The bitmap as a next start reads it, after checking every leaf that it claims."""
+    """Return the bitmap as the next start reads it, after checking every leaf that it claims."""
     bitmap = read_bitmap(directory, len(data))
     on_disk = (directory / "data").read_bytes()
     for leaf in range(bitmap.leaves):
@@ -166,7 +166,7 @@ async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claim
     data, directory = content(2 * LEAF_BYTES), reserved(tmp_path)
 
     class Crash(BaseException):
-        """The process ends here."""
+        """The process dies here."""
 
     real = os.pwrite
 

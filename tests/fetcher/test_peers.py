@@ -1,4 +1,4 @@
-"""Peers that lie, hang or leave, and clusters of more than two."""
+"""Peers that lie, hang or leave, and clusters of more than two nodes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIAR = "liar"
 
 @asynccontextmanager
 async def claiming(here: Pulls, server: Server, blobs: list[str], version: str = VERSION) -> AsyncIterator[None]:
-    """A node that is live, with this server, and says that it has these blobs of the test's model."""
+    """A live node with this server, which publishes that it has these blobs of the test's model."""
     live, state = live_key(LIAR, "fileserver"), download_key(LIAR, here.site.repo)
     holder = Holder(uid="liar", host="elsewhere", pid=1)
     await here.buckets.live.put(live, Live(holder=holder, version=version, facts=Facts(addresses=[server.address])))
@@ -40,7 +40,7 @@ async def claiming(here: Pulls, server: Server, blobs: list[str], version: str =
 
 
 async def blob_of(here: Pulls, path: str) -> str:
-    """The sha256 of a file, from a that has the model."""
+    """Return the sha256 of a file, from a, which has the model."""
     return next(f.sha256 for f in (await here.manifest("a")).files if f.path == path)
 
 
@@ -119,14 +119,14 @@ async def test_a_peer_that_cannot_give_what_it_claims_only_costs_time(site: Site
         await here.pull_ok("a")
         site.hub.reset_stats()
         async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
-            # Both nodes are asked in turn; a, which has it, ends it.
+            # Both nodes are asked in turn; a has it, which ends it.
             await here.pull_ok("b")
         await here.is_whole("b", files)
         assert site.hub_bytes() == 0
 
 
 async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -> None:
-    """An address that is none, and a blob's name that is none (I10)."""
+    """An invalid address, and an invalid blob name (I10)."""
     size = site.make(files := {"model.safetensors": noise(LEAF_BYTES, site.repo), "c.json": site.repo.encode()})
     async with site.join() as here, serving(b"") as server:
         bad = Server(0, [])
@@ -148,7 +148,7 @@ async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -
 
 @pytest.fixture
 def more_nodes(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Node]:
-    """c and d, not yet started."""
+    """c and d, not started yet."""
     homes: Path = tmp_path_factory.mktemp("more")
     environment = {"HF_ENDPOINT": site.hub.base_url}
     return {n: Node(homes / n, n, site.server.url, tuple(site["a"].services), **environment) for n in ("c", "d")}
@@ -171,7 +171,7 @@ async def test_I9_four_nodes_at_the_same_time_cost_the_hub_one_model(site: Site,
                     assert state.done_bytes == state.total_bytes == size
                     check_store(site[name])
                 await here.no_lease_is_left()
-                # The first three die; whoever asks next still needs no byte from the hub.
+                # The first three die; the next node still needs no byte from the hub.
                 site.hub.reset_stats()
                 assert (await here.delete("a")).ok
                 for node in more_nodes.values():
@@ -210,13 +210,13 @@ async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is
     directory.mkdir()
     (directory / "sitecustomize.py").write_text("import shoal_fetcher.swarm.swarm as s\ns.NO_PROGRESS_S = 1.0\n")
     usual = site["a"]["fetcher"].environment["PYTHONPATH"]
-    # 300 KB of each answer get through: bytes and bytes, and never a leaf.
+    # 300 KB of each answer get through: many bytes, and never a leaf.
     site.hub.set_faults(Faults(drop_at_byte=DropAtByte(after_bytes=300_000, times=None)))
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", PYTHONPATH=f"{directory}:{usual}")
         code, message = await here.pull_wrong("a")
         assert code == "unavailable"
-        assert "nothing was added to model.safetensors for 1 s" in message and "broke off" in message
+        assert "no progress on model.safetensors for 1 s" in message and "broke off" in message
         state = await here.state_now("a")
         assert state is not None and state.done_bytes == 0 and state.sources["hub"] > 300_000 // 2
         await here.nothing_is_left("a")

@@ -1,4 +1,4 @@
-"""What is said of a download: true, coalesced, and silent when there is nothing to say."""
+"""The published state of a download: true, coalesced, and silent when nothing changes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_idle_is_silent_and_a_stalled_download_has_no_speed(
         await eventually(lambda: speed(lambda s: s > 0), "a speed is said")
         await eventually(lambda: speed(lambda s: s == 0), "and taken back")
         before = await here.last_sequence("KV_state")
-        # Twenty more turns of the publisher, none of which has anything to say.
+        # Twenty more rounds of the publisher, none of which has anything to publish.
         with pytest.raises(AssertionError):
             await eventually(lambda: _beyond(here, before), "a write", 1.0)
         publishing.cancel()

@@ -1,4 +1,4 @@
-"""Measured rates above the order of kinds."""
+"""Measured rates take precedence over the order of kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaves from fileservers of every kind: bytes land where they belong, and whoever sends others is refused."""
+"""Leaves from fileservers of every kind: bytes land where they belong, and other answers are refused."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SIZE = len(DATA)
 
 
 def part(first: int, end: int, data: bytes = DATA) -> bytes:
-    """A right answer with leaves [first, end)."""
+    """Return a valid answer with leaves [first, end)."""
     start, stop = first * LEAF_BYTES, min(end * LEAF_BYTES, len(data))
     return reply(206, data[start:stop], content_range=f"bytes {start}-{stop - 1}/{len(data)}")
 
 
 class Caught:
-    """What lands, copied, and given back at once or when `give_back` is called."""
+    """Received leaves, copied, and returned at once or by `give_back`."""
 
     def __init__(self, keep: bool = False) -> None:
         self.leaves: dict[int, bytes] = {}
@@ -101,7 +101,7 @@ async def test_a_source_without_anything_wanted_says_so_and_the_connection_stays
     connected: list[int] = []
     async with serving(_counting(both, connected)) as server, PeerClient() as client:
         peers = peers_of(client, server)
-        # The test's server reads heads alone: a body of one byte would be the next head's first.
+        # The test's server reads heads only: a body of one byte would be the first of the next head.
         reply_ = await client.ask("b", server.address, "GET", "/x", {}, Whole(0, 1))
         assert reply_.status == 204
         await peers.leaves("b", BLOB, SIZE, 0, 1, caught.took)
@@ -224,7 +224,7 @@ async def test_a_crowded_node_says_when_to_come_back(said: str, wait_s: float) -
 async def test_I7_a_node_that_falls_silent_is_given_up_in_its_head_and_in_its_body() -> None:
     for said in (b"", b"HTTP/1.1 206 X\r\n", part(0, 1)[:5000]):
         async with serving(_says(said)) as server, PeerClient(silence_s=0.05) as client:
-            with pytest.raises(Unavailable, match="silent"):
+            with pytest.raises(Unavailable, match="sent nothing"):
                 await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
             assert client.buffers.out_count == 0
 
@@ -242,7 +242,7 @@ async def test_nobody_listening_is_the_node_away_and_the_next_address_is_tried()
     async with serving(b"") as gone:
         pass
     async with serving(part(0, 1)) as server, PeerClient() as client:
-        with pytest.raises(Unavailable, match="cannot be reached"):
+        with pytest.raises(Unavailable, match="is unreachable"):
             await peers_of(client, gone).leaves("b", BLOB, SIZE, 0, 1, caught.took)
         await peers_of(client, gone, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
     assert caught.is_right(0, 1)
@@ -279,7 +279,7 @@ async def test_a_list_is_read_in_pages_and_each_is_what_was_asked_for() -> None:
 
 
 async def test_leaves_in_memory_are_bounded_by_runs_and_not_by_their_length() -> None:
-    """Nothing is written: what has come stays in memory, and no more is read than there is room for."""
+    """Nothing is written: received leaves stay in memory, and no more is read than there are buffers for."""
     size_bytes, runs = 64 * LEAF_BYTES, 12
     data = bytes(LEAF_BYTES)
 

@@ -17,7 +17,7 @@ from tests.harness.waiting import eventually
 
 
 async def ends_so(site: Site, code: str, *words: str, phase: str = "failed", model: str = "") -> None:
-    """A pull on a ends with this code and these words, and nothing is left of it."""
+    """A pull on a fails with this code and these words, and leaves nothing behind."""
     async with site.join() as here:
         found, message = await here.pull_wrong("a", model)
         assert found == code and all(w in message for w in words), message
@@ -39,7 +39,7 @@ async def test_a_revision_that_does_not_exist(site: Site) -> None:
 async def test_a_hub_that_cannot_be_reached(site: Site) -> None:
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", HF_ENDPOINT="http://127.0.0.1:1")
-    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "cannot be reached")
+    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "is unreachable")
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher")
 
@@ -65,7 +65,7 @@ async def test_I3_a_model_beyond_the_quota_is_rejected_with_the_figures(site: Si
 
 
 async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Site) -> None:
-    """A limit in the process stands in for the disk: the same error, from the same call."""
+    """A limit in the process replaces the disk: the same error, from the same call."""
     size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", **_limited(site, 3 * LEAF_BYTES))
@@ -77,13 +77,13 @@ async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Sit
         state = await here.state("a", lambda s: s.phase == "ready")
         await here.is_whole("a", files)
         assert (state.error, state.blocked_since_s) == (None, 0.0)
-        # What the process took; the hub's own count has what filled the sockets of attempts that ended, too.
+        # What the process received; the hub's own count includes what filled the sockets of ended attempts.
         assert state.resumed_bytes == 3 * LEAF_BYTES and size - 3 * LEAF_BYTES <= state.sources["hub"] < 2 * size
         pull.cancel()
 
 
 def _limited(site: Site, file_bytes: int) -> dict[str, str]:
-    """An environment in which the process gives itself ENOSPC past so many bytes of a file."""
+    """Return an environment in which the process raises ENOSPC past so many bytes of a file."""
     directory = site["a"].home / "limited"
     directory.mkdir(exist_ok=True)
     (directory / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Flipped bytes on a node's disk: neither served nor announced, and repaired by asking for the bad leaves alone."""
+"""Flipped bytes on a node's disk: not served, not published, and repaired by fetching only the corrupt leaves."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.storage.test_verify import flip
 
 BLOB_LEAVES = 6
 TWO_BAD = (LEAF_BYTES + 5, 4 * LEAF_BYTES)
-"""Offsets in two leaves that do not touch."""
+"""Offsets in two leaves that are not adjacent."""
 
 
 def files_of(seed: str) -> dict[str, bytes]:
-    """A model with a blob of several MiB, the last leaf short."""
+    """A model with a blob of several MiB whose last leaf is short."""
     return {"model.safetensors": noise((BLOB_LEAVES - 1) * LEAF_BYTES + 99, seed), "config.json": b"{}"}
 
 
 async def rot(here: Pulls, node: str, *offsets: int) -> Manifest:
-    """Flip bytes of the large blob on a node's disk, and have it verified. Returns the manifest that stays."""
+    """Flip bytes of the large blob on a node's disk, and have it verified. Returns the manifest, which stays."""
     manifest = await here.manifest(node)
     path = here.site[node].layout.blob(weights(manifest))
     for offset in offsets:
@@ -42,12 +42,12 @@ async def rot(here: Pulls, node: str, *offsets: int) -> Manifest:
 
 
 def weights(manifest: Manifest) -> str:
-    """The large blob."""
+    """Return the large blob."""
     return next(f.sha256 for f in manifest.files if f.path == "model.safetensors")
 
 
 def asked_bytes(site: Site) -> int:
-    """Bytes of the large file that the hub was asked for. A GET without a range asks for all."""
+    """Return the bytes of the large file requested from the hub. A GET without a range requests all."""
     found = site.hub.stats().files.get(f"{site.repo}/model.safetensors")
     if found is None:
         return 0
@@ -57,7 +57,7 @@ def asked_bytes(site: Site) -> int:
 
 
 async def served(here: Pulls, node: str, blob: str) -> int:
-    """What a node's fileserver answers to who wants a blob."""
+    """Return a fileserver's answer to a request for a blob."""
     live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
     assert live is not None
     async with httpx2.AsyncClient(trust_env=False) as client:
@@ -116,7 +116,7 @@ async def test_leaves_that_lie_cost_one_whole_blob_and_never_a_wrong_byte(site: 
         manifest, layout = await here.manifest("a"), site["a"].layout
         blob = layout.blob(weights(manifest))
         flip(blob, LEAF_BYTES)
-        # Made of the flipped bytes: it calls the bad leaf good, and another one bad.
+        # Computed from the flipped bytes: it calls the corrupt leaf intact, and another one corrupt.
         data = blob.read_bytes()
         lie = [leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)]
         lie[3] = leaf_hash(b"?")

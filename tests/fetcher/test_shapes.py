@@ -1,4 +1,4 @@
-"""What a model takes is known before anybody pulls it: by headers, not one tensor, and not offline."""
+"""The size of a model is known before it is pulled: from headers only, and not offline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model(seed: str) -> dict[str, bytes]:
 
 
 async def shape(here: Pulls, node: str, name: str) -> ModelSize:
-    """What `nats req` of the question answers."""
+    """Return the reply to `nats req` with this request."""
     return await Ask(here.here.nats)("fetcher", node, "shape", AskShape(model=name), ModelSize, ASK_S)
 
 
@@ -72,7 +72,7 @@ async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) 
         assert gets == [1, 2, 2, 0]
         assert await shape(here, "a", found.model) == found
         assert [site.gets(path) for path in model(site.repo)] == gets
-        # Nothing was pulled by it.
+        # Nothing was pulled.
         assert await here.state_now("a") is None
 
 

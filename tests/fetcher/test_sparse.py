@@ -28,7 +28,7 @@ BLOB = "a" * 64
 
 
 def header(sizes: Mapping[str, int]) -> bytes:
-    """A safetensors file up to the header's end, for tensors of these sizes in this order."""
+    """Return a safetensors file up to the header's end, for tensors of these sizes in this order."""
     at, entries = 0, {}
     for name, size in sizes.items():
         entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
@@ -39,7 +39,7 @@ def header(sizes: Mapping[str, int]) -> bytes:
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[bytes, int]:
-    """The header of a file with the tensors of a model in any order, and the file's size."""
+    """Return the header of a file with a model's tensors in any order, and the file's size."""
     names = draw(st.permutations(NAMES))
     sizes = {
         name: draw(st.sampled_from([0, 1, 700, LEAF_BYTES - 1, LEAF_BYTES, 3 * LEAF_BYTES + 5])) for name in names

@@ -1,4 +1,4 @@
-"""Nodes that fetch the same blob at once: what it costs the hub, liars among them, and kill -9 of any of them."""
+"""Nodes that fetch the same blob at once: its cost for the hub, liars among them, and kill -9 of any of them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ KILL_ROUNDS = int(os.environ.get("SHOAL_KILL_ROUNDS", "2"))
 """Rounds of kills at random points, of each kind."""
 SLOW = Faults(bytes_per_s=8 * LEAF_BYTES)
 AHEAD_BYTES = 8 * LEAF_BYTES
-"""What the hub may have given to the sockets of a process that was killed."""
+"""Bytes that the hub may have sent into the sockets of a killed process."""
 
 
 @pytest.fixture
 def four(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The site with two nodes more, c and d."""
+    """The site with two more nodes, c and d."""
     homes: Path = tmp_path_factory.mktemp("four")
     services = tuple(site["a"].services)
     more = {n: Node(homes / n, n, site.server.url, services, HF_ENDPOINT=site.hub.base_url) for n in ("c", "d")}
@@ -57,7 +57,7 @@ def four(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
 
 
 def held(node: Node, blob: str) -> int:
-    """The leaves of a blob that a node can give, by its disk."""
+    """Return the leaves of a blob that a node can send, by its disk."""
     if blob in blobs(node):
         return run(0, leaf_count(blobs(node)[blob].stat().st_size))
     try:
@@ -68,7 +68,7 @@ def held(node: Node, blob: str) -> int:
 
 
 def asked_leaves(ranges: list[str], size_bytes: int) -> int:
-    """The leaves that these requests to the hub were for."""
+    """Return the leaves that these requests to the hub were for."""
     leaves = 0
     for one in ranges:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", one)
@@ -139,7 +139,7 @@ def zeros(leaf: bytes) -> bytes:
 
 
 def same_crc32(leaf: bytes) -> bytes:
-    """Other bytes with the same CRC32: a multiple of its polynomial more."""
+    """Return other bytes with the same CRC32, by adding a multiple of its polynomial."""
     bits = (1 << 32) | 0x04C11DB7
     change = bytearray(5)
     for place in range(33):
@@ -150,7 +150,7 @@ def same_crc32(leaf: bytes) -> bytes:
 
 
 def giving(content: bytes, edit: Callable[[bytes], bytes]) -> Answer:
-    """A fileserver that has a blob and edits each leaf of it. It gives no list."""
+    """A fileserver that has a blob and alters each leaf of it. It has no leaf list."""
     size = len(content)
 
     async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
@@ -185,13 +185,14 @@ async def test_I1_a_peer_that_edits_leaves_is_found_out_before_they_are_passed_o
             state = await here.pull_ok("b")
         await here.is_whole("b", files)
         said = site["b"]["fetcher"].log()[len(before) :]
-        assert 1 <= said.count('msg="wrong bytes"') <= 2, "it was asked for something, and not after two wrong leaves"
+        corrupt_count = said.count('msg="corrupt bytes from a node"')
+        assert 1 <= corrupt_count <= 2, "it was asked for something, and not after two wrong leaves"
         assert state.sources["a"] >= size and site.hub_bytes() == 0
 
 
 @asynccontextmanager
 async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -> AsyncIterator[None]:
-    """A live node that holds a blob's origin lease and tells, again and again, what its leaves hash to."""
+    """A live node that holds a blob's origin lease and publishes its leaf hashes again and again."""
     live = live_key(LIAR, "fileserver")
     holder = Holder(uid="liar", host="elsewhere", pid=1)
     await here.buckets.live.put(live, Live(holder=holder, version=VERSION, facts=Facts(addresses=[server.address])))
@@ -222,7 +223,7 @@ async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -
 
 
 async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fetched_anew_once(site: Site) -> None:
-    """All that it gives hashes to what it tells, and together it is another blob."""
+    """All that it sends matches its hashes, and together it is another blob."""
     size = site.make(files := {FILE: noise(12 * LEAF_BYTES, site.repo)})
     lies = flipped(files[FILE])
     async with site.join() as here, serving(giving(lies, bytes)) as server:
@@ -240,7 +241,7 @@ async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fe
         await here.is_whole("b", files)
         state = await here.state_now("b")
         assert state is not None and state.sources["hub"] == size <= state.sources[LIAR]
-        assert site.hub_bytes() == size and "starting again" in site["b"]["fetcher"].log()
+        assert site.hub_bytes() == size and "fetching it again" in site["b"]["fetcher"].log()
 
 
 @pytest.mark.deadline_s(60.0 + 30.0 * KILL_ROUNDS)
@@ -271,7 +272,7 @@ async def test_I6_kills_at_random_points_lose_nothing_and_end_in_whole_models(si
                 await here.state(name, lambda s: s.phase == "ready", repo, deadline_s=45.0)
                 await here.is_whole(name, files, repo)
                 check_store(site[name])
-            # While a sender's fileserver is away nobody has what it has: the hub may be asked for it once.
+            # While a sender's fileserver is down nobody has its leaves: they may be requested from the hub once.
             assert site.hub_bytes(repo) <= size + {"origin": AHEAD_BYTES, "receiver": 0, "sender": size}[who]
             for pull in pulls.values():
                 pull.cancel()  # its command is delivered again some time: the model stays, and that is soon answered

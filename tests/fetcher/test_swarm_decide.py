@@ -1,4 +1,4 @@
-"""What the swarm asks of whom: rules over random situations."""
+"""The scheduler's requests: properties over random states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph of who listens to whom: alike for all, connected, bounded, and steady."""
+"""The gossip graph: the same on all nodes, connected, bounded, and stable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decisions of many nodes together: a swarm finishes whatever happens to some of it, and evenly."""
+"""The decisions of many nodes together: a swarm finishes despite failures, and evenly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEADLINE_S = 3600.0
 
 
 def over_bound(outcome: Outcome, leaf_count: int) -> float:
-    """The last finish over F/B, the time that one copy of all takes on one link."""
+    """Return the last finish over F/B, the time that one copy takes on one link."""
     assert not outcome.unfinished
     return max(outcome.finished_s.values()) * B / (leaf_count * LEAF_BYTES)
 

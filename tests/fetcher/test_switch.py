@@ -1,4 +1,4 @@
-"""A source that sends nothing is left, the person sees which one it was, and nobody waits for it who need not."""
+"""A silent source is left, the state names it, and no pull waits for it without need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES = LEAVES * LEAF_BYTES
 
 
 def answer_to(asked: Asked, content: bytes) -> bytes:
-    """What was asked for of these bytes."""
+    """Return the requested range of these bytes."""
     first, last = (int(at) for at in asked.headers["range"].removeprefix("bytes=").split("-"))
     body = content[first : last + 1]
     head = (
@@ -36,7 +36,7 @@ async def test_a_peer_that_falls_silent_is_left_and_named_and_what_it_gave_is_no
         async with claiming(here, server, [hashlib.sha256(content).hexdigest()]):
             pull = await here.begin("a")
             await here.state("a", lambda s: s.switched == {LIAR: 1}, deadline_s=60)
-        # Now nobody but the hub has it.
+        # Now only the hub has it.
         assert (await pull).ok
         done = await here.state_now("a")
         assert done is not None and done.switched == {LIAR: 1}

@@ -1,4 +1,4 @@
-"""What a pull tells a collector: one trace through fetcher and storage, and how many bytes came from where."""
+"""Telemetry of a pull: one trace through fetcher and storage, and bytes by source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Collector:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def values(self, name: str) -> dict[tuple[str, ...], int]:
-        """A metric's last values, by its attributes."""
+        """Return a metric's last values, by its attributes."""
         found: dict[tuple[str, ...], int] = {}
         for request in self.metrics:
             for resource in request.resource_metrics:
@@ -57,7 +57,7 @@ class Collector:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A collector that listens."""
+    """A listening collector."""
     made = Collector()
     threading.Thread(target=made.server.serve_forever, daemon=True).start()
     yield made

@@ -1,1 +1,1 @@
-"""fetcher: brings models in, from peers or the hub."""
+"""fetcher: downloads models to this node, from other nodes or the hub."""

@@ -1,4 +1,4 @@
-"""Bringing one blob in: choose a source, read what is missing, have storage verify and commit it."""
+"""Fetches one blob: choose a source, read what is missing, have storage verify and commit it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal_common.logs import Log
 from shoal_common.messages.questions import Committed
 from shoal_common.messages.records import Manifest, ManifestFile
 from shoal_fetcher import small
-from shoal_fetcher.decide import Setbacks, is_relayed
+from shoal_fetcher.decide import HUB, FromHub, Setbacks, choose, is_relayed
 from shoal_fetcher.errors import LeavesLost, WrongWhole
 from shoal_fetcher.partial import PartialBlob
 from shoal_fetcher.progress import Progress
@@ -26,15 +26,15 @@ from shoal_fetcher.swarm.swarm import Swarm
 log = Log("fetch")
 
 AT_ONCE = 8
-"""Blobs that arrive at the same time, for all downloads of this node."""
-_LEAVES_LOST_TRIES = 3
-"""A disk that so often gives back something else than was written is not written to again."""
+"""Blobs that are fetched at the same time, for all downloads of this node."""
+_MAX_LEAVES_LOST = 3
+"""A disk that reads back wrong leaves this many times is not written to again."""
 
 
 class _Arrival(msgspec.Struct):
-    """A blob on its way, for as long as somebody here wants it."""
+    """A blob being fetched, while any download of this node wants it."""
 
-    one: asyncio.Lock
+    lock: asyncio.Lock
     wanted_count: int = 0
     committed: Committed | None = None
 
@@ -44,22 +44,22 @@ class BlobFetcher:
 
     def __init__(self, shared: Shared, layout: Layout, storage: Storage) -> None:
         self._shared, self._layout, self._storage = shared, layout, storage
-        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(AT_ONCE)
         self._arriving: dict[str, _Arrival] = {}
 
     async def fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None = None
     ) -> str:
-        """Make a blob present. Returns its sha256; peers hear of it with the next word of `progress`.
+        """Make a blob present. Returns its sha256, which peers learn from the next update of `progress`.
 
-        `wanted`: only these leaves (a set, `shoal_common/runs.py`) of a blob that is relayed: they are durable when
-        this returns, and the blob stays a partial, unless it was whole already.
+        `wanted`: only these leaves (a LeafSet) of a relayed blob. They are durable on return, and the blob stays
+        partial unless it was complete already.
         """
-        # Two models on their way may share a blob: one brings it in while the other waits for it.
+        # Two downloads may share a blob: one fetches it while the other waits.
         arrival = self._arriving.setdefault(file.blob, _Arrival(asyncio.Lock()))
         arrival.wanted_count += 1
         try:
-            async with arrival.one:
+            async with arrival.lock:
                 if arrival.committed is None:
                     with telemetry.step("file", path=file.path, size_bytes=file.size_bytes):
                         arrival.committed = await self._fetch(manifest, file, progress, wanted)
@@ -74,38 +74,49 @@ class BlobFetcher:
             if not arrival.wanted_count:
                 del self._arriving[file.blob]
 
+    def expected_source(self, manifest: Manifest, file: ManifestFile) -> str:
+        """Return the source that a blob would come from now: `hub` or a node."""
+        shared = self._shared
+        holders = shared.around.holders(file.blob, manifest)
+        origin = shared.around.origin(file.blob)
+        choice = choose(file.blob, holders, origin, shared.node, Setbacks(), shared.busy)
+        return HUB if isinstance(choice, FromHub) else choice.node
+
     async def _fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
     ) -> Committed | None:
-        """None when only a part was wanted, and is here."""
+        """Return None if only some leaves were wanted, and they are present."""
         setbacks, lost_count = Setbacks(), 0
         while True:
             try:
                 if is_relayed(file.blob, file.size_bytes):
-                    async with self._turn(progress):
-                        return await self._by_swarm(manifest, file, setbacks, progress, wanted)
+                    async with self._slot(progress):
+                        return await self._fetch_from_swarm(manifest, file, setbacks, progress, wanted)
                 return await small.fetch(
-                    self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._turn
+                    self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._slot
                 )
             except LeavesLost as e:
                 lost_count += 1
-                if lost_count == _LEAVES_LOST_TRIES:
+                if lost_count == _MAX_LEAVES_LOST:
                     raise
-                log.warning("fetching leaves again", path=file.path, why=e.message)
+                log.warning(
+                    "leaves were not written correctly, fetching them again", path=file.path, reason=e.message
+                )
             except WrongWhole as e:
-                # Whose word was taken for it is banned; raises when that was so before.
+                # Bans whoever vouched for the blob; raises if that has happened before.
                 setbacks.after(e, None)
-                log.warning("starting again", path=file.path, why=e.message)
+                progress.source_failed(file.path)
+                log.warning("blob does not hash to its name, fetching it again", path=file.path, reason=e.message)
                 progress.note(e.message)
 
     @asynccontextmanager
-    async def _turn(self, progress: Progress) -> AsyncIterator[None]:
+    async def _slot(self, progress: Progress) -> AsyncIterator[None]:
         queued_at_s = time.monotonic()
-        async with self._gate:
+        async with self._slots:
             progress.excuse(time.monotonic() - queued_at_s)
             yield
 
-    async def _by_swarm(
+    async def _fetch_from_swarm(
         self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
     ) -> Committed | None:
         await progress.say(waiting_for="")
@@ -114,18 +125,18 @@ class BlobFetcher:
             partial = PartialBlob(self._layout, file.blob, file.size_bytes)
             try:
                 async with partial:
-                    progress.excuse(time.monotonic() - began_s)  # after a power cut all of it was hashed again
+                    progress.excuse(time.monotonic() - began_s)  # after a power cut the leaves were hashed again
                     leaves = partial.all if wanted is None else partial.all & wanted
                     fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
                     root = await Swarm(fetch, held).run()
             except WrongWhole:
-                root, leaves = "", partial.all  # storage finds so too, says what it hashes to, and discards it
+                root, leaves = "", partial.all  # the commit hashes it too, reports the hash and discards it
             finally:
                 progress.durable(file.blob, partial.durable_bytes)
             if leaves != partial.all:
                 return None
             committed = await self._commit(file, progress, root)
-            # Only then goes an origin's lease back: who takes it next looks in `state` first.
+            # The origin lease is released only after that: the next holder checks `state` first.
             progress.when_told(held.pop_all())
             return committed
 
@@ -133,7 +144,7 @@ class BlobFetcher:
         try:
             committed = await self._storage.commit(file.blob, root)
         except WrongWhole:
-            progress.durable(file.blob, 0)  # storage has discarded them all
+            progress.durable(file.blob, 0)  # storage has discarded all leaves
             raise
         progress.whole(file.blob, committed.sha256, committed.size_bytes, committed.root)
         return committed

@@ -1,7 +1,7 @@
-"""A full disk: the download says so, waits until storage has room again, and goes on by itself.
+"""A full disk: the download reports it, waits until storage has free space again, and resumes.
 
-Nobody has to be asked twice: what frees space shows in the facts of this node's storage, and it is asked again then,
-and now and then besides. Storage makes room where its policy is to.
+No command is needed: freed space shows in the facts of this node's storage, which is then asked again, and also at
+intervals. Storage evicts if its policy allows it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from shoal_fetcher.surroundings import Surroundings
 
 log = Log("blocked")
 
-_AT_LEAST_S = 1.0
-"""Between two questions, however often the disk changes."""
+_MIN_INTERVAL_S = 1.0
+"""Between two requests to storage, however often the disk changes."""
 
 
 class Blockage:
-    """What one download does about a full disk, each time that it meets one."""
+    """Waits for free space on behalf of one download, each time it meets a full disk."""
 
     def __init__(
         self,
@@ -39,60 +39,60 @@ class Blockage:
     ) -> None:
         self._progress, self._storage, self._around = progress, storage, around
         self._layout, self._clock_s = layout, clock_s
-        # A fetcher that is started again goes on with the same wait: its end must not move away with each start.
+        # A restarted fetcher continues the same wait: its deadline must not move with each start.
         self._durable_bytes = progress.state.done_bytes if progress.state.blocked_since_s else -1
-        self._in_vain_count = 0
+        self._futile_attempts = 0
 
-    async def wait_for_room(self, model: str, met: DiskFull) -> None:
-        """Return when it is worth trying again. Raises DiskFull when nothing has come of that for MAX_BLOCKED_S."""
+    async def wait_for_room(self, model: str, disk_full: DiskFull) -> None:
+        """Return when a retry is worthwhile. Raises DiskFull if nothing became durable for MAX_BLOCKED_S."""
         progress = self._progress
         moved = progress.done_bytes > self._durable_bytes
         self._durable_bytes = progress.done_bytes
-        self._in_vain_count = 0 if moved else self._in_vain_count + 1
+        self._futile_attempts = 0 if moved else self._futile_attempts + 1
         now_s = round(self._clock_s(), 3)
         since_s = now_s if moved else progress.state.blocked_since_s or now_s
-        log.warning("blocked", model=model, why=met.message)
-        error = met.body()
-        await progress.say(phase="blocked", waiting_for=met.message, error=error, blocked_since_s=since_s)
-        await asyncio.sleep(in_vain_delay_s(self._in_vain_count))
-        asked_count, words = 0, met.message
+        log.warning("disk full, download blocked", model=model, reason=disk_full.message)
+        error = disk_full.body()
+        await progress.say(phase="blocked", waiting_for=disk_full.message, error=error, blocked_since_s=since_s)
+        await asyncio.sleep(in_vain_delay_s(self._futile_attempts))
+        attempt, reason = 0, disk_full.message
         while True:
             if self._clock_s() - since_s > MAX_BLOCKED_S:
                 raise DiskFull(
                     f"the disk was full for {MAX_BLOCKED_S / 3600:.0f} h while {progress.state.model} arrived "
-                    f"({words}); what has arrived is kept: free some space and pull again",
-                    **met.details,
+                    f"({reason}); the partial download is kept: free some space and pull again",
+                    **disk_full.details,
                 )
-            seen = self._around.disk()
+            disk_before = self._around.disk()
             try:
-                still = await self._look(model, met)
-                if still is None:
+                shortage = await self._shortage(model, disk_full)
+                if shortage is None:
                     break
-                words = still.message
-                await progress.say(waiting_for=words, error=still)
+                reason = shortage.message
+                await progress.say(waiting_for=reason, error=shortage)
             except ShoalError as e:
-                log.warning("storage does not say whether there is room", model=model, why=e.message)
-            asked_count += 1
-            await asyncio.sleep(_AT_LEAST_S)
-            await self._around.disk_changed(seen, look_again_s(asked_count))
-        log.info("there is room again", model=model)
+                log.warning("storage did not report its free space", model=model, reason=e.message)
+            attempt += 1
+            await asyncio.sleep(_MIN_INTERVAL_S)
+            await self._around.disk_changed(disk_before, look_again_s(attempt))
+        log.info("free space again, download resumes", model=model)
         progress.moved()
 
-    async def _look(self, model: str, met: DiskFull) -> ErrorBody | None:
-        """What still keeps it from getting on; None: nothing that is known."""
+    async def _shortage(self, model: str, disk_full: DiskFull) -> ErrorBody | None:
+        """Return what still blocks the download; None if nothing is known to."""
         room = await self._storage.room(model)
         if not room.enough:
             return DiskFull(
-                f"disk full: {room.words}; free some space and it goes on by itself",
+                f"disk full: {room.words}; free some space and the download resumes",
                 lacking_bytes=room.lacking_bytes,
                 free_bytes=room.free_bytes,
                 headroom_bytes=room.headroom_bytes,
             ).body()
-        if blob := met.details.get("blob"):
+        if blob := disk_full.details.get("blob"):
             try:
                 await asyncio.to_thread(probe, self._layout.partial(blob))
             except DiskFull as e:
                 return e.body()
             except ReservationLost:
-                return None  # it is reserved anew
+                return None  # it is reserved again
         return None

@@ -1,4 +1,4 @@
-"""Bytes that come in order, cut into leaves. Pure."""
+"""Splits a stream of bytes into leaves. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shoal_common.layout import LEAF_BYTES, leaf_count
 
 
 class Cutter:
-    """What a source sends one after the other, whatever its chunks, as the whole leaves of a blob."""
+    """Splits what a source sends in order, in chunks of any size, into the leaves of a blob."""
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -16,17 +16,17 @@ class Cutter:
 
     @property
     def leaf(self) -> int:
-        """The leaf that comes next."""
+        """The next leaf."""
         return self._leaf
 
     def begin_at(self, offset: int) -> None:
-        """The next bytes belong here, on a leaf's boundary. What was held of an unfinished leaf is dropped."""
+        """Continue at this offset, a leaf boundary. Bytes of an unfinished leaf are dropped."""
         assert offset % LEAF_BYTES == 0
         self._leaf = offset // LEAF_BYTES
         self._held.clear()
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Take bytes that follow the last ones; give each leaf that they complete, with its number."""
+        """Add the next bytes; yield each leaf they complete, with its number."""
         self._held += data
         while self._held and self._leaf < leaf_count(self.size_bytes):
             size = min(LEAF_BYTES, self.size_bytes - self._leaf * LEAF_BYTES)
@@ -39,5 +39,5 @@ class Cutter:
 
     @property
     def overflowing(self) -> bool:
-        """Whether the source sends more than the blob has."""
+        """Whether the source sends more bytes than the blob has."""
         return bool(self._held) and self._leaf >= leaf_count(self.size_bytes)

@@ -1,4 +1,4 @@
-"""What the fetcher decides, apart from doing it: where a blob comes from, and how failures end. Pure."""
+"""Which source a blob comes from, and what follows from a failure. Pure."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from shoal_common.messages.records import DownloadPhase, DownloadState, Manifest
 from shoal_fetcher.errors import RateLimited, ReservationLost, WrongWhole
 
 HUB = "hub"
-"""The hub among sources."""
+"""The hub, as the name of a source."""
 MIN_RELAYED_LEAVES = 2
 
 
 class FromPeer(msgspec.Struct, frozen=True):
-    """Take it from this node, which has all of it."""
+    """Fetch it from this node, which has the complete blob."""
 
     node: str
     sha256: str
 
 
 class FromHub(msgspec.Struct, frozen=True):
-    """Nobody has it and nobody is getting it: become its origin."""
+    """No node has it or is fetching it: become its origin."""
 
 
 class WaitFor(msgspec.Struct, frozen=True):
-    """Another node is getting it from the hub: take it from there when it has it."""
+    """Another node is reading it from the hub: fetch it from there."""
 
     node: str
 
@@ -49,7 +49,7 @@ Choice = FromPeer | FromHub | WaitFor
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """A live peer that has a blob whole; its sha256, which a manifest from the hub may not have."""
+    """A live peer that has the complete blob, and its sha256, which a manifest from the hub may lack."""
 
     node: str
     sha256: str
@@ -63,20 +63,20 @@ def holders(
     reachable: Iterable[str],
     me: str,
 ) -> list[Holding]:
-    """The live peers that have a blob of this model, by what they say of themselves."""
+    """Return the live peers that have a blob of this model, by what they publish."""
     live = set(reachable) - {me}
-    found: dict[str, str] = {}
+    sha256_by_node: dict[str, str] = {}
     for model in models:
-        # A node that has the model has its blob under its sha256; one known only by git's sha1 it lists below.
+        # A node that has the model has its blobs by sha256; those known only by git's sha1 are in its download state.
         if model.node in live and model.model == manifest.model and not blob.startswith("git-"):
-            found[model.node] = blob
+            sha256_by_node[model.node] = blob
     for download in downloads:
         if download.node not in live:
             continue
         sha256 = download.known.get(blob, blob)
         if sha256 in download.blobs:
-            found[download.node] = sha256
-    return [Holding(node, found[node]) for node in sorted(found)]
+            sha256_by_node[download.node] = sha256
+    return [Holding(node, sha256_by_node[node]) for node in sorted(sha256_by_node)]
 
 
 def choose(
@@ -87,10 +87,10 @@ def choose(
     setbacks: Setbacks,
     busy: Mapping[str, int],
 ) -> Choice:
-    """Where to take a blob from.
+    """Return where to fetch a blob from.
 
-    A peer if one has it: one that has not failed us, the one we ask least, ties broken differently on each node so
-    that the load spreads. Else whoever holds its origin lease; else the hub, under that lease (I9).
+    From a peer that has it: the one with the fewest failures, then the least busy, ties broken differently on each
+    node to spread the load. Else from whoever holds its origin lease; else from the hub, under that lease (I9).
     """
     usable = setbacks.usable(found)
     if usable:
@@ -106,46 +106,46 @@ def choose(
     return FromHub()
 
 
-def sealed_root(said: Iterable[str]) -> str:
-    """The root that all agree on who say one. Where two differ, neither is believed: sha256 decides."""
-    roots = set(said) - {""}
-    return roots.pop() if len(roots) == 1 else ""
+def sealed_root(published: Iterable[str]) -> str:
+    """Return the leaf-list digest that all who publish one agree on; "" if they differ: then sha256 decides."""
+    digests = set(published) - {""}
+    return digests.pop() if len(digests) == 1 else ""
 
 
 def is_relayed(blob: str, size_bytes: int) -> bool:
-    """Whether nodes pass a blob on while it arrives. Small files are taken whole, from whoever has them."""
+    """Return whether nodes relay a blob while it arrives. Small blobs are fetched whole from a node that has them."""
     return not blob.startswith("git-") and leaf_count(size_bytes) >= MIN_RELAYED_LEAVES
 
 
 def sealed(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
-    """The manifest with every sha256 that has been learned."""
+    """Return the manifest with every sha256 that has been learned."""
     files = [
         ManifestFile(path=f.path, size_bytes=f.size_bytes, sha256=known.get(f.blob, f.sha256), git_sha1=f.git_sha1)
-        for f in manifest.files  # roots of leaf lists are storage's to say
+        for f in manifest.files  # leaf-list digests are set by storage
     ]
     return Manifest(repo=manifest.repo, commit=manifest.commit, files=files, revisions=manifest.revisions)
 
 
 def ended_as(error: ShoalError) -> DownloadPhase:
-    """How a download ends that met this error: storage's refusals are `rejected`, all else `failed`."""
+    """Return the phase of a download that ends with this error: `rejected` if over quota, else `failed`."""
     return "rejected" if isinstance(error, QuotaExceeded) else "failed"
 
 
 PEER_TRIES = 5
-"""A peer that fails so often in a row is passed over: about 8 s, in which a service that was killed is back."""
+"""A peer is skipped after this many failures in a row: about 8 s, in which a killed service has restarted."""
 BAD_LEAVES = 2
-"""A node that sent so many wrong leaves of a blob is not asked for it any more."""
+"""A node that has sent this many corrupt leaves of a blob is banned for it."""
 EARLIER = ""
-"""The giver of leaves that were here before: nobody knows any more who it was."""
+"""The source of leaves that were on disk before this attempt: it is not known any more."""
 MAX_ASKED_WAIT_S = 1800.0
-"""The hub may make us wait so long in all for one blob."""
+"""Longest time in all that the hub may make us wait for one blob."""
 
 
 class Setbacks(msgspec.Struct):
-    """What went wrong so far while one blob was fetched, and which peers are set aside for it."""
+    """Failures while one blob is fetched, and the peers that are banned for it."""
 
     corrupt: set[str] = msgspec.field(default_factory=set)
-    """Peers that gave wrong bytes: never asked again for this blob."""
+    """Peers that sent corrupt bytes: never asked again for this blob."""
     failures_of: dict[str, int] = msgspec.field(default_factory=dict)
     """Other failures, by peer."""
     hub_failures: int = 0
@@ -153,31 +153,30 @@ class Setbacks(msgspec.Struct):
     asked_wait_s: float = 0.0
     last: ShoalError | None = None
     givers: set[str] = msgspec.field(default_factory=set)
-    """Whose word was taken for leaves that have arrived, before any list was sealed: nodes, `hub`, and EARLIER."""
+    """Who vouched for leaves that arrived before a list was sealed: nodes, `hub`, and UNKNOWN_SOURCE."""
     bad_leaves_of: dict[str, int] = msgspec.field(default_factory=dict)
-    """Leaves that did not hash to what the list says, by who sent them."""
+    """Number of corrupt leaves, by sender."""
     alone: bool = False
-    """Somebody's word was wrong, and nobody knows whose: nothing but the hub's, or one node's, is taken any more."""
+    """Somebody vouched for corrupt leaves and it is unknown who: from now on only one source is trusted."""
 
     def usable(self, found: Iterable[Holding]) -> list[Holding]:
-        """The holders that may be asked now."""
+        """Return the holders that may be asked now."""
         return [h for h in self.trusted(found) if self.failures_of.get(h.node, 0) < PEER_TRIES]
 
     def trusted(self, found: Iterable[Holding]) -> list[Holding]:
-        """The holders that may be asked now or later."""
+        """Return the holders that may be asked now or later."""
         return [h for h in found if h.node not in self.corrupt]
 
     def after(self, error: ShoalError, peer: str | None, hopes: bool = False) -> float:
-        """Seconds to wait before the next try; raises the error when trying again cannot help.
+        """Return the seconds to wait before the next attempt; raises the error if a retry cannot help.
 
-        `peer` is the node that failed, None for the hub. Wrong bytes set a peer aside, and cost the hub one clean
-        restart. After other failures we try again: peers first, for each byte from the hub is one too many (I9);
-        when the hub fails too, peers get another chance. `hopes`: a peer has the blob, so that a hub which refuses
-        is not the end.
+        `peer` is the node that failed, None for the hub. Corrupt bytes ban a peer, and allow the hub one clean
+        restart. Other failures are retried: peers first, to keep bytes from the hub few (I9); when the hub fails too,
+        peers get another chance. `has_peer`: a peer has the blob, so a refusal by the hub is not final.
         """
         self.last = error
         if isinstance(error, ReservationLost | NodeAway | Expired | DiskFull):
-            raise error  # our own storage, our own disk: no source is to blame
+            raise error  # our own storage or disk: no source is to blame
         if isinstance(error, WrongWhole):
             givers, self.givers = self.givers, set()
             if len(givers) != 1 or EARLIER in givers:
@@ -207,45 +206,45 @@ class Setbacks(msgspec.Struct):
         return retry_delay_s(self.hub_failures)
 
     def _after_mixed(self, givers: set[str], error: ShoalError) -> float:
-        # One of them lied. It starts again, once, and takes nobody's word but one source's.
+        # One of several lied. Start again, once, and trust only one source.
         if self.alone:
             raise error
         self.alone = True
         self.hub_was_corrupt |= HUB in givers and EARLIER not in givers
-        if not givers & self.corrupt:  # of whom it is known already, it was
+        if not givers & self.corrupt:  # if one of them is known to be corrupt, it is to blame
             self.corrupt |= givers - {HUB, EARLIER}
         return 0.0
 
     def bad_leaf(self, node: str) -> bool:
-        """A node sent a leaf that is not what the list says. Whether it is banned for this blob now."""
+        """Count a corrupt leaf of a node. Returns whether the node is banned for this blob now."""
         self.bad_leaves_of[node] = self.bad_leaves_of.get(node, 0) + 1
         if self.bad_leaves_of[node] >= BAD_LEAVES:
             self.corrupt.add(node)
         return node in self.corrupt
 
     def may_ask(self, node: str) -> bool:
-        """Whether a node may be asked for what it has of this blob."""
+        """Return whether a node may be asked for its leaves of this blob."""
         return not self.alone and node not in self.corrupt and self.failures_of.get(node, 0) < PEER_TRIES
 
 
 def retry_delay_s(failures: int) -> float:
-    """Seconds to wait after the n-th failure in a row: 0.25, 0.5, … at most 8."""
+    """Return the seconds to wait after the n-th failure in a row: 0.25, 0.5, … at most 8."""
     return float(min(0.25 * 2 ** min(max(failures - 1, 0), 10), 8.0))
 
 
 MAX_BLOCKED_S = 24 * 3600.0
-"""A download that a full disk has kept from getting on for so long fails (I7)."""
+"""A download fails after a full disk has blocked it for this long (I7)."""
 
 
 def in_vain_delay_s(count: int) -> float:
-    """Seconds to wait before writing is tried for the n-th time after none of it became durable, though storage says
-    that there is room: a quota of the file system, say. 0, 1, 2, … at most 60.
+    """Return the seconds to wait after the n-th attempt that made nothing durable although storage reports space, as
+    under a quota of the file system: 0, 1, 2, … at most 60.
     """
     return 0.0 if count <= 0 else float(min(2 ** min(count - 1, 10), 60))
 
 
 def look_again_s(count: int) -> float:
-    """Seconds until storage is asked for the n-th time whether there is room, if nothing is heard before: 5, 10, … at
-    most 60.
+    """Return the seconds until storage is asked for the n-th time for free space, if nothing changes before: 5, 10, …
+    at most 60.
     """
     return float(min(5 * 2 ** min(max(count - 1, 0), 10), 60))

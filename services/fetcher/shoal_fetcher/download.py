@@ -11,6 +11,7 @@ from msgspec import structs
 from shoal_common import clock, telemetry
 from shoal_common.buckets import Buckets, download_key
 from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
+from shoal_common.events import Events
 from shoal_common.layout import Layout
 from shoal_common.logs import Log
 from shoal_common.messages.questions import AskManifest
@@ -25,20 +26,21 @@ from shoal_fetcher.hub import Hub
 from shoal_fetcher.partial import held_bytes
 from shoal_fetcher.parts import Lists, PartFetch, sealed_lists
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.source_changes import SourceChange
 from shoal_fetcher.storage import Storage
 from shoal_fetcher.surroundings import Surroundings
 from shoal_fetcher.wishes import Wishes
 
 log = Log("download")
 
-_RESOLVE_TRIES = 4
-_RESERVE_TRIES = 3
-_FILES_IN_HAND = 32
-"""Files of one download that wait for a source or arrive; the rest waits for these."""
+_MAX_RESOLVE_ATTEMPTS = 4
+_MAX_RESERVE_ATTEMPTS = 3
+_MAX_CONCURRENT_FILES = 32
+"""Files of one download that are fetched or wait for a source at a time."""
 
 
 class Download:
-    """A model on its way to this node. `run` it as a task; `ended` tells how it ended."""
+    """One model being downloaded to this node. `run` it as a task; `ended` resolves with the result."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Download:
         layout: Layout,
         buckets: Buckets,
         ask: Ask,
+        events: Events,
         storage: Storage,
         hub: Hub,
         around: Surroundings,
@@ -59,25 +62,27 @@ class Download:
         wanted_elsewhere: Callable[[Download], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
-        self._buckets, self._ask, self._storage, self._hub = buckets, ask, storage, hub
+        self._buckets, self._ask, self._events, self._storage, self._hub = buckets, ask, events, storage, hub
         self._around, self._blobs, self._wishes, self._leaf_lists = around, blobs, wishes, leaf_lists
         self.layers = layers
-        """Of which layers it brings what is needed; none: all of the model."""
+        """The layers whose tensors it fetches; empty: the whole model."""
         self._wanted_elsewhere = wanted_elsewhere
         self._key = download_key(node, str(ref))
         self._reserved_commit = before.commit if before else ""
-        """Of what, if anything, storage may hold a reservation made for this download, in this life or an earlier."""
-        self._blobs_before = before.blobs if before else []
-        self._resumed_told = False
+        """Commit for which storage may hold a reservation of this download, from this process or an earlier one."""
+        self._previous_blobs = before.blobs if before else []
+        self._resumed_published = self._has_started = False
         self._ending = False
         now_s = round(clock.now_s(), 3)
         state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED:
             state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)
-        # After a restart of this service the story goes on. What an ended download left on the disk counts as well,
-        # until storage says what is there: a hub that is down must not cost what has arrived.
+        # After a restart the download continues. What an ended download left on the disk counts as well, until
+        # storage says what is present: a hub that is down must not discard what has arrived.
         self.progress = Progress(
-            buckets.state, structs.replace(state, phase="queued", resumed_bytes=0, layers=layers)
+            buckets.state,
+            structs.replace(state, phase="queued", resumed_bytes=0, layers=layers),
+            self._emit_source_change,
         )
         self._blockage = Blockage(self.progress, storage, around, layout)
         self.ended = ended or asyncio.get_running_loop().create_future()
@@ -85,49 +90,50 @@ class Download:
 
     @property
     def commit(self) -> str:
-        """The commit that is being fetched, once it is known."""
+        """The commit being fetched; "" until it is known."""
         return self._reserved_commit
 
     async def run(self) -> None:
-        """Bring the model in. Ends with `ended` set, the state written and the wish for it withdrawn."""
+        """Download the model. On return `ended` is set, the state is published and the request deleted."""
         publishing = asyncio.create_task(self.progress.publish_forever())
         try:
             with telemetry.step("transfer", model=str(self.ref)), telemetry.download_under_way():
-                await self._bring_in()
+                await self._download()
             self._ending = True
             await self._end("ready", None)
-        except Exception as e:  # noqa: BLE001  # whoever asked is owed an end; one bad download must not end the others
+        except Exception as e:  # noqa: BLE001  # callers must get a result, and one failed download must not end the others
             self._ending = True
-            error = _ours(e, self.ref)
-            log.warning("download ended", model=str(self.ref), why=error.message, code=error.code)
+            error = _as_shoal_error(e, self.ref)
+            log.warning("download failed", model=str(self.ref), reason=error.message, code=error.code)
             if not self.progress.done_bytes:
                 with suppress(ShoalError):
                     await self._release()
             await self._end(ended_as(error), error)
+            await self._emit_failure(error)
         finally:
             publishing.cancel()
             await self.progress.close()
 
     async def stop(self, running: asyncio.Task[None]) -> bool:
-        """Stop, and keep what has arrived and what is reserved. False: it has ended by itself."""
-        if not self._ending:  # an end that has begun is not cut in half
+        """Stop, and keep the bytes and the reservation. Returns False if the download ended by itself."""
+        if not self._ending:  # do not interrupt an end that has begun
             running.cancel()
         await asyncio.wait({running})
         return not self.ended.done()
 
     async def say_paused(self, why: Paused) -> None:
-        """A person has stopped it: say so, to those too who wait for it."""
+        """Publish that a person paused it, and raise `why` to the callers that wait for it."""
         if not self.ended.done():
             self.ended.set_exception(why)
         await self.progress.say(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
 
     async def withdraw(self, running: asyncio.Task[None]) -> None:
-        """Stop, forget the wish and give back what was reserved. Idempotent.
+        """Stop, delete the request and release the reservation. Idempotent.
 
-        Raises when storage is away: the state stays then, so that the next attempt, or the next start, goes on here.
+        Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues here.
         """
         await self.stop(running)
-        why = Withdrawn(f"the download of {self.ref} was withdrawn")
+        why = Withdrawn(f"the download of {self.ref} was cancelled")
         if not self.ended.done():
             self.ended.set_exception(why)
         await self._wishes.end(str(self.ref), why)
@@ -137,7 +143,7 @@ class Download:
     async def _end(self, phase: DownloadPhase, error: ShoalError | None) -> None:
         body = error.body() if error else None
         await self.progress.say(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
-        # The wish has been answered. Were it kept, a model lost later would come back uninvited.
+        # The request is done. If it were kept, a model lost later would be downloaded again unasked.
         await self._wishes.end(str(self.ref), error or self.progress.state)
         if not self.ended.done():
             if error is None:
@@ -145,22 +151,46 @@ class Download:
             else:
                 self.ended.set_exception(error)
 
+    async def _emit_started(self, manifest: Manifest, files: list[ManifestFile], size_bytes: int | None) -> None:
+        """Emit `download_started`, once, with the source that the largest missing file is to come from."""
+        if self._has_started or not files:
+            return
+        self._has_started = True
+        largest = max(files, key=lambda file: file.size_bytes)
+        fields: dict[str, object] = {} if size_bytes is None else {"size_bytes": size_bytes}
+        if source := self._blobs.expected_source(manifest, largest):
+            fields["source"] = source
+        await self._events.tell("download_started", model=str(self.ref), **fields)
+
+    async def _emit_failure(self, error: ShoalError) -> None:
+        if ended_as(error) == "rejected":
+            figures = {
+                name: value for name, value in error.details.items() if name.endswith("_bytes") and value is not None
+            }
+            await self._events.tell("download_rejected", model=str(self.ref), message=error.message, **figures)
+        else:
+            await self._events.tell("download_failed", model=str(self.ref), code=error.code, message=error.message)
+
+    async def _emit_source_change(self, change: SourceChange) -> None:
+        fields = {"from": change.before, "to": change.now}
+        await self._events.tell("download_source_changed", model=str(self.ref), file=change.path, **fields)
+
     async def _release(self) -> None:
-        """Give back what was reserved, unless another download here brings the same commit."""
+        """Release the reservation, unless another download of this node needs the same commit."""
         if not self._reserved_commit or self._wanted_elsewhere(self):
             return
-        blobs = {*self._blobs_before, *self.progress.state.blobs}
+        blobs = {*self._previous_blobs, *self.progress.state.blobs}
         try:
             await self._storage.release(self.ref.repo, self._reserved_commit, blobs)
         except ShoalError as e:
-            log.warning("a reservation could not be given back", model=str(self.ref), why=e.message)
+            log.warning("could not release a reservation", model=str(self.ref), reason=e.message)
             raise
 
-    async def _bring_in(self) -> None:
+    async def _download(self) -> None:
         await self.progress.say(phase="queued", error=None, waiting_for="")
         manifest = await self._resolve()
         if self._reserved_commit not in ("", manifest.commit):
-            log.info("the revision has moved on", model=str(self.ref), commit=manifest.commit)
+            log.info("revision moved to another commit", model=str(self.ref), commit=manifest.commit)
             await self._release()
         self._reserved_commit = manifest.commit
         lost_count, durable_bytes = 0, 0
@@ -168,56 +198,56 @@ class Download:
             try:
                 return await self._reserve_and_fetch(manifest)
             except ReservationLost as e:
-                # It has ended, storage was restarted, or somebody removed files by hand: ask anew what is here.
+                # It expired, storage was restarted, or files were removed by hand: ask again what is present.
                 lost_count = 1 if self.progress.done_bytes > durable_bytes else lost_count + 1
                 durable_bytes = max(durable_bytes, self.progress.done_bytes)
-                if lost_count == _RESERVE_TRIES:
+                if lost_count == _MAX_RESERVE_ATTEMPTS:
                     raise
-                log.warning("reserving again", model=str(self.ref), why=e.message)
+                log.warning("reservation lost, reserving again", model=str(self.ref), reason=e.message)
             except DiskFull as e:
                 await self._blockage.wait_for_room(manifest.model, e)
 
     async def _resolve(self) -> Manifest:
-        """The manifest: from this node, where it may be broken, or another that has the model; else from the hub."""
-        for attempt in range(1, _RESOLVE_TRIES + 1):
-            manifest = await self._from_this_disk() or await self._from_a_node()
+        """Return the manifest: from this node (even if incomplete), another that has the model, or the hub."""
+        for attempt in range(1, _MAX_RESOLVE_ATTEMPTS + 1):
+            manifest = await self._own_manifest() or await self._peer_manifest()
             if manifest is not None:
                 return manifest
             try:
                 return await self._hub.resolve(self.ref)
             except HubUnavailable as e:
-                if attempt == _RESOLVE_TRIES or self._hub.offline:
+                if attempt == _MAX_RESOLVE_ATTEMPTS or self._hub.offline:
                     raise
                 await self.progress.say(waiting_for=e.message)
                 await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else retry_delay_s(attempt))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
-    async def _from_a_node(self) -> Manifest | None:
+    async def _peer_manifest(self) -> Manifest | None:
         for node, model in self._around.nodes_with(self.ref):
             try:
                 manifest = await self._ask("storage", node, "manifest", AskManifest(model=model), Manifest)
             except ShoalError as e:
-                log.info("a node could not give its manifest", peer=node, why=e.message)
+                log.info("a node did not return its manifest", peer=node, reason=e.message)
                 continue
             if manifest.model == model and manifest.sealed:
                 return structs.replace(manifest, revisions=[self.ref.revision])
-            log.warning("a node gave another manifest than was asked for", peer=node, model=model)
+            log.warning("a node returned the wrong manifest", peer=node, model=model)
         return None
 
-    async def _from_this_disk(self) -> Manifest | None:
-        """Of a commit that is here, though it has lost blobs: it is repaired though nobody else has it any more."""
+    async def _own_manifest(self) -> Manifest | None:
+        """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
         if not is_commit(self.ref.revision):
-            return None  # what a branch stands for now only others can say
+            return None  # only others know which commit a branch names now
         question = AskManifest(model=str(self.ref), broken=True)
         try:
             manifest = await self._ask("storage", self._node, "manifest", question, Manifest)
         except ShoalError as e:
-            log.info("this node has no manifest", model=str(self.ref), why=e.message)
+            log.debug("no manifest on this node", model=str(self.ref), reason=e.message)
             return None
         return manifest if manifest.commit == self.ref.revision else None
 
     async def _reserve_and_fetch(self, manifest: Manifest) -> None:
-        if self.layers and await self._bring_part(manifest):
+        if self.layers and await self._fetch_shard(manifest):
             return
         await self.progress.say(
             phase="reserving",
@@ -229,35 +259,39 @@ class Download:
         )
         reserved = await self._storage.reserve(manifest)
         known = dict(reserved.known)
-        here = set(reserved.present)
+        present = set(reserved.present)
         missing: list[ManifestFile] = []
         self.progress.restart()
         for blob, file in {f.blob: f for f in manifest.files}.items():
             sha256 = known.get(blob, blob)
-            if sha256 in here:
+            if sha256 in present:
                 self.progress.whole(blob, sha256, file.size_bytes)
             else:
-                here_bytes = await asyncio.to_thread(held_bytes, self._layout, blob, file.size_bytes)
-                self.progress.durable(blob, here_bytes)
+                durable_bytes = await asyncio.to_thread(held_bytes, self._layout, blob, file.size_bytes)
+                self.progress.durable(blob, durable_bytes)
                 missing.append(file)
-        changes = {} if self._resumed_told else {"resumed_bytes": self.progress.done_bytes}
-        self._resumed_told = True
+        changes = {} if self._resumed_published else {"resumed_bytes": self.progress.done_bytes}
+        self._resumed_published = True
         await self.progress.say(phase="fetching", waiting_for="", **changes)
+        await self._emit_started(manifest, missing, manifest.size_bytes)
         await self._fetch_all(manifest, [(file, None) for file in missing], known)
         await self.progress.say(phase="verifying", waiting_for="storage")
         await self._storage.seal(sealed(manifest, known))
 
-    async def _bring_part(self, manifest: Manifest) -> bool:
-        """Bring what the layers need. False: nobody says which leaves are right, or all is here: bring all of it."""
+    async def _fetch_shard(self, manifest: Manifest) -> bool:
+        """Fetch the leaves that the layers need. Returns False if no leaf lists are available or the whole model is
+        present: then all of it is fetched.
+        """
         lists = await sealed_lists(manifest, self._around, self._leaf_lists)
         if lists is not None:
             await self.progress.say(commit=manifest.commit, error=None)
 
             async def fetch(files: list[tuple[ManifestFile, int | None]]) -> None:
+                await self._emit_started(manifest, [file for file, _ in files], None)
                 await self._fetch_all(manifest, files, {})
 
-            part = PartFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
-            if await part.bring_in():
+            shard = PartFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
+            if await shard.bring_in():
                 return True
         self.layers = []
         return False
@@ -265,10 +299,10 @@ class Download:
     async def _fetch_all(
         self, manifest: Manifest, files: list[tuple[ManifestFile, int | None]], known: dict[str, str]
     ) -> None:
-        in_hand = asyncio.Semaphore(_FILES_IN_HAND)
+        slots = asyncio.Semaphore(_MAX_CONCURRENT_FILES)
 
-        async def one(file: ManifestFile, wanted: int | None) -> None:
-            async with in_hand:
+        async def fetch(file: ManifestFile, wanted: int | None) -> None:
+            async with slots:
                 sha256 = await self._blobs.fetch(manifest, file, self.progress, wanted)
             if sha256 != file.blob:
                 known[file.blob] = sha256
@@ -277,14 +311,14 @@ class Download:
             async with asyncio.TaskGroup() as tasks:
                 # Largest first: the last file to finish is then a small one.
                 for file, wanted in sorted(files, key=lambda pair: -pair[0].size_bytes):
-                    tasks.create_task(one(file, wanted))
+                    tasks.create_task(fetch(file, wanted))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first failure has cancelled the others
 
 
-def _ours(error: Exception, ref: ModelRef) -> ShoalError:
-    """What went wrong, as one of our own errors."""
+def _as_shoal_error(error: Exception, ref: ModelRef) -> ShoalError:
+    """Return an error as a ShoalError; unexpected ones are logged with their traceback."""
     if isinstance(error, ShoalError):
         return error
-    log.error("a download failed", exc=error, model=str(ref))
+    log.error("download failed unexpectedly", exc=error, model=str(ref))
     return Failed(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")

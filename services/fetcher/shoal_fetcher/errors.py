@@ -1,10 +1,10 @@
 """The fetcher's own errors, beside those of shoal_common.
 
-HubUnavailable └── RateLimited       the hub wants fewer requests, until a time it names
-Unavailable    └── ReservationLost   storage no longer knows of the bytes we bring: reserve again
-Unavailable    └── Silent            a node sent nothing for too long
-Unavailable    └── LeavesLost        storage found leaves that are not on the disk as they arrived: fetch them again
-Corrupt        └── WrongWhole        all leaves arrived, and together they are not the blob
+HubUnavailable └── RateLimited            the hub wants fewer requests until a time it names
+Unavailable    └── ReservationLost        storage has lost the partial blob: reserve again
+Unavailable    └── PeerTimeout            a node sent nothing for too long
+Unavailable    └── LeafReadbackMismatch   storage read back other leaves than were written: fetch them again
+Corrupt        └── BlobHashMismatch       all leaves arrived, and together they do not hash to the blob's name
 
 They have no codes of their own: a process that does not know these classes (all others) sees their parents.
 """
@@ -15,7 +15,7 @@ _DEFAULT_RETRY_S = 5.0
 
 
 class RateLimited(HubUnavailable):
-    """The hub wants fewer requests; `retry_after_s` says when to come back."""
+    """The hub wants fewer requests; `retry_after_s` says when to retry."""
 
     @property
     def retry_after_s(self) -> float:
@@ -24,16 +24,16 @@ class RateLimited(HubUnavailable):
 
 
 class ReservationLost(Unavailable):
-    """The partial is gone: storage was restarted, or the files were removed by hand."""
+    """The partial blob is gone: storage was restarted, or files were removed by hand."""
 
 
 class Silent(Unavailable):
-    """A node sent nothing for too long, and was left."""
+    """A node sent nothing for too long, and another source is used."""
 
 
 class LeavesLost(Unavailable):
-    """Some leaves are not on the disk as they arrived; the others stay."""
+    """Some leaves read back differently than they were written; the others stay."""
 
 
 class WrongWhole(Corrupt):
-    """A blob that was put together does not hash to its name; storage has discarded it."""
+    """An assembled blob does not hash to its name; storage has discarded it."""

@@ -1,4 +1,4 @@
-"""The shell: wishes in `spec` become running downloads; commands add and withdraw wishes."""
+"""Runs the download requests in `spec` as download tasks; commands create, pause and cancel the requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = Log("fetcher")
 _DOWNLOAD_DEADLINE_S = 24 * 3600.0
 _CONTROL_DEADLINE_S = 60.0
 MAX_DOWNLOADS = 256
-"""Under way and paused together."""
+"""Running and paused together."""
 
 
 class Fetcher:
@@ -80,7 +80,7 @@ class Fetcher:
         self._changing = asyncio.Lock()
 
     async def take_up(self) -> None:
-        """At start: go on with what people asked for before and have not paused, and finish what had begun to end."""
+        """At startup: resume requests that are not paused, and finish cancellations that were interrupted."""
         states = self._around.own_downloads()
         for name in self._wishes.names:
             wish, state = self._wishes.get(name), states.get(name)
@@ -88,65 +88,67 @@ class Fetcher:
             if wish is None:
                 continue
             if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.asked_at_s):
-                # Killed between its end and the end of its wish: what was rejected is not tried again by that.
+                # Killed after the download ended, before its request was deleted: a rejected download is not retried.
                 await self._wishes.end(name, from_body(state.error) if state.error else state)
             elif wish.paused:
                 if state is None or state.phase != "paused":
-                    await self._say_paused(name, state)
+                    await self._publish_paused(name, state)
             else:
-                log.info("going on", model=name)
+                log.info("resuming download", model=name)
                 await self._start(ModelRef.parse(name))
         for name, state in states.items():
             if state is not None and state.phase not in ENDED and self._wishes.get(name) is None:
-                log.info("withdrawing what was left", model=name)
-                self._tasks.create_task(self._finish_withdrawal(name))
+                log.info("finishing an interrupted cancellation", model=name)
+                self._tasks.create_task(self._finish_cancellation(name))
 
-    async def _finish_withdrawal(self, name: str) -> None:
+    async def _finish_cancellation(self, name: str) -> None:
         async with self._changing:
             if self._wishes.get(name) is None:
-                with suppress(ShoalError):  # storage is away: the state stays, for the next start
+                with suppress(ShoalError):  # storage is down: the state stays for the next start
                     await self._withdraw(name)
 
     async def say_again_after_wipes(self) -> None:
-        """A NATS that has lost its store has lost what people want of this node, and how it stands."""
-        seen, wipes = 0, self._context.nats.wipes
+        """Republish requests and download states each time NATS has lost its store."""
+        handled, wipes = 0, self._context.nats.wipes
         while True:
-            count = await wipes.wait_after(seen)
-            with suppress(Unavailable):  # away again already: once more, then
-                await self._say_again()
-                seen = count
+            count = await wipes.wait_after(handled)
+            with suppress(Unavailable):  # NATS is down again: retried after the next wipe
+                await self._republish()
+                handled = count
 
-    async def _say_again(self) -> None:
+    async def _republish(self) -> None:
         async with self._changing:
             await self._wishes.say_again()
             for name in self._wishes.names:
                 if name in self._running:
                     await self._running[name][0].progress.publish()
                 elif self._wishes.is_paused(name):
-                    await self._say_paused(name, None)
+                    await self._publish_paused(name, None)
 
     async def download(self, command: commands.Download, identity: str) -> DownloadState:
-        """Bring a model, or some layers of it, to this node; ends when it is ready, or raises why it is not to be."""
+        """Download a model, or some layers of it. Returns when it is ready; raises if the download fails."""
         ref = ModelRef.parse(command.model)
         layers = [list(check_layers(command.layers))] if command.layers else []
         name = str(ref)
         async with self._changing:
             if self._wishes.get(name) is None and len(self._wishes.names) >= MAX_DOWNLOADS:
-                raise Busy(f"{MAX_DOWNLOADS} downloads are under way or paused on this node; wait for one to end")
+                raise Busy(
+                    f"{MAX_DOWNLOADS} downloads are running or paused on this node; wait for one, or cancel one"
+                )
             if command.unless_paused and self._wishes.is_paused(name):
                 raise self._paused(name)
-            narrower = await self._stop_narrower(name, layers)
+            stopped = await self._stop_if_insufficient(name, layers)
             try:
                 await self._wishes.ask(name, identity, layers)
-            except ShoalError:  # NATS is away: what is not kept is not done, and the other goes on as it was
-                if narrower is not None:
-                    await self._start(ref, narrower)
+            except ShoalError:  # NATS is down, the request was not stored: the stopped download continues
+                if stopped is not None:
+                    await self._start(ref, stopped)
                 raise
-            download = await self._start(ref, narrower)
+            download = await self._start(ref, stopped)
         return await asyncio.shield(download.ended)
 
-    async def _stop_narrower(self, name: str, layers: list[list[int]]) -> Download | None:
-        """Stop a download that brings less than is wanted now. Returns it, unless it has ended by itself."""
+    async def _stop_if_insufficient(self, name: str, layers: list[list[int]]) -> Download | None:
+        """Stop a download that fetches fewer layers than are requested now. Returns it, unless it ended by itself."""
         if name not in self._running:
             return None
         download, running = self._running[name]
@@ -155,7 +157,9 @@ class Fetcher:
         return download if await download.stop(running) else None
 
     async def _start(self, ref: ModelRef, instead_of: Download | None = None) -> Download:
-        """Fetch what the wish says. `instead_of` was stopped: this one goes on for it, and for who waits for it."""
+        """Run the request for a model. `instead_of` is a stopped download: the new task takes over its state and
+        callers.
+        """
         name = str(ref)
         if name in self._running:
             return self._running[name][0]
@@ -167,6 +171,7 @@ class Fetcher:
             layout=self._layout,
             buckets=self._context.buckets,
             ask=self._context.ask,
+            events=self._context.events,
             storage=self._storage,
             hub=self._hub,
             around=self._around,
@@ -184,18 +189,18 @@ class Fetcher:
         return download
 
     def _is_wanted(self, repo: str, commit: str, but: str) -> bool:
-        """Whether another wish is for this commit: `main` and a tag may be two downloads of the same bytes."""
+        """Return whether another request is for this commit: `main` and a tag may be the same bytes."""
         commits = {name: state.commit for name, state in self._around.own_downloads().items() if state is not None}
         commits |= {name: download.commit for name, (download, _) in self._running.items()}
         others = (name for name in self._wishes.names if name != but)
         return any((ModelRef.parse(name).repo, commits.get(name)) == (repo, commit) for name in others)
 
     async def pause(self, command: commands.PauseDownload, _: str) -> dict[str, object]:
-        """Stop downloads and keep their bytes. Says of each what it is now; nothing is an error (I5)."""
+        """Stop downloads and keep their bytes. Returns the resulting phase of each; never an error (I5)."""
         return await self._each(command.model, self._pause)
 
     async def resume(self, command: commands.ResumeDownload, _: str) -> dict[str, object]:
-        """Let paused downloads go on. Says of each what it is now; nothing is an error (I5)."""
+        """Resume paused downloads. Returns the resulting phase of each; never an error (I5)."""
         return await self._each(command.model, self._resume)
 
     async def _each(self, model: str, change: Callable[[str], Awaitable[str]]) -> dict[str, object]:
@@ -210,15 +215,16 @@ class Fetcher:
                 return download.progress.state.phase
             try:
                 await self._wishes.pause(name, self._paused(name))
-            except ShoalError:  # NATS is away: what is not kept would not outlive us, and is not done
+            except ShoalError:  # NATS is down: the pause was not stored and would not survive a restart, so undo it
                 await self._start(ModelRef.parse(name), download)
                 raise
             await download.say_paused(self._paused(name))
+            await self._context.events.tell("download_paused", model=name)
         elif self._wishes.get(name) is None:
             return await self._phase_of(name)
         elif self._wishes.is_paused(name):
             return "was_paused"
-        log.info("paused", model=name)
+        log.info("download paused", model=name)
         return "paused"
 
     async def _resume(self, name: str) -> str:
@@ -228,16 +234,16 @@ class Fetcher:
             return "under_way"
         await self._wishes.go_on(name)
         await self._start(ModelRef.parse(name))
-        log.info("resumed", model=name)
+        log.info("download resumed", model=name)
         return "resumed"
 
     def _paused(self, name: str) -> Paused:
         return Paused(
-            f"the download of {name} is paused on node {self._context.node}: `shoal resume {name}` lets it go on"
+            f"the download of {name} is paused on node {self._context.node}; `shoal resume {name}` continues it"
         )
 
-    async def _say_paused(self, name: str, state: DownloadState | None) -> None:
-        """Of a download that is not running: its process was killed, or what was said of it is lost."""
+    async def _publish_paused(self, name: str, state: DownloadState | None) -> None:
+        """Publish `paused` for a download that is not running, after a crash or after NATS lost its state."""
         state = state or DownloadState(node=self._context.node, model=name, phase="queued")
         await Progress(self._context.buckets.state, state).say(phase="paused", waiting_for="", error=None)
 
@@ -246,7 +252,7 @@ class Fetcher:
         return state.phase if state else "unknown"
 
     async def cancel(self, command: commands.CancelDownload, _: str) -> dict[str, object]:
-        """Withdraw one download, or what a failed one has left. One that is not under way is no error (I5)."""
+        """Cancel a download, or discard what a failed one left. Cancelling an unknown one is no error (I5)."""
         name = str(ModelRef.parse(command.model))
         async with self._changing:
             was = await self._phase_of(name)
@@ -256,7 +262,7 @@ class Fetcher:
         return {"cancelled": True, "was": was}
 
     async def withdraw(self, question: Withdraw) -> Done:
-        """Storage is about to delete: no wish, no running download and no state of the model may remain."""
+        """Stop and forget all downloads of a model that storage is about to delete."""
         async with self._changing:
             states = self._around.own_downloads()
             commits = {name: state.commit for name, state in states.items() if state is not None}
@@ -268,7 +274,7 @@ class Fetcher:
         return Done()
 
     async def shape(self, question: AskShape) -> ModelSize:
-        """What a model's layers take, before anybody pulls it."""
+        """Return the size of each layer of a model that may be on no node."""
         return await self._shapes.of(ModelRef.parse(question.model))
 
     async def _withdraw(self, name: str) -> None:
@@ -277,25 +283,25 @@ class Fetcher:
             await download.withdraw(running)
         else:
             state = await self._state_of(name)
-            await self._wishes.end(name, Withdrawn(f"the download of {name} was withdrawn"))
+            await self._wishes.end(name, Withdrawn(f"the download of {name} was cancelled"))
             if state is not None and state.commit:
                 repo = ModelRef.parse(name).repo
                 if not self._is_wanted(repo, state.commit, but=name):
                     await self._storage.release(repo, state.commit, state.blobs)
             await self._context.buckets.state.delete(download_key(self._context.node, name))
-        log.info("withdrawn", model=name)
+        log.info("download cancelled", model=name)
 
     async def _state_of(self, name: str) -> DownloadState | None:
         return await self._context.buckets.state.get_as(download_key(self._context.node, name), DownloadState)
 
     def stop(self) -> None:
-        """The service stops: downloads stop as they are and go on at the next start."""
+        """Stop all downloads at shutdown; they resume at the next start."""
         for _, running in self._running.values():
             running.cancel()
 
 
 async def run(context: Context) -> None:
-    """The fetcher service."""
+    """Run the fetcher service."""
     async with hub_client() as from_hub, PeerClient() as from_peers, asyncio.TaskGroup() as tasks:
         live = await context.view(tasks, "live", "*.fileserver", "*.storage")
         state = await context.view(tasks, "state")

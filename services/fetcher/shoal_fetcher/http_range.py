@@ -1,4 +1,4 @@
-"""Reading a byte range of a file from the hub; and what its failures are called here."""
+"""Reads a byte range of a file from the hub, and maps HTTP errors to ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoal_fetcher.errors import RateLimited, Silent
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
-"""A source that sends nothing for so long is given up."""
+"""A source that sends nothing for this long is left."""
 CHUNK_BYTES = 256 << 10
 _MAX_CONNECTIONS = 32
 _DEFAULT_RETRY_S = 5.0
@@ -23,11 +23,11 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RATE_LIMIT_RESET = re.compile(r"\bt=(\d+)")
 
 
-_HUB_REMEDY = "check the connection, or HF_ENDPOINT"
+_HUB_HINT = "check the connection, or HF_ENDPOINT"
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Who serves, as messages name it; what to set when it refuses us; what its being away is called; what to do."""
+    """A server as messages name it, the setting of its credential, its error class when down, and a hint."""
 
     name: str
     credential: str
@@ -36,19 +36,19 @@ class Source(msgspec.Struct, frozen=True):
 
 
 def hub_source(endpoint: str) -> Source:
-    """The hub as a source. What its address may hold of a password is not for messages."""
-    return Source(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_REMEDY)
+    """Return the hub as a source. A password in its address is left out of messages."""
+    return Source(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_HINT)
 
 
 class Body(msgspec.Struct, frozen=True):
-    """A body that is being read: where its first byte belongs, and its chunks."""
+    """A body being read: the offset of its first byte, and its chunks."""
 
     begin: int
     chunks: AsyncIterator[bytes]
 
 
 def hub_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
-    """A client for the hub: by the environment's proxies, and through redirects.
+    """Return a client for the hub that uses the environment's proxies and follows redirects.
 
     A redirect to another host drops the credentials (httpx2's own rule; I12).
     """
@@ -64,7 +64,7 @@ def hub_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
 async def read_range(
     client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], start: int, end: int, source: Source
 ) -> AsyncIterator[Body]:
-    """Read bytes [start, end). A server that ignores Range answers from 0: `begin` says where we are.
+    """Read bytes [start, end). A server that ignores Range sends from 0: `begin` is the actual offset.
 
     Raises NotFound, Denied, RateLimited, Corrupt, HubUnavailable or Unavailable, naming the source.
     """
@@ -76,7 +76,7 @@ async def read_range(
             if response.status_code == 206:
                 match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
                 if not match or int(match.group(1)) != start:
-                    raise Corrupt(f"{source.name} answered another range than bytes {start}-{end - 1} was asked for")
+                    raise Corrupt(f"{source.name} sent another range than the requested bytes {start}-{end - 1}")
                 begin = start
             yield Body(begin, response.aiter_raw(CHUNK_BYTES))
     except FOREIGN as e:
@@ -84,32 +84,32 @@ async def read_range(
 
 
 def raise_for(status: int, headers: Mapping[str, str], source: Source) -> None:
-    """Raise what a status means; 200 and 206 mean nothing."""
+    """Raise the error that a status stands for; none for 200 and 206."""
     who = source.name
     if status in (200, 206):
         return
     if headers.get("x-error-code") == "GatedRepo":
         raise Denied(
-            f"this model is gated on {who}: accept its terms there, and set {source.credential} to your token"
+            f"this model is gated on {who}: accept its terms there, then set {source.credential} to your token"
         )
     if status in (401, 403):
         raise Denied(
-            f"{who} refuses our credentials (HTTP {status}): set {source.credential} to one that may read it"
+            f"{who} refused the credentials (HTTP {status}): set {source.credential} to one that may read it"
         )
     if status == 404:
         raise NotFound(f"{who} does not have it (HTTP 404)")
     if status == 416:
-        raise Corrupt(f"{who} has another size for this file than its listing says (HTTP 416)")
+        raise Corrupt(f"{who} has another size of this file than its listing says (HTTP 416)")
     if status == 429:
         wait_s = retry_after_s(headers)
-        raise RateLimited(f"{who} wants us to wait {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+        raise RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
     if status >= 500:
-        raise source.away(f"{who} has a fault of its own (HTTP {status}); try again later")
-    raise Failed(f"{who} answered HTTP {status}, which makes no sense here")
+        raise source.away(f"{who} has an internal error (HTTP {status}); try again later")
+    raise Failed(f"{who} sent an unexpected status, HTTP {status}")
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds until a rate limit resets: `Retry-After: 12`, or the `t=12` of a RateLimit header."""
+    """Return the seconds until a rate limit resets: `Retry-After: 12`, or the `t=12` of a RateLimit header."""
     after = headers.get("retry-after", "")
     if after.isascii() and after.isdigit():
         return min(float(after), _MAX_RETRY_S)
@@ -118,18 +118,18 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 FOREIGN: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.InvalidURL)
-"""What httpx2 raises for reasons that are not ours; its other classes mean that it was used wrongly."""
+"""What httpx2 raises for network failures; its other errors are bugs of the caller."""
 
 
 def was_silent(error: ShoalError) -> bool:
-    """Whether a source was left because it sent nothing."""
+    """Return whether a source was left because it sent nothing."""
     return isinstance(error, Silent) or isinstance(error.__cause__, httpx2.TimeoutException)
 
 
 def foreign(error: Exception, source: Source) -> ShoalError:
-    """An error of the HTTP client as one of ours."""
+    """Return an error of the HTTP client as one of ours."""
     if isinstance(error, httpx2.TimeoutException):
-        return source.away(f"{source.name} was silent for too long ({type(error).__name__}); {source.remedy}")
+        return source.away(f"{source.name} sent nothing for too long ({type(error).__name__}); {source.remedy}")
     return source.away(
-        f"{source.name} cannot be reached or broke off: {error or type(error).__name__}; {source.remedy}"
+        f"{source.name} is unreachable or the connection broke off: {error or type(error).__name__}; {source.remedy}"
     )

@@ -1,7 +1,7 @@
-"""The hub: Hugging Face, or whatever speaks its protocol at HF_ENDPOINT.
+"""The hub: Hugging Face, or any server of its protocol at HF_ENDPOINT.
 
-Listings go through huggingface_hub; file bytes are read by us, because its own download cannot be shared between
-nodes, verifies sizes only, and keeps a second copy.
+Listings go through huggingface_hub. File bytes are read by our own client, because the library's download cannot be
+shared between nodes, verifies sizes only, and keeps a second copy.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from shoal_fetcher.restraint import Answers, HoldBack, Listings, Once
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_FILES = 4000
-"""A download's state names each blob and has to fit in one message of 1 MiB."""
+"""A download's state names each blob and must fit in one message of 1 MiB."""
 _LISTING_TIMEOUT_S = 60.0
 _MAX_FILE_BYTES = 1 << 50
 
 
 class HubSettings(msgspec.Struct, frozen=True):
-    """Where the hub is and who we are there. The token never leaves this process (I12)."""
+    """The hub's address and our token, which never leaves this process (I12)."""
 
     endpoint: str = DEFAULT_ENDPOINT
     token: str | None = None
@@ -51,7 +51,7 @@ class HubSettings(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> HubSettings:
-        """From HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
+        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
         return cls(
             endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
             token=environ.get("HF_TOKEN") or None,
@@ -59,10 +59,10 @@ class HubSettings(msgspec.Struct, frozen=True):
         )
 
 
-class _Listing(httpx2.Client):
-    """What huggingface_hub speaks through. Its own has no timeout, and retries for minutes in a thread, unseen:
+class _ListingClient(httpx2.Client):
+    """The HTTP client given to huggingface_hub, whose own has no timeout and retries for minutes in a thread.
 
-    here a failure is an error of ours at once, and waiting is up to the download, which says so.
+    Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
     """
 
     def __init__(self, source: Source, hold: HoldBack, answers: Answers) -> None:
@@ -73,7 +73,7 @@ class _Listing(httpx2.Client):
         self._source, self._hold, self._answers = source, hold, answers
 
     def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
-        """Send a request, if it is time."""
+        """Send a request, unless the hub has asked us to wait."""
         self._hold.check(self._source.name)
         if "/revision/" in request.url.path:
             self._answers.prepare(request)
@@ -100,20 +100,20 @@ class Hub:
         self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
         self._hold, self._listings, answers = HoldBack(), Listings(), Answers()
         self._commits, self._trees = Once[str](), Once[list[ManifestFile]]()
-        # huggingface_hub has one client per process, and so does a fetcher have one hub.
-        set_client_factory(lambda: _Listing(self._source, self._hold, answers))
+        # huggingface_hub has one client per process, and a fetcher has one hub.
+        set_client_factory(lambda: _ListingClient(self._source, self._hold, answers))
 
     @property
     def offline(self) -> bool:
-        """Whether the hub must not be asked."""
+        """Whether HF_HUB_OFFLINE forbids requests to the hub."""
         return self._settings.offline
 
     async def resolve(self, ref: ModelRef) -> Manifest:
-        """The commit that a revision means now, and its files. Raises NotFound, Denied, HubUnavailable."""
+        """Return the commit that a revision names now, and its files. Raises NotFound, Denied, HubUnavailable."""
         if self.offline:
             raise HubUnavailable(
-                f"{ref} is on no live node and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model "
-                "where there is a connection"
+                f"no live node has {ref} and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model on "
+                "a node with a connection"
             )
         try:
             async with asyncio.timeout(_LISTING_TIMEOUT_S):
@@ -122,7 +122,9 @@ class Hub:
                     commit = await self._commits(ref, lambda: asyncio.to_thread(self._commit_of, ref))
                 files = await self._files_of(ref, commit)
         except TimeoutError:
-            raise Expired(f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s") from None
+            raise Expired(
+                f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s; try again"
+            ) from None
         return Manifest(repo=ref.repo, commit=commit, files=list(files), revisions=[ref.revision])
 
     async def _files_of(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
@@ -148,16 +150,16 @@ class Hub:
         return files
 
     def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
-        """Read bytes [start, end) of a file. Raises RateLimited at once while the hub wants no request."""
+        """Read bytes [start, end) of a file. Raises RateLimited at once until the time that the hub has named."""
         if self.offline:
-            raise HubUnavailable(f"{file.path} is on no live node and HF_HUB_OFFLINE forbids asking the hub")
+            raise HubUnavailable(f"no live node has {file.path} and HF_HUB_OFFLINE forbids asking the hub: unset it")
         url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
         self._hold.check(self._source.name)
-        return self._noting(read_range(self._client, url, headers, start, end, self._source))
+        return self._recording_limits(read_range(self._client, url, headers, start, end, self._source))
 
     @asynccontextmanager
-    async def _noting(self, reading: AbstractAsyncContextManager[Body]) -> AsyncIterator[Body]:
+    async def _recording_limits(self, reading: AbstractAsyncContextManager[Body]) -> AsyncIterator[Body]:
         try:
             async with reading as body:
                 yield body
@@ -167,17 +169,17 @@ class Hub:
 
 
 def is_file(entry: object) -> bool:
-    """Whether a listing's entry is a file."""
+    """Return whether a listing's entry is a file."""
     return isinstance(entry, RepoFile)
 
 
 def as_manifest_file(entry: object) -> ManifestFile:
-    """A listing's entry as a manifest's file. LFS and Xet files are named by sha256, others by git's sha1."""
+    """Return a listing's entry as a manifest file, named by sha256 (LFS and Xet), else by git's sha1."""
     assert isinstance(entry, RepoFile)
     path = check_file_path(entry.path)
     size = entry.size if entry.lfs is None else entry.lfs.size
     if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
-        raise BadName(f"{size!r} is not the size of {path} in bytes")
+        raise BadName(f"{size!r} is not a valid size in bytes of {path}")
     if entry.lfs is not None:
         return ManifestFile(path=path, size_bytes=size, sha256=check_blob(entry.lfs.sha256))
     check_blob(f"git-{entry.blob_id}")
@@ -185,46 +187,44 @@ def as_manifest_file(entry: object) -> ManifestFile:
 
 
 def check_listing(ref: ModelRef, files: list[ManifestFile]) -> None:
-    """Raise for a listing that cannot be a directory of files: one path twice, or a file that is a folder too."""
+    """Raise if a listing cannot be a directory of files: too many, a duplicate path, or a file that is a folder."""
     if len(files) > MAX_FILES:
-        raise Unsupported(f"{ref} has more than {MAX_FILES} files, which is more than Shoal can follow")
+        raise Unsupported(f"{ref} has more than {MAX_FILES} files, the most that Shoal supports")
     paths = {f.path for f in files}
     folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
     if len(paths) < len(files) or paths & folders:
-        raise BadName(f"two of the files of {ref} have the same name")
+        raise BadName(f"two files of {ref} have the same name")
 
 
 def foreign(error: Exception, ref: ModelRef, source: Source, has_token: bool) -> ShoalError:
-    """An error of huggingface_hub as one of ours."""
+    """Return an error of huggingface_hub as one of ours."""
     who = source.name
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, BadName):
-        return BadName(f"{who} lists a name in {ref} that Shoal will not write: {error.message}")
+        return BadName(f"{who} lists an unsafe name in {ref}: {error.message}")
     if isinstance(error, ShoalError):
         return error
     if isinstance(error, GatedRepoError):
-        return Denied(f"{ref} is gated on {who}: accept its terms there, and set HF_TOKEN to your token")
+        return Denied(f"{ref} is gated on {who}: accept its terms there, then set HF_TOKEN to your token")
     if isinstance(error, RevisionNotFoundError):
         return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {who}: check the name after the @")
     if status == 401 or (isinstance(error, HfHubHTTPError) and status == 403):
-        ask = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
-        return Denied(f"{who} does not show {ref.repo} to us (HTTP {status}): check the name; {ask}")
+        hint = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
+        return Denied(f"{ref.repo} on {who} does not exist or needs a token (HTTP {status}): check the name; {hint}")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return NotFound(f"{ref.repo} is not on {who}: check the name (org/name)")
     if status == 429 and response is not None:
         wait_s = retry_after_s(response.headers)
-        return RateLimited(f"{who} wants us to wait {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+        return RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
     if isinstance(error, OfflineModeIsEnabled):
-        return HubUnavailable(f"{ref} is not here and HF_HUB_OFFLINE forbids asking the hub")
+        return HubUnavailable(f"{ref} is not on this node and HF_HUB_OFFLINE forbids asking the hub: unset it")
     if isinstance(error, HFValidationError):
-        return BadName(f"{ref} is not a name that huggingface_hub takes: {error}")
+        return BadName(f"{ref} is not a name that huggingface_hub accepts: {error}")
     if isinstance(error, HfHubHTTPError):
-        return HubUnavailable(f"{who} answered HTTP {status} when asked for {ref}; try again later")
+        return HubUnavailable(f"{who} sent HTTP {status} for {ref}; try again later")
     if isinstance(error, OSError | httpx2.HTTPError):
-        return HubUnavailable(
-            f"{who} cannot be reached for {ref}: {error or type(error).__name__}; check HF_ENDPOINT"
-        )
+        return HubUnavailable(f"{who} is unreachable for {ref}: {error or type(error).__name__}; check HF_ENDPOINT")
     return HubUnavailable(
-        f"{who} answered something that is no listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
+        f"{who} sent an invalid listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
     )

@@ -1,4 +1,4 @@
-"""How fast this node may take bytes: from the hub in all, and from each peer, as its settings say."""
+"""How fast this node may receive bytes: from the hub in all, and from each peer, as its settings say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_PEERS = 256
 
 
 class Limits:
-    """The paces that all transfers of this node share. Without a setting there is no limit."""
+    """The rate limiters that all transfers of this node share. Without a setting there is no limit."""
 
     def __init__(self) -> None:
         self.hub = Pace()
@@ -21,27 +21,27 @@ class Limits:
         self._peers: OrderedDict[str, Pace] = OrderedDict()
 
     def peer(self, node: str) -> Pace:
-        """The pace of what comes from a node. Of more than MOST_PEERS the one asked least lately begins anew."""
+        """Return the rate limiter of a node. Beyond MAX_PEERS the least recently used one is dropped."""
         if node not in self._peers:
             self._peers[node] = Pace(self._peer_bytes_per_s)
             if len(self._peers) > MOST_PEERS:
-                # Who waits in it still does; it is only forgotten that it was busy.
+                # Its waiters keep it; the next request gets a fresh one.
                 self._peers.popitem(last=False)
         self._peers.move_to_end(node)
         return self._peers[node]
 
     def use(self, settings: StorageState) -> None:
-        """From now on these limits hold, for what is under way as well."""
+        """Apply these limits now, also to running transfers."""
         self.hub.use(settings.max_hub_bytes_per_s)
         self._peer_bytes_per_s = settings.max_peer_bytes_per_s
         for pace in self._peers.values():
             pace.use(self._peer_bytes_per_s)
 
     async def follow(self, state: View, node: str) -> None:
-        """Keep to what this node's storage says, for ever. What was said last holds while storage is away."""
+        """Follow the settings that this node's storage publishes. The last ones hold while storage is down."""
         while True:
-            seen = state.changes
+            version = state.changes
             settings = state.get(storage_key(node), StorageState)
             if settings is not None:
                 self.use(settings)
-            await state.changed_after(seen)
+            await state.changed_after(version)

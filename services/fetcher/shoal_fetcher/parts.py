@@ -1,4 +1,4 @@
-"""Bringing in what stages with some layers need of a model, and no more (docs/sparse.md)."""
+"""Fetches the part of a model that stages with some layers need (docs/sparse.md)."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from shoal_fetcher.surroundings import Surroundings
 
 log = Log("parts")
 
-_TRIES = 3
-"""How often leaves may come that are not what the sealed list says, before the part is given up."""
+_MAX_ATTEMPTS = 3
+"""The fetch fails after this many times that leaves did not match the sealed list."""
 
 Fetch = Callable[[list[tuple[ManifestFile, int | None]]], Awaitable[None]]
-"""Makes these files present, or the given leaves of them."""
+"""Makes these files, or the given leaves of them, present."""
 LeafLists = Mapping[str, bytes]
-"""By blob, the hashes of its leaves, from a list whose root is sealed."""
+"""Leaf hashes by blob, from a list whose digest is sealed."""
 
 
 class Lists(Protocol):
-    """Who reads leaf lists from nodes."""
+    """Reads leaf lists from nodes."""
 
     async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
-        """Bytes of the list of a blob as a node gives it. Raises ShoalError."""
+        """Return bytes of a blob's leaf list as a node sends it. Raises ShoalError."""
 
 
 async def sealed_lists(manifest: Manifest, around: Surroundings, lists: Lists) -> LeafLists | None:
-    """The lists of all files with weights; None when one of them is not to be had, and so nothing can be proven.
+    """Return the leaf lists of all weight files; None if one is not available, so that leaves cannot be verified.
 
-    A list is believed by its root, which the manifest of a node that has the model says.
+    A list is trusted by its digest, which is in the manifest of a node that has the model.
     """
-    found: dict[str, bytes] = {}
+    by_blob: dict[str, bytes] = {}
     for file in weight_files(manifest):
         hashes = await _sealed_list(manifest, file, around, lists) if file.sha256 and file.leaves else None
         if hashes is None:
-            log.info("no sealed leaf list is to be had", model=manifest.model, path=file.path)
+            log.info("no sealed leaf list available, fetching the whole model", model=manifest.model, path=file.path)
             return None
-        found[file.blob] = hashes
-    return found or None
+        by_blob[file.blob] = hashes
+    return by_blob or None
 
 
 async def _sealed_list(manifest: Manifest, file: ManifestFile, around: Surroundings, lists: Lists) -> bytes | None:
@@ -63,16 +63,16 @@ async def _sealed_list(manifest: Manifest, file: ManifestFile, around: Surroundi
         try:
             hashes = await lists.leaf_list(holding.node, file.sha256, 0, list_bytes(file.size_bytes))
         except ShoalError as e:
-            log.info("a node could not give its leaf list", peer=holding.node, path=file.path, why=e.message)
+            log.info("a node did not return its leaf list", peer=holding.node, path=file.path, reason=e.message)
             continue
         if root_of(hashes) == file.leaves:
             return hashes
-        log.warning("a node gave a leaf list that is not the sealed one", peer=holding.node, path=file.path)
+        log.warning("a node returned a leaf list with the wrong digest", peer=holding.node, path=file.path)
     return None
 
 
 class PartFetch:
-    """One model's layers on their way to this node."""
+    """Fetches one shard: some layers of one model."""
 
     def __init__(
         self,
@@ -88,36 +88,36 @@ class PartFetch:
         self._layout, self._storage, self._progress, self._fetch = layout, storage, progress, fetch
 
     async def bring_in(self) -> bool:
-        """Make the part present. False: all of the model is here. Raises what storage and sources raise."""
+        """Make the shard present. Returns False if the whole model is. Raises what storage and sources raise."""
         manifest, files = self._manifest, weight_files(self._manifest)
-        for attempt in range(1, _TRIES + 1):
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
             leaves = first_leaves(manifest)
-            if await self._bring(leaves):
+            if await self._fetch_leaves(leaves):
                 return False
             for file in files:
                 end = await asyncio.to_thread(self._header_end, file)
                 leaves[file.blob] |= header_leaves(end, file)
-            await self._bring(leaves)
-            leaves |= await asyncio.to_thread(self._needed, files)
-            await self._bring(leaves)
+            await self._fetch_leaves(leaves)
+            leaves |= await asyncio.to_thread(self._stage_leaves, files)
+            await self._fetch_leaves(leaves)
             await self._progress.say(phase="verifying", waiting_for="storage")
             roots = {file.blob: file.leaves for file in files}
             try:
                 await self._storage.seal_part(manifest, self._layers, leaves, roots)
             except WrongWhole as e:
-                if attempt == _TRIES:
+                if attempt == _MAX_ATTEMPTS:
                     raise
-                log.warning("wrong leaves have arrived; all of that blob comes anew", why=e.message)
+                log.warning("corrupt leaves, fetching their blob again", reason=e.message)
                 continue
             return True
         raise AssertionError("the last attempt returns or raises")
 
-    async def _bring(self, leaves: Mapping[str, int]) -> bool:
-        """Reserve these leaves, of blobs not named all, and have them fetched. Whether all of the model is here."""
+    async def _fetch_leaves(self, leaves: Mapping[str, int]) -> bool:
+        """Reserve and fetch these leaves, of unnamed blobs all. Returns whether the whole model is present."""
         await self._progress.say(phase="reserving", waiting_for="storage")
         reserved = await self._storage.reserve(self._manifest, leaves)
-        here = set(reserved.present)
-        if here >= self._manifest.blob_sizes.keys():
+        present = set(reserved.present)
+        if present >= self._manifest.blob_sizes.keys():
             return True
         missing = await self._missing(reserved, leaves)
         await self._progress.say(phase="fetching", waiting_for="")
@@ -125,22 +125,22 @@ class PartFetch:
         return False
 
     async def _missing(self, reserved: Reserved, leaves: Mapping[str, int]) -> list[tuple[ManifestFile, int | None]]:
-        """What is to be fetched. What is here is counted, and the lists are written beside the partials."""
-        progress, here, total_bytes = self._progress, set(reserved.present), 0
+        """Return what to fetch. Counts what is present, and writes the leaf lists beside the partial blobs."""
+        progress, present, total_bytes = self._progress, set(reserved.present), 0
         progress.restart()
         missing: list[tuple[ManifestFile, int | None]] = []
         for blob, file in {f.blob: f for f in self._manifest.files}.items():
             wanted = leaves.get(blob)
             needed = leafset.whole(file.size_bytes) if wanted is None else wanted
             total_bytes += leafset.size_of(needed, file.size_bytes)
-            if blob in here:
+            if blob in present:
                 progress.whole(blob, blob, file.size_bytes)
                 continue
             if not needed and file.size_bytes:
                 continue
             directory = self._layout.partial(blob)
             if blob in self._lists:
-                await asyncio.to_thread(_put, self._layout.partial_leaves(blob), self._lists[blob])
+                await asyncio.to_thread(_write_small, self._layout.partial_leaves(blob), self._lists[blob])
             bitmap = await asyncio.to_thread(read_bitmap, directory, file.size_bytes)
             durable = from_bitmap(bitmap.to_bytes())
             progress.durable(blob, leafset.size_of(durable, file.size_bytes))
@@ -153,7 +153,7 @@ class PartFetch:
         with self._open(file) as f:
             return header_end(f.read(PREFIX_BYTES), file.path)
 
-    def _needed(self, files: list[ManifestFile]) -> dict[str, int]:
+    def _stage_leaves(self, files: list[ManifestFile]) -> dict[str, int]:
         headers: dict[str, bytes] = {}
         for file in files:
             with self._open(file) as f:
@@ -170,11 +170,11 @@ class PartFetch:
                 config = json.load(f)
             assert isinstance(config, dict)
         except (AssertionError, ValueError, RecursionError):
-            raise Corrupt(f"{self._manifest.model} has no {CONFIG} that can be read") from None
+            raise Corrupt(f"{self._manifest.model} has no readable {CONFIG}") from None
         return config
 
     def _open(self, file: ManifestFile) -> BinaryIO:
-        """A file that is here, or arriving."""
+        """Open a file that is complete or partial."""
         try:
             return find_blob(self._layout, file.blob).open("rb")
         except FileNotFoundError:
@@ -182,11 +182,11 @@ class PartFetch:
         try:
             return (self._layout.partial(file.blob) / "data").open("rb")
         except FileNotFoundError:
-            raise ReservationLost(f"the reservation of blob {file.blob[:16]}… has gone") from None
+            raise ReservationLost(f"the reservation of blob {file.blob[:16]}… is gone") from None
 
 
-def _put(path: Path, data: bytes) -> None:
-    """Write a small file, old or new, not durably: its root proves it. Raises ReservationLost, DiskFull."""
+def _write_small(path: Path, data: bytes) -> None:
+    """Replace a small file, not durably: its digest verifies it. Raises ReservationLost, DiskFull."""
     try:
         if path.exists() and path.read_bytes() == data:
             return
@@ -194,12 +194,12 @@ def _put(path: Path, data: bytes) -> None:
         new.write_bytes(data)
         new.replace(path)
     except FileNotFoundError:
-        raise ReservationLost(f"the reservation of blob {path.parent.name[:16]}… has gone") from None
+        raise ReservationLost(f"the reservation of blob {path.parent.name[:16]}… is gone") from None
     except OSError as e:
         if e.errno not in DISK_FULL:
             raise
         blob = path.parent.name
         raise DiskFull(
-            f"disk full: {e.strerror} while blob {blob[:16]}… arrived; free some space and it goes on by itself",
+            f"disk full: {e.strerror} while writing blob {blob[:16]}…; free some space and the download resumes",
             blob=blob,
         ) from None

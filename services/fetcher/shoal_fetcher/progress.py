@@ -1,4 +1,4 @@
-"""What is said of a download: sampled, coalesced to one write a second, phases at once."""
+"""Publishes the state of a download: at most once a second, a new phase at once."""
 
 from __future__ import annotations
 
@@ -16,95 +16,111 @@ from shoal_common.errors import Unavailable
 from shoal_common.messages.records import DownloadPhase, DownloadState
 from shoal_common.pace import Pace
 from shoal_fetcher.decide import HUB
+from shoal_fetcher.source_changes import SourceChange, SourceChanges
 
 PUBLISH_S = 1.0
 _SPEED_WEIGHT = 0.4
-"""Of the newest second in the moving average of a speed."""
-_MOST_SWITCHED = 16
+"""Weight of the newest second in the moving average of a speed."""
+_MAX_SWITCHED_SOURCES = 16
+_MAX_SOURCE_CHANGES = 16
+"""Reported with one update; more are dropped."""
 
 
 class Progress:
-    """The only publisher of one `state.download` key."""
+    """The only publisher of one `state` key `download.<node>.<model>`."""
 
-    def __init__(self, bucket: Bucket, state: DownloadState) -> None:
-        self._bucket = bucket
+    def __init__(
+        self,
+        bucket: Bucket,
+        state: DownloadState,
+        on_source_change: Callable[[SourceChange], Awaitable[None]] | None = None,
+    ) -> None:
+        self._bucket, self._on_source_change = bucket, on_source_change
         self._key = download_key(state.node, state.model)
         self.state = state
-        self._parts: dict[str, int] = {}
-        self._whole_bytes = state.done_bytes
+        self._durable_by_blob: dict[str, int] = {}
+        self._complete_bytes = state.done_bytes
         self._received: dict[str, int] = dict(state.sources)
         self._last_received, self._last_at_s = dict(self._received), time.monotonic()
         self._speeds: dict[str, float] = {}
         self._switched = dict(state.switched)
-        self._untold = AsyncExitStack()
+        self._serving, self._source_changes = SourceChanges(), list[SourceChange]()
+        self._after_publish = AsyncExitStack()
         self._dirty = False
-        self._moved_at_s = time.monotonic()
+        self._progress_at_s = time.monotonic()
         self._writing = asyncio.Lock()
-        self._said, self._written_at_s = False, 0.0
-        self._asked_count = self._answered_count = 0
+        self._published, self._written_at_s = False, 0.0
+        self._requested_writes = self._finished_writes = 0
 
     @property
     def still_s(self) -> float:
-        """Seconds since the last leaf became durable, without those that were excused."""
-        return time.monotonic() - self._moved_at_s
+        """Seconds since the last leaf became durable, without excused waits."""
+        return time.monotonic() - self._progress_at_s
 
     def moved(self) -> None:
-        """Something moved that is not bytes: a wait that was asked of us."""
-        self._moved_at_s = time.monotonic()
+        """Count as progress what is not bytes: a wait that a source asked for."""
+        self._progress_at_s = time.monotonic()
 
     def excuse(self, waited_s: float) -> None:
-        """So long we waited for our own turn."""
-        self._moved_at_s = min(self._moved_at_s + waited_s, time.monotonic())
+        """Do not count a wait of this many seconds for our own turn."""
+        self._progress_at_s = min(self._progress_at_s + waited_s, time.monotonic())
 
     async def paced(self, pace: Pace, count: int) -> None:
-        """Return when so many bytes may pass. Our own limits are no reason to call a download stuck."""
+        """Return when so many bytes may pass. Waiting for our own rate limit does not count as a stall."""
         asked_at_s = time.monotonic()
         await pace.take(count)
         self.excuse(time.monotonic() - asked_at_s)
 
     def pacing(self, pace: Pace) -> Callable[[int], Awaitable[None]]:
-        """`paced` by this pace."""
+        """Return `take_from_limiter` bound to this rate limiter."""
         return lambda count: self.paced(pace, count)
 
-    def received(self, source: str, count: int) -> None:
-        """Bytes came in from a source."""
+    def received(self, source: str, count: int, path: str = "") -> None:
+        """Count bytes of a file received from a source."""
         self._received[source] = self._received.get(source, 0) + count
         self._dirty = True
         telemetry.transferred(count, "hub" if source == HUB else "peer", "in")
+        change = self._serving.received(path, source, time.monotonic()) if path else None
+        if change is not None and len(self._source_changes) < _MAX_SOURCE_CHANGES:
+            self._source_changes.append(change)
+
+    def source_failed(self, path: str, source: str = "") -> None:
+        """Record that a source of a file failed (default: its current one): bytes from another one are a change."""
+        self._serving.failed(path, source)
 
     def left(self, source: str) -> None:
-        """A source was silent for too long and is left, for another or for a new try."""
-        if source in self._switched or len(self._switched) < _MOST_SWITCHED:
+        """Count that a source was left because it sent nothing for too long."""
+        if source in self._switched or len(self._switched) < _MAX_SWITCHED_SOURCES:
             self._switched[source] = self._switched.get(source, 0) + 1
             self._dirty = True
 
     def durable(self, blob: str, size_bytes: int) -> None:
-        """So much of a blob that is arriving is durable. Bytes received are no progress: they may never add up."""
-        if size_bytes > self._parts.get(blob, 0):
+        """Set a partial blob's durable bytes. Received bytes are not progress: they may never become durable."""
+        if size_bytes > self._durable_by_blob.get(blob, 0):
             self.moved()
-        self._dirty |= size_bytes != self._parts.get(blob)
-        self._parts[blob] = size_bytes
+        self._dirty |= size_bytes != self._durable_by_blob.get(blob)
+        self._durable_by_blob[blob] = size_bytes
 
     def total(self, size_bytes: int) -> None:
-        """So many bytes are to be here at the end."""
+        """Set the bytes that the finished download has."""
         self.state = structs.replace(self.state, total_bytes=size_bytes)
         self._dirty = True
 
     @property
     def done_bytes(self) -> int:
-        """Bytes that are durable now, said or not."""
-        return self._whole_bytes + sum(self._parts.values())
+        """Bytes that are durable now, published or not."""
+        return self._complete_bytes + sum(self._durable_by_blob.values())
 
     def note(self, waiting_for: str) -> None:
-        """What it waits for now, or "": said with the next second's word."""
+        """Set what the download waits for, or "": published with the next second's update."""
         if self.state.waiting_for != waiting_for:
             self.state = structs.replace(self.state, waiting_for=waiting_for)
             self._dirty = True
 
     def whole(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
-        """A blob is complete: peers may have it from the next word on, verified by the list with this root."""
-        self._parts.pop(blob, None)
-        self._whole_bytes += size_bytes
+        """Mark a blob complete: peers may fetch it from the next update on, verified by the list of this digest."""
+        self._durable_by_blob.pop(blob, None)
+        self._complete_bytes += size_bytes
         self.moved()
         known = {**self.state.known, blob: sha256} if blob != sha256 else self.state.known
         roots = {**self.state.roots, sha256: root} if root else self.state.roots
@@ -112,45 +128,54 @@ class Progress:
         self._dirty = True
 
     def restart(self) -> None:
-        """Count the blobs anew: what is here is about to be asked again."""
-        self._parts.clear()
-        self._whole_bytes = 0
+        """Reset the counts of blobs, before storage says again what is present."""
+        self._durable_by_blob.clear()
+        self._complete_bytes = 0
         self.state = structs.replace(self.state, blobs=[], known={}, roots={})
 
     def when_told(self, then: AsyncExitStack) -> None:
-        """Close this once what is so now has been said. Who must not forget it is not kept waiting."""
-        self._untold.push_async_exit(then)
+        """Close `then` after the current state has been published, without blocking the caller."""
+        self._after_publish.push_async_exit(then)
         self._dirty = True
 
     async def say(self, **changes: Any) -> None:
-        """Change fields. A new phase is published now, all else PUBLISH_S after the last word; what is so, never."""
-        if self._said and all(getattr(self.state, name) == value for name, value in changes.items()):
+        """Change fields. A new phase is published at once, others after PUBLISH_INTERVAL_S, and unchanged values
+        never.
+        """
+        if self._published and all(getattr(self.state, name) == value for name, value in changes.items()):
             return
         new: DownloadPhase = changes.get("phase", self.state.phase)
-        at_once = not self._said or new != self.state.phase or self._wait_s <= 0
+        at_once = not self._published or new != self.state.phase or self._wait_s <= 0
         self.state = structs.replace(self.state, **changes)
         self._dirty = True
         if at_once:
             await self.publish()
 
     async def publish(self) -> None:
-        """Write the state as it is now. Many who ask at once share one write."""
-        self._asked_count += 1
-        mine, self._written_at_s = self._asked_count, time.monotonic()
+        """Write the state as it is now. Concurrent callers share one write."""
+        self._requested_writes += 1
+        own, self._written_at_s = self._requested_writes, time.monotonic()
         async with self._writing:
-            if self._answered_count >= mine:
+            if self._finished_writes >= own:
                 return
-            answers, untold = self._asked_count, self._untold
-            self._untold, self._dirty = AsyncExitStack(), False
+            covered, after_publish = self._requested_writes, self._after_publish
+            self._after_publish, self._dirty = AsyncExitStack(), False
             self._measure()
             try:
                 await self._bucket.put(self._key, self.state)
             except BaseException:
                 self._dirty = True
-                self._untold.push_async_exit(untold)
+                self._after_publish.push_async_exit(after_publish)
                 raise
-            self._said, self._answered_count = True, answers
-        await untold.aclose()
+            self._published, self._finished_writes = True, covered
+        await after_publish.aclose()
+        await self._report_source_changes()
+
+    async def _report_source_changes(self) -> None:
+        changes, self._source_changes = self._source_changes, []
+        for change in changes:
+            if self._on_source_change is not None:
+                await self._on_source_change(change)
 
     def _measure(self) -> None:
         now_s = time.monotonic()
@@ -166,7 +191,7 @@ class Progress:
         self.state = structs.replace(
             self.state,
             done_bytes=self.done_bytes,
-            verified_bytes=self._whole_bytes,
+            verified_bytes=self._complete_bytes,
             sources=dict(self._received),
             source_speeds=speeds,
             speed_bytes_per_s=speed,
@@ -177,18 +202,18 @@ class Progress:
 
     @property
     def _wait_s(self) -> float:
-        """Seconds until something that is no new phase may be written."""
+        """Seconds until an update without a new phase may be written."""
         return self._written_at_s + PUBLISH_S - time.monotonic()
 
     async def publish_forever(self) -> None:
-        """Once a second, if anything changed. Idle is silent, and has no speed."""
+        """Publish once a second if anything changed. An idle download publishes nothing and has no speed."""
         while True:
             await asyncio.sleep(self._wait_s if self._wait_s > 0 else PUBLISH_S)
             if self._wait_s <= 0 and (self._dirty or self.state.speed_bytes_per_s):
-                # Bytes may flow from the hub while NATS is away: the next second says more.
+                # Bytes may arrive from the hub while NATS is down: the next second retries.
                 with suppress(Unavailable):
                     await self.publish()
 
     async def close(self) -> None:
-        """Nothing more is said: what waited for a word does not wait any more."""
-        await self._untold.aclose()
+        """Stop publishing, and run what waits for a publish."""
+        await self._after_publish.aclose()

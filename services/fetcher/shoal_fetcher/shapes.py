@@ -1,7 +1,7 @@
 """The shape of a model that no node has: from the hub's listing, config.json, and the headers of its weights.
 
-Of each file with weights the hub sends the first 8 bytes and then the header, nothing of a tensor. What came is not
-verified, so it is believed for nothing but how large the model is: a download takes none of it.
+Of each weight file only the first 8 bytes and the header are read. They are not verified, so they are used only for
+the model's size: a download takes nothing of them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from shoal_fetcher.restraint import Once
 MOST_CONFIG_BYTES = 1 << 20
 MOST_HEADER_BYTES = 16 << 20
 """Of one file: a hundred times what models have."""
-_AT_ONCE = 4
-_MOST_KEPT = 64
+_MAX_CONCURRENT_HEADERS = 4
+_MAX_CACHED = 64
 SHAPE_DEADLINE_S = 120.0
 
 
 class Shapes:
-    """Shapes by commit, the least lately asked forgotten first; a commit's never changes."""
+    """LRU cache of shapes by commit, whose shape never changes."""
 
     def __init__(self, hub: Hub, pace: Pace) -> None:
         self._hub, self._pace = hub, pace
@@ -38,14 +38,14 @@ class Shapes:
         self._once = Once[ModelShape]()
 
     async def of(self, ref: ModelRef) -> ModelSize:
-        """What a model's layers take. Raises what the hub's listing raises, Unsupported, Corrupt, or Expired."""
+        """Return the size of a model's layers. Raises Unsupported, Corrupt, Expired, and what listing it raises."""
         manifest = await self._hub.resolve(ref)
         shape = self._kept.get(manifest.model)
         if shape is None:
             shape = await self._once(manifest.model, lambda: self._in_time(manifest))
         self._kept[manifest.model] = shape
         self._kept.move_to_end(manifest.model)
-        while len(self._kept) > _MOST_KEPT:
+        while len(self._kept) > _MAX_CACHED:
             self._kept.popitem(last=False)
         return ModelSize(model=manifest.model, size_bytes=manifest.size_bytes, shape=shape)
 
@@ -55,7 +55,7 @@ class Shapes:
                 return await self._read(manifest)
         except TimeoutError:
             raise Expired(
-                f"the hub did not give the headers of {manifest.repo} within {SHAPE_DEADLINE_S:.0f} s; ask again"
+                f"the hub did not send the headers of {manifest.repo} within {SHAPE_DEADLINE_S:.0f} s; try again"
             ) from None
 
     async def _read(self, manifest: Manifest) -> ModelShape:
@@ -66,12 +66,12 @@ class Shapes:
         if not weights:
             raise Unsupported(f"{manifest.repo} has no model*.safetensors files")
         config = await self._config(manifest, files["config.json"])
-        found: dict[str, Tensor] = {}
-        slots = asyncio.Semaphore(_AT_ONCE)
+        tensors: dict[str, Tensor] = {}
+        slots = asyncio.Semaphore(_MAX_CONCURRENT_HEADERS)
 
         async def add(file: ManifestFile) -> None:
             async with slots:
-                found.update(await self._header(manifest, file))
+                tensors.update(await self._header(manifest, file))
 
         reading = [asyncio.ensure_future(add(file)) for file in weights]
         try:
@@ -80,35 +80,37 @@ class Shapes:
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
-        return await asyncio.to_thread(shape_of, config, found)
+        return await asyncio.to_thread(shape_of, config, tensors)
 
     async def _config(self, manifest: Manifest, file: ManifestFile) -> dict[str, object]:
         if not 0 < file.size_bytes <= MOST_CONFIG_BYTES:
-            raise Unsupported(f"the config.json of {manifest.repo} has {file.size_bytes} bytes")
-        raw = await self._bytes(manifest, file, 0, file.size_bytes)
+            raise Unsupported(
+                f"the config.json of {manifest.repo} has {file.size_bytes} bytes, not 1 to {MOST_CONFIG_BYTES}"
+            )
+        raw = await self._read_bytes(manifest, file, 0, file.size_bytes)
         try:
             return dict(json.loads(raw))
         except (ValueError, TypeError, RecursionError) as e:
-            raise Corrupt(f"config.json of {manifest.repo} cannot be read: {e}") from None
+            raise Corrupt(f"config.json of {manifest.repo} is not a JSON object: {e}") from None
 
     async def _header(self, manifest: Manifest, file: ManifestFile) -> dict[str, Tensor]:
-        prefix = await self._bytes(manifest, file, 0, PREFIX_BYTES)
+        prefix = await self._read_bytes(manifest, file, 0, PREFIX_BYTES)
         end = header_end(prefix, file.path)
         if end > min(file.size_bytes, MOST_HEADER_BYTES):
-            raise Corrupt(f"the safetensors header of {file.path} is said to end at byte {end}")
-        header = prefix + await self._bytes(manifest, file, PREFIX_BYTES, end)
+            raise Corrupt(f"the safetensors header of {file.path} claims to end at byte {end}")
+        header = prefix + await self._read_bytes(manifest, file, PREFIX_BYTES, end)
         return await asyncio.to_thread(tensors_of, header, file.path)
 
-    async def _bytes(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a file; a hub that sends others, or fewer, is Corrupt."""
-        found = bytearray()
+    async def _read_bytes(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> bytes:
+        """Return bytes [start, end) of a file. Raises Corrupt if the hub sends fewer."""
+        received = bytearray()
         async with self._hub.read(manifest, file, start, end) as body:
-            skip = start - body.begin  # a server that ignores Range begins at 0
+            skip = start - body.begin  # a server that ignores Range sends from 0
             async for chunk in body.chunks:
                 await self._pace.take(len(chunk))
-                found += chunk
-                if len(found) >= skip + end - start:
+                received += chunk
+                if len(received) >= skip + end - start:
                     break
-        if len(found) < skip + end - start:
-            raise Corrupt(f"the hub sent {len(found)} bytes of {file.path} where {end - start} were asked for")
-        return bytes(found[skip : skip + end - start])
+        if len(received) < skip + end - start:
+            raise Corrupt(f"the hub sent {len(received)} of {end - start} bytes of {file.path}")
+        return bytes(received[skip : skip + end - start])

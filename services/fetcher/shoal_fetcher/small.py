@@ -1,6 +1,6 @@
-"""Blobs that are too small to be relayed: whole from a node that has it, else, as its origin, from the hub.
+"""Fetches blobs too small to be relayed: whole from a node that has them, else from the hub, as their origin.
 
-Who is not the origin waits for it. Storage hashes the whole by sha256 in any case.
+Other nodes wait for the origin. Storage hashes the whole blob by sha256 in any case.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from shoal_fetcher.swarm.swarm import NO_PROGRESS_S
 
 log = Log("small")
 
-_LOOK_AGAIN_S = 5.0
-_RETURNING_S = 1.0
+_POLL_INTERVAL_S = 5.0
+_STARTING_INTERVAL_S = 1.0
 Commit = Callable[[ManifestFile, Progress], Awaitable[Committed]]
 Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
 
@@ -43,25 +43,25 @@ async def fetch(
     commit: Commit,
     turn: Turn,
 ) -> Committed:
-    """Make a small blob present. Raises WrongWhole when it is not what it is called, and what no source can help."""
+    """Make a small blob present. Raises BlobHashMismatch, and errors that no other source can help."""
     around = shared.around
     while True:
         if progress.still_s > NO_PROGRESS_S:
-            why = setbacks.last.message if setbacks.last else progress.state.waiting_for
+            reason = setbacks.last.message if setbacks.last else progress.state.waiting_for
             raise Unavailable(
-                f"nothing was added to {file.path} for {NO_PROGRESS_S:.0f} s ({why}); pull again to resume"
+                f"no progress on {file.path} for {NO_PROGRESS_S:.0f} s ({reason}); pull again to resume"
             )
-        seen = around.seen()
-        found = around.holders(file.blob, manifest)
-        choice = choose(file.blob, found, around.origin(file.blob), shared.node, setbacks, shared.busy)
+        version = around.seen()
+        holders = around.holders(file.blob, manifest)
+        choice = choose(file.blob, holders, around.origin(file.blob), shared.node, setbacks, shared.busy)
         if isinstance(choice, WaitFor):
             await progress.say(waiting_for=f"origin {choice.node}")
-            # An origin that gets nowhere loses its lease after its own deadline: ours does not run meanwhile.
+            # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
             progress.moved()
-            await around.changed(seen, _LOOK_AGAIN_S)
+            await around.changed(version, _POLL_INTERVAL_S)
             continue
         if isinstance(choice, FromHub) and setbacks.usable(around.returning(file.blob, manifest)):
-            await around.changed(seen, _RETURNING_S)
+            await around.changed(version, _STARTING_INTERVAL_S)
             continue
         peer = choice.node if isinstance(choice, FromPeer) else None
         try:
@@ -84,14 +84,15 @@ async def fetch(
                 committed = await _as_origin(shared, layout, manifest, file, setbacks, progress, commit)
             if committed is not None:
                 return committed
-            await around.changed(seen, _LOOK_AGAIN_S)
+            await around.changed(version, _POLL_INTERVAL_S)
         except WrongWhole:
             raise
         except ShoalError as e:
+            progress.source_failed(file.path, peer or HUB)
             if was_silent(e):
                 progress.left(peer or HUB)
-            delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(found)))
-            log.warning("a source failed", path=file.path, source=peer or HUB, why=e.message, wait_s=delay_s)
+            delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(holders)))
+            log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
             await progress.say(waiting_for=e.message)
             await asyncio.sleep(delay_s)
             if isinstance(e, RateLimited):
@@ -107,13 +108,13 @@ async def _as_origin(
     progress: Progress,
     commit: Commit,
 ) -> Committed | None:
-    """Read from the hub for everyone. None when somebody else is the origin, or has just finished."""
+    """Read the blob from the hub for all nodes. Returns None if another node is the origin or has just finished."""
     lease = await acquire(shared.buckets.lease, origin_key(file.blob), shared.node, shared.uid)
     if lease is None:
         return None
     async with AsyncExitStack() as held:
         await held.enter_async_context(holding(lease))
-        # The last origin may have finished between our look and our taking the lease (I9).
+        # The last origin may have finished between our check and our lease (I9).
         await shared.around.catch_up()
         if setbacks.usable(shared.around.holders(file.blob, manifest)):
             return None
@@ -124,7 +125,7 @@ async def _as_origin(
         reader = from_hub(read, progress.pacing(shared.limits.hub))
         await _while_held(lease, file, _read(HUB, layout, file, reader, setbacks, progress))
         committed = await commit(file, progress)
-        # Only then goes the lease back: who takes it next looks in `state` first.
+        # The lease is released only after that: the next holder checks `state` first.
         progress.when_told(held.pop_all())
         return committed
 
@@ -155,16 +156,16 @@ async def _read(
             if partial.here != partial.all:
                 setbacks.givers.add(source)
 
-            async def came(count: int) -> None:
-                progress.received(source, count)
+            async def on_bytes(count: int) -> None:
+                progress.received(source, count, file.path)
 
             def missing() -> int:
                 return partial.all & ~partial.here
 
-            def got(leaf: int) -> None:
-                """Nobody is told of a leaf of these."""
+            def on_leaf(leaf: int) -> None:
+                """Leaves of small blobs are not gossiped."""
 
             name = "the hub" if source == HUB else f"node {source}"
-            await read_missing(partial, file.path, name, reader, missing, got, came, sealed=lambda: True)
+            await read_missing(partial, file.path, name, reader, missing, on_leaf, on_bytes, sealed=lambda: True)
     finally:
         progress.durable(file.blob, partial.durable_bytes)

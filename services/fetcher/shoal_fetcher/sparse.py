@@ -1,7 +1,7 @@
-"""Which leaves of a model's files the stages with some layers need (docs/sparse.md). Pure.
+"""Selects the leaves of a model's files that stages with some layers need (docs/sparse.md). Pure.
 
-What is learned comes step by step: first the small files and the first leaf of each file with weights, then the rest
-of a header that is longer than that, then, by the headers and config.json, the leaves in which needed tensors are.
+It works in steps: first the small files and the first leaf of each weight file, then the rest of a header longer than
+that, then, by the headers and config.json, the leaves that contain needed tensors.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from shoal_common.tensors import StageTensors, tensor_ranges
 
 CONFIG = "config.json"
 SMALL_BYTES = 64 << 20
-"""Files without tensors up to this size are needed whole, tokenizers among them; larger ones no stage opens."""
+"""Files without tensors up to this size are needed whole, tokenizers among them; no stage opens larger ones."""
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 
 
 def weight_files(manifest: Manifest) -> list[ManifestFile]:
-    """The files that stages read tensors from."""
+    """Return the files that stages read tensors from."""
     return [f for f in manifest.files if _WEIGHTS.fullmatch(f.path) and f.size_bytes]
 
 
 def first_leaves(manifest: Manifest) -> dict[str, int]:
-    """What is needed before any header is known: of weights the first leaf, of large files without any nothing.
+    """Return the leaves needed before any header is known: of weight files the first, of other large files none.
 
-    As everywhere here: blobs that are not named are needed whole.
+    As everywhere here, blobs that are missing from the result are needed whole.
     """
     weights = {f.blob for f in weight_files(manifest)}
     large = {f.blob for f in manifest.files if f.size_bytes > SMALL_BYTES}
@@ -37,9 +37,9 @@ def first_leaves(manifest: Manifest) -> dict[str, int]:
 
 
 def header_leaves(end: int, file: ManifestFile) -> int:
-    """The leaves of a header that ends there. Raises Corrupt when the file is shorter."""
+    """Return the leaves of a header that ends at this offset. Raises Corrupt if the file is shorter."""
     if end > file.size_bytes:
-        raise Corrupt(f"the safetensors header of {file.path} would end at {end} of its {file.size_bytes} bytes")
+        raise Corrupt(f"the safetensors header of {file.path} would end at byte {end} of {file.size_bytes}")
     return leafset.covering(0, end)
 
 
@@ -49,21 +49,20 @@ def stage_leaves(
     files: Iterable[ManifestFile],
     layers: Iterable[Sequence[int]],
 ) -> dict[str, int]:
-    """By blob, the leaves of weight files that the stages need: their headers, and each leaf with a needed byte.
+    """Return by blob the leaves of weight files that the stages need: the headers, and each leaf with a needed byte.
 
-    `headers` has each blob's bytes up to the header's end. Nothing less would do: a leaf is the least that can be
-    verified, so gaps between needed tensors are read only where they share a leaf with one. Raises Corrupt,
-    Unsupported.
+    `headers` has each blob's bytes up to the end of its header. A leaf is the smallest verifiable unit, so gaps
+    between needed tensors are read only where they share a leaf with one. Raises Corrupt, Unsupported.
     """
     stages = [StageTensors(config, first, last) for first, last in layers]
-    found: dict[str, int] = {}
+    leaves_by_blob: dict[str, int] = {}
     for file in files:
         header = headers[file.blob]
-        leaves = found.get(file.blob, 0) | header_leaves(len(header), file)
+        leaves = leaves_by_blob.get(file.blob, 0) | header_leaves(len(header), file)
         for name, (start, end) in tensor_ranges(header, file.path).items():
             if end > file.size_bytes:
-                raise Corrupt(f"tensor {name} of {file.path} would end at {end} of its {file.size_bytes} bytes")
+                raise Corrupt(f"tensor {name} of {file.path} would end at byte {end} of {file.size_bytes}")
             if any(stage.needs(name) for stage in stages):
                 leaves |= leafset.covering(start, end)
-        found[file.blob] = leaves
-    return found
+        leaves_by_blob[file.blob] = leaves
+    return leaves_by_blob

@@ -1,4 +1,4 @@
-"""What a fetcher asks of its own node's storage. Every question here can be asked twice."""
+"""Client of this node's storage. Every request here is idempotent."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ T = TypeVar("T")
 
 _DEADLINE_S = 60.0
 _COMMIT_DEADLINE_S = 600.0
-"""Storage hashes all of a blob in a commit."""
+"""A commit hashes the whole blob."""
 _PATIENCE_S = 30.0
-"""How long a storage that is away may take to come back."""
+"""How long a storage that is down may take to restart."""
 _RELEASE_PATIENCE_S = 10.0
 
 
 class Storage:
-    """The storage of this node, through its restarts."""
+    """The storage of this node, across its restarts."""
 
     def __init__(self, ask: Ask, node: str, around: Surroundings) -> None:
         self._ask, self._node, self._around = ask, node, around
 
     async def reserve(self, manifest: Manifest, leaves: Mapping[str, int] | None = None) -> Reserved:
-        """What is here of a model and what is to come, of some blobs only `leaves`. Raises QuotaExceeded."""
+        """Reserve space for a model, of some blobs only `leaves`. Returns what is present. Raises QuotaExceeded."""
         question = Reserve(manifest=manifest, leaves=_as_ranges(leaves or {}))
         return await self._until_answered("reserve", question, Reserved)
 
     async def commit(self, blob: str, root: str = "") -> Committed:
-        """Verify a complete partial and make it a blob: by its leaf list if that has this root, else by sha256.
+        """Verify a complete partial blob and commit it: by its leaf list if that has this digest, else by sha256.
 
-        Raises WrongWhole, LeavesLost, or ReservationLost when it has gone.
+        Raises BlobHashMismatch, LeafReadbackMismatch, or ReservationLost if the partial is gone.
         """
         try:
             question = CommitBlob(blob=blob, root=root)
@@ -64,7 +64,7 @@ class Storage:
         return committed
 
     async def seal(self, manifest: Manifest) -> ModelState:
-        """Make a model present. Raises ReservationLost when a blob of it has gone."""
+        """Make a model present. Raises ReservationLost if one of its blobs is gone."""
         try:
             return await self._until_answered("seal", SealModel(manifest=manifest), ModelState)
         except NotFound as e:
@@ -73,8 +73,8 @@ class Storage:
     async def seal_part(
         self, manifest: Manifest, layers: list[list[int]], leaves: Mapping[str, int], roots: dict[str, str]
     ) -> PartState:
-        """Have what was fetched for some layers checked and kept. Raises ReservationLost when some of it has gone,
-        WrongWhole when leaves are wrong.
+        """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, BlobHashMismatch
+        if some are corrupt.
         """
         question = SealPart(manifest=manifest, layers=layers, leaves=_as_ranges(leaves), roots=roots)
         try:
@@ -85,14 +85,14 @@ class Storage:
             raise WrongWhole(e.message, **e.details) from e
 
     async def room(self, model: str) -> RoomLeft:
-        """Whether there is room again for what is on its way, `model` (`org/name@commit`) among it."""
+        """Return whether there is space again for the reservations, `model` (`org/name@commit`) among them."""
         return await self._until_answered("room", AskRoom(model=model), RoomLeft)
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        """Give a reservation back. Bytes that only it wanted go: its partials, and these whole blobs."""
-        # A storage that was restarted remembers partials only; and here the manifest may not be known any more.
-        names = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
-        question = Release(manifest=Manifest(repo=repo, commit=commit, files=names))
+        """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""
+        # A restarted storage remembers partial blobs only, and the fetcher may not know the manifest any more.
+        files = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
+        question = Release(manifest=Manifest(repo=repo, commit=commit, files=files))
         await self._until_answered("release", question, Done, patience_s=_RELEASE_PATIENCE_S)
 
     async def _until_answered(
@@ -103,7 +103,7 @@ class Storage:
         deadline_s: float = _DEADLINE_S,
         patience_s: float = _PATIENCE_S,
     ) -> T:
-        # Without the race, an answer lost with a killed storage or a restarted NATS is waited for to the deadline.
+        # Without the race, a reply lost with a killed storage or a restarted NATS is awaited to the deadline.
         while True:
             asking = asyncio.ensure_future(
                 self._ask("storage", self._node, verb, question, kind, deadline_s=deadline_s, patience_s=patience_s)
@@ -119,4 +119,4 @@ class Storage:
 
 
 def _as_ranges(leaves: Mapping[str, int]) -> dict[str, leafset.Ranges]:
-    return {blob: leafset.ranges(its) for blob, its in leaves.items()}
+    return {blob: leafset.ranges(of_blob) for blob, of_blob in leaves.items()}

@@ -1,4 +1,4 @@
-"""What a download sees of the cluster: who is live, who has what, who is an origin; and when that changes."""
+"""What a download knows of the cluster: live nodes, who holds what, who is an origin; and when that changes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shoal_common.watch import View, any_changed, caught_up
 from shoal_fetcher.decide import Holding, holders
 
 _CATCH_UP_S = 5.0
-_SAID_AT_MOST = 1024
+_MAX_CACHED_HOLDERS = 1024
 STARTING_S = 8.0
-"""A fileserver that starts is waited for so long: what only it has need not come from the hub (I9)."""
+"""A starting fileserver is waited for this long: what only it has is not read from the hub (I9)."""
 
 
 class Surroundings:
-    """Read-only views of the cluster."""
+    """Read-only mirrors of the cluster's buckets."""
 
     def __init__(
         self,
@@ -45,53 +45,53 @@ class Surroundings:
         self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
         self._starting: dict[str, float] = {}
         self._starting_as_of = -1
-        self._said: dict[tuple[str, str], list[Holding]] = {}
-        self._said_as_of: tuple[object, ...] = ()
+        self._cached_holders: dict[tuple[str, str], list[Holding]] = {}
+        self._holders_as_of: tuple[object, ...] = ()
 
     def addresses(self) -> dict[str, list[str]]:
-        """Live fileservers of other nodes that can be reached from here, and where, in the order to try.
+        """Return the addresses of reachable fileservers of other nodes, in the order to try.
 
-        It is worked out anew only when a node has said something or an interface has changed: it is asked often.
+        Recomputed only after a node has published or an interface has changed: it is called often.
         """
-        mine, as_of = self._interfaces.now, (self._live.changes, self._interfaces.now)
+        own, as_of = self._interfaces.now, (self._live.changes, self._interfaces.now)
         if as_of != self._addresses_as_of:
-            self._addresses, self._addresses_as_of = self._work_out_addresses(mine), as_of
+            self._addresses, self._addresses_as_of = self._compute_addresses(own), as_of
         return self._addresses
 
-    def _work_out_addresses(self, mine: tuple[Interface, ...]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _compute_addresses(self, own: tuple[Interface, ...]) -> dict[str, list[str]]:
+        addresses: dict[str, list[str]] = {}
         for key, live in self._live.items("", Live):
             node, _, service = key.partition(".")
             if service == "fileserver" and node != self._me:
-                found[node] = [link.address for link in ways(live, self._network, mine)]
-        return {node: addresses for node, addresses in found.items() if addresses}
+                addresses[node] = [link.address for link in ways(live, self._network, own)]
+        return {node: of_node for node, of_node in addresses.items() if of_node}
 
     def starting(self) -> set[str]:
-        """Other nodes whose fileserver is there and does not say yet where it answers; not after STARTING_S."""
+        """Return nodes whose fileserver is live but has no address yet; for at most STARTING_TIMEOUT_S."""
         now_s = time.monotonic()
         if self._live.changes != self._starting_as_of:
-            found = {
+            starting = {
                 node
                 for (node, _, service), live in ((k.partition("."), v) for k, v in self._live.items("", Live))
                 if service == "fileserver" and node != self._me and not live.facts.addresses
             }
-            self._starting = {node: self._starting.get(node, now_s) for node in found}
+            self._starting = {node: self._starting.get(node, now_s) for node in starting}
             self._starting_as_of = self._live.changes
         return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_S}
 
     def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
-        """Live peers that have a blob whole. Worked out anew only when somebody has said something."""
+        """Return the live peers that have the complete blob. Recomputed only after somebody has published."""
         addresses = self.addresses()
         as_of = (self._state.changes, self._addresses_as_of)
-        if as_of != self._said_as_of or len(self._said) > _SAID_AT_MOST:
-            self._said, self._said_as_of = {}, as_of
+        if as_of != self._holders_as_of or len(self._cached_holders) > _MAX_CACHED_HOLDERS:
+            self._cached_holders, self._holders_as_of = {}, as_of
         key = (blob, manifest.model)
-        if key not in self._said:
-            self._said[key] = self._holders(blob, manifest, addresses)
-        return self._said[key]
+        if key not in self._cached_holders:
+            self._cached_holders[key] = self._holders(blob, manifest, addresses)
+        return self._cached_holders[key]
 
     def returning(self, blob: str, manifest: Manifest) -> list[Holding]:
-        """Peers that have a blob whole, and can be asked for it in a moment."""
+        """Return the peers that have the complete blob and whose fileserver is starting."""
         starting = self.starting()
         return self._holders(blob, manifest, starting) if starting else []
 
@@ -101,52 +101,54 @@ class Surroundings:
         return holders(blob, manifest, models, downloads, nodes, self._me)
 
     def roots(self, sha256: str) -> set[str]:
-        """Roots of a blob's leaf list, as live nodes that have it whole and are still downloading its model say."""
+        """Return the leaf-list digests of a blob, as published by live nodes that have it but not yet its model."""
         live = self.addresses()
         downloads = (d for _, d in self._state.items("download.", DownloadState))
         return {d.roots[sha256] for d in downloads if d.node in live and sha256 in d.roots}
 
     def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
-        """`(node, org/name@commit)` of the nodes that hold what a person means by `ref`, this one first."""
+        """Return `(node, org/name@commit)` of the nodes that hold what `ref` names, this one first."""
         live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".storage")}
-        found = [
+        holding = [
             (m.node, m.model)
             for _, m in self._state.items("model.", ModelState)
             if m.repo == ref.repo and (m.commit == ref.revision or ref.revision in m.revisions) and m.node in live
         ]
-        return sorted(found, key=lambda pair: pair[0] != self._me)
+        return sorted(holding, key=lambda pair: pair[0] != self._me)
 
     def own_downloads(self) -> dict[str, DownloadState | None]:
-        """Every model of which this node has a wish or a download's state; and that state."""
+        """Return every model of which this node has a download request or state, with that state."""
         prefix = f"download.{self._me}."
-        found: dict[str, DownloadState | None] = {s.model: None for _, s in self._spec.items(prefix, DownloadSpec)}
-        return found | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
+        requested: dict[str, DownloadState | None] = {
+            s.model: None for _, s in self._spec.items(prefix, DownloadSpec)
+        }
+        return requested | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
 
     def origin(self, blob: str) -> str | None:
-        """Which node is reading a blob from the hub."""
+        """Return the node that is reading a blob from the hub."""
         lease = self._lease.get(origin_key(blob), LeaseValue)
         return lease.node if lease else None
 
     async def catch_up(self) -> None:
-        """See everything that was said in `state` before now."""
+        """Wait until everything published in `state` before now is seen."""
         with suppress(TimeoutError):
             await caught_up(self._nats, self._state, _CATCH_UP_S)
 
     def seen(self) -> tuple[int, ...]:
-        """What has been seen so far: take it before looking, and give it to `changed`, so that nothing is missed."""
+        """Return the versions of the mirrors; read them before a decision and pass them to `changed`."""
         return tuple(v.changes for v in (self._live, self._state, self._lease))
 
     async def changed(self, seen: tuple[int, ...], deadline_s: float) -> None:
-        """Return once anything has changed after `seen`, or after the deadline."""
+        """Return once anything has changed since `seen`, or after the deadline."""
         await any_changed((self._live, self._state, self._lease), seen, deadline_s)
 
     def disk(self) -> tuple[object, ...]:
-        """What is said of this node's disk: who waits for space looks at storage again when it differs."""
+        """Return what is published of this node's disk; when it changes, waiting downloads ask storage again."""
         live = self._live.get(live_key(self._me, "storage"), Live)
         return (live and live.facts.disk_free_bytes, self._state.get(storage_key(self._me), StorageState))
 
     async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
-        """Return once what is said of this node's disk differs from `before`, or after the deadline."""
+        """Return once this node's disk differs from `before`, or after the deadline."""
         views = (self._live, self._state)
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
@@ -157,9 +159,9 @@ class Surroundings:
                     await any_changed(views, seen)
 
     async def answers_lost(self, service: str) -> None:
-        """Return once a question asked now of a service of this node may have lost its answer:
+        """Return once a reply to a request sent now to a service of this node may be lost:
 
-        its process is another one than now, or NATS was away.
+        its process was replaced, or NATS was down.
         """
         connection, process = self._nats.reconnects.count, self._uid(service)
         reconnected = asyncio.ensure_future(self._nats.reconnects.wait_after(connection))

@@ -1,8 +1,8 @@
-"""What people want on this node: `spec` at `download.<node>.*`, of which this service is the only writer.
+"""Download requests of this node: `spec` keys `download.<node>.*`, which only this service writes.
 
-A wish stands while there is work, and while it is paused. Whatever ends or stops it first answers the commands that
-wait for it, in `done`: one that is delivered again, to the successor of a fetcher that was killed, finds its answer
-there, and does not begin anew what a person has taken back since.
+A request exists while the download runs or is paused. Whatever ends or pauses it first answers the waiting commands
+in `done`: a command that is redelivered to the successor of a killed fetcher finds its answer there, and does not
+restart what a person has cancelled since.
 """
 
 from __future__ import annotations
@@ -20,74 +20,74 @@ from shoal_common.messages.commands import Outcome
 from shoal_common.messages.records import DownloadSpec
 from shoal_common.tensors import union
 
-_COMMANDS = 64
-"""Ids that a wish remembers; of more who wait for one download, the last."""
+_MAX_COMMANDS = 64
+"""Command ids that a request remembers: the newest ones."""
 
 
-def joined(one: list[list[int]], other: list[list[int]]) -> list[list[int]]:
-    """The layers that both want together; all of the model, which is none, where one of them wants that."""
-    return union([*one, *other]) if one and other else []
+def joined(layers: list[list[int]], more: list[list[int]]) -> list[list[int]]:
+    """Return the union of two sets of layers; empty, which means the whole model, if either is."""
+    return union([*layers, *more]) if layers and more else []
 
 
 class Wishes:
-    """The wishes of one node, by model. What is said here is in `spec` when a call returns."""
+    """The download requests of one node, by model. A change is stored in `spec` when the call returns."""
 
-    def __init__(self, buckets: Buckets, node: str, found: Iterable[DownloadSpec]) -> None:
+    def __init__(self, buckets: Buckets, node: str, stored: Iterable[DownloadSpec]) -> None:
         self._buckets, self._node = buckets, node
-        self._held = {wish.model: wish for wish in found}
+        self._requests = {request.model: request for request in stored}
         self._writing = asyncio.Lock()
 
     def get(self, name: str) -> DownloadSpec | None:
-        """The wish for a model, if there is one."""
-        return self._held.get(name)
+        """Return the request for a model, or None."""
+        return self._requests.get(name)
 
     @property
     def names(self) -> list[str]:
-        """The models that are wanted, paused ones included."""
-        return sorted(self._held)
+        """The requested models, paused ones included."""
+        return sorted(self._requests)
 
     def is_paused(self, name: str) -> bool:
-        """Whether a person has stopped it."""
-        wish = self._held.get(name)
-        return wish is not None and wish.paused
+        """Return whether a person paused it."""
+        request = self._requests.get(name)
+        return request is not None and request.paused
 
     async def ask(self, name: str, command: str, layers: list[list[int]]) -> None:
-        """Somebody wants these layers of it, or all, now: a pause ends."""
-        wish = self._held.get(name)
-        if wish is None:
-            wish = DownloadSpec(model=name, asked_at_s=round(clock.now_s(), 3), layers=layers)
-        wish = structs.replace(wish, layers=joined(wish.layers, layers))
-        others = [c for c in wish.commands if c != command]
-        await self._put(structs.replace(wish, paused=False, commands=[*others, command][-_COMMANDS:]))
+        """Request these layers of a model, or all of it; ends a pause."""
+        request = self._requests.get(name)
+        if request is None:
+            request = DownloadSpec(model=name, asked_at_s=round(clock.now_s(), 3), layers=layers)
+        request = structs.replace(request, layers=joined(request.layers, layers))
+        others = [c for c in request.commands if c != command]
+        await self._put(structs.replace(request, paused=False, commands=[*others, command][-_MAX_COMMANDS:]))
 
     async def pause(self, name: str, why: ShoalError) -> None:
-        """A person stops it."""
-        wish = self._held[name]
-        await self._answer(wish, why)
-        await self._put(structs.replace(wish, paused=True, commands=[]))
+        """Pause the download; `why` is raised to the commands that wait for it."""
+        request = self._requests[name]
+        await self._answer(request, why)
+        await self._put(structs.replace(request, paused=True, commands=[]))
 
     async def go_on(self, name: str) -> None:
-        """A person lets it go on."""
-        await self._put(structs.replace(self._held[name], paused=False))
+        """End the pause."""
+        await self._put(structs.replace(self._requests[name], paused=False))
 
     async def end(self, name: str, result: object) -> None:
-        """There is nothing to want any more: `result` is a struct, or the error it ended with. Idempotent."""
-        wish = self._held.get(name)
-        if wish is not None:
-            await self._answer(wish, result)
+        """Delete the request; `result` is a struct, or the error that ended the download. Idempotent."""
+        request = self._requests.get(name)
+        if request is not None:
+            await self._answer(request, result)
         async with self._writing:
             await self._buckets.spec.delete(download_key(self._node, name))
-            self._held.pop(name, None)
+            self._requests.pop(name, None)
 
     async def say_again(self) -> None:
-        """Write all of them: NATS has lost them, and nobody has taken them back."""
+        """Write all requests again: NATS has lost its store."""
         async with self._writing:
-            for name, wish in self._held.items():
-                await self._buckets.spec.put(download_key(self._node, name), wish)
+            for name, request in self._requests.items():
+                await self._buckets.spec.put(download_key(self._node, name), request)
 
-    async def _answer(self, wish: DownloadSpec, result: object) -> None:
+    async def _answer(self, request: DownloadSpec, result: object) -> None:
         error = result.body() if isinstance(result, ShoalError) else None
-        for command in wish.commands:
+        for command in request.commands:
             outcome = Outcome(
                 id=command,
                 ok=error is None,
@@ -100,7 +100,7 @@ class Wishes:
             )
             await self._buckets.done.create(done_key(command), outcome)
 
-    async def _put(self, wish: DownloadSpec) -> None:
+    async def _put(self, request: DownloadSpec) -> None:
         async with self._writing:
-            await self._buckets.spec.put(download_key(self._node, wish.model), wish)
-            self._held[wish.model] = wish
+            await self._buckets.spec.put(download_key(self._node, request.model), request)
+            self._requests[request.model] = request

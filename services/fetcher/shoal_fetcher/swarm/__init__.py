@@ -1,1 +1,1 @@
-"""How nodes that fetch the same blob take its leaves from each other (docs/transfer.md)."""
+"""Nodes that fetch the same blob take its leaves from each other (docs/transfer.md)."""

@@ -1,7 +1,7 @@
-"""Saying and hearing who has what of one blob that is being fetched: `Have`, core NATS, kept nowhere.
+"""Gossip of which node has which leaves of a blob being fetched: `HaveMessage` over core NATS, stored nowhere.
 
-At most every 100 ms when something changed, every second when nothing did. The newest message of a node says all, so
-any of them may be lost.
+At most every 100 ms when something changed, else every second. A node's newest message has all its leaves, so any
+message may be lost.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ log = Log("haves")
 BATCH_S = 0.1
 UNCHANGED_S = 1.0
 SILENT_S = 3.0
-"""Who was not heard for so long does not count as fetching."""
+"""A node not heard for this long does not count as fetching."""
 MAX_NODES = 1024
-"""Nodes that are listened to for one blob."""
-_HASHES_AT_ONCE = 4096
+"""Nodes whose messages are kept for one blob."""
+_MAX_HASHES = 4096
 _PENDING_MESSAGES = 4096
 _GROWTH_WEIGHT = 0.3
 
 
 class Heard(msgspec.Struct):
-    """What a node said last, and when."""
+    """The last message of a node, and when it came."""
 
     node: str
     uid: str
@@ -53,7 +53,7 @@ class Heard(msgspec.Struct):
 
 
 class Haves:
-    """`async with`: listens and says what this node has; at the end it says that it leaves."""
+    """Publishes this node's leaves and collects the others'. Leaving `async with` publishes that this node leaves."""
 
     def __init__(
         self,
@@ -64,60 +64,60 @@ class Haves:
         partial: PartialBlob,
         wanted: int,
         changed: Callable[[], None],
-        told: Callable[[Have], None],
+        on_message: Callable[[Have], None],
     ) -> None:
         self._nats, self._node, self._uid, self._blob = nats, node, uid, blob
-        self._partial, self._changed, self._told = partial, changed, told
+        self._partial, self._changed, self._on_message = partial, changed, on_message
         self._wanted = b"" if wanted == partial.all else to_bitmap(wanted, partial.leaf_count)
         self.heard: dict[str, Heard] = {}
-        """Others, by node."""
+        """Other nodes' last messages, by node."""
         self.origin = False
         self.sealed = ""
-        self._untold = 0
+        self._new_hashes = 0
         self._dirty = asyncio.Event()
         self._subscription: Subscription | None = None
-        self._saying: asyncio.Task[None] | None = None
+        self._publish_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Haves:
         with suppress(NatsError):
             self._subscription = await self._nats.client.subscribe(
-                subjects.have("*", self._blob), cb=self._hear, pending_msgs_limit=_PENDING_MESSAGES
+                subjects.have("*", self._blob), cb=self._receive, pending_msgs_limit=_PENDING_MESSAGES
             )
-        self._saying = asyncio.create_task(self._say_forever())
+        self._publish_task = asyncio.create_task(self._publish_forever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._saying is not None:
-            self._saying.cancel()
-            await asyncio.wait({self._saying})
+        if self._publish_task is not None:
+            self._publish_task.cancel()
+            await asyncio.wait({self._publish_task})
         if self._subscription is not None:
             with suppress(NatsError):
                 await self._subscription.unsubscribe()
-        await self._say(leaving=True)
+        await self._publish(leaving=True)
 
     def say_soon(self) -> None:
-        """Something changed: it is said with the next batch."""
+        """Publish a change with the next batch."""
         self._dirty.set()
 
     def tell_hashes(self, leaves: int) -> None:
-        """As origin: the hashes of these leaves are new."""
-        self._untold |= leaves
+        """Publish the hashes of these leaves, as the origin."""
+        self._new_hashes |= leaves
         self._dirty.set()
 
-    async def _say_forever(self) -> None:
+    async def _publish_forever(self) -> None:
         hello = True
         while True:
             self._dirty.clear()
-            await self._say(hello=hello)
+            await self._publish(hello=hello)
             hello = False
             await asyncio.sleep(BATCH_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(UNCHANGED_S - BATCH_S):
                     await self._dirty.wait()
 
-    async def _say(self, hello: bool = False, leaving: bool = False) -> None:
-        first, end = bounds(self._untold)
-        end = min(end, first + _HASHES_AT_ONCE)
+    async def _publish(self, hello: bool = False, leaving: bool = False) -> None:
+        first, end = bounds(self._new_hashes)
+        end = min(end, first + _MAX_HASHES)
         have = Have(
             node=self._node,
             blob=self._blob,
@@ -136,36 +136,36 @@ class Haves:
             return
         with suppress(NatsError):
             await self._nats.client.publish(subjects.have(self._node, self._blob), encode(have))
-            self._untold &= ~run(first, end)
-            if self._untold:
+            self._new_hashes &= ~run(first, end)
+            if self._new_hashes:
                 self._dirty.set()
 
-    async def _hear(self, message: Msg) -> None:
+    async def _receive(self, message: Msg) -> None:
         try:
             have = decode(message.data, Have)
         except BadMessage as e:
-            return log.debug("a word that does not decode", subject=message.subject, why=e.message)
-        if not self._makes_sense(have, message.subject):
-            return log.debug("a word that makes no sense", subject=message.subject)
-        loop_s = asyncio.get_running_loop().time()
+            return log.debug("undecodable have message", subject=message.subject, reason=e.message)
+        if not self._is_valid(have, message.subject):
+            return log.debug("invalid have message", subject=message.subject)
+        now_s = asyncio.get_running_loop().time()
         before = self.heard.get(have.node)
         if have.leaving:
             self.heard.pop(have.node, None)
         else:
             wanted = from_bitmap(have.wanted) if have.wanted else self._partial.all
-            now = Heard(have.node, have.uid, from_bitmap(have.leaves), wanted, have.origin, have.sealed, loop_s)
-            if before is not None and before.uid == now.uid and loop_s > before.at_s:
-                grown = (now.leaves & ~before.leaves).bit_count() * LEAF_BYTES / (loop_s - before.at_s)
+            latest = Heard(have.node, have.uid, from_bitmap(have.leaves), wanted, have.origin, have.sealed, now_s)
+            if before is not None and before.uid == latest.uid and now_s > before.at_s:
+                growth = (latest.leaves & ~before.leaves).bit_count() * LEAF_BYTES / (now_s - before.at_s)
                 old = before.grows_bytes_per_s
-                now.grows_bytes_per_s = old + _GROWTH_WEIGHT * (grown - old) if old else grown
-            self.heard[have.node] = now
+                latest.grows_bytes_per_s = old + _GROWTH_WEIGHT * (growth - old) if old else growth
+            self.heard[have.node] = latest
         if have.hello:
             self._dirty.set()
-        self._told(have)
+        self._on_message(have)
         self._changed()
 
-    def _makes_sense(self, have: Have, subject: str) -> bool:
-        """Whether it is of this blob, of the node whose subject it came on, and within bounds (I10)."""
+    def _is_valid(self, have: Have, subject: str) -> bool:
+        """Return whether it is of this blob, from the node of its subject, and within bounds (I10)."""
         count = leaf_count(self._partial.size_bytes)
         return (
             have.node != self._node

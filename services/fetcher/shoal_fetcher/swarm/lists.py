@@ -1,4 +1,4 @@
-"""The leaf list of one blob that arrives: sealed where somebody has its root, else provisional, from the origin."""
+"""The leaf list of a blob being fetched: sealed if some node has its digest, else provisional, from the origin."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from shoal_fetcher.swarm.shared import Fetch
 
 log = Log("lists")
 
-_AGAIN_S = 0.3
+_RETRY_S = 0.3
 _FORGET_S = 5.0
-"""A node that did not give its list is asked again after so long."""
+"""A node that did not send its list is asked again after this long."""
 _MAX_PROVISIONAL_LEAVES = 1 << 16
-"""Of a provisional list, asked for at once."""
+"""Of a provisional list, per request."""
 
 
 class Lists:
-    """What is known of the list, and whose word it is."""
+    """What is known of the list, and who vouched for it."""
 
     def __init__(self, fetch: Fetch, haves: Haves) -> None:
         self._fetch, self._haves = fetch, haves
         self.proven = ""
-        """The root, once it is sealed and the partial's list has it."""
+        """The digest, once it is sealed and the partial blob has this list."""
         self.lacking = False
-        """A root is sealed, and nobody who can be asked has its list."""
-        self._without: set[str] = set()
+        """A digest is sealed, and no node that can be asked has its list."""
+        self._nodes_without_list: set[str] = set()
         self._forget_at_s = 0.0
-        self._vouched: dict[str, int] = {}
-        self._not_before_s = 0.0
+        self._leaves_vouched_by: dict[str, int] = {}
+        self._retry_at_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._draw = random.Random()
         self.failed: Exception | None = None
 
     def root(self) -> str:
-        """The root that is sealed; "" while nobody has said one, or they disagree."""
+        """Return the sealed digest; "" if none is published, or they disagree."""
         around = self._fetch.shared.around
-        said = {self._fetch.file.leaves, self._haves.sealed, *around.roots(self._fetch.blob)}
-        may = self._fetch.setbacks
-        return sealed_root(said | {h.sealed for h in self._haves.heard.values() if h.node not in may.corrupt})
+        digests = {self._fetch.file.leaves, self._haves.sealed, *around.roots(self._fetch.blob)}
+        setbacks = self._fetch.setbacks
+        return sealed_root(digests | {h.sealed for h in self._haves.heard.values() if h.node not in setbacks.corrupt})
 
     def heard(self, have: Have) -> None:
-        """An origin tells hashes."""
+        """Learn the hashes in an origin's message."""
         fetch = self._fetch
         holder = fetch.shared.around.origin(fetch.blob)
         if (
@@ -63,28 +63,28 @@ class Lists:
         leaves = run(have.hashes_from, have.hashes_from + len(have.hashes) // HASH_BYTES)
         if leaves & ~fetch.partial.known and self._task is None:
             self._start(self._learn(have.node, have.hashes_from, have.hashes))
-        # What is not taken now, since a list is being read, is asked for later as what is lacking.
+        # Hashes that are ignored now, while a list is being read, are requested later as missing.
 
     def look(self, reachable: dict[str, int], now_s: float) -> None:
-        """See to what is lacking. `reachable`: nodes that can be asked, and the leaves that they have."""
+        """Fetch what is missing. `reachable`: nodes that can be asked, and their leaves."""
         fetch, partial = self._fetch, self._fetch.partial
         if self.proven or self._task is not None:
             return
         if root := self.root():
             if partial.known == partial.all and root_of(partial.hashes) == root:
-                self._prove(root)
-            elif now_s >= self._not_before_s:
-                whole = [h.node for h in fetch.holders()]
-                sealed = [h.node for h in self._haves.heard.values() if h.sealed == root and h.node in reachable]
-                nodes = sorted({*whole, *sealed} & reachable.keys())
+                self._use_sealed(root)
+            elif now_s >= self._retry_at_s:
+                holders = [h.node for h in fetch.holders()]
+                sealers = [h.node for h in self._haves.heard.values() if h.sealed == root and h.node in reachable]
+                nodes = sorted({*holders, *sealers} & reachable.keys())
                 if now_s >= self._forget_at_s:
                     self._forget_at_s = now_s + _FORGET_S
-                    self._without.clear()
-                nodes = [n for n in nodes if n not in self._without]
+                    self._nodes_without_list.clear()
+                nodes = [n for n in nodes if n not in self._nodes_without_list]
                 self.lacking = not nodes
                 if nodes:
                     self._start(self._read_sealed(root, nodes))
-        elif not self._haves.origin and not fetch.setbacks.alone and now_s >= self._not_before_s:
+        elif not self._haves.origin and not fetch.setbacks.alone and now_s >= self._retry_at_s:
             lacking = {n: leaves & ~partial.known for n, leaves in reachable.items()}
             nodes = [n for n, leaves in lacking.items() if leaves and n in self._haves.heard]
             if nodes:
@@ -104,10 +104,10 @@ class Lists:
         self._fetch.changed()
 
     def seal(self, root: str) -> None:
-        """This node has hashed all of it to the blob's name: its list has this root."""
-        self._prove(root)
+        """Seal the list: this node has hashed all leaves to the blob's name, and the list has this digest."""
+        self._use_sealed(root)
 
-    def _prove(self, root: str) -> None:
+    def _use_sealed(self, root: str) -> None:
         self.proven = self._haves.sealed = root
         self._haves.say_soon()
         self._fetch.changed()
@@ -115,45 +115,45 @@ class Lists:
     async def _learn(self, node: str, first: int, hashes: bytes) -> None:
         learned = await self._fetch.partial.learn(first, hashes)
         if learned:
-            self._vouched[node] = self._vouched.get(node, 0) | learned
+            self._leaves_vouched_by[node] = self._leaves_vouched_by.get(node, 0) | learned
             self._fetch.setbacks.givers.add(node)
 
     async def _read_sealed(self, root: str, nodes: list[str]) -> None:
         fetch = self._fetch
-        self._not_before_s = asyncio.get_running_loop().time() + _AGAIN_S
+        self._retry_at_s = asyncio.get_running_loop().time() + _RETRY_S
         self._draw.shuffle(nodes)
         for node in nodes:
             try:
                 hashes = await fetch.shared.peers.leaf_list(node, fetch.blob, 0, list_bytes(fetch.file.size_bytes))
             except ShoalError as e:
-                log.info("a node does not give its leaf list", peer=node, blob=fetch.blob, why=e.message)
-                self._without.add(node)
+                log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
+                self._nodes_without_list.add(node)
                 continue
             if root_of(hashes) != root:
-                log.warning("banned: its leaf list is not the sealed one", peer=node, blob=fetch.blob)
+                log.warning("node banned, its leaf list has the wrong digest", peer=node, blob=fetch.blob)
                 fetch.setbacks.corrupt.add(node)
                 continue
             differing = await fetch.partial.use_list(hashes)
-            for voucher, leaves in self._vouched.items():
+            for voucher, leaves in self._leaves_vouched_by.items():
                 if leaves & differing:
-                    log.warning("banned: it told wrong hashes", peer=voucher, blob=fetch.blob)
+                    log.warning("node banned, it sent wrong leaf hashes", peer=voucher, blob=fetch.blob)
                     fetch.setbacks.corrupt.add(voucher)
-            return self._prove(root)
+            return self._use_sealed(root)
 
     async def _read_provisional(self, node: str, leaves: int) -> None:
         fetch = self._fetch
-        self._not_before_s = asyncio.get_running_loop().time() + _AGAIN_S
+        self._retry_at_s = asyncio.get_running_loop().time() + _RETRY_S
         first, end = bounds(leaves)
         end = min(end, first + _MAX_PROVISIONAL_LEAVES)
         try:
             size_bytes = (end - first) * HASH_BYTES
             hashes = await fetch.shared.peers.leaf_list(node, fetch.blob, first * HASH_BYTES, size_bytes)
         except ShoalError as e:
-            return log.info("a node does not give its leaf list", peer=node, blob=fetch.blob, why=e.message)
+            return log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
         await self._learn(node, first, hashes)
 
     async def close(self) -> None:
-        """Stop what is under way."""
+        """Stop the running request."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})

@@ -1,8 +1,8 @@
-"""The origin: the one node that reads a blob where nobody says what its leaves hash to, and tells the others.
+"""The origin: the one node that reads a blob whose leaf hashes nobody knows, and gossips them to the others.
 
-That is the hub, or a node that has it whole without a leaf list (a read-only root, an older version). It reads in
-order what no living node has; all it has, also what came from the others, it hashes in order by sha256. When that is
-the blob's name, the list is sealed.
+It reads from the hub, or from a node that has the complete blob without a leaf list (in a library, or an older
+version). It reads in order what no live node has, and hashes everything, also what came from the others, in order by
+sha256. If that is the blob's name, the list is sealed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Reader = Callable[[int, int], AbstractAsyncContextManager[Body]]
 """Opens a source at bytes [start, end)."""
 Paced = Callable[[int], Awaitable[None]]
 """Returns when so many bytes may pass."""
-_HASHED_AT_ONCE = 16
+_HASH_BATCH_LEAVES = 16
 _RUN_LEAVES = 16
-_LEASE_AGAIN_S = 0.5
-_LOOK_AGAIN_S = 1.0
-_CUT_AT_LEAVES = 64
-"""When so many leaves that are still to come have turned up elsewhere, the reading starts anew behind them."""
+_LEASE_RETRY_S = 0.5
+_POLL_INTERVAL_S = 1.0
+_SKIP_LEAVES = 64
+"""When the others have this many of the leaves that are still to come, reading restarts behind them."""
 
 
 class Contradiction(Corrupt):
-    """The source says otherwise than somebody in the cluster whose word was taken."""
+    """The source contradicts a leaf hash that a node vouched for."""
 
 
 async def read_missing(
@@ -53,13 +53,14 @@ async def read_missing(
     source: str,
     read: Reader,
     missing: Callable[[], int],
-    got: Callable[[int], None],
-    came: Callable[[int], Awaitable[None]],
+    on_leaf: Callable[[int], None],
+    on_bytes: Callable[[int], Awaitable[None]],
     sealed: Callable[[], bool],
 ) -> None:
-    """Read what `missing()` says now, in order, until it says nothing.
+    """Read the leaves that `missing()` returns, in order, until it returns none.
 
-    `came(bytes)` may wait; `got(leaf)` is told of each leaf. Raises Corrupt, Contradiction, and what `read` raises.
+    `on_bytes(count)` may wait; `on_leaf(leaf)` is called for each leaf. Raises Corrupt, ConflictingLeafHashes, and
+    what `read` raises.
     """
     while todo := missing():
         first, end = next(runs_of(todo))
@@ -68,19 +69,19 @@ async def read_missing(
         async with read(first * LEAF_BYTES, last) as body:
             cutter.begin_at(body.begin)
             async for chunk in body.chunks:
-                await came(len(chunk))
+                await on_bytes(len(chunk))
                 for leaf, data in cutter.feed(chunk):
                     if partial.here >> leaf & 1:
-                        continue  # a source that ignores ranges has sent it before
+                        continue  # sent again by a source that ignores ranges
                     if await partial.write(leaf, data, vouch=True):
-                        got(leaf)
+                        on_leaf(leaf)
                     elif sealed():
-                        raise Corrupt(f"{source} gives other bytes for {name} than it should")
+                        raise Corrupt(f"{source} sent corrupt bytes of {name}")
                     else:
-                        raise Contradiction(f"{source} gives other bytes for {name} than a node had said")
+                        raise Contradiction(f"{source} sent other bytes of {name} than a node vouched for")
                 if cutter.overflowing:
-                    raise Corrupt(f"{source} sends more bytes for {name} than it has")
-                if (run(cutter.leaf, end) & ~missing()).bit_count() >= _CUT_AT_LEAVES:
+                    raise Corrupt(f"{source} sent more bytes of {name} than it has")
+                if (run(cutter.leaf, end) & ~missing()).bit_count() >= _SKIP_LEAVES:
                     break
             else:
                 if cutter.leaf < end and run(cutter.leaf, end) & missing():
@@ -88,7 +89,7 @@ async def read_missing(
 
 
 def from_hub(read: Reader, paced: Paced) -> Reader:
-    """The hub, at its pace."""
+    """Return a reader of the hub, under the hub's rate limit."""
 
     @asynccontextmanager
     async def reading(start: int, end: int) -> AsyncIterator[Body]:
@@ -105,30 +106,30 @@ def from_hub(read: Reader, paced: Paced) -> Reader:
 
 
 def from_node(peers: Peers, node: str, blob: str, size_bytes: int, paced: Paced) -> Reader:
-    """A node that has the blob whole and no list of it. What it sends is nobody's word but its own."""
+    """Return a reader of a node that has the complete blob and no leaf list. Only that node vouches for its bytes."""
 
     @asynccontextmanager
     async def reading(start: int, end: int) -> AsyncIterator[Body]:
         async def chunks() -> AsyncIterator[bytes]:
             first, last = start // LEAF_BYTES, -(-end // LEAF_BYTES)
             while first < last:
-                upto = min(first + _RUN_LEAVES, last)
-                came: asyncio.Queue[bytes] = asyncio.Queue()
+                run_end = min(first + _RUN_LEAVES, last)
+                received: asyncio.Queue[bytes] = asyncio.Queue()
 
                 def took(
-                    leaf: int, data: memoryview, done: Callable[[], None], into: asyncio.Queue[bytes] = came
+                    leaf: int, data: memoryview, done: Callable[[], None], into: asyncio.Queue[bytes] = received
                 ) -> None:
                     into.put_nowait(bytes(data))
                     done()
 
-                asking = asyncio.ensure_future(peers.leaves(node, blob, size_bytes, first, upto, took))
+                asking = asyncio.ensure_future(peers.leaves(node, blob, size_bytes, first, run_end, took))
                 try:
-                    for _ in range(first, upto):
-                        getting = asyncio.ensure_future(came.get())
+                    for _ in range(first, run_end):
+                        getting = asyncio.ensure_future(received.get())
                         try:
                             await asyncio.wait({asking, getting}, return_when=asyncio.FIRST_COMPLETED)
                             if asking.done():
-                                asking.result()  # raises why it ended early
+                                asking.result()  # raises if it ended early
                             data = await getting
                         finally:
                             getting.cancel()
@@ -138,7 +139,7 @@ def from_node(peers: Peers, node: str, blob: str, size_bytes: int, paced: Paced)
                 finally:
                     asking.cancel()
                     await asyncio.wait({asking})
-                first = upto
+                first = run_end
 
         yield Body(start, chunks())
 
@@ -146,55 +147,55 @@ def from_node(peers: Peers, node: str, blob: str, size_bytes: int, paced: Paced)
 
 
 async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -> str:
-    """The sha256 of all leaves, hashed in order as they become ready; `more` returns when that may be so."""
-    digest, at = hashlib.sha256(), 0
+    """Return the sha256 of all leaves, hashed in order as they become ready; `more` waits for new ones."""
+    digest, next_leaf = hashlib.sha256(), 0
 
-    def take(first: int, end: int) -> None:
+    def update(first: int, end: int) -> None:
         for leaf in range(first, end):
             digest.update(partial.read(leaf))
 
-    while at < partial.leaf_count:
-        here = partial.ready >> at
-        count = min((~here & (here + 1)).bit_length() - 1, _HASHED_AT_ONCE)
+    while next_leaf < partial.leaf_count:
+        ready = partial.ready >> next_leaf
+        count = min((~ready & (ready + 1)).bit_length() - 1, _HASH_BATCH_LEAVES)
         if count == 0:
             await more()
             continue
-        await to_its_end(take, at, at + count)
-        at += count
+        await to_its_end(update, next_leaf, next_leaf + count)
+        next_leaf += count
     return digest.hexdigest()
 
 
 class Origin:
-    """The part of the origin, when this node plays it. `look` takes it up; `held` keeps the lease, once it has it."""
+    """The origin role: `start_if_needed` takes it, and the lease lasts while `lease_stack` is open."""
 
     def __init__(self, fetch: Fetch, haves: Haves, lists: Lists, elsewhere: Callable[[], int]) -> None:
         self._fetch, self._haves, self._lists, self._elsewhere = fetch, haves, lists, elsewhere
         self.held = AsyncExitStack()
         self.failed: ShoalError | None = None
-        """What ends the attempt."""
+        """The error that ends the attempt."""
         self._task: asyncio.Task[None] | None = None
-        self._not_before_s = self._asked_until_s = 0.0
-        self._pulse = asyncio.Event()
+        self._retry_at_s = self._rate_limited_until_s = 0.0
+        self._leaves_changed = asyncio.Event()
 
     def asked_to_wait(self, now_s: float) -> bool:
-        """Whether it waits because the hub wants it to."""
-        return now_s <= self._asked_until_s
+        """Return whether it waits because the hub asked it to."""
+        return now_s <= self._rate_limited_until_s
 
     def moved(self) -> None:
-        """Leaves have become ready, or somebody has others."""
-        self._pulse.set()
-        self._pulse = asyncio.Event()
+        """Wake the reader: leaves have become ready, or another node has new ones."""
+        self._leaves_changed.set()
+        self._leaves_changed = asyncio.Event()
 
-    async def _next(self) -> None:
-        await self._pulse.wait()
+    async def _wait_leaves(self) -> None:
+        await self._leaves_changed.wait()
 
     def look(self, now_s: float) -> None:
         """Become the origin if one is needed and there is none."""
         fetch = self._fetch
-        if self._task is not None or now_s < self._not_before_s or not self._is_needed():
+        if self._task is not None or now_s < self._retry_at_s or not self._is_needed():
             return
         if fetch.shared.around.origin(fetch.blob) in (None, fetch.shared.node):
-            self._task = asyncio.create_task(self._play())
+            self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._ended)
 
     def _is_needed(self) -> bool:
@@ -204,26 +205,28 @@ class Origin:
         if self._lists.proven:
             return bool(fetch.missing() & ~self._elsewhere())
         if fetch.holders() and self._lists.root() and not self._lists.lacking:
-            return False  # they have the list
+            return False  # the holders have the list
         return bool(fetch.missing()) or fetch.wanted == fetch.partial.all
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.failed = error if isinstance(error, ShoalError) else Failed(f"an origin ended: {error!r}")
+            self.failed = (
+                error if isinstance(error, ShoalError) else Failed(f"reading as the origin failed: {error!r}")
+            )
         self._fetch.changed()
 
-    async def _play(self) -> None:
+    async def _run(self) -> None:
         fetch, shared = self._fetch, self._fetch.shared
         source: str | None = None
-        kept = False
+        keep_lease = False
         try:
             lease = await acquire(shared.buckets.lease, origin_key(fetch.blob), shared.node, shared.uid)
             if lease is None:
-                self._not_before_s = asyncio.get_running_loop().time() + _LEASE_AGAIN_S
+                self._retry_at_s = asyncio.get_running_loop().time() + _LEASE_RETRY_S
                 return
             await self.held.enter_async_context(holding(lease))
-            # The last origin may have finished between our look and our taking the lease (I9).
+            # The last origin may have finished between our check and our lease (I9).
             await shared.around.catch_up()
             if not self._is_needed():
                 return
@@ -231,26 +234,28 @@ class Origin:
             source = choice.node if isinstance(choice, FromPeer) else None
             self._haves.origin = True
             await self._while_held(lease, source)
-            kept = True
+            keep_lease = True
         except asyncio.CancelledError:
-            kept = True  # all is here, or the attempt ends: the lease goes back with `held`, after the commit
+            # The blob is complete, or the attempt ends: `lease_stack` releases the lease, after the commit.
+            keep_lease = True
             raise
         except WrongWhole:
             raise
         except Contradiction as e:
             raise WrongWhole(e.message) from e
         except ShoalError as e:
-            # Raises what trying again cannot help.
+            # Raises if a retry cannot help.
             delay_s = fetch.setbacks.after(e, source, hopes=fetch.has_hopes() or bool(self._elsewhere()))
-            log.warning("a source failed", path=fetch.file.path, source=source or HUB, why=e.message, wait_s=delay_s)
+            log.warning("source failed", path=fetch.file.path, source=source or HUB, reason=e.message, wait_s=delay_s)
+            fetch.progress.source_failed(fetch.file.path, source or HUB)
             if was_silent(e):
                 fetch.progress.left(source or HUB)
             fetch.progress.note(e.message)
-            self._not_before_s = asyncio.get_running_loop().time() + delay_s
+            self._retry_at_s = asyncio.get_running_loop().time() + delay_s
             if isinstance(e, RateLimited):
-                self._asked_until_s = self._not_before_s
+                self._rate_limited_until_s = self._retry_at_s
         finally:
-            if not kept:
+            if not keep_lease:
                 self._haves.origin = False
                 await self.held.aclose()
 
@@ -274,40 +279,40 @@ class Origin:
         fetch, partial = self._fetch, self._fetch.partial
         if partial.here:
             fetch.setbacks.givers.add(EARLIER)
-        if told := await partial.vouch_for_held():
-            self._haves.tell_hashes(told)
+        if listed := await partial.vouch_for_held():
+            self._haves.tell_hashes(listed)
         self.moved()
         seals = fetch.wanted == partial.all and not self._lists.proven
-        sealing = asyncio.ensure_future(sha256_of(partial, self._next)) if seals else None
+        sealing = asyncio.ensure_future(sha256_of(partial, self._wait_leaves)) if seals else None
         try:
             await self._read(source)
             if sealing is None:
                 return
-            found = await sealing
+            sha256 = await sealing
         finally:
             if sealing is not None:
                 sealing.cancel()
                 await asyncio.wait({sealing})
-        if found != fetch.blob:
-            raise WrongWhole(f"{fetch.file.path} hashes to {found[:16]}…", expected=fetch.blob, found=found)
+        if sha256 != fetch.blob:
+            raise WrongWhole(f"{fetch.file.path} hashes to {sha256[:16]}…", expected=fetch.blob, found=sha256)
         self._lists.seal(root_of(partial.hashes))
 
     async def _read(self, source: str | None) -> None:
-        """Until nothing is missing, from anywhere."""
+        """Read until nothing is missing that no other node has."""
         fetch, shared = self._fetch, self._fetch.shared
         giver = source or HUB
 
         def missing() -> int:
             return fetch.missing() & ~self._elsewhere()
 
-        def got(leaf: int) -> None:
+        def on_leaf(leaf: int) -> None:
             fetch.setbacks.givers.add(giver)
             self._haves.tell_hashes(1 << leaf)
             self.moved()
             fetch.changed()
 
-        async def came(count: int) -> None:
-            fetch.progress.received(giver, count)
+        async def on_bytes(count: int) -> None:
+            fetch.progress.received(giver, count, fetch.file.path)
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
             return shared.hub.read(fetch.manifest, fetch.file, start, end)
@@ -321,21 +326,28 @@ class Origin:
             shared.busy[source] += 1
         try:
             while fetch.missing():
-                pulse = self._pulse
+                leaves_changed = self._leaves_changed
                 fetch.progress.note("") if missing() else None
                 await read_missing(
-                    fetch.partial, fetch.file.path, name, reader, missing, got, came, lambda: bool(self._lists.proven)
+                    fetch.partial,
+                    fetch.file.path,
+                    name,
+                    reader,
+                    missing,
+                    on_leaf,
+                    on_bytes,
+                    lambda: bool(self._lists.proven),
                 )
                 if fetch.missing():
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_LOOK_AGAIN_S):
-                            await pulse.wait()
+                        async with asyncio.timeout(_POLL_INTERVAL_S):
+                            await leaves_changed.wait()
         finally:
             if source is not None:
                 shared.busy[source] -= 1
 
     async def close(self) -> None:
-        """Stop what is under way. The lease stays as long as `held` is open."""
+        """Stop reading. The lease stays as long as `lease_stack` is open."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})

@@ -1,8 +1,8 @@
-"""Who listens to whom about a blob: everybody up to 16 nodes; above, a random graph that all compute alike. Pure.
+"""Which nodes gossip about a blob: up to 16 all with all; above, a random graph that every node computes alike. Pure.
 
 The graph is the union of five rings. Each ring has all nodes in another order, by a hash of the blob, the ring and
-the node. So it is connected, nobody has more than ten neighbours, few nodes are far from each other, and a node that
-comes or goes changes three edges of each ring and nothing else. Different blobs have different graphs.
+the node. So it is connected, no node has more than ten neighbours, distances are short, and a node that joins or
+leaves changes three edges of each ring and nothing else. Different blobs have different graphs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ RINGS = 5
 
 
 def neighbours(me: str, nodes: Collection[str], blob: str) -> set[str]:
-    """The nodes that `me` listens to and asks, of those that fetch or have this blob (`me` may be among them)."""
+    """Return the nodes `me` gossips with and asks, of those that fetch or have this blob (`me` may be among them)."""
     others = set(nodes) - {me}
     if len(others) < ALL_UP_TO_NODES:
         return others
-    found: set[str] = set()
+    chosen: set[str] = set()
     for ring in range(RINGS):
-        placed = [(_place(blob, ring, node), node) for node in others]
-        mine = (_place(blob, ring, me), me)
-        found.add(min((p for p in placed if p > mine), default=min(placed))[1])
-        found.add(max((p for p in placed if p < mine), default=max(placed))[1])
-    return found
+        positions = [(_place(blob, ring, node), node) for node in others]
+        own = (_place(blob, ring, me), me)
+        chosen.add(min((p for p in positions if p > own), default=min(positions))[1])
+        chosen.add(max((p for p in positions if p < own), default=max(positions))[1])
+    return chosen
 
 
 @functools.lru_cache(maxsize=1 << 14)

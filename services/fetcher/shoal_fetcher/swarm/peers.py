@@ -1,4 +1,4 @@
-"""Asking the fileserver of a node: which of its addresses, with which credential, at which pace."""
+"""Requests to the fileservers of nodes: picks the address, signs the request, records rates."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shoal_fetcher.swarm.landing import Landing, Leaves, Reply, Took, Whole
 from shoal_fetcher.swarm.receive import Crowded, PeerClient
 
 PAGE_BYTES = 256 << 10
-"""Of a leaf list, read at once: the list of 8 GiB."""
+"""Bytes of a leaf list per request: the list of 8 GiB."""
 
 
 class Peers:
-    """The other nodes' fileservers. `addresses()` says which live ones there are, and where.
+    """The other nodes' fileservers; `addresses()` returns the live ones.
 
-    `lost(node, why)` is told of connections that break or are refused.
+    `lost(node, reason)` is called when a connection breaks or is refused.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Peers:
         self._rates = Rates()
 
     async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: Took) -> Reply:
-        """Leaves [first, end) of a blob."""
+        """Fetch leaves [first, end) of a blob."""
 
         def exactly(got_first: int, got_end: int) -> bool:
             return (got_first, got_end) == (first, end)
 
-        span = f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, size_bytes) - 1}"
+        byte_range = f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, size_bytes) - 1}"
         landing = Leaves(size_bytes, exactly, took, self._client.buffers)
-        headers, most = {"Range": span}, (end - first) * LEAF_BYTES
-        return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, landing, most)
+        headers, most_bytes = {"Range": byte_range}, (end - first) * LEAF_BYTES
+        return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, landing, most_bytes)
 
     async def any(
         self,
@@ -56,7 +56,7 @@ class Peers:
         took: Took,
         chosen: Callable[[int, int], None],
     ) -> Reply:
-        """A run of a source's choice among these leaves; `chosen(first, end)` is called once it has said which."""
+        """Fetch a run that the source chooses among these leaves; `chosen(first, end)` is called once it is known."""
 
         def fits(first: int, end: int) -> bool:
             if end - first > max_leaves or run(first, end) & ~leaves:
@@ -85,15 +85,15 @@ class Peers:
             landing.close()
 
     async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
-        """Bytes [start, start + size_bytes) of a leaf list, in pages."""
-        found = bytearray()
-        while len(found) < size_bytes:
-            at = start + len(found)
-            page = Whole(at, min(PAGE_BYTES, size_bytes - len(found)))
-            span = {"Range": f"bytes={at}-{at + len(page.content) - 1}"}
-            await self._ask(node, "GET", f"/v1/leaves/{check_blob(blob)}", span, page, len(page.content))
-            found += page.content
-        return bytes(found)
+        """Return bytes [start, start + size_bytes) of a leaf list, read in pages."""
+        received = bytearray()
+        while len(received) < size_bytes:
+            offset = start + len(received)
+            page = Whole(offset, min(PAGE_BYTES, size_bytes - len(received)))
+            byte_range = {"Range": f"bytes={offset}-{offset + len(page.content) - 1}"}
+            await self._ask(node, "GET", f"/v1/leaves/{check_blob(blob)}", byte_range, page, len(page.content))
+            received += page.content
+        return bytes(received)
 
     async def _ask(
         self,
@@ -105,10 +105,10 @@ class Peers:
         most_bytes: int,
         body: bytes = b"",
     ) -> Reply:
-        known, rates = self._addresses().get(node, []), self._rates
-        error: ShoalError = Unavailable(f"node {node} says no address")
+        addresses, rates = self._addresses().get(node, []), self._rates
+        error: ShoalError = Unavailable(f"node {node} publishes no address; see `shoal status`")
         blob = path.split("/")[3]
-        for address in rates.order(node, known, time.monotonic(), most_bytes):
+        for address in rates.order(node, addresses, time.monotonic(), most_bytes):
             token = blob_token(self._secret, node, blob, clock.now_s())
             began_s = time.monotonic()
             try:

@@ -1,4 +1,4 @@
-"""What all fetches of this node share, and what is known of one of them."""
+"""What all fetches of this node share, and the state of one of them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Shared(msgspec.Struct):
     limits: Limits
     peers: Peers
     busy: Counter[str]
-    """How many blobs are read from a node whole, by node."""
+    """How many blobs are being read whole from a node, by node."""
 
 
 class Fetch(msgspec.Struct):
-    """A blob on its way, in one attempt."""
+    """One attempt to fetch a blob."""
 
     shared: Shared
     manifest: Manifest
@@ -44,27 +44,27 @@ class Fetch(msgspec.Struct):
     setbacks: Setbacks
     progress: Progress
     wanted: int
-    """Set of leaves."""
+    """LeafSet to fetch."""
     changed: Callable[[], None]
-    """Wakes whoever decides what is next."""
+    """Wakes the swarm's main loop."""
 
     @property
     def blob(self) -> str:
-        """What it is called."""
+        """The name of the blob."""
         return self.file.blob
 
     def missing(self) -> int:
-        """Leaves that are wanted and not here."""
+        """Return the wanted leaves that are not written yet."""
         return self.wanted & ~self.partial.here
 
     def holders(self) -> list[Holding]:
-        """Live nodes that have it whole and may be asked."""
+        """Return live nodes that have the complete blob and may be asked."""
         return self.setbacks.usable(self.shared.around.holders(self.blob, self.manifest))
 
     def returning(self) -> list[Holding]:
-        """Nodes that have it whole, whose fileserver is starting."""
+        """Return nodes that have the complete blob and whose fileserver is starting."""
         return self.setbacks.usable(self.shared.around.returning(self.blob, self.manifest))
 
     def has_hopes(self) -> bool:
-        """Whether a hub that refuses is not the end: somebody has it."""
+        """Return whether a refusal by the hub is not final, because a node has the blob."""
         return bool(self.setbacks.trusted(self.shared.around.holders(self.blob, self.manifest)))
