@@ -152,6 +152,7 @@ class StageRunner:
                     epoch=spec.epoch,
                     rank=stage.rank,
                     stages=len(spec.stages),
+                    nodes=tuple(planned.node for planned in spec.stages),
                     model_dir=lease.view,
                     lock=lease.lock,
                     leaves=lease.leaves,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import structs
 
+from shoal_common.logs import Log
 from shoal_inference.stage import decide
 from shoal_inference.stage.control import Accepted, Failed, Generate, Token, Waiting
 from shoal_inference.stage.core import Core
@@ -25,7 +25,7 @@ ROOM_S = 900.0
 WAITING_S = 15.0
 """How often it says meanwhile that it does."""
 
-log = logging.getLogger(__name__)
+log = Log("stage.rank0")
 
 
 class Lead:
@@ -43,7 +43,7 @@ class Lead:
         """Begin a request, or say at once why not. One that is in flight is left to end."""
         core = self._core
         if core.requests.named(ask.request) is not None:
-            log.info("request %s is in flight already", ask.request)
+            log.info("duplicate request ignored", request=ask.request)
             return
         error: RequestError | None = None
         if len(core.requests) >= 2 * core.start.max_requests:
@@ -78,7 +78,7 @@ class Lead:
         if entry is None:
             # A FAIL may well come after this rank saw the same loss itself.
             if header.kind is not Kind.FAIL and self._core.requests.unknown(header.request):
-                log.info("%s for a request that has ended here", header.kind.name)
+                log.debug("frame of an ended request dropped", kind=header.kind.name)
             return
         if header.kind is Kind.FAIL:
             self._core.give_up(entry, _failure(frame))
@@ -181,7 +181,7 @@ class Lead:
     def _anew(self, entry: Entry, plan: decide.Plan) -> Entry:
         """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
         core = self._core
-        log.info("request %s gives way after %d tokens", entry.request, plan.first_index)
+        log.info("request preempted", request=entry.request, tokens=plan.first_index)
         fresh = Entry(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
         fresh.next_index, fresh.again = plan.first_index, True
         fresh.driver, entry.driver = entry.driver, None

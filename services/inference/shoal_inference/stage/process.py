@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from shoal_common.logs import Log
 from shoal_inference.stage import logs
 from shoal_inference.stage.channel import Channel, ParentGone
 from shoal_inference.stage.control import Cancel, Failed, Fatal, Generate, Link, Listening, Probe, Start, Stats, Stop
@@ -25,7 +26,7 @@ START_WITHIN_S = 30.0
 _OOM_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
 """Where the kernel has to kill for memory, a stage can be started again; NATS and storage are everybody's."""
 
-log = logging.getLogger(__name__)
+log = Log("stage")
 
 
 class _Stopped(Exception):
@@ -37,22 +38,23 @@ async def run(control_fd: int) -> int:
     # A Ctrl-C in the parent's terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _go_first()
-    logs.configure("stage")
+    level = os.environ.get("SHOAL_LOG") or "info"
+    logs.configure(level=level)
     channel = await Channel.open(control_fd)
     last_words: Fatal | None = None
     try:
-        await _serve(channel)
+        await _serve(channel, level)
     except* (_Stopped, ParentGone):
         pass
     except* FatalError as group:
         error = _first(group)
         last_words = Fatal(code=error.code, message=error.message)
-    except* Exception as group:  # a fault of ours: the parent is owed a word, the log gets the trace
-        log.exception("the stage failed")
+    except* Exception as group:  # noqa: BLE001  (a bug: the parent gets a message, the log gets the trace)
+        log.error("stage failed", exc=group)
         last_words = Fatal(code=FatalError.code, message=f"{_first(group)!r}: see the stage's log")
     if last_words is None:
         return 0
-    log.error("%s: %s", last_words.code, last_words.message)
+    log.error("stage exits", code=last_words.code, reason=last_words.message)
     channel.emit(last_words)
     await channel.flush()
     return 1
@@ -71,7 +73,7 @@ def _go_first() -> None:
         _OOM_SCORE.write_text(_FIRST_TO_GO)
 
 
-async def _serve(channel: Channel) -> None:
+async def _serve(channel: Channel, level: str) -> None:
     try:
         async with asyncio.timeout(START_WITHIN_S):
             start = await channel.receive()
@@ -80,7 +82,7 @@ async def _serve(channel: Channel) -> None:
     if not isinstance(start, Start):
         raise BadControl(f"the parent said {type(start).__name__} first: it must say start")
     _check(start)
-    logs.configure(f"stage {start.instance}/{start.rank}")
+    logs.configure(start.node_of(start.rank), level, instance=start.instance, rank=start.rank)
     if start.lock:
         await hold(start.lock)
     core = Core(start, channel.emit)
@@ -120,6 +122,7 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
         start.frame_timeout_s,
         core.link_up,
         lambda error: core.link_down(member.successor, error),
+        start.node_of(member.successor),
     )
     core.predecessor = Predecessor(
         member,
@@ -166,7 +169,7 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
         case Start():
             raise BadControl("the parent said start twice: a stage is started once, spawn another")
         case _:
-            log.info("%s means nothing to rank %d", type(message).__name__, core.start.rank)
+            log.debug("message ignored", type=type(message).__name__)
 
 
 async def _stats(core: Core) -> Stats:
