@@ -94,6 +94,7 @@ async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerato
             count += 1
             text = scanner.push(event.text)
             if scanner.stopped:
+                generation.outcome = "stop"
                 yield Piece(text, count, "stop")
                 return
             if event.finish_reason is not None:

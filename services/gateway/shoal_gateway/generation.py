@@ -20,6 +20,7 @@ from shoal_common.messages.records import InstanceSpec, StageState
 from shoal_common.watch import any_changed
 from shoal_gateway.choose import lost_stage
 from shoal_gateway.errors import TooLarge
+from shoal_gateway.errors_http import as_shoal_error
 from shoal_gateway.gateway import Gateway
 from shoal_gateway.settings import Limits
 from shoal_gateway.tokens import InOrder
@@ -44,6 +45,11 @@ class Generation:
         self._spec, self._inbox, self._limits = spec, inbox, limits
         self.prompt_tokens = 0
         self.finished = False
+        self.outcome = ""
+        """How the answer ended: `stop`, `length`, `cancelled` or an error's code. "" while it goes on."""
+        self.token_count = 0
+        self._started_s = asyncio.get_running_loop().time()
+        self._first_token_s: float | None = None
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """The tokens in order, each once; ends after the one with a finish reason. Raises what ended it instead."""
@@ -65,8 +71,10 @@ class Generation:
                     raise error
                 if event.finish_reason is not None:
                     self.finished = True
+                    self.outcome = event.finish_reason
                 if event.finish_reason == "cancelled":
                     raise Withdrawn(f"somebody cancelled this answer at instance {self._spec.id}; ask again")
+                self._count_token()
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -74,6 +82,25 @@ class Generation:
                 gap_until_s = None
             elif gap_until_s is None:
                 gap_until_s = now_s() + self._limits.gap_s
+
+    def _count_token(self) -> None:
+        self.token_count += 1
+        if self._first_token_s is None:
+            self._first_token_s = asyncio.get_running_loop().time() - self._started_s
+
+    def log_end(self, request: str) -> None:
+        """Log the one line of this answer. It never holds text of the prompt or of the answer."""
+        log.info(
+            "answer ended",
+            request=request,
+            model=self._spec.repo,
+            instance=self._spec.id,
+            prompt_tokens=self.prompt_tokens,
+            tokens=self.token_count,
+            first_token_s="-" if self._first_token_s is None else round(self._first_token_s, 3),
+            total_s=round(asyncio.get_running_loop().time() - self._started_s, 3),
+            outcome=self.outcome or "cancelled",
+        )
 
     def _late(self, order: InOrder, patience_s: float) -> ShoalError:
         who = f"instance {self._spec.id} of {self._spec.repo}"
@@ -115,7 +142,11 @@ async def generating(gateway: Gateway, spec: InstanceSpec, question: Generate) -
         generation.prompt_tokens = (await _ask(gateway, spec, question, generation, watching)).prompt_tokens
         watching.add_done_callback(lambda done: _tell_lost(inbox, done))
         yield generation
+    except Exception as e:
+        generation.outcome = generation.outcome or as_shoal_error(e).code
+        raise
     finally:
+        generation.log_end(question.request)
         gateway.in_flight[spec.id] -= 1
         watching.cancel()
         with suppress(NatsError):
