@@ -168,7 +168,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
 @pytest.mark.parametrize(
     ("method", "path", "body", "words"),
     [
-        ("PUT", "/v1/storage/config", {}, "nothing is to be changed"),
+        ("PUT", "/v1/storage/config", {}, "there is nothing to change"),
         ("PUT", "/v1/storage/config", {"max_storage_bytes": -1}, "max_storage_bytes is -1"),
         ("PUT", "/v1/storage/config", {"headroom_bytes": 2**63}, "headroom_bytes is"),
         ("PUT", "/v1/storage/config", {"partial_retention_s": -1}, "partial_retention_s is -1"),

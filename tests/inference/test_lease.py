@@ -95,7 +95,7 @@ async def test_I4_a_stage_holds_its_model_until_its_process_ends_whoever_is_kill
             await storage.kill()
         async with inference(node, own_nats) as host:
             await spec.put(instance_key("x"), wanted(model, "a"))
-            await host.wait_line("waiting for a lease")  # storage is away, and the stage waits for it
+            await host.wait_line("waiting for a model lease")  # storage is away, and the stage waits for it
             assert (await stage(node, "loading")).error is None
             async with node.storage():
                 first = await stage(node, "ready")
