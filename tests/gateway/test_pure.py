@@ -197,7 +197,7 @@ def test_stage_of_another_epoch_does_not_answer() -> None:
     old = StageState(instance="i", rank=0, node="a", epoch=1, phase="ready")
     assert lost_stage(spec("i", "a", epoch=1), {0: old}, {"a"}) is None
     assert "epoch 1, not 2" in (lost_stage(spec("i", "a", epoch=2), {0: old}, {"a"}) or "")
-    assert "gone" in (lost_stage(spec("i", "a"), {}, {"a"}) or "")
+    assert "not running" in (lost_stage(spec("i", "a"), {}, {"a"}) or "")
 
 
 def test_ended_downloads_on_nodes_that_are_away_hold_no_delete_up() -> None:
