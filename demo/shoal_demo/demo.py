@@ -1,8 +1,8 @@
 """Run three nodes on this machine: download a model once, share it, run it on two nodes, chat.
 
-Only the addresses differ from three machines: each node is its own `shoal up`, with its own store, supervisor
-and services. With `DEMO_EXIT=1` the demo exits by itself and prints one JSON line last; otherwise Ctrl-C stops it. However
-it ends, it stops what it started and deletes what it wrote.
+Only the addresses differ from three machines: each node is its own `shoal up`, with its own store, supervisor and
+services. With `DEMO_EXIT=1` the demo exits by itself and prints one JSON line last; otherwise Ctrl-C stops it.
+However it ends, it stops what it started and deletes what it wrote.
 """
 
 from __future__ import annotations
