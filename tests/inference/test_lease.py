@@ -177,9 +177,9 @@ async def test_a_lock_is_held_shared_is_inherited_by_nobody_and_waits_for_storag
     await asyncio.wait({late}, timeout=0.1)
     lock.unlink()
     os.close(looking)
-    with pytest.raises(LoadFailed, match="has ended before the stage took it up"):
+    with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):
         await late
-    with pytest.raises(LoadFailed, match="has ended"):
+    with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):
         await holding.hold(str(lock))
 
 
@@ -192,7 +192,7 @@ async def test_a_lock_that_is_taken_for_long_is_a_failure_with_a_name(
     taken = os.open(lock, os.O_RDONLY)
     try:
         fcntl.flock(taken, fcntl.LOCK_EX)
-        with pytest.raises(LoadFailed, match="is taken"):
+        with pytest.raises(LoadFailed, match="was held by another process"):
             await holding.hold(str(lock))
     finally:
         os.close(taken)

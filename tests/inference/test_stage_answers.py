@@ -210,10 +210,10 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
         (
             (PROMPT * 20)[:CONTEXT_TOKENS],
             "prompt_too_long",
-            f"{CONTEXT_TOKENS} tokens and the context {CONTEXT_TOKENS}",
+            f"{CONTEXT_TOKENS} tokens and the context only {CONTEXT_TOKENS}",
         ),
         ((1, VOCABULARY, 2), "bad_input", str(VOCABULARY)),
-        ((), "bad_input", "no tokens"),
+        ((), "bad_input", "the prompt is empty"),
         ((1, Message(role="user", content="x")), "bad_input", "mixes"),
     ],
 )

@@ -104,8 +104,8 @@ class Core:
             result, took_s = await in_time(computing, compute_s)
         except TimeoutError as error:
             raise ComputeStuck(
-                f"rank {self.start.rank} has computed one pass for {compute_s} s: its thread cannot be taken back, "
-                "start the stage again"
+                f"rank {self.start.rank} has computed one pass for over {compute_s} s and cannot be interrupted: "
+                "the stage must be restarted"
             ) from error
         self._note(given, sample, took_s)
         if self.requests.get(entry.key) is not entry:
@@ -223,5 +223,5 @@ class Core:
     def lost(self, rank: int, error: LinkError) -> StageLost:
         return StageLost(
             f"rank {self.start.rank} of instance {self.start.instance} lost rank {rank} ({error.message}): "
-            "ask again with the tokens so far once the ring is linked"
+            "ask again in a moment"
         )

@@ -50,7 +50,7 @@ class Follow:
             await asyncio.sleep(limit_s / 4)
             for entry in core.requests:
                 if loop.time() - entry.touched_s > limit_s:
-                    what = f"rank {core.start.rank} heard nothing of request {entry.request} for {limit_s} s"
+                    what = f"rank {core.start.rank} received no frame of request {entry.request} for {limit_s} s"
                     core.give_up(entry, StageTimeout(f"{what}; its caches are freed"))
 
     async def _open(self, frame: Frame) -> None:
@@ -66,7 +66,9 @@ class Follow:
         core.requests.add(entry)
         try:
             if full:
-                raise Busy(f"rank {core.start.rank} holds {core.start.max_requests} requests, as many as allowed")
+                raise Busy(
+                    f"rank {core.start.rank} has {core.start.max_requests} requests in flight, the most it allows"
+                )
             await core.on_thread(core.engine.open, key, ask)
         except RequestError as error:
             core.give_up(entry, error)

@@ -78,9 +78,9 @@ async def _serve(channel: Channel, level: str) -> None:
         async with asyncio.timeout(START_WITHIN_S):
             start = await channel.receive()
     except TimeoutError as error:
-        raise BadControl(f"the parent said nothing for {START_WITHIN_S} s: it must say start first") from error
+        raise BadControl(f"the parent sent nothing for {START_WITHIN_S} s: it must send Start first") from error
     if not isinstance(start, Start):
-        raise BadControl(f"the parent said {type(start).__name__} first: it must say start")
+        raise BadControl(f"the parent sent {type(start).__name__} first: it must send Start")
     _check(start)
     logs.configure(start.node_of(start.rank), level, instance=start.instance, rank=start.rank)
     if start.lock:
@@ -97,9 +97,9 @@ async def _serve(channel: Channel, level: str) -> None:
 def _check(start: Start) -> None:
     limits = (start.step_timeout_s, start.frame_timeout_s, start.prefill_chunk_tokens, start.max_requests)
     if not 0 <= start.rank < start.stages or not 0 <= start.epoch < 2**63 or min(limits) <= 0:
-        raise BadControl(f"start makes no sense: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
+        raise BadControl(f"invalid Start: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
     if start.stages > 1 and not start.secret:
-        raise BadControl("start carries no secret: a ring of several stages needs one")
+        raise BadControl("Start has no secret: a ring of several stages needs one")
 
 
 def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
@@ -136,7 +136,9 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
     try:
         listener = core.predecessor.listen(start.bind_host)
     except OSError as error:
-        raise LoadFailed(f"cannot listen on {start.bind_host}: {error}; set the node's address") from error
+        raise LoadFailed(
+            f"cannot listen on {start.bind_host}: {error}; set SHOAL_BIND to an address of this machine"
+        ) from error
     core.emit(Listening(port=listener.getsockname()[1]))
     group.create_task(core.predecessor.run(listener))
     group.create_task(core.successor.run())
@@ -156,7 +158,7 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
         case Generate() if lead is not None:
             lead.generate(message)
         case Generate():
-            error = BadInput(f"rank {core.start.rank} does not take prompts: send generate to rank 0")
+            error = BadInput(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
             core.emit(Failed(request=message.request, reply=message.reply, code=error.code, message=error.message))
         case Cancel() if lead is not None:
             lead.cancel(message.request)
@@ -167,7 +169,7 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
         case Stop():
             raise _Stopped
         case Start():
-            raise BadControl("the parent said start twice: a stage is started once, spawn another")
+            raise BadControl("the parent sent Start twice: spawn another stage instead")
         case _:
             log.debug("message ignored", type=type(message).__name__)
 
