@@ -1,4 +1,4 @@
-"""Chat completions over real HTTP and real NATS, answered by a peer that speaks the inference service's protocol."""
+"""Chat completions over real HTTP and real NATS, answered by a fake inference service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How chat completions fail: with an HTTP status before the first token, with an event in the stream after it."""
+"""Errors of chat completions: an HTTP status before the first token, an event in the stream after it."""
 
 from __future__ import annotations
 

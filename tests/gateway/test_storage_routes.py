@@ -1,4 +1,4 @@
-"""Disks over REST: a peer plays storage, with the real command worker and the real answerer of questions."""
+"""Storage over REST: a fake storage with the real command worker and RPC endpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[str, type[Command]] = {"configure": Configure, "pin": Pin, "gc": Col
 
 
 async def storage(c: Cluster, node: str, verb: str) -> list[Command]:
-    """A live storage that carries out one command. Returns the list of what it is asked."""
+    """Run a live storage that handles one command; yield the list of received commands."""
     asked: list[Command] = []
 
     async def handle(command: Command) -> object:
@@ -33,7 +33,7 @@ async def storage(c: Cluster, node: str, verb: str) -> list[Command]:
 
 
 async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
-    """A live storage that answers with one plan. Returns the list of what it is asked to free."""
+    """Run a live storage that returns one plan; yield the list of requested byte counts."""
     asked: list[int] = []
 
     async def answer(question: AskPlan) -> EvictionPlan:

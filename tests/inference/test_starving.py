@@ -1,4 +1,4 @@
-"""When forced stages give way."""
+"""When forced stages are killed for memory."""
 
 from __future__ import annotations
 
