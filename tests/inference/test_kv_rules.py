@@ -127,7 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def shape_and_caches(config: dict[str, Any], dtype: mx.Dtype) -> tuple[ModelShape, list[Any], list[int]]:
-    """Return the shape by config and headers, the caches after a prompt and a token, and their largest sizes before it."""
+    """Return the shape by config and headers, the caches after a prompt and a token, and their peak sizes."""
     model_class, args_class = utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.update(tree_map(lambda p: p.astype(dtype) if p.dtype == mx.float32 else p, model.parameters()))

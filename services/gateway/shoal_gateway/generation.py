@@ -106,12 +106,12 @@ class Generation:
         who = f"instance {self._spec.id} of {self._spec.repo}"
         if order.gap:
             return Expired(
-                f"token {order.next_index} from {who} was lost on its way and did not come within "
+                f"token {order.next_index} from {who} was lost in transit and did not arrive within "
                 f"{self._limits.gap_s:g} s; ask again",
                 token_index=order.next_index,
             )
         return Expired(
-            f"{who} said nothing for {timeout_s:g} s after token {order.next_index}; see `shoal status`",
+            f"{who} sent nothing for {timeout_s:g} s after {order.next_index} tokens; try again, or see `shoal ps`",
             token_index=order.next_index,
         )
 

@@ -47,7 +47,7 @@ def is_news(said: float, now: float) -> bool:
 
 
 class Speed:
-    """The bandwidth estimate of one node. `said` is the published value: 0 until it differs from the idle one."""
+    """The bandwidth estimate of one node. `published_bytes_per_s` is 0 until it differs from the idle one."""
 
     def __init__(self, keep: Callable[[float], None]) -> None:
         self._keep = keep
