@@ -65,7 +65,7 @@ class Host:
             self._speed.begin(self._device.bytes_per_s, await asyncio.to_thread(read_working, home))
 
     def _keep_speed(self, bytes_per_s: float) -> None:
-        log.info("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
+        log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
         self._tasks.create_task(asyncio.to_thread(keep_working, self._context.config.home, bytes_per_s))
 
     def _wanted(self) -> dict[tuple[str, int, int], Assignment]:

@@ -225,7 +225,7 @@ class StageRunner:
                 log.info("stage linked", instance=self._spec.id, rank=self._stage.rank)
                 await self._publish_state(phase="ready", error=None)
             case control.Unlinked(reason=reason, rank=rank):
-                peer = self._spec.stages[rank].node if rank < len(self._spec.stages) else "?"
+                peer = self._spec.stages[rank].node if rank < len(self._spec.stages) else "-"
                 log.warning(
                     "stage lost a neighbour",
                     instance=self._spec.id,

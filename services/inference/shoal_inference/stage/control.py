@@ -71,8 +71,8 @@ class Start(_Line, frozen=True, kw_only=True):
     """Answers as long as the context for which there is room at once; more requests than that share it."""
 
     def node_of(self, rank: int) -> str:
-        """The node of a rank; "?" where the parent has not named it."""
-        return self.nodes[rank] if rank < len(self.nodes) else "?"
+        """Return the node of a rank; "-" where the parent has not named it."""
+        return self.nodes[rank] if rank < len(self.nodes) else "-"
 
 
 class Link(_Line, frozen=True, kw_only=True):

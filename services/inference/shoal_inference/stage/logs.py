@@ -10,7 +10,7 @@ from shoal_common.logs import set_up
 SERVICE = "stage"
 
 
-def configure(node: str = "?", level: str = "info", **fields: Any) -> None:
+def configure(node: str = "-", level: str = "info", **fields: Any) -> None:
     """Log to stderr from now on; `fields` are part of every line. Peers' text goes into fields, which are escaped."""
     set_up(SERVICE, node, level)
     for handler in logging.getLogger().handlers:

@@ -33,7 +33,7 @@ class Successor:
         timeout_s: float,
         up: Callable[[], None],
         down: Callable[[LinkError], None],
-        node: str = "?",
+        node: str = "-",
     ) -> None:
         self._member = member
         self._ring = ring
