@@ -1,4 +1,4 @@
-"""Refuse requests that `access` denies, before their body is read."""
+"""Refuse requests that `access_error` denies, before their body is read."""
 
 from __future__ import annotations
 
