@@ -4,7 +4,7 @@ BadInput
 ├── TooLarge                a body beyond the limit            413
 └── UnsupportedParameter    an OpenAI parameter Shoal lacks    400
 Denied
-└── ForeignPage             a web page of another site         403
+└── CrossOriginForbidden    a web page of another site         403
 """
 
 from __future__ import annotations
