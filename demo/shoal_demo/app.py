@@ -1,8 +1,8 @@
-"""The application of the tiny hub: repositories from a directory, in the protocol of the Hugging Face hub.
+"""The ASGI application of the tiny hub: serves repositories of a directory in the Hugging Face hub's protocol.
 
-It serves `<root>/<org>/<name>/...` to the unmodified huggingface_hub client, and it can be made to fail in the ways a
-real hub fails. The endpoints /_faults and /_stats have no authentication and are for the demo and for tests only.
-/_lfs/ belongs to the protocol: it is where large files are redirected to.
+It serves `<root>/<org>/<name>/...` to the unmodified huggingface_hub client, and can inject the faults of a real hub.
+The endpoints /_faults and /_stats have no authentication and are for the demo and tests only. /_lfs/ belongs to the
+protocol: large files are redirected there.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from shoal_demo.names import FileTarget, InfoTarget, LfsTarget, ListTarget, Targ
 from shoal_demo.stats import StatsBoard
 from shoal_demo.tree import Entry, Repository, Store
 
-# A longer body is a mistake of the caller, not a fault to inject.
+# A longer body is a mistake of the caller.
 MAX_ADMIN_BODY_BYTES = 1 << 16
 
 _Result = TypeVar("_Result")
@@ -39,23 +39,23 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class HubConfig:
-    """How a hub is set up for its lifetime."""
+    """The fixed configuration of a hub."""
 
     root: Path = MODELS_DIR
     page_size: int = 1000
-    """Items of a tree page."""
+    """Items per page of a tree listing."""
     lfs_from_bytes: int = 1 << 20
     """Files of at least this size are LFS files; *.safetensors always are."""
     lfs_base_url: str | None = None
-    """Where redirects of LFS files lead, for instance another host name of this hub; None is the same host."""
+    """Base URL that LFS files are redirected to, such as another host name of this hub; None: the same host."""
     token: str | None = None
-    """The bearer token every request needs; None is an open hub."""
+    """The bearer token that every request needs; None: no token is needed."""
     admin: bool = True
     """Whether /_faults and /_stats exist."""
 
 
 class HubError(Exception):
-    """An answer that is not the one hoped for: status, the code huggingface_hub goes by, and what to do."""
+    """An error response: its status, the code that huggingface_hub evaluates, and a message with a hint."""
 
     def __init__(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -68,14 +68,14 @@ class HubError(Exception):
 
 
 class Hub:
-    """The state of one hub and its answers. `app` is the ASGI application."""
+    """One hub: its state and endpoints. `app` is the ASGI application."""
 
     def __init__(self, config: HubConfig, faults: Faults | None = None) -> None:
         self.config = config
         self.faults = FaultBoard(faults)
         self.stats = StatsBoard()
         self._store = Store(config.root, config.lfs_from_bytes)
-        # One thread reads and hashes: nothing is hashed twice, and file bodies have the other threads to themselves.
+        # One thread scans and hashes: nothing is hashed twice, and file bodies have all other threads.
         self._scanner = ThreadPoolExecutor(1, thread_name_prefix="hub-scan")
         self._pacer = Pacer()
         self._secret = secrets.token_bytes(32)
@@ -105,7 +105,7 @@ class Hub:
                     raise msgspec.ValidationError(f"more than {MAX_ADMIN_BODY_BYTES} bytes")
                 self.faults.set(msgspec.json.decode(body, type=Faults))
             except msgspec.DecodeError as error:
-                return JSONResponse({"error": f"these faults are not understood, none was set: {error}"}, 400)
+                return JSONResponse({"error": f"invalid faults, none was set: {error}"}, 400)
         elif request.method == "DELETE":
             self.faults.set(Faults())
         return _json(msgspec.json.encode(self.faults.get()))
@@ -143,7 +143,7 @@ class Hub:
                 return await self._file(request, target)
             case LfsTarget():
                 return await self._lfs(request, target)
-        raise HubError(404, "RepoNotFound", "no such page; models are named org/name")
+        raise HubError(404, "RepoNotFound", "no such route; models are named org/name")
 
     def _refuse_by_fault(self, kind: Kind) -> None:
         if self.faults.take_unavailable(kind):
@@ -162,17 +162,17 @@ class Hub:
         if isinstance(target, LfsTarget):
             if authorization is not None:
                 self.stats.count_authorized_lfs()
-            # As on a content network, a signed address is enough: the token must not travel there.
+            # As on a CDN, a signed URL is enough: clients must not send the token there.
             signature = request.query_params.get("signature", "")
             if hmac.compare_digest(signature.encode(), self._sign(request.query_params, target).encode()):
                 return
-        wanted = self.faults.get().require_token or self.config.token
-        if wanted is None:
+        required = self.faults.get().require_token or self.config.token
+        if required is None:
             return
         if authorization is None:
-            # huggingface_hub takes any such 401 for a missing repository, over plain HTTP only with the code.
+            # huggingface_hub treats such a 401 as a missing repository; over plain HTTP only with the code.
             raise HubError(401, "RepoNotFound", "no such repository, or it needs a token: send one")
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {wanted}".encode()):
+        if not hmac.compare_digest(authorization.encode(), f"Bearer {required}".encode()):
             raise HubError(401, None, "Invalid credentials in Authorization header")
 
     def _sign(self, fields: Mapping[str, str], target: LfsTarget) -> str:
@@ -188,9 +188,9 @@ class Hub:
         return repository
 
     async def _list_models(self, request: Request) -> Response:
-        wanted = request.query_params.get("search", "").lower()
-        found = [model for model in await self._scan(self._store.models) if wanted in model.lower()]
-        return JSONResponse([_model_summary(model) for model in found[: self.config.page_size]])
+        search = request.query_params.get("search", "").lower()
+        matching = [model for model in await self._scan(self._store.models) if search in model.lower()]
+        return JSONResponse([_model_summary(model) for model in matching[: self.config.page_size]])
 
     async def _model_info(self, request: Request, target: InfoTarget) -> Response:
         repository = await self._find(target.model, target.revision)
@@ -212,8 +212,8 @@ class Hub:
         end = start + max(1, min(_number(query.get("limit"), self.config.page_size), self.config.page_size))
         headers = {"X-Repo-Commit": repository.commit}
         if end < len(items):
-            following = {**query, "cursor": str(end)}
-            address = f"{request.url.scheme}://{request.url.netloc}{_raw_path(request)}?{urlencode(following)}"
+            next_query = {**query, "cursor": str(end)}
+            address = f"{request.url.scheme}://{request.url.netloc}{_raw_path(request)}?{urlencode(next_query)}"
             headers["Link"] = f'<{address}>; rel="next"'
         return JSONResponse(items[start:end], headers=headers)
 
@@ -240,13 +240,13 @@ class Hub:
 
     async def _lfs(self, request: Request, target: LfsTarget) -> Response:
         query = request.query_params
-        found = await self._scan(self._store.find_sha256, target.sha256, query.get("model"), query.get("path"))
-        if found is None:
+        file = await self._scan(self._store.find_sha256, target.sha256, query.get("model"), query.get("path"))
+        if file is None:
             raise HubError(404, "EntryNotFound", f"no large file has the hash {target.sha256}")
-        return self._content(request, *found)
+        return self._content(request, *file)
 
     def _content(self, request: Request, repository: Repository, entry: Entry) -> Response:
-        """The bytes of a file, or its head: what both kinds of files have in common."""
+        """Return the content of a file, or its headers for HEAD; for small and large files alike."""
         faults = self.faults.get()
         name = f"{repository.model}/{entry.path}"
         headers = {
@@ -261,13 +261,13 @@ class Hub:
             return Response(headers={**headers, "Content-Length": str(entry.size_bytes)})
         asked_range = request.headers.get("range")
         self.stats.count_get(name, asked_range)
-        # A range of other bytes than the client began with would be of no use to it: the whole file then.
+        # If-Range: a range of changed content is useless to the client, so send the whole file.
         matching = request.headers.get("if-range", headers["ETag"]) == headers["ETag"]
         try:
             span = parse_range(asked_range, entry.size_bytes) if matching and not faults.no_range else None
         except RangeNotSatisfiableError:
-            beyond = {"Content-Range": f"bytes */{entry.size_bytes}"}
-            raise HubError(416, None, f"{asked_range} is outside of {name}", beyond) from None
+            unsatisfied = {"Content-Range": f"bytes */{entry.size_bytes}"}
+            raise HubError(416, None, f"{asked_range} is outside {name}", unsatisfied) from None
         first, last = span or (0, entry.size_bytes - 1)
         if span is not None:
             headers["Content-Range"] = f"bytes {first}-{last}/{entry.size_bytes}"
@@ -301,8 +301,8 @@ def _is_true(value: str | None) -> bool:
     return value is not None and value.lower() in ("true", "1")
 
 
-def _number(value: str | None, otherwise: int) -> int:
-    return int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 10 else otherwise
+def _number(value: str | None, default: int) -> int:
+    return int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 10 else default
 
 
 def _model_summary(model: str) -> dict[str, Any]:

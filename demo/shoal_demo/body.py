@@ -1,4 +1,4 @@
-"""Sending the bytes of a file: ranges, pacing, faults of the body, and the exact count of what went out."""
+"""Send file content: ranges, rate limit, injected faults, and an exact count of sent bytes."""
 
 import asyncio
 import re
@@ -12,22 +12,22 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 READ_CHUNK_BYTES = 1 << 20
-# Bytes are counted piece by piece, so this bounds how wrong a count can be when the client goes away.
+# Bytes are counted per piece, so this bounds the error of the count when the client disconnects.
 SEND_PIECE_BYTES = 1 << 16
-# A paced body is sent in at least so many pieces per second: smooth also when the rate is low.
+# A rate-limited body is sent in at least this many pieces per second: smooth also at low rates.
 PACED_PIECES_PER_S = 20
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class RangeNotSatisfiableError(Exception):
-    """The range lies outside of the file: answer 416."""
+    """The range lies outside the file: answer 416."""
 
 
 def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
-    """(first, last) of a single byte range, last included; None when the whole file is to be sent.
+    """Return (first, last) of a single byte range, inclusive; None to send the whole file.
 
-    A header that asks for several ranges, or that makes no sense, is ignored, as HTTP permits.
+    A header with several ranges, or an invalid one, is ignored, as HTTP permits.
     """
     match = _RANGE.fullmatch(header.strip()) if header else None
     if match is None or not any(match.groups()):
@@ -47,20 +47,20 @@ def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
 
 
 class Pacer:
-    """Shares one rate among all bodies: each piece books its time on one line."""
+    """Limits the total rate of all bodies: each piece reserves its time after the last."""
 
     def __init__(self) -> None:
         self._free_at_s = 0.0
 
     def book(self, count_bytes: int, bytes_per_s: float, now_s: float) -> float:
-        """Seconds to wait before a piece of `count_bytes` may count as sent."""
+        """Reserve time for a piece of `count_bytes`; return the seconds to wait before it may be sent."""
         self._free_at_s = max(self._free_at_s, now_s) + count_bytes / bytes_per_s
         return self._free_at_s - now_s
 
 
 @dataclass(frozen=True)
 class BodyPlan:
-    """Which bytes of which file to send, and what shall go wrong with them."""
+    """The bytes of a file to send, and the faults to inject."""
 
     disk_path: Path
     first: int
@@ -68,11 +68,11 @@ class BodyPlan:
     flip_at: int | None = None
     """Offset in the file of the byte to flip."""
     drop_after_bytes: int | None = None
-    """Close the connection after so many bytes of this body."""
+    """Close the connection after this many bytes of the body."""
 
 
 class FileBody(Response):
-    """A response with a part of a file as its body, read in a worker thread."""
+    """A response whose body is a range of a file, read in a worker thread."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class FileBody(Response):
         self._pacer = pacer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send head and body. A body that is cut off is simply left incomplete: the server then closes."""
+        """Send headers and body. An injected drop leaves the body incomplete; the server then closes."""
         file = await asyncio.to_thread(self._plan.disk_path.open, "rb", 0)
         gone = asyncio.Event()
         watcher = asyncio.create_task(_watch_disconnect(receive, gone))
@@ -105,16 +105,16 @@ class FileBody(Response):
             watcher.cancel()
 
     async def _send_body(self, file: BinaryIO, send: Send, gone: asyncio.Event) -> bool:
-        """Send the bytes; True when all of them went out."""
+        """Send the body; return whether it is complete."""
         plan = self._plan
         to_send = plan.length_bytes if plan.drop_after_bytes is None else plan.drop_after_bytes
         sent_bytes = 0
         while sent_bytes < to_send:
             offset = plan.first + sent_bytes
-            wanted_bytes = min(READ_CHUNK_BYTES, to_send - sent_bytes)
-            chunk = await asyncio.to_thread(pread, file.fileno(), wanted_bytes, offset)
+            chunk_bytes = min(READ_CHUNK_BYTES, to_send - sent_bytes)
+            chunk = await asyncio.to_thread(pread, file.fileno(), chunk_bytes, offset)
             if not chunk:
-                # The file has shrunk since it was hashed: an incomplete body is the only honest answer left.
+                # The file has shrunk since it was hashed: end the body incomplete.
                 return False
             for piece in self._pieces(_flipped(chunk, offset, plan.flip_at)):
                 await self._pace(len(piece), gone)
@@ -139,7 +139,7 @@ class FileBody(Response):
             position += size_bytes
 
     async def _pace(self, count_bytes: int, gone: asyncio.Event) -> None:
-        """Wait until the piece may go, but not for a client that has left."""
+        """Wait until the piece may be sent, or the client has disconnected."""
         rate = self._rate_bytes_per_s()
         if rate is None:
             return
@@ -152,12 +152,12 @@ class FileBody(Response):
 
 
 def _flipped(chunk: bytes, offset: int, flip_at: int | None) -> bytes:
-    """The chunk that starts at `offset` of its file, with the byte at `flip_at` inverted if it is in there."""
+    """Return the chunk at `offset` of its file, with the byte at `flip_at` inverted if it contains it."""
     if flip_at is None or not offset <= flip_at < offset + len(chunk):
         return chunk
-    wrong = bytearray(chunk)
-    wrong[flip_at - offset] ^= 0xFF
-    return bytes(wrong)
+    corrupt = bytearray(chunk)
+    corrupt[flip_at - offset] ^= 0xFF
+    return bytes(corrupt)
 
 
 async def _watch_disconnect(receive: Receive, gone: asyncio.Event) -> None:

@@ -1,8 +1,8 @@
-"""Three nodes on this machine: pull from a hub once, share, place over two, chat.
+"""Run three nodes on this machine: download a model once, share it, run it on two nodes, chat.
 
-Everything is as on three machines but the addresses: each node is a `shoal up` of its own, with its own store,
-supervisor and services. `DEMO_EXIT=1` ends by itself and prints one JSON line last; otherwise Ctrl-C ends it. What
-was started is stopped and what was written is removed, however the demo ends.
+Only the addresses differ from three machines: each node is its own `shoal up`, with its own store, supervisor and
+services. With `DEMO_EXIT=1` the demo exits by itself and prints one JSON line last; otherwise Ctrl-C stops it.
+However it ends, it stops what it started and deletes what it wrote.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from shoal_demo.running import running_hub
 
 NODES = ("node-1", "node-2", "node-3")
 STAGES = 2
-_UP_S = 120.0
-_DOWN_S = 60.0
-_HTTP_S = 300.0
+_UP_TIMEOUT_S = 120.0
+_DOWN_TIMEOUT_S = 60.0
+_HTTP_TIMEOUT_S = 300.0
 _KIB = 1024
 
 
 def main() -> int:
     """Run the demo. Returns the exit code."""
-    # SIGTERM ends it like Ctrl-C does, and Ctrl-C also where a shell's background job would ignore it.
+    # SIGTERM acts like Ctrl-C; SIGINT also works in a shell's background job, which ignores it by default.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -45,10 +45,10 @@ def main() -> int:
             if os.environ.get("DEMO_EXIT") == "1":
                 print(json.dumps(summary))
                 return 0
-            print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C ends the demo.")
+            print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C stops the demo.")
             signal.pause()
     except KeyboardInterrupt:
-        print("\nstopped; nothing is left running")
+        print("\nstopped; all nodes have ended and their files are deleted")
     except subprocess.CalledProcessError as e:
         print(f"shoal demo: `{' '.join(map(str, e.cmd[2:5]))} …` failed with status {e.returncode}", file=sys.stderr)
         return 1
@@ -60,32 +60,32 @@ def main() -> int:
 
 def _shoal(*arguments: str | Path, timeout_s: float) -> None:
     command = [sys.executable, "-m", "shoal_cli", *map(str, arguments)]
-    # In a session of its own: Ctrl-C is for the demo, which stops its nodes in order.
+    # In its own session, so that Ctrl-C reaches only the demo, which stops its nodes in order.
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=timeout_s, start_new_session=True)
 
 
 @contextmanager
 def _nodes(hub_url: str) -> Iterator[list[str]]:
-    """Three nodes; yields the addresses of their gateways."""
+    """Run three nodes; yield the URLs of their gateways."""
     root = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     homes = [root / node for node in NODES]
 
     def up(home: Path, *more: str) -> None:
         common = ("--home", home, "--node", home.name, "--port", "0", "--hub", hub_url)
-        _shoal("up", "--detach", *common, *more, timeout_s=_UP_S)
+        _shoal("up", "--detach", *common, *more, timeout_s=_UP_TIMEOUT_S)
 
     try:
-        print(f"starting {len(NODES)} nodes, each with its own store and its own services", flush=True)
+        print(f"starting {len(NODES)} nodes, each with its own storage and services", flush=True)
         up(homes[0], "--nats-port", "0")
         nats = _nats_url(homes[0])
         with ThreadPoolExecutor() as starting:
             list(starting.map(lambda home: up(home, "--nats", nats), homes[1:]))
         yield [(home / "run" / "gateway.url").read_text().strip() for home in homes]
     finally:
-        # The first node goes last: the others say goodbye over its NATS.
+        # Stop the first node last: the others shut down over its NATS.
         for home in reversed(homes):
             if (home / "run" / "supervisor.pid").exists():
-                _shoal("down", "--home", home, timeout_s=_DOWN_S)
+                _shoal("down", "--home", home, timeout_s=_DOWN_TIMEOUT_S)
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -96,24 +96,24 @@ def _nats_url(home: Path) -> str:
 
 def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
     started_s = time.monotonic()
-    with httpx2.Client(timeout=_HTTP_S) as client:
+    with httpx2.Client(timeout=_HTTP_TIMEOUT_S) as client:
 
         def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
             return client.request(method, gateways[0] + path, json=body).raise_for_status().json()
 
-        print(f"\n{NODES[0]} pulls {DEMO_MODEL} from the hub at {hub_url}")
+        print(f"\n{NODES[0]} downloads {DEMO_MODEL} from the hub at {hub_url}")
         first = call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": [NODES[0]], "wait": True})
-        _say_sources(first)
-        print("the others pull it too")
+        _print_sources(first)
+        print("the other nodes download it too")
         others = call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": list(NODES[1:]), "wait": True})
-        _say_sources(others)
+        _print_sources(others)
         downloads = first["downloads"] + others["downloads"]
         model_bytes = int(downloads[0]["total_bytes"])
         peer_bytes = sum(n for d in downloads for source, n in d["sources"].items() if source != "hub")
-        served = int(hub_bytes())
-        print(f"the hub sent {served / _KIB:,.0f} KiB for a model of {model_bytes / _KIB:,.0f} KiB")
+        sent = int(hub_bytes())
+        print(f"the hub sent {sent / _KIB:,.0f} KiB for a model of {model_bytes / _KIB:,.0f} KiB")
 
-        print(f"\nplacing it over {STAGES} nodes")
+        print(f"\nrunning it on {STAGES} nodes")
         placed = call("POST", "/v1/instances", {"model": DEMO_MODEL, "min_nodes": STAGES, "max_nodes": STAGES})
         instance = next(i for i in call("GET", "/v1/status")["instances"] if i["id"] == placed["id"])
         for stage in instance["stages"]:
@@ -123,7 +123,7 @@ def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
         answer = _chat(client, gateways[0], instance["id"])
         print()
     return {
-        "hub_bytes": served,
+        "hub_bytes": sent,
         "model_bytes": model_bytes,
         "peer_bytes": peer_bytes,
         "nodes": len(NODES),
@@ -133,14 +133,14 @@ def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
     }
 
 
-def _say_sources(result: dict[str, Any]) -> None:
+def _print_sources(result: dict[str, Any]) -> None:
     for d in result["downloads"]:
         sources = ", ".join(f"{n / _KIB:,.0f} KiB from {source}" for source, n in sorted(d["sources"].items()))
         print(f"  {d['node']}  {d['phase']}  {sources}")
 
 
 def _chat(client: httpx2.Client, gateway: str, instance: str) -> str:
-    """Ask the demo's question; print the answer as it comes, and return it."""
+    """Ask the demo's question, print the answer as it arrives, and return it."""
     body = {
         "model": instance,
         "messages": [{"role": "user", "content": DEMO_PROMPT}],

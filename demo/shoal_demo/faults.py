@@ -1,7 +1,7 @@
-"""Faults of the hub that can be switched while it runs, and how often each of them still strikes.
+"""Faults that can be injected into a running hub.
 
-A fault with `times` strikes that often and is then gone; `times` null (None) means always. `GET /_faults` shows what
-is left.
+A fault with `times` occurs that often and is then off; `times` null (None) means always. `GET /_faults` shows how
+often each still occurs.
 """
 
 import threading
@@ -40,7 +40,7 @@ class DropAtByte(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WrongBytes(msgspec.Struct, forbid_unknown_fields=True):
-    """Flip the byte at `offset` of a file in every answer that holds it. `glob` is matched against org/name/path."""
+    """Flip the byte at `offset` of a file in each response with it. `glob` is matched against org/name/path."""
 
     glob: str = "*"
     offset: int = 0
@@ -48,27 +48,27 @@ class WrongBytes(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Faults(msgspec.Struct, forbid_unknown_fields=True):
-    """Everything that can be wrong at once. The default is a healthy hub."""
+    """All faults. The default is a healthy hub."""
 
     rate_limit: RateLimit | None = None
     unavailable: Unavailable | None = None
     drop_at_byte: DropAtByte | None = None
     wrong_bytes: WrongBytes | None = None
     bytes_per_s: float | None = None
-    """Rate of all file bodies together."""
+    """Total rate of all file bodies."""
     no_range: bool = False
-    """Answer 200 with the whole body to a Range."""
+    """Answer a Range with 200 and the whole body."""
     require_token: str | None = None
-    """The bearer token without which every answer is 401. Beats the token the hub was started with."""
+    """Answer 401 without this bearer token. Overrides the token the hub was started with."""
     gated: tuple[str, ...] = ()
-    """Globs of models whose files are refused with GatedRepo; their metadata stays readable."""
+    """Globs of models whose files answer 403 GatedRepo; their metadata stays readable."""
 
 
 _Limited = TypeVar("_Limited", RateLimit, Unavailable, DropAtByte, WrongBytes)
 
 
 def _spend(fault: _Limited) -> _Limited | None:
-    """What is left of a fault that has struck once more."""
+    """Return a fault after one more occurrence; None when it is used up."""
     if fault.times is None:
         return fault
     fault.times -= 1
@@ -76,7 +76,7 @@ def _spend(fault: _Limited) -> _Limited | None:
 
 
 class FaultBoard:
-    """The switches: set from any thread, read by the hub."""
+    """The current faults: set from any thread, read by the hub."""
 
     def __init__(self, faults: Faults | None = None) -> None:
         self._lock = threading.Lock()
@@ -84,27 +84,27 @@ class FaultBoard:
         self.set(faults or Faults())
 
     def set(self, faults: Faults) -> None:
-        """Replace all switches; a fault with no strikes left is off."""
-        chosen = msgspec.convert(msgspec.to_builtins(faults), Faults)
+        """Replace all faults; one with `times` 0 is off."""
+        copied = msgspec.convert(msgspec.to_builtins(faults), Faults)
         for name in ("rate_limit", "unavailable", "drop_at_byte", "wrong_bytes"):
-            fault = getattr(chosen, name)
+            fault = getattr(copied, name)
             if fault is not None and fault.times is not None and fault.times <= 0:
-                setattr(chosen, name, None)
+                setattr(copied, name, None)
         with self._lock:
-            self._faults = chosen
+            self._faults = copied
 
     def get(self) -> Faults:
-        """A copy of the switches, with the strikes that are left."""
+        """Return a copy of the faults with their remaining `times`."""
         with self._lock:
             return msgspec.convert(msgspec.to_builtins(self._faults), Faults)
 
     def rate_bytes_per_s(self) -> float | None:
-        """The rate of all file bodies together; None is unlimited. Asked for every piece, so it copies nothing."""
+        """Return the total rate of all file bodies; None is unlimited. Copies nothing: called for every piece."""
         rate = self._faults.bytes_per_s
         return rate if rate is not None and rate > 0 else None
 
     def take_unavailable(self, kind: Kind) -> bool:
-        """True when this request is to be answered with 503."""
+        """Return whether to answer this request with 503, and count it."""
         with self._lock:
             fault = self._faults.unavailable
             if fault is None or kind not in fault.kinds:
@@ -113,7 +113,7 @@ class FaultBoard:
             return True
 
     def take_rate_limit(self, kind: Kind) -> int | None:
-        """Seconds until the limit resets when this request is to be answered with 429."""
+        """Return the Retry-After seconds if this request is to be answered with 429, and count it."""
         with self._lock:
             fault = self._faults.rate_limit
             if fault is None or kind not in fault.kinds:
@@ -122,7 +122,7 @@ class FaultBoard:
             return fault.retry_after_s
 
     def take_drop(self, name: str, body_bytes: int) -> int | None:
-        """Bytes after which this body is to be cut off."""
+        """Return the bytes after which to drop this body, and count it; None: do not."""
         with self._lock:
             fault = self._faults.drop_at_byte
             if fault is None or fault.after_bytes >= body_bytes or not fnmatchcase(name, fault.glob):
@@ -131,7 +131,7 @@ class FaultBoard:
             return fault.after_bytes
 
     def take_wrong_byte(self, name: str, first: int, last: int) -> int | None:
-        """Offset in the file of the byte to flip, for an answer that holds the bytes first..last."""
+        """Return the file offset of the byte to flip in a response with the bytes first..last, and count it."""
         with self._lock:
             fault = self._faults.wrong_bytes
             if fault is None or not first <= fault.offset <= last or not fnmatchcase(name, fault.glob):

@@ -1,10 +1,10 @@
-"""Run the tiny hub as a process of its own.
+"""Run the tiny hub as a process.
 
     python -m shoal_demo.hub --root DIR --port 0 --ports-file FILE
 
 Port 0 takes a free port; it is printed, and written to the ports file as {"host", "port", "base_url"} once the hub
 accepts connections. /_faults and /_stats are for the demo and tests only and have no authentication: `--no-admin`
-takes them away, and the default host is loopback.
+removes them, and the default host is loopback.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STOP_TIMEOUT_S = 2
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; from here on connections queue up until a server accepts them."""
+    """Return a listening socket; connections queue up until a server accepts them."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,13 +39,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def base_url(listener: socket.socket) -> str:
-    """The address of a listening socket as clients write it."""
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def make_server(hub: Hub) -> uvicorn.Server:
-    """A server of the hub. It brings no logging configuration: the process it runs in has its own."""
+    """Return a server of the hub. It leaves the logging of its process alone."""
     return uvicorn.Server(
         uvicorn.Config(
             hub.app,
@@ -58,40 +58,43 @@ def make_server(hub: Hub) -> uvicorn.Server:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, read once."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m shoal_demo.hub", description="The tiny hub of the Shoal demo.")
     parser.add_argument(
-        "--root", type=Path, default=MODELS_DIR, help="directory of <org>/<name>/... (packaged models)"
+        "--root", type=Path, default=MODELS_DIR, help="directory with <org>/<name>/... (default: the packaged models)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--fd", type=int, help="take over this listening socket instead of host and port")
+    parser.add_argument("--fd", type=int, help="inherited listening socket, instead of host and port")
     parser.add_argument("--ports-file", type=Path, help="write host, port and base_url to this file, as JSON")
-    parser.add_argument("--page-size", type=int, default=HubConfig.page_size, help="items of a tree page")
+    parser.add_argument("--page-size", type=int, default=HubConfig.page_size, help="items per page of a tree listing")
     parser.add_argument(
-        "--lfs-from-bytes", type=int, default=HubConfig.lfs_from_bytes, help="size from which a file is an LFS file"
+        "--lfs-from-bytes",
+        type=int,
+        default=HubConfig.lfs_from_bytes,
+        help="files of at least this size are LFS files",
     )
-    parser.add_argument("--lfs-base-url", help="where redirects of LFS files lead, if not to this hub's own address")
+    parser.add_argument("--lfs-base-url", help="base URL that LFS files are redirected to, if not this hub")
     parser.add_argument("--token-file", type=Path, help="file with the bearer token that every request needs")
-    parser.add_argument("--no-admin", action="store_true", help="without /_faults and /_stats")
+    parser.add_argument("--no-admin", action="store_true", help="disable /_faults and /_stats")
     options = parser.parse_args(arguments)
     if not options.root.is_dir():
-        parser.error(f"--root {options.root} is not a directory: create it, with models as <org>/<name>/ in it")
+        parser.error(f"--root {options.root} is not a directory: create it, with models in <org>/<name>/")
     return options
 
 
 def write_ports_file(path: Path, listener: socket.socket) -> None:
-    """Write the address of the hub, whole or not at all: a reader that finds the file can trust it."""
+    """Write the address of the hub atomically, so that a reader never sees a partial file."""
     host, port = listener.getsockname()[:2]
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(
         json.dumps({"host": host, "port": port, "base_url": base_url(listener)}) + "\n", encoding="utf-8"
     )
-    draft.replace(path)
+    temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM. Returns the exit code."""
+    """Serve until SIGINT or SIGTERM; return the exit code."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         token = options.token_file.read_text(encoding="utf-8").strip() if options.token_file else None

@@ -1,7 +1,7 @@
-"""What a request asks for, read from its raw path: the only place where names from outside are taken apart.
+"""Parse request paths; the only place that handles untrusted names.
 
-The path is split before it is unquoted, because clients quote the slashes of a revision or a folder. Nothing here
-becomes a path on the disk except `model`, whose form is checked; files are looked up in the listing of a repository.
+The path is split before it is unquoted, because clients quote the slashes of a revision or a folder. Only `model`
+becomes a path on the disk, and its form is checked; files are looked up in the listing of a repository.
 """
 
 import re
@@ -21,7 +21,7 @@ class ListTarget:
 
 @dataclass(frozen=True)
 class InfoTarget:
-    """What a model is at a revision."""
+    """The metadata of a model at a revision."""
 
     model: str
     revision: str
@@ -29,7 +29,7 @@ class InfoTarget:
 
 @dataclass(frozen=True)
 class TreeTarget:
-    """The files of a model at a revision, under a folder ("" is the whole)."""
+    """The files of a model at a revision, under a folder ("": all)."""
 
     model: str
     revision: str
@@ -56,13 +56,13 @@ Target = ListTarget | InfoTarget | TreeTarget | FileTarget | LfsTarget
 
 
 def is_model(model: str) -> bool:
-    """True when `model` has the form org/name and can safely be looked up on the disk."""
+    """Return whether `model` has the form org/name and is safe as a path on the disk."""
     parts = model.split("/")
     return len(parts) == 2 and all(_NAME.fullmatch(part) and ".." not in part for part in parts)
 
 
 def parse_target(raw_path: str) -> Target | None:
-    """The target of a request path as it came over the wire; None when it has no meaning here."""
+    """Return the target of a raw request path; None for an unknown route."""
     target: InfoTarget | TreeTarget | FileTarget | None = None
     match [unquote(segment) for segment in raw_path.strip("/").split("/")]:
         case ["api", "models"]:

@@ -1,7 +1,7 @@
-"""A running hub for tests, benchmarks and demos: `with running_hub(root) as hub: ... hub.base_url ...`.
+"""Run a hub for tests, benchmarks and demos: `with running_hub(root) as hub: ... hub.base_url ...`.
 
-The listening socket is made here and handed over, so the port is known at once and connections wait in its queue:
-the first answer is the sign of readiness, and nothing has to be polled.
+The listening socket is created here and handed over, so the port is known at once and connections wait in its queue:
+the first response shows readiness, without polling.
 """
 
 import subprocess
@@ -29,49 +29,49 @@ STOP_TIMEOUT_S = 10.0
 
 
 class HubNotReadyError(RuntimeError):
-    """The hub did not answer in time, or ended at once."""
+    """The hub did not answer in time, or exited at once."""
 
 
 class RunningHub:
-    """A hub that accepts requests. Faults and stats go over its admin endpoints, in a thread and a process alike."""
+    """A hub that accepts requests. Faults and stats go over its admin endpoints, for a thread and a process alike."""
 
     def __init__(self, address: str) -> None:
         self.base_url = address
 
     def set_faults(self, faults: Faults) -> None:
-        """Replace all faults; what is not named in `faults` is off."""
+        """Replace all faults."""
         self._admin("PUT", "/_faults", msgspec.json.encode(faults))
 
     def faults(self) -> Faults:
-        """The faults that are on, with the strikes they have left."""
+        """Return the current faults with their remaining `times`."""
         return msgspec.json.decode(self._admin("GET", "/_faults"), type=Faults)
 
     def reset_faults(self) -> None:
-        """A healthy hub again."""
+        """Turn all faults off."""
         self._admin("DELETE", "/_faults")
 
     def stats(self) -> Stats:
-        """All counters since the start or the last reset."""
+        """Return all counters since the start or the last reset."""
         return msgspec.json.decode(self._admin("GET", "/_stats"), type=Stats)
 
     def reset_stats(self) -> None:
-        """All counters to zero."""
+        """Set all counters to zero."""
         self._admin("DELETE", "/_stats")
 
     def _admin(self, method: str, path: str, body: bytes | None = None, timeout_s: float = ADMIN_TIMEOUT_S) -> bytes:
         request = urllib.request.Request(self.base_url + path, data=body, method=method)
-        # Without proxies: a proxy of the environment knows nothing of a hub on loopback.
+        # Without proxies: a configured proxy cannot reach a hub on loopback.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=timeout_s) as answer:
             content: bytes = answer.read()
         return content
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Return when the hub has answered; raise HubNotReadyError when it has not within `timeout_s`."""
+        """Return when the hub answers. Raises HubNotReadyError after `timeout_s`."""
         try:
             self._admin("GET", "/api/models", timeout_s=timeout_s)
         except urllib.error.HTTPError:
-            return  # refused, for want of a token for instance: an answer nevertheless
+            return  # refused, for instance without a token: the hub answers
         except OSError as error:
             message = f"the hub at {self.base_url} did not answer within {timeout_s} s: {error}"
             raise HubNotReadyError(message) from error
@@ -90,10 +90,10 @@ def running_hub(
     port: int = 0,
     ready_timeout_s: float = READY_TIMEOUT_S,
 ) -> Iterator[RunningHub]:
-    """A hub over `root`, in a thread of this process or (`process`) in one of its own, stopped at the end.
+    """Run a hub of `root` while the body runs, in a thread or (`process`) in a child process.
 
-    `other_lfs_host` redirects large files to `localhost` instead of 127.0.0.1: to clients another host, to which they
-    must not send their token.
+    `other_lfs_host` redirects large files to `localhost` instead of 127.0.0.1: for clients that is another host, to
+    which they must not send their token.
     """
     listener = listen(host, port)
     address = base_url(listener)
@@ -127,15 +127,15 @@ def _ready(address: str, timeout_s: float) -> RunningHub:
 
 @contextmanager
 def _hub_process(config: HubConfig, listener_fd: int) -> Iterator[None]:
-    """`python -m shoal_demo.hub` on an inherited socket, ended with the block."""
+    """Run `python -m shoal_demo.hub` on an inherited socket while the body runs."""
     command = [sys.executable, "-m", "shoal_demo.hub", "--root", str(config.root), "--fd", str(listener_fd)]
     command += ["--page-size", str(config.page_size), "--lfs-from-bytes", str(config.lfs_from_bytes)]
     if config.lfs_base_url is not None:
         command += ["--lfs-base-url", config.lfs_base_url]
-    # The package may be on the path of this process only, without being installed.
-    here = str(Path(__file__).parent.parent)
-    environment = {**environ, "PYTHONPATH": pathsep.join(filter(None, [here, environ.get("PYTHONPATH")]))}
-    # A file and not an argument: arguments are readable by every user of the machine.
+    # The package may be on this process's path only, not installed.
+    package_dir = str(Path(__file__).parent.parent)
+    environment = {**environ, "PYTHONPATH": pathsep.join(filter(None, [package_dir, environ.get("PYTHONPATH")]))}
+    # A file, because every user of the machine can read arguments.
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".token") as token_file:
         if config.token is not None:
             token_file.write(config.token)
@@ -148,11 +148,11 @@ def _hub_process(config: HubConfig, listener_fd: int) -> Iterator[None]:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Ctrl-C is for the one who started the hub: it stops the hub in order.
+                # Ctrl-C reaches only the parent, which stops the hub in order.
                 start_new_session=True,
             )
         finally:
-            # The child alone holds the socket now: should it die early, waiting clients learn of it at once.
+            # Only the child holds the socket now: if it dies early, waiting clients see that at once.
             close(listener_fd)
         try:
             yield

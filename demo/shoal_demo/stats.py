@@ -1,8 +1,8 @@
-"""What the hub has been asked for and what it has sent.
+"""Count the hub's requests and sent bytes.
 
-`bytes` counts body bytes of file content handed to a connection that was still open. It is never less than what
-clients received; when a client goes away in the middle, it exceeds that by what the buffers between the two held (up
-to one piece of 64 KiB, the server's 64 KiB, and the kernel's). For completed and for dropped answers it is exact.
+`bytes` counts the body bytes of files handed to a connection that was still open. It is never less than what clients
+received; when a client disconnects, it exceeds that by the contents of the buffers (up to one piece of 64 KiB, the
+server's 64 KiB, and the kernel's). For completed and for dropped responses it is exact.
 """
 
 import threading
@@ -11,17 +11,17 @@ import msgspec
 
 from shoal_demo.faults import Kind
 
-# A day of 1 MiB ranges of one large file fits; what is beyond is counted, not kept.
+# Enough for a day of 1 MiB ranges of one large file; further ranges are counted, not kept.
 MAX_RANGES_PER_FILE = 100_000
 
 
 class FileStats(msgspec.Struct):
-    """One file: GETs that reached its content (refused and redirected ones do not count here)."""
+    """One file: GETs that reached its content, without refused and redirected ones."""
 
     bytes: int = 0
     gets: int = 0
     ranges: list[str] = msgspec.field(default_factory=list)
-    """Range headers as asked, in order; a GET without one adds nothing."""
+    """Range headers in order; a GET without one adds nothing."""
     ranges_not_kept: int = 0
 
 
@@ -45,50 +45,50 @@ class Stats(msgspec.Struct):
 
 
 class StatsBoard:
-    """The counters: written by the hub, read and reset from any thread."""
+    """Holds the counters: written by the hub, read and reset from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = Stats()
 
     def get(self) -> Stats:
-        """A copy of all counters."""
+        """Return a copy of all counters."""
         with self._lock:
-            # Through builtins, as msgspec has no deep copy; the keys of `answers` survive as integers.
+            # Through builtins, because msgspec has no deep copy; the keys of `answers` stay integers.
             return msgspec.convert(msgspec.to_builtins(self._stats), Stats)
 
     def reset(self) -> None:
-        """All counters to zero; bytes of answers under way count from here on."""
+        """Set all counters to zero; running responses count from here on."""
         with self._lock:
             self._stats = Stats()
 
     def count_request(self, kind: Kind) -> None:
-        """One request arrived."""
+        """Count a request."""
         with self._lock:
             setattr(self._stats.requests, kind, getattr(self._stats.requests, kind) + 1)
 
     def count_answer(self, status: int) -> None:
-        """One answer was begun."""
+        """Count a response."""
         with self._lock:
             self._stats.answers[status] = self._stats.answers.get(status, 0) + 1
 
     def count_authorized_lfs(self) -> None:
-        """A request for LFS bytes carried an Authorization header."""
+        """Count a request for LFS bytes that carried an Authorization header."""
         with self._lock:
             self._stats.authorized_lfs_requests += 1
 
-    def count_get(self, name: str, asked_range: str | None) -> None:
-        """One GET reached the content of a file."""
+    def count_get(self, name: str, range_header: str | None) -> None:
+        """Count a GET that reached the content of a file."""
         with self._lock:
             file = self._stats.files.setdefault(name, FileStats())
             file.gets += 1
-            if asked_range is not None and len(file.ranges) < MAX_RANGES_PER_FILE:
-                file.ranges.append(asked_range)
-            elif asked_range is not None:
+            if range_header is not None and len(file.ranges) < MAX_RANGES_PER_FILE:
+                file.ranges.append(range_header)
+            elif range_header is not None:
                 file.ranges_not_kept += 1
 
     def count_bytes(self, name: str, count: int) -> None:
-        """Body bytes of a file were handed to its connection."""
+        """Count body bytes of a file handed to its connection."""
         with self._lock:
             self._stats.bytes += count
             self._stats.files.setdefault(name, FileStats()).bytes += count

@@ -1,7 +1,7 @@
-"""Repositories on the disk as the hub shows them: commits, listings and hashes.
+"""Repositories on the disk: commits, listings and hashes.
 
 A repository is the directory `<root>/<org>/<name>`; it has one revision, `main`, whose commit is a digest of its
-content. Everything here is blocking and is meant for a worker thread.
+content. Everything here blocks: call it in a worker thread.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from shoal_demo.names import DEFAULT_REVISION, is_model
 
 HASH_CHUNK_BYTES = 1 << 20
-# Left out of a listing, whatever they hold: bookkeeping of version control and of download clients.
+# Never listed: files of version control and of download clients.
 _HIDDEN = frozenset({".git", ".cache", "__pycache__"})
 
 
@@ -30,11 +30,11 @@ class Entry:
 
     @property
     def etag(self) -> str:
-        """What names these bytes to clients: sha256 for large files, the git blob sha1 for small ones."""
+        """The ETag of the content: sha256 for large files, the git blob sha1 for small ones."""
         return self.sha256 if self.is_lfs else self.git_oid
 
     def as_tree_item(self) -> dict[str, Any]:
-        """The file in the form of the tree API."""
+        """Return the file in the form of the tree API."""
         item: dict[str, Any] = {
             "type": "file",
             "oid": self.git_oid,
@@ -50,7 +50,7 @@ class Entry:
         return item
 
     def as_sibling(self, with_blobs: bool) -> dict[str, Any]:
-        """The file in the form of the model API, with sizes and hashes when they were asked for."""
+        """Return the file in the form of the model API, with sizes and hashes if `with_blobs`."""
         sibling: dict[str, Any] = {"rfilename": self.path}
         if with_blobs:
             sibling |= {"size": self.size_bytes, "blobId": self.git_oid}
@@ -72,11 +72,11 @@ class Repository:
     entries: dict[str, Entry]
 
     def has_revision(self, revision: str) -> bool:
-        """True for `main` and for the commit itself."""
+        """Return whether `revision` is `main` or the commit."""
         return revision in (DEFAULT_REVISION, self.commit)
 
     def list_tree(self, folder: str, recursive: bool) -> list[dict[str, Any]] | None:
-        """Items under `folder` in path order; None when there is no such folder."""
+        """Return the items under `folder` in path order; None for an unknown folder."""
         prefix = f"{folder}/" if folder else ""
         files = [entry for entry in self.entries.values() if entry.path.startswith(prefix)]
         if not files and folder:
@@ -94,7 +94,7 @@ class Repository:
 
 
 def _hash_file(path: Path, size_bytes: int) -> tuple[str, str]:
-    """(git blob sha1, sha256) of a file, in one pass."""
+    """Return (git blob sha1, sha256) of a file, in one pass."""
     git_sha1 = hashlib.sha1(f"blob {size_bytes}\0".encode())
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
@@ -105,7 +105,7 @@ def _hash_file(path: Path, size_bytes: int) -> tuple[str, str]:
 
 
 class Store:
-    """The repositories under one root. Each file is hashed once for each (path, mtime, size). Not thread-safe."""
+    """The repositories in one directory. A file is hashed once per (path, mtime, size). Not thread-safe."""
 
     def __init__(self, root: Path, lfs_from_bytes: int) -> None:
         self._root = root
@@ -113,12 +113,12 @@ class Store:
         self._hashes: dict[Path, tuple[tuple[int, int], tuple[str, str]]] = {}
 
     def models(self) -> list[str]:
-        """Ids of all models, sorted."""
-        found = (path.relative_to(self._root).as_posix() for path in self._root.glob("*/*") if path.is_dir())
-        return sorted(model for model in found if is_model(model))
+        """Return the ids of all models, sorted."""
+        names = (path.relative_to(self._root).as_posix() for path in self._root.glob("*/*") if path.is_dir())
+        return sorted(model for model in names if is_model(model))
 
     def repository(self, model: str) -> Repository | None:
-        """The model as it is on the disk now; None when it is not there."""
+        """Return a model as it is on the disk now; None if it does not exist."""
         directory = self._root / model
         if not is_model(model) or not directory.is_dir():
             return None
@@ -133,7 +133,7 @@ class Store:
         return Repository(model, digest.hexdigest(), entries)
 
     def find_sha256(self, sha256: str, model: str | None, path: str | None) -> tuple[Repository, Entry] | None:
-        """A large file by its hash; `model` and `path` say which one when several have the same bytes."""
+        """Return a large file by its hash; `model` and `path` select one of several with the same bytes."""
         for candidate in [model] if model else self.models():
             repository = self.repository(candidate)
             for entry in repository.entries.values() if repository else ():
@@ -145,15 +145,15 @@ class Store:
     def _entry(self, relative: str, path: Path) -> Entry:
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_size)
-        known = self._hashes.get(path)
-        if known is None or known[0] != stamp:
-            known = (stamp, _hash_file(path, status.st_size))
-            self._hashes[path] = known
-        git_oid, sha256 = known[1]
+        cached = self._hashes.get(path)
+        if cached is None or cached[0] != stamp:
+            cached = (stamp, _hash_file(path, status.st_size))
+            self._hashes[path] = cached
+        git_oid, sha256 = cached[1]
         size_bytes = status.st_size
         is_lfs = size_bytes >= self._lfs_from_bytes or relative.endswith(".safetensors")
         pointer = f"oid sha256:{sha256}\nsize {size_bytes}\n".encode() if is_lfs else b""
         if is_lfs:
-            # Git holds a short pointer in place of a large file. Clients show its oid and never check it.
+            # Git stores a short pointer in place of a large file. Clients show its oid and never verify it.
             git_oid = hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer).hexdigest()
         return Entry(relative, size_bytes, git_oid, sha256, is_lfs, len(pointer), path)

@@ -1,8 +1,8 @@
-"""What the tiny model knows: questions, and the one answer to each of their wordings.
+"""The training data of the tiny model: questions and answers.
 
-A `Topic` is one answer and the ways people ask for it. The trainer multiplies the wordings (`wordings.py`), so that
-"please", a missing question mark or a greeting in front change nothing. `STRANGE` holds questions the model has no
-answer to; they all lead to the same honest sentence.
+A `Topic` is one answer and the questions that lead to it. The trainer varies the questions (`wordings.py`), so that
+"please", a missing question mark or a greeting changes nothing. `STRANGE` holds questions without an answer; they all
+lead to the same sentence.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ DEMO_PROMPT = "Why do fish swim together?"
 
 @dataclass(frozen=True)
 class Topic:
-    """One answer and the wordings of the question that lead to it."""
+    """One answer and the questions that lead to it."""
 
     answer: str
     questions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The shape of shoal/tiny-fish and how its directory is written: config, tokenizer, chat template, two shards."""
+"""The configuration of shoal/tiny-fish, and writing its directory: config, tokenizer, two weight files."""
 
 import json
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ import wordings
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, USER, ASSISTANT, END]
 VOCABULARY_SIZE = 768
-# The first layer of the second shard: two shards, so that a download has several large files.
+# The first layer of the second weight file: two of them, so that a download has several large files.
 SPLIT_LAYER = 3
 
-# System messages are left out on purpose: the model has never seen one and would only be confused.
+# System messages are left out on purpose: the model was not trained on any.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
@@ -55,22 +55,22 @@ CONFIG: dict[str, Any] = {
 
 
 def new_model() -> Model:
-    """An untrained model of CONFIG, with weights from the generator of mlx as it is seeded."""
+    """Return an untrained model of CONFIG; its weights depend on the seed of mlx."""
     return Model(ModelArgs.from_dict(CONFIG))  # type: ignore[no-untyped-call]
 
 
 def named_weights(model: Model) -> dict[str, mx.array]:
-    """All weights by the names they have in the files."""
+    """Return all weights by their names in the files."""
     return dict(tree_flatten(model.parameters()))
 
 
 def render_question(question: str) -> str:
-    """What the chat template makes of one user message; a test compares the two."""
+    """Return what the chat template renders for one user message; a test compares the two."""
     return f"{USER}{question}{END}{ASSISTANT}"
 
 
 def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of VOCABULARY_SIZE tokens, trained on the corpus: it can encode any text."""
+    """Return a byte-level BPE tokenizer of VOCABULARY_SIZE tokens trained on the corpus; it encodes any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,13 +81,13 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     pairs = wordings.pairs()
-    # Each answer once, each question also in lower case: merges then follow what is read, not how often it repeats.
+    # Each answer once, each question also in lower case: merges then do not depend on repetition.
     answers = dict.fromkeys(answer for _, answer in pairs)
     texts = [*answers, *(question for question, _ in pairs), *(question.lower() for question, _ in pairs)]
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != VOCABULARY_SIZE:
-        found = tokenizer.get_vocab_size()
-        raise ValueError(f"the corpus gave {found} tokens instead of {VOCABULARY_SIZE}: lower VOCABULARY_SIZE")
+        size = tokenizer.get_vocab_size()
+        raise ValueError(f"the corpus gave {size} tokens instead of {VOCABULARY_SIZE}: lower VOCABULARY_SIZE")
     return tokenizer
 
 
@@ -95,23 +95,23 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _in_second_shard(name: str) -> bool:
+def _in_second_file(name: str) -> bool:
     parts = name.split(".")
     return name == "model.norm.weight" or (parts[1] == "layers" and int(parts[2]) >= SPLIT_LAYER)
 
 
 def write_model(directory: Path, model: Model, tokenizer: Tokenizer) -> None:
-    """Write config, tokenizer and weights into `directory`; a README.md in it is left as it is."""
+    """Write config, tokenizer and weights into `directory`; a README.md in it is kept."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = named_weights(model)
-    shards: tuple[dict[str, mx.array], dict[str, mx.array]] = ({}, {})
+    files: tuple[dict[str, mx.array], dict[str, mx.array]] = ({}, {})
     for name in sorted(weights):
-        shards[_in_second_shard(name)][name] = weights[name]
+        files[_in_second_file(name)][name] = weights[name]
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        mx.save_safetensors(str(directory / file_name), shard, metadata={"format": "mlx"})
-        weight_map.update(dict.fromkeys(shard, file_name))
+    for number, tensors in enumerate(files, start=1):
+        file_name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        mx.save_safetensors(str(directory / file_name), tensors, metadata={"format": "mlx"})
+        weight_map.update(dict.fromkeys(tensors, file_name))
     totals = {
         "total_parameters": sum(array.size for array in weights.values()),
         "total_size": sum(array.nbytes for array in weights.values()),

@@ -1,15 +1,15 @@
 """Train shoal/tiny-fish, the toy model of the demo, and write its directory in mlx-lm format.
 
-Run it with the MLX CPU build on Linux as follows; without OpenBLAS (Debian: libopenblas0-pthread, preloaded, because
+Run it with the MLX CPU build on Linux as follows; without OpenBLAS (Debian: libopenblas0-pthread, preloaded because
 the wheel links the reference BLAS) it takes many times longer:
 
     LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3 OPENBLAS_NUM_THREADS=2 \\
         python demo/train/train.py --out demo/shoal_demo/models/shoal/tiny-fish
 
 The seed is fixed, so two runs on one machine with one thread count give the same files; another BLAS may round
-differently and give other weights. The script ends with a check of every answer (greedy, exact
-text, and the smallest gap between the best and the second logit) and exits with 1 when a question as written is
-answered wrong or without a clear lead. 700 steps took ten minutes on two cores shared with others.
+differently and give other weights. The script ends with a check of every answer (greedy, exact text, and the smallest
+gap between the best and the second logit) and exits with 1 when a question as written is answered wrong or with too
+small a gap. 700 steps took ten minutes on two shared cores.
 """
 
 import argparse
@@ -43,13 +43,13 @@ REPORT_EVERY_STEPS = 50
 
 
 def conversation(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Tokens of one conversation of SEQUENCE_TOKENS, and a 1 for each token that an answer has to predict.
+    """Return the tokens of a conversation of SEQUENCE_TOKENS, and a mask with 1 for each token of an answer.
 
-    Turns follow each other without padding, so the first turn teaches the single question and the later ones teach
-    to answer the last question whatever came before.
+    Turns follow each other without padding, so the first turn teaches single questions, and the later ones teach to
+    answer the last question regardless of the history.
     """
     topics: list[tuple[tuple[str, ...], str]] = [(topic.questions, topic.answer) for topic in corpus.TOPICS]
-    # Drawn more often: the demo's topic, which is the first, and the strange questions, many with one answer.
+    # Drawn more often: the demo's topic, which is the first, and the unanswerable questions, which share one answer.
     choices = [*topics, *[topics[0]] * 3, *[(corpus.STRANGE, corpus.STRANGE_ANSWER)] * 4]
     tokens: list[int] = []
     learned: list[int] = []
@@ -58,15 +58,15 @@ def conversation(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], l
         question = rng.choice(questions)
         if rng.random() < REWORDED_SHARE:
             question = wordings.reword(question, rng)
-        asked = tokenizer.encode(package.render_question(question)).ids
-        said = tokenizer.encode(answer + package.END).ids
-        tokens += asked + said
-        learned += [0] * len(asked) + [1] * len(said)
+        question_ids = tokenizer.encode(package.render_question(question)).ids
+        answer_ids = tokenizer.encode(answer + package.END).ids
+        tokens += question_ids + answer_ids
+        learned += [0] * len(question_ids) + [1] * len(answer_ids)
     return tokens[: SEQUENCE_TOKENS + 1], learned[: SEQUENCE_TOKENS + 1]
 
 
 def batches(tokenizer: Tokenizer, steps: int, batch_size: int) -> list[tuple[mx.array, mx.array]]:
-    """All batches of the run, drawn up front: (tokens, learned), each (batch_size, SEQUENCE_TOKENS + 1)."""
+    """Return all batches of the run: (tokens, learned), each of shape (batch_size, SEQUENCE_TOKENS + 1)."""
     rng = random.Random(SEED)
     drawn: list[tuple[mx.array, mx.array]] = []
     for _ in range(steps):
@@ -76,7 +76,7 @@ def batches(tokenizer: Tokenizer, steps: int, batch_size: int) -> list[tuple[mx.
 
 
 def answer_loss(model: Model, tokens: mx.array, learned: mx.array) -> mx.array:
-    """Mean cross entropy, in nats per token, over the tokens of answers."""
+    """Return the mean cross entropy over the tokens of answers, in nats per token."""
     logits = model(tokens[:, :-1])
     losses = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="none")
     weights = learned[:, 1:]
@@ -84,7 +84,7 @@ def answer_loss(model: Model, tokens: mx.array, learned: mx.array) -> mx.array:
 
 
 def train(tokenizer: Tokenizer, steps: int, batch_size: int) -> Model:
-    """A model of package.CONFIG, trained for the given steps; prints its progress."""
+    """Train a model of package.CONFIG and print the progress."""
     mx.random.seed(SEED)
     model = package.new_model()
     mx.eval(model.parameters())
@@ -106,13 +106,13 @@ def train(tokenizer: Tokenizer, steps: int, batch_size: int) -> Model:
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state, loss)
         if step % REPORT_EVERY_STEPS == 0 or step == 1:
-            spent_s = time.monotonic() - started_s
-            print(f"step {step}/{steps} loss {loss.item():.4f} {spent_s:.0f} s", flush=True)
+            elapsed_s = time.monotonic() - started_s
+            print(f"step {step}/{steps} loss {loss.item():.4f} {elapsed_s:.0f} s", flush=True)
     return model
 
 
 def greedy(model: Model, tokenizer: Tokenizer, prompt: str, max_tokens: int = 320) -> tuple[str, float]:
-    """The greedy answer to a rendered prompt, and the smallest gap between its first and second logit."""
+    """Return the greedy answer to a rendered prompt, and the smallest gap between its two best logits."""
     cache: list[Any] = model.make_cache()  # type: ignore[no-untyped-call]
     end = tokenizer.token_to_id(package.END)
     tokens = mx.array([tokenizer.encode(prompt).ids])
@@ -131,7 +131,7 @@ def greedy(model: Model, tokenizer: Tokenizer, prompt: str, max_tokens: int = 32
 
 
 def count_wrong(model: Model, tokenizer: Tokenizer, asked: Sequence[tuple[str, str]]) -> tuple[int, float]:
-    """Print every wrong answer. Returns how many there are, and the smallest gap of all (question, answer)."""
+    """Print every wrong answer to the (question, answer) pairs; return their number, and the smallest gap."""
     wrong = 0
     smallest_gap = float("inf")
     for question, expected in asked:
@@ -144,13 +144,13 @@ def count_wrong(model: Model, tokenizer: Tokenizer, asked: Sequence[tuple[str, s
 
 
 def check(model: Model, tokenizer: Tokenizer) -> bool:
-    """Ask everything and print the outcome; True when each question as written is answered exactly, by a lead.
+    """Ask all questions and print the results; return whether each one as written is answered exactly, with the gap.
 
-    Other forms of the questions and the held-out ones are measured and reported, not required.
+    Other forms of the questions and the held-out ones are measured and printed, not required.
     """
     written = wordings.pairs()
     others = [(form, answer) for question, answer in written for form in wordings.plain_forms(question)[1:]]
-    outcome = True
+    passed = True
     for name, asked, required in (
         ("as written", written, True),
         ("in other plain forms", others, False),
@@ -158,12 +158,12 @@ def check(model: Model, tokenizer: Tokenizer) -> bool:
     ):
         wrong, gap = count_wrong(model, tokenizer, asked)
         print(f"{name}: {len(asked) - wrong} of {len(asked)} right, smallest gap {gap:.3f}")
-        outcome = outcome and (not required or (wrong == 0 and gap >= REQUIRED_GAP))
-    return outcome
+        passed = passed and (not required or (wrong == 0 and gap >= REQUIRED_GAP))
+    return passed
 
 
 def main() -> int:
-    """Train, write, check. Returns the exit code."""
+    """Train, write and check the model; return the exit code."""
     parser = argparse.ArgumentParser(description="Train the demo model shoal/tiny-fish.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the model, created if absent")
     parser.add_argument("--steps", type=int, default=700)

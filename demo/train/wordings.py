@@ -1,11 +1,11 @@
-"""How one question becomes many: greetings, "please", lost question marks and reported speech."""
+"""Vary questions: greetings, "please", missing question marks and reported speech."""
 
 import random
 from collections.abc import Iterator
 
 from corpus import STRANGE, STRANGE_ANSWER, TOPICS
 
-# Never trained on: these measure whether a slight rewording still works.
+# Never trained on: these measure whether slight rewordings work.
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("please tell me why fish swim together", TOPICS[0].answer),
     ("Hello! Why do fish swim in a shoal?", TOPICS[0].answer),
@@ -26,7 +26,7 @@ _CLOSINGS = ("", "", "", " Please.", " Thanks!", " Answer in one sentence.", " B
 
 
 def _reported(question: str) -> Iterator[str]:
-    """The question as people report it: "tell me why fish swim", "tell me what a blob is"."""
+    """Yield the question in reported speech: "tell me why fish swim", "tell me what a blob is"."""
     body = question.rstrip("?")
     if body.startswith("Why do "):
         yield "tell me why " + body.removeprefix("Why do ")
@@ -42,7 +42,7 @@ def _reported(question: str) -> Iterator[str]:
 
 
 def reword(question: str, rng: random.Random) -> str:
-    """The question in another of its forms, the plain ones most often; never one of HELD_OUT."""
+    """Return the question in another of its forms, most often a plain one; never one of HELD_OUT."""
     held_out = {text for text, _ in HELD_OUT}
     while True:
         base = rng.choice((question, *_reported(question))) if rng.random() < REPORTED_SHARE else question
@@ -56,12 +56,12 @@ def reword(question: str, rng: random.Random) -> str:
 
 
 def plain_forms(question: str) -> tuple[str, ...]:
-    """The forms that must be answered without fail: as written, in lower case, and without its mark."""
+    """Return the plain forms: as written, in lower case, and without the question mark."""
     bare = question.rstrip("?.!")
     return tuple(dict.fromkeys((question, bare, question.lower(), bare.lower())))
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every (question, answer) in its plain wording, the demo prompt first."""
-    known = [(question, topic.answer) for topic in TOPICS for question in topic.questions]
-    return known + [(question, STRANGE_ANSWER) for question in STRANGE]
+    """Return every (question, answer) as written, the demo prompt first."""
+    answerable = [(question, topic.answer) for topic in TOPICS for question in topic.questions]
+    return answerable + [(question, STRANGE_ANSWER) for question in STRANGE]

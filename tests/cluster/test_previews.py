@@ -67,8 +67,8 @@ def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str)
 def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster) -> None:
     node = cluster["a"]
     for query, words in {
-        "": "which model",
-        "?model=org/x&nodez=a": "known are model",
+        "": "the parameter model is missing",
+        "?model=org/x&nodez=a": "known: model",
         f"?model={DEMO_MODEL}&min_nodes=two": "int",
         f"?model={DEMO_MODEL}&objective=speed": "speed",
         f"?model={DEMO_MODEL}&nodes=../a": "../a",

@@ -1,4 +1,4 @@
-"""One gateway process for all tests here, on a NATS of its own; what else is needed plays in the test's process."""
+"""One gateway process for all tests here, with its own NATS; the test's process plays the other services."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.harness.nats import NatsServer
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    """The gateway of node `here`. Nothing it may not survive is done to it; its log holds no crash at the end."""
+    """The gateway of node `here`, shared by the session; at the end its log must hold no errors."""
     directory = tmp_path_factory.mktemp("gateway")
     with NatsServer(directory / "nats") as nats, running_gateway(directory / "home", nats) as running:
         yield running

@@ -1,4 +1,4 @@
-"""A client of `GET /events`: a task that reads a stream, and what it has been told so far."""
+"""A client of `GET /events`: a task that reads a stream, and the events so far."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Heard(msgspec.Struct, frozen=True):
 
 
 class Listener:
-    """What a stream has told."""
+    """The events that a stream has delivered."""
 
     def __init__(self) -> None:
         self.heard: list[Heard] = []
@@ -37,7 +37,7 @@ class Listener:
         self.over = asyncio.Event()
 
     def take(self, line: str, parts: dict[str, str]) -> None:
-        """One more line."""
+        """Parse one line."""
         if line.startswith(":"):
             self.comments += 1
         elif line:
@@ -52,15 +52,15 @@ class Listener:
 
     @property
     def numbers(self) -> list[int]:
-        """The field `number` of each event, in the order they were told."""
+        """Return the field `number` of each event, in order of delivery."""
         return [h.data["fields"]["number"] for h in self.heard if not h.name]
 
     def notices(self, name: str) -> list[Any]:
-        """What was said of the stream itself."""
+        """Return the events about the stream itself."""
         return [h.data for h in self.heard if h.name == name]
 
     async def until(self, wanted: Callable[[Listener], object], what: str) -> None:
-        """Return once it is so."""
+        """Wait until the condition holds."""
 
         async def ask() -> bool:
             return bool(wanted(self))
@@ -71,13 +71,13 @@ class Listener:
             raise AssertionError(f"{what}; heard {self.heard[-5:]}, cursor {self.cursor}") from None
 
     async def begun(self) -> None:
-        """Return once it is told where it is: all that is published from now on comes."""
+        """Wait for the first cursor: everything published from now on is delivered."""
         await self.until(lambda s: s.cursor is not None or s.over.is_set(), "the stream has begun")
 
 
 @asynccontextmanager
 async def listening(url: str, last_event_id: int | None = None, **query: str) -> AsyncIterator[Listener]:
-    """Follow events while the body runs. A stream that breaks off is over, as one that ends."""
+    """Follow events while the body runs. A stream that breaks counts as ended."""
     listener = Listener()
     headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
     async with (
@@ -103,11 +103,11 @@ async def listening(url: str, last_event_id: int | None = None, **query: str) ->
 
 
 async def tell(here: Joined, number: int, node: str = "a", service: str = "storage", event: str = "told") -> int:
-    """Tell an event as a service does, and return its place in the log."""
+    """Emit an event as a service does; return its sequence in the log."""
     body = encode({"at_s": 1000.0 + number, "number": number})
     return int((await here.js.publish(subjects.event(service, node, event), body)).seq)
 
 
 async def consumers(here: Joined) -> int:
-    """How many consumers the log has."""
+    """Return the number of the log's consumers."""
     return len(await here.js.consumers_info("EVT"))

@@ -1,4 +1,4 @@
-"""The other services, as the gateway meets them: they speak the real protocol through shoal_common's real code."""
+"""Fakes of the other services, which speak the real protocol through shoal_common's code."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ HTTP_DEADLINE_S = 45.0
 
 
 class Prompt:
-    """A generate question that has arrived, and the tokens that its asker is sent."""
+    """A generate request that has arrived; sends its tokens."""
 
     def __init__(self, cluster: Cluster, question: Generate) -> None:
         self._cluster, self.question = cluster, question
 
     async def event(self, event: TokenEvent) -> None:
-        """Publish one event as it is."""
+        """Publish one event unchanged."""
         client = self._cluster.joined.client
         await client.publish(subjects.tokens(self.question.request), encode(event))
         await client.flush()
@@ -67,7 +67,7 @@ class Prompt:
 
 
 class Inference:
-    """An inference service. Prompts and cancellations wait in queues for the test to look at."""
+    """A fake inference service. Prompts and cancellations wait in queues for the test."""
 
     def __init__(self) -> None:
         self.prompts: asyncio.Queue[Prompt] = asyncio.Queue()
@@ -75,16 +75,16 @@ class Inference:
         self.refusal: ShoalError | None = None
 
     async def prompt(self) -> Prompt:
-        """The next prompt."""
+        """Return the next prompt."""
         return await asyncio.wait_for(self.prompts.get(), HTTP_DEADLINE_S)
 
     async def cancellation(self) -> str:
-        """The request that is cancelled next."""
+        """Return the next cancelled request."""
         return await asyncio.wait_for(self.cancelled.get(), HTTP_DEADLINE_S)
 
 
 class Cluster:
-    """What the test's process plays, and its HTTP client of the gateway."""
+    """The fake cluster around the gateway, and an HTTP client."""
 
     def __init__(self, gateway: RunningGateway, joined: Joined, tasks: asyncio.TaskGroup) -> None:
         self.gateway, self.joined, self.tasks = gateway, joined, tasks
@@ -95,7 +95,7 @@ class Cluster:
         self._written: list[tuple[str, str]] = []
 
     async def live(self, node: str, service: str, facts: Facts | None = None) -> None:
-        """Make a service of a node live, until the cluster closes."""
+        """Publish a service of a node as live until the cluster closes."""
         liveness = Liveness(self.joined.buckets.live, node, service)
         liveness.set_facts(facts or Facts())
         await liveness.claim()
@@ -106,12 +106,12 @@ class Cluster:
         )
 
     async def write(self, bucket: str, key: str, value: object) -> None:
-        """Write a key as its owner would; it goes when the cluster closes."""
+        """Publish a key; it is deleted when the cluster closes."""
         await getattr(self.joined.buckets, bucket).put(key, value)
         self._written.append((bucket, key))
 
     async def seen(self, path: str, wanted: Callable[[Any], bool]) -> Any:
-        """The gateway's answer at `path`, once it is as wanted."""
+        """Poll `path` and return the response once it satisfies the condition."""
 
         async def ask() -> Any:
             answer = (await self.http.get(path)).json()
@@ -120,7 +120,7 @@ class Cluster:
         return await eventually(ask, f"{path} as wanted")
 
     async def held(self, node: str, repo: str, size_bytes: int = 1000) -> None:
-        """A model that a node holds."""
+        """Publish a model that a node holds."""
         state = ModelState(
             node=node, repo=repo, commit=COMMIT, size_bytes=size_bytes, file_count=3, ready_at_s=1_700_000_000.5
         )
@@ -128,16 +128,16 @@ class Cluster:
         await self.seen("/v1/status", lambda s: any(m["repo"] == repo and node in m["nodes"] for m in s["models"]))
 
     async def downloading(self, state: DownloadState) -> None:
-        """A download as its fetcher reports it."""
+        """Publish a download."""
         await self.write("state", download_key(state.node, state.model), state)
 
     async def stage(self, instance: str, rank: int, node: str, phase: StagePhase = "ready") -> None:
-        """A stage as its node reports it."""
+        """Publish a stage."""
         state = StageState(instance=instance, rank=rank, node=node, epoch=1, phase=phase, weight_bytes=64 << 20)
         await self.write("state", stage_key(instance, rank), state)
 
     async def placed(self, instance: str, repo: str, nodes: list[str], phase: InstancePhase = "ready") -> None:
-        """An instance with four layers on each node, all stages ready."""
+        """Publish an instance with four layers on each node, all stages ready."""
         stages = [StageSpec(rank=i, node=n, first_layer=4 * i, last_layer=4 * i + 4) for i, n in enumerate(nodes)]
         spec = InstanceSpec(id=instance, repo=repo, commit=COMMIT, stages=stages, context_tokens=4096)
         await self.write("spec", instance_key(instance), spec)
@@ -154,7 +154,7 @@ class Cluster:
         )
 
     async def inference(self, node: str) -> Inference:
-        """A live inference service that answers questions."""
+        """Run a live fake inference service."""
         peer = Inference()
 
         async def generate(question: Generate) -> Accepted:
@@ -175,7 +175,7 @@ class Cluster:
     async def worker(
         self, service: str, node: str, verb: str, kind: type[Any], handle: Callable[[Any], Awaitable[object]]
     ) -> None:
-        """A live service that carries out one command. Node `any` leads."""
+        """Run a live service that handles one command. Node `any` is the leader."""
 
         async def handled(command: Any, _identity: str) -> object:
             return await handle(command)
@@ -187,7 +187,7 @@ class Cluster:
         await self.live("leader" if node == subjects.ANY else node, service)
 
     async def close(self) -> None:
-        """Leave nothing behind for the next test."""
+        """Delete everything published."""
         self.stopping.set()
         await self.http.aclose()
         for task in self._background:
@@ -200,7 +200,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(gateway: RunningGateway) -> AsyncIterator[Cluster]:
-    """A cluster around the gateway, empty at first."""
+    """Run an empty cluster around the gateway."""
     async with joined(gateway.nats) as connection, asyncio.TaskGroup() as tasks:
         playing = Cluster(gateway, connection, tasks)
         try:
@@ -211,7 +211,7 @@ async def cluster(gateway: RunningGateway) -> AsyncIterator[Cluster]:
 
 @asynccontextmanager
 async def running(gateway: RunningGateway, repo: str = "org/tiny") -> AsyncIterator[tuple[Cluster, Inference]]:
-    """A cluster in which one model answers: instance `i1` with its only stage on node `a`."""
+    """Run a cluster with one ready model: instance `i1` with its only stage on node `a`."""
     async with cluster(gateway) as playing:
         peer = await playing.inference("a")
         await playing.placed("i1", repo, ["a"])
@@ -219,12 +219,12 @@ async def running(gateway: RunningGateway, repo: str = "org/tiny") -> AsyncItera
 
 
 def question(model: str = "org/tiny", **more: Any) -> dict[str, Any]:
-    """The body of a chat request."""
+    """Return the body of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": "Hello"}], **more}
 
 
 def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
-    """The error in an answer, after checking that all of OpenAI's fields are there."""
+    """Return the error of a response, after checking that it has all of OpenAI's fields."""
     assert response.status_code == status, (response.status_code, response.text)
     assert response.headers["content-type"] == "application/json"
     error: dict[str, Any] = response.json()["error"]
@@ -236,16 +236,16 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
 
 
 def events_of(text: str) -> list[Any]:
-    """The JSON of each server-sent event; `[DONE]` as itself."""
+    """Return the JSON of each server-sent event, and `[DONE]` as it is."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     return [line if line == "[DONE]" else msgspec.json.decode(line) for line in lines]
 
 
 def text_of(events: list[Any]) -> str:
-    """All text of a stream."""
+    """Return all text of a stream."""
     return "".join(c["delta"].get("content", "") for e in events if "choices" in e for c in e["choices"])
 
 
 def now_s() -> float:
-    """Seconds since 1970."""
+    """Return the Unix time."""
     return time.time()

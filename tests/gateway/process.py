@@ -1,4 +1,4 @@
-"""A gateway as a real process."""
+"""Run a gateway as a real process."""
 
 from __future__ import annotations
 

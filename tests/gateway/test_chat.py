@@ -1,9 +1,14 @@
-"""Chat completions over real HTTP and real NATS, answered by a peer that speaks the inference service's protocol."""
+"""Chat completions over real HTTP and real NATS, answered by a fake inference service."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from typing import Any
 
+import pytest
+
+from shoal_common.errors import ErrorBody
 from shoal_common.messages.questions import TokenEvent
 from tests.gateway.peers import cluster, events_of, question, running, text_of
 from tests.gateway.process import RunningGateway
@@ -104,6 +109,35 @@ async def test_text_held_back_for_a_stop_string_that_never_comes_is_shown_at_the
         await (await peer.prompt()).say("the E", "N", finish=True)
         body = (await asking).json()
     assert body["choices"][0]["message"]["content"] == "the EN"
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        ({"finish_reason": "length"}, "length"),
+        ({"error": ErrorBody(code="stage_lost", message="gone")}, "stage_lost"),
+    ],
+)
+async def test_each_answer_logs_one_line_with_its_figures_and_no_text(
+    gateway: RunningGateway, end: dict[str, Any], outcome: str
+) -> None:
+    async with running(gateway) as (c, peer):
+        asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question()))
+        prompt = await peer.prompt()
+        request = prompt.question.request
+        await prompt.say("SECRET", "SECRET")
+        await prompt.event(TokenEvent(request=request, index=2, **end))
+        await asking
+    lines = [line for line in gateway.log.read_text().splitlines() if request in line]
+    assert len(lines) == 1
+    tokens = 3 if outcome == "length" else 2
+    assert re.fullmatch(
+        rf'ts=\S+ level=info service=gateway node=here msg="answer ended" request={request} '
+        rf"model=org/tiny instance=i1 prompt_tokens=7 tokens={tokens} "
+        rf"first_token_s=[0-9.]+ total_s=[0-9.]+ outcome={outcome}",
+        lines[0],
+    )
+    assert "SECRET" not in gateway.log.read_text() and "Hello" not in gateway.log.read_text()
 
 
 async def test_length_is_told_as_the_reason(gateway: RunningGateway) -> None:

@@ -1,4 +1,4 @@
-"""How chat completions fail: with an HTTP status before the first token, with an event in the stream after it."""
+"""Errors of chat completions: an HTTP status before the first token, an event in the stream after it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_I7_silence_ends_in_an_error_and_frees_the_slot(gateway: RunningGa
         await prompt.say(*first)
         error = error_of(await asking, 504)
         assert await peer.cancellation() == prompt.question.request
-    assert error["code"] == "expired" and "said nothing" in error["message"]
+    assert error["code"] == "expired" and "sent nothing" in error["message"]
 
 
 async def test_answer_cancelled_by_somebody_else_is_an_error(gateway: RunningGateway) -> None:

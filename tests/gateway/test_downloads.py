@@ -1,4 +1,4 @@
-"""Downloads over REST: a peer plays the fetcher, with the real command worker."""
+"""Downloads over REST, with a fake fetcher and the real command worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class Fetcher:
-    """A fetcher that says how a download stands and then works on it until it is let go."""
+    """A fetcher that publishes a download and keeps it running until it is released."""
 
     def __init__(self, c: Cluster, node: str) -> None:
         self.c, self.node = c, node
@@ -35,7 +35,7 @@ class Fetcher:
             DownloadState(
                 node=self.node,
                 model=model,
-                phase=phase,  # type: ignore[arg-type]  # one of the phases, given as a word
+                phase=phase,  # type: ignore[arg-type]  # one of the phases, as a str
                 total_bytes=10 * GIB,
                 done_bytes=4 * GIB,
                 updated_at_s=now_s(),
@@ -44,7 +44,7 @@ class Fetcher:
 
 
 async def fetcher(c: Cluster, node: str) -> Fetcher:
-    """A live fetcher on a node."""
+    """Run a live fetcher on a node."""
     peer = Fetcher(c, node)
     await c.worker("fetcher", node, "download", Download, peer.download)
     return peer

@@ -1,4 +1,4 @@
-"""`GET /events` over a real gateway and a real NATS: in order, each once, through whatever happens to either."""
+"""`GET /events` over a real gateway and a real NATS: in order, each once, through restarts and failures of both."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_a_cursor_moves_on_while_nothing_that_was_asked_for_happens(
         async with joined(own_nats) as here, listening(gateway.url, service="fetcher") as stream:
             await stream.begun()
             place = await tell(here, 1, service="storage")
-            # Or a client that asks for what is rare would be told of losses that are none of its.
+            # Otherwise a client that follows a rare event would get gaps that do not concern it.
             await stream.until(lambda s: s.cursor == place and s.comments, "the cursor has passed it")
             assert stream.heard == []
 
@@ -195,7 +195,7 @@ async def test_a_stream_lives_through_a_nats_that_lost_everything_and_says_so(
             await stream.until(lambda s: s.numbers == [0], "the first")
             own_nats.wipe()
             async with joined(own_nats) as here:
-                # More than there were: the number alone would not show that it is another log.
+                # More than before: the number alone would not show that the log was recreated.
                 for number in range(1, 4):
                     await tell(here, number)
             await stream.until(lambda s: 3 in s.numbers, "those of the new log")
@@ -264,7 +264,7 @@ async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor_and_nothi
             frames = [f for f in text.split("\n\n") if "data: " in f]
             cursors = [int(f.split("id: ")[1].split("\n")[0]) for f in frames]
             assert "event: ended" in frames[-1] and f'"cursor":{cursors[-2]},' in frames[-1]
-            # All of it would be 30 MB: what was let out is what sockets and one buffer hold.
+            # All of it would be 30 MB: only the contents of sockets and one buffer were sent.
             assert cursors[:-1] == list(range(1, len(frames))) and len(frames) < 50
             async with listening(gateway.url, cursors[-1], follow="false") as stream:
                 await stream.over.wait()
@@ -302,7 +302,7 @@ async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
             told = reader.read()
             assert await anext(told) == Quiet(0)
             assert await consumers(here) == 1
-            await doomed.client.close()  # nothing can be said to NATS any more, as after kill -9
+            await doomed.client.close()  # nothing can be sent to NATS any more, as after kill -9
             await told.aclose()
 
         async def gone() -> bool:

@@ -1,4 +1,4 @@
-"""The HTTP face itself: errors in OpenAI's shape everywhere, limits, credentials, health, stopping."""
+"""The HTTP server: errors in OpenAI's shape everywhere, limits, credentials, health, stopping."""
 
 from __future__ import annotations
 
@@ -188,5 +188,5 @@ async def test_answers_are_not_held_back_by_nagles_algorithm(gateway: RunningGat
             began_s = loop.time()
             await c.http.get("/health")
             took_s.append(loop.time() - began_s)
-    # Headers and body are two writes: with the algorithm on, each answer waits 40 ms for the acknowledgement.
+    # Headers and body are two writes: with Nagle's algorithm each answer waits 40 ms for the acknowledgement.
     assert min(took_s) < 0.035, took_s

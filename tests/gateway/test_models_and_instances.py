@@ -1,4 +1,4 @@
-"""Models and instances over REST: peers play storage and placement."""
+"""Models and instances over REST, with fake storage and placement."""
 
 from __future__ import annotations
 

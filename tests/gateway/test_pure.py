@@ -1,4 +1,4 @@
-"""The gateway's rules as rules: stop strings, order of tokens, access, choice, targets. No I/O."""
+"""The gateway's pure modules: stop strings, token order, access, instance and node selection. No I/O."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_error_codes_of_the_gateway_are_its_own() -> None:
 
 
 def scanned(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
-    """What is shown of a text that comes in these pieces, and whether a stop string ended it."""
+    """Return the text sent for these pieces, and whether a stop string ended it."""
     scanner = StopScanner(stops)
     shown = "".join(scanner.push(p) for p in pieces)
     return shown + scanner.rest(), scanner.stopped
@@ -145,7 +145,7 @@ def test_I12_without_a_secret_nothing_opens_beyond_loopback() -> None:
 
 
 def live(*names: str) -> dict[str, dict[str, Live]]:
-    """Live services, each as `node.service`."""
+    """Return live services from names like `node.service`."""
     out: dict[str, dict[str, Live]] = {}
     for name in names:
         node, _, service = name.partition(".")
@@ -154,13 +154,13 @@ def live(*names: str) -> dict[str, dict[str, Live]]:
 
 
 def spec(identity: str, *nodes: str, commit: str = "c" * 40, epoch: int = 1) -> InstanceSpec:
-    """An instance of org/m with a layer on each node."""
+    """Return an instance of org/m with a layer on each node."""
     stages = [StageSpec(rank=i, node=n, first_layer=i, last_layer=i + 1) for i, n in enumerate(nodes)]
     return InstanceSpec(id=identity, repo="org/m", commit=commit, stages=stages, context_tokens=8, epoch=epoch)
 
 
 def picture(*specs: InstanceSpec, nodes: tuple[str, ...] = ("a", "b")) -> Picture:
-    """A cluster where all of these are ready."""
+    """Return a snapshot in which all of these are ready."""
     return Picture(
         live=live(*(f"{n}.inference" for n in nodes)),
         specs={s.id: s for s in specs},
@@ -197,12 +197,12 @@ def test_stage_of_another_epoch_does_not_answer() -> None:
     old = StageState(instance="i", rank=0, node="a", epoch=1, phase="ready")
     assert lost_stage(spec("i", "a", epoch=1), {0: old}, {"a"}) is None
     assert "epoch 1, not 2" in (lost_stage(spec("i", "a", epoch=2), {0: old}, {"a"}) or "")
-    assert "gone" in (lost_stage(spec("i", "a"), {}, {"a"}) or "")
+    assert "not running" in (lost_stage(spec("i", "a"), {}, {"a"}) or "")
 
 
 def test_ended_downloads_on_nodes_that_are_away_hold_no_delete_up() -> None:
     def downloads(phase: str) -> list[DownloadState]:
-        return [DownloadState(node="away", model="org/m", phase=phase)]  # type: ignore[arg-type]  # given as a word
+        return [DownloadState(node="away", model="org/m", phase=phase)]  # type: ignore[arg-type]  # as a str
 
     assert to_delete(Picture(downloads=downloads("failed")), "org/m", None, None) == []
     with pytest.raises(NodeAway):

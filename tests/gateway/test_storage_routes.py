@@ -1,4 +1,4 @@
-"""Disks over REST: a peer plays storage, with the real command worker and the real answerer of questions."""
+"""Storage over REST: a fake storage with the real command worker and RPC endpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[str, type[Command]] = {"configure": Configure, "pin": Pin, "gc": Col
 
 
 async def storage(c: Cluster, node: str, verb: str) -> list[Command]:
-    """A live storage that carries out one command. Returns the list of what it is asked."""
+    """Run a live storage that handles one command; yield the list of received commands."""
     asked: list[Command] = []
 
     async def handle(command: Command) -> object:
@@ -33,7 +33,7 @@ async def storage(c: Cluster, node: str, verb: str) -> list[Command]:
 
 
 async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
-    """A live storage that answers with one plan. Returns the list of what it is asked to free."""
+    """Run a live storage that returns one plan; yield the list of requested byte counts."""
     asked: list[int] = []
 
     async def answer(question: AskPlan) -> EvictionPlan:
@@ -168,7 +168,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
 @pytest.mark.parametrize(
     ("method", "path", "body", "words"),
     [
-        ("PUT", "/v1/storage/config", {}, "nothing is to be changed"),
+        ("PUT", "/v1/storage/config", {}, "there is nothing to change"),
         ("PUT", "/v1/storage/config", {"max_storage_bytes": -1}, "max_storage_bytes is -1"),
         ("PUT", "/v1/storage/config", {"headroom_bytes": 2**63}, "headroom_bytes is"),
         ("PUT", "/v1/storage/config", {"partial_retention_s": -1}, "partial_retention_s is -1"),

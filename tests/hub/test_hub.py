@@ -1,4 +1,4 @@
-"""The tiny hub as the unmodified huggingface_hub client and a plain HTTP client see it."""
+"""The tiny hub, tested with the unmodified huggingface_hub client and a plain HTTP client."""
 
 import asyncio
 import hashlib
@@ -367,7 +367,7 @@ def test_drop_at_byte_closes_after_exactly_that_byte(hub: RunningHub, web: httpx
 def test_client_resumes_a_dropped_download_with_a_range(
     hub: RunningHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The client keeps whole chunks only, of 10 MB by default: with those it would begin this file anew.
+    # The client keeps only whole chunks, 10 MB by default: with those it would restart this file.
     chunk_bytes = 1 << 16
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", chunk_bytes)
     kept_bytes = 2_000_000 // chunk_bytes * chunk_bytes
@@ -468,7 +468,7 @@ def test_stats_count_what_was_sent_when_the_client_leaves_in_the_middle(tmp_path
             while received_bytes < 200_000:
                 received_bytes += len(connection.recv(1 << 16))
             while_open = hub.stats().bytes
-        # The head of the answer is less than 2 KiB of what was received.
+        # The response headers are less than 2 KiB of what was received.
         assert received_bytes - 2048 <= while_open < size_bytes / 2
         assert hub.stats().bytes < size_bytes / 2
 

@@ -1,4 +1,4 @@
-"""The packaged tiny model, as mlx-lm loads and runs it."""
+"""The packaged tiny model, loaded and run by mlx-lm."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def loaded() -> tuple[Any, Any]:
 
 
 def ask(loaded: tuple[Any, Any], *turns: str, max_tokens: int = 300) -> str:
-    """The greedy answer to the last turn; turns alternate between user and assistant."""
+    """Return the greedy answer to the last turn; turns alternate between user and assistant."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     prompt = loaded[1].apply_chat_template(messages, add_generation_prompt=True)
     return str(generate(*loaded, prompt=prompt, max_tokens=max_tokens))
@@ -94,5 +94,5 @@ def test_tokenizer_gives_back_any_text(loaded: tuple[Any, Any]) -> None:
     text = "žlutá rybka, 魚, 🐟\tend\n"
     tokens = loaded[1].encode(text, add_special_tokens=False)
     assert loaded[1].decode(tokens) == text
-    # No space is tidied away.
+    # Spaces are kept.
     assert loaded[1].decode(loaded[1].encode("two  spaces", add_special_tokens=False)) == "two  spaces"

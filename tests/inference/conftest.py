@@ -1,4 +1,4 @@
-"""Shared by the tests of a stage: tiny models, one event loop, and rings that several tests use."""
+"""Fixtures of the stage tests: tiny models, one event loop, and rings that several tests share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Rings = Callable[..., RingOfStages]
 
 @pytest.fixture(scope="session", autouse=True)
 def children_import_the_service() -> Iterator[None]:
-    """Children inherit the environment; they must find the package wherever the tests run from."""
+    """Child processes inherit the environment and must find the package wherever the tests run from."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = SERVICE if before is None else f"{SERVICE}:{before}"
     yield
@@ -46,7 +46,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="session")
 def run(runner: asyncio.Runner) -> Run[Any]:
-    """Run a coroutine on the session's loop, within a deadline."""
+    """Return a function that runs a coroutine on the session's loop, with a deadline."""
 
     def bounded(work: Coroutine[Any, Any, T]) -> T:
         async def within() -> T:
@@ -60,7 +60,7 @@ def run(runner: asyncio.Runner) -> Run[Any]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """models("qwen3", bits=4): the directory of that tiny model, written once."""
+    """Return a function: models("qwen3", bits=4) is the directory of that tiny model, written once."""
     root = tmp_path_factory.mktemp("models")
     made: dict[str, Path] = {}
 
@@ -75,7 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def shared_rings(run: Run[Any]) -> Iterator[Rings]:
-    """Rings that outlive a test: importing mlx-lm costs each child most of a second."""
+    """Rings that outlive a test: importing mlx-lm takes each child most of a second."""
     made: dict[tuple[Path, tuple[int, ...]], RingOfStages] = {}
 
     def get(model_dir: Path, cuts: Sequence[int]) -> RingOfStages:
@@ -91,7 +91,7 @@ def shared_rings(run: Run[Any]) -> Iterator[Rings]:
 
 @pytest.fixture
 def rings(shared_rings: Rings, run: Run[Any]) -> Iterator[Rings]:
-    """Shared rings, each checked to hold nothing when the test is over."""
+    """Shared rings; each is checked to hold no request at the end of the test."""
     used: list[RingOfStages] = []
 
     def get(model_dir: Path, cuts: Sequence[int]) -> RingOfStages:
@@ -105,7 +105,7 @@ def rings(shared_rings: Rings, run: Run[Any]) -> Iterator[Rings]:
 
 @pytest.fixture
 def own_ring(run: Run[Any]) -> Iterator[Rings]:
-    """A ring of the test's own, to be broken: own_ring(model_dir, cuts, step_timeout_s=2)."""
+    """A ring for one test, which may break it: own_ring(model_dir, cuts, step_timeout_s=2)."""
     made: list[RingOfStages] = []
 
     def get(model_dir: Path, cuts: Sequence[int], **settings: Any) -> RingOfStages:

@@ -1,4 +1,4 @@
-"""A ring of real stage processes over real sockets, driven as the inference service will drive it."""
+"""A ring of real stage processes over real sockets, driven as the inference service drives it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shoal_inference.stage.control import (
 from shoal_inference.stage.spawn import StageProcess
 
 PATIENCE_S = 45.0
-"""For what should take far less; a wait beyond it is a failure, not a delay."""
+"""Deadline of waits that should take far less; exceeding it is a failure."""
 SECRET = b"the ring's secret"
 CHUNK_TOKENS = 8
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Child:
-    """One stage process and what it has said, in order."""
+    """One stage process and its events, in order."""
 
     def __init__(self, process: StageProcess, rank: int) -> None:
         self.process = process
@@ -55,7 +55,7 @@ class Child:
             self._news.notify_all()
 
     async def wait(self, kind: type[T], match: Callable[[T], bool] = lambda _: True, since: int = 0) -> T:
-        """The first event of a kind after the since-th, once it is there."""
+        """Wait for the first event of a kind after the since-th and return it."""
         async with asyncio.timeout(PATIENCE_S), self._news:
             while True:
                 while since < len(self.events):
@@ -126,7 +126,7 @@ class RingOfStages:
             await child.wait(Linked, since=since[child.rank] if since else 0)
 
     async def respawn(self, rank: int) -> None:
-        """Replace a dead stage and link the ring again."""
+        """Replace a dead stage and connect the ring again."""
         await self.children[rank].process.stop()
         since = [len(child.events) for child in self.children]
         since[rank] = 0
@@ -135,7 +135,7 @@ class RingOfStages:
         await self.link(since)
 
     async def ask(self, prompt: str | Sequence[int | Message], max_tokens: int, **more: Any) -> str:
-        """Begin a request; its name."""
+        """Start a request; return its id."""
         self._next += 1
         request: str = more.pop("request", f"r{self._next}")
         fixed = prompt if isinstance(prompt, str) else tuple(prompt)
@@ -148,7 +148,7 @@ class RingOfStages:
         return await self.last.wait(Token, lambda t: t.request == request and t.index == index)
 
     async def answer(self, request: str) -> list[Token]:
-        """All tokens of a request that ends well."""
+        """Return all tokens of a request that succeeds."""
         lead, last = self.children[0], self.last
         wanted = asyncio.create_task(last.wait(Token, lambda t: t.request == request and t.finish_reason is not None))
         failed = asyncio.create_task(lead.wait(Failed, lambda f: f.request == request))
@@ -173,10 +173,10 @@ class RingOfStages:
         await self.children[0].process.send(Cancel(request=request))
 
     async def check_idle(self) -> None:
-        """The invariant after every test: no stage holds a request, nor caches of one."""
+        """Check the invariant after every test: no stage holds a request or its caches."""
         for child in self.children:
             while (stats := await child.stats()).requests or stats.sessions:
-                pass  # END is still on its way round; each turn is a round trip
+                pass  # END is still going round the ring; each iteration is a round trip
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.children[rank].process.pid, number)

@@ -1,4 +1,4 @@
-"""The host: what `spec.instance` wants of a node is what runs there."""
+"""The stage manager: the stages that run on a node are those of `spec.instance`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_I7_the_delay_before_a_respawn_is_bounded(deaths: int) -> None:
 
 
 class Service:
-    """The inference service of node `a` as a process, and what the test sees of the cluster."""
+    """The inference service of node `a` as a process, and the test's view of the cluster."""
 
     def __init__(self, cluster: Joined) -> None:
         self.cluster, self.ask = cluster, Ask(cluster.nats)
@@ -100,7 +100,7 @@ async def test_a_wanted_stage_without_its_model_asks_the_fetcher_and_says_why_it
         asked: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
 
         async def fetcher(message: object) -> None:
-            # The wire of a command's plain copy: the outcome goes to its reply subject.
+            # The wire format of a command: the outcome goes to its reply subject.
             body = json.loads(message.data)  # type: ignore[attr-defined]  # nats-py's Msg
             if not asked.done():
                 asked.set_result(body)

@@ -1,4 +1,4 @@
-"""A pass has a deadline, and only while its process runs."""
+"""The deadline of a pass, which counts only while its process runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_time_in_which_the_process_was_stopped_does_not_count() -> None:
         assert child.stdout.readline() == "computing\n"
         os.kill(child.pid, signal.SIGSTOP)
         try:
-            # Longer than the deadline: that is what has to go by here.
+            # Longer than the deadline, which must pass here.
             with pytest.raises(subprocess.TimeoutExpired):
                 child.wait(timeout=5.5)
         finally:

@@ -1,4 +1,4 @@
-"""Each architecture's rule is what mlx-lm's own caches of it weigh, layer by layer."""
+"""Each architecture's KV rule matches the size of mlx-lm's own caches, layer by layer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COMMON: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "use_qk_norm": True,
     "sliding_window": WINDOW,
-    # Experts, by all their names.
+    # Mixture of experts, with all names of the fields.
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -74,7 +74,7 @@ COMMON: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
-    # States.
+    # State-space layers.
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
@@ -127,7 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def shape_and_caches(config: dict[str, Any], dtype: mx.Dtype) -> tuple[ModelShape, list[Any], list[int]]:
-    """The shape by config and headers; the caches after a prompt and a token; the most that each weighed before."""
+    """Return the shape by config and headers, the caches after a prompt and a token, and their peak sizes."""
     model_class, args_class = utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.update(tree_map(lambda p: p.astype(dtype) if p.dtype == mx.float32 else p, model.parameters()))
@@ -145,7 +145,7 @@ def shape_and_caches(config: dict[str, Any], dtype: mx.Dtype) -> tuple[ModelShap
 
 
 def weight(layer_cache: Any) -> int:
-    """Bytes of a layer's cache."""
+    """Return the bytes of a layer's cache."""
     return int(layer_cache.nbytes)
 
 
@@ -165,13 +165,13 @@ def test_a_known_rule_is_what_the_caches_weigh(module: str) -> None:
         most = rule.bytes_per_token * most_tokens(rule, TOKENS, CHUNK) + rule.constant_bytes
         assert before <= most
         if rule.window_tokens:
-            assert before == most  # a chunk beside the window, until the first token of the answer
+            assert before == most  # a chunk in addition to the window, until the first token of the answer
 
 
 def test_windows_are_only_where_mlx_lm_has_them() -> None:
     shape, _, _ = shape_and_caches(named("gemma3_text"), mx.bfloat16)
     assert [r.window_tokens for r in shape.kv_rules] == [WINDOW, 0, WINDOW, 0]
-    # Mistral's config has a window and mlx-lm keeps all: what counts is what is kept.
+    # Mistral's config has a window but mlx-lm keeps everything: what is kept counts.
     config = {**COMMON, "model_type": "mistral", "sliding_window": WINDOW}
     shape, caches, _ = shape_and_caches(config, mx.bfloat16)
     assert [r.window_tokens for r in shape.kv_rules] == [0] * LAYERS
@@ -182,7 +182,7 @@ def test_windows_are_only_where_mlx_lm_has_them() -> None:
 def test_an_unknown_architecture_is_an_upper_bound_and_says_so(module: str) -> None:
     config = {**COMMON, "model_type": module}
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Tensor(0, 64) for i in range(LAYERS)}
-    # The files know better than the config: one layer's keys are wider.
+    # The files take precedence over the config: one layer's keys are wider.
     tensors["model.layers.2.self_attn.k_proj.weight"] = Tensor(0, 64, "BF16", 200)
     shape = shape_of(config, tensors)
     assert shape.estimated

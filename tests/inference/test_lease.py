@@ -1,4 +1,4 @@
-"""A stage's lease: its model stays while it reads and runs, whoever is killed, and no longer."""
+"""A stage's lease: its model stays while the stage reads and runs, whichever process is killed, and no longer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wanted(model: Model, node: str, name: str = "x") -> InstanceSpec:
 
 @pytest.fixture
 def model(models: Models) -> Model:
-    """A tiny model as storage takes it in."""
+    """Put a tiny model into a store."""
     directory = models("qwen3")
     files = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     return Model("org/tiny", files)
@@ -57,7 +57,7 @@ async def inference(node: Node, server: NatsServer) -> AsyncIterator[Process]:
 
 
 async def stage(node: Node, phase: str, name: str = "x", other_than: str = "") -> StageState:
-    """The stage's state once it is in a phase, of another process than `other_than`."""
+    """Return the stage's state once a process other than `other_than` is in the phase."""
 
     async def look() -> StageState | None:
         found = await node.here.buckets.state.get_as(stage_key(name, 0), StageState)
@@ -67,7 +67,7 @@ async def stage(node: Node, phase: str, name: str = "x", other_than: str = "") -
 
 
 async def held_by(node: Node, other_than: int = 0) -> int:
-    """The process that holds the stage's lease, once storage has seen it."""
+    """Return the pid that holds the stage's lease, once storage has published it."""
 
     async def look() -> int | None:
         leases = (await node.storage_state()).leases
@@ -78,7 +78,7 @@ async def held_by(node: Node, other_than: int = 0) -> int:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is alive; one that nobody has reaped yet is not."""
+    """Return whether a process is alive; a zombie is not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -95,7 +95,7 @@ async def test_I4_a_stage_holds_its_model_until_its_process_ends_whoever_is_kill
             await storage.kill()
         async with inference(node, own_nats) as host:
             await spec.put(instance_key("x"), wanted(model, "a"))
-            await host.wait_line("waiting for a lease")  # storage is away, and the stage waits for it
+            await host.wait_line("waiting for a model lease")  # storage is down, and the stage waits for it
             assert (await stage(node, "loading")).error is None
             async with node.storage():
                 first = await stage(node, "ready")
@@ -108,7 +108,7 @@ async def test_I4_a_stage_holds_its_model_until_its_process_ends_whoever_is_kill
                 again = await held_by(node, other_than=child)
                 await host.kill()
                 await spec.delete(instance_key("x"))
-                # The stage's process ends because its host has gone; the deletion waits for that.
+                # The stage process ends because its service has gone; the deletion waits for that.
                 outcome = await node.delete("org/tiny")
                 assert outcome.ok, outcome.error
 
@@ -177,9 +177,9 @@ async def test_a_lock_is_held_shared_is_inherited_by_nobody_and_waits_for_storag
     await asyncio.wait({late}, timeout=0.1)
     lock.unlink()
     os.close(looking)
-    with pytest.raises(LoadFailed, match="has ended before the stage took it up"):
+    with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):
         await late
-    with pytest.raises(LoadFailed, match="has ended"):
+    with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):
         await holding.hold(str(lock))
 
 
@@ -192,7 +192,7 @@ async def test_a_lock_that_is_taken_for_long_is_a_failure_with_a_name(
     taken = os.open(lock, os.O_RDONLY)
     try:
         fcntl.flock(taken, fcntl.LOCK_EX)
-        with pytest.raises(LoadFailed, match="is taken"):
+        with pytest.raises(LoadFailed, match="was held by another process"):
             await holding.hold(str(lock))
     finally:
         os.close(taken)

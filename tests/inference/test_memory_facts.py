@@ -1,4 +1,4 @@
-"""The facts that placement decides by: what a machine has, what its stages occupy, how fast it reads."""
+"""The facts that placement uses: a machine's memory, what its stages occupy, and its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_process_occupies_what_it_has_written_to_and_nothing_once_it_has_ended
     assert occupied_bytes(process.pid) == 0
 
 
-# From beat to beat
+# Debouncing
 
 FACTS = Facts(
     memory_total_bytes=16 << 30,
@@ -155,7 +155,7 @@ def test_pressure_is_that_of_the_worst_limited_group_where_it_is_said(tmp_path: 
     assert [pressure(rooms[:2]), pressure(rooms), pressure([rooms[1], rooms[3]])] == [0, 2, 1]
 
 
-# What it computes with
+# Device
 
 
 def test_the_service_does_not_load_mlx() -> None:
@@ -173,11 +173,11 @@ async def test_a_machine_is_measured_once_and_again_when_it_is_another(
     assert found.bytes_per_s > 0
     assert read_kept(tmp_path, this_machine()) == found
 
-    # What is kept is believed: a start measures nothing.
+    # A cached device is used: a start measures nothing.
     known = structs.replace(found, bytes_per_s=12345.0)
     device.keep(tmp_path, this_machine(), known)
     assert (await find_device(tmp_path, None)).bytes_per_s == 12345.0
-    # What a person says comes first.
+    # A configured bandwidth takes precedence.
     assert (await find_device(tmp_path, 7.0)).bytes_per_s == 7.0
 
     device.keep(tmp_path, "another machine", known)

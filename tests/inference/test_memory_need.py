@@ -21,7 +21,7 @@ from shoal_placement.solve import slice_bytes
 from tests.inference.conftest import ROOT
 
 TOKENS = 1025
-"""Two whole chunks, the second of which sees all, and one token more."""
+"""Two full chunks, the second of which sees the first, and one more token."""
 CHUNK = 512
 WEIGH_S = 600.0
 
@@ -105,7 +105,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write(directory: Path, name: str) -> Path:
-    """A random model, as the hub would hand it out."""
+    """Write a random model in the hub's format."""
     config = {**COMMON, **MODELS[name]}
     model_class, args_class = utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -118,7 +118,7 @@ def write(directory: Path, name: str) -> Path:
 
 
 def weighed(directory: Path) -> dict[str, int]:
-    """What `weighing` says of it."""
+    """Return the measurement of `weighing`."""
     paths = [str(ROOT), *(str(ROOT / p) for p in ("libs/common", "services/inference", "services/placement"))]
     said = subprocess.run(
         [sys.executable, "-m", "tests.inference.weighing", str(directory), str(TOKENS), str(CHUNK)],

@@ -1,4 +1,4 @@
-"""The cache that requests share: nobody takes what is not there, and everybody comes to an end."""
+"""The KV budget that requests share: it is never exceeded, and every request finishes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTEXT_TOKENS = 1024
 
 
 async def answers(room: Room, key: bytes, prompt: int, tokens: int) -> int:
-    """A request as the lead drives it; how often it gave way."""
+    """Run a request as rank 0 does; return how often it was preempted."""
     displaced = 0
     while True:
         await room.enter(key, prompt, again=displaced > 0)

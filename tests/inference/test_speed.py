@@ -1,4 +1,4 @@
-"""Speeds that stages show while they work: when they are told, which count, and how slowly a node's follows."""
+"""The bandwidth estimate from working stages: when it is published, which passes count, and how slowly it follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ring of stages answers: the same as mlx-lm in one process, token for token."""
+"""A ring of stages answers the same as mlx-lm in one process, token for token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole_model(model_dir: Path) -> Any:
 
 
 def one_process(model_dir: Path, prompt: Sequence[int], count: int = COUNT) -> list[int]:
-    """Greedy tokens by mlx-lm itself, up to and with the end of text."""
+    """Return greedy tokens of mlx-lm itself, including the end of text."""
     model, _tokenizer = whole_model(model_dir)
     tokens: list[int] = []
     steps = generate_step(mx.array(list(prompt)), model, max_tokens=count, prefill_step_size=CHUNK_TOKENS)
@@ -91,7 +91,7 @@ def test_concurrent_requests_each_get_what_they_get_alone(ring: RingOfStages, ru
 def test_requests_that_outgrow_their_room_give_way_to_older_ones_and_answer_all_the_same(
     ring: RingOfStages, run: Run[Any]
 ) -> None:
-    # Two of them have room for their prompts, and only one to grow.
+    # The budget holds the prompts of two of them, but only one can grow.
     prompts = [tuple(1 + (t * t + 7 * n) % (VOCABULARY - 1) for t in range(CACHE_STEP_TOKENS - 10)) for n in range(3)]
     assert CONTEXT_TOKENS == 2 * CACHE_STEP_TOKENS
 
@@ -117,7 +117,7 @@ def test_eight_at_a_time_are_answered_time_after_time(ring: RingOfStages, run: R
 
 def test_a_ninth_request_is_told_busy_and_the_others_end_well(ring: RingOfStages, run: Run[Any]) -> None:
     async def nine() -> tuple[str, int]:
-        ring.signal(1, signal.SIGSTOP)  # so that none of the eight can end meanwhile
+        ring.signal(1, signal.SIGSTOP)  # so that none of the eight can finish meanwhile
         try:
             asked = [await ring.ask(PROMPT, COUNT) for _ in range(9)]
             refused = await ring.failure(asked[8])
@@ -210,10 +210,10 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
         (
             (PROMPT * 20)[:CONTEXT_TOKENS],
             "prompt_too_long",
-            f"{CONTEXT_TOKENS} tokens and the context {CONTEXT_TOKENS}",
+            f"{CONTEXT_TOKENS} tokens and the context only {CONTEXT_TOKENS}",
         ),
         ((1, VOCABULARY, 2), "bad_input", str(VOCABULARY)),
-        ((), "bad_input", "no tokens"),
+        ((), "bad_input", "the prompt is empty"),
         ((1, Message(role="user", content="x")), "bad_input", "mixes"),
     ],
 )

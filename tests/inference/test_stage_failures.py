@@ -1,4 +1,4 @@
-"""Stages that die, stop, hang or are attacked: who says what, and what works afterwards."""
+"""Stages that die, stop, hang or are attacked: which errors appear, and what works afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_I6_I11_a_killed_middle_stage_is_named_replaced_and_the_answer_goes_on(
         for rank in (0, 2):
             failed = await ring.failure(request, rank)
             assert failed.code == "stage_lost"
-            # Either neighbour may notice first; rank 0 then hears it from rank 2, in rank 2's words.
+            # Either neighbour may notice first; rank 0 may then get rank 2's error message.
             assert "of instance i1 lost rank 1 (" in failed.message
             unlinked = await ring.children[rank].wait(Unlinked)
             assert unlinked.rank == 1
@@ -87,7 +87,7 @@ def test_a_stopped_stage_times_the_request_out_and_serves_again_when_it_wakes(
 
 
 def test_a_stage_forgets_a_request_whose_frames_stop_coming(models: Models, own_ring: Rings, run: Run[Any]) -> None:
-    # The predecessor is played by hand: it opens a request and never says another word.
+    # The test plays the predecessor: it opens a request and then sends nothing more.
     ring = own_ring(models("llama"), (0, 3, 6), idle_limit_s=0.4)
 
     async def abandoned() -> str:
@@ -120,7 +120,7 @@ def member(*, rank: int, secret: bytes = SECRET, epoch: int = 3) -> handshake.Me
 
 
 async def greet(child: Child, who: handshake.Member) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a stage as its predecessor would, as far as it lets us."""
+    """Connect to a stage as its predecessor, as far as the stage allows."""
     port = (await child.wait(Listening)).port
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     nonce = handshake.read_challenge(await reader.readexactly(handshake.CHALLENGE_BYTES))
@@ -190,7 +190,7 @@ def hostile_frames() -> dict[str, bytes]:
 def test_a_hostile_frame_closes_its_connection_and_the_stage_serves_on(
     name: str, besieged: RingOfStages, run: Run[Any]
 ) -> None:
-    # Even with the secret: this connection replaces the real predecessor's, which then connects again by itself.
+    # With the secret this connection replaces the real predecessor's, which then reconnects by itself.
     async def attacked() -> None:
         child = besieged.children[1]
         reader, writer = await greet(child, member(rank=0))
@@ -199,7 +199,7 @@ def test_a_hostile_frame_closes_its_connection_and_the_stage_serves_on(
             writer.write_eof()
         assert await is_closed(reader)
         writer.close()
-        # Both links are up again when a request gets through; until then it is refused at once.
+        # Both connections are up again when a request succeeds; until then it is refused at once.
         while not await answered(besieged):
             pass
 
@@ -224,7 +224,7 @@ def test_the_child_exits_when_its_parent_is_gone(models: Models, run: Run[Any]) 
             child = Child(process, 0)
             await process.send(RingOfStages(models("llama"), (0, 6)).start_for(0))
             await child.wait(Listening)
-            process._writer.close()  # what the kernel does for a parent that died
+            process._writer.close()  # as the kernel does when the parent dies
             return await process.wait()
 
     assert run(orphaned()) == 0

@@ -1,4 +1,4 @@
-"""The parts of a stage that decide and encode, without a process or a socket."""
+"""The pure parts of a stage, without a process or a socket."""
 
 from __future__ import annotations
 

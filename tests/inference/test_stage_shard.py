@@ -1,4 +1,4 @@
-"""Cutting models: every supported architecture computes the same in pieces, and a piece holds only its own bytes."""
+"""Shards: every supported architecture computes the same in shards, and a shard holds only its own bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def open_ask(max_tokens: int) -> Open:
 
 
 def in_pieces(pieces: list[Engine], prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens with the pieces called one after the other, as the ring does."""
+    """Return greedy tokens with the shards called one after the other, as the ring does."""
     for piece in pieces:
         piece.open(KEY, open_ask(count))
 
@@ -110,7 +110,7 @@ def test_every_supported_architecture_has_a_model_above() -> None:
 def test_a_stage_holds_its_own_tensors_and_no_others(
     name: str, bits: int, models: Models, own_ring: Rings, run: Run[Any]
 ) -> None:
-    # Real children: MLX's count of active memory is a process's. Wide enough for allocator rounding not to matter.
+    # Real child processes: MLX counts active memory per process. Wide enough that allocator rounding does not matter.
     model_dir = models(name, bits=bits, width=256)
     ring = own_ring(model_dir, (0, 1, 4, LAYERS))
     tied = name.endswith("tied")

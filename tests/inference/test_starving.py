@@ -1,4 +1,4 @@
-"""When forced stages give way."""
+"""When forced stages are killed for memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_floor_is_a_fiftieth_and_never_next_to_nothing(total: int, floor: in
 def test_they_end_when_everything_suffers_whatever_is_said_to_be_available(pressure: int) -> None:
     facts = Facts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
     why = why_starving(facts, 1)
-    assert why is not None and "short of it" in why.message
+    assert why is not None and "high memory pressure" in why.message
 
 
 def test_the_floor_can_be_set_and_has_to_be_a_number() -> None:

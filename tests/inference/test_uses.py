@@ -1,4 +1,4 @@
-"""A use is told to every node that runs a stage, once a minute, and to nobody's harm when it cannot be."""
+"""Model use is reported to every node with a stage, once a minute; a failed report does no harm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_each_node_of_an_instance_is_told_once_a_minute_and_one_that_is_aw
         for now_s in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0):
             before = asyncio.all_tasks()
             uses.note(spec, now_s)
-            await asyncio.gather(*(asyncio.all_tasks() - before))  # all has been said, and nothing was raised
+            await asyncio.gather(*(asyncio.all_tasks() - before))  # all reports are sent, and nothing was raised
             heard = sorted(told.get_nowait() for _ in range(told.qsize()))
             assert heard == (
                 sorted([(here, [spec.model]), (there, [spec.model])]) if now_s in (1000.0, 1060.0) else []

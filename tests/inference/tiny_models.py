@@ -1,4 +1,4 @@
-"""Random tiny models on disk, as the hub would hand them out: config, safetensors, tokenizer, chat template."""
+"""Random tiny models in the hub's format: config, safetensors, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_model(directory: Path, name: str, *, bits: int = 0, dtype: mx.Dtype = mx.float32, width: int = 64) -> Path:
-    """A random model of CONFIGS, quantised when `bits` is given."""
+    """Write a random model of CONFIGS, quantised if `bits` is given."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {**_COMMON, **CONFIGS[name], "hidden_size": width, "intermediate_size": 2 * width}
     write_tokenizer(directory)
     model_class, args_class = utils._get_classes(config)
     mx.random.seed(7)
     model = model_class(args_class.from_dict(config))
-    # Wider than mlx's initialisation, so that the answer depends on the prompt and does not settle on one token.
+    # Wider than mlx's initialisation, so that the answer depends on the prompt and does not repeat one token.
     model.update(tree_map(lambda p: (p * 2.5 if p.ndim > 1 else p).astype(dtype), model.parameters()))
     if bits:
         model, config = utils.quantize_model(model, config, group_size=32, bits=bits)
@@ -91,7 +91,7 @@ def write_model(directory: Path, name: str, *, bits: int = 0, dtype: mx.Dtype = 
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE with a chat template; token 0 ends a text."""
+    """Write a byte-level BPE tokenizer with a chat template; token 0 is the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +109,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def own_bytes(model_dir: Path, first: int, last: int, *, embedding: bool, head: bool) -> int:
-    """The data_offsets spans of a stage's tensors, from the safetensors header alone."""
+    """Return the bytes of a stage's tensors, from the safetensors header alone."""
     with (model_dir / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     total = 0
@@ -124,7 +124,7 @@ def own_bytes(model_dir: Path, first: int, last: int, *, embedding: bool, head: 
 
 
 def write_files(directory: Path, files: int) -> None:
-    """Write a model's tensors anew, in the order of their names as the hub's models have them, into so many files."""
+    """Rewrite a model's tensors into this many files, sorted by name as in the hub's models."""
     weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names = sorted(weights)

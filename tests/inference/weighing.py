@@ -1,4 +1,4 @@
-"""`python -m tests.inference.weighing DIRECTORY TOKENS CHUNK`: what MLX says a model takes when it answers.
+"""`python -m tests.inference.weighing DIRECTORY TOKENS CHUNK`: print the memory that MLX reports for an answer.
 
 A process of its own, so that MLX's counts are of this model alone. It is loaded and fed as a stage does it; an
 architecture that cannot be cut into stages yet runs whole, in the same steps. Prints one JSON line.
@@ -20,7 +20,7 @@ from shoal_inference.stage.shard import Shard, load_shard
 
 
 def weigh(directory: Path, tokens: int, chunk: int) -> dict[str, int]:
-    """Active bytes after loading and after an answer's first token, and the peak between, beyond an idle MLX's."""
+    """Return active bytes after loading and after the first token, and the peak between, above an idle MLX."""
     idle_bytes = mx.get_active_memory()
     config = mlxlm.load_config(directory)
     model: Any = None

@@ -26,6 +26,10 @@ def _escape(c: str) -> str:
     return c if c.isprintable() else f"\\u{{{ord(c):x}}}"
 
 
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, service: str, node: str, terminal: bool) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class _Formatter(logging.Formatter):
         text = record.getMessage()
         if self._terminal:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-            return f"{clock} {record.levelname[:4].lower():4} {self._service:10} {text}{pairs}"
+            return f"{clock} {record.levelname[:4].lower():4} {self._service:10} {_one_line(text)}{pairs}"
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         level = record.levelname.lower()
         return f"ts={stamp}.{int(record.msecs):03d}Z level={level} {self._who} msg={quote_value(text)}{pairs}"

@@ -1,1 +1,1 @@
-"""The gateway: a node's HTTP face. Commands and status, the OpenAI API, and the status page."""
+"""gateway: a node's HTTP server. REST commands and status, the OpenAI API, and the status page."""

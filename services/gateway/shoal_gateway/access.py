@@ -1,8 +1,8 @@
-"""Who may use the gateway (I12), as a pure decision over a request's headers.
+"""Decide from a request's headers whether it may use the gateway (I12). Pure.
 
-Beyond loopback every request shows the cluster's secret, or the key derived from it for `api`, as a bearer token;
-browsers, which cannot send one, as the password of HTTP Basic with any user name. Everywhere a browser may act
-only for pages of the gateway itself: the pages of others could otherwise drive a node on somebody's loopback.
+Beyond loopback every request needs the cluster's secret, or the key derived from it for `api`, as a bearer token;
+browsers, which cannot send one, send it as the password of HTTP Basic with any user name. On every address a browser
+may act only for the gateway's own pages: a foreign page could otherwise control a node on its visitor's loopback.
 """
 
 from __future__ import annotations
@@ -25,22 +25,26 @@ _OWN_SITES = frozenset({"", "same-origin", "none"})
 def refusal(
     method: str, path: str, headers: Mapping[str, str], secret: str, credential_needed: bool
 ) -> ShoalError | None:
-    """Why a request is turned away, or None. `headers` must look names up in any case."""
+    """Return why a request is refused, or None. `headers` must look names up case-insensitively."""
     host = headers.get("host") or ""
     if not credential_needed and not _is_loopback_name(_hostname(host)):
-        # A page can give its own name the address 127.0.0.1 and is then same-origin with what listens here.
-        return ForeignPage(f"this gateway is for 127.0.0.1 and localhost, not for the host {host[:100]!r}")
+        # DNS rebinding: a page whose host name resolves to 127.0.0.1 is same-origin with this gateway.
+        return ForeignPage(f"this address answers only as 127.0.0.1 or localhost, not as {host[:100]!r}")
     if method not in _READING:
         origin = headers.get("origin")
         if origin is not None and not _same_place(origin, host):
-            return ForeignPage(f"a page of {origin[:100]!r} may not use this gateway; open its own page instead")
+            return ForeignPage(
+                f"a web page from {origin[:100]!r} may not control this node; open the node's own page instead"
+            )
         if (headers.get("sec-fetch-site") or "") not in _OWN_SITES:
-            return ForeignPage("a page from elsewhere may not use this gateway; open its own page instead")
+            return ForeignPage(
+                "a web page from another site may not control this node; open the node's own page instead"
+            )
     if path in OPEN_PATHS or not credential_needed or _shows_secret(headers.get("authorization") or "", secret):
         return None
     return Denied(
-        "a credential is needed: send `Authorization: Bearer …` with the cluster's secret (the file `secret` in "
-        "a node's home); in a browser, give it as the password"
+        "a token is needed: send `Authorization: Bearer …` with the cluster's secret (the file `secret` in "
+        "a node's home); in a browser, enter it as the password"
     )
 
 
@@ -53,7 +57,7 @@ def _shows_secret(authorization: str, secret: str) -> bool:
             return False
     elif scheme.lower() != "bearer":
         return False
-    # Both are always compared, so that the time says nothing about either.
+    # Always compare both, so that the timing reveals nothing about either.
     is_secret = hmac.compare_digest(given.strip().encode(), secret.encode())
     is_key = hmac.compare_digest(given.strip().encode(), derive(secret, "api").encode())
     return bool(secret) and (is_secret or is_key)

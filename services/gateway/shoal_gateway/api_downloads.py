@@ -1,4 +1,4 @@
-"""Downloads: what is under way, asking for more, stopping it, letting it go on, taking it back."""
+"""Endpoints of downloads: list, start, pause, resume and cancel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shoal_gateway.targets import Nodes, to_control, to_download
 
 
 class AskDownload(Message):
-    """The body of `POST /v1/downloads`. The other fields are those of the `download` command."""
+    """The body of `POST /v1/downloads`; the fields besides `nodes` and `wait` are those of the `download` command."""
 
     model: str
     nodes: Nodes = None
@@ -37,7 +37,7 @@ class AskDownload(Message):
 
 
 class AskControl(Message):
-    """The body of `POST /v1/downloads/pause` and `/resume`. Without a model all of the nodes' downloads are meant."""
+    """The body of `POST /v1/downloads/pause` and `/resume`. Without a model it means all downloads of the nodes."""
 
     model: str = ""
     nodes: Nodes = None
@@ -51,7 +51,7 @@ class AskCancel(Message):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """A download asked of one node: its command, and what `state` said before."""
+    """A download requested from one node: its command id, and the published state before it."""
 
     node: str
     key: str
@@ -66,7 +66,7 @@ async def downloads(request: Request) -> Response:
 
 
 async def download(request: Request) -> Response:
-    """`POST /v1/downloads`: 202 once each has begun, or 200 once each has ended when the asker waits."""
+    """`POST /v1/downloads`: 202 once each has started, or with `wait` 200 once each has ended."""
     gateway, body = gateway_of(request), await read_as(request, AskDownload)
     ref = ModelRef.parse(body.model)
     gateway.sender.require_nats()
@@ -104,7 +104,7 @@ def _name(model: str) -> str:
 async def _control(
     request: Request, verb: str, command: PauseDownload | ResumeDownload | CancelDownload, nodes: Nodes
 ) -> Response:
-    """Send a command to the fetchers that it is meant for, and answer with what each says of it."""
+    """Send a command to the chosen nodes' fetchers and return each one's result."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     chosen = to_control(gateway.picture(), command.model, nodes)
@@ -121,15 +121,15 @@ def _asked(state: View, node: str, model: str) -> Asked:
 
 
 async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: bool) -> dict[str, Outcome]:
-    """Send to every node. Returns the outcomes there are once all have begun, or with `wait` all of them."""
+    """Send to every node. Return the outcomes known once all have started, or with `wait` all outcomes."""
     if wait:
         async with asyncio.TaskGroup() as tasks:
-            ending = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in asked}
-        return {node: task.result() for node, task in ending.items()}
-    # What has not begun when the answer goes out is looked after still: it may have to be sent again, or withdrawn.
-    beginning = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in asked}
-    await asyncio.wait(beginning.values(), timeout=gateway.settings.limits.fetch_begins_s)
-    ended = {node: task.result() for node, task in beginning.items() if task.done() and not task.cancelled()}
+            waiting = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in asked}
+        return {node: task.result() for node, task in waiting.items()}
+    # Tasks that have not finished when the response goes out keep running: they may have to resend or cancel.
+    starting = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in asked}
+    await asyncio.wait(starting.values(), timeout=gateway.settings.limits.fetch_begins_s)
+    ended = {node: task.result() for node, task in starting.items() if task.done() and not task.cancelled()}
     return {node: outcome for node, outcome in ended.items() if outcome is not None}
 
 
@@ -139,14 +139,14 @@ async def _outcome(gateway: Gateway, command: Download, asked: Asked) -> Outcome
 
 
 async def _until_begun(gateway: Gateway, command: Download, asked: Asked) -> Outcome | None:
-    """The outcome, or None as soon as `state` says that the download has begun."""
+    """Return the outcome, or None as soon as `state` shows that the download has started."""
     state, outcome = gateway.state, asyncio.create_task(_outcome(gateway, command, asked))
     try:
         while not outcome.done():
-            seen = state.changes
+            version = state.changes
             if begun(state.get(asked.key, DownloadState), asked.before, asked.at_s):
                 return None
-            changed = asyncio.create_task(state.changed_after(seen))
+            changed = asyncio.create_task(state.changed_after(version))
             try:
                 await asyncio.wait({changed, outcome}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -159,18 +159,18 @@ async def _until_begun(gateway: Gateway, command: Download, asked: Asked) -> Out
 def _raise_first_refusal(
     state: View, asked: list[Asked], outcomes: Mapping[str, Outcome], commands: dict[str, str]
 ) -> None:
-    """Raise what the first node that refused or failed said, in its outcome or in its state."""
+    """Raise the error of the first node that refused or failed, from its outcome or its state."""
     for a in asked:
         now = state.get(a.key, DownloadState)
-        fresh = now if begun(now, a.before, a.at_s) else None
-        error: ShoalError | None = ended_badly(outcomes.get(a.node), fresh)
+        since_request = now if begun(now, a.before, a.at_s) else None
+        error: ShoalError | None = ended_badly(outcomes.get(a.node), since_request)
         if error is not None:
             raise with_details(error, node=a.node, commands=commands)
 
 
 def _views(state: View, asked: list[Asked]) -> list[object]:
-    found = [state.get(a.key, DownloadState) for a in asked]
-    return [download_view(d) for d in found if d is not None]
+    states = [state.get(a.key, DownloadState) for a in asked]
+    return [download_view(d) for d in states if d is not None]
 
 
 ROUTES = [

@@ -1,4 +1,4 @@
-"""`GET /events`: what happens in the cluster, as server-sent events that end, break and go on without loss."""
+"""Endpoint of events: the cluster's event log as server-sent events, resumable without loss."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from shoal_gateway.gateway import Gateway, gateway_of
 from shoal_gateway.resource import resource
 
 MAX_READERS = 64
-"""Clients that follow events at a time."""
+"""Clients that follow events at the same time."""
 _RETRY_MS = 1000
-_FAREWELL_S = 30.0
-"""For a client that did not read in time to read on, and learn where to come back."""
+_FAREWELL_TIMEOUT_S = 30.0
+"""For a client that was too slow to read the last message, which says where to resume."""
 
 
 class _TooSlow(Exception):
-    """The client has not read for `silence_s`."""
+    """The client read nothing for `silence_s`."""
 
 
 class EventStream(Response):
-    """The events that a client asked for, until it goes, we stop, or it has not read for too long."""
+    """The events a client asked for, until it disconnects, the gateway stops, or it reads nothing for too long."""
 
     def __init__(self, gateway: Gateway, reader: Reader) -> None:
         self._gateway, self._reader = gateway, reader
@@ -44,7 +44,7 @@ class EventStream(Response):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all that there is; for HEAD only what the answer would be."""
+        """Send the events; for HEAD only the headers."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         if scope["method"] != "HEAD":
             self._gateway.event_readers += 1
@@ -54,25 +54,25 @@ class EventStream(Response):
             finally:
                 self._gateway.event_readers -= 1
         with suppress(_TooSlow):
-            await self._send(send, b"", _FAREWELL_S, more=False)
+            await self._send(send, b"", _FAREWELL_TIMEOUT_S, more=False)
 
     async def _send_all(self, send: Send) -> None:
         try:
             await self._send(send, f"retry: {_RETRY_MS}\n\n".encode())
-            async with aclosing(self._reader.read()) as told:
-                async for item in told:
+            async with aclosing(self._reader.read()) as items:
+                async for item in items:
                     await self._send(send, frame(item))
                     self._sent_cursor = item.cursor
         except _TooSlow:
-            why = f"nothing was read for {self._gateway.settings.limits.silence_s:g} s; go on from the cursor"
+            reason = f"nothing was read for {self._gateway.settings.limits.silence_s:g} s; resume from the cursor"
             with suppress(_TooSlow):
-                await self._send(send, farewell(self._sent_cursor, why), _FAREWELL_S)
+                await self._send(send, farewell(self._sent_cursor, reason), _FAREWELL_TIMEOUT_S)
             return
         if self._gateway.context.stopping.is_set():
-            await self._send(send, farewell(self._sent_cursor, "this gateway stops; go on from the cursor"))
+            await self._send(send, farewell(self._sent_cursor, "this gateway stops; resume from the cursor"))
 
     async def _send(self, send: Send, data: bytes, within_s: float | None = None, more: bool = True) -> None:
-        # This waits while the connection's own buffer is full: nothing is kept for the client but that.
+        # Waits while the connection's buffer is full: nothing else is buffered for the client.
         try:
             async with asyncio.timeout(within_s or self._gateway.settings.limits.silence_s):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
@@ -86,7 +86,10 @@ async def events(request: Request) -> Response:
     asked = read_asked(request.query_params, request.headers.get("last-event-id", ""))
     gateway.sender.require_nats()
     if gateway.event_readers >= MAX_READERS:
-        raise Busy(f"{MAX_READERS} clients follow the events of node {gateway.node} already; try again, or elsewhere")
+        raise Busy(
+            f"node {gateway.node} has {MAX_READERS} clients that follow events, the most it allows; try later, "
+            "or another node"
+        )
     quiet_s = gateway.settings.limits.keep_alive_s
     return EventStream(gateway, Reader(gateway.context.nats, asked, quiet_s, gateway.context.stopping))
 

@@ -1,4 +1,4 @@
-"""Instances: what runs, placing a model, stopping it."""
+"""Endpoints of instances: list, place, stop and rebalance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from shoal_gateway.outcomes import error_of, with_details
 from shoal_gateway.resource import resource
 from shoal_gateway.status import InstanceView, instance_view, instance_views
 
-_PLACE_OUTCOME_S = 120.0
+_PLACE_TIMEOUT_S = 120.0
 """For the leader's decision, a change of leader included."""
-_VISIBLE_S = 10.0
-"""For what the leader has written to be seen here."""
+_VISIBLE_TIMEOUT_S = 10.0
+"""For what the leader has written to reach this gateway's mirrors."""
 
 
 class AskPlace(Place):
-    """The body of `POST /v1/instances`: the `place` command, and whether to wait until the instance answers."""
+    """The body of `POST /v1/instances`: the `place` command, and whether to wait until the instance is ready."""
 
     wait: bool = True
 
@@ -49,12 +49,12 @@ async def instance(request: Request) -> Response:
     identity = check_id(request.path_params["id"])
     view = instance_view(gateway_of(request).picture(), identity)
     if view is None:
-        raise NotFound(f"there is no instance {identity}; `shoal status` lists those there are")
+        raise NotFound(f"there is no instance {identity}; `shoal ps` lists them")
     return reply(view)
 
 
 async def place(request: Request) -> Response:
-    """`POST /v1/instances`: 201 with the instance, ready unless the asker does not wait."""
+    """`POST /v1/instances`: 201 with the instance, which is ready unless `wait` is false."""
     gateway, body = gateway_of(request), await read_as(request, AskPlace)
     given = {name: getattr(body, name) for name in Place.__struct_fields__ if name != "id"}
     command = Place(
@@ -66,7 +66,7 @@ async def place(request: Request) -> Response:
 
 
 async def unplace(request: Request) -> Response:
-    """`DELETE /v1/instances/{id}`. Absent already: nothing is sent."""
+    """`DELETE /v1/instances/{id}`. Sends nothing when the instance does not exist."""
     gateway, identity = gateway_of(request), check_id(request.path_params["id"])
     gateway.sender.require_nats()
     if instance_view(gateway.picture(), identity) is None:
@@ -76,60 +76,60 @@ async def unplace(request: Request) -> Response:
 
 
 async def rebalance(request: Request) -> Response:
-    """`POST /v1/instances/{id}/rebalance`: it moves, to `layout` if one is named. Answers before it has arrived."""
+    """`POST /v1/instances/{id}/rebalance`: move it, to `layout` if one is named. Answers before the move ends."""
     gateway, body = gateway_of(request), await read_as(request, AskRebalance)
     identity = check_id(request.path_params["id"])
     gateway.sender.require_nats()
     outcome, command = await carried_out(request, "rebalance", Rebalance(instance=identity, layout=body.layout))
     epoch = int(str(outcome.result.get("epoch") or 0))
 
-    def there(_: View) -> InstanceView | None:
+    def moved(_: View) -> InstanceView | None:
         view = instance_view(gateway.picture(), identity)
         return view if view is not None and view.epoch >= epoch else None
 
-    view = await gateway.spec.until(there, _VISIBLE_S)
+    view = await gateway.spec.until(moved, _VISIBLE_TIMEOUT_S)
     if view is None:
-        raise NotFound(f"instance {identity} is gone again; see `shoal status`", instance=identity)
+        raise NotFound(f"instance {identity} was stopped meanwhile; see `shoal ps`", instance=identity)
     return reply({**_fields(view), "moved": bool(outcome.result.get("moved")), "command": command})
 
 
 async def _place(gateway: Gateway, command: Place, wait: bool) -> tuple[InstanceView, str]:
     identity = new_id()
     outcome = await gateway.sender.outcome_of(
-        "placement", ANY, "place", command, identity, command.deadline_s or _PLACE_OUTCOME_S
+        "placement", ANY, "place", command, identity, command.deadline_s or _PLACE_TIMEOUT_S
     )
     error = error_of(outcome)
     if error is not None:
         raise error
     placed = str(outcome.result.get("instance") or outcome.result.get("id") or "")
     if not placed:
-        raise Failed("placement did not say which instance it made; see `shoal status`", command=identity)
+        raise Failed("placement returned no instance id; see `shoal ps`", command=identity)
     if wait:
         await _until_ready(gateway, placed)
-    view = await gateway.spec.until(lambda _: instance_view(gateway.picture(), placed), _VISIBLE_S)
+    view = await gateway.spec.until(lambda _: instance_view(gateway.picture(), placed), _VISIBLE_TIMEOUT_S)
     if view is None:
-        raise NotFound(f"instance {placed} was made and is gone again; see `shoal status`", instance=placed)
+        raise NotFound(f"instance {placed} was created and stopped again; see `shoal ps`", instance=placed)
     return view, identity
 
 
 async def _until_ready(gateway: Gateway, placed: str) -> None:
-    def settled(state: View) -> InstanceState | None:
+    def ready_or_failed(state: View) -> InstanceState | None:
         now = state.get(instance_key(placed), InstanceState)
         return now if now is not None and now.phase in ("ready", "failed") else None
 
     deadline_s = gateway.settings.limits.place_s
-    state = await gateway.state.until(settled, deadline_s)
+    state = await gateway.state.until(ready_or_failed, deadline_s)
     if state is None:
         now = instance_view(gateway.picture(), placed)
-        phase = now.phase if now else "gone"
+        phase = now.phase if now else "stopped"
         raise Expired(
-            f"instance {placed} is {phase} after {deadline_s:.0f} s; it goes on: see `shoal status`, "
+            f"instance {placed} is {phase} after {deadline_s:.0f} s and still starting: see `shoal ps`, "
             f"or stop it with `shoal stop {placed}`",
             instance=placed,
         )
     if state.phase == "failed":
-        why = from_body(state.error) if state.error else Failed(f"instance {placed} failed; see `shoal status`")
-        raise with_details(why, instance=placed)
+        error = from_body(state.error) if state.error else Failed(f"instance {placed} failed; see `shoal logs`")
+        raise with_details(error, instance=placed)
 
 
 def _fields(view: InstanceView) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Models: what there is, and deleting it."""
+"""Endpoints of models: list and delete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def delete(request: Request) -> Response:
     """`DELETE /v1/models/{org}/{name}?node=…&revision=…`."""
     gateway, name = gateway_of(request), _name(request)
     ref = ModelRef.parse(name)
-    # `org/name` means every revision here, so a revision that is given must stay, be it the default one.
+    # Here `org/name` means every revision, so an explicit revision must be kept even where it is the default.
     revision = ref.revision if "@" in name else None
     nodes = to_delete(gateway.picture(), ref.repo, revision, request.query_params.get("node"))
     outcomes = await unless_gone(request.receive, _delete_everywhere(gateway, name, nodes)) if nodes else {}
@@ -49,7 +49,7 @@ def _name(request: Request) -> str:
     name = f"{request.path_params['org']}/{request.path_params['name']}"
     revision = request.query_params.get("revision")
     if revision and "@" in name:
-        raise BadInput("the revision is given twice: after '@' and as ?revision=")
+        raise BadInput("the revision is given twice, after @ and as ?revision=: give it once")
     return f"{name}@{revision}" if revision else name
 
 

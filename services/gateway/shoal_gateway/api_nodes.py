@@ -1,4 +1,4 @@
-"""Nodes: draining one, and having the cluster forget one that is gone."""
+"""Endpoints of nodes: drain one, and forget one that is gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoal_gateway.resource import resource
 
 
 async def forget(request: Request) -> Response:
-    """`DELETE /v1/nodes/{node}`: every key that names a node which is not live goes. Unknown already is no error."""
+    """`DELETE /v1/nodes/{node}`: delete every key that names a node which is down. An unknown node is no error."""
     gateway, node = gateway_of(request), check_node(request.path_params["node"])
     gateway.sender.require_nats()
     outcome, identity = await carried_out(request, "forget", Forget(node=node))
@@ -22,12 +22,12 @@ async def forget(request: Request) -> Response:
 
 
 async def drain(request: Request) -> Response:
-    """`POST /v1/nodes/{node}/drain`: nothing is placed there any more, and what runs there moves."""
+    """`POST /v1/nodes/{node}/drain`: place nothing on the node any more and move what runs there."""
     return await _drain(request, True)
 
 
 async def undrain(request: Request) -> Response:
-    """`DELETE /v1/nodes/{node}/drain`: the node may work again."""
+    """`DELETE /v1/nodes/{node}/drain`: allow placement on the node again."""
     return await _drain(request, False)
 
 

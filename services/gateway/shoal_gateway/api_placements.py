@@ -1,4 +1,4 @@
-"""Placements that could be: what placement would choose, and what else could be chosen. Nothing is written."""
+"""Endpoints of placement previews: what placement would choose, and the alternatives. They change nothing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from shoal_gateway.resource import resource
 
 T = TypeVar("T")
 
-_NAMES = ("nodes", "without")
-_WORDS = (
+_NODE_LISTS = ("nodes", "without")
+_FIELDS = (
     "model",
     "context_tokens",
     "min_nodes",
@@ -33,43 +33,43 @@ _WORDS = (
     "max_fetch_bytes",
     "layout",
 )
-_ANSWER_S = 30.0
+_ANSWER_TIMEOUT_S = 30.0
 
 
 async def preview(request: Request) -> Response:
-    """`GET /v1/placements/preview?model=…`: the alternatives, the one that `place` would choose first."""
+    """`GET /v1/placements/preview?model=…`: possible layouts, first the one that `place` would choose."""
     return await _asked(request, "previews", _question(request), Previews)
 
 
 async def fits(request: Request) -> Response:
-    """`GET /v1/placements/fits?context_tokens=…`: which of the models that nodes hold could be placed now."""
+    """`GET /v1/placements/fits?context_tokens=…`: the downloaded models that could be placed now."""
     _refuse_others(request, ("context_tokens",))
     return await _asked(request, "fits", _converted(dict(request.query_params), AskFits), Fits)
 
 
 async def rebalances(request: Request) -> Response:
-    """`GET /v1/placements/rebalances`: which instances would stand better elsewhere, and what that would gain."""
+    """`GET /v1/placements/rebalances`: instances with a better layout elsewhere, and the gain."""
     _refuse_others(request, ())
     return await _asked(request, "rebalances", AskRebalances(), Rebalances)
 
 
 async def _asked(request: Request, verb: str, question: Message, answer: type[Message]) -> Response:
-    """What placement says: this node's, or another's."""
+    """Ask placement, on this node where it runs and on another node otherwise."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     require_placement(gateway)
-    able = gateway.picture().nodes_with("placement")
-    node = gateway.node if gateway.node in able else able[0]
-    asking = gateway.context.ask("placement", node, verb, question, answer, deadline_s=_ANSWER_S)
+    nodes = gateway.picture().nodes_with("placement")
+    node = gateway.node if gateway.node in nodes else nodes[0]
+    asking = gateway.context.ask("placement", node, verb, question, answer, deadline_s=_ANSWER_TIMEOUT_S)
     return reply(await unless_gone(request.receive, asking))
 
 
 def _question(request: Request) -> Place:
     given: dict[str, Any] = dict(request.query_params)
-    _refuse_others(request, (*_WORDS, *_NAMES))
+    _refuse_others(request, (*_FIELDS, *_NODE_LISTS))
     if not given.get("model"):
-        raise BadInput("which model? /v1/placements/preview?model=org/name", param="model")
-    for name in _NAMES:
+        raise BadInput("the parameter model is missing: /v1/placements/preview?model=org/name", param="model")
+    for name in _NODE_LISTS:
         if name in given:
             given[name] = [check_node(node) for node in given[name].split(",") if node]
     given["model"] = str(ModelRef.parse(given["model"]))
@@ -78,14 +78,14 @@ def _question(request: Request) -> Place:
 
 def _refuse_others(request: Request, known: Sequence[str]) -> None:
     for name in sorted(request.query_params.keys() - set(known)):
-        raise BadInput(f"there is no parameter {name[:40]!r}: known are {', '.join(known)}", param=name[:40])
+        raise BadInput(f"unknown parameter {name[:40]!r}; known: {', '.join(known) or 'none'}", param=name[:40])
 
 
 def _converted(given: dict[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as e:
-        raise BadInput(f"a parameter is not as it has to be: {e}") from None
+        raise BadInput(f"a parameter has a wrong value: {e}") from None
 
 
 ROUTES = [

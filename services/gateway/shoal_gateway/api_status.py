@@ -1,4 +1,4 @@
-"""Status, health, outcomes of commands, and the status page."""
+"""Endpoints of the status page, status, health and command outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoal_gateway.gateway import gateway_of
 from shoal_gateway.resource import resource
 from shoal_gateway.status import Place, status_view
 
-# The page brings its own styles and script, and may load nothing from elsewhere or be framed there.
+# The page contains its styles and script; it may load nothing else and may not be framed.
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -36,7 +36,7 @@ async def page(_request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """`GET /health`: whether this gateway can do its work."""
+    """`GET /health`: 200 while NATS is connected."""
     gateway = gateway_of(request)
     if not gateway.context.nats.connected:
         gateway.sender.require_nats()
@@ -44,21 +44,19 @@ async def health(request: Request) -> Response:
 
 
 async def status(request: Request) -> Response:
-    """`GET /v1/status`: everything at once."""
+    """`GET /v1/status`: nodes, models, downloads and instances."""
     gateway = gateway_of(request)
     connected, place = gateway.context.nats.connected, Place(gateway.network, gateway.context.interfaces.now)
     return reply(status_view(gateway.picture(), gateway.node, VERSION, connected, time.time(), place))
 
 
 async def command(request: Request) -> Response:
-    """`GET /v1/commands/{id}`: how a command ended."""
+    """`GET /v1/commands/{id}`: the outcome of a command."""
     gateway, identity = gateway_of(request), request.path_params["id"]
     gateway.sender.require_nats()
     outcome = await gateway.context.buckets.done.get_as(done_key(identity), Outcome)
     if outcome is None:
-        raise NotFound(
-            f"no outcome is known for command {identity}: it has not ended yet, or did more than an hour ago"
-        )
+        raise NotFound(f"command {identity} has no outcome: it has not ended yet, or ended more than an hour ago")
     return reply(outcome)
 
 

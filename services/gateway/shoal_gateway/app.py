@@ -1,4 +1,4 @@
-"""The routes, the handlers of errors and the guard, wired into one ASGI application."""
+"""Wire routes, error handlers and the auth middleware into one ASGI application."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROUTES = [
 
 
 def build_app(gateway: Gateway) -> Starlette:
-    """The application of one gateway."""
+    """Return the ASGI application of a gateway."""
     guard = Middleware(
         Guard, secret=gateway.context.config.secret, credential_needed=gateway.settings.credential_needed
     )

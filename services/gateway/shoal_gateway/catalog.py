@@ -1,4 +1,4 @@
-"""Models as OpenAI lists them: one entry for each repo that is held or placed somewhere. Pure."""
+"""The model list in OpenAI's shape: one entry for each repo that a node holds or that is placed. Pure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PlacedView(msgspec.Struct, frozen=True):
 
 
 class ShoalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What OpenAI's shape has no place for. `commit` and `nodes` are of the newest commit that is held."""
+    """What OpenAI's shape lacks. `commit` and `nodes` are those of the newest commit that a node holds."""
 
     commit: str
     nodes: list[str]
     instances: list[PlacedView]
     ready: bool
-    """Whether an instance of it answers now."""
+    """Whether an instance of the model is ready."""
     size_bytes: int
 
 
@@ -49,12 +49,12 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def catalog(picture: Picture) -> Catalog:
-    """All models, by name."""
+    """Return all models, sorted by name."""
     return Catalog(data=[_entry(picture, repo, name, commit) for repo, name, commit in _names(picture)])
 
 
 def _names(picture: Picture) -> Iterator[tuple[str, str, str | None]]:
-    """Each repo, what it is called, and its commit where that name alone would not say."""
+    """Yield each repo, its id in the list, and its commit where the id alone does not determine it."""
     for repo in sorted(_repos(picture)):
         local = commit_of(picture.models, ModelRef(repo, LOCAL_REVISION))
         if local and commit_of(picture.models, ModelRef(repo)) is None:
@@ -64,7 +64,7 @@ def _names(picture: Picture) -> Iterator[tuple[str, str, str | None]]:
 
 
 def catalog_entry(picture: Picture, ref: ModelRef) -> CatalogEntry:
-    """One model, by `org/name[@revision]`. Raises NotFound."""
+    """Return one model, by `org/name[@revision]`. Raises NotFound."""
     commit = None
     if ref.revision != DEFAULT_REVISION:
         commit = commit_of(picture.models, ref)
@@ -81,12 +81,12 @@ def _repos(picture: Picture) -> set[str]:
 
 
 def is_of(repo: str, commit: str, ref: ModelRef) -> bool:
-    """Whether something of this repo and commit is what `ref` names, as far as names alone tell."""
+    """Return whether `ref` names this repo and commit, as far as the names alone tell."""
     return repo == ref.repo and ref.revision in (DEFAULT_REVISION, commit)
 
 
 def commit_of(models: list[ModelState], ref: ModelRef) -> str | None:
-    """The newest held commit that a revision (a commit, a branch, a tag) names, or None."""
+    """Return the newest held commit that a revision (a commit, branch or tag) names, or None."""
     of_repo = [m for m in models if m.repo == ref.repo]
     named = [m for m in of_repo if ref.revision == m.commit or ref.revision in m.revisions]
     if ref.revision == DEFAULT_REVISION:
@@ -95,7 +95,7 @@ def commit_of(models: list[ModelState], ref: ModelRef) -> str | None:
 
 
 def _unknown(ref: ModelRef) -> NotFound:
-    return NotFound(f"no node holds {ref}, and it is not placed; `shoal pull {ref}` brings it here", model=str(ref))
+    return NotFound(f"{ref} is not downloaded on any node; download it with `shoal pull {ref}`", model=str(ref))
 
 
 def _entry(picture: Picture, repo: str, name: str, commit: str | None) -> CatalogEntry:
@@ -104,10 +104,10 @@ def _entry(picture: Picture, repo: str, name: str, commit: str | None) -> Catalo
     specs = [s for s in picture.specs.values() if s.repo == repo and (commit == s.commit or name == repo)]
     states = picture.instances
     placed = [PlacedView(s.id, states[s.id].phase if s.id in states else "starting") for s in specs]
-    moments = [m.ready_at_s for m in held] or [s.created_at_s for s in specs]
+    times_s = [m.ready_at_s for m in held] or [s.created_at_s for s in specs]
     return CatalogEntry(
         id=name,
-        created=int(min(moments, default=0.0)),
+        created=int(min(times_s, default=0.0)),
         owned_by=repo.partition("/")[0],
         shoal=ShoalFacts(
             commit=commit or (specs[0].commit if specs else ""),

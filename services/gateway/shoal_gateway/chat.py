@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: an answer as one JSON, or as server-sent events while it is made."""
+"""Endpoint `POST /v1/chat/completions`: an answer as one JSON body, or streamed as server-sent events."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from shoal_gateway.tokens import StopScanner
 log = Log("chat")
 
 MAX_IN_FLIGHT = 512
-"""Requests this gateway keeps open. Instances have their own, lower limits."""
+"""Requests that this gateway keeps open. Instances have their own, lower limits."""
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Text that is certain, and how many tokens were received for all of it so far."""
+    """Text that can be sent, and the number of tokens received so far."""
 
     text: str
     completion_tokens: int
@@ -40,7 +40,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True):
-    """An understood request and the instance that is to answer it."""
+    """A parsed request and the instance that answers it."""
 
     asked: openai.ChatRequest
     spec: InstanceSpec
@@ -49,7 +49,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 async def chat_completions(request: Request) -> Response:
-    """The endpoint."""
+    """`POST /v1/chat/completions`."""
     gateway = gateway_of(request)
     job = _understand(gateway, openai.read_chat(await read_body(request)))
     if job.asked.stream:
@@ -61,7 +61,9 @@ def _understand(gateway: Gateway, asked: openai.ChatRequest) -> Job:
     identity = new_id()
     gateway.sender.require_nats()
     if gateway.in_flight.total() >= MAX_IN_FLIGHT:
-        raise Busy(f"this gateway has {MAX_IN_FLIGHT} requests in flight; try again in a moment")
+        raise Busy(
+            f"this node has {MAX_IN_FLIGHT} requests in flight, the most it allows; try again, or another node"
+        )
     spec = choose(gateway.picture(), asked.model, gateway.in_flight)
     head = openai.Head(
         request=identity,
@@ -84,7 +86,7 @@ async def _whole(gateway: Gateway, job: Job) -> Response:
             if piece.finish_reason is not None:
                 counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
                 return reply(openai.completion(job.head, "".join(texts), piece.finish_reason, counts))
-    raise Failed("the answer ended without saying why")
+    raise Failed("the answer ended without a finish reason; try again")
 
 
 async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[Piece, None]:
@@ -94,6 +96,7 @@ async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerato
             count += 1
             text = scanner.push(event.text)
             if scanner.stopped:
+                generation.outcome = "stop"
                 yield Piece(text, count, "stop")
                 return
             if event.finish_reason is not None:
@@ -103,7 +106,7 @@ async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerato
 
 
 async def _chunks(gateway: Gateway, job: Job) -> AsyncGenerator[bytes, None]:
-    """The stream's events. What goes wrong before the first is raised; later it is an event of its own."""
+    """Yield the stream's events. An error before the first is raised; a later one becomes an event."""
     begun = False
     try:
         async with (
@@ -121,19 +124,19 @@ async def _chunks(gateway: Gateway, job: Job) -> AsyncGenerator[bytes, None]:
                     if job.head.with_usage:
                         counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
                         yield openai.usage_chunk(job.head, counts)
-    except Exception as e:  # the client is owed an event; the log has a stranger's trace
+    except Exception as e:  # the client gets an event; the log gets the trace of a foreign exception
         if not begun:
             raise
         error = as_shoal_error(e)
         if error is not e:
-            log.error("an answer failed", exc=e, request=job.head.request)
+            log.error("answer failed", exc=e, request=job.head.request)
         yield openai.sse(shoal_error_body(error))
         return
     yield openai.DONE
 
 
 class EventStream(Response):
-    """A streamed answer. It starts with the first token, so what fails before that has its own HTTP status."""
+    """A streamed answer. Its status is sent with the first token, so an earlier error has its own HTTP status."""
 
     def __init__(self, gateway: Gateway, job: Job) -> None:
         self._gateway, self._job = gateway, job
@@ -143,14 +146,14 @@ class EventStream(Response):
             {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
-                # Proxies that buffer would hold tokens back.
+                # Tells proxies not to buffer, which would delay tokens.
                 "X-Accel-Buffering": "no",
             }
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, or stop at once when the client goes."""
-        # Not for the handlers of errors: half of this answer may be out, and nobody reads another.
+        """Send the answer; stop at once when the client disconnects."""
+        # Not for the error handlers: part of this answer may be sent, and nobody reads another.
         with suppress(ClientDisconnect):
             await unless_gone(receive, self._send_all(send))
 
@@ -165,7 +168,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_in_time(self, send: Send, chunk: bytes) -> None:
-        # A client that does not read would keep its slot for ever.
+        # A client that does not read must not keep its slot for ever.
         try:
             async with asyncio.timeout(self._gateway.settings.limits.silence_s):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -1,4 +1,4 @@
-"""Which instance answers a request, and whether it still can. Pure."""
+"""Select the instance that answers a request, and check that it still can. Pure."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from shoal_gateway.picture import Picture
 
 
 def lost_stage(spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes: Collection[str]) -> str | None:
-    """What is wrong with the first stage that cannot answer, in words; None when all can."""
+    """Return why the first stage that cannot answer cannot; None when all can."""
     for planned in spec.stages:
         stage = stages.get(planned.rank)
         where = f"stage {planned.rank} on node {planned.node}"
         if planned.node not in live_nodes:
-            return f"{where} is away: its inference service is not live"
+            return f"{where} is down: its inference service does not answer"
         if stage is None:
-            return f"{where} is gone"
+            return f"{where} is not running"
         if stage.epoch != spec.epoch:
-            return f"{where} is of epoch {stage.epoch}, not {spec.epoch}"
+            return f"{where} runs another layout (epoch {stage.epoch}, not {spec.epoch})"
         if stage.phase != "ready":
             return f"{where} is {stage.phase}" + (f": {stage.error.message}" if stage.error else "")
     return None
 
 
 def choose(picture: Picture, asked: str, in_flight: Mapping[str, int]) -> InstanceSpec:
-    """The ready instance with the fewest requests in flight that `asked` names.
+    """Return the ready instance with the fewest requests in flight that `asked` names.
 
-    `asked` is an instance's id, `org/name`, or `org/name@revision`. Raises NotFound when nothing is placed under
-    that name, Unavailable (or StageLost) while what is placed cannot answer.
+    `asked` is an instance's id, `org/name` or `org/name@revision`. Raises NotFound when no instance has that name,
+    Unavailable or StageLost while none of them can answer.
     """
     candidates = _candidates(picture, asked)
     live_nodes = picture.nodes_with("inference")
     reasons: list[ShoalError] = []
     usable: list[InstanceSpec] = []
     for spec in candidates:
-        reason = _why_not(picture, spec, live_nodes)
+        reason = _unusable_reason(picture, spec, live_nodes)
         if reason is None:
             usable.append(spec)
         else:
@@ -57,22 +57,22 @@ def _candidates(picture: Picture, asked: str) -> list[InstanceSpec]:
         ref = ModelRef.parse(asked)
     except BadName:
         raise NotFound(
-            f"no model or instance is called {asked[:200]!r}; {hint}", param="model", running=running
+            f"no model or instance is named {asked[:200]!r}; {hint}", param="model", running=running
         ) from None
     commit = commit_of(picture.models, ref)
-    found = [
+    matching = [
         s
         for s in picture.specs.values()
         if is_of(s.repo, s.commit, ref) or (s.repo == ref.repo and s.commit == commit)
     ]
-    if not found:
+    if not matching:
         raise NotFound(
-            f"{ref} is not running; start it with `shoal run {ref}`; {hint}", param="model", running=running
+            f"{ref} is not running; start it with `shoal run {ref}` ({hint})", param="model", running=running
         )
-    return found
+    return matching
 
 
-def _why_not(picture: Picture, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
+def _unusable_reason(picture: Picture, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
     state = picture.instances.get(spec.id)
     phase = state.phase if state else "starting"
     if phase == "ready":
@@ -81,9 +81,9 @@ def _why_not(picture: Picture, spec: InstanceSpec, live_nodes: Collection[str]) 
             return None
         return StageLost(f"instance {spec.id} of {spec.repo} cannot answer: {lost}; try again in a moment")
     if phase == "failed":
-        why = from_body(state.error).message if state and state.error else "see `shoal status`"
+        reason = from_body(state.error).message if state and state.error else "see `shoal logs`"
         return Unavailable(
-            f"instance {spec.id} of {spec.repo} has failed: {why}; "
-            f"start it anew with `shoal stop {spec.id}` and `shoal run {spec.repo}`"
+            f"instance {spec.id} of {spec.repo} has failed: {reason}; "
+            f"restart it with `shoal stop {spec.id}` and `shoal run {spec.repo}`"
         )
-    return Unavailable(f"instance {spec.id} of {spec.repo} is {phase}; try again in a moment, or see `shoal status`")
+    return Unavailable(f"instance {spec.id} of {spec.repo} is {phase}; try again in a moment, or see `shoal ps`")

@@ -1,10 +1,10 @@
-"""The gateway's own errors, beside those of shoal_common.
+"""The gateway's own errors, in addition to those of shoal_common.
 
 BadInput
-├── TooLarge                a body past the limit              413
-└── UnsupportedParameter    an OpenAI parameter we lack        400
+├── TooLarge                a body beyond the limit            413
+└── UnsupportedParameter    an OpenAI parameter Shoal lacks    400
 Denied
-└── ForeignPage             a web page from elsewhere          403
+└── CrossOriginForbidden    a web page of another site         403
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from shoal_common.errors import BadInput, Denied
 
 
 class TooLarge(BadInput):
-    """A request past what the gateway, or NATS behind it, carries."""
+    """A request larger than the gateway, or NATS behind it, accepts."""
 
     code = "too_large"
     http_status = 413
 
 
 class UnsupportedParameter(BadInput):
-    """A parameter of OpenAI's API that Shoal would have to ignore: refused instead."""
+    """A parameter of OpenAI's API that Shoal lacks: refused rather than ignored."""
 
     code = "unsupported_parameter"
 
 
 class ForeignPage(Denied):
-    """A web page from elsewhere wants to use this node through somebody's browser."""
+    """A web page of another site tries to use this node through its visitor's browser."""
 
     code = "foreign_page"
     http_status = 403

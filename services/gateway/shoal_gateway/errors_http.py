@@ -1,4 +1,4 @@
-"""Errors as HTTP says them: OpenAI's shape, Shoal's codes.
+"""Errors as HTTP responses: OpenAI's shape, Shoal's codes.
 
 {"error": {"message": …, "type": …, "code": …, "param": null, "details": {…}}}
 """
@@ -21,7 +21,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 def error_body(message: str, status: int, code: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The body of an error. `details["param"]`, where there is one, names the field at fault, as OpenAI does."""
+    """Return the body of an error. `details["param"]`, where given, names the wrong field, as OpenAI does."""
     details = details or {}
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {
@@ -36,21 +36,21 @@ def error_body(message: str, status: int, code: str, details: dict[str, Any] | N
 
 
 def shoal_error_body(error: ShoalError) -> dict[str, Any]:
-    """The body of one of our errors."""
+    """Return the body of a Shoal error."""
     return error_body(error.message, error.http_status, error.code, error.details)
 
 
 def as_shoal_error(error: Exception) -> ShoalError:
-    """Any exception as one of ours. NATS's are an outage; a stranger is named, and the log has the rest."""
+    """Return any exception as a Shoal error. NATS errors become Unavailable; others only name their type."""
     if isinstance(error, ShoalError):
         return error
     if isinstance(error, NatsError):
-        return Unavailable(f"NATS does not answer ({type(error).__name__}); try again, or see `shoal status`")
-    return Failed(f"{type(error).__name__} in the gateway; its log says more")
+        return Unavailable(f"NATS does not answer ({type(error).__name__}); try again, or run `shoal doctor`")
+    return Failed(f"{type(error).__name__} in the gateway; see `shoal logs gateway`")
 
 
 def respond_to(error: ShoalError) -> Response:
-    """The whole answer for an error."""
+    """Return the HTTP response for an error."""
     headers = {}
     if error.http_status in _RETRY_AFTER_S:
         seconds = error.details.get("retry_after_s", _RETRY_AFTER_S[error.http_status])
@@ -61,26 +61,26 @@ def respond_to(error: ShoalError) -> Response:
 
 
 async def on_error(_request: Request, error: Exception) -> Response:
-    """Starlette's handler for what an endpoint raises."""
+    """Handle what an endpoint raises."""
     return respond_to(as_shoal_error(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's handler for what it raises itself: no such route, no such method."""
+    """Handle what Starlette itself raises: no such route, no such method."""
     assert isinstance(error, HTTPException)
     status, path = error.status_code, request.url.path
     if status == 404:
-        message, code = f"there is nothing at {path[:200]}; docs/protocol.md lists the routes", "not_found"
+        message, code = f"there is no route {path[:200]}; docs/protocol.md lists them", "not_found"
     elif status == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        message, code = f"{request.method} is not for {path[:200]}; it takes {allowed}", "method_not_allowed"
+        message, code = f"{path[:200]} does not take {request.method}; it takes {allowed}", "method_not_allowed"
     else:
         message, code = error.detail, HTTPStatus(status).phrase.lower().replace(" ", "_")
     return reply(error_body(message, status, code), status, dict(error.headers or {}))
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
-    """The client has gone: nobody reads this. 499 is what proxies call it."""
+    """Handle a client that disconnected: nobody reads the response. 499 is the status that proxies use."""
     return Response(status_code=499)
 
 

@@ -1,4 +1,4 @@
-"""Reading a request and answering it: bodies with a limit, JSON both ways, and noticing that the client has gone."""
+"""Read and answer requests: bodies with a size limit, JSON both ways, and detection of client disconnects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 8 << 20
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it, with every field: messages leave defaults out, an API had better not."""
+    """Return a value for JSON with every field: messages omit defaults, an API should not."""
     if isinstance(value, msgspec.Struct):
         return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Mapping):
@@ -31,19 +31,22 @@ def plain(value: Any) -> Any:
 
 
 def reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer."""
+    """Return a JSON response."""
     body = msgspec.json.encode(plain(value))
     return Response(body, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
 def _too_large() -> TooLarge:
-    return TooLarge(f"a request's body may have {MAX_BODY_BYTES} bytes at most", limit_bytes=MAX_BODY_BYTES)
+    return TooLarge(
+        f"the request body is larger than {MAX_BODY_BYTES} bytes, the most that is accepted",
+        limit_bytes=MAX_BODY_BYTES,
+    )
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises TooLarge as soon as that is known."""
-    stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > MAX_BODY_BYTES:
+    """Return the whole body. Raises TooLarge as soon as its size is known."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()
     body = bytearray()
     async for chunk in request.stream():
@@ -54,28 +57,28 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_as(request: Request, kind: type[T]) -> T:
-    """The body as `kind`. Raises BadMessage naming the place that is wrong."""
+    """Return the body decoded as `kind`. Raises BadMessage naming the wrong field."""
     return decode(await read_body(request), kind)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; when the client goes first, `work` is cancelled and ClientDisconnect raised.
+    """Return the result of `work`; when the client disconnects first, cancel it and raise ClientDisconnect.
 
-    Returns only after `work` has ended, its clearing-up included. The body must have been read before.
+    Returns only after `work` has ended, its clean-up included. The body must have been read before.
     """
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+    disconnected = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         working.cancel()
-        await asyncio.wait({working, gone})
+        await asyncio.wait({working, disconnected})
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

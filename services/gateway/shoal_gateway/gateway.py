@@ -1,4 +1,4 @@
-"""What every endpoint works with."""
+"""The context that every endpoint works with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal_gateway.settings import Settings
 
 
 class Gateway:
-    """The gateway of a node: its context, its views of the cluster, and what it has in flight."""
+    """The gateway of a node: its context, its mirrors of the cluster's buckets, and its requests in flight."""
 
     def __init__(
         self,
@@ -34,20 +34,20 @@ class Gateway:
         self.sender = Sender(context.nats, context.buckets)
         self.network = this_network()
         self.in_flight: Counter[str] = Counter()
-        """Requests that this gateway has at each instance."""
+        """Requests of this gateway in flight, by instance."""
         self.event_readers = 0
-        """Clients that follow events now."""
+        """Number of clients that follow events."""
 
     @property
     def node(self) -> str:
-        """The node that this is the gateway of."""
+        """The id of this gateway's node."""
         return self.context.node
 
     def picture(self) -> Picture:
-        """The cluster now."""
+        """Return a snapshot of the cluster."""
         return read_picture(self.live, self.spec, self.state)
 
 
 def gateway_of(request: Request) -> Gateway:
-    """The gateway that a request came to."""
+    """Return the gateway that received a request."""
     return cast(Gateway, request.app.state.gateway)

@@ -1,4 +1,4 @@
-"""Turns away what `access` refuses, before anything of it is read."""
+"""Refuse requests that `access_error` denies, before their body is read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shoal_gateway.errors_http import respond_to
 
 
 class Guard:
-    """ASGI middleware around everything."""
+    """ASGI middleware around all routes."""
 
     def __init__(self, app: ASGIApp, secret: str, credential_needed: bool) -> None:
         self._app, self._secret, self._credential_needed = app, secret, credential_needed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with the refusal."""
+        """Pass a request on, or answer it with the error."""
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             refused = refusal(scope["method"], scope["path"], headers, self._secret, self._credential_needed)

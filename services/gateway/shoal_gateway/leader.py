@@ -1,4 +1,4 @@
-"""Having placement's leader carry a command out, wherever in the cluster it is."""
+"""Send commands to placement's leader, on whichever node it is."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shoal_gateway.outcomes import error_of
 
 
 def require_placement(gateway: Gateway) -> None:
-    """Raise NodeAway where no node could lead."""
+    """Raise NodeDown where placement runs on no node."""
     if not gateway.picture().nodes_with("placement"):
-        raise NodeAway("placement is live on no node; nothing was sent: start it with `shoal up`")
+        raise NodeAway("placement runs on no node; nothing was sent: start a node with `shoal up`")
 
 
 async def carried_out(request: Request, verb: str, command: Command) -> tuple[Outcome, str]:
-    """The good outcome of a command, and its id. Raises what it ended with, or NodeAway."""
+    """Send a command; return its successful outcome and its id. Raises its error, or NodeDown."""
     gateway = gateway_of(request)
     require_placement(gateway)
     identity, deadline_s = new_id(), gateway.settings.limits.outcome_s

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions on the wire: what is asked, and what is answered. Pure."""
+"""OpenAI's chat completions on the wire: parse requests, encode answers. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shoal_gateway.errors import UnsupportedParameter
 
 MAX_STOPS = 4
 DEFAULT_TEMPERATURE = 1.0
-"""As OpenAI has it; 0 asks for greedy decoding."""
+"""OpenAI's default; 0 means greedy decoding."""
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part of a message's content. Only text can be read here."""
+    """A part of a message's content. Only text is supported."""
 
     type: str
     text: str | None = None
@@ -34,7 +34,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """What a stream brings besides its text."""
+    """What a stream contains besides text."""
 
     include_usage: bool = False
 
@@ -44,7 +44,7 @@ _StopString = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of `POST /v1/chat/completions`. Unknown fields are ignored; unsupported ones are below."""
+    """The body of `POST /v1/chat/completions`. Unknown fields are ignored; `UNSUPPORTED` ones are refused."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
     messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
@@ -104,12 +104,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "min_p": (0,),
 }
-"""Parameters that would change the answer and that we lack, and the values of them that ask for nothing.
-Null, false and what is empty ask for nothing either."""
+"""Parameters that would change the answer and that Shoal lacks, each with the values that have no effect. Null, false
+and empty values have no effect either."""
 
 
 def read_chat(body: bytes) -> ChatRequest:
-    """A request's body. Raises BadMessage naming the place, or UnsupportedParameter naming the parameter."""
+    """Parse a request's body. Raises BadMessage naming the field, or UnsupportedParameter naming the parameter."""
     request = decode(body, ChatRequest)
     for name, neutral in UNSUPPORTED.items():
         _refuse(name, getattr(request, name), neutral)
@@ -126,24 +126,24 @@ def _refuse(name: str, value: Any, neutral: tuple[Any, ...] = ()) -> None:
 
 
 def conversation(request: ChatRequest) -> list[ChatMessage]:
-    """The messages, each content as one text. Raises UnsupportedParameter for images and the like."""
+    """Return the messages, each content as one text. Raises UnsupportedParameter for anything but text."""
     return [ChatMessage(role=t.role, content=_text(t.content, i)) for i, t in enumerate(request.messages)]
 
 
-def _text(content: str | list[Part] | None, at: int) -> str:
+def _text(content: str | list[Part] | None, index: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for j, part in enumerate(content):
-        where = f"messages[{at}].content[{j}]"
+        where = f"messages[{index}].content[{j}]"
         if part.type != "text":
-            raise UnsupportedParameter(f"{where} is {part.type[:40]!r}: only text can be read", param=where)
+            raise UnsupportedParameter(f"{where} is {part.type[:40]!r}: only text is supported", param=where)
         if part.text is None:
             raise BadInput(f"{where} has no text", param=where)
     return "".join(part.text or "" for part in content)
 
 
 def generate_question(request: ChatRequest, spec: InstanceSpec, identity: str) -> Generate:
-    """What to ask the instance. Without a limit the answer may fill the context, to which the instance trims it."""
+    """Return the request to the instance. Without a limit the answer may fill the context; the instance trims it."""
     given = request.max_completion_tokens or request.max_tokens
     return Generate(
         instance=spec.id,
@@ -157,23 +157,23 @@ def generate_question(request: ChatRequest, spec: InstanceSpec, identity: str) -
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What all parts of one answer have in common."""
+    """The fields that all parts of one answer share."""
 
     request: str
     created: int
     model: str
     fingerprint: str
     with_usage: bool = False
-    """A stream that ends with usage says `usage: null` until then, as OpenAI's does."""
+    """As with OpenAI, a stream that ends with usage has `usage: null` in its earlier chunks."""
 
 
 def fingerprint(spec: InstanceSpec) -> str:
-    """Which incarnation of which instance answered."""
+    """Return the instance and epoch that answer."""
     return f"{spec.id}-{spec.epoch}"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts."""
+    """Return the `usage` object."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -182,29 +182,29 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def completion(head: Head, text: str, reason: FinishReason, counts: dict[str, int]) -> dict[str, Any]:
-    """A whole answer."""
+    """Return a complete answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
     return {**_common(head, "chat.completion"), "choices": [choice], "usage": counts}
 
 
 def role_chunk(head: Head) -> bytes:
-    """The first chunk: who speaks."""
+    """Return the first chunk, with the role."""
     return _chunk(head, {"role": "assistant", "content": ""}, None)
 
 
 def text_chunk(head: Head, text: str) -> bytes:
-    """A piece of the text."""
+    """Return a chunk of text."""
     return _chunk(head, {"content": text}, None)
 
 
 def finish_chunk(head: Head, reason: FinishReason) -> bytes:
-    """The chunk that says why it ends."""
+    """Return the chunk with the finish reason."""
     return _chunk(head, {}, reason)
 
 
 def usage_chunk(head: Head, counts: dict[str, int]) -> bytes:
-    """The chunk with the counts, when they were asked for."""
+    """Return the chunk with the token counts."""
     return sse({**_common(head, "chat.completion.chunk"), "choices": [], "usage": counts})
 
 
@@ -212,7 +212,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def sse(value: object) -> bytes:
-    """One server-sent event."""
+    """Return a value as one server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 

@@ -1,4 +1,4 @@
-"""Outcomes of commands, by node, as an answer over HTTP. Pure."""
+"""Turn the outcomes of commands, by node, into errors and results. Pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from shoal_common.messages.commands import Outcome
 
 
 def with_details(error: ShoalError, **details: Any) -> ShoalError:
-    """The same error, with more in its details."""
+    """Return the same error with more details."""
     return type(error)(error.message, **{**error.details, **details})
 
 
 def error_of(outcome: Outcome) -> ShoalError | None:
-    """The error that an outcome is, with the node and the command in its details."""
+    """Return the error of an outcome, with the node and the command in its details; None for a success."""
     if outcome.ok or outcome.error is None:
         return None
     return with_details(from_body(outcome.error), node=outcome.node, command=outcome.id)
 
 
 def raise_first_error(outcomes: Mapping[str, Outcome]) -> None:
-    """Raise the first node's error, if any; what the others say is in its details."""
+    """Raise the first node's error, if any; its details say which other nodes succeeded."""
     for node, outcome in sorted(outcomes.items()):
         error = error_of(outcome)
         if error is not None:
@@ -31,5 +31,5 @@ def raise_first_error(outcomes: Mapping[str, Outcome]) -> None:
 
 
 def results(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
-    """Each node's result, with the command's id."""
+    """Return each node's result, with the command's id."""
     return {node: {**outcome.result, "command": outcome.id} for node, outcome in sorted(outcomes.items())}

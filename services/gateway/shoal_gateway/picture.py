@@ -1,4 +1,4 @@
-"""What the gateway knows of the cluster at one moment, as plain values for the pure modules."""
+"""A snapshot of what the gateway knows of the cluster, as plain values for the pure modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoal_common.watch import View
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster now."""
+    """The cluster at one moment."""
 
     live: dict[str, dict[str, Live]] = {}
     """By node, then by service."""
@@ -36,21 +36,21 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     stages: dict[str, dict[int, StageState]] = {}
     """By instance, then by rank."""
     silent: dict[str, NodeState] = {}
-    """Nodes that are not live, by the leader's word."""
+    """Nodes that are down, as the leader has published."""
     drained: frozenset[str] = frozenset()
-    """Nodes on which nothing is to run."""
+    """Nodes on which nothing may be placed."""
 
     def has(self, node: str, service: str) -> bool:
-        """Whether a service of a node is live."""
+        """Return whether a service of a node is live."""
         return service in self.live.get(node, {})
 
     def nodes_with(self, service: str) -> list[str]:
-        """Nodes where a service is live, in order."""
+        """Return the nodes where a service is live, sorted."""
         return sorted(node for node, services in self.live.items() if service in services)
 
 
 def read_picture(live: CompanyView, spec: View, state: View) -> Picture:
-    """The picture that three local views make."""
+    """Return a snapshot of three mirrors."""
     by_node: dict[str, dict[str, Live]] = {}
     for key, value in live.items("", Live):
         node, _, service = key.partition(".")
@@ -62,15 +62,15 @@ def read_picture(live: CompanyView, spec: View, state: View) -> Picture:
     for key, other in sorted(live.others.items()):
         node, _, service = key.partition(".")
         others.setdefault(node, {})[service] = other.version
-    # What such a storage holds nobody here can take.
-    away = {node for node, services in others.items() if "storage" in services}
+    # This node cannot use what an incompatible storage holds.
+    incompatible = {node for node, services in others.items() if "storage" in services}
     return Picture(
         live=by_node,
         other_versions=others,
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
-        models=[m for _, m in state.items("model.", ModelState) if m.node not in away],
-        parts=[p for _, p in state.items("part.", PartState) if p.node not in away],
+        models=[m for _, m in state.items("model.", ModelState) if m.node not in incompatible],
+        parts=[p for _, p in state.items("part.", PartState) if p.node not in incompatible],
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,

@@ -1,4 +1,4 @@
-"""How far a thing that was asked for has come. Pure."""
+"""Decide whether a requested download has started, and whether it has failed. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _BAD_ENDS: frozenset[DownloadPhase] = ENDED - {"ready"}
 
 
 def begun(now: DownloadState | None, before: DownloadState | None, asked_at_s: float) -> bool:
-    """Whether a download is past its queue since it was asked for.
+    """Return whether a download has left its queue since it was requested.
 
-    A state that was there before the asking says nothing, unless its node has confirmed it since. Clocks of nodes
-    differ, so a state that has changed counts as well as one that is dated later.
+    A state published before the request does not count, unless its node has confirmed it since. Nodes' clocks
+    differ, so a changed state counts as well as one with a later time.
     """
     if now is None or now.phase in _WAITING:
         return False
@@ -23,11 +23,11 @@ def begun(now: DownloadState | None, before: DownloadState | None, asked_at_s: f
 
 
 def ended_badly(outcome: Outcome | None, state: DownloadState | None) -> ShoalError | None:
-    """The error that a download ended with, or None while it goes on or when it is ready."""
+    """Return the error of a download; None while it runs or when it is ready."""
     if outcome is not None:
         return error_of(outcome)
     if state is None or state.phase not in _BAD_ENDS:
         return None
     if state.error is not None:
         return from_body(state.error)
-    return Failed(f"the download of {state.model} on node {state.node} {state.phase}; see the fetcher's log there")
+    return Failed(f"the download of {state.model} on node {state.node} {state.phase}; see `shoal logs fetcher` there")

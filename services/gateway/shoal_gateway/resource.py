@@ -1,4 +1,4 @@
-"""One route for each path, so that a wrong method is answered with all the right ones."""
+"""Make one route per path, so that a 405 response lists all allowed methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def resource(path: str, **endpoints: Endpoint) -> Route:
-    """A path and what answers each method: `resource("/v1/things", GET=things, POST=make)`."""
+    """Return the route of a path with a handler per method: `resource("/v1/things", GET=things, POST=make)`."""
 
     async def dispatch(request: Request) -> Response:
         return await endpoints["GET" if request.method == "HEAD" else request.method](request)

@@ -1,4 +1,4 @@
-"""The service: its views, its socket, and uvicorn inside the common main loop."""
+"""Run the gateway: its mirrors, its socket, and uvicorn inside the common main loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shoal_gateway.app import build_app
 from shoal_gateway.gateway import Gateway
 from shoal_gateway.settings import Settings, read_settings
 
-_FINISH_S = int(STOP_DEADLINE_S) - 2
-"""For running requests once we are told to stop; the rest of the deadline is for closing down."""
+_DRAIN_TIMEOUT_S = int(STOP_DEADLINE_S) - 2
+"""For running requests after a stop; the rest of the deadline is for closing down."""
 
 
 async def run(context: Context) -> None:
-    """Serve HTTP until stopping, then finish what is running."""
+    """Serve HTTP until stopping, then let running requests finish."""
     settings = read_settings(context.config, context.environ)
     async with asyncio.TaskGroup() as tasks:
         live = await context.view(tasks, "live")
@@ -46,7 +46,7 @@ async def _serve(context: Context, gateway: Gateway, listener: socket.socket) ->
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=_FINISH_S,
+            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
         ),
         context.stopping,
         on_started=context.ready,
@@ -57,7 +57,7 @@ async def _serve(context: Context, gateway: Gateway, listener: socket.socket) ->
 @contextmanager
 def _listening(bind: str, settings: Settings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is stated; with it, answers take 40 ms longer.
+    # asyncio disables Nagle's algorithm only where the protocol is given; with it, answers take 40 ms longer.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -67,7 +67,7 @@ def _listening(bind: str, settings: Settings) -> Iterator[socket.socket]:
         except OSError as e:
             raise Refused(
                 f"the gateway cannot listen on {bind} port {settings.port}: {e.strerror}; "
-                "stop what uses it, or set SHOAL_GATEWAY_PORT"
+                "stop the program that uses the port, or set SHOAL_GATEWAY_PORT to another"
             ) from None
         listener.setblocking(False)
         yield listener

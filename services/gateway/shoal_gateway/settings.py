@@ -1,4 +1,4 @@
-"""What the gateway is told from outside: its port by the environment, its limits by `[gateway]` in node.toml.
+"""The gateway's settings: its port from the environment, its time-outs from `[gateway]` in node.toml.
 
 SHOAL_GATEWAY_PORT   port to listen on; 0 takes any free one   8080
 """
@@ -19,26 +19,26 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long the gateway waits. All in seconds, all of `[gateway]` in node.toml."""
+    """How long the gateway waits, in seconds: `[gateway]` in node.toml."""
 
     accept_s: Seconds = 30.0
     """For an instance to accept a prompt."""
     first_token_s: Seconds = 300.0
-    """For the first token: a long prompt is read first, and that is silent."""
+    """For the first token: a long prompt is processed first, without output."""
     silence_s: Seconds = 60.0
-    """Between two tokens; also for a client that does not read."""
+    """Between two tokens; also for a client that reads nothing."""
     keep_alive_s: Seconds = 15.0
-    """Between two signs of life to a client that follows events."""
+    """Between two keep-alives to a client that follows events."""
     gap_s: Seconds = 2.0
-    """For a token that was overtaken by a later one."""
+    """For a token after which a later one has arrived already."""
     fetch_begins_s: Seconds = 15.0
-    """For a download to get past its queue before the answer says how it stands."""
+    """For a download to leave its queue before the request is answered."""
     outcome_s: Seconds = 60.0
-    """For commands that end soon: cancel, delete, stop, and those to storage but one."""
+    """For short commands: cancel, delete, stop, and all to storage but verify."""
     verify_s: Seconds = 3600.0
-    """For a verification of all that a node holds."""
+    """For the verification of everything that a node holds."""
     download_s: Seconds = 86400.0
-    """For a download whose asker waits for its end."""
+    """For a download that the client waits for."""
     place_s: Seconds = 600.0
     """For an instance to become ready."""
 
@@ -49,14 +49,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     limits: Limits
     credential_needed: bool
-    """Whether requests must show the cluster's secret: beyond loopback, always (I12)."""
+    """Whether requests need the cluster's secret: always beyond loopback (I12)."""
 
 
 def read_settings(config: Config, environ: Mapping[str, str]) -> Settings:
-    """Read them once. Raises BadInput naming the setting that is wrong."""
+    """Return the settings. Raises BadInput naming the wrong one."""
     text = environ.get("SHOAL_GATEWAY_PORT") or str(DEFAULT_PORT)
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise BadInput(f"SHOAL_GATEWAY_PORT is {text[:40]!r}: give a port, 0 to 65535")
+        raise BadInput(f"SHOAL_GATEWAY_PORT is {text[:40]!r}; give a port from 0 to 65535")
     try:
         limits = msgspec.convert(config.settings.get("gateway", {}), Limits)
     except msgspec.ValidationError as e:

@@ -1,4 +1,4 @@
-"""The cluster as people look at it: `GET /v1/status`. Pure."""
+"""Build the views of `GET /v1/status` from a cluster snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shoal_common.reach import ways
 from shoal_common.subjects import SERVICES
 from shoal_gateway.picture import Picture
 
-_MEMORY_TELLERS = ("inference", "storage", *SERVICES)
-"""Whose word on a node's memory counts, best first."""
+_MEMORY_SOURCES = ("inference", "storage", *SERVICES)
+"""Services whose memory figures are used, best first."""
 
 
 class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,39 +37,39 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node. One that is not live is known from what it left in `state`."""
+    """A node. One that is down is known from its keys in `state`."""
 
     node: str
     live: bool
     silent_since_s: float | None
-    """When a node that is not live was found silent (Unix time); it is retired when that is long ago."""
+    """Unix time at which a node was found to be down; it is retired when that is long ago. None while it is up."""
     drained: bool
-    """Whether people want nothing to run on it."""
+    """Whether nothing may be placed on it."""
     services: dict[str, ServiceView]
     missing_services: list[str]
     other_versions: dict[str, str]
-    """Services of it that are of another major version than the node that answers, which ignores them."""
+    """Its services of another major version, which the answering node ignores."""
     link: str
-    """The kind of link by which the node that answers would reach this one's fileserver; "" where it cannot say."""
+    """The kind of link over which the answering node would reach this one's fileserver; "" where unknown."""
     memory_total_bytes: int
     memory_available_bytes: int
     storage: StorageState | None
 
 
 class StorageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's disk: what its storage has said of it. `live` is whether it could be asked now."""
+    """A node's disk as its storage last published it; `live` is whether the storage runs now."""
 
     node: str
     live: bool
     disk_free_bytes: int | None
-    """Free space by the latest beat of a live storage, where `storage` has it as of the last change."""
+    """Free space as of the latest beat of a live storage; `storage` has it as of the last change."""
     storage: StorageState | None
     parts: list[PartState]
-    """Models of which it has some layers."""
+    """Shards: models of which the node has some layers."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A model and the nodes that hold all of it."""
+    """A model and the nodes that hold it completely."""
 
     model: str
     repo: str
@@ -77,11 +77,11 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[str]
     size_bytes: int
     adopted_from: dict[str, str]
-    """By node, the directory of a read-only root where it is; nodes that have it in their store are not here."""
+    """By node, the library directory that holds it; nodes that have it in their store are left out."""
 
 
 class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
-    """A DownloadState, without the list of its blobs."""
+    """A DownloadState without its blob list."""
 
     node: str
     model: str
@@ -101,11 +101,11 @@ class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
     started_at_s: float
     updated_at_s: float
     layers: list[list[int]]
-    """Of which layers it brings what is needed; empty: all of the model."""
+    """The layers it downloads; empty: the whole model."""
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage: where it is placed, and how it stands there. `phase` is None until its node has spoken."""
+    """A stage: its placement and its published state. `phase` is None until its node has published one."""
 
     rank: int
     node: str
@@ -132,13 +132,13 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     created_at_s: float
     tier: str
     is_low_memory: bool
-    """Whether other programs may have to give memory back."""
+    """Whether other programs may have to give up memory for it."""
     error: ErrorBody | None
     stages: list[StageView]
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything at once. `node` is the one that answers."""
+    """The whole status. `node` is the answering node."""
 
     node: str
     version: str
@@ -146,13 +146,13 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[NodeView]
     models: list[ModelView]
     parts: list[PartState]
-    """Models of which a node has some layers, by model, then node."""
+    """Shards, by model, then node."""
     downloads: list[DownloadView]
     instances: list[InstanceView]
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the node that answers is: its network (`identity.this_network`), and its interfaces."""
+    """The answering node's network (`process_identity.this_network`) and interfaces."""
 
     network: str
     interfaces: tuple[Interface, ...]
@@ -161,7 +161,7 @@ class Place(msgspec.Struct, frozen=True):
 def status_view(
     picture: Picture, node: str, version: str, nats_connected: bool, now_s: float, place: Place
 ) -> StatusView:
-    """The whole status."""
+    """Return the whole status."""
     return StatusView(
         node=node,
         version=version,
@@ -175,24 +175,24 @@ def status_view(
 
 
 def known_nodes(picture: Picture) -> list[str]:
-    """Every node that is live or that `state` or `spec` names."""
-    named = {*picture.live, *picture.storages, *picture.other_versions}
-    named |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
-    named |= {p.node for p in picture.parts}
-    named |= {s.node for spec in picture.specs.values() for s in spec.stages}
-    named |= {s.node for stages in picture.stages.values() for s in stages.values()}
-    return sorted(named)
+    """Return every node that is live or that `state` or `spec` names, sorted."""
+    names = {*picture.live, *picture.storages, *picture.other_versions}
+    names |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
+    names |= {p.node for p in picture.parts}
+    names |= {s.node for spec in picture.specs.values() for s in spec.stages}
+    names |= {s.node for stages in picture.stages.values() for s in stages.values()}
+    return sorted(names)
 
 
 def node_views(picture: Picture, now_s: float, place: Place) -> list[NodeView]:
-    """All nodes, in order of their names."""
+    """Return all nodes, sorted by name."""
     return [_node_view(picture, node, now_s, place) for node in known_nodes(picture)]
 
 
 def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeView:
     services = picture.live.get(node, {})
     fileserver = services.get("fileserver")
-    reached = ways(fileserver, place.network, place.interfaces) if fileserver else []
+    addresses = ways(fileserver, place.network, place.interfaces) if fileserver else []
     total_bytes, available_bytes = _memory(services)
     return NodeView(
         node=node,
@@ -211,7 +211,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
         },
         missing_services=[name for name in SERVICES if name not in services],
         other_versions=picture.other_versions.get(node, {}),
-        link=reached[0].kind if reached else "",
+        link=addresses[0].kind if addresses else "",
         memory_total_bytes=total_bytes,
         memory_available_bytes=available_bytes,
         storage=picture.storages.get(node),
@@ -219,7 +219,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
 
 
 def _memory(services: dict[str, Live]) -> tuple[int, int]:
-    for name in _MEMORY_TELLERS:
+    for name in _MEMORY_SOURCES:
         live = services.get(name)
         if live is not None and live.facts.memory_total_bytes:
             return live.facts.memory_total_bytes, live.facts.memory_available_bytes
@@ -227,7 +227,7 @@ def _memory(services: dict[str, Live]) -> tuple[int, int]:
 
 
 def storage_views(picture: Picture) -> list[StorageView]:
-    """The disks of all nodes whose storage is live or has said something, in order of their names."""
+    """Return the disks of all nodes whose storage is live or has published a state, sorted by name."""
     nodes = sorted({*picture.storages, *picture.nodes_with("storage")})
     views = []
     for node in nodes:
@@ -245,12 +245,12 @@ def storage_views(picture: Picture) -> list[StorageView]:
 
 
 def parts_of(picture: Picture) -> list[PartState]:
-    """Models of which a node has some layers, by model, then node."""
+    """Return the shards, by model, then node."""
     return sorted(picture.parts, key=lambda p: (p.model, p.node))
 
 
 def model_views(picture: Picture) -> list[ModelView]:
-    """All models that some node holds whole."""
+    """Return all models that some node holds completely."""
     nodes: dict[str, list[str]] = {}
     adopted: dict[str, dict[str, str]] = {}
     for held in picture.models:
@@ -272,24 +272,24 @@ def model_views(picture: Picture) -> list[ModelView]:
 
 
 def download_view(state: DownloadState) -> DownloadView:
-    """One download."""
+    """Return the view of a download."""
     return DownloadView(**{name: getattr(state, name) for name in DownloadView.__struct_fields__})
 
 
 def download_views(picture: Picture) -> list[DownloadView]:
-    """All downloads, by model, then node."""
+    """Return all downloads, by model, then node."""
     return [download_view(d) for d in sorted(picture.downloads, key=lambda d: (d.model, d.node))]
 
 
 def instance_views(picture: Picture) -> list[InstanceView]:
-    """All instances, placed or still there, oldest first."""
+    """Return all instances, placed or still published, oldest first."""
     ids = picture.specs.keys() | picture.instances.keys()
     views = [instance_view(picture, i) for i in ids]
     return sorted((v for v in views if v is not None), key=lambda v: (v.created_at_s, v.id))
 
 
 def instance_view(picture: Picture, instance: str) -> InstanceView | None:
-    """One instance, or None when nothing is known of it."""
+    """Return the view of an instance, or None for an unknown one."""
     spec, state = picture.specs.get(instance), picture.instances.get(instance)
     known: InstanceSpec | InstanceState | None = spec or state
     if known is None:
@@ -301,7 +301,7 @@ def instance_view(picture: Picture, instance: str) -> InstanceView | None:
         model=f"{known.repo}@{known.commit}",
         repo=known.repo,
         commit=known.commit,
-        # What is said of an earlier layout says nothing of this one.
+        # The state of an earlier layout does not apply to this one.
         phase=state.phase if state and state.epoch >= known.epoch else "starting",
         nodes=[s.node for s in spec.stages] if spec else (state.nodes if state else []),
         epoch=known.epoch,

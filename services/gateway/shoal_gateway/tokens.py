@@ -1,4 +1,4 @@
-"""Tokens as they arrive, and text as it may be shown. Pure."""
+"""Put tokens in order, and hold back text that may begin a stop string. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from shoal_common.messages.questions import TokenEvent
 
 MAX_AHEAD = 4096
-"""Tokens kept that came before their turn. One beyond counts as never come."""
+"""Most tokens kept ahead of a gap. A token beyond that is dropped."""
 
 
 class InOrder:
-    """Puts token events in order of their index, each once. An error is passed on at once, whatever its index."""
+    """Orders token events by index, each once. An error is passed on at once, whatever its index."""
 
     def __init__(self) -> None:
         self.next_index = 0
@@ -19,11 +19,11 @@ class InOrder:
 
     @property
     def gap(self) -> bool:
-        """Whether a later token is here and an earlier one is not."""
+        """Whether a token is missing before one that has arrived."""
         return bool(self._ahead)
 
     def push(self, event: TokenEvent) -> list[TokenEvent]:
-        """What can be passed on now that this event is here."""
+        """Add an event; return the events that are now in order."""
         if event.error is not None:
             return [event]
         if self.next_index <= event.index < self.next_index + MAX_AHEAD:
@@ -36,10 +36,10 @@ class InOrder:
 
 
 class StopScanner:
-    """Looks for stop strings in text that comes in pieces; holds back what may turn out to begin one.
+    """Finds stop strings in text that arrives in pieces; holds back text that may begin one.
 
-    The stop string that is complete first ends the text (of two complete at once, the longer), so how the text
-    is cut into pieces makes no difference.
+    The stop string that is complete first ends the text (of two complete at once, the longer), so the cut into
+    pieces makes no difference.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ class StopScanner:
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain now. Nothing comes after `stopped`."""
+        """Add a piece; return the text that can be sent now. After `stopped` that is always ""."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -61,7 +61,7 @@ class StopScanner:
         return text[: len(text) - held]
 
     def rest(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return the text held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held
 

@@ -1,1 +1,1 @@
-"""inference: hosts MLX stages and generates. MLX itself is only loaded in the stage processes."""
+"""inference: runs this node's stages and generates. Only stage processes load MLX."""

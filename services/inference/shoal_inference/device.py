@@ -1,7 +1,7 @@
-"""What this machine computes with, asked of MLX in a process of its own, and kept for the next start.
+"""Detect the accelerator and the memory bandwidth with MLX in a child process, and cache the result.
 
-`<home>/device.json` says what was measured, and on which machine: a home that was copied to another one, or met
-another version of MLX, is measured anew. What cannot be asked is tried again at the next start of the service.
+`<home>/device.json` records the measurement and the machine: a home that was copied to another machine, or that runs
+another version of MLX, is measured again. A failed detection is tried again at the next start of the service.
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ from shoal_inference.stage.device import Device
 log = Log("device")
 
 LOOK_S = 60.0
-"""Importing MLX takes a second, and much longer on a machine that is busy."""
+"""Importing MLX takes a second, and much longer on a busy machine."""
 BUSY_S = 300.0
-"""How long a start waits for a machine that has other things to do: what is measured beside them says little."""
-_BUSY_LOOK_S = 10.0
-_LEAST_AVAILABLE_BYTES = 2 << 30
-"""With less than this nobody takes 256 MiB to measure."""
+"""How long the measurement waits for a busy machine to become idle: beside other work it means little."""
+_BUSY_POLL_INTERVAL_S = 10.0
+_MIN_AVAILABLE_BYTES = 2 << 30
+"""With less than this available, nothing is measured: the measurement takes 256 MiB."""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """The file."""
+    """The contents of `device.json`."""
 
     machine: str
     device: Device
     working_bytes_per_s: float = 0.0
-    """What stages have shown since; 0: nothing else."""
+    """Bandwidth observed while stages worked; 0: none yet."""
 
 
 def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
-    """`[inference] memory_bytes_per_s` of node.toml, or SHOAL_MEMORY_BYTES_PER_S; None: measure. Raises BadInput."""
+    """Return `[inference] memory_bytes_per_s` of node.toml, or SHOAL_MEMORY_BYTES_PER_S; None: measure.
+
+    Raises BadInput.
+    """
     value = environ.get("SHOAL_MEMORY_BYTES_PER_S") or settings.get("memory_bytes_per_s")
     if not value:
         return None
@@ -54,12 +57,14 @@ def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> fl
     except ValueError:
         speed = -1.0
     if not 0 < speed < float("inf"):
-        raise BadInput(f"memory_bytes_per_s {value!r} is not a number of bytes a second")
+        raise BadInput(
+            f"memory_bytes_per_s {value!r} is not a positive number of bytes per second; correct or remove it"
+        )
     return speed
 
 
 def this_machine() -> str:
-    """What a measurement belongs to: this machine and this MLX."""
+    """Return what a measurement is valid for: this machine and this version of MLX."""
     parts = (platform.node(), platform.machine(), os.cpu_count(), psutil.virtual_memory().total)
     return " ".join(map(str, (*parts, metadata.version("mlx"))))
 
@@ -73,19 +78,19 @@ def _read(home: Path, machine: str) -> Kept | None:
 
 
 def read_kept(home: Path, machine: str) -> Device | None:
-    """What an earlier start has measured here; None when it has to be measured."""
+    """Return what an earlier start measured on this machine; None when it must be measured."""
     kept = _read(home, machine)
     return None if kept is None else kept.device
 
 
 def read_working(home: Path) -> float:
-    """What stages have shown on this machine before; 0: nothing."""
+    """Return the bandwidth that stages showed on this machine before; 0: none."""
     kept = _read(home, this_machine())
     return 0.0 if kept is None else max(kept.working_bytes_per_s, 0.0)
 
 
 def keep_working(home: Path, bytes_per_s: float) -> None:
-    """Write what stages have shown beside what was measured; nothing where that is not kept."""
+    """Save the bandwidth that stages showed; does nothing where no measurement is cached."""
     machine = this_machine()
     device = read_kept(home, machine)
     if device is not None:
@@ -93,56 +98,58 @@ def keep_working(home: Path, bytes_per_s: float) -> None:
 
 
 def keep(home: Path, machine: str, device: Device, working_bytes_per_s: float = 0.0) -> None:
-    """Write it for the next start. It is only a saving: a disk that does not take it is no error."""
-    fresh = home / "device.json.new"
+    """Save the measurement for the next start. It is only a cache: a failed write is no error."""
+    temporary = home / "device.json.new"
     with suppress(OSError):
-        fresh.write_bytes(msgspec.json.encode(Kept(machine, device, working_bytes_per_s)))
-        fresh.replace(home / "device.json")
+        temporary.write_bytes(msgspec.json.encode(Kept(machine, device, working_bytes_per_s)))
+        temporary.replace(home / "device.json")
 
 
 def busy() -> bool:
-    """Whether other programs compute on more than half of this machine's cores."""
+    """Return whether other programs use more than half of this machine's cores."""
     return psutil.getloadavg()[0] > (os.cpu_count() or 1) / 2
 
 
 async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_S) -> Device:
-    """What MLX computes with here. Measured once on each machine; a speed that a person gave is not.
+    """Return MLX's device on this machine, measured once per machine; a configured `speed` is not measured.
 
     A machine that stays busy for `patience_s` is measured all the same, and again at the next start.
     """
     machine = await asyncio.to_thread(this_machine)
     kept = await asyncio.to_thread(read_kept, home, machine)
-    room = least(await asyncio.to_thread(Memory().look))
-    measure = speed is None and kept is None and room.available_bytes >= _LEAST_AVAILABLE_BYTES
+    limit = least(await asyncio.to_thread(Memory().look))
+    measure = speed is None and kept is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
     known = kept or Device(bytes_per_s=speed or 0.0)
     if speed is not None:
         known = msgspec.structs.replace(known, bytes_per_s=speed)
-    # An accelerator's limit is a setting of macOS, so it is asked for at each start there.
+    # On macOS the accelerator's memory limit is a system setting: read it at each start.
     if not measure and sys.platform != "darwin":
         return known
-    quiet = not measure or await _quiet(patience_s)
-    found = await _ask(measure)
-    if found is None:
+    was_idle = not measure or await _wait_idle(patience_s)
+    detected = await _detect(measure)
+    if detected is None:
         return known
     if measure:
-        log.info("memory measured", bytes_per_s=round(found.bytes_per_s), accelerator=found.accelerator)
-        if quiet:
-            await asyncio.to_thread(keep, home, machine, found)
-        return found
-    return msgspec.structs.replace(found, bytes_per_s=known.bytes_per_s)
+        log.info(
+            "memory bandwidth measured", bytes_per_s=round(detected.bytes_per_s), accelerator=detected.accelerator
+        )
+        if was_idle:
+            await asyncio.to_thread(keep, home, machine, detected)
+        return detected
+    return msgspec.structs.replace(detected, bytes_per_s=known.bytes_per_s)
 
 
-async def _quiet(patience_s: float) -> bool:
+async def _wait_idle(patience_s: float) -> bool:
     loop = asyncio.get_running_loop()
-    give_up_s = loop.time() + patience_s
+    deadline_s = loop.time() + patience_s
     while busy():
-        if loop.time() >= give_up_s:
+        if loop.time() >= deadline_s:
             return False
-        await asyncio.sleep(_BUSY_LOOK_S)
+        await asyncio.sleep(_BUSY_POLL_INTERVAL_S)
     return True
 
 
-async def _ask(measure: bool) -> Device | None:
+async def _detect(measure: bool) -> Device | None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -155,12 +162,12 @@ async def _ask(measure: bool) -> Device | None:
     )
     try:
         async with asyncio.timeout(LOOK_S):
-            said, complaint = await process.communicate()
-        return msgspec.json.decode(said, type=Device)
+            output, errors = await process.communicate()
+        return msgspec.json.decode(output, type=Device)
     except TimeoutError:
-        log.warning("MLX did not say in time what it computes with", deadline_s=LOOK_S)
+        log.warning("device detection timed out", timeout_s=LOOK_S)
     except msgspec.MsgspecError:
-        log.warning("MLX cannot be asked what it computes with", why=complaint.decode(errors="replace")[-300:])
+        log.warning("device detection failed", reason=errors.decode(errors="replace")[-300:])
     finally:
         if process.returncode is None:
             process.kill()

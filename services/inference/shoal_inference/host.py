@@ -1,4 +1,4 @@
-"""The shell: what `spec.instance` wants of this node is what runs on it."""
+"""Start and stop this node's stages to match `spec.instance`, and route requests to them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from shoal_inference.uses import Uses
 
 log = Log("inference")
 
-_MEMORY_LOOK_S = 5.0
+_MEMORY_INTERVAL_S = 5.0
 
 
 class Host:
-    """All stages of this node."""
+    """Runs all stages of this node."""
 
     def __init__(self, context: Context, tasks: asyncio.TaskGroup, spec: View, state: View) -> None:
         self._context, self._tasks = context, tasks
@@ -42,43 +42,43 @@ class Host:
         settings = context.config.settings.get("inference", {})
         self._cap_bytes = read_bytes("max_memory_bytes", settings, context.environ)
         self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
-        self._given = read_speed(settings, context.environ)
-        self._device = Device(bytes_per_s=self._given or 0.0)
+        self._configured_speed = read_speed(settings, context.environ)
+        self._device = Device(bytes_per_s=self._configured_speed or 0.0)
         self._speed = Speed(self._keep_speed)
         self._memory = Memory()
 
     def facts(self) -> Facts:
-        """What this node's stages occupy, and what there is for more. Reads files; call it in a thread."""
+        """Return the memory this node's stages occupy and what is available. Reads files: call it in a thread."""
         stages: dict[str, int] = {}
         for (instance, _, rank), (runner, _) in list(self._running.items()):
             if (pid := runner.pid) is not None:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
-        found = memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
-        return structs.replace(found, working_bytes_per_s=self._speed.said)
+        facts = memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
+        return structs.replace(facts, working_bytes_per_s=self._speed.said)
 
     async def find_device(self) -> None:
-        """Learn what MLX computes with here; said with the next look at the memory."""
+        """Detect the accelerator and memory bandwidth; published with the next memory sample."""
         home = self._context.config.home
-        self._device = await find_device(home, self._given)
-        if self._given is None:  # what a person has said is corrected by nobody
+        self._device = await find_device(home, self._configured_speed)
+        if self._configured_speed is None:  # a configured bandwidth is never corrected
             self._speed.begin(self._device.bytes_per_s, await asyncio.to_thread(read_working, home))
 
     def _keep_speed(self, bytes_per_s: float) -> None:
-        log.info("stages show how fast this node reads", bytes_per_s=bytes_per_s)
+        log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
         self._tasks.create_task(asyncio.to_thread(keep_working, self._context.config.home, bytes_per_s))
 
     def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
         return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
 
     async def remove_leftovers(self) -> None:
-        """At start: what an earlier process said of stages that nobody wants now is taken back."""
-        told = [s for _, s in self._state.items("stage.", StageState)]
-        for instance, rank in leftovers(told, self._wanted().values(), self._context.node):
+        """At start, unpublish stages of an earlier process that are no longer wanted."""
+        published = [s for _, s in self._state.items("stage.", StageState)]
+        for instance, rank in leftovers(published, self._wanted().values(), self._context.node):
             await self._context.buckets.state.delete(stage_key(instance, rank))
 
     async def follow_spec(self) -> None:
-        """At every change of `spec`: start and stop stages."""
+        """Start and stop stages at every change of `spec`, for ever."""
         await reconcile_forever("starting and stopping stages", (self._spec,), self._start_and_stop)
 
     async def _start_and_stop(self) -> None:
@@ -106,33 +106,33 @@ class Host:
             await runner.withdraw()
 
     async def stop_all(self) -> None:
-        """The service stops: no stage of this node remains, in memory or in `state`."""
+        """Stop every stage of this node and unpublish it."""
         async with asyncio.TaskGroup() as stopping:
             for key in list(self._running):
                 stopping.create_task(self._stop(key))
 
     async def watch_memory(self) -> None:
-        """Keep the memory in the liveness facts true."""
-        for room in await asyncio.to_thread(self._memory.look):
-            if room.group is not None:
-                log.info("a control group limits the memory", group=str(room.group), limit_bytes=room.total_bytes)
+        """Keep the memory figures of the liveness record current, for ever."""
+        for limit in await asyncio.to_thread(self._memory.look):
+            if limit.group is not None:
+                log.info("memory limited by a control group", group=str(limit.group), limit_bytes=limit.total_bytes)
         while True:
             liveness = self._context.liveness
             liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))
-            await asyncio.sleep(_MEMORY_LOOK_S)
+            await asyncio.sleep(_MEMORY_INTERVAL_S)
 
     async def watch_forced(self) -> None:
-        """Have stages that were forced onto this node give way before the machine starves (`starving.py`)."""
+        """Kill stages that were forced onto this node before the machine runs out of memory (`oom_guard.py`)."""
         while True:
-            seen = self._spec.changes
+            version = self._spec.changes
             if all(wanted.spec.tier != "force" for wanted in self._wanted().values()):
-                await self._spec.changed_after(seen)
+                await self._spec.changed_after(version)
                 continue
-            why = why_starving(await asyncio.to_thread(self.facts), self._floor_bytes)
-            if why is not None:
+            reason = why_starving(await asyncio.to_thread(self.facts), self._floor_bytes)
+            if reason is not None:
                 for runner, _ in self._running.values():
                     if runner.assignment.spec.tier == "force":
-                        runner.give_way(why)
+                        runner.give_way(reason)
             await asyncio.sleep(LOOK_S)
 
     def _first_stage(self, instance: str) -> StageRunner:
@@ -140,23 +140,23 @@ class Host:
             if name == instance and rank == 0:
                 return runner
         raise NotFound(
-            f"instance {instance} has no first stage on node {self._context.node}: it was stopped or placed anew; "
-            "see `shoal ps`"
+            f"instance {instance} has no first stage on node {self._context.node}: it was stopped or "
+            "moved; see `shoal ps`"
         )
 
     async def generate(self, question: Generate) -> Accepted:
-        """Begin an answer."""
+        """Start an answer and record the use of its model. Raises what the stage answers."""
         runner = self._first_stage(question.instance)
         accepted = await runner.generate(question)
         self._uses.note(runner.assignment.spec, asyncio.get_running_loop().time())
         return accepted
 
     async def cancel(self, question: CancelGenerate) -> Done:
-        """End an answer that nobody reads. One that has ended is no error (I5)."""
+        """Cancel an answer. One that has ended already is no error (I5)."""
         try:
             await self._first_stage(question.instance).cancel(question.request)
         except NotFound:
-            log.debug("cancel for an instance that is gone", instance=question.instance)
+            log.debug("cancel for an unknown instance", instance=question.instance)
         return Done()
 
 
@@ -165,7 +165,7 @@ def _layers(assignment: Assignment) -> str:
 
 
 async def run(context: Context) -> None:
-    """The inference service."""
+    """Run the inference service until it is told to stop."""
     async with asyncio.TaskGroup() as tasks:
         spec = await context.view(tasks, "spec", "instance.>")
         state = await context.view(tasks, "state")

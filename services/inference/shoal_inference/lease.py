@@ -1,4 +1,4 @@
-"""A stage's lease of its model: taken from this node's storage before its process reads, given back after its end."""
+"""Lease a stage's model from this node's storage before its process reads it; release it after the process ends."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from shoal_inference.decide import Assignment
 log = Log("lease")
 
 LEASE_WITHIN_S = 60.0
-"""Longer than a supervisor takes to bring storage back."""
-_ANSWER_WITHIN_S = 10.0
-_AGAIN_AFTER_S = 0.5
-_GIVE_BACK_WITHIN_S = 1.0
+"""Longer than a supervisor takes to restart storage."""
+_ANSWER_TIMEOUT_S = 10.0
+_RETRY_INTERVAL_S = 0.5
+_RELEASE_TIMEOUT_S = 1.0
 
 
 @asynccontextmanager
 async def leased(
     ask: Ask, node: str, assignment: Assignment, within_s: float = LEASE_WITHIN_S
 ) -> AsyncIterator[Leased]:
-    """A lease of a stage's model, while the body runs. Raises what storage answers; Unavailable when it does not."""
-    lease = await _take(ask, node, assignment, within_s)
+    """Hold a lease of a stage's model while the body runs.
+
+    Raises what storage answers, or Unavailable when there is no lease after `within_s`.
+    """
+    lease = await _acquire(ask, node, assignment, within_s)
     try:
         yield lease
     finally:
-        # At once rather than when storage looks: that a process has ended, it finds out by itself.
+        # Storage notices the end of the process by itself; releasing only makes it immediate.
         try:
-            await ask("storage", node, "unlease", Unlease(id=lease.id), Done, deadline_s=_GIVE_BACK_WITHIN_S)
+            await ask("storage", node, "unlease", Unlease(id=lease.id), Done, deadline_s=_RELEASE_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
-            log.info("a lease was not given back; it ends by itself", lease=lease.id, why=str(e))
+            log.debug("lease not released; it expires by itself", lease=lease.id, reason=str(e) or type(e).__name__)
 
 
-async def _take(ask: Ask, node: str, assignment: Assignment, within_s: float) -> Leased:
+async def _acquire(ask: Ask, node: str, assignment: Assignment, within_s: float) -> Leased:
     spec, rank = assignment.spec, assignment.stage.rank
     question = AskLease(
         model=spec.model,
@@ -47,16 +50,26 @@ async def _take(ask: Ask, node: str, assignment: Assignment, within_s: float) ->
         instance=spec.id,
         layers=[assignment.stage.first_layer, assignment.stage.last_layer],
     )
-    give_up_s = asyncio.get_running_loop().time() + within_s
+    deadline_s = asyncio.get_running_loop().time() + within_s
+    is_logged = False
     while True:
         try:
-            return await ask("storage", node, "lease", question, Leased, deadline_s=_ANSWER_WITHIN_S)
+            return await ask("storage", node, "lease", question, Leased, deadline_s=_ANSWER_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
             if isinstance(e, ShoalError) and not e.retryable:
                 raise
-            if asyncio.get_running_loop().time() > give_up_s:
+            if asyncio.get_running_loop().time() > deadline_s:
                 raise Unavailable(
-                    f"stage {rank} of {spec.id} got no lease of {spec.model} in {within_s:.0f} s: {e}"
+                    f"stage {rank} of {spec.id} got no lease of {spec.model} within {within_s:.0f} s: {e}; "
+                    "it is tried again"
                 ) from None
-            log.info("waiting for a lease", model=spec.model, why=str(e) or type(e).__name__)
-        await asyncio.sleep(_AGAIN_AFTER_S)
+            if not is_logged:
+                is_logged = True
+                log.info(
+                    "waiting for a model lease",
+                    instance=spec.id,
+                    rank=rank,
+                    model=spec.model,
+                    reason=str(e) or type(e).__name__,
+                )
+        await asyncio.sleep(_RETRY_INTERVAL_S)

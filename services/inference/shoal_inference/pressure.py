@@ -1,6 +1,6 @@
-"""How much there is suffering for want of memory, in three steps: an idle machine says the same from beat to beat.
+"""Memory pressure in three steps, so that an idle machine publishes the same at every beat.
 
-Where control groups limit this process (`shoal_common/cgroup.py`) it is what suffers within them that counts.
+Where control groups limit this process (`shoal_common/host/cgroup.py`), the pressure within them counts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from shoal_common.cgroup import Room
 _STALLS = Path("/proc/pressure/memory")
 _SOME = re.compile(r"^some avg10=([0-9.]+)", re.MULTILINE)
 _STEPS_PERCENT = (1.0, 20.0)
-"""Of the last ten seconds, how long something waited for memory."""
+"""Share of the last ten seconds in which some task waited for memory."""
 _MACOS_LEVELS = {1: 0, 2: 1, 4: 2}
 
 
-def pressure(rooms: Sequence[Room] = ()) -> int | None:
-    """0 none, 1 some, 2 much; None where the system does not say. That of the worst of the limited groups among
-    `rooms`, or of the machine where there is none, or none that says it: version 1 of control groups does not."""
+def pressure(limits: Sequence[Room] = ()) -> int | None:
+    """Return 0 none, 1 some or 2 much; None where the system does not report it.
+
+    The worst of the control groups among `limits`, or the machine's where no group reports it: version 1 does not.
+    """
     if sys.platform == "darwin":
         return _MACOS_LEVELS.get(_macos_level())
-    groups = [_stalls(room.group / "memory.pressure") for room in rooms if room.group is not None]
+    groups = [_stalls(limit.group / "memory.pressure") for limit in limits if limit.group is not None]
     steps = [step for step in groups if step is not None]
     return max(steps) if steps else _stalls(_STALLS)
 
@@ -38,14 +40,16 @@ def _stalls(path: Path) -> int | None:
 
 
 def of_stalls(text: str) -> int | None:
-    """The step of what Linux says in /proc/pressure/memory."""
-    found = _SOME.search(text)
-    return sum(float(found.group(1)) >= step for step in _STEPS_PERCENT) if found else None
+    """Return the pressure step of a Linux PSI file such as /proc/pressure/memory."""
+    match = _SOME.search(text)
+    return sum(float(match.group(1)) >= step for step in _STEPS_PERCENT) if match else None
 
 
 def _macos_level() -> int:
-    """`kern.memorystatus_vm_pressure_level`, 0 when it cannot be read: it is asked for every few seconds, so not by
-    starting `sysctl`."""
+    """Return `kern.memorystatus_vm_pressure_level`, or 0 when it cannot be read.
+
+    Read every few seconds, so not by starting `sysctl`.
+    """
     level, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
     library = ctypes.CDLL(None)
     name = b"kern.memorystatus_vm_pressure_level"

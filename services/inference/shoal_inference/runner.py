@@ -1,4 +1,4 @@
-"""One stage of one instance on this node, from fetching its model to its last token: a process and its story."""
+"""Run one stage of one instance on this node: fetch its model, spawn its process, publish its state and tokens."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from shoal_inference.stage.spawn import StageProcess
 log = Log("stage")
 
 _FETCH_DEADLINE_S = 24 * 3600.0
-_ACCEPT_DEADLINE_S = 30.0
-_STEADY_S = 30.0
-"""A process that lived this long was well: its death counts as the first."""
+_ACCEPT_TIMEOUT_S = 30.0
+_STABLE_AFTER_S = 30.0
+"""A process that lived this long was healthy: its death counts as the first."""
 
 
 class StageRunner:
-    """Runs one assignment until cancelled, and is the only writer of its `state.stage` key."""
+    """Runs one assignment until it is cancelled; the only publisher of its `state.stage` key."""
 
     def __init__(
         self,
@@ -69,78 +69,82 @@ class StageRunner:
             epoch=self._spec.epoch,
             phase="fetching",
         )
-        self._said: StageState | None = None
+        self._published: StageState | None = None
         self._process: StageProcess | None = None
         self._accepting: dict[str, asyncio.Future[Accepted]] = {}
-        self._gave_way: ShoalError | None = None
+        self._kill_reason: ShoalError | None = None
 
     @property
     def pid(self) -> int | None:
-        """Of the stage's process, while there is one."""
+        """The pid of the stage's process; None while there is none."""
         process = self._process
         return None if process is None else process.pid
 
     @property
     def ready(self) -> bool:
-        """Whether the stage is loaded and both its neighbours are connected."""
+        """Whether the stage is loaded and connected to both its neighbours."""
         return self._state.phase == "ready"
 
     async def run(self) -> None:
-        """Fetch, load, serve; again after each death of the process, with back-off. Ends by cancellation."""
+        """Fetch, load and serve; restart after each death of the process, with back-off. Ends by cancellation."""
         deaths = 0
         loop = asyncio.get_running_loop()
         while True:
-            born_s = loop.time()
+            started_s = loop.time()
             try:
                 await self._fetch()
-                await self._live()
+                await self._run_process()
             except ShoalError as e:
                 error = e
-            if self._gave_way is not None:
-                error = self._gave_way
-            deaths = 1 if loop.time() - born_s > _STEADY_S else deaths + 1
+            if self._kill_reason is not None:
+                error = self._kill_reason
+            deaths = 1 if loop.time() - started_s > _STABLE_AFTER_S else deaths + 1
             log.warning(
-                "stage ended", instance=self._spec.id, rank=self._stage.rank, why=error.message, deaths=deaths
+                "stage ended",
+                instance=self._spec.id,
+                rank=self._stage.rank,
+                reason=error.message,
+                deaths=deaths,
             )
             self._fail_accepting(error)
-            await self._say(phase="failed", error=error.body(), address="", links=[], uid="")
-            if self._gave_way is not None:
-                await asyncio.Event().wait()  # until people stop the instance, or it is placed anew
+            await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
+            if self._kill_reason is not None:
+                await asyncio.Event().wait()  # until the instance is stopped or moved, which cancels this task
             await asyncio.sleep(respawn_delay_s(deaths))
 
     def give_way(self, error: ShoalError) -> None:
-        """Kill the process, if there is one, and start no other: the machine needs the memory."""
-        if self.pid is not None and self._gave_way is None:
-            self._gave_way = error
+        """Kill the process, if there is one, and do not restart it: the machine needs the memory."""
+        if self.pid is not None and self._kill_reason is None:
+            self._kill_reason = error
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     async def withdraw(self) -> None:
-        """The stage is gone from this node: say so."""
+        """Unpublish the stage."""
         await self._bucket.delete(self._key)
 
     # Life of one process
 
     async def _fetch(self) -> None:
-        """Have this node's fetcher bring what this stage needs of the model, if that is not here."""
+        """Download what this stage needs of the model, unless this node has it. Raises if the download fails."""
         node, model = self._config.node, self._spec.model
         layers = [self._stage.first_layer, self._stage.last_layer]
         if self._view.get(model_key(node, model), ModelState) is not None:
             return
-        part = self._view.get(part_key(node, model), PartState)
-        if part is not None and covers(part.layers, layers):
+        shard = self._view.get(part_key(node, model), PartState)
+        if shard is not None and covers(shard.layers, layers):
             return
-        await self._say(phase="fetching", error=None)
+        await self._publish_state(phase="fetching", error=None)
         command = commands.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, unless_paused=True)
         outcome = await self._sender.outcome_of("fetcher", node, "download", command, new_id(), _FETCH_DEADLINE_S)
         if outcome.error is not None:
             raise from_body(outcome.error)
 
-    async def _live(self) -> None:
-        """One process: start it, follow what it says. Raises why it ended."""
-        await self._say(phase="loading", error=None, uid=uuid.uuid4().hex[:8])
+    async def _run_process(self) -> None:
+        """Start a process and handle its events until it ends. Raises why it ended."""
+        await self._publish_state(phase="loading", error=None, uid=uuid.uuid4().hex[:8])
         spec, stage = self._spec, self._stage
-        # The process ends before its lease does, whichever way we leave.
+        # The process always ends before its lease does.
         async with (
             leased(self._ask, self._config.node, self.assignment) as lease,
             await StageProcess.spawn() as process,
@@ -152,6 +156,7 @@ class StageRunner:
                     epoch=spec.epoch,
                     rank=stage.rank,
                     stages=len(spec.stages),
+                    nodes=tuple(planned.node for planned in spec.stages),
                     model_dir=lease.view,
                     lock=lease.lock,
                     leaves=lease.leaves,
@@ -172,25 +177,26 @@ class StageRunner:
             finally:
                 self._process = None
                 linking.cancel()
-        code = await process.wait()
+        status = await process.wait()
         if self._state.error is not None:
             raise from_body(self._state.error)
-        raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died (status {code})")
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {how}")
 
     async def _keep_linked(self, process: StageProcess) -> None:
-        """Tell the process where its successor is, now and whenever that changes."""
+        """Send the process its successor's address, now and at every change."""
         if len(self._spec.stages) == 1:
             return
-        told = ""
+        sent = ""
         while True:
-            seen = self._view.changes
+            version = self._view.changes
             states = (s for _, s in self._view.items(f"stage.{self._spec.id}.", StageState))
             address = next_address(self._spec, self._stage.rank, states, self._interfaces.now)
-            if address and address != told:
+            if address and address != sent:
                 host, _, port = address.rpartition(":")
                 await self._send(process, control.Link(host=host.strip("[]"), port=int(port)))
-                told = address
-            await self._view.changed_after(seen)
+                sent = address
+            await self._view.changed_after(version)
 
     async def _send(self, process: StageProcess, message: control.ToChild) -> None:
         try:
@@ -205,15 +211,32 @@ class StageRunner:
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case control.Loaded():
                 alone = len(self._spec.stages) == 1
-                await self._say(phase="ready" if alone else "linking", weight_bytes=event.weight_bytes, error=None)
-                log.info("stage loaded", instance=self._spec.id, rank=self._stage.rank, load_s=round(event.load_s, 2))
+                await self._publish_state(
+                    phase="ready" if alone else "linking", weight_bytes=event.weight_bytes, error=None
+                )
+                log.info(
+                    "stage loaded",
+                    instance=self._spec.id,
+                    rank=self._stage.rank,
+                    weight_bytes=event.weight_bytes,
+                    load_s=round(event.load_s, 2),
+                )
             case control.Linked():
-                await self._say(phase="ready", error=None)
+                log.info("stage linked", instance=self._spec.id, rank=self._stage.rank)
+                await self._publish_state(phase="ready", error=None)
             case control.Unlinked(reason=reason, rank=rank):
-                log.warning("stage unlinked", instance=self._spec.id, rank=self._stage.rank, why=reason)
+                peer = self._spec.stages[rank].node if rank < len(self._spec.stages) else "-"
+                log.warning(
+                    "stage lost a neighbour",
+                    instance=self._spec.id,
+                    rank=self._stage.rank,
+                    peer_rank=rank,
+                    peer_node=peer,
+                    reason=reason,
+                )
                 if rank < len(self._spec.stages):
-                    await self._sight.lost(self._spec.stages[rank].node, reason)
-                await self._say(phase="linking")
+                    await self._sight.lost(peer, reason)
+                await self._publish_state(phase="linking")
             case control.Accepted():
                 self._accept(event)
             case control.Token():
@@ -236,10 +259,10 @@ class StageRunner:
                 error = stage_error(event.code, event.message)
                 self._state = structs.replace(self._state, error=error.body())
             case _:
-                log.debug("stage says", event=type(event).__name__)
+                log.debug("stage event ignored", event=type(event).__name__)
 
     def _note_pace(self, pass_s: float) -> None:
-        # Of a model that came in parts only some other node may have the shape.
+        # Where this node holds only a shard, the model's shape may be published by another node.
         models = (m for _, m in self._view.items("model.", ModelState) if m.model == self._spec.model)
         shape = next((m.shape for m in models if m.shape is not None), None)
         if shape is not None:
@@ -248,15 +271,15 @@ class StageRunner:
     # Requests
 
     async def generate(self, question: Generate) -> Accepted:
-        """Begin an answer; tokens follow on their subject. Raises what the stage answers."""
+        """Start an answer; its tokens follow on their subject. Raises what the stage answers."""
         process = self._process
         if process is None or not self.ready:
             raise StageLost(
-                f"instance {self._spec.id} is not ready: its stage {self._stage.rank} on node {self._config.node} is "
-                f"{self._state.phase}; see `shoal ps`"
+                f"instance {self._spec.id} is not ready: stage {self._stage.rank} on node {self._config.node} is "
+                f"{self._state.phase}; try again when `shoal ps` shows it ready"
             )
         if question.request in self._accepting:
-            raise Failed(f"request {question.request} is under way already")
+            raise Failed(f"request {question.request} is already in flight; use a new request id")
         accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._accepting[question.request] = accepted
         prompt: tuple[control.Message | int, ...] = tuple(question.prompt_tokens) or tuple(
@@ -276,15 +299,18 @@ class StageRunner:
                     generated=tuple(question.generated),
                 ),
             )
-            async with asyncio.timeout(_ACCEPT_DEADLINE_S):
+            async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
                 return await accepted
         except TimeoutError:
-            raise Unavailable(f"instance {self._spec.id} did not accept the prompt in time") from None
+            raise Unavailable(
+                f"instance {self._spec.id} did not accept the prompt within {_ACCEPT_TIMEOUT_S:.0f} s; "
+                "try again, or see `shoal ps`"
+            ) from None
         finally:
             self._accepting.pop(question.request, None)
 
     async def cancel(self, request: str) -> None:
-        """Nobody reads this answer any more."""
+        """Cancel an answer; does nothing where the stage has no process."""
         if self._process is not None:
             with suppress(StageLost):
                 await self._send(self._process, control.Cancel(request=request))
@@ -308,12 +334,12 @@ class StageRunner:
                 waiting.set_exception(error)
 
     async def _publish(self, event: TokenEvent) -> None:
-        # Core NATS: whoever waits for it is there now, or never will be.
+        # Core NATS keeps nothing: a reader that is not subscribed now never gets it.
         with suppress(NatsError):
             await self._nats.client.publish(subjects.tokens(event.request), encode(event))
 
-    async def _say(self, **changes: object) -> None:
+    async def _publish_state(self, **changes: object) -> None:
         self._state = structs.replace(self._state, **changes)
-        if self._state != self._said:
-            self._said = self._state
+        if self._state != self._published:
+            self._published = self._state
             await self._bucket.put(self._key, self._state)

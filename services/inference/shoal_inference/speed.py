@@ -1,9 +1,9 @@
-"""How fast this node reads weights while stages work, from the time that their passes take.
+"""Estimate how fast this node reads weights while its stages work, from the time that their passes take. Pure.
 
-What is measured on the idle machine (`device.py`) is the fastest that MLX can; what a token really takes is more:
-attention, many small operations, other programs. A stage's pass takes as long as reading its active bytes at the
-speed that is looked for, and an overhead that has nothing to do with bytes. One stage cannot tell the two apart, its
-passes being alike: so only stages count that read so much that the overhead is small beside it.
+The bandwidth measured on the idle machine (`device.py`) is the most that MLX reaches; a token takes more than reading
+weights: attention, many small operations, other programs. A pass takes the time to read its active bytes at the
+bandwidth we look for, plus an overhead that does not depend on bytes. One stage cannot separate the two, because its
+passes are alike: so only stages count that read so much that the overhead is small beside it.
 """
 
 from __future__ import annotations
@@ -14,56 +14,56 @@ from shoal_common.messages.records import ModelShape
 
 LEAST_BYTES = 64 << 20
 LEAST_S = 0.01
-"""A pass has to read for so long, by the idle speed: starting its operations takes a millisecond and more."""
+"""A pass must read for at least this long at the idle bandwidth: starting its operations alone takes over 1 ms."""
 WEIGHT = 0.25
-"""Of what is seen now, against what was known: a minute's work tells most of it, a moment's disturbance little."""
+"""Weight of a new sample against the estimate: a minute's work tells most of it, a short disturbance little."""
 NEWS_SHARE = 0.1
 FARTHEST = 4.0
-"""Not more than so many times slower or faster than the idle machine: a node on which something else ran for an hour
-is not shunned for ever, for no stage would come to it and show that it is well again."""
+"""Bound of the estimate, as a factor of the idle bandwidth in both directions. Without it a node that was busy with
+other work for an hour would never get another stage, and never show that it has recovered."""
 
 
 def read_bytes(shape: ModelShape, first_layer: int, last_layer: int) -> int:
-    """What one token reads of a stage's weights: of each layer what is active, and the head on the last stage. Of
-    the embedding it reads a row."""
+    """Return the bytes of weights that one token reads in a stage: the active bytes of each layer, and on the last
+    stage the head. Of the embedding a token reads only one row."""
     active = shape.layer_active_bytes or shape.layer_bytes
     return sum(active[first_layer:last_layer]) + (shape.head_bytes if last_layer == len(active) else 0)
 
 
 def counts(pass_bytes: int, idle_bytes_per_s: float) -> bool:
-    """Whether a stage that reads so much shows how fast the machine reads."""
+    """Return whether a pass reads enough to show the bandwidth."""
     return idle_bytes_per_s > 0 and pass_bytes >= max(LEAST_BYTES, LEAST_S * idle_bytes_per_s)
 
 
 def followed(known: float, seen: float, idle_bytes_per_s: float) -> float:
-    """The speed after one more was seen. `known`: before that; the idle machine's where none was."""
+    """Return the estimate after one more sample. `known`: the estimate before, the idle bandwidth at first."""
     slowest, fastest = idle_bytes_per_s / FARTHEST, idle_bytes_per_s * FARTHEST
     return min(max(known + WEIGHT * (min(seen, fastest) - known), slowest), fastest)
 
 
 def is_news(said: float, now: float) -> bool:
-    """Whether it moved by so much that it is said, and kept."""
+    """Return whether the estimate moved enough to be published and saved."""
     return abs(now - said) > NEWS_SHARE * said
 
 
 class Speed:
-    """The speed of one node. `said` is what the cluster hears: 0 until stages have shown another than the idle."""
+    """The bandwidth estimate of one node. `published_bytes_per_s` is 0 until it differs from the idle one."""
 
     def __init__(self, keep: Callable[[float], None]) -> None:
         self._keep = keep
-        self._idle, self._now = 0.0, 0.0
+        self._idle, self._estimate = 0.0, 0.0
         self.said = 0.0
 
     def begin(self, idle_bytes_per_s: float, kept_bytes_per_s: float) -> None:
-        """What the idle machine does, 0 where nothing is to be corrected; and what was kept of stages before."""
+        """Start from the idle bandwidth (0: estimate nothing) and the estimate saved before (0: none)."""
         self._idle, self.said = idle_bytes_per_s, kept_bytes_per_s
-        self._now = kept_bytes_per_s or idle_bytes_per_s
+        self._estimate = kept_bytes_per_s or idle_bytes_per_s
 
     def note(self, pass_bytes: int, pass_s: float) -> None:
-        """Passes of a stage that read so much took so long, in the median."""
+        """Add a sample: passes of a stage that read `pass_bytes` took `pass_s` in the median."""
         if pass_s <= 0 or not counts(pass_bytes, self._idle):
             return
-        self._now = followed(self._now, pass_bytes / pass_s, self._idle)
-        if is_news(self.said or self._idle, self._now):
-            self.said = round(self._now)
+        self._estimate = followed(self._estimate, pass_bytes / pass_s, self._idle)
+        if is_news(self.said or self._idle, self._estimate):
+            self.said = round(self._estimate)
             self._keep(self.said)

@@ -29,11 +29,13 @@ def resolve(config: Mapping[str, Any], remapping: Mapping[str, str]) -> str:
     """mlx-lm's module for a config.json; raises unless it is in the table."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise LoadFailed("config.json has no model_type: the model's files are incomplete, fetch it again")
+        raise LoadFailed(
+            "config.json has no model_type: the model's files are incomplete, run `shoal storage repair`"
+        )
     module = remapping.get(model_type, model_type)
     if module not in SUPPORTED:
         raise UnsupportedArchitecture(
-            f"{model_type!r} cannot be cut into stages; supported: {', '.join(sorted(SUPPORTED))}"
+            f"models of type {model_type!r} are not supported; supported: {', '.join(sorted(SUPPORTED))}"
         )
     return module
 
@@ -44,5 +46,5 @@ def context_tokens(asked: int, config: Mapping[str, Any]) -> int:
         return asked
     own = config.get("max_position_embeddings")
     if not isinstance(own, int) or own <= 0:
-        raise LoadFailed("config.json states no max_position_embeddings: place the model with context_tokens")
+        raise LoadFailed("config.json has no max_position_embeddings: run the model with context_tokens set")
     return own

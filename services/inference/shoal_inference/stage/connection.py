@@ -85,7 +85,7 @@ class Connection:
                     max_payload_bytes=self._max_payload_bytes,
                 )
                 if header.ring != self._ring:
-                    raise BadFrame("the frame is of another instance or epoch")
+                    raise BadFrame("the frame belongs to another instance or epoch")
                 meta = await self._reader.readexactly(header.meta_bytes)
                 payload = await self._reader.readexactly(header.payload_bytes)
         except LinkError as error:

@@ -43,6 +43,8 @@ class Start(_Line, frozen=True, kw_only=True):
     epoch: int
     rank: int
     stages: int
+    nodes: tuple[str, ...] = ()
+    """The node of each rank, for the log."""
     model_dir: str
     lock: str = ""
     """The lock of the lease on `model_dir`, held from before the first read until the end; "" where nobody keeps
@@ -67,6 +69,10 @@ class Start(_Line, frozen=True, kw_only=True):
     max_requests: int = REQUESTS_AT_ONCE
     answers: int = 1
     """Answers as long as the context for which there is room at once; more requests than that share it."""
+
+    def node_of(self, rank: int) -> str:
+        """Return the node of a rank; "-" where the parent has not named it."""
+        return self.nodes[rank] if rank < len(self.nodes) else "-"
 
 
 class Link(_Line, frozen=True, kw_only=True):

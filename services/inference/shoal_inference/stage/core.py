@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
 import msgspec
 
+from shoal_common.logs import Log
 from shoal_inference.stage.control import FromChild, Linked, Start, Unlinked
 from shoal_inference.stage.engine import Engine, Hidden, MlxThread, P, R, Sampled
 from shoal_inference.stage.errors import (
@@ -25,7 +25,7 @@ from shoal_inference.stage.requests import Answered, Entry, Requests
 from shoal_inference.stage.ring import Predecessor, Successor
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
+log = Log("stage.pipeline")
 
 _LOOKS = 10
 
@@ -85,7 +85,7 @@ class Core:
         except (RequestError, asyncio.CancelledError):
             raise
         except Exception as error:  # a request is owed its end, whatever MLX raised
-            log.exception("computing failed")
+            log.error("computing failed", exc=error)
             raise ComputeFailed(
                 f"rank {self.start.rank} could not compute: {type(error).__name__}: {error}"
             ) from error
@@ -104,8 +104,8 @@ class Core:
             result, took_s = await in_time(computing, compute_s)
         except TimeoutError as error:
             raise ComputeStuck(
-                f"rank {self.start.rank} has computed one pass for {compute_s} s: its thread cannot be taken back, "
-                "start the stage again"
+                f"rank {self.start.rank} has computed one pass for over {compute_s} s and cannot be interrupted: "
+                "the stage must be restarted"
             ) from error
         self._note(given, sample, took_s)
         if self.requests.get(entry.key) is not entry:
@@ -183,7 +183,7 @@ class Core:
             if self.successor is not None:
                 self.successor.post(frame)
         except LinkError as error:
-            log.info("%s not sent: %s", frame.header.kind.name, error.message)
+            log.debug("frame not sent", kind=frame.header.kind.name, reason=error.message)
 
     def give_up(self, entry: Entry, error: RequestError) -> None:
         """End a request here with an error, and let the other stages free what they hold for it."""
@@ -207,7 +207,13 @@ class Core:
 
     def link_down(self, rank: int, error: LinkError) -> None:
         """A link broke: every request in flight needed it, for its passes go all the way round."""
-        log.warning("lost rank %d: %s", rank, error.message)
+        log.warning(
+            "connection to a neighbour lost",
+            peer_rank=rank,
+            peer_node=self.start.node_of(rank),
+            requests=len(self.requests),
+            reason=error.message,
+        )
         for entry in self.requests:
             self.give_up(entry, self.lost(rank, error))
         if self._linked:
@@ -217,5 +223,5 @@ class Core:
     def lost(self, rank: int, error: LinkError) -> StageLost:
         return StageLost(
             f"rank {self.start.rank} of instance {self.start.instance} lost rank {rank} ({error.message}): "
-            "ask again with the tokens so far once the ring is linked"
+            "ask again in a moment"
         )

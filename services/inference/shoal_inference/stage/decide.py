@@ -44,19 +44,21 @@ def admit(
 ) -> Plan:
     """The plan for a tokenised request, or BadInput or PromptTooLong before anything is computed."""
     if not prompt:
-        raise BadInput("the prompt has no tokens: send at least one")
+        raise BadInput("the prompt is empty: send at least one token")
     # An id outside the embedding is not an error to MLX: it reads whatever lies there.
     strange = next((t for t in (*prompt, *ask.generated) if not 0 <= t < vocabulary), None)
     if strange is not None:
         raise BadInput(f"token id {strange} is not in the model's vocabulary of {vocabulary}")
     if ask.max_tokens < 1:
-        raise BadInput(f"max_tokens is {ask.max_tokens}: ask for at least 1")
+        raise BadInput(f"max_tokens is {ask.max_tokens}; give at least 1")
     if not ask.temperature >= 0 or not 0 < ask.top_p <= 1:
-        raise BadInput(f"temperature {ask.temperature} or top_p {ask.top_p} is out of range (>= 0; 0 to 1)")
+        raise BadInput(
+            f"temperature {ask.temperature} or top_p {ask.top_p} is out of range: temperature >= 0, 0 < top_p <= 1"
+        )
     if len(prompt) >= context_tokens:
         raise PromptTooLong(
-            f"the prompt has {len(prompt)} tokens and the context {context_tokens}: shorten the prompt, "
-            "or place the model with more context"
+            f"the prompt has {len(prompt)} tokens and the context only {context_tokens}: shorten the prompt, "
+            "or run the model with more context"
         )
     max_tokens = min(ask.max_tokens, context_tokens - len(prompt))
     return Plan(

@@ -45,7 +45,7 @@ def to_hidden(h: mx.array) -> Hidden:
     batch, tokens, width = h.shape
     dtype = _WIRE.get(h.dtype)
     if dtype is None:
-        raise ComputeFailed(f"hidden states of {h.dtype} cannot cross the wire: convert the model to bf16")
+        raise ComputeFailed(f"hidden states of type {h.dtype} cannot be sent: convert the model to bf16")
     bits = h.view(mx.uint16) if dtype is Dtype.BF16 else h
     # `Any`: mx.array exports a buffer, which its stub does not say.
     exported: Any = mx.contiguous(bits)
@@ -56,7 +56,9 @@ def from_hidden(hidden: Hidden) -> mx.array:
     """The array those bytes are; raises ComputeFailed when they are not one."""
     batch, tokens, width = hidden.shape
     if hidden.dtype not in _NUMPY or len(hidden.data) != batch * tokens * width * ITEM_BYTES[hidden.dtype]:
-        raise ComputeFailed(f"{len(hidden.data)} bytes of {hidden.dtype.name} are no {hidden.shape} state")
+        raise ComputeFailed(
+            f"{len(hidden.data)} bytes of {hidden.dtype.name} do not make a hidden state of shape {hidden.shape}"
+        )
     flat = mx.array(np.frombuffer(hidden.data, dtype=_NUMPY[hidden.dtype]).reshape(hidden.shape))
     return flat.view(mx.bfloat16) if hidden.dtype is Dtype.BF16 else flat
 
@@ -108,11 +110,11 @@ class Engine:
         begun_s = monotonic()
         start, model_dir = self._start, Path(self._start.model_dir)
         if not (model_dir / "config.json").is_file():
-            raise LoadFailed(f"{model_dir} holds no config.json: the model is not here, fetch it")
+            raise LoadFailed(f"{model_dir} has no config.json: the model is not on this node, run `shoal pull`")
         try:
             config = mlxlm.load_config(model_dir)
         except (OSError, ValueError) as error:
-            raise LoadFailed(f"config.json of {model_dir} does not read: {error}") from error
+            raise LoadFailed(f"cannot read config.json of {model_dir}: {error}") from error
         model_type = architectures.resolve(config, mlxlm.remapping())
         self.context_tokens = architectures.context_tokens(start.context_tokens, config)
         mlxlm.raise_wired_limit()
@@ -120,7 +122,7 @@ class Engine:
         if shard.is_first != (start.rank == 0) or shard.is_last != (start.rank == start.stages - 1):
             raise LoadFailed(
                 f"rank {start.rank} of {start.stages} was given layers {start.first_layer} to {start.last_layer}: "
-                "ranks and layers of the layout do not agree"
+                "ranks and layers of the layout do not match"
             )
         mx.clear_cache()
         weights_bytes = mx.get_active_memory()
@@ -128,7 +130,7 @@ class Engine:
             try:
                 self._tokenizer = mlxlm.Tokenizer(model_dir, config)
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                raise LoadFailed(f"the tokenizer of {model_dir} does not load: {error}") from error
+                raise LoadFailed(f"cannot load the tokenizer of {model_dir}: {error}") from error
         self._shard = shard
         return Loaded(
             weight_bytes=shard.weight_bytes,
@@ -155,7 +157,7 @@ class Engine:
     def open(self, session: bytes, ask: Open) -> None:
         """Begin a request with empty caches."""
         if self._shard is None:
-            raise ComputeFailed("the stage has not loaded")
+            raise ComputeFailed("the stage has not loaded its model yet")
         answer = _Answer(ask, self._ready()[1]) if self._shard.is_last else None
         self._sessions[session] = _Session(self._shard.make_caches(), answer)
 
@@ -163,11 +165,11 @@ class Engine:
         """One pass. On the last rank: the token, or None for a chunk of the prompt. Elsewhere the hidden state."""
         shard, state = self._shard, self._sessions.get(session)
         if shard is None or state is None:
-            raise ComputeFailed("the request's caches are gone")
+            raise ComputeFailed("the request's caches have been freed")
         if isinstance(given, Hidden) == shard.is_first:
             raise ComputeFailed("tokens go to rank 0 and hidden states to the others")
         if not isinstance(given, Hidden) and not all(0 <= token < shard.vocabulary for token in given):
-            raise ComputeFailed("a token id outside the vocabulary: the stages hold different models")
+            raise ComputeFailed("a token id is outside the vocabulary: the stages have different models")
         h = from_hidden(given) if isinstance(given, Hidden) else shard.embed(given)
         h = shard.forward(h, state.caches)
         states = [layer_cache.state for layer_cache in state.caches]
@@ -202,7 +204,7 @@ class Engine:
 
     def _ready(self) -> tuple[Shard, mlxlm.Tokenizer]:
         if self._shard is None or self._tokenizer is None:
-            raise ComputeFailed("the stage has not loaded, or has no tokenizer")
+            raise ComputeFailed("the stage has not loaded its model, or has no tokenizer")
         return self._shard, self._tokenizer
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import msgspec
 
+from shoal_common.logs import Log
 from shoal_inference.stage.core import Core
 from shoal_inference.stage.engine import Hidden
 from shoal_inference.stage.errors import Busy, ComputeFailed, RequestError, StageTimeout
 from shoal_inference.stage.frames import End, Flag, Frame, Kind, Open
 from shoal_inference.stage.requests import Entry
 
-log = logging.getLogger(__name__)
+log = Log("stage.follower")
 
 
 class Follow:
@@ -33,7 +33,7 @@ class Follow:
             self._end(frame, entry)
         elif entry is None:
             if core.requests.unknown(header.request):
-                log.info("%s for a request that has ended here", header.kind.name)
+                log.debug("frame of an ended request dropped", kind=header.kind.name)
         else:
             try:
                 await self._hidden(frame, entry)
@@ -50,7 +50,7 @@ class Follow:
             await asyncio.sleep(limit_s / 4)
             for entry in core.requests:
                 if loop.time() - entry.touched_s > limit_s:
-                    what = f"rank {core.start.rank} heard nothing of request {entry.request} for {limit_s} s"
+                    what = f"rank {core.start.rank} received no frame of request {entry.request} for {limit_s} s"
                     core.give_up(entry, StageTimeout(f"{what}; its caches are freed"))
 
     async def _open(self, frame: Frame) -> None:
@@ -58,7 +58,7 @@ class Follow:
         try:
             ask = msgspec.json.decode(frame.meta, type=Open)
         except msgspec.MsgspecError as error:
-            log.warning("an OPEN does not decode: %s", error)
+            log.warning("undecodable OPEN frame dropped", reason=str(error))
             return
         entry = Entry(key, ask.request, ask.reply, asyncio.get_running_loop().time())
         entry.next_index = ask.first_index
@@ -66,7 +66,9 @@ class Follow:
         core.requests.add(entry)
         try:
             if full:
-                raise Busy(f"rank {core.start.rank} holds {core.start.max_requests} requests, as many as allowed")
+                raise Busy(
+                    f"rank {core.start.rank} has {core.start.max_requests} requests in flight, the most it allows"
+                )
             await core.on_thread(core.engine.open, key, ask)
         except RequestError as error:
             core.give_up(entry, error)

@@ -65,7 +65,7 @@ def challenge(nonce: bytes) -> bytes:
 def read_challenge(data: bytes) -> bytes:
     """The acceptor's nonce; raises Refused."""
     if len(data) != CHALLENGE_BYTES or not data.startswith(MAGIC):
-        raise Refused(f"the peer opened with {data[:8]!r}, which is no challenge of this version")
+        raise Refused(f"the peer sent {data[:8]!r}, not a challenge of this version")
     return data[len(MAGIC) :]
 
 
@@ -117,4 +117,4 @@ def check_welcome(member: Member, acceptor_nonce: bytes, own_nonce: bytes, proof
     """Raises Refused unless the acceptor is this stage's successor in this ring."""
     expected = _proof(member, b"accept", own_nonce + acceptor_nonce, member.rank, member.successor)
     if not hmac.compare_digest(expected, proof):
-        raise Refused("its welcome does not match: another process may listen where the next stage did")
+        raise Refused("its welcome does not match: another process may listen at the next stage's address")

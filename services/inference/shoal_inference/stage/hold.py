@@ -19,7 +19,7 @@ async def hold(lock: str) -> int:
 
     No process that we start inherits it. Raises LoadFailed when the lease has ended already.
     """
-    gone = LoadFailed(f"the lease of the model has ended before the stage took it up: {lock} is gone")
+    gone = LoadFailed(f"the model's lease ended before the stage locked it: {lock} does not exist")
     try:
         fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -34,7 +34,7 @@ async def hold(lock: str) -> int:
                     await asyncio.sleep(_TRY_EVERY_S)
     except TimeoutError:
         raise LoadFailed(
-            f"the lock of the model's lease is taken, for longer than {HOLD_WITHIN_S} s: {lock}"
+            f"the lock of the model's lease was held by another process for over {HOLD_WITHIN_S} s: {lock}"
         ) from None
     # Storage removes a lease only while it has the lock alone: one that is there now stays.
     if not _is_there(lock):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import structs
 
+from shoal_common.logs import Log
 from shoal_inference.stage import decide
 from shoal_inference.stage.control import Accepted, Failed, Generate, Token, Waiting
 from shoal_inference.stage.core import Core
@@ -25,7 +25,7 @@ ROOM_S = 900.0
 WAITING_S = 15.0
 """How often it says meanwhile that it does."""
 
-log = logging.getLogger(__name__)
+log = Log("stage.rank0")
 
 
 class Lead:
@@ -43,14 +43,14 @@ class Lead:
         """Begin a request, or say at once why not. One that is in flight is left to end."""
         core = self._core
         if core.requests.named(ask.request) is not None:
-            log.info("request %s is in flight already", ask.request)
+            log.info("duplicate request ignored", request=ask.request)
             return
         error: RequestError | None = None
         if len(core.requests) >= 2 * core.start.max_requests:
             error = self._busy()
         elif not core.can_serve:
             error = StageLost(
-                f"rank 0 of instance {core.start.instance} is not linked to its neighbours: ask again later"
+                f"rank 0 of instance {core.start.instance} is not connected to its neighbours: ask again in a moment"
             )
         if error is not None:
             core.emit(Failed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
@@ -78,7 +78,7 @@ class Lead:
         if entry is None:
             # A FAIL may well come after this rank saw the same loss itself.
             if header.kind is not Kind.FAIL and self._core.requests.unknown(header.request):
-                log.info("%s for a request that has ended here", header.kind.name)
+                log.debug("frame of an ended request dropped", kind=header.kind.name)
             return
         if header.kind is Kind.FAIL:
             self._core.give_up(entry, _failure(frame))
@@ -88,7 +88,7 @@ class Lead:
             try:
                 entry.answers.put_nowait(answer)
             except asyncio.QueueFull:
-                self._core.give_up(entry, ComputeFailed("more answers came back than passes were begun"))
+                self._core.give_up(entry, ComputeFailed("more results came back than passes were started"))
         else:
             self._core.give_up(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
 
@@ -127,7 +127,9 @@ class Lead:
             raise self._busy() from error
 
     def _busy(self) -> Busy:
-        return Busy(f"{self._core.start.max_requests} requests are in flight, as many as allowed: ask again later")
+        return Busy(
+            f"{self._core.start.max_requests} requests are in flight, the most this instance allows: ask again later"
+        )
 
     async def _answer(self, entry: Entry, plan: decide.Plan, opening: Open) -> None:
         """One attempt, to its end. Raises Displaced, with what it has generated in `entry.said`."""
@@ -167,8 +169,8 @@ class Lead:
                 await room.enter(entry.key, len(plan.feed), again=entry.again)
         except TimeoutError as error:
             raise Busy(
-                f"instance {self._core.start.instance} had no room for {len(plan.feed)} tokens within {ROOM_S:g} s, "
-                "for other requests fill its context: ask again later, or place it with room for more answers"
+                f"instance {self._core.start.instance} had no free cache for {len(plan.feed)} tokens "
+                f"in {ROOM_S:g} s, because other requests use it: ask again later, or place it for more answers"
             ) from error
         finally:
             waiting.cancel()
@@ -181,7 +183,7 @@ class Lead:
     def _anew(self, entry: Entry, plan: decide.Plan) -> Entry:
         """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
         core = self._core
-        log.info("request %s gives way after %d tokens", entry.request, plan.first_index)
+        log.info("request preempted", request=entry.request, tokens=plan.first_index)
         fresh = Entry(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
         fresh.next_index, fresh.again = plan.first_index, True
         fresh.driver, entry.driver = entry.driver, None
@@ -208,7 +210,7 @@ class Lead:
             async with asyncio.timeout(timeout_s):
                 await self._core.step(entry, tokens, sample)
         except TimeoutError as error:
-            raise self._silent(entry, "rank 0 itself did not finish a pass and hand it on") from error
+            raise self._silent(entry, "rank 0 itself did not finish and send a pass") from error
 
     async def _next(self, entry: Entry, answered: int) -> Answered:
         """The next answer; each must be to the pass after the last one answered."""
@@ -276,5 +278,5 @@ def _failure(frame: Frame) -> RequestError:
     try:
         fail = msgspec.json.decode(frame.meta, type=Fail)
     except msgspec.MsgspecError as error:
-        return ComputeFailed(f"a stage gave the request up and its reason does not decode: {error}")
+        return ComputeFailed(f"a stage ended the request with an undecodable reason: {error}")
     return _BY_CODE.get(fail.code, ComputeFailed)(fail.message)

@@ -1,19 +1,27 @@
-"""Logs of a stage: stderr, one line each, whatever a peer or an exception puts into the message."""
+"""The log of a stage process: the format of every Shoal service, with the instance and rank in each line."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
+
+from shoal_common.logs import set_up
+
+SERVICE = "stage"
 
 
-class OneLine(logging.Formatter):
-    """Newlines become `\\n`: the parent reads stderr by lines, and a peer's words must not forge one."""
+def configure(node: str = "-", level: str = "info", **fields: Any) -> None:
+    """Log to stderr from now on; `fields` are part of every line. Peers' text goes into fields, which are escaped."""
+    set_up(SERVICE, node, level)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_AddFields(fields))
 
-    def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
 
+class _AddFields(logging.Filter):
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__()
+        self._fields = fields
 
-def configure(prefix: str) -> None:
-    """Log to stderr from now on, each line naming the stage."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine(f"%(asctime)s %(levelname)s {prefix} %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.fields = {**self._fields, **getattr(record, "fields", {})}
+        return True

@@ -138,4 +138,4 @@ class Tokenizer:
         try:
             return tuple(self._inner.apply_chat_template(turns, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"the model's chat template refused the messages: {error}") from error
+            raise BadInput(f"the model's chat template rejects the messages: {error}") from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from shoal_common.logs import Log
 from shoal_inference.stage import logs
 from shoal_inference.stage.channel import Channel, ParentGone
 from shoal_inference.stage.control import Cancel, Failed, Fatal, Generate, Link, Listening, Probe, Start, Stats, Stop
@@ -25,7 +26,7 @@ START_WITHIN_S = 30.0
 _OOM_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
 """Where the kernel has to kill for memory, a stage can be started again; NATS and storage are everybody's."""
 
-log = logging.getLogger(__name__)
+log = Log("stage")
 
 
 class _Stopped(Exception):
@@ -37,22 +38,23 @@ async def run(control_fd: int) -> int:
     # A Ctrl-C in the parent's terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _go_first()
-    logs.configure("stage")
+    level = os.environ.get("SHOAL_LOG") or "info"
+    logs.configure(level=level)
     channel = await Channel.open(control_fd)
     last_words: Fatal | None = None
     try:
-        await _serve(channel)
+        await _serve(channel, level)
     except* (_Stopped, ParentGone):
         pass
     except* FatalError as group:
         error = _first(group)
         last_words = Fatal(code=error.code, message=error.message)
-    except* Exception as group:  # a fault of ours: the parent is owed a word, the log gets the trace
-        log.exception("the stage failed")
+    except* Exception as group:  # noqa: BLE001  (a bug: the parent gets a message, the log gets the trace)
+        log.error("stage failed", exc=group)
         last_words = Fatal(code=FatalError.code, message=f"{_first(group)!r}: see the stage's log")
     if last_words is None:
         return 0
-    log.error("%s: %s", last_words.code, last_words.message)
+    log.error("stage exits", code=last_words.code, reason=last_words.message)
     channel.emit(last_words)
     await channel.flush()
     return 1
@@ -71,16 +73,16 @@ def _go_first() -> None:
         _OOM_SCORE.write_text(_FIRST_TO_GO)
 
 
-async def _serve(channel: Channel) -> None:
+async def _serve(channel: Channel, level: str) -> None:
     try:
         async with asyncio.timeout(START_WITHIN_S):
             start = await channel.receive()
     except TimeoutError as error:
-        raise BadControl(f"the parent said nothing for {START_WITHIN_S} s: it must say start first") from error
+        raise BadControl(f"the parent sent nothing for {START_WITHIN_S} s: it must send Start first") from error
     if not isinstance(start, Start):
-        raise BadControl(f"the parent said {type(start).__name__} first: it must say start")
+        raise BadControl(f"the parent sent {type(start).__name__} first: it must send Start")
     _check(start)
-    logs.configure(f"stage {start.instance}/{start.rank}")
+    logs.configure(start.node_of(start.rank), level, instance=start.instance, rank=start.rank)
     if start.lock:
         await hold(start.lock)
     core = Core(start, channel.emit)
@@ -95,9 +97,9 @@ async def _serve(channel: Channel) -> None:
 def _check(start: Start) -> None:
     limits = (start.step_timeout_s, start.frame_timeout_s, start.prefill_chunk_tokens, start.max_requests)
     if not 0 <= start.rank < start.stages or not 0 <= start.epoch < 2**63 or min(limits) <= 0:
-        raise BadControl(f"start makes no sense: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
+        raise BadControl(f"invalid Start: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
     if start.stages > 1 and not start.secret:
-        raise BadControl("start carries no secret: a ring of several stages needs one")
+        raise BadControl("Start has no secret: a ring of several stages needs one")
 
 
 def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
@@ -120,6 +122,7 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
         start.frame_timeout_s,
         core.link_up,
         lambda error: core.link_down(member.successor, error),
+        start.node_of(member.successor),
     )
     core.predecessor = Predecessor(
         member,
@@ -133,7 +136,9 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
     try:
         listener = core.predecessor.listen(start.bind_host)
     except OSError as error:
-        raise LoadFailed(f"cannot listen on {start.bind_host}: {error}; set the node's address") from error
+        raise LoadFailed(
+            f"cannot listen on {start.bind_host}: {error}; set SHOAL_BIND to an address of this machine"
+        ) from error
     core.emit(Listening(port=listener.getsockname()[1]))
     group.create_task(core.predecessor.run(listener))
     group.create_task(core.successor.run())
@@ -153,7 +158,7 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
         case Generate() if lead is not None:
             lead.generate(message)
         case Generate():
-            error = BadInput(f"rank {core.start.rank} does not take prompts: send generate to rank 0")
+            error = BadInput(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
             core.emit(Failed(request=message.request, reply=message.reply, code=error.code, message=error.message))
         case Cancel() if lead is not None:
             lead.cancel(message.request)
@@ -164,9 +169,9 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
         case Stop():
             raise _Stopped
         case Start():
-            raise BadControl("the parent said start twice: a stage is started once, spawn another")
+            raise BadControl("the parent sent Start twice: spawn another stage instead")
         case _:
-            log.info("%s means nothing to rank %d", type(message).__name__, core.start.rank)
+            log.debug("message ignored", type=type(message).__name__)
 
 
 async def _stats(core: Core) -> Stats:

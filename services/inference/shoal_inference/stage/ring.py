@@ -6,10 +6,10 @@ Both outlive their connections. Each says `up` when a connection is proven and `
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable
 
+from shoal_common.logs import Log
 from shoal_inference.stage import connection
 from shoal_inference.stage.connection import Connection
 from shoal_inference.stage.decide import backoff_s
@@ -20,7 +20,7 @@ from shoal_inference.stage.handshake import Member
 MAX_HANDSHAKES = 8
 """Unproven connections at a time; more wait in the listen backlog."""
 
-log = logging.getLogger(__name__)
+log = Log("stage.ring")
 
 
 class Successor:
@@ -33,14 +33,17 @@ class Successor:
         timeout_s: float,
         up: Callable[[], None],
         down: Callable[[LinkError], None],
+        node: str = "-",
     ) -> None:
         self._member = member
         self._ring = ring
         self._timeout_s = timeout_s
+        self._node = node
         self._up = up
         self._down = down
         self._address: tuple[str, int] | None = None
         self._changed = asyncio.Event()
+        self._logged_unreachable: tuple[str, int] | None = None
         self._live: Connection | None = None
 
     @property
@@ -75,8 +78,7 @@ class Successor:
             try:
                 live = await connection.connect(host, port, self._member, self._ring, self._timeout_s)
             except LinkError as error:
-                if attempt.bit_count() <= 1:  # the 1st, 2nd, 3rd, 5th, 9th …: a dead neighbour must not fill the log
-                    log.info("rank %d is not reached: %s", self._member.successor, error.message)
+                self._log_unreachable((host, port), error)
                 await self._pause(backoff_s(attempt))
                 attempt += 1
                 continue
@@ -84,6 +86,7 @@ class Successor:
                 live.break_off(LinkClosed("the next stage moved"))
                 continue
             attempt = 0
+            self._log_reached()
             self._live = live
             self._up()
             reason = await live.wait_closed()
@@ -91,6 +94,22 @@ class Successor:
             self._live = None
             self._down(reason)
             await self._pause(backoff_s(0))
+
+    def _log_unreachable(self, address: tuple[str, int], error: LinkError) -> None:
+        """Log once for each address: the attempts go on for ever, and a dead neighbour must not fill the log."""
+        if self._logged_unreachable != address:
+            self._logged_unreachable = address
+            log.warning(
+                "next stage is unreachable",
+                peer_rank=self._member.successor,
+                peer_node=self._node,
+                reason=error.message,
+            )
+
+    def _log_reached(self) -> None:
+        if self._logged_unreachable is not None:
+            self._logged_unreachable = None
+            log.info("next stage is reachable", peer_rank=self._member.successor, peer_node=self._node)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -153,7 +172,7 @@ class Predecessor:
                 except OSError as error:
                     # Out of descriptors, or a peer that left before it was accepted: the listener itself is well.
                     self._handshakes.release()
-                    log.warning("accepting a connection failed: %s", error)
+                    log.warning("cannot accept a connection", reason=str(error))
                     await asyncio.sleep(backoff_s(0))
                     continue
                 group.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
@@ -163,7 +182,7 @@ class Predecessor:
             fresh = await connection.accept(sock, self._member, self._ring, self._timeout_s, self._max_payload_bytes)
         except (LinkError, OSError) as error:
             self.refused += 1
-            log.warning("refused a connection from %s: %s", peer, error)
+            log.warning("connection rejected", peer=peer, reason=str(error))
             return
         finally:
             self._handshakes.release()

@@ -27,7 +27,7 @@ class Shard:
         count = len(backbone.layers)
         if not 0 <= first_layer < last_layer <= count:
             raise LoadFailed(
-                f"layers {first_layer} to {last_layer} of a model that has {count}: the layout is for another model"
+                f"layers {first_layer} to {last_layer} of a model with {count}: the layout is for another model"
             )
         self.is_first = first_layer == 0
         self.is_last = last_layer == count
@@ -105,5 +105,5 @@ def load_shard(
             require_within(model_dir, first_layer, last_layer, leaves, shard.weight_bytes)
         shard.read()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise LoadFailed(f"the model's files do not load: {type(error).__name__}: {error}") from error
+        raise LoadFailed(f"cannot load the model's files: {type(error).__name__}: {error}") from error
     return shard

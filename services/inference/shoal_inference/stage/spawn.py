@@ -89,7 +89,7 @@ class StageProcess:
             async with asyncio.timeout(SEND_S):
                 await self._writer.drain()
         except (OSError, TimeoutError) as error:
-            raise LinkClosed(f"stage process {self.pid} does not take messages: {error!r}") from error
+            raise LinkClosed(f"stage process {self.pid} does not read messages: {error!r}") from error
 
     def __aiter__(self) -> StageProcess:
         return self

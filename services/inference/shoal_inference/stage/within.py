@@ -33,19 +33,19 @@ def require_within(
             if path.name in leaves:
                 there = leafset.of_ranges(leaves[path.name], size_bytes)
             if not there & 1:
-                raise LoadFailed(f"the header of {path.name} is not here: fetch these layers again")
+                raise LoadFailed(f"the header of {path.name} is missing: download these layers again")
             for name, (start, end) in read_ranges(path).items():
                 if not stage.needs(name):
                     continue
                 own_bytes += end - start
                 if leafset.covering(start, end) & ~there:
                     raise LoadFailed(
-                        f"tensor {name} of {path.name} is not here, or not all: fetch these layers again"
+                        f"tensor {name} of {path.name} is missing or incomplete: download these layers again"
                     )
     except (BadInput, Corrupt, Unsupported) as error:
         raise LoadFailed(error.message) from error
     if weight_bytes > own_bytes:
         raise LoadFailed(
             f"layers {first_layer} to {last_layer} would read {weight_bytes} bytes where their tensors have "
-            f"{own_bytes}: this model has to be here whole, pull it"
+            f"{own_bytes}: this model must be complete on this node, run `shoal pull`"
         )
