@@ -145,7 +145,7 @@ async def test_the_silent_rest_of_a_cluster_elsewhere_holds_a_newcomer_up_until_
     async with joined(own_nats) as here:
         await here.buckets.live.create(live_key("dead", "storage"), live("98.0.0"), ttl_s=4)
         async with toy(tmp_path, own_nats, "young") as young:
-            await young.wait_line("waiting for silent services of another version to expire", "dead.storage")
+            await young.wait_line("waiting for services of another version to renew their key or expire", "dead.storage")
             await young.wait_ready()
 
 

@@ -280,7 +280,7 @@ async def test_without_a_secret_it_does_not_start_beyond_loopback(
     environment = node_environment(tmp_path, nats.url, SHOAL_BIND="0.0.0.0")
     async with started("-m", "shoal_fileserver", environment=environment) as process:
         assert await process.wait_exit() == 2
-        assert "will not answer on 0.0.0.0 without a credential" in process.output
+        assert "will not listen on 0.0.0.0 without a credential" in process.output
 
 
 async def test_hundreds_of_idle_and_half_spoken_connections_do_not_keep_a_peer_out(
