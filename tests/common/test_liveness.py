@@ -83,7 +83,7 @@ async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
         claiming = asyncio.create_task(mine.claim())
 
         async def waiting() -> bool:
-            return "waiting for a silent holder" in caplog.text
+            return "waiting for another host's key" in caplog.text
 
         await eventually(waiting, "the claim has seen the holder")
         await here.buckets.live.put(key, elsewhere)  # it beats

@@ -150,7 +150,7 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
             )
             assert outcome.ok and outcome.result == {"identity": identity}
             await nothing_left(here, node)
-            assert sum("msg=command " in line for line in second.lines) == 1, second.output
+            assert sum('msg="command ended"' in line for line in second.lines) == 1, second.output
 
 
 async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_done(own_nats: NatsServer) -> None:

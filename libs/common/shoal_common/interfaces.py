@@ -5,9 +5,9 @@ psutil gives the addresses and whether an interface is up. Its kind comes from t
 macOS).
 
 Left out are interfaces that are down, and bridges for this machine's guests only (docker0, virbr0, macOS's
-bridge100): on another machine the same address is its own bridge, and a guest here reaches the other addresses too. A
-bridge, bond or VLAN over a physical interface has that interface's kind. Tunnels stay, last: between sites they may be
-the only way.
+bridge100): on another machine the same address is its own bridge, and a guest here reaches the other addresses too.
+A bridge, bond or VLAN over a physical interface has that interface's kind. Tunnels stay, last: between sites they may
+be the only way.
 """
 
 from __future__ import annotations
