@@ -139,7 +139,7 @@ class DownloadSpec(Message):
     """
 
     model: str
-    """`org/name@revision`."""
+    """The model as requested: `org/name`, or `org/name@revision`."""
     asked_at_s: float
     """When the download was requested."""
     paused: bool = False
@@ -156,7 +156,7 @@ class DownloadState(Message):
     node: str
     """The node that downloads."""
     model: str
-    """The model as requested: `org/name@revision`."""
+    """The model as requested: `org/name`, or `org/name@revision`."""
     phase: DownloadPhase
     """Current phase."""
     commit: str = ""
