@@ -48,16 +48,15 @@ class Endpoint(NamedTuple):
 
 def all_messages() -> dict[str, Struct]:
     """Return every message struct by name, in the order of the source."""
-    structs: dict[str, Struct] = {}
-    for info in pkgutil.iter_modules(messages.__path__, f"{messages.__name__}."):
-        for name, kind in vars(importlib.import_module(info.name)).items():
-            if inspect.isclass(kind) and issubclass(kind, Message) and kind.__module__ == info.name:
-                structs[name] = kind
-    return structs
+    modules = [
+        importlib.import_module(f"{messages.__name__}.{m.name}") for m in pkgutil.iter_modules(messages.__path__)
+    ]
+    kinds = [kind for m in modules for kind in vars(m).values() if _is_struct(kind) and kind.__module__ == m.__name__]
+    return {kind.__name__: kind for kind in kinds if issubclass(kind, Message)}
 
 
 def endpoints(structs: dict[str, Struct]) -> Iterator[Endpoint]:
-    """Yield the entries `"verb": Handler(Struct, function, …)` of dicts in the services' sources."""
+    """Yield the entries `"verb": Handler(Struct, function[, deadline_s])` in the services; commands have deadlines."""
     for service in SERVICES:
         trees = [
             ast.parse(path.read_text()) for path in sorted((ROOT / "services" / service).glob("shoal_*/**/*.py"))
@@ -69,7 +68,6 @@ def endpoints(structs: dict[str, Struct]) -> Iterator[Endpoint]:
                 for key, call in zip(table.keys, table.values, strict=True):
                     if isinstance(call, ast.Call) and len(call.args) > 1 and _last_name(call.args[0]) in structs:
                         request, handler = map(_last_name, call.args[:2])
-                        # A command's third argument is its deadline.
                         kind = f"cmd.{service}.{address}" if len(call.args) == 3 else f"svc.{service}.<node>"
                         reply = _reply(trees, handler.strip(")"), request)
                         verb = ast.literal_eval(key) if key else ""
@@ -142,9 +140,9 @@ def render(kind: Struct, subjects: list[Endpoint]) -> str:
     if (stated[1] if stated else "") not in ({e.subject for e in subjects} or {""}):
         raise ValueError(f"{kind.__name__}: its docstring has to begin with the subject `{subjects[0].subject}`: …")
     text = text[stated.end() :] if stated else text
+    replies = [f", replies with {_link(e.reply)}" if e.reply else "" for e in subjects]
     lines = [f"#### {kind.__name__}"]
-    for e in subjects:
-        lines.append(f"\n`shoal.v1.{e.subject}`" + (f", replies with {_link(e.reply)}" if e.reply else ""))
+    lines += [f"\n`shoal.v1.{e.subject}`{reply}" for e, reply in zip(subjects, replies, strict=True)]
     lines.append(f"\n{text[0].upper()}{text[1:]}")
     inherited = Command.__struct_fields__ if kind is not Command and issubclass(kind, Command) else ()
     fields = [field for field in msgspec.structs.fields(kind) if field.name not in inherited]
