@@ -56,7 +56,7 @@ def all_messages() -> dict[str, Struct]:
 
 
 def endpoints(structs: dict[str, Struct]) -> Iterator[Endpoint]:
-    """Yield the entries `"verb": Handler(Struct, function[, deadline_s])` in the services; commands have deadlines."""
+    """Yield the entries `"verb": Handler(Struct, function[, deadline_s])`; a command's handler has a deadline."""
     for service in SERVICES:
         trees = [
             ast.parse(path.read_text()) for path in sorted((ROOT / "services" / service).glob("shoal_*/**/*.py"))
@@ -141,9 +141,8 @@ def render(kind: Struct, subjects: list[Endpoint]) -> str:
         raise ValueError(f"{kind.__name__}: its docstring has to begin with the subject `{subjects[0].subject}`: …")
     text = text[stated.end() :] if stated else text
     replies = [f", replies with {_link(e.reply)}" if e.reply else "" for e in subjects]
-    lines = [f"#### {kind.__name__}"]
-    lines += [f"\n`shoal.v1.{e.subject}`{reply}" for e, reply in zip(subjects, replies, strict=True)]
-    lines.append(f"\n{text[0].upper()}{text[1:]}")
+    requests = [f"\n`shoal.v1.{e.subject}`{reply}" for e, reply in zip(subjects, replies, strict=True)]
+    lines = [f"#### {kind.__name__}", *requests, f"\n{text[0].upper()}{text[1:]}"]
     inherited = Command.__struct_fields__ if kind is not Command and issubclass(kind, Command) else ()
     fields = [field for field in msgspec.structs.fields(kind) if field.name not in inherited]
     docs = field_docs(kind)
