@@ -1,9 +1,9 @@
-"""What one command, one pull and one answer cost beside the plainest way of doing the same.
+"""What a command, a pull and an answer cost compared with the plainest way of doing the same.
 
-- `command_over_request`: a command with its outcome (work queue, idempotence, outcome kept) over a bare NATS request
-  to the same process; p50 of each.
-- `pull_beyond_reading_s`: seconds that pulling the demo's model takes beyond one process that only reads it.
-- `answer_2_stages_over_1`: tokens per second of the demo's model over two stages (two nodes, HTTP API) over one.
+- `command_over_request`: a command with its outcome (work queue, idempotence, stored outcome) over a bare NATS
+  request to the same process; medians.
+- `pull_beyond_reading_s`: seconds that pulling the demo's model takes longer than a process that only reads it.
+- `answer_2_stages_over_1`: tokens per second of the demo's model in two stages (two nodes, HTTP API) over one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CALLS = 50 if QUICK else 300
 
 
 async def command_latencies(nats_url: str) -> tuple[float, float]:
-    """Median seconds of a command with its outcome, and of a bare question to the same service."""
+    """Return the median seconds of a command with its outcome, and of a bare RPC to a service."""
     connection = await nats.connect(nats_url)
     command, question = "shoal.v1.cmd.fetcher.a.cancel", "shoal.v1.svc.storage.a.manifest"
     body = json.dumps({"model": "nobody/nothing"}).encode()
@@ -49,7 +49,7 @@ async def command_latencies(nats_url: str) -> tuple[float, float]:
 
 
 def pull_s(cluster: ShoalCluster) -> float:
-    """Seconds from asking node a for the model to its being ready there."""
+    """Return the seconds from requesting the model on node a until it is ready there."""
     node = cluster["a"]
     node.call("DELETE", f"/v1/models/{DEMO_MODEL}")
     began_s = time.perf_counter()
@@ -58,7 +58,7 @@ def pull_s(cluster: ShoalCluster) -> float:
 
 
 def read_s(hub: RunningHub) -> float:
-    """Seconds to read the same files from the hub, one after the other, keeping nothing."""
+    """Return the seconds to read the same files from the hub, one after the other, keeping nothing."""
     began_s = time.perf_counter()
     with httpx2.Client(follow_redirects=True) as client:
         for path in sorted((MODELS_DIR / DEMO_MODEL).iterdir()):
@@ -67,7 +67,7 @@ def read_s(hub: RunningHub) -> float:
 
 
 def tokens_per_s(cluster: ShoalCluster, instance: str) -> float:
-    """Tokens a second of one greedy answer, prompt included in the time."""
+    """Return the tokens per second of one greedy answer, including the time for its prompt."""
     body = {
         "model": instance,
         "messages": [{"role": "user", "content": "Why do fish swim together?"}],
