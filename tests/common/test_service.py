@@ -1,4 +1,4 @@
-"""The main loop of a service, as its supervisor sees it: real processes, real signals, real exit codes."""
+"""The main loop of a service, as its supervisor sees it: real processes, signals and exit codes."""
 
 from __future__ import annotations
 

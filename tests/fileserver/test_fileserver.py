@@ -185,7 +185,7 @@ async def test_I1_a_file_that_shows_no_proof_is_not_served_and_one_that_was_writ
         copied, kept = tmp_path / "copied", tmp_path / "kept"
         shutil.copy2(path, copied)
         path.rename(kept)
-        shutil.copy2(copied, path)  # its mode and its time are those of a blob
+        shutil.copy2(copied, path)  # with the mode and mtime of a blob
         assert (await server.blob(path.name)).status == 404
         path.unlink()
         kept.rename(path)
@@ -326,7 +326,7 @@ async def test_a_stop_during_a_transfer_ends_within_the_deadline(
         server.process.send(signal.SIGTERM)
         await server.process.wait_line("msg=stopping")
         if not stalled:
-            # A transfer under way is finished, when its reader takes it.
+            # A running transfer is finished if its client reads.
             assert await asyncio.wait_for(reader.readexactly(len(data)), 5) == data
         assert await server.process.wait_exit(deadline_s=9) == 0
         for each in (writer, idle[1]):
