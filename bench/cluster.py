@@ -90,36 +90,36 @@ async def idle_figures(directory: Path) -> dict[str, Figure]:
                 for node in nodes:
                     await node.ready(here)
                 await settled(here)
-                said, lived_bytes = Counter[str](), 0
+                counts, liveness_bytes = Counter[str](), 0
 
-                async def hear(message: Any) -> None:
-                    said[message.subject] += 1
+                async def count_message(message: Any) -> None:
+                    counts[message.subject] += 1
 
-                async def hear_life(message: Any) -> None:
-                    nonlocal lived_bytes
-                    lived_bytes += len(message.subject) + len(message.data)
-                    lived_bytes += sum(len(k) + len(v) + 4 for k, v in (message.headers or {}).items())
+                async def count_liveness(message: Any) -> None:
+                    nonlocal liveness_bytes
+                    liveness_bytes += len(message.subject) + len(message.data)
+                    liveness_bytes += sum(len(k) + len(v) + 4 for k, v in (message.headers or {}).items())
 
-                await here.client.subscribe(f"{subjects.ROOT}.>", cb=hear)
+                await here.client.subscribe(f"{subjects.ROOT}.>", cb=count_message)
                 for bucket in ("live", "lease"):
-                    await here.client.subscribe(f"$KV.{bucket}.>", cb=hear_life)
+                    await here.client.subscribe(f"$KV.{bucket}.>", cb=count_liveness)
                 await here.client.flush()
                 before, cpu_before = await written(here), cpu_of(nodes, server)
-                began_s = time.monotonic()
+                started_s = time.monotonic()
                 await asyncio.sleep(IDLE_S)  # the idle time is what is measured
-                took_s = time.monotonic() - began_s
+                took_s = time.monotonic() - started_s
                 await here.client.flush()
                 cpu = {n: s - cpu_before[n] for n, s in cpu_of(nodes, server).items()}
-                messages = await written(here) - before + sum(said.values())
+                messages = await written(here) - before + sum(counts.values())
                 if messages:
-                    print("sent while idle:", dict(said), file=sys.stderr)
+                    print("sent while idle:", dict(counts), file=sys.stderr)
                 rss = {s: max(psutil.Process(n[s].pid).memory_info().rss for n in nodes) for s in SERVICES}
     print(
         {s: f"{b / 1e6:.0f} MB" for s, b in rss.items()}, {n: f"{s:.2f} s" for n, s in cpu.items()}, file=sys.stderr
     )
     return {
         "idle_messages": figure(messages, "", "<= 0"),
-        "liveness_mb_day": figure(lived_bytes / len(NODES) * _DAY_S / took_s / 1e6, "MB", "<= 30"),
+        "liveness_mb_day": figure(liveness_bytes / len(NODES) * _DAY_S / took_s / 1e6, "MB", "<= 30"),
         "idle_cpu_pct": figure(100 * max(cpu.values()) / took_s, "%", "<= 2"),
         "rss_mb": figure(max(b for s, b in rss.items() if s != "inference") / 1e6, "MB", "<= 80"),
         "rss_mb_inference": figure(rss["inference"] / 1e6, "MB"),
@@ -128,12 +128,12 @@ async def idle_figures(directory: Path) -> dict[str, Figure]:
 
 def cpu_of(nodes: list[Node], server: NatsServer) -> dict[str, float]:
     """Return the CPU seconds so far of each node's processes; the first node's include NATS."""
-    found = {}
+    result = {}
     for node in nodes:
         pids = [service.pid for service in node.services.values()] + [server.pid] * (node is nodes[0])
         times = [psutil.Process(pid).cpu_times() for pid in pids]
-        found[node.id] = sum(t.user + t.system for t in times)
-    return found
+        result[node.id] = sum(t.user + t.system for t in times)
+    return result
 
 
 async def beat(here: Joined, round_number: int) -> None:
@@ -150,9 +150,9 @@ async def beat(here: Joined, round_number: int) -> None:
 async def beat_forever(here: Joined) -> None:
     """Renew all nodes' keys until cancelled."""
     for round_number in range(1 << 30):
-        began_s = time.monotonic()
+        started_s = time.monotonic()
         await beat(here, round_number)
-        await asyncio.sleep(max(BEAT_S - (time.monotonic() - began_s), 0))
+        await asyncio.sleep(max(BEAT_S - (time.monotonic() - started_s), 0))
 
 
 async def large_figures(directory: Path) -> dict[str, Figure]:
@@ -192,14 +192,14 @@ async def large_figures(directory: Path) -> dict[str, Figure]:
         for number in range(3):
             newcomer = Node(directory / f"new-{number}", f"new-{number}", server.url, ("placement",))
             with running_nodes(newcomer):
-                began_s = time.perf_counter()
+                started_s = time.perf_counter()
                 await answered(here, newcomer.id)
-                processes.append(time.perf_counter() - began_s)
+                processes.append(time.perf_counter() - started_s)
                 joins.append(time.time() - connected_at_s(newcomer))
         process = psutil.Process(leader["placement"].pid)
-        before, began_s = process.cpu_times(), time.monotonic()
+        before, started_s = process.cpu_times(), time.monotonic()
         await asyncio.sleep(LEAD_S)  # what leading costs in this time is measured
-        after, took_s = process.cpu_times(), time.monotonic() - began_s
+        after, took_s = process.cpu_times(), time.monotonic() - started_s
         spent_s = after.user + after.system - before.user - before.system
     return {
         "join_s": figure(sorted(joins)[1], "s", "<= 1"),
@@ -225,9 +225,9 @@ async def answered(here: Joined, node: str) -> None:
 
 def connected_at_s(node: Node) -> float:
     """Return when a node's placement was connected (Unix time), by its own log."""
-    found = re.search(r"^ts=(\S+).* msg=connected", node["placement"].log(), re.MULTILINE)
-    assert found is not None, node.log()
-    return datetime.fromisoformat(found[1]).timestamp()
+    result = re.search(r"^ts=(\S+).* msg=connected", node["placement"].log(), re.MULTILINE)
+    assert result is not None, node.log()
+    return datetime.fromisoformat(result[1]).timestamp()
 
 
 async def death_figures(directory: Path) -> dict[str, Figure]:
@@ -239,12 +239,12 @@ async def death_figures(directory: Path) -> dict[str, Figure]:
             with NatsServer(at / "nats") as server:
                 async with at_work(at, server) as deaths:
                     await asyncio.to_thread(deaths.site["b"]["placement"].stop)
-                    began_s = time.perf_counter()
+                    started_s = time.perf_counter()
                     deaths.send("b", how)
                     try:
                         await deaths.stands("degraded")
                         await eventually(deaths.is_not_offered_b, "b is not offered", 60)
-                        seconds.append(time.perf_counter() - began_s)
+                        seconds.append(time.perf_counter() - started_s)
                     finally:
                         deaths.send("b", signal.SIGCONT)
     return {

@@ -103,11 +103,11 @@ class Cluster:
                 if not outcome.ok:
                     raise SystemExit(f"{verb} on {node}: {outcome.error}")
 
-            began_s = time.perf_counter()
+            started_s = time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
                 for node in nodes:
                     tasks.create_task(one(node))
-            return time.perf_counter() - began_s
+            return time.perf_counter() - started_s
 
 
 @contextmanager
@@ -193,13 +193,13 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
         peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
         peers[0].wait_done()
         stack.enter_context(touched(len(receivers) * SIZE_BYTES))
-        began_s = time.perf_counter()
+        started_s = time.perf_counter()
         for number, peer in enumerate(peers[1:]):
             others = [p.address for p in peers if p is not peer]
             peer.say("leech", str(work / str(number)), str(work / "model.torrent"), *others)
         for peer in peers[1:]:
             peer.wait_done()
-        return time.perf_counter() - began_s
+        return time.perf_counter() - started_s
 
 
 _TAKES = f"""

@@ -84,14 +84,14 @@ def read(port: int, path: str, authorization: str, range_bytes: int) -> float:
                 counts[number] += range_bytes
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(READERS)]
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if not any(counts):
         raise SystemExit("the readers received nothing")
-    return sum(counts) / (time.monotonic() - began_s)
+    return sum(counts) / (time.monotonic() - started_s)
 
 
 async def read_slowly(port: int, path: str, authorization: str) -> None:
@@ -125,10 +125,10 @@ def elsewhere(what: str, *arguments: str) -> subprocess.Popen[str]:
 def rate(port: int, path: str, authorization: str, range_bytes: int) -> float:
     """Return the bytes per second that readers in another process get."""
     reading = elsewhere("reader", str(port), path, authorization, str(range_bytes))
-    said, _ = reading.communicate()
+    output, _ = reading.communicate()
     if reading.returncode:
         raise SystemExit("the readers failed")
-    return float(said)
+    return float(output)
 
 
 def disturbed(port: int, path: str, authorization: str, range_bytes: int) -> float:

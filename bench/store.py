@@ -60,29 +60,29 @@ def in_store(root: Path, source: Path, sha256: str) -> float:
     disk = Disk(root)
     disk.open()
     disk.write_partial(sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     with source.open("rb", buffering=0) as f, (disk.layout.partial(sha256) / "data").open("r+b", buffering=0) as to:
         while chunk := f.read(CHUNK_BYTES):
             to.write(chunk)
     disk.commit(sha256, disk.verify_partial(sha256, BLOB_BYTES))
-    took_s = time.perf_counter() - began_s
+    took_s = time.perf_counter() - started_s
     shutil.rmtree(root)
     return took_s
 
 
 def with_cp(target: Path, source: Path, sha256: str, fast_hash: bool = False) -> float:
     """Return the seconds to do the same with the system's own tools."""
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     subprocess.run(["cp", source, target], check=True)
     subprocess.run(["sync", target], check=True)
     if fast_hash:
         with target.open("rb") as f:
-            said = hashlib.file_digest(f, "sha256").hexdigest()
+            printed = hashlib.file_digest(f, "sha256").hexdigest()
     else:
-        said = subprocess.run(["sha256sum", target], check=True, stdout=subprocess.PIPE, text=True).stdout
-    took_s = time.perf_counter() - began_s
-    if not said.startswith(sha256):
-        raise SystemExit(f"sha256sum says {said}, not {sha256}")
+        printed = subprocess.run(["sha256sum", target], check=True, stdout=subprocess.PIPE, text=True).stdout
+    took_s = time.perf_counter() - started_s
+    if not printed.startswith(sha256):
+        raise SystemExit(f"sha256sum says {printed}, not {sha256}")
     target.unlink()
     return took_s
 
@@ -132,21 +132,21 @@ def blob_name(number: int) -> str:
 
 def build_store(root: Path) -> None:
     """Create 10,000 stamped blobs, their leaf lists, manifests and views; contents do not matter here."""
-    disk, lay = Disk(root), Layout(root)
+    disk, paths = Disk(root), Layout(root)
     disk.open()
     for number in range(MODELS):
         manifest = model(number)
         for name, size in manifest.blob_sizes.items():
-            path = lay.blob(name)
+            path = paths.blob(name)
             path.parent.mkdir(exist_ok=True)
             path.touch(mode=0o644)
             os.truncate(path, size)
             path.chmod(0o444)
             prove(name, path)
-            lay.leaves(name).parent.mkdir(exist_ok=True)
-            lay.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
-        build_view(lay, manifest)
-        path = lay.manifest(manifest.repo, manifest.commit)
+            paths.leaves(name).parent.mkdir(exist_ok=True)
+            paths.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
+        build_view(paths, manifest)
+        path = paths.manifest(manifest.repo, manifest.commit)
         path.parent.mkdir()
         path.write_bytes(encode(manifest))
 
@@ -155,9 +155,9 @@ def scan_s(root: Path) -> float:
     """Return the seconds until storage has read its disk at startup."""
     disk = Disk(root)
     disk.open()
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     ledger = recover(disk)
-    took_s = time.perf_counter() - began_s
+    took_s = time.perf_counter() - started_s
     if (len(ledger.blobs), len(ledger.manifests)) != (10_000, MODELS):
         raise SystemExit(f"the scan found {len(ledger.blobs)} blobs and {len(ledger.manifests)} models")
     return took_s
@@ -191,23 +191,23 @@ def arriving(number: int) -> Manifest:
 def admissions_per_s() -> float:
     """Return the admissions per second, each for another model, none of them carried out."""
     ledger, manifests = full_ledger(), [arriving(20 + n) for n in range(100)]
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     for n in range(ADMISSIONS):
         if len(admit(manifests[n % len(manifests)], ledger, UNLIMITED, 1 << 40).missing) != 8:
             raise SystemExit("an admission returned a wrong result")
-    return ADMISSIONS / (time.perf_counter() - began_s)
+    return ADMISSIONS / (time.perf_counter() - started_s)
 
 
 def plan_s() -> float:
     """Return the seconds to plan how to free half of a store of 1,000 models, a tenth of them pinned."""
     ledger = full_ledger()
     last_uses = {name: float(number * 7919 % MODELS) for number, name in enumerate(ledger.manifests)}
-    kept = dict.fromkeys(list(ledger.manifests)[::10], "pinned")
+    protected = dict.fromkeys(list(ledger.manifests)[::10], "pinned")
     need_bytes = ledger.used_bytes // 2
-    began_s = time.perf_counter()
-    made = plan(need_bytes, ledger, last_uses, kept)
-    took_s = time.perf_counter() - began_s
-    if not made.enough or made.frees_bytes < need_bytes:
+    started_s = time.perf_counter()
+    eviction = plan(need_bytes, ledger, last_uses, protected)
+    took_s = time.perf_counter() - started_s
+    if not eviction.enough or eviction.frees_bytes < need_bytes:
         raise SystemExit("the plan does not free enough")
     return took_s
 
@@ -221,9 +221,9 @@ async def reserve_ms(directory: Path) -> float:
             async with node.storage():
                 for number in range(RESERVES):
                     manifest = arriving(number)
-                    began_s = time.perf_counter()
+                    started_s = time.perf_counter()
                     await node.reserve(manifest)
-                    samples.append(time.perf_counter() - began_s)
+                    samples.append(time.perf_counter() - started_s)
                     await node.release(manifest)
     return statistics.median(samples) * 1000
 

@@ -144,9 +144,9 @@ class Site:
 
     async def pull_s(self, node: str, model: str) -> float:
         """Return the seconds from requesting a model on a node to the outcome."""
-        began_s = time.perf_counter()
+        started_s = time.perf_counter()
         await self.ask("fetcher", node, "download", model)
-        return time.perf_counter() - began_s
+        return time.perf_counter() - started_s
 
     async def delete(self, nodes: str, model: str) -> None:
         """Delete a model from nodes."""
@@ -416,11 +416,11 @@ def flip(blobs: list[Path]) -> None:
 async def measure(directory: Path, server: NatsServer, hub: RunningHub) -> dict[str, Figure]:
     """Return all figures."""
     figures: dict[str, Figure] = {}
-    began_s = time.monotonic()
+    started_s = time.monotonic()
 
     def done(measured: dict[str, Figure]) -> None:
         figures.update(measured)
-        print(f"{time.monotonic() - began_s:.0f} s: {', '.join(measured)}", file=sys.stderr)
+        print(f"{time.monotonic() - started_s:.0f} s: {', '.join(measured)}", file=sys.stderr)
 
     async with joined(server) as here:
         site = Site(directory, server, hub, here)

@@ -49,7 +49,7 @@ async def set_by(client: Client) -> None:
 
 def read_time(stamp: str) -> float:
     """Parse NATS's `2026-01-01T00:00:00.123456789Z` into seconds since 1970. Raises ValueError."""
-    whole, _, rest = stamp.partition(".")
-    if rest.endswith("Z"):  # Python reads six digits at most
-        stamp = f"{whole}.{rest[:-1][:6].ljust(6, '0')}+00:00"
+    seconds, _, fraction = stamp.partition(".")
+    if fraction.endswith("Z"):  # Python reads six digits at most
+        stamp = f"{seconds}.{fraction[:-1][:6].ljust(6, '0')}+00:00"
     return datetime.fromisoformat(stamp).timestamp()

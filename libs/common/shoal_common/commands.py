@@ -74,10 +74,10 @@ class CommandWorker:
         """Run commands until `stopping`. `address` is the node, or `any`. Unfinished commands return to the queue."""
         subject = subjects.commands_of(self._service, address)
         async with asyncio.TaskGroup() as tasks:
-            desk = tasks.create_task(self._desk.listen(subject))
+            listening = tasks.create_task(self._desk.listen(subject))
             pulling = tasks.create_task(self._pull_forever(subjects.durable(self._service, address), subject, tasks))
             await stopping.wait()
-            await ended(desk, pulling)
+            await ended(listening, pulling)
             await ended(*self._jobs)
 
     async def _pull_forever(self, durable: str, subject: str, tasks: asyncio.TaskGroup) -> None:

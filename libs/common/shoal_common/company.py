@@ -54,11 +54,11 @@ class CompanyView(View):
             self.comings += self.others.pop(key, None) is not None
             super().apply(key, value, revision)
         else:
-            before = self.others.get(key)
-            self.comings += before is None
+            known = self.others.get(key)
+            self.comings += known is None
             self._note(key, other)
-            if before is not None and before.holder.uid == other.holder.uid:
-                self.others[key] = msgspec.structs.replace(other, beats=before.beats + 1)
+            if known is not None and known.holder.uid == other.holder.uid:
+                self.others[key] = msgspec.structs.replace(other, beats=known.beats + 1)
             super().apply(key, None, revision)
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
@@ -80,8 +80,8 @@ class CompanyView(View):
         return None if work_together(self._version, live.version) else Other(live.version, live.holder)
 
     def _note(self, key: str, other: Other) -> None:
-        node, before = key.partition(".")[0], self.others.get(key)
-        if before is not None and before.holder.uid == other.holder.uid:
+        node, known = key.partition(".")[0], self.others.get(key)
+        if known is not None and known.holder.uid == other.holder.uid:
             return
         logged = self._quiet or any(
             k.partition(".")[0] == node and o.version == other.version for k, o in self.others.items()

@@ -112,22 +112,22 @@ def _gated_delta(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
         return _full(config, layer)
     key_width = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
     value_width = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
-    kept = int(config["linear_conv_kernel_dim"]) - 1
+    conv_steps = int(config["linear_conv_kernel_dim"]) - 1
     # This state and Mamba 2's are float32 whatever the model's type.
     state_bytes = value_width * int(config["linear_key_head_dim"]) * 4
-    return KvRule(constant_bytes=kept * (2 * key_width + value_width) * layer.element_bytes + state_bytes)
+    return KvRule(constant_bytes=conv_steps * (2 * key_width + value_width) * layer.element_bytes + state_bytes)
 
 
 def _mamba(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
     width, state = int(config["intermediate_size"]), int(config.get("state_size") or config["ssm_state_size"])
-    kept = int(config["conv_kernel"]) - 1
-    return KvRule(constant_bytes=width * (kept * layer.element_bytes + state * layer.state_bytes))
+    conv_steps = int(config["conv_kernel"]) - 1
+    return KvRule(constant_bytes=width * (conv_steps * layer.element_bytes + state * layer.state_bytes))
 
 
 def _mamba2(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
     width, state = int(config["num_heads"]) * int(config["head_dim"]), int(config["state_size"])
-    kept = (int(config["conv_kernel"]) - 1) * (width + 2 * int(config["n_groups"]) * state)
-    return KvRule(constant_bytes=kept * layer.element_bytes + width * state * 4)
+    conv_steps = (int(config["conv_kernel"]) - 1) * (width + 2 * int(config["n_groups"]) * state)
+    return KvRule(constant_bytes=conv_steps * layer.element_bytes + width * state * 4)
 
 
 def _short_convolution(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:

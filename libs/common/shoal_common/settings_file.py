@@ -66,8 +66,8 @@ def changed(settings: Mapping[str, Any], section: str, changes: Mapping[str, Val
     existing = settings.get(section, {})
     if not isinstance(existing, Mapping):
         raise Refused(f"{section} in node.toml is {existing!r}: write it as a section [{section}] first")
-    kept = {k: v for k, v in existing.items() if k not in changes}
-    table = kept | {k: v for k, v in changes.items() if v is not None}
+    unchanged = {k: v for k, v in existing.items() if k not in changes}
+    table = unchanged | {k: v for k, v in changes.items() if v is not None}
     if not table and section not in settings:
         return dict(settings)
     return {**settings, section: table}

@@ -25,5 +25,5 @@ def major(version: str) -> str | None:
 
 def work_together(one: str, other: str) -> bool:
     """Return whether services of these versions may talk to each other."""
-    ours = major(one)
-    return ours is not None and ours == major(other)
+    first_version = major(one)
+    return first_version is not None and first_version == major(other)

@@ -190,13 +190,13 @@ class ContentResponse(Response):
         headers: Mapping[str, str],
         pace: Pace,
         sent: Sent,
-        going: Going | None,
+        in_flight: Going | None,
     ) -> None:
         self.status_code, self.background, self.body = status, None, b""
         self.media_type = _TYPE
         self.init_headers({**headers, "Content-Length": str(end - start)})
         self._content, self._start, self._end, self._pace = content, start, end, pace
-        self._sent, self._going = sent, going
+        self._sent, self._going = sent, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""

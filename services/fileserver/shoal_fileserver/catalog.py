@@ -71,10 +71,10 @@ class Catalog:
     @property
     def _serving(self) -> dict[str, list[Link]]:
         """Nodes with a live fileserver, this one included, and their links."""
-        lives = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
+        services = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
         serving = {
             node: facts.links or [Link(address=a) for a in facts.addresses]
-            for (node, _, service), facts in lives
+            for (node, _, service), facts in services
             if service == "fileserver"
         }
         return {node: links for node, links in serving.items() if links} | {self._node: []}

@@ -42,12 +42,12 @@ def make_room(host: str, others: Sequence[Seen]) -> int | Literal["no room"] | N
     if len(others) < MAX_CONNECTIONS:
         return None
     by_share = sorted(range(len(others)), key=lambda i: -from_host[others[i].host])
-    most = from_host[others[by_share[0]].host]
+    largest_share = from_host[others[by_share[0]].host]
     idle = [i for i in by_share if others[i].idle_s is not None]
     if idle:
         share = from_host[others[idle[0]].host]
         return _first([i for i in idle if from_host[others[i].host] == share], others)
-    return _first([i for i in by_share if from_host[others[i].host] == most], others)
+    return _first([i for i in by_share if from_host[others[i].host] == largest_share], others)
 
 
 def _first(candidates: Sequence[int], others: Sequence[Seen]) -> int | Literal["no room"]:

@@ -54,9 +54,9 @@ class Sent:
         """Return the next leaves to send, counted from now on; `ended` must follow. None if nothing can be sent."""
         counts = self._counts(blob, leaf_count(size_bytes), now_s)
         counts.going = [g for g in counts.going if not g.gone or now_s < g.until_s]
-        for going in counts.going:
-            if now_s < going.until_s:
-                ready &= ~run(going.first, going.end)
+        for leaves in counts.going:
+            if now_s < leaves.until_s:
+                ready &= ~run(leaves.first, leaves.end)
         chosen = least_sent(counts.sets, wanted, ready, max_leaves, self._draw)
         return None if chosen is None else _begun(counts, blob, *chosen, now_s)
 
@@ -65,14 +65,14 @@ class Sent:
         counts = self._blobs.get(blob)
         return None if counts is None else _begun(counts, blob, first, end, now_s)
 
-    def ended(self, going: Going, through: int, now_s: float) -> None:
+    def ended(self, in_flight: Going, through: int, now_s: float) -> None:
         """Record that leaves up to `through` were sent; the rest were not, and are not counted."""
-        counts = self._blobs.get(going.blob)
-        if counts is None or going not in counts.going:  # dropped meanwhile
+        counts = self._blobs.get(in_flight.blob)
+        if counts is None or in_flight not in counts.going:  # dropped meanwhile
             return
-        through = max(through, going.first)
-        unsent = run(through, going.end)
-        going.end, going.gone, going.until_s = min(through, going.end), True, now_s + JUST_SENT_S
+        through = max(through, in_flight.first)
+        unsent = run(through, in_flight.end)
+        in_flight.end, in_flight.gone, in_flight.until_s = min(through, in_flight.end), True, now_s + JUST_SENT_S
         # From the second set on, leaves move down: what was counted once more is counted once less.
         for count in range(1, len(counts.sets)):
             moved = counts.sets[count] & unsent
@@ -94,6 +94,6 @@ class Sent:
 
 def _begun(counts: _Counts, blob: str, first: int, end: int, now_s: float) -> Going:
     counted(counts.sets, run(first, end))
-    going = Going(blob, first, end, now_s + ON_ITS_WAY_S)
-    counts.going.append(going)
-    return going
+    in_flight = Going(blob, first, end, now_s + ON_ITS_WAY_S)
+    counts.going.append(in_flight)
+    return in_flight

@@ -87,7 +87,7 @@ class Configure(Command):
     read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All libraries (read-only model directories), absolute or with `~`; an empty list removes them."""
     roots: list[str] | msgspec.UnsetType = msgspec.UNSET
-    """All further volumes, absolute or with `~`; an empty list removes them, their files stay."""
+    """All volumes besides the store's own, absolute or with `~`; an empty list removes them, their files stay."""
     max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
     """Rate limit of the fileserver, in total; null means unlimited."""
     max_hub_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
