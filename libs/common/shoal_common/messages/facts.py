@@ -47,7 +47,7 @@ class Facts(Message):
     memory_reclaimable_bytes: int = 0
     """Of the available memory, what the system uses for caches (inference)."""
     stages: dict[str, int] = {}
-    """Bytes that each stage occupies now, by `<instance>/<rank>`; empty if counted as available."""
+    """Bytes each stage occupies now, by `<instance>/<rank>`; empty from versions that count them as available."""
     memory_pressure: int | None = None
     """Memory pressure: 0 none, 1 some, 2 severe; null if unknown (inference)."""
     accelerator: str = ""
