@@ -22,7 +22,7 @@ class Command(Message):
     deadline_s: float = 0.0
     """Seconds from sending until the command ends with `expired`; 0 means the verb's default."""
     expires_at_s: float = 0.0
-    """When the sender gives up, as gateways set it: a service that receives it later does not run it; 0 means never."""
+    """When the sender gives up (set by gateways): a service that receives it later does not run it; 0: never."""
 
 
 class Download(Command):
