@@ -125,7 +125,7 @@ class Reserved(Message):
 
 
 class Release(Message):
-    """`svc.storage.<node>.release`: end the reservation of an unsuccessful download; delete bytes that only it needs."""
+    """`svc.storage.<node>.release`: end an unsuccessful download's reservation; delete bytes that only it needs."""
 
     manifest: Manifest
     """The manifest that was reserved."""
