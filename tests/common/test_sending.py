@@ -127,7 +127,7 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
     home, begun, identity = tmp_path / "home", tmp_path / "begun", fresh("id")
     home.mkdir()
     (home / "node.toml").write_text(f'id = "{(node := fresh("node"))}"\n')
-    environment = node_environment(home, nats.url, TOY_ACK_WAIT_S="3")
+    environment = node_environment(home, nats.url, TOY_ACK_WAIT_S="3", SHOAL_LOG="debug")
     async with joined(nats) as here:
         async with started(TOY, environment=environment) as first:
             await first.wait_ready()
@@ -150,7 +150,7 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
             )
             assert outcome.ok and outcome.result == {"identity": identity}
             await nothing_left(here, node)
-            assert sum('msg="command ended"' in line for line in second.lines) == 1, second.output
+            assert sum('msg="command started"' in line for line in second.lines) == 1, second.output
 
 
 async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_done(own_nats: NatsServer) -> None:
