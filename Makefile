@@ -1,23 +1,24 @@
-# `make demo` and `make test` set up all they need, on a fresh machine too.
+# `make demo` and `make test` install all they need, on a fresh machine too.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
-SOURCES := libs services cli demo tests bench deploy
+SOURCES := libs services cli demo tests bench deploy scripts
 
-.PHONY: demo test unit lint types setup bench chaos lock format clean
+.PHONY: demo test unit lint types setup bench chaos docs lock format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    three nodes on this machine: pull, place over two, chat   (Ctrl-C ends it)"
-	@echo "make test    lint, types and all tests"
-	@echo "make bench   measure, and write docs/benchmarks.md"
-	@echo "make chaos   do all kinds of harm to a cluster, and see what is left   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
-	@echo "make lock    pin the requirements anew       make format    format the code"
+	@echo "make demo    run three nodes here: pull, place over two, chat   (Ctrl-C ends it)"
+	@echo "make test    run lint, types and all tests"
+	@echo "make bench   run the benchmarks and write docs/benchmarks.md"
+	@echo "make chaos   inject faults into a cluster and check it   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
+	@echo "make docs    write the field tables of docs/protocol.md from the messages"
+	@echo "make lock    pin the requirements again      make format    format the code"
 
 setup: $(VENV)/.ready
 
-# The stamp changes with the pins and with what is installed from here; code changes need no set-up (editable).
+# The stamp depends on the pins and on what is installed from here; code changes need no setup (editable installs).
 $(VENV)/.ready: requirements.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTS)) scripts/system-packages.sh
 	@scripts/system-packages.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -33,7 +34,7 @@ demo: setup
 
 test: lint types unit
 
-# Tests wait more than they compute: a worker more than there are cores. A file's tests share servers, and one worker.
+# Tests wait more than they compute: one worker more than cores. A file's tests share servers, and so one worker.
 TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
 
 unit: setup
@@ -51,7 +52,7 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Every run says its seed; the same seed draws the same things again. Kinds are in tests/cluster/chaos.py: `kill,network`.
+# Every run prints its seed; the same seed repeats the run. Kinds are in tests/cluster/chaos.py: `kill,network`.
 CHAOS_ROUNDS ?= 100
 CHAOS_KINDS ?=
 CHAOS_LONGEST_S ?= 25
@@ -61,17 +62,20 @@ chaos: setup
 	SHOAL_CHAOS_ROUNDS=$(CHAOS_ROUNDS) SHOAL_CHAOS_SEED=$(CHAOS_SEED) SHOAL_CHAOS_KINDS=$(CHAOS_KINDS) \
 	SHOAL_CHAOS_LONGEST_S=$(CHAOS_LONGEST_S) $(BIN)/python -m pytest tests/cluster/test_chaos.py
 
+docs: setup
+	$(BIN)/python scripts/protocol_fields.py
+
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
-# Anchors, which nothing but benchmarks needs. Where one cannot be had, its figures are left out.
+# Programs to compare with, which only benchmarks need. Without one, its figures are left out.
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt \
-	  || echo "the anchors of benchmarks cannot be installed: their figures will be left out" >&2
+	  || echo "cannot install the programs that benchmarks compare with: their figures will be left out" >&2
 	@touch $@
 
-# Needs uv (`pip install uv`). No address of a registry gets into the files.
+# Needs uv (`pip install uv`). No registry's address gets into the files.
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
               --no-emit-index-url --no-emit-find-links
 lock:

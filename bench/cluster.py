@@ -1,23 +1,23 @@
-"""What a cluster costs when nothing happens, and how soon a newcomer knows a large one.
+"""What an idle cluster costs, how soon a new node knows a large one, and how soon a node's death is seen.
 
-Five nodes with all their services, left alone for a minute:
+Five nodes with all their services, idle for a minute:
 
-- `idle_messages`: what was written to any stream or said on any subject of Shoal's, besides liveness and leases.
-- `liveness_mb_day`: what a node's liveness keys and its part of the leader's lease send in a day.
-- `idle_cpu_pct`: of one core, all processes of the node that uses most; the first one has NATS besides.
-- `rss_mb`: the largest service that has not loaded MLX, and `rss_mb_inference`, the one that would.
+- `idle_messages`: messages written to any stream or sent on any subject of Shoal's, besides liveness and leases.
+- `liveness_mb_day`: what a node's liveness keys and its share of the leader's lease send per day.
+- `idle_cpu_pct`: of one core, all processes of the node that uses most; the first node includes NATS.
+- `rss_mb`: the largest service without MLX, and `rss_mb_inference`, the one that would load it.
 
-A thousand nodes, written by this script, that beat and hold ten models each:
+A thousand nodes, simulated by this script, that renew their keys and hold ten models each:
 
-- `join_s`: from the connection of a new node's placement to its answer to a preview over all of them;
+- `join_s`: from the connection of a new node's placement to its reply to a preview over all nodes;
   `join_process_s`: from the start of its process.
-- `leader_cpu_pct_1000`: of one core, a leader's placement while they beat.
+- `leader_cpu_pct_1000`: of one core, a leader's placement while the nodes renew their keys.
 
-Two nodes that run an instance together, of which one dies:
+Two nodes that run an instance together, one of which dies:
 
-- `death_seen_connection_s`: from the kill of all its processes until the instance is degraded and the node is not
-  offered for placement any more.
-- `death_seen_s`: the same for a node that is stopped (SIGSTOP), where nothing but its silence tells.
+- `death_seen_connection_s`: from the kill of all its processes until the instance is degraded and placement does not
+  offer the node any more.
+- `death_seen_s`: the same for a node that is stopped (SIGSTOP), so that only its silence tells.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _STREAMS = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
 
 
 async def written(here: Joined) -> int:
-    """How much was ever written to the streams that should be silent."""
+    """Return the number of messages ever written to the streams that should be silent."""
     return sum([await here.last_sequence(stream) for stream in _STREAMS])
 
 
@@ -82,7 +82,7 @@ async def settled(here: Joined) -> None:
 
 
 async def idle_figures(directory: Path) -> dict[str, Figure]:
-    """Five nodes that are left alone."""
+    """Measure five idle nodes."""
     with NatsServer(directory / "nats") as server:
         nodes = [Node(directory / name, name, server.url, SERVICES, SHOAL_GATEWAY_PORT="0") for name in NODES]
         with running_nodes(*nodes):
@@ -90,36 +90,36 @@ async def idle_figures(directory: Path) -> dict[str, Figure]:
                 for node in nodes:
                     await node.ready(here)
                 await settled(here)
-                said, lived_bytes = Counter[str](), 0
+                counts, liveness_bytes = Counter[str](), 0
 
-                async def hear(message: Any) -> None:
-                    said[message.subject] += 1
+                async def count_message(message: Any) -> None:
+                    counts[message.subject] += 1
 
-                async def hear_life(message: Any) -> None:
-                    nonlocal lived_bytes
-                    lived_bytes += len(message.subject) + len(message.data)
-                    lived_bytes += sum(len(k) + len(v) + 4 for k, v in (message.headers or {}).items())
+                async def count_liveness(message: Any) -> None:
+                    nonlocal liveness_bytes
+                    liveness_bytes += len(message.subject) + len(message.data)
+                    liveness_bytes += sum(len(k) + len(v) + 4 for k, v in (message.headers or {}).items())
 
-                await here.client.subscribe(f"{subjects.ROOT}.>", cb=hear)
+                await here.client.subscribe(f"{subjects.ROOT}.>", cb=count_message)
                 for bucket in ("live", "lease"):
-                    await here.client.subscribe(f"$KV.{bucket}.>", cb=hear_life)
+                    await here.client.subscribe(f"$KV.{bucket}.>", cb=count_liveness)
                 await here.client.flush()
                 before, cpu_before = await written(here), cpu_of(nodes, server)
-                began_s = time.monotonic()
-                await asyncio.sleep(IDLE_S)  # what is measured is that nothing happens
-                took_s = time.monotonic() - began_s
+                started_s = time.monotonic()
+                await asyncio.sleep(IDLE_S)  # the idle time is what is measured
+                took_s = time.monotonic() - started_s
                 await here.client.flush()
                 cpu = {n: s - cpu_before[n] for n, s in cpu_of(nodes, server).items()}
-                messages = await written(here) - before + sum(said.values())
+                messages = await written(here) - before + sum(counts.values())
                 if messages:
-                    print("said while idle:", dict(said), file=sys.stderr)
+                    print("sent while idle:", dict(counts), file=sys.stderr)
                 rss = {s: max(psutil.Process(n[s].pid).memory_info().rss for n in nodes) for s in SERVICES}
     print(
         {s: f"{b / 1e6:.0f} MB" for s, b in rss.items()}, {n: f"{s:.2f} s" for n, s in cpu.items()}, file=sys.stderr
     )
     return {
         "idle_messages": figure(messages, "", "<= 0"),
-        "liveness_mb_day": figure(lived_bytes / len(NODES) * _DAY_S / took_s / 1e6, "MB", "<= 30"),
+        "liveness_mb_day": figure(liveness_bytes / len(NODES) * _DAY_S / took_s / 1e6, "MB", "<= 30"),
         "idle_cpu_pct": figure(100 * max(cpu.values()) / took_s, "%", "<= 2"),
         "rss_mb": figure(max(b for s, b in rss.items() if s != "inference") / 1e6, "MB", "<= 80"),
         "rss_mb_inference": figure(rss["inference"] / 1e6, "MB"),
@@ -127,17 +127,17 @@ async def idle_figures(directory: Path) -> dict[str, Figure]:
 
 
 def cpu_of(nodes: list[Node], server: NatsServer) -> dict[str, float]:
-    """CPU seconds so far of each node's processes; the first one's include NATS."""
-    found = {}
+    """Return the CPU seconds so far of each node's processes; the first node's include NATS."""
+    result = {}
     for node in nodes:
         pids = [service.pid for service in node.services.values()] + [server.pid] * (node is nodes[0])
         times = [psutil.Process(pid).cpu_times() for pid in pids]
-        found[node.id] = sum(t.user + t.system for t in times)
-    return found
+        result[node.id] = sum(t.user + t.system for t in times)
+    return result
 
 
 async def beat(here: Joined, round_number: int) -> None:
-    """All nodes say that they are there, as their inference and storage would."""
+    """Renew all nodes' keys, as their inference and storage would."""
     for number in range(LARGE):
         for service in ("inference", "storage"):
             node = f"n{number:04}"
@@ -148,15 +148,15 @@ async def beat(here: Joined, round_number: int) -> None:
 
 
 async def beat_forever(here: Joined) -> None:
-    """Until cancelled."""
+    """Renew all nodes' keys until cancelled."""
     for round_number in range(1 << 30):
-        began_s = time.monotonic()
+        started_s = time.monotonic()
         await beat(here, round_number)
-        await asyncio.sleep(max(BEAT_S - (time.monotonic() - began_s), 0))
+        await asyncio.sleep(max(BEAT_S - (time.monotonic() - started_s), 0))
 
 
 async def large_figures(directory: Path) -> dict[str, Figure]:
-    """A thousand nodes, a leader, and one that joins."""
+    """Measure a thousand nodes, a leader, and one that joins."""
     async with AsyncExitStack() as stack:
         server = stack.enter_context(NatsServer(directory / "nats"))
         here = await stack.enter_async_context(joined(server))
@@ -186,20 +186,20 @@ async def large_figures(directory: Path) -> dict[str, Figure]:
         async def all_live() -> bool:
             return await here.key_count("live") >= 2 * LARGE
 
-        await eventually(led, "somebody leads")
+        await eventually(led, "there is a leader")
         await eventually(all_live, "all nodes are live")
         joins, processes = [], []
         for number in range(3):
             newcomer = Node(directory / f"new-{number}", f"new-{number}", server.url, ("placement",))
             with running_nodes(newcomer):
-                began_s = time.perf_counter()
+                started_s = time.perf_counter()
                 await answered(here, newcomer.id)
-                processes.append(time.perf_counter() - began_s)
+                processes.append(time.perf_counter() - started_s)
                 joins.append(time.time() - connected_at_s(newcomer))
         process = psutil.Process(leader["placement"].pid)
-        before, began_s = process.cpu_times(), time.monotonic()
-        await asyncio.sleep(LEAD_S)  # what is measured is what it costs meanwhile
-        after, took_s = process.cpu_times(), time.monotonic() - began_s
+        before, started_s = process.cpu_times(), time.monotonic()
+        await asyncio.sleep(LEAD_S)  # what leading costs in this time is measured
+        after, took_s = process.cpu_times(), time.monotonic() - started_s
         spent_s = after.user + after.system - before.user - before.system
     return {
         "join_s": figure(sorted(joins)[1], "s", "<= 1"),
@@ -209,29 +209,29 @@ async def large_figures(directory: Path) -> dict[str, Figure]:
 
 
 async def answered(here: Joined, node: str) -> None:
-    """Return once a node's placement has answered a preview, asked as soon as it can be."""
+    """Return once a node's placement has replied to a preview, requested as soon as possible."""
     question = json.dumps({"model": "org/model-1", "max_nodes": 2}).encode()
     while True:
         try:
             reply = await here.client.request(subjects.question("placement", node, "preview"), question, timeout=30)
-        except Exception:  # noqa: BLE001  # nobody is there yet: nats-py has several words for it
+        except Exception:  # noqa: BLE001  # not started yet: nats-py raises several classes for it
             await asyncio.sleep(0.005)
             continue
         answer = json.loads(reply.data)
         if answer.get("error"):
-            raise SystemExit(f"the newcomer does not know the cluster: {answer}")
+            raise SystemExit(f"the new node does not know the cluster: {answer}")
         return
 
 
 def connected_at_s(node: Node) -> float:
-    """When a node's placement was connected (Unix time), by its own log."""
-    found = re.search(r"^ts=(\S+).* msg=connected", node["placement"].log(), re.MULTILINE)
-    assert found is not None, node.log()
-    return datetime.fromisoformat(found[1]).timestamp()
+    """Return when a node's placement was connected (Unix time), by its own log."""
+    result = re.search(r"^ts=(\S+).* msg=connected", node["placement"].log(), re.MULTILINE)
+    assert result is not None, node.log()
+    return datetime.fromisoformat(result[1]).timestamp()
 
 
 async def death_figures(directory: Path) -> dict[str, Figure]:
-    """How soon a death is seen."""
+    """Measure how soon a death is seen."""
     took: dict[signal.Signals, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
     for number in range(DEATHS):
         for how, seconds in took.items():
@@ -239,12 +239,12 @@ async def death_figures(directory: Path) -> dict[str, Figure]:
             with NatsServer(at / "nats") as server:
                 async with at_work(at, server) as deaths:
                     await asyncio.to_thread(deaths.site["b"]["placement"].stop)
-                    began_s = time.perf_counter()
+                    started_s = time.perf_counter()
                     deaths.send("b", how)
                     try:
                         await deaths.stands("degraded")
                         await eventually(deaths.is_not_offered_b, "b is not offered", 60)
-                        seconds.append(time.perf_counter() - began_s)
+                        seconds.append(time.perf_counter() - started_s)
                     finally:
                         deaths.send("b", signal.SIGCONT)
     return {
@@ -254,7 +254,7 @@ async def death_figures(directory: Path) -> dict[str, Figure]:
 
 
 async def measure(directory: Path) -> dict[str, Figure]:
-    """All figures."""
+    """Return all figures."""
     idle, large, deaths = (directory / name for name in ("idle", "large", "deaths"))
     for part in (idle, large, deaths):
         part.mkdir()

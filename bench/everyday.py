@@ -1,9 +1,9 @@
-"""What one command, one pull and one answer cost beside the plainest way of doing the same.
+"""What a command, a pull and an answer cost compared with the plainest way of doing the same.
 
-- `command_over_request`: a command with its outcome (work queue, idempotence, outcome kept) over a bare NATS request
-  to the same process; p50 of each.
-- `pull_beyond_reading_s`: seconds that pulling the demo's model takes beyond one process that only reads it.
-- `answer_2_stages_over_1`: tokens per second of the demo's model over two stages (two nodes, HTTP API) over one.
+- `command_over_request`: a command with its outcome (work queue, idempotence, stored outcome) over a bare NATS
+  request to the same process; medians.
+- `pull_beyond_reading_s`: seconds that pulling the demo's model takes longer than a process that only reads it.
+- `answer_2_stages_over_1`: tokens per second of the demo's model in two stages (two nodes, HTTP API) over one.
 """
 
 from __future__ import annotations
@@ -34,48 +34,48 @@ CALLS = 50 if QUICK else 300
 
 
 async def command_latencies(nats_url: str) -> tuple[float, float]:
-    """Median seconds of a command with its outcome, and of a bare question to the same service."""
+    """Return the median seconds of a command with its outcome, and of a bare RPC to a service."""
     connection = await nats.connect(nats_url)
-    command, question = "shoal.v1.cmd.fetcher.a.cancel", "shoal.v1.svc.storage.a.manifest"
+    command, request = "shoal.v1.cmd.fetcher.a.cancel", "shoal.v1.svc.storage.a.manifest"
     body = json.dumps({"model": "nobody/nothing"}).encode()
-    samples: dict[str, list[float]] = {command: [], question: []}
+    samples: dict[str, list[float]] = {command: [], request: []}
     for _ in range(CALLS):
-        for subject, taken in samples.items():
-            began_s = time.perf_counter()
+        for subject, durations_s in samples.items():
+            started_s = time.perf_counter()
             await connection.request(subject, body, timeout=10)
-            taken.append(time.perf_counter() - began_s)
+            durations_s.append(time.perf_counter() - started_s)
     await connection.close()
-    return statistics.median(samples[command]), statistics.median(samples[question])
+    return statistics.median(samples[command]), statistics.median(samples[request])
 
 
 def pull_s(cluster: ShoalCluster) -> float:
-    """Seconds from asking node a for the model to its being ready there."""
+    """Return the seconds from requesting the model on node a until it is ready there."""
     node = cluster["a"]
     node.call("DELETE", f"/v1/models/{DEMO_MODEL}")
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     node.call("POST", "/v1/downloads", {"model": DEMO_MODEL, "nodes": ["a"], "wait": True})
-    return time.perf_counter() - began_s
+    return time.perf_counter() - started_s
 
 
 def read_s(hub: RunningHub) -> float:
-    """Seconds to read the same files from the hub, one after the other, keeping nothing."""
-    began_s = time.perf_counter()
+    """Return the seconds to read the same files from the hub, one after the other, keeping nothing."""
+    started_s = time.perf_counter()
     with httpx2.Client(follow_redirects=True) as client:
         for path in sorted((MODELS_DIR / DEMO_MODEL).iterdir()):
             client.get(f"{hub.base_url}/{DEMO_MODEL}/resolve/main/{path.name}").raise_for_status()
-    return time.perf_counter() - began_s
+    return time.perf_counter() - started_s
 
 
 def tokens_per_s(cluster: ShoalCluster, instance: str) -> float:
-    """Tokens a second of one greedy answer, prompt included in the time."""
+    """Return the tokens per second of one greedy answer, including the time for its prompt."""
     body = {
         "model": instance,
         "messages": [{"role": "user", "content": "Why do fish swim together?"}],
         "temperature": 0,
     }
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     answer = cluster["a"].call("POST", "/v1/chat/completions", body)
-    return float(answer["usage"]["completion_tokens"]) / (time.perf_counter() - began_s)
+    return float(answer["usage"]["completion_tokens"]) / (time.perf_counter() - started_s)
 
 
 def main() -> None:
@@ -86,8 +86,8 @@ def main() -> None:
         running_hub(MODELS_DIR, process=True) as hub,
         ShoalCluster(Path(directory), hub.base_url, names=("a", "b")) as cluster,
     ):
-        command_s, question_s = asyncio.run(command_latencies(cluster["a"].nats_url))
-        figures["command_over_request"] = figure(command_s / question_s, "x")
+        command_s, request_s = asyncio.run(command_latencies(cluster["a"].nats_url))
+        figures["command_over_request"] = figure(command_s / request_s, "x")
         figures["command_ms"] = figure(command_s * 1000, "ms")
         pulls = interleaved({"pull": partial(pull_s, cluster), "read": partial(read_s, hub)}, ROUNDS)
         figures["pull_beyond_reading_s"] = figure(pulls["pull"] - pulls["read"], "s")

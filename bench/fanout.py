@@ -1,18 +1,18 @@
 """How soon all nodes have a model that one of them has: the last one's finish over F/B.
 
-F is the model's size, a single file of 256 MiB; B is what each link carries each way, 200 Mbit/s. All pull at the
-same moment; a pull ends when storage has hashed all of it and the node says that the model is ready.
+F is the model's size, a single file of 256 MiB; B is the rate of each link in each direction, 200 Mbit/s. All nodes
+pull at the same moment; a pull ends when storage has hashed everything and publishes the model as ready.
 
-- `fanout_n4`, `fanout_n8`: four and eight nodes take it from one.
-- `fanout_slow_uplink`: four, one of which has a quarter of B to send with.
-- `source_bytes_n8`: what the one sent over F, by its link's counter: headers, and whatever else it said, included.
-- `libtorrent_n4`: the anchor, on the same links.
-- `link_tcp`: one plain TCP stream of F over one of these links: what their headers alone take of B.
+- `fanout_n4`, `fanout_n8`: four and eight nodes pull from one.
+- `fanout_slow_uplink`: four nodes, one of which sends with a quarter of B.
+- `source_bytes_n8`: bytes that the source sent, over F, by its link's counter, with headers and all other traffic.
+- `libtorrent_n4`: the baseline, on the same links.
+- `link_tcp`: one plain TCP stream of F over one of these links: what headers alone take of B.
 - `sim_fanout_…`: the same in `simulate.py`, without disks, hashing or processes; a thousand nodes pull a quarter of
-  the bytes, or a sixteenth, which weighs their way through the graph all the more.
+  the bytes, or a sixteenth, which gives their way through the graph more weight.
 
-The services are real processes in network namespaces (`netns.py`), which root can make on Linux. Elsewhere only the
-simulated figures are reported. Stores are in memory where there is room: nine nodes do not share a disk.
+The services are real processes in network namespaces (`netns.py`), which root can create on Linux. Elsewhere only the
+simulated figures are reported. Stores are in memory if there is enough: nine nodes should not share a disk.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ROUNDS = 1 if QUICK else 3
 LEAVES = 128 if QUICK else 256
 SIZE_BYTES = LEAVES * LEAF_BYTES
 RATE = 25e6
-"""Bytes per second of each link, each way."""
+"""Bytes per second of each link in each direction."""
 SOURCE = "source"
 RECEIVERS = [f"n{number}" for number in range(8)]
 SERVICES = ("storage", "fetcher", "fileserver")
@@ -65,14 +65,14 @@ PULL_DEADLINE_S = 600.0
 
 
 class Cluster:
-    """One node that has the model and eight that can pull it, each on a link of its own."""
+    """One node that has the model and eight that can pull it, each on its own link."""
 
     def __init__(self, links: Links, server: NatsServer) -> None:
         self._links, self._server = links, server
         self.source_sent_bytes: list[int] = []
 
     def pull_s(self, receivers: list[str], slow_uplink: str = "") -> float:
-        """Seconds until the last of the receivers has the model; it is gone from them afterwards."""
+        """Return the seconds until the last receiver has the model; delete it from them afterwards."""
         if slow_uplink:
             self._links.shape(slow_uplink, RATE / 4, RATE)
         try:
@@ -88,7 +88,7 @@ class Cluster:
         return took_s
 
     def give_source(self) -> None:
-        """Have the source pull it from the hub."""
+        """Have the source pull the model from the hub."""
         asyncio.run(self._command([SOURCE], "fetcher", "download"))
 
     async def _command(self, nodes: list[str], service: str, verb: str) -> float:
@@ -103,16 +103,16 @@ class Cluster:
                 if not outcome.ok:
                     raise SystemExit(f"{verb} on {node}: {outcome.error}")
 
-            began_s = time.perf_counter()
+            started_s = time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
                 for node in nodes:
                     tasks.create_task(one(node))
-            return time.perf_counter() - began_s
+            return time.perf_counter() - started_s
 
 
 @contextmanager
 def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
-    """The services of all nodes, the source with the model; from then on links are shaped."""
+    """Run the services of all nodes, the source with the model; then limit the links' rates."""
     repo = directory / "hub" / REPO
     repo.mkdir(parents=True)
     with (repo / "weights.bin").open("wb") as f:
@@ -164,24 +164,24 @@ class TorrentPeer:
         )
 
     def say(self, *words: str) -> None:
-        """Tell it what to do."""
+        """Send it a command."""
         assert self._process.stdin is not None
         print(*words, file=self._process.stdin, flush=True)
 
     def wait_done(self) -> None:
-        """Return once it has done so."""
+        """Return once it has finished the command."""
         assert self._process.stdout is not None
         if self._process.stdout.readline().strip() != "done":
             raise SystemExit(f"libtorrent at {self.address} ended")
 
     def end(self) -> None:
-        """End it, and wait."""
+        """Kill it, and wait."""
         self._process.kill()
         self._process.communicate()
 
 
 def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
-    """Seconds until the last of the receivers has the same bytes by BitTorrent."""
+    """Return the seconds until the last receiver has the same bytes by BitTorrent."""
     work = directory / "torrent"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -193,13 +193,13 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
         peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
         peers[0].wait_done()
         stack.enter_context(touched(len(receivers) * SIZE_BYTES))
-        began_s = time.perf_counter()
+        started_s = time.perf_counter()
         for number, peer in enumerate(peers[1:]):
             others = [p.address for p in peers if p is not peer]
             peer.say("leech", str(work / str(number)), str(work / "model.torrent"), *others)
         for peer in peers[1:]:
             peer.wait_done()
-        return time.perf_counter() - began_s
+        return time.perf_counter() - started_s
 
 
 _TAKES = f"""
@@ -220,7 +220,7 @@ with socket.create_connection((sys.argv[1], {TORRENT_PORT})) as stream:
 
 
 def tcp_s(links: Links, receiver: str) -> float:
-    """Seconds that the same bytes take from the source to one other in a plain TCP stream."""
+    """Return the seconds that a plain TCP stream takes for the same bytes from the source to one receiver."""
     taking = subprocess.Popen(
         [*links.within(receiver), sys.executable, "-c", _TAKES], stdout=subprocess.PIPE, text=True
     )
@@ -232,7 +232,7 @@ def tcp_s(links: Links, receiver: str) -> float:
 
 
 def on_links() -> dict[str, Figure]:
-    """The figures of the shipped services. Raises CannotMake where there can be no links."""
+    """Measure the real services. Raises CannotMake if links cannot be created."""
     bound_s = SIZE_BYTES / RATE
     with ExitStack() as stack:
         links = stack.enter_context(Links([SOURCE, *RECEIVERS], RATE))
@@ -249,7 +249,7 @@ def on_links() -> dict[str, Figure]:
         if find_spec("libtorrent"):
             contenders["libtorrent"] = partial(torrent_s, directory, links, RECEIVERS[:4])
         else:
-            print("libtorrent is not installed (`make bench` does): its figure is left out", file=sys.stderr)
+            print("libtorrent is not installed (`make bench` does that): its figure is left out", file=sys.stderr)
         took_s = interleaved(contenders, ROUNDS)
         sent_bytes = statistics.median(cluster.source_sent_bytes)
     figures = {
@@ -265,11 +265,11 @@ def on_links() -> dict[str, Figure]:
 
 
 SIMULATED = {4: "<= 1.08", 8: "<= 1.12", 100: "", 1000: ""}
-"""Targets by how many nodes pull."""
+"""Targets by the number of nodes that pull."""
 
 
 def simulated() -> dict[str, Figure]:
-    """The same decisions in a simulation: the median of some, one where a single one takes long."""
+    """Measure the same decisions in a simulation: medians, or a single run where one takes long."""
     figures = {}
     for count, target in SIMULATED.items():
         leaves = 256 if count <= 100 else 16 if QUICK else 64
@@ -286,7 +286,7 @@ def simulated() -> dict[str, Figure]:
 
 def main() -> None:
     """Measure and report."""
-    # Whatever ends us, all is taken down; a shell starts what runs in the background deaf to Ctrl-C.
+    # Clean up on every signal; a shell starts background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     figures: dict[str, Figure] = {}

@@ -1,8 +1,8 @@
-"""What every bench script prints last: one JSON line of figures and the machine they were measured on.
+"""The last line that every benchmark prints: its figures and the machine, as JSON.
 
     {"figures": {"<name>": {"value": 1.07, "unit": "x", "target": "<= 1.10", "holds": true}}, "machine": {…}}
 
-A script exits with 0 when it could measure, whether or not its targets hold: figures are reported, not asserted.
+A script exits with 0 if it could measure, whether or not its targets hold: figures are reported, not asserted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import psutil
 
 
 class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One measured value. `target` is like `<= 1.10`; empty where the value is only reported."""
+    """A measured value. `target` is like `<= 1.10`; empty if the value is only reported."""
 
     value: float
     unit: str
@@ -33,7 +33,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def figure(value: float, unit: str, target: str = "") -> Figure:
-    """A figure, compared with its target (`<= N` or `>= N`)."""
+    """Return a figure, compared with its target (`<= N` or `>= N`)."""
     holds = None
     if target:
         relation, _, bound = target.partition(" ")
@@ -42,7 +42,7 @@ def figure(value: float, unit: str, target: str = "") -> Figure:
 
 
 def machine() -> dict[str, str | int]:
-    """What was measured on, as far as it matters for comparing."""
+    """Return the facts about this machine that matter for comparisons."""
     return {
         "system": platform.system(),
         "arch": platform.machine(),
@@ -58,7 +58,7 @@ def report(figures: dict[str, Figure]) -> None:
 
 
 def interleaved(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each contender over `rounds`, measured in turn so that the machine's moods hit all alike."""
+    """Return the median of each contender over `rounds`, measured in turn so that noise affects all alike."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, measure in contenders.items():
@@ -67,6 +67,6 @@ def interleaved(contenders: dict[str, Callable[[], float]], rounds: int) -> dict
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that `percent` of them do not exceed."""
+    """Return the value that `percent` of them do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]

@@ -1,8 +1,8 @@
-"""Nodes on links of their own, on one machine: network namespaces on a bridge, shaped by `tc tbf`. Linux, root.
+"""Nodes on separate links on one machine: network namespaces on a bridge, shaped by `tc tbf`. Linux, root.
 
-Each node's traffic passes its own pair of devices: what it sends is shaped at its end, what it gets at the bridge's.
-A process is put on a node by starting it behind `Links.within(node)`; the bridge itself, which the processes outside
-reach, has the address `Links.here`. What a killed run left behind is removed by the next one.
+Each node's traffic passes its own pair of devices: what it sends is shaped at its end, what it receives at the
+bridge's. `Links.within(node)` starts a process on a node; the bridge itself, which outside processes reach, has the
+address `Links.here`. What a killed run left behind is removed by the next one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import psutil
 
 _PREFIX = "shb"
 BURST_BYTES = 128 << 10
-"""A packet of the kernel's own making is 64 KiB at most: none is cut, so that counters count few headers."""
+"""The kernel's own packets have 64 KiB at most: none is split, so that counters count few headers."""
 QUEUE_S = 0.05
-"""The longest that a byte waits in a link."""
+"""Maximum time that a byte waits in a link."""
 
 
 class CannotMake(Exception):
-    """Links cannot be made on this machine; says why."""
+    """Links cannot be created on this machine; the message says why."""
 
 
 class Links:
@@ -34,7 +34,7 @@ class Links:
     def __init__(self, nodes: list[str], bytes_per_s: float) -> None:
         self._pid, self._bytes_per_s = os.getpid(), bytes_per_s
         self.nodes = nodes
-        # Of 198.18.0.0/15, which is kept for such measurements.
+        # In 198.18.0.0/15, which is reserved for benchmarks.
         self._net = f"198.18.{self._pid % 254 + 1}"
         self.here = f"{self._net}.1"
         self._bridge = f"{_PREFIX}{self._pid}"
@@ -59,15 +59,15 @@ class Links:
         self._remove()
 
     def address(self, node: str) -> str:
-        """A node's address."""
+        """Return a node's address."""
         return f"{self._net}.{self.nodes.index(node) + 2}"
 
     def within(self, node: str) -> tuple[str, ...]:
-        """What to put before a command so that it runs on a node."""
+        """Return the prefix of a command that runs on a node."""
         return ("ip", "netns", "exec", self._space(node))
 
     def shape(self, node: str, up: float, down: float) -> None:
-        """Let a node's link carry so many bytes per second from now on, each way."""
+        """Limit a node's link to this many bytes per second in each direction from now on."""
         for where, device, rate in (
             (("-n", self._space(node)), "eth0", up),
             ((), self._device(node), down),
@@ -77,12 +77,12 @@ class Links:
             _run("tc", *where, "qdisc", "replace", "dev", device, "root", *shaped)
 
     def shape_all(self) -> None:
-        """The same rate for all links, each way."""
+        """Set the same rate for all links, in each direction."""
         for node in self.nodes:
             self.shape(node, self._bytes_per_s, self._bytes_per_s)
 
     def sent_bytes(self, node: str) -> int:
-        """What a node has sent so far, headers included."""
+        """Return the bytes that a node has sent so far, including headers."""
         # What its end sends, the bridge's end receives.
         return int(Path(f"/sys/class/net/{self._device(node)}/statistics/rx_bytes").read_text())
 

@@ -1,10 +1,10 @@
-"""The solver of placement: is it right, is it fast, does it leave the event loop alone, and what is it worth?
+"""Placement's solver: whether it is correct and fast, blocks the event loop, and what it gains.
 
-Right: against everything tried on small clusters, against HiGHS on middling ones (where highspy is installed), and
-against an independent check of what fits. Fast: previews, which are the best layout over each number of nodes, of 16,
-32 and 1000 nodes, with models and machines as people have them (tests/placement/clusters.py), for one request in
-flight, eight, and as many as stages. The anchor is exo's rule: the fewest nodes whose memory in sum is enough, of
-those with the most of it, and layers in proportion to it.
+Correctness is checked against brute force on small clusters, against HiGHS on medium ones (if highspy is installed),
+and against an independent check of what fits. Speed is measured on previews, which are the best layout over each
+number of nodes, of 16, 32 and 1000 nodes, with realistic models and machines (tests/placement/clusters.py), for one
+request in flight, eight, and as many as stages. The baseline is exo's rule: the fewest nodes whose total memory is
+enough, of those with the most of it, and layers in proportion to it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from tests.placement.test_feasible import judge, tight_problem  # noqa: E402
 QUICK = "--quick" in sys.argv
 FLIGHTS = (1, 8, AS_STAGES)
 UNSEEN = 1000
-"""Seeds from here on: clusters of which nothing is kept, for each is asked for once."""
+"""Seeds from here on: clusters without cached results, because each is solved once."""
 TICK_S = 0.001
 
 
 def cost_of(answer: Answer) -> float:
-    """What its layout costs; infinite without one."""
+    """Return the cost of an answer's layout; infinite without one."""
     return INF if answer.layout is None else answer.layout.cost_s
 
 
 def same(a: float, b: float, share: float) -> bool:
-    """Whether two costs are the same but for rounding."""
+    """Return whether two costs are equal up to rounding."""
     return a == b or abs(a - b) <= share * max(abs(a), abs(b), 1.0)
 
 
 def bruteforce_differences(count: int) -> int:
-    """Clusters of up to 5 nodes, models of up to 10 layers: how many answers differ from the best there is."""
+    """Return how many answers differ from the optimum: up to 5 nodes, models of up to 10 layers."""
     different = 0
     for seed in range(count):
         chance = random.Random(seed)
@@ -62,7 +62,7 @@ def bruteforce_differences(count: int) -> int:
 
 
 def milp_differences(count: int) -> tuple[int, int] | None:
-    """Clusters of 8 to 12 nodes: how many answers differ from HiGHS's, of how many that it ended. None without it."""
+    """Return how many answers differ from HiGHS's, of how many it solved, for 8 to 12 nodes. None without HiGHS."""
     try:
         from tests.placement.milp import solve_milp  # noqa: PLC0415  # it may not be installed
     except ImportError:
@@ -88,20 +88,20 @@ def milp_differences(count: int) -> tuple[int, int] | None:
 
 
 def feasibility_errors(count: int) -> int:
-    """How often something that fits was refused, or something given that does not fit."""
+    """Return how often a fitting layout was refused, or one returned that does not fit."""
     chance = random.Random(1)
     return sum(judge(tight_problem(chance)) != "" for _ in range(count))
 
 
 def problems(nodes: int, seeds: int, max_nodes: int) -> Iterator[Problem]:
-    """Clusters as people have them, with each number of requests in flight."""
+    """Return realistic clusters, with each number of requests in flight."""
     for seed in range(seeds):
         for in_flight in FLIGHTS:
             yield random_placement(seed, nodes, in_flight, max_nodes)
 
 
 def previews(nodes: int, seeds: int, max_nodes: int) -> tuple[list[float], list[dict[int, Answer]]]:
-    """Seconds of each preview, and what it found."""
+    """Return the seconds of each preview, and its results."""
     times_s, found = [], []
     for problem in problems(nodes, seeds, max_nodes):
         began = time.perf_counter()
@@ -111,7 +111,7 @@ def previews(nodes: int, seeds: int, max_nodes: int) -> tuple[list[float], list[
 
 
 def cheapest_over_bound(answers: dict[int, Answer]) -> float | None:
-    """Of the cheapest layout of a preview; None where nothing fits."""
+    """Return the cost of a preview's cheapest layout; None if nothing fits."""
     layouts = [a for a in answers.values() if a.layout is not None]
     if not layouts:
         return None
@@ -119,7 +119,7 @@ def cheapest_over_bound(answers: dict[int, Answer]) -> float | None:
 
 
 async def blocked_s(work: Callable[[], object]) -> float:
-    """How late at most a tick of the loop comes while a thread does this."""
+    """Return the latest delay of a tick of the event loop while a thread runs this."""
     worst_s, over = 0.0, asyncio.Event()
 
     async def tick() -> None:
@@ -138,7 +138,7 @@ async def blocked_s(work: Callable[[], object]) -> float:
 
 
 def exo_cost(problem: Problem) -> float | None:
-    """What exo's rule costs; None where it gives nothing that fits."""
+    """Return the cost of exo's layout; None if it finds none that fits."""
     whole = sum(problem.layer_bytes) + problem.embed_bytes + problem.head_bytes
     ranked = sorted(range(len(problem.nodes)), key=lambda i: -problem.nodes[i].free_bytes)
     layers = len(problem.layer_bytes)
@@ -160,7 +160,7 @@ def exo_cost(problem: Problem) -> float | None:
 
 
 def exo_over_ours(in_flight: int, count: int) -> float:
-    """The mean ratio of what the rule's layouts cost, on clusters where it gives one, to what ours do."""
+    """Return the mean ratio of exo's costs to ours, on clusters where exo finds a layout."""
     ratios = []
     for seed in range(count):
         problem = random_placement(seed, 3 + seed % 6, in_flight)
@@ -173,7 +173,7 @@ def exo_over_ours(in_flight: int, count: int) -> float:
 def main() -> None:
     """Measure and report."""
     figures: dict[str, Figure] = {}
-    preview(random_placement(0, 16, 1))  # the tables of subsets are made once in a process
+    preview(random_placement(0, 16, 1))  # builds the tables of subsets, once in a process
 
     for nodes, seeds, target_ms in ((16, 10, 50), (32, 8, 200)):
         times_s, found = previews(nodes, 3 if QUICK else seeds, nodes)

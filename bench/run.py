@@ -1,4 +1,4 @@
-"""`make bench`: run every bench script and write docs/benchmarks.md. `--quick`: the same figures with less work."""
+"""`make bench`: run every benchmark and write docs/benchmarks.md. `--quick` measures the same with less work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEADLINE_S = 1800
 
 
 def main() -> int:
-    """Run all; returns 1 if a script could not measure."""
+    """Run all benchmarks; return 1 if one failed."""
     failed = []
     rows: list[str] = []
     measured_on: dict[str, str | int] = {}
@@ -39,8 +39,8 @@ def main() -> int:
     page = [
         "# Benchmarks",
         "",
-        f"Written by `make bench`. Measured on: {facts}. Each anchor ran in the same script, interleaved with ours;",
-        "values are medians. Compare ratios, not absolute values.",
+        f"Written by `make bench`. Measured on: {facts}. Each baseline ran in the same",
+        "script, interleaved with Shoal; values are medians. Compare ratios, not absolute values.",
         "",
         "| script | figure | value | target | holds |",
         "| --- | --- | --- | --- | --- |",
@@ -49,12 +49,12 @@ def main() -> int:
     ]
     (HERE.parent / "docs" / "benchmarks.md").write_text("\n".join(page))
     for name in failed:
-        print(f"{name} could not measure", file=sys.stderr)
+        print(f"{name} failed; its figures are missing", file=sys.stderr)
     return 1 if failed else 0
 
 
 def row(script: str, name: str, f: Figure) -> str:
-    """One line of the table."""
+    """Return a line of the table."""
     holds = {True: "yes", False: "**no**", None: ""}[f.holds]
     return f"| {script} | `{name}` | {f.value:g} {f.unit} | {f.target} | {holds} |"
 

@@ -1,12 +1,12 @@
-"""What a node can serve: ranges of a blob by the shipped fileserver, beside nginx with sendfile on the same file.
+"""What a node can serve: ranges of a blob by the real fileserver, compared with nginx's sendfile on the same file.
 
 - `serve_vs_nginx`: bytes per second in ranges of 32 MiB, over nginx's.
 - `serve_vs_nginx_1m`: the same in ranges of one leaf.
-- `serve_gb_per_s`, `serve_gb_per_s_1m`, and `nginx_…`: what both were.
-- `slow_connections_throughput`: with 500 connections beside that take a few KiB now and then, over without them.
+- `serve_gb_per_s`, `serve_gb_per_s_1m`, and `nginx_…`: the absolute rates.
+- `slow_connections_throughput`: with 500 more connections that read a few KiB now and then, over without them.
 
-Every request shows a token, as between nodes. The readers are 4 connections of another process that drop what they
-read. Without nginx (`scripts/system-packages.sh bench` installs it) the ratios are left out.
+Every request carries a token, as between nodes. The readers are 4 connections of another process that discard what
+they read. Without nginx (`scripts/system-packages.sh bench` installs it) the ratios are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SLOW_COUNT = 500
 SLOW_BYTES = 4096
 SECRET = "of the bench"
 SLOW_HOST = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
-"""Only Linux has more than one address of loopback without being asked."""
+"""Only Linux has more than one loopback address by default."""
 
 _NGINX = """
 {user} daemon off; worker_processes 1; pid {root}/pid; error_log {root}/error.log;
@@ -59,7 +59,7 @@ http {{
 
 
 def read(port: int, path: str, authorization: str, range_bytes: int) -> float:
-    """Bytes per second that the readers got, in this process."""
+    """Return the bytes per second that readers in this process get."""
     counts = [0] * READERS
     stop_s = time.monotonic() + READ_S
 
@@ -84,18 +84,18 @@ def read(port: int, path: str, authorization: str, range_bytes: int) -> float:
                 counts[number] += range_bytes
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(READERS)]
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if not any(counts):
-        raise SystemExit("the readers got nothing")
-    return sum(counts) / (time.monotonic() - began_s)
+        raise SystemExit("the readers received nothing")
+    return sum(counts) / (time.monotonic() - started_s)
 
 
 async def read_slowly(port: int, path: str, authorization: str) -> None:
-    """Ask for all of a blob on many connections, and take next to nothing of it; come again when cut off."""
+    """Request a whole blob on many connections and read very little of it; reconnect when disconnected."""
 
     async def one() -> None:
         asked = f"GET {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: {authorization}\r\n\r\n".encode()
@@ -117,22 +117,22 @@ async def read_slowly(port: int, path: str, authorization: str) -> None:
 
 
 def elsewhere(what: str, *arguments: str) -> subprocess.Popen[str]:
-    """This script in another process, as a reader."""
+    """Run this script in another process, as a reader."""
     command = [sys.executable, __file__, *sys.argv[1:], "--as", what, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def rate(port: int, path: str, authorization: str, range_bytes: int) -> float:
-    """Bytes per second that readers in another process get."""
+    """Return the bytes per second that readers in another process get."""
     reading = elsewhere("reader", str(port), path, authorization, str(range_bytes))
-    said, _ = reading.communicate()
+    output, _ = reading.communicate()
     if reading.returncode:
         raise SystemExit("the readers failed")
-    return float(said)
+    return float(output)
 
 
 def disturbed(port: int, path: str, authorization: str, range_bytes: int) -> float:
-    """The same while others hold connections and hardly read."""
+    """Return the same while others hold connections and hardly read."""
     slow = elsewhere("slow", str(port), path, authorization)
     try:
         if not slow.stdout or slow.stdout.readline() != "reading\n":
@@ -145,13 +145,13 @@ def disturbed(port: int, path: str, authorization: str, range_bytes: int) -> flo
 
 @contextmanager
 def nginx(directory: Path, file: Path) -> Iterator[int | None]:
-    """The port of an nginx that serves a file as /blob; None where there is none."""
+    """Return the port of an nginx that serves a file as /blob; None without nginx."""
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if program is None:
-        print("no nginx here: its figures are left out (scripts/system-packages.sh bench)", file=sys.stderr)
+        print("nginx is not installed: its figures are left out (scripts/system-packages.sh bench)", file=sys.stderr)
         yield None
         return
-    user = "user root;" if os.geteuid() == 0 else ""  # or its worker may not look into a directory of ours
+    user = "user root;" if os.geteuid() == 0 else ""  # or its worker may not read our temporary directory
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     (directory / "www").mkdir(parents=True)
@@ -165,7 +165,7 @@ def nginx(directory: Path, file: Path) -> Iterator[int | None]:
 
 
 def measure(server: Fileserver, path: str, authorization: str, beside: int | None) -> dict[str, Figure]:
-    """All figures of a running fileserver."""
+    """Measure a running fileserver."""
     figures: dict[str, Figure] = {}
     for suffix, range_bytes in RANGES.items():
         contenders: dict[str, Callable[[], float]] = {
@@ -174,7 +174,7 @@ def measure(server: Fileserver, path: str, authorization: str, beside: int | Non
         if beside is not None:
             contenders["nginx"] = partial(rate, beside, "/blob", "", range_bytes)
         for contender in contenders.values():
-            contender()  # the first reading finds the file in no cache
+            contender()  # the first read finds cold caches
         found = interleaved(contenders, ROUNDS)
         if beside is not None:
             figures[f"serve_vs_nginx{suffix}"] = figure(found["serve"] / found["nginx"], "x", ">= 0.9")

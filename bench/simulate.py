@@ -1,9 +1,9 @@
-"""A swarm of any size in one process: the fetcher's own decisions, over links and messages that are computed.
+"""A swarm of any size in one process: the fetcher's own decisions over simulated links and messages.
 
 Discrete events. Each node has an uplink that its transfers share in turns, chunk by chunk, and a downlink that chunks
-pass one after the other; a transfer has at most a window of chunks on its way, as TCP has. Who has what is told every
-100 ms, and can be lost; nodes can die, get stuck, and join late. What is asked of whom, who listens to whom and what
-a source sends is decided by `shoal_fetcher.swarm` and `shoal_common.runs`, as in the services.
+pass one after the other; a transfer has at most a window of chunks in flight, like TCP. Have messages are sent every
+100 ms and can be lost; nodes can die, get stuck and join late. `shoal_fetcher.swarm` and `shoal_common` decide what
+is requested from whom, who listens to whom and what a source sends, as in the services.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ WINDOW_CHUNKS = 2
 TELL_S = 0.1
 SILENT_S = 3.0
 GIVE_UP_S = 10.0
-"""A run that brings nothing for so long is ended by the shell."""
+"""A request that brings nothing for this long is ended by the caller."""
 SET_ASIDE_S = 1.0
-"""A peer that failed is not asked for so long, twice as long after the next failure, 8 s at most."""
+"""A failed peer is not asked for this long, twice as long after the next failure, 8 s at most."""
 KEPT_BACK_S = 1.0
-"""A source keeps a leaf back from `any` for so long after it has sent it: whoever got it is about to say so."""
+"""A source keeps a leaf out of `any` for this long after sending it: its receiver is about to publish it."""
 AVERAGED = 0.3
-"""The weight of the newest value in a moving average."""
+"""Weight of the newest value in a moving average."""
 BLOB = "b" * 64
 
 
 class Link(msgspec.Struct, frozen=True):
-    """What a node's cable carries, bytes per second, and when the node is there."""
+    """Rates of a node's link in bytes per second, and when the node is present."""
 
     up: float = 25e6
     down: float = 25e6
     joins_s: float = 0.0
     dies_s: float | None = None
     sticks_s: float | None = None
-    """From then on it takes requests and tells what it has, and sends nothing."""
+    """From then on it accepts requests and publishes what it has, but sends nothing."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How it went."""
+    """Result of a run."""
 
     finished_s: dict[str, float]
-    """When each fetcher that lives had all of it."""
+    """When each living fetcher had everything."""
     unfinished: list[str]
-    """Those that live and do not have all of it."""
+    """Living fetchers that do not have everything."""
     sent_bytes: dict[str, float]
     asked_count: int
     leaves_sent_count: int
-    """Runs that were broken off count whole."""
+    """Interrupted transfers count whole."""
 
 
 class View(msgspec.Struct):
-    """What a node knows of another one."""
+    """What a node knows about another one."""
 
     leaves: int = 0
     source: bool = False
@@ -76,7 +76,7 @@ class View(msgspec.Struct):
 
 
 class Transfer:
-    """A run on its way from one node to another."""
+    """A transfer of leaves from one node to another."""
 
     __slots__ = (
         "arrived_chunks",
@@ -103,12 +103,12 @@ class Transfer:
 
     @property
     def leaves(self) -> int:
-        """Those that have not arrived."""
+        """Leaves that have not arrived."""
         return run(self.first + self.arrived_chunks // LEAF_CHUNKS, self.end)
 
 
 class Node:
-    """One node: what it has, whom it knows, what it sends and gets."""
+    """A node: what it has, whom it knows, what it sends and receives."""
 
     def __init__(self, name: str, link: Link, leaf_count: int, source: bool) -> None:
         self.name, self.link, self.source = name, link, source
@@ -129,7 +129,7 @@ class Node:
 
 
 class Simulation:
-    """`sources` have the blob, `fetchers` want it; `run` lets it happen."""
+    """`sources` have the blob, `fetchers` want it; `run` simulates."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Simulation:
                 self._at(node.link.sticks_s, self._stick, node)
 
     def run(self, deadline_s: float = 3600.0) -> Outcome:
-        """Go on until every living fetcher has all of it, or so many simulated seconds have passed."""
+        """Run until every living fetcher has everything, or this many simulated seconds have passed."""
         while self._events and self._unfinished:
             self.now_s, _, act, arguments = heapq.heappop(self._events)
             if self.now_s > deadline_s:
@@ -182,7 +182,7 @@ class Simulation:
     def _soon(self, act: Callable[..., None], *arguments: object) -> None:
         self._at(self.now_s + self.latency_s, act, *arguments)
 
-    # Coming, going, telling.
+    # Joining, leaving, publishing.
 
     def _join(self, node: Node) -> None:
         node.there = True
@@ -222,13 +222,13 @@ class Simulation:
             grown = (leaves & ~view.leaves).bit_count() * LEAF_BYTES / (self.now_s - view.heard_s)
             view.grows_bytes_per_s = averaged(view.grows_bytes_per_s, grown)
         new = leaves & ~view.leaves & ~node.have
-        # Who has all of it may be asked for anything, however it came by it.
+        # A node with everything can be asked for any leaf, wherever it got them.
         view.source = source or leaves == self.everything
         view.leaves, view.fetching, view.heard_s = leaves, not source, self.now_s
         if new and not node.source and node.finished_s is None:
             self._decide_soon(node)
 
-    # Asking.
+    # Requesting.
 
     def _decide_soon(self, node: Node) -> None:
         if not node.deciding:
@@ -366,7 +366,7 @@ class Simulation:
             asker.have |= leaf
             asker.moved_s = self.now_s
         for other in [t for t in asker.runs if t is not transfer and t.end and not t.leaves & ~asker.have]:
-            self._end(other)  # another one was faster
+            self._end(other)  # another source was faster
         if transfer.leaves & ~asker.have == 0:
             view = asker.views[giver.name]
             took_s = self.now_s - transfer.asked_at_s
@@ -405,5 +405,5 @@ class Simulation:
 
 
 def averaged(before: float, new: float) -> float:
-    """A moving average after another value; the first one is the average."""
+    """Return a moving average after another value; the first value is the average."""
     return before + AVERAGED * (new - before) if before else new

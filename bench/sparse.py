@@ -1,15 +1,15 @@
-"""What an instance over two nodes makes them fetch: only what their own layers need.
+"""How little an instance over two nodes makes them fetch: only what their own layers need.
 
-One model in one file, its tensors in the order of their names as the hub's are; 90 MB, so that a leaf is large
-against it: with larger models what is fetched beyond the need is less. Bytes are those that the hub says it has sent,
-and those that each node says it has received from other nodes, repeated and discarded ones included. Leaf lists, 32
-bytes a MiB, are not in them.
+One model in one file, its tensors in the order of their names, as on the hub; 90 MB, so that a leaf is large in
+comparison: larger models fetch less beyond their need. Bytes are those that the hub has sent, and those that each
+node has received from other nodes, including repeated and discarded ones. Leaf lists, 32 bytes per MiB, are not
+included.
 
-- `split_bytes`: bytes fetched in all, over the model's, when two nodes that have nothing of it get an instance.
+- `split_bytes`: bytes fetched in all, over the model's, when two nodes without any of it get an instance.
 - `split_larger_node`: the larger of their two shares.
-- `split_used_bytes`: what their two storages say they use for it then, over the model's.
-- `split_beside_holder`: bytes fetched in all when one of the two nodes has the model already.
-- `completed_bytes`: all that a node has fetched, over the model's, when it pulls the whole model after its part.
+- `split_used_bytes`: bytes that their two storages use for it then, over the model's.
+- `split_beside_holder`: bytes fetched in all when one of the two nodes already has the model.
+- `completed_bytes`: everything a node has fetched, over the model's, when it pulls the whole model after its shard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WIDTH = 640
 
 
 def received_bytes(cluster: ShoalCluster, *nodes: str) -> int:
-    """Bytes that nodes have received from other nodes in all their downloads of what they have now."""
+    """Return the bytes that nodes have received from other nodes in all downloads of their current models."""
     downloads = cluster["c"].call("GET", "/v1/downloads")["downloads"]
     return sum(
         size_bytes
@@ -47,26 +47,26 @@ def received_bytes(cluster: ShoalCluster, *nodes: str) -> int:
 
 
 def used_bytes(cluster: ShoalCluster, *nodes: str) -> int:
-    """What storages say they use or have promised."""
+    """Return the bytes that storages use or have reserved."""
     rows = cluster["c"].call("GET", "/v1/storage")["nodes"]
     return sum(r["storage"]["used_bytes"] + r["storage"]["reserved_bytes"] for r in rows if r["node"] in nodes)
 
 
 def placed(cluster: ShoalCluster, *nodes: str) -> str:
-    """An instance with a stage on each of these nodes, ready."""
+    """Return an instance with a stage on each of these nodes, once it is ready."""
     body = {"model": MODEL, "min_nodes": 2, "max_nodes": 2, "nodes": list(nodes), "context_tokens": 256, "wait": True}
     return str(cluster["c"].call("POST", "/v1/instances", body)["id"])
 
 
 def removed(cluster: ShoalCluster, instance: str, *nodes: str) -> None:
-    """The instance is stopped, and these nodes have nothing of the model."""
+    """Stop the instance and delete the model from these nodes."""
     cluster["c"].call("DELETE", f"/v1/instances/{instance}")
     for node in nodes:
         cluster["c"].call("DELETE", f"/v1/models/{MODEL}?node={node}")
 
 
 def measured(cluster: ShoalCluster, hub: RunningHub) -> dict[str, int]:
-    """One round. Node c has the model; a and b have nothing, before and after."""
+    """Run one round. Node c has the model; a and b have nothing, before and after."""
     hub.reset_stats()
     found = {}
     instance = placed(cluster, "a", "b")

@@ -1,13 +1,13 @@
-"""What the store costs: making a blob durable, a start, an admission, a plan.
+"""What the store costs: committing a blob, a startup, an admission, an eviction plan.
 
-- `commit_vs_cp`: bytes per second of putting a blob durable and verified (a plain write into the partial, then
-  storage's fsync, hashes and rename) over `cp`, `sync FILE` and `sha256sum` of the same bytes, digests compared.
-- `commit_vs_cp_fast_hash`: the same with Python's hashlib in `sha256sum`'s place: it uses the processor's own
-  instructions for sha256, and the system's tool may not.
-- `scan_10k_s`: seconds that a start reads a store of 10,000 blobs with manifests and views; the disk's cache is warm.
-- `admissions_per_s`: the decision alone, in a ledger of those 10,000 blobs with fetches under way.
-- `reserve_ms`: the same through NATS and onto the disk: 8 blobs promised, each a directory that survives a power cut.
-- `plan_1000_ms`: who goes, of 1,000 models that share blobs, to free half of the store.
+- `commit_vs_cp`: bytes per second of making a blob durable and verified (a plain write into the partial blob, then
+  storage's fsync, hashes and rename) over `cp`, `sync FILE` and `sha256sum` of the same bytes, comparing digests.
+- `commit_vs_cp_fast_hash`: the same with Python's hashlib instead of `sha256sum`: it uses the processor's own
+  instructions for sha256, which the system's tool may not.
+- `scan_10k_s`: seconds to read a store of 10,000 blobs with manifests and views at startup, with a warm disk cache.
+- `admissions_per_s`: the decision alone, in a ledger of those 10,000 blobs with running downloads.
+- `reserve_ms`: the same over NATS and onto the disk: 8 blobs reserved, each a directory that survives a power cut.
+- `plan_1000_ms`: which of 1,000 models that share blobs to evict, to free half of the store.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ QUICK = "--quick" in sys.argv
 ROUNDS = 3 if QUICK else 5
 BLOB_BYTES = (256 if QUICK else 1024) << 20
 CHUNK_BYTES = 256 << 10
-"""Of the plain writer. Writes of 1 MiB, those of `dd` too, were several times slower where this was written."""
+"""Of the plain writer. Writes of 1 MiB, also those of `dd`, were several times slower where this was written."""
 MODELS, BLOBS_PER_MODEL, SHARED_BLOBS = 1000, 11, 1000
-"""1,000 models of 9 blobs of their own and 2 of the 1,000 shared ones: 10,000 blobs."""
+"""1,000 models with 9 blobs of their own and 2 of the 1,000 shared ones: 10,000 blobs."""
 ADMISSIONS = 500 if QUICK else 3000
 PLANS = 9 if QUICK else 51
 RESERVES = 30 if QUICK else 200
@@ -56,39 +56,39 @@ UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
 
 
 def in_store(root: Path, source: Path, sha256: str) -> float:
-    """Seconds to put the bytes into a store: written by a plain loop, then committed as storage commits."""
+    """Return the seconds to put the bytes into a store: written by a plain loop, then committed by storage."""
     disk = Disk(root)
     disk.open()
     disk.write_partial(sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     with source.open("rb", buffering=0) as f, (disk.layout.partial(sha256) / "data").open("r+b", buffering=0) as to:
         while chunk := f.read(CHUNK_BYTES):
             to.write(chunk)
     disk.commit(sha256, disk.verify_partial(sha256, BLOB_BYTES))
-    took_s = time.perf_counter() - began_s
+    took_s = time.perf_counter() - started_s
     shutil.rmtree(root)
     return took_s
 
 
 def with_cp(target: Path, source: Path, sha256: str, fast_hash: bool = False) -> float:
-    """Seconds to do the same with the system's own tools."""
-    began_s = time.perf_counter()
+    """Return the seconds to do the same with the system's own tools."""
+    started_s = time.perf_counter()
     subprocess.run(["cp", source, target], check=True)
     subprocess.run(["sync", target], check=True)
     if fast_hash:
         with target.open("rb") as f:
-            said = hashlib.file_digest(f, "sha256").hexdigest()
+            printed = hashlib.file_digest(f, "sha256").hexdigest()
     else:
-        said = subprocess.run(["sha256sum", target], check=True, stdout=subprocess.PIPE, text=True).stdout
-    took_s = time.perf_counter() - began_s
-    if not said.startswith(sha256):
-        raise SystemExit(f"sha256sum says {said}, not {sha256}")
+        printed = subprocess.run(["sha256sum", target], check=True, stdout=subprocess.PIPE, text=True).stdout
+    took_s = time.perf_counter() - started_s
+    if not printed.startswith(sha256):
+        raise SystemExit(f"sha256sum says {printed}, not {sha256}")
     target.unlink()
     return took_s
 
 
 def commit_figures(directory: Path) -> dict[str, Figure]:
-    """One blob, there and back, beside `cp`."""
+    """Commit and delete a blob, compared with `cp`."""
     source = directory / "source"
     with source.open("wb") as f:
         for _ in range(BLOB_BYTES // CHUNK_BYTES):
@@ -102,7 +102,7 @@ def commit_figures(directory: Path) -> dict[str, Figure]:
         "cp_fast_hash": partial(with_cp, directory / "copy", source, sha256, fast_hash=True),
     }
     for contender in contenders.values():
-        contender()  # the file system's first growth is nobody's cost
+        contender()  # the file system's first growth is not counted
     took_s = interleaved(contenders, ROUNDS)
     source.unlink()
     return {
@@ -114,7 +114,7 @@ def commit_figures(directory: Path) -> dict[str, Figure]:
 
 
 def model(number: int) -> Manifest:
-    """A model of a store with many."""
+    """Return a model of a store with many."""
     own = BLOBS_PER_MODEL - 2
     blobs = [SHARED_BLOBS + number * own + n for n in range(own)] + [number, (number * 7 + 1) % SHARED_BLOBS]
     return Manifest(
@@ -126,45 +126,45 @@ def model(number: int) -> Manifest:
 
 
 def blob_name(number: int) -> str:
-    """A blob's name, spread over the directories as real ones are."""
+    """Return a blob's name, spread over the directories like real ones."""
     return f"{number * 2654435761 % 2**32:08x}" + f"{number:056x}"
 
 
 def build_store(root: Path) -> None:
-    """10,000 blobs that show they were hashed, their leaf lists, manifests and views; contents do not matter here."""
-    disk, lay = Disk(root), Layout(root)
+    """Create 10,000 stamped blobs, their leaf lists, manifests and views; contents do not matter here."""
+    disk, paths = Disk(root), Layout(root)
     disk.open()
     for number in range(MODELS):
         manifest = model(number)
         for name, size in manifest.blob_sizes.items():
-            path = lay.blob(name)
+            path = paths.blob(name)
             path.parent.mkdir(exist_ok=True)
             path.touch(mode=0o644)
             os.truncate(path, size)
             path.chmod(0o444)
             prove(name, path)
-            lay.leaves(name).parent.mkdir(exist_ok=True)
-            lay.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
-        build_view(lay, manifest)
-        path = lay.manifest(manifest.repo, manifest.commit)
+            paths.leaves(name).parent.mkdir(exist_ok=True)
+            paths.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
+        build_view(paths, manifest)
+        path = paths.manifest(manifest.repo, manifest.commit)
         path.parent.mkdir()
         path.write_bytes(encode(manifest))
 
 
 def scan_s(root: Path) -> float:
-    """Seconds until a start knows what the disk holds."""
+    """Return the seconds until storage has read its disk at startup."""
     disk = Disk(root)
     disk.open()
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     ledger = recover(disk)
-    took_s = time.perf_counter() - began_s
+    took_s = time.perf_counter() - started_s
     if (len(ledger.blobs), len(ledger.manifests)) != (10_000, MODELS):
         raise SystemExit(f"the scan found {len(ledger.blobs)} blobs and {len(ledger.manifests)} models")
     return took_s
 
 
 def full_ledger() -> Ledger:
-    """What such a store's guard knows, with 20 models of 8 blobs on their way in."""
+    """Return the ledger of such a store, with 20 running downloads of 8 blobs each."""
     ledger = Ledger()
     for number in range(MODELS):
         manifest = model(number)
@@ -179,7 +179,7 @@ def full_ledger() -> Ledger:
 
 
 def arriving(number: int) -> Manifest:
-    """A model that is not in the store: 8 blobs of its own, 2 that are there."""
+    """Return a model that is not in the store: 8 blobs of its own, 2 that are present."""
     files = [
         ManifestFile(path=f"file-{n}", size_bytes=1000 + n, sha256=blob_name(10_000_000 + number * 8 + n))
         for n in range(8)
@@ -189,31 +189,31 @@ def arriving(number: int) -> Manifest:
 
 
 def admissions_per_s() -> float:
-    """Decisions per second, each for another model, none of them carried out."""
+    """Return the admissions per second, each for another model, none of them carried out."""
     ledger, manifests = full_ledger(), [arriving(20 + n) for n in range(100)]
-    began_s = time.perf_counter()
+    started_s = time.perf_counter()
     for n in range(ADMISSIONS):
         if len(admit(manifests[n % len(manifests)], ledger, UNLIMITED, 1 << 40).missing) != 8:
-            raise SystemExit("an admission went wrong")
-    return ADMISSIONS / (time.perf_counter() - began_s)
+            raise SystemExit("an admission returned a wrong result")
+    return ADMISSIONS / (time.perf_counter() - started_s)
 
 
 def plan_s() -> float:
-    """Seconds to plan how half of a store is freed, of whose 1,000 models a tenth is pinned."""
+    """Return the seconds to plan how to free half of a store of 1,000 models, a tenth of them pinned."""
     ledger = full_ledger()
     last_uses = {name: float(number * 7919 % MODELS) for number, name in enumerate(ledger.manifests)}
-    kept = dict.fromkeys(list(ledger.manifests)[::10], "pinned")
+    protected = dict.fromkeys(list(ledger.manifests)[::10], "pinned")
     need_bytes = ledger.used_bytes // 2
-    began_s = time.perf_counter()
-    made = plan(need_bytes, ledger, last_uses, kept)
-    took_s = time.perf_counter() - began_s
-    if not made.enough or made.frees_bytes < need_bytes:
-        raise SystemExit("the plan does not free what it should")
+    started_s = time.perf_counter()
+    eviction = plan(need_bytes, ledger, last_uses, protected)
+    took_s = time.perf_counter() - started_s
+    if not eviction.enough or eviction.frees_bytes < need_bytes:
+        raise SystemExit("the plan does not free enough")
     return took_s
 
 
 async def reserve_ms(directory: Path) -> float:
-    """Median milliseconds of a reservation asked over NATS of a storage with 10,000 blobs."""
+    """Return the median milliseconds of a reservation over NATS in a storage with 10,000 blobs."""
     samples = []
     with NatsServer(directory / "nats") as server:
         async with on_node(server, directory, "bench") as node:
@@ -221,9 +221,9 @@ async def reserve_ms(directory: Path) -> float:
             async with node.storage():
                 for number in range(RESERVES):
                     manifest = arriving(number)
-                    began_s = time.perf_counter()
+                    started_s = time.perf_counter()
                     await node.reserve(manifest)
-                    samples.append(time.perf_counter() - began_s)
+                    samples.append(time.perf_counter() - started_s)
                     await node.release(manifest)
     return statistics.median(samples) * 1000
 

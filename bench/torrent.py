@@ -1,10 +1,11 @@
-"""One libtorrent peer as a process, told what to do by lines on stdin: the anchor of `fanout.py`.
+"""A libtorrent peer as a process, controlled by lines on stdin: the baseline of `fanout.py`.
 
     python bench/torrent.py ADDRESS PORT
-    > seed DIRECTORY TORRENT            make the torrent of what is in DIRECTORY and offer it
-    > leech DIRECTORY TORRENT HOST:PORT …   fetch it, knowing these peers; says `done` when it is whole
+    > seed DIRECTORY TORRENT            create the torrent of DIRECTORY and seed it
+    > leech DIRECTORY TORRENT HOST:PORT …   download it from these peers; prints `done` at the end
 
-Peers are known at once, as in a cluster; all else is as libtorrent comes, but for what only finds peers elsewhere.
+Peers are known from the start, as in a cluster; settings are libtorrent's defaults, except for finding peers
+elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _LOOK_S = 0.02
 
 
 def make_session(address: str, port: int) -> lt.session:
-    """A peer that finds others only by being told."""
+    """Return a peer that does not search for others."""
     return lt.session(
         {
             "listen_interfaces": f"{address}:{port}",
@@ -28,7 +29,7 @@ def make_session(address: str, port: int) -> lt.session:
             "enable_lsd": False,
             "enable_upnp": False,
             "enable_natpmp": False,
-            # uTP gives way to whatever else is on the link; ours is TCP as well.
+            # uTP yields to other traffic on the link; Shoal uses TCP too.
             "enable_outgoing_utp": False,
             "enable_incoming_utp": False,
             # All nodes are behind one bridge.
@@ -39,7 +40,7 @@ def make_session(address: str, port: int) -> lt.session:
 
 
 def seed(session: lt.session, directory: Path, torrent: Path) -> None:
-    """Offer what is in the directory. The torrent is there once this returns."""
+    """Seed a directory. The torrent exists when this returns."""
     file = next(p for p in directory.iterdir() if p.is_file())
     made = lt.create_torrent(lt.list_files(str(file)), PIECE_BYTES, lt.create_torrent.v2_only)
     lt.set_piece_hashes(made, str(directory))
@@ -48,7 +49,7 @@ def seed(session: lt.session, directory: Path, torrent: Path) -> None:
 
 
 def leech(session: lt.session, directory: Path, torrent: Path, peers: list[str]) -> None:
-    """Fetch all of it; returns once it is whole."""
+    """Download everything; returns when it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     handle = add(session, directory, torrent)
     for peer in peers:
@@ -58,20 +59,20 @@ def leech(session: lt.session, directory: Path, torrent: Path, peers: list[str])
 
 
 def add(session: lt.session, directory: Path, torrent: Path) -> lt.torrent_handle:
-    """Begin with a torrent, there or on its way."""
+    """Start a torrent, complete or to be downloaded."""
     parameters = lt.load_torrent_file(str(torrent))
     parameters.save_path = str(directory)
     return session.add_torrent(parameters)
 
 
 def wait_whole(handle: lt.torrent_handle) -> None:
-    """Return once all of it is there."""
+    """Return once it is complete."""
     while not handle.status().is_seeding:
         time.sleep(_LOOK_S)
 
 
 def main() -> None:
-    """Do what is said, until stdin ends."""
+    """Run commands until stdin ends."""
     session = make_session(sys.argv[1], int(sys.argv[2]))
     for line in sys.stdin:
         verb, directory, torrent, *peers = line.split()

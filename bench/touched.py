@@ -1,8 +1,8 @@
-"""Files in memory, and memory that is in use just before what is measured needs it.
+"""Files in memory, and memory that is in use until just before the measurement needs it.
 
-The host of a virtual machine may take memory back that is free for some seconds. Who touches such memory again waits
-for the host, and the machine's cores with it: several times the cost of the copy, and nothing of ours. So what is
-measured takes its memory, that of files included, from a heap that gives way as it is needed. Linux.
+The host of a virtual machine may reclaim memory that is free for some seconds. Touching such memory again waits for
+the host, and the machine's cores wait too: several times the cost of the copy, and none of it ours. So the measured
+code takes its memory, including that of files, from a heap that shrinks as memory is needed. Linux.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import psutil
 
 _PIECE_BYTES = 16 << 20
 AHEAD_BYTES = 4 * _PIECE_BYTES
-"""What is measured in seconds uses this before the host could take it back."""
+"""The measured code uses this within seconds, before the host could reclaim it."""
 _LOOK_S = 0.01
 
 
 @contextmanager
 def touched(size_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> Iterator[None]:
-    """While the context lasts, let `size_bytes` of memory that is newly used be memory that is touched.
+    """While the context lasts, keep `size_bytes` of memory touched for what allocates next.
 
-    `ahead_bytes` more than is used so far are let go, so that what comes next finds them. Elsewhere than on Linux,
-    and where there is not twice as much free, nothing is done.
+    `ahead_bytes` more than is used so far are released, so that the next allocations find them. Does nothing except
+    on Linux, or without twice as much free memory.
     """
     if sys.platform != "linux" or psutil.virtual_memory().free < 2 * size_bytes:
         yield
@@ -60,6 +60,6 @@ def touched(size_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> Iterator[None]:
 
 
 def memory_directory(needed_bytes: int) -> str | None:
-    """Where files are kept in memory, if there is room for these; None: where temporary files usually are."""
+    """Return a directory in memory if these files fit; None for the usual place of temporary files."""
     memory = Path("/dev/shm")
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > needed_bytes else None

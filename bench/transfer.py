@@ -1,7 +1,7 @@
-"""Weights between machines, with the shipped services as processes: what the hub sends, and what a transfer costs.
+"""Weights between machines, with the real services as processes: what the hub sends, and what a transfer costs.
 
-Eight nodes want a model at the same time, from a hub with a limited rate; their stores are in memory where there is
-room, for eight nodes do not share a disk:
+Eight nodes download a model at the same time from a hub with a limited rate; their stores are in memory if there is
+enough, because eight nodes should not share a disk:
 
 - `hub_bytes_8`: bytes that the hub sends over the model's; the worst round.
 - `time_8_over_1`: when the last of the eight has it, over one node alone.
@@ -16,8 +16,8 @@ One node takes a file from another on loopback, from the command to its outcome,
 - `verified_over_unverified`: our rate over that of a node whose hashes are known beforehand (bench/unhashed); all
   other code is the same.
 - `…_in_memory`: the same with stores and caches in a file system in memory. This is what the code costs; the figures
-  above have the disk in them.
-- `peak_growth_mib`: by how much the resident memory of the services of either node grows while a large file passes.
+  above include the disk.
+- `peak_growth_mib`: growth of the resident memory of either node's services while a large file passes.
 
 Three nodes have a model and a fourth pulls it:
 
@@ -72,7 +72,7 @@ SERVICES = ("storage", "fetcher", "fileserver")
 EIGHT = "abcdefgh"
 ROUNDS = 3
 KILL_ROUNDS = 1 if QUICK else 3
-"""A round of this has two starts of a node: the quick one is one sample, not a median."""
+"""A round starts a node twice: `--quick` takes one sample, not a median."""
 COLD_FILES = (3 * MIB, 3 * MIB) if QUICK else (96 * MIB, 96 * MIB)
 HUB_BYTES_PER_S = (5 if QUICK else 24) * MIB
 FILE_BYTES = (96 if QUICK else 1024) * MIB
@@ -102,7 +102,7 @@ http {{
 
 
 class Site:
-    """A hub, NATS, and the nodes that run now."""
+    """A hub, NATS, and the running nodes."""
 
     def __init__(
         self, directory: Path, server: NatsServer, hub: RunningHub, here: Joined, homes: Path | None = None
@@ -123,7 +123,7 @@ class Site:
 
     @asynccontextmanager
     async def running(self, *names: str, **environment: str) -> AsyncIterator[None]:
-        """Nodes of these names, while the body runs."""
+        """Run nodes of these names while the body runs."""
         given = {"HF_ENDPOINT": self.hub.base_url, "PYTHONDONTWRITEBYTECODE": "", **environment}
         made = [Node(self.homes / n, n, self.server.url, SERVICES, **given) for n in names]
         with running_nodes(*made):
@@ -136,28 +136,28 @@ class Site:
             shutil.rmtree(node.home)
 
     async def ask(self, service: str, node: str, verb: str, model: str) -> None:
-        """Send a command and wait for its good outcome."""
+        """Send a command and wait for its successful outcome."""
         subject, body = subjects.command(service, node, verb), json.dumps({"model": model}).encode()
         outcome = decode((await self.here.client.request(subject, body, timeout=DEADLINE_S)).data, Outcome)
         if not outcome.ok:
             raise SystemExit(f"{verb} of {model} on {node}: {outcome.error}\n{self.nodes[node].log()}")
 
     async def pull_s(self, node: str, model: str) -> float:
-        """Seconds from asking a node for a model to its outcome."""
-        began_s = time.perf_counter()
+        """Return the seconds from requesting a model on a node to the outcome."""
+        started_s = time.perf_counter()
         await self.ask("fetcher", node, "download", model)
-        return time.perf_counter() - began_s
+        return time.perf_counter() - started_s
 
     async def delete(self, nodes: str, model: str) -> None:
-        """Remove a model from nodes."""
+        """Delete a model from nodes."""
         await asyncio.gather(*(self.ask("storage", node, "delete", model) for node in nodes))
 
     def hub_bytes(self, model: str) -> int:
-        """Bytes of a model's files that the hub has sent since its counters were reset."""
+        """Return the bytes of a model's files that the hub has sent since its counters were reset."""
         return sum(f.bytes for name, f in self.hub.stats().files.items() if name.startswith(f"{model}/"))
 
     async def address(self, node: str) -> str:
-        """Where a node's fileserver answers."""
+        """Return the address of a node's fileserver."""
         live = await self.here.buckets.live.get_as(live_key(node, "fileserver"), Live)
         assert live is not None
         return live.facts.addresses[0]
@@ -172,7 +172,7 @@ class Site:
 
 
 async def cold_start_figures(site: Site) -> dict[str, Figure]:
-    """One alone and all eight, in turn; then with the origin killed."""
+    """Measure one node alone and all eight, in turn; then with the origin killed."""
     model = "bench/cold"
     size = site.make(model, COLD_FILES)
     site.hub.set_faults(Faults(bytes_per_s=HUB_BYTES_PER_S))
@@ -196,7 +196,7 @@ async def cold_start_figures(site: Site) -> dict[str, Figure]:
 
 
 async def killed_share(site: Site, model: str, size: int) -> float:
-    """Bytes from the hub over the model's, when an origin's node dies with half of the bytes sent."""
+    """Return the hub's bytes over the model's when an origin's node dies with half of the bytes sent."""
     site.hub.reset_stats()
     pulls = {n: asyncio.create_task(site.pull_s(n, model)) for n in EIGHT}
 
@@ -207,7 +207,7 @@ async def killed_share(site: Site, model: str, size: int) -> float:
     victim = await an_origin(site)
     site.nodes[victim].kill()
     await asyncio.gather(*(pull for n, pull in pulls.items() if n != victim))
-    pulls[victim].cancel()  # its reply went with it; its wish did not
+    pulls[victim].cancel()  # its reply is lost; its download request is not
     await site.restart(victim)
 
     async def back() -> bool:
@@ -221,20 +221,20 @@ async def killed_share(site: Site, model: str, size: int) -> float:
 
 
 async def an_origin(site: Site) -> str:
-    """A node that is reading from the hub."""
+    """Return a node that is reading from the hub."""
     info = await site.here.js.stream_info("KV_lease", subjects_filter="$KV.lease.origin.>")
     for subject in sorted(info.state.subjects or {}):
         lease = await site.here.buckets.lease.get_as(subject.removeprefix("$KV.lease."), LeaseValue)
         if lease is not None:
             return lease.node
-    raise SystemExit("nobody is an origin, though the hub is sending")
+    raise SystemExit("no node is an origin, though the hub is sending")
 
 
 # One node from another
 
 
 async def receive_figures(site: Site, a: str, b: str, suffix: str = "") -> dict[str, Figure]:
-    """Node b takes a file from a, node u the same without hashing, and huggingface_hub the same; in turn."""
+    """Node b takes a file from a, node u does so without hashing, and huggingface_hub too; in turn."""
     model, size = f"bench/file{suffix}", FILE_BYTES
     site.make(model, (size,))
     file = site.directory / "models" / model / "0.safetensors"
@@ -280,10 +280,10 @@ async def receive_figures(site: Site, a: str, b: str, suffix: str = "") -> dict[
 
 
 async def in_memory_figures(site: Site) -> dict[str, Figure]:
-    """The same with nodes whose homes are in memory, where there is room for them."""
+    """Measure the same with nodes whose homes are in memory, if there is enough."""
     memory = memory_directory(6 * FILE_BYTES)
     if memory is None:
-        print("no room in memory: these figures are left out", file=sys.stderr)
+        print("not enough memory for the files: these figures are left out", file=sys.stderr)
         return {}
     with tempfile.TemporaryDirectory(dir=memory) as name:
         quick = Site(site.directory, site.server, site.hub, site.here, Path(name))
@@ -292,14 +292,14 @@ async def in_memory_figures(site: Site) -> dict[str, Figure]:
 
 
 async def state_of(site: Site, node: str, model: str) -> DownloadState:
-    """How a model's download on a node stands."""
+    """Return the state of a model's download on a node."""
     state = await site.here.buckets.state.get_as(download_key(node, model), DownloadState)
     assert state is not None
     return state
 
 
 def known_digests(file: Path, to: Path) -> str:
-    """Write down what bench/unhashed has to know of a file. Returns its sha256."""
+    """Write what bench/unhashed needs to know about a file. Returns its sha256."""
     whole, leaves, first = hashlib.sha256(), {}, ""
     with file.open("rb") as f:
         while leaf := f.read(LEAF_BYTES):
@@ -311,7 +311,7 @@ def known_digests(file: Path, to: Path) -> str:
 
 
 def cpu_s(site: Site, node: str) -> float:
-    """CPU seconds of a node's fetcher and storage so far."""
+    """Return the CPU seconds of a node's fetcher and storage so far."""
     times = [psutil.Process(site.nodes[node][s].pid).cpu_times() for s in ("fetcher", "storage")]
     return float(sum(t.user + t.system for t in times))
 
@@ -335,9 +335,9 @@ def hf_s(directory: Path, model: str, endpoint: str) -> float:
 
 @contextmanager
 def nginx(site: Site, sha256: str, commit: str) -> Iterator[str]:
-    """The address of an nginx that serves the hub's files by sendfile; "" where there is no nginx."""
+    """Return the address of an nginx that serves the hub's files by sendfile; "" without nginx."""
     if shutil.which("nginx") is None:
-        print("no nginx here: huggingface_hub is measured from the node alone", file=sys.stderr)
+        print("nginx is not installed: huggingface_hub is measured from the node only", file=sys.stderr)
         yield ""
         return
     port = free_port("127.0.0.1")
@@ -357,7 +357,7 @@ def nginx(site: Site, sha256: str, commit: str) -> Iterator[str]:
 
 
 async def peak_figures(site: Site) -> dict[str, Figure]:
-    """A large file from a to b, with the memory of both sampled all the while."""
+    """Transfer a large file from a to b, sampling the memory of both."""
     model = "bench/large"
     site.make(model, (LARGE_BYTES,))
     await site.pull_s("a", model)
@@ -376,21 +376,21 @@ async def peak_figures(site: Site) -> dict[str, Figure]:
 
 
 def resident_bytes(site: Site, node: str) -> int:
-    """Resident memory of a node's services."""
+    """Return the resident memory of a node's services."""
     return sum(psutil.Process(site.nodes[node][s].pid).memory_info().rss for s in SERVICES)
 
 
-# One of three lies
+# One of three peers is corrupt
 
 
 async def corrupt_figures(site: Site) -> dict[str, Figure]:
-    """Node c serves wrong bytes in every other round; whoever pulls then has not met it before."""
+    """Node c serves wrong bytes in every other round, to a node that has not met it before."""
     model = "bench/shared"
     site.make(model, SHARED_FILES)
     for node in "abc":
         await site.pull_s(node, model)
     blobs = [p for p in site.nodes["c"].layout.blobs.glob("*/*") if p.stat().st_size in SHARED_FILES]
-    site.nodes["c"]["storage"].kill()  # it would see to it that its blobs are not touched
+    site.nodes["c"]["storage"].kill()  # it would detect that its blobs were changed
     clean, corrupt = [], []
     for number in range(ROUNDS):
         clean.append(await site.pull_s("d", model))
@@ -404,7 +404,7 @@ async def corrupt_figures(site: Site) -> dict[str, Figure]:
 
 
 def flip(blobs: list[Path]) -> None:
-    """Turn a bit of every leaf of these files, which look hashed nevertheless; or turn it back."""
+    """Flip a bit of every leaf of these files, whose stamps stay valid; or flip it back."""
     for path in blobs:
         with path.open("r+b", buffering=0) as f:
             for at in range(LEAF_BYTES // 2, path.stat().st_size, LEAF_BYTES):
@@ -414,13 +414,13 @@ def flip(blobs: list[Path]) -> None:
 
 
 async def measure(directory: Path, server: NatsServer, hub: RunningHub) -> dict[str, Figure]:
-    """All figures."""
+    """Return all figures."""
     figures: dict[str, Figure] = {}
-    began_s = time.monotonic()
+    started_s = time.monotonic()
 
     def done(measured: dict[str, Figure]) -> None:
         figures.update(measured)
-        print(f"{time.monotonic() - began_s:.0f} s: {', '.join(measured)}", file=sys.stderr)
+        print(f"{time.monotonic() - started_s:.0f} s: {', '.join(measured)}", file=sys.stderr)
 
     async with joined(server) as here:
         site = Site(directory, server, hub, here)
@@ -437,7 +437,7 @@ async def measure(directory: Path, server: NatsServer, hub: RunningHub) -> dict[
 
 
 def main() -> None:
-    """Measure and report. A SIGTERM ends it in order: every process that was started is ended by its pid."""
+    """Measure and report. A SIGTERM ends it in order: every started process is ended by its pid."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

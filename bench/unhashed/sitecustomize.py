@@ -1,7 +1,7 @@
-"""Python's start-up hook of the one node that bench/transfer.py measures without hashing: same code, hashes known.
+"""Python's startup hook of the one node that bench/transfer.py measures without hashing: same code, known hashes.
 
-On that node's path, and nowhere else, this takes the place of BLAKE3 and SHA-256 for the bytes whose digests the
-bench has computed before: they are told by their first 32 bytes. All else is hashed as ever, so that the node works.
+On that node's path only, it replaces BLAKE3 and SHA-256 for bytes whose digests the benchmark has computed before,
+recognized by their first 32 bytes. All other bytes are hashed as usual, so that the node works.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import blake3 as _module
 _MARK_BYTES = 32
 _real: dict[str, Any] = {"blake3": _module.blake3, "sha256": hashlib.sha256}
 _known: dict[str, dict[str, str]] = json.loads(Path(os.environ["SHOAL_BENCH_DIGESTS"]).read_text())
-"""By algorithm: first bytes as hex → digest as hex."""
+"""By algorithm: digests as hex, by the first bytes as hex."""
 
 
 class _Hash:
-    """A hash of what was seen before, or a real one."""
+    """A hash of known bytes, or a real one."""
 
     def __init__(self, algorithm: str, data: Any = b"", **options: Any) -> None:
         self._algorithm, self._options = algorithm, options
@@ -31,7 +31,7 @@ class _Hash:
             self.update(data)
 
     def update(self, data: Any) -> _Hash:
-        """Take more bytes; for known ones nothing is done."""
+        """Add bytes; known ones are ignored."""
         if self._digest:
             return self
         if self._actual is None:
@@ -43,15 +43,15 @@ class _Hash:
         return self
 
     def hexdigest(self, *arguments: int) -> str:
-        """The digest as hex."""
+        """Return the digest as hex."""
         return self._digest or self._finished().hexdigest(*arguments)
 
     def digest(self, *arguments: int) -> bytes:
-        """The digest."""
+        """Return the digest."""
         return bytes.fromhex(self._digest) if self._digest else self._finished().digest(*arguments)
 
     def copy(self) -> _Hash:
-        """Another one that has seen the same."""
+        """Return a copy in the same state."""
         other = _Hash(self._algorithm, **self._options)
         other._digest = self._digest
         other._actual = self._actual.copy() if self._actual is not None else None

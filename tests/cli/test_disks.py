@@ -150,7 +150,7 @@ def test_storage_set_takes_a_span_for_what_ended_downloads_leave(cluster: Cluste
     assert cluster.requests == [("PUT", "/v1/storage/config", {"partial_retention_s": 604800})]
     assert "\n  what ended downloads leave is kept for 7 d 0 h\n" in capsys.readouterr().out
     assert run(["storage", "set", "--partial-retention", "soon"]) == 2
-    assert "'soon' is not a span of time: write it like 12h or 7d" in capsys.readouterr().err
+    assert "'soon' is not a duration: write it like 12h or 7d" in capsys.readouterr().err
 
 
 def test_storage_shows_a_full_disk_and_what_ended_downloads_have_left(cluster: Cluster, capsys: Capture) -> None:

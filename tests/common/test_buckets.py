@@ -1,4 +1,4 @@
-"""Streams and buckets: compare-and-set that sees through deletions, and settings that are what they should be."""
+"""Streams and buckets: compare-and-set across deletions, and stream settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fresh = Callable[[str], str]
 
 
 class Note(Message):
-    """Something to keep."""
+    """A stored value."""
 
     text: str
 
@@ -112,7 +112,7 @@ async def test_a_write_rides_out_a_restart_of_nats(own_nats: NatsServer) -> None
         own_nats.kill()
         writing = asyncio.create_task(state.put("patient", Note(text="kept")))
         own_nats.start()
-        await writing  # sent into a dead connection, it is sent again
+        await writing  # it was sent into a dead connection, and is sent again
         assert await here.buckets.state.get_as("patient", Note) == Note(text="kept")
 
 

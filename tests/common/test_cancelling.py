@@ -1,4 +1,4 @@
-"""A task that is to end ends, also when its cancellation meets the answer it was waiting for."""
+"""A cancelled task ends, also if the cancellation arrives together with the reply it waits for."""
 
 from __future__ import annotations
 

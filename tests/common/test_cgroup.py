@@ -21,18 +21,18 @@ GROUPS = "/sys/fs/cgroup"
 @pytest.mark.parametrize(
     ("path", "root", "seen"),
     [
-        # The machine's own view: a unit and all above it.
+        # The machine's own view: a unit and all groups above it.
         ("/a.slice/b.service", "/", ["/a.slice/b.service", "/a.slice", ""]),
         ("/", "/", [""]),
-        # A container that sees its own group only, by the machine's names (no namespace) or by its own (a namespace).
+        # A container that sees only its own group, by the machine's names (no namespace) or its own (a namespace).
         ("/docker/0a1b", "/docker/0a1b", [""]),
         ("/docker/0a1b/sub", "/docker/0a1b", ["/sub", ""]),
         ("/sub", "/", ["/sub", ""]),
-        # Mounted outside of the namespace: two groups above its root are in sight, by what is known of them.
+        # Mounted outside the namespace: the two groups above its root are visible.
         ("/", "/../..", [""]),
         ("/../x", "/../..", [""]),
         ("/../../x/y", "/../..", ["/x/y", "/x", ""]),
-        # Moved out of what is mounted, or what is mounted is another's.
+        # Moved out of what is mounted, or another's mount.
         ("/../other", "/", []),
         ("/../../x", "/..", []),
         ("/docker/0a1b", "/docker/ffff", []),
@@ -80,10 +80,10 @@ def test_what_a_group_may_have_is_its_limit_less_what_it_cannot_give_back() -> N
     assert room_of(one, v1("100\n", 70, 20, 10)) == Room(100, 60, 30, Path("/1"))
     assert room_of(two, v2("100", 70, inactive_file=20, active_file=10)) == Room(100, 60, 30, Path("/2"))
     assert room_of(two, v2("100", 70, slab_reclaimable=5, inactive_file=20)) == Room(100, 55, 30, Path("/2"))
-    # One that must not be passed without being slowed to a crawl, and one of a group that is out of sight.
+    # A limit whose excess is throttled (memory.high), and that of an invisible group.
     assert room_of(two, v2("max", 70, "90", active_file=30)) == Room(90, 50, 20, Path("/2"))
     assert room_of(one, v1(NO_LIMIT_V1, 70, 20, 10, above="80")) == Room(80, 40, 10, Path("/1"))
-    # Over the limit, as it may be for a moment, or since it was lowered.
+    # Over the limit, for a moment or since it was lowered.
     assert room_of(two, v2("50", 70)) == Room(50, 0, 0, Path("/2"))
     assert room_of(two, v2("0", 0)) == Room(0, 0, 0, Path("/2"))
 
@@ -115,7 +115,7 @@ def test_each_of_them_holds(sizes: list[tuple[int, int, int]]) -> None:
 
 
 class Machine:
-    """What Linux would show of one process in a unit in a slice, in version 2, and a clock."""
+    """What Linux shows of one process in a unit in a slice, version 2, and a clock."""
 
     def __init__(self, root: Path) -> None:
         self.slice, self.unit, self.now_s = root / "groups" / "s", root / "groups" / "s" / "u", 0.0
@@ -152,7 +152,7 @@ def test_a_limit_is_read_at_each_look_and_one_that_is_new_is_found_within_a_minu
     here.say(here.unit, v2(str(90 * MIB), 80 * MIB))
     here.now_s = 122.0
     assert here.seen() == [(here.unit, 10), (here.slice, 120)]
-    # A limit that was lifted is none at once, and so is that of a group that is gone.
+    # A lifted limit does not count any more, nor does that of a removed group.
     here.say(here.unit, v2("max", 80 * MIB))
     assert here.seen() == [(here.slice, 120)]
     for file in here.slice.glob("memory.*"):

@@ -1,4 +1,4 @@
-"""The cluster's clock: NATS's, whatever this machine's own says."""
+"""The cluster's clock is NATS's, whatever the local clock says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFF_S = 5 * 3600.0
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing has been heard of NATS, and nothing stays heard."""
+    """Reset the clock before and after the test."""
     monkeypatch.setattr(clock, "_offset_s", None)
     yield
 

@@ -1,4 +1,4 @@
-"""Commands: each is done once, and whoever asked hears how it ended."""
+"""Commands: each runs once, and its sender gets the outcome."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Fresh = Callable[[str], str]
 
 
 class Work(Command, kw_only=True):
-    """What the worker of these tests is told to do."""
+    """The command of these tests' worker."""
 
     what: str = ""
 
 
 class Bench:
-    """A worker's hands: it notes what it did, and waits at the gate when one is shut."""
+    """A handler that records its calls and waits at a closed gate."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -54,7 +54,7 @@ class Bench:
 
 
 async def kept(here: Joined, identity: str) -> Outcome:
-    """The outcome in `done`."""
+    """Return the outcome in `done`."""
     return await eventually(lambda: here.buckets.done.get_as(done_key(identity), Outcome), f"{identity} is done")
 
 
@@ -187,7 +187,7 @@ async def test_I7_a_command_past_its_deadline_ends_as_expired(nats: NatsServer, 
         assert bench.begun == ["slow"]
         late = await ask(here, node, "work", b'{"what": "late", "deadline_s": 0.000001}')
         assert late.error is not None and late.error.code == "expired"
-        assert bench.begun == ["slow"]  # what has expired in the queue is not begun
+        assert bench.begun == ["slow"]  # a command that expired in the queue is not started
 
 
 async def test_I6_stopping_hands_unfinished_commands_to_the_next_worker_at_once(
@@ -227,7 +227,7 @@ async def test_I7_askers_of_one_unanswered_command_are_bounded(nats: NatsServer,
         await here.client.subscribe(inbox, cb=answers.put)
         for _ in range(300):
             await here.client.publish(subject(node, "work"), b"{}", reply=inbox, headers={"Nats-Msg-Id": node})
-        assert not (await ask(here, node, "refuse", b"{}")).ok  # answered after all those have been noted
+        assert not (await ask(here, node, "refuse", b"{}")).ok  # answered after all of those were recorded
         bench.gate.set()
         assert (await kept(here, node)).ok
         assert not (await ask(here, node, "refuse", b"{}")).ok  # and after their answers were sent

@@ -1,4 +1,4 @@
-"""Commands through deaths and outages: nothing acknowledged is lost, nothing is done twice at the same time."""
+"""Commands through crashes and outages: nothing acknowledged is lost, nothing runs twice at the same time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_I6_a_command_whose_worker_is_killed_is_finished_by_the_next_one(
 
 
 class Slow(Command, kw_only=True):
-    """Work that waits at a gate."""
+    """A handler that waits at a gate."""
 
 
 async def test_I6_nats_killed_in_the_middle_of_a_command_loses_and_doubles_nothing(own_nats: NatsServer) -> None:
@@ -83,7 +83,7 @@ async def test_commands_go_on_after_nats_lost_everything(own_nats: NatsServer) -
     async with joined(own_nats) as here, working(here, "node-a", {"slow": Verb(Slow, slow, 60.0)}):
         assert (await ask(here, "node-a", "slow", b"{}")).ok
         own_nats.wipe()
-        async with joined(own_nats):  # whoever connects first makes the streams anew
+        async with joined(own_nats):  # the first one to connect creates the streams again
             pass
 
         async def pulls() -> bool:

@@ -1,4 +1,4 @@
-"""Services of another major version: a newcomer is refused, those who meet later ignore each other."""
+"""Services of another major version: a new one is refused, those that meet later ignore each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def live(version: str, uid: str = "u", host: str = "elsewhere", disk_free_bytes:
 
 @asynccontextmanager
 async def toy(directory: Path, nats: NatsServer, node: str, version: str = VERSION) -> AsyncIterator[Process]:
-    """A real service of this version, its node on this machine."""
+    """A real service of this version, with its node on this machine."""
     home = directory / node
     home.mkdir(exist_ok=True)
     (home / "node.toml").write_text(f'id = "{node}"\n')
@@ -80,7 +80,7 @@ def test_an_ignored_node_is_said_once_and_not_with_every_beat_or_reconnection(
 
 
 async def beating(here: Joined, key: str, value: Live) -> asyncio.Task[None]:
-    """A service elsewhere that lives: it renews its key again and again."""
+    """A live service elsewhere: it keeps renewing its key."""
 
     async def renew() -> None:
         while True:
@@ -130,10 +130,10 @@ async def test_real_processes_of_two_versions_the_elder_stays_and_the_newcomer_g
 async def test_a_cluster_is_replaced_once_its_last_old_service_has_gone(own_nats: NatsServer, tmp_path: Path) -> None:
     async with toy(tmp_path, own_nats, "a") as first, toy(tmp_path, own_nats, "b") as second:
         await asyncio.gather(first.wait_ready(), second.wait_ready())
-        await first.kill()  # without a word: its key is still there
+        await first.kill()  # its key is still there
         async with toy(tmp_path, own_nats, "a", NEW) as early:
             assert await early.wait_exit() == 10
-            assert "node b" in early.lines[-1]  # not the dead one, which is known to be dead
+            assert "node b" in early.lines[-1]  # not the one that is known to be dead
         await second.kill()
     async with toy(tmp_path, own_nats, "b", NEW) as new_b, toy(tmp_path, own_nats, "a", NEW) as new_a:
         await asyncio.gather(new_a.wait_ready(), new_b.wait_ready())
@@ -145,7 +145,9 @@ async def test_the_silent_rest_of_a_cluster_elsewhere_holds_a_newcomer_up_until_
     async with joined(own_nats) as here:
         await here.buckets.live.create(live_key("dead", "storage"), live("98.0.0"), ttl_s=4)
         async with toy(tmp_path, own_nats, "young") as young:
-            await young.wait_line("waiting for silent services of another version to expire", "dead.storage")
+            await young.wait_line(
+                "waiting for services of another version to renew their key or expire", "dead.storage"
+            )
             await young.wait_ready()
 
 

@@ -1,4 +1,4 @@
-"""What a service is told from outside: the node's id is made once, and nothing opens itself without a credential."""
+"""Configuration: the node's id is created once, and nothing listens beyond loopback without a credential."""
 
 from __future__ import annotations
 

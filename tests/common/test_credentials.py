@@ -1,4 +1,4 @@
-"""Who may talk to a node's data ports."""
+"""Credentials for a node's data ports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors cross processes without losing their class or their words."""
+"""Errors cross processes without losing their class or message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tree(cls: type[ShoalError]) -> list[type[ShoalError]]:
     return [cls, *(leaf for sub in cls.__subclasses__() for leaf in tree(sub))]
 
 
-# Services add errors of their own below these; here it is the shared tree that is looked at.
+# Services add errors of their own below these; this checks the shared tree.
 EVERY = [c for c in tree(ShoalError) if c.__module__ == errors.__name__ and c is not ShoalError]
 
 
@@ -35,7 +35,7 @@ def test_every_error_stands_in_the_tree_that_opens_the_module(cls: type[ShoalErr
 @pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
 def test_every_error_has_a_status_and_an_exit_code_that_say_failure(cls: type[ShoalError]) -> None:
     assert 400 <= cls.http_status <= 599
-    assert 1 <= cls.exit_code <= 125  # above are the shell's own
+    assert 1 <= cls.exit_code <= 125  # higher ones are the shell's
     if cls.retryable:
         assert cls.http_status in (429, 502, 503, 504)
 

@@ -1,4 +1,4 @@
-"""A store on another machine's disk is refused: its locks lie."""
+"""A store on a network file system is refused: its locks do not hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kind of link each interface is: by Linux's files, by what macOS prints, and on this very machine."""
+"""The kind of each interface: from Linux's files, from what macOS prints, and on this very machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sys:
         self.root = root
 
     def add(self, name: str, *directories: str, number: int = 1, driver: str = "", on: tuple[str, ...] = ()) -> None:
-        """An interface with these subdirectories, of this type, with this driver, standing on these others."""
+        """Add an interface with these subdirectories, type and driver, on top of these others."""
         at = self.root / name
         for directory in ("", *directories):
             (at / directory).mkdir(parents=True)
@@ -43,14 +43,14 @@ class Sys:
 
 @pytest.fixture
 def net(tmp_path: Path) -> Sys:
-    """A machine with one of each."""
+    """A machine with one interface of each kind."""
     made = Sys(tmp_path)
     made.add("lo", number=772)
     made.add("enp3s0", driver="igb")
     made.add("enp4s0", driver="virtio_net")
     made.add("thunderbolt0", driver="thunderbolt-net")
     made.add("wlan0", "wireless", "phy80211", driver="iwlwifi")
-    made.add("wlp2s0", "phy80211", driver="ath11k_pci")  # a kernel without the old extensions
+    made.add("wlp2s0", "phy80211", driver="ath11k_pci")  # a kernel without wireless extensions
     made.add("veth12ab", number=1)
     made.add("tap0", number=1)
     made.add("tun0", number=65534)

@@ -1,4 +1,4 @@
-"""Where things are in a store, and which leaves of a blob are there."""
+"""Paths of a store, and bitmaps of leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets of leaves against sets of numbers."""
+"""Sets of leaves, compared with sets of numbers."""
 
 from __future__ import annotations
 

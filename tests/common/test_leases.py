@@ -1,4 +1,4 @@
-"""Leases: one holder, who knows in time that it is one no longer."""
+"""Cluster leases: one holder, which notices in time when it has lost the lease."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fresh = Callable[[str], str]
 
 @pytest.fixture(autouse=True)
 def short_ttl(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Leases of 4 s in these tests: the rules are the same, and the waiting is shorter."""
+    """Shorten leases to 4 s: the same rules with less waiting."""
     monkeypatch.setattr(leases, "LEASE_TTL_S", 4)
     return 4.0
 
@@ -53,7 +53,7 @@ async def test_a_holder_that_stops_renewing_knows_it_before_anybody_else_can_hav
         assert successor.held and not silent.held
         assert held_until_s - asked_s < short_ttl - 0.5
         assert time.monotonic() - held_until_s > 0.5
-        # Its late release, and its late renewal, leave the successor alone.
+        # Its late release and renewal do not affect the successor.
         await silent.release()
         assert await acquire(here.buckets.lease, key, "node-c", "uid-c") is None
 

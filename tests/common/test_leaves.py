@@ -1,4 +1,4 @@
-"""Leaf hashes, lists and roots."""
+"""Leaf hashes, leaf lists and their digests."""
 
 from blake3 import blake3
 

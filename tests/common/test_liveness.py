@@ -1,4 +1,4 @@
-"""Liveness: one process is a node's service, everybody sees who, and a dead one is in nobody's way."""
+"""Liveness: one process is a node's service, all see which one, and a dead one blocks nobody."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_second_claim_is_refused_naming_the_living_holder(nats: NatsServ
         await first.claim()
         with pytest.raises(Claimed, match=f"pid {os.getpid()}"):
             await second.claim()
-        await second.withdraw()  # which was never its own
+        await second.withdraw()  # the key was never its own
         there = await live(here, node)
         assert there is not None and there.holder.uid == first.uid
         await first.withdraw()
@@ -65,7 +65,7 @@ async def test_I6_a_holder_killed_on_this_machine_is_succeeded_at_once(
             dead = await live(here, node)
             assert dead is not None and dead.holder.pid == toy.pid
             await toy.kill()
-        assert await live(here, node) == dead  # it had no time to say goodbye
+        assert await live(here, node) == dead  # it had no time to remove its key
         successor = Liveness(here.buckets.live, node, "storage")
         async with asyncio.timeout(module._CLAIM_POLL_S):
             await successor.claim()
@@ -83,10 +83,10 @@ async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
         claiming = asyncio.create_task(mine.claim())
 
         async def waiting() -> bool:
-            return "waiting for a silent holder" in caplog.text
+            return "waiting for another host's key" in caplog.text
 
         await eventually(waiting, "the claim has seen the holder")
-        await here.buckets.live.put(key, elsewhere)  # it beats
+        await here.buckets.live.put(key, elsewhere)  # a renewal
         with pytest.raises(Claimed, match="elsewhere"):
             await asyncio.wait_for(claiming, 5)
 
@@ -139,7 +139,7 @@ async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_
         await eventually(lambda: told([wifi, lo]), "another is there")
         there = await live(here, node)
         assert there is not None and there.facts.memory_total_bytes == 7
-        assert there.facts.addresses == [wifi.address]  # loopback is nobody else's
+        assert there.facts.addresses == [wifi.address]  # loopback is for the same machine only
         before, looked = await here.last_sequence("KV_live"), looks
 
         async def looked_again() -> bool:
@@ -147,7 +147,7 @@ async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_
 
         await eventually(looked_again, "it looks on")
         beats = await here.last_sequence("KV_live") - before
-        assert beats <= looks - looked + 1  # one write for each look, which is the beat itself
+        assert beats <= looks - looked + 1  # one write for each reading of the addresses: the renewal itself
         beating.cancel()
         await mine.withdraw()
 
@@ -158,7 +158,7 @@ async def test_a_beat_whose_acknowledgement_was_lost_is_not_mistaken_for_another
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
-        # The beat that NATS stored just before it went away for longer than a write is patient.
+        # NATS stored this renewal just before it was away for longer than a write is retried.
         there = await live(here, node)
         assert there is not None
         await here.buckets.live.put(live_key(node, "storage"), there)
@@ -183,7 +183,7 @@ async def test_a_beat_survives_a_restart_of_nats_and_one_that_lost_everything(ow
         beating = asyncio.create_task(mine.beat_forever())
         for round_number, again in enumerate((own_nats.restart, own_nats.wipe), start=1):
             again()
-            async with joined(own_nats):  # whoever connects first makes the streams anew
+            async with joined(own_nats):  # the first one to connect creates the streams again
                 pass
             mine.set_facts(Facts(addresses=[f"127.0.0.1:{round_number}"]))
 
@@ -205,7 +205,7 @@ async def test_withdrawing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh
             beating = asyncio.create_task(mine.beat_forever())
             mine.set_facts(Facts(addresses=["127.0.0.1:7000"]))
             await asyncio.sleep(0)
-            await asyncio.sleep(0)  # the beat is on its way, its acknowledgement is not here
+            await asyncio.sleep(0)  # the renewal is sent, its ack has not arrived
             beating.cancel()
             await mine.withdraw()
             assert await live(here, node) is None
@@ -236,7 +236,7 @@ async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path
 def test_a_nodes_services_beat_together_and_each_misses_two_before_it_is_gone(node: str, now_s: float) -> None:
     left_s = until_beat_s(node, now_s)
     assert 0 < left_s < BEAT_S + 0.2
-    # Another process of the node that looks a moment later, still before the beat, aims at the same instant.
+    # Another process of the node that asks a moment later, before the renewal, gets the same instant.
     later_s = now_s + left_s / 2
     assert until_beat_s(node, later_s) == pytest.approx(left_s / 2, abs=1e-3) or left_s / 2 < 0.2
     assert 3 * BEAT_S < LIVE_TTL_S

@@ -1,4 +1,4 @@
-"""Logs: one line an event, whatever is in it, that reads back field by field."""
+"""Logs: one line per event, whatever it contains, that can be parsed field by field."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOSTILE = st.text(alphabet=st.characters(categories=None))
 
 
 def unquoted(text: str) -> str:
-    """What `quote_value` was given: the inverse, as docs/operations describes the format."""
+    """Return what `quote_value` was given, by the documented format."""
     if not text.startswith('"'):
         return text
     plain = {"n": "\n", "r": "\r", "t": "\t"}

@@ -1,4 +1,4 @@
-"""Messages only grow: old bytes decode for ever, unknown fields are ignored, what is malformed says why."""
+"""Messages only grow: old bytes decode for ever, unknown fields are ignored, malformed bytes raise a clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shoal_common.messages.commands import Place
 from shoal_common.messages.records import Manifest, ManifestFile, ModelState
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("golden_v1.json").read_text())
-"""Every message as version 1 first wrote it, with every field set. Never edit one; add what is new."""
+"""Every message as version 1 first wrote it, with every field set. Never change one; only add."""
 
 
 def every_message() -> list[type[Message]]:
@@ -49,7 +49,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Values of a message, or of a type that a message's field may have."""
+    """Return a strategy for a message, or for the type of a message's field."""
     if kind in LEAVES:
         return LEAVES[kind]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
@@ -121,7 +121,7 @@ def test_an_empty_payload_is_a_message_without_fields() -> None:
 
 
 class ErrorBodyless(Message):
-    """A message none of whose fields must be given."""
+    """A message without required fields."""
 
     error: ErrorBody | None = None
 

@@ -1,4 +1,4 @@
-"""Names from outside: what is accepted comes back unchanged, what could build a path or a key is refused."""
+"""Names from outside: valid ones come back unchanged, dangerous ones are refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shoal_common import names, subjects
 from shoal_common.errors import BadName
 from shoal_common.names import ModelRef
 
-# What nats-server and the KV specification take as a key; quoted names are one token of it, so without '.'.
+# The keys that nats-server and the KV specification accept; quoted names are one token, so without '.'.
 KV_TOKEN = re.compile(r"[-/_=a-zA-Z0-9]+")
 ANYTHING = st.text(alphabet=st.characters(categories=None), max_size=60)
-"""Any code points at all, lone surrogates included: json.loads makes those from what the hub sends."""
+"""Any code points, lone surrogates included: json.loads makes those from the hub's replies."""
 
 PART = st.from_regex(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,20}[A-Za-z0-9_])?", fullmatch=True).filter(
     lambda p: ".." not in p and "--" not in p

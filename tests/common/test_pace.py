@@ -1,4 +1,4 @@
-"""A shared rate: what takers wait for, by a clock of the test's own where time is compared."""
+"""A shared rate limit: how long callers wait, by the test's own clock where time is compared."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What a file's time proves, and to whom."""
+"""The verification stamp in a file's mtime."""
 
 from __future__ import annotations
 

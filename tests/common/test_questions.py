@@ -1,4 +1,4 @@
-"""Questions: many at a time, errors as they were raised, and nobody left waiting."""
+"""RPC: many requests at a time, errors with their class, and no caller left waiting."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Fresh = Callable[[str], str]
 
 
 class Echo(Message):
-    """Asked and answered."""
+    """Request and reply."""
 
     text: str
 
 
 class Room:
-    """Answers, once its gate is open."""
+    """Replies once its gate is open."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -58,7 +58,7 @@ class Room:
 async def serving(here: Joined, node: str, room: Room) -> AsyncIterator[asyncio.Event]:
     stopping = asyncio.Event()
     running = asyncio.create_task(serve(here.nats, "storage", node, room.questions, stopping))
-    with suppress(NoRoom):  # which is an answer
+    with suppress(NoRoom):  # an error is a reply
         await Ask(here.nats)("storage", node, "refuse", Echo(text=""), Echo, patience_s=5)
     try:
         yield stopping
@@ -140,7 +140,7 @@ async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: F
                 except NodeAway:
                     return True
                 except NoRoom:
-                    return False  # it arrived before the endpoint was gone
+                    return False  # it arrived before the endpoint was removed
                 return False
 
             await eventually(refused, "a later asker is told at once that nobody is there")

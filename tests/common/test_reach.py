@@ -1,4 +1,4 @@
-"""Which address of a node is told, and which is tried first."""
+"""Which addresses a node publishes, and which one is tried first."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def mine(name: str, kind: Kind, *addresses: str, mbit: int = 0) -> Interface:
         ([mine("e", "ethernet", "192.168.1.6/24"), mine("f", "ethernet", "10.0.0.6/24", mbit=2500)], "10.0.0.5"),
         ([mine("w", "wifi", "192.168.1.6/24"), mine("f", "ethernet", "10.0.0.6/24", mbit=10)], "10.0.0.5"),
         ([mine("w", "wifi", "192.168.2.6/24")], "192.168.2.5"),
-        # In none of its subnets: a public address is sure to be the node's own, then the tunnel that both are in.
+        # In none of its subnets: a public address is certainly the node's own, then the tunnel that both are in.
         ([mine("e", "ethernet", "172.16.0.6/24", "2a00::6/64"), mine("t", "virtual", "100.99.1.1/32")], "2a00:2::5"),
         ([mine("e", "ethernet", "172.16.0.6/24"), mine("t", "virtual", "100.99.1.1/32")], "100.70.0.5"),
-        # Neither: as the node tells them.
+        # Neither: in the order in which the node publishes them.
         ([mine("e", "ethernet", "172.16.0.6/24")], "10.9.0.5"),
         ([mine("e", "ethernet", "fd99::6/64")], "2a00:2::5"),
         ([mine("e", "ethernet", "fd12::6/64")], "fd12::5"),

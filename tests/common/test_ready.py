@@ -1,4 +1,4 @@
-"""Which leaves of a blob that arrives can be relayed: what the fetcher writes is what the fileserver reads."""
+"""The relay bitmap: the fileserver reads what the fetcher writes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BLOB = "ab" * 32
 
 
 def partial_in(root: Path) -> Layout:
-    """A store with a partial in it."""
+    """A store with a partial blob."""
     layout = Layout(root)
     layout.partial(BLOB).mkdir(parents=True)
     return layout
 
 
 def leaves_of(bitmap: Bitmap) -> list[int]:
-    """The leaves that a bitmap has."""
+    """Return the leaves in a bitmap."""
     return [leaf for leaf in range(bitmap.leaves) if leaf in bitmap]
 
 
@@ -36,7 +36,7 @@ def test_it_begins_with_what_is_durable_and_gains_what_is_added(tmp_path: Path) 
         assert leaves_of(read_ready(layout, BLOB, size)) == [3]
         said.add([19, 0, 8])
         assert leaves_of(read_ready(layout, BLOB, size)) == leaves_of(said.bitmap) == [0, 3, 8, 19]
-    # A fetcher that starts again in the same boot believes what it said.
+    # A fetcher that restarts in the same boot trusts its own file.
     with Ready(layout, BLOB, Bitmap(size)) as again:
         assert leaves_of(again.bitmap) == [0, 3, 8, 19]
 

@@ -1,4 +1,4 @@
-"""The loop of every service that makes what is like what is wanted."""
+"""The loop of every service that brings the actual state to the wanted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness.waiting import eventually
 
 
 class Passes:
-    """Counts its passes, and does in each what it is told to."""
+    """Counts its passes, and runs an action in each."""
 
     def __init__(self) -> None:
         self.begun_s: list[float] = []
@@ -77,12 +77,12 @@ async def test_I5_passes_never_run_hot_however_much_changes() -> None:
     passes = Passes()
 
     async def own_change(_: int) -> None:
-        passes.change()  # the worst: what it does is what wakes it
+        passes.change()  # the worst case: a pass triggers the next one
 
     passes.then = own_change
     await running(passes, lambda: passes.reached(8))
     gaps = [later - earlier for earlier, later in zip(passes.begun_s, passes.begun_s[1:], strict=False)]
-    # The loop's clock and the timer's may differ by its resolution.
+    # The loop's clock and the timer's may differ by their resolution.
     assert min(gaps) >= APART_S * 0.95
 
 
@@ -93,7 +93,7 @@ async def test_what_is_no_part_of_the_level_causes_no_pass() -> None:
         passes.change("a")
         await passes.reached(2)
         for _ in range(5):
-            passes.change("a")  # said anew
+            passes.change("a")  # the same value again
         passes.change("b")
         await passes.reached(3)
 

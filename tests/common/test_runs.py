@@ -1,4 +1,4 @@
-"""Sets of leaves as numbers say what sets say, and a source sends what it has sent least."""
+"""Sets of leaves as integers behave like sets, and a source sends what it has sent least."""
 
 from __future__ import annotations
 

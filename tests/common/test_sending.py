@@ -1,4 +1,4 @@
-"""A command and its sender, through outages of NATS and of its service: done once, or said not to be."""
+"""A command and its sender, through outages of NATS and of its service: it runs once, or is reported as not run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ DEADLINE_S = 60.0
 
 
 class Work(Command, kw_only=True):
-    """Work that waits at a gate."""
+    """A command that waits at a gate."""
 
 
 class Bench:
-    """Notes which commands were begun; each goes on when the gate is open."""
+    """Records which commands were started; each continues when the gate is open."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -54,7 +54,7 @@ class Bench:
 
 @asynccontextmanager
 async def alive(here: Joined, node: str, service: str = SERVICE) -> AsyncIterator[Liveness]:
-    """The service of a node is live, as far as `live` says, while the body runs."""
+    """Publish a node's service as live while the body runs."""
     liveness = Liveness(here.buckets.live, node, service)
     await liveness.claim()
     beating = asyncio.create_task(liveness.beat_forever())
@@ -88,7 +88,7 @@ async def test_a_command_that_nats_died_before_keeping_is_sent_again_and_done_on
         working(other, "node-a", (bench := Bench()).verbs),
     ):
         bench.gate.set()
-        os.kill(own_nats.pid, signal.SIGSTOP)  # what is sent now is read by nobody
+        os.kill(own_nats.pid, signal.SIGSTOP)  # nobody reads what is sent now
         before = here.client.stats["out_msgs"]
         outcome = send(here, "node-a", "id-1")
 
@@ -112,9 +112,9 @@ async def test_a_command_that_nats_lost_with_its_store_while_it_was_worked_on_is
         outcome = send(here, "node-a", "id-1")
         await eventually(bench.has_begun, "it is worked on")
         own_nats.wipe()
-        async with joined(own_nats) as again:  # whoever connects first makes the streams anew
+        async with joined(own_nats) as again:  # the first one to connect creates the streams again
             liveness.beat_now()
-            await is_sent(again, "node-a")  # once more, while the first is still in hand
+            await is_sent(again, "node-a")  # once more, while the first one still runs
             bench.gate.set()
             assert (await outcome).result == {"identity": "id-1"}
             await nothing_left(again, "node-a")
@@ -127,13 +127,13 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
     home, begun, identity = tmp_path / "home", tmp_path / "begun", fresh("id")
     home.mkdir()
     (home / "node.toml").write_text(f'id = "{(node := fresh("node"))}"\n')
-    environment = node_environment(home, nats.url, TOY_ACK_WAIT_S="3")
+    environment = node_environment(home, nats.url, TOY_ACK_WAIT_S="3", SHOAL_LOG="debug")
     async with joined(nats) as here:
         async with started(TOY, environment=environment) as first:
             await first.wait_ready()
             body = {"path": str(begun)}
             for data, headers in (
-                ({**body, "id": identity}, None),  # the stream knows no id of this one, and keeps both
+                ({**body, "id": identity}, None),  # without the header the stream does not deduplicate this one
                 (body, {"Nats-Msg-Id": identity}),
             ):
                 await here.client.publish(subject(node, "work"), json.dumps(data).encode(), headers=headers)
@@ -150,7 +150,7 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
             )
             assert outcome.ok and outcome.result == {"identity": identity}
             await nothing_left(here, node)
-            assert sum("msg=command " in line for line in second.lines) == 1, second.output
+            assert sum('msg="command started"' in line for line in second.lines) == 1, second.output
 
 
 async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_done(own_nats: NatsServer) -> None:
@@ -169,7 +169,7 @@ async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_do
         assert "node-a" in outcome.error.message
         late = await eventually(lambda: here.buckets.done.get_as("id-1", Outcome), "it has an outcome")
         assert late.error is not None and late.error.code == "expired"
-        assert "was not carried out" in late.error.message
+        assert "was not run" in late.error.message
         await nothing_left(here, "node-a")
         assert bench.begun == []
 
@@ -182,9 +182,9 @@ async def test_a_command_for_a_node_that_never_was_ends_early_and_is_withdrawn(
         node, identity = fresh("node"), fresh("id")
         outcome = await send(here, node, identity)
         assert outcome.error is not None and outcome.error.code == "node_away"
-        assert node in outcome.error.message and "no node of this name is known" in outcome.error.message
+        assert node in outcome.error.message and "there is no such node" in outcome.error.message
         assert await here.buckets.done.get_as(done_key(identity), Outcome) == outcome
-        # It is there after all: what was said not to be done is not done, and the queue is empty.
+        # The service is there after all: a command reported as not run does not run, and the queue is empty.
         async with alive(here, node), working(here, node, (bench := Bench()).verbs):
             bench.gate.set()
             assert (await ask(here, node, "work", b"{}")).ok
@@ -204,7 +204,7 @@ async def test_a_command_for_a_silent_node_says_since_when_it_is_away(
         await here.buckets.state.put(node_key(node), NodeState(node=node, silent_since_s=86400.0))
         outcome = await send(here, node, fresh("id"))
         assert outcome.error is not None and outcome.error.code == "node_away" and outcome.error.retryable
-        assert "silent since 1970-01-02T00:00:00" in outcome.error.message
+        assert "down since 1970-01-02T00:00:00" in outcome.error.message
         assert outcome.error.details == {"node": node, "silent_since_s": 86400.0}
 
 
@@ -236,6 +236,6 @@ async def test_what_any_node_may_do_waits_for_one_that_can_and_is_withdrawn_when
             bench.gate.set()
             assert (await patient).result == {"identity": "id-1"}
         monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
-        nobody = await send(here, ANY, "id-2")  # of node-b there is a key still, which says that it is gone
+        nobody = await send(here, ANY, "id-2")  # node-b's key is still listed, as a deletion marker
         assert nobody.error is not None and nobody.error.code == "node_away"
-        assert f"{SERVICE} is live on no node" in nobody.error.message
+        assert f"no node runs {SERVICE}" in nobody.error.message

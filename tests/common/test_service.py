@@ -1,4 +1,4 @@
-"""The main loop of a service, as its supervisor sees it: real processes, real signals, real exit codes."""
+"""The main loop of a service, as its supervisor sees it: real processes, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ async def test_a_service_goes_on_after_nats_lost_everything(own_nats: NatsServer
     async with started(TOY, environment=home.environment()) as toy:
         await toy.wait_ready()
         own_nats.wipe()
-        await toy.wait_line("NATS is back")
+        await toy.wait_line("reconnected to NATS")
         async with joined(own_nats) as here:
             answer = await Ask(here.nats)("storage", "node-a", "echo", Echo(text="x"), Echo, patience_s=10)
             assert answer == Echo(text="x")

@@ -1,4 +1,4 @@
-"""node.toml is changed key by key: nothing else of it goes, and a kill leaves the old file or the new one."""
+"""Single keys of node.toml are changed: nothing else is lost, and a crash leaves the old file or the new one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def change(home: Path, changes: dict[str, Value]) -> None:
 
 KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "read_only_roots")
 
-# Lines as people write them. `%d` makes each comment one of its own, so that none can stand for another.
+# Lines as people write them. `%d` makes each comment unique, so that none can stand for another.
 _TOP = [
     'id = "a" # c%d',
     "# c%d",
@@ -50,7 +50,7 @@ _AFTER = ["[gateway] # c%d", "gap_s = 0.5 # c%d", "# c%d", "", "[commands]\nstor
 
 @st.composite
 def files(draw: st.DrawFn) -> str:
-    """A node.toml: with or without [storage], things before and after it, with or without a last line's end."""
+    """Draw a node.toml: with or without [storage], text before and after it, with or without a final newline."""
     storage = draw(st.sampled_from(["[storage]", "[ storage ] # c%d", "", "storage = {path = 'x'} # c%d"]))
     lines: list[str] = []
     for pool in (_TOP, [storage], _IN_STORAGE if "[" in storage else [], _AFTER):
@@ -188,7 +188,7 @@ def test_what_the_caller_does_not_accept_is_not_written(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_said_and_stays(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text("# mine\n")
-    (tmp_path / "node.new").mkdir()  # in the way of the new file, whoever runs this
+    (tmp_path / "node.new").mkdir()  # blocks the new file, also for root
     with pytest.raises(Failed, match="cannot be written: Is a directory; nothing was changed"):
         change(tmp_path, {"headroom_bytes": 5})
     assert (tmp_path / "node.toml").read_text() == "# mine\n"

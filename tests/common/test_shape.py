@@ -1,4 +1,4 @@
-"""A model's shape comes from its config and the headers of its files; what cannot be read is refused."""
+"""A model's shape comes from its config and its files' headers; what cannot be read is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TENSORS = {
 
 
 def safetensors(tensors: dict[str, int]) -> bytes:
-    """A file's header, as safetensors writes it, without the tensors."""
+    """Return a file's header, as safetensors writes it, without the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     at = 0
     for name, size in tensors.items():

@@ -1,4 +1,4 @@
-"""Traces: one trace spans the services that one command touches, and a collector is never waited for."""
+"""Traces: one trace covers the services that a command touches, and nothing waits for the collector."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXPORTER = InMemorySpanExporter()
 
 @pytest.fixture(scope="module")
 def provider() -> None:
-    # Once in a process: OpenTelemetry takes no second provider.
+    # Once per process: OpenTelemetry accepts no second provider.
     recording = TracerProvider()
     recording.add_span_processor(SimpleSpanProcessor(EXPORTER))
     trace.set_tracer_provider(recording)
@@ -157,7 +157,7 @@ async def test_a_collector_receives_the_spans_of_a_service(nats: NatsServer, fre
         node, environment = toy_of(tmp_path, fresh, nats, f"http://127.0.0.1:{server.server_port}")
         async with joined(nats) as here, started(TOY, environment=environment) as toy:
             await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, deadline_s=10, patience_s=10)
-            toy.send(signal.SIGTERM)  # what is not exported yet is exported now
+            toy.send(signal.SIGTERM)  # this exports the rest
             assert await toy.wait_exit() == 0
 
         async def exported() -> list[str] | None:

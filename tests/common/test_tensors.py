@@ -1,4 +1,4 @@
-"""Which tensors a stage needs: all stages of any layout together have every tensor, and read no layer twice."""
+"""Which tensors a stage needs: the stages of any layout have all tensors together, and read no layer twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which versions work together, as a rule."""
+"""Which versions are compatible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A view follows its bucket, whatever happens to NATS in between."""
+"""A mirror follows its bucket, whatever happens to NATS meanwhile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fresh = Callable[[str], str]
 
 
 class Note(Message):
-    """Something to keep."""
+    """A stored value."""
 
     text: str
 
@@ -41,7 +41,7 @@ def texts(view: View, prefix: str) -> dict[str, str]:
 
 
 async def holds(view: View, prefix: str, wanted: dict[str, str]) -> None:
-    """Return once the view holds exactly this under the prefix."""
+    """Return once the mirror holds exactly this under the prefix."""
     assert await view.until(lambda v: texts(v, prefix) == wanted or None, 20), texts(view, prefix)
 
 
@@ -104,7 +104,7 @@ async def test_a_change_that_never_came_is_noticed(
             await state.put(f"{prefix}c", Note(text="3"))
             await state.put(
                 f"{prefix}d", Note(text="4")
-            )  # by the next one, or, when it is the last, by the heartbeat
+            )  # by the next message or, after the last one, by the heartbeat
             await holds(view, prefix, {"a": "1", "c": "3", "d": "4"})
             assert not missing
 
@@ -183,7 +183,7 @@ async def test_after_a_kill_of_nats_a_view_knows_what_changed_meanwhile(own_nats
             await here.buckets.state.put(f"n.{name}", Note(text="1"))
         await holds(view, "n.", {"stays": "1", "changes": "1", "goes": "1"})
         own_nats.restart()
-        async with joined(own_nats) as other:  # faster than the view's own reconnection, which waits a second
+        async with joined(own_nats) as other:  # faster than the mirror's own reconnection, which waits a second
             await other.buckets.state.put("n.changes", Note(text="2"))
             await other.buckets.state.put("n.new", Note(text="1"))
             await other.buckets.state.delete("n.goes")

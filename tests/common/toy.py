@@ -1,9 +1,9 @@
-"""A service for tests: everything a service does, and as little of it as can be.
+"""A minimal service for tests.
 
-TOY says how it misbehaves: `crash` (a task of it fails once it is ready), `deaf` (it never stops by itself).
-TOY_STOP_DEADLINE_S and TOY_ACK_WAIT_S shorten what a test would otherwise wait for.
-Its command `work` leaves a file and never ends; when the file is there already it ends well. So the first delivery
-can be killed in the middle, and the second is told from it.
+TOY makes it misbehave: `crash` (one of its tasks fails once it is ready), `deaf` (it never stops by itself).
+TOY_STOP_DEADLINE_S and TOY_ACK_WAIT_S shorten what a test would otherwise wait for. Its command `work` creates a file
+and never ends; if the file exists already, it succeeds. So the first delivery can be killed in the middle, and told
+from the second.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from shoal_common.questions import Question
 
 
 class Work(Command, kw_only=True):
-    """Work whose first attempt never ends."""
+    """A command whose first attempt never ends."""
 
     path: str
 
 
 class Echo(Message):
-    """Asked and answered."""
+    """Request and reply."""
 
     text: str
 
 
 def _left(path: Path) -> bool:
-    """Whether an earlier attempt left its file; now it is there."""
+    """Return whether an earlier attempt created the file; create it."""
     there = path.exists()
     path.touch()
     return there
@@ -55,7 +55,7 @@ async def _crash() -> None:
 
 
 async def run(context: service.Context) -> None:
-    """The service."""
+    """Run the service."""
     mode = context.environ.get("TOY", "")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(context.serve({"echo": Question(Echo, _echo)}))

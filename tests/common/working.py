@@ -1,4 +1,4 @@
-"""A command worker of a test: its verbs, and how to ask it."""
+"""A test's command worker, and how to send it commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASK_DEADLINE_S = 45.0
 
 @asynccontextmanager
 async def working(here: Joined, node: str, verbs: Mapping[str, Verb]) -> AsyncIterator[asyncio.Event]:
-    """Run a worker of `node` while the body runs. Gives the event that stops it."""
+    """Run a worker of `node` while the body runs. Yields the event that stops it."""
     stopping = asyncio.Event()
     events = Events(here.nats, SERVICE, node)
     worker = CommandWorker(here.nats, here.buckets, events, SERVICE, node, verbs)
@@ -36,27 +36,27 @@ async def working(here: Joined, node: str, verbs: Mapping[str, Verb]) -> AsyncIt
 
 
 async def pulling(here: Joined, node: str) -> bool:
-    """Whether a worker of this node waits for commands."""
+    """Return whether a worker of this node waits for commands."""
     try:
         return bool((await here.client.jetstream(timeout=1).consumer_info("CMD", f"{SERVICE}-{node}")).num_waiting)
     except NatsError:
-        return False  # not there yet, or NATS is not
+        return False  # the consumer, or NATS, is not there yet
 
 
 def subject(node: str, verb: str) -> str:
-    """Where a command for the worker goes."""
+    """Return the subject of a command for the worker."""
     return subjects.command(SERVICE, node, verb)
 
 
 async def ask(here: Joined, node: str, verb: str, body: bytes, identity: str = "") -> Outcome:
-    """What `nats req` does: a core request on the command's subject. The first reply is what counts."""
+    """Do what `nats req` does: a core request on the command's subject; return the first reply."""
     headers = {"Nats-Msg-Id": identity} if identity else None
     reply = await here.client.request(subject(node, verb), body, timeout=ASK_DEADLINE_S, headers=headers)
     return decode(reply.data, Outcome)
 
 
 async def nothing_left(here: Joined, node: str) -> None:
-    """Return once no command of this node is in the queue, worked on or not."""
+    """Return once no command of this node is in the queue, running or not."""
 
     async def empty() -> bool:
         info = await here.js.stream_info("CMD", subjects_filter=subject(node, "*"))

@@ -1,4 +1,4 @@
-"""The documents speak of what is there."""
+"""The documents name only what exists."""
 
 from __future__ import annotations
 

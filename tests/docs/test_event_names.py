@@ -1,4 +1,4 @@
-"""The page lists the events that services tell, all of them and no others."""
+"""docs/protocol.md lists exactly the events that services emit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def told_in_code() -> dict[str, set[str]]:
-    """By event, the services that tell it; `<service>` for what is told in the common code."""
+    """Return the services that emit each event; `<service>` for events of the common code."""
     found: dict[str, set[str]] = {}
     for path in [*ROOT.glob("libs/common/shoal_common/**/*.py"), *ROOT.glob("services/*/shoal_*/**/*.py")]:
         service = path.relative_to(ROOT).parts[1] if path.is_relative_to(ROOT / "services") else "<service>"
@@ -27,7 +27,7 @@ def told_in_code() -> dict[str, set[str]]:
 
 
 def told_in_the_page() -> dict[str, set[str]]:
-    """By event, the services that the table in docs/protocol.md gives it."""
+    """Return the services of each event in the table of docs/protocol.md."""
     page = (ROOT / "docs" / "protocol.md").read_text()
     section = page.split("\n## Events\n")[1].split("\n## ")[0]
     found: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""A fileserver in the process of a test: its bounds can be made small, and its clocks given."""
+"""A fileserver in the test's process, with small limits and clocks of the test's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODE = "here"
 
 @asynccontextmanager
 async def serving_here(store: Path, pace: Pace | None = None) -> AsyncIterator[int]:
-    """The port of a server over a store."""
+    """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = settings(Layout(store), NODE, "", pace=pace)
     config.timeout_graceful_shutdown = 1
@@ -34,7 +34,7 @@ async def serving_here(store: Path, pace: Pace | None = None) -> AsyncIterator[i
 
 
 def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:
-    """A blob of so many zeros that takes no room, and shows the proof of a name that is not its own."""
+    """Create a sparse blob of zeros with the stamp of a name that is not its hash."""
     path = Layout(store).blob(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as f:
@@ -44,7 +44,7 @@ def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:
 
 
 async def closed(reader: asyncio.StreamReader, rest_s: float = 0.0) -> int:
-    """Bytes that still came before the server closed a connection, to a reader that rests after each piece."""
+    """Return the bytes received before the server closed a connection, to a reader that pauses after each piece."""
     count = 0
     async with asyncio.timeout(45):
         try:

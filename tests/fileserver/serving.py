@@ -1,4 +1,4 @@
-"""A real fileserver over a store of a test, and plain sockets to speak to it."""
+"""A real fileserver over a test's store, and plain sockets to talk to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEADLINE_S = 45.0
 
 
 class Reply(msgspec.Struct):
-    """What came back."""
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -29,13 +29,13 @@ class Reply(msgspec.Struct):
 
 
 class Fileserver:
-    """A running fileserver and the store that it serves."""
+    """A running fileserver and its store."""
 
     def __init__(self, process: Process, node: str, layout: Layout, host: str, port: int) -> None:
         self.process, self.node, self.layout, self.host, self.port = process, node, layout, host, port
 
     def add(self, data: bytes) -> str:
-        """Put a blob into the store, as storage leaves it."""
+        """Put a blob into the store, as storage does."""
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.layout.blob(sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class Fileserver:
         return sha256
 
     def begin(self, blob: str, data: bytes, leaves: Collection[int]) -> Ready:
-        """Have these leaves of a blob arrive, as the fetcher leaves them. Close what is returned."""
+        """Write these leaves of a partial blob, as the fetcher does. The caller closes the returned file."""
         directory = self.layout.partial(blob)
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "data").open("wb") as f:
@@ -57,12 +57,12 @@ class Fileserver:
         return ready
 
     async def connect(self, limit_bytes: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection that has said nothing yet."""
+        """Open a connection without sending anything."""
         async with asyncio.timeout(DEADLINE_S):
             return await asyncio.open_connection(self.host, self.port, limit=limit_bytes)
 
     async def raw(self, request: bytes) -> Reply:
-        """Send these bytes, and read one reply to its end."""
+        """Send these bytes, and read one response to its end."""
         reader, writer = await self.connect()
         try:
             writer.write(request)
@@ -73,30 +73,30 @@ class Fileserver:
     async def ask(
         self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET", body: bytes = b""
     ) -> Reply:
-        """An honest request, its path sent as it stands."""
+        """Send a valid request; the path is sent as given."""
         said = {**(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
         lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in said.items())]
         return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:
-        """Ask for a blob, or a part of it."""
+        """Request a blob, or a range of it."""
         return await self.ask(f"/v1/blobs/{sha256}", {"Range": range_header} if range_header else {}, method)
 
     def open_paths(self) -> list[str]:
-        """What the process has open, as Linux names it."""
+        """Return the process's open files, as Linux names them."""
         found = []
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
+            with suppress(FileNotFoundError):  # just closed
                 found.append(str(link.readlink()))
         return found
 
     def open_file_count(self) -> int:
-        """How many files and sockets the process has open."""
+        """Return the number of the process's open files and sockets."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
 
 async def read_reply(reader: asyncio.StreamReader, head_only: bool = False) -> Reply:
-    """Read one reply: the head, and as many bytes as it says."""
+    """Read one response: the head, and as many bytes as it says."""
     async with asyncio.timeout(DEADLINE_S):
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         status, *lines = head.strip().split("\r\n")

@@ -1,4 +1,4 @@
-"""Which run goes out next: of what was sent least, and is not on its way to somebody."""
+"""Which leaves are sent next: those sent least, and not in flight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETS = st.integers(0, ALL)
 
 
 def of(leaves: int) -> list[int]:
-    """A set's leaves."""
+    """Return a set's leaves."""
     return [leaf for leaf in range(LEAVES) if leaves >> leaf & 1]
 
 
@@ -90,6 +90,6 @@ def test_I7_what_is_kept_is_bounded_and_forgotten() -> None:
     assert len(sent._blobs["often"].sets) == MAX_SENT_COUNT + 1 and sent._blobs["often"].going == [chosen]
     assert list(sent._blobs) == ["often"], "the others were not asked for, for long"
     assert old is not None
-    sent.ended(old, 0, 1e6)  # of a blob that is forgotten
+    sent.ended(old, 0, 1e6)  # of a blob that was dropped
     sent.choose("next", SIZE, 1, 1, 1, 2e6 + FORGOTTEN_AFTER_S)
     assert list(sent._blobs) == ["next"]

@@ -1,4 +1,4 @@
-"""A blob that arrives is served leaf by leaf, and any run of a blob to whoever asks; over real HTTP."""
+"""A partial blob is served leaf by leaf, and any range of a blob's wanted leaves; over real HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = LEAF_BYTES
 
 
 def wanting(*leaves: int) -> bytes:
-    """The bitmap of these leaves."""
+    """Return the bitmap of these leaves."""
     bitmap = Bitmap(SIZE)
     for leaf in leaves:
         bitmap.add(leaf)
@@ -35,12 +35,12 @@ def wanting(*leaves: int) -> bytes:
 
 
 async def any_of(server: Fileserver, blob: str, body: bytes, most: int = 64) -> Reply:
-    """Ask for any run of these leaves."""
+    """Request any of these leaves."""
     return await server.ask(f"/v1/blobs/{blob}/any?max_leaves={most}", method="POST", body=body)
 
 
 def sent_by(reply: Reply) -> list[int]:
-    """The leaves that a reply has, after a look at its bytes."""
+    """Return the leaves in a response, after checking its bytes."""
     assert reply.status == 206
     first, last = (int(n) for n in reply.headers["content-range"].split()[1].split("/")[0].split("-"))
     assert first % MIB == 0 and (last + 1 == SIZE or (last + 1) % MIB == 0) and reply.body == DATA[first : last + 1]
@@ -113,7 +113,7 @@ async def test_any_answers_every_leaf_once_before_any_twice_whoever_asks(
                 for _ in range(2):
                     sent: list[int] = []
                     while len(sent) < len(here):
-                        # What has just gone is kept back: whoever has it may not have said so yet.
+                        # Recently sent leaves are not sent again yet: their receiver may not have published them.
                         sent += sent_by(await eventually(some, "leaves are sent again"))
                     assert sorted(sent) == sorted(here)
             assert (await any_of(server, BLOB, wanting(3, 4, 7, 8))).status == 204

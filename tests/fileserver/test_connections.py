@@ -1,5 +1,5 @@
-"""Connections that say or take nothing are closed in time, and keep nobody out. The server runs here, with bounds of
-its own."""
+"""Connections that send or read nothing are closed in time, and keep nobody out. The server runs in the test's
+process, with small limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def asking(blob: str, range_header: str = "") -> bytes:
-    """A request for a blob."""
+    """Return a request for a blob."""
     asked = f"Range: {range_header}\r\n" if range_header else ""
     return f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n{asked}\r\n".encode()
 
@@ -63,13 +63,13 @@ async def test_I7_a_reader_that_takes_too_little_is_cut_off(
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
-        if least_bytes_per_s == 10**12:  # whatever it takes is too little
+        if least_bytes_per_s == 10**12:  # any rate is too low
             assert await closed(reader, rest_s=SHORT_S / 3) < size
             return
         transport = writer.transport
 
         async def cut() -> None:
-            # Reading is paused by the reader's limit; a write shows that the other end has gone.
+            # The reader's limit pauses reading; a write shows that the other end is closed.
             while not transport.is_closing():
                 writer.write(b"\r\n")
                 await asyncio.sleep(SHORT_S / 10)
@@ -87,7 +87,7 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(2 * SHORT_S)  # longer than a head may take: a transfer is no head
+        await asyncio.sleep(2 * SHORT_S)  # longer than the timeout of a head, which a transfer is not
         assert await asyncio.wait_for(reader.readexactly(size), 45) == bytes(size)
         writer.close()
 
@@ -162,7 +162,7 @@ async def test_a_newcomer_takes_the_place_of_one_that_does_not_read(
         monkeypatch.setattr(crowd, "STALLED_S", -1.0)
 
         async def served() -> int:
-            # A stalled one may be pushed to at this very moment: then there is no place yet.
+            # A stalled client may be reading at this very moment: then there is no free connection yet.
             while True:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(asking(blob, "bytes=0-9"))

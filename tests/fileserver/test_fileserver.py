@@ -185,7 +185,7 @@ async def test_I1_a_file_that_shows_no_proof_is_not_served_and_one_that_was_writ
         copied, kept = tmp_path / "copied", tmp_path / "kept"
         shutil.copy2(path, copied)
         path.rename(kept)
-        shutil.copy2(copied, path)  # its mode and its time are those of a blob
+        shutil.copy2(copied, path)  # with the mode and mtime of a blob
         assert (await server.blob(path.name)).status == 404
         path.unlink()
         kept.rename(path)
@@ -280,7 +280,7 @@ async def test_without_a_secret_it_does_not_start_beyond_loopback(
     environment = node_environment(tmp_path, nats.url, SHOAL_BIND="0.0.0.0")
     async with started("-m", "shoal_fileserver", environment=environment) as process:
         assert await process.wait_exit() == 2
-        assert "will not answer on 0.0.0.0 without a credential" in process.output
+        assert "will not listen on 0.0.0.0 without a credential" in process.output
 
 
 async def test_hundreds_of_idle_and_half_spoken_connections_do_not_keep_a_peer_out(
@@ -326,7 +326,7 @@ async def test_a_stop_during_a_transfer_ends_within_the_deadline(
         server.process.send(signal.SIGTERM)
         await server.process.wait_line("msg=stopping")
         if not stalled:
-            # A transfer under way is finished, when its reader takes it.
+            # A running transfer is finished if its client reads.
             assert await asyncio.wait_for(reader.readexactly(len(data)), 5) == data
         assert await server.process.wait_exit(deadline_s=9) == 0
         for each in (writer, idle[1]):

@@ -1,4 +1,4 @@
-"""What comes over the wire is not believed: raw sockets against the real service, and ranges against bitmaps."""
+"""Hostile input: raw sockets against the real service, and ranges against relay bitmaps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GOOD, NOT_READY = b"g", b"X"
 
 @pytest.fixture(scope="module")
 def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layout, int]]:
-    """A server in a thread, over a store with a partial; and its port."""
+    """Run a server in a thread, over a store with a partial blob; yield its port."""
     store = tmp_path_factory.mktemp("store")
     layout = Layout(store)
     layout.partial(BLOB).mkdir(parents=True)
@@ -59,7 +59,7 @@ def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layout,
 
 
 def asked(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """One request, and all of its answer."""
+    """Send one request and return the whole response."""
     with socket.create_connection(("127.0.0.1", port), 45) as connection, connection.makefile("rb") as answer:
         connection.sendall(request)
         status = int(answer.readline().split()[1])
@@ -235,14 +235,14 @@ async def test_500_slow_connections_do_not_keep_an_honest_reader_out(
 
 
 class Counting(Pace):
-    """A pace that lets all pass, and counts."""
+    """A rate limit that lets everything pass, and counts."""
 
     def __init__(self) -> None:
         super().__init__(1 << 40)
         self.taken: list[int] = []
 
     async def take(self, count: int) -> None:
-        """Count."""
+        """Count the bytes."""
         self.taken.append(count)
 
 

@@ -1,4 +1,4 @@
-"""Models of the cluster taken with the unmodified huggingface_hub client."""
+"""The cluster's models, downloaded with the unmodified huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SECRET = "s3cret-of-the-cluster"
 
 
 def git_sha1(data: bytes) -> str:
-    """What git calls these bytes."""
+    """Return git's hash of these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def manifest_of(repo: str) -> Manifest:
-    """A model with these files: small ones known to git, as the hub lists them."""
+    """A model with these files; the small ones have git's sha1, as the hub lists them."""
     return Manifest(
         repo=repo,
         commit=hashlib.sha1(repo.encode(), usedforsecurity=False).hexdigest(),
@@ -62,7 +62,7 @@ def manifest_of(repo: str) -> Manifest:
 
 @asynccontextmanager
 async def holding(here: Joined, node: str, manifest: Manifest) -> AsyncIterator[None]:
-    """What the storage of a node that has the model says, while the body runs."""
+    """Publish what the storage of a node with the model would, while the body runs."""
 
     async def answer(question: AskManifest) -> Manifest:
         assert question.model == manifest.model
@@ -91,7 +91,7 @@ async def holding(here: Joined, node: str, manifest: Manifest) -> AsyncIterator[
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`snapshot_download` with a cache of its own each time."""
+    """Run `snapshot_download` with a new cache each time."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     def download(server: Fileserver, repo: str, **named: object) -> Path:
@@ -104,13 +104,13 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
 
 
 def check_files(found: Path) -> None:
-    """All files are there, byte for byte."""
+    """Check that all files are there, byte for byte."""
     assert {str(p.relative_to(found)) for p in found.rglob("*") if p.is_file()} == FILES.keys()
     assert all((found / path).read_bytes() == data for path, data in FILES.items())
 
 
 async def listed(server: Fileserver, repo: str, **headers: str) -> None:
-    """Wait until the fileserver has heard of the model."""
+    """Wait until the fileserver knows the model."""
 
     async def known() -> bool:
         return (await server.ask(f"/api/models/{repo}", headers)).status == 200
@@ -130,7 +130,7 @@ async def test_an_unmodified_client_downloads_a_model_that_this_node_has(
         check_files(found)
         assert found.name == manifest.commit
         blobs = {p.name for p in (found.parents[1] / "blobs").iterdir()}
-        # As a download from the hub would have it, so that neither fetches again what the other brought.
+        # As after a download from the hub, so that neither fetches again what the other has.
         assert blobs == {f.git_sha1 or f.sha256 for f in manifest.files}
         check_files(await asyncio.to_thread(client, server, manifest.repo, revision="refs/pr/1"))
         check_files(await asyncio.to_thread(client, server, manifest.repo, revision=manifest.commit))
@@ -161,7 +161,7 @@ async def test_what_another_node_has_is_taken_from_it_and_no_credential_goes_the
         assert sent.status == 302 and sent.headers["x-linked-size"] == str(len(FILES["config.json"]))
         address = httpx2.URL(sent.headers["location"])
         assert (address.host, address.port) == (holder.host, holder.port)
-        # The address alone shows this file, and no other.
+        # The URL alone allows reading this file, and no other.
         target = address.raw_path.decode()
         assert (await holder.ask(target)).body == FILES["config.json"]
         assert (await holder.ask(target.replace("config.json", "model.safetensors"))).status == 401
@@ -190,7 +190,7 @@ async def test_I12_without_the_clusters_key_the_hub_protocol_says_nothing(
             assert (await server.ask(f"{file}?{query}")).status == shown
         forged = capability("another secret", blob, now + 60)
         assert (await server.ask(f"{file}?until={forged['until']}&key={forged['key']}")).status == 401
-        # Nor does the hub's key open what peers ask.
+        # Nor does the hub's key allow what peers request.
         hub = {"Authorization": f"Bearer {derive(SECRET, 'hub')}"}
         assert (await server.ask(f"/v1/blobs/{blob}", hub)).status == 401
 
@@ -205,7 +205,7 @@ async def test_what_is_not_there_is_named_as_the_client_understands_it(
             await asyncio.to_thread(client, server, "org/never-was")
         with pytest.raises(RevisionNotFoundError):
             await asyncio.to_thread(client, server, manifest.repo, revision="v9")
-        with pytest.raises(LocalEntryNotFoundError):  # announced, and its bytes have gone
+        with pytest.raises(LocalEntryNotFoundError):  # published, but its bytes are gone
             await asyncio.to_thread(client, server, manifest.repo)
         missing = await server.ask(f"/{manifest.repo}/resolve/main/no/such.file")
         assert (missing.status, missing.headers["x-error-code"]) == (404, "EntryNotFound")

@@ -1,4 +1,4 @@
-"""What placement measures links by: so many bytes, for who shows a token for that, and never more than it may ask."""
+"""The probe for link measurements: N bytes for a valid token, and never more than the maximum."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_probe_brings_as_many_bytes_as_it_asked_for_and_never_more_than_
             assert (await server.ask(f"/v1/probe{path}")).status == 400, path
         assert (await server.ask("/v1/probe", method="POST", body=b"x")).status == 405
         reader, writer = await server.connect()
-        for _ in range(3):  # one connection, several exchanges
+        for _ in range(3):  # several requests on one connection
             writer.write(b"GET /v1/probe?bytes=100 HTTP/1.1\r\nHost: test\r\n\r\n")
             assert len((await read_reply(reader)).body) == 100
         writer.close()

@@ -1,4 +1,4 @@
-"""Which bytes a Range header means, against a model that is slow and plain."""
+"""Which bytes a Range header means, compared with a slow and simple model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Real servers and processes for tests. Nothing here pretends to be anything."""
+"""Real servers and processes for tests; no mocks."""

@@ -1,7 +1,6 @@
-"""Wall clocks that are wrong, of single processes: what Python's own `sitecustomize` can make them see.
+"""Wrong wall clocks for single processes, by means of Python's `sitecustomize`.
 
-Our services are Python, and see the time by `time` and `datetime` alone. The kernel stamps files, and
-is right.
+Our services are Python, and read the time only by `time` and `datetime`. The kernel stamps files with the true time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _HOOK = Path(__file__).with_name("wrong_clock")
 
 
 class WrongClock:
-    """The clock of a node, to be set while its services run."""
+    """A node's clock, which can be set while its services run."""
 
     def __init__(self, node: Node) -> None:
         self._at = node.home / "clock"
@@ -30,8 +29,8 @@ class WrongClock:
             }
 
     def set(self, ahead_s: float) -> None:
-        """From now on it is so many seconds ahead; negative: behind."""
+        """Set the clock this many seconds ahead; negative: behind."""
         if not self._at.exists():
             self._at.write_bytes(bytes(8))
-        with self._at.open("r+b") as f:  # the very file: processes have it mapped
+        with self._at.open("r+b") as f:  # the same file: processes have it mapped
             f.write(struct.pack("d", ahead_s))

@@ -1,4 +1,4 @@
-"""A way to a server on which a test can hold back what a client says, as a network may, and let it arrive later."""
+"""A proxy to a server that can delay what a client sends, as a network may, and deliver it later."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Held:
-    """What clients say on this way arrives while `flows` is set; what they are told always does."""
+    """What clients send is delivered while `flows` is set; what the server sends always is."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self.flows = asyncio.Event()
         self.flows.set()
         self.heard: Callable[[bytes], None] = lambda _: None
-        """Told of what arrives, before anything is answered."""
+        """Called with what arrives, before anything is answered."""
         self.url = ""
         self._waiting = b""
 
     async def holds(self, text: bytes) -> bool:
-        """Whether something with this text waits to arrive."""
+        """Return whether something with this text waits to be delivered."""
         return text in self._waiting
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
+        """Relay one connection."""
         with suppress(OSError, asyncio.CancelledError):
             there, back = await asyncio.open_connection("127.0.0.1", self._port)
             try:
@@ -44,7 +44,7 @@ class Held:
                 writer.write(said)
                 self.heard(said)
                 await writer.drain()
-                await asyncio.sleep(0.005)  # a network's delay
+                await asyncio.sleep(0.005)  # a network's latency
         finally:
             hearing.cancel()
 
@@ -61,7 +61,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @asynccontextmanager
 async def held_way(url: str) -> AsyncIterator[Held]:
-    """A way to the server at `url`, for one client."""
+    """Run a proxy to the server at `url`, for one client."""
     held = Held(int(url.rpartition(":")[2]))
     server = await asyncio.start_server(held.serve, "127.0.0.1", 0)
     held.url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -1,5 +1,5 @@
-"""A memory control group of its own for a test, such as a container or a systemd unit with MemoryMax= is in; and a
-program in it that takes memory, as any other program does."""
+"""A memory control group for a test, like that of a container or a systemd unit with MemoryMax=, and a program in it
+that takes memory, like any other program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_TESTED = "memory limits of control groups are NOT tested here"
 
 
 class MemoryGroup:
-    """The group. What is written to its files, and read from them, is what any administrator would."""
+    """The control group, through the files that an administrator would use."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self.directory, self.limit_bytes = directory, limit_bytes
@@ -32,27 +32,27 @@ class MemoryGroup:
 
     @property
     def within(self) -> tuple[str, ...]:
-        """The command that runs another one in this group."""
+        """Return a command's prefix that runs it in this group."""
         return ("sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(self.directory))
 
     def available_bytes(self) -> int:
-        """What its processes can have yet."""
+        """Return the bytes that its processes can still allocate."""
         usage = self._number("memory.usage_in_bytes" if self._v1 else "memory.current")
         stat = dict(line.split() for line in (self.directory / "memory.stat").read_text().splitlines())
         of_files = ("total_inactive_file", "total_active_file") if self._v1 else ("inactive_file", "active_file")
         return self.limit_bytes - usage + sum(int(stat[name]) for name in of_files)
 
     def killed_count(self) -> int:
-        """How many of its processes the kernel has killed for memory."""
+        """Return how many of its processes the kernel has killed for memory."""
         said = (self.directory / ("memory.oom_control" if self._v1 else "memory.events")).read_text()
         return int(dict(line.split() for line in said.splitlines())["oom_kill"])
 
     def pids(self) -> list[int]:
-        """Its processes."""
+        """Return its processes."""
         return [int(pid) for pid in (self.directory / "cgroup.procs").read_text().split()]
 
     def remove(self) -> None:
-        """Take it away, with whatever a failed test has left in it."""
+        """Remove it, with whatever a failed test has left in it."""
         give_up_s = time.monotonic() + _GONE_DEADLINE_S
         while True:
             for pid in self.pids():
@@ -69,7 +69,7 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
-    """A group with this limit, while the body runs. Skips where none can be made."""
+    """Create a group with this limit while the body runs. Skips where that is not possible."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip(f"only root on Linux can make a control group: {_NOT_TESTED}")
     root = _V1 if (_V1 / "memory.limit_in_bytes").exists() else _V2
@@ -96,7 +96,7 @@ while words := input().split():
 
 
 class Hog:
-    """A program in a group that takes memory when it is told to, and lets go of it. Never all that the group has."""
+    """A program in a group that allocates memory on request and frees it; never all of the group's."""
 
     STEP_BYTES = 16 << 20
 
@@ -108,7 +108,7 @@ class Hog:
 
     @contextmanager
     def leaving(self, available_bytes: int) -> Iterator[None]:
-        """Take memory until the group can have no more than this, and give it back after the body."""
+        """Allocate until the group has no more than this left; free it after the body."""
         try:
             while self._group.available_bytes() > available_bytes:
                 self._tell(f"take {self.STEP_BYTES}")

@@ -1,4 +1,4 @@
-"""A real nats-server, with its store in a directory of the test, to be stopped, killed, restarted and wiped."""
+"""A real nats-server, its store in the test's directory, that can be stopped, killed, restarted and wiped."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class _Ports(msgspec.Struct):
 
 
 class NatsServer:
-    """A nats-server with JetStream, every acknowledged write on the disk. Starts on entering the context.
+    """A nats-server with JetStream that syncs every acknowledged write to disk. Starts on entering the context.
 
-    `within` is a command that runs it, as `ip netns exec` does, and becomes it; its port is to be given then.
+    `within` is a command that runs it by exec, such as `ip netns exec`; it needs a given port.
     """
 
     def __init__(self, directory: Path, host: str = "127.0.0.1", port: int = 0, within: tuple[str, ...] = ()) -> None:
@@ -60,7 +60,7 @@ class NatsServer:
 
     @property
     def pid(self) -> int:
-        """The running server's pid."""
+        """Process id of the running server."""
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
@@ -87,26 +87,26 @@ class NatsServer:
                 time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Ask it to end, and wait."""
+        """Stop it, and wait."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it without a word (kill -9). Nothing happens when it has ended already."""
+        """Kill it (SIGKILL); does nothing if it has ended already."""
         self._end(signal.SIGKILL)
 
     def restart(self) -> None:
-        """Start it again on the same port and store; what still runs is killed first."""
+        """Start it again on the same port and store, after killing it if it runs."""
         self.kill()
         self.start()
 
     def wipe(self) -> None:
-        """Kill it, lose everything it has stored, and start it on the same port."""
+        """Kill it, delete its store, and start it on the same port."""
         self.kill()
         shutil.rmtree(self.directory / "store", ignore_errors=True)
         self.start()
 
     def log(self) -> str:
-        """What it has printed so far."""
+        """Return its output so far."""
         return (self.directory / "nats-server.log").read_text(errors="replace")
 
     def _end(self, number: signal.Signals) -> None:
@@ -125,17 +125,17 @@ class Joined:
         self.buckets = Buckets(nats.js)
 
     async def last_sequence(self, stream: str) -> int:
-        """The number of the last message a stream has ever taken: unchanged means nothing was written."""
+        """Return the sequence of a stream's last message: unchanged means that nothing was written."""
         return int((await self.js.stream_info(stream)).state.last_seq)
 
     async def key_count(self, bucket: str) -> int:
-        """How many messages a bucket holds, markers of deletions included."""
+        """Return the number of messages in a bucket, markers of deletions included."""
         return int((await self.js.stream_info(f"KV_{bucket}")).state.messages)
 
 
 @asynccontextmanager
 async def joined(server: NatsServer) -> AsyncIterator[Joined]:
-    """Connect as a service does, with streams and buckets in place."""
+    """Connect as a service does, after creating streams and buckets."""
     async with connected([server.url], "test", patience_s=START_DEADLINE_S) as nats:
         await ensure_streams(nats.js)
         yield Joined(nats)

@@ -1,8 +1,8 @@
-"""Machines for tests that have their own networks: Linux's network namespaces, with wires (veth pairs) between them.
+"""Machines with networks of their own for tests: Linux network namespaces, connected by wires (veth pairs).
 
-A namespace has its own loopback, and only the wires that a test lays. What every node needs besides, NATS and the
-hub, listens on loopback of the test's own namespace; `relayed` opens a port on a machine's loopback that leads there,
-so that a machine needs no interface but those the test is about.
+A namespace has its own loopback, and only the wires that a test adds. NATS and the hub, which every node needs,
+listen on loopback of the test's own namespace; `relayed` opens a port on a machine's loopback that leads there, so
+that a machine needs only the interfaces that the test is about.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ _DEADLINE_S = 20.0
 
 
 class Machine:
-    """A network namespace. Interfaces have the names that the test gives them."""
+    """A network namespace. The test names its interfaces."""
 
     def __init__(self, name: str) -> None:
         self.namespace = f"shoal-{name}-{uuid.uuid4().hex[:6]}"
 
     @property
     def within(self) -> tuple[str, ...]:
-        """What runs a command here."""
+        """Return a command's prefix that runs it here."""
         return ("ip", "netns", "exec", self.namespace)
 
     def ip(self, *arguments: str) -> None:
-        """`ip` in this namespace."""
+        """Run `ip` in this namespace."""
         _ip("-n", self.namespace, *arguments)
 
     def listener(self, port: int) -> socket.socket:
-        """A socket that listens on this machine's loopback, for this process to accept from."""
+        """Return a socket of this process that listens on the machine's loopback."""
         return self._made_here(lambda: socket.create_server(("127.0.0.1", port)))
 
     def connection(self, host: str, port: int) -> socket.socket:
-        """A socket of this process that is connected from this machine. Raises OSError."""
+        """Return a socket of this process, connected from the machine. Raises OSError."""
         return self._made_here(lambda: socket.create_connection((host, port), _DEADLINE_S))
 
     def _made_here(self, make: Callable[[], socket.socket]) -> socket.socket:
         made: list[socket.socket | OSError] = []
 
         def enter() -> None:
-            # A socket stays in the namespace of the thread that made it; the thread ends, and with it its membership.
+            # A socket stays in the namespace of the thread that created it; the thread itself ends.
             at = os.open(f"/run/netns/{self.namespace}", os.O_RDONLY)
             try:
                 libc = ctypes.CDLL(None, use_errno=True)
@@ -77,7 +77,7 @@ class Machine:
 
 
 def no_networks() -> str:
-    """Why no networks can be made on this machine, if so."""
+    """Return why networks cannot be created on this machine; "" if they can."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return "only root on Linux with iproute2 can make networks"
     tried = f"shoal-try-{uuid.uuid4().hex[:6]}"
@@ -90,7 +90,7 @@ def no_networks() -> str:
 
 @contextmanager
 def machines(*names: str) -> Iterator[list[Machine]]:
-    """Machines with nothing but loopback, while the body runs. Skips where there can be none."""
+    """Create machines with only loopback, while the body runs. Skips where that is not possible."""
     if why := no_networks():
         pytest.skip(f"{why}: nodes with several networks are NOT tested here")
     if not Path("/proc/net/if_inet6").exists():
@@ -111,7 +111,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
 
 
 def wire(name: str, one: Machine, addresses: tuple[str, ...], other: Machine, others: tuple[str, ...]) -> None:
-    """Lay a wire: an interface of this name on both machines, with these addresses (`host/prefix`)."""
+    """Add a wire: an interface of this name on both machines, with these addresses (`host/prefix`)."""
     one.ip("link", "add", name, "type", "veth", "peer", "name", name, "netns", other.namespace)
     for machine, given in ((one, addresses), (other, others)):
         machine.ip("link", "set", name, "up")
@@ -120,7 +120,7 @@ def wire(name: str, one: Machine, addresses: tuple[str, ...], other: Machine, ot
 
 
 class Switch:
-    """Machines on one network, each by a wire of its own to a bridge. Wires can be pulled, and packets lost."""
+    """Machines on one network, each on a wire of its own to a bridge. Wires can be pulled, and packets lost."""
 
     def __init__(self, bridge: Machine, others: Mapping[str, Machine]) -> None:
         self._bridge, self._others = bridge, dict(others)
@@ -138,20 +138,20 @@ class Switch:
         return f"to-{name}"
 
     def unplug(self, name: str) -> None:
-        """Pull a machine's wire: it reaches nobody, and knows it."""
+        """Pull a machine's wire: it reaches nobody, and sees that its link is down."""
         self._bridge.ip("link", "set", self._plug(name), "down")
 
     def plug_in(self, name: str) -> None:
-        """Its wire is in again."""
+        """Plug the wire in again."""
         self._bridge.ip("link", "set", self._plug(name), "up")
 
     def lose(self, one: str, other: str) -> None:
-        """What one machine sends to the other is lost from now on, without a word."""
+        """Drop what one machine sends to the other, silently."""
         to_nobody = ("lladdr", _NOBODY, "dev", _WIRE, "nud", "permanent")
         self._others[one].ip("neigh", "replace", self.addresses[other], *to_nobody)
 
     def deliver(self, one: str, other: str) -> None:
-        """It arrives again."""
+        """Deliver it again."""
         self._others[one].ip("neigh", "del", self.addresses[other], "dev", _WIRE)
 
 
@@ -160,7 +160,7 @@ _NETWORK, _WIRE, _NOBODY = "10.213.77", "wire", "02:00:00:00:00:99"
 
 @contextmanager
 def relayed(machine: Machine, port: int, delay_s: float = 0.0) -> Iterator[None]:
-    """While the body runs, this port on the machine's loopback leads to the same port on ours, so far away."""
+    """While the body runs, relay this port of the machine's loopback to the same port of ours, with this delay."""
     with _relaying(
         machine.listener(port), lambda: socket.create_connection(("127.0.0.1", port), _DEADLINE_S), delay_s
     ):
@@ -169,8 +169,8 @@ def relayed(machine: Machine, port: int, delay_s: float = 0.0) -> Iterator[None]
 
 @contextmanager
 def reached(machine: Machine, host: str, port: int, at: int = 0, delay_s: float = 0.0) -> Iterator[int]:
-    """While the body runs, a port on our loopback (`at`, or any) leads to this host and port as the machine sees
-    them, so far away."""
+    """While the body runs, relay a port of our loopback (`at`, or any) to this host and port as seen from the
+    machine, with this delay."""
     listener = socket.create_server(("127.0.0.1", at))
     with _relaying(listener, lambda: machine.connection(host, port), delay_s):
         yield int(listener.getsockname()[1])
@@ -179,7 +179,7 @@ def reached(machine: Machine, host: str, port: int, at: int = 0, delay_s: float 
 @contextmanager
 def _relaying(listener: socket.socket, connect: Callable[[], socket.socket], delay_s: float = 0.0) -> Iterator[None]:
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-    # A thread: tests wait for processes to end without letting their own loop run, and those say goodbye to NATS.
+    # In a thread: tests wait for processes to end without running their own loop, and those still talk to NATS.
     thread = threading.Thread(target=lambda: asyncio.run(_relay(listener, connect, running, delay_s)))
     thread.start()
     try:
@@ -213,13 +213,13 @@ async def _relay(
     server = await asyncio.start_server(serve, sock=listener)
     running.set_result((asyncio.get_running_loop(), ending))
     await ending.wait()
-    server.close()  # connections under way end with this loop
+    server.close()  # open connections end with this loop
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
     while chunk := await reader.read(_CHUNK_BYTES):
         if delay_s:
-            await asyncio.sleep(delay_s)  # this is the long wire
+            await asyncio.sleep(delay_s)  # the delay of a long wire
         writer.write(chunk)
         await writer.drain()
     with suppress(OSError):

@@ -1,8 +1,8 @@
-"""The services of a node as real processes, to be killed, stopped and restarted one by one.
+"""The services of a node as real processes that can be killed, stopped and restarted one by one.
 
-They belong to no event loop, so a module or a session may share them between tests. Each is ready when its own
-process has its key in `live`, and does there what it is for: the fileserver has an address, the others wait for
-commands (a command sent earlier is carried out, but its sender waits for the reply in vain).
+They belong to no event loop, so a module or a session may share them between tests. A service is ready when its own
+process has its key in `live` and does its work: the fileserver has an address, the others wait for commands (a
+command sent earlier runs, but its sender gets no reply).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _HAVE_ADDRESSES = ("fileserver", "gateway")
 
 
 class ServiceProcess:
-    """One service of one node: `python -m shoal_<service>`, its output in a file of the node's home.
+    """A service of a node: `python -m shoal_<service>`, its output in a file of the node's home.
 
-    `within` is a command that runs it, as `ip netns exec` does, and becomes it: its pid is the service's.
+    `within` is a command that runs it by exec, such as `ip netns exec`: its pid is the service's.
     """
 
     within: tuple[str, ...] = ()
@@ -41,19 +41,19 @@ class ServiceProcess:
     def __init__(self, service: str, home: Path, environment: dict[str, str]) -> None:
         self.service, self.environment = service, environment
         self.within: tuple[str, ...] = ()
-        """What is put before its command: where it runs."""
+        """Prefix of its command: where it runs."""
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
-        """Its pid, as long as it has not been ended by us."""
+        """Its process id, until the test has ended it."""
         assert self._process is not None, f"{self.service} is not running"
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and has not ended."""
+        """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, **more: str) -> None:
@@ -74,17 +74,17 @@ class ServiceProcess:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone. Nothing happens when it has ended already."""
+        """Kill it (SIGKILL) and wait; does nothing if it has ended already."""
         self.send(signal.SIGKILL)
         self.wait_exit()
 
     def stop(self) -> int:
-        """Ask it to end, and wait. Returns its exit code."""
+        """Stop it and wait. Returns its exit code."""
         self.send(signal.SIGTERM)
         return self.wait_exit()
 
     def wait_exit(self) -> int:
-        """Its exit code once it has ended; it is killed when that takes longer than STOP_DEADLINE_S."""
+        """Return its exit code once it has ended; kill it after STOP_DEADLINE_S."""
         if self._process is None:
             return 0
         try:
@@ -95,7 +95,7 @@ class ServiceProcess:
             raise AssertionError(f"{self.service} did not end within {STOP_DEADLINE_S} s:\n{self.log()}") from None
 
     def log(self) -> str:
-        """All it has said, in all its lives."""
+        """Return all its output, of all its runs."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
 
@@ -114,12 +114,12 @@ class Node:
         return self.services[service]
 
     def start(self, *names: str) -> None:
-        """Start these services, or all, at once."""
+        """Start these services, or all of them, at once."""
         for name in names or self.services:
             self.services[name].start()
 
     async def ready(self, here: Joined, *names: str) -> None:
-        """Return once these services, or all, are live. Fails with the log of one that ended instead."""
+        """Return once these services, or all of them, are live. Fails with the log of one that has ended."""
         for name in names or self.services:
             service = self.services[name]
 
@@ -135,13 +135,13 @@ class Node:
             await eventually(live, f"{name} of {self.id} is live", READY_DEADLINE_S)
 
     async def restart(self, here: Joined, service: str, **more: str) -> None:
-        """kill -9 a service, if it still runs, and start it again, with these variables besides its usual ones."""
+        """Kill a service if it still runs, and start it again, with these variables besides its usual ones."""
         self.services[service].kill()
         self.services[service].start(**more)
         await self.ready(here, service)
 
     def stop(self) -> None:
-        """Ask all services to end, and wait. None is left running, whatever happens."""
+        """Stop all services and wait. None is left running, whatever happens."""
         try:
             for service in self.services.values():
                 service.send(signal.SIGTERM)
@@ -152,14 +152,14 @@ class Node:
                 service.kill()
 
     def kill(self) -> None:
-        """kill -9 all of it, as when the power goes."""
+        """Kill all services, as a power cut does."""
         for service in self.services.values():
             service.send(signal.SIGKILL)
         for service in self.services.values():
             service.kill()
 
     def log(self) -> str:
-        """The last lines of every service, for a failing test to show."""
+        """Return the last lines of every service, for a failing test."""
         return "\n".join(
             f"--- {s.service} of {self.id}\n" + "\n".join(s.log().splitlines()[-_LOG_TAIL_LINES:])
             for s in self.services.values()
@@ -175,7 +175,7 @@ async def _waits_for_commands(here: Joined, durable: str) -> bool:
 
 @contextmanager
 def running_nodes(*nodes: Node) -> Iterator[tuple[Node, ...]]:
-    """Start nodes; at the end they are stopped. Wait with `ready`."""
+    """Start nodes, and stop them at the end. Wait with `ready`."""
     try:
         for node in nodes:
             node.start()

@@ -1,4 +1,4 @@
-"""Real child processes: started with the tree's own code, watched by their log lines, ended by signals."""
+"""Real child processes: run from the tree's own code, watched by their log lines, ended by signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_DEADLINE_S = 45.0
 
 
 def source_path() -> str:
-    """PYTHONPATH that puts the tree's own distributions first."""
+    """Return a PYTHONPATH that puts the tree's own packages first."""
     return os.pathsep.join(
         str(p)
         for p in (ROOT, ROOT / "libs" / "common", ROOT / "cli", ROOT / "demo", *sorted(ROOT.glob("services/*")))
@@ -24,7 +24,7 @@ def source_path() -> str:
 
 
 def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
-    """The environment of a service of the node whose directory is `home`, with nothing inherited but PATH."""
+    """Return the environment of a service of the node at `home`, inheriting nothing but PATH."""
     return {
         "PATH": os.environ.get("PATH", ""),
         "PYTHONPATH": source_path(),
@@ -37,7 +37,7 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
 
 
 class Process:
-    """A running child. `lines` is what it has said on stdout and stderr so far."""
+    """A running child process. `lines` is its output so far, stdout and stderr."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -53,21 +53,21 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its pid."""
+        """Its process id."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it still runs."""
         return self._process.returncode is None
 
     @property
     def output(self) -> str:
-        """All lines, for a failing test to show."""
+        """All its lines, for a failing test."""
         return "\n".join(self.lines)
 
     async def wait_line(self, *parts: str, deadline_s: float = LINE_DEADLINE_S) -> str:
-        """The first line that holds all parts, past or to come. Fails when the process ends or time is up first."""
+        """Return the first line with all parts, past or future. Fails if the process or the time ends first."""
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while True:
@@ -83,11 +83,11 @@ class Process:
         raise AssertionError(f"no line with {parts} (exit code {self._process.returncode}):\n{self.output}")
 
     async def wait_ready(self) -> None:
-        """Return once the service says that it is ready."""
+        """Return once the service logs that it is ready."""
         await self.wait_line("msg=ready")
 
     async def wait_exit(self, deadline_s: float = EXIT_DEADLINE_S) -> int:
-        """Its exit code (minus a signal's number, if one ended it), once it has ended and all its lines are read."""
+        """Return its exit code (negative: a signal's number) once it has ended and all its lines are read."""
         try:
             async with asyncio.timeout(deadline_s):
                 code = await self._process.wait()
@@ -102,14 +102,14 @@ class Process:
             self._process.send_signal(number)
 
     async def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """Kill it (SIGKILL) and wait."""
         self.send(signal.SIGKILL)
         await self.wait_exit()
 
 
 @asynccontextmanager
 async def started(*arguments: str, environment: Mapping[str, str]) -> AsyncIterator[Process]:
-    """Run `python <arguments>` while the body runs; afterwards it is killed if it has not ended."""
+    """Run `python <arguments>` while the body runs; kill it afterwards if it still runs."""
     process = Process(
         await asyncio.create_subprocess_exec(
             sys.executable,
@@ -123,5 +123,5 @@ async def started(*arguments: str, environment: Mapping[str, str]) -> AsyncItera
     try:
         yield process
     finally:
-        # Whatever became of the test, no child outlives it.
+        # No child outlives its test.
         await asyncio.shield(process.kill())

@@ -25,13 +25,13 @@ DOWN_DEADLINE_S = 60.0
 WAIT_DEADLINE_S = 60.0
 _POLL_S = 0.05
 _GIVEN = {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}
-"""So that no node of a test measures it."""
+"""Set, so that no node of a test measures it."""
 
 T = TypeVar("T")
 
 
 def eventually(look: Callable[[], T | None], what: str, deadline_s: float = WAIT_DEADLINE_S) -> T:
-    """The first truthy answer of `look`; an AssertionError naming `what` when the deadline passes."""
+    """Return the first truthy result of `look`; raises AssertionError naming `what` after the deadline."""
     give_up_s = time.monotonic() + deadline_s
     while True:
         found = look()
@@ -42,24 +42,24 @@ def eventually(look: Callable[[], T | None], what: str, deadline_s: float = WAIT
 
 
 class ShoalNode:
-    """One node, its processes and its API."""
+    """A node, its processes and its API."""
 
     def __init__(self, home: Path, environ: dict[str, str]) -> None:
         self.home, self.node = home, home.name
         self._environ = environ
         self.client = httpx2.Client(timeout=120)
         self.within: tuple[str, ...] = ()
-        """What to start it with: a command that runs another one."""
+        """Prefix of its command, such as `ip netns exec`."""
 
     @property
     def environ(self) -> dict[str, str]:
-        """Of a command that is typed on this node."""
+        """Environment of a command on this node."""
         return {**self._environ, "SHOAL_HOME": str(self.home)}
 
     def shoal(
         self, *arguments: str, check: bool = False, stdin: str = "", timeout_s: float = WAIT_DEADLINE_S
     ) -> subprocess.CompletedProcess[str]:
-        """Type a command on this node."""
+        """Run a `shoal` command on this node."""
         result = subprocess.run(
             [*(self.within if arguments[0] == "up" else ()), sys.executable, "-m", "shoal_cli", *arguments],
             env=self.environ,
@@ -85,23 +85,23 @@ class ShoalNode:
 
     @property
     def url(self) -> str:
-        """Its gateway."""
+        """Address of its gateway."""
         return (self.home / "run" / "gateway.url").read_text().strip()
 
     @property
     def nats_url(self) -> str:
-        """The NATS server that it runs."""
+        """Address of the NATS server that it runs."""
         ports = max((self.home / "run").glob("nats-server_*.ports"), key=lambda p: p.stat().st_mtime)
         return str(json.loads(ports.read_text())["nats"][0])
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """A request to its API that has to succeed."""
+        """Send a request to its API that has to succeed."""
         response = self.client.request(method, self.url + path, json=body)
         assert response.is_success, f"{method} {path}: {response.status_code} {response.text}\n{self.logs()}"
         return response.json()
 
     def status(self) -> dict[str, Any] | None:
-        """`/v1/status`, or None while the gateway is away."""
+        """Return `/v1/status`, or None while the gateway is down."""
         try:
             response = self.client.get(self.url + "/v1/status")
         except httpx2.TransportError:
@@ -109,29 +109,29 @@ class ShoalNode:
         return dict(response.json()) if response.is_success else None
 
     def download(self, model: str, node: str | None = None) -> dict[str, Any] | None:
-        """How a model's download on a node (this one) stands."""
+        """Return the state of a model's download on a node (this one)."""
         status = self.status() or {"downloads": []}
         mine = [d for d in status["downloads"] if d["model"] == model and d["node"] == (node or self.node)]
         return mine[0] if mine else None
 
     def children(self) -> dict[str, ChildStatus]:
-        """Its services, and `nats` where it runs that, as the supervisor knows them."""
+        """Return its services, and `nats` if it runs that, as the supervisor reports them."""
         status = supervisor_status(Home(self.home))
         assert status is not None, f"no supervisor answers in {self.home}"
         return {c.name: c for c in status.children}
 
     def child(self, service: str) -> ChildStatus:
-        """One of them."""
+        """Return one of them."""
         return self.children()[service]
 
     def kill(self, service: str) -> int:
-        """kill -9 one service; returns the pid that was."""
+        """Kill one service (SIGKILL); return its former pid."""
         pid = self.child(service).pid
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def wait_reborn(self, service: str, old_pid: int) -> None:
-        """Return once the supervisor has started a service anew, and it is ready."""
+        """Return once the supervisor has restarted a service and it is ready."""
 
         def reborn() -> bool:
             child = self.child(service)
@@ -140,7 +140,7 @@ class ShoalNode:
         eventually(reborn, f"{service} of {self.node} is ready again")
 
     def logs(self) -> str:
-        """The end of every log, for a failing test."""
+        """Return the end of every log, for a failing test."""
         out = []
         for log in sorted((self.home / "log").glob("*.log")):
             out.append(
@@ -150,7 +150,7 @@ class ShoalNode:
 
 
 class ShoalCluster:
-    """Several nodes on one NATS, which the first node runs. Down, in order, at the end of the context."""
+    """Several nodes on one NATS, which the first one runs. Stopped, in order, at the end of the context."""
 
     def __init__(self, root: Path, hub: str, names: tuple[str, ...] = ("a", "b", "c"), **environ: str) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHOAL_", "HF_"))}

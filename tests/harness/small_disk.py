@@ -1,4 +1,4 @@
-"""A small file system of its own for a test, and somebody who fills it to the last byte."""
+"""A small file system for a test, and a way to fill it to the last byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEADLINE_S = 60
 
 
 def no_small_disks() -> str:
-    """Why no small disk can be mounted on this machine, if so."""
+    """Return why no small disk can be mounted on this machine; "" if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "only root on Linux can mount a small disk"
     with tempfile.TemporaryDirectory() as at:
@@ -31,7 +31,7 @@ def no_small_disks() -> str:
 
 @contextmanager
 def small_disk(at: Path, size_bytes: int, files: int = 4096) -> Iterator[Path]:
-    """A file system of so many bytes and files, while the body runs. Skips where none can be mounted."""
+    """Mount a file system of this many bytes and files while the body runs. Skips where that is not possible."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root on Linux can mount a small disk: a full disk is NOT tested here")
     at.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def small_disk(at: Path, size_bytes: int, files: int = 4096) -> Iterator[Path]:
 
 
 class LoopDisk:
-    """A disk of its own, an ext4 in a file, that can be unmounted and mounted again as a person does."""
+    """A disk, an ext4 in a file, that can be unmounted and mounted again."""
 
     def __init__(self, image: Path, at: Path, size_bytes: int) -> None:
         self.at = at
@@ -54,19 +54,19 @@ class LoopDisk:
         with image.open("wb") as f:
             f.truncate(size_bytes)
         _run("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
-        # One device for its whole life: two over one file would not know of each other.
+        # One device for its whole life: two over one file would not see each other's writes.
         self._device = _run("losetup", "--find", "--show", str(image)).strip()
 
     def mount(self) -> None:
-        """Put the disk in."""
+        """Mount the disk."""
         _run("mount", "-t", "ext4", self._device, str(self.at))
 
     def unmount(self) -> None:
-        """Pull it out, whoever has files of it open."""
+        """Unmount it, even if files on it are open."""
         _run("umount", "-l", str(self.at))
 
     def close(self) -> None:
-        """Throw it away."""
+        """Delete it."""
         while os.path.ismount(self.at):
             self.unmount()
         _run("losetup", "--detach", self._device)
@@ -74,7 +74,7 @@ class LoopDisk:
 
 @contextmanager
 def loop_disk(at: Path, size_bytes: int) -> Iterator[LoopDisk]:
-    """A disk with an empty ext4, mounted, while the body runs. Skips where none can be had."""
+    """Mount a disk with an empty ext4 while the body runs. Skips where that is not possible."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root on Linux can mount a disk: unmounting one is NOT tested here")
     try:
@@ -93,19 +93,19 @@ def _run(*command: str) -> str:
 
 
 def fill(directory: Path) -> Path:
-    """Take every byte that is left. Returns the file that has them."""
+    """Fill the free space. Returns the file that does."""
     return fill_more(directory / BALLAST)
 
 
 def fill_more(ballast: Path) -> Path:
-    """Take again what was freed."""
+    """Fill what was freed."""
     fill_up(ballast)
     assert free_bytes(ballast.parent) == 0
     return ballast
 
 
 def fill_up(ballast: Path) -> None:
-    """Take what there is now. Others may free some, and take it, meanwhile."""
+    """Fill what is free now. Other processes may free and take space meanwhile."""
     with ballast.open("ab", buffering=0) as f:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -116,6 +116,6 @@ def fill_up(ballast: Path) -> None:
 
 
 def free_bytes(directory: Path) -> int:
-    """What the file system would give now."""
+    """Return the free bytes of the file system."""
     s = os.statvfs(directory)
     return s.f_bavail * s.f_frsize

@@ -1,4 +1,4 @@
-"""Waiting for what another process does: by asking, again and again, until it is so or the deadline passes."""
+"""Wait for what another process does, by polling until a condition holds or the deadline passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ASK_S = 0.02
 
 
 async def eventually(ask: Callable[[], Awaitable[T | None]], what: str, deadline_s: float = 15.0) -> T:
-    """The first answer that is not None or False. Fails, saying `what` was waited for, when the deadline passes."""
+    """Return the first result that is not None or False. Fails, naming `what` was awaited, after the deadline."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + deadline_s
     while True:

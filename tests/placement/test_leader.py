@@ -72,7 +72,7 @@ async def test_nothing_is_placed_on_a_node_of_another_major_version_nor_taken_fr
         await c.beat("a", 5 * INSTANCE_MIB, version="99.0.0")
         named = await c.ask("place", Place(model=MODEL, nodes=["a"]))
         assert named.error is not None and named.error.code == "not_found"
-        said = [line for line in process.lines if "ignoring a node of another major version" in line]
+        said = [line for line in process.lines if "ignoring a node that runs another major version" in line]
         assert len(said) == 1 and "other_node=a" in said[0] and "99.0.0" in said[0]
 
 

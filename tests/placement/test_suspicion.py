@@ -101,7 +101,7 @@ async def test_a_key_that_ran_out_in_an_outage_of_nats_degrades_nothing_and_one_
         seen = c.here.nats.reconnects.count
         own_nats.restart()
         await c.here.nats.reconnects.wait_after(seen)
-        await process.wait_line("NATS is back")
+        await process.wait_line("reconnected to NATS")
         await c.die("b")  # as when its key has run out while nobody could renew it
         await c.beat("a", 2 * INSTANCE_MIB)
         marker = await c.placed(Place(model=MODEL, nodes=["a"]))  # decided with that seen

@@ -161,7 +161,7 @@ async def test_a_look_at_leases_says_whether_anything_changed_and_survives_a_dis
 
 @pytest.mark.parametrize("holder", ["", "  ", "a\nb", "x" * 201, "\x1b[31mred"])
 def test_I10_a_holder_that_is_not_one_line_is_refused(holder: str) -> None:
-    with pytest.raises(BadName, match="who holds a lease"):
+    with pytest.raises(BadName, match="who holds the lease"):
         check_holder(holder)
 
 

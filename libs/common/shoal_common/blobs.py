@@ -1,8 +1,8 @@
-"""Where a blob's bytes are: in `blobs/` of store or further root, proven (`proof.py`), else in a read-only root.
+"""Find and open a blob's file: a verified file on a volume (`verification_stamp.py`), else a file of a library.
 
-`adopted/blobs/ab/<sha256>` is a small JSON file, an `AdoptedBlob`: the absolute path of a file that hashed to this
-name, and its size, time of change and inode at that moment. Only as long as all of them still are so is the file that
-blob. A file that became a link meanwhile is not followed.
+`adopted/blobs/ab/<sha256>` is a small JSON file, an `AdoptedBlob`: the absolute path of a file with this hash, and
+its size, mtime and inode when it was hashed. The file counts as the blob only while all of them are unchanged. A file
+that has since become a link is not followed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class AdoptedBlob(Message):
-    """`adopted/blobs/ab/<sha256>`."""
+    """Where a library holds a blob: `adopted/blobs/ab/<sha256>`."""
 
     path: str
     size_bytes: int
     mtime_ns: int
     inode: int = 0
-    """0 where the file system makes its numbers up."""
+    """0 if the file system invents inode numbers."""
 
 
 class Known(Protocol):
-    """What is known of a file since it was hashed, or listed. `inode` 0: not to be compared."""
+    """Size, mtime and inode of a file when it was hashed or listed; inode 0 is not compared."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -45,17 +45,17 @@ class Known(Protocol):
     def inode(self) -> int: ...
 
 
-def is_as_it_was(found: os.stat_result, known: Known) -> bool:
-    """Whether a file still is the one that is known, as far as its size, time and inode tell."""
+def is_as_it_was(status: os.stat_result, known: Known) -> bool:
+    """Return whether a file's size, mtime and inode are still the known ones."""
     return (
-        stat.S_ISREG(found.st_mode)
-        and (found.st_size, found.st_mtime_ns) == (known.size_bytes, known.mtime_ns)
-        and known.inode in (0, found.st_ino)
+        stat.S_ISREG(status.st_mode)
+        and (status.st_size, status.st_mtime_ns) == (known.size_bytes, known.mtime_ns)
+        and known.inode in (0, status.st_ino)
     )
 
 
 def adopted_blob(layout: Layout, sha256: str) -> AdoptedBlob | None:
-    """What is written of a blob in a read-only root; None when nothing is. Raises BadName."""
+    """Return the record of a blob in a library; None if there is none. Raises BadName."""
     try:
         return decode(layout.adopted_blob(sha256).read_bytes(), AdoptedBlob)
     except (FileNotFoundError, NotADirectoryError, BadMessage):
@@ -63,24 +63,24 @@ def adopted_blob(layout: Layout, sha256: str) -> AdoptedBlob | None:
 
 
 def further_roots(layout: Layout) -> list[tuple[str, Path]]:
-    """The further roots that a store remembers, by their ids, and where they are when their disks are mounted."""
-    found = []
+    """Return id and path of each volume that a store records; its disk may not be mounted."""
+    volumes = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for link in sorted(layout.further.iterdir()):
             with suppress(OSError):  # not a link
-                found.append((link.name, link.readlink()))
-    return found
+                volumes.append((link.name, link.readlink()))
+    return volumes
 
 
 def _places(layout: Layout, sha256: str) -> Iterator[Path]:
-    """Where a blob's file may be, the store's own place first."""
+    """Yield the paths where a blob's file may be, the store's own first."""
     yield layout.blob(sha256)
-    for _, root in further_roots(layout):
-        yield Layout(root).blob(sha256)
+    for _, volume in further_roots(layout):
+        yield Layout(volume).blob(sha256)
 
 
 def find_blob(layout: Layout, sha256: str) -> Path:
-    """The file with a blob's bytes. Raises BadName, FileNotFoundError, other OSErrors when it cannot be looked at."""
+    """Return the file with a blob's bytes. Raises BadName, FileNotFoundError, or OSError if it cannot be read."""
     own = layout.blob(sha256)
     for path in _places(layout, sha256):
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -89,11 +89,11 @@ def find_blob(layout: Layout, sha256: str) -> Path:
     record = adopted_blob(layout, sha256)
     if record is not None and is_as_it_was(os.lstat(record.path), record):
         return Path(record.path)
-    raise FileNotFoundError(errno.ENOENT, "no file has this blob", str(own))
+    raise FileNotFoundError(errno.ENOENT, "no verified file has this blob", str(own))
 
 
 def open_blob(layout: Layout, sha256: str) -> FileIO:
-    """A blob's bytes, open to be read. Raises BadName, FileNotFoundError, other OSErrors when it cannot be opened."""
+    """Open a blob's file for reading. Raises BadName, FileNotFoundError, or OSError if it cannot be opened."""
     for path in _places(layout, sha256):
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             file = FileIO(path)
@@ -102,16 +102,16 @@ def open_blob(layout: Layout, sha256: str) -> FileIO:
             file.close()
     record = adopted_blob(layout, sha256)
     if record is None:
-        raise FileNotFoundError(errno.ENOENT, "no file has this blob, verified", sha256)
+        raise FileNotFoundError(errno.ENOENT, "no verified file has this blob", sha256)
     file = open_plain(record.path)
     if not is_as_it_was(os.fstat(file.fileno()), record):
         file.close()
-        raise FileNotFoundError(errno.ENOENT, "it is another file by now", record.path)
+        raise FileNotFoundError(errno.ENOENT, "the file has changed since it was hashed", record.path)
     return file
 
 
 def open_plain(path: str) -> FileIO:
-    """Open a regular file, never through a link at its end, never waiting. Raises FileNotFoundError for any other."""
+    """Open a regular file, without following a link and without blocking. Raises FileNotFoundError for any other."""
     try:
         file = FileIO(path, opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
     except OSError as e:
@@ -120,5 +120,5 @@ def open_plain(path: str) -> FileIO:
         raise
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise FileNotFoundError(errno.ENOENT, "it is not a file", path)
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", path)
     return file

@@ -1,7 +1,7 @@
-"""The streams and buckets, and typed access to them.
+"""Configuration of the streams and buckets, and typed access to the buckets.
 
-Keys are made by the functions at the end and nowhere else. A write that meets an outage of NATS is tried again
-for a while, because all of them are idempotent: a put says what is, a compare-and-set loses to itself at worst.
+Only the functions at the end build keys. A write that meets a NATS outage is retried for a while: all writes are
+idempotent, since a put states the whole value and a compare-and-set loses at worst to itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DONE_TTL_S = 3600
 COMMAND_MAX_AGE_S = 3600
 EVENT_MAX_AGE_S = 7 * 86400
 MARKER_TTL_S = 600
-"""How long a deletion stays readable for watchers that were away; then the key leaves no trace (I8)."""
+"""How long watchers that were disconnected can still see a deletion; then the key leaves no trace (I8)."""
 MAX_CONSUMERS = 100_000
 OUTAGE_PATIENCE_S = 60.0
 _RETRY_S = 0.25
@@ -45,15 +45,15 @@ OUTAGE = (
     jse.NoStreamResponseError,
     jse.ServiceUnavailableError,
 )
-"""What a NATS server that is restarting looks like from here."""
+"""Errors of a NATS server that is restarting."""
 
 
 def stream_configs(replicas: int) -> list[api.StreamConfig]:
-    """Every stream, buckets included, as it has to be."""
+    """Return the configuration of every stream, buckets included."""
     common: dict[str, Any] = {
         "storage": api.StorageType.FILE,
         "num_replicas": replicas,
-        # Six services a node follow `live`: a server's own default, a thousand, is not enough for two hundred nodes.
+        # Six services per node follow `live`; a server's default of a thousand is too few for two hundred nodes.
         "max_consumers": MAX_CONSUMERS,
     }
     command = api.StreamConfig(
@@ -123,58 +123,58 @@ _COMPARED = (
 )
 
 
-def differences(wanted: api.StreamConfig, found: api.StreamConfig) -> list[str]:
-    """Which settings of an existing stream are not as wanted: `max_age: 60 instead of 3600`."""
+def differences(wanted: api.StreamConfig, actual: api.StreamConfig) -> list[str]:
+    """Return the settings of an existing stream that are not as wanted: `max_age: 60 instead of 3600`."""
     out = []
     for name in _COMPARED:
-        want, have = getattr(wanted, name), getattr(found, name)
+        want, have = getattr(wanted, name), getattr(actual, name)
         if (want or None) != (have or None):
             out.append(f"{name}: {_plain(have)} instead of {_plain(want)}")
     return out
 
 
 def _plain(value: object) -> object:
-    """A setting as NATS writes it: `memory`, not `StorageType.MEMORY`."""
+    """Return a setting as NATS writes it: `memory`, not `StorageType.MEMORY`."""
     return value.value if isinstance(value, Enum) else value
 
 
 async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
-    """Create what is missing, and bring what exists with other settings in line, saying so.
+    """Create missing streams and correct the settings of existing ones, with a warning.
 
-    Raises Unavailable when the server refuses: the message names the stream and the settings.
+    Raises Unavailable if the server refuses; the message names the stream and the settings.
     """
     for wanted in stream_configs(replicas):
         name = str(wanted.name)
         try:
-            found = (await patiently(lambda n=name: js.stream_info(n))).config  # type: ignore[misc]  # lambda default binds the loop variable
+            actual = (await patiently(lambda n=name: js.stream_info(n))).config  # type: ignore[misc]  # lambda default binds the loop variable
         except jse.NotFoundError:
             try:
                 await patiently(lambda w=wanted: js.add_stream(w))  # type: ignore[misc]  # the same
             except jse.APIError as e:
                 raise Unavailable(f"this NATS server refuses the stream {name}: {e.description}") from None
             continue
-        wrong = differences(wanted, found)
-        if not wrong:
+        mismatches = differences(wanted, actual)
+        if not mismatches:
             continue
-        log.warning("a stream's settings differ; changing them", stream=name, differences="; ".join(wrong))
-        # What cannot be changed of a stream that exists stays as it is.
-        wanted.num_replicas, wanted.max_consumers = found.num_replicas, found.max_consumers
+        log.warning("correcting a stream's settings", stream=name, differences="; ".join(mismatches))
+        # These cannot be changed for an existing stream.
+        wanted.num_replicas, wanted.max_consumers = actual.num_replicas, actual.max_consumers
         try:
             await js.update_stream(wanted)
         except jse.APIError as e:
             raise Unavailable(
-                f"stream {name} on this NATS server has other settings ({'; '.join(wrong)}) and they cannot be "
+                f"stream {name} on this NATS server has other settings ({'; '.join(mismatches)}) and they cannot be "
                 f"changed: {e.description}; remove it with `nats stream rm {name}` if nothing else uses it"
             ) from None
 
 
 async def store_made(js: JetStreamContext) -> str:
-    """When what NATS keeps of what people asked for was begun: another moment after it has lost its store."""
+    """Return when the stream of `spec` was created: another time after NATS has lost its store."""
     return str((await patiently(lambda: js.stream_info("KV_spec"))).created)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = OUTAGE_PATIENCE_S) -> T:
-    """Run an idempotent call, again and again while NATS is out, for `patience_s`. Then Unavailable."""
+    """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `patience_s`."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + patience_s
     while True:
@@ -196,26 +196,26 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Fence(msgspec.Struct, frozen=True):
-    """A key and its revision: writes behind it are taken only as long as nobody has written that key since."""
+    """A key and its revision: fenced writes succeed only while that key is unchanged."""
 
     key: str
     revision: int
 
 
 KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
-"""A message with one of these headers says that its key has no value."""
-_LOST_RACE = (10071, 10164)
+"""A message with one of these headers marks a key without a value."""
+_WRONG_LAST_SEQUENCE = (10071, 10164)
 
 
 class Bucket:
-    """One KV bucket. All methods ride out short outages and raise Unavailable after long ones."""
+    """A KV bucket. All methods ride out short outages and raise Unavailable after long ones."""
 
     def __init__(self, js: JetStreamContext, name: str) -> None:
         self.js, self.name = js, name
         self.stream = f"KV_{name}"
 
     def subject(self, key: str) -> str:
-        """Where a key's values are published."""
+        """Return the subject on which a key's values are published."""
         return f"$KV.{self.name}.{key}"
 
     async def _publish(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int | None) -> int:
@@ -223,15 +223,15 @@ class Bucket:
         return int(ack.seq)
 
     async def put(self, key: str, value: object) -> int:
-        """Say what is. Returns the revision."""
+        """Write a value and return the revision."""
         return await self._publish(key, encode(value), {}, None)
 
     async def put_behind(self, fence: Fence, key: str, value: object) -> int | None:
-        """Say what is, unless the fence is another's by now: then None, and nothing is written."""
+        """Write a value, unless the fence has changed: then return None and write nothing."""
         return await self._publish_behind(fence, key, encode(value), {}, None)
 
     async def delete_behind(self, fence: Fence, key: str) -> bool | None:
-        """Remove a key. False when it is absent already; None when the fence is another's."""
+        """Remove a key. Returns False if it is absent already, None if the fence has changed."""
         last = await self._last(key)
         if last is None or _is_marker(last):
             return False
@@ -248,26 +248,26 @@ class Bucket:
         try:
             return await self._publish(key, data, {**headers, **expected}, ttl_s)
         except jse.APIError as e:
-            if e.err_code in _LOST_RACE:
+            if e.err_code in _WRONG_LAST_SEQUENCE:
                 return None
             raise
 
     async def swap(self, key: str, value: object, revision: int, ttl_s: int | None = None) -> int | None:
-        """Write only if the key's last revision is `revision` (0: it never was). None when somebody was faster."""
+        """Write only if the key's last revision is `revision` (0: it never existed). Returns None otherwise."""
         data = encode(value)
         try:
             return await self._publish(key, data, {"Nats-Expected-Last-Subject-Sequence": str(revision)}, ttl_s)
         except jse.APIError as e:
-            if e.err_code not in _LOST_RACE:
+            if e.err_code not in _WRONG_LAST_SEQUENCE:
                 raise
-        # A write whose ack was lost in an outage is retried and then loses to itself.
+        # A write whose ack was lost in an outage is retried, and then loses to itself.
         last = await self._last(key)
         if last is not None and last.data == data and not _is_marker(last):
             return last.seq
         return None
 
     async def create(self, key: str, value: object, ttl_s: int | None = None) -> int | None:
-        """Write only if the key is absent, seeing through the marker of an expired one. None when it is held."""
+        """Write only if the key is absent; an expired key's marker counts as absent. Returns None if it exists."""
         revision = await self.swap(key, value, 0, ttl_s)
         if revision is not None:
             return revision
@@ -277,24 +277,24 @@ class Bucket:
         return await self.swap(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
 
     async def get(self, key: str) -> Entry | None:
-        """What the key holds, or None."""
+        """Return a key's value and revision, or None."""
         last = await self._last(key)
         if last is None or _is_marker(last):
             return None
         return Entry(value=last.data or b"", revision=last.seq or 0)
 
     async def get_as(self, key: str, kind: type[T]) -> T | None:
-        """What the key holds, decoded, or None."""
+        """Return a key's decoded value, or None."""
         entry = await self.get(key)
         return decode(entry.value, kind) if entry else None
 
     async def keys(self, pattern: str) -> list[str]:
-        """Keys that match (`*.storage`), those that were removed a moment ago among them."""
+        """Return the keys that match a pattern (`*.storage`), including recently removed ones."""
         info = await patiently(lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern)))
         return sorted(subject.removeprefix(self.subject("")) for subject in info.state.subjects or {})
 
     async def delete(self, key: str, revision: int | None = None) -> bool:
-        """Remove a key. Absent already: nothing is written. Its marker goes by itself after a while (I8)."""
+        """Remove a key; return False if it is absent already. Its marker expires after a while (I8)."""
         last = await self._last(key)
         if last is None or _is_marker(last):
             return False
@@ -307,9 +307,9 @@ class Bucket:
         try:
             await self._publish(key, b"", headers, MARKER_TTL_S)
         except jse.APIError as e:
-            if e.err_code in _LOST_RACE and revision is not None:
+            if e.err_code in _WRONG_LAST_SEQUENCE and revision is not None:
                 return False
-            if e.err_code in _LOST_RACE:
+            if e.err_code in _WRONG_LAST_SEQUENCE:
                 return await self.delete(key)
             raise
         return True
@@ -337,60 +337,60 @@ class Buckets:
 
 
 def live_key(node: str, service: str) -> str:
-    """`live`: a node's service."""
+    """Key in `live` of a node's service."""
     return f"{check_node(node)}.{service}"
 
 
 def download_key(node: str, model: str) -> str:
-    """`spec` and `state`: a model (`org/name[@revision]`) wanted on a node."""
+    """Key in `spec` and `state` of a download of a model (`org/name[@revision]`) to a node."""
     return f"download.{check_node(node)}.{quote_key(model)}"
 
 
 def model_key(node: str, model: str) -> str:
-    """`state`: a model (`org/name@commit`) held by a node."""
+    """Key in `state` of a model (`org/name@commit`) that a node holds."""
     return f"model.{check_node(node)}.{quote_key(model)}"
 
 
 def part_key(node: str, model: str) -> str:
-    """`state`: a model (`org/name@commit`) of which a node has some layers."""
+    """Key in `state` of a node's shard of a model (`org/name@commit`)."""
     return f"part.{check_node(node)}.{quote_key(model)}"
 
 
 def node_key(node: str) -> str:
-    """`state`: a node that is silent. `spec`: one that is drained."""
+    """Key in `state` of a node that is down, and in `spec` of a drained one."""
     return f"node.{check_node(node)}"
 
 
 def storage_key(node: str) -> str:
-    """`state`: a node's disk."""
+    """Key in `state` of a node's disk."""
     return f"storage.{check_node(node)}"
 
 
 def links_key(node: str) -> str:
-    """`state`: what a node has measured of its ways to others."""
+    """Key in `state` of a node's link measurements."""
     return f"links.{check_node(node)}"
 
 
 def instance_key(instance: str) -> str:
-    """`spec` and `state`: an instance."""
+    """Key in `spec` and `state` of an instance."""
     return f"instance.{check_id(instance)}"
 
 
 def stage_key(instance: str, rank: int) -> str:
-    """`state`: a stage of an instance."""
+    """Key in `state` of a stage of an instance."""
     return f"stage.{check_id(instance)}.{rank}"
 
 
 def origin_key(blob: str) -> str:
-    """`lease`: who reads a blob from the hub for everyone."""
+    """Key in `lease` of the node that reads a blob from the hub."""
     return f"origin.{blob}"
 
 
 def leader_key(service: str) -> str:
-    """`lease`: who leads a service."""
+    """Key in `lease` of a service's leader."""
     return f"leader.{service}"
 
 
 def done_key(command: str) -> str:
-    """`done`: how a command ended."""
+    """Key in `done` of a command's outcome."""
     return check_id(command)

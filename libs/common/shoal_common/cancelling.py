@@ -1,7 +1,7 @@
-"""Ending tasks for certain.
+"""Reliable cancellation.
 
-`asyncio.wait_for` of Python 3.11 loses a cancellation that meets its result, and nats-py waits with it everywhere: a
-task that is cancelled once, while an answer of NATS arrives, would go on as if nothing had been said.
+`asyncio.wait_for` of Python 3.11 loses a cancellation that arrives together with the result, and nats-py uses it
+everywhere: a task that is cancelled once, while a reply from NATS arrives, would continue as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_AGAIN_S = 0.5
+_RETRY_S = 0.5
 
 
 def keep_cancellations() -> None:
-    """Give asyncio of Python 3.11 the `wait_for` of 3.12, which loses none. Later versions are left alone."""
+    """Replace asyncio's `wait_for` on Python 3.11 with that of 3.12, which loses no cancellation."""
     if sys.version_info < (3, 12):
         asyncio.wait_for = wait_for  # type: ignore[assignment]  # typeshed overloads it; the calls are the same
 
 
 async def wait_for(awaited: Awaitable[T], timeout: float | None) -> T:
-    """Wait so many seconds (None: for ever), as `asyncio.wait_for` of Python 3.12 does. Raises TimeoutError."""
+    """Wait `timeout` seconds (None: for ever), as `asyncio.wait_for` of Python 3.12 does. Raises TimeoutError."""
     if timeout is not None and timeout <= 0:
         done = asyncio.ensure_future(awaited)
         if not done.done():
@@ -37,9 +37,9 @@ async def wait_for(awaited: Awaitable[T], timeout: float | None) -> T:
 
 
 async def ended(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks until all have ended. What one of them raised stays in it, for its owner."""
-    left = {task for task in tasks if not task.done()}
-    while left:
-        for task in left:
+    """Cancel tasks until all have ended. An exception stays in its task, for its owner."""
+    running = {task for task in tasks if not task.done()}
+    while running:
+        for task in running:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=_AGAIN_S)
+        _, running = await asyncio.wait(running, timeout=_RETRY_S)

@@ -1,11 +1,11 @@
-"""Memory as a process may have it: the machine's, within the limits of its control groups.
+"""Memory available to this process: the machine's, within the limits of its control groups.
 
-A container, or a systemd unit with MemoryMax=, is a control group; what is over its limit is killed by the kernel. A
-process is in one group of each hierarchy (`/proc/self/cgroup`), and a limit of any group above counts as well.
-`/proc/self/mountinfo` says where a hierarchy can be seen, and from which group on: in a container those above its own
-are often out of sight. Elsewhere than on Linux there are no such files, and no limits.
+A container, or a systemd unit with MemoryMax=, is a control group; the kernel kills what exceeds its limit. A process
+is in one group of each hierarchy (`/proc/self/cgroup`), and the limits of all groups above apply too.
+`/proc/self/mountinfo` says where a hierarchy is mounted, and from which group down: in a container the groups above
+its own are often invisible. Only Linux has these files; elsewhere there are no limits.
 
-              limit                            in use                   of files, which can be given back
+              limit                            in use                   file cache, reclaimable
     v1        memory.limit_in_bytes, and in    memory.usage_in_bytes    total_inactive_file, total_active_file
               memory.stat that of all above
     v2        memory.max, memory.high          memory.current           inactive_file, active_file, slab_reclaimable
@@ -22,44 +22,44 @@ from typing import Literal
 import msgspec
 import psutil
 
-_FIND_S = 60.0
-"""Limits come and go (`systemctl set-property`), and processes are moved, but not often."""
+_RESCAN_INTERVAL_S = 60.0
+"""Limits change (`systemctl set-property`) and processes are moved, but not often."""
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 _PAGES = re.compile(r"^(\w+) (\d+)$", re.MULTILINE)
 
 
 class Group(msgspec.Struct, frozen=True):
-    """A control group in sight, by its directory."""
+    """A visible control group."""
 
     version: Literal[1, 2]
     directory: Path
 
 
 class Room(msgspec.Struct, frozen=True):
-    """Memory, in bytes: all, what can be had, and what can be had without taking it from the cache of files."""
+    """Memory in bytes: total, available, and available without reclaiming file cache."""
 
     total_bytes: int
     available_bytes: int
     free_bytes: int
     group: Path | None = None
-    """The group that is limited so; None: the machine."""
+    """The group with this limit; None for the machine."""
 
 
 def groups_of(membership: str, mounts: str) -> list[Group]:
-    """The groups of a process that limit its memory, and those above them, as far as they are in sight.
+    """Return the visible groups that limit a process's memory, innermost first in each hierarchy.
 
-    `membership` is its /proc/<pid>/cgroup, `mounts` its /proc/<pid>/mountinfo.
+    `membership` is /proc/<pid>/cgroup, `mounts` is /proc/<pid>/mountinfo.
     """
-    found: dict[Group, None] = {}
+    groups: dict[Group, None] = {}
     paths = _paths(membership)
-    for version, root, at in _mounts(mounts):
-        for below in _in_sight(paths.get(version, ""), root):
-            found[Group(version, at / below)] = None
-    return list(found)
+    for version, root, mount_point in _mounts(mounts):
+        for name in _in_sight(paths.get(version, ""), root):
+            groups[Group(version, mount_point / name)] = None
+    return list(groups)
 
 
 def _paths(membership: str) -> dict[Literal[1, 2], str]:
-    """Which group a process is in, by hierarchy: lines are `<number>:<controllers>:<path>`, version 2 is number 0."""
+    """Return a process's group by hierarchy: lines are `<number>:<controllers>:<path>`, version 2 is number 0."""
     paths: dict[Literal[1, 2], str] = {}
     for line in membership.splitlines():
         number, _, rest = line.partition(":")
@@ -73,15 +73,15 @@ def _paths(membership: str) -> dict[Literal[1, 2], str]:
 
 def _mounts(mounts: str) -> Iterable[tuple[Literal[1, 2], str, Path]]:
     for line in mounts.splitlines():
-        place, _, kind = line.partition(" - ")
-        where, what = place.split(" "), kind.split(" ")
-        if len(where) < 5 or len(what) < 3:
+        left, _, right = line.partition(" - ")
+        fields, options = left.split(" "), right.split(" ")
+        if len(fields) < 5 or len(options) < 3:
             continue
-        root, at = _unescaped(where[3]), Path(_unescaped(where[4]))
-        if what[0] == "cgroup2":
-            yield 2, root, at
-        elif what[0] == "cgroup" and "memory" in what[2].split(","):
-            yield 1, root, at
+        root, mount_point = _unescaped(fields[3]), Path(_unescaped(fields[4]))
+        if options[0] == "cgroup2":
+            yield 2, root, mount_point
+        elif options[0] == "cgroup" and "memory" in options[2].split(","):
+            yield 1, root, mount_point
 
 
 def _unescaped(text: str) -> str:
@@ -89,9 +89,9 @@ def _unescaped(text: str) -> str:
 
 
 def _in_sight(path: str, root: str) -> list[str]:
-    """A group and those above it, relative to the group that a mount shows from, the innermost first.
+    """Return a group and those above it, relative to the group that a mount shows, innermost first.
 
-    In a namespace of groups both are relative to its root, and what lies outside begins with `..`.
+    In a cgroup namespace both are relative to its root, and groups outside begin with `..`.
     """
     names, above = _names(path), _names(root)
     if not path:
@@ -99,7 +99,7 @@ def _in_sight(path: str, root: str) -> list[str]:
     if names[: len(above)] == above and ".." not in names[len(above) :]:
         below = names[len(above) :]
         return ["/".join(below[:count]) for count in range(len(below), -1, -1)]
-    # Groups between are there, but nothing tells their names.
+    # There are groups in between, but their names are unknown.
     outside = len(above) > names.count("..") and set(above) == {".."}
     return [""] if outside else []
 
@@ -112,14 +112,14 @@ _FILES: Mapping[int, tuple[str, ...]] = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
     2: ("memory.max", "memory.high", "memory.current", "memory.stat"),
 }
-_GIVEN_BACK: Mapping[int, tuple[str, ...]] = {
+_RECLAIMABLE: Mapping[int, tuple[str, ...]] = {
     1: ("total_inactive_file", "total_active_file"),
     2: ("inactive_file", "active_file", "slab_reclaimable"),
 }
 
 
 def room_of(group: Group, files: Mapping[str, str]) -> Room | None:
-    """What a group may have, by the contents of its files; None where it has no limit, or does not say."""
+    """Return a group's memory by the contents of its files; None if it has no limit or does not say."""
     pages = {name: int(size) for name, size in _PAGES.findall(files.get("memory.stat", ""))}
     limits = [files.get(name, "").strip() for name in ("memory.limit_in_bytes", "memory.max", "memory.high")]
     limits.append(str(pages.get("hierarchical_memory_limit", "")))
@@ -128,7 +128,7 @@ def room_of(group: Group, files: Mapping[str, str]) -> Room | None:
     if limit is None or not used.isdecimal():
         return None
     free = limit - int(used)
-    available = free + sum(pages.get(name, 0) for name in _GIVEN_BACK[group.version])
+    available = free + sum(pages.get(name, 0) for name in _RECLAIMABLE[group.version])
     return Room(limit, _within(available, limit), _within(free, limit), group.directory)
 
 
@@ -137,17 +137,17 @@ def _within(size_bytes: int, limit_bytes: int) -> int:
 
 
 def least(rooms: Iterable[Room]) -> Room:
-    """What a process may have for which all of these hold."""
-    held = list(rooms)
+    """Return the memory available under all of these limits."""
+    limits = list(rooms)
     return Room(
-        total_bytes=min(r.total_bytes for r in held),
-        available_bytes=min(r.available_bytes for r in held),
-        free_bytes=min(r.free_bytes for r in held),
+        total_bytes=min(r.total_bytes for r in limits),
+        available_bytes=min(r.available_bytes for r in limits),
+        free_bytes=min(r.free_bytes for r in limits),
     )
 
 
 class Memory:
-    """What this process may have. Which groups are limited is found once a minute; any thread may ask."""
+    """Memory available to this process. Limited groups are searched once a minute; thread-safe."""
 
     def __init__(self, process: Path = Path("/proc/self"), now_s: Callable[[], float] = monotonic) -> None:
         self._process, self._now_s = process, now_s
@@ -155,7 +155,7 @@ class Memory:
         self._find_at_s = float("-inf")
 
     def look(self) -> list[Room]:
-        """The machine, and each group with a limit that is less. Reads small files; call it in a thread."""
+        """Return the memory of the machine and of each group with a lower limit. Blocks: reads small files."""
         memory = psutil.virtual_memory()
         machine = Room(int(memory.total), int(memory.available), int(memory.free))
         if self._now_s() < self._find_at_s:
@@ -163,12 +163,12 @@ class Memory:
             if None not in rooms:
                 return [machine, *(room for room in rooms if room is not None)]
         try:
-            found = groups_of(*((self._process / name).read_text() for name in ("cgroup", "mountinfo")))
+            groups = groups_of(*((self._process / name).read_text() for name in ("cgroup", "mountinfo")))
         except OSError:
-            found = []
-        # What says that there is no limit is a number too in version 1, more than any machine has.
-        limited = {g: r for g in found if (r := _read(g)) is not None and r.total_bytes < machine.total_bytes}
-        self._limited, self._find_at_s = list(limited), self._now_s() + _FIND_S
+            groups = []
+        # Version 1 writes "no limit" as a number larger than any machine's memory.
+        limited = {g: r for g in groups if (r := _read(g)) is not None and r.total_bytes < machine.total_bytes}
+        self._limited, self._find_at_s = list(limited), self._now_s() + _RESCAN_INTERVAL_S
         return [machine, *limited.values()]
 
 
@@ -177,6 +177,6 @@ def _read(group: Group) -> Room | None:
     for name in _FILES[group.version]:
         try:
             files[name] = (group.directory / name).read_text()
-        except OSError:  # the root of version 2 has none; a group may go at any time
+        except OSError:  # version 2's root group has no such files, and a group may vanish at any time
             continue
     return room_of(group, files)

@@ -1,8 +1,8 @@
-"""The cluster's clock: NATS's, carried on by a clock of this machine's that nobody sets.
+"""The cluster's clock: NATS's time, carried forward by a local clock that nobody sets.
 
-Machines' clocks may be hours apart, and may be set at any time. What is compared between two processes, a token's
-end, a command's age, since when a node is silent, is a time of this clock. What a node compares with the times of its
-own files, and what logs show, is its own clock's. One process belongs to one cluster: its clock is the module's.
+Machines' clocks may be hours apart and may be set at any time. Times that two processes compare, such as a token's
+expiry, a command's age or since when a node is down, are this clock's. Times that a node compares with its own files,
+and those in logs, are the local clock's. A process belongs to one cluster, so the clock is the module.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from shoal_common.logs import Log
 log = Log("clock")
 
 LOOK_AGAIN_S = 600.0
-"""NATS's own clock may be set, and no two clocks go alike."""
-_ANSWER_S = 5.0
-_TOLD_FROM_S = 5.0
+"""NATS's own clock may be set, and two clocks always drift."""
+_REQUEST_TIMEOUT_S = 5.0
+_MIN_REPORTED_OFFSET_S = 5.0
 _TICKS = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Counts while the machine sleeps, on Linux by this name and on macOS by the other."""
+"""Counts while the machine sleeps: CLOCK_BOOTTIME on Linux, CLOCK_MONOTONIC on macOS."""
 
 _offset_s: float | None = None
 
 
 def now_s() -> float:
-    """Seconds since 1970 by NATS's clock; by this machine's until NATS was heard."""
+    """Return seconds since 1970 by NATS's clock, or by the local clock before the first synchronization."""
     return time.time() if _offset_s is None else time.clock_gettime(_TICKS) + _offset_s
 
 
 async def set_by(client: Client) -> None:
-    """Ask NATS what time it is. Without an answer the clock goes on as it was."""
+    """Ask NATS for its time. Without a reply the clock continues as it was."""
     global _offset_s  # noqa: PLW0603  # the module is the clock
     with suppress(NatsError, TimeoutError, ValueError, KeyError):
-        began_s = time.clock_gettime(_TICKS)
-        reply = await client.request("$JS.API.STREAM.INFO.CMD", b"", timeout=_ANSWER_S)
-        ended_s = time.clock_gettime(_TICKS)
+        sent_s = time.clock_gettime(_TICKS)
+        reply = await client.request("$JS.API.STREAM.INFO.CMD", b"", timeout=_REQUEST_TIMEOUT_S)
+        received_s = time.clock_gettime(_TICKS)
         before_s = now_s()
-        _offset_s = read_time(str(json.loads(reply.data)["ts"])) - (began_s + ended_s) / 2
-        if abs(now_s() - before_s) >= _TOLD_FROM_S:
-            log.warning("the clock is off by that of NATS, which holds: see `shoal doctor`", by_s=now_s() - before_s)
+        _offset_s = read_time(str(json.loads(reply.data)["ts"])) - (sent_s + received_s) / 2
+        if abs(now_s() - before_s) >= _MIN_REPORTED_OFFSET_S:
+            log.warning("local clock differs from NATS; using NATS time: see `shoal doctor`", by_s=now_s() - before_s)
 
 
 def read_time(stamp: str) -> float:
-    """`2026-01-01T00:00:00.123456789Z`, as NATS says times, in seconds since 1970. Raises ValueError."""
-    whole, _, rest = stamp.partition(".")
-    if rest.endswith("Z"):  # Python reads six digits at most
-        stamp = f"{whole}.{rest[:-1][:6].ljust(6, '0')}+00:00"
+    """Parse NATS's `2026-01-01T00:00:00.123456789Z` into seconds since 1970. Raises ValueError."""
+    seconds, _, fraction = stamp.partition(".")
+    if fraction.endswith("Z"):  # Python reads six digits at most
+        stamp = f"{seconds}.{fraction[:-1][:6].ljust(6, '0')}+00:00"
     return datetime.fromisoformat(stamp).timestamp()

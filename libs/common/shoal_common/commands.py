@@ -1,8 +1,8 @@
-"""The command worker: pulls a service's commands off the work queue, does each once, and always says how it ended.
+"""The command worker: takes a service's commands from the work queue, runs each once, and always reports the outcome.
 
-A command reaches a service twice: stored, through the stream's consumer, which is what makes it happen even if
-everybody dies meanwhile; and as the plain message, which carries the reply subject that the stream does not keep.
-The `Desk` joins the two, so that `nats req` gets the outcome as its first reply (the stream sends no acks).
+A service receives a command twice: stored, through the stream's consumer, which guarantees that it runs even if
+every process dies meanwhile; and as the plain message, which carries the reply subject that the stream does not keep.
+The `ReplyRouter` joins the two, so that `nats req` gets the outcome as its first reply (the stream sends no acks).
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ log = Log("commands")
 
 ACK_WAIT_S = 15.0
 MAX_AT_ONCE = 512
-"""More than a fetcher runs downloads, each a command that waits: a `cancel` must not queue behind them."""
+"""More than the downloads a fetcher runs, each of which holds a command: a `cancel` must not queue behind them."""
 MAX_DELIVERIES = 10
 _PULL_S = 300.0
 _RETRY_S = 1.0
 
 
 class Verb(msgspec.Struct, frozen=True):
-    """One command of a service: its message, who carries it out, and how long it may take by default."""
+    """A command of a service: its message, its handler and its default deadline."""
 
     kind: type[Any]
     handle: Callable[[Any, str], Awaitable[object]]
-    """Given the command and its id; returns the result, raises ShoalError."""
+    """Takes the command and its id; returns the result, raises ShoalError."""
     deadline_s: float
 
 
 class CommandWorker:
-    """Carries out the commands of one service, addressed to its node, or to `any` while it leads."""
+    """Runs the commands of one service that are addressed to its node, or to `any` while it leads."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class CommandWorker:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, address: str, stopping: asyncio.Event) -> None:
-        """Work until `stopping`. `address` is the node, or `any`. Unfinished commands go back to the queue."""
+        """Run commands until `stopping`. `address` is the node, or `any`. Unfinished commands return to the queue."""
         subject = subjects.commands_of(self._service, address)
         async with asyncio.TaskGroup() as tasks:
-            desk = tasks.create_task(self._desk.listen(subject))
+            listening = tasks.create_task(self._desk.listen(subject))
             pulling = tasks.create_task(self._pull_forever(subjects.durable(self._service, address), subject, tasks))
             await stopping.wait()
-            await ended(desk, pulling)
+            await ended(listening, pulling)
             await ended(*self._jobs)
 
     async def _pull_forever(self, durable: str, subject: str, tasks: asyncio.TaskGroup) -> None:
@@ -86,7 +86,7 @@ class CommandWorker:
                 await self._ensure_consumer(subject, durable)
                 await self._pull(durable, tasks)
             except (NatsError, Unavailable) as e:
-                log.debug("pulling commands anew", why=str(e) or type(e).__name__)
+                log.debug("subscribing to commands again", why=str(e) or type(e).__name__)
                 await asyncio.sleep(_RETRY_S)
 
     async def _ensure_consumer(self, subject: str, durable: str) -> None:
@@ -96,10 +96,10 @@ class CommandWorker:
             ack_policy=api.AckPolicy.EXPLICIT,
             ack_wait=ACK_WAIT_S,
             max_ack_pending=MAX_AT_ONCE,
-            # A retired node's consumer goes by itself (I8): the queue keeps the commands, not the consumer.
+            # A retired node's consumer expires (I8): the queue keeps the commands, not the consumer.
             inactive_threshold=COMMAND_MAX_AGE_S,
         )
-        # Creating is also updating: an old consumer's settings are brought in line.
+        # add_consumer also updates the settings of an existing consumer.
         await patiently(lambda: self._nats.js.add_consumer("CMD", wanted))
 
     async def _pull(self, durable: str, tasks: asyncio.TaskGroup) -> None:
@@ -110,46 +110,46 @@ class CommandWorker:
             while True:
                 await self._slots.acquire()
                 fetching = asyncio.ensure_future(queue.fetch(1, timeout=_PULL_S))
-                taken = False
+                has_job = False
                 try:
                     await asyncio.wait({fetching, reconnected}, return_when=asyncio.FIRST_COMPLETED)
                     if not fetching.done():
-                        return  # a restarted server has forgotten our request
+                        return  # a restarted server has lost our request
                     with suppress(NatsTimeoutError, jse.FetchTimeoutError):
                         for message in fetching.result():
                             job = tasks.create_task(self._work(message))
                             self._jobs.add(job)
                             job.add_done_callback(self._jobs.discard)
-                            taken = True
+                            has_job = True
                 finally:
                     fetching.cancel()
-                    if not taken:
+                    if not has_job:
                         self._slots.release()
         finally:
             reconnected.cancel()
-            # A cancelled fetch leaves a request behind that would swallow the next command.
+            # A cancelled fetch leaves a request on the server that would swallow the next command.
             with suppress(Exception):
                 await queue.unsubscribe()
 
     async def _work(self, message: Msg) -> None:
-        keeping = asyncio.create_task(_keep(message))
+        extending = asyncio.create_task(_keep(message))
         identity = command_id(message)
-        # A second copy, or a redelivery of what is in hand, waits for the first and then finds its outcome.
-        turn = self._turns.setdefault(identity, asyncio.Lock())
+        # A second copy, or a redelivery of a running command, waits for the first and then finds its outcome.
+        lock = self._turns.setdefault(identity, asyncio.Lock())
         try:
-            async with turn:
+            async with lock:
                 await self._handle(message, identity)
         except asyncio.CancelledError:
-            keeping.cancel()
-            # We are stopping: whoever comes next gets it at once instead of after the ack wait.
+            extending.cancel()
+            # Stopping: another process gets the command at once, not only after the ack wait.
             with suppress(NatsError):
                 await message.nak()
             raise
         except Unavailable as e:
-            # NATS is out for long. Unacknowledged, the command comes back when it returns.
-            log.warning("a command is left to be delivered again", subject=message.subject, why=e.message)
+            # A long NATS outage. The command is not acknowledged, so it is delivered again afterwards.
+            log.warning("NATS is out; the command will be delivered again", subject=message.subject, why=e.message)
         finally:
-            keeping.cancel()
+            extending.cancel()
             self._slots.release()
 
     async def _handle(self, message: Msg, identity: str) -> None:
@@ -163,11 +163,11 @@ class CommandWorker:
                     outcome = await self._carry_out(message, verb_name, identity, delivered)
                     if outcome.error is not None:
                         telemetry.failed(span, outcome.error.message)
-                # Kept before it is acknowledged: whoever dies in between only finds it done.
+                # Stored before the ack: if this process dies in between, the redelivery finds the outcome.
                 if await self._buckets.done.create(done_key(identity), outcome) is None:
                     outcome = await self._buckets.done.get_as(done_key(identity), Outcome) or outcome
             await self._desk.answer(message, outcome)
-        # Unheard in an outage, the command comes again and finds its outcome in `done`.
+        # If an outage loses the ack, the command is delivered again and its outcome found in `done`.
         with suppress(NatsError):
             if outcome.error is not None and outcome.error.code == BadMessage.code:
                 await message.term()
@@ -183,20 +183,20 @@ class CommandWorker:
             left_s = _left_s(command, verb, message.metadata.timestamp.timestamp(), clock.now_s())
             if left_s <= 0:
                 raise Expired(
-                    f"{verb_name} waited past its deadline for {self._service} of node {self._node} and was not "
-                    "carried out; send it again"
+                    f"{verb_name} passed its deadline before {self._service} of node {self._node} received it and "
+                    "was not run; send it again"
                 )
             if delivered > MAX_DELIVERIES:
                 raise Failed(
-                    f"{verb_name} was begun {delivered - 1} times and never finished; see the log of "
+                    f"{verb_name} was started {delivered - 1} times and never finished; see the log of "
                     f"{self._service} on node {self._node}"
                 )
-            log.info("command", verb=verb_name, id=identity, delivered=delivered)
+            log.debug("command started", verb=verb_name, id=identity, delivered=delivered)
             result = await self._under_deadline(verb, command, identity, left_s)
         except ShoalError as e:
             error = e
         except Exception as e:  # noqa: BLE001  # the sender is owed an outcome; the log has the trace
-            log.error("a command failed", exc=e, verb=verb_name, id=identity)
+            log.error("command crashed", exc=e, verb=verb_name, id=identity)
             error = e
         if isinstance(error, BadInput):
             await self._events.tell("rejected", subject=message.subject, reason=str(error))
@@ -233,19 +233,19 @@ class CommandWorker:
             if not deadline.expired():
                 raise
             raise Expired(
-                f"the command's deadline has passed on node {self._node}; what it began may still be going on: "
+                f"the command passed its deadline on node {self._node}; what it started may still run: "
                 "see `shoal status`"
             ) from None
 
 
 def _left_s(command: Command, verb: Verb, stored_at_s: float, now_s: float) -> float:
-    # It may have been stored long after it was sent, by a NATS that was away: then its sender's word counts.
+    # A NATS that was down may have stored it long after it was sent: then the sender's `expires_at_s` counts.
     until_s = stored_at_s + (command.deadline_s or verb.deadline_s)
     return min(until_s, command.expires_at_s or until_s) - now_s
 
 
 async def _keep(message: Msg) -> None:
-    """Tell the queue that a long command is in hand, or it would be delivered again."""
+    """Extend the ack deadline of a running command, which would be delivered again otherwise."""
     while True:
         await asyncio.sleep(ACK_WAIT_S / 3)
         with suppress(NatsError):

@@ -1,12 +1,12 @@
-"""What a service is told from outside, read once into frozen values.
+"""A service's configuration, read once into a frozen value.
 
-`<home>/node.toml` holds what must survive: the node's id and a person's settings. The environment (set by
-`shoal up`, by systemd or by launchd) says the rest:
+`<home>/node.toml` holds what must survive: the node's id and a person's settings. Environment variables (set by
+`shoal up`, systemd or launchd) hold the rest:
 
     SHOAL_HOME       the node's directory                        ~/.shoal
     SHOAL_NATS       NATS servers, comma-separated               nats://127.0.0.1:4222
-    SHOAL_BIND       address that data ports bind                127.0.0.1
-    SHOAL_ADVERTISE  addresses peers use, comma-separated        the bound one, or every interface's (interfaces.py)
+    SHOAL_BIND       address that data ports listen on           127.0.0.1
+    SHOAL_ADVERTISE  addresses for peers, comma-separated        the bound one, or every interface's (interfaces.py)
     SHOAL_SECRET     shared by the cluster's nodes; needed beyond loopback
     SHOAL_LOG        debug, info, warning                        info
     SHOAL_REPLICAS   copies of streams and buckets in a NATS cluster   1
@@ -35,7 +35,7 @@ from shoal_common.messages.facts import Link
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.subjects import ANY
 
-_RESERVED_IDS = {ANY: "stands for all of them", "hub": "is how downloads name the hub"}
+_RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
 DEFAULT_NATS = "nats://127.0.0.1:4222"
 
 
@@ -56,38 +56,38 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def store(self) -> Path:
-        """Where this node's models live."""
+        """Directory of this node's store."""
         section = self.settings.get("storage", {})
         path = section.get("path") if isinstance(section, dict) else None
         return (self.home / Path(str(path)).expanduser()) if path else self.home / "store"
 
     def links(self, port: int, interfaces: Sequence[Interface]) -> list[Link]:
-        """How peers reach a data port of this node, best first."""
+        """Return the addresses of a data port of this node, best first."""
         return reach.links(self.bind, self.advertise, port, interfaces)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only. Raises BadInput for what is no address."""
+    """Return whether an address can be reached from this machine only. Raises BadInput if it is not an address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        raise BadInput(f"{host!r} is not an address to bind: give one like 127.0.0.1 or 0.0.0.0") from None
+        raise BadInput(f"{host!r} is not an address to listen on: give one like 127.0.0.1 or 0.0.0.0") from None
 
 
 def home_directory(environ: Mapping[str, str]) -> Path:
-    """The node's directory: SHOAL_HOME, or ~/.shoal."""
+    """Return the node's directory: SHOAL_HOME, or ~/.shoal."""
     return Path(environ.get("SHOAL_HOME") or Path.home() / ".shoal").absolute()
 
 
 def settings_path(home: Path) -> Path:
-    """The node's settings file."""
+    """Return the path of the node's settings file."""
     return home / "node.toml"
 
 
 def read_settings(home: Path) -> dict[str, Any]:
-    """The node's settings file, or nothing where there is none. Raises BadInput naming the fault in it."""
+    """Read the node's settings file; empty if there is none. Raises BadInput naming the faulty line."""
     path = settings_path(home)
     try:
         return tomllib.loads(path.read_text())
@@ -98,28 +98,28 @@ def read_settings(home: Path) -> dict[str, Any]:
 
 
 def ensure_node_id(home: Path, hostname: str | None = None) -> str:
-    """This node's id, made at first and the same for ever after (I8).
+    """Return this node's id, created at the first start and permanent from then on (I8).
 
-    It is written durably before it is used, so that a crash cannot leave a cluster knowing a node by an id
-    that the node has forgotten.
+    It is durable before it is used, so that after a crash the cluster does not know a node by an id that the node has
+    lost.
     """
     home.mkdir(parents=True, exist_ok=True)
-    # A node's services may all start for the first time at once: one makes the id, the others read it.
+    # All services of a node may start for the first time at once: one creates the id, the others read it.
     with settings_locked(home):
         settings = read_settings(home)
         if "id" in settings:
             return _usable_id(str(settings["id"]))
         node = _usable_id(hostname or node_id_from_hostname(socket.gethostname(), secrets.token_hex(2)))
         path = settings_path(home)
-        kept = path.read_bytes() if path.exists() else b""
-        first = f'# This node\'s name in the cluster. Keep it: peers know the node by it.\nid = "{node}"\n'
-        write_settings(home, first.encode() + kept)
+        existing = path.read_bytes() if path.exists() else b""
+        id_line = f'# This node\'s name in the cluster. Keep it: peers know the node by it.\nid = "{node}"\n'
+        write_settings(home, id_line.encode() + existing)
     return node
 
 
 @contextmanager
 def settings_locked(home: Path) -> Iterator[None]:
-    """Hold the lock under which this home's node.toml is read and then written; it waits for whoever has it."""
+    """Hold the lock under which this home's node.toml is read and then written; waits for the current holder."""
     directory = os.open(home, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
@@ -129,20 +129,20 @@ def settings_locked(home: Path) -> Iterator[None]:
 
 
 def write_settings(home: Path, data: bytes) -> None:
-    """Make `data` this home's node.toml, durably, or leave the old one. Its mode stays: it may hold a secret."""
-    path = settings_path(home).resolve()  # a person may keep the file elsewhere and link to it
-    fresh = path.with_suffix(".new")
+    """Replace this home's node.toml durably, or leave the old one. The file's mode stays: it may hold a secret."""
+    path = settings_path(home).resolve()  # the file may be a link
+    new = path.with_suffix(".new")
     try:
-        with fresh.open("wb") as f:
+        with new.open("wb") as f:
             if path.exists():
                 os.fchmod(f.fileno(), stat.S_IMODE(path.stat().st_mode))
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        fresh.replace(path)
+        new.replace(path)
     except OSError:
         with suppress(OSError):
-            fresh.unlink()  # half a file on a full disk is in the way of nothing, but of no use either
+            new.unlink()  # half a file does no harm, but is of no use
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -160,20 +160,20 @@ def _usable_id(node: str) -> str:
 
 
 def read_config(service: str, environ: Mapping[str, str]) -> Config:
-    """All of the above for one service. Raises BadInput when something is missing or wrong."""
+    """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
     bind = environ.get("SHOAL_BIND") or "127.0.0.1"
     secret = environ.get("SHOAL_SECRET", "")
     if not is_loopback(bind) and not secret:
         raise BadInput(
-            f"{service} will not answer on {bind} without a credential (I12): set SHOAL_SECRET, "
-            "or start the node with `shoal up --bind`, which makes one"
+            f"{service} will not listen on {bind} without a credential (I12): set SHOAL_SECRET, "
+            "or start the node with `shoal up --bind`, which creates one"
         )
     replicas, log_level = environ.get("SHOAL_REPLICAS") or "1", environ.get("SHOAL_LOG") or "info"
     if replicas not in ("1", "3", "5"):
-        raise BadInput(f"SHOAL_REPLICAS is {replicas!r}: 1, 3 or 5 copies are possible")
+        raise BadInput(f"SHOAL_REPLICAS is {replicas!r}: set 1, 3 or 5")
     if log_level not in ("debug", "info", "warning"):
-        raise BadInput(f"SHOAL_LOG is {log_level!r}: debug, info and warning are possible")
+        raise BadInput(f"SHOAL_LOG is {log_level!r}: set debug, info or warning")
     return Config(
         service=service,
         node=ensure_node_id(home),

@@ -1,4 +1,4 @@
-"""The connection to NATS: patient at start, for ever reconnecting, and telling those who must start afresh."""
+"""The connection to NATS: waits for a server at start, reconnects for ever, and reports reconnections."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ REQUEST_TIMEOUT_S = 5.0
 
 
 class Reconnects:
-    """Counts connections. Server-side things that a restart of NATS may lose are made anew at each."""
+    """Counts connections. State that a restarted NATS may have lost is created again after each."""
 
     def __init__(self) -> None:
         self.count = 0
         self._changed = asyncio.Event()
 
     def happened(self) -> None:
-        """The client has connected again."""
+        """Record that the client has reconnected."""
         self.count += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait_after(self, seen: int) -> int:
-        """Return once there was a connection later than number `seen`."""
+        """Return once there was a connection after number `seen`."""
         while self.count <= seen:
             await self._changed.wait()
         return self.count
 
 
 class Nats:
-    """One process's connection, its JetStream context, and word of reconnections."""
+    """A process's connection, its JetStream context, and its count of reconnections."""
 
     def __init__(self, client: Client, reconnects: Reconnects) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
         self.wipes = Reconnects()
-        """Those connections at which NATS had lost all that it had kept. Counted by the main loop of a service."""
+        """Connections at which NATS had lost its store; counted by a service's main loop."""
 
     @property
     def connected(self) -> bool:
-        """Whether the server is reached right now."""
+        """Whether the client is connected now."""
         return bool(self.client.is_connected)
 
 
 @asynccontextmanager
 async def connected(servers: list[str], name: str, patience_s: float | None = None) -> AsyncIterator[Nats]:
-    """Connect, waiting `patience_s` for a server (None: as long as it takes), and drain at the end.
+    """Connect, waiting up to `patience_s` for a server (None: for ever), and drain at the end.
 
-    Raises Unavailable when patience ends, Denied when the server refuses our credentials.
+    Raises Unavailable after `patience_s`, Denied if the server refuses the credentials.
     """
     keep_cancellations()
     reconnects = Reconnects()
@@ -78,7 +78,7 @@ async def connected(servers: list[str], name: str, patience_s: float | None = No
             log.warning("lost NATS; reconnecting")
 
     async def on_reconnect() -> None:
-        log.info("NATS is back")
+        log.info("reconnected to NATS")
         reconnects.happened()
 
     client = Client()
@@ -95,27 +95,27 @@ async def connected(servers: list[str], name: str, patience_s: float | None = No
             drain_timeout=DRAIN_TIMEOUT_S,
         )
     )
-    where = ", ".join(s.split("@")[-1] for s in servers)
+    addresses = ", ".join(s.split("@")[-1] for s in servers)
     try:
         waited_s = 0.0
         step_s = min(5.0, patience_s or 5.0)
         while not (await asyncio.wait({connecting}, timeout=step_s))[0]:
             waited_s += step_s
             if denied:
-                raise Denied(f"NATS at {where} refuses our credentials: check the user or token in the URL")
+                raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL")
             if patience_s is not None and waited_s >= patience_s:
                 raise Unavailable(
-                    f"no NATS server answers at {where} after {waited_s:.0f} s: is `shoal up` running there?"
+                    f"no NATS server answers at {addresses} after {waited_s:.0f} s: is `shoal up` running there?"
                 )
-            log.warning("waiting for NATS", servers=where, waited_s=waited_s)
+            log.warning("waiting for NATS", servers=addresses, waited_s=waited_s)
         try:
             connecting.result()
         except nats.errors.AuthorizationError:
-            raise Denied(f"NATS at {where} refuses our credentials: check the user or token in the URL") from None
+            raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL") from None
         yield Nats(client, reconnects)
     finally:
         connecting.cancel()
-        # Draining flushes what was published; a server that is away must not keep us from stopping.
+        # Draining flushes what was published; a server that is down must not delay stopping.
         with suppress(Exception):
             if client.is_connected:
                 await asyncio.wait_for(client.drain(), DRAIN_TIMEOUT_S)

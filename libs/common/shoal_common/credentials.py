@@ -1,7 +1,7 @@
-"""Who may talk to a node's data ports (I12).
+"""Credentials for a node's data ports (I12).
 
 The cluster has one secret. What crosses the wire is derived from it per purpose, so that a peer that sees one
-derived key cannot use it for another. Without a secret (everything on loopback) nothing is asked.
+derived key cannot use it for another. Without a secret (everything on loopback) no credential is required.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ _UNTIL_DIGITS = 12
 
 
 def derive(secret: str, purpose: str) -> str:
-    """The key for one purpose (`blobs`, `hub`, `activations`, `api`): HMAC-SHA256 of the purpose, as hex."""
+    """Return the key for a purpose (`blobs`, `hub`, `activations`, `api`): HMAC-SHA256 of the purpose, as hex."""
     return hmac.new(secret.encode(), f"shoal/v1/{purpose}".encode(), hashlib.sha256).hexdigest()
 
 
 def bearer(secret: str, purpose: str) -> dict[str, str]:
-    """Headers that show the key; none when there is no secret."""
+    """Return headers that carry the key; empty without a secret."""
     return {"Authorization": f"Bearer {derive(secret, purpose)}"} if secret else {}
 
 
 def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
-    """Whether a request shows the key for this purpose. `headers` must look names up in any case."""
+    """Return whether a request carries the key for a purpose. `headers` must ignore the case of names."""
     if not secret:
         return True
-    given = headers.get("authorization") or ""
-    return hmac.compare_digest(given.encode(errors="replace"), f"Bearer {derive(secret, purpose)}".encode())
+    authorization = headers.get("authorization") or ""
+    return hmac.compare_digest(authorization.encode(errors="replace"), f"Bearer {derive(secret, purpose)}".encode())
 
 
 TOKEN_S = 600
-"""How long a token for a blob is good for, by the cluster's clock (`clock.py`); what two processes take for it may
-differ by as much again."""
+"""Lifetime of a blob's token by the cluster's clock (`cluster_clock.py`); two processes' clocks may differ by as much
+again."""
 
 
 PROBE = "probe"
-"""Stands where a blob's name does in the token for a node's `/v1/probe`."""
+"""Takes the place of a blob's name in the token for a node's `/v1/probe`."""
 
 
 def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str]:
-    """Headers that let their bearer read one blob of one node for some minutes; none when there is no secret."""
+    """Return headers that allow reading one blob of one node for some minutes; empty without a secret."""
     if not secret:
         return {}
     until_s = int(now_s) + TOKEN_S
@@ -49,7 +49,7 @@ def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str
 
 
 def blob_token_shows(secret: str, node: str, blob: str, headers: Mapping[str, str], now_s: float) -> bool:
-    """Whether a request may read this blob of this node now. `headers` must look names up in any case."""
+    """Return whether a request may read this blob of this node now. `headers` must ignore the case of names."""
     if not secret:
         return True
     scheme, _, token = (headers.get("authorization") or "").partition(" ")
@@ -58,20 +58,20 @@ def blob_token_shows(secret: str, node: str, blob: str, headers: Mapping[str, st
         return False
     if not now_s - TOKEN_S <= int(until) <= now_s + 2 * TOKEN_S:
         return False
-    good = derive(secret, f"blob/{node}/{blob}/{int(until)}")
-    return hmac.compare_digest(key.encode(errors="replace"), good.encode())
+    expected = derive(secret, f"blob/{node}/{blob}/{int(until)}")
+    return hmac.compare_digest(key.encode(errors="replace"), expected.encode())
 
 
 def capability(secret: str, blob: str, until_s: int) -> dict[str, str]:
-    """Query fields that show one blob to whoever has the address, up to a time (seconds since 1970).
+    """Return query fields that allow anyone with the URL to read one blob until a time (seconds since 1970).
 
-    For clients that send no credential where a redirection leads them. Empty when there is no secret.
+    For clients that send no credential to the target of a redirect. Empty without a secret.
     """
     return {"until": str(until_s), "key": derive(secret, f"blob/{blob}/{until_s}")} if secret else {}
 
 
 def capable(secret: str, blob: str, query: Mapping[str, str], now_s: float) -> bool:
-    """Whether an address shows this blob now."""
+    """Return whether a URL's query allows reading this blob now."""
     until, key = query.get("until", ""), query.get("key", "")
     if not (secret and until.isascii() and until.isdigit() and len(until) <= _UNTIL_DIGITS and now_s <= int(until)):
         return False

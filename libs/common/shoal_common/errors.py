@@ -1,32 +1,32 @@
 """The errors people meet, as one tree.
 
     ShoalError
-    ├── BadInput            what was asked cannot be understood            400  exit 2
+    ├── BadInput            the request is not valid                       400  exit 2
     │   ├── BadName             a model, node, file or hash name
     │   ├── BadMessage          a payload that does not decode
-    │   └── PromptTooLong       a prompt past the context
+    │   └── PromptTooLong       a prompt longer than the context
     ├── NotFound            it does not exist, here or on the hub          404  exit 3
-    ├── Refused             understood, and not done                       409  exit 4
-    │   ├── InUse               somebody is using it
-    │   ├── Withdrawn           the work was taken back by a person
-    │   ├── Paused              the work was stopped by a person, to go on later
-    │   ├── QuotaExceeded       no room on the disk                        507
+    ├── Refused             valid, but not allowed now                     409  exit 4
+    │   ├── InUse               it is in use
+    │   ├── Withdrawn           a person cancelled the work
+    │   ├── Paused              a person paused the work
+    │   ├── QuotaExceeded       not enough space within the quota          507
     │   ├── DiskFull            the disk took no more bytes                507
-    │   ├── NoRoom              no room in memory                          507
-    │   ├── Claimed             another process is this node's service
+    │   ├── NoRoom              not enough memory                          507
+    │   ├── Claimed             another process runs this node's service
     │   ├── OtherVersion        the cluster runs another major version
     │   └── Unsupported         this version cannot do it                  501
-    ├── Busy                try again in a moment                          429  exit 5
-    ├── Unavailable         somebody needed is away                        503  exit 5
+    ├── Busy                too many requests; try again in a moment       429  exit 5
+    ├── Unavailable         something needed is down                       503  exit 5
     │   ├── HubUnavailable      the hub does not answer
     │   ├── NodeAway            a node or its service is not live
     │   └── StageLost           an instance lost a stage
     ├── Denied              a credential is missing or refused             401  exit 6
     ├── Expired             a deadline passed                              504  exit 7
     ├── Corrupt             bytes do not match their hash                  502  exit 8
-    └── Failed              anything else, said plainly                    500  exit 1
+    └── Failed              anything else                                  500  exit 1
 
-A class is its code: `ErrorBody.code` crosses processes, and `from_body` gives the class back.
+Each class has a code: `ErrorBody.code` crosses processes, and `from_body` restores the class.
 """
 
 from __future__ import annotations
@@ -37,20 +37,24 @@ from typing import Any, ClassVar
 import msgspec
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a file system says that takes no more: `DiskFull` in the end."""
+"""errno values of a full file system; they become `DiskFull`."""
 
 
 class ErrorBody(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """An error on the wire. `message` says what happened, to what, and what to do next."""
+    """An error on the wire."""
 
     code: str
+    """Code of the error's class."""
     message: str
+    """What happened, to what, and what to do next."""
     retryable: bool = False
+    """Whether the same request may succeed later."""
     details: dict[str, Any] = {}
+    """Figures of the error."""
 
 
 class ShoalError(Exception):
-    """Base of every error that reaches a person. `details` holds figures, JSON-able, units in names."""
+    """Base of every error that a person sees. `details` holds figures: JSON types, units in the names."""
 
     code: ClassVar[str] = "failed"
     retryable: ClassVar[bool] = False
@@ -63,16 +67,16 @@ class ShoalError(Exception):
         self.details = details
 
     def body(self) -> ErrorBody:
-        """This error as it crosses the wire."""
+        """Return this error as it crosses the wire."""
         return ErrorBody(code=self.code, message=self.message, retryable=self.retryable, details=self.details)
 
 
 class Failed(ShoalError):
-    """Anything without a better name."""
+    """Any error without a class of its own."""
 
 
 class BadInput(ShoalError):
-    """What was asked cannot be understood."""
+    """The request is not valid."""
 
     code = "bad_input"
     http_status = 400
@@ -80,7 +84,7 @@ class BadInput(ShoalError):
 
 
 class BadName(BadInput):
-    """A name from outside that is not one of ours."""
+    """A name from outside that is not valid."""
 
     code = "bad_name"
 
@@ -92,7 +96,7 @@ class BadMessage(BadInput):
 
 
 class PromptTooLong(BadInput):
-    """A prompt that does not fit the instance's context."""
+    """A prompt that is longer than the instance's context."""
 
     code = "prompt_too_long"
 
@@ -106,7 +110,7 @@ class NotFound(ShoalError):
 
 
 class Refused(ShoalError):
-    """Understood, and not done."""
+    """The request is valid, but not allowed now."""
 
     code = "refused"
     http_status = 409
@@ -114,53 +118,53 @@ class Refused(ShoalError):
 
 
 class InUse(Refused):
-    """Somebody is using it; the message says who."""
+    """It is in use; the message says by whom."""
 
     code = "in_use"
 
 
 class Withdrawn(Refused):
-    """A person took the work back while it ran."""
+    """A person cancelled the work while it ran."""
 
     code = "withdrawn"
 
 
 class Paused(Refused):
-    """A person stopped the work while it ran; what has arrived is kept, and only a person lets it go on."""
+    """A person paused the work while it ran. What has arrived is kept, and only a person resumes it."""
 
     code = "paused"
 
 
 class Claimed(Refused):
-    """Another live process is this node's service already."""
+    """Another live process already runs this node's service."""
 
     code = "claimed"
     exit_code = 9
 
 
 class OtherVersion(Refused):
-    """The cluster runs another major version: node and both versions are in the details."""
+    """The cluster runs another major version; details hold the node and both versions."""
 
     code = "other_version"
     exit_code = 10
 
 
 class QuotaExceeded(Refused):
-    """The disk has no room for it: needed, free and quota are in the details."""
+    """Not enough space in the store; details hold the needed bytes, the free bytes and the quota."""
 
     code = "quota_exceeded"
     http_status = 507
 
 
 class DiskFull(Refused):
-    """The disk took no more of what had been approved: others have filled it, or a quota of its own is used up."""
+    """The disk took no more bytes of an approved download: other programs filled it, or it has a quota of its own."""
 
     code = "disk_full"
     http_status = 507
 
 
 class NoRoom(Refused):
-    """No layout fits the nodes' memory: every node's figures are in the details."""
+    """No layout fits the nodes' memory; details hold every node's figures."""
 
     code = "no_room"
     http_status = 507
@@ -174,7 +178,7 @@ class Unsupported(Refused):
 
 
 class Busy(ShoalError):
-    """Full for the moment."""
+    """Too many requests at this moment."""
 
     code = "busy"
     retryable = True
@@ -183,7 +187,7 @@ class Busy(ShoalError):
 
 
 class Unavailable(ShoalError):
-    """Somebody needed is away."""
+    """Something needed is down."""
 
     code = "unavailable"
     retryable = True
@@ -192,13 +196,13 @@ class Unavailable(ShoalError):
 
 
 class HubUnavailable(Unavailable):
-    """The hub does not answer, or answers with a fault of its own."""
+    """The hub does not answer, or answers with a server error."""
 
     code = "hub_unavailable"
 
 
 class NodeAway(Unavailable):
-    """A node, or the service of it that is needed, is not live."""
+    """A node, or the service needed on it, is not live."""
 
     code = "node_away"
 
@@ -227,7 +231,7 @@ class Expired(ShoalError):
 
 
 class Corrupt(ShoalError):
-    """Bytes do not match the hash they were promised under."""
+    """Bytes do not match their hash."""
 
     code = "corrupt"
     retryable = True
@@ -239,17 +243,17 @@ def _tree(cls: type[ShoalError]) -> list[type[ShoalError]]:
     return [cls, *(leaf for sub in cls.__subclasses__() for leaf in _tree(sub))]
 
 
-# Without the root: it shares its code with Failed, which is what that code means.
+# Without the root, which shares its code with Failed.
 BY_CODE: dict[str, type[ShoalError]] = {cls.code: cls for cls in _tree(ShoalError)[1:]}
 
 
 def from_body(body: ErrorBody) -> ShoalError:
-    """The error a body came from; an unknown code (a newer peer) becomes Failed with the same words."""
+    """Return the error that a body describes; an unknown code, from a newer peer, becomes Failed with its message."""
     return BY_CODE.get(body.code, Failed)(body.message, **body.details)
 
 
 def as_body(error: BaseException) -> ErrorBody:
-    """Any exception as a body. Ours keep their words; a stranger's is named, for the log has the rest."""
+    """Return any exception as a body. A foreign exception is named; its trace is in the log."""
     if isinstance(error, ShoalError):
         return error.body()
     return ErrorBody(code=Failed.code, message=f"{type(error).__name__}: {error} (see the service's log)")

@@ -1,4 +1,4 @@
-"""Events: what happened, for whoever wants to know. Bounded by age and size, never needed to know what is."""
+"""Events: a log of what happened, bounded by age and size. State never depends on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shoal_common.messages import encode
 
 
 class Events:
-    """Tells one service's events."""
+    """Emits one service's events."""
 
     def __init__(self, nats: Nats, service: str, node: str) -> None:
         self._nats, self._service, self._node = nats, service, node
 
     async def tell(self, name: str, **fields: Any) -> None:
-        """Publish `shoal.v1.evt.<service>.<node>.<name>`. An event lost in an outage is lost; state is not."""
+        """Publish `shoal.v1.evt.<service>.<node>.<name>`. An outage loses the event, but no state."""
         body = {"at_s": round(clock.now_s(), 3), **fields}
         with suppress(NatsError):
             await self._nats.client.publish(

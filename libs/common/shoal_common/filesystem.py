@@ -1,4 +1,4 @@
-"""Where a store may not be: on a file system of another machine, whose locks do not keep two storages apart."""
+"""Mounted file systems, and the check that a store is not on a network file system, whose locks do not hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 from shoal_common.errors import Unsupported
 
 LYING_LOCKS = frozenset({"9p", "afpfs", "cifs", "fuse.sshfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"})
-"""File systems on which flock(2) is local to one machine, or succeeds for everybody."""
+"""File systems on which flock(2) is local to one machine, or always succeeds."""
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -22,20 +22,20 @@ class Mount(msgspec.Struct, frozen=True):
 
 
 def mounts() -> list[Mount]:
-    """What is mounted on this machine."""
+    """Return the file systems mounted on this machine."""
     return [Mount(Path(p.mountpoint), p.fstype) for p in psutil.disk_partitions(all=True)]
 
 
 def kind_of(root: Path, mounted: Iterable[Mount]) -> str:
-    """The kind of the file system that holds an absolute path: that of the deepest mount above it, the last one of
-    several at the same place. "" when none is known.
+    """Return the type of the file system that holds an absolute path: that of the deepest mount above it, and of
+    several at one place the last. "" if unknown.
     """
     above = [m for m in mounted if root.is_relative_to(m.at)]
     return max(enumerate(above), key=lambda pair: (len(pair[1].at.parts), pair[0]))[1].kind if above else ""
 
 
 def refuse_lying_locks(root: Path, mounted: Iterable[Mount]) -> None:
-    """Raise Unsupported when a store's locks would not hold where it is."""
+    """Raise Unsupported if a store's locks would not hold at this path."""
     kind = kind_of(root, mounted)
     if kind in LYING_LOCKS:
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""uvicorn inside the common main loop: signals are that loop's, and idle it wakes once a second, not ten times."""
+"""uvicorn inside a service's main loop, which handles the signals; idle it wakes once a second, not ten times."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
-_TICK_S = 1.0
-"""The date in its answers is as old as this at most."""
+_TICK_INTERVAL_S = 1.0
+"""Maximum age of the Date header in its responses."""
 
 
 class HttpServer(uvicorn.Server):
-    """A server that ends when `stopping` is set. `on_started` is called once it listens."""
+    """A server that ends when `stopping` is set. Calls `on_started` once it listens."""
 
     def __init__(
         self, config: uvicorn.Config, stopping: asyncio.Event, on_started: Callable[[], None] = lambda: None
@@ -24,17 +24,17 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Capture no signals."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell that we listen, once we do."""
+        """Start, then report that the server listens."""
         await super().startup(sockets)
         self._on_started()
 
     async def main_loop(self) -> None:
-        """Run until told to stop. uvicorn's own loop looks ten times a second whether it should."""
+        """Run until `stopping`. uvicorn's own loop polls ten times a second."""
         while not self._stopping.is_set() and not await self.on_tick(0):
             with suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S):
+                async with asyncio.timeout(_TICK_INTERVAL_S):
                     await self._stopping.wait()

@@ -1,4 +1,4 @@
-"""Who this process is, and whether another one is still alive; which boot of its machine this is."""
+"""This process's identity, whether another process is still alive, and which boot of the machine this is."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import psutil
 from shoal_common.messages.facts import Holder
 
 _SAME_START_S = 1.5
-"""Process start times come in clock ticks from different readings: closer than this is the same process."""
+"""Two readings of a process's start time differ by clock ticks: less than this is the same process."""
 _BOOT_BYTES = 16
-_SYSCTL_S = 10.0
+_SYSCTL_TIMEOUT_S = 10.0
 
 
 def this_host() -> str:
-    """This machine, this boot of it, and this pid namespace: within one such value a pid means one process."""
+    """Return a value for this machine, this boot and this pid namespace: where it is equal, so are pids."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
         namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
@@ -32,18 +32,18 @@ def this_host() -> str:
 
 @cache
 def boot_bytes() -> bytes:
-    """16 bytes that name this boot of this machine, alike for all its processes: what a power cut ends."""
+    """Return 16 bytes that identify this boot of this machine, equal for all its processes."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     else:
-        # Not the time of the boot: that moves when the clock is set, and two processes would disagree.
-        asked = ("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
-        boot = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=_SYSCTL_S).stdout
+        # Not the boot time, which moves when the clock is set: two processes would disagree.
+        command = ("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+        boot = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SYSCTL_TIMEOUT_S).stdout
     return hashlib.sha256(boot.strip().encode()).digest()[:_BOOT_BYTES]
 
 
 def this_network() -> str:
-    """This machine, this boot of it, and this network namespace: within one such value loopback is shared."""
+    """Return a value for this machine, boot and network namespace: where it is equal, loopback is shared."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
         return f"{boot}/{Path('/proc/self/ns/net').readlink().name.strip('net:[]')}"
@@ -51,7 +51,7 @@ def this_network() -> str:
 
 
 def this_process() -> Holder:
-    """A holder record for this process, with a fresh uid."""
+    """Return the identity of this process, with a new uid."""
     return Holder(
         uid=uuid.uuid4().hex[:12],
         host=this_host(),
@@ -62,7 +62,7 @@ def this_process() -> Holder:
 
 
 def is_gone(holder: Holder, host: str) -> bool:
-    """Whether a holder is certainly dead. Only a process of this same machine and boot can be known to be."""
+    """Return whether a process is certainly dead; known only of processes of this machine and boot."""
     if holder.host != host:
         return False
     try:

@@ -1,13 +1,13 @@
-"""This machine's network interfaces: what kind each is, how fast, and its addresses.
+"""This machine's network interfaces: kind, speed and addresses.
 
-Addresses and whether an interface is up come from psutil. What an interface is the system says otherwise: Linux by
-files under /sys/class/net, macOS by `networksetup -listallhardwareports` (written by its documentation, and not run
-on macOS).
+psutil gives the addresses and whether an interface is up. Its kind comes from the system: on Linux from
+/sys/class/net, on macOS from `networksetup -listallhardwareports` (written by its documentation, and not run on
+macOS).
 
-Interfaces that are down, and bridges that only this machine's guests are on (docker0, virbr0, macOS's bridge100), are
-left out: on another machine the same address is its own bridge, and who is a guest here reaches the others too. A
-bridge, bond or VLAN over a physical interface is of that one's kind. Tunnels stay, last: for nodes in different
-places they may be the only way.
+Left out are interfaces that are down, and bridges for this machine's guests only (docker0, virbr0, macOS's
+bridge100): on another machine the same address is its own bridge, and a guest here reaches the other addresses too.
+A bridge, bond or VLAN over a physical interface has that interface's kind. Tunnels stay, last: between sites they may
+be the only way.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ log = Log("interfaces")
 
 Kind = Literal["thunderbolt", "ethernet", "wifi", "virtual", "loopback"]
 RANKS: dict[str, int] = {"thunderbolt": 0, "ethernet": 1, "wifi": 2, "": 3, "virtual": 4, "loopback": 5}
-"""Which kind is tried first by others. A kind that is not known is as good as none of the first three."""
+"""Order in which peers try the kinds. An unknown kind ranks below the first three."""
 
 _SYS = Path("/sys/class/net")
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 _MAX_STACKED = 8
-"""A VLAN on a bridge on a bond: deeper than that nobody looks."""
-_PORTS_DEADLINE_S = 5.0
+"""Depth of stacked interfaces that is followed: a VLAN on a bridge on a bond has three."""
+_NETWORKSETUP_TIMEOUT_S = 5.0
 _PORT = re.compile(r"^Hardware Port: (.*)\nDevice: (\S+)$", re.MULTILINE)
 
 
 class Interface(msgspec.Struct, frozen=True):
-    """An interface that is up, with its addresses as `host/prefix`: IPv4 and IPv6, none of them link-local."""
+    """An interface that is up. Addresses are `host/prefix`, IPv4 and IPv6, none of them link-local."""
 
     name: str
     kind: Kind
     mbit: int = 0
-    """Mbit/s, 0 where the system does not say."""
+    """Speed in Mbit/s, 0 if the system does not report it."""
     addresses: tuple[str, ...] = ()
 
 
 class Interfaces:
-    """This machine's interfaces as they were when last looked at."""
+    """This machine's interfaces as last read."""
 
     def __init__(self, read: Callable[[], tuple[Interface, ...]] | None = None) -> None:
         self._read = read or read_interfaces
@@ -59,36 +59,36 @@ class Interfaces:
 
     @property
     def now(self) -> tuple[Interface, ...]:
-        """As last looked at; the first time this looks, which takes a few milliseconds."""
+        """Interfaces as last read; the first access reads them, which takes milliseconds."""
         return self.look() if self._seen is None else self._seen
 
     def look(self) -> tuple[Interface, ...]:
-        """Look again. Blocks for milliseconds, on macOS with interfaces that were not there before for longer.
+        """Read the interfaces again. Blocks for milliseconds, on macOS with new interfaces for longer.
 
-        Where the system does not say, what was seen before stays: a service does not end for it.
+        If they cannot be read, the last ones stay: a service does not end because of that.
         """
         try:
             self._seen = self._read()
         except (OSError, psutil.Error) as e:
-            log.warning("this machine's interfaces cannot be read", why=str(e))
+            log.warning("cannot read this machine's network interfaces", why=str(e))
             self._seen = self._seen or ()
         return self._seen
 
 
 def read_interfaces() -> tuple[Interface, ...]:
-    """The interfaces that are up, loopback among them, in order of their names. Blocks."""
+    """Return the interfaces that are up, including loopback, sorted by name. Blocks."""
     up = {name: stats.speed for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for name, addresses in psutil.net_if_addrs().items():
-        here = (a for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6))
-        found[name] = [text for a in here if (text := with_prefix(a.address, a.netmask))]
-    names = sorted(name for name in up if found.get(name))
+        ip_addresses = (a for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6))
+        by_name[name] = [text for a in ip_addresses if (text := with_prefix(a.address, a.netmask))]
+    names = sorted(name for name in up if by_name.get(name))
     kinds = _linux_kinds(names) if sys.platform == "linux" else _macos_kinds(names)
-    return tuple(Interface(n, kinds[n], max(up[n], 0), tuple(found[n])) for n in names if n in kinds)
+    return tuple(Interface(n, kinds[n], max(up[n], 0), tuple(by_name[n])) for n in names if n in kinds)
 
 
 def with_prefix(address: str, netmask: str | None) -> str:
-    """`host/prefix` of an address as psutil tells it; "" for one that no other machine could use."""
+    """Return `host/prefix` for an address as psutil gives it; "" for one that other machines cannot use."""
     try:
         ip = ipaddress.ip_address(address.split("%", maxsplit=1)[0])
         mask = int(ipaddress.ip_address(netmask)) if netmask else (1 << ip.max_prefixlen) - 1
@@ -108,34 +108,34 @@ def _linux_kinds(names: Iterable[str]) -> dict[str, Kind]:
 
 
 def linux_kind(root: Path, name: str, depth: int = 0) -> Kind | None:
-    """What an interface is by its directory in /sys/class/net; None for a bridge that only guests here are on."""
-    at = root / name
-    if _number(at / "type") == _ARPHRD_LOOPBACK:
+    """Return an interface's kind from its directory in /sys/class/net; None for a bridge with only guests on it."""
+    directory = root / name
+    if _number(directory / "type") == _ARPHRD_LOOPBACK:
         return "loopback"
-    if _driver(at) == "thunderbolt-net":
+    if _driver(directory) == "thunderbolt-net":
         return "thunderbolt"
-    if (at / "wireless").exists() or (at / "phy80211").exists():
+    if (directory / "wireless").exists() or (directory / "phy80211").exists():
         return "wifi"
-    if (at / "device").exists() and _number(at / "type") == _ARPHRD_ETHER:
+    if (directory / "device").exists() and _number(directory / "type") == _ARPHRD_ETHER:
         return "ethernet"
-    # Made by software: it is what it stands on. Over several, the slowest kind is all that can be counted on.
-    below = sorted(p.name.removeprefix("lower_") for p in at.glob("lower_*")) if depth < _MAX_STACKED else []
+    # A software interface has the kind of what it stands on; over several, only the slowest can be relied on.
+    below = sorted(p.name.removeprefix("lower_") for p in directory.glob("lower_*")) if depth < _MAX_STACKED else []
     kinds = [kind for kind in (linux_kind(root, n, depth + 1) for n in below) if kind not in (None, "virtual")]
     if kinds:
         return max(kinds, key=lambda kind: RANKS[kind or ""])
-    return None if (at / "bridge").exists() else "virtual"
+    return None if (directory / "bridge").exists() else "virtual"
 
 
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # not there, gone again, or not said by this driver
+    except (OSError, ValueError):  # absent, just removed, or not supported by this driver
         return None
 
 
-def _driver(at: Path) -> str:
+def _driver(directory: Path) -> str:
     try:
-        return (at / "device" / "driver").readlink().name
+        return (directory / "device" / "driver").readlink().name
     except OSError:
         return ""
 
@@ -143,7 +143,7 @@ def _driver(at: Path) -> str:
 # macOS
 
 _macos_known: dict[frozenset[str], dict[str, Kind]] = {}
-"""What each device was the last time, while the same devices are there: asking takes a process."""
+"""Kind of each device, cached while the set of devices stays the same: reading takes a process."""
 
 
 def _macos_kinds(names: list[str]) -> dict[str, Kind]:
@@ -159,29 +159,33 @@ def _macos_kinds(names: list[str]) -> dict[str, Kind]:
 def _list_hardware_ports() -> str:
     command = ["/usr/sbin/networksetup", "-listallhardwareports"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_PORTS_DEADLINE_S, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_NETWORKSETUP_TIMEOUT_S, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as e:
-        log.warning("interfaces' kinds are guessed by their names", why=str(e))
+        log.warning("cannot read interface kinds; guessing them from names", why=str(e))
         return ""
 
 
 def hardware_ports(text: str) -> dict[str, Kind]:
-    """Device → kind, by what `networksetup -listallhardwareports` prints."""
+    """Parse the output of `networksetup -listallhardwareports` into kinds by device."""
     kinds: dict[str, Kind] = {}
     for port, device in _PORT.findall(text.replace("\r", "")):
         if port in ("Wi-Fi", "AirPort"):
             kinds[device] = "wifi"
         elif port.startswith("Thunderbolt") and "Ethernet" not in port:
-            kinds[device] = "thunderbolt"  # "Thunderbolt Bridge", "Thunderbolt 1"; not an adapter in such a port
+            kinds[device] = (
+                "thunderbolt"  # "Thunderbolt Bridge", "Thunderbolt 1"; not an Ethernet adapter in the port
+            )
         elif port.startswith("Bluetooth"):
             kinds[device] = "virtual"  # slower than any other
         else:
-            kinds[device] = "ethernet"  # "Ethernet", and adapters under the names of their makers
+            kinds[device] = "ethernet"  # "Ethernet", and adapters under their vendors' names
     return kinds
 
 
 def macos_kind(device: str, known: Mapping[str, Kind]) -> Kind | None:
-    """What a device of macOS is; None for a bridge that only this machine's guests are on."""
+    """Return a macOS device's kind; None for a bridge with only this machine's guests on it."""
     if device in known:
         return known[device]
     if device.startswith("lo"):

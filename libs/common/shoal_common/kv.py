@@ -1,8 +1,8 @@
-"""What mlx-lm's caches take for each layer of a model, by its architecture (docs/memory.md). Pure.
+"""Size of mlx-lm's KV caches for each layer of a model, by architecture (docs/memory.md). Pure.
 
-A rule is what `make_cache` of mlx-lm's module gives that layer: a KVCache grows with the context, a RotatingKVCache
-up to a window, an ArraysCache (state-space and linear attention) is as large for one token as for a million. A test
-builds each architecture in the table with mlx-lm and weighs its caches.
+A rule states what `make_cache` of mlx-lm's module returns for a layer: a KVCache grows with the context, a
+RotatingKVCache up to a window, and an ArraysCache (state-space and linear attention) has the same size for one token
+as for a million. A test builds each architecture of the table with mlx-lm and measures its caches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shoal_common.messages.records import KvRule
 CACHE_STEP_TOKENS = 256
 """mlx-lm's caches grow by this many tokens."""
 REQUESTS_AT_ONCE = 8
-"""That an instance works on, however many answers it has room for: they share it."""
+"""Max concurrent requests per instance; they share its KV budget."""
 
 _NAMED_IN_MLX_LM = {
     "mistral": "llama",
@@ -27,7 +27,7 @@ _NAMED_IN_MLX_LM = {
     "joyai_llm_flash": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
 }
-"""Of mlx-lm's MODEL_REMAPPING, what the table below has."""
+"""The entries of mlx-lm's MODEL_REMAPPING that the table below has rules for."""
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 512},
@@ -37,25 +37,25 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
     "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
 }
-"""What mlx-lm takes where a config.json does not say, as those of Gemma 3 do not."""
+"""mlx-lm's defaults for what a config.json leaves out, as Gemma 3's do."""
 
 
 def cache_steps(tokens: int) -> int:
-    """Steps of a cache that so many tokens take."""
+    """Return the cache steps that hold this many tokens."""
     return -(-tokens // CACHE_STEP_TOKENS)
 
 
 class LayerFacts(msgspec.Struct, frozen=True):
-    """One layer, as the files have it."""
+    """One layer, as read from the files."""
 
     index: int
     count: int
     dense_bytes: int
-    """Keys and values of one token by the dense rule."""
+    """Bytes of one token's keys and values by the dense rule."""
     element_bytes: int
-    """Of one number of a hidden state."""
+    """Bytes of one number of a hidden state."""
     state_bytes: int = 4
-    """Of one number of a state-space layer's state: A_log's, in which it is computed."""
+    """Bytes of one number of a state-space layer's state: A_log's type, in which it is computed."""
 
 
 Rule = Callable[[Mapping[str, Any], LayerFacts], KvRule]
@@ -70,7 +70,7 @@ def _window(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
 
 
 def _by_layer_types(full: str, default: Callable[[LayerFacts], bool]) -> Rule:
-    """Windows where `layer_types` says anything but `full`; where it says nothing, where `default` says so."""
+    """Window unless `layer_types` says `full`; without `layer_types`, window where `default` says so."""
 
     def rule(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
         types = config.get("layer_types")
@@ -87,7 +87,7 @@ def _llama(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
 
 
 def _by_pattern(usual: int) -> Rule:
-    """Every n-th layer is full, all others have a window."""
+    """Full attention in every n-th layer, a window in all others."""
 
     def rule(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
         every = int(config.get("sliding_window_pattern") or usual)
@@ -102,7 +102,7 @@ def _latent(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
 
 
 def _expanded(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
-    # mlx-lm's DeepSeek V2 keeps every head's keys and values, not the latent that they come from.
+    # mlx-lm's DeepSeek V2 caches every head's keys and values, not the latent they come from.
     head = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]) + int(config["v_head_dim"])
     return KvRule(bytes_per_token=int(config["num_attention_heads"]) * head * layer.element_bytes)
 
@@ -112,22 +112,22 @@ def _gated_delta(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
         return _full(config, layer)
     key_width = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
     value_width = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
-    kept = int(config["linear_conv_kernel_dim"]) - 1
-    # This state and Mamba 2's are kept as float32 whatever the model's numbers are.
+    conv_steps = int(config["linear_conv_kernel_dim"]) - 1
+    # This state and Mamba 2's are float32 whatever the model's type.
     state_bytes = value_width * int(config["linear_key_head_dim"]) * 4
-    return KvRule(constant_bytes=kept * (2 * key_width + value_width) * layer.element_bytes + state_bytes)
+    return KvRule(constant_bytes=conv_steps * (2 * key_width + value_width) * layer.element_bytes + state_bytes)
 
 
 def _mamba(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
     width, state = int(config["intermediate_size"]), int(config.get("state_size") or config["ssm_state_size"])
-    kept = int(config["conv_kernel"]) - 1
-    return KvRule(constant_bytes=width * (kept * layer.element_bytes + state * layer.state_bytes))
+    conv_steps = int(config["conv_kernel"]) - 1
+    return KvRule(constant_bytes=width * (conv_steps * layer.element_bytes + state * layer.state_bytes))
 
 
 def _mamba2(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
     width, state = int(config["num_heads"]) * int(config["head_dim"]), int(config["state_size"])
-    kept = (int(config["conv_kernel"]) - 1) * (width + 2 * int(config["n_groups"]) * state)
-    return KvRule(constant_bytes=kept * layer.element_bytes + width * state * 4)
+    conv_steps = (int(config["conv_kernel"]) - 1) * (width + 2 * int(config["n_groups"]) * state)
+    return KvRule(constant_bytes=conv_steps * layer.element_bytes + width * state * 4)
 
 
 def _short_convolution(config: Mapping[str, Any], layer: LayerFacts) -> KvRule:
@@ -184,19 +184,19 @@ RULES: Mapping[str, Rule] = {
     "lfm2": _short_convolution,
     "lfm2_moe": _short_convolution,
 }
-"""By mlx-lm's module."""
+"""Rules by mlx-lm's module."""
 
 LATENT = frozenset(name for name, rule in RULES.items() if rule is _latent)
-"""Multi-head latent attention: what is cached is expanded for each chunk of a prompt."""
+"""Modules with multi-head latent attention: each chunk of a prompt expands the cached latent."""
 
 
 def module_of(model_type: str) -> str:
-    """mlx-lm's module for a config's `model_type`."""
+    """Return mlx-lm's module for a config's `model_type`."""
     return _NAMED_IN_MLX_LM.get(model_type, model_type)
 
 
 def kv_rule(module: str, config: Mapping[str, Any], layer: LayerFacts) -> KvRule | None:
-    """The rule of a layer; None where no rule is known, or the config lacks what it speaks of."""
+    """Return a layer's rule; None if there is no rule, or the config lacks what it needs."""
     rule = RULES.get(module)
     try:
         return None if rule is None else rule(config, layer)

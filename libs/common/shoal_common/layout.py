@@ -1,26 +1,26 @@
-"""Where things are in a store. The only place that builds these paths; names are checked before they come here.
+"""Paths of a store. Only this module builds them; names are checked before they come here.
 
-<store>/VERSION lock reserve                 reserve: held back, given up first when the disk is full
-  blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), shows its proof (proof.py)
+<store>/VERSION lock reserve                 reserve: the ballast file, deleted first when the disk is full
+  blobs/sha256/ab/<sha256>                   0444, hashes to its name (I1), stamped (verification_stamp.py)
   leaves/ab/<sha256>                         BLAKE3 of each leaf of a blob; its mtime is the blob's
-  partial/<blob>/{data,have,meta.json}       data arriving, bitmap of durable leaves, the reservation
-  partial/<blob>/{leaves,ready}              leaf list so far, bitmap of leaves to relay (docs/transfer.md)
+  partial/<blob>/{data,have,meta.json}       arriving data, bitmap of durable leaves, the reservation
+  partial/<blob>/{leaves,ready}              leaf list so far, relay bitmap (docs/transfer.md)
   manifests/<org>--<name>/<commit>.json      what makes a model present (I2)
   views/<org>--<name>/<commit>/<path>        the directory MLX opens
-  tombs/                                     on their way out
-  pins/<org>--<name>@<commit>                empty; its being there is the pin
+  tombs/                                     being deleted
+  pins/<org>--<name>@<commit>                empty; its existence is the pin
   uses/<org>--<name>@<commit>                empty; its mtime is the last use
-  quarantine/<sha256>                        what did not hash to its name
+  quarantine/<sha256>                        corrupt blobs
   quarantine/<sha256>.have                   bitmap of its leaves that are good all the same
-  promises/<org>--<name>@<commit>            blobs that a fetch under way counts on
-  parts/<org>--<name>@<commit>               which layers of a model are here, where not all of it is
+  promises/<org>--<name>@<commit>            reservations: blobs that a running download relies on
+  parts/<org>--<name>@<commit>               shards: which layers of an incomplete model are here
   leases/<id>/{lease.json,lock,view/<path>}  a caller's own view, kept while somebody holds a flock on `lock`
-  adopted/verified.json                      files of read-only roots, as they were when they were hashed
-  adopted/blobs/ab/<sha256>                  where in a read-only root the bytes of a blob are (`blobs.py`)
-  adopted/models/<org>--<name>@<commit>      empty; the view of this model leads into a read-only root
-  further/<id>                               symbolic link to a further root, on another disk
+  adopted/verified.json                      files of libraries, as they were when they were hashed
+  adopted/blobs/ab/<sha256>                  where a library holds a blob (blob_lookup.py)
+  adopted/models/<org>--<name>@<commit>      empty; the view of this model leads into a library
+  further/<id>                               symbolic link to a volume on another disk
 
-A further root has VERSION, lock, reserve, blobs/, partial/, tombs/ and quarantine/ as above. Of a blob that arrives
+Such a volume has VERSION, lock, reserve, blobs/, partial/, tombs/ and quarantine/ as above. For a blob that arrives
 there, partial/<blob> in the store is a symbolic link to its directory.
 """
 
@@ -64,99 +64,99 @@ class Layout:
 
     @property
     def top_names(self) -> set[str]:
-        """What the store's own files and directories at its top are called."""
+        """Names of the store's own files and directories at its top level."""
         paths = [path for path in vars(self).values() if isinstance(path, Path) and path != self.root]
         return {path.relative_to(self.root).parts[0] for path in paths}
 
     def blob(self, sha256: str) -> Path:
-        """A blob's file."""
+        """Return a blob's file."""
         return self.blobs / check_blob(sha256)[:2] / sha256
 
     def leaves(self, sha256: str) -> Path:
-        """The file with the hashes of a blob's leaves."""
+        """Return the file with the hashes of a blob's leaves."""
         return self.leaf_lists / check_blob(sha256)[:2] / sha256
 
     def set_aside(self, sha256: str) -> Path:
-        """Where a blob goes that is not what it is called."""
+        """Return the path of a corrupt blob in quarantine."""
         return self.quarantine / check_blob(sha256)
 
     def set_aside_have(self, sha256: str) -> Path:
-        """The bitmap of the good leaves of a blob that was set aside."""
+        """Return the bitmap of the good leaves of a blob in quarantine."""
         return self.quarantine / f"{check_blob(sha256)}.have"
 
     def partial(self, blob: str) -> Path:
-        """The directory of a blob that is arriving."""
+        """Return the directory of a partial blob."""
         return self.partials / check_blob(blob)
 
     def partial_leaves(self, blob: str) -> Path:
-        """The leaf list of a blob that is arriving, zeros where it is not known yet."""
+        """Return the leaf list of a partial blob; unknown hashes are zeros."""
         return self.partial(blob) / "leaves"
 
     def partial_ready(self, blob: str) -> Path:
-        """Which leaves of it can be relayed, in this boot."""
+        """Return the relay bitmap of a partial blob, valid for this boot."""
         return self.partial(blob) / "ready"
 
     def manifest(self, repo: str, commit: str) -> Path:
-        """A manifest's file."""
+        """Return a manifest's file."""
         return self.manifests / directory_of(repo) / f"{check_commit(commit)}.json"
 
     def view(self, repo: str, commit: str) -> Path:
-        """The directory with a model's files under their own names."""
+        """Return the directory with a model's files under their own names."""
         return self.views / directory_of(repo) / check_commit(commit)
 
     def pin(self, repo: str, commit: str) -> Path:
-        """The file that pins a model."""
+        """Return the file that pins a model."""
         return self.pins / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def use(self, repo: str, commit: str) -> Path:
-        """The file whose mtime is a model's last use."""
+        """Return the file whose mtime is a model's last use."""
         return self.uses / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def promise(self, repo: str, commit: str) -> Path:
-        """The file that says which blobs a fetch under way counts on."""
+        """Return the reservation: the file with the blobs that a running download relies on."""
         return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def part(self, repo: str, commit: str) -> Path:
-        """The file that says what is here of a model that is not here whole."""
+        """Return the file that says which layers of an incomplete model are here."""
         return self.parts / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def adopted_blob(self, sha256: str) -> Path:
-        """The file that says where in a read-only root a blob's bytes are."""
+        """Return the file that says where a library holds a blob."""
         return self.adopted_blobs / check_blob(sha256)[:2] / sha256
 
     def adopted_model(self, repo: str, commit: str) -> Path:
-        """The file that is there as long as a model's view leads into a read-only root."""
+        """Return the file that exists while a model's view leads into a library."""
         return self.adopted_models / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
-        """A file in a view."""
+        """Return a file in a view."""
         return file_in(self.view(manifest.repo, manifest.commit), path)
 
     def lease(self, lease: str) -> Path:
-        """The directory of a lease, by its id."""
+        """Return a lease's directory."""
         return self.leases / check_id(lease)
 
     def lease_lock(self, lease: str) -> Path:
-        """The file whose flock says that a lease lives."""
+        """Return the file whose flock keeps a lease alive."""
         return self.lease(lease) / "lock"
 
     def lease_view(self, lease: str) -> Path:
-        """The view that is the lease holder's own."""
+        """Return the lease holder's own view."""
         return self.lease(lease) / "view"
 
 
 def file_in(view: Path, path: str) -> Path:
-    """A model's file in a view of it."""
+    """Return a model's file in a view of it."""
     return view / check_file_path(path)
 
 
 def directory_of(repo: str) -> str:
-    """`org/name` as one directory name. `--` never occurs in either part, so this can be undone."""
+    """Return `org/name` as one directory name. Neither part contains `--`, so this is reversible."""
     return repo.replace("/", "--")
 
 
 def model_of(directory: str, commit: str) -> str:
-    """The model (`org/name@commit`) that `<org>--<name>` and a commit stand for. Raises BadName."""
+    """Return the model (`org/name@commit`) of a directory `<org>--<name>` and a commit. Raises BadName."""
     ref = ModelRef.parse(directory.replace("--", "/", 1))
     if directory_of(ref.repo) != directory:
         raise BadName(f"{directory!r} is not the directory of a model")
@@ -164,22 +164,22 @@ def model_of(directory: str, commit: str) -> str:
 
 
 def leaf_count(size_bytes: int) -> int:
-    """How many leaves a blob has."""
+    """Return the number of leaves of a blob."""
     return -(-size_bytes // LEAF_BYTES)
 
 
 class Bitmap:
-    """Which leaves of a partial are durable: bit i of byte i // 8, least significant first, is leaf i."""
+    """Durable leaves of a partial blob: bit i of byte i // 8, least significant first, is leaf i."""
 
     def __init__(self, size_bytes: int, data: bytes = b"") -> None:
         self.size_bytes = size_bytes
         self.leaves = leaf_count(size_bytes)
         expected = -(-self.leaves // 8)
-        # A bitmap of another length belongs to another size: nothing in it can be believed.
+        # A bitmap of another length belongs to a blob of another size: none of it can be trusted.
         self._bits = bytearray(data) if len(data) == expected else bytearray(expected)
 
     def add(self, leaf: int) -> None:
-        """Note a leaf as durable."""
+        """Record a leaf as durable."""
         self._bits[leaf // 8] |= 1 << (leaf % 8)
 
     def __contains__(self, leaf: int) -> bool:
@@ -187,20 +187,20 @@ class Bitmap:
 
     @property
     def complete(self) -> bool:
-        """Whether every leaf is there."""
+        """Whether all leaves are durable."""
         return all(leaf in self for leaf in range(self.leaves))
 
     def leaf_bytes(self, leaf: int) -> int:
-        """Size of a leaf: 1 MiB, less for the last one."""
+        """Return the size of a leaf: 1 MiB, less for the last one."""
         return min(LEAF_BYTES, self.size_bytes - leaf * LEAF_BYTES)
 
     @property
     def have_bytes(self) -> int:
-        """Bytes of the leaves that are there."""
+        """Bytes of the durable leaves."""
         return sum(self.leaf_bytes(leaf) for leaf in range(self.leaves) if leaf in self)
 
     def missing_runs(self) -> list[tuple[int, int]]:
-        """Byte ranges [start, end) still to fetch, in order, adjacent leaves joined."""
+        """Return the byte ranges [start, end) still to fetch, in order, adjacent leaves joined."""
         runs: list[tuple[int, int]] = []
         for leaf in range(self.leaves):
             if leaf in self:
@@ -213,5 +213,5 @@ class Bitmap:
         return runs
 
     def to_bytes(self) -> bytes:
-        """The file `have`."""
+        """Return the contents of the file `have`."""
         return bytes(self._bits)

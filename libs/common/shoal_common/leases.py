@@ -1,7 +1,7 @@
-"""Leases: one holder in the cluster, fenced by the key's revision, gone by itself when the holder is.
+"""Cluster leases: one holder in the cluster, fenced by the key's revision; expires when its holder dies.
 
-A holder trusts its own clock, not the server's: it stops acting as holder `margin_s` before the TTL could have
-run out on the server, counted from before the last renewal was sent.
+A holder trusts its own clock, not the server's: it stops acting as the holder a margin before the TTL could run out
+on the server, counted from before the last renewal was sent.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _MARGIN_S = 1.0
 
 
 class LeaseValue(Message):
-    """Who holds a lease. `uid` is the process, so that its successor knows the lease was its own node's."""
+    """A lease's holder. `uid` is the process: its successor recognizes the lease as its own node's."""
 
     node: str
     uid: str
 
 
 class Lease:
-    """A lease in hand. `held` turns false when it is lost; `revision` fences writes made under it."""
+    """A held lease. `held` turns false when it is lost; `revision` fences writes made under it."""
 
-    def __init__(self, bucket: Bucket, key: str, value: LeaseValue, revision: int, asked_s: float) -> None:
+    def __init__(self, bucket: Bucket, key: str, value: LeaseValue, revision: int, sent_s: float) -> None:
         self.key, self.value, self.revision = key, value, revision
         self._bucket = bucket
-        self._until_s = asked_s + LEASE_TTL_S - _MARGIN_S
+        self._until_s = sent_s + LEASE_TTL_S - _MARGIN_S
         self._lost = asyncio.Event()
 
     @property
@@ -44,7 +44,7 @@ class Lease:
         return not self._lost.is_set() and time.monotonic() < self._until_s
 
     def lose(self) -> None:
-        """Somebody else has it, as is known from elsewhere: stop acting as the holder."""
+        """Stop acting as the holder, because another process is known to hold the lease."""
         self._lost.set()
 
     async def wait_lost(self) -> None:
@@ -52,35 +52,34 @@ class Lease:
         await self._lost.wait()
 
     async def renew_forever(self) -> None:
-        """Keep it, until somebody else has it or its time runs out unrenewed. Then return."""
+        """Renew the lease until another process holds it or it runs out unrenewed, then return."""
         try:
             while True:
                 await asyncio.sleep(LEASE_TTL_S / _RENEWALS_PER_TTL)
-                asked_s = time.monotonic()
+                sent_s = time.monotonic()
                 try:
-                    async with asyncio.timeout(max(self._until_s - asked_s, 0)):
+                    async with asyncio.timeout(max(self._until_s - sent_s, 0)):
                         revision = await self._bucket.swap(self.key, self.value, self.revision, LEASE_TTL_S)
                 except (TimeoutError, Unavailable):
                     return
                 if revision is None:
                     return
-                self.revision, self._until_s = revision, asked_s + LEASE_TTL_S - _MARGIN_S
+                self.revision, self._until_s = revision, sent_s + LEASE_TTL_S - _MARGIN_S
         finally:
             self._lost.set()
 
     async def release(self) -> None:
-        """Give it back at once, unless somebody else has it by now."""
+        """Release the lease at once, unless another process holds it by now."""
         self._lost.set()
         await self._bucket.delete(self.key, self.revision)
 
 
 async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> Lease | None:
-    """Take a lease, or None when somebody holds it. A predecessor on this node hands over at once:
-
-    liveness allows one process per node and service, so a lease of this node with another uid has no holder.
+    """Take a lease; return None if it is held. A predecessor on this node hands over at once: liveness allows one
+    process per node and service, so a lease of this node with another uid has no holder.
     """
     value = LeaseValue(node=node, uid=uid)
-    asked_s = time.monotonic()
+    sent_s = time.monotonic()
     revision = await bucket.create(key, value, LEASE_TTL_S)
     if revision is None:
         entry = await bucket.get(key)
@@ -89,12 +88,12 @@ async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> Lease | None
         revision = await bucket.swap(key, value, entry.revision, LEASE_TTL_S)
         if revision is None:
             return None
-    return Lease(bucket, key, value, revision, asked_s)
+    return Lease(bucket, key, value, revision, sent_s)
 
 
 @asynccontextmanager
 async def holding(lease: Lease) -> AsyncIterator[Lease]:
-    """Renew a lease while the body runs, and give it back afterwards."""
+    """Renew a lease while the body runs, and release it afterwards."""
     renewal = asyncio.create_task(lease.renew_forever())
     try:
         yield lease
@@ -103,4 +102,4 @@ async def holding(lease: Lease) -> AsyncIterator[Lease]:
         try:
             await asyncio.wait_for(lease.release(), LEASE_TTL_S)
         except (TimeoutError, Unavailable):
-            log.warning("a lease could not be given back; it expires by itself", key=lease.key)
+            log.warning("lease could not be released; it will expire", key=lease.key)

@@ -1,7 +1,7 @@
-"""Liveness: a TTL key that says this service of this node is here, who it is, and its facts now.
+"""Liveness: a key with a TTL that states which process runs this service of this node, and facts about it.
 
-Starting claims the key. Another live process that has it makes the start fail (`Claimed`), naming the holder; a
-dead one on this machine is recognised by its pid and start time and succeeded at once.
+A service claims the key at startup. If another live process holds it, startup fails with `Claimed`, naming the
+holder; a dead holder on this machine is recognized by its pid and start time, and replaced at once.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from shoal_common.reach import for_others
 log = Log("live")
 
 BEAT_S = 6.5
-"""Three of them in the life of a key: whoever misses two is still there."""
-_AT_LEAST_S = 0.1
+"""A third of the key's TTL: a service that misses two renewals is still live."""
+_MIN_WAIT_S = 0.1
 _CLAIM_POLL_S = 1.0
-_WITHDRAW_TRIES = 3
+_MAX_DELETE_ATTEMPTS = 3
 _CLAIM_WAIT_S = LIVE_TTL_S + 5.0
-"""A holder on another host may have died without a word: wait until its key would have expired."""
+"""A holder on another host may have died without releasing its key: wait until it would have expired."""
 
 
 def until_beat_s(node: str, now_s: float) -> float:
-    """Seconds until this node's next beat, by a clock that all of its processes share.
+    """Return the seconds until this node's next renewal, by a clock that all of its processes share.
 
-    They beat together, so that who listens wakes once for all of them; nodes beat apart from each other.
+    A node's services renew together, so that a watcher wakes once for all of them; nodes renew at different times.
     """
     phase_s = zlib.crc32(node.encode()) / 2**32 * BEAT_S
     left_s = BEAT_S - (now_s - phase_s) % BEAT_S
-    return left_s if left_s >= _AT_LEAST_S else left_s + BEAT_S  # a timer that went off a little early
+    return left_s if left_s >= _MIN_WAIT_S else left_s + BEAT_S  # the timer may have fired a little early
 
 
 class Liveness:
-    """This process's key in `live`."""
+    """This process's liveness key."""
 
     def __init__(self, bucket: Bucket, node: str, service: str) -> None:
         self._bucket, self._key = bucket, live_key(node, service)
@@ -57,16 +57,16 @@ class Liveness:
 
     @property
     def uid(self) -> str:
-        """This process, among all that ever were this service of this node."""
+        """Id of this process, unique among all that ever ran this service of this node."""
         return self._live.holder.uid
 
     @property
     def facts(self) -> Facts:
-        """What is said of this service, or will be with the next beat."""
+        """Facts that are published, or will be with the next renewal."""
         return self._live.facts
 
     def set_facts(self, facts: Facts) -> None:
-        """Say these facts from the next beat on; at once if a peer could not find us by the old ones."""
+        """Publish these facts with the next renewal; at once if the addresses have changed."""
         if facts.addresses != self._live.facts.addresses:
             self._news.set()
         self._live = Live(
@@ -77,25 +77,25 @@ class Liveness:
         )
 
     def follow_links(self, look: Callable[[], list[Link]]) -> None:
-        """Before each beat, look (in a thread) how we are reached, and say that; nothing is written for it alone."""
+        """Read the addresses with `look` (in a thread) before each renewal, and publish them with it."""
         self._look = look
 
     def say_now(self, facts: Facts | None, then: Callable[[], None]) -> None:
-        """Say these facts at once, and call `then` when the cluster has been told."""
+        """Publish these facts at once, and call `then` when they are published."""
         if facts is not None:
             self.set_facts(facts)
         self._once_said.append(then)
         self._news.set()
 
     def beat_now(self) -> None:
-        """Renew the key before its time: NATS was away, and the key may be about to expire, or gone."""
+        """Renew the key early: after a NATS outage it may be about to expire, or gone."""
         self._news.set()
 
     async def claim(self) -> None:
-        """Become this node's service. Raises Claimed while another live process is.
+        """Claim the key. Raises Claimed if another live process holds it.
 
-        A holder on this machine is judged by its pid at once. One elsewhere is given its TTL: if its key is still
-        renewed after that, two machines use one node id.
+        A holder on this machine is checked by its pid at once. One on another machine gets its TTL: if it still
+        renews the key after that, two machines use the same node id.
         """
         first_seen: int | None = None
         give_up_s = time.monotonic() + _CLAIM_WAIT_S
@@ -108,7 +108,7 @@ class Liveness:
             if entry is None:
                 continue
             holder = decode(entry.value, Live).holder
-            # Our own uid: a beat was stored whose acknowledgement never reached us.
+            # Our own uid: a renewal was stored whose ack was lost.
             if holder.uid == self.uid or is_gone(holder, self._live.holder.host):
                 revision = await self._bucket.swap(self._key, self._live, entry.revision)
                 if revision is not None:
@@ -116,17 +116,17 @@ class Liveness:
                     return
                 continue
             first_seen = first_seen or entry.revision
-            here = holder.host == self._live.holder.host
-            if here or entry.revision != first_seen or time.monotonic() > give_up_s:
+            same_host = holder.host == self._live.holder.host
+            if same_host or entry.revision != first_seen or time.monotonic() > give_up_s:
                 raise Claimed(
                     f"{self._service} of node {self._node} is already running: pid {holder.pid} on "
-                    f"{holder.host.split('/')[0]} holds it; stop that one, or give this machine its own node id"
+                    f"{holder.host.split('/')[0]} holds its key; stop it, or give this machine its own node id"
                 )
-            log.warning("waiting for a silent holder to expire", holder=holder.host, pid=holder.pid)
+            log.warning("waiting for another host's key to be renewed or expire", holder=holder.host, pid=holder.pid)
             await asyncio.sleep(_CLAIM_POLL_S)
 
     async def beat_forever(self) -> None:
-        """Renew the key whenever the node beats. Raises Claimed if another process has taken it."""
+        """Renew the key at every interval of the node. Raises Claimed if another process has taken it."""
         while True:
             try:
                 async with asyncio.timeout(until_beat_s(self._node, time.monotonic())):
@@ -143,7 +143,7 @@ class Liveness:
             except Unavailable:
                 continue
             if revision is None:
-                # Expired during an outage, or wiped with NATS: ours to claim again. Anybody else's: we stop.
+                # Expired in an outage, or lost with NATS's store: claim it again, unless another process did.
                 await self.claim()
             else:
                 self._revision = revision
@@ -151,9 +151,9 @@ class Liveness:
                 self._once_said.pop(0)()
 
     async def withdraw(self) -> None:
-        """Say that this service is going, now."""
-        # Not by the revision we know: a beat that our stopping interrupted may be on its way to the server still.
-        for _ in range(_WITHDRAW_TRIES):
+        """Remove the key at shutdown."""
+        # Not by the known revision: a renewal that shutdown interrupted may still be on its way to the server.
+        for _ in range(_MAX_DELETE_ATTEMPTS):
             entry = await self._bucket.get(self._key)
             if entry is None or decode(entry.value, Live).holder.uid != self.uid:
                 return

@@ -1,4 +1,4 @@
-"""Logs: one line an event. key=value where no terminal reads, aligned columns where one does."""
+"""Logs: one line per event, key=value, with aligned columns on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def quote_value(value: object) -> str:
-    """A value as it stands after `key=`: bare when it is one plain word, else quoted and on one line."""
+    """Return a value as it is written after `key=`: bare if it is one plain word, else quoted on one line."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     if text and all(c in _PLAIN for c in text) and "=" not in text:
         return text
@@ -20,7 +20,7 @@ def quote_value(value: object) -> str:
 
 
 def _escape(c: str) -> str:
-    # Whatever a terminal or a line reader might act on is spelled out: a log line cannot be forged or split.
+    # Characters that a terminal or a line reader acts on are escaped: a log line cannot be forged or split.
     if c in _ESCAPES:
         return _ESCAPES[c]
     return c if c.isprintable() else f"\\u{{{ord(c):x}}}"
@@ -57,24 +57,24 @@ class Log:
         self._logger = logging.getLogger(f"shoal.{name}")
 
     def debug(self, text: str, **fields: Any) -> None:
-        """For the one who debugs."""
+        """Log details for debugging."""
         self._logger.debug(text, extra={"fields": fields})
 
     def info(self, text: str, **fields: Any) -> None:
-        """Something happened as it should."""
+        """Log a normal event."""
         self._logger.info(text, extra={"fields": fields})
 
     def warning(self, text: str, **fields: Any) -> None:
-        """Something that an operator may want to look at; Shoal carries on."""
+        """Log something an operator may have to look into; Shoal carries on."""
         self._logger.warning(text, extra={"fields": fields})
 
     def error(self, text: str, exc: BaseException | None = None, **fields: Any) -> None:
-        """Something failed; with the exception when it is a stranger."""
+        """Log a failure, with the exception if it is a foreign one."""
         self._logger.error(text, exc_info=exc, extra={"fields": fields})
 
 
 def set_up(service: str, node: str, level: str = "info", stream: TextIO | None = None) -> None:
-    """Send all logs of this process to `stream` (stderr). Libraries speak from warning up."""
+    """Send this process's logs to `stream` (stderr). Libraries log from warning level up."""
     out = stream or sys.stderr
     handler = logging.StreamHandler(out)
     handler.setFormatter(_Formatter(service, node, out.isatty()))
@@ -82,5 +82,5 @@ def set_up(service: str, node: str, level: str = "info", stream: TextIO | None =
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("shoal").setLevel(level.upper())
-    # nats-py logs each refused reconnection with a trace; connection.py says the same in one line.
+    # nats-py logs each refused reconnection with a trace; connection.py logs it in one line.
     logging.getLogger("nats").setLevel(logging.CRITICAL)

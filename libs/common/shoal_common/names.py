@@ -1,7 +1,7 @@
-"""Names from outside, checked once, here (invariant I10).
+"""Names from outside, checked here (I10).
 
-Nothing else in Shoal turns a foreign string into a model, a node, a file path or a key: what these functions
-return may be used in paths, subjects and keys without another look.
+Nothing else in Shoal turns a foreign string into a model, node, file path or key: what these functions return is safe
+in paths, subjects and keys.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import msgspec
 
 from shoal_common.errors import BadName
 
-# Hugging Face: one or two parts of up to 96 characters. A part never starts or ends with '.' or '-', and '..'
-# and '--' are refused there too, which keeps `<org>--<name>` on disk free of ambiguity.
+# Hugging Face: one or two parts of up to 96 characters. A part never starts or ends with '.' or '-', and contains
+# neither '..' nor '--', which keeps `<org>--<name>` on disk unambiguous.
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -24,9 +24,9 @@ _KEY_SAFE = re.compile(r"[A-Za-z0-9_/-]")
 _QUOTED = re.compile(r"=([0-9A-F]{2})")
 
 DEFAULT_REVISION = "main"
-_HOLDER_CHARACTERS = 200
+_MAX_HOLDER_CHARACTERS = 200
 LOCAL_REVISION = "local"
-"""What a model is called that no hub knows, a directory of a person's own: never meant by plain `org/name`."""
+"""Revision of a model that no hub knows, such as a person's own directory; plain `org/name` never means it."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class ModelRef(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """Read `org/name[@revision]`. Raises BadName, saying which part is wrong."""
+        """Parse `org/name[@revision]`. Raises BadName, which names the wrong part."""
         repo, at, revision = text.partition("@")
         parts = repo.split("/")
         if len(parts) != 2 or not all(_PART.fullmatch(p) and ".." not in p and "--" not in p for p in parts):
@@ -54,75 +54,75 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a full commit and so names bytes for ever."""
+    """Return whether a revision is a full commit, which names the same bytes for ever."""
     return bool(_COMMIT.fullmatch(revision))
 
 
 def check_commit(text: str) -> str:
-    """A 40-digit commit, or BadName."""
+    """Return a 40-digit commit. Raises BadName."""
     if not is_commit(text):
         raise BadName(f"{text[:80]!r} is not a commit: 40 hexadecimal digits are expected")
     return text
 
 
 def check_node(text: str) -> str:
-    """A node id, or BadName."""
+    """Return a node id. Raises BadName."""
     if not _NODE.fullmatch(text):
         raise BadName(f"{text[:80]!r} is not a node id: use a-z, 0-9 and '-', at most 63 characters")
     return text
 
 
 def check_id(text: str) -> str:
-    """A command, instance or request id, or BadName."""
+    """Return a command, instance or request id. Raises BadName."""
     if not _ID.fullmatch(text):
         raise BadName(f"{text[:80]!r} is not an id: use letters, digits, '-' and '_', at most 64 characters")
     return text
 
 
 def check_blob(text: str) -> str:
-    """A blob's name (64 hex digits of sha256; before that is known, `git-` and a git sha1), or BadName."""
+    """Return a blob's name: its sha256, or `git-` and git's sha1 while that is unknown. Raises BadName."""
     if not _BLOB.fullmatch(text):
         raise BadName(f"{text[:80]!r} is not a blob: 64 hexadecimal digits of its sha256 are expected")
     return text
 
 
 def check_file_path(text: str) -> str:
-    """A file's path inside a model: relative, '/'-separated, nothing that climbs or hides. Else BadName."""
+    """Return a file's path inside a model: relative, '/'-separated, without `..`. Raises BadName."""
     parts = text.split("/")
     hostile = (
         not text
         or len(text) > 512
-        or any("\ud800" <= c <= "\udfff" for c in text)  # half a character, which no file system takes
+        or any("\ud800" <= c <= "\udfff" for c in text)  # half a surrogate pair, which no file system accepts
         or any(p in ("", ".", "..") or len(p.encode()) > 255 for p in parts)
         or any(ord(c) < 32 or c in '\\:\x7f<>"|?*' for c in text)
     )
     if hostile:
-        raise BadName(f"{text[:200]!r} is not a path that a model's file may have")
+        raise BadName(f"{text[:200]!r} is not a valid path of a model's file")
     return text
 
 
 def check_holder(text: str) -> str:
-    """Who holds a lease, in words for people, or BadName."""
-    if not text.strip() or len(text) > _HOLDER_CHARACTERS or not text.isprintable():
+    """Return the name of a lease's holder, one printable line. Raises BadName."""
+    if not text.strip() or len(text) > _MAX_HOLDER_CHARACTERS or not text.isprintable():
         raise BadName(
-            f"{text[:80]!r} does not say who holds a lease: one line of at most {_HOLDER_CHARACTERS} characters is "
-            "expected"
+            f"{text[:80]!r} does not say who holds the lease: write one line of at most {_MAX_HOLDER_CHARACTERS} "
+            "characters"
         )
     return text
 
 
 def node_id_from_hostname(hostname: str, suffix: str) -> str:
-    """A readable node id: the host's first label, made safe, and a suffix that tells namesakes apart."""
+    """Return a readable node id: the host's first label, made safe, and a suffix that keeps it unique."""
     stem = re.sub(r"[^a-z0-9]+", "-", hostname.split(".", maxsplit=1)[0].lower()).strip("-")[:48].strip("-")
     return check_node(f"{stem or 'node'}-{suffix}")
 
 
 def quote_key(text: str) -> str:
-    """A name as one KV key token: '.', which separates tokens, and all that is unsafe become =XX."""
+    """Return a name as one token of a KV key: '.', which separates tokens, and unsafe characters become =XX."""
     return "".join(c if _KEY_SAFE.fullmatch(c) else "".join(f"={b:02X}" for b in c.encode()) for c in text)
 
 
 def unquote_key(token: str) -> str:
-    """What `quote_key` was given."""
+    """Reverse `quote_key`."""
     raw = _QUOTED.sub(lambda m: chr(int(m.group(1), 16)), token)
     return raw.encode("latin-1").decode()

@@ -1,4 +1,4 @@
-"""A rate that several transfers share: a token bucket that can be set anew while it is used."""
+"""A rate limit that several transfers share: a token bucket whose rate may change while it is in use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BURST_S = 0.1
 
 
 class Pace:
-    """At most `bytes_per_s`; None is no limit.
+    """Limits a rate to `bytes_per_s`; None means unlimited.
 
-    Takers are served in the order in which they came. One that takes more than there is waits for its share, and the
-    next one waits for it: any size gets through, however small the rate.
+    Callers are served in order of arrival. One that takes more than is available waits for its share, and the next
+    one waits for it: any size gets through, however low the rate.
     """
 
     def __init__(self, bytes_per_s: int | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
@@ -23,11 +23,11 @@ class Pace:
 
     @property
     def bytes_per_s(self) -> int | None:
-        """The limit now."""
+        """The current limit."""
         return self._rate
 
     def use(self, bytes_per_s: int | None) -> None:
-        """From now on this limit holds, for those who wait already as well."""
+        """Change the limit, for waiting callers too."""
         if bytes_per_s == self._rate:
             return
         now_s = self._clock_s()
@@ -43,12 +43,12 @@ class Pace:
             return
         start_s = max(self._free_at_s, self._clock_s() - _BURST_S)
         self._free_at_s = start_s + count / self._rate
-        mine_s, rate = self._free_at_s, self._rate
-        while self._rate and (wait_s := mine_s - self._clock_s()) > 0:
+        due_s, rate = self._free_at_s, self._rate
+        while self._rate and (wait_s := due_s - self._clock_s()) > 0:
             try:
                 await asyncio.wait_for(self._changed.wait(), wait_s)
             except TimeoutError:
                 return
             if self._rate:
                 now_s = self._clock_s()
-                mine_s, rate = now_s + max(mine_s - now_s, 0.0) * rate / self._rate, self._rate
+                due_s, rate = now_s + max(due_s - now_s, 0.0) * rate / self._rate, self._rate

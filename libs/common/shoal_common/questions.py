@@ -1,7 +1,7 @@
-"""Questions and answers between services: NATS micro endpoints, typed, many at a time.
+"""RPC between services: NATS micro endpoints, typed and concurrent.
 
-Asking raises what the answerer raised (same class, same words), NodeAway when nobody listens, and Expired when
-the deadline passes.
+A call raises what the handler raised (same class, same message), NodeAway if nobody listens, and Expired when the
+deadline passes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ log = Log("questions")
 ASK_DEADLINE_S = 10.0
 MAX_ASKED_AT_ONCE = 64
 HERE = "here"
-"""What every service that answers questions answers: that it is there."""
+"""The verb that every RPC service answers, to show that it is alive."""
 _AWAY_RETRY_S = 0.25
 _MICRO_DEADLINE_S = 2.0
 
 
 class Ask:
-    """Asks other services. `patience_s` waits for one that is restarting before saying it is away."""
+    """Calls other services. `patience_s` is how long to wait for one that is restarting before it counts as down."""
 
     def __init__(self, nats: Nats) -> None:
         self._nats = nats
@@ -51,7 +51,7 @@ class Ask:
         deadline_s: float = ASK_DEADLINE_S,
         patience_s: float = 0.0,
     ) -> T:
-        """The answer of `service` on `node`, as `kind`."""
+        """Call `service` on `node` and return its reply as `kind`."""
         loop = asyncio.get_running_loop()
         patient_until_s = loop.time() + patience_s
         give_up_s = loop.time() + max(deadline_s, patience_s)
@@ -84,7 +84,7 @@ class Ask:
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One verb a service answers: what it is asked with, and who answers."""
+    """A verb that a service answers: the request's struct, and the handler."""
 
     kind: type[Any]
     answer: Callable[[Any], Awaitable[object]]
@@ -93,28 +93,28 @@ class Question(msgspec.Struct, frozen=True):
 async def serve(
     nats: Nats, service: str, node: str, questions: Mapping[str, Question], stopping: asyncio.Event
 ) -> None:
-    """Answer questions until `stopping`, then finish those under way. Runs as a task of the service."""
+    """Answer requests until `stopping`, then finish those that are running. Runs as a task of the service."""
     questions = {**questions, HERE: Question(Done, _here)}
-    gate = asyncio.Semaphore(MAX_ASKED_AT_ONCE)
+    semaphore = asyncio.Semaphore(MAX_ASKED_AT_ONCE)
     async with asyncio.TaskGroup() as tasks:
 
         async def accept(verb: str, question: Question, request: Request) -> None:
-            # nats-py handles one request at a time per endpoint: hand over and return.
+            # nats-py handles one request at a time per endpoint: start a task and return.
             if not request._msg.reply:
-                return  # a plain `nats pub`: nobody waits for the answer
-            await gate.acquire()
+                return  # a plain `nats pub`: nobody waits for the reply
+            await semaphore.acquire()
             tasks.create_task(answer(verb, question, request))
 
         async def answer(verb: str, question: Question, request: Request) -> None:
             try:
                 reply = encode(await _reply(service, verb, question, request))
                 if len(reply) > nats.client.max_payload:
-                    reply = encode(Answer(error=Failed(f"the answer to {verb} is too large for NATS").body()))
+                    reply = encode(Answer(error=Failed(f"the reply to {verb} is too large for NATS").body()))
                 await request.respond(reply, headers=telemetry.headers())
             except NatsError as e:
-                log.warning("an answer could not be sent", verb=verb, why=str(e) or type(e).__name__)
+                log.warning("reply could not be sent", verb=verb, why=str(e) or type(e).__name__)
             finally:
-                gate.release()
+                semaphore.release()
 
         micro = Service(
             nats.client,
@@ -135,21 +135,21 @@ async def serve(
                 )
             )
         await stopping.wait()
-        # First nobody asks any more (they hear at once that we are away), then the answers under way are finished.
-        # Drained, not stopped: what has arrived already is still answered, and micro's own stop would drop it.
-        listening = [e._subscription for e in micro._endpoints] + list(micro._subscriptions.values())
-        await _unhurried(*(s.drain() for s in listening if s is not None))
+        # Stop receiving first (callers see at once that this service is down), then finish the running requests.
+        # Drained, not stopped: what has arrived is still answered, while micro's own stop would drop it.
+        subscriptions = [e._subscription for e in micro._endpoints] + list(micro._subscriptions.values())
+        await _unhurried(*(s.drain() for s in subscriptions if s is not None))
         for _ in range(MAX_ASKED_AT_ONCE):
-            await gate.acquire()
+            await semaphore.acquire()
 
 
 async def _here(question: Done) -> Done:
     return question
 
 
-async def _unhurried(*work: Coroutine[Any, Any, None]) -> None:
-    # These flush, and a flush of nats-py that is cancelled takes the connection's read loop with it.
-    running = [asyncio.ensure_future(w) for w in work]
+async def _unhurried(*coroutines: Coroutine[Any, Any, None]) -> None:
+    # These flush, and cancelling a flush of nats-py also cancels the connection's read loop.
+    running = [asyncio.ensure_future(c) for c in coroutines]
     for task in running:
         task.add_done_callback(lambda t: t.cancelled() or t.exception())
     await asyncio.wait(running, timeout=_MICRO_DEADLINE_S)
@@ -162,8 +162,8 @@ async def _reply(service: str, verb: str, question: Question, request: Request) 
         except ShoalError as e:
             telemetry.failed(span, e.message)
             return Answer(error=e.body())
-        except Exception as e:  # noqa: BLE001  # the asker is owed a reply; the log has the trace
-            log.error("a question failed", exc=e, verb=verb)
+        except Exception as e:  # noqa: BLE001  # the caller is owed a reply; the log has the trace
+            log.error("request failed", exc=e, verb=verb)
             telemetry.failed(span, str(e))
             return Answer(error=as_body(e))
         return Answer(result=msgspec.Raw(encode(result)))

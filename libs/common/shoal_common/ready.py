@@ -1,16 +1,16 @@
-"""`partial/<blob>/ready`: which leaves of a blob that arrives can be relayed. Written by the fetcher.
+"""The relay bitmap `partial/<blob>/ready`: which leaves of a partial blob can be relayed. Written by the fetcher.
 
 | offset | bytes | what                                                                                    |
 | ------ | ----- | --------------------------------------------------------------------------------------- |
-| 0      | 16    | the boot that wrote it (`identity.boot_bytes`)                                          |
+| 0      | 16    | the boot that wrote it (`process_identity.boot_bytes`)                                  |
 | 16     | 8     | size of the blob in bytes, little-endian                                                |
-| 24     | n     | bitmap of leaves that are verified and written (`layout.Bitmap`), n = ceil(leaves / 8)  |
+| 24     | n     | bitmap of verified and written leaves (`bitmap.Bitmap`), n = ceil(leaves / 8)           |
 
-Sample: of a blob of 1,048,577 bytes whose second leaf is there, after the boot, `01 00 10 00 00 00 00 00 02`.
+Sample: for a blob of 1,048,577 bytes with its second leaf, after the boot, `01 00 10 00 00 00 00 00 02`.
 
-What is written need not be durable: after a power cut it may be gone, and so the file says nothing to another boot.
-It begins under another name, and from then on bits are only set, each after its leaf is written: whoever reads it
-meanwhile sees some that are true. All calls block.
+Written leaves need not be durable: a power cut may lose them, so the file is void in another boot. It is created
+under another name, and then bits are only set, each after its leaf is written: a concurrent reader sees a subset of
+what is true. All calls block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEAD = struct.Struct("<16sQ")
 
 
 def ready_of(data: bytes) -> Bitmap | None:
-    """What the bytes of such a file say; None when they are of another boot, or no such file."""
+    """Parse such a file; None if it is of another boot, or not such a file."""
     if len(data) < _HEAD.size:
         return None
     boot, size_bytes = _HEAD.unpack_from(data)
@@ -39,21 +39,21 @@ def ready_of(data: bytes) -> Bitmap | None:
 
 
 def read_ready(layout: Layout, blob: str, size_bytes: int) -> Bitmap:
-    """Leaves of a blob of this size that can be relayed now: none where nothing can be believed."""
+    """Return the leaves of a blob of this size that can be relayed now; none if the file cannot be trusted."""
     try:
-        found = ready_of(layout.partial_ready(blob).read_bytes())
+        bitmap = ready_of(layout.partial_ready(blob).read_bytes())
     except FileNotFoundError:
-        found = None
-    return found if found is not None and found.size_bytes == size_bytes else Bitmap(size_bytes)
+        bitmap = None
+    return bitmap if bitmap is not None and bitmap.size_bytes == size_bytes else Bitmap(size_bytes)
 
 
 class Ready:
-    """The file, open for its one writer, the fetcher. `with` closes it; what it says stays true for this boot."""
+    """The relay bitmap, opened by its only writer, the fetcher. It stays valid for this boot after it is closed."""
 
     def __init__(self, layout: Layout, blob: str, durable: Bitmap) -> None:
-        """Begin it, with what is durable; what it says already, of this boot, stays.
+        """Create it with the durable leaves, and keep the leaves that it lists for this boot.
 
-        Raises FileNotFoundError when the partial has gone, other OSErrors as the disk does.
+        Raises FileNotFoundError if the partial blob is gone, or another OSError of the disk.
         """
         path = layout.partial_ready(blob)
         self.bitmap = read_ready(layout, blob, durable.size_bytes)
@@ -66,14 +66,14 @@ class Ready:
         self._fd = os.open(path, os.O_WRONLY)
 
     def add(self, leaves: Iterable[int]) -> None:
-        """These leaves are verified and written. Raises OSError."""
+        """Record leaves as verified and written. Raises OSError."""
         changed = set()
         for leaf in leaves:
             self.bitmap.add(leaf)
             changed.add(leaf // 8)
         bits = self.bitmap.to_bytes()
-        for at in sorted(changed):
-            os.pwrite(self._fd, bits[at : at + 1], _HEAD.size + at)
+        for index in sorted(changed):
+            os.pwrite(self._fd, bits[index : index + 1], _HEAD.size + index)
 
     def close(self) -> None:
         """Close the file."""

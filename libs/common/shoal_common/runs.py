@@ -1,7 +1,7 @@
-"""Sets of leaves as numbers, runs of them, and which run a source sends next. Pure.
+"""Sets of leaves as integers, their ranges, and the range that a source sends next. Pure.
 
 A set of leaves is an int: bit i is leaf i. Union, intersection and counting then take microseconds for thousands of
-leaves. A run is leaves [first, end), one after the other in the file: what one request asks for.
+leaves. A range is leaves [first, end), consecutive in the file: what one request asks for.
 """
 
 from __future__ import annotations
@@ -10,42 +10,42 @@ import random
 from collections.abc import Iterator, Sequence
 
 MAX_RUN_LEAVES = 64
-"""No run is longer."""
+"""Maximum length of a range."""
 MAX_SENT_COUNT = 64
 
 
 def from_bitmap(bitmap: bytes | bytearray) -> int:
-    """The set that a bitmap holds, as `layout.Bitmap` writes it: bit i of byte i // 8, least significant first."""
+    """Return the set of a bitmap as `bitmap.Bitmap` writes it: bit i of byte i // 8, least significant first."""
     return int.from_bytes(bitmap, "little")
 
 
 def to_bitmap(leaves: int, leaf_count: int) -> bytes:
-    """A set as the bitmap of a blob with so many leaves. Raises OverflowError when it holds a leaf beyond them."""
+    """Return a set as the bitmap of a blob with `leaf_count` leaves. Raises OverflowError for a leaf beyond them."""
     return leaves.to_bytes(-(-leaf_count // 8), "little")
 
 
 def run(first: int, end: int) -> int:
-    """The set of leaves [first, end); empty when there are none."""
+    """Return the set of leaves [first, end); empty if end <= first."""
     return ((1 << (end - first)) - 1) << first if end > first else 0
 
 
 def bounds(leaves: int) -> tuple[int, int]:
-    """The smallest [first, end) around a set: of a run, its own. (0, 0) of none."""
+    """Return the smallest [first, end) around a set; (0, 0) for an empty one."""
     return (_lowest(leaves), leaves.bit_length()) if leaves else (0, 0)
 
 
 def runs_of(leaves: int) -> Iterator[tuple[int, int]]:
-    """The runs of a set, in order, adjacent leaves joined."""
+    """Yield the ranges of a set, in order, adjacent leaves joined."""
     while leaves:
         first = _lowest(leaves)
-        # Adding 1 at a run's start carries to its end.
+        # Adding 1 at a range's start carries to its end.
         end = _lowest(leaves + (1 << first))
         yield first, end
         leaves &= -1 << end
 
 
 def drawn(leaves: int, draw: random.Random) -> int:
-    """A leaf of a set, each as likely as the others. Raises ValueError for an empty set."""
+    """Return a random leaf of a set, all equally likely. Raises ValueError for an empty set."""
     place, below = draw.randrange(leaves.bit_count()), 0
     width = leaves.bit_length()
     while width > 1:
@@ -60,27 +60,27 @@ def drawn(leaves: int, draw: random.Random) -> int:
 
 
 def run_around(leaf: int, leaves: int, max_leaves: int) -> tuple[int, int]:
-    """The run [first, end) of a set that has this leaf in it.
+    """Return the range [first, end) of a set that contains this leaf.
 
-    It ends at multiples of `max_leaves`: runs drawn one after the other leave no splinters between them.
+    It ends at multiples of `max_leaves`, so that ranges picked one after the other leave no fragments between them.
     """
     max_leaves = min(max(max_leaves, 1), MAX_RUN_LEAVES)
     start = leaf // max_leaves * max_leaves
     cell = leaves >> start & ((1 << max_leaves) - 1)
-    gaps, at = ~cell, leaf - start
-    below = gaps & ((1 << at) - 1)
-    return start + below.bit_length(), start + at + min(_lowest(gaps >> at), max_leaves - at)
+    gaps, offset = ~cell, leaf - start
+    below = gaps & ((1 << offset) - 1)
+    return start + below.bit_length(), start + offset + min(_lowest(gaps >> offset), max_leaves - offset)
 
 
 def least_sent(
     sent: Sequence[int], wanted: int, ready: int, max_leaves: int, draw: random.Random
 ) -> tuple[int, int] | None:
-    """The run [first, end) that a source answers `any` with: of leaves that it has sent least, a random one.
+    """Return the range [first, end) that a source sends next: a random one of the leaves that it has sent least.
 
-    `sent[n]` is the set of leaves that were sent, or are being sent, n times to anyone: the caller counts a run as
-    soon as it is chosen. `ready` is what can be sent; leaves that are on their way to somebody at this moment are
-    better left out of it, because whoever gets them will pass them on before a second copy could arrive. At random,
-    so that several sources do not all begin with the same leaves. None when nothing wanted is ready.
+    `sent[n]` is the set of leaves that were sent, or are being sent, n times to anyone: the caller records a range as
+    soon as it is chosen. `ready` is what can be sent; leaves that are in flight to anyone are better left out,
+    because their receiver will relay them before a second copy could arrive. At random, so that several sources do
+    not all start with the same leaves. None if nothing wanted is ready.
     """
     for leaves in sent:
         if least := leaves & wanted & ready:
@@ -89,7 +89,7 @@ def least_sent(
 
 
 def counted(sent: list[int], leaves: int) -> None:
-    """Count leaves once more in `sent`, as `least_sent` reads it. After MAX_SENT_COUNT times nothing is counted."""
+    """Record leaves as sent once more in `sent`, as `least_sent_range` reads it, up to MAX_SENT_COUNT times."""
     for count in range(min(len(sent), MAX_SENT_COUNT) - 1, -1, -1):
         if again := sent[count] & leaves:
             if count + 1 == len(sent):

@@ -1,11 +1,11 @@
-"""Sends commands as anybody would with `nats req`, and waits for their outcomes.
+"""Sends commands, as `nats req` would, and waits for their outcomes.
 
-A reply is lost when the service that owes it restarts, or NATS does; `done` has the outcome all the same. A command
-is lost with a NATS that dies before it has kept it (nothing acknowledges it), so it is sent again, under the same id,
-to each NATS that is reached while its sender waits. Its id is done once, however often it comes.
+A reply is lost when the service that owes it, or NATS, restarts; `done` has the outcome all the same. A command is
+lost with a NATS that dies before storing it (nothing acknowledges it), so it is sent again under the same id after
+each reconnection while its sender waits. An id runs once, however often it arrives.
 
-One whose service is away for AWAY_AFTER_S is withdrawn: it ends with `node_away`, in `done` too, where the service
-finds it when it is back.
+A command whose service is down for AWAY_AFTER_S is cancelled: it ends with `node_away`, also in `done`, where the
+service finds that when it is back.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from shoal_common.errors import BadMessage, Expired, ShoalError, Unavailable
 from shoal_common.messages import decode, encode
 from shoal_common.messages.commands import Command, Outcome
 
-_LOOK_EVERY_S = 2.0
-"""How often `done` is looked at: a reply may be lost in an outage of NATS, the outcome is not."""
+_POLL_INTERVAL_S = 2.0
+"""How often `done` is read: a NATS outage may lose the reply, but not the outcome."""
 AWAY_AFTER_S = 15.0
-"""So long a service may have no key in `live`, as while it restarts, before it counts as away."""
-_LAST_LOOK_S = 5.0
+"""How long a service may lack a key in `live`, as while it restarts, before it counts as down."""
+_LAST_CHECK_TIMEOUT_S = 5.0
 
 
 def new_id() -> str:
-    """A fresh id for a command or a request."""
+    """Return a new id for a command or a request."""
     return uuid.uuid4().hex
 
 
 class _Sent(msgspec.Struct, frozen=True):
-    """A command on its way."""
+    """A command that was sent, or is about to be."""
 
     service: str
     node: str
@@ -52,7 +52,7 @@ class _Sent(msgspec.Struct, frozen=True):
     identity: str
 
     def ended_with(self, error: ShoalError) -> Outcome:
-        """Its outcome when nobody carried it out."""
+        """Return its outcome if nobody ran it."""
         return Outcome(
             id=self.identity,
             ok=False,
@@ -65,22 +65,22 @@ class _Sent(msgspec.Struct, frozen=True):
 
 
 class Sender:
-    """Sends commands."""
+    """Sends commands and waits for their outcomes."""
 
     def __init__(self, nats: Nats, buckets: Buckets) -> None:
         self._nats, self._buckets = nats, buckets
 
     def require_nats(self) -> None:
-        """Raise Unavailable while NATS is away: what would be sent then might be carried out much later."""
+        """Raise Unavailable while NATS is down: what is sent then might run much later."""
         if not self._nats.connected:
-            raise Unavailable("this node has lost NATS and tries to reach it again; try again in a moment")
+            raise Unavailable("this node has lost NATS and is reconnecting; try again in a moment")
 
     async def outcome_of(
         self, service: str, node: str, verb: str, command: Command, identity: str, deadline_s: float
     ) -> Outcome:
         """Send a command under this id and return its outcome.
 
-        When none comes in time, or it could not be sent, that is an outcome too: never raises a ShoalError.
+        A timeout, or a command that could not be sent, is an outcome too: never raises a ShoalError.
         """
         sent = _Sent(service, node, verb, structs.replace(command, expires_at_s=clock.now_s() + deadline_s), identity)
         try:
@@ -89,7 +89,7 @@ class Sender:
         except TimeoutError:
             error: ShoalError = await self._why_late(sent, deadline_s)
         except NatsError as e:
-            error = Unavailable(f"{verb} could not be sent to {service} of node {node}: NATS is away ({e})")
+            error = Unavailable(f"{verb} could not be sent to {service} of node {node}: NATS is down ({e})")
         except ShoalError as e:
             error = e
         return sent.ended_with(error)
@@ -99,21 +99,21 @@ class Sender:
         inbox = self._nats.client.new_inbox()
         replies = await self._nats.client.subscribe(inbox)
         reconnects, connection = self._nats.reconnects, -1
-        away_since_s: float | None = None
+        down_since_s: float | None = None
         try:
             while True:
                 if connection != reconnects.count and (connection < 0 or await self._is_kept()):
-                    connection, away_since_s = reconnects.count, None
+                    connection, down_since_s = reconnects.count, None
                     await self._publish(sent, inbox)
                 outcome = await self._reply(replies) or await self._done(sent)
                 if outcome is not None:
                     return outcome
                 if await self._is_away(sent):
-                    away_since_s = away_since_s or time.monotonic()
-                    if time.monotonic() - away_since_s >= AWAY_AFTER_S:
+                    down_since_s = down_since_s or time.monotonic()
+                    if time.monotonic() - down_since_s >= AWAY_AFTER_S:
                         return await self._withdraw(sent)
                 else:
-                    away_since_s = None
+                    down_since_s = None
         finally:
             with suppress(NatsError):
                 await replies.unsubscribe()
@@ -128,7 +128,7 @@ class Sender:
             )
 
     async def _is_kept(self) -> bool:
-        """Whether the queue is there: a NATS that has lost its store has none until a service has made it anew."""
+        """Return whether the queue exists: a NATS that lost its store has none until a service creates it again."""
         with suppress(NatsError):
             await self._nats.js.stream_info("CMD")
             return True
@@ -136,7 +136,7 @@ class Sender:
 
     async def _reply(self, replies: Subscription) -> Outcome | None:
         with suppress(NatsTimeoutError, BadMessage):
-            return decode((await replies.next_msg(timeout=_LOOK_EVERY_S)).data, Outcome)
+            return decode((await replies.next_msg(timeout=_POLL_INTERVAL_S)).data, Outcome)
         return None
 
     async def _done(self, sent: _Sent) -> Outcome | None:
@@ -150,7 +150,7 @@ class Sender:
         return False
 
     async def _withdraw(self, sent: _Sent) -> Outcome:
-        """End a command that nobody is there for. Its service finds that in `done`; one that was faster is right."""
+        """Cancel a command whose service is down. The service finds that in `done`; if it was faster, it wins."""
         outcome = sent.ended_with(await node_away(self._buckets, sent.service, sent.node, sent.verb))
         if await self._buckets.done.create(done_key(sent.identity), outcome) is None:
             return await self._done(sent) or outcome
@@ -158,18 +158,18 @@ class Sender:
 
     async def _why_late(self, sent: _Sent, deadline_s: float) -> ShoalError:
         with suppress(TimeoutError, Unavailable, NatsError):
-            async with asyncio.timeout(_LAST_LOOK_S):
+            async with asyncio.timeout(_LAST_CHECK_TIMEOUT_S):
                 if self._nats.connected and not await is_live(self._buckets, sent.service, sent.node):
                     return await node_away(self._buckets, sent.service, sent.node, sent.verb)
         return Expired(
             f"{sent.verb} did not end within {deadline_s:.0f} s on {sent.service} of node {sent.node}; it may still "
-            f"go on: see `shoal status`, or ask GET /v1/commands/{sent.identity} later"
+            f"run: see `shoal status`, or ask GET /v1/commands/{sent.identity} later"
         )
 
     async def outcomes_of(
         self, service: str, ids: Mapping[str, str], verb: str, command: Command, deadline_s: float
     ) -> dict[str, Outcome]:
-        """The same command to several nodes at once: `ids` has each node's command id."""
+        """Send one command to several nodes at once and return their outcomes; `ids` holds each node's command id."""
         async with asyncio.TaskGroup() as tasks:
             sent = {
                 node: tasks.create_task(self.outcome_of(service, node, verb, command, identity, deadline_s))

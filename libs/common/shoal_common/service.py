@@ -1,8 +1,8 @@
-"""The main loop of every service: connect, claim, run, drain, stop within a deadline.
+"""The main loop of every service: connect, claim the liveness key, run, drain, stop within a deadline.
 
-A service is a coroutine function `run(context)`. It opens what it needs, says `context.ready(...)`, and returns
-soon after `context.stopping` is set. When it raises, the process ends with an exit code, and the supervisor
-starts it again: there is no half-dead service.
+A service is a coroutine function `run(context)`. It opens what it needs, calls `context.ready(...)`, and returns soon
+after `context.stopping` is set. If it raises, the process ends with an exit code and the supervisor restarts it:
+there is no half-dead service.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from shoal_common.watch import View, follow
 log = Log("service")
 
 STOP_DEADLINE_S = 10.0
-_WITHDRAW_DEADLINE_S = 2.0
-_ONE_ASKING_S = 0.5
+_DELETE_KEY_TIMEOUT_S = 2.0
+_SIGNAL_REPEAT_S = 0.5
 VIEW_DEADLINE_S = 30.0
 
 
@@ -64,16 +64,16 @@ class Context:
         self._supervisor = supervisor
 
     def ready(self, facts: Facts | None = None) -> None:
-        """The service does its work from now on. The supervisor hears of it once peers can read these facts."""
+        """Report that the service works. The supervisor is told once peers can read these facts."""
 
-        def said() -> None:
+        def published() -> None:
             self._supervisor.tell(f"READY=1\nSTATUS=node {self.node}")
             log.info("ready", version=VERSION, addresses=",".join(self.liveness.facts.addresses))
 
-        self.liveness.say_now(facts, said)
+        self.liveness.say_now(facts, published)
 
     async def follow_interfaces(self, port: int | None = None) -> None:
-        """Keep `interfaces` true from now on; with a data port, tell peers by which of them it is reached."""
+        """Keep `interfaces` current from now on, and publish the addresses of a data port if there is one."""
 
         def look() -> list[Link]:
             seen = self.interfaces.look()
@@ -83,13 +83,13 @@ class Context:
         self.liveness.follow_links(look)
 
     async def serve(self, questions: Mapping[str, Question]) -> None:
-        """Answer questions until stopping."""
+        """Answer RPC requests until stopping."""
         await serve(self.nats, self.config.service, self.node, questions, self.stopping)
 
     async def work(
         self, verbs: Mapping[str, Verb], address: str | None = None, until: asyncio.Event | None = None
     ) -> None:
-        """Carry out commands for this node (or `any`) until stopping."""
+        """Run commands for this node (or `any`) until stopping."""
         worker = CommandWorker(self.nats, self.buckets, self.events, self.config.service, self.node, verbs)
         await worker.run(address or self.node, until or self.stopping)
 
@@ -100,9 +100,9 @@ class Context:
     async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View: ...
 
     async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View:
-        """A local view of a bucket, whole when this returns, followed by a task of the group until stopping.
+        """Return a complete mirror of a bucket; a task of the group keeps it current until stopping.
 
-        That of `live` does not show services of another major version: they are ignored, everywhere.
+        The mirror of `live` leaves out services of another major version, which are ignored everywhere.
         """
         view = CompanyView() if bucket == "live" else View(bucket)
         tasks.create_task(self._until_stopping(follow(self.nats, view, *keys)))
@@ -127,18 +127,18 @@ class Context:
 
 
 async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
-    # A NATS that lost its store comes back without streams; everyone re-creates them, the first one wins.
-    seen, made = nats.reconnects.count, await store_made(nats.js)
+    # A NATS that lost its store comes back without streams. Every service creates them again; the first one wins.
+    seen, created_at = nats.reconnects.count, await store_made(nats.js)
     while True:
         with suppress(TimeoutError):
             async with asyncio.timeout(clock.LOOK_AGAIN_S):
                 seen = await nats.reconnects.wait_after(seen)
-            with suppress(Unavailable, NotFoundError):  # away again already, or wiped again: the next time tells
+            with suppress(Unavailable, NotFoundError):  # down or wiped again: the next reconnection repeats this
                 await ensure_streams(nats.js, replicas)
                 liveness.beat_now()
-                before, made = made, await store_made(nats.js)
-                if made != before:
-                    log.warning("NATS has lost all that it had kept; what this service knows is said again")
+                old, created_at = created_at, await store_made(nats.js)
+                if created_at != old:
+                    log.warning("NATS lost its store; publishing this service's state again")
                     nats.wipes.happened()
         await clock.set_by(nats.client)
 
@@ -146,25 +146,25 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
     supervisor = Supervisor(environ)
     stopping = asyncio.Event()
-    me = asyncio.current_task()
-    assert me is not None
+    main_task = asyncio.current_task()
+    assert main_task is not None
 
-    asked_s: float | None = None
+    signalled_s: float | None = None
 
     def on_signal(number: signal.Signals) -> None:
-        nonlocal asked_s
+        nonlocal signalled_s
         now_s = time.monotonic()
-        if asked_s is None:
-            asked_s = now_s
-        elif number == signal.SIGINT or now_s - asked_s > _ONE_ASKING_S:
-            os._exit(130)  # asked twice: at once
+        if signalled_s is None:
+            signalled_s = now_s
+        elif number == signal.SIGINT or now_s - signalled_s > _SIGNAL_REPEAT_S:
+            os._exit(130)  # a second request to stop: exit at once
         else:
             return  # the kernel may repeat the signal of a dying supervisor
         stopping.set()
         supervisor.tell("STOPPING=1")
         log.info("stopping")
         if not serving:
-            me.cancel()
+            main_task.cancel()
 
     serving = False
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -182,27 +182,27 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
             context.stopping = stopping
             serving = True
             async with asyncio.TaskGroup() as tasks:
-                around = [
+                helpers = [
                     tasks.create_task(liveness.beat_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
                     tasks.create_task(_ensure_after_reconnects(nats, config.replicas, liveness)),
                 ]
                 running = asyncio.ensure_future(run(context))
-                around.append(tasks.create_task(_stop_in_time(running, stopping)))
+                helpers.append(tasks.create_task(_stop_in_time(running, stopping)))
                 try:
                     await running
                 finally:
-                    for task in around:
+                    for task in helpers:
                         task.cancel()
         finally:
             with suppress(Exception):
-                await asyncio.wait_for(liveness.withdraw(), _WITHDRAW_DEADLINE_S)
+                await asyncio.wait_for(liveness.withdraw(), _DELETE_KEY_TIMEOUT_S)
 
 
 async def _stop_in_time(running: asyncio.Future[None], stopping: asyncio.Event) -> None:
     await stopping.wait()
     await asyncio.sleep(STOP_DEADLINE_S)
-    log.warning("not stopped in time; cancelling what is left", deadline_s=STOP_DEADLINE_S)
+    log.warning("not stopped in time; cancelling the rest", deadline_s=STOP_DEADLINE_S)
     await ended(running)
 
 
@@ -213,12 +213,12 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def main(service: str, run: Callable[[Context], Awaitable[None]]) -> int:
-    """Run a service to its end. Returns the exit code: 0, or that of the error that ended it."""
+    """Run a service to its end and return the exit code: 0, or that of the error that ended it."""
     environ = dict(os.environ)
     try:
         config = read_config(service, environ)
     except ShoalError as e:
-        print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # no log before its settings
+        print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
         return e.exit_code
     logs.set_up(service, config.node, config.log_level)
     finish = telemetry.set_up(service, config.node, environ)

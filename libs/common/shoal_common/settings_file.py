@@ -1,7 +1,7 @@
-"""Changes keys of node.toml and nothing else of it: a person's comments, order and foreign keys stay.
+"""Changes keys of node.toml and nothing else: a person's comments, order and unknown keys stay.
 
-What will be in the file is parsed and compared with what was meant before it is written; where the two differ, as
-they may for a file written in an unusual way, it is refused and the file stays as it is.
+The new text is parsed and compared with the wanted settings before it is written. If they differ, as they may for a
+file written in an unusual way, the change is refused and the file stays as it is.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Value = int | str | list[str] | None
 def change_settings(
     home: Path, changes: Mapping[str, Mapping[str, Value]], accept: Callable[[dict[str, Any]], T]
 ) -> T:
-    """Set keys of sections, durably and all or none; None takes a key away. Returns what `accept` says of them.
+    """Set keys of sections, durably and all or none; None removes a key. Returns what `accept` returns.
 
-    `accept` is given all settings as they will be and refuses them by raising: nothing is written then. A file that
-    holds all of it already is not touched. Raises BadInput for a file that is no TOML, Refused for a section that
-    cannot be changed without changing more, Failed when the file cannot be written. Blocks.
+    `accept` gets all settings as they will be, and refuses them by raising: nothing is written then. A file that
+    holds all of it already is not touched. Raises BadInput for a file that is not TOML, Refused for a section that
+    cannot be changed without changing more, Failed if the file cannot be written. Blocks.
     """
     home.mkdir(parents=True, exist_ok=True)
     path = settings_path(home)
@@ -51,8 +51,8 @@ def change_settings(
                 for k, v in keys.items()
             )
             raise Refused(
-                f"{path} is written in a way that cannot be changed from here: write {lines} there by hand, or bring "
-                "all of a section under one heading"
+                f"{path} is written in a way that Shoal cannot change: write {lines} there by hand, or bring all of "
+                "a section under one heading"
             )
         try:
             write_settings(home, after.encode())
@@ -62,19 +62,19 @@ def change_settings(
 
 
 def changed(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
-    """Settings after a change. Raises Refused when the section is something else than a table. Pure."""
-    found = settings.get(section, {})
-    if not isinstance(found, Mapping):
-        raise Refused(f"{section} in node.toml is {found!r}: write it as a section [{section}] first")
-    kept = {k: v for k, v in found.items() if k not in changes}
-    table = kept | {k: v for k, v in changes.items() if v is not None}
+    """Return settings after a change. Raises Refused if the section is not a table. Pure."""
+    existing = settings.get(section, {})
+    if not isinstance(existing, Mapping):
+        raise Refused(f"{section} in node.toml is {existing!r}: write it as a section [{section}] first")
+    unchanged = {k: v for k, v in existing.items() if k not in changes}
+    table = unchanged | {k: v for k, v in changes.items() if v is not None}
     if not table and section not in settings:
         return dict(settings)
     return {**settings, section: table}
 
 
 def changed_text(text: str, section: str, changes: Mapping[str, Value]) -> str | None:
-    """The file's text after a change; None where the section is spread over the file. Pure."""
+    """Return the file's text after a change; None if the section is spread over the file. Pure."""
     try:
         document = tomlkit.parse(text)
         table = document.get(section)
@@ -98,29 +98,29 @@ def changed_text(text: str, section: str, changes: Mapping[str, Value]) -> str |
 
 def _set(table: Table | InlineTable, key: str, value: int | str | list[str]) -> None:
     plain = [k for k, v in table.value.body if k is not None and not isinstance(v, Table)]
-    if isinstance(value, list) and isinstance(held := table.get(key), Array):
-        # In place: what a person wrote beside an element that stays, stays too.
-        for gone in [e for e in held.unwrap() if e not in value]:
-            held.remove(gone)
-        for new in [e for e in value if e not in held.unwrap()]:
-            held.append(new)
-        if held.unwrap() == value:
+    if isinstance(value, list) and isinstance(array := table.get(key), Array):
+        # In place: a person's comments beside remaining elements stay.
+        for removed in [e for e in array.unwrap() if e not in value]:
+            array.remove(removed)
+        for added in [e for e in value if e not in array.unwrap()]:
+            array.append(added)
+        if array.unwrap() == value:
             return
     if key in table or isinstance(table, InlineTable) or not plain:
         table[key] = value
         return
-    # After the last key: comments at the section's end speak of the next section more often than of this one.
+    # After the last key: comments at a section's end belong to the next section more often than to this one.
     table.value._insert_after(plain[-1], key, tomlkit.item(value))
 
 
 def _remove(table: Table | InlineTable, key: str) -> None:
     if key not in table:
         return
-    at, item = next((i, v) for i, (k, v) in enumerate(table.value.body) if k is not None and k.key == key)
+    index, item = next((i, v) for i, (k, v) in enumerate(table.value.body) if k is not None and k.key == key)
     table.remove(key)
     if item.trivia.comment and isinstance(table, Table):
-        # What a person wrote beside the key stays, on a line of its own.
-        table.value.body[at] = (None, Comment(Trivia(comment=item.trivia.comment)))
+        # A person's comment beside the key stays, on a line of its own.
+        table.value.body[index] = (None, Comment(Trivia(comment=item.trivia.comment)))
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

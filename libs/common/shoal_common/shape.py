@@ -1,7 +1,6 @@
-"""A model's shape, read from its config.json and the headers of its safetensors files (`tensors.py`).
+"""A model's shape, read from its config.json and the headers of its safetensors files (`safetensors_header.py`).
 
-Nothing here reads a tensor. What is computed from a shape, and for which architectures it is exact, is in
-docs/memory.md.
+No tensor is read. docs/memory.md says what is computed from a shape, and for which architectures it is exact.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ _NOT_TEXT = re.compile(
     r"(?:^|\.)(?:mtp|visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower|"
     r"embed_vision|embed_audio|vision_projection)\."
 )
-"""What mlx-lm does not load: towers for images and sound, heads that predict further tokens."""
+"""Tensors that mlx-lm does not load: vision and audio towers, heads that predict further tokens."""
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|embeddings|wte)\.")
 _EXPERTS = re.compile(r"\.(?:experts|switch_mlp|switch_glu)\.")
-"""Of the experts among which a router chooses; those that all tokens share are called otherwise."""
+"""Tensors of the experts that a router chooses from; shared experts have other names."""
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk")
 _SCORES_WITH_SINKS = 3
-"""Copies of the attention scores at once where sinks are joined to them."""
+"""Copies of the attention scores in memory at once where attention sinks are joined to them."""
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file. Raises Corrupt when the header is not one."""
+    """Return the bytes of each tensor in a safetensors file. Raises Corrupt if the header is invalid."""
     return {name: tensor.size_bytes for name, tensor in read_tensors(path).items()}
 
 
 def read_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """The bytes [start, end) of each tensor in a safetensors file. Raises Corrupt when the header is not one."""
+    """Return the byte range [start, end) of each tensor in a safetensors file. Raises Corrupt if it is invalid."""
     return {name: (tensor.start, tensor.end) for name, tensor in read_tensors(path).items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file's header says of its tensors. Raises Corrupt when it is not one."""
+    """Return the tensors in a safetensors file's header. Raises Corrupt if it is invalid."""
     with path.open("rb") as f:
         prefix = f.read(PREFIX_BYTES)
         header = prefix + f.read(header_end(prefix, path.name) - PREFIX_BYTES)
@@ -54,54 +53,54 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Weights(msgspec.Struct):
-    """A model's tensors, sorted by what they are for."""
+    """A model's tensor sizes, by purpose."""
 
     layer_bytes: list[int]
     expert_bytes: list[int]
-    """Of a layer's bytes, those of the experts among which a router chooses."""
+    """Of a layer's bytes, those of the experts that a router chooses from."""
     kv_rows: list[int]
-    """Numbers that the layer's key and value projections give for a token, 0 where it has none of that name."""
+    """Numbers per token from the layer's key and value projections; 0 if it has none of that name."""
     embed_bytes: int = 0
     head_bytes: int = 0
     own_head: bool = False
     embedding: dict[str, str] = {}
-    """The dtypes of the embedding's tensors, by the last part of their names."""
+    """Dtypes of the embedding's tensors, by the last part of their names."""
     state_dtype: str = ""
     unpacked: bool = False
-    """Whether weights are 8-bit floats, which mlx-lm turns into 16-bit ones when it loads them."""
+    """Whether weights are 8-bit floats, which mlx-lm converts to 16-bit ones when it loads them."""
 
 
 def _sorted(tensors: Mapping[str, Tensor], layers: int, drops_head: bool) -> _Weights:
-    found = _Weights([0] * layers, [0] * layers, [0] * layers)
+    weights = _Weights([0] * layers, [0] * layers, [0] * layers)
     for name, tensor in tensors.items():
         size = tensor.size_bytes
         if _NOT_TEXT.search(name) or "rotary_emb.inv_freq" in name:
             continue
         if tensor.dtype.startswith("F8_") and f"{name}_scale_inv" in tensors:
-            size, found.unpacked = 2 * size, True
+            size, weights.unpacked = 2 * size, True
         match = LAYER.search(name)
         if match:
             # Layers past the count predict further tokens: no stage has them.
             if (layer := int(match.group(1))) < layers:
-                found.layer_bytes[layer] += size
-                found.expert_bytes[layer] += size if _EXPERTS.search(name) else 0
+                weights.layer_bytes[layer] += size
+                weights.expert_bytes[layer] += size if _EXPERTS.search(name) else 0
                 if name.endswith(("attn.k_proj.weight", "attn.v_proj.weight")):
-                    found.kv_rows[layer] += tensor.rows
+                    weights.kv_rows[layer] += tensor.rows
                 if name.endswith("A_log"):
-                    found.state_dtype = tensor.dtype
+                    weights.state_dtype = tensor.dtype
         elif _EMBEDDING.search(name):
-            found.embed_bytes += size
-            found.embedding[name.rpartition(".")[2]] = tensor.dtype
+            weights.embed_bytes += size
+            weights.embedding[name.rpartition(".")[2]] = tensor.dtype
         elif "lm_head" in name:
-            found.own_head = not drops_head
-            found.head_bytes += 0 if drops_head else size
+            weights.own_head = not drops_head
+            weights.head_bytes += 0 if drops_head else size
         else:
-            found.head_bytes += size
-    return found
+            weights.head_bytes += size
+    return weights
 
 
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
-    """The shape of a decoder-only language model. Raises Unsupported when it is not one that Shoal can lay out."""
+    """Return the shape of a decoder-only language model. Raises Unsupported if Shoal cannot split it into layers."""
     model_type = str(config.get("model_type", ""))
     inner = config.get("text_config", {})
     module = module_of(model_type)
@@ -112,9 +111,9 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
     hidden, heads = int(text.get("hidden_size") or 0), int(text.get("num_attention_heads") or 0)
     heads = heads or int(text.get("num_heads") or 1) if "state_size" in text else heads
     if min(layers, hidden, heads) < 1:
-        raise Unsupported(f"{config.get('model_type', 'this model')!r} is not a language model Shoal can lay out")
+        raise Unsupported(f"{config.get('model_type', 'this model')!r} is not a language model that Shoal supports")
     if layers > len(tensors):
-        raise Unsupported("its config.json speaks of more layers than its safetensors files have tensors")
+        raise Unsupported("its config.json has more layers than its safetensors files have tensors")
     weights = _sorted(tensors, layers, drops_head=text.get("tie_word_embeddings") is True)
     if not all(weights.layer_bytes):
         raise Unsupported("some layers have no tensors in this model's safetensors files")
@@ -132,7 +131,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
         # A head tied to the embedding needs the embedding's tensors on the last stage too.
         head_bytes=weights.head_bytes + (weights.embed_bytes if tied else 0),
         tied=tied,
-        # For readers that know no rules: the most that any layer takes.
+        # For readers that do not know `kv_rules`: the maximum over all layers.
         kv_bytes_per_token_layer=max(r.bytes_per_token + -(-r.constant_bytes // 256) for r in rules),
         context_tokens=int(text.get("max_position_embeddings") or DEFAULT_CONTEXT_TOKENS),
         hidden_bytes=hidden * element,
@@ -148,7 +147,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
 
 
 def _element_bytes(weights: _Weights, text: Mapping[str, Any]) -> int:
-    """Bytes of one number of a hidden state, which has the type of the embedding: its scales', if it is quantised."""
+    """Return the bytes of one number of a hidden state; its type is the embedding's, or its scales' if quantized."""
     for dtype in (weights.embedding.get("scales"), weights.embedding.get("weight"), text.get("torch_dtype")):
         if str(dtype) in _DTYPE_BYTES:
             return _DTYPE_BYTES[str(dtype)]
@@ -158,7 +157,7 @@ def _element_bytes(weights: _Weights, text: Mapping[str, Any]) -> int:
 def _rules(
     module: str, text: Mapping[str, Any], weights: _Weights, config_width: int, element: int
 ) -> tuple[list[KvRule], bool]:
-    """A rule for each layer, and whether they are known. Else each is the dense one, by the source that says more."""
+    """Return a rule for each layer, and whether the rules are known; else the dense one, by the larger source."""
     count, widest = len(weights.layer_bytes), max(*weights.kv_rows, config_width)
     rules: list[KvRule] = []
     for index, rows in enumerate(weights.kv_rows):
@@ -176,16 +175,16 @@ def _first(text: Mapping[str, Any], names: tuple[str, ...]) -> int:
 
 
 def _active_bytes(text: Mapping[str, Any], weights: _Weights) -> list[int]:
-    """What one token reads of each layer: of the experts, those that are chosen for it."""
+    """Return the bytes that one token reads of each layer; of the experts, those chosen for it."""
     count, chosen = _first(text, _EXPERT_COUNTS), _first(text, _CHOSEN_COUNTS)
     if not 0 < chosen < count:
         return weights.layer_bytes
     pairs = zip(weights.layer_bytes, weights.expert_bytes, strict=True)
-    return [whole - experts + experts * chosen // count for whole, experts in pairs]
+    return [total - experts + experts * chosen // count for total, experts in pairs]
 
 
 def _activations(module: str, text: Mapping[str, Any], weights: _Weights, element: int) -> tuple[int, int]:
-    """Bytes that a pass takes beside the caches: for each token of its chunk, and for each token of its context."""
+    """Return a pass's bytes besides the caches: per token of its chunk, and per token of its context."""
     hidden, heads = int(text["hidden_size"]), int(text.get("num_attention_heads") or 0)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or (hidden // heads if heads else 0))
@@ -202,7 +201,7 @@ def _activations(module: str, text: Mapping[str, Any], weights: _Weights, elemen
     if chosen:
         expert = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 4 * hidden)
         shared = int(text.get("shared_expert_intermediate_size") or expert * int(text.get("n_shared_experts") or 0))
-        # Each token's state is there once for every expert that it goes to, before and after.
+        # Each token's state exists once per chosen expert, before and after it.
         routed = 3 * (chosen * expert + shared) + 2 * chosen * hidden
         inner_all = routed if all(weights.expert_bytes) else max(routed, 3 * inner)
     else:
@@ -211,7 +210,7 @@ def _activations(module: str, text: Mapping[str, Any], weights: _Weights, elemen
 
 
 def read_config(view: Path) -> dict[str, Any]:
-    """The config.json in a directory. Raises Unsupported or Corrupt."""
+    """Read the config.json of a directory. Raises Unsupported or Corrupt."""
     try:
         return dict(json.loads((view / "config.json").read_text()))
     except FileNotFoundError:
@@ -221,7 +220,7 @@ def read_config(view: Path) -> dict[str, Any]:
 
 
 def read_shape(view: Path) -> ModelShape:
-    """The shape of the model in a directory. Raises Unsupported or Corrupt, saying what is missing."""
+    """Return the shape of the model in a directory. Raises Unsupported or Corrupt, naming what is missing."""
     config = read_config(view)
     files = sorted(view.glob("model*.safetensors"))
     if not files:
@@ -233,7 +232,7 @@ def read_shape(view: Path) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
-    """`model_shape` of what comes from outside: a config that makes no sense is Unsupported too."""
+    """Return `model_shape` of foreign input; raises Unsupported also for a config that makes no sense."""
     try:
         return model_shape(config, tensors)
     except (ValueError, TypeError, AttributeError, OverflowError, KeyError, ZeroDivisionError) as e:

@@ -1,6 +1,6 @@
-"""Telling that a connection to another node broke: it is known at once then, and by its liveness key much later.
+"""Reports that a connection to another node broke, long before that node's liveness key expires.
 
-It is a hint, and nobody acts on it alone: placement's leader asks the node whether it is there.
+A report is a hint, and nobody acts on it alone: placement's leader pings the node first.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from shoal_common.messages import encode
 from shoal_common.messages.facts import LostSight
 
 SAY_EVERY_S = 2.0
-"""Of one node no more often than this: a dead one is tried by many, again and again."""
-_NODES_AT_MOST = 1024
+"""Minimum time between reports about one node: many services retry a dead one again and again."""
+_MAX_NODES = 1024
 
 
 class Sight:
-    """What one service tells of other nodes."""
+    """Reports one service's failed connections to other nodes."""
 
     def __init__(self, nats: Nats, node: str) -> None:
         self._nats, self._me = nats, node
         self._said_s: dict[str, float] = {}
 
     async def lost(self, node: str, why: str) -> None:
-        """A connection to a node broke or was refused."""
+        """Report that a connection to a node broke or was refused."""
         now_s = time.monotonic()
         if node == self._me or now_s - self._said_s.get(node, -SAY_EVERY_S) < SAY_EVERY_S:
             return
-        if len(self._said_s) >= _NODES_AT_MOST:
+        if len(self._said_s) >= _MAX_NODES:
             self._said_s.clear()
         self._said_s[node] = now_s
         with suppress(NatsError):

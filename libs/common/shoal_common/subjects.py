@@ -1,4 +1,4 @@
-"""The only place where subject strings are made."""
+"""NATS subjects. Only this module builds them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ EVENTS = f"{ROOT}.evt.>"
 
 
 def command(service: str, node: str, verb: str) -> str:
-    """Where a command for a service of a node goes; node `any` lets the cluster answer."""
+    """Return the subject of a command for a service of a node, or for the cluster with node `any`."""
     return f"{ROOT}.cmd.{service}.{check_node(node)}.{verb}"
 
 
 def commands_of(service: str, node: str) -> str:
-    """All commands for a service of a node."""
+    """Return the subject of all commands for a service of a node."""
     return f"{ROOT}.cmd.{service}.{check_node(node)}.*"
 
 
 def durable(service: str, node: str) -> str:
-    """The consumer that brings a service of a node (or `any`) its commands."""
+    """Return the name of the consumer of commands for a service of a node, or of `any`."""
     return f"{service}-{check_node(node)}"
 
 
 def question(service: str, node: str, verb: str) -> str:
-    """Where a question to a service of a node goes."""
+    """Return the subject of an RPC request to a service of a node."""
     return f"{ROOT}.svc.{service}.{check_node(node)}.{verb}"
 
 
 def event(service: str, node: str, name: str) -> str:
-    """Where a service tells what happened; `*` listens to all services, nodes or events."""
+    """Return the subject of an event; `*` subscribes to all services, nodes or events."""
     return f"{ROOT}.evt.{service}.{node if node == '*' else check_node(node)}.{name}"
 
 
 def have(node: str, blob: str) -> str:
-    """Where a node tells what it has of a blob that it is fetching; node `*` listens to all."""
+    """Return the subject of a node's have messages about a blob; node `*` subscribes to all. Not stored."""
     return f"{ROOT}.have.{node if node == '*' else check_node(node)}.{check_blob(blob)}"
 
 
 def lost(node: str) -> str:
-    """Where somebody tells that a connection to a node broke; node `*` listens to all. Core NATS, kept nowhere."""
+    """Return the subject of reports that a connection to a node broke; node `*` subscribes to all. Not stored."""
     return f"{ROOT}.lost.{node if node == '*' else check_node(node)}"
 
 
 def tokens(request: str) -> str:
-    """Where the tokens of one answer go: core NATS, kept nowhere."""
+    """Return the subject of one answer's tokens. Not stored."""
     return f"{ROOT}.tok.{check_id(request)}"

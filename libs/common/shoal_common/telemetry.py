@@ -1,10 +1,11 @@
-"""Traces and metrics. Context travels in NATS headers: one trace spans the services that one command touches.
+"""Traces and metrics. The trace context travels in NATS headers: one trace covers all services that a command
+touches.
 
-Both are exported over OTLP/HTTP when OTEL_EXPORTER_OTLP_ENDPOINT is set; otherwise nothing is recorded and the SDK is
+Both are exported over OTLP/HTTP if OTEL_EXPORTER_OTLP_ENDPOINT is set; otherwise nothing is recorded and the SDK is
 not even loaded.
 
 shoal.transfer.bytes     counter        bytes of blobs: `source` hub or peer, `direction` in or out
-shoal.download.active    up-down        downloads at work on this node: not those that are paused, or have ended
+shoal.download.active    up-down        running downloads of this node; not paused or ended ones
 shoal.verified.bytes     counter        bytes of blobs that were hashed and made durable for a download
 """
 
@@ -26,10 +27,10 @@ _verified = _meter.create_counter("shoal.verified.bytes", "By", "Bytes hashed an
 
 
 def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], None]:
-    """Start exporting if the environment names a collector. Returns what to call at the end."""
+    """Start exporting if the environment names a collector. Returns a function to call at exit."""
     if not environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return lambda: None
-    # Loaded only when used: the SDK and protobuf cost some 20 MB in every process.
+    # Loaded only if used: the SDK and protobuf take some 20 MB in every process.
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter  # noqa: PLC0415
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     from opentelemetry.sdk.metrics import MeterProvider  # noqa: PLC0415
@@ -39,11 +40,11 @@ def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], 
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
     resource = Resource.create({"service.name": f"shoal-{service}", "service.instance.id": node})
-    # A dead collector must not delay stopping: the default timeout would by ten seconds.
+    # A dead collector must not delay stopping; the default timeout would, by ten seconds.
     traces = TracerProvider(resource=resource)
     traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
     trace.set_tracer_provider(traces)
-    # Once a minute, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise, and at the end.
+    # Every minute, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise, and at exit.
     reader = PeriodicExportingMetricReader(OTLPMetricExporter(timeout=_EXPORT_TIMEOUT_S))
     meters = MeterProvider([reader], resource)
     metrics.set_meter_provider(meters)
@@ -56,7 +57,7 @@ def set_up(service: str, node: str, environ: Mapping[str, str]) -> Callable[[], 
 
 
 def headers(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Headers for a message to send now: the current trace context, and `extra`."""
+    """Return headers for a message to send now: the current trace context, and `extra`."""
     out = dict(extra or {})
     propagate.inject(out)
     return out
@@ -64,7 +65,7 @@ def headers(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextmanager
 def sending(subject_template: str) -> Iterator[Span]:
-    """Around sending a message. The template has no ids in it: `cmd.fetcher.download`."""
+    """Span around sending a message. The template contains no ids: `cmd.fetcher.download`."""
     attributes = {"messaging.system": "nats", "messaging.destination.name": subject_template}
     with _tracer.start_as_current_span(
         f"send {subject_template}", kind=SpanKind.PRODUCER, attributes=attributes
@@ -74,7 +75,7 @@ def sending(subject_template: str) -> Iterator[Span]:
 
 @contextmanager
 def processing(subject_template: str, carrier: Mapping[str, str] | None, redelivered: bool = False) -> Iterator[Span]:
-    """Around handling a message: a child of its sender, or at redelivery a new trace linked to it."""
+    """Span around handling a message: a child of its sender's, or on redelivery a new trace linked to it."""
     parent = propagate.extract(dict(carrier or {}), context=context.Context())
     attributes = {"messaging.system": "nats", "messaging.destination.name": subject_template}
     links = []
@@ -94,7 +95,7 @@ def processing(subject_template: str, carrier: Mapping[str, str] | None, redeliv
 
 @contextmanager
 def step(name: str, **attributes: str | int | float) -> Iterator[Span]:
-    """Around a step of work: `reserve`, `file`, `verify`. An exception marks the span as failed."""
+    """Span around a step of work: `reserve`, `file`, `verify`. An exception marks it as failed."""
     with _tracer.start_as_current_span(name, attributes=attributes) as span:
         yield span
 
@@ -105,18 +106,18 @@ def failed(span: Span, message: str) -> None:
 
 
 def transferred(count: int, source: Literal["hub", "peer"], direction: Literal["in", "out"]) -> None:
-    """So many bytes of blobs came in from the hub or a peer, or went out to one."""
+    """Count bytes of blobs that came in from the hub or a peer, or went out to one."""
     _transferred.add(count, {"source": source, "direction": direction})
 
 
 def verified(count: int) -> None:
-    """So many bytes of a download are hashed and durable."""
+    """Count bytes of a download that are hashed and durable."""
     _verified.add(count)
 
 
 @contextmanager
 def download_under_way() -> Iterator[None]:
-    """While a download is at work on this node."""
+    """Count a download as running while the body runs."""
     _active.add(1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which models the cluster can serve, and which node has each: what the hub's protocol is answered from."""
+"""Which models the cluster can serve, and which nodes hold each; the hub's protocol is answered from it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from shoal_common.questions import Ask
 from shoal_common.reach import facing
 from shoal_common.watch import View
 
-_KEPT = 64
-"""Manifests kept in memory. A commit's never changes."""
-_DEADLINE_S = 10.0
+_MAX_MANIFESTS = 64
+"""Manifests cached in memory. A commit's never changes."""
+_MANIFEST_TIMEOUT_S = 10.0
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A model, and where its bytes are: "" here, else `host:port` of a node that has all of them."""
+    """A model, and where its bytes are: "" on this node, else the `host:port` of a node that has all of them."""
 
     manifest: Manifest
     address: str
 
 
 class Catalog:
-    """Looks models up in what nodes say of themselves."""
+    """Finds models in what nodes publish."""
 
     def __init__(self, node: str, ask: Ask, models: View, live: View, interfaces: Interfaces) -> None:
         self._node, self._ask, self._models, self._live = node, ask, models, live
@@ -38,18 +38,19 @@ class Catalog:
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
 
     async def find(self, ref: ModelRef, came_to: str) -> Found | None:
-        """A model of a live node, this one first. Raises Unavailable when none of those that have it answers.
+        """Return a model of a live node, preferring this one. Raises Unavailable if no node that holds it answers.
 
-        `came_to` is the address of ours that is asked: of another node's, the one on the same wire is given.
+        `came_to` is the address at which this node was called: of another node, the address on the same link is
+        returned.
         """
         unavailable: Unavailable | None = None
-        mine = self._interfaces.now
-        facings = {node: facing(links, came_to, mine) for node, links in self._serving.items()}
-        serving = {node: link.address for node, link in facings.items() if link} | {self._node: ""}
+        interfaces = self._interfaces.now
+        links = {node: facing(node_links, came_to, interfaces) for node, node_links in self._serving.items()}
+        serving = {node: link.address for node, link in links.items() if link} | {self._node: ""}
         for state in holders(ref, self._held, serving, self._node):
             try:
                 manifest = await self._manifest(state)
-            except NotFound:  # deleted a moment ago
+            except NotFound:  # just deleted
                 continue
             except Unavailable as e:
                 unavailable = e
@@ -60,7 +61,7 @@ class Catalog:
         return None
 
     def knows(self, repo: str) -> bool:
-        """Whether any revision of a repository is held by a node that serves."""
+        """Return whether any serving node holds a revision of this repository."""
         return any(m.repo == repo and m.node in self._serving for m in self._held)
 
     @property
@@ -69,35 +70,39 @@ class Catalog:
 
     @property
     def _serving(self) -> dict[str, list[Link]]:
-        """Nodes whose fileserver is live, this one among them, and how they are reached."""
-        lives = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
-        found = {
+        """Nodes with a live fileserver, this one included, and their links."""
+        services = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
+        serving = {
             node: facts.links or [Link(address=a) for a in facts.addresses]
-            for (node, _, service), facts in lives
+            for (node, _, service), facts in services
             if service == "fileserver"
         }
-        return {node: links for node, links in found.items() if links} | {self._node: []}
+        return {node: links for node, links in serving.items() if links} | {self._node: []}
 
     async def _manifest(self, state: ModelState) -> Manifest:
-        known = self._manifests.get(state.model)
-        if known is None:
+        manifest = self._manifests.get(state.model)
+        if manifest is None:
             question = AskManifest(model=state.model)
-            known = await self._ask("storage", state.node, "manifest", question, Manifest, deadline_s=_DEADLINE_S)
-            if known.model != state.model:
-                raise NotFound(f"node {state.node} gave another manifest than that of {state.model}")
-            self._manifests[state.model] = known
-            if len(self._manifests) > _KEPT:
+            manifest = await self._ask(
+                "storage", state.node, "manifest", question, Manifest, deadline_s=_MANIFEST_TIMEOUT_S
+            )
+            if manifest.model != state.model:
+                raise NotFound(f"node {state.node} returned another manifest than that of {state.model}")
+            self._manifests[state.model] = manifest
+            if len(self._manifests) > _MAX_MANIFESTS:
                 self._manifests.popitem(last=False)
         self._manifests.move_to_end(state.model)
-        return known
+        return manifest
 
 
 def holders(ref: ModelRef, held: Iterable[ModelState], serving: Container[str], me: str) -> list[ModelState]:
-    """The serving nodes that have what is meant by `ref`, this one first. Pure.
+    """Return the serving nodes' states of the model that `ref` means, this node's first. Pure.
 
-    Nodes may hold different commits under one name: the one that came last is meant, wherever it is.
+    Nodes may hold different commits under one revision: the latest one counts, wherever it is.
     """
-    found = [m for m in held if m.repo == ref.repo and ref.revision in (m.commit, *m.revisions) and m.node in serving]
-    newest = max(found, key=lambda m: (m.ready_at_s, m.commit), default=None)
-    same = [m for m in found if newest and m.commit == newest.commit]
-    return sorted(same, key=lambda m: (m.node != me, m.node))
+    matching = [
+        m for m in held if m.repo == ref.repo and ref.revision in (m.commit, *m.revisions) and m.node in serving
+    ]
+    newest = max(matching, key=lambda m: (m.ready_at_s, m.commit), default=None)
+    of_newest = [m for m in matching if newest and m.commit == newest.commit]
+    return sorted(of_newest, key=lambda m: (m.node != me, m.node))

@@ -1,7 +1,7 @@
-"""HTTP connections that cannot hold the server up: bounded in number, heads in size and time, readers in slowness.
+"""Limits on HTTP connections, so that none can block the server: their number, request heads, slow readers.
 
-uvicorn bounds none of these by itself (its `limit_concurrency` would refuse honest peers while idle connections
-fill it), so its protocol is extended where it is told of them. Whose place a newcomer takes is decided in `crowd.py`.
+uvicorn limits none of these (its `limit_concurrency` would refuse honest peers while idle connections fill it), so
+its protocol is extended at its callbacks. `connection_eviction.py` decides which connection makes way for a new one.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from shoal_fileserver.sending import SENDING, Sending, send_at_once
 MAX_HEAD_BYTES = 32 << 10
 HEAD_DEADLINE_S = 10.0
 MAX_REFUSED = 64
-"""So many more connections are told that there is no room; beyond them, newcomers are closed without a word."""
+"""Further connections that get a 503; beyond them, new ones are closed without a response."""
 RETRY_AFTER_S = 2
 MIN_BYTES_PER_S = 16 << 10
-"""What a reader has to take while it is waited for: a leaf in a minute. A download that gets less from everyone fails
-for want of progress anyhow, and a link of 10 Mbit/s has 70 times as much."""
+"""Minimum rate of a reader while the server waits for it: a leaf a minute. A download that gets less from everyone
+fails for want of progress anyhow, and a link of 10 Mbit/s has 70 times as much."""
 DRAIN_S = 30.0
-"""So long a reader is waited for before its rate is looked at: longer than what lost packets cost."""
+"""Time waited for a reader before its rate is checked: longer than lost packets take."""
 
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _PARTIAL = b"HTTP/1.1 206 Partial Content\r\n"
 _SO_NWRITE = 0x1024
-"""macOS: bytes in a socket's queue."""
+"""macOS socket option: bytes in a socket's queue."""
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection."""
+    """An HTTP connection."""
 
     at_once: AtOnce | None = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.handed_bytes = 0
-        """Bytes of files that the socket or the transport has been given."""
+        """Bytes of files given to the socket or the transport."""
         self.refused = False
-        """Whether there was no room for it: it is told so, and closed."""
+        """Whether the connection exceeds the limits; it gets a 503 and is closed."""
         self._answered = False
         self._rest: tuple[FileIO, int, int] | None = None
         self._idle_since_s = time.monotonic()
@@ -65,34 +65,34 @@ class BoundedHttp(HttpToolsProtocol):
         self._taken_then_bytes = 0
         self._drain_timer: asyncio.TimerHandle | None = None
 
-    # Coming
+    # Connecting
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Wait for a request, for a while; make room if this is one connection too many."""
+        """Wait for a request until the deadline; evict a connection if this is one too many."""
         super().connection_made(transport)
-        # Writing is paused as soon as the socket takes no more: what follows comes by sendfile, past the buffer.
+        # Pause writing as soon as the socket takes no more: what follows is sent by sendfile, not from the buffer.
         transport.set_write_buffer_limits(0)
         self._expect_head()
         self._find_room()
 
     def _find_room(self) -> None:
-        everyone = [c for c in self.connections if isinstance(c, BoundedHttp) and c is not self]
-        counted = [c for c in everyone if not c.refused]
+        others = [c for c in self.connections if isinstance(c, BoundedHttp) and c is not self]
+        accepted = [c for c in others if not c.refused]
         now_s = time.monotonic()
-        leaving = crowd.make_room(self.host, [c.seen(now_s) for c in counted])
-        if isinstance(leaving, int):
-            victim = counted[leaving]
-            # At once, not when its loss is noticed: the next newcomer must not choose the same one.
+        decision = crowd.make_room(self.host, [c.seen(now_s) for c in accepted])
+        if isinstance(decision, int):
+            victim = accepted[decision]
+            # Now, not when its loss is noticed: the next connection must not evict the same one.
             self.connections.discard(victim)
             victim.transport.abort()
-        elif leaving is crowd.NO_ROOM:
+        elif decision is crowd.NO_ROOM:
             self.refused = True
-            if len(everyone) - len(counted) >= MAX_REFUSED:
+            if len(others) - len(accepted) >= MAX_REFUSED:
                 self.connections.discard(self)
                 self.transport.abort()
 
     def seen(self, now_s: float) -> Seen:
-        """What decides who has to go."""
+        """Return what decides which connection is evicted."""
         idle_s = now_s - self._idle_since_s if self._idle else None
         return Seen(self.host, idle_s, None if self._paused_at_s is None else now_s - self._paused_at_s)
 
@@ -103,13 +103,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def host(self) -> str:
-        """Where it comes from."""
+        """Address of the peer."""
         return self.client[0] if self.client else ""
 
-    # Asking
+    # Requesting
 
     def data_received(self, data: bytes) -> None:
-        """Part of a request. A head that goes on and on is refused."""
+        """Receive part of a request. A head that is too large is refused."""
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_timer is None and self.timeout_keep_alive_task is None and self._idle:
@@ -119,14 +119,14 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """A request begins. It may be answered right here."""
+        """Start a request; on the fast path it is answered here."""
         self._head_arrived()
         self._answered = self._answer_at_once()
         if not self._answered:
             super().on_headers_complete()
 
     def _answer_at_once(self) -> bool:
-        """Send a leaf that is at hand; what the socket does not take of it is left to a task. False: not at hand."""
+        """Send a leaf on the fast path; a task sends what the socket does not take. False if it is not possible."""
         if (
             self.parser.get_method() != b"GET"
             or not self._idle
@@ -149,37 +149,37 @@ class BoundedHttp(HttpToolsProtocol):
         return True
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it; uvicorn says None
-        """The peer says no more: it may still read what it has asked for."""
+        """Keep the connection until the response is sent: the peer only closed its sending side."""
         if self._idle:
             return None
         self.cycle.keep_alive = False
         return True
 
     def on_body(self, body: bytes) -> None:
-        """Of a request's body."""
+        """Receive part of a request's body."""
         if not self._answered:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request has come whole."""
+        """Finish receiving a request."""
         if not self._answered:
             super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        way = cycle.scope["state"][SENDING] = Sending(self, cycle)
+        sending = cycle.scope["state"][SENDING] = Sending(self, cycle)
         if self._rest is not None:
             (file, start, end), self._rest = self._rest, None
-            app = cast(ASGI3Application, partial(way.rest, file, start, end))
+            app = cast(ASGI3Application, partial(sending.rest, file, start, end))
         super()._start_asgi_task(cycle, _NO_ROOM if self.refused else app)
 
     def on_response_complete(self) -> None:
-        """It has been answered."""
+        """Finish a response."""
         self._idle_since_s = time.monotonic()
         self._forget_waiting()
         super().on_response_complete()
 
-    def _expect_head(self, begun_bytes: int = 0) -> None:
-        self._head_bytes = begun_bytes
+    def _expect_head(self, received_bytes: int = 0) -> None:
+        self._head_bytes = received_bytes
         self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.abort)
 
     def _head_arrived(self) -> None:
@@ -188,12 +188,12 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    # Reading: the time in which a peer does not take what it asked for is summed up, and its rate looked at.
+    # Sending: the time in which the peer does not read is summed up, and its rate checked.
 
     def pause_writing(self) -> None:
-        """The peer has not taken what was written."""
+        """Start a wait for a peer that has not read what was sent."""
         super().pause_writing()
-        if self._waited_s >= DRAIN_S:  # in many short waits, none of which saw the timer's end
+        if self._waited_s >= DRAIN_S:  # sum of short waits, each of which ended before its timer
             self._look_at_rate()
             return
         if not self._waited_s:
@@ -202,7 +202,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._drain_timer = self.loop.call_later(DRAIN_S - self._waited_s, self._look_at_rate)
 
     def resume_writing(self) -> None:
-        """It has now."""
+        """End the wait."""
         if self._paused_at_s is not None:
             self._waited_s = min(self._waited_s + time.monotonic() - self._paused_at_s, DRAIN_S)
         self._stop_waiting()
@@ -217,9 +217,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _taken_bytes(self) -> int:
-        """What the peer has taken of the files, and of what else waits for it: only differences mean anything."""
-        waiting = self.transport.get_write_buffer_size() + _queued_bytes(self.transport.get_extra_info("socket"))
-        return self.handed_bytes - waiting
+        """Bytes that the peer has read, up to a constant: only differences are meaningful."""
+        unread = self.transport.get_write_buffer_size() + _queued_bytes(self.transport.get_extra_info("socket"))
+        return self.handed_bytes - unread
 
     def _stop_waiting(self) -> None:
         self._paused_at_s = None
@@ -232,26 +232,26 @@ class BoundedHttp(HttpToolsProtocol):
         self._waited_s = 0.0
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Gone."""
+        """Clean up."""
         self._head_arrived()
         self._forget_waiting()
         super().connection_lost(exc)
 
 
 def bounded(at_once: AtOnce) -> type[BoundedHttp]:
-    """The protocol of a server that may answer from these files at once."""
+    """Return the protocol of a server with this fast path."""
 
-    class Answering(BoundedHttp):
+    class FastPathProtocol(BoundedHttp):
         pass
 
-    Answering.at_once = at_once
-    return Answering
+    FastPathProtocol.at_once = at_once
+    return FastPathProtocol
 
 
 _NO_ROOM = cast(
     ASGI3Application,
     JSONResponse(
-        {"error": {"message": "this node answers as many connections as it can; try again in a moment"}},
+        {"error": {"message": "this node has as many connections as it can serve; try again in a moment"}},
         503,
         {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
     ),
@@ -259,10 +259,10 @@ _NO_ROOM = cast(
 
 
 def _queued_bytes(transport_socket: Any) -> int:
-    """Bytes that the kernel has for a peer, and the peer has not confirmed."""
+    """Return the bytes in the kernel's queue that the peer has not acknowledged."""
     try:
         if sys.platform == "linux":
             return int(struct.unpack("i", fcntl.ioctl(transport_socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
         return int(transport_socket.getsockopt(socket.SOL_SOCKET, _SO_NWRITE))
-    except OSError:  # closed by now
+    except OSError:  # just closed
         return 0

@@ -1,6 +1,6 @@
-"""What this node can send of a blob: all of one that is verified, or the leaves of one that arrives that are `ready`.
+"""What this node can send of a blob: all of a verified one, or the leaves in a partial blob's relay bitmap.
 
-Opened anew for each request, so that what was discarded is served no more (I1). All calls block: they run in threads.
+Opened again for each request, so that discarded data is not served (I1). All calls block: they run in threads.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from shoal_common.ready import ready_of
 from shoal_common.runs import from_bitmap, run
 
 GIT = "git-"
-"""Begins the name of a blob whose sha256 nobody knows yet: it can only be one that arrives."""
+"""Prefix of a blob whose sha256 is unknown: it can only be a partial one."""
 _MAX_READY_BYTES = 1 << 20
-"""Of a blob of 8 TiB."""
+"""Relay bitmap of a blob of 8 TiB."""
 
 
 class Content:
-    """A blob's bytes, open: close it. `ready` is the set of leaves that can be sent, None of a whole blob."""
+    """A blob's open file. `ready` is the set of leaves that can be sent; None for a complete blob."""
 
     def __init__(self, blob: str, file: FileIO, size_bytes: int, ready: int | None) -> None:
         self.blob, self.file, self.size_bytes, self.ready = blob, file, size_bytes, ready
 
     @property
     def leaves(self) -> int:
-        """The set of leaves that can be sent."""
+        """Set of leaves that can be sent."""
         return run(0, leaf_count(self.size_bytes)) if self.ready is None else self.ready
 
     def has(self, start: int, end: int) -> bool:
-        """Whether all of bytes [start, end) can be sent."""
+        """Return whether all of bytes [start, end) can be sent."""
         if self.ready is None:
             return True
         wanted = run(start // LEAF_BYTES, -(-end // LEAF_BYTES))
@@ -44,12 +44,12 @@ class Content:
 
     @property
     def discarded(self) -> bool:
-        """Whether its bytes arrived in vain: they were thrown away since they were opened. Of a whole blob, never."""
+        """Whether a partial blob's data was deleted since it was opened; never for a complete blob."""
         return self.ready is not None and os.fstat(self.file.fileno()).st_nlink == 0
 
     @property
     def headers(self) -> dict[str, str]:
-        """What is said of the whole, whichever part of it is sent."""
+        """Headers of the blob, whichever part of it is sent."""
         headers = {"ETag": f'"{self.blob}"', "Accept-Ranges": "bytes"}
         if self.ready is None:
             digest = base64.b64encode(bytes.fromhex(self.blob)).decode()
@@ -62,17 +62,17 @@ class Content:
 
 
 def open_content(layout: Layout, blob: str) -> Content:
-    """A blob that is here, whole or arriving. Raises BadName, FileNotFoundError, other OSErrors as the disk does."""
+    """Open a complete or partial blob. Raises BadName, FileNotFoundError, or another OSError of the disk."""
     with suppress(FileNotFoundError):
         return _open_whole(layout, blob)
     with suppress(FileNotFoundError, NotADirectoryError):
         return _open_partial(layout, blob)
-    return _open_whole(layout, blob)  # it may have become whole just now
+    return _open_whole(layout, blob)  # it may have just become complete
 
 
 def _open_whole(layout: Layout, blob: str) -> Content:
     if blob.startswith(GIT):
-        raise FileNotFoundError(errno.ENOENT, "no whole blob has such a name", blob)
+        raise FileNotFoundError(errno.ENOENT, "no complete blob has such a name", blob)
     file = open_blob(layout, blob)
     return Content(blob, file, os.fstat(file.fileno()).st_size, None)
 
@@ -83,18 +83,18 @@ def _open_partial(layout: Layout, blob: str) -> Content:
         file = _open_in(directory, "data")
         try:
             ready = _ready(directory)
-            found = os.fstat(file.fileno())
-            # Thrown away and begun anew meanwhile: what is said to be ready is ready in another file.
-            if ready is None or os.stat("data", dir_fd=directory, follow_symlinks=False).st_ino != found.st_ino:
+            status = os.fstat(file.fileno())
+            # Discarded and started again meanwhile: the relay bitmap belongs to another file.
+            if ready is None or os.stat("data", dir_fd=directory, follow_symlinks=False).st_ino != status.st_ino:
                 raise FileNotFoundError(errno.ENOENT, "nothing of it can be relayed", blob)
         except BaseException:
             file.close()
             raise
     finally:
         os.close(directory)
-    # What lies past the end of the data is not there, whatever `ready` says.
-    written = found.st_size // LEAF_BYTES if found.st_size < ready.size_bytes else ready.leaves
-    return Content(blob, file, ready.size_bytes, from_bitmap(ready.to_bytes()) & run(0, written))
+    # Leaves beyond the end of the data do not exist, whatever the relay bitmap says.
+    written_leaves = status.st_size // LEAF_BYTES if status.st_size < ready.size_bytes else ready.leaves
+    return Content(blob, file, ready.size_bytes, from_bitmap(ready.to_bytes()) & run(0, written_leaves))
 
 
 def _open_in(directory: int, name: str) -> FileIO:
@@ -102,7 +102,7 @@ def _open_in(directory: int, name: str) -> FileIO:
     file = FileIO(name, opener=lambda path, mode: os.open(path, mode | flags, dir_fd=directory))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise FileNotFoundError(errno.ENOENT, "it is not a file", name)
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", name)
     return file
 
 
@@ -112,18 +112,18 @@ def _ready(directory: int) -> Bitmap | None:
 
 
 class LeafList:
-    """The leaf list of a blob, open: close it. `root` is "" while the blob arrives."""
+    """The open leaf list of a blob. `root` is "" for a partial blob."""
 
     def __init__(self, file: FileIO | None, offset: int, size_bytes: int, root: str) -> None:
         self.size_bytes, self.root = size_bytes, root
         self._file, self._offset = file, offset
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes [start, end) of it: zeros where nothing is known."""
-        found = b""
+        """Return bytes [start, end) of the list; unknown hashes are zeros."""
+        data = b""
         if self._file is not None:
-            found = os.pread(self._file.fileno(), end - start, self._offset + start)
-        return found.ljust(end - start, b"\0")
+            data = os.pread(self._file.fileno(), end - start, self._offset + start)
+        return data.ljust(end - start, b"\0")
 
     def close(self) -> None:
         """Close the file."""
@@ -132,9 +132,9 @@ class LeafList:
 
 
 def open_leaf_list(layout: Layout, blob: str) -> LeafList:
-    """The leaf list of a blob that is here. Raises BadName, FileNotFoundError, other OSErrors as the disk does.
+    """Open the leaf list of a blob. Raises BadName, FileNotFoundError, or another OSError of the disk.
 
-    Storage keeps lists of the store's own blobs only: of one in a read-only root nobody here has it.
+    Storage keeps lists only of the store's own blobs, not of a library's.
     """
     content = open_content(layout, blob)
     try:
@@ -147,9 +147,9 @@ def open_leaf_list(layout: Layout, blob: str) -> LeafList:
     finally:
         content.close()
     file = FileIO(layout.leaves(blob))
-    found = os.fstat(file.fileno())
-    # A list has the time of the very blob that was hashed (docs/storage.md).
-    if found.st_size != HASH_BYTES + size_bytes or found.st_mtime_ns != hashed_ns:
+    status = os.fstat(file.fileno())
+    # A list has the mtime of the very blob that was hashed (docs/storage.md).
+    if status.st_size != HASH_BYTES + size_bytes or status.st_mtime_ns != hashed_ns:
         file.close()
-        raise FileNotFoundError(errno.ENOENT, "the list is of another file", blob)
+        raise FileNotFoundError(errno.ENOENT, "the list belongs to another file", blob)
     return LeafList(file, HASH_BYTES, size_bytes, os.pread(file.fileno(), HASH_BYTES, 0).hex())

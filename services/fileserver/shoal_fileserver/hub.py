@@ -1,12 +1,12 @@
-"""The hub's own protocol, read-only: an unmodified huggingface_hub takes models from the cluster.
+"""The hub's protocol, read-only: an unmodified huggingface_hub downloads models from the cluster.
 
     GET       /api/models/<org>/<name>[/revision/<revision>]            the model, its commit and files
     GET       /api/models/<org>/<name>/tree/<revision>[/<folder>]       sizes and hashes of files
     GET HEAD  /<org>/<name>/resolve/<revision>/<path>                   a file
 
-A file that is not on this node is answered with a redirection to one that has it. It carries what the hub's does
-(`X-Linked-Etag`, `X-Linked-Size`), so that clients go there without asking again, and an address that shows this one
-file for a while: clients send no credential across hosts.
+A file of another node is answered with a redirect to it. Like the hub's, it carries `X-Linked-Etag` and
+`X-Linked-Size`, so that clients follow without asking again, and a URL that allows reading this one file for a while:
+clients send no credential across hosts.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from shoal_common.names import DEFAULT_REVISION, ModelRef
 from shoal_fileserver.catalog import Catalog, Found
 
 SHOWN_S = 3600
-"""How long a redirection's address shows its file, in seconds."""
+"""How long a redirect's URL allows reading its file."""
 _MAX_REVISION_PARTS = 8
 _GIT_DIGITS = 40
 _POINTER_BYTES = 134
-"""What stands in git for a large file has about this size."""
+"""Typical size of the LFS pointer that git holds for a large file."""
 
 ServeBlob = Callable[[Request, str, Mapping[str, str]], Awaitable[Response]]
-"""Answers a request with a blob of this node, under these headers."""
+"""Responds to a request with a blob of this node, adding these headers."""
 Answer = Callable[[Request], Awaitable[Response]]
 
 
 class HubProtocol:
-    """Answers as a hub does, from what the cluster has."""
+    """Answers like the hub, from what the cluster holds."""
 
     def __init__(self, secret: str, catalog: Catalog, serve_blob: ServeBlob) -> None:
         self._secret, self._catalog, self._serve_blob = secret, catalog, serve_blob
 
     @property
     def routes(self) -> list[BaseRoute]:
-        """Where it answers."""
+        """Routes of the protocol."""
         return [
             Route("/api/models/{org}/{name}", _refusing(self._info), methods=["GET"]),
             Route("/api/models/{org}/{name}/revision/{rest:path}", _refusing(self._info), methods=["GET"]),
@@ -56,61 +56,61 @@ class HubProtocol:
 
     async def _info(self, request: Request) -> Response:
         self._require_credential(request)
-        found, rest = await self._find(request)
+        location, rest = await self._find(request)
         if rest:
-            raise NotFound(f"{found.manifest.repo} has no such revision", hub_code="RevisionNotFound")
-        return JSONResponse(_summary(found.manifest, with_blobs=_is_true(request.query_params.get("blobs"))))
+            raise NotFound(f"{location.manifest.repo} has no such revision", hub_code="RevisionNotFound")
+        return JSONResponse(_summary(location.manifest, with_blobs=_is_true(request.query_params.get("blobs"))))
 
     async def _tree(self, request: Request) -> Response:
         self._require_credential(request)
-        found, folder = await self._find(request)
-        return _listing(found.manifest, folder, recursive=_is_true(request.query_params.get("recursive")))
+        location, folder = await self._find(request)
+        return _listing(location.manifest, folder, recursive=_is_true(request.query_params.get("recursive")))
 
     async def _file(self, request: Request) -> Response:
         query = request.query_params
         if "key" not in query:
             self._require_credential(request)
-        found, path = await self._find(request)
-        manifest = found.manifest
+        location, path = await self._find(request)
+        manifest = location.manifest
         commit = {"X-Repo-Commit": manifest.commit}
         file = next((f for f in manifest.files if f.path == path), None)
         if "key" in query and not (file and capable(self._secret, file.sha256, query, clock.now_s())):
             self._require_credential(request)
         if file is None:
             return _refusal(404, "EntryNotFound", f"{manifest.repo} has no file {path[:200]}", commit)
-        if not found.address:
+        if not location.address:
             return await self._serve_blob(request, file.sha256, commit | {"ETag": f'"{_etag(file)}"'})
-        shown = urlencode(capability(self._secret, file.sha256, int(clock.now_s()) + SHOWN_S))
-        address = f"http://{found.address}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
-        elsewhere = {
-            "Location": f"{address}?{shown}" if shown else address,
+        query_string = urlencode(capability(self._secret, file.sha256, int(clock.now_s()) + SHOWN_S))
+        address = f"http://{location.address}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
+        redirect = {
+            "Location": f"{address}?{query_string}" if query_string else address,
             "X-Linked-Etag": f'"{_etag(file)}"',
             "X-Linked-Size": str(file.size_bytes),
         }
-        return Response(status_code=302, headers=commit | elsewhere)
+        return Response(status_code=302, headers=commit | redirect)
 
     def _require_credential(self, request: Request) -> None:
         if not allowed(self._secret, "hub", request.headers):
             raise Denied("set HF_TOKEN to the cluster's key for its hub protocol: `shoal hub` prints it")
 
     async def _find(self, request: Request) -> tuple[Found, str]:
-        """The model that `<revision>/<what follows>` means, and what follows. Raises NotFound, BadName.
+        """Return the model of `<revision>/<rest>`, and the rest. Raises NotFound, BadName.
 
-        Revisions may hold slashes: the shortest that a node has is meant.
+        Revisions may contain slashes: the shortest one that a node holds is meant.
         """
         fields, came_to = request.path_params, (request.scope.get("server") or ("",))[0]
         repo, parts = f"{fields['org']}/{fields['name']}", fields.get("rest", DEFAULT_REVISION).split("/")
         for end in range(1, min(len(parts), _MAX_REVISION_PARTS) + 1):
             ref = ModelRef.parse(f"{repo}@{'/'.join(parts[:end])}")
-            if found := await self._catalog.find(ref, came_to):
-                return found, "/".join(parts[end:])
+            if location := await self._catalog.find(ref, came_to):
+                return location, "/".join(parts[end:])
         code = "RevisionNotFound" if self._catalog.knows(repo) else "RepoNotFound"
-        message = f"no live node of this cluster has {repo} at {parts[0]}: `shoal pull {repo}` brings it here"
+        message = f"no live node of this cluster holds {repo} at {parts[0]}: download it with `shoal pull {repo}`"
         raise NotFound(message, hub_code=code)
 
 
 def _refusing(answer: Answer) -> Answer:
-    """The same, with our errors as huggingface_hub knows them."""
+    """Return a handler whose errors are what huggingface_hub expects."""
 
     async def refusing(request: Request) -> Response:
         try:
@@ -124,7 +124,7 @@ def _refusing(answer: Answer) -> Answer:
 
 
 def _etag(file: ManifestFile) -> str:
-    """What the hub calls a file's bytes: git's sha1 of small ones, the sha256 of the others."""
+    """Return the hub's name for a file's bytes: git's sha1 for small files, the sha256 for others."""
     return file.git_sha1 or file.sha256
 
 
@@ -143,13 +143,13 @@ def _named(file: ManifestFile) -> dict[str, Any]:
 
 
 def _listing(manifest: Manifest, folder: str, recursive: bool) -> Response:
-    """The files below a folder, and its folders when what is in them is not listed."""
-    below = f"{folder}/" if folder else ""
-    files = {f.path[len(below) :]: f for f in manifest.files if f.path.startswith(below)}
+    """List the files below a folder, and its folders unless the listing is recursive."""
+    prefix = f"{folder}/" if folder else ""
+    files = {f.path[len(prefix) :]: f for f in manifest.files if f.path.startswith(prefix)}
     if not files:
         raise NotFound(f"{manifest.repo} has no folder {folder[:200]}", hub_code="EntryNotFound")
     folders = [] if recursive else sorted({path.split("/")[0] for path in files if "/" in path})
-    entries = [{"type": "directory", "oid": manifest.commit, "size": 0, "path": below + name} for name in folders]
+    entries = [{"type": "directory", "oid": manifest.commit, "size": 0, "path": prefix + name} for name in folders]
     entries += [_entry(f) for path, f in files.items() if recursive or "/" not in path]
     return JSONResponse(entries, headers={"X-Repo-Commit": manifest.commit})
 
@@ -159,7 +159,7 @@ def _entry(file: ManifestFile) -> dict[str, Any]:
     if file.git_sha1:
         return {**entry, "oid": file.git_sha1}
     lfs = {"oid": file.sha256, "size": file.size_bytes, "pointerSize": _POINTER_BYTES}
-    # What git would call the file that points to the bytes is not kept; nothing is looked up by it.
+    # git's id of the LFS pointer is not known; clients do not look anything up by it.
     return {**entry, "oid": file.sha256[:_GIT_DIGITS], "lfs": lfs}
 
 
@@ -170,5 +170,5 @@ def _is_true(value: str | None) -> bool:
 def _refusal(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
     # A header holds printable ASCII only, and the message may quote a name from the request.
     printable = "".join(c if " " <= c <= "~" else "?" for c in message)
-    said = {"X-Error-Message": printable, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-    return JSONResponse({"error": message}, status, said)
+    all_headers = {"X-Error-Message": printable, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+    return JSONResponse({"error": message}, status, all_headers)

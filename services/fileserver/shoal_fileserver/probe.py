@@ -1,7 +1,8 @@
-"""What placement measures the way to this node by: `GET /v1/probe?bytes=N`, so many bytes that mean nothing.
+"""`GET /v1/probe?bytes=N`: N random bytes, with which placement measures the link to this node.
 
-They come from memory, so that no disk is measured; they are random, so that no tunnel packs them. No limit of uploads
-holds for them: hidden states know none, and there are few. The credential is a token as for a blob, for `probe`.
+They come from memory, so that no disk is measured, and are random, so that no tunnel compresses them. The upload
+limit does not apply: hidden states have none, and probes are few. The credential is a token as for a blob, for
+`probe`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _TYPE = "application/octet-stream"
 
 
 class Probe:
-    """An ASGI application for the path above."""
+    """ASGI application for this path."""
 
     def __init__(self, node: str, secret: str) -> None:
         self._node, self._secret = node, secret
@@ -36,13 +37,18 @@ class Probe:
 
     def _answer(self, request: Request) -> Response:
         if not blob_token_shows(self._secret, self._node, PROBE, Headers(scope=request.scope), clock.now_s()):
-            return problem(401, "show a token for this blob of this node")
+            return problem(401, "send a token for this blob of this node")
         if request.method != "GET":
-            return problem(405, "this answers GET", {"Allow": "GET"})
-        asked = request.query_params.get("bytes", "0")
-        if not (asked.isascii() and asked.isdecimal() and len(asked) < 10 and int(asked) <= MAX_PROBE_BYTES):
+            return problem(405, "use GET here", {"Allow": "GET"})
+        requested = request.query_params.get("bytes", "0")
+        if not (
+            requested.isascii()
+            and requested.isdecimal()
+            and len(requested) < 10
+            and int(requested) <= MAX_PROBE_BYTES
+        ):
             return problem(400, f"bytes is a number up to {MAX_PROBE_BYTES}")
-        size = int(asked)
+        size = int(requested)
         headers = {"Content-Length": str(size), "Cache-Control": "no-store"}
         return (
             StreamingResponse(_pieces(size), headers=headers, media_type=_TYPE) if size else Response(headers=headers)
@@ -50,5 +56,5 @@ class Probe:
 
 
 async def _pieces(size_bytes: int) -> AsyncIterator[bytes]:
-    for at in range(0, size_bytes, len(_PIECE)):
-        yield _PIECE[: size_bytes - at]
+    for offset in range(0, size_bytes, len(_PIECE)):
+        yield _PIECE[: size_bytes - offset]

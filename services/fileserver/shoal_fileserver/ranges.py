@@ -1,4 +1,4 @@
-"""What a Range header asks for (RFC 9110 §14). Pure."""
+"""Parses Range headers (RFC 9110 §14). Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ONE_RANGE = re.compile(r"bytes=([0-9]{1,19})?-([0-9]{1,19})?")
 
 
 class Whole(msgspec.Struct, frozen=True):
-    """Everything: no Range, or one that this server may ignore (another unit, many ranges)."""
+    """All bytes: no Range header, or one that a server may ignore (another unit, several ranges)."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -22,11 +22,11 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Unsatisfiable(msgspec.Struct, frozen=True):
-    """There is nothing there: 416."""
+    """No such bytes: 416."""
 
 
 def parse_range(header: str | None, size_bytes: int) -> Whole | Part | Unsatisfiable:
-    """Which bytes of a file of this size a Range header means. Ranges are clipped to the file, as the RFC says."""
+    """Return the bytes that a Range header means in a file of this size, clipped to the file as the RFC says."""
     if header is None or len(header) > MAX_HEADER_CHARS:
         return Whole()
     match = _ONE_RANGE.fullmatch(header.strip())

@@ -1,7 +1,7 @@
-"""Bytes of a file onto a connection without copying them: sendfile, in threads, for the disk may be slow.
+"""Sends bytes of a file over a connection without copying them: sendfile, in threads, because a disk may be slow.
 
-uvicorn has no such thing: its cycle of a request is told afterwards how much of the body has gone. What the socket
-does not take waits in its transport, one piece of it, whose flow control says when to go on.
+uvicorn has no sendfile: its request cycle is told afterwards how much of the body was sent. What the socket does not
+take is buffered in its transport, one chunk at a time, whose flow control says when to continue.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from shoal_fileserver.connections import BoundedHttp
 
 SENDING = "shoal.sending"
-"""Where in a request's state its Sending is."""
+"""Key of a request's `FileSender` in its state."""
 _PUSH_BYTES = 8 * LEAF_BYTES
-"""At most this is sent before anything else is looked at."""
-_PIECE_BYTES = 64 << 10
-_PACED_S = 0.1
-_LEAST_PACED_BYTES = 16 << 10
+"""Maximum to send before anything else is checked."""
+_CHUNK_BYTES = 64 << 10
+_LIMITED_SHARE_S = 0.1
+_MIN_SHARE_BYTES = 16 << 10
 _TCP_CORK = 3
-"""Linux: only there is anything sent at once."""
+"""Linux's; the fast path exists only there."""
 _THREADS = ThreadPoolExecutor(8, "send")
 
 
 class Sending:
-    """The way to the peer, for one response."""
+    """Sends one response's body to the peer."""
 
     def __init__(self, connection: BoundedHttp, cycle: RequestResponseCycle) -> None:
         self._connection, self._cycle = connection, cycle
@@ -45,48 +45,48 @@ class Sending:
 
     @property
     def broken(self) -> bool:
-        """Whether the peer has gone."""
+        """Whether the peer has disconnected."""
         return self._cycle.disconnected or self._transport.is_closing()
 
     def abort(self) -> None:
-        """Break off: the missing bytes tell the peer."""
+        """Close the connection: the missing bytes tell the peer that the response is incomplete."""
         self._transport.abort()
 
     async def file(self, file: FileIO, start: int, end: int, pace: Pace, is_gone: Callable[[], bool]) -> int:
         """Send bytes [start, end) of a file after the response's head. Returns how many were sent.
 
-        Fewer when the peer has gone, when the file is shorter than it was, or once `is_gone` (called in a thread).
+        Fewer if the peer disconnects, the file has become shorter, or `is_gone` (called in a thread) returns true.
         """
-        at, allowed = start, start
-        # Our own: the transport may close its descriptor at any moment, and another connection get that number.
+        position, allowed = start, start
+        # A duplicate: the transport may close its descriptor at any moment, and another connection reuse the number.
         socket = os.dup(self._transport.get_extra_info("socket").fileno())
         try:
-            while at < end:
+            while position < end:
                 if self._flow.write_paused:
                     await self._flow.drain()
                 if self.broken:
                     break
-                if at >= allowed:
-                    share = min(_share_bytes(pace), end - at)
+                if position >= allowed:
+                    share = min(_share_bytes(pace), end - position)
                     await pace.take(share)
-                    allowed = at + share
-                    continue  # the peer may have gone meanwhile
-                sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, at, allowed, is_gone))
-                at += sent
+                    allowed = position + share
+                    continue  # the peer may have disconnected meanwhile
+                sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, position, allowed, is_gone))
+                position += sent
                 self._connection.handed_bytes += sent
                 if rest and not self.broken:
-                    at += len(rest)
+                    position += len(rest)
                     self._connection.handed_bytes += len(rest)
                     self._transport.write(rest)
                 elif not sent:
                     break
         finally:
             os.close(socket)
-        self._cycle.expected_content_length -= at - start
-        return at - start
+        self._cycle.expected_content_length -= position - start
+        return position - start
 
     async def rest(self, file: FileIO, start: int, end: int, *application: Any) -> None:
-        """An ASGI application: what is left of a body whose head has gone. Closes the file."""
+        """Send the rest of a body whose head is sent, as an ASGI application. Closes the file."""
         _, _, send = application
         cycle = self._cycle
         cycle.response_started, cycle.chunked_encoding, cycle.expected_content_length = True, False, end - start
@@ -98,52 +98,54 @@ class Sending:
 
 
 def send_at_once(transport: asyncio.Transport, leaf: Leaf, head: bytes) -> int:
-    """Send a head and the leaf that follows, as far as the socket takes them now. Returns where the rest begins."""
+    """Send a head and its leaf as far as the socket takes them now. Returns the offset of the rest."""
     socket = transport.get_extra_info("socket")
-    number, at = socket.fileno(), leaf.start
+    descriptor, position = socket.fileno(), leaf.start
     try:
-        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)  # one packet, and one waking of the peer, less
+        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)  # saves a packet, and waking the peer once
         written = 0
         with suppress(BlockingIOError):
-            written = os.write(number, head)
+            written = os.write(descriptor, head)
             while (
-                written == len(head) and at < leaf.end and (sent := os.sendfile(number, leaf.fd, at, leaf.end - at))
+                written == len(head)
+                and position < leaf.end
+                and (sent := os.sendfile(descriptor, leaf.fd, position, leaf.end - position))
             ):
-                at += sent
+                position += sent
         socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
         if written < len(head):
             transport.write(head[written:])
     except OSError:
         transport.abort()
-    return at
+    return position
 
 
 def _share_bytes(pace: Pace) -> int:
-    """How much is taken of a pace at a time: what it gives in a moment, so that its sharers take turns."""
+    """Return how much to take of a rate limit at a time: little, so that its sharers take turns."""
     if pace.bytes_per_s is None:
         return _PUSH_BYTES
-    return min(max(int(pace.bytes_per_s * _PACED_S), _LEAST_PACED_BYTES), LEAF_BYTES)
+    return min(max(int(pace.bytes_per_s * _LIMITED_SHARE_S), _MIN_SHARE_BYTES), LEAF_BYTES)
 
 
 def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[], bool]) -> tuple[int, bytes]:
-    """What a socket takes now of bytes [start, end); and the piece that follows, when it takes no more."""
-    at = start
+    """Send what a socket takes of bytes [start, end); return the count, and the next chunk if it takes no more."""
+    position = start
     if is_gone():
         return 0, b""
-    with suppress(OSError):  # the peer has gone, or the disk cannot read it: the missing bytes tell
-        while at < end:
+    with suppress(OSError):  # the peer has disconnected, or the disk cannot be read: the missing bytes tell
+        while position < end:
             try:
-                sent = os.sendfile(socket, file.fileno(), at, end - at)
+                sent = os.sendfile(socket, file.fileno(), position, end - position)
             except BlockingIOError:
-                return at - start, os.pread(file.fileno(), min(_PIECE_BYTES, end - at), at)
+                return position - start, os.pread(file.fileno(), min(_CHUNK_BYTES, end - position), position)
             if not sent:
                 break
-            at += sent
-    return at - start, b""
+            position += sent
+    return position - start, b""
 
 
 async def _to_its_end(working: Future[tuple[int, bytes]]) -> tuple[int, bytes]:
-    """The result of a thread. Cancelled, this waits all the same: what the thread uses is closed afterwards."""
+    """Return a thread's result. If cancelled, waits all the same: the caller closes what the thread uses."""
     waiting = asyncio.wrap_future(working)
     try:
         return await asyncio.shield(waiting)

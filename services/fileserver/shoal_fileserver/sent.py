@@ -1,6 +1,6 @@
-"""How often this source has sent each leaf, and what is on its way: from this it chooses what it sends next.
+"""How often this node has sent each leaf, and which leaves are in flight; it chooses from that what to send next.
 
-Kept in memory, for some blobs and a while: what is forgotten costs nothing but a second copy before another's first.
+Kept in memory, for some blobs and a while: what is dropped costs at most a second copy before another leaf's first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from shoal_common.runs import counted, least_sent, run
 MAX_BLOBS = 64
 FORGOTTEN_AFTER_S = 900.0
 ON_ITS_WAY_S = 10.0
-"""So long a leaf that is on its way to somebody is sent to nobody else: who takes longer is nobody to wait for."""
+"""In-flight leaves are not sent to anyone else for this long: a slower receiver is not waited for."""
 JUST_SENT_S = 1.0
-"""And so long after it has gone: until then others may not have heard that somebody has it now, and ask for it."""
+"""Nor for this long after they were sent: until then others may not have heard who has them now, and ask for them."""
 
 
 class Going(msgspec.Struct, eq=False):
-    """Leaves [first, end) on their way to somebody, or just gone."""
+    """Leaves [first, end) that are in flight, or were just sent."""
 
     blob: str
     first: int
@@ -33,7 +33,7 @@ class Going(msgspec.Struct, eq=False):
 
 
 class _Counts(msgspec.Struct):
-    """Of one blob: the leaves that were sent never, once, twice, …; and those on their way."""
+    """One blob's leaves: the sets that were sent never, once, twice, …; and those in flight."""
 
     leaf_count: int
     sets: list[int]
@@ -42,7 +42,7 @@ class _Counts(msgspec.Struct):
 
 
 class Sent:
-    """What was sent of each blob, or is being sent."""
+    """What was sent of each blob, or is in flight."""
 
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
@@ -51,33 +51,33 @@ class Sent:
     def choose(
         self, blob: str, size_bytes: int, wanted: int, ready: int, max_leaves: int, now_s: float
     ) -> Going | None:
-        """The run to send next, counted from now on; `ended` has to follow. None when nothing wanted can be sent."""
+        """Return the next leaves to send, counted from now on; `ended` must follow. None if nothing can be sent."""
         counts = self._counts(blob, leaf_count(size_bytes), now_s)
         counts.going = [g for g in counts.going if not g.gone or now_s < g.until_s]
-        for going in counts.going:
-            if now_s < going.until_s:
-                ready &= ~run(going.first, going.end)
+        for leaves in counts.going:
+            if now_s < leaves.until_s:
+                ready &= ~run(leaves.first, leaves.end)
         chosen = least_sent(counts.sets, wanted, ready, max_leaves, self._draw)
         return None if chosen is None else _begun(counts, blob, *chosen, now_s)
 
     def asked(self, blob: str, first: int, end: int, now_s: float) -> Going | None:
-        """Somebody asked for these very leaves, which counts as well; None for a blob of which nobody wants any."""
+        """Record that these leaves were requested; None for a blob of which no peer wants any leaf."""
         counts = self._blobs.get(blob)
         return None if counts is None else _begun(counts, blob, first, end, now_s)
 
-    def ended(self, going: Going, through: int, now_s: float) -> None:
-        """Leaves up to `through` have gone; the rest has not, and counts no more."""
-        counts = self._blobs.get(going.blob)
-        if counts is None or going not in counts.going:  # forgotten meanwhile
+    def ended(self, in_flight: Going, through: int, now_s: float) -> None:
+        """Record that leaves up to `through` were sent; the rest were not, and are not counted."""
+        counts = self._blobs.get(in_flight.blob)
+        if counts is None or in_flight not in counts.going:  # dropped meanwhile
             return
-        through = max(through, going.first)
-        lost = run(through, going.end)
-        going.end, going.gone, going.until_s = min(through, going.end), True, now_s + JUST_SENT_S
-        # Sets move down from the second on: what was counted once more is counted once less.
+        through = max(through, in_flight.first)
+        unsent = run(through, in_flight.end)
+        in_flight.end, in_flight.gone, in_flight.until_s = min(through, in_flight.end), True, now_s + JUST_SENT_S
+        # From the second set on, leaves move down: what was counted once more is counted once less.
         for count in range(1, len(counts.sets)):
-            less = counts.sets[count] & lost
-            counts.sets[count] &= ~less
-            counts.sets[count - 1] |= less
+            moved = counts.sets[count] & unsent
+            counts.sets[count] &= ~moved
+            counts.sets[count - 1] |= moved
 
     def _counts(self, blob: str, leaves: int, now_s: float) -> _Counts:
         while self._blobs and next(iter(self._blobs.values())).used_at_s < now_s - FORGOTTEN_AFTER_S:
@@ -94,6 +94,6 @@ class Sent:
 
 def _begun(counts: _Counts, blob: str, first: int, end: int, now_s: float) -> Going:
     counted(counts.sets, run(first, end))
-    going = Going(blob, first, end, now_s + ON_ITS_WAY_S)
-    counts.going.append(going)
-    return going
+    in_flight = Going(blob, first, end, now_s + ON_ITS_WAY_S)
+    counts.going.append(in_flight)
+    return in_flight

@@ -1,4 +1,4 @@
-"""The service: what peers ask (`blobs.py`, `probe.py`), the hub's protocol (`hub.py`), and the port they share."""
+"""The service: the API for peers (`blob_api.py`, `probe.py`), the hub's protocol (`hub_api.py`), and their port."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from shoal_fileserver.probe import Probe
 from shoal_fileserver.sent import Sent
 
 _KEEP_ALIVE_S = 30
-_STOP_S = 5
+_GRACEFUL_SHUTDOWN_S = 5
 
 
 def settings(
     layout: Layout, node: str, secret: str, catalog: Catalog | None = None, pace: Pace | None = None
 ) -> uvicorn.Config:
-    """A server over one store; with a catalog, in the hub's protocol too, over what its nodes have."""
+    """Return the configuration of a server for one store; with a model index it speaks the hub's protocol too."""
     pace = pace or Pace()
     sent = Sent(random.Random())
     at_once = AtOnce(layout, node, secret, sent, pace)
@@ -55,7 +55,7 @@ def settings(
         server_header=False,
         lifespan="off",
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_STOP_S,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
     )
 
 
@@ -65,10 +65,10 @@ def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | Non
         return PlainTextResponse("ok\n")
 
     async def denied(scope: Scope, receive: Receive, send: Send) -> None:
-        await problem(401, "show a token for this blob of this node")(scope, receive, send)
+        await problem(401, "send a token for this blob of this node")(scope, receive, send)
 
     hub_routes = HubProtocol(secret, catalog, blobs.of_hub).routes if catalog else []
-    # A redirection would send the peer, and its credential, wherever its Host header says.
+    # No redirects: they would send the peer, and its credential, wherever its Host header says.
     peers = Router(routes=[Route("/health", health, methods=["GET"]), *hub_routes], redirect_slashes=False)
     strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
 
@@ -86,30 +86,30 @@ def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | Non
 
 
 def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
-    """The port that peers ask: SHOAL_FILESERVER_PORT, or any free one."""
-    asked = environ.get("SHOAL_FILESERVER_PORT") or "0"
-    if not (asked.isascii() and asked.isdigit() and int(asked) < 1 << 16):
-        raise BadInput(f"SHOAL_FILESERVER_PORT is {asked!r}: a port from 1 to 65535 is expected, or 0 for any")
+    """Open the port: SHOAL_FILESERVER_PORT, or any free one."""
+    port = environ.get("SHOAL_FILESERVER_PORT") or "0"
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise BadInput(f"SHOAL_FILESERVER_PORT is {port!r}: give a port from 1 to 65535, or 0 for any")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(asked)), family=family, dualstack_ipv6=takes_both(host))
+        return socket.create_server((host, int(port)), family=family, dualstack_ipv6=takes_both(host))
     except OSError as e:
         raise Unavailable(
-            f"the fileserver cannot listen on {host} port {asked}: {e.strerror}; stop what does, or set "
+            f"the fileserver cannot listen on {host} port {port}: {e.strerror}; stop the program that does, or set "
             "SHOAL_FILESERVER_PORT to another port"
         ) from None
 
 
 async def run(context: Context) -> None:
-    """The fileserver service."""
+    """Run the fileserver service."""
     config = context.config
     listener = _listen(config.bind, context.environ)
-    # What a hostile peer can provoke is not worth a line each; what went wrong here is.
+    # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     pace = Pace()
     async with asyncio.TaskGroup() as tasks:
-        # At once: while a fileserver that was restarted says no address, its peers turn to the hub (I9). The socket
-        # listens already, and who comes waits there for the views.
+        # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket
+        # already listens, and requests wait there for the mirrors.
         await context.follow_interfaces(listener.getsockname()[1])
         context.ready()
         models = await context.view(tasks, "state", "model.>")
@@ -117,12 +117,12 @@ async def run(context: Context) -> None:
         own = await context.view(tasks, "state", storage_key(context.node))
         context.background(tasks, _keep_pace(own, context.node, pace))
         catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
-        answering = settings(Layout(config.store), context.node, config.secret, catalog, pace)
-        await HttpServer(answering, context.stopping).serve(sockets=[listener])
+        http_config = settings(Layout(config.store), context.node, config.secret, catalog, pace)
+        await HttpServer(http_config, context.stopping).serve(sockets=[listener])
 
 
 async def _keep_pace(own: View, node: str, pace: Pace) -> None:
-    """Follow the node's `max_upload_bytes_per_s`, as its storage tells it."""
+    """Apply the node's `max_upload_bytes_per_s`, as its storage publishes it."""
     seen = -1
     while True:
         seen = await own.changed_after(seen)

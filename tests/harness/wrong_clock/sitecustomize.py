@@ -1,7 +1,7 @@
-"""Python itself imports this before anything else: a wall clock that is off by what a file says, at any moment.
+"""A wrong wall clock for a process, which Python imports before anything else: off by the seconds in a file.
 
-The file has one double, native, in seconds; whoever writes to it sets the clock of every process that has it. The
-kernel stamps files, and is right; and so are clocks that nobody sets.
+The file has one double, native, in seconds; writing to it sets the clock of every process that has it mapped. The
+kernel stamps files with the true time, and clocks that nobody sets are right too.
 """
 
 import datetime

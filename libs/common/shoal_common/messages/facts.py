@@ -1,4 +1,4 @@
-"""What a liveness key says: who holds it, and that service's facts now. Kept small: it is rewritten every beat."""
+"""The value of a liveness key: its process, and facts about its node. Kept small: every renewal writes it again."""
 
 from __future__ import annotations
 
@@ -6,73 +6,82 @@ from shoal_common.messages import Message
 
 
 class Holder(Message):
-    """The process behind a node's service.
-
-    `host` names the machine, this boot of it and the pid namespace, so that a process on the same machine can
-    be looked up by pid; `pid_started_s` tells it from a later process that got the same pid.
-    """
+    """The process behind a node's service."""
 
     uid: str
+    """Random id of this incarnation of the process."""
     host: str
+    """The machine, this boot and the pid namespace: processes with the same value can look each other up by pid."""
     pid: int
+    """Process id on `host`."""
     pid_started_s: float = 0.0
+    """When the process started; tells it from a later process with the same pid."""
     network: str = ""
-    """The machine, this boot of it, and the network namespace: within one such value loopback is the same."""
+    """The machine, this boot and the network namespace: equal values share one loopback interface."""
 
 
 class Link(Message):
-    """One way to a data port: its address, and the interface that carries it."""
+    """An address of a data port, and the interface that carries it."""
 
     address: str
-    """`host:port`"""
+    """`host:port`."""
     interface: str = ""
+    """The interface's name."""
     kind: str = ""
-    """thunderbolt, ethernet, wifi, virtual or loopback; "" and words of a later version: not known."""
+    """thunderbolt, ethernet, wifi, virtual or loopback; "" or any other word means unknown."""
     mbit: int = 0
-    """Speed of the interface in Mbit/s, 0 where the system does not say."""
+    """Interface speed in Mbit/s; 0 if the system does not report it."""
 
 
 class Facts(Message):
-    """A service's facts. Each service fills in the fields that are its own."""
+    """Facts about a service and its node. Each service fills in its own fields."""
 
     addresses: list[str] = []
-    """Where its data port answers, `host:port`, best first (fileserver, gateway)."""
+    """Addresses of the data port, `host:port`, best first (fileserver, gateway)."""
     links: list[Link] = []
-    """The same with what carries them, and loopback where it listens there as well, which is for its own machine."""
+    """The same addresses with their interfaces, plus loopback where the port listens on it, for this machine only."""
     memory_total_bytes: int = 0
-    """What instances may use of this machine at most: its memory, or less where a setting says so (inference; the
-    same for what follows)."""
+    """Memory that instances may use at most: the machine's, or less if a setting says so (inference)."""
     memory_available_bytes: int = 0
-    """Of that, what is free or can be had at once. What `stages` occupy is not in it."""
+    """Of the total, what is free or can be reclaimed now; excludes what `stages` occupy (inference)."""
     memory_reclaimable_bytes: int = 0
-    """Of what is available, what the system has lent to caches."""
+    """Of the available memory, what the system uses for caches (inference)."""
     stages: dict[str, int] = {}
-    """What this node's stages occupy now, by `<instance>/<rank>`. None from versions that counted it as available."""
+    """Bytes each stage occupies now, by `<instance>/<rank>`; empty from versions that count them as available."""
     memory_pressure: int | None = None
-    """How much the machine suffers for want of memory: 0 not at all, 1 some, 2 much. None: not known."""
+    """Memory pressure: 0 none, 1 some, 2 severe; null if unknown (inference)."""
     accelerator: str = ""
-    """What MLX computes with: cpu, metal, cuda; "" while it is not known."""
+    """MLX's device: cpu, metal or cuda; "" while unknown (inference)."""
     accelerator_bytes: int | None = None
-    """What the accelerator can use at most; None: no limit of its own, or not known."""
+    """Memory that the accelerator can use at most; null if unlimited or unknown (inference)."""
     memory_bytes_per_s: float = 0.0
-    """How fast MLX reads weights here, measured; 0: not yet."""
+    """Rate at which MLX reads weights on an idle machine, measured; 0 before that (inference)."""
     working_bytes_per_s: float = 0.0
-    """What stages have shown of it while they work, where that is something else; 0: nothing."""
+    """The rate that running stages have shown, where it differs; 0 if none (inference)."""
     disk_free_bytes: int = 0
+    """Free space on the store's disk (storage)."""
 
 
 class LostSight(Message):
-    """`shoal.v1.lost.<node>`: a connection to the node broke or was refused. Whoever minds asks the node itself."""
+    """A connection to the node broke or was refused. Receivers should ping the node before acting.
+
+    Subject `shoal.v1.lost.<node>` (core NATS, not stored), published by any service of another node.
+    """
 
     by: str
-    """The node that says so."""
+    """The node that reports it."""
     why: str = ""
+    """Why the connection failed."""
 
 
 class Live(Message):
-    """The value of `live` at `<node>.<service>`."""
+    """A service is alive. `live` key `<node>.<service>`, published by that service."""
 
     holder: Holder
+    """The process that runs the service."""
     version: str
+    """Version of Shoal that the service runs."""
     started_at_s: float = 0.0
+    """When the service started."""
     facts: Facts = Facts()
+    """Facts about the service and its node."""

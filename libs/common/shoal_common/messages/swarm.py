@@ -1,4 +1,4 @@
-"""What nodes that fetch the same blob tell each other: `shoal.v1.have.<node>.<blob>`, core NATS, kept nowhere."""
+"""Gossip between nodes that fetch the same blob."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ from shoal_common.messages import Message
 
 
 class Have(Message):
-    """What a node that is fetching a blob has of it now. The newest one says all; older ones can be lost."""
+    """Leaves of a blob that a fetching node has now. The newest message is complete; older ones may be lost.
+
+    Subject `shoal.v1.have.<node>.<blob>` (core NATS, not stored), published by that node's fetcher.
+    """
 
     node: str
+    """The fetching node."""
     blob: str
+    """The blob's sha256, or `git-<sha1>` while the sha256 is unknown."""
     size_bytes: int
+    """Size of the whole blob."""
     uid: str = ""
-    """The process of the fetcher, so that a restarted one is not taken for the one before."""
+    """The fetcher's process; tells a restarted fetcher from the earlier one."""
     leaves: bytes = b""
-    """Bitmap of the leaves that are verified and can be asked for, as `ready` has it (base64 in JSON)."""
+    """Bitmap of the verified leaves that peers can request, in the relay bitmap's format."""
     wanted: bytes = b""
-    """Bitmap of the leaves that it fetches, where those are not all; empty: all."""
+    """Bitmap of the leaves that the node fetches; empty means all."""
     origin: bool = False
-    """Whether it reads this blob from the hub, under the lease."""
+    """Whether the node reads this blob from the hub, under the origin lease."""
     hashes_from: int = 0
-    """The first leaf of `hashes`."""
+    """Index of the first leaf in `hashes`."""
     hashes: bytes = b""
-    """Provisional hashes that are new since the last message, 32 bytes each: from an origin alone."""
+    """Provisional leaf hashes that are new since the last message, 32 bytes each; only an origin sends them."""
     sealed: str = ""
-    """The list's root, once the whole has hashed to its name."""
+    """Leaf list digest, once the whole blob has been verified."""
     hello: bool = False
-    """It has joined just now: whoever hears this says what it has."""
+    """The node has just joined: receivers answer with their own message."""
     leaving: bool = False
-    """It works on this blob no more."""
+    """The node no longer works on this blob."""
