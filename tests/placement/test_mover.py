@@ -45,7 +45,7 @@ async def test_an_instance_whose_node_dies_is_placed_anew_on_the_others(own_nats
         assert fresh.epoch == spec.epoch + 1 and dead not in {s.node for s in fresh.stages}
         assert (fresh.stages[0].first_layer, fresh.stages[-1].last_layer) == (0, 4)
         assert (await c.stands(spec.id, "starting")).epoch == fresh.epoch
-        assert await process.wait_line("msg=moved", f"instance={spec.id}", f"{dead} is away")
+        assert await process.wait_line('msg="instance moved"', f"instance={spec.id}", f"{dead} is down")
 
 
 async def test_an_instance_that_finds_no_room_stays_and_says_why_until_there_is_some(
