@@ -194,10 +194,10 @@ def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
 
 
 def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
-    with pytest.raises(NoRoom, match="2 nodes were asked for and 1 can take part"):
+    with pytest.raises(NoRoom, match="needs 2 nodes; 1 available"):
         plan(Place(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
     five = dict.fromkeys("abcde", 5000)
-    with pytest.raises(NoRoom, match="5 nodes were asked for and the model has 4 layers"):
+    with pytest.raises(NoRoom, match="needs 5 nodes; the model has only 4 layers"):
         plan(Place(model="org/tiny-fish", min_nodes=5), world(five, [held()]))
 
 

@@ -1,6 +1,6 @@
 """Replanning an instance: where it has to move, and where it would run better. Pure.
 
-An instance that runs well is never moved to run better: that is proposed, with its gain and what has to be downloaded,
+An instance that runs well is never moved to run better: a move is proposed, with its gain and the bytes to download,
 and a person decides (docs/placement.md).
 """
 

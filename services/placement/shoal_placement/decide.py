@@ -119,9 +119,7 @@ def has_degraded(before: InstanceState | None, now: InstanceState) -> bool:
     return now.phase == "degraded" and not was_degraded
 
 
-def stages_not_ready(
-    spec: InstanceSpec, stages: Iterable[StageState], live: Set[str]
-) -> list[tuple[StageSpec, str]]:
+def stages_not_ready(spec: InstanceSpec, stages: Iterable[StageState], live: Set[str]) -> list[tuple[StageSpec, str]]:
     """Return the stages of an instance that are not ready, in rank order, each with the reason."""
     own = _own_stages(spec, stages)
     missing = []

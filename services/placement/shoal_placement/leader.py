@@ -112,7 +112,9 @@ class Placement:
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
         self._suspicion, self.survey = Suspicion(context, live), Survey(context, live, state)
-        self._mover = Mover(context, (live, spec, state), self._inference_nodes, self._world, self._section, replace_after_s)
+        self._mover = Mover(
+            context, (live, spec, state), self._inference_nodes, self._world, self._section, replace_after_s
+        )
         self._instances = Instances(context, (live, spec, state), self._suspicion, self._mover)
         self._membership = MembershipPublisher(context, live, state, self._suspicion.silent)
         self._writes: Writes
@@ -153,7 +155,7 @@ class Placement:
     # Commands and questions
 
     async def place(self, command: Place, identity: str) -> Placed:
-        """Choose a layout and publish the instance. The same command delivered again returns its own instance (I5)."""
+        """Choose a layout and publish the instance. The same command delivered again returns that instance (I5)."""
         async with self._section:
             await self._catch_up()
             name = instance_id(ModelRef.parse(command.model).repo, identity)
@@ -216,7 +218,9 @@ class Placement:
             else:
                 raise NotFound(f"node {node} is not live: to remove a node for good, run `shoal node forget {node}`")
         log.info("node drained" if command.drained else "node no longer drained", name=node)
-        affected = [s.id for _, s in self._spec.items("instance.", InstanceSpec) if node in {g.node for g in s.stages}]
+        affected = [
+            s.id for _, s in self._spec.items("instance.", InstanceSpec) if node in {g.node for g in s.stages}
+        ]
         return {
             "node": node,
             "drained": command.drained,

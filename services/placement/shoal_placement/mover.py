@@ -100,5 +100,7 @@ class Mover:
         """Publish the new layout of an instance, and emit `moved`. The caller holds the section."""
         await self._spec.reached(await writes.spec.put(instance_key(replanned.id), replanned))
         nodes = [stage.node for stage in replanned.stages]
-        log.info("instance moved", instance=replanned.id, because=because, nodes=",".join(nodes), epoch=replanned.epoch)
+        log.info(
+            "instance moved", instance=replanned.id, because=because, nodes=",".join(nodes), epoch=replanned.epoch
+        )
         await self._context.events.tell("moved", instance=replanned.id, because=because, nodes=nodes)

@@ -1,7 +1,7 @@
 """Which nodes are down, since when, and which have been down for too long. Pure: docs/cluster.md.
 
-Only what is in the buckets now decides, never what happened: a leader that follows another, or an outage, comes to the
-same result.
+Only what is in the buckets now decides, never what happened: a leader that follows another, or an outage, comes to
+the same result.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def named_by(
 def reconcile(
     named: Set[str], live: Set[str], published: Mapping[str, NodeState], now_s: float, retire_after_s: float
 ) -> Actions:
-    """Return what to do about the `named` nodes. `live`: those that are live; `published`: those published as down."""
+    """Return what to do about the `named` nodes. `live`: the live ones; `published`: those published as down."""
     silent = [NodeState(node=node, silent_since_s=now_s) for node in sorted(named - live - published.keys())]
     due_s = {n: 0.0 if s.forgotten else s.silent_since_s + retire_after_s - now_s for n, s in published.items()}
     # A node whose retirement was interrupted may be named by nothing else any more: its retirement is finished.

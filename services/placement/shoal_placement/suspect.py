@@ -1,8 +1,8 @@
 """Which services count as down although their liveness keys exist, and which as present although they do not. Pure.
 
 A key expires 20 s after its holder's last renewal. A connection to the node may break sooner: then the node is asked,
-and a service that does not answer counts as down until it does. A missing key may also mean that NATS was down and not
-the node: for a while after an outage an instance that was ready stays ready.
+and a service that does not answer counts as down until it does. A missing key may also mean that NATS was down and
+not the node: for a while after an outage an instance that was ready stays ready.
 """
 
 from __future__ import annotations

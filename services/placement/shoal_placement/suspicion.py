@@ -87,7 +87,9 @@ class Suspicion:
         newly = sorted(unresponsive - before)
         if newly:
             services = ",".join(key.partition(".")[2] for key in newly)
-            log.warning("node does not answer; these services count as down until it does", name=node, services=services)
+            log.warning(
+                "node does not answer; these services count as down until it does", name=node, services=services
+            )
         for key in newly:
             self.silent.apply(key, b"")
 
