@@ -23,6 +23,7 @@ from shoal_common.messages.records import (
     StagePhase,
     StageState,
 )
+from shoal_placement.membership import MEMBERS_KEY, MembersState
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
@@ -90,6 +91,15 @@ class Cluster:
             shape_error=shape_error,
         )
         await self.here.buckets.state.put(model_key(node, state.model), state)
+
+    async def has_joined(self, node: str) -> None:
+        """Return once the leader has published that the node is a member."""
+
+        async def recorded() -> bool:
+            record = await self.here.buckets.state.get_as(MEMBERS_KEY, MembersState)
+            return record is not None and node in record.lost_since_s
+
+        await eventually(recorded, f"{node} has joined", FOLLOW_DEADLINE_S)
 
     async def stage(self, spec: InstanceSpec, rank: int, phase: StagePhase) -> None:
         """A node's inference says how a stage stands."""

@@ -146,6 +146,7 @@ async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: Nat
         await asyncio.gather(c.beat("a", 400), c.beat("b", 500))
         await c.placed_nothing()  # somebody leads, and has seen who lives before it hears what they hold
         await c.hold("b")
+        await c.has_joined("b")
         ask = Ask(c.here.nats)
         before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
         seen = [
@@ -259,6 +260,7 @@ async def test_idle_means_silent(own_nats: NatsServer, tmp_path: Path) -> None:
         spec = await c.placed()
         await c.stage(spec, 0, "ready")
         await c.stands(spec.id, "ready")
+        await c.has_joined("a")
         before = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         for memory_mib in range(3 * INSTANCE_MIB, 3 * INSTANCE_MIB - 10, -1):
             await c.beat("a", memory_mib)  # facts change at every beat, and how the instance stands does not

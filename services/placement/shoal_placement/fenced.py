@@ -2,8 +2,8 @@
 
 A leader that was stopped past its lease (SIGSTOP, a machine that slept) does not know so when it resumes, and earlier
 writes of it may be on their way. So each leader first writes the key `leader.placement` to the buckets that it
-writes, and every later write names that key's revision: another leader has another revision. The value is the revision
-of the lease, so that of two leaders that begin at the same time the later one wins.
+writes, and every later write names that key's revision: another leader has another revision. The value is the lease's
+revision, so that of two leaders that begin at the same time the later one wins.
 """
 
 from __future__ import annotations
