@@ -26,7 +26,7 @@ def placed_anew(spec: InstanceSpec, world: World, layout: str = "") -> InstanceS
 
     Raises what `plan` raises.
     """
-    chosen = plan(_request(spec, world, layout), _without_instance(spec, world))
+    chosen = plan(_request(spec, world, layout), _without_own_stages(spec, world))
     replanned = spec_of(chosen, spec.id, spec.created_at_s)
     return structs.replace(replanned, epoch=spec.epoch + 1, asked=spec.asked)
 
@@ -39,7 +39,7 @@ def rebalances(world: World) -> Rebalances:
 
 def better(spec: InstanceSpec, world: World) -> Rebalancing | None:
     """Return a better layout for an instance; None if its layout is about as good as any, or it has to move."""
-    freed, request = _without_instance(spec, world), _request(spec, world)
+    freed, request = _without_own_stages(spec, world), _request(spec, world)
     current_layout = structs.replace(request, layout=layout_name(spec.stages), force=True)
     try:
         now, best = plan(current_layout, freed), plan(request, freed)
@@ -66,7 +66,7 @@ def _request(spec: InstanceSpec, world: World, layout: str = "") -> Place:
     return Place(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **asked)
 
 
-def _without_instance(spec: InstanceSpec, world: World) -> World:
+def _without_own_stages(spec: InstanceSpec, world: World) -> World:
     """Return the cluster without the instance: the memory of its stages is free."""
     keys = {stage_key(spec.id, s.rank) for s in spec.stages}
     facts = {n: _without_stages(f, keys) for n, f in world.facts.items()}

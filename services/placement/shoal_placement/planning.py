@@ -110,7 +110,7 @@ def plan(request: Place, world: World) -> Plan:
     Raises NotFound, Unsupported, BadInput, or NoRoom with the figures of every node and, if the model fits only in a
     tier that the request does not allow, that tier.
     """
-    resolved = _resolve(request, world)
+    resolved = _resolve_request(request, world)
     if request.layout:
         return _plan_named_layout(resolved)
     allowed = allowed_tiers(request)
@@ -128,7 +128,7 @@ def previews(request: Place, world: World) -> list[Plan]:
 
     The layout that `plan` would choose comes first. Raises what `plan` raises.
     """
-    resolved = _resolve(request, world)
+    resolved = _resolve_request(request, world)
     if request.layout:
         return [_plan_named_layout(structs.replace(resolved, request=structs.replace(request, force=True)))]
     plans: dict[int, Plan] = {}
@@ -193,7 +193,7 @@ def in_flight(request: Place) -> int:
     return request.in_flight or IN_FLIGHT
 
 
-def _resolve(request: Place, world: World) -> _Question:
+def _resolve_request(request: Place, world: World) -> _Question:
     if not 1 <= request.min_nodes <= request.max_nodes:
         raise BadInput(
             f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes}: "
