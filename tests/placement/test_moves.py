@@ -17,7 +17,7 @@ names = st.sampled_from("abcd")
 
 
 def runs(identity: str, *nodes: str, asked: Asked | None = None) -> InstanceSpec:
-    """An instance of the four-layer model, its layers spread over these nodes."""
+    """Return an instance of the four-layer model with its layers spread over these nodes."""
     bounds = [round(4 * i / len(nodes)) for i in range(len(nodes) + 1)]
     stages = [StageSpec(rank=r, node=n, first_layer=bounds[r], last_layer=bounds[r + 1]) for r, n in enumerate(nodes)]
     return InstanceSpec(
