@@ -285,7 +285,7 @@ async def test_a_peer_that_does_not_answer_is_said_to_be_unreachable(own_nats: N
 
 @pytest.fixture
 def far() -> Iterator[Machine]:
-    """A machine that shares the network of this one."""
+    """A network namespace that is reached only through relays."""
     with machines("far") as (machine,):
         yield machine
 
