@@ -167,7 +167,7 @@ async def test_while_nats_is_away_for_ten_seconds_nobody_is_declared_dead(
         if how == "killed":
             seen = deaths.here.here.nats.reconnects.count
             await asyncio.to_thread(own_nats.kill)
-            await asyncio.sleep(AWAY_S)  # how long it is away
+            await asyncio.sleep(AWAY_S)  # how long it is down
             await asyncio.to_thread(own_nats.start)
             await deaths.here.here.nats.reconnects.wait_after(seen)
         else:

@@ -1,6 +1,6 @@
 """What a link between two nodes costs a token: as measured, or a default for links of its kind. Pure.
 
-A node measures its links when somebody asks for a placement (`link_survey.py`), and keeps the figures in `state`
+A node measures its links when somebody asks for a placement (`survey.py`), and keeps the figures in `state`
 `links.<node>`. A figure counts while both nodes publish the same addresses as then; after an hour the link is
 measured again when somebody asks.
 """

@@ -1,4 +1,4 @@
-"""The leader pings nodes to which somebody has lost a connection: `suspect.py` decides who is down."""
+"""The leader pings nodes to which somebody has lost a connection: `failure_rules.py` decides who is down."""
 
 from __future__ import annotations
 

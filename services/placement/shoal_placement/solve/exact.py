@@ -61,17 +61,17 @@ def best(problem: Problem, pace: Pace = THOROUGH, known_s: float = INF) -> Answe
 def _solve(problem: Problem, pace: Pace, together: bool, known_s: float) -> dict[int, Answer]:
     chain = Chain(problem, problem.nodes)
     count = len(problem.nodes)
-    most = min(problem.max_nodes, count, chain.layers)
+    max_count = min(problem.max_nodes, count, chain.layers)
     answers: dict[int, Answer] = {}
-    if problem.min_nodes <= 1 <= most:
+    if problem.min_nodes <= 1 <= max_count:
         answers[1] = one_node(problem, chain)
-    counts = range(max(problem.min_nodes, 2), most + 1)
+    counts = range(max(problem.min_nodes, 2), max_count + 1)
     if not counts:
         return answers
     search = Search(Bounds(chain, links(problem)), counts)
     lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
-    for k, found, least in zip(counts, search.best, lower, strict=True):
-        layout = layout_of(problem, found.order, found.cuts, chain) if found.order else None
+    for k, incumbent, least in zip(counts, search.best, lower, strict=True):
+        layout = layout_of(problem, incumbent.order, incumbent.cuts, chain) if incumbent.order else None
         cost = _cost(layout)
         answers[k] = Answer(layout, min(float(least), cost), bool(least >= cost * (1 - 2 * CLOSE)))
     return answers

@@ -54,8 +54,8 @@ class Cluster:
 
     def most_work(self, slowest_s: float) -> Floats:
         """Return the most work that each node can take within a bottleneck."""
-        most = Limits(self.chain, np.array([slowest_s])).most[:, :, 0]
-        largest: Floats = np.maximum(np.maximum(most[INNER], most[FIRST]), most[LAST])
+        max_work = Limits(self.chain, np.array([slowest_s])).most[:, :, 0]
+        largest: Floats = np.maximum(np.maximum(max_work[INNER], max_work[FIRST]), max_work[LAST])
         return largest
 
     @cached_property
@@ -74,10 +74,10 @@ class Cluster:
         return low
 
     def _least(self, slowest_s: float) -> float:
-        most = self.most_work(slowest_s)
-        usable = most > 0
-        rate = np.where(usable, self.rate + self.links_of / np.where(usable, most, 1.0), INF)
-        return float(poured(rate[None, :], most[None, :], float(self.chain.work[-1]))[0])
+        max_work = self.most_work(slowest_s)
+        usable = max_work > 0
+        rate = np.where(usable, self.rate + self.links_of / np.where(usable, max_work, 1.0), INF)
+        return float(poured(rate[None, :], max_work[None, :], float(self.chain.work[-1]))[0])
 
     def part(self, chosen: Sequence[int]) -> Problem:
         """Return the problem with these nodes only."""
@@ -85,14 +85,14 @@ class Cluster:
         return msgspec.structs.replace(self.problem, nodes=nodes, link_s=self.link_s[np.ix_(chosen, chosen)].tolist())
 
 
-def poured(rate: Floats, most: Floats, work: float) -> Floats:
+def poured(rate: Floats, max_work: Floats, work: float) -> Floats:
     """Return for each row the cost of the work, assigned to the cheapest nodes first; infinite if it does not fit."""
     ranked = np.argsort(rate, axis=1, kind="stable")
-    rate, most = np.take_along_axis(rate, ranked, axis=1), np.take_along_axis(most, ranked, axis=1)
-    upto = np.minimum(np.cumsum(most, axis=1), work)
-    taken = np.diff(upto, axis=1, prepend=0.0)
-    cost: Floats = (np.where(taken > 0, rate, 0.0) * taken).sum(axis=1)
-    return np.where(upto[:, -1] >= work * (1 - 1e-9), cost, INF)
+    rate, max_work = np.take_along_axis(rate, ranked, axis=1), np.take_along_axis(max_work, ranked, axis=1)
+    filled = np.minimum(np.cumsum(max_work, axis=1), work)
+    assigned = np.diff(filled, axis=1, prepend=0.0)
+    cost: Floats = (np.where(assigned > 0, rate, 0.0) * assigned).sum(axis=1)
+    return np.where(filled[:, -1] >= work * (1 - 1e-9), cost, INF)
 
 
 def best(problem: Problem) -> Answer:
@@ -158,15 +158,15 @@ def _neighborhoods(cluster: Cluster, size: int) -> list[tuple[list[int], float]]
     size = min(size, cluster.count)
     flight = cluster.chain.in_flight(min(size, NEIGHBOURS))
     slowest_s = 2 * cluster.lower_bound / flight if flight > 1 else INF
-    most = cluster.most_work(slowest_s)
-    usable = np.flatnonzero(most > 0)
+    max_work = cluster.most_work(slowest_s)
+    usable = np.flatnonzero(max_work > 0)
     if len(usable) < 2:
         return []
     size = min(size, len(usable))
     # A few seeds at a time: a large table in one call would block other threads.
     pools: Ints = np.concatenate(
         [
-            _around(cluster, usable[start : start + _SEEDS_AT_ONCE], usable, most, size)
+            _around(cluster, usable[start : start + _SEEDS_AT_ONCE], usable, max_work, size)
             for start in _starts(len(usable))
         ]
     )
@@ -175,8 +175,8 @@ def _neighborhoods(cluster: Cluster, size: int) -> list[tuple[list[int], float]]
     links_of = np.concatenate(
         [_shortest_within(cluster, pools[start : start + _SEEDS_AT_ONCE]) for start in _starts(len(pools))]
     )
-    rate = cluster.rate[pools] + links_of / most[pools]
-    least = poured(rate, most[pools], float(cluster.chain.work[-1]))
+    rate = cluster.rate[pools] + links_of / max_work[pools]
+    least = poured(rate, max_work[pools], float(cluster.chain.work[-1]))
     ranked = np.argsort(least, kind="stable")
     return [([int(i) for i in pools[row]], float(least[row])) for row in ranked if least[row] < INF]
 
@@ -185,10 +185,10 @@ def _starts(count: int) -> range:
     return range(0, count, _SEEDS_AT_ONCE)
 
 
-def _around(cluster: Cluster, seeds: Ints, usable: Ints, most: Floats, size: int) -> Ints:
+def _around(cluster: Cluster, seeds: Ints, usable: Ints, max_work: Floats, size: int) -> Ints:
     """Return for each seed the nodes that suit it best, itself among them."""
     to_seed = (cluster.link_s[seeds] + cluster.link_s[:, seeds].T)[:, usable] / 2
-    score = cluster.rate[usable] + to_seed / most[usable]
+    score = cluster.rate[usable] + to_seed / max_work[usable]
     score[seeds[:, None] == usable] = -INF
     score[:, np.isin(usable, cluster.fixed)] = -INF
     nearest: Ints = usable[np.sort(np.argpartition(score, size - 1, axis=1)[:, :size], axis=1)]
@@ -218,14 +218,14 @@ def _greedy_layouts(cluster: Cluster, counts: Sequence[int]) -> dict[int, Layout
 
 def _choose_nodes(cluster: Cluster, count: int) -> list[int] | None:
     """Return so many nodes with enough memory: the fastest, and if these have too little, more and more by memory."""
-    most = cluster.most_work(INF)
+    max_work = cluster.most_work(INF)
     work = float(cluster.chain.work[-1])
-    rate = cluster.rate + cluster.links_of / np.maximum(most, 1e-12)
+    rate = cluster.rate + cluster.links_of / np.maximum(max_work, 1e-12)
     rate[cluster.fixed] = -INF
-    spread = max(float(np.ptp(cluster.rate)), 1e-12) / max(float(most.max()), 1e-12)
+    spread = max(float(np.ptp(cluster.rate)), 1e-12) / max(float(max_work.max()), 1e-12)
     for weight in (0.0, 0.25, 1.0, 4.0, 64.0):
-        chosen = np.argsort(rate - weight * spread * most, kind="stable")[:count]
-        if most[chosen].min() > 0 and most[chosen].sum() >= work:
+        chosen = np.argsort(rate - weight * spread * max_work, kind="stable")[:count]
+        if max_work[chosen].min() > 0 and max_work[chosen].sum() >= work:
             return sorted(int(i) for i in chosen)
     return None
 
