@@ -1,7 +1,7 @@
-"""What happens to a cluster of real processes: commands of people, and harm in their midst.
+"""Chaos for a cluster of real processes: users' commands, and faults in the middle of them.
 
-What happens is drawn from a seed, which a failing run prints with all that it did: the same seed, rounds and kinds
-draw the same things again (how they meet the processes is the machine's affair). The site is in `chaos_site`, what
+All of it is drawn from a seed, which a failing run prints with all that it did: the same seed, rounds and kinds
+draw the same faults again (their timing in the processes depends on the machine). The site is in `chaos_site`, what
 must hold afterwards in `chaos_checks`.
 """
 
@@ -36,13 +36,13 @@ from tests.harness.waiting import eventually
 _SENT_AGAIN_S = 15.0
 _QUOTAS = (None, 1 << 30, 2 << 30)
 _BESIDE_OTHERS = ("network", "full_disk", "clock")
-"""What may go wrong while something else does."""
+"""Faults that may happen during another one."""
 _TWO_AT_ONCE = 0.3
 _CLOCKS_S = (-7 * 3600.0, -1200.0, -45.0, 0.0, 90.0, 5 * 3600.0, 40 * 86400.0)
 
 
 class Sent(msgspec.Struct):
-    """A command that was sent: it has to end in an outcome."""
+    """A command that was sent: it must have an outcome."""
 
     identity: str
     what: str
@@ -50,9 +50,9 @@ class Sent(msgspec.Struct):
 
 
 class Chaos:
-    """One run: `round` as often as wanted, then `settle`; then `chaos_checks.check`.
+    """One run: `round` any number of times, then `settle`, then `chaos_checks.check`.
 
-    `longest_s`: how long an outage of any kind may be; what others wait for ends between 5 and 20 s.
+    `longest_s`: the longest outage of any kind; the other services' timeouts are between 5 and 20 s.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Chaos:
         """What was done, in order."""
         self.quotas: dict[str, int | None] = {}
         self.removed: set[str] = set()
-        """Blobs that were removed by hand somewhere: their models are not announced until they are pulled again."""
+        """Blobs that were removed by hand on some node: their models are unpublished until they are pulled again."""
         self._longest_s = longest_s
         self._sent: list[Sent] = []
         can = {"network": world.switch is not None, "full_disk": bool(world.disks)}
         self._harms = [harm for harm in HARMS if harm in harms and can.get(harm, True)]
 
     async def round(self, number: int) -> None:
-        """Some commands, and a thing that goes wrong in their midst, or two at once."""
+        """Send some commands, and inject a fault in the middle of them, or two at once."""
         for _ in range(self.draw.randrange(1, 4)):
             self._command(number)
         harms = self.draw.choices(self._harms, weights=[HARMS[h][0] for h in self._harms])
@@ -92,7 +92,7 @@ class Chaos:
         body: dict[str, object] = {"model": model}
         if verb == "configure":
             body = {"max_storage_bytes": self.draw.choice(_QUOTAS)}
-            self.quotas.pop(node, None)  # until we know how it ended
+            self.quotas.pop(node, None)  # until its outcome is known
         self._send(verb, node, body, f"chaos-{number}-{len(self._sent)}")
 
     def _send(self, verb: str, node: str, body: dict[str, object], identity: str) -> None:
@@ -112,7 +112,7 @@ class Chaos:
             with suppress(Unavailable, NatsError):
                 outcome = await self.here.buckets.done.get_as(identity, Outcome)
                 if outcome is None and time.monotonic() - sent_s > _SENT_AGAIN_S:
-                    # One that reached a NATS which died before keeping it is lost; the same id does the work once.
+                    # A command is lost if NATS dies before storing it; the same id again does the work once.
                     await self.here.here.client.publish(
                         subjects.command(service, node, verb), data, headers={"Nats-Msg-Id": identity}
                     )
@@ -125,7 +125,7 @@ class Chaos:
             self.quotas[node] = outcome.result["max_storage_bytes"]
         return outcome
 
-    # Harm
+    # Faults
 
     def _somebody(self) -> tuple[Node, str]:
         node = self.site[self.draw.choice(sorted(self.site.nodes))]
@@ -135,7 +135,7 @@ class Chaos:
         return self.draw.uniform(0.2, self._longest_s)
 
     async def kill(self, number: int) -> None:
-        """kill -9 of a service, at a random moment."""
+        """Kill a service with kill -9, at a random moment."""
         node, service = self._somebody()
         after_s = self.draw.uniform(0, 2)
         self.did.append(f"{number}: kill {service} of {node.id} after {after_s:.2f} s")
@@ -145,17 +145,17 @@ class Chaos:
         await node.ready(self.here.here, service)
 
     async def kill_node(self, number: int) -> None:
-        """The power of a node goes."""
+        """Kill all processes of a node, as a power cut does."""
         node, _ = self._somebody()
         away_s = self._outage_s()
         self.did.append(f"{number}: kill all of {node.id} for {away_s:.2f} s")
         await asyncio.to_thread(node.kill)
-        await asyncio.sleep(away_s)  # how long it is away
+        await asyncio.sleep(away_s)  # how long it is down
         await asyncio.to_thread(node.start)
         await node.ready(self.here.here)
 
     async def stop(self, number: int) -> None:
-        """A process stands still (SIGSTOP), below and above what others wait for."""
+        """Stop a process (SIGSTOP), for less or more than the others' timeouts."""
         node, service = self._somebody()
         stopped_s = self._outage_s()
         self.did.append(f"{number}: stop {service} of {node.id} for {stopped_s:.2f} s")
@@ -166,20 +166,20 @@ class Chaos:
             node[service].send(signal.SIGCONT)
 
     async def kill_nats(self, number: int) -> None:
-        """NATS dies, and comes back with what it had."""
+        """Kill NATS, and start it again with its store."""
         away_s = self.draw.choice([0.0, self._outage_s()])
         self.did.append(f"{number}: kill NATS for {away_s:.2f} s")
         await asyncio.to_thread(self.site.server.kill)
-        await asyncio.sleep(away_s)  # how long it is away
+        await asyncio.sleep(away_s)  # how long it is down
         await asyncio.to_thread(self.site.server.start)
 
     async def wipe_nats(self, number: int) -> None:
-        """NATS comes back with nothing."""
+        """Start NATS again with an empty store."""
         self.did.append(f"{number}: wipe NATS")
         await asyncio.to_thread(self.site.server.wipe)
 
     async def remove(self, number: int) -> None:
-        """Somebody removes a blob by hand."""
+        """Remove a blob by hand."""
         node, _ = self._somebody()
         which = self.draw.random()
         found = await asyncio.to_thread(lambda: sorted(node.layout.blobs.glob("*/*")))
@@ -190,7 +190,7 @@ class Chaos:
             await asyncio.to_thread(victim.unlink, missing_ok=True)
 
     async def network(self, number: int) -> None:
-        """A wire is pulled, or what one machine sends to another is lost, in one direction or in both."""
+        """Unplug a machine, or drop the packets between two machines, in one direction or in both."""
         switch = self.world.switch
         assert switch is not None
         one, other = self.draw.sample(sorted(switch.addresses), 2)
@@ -202,7 +202,7 @@ class Chaos:
         for sender, receiver in lost:
             switch.lose(sender, receiver)
         try:
-            await asyncio.sleep(away_s)  # how long they are apart
+            await asyncio.sleep(away_s)  # how long they are disconnected
         finally:
             for sender, receiver in lost:
                 switch.deliver(sender, receiver)
@@ -210,7 +210,7 @@ class Chaos:
                 switch.plug_in(one)
 
     async def full_disk(self, number: int) -> None:
-        """Somebody's file takes the last byte of a disk, and is removed later."""
+        """Fill a disk to the last byte with a foreign file, and remove it later."""
         node, _ = self._somebody()
         full_s = self._outage_s()
         self.did.append(f"{number}: fill the disk of {node.id} for {full_s:.2f} s")
@@ -222,7 +222,7 @@ class Chaos:
             await asyncio.to_thread(ballast.unlink, missing_ok=True)
 
     async def clock(self, number: int) -> None:
-        """Somebody sets the clock of a node wrong, or right again, while it runs."""
+        """Set the clock of a running node wrong, or right again."""
         node, _ = self._somebody()
         ahead_s = self.draw.choice(_CLOCKS_S)
         self.did.append(f"{number}: the clock of {node.id} is {ahead_s:+.0f} s off")
@@ -231,7 +231,7 @@ class Chaos:
     # Afterwards
 
     async def settle(self) -> None:
-        """Everything is there again, what is paused goes on, and all that was asked for comes to its end.
+        """Start everything again, resume paused downloads, and wait until every command and download has ended.
 
         Clocks stay as they are.
         """
@@ -242,7 +242,7 @@ class Chaos:
             await node.ready(self.here.here)
         await self._all_have_ended()
         if any("wipe NATS" in did for did in self.did):
-            # With a NATS its wishes are lost: what had begun to arrive waits for somebody who asks again.
+            # Download requests are lost with NATS's store: incomplete downloads wait until somebody pulls again.
             for name, model in sorted(await asyncio.to_thread(self._half_here)):
                 self._send("download", name, {"model": model}, f"again-{len(self._sent)}")
             await self._all_have_ended()
@@ -266,7 +266,7 @@ class Chaos:
         assert not stuck, f"I7: without an outcome: {stuck}"
 
     def _half_here(self) -> set[tuple[str, str]]:
-        """Nodes with models of which something has arrived, and not all."""
+        """Return nodes and models of which some bytes have arrived, but not all."""
         found = set()
         for node in self.site.nodes.values():
             for meta in node.layout.partials.glob("*/meta.json"):
@@ -300,4 +300,4 @@ HARMS: dict[str, tuple[int, Callable[[Chaos, int], Coroutine[None, None, None]]]
     "full_disk": (2, Chaos.full_disk),
     "clock": (2, Chaos.clock),
 }
-"""What can go wrong, and how often beside the others."""
+"""The faults, each with its relative frequency."""

@@ -1,4 +1,4 @@
-"""What must hold of a cluster that has come to rest, whatever happened to it, seen from outside."""
+"""Invariants of a cluster that has settled, whatever happened to it, checked from outside."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.harness.node import Node
 from tests.harness.waiting import eventually
 
 SETTLED_DEADLINE_S = 120.0
-"""For what follows from the end of the last thing that happened."""
+"""For the cluster to settle after the last fault."""
 
 
 async def check(
     site: Site, here: Pulls, quotas: Mapping[str, int | None], removed: Collection[str], consumer_count: int
 ) -> None:
-    """The invariants. `quotas`: what people set last; `removed`: blobs that were taken away by hand somewhere."""
+    """Check the invariants. `quotas`: the last ones that were set; `removed`: blobs that were removed by hand."""
     for node in site.nodes.values():
         await eventually(_is_as_said(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
         await asyncio.to_thread(_check_store, node, removed)
@@ -43,7 +43,7 @@ async def check(
 
 
 async def still_works(site: Site, here: Pulls, model: str, size_bytes: int) -> None:
-    """Each node does at once what it is asked, and I9: the hub sends a model once for all of them."""
+    """Check that each node carries out commands at once, and I9: the hub sends a model once for all nodes."""
     site.hub.reset_stats()
     for name in site.nodes:
         done = await here.ask(name, "configure", b'{"max_storage_bytes": null}', service="storage")
@@ -57,7 +57,7 @@ async def still_works(site: Site, here: Pulls, model: str, size_bytes: int) -> N
 
 
 def _check_store(node: Node, removed: Collection[str]) -> None:
-    """I1: a blob hashes to its name. I2: of a manifest nothing is missing but what was removed by hand."""
+    """Check I1, a blob hashes to its name, and I2, only blobs that were removed by hand are missing."""
     here = blobs(node)
     for sha256, path in here.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"I1: {path}"
@@ -67,7 +67,7 @@ def _check_store(node: Node, removed: Collection[str]) -> None:
 
 
 async def disk_of(here: Pulls, node: str) -> StorageState:
-    """What is said of a node's disk."""
+    """Return the published state of a node's disk."""
     state = await here.buckets.state.get_as(storage_key(node), StorageState)
     assert state is not None
     return state
@@ -97,7 +97,7 @@ def _is_here(node: Node, sha256: str) -> bool:
 
 
 async def _ghosts(site: Site, here: Pulls) -> list[str]:
-    """Keys that name nodes there never were."""
+    """Return the keys that name nodes which never existed."""
     known, found = set(site.nodes), []
     for bucket in ("state", "spec"):
         info = await here.here.js.stream_info(f"KV_{bucket}", subjects_filter=">")

@@ -1,8 +1,8 @@
-"""Where chaos happens: three nodes on a network of their own, each with a small disk and a clock that can be set.
+"""The site of the chaos tests: three nodes on their own network, each with a small disk and a clock that can be set.
 
 Each node's processes run in a network namespace behind a bridge, NATS in another one; the hub and the test itself are
-outside, and reach in by relays that nobody cuts. Where namespaces or disks cannot be had, nodes are on loopback or on
-the test's disk, which is said aloud, and what needs them is not done.
+outside, and connect through relays that are never cut. If namespaces or disks cannot be made, nodes use loopback or
+the test's disk, with a warning, and the faults that need them are left out.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _SECRET = "a secret for tests only"
 
 
 class ReachedServer(NatsServer):
-    """A NATS server in a network namespace, which the test reaches by another address than the nodes."""
+    """A NATS server in a network namespace; the test uses another address for it than the nodes."""
 
     outside_url = ""
 
     def start(self) -> None:
-        """Start it as any other."""
+        """Start the server and set its address for the test."""
         super().start()
         self.url = self.outside_url or self.url
 
 
 class World(msgspec.Struct):
-    """Everything that things can happen to. Without a network or disks of its own: None, or no such paths."""
+    """What faults can hit. `switch` is None and `disks` empty if it has no network or disks of its own."""
 
     site: Site
     clocks: dict[str, WrongClock]
@@ -52,7 +52,7 @@ class World(msgspec.Struct):
 
 @contextmanager
 def running_world(home: Path, harms: set[str]) -> Iterator[World]:
-    """The world that these kinds of harm need, while the body runs."""
+    """Run the world that these kinds of faults need."""
     hub_root = home / "hub"
     hub_root.mkdir(parents=True)
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def running_world(home: Path, harms: set[str]) -> Iterator[World]:
         server, switch, within, url = (_networked if networked else _on_loopback)(stack, home, hub)
         usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_HEADROOM_BYTES": str(HEADROOM_BYTES)}
         if networked:
-            usual |= {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": _SECRET}  # of a namespace
+            usual |= {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": _SECRET}  # in a namespace
         nodes = {name: Node(home / name, name, url, SERVICES, **usual) for name in NODES}
         for name, node in nodes.items():
             for service in node.services.values():
@@ -82,7 +82,7 @@ def _can(harm: str, why_not: str) -> bool:
 
 
 Network = tuple[NatsServer, Switch | None, dict[str, tuple[str, ...]], str]
-"""NATS, what the nodes are on, how a process is put there, and NATS's address for it."""
+"""NATS, the switch, the command prefix for each node's namespace, and NATS's address inside."""
 
 
 def _on_loopback(stack: ExitStack, home: Path, _: RunningHub) -> Network:

@@ -1,4 +1,4 @@
-"""Clusters of whole nodes. One is shared by tests that leave it as they found it."""
+"""Clusters of whole nodes. One is shared by tests that leave it unchanged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.harness.shoal import ShoalCluster
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[RunningHub]:
-    """The tiny hub, healthy and with its counters at zero before each test that asks for `quiet_hub`."""
+    """The tiny hub; `quiet_hub` resets its faults and counters before a test."""
     with running_hub(MODELS_DIR, process=True) as running:
         yield running
 
 
 @pytest.fixture
 def quiet_hub(hub: RunningHub) -> Iterator[RunningHub]:
-    """The hub without faults, counting from here."""
+    """The hub without faults, its counters at zero."""
     hub.reset_faults()
     hub.reset_stats()
     yield hub
@@ -30,7 +30,7 @@ def quiet_hub(hub: RunningHub) -> Iterator[RunningHub]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, hub: RunningHub) -> Iterator[ShoalCluster]:
-    """Three nodes."""
+    """A cluster of three nodes."""
     root: Path = tmp_path_factory.mktemp("cluster")
     with ShoalCluster(root, hub.base_url) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Commands for a node that is away: each ends, says which node it is, and is not carried out later as a surprise."""
+"""Commands for a node that is down: each ends, names the node, and is not carried out later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually
 
 ENDS_DEADLINE_S = 150.0
-"""Generous: a key lives 20 s, and a service is waited for 15 s."""
+"""Generous: a key expires after 20 s, and commands wait 15 s for a service."""
 INSTANCE, MODEL, OTHER = "instance-1", "org/kept", "org/wanted"
 
 TO_STORAGE: dict[str, tuple[str, str, object]] = {
@@ -49,7 +49,7 @@ TO_PLACEMENT: dict[str, tuple[str, str, object]] = {
 
 
 async def ends(http: httpx2.AsyncClient, request: tuple[str, str, object]) -> dict[str, Any]:
-    """The error that a request is answered with."""
+    """Return the error that a request is answered with."""
     method, path, body = request
     response = await http.request(method, path, json=body)
     assert response.status_code == 503, response.text
@@ -63,7 +63,7 @@ async def gateway_url(here: Pulls) -> str:
 
 
 def shoal(url: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Type a command."""
+    """Run a `shoal` command."""
     return subprocess.run(
         [sys.executable, "-m", "shoal_cli", *arguments],
         env={**os.environ, "SHOAL_HOME": str(home), "SHOAL_GATEWAY": url},
@@ -121,7 +121,7 @@ async def test_I7_every_command_for_a_node_that_is_away_ends_naming_it_and_is_no
                             who = "placement" if verb in TO_PLACEMENT else "node b"
                             assert verb in error["message"] and who in error["message"], error
                         assert said.returncode == 5 and "node b" in said.stderr, said
-                        # Who does not wait is told that it is under way, and finds later how it ended.
+                        # A client that does not wait is told that the command is under way.
                         assert asked.status_code == 202, asked.text
                         identity = asked.json()["commands"]["b"]
 
@@ -130,7 +130,7 @@ async def test_I7_every_command_for_a_node_that_is_away_ends_naming_it_and_is_no
 
                         outcome = await eventually(ended, "the download has an outcome", ENDS_DEADLINE_S)
                         assert outcome.error is not None and outcome.error.code == "node_away"
-                        # By now it is known: nothing is sent any more.
+                        # By now the node is known to be down: nothing is sent any more.
                         known = await ends(http, TO_STORAGE["gc"])
                         assert known["code"] == "node_away" and "nothing was sent" in known["message"]
                     finally:

@@ -1,4 +1,4 @@
-"""Chaos, a few rounds of it; `make chaos` runs as many as are asked for, of all kinds or of some."""
+"""A few rounds of chaos; `make chaos` runs any number, with all kinds of faults or some."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cluster.chaos_checks import check, still_works
 from tests.cluster.chaos_site import running_world
 
 ROUNDS = int(os.environ.get("SHOAL_CHAOS_ROUNDS", "5"))
-SEED = os.environ.get("SHOAL_CHAOS_SEED", "day-173")  # one that draws most kinds in a few rounds
+SEED = os.environ.get("SHOAL_CHAOS_SEED", "day-173")  # draws most kinds in a few rounds
 KINDS = set((os.environ.get("SHOAL_CHAOS_KINDS") or ",".join(HARMS)).split(","))
 LONGEST_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
 

@@ -1,4 +1,4 @@
-"""Nodes whose wall clocks are wrong by hours, and are set while they run: it makes no difference to the others."""
+"""Nodes whose wall clocks are wrong by hours, or set while they run: it makes no difference to the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEADLINE_S = 45.0
 async def nodes_with(
     server: NatsServer, home: Path, ahead_s: dict[str, float], services: tuple[str, ...], **environment: str
 ) -> AsyncIterator[tuple[Pulls, dict[str, WrongClock]]]:
-    """Nodes with these clocks."""
+    """Run nodes with these clocks."""
     (home / "models").mkdir()
     with running_hub(home / "models", process=True) as hub:
         usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_SECRET": SECRET, **environment}
@@ -69,7 +69,7 @@ async def test_nodes_whose_clocks_are_half_a_day_apart_do_what_they_are_asked_an
 
 
 async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsServer, tmp_path: Path) -> None:
-    """A day that was never waited for is no day of silence."""
+    """A clock that jumps by a day does not make a node a day older."""
     leading = nodes_with(own_nats, tmp_path, {"a": 0.0}, ("placement",), SHOAL_RETIRE_AFTER="24h")
     async with leading as (here, clocks):
         state = here.buckets.state
@@ -83,7 +83,7 @@ async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsS
         first = await falls_silent("gone-1")
         for number, ahead_s in enumerate((48 * HOUR_S, -48 * HOUR_S, 240 * HOUR_S), 2):
             clocks["a"].set(ahead_s)
-            # Each of these is told by one look at all of them; the one before it has ended by then.
+            # Each node is published by one pass over all of them; the pass before it has ended by then.
             for again in (0, 1):
                 later = await falls_silent(f"gone-{number}-{again}")
                 assert 0 <= later.silent_since_s - first.silent_since_s < HOUR_S

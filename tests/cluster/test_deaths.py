@@ -1,4 +1,4 @@
-"""How the death of a node is seen, and what is no death. Orders of events; bench/cluster.py has the seconds."""
+"""How a node is found down, and when it is not. The order of events; bench/cluster.py measures the seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.harness.waiting import eventually
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference")
 DEADLINE_S = 90.0
 AWAY_S = 10.0
-"""How long NATS is away."""
+"""How long NATS is down."""
 
 
 class Deaths:
@@ -40,10 +40,10 @@ class Deaths:
     def __init__(self, site: Site, here: Pulls) -> None:
         self.site, self.here, self.instance = site, here, ""
         self.said: list[str] = []
-        """What was said of instances and nodes, in order: `ready`, `degraded`, `node b`, `event retired`."""
+        """What was published of instances and nodes, in order: `ready`, `degraded`, `node b`, `event retired`."""
 
     async def listen(self) -> None:
-        """Note what is said from now on."""
+        """Record what is published from now on."""
 
         async def state(message: Any) -> None:
             kind, _, rest = message.subject.removeprefix("$KV.state.").partition(".")
@@ -60,13 +60,13 @@ class Deaths:
         await self.here.here.client.flush()
 
     async def place(self, *nodes: str) -> Outcome:
-        """Ask for the demo's model on these nodes."""
+        """Place the demo's model on these nodes."""
         command = Place(model=DEMO_MODEL, nodes=list(nodes), min_nodes=len(nodes), context_tokens=256)
         sender = Sender(self.here.here.nats, self.here.buckets)
         return await sender.outcome_of("placement", ANY, "place", command, new_id(), DEADLINE_S)
 
     async def stands(self, phase: str) -> None:
-        """Return once the instance stands so."""
+        """Return once the instance is in this phase."""
 
         async def so() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(self.instance), InstanceState)
@@ -75,7 +75,7 @@ class Deaths:
         await eventually(so, f"the instance is {phase}", DEADLINE_S)
 
     async def is_not_offered_b(self) -> bool:
-        """Whether the leader, which is a's, would place nothing on b."""
+        """Return whether the leader, on a, would place nothing on b."""
         question = Place(model=DEMO_MODEL, nodes=["b"], context_tokens=256)
         try:
             await Ask(self.here.here.nats)("placement", "a", "preview", question, dict[str, object])
@@ -85,11 +85,11 @@ class Deaths:
         return False
 
     async def is_said_to_live(self, node: str) -> bool:
-        """Whether the key of its inference is there."""
+        """Return whether the liveness key of its inference exists."""
         return await self.here.buckets.live.get(live_key(node, "inference")) is not None
 
     def send(self, node: str, number: signal.Signals) -> None:
-        """A signal to all processes of a node, its stages included."""
+        """Send a signal to all processes of a node, its stages included."""
         for service in self.site[node].services.values():
             if not service.running:
                 continue
@@ -102,7 +102,7 @@ class Deaths:
 
 @asynccontextmanager
 async def at_work(tmp_path: Path, server: NatsServer) -> AsyncIterator[Deaths]:
-    """An instance over a and b, ready."""
+    """Place an instance over a and b, and wait until it is ready."""
     hub_root = tmp_path / "hub"
     shutil.copytree(MODELS_DIR / DEMO_MODEL, hub_root / DEMO_MODEL)
     with running_hub(hub_root, process=True) as hub:
@@ -132,7 +132,7 @@ async def test_a_broken_connection_tells_of_a_death_long_before_the_liveness_key
     tmp_path: Path, own_nats: NatsServer
 ) -> None:
     async with at_work(tmp_path, own_nats) as deaths:
-        # b does not lead: what is shown is how its death is seen, not how the next leader is found.
+        # b does not lead: this test is about how its death is seen, not about how the next leader is elected.
         await asyncio.to_thread(deaths.site["b"]["placement"].stop)
         deaths.send("b", signal.SIGKILL)
         await deaths.stands("degraded")
@@ -167,14 +167,14 @@ async def test_while_nats_is_away_for_ten_seconds_nobody_is_declared_dead(
         if how == "killed":
             seen = deaths.here.here.nats.reconnects.count
             await asyncio.to_thread(own_nats.kill)
-            await asyncio.sleep(AWAY_S)  # how long it is away
+            await asyncio.sleep(AWAY_S)  # how long it is down
             await asyncio.to_thread(own_nats.start)
             await deaths.here.here.nats.reconnects.wait_after(seen)
         else:
             psutil.Process(own_nats.pid).suspend()
             await asyncio.sleep(AWAY_S)  # the same
             psutil.Process(own_nats.pid).resume()
-        # Placed after it, on both: whoever leads now has seen both, and decided.
+        # Placed afterwards, on both: the leader has by now seen both and decided.
         placed = await deaths.place("a", "b")
         assert placed.ok, placed.error
         second = str(placed.result["instance"])

@@ -22,7 +22,7 @@ def test_the_demo_ends_by_itself_with_a_summary_of_one_crossing_two_stages_and_a
     assert summary["nodes"] == 3
     assert summary["stages"] == 2
     assert summary["hub_bytes"] <= 1.02 * summary["model_bytes"]
-    # The last leaves may be asked of two nodes at once, and these are all of a model as small as this.
+    # The last leaves may be requested from two nodes at once, and so small a model has no others.
     assert 2 * summary["model_bytes"] <= summary["peer_bytes"] <= 4 * summary["model_bytes"]
     assert summary["answer"].startswith("Fish swim together because")
     assert summary["answer"].rstrip().endswith(".")

@@ -1,4 +1,4 @@
-"""What a person does with a cluster: pull, look, place, chat, remove; and what they are told when it cannot be."""
+"""Everyday use of a cluster: pull, list, place, chat, remove; and the errors when something cannot be done."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.harness.shoal import ShoalCluster, eventually
 
 @pytest.fixture(scope="module")
 def pulled(cluster: ShoalCluster) -> ShoalCluster:
-    """The cluster with the demo's model on every node."""
+    """Return the cluster with the demo's model on every node."""
     cluster["a"].shoal("pull", DEMO_MODEL, "--all", check=True)
     return cluster
 
@@ -45,7 +45,7 @@ def ask(cluster: ShoalCluster, model: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """What mlx_lm answers in one process, greedily."""
+    """Return what mlx_lm answers in one process, greedily."""
     model, tokenizer = load(str(MODELS_DIR / DEMO_MODEL))[:2]
     messages = [{"role": "user", "content": DEMO_PROMPT}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-untyped-call]  # mlx_lm
@@ -82,7 +82,7 @@ def test_nodes_tell_what_their_stages_occupy_and_take_it_back(pulled: ShoalClust
 
     instance = str(pulled["a"].call("POST", "/v1/instances", {"model": DEMO_MODEL, "nodes": ["a"]})["id"])
     try:
-        # A process with Python and MLX, and 3 MB of weights, once it has loaded them.
+        # A process with Python and MLX, and 3 MB of weights once they are loaded.
         eventually(lambda: asyncio.run(facts()).stages.get(f"{instance}/0", 0) > 32 << 20, "what it occupies is told")
     finally:
         pulled["a"].shoal("stop", instance, check=True)

@@ -1,4 +1,4 @@
-"""An instance that was forced into too little memory is stopped, and its node stays."""
+"""An instance that was forced into too little memory is killed, and its node survives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MORE_THAN_ANY_MACHINE_HAS = str(1 << 60)
 
 
 async def force(nats: str, instance: str) -> None:
-    """Placed anew by force: what this model is too small for on any machine that runs these tests."""
+    """Mark an instance as placed by force: the model is too small to need that on a machine that runs tests."""
     async with connected([nats], "test", 10) as here:
         spec = Buckets(here.js).spec
         placed = await spec.get_as(instance_key(instance), InstanceSpec)

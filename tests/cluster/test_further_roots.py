@@ -1,4 +1,4 @@
-"""A second disk for a store that is full, as a person meets it: filled, run from, pulled out, put back."""
+"""A second disk for a full store, as a user sees it: filled, run from, unplugged, plugged in again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MIB = 1 << 20
 
 
 def held(node: ShoalNode) -> dict[str, Any]:
-    """What the status says of the demo model; nothing while no node has it."""
+    """Return what the status says of the demo model; nothing while no node has it."""
     return next((dict(m) for m in node.call("GET", "/v1/status")["models"] if m["repo"] == DEMO_MODEL), {})
 
 
 def chat(node: ShoalNode) -> None:
-    """Place the model, have it answer, stop it."""
+    """Place the model, get an answer, and stop it."""
     placed = node.call("POST", "/v1/instances", {"model": DEMO_MODEL, "nodes": [node.node], "wait": True})
     assert placed["phase"] == "ready"
     asked = {"model": DEMO_MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}

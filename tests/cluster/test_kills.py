@@ -27,7 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, hub: RunningHub) -> Iterator[
 
 
 def begin_slow_pull(node: ShoalNode, hub: RunningHub) -> set[str]:
-    """A pull that has some blobs whole and others on their way when this returns: the whole ones."""
+    """Start a pull and return its complete blobs once there are some, with others under way."""
     node.call("DELETE", f"/v1/models/{DEMO_MODEL}")
     hub.reset_stats()
     hub.set_faults(Faults(bytes_per_s=_SLOW_BYTES_PER_S))
@@ -42,7 +42,7 @@ def begin_slow_pull(node: ShoalNode, hub: RunningHub) -> set[str]:
 
 
 def check_pulled(node: ShoalNode, hub: RunningHub, whole: set[str]) -> None:
-    """The model becomes ready, byte for byte, and nothing that was whole was fetched again."""
+    """Wait until the model is ready, and check that its bytes are right and no complete blob was fetched again."""
 
     def ready() -> bool:
         download = node.download(DEMO_MODEL)
@@ -61,7 +61,7 @@ def check_pulled(node: ShoalNode, hub: RunningHub, whole: set[str]) -> None:
         if (views[0] / name).stat().st_size and _sha256(views[0] / name) in whole:
             assert fetched == size, f"{name} was whole and was fetched again"
         else:
-            # What was in flight may be fetched again from the last durable leaf, never from the start twice over.
+            # What was in flight may be fetched again from the last durable leaf, never from the start.
             assert fetched <= 2 * size, name
 
 

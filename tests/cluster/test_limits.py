@@ -1,4 +1,4 @@
-"""Three nodes that may have little memory each: what fits only where other programs give way, and what by force."""
+"""Three nodes with little memory each: what fits only if other programs free some, and what only by force."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 
 MIB = 1 << 20
 LIMIT_BYTES = 800 * MIB
-"""A node takes 200 MiB of it, and a stage 60 MiB."""
+"""A node takes 200 MiB of it, a stage 60 MiB."""
 MODEL = "shoal/long-fish"
 MOST_TOKENS = 32768
 TIGHT_TOKENS = 6144
-"""With so much context a stage is promised 500 MiB: what a long prompt takes on a CPU, and no short one."""
+"""With this context a stage reserves 500 MiB: what a long prompt needs on a CPU, and a short one does not."""
 LEFT_BYTES, STARVED_BYTES = 350 * MIB, 224 * MIB
-"""Too little for it; and less than forced stages have to leave."""
+"""Too little for such a stage; and less than forced stages have to leave free."""
 NAMES = ("a", "b", "c")
 AT_ONCE = 50
 ANSWER = "Fish swim together because many eyes see danger sooner"
 
 
 class Limited:
-    """The nodes, each in a group with another program."""
+    """The nodes, each in a control group with another program."""
 
     def __init__(self, cluster: ShoalCluster, groups: dict[str, MemoryGroup], hogs: dict[str, Hog]) -> None:
         self.cluster, self.groups, self.hogs = cluster, groups, hogs
@@ -45,7 +45,7 @@ class Limited:
         self._idle = self._of_each_node()
 
     def preview(self, context_tokens: int, nodes: str = "a,b,c") -> dict[str, Any]:
-        """The first of those that are shown."""
+        """Return the first preview."""
         asked = f"model={MODEL}&context_tokens={context_tokens}&nodes={nodes}"
         return dict(self.node.call("GET", f"/v1/placements/preview?{asked}")["previews"][0])
 
@@ -53,11 +53,11 @@ class Limited:
         return [self.preview(TIGHT_TOKENS, name)["stages"][0]["tight_bytes"] for name in NAMES]
 
     def wait_idle(self) -> None:
-        """Return once every node has said that it runs no stage any more."""
+        """Return once every node has published that it runs no stage."""
         eventually(lambda: self._of_each_node() == self._idle, "the nodes have as much as before any stage")
 
     def as_tier(self, tier: str, context_tokens: int) -> dict[str, Any]:
-        """The preview once the nodes have said what they have, and it is of this tier."""
+        """Wait until the first preview is of this tier, and return it."""
 
         def shown() -> dict[str, Any] | None:
             found = self.preview(context_tokens)
@@ -66,7 +66,7 @@ class Limited:
         return eventually(shown, f"{context_tokens} tokens of context are {tier}")
 
     def refused(self, **asked: object) -> dict[str, Any]:
-        """The figures with which it is refused."""
+        """Return the figures of the refusal."""
         body = {"model": MODEL, **asked}
         response = self.node.client.post(f"{self.node.url}/v1/instances", json=body)
         error = response.json()["error"]
@@ -74,23 +74,23 @@ class Limited:
         return dict(error["details"])
 
     def instance(self) -> dict[str, Any]:
-        """The only one."""
+        """Return the only instance."""
         (found,) = self.node.call("GET", "/v1/instances")["instances"]
         return dict(found)
 
     def answer(self, instance: str) -> str:
-        """What it says to the usual question."""
+        """Return its answer to the usual question."""
         body = {"model": instance, "messages": [{"role": "user", "content": DEMO_PROMPT}], "temperature": 0}
         return str(self.node.call("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"])
 
     def processes(self) -> dict[str, dict[str, int]]:
-        """The pid of each service of each node."""
+        """Return the pid of each service of each node."""
         return {node.node: {name: c.pid for name, c in node.children().items()} for node in self.cluster.nodes}
 
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
-    """Three nodes in control groups of their own, which have pulled a model with a long context."""
+    """Three nodes in their own control groups that have pulled a model with a long context."""
     root = tmp_path_factory.mktemp("limited")
     with ExitStack() as stack:
         groups = {name: stack.enter_context(memory_group(name, LIMIT_BYTES)) for name in NAMES}
@@ -107,7 +107,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
 
 
 def write_model(root: Path) -> None:
-    """The demo's, which answers a short question the same however long its context is."""
+    """Write the demo's model with a longer context; it answers a short question the same."""
     at = root / MODEL
     shutil.copytree(MODELS_DIR / DEMO_MODEL, at)
     config = json.loads((at / "config.json").read_text())
@@ -115,7 +115,7 @@ def write_model(root: Path) -> None:
 
 
 def typed(node: ShoalNode, answer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command at a terminal, whose question a person answers."""
+    """Run a command at a terminal, and answer its question."""
     ours, theirs = pty.openpty()
     try:
         os.write(ours, f"{answer}\n".encode())
@@ -208,7 +208,7 @@ def test_of_fifty_asked_for_at_once_over_three_gateways_as_many_are_placed_as_th
 def test_what_was_forced_gives_way_when_memory_runs_out_and_its_node_lives_on(limited: Limited) -> None:
     node, before = limited.node, limited.processes()
     limited.wait_idle()
-    # What a stage is promised hardly depends on how many layers it has, so no layout does without force.
+    # A stage's reservation hardly depends on its number of layers, so every layout needs force.
     tokens = next(t for t in range(TIGHT_TOKENS, MOST_TOKENS, 512) if limited.preview(t)["tier"] == "force")
     context = ("--context", str(tokens))
     assert limited.refused(context_tokens=tokens, allow_low_memory=True)["tier"] == "force"

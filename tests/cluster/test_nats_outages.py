@@ -1,4 +1,4 @@
-"""NATS killed again and again, NATS that loses its store, everything switched off: what goes on, what is lost."""
+"""NATS killed repeatedly, NATS with an empty store, everything switched off: what continues, what is lost."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ _OF_THE_DISK = ("storage.", "model.", "part.")
 
 
 class Cluster:
-    """Two nodes at work, and what a test sees of them."""
+    """Two running nodes, and what a test reads of them."""
 
     def __init__(self, site: Site, here: Pulls) -> None:
         self.site, self.here = site, here
         self.pids = {(n.id, s): n[s].pid for n in site.nodes.values() for s in SERVICES}
 
     async def ask(self, service: str, node: str, verb: str, **body: object) -> dict[str, Any]:
-        """A command that has to succeed: its result."""
+        """Send a command that must succeed, and return its result."""
         outcome = await self.here.ask(node, verb, json.dumps(body).encode(), service=service)
         assert outcome.ok, outcome.error
         return outcome.result
 
     async def place(self) -> str:
-        """The demo's model over both nodes, ready."""
+        """Place the demo's model over both nodes, and wait until it is ready."""
         asked = await self.ask("placement", "any", "place", model=DEMO_MODEL, min_nodes=2, context_tokens=256)
         name = str(asked["instance"])
         await self.stands(name, "ready")
         return name
 
     async def stands(self, instance: str, phase: str) -> None:
-        """Return once an instance stands so."""
+        """Return once an instance is in this phase."""
 
         async def so() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
@@ -67,7 +67,7 @@ class Cluster:
         await eventually(so, f"{instance} is {phase}", DEADLINE_S)
 
     async def runs_anew(self, instance: str) -> None:
-        """Return once an instance is ready, in processes of the inference services that run now."""
+        """Return once an instance is ready in processes of the inference services that run now."""
 
         async def so() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
@@ -79,12 +79,12 @@ class Cluster:
         await eventually(so, f"{instance} is ready again", DEADLINE_S)
 
     async def stages(self, instance: str) -> list[str]:
-        """Which processes run an instance's stages."""
+        """Return the processes that run an instance's stages."""
         found = [await self.here.buckets.state.get_as(stage_key(instance, r), StageState) for r in range(2)]
         return [stage.uid for stage in found if stage is not None]
 
     async def said_of_disks(self) -> dict[str, Any]:
-        """What `state` says of all disks, without what moves by itself."""
+        """Return the published states of all disks, without figures that change by themselves."""
         found: dict[str, Any] = {}
         for prefix in _OF_THE_DISK:
             for key in await self.here.buckets.state.keys(f"{prefix}>"):
@@ -95,7 +95,7 @@ class Cluster:
         return found
 
     async def live(self) -> dict[str, str]:
-        """Which process is each service of `live`."""
+        """Return the process of each service in `live`."""
         found = {}
         for node in self.site.nodes:
             for service in SERVICES:
@@ -105,11 +105,11 @@ class Cluster:
         return found
 
     async def consumers(self) -> set[str]:
-        """Who takes commands."""
+        """Return the consumers of commands."""
         return {str(c.name) for c in await self.here.here.js.consumers_info("CMD")}
 
     def check_processes(self) -> None:
-        """Nothing has crashed or was started again."""
+        """Check that no process has crashed or was restarted."""
         for (node, service), pid in self.pids.items():
             process = self.site[node][service]
             assert process.running and process.pid == pid
@@ -117,7 +117,7 @@ class Cluster:
             assert "Traceback" not in log and "level=error" not in log, log
 
     async def same(self, look: Any, before: object, what: str) -> None:
-        """Return once it is as it was before."""
+        """Return once the value is the same as before."""
 
         async def as_before() -> bool:
             try:
@@ -133,7 +133,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster_of(tmp_path: Path, server: NatsServer) -> AsyncIterator[Cluster]:
-    """Two nodes with models, a setting, and room for more."""
+    """Two nodes with models, a setting, and free space."""
     hub_root = tmp_path / "hub"
     shutil.copytree(MODELS_DIR / DEMO_MODEL, hub_root / DEMO_MODEL)
     with running_hub(hub_root, process=True) as hub:
@@ -159,7 +159,7 @@ async def cluster_of(tmp_path: Path, server: NatsServer) -> AsyncIterator[Cluste
 
 
 async def begin(cluster: Cluster, node: str, model: str) -> None:
-    """A download that is under way, slowly, and for which nobody waits."""
+    """Start a slow download that nobody waits for."""
     cluster.site.hub.set_faults(SLOWLY)
     data = json.dumps({"model": model, "id": f"pull-{model.rpartition('/')[2]}"}).encode()
     await cluster.here.here.client.publish(f"shoal.v1.cmd.fetcher.{node}.download", data)
@@ -167,7 +167,7 @@ async def begin(cluster: Cluster, node: str, model: str) -> None:
 
 
 async def outcome_of(cluster: Cluster, model: str) -> Outcome:
-    """How that download ended."""
+    """Return the outcome of that download."""
     identity = f"pull-{model.rpartition('/')[2]}"
     return await eventually(
         lambda: cluster.here.buckets.done.get_as(identity, Outcome), f"the pull of {model} ends", DEADLINE_S
@@ -188,7 +188,7 @@ async def test_I6_nats_killed_twenty_times_under_a_cluster_at_work_costs_nothing
         for number in range(KILLS):
             seen = here.here.nats.reconnects.count
             await asyncio.to_thread(own_nats.restart)
-            if number % 2:  # else it is killed before anybody is back
+            if number % 2:  # else it is killed before any service has reconnected
                 await here.here.nats.reconnects.wait_after(seen)
         site.hub.reset_faults()
         assert (await outcome_of(cluster, BIG)).ok
@@ -234,7 +234,7 @@ async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_o
             disk = await here.buckets.state.get_as(storage_key(node), StorageState)
             assert disk is not None and disk.quota_bytes == quota
 
-        # What people want of a node its fetcher says again: it goes on, or stays paused, also after its next start.
+        # A node's fetcher publishes its download requests again: they continue or stay paused, also after a restart.
         async def wanted() -> bool:
             wishes = [
                 await here.buckets.spec.get_as(download_key(n, m), DownloadSpec)
@@ -255,7 +255,7 @@ async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_o
         for model, leaves in ((PAUSED, 6), (BIG, 16)):
             assert site.hub_bytes(model) <= (leaves + 2) * LEAF_BYTES, "more than what was in flight was read again"
 
-        # An instance is only asked for in NATS: it is gone, plainly, and can be placed again from what is here.
+        # An instance is recorded only in NATS: it is gone, and can be placed again from what is on the disks.
         async def gone() -> bool:
             inference = [psutil.Process(site[node]["inference"].pid) for node in site.nodes]
             running = any(process.children() for process in inference)
@@ -277,7 +277,7 @@ async def test_bytes_of_a_wish_that_was_lost_with_nats_are_kept_for_who_asks_aga
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site
         await begin(cluster, "a", BIG)
-        await asyncio.to_thread(site["a"]["fetcher"].kill)  # who knows of the wish
+        await asyncio.to_thread(site["a"]["fetcher"].kill)  # it knows of the download request
         held = partials(site["a"])
         assert held
         await asyncio.to_thread(own_nats.wipe)
@@ -320,7 +320,7 @@ async def test_I6_after_everything_was_switched_off_downloads_and_instances_come
         for node in nodes:
             await node.ready(here.here)
 
-        # Nobody says anything.
+        # Nothing is published.
         site.hub.reset_faults()
         ready = await here.state("b", lambda s: s.phase == "ready", BIG, DEADLINE_S)
         assert ready.resumed_bytes >= LEAF_BYTES

@@ -1,4 +1,4 @@
-"""What could be placed is shown before anything is, and what was shown can be chosen."""
+"""Possible layouts are shown before anything is placed, and each can be chosen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalClus
 
 
 def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str) -> None:
-    """An instance over two nodes that would be faster on one: that is proposed, and done when a person says so."""
+    """An instance over two nodes that would be faster on one: the move is proposed, and made when a person asks."""
     (proposed,) = json.loads(node.shoal("rebalance", "--json", check=True).stdout)["rebalances"]
     assert proposed["instance"] == instance and proposed["gain"] > 1.1
     assert (proposed["now"]["layout"], proposed["better"]["layout"]) == (here, better)

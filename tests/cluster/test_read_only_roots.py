@@ -1,4 +1,4 @@
-"""A Hugging Face cache that is already there, offered to the cluster as it is: by whole nodes, as people meet it."""
+"""An existing Hugging Face cache offered to the cluster as a library: whole nodes, as users see them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.storage.made_roots import mounted_read_only, picture
 
 
 def disk(node: ShoalNode) -> dict[str, Any]:
-    """What the gateway says of this node's disk."""
+    """Return what the gateway says of this node's disk."""
     return next(dict(n["storage"]) for n in node.call("GET", "/v1/storage")["nodes"] if n["node"] == node.node)
 
 
 def held(node: ShoalNode) -> dict[str, Any]:
-    """What the status says of the demo model; nothing while no node has it."""
+    """Return what the status says of the demo model; nothing while no node has it."""
     return next((dict(m) for m in node.call("GET", "/v1/status")["models"] if m["repo"] == DEMO_MODEL), {})
 
 
 def content_bytes(hub: RunningHub) -> int:
-    """Bytes of files that the hub has sent."""
+    """Return the bytes of files that the hub has sent."""
     return sum(f.bytes for f in hub.stats().files.values())
 
 

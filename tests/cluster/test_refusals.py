@@ -1,4 +1,4 @@
-"""Nodes with too little of something: they say so in one line, with the figures, and keep nothing."""
+"""Nodes with too little of something: they refuse in one line with the figures, and keep nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shoal repair` on a whole node, and the same by REST: what is bad comes anew, and no more than that."""
+"""`shoal repair` on a whole node, and the same by REST: only what is corrupt is fetched again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes that are gone for good, and what of them may lie about: a known failure of others, step by step."""
+"""Nodes that are gone for good, and what they may have left: a known failure of other systems, step by step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_of(node: str) -> str:
 
 
 async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
-    """What nodes that were retired months ago have left: downloads in every phase, wishes, models, a disk."""
+    """Write what nodes retired months ago have left: downloads in every phase, download requests, models, a disk."""
     spec, state = Bucket(js, "spec"), Bucket(js, "state")
     keys: list[tuple[Bucket, str]] = []
     for node in RETIRED:
@@ -47,7 +47,7 @@ async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
 
 
 def lay_about(store: Layout) -> None:
-    """What their directories may look like on a disk that lives: none at all, leftovers, a directory with content."""
+    """Make what their models may have left on a live disk: nothing, leftovers, a directory with content."""
     leftovers = store.root / "manifests" / "stale--leftovers"
     leftovers.mkdir(parents=True)
     (leftovers / f"{COMMIT}.json.new").write_text("{")
@@ -57,20 +57,20 @@ def lay_about(store: Layout) -> None:
 
 
 async def written(js: JetStreamContext) -> dict[str, int]:
-    """How much was ever written to each stream, besides liveness and the leader's lease."""
+    """Return the last sequence of each stream, except liveness and the leader's lease."""
     streams = ("CMD", "EVT", "KV_spec", "KV_state", "KV_done")
     return {s: (await js.stream_info(s)).state.last_seq for s in streams}
 
 
 async def retirements(js: JetStreamContext) -> list[dict[str, Any]]:
-    """The events of retirement that the log has."""
+    """Return the `retired` events in the log."""
     last = (await js.stream_info("EVT")).state.last_seq
     messages = [await js.get_msg("EVT", sequence) for sequence in range(1, last + 1)]
     return [json.loads(m.data or b"") for m in messages if (m.subject or "").endswith(".retired")]
 
 
 async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
-    """The whole of it, on a cluster of one live node."""
+    """Check the whole retirement on a cluster of one live node."""
     client = await nats.connect(nats_url)
     try:
         js = client.jetstream()
@@ -87,7 +87,7 @@ async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
         await waiting.eventually(all_gone, "no key names a retired node", COLLECTED_DEADLINE_S)
         await waiting.eventually(all_told, "each is told of", COLLECTED_DEADLINE_S)
         before = await written(js)
-        await asyncio.sleep(SILENCE_S)  # what is shown is that nothing happens
+        await asyncio.sleep(SILENCE_S)  # nothing may happen meanwhile
         assert await written(js) == before, "a cluster in which nothing happens writes nothing"
         assert sorted(e["retired"] for e in await retirements(js)) == sorted(RETIRED)
     finally:

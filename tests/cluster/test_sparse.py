@@ -1,4 +1,4 @@
-"""Only what a node needs: an instance's nodes fetch the leaves of their own layers, and answer as one process."""
+"""An instance's nodes fetch only the leaves of their own layers, and answer like one process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ONE, SEVERAL = "org/one-file", "org/several-files"
 PROMPT = "the shoal turns"
 TOKENS = 12
 _WIDTH = 640
-"""Of hidden states: some 90 MB of weights, so that leaves are small against the model."""
+"""Width of hidden states: some 90 MB of weights, so that leaves are small compared with the model."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the hub has."""
+    """The hub's models."""
     root = tmp_path_factory.mktemp("models")
     write_files(write_model(root / ONE, "llama", width=_WIDTH), 1)
     write_files(write_model(root / SEVERAL, "llama-tied", width=_WIDTH), 3)
@@ -36,21 +36,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sparse_hub(models: Path) -> Iterator[RunningHub]:
-    """A hub with those models."""
+    """A hub with these models."""
     with running_hub(models, process=True) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, sparse_hub: RunningHub) -> Iterator[ShoalCluster]:
-    """Three nodes."""
+    """A cluster of three nodes."""
     with ShoalCluster(tmp_path_factory.mktemp("three"), sparse_hub.base_url) as running:
         yield running
 
 
 @pytest.fixture
 def three(running: ShoalCluster, sparse_hub: RunningHub) -> Iterator[ShoalCluster]:
-    """Those nodes; c has both models whole, a and b have nothing. The hub counts from here."""
+    """The nodes: c has both models complete, a and b have nothing. The hub's counters are at zero."""
     for model in (ONE, SEVERAL):
         running["c"].shoal("pull", model, check=True)
     sparse_hub.reset_stats()
@@ -67,7 +67,7 @@ def three(running: ShoalCluster, sparse_hub: RunningHub) -> Iterator[ShoalCluste
 
 
 def expected(models: Path, model: str) -> str:
-    """What mlx_lm answers in one process, greedily."""
+    """Return what mlx_lm answers in one process, greedily."""
     loaded, tokenizer = load(str(models / model))[:2]
     messages = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-untyped-call]  # mlx_lm
@@ -77,7 +77,7 @@ def expected(models: Path, model: str) -> str:
 
 
 def place(cluster: ShoalCluster, model: str) -> str:
-    """An instance over a and b, ready."""
+    """Place an instance over a and b, and wait until it is ready."""
     body = {"model": model, "min_nodes": 2, "max_nodes": 2, "nodes": ["a", "b"], "context_tokens": 256, "wait": True}
     return str(cluster["c"].call("POST", "/v1/instances", body)["id"])
 
@@ -98,13 +98,13 @@ def bytes_of(directory: Path) -> int:
 
 
 def fetched(cluster: ShoalCluster, *nodes: str) -> int:
-    """Bytes that nodes have received for their downloads, from the hub and from each other."""
+    """Return the bytes that nodes have received for their downloads, from the hub and from each other."""
     downloads = cluster["c"].call("GET", "/v1/downloads")["downloads"]
     return sum(sum(d["sources"].values()) for d in downloads if d["node"] in nodes)
 
 
 def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
-    """`nats req` of a command that has to succeed: its result."""
+    """Send a command that must succeed by `nats req`, and return its result."""
 
     async def request() -> dict[str, Any]:
         connection = await nats.connect(cluster["a"].nats_url)
@@ -118,7 +118,7 @@ def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
 
 
 def parts(cluster: ShoalCluster) -> dict[str, dict[str, Any]]:
-    """What is said of parts, by node."""
+    """Return the published shards, by node."""
     return {p["node"]: p for p in cluster["c"].call("GET", "/v1/status")["parts"]}
 
 
@@ -152,7 +152,7 @@ def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
     here_bytes, before = parts(three)["a"]["size_bytes"], fetched(three, "a")
     three["a"].shoal("pull", SEVERAL, check=True)
     came, lacking = fetched(three, "a") - before, bytes_of(models / SEVERAL) - here_bytes
-    # What is late is asked of two nodes; what was here is asked of nobody.
+    # Late leaves are requested from two nodes; leaves that are here from none.
     assert lacking <= came <= min(lacking + 4 * LEAF_BYTES, bytes_of(models / SEVERAL) - LEAF_BYTES)
     assert sparse_hub.stats().bytes == 0
     assert "a" not in parts(three)
@@ -170,7 +170,7 @@ def test_the_layers_of_two_stages_on_one_node_are_fetched_once(three: ShoalClust
     assert parts(three)["a"]["layers"] == [[0, 6]]
     whole = bytes_of(models / ONE)
     assert whole / 2 < sum(first["sources"].values()) < whole
-    # What is late is asked of two nodes.
+    # Late leaves are requested from two nodes.
     assert sum(first["sources"].values()) + sum(both["sources"].values()) <= whole + 4 * LEAF_BYTES
 
 

@@ -1,4 +1,4 @@
-"""A stage that works shows how fast its node reads, and layouts are chosen by that."""
+"""The passes of a working stage show how fast its node reads, and layouts are chosen by that."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.inference.tiny_models import write_model
 
 MODEL = "org/wide"
 IDLE = 1e8
-"""Said of the idle machine: so slow that any shows more."""
+"""Set as the idle bandwidth: slower than any machine is."""
 
 
 async def facts_of(nats: str, node: str) -> Facts:
-    """What a node's inference says."""
+    """Return the published facts of a node's inference."""
     async with connected([nats], "test", 10) as here:
         live = await Buckets(here.js).live.get_as(live_key(node, "inference"), Live)
         return live.facts if live is not None else Facts()
@@ -48,7 +48,7 @@ def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp
             tokens_per_s = float(node.call("GET", preview)["previews"][0]["tokens_per_s"])
             return tokens_per_s if tokens_per_s < IDLE / LEAST_BYTES else None
 
-        # Until a node has said how fast it reads, the usual speed is taken.
+        # Until a node has published how fast it reads, the default is used.
         before = eventually(by_the_idle_speed, "the idle machine's speed is used")
         assert asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s == 0
 

@@ -1,4 +1,4 @@
-"""A node's disk settings, set as people set them: by `shoal up`, by `shoal storage set`, by REST."""
+"""A node's disk settings, changed as users do: by `shoal up`, by `shoal storage set`, by REST."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.harness.shoal import ShoalCluster, ShoalNode
 
 
 def disk(node: ShoalNode) -> dict[str, Any]:
-    """What the gateway says of this node's disk."""
+    """Return what the gateway says of this node's disk."""
     return next(dict(n["storage"]) for n in node.call("GET", "/v1/storage")["nodes"] if n["node"] == node.node)
 
 

@@ -1,4 +1,4 @@
-"""Many who want the same thing at once."""
+"""Many users request the same thing at once."""
 
 from __future__ import annotations
 

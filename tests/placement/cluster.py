@@ -1,4 +1,4 @@
-"""A cluster as placement sees it: real placement processes, and nodes that are facts and states put into NATS."""
+"""A cluster for placement: real placement processes, and nodes that are only keys written to NATS."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from shoal_common.messages.records import (
     StagePhase,
     StageState,
 )
+from shoal_placement.membership import MEMBERS_KEY, MembersState
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
@@ -40,14 +41,14 @@ SHAPE = ModelShape(
     hidden_bytes=2048,
 )
 INSTANCE_MIB = 4 * 104 + 110 + 96
-"""What one instance takes on one node: layers with their cache, embedding and head, a stage's overhead."""
+"""Memory of one instance on one node: layers with their cache, embedding and head, a stage's overhead."""
 ASK_DEADLINE_S = 45.0
 FOLLOW_DEADLINE_S = 45.0
-"""For news to reach the placement processes, the takeover after a death included."""
+"""For a change to reach the placement processes, a takeover by the next leader included."""
 
 
 class Cluster:
-    """Nodes that are only facts, and the placement processes that look at them."""
+    """Nodes that are only keys, and the placement processes that read them."""
 
     def __init__(self, server: NatsServer, here: Joined, directory: Path) -> None:
         self.server, self.here, self.directory = server, here, directory
@@ -55,7 +56,7 @@ class Cluster:
 
     @asynccontextmanager
     async def placement(self, node: str, **more: str) -> AsyncIterator[Process]:
-        """A placement service of a node, from ready to the end of the body."""
+        """Run the placement service of a node, ready before the body starts."""
         home = self.directory / node
         await asyncio.to_thread(home.mkdir, exist_ok=True)
         await asyncio.to_thread((home / "node.toml").write_text, f'id = "{node}"\n')
@@ -65,7 +66,7 @@ class Cluster:
             yield process
 
     async def beat(self, node: str, memory_mib: int, service: str = "inference", version: str = VERSION) -> None:
-        """A node's service is live, with this much memory. Its key lasts as long as any: 20 s."""
+        """Publish that a node's service is live, with this much memory. The key expires after 20 s like any other."""
         live = Live(
             holder=Holder(uid=f"{node}-{service}", host="elsewhere", pid=1),
             version=version,
@@ -74,11 +75,11 @@ class Cluster:
         await self.here.buckets.live.put(live_key(node, service), live)
 
     async def die(self, node: str) -> None:
-        """A node's inference is live no more."""
+        """Remove the liveness key of a node's inference."""
         await self.here.buckets.live.delete(live_key(node, "inference"))
 
     async def hold(self, node: str, shape: ModelShape | None = SHAPE, shape_error: str = "") -> None:
-        """A node holds the model."""
+        """Publish that a node holds the model."""
         state = ModelState(
             node=node,
             repo=MODEL,
@@ -91,36 +92,45 @@ class Cluster:
         )
         await self.here.buckets.state.put(model_key(node, state.model), state)
 
+    async def has_joined(self, node: str) -> None:
+        """Return once the leader has published that the node is a member."""
+
+        async def recorded() -> bool:
+            record = await self.here.buckets.state.get_as(MEMBERS_KEY, MembersState)
+            return record is not None and node in record.lost_since_s
+
+        await eventually(recorded, f"{node} has joined", FOLLOW_DEADLINE_S)
+
     async def stage(self, spec: InstanceSpec, rank: int, phase: StagePhase) -> None:
-        """A node's inference says how a stage stands."""
+        """Publish the state of a stage, as its node's inference does."""
         state = StageState(
             instance=spec.id, rank=rank, node=spec.stages[rank].node, epoch=spec.epoch, phase=phase, uid="u"
         )
         await self.here.buckets.state.put(stage_key(spec.id, rank), state)
 
     async def unstage(self, spec: InstanceSpec, rank: int) -> None:
-        """A node's inference has let go of a stage."""
+        """Remove the state of a stage, as its node's inference does."""
         await self.here.buckets.state.delete(stage_key(spec.id, rank))
 
     async def send(self, verb: str, command: Command) -> None:
-        """Send a command and wait for nothing."""
+        """Send a command without waiting."""
         await self.here.client.publish(subjects.command("placement", "any", verb), encode(command))
 
     async def ask(self, verb: str, command: Command) -> Outcome:
-        """Send a command and wait for its outcome, wherever it is worked on in the end."""
+        """Send a command and return its outcome, whichever leader carries it out."""
         identity = command.id or f"command-{next(self._numbers)}"
         subject = subjects.command("placement", "any", verb)
         await self.here.client.publish(subject, encode(command), headers={"Nats-Msg-Id": identity})
         return await self.outcome(identity)
 
     async def outcome(self, identity: str) -> Outcome:
-        """How a command ended, once it has."""
+        """Wait for the outcome of a command."""
         return await eventually(
             lambda: self.here.buckets.done.get_as(identity, Outcome), f"{identity} is done", ASK_DEADLINE_S
         )
 
     async def placed(self, command: Place | None = None) -> InstanceSpec:
-        """Place the model; the spec of the instance."""
+        """Place the model and return the spec of the instance."""
         outcome = await self.ask("place", command or Place(model=MODEL))
         assert outcome.ok, outcome.error
         spec = await self.spec(str(outcome.result["instance"]))
@@ -128,26 +138,26 @@ class Cluster:
         return spec
 
     async def placed_nothing(self) -> None:
-        """Ask for what nobody holds: whoever leads answers, having seen all that was said before."""
+        """Place a model that nobody holds: the leader refuses, having seen all that was published before."""
         outcome = await self.ask("place", Place(model="org/nothing"))
         assert outcome.error is not None and outcome.error.code == "not_found", outcome
 
     async def spec(self, instance: str) -> InstanceSpec | None:
-        """What is wanted of an instance."""
+        """Return the spec of an instance."""
         return await self.here.buckets.spec.get_as(instance_key(instance), InstanceSpec)
 
     async def specs(self) -> list[InstanceSpec]:
-        """All instances that are wanted."""
+        """Return the specs of all instances."""
         keys = (await self.here.js.stream_info("KV_spec", subjects_filter="$KV.spec.instance.>")).state.subjects or {}
         found = [await self.here.buckets.spec.get(subject.removeprefix("$KV.spec.")) for subject in keys]
         return [decode(entry.value, InstanceSpec) for entry in found if entry is not None]
 
     async def state(self, instance: str) -> InstanceState | None:
-        """How an instance stands."""
+        """Return the state of an instance."""
         return await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
 
     async def stands(self, instance: str, phase: InstancePhase) -> InstanceState:
-        """Return once an instance stands so."""
+        """Return once an instance is in this phase."""
 
         async def so() -> InstanceState | None:
             state = await self.state(instance)
@@ -156,7 +166,7 @@ class Cluster:
         return await eventually(so, f"{instance} is {phase}", FOLLOW_DEADLINE_S)
 
     async def leader(self) -> str:
-        """The node whose placement leads, once one does."""
+        """Wait until a placement service leads, and return its node."""
 
         async def held() -> str | None:
             lease = await self.here.buckets.lease.get_as(leader_key("placement"), LeaseValue)
@@ -167,6 +177,6 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster_of(server: NatsServer, directory: Path) -> AsyncIterator[Cluster]:
-    """An empty cluster on this NATS server."""
+    """Yield an empty cluster on this NATS server."""
     async with joined(server) as here:
         yield Cluster(server, here, directory)

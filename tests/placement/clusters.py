@@ -1,4 +1,4 @@
-"""Clusters and models as people have them, drawn at random: for benchmarks, and for tests of large clusters."""
+"""Realistic random clusters and models, for benchmarks and for tests of large clusters."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ MACHINES = (
     (8, 100), (16, 120), (24, 150), (36, 300), (48, 400), (64, 410), (96, 546), (128, 546), (192, 800), (256, 819),
     (512, 819),
 )  # fmt: skip
-"""Gigabytes of memory, and gigabytes per second it is read at."""
+"""Gigabytes of memory, and its bandwidth in gigabytes per second."""
 CONTEXT_TOKENS = 8192
 
 
 def dense() -> tuple[list[int], list[float], int]:
-    """Eighty equal layers, as a model of 70 billion parameters in 4 bits has: bytes, work in GB, an end's bytes."""
+    """Return bytes, work in GB and an end's bytes of 80 equal layers, like a 4-bit model of 70 billion parameters."""
     kv = 4096 * CONTEXT_TOKENS // 4
     return [480_000_000 + kv] * 80, [0.48] * 80, 600_000_000
 
 
 def experts() -> tuple[list[int], list[float], int]:
-    """Three dense layers, then 45 with experts, of which a token reads a part."""
+    """Return the same for three dense layers and 45 with experts, of which a token reads some."""
     kv = 1152 * CONTEXT_TOKENS
     return [330_000_000 + kv] * 3 + [2_200_000_000 + kv] * 45, [0.33] * 3 + [0.36] * 45, 500_000_000
 
 
 def windows() -> tuple[list[int], list[float], int]:
-    """Every sixth layer sees all of the context, the others a window of it: their caches differ."""
+    """Return the same for layers with different caches: every sixth keeps all of the context, the others a window."""
     held = [300_000_000 + (500_000_000 if i % 6 == 5 else 30_000_000) for i in range(48)]
     return held, [0.55 if i % 6 == 5 else 0.32 for i in range(48)], 600_000_000
 
 
 def random_cluster(chance: random.Random, nodes: int) -> tuple[list[Node], list[list[float]]]:
-    """Machines of all sizes, and seconds from each to each: wired, with some on Wi-Fi, or in racks of fast links."""
+    """Return machines of all sizes and their links: wired, some on Wi-Fi, or in racks with fast links."""
     members = []
     for i in range(nodes):
         memory_gb, bandwidth_gb = chance.choice(MACHINES)
@@ -54,7 +54,7 @@ def random_cluster(chance: random.Random, nodes: int) -> tuple[list[Node], list[
 
 
 def random_placement(seed: int, nodes: int, in_flight: int, max_nodes: int = 16) -> Problem:
-    """A model over such a cluster."""
+    """Return the layout problem of a random model over a random cluster."""
     chance = random.Random(seed)
     members, link_s = random_cluster(chance, nodes)
     layer_bytes, layer_work, end_bytes = chance.choice((dense, experts, windows))()

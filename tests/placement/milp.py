@@ -1,6 +1,6 @@
-"""The layout problem as a mixed integer program for HiGHS: nothing of the solver is used but its structs.
+"""The layout problem as a mixed integer program for HiGHS. It shares only the structs with the solver.
 
-A walk through layers: x[l, i, j] = 1 when layer l is on node i and layer l + 1 on node j. Each node is come to once.
+A path through layers: x[l, i, j] = 1 if layer l is on node i and layer l + 1 on node j. Each node is entered once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from tests.placement.oracle import INF
 
 
 def solve_milp(problem: Problem, stages: int, deadline_s: float = 60.0) -> float | None:
-    """The least cost over exactly so many nodes, two at least; infinite where nothing fits.
+    """Return the least cost over exactly so many nodes, at least two; infinite if nothing fits.
 
-    None if HiGHS did not end in time. For problems without counts by node, and without a limit to what is fetched.
+    None if HiGHS did not finish in time. For problems without required counts and without a limit to fetched bytes.
     """
     assert stages >= 2 and not problem.counts and problem.max_fetch_bytes is None
     h = highspy.Highs()
@@ -48,7 +48,7 @@ def solve_milp(problem: Problem, stages: int, deadline_s: float = 60.0) -> float
     total = []
     bottleneck = h.addVariable(lb=0)
     for i, node in enumerate(problem.nodes):
-        # In the node's room, so that rows are of one size.
+        # As shares of the node's memory, so that the rows have similar magnitudes.
         room = node.free_bytes - problem.stage_bytes
         if room <= 0:
             h.addConstr(h.qsum(on[i]) == 0)

@@ -1,4 +1,4 @@
-"""The layout problem as its definition says, by trying everything. Nothing of the solver is used but its structs."""
+"""The layout problem by brute force, straight from its definition. It shares only the structs with the solver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INF = float("inf")
 
 
 def stage(problem: Problem, node: Node, first: int, last: int) -> tuple[int, float, int, float]:
-    """Bytes, seconds, bytes to fetch and prices of layers [first, last) on a node."""
+    """Return bytes, seconds, bytes to fetch and prices of layers [first, last) on a node."""
     end = len(problem.layer_bytes)
     work = list(problem.layer_work) or [1.0] * end
     fetch = list(node.fetch_bytes) or [0] * end
@@ -39,7 +39,7 @@ def stage(problem: Problem, node: Node, first: int, last: int) -> tuple[int, flo
 
 
 def cost(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> float:
-    """What is minimised; infinite for what is not allowed."""
+    """Return the cost that is minimized; infinite for a layout that is not allowed."""
     nodes = [problem.nodes[i] for i in order]
     if not problem.min_nodes <= len(order) <= problem.max_nodes:
         return INF
@@ -59,7 +59,7 @@ def cost(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> float:
 
 
 def every_layout(problem: Problem, stages: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """All orders of so many nodes with all splits, whether or not they fit."""
+    """Yield all orders of so many nodes with all splits, whether or not they fit."""
     count = len(problem.layer_bytes)
     for order in itertools.permutations(range(len(problem.nodes)), stages):
         for cuts in itertools.combinations(range(1, count), stages - 1):
@@ -67,7 +67,7 @@ def every_layout(problem: Problem, stages: int) -> Iterator[tuple[tuple[int, ...
 
 
 def best_by_count(problem: Problem) -> dict[int, float]:
-    """The least cost over exactly k nodes, for each k; infinite where nothing is allowed."""
+    """Return the least cost over exactly k nodes, for each k; infinite if nothing is allowed."""
     most = min(len(problem.nodes), len(problem.layer_bytes), problem.max_nodes)
     return {
         k: min((cost(problem, o, c) for o, c in every_layout(problem, k)), default=INF)
@@ -76,7 +76,7 @@ def best_by_count(problem: Problem) -> dict[int, float]:
 
 
 def random_problem(chance: random.Random, nodes: int, layers: int, equal: bool = False) -> Problem:
-    """A small cluster and a model that may or may not fit, with all that a problem can have."""
+    """Return a small cluster with a model that may or may not fit, using every field that a problem has."""
     sizes = [chance.randint(4, 20) for _ in range(3)]
     kinds = [sizes[0] if equal else chance.choice(sizes) for _ in range(layers)]
     works = [1.0 if equal else chance.choice((1.0, 1.0, 0.7, 1.6, 2.3)) for _ in range(layers)]
@@ -128,5 +128,5 @@ def random_problem(chance: random.Random, nodes: int, layers: int, equal: bool =
 
 
 def with_in_flight(problem: Problem, in_flight: int) -> Problem:
-    """The same with another number of requests in flight."""
+    """Return the problem with another number of requests in flight."""
     return msgspec.structs.replace(problem, in_flight=in_flight)

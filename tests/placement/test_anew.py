@@ -1,4 +1,4 @@
-"""Instances laid out anew, and what is proposed for those that would stand better elsewhere."""
+"""Replanned instances, and better layouts that are proposed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ memory_mib = st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(200,
 
 
 def with_instances(there: World, *specs: InstanceSpec) -> World:
-    """The cluster with these, whose stages occupy all that they were promised."""
+    """Return the cluster with these instances, whose stages occupy all of their reservations."""
     there = structs.replace(there, instances=specs)
     stages = promised_bytes(there.instances, there.models, there.facts)
     facts = {

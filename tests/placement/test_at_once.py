@@ -1,4 +1,4 @@
-"""Many placements at once, of which memory holds a few: whoever leads, and whatever becomes of it meanwhile."""
+"""Many placements at once, of which a few fit in memory, whichever leader carries them out or dies meanwhile."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.placement.cluster import COMMIT, INSTANCE_MIB, MIB, MODEL, SHAPE, Clu
 
 AT_ONCE, HOLDS, CONNECTIONS = 50, 5, 5
 MEMORY_MIB = {"a": 2 * INSTANCE_MIB + 50, "b": 3 * INSTANCE_MIB + 50}
-"""Enough for two and for three; 50 MiB hold nothing."""
+"""Enough for two and for three instances; nothing fits in 50 MiB."""
 BEAT_S = 5.0
 
 
 @asynccontextmanager
 async def nodes_of(c: Cluster) -> AsyncIterator[None]:
-    """Nodes that say what they have for as long as the body runs, as they do."""
+    """Keep the nodes' liveness keys alive while the body runs."""
 
     async def beat() -> None:
         await asyncio.gather(*(c.beat(node, memory_mib) for node, memory_mib in MEMORY_MIB.items()))
@@ -45,7 +45,7 @@ async def nodes_of(c: Cluster) -> AsyncIterator[None]:
 
 
 async def placed_at_once(c: Cluster) -> list[Outcome]:
-    """The outcomes of commands that were all sent at the same time, over several connections."""
+    """Return the outcomes of commands that are all sent at the same time, over several connections."""
     async with AsyncExitStack() as stack:
         here = [await stack.enter_async_context(joined(c.server)) for _ in range(CONNECTIONS)]
         senders = [Cluster(c.server, j, c.directory) for j in here]
@@ -55,7 +55,7 @@ async def placed_at_once(c: Cluster) -> list[Outcome]:
 
 
 async def check(c: Cluster, outcomes: list[Outcome]) -> None:
-    """Exactly as many were placed as fit, no node is promised more than it has, and refusals say why."""
+    """Check that as many were placed as fit, no node has more reserved than memory, and refusals say why."""
     assert len(outcomes) == AT_ONCE
     won = [o.result["instance"] for o in outcomes if o.ok]
     specs = await c.specs()
@@ -101,7 +101,7 @@ async def test_I6_a_leader_that_is_lost_among_fifty_placements_makes_neither_mor
             before, placed = await c.here.last_sequence("KV_done"), 0
 
             def lose(said: bytes) -> None:
-                """As its second placement is on the way to NATS, and before it hears that it arrived."""
+                """Stop it while its second placement is on the way to NATS, before the acknowledgement arrives."""
                 nonlocal placed
                 placed += said.count(b"$KV.spec.instance.")
                 if placed >= 2:

@@ -1,4 +1,4 @@
-"""What a leader does about nodes that are gone: real processes, real NATS, nodes that are keys."""
+"""The leader retires nodes that are down: real processes, real NATS, nodes that are only keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NEVER = {"SHOAL_RETIRE_AFTER": "999d"}
 
 
 async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -> list[tuple[str, str]]:
-    """All that a node may have said and been told in its life. Returns the keys, by bucket."""
+    """Write every kind of key that names a node. Return the keys, by bucket."""
     state, spec = c.here.buckets.state, c.here.buckets.spec
     keys = []
     for number in range(model_count):
@@ -81,7 +81,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
 
 
 async def standing(c: Cluster, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of the keys that hold something."""
+    """Return those of the keys that exist."""
     found = [(b, k, await getattr(c.here.buckets, b).get(k)) for b, k in keys]
     return [(b, k) for b, k, entry in found if entry is not None]
 
@@ -95,7 +95,7 @@ async def gone(c: Cluster, keys: list[tuple[str, str]]) -> None:
 
 @asynccontextmanager
 async def retirements(c: Cluster) -> AsyncIterator[list[dict[str, Any]]]:
-    """The events of retirement, as they come."""
+    """Collect the `retired` events while the body runs."""
     heard: list[dict[str, Any]] = []
 
     async def hear(message: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the leader decides: which model is meant, what is free, how an instance stands. No I/O anywhere."""
+"""What the leader decides: which model is meant, what is free, the state of an instance. No I/O."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def world(
 
 
 def promised(there: World) -> dict[str, int]:
-    """Bytes promised of each node."""
+    """Return the reserved bytes of each node."""
     found = promised_bytes(there.instances, there.models, there.facts)
     return {node: sum(stages.values()) for node, stages in found.items()}
 
@@ -194,14 +194,14 @@ def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
 
 
 def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
-    with pytest.raises(NoRoom, match="2 nodes were asked for and 1 can take part"):
+    with pytest.raises(NoRoom, match="needs 2 nodes; 1 available"):
         plan(Place(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
     five = dict.fromkeys("abcde", 5000)
-    with pytest.raises(NoRoom, match="5 nodes were asked for and the model has 4 layers"):
+    with pytest.raises(NoRoom, match="needs 5 nodes; the model has only 4 layers"):
         plan(Place(model="org/tiny-fish", min_nodes=5), world(five, [held()]))
 
 
-# What is taken already
+# What is reserved already
 
 
 def test_what_is_placed_is_promised_stage_by_stage() -> None:
@@ -252,13 +252,13 @@ def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
             continue
         placed.append(spec_of(found, f"i-{number}", 0.0))
         after = promised(world(memory_mib, models, placed, alive=["store"]))
-        # What a stage was promised is what counts for it from then on.
+        # A stage's reservation is what counts for it from then on.
         for stage in found.layout.slices:
             assert after[stage.node] - before.get(stage.node, 0) == stage.bytes
         assert all(after[n] <= memory_mib[n] * MIB for n in after)
 
 
-# What it is called
+# Its id
 
 
 @given(st.text("abcXYZ019._-", min_size=1, max_size=96), st.text(max_size=30))
@@ -272,7 +272,7 @@ def test_an_instance_is_called_after_its_model() -> None:
     assert instance_id("shoal/tiny-fish", "c1").startswith("tiny-fish-")
 
 
-# How it stands
+# Its state
 
 SPEC = InstanceSpec(
     id="i",

@@ -1,4 +1,4 @@
-"""The exact solver against everything there is, and against HiGHS."""
+"""The exact solver against brute force and against HiGHS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cost_of(answer: Answer) -> float:
 
 
 def check(problem: Problem, answer: Answer, least: float) -> None:
-    """The answer is a layout that keeps all that is asked, costs what it says, and nothing costs less."""
+    """Check that the layout meets all constraints, costs what the answer says, and that none costs less."""
     assert answer.proved
     assert cost_of(answer) == pytest.approx(least, rel=1e-7, abs=1e-9)
     assert answer.lower_bound_s <= cost_of(answer)
@@ -91,7 +91,7 @@ def test_highs_finds_nothing_better(seed: int) -> None:
 
 
 def twins(count: int, link_s: float, in_flight: int = 1) -> Problem:
-    """As many equal nodes, equally far from each other."""
+    """Return a problem with so many equal nodes, equally far from each other."""
     names = [f"n{i}" for i in range(count)]
     return Problem(
         nodes=[Node(name, 60, s_per_work=1.0) for name in names],
@@ -105,7 +105,7 @@ def test_sixteen_equal_nodes_are_laid_out_and_proved_without_trying_them_all() -
     answer = best(twins(16, 0.5))
     assert answer.proved
     assert answer.layout is not None
-    # Six layers fit a node, so six nodes are needed, and each further one costs a link.
+    # Six layers fit on a node, so six nodes are needed, and each additional one costs a link.
     assert len(answer.layout.slices) == 6
     assert answer.layout.cost_s == pytest.approx(32 + 6 * 0.5)
 
@@ -114,7 +114,7 @@ def test_with_more_in_flight_more_nodes_are_worth_their_links() -> None:
     answer = best(twins(16, 0.5, in_flight=16))
     assert answer.proved
     assert answer.layout is not None
-    # Two layers on each of sixteen: 32 + 16 * 0.5 for a token, 16 * 2 for sixteen of them. On eleven it is 16 * 3.
+    # Two layers on each of 16 nodes: 32 + 16 * 0.5 for a token, 16 * 2 for 16 tokens. On eleven nodes it is 16 * 3.
     assert len(answer.layout.slices) == 16
     assert answer.layout.bottleneck_s == 2
     assert answer.layout.cost_s == pytest.approx(40)
@@ -154,7 +154,7 @@ def test_no_more_is_fetched_than_was_allowed() -> None:
 
 
 def test_of_two_equal_nodes_the_one_with_more_of_the_files_is_taken() -> None:
-    # Published so: of two nodes of 1000 bytes that hold 80 and 30 % of a model of 1000 bytes, the first.
+    # A published example: of two nodes of 1000 bytes that hold 80 and 30 % of a model of 1000 bytes, the first.
     nodes = [Node("30", 1000, 1.0, fetch_bytes=[70] * 10), Node("80", 1000, 1.0, fetch_bytes=[20] * 10)]
     layout = best(Problem(nodes=nodes, layer_bytes=[100] * 10, fetch_price_s_per_byte=1e-6)).layout
     assert layout is not None

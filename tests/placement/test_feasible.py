@@ -1,4 +1,4 @@
-"""Nothing that fits is refused, and nothing that does not fit is given: against a check written by itself."""
+"""What fits is never refused, what does not fit is never returned: against an independent check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.placement.oracle import random_problem, stage
 
 
 def can_fit(problem: Problem) -> bool:
-    """Whether any order of any allowed set has a split in which every stage fits: depth first, with what was seen."""
+    """Return whether some order of some allowed set has a split in which every stage fits: depth first, memoized."""
     end = len(problem.layer_bytes)
 
     @cache
@@ -43,7 +43,7 @@ def can_fit(problem: Problem) -> bool:
 
 
 def judge(problem: Problem) -> str:
-    """What is wrong with the solver's answer; empty when nothing is."""
+    """Return what is wrong with the solver's answer; empty if nothing is."""
     layout, possible = best(problem).layout, can_fit(problem)
     if layout is None:
         return "refused, and it fits" if possible else ""
@@ -53,7 +53,7 @@ def judge(problem: Problem) -> str:
 
 
 def tight_problem(chance: random.Random) -> Problem:
-    """A cluster with about as much memory as the model needs."""
+    """Return a cluster with about as much memory as the model needs."""
     problem = random_problem(chance, chance.randint(1, 5), chance.randint(1, 10))
     whole = sum(problem.layer_bytes) + problem.embed_bytes + problem.head_bytes
     share = [chance.random() for _ in problem.nodes]

@@ -1,4 +1,4 @@
-"""Writes of a leader that is none any more are refused by NATS itself."""
+"""NATS itself refuses the writes of a former leader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.nats import Joined, NatsServer, joined
 
 
 async def leads(here: Joined, node: str) -> tuple[Lease, Writes]:
-    """A node that has taken the lease, and whose predecessor has not been told."""
+    """Take the lease for a node without its predecessor noticing."""
     await here.buckets.lease.delete(leader_key("placement"))
     lease = await acquire(here.buckets.lease, leader_key("placement"), node, node)
     assert lease is not None
@@ -22,7 +22,7 @@ async def leads(here: Joined, node: str) -> tuple[Lease, Writes]:
 
 
 async def refused(lease: Lease, write: Coroutine[Any, Any, object]) -> None:
-    """Return once a write has cost its leader the lease."""
+    """Return once a refused write has made its leader give up the lease."""
     assert lease.held, "its own clock would let it write"
     writing = asyncio.ensure_future(write)
     await lease.wait_lost()
@@ -45,7 +45,7 @@ async def test_what_a_leader_writes_after_another_has_begun_is_not_written(own_n
             (await leads(here, "a"), old.spec.delete("instance.x")),
             (await leads(here, "a"), old.state.put("instance.y", {"by": "old"})),
         ):
-            old.spec._lease = old.state._lease = lost[0]  # its clock says that it leads, whatever it has heard
+            old.spec._lease = old.state._lease = lost[0]  # by its own clock it still leads
             await refused(lost[0], write)
         assert [await here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")] == written
         assert new_lease.held
@@ -68,7 +68,7 @@ async def test_after_nats_has_lost_its_store_a_leader_from_before_writes_nothing
         seen = here.nats.reconnects.count
         await asyncio.to_thread(own_nats.wipe)
         await here.nats.reconnects.wait_after(seen)
-        async with joined(own_nats) as again:  # whoever connects first makes the streams anew
+        async with joined(own_nats) as again:  # the first connection creates the streams again
             assert await again.key_count("state") == 0
             writing = asyncio.ensure_future(writes.state.put("instance.x", {}))
             await lease.wait_lost()

@@ -1,4 +1,4 @@
-"""Clusters of more nodes than all subsets of can be looked at."""
+"""Clusters of more nodes than all subsets can be enumerated of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.placement.clusters import random_placement
 
 
 def check(problem: Problem, answer: Answer) -> None:
-    """A layout that keeps what is asked, costs what it says, and no less than the bound."""
+    """Check that the layout meets all constraints, costs what the answer says, and no less than the bound."""
     assert answer.layout is not None
     assert keeps(problem, answer.layout)
     place = {n.name: i for i, n in enumerate(problem.nodes)}

@@ -1,4 +1,4 @@
-"""The placement service as a cluster uses it: real processes, real NATS, nodes that are facts."""
+"""The placement service as a cluster uses it: real processes, real NATS, nodes that are only keys."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
-        await c.placed_nothing()  # somebody leads, and has said so
+        await c.placed_nothing()  # a leader is elected and has written its marker
         before = await c.here.last_sequence("KV_spec")
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
         assert (await c.ask("unplace", Unplace(instance="never-was"))).ok
@@ -93,7 +93,7 @@ async def test_I5_a_command_delivered_twice_places_one_instance(own_nats: NatsSe
         command = Place(model=MODEL, id="the-same")
         await c.send("place", command)
         first = await c.outcome("the-same")
-        # As if the leader had died between placing and saying so: the outcome is lost, the command comes again.
+        # As if the leader had died before it published the outcome: the command is delivered again.
         await c.here.buckets.done.delete("the-same")
         await c.send("place", command)
         second = await c.outcome("the-same")
@@ -136,7 +136,7 @@ async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tm
         specs = await c.specs()
         assert {s.id for s in specs} == won
         assert sorted(s.stages[0].node for s in specs) == ["a", "b", "b"]
-        # One goes: its memory is there for the next.
+        # Once one is stopped, its memory is free for the next.
         assert (await c.ask("unplace", Unplace(instance=specs[0].id))).ok
         assert (await c.ask("place", Place(model=MODEL, max_nodes=1))).ok
 
@@ -144,8 +144,9 @@ async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tm
 async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
         await asyncio.gather(c.beat("a", 400), c.beat("b", 500))
-        await c.placed_nothing()  # somebody leads, and has seen who lives before it hears what they hold
+        await c.placed_nothing()  # the leader has seen which nodes are live before it sees what they hold
         await c.hold("b")
+        await c.has_joined("b")
         ask = Ask(c.here.nats)
         before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
         seen = [
@@ -170,12 +171,12 @@ async def test_I6_when_the_leader_is_killed_another_leads_and_nothing_is_lost(
         await c.stands(first.id, "starting")
         leader = await c.leader()
         await processes[leader].kill()
-        # Sent to nobody: the queue keeps them until somebody leads.
+        # Nobody leads: the queue keeps them.
         wanted = [asyncio.create_task(c.ask("place", Place(model=MODEL, id=f"after-{i}"))) for i in range(2)]
         await c.stage(first, 0, "ready")
         outcomes = await asyncio.gather(*wanted)
         assert await c.leader() != leader
-        # What the dead leader had promised is still promised: there is room for one more, not for two.
+        # The dead leader's reservation still counts: one more fits, two do not.
         assert sorted(o.ok for o in outcomes) == [False, True]
         assert {s.id for s in await c.specs()} == {first.id, *(o.result["instance"] for o in outcomes if o.ok)}
         await c.stands(first.id, "ready")
@@ -233,7 +234,7 @@ async def test_what_a_former_leader_wrote_arrives_when_another_leads_and_is_not_
             await c.stands(spec.id, "ready")
             written = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")]
             way.flows.set()
-            # The answer comes on the same way, after all that was held.
+            # The answer uses the same connection, after all that was delayed.
             with pytest.raises(NotFound):
                 question = Place(model="org/nothing")
                 await Ask(c.here.nats)("placement", "p-1", "preview", question, dict[str, object], patience_s=10)
@@ -259,13 +260,14 @@ async def test_idle_means_silent(own_nats: NatsServer, tmp_path: Path) -> None:
         spec = await c.placed()
         await c.stage(spec, 0, "ready")
         await c.stands(spec.id, "ready")
+        await c.has_joined("a")
         before = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         for memory_mib in range(3 * INSTANCE_MIB, 3 * INSTANCE_MIB - 10, -1):
-            await c.beat("a", memory_mib)  # facts change at every beat, and how the instance stands does not
-        marker = await c.placed(Place(model=MODEL, id="after"))  # decided with all those beats seen
+            await c.beat("a", memory_mib)  # facts change at every beat, the instance's state does not
+        marker = await c.placed(Place(model=MODEL, id="after"))  # decided after all those beats
         await c.stands(marker.id, "starting")
         after = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
-        # One spec, one state, one command, one event: those of the marker itself.
+        # One spec, one state, one command, one event: those of the marker instance.
         assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1, 1]
 
 

@@ -1,4 +1,4 @@
-"""What a link costs, and which are measured: pure rules, then real services on this machine and on slow wires."""
+"""What a link costs, and which links are measured: pure rules, then real services here and over slow links."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ NODES = "abcd"
 SECRET = "a secret for tests only"
 FAR_S = 0.02
 MEASURED_S = 60.0
-"""For a round of measuring, on a machine that does much else."""
+"""For a round of measurements on a busy machine."""
 
 
 def told(host: str, kind: str = "ethernet", mbit: int = 0, port: int = 7000) -> Facts:
-    """A fileserver's facts."""
+    """Return a fileserver's facts."""
     link = Link(address=f"{host}:{port}", kind=kind, mbit=mbit)
     return Facts(addresses=[link.address], links=[link])
 
@@ -71,7 +71,7 @@ NOW_S = 2 * FRESH_S
 
 
 def records(found: Mapping[str, list[MeasuredLink]], there: Mapping[str, Facts] = THERE) -> list[LinksState]:
-    """What nodes measured where they are said to be."""
+    """Return what the nodes measured at their published addresses."""
     return [
         LinksState(node=n, links=[structs.replace(m, ends=ends(there[n], there[m.peer])) for m in own if m.peer != n])
         for n, own in found.items()
@@ -159,7 +159,7 @@ def test_a_steady_transfers_rate_is_found_however_slowly_it_began(
         got += piece
         taken.append((got / bytes_per_s, got))
     assert rate(taken) == pytest.approx(bytes_per_s, rel=1e-6)
-    slow = [(late_s + 1, 1)]  # a byte, long before the rest
+    slow = [(late_s + 1, 1)]  # one byte long before the rest
     assert rate([*slow, *((late_s + 1 + 4 * (late_s + 1) + at_s, 1 + b) for at_s, b in taken)]) > 0
     assert rate([]) == 0.0
 
@@ -180,11 +180,11 @@ def test_what_is_told_of_interfaces_is_used_where_nothing_was_measured() -> None
     assert Links().costs_s(["a", "b"], 1).tolist() == [[0.0, LINK_S], [LINK_S, 0.0]]
 
 
-# Real placement services and fileservers; what the nodes have of memory is said for them.
+# Real placement services and fileservers; their inference keys, with the memory, are written by the test.
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody has."""
+    """Return free ports."""
     with ExitStack() as stack:
         held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [s.getsockname()[1] for s in held]
@@ -192,7 +192,7 @@ def free_ports(count: int) -> list[int]:
 
 @asynccontextmanager
 async def measuring(server: NatsServer, home: Path, far: Machine | None = None) -> AsyncIterator[Cluster]:
-    """Nodes a, b and c, of which c, where a machine is given, is on that one, 20 ms away from the others each way."""
+    """Run nodes a, b and c. If a machine is given, c is on it, 20 ms away from the others each way."""
     ports = dict(zip("abc", free_ports(3), strict=True))
     near = {"SHOAL_ADVERTISE": "127.0.0.1"} if far is not None else {}
     nodes = [
@@ -228,19 +228,19 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
 
 
 async def asked(c: Cluster, node: str, verb: str, question: Message, kind: type[T]) -> T:
-    """What placement of a node answers, which is live before it does."""
+    """Return the answer of a node's placement service, once that is live."""
     return await Ask(c.here.nats)("placement", node, verb, question, kind, MEASURED_S, MEASURED_S)
 
 
 async def shown(c: Cluster, **more: Any) -> list[Preview]:
-    """What placement of node a shows, c having a little more memory than a and b."""
+    """Return the previews of node a, with a little more memory on c than on a and b."""
     await asyncio.gather(c.beat("a", 500), c.beat("b", 500), c.beat("c", 520))
     question = Place(model=MODEL, **more)
     return (await asked(c, "a", "previews", question, Previews)).previews
 
 
 async def all_measured(c: Cluster) -> list[LinksState]:
-    """What the three have measured, once they have measured all."""
+    """Return what the three nodes have measured, once all links are measured."""
 
     async def told() -> list[LinksState] | None:
         await shown(c)
@@ -285,7 +285,7 @@ async def test_a_peer_that_does_not_answer_is_said_to_be_unreachable(own_nats: N
 
 @pytest.fixture
 def far() -> Iterator[Machine]:
-    """A machine without a network of its own."""
+    """A network namespace that is reached only through relays."""
     with machines("far") as (machine,):
         yield machine
 

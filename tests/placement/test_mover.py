@@ -1,4 +1,4 @@
-"""Instances that lose a node, or are to leave one: real placement processes over nodes that are facts."""
+"""Instances that lose a node or have to leave one: real placement processes, nodes that are only keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATE = {"SHOAL_REPLACE_AFTER": "1h"}
 
 
 async def anew(c: Cluster, before: InstanceSpec) -> InstanceSpec:
-    """The instance once it has been placed anew."""
+    """Return the spec of an instance once it is replanned."""
 
     async def moved() -> InstanceSpec | None:
         spec = await c.spec(before.id)
@@ -27,7 +27,7 @@ async def anew(c: Cluster, before: InstanceSpec) -> InstanceSpec:
 
 
 async def running(c: Cluster, max_nodes: int = 16) -> InstanceSpec:
-    """An instance whose stages all say that they are ready."""
+    """Place an instance and publish that all its stages are ready."""
     spec = await c.placed(Place(model=MODEL, max_nodes=max_nodes))
     for stage in spec.stages:
         await c.stage(spec, stage.rank, "ready")
@@ -45,7 +45,7 @@ async def test_an_instance_whose_node_dies_is_placed_anew_on_the_others(own_nats
         assert fresh.epoch == spec.epoch + 1 and dead not in {s.node for s in fresh.stages}
         assert (fresh.stages[0].first_layer, fresh.stages[-1].last_layer) == (0, 4)
         assert (await c.stands(spec.id, "starting")).epoch == fresh.epoch
-        assert await process.wait_line("msg=moved", f"instance={spec.id}", f"{dead} is away")
+        assert await process.wait_line('msg="instance moved"', f"instance={spec.id}", f"{dead} is down")
 
 
 async def test_an_instance_that_finds_no_room_stays_and_says_why_until_there_is_some(

@@ -17,7 +17,7 @@ names = st.sampled_from("abcd")
 
 
 def runs(identity: str, *nodes: str, asked: Asked | None = None) -> InstanceSpec:
-    """An instance of the four-layer model, its layers spread over these nodes."""
+    """Return an instance of the four-layer model with its layers spread over these nodes."""
     bounds = [round(4 * i / len(nodes)) for i in range(len(nodes) + 1)]
     stages = [StageSpec(rank=r, node=n, first_layer=bounds[r], last_layer=bounds[r + 1]) for r, n in enumerate(nodes)]
     return InstanceSpec(
@@ -37,7 +37,7 @@ def test_a_node_that_was_away_for_a_moment_is_waited_for_and_then_left() -> None
     assert now.leaving == [] and now.wake_s == 40.0
     now = moves([runs("i", "a", "b"), runs("j", "a")], {"b": 60.0}, set(), AFTER_S)
     assert [(m.spec.id, m.gone, m.drained) for m in now.leaving] == [("i", ["b"], [])]
-    assert now.leaving[0].why == "b is away"
+    assert now.leaving[0].why == "b is down"
 
 
 def test_a_drained_node_is_left_at_once() -> None:

@@ -1,4 +1,4 @@
-"""What a model takes, layer by layer, and what is promised of a node: counted once, whether loaded or not."""
+"""What a model needs, layer by layer, and what is reserved of a node: counted once, whether loaded or not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_layer_is_counted_by_its_own_rule_and_for_each_answer_at_once() -> 
     window = 512 - 1 + PREFILL_CHUNK_TOKENS
     assert caches() == [4096 * 1000, window * 1000, 7000, 0]
     assert caches(3) == [3 * b for b in caches()]
-    # Told by a version that knew one rule for all.
+    # Published by a version with one rule for all layers.
     assert need_of(SHAPE, 300).layer_bytes == [100 * MIB + 512 * 1024] * 4
 
 
@@ -96,7 +96,7 @@ def test_a_shape_of_an_earlier_version_is_counted_as_it_was() -> None:
     assert need_of(SHAPE, 4096).stage_bytes == STAGE_OVERHEAD_BYTES
 
 
-# What is promised
+# What is reserved
 
 SPEC = InstanceSpec(
     id="i",

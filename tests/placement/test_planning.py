@@ -37,12 +37,12 @@ RANKS: dict[Tier, int] = {"fits": 0, "tight": 1, "force": 2}
 
 
 def asks(**more: Any) -> Place:
-    """A request for the model of these tests: four layers of 100 MiB, embedding and head."""
+    """Return a request for the model of these tests: four layers of 100 MiB, embedding and head."""
     return Place(model=MODEL, **more)
 
 
 def machines(free_and_total_mib: Mapping[str, tuple[int, int]], **more: Any) -> World:
-    """Nodes with so much memory free of so much; the first holds the model."""
+    """Return nodes with this much free and total memory; the first holds the model."""
     there = world(dict.fromkeys(free_and_total_mib, 1), [has(min(free_and_total_mib))])
     facts = {
         n: Facts(memory_available_bytes=free * MIB, memory_total_bytes=total * MIB, **more)
@@ -113,7 +113,7 @@ def test_what_a_node_has_is_said_as_it_is_and_what_only_it_needs_is_said_as_need
         needs[accelerator] = stage.needed_bytes
     more = needs["cpu"] - needs["metal"]
     assert more == 2048 * 4096 * (64 - 8)
-    # Enough for one that fuses attention, and not for one that does not.
+    # Enough for a node that fuses attention, too little for one that does not.
     free_mib = needs["metal"] // MIB + 1
     fits = structs.replace(machines({"a": (free_mib, free_mib)}, accelerator="metal"), models=[model])
     assert plan(asks(), fits).tier == "fits"
@@ -214,7 +214,7 @@ def test_place_does_what_a_preview_showed_and_refuses_what_none_did(
         return
     found = plan(request, there)
     assert found.tier == able[0].tier
-    assert found.layout.cost_s <= able[0].layout.cost_s * 1.002  # of equals the emptiest, within a thousandth
+    assert found.layout.cost_s <= able[0].layout.cost_s * 1.002  # of equal ones the emptiest, within a thousandth
 
 
 def test_a_model_that_nobody_has_is_previewed_with_all_of_it_to_download_and_not_placed() -> None:

@@ -1,4 +1,4 @@
-"""What `decide.py` asks of the solver: a model's need over the rooms of nodes."""
+"""The layout problem built from a model's need and the nodes' memory, and its solution."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def solve(need: Need, cluster: list[Room], min_nodes: int, max_nodes: int) -> La
 
 
 def check(need: Need, order: Sequence[Room], layout: Layout) -> None:
-    """A layout covers each layer once, in order, a layer at least in each stage, and every stage fits."""
+    """Check that each layer is covered once and in order, each stage has at least one, and every stage fits."""
     by_node = {r.node: r for r in order}
     assert [s.first for s in layout.slices] == [0, *(s.last for s in layout.slices[:-1])]
     assert layout.slices[-1].last == len(need.layer_bytes)
@@ -59,13 +59,13 @@ def test_what_is_given_fits(need: Need, cluster: list[Room], min_nodes: int, max
 
 
 def plain(model: int, layers: int) -> Need:
-    """A model without embedding, head or overhead, in units that divide evenly."""
+    """Return a model without embedding, head or overhead, in units that divide evenly."""
     assert model * 100 % layers == 0
     return Need(layer_bytes=[model * 100 // layers] * layers)
 
 
 def counts(memory: Sequence[int], model: int, layers: int, min_nodes: int = 1) -> list[int] | None:
-    """Layers by node, in the order of `memory`, which is in the unit of `model`; None when it is refused."""
+    """Return layers by node, in the order of `memory`, which is in the unit of `model`; None if refused."""
     cluster = [Room(f"node-{i}", m * 100) for i, m in enumerate(memory)]
     layout = solve(plain(model, layers), cluster, min_nodes, 16)
     if layout is None:
@@ -81,7 +81,7 @@ def counts(memory: Sequence[int], model: int, layers: int, min_nodes: int = 1) -
 def test_the_published_splits_hold_when_all_nodes_are_asked_for(
     memory: tuple[int, ...], layers: int, expected: list[int]
 ) -> None:
-    # Of nodes that are equally fast every split is as good: the one that leaves the fullest node emptiest is given.
+    # On equally fast nodes all splits cost the same: the one that leaves the fullest node emptiest is returned.
     twelfths = [m * 12 for m in memory]  # so that a layer is a whole number
     assert counts(twelfths, 1000 * 12, layers, min_nodes=3) == expected
 

@@ -1,4 +1,4 @@
-"""What a silence means before a liveness key expires, and what a missing key means after an outage of NATS."""
+"""What a missing answer means before a liveness key expires, and what a missing key means after an outage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leader asks a node to which somebody lost a connection: the silent one is away at once, nobody else ever is."""
+"""The leader pings a node to which a connection broke: it counts as down only if it does not answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.placement.cluster import FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, Clus
 
 @asynccontextmanager
 async def answering(server: NatsServer, node: str) -> AsyncIterator[None]:
-    """The inference of a node answers questions while the body runs, over a connection of its own."""
+    """Answer pings for the inference of a node while the body runs, over a connection of its own."""
     async with joined(server) as own:
         stopping = asyncio.Event()
         serving = asyncio.create_task(serve(own.nats, "inference", node, {}, stopping))
@@ -38,7 +38,7 @@ async def answering(server: NatsServer, node: str) -> AsyncIterator[None]:
 
 
 async def keep_beating(c: Cluster, *nodes: str) -> None:
-    """Until cancelled, as their services would."""
+    """Renew the nodes' liveness keys until cancelled."""
     while True:
         for node in nodes:
             await c.beat(node, 2 * INSTANCE_MIB)
@@ -46,7 +46,7 @@ async def keep_beating(c: Cluster, *nodes: str) -> None:
 
 
 async def running_on_b(c: Cluster) -> str:
-    """An instance on node b, ready."""
+    """Place an instance on node b, and return its id once it is ready."""
     await asyncio.gather(c.beat("b", 2 * INSTANCE_MIB), c.hold("b"))
     spec = await c.placed(Place(model=MODEL, nodes=["b"]))
     await c.stage(spec, 0, "ready")
@@ -84,7 +84,7 @@ async def test_a_node_that_answers_is_not_suspect_whatever_is_said_of_it(
         await Sight(c.here.nats, "a").lost("b", "the connection was closed")
         await asked.next_msg(timeout=FOLLOW_DEADLINE_S)
         await Sight(c.here.nats, "c").lost("b", "again")
-        await asked.next_msg(timeout=FOLLOW_DEADLINE_S)  # the first answer has been judged by now
+        await asked.next_msg(timeout=FOLLOW_DEADLINE_S)  # the first answer has been evaluated by now
         await c.stands(instance, "ready")
         assert await c.here.last_sequence("KV_state") == written, "nothing was said of it meanwhile"
         await c.here.client.publish(subjects.lost("*").replace("*", "NO-NODE"), b"x")
@@ -102,13 +102,13 @@ async def test_a_key_that_ran_out_in_an_outage_of_nats_degrades_nothing_and_one_
         own_nats.restart()
         await c.here.nats.reconnects.wait_after(seen)
         await process.wait_line("reconnected to NATS")
-        await c.die("b")  # as when its key has run out while nobody could renew it
+        await c.die("b")  # as if its key had expired while NATS was down
         await c.beat("a", 2 * INSTANCE_MIB)
-        marker = await c.placed(Place(model=MODEL, nodes=["a"]))  # decided with that seen
+        marker = await c.placed(Place(model=MODEL, nodes=["a"]))  # decided after that was seen
         await c.stands(marker.id, "starting")
         state = await c.state(instance)
         assert state is not None and state.phase == "ready"
-        await c.stands(instance, "degraded")  # it had its time, and said nothing
+        await c.stands(instance, "degraded")  # it had its time and did not renew its key
         assert process.running
 
 
@@ -126,9 +126,7 @@ async def test_whoever_leads_next_asks_too(own_nats: NatsServer, tmp_path: Path)
         sight = Sight(c.here.nats, "a")
 
         async def degraded() -> bool:
-            await sight.lost(
-                "b", "the connection was closed"
-            )  # as often as it is tried: nobody may have listened yet
+            await sight.lost("b", "the connection was closed")  # published repeatedly: nobody may be subscribed yet
             state = await c.state(instance)
             return state is not None and state.phase == "degraded"
 

@@ -1,4 +1,4 @@
-"""The three tiers of a node's memory: each gives at least what the one before does, and none what is not there."""
+"""The three memory tiers of a node: each is at least the one before, and none exceeds the memory there is."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""placement: lays models out over the nodes' memory."""
+"""placement: decides which nodes run which layers of which model."""

@@ -1,7 +1,7 @@
-"""An instance laid out anew: where it has to move to, and where it would stand better. Pure.
+"""Replanning an instance: where it has to move, and where it would run better. Pure.
 
-An instance that stands well is never moved to stand better: that is proposed, with what is gained and what has to be
-downloaded for it, and a person decides (docs/placement.md).
+An instance that runs well is never moved to run better: a move is proposed, with its gain and the bytes to download,
+and a person decides (docs/placement.md).
 """
 
 from __future__ import annotations
@@ -17,55 +17,59 @@ from shoal_placement.decide import World
 from shoal_placement.need import stage_key
 from shoal_placement.planning import TIERS, in_flight, layout_name, plan, preview_of, spec_of
 
-_WORTH = 1.1
-"""A layout is proposed that is so many times as good: what is measured wavers by less, and a move is not for free."""
+_MIN_GAIN = 1.1
+"""A proposed layout is at least this many times as good: measurements vary by less, and a move is not free."""
 
 
 def placed_anew(spec: InstanceSpec, world: World, layout: str = "") -> InstanceSpec:
-    """The instance as it could run now, as it was asked for. `layout`: exactly so. Raises what `plan` raises."""
-    fresh = spec_of(plan(_request(spec, world, layout), _as_if_stopped(spec, world)), spec.id, spec.created_at_s)
-    return structs.replace(fresh, epoch=spec.epoch + 1, asked=spec.asked)
+    """Return the best spec for an instance now, under its original constraints, or the one with the named layout.
+
+    Raises what `plan` raises.
+    """
+    chosen = plan(_request(spec, world, layout), _without_own_stages(spec, world))
+    replanned = spec_of(chosen, spec.id, spec.created_at_s)
+    return structs.replace(replanned, epoch=spec.epoch + 1, asked=spec.asked)
 
 
 def rebalances(world: World) -> Rebalances:
-    """Which instances would stand better elsewhere, what gains most first."""
-    found = [proposal for spec in world.instances if (proposal := better(spec, world)) is not None]
-    return Rebalances(rebalances=sorted(found, key=lambda r: (-r.gain, r.instance)))
+    """Return which instances would run better on another layout, the largest gain first."""
+    proposals = [proposal for spec in world.instances if (proposal := better(spec, world)) is not None]
+    return Rebalances(rebalances=sorted(proposals, key=lambda r: (-r.gain, r.instance)))
 
 
 def better(spec: InstanceSpec, world: World) -> Rebalancing | None:
-    """What to propose for an instance; None where it stands about as well as it can, or cannot stay."""
-    without, request = _as_if_stopped(spec, world), _request(spec, world)
-    as_it_is = structs.replace(request, layout=layout_name(spec.stages), force=True)
+    """Return a better layout for an instance; None if its layout is about as good as any, or it has to move."""
+    freed, request = _without_own_stages(spec, world), _request(spec, world)
+    current_layout = structs.replace(request, layout=layout_name(spec.stages), force=True)
     try:
-        now, best = plan(as_it_is, without), plan(request, without)
+        now, best = plan(current_layout, freed), plan(request, freed)
     except ShoalError:
-        return None  # it has to move, or cannot: that is the mover's to say
+        return None  # it has to move, or cannot: the mover reports that
     if best.name == now.name:
         return None
     gain = now.layout.cost_s / best.layout.cost_s if best.layout.cost_s > 0 else 1.0
-    roomier = TIERS.index(best.tier) < TIERS.index(now.tier)
-    if gain < _WORTH and not roomier:
+    lower_tier = TIERS.index(best.tier) < TIERS.index(now.tier)
+    if gain < _MIN_GAIN and not lower_tier:
         return None
     requests = in_flight(request)
-    shown = [preview_of(p, without.facts, requests or len(p.layout.slices)) for p in (now, best)]
+    shown = [preview_of(p, freed.facts, requests or len(p.layout.slices)) for p in (now, best)]
     return Rebalancing(instance=spec.id, model=spec.model, now=shown[0], better=shown[1], gain=round(gain, 3))
 
 
 def _request(spec: InstanceSpec, world: World, layout: str = "") -> Place:
-    """What was asked of the instance, as far as it can still be asked."""
+    """Return the request the instance was placed by, without the nodes that are not available now."""
     asked = structs.asdict(spec.asked)
-    here = world.facts.keys() - world.drained
-    # Of the nodes that were named, those that are there; with none of them it is refused as any request would be.
-    asked["nodes"] = [n for n in spec.asked.nodes if n in here] or spec.asked.nodes
-    asked["layers"] = {n: count for n, count in spec.asked.layers.items() if n in here}
+    available = world.facts.keys() - world.drained
+    # If none of the named nodes is available, all are kept: the request is refused like any other.
+    asked["nodes"] = [n for n in spec.asked.nodes if n in available] or spec.asked.nodes
+    asked["layers"] = {n: count for n, count in spec.asked.layers.items() if n in available}
     return Place(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **asked)
 
 
-def _as_if_stopped(spec: InstanceSpec, world: World) -> World:
-    """The cluster without the instance: what its stages occupy is theirs again."""
-    own = {stage_key(spec.id, s.rank) for s in spec.stages}
-    facts = {n: _without_stages(f, own) for n, f in world.facts.items()}
+def _without_own_stages(spec: InstanceSpec, world: World) -> World:
+    """Return the cluster without the instance: the memory of its stages is free."""
+    keys = {stage_key(spec.id, s.rank) for s in spec.stages}
+    facts = {n: _without_stages(f, keys) for n, f in world.facts.items()}
     return structs.replace(world, facts=facts, instances=[s for s in world.instances if s.id != spec.id])
 
 

@@ -1,4 +1,4 @@
-"""Views that show all that was written before now: what another leader or service did a moment ago is in NATS."""
+"""Mirrors that have caught up with NATS: they show all that was written before the call."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from shoal_common.connection import Nats
 from shoal_common.errors import Unavailable
 from shoal_common.watch import View, caught_up
 
-_CATCH_UP_S = 5.0
+_CATCH_UP_TIMEOUT_S = 5.0
 
 
-async def catch_up(nats: Nats, *views: View) -> None:
-    """Return once the views show it. Raises Unavailable."""
+async def catch_up(nats: Nats, *mirrors: View) -> None:
+    """Wait until the mirrors show all that was written before. Raises Unavailable after 5 s."""
     try:
-        await asyncio.gather(*(caught_up(nats, view, _CATCH_UP_S) for view in views))
+        await asyncio.gather(*(caught_up(nats, mirror, _CATCH_UP_TIMEOUT_S) for mirror in mirrors))
     except TimeoutError:
-        raise Unavailable("placement cannot see the cluster just now: ask again in a moment") from None
+        raise Unavailable(
+            "placement could not read the cluster's state from NATS within 5 s: try again in a moment"
+        ) from None

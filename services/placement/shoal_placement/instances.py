@@ -1,4 +1,4 @@
-"""What the leader says of the instances in `state.instance`, and that those move which cannot stay."""
+"""The leader publishes `state.instance`, and has the instances moved that cannot stay."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import asyncio
 
 from shoal_common.buckets import instance_key
 from shoal_common.leases import Lease
+from shoal_common.logs import Log
 from shoal_common.messages.facts import Live
 from shoal_common.messages.records import InstanceSpec, InstanceState, StageState
 from shoal_common.reconcile import reconcile_forever, soonest
 from shoal_common.service import Context
 from shoal_common.watch import View
 from shoal_placement.collector import SETTLED_S
-from shoal_placement.decide import instance_state
+from shoal_placement.decide import has_degraded, instance_state, stages_not_ready
 from shoal_placement.fenced import Writes
 from shoal_placement.mover import Mover
 from shoal_placement.suspect import present
 from shoal_placement.suspicion import Suspicion
 
+log = Log("placement")
+
 
 class Instances:
-    """All instances, as one leader looks after them."""
+    """Publishes the state of all instances while this service leads."""
 
     def __init__(self, context: Context, views: tuple[View, View, View], suspicion: Suspicion, mover: Mover) -> None:
         """`views`: live, spec, state."""
@@ -28,43 +31,56 @@ class Instances:
         self._live, self._spec, self._state = views
 
     async def run(self, lease: Lease, writes: Writes) -> None:
-        """Look after them while this lease is held."""
+        """Publish and move instances while this lease is held."""
         self._mover.begin()
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
-        # It may be an outage that made us the leader.
+        # An outage may have made this service the leader.
         connection, settled_at_s = 0, loop.time()
 
-        async def look() -> float | None:
+        async def publish_and_move() -> float | None:
             nonlocal connection, settled_at_s
             if reconnects.count != connection:
                 connection, settled_at_s = reconnects.count, loop.time() + SETTLED_S
             unsettled_s = settled_at_s - loop.time()
-            await self._say(writes, settled=unsettled_s <= 0)
-            known = self._mover.stays.copy()
+            await self._publish(writes, settled=unsettled_s <= 0)
+            stays_before = self._mover.stays.copy()
             wake_s = await self._mover.look(lease, writes)
-            if self._mover.stays != known:
-                await self._say(writes, settled=unsettled_s <= 0)
+            if self._mover.stays != stays_before:
+                await self._publish(writes, settled=unsettled_s <= 0)
             return soonest(wake_s, unsettled_s if unsettled_s > 0 else None)
 
-        silent = self._suspicion.silent
+        unresponsive = self._suspicion.silent
         await reconcile_forever(
-            "looking after instances",
-            (self._live, self._spec, self._state, silent),
-            look,
-            # What the living say of themselves is nothing to go by here.
-            lambda: (self._live.comings, self._spec.changes, self._state.changes, silent.changes),
+            "publishing the state of instances",
+            (self._live, self._spec, self._state, unresponsive),
+            publish_and_move,
+            # Facts in liveness records do not matter here.
+            lambda: (self._live.comings, self._spec.changes, self._state.changes, unresponsive.changes),
         )
 
-    async def _say(self, writes: Writes, settled: bool) -> None:
+    async def _publish(self, writes: Writes, settled: bool) -> None:
         specs = {s.id: s for _, s in self._spec.items("instance.", InstanceSpec)}
-        told = {s.id: s for _, s in self._state.items("instance.", InstanceState)}
+        published = {s.id: s for _, s in self._state.items("instance.", InstanceState)}
         stages = [s for _, s in self._state.items("stage.", StageState)]
         live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".inference")}
-        silent = self._suspicion.nodes("inference")
+        unresponsive = self._suspicion.nodes("inference")
         for name, spec in specs.items():
-            here = present(live, silent, told.get(name), settled)
-            now = instance_state(spec, stages, here, told.get(name), self._mover.stays.get(name))
-            if now != told.get(name):
+            before = published.get(name)
+            nodes = present(live, unresponsive, before, settled)
+            now = instance_state(spec, stages, nodes, before, self._mover.stays.get(name))
+            if now != before:
                 await self._state.reached(await writes.state.put(instance_key(name), now))
-        for name in told.keys() - specs.keys():
+            if has_degraded(before, now):
+                await self._emit_degraded(spec, stages, nodes)
+        for name in published.keys() - specs.keys():
             await writes.state.delete(instance_key(name))
+
+    async def _emit_degraded(self, spec: InstanceSpec, stages: list[StageState], present_nodes: set[str]) -> None:
+        # Emitted after the state is written: a leader that dies between the two loses this event.
+        missing = stages_not_ready(spec, stages, present_nodes)
+        reason = ", ".join(why for _, why in missing)
+        ranks, nodes = [stage.rank for stage, _ in missing], [stage.node for stage, _ in missing]
+        log.warning("instance degraded", instance=spec.id, model=spec.model, nodes=",".join(nodes), reason=reason)
+        await self._context.events.tell(
+            "instance_degraded", instance=spec.id, model=spec.model, ranks=ranks, nodes=nodes, reason=reason
+        )

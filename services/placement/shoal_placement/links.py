@@ -1,8 +1,8 @@
-"""What a link between two nodes costs a token: as it was measured, or as such links are taken for. Pure.
+"""What a link between two nodes costs a token: as measured, or a default for links of its kind. Pure.
 
-A node measures its ways to others when placement's answers are asked for (`survey.py`), and keeps the figures in
-`state` `links.<node>`. A figure counts as long as both nodes tell the addresses that they told then; after an hour it
-is measured anew, when somebody asks.
+A node measures its links when somebody asks for a placement (`survey.py`), and keeps the figures in `state`
+`links.<node>`. A figure counts while both nodes publish the same addresses as then; after an hour the link is
+measured again when somebody asks.
 """
 
 from __future__ import annotations
@@ -23,81 +23,83 @@ from shoal_placement.solve.rooms import LINK_S
 
 FRESH_S = 3600.0
 FAILED_FRESH_S = 300.0
-"""So long a peer that could not be reached is not tried again, and counts as far away."""
+"""A peer that could not be reached is not tried again for this long, and its link costs UNREACHED_S."""
 UNREACHED_S = 1.0
-"""What a link costs over which nobody answered: what can be placed elsewhere is."""
-_MOST_S = 10.0
-"""Of a link: beyond that all are as useless."""
+"""Cost of a link to a peer that did not answer: whatever can be placed elsewhere is."""
+_MAX_COST_S = 10.0
+"""Links that cost more are equally useless."""
 MOST_PEERS = 64
-"""Figures that a node keeps."""
+"""Peers whose figures a node keeps."""
 MOST_CANDIDATES = 16
 LEAST_S = 1e-4
-"""Of a stage's own work with a frame, whatever lies between; and finer than this no link is told from another."""
+"""Least cost of a link: a stage's own work with a frame. Links are not distinguished any finer than this."""
 _LATENCY_S = {"thunderbolt": 5e-4, "wifi": 3e-3}
-"""One way, where nothing was measured; of any other kind LINK_S."""
+"""One-way latency of links that were not measured; LINK_S for other kinds."""
 _MBIT = {"thunderbolt": 10_000, "ethernet": 1000, "wifi": 200}
-"""Where an interface does not say. A kind that is not here: the bytes are not counted."""
+"""Used if the interface does not report its speed. For other kinds the bytes are not counted."""
 _WORST = ("wifi", "virtual", "", "ethernet", "thunderbolt")
 
 
 class Way(msgspec.Struct, frozen=True):
-    """From one node to another."""
+    """The link from one node to another."""
 
     latency_s: float = LINK_S
     """One way."""
     bytes_per_s: float = 0.0
-    """0: not known, and not counted."""
+    """0: unknown, and not counted."""
     measured: bool = False
 
     def cost_s(self, hidden_bytes: int) -> float:
-        """Seconds to pass so many bytes. Two digits at most, and no finer than LEAST_S: a link is not known better,
-        and nodes whose links are alike have to be seen to be."""
+        """Return the seconds to send so many bytes, with two digits at most and no finer than LEAST_S.
+
+        A link is not known any better, and nodes with similar links have to be recognized as alike.
+        """
         exact_s = self.latency_s + (hidden_bytes / self.bytes_per_s if self.bytes_per_s else 0.0)
-        exact_s = min(exact_s, _MOST_S)
+        exact_s = min(exact_s, _MAX_COST_S)
         digits = 1 - math.floor(math.log10(max(exact_s, LEAST_S)))
         return max(round(exact_s, min(digits, 4)), LEAST_S)
 
 
 class Links:
-    """What is known of the ways between nodes at one moment. Made of what they tell when somebody needs it: with many
-    nodes that takes a while, and belongs in a thread."""
+    """The links between nodes, computed when they are first needed: with many nodes that takes a while, so do it in a
+    thread."""
 
     def __init__(
         self, states: Iterable[LinksState] = (), fileservers: Mapping[str, Facts] | None = None, now_s: float = 0.0
     ) -> None:
-        """`fileservers`: the facts of those that are live."""
+        """`fileservers`: the facts of the live fileservers, by node."""
         self._states, self._fileservers, self._now_s = list(states), fileservers or {}, now_s
 
     @cached_property
     def measured(self) -> Mapping[tuple[str, str], Way]:
-        """The ways of which there are figures that count."""
+        """The links whose measurements count, by (from, to)."""
         return _measured(self._states, self._fileservers, self._now_s)
 
     @cached_property
     def told(self) -> Mapping[str, tuple[str, int]]:
-        """Of nodes whose data port is known: the kind of the interface that is tried first, and its Mbit/s or 0."""
-        first = {node: next(iter(for_others(facts.links)), None) for node, facts in self._fileservers.items()}
-        return {node: (link.kind, link.mbit) for node, link in first.items() if link is not None}
+        """For each node with a known data port: the kind of its preferred interface, and the Mbit/s of that, or 0."""
+        preferred = {node: next(iter(for_others(facts.links)), None) for node, facts in self._fileservers.items()}
+        return {node: (link.kind, link.mbit) for node, link in preferred.items() if link is not None}
 
     def way(self, a: str, b: str) -> Way:
-        """From node `a` to node `b`."""
-        return self.measured.get((a, b)) or _guessed(self.told.get(a), self.told.get(b))
+        """Return the link from node `a` to node `b`."""
+        return self.measured.get((a, b)) or _default(self.told.get(a), self.told.get(b))
 
     def costs_s(self, nodes: Sequence[str], hidden_bytes: int) -> Floats:
-        """`link_s` of a problem over these nodes, in this order."""
+        """Return `link_s` of a problem over these nodes, in this order."""
         kinds = {kind: i for i, kind in enumerate(dict.fromkeys(self.told.get(node) for node in nodes))}
-        alike = np.array([[_guessed(a, b).cost_s(hidden_bytes) for b in kinds] for a in kinds])
-        here = np.array([kinds[self.told.get(node)] for node in nodes], dtype=np.int64)
-        found: Floats = alike[here[:, None], here] if len(nodes) else np.zeros((0, 0))
-        places = {node: i for i, node in enumerate(nodes)}
-        for (a, b), way in self.measured.items():
-            if a in places and b in places:
-                found[places[a], places[b]] = way.cost_s(hidden_bytes)
-        np.fill_diagonal(found, 0.0)
-        return found
+        by_kind = np.array([[_default(a, b).cost_s(hidden_bytes) for b in kinds] for a in kinds])
+        kind_of = np.array([kinds[self.told.get(node)] for node in nodes], dtype=np.int64)
+        costs_s: Floats = by_kind[kind_of[:, None], kind_of] if len(nodes) else np.zeros((0, 0))
+        index = {node: i for i, node in enumerate(nodes)}
+        for (a, b), link in self.measured.items():
+            if a in index and b in index:
+                costs_s[index[a], index[b]] = link.cost_s(hidden_bytes)
+        np.fill_diagonal(costs_s, 0.0)
+        return costs_s
 
 
-def _guessed(a: tuple[str, int] | None, b: tuple[str, int] | None) -> Way:
+def _default(a: tuple[str, int] | None, b: tuple[str, int] | None) -> Way:
     if a is None or b is None:
         return Way()
     kind = min((a[0], b[0]), key=lambda k: _WORST.index(k) if k in _WORST else _WORST.index(""))
@@ -108,43 +110,43 @@ def _guessed(a: tuple[str, int] | None, b: tuple[str, int] | None) -> Way:
 def _measured(
     states: Iterable[LinksState], fileservers: Mapping[str, Facts], now_s: float
 ) -> dict[tuple[str, str], Way]:
-    now_at = {node: at(facts) for node, facts in fileservers.items()}
+    addresses = {node: at(facts) for node, facts in fileservers.items()}
     tried = {
         (state.node, link.peer): link
         for state in states
         for link in state.links
-        if link.ends == f"{now_at.get(state.node)}-{now_at.get(link.peer)}"
+        if link.ends == f"{addresses.get(state.node)}-{addresses.get(link.peer)}"
     }
     measured = {}
     for a, b in {*tried, *((b, a) for a, b in tried)}:
-        there, back = tried.get((a, b)), tried.get((b, a))
-        if there is not None and there.error and now_s - there.at_s < FAILED_FRESH_S:
+        forth, back = tried.get((a, b)), tried.get((b, a))
+        if forth is not None and forth.error and now_s - forth.at_s < FAILED_FRESH_S:
             measured[a, b] = Way(UNREACHED_S, measured=True)
             continue
-        answered = [link for link in (back, there) if link is not None and not link.error]
+        answered = [link for link in (back, forth) if link is not None and not link.error]
         if answered:
-            # What came to b is what b has measured; a round trip is the same from both ends.
+            # b has measured what it receives from a; a round trip is the same from both ends.
             bytes_per_s = next((link.bytes_per_s for link in answered if link.bytes_per_s), 0.0)
             measured[a, b] = Way(min(link.round_trip_s for link in answered) / 2, bytes_per_s, measured=True)
     return measured
 
 
 def at(facts: Facts) -> str:
-    """Stands for the addresses of a node, ports aside: a service that was started anew is where it was."""
-    told = [(link.kind, link.address) for link in facts.links] or [("", address) for address in facts.addresses]
-    hosts = sorted((kind, address.rpartition(":")[0]) for kind, address in told)
+    """Return a digest of a node's addresses without ports: a service that was restarted has the same one."""
+    published = [(link.kind, link.address) for link in facts.links] or [("", address) for address in facts.addresses]
+    hosts = sorted((kind, address.rpartition(":")[0]) for kind, address in published)
     return hashlib.sha256(msgspec.json.encode(hosts)).hexdigest()[:8]
 
 
-def ends(one: Facts, other: Facts) -> str:
-    """Stands for the addresses of two nodes."""
-    return f"{at(one)}-{at(other)}"
+def ends(own: Facts, peer: Facts) -> str:
+    """Return a digest of the addresses of two nodes."""
+    return f"{at(own)}-{at(peer)}"
 
 
 def to_measure(
     node: str, peers: Iterable[str], state: LinksState | None, fileservers: Mapping[str, Facts], now_s: float
 ) -> list[str]:
-    """Which of these peers a node has to measure its way to, in the order of their names."""
+    """Return the peers whose link a node has to measure, in the order of their names."""
     if node not in fileservers:
         return []
     fresh = {
@@ -157,20 +159,22 @@ def to_measure(
     return sorted({p for p in peers if p != node and fileservers.get(p, Facts()).addresses} - fresh)
 
 
-def with_found(node: str, state: LinksState | None, found: Sequence[MeasuredLink]) -> LinksState:
-    """The record with what was found now: one figure for each peer, the last MOST_PEERS of them."""
-    links = {link.peer: link for link in (*(state.links if state is not None else ()), *found)}
-    last = sorted(links.values(), key=lambda link: (-link.at_s, link.peer))[:MOST_PEERS]
-    return LinksState(node=node, links=sorted(last, key=lambda link: link.peer))
+def with_found(node: str, state: LinksState | None, measured: Sequence[MeasuredLink]) -> LinksState:
+    """Return the record with new measurements: one for each peer, the latest MOST_PEERS (I7)."""
+    links = {link.peer: link for link in (*(state.links if state is not None else ()), *measured)}
+    latest = sorted(links.values(), key=lambda link: (-link.at_s, link.peer))[:MOST_PEERS]
+    return LinksState(node=node, links=sorted(latest, key=lambda link: link.peer))
 
 
-def rate(taken: Sequence[tuple[float, int]]) -> float:
-    """Bytes a second of a transfer, from (seconds, bytes so far) in order, seconds rising. Of its later half: before
-    that TCP is finding out how much it may send."""
-    if not taken:
+def rate(samples: Sequence[tuple[float, int]]) -> float:
+    """Return the bytes per second of a transfer, from samples of (seconds, bytes so far) in order.
+
+    Only its later half counts: before that TCP is still increasing its rate.
+    """
+    if not samples:
         return 0.0
-    end_s, end_bytes = taken[-1]
-    from_s, from_bytes = next((at_s, got) for at_s, got in taken if at_s >= end_s / 2)
+    end_s, end_bytes = samples[-1]
+    from_s, from_bytes = next((at_s, got_bytes) for at_s, got_bytes in samples if at_s >= end_s / 2)
     if from_s >= end_s:
         from_s, from_bytes = 0.0, 0
     return (end_bytes - from_bytes) / (end_s - from_s) if end_s > from_s else 0.0

@@ -1,6 +1,6 @@
-"""Measuring the way to a peer: round trips on one connection to its fileserver, and a short transfer. Blocks.
+"""Measuring the link to a peer: round trips on one connection to its fileserver, and a short transfer. Blocks.
 
-By plain sockets in a thread, so that no event loop's turn is in the times.
+It uses plain sockets in a thread, so that the event loop's delays are not measured.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ EXCHANGES = 6
 MOST_BYTES = 4 << 20
 _TRANSFER_S = 0.05
 _ROUND_TRIPS = 10
-"""A transfer lasts _TRANSFER_S, or so many round trips where that is more: TCP begins slowly."""
-_MOST_TRANSFER_S = 0.5
-_PIECE_BYTES = 64 << 10
+"""A transfer lasts _TRANSFER_S, or this many round trips if that is longer: TCP starts slowly."""
+_MAX_TRANSFER_S = 0.5
+_READ_BYTES = 64 << 10
 _SMALL_BYTES = 4096
 
 
 class Found(msgspec.Struct, frozen=True):
-    """Seconds of the shortest round trip, and bytes a second that came; 0 where the peer gives no bytes."""
+    """The shortest round trip, and the bytes per second received; 0 if the peer sends none."""
 
     round_trip_s: float
     bytes_per_s: float
 
 
-def connect(ways: Sequence[Link]) -> tuple[Link, HTTPConnection]:
-    """A connection by the first of these that leads to somebody. Raises OSError."""
-    error = OSError("it tells no address")
-    for link in ways[:MOST_WAYS]:
+def connect(addresses: Sequence[Link]) -> tuple[Link, HTTPConnection]:
+    """Return a connection to the first address that accepts one, and that address. Raises OSError."""
+    error = OSError("it publishes no address")
+    for link in addresses[:MOST_WAYS]:
         host, _, port = link.address.rpartition(":")
         connection = HTTPConnection(host.strip("[]"), int(port), timeout=CONNECT_S)
         try:
@@ -54,24 +54,24 @@ def connect(ways: Sequence[Link]) -> tuple[Link, HTTPConnection]:
 
 
 def measure(connection: HTTPConnection, token: Mapping[str, str]) -> Found:
-    """Measure, and close the connection. Raises OSError.
+    """Measure the link, and close the connection. Raises OSError.
 
-    A peer that refuses, or knows no probes as an earlier version, has answered all the same: that is a round trip.
+    The answer of a peer that refuses, or of an earlier version that has no probe, is a round trip all the same.
     """
     try:
-        least_s = float("inf")
+        shortest_s = float("inf")
         for _ in range(EXCHANGES):
             began_s = perf_counter()
             connection.request("GET", PATH, headers=dict(token))
-            connection.sock.recv(1, socket.MSG_PEEK)  # before anything is made of it
-            least_s = min(least_s, perf_counter() - began_s)
+            connection.sock.recv(1, socket.MSG_PEEK)  # stop the clock before the response is parsed
+            shortest_s = min(shortest_s, perf_counter() - began_s)
             response = connection.getresponse()
             response.read(_SMALL_BYTES)
             if response.status != 200 or not response.isclosed() or connection.sock is None:
-                return Found(least_s, 0.0)
-        return Found(least_s, _transfer(connection, token, least_s))
+                return Found(shortest_s, 0.0)
+        return Found(shortest_s, _transfer(connection, token, shortest_s))
     except HTTPException as e:
-        raise ConnectionError(f"what answers is no fileserver: {e!r}") from e
+        raise ConnectionError(f"the peer's answer is not a fileserver's: {e!r}") from e
     finally:
         connection.close()
 
@@ -81,11 +81,11 @@ def _transfer(connection: HTTPConnection, token: Mapping[str, str], round_trip_s
     response = connection.getresponse()
     if response.status != 200:
         return 0.0
-    until_s = min(max(_TRANSFER_S, _ROUND_TRIPS * round_trip_s), _MOST_TRANSFER_S)
-    taken, got, began_s = [], 0, perf_counter()
-    while piece := response.read1(_PIECE_BYTES):
-        got += len(piece)
-        taken.append((perf_counter() - began_s, got))
-        if taken[-1][0] >= until_s:
+    until_s = min(max(_TRANSFER_S, _ROUND_TRIPS * round_trip_s), _MAX_TRANSFER_S)
+    samples, got_bytes, began_s = [], 0, perf_counter()
+    while received := response.read1(_READ_BYTES):
+        got_bytes += len(received)
+        samples.append((perf_counter() - began_s, got_bytes))
+        if samples[-1][0] >= until_s:
             break
-    return rate(taken)
+    return rate(samples)

@@ -1,7 +1,7 @@
-"""Which instances have to move, because a node that they run on is gone or is to be empty. Pure.
+"""Which instances have to move, because one of their nodes is down or drained. Pure.
 
-A node that was gone for less than `replace_after` is waited for: a restart costs less than a move. An instance that
-stands well is never moved to stand better.
+A node that has been down for less than `replace_after` is waited for: a restart costs less than a move. An instance
+that runs well is never moved to run better.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ class Leaving(msgspec.Struct, frozen=True):
 
     spec: InstanceSpec
     gone: list[str]
-    """Nodes of it that are away, and have been for long enough."""
+    """Nodes of it that have been down for `replace_after` or longer."""
     drained: list[str]
 
     @property
     def why(self) -> str:
-        """For people."""
-        words = [f"{node} is away" for node in self.gone] + [f"{node} is drained" for node in self.drained]
-        return ", ".join(words)
+        """The reason, for people."""
+        reasons = [f"{node} is down" for node in self.gone] + [f"{node} is drained" for node in self.drained]
+        return ", ".join(reasons)
 
 
 class Moves(msgspec.Struct, frozen=True):
-    """What has to be done, and when to look again (seconds; None: when something changes)."""
+    """The instances that have to move, and when to check again (seconds; None: when something changes)."""
 
     leaving: list[Leaving]
     wake_s: float | None
 
 
-def moves(specs: Iterable[InstanceSpec], gone_s: Mapping[str, float], drained: Set[str], after_s: float) -> Moves:
-    """Decide. `gone_s`: for how long each node has been away whose inference is not live."""
+def moves(specs: Iterable[InstanceSpec], down_s: Mapping[str, float], drained: Set[str], after_s: float) -> Moves:
+    """Return which instances have to move. `down_s`: how long each node without live inference has been down."""
     leaving, later_s = [], []
     for spec in specs:
         nodes = sorted({stage.node for stage in spec.stages})
-        away = [n for n in nodes if gone_s.get(n, -1.0) >= after_s]
-        later_s += [after_s - gone_s[n] for n in nodes if 0 <= gone_s.get(n, -1.0) < after_s]
-        # One that is drained and away for a moment still moves at once: nobody wants it back there.
-        empty = [n for n in nodes if n in drained and n not in away]
-        if away or empty:
-            leaving.append(Leaving(spec, away, empty))
+        down = [n for n in nodes if down_s.get(n, -1.0) >= after_s]
+        later_s += [after_s - down_s[n] for n in nodes if 0 <= down_s.get(n, -1.0) < after_s]
+        # A drained node that is briefly down is left at once: nobody wants the instance back there.
+        to_empty = [n for n in nodes if n in drained and n not in down]
+        if down or to_empty:
+            leaving.append(Leaving(spec, down, to_empty))
     return Moves(leaving, min(later_s, default=None))

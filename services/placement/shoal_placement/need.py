@@ -1,4 +1,4 @@
-"""What a model takes of its nodes, and what is promised of a node already (docs/memory.md). Pure."""
+"""How much memory a model needs on its nodes, and how much of a node is reserved (docs/memory.md). Pure."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from shoal_placement.solve import Need, slice_bytes
 from shoal_placement.solve.rooms import USUAL_BYTES_PER_S
 
 PREFILL_CHUNK_TOKENS = 2048
-"""The longest piece of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
+"""The longest chunk of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
 STAGE_OVERHEAD_BYTES = 96 << 20
 """Python, MLX and the tokenizer in a stage's process: 88 MiB resident were measured with a tiny model."""
 _FUSED_HEAD_DIMS = (64, 80, 128)
-"""Of the values, where MLX on Metal attends to a chunk without writing the scores to memory."""
+"""Head sizes of the values for which MLX on Metal computes attention without writing the scores to memory."""
 
 
 def rules_of(shape: ModelShape) -> Sequence[KvRule]:
-    """One rule a layer; of a shape that an earlier version told, the same for all."""
+    """Return one cache rule per layer; a shape from an earlier version has one rule for all."""
     return shape.kv_rules or [KvRule(bytes_per_token=shape.kv_bytes_per_token_layer)] * len(shape.layer_bytes)
 
 
 def kept_tokens(rule: KvRule, context_tokens: int) -> int:
-    """Tokens that a layer's cache has room for when an answer has filled the context."""
+    """Return the tokens that a layer's cache holds when an answer has filled the context."""
     tokens = cache_steps(context_tokens) * CACHE_STEP_TOKENS
     return min(tokens, rule.window_tokens) if rule.window_tokens else tokens
 
 
 def most_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
-    """The most it ever has room for: a window is cut to its length with the first token of the answer, and until
-    then there is a whole chunk beside it."""
+    """Return the most tokens that a layer's cache ever holds: a window is cut to its length with the first token of
+    the answer, and until then it holds a whole chunk more."""
     if not rule.window_tokens:
         return kept_tokens(rule, context_tokens)
     return max(kept_tokens(rule, context_tokens), min(context_tokens, rule.window_tokens - 1 + chunk_tokens))
 
 
 def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: int, requests: int) -> int:
-    """What a layer's caches take at most: `answers` as long as the context, or up to `requests` that share that room.
+    """Return the most bytes that a layer's caches take.
 
-    What grows with the tokens is the same however many they are. Of a window each has its own, and of a state too.
+    They hold `answers` as long as the context, or up to `requests` that share that budget. What grows with the tokens
+    is the same for any number of requests; each request has its own window, and its own state.
     """
     requests = max(requests, answers)
     tokens = answers * cache_steps(context_tokens) * CACHE_STEP_TOKENS
@@ -50,23 +51,24 @@ def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: i
 
 
 def pass_bytes(shape: ModelShape, context_tokens: int, fused: bool, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
-    """What a stage takes for a moment, while it computes the last chunk of a prompt as long as the context.
+    """Return the temporary bytes of a stage while it computes the last chunk of a prompt as long as the context.
 
-    One layer at a time: its activations, the scores, and its cache once more, which is copied when it grows. One
-    pass at a time too, however many requests are in flight.
+    Layers are computed one at a time: activations, scores, and the layer's cache once more, which is copied when it
+    grows. Passes run one at a time too, however many requests are in flight.
     """
     chunk = min(chunk_tokens, context_tokens)
     rules = rules_of(shape)
-    seen = max((most_tokens(r, context_tokens, chunk) for r in rules if r.bytes_per_token), default=0)
-    grown = max((r.bytes_per_token * most_tokens(r, context_tokens, chunk) for r in rules), default=0)
+    attended = max((most_tokens(r, context_tokens, chunk) for r in rules if r.bytes_per_token), default=0)
+    copied = max((r.bytes_per_token * most_tokens(r, context_tokens, chunk) for r in rules), default=0)
     scores = shape.fused_score_bytes if fused else shape.score_bytes
     if not (shape.chunk_bytes_per_token or scores):
-        return 0  # told by an earlier version, which counted none of this
-    return chunk * shape.chunk_bytes_per_token + seen * shape.context_bytes_per_token + chunk * seen * scores + grown
+        return 0  # a shape from an earlier version, which counted none of this
+    activations = chunk * shape.chunk_bytes_per_token + attended * shape.context_bytes_per_token
+    return activations + chunk * attended * scores + copied
 
 
 def fuses(shape: ModelShape, facts: Facts) -> bool:
-    """Whether a node attends without writing the scores to memory."""
+    """Return whether a node computes attention without writing the scores to memory."""
     return facts.accelerator == "metal" and shape.head_dim in _FUSED_HEAD_DIMS
 
 
@@ -78,9 +80,9 @@ def need_of(
     fused: bool = True,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Need:
-    """What a model takes with this much context for each of `answers`, whose room up to `requests` share.
+    """Return what a model needs with this much context for each of `answers`; up to `requests` share that budget.
 
-    Of a node that does not fuse attention every stage takes `unfused_bytes` more.
+    On a node that does not fuse attention every stage takes `unfused_bytes` more.
     """
     chunk = min(chunk_tokens, context_tokens)
     return Need(
@@ -98,35 +100,35 @@ def need_of(
 
 
 def unfused_bytes(shape: ModelShape, context_tokens: int, facts: Facts) -> int:
-    """What a stage takes on this node beyond the need of one that fuses attention."""
+    """Return the bytes that a stage takes on this node beyond what it takes where attention is fused."""
     if fuses(shape, facts):
         return 0
     return pass_bytes(shape, context_tokens, False) - pass_bytes(shape, context_tokens, True)
 
 
 def reading_bytes_per_s(facts: Facts) -> float:
-    """How fast a node reads weights: as its stages have shown, else as measured while idle, else as usual."""
+    """Return the rate at which a node reads weights: observed in its stages, else measured idle, else the default."""
     return facts.working_bytes_per_s or facts.memory_bytes_per_s or USUAL_BYTES_PER_S
 
 
 def stage_key(instance: str, rank: int) -> str:
-    """How `Facts.stages` calls a stage."""
+    """Return the key of a stage in `NodeFacts.stages`."""
     return f"{instance}/{rank}"
 
 
 def promised_bytes(
     instances: Iterable[InstanceSpec], models: Iterable[ModelState], facts: Mapping[str, Facts]
 ) -> dict[str, dict[str, int]]:
-    """What placed instances were promised: for each node its stages' bytes, by `stage_key`."""
+    """Return the memory reserved for placed instances: for each node its stages' bytes, by `stage_key`."""
     shapes = {m.model: m.shape for m in models if m.shape is not None}
-    promised: dict[str, dict[str, int]] = {}
+    reserved: dict[str, dict[str, int]] = {}
     for spec in instances:
         shape = shapes.get(spec.model)
         if shape is None:
             continue
         need = need_of(shape, spec.context_tokens, spec.asked.answers)
         for stage in spec.stages:
-            own = slice_bytes(need, stage.first_layer, stage.last_layer)
-            own += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, Facts()))
-            promised.setdefault(stage.node, {})[stage_key(spec.id, stage.rank)] = own
-    return promised
+            size_bytes = slice_bytes(need, stage.first_layer, stage.last_layer)
+            size_bytes += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, Facts()))
+            reserved.setdefault(stage.node, {})[stage_key(spec.id, stage.rank)] = size_bytes
+    return reserved

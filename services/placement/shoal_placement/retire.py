@@ -1,7 +1,7 @@
-"""Which nodes are silent, since when, and which have been silent for too long. Pure: docs/cluster.md.
+"""Which nodes are down, since when, and which have been down for too long. Pure: docs/cluster.md.
 
-What decides is what stands in the buckets now, never what happened: a leader that comes after another, or after an
-outage, comes to the same result.
+Only what is in the buckets now decides, never what happened: a leader that follows another, or an outage, comes to
+the same result.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class Named(msgspec.Struct):
 
     @property
     def count(self) -> int:
-        """How many keys."""
+        """The number of keys."""
         return len(self.spec) + len(self.state)
 
 
 class Actions(msgspec.Struct, frozen=True):
-    """What the leader does now."""
+    """What the leader has to do now."""
 
     silent: list[NodeState]
-    """To write: these are not live any more."""
+    """To publish: these nodes are no longer live."""
     clear: list[str]
-    """Nodes whose NodeState goes: they are back, or nothing else names them."""
+    """Nodes whose NodeState is removed: they are live again, or no other key names them."""
     retire: list[NodeState]
-    """Every key that names these goes."""
+    """Every key that names these is removed."""
     wake_s: float | None
-    """When to look again if nothing changes, in seconds from now."""
+    """Seconds until the next check if nothing changes."""
 
 
 def named_by(
@@ -45,11 +45,11 @@ def named_by(
     instances: Iterable[InstanceSpec],
     stages: Iterable[tuple[str, StageState]],
 ) -> dict[str, Named]:
-    """The keys that name each node. A node's own NodeState is not among them."""
-    found: dict[str, Named] = {}
+    """Return the keys that name each node. A node's own NodeState is not among them."""
+    by_node: dict[str, Named] = {}
 
     def of(node: str) -> Named:
-        return found.setdefault(node, Named())
+        return by_node.setdefault(node, Named())
 
     for key in spec_keys:
         kind, _, rest = key.partition(".")
@@ -64,22 +64,22 @@ def named_by(
     for instance in instances:
         for node in {stage.node for stage in instance.stages}:
             of(node).instances.append(instance.id)
-    return found
+    return by_node
 
 
 def reconcile(
-    named: Set[str], live: Set[str], told: Mapping[str, NodeState], now_s: float, retire_after_s: float
+    named: Set[str], live: Set[str], published: Mapping[str, NodeState], now_s: float, retire_after_s: float
 ) -> Actions:
-    """What to do about nodes that are named somewhere, of which these are live and these were said to be silent."""
-    silent = [NodeState(node=node, silent_since_s=now_s) for node in sorted(named - live - told.keys())]
-    due_s = {n: 0.0 if s.forgotten else s.silent_since_s + retire_after_s - now_s for n, s in told.items()}
-    # One that was named by nothing else in the middle of its retirement is retired to the end.
-    clear = sorted(n for n in told if n in live or (n not in named and due_s[n] > 0))
-    waiting = {n: due_s[n] for n in told if n not in clear}
+    """Return what to do about the `named` nodes. `live`: the live ones; `published`: those published as down."""
+    silent = [NodeState(node=node, silent_since_s=now_s) for node in sorted(named - live - published.keys())]
+    due_s = {n: 0.0 if s.forgotten else s.silent_since_s + retire_after_s - now_s for n, s in published.items()}
+    # A node whose retirement was interrupted may be named by nothing else any more: its retirement is finished.
+    clear = sorted(n for n in published if n in live or (n not in named and due_s[n] > 0))
+    waiting = {n: due_s[n] for n in published if n not in clear}
     later_s = [s for s in waiting.values() if s > 0] + [retire_after_s] * bool(silent)
     return Actions(
         silent=silent,
         clear=clear,
-        retire=[told[n] for n, s in sorted(waiting.items()) if s <= 0],
+        retire=[published[n] for n, s in sorted(waiting.items()) if s <= 0],
         wake_s=min(later_s, default=None),
     )

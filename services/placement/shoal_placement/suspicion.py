@@ -1,4 +1,4 @@
-"""The leader asks nodes to which somebody has lost a connection whether they are there: `suspect.py` decides."""
+"""The leader pings nodes to which somebody has lost a connection: `failure_rules.py` decides who is down."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from shoal_placement.suspect import silent_keys, to_ask
 log = Log("placement")
 
 ANSWER_DEADLINE_S = 1.0
-_NODES_AT_ONCE = 64
+_MAX_CONCURRENT_NODES = 64
 
 
 class Suspicion:
-    """The keys of `live` whose services do not answer, as long as they do not."""
+    """Keeps the keys of `live` whose services do not answer."""
 
     def __init__(self, context: Context, live: View) -> None:
         self._context, self._live = context, live
         self.silent = View("silent")
-        """By the keys of `live`; the values say nothing."""
+        """Keys of `live`; the values are empty."""
         self._reported: set[str] = set()
 
     def nodes(self, service: str) -> set[str]:
-        """Nodes whose service does not answer."""
+        """Return the nodes whose service does not answer."""
         keys = self.silent.keys()
         return {key.partition(".")[0] for key in keys if key.endswith(f".{service}")}
 
     async def run(self) -> None:
-        """Listen for connections that broke, and ask, until cancelled. Then nobody is suspect."""
+        """Listen for reports of broken connections and ping those nodes. When cancelled, forget all suspicion."""
         async with asyncio.TaskGroup() as tasks:
-            asking: set[str] = set()
+            checking: set[str] = set()
 
-            async def ask(node: str) -> None:
+            async def check(node: str) -> None:
                 try:
-                    await self._look_into(node)
+                    await self._check_until_clear(node)
                 finally:
-                    asking.discard(node)
+                    checking.discard(node)
 
-            async def heard(message: Msg) -> None:
+            async def on_report(message: Msg) -> None:
                 with suppress(BadName):
                     node = check_node(message.subject.rpartition(".")[2])
-                    if node in asking or len(asking) < _NODES_AT_ONCE:
+                    if node in checking or len(checking) < _MAX_CONCURRENT_NODES:
                         self._reported.add(node)
-                    if node not in asking and node in self._reported:
-                        asking.add(node)
-                        tasks.create_task(ask(node))
+                    if node not in checking and node in self._reported:
+                        checking.add(node)
+                        tasks.create_task(check(node))
 
-            subscription = await self._context.nats.client.subscribe(subjects.lost("*"), cb=heard)
+            subscription = await self._context.nats.client.subscribe(subjects.lost("*"), cb=on_report)
             try:
                 await asyncio.Event().wait()
             finally:
@@ -67,35 +67,40 @@ class Suspicion:
                 with suppress(NatsError):
                     await subscription.unsubscribe()
 
-    async def _look_into(self, node: str) -> None:
-        """Ask once for each report, and every second while something of the node is silent."""
-        while node in self._reported or self._suspects(node):
+    async def _check_until_clear(self, node: str) -> None:
+        """Ping once for each report, and every second while a service of the node does not answer."""
+        while node in self._reported or self._unresponsive_of(node):
             self._reported.discard(node)
-            answered = await self._ask(node)
+            answered = await self._ping(node)
             if answered is not None:
-                self._note(node, silent_keys(node, self._live.keys(), answered))
+                self._update(node, silent_keys(node, self._live.keys(), answered))
             await asyncio.sleep(ANSWER_DEADLINE_S)
 
-    def _suspects(self, node: str) -> set[str]:
+    def _unresponsive_of(self, node: str) -> set[str]:
         keys = self.silent.keys()
         return {key for key in keys if key.partition(".")[0] == node}
 
-    def _note(self, node: str, silent: set[str]) -> None:
-        before = self._suspects(node)
-        for key in sorted(before - silent):
+    def _update(self, node: str, unresponsive: set[str]) -> None:
+        before = self._unresponsive_of(node)
+        for key in sorted(before - unresponsive):
             self.silent.apply(key, None)
-        for key in sorted(silent - before):
-            log.warning("a service is live and does not answer: it counts as away until it does", key=key)
+        newly = sorted(unresponsive - before)
+        if newly:
+            services = ",".join(key.partition(".")[2] for key in newly)
+            log.warning(
+                "node does not answer; these services count as down until it does", name=node, services=services
+            )
+        for key in newly:
             self.silent.apply(key, b"")
 
-    async def _ask(self, node: str) -> dict[str, bool] | None:
-        """Which services of a node answer; None where NATS may be to blame that they do not."""
+    async def _ping(self, node: str) -> dict[str, bool] | None:
+        """Return which services of a node answer; None if NATS may be why they do not."""
         nats, connection = self._context.nats, self._context.nats.reconnects.count
         services = to_ask(node, self._live.keys())
-        ours, *answers = await asyncio.gather(
+        own_answer, *answers = await asyncio.gather(
             self._answers("placement", self._context.node), *(self._answers(service, node) for service in services)
         )
-        if not ours or connection != nats.reconnects.count:
+        if not own_answer or connection != nats.reconnects.count:
             return None
         return dict(zip(services, answers, strict=True))
 

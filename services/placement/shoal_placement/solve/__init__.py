@@ -1,4 +1,4 @@
-"""The layout problem and its solver: pure. `problem.py` says what is asked and what is answered."""
+"""The layout problem and its solver: pure. `problem.py` defines the problem and the answer."""
 
 from shoal_placement.solve.problem import Answer, Layout, Node, Problem, Slice
 from shoal_placement.solve.rooms import Need, Room, problem_of, slice_bytes, solved

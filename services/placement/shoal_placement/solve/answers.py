@@ -1,4 +1,4 @@
-"""What is asked of the solver: the best layout, and a preview of all that are worth a look."""
+"""The solver's entry points: the best layout, and a preview with the best one for each number of nodes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from shoal_placement.solve.subsets import MOST
 
 
 def best(problem: Problem) -> Answer:
-    """The best layout; of equals, the one with the fewest nodes. Proved for up to 16 nodes, or it says so."""
+    """Return the best layout; of equal ones, the one with the fewest nodes.
+
+    Up to 16 nodes it is proved to be the best, unless the search had to end early: see `Answer.proved`.
+    """
     return exact.best(problem) if len(problem.nodes) <= MOST else large.best(problem)
 
 
 def preview(problem: Problem) -> dict[int, Answer]:
-    """The best layout that a short search finds over exactly k nodes, for each k that is allowed.
+    """Return the best layout that a short search finds over exactly k nodes, for each k that is allowed.
 
-    It proves what a narrow search and its bounds prove, and no more.
+    It is proved only as far as a narrow search and its bounds prove it.
     """
     if len(problem.nodes) <= MOST:
         return exact.best_for_each_count(problem, exact.SHORT)

@@ -1,7 +1,7 @@
 """The best layout over at most 16 nodes, for each number of nodes or over all of them.
 
-First a narrow search that looks where the bounds are lowest; then a wider and wider one for anything better, until
-nothing was dropped for lack of width. That ends with a proof, or where the effort ends, and then the answer says so.
+First a narrow search where the bounds are lowest; then wider and wider ones for anything better, until nothing was
+dropped for lack of width. That is a proof. If the effort is spent before, the answer says that it is not proved.
 """
 
 from __future__ import annotations
@@ -24,54 +24,54 @@ _STEPS_OVER_BOUND = (1.03, 1.2, 2.0, INF)
 
 
 class Pace(msgspec.Struct, frozen=True):
-    """How long to search, in what is looked at: the same problem gets the same answer on every machine."""
+    """How long to search, in partial layouts and not in time: a problem has the same answer on every machine."""
 
     effort: int = 20_000_000
-    """Ways that are looked at before the proof is given up: some seconds."""
+    """Partial layouts before the proof is given up: some seconds."""
     narrow: int = 12
-    """Ways that the first search keeps of each count at each stage."""
+    """Partial layouts that the first search keeps of each number of nodes at each stage."""
     halvings: int = 12
 
 
 THOROUGH = Pace()
 SHORT = Pace(effort=0, narrow=3, halvings=3)
-"""Nothing but the narrow searches."""
+"""Only the narrow searches."""
 
 
 def best_for_each_count(problem: Problem, pace: Pace = THOROUGH) -> dict[int, Answer]:
-    """The best layout over exactly k nodes, for each k that is allowed."""
+    """Return the best layout over exactly k nodes, for each k that is allowed."""
     return _solve(problem, pace, False, INF)
 
 
 def best(problem: Problem, pace: Pace = THOROUGH, known_s: float = INF) -> Answer:
-    """The best layout over any number of nodes that is allowed. Of equals, the one with the fewest nodes.
+    """Return the best layout over any allowed number of nodes; of equal ones, the one with the fewest nodes.
 
-    None where there is none below `known_s`, if that is given.
+    Its `layout` is None if none costs less than `known_s`.
     """
     answers = _solve(problem, pace, True, known_s)
     lower = min((a.lower_bound_s for a in answers.values()), default=INF)
-    found = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
-    if not found:
+    layouts = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
+    if not layouts:
         return Answer(None, lower, proved=all(a.proved for a in answers.values()))
-    layout = min(found, key=lambda x: x.cost_s)
-    layout = next(x for x in found if x.cost_s <= layout.cost_s * (1 + CLOSE))
+    layout = min(layouts, key=lambda x: x.cost_s)
+    layout = next(x for x in layouts if x.cost_s <= layout.cost_s * (1 + CLOSE))
     return Answer(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * CLOSE))
 
 
 def _solve(problem: Problem, pace: Pace, together: bool, known_s: float) -> dict[int, Answer]:
     chain = Chain(problem, problem.nodes)
     count = len(problem.nodes)
-    most = min(problem.max_nodes, count, chain.layers)
+    max_count = min(problem.max_nodes, count, chain.layers)
     answers: dict[int, Answer] = {}
-    if problem.min_nodes <= 1 <= most:
+    if problem.min_nodes <= 1 <= max_count:
         answers[1] = one_node(problem, chain)
-    counts = range(max(problem.min_nodes, 2), most + 1)
+    counts = range(max(problem.min_nodes, 2), max_count + 1)
     if not counts:
         return answers
     search = Search(Bounds(chain, links(problem)), counts)
     lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
-    for k, found, least in zip(counts, search.best, lower, strict=True):
-        layout = layout_of(problem, found.order, found.cuts, chain) if found.order else None
+    for k, incumbent, least in zip(counts, search.best, lower, strict=True):
+        layout = layout_of(problem, incumbent.order, incumbent.cuts, chain) if incumbent.order else None
         cost = _cost(layout)
         answers[k] = Answer(layout, min(float(least), cost), bool(least >= cost * (1 - 2 * CLOSE)))
     return answers
@@ -82,19 +82,19 @@ def _cost(layout: Layout | None) -> float:
 
 
 def links(problem: Problem) -> Floats:
-    """Seconds from node to node; zeros where the problem names none."""
+    """Return the seconds from node to node as a table; zeros if the problem has no links."""
     count = len(problem.nodes)
-    found = np.zeros((count, count))
-    # Row by row: all at once would keep other threads waiting for as long as a large table takes.
+    link_s = np.zeros((count, count))
+    # Row by row: a large table in one call would block other threads.
     for node, row in enumerate(problem.link_s):
-        found[node] = row
-    np.fill_diagonal(found, 0.0)
-    return found
+        link_s[node] = row
+    np.fill_diagonal(link_s, 0.0)
+    return link_s
 
 
 def one_node(problem: Problem, chain: Chain) -> Answer:
-    """The best layout over a single node: all nodes are looked at. `chain` is the problem's."""
-    # A tied end that is kept once may make a dearer one cheaper, by so much at most.
+    """Return the best layout over a single node, of all nodes. `chain` is the problem's."""
+    # Holding a tied embedding once makes a node cheaper by at most this much.
     tied = max((n.price_s_per_byte for n in problem.nodes), default=0.0) * chain.tied_bytes
     tied += problem.fetch_price_s_per_byte * chain.tied_bytes
     least = np.maximum(chain.cost[:, -1] - tied, chain.in_flight(1) * chain.s_per_work * chain.work[-1])
@@ -110,40 +110,40 @@ def one_node(problem: Problem, chain: Chain) -> Answer:
 
 
 def _run(search: Search, pace: Pace, known_s: float, together: bool) -> Floats:
-    """Search until all is proved or the effort is spent. Returns a cost for each count that nothing is below; with
-    `together`, that nothing that could be the best of all is below."""
+    """Search until all is proved or the effort is spent. Return a lower bound of the cost for each count; with
+    `together`, only of layouts that could be the best over all counts."""
     lower = search.lower_bounds()
 
     def goal() -> Floats:
-        own = np.array([f.cost_s for f in search.best])
-        return np.full(len(own), min(known_s, own.min())) if together else own
+        by_count = np.array([f.cost_s for f in search.best])
+        return np.full(len(by_count), min(known_s, by_count.min())) if together else by_count
 
-    def look(below: Floats, wanted: Sequence[bool], width: int) -> bool:
-        """Whether something better was found. If not, what was looked at in full has raised the lower bounds."""
+    def sweep(below: Floats, wanted: Sequence[bool], width: int) -> bool:
+        """Return whether something better was found. If not, a complete search has raised the lower bounds."""
         before = [f.cost_s for f in search.best]
-        asked = np.where(wanted, below, 0.0)
-        dropped = search.sweep(asked, width)
+        target = np.where(wanted, below, 0.0)
+        dropped = search.sweep(target, width)
         after = [f.cost_s for f in search.best]
-        # What was found has the least T; with several in flight a dearer T may still have the better bottleneck.
+        # What was found has the least T; with several in flight a larger T may still have the better bottleneck.
         better = np.array(after) < before
-        seen = np.where(better, np.where(search.flight <= 1, np.minimum(asked, after), 0.0), asked)
-        np.maximum(lower, np.minimum(seen, dropped), out=lower)
+        proved = np.where(better, np.where(search.flight <= 1, np.minimum(target, after), 0.0), target)
+        np.maximum(lower, np.minimum(proved, dropped), out=lower)
         return bool(better.any())
 
-    _narrowly(search, goal, look, lower, pace)
+    _narrowly(search, goal, sweep, lower, pace)
     search.exactly = True
     width = pace.narrow
     while search.work_count < pace.effort:
         open_ = lower < goal() * (1 - CLOSE)
         if not open_.any():
             break
-        if not look(goal(), list(open_), width):
+        if not sweep(goal(), list(open_), width):
             width *= _WIDER
     return lower
 
 
 def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
-    """Where nothing was found for a number of nodes: whatever fits, or the certainty that nothing does."""
+    """For each number of nodes without a layout, find one that fits, or prove that there is none."""
     missing = [int(row) for row in np.flatnonzero((goal == INF) & (lower < INF))]
     if not missing:
         return
@@ -162,14 +162,14 @@ def _fitting(search: Search, goal: Floats, lower: Floats) -> None:
 def _narrowly(
     search: Search,
     goal: Callable[[], Floats],
-    look: Callable[[Floats, Sequence[bool], int], bool],
+    sweep: Callable[[Floats, Sequence[bool], int], bool],
     lower: Floats,
     pace: Pace,
 ) -> None:
-    """A good layout for each count: what costs little more than the lower bound is asked for at first.
+    """Find a good layout for each count, searching first for costs just above the lower bound.
 
-    With several requests in flight the least T below a cost has a cost that is only just below it: halve the way from
-    what was found to the lower bound instead, as long as something is found. Both in the same sweeps.
+    With several requests in flight the layout with the least T below a cost costs only just less than that. So halve
+    the interval between the best cost and the lower bound instead, while something is found. The same sweeps do both.
     """
     hopeless, steps = lower.copy(), list(_STEPS_OVER_BOUND)
     halvings, fitted = pace.halvings, False
@@ -187,6 +187,6 @@ def _narrowly(
         halvings -= bool(closer.any())
         with np.errstate(invalid="ignore"):
             middle = np.sqrt(hopeless * before)
-        asked = np.where(closer, middle, np.maximum(lower, 1e-300) * step)
-        look(asked, list(unknown | closer), pace.narrow)
+        target = np.where(closer, middle, np.maximum(lower, 1e-300) * step)
+        sweep(target, list(unknown | closer), pace.narrow)
         hopeless = np.where(closer & ~(goal() < before), middle, hopeless)

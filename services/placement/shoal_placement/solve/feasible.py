@@ -1,7 +1,8 @@
-"""Whether a set of nodes can hold the layers at all, each at least one of them: by memory and asked counts, exactly.
+"""Whether a set of nodes can hold all layers, each node at least one: by memory and required counts, exactly.
 
-From the back: of each subset all layers are known from which on it can hold the rest. A node beside that subset can
-begin wherever it reaches one of them. O(2^n n L); asked only where the search has found nothing for a count of nodes.
+It works from the last layer back: for each subset of nodes, the set of layers from which on it can hold the rest. One
+more node can start at any layer from which it reaches one of those. O(2^n n L); used only if the search has found
+nothing for a number of nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from shoal_placement.solve.subsets import sizes
 
 
 class Fits:
-    """For each subset of at most `subsets.MOST` nodes, from which layers on it can hold the rest."""
+    """For each subset of at most `subsets.MOST` nodes, the layers from which on it can hold the rest."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain, self._reach = chain, chain.reach(float("inf"))
@@ -23,34 +24,34 @@ class Fits:
         self._from[0, layers] = True
         everything, size = np.arange(1 << count), sizes(count)
         for k in range(1, count + 1):
-            # How many such layers there are up to each one, for the subsets with a node less.
+            # For the subsets with one node less: how many such layers there are up to each one.
             smaller = everything[size == k - 1]
             known = np.zeros((len(smaller), layers + 2), dtype=np.int16)
             np.cumsum(self._from[smaller], axis=1, out=known[:, 1:])
             row_of = np.zeros(1 << count, dtype=np.int64)
             row_of[smaller] = np.arange(len(smaller))
-            own = everything[size == k]
+            subsets = everything[size == k]
             for node in range(count):
-                having = own[(own >> node) & 1 == 1]
-                before = known[row_of[having ^ (1 << node)]]
-                self._from[having] |= self._begins(node, before)
+                with_node = subsets[(subsets >> node) & 1 == 1]
+                before = known[row_of[with_node ^ (1 << node)]]
+                self._from[with_node] |= self._begins(node, before)
 
     def _begins(self, node: int, known: NDArray[np.int16]) -> NDArray[np.bool_]:
-        """The layers at which this node can begin and end where the others begin."""
+        """Return the layers at which this node can start so that it ends where the others start."""
         reach = self._reach[node]
         starts = np.arange(self._chain.layers + 1)
-        # One with a count of its own ends where it reaches, any other somewhere up to there.
+        # A node with a required count ends exactly where it reaches, any other somewhere up to there.
         lowest = np.where(self._chain.fixed[node] > 0, np.maximum(reach - 1, starts), starts)
-        found: NDArray[np.bool_] = known[:, reach + 1] > known[:, lowest + 1]
-        return found
+        can_start: NDArray[np.bool_] = known[:, reach + 1] > known[:, lowest + 1]
+        return can_start
 
     def __call__(self, sets: Ints) -> NDArray[np.bool_]:
-        """Which of these sets can hold all layers."""
-        found: NDArray[np.bool_] = self._from[sets, 0]
-        return found
+        """Return which of these sets can hold all layers."""
+        feasible: NDArray[np.bool_] = self._from[sets, 0]
+        return feasible
 
     def layout(self, subset: int) -> tuple[list[int], list[int]]:
-        """An order of a set that can, and where to cut the layers."""
+        """Return an order and the cuts of a feasible set."""
         order: list[int] = []
         cuts = [0]
         while subset:

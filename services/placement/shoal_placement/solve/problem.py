@@ -1,6 +1,6 @@
-"""The layout problem in plain numbers, and what answers it.
+"""The layout problem in plain numbers, and its answer.
 
-Choose nodes, their order and a run of consecutive layers for each, so that every stage fits its node's memory and
+Choose nodes, their order and a range of consecutive layers for each, so that every stage fits its node's memory and
 
     max(T, C * B)
 
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Links = Sequence[Sequence[float]] | NDArray[np.float64]
-"""A table of seconds; empty for none."""
+"""A table of seconds from node to node; empty for none."""
 AS_STAGES = 0
-"""In flight: as many as there are stages, the fewest that keep every stage at work. This is `balanced`."""
+"""As many requests in flight as there are stages, the fewest that keep every stage busy. This is `balanced`."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -30,39 +30,39 @@ class Node(msgspec.Struct, frozen=True):
     s_per_work: float = 0.0
     """Seconds for one unit of a layer's work (t_i)."""
     fetch_bytes: Sequence[int] = ()
-    """What it would have to download of each layer; empty: nothing of any."""
+    """Bytes it would have to download of each layer; empty: none."""
     fetch_embed_bytes: int = 0
     fetch_head_bytes: int = 0
     price_s_per_byte: float = 0.0
-    """Seconds a token may take longer to spare a byte of memory here: tiny, it only decides between equals."""
+    """Seconds a token may take longer to save a byte of memory here: tiny, so it only decides between equal costs."""
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """A model, the nodes it may run on, and what is asked. Bytes of a layer include its cache."""
+    """A model, the nodes it may run on, and the constraints. Bytes of a layer include its cache."""
 
     nodes: Sequence[Node]
     layer_bytes: Sequence[int]
     layer_work: Sequence[float] = ()
-    """Of each layer, above 0, in the unit of `Node.s_per_work`; empty: each is 1."""
+    """Of each layer, above 0, in the unit of `Node.s_per_work`; empty: 1 for each."""
     embed_bytes: int = 0
     embed_work: float = 0.0
     head_bytes: int = 0
-    """With a tied embedding in them: a stage that has both ends keeps it once."""
+    """Includes a tied embedding: a stage that has both ends holds it once."""
     head_work: float = 0.0
     tied: bool = False
     stage_bytes: int = 0
-    """What every stage takes beside its layers."""
+    """Bytes that every stage takes besides its layers."""
     link_s: Links = ()
-    """Seconds to pass a hidden state (or, on the way back, a token) from node to node; empty: no time at all."""
+    """Seconds to send a hidden state (or, on the way back, a token) from node to node; empty: none."""
     in_flight: int = 1
     """C; 1 is `latency`, AS_STAGES `balanced`, any other number `throughput`."""
     min_nodes: int = 1
     max_nodes: int = 16
     counts: Mapping[str, int] = {}
-    """Layers that these nodes have to take, no more and no fewer."""
+    """Exact numbers of layers that these nodes have to take."""
     max_fetch_bytes: int | None = None
     fetch_price_s_per_byte: float = 0.0
-    """Seconds a token may take longer to spare a byte of download. It is added to T, so the search stays exact."""
+    """Seconds a token may take longer to save a byte of download. It is added to T, so the search stays exact."""
 
 
 class Slice(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ class Slice(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Stages in order, and what they cost."""
+    """Stages in order, and their cost."""
 
     slices: list[Slice]
     latency_s: float
@@ -86,21 +86,21 @@ class Layout(msgspec.Struct, frozen=True):
     fullest: float
     """The largest share of a node's free memory that a stage takes: at most 1."""
     cost_s: float
-    """max(T + prices, C * B): what was minimised."""
+    """max(T + prices, C * B): the minimized cost."""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The best layout that was found. `layout` None and `proved`: there is none."""
+    """The best layout that was found. `layout` is None and `proved` True: there is none."""
 
     layout: Layout | None
     lower_bound_s: float
     """No layout costs less."""
     proved: bool
-    """Whether the layout is known to be the best one, or that there is none."""
+    """Whether the layout is known to be the best, or it is known that there is none."""
 
     @property
     def cost_over_bound(self) -> float:
-        """How much better another layout could be at most, as a ratio; 1 where it is proved."""
+        """The cost over its lower bound: no layout is better by more than this ratio; 1 if it is proved."""
         if self.layout is None or self.layout.cost_s <= self.lower_bound_s:
             return 1.0
         return self.layout.cost_s / self.lower_bound_s if self.lower_bound_s > 0 else float("inf")

@@ -1,4 +1,4 @@
-"""What `decide.py` asks: a model's need over the rooms that nodes have for it."""
+"""Builds the layout problem from a model's need and the memory budgets of the nodes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from shoal_placement.solve.even import emptiest
 from shoal_placement.solve.problem import Layout, Links, Node, Problem
 
 USUAL_BYTES_PER_S = 100e9
-"""Of a node whose memory's bandwidth is not known: as a machine with two channels of DDR5 has."""
+"""Memory bandwidth of a node that has not measured it: that of a machine with two channels of DDR5."""
 S_PER_BYTE = 1 / USUAL_BYTES_PER_S
 LINK_S = 1e-3
-"""To pass a hidden state to another node where nothing is known of the link: a wired network."""
+"""Seconds to send a hidden state over an unknown link: a wired network's."""
 FETCH_PRICE = 0.02
-"""To download nothing of a model a layout may be so much slower than one that downloads it all: a token's time is
-not known better, and a download takes minutes."""
+"""A layout that downloads nothing may be slower by this share than one that downloads all of the model: a token's
+time is not known better, and a download takes minutes."""
 ROOM_PRICE = 1e-4
-"""The same between memory of which there is little and of which there is plenty; it decides between equals."""
+"""The same share between a node with little and one with plenty of free memory; it only decides between equals."""
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What a model's parts take, in bytes, KV for the asked context included in its layer."""
+    """The bytes that each piece of a model takes; a layer includes its cache for the requested context."""
 
     layer_bytes: list[int]
     embed_bytes: int = 0
     """On the first stage."""
     head_bytes: int = 0
-    """On the last stage; when tied, the embedding's bytes are in here too."""
+    """On the last stage; includes the embedding's bytes if tied."""
     tied: bool = False
     stage_bytes: int = 0
-    """What every stage takes beside its layers."""
+    """What every stage takes besides its layers."""
     weight_bytes: Sequence[int] = ()
     """Of each layer, without its cache: what is downloaded. Empty: `layer_bytes`."""
     layer_work_bytes: Sequence[int] = ()
@@ -41,7 +41,7 @@ class Need(msgspec.Struct, frozen=True):
 
 
 class Room(msgspec.Struct, frozen=True):
-    """A node that may take layers, and the bytes it has for them."""
+    """A node that may take layers, and its memory budget for them."""
 
     node: str
     free_bytes: int
@@ -50,7 +50,7 @@ class Room(msgspec.Struct, frozen=True):
     s_per_byte: float = S_PER_BYTE
     """Seconds to read a byte of its memory: a layer is read once for each token."""
     lacks: Sequence[float] = ()
-    """Of each layer, the share that is not on its disk; empty: all of it, or none where it `holds` the model."""
+    """Of each layer, the share that is not on its disk; empty: all of it, or none if it `holds` the model."""
 
 
 def problem_of(
@@ -61,9 +61,9 @@ def problem_of(
     link_s: Links = (),
     in_flight: int = 1,
 ) -> Problem:
-    """The layout problem. A layer's work is what is read for a token; links that are not known take `LINK_S`."""
+    """Return the layout problem. A layer's work is what is read for a token; unknown links take `LINK_S`."""
     count, weights = len(need.layer_bytes), need.weight_bytes or need.layer_bytes
-    whole = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
+    model_bytes = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
     fastest = min((r.s_per_byte for r in rooms), default=S_PER_BYTE)
     nodes = [
         Node(
@@ -73,7 +73,7 @@ def problem_of(
             fetch_bytes=[round(b * lack) for b, lack in zip(weights, _lacks(r, count), strict=True)],
             fetch_embed_bytes=round(need.embed_bytes * _lacks(r, count)[0]),
             fetch_head_bytes=round(need.head_bytes * _lacks(r, count)[-1]),
-            price_s_per_byte=ROOM_PRICE * fastest * whole / (whole + max(r.free_bytes, 0)),
+            price_s_per_byte=ROOM_PRICE * fastest * model_bytes / (model_bytes + max(r.free_bytes, 0)),
         )
         for r in rooms
     ]
@@ -96,18 +96,18 @@ def problem_of(
 
 
 def solved(problem: Problem) -> Layout | None:
-    """The best layout; of those that are as good, the one that leaves the fullest node emptiest. None: none fits."""
+    """Return the best layout, split to leave the fullest node emptiest; None if none fits."""
     answer = best(problem)
     return None if answer.layout is None else emptiest(problem, answer.layout)
 
 
-def _lacks(room: Room, count: int) -> Sequence[float]:
-    return room.lacks or [0.0 if room.holds else 1.0] * count
+def _lacks(capacity: Room, count: int) -> Sequence[float]:
+    return capacity.lacks or [0.0 if capacity.holds else 1.0] * count
 
 
 def slice_bytes(need: Need, first: int, last: int) -> int:
-    """Bytes of the stage with layers [first, last)."""
-    begins, ends = first == 0, last == len(need.layer_bytes)
-    own = (need.embed_bytes if begins else 0) + (need.head_bytes if ends else 0)
-    own -= need.embed_bytes if need.tied and begins and ends else 0
-    return need.stage_bytes + sum(need.layer_bytes[first:last]) + own
+    """Return the bytes of the stage with layers [first, last)."""
+    is_first, is_last = first == 0, last == len(need.layer_bytes)
+    ends_bytes = (need.embed_bytes if is_first else 0) + (need.head_bytes if is_last else 0)
+    ends_bytes -= need.embed_bytes if need.tied and is_first and is_last else 0
+    return need.stage_bytes + sum(need.layer_bytes[first:last]) + ends_bytes
