@@ -14,7 +14,21 @@ from shoal_common.errors import BadInput
 
 
 class CommandHelp(TyperCommand):
-    """A command whose epilog is printed line by line, not wrapped."""
+    """A command with its arguments as their metavars say, and an epilog that is printed line by line."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the command in its usage line."""
+        return ["[OPTIONS]", *(p.metavar for p in self.get_params(ctx) if p.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options."""
+        params = self.get_params(ctx)
+        arguments = [(p.metavar, p.help) for p in params if p.param_type_name == "argument"]
+        options = [p.get_help_record(ctx) for p in params if p.param_type_name == "option"]
+        for heading, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its options and arguments."""
@@ -34,7 +48,7 @@ class GroupHelp(TyperGroup):
 
     def command_sections(self, ctx: Any) -> Mapping[str, Sequence[str]]:
         """Return the commands by heading."""
-        return {"Commands": self.list_commands(ctx)}
+        return {"Actions": self.list_commands(ctx)}
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section per heading."""

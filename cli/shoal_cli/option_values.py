@@ -8,11 +8,10 @@ import typer
 
 
 class PlainValue:
-    """Converts what was typed for one option or argument: text, numbers in a range, choices, and lists of these."""
+    """Converts what was typed for one option or argument: text, numbers, choices, and lists of these."""
 
-    def __init__(self, annotation: Any, minimum: float | None, maximum: float | None) -> None:
+    def __init__(self, annotation: Any) -> None:
         self._kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
-        self._min, self._max = minimum, maximum
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the value, or a tuple of values for what is repeatable. Raises BadParameter."""
@@ -34,20 +33,15 @@ class PlainValue:
         if self._kind not in (int, float):
             return value
         try:
-            number = self._kind(value)
+            return self._kind(value)
         except ValueError:
             kind = "whole number" if self._kind is int else "number"
             raise ValueError(f"{value[:40]!r} is not a {kind}") from None
-        # Written so that NaN is outside of every range.
-        if not (self._min is None or number >= self._min) or not (self._max is None or number <= self._max):
-            raise ValueError(f"{value[:40]} is not between {self._min} and {self._max}")
-        return number
 
 
 def with_plain_values(params: list[Any]) -> list[Any]:
     """Make a command's parameters convert their values by PlainValue. Returns them."""
     for param in params:
-        descriptor = param.type_descriptor
-        plain = PlainValue(descriptor.annotation, descriptor.parameter_info.min, descriptor.parameter_info.max)
+        plain = PlainValue(param.type_descriptor.annotation)
         param.get_runtime_param = lambda plain=plain: plain
     return params

@@ -82,7 +82,7 @@ def test_what_answers_but_is_no_gateway_is_said_to_be_none(
         (["pull", MODEL, "--node", "a", "--all"], "not allowed with"),
         (["pull", MODEL, "--node", "NO"], "not a node id"),
         (["place", MODEL, "--nodes", "0"], "0 is not between 1 and"),
-        (["run", MODEL, "--temperature", "9"], "9 is not between 0 and 2"),
+        (["run", MODEL, "--temperature", "9"], "9.0 is not between 0 and 2"),
         (["up", "--port", "99999"], "99999 is not between 0 and 65535"),
         (["up", "--max-storage", "lots"], "200GB"),
         (["restart", "everything"], "'everything' is not one of storage, "),

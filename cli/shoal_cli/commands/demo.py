@@ -16,7 +16,7 @@ app = new_app()
 
 @app.command(cls=CommandHelp, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def demo(ctx: typer.Context) -> int:
-    """Run the demo: a small cluster on this machine. All arguments are passed on to it."""
+    """Run the demo, a small cluster on this machine. All other arguments are passed on to it."""
     if importlib.util.find_spec("shoal_demo") is None or importlib.util.find_spec("shoal_demo.__main__") is None:
         raise NotFound(
             "the demo is not installed: run `make` in Shoal's repository, where it is the directory `demo`"

@@ -15,10 +15,10 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import (
-    MAX_COUNT,
     GatewayOption,
     HomeOption,
     JsonOption,
+    in_range,
     one_of,
     reject_together,
 )
@@ -42,7 +42,7 @@ def events(
     lines: Annotated[
         int | None,
         typer.Option(
-            "--lines", "-n", metavar="N", min=1, max=MAX_COUNT, show_default=False, help="the last N events (50)"
+            "--lines", "-n", metavar="N", callback=in_range(1), show_default=False, help="the last N events (50)"
         ),
     ] = None,
     since: Annotated[

@@ -15,15 +15,14 @@ from shoal_common.names import check_node
 app = new_app()
 
 
-@app.callback()
+@app.callback(subcommand_metavar="ACTION")
 def node(gateway: GatewayOption = "", home: HomeOption = "") -> None:
     """Manage the cluster's nodes."""
 
 
-@app.command(cls=CommandHelp, short_help="Remove a dead node's records.")
+@app.command(cls=CommandHelp)
 def forget(ctx: typer.Context, node: NodeArgument, gateway: GatewayOption = "", home: HomeOption = "") -> int:
-    """Remove a dead node's records: its downloads, its instances, what it held. A node that returns publishes again
-    what is on its disk."""
+    """Remove a dead node's records. A node that returns publishes again what is on its disk."""
     cli = CliContext(ctx)
     node = check_node(node)
     answer = cli.gateway.delete(f"/v1/nodes/{node}", JsonObject)
@@ -33,7 +32,7 @@ def forget(ctx: typer.Context, node: NodeArgument, gateway: GatewayOption = "", 
     return 0
 
 
-@app.command(cls=CommandHelp, short_help="Run nothing on a node any more.")
+@app.command(cls=CommandHelp)
 def drain(
     ctx: typer.Context,
     node: NodeArgument,
@@ -41,8 +40,8 @@ def drain(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Place nothing on a node any more and move its instances, as far as other nodes have memory. Its models stay and
-    are served."""
+    """Run nothing on a node any more. Its instances move, as far as other nodes have memory; its models stay and are
+    served."""
     cli = CliContext(ctx)
     node = check_node(node)
     if undo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -11,6 +11,8 @@ from shoal_cli.api.node_answers import NodeSelection
 from shoal_cli.cli_context import option
 from shoal_cli.commands import completion
 from shoal_common.names import check_node
+
+T = TypeVar("T", int, float)
 
 MAX_COUNT = 1_000_000_000
 
@@ -66,6 +68,18 @@ def reject_together(ctx: typer.Context, **given: object) -> None:
     names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if len(names) > 1:
         ctx.fail(f"{names[1]} is not allowed with {names[0]}")
+
+
+def in_range(minimum: float, maximum: float = MAX_COUNT) -> Callable[[T | None], T | None]:
+    """Return an option's callback that accepts numbers in a range, and None."""
+
+    def check(number: T | None) -> T | None:
+        # Written so that NaN is outside of every range.
+        if number is not None and not minimum <= number <= maximum:
+            raise typer.BadParameter(f"{number} is not between {minimum} and {maximum}")
+        return number
+
+    return check
 
 
 def one_of(*names: str) -> Callable[[str], str]:

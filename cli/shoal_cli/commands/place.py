@@ -13,11 +13,11 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import (
-    MAX_COUNT,
     GatewayOption,
     HomeOption,
     JsonOption,
     ModelArgument,
+    in_range,
     reject_together,
 )
 from shoal_common.messages.questions import Previews
@@ -42,13 +42,13 @@ def place(
     exactly: Annotated[
         int | None,
         typer.Option(
-            "--nodes", metavar="N", min=1, max=MAX_COUNT, show_default=False, help="over exactly this many nodes"
+            "--nodes", metavar="N", callback=in_range(1), show_default=False, help="over exactly this many nodes"
         ),
     ] = None,
     at_least: Annotated[
         int | None,
         typer.Option(
-            "--min-nodes", metavar="N", min=1, max=MAX_COUNT, show_default=False, help="over at least this many nodes"
+            "--min-nodes", metavar="N", callback=in_range(1), show_default=False, help="over at least this many nodes"
         ),
     ] = None,
     nodes: Annotated[
@@ -72,33 +72,31 @@ def place(
         ),
     ] = [],  # noqa: B006
     context: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--context", metavar="TOKENS", min=1, max=MAX_COUNT, show_default=False, help="context length to reserve"
+            "--context", metavar="TOKENS", callback=in_range(1), show_default=False, help="context length to reserve"
         ),
-    ] = 0,
+    ] = None,
     objective: Annotated[
         Literal["latency", "throughput", "balanced"],
         typer.Option("--objective", metavar="OBJECTIVE", help="latency, throughput or balanced; see below"),
     ] = "latency",
     in_flight: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--in-flight",
             metavar="N",
-            min=1,
-            max=MAX_COUNT,
+            callback=in_range(1),
             show_default=False,
             help="concurrent answers to optimize for (4)",
         ),
-    ] = 0,
+    ] = None,
     parallel: Annotated[
         int,
         typer.Option(
             "--parallel",
             metavar="N",
-            min=1,
-            max=MAX_COUNT,
+            callback=in_range(1),
             help="memory for N answers of full context length; more answers share it",
         ),
     ] = 1,
@@ -116,7 +114,7 @@ def place(
     """Split a model over the nodes' memory and start it."""
     cli = CliContext(ctx)
     reject_together(ctx, nodes=exactly, min_nodes=at_least)
-    body = placement.placement_request(model, exactly, at_least, [check_node(n) for n in nodes], context)
+    body = placement.placement_request(model, exactly, at_least, [check_node(n) for n in nodes], context or 0)
     optional: dict[str, Any] = {
         "without": [check_node(n) for n in without],
         "objective": objective if objective != "latency" else "",

@@ -17,7 +17,7 @@ from shoal_cli.api.placement import find_instance, matches_revision, place, plac
 from shoal_cli.api.schema import StatusView
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import MAX_COUNT, GatewayOption, HomeOption, ModelArgument
+from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
 from shoal_cli.render.line_editor import LineEditor, confirm
 from shoal_cli.render.progress_display import progress_display
 from shoal_cli.render.units import show_seconds
@@ -39,14 +39,14 @@ def run(
     exactly: Annotated[
         int | None,
         typer.Option(
-            "--nodes", metavar="N", min=1, max=MAX_COUNT, show_default=False, help="place it over exactly N nodes"
+            "--nodes", metavar="N", callback=in_range(1), show_default=False, help="place it over exactly N nodes"
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, max=MAX_COUNT, help="longest answer")
+        int, typer.Option("--max-tokens", metavar="N", callback=in_range(1), help="longest answer")
     ] = 2048,
     temperature: Annotated[
-        float, typer.Option("--temperature", metavar="X", min=0, max=2, help="0 to 2; 0 is greedy")
+        float, typer.Option("--temperature", metavar="X", callback=in_range(0, 2), help="0 to 2; 0 is greedy")
     ] = 0.7,
     gateway: GatewayOption = "",
     home: HomeOption = "",

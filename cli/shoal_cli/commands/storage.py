@@ -42,7 +42,7 @@ _JSON = """--json prints the API's answer. Fields are only ever added.
 app = new_app()
 
 
-@app.callback(invoke_without_command=True, epilog=_JSON)
+@app.callback(invoke_without_command=True, epilog=_JSON, subcommand_metavar="[ACTION]")
 def storage(
     ctx: typer.Context,
     node: NodeOption = "",
@@ -148,7 +148,7 @@ def set_(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Change settings now and save them in node.toml; what is left out stays as it is."""
+    """Change settings now and save them in node.toml. What is left out stays as it is."""
     cli, selection = CliContext(ctx), select_nodes(ctx)
     body = selection.body()
     if max_storage is not None:
@@ -215,7 +215,7 @@ def plan(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Dry run of eviction: show what would be deleted to make space."""
+    """Show what would be evicted to free space; evict nothing."""
     cli, need_bytes = CliContext(ctx), parse_size(need)
     query = {"need_bytes": str(need_bytes), **select_nodes(ctx).body()}
     answer = cli.gateway.get("/v1/storage/plan", JsonObject, query)

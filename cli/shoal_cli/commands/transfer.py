@@ -31,7 +31,7 @@ _JSON = """--json prints the API's answer: show {"node", "nodes": [{"node", "liv
 app = new_app()
 
 
-@app.callback(invoke_without_command=True, epilog=_JSON)
+@app.callback(invoke_without_command=True, epilog=_JSON, subcommand_metavar="[ACTION]")
 def transfer(
     ctx: typer.Context,
     node: NodeOption = "",
@@ -99,7 +99,7 @@ def set_(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Change limits now and save them in node.toml; what is left out stays as it is."""
+    """Change limits now and save them in node.toml. What is left out stays as it is."""
     cli, selection = CliContext(ctx), select_nodes(ctx)
     given = {_UPLOAD: max_upload, _HUB: max_hub, _PEER: max_peer}
     limits = {name: parse_rate(text) for name, text in given.items() if text is not None}

@@ -10,7 +10,7 @@ import typer
 
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import HomeOption, Policy
+from shoal_cli.commands.options import HomeOption, Policy, in_range
 from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
 from shoal_cli.render.units import parse_limit
 from shoal_common.names import check_node
@@ -49,7 +49,10 @@ def up(
         ),
     ] = [],  # noqa: B006
     nats_port: Annotated[
-        int, typer.Option("--nats-port", metavar="PORT", min=0, max=65535, help="port of this node's NATS; 0: any")
+        int,
+        typer.Option(
+            "--nats-port", metavar="PORT", callback=in_range(0, 65535), help="port of this node's NATS; 0: any"
+        ),
     ] = NATS_PORT,
     bind: Annotated[
         str,
@@ -61,7 +64,7 @@ def up(
         ),
     ] = "",
     port: Annotated[
-        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="the gateway's port; 0: any")
+        int, typer.Option("--port", metavar="PORT", callback=in_range(0, 65535), help="the gateway's port; 0: any")
     ] = GATEWAY_PORT,
     max_storage: Annotated[
         str,
