@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shoal_cli.node.children.nats_process import find_program
 from shoal_cli.node.logs.log_reader import written_at_s
 from shoal_cli.node.logs.log_rotation import RotatingLog, pump, tail
-from shoal_cli.node.logs.nats_format import translate
+from shoal_cli.node.logs.nats_format import message_of, translate
 
 _SHOAL_LINE = re.compile(
     r"ts=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z level=(\w+) service=nats node=a msg=(\S+|\"(?:[^\"\\]|\\.)*\")"
@@ -101,4 +101,6 @@ def test_an_invalid_configuration_is_an_error_line(tmp_path: Path) -> None:
         [str(find_program()), "-c", str(tmp_path / "c.conf")], capture_output=True, timeout=45, check=False
     )
     assert done.returncode == 1
-    assert 'level=error service=nats node=a msg="nats-server: Parse error on line 1' in translated(done.stderr)
+    shown = translated(done.stderr)
+    assert 'level=error service=nats node=a msg="nats-server: Parse error on line 1' in shown
+    assert message_of(shown).startswith("nats-server: Parse error on line 1")

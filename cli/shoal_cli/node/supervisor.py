@@ -118,10 +118,8 @@ class Supervisor:
             return
         if nats_ready.ports is None:
             [child] = not_ready(home, self._statuses())
-            raise Unavailable(
-                f"NATS does not start ({child.reason}): {child.tail[-1] if child.tail else 'its log is empty'}; "
-                f"see {child.log}"
-            )
+            last = nats_format.message_of(child.tail[-1]) if child.tail else "its log is empty"
+            raise Unavailable(f"NATS does not start ({child.reason}): {last}; see {child.log}")
         port = nats_process.port_of(nats_ready.ports)
         # A chosen port is kept: a restarted server must listen where the services connect.
         nats_process.write_config(home, plan, port)

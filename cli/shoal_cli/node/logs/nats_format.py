@@ -34,3 +34,8 @@ def translate(line: bytes, node: str, now_s: float) -> bytes:
     stamp = f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z"
     message = quote_value(text.decode(errors="replace").strip())
     return f"ts={stamp} level={level} service=nats node={node} msg={message}\n".encode()
+
+
+def message_of(line: str) -> str:
+    """Return the message of a translated line."""
+    return line.partition(" msg=")[2].strip('"') or line
