@@ -27,8 +27,8 @@ def test_the_delay_is_bounded_and_depends_on_nothing_but_its_arguments(
 @given(st.integers(0, 10**6), st.floats(0, 29), codes)
 def test_the_delay_never_shrinks_while_a_child_keeps_ending_early(ends: int, lived_s: float, code: int) -> None:
     sooner = decide_restart(ExitHistory(0.0, ends), lived_s, code)
-    later = decide_restart(ExitHistory(0.0, sooner.ends_in_a_row), lived_s, code)
-    assert later.ends_in_a_row == sooner.ends_in_a_row + 1
+    later = decide_restart(ExitHistory(0.0, sooner.exits_in_a_row), lived_s, code)
+    assert later.exits_in_a_row == sooner.exits_in_a_row + 1
     assert later.delay_s >= sooner.delay_s
 
 
@@ -37,14 +37,14 @@ def test_the_delay_doubles_from_a_fifth_of_a_second_to_ten() -> None:
     for _ in range(8):
         restart = decide_restart(ExitHistory(0.0, ends), 1.0, 1)
         delays.append(restart.delay_s)
-        ends = restart.ends_in_a_row
+        ends = restart.exits_in_a_row
     assert delays == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
 
 
 @given(st.integers(0, 10**6), st.floats(30, 1e6))
 def test_a_child_that_lived_half_a_minute_starts_from_the_first_delay_again(ends: int, lived_s: float) -> None:
     restart = decide_restart(ExitHistory(0.0, ends), lived_s, 1)
-    assert (restart.delay_s, restart.ends_in_a_row) == (restart_policy.FIRST_BACKOFF_S, 1)
+    assert (restart.delay_s, restart.exits_in_a_row) == (restart_policy.FIRST_BACKOFF_S, 1)
 
 
 def test_a_claimed_place_is_said_plainly_and_not_fought_for() -> None:
@@ -55,7 +55,7 @@ def test_a_claimed_place_is_said_plainly_and_not_fought_for() -> None:
 def test_a_cluster_of_another_version_is_said_plainly_and_not_fought_with() -> None:
     assert "an incompatible version" in describe_exit(10)
     assert decide_restart(ExitHistory(0.0, 0), 1.0, 10).delay_s == restart_policy.MAX_BACKOFF_S
-    refused = ChildStatus(name="a", phase="waiting", ends_in_a_row=1, last_code=10)
+    refused = ChildStatus(name="a", phase="waiting", exits_in_a_row=1, last_exit_code=10)
     assert readiness([refused]) == "hopeless"
 
 
@@ -67,9 +67,9 @@ def test_a_signal_is_called_by_its_name() -> None:
 
 def test_the_node_is_up_when_every_child_is_and_hopeless_when_one_never_starts() -> None:
     up = ChildStatus(name="a", phase="ready", was_ready=True)
-    coming = ChildStatus(name="b", phase="starting", ends_in_a_row=restart_policy.MAX_FAILED_STARTS - 1)
-    broken = ChildStatus(name="c", phase="waiting", ends_in_a_row=restart_policy.MAX_FAILED_STARTS, last_code=1)
-    fallen = ChildStatus(name="d", phase="waiting", ends_in_a_row=9, last_code=1, was_ready=True)
+    coming = ChildStatus(name="b", phase="starting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS - 1)
+    broken = ChildStatus(name="c", phase="waiting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS, last_exit_code=1)
+    fallen = ChildStatus(name="d", phase="waiting", exits_in_a_row=9, last_exit_code=1, was_ready=True)
     assert readiness([up, up]) == "ready"
     assert readiness([up, coming]) == "waiting"
     assert readiness([up, coming, broken]) == "hopeless"

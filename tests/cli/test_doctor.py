@@ -400,7 +400,7 @@ def test_a_service_that_does_not_start_is_told_with_the_end_of_its_log(node: Sta
     node.up()
 
     def tried() -> bool:
-        return any(c.name == "storage" and c.last_code == 3 for c in node.status().children)
+        return any(c.name == "storage" and c.last_exit_code == 3 for c in node.status().children)
 
     until(tried, "storage has ended once")
     report = run_checks(node.home, quiet())

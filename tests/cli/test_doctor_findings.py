@@ -99,19 +99,23 @@ def test_services_that_run_are_one_line() -> None:
 
 
 def test_a_service_that_does_not_run_is_a_problem_with_the_end_of_its_log() -> None:
-    down = child("fetcher", phase="waiting", ends_in_a_row=4, last_code=3)
+    down = child("fetcher", phase="waiting", exits_in_a_row=4, last_exit_code=3)
     found = only(supervised(down, log_tails={"fetcher": "no such frobnicator"}))
     says(found, "problem", "fetcher is not running", "exit code 3", "4 in a row", "no such frobnicator")
 
 
 def test_a_service_whose_place_is_held_says_who_could_hold_it() -> None:
-    says(only(supervised(child("storage", phase="waiting", last_code=9))), "problem", "systemd", "node id")
+    says(only(supervised(child("storage", phase="waiting", last_exit_code=9))), "problem", "systemd", "node id")
 
 
 def test_a_service_that_ends_again_and_again_is_a_warning_while_it_runs() -> None:
-    says(only(supervised(child("storage", ends_in_a_row=3, last_code=-9))), "warning", "3 times", "SIGKILL")
-    assert only(supervised(child("storage", ends_in_a_row=1, last_code=-9))).level == "ok"
-    says(only(supervised(child("storage", ends_in_a_row=1, restart_count=40, last_code=1))), "warning", "40 times")
+    says(only(supervised(child("storage", exits_in_a_row=3, last_exit_code=-9))), "warning", "3 times", "SIGKILL")
+    assert only(supervised(child("storage", exits_in_a_row=1, last_exit_code=-9))).level == "ok"
+    says(
+        only(supervised(child("storage", exits_in_a_row=1, restart_count=40, last_exit_code=1))),
+        "warning",
+        "40 times",
+    )
     assert only(supervised(child("storage", restart_count=40))).level == "ok", "restarts that people asked for"
 
 

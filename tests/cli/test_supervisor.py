@@ -163,7 +163,7 @@ def test_another_major_version_in_the_cluster_is_said_plainly_with_exit_code_10(
     assert up.returncode == 10
     assert "the cluster runs an incompatible version" in up.stderr and "node y runs Shoal '2.0.0'" in up.stderr
     (storage,) = [c for c in node.status().children if c.name == "storage"]
-    assert storage.last_code == 10 and not storage.was_ready
+    assert storage.last_exit_code == 10 and not storage.was_ready
 
 
 def test_ctrl_c_reaches_the_supervisor_only_which_stops_the_node_in_order(node: Node) -> None:

@@ -52,8 +52,8 @@ def not_ready(home: Home, children: list[ChildStatus]) -> list[NotReadyChild]:
             name=c.name,
             reason=not_ready_reason(c),
             log=str(home.log(c.name)),
-            claimed=c.last_code == CLAIMED,
-            other_version=c.last_code == OTHER_VERSION,
+            claimed=c.last_exit_code == CLAIMED,
+            other_version=c.last_exit_code == OTHER_VERSION,
             tail=[line[:_MAX_LINE_CHARS] for line in tail(home.log(c.name), _TAIL_LINES)],
         )
         for c in children

@@ -106,30 +106,30 @@ def _supervised(facts: ServiceFacts) -> list[Finding]:
 def _child(child: ChildStatus, log_tail: str) -> Finding | None:
     logs = f"see `shoal logs {child.name}`" + (f"; its last line: {log_tail}" if log_tail else "")
     if child.phase == "ready":
-        if child.last_code is None or (
-            child.ends_in_a_row < MAX_EXITS_IN_A_ROW and child.restart_count < MAX_RESTARTS
+        if child.last_exit_code is None or (
+            child.exits_in_a_row < MAX_EXITS_IN_A_ROW and child.restart_count < MAX_RESTARTS
         ):
             return None
-        if child.ends_in_a_row < MAX_EXITS_IN_A_ROW:
+        if child.exits_in_a_row < MAX_EXITS_IN_A_ROW:
             what = (
                 f"{child.name} is running, but was restarted {child.restart_count} times (`shoal restart` included; "
-                f"last exit of its own: {describe_exit(child.last_code)})"
+                f"last exit of its own: {describe_exit(child.last_exit_code)})"
             )
             return Finding(CHECK, "warning", what, logs, child.name)
         what = (
-            f"{child.name} is running, but exited {child.ends_in_a_row} times in a row before, each soon after its "
-            f"start (last: {describe_exit(child.last_code)})"
+            f"{child.name} is running, but exited {child.exits_in_a_row} times in a row before, each soon after its "
+            f"start (last: {describe_exit(child.last_exit_code)})"
         )
         return Finding(CHECK, "warning", what, logs, child.name)
-    if child.last_code == CLAIMED:
+    if child.last_exit_code == CLAIMED:
         return Finding(
             CHECK,
             "problem",
-            f"{child.name} is not running: {describe_exit(child.last_code)}",
+            f"{child.name} is not running: {describe_exit(child.last_exit_code)}",
             f"stop the other one: systemd or launchd, a second `shoal up`, a machine with the same node id; {logs}",
             child.name,
         )
-    if child.last_code is None:
+    if child.last_exit_code is None:
         return Finding(
             CHECK,
             "warning",

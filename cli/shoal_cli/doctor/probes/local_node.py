@@ -70,7 +70,7 @@ def probe(home: Home, environ: Mapping[str, str]) -> LocalNode:
         supervisor=supervisor,
         pid=pid,
         status=status,
-        log_tails={c.name: _log_tail(home, c.name) for c in (status.children if status else []) if c.last_code},
+        log_tails={c.name: _log_tail(home, c.name) for c in (status.children if status else []) if c.last_exit_code},
         servers=servers,
         runs_nats=runs_nats,
     )

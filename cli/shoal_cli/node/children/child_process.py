@@ -63,9 +63,9 @@ class ChildProcess:
             phase=self._phase,
             pid=self._process.pid if self._process else 0,
             restart_count=self._restart_count,
-            ends_in_a_row=self._ends_in_a_row,
+            exits_in_a_row=self._ends_in_a_row,
             was_ready=self._was_ready,
-            last_code=self._last_code,
+            last_exit_code=self._last_code,
         )
 
     async def run(self) -> None:
@@ -82,7 +82,7 @@ class ChildProcess:
                 self._ends_in_a_row = 0
                 continue
             restart = decide_restart(ExitHistory(started_s, self._ends_in_a_row), time.monotonic(), code)
-            self._ends_in_a_row, self._last_code = restart.ends_in_a_row, code
+            self._ends_in_a_row, self._last_code = restart.exits_in_a_row, code
             self._enter("waiting", f"{self.spec.name}: {describe_exit(code)}; restarting in {restart.delay_s:g} s")
             await self._pause(restart.delay_s)
         self._enter("stopped")

@@ -30,14 +30,14 @@ class ExitHistory(msgspec.Struct, frozen=True):
     """A child that exited: when it was started, and how many exits too soon came before."""
 
     started_s: float
-    ends_in_a_row: int = 0
+    exits_in_a_row: int = 0
 
 
 class RestartDecision(msgspec.Struct, frozen=True):
     """Start the child again after `delay_s`."""
 
     delay_s: float
-    ends_in_a_row: int
+    exits_in_a_row: int
 
 
 def decide_restart(history: ExitHistory, now_s: float, code: int) -> RestartDecision:
@@ -46,7 +46,7 @@ def decide_restart(history: ExitHistory, now_s: float, code: int) -> RestartDeci
     A claimed place, or another version, is retried at the longest interval: only others can change it.
     """
     stable = now_s - history.started_s >= STABLE_AFTER_S
-    ends = 1 if stable else history.ends_in_a_row + 1
+    ends = 1 if stable else history.exits_in_a_row + 1
     if code in _REFUSED:
         return RestartDecision(MAX_BACKOFF_S, ends)
     # The exponent is bounded so that a long run of failures cannot overflow a float.
@@ -72,9 +72,9 @@ class ChildStatus(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase
     pid: int = 0
     restart_count: int = 0
-    ends_in_a_row: int = 0
+    exits_in_a_row: int = 0
     was_ready: bool = False
-    last_code: int | None = None
+    last_exit_code: int | None = None
 
 
 Verdict = Literal["ready", "waiting", "hopeless"]
@@ -90,11 +90,11 @@ def readiness(children: Sequence[ChildStatus]) -> Verdict:
 def _hopeless(child: ChildStatus) -> bool:
     if child.phase == "ready" or child.was_ready:
         return False
-    return child.last_code in _REFUSED or child.ends_in_a_row >= MAX_FAILED_STARTS
+    return child.last_exit_code in _REFUSED or child.exits_in_a_row >= MAX_FAILED_STARTS
 
 
 def not_ready_reason(child: ChildStatus) -> str:
     """Return why a child is not ready."""
-    if child.last_code is None:
+    if child.last_exit_code is None:
         return "started, not ready yet"
-    return f"{describe_exit(child.last_code)}, {child.ends_in_a_row} in a row"
+    return f"{describe_exit(child.last_exit_code)}, {child.exits_in_a_row} in a row"
