@@ -31,7 +31,7 @@ def hub(
             "--node",
             metavar="NODE",
             show_default=False,
-            help="the node to download from (the gateway's own)",
+            help="the node to download from (the local one)",
             autocompletion=completion.nodes,
         ),
     ] = "",

@@ -43,12 +43,22 @@ NodeArgument = Annotated[
 ]
 NodeOption = Annotated[
     str,
-    typer.Option("--node", metavar="NODE", show_default=False, help="on this node", autocompletion=completion.nodes),
+    typer.Option(
+        "--node",
+        metavar="NODE",
+        show_default=False,
+        help="on this node; default: the local one",
+        autocompletion=completion.nodes,
+    ),
 ]
 NodesOption = Annotated[
     list[str],
     typer.Option(
-        "--node", metavar="NODE", show_default=False, help="on this node; repeatable", autocompletion=completion.nodes
+        "--node",
+        metavar="NODE",
+        show_default=False,
+        help="on this node; repeatable; default: wherever it is downloading",
+        autocompletion=completion.nodes,
     ),
 ]
 AllNodesOption = Annotated[bool, typer.Option("--all", help="on every node that is up")]
@@ -64,7 +74,7 @@ def select_nodes(ctx: typer.Context) -> NodeSelection:
 
 
 def reject_together(ctx: typer.Context, **given: object) -> None:
-    """End as a usage error when more than one of these options was given; `all_nodes=…` is `--all-nodes`."""
+    """End as a usage error when more than one of these options was given; `min_nodes=…` is `--min-nodes`."""
     names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if len(names) > 1:
         ctx.fail(f"{names[1]} is not allowed with {names[0]}")

@@ -39,7 +39,7 @@ def pull(
             "--node",
             metavar="NODE",
             show_default=False,
-            help="to this node; repeatable; default: the gateway's own",
+            help="to this node; repeatable; default: the local one",
             autocompletion=completion.nodes,
         ),
     ] = [],  # noqa: B006
