@@ -85,19 +85,19 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_plan(
-    options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any], node: str, kept_secret: str
+    options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any], node: str, saved_secret: str
 ) -> NodePlan:
     """Return the plan for these options, this environment and this node.toml. Raises BadInput, Refused."""
     joins = _nats_servers(options, environ, settings)
     explicit = environ.get("SHOAL_SECRET", "") or next((t for t in map(url_token, joins) if t), "")
     joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
     # A node that joins another machine must be reachable by its peers; the secret guards it.
-    has_secret = bool(explicit or (kept_secret and joins_remote))
+    has_secret = bool(explicit or (saved_secret and joins_remote))
     bind = (
         options.bind or environ.get("SHOAL_BIND", "") or (ALL_INTERFACES if joins_remote and has_secret else LOOPBACK)
     )
     is_exposed = not is_loopback(bind)
-    secret = explicit or (kept_secret if is_exposed or joins_remote else "")
+    secret = explicit or (saved_secret if is_exposed or joins_remote else "")
     if is_exposed and joins and not secret:
         raise BadInput(
             f"--bind {bind} needs the cluster's secret (I12): give it in the URL that `shoal up` prints on the first "
