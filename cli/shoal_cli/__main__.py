@@ -2,7 +2,7 @@
 
 import sys
 
-from shoal_cli.command import run
+from shoal_cli.cli import run
 
 
 def main() -> int:

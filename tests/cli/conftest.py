@@ -18,9 +18,9 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal_cli.home import Home
-from shoal_cli.node.control import Status
+from shoal_cli.node.control import SupervisorStatus
 from shoal_cli.node.down import supervisor_status
+from shoal_cli.node_home import Home
 from tests.cli.cluster import Cluster
 from tests.harness.process import source_path
 
@@ -88,7 +88,7 @@ class Node:
     def up(self, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return self.shoal(*self.UP, "--detach", *more, **environ)
 
-    def status(self) -> Status:
+    def status(self) -> SupervisorStatus:
         found = supervisor_status(self.home)
         assert found is not None, "no supervisor answers"
         return found

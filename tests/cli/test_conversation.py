@@ -94,15 +94,15 @@ def terminal(cluster: Cluster) -> Iterator[Terminal]:
 def test_a_conversation_is_kept_until_clear_and_ends_at_ctrl_d(
     cluster: Cluster, terminal: Terminal, tmp_path: Path
 ) -> None:
-    terminal.wait("/exit ends", "> ")
+    terminal.wait("/exit or Ctrl-D ends", "> ")
     terminal.press("hello\r")
     terminal.wait("Blub blub.", "3 tokens", "> ")
     terminal.press("and now?\r")
     terminal.wait("Blub blub.", "> ")
     terminal.press("/clear\r")
-    terminal.wait("forgotten", "> ")
+    terminal.wait("cleared", "> ")
     terminal.press("/dance\r")
-    terminal.wait("there is no /dance", "> ")
+    terminal.wait("unknown command /dance", "> ")
     terminal.press("afresh\r")
     terminal.wait("Blub blub.", "> ")
     terminal.press(CTRL_D)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_cli.node import decide
-from shoal_cli.node.decide import ChildStatus, History, how_it_ended, on_exit, readiness
+from shoal_cli.node.children import restart_policy
+from shoal_cli.node.children.restart_policy import ChildStatus, ExitHistory, decide_restart, describe_exit, readiness
 
 times = st.floats(0, 1e9, allow_nan=False)
 codes = st.integers(-64, 255)
@@ -18,67 +18,77 @@ codes = st.integers(-64, 255)
 def test_the_delay_is_bounded_and_depends_on_nothing_but_its_arguments(
     ends: int, began_s: float, lived_s: float, code: int
 ) -> None:
-    history = History(began_s, ends)
-    first = on_exit(history, began_s + lived_s, code)
-    assert decide.FIRST_DELAY_S <= first.delay_s <= decide.LONGEST_DELAY_S
-    assert first == on_exit(history, began_s + lived_s, code)
+    history = ExitHistory(began_s, ends)
+    first = decide_restart(history, began_s + lived_s, code)
+    assert restart_policy.FIRST_BACKOFF_S <= first.delay_s <= restart_policy.MAX_BACKOFF_S
+    assert first == decide_restart(history, began_s + lived_s, code)
 
 
 @given(st.integers(0, 10**6), st.floats(0, 29), codes)
 def test_the_delay_never_shrinks_while_a_child_keeps_ending_early(ends: int, lived_s: float, code: int) -> None:
-    sooner = on_exit(History(0.0, ends), lived_s, code)
-    later = on_exit(History(0.0, sooner.ends_in_a_row), lived_s, code)
-    assert later.ends_in_a_row == sooner.ends_in_a_row + 1
+    sooner = decide_restart(ExitHistory(0.0, ends), lived_s, code)
+    later = decide_restart(ExitHistory(0.0, sooner.exits_in_a_row), lived_s, code)
+    assert later.exits_in_a_row == sooner.exits_in_a_row + 1
     assert later.delay_s >= sooner.delay_s
 
 
 def test_the_delay_doubles_from_a_fifth_of_a_second_to_ten() -> None:
     delays, ends = [], 0
     for _ in range(8):
-        restart = on_exit(History(0.0, ends), 1.0, 1)
+        restart = decide_restart(ExitHistory(0.0, ends), 1.0, 1)
         delays.append(restart.delay_s)
-        ends = restart.ends_in_a_row
+        ends = restart.exits_in_a_row
     assert delays == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
 
 
 @given(st.integers(0, 10**6), st.floats(30, 1e6))
 def test_a_child_that_lived_half_a_minute_starts_from_the_first_delay_again(ends: int, lived_s: float) -> None:
-    restart = on_exit(History(0.0, ends), lived_s, 1)
-    assert (restart.delay_s, restart.ends_in_a_row) == (decide.FIRST_DELAY_S, 1)
+    restart = decide_restart(ExitHistory(0.0, ends), lived_s, 1)
+    assert (restart.delay_s, restart.exits_in_a_row) == (restart_policy.FIRST_BACKOFF_S, 1)
 
 
 def test_a_claimed_place_is_said_plainly_and_not_fought_for() -> None:
-    assert "already is this node's service" in how_it_ended(9)
-    assert on_exit(History(0.0, 0), 1.0, 9).delay_s == decide.LONGEST_DELAY_S
+    assert "is already this node's service" in describe_exit(9)
+    assert decide_restart(ExitHistory(0.0, 0), 1.0, 9).delay_s == restart_policy.MAX_BACKOFF_S
 
 
 def test_a_cluster_of_another_version_is_said_plainly_and_not_fought_with() -> None:
-    assert "another major version" in how_it_ended(10)
-    assert on_exit(History(0.0, 0), 1.0, 10).delay_s == decide.LONGEST_DELAY_S
-    refused = ChildStatus(name="a", phase="waiting", ends_in_a_row=1, last_code=10)
+    assert "an incompatible version" in describe_exit(10)
+    assert decide_restart(ExitHistory(0.0, 0), 1.0, 10).delay_s == restart_policy.MAX_BACKOFF_S
+    refused = ChildStatus(name="a", phase="waiting", exits_in_a_row=1, last_exit_code=10)
     assert readiness([refused]) == "hopeless"
 
 
 def test_a_signal_is_called_by_its_name() -> None:
-    assert how_it_ended(-9) == "killed by SIGKILL"
-    assert how_it_ended(-63) == "killed by signal 63"
-    assert how_it_ended(3) == "exit code 3"
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(-63) == "killed by signal 63"
+    assert describe_exit(3) == "exit code 3"
 
 
 def test_the_node_is_up_when_every_child_is_and_hopeless_when_one_never_starts() -> None:
     up = ChildStatus(name="a", phase="ready", was_ready=True)
-    coming = ChildStatus(name="b", phase="starting", ends_in_a_row=decide.NEVER_UP_AFTER - 1)
-    broken = ChildStatus(name="c", phase="waiting", ends_in_a_row=decide.NEVER_UP_AFTER, last_code=1)
-    fallen = ChildStatus(name="d", phase="waiting", ends_in_a_row=9, last_code=1, was_ready=True)
+    coming = ChildStatus(name="b", phase="starting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS - 1)
+    broken = ChildStatus(name="c", phase="waiting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS, last_exit_code=1)
+    fallen = ChildStatus(name="d", phase="waiting", exits_in_a_row=9, last_exit_code=1, was_ready=True)
     assert readiness([up, up]) == "ready"
     assert readiness([up, coming]) == "waiting"
     assert readiness([up, coming, broken]) == "hopeless"
     assert readiness([up, fallen]) == "waiting"
 
 
-@pytest.mark.parametrize("module", ["node/decide.py", "node/plan.py", "client/progress.py", "sizes.py"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "node/children/restart_policy.py",
+        "node/node_plan.py",
+        "node/logs/nats_format.py",
+        "render/progress.py",
+        "render/storage_text.py",
+        "render/units.py",
+    ],
+)
 def test_decisions_import_nothing_that_acts(module: str) -> None:
-    source = Path(decide.__file__).parents[1] / module
+    source = Path(restart_policy.__file__).parents[2] / module
     names = [a.name for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module or "" for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.ImportFrom)]
     acting = {"asyncio", "nats", "httpx2", "os", "time", "subprocess", "socket"}

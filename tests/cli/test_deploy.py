@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_cli.node.natsd import find_program
+from shoal_cli.node.children.nats_process import find_program
 from shoal_common.subjects import SERVICES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

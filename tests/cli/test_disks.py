@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shoal_cli.client.disks import plan_words, root_words
-from shoal_cli.command import run
-from shoal_cli.sizes import parse_limit
+from shoal_cli.cli import run
+from shoal_cli.render.storage_text import library_lines, plan_lines
+from shoal_cli.render.units import parse_limit
 from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
 from shoal_common.messages.questions import EvictionPlan, Victim
 from shoal_common.messages.records import RootState
@@ -45,12 +45,12 @@ def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_speci
         said = capsys.readouterr().out
         for words in ("200.0 GB", "lru", "5.0 GB", "299.0 GB", "50.0 GB (25 %)"):
             assert words in said
-        assert "node-a has promised 10.0 GB to downloads" in said
-        assert f"node-a keeps {HELD}: pinned" in said
-        assert "node-a has set aside abababababababab…: corrupt" in said
+        assert "node-a: 10.0 GB reserved for downloads" in said
+        assert f"node-a: {HELD} is pinned" in said
+        assert "node-a: corrupt blob abababababababab… in quarantine" in said
         assert f"node-a: {HELD} is in use by stage 0 of instance x (pid 4711), for 2 h" in said
         assert f"node-a: {HELD} is in use by me, for 2 h" in said
-        assert "node-a: the environment holds max_storage_bytes" in said
+        assert "node-a: max_storage_bytes is set by the environment" in said
         assert "node-b" not in said
     assert run(["storage", "--node", "node-b"]) == 0
     assert "node-a" not in capsys.readouterr().out
@@ -61,13 +61,13 @@ def test_storage_names_what_it_did_not_put_there_and_says_that_it_stays(cluster:
     cluster.disks = [disk("node-a", unknown_count=3, unknown_bytes=12 * GB, unknown=first, unproven_count=1)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
-    assert "node-a: 3 unknown files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
-    assert "node-a: 1 copied-in file, 0 B, to be hashed before use" in said and "has gone" not in said
+    assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
+    assert "node-a: 1 copied-in file, 0 B, to be verified before use" in said and "is missing" not in said
     cluster.disks = [disk("node-a", unknown_count=1, unknown_bytes=1, unknown=first[:1], store_away=True)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
-    assert "node-a: 1 unknown file, 1 B, never deleted: index.db\n" in said
-    assert "node-a: the store has gone: mount its disk, or put it back" in said
+    assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in said
+    assert "node-a: the store is missing: mount its disk, or put it back" in said
 
 
 def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Cluster, capsys: Capture) -> None:
@@ -77,41 +77,54 @@ def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Clust
     for arguments in (["storage", "--all"], ["storage", "show", "--all"]):
         assert run(arguments) == 0
         said = capsys.readouterr().out
-        assert "node-c (away)" in said and "none" in said and "300.0 GB" in said and "node-d" in said
+        assert "node-c (down)" in said and "none" in said and "300.0 GB" in said and "node-d" in said
     assert run(["storage", "--all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks}
     assert run(["storage", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks[:1]}
 
 
-def test_further_roots_are_shown_and_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
     big = {"path": "/mnt/big", "used_bytes": 2 * GB, "blob_count": 3, "free_bytes": 9 * GB, "headroom_bytes": GB}
     gone = {"path": "/mnt/gone", "error": "it is not there: mount its disk"}
     cluster.disks = [disk("node-a", roots=[{**big, "double_bytes": GB, "reserved_bytes": GB}, gone]), disk("node-b")]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "node-a has 3 blobs in /mnt/big, 2.0 GB; 9.0 GB free there, 1.0 GB of it kept free, 1.0 GB promised" in said
-    )
-    assert "1.0 GB are there once too often: `shoal gc` removes them" in said
-    assert "node-a cannot use /mnt/gone: it is not there: mount its disk" in said
+    assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in said
+    assert "1.0 GB of duplicates: `shoal gc` deletes them" in said
+    assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in said
     cluster.disk_results = {"node-a": {"roots": ["/mnt/big", "/mnt/new"]}}
     before = len(cluster.requests)
-    assert run(["storage", "set", "--add-root", "/mnt/new", "--remove-root", "/mnt/gone"]) == 0
+    assert run(["storage", "set", "--add-volume", "/mnt/new", "--remove-volume", "/mnt/gone"]) == 0
     assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"roots": ["/mnt/big", "/mnt/new"]})
-    assert "further root /mnt/new" in capsys.readouterr().out
-    assert run(["storage", "set", "--node", "node-b", "--add-root", "/mnt/new"]) == 0
+    assert "volume /mnt/new" in capsys.readouterr().out
+    assert run(["storage", "set", "--node", "node-b", "--add-volume", "/mnt/new"]) == 0
     assert cluster.requests[-1][2] == {"roots": ["/mnt/new"], "node": "node-b"}
-    assert run(["storage", "set", "--remove-root", "/mnt/new"]) == BadInput.exit_code
-    assert "is no further root of node-a" in capsys.readouterr().err
-    assert run(["storage", "set", "--all", "--add-root", "/mnt/new"]) == BadInput.exit_code
+    assert run(["storage", "set", "--remove-volume", "/mnt/new"]) == BadInput.exit_code
+    assert "/mnt/new is not a volume of node-a (known: /mnt/big, /mnt/gone)" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--add-volume", "/mnt/new"]) == BadInput.exit_code
+
+
+def test_libraries_are_added_to_those_there_are_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a", read_only_roots=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
+    cluster.disk_results = {"node-a": {"read_only_roots": ["/nas", "/a", "~/b"]}}
+    arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas"]
+    assert run([*arguments, "--remove-library", "/old"]) == 0
+    body = {"read_only_roots": ["/nas", "/a", "~/b"]}
+    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", body)
+    assert "  library /nas\n  library /a\n  library ~/b\n" in capsys.readouterr().out
+    assert run(["storage", "set", "--remove-library", "/nas", "--remove-library", "/old"]) == 0
+    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", {"read_only_roots": []})
+    assert run(["storage", "set", "--remove-library", "/none"]) == BadInput.exit_code
+    assert "/none is not a library of node-a (known: /nas, /old)" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
 
 
 def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a")]
     assert run(["storage", "--node", "node-x"]) == NotFound.exit_code
     assert capsys.readouterr().err == (
-        "shoal: no storage of node node-x is known (known: node-a); see `shoal status`\n"
+        "shoal: no node named node-x has storage (known: node-a); see `shoal status`\n"
     )
 
 
@@ -123,8 +136,6 @@ def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, ca
             {"max_storage_bytes": 200 * GB, "eviction_policy": "lru", "headroom_bytes": 5 * GB},
         ),
         (["--max-storage", "none"], {"max_storage_bytes": None}),
-        (["--read-only-root", "/a", "--read-only-root", "~/b"], {"read_only_roots": ["/a", "~/b"]}),
-        (["--no-read-only-roots"], {"read_only_roots": []}),
         (["--headroom", "0", "--node", "node-b"], {"headroom_bytes": 0, "node": "node-b"}),
         (["--eviction-policy", "manual", "--all"], {"eviction_policy": "manual", "node": "all"}),
     ],
@@ -148,7 +159,7 @@ def test_storage_set_takes_a_span_for_what_ended_downloads_leave(cluster: Cluste
     cluster.disk_results = {"node-a": result}
     assert run(["storage", "set", "--partial-retention", "7d"]) == 0
     assert cluster.requests == [("PUT", "/v1/storage/config", {"partial_retention_s": 604800})]
-    assert "\n  what ended downloads leave is kept for 7 d 0 h\n" in capsys.readouterr().out
+    assert "\n  data of abandoned downloads is kept for 7 d 0 h\n" in capsys.readouterr().out
     assert run(["storage", "set", "--partial-retention", "soon"]) == 2
     assert "'soon' is not a duration: write it like 12h or 7d" in capsys.readouterr().err
 
@@ -157,12 +168,12 @@ def test_storage_shows_a_full_disk_and_what_ended_downloads_have_left(cluster: C
     cluster.disks = [disk("node-a", free_bytes=0, unfinished=[HELD])]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
-    assert "node-a's disk is full" in said and f"node-a has bytes of {HELD}, whose download has ended" in said
+    assert "node-a: the disk is full" in said and f"node-a: data of the abandoned download of {HELD}" in said
 
 
-def test_a_read_only_root_in_words_says_what_it_offers_and_what_not() -> None:
-    assert root_words(RootState(path="/nas", error="Permission denied")) == [
-        "cannot offer what is in /nas: Permission denied"
+def test_a_library_as_text_says_what_it_serves_and_what_not() -> None:
+    assert library_lines(RootState(path="/nas", error="Permission denied")) == [
+        "library /nas cannot be read: Permission denied"
     ]
     root = RootState(
         path="/nas",
@@ -172,11 +183,11 @@ def test_a_read_only_root_in_words_says_what_it_offers_and_what_not() -> None:
         not_adopted={"/nas/x": "it has no weights"},
         not_adopted_count=3,
     )
-    assert root_words(root) == [
-        "offers 2 models of /nas",
-        "has yet to hash 1 model there, 1.0 GB",
-        "does not offer /nas/x: it has no weights",
-        "does not offer 2 more of /nas; storage's log says why",
+    assert library_lines(root) == [
+        "library /nas: 2 models",
+        "library /nas: 1 model to be hashed, 1.0 GB",
+        "library /nas: ignored /nas/x: it has no weights",
+        "library /nas: ignored 2 more; `shoal logs storage` says why",
     ]
 
 
@@ -193,7 +204,7 @@ def test_storage_plan_asks_and_shows_what_would_go(cluster: Cluster, capsys: Cap
     assert run(["storage", "plan", "--need", "50GB", "--node", "node-b"]) == 0
     assert cluster.asked("GET", "/v1/storage/plan") == [{"need_bytes": str(50 * GB), "node": "node-b"}]
     said = capsys.readouterr().out
-    assert "node-b: to make room for 50.0 GB, 50.0 GB have to go; these would, 60.0 GB in all:" in said
+    assert "node-b: to have 50.0 GB free, 50.0 GB must go; this would evict 60.0 GB:" in said
     assert f"  {HELD}, 60.0 GB, last used " in said
     assert run(["storage", "plan", "--need", "50GB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"nodes": {"node-b": plan}}
@@ -201,7 +212,7 @@ def test_storage_plan_asks_and_shows_what_would_go(cluster: Cluster, capsys: Cap
 
 def test_a_plan_in_words_says_what_would_go_or_why_nothing_can() -> None:
     nothing = EvictionPlan(need_bytes=0, enough=True)
-    assert plan_words("a", 5 * GB, nothing, 0.0) == ["a: there is room for 5.0 GB already; nothing would go"]
+    assert plan_lines("a", 5 * GB, nothing, 0.0) == ["a: 5.0 GB are free already; nothing would be evicted"]
     enough = EvictionPlan(
         need_bytes=3 * GB,
         garbage=["ab"],
@@ -210,16 +221,16 @@ def test_a_plan_in_words_says_what_would_go_or_why_nothing_can() -> None:
         frees_bytes=5 * GB,
         enough=True,
     )
-    assert plan_words("a", 5 * GB, enough, 1000.0 + 7200) == [
-        "a: to make room for 5.0 GB, 3.0 GB have to go; these would, 5.0 GB in all:",
-        "  1 blob of no model, 1.0 GB",
+    assert plan_lines("a", 5 * GB, enough, 1000.0 + 7200) == [
+        "a: to have 5.0 GB free, 3.0 GB must go; this would evict 5.0 GB:",
+        "  1 unreferenced blob, 1.0 GB",
         "  org/old@c, 4.0 GB, last used 2 h 00 min ago",
     ]
     short = EvictionPlan(
         need_bytes=3 * GB, evictable_bytes=GB, kept={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
     )
-    assert plan_words("a", 5 * GB, short, 0.0) == [
-        "a: cannot make room for 5.0 GB: 3.0 GB would have to go and 1.0 GB may",
+    assert plan_lines("a", 5 * GB, short, 0.0) == [
+        "a: cannot free 5.0 GB: 3.0 GB needed, 1.0 GB evictable",
         "  keeps org/a@c: pinned",
         "  keeps org/b@c: used by instance i1",
     ]
@@ -246,7 +257,7 @@ def test_storage_pin_and_unpin_say_which_models_of_which_node(
 def test_gc_says_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
     cluster.disk_results = {"node-a": {"blobs": 3, "freed_bytes": 2 * GB}, "node-b": {"blobs": 0, "freed_bytes": 0}}
     assert run(["gc", "--all"]) == 0
-    assert capsys.readouterr().out == "node-a: removed 3 blobs, 2.0 GB freed\nnode-b: nothing to remove\n"
+    assert capsys.readouterr().out == "node-a: deleted 3 blobs, 2.0 GB freed\nnode-b: nothing to delete\n"
     assert run(["gc", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
     assert cluster.asked("POST", "/v1/storage/gc") == [{"node": "all"}, {}]
@@ -255,14 +266,14 @@ def test_gc_says_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
 def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Capture) -> None:
     cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
     assert run(["verify"]) == 0
-    assert capsys.readouterr().out == "node-a: checked 1 blob, 2.0 GB: all intact\n"
+    assert capsys.readouterr().out == "node-a: verified 1 blob, 2.0 GB: all intact\n"
     found = {"corrupt": ["ab" * 32], "missing": ["cd" * 32], "models": [HELD], "instances": ["i1"]}
     cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
     assert run(["verify", MODEL, "--node", "node-a"]) == Corrupt.exit_code
     assert capsys.readouterr().out.splitlines() == [
-        "node-a: checked 3 blobs, 2.0 GB: 1 corrupt and set aside, 1 missing",
-        f"  {HELD} is no longer whole: `shoal repair {HELD} --node node-a` brings it back",
-        "  instance i1 may have loaded wrong bytes: `shoal stop i1`",
+        "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine, 1 missing",
+        f"  {HELD} is incomplete: `shoal repair {HELD} --node node-a` repairs it",
+        "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",
     ]
     assert run(["verify", "--json"]) == Corrupt.exit_code
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
@@ -287,11 +298,11 @@ def test_repair_verifies_pulls_what_is_broken_and_says_what_was_bad_and_what_it_
     assert cluster.asked("POST", "/v1/storage/verify") == [{"node": "node-a", "model": MODEL}]
     assert cluster.asked("POST", "/v1/downloads") == [{"model": HELD, "nodes": ["node-a"]}]
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "node-a: checked 3 blobs, 2.0 GB: 1 corrupt and set aside (2 bad leaves)"
+    assert said[0] == "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine (2 corrupt leaves)"
     assert said[-3:] == [
-        "node-a: 2 bad leaves in 1 blob; fetched 2.1 MB",
-        f"  {HELD} is whole again",
-        "  instance i1 may have loaded wrong bytes: `shoal stop i1`",
+        "node-a: 2 corrupt leaves in 1 blob; fetched 2.1 MB",
+        f"  {HELD} is complete again",
+        "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",
     ]
     repaired(cluster, ok=True)
     assert run(["repair", "--all", "--json"]) == 0
@@ -303,7 +314,7 @@ def test_repair_fetches_nothing_where_nothing_is_broken(cluster: Cluster, capsys
     cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
     assert run(["repair"]) == 0
     assert not cluster.asked("POST", "/v1/downloads")
-    assert capsys.readouterr().out == ("node-a: checked 1 blob, 2.0 GB: all intact\nnode-a: nothing to repair\n")
+    assert capsys.readouterr().out == ("node-a: verified 1 blob, 2.0 GB: all intact\nnode-a: nothing to repair\n")
 
 
 def test_a_model_that_cannot_be_repaired_is_named_and_its_error_is_the_exit_code(
@@ -311,7 +322,7 @@ def test_a_model_that_cannot_be_repaired_is_named_and_its_error_is_the_exit_code
 ) -> None:
     repaired(cluster, ok=False, error={"code": "hub_unavailable", "message": "the hub does not answer"})
     assert run(["repair", MODEL]) == HubUnavailable.exit_code
-    assert f"  {HELD} is still broken: the hub does not answer" in capsys.readouterr().out.splitlines()
+    assert f"  {HELD} is still incomplete: the hub does not answer" in capsys.readouterr().out.splitlines()
 
 
 def test_a_limit_is_a_size_or_none() -> None:

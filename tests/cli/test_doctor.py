@@ -1,4 +1,4 @@
-"""`shoal doctor` against real servers, processes and files: what it sees of trouble that is really there."""
+"""`shoal doctor` against real servers, processes and files: problems that are really there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from nats.js import api
 
-from shoal_cli.doctor.examine import Report, examine
 from shoal_cli.doctor.finding import Finding, exit_code
-from shoal_cli.home import Home
+from shoal_cli.doctor.run import DoctorReport, run_checks
 from shoal_cli.node.ports import free_port
+from shoal_cli.node_home import Home
 from shoal_common import VERSION
 from shoal_common.buckets import live_key, stream_configs
 from shoal_common.identity import this_process
@@ -52,16 +52,16 @@ def quiet(**more: str) -> dict[str, str]:
     return {"SHOAL_GATEWAY_PORT": str(free_port("127.0.0.1")), "PATH": os.environ.get("PATH", ""), **more}
 
 
-def look(home: Home, server: NatsServer | str, **more: str) -> Report:
+def probe(home: Home, server: NatsServer | str, **more: str) -> DoctorReport:
     url = server if isinstance(server, str) else server.url
-    return examine(home, quiet(SHOAL_NATS=url, **more))
+    return run_checks(home, quiet(SHOAL_NATS=url, **more))
 
 
-def of(report: Report, check: str) -> list[Finding]:
+def of(report: DoctorReport, check: str) -> list[Finding]:
     return [f for f in report.findings if f.check == check]
 
 
-def only(report: Report, check: str) -> Finding:
+def only(report: DoctorReport, check: str) -> Finding:
     [one] = of(report, check)
     return one
 
@@ -120,26 +120,26 @@ def listening(answer: bytes | None = None) -> Iterator[int]:
 
 
 def test_nothing_at_all_is_no_problem_and_nothing_is_made(tmp_path: Path) -> None:
-    report = examine(Home(tmp_path / "none"), quiet(SHOAL_NATS=""))
+    report = run_checks(Home(tmp_path / "none"), quiet(SHOAL_NATS=""))
     assert only(report, "services").level == "warning" and "no node was ever started" in only(report, "services").what
     # The other checks look at this machine's own ports, memory and disk, of which a test knows nothing.
-    assert {only(report, c).level for c in ("permissions", "roots")} == {"ok"}
+    assert {only(report, c).level for c in ("permissions", "volumes")} == {"ok"}
     assert not (tmp_path / "none").exists()
 
 
 def test_a_node_that_does_not_run_is_a_problem(home: Home) -> None:
     before = sorted(home.root.rglob("*"))
-    report = examine(home, quiet())
-    assert only(report, "services").level == "problem" and "node a does not run" in only(report, "services").what
+    report = run_checks(home, quiet())
+    assert only(report, "services").level == "problem" and "node a is not running" in only(report, "services").what
     assert exit_code(report.findings) == 1
     assert sorted(home.root.rglob("*")) == before, "looking changed something"
 
 
 def test_a_nats_that_is_not_there_is_one_problem_and_the_rest_is_looked_at(home: Home) -> None:
     port = free_port("127.0.0.1")
-    report = look(home, f"nats://127.0.0.1:{port}")
+    report = probe(home, f"nats://127.0.0.1:{port}")
     found = only(report, "nats")
-    assert found.level == "problem" and "nobody listens there" in found.what and str(port) in found.what
+    assert found.level == "problem" and "nothing listens there" in found.what and str(port) in found.what
     for check in ("streams", "nats store", "clocks", "fileservers", "node ids", "versions"):
         assert only(report, check).level == "skipped", check
     for check in ("disk", "memory", "open files", "permissions", "ports"):
@@ -147,16 +147,16 @@ def test_a_nats_that_is_not_there_is_one_problem_and_the_rest_is_looked_at(home:
 
 
 def test_a_name_that_means_nothing_is_told(home: Home) -> None:
-    found = only(look(home, "nats://no-such-host.invalid:4222"), "nats")
+    found = only(probe(home, "nats://no-such-host.invalid:4222"), "nats")
     assert found.level == "problem"
 
 
 def test_a_program_that_is_no_nats_is_told_whether_it_speaks_or_not(home: Home) -> None:
     with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-        found = only(look(home, f"nats://127.0.0.1:{port}"), "nats")
-        assert found.level == "problem" and "does not speak NATS" in found.what
+        found = only(probe(home, f"nats://127.0.0.1:{port}"), "nats")
+        assert found.level == "problem" and "it is not a NATS server" in found.what
     with listening(None) as port:
-        found = only(look(home, f"nats://127.0.0.1:{port}"), "nats")
+        found = only(probe(home, f"nats://127.0.0.1:{port}"), "nats")
         assert found.level == "problem" and "does not answer" in found.what
 
 
@@ -171,7 +171,7 @@ def test_a_home_that_hangs_does_not_hang_the_doctor(tmp_path: Path) -> None:
 
 def test_a_cluster_in_order_has_no_warning_but_that_this_node_does_not_run(home: Home, own_nats: NatsServer) -> None:
     cluster(own_nats, _nothing)
-    report = look(home, own_nats)
+    report = probe(home, own_nats)
     for check in ("nats", "streams", "nats store", "clocks", "fileservers", "node ids", "versions"):
         assert only(report, check).level == "ok", only(report, check)
 
@@ -181,7 +181,7 @@ async def _nothing(_: Joined) -> None:
 
 
 def test_a_nats_without_streams_says_that_they_are_missing(home: Home, own_nats: NatsServer) -> None:
-    report = look(home, own_nats)
+    report = probe(home, own_nats)
     assert {f.about for f in of(report, "streams")} == {f"stream {c.name}" for c in stream_configs(1)}
     assert {f.level for f in of(report, "streams")} == {"problem"}
 
@@ -197,7 +197,7 @@ def test_a_bucket_with_other_settings_is_a_problem_that_names_them(home: Home, o
         )
 
     cluster(own_nats, change)
-    found = {f.about: f.what for f in of(look(home, own_nats), "streams") if f.level == "problem"}
+    found = {f.about: f.what for f in of(probe(home, own_nats), "streams") if f.level == "problem"}
     assert set(found) == {"stream KV_done", "stream KV_lease"}
     assert "max_age: 60.0 instead of 3600" in found["stream KV_done"]
     assert "storage: memory instead of file" in found["stream KV_lease"]
@@ -215,11 +215,11 @@ def test_a_nats_that_wants_another_secret_refuses_and_is_not_away(
 ) -> None:
     with served(monkeypatch, tmp_path, 'authorization {{ token: "the-right-secret" }}\n') as server:
         for more in ({}, {"SHOAL_SECRET": "the-wrong-secret"}):
-            found = only(look(home, server, **more), "nats")
+            found = only(probe(home, server, **more), "nats")
             assert found.level == "problem" and "refuses our credentials" in found.what, found
-        assert only(look(home, server, SHOAL_SECRET="the-right-secret"), "nats").level == "ok"
-        home.keep_secret("the-right-secret")
-        assert only(look(home, server), "nats").level == "ok", "the home's own secret is used"
+        assert only(probe(home, server, SHOAL_SECRET="the-right-secret"), "nats").level == "ok"
+        home.write_secret("the-right-secret")
+        assert only(probe(home, server), "nats").level == "ok", "the home's own secret is used"
 
 
 def test_a_permission_that_is_denied_is_told_as_that_and_not_as_silence(
@@ -227,15 +227,15 @@ def test_a_permission_that_is_denied_is_told_as_that_and_not_as_silence(
 ) -> None:
     user = 'authorization {{ users: [ {{ user: u, password: p, permissions: {{ publish: ["foo"] }} }} ] }}\n'
     with served(monkeypatch, tmp_path, user) as server:
-        found = only(look(home, server.url.replace("nats://", "nats://u:p@")), "nats")
-    assert found.level == "problem" and "may not do all that Shoal does" in found.what
+        found = only(probe(home, server.url.replace("nats://", "nats://u:p@")), "nats")
+    assert found.level == "problem" and "lack permissions that Shoal needs" in found.what
     assert "$JS.API.INFO".lower() in found.what.lower()
 
 
 def test_a_nats_without_jetstream_says_so(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(monkeypatch, tmp_path, "", jetstream=False) as server:
-        report = look(home, server)
-    assert only(report, "nats").level == "problem" and "JetStream is not on" in only(report, "nats").what
+        report = probe(home, server)
+    assert only(report, "nats").level == "problem" and "JetStream is off" in only(report, "nats").what
     assert only(report, "streams").level == "skipped"
 
 
@@ -250,7 +250,7 @@ def test_a_nats_that_syncs_now_and_then_is_a_warning_where_its_monitoring_is_see
         cluster(server, _nothing)
         for file in server.directory.glob("*.ports"):  # where a node's own server tells its ports
             (home.run / file.name).write_bytes(file.read_bytes())
-        report = look(home, server)
+        report = probe(home, server)
     assert only(report, "nats").level == "warning" and "every 120 s" in only(report, "nats").what
     assert "1.1 GB" in only(report, "nats store").what
 
@@ -261,11 +261,11 @@ def test_a_nats_that_syncs_now_and_then_is_a_warning_where_its_monitoring_is_see
 def test_another_version_of_a_node_is_told(home: Home, own_nats: NatsServer) -> None:
     same = [("b", "storage", elsewhere()), ("d", "storage", elsewhere("third/boot/1"))]
     says_live(own_nats, *same, ("c", "storage", elsewhere(version="7.0.0")))
-    found = only(look(home, own_nats), "versions")
+    found = only(probe(home, own_nats), "versions")
     assert found.level == "problem" and "storage of c: version 7.0.0" in found.what
     newer = f"{VERSION.rpartition('.')[0]}.99"
     says_live(own_nats, ("c", "storage", elsewhere(version=newer)))
-    found = only(look(home, own_nats), "versions")
+    found = only(probe(home, own_nats), "versions")
     assert found.level == "warning" and f"storage of c: version {newer}" in found.what
 
 
@@ -275,7 +275,7 @@ def test_a_clock_that_is_ahead_shows_in_a_liveness_value(home: Home, own_nats: N
         ("b", "storage", elsewhere(started_at_s=time.time() + 7200)),
         ("c", "storage", elsewhere("third/boot/1")),
     )
-    found = only(look(home, own_nats), "clocks")
+    found = only(probe(home, own_nats), "clocks")
     assert (
         found.level == "problem"
         and found.about == "node b"
@@ -289,7 +289,7 @@ def test_a_clock_that_is_behind_shows_in_what_its_fileserver_says(home: Home, ow
     with listening(late) as port:
         mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
         says_live(own_nats, ("b", "fileserver", mine))
-        report = look(home, own_nats)
+        report = probe(home, own_nats)
     assert "node b" in of(report, "clocks")[0].what and "behind" in of(report, "clocks")[0].what
 
 
@@ -298,14 +298,14 @@ def test_a_stranger_s_clock_is_not_taken_for_a_fileserver_s(home: Home, own_nats
     with listening(strange) as port:
         mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
         says_live(own_nats, ("b", "fileserver", mine))
-        report = look(home, own_nats)
+        report = probe(home, own_nats)
     assert only(report, "clocks").level == "ok"
     assert "another program" in only(report, "fileservers").remedy
 
 
 def test_one_node_id_on_two_machines_is_told(home: Home, own_nats: NatsServer) -> None:
     says_live(own_nats, ("b", "storage", elsewhere()), ("b", "fetcher", elsewhere("third/boot2/1")))
-    found = only(look(home, own_nats), "node ids")
+    found = only(probe(home, own_nats), "node ids")
     assert found.level == "problem" and "b is used on several machines: other, third" in found.what
 
 
@@ -314,16 +314,16 @@ def test_a_fileserver_that_is_not_reached_is_told(home: Home, own_nats: NatsServ
     here = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{closed}"]))
     there = elsewhere(facts=Facts(addresses=[]))
     says_live(own_nats, ("b", "fileserver", here), ("c", "fileserver", there))
-    found = {f.about: f for f in of(look(home, own_nats), "fileservers")}
-    assert "nobody listens there" in found["node b"].what and str(closed) in found["node b"].what
-    assert "tells no address" in found["node c"].what
+    found = {f.about: f for f in of(probe(home, own_nats), "fileservers")}
+    assert "nothing listens there" in found["node b"].what and str(closed) in found["node b"].what
+    assert "publishes no address" in found["node c"].what
 
 
 def test_services_of_another_machine_with_this_node_s_id_are_not_this_node_s(
     home: Home, own_nats: NatsServer
 ) -> None:
     says_live(own_nats, ("a", "storage", elsewhere()))
-    assert "does not run" in only(look(home, own_nats), "services").what
+    assert "is not running" in only(probe(home, own_nats), "services").what
 
 
 # Ports, permissions, disks
@@ -332,23 +332,24 @@ def test_services_of_another_machine_with_this_node_s_id_are_not_this_node_s(
 def test_a_port_that_is_taken_is_told_with_who_has_it(home: Home) -> None:
     with listening() as port:
         found = only(
-            examine(home, {**quiet(), "SHOAL_NATS": "nats://127.0.0.1:1", "SHOAL_GATEWAY_PORT": str(port)}), "ports"
+            run_checks(home, {**quiet(), "SHOAL_NATS": "nats://127.0.0.1:1", "SHOAL_GATEWAY_PORT": str(port)}),
+            "ports",
         )
     assert found.level == "problem" and found.about == f"port {port}"
     assert f"pid {os.getpid()}" in found.what, "the test itself listens there"
 
 
 def test_a_secret_that_others_may_read_is_told(home: Home) -> None:
-    home.keep_secret("0123456789abcdef")
-    assert all(f.about != str(home.secret) for f in of(look(home, "nats://127.0.0.1:1"), "permissions"))
+    home.write_secret("0123456789abcdef")
+    assert all(f.about != str(home.secret) for f in of(probe(home, "nats://127.0.0.1:1"), "permissions"))
     home.secret.chmod(0o644)
-    found = only(look(home, "nats://127.0.0.1:1"), "permissions")
+    found = only(probe(home, "nats://127.0.0.1:1"), "permissions")
     assert found.level == "problem" and found.about == str(home.secret) and "0644" in found.what
 
 
 def test_a_settings_file_that_cannot_be_read_is_told(home: Home) -> None:
     (home.root / "node.toml").write_text("id = ")
-    assert any("node.toml cannot be read" in f.what for f in of(look(home, "nats://127.0.0.1:1"), "disk"))
+    assert any("node.toml cannot be read" in f.what for f in of(probe(home, "nats://127.0.0.1:1"), "disk"))
 
 
 def test_roots_that_are_not_mounted_are_told(home: Home, tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_roots_that_are_not_mounted_are_told(home: Home, tmp_path: Path) -> None
     further.mkdir(parents=True)
     (further / ("0" * 16)).symlink_to(tmp_path / "unmounted")
     (home.root / "node.toml").write_text(f'id = "a"\n[storage]\nread_only_roots = ["{tmp_path / "cache"}"]\n')
-    found = {f.about: f.level for f in of(look(home, "nats://127.0.0.1:1"), "roots")}
+    found = {f.about: f.level for f in of(probe(home, "nats://127.0.0.1:1"), "volumes")}
     assert found == {str(tmp_path / "unmounted"): "problem", str(tmp_path / "cache"): "warning"}
 
 
@@ -365,7 +366,7 @@ def test_another_user_is_told_whose_node_it_is(home: Home) -> None:
     home.root.chmod(0o700)
     # Another user may not be able to read the tree's modules: they are loaded before becoming it.
     become = (
-        "import os, sys, shoal_cli.doctor.page; from shoal_cli.command import run; "
+        "import os, sys, shoal_cli.commands.doctor, shoal_cli.doctor.render; from shoal_cli.cli import run; "
         "os.setgid(65534); os.setuid(65534); sys.exit(run(sys.argv[1:]))"
     )
     done = subprocess.run(
@@ -377,7 +378,7 @@ def test_another_user_is_told_whose_node_it_is(home: Home) -> None:
         check=False,
     )
     [found] = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "permissions"]
-    assert found["level"] == "warning" and "and this is " in found["what"], found
+    assert found["level"] == "warning" and ", this is " in found["what"], found
 
 
 # Nodes that run
@@ -399,10 +400,10 @@ def test_a_service_that_does_not_start_is_told_with_the_end_of_its_log(node: Sta
     node.up()
 
     def tried() -> bool:
-        return any(c.name == "storage" and c.last_code == 3 for c in node.status().children)
+        return any(c.name == "storage" and c.last_exit_code == 3 for c in node.status().children)
 
     until(tried, "storage has ended once")
-    report = examine(node.home, quiet())
+    report = run_checks(node.home, quiet())
     found = [f for f in of(report, "services") if f.about == "storage"]
     assert found and found[0].level == "problem" and "exit code 3" in found[0].what
     assert "frobnicator" in found[0].remedy
@@ -415,7 +416,7 @@ def test_a_supervisor_that_does_not_answer_is_told(node: StandInNode) -> None:
     pid = node.status().pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        found = only(examine(node.home, quiet()), "services")
+        found = only(run_checks(node.home, quiet()), "services")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert found.level == "problem" and f"pid {pid}" in found.what and "does not answer" in found.what
@@ -425,13 +426,13 @@ async def test_services_without_a_supervisor_are_seen_by_what_they_say(own_nats:
     with running_nodes(Node(tmp_path / "a", "a", own_nats.url, ("storage", "fileserver"))) as [node]:
         async with joined(own_nats) as here:
             await node.ready(here)
-        report = await asyncio.to_thread(look, Home(node.home), own_nats)
+        report = await asyncio.to_thread(probe, Home(node.home), own_nats)
         assert only(report, "services").what.startswith("the cluster sees fileserver, storage")
         assert only(report, "fileservers").level == "ok"
         assert "fileserver " in only(report, "ports").what and only(report, "ports").level == "ok"
         node["fileserver"].send(signal.SIGSTOP)
         try:
-            report = await asyncio.to_thread(look, Home(node.home), own_nats)
+            report = await asyncio.to_thread(probe, Home(node.home), own_nats)
         finally:
             node["fileserver"].send(signal.SIGCONT)
         found = only(report, "fileservers")
@@ -441,9 +442,9 @@ async def test_services_without_a_supervisor_are_seen_by_what_they_say(own_nats:
 def test_whole_nodes_are_well_and_a_killed_nats_is_told(tmp_path: Path) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", ("a", "b")) as nodes:
         for name in ("a", "b"):
-            told = json.loads(nodes[name].shoal("doctor", "--json").stdout)
-            assert told["node"] == name and told["version"] == VERSION
-            levels: Mapping[str, str] = {f["check"]: f["level"] for f in told["findings"]}
+            report = json.loads(nodes[name].shoal("doctor", "--json").stdout)
+            assert report["node"] == name and report["version"] == VERSION
+            levels: Mapping[str, str] = {f["check"]: f["level"] for f in report["findings"]}
             for check in (
                 "services",
                 "ports",
@@ -454,9 +455,9 @@ def test_whole_nodes_are_well_and_a_killed_nats_is_told(tmp_path: Path) -> None:
                 "versions",
                 "node ids",
             ):
-                assert levels[check] == "ok", (check, told)
+                assert levels[check] == "ok", (check, report)
         printed = nodes["b"].shoal("doctor")
-        assert printed.returncode == int(told["worst"] == "problem"), "this machine's own disk may be full"
+        assert printed.returncode == int(report["worst"] == "problem"), "this machine's own disk may be full"
         assert "node b, " in printed.stdout.splitlines()[-1]
 
         pid = nodes["a"].child("nats").pid

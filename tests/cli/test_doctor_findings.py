@@ -13,36 +13,35 @@ from hypothesis import strategies as st
 from nats.js import api
 from rich.console import Console
 
-from shoal_cli.doctor import (
+from shoal_cli.doctor import checks, finding, render
+from shoal_cli.doctor.checks import (
     clocks,
     disk,
-    finding,
-    identities,
+    duplicate_ids,
     machine,
     nats,
-    page,
     peers,
     permissions,
     ports,
-    reaching,
+    reachability,
     services,
     versions,
 )
-from shoal_cli.doctor.clocks import Offset
-from shoal_cli.doctor.disk import DiskFacts, FileSystem
-from shoal_cli.doctor.examine import ORDER, Report
+from shoal_cli.doctor.checks.clocks import ClockOffset
+from shoal_cli.doctor.checks.disk import DiskFacts, FileSystemInfo
+from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
+from shoal_cli.doctor.checks.nats import JetStreamMonitor, NatsFacts, NatsServerInfo, StreamStatus
+from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
+from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
+from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
+from shoal_cli.doctor.checks.reachability import OsInfo
+from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
 from shoal_cli.doctor.finding import Finding
-from shoal_cli.doctor.look.here import servers_of, with_secret
-from shoal_cli.doctor.look.units import parse
-from shoal_cli.doctor.machine import MemoryFacts, Opened
-from shoal_cli.doctor.nats import Monitor, NatsFacts, Server, Stream
-from shoal_cli.doctor.peers import Peer, Way
-from shoal_cli.doctor.permissions import Entry, PermissionFacts
-from shoal_cli.doctor.ports import Listener, Wanted
-from shoal_cli.doctor.reaching import System
-from shoal_cli.doctor.services import ServiceFacts, Unit
-from shoal_cli.node.control import Status
-from shoal_cli.node.decide import ChildStatus
+from shoal_cli.doctor.probes.local_node import servers_of, with_secret
+from shoal_cli.doctor.probes.systemd_units import parse
+from shoal_cli.doctor.run import CHECKS, DoctorReport
+from shoal_cli.node.children.restart_policy import ChildStatus
+from shoal_cli.node.control import SupervisorStatus
 from shoal_common.buckets import stream_configs
 from shoal_common.interfaces import Interface
 from shoal_common.messages.facts import Holder
@@ -50,7 +49,7 @@ from shoal_common.messages.records import FurtherRootState, RootState, StorageSt
 from shoal_storage import limits, reserve
 
 GB = 10**9
-PACKAGE = Path(finding.__file__).parent
+PACKAGE = Path(checks.__file__).parent
 
 
 def only(found: list[Finding], check: str = "") -> Finding:
@@ -60,18 +59,18 @@ def only(found: list[Finding], check: str = "") -> Finding:
 
 
 def says(found: Finding, level: str, *words: str) -> None:
-    """It has this level and these words, and whoever reads it is told what to do about what is not well."""
+    """It has this level and these words, and a remedy where something is wrong."""
     assert found.level == level, found
     for word in words:
         assert word in f"{found.what} {found.remedy}", (word, found)
     assert found.remedy or level in ("ok", "skipped"), found
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "examine"))
+@pytest.mark.parametrize("module", [*sorted(f"checks/{p.stem}" for p in PACKAGE.glob("*.py")), "finding", "render"])
 def test_what_judges_does_no_io(module: str) -> None:
     imported = {
         name.split(".")[0]
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+        for node in ast.walk(ast.parse((PACKAGE.parent / f"{module}.py").read_text()))
         for name in (
             [a.name for a in node.names]
             if isinstance(node, ast.Import)
@@ -91,7 +90,7 @@ def child(name: str, **more: Any) -> ChildStatus:
 
 
 def supervised(*children: ChildStatus, **more: Any) -> list[Finding]:
-    facts = {"home": "/h", "node": "a", "supervisor": "answers", "pid": 5, "children": children, **more}
+    facts = {"home": "/h", "node": "a", "supervisor": "running", "pid": 5, "children": children, **more}
     return services.judge(ServiceFacts(**facts))
 
 
@@ -100,19 +99,23 @@ def test_services_that_run_are_one_line() -> None:
 
 
 def test_a_service_that_does_not_run_is_a_problem_with_the_end_of_its_log() -> None:
-    down = child("fetcher", phase="waiting", ends_in_a_row=4, last_code=3)
-    found = only(supervised(down, last_words={"fetcher": "no such frobnicator"}))
-    says(found, "problem", "fetcher does not run", "exit code 3", "4 in a row", "no such frobnicator")
+    down = child("fetcher", phase="waiting", exits_in_a_row=4, last_exit_code=3)
+    found = only(supervised(down, log_tails={"fetcher": "no such frobnicator"}))
+    says(found, "problem", "fetcher is not running", "exit code 3", "4 in a row", "no such frobnicator")
 
 
 def test_a_service_whose_place_is_held_says_who_could_hold_it() -> None:
-    says(only(supervised(child("storage", phase="waiting", last_code=9))), "problem", "systemd", "node id")
+    says(only(supervised(child("storage", phase="waiting", last_exit_code=9))), "problem", "systemd", "node id")
 
 
 def test_a_service_that_ends_again_and_again_is_a_warning_while_it_runs() -> None:
-    says(only(supervised(child("storage", ends_in_a_row=3, last_code=-9))), "warning", "3 times", "SIGKILL")
-    assert only(supervised(child("storage", ends_in_a_row=1, last_code=-9))).level == "ok"
-    says(only(supervised(child("storage", ends_in_a_row=1, restart_count=40, last_code=1))), "warning", "40 times")
+    says(only(supervised(child("storage", exits_in_a_row=3, last_exit_code=-9))), "warning", "3 times", "SIGKILL")
+    assert only(supervised(child("storage", exits_in_a_row=1, last_exit_code=-9))).level == "ok"
+    says(
+        only(supervised(child("storage", exits_in_a_row=1, restart_count=40, last_exit_code=1))),
+        "warning",
+        "40 times",
+    )
     assert only(supervised(child("storage", restart_count=40))).level == "ok", "restarts that people asked for"
 
 
@@ -128,9 +131,9 @@ def test_a_service_that_the_cluster_does_not_see_has_lost_nats() -> None:
 @pytest.mark.parametrize(
     ("more", "level", "words"),
     [
-        ({"supervisor": "silent", "pid": 9}, "problem", ("pid 9", "does not answer")),
+        ({"supervisor": "unresponsive", "pid": 9}, "problem", ("pid 9", "does not answer")),
         ({"supervisor": "foreign"}, "skipped", ("another user",)),
-        ({}, "problem", ("node a does not run", "shoal up")),
+        ({}, "problem", ("node a is not running", "shoal up")),
         ({"node": ""}, "warning", ("no node was ever started",)),
         ({"live": ["storage", "gateway"]}, "ok", ("storage, gateway",)),
     ],
@@ -142,24 +145,24 @@ def test_a_node_without_services_of_ours_says_why(more: dict[str, Any], level: s
 @pytest.mark.parametrize(
     ("unit", "level", "words"),
     [
-        (Unit(name="storage", active="active"), "ok", ("systemd runs storage",)),
-        (Unit(name="storage", active="failed", result="exit-code"), "problem", ("exit-code", "journalctl")),
-        (Unit(name="storage", active="activating", restart_count=4), "problem", ("4 restarts",)),
-        (Unit(name="storage", active="activating"), "warning", ("not ready yet",)),
-        (Unit(name="storage", active="inactive"), "problem", ("enable --now shoal-storage",)),
-        (Unit(name="nats", active="inactive"), "ok", ()),
-        (Unit(name="storage", active="active", restart_count=9), "warning", ("restarted 9 times",)),
+        (SystemdUnit(name="storage", active="active"), "ok", ("systemd runs storage",)),
+        (SystemdUnit(name="storage", active="failed", result="exit-code"), "problem", ("exit-code", "journalctl")),
+        (SystemdUnit(name="storage", active="activating", restart_count=4), "problem", ("4 restarts",)),
+        (SystemdUnit(name="storage", active="activating"), "warning", ("not ready yet",)),
+        (SystemdUnit(name="storage", active="inactive"), "problem", ("enable --now shoal-storage",)),
+        (SystemdUnit(name="nats", active="inactive"), "ok", ()),
+        (SystemdUnit(name="storage", active="active", restart_count=9), "warning", ("restarted 9 times",)),
     ],
 )
-def test_units_of_systemd_are_read(unit: Unit, level: str, words: tuple[str, ...]) -> None:
+def test_units_of_systemd_are_read(unit: SystemdUnit, level: str, words: tuple[str, ...]) -> None:
     says(only(services.judge(ServiceFacts(home="/h", node="a", units=[unit]))), level, *words)
 
 
 def test_what_systemctl_prints_is_understood() -> None:
     text = "Result=success\nNRestarts=2\nId=shoal-storage.service\nActiveState=active\n\nId=shoal-nats.service\n"
     assert parse(text) == [
-        Unit(name="storage", active="active", result="success", restart_count=2),
-        Unit(name="nats", active=""),
+        SystemdUnit(name="storage", active="active", result="success", restart_count=2),
+        SystemdUnit(name="nats", active=""),
     ]
     assert parse("") == []
 
@@ -167,31 +170,31 @@ def test_what_systemctl_prints_is_understood() -> None:
 # Ports
 
 
-def want(**more: Any) -> Wanted:
-    return Wanted(**{"service": "gateway", "host": "127.0.0.1", "port": 8080, "running": True, **more})
+def want(**more: Any) -> ExpectedPort:
+    return ExpectedPort(**{"service": "gateway", "host": "127.0.0.1", "port": 8080, "running": True, **more})
 
 
 @pytest.mark.parametrize(
     ("wanted", "listeners", "level", "words"),
     [
-        (want(), [Listener(8080, 1, "python")], "ok", ("gateway 8080",)),
-        (want(), [Listener(8080, 0)], "ok", ("gateway 8080",)),
+        (want(), [PortListener(8080, 1, "python")], "ok", ("gateway 8080",)),
+        (want(), [PortListener(8080, 0)], "ok", ("gateway 8080",)),
         (want(), [], "problem", ("does not listen on port 8080", "shoal restart gateway")),
         (want(service="fileserver", port=0), [], "problem", ("listens on no port",)),
-        (want(), [Listener(8080, 2, "httpd")], "problem", ("taken by httpd, pid 2", "--port")),
+        (want(), [PortListener(8080, 2, "httpd")], "problem", ("taken by httpd, pid 2", "--port")),
         (want(running=False), [], "ok", ("8080 (free)",)),
-        (want(running=False, bind_problem="in use"), [Listener(8080, 0)], "problem", ("another user",)),
+        (want(running=False, bind_problem="in use"), [PortListener(8080, 0)], "problem", ("another user",)),
         (want(running=False, bind_problem="Cannot assign"), [], "problem", ("Cannot assign", "an address of this")),
         (
             want(service="nats", port=4222, running=False, bind_problem="in use"),
-            [Listener(4222, 2, "nats-server")],
+            [PortListener(4222, 2, "nats-server")],
             "problem",
             ("join that server", "shoal up --nats nats://127.0.0.1:4222", "--nats-port"),
         ),
     ],
 )
 def test_a_port_is_ours_or_free_or_taken(
-    wanted: Wanted, listeners: list[Listener], level: str, words: tuple[str, ...]
+    wanted: ExpectedPort, listeners: list[PortListener], level: str, words: tuple[str, ...]
 ) -> None:
     says(only(ports.judge([wanted], listeners, {1})), level, *words)
 
@@ -203,45 +206,46 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
 
 
 @pytest.mark.parametrize(
-    ("trouble", "address", "system", "words"),
+    ("error", "address", "system", "words"),
     [
-        ("no_route", "192.168.1.9:80", System("darwin", 15, LAN), "Privacy & Security > Local Network"),
-        ("no_route", "192.168.1.9:80", System("darwin", 14, LAN), "is this still its address"),
-        ("no_route", "192.168.1.9:80", System("linux", 0, LAN), "is this still its address"),
-        ("no_route", "10.9.9.9:80", System("darwin", 15, LAN), "no network of this machine has that address"),
-        ("silent", "192.168.1.9:80", System("darwin", 15, LAN), "firewall"),
-        ("refused", "192.168.1.9:80", System(), "start it there"),
-        ("no_name", "there:80", System(), "correct the name"),
-        ("mute", "192.168.1.9:80", System(), "it hangs"),
-        ("broken", "192.168.1.9:80", System(), "see what listens there"),
+        ("no_route", "192.168.1.9:80", OsInfo("darwin", 15, LAN), "Privacy & Security > Local Network"),
+        ("no_route", "192.168.1.9:80", OsInfo("darwin", 14, LAN), "is this still its address"),
+        ("no_route", "192.168.1.9:80", OsInfo("linux", 0, LAN), "is this still its address"),
+        ("no_route", "10.9.9.9:80", OsInfo("darwin", 15, LAN), "no network of this machine has that address"),
+        ("timeout", "192.168.1.9:80", OsInfo("darwin", 15, LAN), "firewall"),
+        ("refused", "192.168.1.9:80", OsInfo(), "start it there"),
+        ("unknown_host", "there:80", OsInfo(), "correct the name"),
+        ("no_reply", "192.168.1.9:80", OsInfo(), "it hangs"),
+        ("broken", "192.168.1.9:80", OsInfo(), "to see what listens there"),
     ],
 )
 def test_why_an_address_is_not_reached_has_its_remedy(
-    trouble: reaching.Trouble, address: str, system: System, words: str
+    error: reachability.ConnectError, address: str, system: OsInfo, words: str
 ) -> None:
-    assert words in reaching.remedy(trouble, address, system, "the other")
-    assert reaching.in_words(trouble, "")
+    assert words in reachability.connect_remedy(error, address, system, "the other")
+    assert reachability.describe(error, "")
 
 
 # NATS
 
 
-def streams(**changed: Any) -> list[Stream]:
+def streams(**changed: Any) -> list[StreamStatus]:
     """All as they have to be; `KV_lease` with changes."""
     out = []
     for wanted, found in zip(stream_configs(1), stream_configs(1), strict=True):
         for name, value in changed.items() if wanted.name == "KV_lease" else ():
             setattr(found, name, value)
-        out.append(Stream(wanted, found))
+        out.append(StreamStatus(wanted, found))
     return out
 
 
-GOOD = Server(url="nats://n:4222", version="2.11.4", jetstream=True)
+GOOD = NatsServerInfo(url="nats://n:4222", version="2.11.4", jetstream=True)
+REFUSED = msgspec.structs.replace(GOOD, connect_error="refused")
 
 
 def on(**more: Any) -> list[Finding]:
     facts = {"servers": [GOOD], "connected": True, "streams": streams(), "store_used_bytes": 10, **more}
-    return nats.judge(NatsFacts(**facts), System())
+    return nats.judge(NatsFacts(**facts), OsInfo())
 
 
 def test_a_good_nats_is_three_lines() -> None:
@@ -251,16 +255,20 @@ def test_a_good_nats_is_three_lines() -> None:
 @pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
-        ({"servers": [msgspec.structs.replace(GOOD, trouble="refused")]}, "problem", ("nobody listens there",)),
+        (
+            {"servers": [msgspec.structs.replace(GOOD, connect_error="refused")]},
+            "problem",
+            ("nothing listens there",),
+        ),
         ({"servers": [GOOD], "denied": "Authorization Violation"}, "problem", ("refuses our credentials", "secret")),
         ({"servers": [GOOD], "error": "TLS"}, "problem", ("connecting fails: TLS",)),
-        ({"servers": [msgspec.structs.replace(GOOD, trouble="refused")], "expected": False}, "skipped", ()),
+        ({"servers": [REFUSED], "expected": False}, "skipped", ()),
     ],
 )
 def test_a_nats_that_is_not_there_is_not_one_that_refuses(
     facts: dict[str, Any], level: str, words: tuple[str, ...]
 ) -> None:
-    found = nats.judge(NatsFacts(**facts), System())
+    found = nats.judge(NatsFacts(**facts), OsInfo())
     says(found[0], level, *words)
     assert [f.level for f in found[1:]] == ["skipped", "skipped"]
 
@@ -271,15 +279,19 @@ def test_a_nats_that_is_not_there_is_not_one_that_refuses(
         ({"servers": [msgspec.structs.replace(GOOD, version="2.10.29")]}, "problem", ("2.10.29", "2.11.0")),
         ({"servers": [msgspec.structs.replace(GOOD, max_payload_bytes=65536)]}, "problem", ("max_payload: 1MB",)),
         (
-            {"servers": [GOOD, msgspec.structs.replace(GOOD, url="nats://m:4222", trouble="silent")]},
+            {"servers": [GOOD, msgspec.structs.replace(GOOD, url="nats://m:4222", connect_error="timeout")]},
             "warning",
-            ("nats://m:4222 is not reached",),
+            ("nats://m:4222 cannot be reached",),
         ),
-        ({"forbidden": ['Permissions Violation for Publish to "$JS.API.INFO"']}, "problem", ("may not", "permit")),
-        ({"error": "timeout"}, "problem", ("JetStream does not answer",)),
-        ({"no_jetstream": "not enabled"}, "problem", ("JetStream is not on", "store_dir")),
-        ({"monitor": Monitor(GB, False, 120.0)}, "warning", ("every 120 s", "sync_interval: always")),
-        ({"monitor": Monitor(GB, True, 120.0)}, "ok", ("every write synced",)),
+        (
+            {"forbidden": ['Permissions Violation for Publish to "$JS.API.INFO"']},
+            "problem",
+            ("lack permissions", "allow"),
+        ),
+        ({"error": "timeout"}, "problem", ("JetStream does not",)),
+        ({"no_jetstream": "not enabled"}, "problem", ("JetStream is off", "store_dir")),
+        ({"monitor": JetStreamMonitor(GB, False, 120.0)}, "warning", ("every 120 s", "sync_interval: always")),
+        ({"monitor": JetStreamMonitor(GB, True, 120.0)}, "ok", ("every write synced",)),
     ],
 )
 def test_a_nats_that_shoal_cannot_live_on_says_what_to_change(
@@ -302,7 +314,7 @@ def test_a_bucket_with_other_settings_is_a_problem_that_names_them() -> None:
 
 def test_a_missing_stream_and_one_that_does_not_answer_are_problems() -> None:
     [first, second, *rest] = streams()
-    found = on(streams=[Stream(first.wanted), Stream(second.wanted, error="timeout"), *rest])
+    found = on(streams=[StreamStatus(first.expected), StreamStatus(second.expected, error="timeout"), *rest])
     [gone, silent] = [f for f in found if f.check == "streams"]
     says(gone, "problem", "there is no stream CMD")
     says(silent, "problem", "EVT does not answer: timeout")
@@ -311,10 +323,15 @@ def test_a_missing_stream_and_one_that_does_not_answer_are_problems() -> None:
 @pytest.mark.parametrize(("share", "level"), [(0.5, "ok"), (0.85, "warning"), (0.99, "problem")])
 def test_a_store_or_a_bucket_that_fills_up_is_told_before_it_is_full(share: float, level: str) -> None:
     assert only(on(store_max_bytes=1000, store_used_bytes=int(1000 * share)), "nats store").level == level
-    assert only(on(monitor=Monitor(1000, True), store_used_bytes=int(1000 * share)), "nats store").level == level
+    assert (
+        only(on(monitor=JetStreamMonitor(1000, True), store_used_bytes=int(1000 * share)), "nats store").level
+        == level
+    )
     for name, then in (("KV_state", level), ("EVT", "ok")):  # events are there to be discarded
         one = [
-            Stream(s.wanted, s.found, int(share * (s.wanted.max_bytes or 0)) if s.wanted.name == name else 0)
+            StreamStatus(
+                s.expected, s.actual, int(share * (s.expected.max_bytes or 0)) if s.expected.name == name else 0
+            )
             for s in streams()
         ]
         assert only(on(streams=one), "nats store").level == then
@@ -337,17 +354,21 @@ def test_a_store_or_a_bucket_that_fills_up_is_told_before_it_is_full(share: floa
 def test_a_clock_that_is_off_says_what_goes_by_it(
     ahead_s: float, within_s: float, level: str, words: tuple[str, ...]
 ) -> None:
-    says(only(clocks.judge([Offset("b", ahead_s, within_s)])), level, *words)
+    says(only(clocks.judge([ClockOffset("b", ahead_s, within_s)])), level, *words)
 
 
 def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
     offsets = clocks.against_nats(
         "a",
-        Offset("", 2.0, 0.1),
-        {"a": Offset("a", 9.0), "b": Offset("b", -3.0, 1.5)},
+        ClockOffset("", 2.0, 0.1),
+        {"a": ClockOffset("a", 9.0), "b": ClockOffset("b", -3.0, 1.5)},
         {"b": 50.0, "c": 60.0, "d": -1},
     )
-    assert offsets == [Offset("a", 2.0, 0.1), Offset("b", -1.0, 1.6), Offset("c", 60.0, 0.0, at_least=True)]
+    assert offsets == [
+        ClockOffset("a", 2.0, 0.1),
+        ClockOffset("b", -1.0, 1.6),
+        ClockOffset("c", 60.0, 0.0, at_least=True),
+    ]
     says(clocks.judge([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
 
 
@@ -361,7 +382,7 @@ def test_versions_that_differ_are_a_warning_and_majors_a_problem() -> None:
     says(only(versions.judge({**same, ("b", "storage"): "2.0.0"}, "1.2.0")), "problem", "storage of b", "2.0.0")
     says(only(versions.judge(same, "1.3.0")), "warning", "this command is version 1.3.0")
     says(only(versions.judge(same, "0.9.0")), "problem", "this command is version 0.9.0")
-    says(only(versions.judge({}, "1.2.0")), "ok", "no service is live")
+    says(only(versions.judge({}, "1.2.0")), "ok", "no service is up")
 
 
 def holder(host: str) -> Holder:
@@ -370,58 +391,75 @@ def holder(host: str) -> Holder:
 
 def test_one_id_on_two_machines_is_a_problem() -> None:
     one = {("a", "storage"): holder("m/b1/1"), ("a", "fetcher"): holder("m/b1/2")}
-    assert only(identities.judge(one, "a", "m/b1/9", True)).level == "ok", "containers of one machine are one machine"
+    assert only(duplicate_ids.judge(one, "a", "m/b1/9", True)).level == "ok", "containers of one machine"
     two = {**one, ("a", "gateway"): holder("n/b2/1")}
-    says(only(identities.judge(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
-    says(only(identities.judge(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
-    assert only(identities.judge(one, "a", "n/b2/9", False)).level == "ok", "a client's home may have that id"
+    says(only(duplicate_ids.judge(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
+    says(only(duplicate_ids.judge(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
+    assert only(duplicate_ids.judge(one, "a", "n/b2/9", False)).level == "ok", "a client's home may have that id"
     rebooted = {**one, ("a", "gateway"): holder("m/b2/1")}
-    says(only(identities.judge(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
-    assert only(identities.judge({}, "a", "n/b2/9", True)).level == "ok"
+    says(only(duplicate_ids.judge(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
+    assert only(duplicate_ids.judge({}, "a", "n/b2/9", True)).level == "ok"
 
 
-def peer(node: str, *ways: Way, told: tuple[str, ...] = ("10.0.0.2:9",), elsewhere: bool = True) -> Peer:
-    return Peer(node=node, told=told, ways=ways, elsewhere=elsewhere)
+def peer(
+    node: str, *tried: AddressReach, published: tuple[str, ...] = ("10.0.0.2:9",), is_remote: bool = True
+) -> FileserverReach:
+    return FileserverReach(node=node, published=published, tried=tried, is_remote=is_remote)
 
 
-WELL = Way(address="10.0.0.2:9", status=200)
+WELL = AddressReach(address="10.0.0.2:9", status=200)
+SILENT = AddressReach(address="10.0.0.1:9", error="timeout")
 
 
 @pytest.mark.parametrize(
     ("found", "level", "words"),
     [
-        (peer("b", WELL), "ok", ("b at 10.0.0.2:9", "`shoal doctor` there says")),
-        (peer("b", Way(address="10.0.0.2:9", trouble="silent")), "problem", ("not reached from here", "firewall")),
-        (peer("b", Way(address="10.0.0.2:9", status=401)), "problem", ("refuses our secret", "another secret")),
-        (peer("b", Way(address="10.0.0.2:9", status=404)), "problem", ("status 404", "another program")),
-        (peer("b", Way(address="10.0.0.1:9", trouble="silent"), WELL), "warning", ("but not at 10.0.0.1:9",)),
-        (peer("b", told=("127.0.0.1:9",)), "problem", ("only addresses of its own machine", "--bind 0.0.0.0")),
-        (peer("b", told=()), "problem", ("tells no address",)),
+        (peer("b", WELL), "ok", ("b at 10.0.0.2:9", "`shoal doctor` there tells")),
+        (
+            peer("b", AddressReach(address="10.0.0.2:9", error="timeout")),
+            "problem",
+            ("cannot be reached from here", "firewall"),
+        ),
+        (
+            peer("b", AddressReach(address="10.0.0.2:9", status=401)),
+            "problem",
+            ("refuses our secret", "another secret"),
+        ),
+        (peer("b", AddressReach(address="10.0.0.2:9", status=404)), "problem", ("status 404", "another program")),
+        (
+            peer("b", AddressReach(address="10.0.0.1:9", error="timeout"), WELL),
+            "warning",
+            ("but not at the better 10.0.0.1:9",),
+        ),
+        (peer("b", published=("127.0.0.1:9",)), "problem", ("only addresses of its own machine", "--bind 0.0.0.0")),
+        (peer("b", published=()), "problem", ("publishes no address",)),
     ],
 )
-def test_a_fileserver_that_is_not_reached_says_what_to_do(found: Peer, level: str, words: tuple[str, ...]) -> None:
-    says(only(peers.judge([found], "a", System())), level, *words)
+def test_a_fileserver_that_is_not_reached_says_what_to_do(
+    found: FileserverReach, level: str, words: tuple[str, ...]
+) -> None:
+    says(only(peers.judge([found], "a", OsInfo())), level, *words)
 
 
 def test_a_node_that_others_cannot_reach_says_so_of_itself() -> None:
-    mine = peer("a", Way(address="127.0.0.1:9", status=200), told=("127.0.0.1:9",), elsewhere=False)
-    says(only(peers.judge([mine, peer("b", WELL)], "a", System())), "problem", "only loopback", "b cannot use")
-    assert only(peers.judge([mine], "a", System())).level == "ok", "alone it needs no other"
-    assert only(peers.judge([], "a", System())).level == "ok"
+    mine = peer("a", AddressReach(address="127.0.0.1:9", status=200), published=("127.0.0.1:9",), is_remote=False)
+    says(only(peers.judge([mine, peer("b", WELL)], "a", OsInfo())), "problem", "only loopback", "b cannot use")
+    assert only(peers.judge([mine], "a", OsInfo())).level == "ok", "alone it needs no other"
+    assert only(peers.judge([], "a", OsInfo())).level == "ok"
 
 
 # Disk
 
 
-FINE = FileSystem(path="/s", kind="ext4", device=1, free_bytes=100 * GB, total_bytes=200 * GB)
+FINE = FileSystemInfo(path="/s", kind="ext4", device=1, free_bytes=100 * GB, total_bytes=200 * GB)
 
 
 def disks(**more: Any) -> list[Finding]:
-    facts = {"store": FINE, "home": FINE, "made": True, "storage_runs": True, "reserve_bytes": 1, **more}
+    facts = {"store": FINE, "home": FINE, "store_exists": True, "storage_runs": True, "ballast_bytes": 1, **more}
     return disk.judge(DiskFacts(**facts))
 
 
-def changed(**more: Any) -> FileSystem:
+def changed(**more: Any) -> FileSystemInfo:
     return msgspec.structs.replace(FINE, **more)
 
 
@@ -433,23 +471,23 @@ def state(**more: Any) -> StorageState:
     ("facts", "level", "words"),
     [
         ({}, "ok", ("/s (ext4)", "100.0 GB free")),
-        ({"made": False, "storage_runs": False}, "ok", ("no store yet",)),
-        ({"made": False}, "problem", ("there is no store", "mounted")),
+        ({"store_exists": False, "storage_runs": False}, "ok", ("no store yet",)),
+        ({"store_exists": False}, "problem", ("there is no store", "mounted")),
         ({"settings_error": "storage.path is 5"}, "problem", ("storage.path is 5",)),
-        ({"store": changed(error="Permission denied")}, "problem", ("cannot be looked at", "storage.path")),
+        ({"store": changed(error="Permission denied")}, "problem", ("cannot be read", "storage.path")),
         ({"state": state(store_away=True)}, "problem", ("unmounted", "mount it again")),
         ({"store": changed(kind="nfs4")}, "problem", ("nfs4", "locks")),
         ({"store": changed(read_only=True)}, "problem", ("read-only", "dmesg")),
         ({"store": changed(inodes_total=10**6, inodes_free=500)}, "warning", ("500 inodes left",)),
         ({"store": changed(inodes_total=10**6, inodes_free=0)}, "problem", ("0 inodes left",)),
-        ({"store": changed(free_bytes=GB // 2)}, "problem", ("nothing comes in", "shoal gc")),
+        ({"store": changed(free_bytes=GB // 2)}, "problem", ("no model fits", "shoal gc")),
         ({"store": changed(free_bytes=5 * GB), "state": state(headroom_bytes=6 * GB)}, "problem", ("6.0 GB",)),
         ({"store": changed(free_bytes=3 * GB), "state": state(headroom_bytes=2 * GB)}, "warning", ("small models",)),
         ({"state": state(quota_bytes=100, used_bytes=90, reserved_bytes=9)}, "warning", ("refused", "lru")),
         ({"state": state(quota_bytes=100, used_bytes=99, eviction_policy="lru")}, "ok", ()),
-        ({"reserve_bytes": 0}, "warning", ("no reserve file",)),
-        ({"reserve_bytes": 0, "reserve_wanted_bytes": 0}, "ok", ()),
-        ({"reserve_bytes": 0, "storage_runs": False}, "ok", ()),
+        ({"ballast_bytes": 0}, "warning", ("no ballast file",)),
+        ({"ballast_bytes": 0, "ballast_target_bytes": 0}, "ok", ()),
+        ({"ballast_bytes": 0, "storage_runs": False}, "ok", ()),
         ({"home": changed(path="/h", device=2, free_bytes=1)}, "problem", ("the disk of /h", "logs")),
     ],
 )
@@ -459,68 +497,68 @@ def test_a_disk_says_what_keeps_models_out(facts: dict[str, Any], level: str, wo
 
 def test_more_than_the_quota_is_told_under_lru_too() -> None:
     found = only(disks(state=state(quota_bytes=100, used_bytes=120, eviction_policy="lru")), "disk")
-    assert found.level == "warning" and "makes room first" in found.what
+    assert found.level == "warning" and "evicts others first" in found.what
 
 
 def test_a_reserve_that_a_full_disk_took_is_told_with_the_disk() -> None:
-    found = [f for f in disks(reserve_bytes=0, store=changed(free_bytes=GB + 1)) if f.check == "disk"]
-    assert len(found) == 2 and "gave it up" in found[1].what
+    found = [f for f in disks(ballast_bytes=0, store=changed(free_bytes=GB + 1)) if f.check == "disk"]
+    assert len(found) == 2 and "deleted it" in found[1].what
 
 
 @pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
-        ({}, "ok", ("none besides",)),
-        ({"further": [FINE], "read_only_roots": [FINE]}, "ok", ("2 besides the store",)),
-        ({"further": [changed(there=False)]}, "problem", ("not used", "--remove-root /s")),
+        ({}, "ok", ("no volumes or libraries",)),
+        ({"volumes": [FINE], "libraries": [FINE]}, "ok", ("2 volumes and libraries",)),
+        ({"volumes": [changed(exists=False)]}, "problem", ("not used", "--remove-volume /s")),
         (
-            {"further": [FINE], "state": state(roots=[FurtherRootState(path="/s", error="away")])},
+            {"volumes": [FINE], "state": state(roots=[FurtherRootState(path="/s", error="away")])},
             "problem",
             ("away",),
         ),
-        ({"further": [changed(read_only=True)]}, "problem", ("the further root", "read-only")),
-        ({"further": [changed(free_bytes=1)]}, "warning", ("no more comes to it",)),
-        ({"read_only_roots": [changed(there=False)]}, "warning", ("is not read", "--no-read-only-roots")),
+        ({"volumes": [changed(read_only=True)]}, "problem", ("the volume", "read-only")),
+        ({"volumes": [changed(free_bytes=1)]}, "warning", ("nothing more is stored there",)),
+        ({"libraries": [changed(exists=False)]}, "warning", ("cannot be read", "--remove-library /s")),
         (
-            {"read_only_roots": [FINE], "state": state(read_only_roots=[RootState(path="/s", error="not UTF-8")])},
+            {"libraries": [FINE], "state": state(read_only_roots=[RootState(path="/s", error="not UTF-8")])},
             "warning",
             ("not UTF-8",),
         ),
     ],
 )
 def test_a_root_that_is_not_there_is_told(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(disks(**facts), "roots"), level, *words)
+    says(only(disks(**facts), "volumes"), level, *words)
 
 
 def test_what_the_doctor_takes_for_storage_s_defaults_are_storage_s_defaults() -> None:
     assert disk.DEFAULT_HEADROOM_BYTES == limits.DEFAULT_HEADROOM_BYTES
-    assert disk.DEFAULT_RESERVE_BYTES == reserve.RESERVE_BYTES
-    assert disk.RESERVE_WANTS == reserve._PLENTY
+    assert disk.DEFAULT_BALLAST_BYTES == reserve.RESERVE_BYTES
+    assert disk.BALLAST_FREE_FACTOR == reserve._PLENTY
 
 
 # Permissions, memory, open files
 
 
-def entry(**more: Any) -> Entry:
-    return Entry(**{"path": "/h/secret", "mode": 0o600, "owner": "me", "private": True, **more})
+def entry(**more: Any) -> PathPermission:
+    return PathPermission(**{"path": "/h/secret", "mode": 0o600, "owner": "me", "private": True, **more})
 
 
 @pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
-        ({"owner": "me", "entries": [entry()]}, "ok", ("its owner only",)),
-        ({}, "ok", ("there is no /h yet",)),
-        ({"creatable": False}, "problem", ("may not make /h",)),
+        ({"owner": "me", "entries": [entry()]}, "ok", ("only its owner",)),
+        ({}, "ok", ("/h does not exist yet",)),
+        ({"creatable": False}, "problem", ("cannot create /h",)),
         ({"owner": "you"}, "warning", ("belongs to you", "sudo -u you shoal doctor --home /h")),
-        ({"unreadable": "Permission denied"}, "warning", ("another user",)),
+        ({"read_error": "Permission denied"}, "warning", ("another user",)),
         ({"owner": "me", "entries": [entry(mode=0o644)]}, "problem", ("0644", "chmod go= /h/secret")),
         ({"owner": "me", "entries": [entry(mode=0o755, private=False)]}, "ok", ()),
-        ({"owner": "me", "entries": [entry(writable=False)]}, "problem", ("may not write", "chmod u+rwX")),
+        ({"owner": "me", "entries": [entry(writable=False)]}, "problem", ("cannot write", "chmod u+rwX")),
         ({"owner": "me", "entries": [entry(owner="root", writable=False)]}, "problem", ("sudo chown -R me",)),
     ],
 )
 def test_permissions_that_get_in_the_way_are_told(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(permissions.judge(PermissionFacts(**{"home": "/h", "me": "me", **facts}))), level, *words)
+    says(only(permissions.judge(PermissionFacts(**{"home": "/h", "user": "me", **facts}))), level, *words)
 
 
 @pytest.mark.parametrize(
@@ -545,14 +583,14 @@ def test_memory_that_is_not_what_placement_thinks_is_told(
 @pytest.mark.parametrize(
     ("opened", "level", "words"),
     [
-        (Opened("fileserver", 4096, 10), "ok", ("4096",)),
-        (Opened("fileserver", -1, 10), "ok", ("no limit",)),
-        (Opened("fileserver", 256, 10), "problem", ("256", "ulimit -n", "LimitNOFILE")),
-        (Opened("fileserver", 1000, 10), "warning", ("1000",)),
-        (Opened("fileserver", 1024, 1000), "warning", ("and has 1000",)),
+        (OpenFiles("fileserver", 4096, 10), "ok", ("4096",)),
+        (OpenFiles("fileserver", -1, 10), "ok", ("no limit",)),
+        (OpenFiles("fileserver", 256, 10), "problem", ("256", "ulimit -n", "LimitNOFILE")),
+        (OpenFiles("fileserver", 1000, 10), "warning", ("1000",)),
+        (OpenFiles("fileserver", 1024, 1000), "warning", ("and has 1000",)),
     ],
 )
-def test_a_process_that_may_open_too_few_files_is_told(opened: Opened, level: str, words: tuple[str, ...]) -> None:
+def test_a_process_that_may_open_too_few_files_is_told(opened: OpenFiles, level: str, words: tuple[str, ...]) -> None:
     says(only(machine.judge_files([opened])), level, *words)
 
 
@@ -561,8 +599,8 @@ def test_a_process_that_may_open_too_few_files_is_told(opened: Opened, level: st
 
 MIXED = [
     Finding("ports", "problem", "taken", "stop it"),
-    Finding("nats", "skipped", "not looked at: why"),
-    Finding("streams", "skipped", "not looked at: why"),
+    Finding("nats", "skipped", "not checked: why"),
+    Finding("streams", "skipped", "not checked: why"),
     Finding("disk", "warning", "little room", "make some"),
     Finding("services", "ok", "all run"),
 ]
@@ -571,14 +609,14 @@ MIXED = [
 def test_what_is_worst_comes_last_and_decides_the_exit_code() -> None:
     console = Console(width=200)
     with console.capture() as printed:
-        page.show(Report("/h", "a", MIXED), console)
+        render.print_report(DoctorReport("/h", "a", MIXED), console)
     lines = printed.get().splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "skipped", "warning", "→", "problem", "→", "node"]
-    assert "nats, streams: not looked at: why" in lines[1]
-    assert lines[-1].endswith("1 problem, 1 warning, 2 not looked at")
+    assert "nats, streams: not checked: why" in lines[1]
+    assert lines[-1].endswith("1 problem, 1 warning, 2 not checked")
     assert finding.exit_code(MIXED) == 1 and finding.exit_code(MIXED[1:]) == 0
-    told = page.as_json(Report("/h", "a", MIXED), "1.0")
-    assert told["worst"] == "problem" and len(told["findings"]) == len(MIXED)
+    document = render.to_json(DoctorReport("/h", "a", MIXED), "1.0")
+    assert document["worst"] == "problem" and len(document["findings"]) == len(MIXED)
 
 
 @given(width=st.integers(20, 200))
@@ -586,7 +624,7 @@ def test_every_word_of_a_finding_is_printed_on_a_terminal_of_any_width(width: in
     words = "a much longer account of what is the matter with /some/path/to/a/thing than fits into one line"
     console = Console(width=width, force_terminal=True, color_system=None)
     with console.capture() as printed:
-        page.show(Report("/h", "a", [Finding("disk", "problem", words, words)]), console)
+        render.print_report(DoctorReport("/h", "a", [Finding("disk", "problem", words, words)]), console)
     assert printed.get().replace("\n", " ").split().count("/some/path/to/a/thing") <= 2
     assert "".join(words.split()) in "".join(printed.get().split())
 
@@ -594,15 +632,15 @@ def test_every_word_of_a_finding_is_printed_on_a_terminal_of_any_width(width: in
 def test_every_check_has_its_place_in_the_page() -> None:
     made = {
         value
-        for module in (clocks, disk, identities, machine, nats, peers, permissions, ports, services, versions)
+        for module in (clocks, disk, duplicate_ids, machine, nats, peers, permissions, ports, services, versions)
         for name, value in vars(module).items()
-        if name in ("CHECK", "DISK", "ROOTS", "MEMORY", "LIMITS", "NATS", "STREAMS", "ROOM")
+        if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NATS", "STREAMS", "NATS_STORE")
     }
-    assert made == set(ORDER)
+    assert made == set(CHECKS)
 
 
 def test_the_servers_are_those_of_the_supervisor_with_the_credentials_that_were_stated() -> None:
-    up = Status(
+    up = SupervisorStatus(
         node="a",
         pid=1,
         started_at_s=0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 from collections.abc import AsyncIterator
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal_cli.client.events import EventRow, Told, line, read
-from shoal_cli.parser import parse
-from shoal_common.errors import BadInput
+from shoal_cli.api.event_stream import EventView, ServerSentEvent, parse_events
+from shoal_cli.cli import run
+from shoal_cli.commands.events import event_line
+from shoal_common.errors import BadInput, Unavailable
 from tests.gateway.listening import tell
 from tests.gateway.process import running_gateway
 from tests.harness.nats import NatsServer, joined
@@ -77,7 +77,7 @@ async def test_events_follows_through_restarts_of_the_gateway_and_of_nats(
                     await tell(again, 1)
                 await shown.wait_line('"number":1')
                 gateway.process.kill()
-                await shown.wait_line("going on as soon as it can be had")
+                await shown.wait_line("retrying until it answers")
                 async with joined(own_nats) as again:
                     await tell(again, 2)
                 with running_gateway(tmp_path / "two", own_nats, node="two") as other:
@@ -104,25 +104,29 @@ async def test_events_follows_through_restarts_of_the_gateway_and_of_nats(
 
 
 def test_an_event_stays_one_line_and_says_nothing_to_the_terminal() -> None:
-    row = EventRow(
+    row = EventView(
         sequence=1,
         service="storage",
         node="a",
         event="told\x1b[2J",
         fields={"models": ["org/a", "org/b"], "reason": "two\nlines \x9b31m", "\x07": None, "size_bytes": 7},
     )
-    shown = line(row)
+    shown = event_line(row)
     assert shown.isprintable()
     assert "models=org/a,org/b" in shown and shown.endswith("size_bytes=7")
 
 
 def test_a_stream_is_read_as_its_format_has_it() -> None:
     lines = [": hello", "id: 4", "", "event: lost", "id: 5", "data: {}", "", "id:6", 'data:{"a":1}', "", "id: 7"]
-    assert list(read(iter(lines))) == [Told("", "4", b""), Told("lost", "5", b"{}"), Told("", "6", b'{"a":1}')]
+    assert list(parse_events(iter(lines))) == [
+        ServerSentEvent("", "4", b""),
+        ServerSentEvent("lost", "5", b"{}"),
+        ServerSentEvent("", "6", b'{"a":1}'),
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--since", "1h", "-n", "3"], ["--service", "nonsense"], ["-n", "0"]])
 def test_what_events_does_not_understand_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(BadInput):
-        parse(["events", *arguments])
-    assert isinstance(parse(["events"]), argparse.Namespace)
+    nobody = ["--gateway", "http://127.0.0.1:9"]
+    assert run(["events", *arguments, *nobody]) == BadInput.exit_code
+    assert run(["events", *nobody]) == Unavailable.exit_code

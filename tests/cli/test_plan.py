@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal_cli.node.plan import (
+from shoal_cli.node.node_plan import (
     NodePlan,
     UpOptions,
     check_nats_url,
@@ -66,8 +66,12 @@ def test_storage_flags_go_into_the_file_and_not_where_the_environment_wins() -> 
         "max_storage_bytes": None,
         "eviction_policy": "lru",
     }
-    assert plan(read_only_roots=["/x"]).storage == {"read_only_roots": ["/x"]}
-    assert plan(read_only_roots=[]).storage == {"read_only_roots": None}
+    assert plan(libraries=["/x"]).storage == {"read_only_roots": ["/x"]}
+    saved = {"storage": {"read_only_roots": ["/nas", "/x"]}}
+    assert plan(settings=saved, libraries=["/x", "/y"]).storage == {"read_only_roots": ["/nas", "/x", "/y"]}
+    assert plan(settings=saved).storage == {}
+    with pytest.raises(BadInput, match="must be a list of directories"):
+        plan(settings={"storage": {"read_only_roots": "/nas"}}, libraries=["/x"])
     environ = {"SHOAL_MAX_STORAGE_BYTES": "7"}
     assert plan(environ, eviction_policy="lru").storage == {"eviction_policy": "lru"}
     assert service_spec(plan(environ), "storage", [], 1, "py", environ).environ["SHOAL_MAX_STORAGE_BYTES"] == "7"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_cli.client.logs import Follower, last_lines, written_at
-from shoal_cli.home import Home
-from shoal_cli.node.rotate import RotatingLog, pump, tail
+from shoal_cli.node.logs.log_reader import LogFollower, last_lines
+from shoal_cli.node.logs.log_rotation import RotatingLog, pump, tail
+from shoal_cli.node_home import Home
 
 MAX_BYTES = 200
 
@@ -64,7 +64,7 @@ def test_what_a_pipe_brings_is_written_until_its_last_writer_is_gone(tmp_path: P
 def test_tail_of_a_long_log_starts_with_a_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     path.write_text("".join(f"line {i}\n" for i in range(1000)))
-    found = tail(path, 1000, at_most_bytes=100)
+    found = tail(path, 1000, max_bytes=100)
     assert found[-1] == "line 999"
     assert all(text.startswith("line ") for text in found)
     assert tail(tmp_path / "none.log", 5) == []
@@ -73,7 +73,7 @@ def test_tail_of_a_long_log_starts_with_a_whole_line(tmp_path: Path) -> None:
 def test_a_follower_loses_no_line_when_the_log_is_rotated(tmp_path: Path) -> None:
     log = RotatingLog(tmp_path / "a.log", MAX_BYTES)
     log.write(b"before\n")
-    follower, found = Follower(tmp_path / "a.log"), []
+    follower, found = LogFollower(tmp_path / "a.log"), []
     written = [f"line {i} {'x' * 60}" for i in range(12)]
     for i, text in enumerate(written):
         log.write(f"{text}\n".encode())
@@ -84,7 +84,7 @@ def test_a_follower_loses_no_line_when_the_log_is_rotated(tmp_path: Path) -> Non
 
 def test_logs_of_several_services_are_merged_in_the_order_they_were_written(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    home.make()
+    home.create()
     home.log("storage").write_text(
         "ts=2026-01-02T03:04:05.000Z level=info msg=first\n"
         "ts=2026-01-02T03:04:07.000Z level=info msg=third\n  a trace\n"
@@ -96,4 +96,3 @@ def test_logs_of_several_services_are_merged_in_the_order_they_were_written(tmp_
         "third",
         "storage    |   a trace",
     ]
-    assert written_at("[77] 2026/01/02 03:04:05.123456 [INF] Starting nats-server") is not None

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_cli.sizes import parse_rate, parse_size, show_bytes, show_rate, show_seconds
+from shoal_cli.render.units import parse_rate, parse_size, show_bytes, show_rate, show_seconds
 from shoal_common.errors import BadInput
 from shoal_common.spans import parse_seconds
 

@@ -18,7 +18,7 @@ import httpx2
 import psutil
 import pytest
 
-from shoal_cli.node.control import Request, ask
+from shoal_cli.node.control import ControlRequest, ask
 from shoal_common.connection import connected
 from shoal_common.errors import BadMessage, NotFound, Refused
 from tests.cli.conftest import Node, alive, until
@@ -47,7 +47,7 @@ def test_restart_changes_the_pid_of_that_service_only(node: Node) -> None:
     before = node.pids()
     done = node.shoal("restart", "fetcher")
     after = node.pids()
-    assert (done.returncode, done.stdout) == (0, f"fetcher is back, pid {after['fetcher']}\n")
+    assert (done.returncode, done.stdout) == (0, f"fetcher is running again, pid {after['fetcher']}\n")
     assert {n for n in before if before[n] != after[n]} == {"fetcher"}
     # Asked to stop, not killed.
     assert "stopping" in node.log("fetcher")
@@ -84,7 +84,7 @@ def test_I5_down_leaves_no_process_and_is_idempotent(node: Node) -> None:
 def test_NATS_is_stopped_last(node: Node) -> None:
     node.up()
     node.shoal("down")
-    ended = re.findall(r"msg=ended service=(\w+)", node.log("supervisor"))
+    ended = re.findall(r"msg=ended child=(\w+)", node.log("supervisor"))
     assert sorted(ended) == ["fetcher", "gateway", "nats", "storage"]
     assert ended[-1] == "nats"
     assert "Server Exiting" in node.log("nats")
@@ -133,9 +133,9 @@ def test_a_service_that_does_not_start_is_named_with_the_end_of_its_log(node: No
     node.behave(storage="breaks")
     up = node.up()
     assert up.returncode == 5
-    assert "storage is not up: exit code 3" in up.stderr
+    assert "storage is not ready: exit code 3" in up.stderr
     assert "cannot open the frobnicator" in up.stderr
-    assert up.stderr.splitlines()[-1].startswith("shoal: node node-a is not whole: storage is not ready")
+    assert up.stderr.splitlines()[-1].startswith("shoal: node node-a is incomplete: storage is not ready")
     # The others run, and the supervisor keeps trying.
     assert {c.phase for c in node.status().children if c.name != "storage"} == {"ready"}
     status = node.shoal("status")
@@ -146,14 +146,14 @@ def test_a_service_that_never_says_ready_is_named_when_the_deadline_passes(node:
     node.behave(storage="silent")
     up = node.up("--wait", "0.7")
     assert up.returncode == 5
-    assert "storage is not up: has started and is not ready yet" in up.stderr
+    assert "storage is not ready: started, not ready yet" in up.stderr
 
 
 def test_a_place_that_another_process_holds_is_said_plainly_with_exit_code_9(node: Node) -> None:
     node.behave(storage="claimed")
     up = node.up()
     assert up.returncode == 9
-    assert "another process already is this node's service" in up.stderr
+    assert "another process is already this node's service" in up.stderr
     assert "pid 1 on y holds it" in up.stderr
 
 
@@ -161,9 +161,9 @@ def test_another_major_version_in_the_cluster_is_said_plainly_with_exit_code_10(
     node.behave(storage="other_version")
     up = node.up()
     assert up.returncode == 10
-    assert "the cluster runs another major version" in up.stderr and "node y runs Shoal '2.0.0'" in up.stderr
+    assert "the cluster runs an incompatible version" in up.stderr and "node y runs Shoal '2.0.0'" in up.stderr
     (storage,) = [c for c in node.status().children if c.name == "storage"]
-    assert storage.last_code == 10 and not storage.was_ready
+    assert storage.last_exit_code == 10 and not storage.was_ready
 
 
 def test_ctrl_c_reaches_the_supervisor_only_which_stops_the_node_in_order(node: Node) -> None:
@@ -194,7 +194,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop(node: Node) -> None:
         assert process.poll() is None
     node.note()
     process.send_signal(signal.SIGINT)
-    assert b"once more kills" in process.stderr.readline()
+    assert b"Ctrl-C again kills" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     # Far below the 12 s that a service has for itself.
     assert process.wait(11) == 0
@@ -216,10 +216,10 @@ def test_a_home_too_deep_for_a_socket_gets_its_sockets_elsewhere(
 
 def test_the_control_socket_answers_json_lines_and_refuses_what_it_does_not_know(node: Node) -> None:
     node.up()
-    status = json.loads(ask(node.home, Request(op="status"), 5))
+    status = json.loads(ask(node.home, ControlRequest(op="status"), 5))
     assert {c["name"] for c in status["children"]} == {"nats", "storage", "fetcher", "gateway"}
     with pytest.raises(BadMessage, match="status, restart and stop"):
-        ask(node.home, Request(op="dance"), 5)
+        ask(node.home, ControlRequest(op="dance"), 5)
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(5)
         s.connect(node.home.control_path.read_text().strip())
@@ -312,7 +312,7 @@ async def test_I12_beyond_loopback_NATS_asks_for_the_secret_and_the_printed_comm
     # Only there: no other line, no log and no status tells the secret.
     assert up.stdout.count(secret) == 1
     assert not any(secret in node.log(n) for n in ("supervisor", "nats", "storage"))
-    assert secret not in ask(node.home, Request(op="status"), 5).decode()
+    assert secret not in ask(node.home, ControlRequest(op="status"), 5).decode()
 
     port = node.status().nats[0].rpartition(":")[2]
     greeting = _first_line_then(port, b'CONNECT {"verbose":false}\r\nPING\r\n')
@@ -336,4 +336,4 @@ def _first_line_then(port: str, words: bytes) -> str:
 def test_another_name_for_a_node_that_has_one_is_refused(node: Node) -> None:
     up = node.up("--node", "node-z")
     assert up.returncode == 2
-    assert "is called node-a and keeps that name" in up.stderr
+    assert "is named node-a and keeps that name" in up.stderr

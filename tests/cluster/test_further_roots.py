@@ -39,20 +39,20 @@ def test_a_pull_lands_on_the_second_disk_runs_from_there_and_survives_its_unmoun
         node, root = cluster["a"], big / "shoal"
         refused = node.shoal("pull", DEMO_MODEL, timeout_s=120)
         assert refused.returncode == 4, refused.stderr
-        said = node.shoal("storage", "set", "--add-root", str(root), check=True).stdout
-        assert f"further root {root}" in said
+        said = node.shoal("storage", "set", "--add-volume", str(root), check=True).stdout
+        assert f"volume {root}" in said
         node.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
         assert any(p.is_file() for p in Layout(root).blobs.rglob("*"))
-        assert f"in {root}, " in node.shoal("storage", check=True).stdout
+        assert f"volume {root}: " in node.shoal("storage", check=True).stdout
         chat(node)
         second.unmount()
         eventually(lambda: not held(node), "its model is not offered while the disk is away")
-        assert "cannot use" in node.shoal("storage", check=True).stdout
+        assert "is not used" in node.shoal("storage", check=True).stdout
         second.mount()
         eventually(lambda: held(node), "its model is offered again")
         hub.reset_stats()
         node.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
         assert sum(f.bytes for f in hub.stats().files.values()) == 0, "nothing had to come again"
         chat(node)
-        node.shoal("storage", "set", "--remove-root", str(root), check=True)
+        node.shoal("storage", "set", "--remove-volume", str(root), check=True)
         assert not held(node)

@@ -159,14 +159,14 @@ def test_what_fits_only_where_others_give_way_is_refused_until_a_person_allows_i
         assert nobody.returncode != 0 and "--allow-low-memory" in nobody.stderr
         assert all(f"{name} {own['available_bytes'] / 1e9:.3g} GB" in nobody.stderr for name, own in figures.items())
         declined = typed(node, "", "place", MODEL, *context)
-        assert declined.returncode == nobody.returncode and "Place it all the same? [y/N]" in declined.stdout
+        assert declined.returncode == nobody.returncode and "Place it anyway? [y/N]" in declined.stdout
         assert node.call("GET", "/v1/instances")["instances"] == []
 
         for flags in ([], ["--allow-low-memory"]):
             placed = typed(node, "y", "place", MODEL, *context, *flags)
             assert placed.returncode == 0, placed.stderr
             assert ("[y/N]" in placed.stdout) == (not flags), "who says it with the command is not asked"
-            assert "warning: it fits only where other programs give memory back" in placed.stderr
+            assert "warning: it fits only if other programs free memory" in placed.stderr
             instance = limited.instance()
             assert (instance["phase"], instance["tier"], instance["is_low_memory"]) == ("ready", "tight", True)
             assert limited.answer(instance["id"]).startswith(ANSWER)
@@ -216,7 +216,7 @@ def test_what_was_forced_gives_way_when_memory_runs_out_and_its_node_lives_on(li
     assert refused.returncode != 0 and "--force" in refused.stderr
 
     placed = node.shoal("place", MODEL, *context, "--force", check=True)
-    assert "warning: nothing is kept for the system" in placed.stderr
+    assert "warning: no memory is reserved for the system" in placed.stderr
     instance = limited.instance()
     assert (instance["phase"], instance["tier"]) == ("ready", "force")
     assert limited.answer(instance["id"]).startswith(ANSWER)

@@ -59,7 +59,7 @@ def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str)
     answer = node.call("POST", "/v1/chat/completions", {"model": DEMO_MODEL, "max_tokens": 4, "messages": [question]})
     assert answer["choices"][0]["message"]["content"]
     assert "stays on" in node.shoal("rebalance", instance, check=True).stdout
-    assert "no instance would" in node.shoal("rebalance", check=True).stdout
+    assert "no better placement" in node.shoal("rebalance", check=True).stdout
     refused = node.shoal("rebalance", "tiny-fish-ffffff")
     assert refused.returncode == 3 and "there is no instance" in refused.stderr
 

@@ -39,12 +39,12 @@ def test_I9_a_cache_that_huggingface_hub_filled_is_pulled_from_placed_and_chatte
         hub.reset_stats()
         with mounted_read_only(cache) as root, ShoalCluster(tmp_path, hub.base_url, names=("a", "b")) as cluster:
             a, b = cluster["a"], cluster["b"]
-            a.shoal("storage", "set", "--read-only-root", str(root), check=True)
+            a.shoal("storage", "set", "--library", str(root), check=True)
             model = eventually(lambda: held(a), "the cache's model is offered")
             assert model["commit"] == snapshot.name
             assert model["adopted_from"] == {"a": str(root / snapshot.relative_to(cache))}
             assert f"{DEMO_MODEL} on a is in {root}" in a.shoal("ls", check=True).stdout
-            assert "offers 1 model of" in a.shoal("storage", check=True).stdout
+            assert f"library {root}: 1 model" in a.shoal("storage", check=True).stdout
             assert disk(a).get("used_bytes", 0) == 0
 
             b.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
@@ -68,10 +68,10 @@ def test_I9_a_cache_that_huggingface_hub_filled_is_pulled_from_placed_and_chatte
                 assert ended.returncode == code, (arguments, ended.stderr)
             a.wait_reborn("storage", a.kill("storage"))
             assert eventually(lambda: held(a).get("adopted_from"), "offered after a kill too")
-            a.shoal("storage", "set", "--no-read-only-roots", check=True)
+            a.shoal("storage", "set", "--remove-library", str(root), check=True)
             assert held(a)["nodes"] == ["b"]
             a.down()
-            a.up("--nats-port", "0", "--read-only-root", str(root))
+            a.up("--nats-port", "0", "--library", str(root))
             assert eventually(lambda: "a" in held(a).get("nodes", []), "offered by a flag of `shoal up`")
         assert content_bytes(hub) == 0
     assert picture(cache) == before
@@ -80,5 +80,5 @@ def test_I9_a_cache_that_huggingface_hub_filled_is_pulled_from_placed_and_chatte
 @pytest.mark.parametrize("root", ["relative/../..", "/"])
 def test_a_root_that_cannot_be_one_is_refused_in_a_line(tmp_path: Path, root: str) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", names=("a",)) as cluster:
-        refused = cluster["a"].shoal("storage", "set", "--read-only-root", root)
+        refused = cluster["a"].shoal("storage", "set", "--library", root)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1

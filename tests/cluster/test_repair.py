@@ -35,8 +35,8 @@ def test_I1_repair_brings_back_two_bad_leaves_says_so_and_leaves_all_intact(tmp_
 
         rot()
         said = node.shoal("repair", check=True).stdout.splitlines()
-        assert "a: checked 2 blobs, 5.2 MB: 1 corrupt and set aside (2 bad leaves)" in said
-        assert said[-2:] == ["a: 2 bad leaves in 1 blob; fetched 1.0 MB", f"  {manifest.model} is whole again"]
+        assert "a: verified 2 blobs, 5.2 MB: 1 corrupt and in quarantine (2 corrupt leaves)" in said
+        assert said[-2:] == ["a: 2 corrupt leaves in 1 blob; fetched 1.0 MB", f"  {manifest.model} is complete again"]
         assert hub.stats().bytes == LEAF_BYTES + 99
         assert blob.read_bytes() == FILES["model.safetensors"]
         assert node.shoal("repair", MODEL, check=True).stdout.splitlines()[-1] == "a: nothing to repair"

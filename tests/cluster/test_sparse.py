@@ -133,7 +133,7 @@ def test_I11_two_nodes_that_each_fetch_only_their_layers_answer_as_one_process(
     told = parts(three)
     assert sorted(layer for part in told.values() for layer in part["layers"]) == [[0, 3], [3, 6]]
     assert sum(p["size_bytes"] for p in told.values()) <= 1.10 * whole
-    words = f"a has layers {told['a']['layers'][0][0]}-{told['a']['layers'][0][1] - 1} of {model}"
+    words = f"a: layers {told['a']['layers'][0][0]}-{told['a']['layers'][0][1] - 1} of {model}"
     for command in ("status", "storage"):
         assert words in three["a"].shoal(command, check=True).stdout
     assert three["a"].call("GET", "/v1/status")["models"][0]["nodes"] == ["c"], "a part is not the model"
@@ -148,7 +148,7 @@ def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
     old = three["a"].kill("storage")
     three["a"].wait_reborn("storage", old)
     eventually(lambda: "a" in parts(three), "the part is told of again")
-    assert three["a"].shoal("gc", check=True).stdout.strip() == "a: nothing to remove"
+    assert three["a"].shoal("gc", check=True).stdout.strip() == "a: nothing to delete"
     here_bytes, before = parts(three)["a"]["size_bytes"], fetched(three, "a")
     three["a"].shoal("pull", SEVERAL, check=True)
     came, lacking = fetched(three, "a") - before, bytes_of(models / SEVERAL) - here_bytes

@@ -16,9 +16,9 @@ from typing import Any, Self, TypeVar
 
 import httpx2
 
-from shoal_cli.home import Home
-from shoal_cli.node.decide import ChildStatus
+from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.down import supervisor_status
+from shoal_cli.node_home import Home
 
 UP_DEADLINE_S = 90.0
 DOWN_DEADLINE_S = 60.0

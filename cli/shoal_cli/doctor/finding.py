@@ -1,4 +1,4 @@
-"""What a check has found. Pure."""
+"""The result of a check. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 Level = Literal["ok", "skipped", "warning", "problem"]
 LEVELS: tuple[Level, ...] = ("ok", "skipped", "warning", "problem")
-"""From good to bad. `skipped`: it could not be looked at, for a reason that another finding has."""
+"""From good to bad. `skipped`: it could not be checked, for a reason that another finding gives."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -18,29 +18,29 @@ class Finding(msgspec.Struct, frozen=True):
     check: str
     level: Level
     what: str
-    """What is, and what it concerns."""
+    """What is the case, and what it concerns."""
     remedy: str = ""
-    """What to do about it; "" where nothing is to be done."""
+    """What to do about it; "" where there is nothing to do."""
     about: str = ""
     """What it concerns, for programs: `node b`, `stream KV_state`, `port 4222`; "" for this node."""
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 when anything is a problem, else 0."""
+    """Return 1 when anything is a problem, else 0."""
     return int(any(f.level == "problem" for f in findings))
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The worst level of all; `ok` of none."""
+    """Return the worst level of all; `ok` of none."""
     return max((f.level for f in findings), key=LEVELS.index, default="ok")
 
 
 def or_ok(check: str, wrong: Sequence[Finding], what: str) -> list[Finding]:
-    """What is wrong, or one line that says that nothing is."""
+    """Return what is wrong, or one `ok` when nothing is."""
     return list(wrong) or [Finding(check, "ok", what)]
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """`a, b, c and 4 more`."""
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def join_names(names: Sequence[str], max_names: int = 5) -> str:
+    """Return `a, b, c and 4 more`."""
+    shown = ", ".join(names[:max_names])
+    return f"{shown} and {len(names) - max_names} more" if len(names) > max_names else shown

@@ -10,11 +10,11 @@ import psutil
 from shoal_common.errors import Refused
 
 _FIRST_PORT, _FIRST_DYNAMIC_PORT = 20000, 32768
-_TRIES = 100
+_MAX_TRIES = 100
 
 
 def bind_problem(bind: str, port: int) -> str | None:
-    """Why nothing could listen there, in the system's words; None when something could. Port 0 always can."""
+    """Return the system's reason why nothing could listen there; None when it could. Port 0 always can."""
     try:
         with _bound(bind, port):
             return None
@@ -23,12 +23,12 @@ def bind_problem(bind: str, port: int) -> str | None:
 
 
 def free_port(bind: str) -> int:
-    """A port that is free now, and that no outgoing connection will be given before a server takes it.
+    """Return a free port that no outgoing connection will be given before a server takes it.
 
     Outgoing connections get ports from the system's dynamic range (from 32768 on Linux, 49152 on macOS). A server
-    that restarts there may find its port taken, even by a client that connects to itself while the server is away.
+    that restarts there may find its port taken, even by a client that connects to itself while the server is down.
     """
-    for port in random.sample(range(_FIRST_PORT, _FIRST_DYNAMIC_PORT), _TRIES):
+    for port in random.sample(range(_FIRST_PORT, _FIRST_DYNAMIC_PORT), _MAX_TRIES):
         if bind_problem(bind, port) is None:
             return port
     with _bound(bind, 0) as s:
@@ -36,31 +36,31 @@ def free_port(bind: str) -> int:
 
 
 def check_gateway_port(bind: str, port: int) -> None:
-    """Raise Refused, saying who has the port and what to do, when the gateway could not listen there."""
+    """Raise Refused, naming who has the port and what to do, when the gateway could not listen there."""
     why = bind_problem(bind, port)
     if why is not None:
         raise Refused(
             f"the gateway cannot listen on {bind} port {port} ({why}): {holder_of(port)}; stop that program, or "
-            "choose another port with --port (0 takes a free one)",
+            "choose another port with --port (0: any)",
             port=port,
         )
 
 
 def holder_of(port: int) -> str:
-    """Who listens on a port, in words."""
+    """Return who listens on a port, as text."""
     try:
         for c in psutil.net_connections("tcp"):
             if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
                 return f"{psutil.Process(c.pid).name()}, pid {c.pid}, has it"
     except psutil.Error:
-        pass  # other users' processes are not ours to see; on macOS none is
+        pass  # other users' processes are not visible; on macOS none is
     return "a program of another user has it, or the system refuses it"
 
 
 def _bound(bind: str, port: int) -> socket.socket:
     s = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        # As servers do: a port is free although old connections of it are still fading.
+        # As servers do: old connections in TIME_WAIT do not keep a port taken.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind((bind, port))
     except OSError:

@@ -1,4 +1,4 @@
-"""The supervisor of a node: NATS first, then the services, all kept running until it is told to stop."""
+"""The supervisor of a node: starts NATS, then the services, and keeps them running until it is told to stop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from shoal_cli.home import Home
-from shoal_cli.node import control, leftovers, natsd
-from shoal_cli.node.decide import ChildStatus, readiness
-from shoal_cli.node.plan import (
+from shoal_cli.node import control
+from shoal_cli.node.children import nats_process, orphans
+from shoal_cli.node.children.child_process import ChildProcess
+from shoal_cli.node.children.readiness import HttpHealthReadiness, NatsInfoReadiness, Readiness, SdNotifyReadiness
+from shoal_cli.node.children.restart_policy import ChildStatus, readiness
+from shoal_cli.node.logs import nats_format
+from shoal_cli.node.logs.log_rotation import RotatingLog
+from shoal_cli.node.node_plan import (
     ChildSpec,
     NodePlan,
     bracketed,
@@ -23,10 +27,8 @@ from shoal_cli.node.plan import (
     without_token,
 )
 from shoal_cli.node.ports import check_gateway_port, free_port
-from shoal_cli.node.process import Child
-from shoal_cli.node.readiness import AnswersHealth, Greets, Readiness, SaysReady
-from shoal_cli.node.report import UpReport, missing
-from shoal_cli.node.rotate import RotatingLog
+from shoal_cli.node.startup_report import StartupReport, not_ready
+from shoal_cli.node_home import Home
 from shoal_common.config import is_loopback
 from shoal_common.credentials import bearer
 from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
@@ -41,12 +43,12 @@ _RESTART_DEADLINE_S = 60.0
 
 
 class Supervisor:
-    """Runs one plan. `news` is given lines for a person, as they happen."""
+    """Runs one plan. `report` is given lines for a person, as things happen."""
 
-    def __init__(self, home: Home, plan: NodePlan, environ: Mapping[str, str], news: Callable[[str], None]) -> None:
-        self._home, self._plan, self._environ, self._tell = home, plan, environ, news
-        self._children: dict[str, Child] = {}
-        self._heard: list[SaysReady] = []
+    def __init__(self, home: Home, plan: NodePlan, environ: Mapping[str, str], report: Callable[[str], None]) -> None:
+        self._home, self._plan, self._environ, self._print = home, plan, environ, report
+        self._children: dict[str, ChildProcess] = {}
+        self._notify_sockets: list[SdNotifyReadiness] = []
         self._nats_urls = list(plan.joins)
         self._gateway = ""
         self._started_at_s = time.time()
@@ -54,26 +56,26 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._recorded: set[int] = set()
 
-    async def run(self, when_up: Callable[[UpReport], None]) -> None:
-        """Run until a signal or `stop`. `when_up` is told once how starting went. Raises when NATS cannot start."""
+    async def run(self, on_started: Callable[[StartupReport], None]) -> None:
+        """Run until a signal or `stop`; `on_started` gets the outcome of starting. Raises when NATS cannot start."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        sockets = control.Sockets(self._home)
+        sockets = control.ControlSockets(self._home)
         try:
             server = await control.serve(sockets.control, self._handle)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    await self._run(tasks, sockets, when_up)
+                    await self._run(tasks, sockets, on_started)
             finally:
                 server.close()
         finally:
-            for said in self._heard:
-                said.close()
+            for notify_socket in self._notify_sockets:
+                notify_socket.close()
             sockets.remove()
             self._home.gateway_url.unlink(missing_ok=True)
 
     async def _run(
-        self, tasks: asyncio.TaskGroup, sockets: control.Sockets, when_up: Callable[[UpReport], None]
+        self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets, on_started: Callable[[StartupReport], None]
     ) -> None:
         try:
             if "gateway" in self._plan.services:
@@ -82,11 +84,11 @@ class Supervisor:
                 await self._start_nats(tasks)
             if not self._stopping.is_set():
                 self._start_services(tasks, sockets)
-                announcing = tasks.create_task(self._announce(when_up))
+                reporting = tasks.create_task(self._report_started(on_started))
                 await self._stopping.wait()
-                announcing.cancel()
+                reporting.cancel()
         finally:
-            # The services' last words go over NATS: it stops after them.
+            # The services publish their end over NATS: it stops after them.
             await asyncio.gather(*(c.stop() for name, c in self._children.items() if name != "nats"))
             if "nats" in self._children:
                 await self._children["nats"].stop()
@@ -94,10 +96,10 @@ class Supervisor:
 
     def _on_signal(self) -> None:
         if not self._stopping.is_set():
-            self._tell("stopping; once more kills")
+            self._print("stopping; Ctrl-C again kills")
             self._stopping.set()
             return
-        log.warning("told twice to stop: killing what is left")
+        log.warning("second stop signal: killing all children")
         for child in self._children.values():
             child.kill()
 
@@ -105,28 +107,26 @@ class Supervisor:
 
     async def _start_nats(self, tasks: asyncio.TaskGroup) -> None:
         home, plan = self._home, self._plan
-        program = natsd.find_program()
-        await natsd.check_port_is_free(plan.bind, plan.nats_port)
-        natsd.forget_old_ports(home)
-        natsd.write_config(home, plan, plan.nats_port or free_port(plan.bind))
-        greets = Greets(home)
-        self._keep(tasks, nats_spec(program, home.nats_config, self._environ), greets)
-        await self._until(lambda: readiness(self._statuses()) != "waiting", _NATS_DEADLINE_S)
+        program = nats_process.find_program()
+        await nats_process.check_port_is_free(plan.bind, plan.nats_port)
+        nats_process.remove_stale_port_files(home)
+        nats_process.write_config(home, plan, plan.nats_port or free_port(plan.bind))
+        nats_ready = NatsInfoReadiness(home)
+        self._keep(tasks, nats_spec(program, home.nats_config, self._environ), nats_ready)
+        await self._wait_for(lambda: readiness(self._statuses()) != "waiting", _NATS_DEADLINE_S)
         if self._stopping.is_set():
             return
-        if greets.ports is None:
-            [not_up] = missing(home, self._statuses())
-            raise Unavailable(
-                f"NATS does not start ({not_up.why}): {not_up.tail[-1] if not_up.tail else 'it said nothing'}; "
-                f"see {not_up.log}"
-            )
-        port = natsd.port_of(greets.ports)
-        # A chosen port is kept: a restarted server must be where the services look for it.
-        natsd.write_config(home, plan, port)
+        if nats_ready.ports is None:
+            [child] = not_ready(home, self._statuses())
+            last = nats_format.message_of(child.tail[-1]) if child.tail else "its log is empty"
+            raise Unavailable(f"NATS does not start ({child.reason}): {last}; see {child.log}")
+        port = nats_process.port_of(nats_ready.ports)
+        # A chosen port is kept: a restarted server must listen where the services connect.
+        nats_process.write_config(home, plan, port)
         credential = f"{plan.secret}@" if plan.secret else ""
         self._nats_urls = [f"nats://{credential}{bracketed(local_address(plan.bind))}:{port}"]
 
-    def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.Sockets) -> None:
+    def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets) -> None:
         plan = self._plan
         port = plan.gateway_port or free_port(plan.bind)
         if "gateway" in plan.services:
@@ -134,28 +134,33 @@ class Supervisor:
             self._home.gateway_url.write_text(f"{self._gateway}\n")
         for service in plan.services:
             spec = service_spec(plan, service, self._nats_urls, port, sys.executable, self._environ)
-            said = SaysReady(sockets.directory / f"{service}.notify")
-            self._heard.append(said)
-            spec.environ["NOTIFY_SOCKET"] = str(said.path)
-            self._keep(tasks, spec, self._gateway_answers() if service == "gateway" else said)
+            notify_socket = SdNotifyReadiness(sockets.directory / f"{service}.notify")
+            self._notify_sockets.append(notify_socket)
+            spec.environ["NOTIFY_SOCKET"] = str(notify_socket.path)
+            self._keep(tasks, spec, self._gateway_health() if service == "gateway" else notify_socket)
 
-    def _gateway_answers(self) -> AnswersHealth:
-        return AnswersHealth(self._gateway, bearer(self._plan.secret, "api"))
+    def _gateway_health(self) -> HttpHealthReadiness:
+        return HttpHealthReadiness(self._gateway, bearer(self._plan.secret, "api"))
 
     def _keep(self, tasks: asyncio.TaskGroup, spec: ChildSpec, ready: Readiness) -> None:
-        child = Child(spec, RotatingLog(self._home.log(spec.name)), ready, self._on_change)
+        # nats-server cannot be told a log format: its lines are translated on their way into the file.
+        translate = self._translate_nats_line if spec.name == "nats" else None
+        child = ChildProcess(spec, RotatingLog(self._home.log(spec.name)), ready, self._on_change, translate)
         self._children[spec.name] = child
         tasks.create_task(child.run())
 
-    async def _announce(self, when_up: Callable[[UpReport], None]) -> None:
-        await self._until(lambda: readiness(self._statuses()) != "waiting", self._plan.ready_deadline_s)
-        report = self._report()
-        log.info("up" if not report.not_up else "not whole", not_up=",".join(n.name for n in report.not_up))
-        when_up(report)
+    def _translate_nats_line(self, line: bytes) -> bytes:
+        return nats_format.translate(line, self._plan.node, time.time())
 
-    def _report(self) -> UpReport:
+    async def _report_started(self, on_started: Callable[[StartupReport], None]) -> None:
+        await self._wait_for(lambda: readiness(self._statuses()) != "waiting", self._plan.ready_deadline_s)
+        report = self._report()
+        log.info("node started", not_ready=",".join(n.name for n in report.not_ready))
+        on_started(report)
+
+    def _report(self) -> StartupReport:
         plan, statuses = self._plan, self._statuses()
-        return UpReport(
+        return StartupReport(
             node=plan.node,
             pid=os.getpid(),
             home=str(self._home.root),
@@ -163,7 +168,7 @@ class Supervisor:
             gateway=self._gateway,
             logs=str(self._home.logs),
             ready=[s.name for s in statuses if s.phase == "ready" and s.name != "nats"],
-            not_up=missing(self._home, statuses),
+            not_ready=not_ready(self._home, statuses),
             join=self._join_command(),
             bind="" if is_loopback(plan.bind) else plan.bind,
         )
@@ -175,31 +180,31 @@ class Supervisor:
         url = self._nats_urls[0]
         port = url.rpartition(":")[2]
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
-        anywhere = local_address(plan.bind) != plan.bind
-        host = advertised or (meeting_host(read_interfaces(), plan.bind) if anywhere else plan.bind)
+        binds_all = local_address(plan.bind) != plan.bind
+        host = advertised or (meeting_host(read_interfaces(), plan.bind) if binds_all else plan.bind)
         return f"shoal up --nats nats://{url_token(url)}@{bracketed(host)}:{port}"
 
-    # Following
+    # Status
 
     def _statuses(self) -> list[ChildStatus]:
         return [c.status for c in self._children.values()]
 
-    def _on_change(self, news: str) -> None:
+    def _on_change(self, text: str) -> None:
         pids = {s.pid for s in self._statuses() if s.pid}
         if pids - self._recorded:
-            leftovers.record(self._home, pids)
+            orphans.record(self._home, pids)
         self._recorded = pids
         self._changed.set()
         self._changed = asyncio.Event()
-        if news and not self._stopping.is_set():
-            self._tell(news)
+        if text and not self._stopping.is_set():
+            self._print(text)
 
-    async def _until(self, wanted: Callable[[], bool], deadline_s: float) -> bool:
-        """Whether it came true before the deadline and before we were told to stop."""
+    async def _wait_for(self, condition: Callable[[], bool], deadline_s: float) -> bool:
+        """Return whether the condition became true before the deadline and before the stop signal."""
         stopped = asyncio.ensure_future(self._stopping.wait())
         try:
             async with asyncio.timeout(deadline_s):
-                while not (wanted() or stopped.done()):
+                while not (condition() or stopped.done()):
                     changed = asyncio.ensure_future(self._changed.wait())
                     try:
                         await asyncio.wait({changed, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -209,14 +214,14 @@ class Supervisor:
             pass
         finally:
             stopped.cancel()
-        return wanted()
+        return condition()
 
     # The control socket
 
-    async def _handle(self, request: control.Request) -> object:
+    async def _handle(self, request: control.ControlRequest) -> object:
         match request.op:
             case "status":
-                return control.Status(
+                return control.SupervisorStatus(
                     node=self._plan.node,
                     pid=os.getpid(),
                     started_at_s=round(self._started_at_s, 1),
@@ -229,20 +234,20 @@ class Supervisor:
             case "restart":
                 return await self._restart(request.service)
             case "stop":
-                # Answered first: the answer says who is stopping, and its end is seen by the lock.
+                # Answered first: the reply says which process stops; the lock shows when it has.
                 asyncio.get_running_loop().call_soon(self._stopping.set)
                 return {"pid": os.getpid()}
-        raise BadMessage(f"the supervisor has no request {request.op[:80]!r}; it has status, restart and stop")
+        raise BadMessage(f"unknown request {request.op[:80]!r}: the supervisor knows status, restart and stop")
 
     async def _restart(self, name: str) -> ChildStatus:
         child = self._children.get(name)
         if child is None:
-            raise NotFound(f"this node runs no {name[:80]!r}; it runs {', '.join(self._children)}")
+            raise NotFound(f"this node does not run {name[:80]!r}; it runs {', '.join(self._children)}")
         before = child.status.pid
         await child.restart()
-        if not await self._until(
+        if not await self._wait_for(
             lambda: child.status.phase == "ready" and child.status.pid != before, _RESTART_DEADLINE_S
         ):
-            raise Expired(f"{name} was restarted and is not ready yet: see `shoal logs {name}`")
-        log.info("restarted", service=name, pid_before=before, pid=child.status.pid)
+            raise Expired(f"{name} was restarted but is not ready yet: see `shoal logs {name}`")
+        log.info("restarted", child=name, pid_before=before, pid=child.status.pid)
         return child.status

@@ -1,4 +1,4 @@
-"""`shoal up`: become the node's supervisor, in the foreground or behind a pipe that tells how starting went."""
+"""Becoming the node's supervisor, in the foreground or in a background process that reports through a pipe."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import TextIO, cast
 import msgspec
 from rich.console import Console
 
-from shoal_cli.home import Home, RunLock
-from shoal_cli.node.control import MAX_LINE_BYTES, Reply
-from shoal_cli.node.leftovers import end_leftovers
-from shoal_cli.node.plan import NodePlan, UpOptions, make_plan
-from shoal_cli.node.report import UpReport, not_up_error, show
-from shoal_cli.node.rotate import LogStream, RotatingLog, tail
+from shoal_cli.node.children.orphans import kill_orphans
+from shoal_cli.node.control import MAX_LINE_BYTES, ControlReply
+from shoal_cli.node.logs.log_rotation import LogStream, RotatingLog, tail
+from shoal_cli.node.node_plan import NodePlan, UpOptions, make_plan
+from shoal_cli.node.startup_report import StartupReport, print_report, startup_error
 from shoal_cli.node.supervisor import Supervisor
+from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings
 from shoal_common.errors import BadInput, Failed, from_body
@@ -33,55 +33,58 @@ from shoal_common.settings_file import change_settings
 log = Log("supervisor")
 
 _BACKGROUND_MARGIN_S = 60.0
-"""Beyond the readiness deadline: ending leftovers and starting NATS come before it."""
+"""Beyond the readiness deadline: ending orphans and starting NATS come before it."""
 
 
 def up(options: UpOptions, environ: Mapping[str, str], detach: bool) -> int:
-    """Run a node. Returns the exit code, when it ends or, detached, once it is up."""
+    """Run a node. Returns the exit code when it stops or, detached, once it is up."""
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     if detach:
         return _in_background(options, environ, out, err)
-    waiting = out.status(f"starting the node in {options.home}") if out.is_terminal else None
-    if waiting:
-        waiting.start()
+    spinner = out.status(f"starting the node in {options.home}") if out.is_terminal else None
+    if spinner:
+        spinner.start()
 
-    def when_up(report: UpReport) -> None:
-        if waiting:
-            waiting.stop()
-        show(report, out, err, detached=False)
+    def on_started(report: StartupReport) -> None:
+        if spinner:
+            spinner.stop()
+        print_report(report, out, err, detached=False)
 
-    def news(line: str) -> None:
+    def report_line(line: str) -> None:
         err.print(f"  {time.strftime('%H:%M:%S')} {line}", markup=False, soft_wrap=True)
 
     try:
-        run_node(options, environ, when_up, news)
+        run_node(options, environ, on_started, report_line)
     finally:
-        if waiting:
-            waiting.stop()
+        if spinner:
+            spinner.stop()
     return 0
 
 
 def run_node(
-    options: UpOptions, environ: Mapping[str, str], when_up: Callable[[UpReport], None], news: Callable[[str], None]
+    options: UpOptions,
+    environ: Mapping[str, str],
+    on_started: Callable[[StartupReport], None],
+    report_line: Callable[[str], None],
 ) -> None:
-    """Supervise until told to stop. Raises ShoalError when the node cannot start."""
+    """Supervise the node until it is told to stop. Raises ShoalError when it cannot start."""
     home = Home(Path(options.home))
     lock = RunLock(home)
-    lock.take()
+    lock.acquire()
     try:
         plan = _plan(options, environ, home)
         stream = LogStream(RotatingLog(home.log("supervisor")))
-        # `logging` needs nothing of a stream but write and flush.
+        # `logging` uses only write and flush of a stream.
         logs.set_up("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
-        for pid in end_leftovers(home):
-            log.warning("ended a process that a killed supervisor had left", pid=pid)
+        for pid in kill_orphans(home):
+            log.warning("ended an orphan of a killed supervisor", pid=pid)
         if plan.storage:
-            # Into the file, not the environment: it holds after a restart too, and `shoal storage set` may change it.
+            # Into the file, not the environment: it survives restarts, and `shoal storage set` can change it.
             change_settings(home.root, {"storage": plan.storage}, lambda _: None)
-        asyncio.run(_supervise(home, plan, environ, when_up, news))
+        asyncio.run(_supervise(home, plan, environ, on_started, report_line))
     finally:
-        # The lock is kept: it is free when this process has ended, which is what `shoal down` waits for.
-        home.forget_run()
+        # The lock is kept until this process has ended, which is what `shoal down` waits for.
+        home.clear_run()
 
 
 def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePlan:
@@ -89,15 +92,15 @@ def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePla
     node = ensure_node_id(home.root, options.node or None)
     if options.node and node != options.node:
         raise BadInput(
-            f"the node in {home.root} is called {node} and keeps that name (I8): leave --node out, or choose another "
+            f"the node in {home.root} is named {node} and keeps that name (I8): omit --node, or choose another "
             "--home for a new node"
         )
-    kept = home.read_secret()
-    plan = make_plan(options, environ, settings, node, kept)
+    saved = home.read_secret()
+    plan = make_plan(options, environ, settings, node, saved)
     if plan.needs_secret:
         return msgspec.structs.replace(plan, secret=home.ensure_secret())
-    if plan.secret and plan.secret != kept:
-        home.keep_secret(plan.secret)
+    if plan.secret and plan.secret != saved:
+        home.write_secret(plan.secret)
     return plan
 
 
@@ -105,11 +108,11 @@ async def _supervise(
     home: Home,
     plan: NodePlan,
     environ: Mapping[str, str],
-    when_up: Callable[[UpReport], None],
-    news: Callable[[str], None],
+    on_started: Callable[[StartupReport], None],
+    report_line: Callable[[str], None],
 ) -> None:
     try:
-        await Supervisor(home, plan, environ, news).run(when_up)
+        await Supervisor(home, plan, environ, report_line).run(on_started)
     except BaseExceptionGroup as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
@@ -118,18 +121,18 @@ async def _supervise(
 
 
 def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console, err: Console) -> int:
-    """Start a process of its own session and wait until it says how starting went.
+    """Start the supervisor in a session of its own and wait for its report.
 
-    The options go through its stdin, not its arguments: a NATS URL may hold a secret, and anybody may read those.
+    The options go through its stdin, not its arguments: a NATS URL may hold a secret, and every user can read those.
     """
     home = Home(Path(options.home))
-    home.make()
-    with home.log("supervisor").open("ab") as last_words:
+    home.create()
+    with home.log("supervisor").open("ab") as log_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "shoal_cli.node.background", options.home],
+            [sys.executable, "-m", "shoal_cli.node.daemonize", options.home],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=last_words,
+            stderr=log_file,
             env=dict(environ),
             start_new_session=True,
         )
@@ -142,24 +145,24 @@ def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console,
     if not line:
         last = tail(home.log("supervisor"), 1)
         raise Failed(
-            f"the supervisor (pid {process.pid}) did not say that the node is up; its log, "
-            f"{home.log('supervisor')}, ends with: {last[0] if last else 'nothing'}"
+            f"the supervisor (pid {process.pid}) did not report in time; the last line of "
+            f"{home.log('supervisor')}: {last[0] if last else 'none'}"
         )
-    reply = decode(line, Reply)
+    reply = decode(line, ControlReply)
     if reply.error is not None:
         process.wait()
         raise from_body(reply.error)
-    report = decode(bytes(reply.result), UpReport)
-    show(report, out, err, detached=True)
-    if report.not_up:
-        raise not_up_error(report)
+    report = decode(bytes(reply.result), StartupReport)
+    print_report(report, out, err, detached=True)
+    if report.not_ready:
+        raise startup_error(report)
     return 0
 
 
-def hand_over(reply: Reply) -> None:
-    """In the background process: tell the waiting `shoal up -d`, and let go of its pipe."""
+def send_report(reply: ControlReply) -> None:
+    """In the background process: send the reply to the waiting `shoal up -d`, and close its pipe."""
     with suppress(OSError):
         os.write(1, msgspec.json.encode(reply) + b"\n")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 1)
+    os.close(devnull)

@@ -1,0 +1,1 @@
+"""The gateway's REST API from the command's side: the client, its schema, and the waits built on it."""

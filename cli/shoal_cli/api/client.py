@@ -1,0 +1,182 @@
+"""The client of the gateway's REST API: where the gateway is, our credential, and its errors as ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import httpx2
+import msgspec
+
+from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
+from shoal_cli.node_home import Home, read_or_empty
+from shoal_common.credentials import bearer
+from shoal_common.errors import BadInput, ErrorBody, Expired, Failed, Unavailable, from_body
+from shoal_common.messages import Message
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 90.0
+"""The gateway itself waits up to a minute for short commands."""
+SILENCE_TIMEOUT_S = 330.0
+"""Between two events of a stream: a long prompt is processed for minutes before the first token."""
+_MAX_QUOTED_BYTES = 300
+
+NO_NODE = "no Shoal node is running here: start one with `shoal up`"
+
+
+class ErrorResponse(Message):
+    """The body of every error response."""
+
+    error: ErrorBody
+
+
+class GatewayClient:
+    """A client of one gateway."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], unreachable: str) -> None:
+        self.url = url
+        self._unreachable = unreachable
+        self._http = httpx2.Client(
+            base_url=url,
+            headers=dict(headers),
+            timeout=httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # A proxy meant for the internet must not be asked for 127.0.0.1.
+            trust_env=False,
+        )
+
+    def get(self, path: str, kind: type[T], query: Mapping[str, str] = {}, timeout_s: float = ANSWER_TIMEOUT_S) -> T:
+        """Return the answer to a GET."""
+        return self._request("GET", path, kind, query=query, timeout_s=timeout_s)
+
+    def post(self, path: str, body: Mapping[str, Any], kind: type[T], timeout_s: float = ANSWER_TIMEOUT_S) -> T:
+        """Return the answer to a POST."""
+        return self._request("POST", path, kind, body=body, timeout_s=timeout_s)
+
+    def put(self, path: str, body: Mapping[str, Any], kind: type[T]) -> T:
+        """Return the answer to a PUT."""
+        return self._request("PUT", path, kind, body=body)
+
+    def delete(self, path: str, kind: type[T], **query: str) -> T:
+        """Return the answer to a DELETE."""
+        return self._request("DELETE", path, kind, query=query)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        kind: type[T],
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> T:
+        timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        with self._mapped_errors():
+            response = self._http.request(method, path, params=dict(query or {}), json=body, timeout=timeout)
+        check(response.status_code, response.content, self.url)
+        try:
+            return msgspec.json.decode(response.content or b"{}", type=kind)
+        except msgspec.DecodeError as e:
+            raise Failed(
+                f"{self.url} is not a gateway of this version ({e}): check --gateway and `shoal version`"
+            ) from None
+
+    @contextmanager
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """Yield the events of a streamed answer. Leaving the block early tells the gateway to stop generating."""
+        with self._lines("POST", path, SILENCE_TIMEOUT_S, body=body) as lines:
+            yield self._decoded(lines)
+
+    @contextmanager
+    def follow(self, path: str, silence_s: float, cursor: str, **query: str) -> Iterator[Iterator[str]]:
+        """Yield the lines of a stream of server-sent events after a cursor ("": from now on).
+
+        Raises Unavailable when the stream breaks off, Expired after `silence_s` without a line; it may also end.
+        """
+        headers = {"Last-Event-ID": cursor} if cursor else {}
+        with self._lines("GET", path, silence_s, query=query, headers=headers) as lines:
+            yield lines
+
+    @contextmanager
+    def _lines(
+        self,
+        method: str,
+        path: str,
+        silence_s: float,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Iterator[Iterator[str]]:
+        timeout = httpx2.Timeout(silence_s, connect=CONNECT_TIMEOUT_S)
+        with (
+            self._mapped_errors(),
+            self._http.stream(
+                method, path, json=body, params=dict(query or {}), headers=dict(headers or {}), timeout=timeout
+            ) as response,
+        ):
+            if not response.is_success:
+                response.read()
+                check(response.status_code, response.content, self.url)
+            yield response.iter_lines()
+
+    def _decoded(self, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+        for line in lines:
+            if not line.startswith("data:"):
+                continue
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except ValueError:
+                raise Failed(f"{self.url} sent an invalid event: {data[:80]!r}") from None
+            if "error" in event:
+                raise from_body(msgspec.convert(event, ErrorResponse).error)
+            yield event
+        raise Unavailable("the answer broke off before its end; try again, or see `shoal status`")
+
+    @contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            raise Unavailable(self._unreachable) from None
+        except httpx2.TimeoutException:
+            raise Expired(f"the gateway at {self.url} did not answer in time; see `shoal logs gateway`") from None
+        except httpx2.TransportError as e:
+            raise Unavailable(
+                f"the gateway at {self.url} closed the connection ({type(e).__name__}); see `shoal logs gateway`, "
+                "then try again"
+            ) from None
+
+
+def check(status: int, content: bytes, url: str) -> None:
+    """Raise the error that a response holds. Its code decides the exit code."""
+    if 200 <= status < 300:
+        return
+    try:
+        raise from_body(msgspec.json.decode(content, type=ErrorResponse).error)
+    except msgspec.DecodeError:
+        text = content[:_MAX_QUOTED_BYTES].decode(errors="replace").split("\n")[0]
+    raise Failed(f"{url} is not a Shoal gateway: status {status} {text}".rstrip())
+
+
+def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> GatewayClient:
+    """Return the gateway to use: the explicit one, SHOAL_GATEWAY, or that of this machine's node.
+
+    This home's secret is sent to this home's gateway only (I12); another one is sent SHOAL_SECRET.
+    """
+    url = explicit or environ.get("SHOAL_GATEWAY", "")
+    if url:
+        url = url if "://" in url else f"http://{url}"
+        if not url.startswith(("http://", "https://")):
+            raise BadInput(f"{url[:80]!r} is not a gateway URL: write http://host:{GATEWAY_PORT}")
+        unreachable = f"no gateway answers at {url}: is `shoal up` running there?"
+        return GatewayClient(url.rstrip("/"), bearer(environ.get("SHOAL_SECRET", ""), "api"), unreachable)
+    # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
+    port = environ.get("SHOAL_GATEWAY_PORT") or GATEWAY_PORT
+    url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
+    return GatewayClient(url, bearer(environ.get("SHOAL_SECRET") or home.read_secret(), "api"), NO_NODE)

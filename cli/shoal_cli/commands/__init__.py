@@ -1,0 +1,1 @@
+"""One module per verb: its options, what it asks for, and what it prints."""

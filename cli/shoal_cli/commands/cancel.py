@@ -1,0 +1,38 @@
+"""`shoal cancel`."""
+
+from __future__ import annotations
+
+import typer
+
+from shoal_cli.api.download_control import control_downloads
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands.options import (
+    AllNodesOption,
+    GatewayOption,
+    HomeOption,
+    JsonOption,
+    ModelArgument,
+    NodesOption,
+    reject_together,
+)
+
+app = new_app()
+
+_JSON = """--json prints {"model", "nodes": {node: {"cancelled", "was"}}}. Fields are only ever added."""
+
+
+@app.command(cls=CommandHelp, epilog=_JSON)
+def cancel(
+    ctx: typer.Context,
+    model: ModelArgument,
+    nodes: NodesOption = [],  # noqa: B006
+    all_nodes: AllNodesOption = False,
+    as_json: JsonOption = False,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
+    """Cancel a download, running or paused, and delete what arrived."""
+    cli = CliContext(ctx)
+    reject_together(ctx, node=nodes, all=all_nodes)
+    return cli.finish(control_downloads(cli.gateway, "cancel", model, nodes, all_nodes))

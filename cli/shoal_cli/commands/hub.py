@@ -1,0 +1,65 @@
+"""`shoal hub`: settings with which huggingface_hub downloads from the cluster."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from shoal_cli.api.schema import StatusView
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands import completion
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_common.credentials import derive
+from shoal_common.errors import NotFound, Unavailable
+from shoal_common.names import check_node
+
+app = new_app()
+
+_JSON = """For a shell: eval "$(shoal hub)"; `hf download org/name` and everything else that uses huggingface_hub then
+downloads from the cluster. --json prints {"HF_ENDPOINT", "HF_TOKEN" when the cluster has a secret}."""
+
+
+@app.command(cls=CommandHelp, epilog=_JSON)
+def hub(
+    ctx: typer.Context,
+    node: Annotated[
+        str,
+        typer.Option(
+            "--node",
+            metavar="NODE",
+            show_default=False,
+            help="the node to download from (the local one)",
+            autocompletion=completion.nodes,
+        ),
+    ] = "",
+    as_json: JsonOption = False,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
+    """Print settings for huggingface_hub to use the cluster."""
+    cli = CliContext(ctx)
+    status = cli.gateway.get("/v1/status", StatusView)
+    secret = cli.environ.get("SHOAL_SECRET") or cli.home.read_secret()
+    settings = hub_settings(status, check_node(node) if node else "", secret)
+    if cli.as_json:
+        return cli.print_json(settings)
+    for name, value in settings.items():
+        cli.print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def hub_settings(status: StatusView, node: str, secret: str) -> dict[str, str]:
+    """Return environment variables for huggingface_hub. Raises NotFound for an unknown node, Unavailable for one
+    whose fileserver is down."""
+    name = node or status.node
+    view = next((n for n in status.nodes if n.node == name), None)
+    if view is None:
+        raise NotFound(f"no node named {name}: `shoal status` lists them")
+    service = view.services.get("fileserver")
+    if service is None or not service.addresses:
+        raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")
+    settings = {"HF_ENDPOINT": f"http://{service.addresses[0]}"}
+    return settings | ({"HF_TOKEN": derive(secret, "hub")} if secret else {})

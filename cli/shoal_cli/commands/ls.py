@@ -1,0 +1,47 @@
+"""`shoal ls`, which is also `shoal models`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from shoal_cli.api.schema import JsonObject, StatusView
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_common.messages.questions import Fits
+
+app = new_app()
+
+JSON_HELP = """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
+"adopted_from": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier": "fits",
+"tight", "force" or "", "preview": as in `shoal place --preview`, or null, "why"}]}. Fields are only ever added."""
+
+
+@app.command(cls=CommandHelp, epilog=JSON_HELP)
+def ls(
+    ctx: typer.Context,
+    fits: Annotated[
+        bool, typer.Option("--fits", help="also show which could be placed now, the largest first")
+    ] = False,
+    as_json: JsonOption = False,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
+    """List the models that nodes hold."""
+    from shoal_cli.render.tables import fits_table, models_table  # noqa: PLC0415
+
+    cli = CliContext(ctx)
+    if fits:
+        return cli.render(cli.gateway.get("/v1/placements/fits", Fits), fits_table)
+    answer = cli.gateway.get("/v1/status", JsonObject)
+    if cli.as_json:
+        return cli.print_json({"models": answer.get("models", [])})
+    held = msgspec.convert(answer, StatusView).models
+    if held:
+        cli.out.print(models_table(held), crop=False)
+    else:
+        cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
+    return 0

@@ -1,0 +1,82 @@
+"""`shoal pull`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from shoal_cli.api.downloads import ModelPull
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands import completion
+from shoal_cli.commands.options import (
+    GatewayOption,
+    HomeOption,
+    JsonOption,
+    ModelArgument,
+    reject_together,
+)
+from shoal_common.names import check_node
+
+app = new_app()
+INTERRUPTED = 130
+
+_JSON = """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
+"phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},
+"source_speeds": {source: bytes per second}, "eta_s", "switched": {source: times}, "error", …}], "commands":
+{node: id}}. The exit code is that of the first node that failed. Fields are only ever added."""
+
+
+@app.command(cls=CommandHelp, epilog=_JSON)
+def pull(
+    ctx: typer.Context,
+    model: ModelArgument,
+    nodes: Annotated[
+        list[str],
+        typer.Option(
+            "--node",
+            metavar="NODE",
+            show_default=False,
+            help="to this node; repeatable; default: the local one",
+            autocompletion=completion.nodes,
+        ),
+    ] = [],  # noqa: B006
+    all_nodes: Annotated[bool, typer.Option("--all", help="to every node that is up")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="send the request and return")] = False,
+    as_json: JsonOption = False,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
+    """Download a model to a node."""
+    from shoal_cli.render.progress_display import progress_display  # noqa: PLC0415
+
+    cli = CliContext(ctx)
+    reject_together(ctx, node=nodes, all=all_nodes)
+    request = ModelPull(cli.gateway, model)
+    request.request([check_node(n) for n in nodes], all_nodes)
+    if no_wait:
+        if cli.as_json:
+            return cli.print_json(request.to_json())
+        cli.print(f"requested {request.model} on {', '.join(request.nodes)}; `shoal status` shows its progress")
+        return 0
+    try:
+        with progress_display(cli.out, cli.as_json) as display:
+            request.follow(display)
+    except KeyboardInterrupt:
+        print(
+            f"\nthe download continues in the background: `shoal pull {request.model}` shows it again, "
+            f"`shoal pause {request.model}` pauses it, `shoal cancel {request.model}` cancels it",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    if cli.as_json:
+        cli.print_json(request.to_json())
+    for node, error in list(request.errors.items())[1:]:
+        print(f"shoal: {node}: {error.message}", file=sys.stderr)
+    for node, error in request.errors.items():
+        raise type(error)(f"{node}: {error.message}", **error.details)
+    if not cli.as_json:
+        cli.print(f"{request.model} is ready on {', '.join(request.nodes)}")
+    return 0

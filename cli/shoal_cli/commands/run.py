@@ -1,0 +1,160 @@
+"""`shoal run`: pull a model if no node has it, place it if no instance answers, then chat."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shoal_cli.api.chat import Conversation, Sampling
+from shoal_cli.api.client import GatewayClient
+from shoal_cli.api.downloads import ModelPull
+from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready
+from shoal_cli.api.schema import StatusView
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
+from shoal_cli.render.line_editor import LineEditor, confirm
+from shoal_cli.render.progress_display import progress_display
+from shoal_cli.render.units import show_seconds
+from shoal_common.errors import BadInput, Refused, ShoalError
+from shoal_common.names import DEFAULT_REVISION, ModelRef, is_commit
+
+app = new_app()
+_HELP = "/exit or Ctrl-D ends, /clear starts over, Ctrl-C stops an answer"
+
+
+@app.command(cls=CommandHelp)
+def run(
+    ctx: typer.Context,
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", show_default=False, help="one prompt; default: stdin, or a chat"),
+    ] = None,
+    exactly: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes", metavar="N", callback=in_range(1), show_default=False, help="place it over exactly N nodes"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", callback=in_range(1), help="longest answer")
+    ] = 2048,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", callback=in_range(0, 2), help="0 to 2; 0 is greedy")
+    ] = 0.7,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
+    """Chat with a model; pulls and places it if needed."""
+    cli = CliContext(ctx)
+    session = ChatSession(cli.gateway, model, exactly, Sampling(max_tokens, temperature), cli.err)
+    if prompt is not None:
+        return session.answer_once(prompt)
+    if sys.stdin is not None and sys.stdin.isatty():
+        return session.chat(LineEditor(cli.home.chat_history))
+    text = sys.stdin.read().strip() if sys.stdin is not None else ""
+    if not text:
+        raise BadInput("stdin is empty: pipe a prompt into it, or give one after the model")
+    return session.answer_once(text)
+
+
+class ChatSession:
+    """One `shoal run`. Answers go to stdout, everything else to stderr: a pipe gets the answer only."""
+
+    def __init__(
+        self, gateway: GatewayClient, model: str, exactly: int | None, sampling: Sampling, err: Console
+    ) -> None:
+        self._gateway, self._ref, self._exactly = gateway, ModelRef.parse(model), exactly
+        self._sampling, self._err = sampling, err
+
+    def answer_once(self, prompt: str) -> int:
+        """Answer one prompt. Returns the exit code."""
+        self._answer(self._prepare(ask=None), prompt)
+        return 0
+
+    def chat(self, editor: LineEditor) -> int:
+        """Chat until /exit or Ctrl-D. Returns the exit code."""
+        conversation = self._prepare(ask=editor.confirm)
+        self._err.print(f"[dim]{self._ref}: {_HELP}[/dim]")
+        while (line := editor.next_line()) is not None:
+            match line.strip():
+                case "":
+                    continue
+                case "/exit" | "/quit" | "/bye":
+                    return 0
+                case "/clear":
+                    conversation.clear()
+                    self._err.print("[dim]cleared[/dim]")
+                case "/help" | "/?":
+                    self._err.print(f"[dim]{_HELP}[/dim]")
+                case text if text.startswith("/"):
+                    self._err.print(f"[dim]unknown command {text.split()[0]}: {_HELP}[/dim]", markup=True)
+                case text:
+                    self._take_turn(conversation, text)
+        print()
+        return 0
+
+    def _take_turn(self, conversation: Conversation, text: str) -> None:
+        try:
+            self._answer(conversation, text)
+        except KeyboardInterrupt:
+            self._err.print("[dim](stopped)[/dim]")
+        except ShoalError as e:
+            # The instance may be back in a moment: the conversation is worth keeping.
+            self._err.print(f"shoal: {e.message}", markup=False, style="red", soft_wrap=True)
+
+    def _answer(self, conversation: Conversation, text: str) -> None:
+        began_s, answer, complete = time.monotonic(), conversation.ask(text), False
+        try:
+            for piece in answer:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            complete = True
+        finally:
+            answer.close()  # closing the connection is what stops the gateway
+            if not complete and sys.stdout.isatty():
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        took_s = time.monotonic() - began_s
+        if self._err.is_terminal and sys.stdout.isatty() and conversation.completion_tokens:
+            cut = ", cut at --max-tokens" if conversation.finish_reason == "length" else ""
+            speed = conversation.completion_tokens / max(took_s, 1e-3)
+            duration = f"{took_s:.1f} s" if took_s < 10 else show_seconds(took_s)
+            self._err.print(f"[dim]{conversation.completion_tokens} tokens in {duration}, {speed:.1f}/s{cut}[/dim]")
+
+    def _prepare(self, ask: Callable[[str], bool] | None) -> Conversation:
+        status = self._gateway.get("/v1/status", StatusView)
+        instance = find_instance(self._gateway, self._ref, status)
+        if instance is None:
+            self._pull_if_missing(status, ask)
+            body = placement_request(str(self._ref), self._exactly, None, [], 0)
+            self._err.print(f"[dim]placing {self._ref}[/dim]")
+            instance = place(self._gateway, body, self._report, confirm if ask else None)
+        elif instance.phase != "ready":
+            instance = wait_ready(self._gateway, instance, self._report)
+        return Conversation(self._gateway, instance.id, self._sampling)
+
+    def _report(self, text: str) -> None:
+        self._err.print(text, style="dim", markup=False)
+
+    def _pull_if_missing(self, status: StatusView, ask: Callable[[str], bool] | None) -> None:
+        ref = self._ref
+        is_comparable = ref.revision == DEFAULT_REVISION or is_commit(ref.revision)
+        if is_comparable and any(m.repo == ref.repo and matches_revision(m.commit, ref) for m in status.models):
+            return
+        if is_comparable and ask is not None and not ask(f"{ref} is on no node. Pull it to {status.node}? [Y/n] "):
+            raise Refused(f"{ref} is on no node and was not pulled; `shoal pull {ref} --node NODE` chooses where")
+        pull = ModelPull(self._gateway, str(ref))
+        pull.request([], all_nodes=False)
+        with progress_display(self._err, as_json=False) as display:
+            pull.follow(display)
+        for error in pull.errors.values():
+            raise error

@@ -1,0 +1,55 @@
+"""`shoal status`."""
+
+from __future__ import annotations
+
+import typer
+
+from shoal_cli.api.schema import JsonObject, StatusView
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_common.errors import Unavailable
+
+app = new_app()
+
+_JSON = """--json prints GET /v1/status of the gateway as it is: {"node", "version",
+"nats_connected", "nodes": [{"node", "live", "services": {name: {"version", "pid", "host", "uptime_s", "addresses"}},
+"missing_services", "other_versions": {service: version},
+"link", "memory_total_bytes", "memory_available_bytes", "storage": {…} or null}], "models": […],
+"downloads": […], "instances": […]}. Fields are only ever added."""
+
+
+@app.command(cls=CommandHelp, epilog=_JSON)
+def status(
+    ctx: typer.Context, as_json: JsonOption = False, gateway: GatewayOption = "", home: HomeOption = ""
+) -> int:
+    """Show nodes, disks, models, downloads and instances."""
+    cli = CliContext(ctx)
+    try:
+        answer = cli.gateway.get("/v1/status", JsonObject)
+    except Unavailable:
+        _explain_missing_gateway(cli)
+        raise
+    if cli.as_json:
+        return cli.print_json(answer)
+    import msgspec  # noqa: PLC0415
+
+    from shoal_cli.render.tables import render_status  # noqa: PLC0415
+
+    cli.out.print(render_status(msgspec.convert(answer, StatusView)))
+    return 0
+
+
+def _explain_missing_gateway(cli: CliContext) -> None:
+    """Raise Unavailable naming the children that are not ready, when this home's supervisor runs."""
+    from shoal_cli.node.children.restart_policy import not_ready_reason  # noqa: PLC0415
+    from shoal_cli.node.down import supervisor_status  # noqa: PLC0415
+
+    supervisor = supervisor_status(cli.home)
+    if supervisor is None:
+        return
+    not_ready = [f"{c.name} ({not_ready_reason(c)})" for c in supervisor.children if c.phase != "ready"]
+    raise Unavailable(
+        f"node {supervisor.node} is running (supervisor pid {supervisor.pid}), but its gateway does not answer; "
+        f"not ready: {', '.join(not_ready) or 'nothing'}; see `shoal logs`"
+    ) from None

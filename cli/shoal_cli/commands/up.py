@@ -1,0 +1,124 @@
+"""`shoal up`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from shoal_cli.cli_context import CliContext
+from shoal_cli.command_app import CommandHelp, new_app
+from shoal_cli.commands.options import HomeOption, Policy, in_range
+from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
+from shoal_cli.render.units import parse_limit
+from shoal_common.names import check_node
+from shoal_common.subjects import SERVICES
+
+app = new_app()
+
+LibraryOption = Annotated[
+    list[str],
+    typer.Option(
+        "--library",
+        metavar="PATH",
+        show_default=False,
+        help="also serve the models in this directory, like ~/.cache/huggingface/hub: not copied, never written; "
+        "repeatable; saved in node.toml",
+    ),
+]
+
+
+@app.command(cls=CommandHelp)
+def up(
+    ctx: typer.Context,
+    node: Annotated[
+        str,
+        typer.Option(
+            "--node", metavar="NAME", show_default=False, help="the node's id, at its first start (host name)"
+        ),
+    ] = "",
+    nats: Annotated[
+        list[str],
+        typer.Option(
+            "--nats",
+            metavar="URL",
+            show_default=False,
+            help="join this NATS server instead of running one; repeatable",
+        ),
+    ] = [],  # noqa: B006
+    nats_port: Annotated[
+        int,
+        typer.Option(
+            "--nats-port", metavar="PORT", callback=in_range(0, 65535), help="port of this node's NATS; 0: any"
+        ),
+    ] = NATS_PORT,
+    bind: Annotated[
+        str,
+        typer.Option(
+            "--bind",
+            metavar="ADDR",
+            show_default=False,
+            help="address to listen on (127.0.0.1); any other address also creates a secret",
+        ),
+    ] = "",
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", callback=in_range(0, 65535), help="the gateway's port; 0: any")
+    ] = GATEWAY_PORT,
+    max_storage: Annotated[
+        str,
+        typer.Option(
+            "--max-storage",
+            metavar="SIZE",
+            show_default=False,
+            help="quota for models, like 200GB or 150GiB, or none; saved in node.toml",
+        ),
+    ] = "",
+    eviction_policy: Annotated[
+        Policy | None,
+        typer.Option(
+            "--eviction-policy",
+            metavar="[manual|lru]",
+            show_default=False,
+            help="lru evicts old models for new ones, manual refuses new ones (manual); saved in node.toml",
+        ),
+    ] = None,
+    libraries: LibraryOption = [],  # noqa: B006
+    hub: Annotated[
+        str,
+        typer.Option("--hub", metavar="URL", show_default=False, help="hub instead of huggingface.co (HF_ENDPOINT)"),
+    ] = "",
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="run in the background; return once it is up")
+    ] = False,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="S", help="give up waiting after S seconds")
+    ] = READY_DEADLINE_S,
+    no_storage: Annotated[bool, typer.Option("--no-storage", help="do not run storage")] = False,
+    no_fetcher: Annotated[bool, typer.Option("--no-fetcher", help="do not run the fetcher")] = False,
+    no_fileserver: Annotated[bool, typer.Option("--no-fileserver", help="do not run the fileserver")] = False,
+    no_placement: Annotated[bool, typer.Option("--no-placement", help="do not run placement")] = False,
+    no_inference: Annotated[bool, typer.Option("--no-inference", help="do not run inference")] = False,
+    no_gateway: Annotated[bool, typer.Option("--no-gateway", help="do not run the gateway")] = False,
+    home: HomeOption = "",
+) -> int:
+    """Run a node on this machine."""
+    from shoal_cli.node.up import up as run_up  # noqa: PLC0415
+
+    cli = CliContext(ctx)
+    options = UpOptions(
+        home=str(cli.home.root),
+        node=check_node(node) if node else "",
+        nats=nats,
+        nats_port=nats_port,
+        bind=bind,
+        port=port,
+        max_storage_bytes=parse_limit(max_storage) if max_storage else msgspec.UNSET,
+        eviction_policy=eviction_policy or msgspec.UNSET,
+        libraries=[path if path.startswith("~") else str(Path(path).absolute()) for path in libraries],
+        hub=hub,
+        without=[service for service in SERVICES if ctx.params[f"no_{service}"]],
+        ready_deadline_s=wait,
+    )
+    return run_up(options, cli.environ, detach)

@@ -1,1 +1,0 @@
-"""Gathering facts: reading, asking, connecting; never writing. What cannot be read is a fact too."""

@@ -1,0 +1,51 @@
+"""Memory, and the open files of processes. Blocks for milliseconds."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+
+import psutil
+
+from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
+from shoal_cli.doctor.probes.local_node import LocalNode
+from shoal_common.cgroup import Memory, least
+
+
+def memory(local: LocalNode) -> MemoryFacts:
+    """Return the memory that a process may have here, and the cap that is set for it."""
+    machine, *groups = Memory().look()
+    limit = least([machine, *groups])
+    section = local.settings.get("inference", {})
+    value = local.environ.get("SHOAL_MAX_MEMORY_BYTES")
+    if not value and isinstance(section, dict):
+        value = section.get("max_memory_bytes")
+    text = str(value) if value else ""
+    is_invalid = bool(text) and not text.isdecimal()
+    return MemoryFacts(
+        total_bytes=limit.total_bytes,
+        available_bytes=limit.available_bytes,
+        machine_bytes=machine.total_bytes,
+        cap_bytes=int(text) if text and not is_invalid else None,
+        cap_error=f"max_memory_bytes {value!r} is not a number of bytes" if is_invalid else "",
+    )
+
+
+def open_files(pids: Mapping[str, int]) -> list[OpenFiles]:
+    """Return how many files each process may open and has open; where none can be asked, what this one may."""
+    known = [files for name, pid in sorted(pids.items()) if (files := _of(name, pid)) is not None]
+    return known or [OpenFiles("a process started here", _limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))]
+
+
+def _of(name: str, pid: int) -> OpenFiles | None:
+    try:
+        process = psutil.Process(pid)
+        if not hasattr(process, "rlimit"):  # macOS does not tell another process's limit
+            return None
+        return OpenFiles(name, _limit(process.rlimit(psutil.RLIMIT_NOFILE)[0]), process.num_fds())
+    except (psutil.Error, OSError):
+        return None
+
+
+def _limit(soft: int) -> int:
+    return -1 if soft == resource.RLIM_INFINITY else soft

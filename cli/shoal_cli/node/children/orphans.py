@@ -1,0 +1,73 @@
+"""Processes that a killed supervisor left: recorded while it lives, ended before the next one starts.
+
+On Linux the kernel signals children when their supervisor dies and they stop within their own deadline; elsewhere
+they go on until this finds them. A pid counts only together with its start time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgspec
+import psutil
+
+from shoal_cli.node_home import Home
+from shoal_common.identity import is_gone, this_host
+from shoal_common.messages.facts import Holder
+
+_STOP_DEADLINE_S = 12.0
+_KILL_DEADLINE_S = 5.0
+_POLL_INTERVAL_S = 0.02
+
+
+def record(home: Home, pids: Iterable[int]) -> None:
+    """Record the pids of this supervisor's children."""
+    holders = [h for h in map(_holder, pids) if h is not None]
+    new = home.children.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(holders))
+    new.replace(home.children)
+
+
+def _holder(pid: int) -> Holder | None:
+    try:
+        started_s = psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+    return Holder(uid="", host=this_host(), pid=pid, pid_started_s=round(started_s, 1))
+
+
+def kill_orphans(home: Home) -> list[int]:
+    """End what the last supervisor left, first by SIGTERM. Returns the pids. Call it only while holding the lock."""
+    host = this_host()
+    left = [h for h in _recorded(home) if h.host == host and not is_gone(h, host)]
+    for holder in left:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(holder.pid, signal.SIGTERM)
+    for holder in _alive(left, host, _STOP_DEADLINE_S):
+        # Each leads a process group: what it started ends with it.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(holder.pid, signal.SIGKILL)
+    _alive(left, host, _KILL_DEADLINE_S)
+    home.children.unlink(missing_ok=True)
+    return [h.pid for h in left]
+
+
+def _alive(holders: list[Holder], host: str, wait_s: float) -> list[Holder]:
+    """Return those that have not ended after up to `wait_s`."""
+    give_up_s = time.monotonic() + wait_s
+    while True:
+        holders = [h for h in holders if not is_gone(h, host)]
+        if not holders or time.monotonic() > give_up_s:
+            return holders
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def _recorded(home: Home) -> list[Holder]:
+    try:
+        return msgspec.json.decode(home.children.read_bytes(), type=list[Holder])
+    except (FileNotFoundError, msgspec.DecodeError):
+        return []

@@ -1,0 +1,1 @@
+"""The node's log files: written in one format, rotated, read back."""

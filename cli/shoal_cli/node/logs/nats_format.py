@@ -1,0 +1,41 @@
+"""nats-server's log lines in Shoal's log format. Pure.
+
+[4711] 2026/01/31 12:30:05.123456 [INF] Server is ready                      what nats-server writes, in local time
+ts=2026-01-31T12:30:05.123Z level=info service=nats node=wren msg="Server is ready"
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from shoal_common.logs import quote_value
+
+_LINE = re.compile(rb"\[\d+\] (\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6}) \[([A-Z]{3})\](.*)", re.DOTALL)
+_LEVELS = {b"INF": "info", b"DBG": "debug", b"TRC": "debug", b"WRN": "warning", b"ERR": "error", b"FTL": "critical"}
+
+
+def translate(line: bytes, node: str, now_s: float) -> bytes:
+    """Return a line of nats-server in Shoal's format, the end of line included.
+
+    A line that is not in its format is written before its logger runs (an invalid configuration) or by a crash: it
+    becomes an error of `now_s`. A whole text is kept, whatever it holds.
+    """
+    text = line.removesuffix(b"\n")
+    match = _LINE.fullmatch(text)
+    at, level = datetime.fromtimestamp(now_s, UTC), "error"
+    if match is not None:
+        try:
+            at = datetime.strptime(match[1].decode(), "%Y/%m/%d %H:%M:%S.%f").astimezone(UTC)
+        except (ValueError, OverflowError):
+            match = None
+        else:
+            level, text = _LEVELS.get(match[2], "info"), match[3]
+    stamp = f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z"
+    message = quote_value(text.decode(errors="replace").strip())
+    return f"ts={stamp} level={level} service=nats node={node} msg={message}\n".encode()
+
+
+def message_of(line: str) -> str:
+    """Return the message of a translated line."""
+    return line.partition(" msg=")[2].strip('"') or line

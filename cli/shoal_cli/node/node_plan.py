@@ -1,0 +1,263 @@
+"""What `shoal up` runs: options, environment and node.toml combined into one frozen plan. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from shoal_common.config import is_loopback
+from shoal_common.errors import BadInput, Refused
+from shoal_common.settings_file import Value
+from shoal_common.subjects import SERVICES
+
+NATS_PORT = 4222
+GATEWAY_PORT = 8080
+LOOPBACK = "127.0.0.1"
+ALL_INTERFACES = "0.0.0.0"
+READY_DEADLINE_S = 60.0
+
+_SECRET = re.compile(r"[A-Za-z0-9_.~-]{16,128}")
+_HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+# Set for each child; the supervisor's own notify socket and watchdog are not its children's.
+_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "SHOAL_NATS", "SHOAL_SECRET", "SHOAL_BIND")
+
+
+class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `shoal up`."""
+
+    home: str
+    node: str = ""
+    nats: list[str] = []
+    nats_port: int = NATS_PORT
+    bind: str = ""
+    port: int = GATEWAY_PORT
+    max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
+    """None removes the quota."""
+    eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
+    libraries: list[str] = []
+    """Added to those in node.toml."""
+    hub: str = ""
+    without: list[str] = []
+    ready_deadline_s: float = READY_DEADLINE_S
+
+
+class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What this node runs."""
+
+    node: str
+    home: str
+    bind: str
+    secret: str
+    """The cluster's secret; "" when one has to be created (`needs_secret`) or none is needed."""
+    needs_secret: bool
+    joins: list[str]
+    """NATS servers of other nodes; empty: this node runs its own."""
+    nats_port: int
+    gateway_port: int
+    services: list[str]
+    commands: dict[str, list[str]]
+    """Programs that replace `python -m shoal_<service>`: from `[commands]` in node.toml."""
+    hub: str = ""
+    storage: dict[str, Value] = {}
+    """What to set in `[storage]` of node.toml before anything starts; None removes a key."""
+    ready_deadline_s: float = READY_DEADLINE_S
+
+    @property
+    def runs_nats(self) -> bool:
+        """Return whether this node's supervisor runs NATS."""
+        return not self.joins
+
+
+class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A program to keep running."""
+
+    name: str
+    argv: list[str]
+    environ: dict[str, str]
+    stop_s: float
+    """Seconds between SIGTERM and SIGKILL."""
+
+
+def make_plan(
+    options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any], node: str, saved_secret: str
+) -> NodePlan:
+    """Return the plan for these options, this environment and this node.toml. Raises BadInput, Refused."""
+    joins = _nats_servers(options, environ, settings)
+    explicit = environ.get("SHOAL_SECRET", "") or next((t for t in map(url_token, joins) if t), "")
+    joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
+    # A node that joins another machine must be reachable by its peers; the secret guards it.
+    has_secret = bool(explicit or (saved_secret and joins_remote))
+    bind = (
+        options.bind or environ.get("SHOAL_BIND", "") or (ALL_INTERFACES if joins_remote and has_secret else LOOPBACK)
+    )
+    is_exposed = not is_loopback(bind)
+    secret = explicit or (saved_secret if is_exposed or joins_remote else "")
+    if is_exposed and joins and not secret:
+        raise BadInput(
+            f"--bind {bind} needs the cluster's secret (I12): give it in the URL that `shoal up` prints on the first "
+            "node (nats://SECRET@host:4222), or in SHOAL_SECRET"
+        )
+    if secret and not _SECRET.fullmatch(secret):
+        raise BadInput("the secret must be 16 to 128 characters of A-Z a-z 0-9 _ . ~ -, because it is part of URLs")
+    services = [s for s in SERVICES if s not in options.without]
+    if not services:
+        raise BadInput("nothing is left to run: remove at least one of the --no-<service> options")
+    return NodePlan(
+        node=node,
+        home=options.home,
+        bind=bind,
+        secret=secret,
+        needs_secret=is_exposed and not secret,
+        joins=joins,
+        nats_port=options.nats_port,
+        gateway_port=options.port,
+        services=services,
+        commands=_commands(settings),
+        hub=options.hub,
+        storage=_storage_changes(options, environ, settings),
+        ready_deadline_s=options.ready_deadline_s,
+    )
+
+
+def _storage_changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Value]:
+    changes: dict[str, Value] = {}
+    libraries = _libraries(options.libraries, settings) if options.libraries else msgspec.UNSET
+    given: tuple[tuple[str, str, Value | msgspec.UnsetType], ...] = (
+        ("max_storage_bytes", "--max-storage", options.max_storage_bytes),
+        ("eviction_policy", "--eviction-policy", options.eviction_policy),
+        ("read_only_roots", "--library", libraries),
+    )
+    for name, flag, value in given:
+        if value is msgspec.UNSET:
+            continue
+        variable = f"SHOAL_{name.upper()}"
+        if environ.get(variable):
+            raise Refused(f"{flag} would have no effect, because {variable} is set and wins: remove one of the two")
+        changes[name] = value
+    return changes
+
+
+def _libraries(added: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """Return the libraries in node.toml and those that are added. Raises BadInput."""
+    section = settings.get("storage", {})
+    saved = section.get("read_only_roots", []) if isinstance(section, dict) else []
+    if not isinstance(saved, list) or not all(isinstance(path, str) for path in saved):
+        raise BadInput('storage.read_only_roots in node.toml must be a list of directories: ["/mnt/models"]')
+    return list(dict.fromkeys([*saved, *added]))
+
+
+def _nats_servers(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
+    in_file = settings.get("nats", [])
+    if not isinstance(in_file, list) or not all(isinstance(u, str) for u in in_file):
+        raise BadInput('`nats` in node.toml must be a list of URLs: nats = ["nats://host:4222"]')
+    given = options.nats or [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()] or in_file
+    return [check_nats_url(u) for u in given]
+
+
+def _commands(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    table = settings.get("commands", {})
+    try:
+        commands = msgspec.convert(table, dict[str, list[str]])
+    except msgspec.ValidationError:
+        raise BadInput(
+            '[commands] in node.toml must hold lists: storage = ["python", "-m", "shoal_storage"]'
+        ) from None
+    unknown = sorted(set(commands) - set(SERVICES))
+    if unknown or not all(commands.values()):
+        raise BadInput(
+            f"[commands] in node.toml: invalid {', '.join(unknown) or 'empty list'}; "
+            f"the services are {', '.join(SERVICES)}"
+        )
+    return commands
+
+
+def service_spec(
+    plan: NodePlan, service: str, nats_urls: Sequence[str], gateway_port: int, python: str, environ: Mapping[str, str]
+) -> ChildSpec:
+    """Return how to run one service. The hub's token goes to the fetcher only (I12)."""
+    env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED}
+    if service != "fetcher":
+        env = {k: v for k, v in env.items() if k not in _HUB_TOKENS}
+    env |= {
+        "SHOAL_HOME": plan.home,
+        "SHOAL_NATS": ",".join(nats_urls),
+        "SHOAL_BIND": plan.bind,
+        "SHOAL_GATEWAY_PORT": str(gateway_port),
+        # A log line is written at once, not when a buffer is full.
+        "PYTHONUNBUFFERED": "1",
+    }
+    if plan.secret:
+        env["SHOAL_SECRET"] = plan.secret
+    if plan.hub:
+        env["HF_ENDPOINT"] = plan.hub
+    argv = plan.commands.get(service) or [python, "-m", f"shoal_{service}"]
+    return ChildSpec(name=service, argv=argv, environ=env, stop_s=SERVICE_STOP_S)
+
+
+SERVICE_STOP_S = 12.0
+"""Services stop within 10 s by themselves (service.STOP_DEADLINE_S)."""
+NATS_STOP_S = 10.0
+
+
+def nats_spec(program: Path, config: Path, environ: Mapping[str, str]) -> ChildSpec:
+    """Return how to run NATS. It needs no secret from the environment and gets none (I12)."""
+    env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED + _HUB_TOKENS}
+    return ChildSpec(name="nats", argv=[str(program), "-c", str(config)], environ=env, stop_s=NATS_STOP_S)
+
+
+def check_nats_url(url: str) -> str:
+    """Return a NATS URL with its port; `host` and `host:port` are accepted. Raises BadInput."""
+    full = url if "://" in url else f"nats://{url}"
+    try:
+        parts = urlsplit(full)
+        port = parts.port
+    except ValueError:
+        port, parts = None, urlsplit("")
+    if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
+        raise BadInput(f"{without_token(url)!r} is not a NATS URL: write nats://host:4222 or nats://SECRET@host:4222")
+    return full if port is not None else f"{full.rstrip('/')}:{NATS_PORT}"
+
+
+def url_token(url: str) -> str:
+    """Return the token in `nats://TOKEN@host`; "" without one, or with a user and password."""
+    parts = urlsplit(url)
+    return parts.username or "" if parts.password is None else ""
+
+
+def url_host(url: str) -> str:
+    """Return the host of a URL."""
+    return urlsplit(url).hostname or ""
+
+
+def without_token(url: str) -> str:
+    """Return a URL that may be shown: no token, no password (I12)."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}://{rest.rsplit('@', 1)[-1]}" if separator else url.rsplit("@", 1)[-1]
+
+
+def host_is_loopback(host: str) -> bool:
+    """Return whether a host is a loopback address or `localhost`; any other name is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bracketed(host: str) -> str:
+    """Return a host as it is written in `host:port`."""
+    return f"[{host}]" if ":" in host else host
+
+
+def local_address(bind: str) -> str:
+    """Return the address at which this machine reaches what is bound to `bind`."""
+    if bind == "localhost" or not ipaddress.ip_address(bind).is_unspecified:
+        return bind
+    return "::1" if ":" in bind else LOOPBACK

@@ -1,0 +1,95 @@
+"""What `shoal up` reports: the node is up, or which of its children is not, and why.
+
+With --detach the report comes through a pipe.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from shoal_cli.node.children.restart_policy import CLAIMED, OTHER_VERSION, ChildStatus, not_ready_reason
+from shoal_cli.node.logs.log_rotation import tail
+from shoal_cli.node_home import Home
+from shoal_common.errors import Claimed, OtherVersion, ShoalError, Unavailable
+from shoal_common.messages import Message
+
+_TAIL_LINES = 6
+_MAX_LINE_CHARS = 400
+
+
+class NotReadyChild(Message):
+    """A child that is not ready, the reason, and the end of its log."""
+
+    name: str
+    reason: str
+    log: str
+    tail: list[str] = []
+    claimed: bool = False
+    other_version: bool = False
+
+
+class StartupReport(Message):
+    """The outcome of starting a node."""
+
+    node: str
+    pid: int
+    home: str
+    nats: list[str]
+    gateway: str
+    logs: str
+    ready: list[str]
+    not_ready: list[NotReadyChild] = []
+    join: str = ""
+    """The command for other machines; it contains the secret."""
+    bind: str = ""
+
+
+def not_ready(home: Home, children: list[ChildStatus]) -> list[NotReadyChild]:
+    """Return the children that are not ready, with the last lines of their logs."""
+    return [
+        NotReadyChild(
+            name=c.name,
+            reason=not_ready_reason(c),
+            log=str(home.log(c.name)),
+            claimed=c.last_exit_code == CLAIMED,
+            other_version=c.last_exit_code == OTHER_VERSION,
+            tail=[line[:_MAX_LINE_CHARS] for line in tail(home.log(c.name), _TAIL_LINES)],
+        )
+        for c in children
+        if c.phase != "ready"
+    ]
+
+
+def startup_error(report: StartupReport) -> ShoalError:
+    """Return the one-line error for a node with a child that is not ready."""
+    kind: type[ShoalError] = Claimed if any(n.claimed for n in report.not_ready) else Unavailable
+    if any(n.other_version for n in report.not_ready):
+        kind = OtherVersion
+    names = ", ".join(n.name for n in report.not_ready)
+    return kind(
+        f"node {report.node} is incomplete: {names} {'is' if len(report.not_ready) == 1 else 'are'} not ready; it "
+        f"keeps trying (pid {report.pid}): see `shoal logs {report.not_ready[0].name}`, or stop it with `shoal down`"
+    )
+
+
+def print_report(report: StartupReport, out: Console, err: Console, detached: bool) -> None:
+    """Print the report for a person."""
+    for child in report.not_ready:
+        err.print(Text(f"  {child.name} is not ready: {child.reason}", style="red"), soft_wrap=True)
+        for line in child.tail:
+            err.print(Text(f"    {line}", style="dim"), soft_wrap=True)
+        err.print(Text(f"    more in {child.log}", style="dim"), soft_wrap=True)
+    if report.not_ready:
+        return
+    rows = [("gateway", report.gateway or "not on this node"), ("NATS", ", ".join(report.nats))]
+    rows += [("services", " ".join(report.ready)), ("logs", report.logs)]
+    if report.bind:
+        rows.append(("bound to", f"{report.bind} (other nodes need the secret in {report.home}/secret)"))
+    out.print(Text.assemble(("  node ", ""), (report.node, "bold cyan"), (f" is up, pid {report.pid}", "")))
+    for name, value in rows:
+        out.print(Text.assemble((f"  {name:9} ", "dim"), value), soft_wrap=True)
+    if report.join:
+        out.print(Text("  on other machines, join with", style="dim"))
+        out.print(Text(f"    {report.join}"), soft_wrap=True)
+    out.print(Text("  stop it with `shoal down`" if detached else "  Ctrl-C stops it", style="dim"))

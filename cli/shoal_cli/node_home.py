@@ -1,0 +1,129 @@
+"""A node's directory: where its files are, and the lock of its one supervisor.
+
+<home>/
+  node.toml                  the node's id and the settings
+  secret                     0600: the cluster's secret
+  chat_history               0600: lines typed into `shoal run`
+  nats/                      JetStream's store, on the node that runs NATS
+  store/                     the models
+  log/<service>.log[.1|.2]   of each service, NATS and the supervisor
+  run/                       0700, of this run only:
+    lock                       flock: held by the supervisor while it lives
+    supervisor.pid  children.json  gateway.url
+    control.path               where the control socket is
+    control.sock               here, or in a short temporary directory when this path is too long for a socket
+    nats-server.conf  nats-server_<pid>.ports
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from shoal_common.errors import Claimed
+
+_PRIVATE = 0o700
+
+
+class Home:
+    """Paths of one node's directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run = root / "run"
+        self.logs = root / "log"
+        self.nats_store = root / "nats"
+        self.secret = root / "secret"
+        self.chat_history = root / "chat_history"
+        self.lock = self.run / "lock"
+        self.pid = self.run / "supervisor.pid"
+        self.children = self.run / "children.json"
+        self.gateway_url = self.run / "gateway.url"
+        self.control_path = self.run / "control.path"
+        self.nats_config = self.run / "nats-server.conf"
+
+    def log(self, name: str) -> Path:
+        """Return the log of a service, of `nats`, or of the `supervisor`."""
+        return self.logs / f"{name}.log"
+
+    def create(self) -> None:
+        """Create what is missing. Only this user may enter `run`: its sockets take commands."""
+        for directory in (self.root, self.logs, self.run):
+            directory.mkdir(parents=True, exist_ok=True)
+        self.run.chmod(_PRIVATE)
+
+    def clear_run(self) -> None:
+        """Remove the files of a run. Call it only while holding the lock."""
+        for file in (self.pid, self.children, self.gateway_url, self.control_path):
+            file.unlink(missing_ok=True)
+
+    def read_secret(self) -> str:
+        """Return the cluster's secret, or "" without one."""
+        return read_or_empty(self.secret)
+
+    def write_secret(self, secret: str) -> str:
+        """Write the cluster's secret so that only this user can read it (I12). Returns it."""
+        new = self.secret.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(f"{secret}\n")
+            f.flush()
+            os.fsync(f.fileno())
+        new.replace(self.secret)
+        return secret
+
+    def ensure_secret(self) -> str:
+        """Return the cluster's secret, created at the first call."""
+        return self.read_secret() or self.write_secret(secrets.token_hex(24))
+
+
+def read_or_empty(path: Path) -> str:
+    """Return a small file's text without its end of line; "" when the file does not exist."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+class RunLock:
+    """The lock of a home's one supervisor. The kernel releases it when the process ends, however it ends."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """Become this home's supervisor. Raises Claimed, naming the one that runs."""
+        self._home.create()
+        if not self._try():
+            pid = read_or_empty(self._home.pid) or "unknown"
+            raise Claimed(
+                f"a node is already running in {self._home.root} (supervisor pid {pid}): see `shoal status`, "
+                "stop it with `shoal down`, or choose another --home"
+            )
+        self._home.pid.write_text(f"{os.getpid()}\n")
+
+    def is_free(self) -> bool:
+        """Return whether no supervisor runs here."""
+        if not self._home.lock.exists():
+            return True
+        free = self._try()
+        self.release()
+        return free
+
+    def _try(self) -> bool:
+        self._fd = os.open(self._home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Release the lock, if held."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
