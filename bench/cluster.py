@@ -242,7 +242,7 @@ async def death_figures(directory: Path) -> dict[str, Figure]:
                     started_s = time.perf_counter()
                     deaths.send("b", how)
                     try:
-                        await deaths.stands("degraded")
+                        await deaths.wait_phase("degraded")
                         await eventually(deaths.is_not_offered_b, "b is not offered", 60)
                         seconds.append(time.perf_counter() - started_s)
                     finally:

@@ -28,7 +28,7 @@ from shoal_placement.solve.problem import AS_STAGES, Answer, Problem  # noqa: E4
 from tests.placement import oracle  # noqa: E402
 from tests.placement.clusters import random_placement  # noqa: E402
 from tests.placement.oracle import INF, random_problem  # noqa: E402
-from tests.placement.test_feasible import judge, tight_problem  # noqa: E402
+from tests.placement.test_feasible import problems_with, tight_problem  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 FLIGHTS = (1, 8, AS_STAGES)
@@ -90,7 +90,7 @@ def milp_differences(count: int) -> tuple[int, int] | None:
 def feasibility_errors(count: int) -> int:
     """Return how often a fitting layout was refused, or one returned that does not fit."""
     chance = random.Random(1)
-    return sum(judge(tight_problem(chance)) != "" for _ in range(count))
+    return sum(problems_with(tight_problem(chance)) != "" for _ in range(count))
 
 
 def problems(nodes: int, seeds: int, max_nodes: int) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ STANDIN = Path(__file__).parent / "standin.py"
 DEADLINE_S = 45.0
 
 
-def until(wanted: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> object:
+def wait_until(wanted: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> object:
     """Look until it is true, and say what was waited for when it never is."""
     give_up_s = time.monotonic() + deadline_s
     while not (found := wanted()):
@@ -157,7 +157,7 @@ def server() -> Iterator[tuple[Current, str]]:
         )
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        until(lambda: running.started, "the test's gateway listens")
+        wait_until(lambda: running.started, "the test's gateway listens")
         yield current, f"http://127.0.0.1:{listener.getsockname()[1]}"
         running.should_exit = True
         thread.join(DEADLINE_S)

@@ -15,7 +15,7 @@ import threading
 import time
 
 
-def say(state: str) -> None:
+def notify(state: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
         s.sendto(state.encode(), os.environ["NOTIFY_SOCKET"])
 
@@ -51,7 +51,7 @@ def main(behaviour: str) -> int:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"{behaviour} began, pid {os.getpid()}", file=sys.stderr, flush=True)
     if behaviour != "silent":
-        say("READY=1")
+        notify("READY=1")
     asked_s = 0.0
     while True:
         signal.sigwait({signal.SIGTERM})

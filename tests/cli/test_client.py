@@ -38,9 +38,7 @@ def test_every_error_code_becomes_one_line_and_its_exit_code(cluster: Cluster, c
     assert said.out == ""
 
 
-def test_an_error_code_of_a_later_version_is_a_plain_failure_with_its_words(
-    cluster: Cluster, capsys: Capture
-) -> None:
+def test_an_unknown_error_code_is_a_plain_failure_with_its_text(cluster: Cluster, capsys: Capture) -> None:
     class Later(ShoalError):
         code = "from_the_future"
 
@@ -49,7 +47,7 @@ def test_an_error_code_of_a_later_version_is_a_plain_failure_with_its_words(
     assert one_line(capsys.readouterr().err) == "shoal: who knows\n"
 
 
-def test_without_a_node_every_command_says_how_to_start_one(
+def test_without_a_node_every_command_shows_how_to_start_one(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
@@ -64,9 +62,7 @@ def test_without_a_node_every_command_says_how_to_start_one(
     assert "no gateway answers at http://127.0.0.1:9" in one_line(capsys.readouterr().err)
 
 
-def test_what_answers_but_is_no_gateway_is_said_to_be_none(
-    serve: Callable[[Starlette], str], capsys: Capture
-) -> None:
+def test_a_server_that_is_no_gateway_is_reported_as_such(serve: Callable[[Starlette], str], capsys: Capture) -> None:
     assert run(["ls", "--gateway", serve(Starlette())]) == 1
     assert "is not a Shoal gateway: status 404" in one_line(capsys.readouterr().err)
 
@@ -113,7 +109,7 @@ def test_what_is_not_understood_ends_with_exit_code_2_and_a_hint(
     assert cluster.requests == []
 
 
-def test_hub_prints_what_a_shell_needs_to_take_models_from_the_cluster(
+def test_hub_prints_the_environment_to_pull_from_the_cluster(
     cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["hub"]) == 0
@@ -164,7 +160,7 @@ def test_every_json_document_is_described_in_its_help(capsys: Capture) -> None:
         assert "--json prints" in capsys.readouterr().out
 
 
-def test_ls_shows_models_and_says_how_to_get_one(cluster: Cluster, capsys: Capture) -> None:
+def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capture) -> None:
     assert run(["ls"]) == 0
     assert "shoal pull" in capsys.readouterr().out
     cluster.models = [held()]
@@ -200,7 +196,7 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
     assert cluster.asked("POST", "/v1/downloads") == [{"model": MODEL}]
 
 
-def test_pull_asks_the_nodes_it_is_told(cluster: Cluster, capsys: Capture) -> None:
+def test_pull_sends_the_request_to_the_named_nodes(cluster: Cluster, capsys: Capture) -> None:
     run(["pull", MODEL, "--node", "node-b", "--node", "node-c", "--no-wait"])
     run(["pull", f"{MODEL}@v1", "--all", "--no-wait"])
     assert cluster.asked("POST", "/v1/downloads") == [
@@ -221,7 +217,7 @@ def test_pull_as_json_prints_the_final_state_only(cluster: Cluster, capsys: Capt
     assert said.err == ""
 
 
-def test_a_pull_that_fails_ends_with_the_nodes_words_and_exit_code(cluster: Cluster, capsys: Capture) -> None:
+def test_a_failed_pull_ends_with_the_nodes_error_and_exit_code(cluster: Cluster, capsys: Capture) -> None:
     cluster.downloads = [[download("rejected")]]
     error = {"code": QuotaExceeded.code, "message": "no room: 5 GB needed, 1 GB free", "details": {}}
     cluster.outcomes["c1"] = {"ok": False, "error": error}
@@ -231,7 +227,7 @@ def test_a_pull_that_fails_ends_with_the_nodes_words_and_exit_code(cluster: Clus
     assert json.loads(capsys.readouterr().out)["downloads"][0]["phase"] == "rejected"
 
 
-def test_ctrl_c_leaves_a_pull_running_and_says_so(
+def test_ctrl_c_leaves_a_pull_running_and_prints_that(
     cluster: Cluster, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.downloads = [[download("fetching", 5)]]
@@ -250,9 +246,7 @@ def test_ctrl_c_leaves_a_pull_running_and_says_so(
     assert cluster.asked("POST", "/v1/downloads/cancel") == []
 
 
-def test_cancel_rm_stop_say_what_they_did_and_are_content_when_there_is_nothing(
-    cluster: Cluster, capsys: Capture
-) -> None:
+def test_cancel_rm_and_stop_report_results_and_are_idempotent(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     for command, words in (
         (["cancel", MODEL], "node-a: org/fish cancelled; what had arrived is deleted"),
@@ -308,7 +302,7 @@ def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
     assert asked == ([False, True] if agreed else [False])
 
 
-def test_run_with_a_prompt_prints_the_answer_and_nothing_else_on_stdout(cluster: Cluster, capsys: Capture) -> None:
+def test_run_with_a_prompt_prints_only_the_answer_on_stdout(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("failed", "i0"), instance("ready")]
     assert run(["run", MODEL, "what do fish say?", "--max-tokens", "9", "--temperature", "0"]) == 0
     said = capsys.readouterr()
@@ -347,7 +341,7 @@ def test_an_answer_that_fails_in_its_middle_ends_with_that_error(
     assert one_line(said.err) == f"shoal: {error.message}\n"
 
 
-def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(cluster: Cluster, capsys: Capture) -> None:
+def test_an_answer_that_breaks_off_is_not_taken_for_complete(cluster: Cluster, capsys: Capture) -> None:
     cluster.instances, cluster.finish = [instance("ready")], False
     assert run(["run", MODEL, "hi"]) == 5
     assert "broke off before its end" in one_line(capsys.readouterr().err)
@@ -371,7 +365,7 @@ def test_I12_a_homes_secret_is_shown_to_its_own_gateway_only(
     assert cluster.headers["authorization"] == f"Bearer {derive('the-clusters-secret', 'api')}"
 
 
-def test_an_unforeseen_failure_is_one_line_and_a_trace_only_when_asked_for(
+def test_an_unexpected_error_is_one_line_and_a_trace_on_request(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -391,7 +385,7 @@ def test_version_and_help_need_no_node(capsys: Capture) -> None:
     assert "Exit codes:" in capsys.readouterr().out
 
 
-def test_pause_resume_and_cancel_say_of_each_download_what_it_is_now(cluster: Cluster, capsys: Capture) -> None:
+def test_pause_resume_and_cancel_report_each_downloads_phase(cluster: Cluster, capsys: Capture) -> None:
     assert run(["pause", MODEL, "--all"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
@@ -406,7 +400,7 @@ def test_pause_resume_and_cancel_say_of_each_download_what_it_is_now(cluster: Cl
     assert cluster.asked("POST", "/v1/downloads/resume") == [{"model": MODEL, "nodes": ["node-a"]}]
 
 
-def test_a_pull_that_somebody_pauses_ends_and_says_so(cluster: Cluster, capsys: Capture) -> None:
+def test_a_pull_that_somebody_pauses_ends_with_a_message(cluster: Cluster, capsys: Capture) -> None:
     cluster.downloads = [[download("fetching", 100)], [download("paused", 400, resumed_bytes=400)]]
     error = {"code": "paused", "message": "the download of org/fish is paused on node node-a"}
     cluster.outcomes["c1"] = {"ok": False, "error": error}
@@ -416,7 +410,7 @@ def test_a_pull_that_somebody_pauses_ends_and_says_so(cluster: Cluster, capsys: 
     assert "40 %, 400 B of 1.0 kB, resumed from 40 %, paused: `shoal resume org/fish`" in said.out
 
 
-def test_status_shows_verified_bytes_speeds_by_source_and_who_was_left(cluster: Cluster, capsys: Capture) -> None:
+def test_status_shows_verified_bytes_rates_and_source_switches(cluster: Cluster, capsys: Capture) -> None:
     cluster.downloads = [
         [
             download(

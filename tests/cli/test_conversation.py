@@ -16,7 +16,7 @@ from select import select
 import pytest
 
 from tests.cli.cluster import MODEL, Cluster, download, held, instance
-from tests.cli.conftest import until
+from tests.cli.conftest import wait_until
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 _DEADLINE_S = 60.0
@@ -91,9 +91,7 @@ def terminal(cluster: Cluster) -> Iterator[Terminal]:
     opened.close()
 
 
-def test_a_conversation_is_kept_until_clear_and_ends_at_ctrl_d(
-    cluster: Cluster, terminal: Terminal, tmp_path: Path
-) -> None:
+def test_a_chat_is_kept_until_clear_and_ends_at_ctrl_d(cluster: Cluster, terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait("/exit or Ctrl-D ends", "> ")
     terminal.press("hello\r")
     terminal.wait("Blub blub.", "3 tokens", "> ")
@@ -122,7 +120,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(cluster: Cluster, terminal:
     terminal.press(CTRL_C)
     terminal.wait("(stopped)", "> ")
     # The gateway hears of it: the slot is free for others.
-    until(cluster.hung_up.is_set, "the answer was hung up")
+    wait_until(cluster.hung_up.is_set, "the answer was hung up")
     # Only once it is echoed: Ctrl-C makes the kernel drop what was typed and not read yet, and a readline that was
     # just told of it would then wait for it, deaf to signals, until the next key.
     terminal.press("half a line")
@@ -153,7 +151,7 @@ def test_an_answer_that_fails_leaves_the_conversation_open(cluster: Cluster, ter
     assert terminal.end() == 0
 
 
-def test_a_model_that_is_nowhere_is_pulled_when_a_person_says_yes_and_not_otherwise(cluster: Cluster) -> None:
+def test_a_missing_model_is_pulled_only_when_a_person_confirms(cluster: Cluster) -> None:
     for answer, code in (("n", 4), ("", 0)):
         cluster.downloads, cluster.outcomes = [[download("ready", 1000)]], {"c1": {"ok": True}}
         opened = Terminal("run", MODEL)

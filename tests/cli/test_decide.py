@@ -15,7 +15,7 @@ codes = st.integers(-64, 255)
 
 
 @given(st.integers(0, 10**9), times, st.floats(0, 1e6), codes)
-def test_the_delay_is_bounded_and_depends_on_nothing_but_its_arguments(
+def test_the_delay_is_bounded_and_depends_only_on_its_arguments(
     ends: int, began_s: float, lived_s: float, code: int
 ) -> None:
     history = ExitHistory(began_s, ends)
@@ -25,7 +25,7 @@ def test_the_delay_is_bounded_and_depends_on_nothing_but_its_arguments(
 
 
 @given(st.integers(0, 10**6), st.floats(0, 29), codes)
-def test_the_delay_never_shrinks_while_a_child_keeps_ending_early(ends: int, lived_s: float, code: int) -> None:
+def test_the_delay_never_shrinks_while_a_child_exits_early(ends: int, lived_s: float, code: int) -> None:
     sooner = decide_restart(ExitHistory(0.0, ends), lived_s, code)
     later = decide_restart(ExitHistory(0.0, sooner.exits_in_a_row), lived_s, code)
     assert later.exits_in_a_row == sooner.exits_in_a_row + 1
@@ -42,17 +42,17 @@ def test_the_delay_doubles_from_a_fifth_of_a_second_to_ten() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(30, 1e6))
-def test_a_child_that_lived_half_a_minute_starts_from_the_first_delay_again(ends: int, lived_s: float) -> None:
+def test_a_child_that_lived_30_s_restarts_with_the_first_delay(ends: int, lived_s: float) -> None:
     restart = decide_restart(ExitHistory(0.0, ends), lived_s, 1)
     assert (restart.delay_s, restart.exits_in_a_row) == (restart_policy.FIRST_BACKOFF_S, 1)
 
 
-def test_a_claimed_place_is_said_plainly_and_not_fought_for() -> None:
+def test_a_claimed_service_is_reported_and_not_restarted() -> None:
     assert "is already this node's service" in describe_exit(9)
     assert decide_restart(ExitHistory(0.0, 0), 1.0, 9).delay_s == restart_policy.MAX_BACKOFF_S
 
 
-def test_a_cluster_of_another_version_is_said_plainly_and_not_fought_with() -> None:
+def test_an_incompatible_cluster_is_reported_and_not_retried() -> None:
     assert "an incompatible version" in describe_exit(10)
     assert decide_restart(ExitHistory(0.0, 0), 1.0, 10).delay_s == restart_policy.MAX_BACKOFF_S
     refused = ChildStatus(name="a", phase="waiting", exits_in_a_row=1, last_exit_code=10)
@@ -65,7 +65,7 @@ def test_a_signal_is_called_by_its_name() -> None:
     assert describe_exit(3) == "exit code 3"
 
 
-def test_the_node_is_up_when_every_child_is_and_hopeless_when_one_never_starts() -> None:
+def test_up_needs_every_child_and_fails_when_one_never_starts() -> None:
     up = ChildStatus(name="a", phase="ready", was_ready=True)
     coming = ChildStatus(name="b", phase="starting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS - 1)
     broken = ChildStatus(name="c", phase="waiting", exits_in_a_row=restart_policy.MAX_FAILED_STARTS, last_exit_code=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from shoal_cli.errors import permission_denied_message
 
 
-def test_a_file_that_belongs_to_somebody_else_is_told_with_its_owner_and_a_remedy(tmp_path: Path) -> None:
+def test_permission_denied_names_the_files_owner_and_a_remedy(tmp_path: Path) -> None:
     root = Path("/etc/passwd").owner()
     theirs = permission_denied_message(PermissionError(13, "Permission denied", "/etc/shoal-of-nobody/run/lock"))
     assert theirs.startswith(f"/etc/shoal-of-nobody/run/lock, which belongs to {root}: Permission denied; ")

@@ -19,7 +19,7 @@ UNITS = DEPLOY / "systemd"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze here")
-def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
+def test_systemd_accepts_the_units_without_warnings(tmp_path: Path) -> None:
     binaries = tmp_path / ".local/share/shoal/venv/bin"
     binaries.mkdir(parents=True)
     for name in ("python", "nats-server"):
@@ -38,7 +38,7 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
-def test_every_service_has_a_unit_with_watchdog_and_restart_in_the_target() -> None:
+def test_every_service_has_a_unit_with_watchdog_and_restart() -> None:
     target = (UNITS / "shoal.target").read_text()
     assert {p.stem for p in UNITS.glob("*.service")} == {f"shoal-{s}" for s in (*SERVICES, "nats")}
     for service in SERVICES:
@@ -55,9 +55,7 @@ def test_I12_only_the_fetchers_unit_reads_the_hubs_token() -> None:
 
 
 @pytest.mark.parametrize("per_service", [False, True])
-def test_launchd_agents_are_kept_alive_and_only_the_fetcher_gets_the_hubs_token(
-    tmp_path: Path, per_service: bool
-) -> None:
+def test_launchd_keeps_agents_and_only_the_fetcher_has_hf_token(tmp_path: Path, per_service: bool) -> None:
     command = [sys.executable, str(DEPLOY / "launchd" / "make_plists.py"), "--venv", "/v", "--home", str(tmp_path)]
     command += ["--into", str(tmp_path / "agents"), "--env", "HF_TOKEN=hf_x", "--env", "SHOAL_BIND=0.0.0.0"]
     subprocess.run(command + ["--per-service"] * per_service, check=True, capture_output=True, timeout=30)
@@ -95,7 +93,7 @@ def test_NATS_accepts_the_filled_in_configuration(tmp_path: Path, bind: str, sec
     assert ("authorization" in text) == bool(secret)
 
 
-def test_I12_NATS_beyond_loopback_is_not_configured_without_a_secret(tmp_path: Path) -> None:
+def test_I12_NATS_beyond_loopback_requires_a_secret(tmp_path: Path) -> None:
     script = [sys.executable, str(DEPLOY / "nats" / "fill_in.py"), "--home", str(tmp_path), "--bind", "0.0.0.0"]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 2

@@ -28,9 +28,7 @@ def disk(node: str, **storage: Any) -> dict[str, Any]:
     return {"node": node, "live": True, "disk_free_bytes": 299 * GB, "storage": {**said, **storage}}
 
 
-def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_special(
-    cluster: Cluster, capsys: Capture
-) -> None:
+def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster, capsys: Capture) -> None:
     since_s = time.time() - 7200
     leases = [
         {"id": "l1", "model": HELD, "holder": "stage 0 of instance x", "since_s": since_s, "pid": 4711},
@@ -56,7 +54,7 @@ def test_storage_shows_the_gateways_own_disk_with_its_settings_and_what_is_speci
     assert "node-a" not in capsys.readouterr().out
 
 
-def test_storage_names_what_it_did_not_put_there_and_says_that_it_stays(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys: Capture) -> None:
     first = ["index.db", "blobs/sha256/ab/notes.txt"]
     cluster.disks = [disk("node-a", unknown_count=3, unknown_bytes=12 * GB, unknown=first, unproven_count=1)]
     assert run(["storage"]) == 0
@@ -70,7 +68,7 @@ def test_storage_names_what_it_did_not_put_there_and_says_that_it_stays(cluster:
     assert "node-a: the store is missing: mount its disk, or put it back" in said
 
 
-def test_storage_shows_all_disks_those_of_nodes_that_are_away_too(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_shows_all_disks_also_those_of_down_nodes(cluster: Cluster, capsys: Capture) -> None:
     away = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
     new = {"node": "node-d", "live": True, "disk_free_bytes": 7, "storage": None}
     cluster.disks = [disk("node-a"), away, new]
@@ -120,7 +118,7 @@ def test_libraries_are_added_to_those_there_are_and_removed_one_by_one(cluster: 
     assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
 
 
-def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_of_an_unknown_node_names_the_known_ones(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a")]
     assert run(["storage", "--node", "node-x"]) == NotFound.exit_code
     assert capsys.readouterr().err == (
@@ -140,7 +138,7 @@ def test_storage_of_a_node_that_is_not_known_says_which_are(cluster: Cluster, ca
         (["--eviction-policy", "manual", "--all"], {"eviction_policy": "manual", "node": "all"}),
     ],
 )
-def test_storage_set_sends_what_is_given_and_says_what_holds_now(
+def test_storage_set_sends_the_given_and_prints_the_new_settings(
     cluster: Cluster, capsys: Capture, arguments: list[str], body: dict[str, Any]
 ) -> None:
     result = {"max_storage_bytes": None, "eviction_policy": "lru", "headroom_bytes": 5 * GB, "command": "c1"}
@@ -154,7 +152,7 @@ def test_storage_set_sends_what_is_given_and_says_what_holds_now(
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
 
 
-def test_storage_set_takes_a_span_for_what_ended_downloads_leave(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_set_takes_a_duration_for_partial_retention(cluster: Cluster, capsys: Capture) -> None:
     result = {"eviction_policy": "lru", "headroom_bytes": 5 * GB, "partial_retention_s": 7 * 86400, "command": "c1"}
     cluster.disk_results = {"node-a": result}
     assert run(["storage", "set", "--partial-retention", "7d"]) == 0
@@ -164,7 +162,7 @@ def test_storage_set_takes_a_span_for_what_ended_downloads_leave(cluster: Cluste
     assert "'soon' is not a duration: write it like 12h or 7d" in capsys.readouterr().err
 
 
-def test_storage_shows_a_full_disk_and_what_ended_downloads_have_left(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_shows_a_full_disk_and_leftovers_of_downloads(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a", free_bytes=0, unfinished=[HELD])]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
@@ -191,13 +189,13 @@ def test_a_library_as_text_says_what_it_serves_and_what_not() -> None:
     ]
 
 
-def test_a_setting_that_storage_refuses_is_one_line_and_exit_code_4(cluster: Cluster, capsys: Capture) -> None:
+def test_a_setting_that_storage_refuses_is_one_line_and_exit_4(cluster: Cluster, capsys: Capture) -> None:
     cluster.fails = Refused("headroom_bytes comes from the environment here")
     assert run(["storage", "set", "--headroom", "5GB"]) == 4
     assert capsys.readouterr().err == "shoal: headroom_bytes comes from the environment here\n"
 
 
-def test_storage_plan_asks_and_shows_what_would_go(cluster: Cluster, capsys: Capture) -> None:
+def test_storage_plan_shows_what_would_be_evicted(cluster: Cluster, capsys: Capture) -> None:
     victim = {"model": HELD, "frees_bytes": 60 * GB, "last_use_s": 5.0}
     plan = {"need_bytes": 50 * GB, "victims": [victim], "frees_bytes": 60 * GB, "enough": True}
     cluster.disk_results = {"node-b": plan}
@@ -210,7 +208,7 @@ def test_storage_plan_asks_and_shows_what_would_go(cluster: Cluster, capsys: Cap
     assert json.loads(capsys.readouterr().out) == {"nodes": {"node-b": plan}}
 
 
-def test_a_plan_in_words_says_what_would_go_or_why_nothing_can() -> None:
+def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
     nothing = EvictionPlan(need_bytes=0, enough=True)
     assert plan_lines("a", 5 * GB, nothing, 0.0) == ["a: 5.0 GB are free already; nothing would be evicted"]
     enough = EvictionPlan(
@@ -240,7 +238,7 @@ def test_a_plan_in_words_says_what_would_go_or_why_nothing_can() -> None:
     ("action", "pinned", "words"),
     [("pin", True, "is pinned: never evicted or deleted"), ("unpin", False, "is no longer pinned")],
 )
-def test_storage_pin_and_unpin_say_which_models_of_which_node(
+def test_storage_pin_and_unpin_name_the_models_and_the_node(
     cluster: Cluster, capsys: Capture, action: str, pinned: bool, words: str
 ) -> None:
     cluster.disk_results = {"node-a": {"models": [HELD], "pinned": pinned}}
@@ -254,7 +252,7 @@ def test_storage_pin_and_unpin_say_which_models_of_which_node(
     ]
 
 
-def test_gc_says_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
+def test_gc_prints_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
     cluster.disk_results = {"node-a": {"blobs": 3, "freed_bytes": 2 * GB}, "node-b": {"blobs": 0, "freed_bytes": 0}}
     assert run(["gc", "--all"]) == 0
     assert capsys.readouterr().out == "node-a: deleted 3 blobs, 2.0 GB freed\nnode-b: nothing to delete\n"
@@ -290,9 +288,7 @@ def repaired(cluster: Cluster, **outcome: Any) -> None:
     cluster.outcomes = {"c1": outcome}
 
 
-def test_repair_verifies_pulls_what_is_broken_and_says_what_was_bad_and_what_it_cost(
-    cluster: Cluster, capsys: Capture
-) -> None:
+def test_repair_verifies_pulls_the_incomplete_and_prints_costs(cluster: Cluster, capsys: Capture) -> None:
     repaired(cluster, ok=True)
     assert run(["repair", MODEL, "--node", "node-a"]) == 0
     assert cluster.asked("POST", "/v1/storage/verify") == [{"node": "node-a", "model": MODEL}]
@@ -310,16 +306,14 @@ def test_repair_verifies_pulls_what_is_broken_and_says_what_was_bad_and_what_it_
     assert (row["bad_leaves"], row["repaired"], row["fetched_bytes"], row["errors"]) == (2, [HELD], 2_097_152, {})
 
 
-def test_repair_fetches_nothing_where_nothing_is_broken(cluster: Cluster, capsys: Capture) -> None:
+def test_repair_fetches_nothing_where_all_is_complete(cluster: Cluster, capsys: Capture) -> None:
     cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
     assert run(["repair"]) == 0
     assert not cluster.asked("POST", "/v1/downloads")
     assert capsys.readouterr().out == ("node-a: verified 1 blob, 2.0 GB: all intact\nnode-a: nothing to repair\n")
 
 
-def test_a_model_that_cannot_be_repaired_is_named_and_its_error_is_the_exit_code(
-    cluster: Cluster, capsys: Capture
-) -> None:
+def test_a_model_that_cannot_be_repaired_sets_the_exit_code(cluster: Cluster, capsys: Capture) -> None:
     repaired(cluster, ok=False, error={"code": "hub_unavailable", "message": "the hub does not answer"})
     assert run(["repair", MODEL]) == HubUnavailable.exit_code
     assert f"  {HELD} is still incomplete: the hub does not answer" in capsys.readouterr().out.splitlines()

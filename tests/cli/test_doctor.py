@@ -28,7 +28,7 @@ from shoal_common.buckets import live_key, stream_configs
 from shoal_common.identity import this_process
 from shoal_common.messages.facts import Facts, Holder, Live
 from tests.cli.conftest import Node as StandInNode
-from tests.cli.conftest import until
+from tests.cli.conftest import wait_until
 from tests.harness import nats as nats_harness
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.node import Node, running_nodes
@@ -47,22 +47,22 @@ def home(tmp_path: Path) -> Home:
     return Home(root)
 
 
-def quiet(**more: str) -> dict[str, str]:
+def clean_environment(**more: str) -> dict[str, str]:
     """An environment in which no port of this machine's own Shoal matters."""
     return {"SHOAL_GATEWAY_PORT": str(free_port("127.0.0.1")), "PATH": os.environ.get("PATH", ""), **more}
 
 
 def probe(home: Home, server: NatsServer | str, **more: str) -> DoctorReport:
     url = server if isinstance(server, str) else server.url
-    return run_checks(home, quiet(SHOAL_NATS=url, **more))
+    return run_checks(home, clean_environment(SHOAL_NATS=url, **more))
 
 
-def of(report: DoctorReport, check: str) -> list[Finding]:
+def findings_about(report: DoctorReport, check: str) -> list[Finding]:
     return [f for f in report.findings if f.check == check]
 
 
-def only(report: DoctorReport, check: str) -> Finding:
-    [one] = of(report, check)
+def only_finding(report: DoctorReport, check: str) -> Finding:
+    [one] = findings_about(report, check)
     return one
 
 
@@ -76,7 +76,7 @@ def cluster(server: NatsServer, work: Callable[[Joined], Awaitable[None]]) -> No
     asyncio.run(run())
 
 
-def says_live(server: NatsServer, *said: tuple[str, str, Live]) -> None:
+def put_liveness(server: NatsServer, *said: tuple[str, str, Live]) -> None:
     """Write liveness values, as services of nodes elsewhere do."""
 
     async def write(here: Joined) -> None:
@@ -86,7 +86,7 @@ def says_live(server: NatsServer, *said: tuple[str, str, Live]) -> None:
     cluster(server, write)
 
 
-def elsewhere(host: str = "other/boot/1", **more: Any) -> Live:
+def liveness_elsewhere(host: str = "other/boot/1", **more: Any) -> Live:
     """What a service on another machine says."""
     who = Holder(uid="u1", host=host, pid=4711, network="another")
     return Live(**{"holder": who, "version": VERSION, "started_at_s": time.time() - 100, **more})
@@ -120,43 +120,49 @@ def listening(answer: bytes | None = None) -> Iterator[int]:
 
 
 def test_nothing_at_all_is_no_problem_and_nothing_is_made(tmp_path: Path) -> None:
-    report = run_checks(Home(tmp_path / "none"), quiet(SHOAL_NATS=""))
-    assert only(report, "services").level == "warning" and "no node was ever started" in only(report, "services").what
+    report = run_checks(Home(tmp_path / "none"), clean_environment(SHOAL_NATS=""))
+    assert (
+        only_finding(report, "services").level == "warning"
+        and "no node was ever started" in only_finding(report, "services").what
+    )
     # The other checks look at this machine's own ports, memory and disk, of which a test knows nothing.
-    assert {only(report, c).level for c in ("permissions", "volumes")} == {"ok"}
+    assert {only_finding(report, c).level for c in ("permissions", "volumes")} == {"ok"}
     assert not (tmp_path / "none").exists()
 
 
-def test_a_node_that_does_not_run_is_a_problem(home: Home) -> None:
+def test_a_node_that_is_not_running_is_a_problem(home: Home) -> None:
     before = sorted(home.root.rglob("*"))
-    report = run_checks(home, quiet())
-    assert only(report, "services").level == "problem" and "node a is not running" in only(report, "services").what
+    report = run_checks(home, clean_environment())
+    assert (
+        only_finding(report, "services").level == "problem"
+        and "node a is not running" in only_finding(report, "services").what
+    )
     assert exit_code(report.findings) == 1
     assert sorted(home.root.rglob("*")) == before, "looking changed something"
 
 
-def test_a_nats_that_is_not_there_is_one_problem_and_the_rest_is_looked_at(home: Home) -> None:
+def test_an_unreachable_nats_is_one_problem_and_checks_go_on(home: Home) -> None:
     port = free_port("127.0.0.1")
     report = probe(home, f"nats://127.0.0.1:{port}")
-    found = only(report, "nats")
+    found = only_finding(report, "nats")
     assert found.level == "problem" and "nothing listens there" in found.what and str(port) in found.what
     for check in ("streams", "nats store", "clocks", "fileservers", "node ids", "versions"):
-        assert only(report, check).level == "skipped", check
+        assert only_finding(report, check).level == "skipped", check
     for check in ("disk", "memory", "open files", "permissions", "ports"):
-        assert only(report, check).level != "skipped", check
+        assert only_finding(report, check).level != "skipped", check
 
 
-def test_a_name_that_means_nothing_is_told(home: Home) -> None:
-    found = only(probe(home, "nats://no-such-host.invalid:4222"), "nats")
+def test_a_host_name_that_does_not_resolve_is_reported(home: Home) -> None:
+    found = only_finding(probe(home, "nats://no-such-host.invalid:4222"), "nats")
     assert found.level == "problem"
 
 
-def test_a_program_that_is_no_nats_is_told_whether_it_speaks_or_not(home: Home) -> None:
+def test_a_program_that_is_no_nats_is_reported_talking_or_silent(home: Home) -> None:
     with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-        found = only(probe(home, f"nats://127.0.0.1:{port}"), "nats")
+        found = only_finding(probe(home, f"nats://127.0.0.1:{port}"), "nats")
         assert found.level == "problem" and "it is not a NATS server" in found.what
     with listening(None) as port:
-        found = only(probe(home, f"nats://127.0.0.1:{port}"), "nats")
+        found = only_finding(probe(home, f"nats://127.0.0.1:{port}"), "nats")
         assert found.level == "problem" and "does not answer" in found.what
 
 
@@ -169,24 +175,24 @@ def test_a_home_that_hangs_does_not_hang_the_doctor(tmp_path: Path) -> None:
 # A NATS that is there
 
 
-def test_a_cluster_in_order_has_no_warning_but_that_this_node_does_not_run(home: Home, own_nats: NatsServer) -> None:
+def test_a_healthy_cluster_only_warns_that_this_node_is_stopped(home: Home, own_nats: NatsServer) -> None:
     cluster(own_nats, _nothing)
     report = probe(home, own_nats)
     for check in ("nats", "streams", "nats store", "clocks", "fileservers", "node ids", "versions"):
-        assert only(report, check).level == "ok", only(report, check)
+        assert only_finding(report, check).level == "ok", only_finding(report, check)
 
 
 async def _nothing(_: Joined) -> None:
     return
 
 
-def test_a_nats_without_streams_says_that_they_are_missing(home: Home, own_nats: NatsServer) -> None:
+def test_a_nats_without_streams_is_reported_as_lacking_them(home: Home, own_nats: NatsServer) -> None:
     report = probe(home, own_nats)
-    assert {f.about for f in of(report, "streams")} == {f"stream {c.name}" for c in stream_configs(1)}
-    assert {f.level for f in of(report, "streams")} == {"problem"}
+    assert {f.about for f in findings_about(report, "streams")} == {f"stream {c.name}" for c in stream_configs(1)}
+    assert {f.level for f in findings_about(report, "streams")} == {"problem"}
 
 
-def test_a_bucket_with_other_settings_is_a_problem_that_names_them(home: Home, own_nats: NatsServer) -> None:
+def test_a_bucket_with_other_settings_is_a_problem_naming_them(home: Home, own_nats: NatsServer) -> None:
     async def change(here: Joined) -> None:
         [found] = [c for c in stream_configs(1) if c.name == "KV_done"]
         found.max_age, found.duplicate_window, found.max_bytes = 60, 60, 1 << 20
@@ -197,7 +203,7 @@ def test_a_bucket_with_other_settings_is_a_problem_that_names_them(home: Home, o
         )
 
     cluster(own_nats, change)
-    found = {f.about: f.what for f in of(probe(home, own_nats), "streams") if f.level == "problem"}
+    found = {f.about: f.what for f in findings_about(probe(home, own_nats), "streams") if f.level == "problem"}
     assert set(found) == {"stream KV_done", "stream KV_lease"}
     assert "max_age: 60.0 instead of 3600" in found["stream KV_done"]
     assert "storage: memory instead of file" in found["stream KV_lease"]
@@ -210,36 +216,36 @@ def served(monkeypatch: pytest.MonkeyPatch, directory: Path, more: str, jetstrea
     return NatsServer(directory / "nats")
 
 
-def test_a_nats_that_wants_another_secret_refuses_and_is_not_away(
+def test_a_nats_with_another_secret_is_refused_and_not_down(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(monkeypatch, tmp_path, 'authorization {{ token: "the-right-secret" }}\n') as server:
         for more in ({}, {"SHOAL_SECRET": "the-wrong-secret"}):
-            found = only(probe(home, server, **more), "nats")
+            found = only_finding(probe(home, server, **more), "nats")
             assert found.level == "problem" and "refuses our credentials" in found.what, found
-        assert only(probe(home, server, SHOAL_SECRET="the-right-secret"), "nats").level == "ok"
+        assert only_finding(probe(home, server, SHOAL_SECRET="the-right-secret"), "nats").level == "ok"
         home.write_secret("the-right-secret")
-        assert only(probe(home, server), "nats").level == "ok", "the home's own secret is used"
+        assert only_finding(probe(home, server), "nats").level == "ok", "the home's own secret is used"
 
 
-def test_a_permission_that_is_denied_is_told_as_that_and_not_as_silence(
+def test_a_denied_permission_is_reported_and_not_as_a_timeout(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = 'authorization {{ users: [ {{ user: u, password: p, permissions: {{ publish: ["foo"] }} }} ] }}\n'
     with served(monkeypatch, tmp_path, user) as server:
-        found = only(probe(home, server.url.replace("nats://", "nats://u:p@")), "nats")
+        found = only_finding(probe(home, server.url.replace("nats://", "nats://u:p@")), "nats")
     assert found.level == "problem" and "lack permissions that Shoal needs" in found.what
     assert "$JS.API.INFO".lower() in found.what.lower()
 
 
-def test_a_nats_without_jetstream_says_so(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nats_without_jetstream_is_reported(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(monkeypatch, tmp_path, "", jetstream=False) as server:
         report = probe(home, server)
-    assert only(report, "nats").level == "problem" and "JetStream is off" in only(report, "nats").what
-    assert only(report, "streams").level == "skipped"
+    assert only_finding(report, "nats").level == "problem" and "JetStream is off" in only_finding(report, "nats").what
+    assert only_finding(report, "streams").level == "skipped"
 
 
-def test_a_nats_that_syncs_now_and_then_is_a_warning_where_its_monitoring_is_seen(
+def test_a_nats_with_periodic_sync_is_a_warning_if_monitored(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -251,31 +257,31 @@ def test_a_nats_that_syncs_now_and_then_is_a_warning_where_its_monitoring_is_see
         for file in server.directory.glob("*.ports"):  # where a node's own server tells its ports
             (home.run / file.name).write_bytes(file.read_bytes())
         report = probe(home, server)
-    assert only(report, "nats").level == "warning" and "every 120 s" in only(report, "nats").what
-    assert "1.1 GB" in only(report, "nats store").what
+    assert only_finding(report, "nats").level == "warning" and "every 120 s" in only_finding(report, "nats").what
+    assert "1.1 GB" in only_finding(report, "nats store").what
 
 
 # What the nodes say of themselves
 
 
-def test_another_version_of_a_node_is_told(home: Home, own_nats: NatsServer) -> None:
-    same = [("b", "storage", elsewhere()), ("d", "storage", elsewhere("third/boot/1"))]
-    says_live(own_nats, *same, ("c", "storage", elsewhere(version="7.0.0")))
-    found = only(probe(home, own_nats), "versions")
+def test_another_version_of_a_node_is_reported(home: Home, own_nats: NatsServer) -> None:
+    same = [("b", "storage", liveness_elsewhere()), ("d", "storage", liveness_elsewhere("third/boot/1"))]
+    put_liveness(own_nats, *same, ("c", "storage", liveness_elsewhere(version="7.0.0")))
+    found = only_finding(probe(home, own_nats), "versions")
     assert found.level == "problem" and "storage of c: version 7.0.0" in found.what
     newer = f"{VERSION.rpartition('.')[0]}.99"
-    says_live(own_nats, ("c", "storage", elsewhere(version=newer)))
-    found = only(probe(home, own_nats), "versions")
+    put_liveness(own_nats, ("c", "storage", liveness_elsewhere(version=newer)))
+    found = only_finding(probe(home, own_nats), "versions")
     assert found.level == "warning" and f"storage of c: version {newer}" in found.what
 
 
 def test_a_clock_that_is_ahead_shows_in_a_liveness_value(home: Home, own_nats: NatsServer) -> None:
-    says_live(
+    put_liveness(
         own_nats,
-        ("b", "storage", elsewhere(started_at_s=time.time() + 7200)),
-        ("c", "storage", elsewhere("third/boot/1")),
+        ("b", "storage", liveness_elsewhere(started_at_s=time.time() + 7200)),
+        ("c", "storage", liveness_elsewhere("third/boot/1")),
     )
-    found = only(probe(home, own_nats), "clocks")
+    found = only_finding(probe(home, own_nats), "clocks")
     assert (
         found.level == "problem"
         and found.about == "node b"
@@ -284,85 +290,91 @@ def test_a_clock_that_is_ahead_shows_in_a_liveness_value(home: Home, own_nats: N
     )
 
 
-def test_a_clock_that_is_behind_shows_in_what_its_fileserver_says(home: Home, own_nats: NatsServer) -> None:
+def test_a_slow_clock_shows_in_the_nodes_fileserver_replies(home: Home, own_nats: NatsServer) -> None:
     late = b"HTTP/1.1 200 OK\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 3\r\n\r\nok\n"
     with listening(late) as port:
         mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
-        says_live(own_nats, ("b", "fileserver", mine))
+        put_liveness(own_nats, ("b", "fileserver", mine))
         report = probe(home, own_nats)
-    assert "node b" in of(report, "clocks")[0].what and "behind" in of(report, "clocks")[0].what
+    assert (
+        "node b" in findings_about(report, "clocks")[0].what and "behind" in findings_about(report, "clocks")[0].what
+    )
 
 
 def test_a_stranger_s_clock_is_not_taken_for_a_fileserver_s(home: Home, own_nats: NatsServer) -> None:
     strange = b"HTTP/1.1 404 Not Found\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 0\r\n\r\n"
     with listening(strange) as port:
         mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
-        says_live(own_nats, ("b", "fileserver", mine))
+        put_liveness(own_nats, ("b", "fileserver", mine))
         report = probe(home, own_nats)
-    assert only(report, "clocks").level == "ok"
-    assert "another program" in only(report, "fileservers").remedy
+    assert only_finding(report, "clocks").level == "ok"
+    assert "another program" in only_finding(report, "fileservers").remedy
 
 
-def test_one_node_id_on_two_machines_is_told(home: Home, own_nats: NatsServer) -> None:
-    says_live(own_nats, ("b", "storage", elsewhere()), ("b", "fetcher", elsewhere("third/boot2/1")))
-    found = only(probe(home, own_nats), "node ids")
+def test_one_node_id_on_two_machines_is_reported(home: Home, own_nats: NatsServer) -> None:
+    put_liveness(
+        own_nats, ("b", "storage", liveness_elsewhere()), ("b", "fetcher", liveness_elsewhere("third/boot2/1"))
+    )
+    found = only_finding(probe(home, own_nats), "node ids")
     assert found.level == "problem" and "b is used on several machines: other, third" in found.what
 
 
-def test_a_fileserver_that_is_not_reached_is_told(home: Home, own_nats: NatsServer) -> None:
+def test_an_unreachable_fileserver_is_reported(home: Home, own_nats: NatsServer) -> None:
     closed = free_port("127.0.0.1")
     here = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{closed}"]))
-    there = elsewhere(facts=Facts(addresses=[]))
-    says_live(own_nats, ("b", "fileserver", here), ("c", "fileserver", there))
-    found = {f.about: f for f in of(probe(home, own_nats), "fileservers")}
+    there = liveness_elsewhere(facts=Facts(addresses=[]))
+    put_liveness(own_nats, ("b", "fileserver", here), ("c", "fileserver", there))
+    found = {f.about: f for f in findings_about(probe(home, own_nats), "fileservers")}
     assert "nothing listens there" in found["node b"].what and str(closed) in found["node b"].what
     assert "publishes no address" in found["node c"].what
 
 
-def test_services_of_another_machine_with_this_node_s_id_are_not_this_node_s(
-    home: Home, own_nats: NatsServer
-) -> None:
-    says_live(own_nats, ("a", "storage", elsewhere()))
-    assert "is not running" in only(probe(home, own_nats), "services").what
+def test_services_elsewhere_with_this_node_id_are_not_ours(home: Home, own_nats: NatsServer) -> None:
+    put_liveness(own_nats, ("a", "storage", liveness_elsewhere()))
+    assert "is not running" in only_finding(probe(home, own_nats), "services").what
 
 
 # Ports, permissions, disks
 
 
-def test_a_port_that_is_taken_is_told_with_who_has_it(home: Home) -> None:
+def test_a_port_that_is_taken_is_reported_with_its_owner(home: Home) -> None:
     with listening() as port:
-        found = only(
-            run_checks(home, {**quiet(), "SHOAL_NATS": "nats://127.0.0.1:1", "SHOAL_GATEWAY_PORT": str(port)}),
+        found = only_finding(
+            run_checks(
+                home, {**clean_environment(), "SHOAL_NATS": "nats://127.0.0.1:1", "SHOAL_GATEWAY_PORT": str(port)}
+            ),
             "ports",
         )
     assert found.level == "problem" and found.about == f"port {port}"
     assert f"pid {os.getpid()}" in found.what, "the test itself listens there"
 
 
-def test_a_secret_that_others_may_read_is_told(home: Home) -> None:
+def test_a_secret_that_others_may_read_is_reported(home: Home) -> None:
     home.write_secret("0123456789abcdef")
-    assert all(f.about != str(home.secret) for f in of(probe(home, "nats://127.0.0.1:1"), "permissions"))
+    assert all(f.about != str(home.secret) for f in findings_about(probe(home, "nats://127.0.0.1:1"), "permissions"))
     home.secret.chmod(0o644)
-    found = only(probe(home, "nats://127.0.0.1:1"), "permissions")
+    found = only_finding(probe(home, "nats://127.0.0.1:1"), "permissions")
     assert found.level == "problem" and found.about == str(home.secret) and "0644" in found.what
 
 
-def test_a_settings_file_that_cannot_be_read_is_told(home: Home) -> None:
+def test_an_unreadable_settings_file_is_reported(home: Home) -> None:
     (home.root / "node.toml").write_text("id = ")
-    assert any("node.toml cannot be read" in f.what for f in of(probe(home, "nats://127.0.0.1:1"), "disk"))
+    assert any(
+        "node.toml cannot be read" in f.what for f in findings_about(probe(home, "nats://127.0.0.1:1"), "disk")
+    )
 
 
-def test_roots_that_are_not_mounted_are_told(home: Home, tmp_path: Path) -> None:
+def test_unmounted_volumes_and_libraries_are_reported(home: Home, tmp_path: Path) -> None:
     further = home.root / "store" / "further"
     further.mkdir(parents=True)
     (further / ("0" * 16)).symlink_to(tmp_path / "unmounted")
     (home.root / "node.toml").write_text(f'id = "a"\n[storage]\nread_only_roots = ["{tmp_path / "cache"}"]\n')
-    found = {f.about: f.level for f in of(probe(home, "nats://127.0.0.1:1"), "volumes")}
+    found = {f.about: f.level for f in findings_about(probe(home, "nats://127.0.0.1:1"), "volumes")}
     assert found == {str(tmp_path / "unmounted"): "problem", str(tmp_path / "cache"): "warning"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_another_user_is_told_whose_node_it_is(home: Home) -> None:
+def test_another_user_sees_whose_node_it_is(home: Home) -> None:
     home.root.chmod(0o700)
     # Another user may not be able to read the tree's modules: they are loaded before becoming it.
     become = (
@@ -371,7 +383,7 @@ def test_another_user_is_told_whose_node_it_is(home: Home) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", become, "doctor", "--json", "--home", str(home.root)],
-        env={**quiet(SHOAL_NATS="nats://127.0.0.1:1"), "PYTHONPATH": source_path()},
+        env={**clean_environment(SHOAL_NATS="nats://127.0.0.1:1"), "PYTHONPATH": source_path()},
         capture_output=True,
         text=True,
         timeout=RUN_DEADLINE_S,
@@ -387,7 +399,7 @@ def test_another_user_is_told_whose_node_it_is(home: Home) -> None:
 def run_doctor(root: Path, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "shoal_cli", "doctor", "--home", str(root), *more],
-        env={**quiet(**environ), "PYTHONPATH": source_path()},
+        env={**clean_environment(**environ), "PYTHONPATH": source_path()},
         capture_output=True,
         text=True,
         timeout=RUN_DEADLINE_S,
@@ -395,51 +407,51 @@ def run_doctor(root: Path, *more: str, **environ: str) -> subprocess.CompletedPr
     )
 
 
-def test_a_service_that_does_not_start_is_told_with_the_end_of_its_log(node: StandInNode) -> None:
+def test_a_service_that_does_not_start_shows_its_logs_end(node: StandInNode) -> None:
     node.behave(storage="breaks")
     node.up()
 
     def tried() -> bool:
         return any(c.name == "storage" and c.last_exit_code == 3 for c in node.status().children)
 
-    until(tried, "storage has ended once")
-    report = run_checks(node.home, quiet())
-    found = [f for f in of(report, "services") if f.about == "storage"]
+    wait_until(tried, "storage has ended once")
+    report = run_checks(node.home, clean_environment())
+    found = [f for f in findings_about(report, "services") if f.about == "storage"]
     assert found and found[0].level == "problem" and "exit code 3" in found[0].what
     assert "frobnicator" in found[0].remedy
     # Stand-ins say nothing to the cluster: that too is seen.
-    assert any("does not see it" in f.what for f in of(report, "services") if f.about == "fetcher")
+    assert any("does not see it" in f.what for f in findings_about(report, "services") if f.about == "fetcher")
 
 
-def test_a_supervisor_that_does_not_answer_is_told(node: StandInNode) -> None:
+def test_a_supervisor_that_does_not_answer_is_reported(node: StandInNode) -> None:
     node.up()
     pid = node.status().pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        found = only(run_checks(node.home, quiet()), "services")
+        found = only_finding(run_checks(node.home, clean_environment()), "services")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert found.level == "problem" and f"pid {pid}" in found.what and "does not answer" in found.what
 
 
-async def test_services_without_a_supervisor_are_seen_by_what_they_say(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_services_without_a_supervisor_are_seen_by_liveness(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_nodes(Node(tmp_path / "a", "a", own_nats.url, ("storage", "fileserver"))) as [node]:
         async with joined(own_nats) as here:
             await node.ready(here)
         report = await asyncio.to_thread(probe, Home(node.home), own_nats)
-        assert only(report, "services").what.startswith("the cluster sees fileserver, storage")
-        assert only(report, "fileservers").level == "ok"
-        assert "fileserver " in only(report, "ports").what and only(report, "ports").level == "ok"
+        assert only_finding(report, "services").what.startswith("the cluster sees fileserver, storage")
+        assert only_finding(report, "fileservers").level == "ok"
+        assert "fileserver " in only_finding(report, "ports").what and only_finding(report, "ports").level == "ok"
         node["fileserver"].send(signal.SIGSTOP)
         try:
             report = await asyncio.to_thread(probe, Home(node.home), own_nats)
         finally:
             node["fileserver"].send(signal.SIGCONT)
-        found = only(report, "fileservers")
+        found = only_finding(report, "fileservers")
         assert found.level == "problem" and "does not answer" in found.what
 
 
-def test_whole_nodes_are_well_and_a_killed_nats_is_told(tmp_path: Path) -> None:
+def test_healthy_nodes_are_ok_and_a_killed_nats_is_reported(tmp_path: Path) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", ("a", "b")) as nodes:
         for name in ("a", "b"):
             report = json.loads(nodes[name].shoal("doctor", "--json").stdout)

@@ -58,7 +58,7 @@ def only(found: list[Finding], check: str = "") -> Finding:
     return one
 
 
-def says(found: Finding, level: str, *words: str) -> None:
+def assert_finding(found: Finding, level: str, *words: str) -> None:
     """It has this level and these words, and a remedy where something is wrong."""
     assert found.level == level, found
     for word in words:
@@ -67,7 +67,7 @@ def says(found: Finding, level: str, *words: str) -> None:
 
 
 @pytest.mark.parametrize("module", [*sorted(f"checks/{p.stem}" for p in PACKAGE.glob("*.py")), "finding", "render"])
-def test_what_judges_does_no_io(module: str) -> None:
+def test_checks_do_no_io(module: str) -> None:
     imported = {
         name.split(".")[0]
         for node in ast.walk(ast.parse((PACKAGE.parent / f"{module}.py").read_text()))
@@ -95,23 +95,29 @@ def supervised(*children: ChildStatus, **more: Any) -> list[Finding]:
 
 
 def test_services_that_run_are_one_line() -> None:
-    says(only(supervised(child("nats"), child("storage"), live=["storage"])), "ok", "nats, storage", "pid 5")
+    assert_finding(
+        only(supervised(child("nats"), child("storage"), live=["storage"])), "ok", "nats, storage", "pid 5"
+    )
 
 
-def test_a_service_that_does_not_run_is_a_problem_with_the_end_of_its_log() -> None:
+def test_a_service_that_is_not_running_shows_its_logs_end() -> None:
     down = child("fetcher", phase="waiting", exits_in_a_row=4, last_exit_code=3)
     found = only(supervised(down, log_tails={"fetcher": "no such frobnicator"}))
-    says(found, "problem", "fetcher is not running", "exit code 3", "4 in a row", "no such frobnicator")
+    assert_finding(found, "problem", "fetcher is not running", "exit code 3", "4 in a row", "no such frobnicator")
 
 
-def test_a_service_whose_place_is_held_says_who_could_hold_it() -> None:
-    says(only(supervised(child("storage", phase="waiting", last_exit_code=9))), "problem", "systemd", "node id")
+def test_a_claimed_service_is_a_finding_that_names_its_holder() -> None:
+    assert_finding(
+        only(supervised(child("storage", phase="waiting", last_exit_code=9))), "problem", "systemd", "node id"
+    )
 
 
-def test_a_service_that_ends_again_and_again_is_a_warning_while_it_runs() -> None:
-    says(only(supervised(child("storage", exits_in_a_row=3, last_exit_code=-9))), "warning", "3 times", "SIGKILL")
+def test_a_service_that_keeps_exiting_is_a_warning_while_it_runs() -> None:
+    assert_finding(
+        only(supervised(child("storage", exits_in_a_row=3, last_exit_code=-9))), "warning", "3 times", "SIGKILL"
+    )
     assert only(supervised(child("storage", exits_in_a_row=1, last_exit_code=-9))).level == "ok"
-    says(
+    assert_finding(
         only(supervised(child("storage", exits_in_a_row=1, restart_count=40, last_exit_code=1))),
         "warning",
         "40 times",
@@ -120,11 +126,11 @@ def test_a_service_that_ends_again_and_again_is_a_warning_while_it_runs() -> Non
 
 
 def test_a_service_that_starts_is_waited_for() -> None:
-    says(only(supervised(child("storage", phase="starting", was_ready=False))), "warning", "not ready yet")
+    assert_finding(only(supervised(child("storage", phase="starting", was_ready=False))), "warning", "not ready yet")
 
 
-def test_a_service_that_the_cluster_does_not_see_has_lost_nats() -> None:
-    says(only(supervised(child("nats"), child("storage"), live=[])), "problem", "storage", "does not see")
+def test_a_service_unseen_by_the_cluster_is_a_problem() -> None:
+    assert_finding(only(supervised(child("nats"), child("storage"), live=[])), "problem", "storage", "does not see")
     assert only(supervised(child("nats"), child("storage"), live=None)).level == "ok", "nobody can say"
 
 
@@ -138,8 +144,8 @@ def test_a_service_that_the_cluster_does_not_see_has_lost_nats() -> None:
         ({"live": ["storage", "gateway"]}, "ok", ("storage, gateway",)),
     ],
 )
-def test_a_node_without_services_of_ours_says_why(more: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(services.judge(ServiceFacts(**{"home": "/h", "node": "a", **more}))), level, *words)
+def test_a_node_without_our_services_has_the_reason(more: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
+    assert_finding(only(services.judge(ServiceFacts(**{"home": "/h", "node": "a", **more}))), level, *words)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ def test_a_node_without_services_of_ours_says_why(more: dict[str, Any], level: s
     ],
 )
 def test_units_of_systemd_are_read(unit: SystemdUnit, level: str, words: tuple[str, ...]) -> None:
-    says(only(services.judge(ServiceFacts(home="/h", node="a", units=[unit]))), level, *words)
+    assert_finding(only(services.judge(ServiceFacts(home="/h", node="a", units=[unit]))), level, *words)
 
 
 def test_what_systemctl_prints_is_understood() -> None:
@@ -196,7 +202,7 @@ def want(**more: Any) -> ExpectedPort:
 def test_a_port_is_ours_or_free_or_taken(
     wanted: ExpectedPort, listeners: list[PortListener], level: str, words: tuple[str, ...]
 ) -> None:
-    says(only(ports.judge([wanted], listeners, {1})), level, *words)
+    assert_finding(only(ports.judge([wanted], listeners, {1})), level, *words)
 
 
 # Reaching
@@ -219,7 +225,7 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
         ("broken", "192.168.1.9:80", OsInfo(), "to see what listens there"),
     ],
 )
-def test_why_an_address_is_not_reached_has_its_remedy(
+def test_each_connect_error_has_a_remedy(
     error: reachability.ConnectError, address: str, system: OsInfo, words: str
 ) -> None:
     assert words in reachability.connect_remedy(error, address, system, "the other")
@@ -265,11 +271,11 @@ def test_a_good_nats_is_three_lines() -> None:
         ({"servers": [REFUSED], "expected": False}, "skipped", ()),
     ],
 )
-def test_a_nats_that_is_not_there_is_not_one_that_refuses(
+def test_an_unreachable_nats_is_not_one_that_refuses(
     facts: dict[str, Any], level: str, words: tuple[str, ...]
 ) -> None:
     found = nats.judge(NatsFacts(**facts), OsInfo())
-    says(found[0], level, *words)
+    assert_finding(found[0], level, *words)
     assert [f.level for f in found[1:]] == ["skipped", "skipped"]
 
 
@@ -294,10 +300,10 @@ def test_a_nats_that_is_not_there_is_not_one_that_refuses(
         ({"monitor": JetStreamMonitor(GB, True, 120.0)}, "ok", ("every write synced",)),
     ],
 )
-def test_a_nats_that_shoal_cannot_live_on_says_what_to_change(
+def test_an_unusable_nats_has_a_finding_with_what_to_change(
     facts: dict[str, Any], level: str, words: tuple[str, ...]
 ) -> None:
-    says(only(on(**facts), "nats"), level, *words)
+    assert_finding(only(on(**facts), "nats"), level, *words)
 
 
 @pytest.mark.parametrize(
@@ -307,21 +313,21 @@ def test_versions_of_nats_are_read(text: str, version: tuple[int, ...]) -> None:
     assert nats.version_of(text) == version
 
 
-def test_a_bucket_with_other_settings_is_a_problem_that_names_them() -> None:
+def test_a_finding_names_a_buckets_wrong_settings() -> None:
     found = only(on(streams=streams(storage=api.StorageType.MEMORY, max_bytes=1)), "streams")
-    says(found, "problem", "KV_lease", "storage: ", "max_bytes: 1 instead of", "nats stream rm KV_lease")
+    assert_finding(found, "problem", "KV_lease", "storage: ", "max_bytes: 1 instead of", "nats stream rm KV_lease")
 
 
-def test_a_missing_stream_and_one_that_does_not_answer_are_problems() -> None:
+def test_a_missing_or_unresponsive_stream_is_a_problem() -> None:
     [first, second, *rest] = streams()
     found = on(streams=[StreamStatus(first.expected), StreamStatus(second.expected, error="timeout"), *rest])
     [gone, silent] = [f for f in found if f.check == "streams"]
-    says(gone, "problem", "there is no stream CMD")
-    says(silent, "problem", "EVT does not answer: timeout")
+    assert_finding(gone, "problem", "there is no stream CMD")
+    assert_finding(silent, "problem", "EVT does not answer: timeout")
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.5, "ok"), (0.85, "warning"), (0.99, "problem")])
-def test_a_store_or_a_bucket_that_fills_up_is_told_before_it_is_full(share: float, level: str) -> None:
+def test_a_store_or_a_bucket_is_reported_before_it_is_full(share: float, level: str) -> None:
     assert only(on(store_max_bytes=1000, store_used_bytes=int(1000 * share)), "nats store").level == level
     assert (
         only(on(monitor=JetStreamMonitor(1000, True), store_used_bytes=int(1000 * share)), "nats store").level
@@ -351,13 +357,13 @@ def test_a_store_or_a_bucket_that_fills_up_is_told_before_it_is_full(share: floa
         (7200.0, 2.0, "problem", ("ahead of NATS's", "too soon or too late")),
     ],
 )
-def test_a_clock_that_is_off_says_what_goes_by_it(
+def test_a_clock_that_is_off_shows_what_depends_on_it(
     ahead_s: float, within_s: float, level: str, words: tuple[str, ...]
 ) -> None:
-    says(only(clocks.judge([ClockOffset("b", ahead_s, within_s)])), level, *words)
+    assert_finding(only(clocks.judge([ClockOffset("b", ahead_s, within_s)])), level, *words)
 
 
-def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
+def test_clocks_are_compared_with_nats_whoever_measured_them() -> None:
     offsets = clocks.against_nats(
         "a",
         ClockOffset("", 2.0, 0.1),
@@ -369,7 +375,7 @@ def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
         ClockOffset("b", -1.0, 1.6),
         ClockOffset("c", 60.0, 0.0, at_least=True),
     ]
-    says(clocks.judge([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
+    assert_finding(clocks.judge([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
 
 
 # Versions, ids, fileservers
@@ -377,12 +383,16 @@ def test_clocks_are_compared_with_that_of_nats_whoever_measured_them() -> None:
 
 def test_versions_that_differ_are_a_warning_and_majors_a_problem() -> None:
     same = {("a", "storage"): "1.2.0", ("a", "fetcher"): "1.2.0", ("b", "storage"): "1.2.0"}
-    says(only(versions.judge(same, "1.2.0")), "ok", "all 3 services")
-    says(only(versions.judge({**same, ("b", "storage"): "1.1.9"}, "1.2.0")), "warning", "storage of b", "1.1.9")
-    says(only(versions.judge({**same, ("b", "storage"): "2.0.0"}, "1.2.0")), "problem", "storage of b", "2.0.0")
-    says(only(versions.judge(same, "1.3.0")), "warning", "this command is version 1.3.0")
-    says(only(versions.judge(same, "0.9.0")), "problem", "this command is version 0.9.0")
-    says(only(versions.judge({}, "1.2.0")), "ok", "no service is up")
+    assert_finding(only(versions.judge(same, "1.2.0")), "ok", "all 3 services")
+    assert_finding(
+        only(versions.judge({**same, ("b", "storage"): "1.1.9"}, "1.2.0")), "warning", "storage of b", "1.1.9"
+    )
+    assert_finding(
+        only(versions.judge({**same, ("b", "storage"): "2.0.0"}, "1.2.0")), "problem", "storage of b", "2.0.0"
+    )
+    assert_finding(only(versions.judge(same, "1.3.0")), "warning", "this command is version 1.3.0")
+    assert_finding(only(versions.judge(same, "0.9.0")), "problem", "this command is version 0.9.0")
+    assert_finding(only(versions.judge({}, "1.2.0")), "ok", "no service is up")
 
 
 def holder(host: str) -> Holder:
@@ -393,11 +403,11 @@ def test_one_id_on_two_machines_is_a_problem() -> None:
     one = {("a", "storage"): holder("m/b1/1"), ("a", "fetcher"): holder("m/b1/2")}
     assert only(duplicate_ids.judge(one, "a", "m/b1/9", True)).level == "ok", "containers of one machine"
     two = {**one, ("a", "gateway"): holder("n/b2/1")}
-    says(only(duplicate_ids.judge(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
-    says(only(duplicate_ids.judge(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
+    assert_finding(only(duplicate_ids.judge(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
+    assert_finding(only(duplicate_ids.judge(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
     assert only(duplicate_ids.judge(one, "a", "n/b2/9", False)).level == "ok", "a client's home may have that id"
     rebooted = {**one, ("a", "gateway"): holder("m/b2/1")}
-    says(only(duplicate_ids.judge(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
+    assert_finding(only(duplicate_ids.judge(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
     assert only(duplicate_ids.judge({}, "a", "n/b2/9", True)).level == "ok"
 
 
@@ -435,15 +445,15 @@ SILENT = AddressReach(address="10.0.0.1:9", error="timeout")
         (peer("b", published=()), "problem", ("publishes no address",)),
     ],
 )
-def test_a_fileserver_that_is_not_reached_says_what_to_do(
-    found: FileserverReach, level: str, words: tuple[str, ...]
-) -> None:
-    says(only(peers.judge([found], "a", OsInfo())), level, *words)
+def test_an_unreachable_fileserver_has_a_remedy(found: FileserverReach, level: str, words: tuple[str, ...]) -> None:
+    assert_finding(only(peers.judge([found], "a", OsInfo())), level, *words)
 
 
-def test_a_node_that_others_cannot_reach_says_so_of_itself() -> None:
+def test_a_node_that_others_cannot_reach_reports_itself() -> None:
     mine = peer("a", AddressReach(address="127.0.0.1:9", status=200), published=("127.0.0.1:9",), is_remote=False)
-    says(only(peers.judge([mine, peer("b", WELL)], "a", OsInfo())), "problem", "only loopback", "b cannot use")
+    assert_finding(
+        only(peers.judge([mine, peer("b", WELL)], "a", OsInfo())), "problem", "only loopback", "b cannot use"
+    )
     assert only(peers.judge([mine], "a", OsInfo())).level == "ok", "alone it needs no other"
     assert only(peers.judge([], "a", OsInfo())).level == "ok"
 
@@ -491,16 +501,18 @@ def state(**more: Any) -> StorageState:
         ({"home": changed(path="/h", device=2, free_bytes=1)}, "problem", ("the disk of /h", "logs")),
     ],
 )
-def test_a_disk_says_what_keeps_models_out(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(disks(**facts), "disk"), level, *words)
+def test_a_disk_finding_names_what_keeps_models_out(
+    facts: dict[str, Any], level: str, words: tuple[str, ...]
+) -> None:
+    assert_finding(only(disks(**facts), "disk"), level, *words)
 
 
-def test_more_than_the_quota_is_told_under_lru_too() -> None:
+def test_usage_over_quota_is_reported_under_lru_too() -> None:
     found = only(disks(state=state(quota_bytes=100, used_bytes=120, eviction_policy="lru")), "disk")
     assert found.level == "warning" and "evicts others first" in found.what
 
 
-def test_a_reserve_that_a_full_disk_took_is_told_with_the_disk() -> None:
+def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
     found = [f for f in disks(ballast_bytes=0, store=changed(free_bytes=GB + 1)) if f.check == "disk"]
     assert len(found) == 2 and "deleted it" in found[1].what
 
@@ -526,14 +538,14 @@ def test_a_reserve_that_a_full_disk_took_is_told_with_the_disk() -> None:
         ),
     ],
 )
-def test_a_root_that_is_not_there_is_told(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(disks(**facts), "volumes"), level, *words)
+def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
+    assert_finding(only(disks(**facts), "volumes"), level, *words)
 
 
-def test_what_the_doctor_takes_for_storage_s_defaults_are_storage_s_defaults() -> None:
+def test_the_doctors_copy_of_storage_defaults_is_right() -> None:
     assert disk.DEFAULT_HEADROOM_BYTES == limits.DEFAULT_HEADROOM_BYTES
     assert disk.DEFAULT_BALLAST_BYTES == reserve.RESERVE_BYTES
-    assert disk.BALLAST_FREE_FACTOR == reserve._PLENTY
+    assert disk.BALLAST_FREE_FACTOR == reserve._MIN_FREE_MULTIPLE
 
 
 # Permissions, memory, open files
@@ -557,8 +569,10 @@ def entry(**more: Any) -> PathPermission:
         ({"owner": "me", "entries": [entry(owner="root", writable=False)]}, "problem", ("sudo chown -R me",)),
     ],
 )
-def test_permissions_that_get_in_the_way_are_told(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    says(only(permissions.judge(PermissionFacts(**{"home": "/h", "user": "me", **facts}))), level, *words)
+def test_permissions_that_get_in_the_way_are_reported(
+    facts: dict[str, Any], level: str, words: tuple[str, ...]
+) -> None:
+    assert_finding(only(permissions.judge(PermissionFacts(**{"home": "/h", "user": "me", **facts}))), level, *words)
 
 
 @pytest.mark.parametrize(
@@ -573,11 +587,11 @@ def test_permissions_that_get_in_the_way_are_told(facts: dict[str, Any], level: 
         ({"available_bytes": GB}, "warning", ("1.0 GB of 64.0 GB",)),
     ],
 )
-def test_memory_that_is_not_what_placement_thinks_is_told(
+def test_memory_that_differs_from_placements_view_is_reported(
     facts: dict[str, Any], level: str, words: tuple[str, ...]
 ) -> None:
     made = MemoryFacts(**{"total_bytes": 64 * GB, "available_bytes": 32 * GB, **facts})
-    says(only(machine.judge_memory(made)), level, *words)
+    assert_finding(only(machine.judge_memory(made)), level, *words)
 
 
 @pytest.mark.parametrize(
@@ -590,8 +604,8 @@ def test_memory_that_is_not_what_placement_thinks_is_told(
         (OpenFiles("fileserver", 1024, 1000), "warning", ("and has 1000",)),
     ],
 )
-def test_a_process_that_may_open_too_few_files_is_told(opened: OpenFiles, level: str, words: tuple[str, ...]) -> None:
-    says(only(machine.judge_files([opened])), level, *words)
+def test_a_too_low_open_file_limit_is_reported(opened: OpenFiles, level: str, words: tuple[str, ...]) -> None:
+    assert_finding(only(machine.judge_files([opened])), level, *words)
 
 
 # What is printed, and the servers that are asked
@@ -620,7 +634,7 @@ def test_what_is_worst_comes_last_and_decides_the_exit_code() -> None:
 
 
 @given(width=st.integers(20, 200))
-def test_every_word_of_a_finding_is_printed_on_a_terminal_of_any_width(width: int) -> None:
+def test_every_word_of_a_finding_is_printed_at_any_width(width: int) -> None:
     words = "a much longer account of what is the matter with /some/path/to/a/thing than fits into one line"
     console = Console(width=width, force_terminal=True, color_system=None)
     with console.capture() as printed:
@@ -639,7 +653,7 @@ def test_every_check_has_its_place_in_the_page() -> None:
     assert made == set(CHECKS)
 
 
-def test_the_servers_are_those_of_the_supervisor_with_the_credentials_that_were_stated() -> None:
+def test_servers_come_from_the_supervisor_with_given_credentials() -> None:
     up = SupervisorStatus(
         node="a",
         pid=1,

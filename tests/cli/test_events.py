@@ -14,7 +14,7 @@ from shoal_cli.api.event_stream import EventView, ServerSentEvent, parse_events
 from shoal_cli.cli import run
 from shoal_cli.commands.events import event_line
 from shoal_common.errors import BadInput, Unavailable
-from tests.gateway.listening import tell
+from tests.gateway.listening import publish_event
 from tests.gateway.process import running_gateway
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import Process, node_environment, started
@@ -39,7 +39,7 @@ async def test_events_prints_the_last_ones_filtered_and_as_json(own_nats: NatsSe
         at(tmp_path, gateway.url)
         async with joined(own_nats) as here:
             for number in range(60):
-                await tell(here, number, node="a" if number % 2 else "b")
+                await publish_event(here, number, node="a" if number % 2 else "b")
         for arguments, count, last in (
             ([], 50, 59),
             (["-n", "3"], 3, 59),
@@ -58,38 +58,36 @@ async def test_events_prints_the_last_ones_filtered_and_as_json(own_nats: NatsSe
         assert shown.lines == ["1970-01-01 00:17:39  a  storage  told  number=59"]
 
 
-async def test_events_follows_through_restarts_of_the_gateway_and_of_nats(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_events_follows_through_restarts_of_gateway_and_nats(own_nats: NatsServer, tmp_path: Path) -> None:
     at(tmp_path, "http://127.0.0.1:9")
     async with shoal_events(tmp_path, "-f") as alone:
         assert await alone.wait_exit() == 5
     async with joined(own_nats) as here:
         with running_gateway(tmp_path / "one", own_nats, node="one") as gateway:
             at(tmp_path, gateway.url)
-            await tell(here, 0)
+            await publish_event(here, 0)
             following = shoal_events(tmp_path, "-f", "--json")
             shown = await following.__aenter__()
             try:
                 await shown.wait_line('"number":0')
                 own_nats.restart()
                 async with joined(own_nats) as again:
-                    await tell(again, 1)
+                    await publish_event(again, 1)
                 await shown.wait_line('"number":1')
                 gateway.process.kill()
                 await shown.wait_line("retrying until it answers")
                 async with joined(own_nats) as again:
-                    await tell(again, 2)
+                    await publish_event(again, 2)
                 with running_gateway(tmp_path / "two", own_nats, node="two") as other:
                     at(tmp_path, other.url)
                     async with joined(own_nats) as again:
-                        await tell(again, 3)
+                        await publish_event(again, 3)
                     await shown.wait_line('"number":3')
                     other.process.terminate()
                     await shown.wait_line("this gateway stops")
                 own_nats.wipe()
                 async with joined(own_nats) as again:
-                    await tell(again, 4)
+                    await publish_event(again, 4)
                 with running_gateway(tmp_path / "three", own_nats, node="three") as last:
                     at(tmp_path, last.url)
                     await shown.wait_line('"number":4')
@@ -103,7 +101,7 @@ async def test_events_follows_through_restarts_of_the_gateway_and_of_nats(
     assert "Traceback" not in shown.output
 
 
-def test_an_event_stays_one_line_and_says_nothing_to_the_terminal() -> None:
+def test_an_event_is_one_line_without_terminal_control_codes() -> None:
     row = EventView(
         sequence=1,
         service="storage",

@@ -41,7 +41,7 @@ def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
     assert "hf_1" not in nats_spec(Path("n"), Path("c"), environ | {"SHOAL_SECRET": SECRET}).environ.values()
 
 
-def test_services_are_told_home_nats_bind_port_hub_and_storage() -> None:
+def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
     made = plan(bind="127.0.0.1", hub="http://hub", max_storage_bytes=5, environ={"SHOAL_SECRET": SECRET})
     given = service_spec(
         made, "storage", ["nats://a:1", "nats://b:2"], 99, "py", {"NOTIFY_SOCKET": "s", "SHOAL_LOG": "debug"}
@@ -59,7 +59,7 @@ def test_services_are_told_home_nats_bind_port_hub_and_storage() -> None:
     }
 
 
-def test_storage_flags_go_into_the_file_and_not_where_the_environment_wins() -> None:
+def test_storage_flags_go_to_the_file_unless_the_environment_has() -> None:
     assert plan().storage == {}
     assert plan(max_storage_bytes=5).storage == {"max_storage_bytes": 5}
     assert plan(max_storage_bytes=None, eviction_policy="lru").storage == {
@@ -79,7 +79,7 @@ def test_storage_flags_go_into_the_file_and_not_where_the_environment_wins() -> 
         plan(environ, max_storage_bytes=5)
 
 
-def test_servers_to_join_come_from_the_flag_then_the_environment_then_the_file() -> None:
+def test_servers_to_join_come_from_flag_environment_then_file() -> None:
     in_file = {"nats": ["nats://file:1"]}
     assert plan(environ={"SHOAL_NATS": "env:2, env:3"}, settings=in_file, nats=["flag"]).joins == ["nats://flag:4222"]
     assert plan(environ={"SHOAL_NATS": "env:2, env:3"}, settings=in_file).joins == ["nats://env:2", "nats://env:3"]
@@ -87,7 +87,7 @@ def test_servers_to_join_come_from_the_flag_then_the_environment_then_the_file()
     assert plan().runs_nats
 
 
-def test_I12_binding_beyond_loopback_needs_a_secret_which_the_first_node_makes() -> None:
+def test_I12_binding_beyond_loopback_needs_or_makes_a_secret() -> None:
     assert plan(bind="0.0.0.0").needs_secret
     assert not plan(bind="0.0.0.0", kept=SECRET).needs_secret
     assert not plan(kept=SECRET).secret  # on loopback nothing is asked for
@@ -95,7 +95,7 @@ def test_I12_binding_beyond_loopback_needs_a_secret_which_the_first_node_makes()
         plan(bind="0.0.0.0", nats=["nats://far:4222"])
 
 
-def test_a_node_that_joins_with_the_secret_can_be_reached_by_its_peers() -> None:
+def test_a_node_that_joins_with_the_secret_is_reachable_by_peers() -> None:
     joined = plan(nats=[f"nats://{SECRET}@far:4222"])
     assert (joined.bind, joined.secret) == ("0.0.0.0", SECRET)
     assert plan(nats=["nats://far:4222"], kept=SECRET).secret == SECRET

@@ -18,7 +18,7 @@ MAX_BYTES = 200
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.binary(max_size=150).map(lambda b: b.replace(b"\n", b".") + b"\n"), max_size=80))
-def test_I7_a_log_stays_within_its_bound_and_keeps_the_newest_lines_whole(lines: list[bytes]) -> None:
+def test_I7_a_log_stays_bounded_and_keeps_the_newest_full_lines(lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "a.log"
         log = RotatingLog(path, MAX_BYTES, files=3)
@@ -34,7 +34,7 @@ def test_I7_a_log_stays_within_its_bound_and_keeps_the_newest_lines_whole(lines:
         assert kept or not lines
 
 
-def test_a_log_that_was_there_goes_on_growing_towards_the_same_bound(tmp_path: Path) -> None:
+def test_an_existing_log_keeps_growing_to_the_same_bound(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     path.write_bytes(b"x" * (MAX_BYTES - 1) + b"\n")
     log = RotatingLog(path, MAX_BYTES)
@@ -44,13 +44,13 @@ def test_a_log_that_was_there_goes_on_growing_towards_the_same_bound(tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a Linux device")
-def test_a_full_disk_drops_lines_instead_of_stopping_whoever_writes() -> None:
+def test_a_full_disk_drops_lines_and_does_not_block_the_writer() -> None:
     log = RotatingLog(Path("/dev/full"))
     log.write(b"lost\n")
     assert log.dropped_lines == 1
 
 
-def test_what_a_pipe_brings_is_written_until_its_last_writer_is_gone(tmp_path: Path) -> None:
+def test_a_pipe_is_written_out_until_its_last_writer_exits(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     log = RotatingLog(tmp_path / "a.log")
     thread = pump(reading, log)
@@ -61,7 +61,7 @@ def test_what_a_pipe_brings_is_written_until_its_last_writer_is_gone(tmp_path: P
     assert tail(tmp_path / "a.log", 2) == ["two", "no end of line"]
 
 
-def test_tail_of_a_long_log_starts_with_a_whole_line(tmp_path: Path) -> None:
+def test_tail_of_a_long_log_starts_with_a_full_line(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     path.write_text("".join(f"line {i}\n" for i in range(1000)))
     found = tail(path, 1000, max_bytes=100)
@@ -70,7 +70,7 @@ def test_tail_of_a_long_log_starts_with_a_whole_line(tmp_path: Path) -> None:
     assert tail(tmp_path / "none.log", 5) == []
 
 
-def test_a_follower_loses_no_line_when_the_log_is_rotated(tmp_path: Path) -> None:
+def test_a_log_follower_misses_no_line_at_rotation(tmp_path: Path) -> None:
     log = RotatingLog(tmp_path / "a.log", MAX_BYTES)
     log.write(b"before\n")
     follower, found = LogFollower(tmp_path / "a.log"), []
@@ -82,7 +82,7 @@ def test_a_follower_loses_no_line_when_the_log_is_rotated(tmp_path: Path) -> Non
     assert found == written
 
 
-def test_logs_of_several_services_are_merged_in_the_order_they_were_written(tmp_path: Path) -> None:
+def test_logs_of_several_services_are_merged_in_time_order(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.create()
     home.log("storage").write_text(

@@ -35,12 +35,12 @@ def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int)
     ("text", "seconds"),
     [("0", 0), ("90", 90), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
 )
-def test_spans_are_read(text: str, seconds: int) -> None:
+def test_durations_are_read(text: str, seconds: int) -> None:
     assert parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "d", "-1d", "1.5h", "7 days", "1w", "1" * 10])
-def test_what_is_no_span_is_refused_with_an_example(text: str) -> None:
+def test_a_bad_duration_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadInput, match="7d"):
         parse_seconds(text)
 
@@ -48,7 +48,7 @@ def test_what_is_no_span_is_refused_with_an_example(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "1,5GB", "1e9", "NaN", "200 potatoes", "1iB", "1GBB", "٣GB", "1" * 30]
 )
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+def test_a_bad_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadInput, match="200GB"):
         parse_size(text)
 
@@ -71,7 +71,7 @@ def test_a_size_shown_is_short(size_bytes: int) -> None:
     assert len(show_bytes(size_bytes)) <= len("999.9 MB")
 
 
-def test_spans_are_shown_in_the_unit_that_matters() -> None:
+def test_durations_are_shown_in_the_unit_that_matters() -> None:
     assert [show_seconds(s) for s in (0.4, 59.4, 59.6, 3599, 3600, 90061)] == [
         "0 s",
         "59 s",

@@ -21,7 +21,7 @@ import pytest
 from shoal_cli.node.control import ControlRequest, ask
 from shoal_common.connection import connected
 from shoal_common.errors import BadMessage, NotFound, Refused
-from tests.cli.conftest import Node, alive, until
+from tests.cli.conftest import Node, alive, wait_until
 
 
 def ready(node: Node, name: str, but: int = 0) -> Callable[[], bool]:
@@ -34,7 +34,7 @@ def test_a_killed_service_is_started_again_and_only_that_one(node: Node) -> None
     assert up.returncode == 0, up.stderr
     before = node.pids()
     os.kill(before["storage"], signal.SIGKILL)
-    until(ready(node, "storage", but=before["storage"]), "storage is back")
+    wait_until(ready(node, "storage", but=before["storage"]), "storage is back")
     after = node.pids()
     assert {n for n in before if before[n] != after[n]} == {"storage"}
     assert not alive(before["storage"])
@@ -54,7 +54,7 @@ def test_restart_changes_the_pid_of_that_service_only(node: Node) -> None:
     assert node.shoal("restart", "placement").returncode == NotFound.exit_code
 
 
-def test_a_second_up_in_the_same_home_is_refused_naming_the_first(node: Node) -> None:
+def test_a_second_up_in_the_same_home_is_refused(node: Node) -> None:
     node.up()
     before = node.pids()
     for arguments in (Node.UP, (*Node.UP, "--detach")):
@@ -90,24 +90,24 @@ def test_NATS_is_stopped_last(node: Node) -> None:
     assert "Server Exiting" in node.log("nats")
 
 
-def test_what_a_killed_service_leaves_in_its_group_is_ended_before_its_successor_starts(node: Node) -> None:
+def test_orphans_of_a_killed_service_die_before_its_restart(node: Node) -> None:
     node.behave(fetcher="parent")
     node.up()
     fetcher = node.pids()["fetcher"]
     os.kill(fetcher, signal.SIGKILL)
-    until(ready(node, "fetcher", but=fetcher), "fetcher is back")
-    until(lambda: len(re.findall(r"stage (\d+)\n", node.log("fetcher"))) == 2, "both have said their stage")
+    wait_until(ready(node, "fetcher", but=fetcher), "fetcher is back")
+    wait_until(lambda: len(re.findall(r"stage (\d+)\n", node.log("fetcher"))) == 2, "both have said their stage")
     first, second = re.findall(r"stage (\d+)\n", node.log("fetcher"))
-    until(lambda: not alive(int(first)), "the first stage is gone")
+    wait_until(lambda: not alive(int(first)), "the first stage is gone")
     assert alive(int(second))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
-def test_I6_children_of_a_killed_supervisor_end_and_the_next_up_is_a_whole_node(node: Node) -> None:
+def test_I6_children_of_a_killed_supervisor_end_and_up_works(node: Node) -> None:
     node.up()
     pids = node.pids()
     os.kill(node.status().pid, signal.SIGKILL)
-    until(lambda: not any(map(alive, pids.values())), "the children are gone")
+    wait_until(lambda: not any(map(alive, pids.values())), "the children are gone")
     up = node.up()
     assert up.returncode == 0, up.stderr
     assert set(node.pids()) == set(pids)
@@ -121,7 +121,7 @@ def test_I6_down_ends_what_a_killed_supervisor_left(node: Node) -> None:
     storage = pids.pop("storage")
     os.kill(node.status().pid, signal.SIGKILL)
     if sys.platform == "linux":
-        until(lambda: not any(map(alive, pids.values())), "the others heard the kernel")
+        wait_until(lambda: not any(map(alive, pids.values())), "the others heard the kernel")
     assert alive(storage)
     down = node.shoal("down")
     assert down.returncode == 0, down.stderr
@@ -129,7 +129,7 @@ def test_I6_down_ends_what_a_killed_supervisor_left(node: Node) -> None:
     assert not any(map(alive, [storage, *pids.values()]))
 
 
-def test_a_service_that_does_not_start_is_named_with_the_end_of_its_log(node: Node) -> None:
+def test_a_service_that_fails_to_start_is_named_with_its_log(node: Node) -> None:
     node.behave(storage="breaks")
     up = node.up()
     assert up.returncode == 5
@@ -142,14 +142,14 @@ def test_a_service_that_does_not_start_is_named_with_the_end_of_its_log(node: No
     assert status.returncode != 0
 
 
-def test_a_service_that_never_says_ready_is_named_when_the_deadline_passes(node: Node) -> None:
+def test_a_service_that_is_never_ready_is_named_at_the_deadline(node: Node) -> None:
     node.behave(storage="silent")
     up = node.up("--wait", "0.7")
     assert up.returncode == 5
     assert "storage is not ready: started, not ready yet" in up.stderr
 
 
-def test_a_place_that_another_process_holds_is_said_plainly_with_exit_code_9(node: Node) -> None:
+def test_a_service_claimed_by_another_process_exits_with_9(node: Node) -> None:
     node.behave(storage="claimed")
     up = node.up()
     assert up.returncode == 9
@@ -157,7 +157,7 @@ def test_a_place_that_another_process_holds_is_said_plainly_with_exit_code_9(nod
     assert "pid 1 on y holds it" in up.stderr
 
 
-def test_another_major_version_in_the_cluster_is_said_plainly_with_exit_code_10(node: Node) -> None:
+def test_another_major_version_in_the_cluster_exits_with_10(node: Node) -> None:
     node.behave(storage="other_version")
     up = node.up()
     assert up.returncode == 10
@@ -166,7 +166,7 @@ def test_another_major_version_in_the_cluster_is_said_plainly_with_exit_code_10(
     assert storage.last_exit_code == 10 and not storage.was_ready
 
 
-def test_ctrl_c_reaches_the_supervisor_only_which_stops_the_node_in_order(node: Node) -> None:
+def test_ctrl_c_reaches_only_the_supervisor_which_stops_in_order(node: Node) -> None:
     process = subprocess.Popen(
         node.command(*Node.UP), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environ(), process_group=0
     )
@@ -214,7 +214,7 @@ def test_a_home_too_deep_for_a_socket_gets_its_sockets_elsewhere(
     assert not control.parent.exists()
 
 
-def test_the_control_socket_answers_json_lines_and_refuses_what_it_does_not_know(node: Node) -> None:
+def test_the_control_socket_speaks_json_lines_and_refuses_others(node: Node) -> None:
     node.up()
     status = json.loads(ask(node.home, ControlRequest(op="status"), 5))
     assert {c["name"] for c in status["children"]} == {"nats", "storage", "fetcher", "gateway"}
@@ -227,7 +227,7 @@ def test_the_control_socket_answers_json_lines_and_refuses_what_it_does_not_know
         assert json.loads(s.makefile().readline())["error"]["code"] == "bad_message"
 
 
-def test_up_writes_storage_flags_into_the_file_and_leaves_the_rest_of_it(node: Node) -> None:
+def test_up_writes_storage_flags_to_the_file_and_keeps_the_rest(node: Node) -> None:
     path = node.home.root / "node.toml"
     path.write_text(f"# mine\n{path.read_text()}\n\n[storage] # the disk\nheadroom_bytes = 7 # little\n")
     before = path.read_text()
@@ -263,7 +263,7 @@ async def test_NATS_is_as_asked_and_keeps_its_store_when_killed(node: Node) -> N
         await nats.js.add_stream(name="kept", subjects=["kept"])
         await nats.js.publish("kept", b"acknowledged")
     os.kill(before, signal.SIGKILL)
-    until(ready(node, "nats", but=before), "NATS is back")
+    wait_until(ready(node, "nats", but=before), "NATS is back")
     # The same address, another process, the same store.
     assert node.status().nats == [url]
     async with connected([url], "test", patience_s=5) as nats:
@@ -275,9 +275,7 @@ def _monitor(url: str, page: str) -> dict[str, Any]:
     return dict(httpx2.get(f"{url}/{page}", trust_env=False).json())
 
 
-def test_a_port_that_a_NATS_server_has_is_refused_with_how_to_join_it(
-    node: Node, make_node: Callable[[str], Node]
-) -> None:
+def test_a_port_that_NATS_has_is_refused_with_how_to_join_it(node: Node, make_node: Callable[[str], Node]) -> None:
     node.up()
     port = node.status().nats[0].rpartition(":")[2]
     other = make_node("node-b")
@@ -299,7 +297,7 @@ def test_a_port_that_another_program_has_is_refused_naming_it(node: Node, flag: 
     assert flag in up.stderr
 
 
-async def test_I12_beyond_loopback_NATS_asks_for_the_secret_and_the_printed_command_joins(
+async def test_I12_beyond_loopback_NATS_needs_the_printed_secret(
     node: Node, make_node: Callable[[str], Node]
 ) -> None:
     up = node.up("--bind", "0.0.0.0")

@@ -8,7 +8,7 @@ from shoal_cli.api.schema import NodeView, StatusView
 from shoal_cli.render.tables import render_status
 
 
-def test_status_says_of_an_ignored_node_which_version_it_runs_and_which_this_is() -> None:
+def test_status_shows_an_ignored_nodes_version_and_our_own() -> None:
     theirs = NodeView(node="b", live=False, other_versions={"storage": "0.4.0", "fetcher": "0.4.0"})
     console = Console(width=200)
     with console.capture() as shown:

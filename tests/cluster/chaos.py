@@ -41,7 +41,7 @@ _TWO_AT_ONCE = 0.3
 _CLOCKS_S = (-7 * 3600.0, -1200.0, -45.0, 0.0, 90.0, 5 * 3600.0, 40 * 86400.0)
 
 
-class Sent(msgspec.Struct):
+class SentCommand(msgspec.Struct):
     """A command that was sent: it must have an outcome."""
 
     identity: str
@@ -66,7 +66,7 @@ class Chaos:
         self.removed: set[str] = set()
         """Blobs that were removed by hand on some node: their models are unpublished until they are pulled again."""
         self._longest_s = longest_s
-        self._sent: list[Sent] = []
+        self._sent: list[SentCommand] = []
         can = {"network": world.switch is not None, "full_disk": bool(world.disks)}
         self._harms = [harm for harm in HARMS if harm in harms and can.get(harm, True)]
 
@@ -99,7 +99,9 @@ class Chaos:
         service = "storage" if verb in ("delete", "configure") else "fetcher"
         what = f"{verb} {body.get('model', '')} on {node} ({identity})"
         self.did.append(what)
-        self._sent.append(Sent(identity, what, asyncio.create_task(self._ask(service, node, verb, body, identity))))
+        self._sent.append(
+            SentCommand(identity, what, asyncio.create_task(self._ask(service, node, verb, body, identity)))
+        )
 
     async def _ask(
         self, service: str, node: str, verb: str, body: dict[str, object], identity: str
@@ -200,7 +202,7 @@ class Chaos:
         if how == "unplug":
             switch.unplug(one)
         for sender, receiver in lost:
-            switch.lose(sender, receiver)
+            switch.drop(sender, receiver)
         try:
             await asyncio.sleep(away_s)  # how long they are disconnected
         finally:
@@ -240,32 +242,32 @@ class Chaos:
                 if not service.running:
                     node.start(name)
             await node.ready(self.here.here)
-        await self._all_have_ended()
+        await self._assert_all_finished()
         if any("wipe NATS" in did for did in self.did):
             # Download requests are lost with NATS's store: incomplete downloads wait until somebody pulls again.
-            for name, model in sorted(await asyncio.to_thread(self._half_here)):
+            for name, model in sorted(await asyncio.to_thread(self._partly_fetched)):
                 self._send("download", name, {"model": model}, f"again-{len(self._sent)}")
-            await self._all_have_ended()
+            await self._assert_all_finished()
 
-    async def _all_have_ended(self) -> None:
+    async def _assert_all_finished(self) -> None:
         answers = asyncio.gather(*(s.answer for s in self._sent), return_exceptions=True)
 
         async def ended() -> bool:
             with suppress(ShoalError, NatsError):
                 for node in self.site.nodes:
                     await self._resume_all(node)
-                return answers.done() and not await self._wishes()
+                return answers.done() and not await self._requests()
             return False
 
         try:
             await eventually(ended, "every command has an outcome and every wish has ended", 3 * SETTLED_DEADLINE_S)
         except AssertionError as e:
             waiting = [s.what for s in self._sent if not s.answer.done()]
-            raise AssertionError(f"I7: {e}; without an outcome: {waiting}; wished: {await self._wishes()}") from e
+            raise AssertionError(f"I7: {e}; without an outcome: {waiting}; wished: {await self._requests()}") from e
         stuck = [s.what for s in self._sent if isinstance(s.answer.exception(), BaseException)]
         assert not stuck, f"I7: without an outcome: {stuck}"
 
-    def _half_here(self) -> set[tuple[str, str]]:
+    def _partly_fetched(self) -> set[tuple[str, str]]:
         """Return nodes and models of which some bytes have arrived, but not all."""
         found = set()
         for node in self.site.nodes.values():
@@ -280,7 +282,7 @@ class Chaos:
             if wish is not None and wish.paused:
                 await self.here.ask(node, "resume", json.dumps({"model": model}).encode())
 
-    async def _wishes(self) -> list[str]:
+    async def _requests(self) -> list[str]:
         return [
             f"{model} on {node}"
             for node in self.site.nodes

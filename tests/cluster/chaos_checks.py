@@ -22,7 +22,9 @@ async def check(
 ) -> None:
     """Check the invariants. `quotas`: the last ones that were set; `removed`: blobs that were removed by hand."""
     for node in site.nodes.values():
-        await eventually(_is_as_said(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
+        await eventually(
+            _matches_published_state(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S
+        )
         await asyncio.to_thread(_check_store, node, removed)
         said = await disk_of(here, node.id)
         quota = quotas.get(node.id, said.quota_bytes)
@@ -51,7 +53,9 @@ async def still_works(site: Site, here: Pulls, model: str, size_bytes: int) -> N
         await here.pull_ok(name, model)
     assert site.hub_bytes(model) <= 1.02 * size_bytes, "I9"
     for node in site.nodes.values():
-        await eventually(_is_as_said(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S)
+        await eventually(
+            _matches_published_state(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S
+        )
         await here.delete(node.id, model)
         assert not [m for m in manifests(node) if m.repo == model]
 
@@ -73,8 +77,8 @@ async def disk_of(here: Pulls, node: str) -> StorageState:
     return state
 
 
-def _is_as_said(here: Pulls, node: Node) -> Callable[[], Awaitable[bool]]:
-    async def as_said() -> bool:
+def _matches_published_state(here: Pulls, node: Node) -> Callable[[], Awaitable[bool]]:
+    async def matches() -> bool:
         info = await here.here.js.stream_info("KV_state", subjects_filter=f"$KV.state.model.{node.id}.>")
         said = set()
         for subject in info.state.subjects or {}:
@@ -82,17 +86,17 @@ def _is_as_said(here: Pulls, node: Node) -> Callable[[], Awaitable[bool]]:
             if entry is not None:
                 said.add(decode(entry.value, ModelState).model)
         whole = await asyncio.to_thread(
-            lambda: {m.model for m in manifests(node) if all(_is_here(node, f.sha256) for f in m.files)}
+            lambda: {m.model for m in manifests(node) if all(_has_blob(node, f.sha256) for f in m.files)}
         )
         disk = await here.buckets.state.get_as(storage_key(node.id), StorageState)
         if disk is None or said != whole or disk.reserved_bytes:
             return False
         return not await asyncio.to_thread(partials, node)
 
-    return as_said
+    return matches
 
 
-def _is_here(node: Node, sha256: str) -> bool:
+def _has_blob(node: Node, sha256: str) -> bool:
     return node.layout.blob(sha256).exists()
 
 

@@ -18,7 +18,7 @@ from shoal_demo.running import RunningHub, running_hub
 from tests.fetcher.pulling import Site
 from tests.harness.clocks import WrongClock
 from tests.harness.nats import NatsServer
-from tests.harness.networks import Switch, machines, no_networks, reached, relayed
+from tests.harness.networks import Switch, machines, no_networks, port_forward, relayed
 from tests.harness.node import Node, running_nodes
 from tests.harness.small_disk import no_small_disks, small_disk
 
@@ -99,6 +99,6 @@ def _networked(stack: ExitStack, home: Path, hub: RunningHub) -> Network:
         stack.enter_context(relayed(machine, hub_port))
     address = switch.addresses["nats"]
     server = ReachedServer(home / "nats", address, _NATS_PORT, others[-1].within)
-    server.outside_url = f"nats://127.0.0.1:{stack.enter_context(reached(others[-1], address, _NATS_PORT))}"
+    server.outside_url = f"nats://127.0.0.1:{stack.enter_context(port_forward(others[-1], address, _NATS_PORT))}"
     stack.enter_context(server)
     return server, switch, {n: m.within for n, m in zip(names, others, strict=True)}, f"nats://{address}:{_NATS_PORT}"

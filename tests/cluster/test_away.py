@@ -76,7 +76,7 @@ def shoal(url: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.deadline_s(400.0)
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-async def test_I7_every_command_for_a_node_that_is_away_ends_naming_it_and_is_not_carried_out_later(
+async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
     tmp_path: Path, own_nats: NatsServer, how: str
 ) -> None:
     hub_root = tmp_path / "hub"

@@ -20,7 +20,7 @@ LONGEST_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
 
 
 @pytest.mark.deadline_s(900.0 + (30.0 + LONGEST_S) * ROUNDS)
-async def test_I1_I2_I3_I5_I7_I8_whatever_happens_a_cluster_comes_to_rest_as_it_should(tmp_path: Path) -> None:
+async def test_I1_I2_I3_I5_I7_I8_chaos_leaves_a_healthy_cluster(tmp_path: Path) -> None:
     assert HARMS.keys() >= KINDS, f"kinds of harm are {', '.join(HARMS)}"
     with running_world(tmp_path, KINDS) as world:
         site = world.site

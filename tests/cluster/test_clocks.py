@@ -47,15 +47,13 @@ async def nodes_with(
                     raise
 
 
-async def test_nodes_whose_clocks_are_half_a_day_apart_do_what_they_are_asked_and_take_from_each_other(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_nodes_with_clocks_half_a_day_apart_work_together(own_nats: NatsServer, tmp_path: Path) -> None:
     apart = {"a": 5 * HOUR_S, "b": -7 * HOUR_S}
     async with nodes_with(own_nats, tmp_path, apart, ("storage", "fetcher", "fileserver")) as (here, clocks):
         await here.pull_ok("a")
         here.site.hub.reset_stats()
         await here.pull_ok("b")
-        await here.is_whole("b", FILES)
+        await here.assert_complete("b", FILES)
         assert here.site.hub_bytes() == 0, "b took it from a, whose token it has to show"
         for turn, (node, clock) in enumerate(clocks.items()):
             for ahead_s in (20 * HOUR_S, -20 * HOUR_S, 0.0):
@@ -74,17 +72,17 @@ async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsS
     async with leading as (here, clocks):
         state = here.buckets.state
 
-        async def falls_silent(node: str) -> NodeState:
+        async def stop_node(node: str) -> NodeState:
             await state.put(storage_key(node), StorageState(node=node))
             return await eventually(
                 lambda: state.get_as(node_key(node), NodeState), f"{node} is said to be silent", DEADLINE_S
             )
 
-        first = await falls_silent("gone-1")
+        first = await stop_node("gone-1")
         for number, ahead_s in enumerate((48 * HOUR_S, -48 * HOUR_S, 240 * HOUR_S), 2):
             clocks["a"].set(ahead_s)
             # Each node is published by one pass over all of them; the pass before it has ended by then.
             for again in (0, 1):
-                later = await falls_silent(f"gone-{number}-{again}")
+                later = await stop_node(f"gone-{number}-{again}")
                 assert 0 <= later.silent_since_s - first.silent_since_s < HOUR_S
             assert await state.get_as(storage_key("gone-1"), StorageState) is not None

@@ -65,14 +65,14 @@ class Deaths:
         sender = Sender(self.here.here.nats, self.here.buckets)
         return await sender.outcome_of("placement", ANY, "place", command, new_id(), DEADLINE_S)
 
-    async def stands(self, phase: str) -> None:
+    async def wait_phase(self, phase: str) -> None:
         """Return once the instance is in this phase."""
 
-        async def so() -> bool:
+        async def reached() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(self.instance), InstanceState)
             return state is not None and state.phase == phase
 
-        await eventually(so, f"the instance is {phase}", DEADLINE_S)
+        await eventually(reached, f"the instance is {phase}", DEADLINE_S)
 
     async def is_not_offered_b(self) -> bool:
         """Return whether the leader, on a, would place nothing on b."""
@@ -84,7 +84,7 @@ class Deaths:
             return True
         return False
 
-    async def is_said_to_live(self, node: str) -> bool:
+    async def has_liveness_key(self, node: str) -> bool:
         """Return whether the liveness key of its inference exists."""
         return await self.here.buckets.live.get(live_key(node, "inference")) is not None
 
@@ -119,7 +119,7 @@ async def at_work(tmp_path: Path, server: NatsServer) -> AsyncIterator[Deaths]:
                     placed = await deaths.place("a", "b")
                     assert placed.ok, placed.error
                     deaths.instance = str(placed.result["instance"])
-                    await deaths.stands("ready")
+                    await deaths.wait_phase("ready")
                     await deaths.listen()
                     yield deaths
                 except BaseException:
@@ -128,39 +128,35 @@ async def at_work(tmp_path: Path, server: NatsServer) -> AsyncIterator[Deaths]:
 
 
 @pytest.mark.deadline_s(250.0)
-async def test_a_broken_connection_tells_of_a_death_long_before_the_liveness_key_expires(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_a_broken_connection_reveals_a_death_before_key_expiry(tmp_path: Path, own_nats: NatsServer) -> None:
     async with at_work(tmp_path, own_nats) as deaths:
         # b does not lead: this test is about how its death is seen, not about how the next leader is elected.
         await asyncio.to_thread(deaths.site["b"]["placement"].stop)
         deaths.send("b", signal.SIGKILL)
-        await deaths.stands("degraded")
+        await deaths.wait_phase("degraded")
         await eventually(deaths.is_not_offered_b, "b is not offered for placement", DEADLINE_S)
-        assert await deaths.is_said_to_live("b"), "only the missing key told of it"
+        assert await deaths.has_liveness_key("b"), "only the missing key told of it"
         assert "event retired" not in deaths.said
 
 
 @pytest.mark.deadline_s(250.0)
-async def test_a_node_that_falls_silent_is_seen_by_its_missing_key_and_taken_back_when_it_speaks(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_a_node_with_a_missing_key_is_down_until_it_is_back(tmp_path: Path, own_nats: NatsServer) -> None:
     async with at_work(tmp_path, own_nats) as deaths:
         await asyncio.to_thread(deaths.site["b"]["placement"].stop)
         deaths.send("b", signal.SIGSTOP)
         try:
-            await deaths.stands("degraded")
+            await deaths.wait_phase("degraded")
             refused = await deaths.place("b")
             assert refused.error is not None and "no inference service is live on b" in refused.error.message
         finally:
             deaths.send("b", signal.SIGCONT)
-        await deaths.stands("ready")
+        await deaths.wait_phase("ready")
         assert "event retired" not in deaths.said
 
 
 @pytest.mark.deadline_s(250.0)
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_while_nats_is_away_for_ten_seconds_nobody_is_declared_dead(
+async def test_a_nats_outage_of_ten_seconds_declares_nobody_down(
     tmp_path: Path, own_nats: NatsServer, how: str
 ) -> None:
     async with at_work(tmp_path, own_nats) as deaths:
@@ -184,5 +180,5 @@ async def test_while_nats_is_away_for_ten_seconds_nobody_is_declared_dead(
             return state is not None and state.phase == "ready"
 
         await eventually(ready, "another instance is ready", DEADLINE_S)
-        await deaths.stands("ready")
+        await deaths.wait_phase("ready")
         assert not {"degraded", "failed", "node a", "node b", "event retired"} & set(deaths.said), deaths.said

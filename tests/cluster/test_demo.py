@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 
-def test_the_demo_ends_by_itself_with_a_summary_of_one_crossing_two_stages_and_a_readable_answer() -> None:
+def test_the_demo_ends_with_a_summary_and_a_readable_answer() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "shoal_demo"],
         env={**os.environ, "DEMO_EXIT": "1"},

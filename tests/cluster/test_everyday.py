@@ -55,7 +55,7 @@ def expected() -> str:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_I11_the_answer_over_any_number_of_stages_equals_that_of_one_process(
+def test_I11_answers_of_any_number_of_stages_equal_one_process(
     pulled: ShoalCluster, expected: str, stages: int
 ) -> None:
     instance = place(pulled, stages)
@@ -71,7 +71,7 @@ def test_I11_the_answer_over_any_number_of_stages_equals_that_of_one_process(
         pulled["a"].shoal("stop", instance, check=True)
 
 
-def test_nodes_tell_what_their_stages_occupy_and_take_it_back(pulled: ShoalCluster) -> None:
+def test_nodes_publish_and_unpublish_what_their_stages_occupy(pulled: ShoalCluster) -> None:
     async def facts() -> Facts:
         client = await nats.connect(pulled["a"].nats_url)
         try:
@@ -89,9 +89,7 @@ def test_nodes_tell_what_their_stages_occupy_and_take_it_back(pulled: ShoalClust
     eventually(lambda: not asyncio.run(facts()).stages, "it is taken back")
 
 
-def test_nats_req_does_what_the_command_line_does_and_returns_the_outcome(
-    pulled: ShoalCluster, quiet_hub: RunningHub
-) -> None:
+def test_nats_req_does_what_the_cli_does_and_returns_the_outcome(pulled: ShoalCluster, quiet_hub: RunningHub) -> None:
     pulled["c"].shoal("rm", DEMO_MODEL, "--node", "c", check=True)
 
     async def request() -> dict[str, Any]:
@@ -109,7 +107,7 @@ def test_nats_req_does_what_the_command_line_does_and_returns_the_outcome(
     assert pulled["c"].call("GET", f"/v1/commands/{outcome['id']}")["ok"]
 
 
-def test_the_command_line_shows_what_is_there_in_words_and_in_json(pulled: ShoalCluster) -> None:
+def test_the_cli_shows_the_cluster_as_text_and_as_json(pulled: ShoalCluster) -> None:
     node = pulled["b"]
     for command in ("status", "ls", "ps"):
         assert node.shoal(command, check=True).stdout.strip()
@@ -119,7 +117,7 @@ def test_the_command_line_shows_what_is_there_in_words_and_in_json(pulled: Shoal
         assert name in node.shoal("status", check=True).stdout
 
 
-def test_huggingface_hub_downloads_from_the_cluster_as_the_command_tells_it_to(
+def test_huggingface_hub_downloads_from_the_cluster(
     pulled: ShoalCluster, quiet_hub: RunningHub, tmp_path: Path
 ) -> None:
     pulled["c"].shoal("rm", DEMO_MODEL, "--node", "c", check=True)
@@ -138,7 +136,7 @@ def test_huggingface_hub_downloads_from_the_cluster_as_the_command_tells_it_to(
     pulled["c"].shoal("pull", DEMO_MODEL, check=True)
 
 
-def test_run_places_what_is_not_placed_and_answers_from_the_terminal(pulled: ShoalCluster, expected: str) -> None:
+def test_run_places_an_unplaced_model_and_answers(pulled: ShoalCluster, expected: str) -> None:
     said = pulled["a"].shoal("run", DEMO_MODEL, DEMO_PROMPT, "--nodes", "2", "--temperature", "0", check=True)
     assert expected.strip() in said.stdout
     running = json.loads(pulled["a"].shoal("ps", "--json", check=True).stdout)
@@ -146,7 +144,7 @@ def test_run_places_what_is_not_placed_and_answers_from_the_terminal(pulled: Sho
         pulled["a"].shoal("stop", instance["id"], check=True)
 
 
-def test_a_model_in_use_is_not_removed_and_the_refusal_says_by_whom(pulled: ShoalCluster) -> None:
+def test_a_model_in_use_is_not_removed_and_its_user_is_named(pulled: ShoalCluster) -> None:
     instance = place(pulled, 3)
     refused = pulled["a"].shoal("rm", DEMO_MODEL, "--node", "a")
     assert refused.returncode == 4

@@ -26,9 +26,7 @@ async def force(nats: str, instance: str) -> None:
         await spec.put(instance_key(instance), structs.replace(placed, tier="force", epoch=placed.epoch + 1))
 
 
-def test_a_forced_instance_gives_way_before_the_machine_starves_and_the_node_stays_alive(
-    tmp_path: Path, hub: RunningHub
-) -> None:
+def test_a_forced_instance_is_killed_before_the_machine_starves(tmp_path: Path, hub: RunningHub) -> None:
     with ShoalCluster(
         tmp_path, hub.base_url, names=("a",), SHOAL_FORCE_FLOOR_BYTES=MORE_THAN_ANY_MACHINE_HAS
     ) as cluster:

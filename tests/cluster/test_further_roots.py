@@ -28,7 +28,7 @@ def chat(node: ShoalNode) -> None:
     node.shoal("stop", placed["id"], check=True)
 
 
-def test_a_pull_lands_on_the_second_disk_runs_from_there_and_survives_its_unmounting(tmp_path: Path) -> None:
+def test_a_pull_to_a_second_volume_runs_and_survives_unmounting(tmp_path: Path) -> None:
     store, big = tmp_path / "a" / "store", tmp_path / "big"
     with (
         running_hub(process=True) as hub,

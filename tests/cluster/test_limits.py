@@ -133,7 +133,7 @@ def typed(node: ShoalNode, answer: str, *arguments: str) -> subprocess.Completed
         os.close(theirs)
 
 
-def test_what_fits_only_where_others_give_way_is_refused_until_a_person_allows_it_and_then_runs(
+def test_a_model_beyond_fits_runs_only_when_a_person_allows_it(
     limited: Limited,
 ) -> None:
     node, context, before = limited.node, ("--context", str(TIGHT_TOKENS)), limited.processes()
@@ -174,7 +174,7 @@ def test_what_fits_only_where_others_give_way_is_refused_until_a_person_allows_i
     assert limited.processes() == before, "the nodes live on"
 
 
-def test_of_fifty_asked_for_at_once_over_three_gateways_as_many_are_placed_as_the_limits_hold(
+def test_of_fifty_over_three_gateways_as_many_as_fit_are_placed(
     limited: Limited,
 ) -> None:
     node, context_tokens = limited.node, TIGHT_TOKENS // 2
@@ -205,7 +205,7 @@ def test_of_fifty_asked_for_at_once_over_three_gateways_as_many_are_placed_as_th
             node.shoal("stop", instance, check=True)
 
 
-def test_what_was_forced_gives_way_when_memory_runs_out_and_its_node_lives_on(limited: Limited) -> None:
+def test_a_forced_instance_killed_at_oom_leaves_its_node_alive(limited: Limited) -> None:
     node, before = limited.node, limited.processes()
     limited.wait_idle()
     # A stage's reservation hardly depends on its number of layers, so every layout needs force.

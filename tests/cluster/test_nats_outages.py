@@ -54,36 +54,36 @@ class Cluster:
         """Place the demo's model over both nodes, and wait until it is ready."""
         asked = await self.ask("placement", "any", "place", model=DEMO_MODEL, min_nodes=2, context_tokens=256)
         name = str(asked["instance"])
-        await self.stands(name, "ready")
+        await self.wait_phase(name, "ready")
         return name
 
-    async def stands(self, instance: str, phase: str) -> None:
+    async def wait_phase(self, instance: str, phase: str) -> None:
         """Return once an instance is in this phase."""
 
-        async def so() -> bool:
+        async def reached() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
             return state is not None and state.phase == phase
 
-        await eventually(so, f"{instance} is {phase}", DEADLINE_S)
+        await eventually(reached, f"{instance} is {phase}", DEADLINE_S)
 
-    async def runs_anew(self, instance: str) -> None:
+    async def wait_running_again(self, instance: str) -> None:
         """Return once an instance is ready in processes of the inference services that run now."""
 
-        async def so() -> bool:
+        async def reached() -> bool:
             state = await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
             stages = [await self.here.buckets.state.get_as(stage_key(instance, r), StageState) for r in range(2)]
             children = [psutil.Process(n["inference"].pid).children() for n in self.site.nodes.values()]
             well = all(stage is not None and stage.phase == "ready" for stage in stages)
             return state is not None and state.phase == "ready" and well and all(children)
 
-        await eventually(so, f"{instance} is ready again", DEADLINE_S)
+        await eventually(reached, f"{instance} is ready again", DEADLINE_S)
 
     async def stages(self, instance: str) -> list[str]:
         """Return the processes that run an instance's stages."""
         found = [await self.here.buckets.state.get_as(stage_key(instance, r), StageState) for r in range(2)]
         return [stage.uid for stage in found if stage is not None]
 
-    async def said_of_disks(self) -> dict[str, Any]:
+    async def published_disks(self) -> dict[str, Any]:
         """Return the published states of all disks, without figures that change by themselves."""
         found: dict[str, Any] = {}
         for prefix in _OF_THE_DISK:
@@ -175,14 +175,12 @@ async def outcome_of(cluster: Cluster, model: str) -> Outcome:
 
 
 @pytest.mark.deadline_s(400.0)
-async def test_I6_nats_killed_twenty_times_under_a_cluster_at_work_costs_nothing_but_the_wait(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_I6_nats_killed_twenty_times_costs_nothing_but_the_wait(tmp_path: Path, own_nats: NatsServer) -> None:
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site
         instance = await cluster.place()
         stages = await cluster.stages(instance)
-        said, live, consumers = await cluster.said_of_disks(), await cluster.live(), await cluster.consumers()
+        said, live, consumers = await cluster.published_disks(), await cluster.live(), await cluster.consumers()
         kept_gets = site.gets("model.bin", KEPT)
         await begin(cluster, "b", BIG)
         for number in range(KILLS):
@@ -192,12 +190,12 @@ async def test_I6_nats_killed_twenty_times_under_a_cluster_at_work_costs_nothing
                 await here.here.nats.reconnects.wait_after(seen)
         site.hub.reset_faults()
         assert (await outcome_of(cluster, BIG)).ok
-        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        await here.assert_complete("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
         await cluster.ask("storage", "b", "delete", model=BIG)
-        await cluster.same(cluster.said_of_disks, said, "what is said of the disks")
+        await cluster.same(cluster.published_disks, said, "what is said of the disks")
         await cluster.same(cluster.live, live, "the same processes are live")
         await cluster.same(cluster.consumers, consumers, "the same services take commands")
-        await cluster.stands(instance, "ready")
+        await cluster.wait_phase(instance, "ready")
         assert await cluster.stages(instance) == stages, "a stage was started again although only NATS was"
         assert site.gets("model.bin", KEPT) == kept_gets
         assert site.hub_bytes() <= (16 + 2 * KILLS) * LEAF_BYTES, "more than what was in flight was read again"
@@ -205,9 +203,7 @@ async def test_I6_nats_killed_twenty_times_under_a_cluster_at_work_costs_nothing
 
 
 @pytest.mark.deadline_s(400.0)
-async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_on_a_disk(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: Path, own_nats: NatsServer) -> None:
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site
         instance = await cluster.place()
@@ -217,15 +213,15 @@ async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_o
         held = partials(site["a"])
         live, consumers = await cluster.live(), await cluster.consumers()
         await begin(cluster, "b", BIG)
-        said = {k: v for k, v in (await cluster.said_of_disks()).items() if not k.startswith("storage.")}
+        said = {k: v for k, v in (await cluster.published_disks()).items() if not k.startswith("storage.")}
         before = site.hub.stats().files
 
         await asyncio.to_thread(own_nats.wipe)
 
-        async def models_and_parts() -> dict[str, Any]:
-            return {k: v for k, v in (await cluster.said_of_disks()).items() if not k.startswith("storage.")}
+        async def models_and_shards() -> dict[str, Any]:
+            return {k: v for k, v in (await cluster.published_disks()).items() if not k.startswith("storage.")}
 
-        await cluster.same(models_and_parts, said, "what is said of models")
+        await cluster.same(models_and_shards, said, "what is said of models")
         await cluster.same(cluster.live, live, "the same processes are live")
         await cluster.same(cluster.consumers, consumers, "the same services take commands")
         streams = {str(s.config.name) for s in await here.here.js.streams_info()}
@@ -248,7 +244,7 @@ async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_o
         await here.durable("b", LEAF_BYTES, BIG)
         site.hub.reset_faults()
         assert (await outcome_of(cluster, BIG)).ok
-        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        await here.assert_complete("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
         assert (await cluster.ask("fetcher", "a", "resume", model=PAUSED))["models"] == {PAUSED: "resumed"}
         ready = await here.state("a", lambda s: s.phase == "ready", PAUSED, DEADLINE_S)
         assert ready.resumed_bytes >= LEAF_BYTES
@@ -271,9 +267,7 @@ async def test_a_nats_that_loses_its_store_loses_instances_and_nothing_that_is_o
 
 
 @pytest.mark.deadline_s(200.0)
-async def test_bytes_of_a_wish_that_was_lost_with_nats_are_kept_for_who_asks_again(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_bytes_of_a_request_lost_with_nats_are_kept_for_the_next(tmp_path: Path, own_nats: NatsServer) -> None:
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site
         await begin(cluster, "a", BIG)
@@ -298,9 +292,7 @@ async def test_bytes_of_a_wish_that_was_lost_with_nats_are_kept_for_who_asks_aga
 
 
 @pytest.mark.deadline_s(400.0)
-async def test_I6_after_everything_was_switched_off_downloads_and_instances_come_back_by_themselves(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_I6_after_a_full_power_cycle_all_work_resumes_by_itself(tmp_path: Path, own_nats: NatsServer) -> None:
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site
         await cluster.ask("storage", "b", "pin", model=KEPT)
@@ -324,10 +316,10 @@ async def test_I6_after_everything_was_switched_off_downloads_and_instances_come
         site.hub.reset_faults()
         ready = await here.state("b", lambda s: s.phase == "ready", BIG, DEADLINE_S)
         assert ready.resumed_bytes >= LEAF_BYTES
-        await here.is_whole("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
+        await here.assert_complete("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
         assert (await outcome_of(cluster, BIG)).ok
         assert site.hub_bytes(BIG) <= (16 + 2) * LEAF_BYTES, "more than what was in flight was read again"
-        await cluster.runs_anew(instance)
+        await cluster.wait_running_again(instance)
         assert (await here.state_now("a", PAUSED) or ready).phase == "paused"
         for name, quota, pinned in (("a", QUOTA_BYTES, 0), ("b", None, 1)):
             disk = await here.buckets.state.get_as(storage_key(name), StorageState)

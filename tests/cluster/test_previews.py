@@ -38,12 +38,12 @@ def test_a_layout_that_a_preview_showed_is_placed_and_answers(cluster: ShoalClus
     try:
         wanted = [(s["node"], s["first_layer"], s["last_layer"]) for s in over_two["stages"]]
         assert [(s["node"], s["first_layer"], s["last_layer"]) for s in placed["stages"]] == wanted
-        moves_only_when_told(node, placed["id"], over_two["layout"], shown["previews"][0]["layout"])
+        migrates_only_on_request(node, placed["id"], over_two["layout"], shown["previews"][0]["layout"])
     finally:
         node.shoal("stop", placed["id"], check=True)
 
 
-def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str) -> None:
+def migrates_only_on_request(node: ShoalNode, instance: str, here: str, better: str) -> None:
     """An instance over two nodes that would be faster on one: the move is proposed, and made when a person asks."""
     (proposed,) = json.loads(node.shoal("rebalance", "--json", check=True).stdout)["rebalances"]
     assert proposed["instance"] == instance and proposed["gain"] > 1.1
@@ -64,7 +64,7 @@ def moves_only_when_told(node: ShoalNode, instance: str, here: str, better: str)
     assert refused.returncode == 3 and "there is no instance" in refused.stderr
 
 
-def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster) -> None:
+def test_a_preview_that_cannot_be_made_names_what_can(cluster: ShoalCluster) -> None:
     node = cluster["a"]
     for query, words in {
         "": "the parameter model is missing",
@@ -79,9 +79,7 @@ def test_a_preview_that_cannot_be_asked_for_says_what_can(cluster: ShoalCluster)
     assert node.client.get(f"{node.url}/v1/placements/preview?model=org/nowhere").status_code == 404
 
 
-def test_whether_a_model_will_fit_is_known_before_anybody_has_it_and_its_weights_are_not_fetched(
-    tmp_path: Path, hub: RunningHub
-) -> None:
+def test_a_preview_of_an_unpulled_model_fetches_no_weights(tmp_path: Path, hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, hub.base_url, names=("a",)) as fresh:
         hub.reset_stats()
         shown = json.loads(fresh["a"].shoal("place", DEMO_MODEL, "--preview", "--json", check=True).stdout)

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from shoal_demo import DEMO_MODEL
 from shoal_demo.running import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
-from tests.storage.made_roots import mounted_read_only, picture
+from tests.storage.made_roots import mounted_read_only, snapshot_tree
 
 
 def disk(node: ShoalNode) -> dict[str, Any]:
@@ -29,13 +29,13 @@ def content_bytes(hub: RunningHub) -> int:
     return sum(f.bytes for f in hub.stats().files.values())
 
 
-def test_I9_a_cache_that_huggingface_hub_filled_is_pulled_from_placed_and_chatted_with_and_never_written(
+def test_I9_a_hub_cache_is_a_library_served_and_never_written(
     tmp_path: Path,
 ) -> None:
     cache = tmp_path / "hub"
     with running_hub(process=True) as hub:
         snapshot = Path(snapshot_download(DEMO_MODEL, endpoint=hub.base_url, cache_dir=cache, token=False))
-        before = picture(cache)
+        before = snapshot_tree(cache)
         hub.reset_stats()
         with mounted_read_only(cache) as root, ShoalCluster(tmp_path, hub.base_url, names=("a", "b")) as cluster:
             a, b = cluster["a"], cluster["b"]
@@ -74,11 +74,11 @@ def test_I9_a_cache_that_huggingface_hub_filled_is_pulled_from_placed_and_chatte
             a.up("--nats-port", "0", "--library", str(root))
             assert eventually(lambda: "a" in held(a).get("nodes", []), "offered by a flag of `shoal up`")
         assert content_bytes(hub) == 0
-    assert picture(cache) == before
+    assert snapshot_tree(cache) == before
 
 
 @pytest.mark.parametrize("root", ["relative/../..", "/"])
-def test_a_root_that_cannot_be_one_is_refused_in_a_line(tmp_path: Path, root: str) -> None:
+def test_a_path_that_cannot_be_a_library_is_refused_in_a_line(tmp_path: Path, root: str) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", names=("a",)) as cluster:
         refused = cluster["a"].shoal("storage", "set", "--library", root)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from shoal_demo.running import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster
 
 
-def test_I3_a_model_beyond_the_quota_is_rejected_with_the_figures(tmp_path: Path, hub: RunningHub) -> None:
+def test_I3_a_model_beyond_the_quota_is_rejected_with_figures(tmp_path: Path, hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, hub.base_url, names=("a",), SHOAL_MAX_STORAGE_BYTES="2000000") as cluster:
         result = cluster["a"].shoal("pull", DEMO_MODEL)
         assert result.returncode == 4
@@ -24,7 +24,7 @@ def test_I3_a_model_beyond_the_quota_is_rejected_with_the_figures(tmp_path: Path
         assert not list((tmp_path / "a" / "store" / "partial").iterdir())
 
 
-def test_no_node_with_enough_memory_is_a_refusal_with_every_nodes_figures(tmp_path: Path, hub: RunningHub) -> None:
+def test_too_little_memory_is_refused_with_every_nodes_figures(tmp_path: Path, hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, hub.base_url, names=("a",), SHOAL_MAX_MEMORY_BYTES="1000000") as cluster:
         cluster["a"].shoal("pull", DEMO_MODEL, check=True)
         result = cluster["a"].shoal("place", DEMO_MODEL)
@@ -36,7 +36,7 @@ def test_no_node_with_enough_memory_is_a_refusal_with_every_nodes_figures(tmp_pa
         assert "a" in str(response.json()["error"]["details"])
 
 
-def test_an_unreachable_hub_and_one_that_wants_a_token_are_told_apart(tmp_path: Path) -> None:
+def test_an_unreachable_hub_and_a_missing_token_are_distinct(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with ShoalCluster(tmp_path / "one", nobody, names=("a",)) as cluster:

@@ -16,7 +16,7 @@ MODEL = "org/fish"
 FILES = {"model.safetensors": noise(5 * LEAF_BYTES + 99, MODEL), "config.json": b"{}"}
 
 
-def test_I1_repair_brings_back_two_bad_leaves_says_so_and_leaves_all_intact(tmp_path: Path) -> None:
+def test_I1_repair_restores_two_corrupt_leaves_and_reports_them(tmp_path: Path) -> None:
     make_model(tmp_path / "models", MODEL, FILES)
     with (
         running_hub(tmp_path / "models", process=True) as hub,

@@ -46,7 +46,7 @@ async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
     return keys
 
 
-def lay_about(store: Layout) -> None:
+def scatter_directories(store: Layout) -> None:
     """Make what their models may have left on a live disk: nothing, leftovers, a directory with content."""
     leftovers = store.root / "manifests" / "stale--leftovers"
     leftovers.mkdir(parents=True)
@@ -81,11 +81,11 @@ async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
         async def all_gone() -> bool:
             return not [key for bucket, key in keys if await bucket.get(key) is not None]
 
-        async def all_told() -> bool:
+        async def all_events_published() -> bool:
             return len(await retirements(js)) >= len(RETIRED)
 
         await waiting.eventually(all_gone, "no key names a retired node", COLLECTED_DEADLINE_S)
-        await waiting.eventually(all_told, "each is told of", COLLECTED_DEADLINE_S)
+        await waiting.eventually(all_events_published, "each is told of", COLLECTED_DEADLINE_S)
         before = await written(js)
         await asyncio.sleep(SILENCE_S)  # nothing may happen meanwhile
         assert await written(js) == before, "a cluster in which nothing happens writes nothing"
@@ -94,13 +94,11 @@ async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
         await client.close()
 
 
-def test_I5_I7_I8_what_retired_nodes_left_is_collected_once_without_the_hub_and_then_there_is_silence(
-    tmp_path: Path, quiet_hub: RunningHub
-) -> None:
+def test_I5_I7_I8_retired_nodes_are_collected_once_without_a_hub(tmp_path: Path, quiet_hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, quiet_hub.base_url, names=("a",), SHOAL_RETIRE_AFTER="12s") as cluster:
         node = cluster["a"]
         store = Layout(node.home / "store")
-        lay_about(store)
+        scatter_directories(store)
         services = ("storage", "fetcher", "placement", "gateway")
         pids = {service: node.child(service).pid for service in services}
 

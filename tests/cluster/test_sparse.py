@@ -117,20 +117,20 @@ def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
     return dict(outcome["result"])
 
 
-def parts(cluster: ShoalCluster) -> dict[str, dict[str, Any]]:
+def published_shards(cluster: ShoalCluster) -> dict[str, dict[str, Any]]:
     """Return the published shards, by node."""
     return {p["node"]: p for p in cluster["c"].call("GET", "/v1/status")["parts"]}
 
 
 @pytest.mark.parametrize("model", [ONE, SEVERAL])
-def test_I11_two_nodes_that_each_fetch_only_their_layers_answer_as_one_process(
+def test_I11_two_nodes_with_only_their_layers_equal_one_process(
     three: ShoalCluster, sparse_hub: RunningHub, models: Path, model: str
 ) -> None:
     instance = place(three, model)
     assert answer(three, instance) == expected(models, model)
     both, whole = fetched(three, "a", "b") + sparse_hub.stats().bytes, bytes_of(models / model)
     assert both <= 1.10 * whole
-    told = parts(three)
+    told = published_shards(three)
     assert sorted(layer for part in told.values() for layer in part["layers"]) == [[0, 3], [3, 6]]
     assert sum(p["size_bytes"] for p in told.values()) <= 1.10 * whole
     words = f"a: layers {told['a']['layers'][0][0]}-{told['a']['layers'][0][1] - 1} of {model}"
@@ -139,7 +139,7 @@ def test_I11_two_nodes_that_each_fetch_only_their_layers_answer_as_one_process(
     assert three["a"].call("GET", "/v1/status")["models"][0]["nodes"] == ["c"], "a part is not the model"
 
 
-def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
+def test_a_pull_completes_a_shard_and_refetches_nothing(
     three: ShoalCluster, sparse_hub: RunningHub, models: Path
 ) -> None:
     instance = place(three, SEVERAL)
@@ -147,15 +147,15 @@ def test_a_pull_completes_what_is_here_and_fetches_none_of_it_again(
     assert refused.returncode == 4 and f"of instance {instance} (pid " in refused.stderr
     old = three["a"].kill("storage")
     three["a"].wait_reborn("storage", old)
-    eventually(lambda: "a" in parts(three), "the part is told of again")
+    eventually(lambda: "a" in published_shards(three), "the part is told of again")
     assert three["a"].shoal("gc", check=True).stdout.strip() == "a: nothing to delete"
-    here_bytes, before = parts(three)["a"]["size_bytes"], fetched(three, "a")
+    here_bytes, before = published_shards(three)["a"]["size_bytes"], fetched(three, "a")
     three["a"].shoal("pull", SEVERAL, check=True)
     came, lacking = fetched(three, "a") - before, bytes_of(models / SEVERAL) - here_bytes
     # Late leaves are requested from two nodes; leaves that are here from none.
     assert lacking <= came <= min(lacking + 4 * LEAF_BYTES, bytes_of(models / SEVERAL) - LEAF_BYTES)
     assert sparse_hub.stats().bytes == 0
-    assert "a" not in parts(three)
+    assert "a" not in published_shards(three)
     view = next((three["a"].home / "store" / "views").glob("*/*"))
     for file in (models / SEVERAL).iterdir():
         assert (view / file.name).read_bytes() == file.read_bytes()
@@ -167,7 +167,7 @@ def test_the_layers_of_two_stages_on_one_node_are_fetched_once(three: ShoalClust
     again = ask(three, "fetcher.a.download", model=ONE, layers=[1, 3])
     both = ask(three, "fetcher.a.download", model=ONE, layers=[3, 6])
     assert again.get("sources", {}) == {}, "the layers are here"
-    assert parts(three)["a"]["layers"] == [[0, 6]]
+    assert published_shards(three)["a"]["layers"] == [[0, 6]]
     whole = bytes_of(models / ONE)
     assert whole / 2 < sum(first["sources"].values()) < whole
     # Late leaves are requested from two nodes.
@@ -175,12 +175,12 @@ def test_the_layers_of_two_stages_on_one_node_are_fetched_once(three: ShoalClust
 
 
 @pytest.mark.parametrize("service", ["fetcher", "storage", "fileserver", "inference"])
-def test_I6_whatever_is_killed_while_parts_arrive_the_instance_comes_up(
+def test_I6_kills_while_shards_arrive_do_not_stop_the_instance(
     three: ShoalCluster, models: Path, service: str
 ) -> None:
     body = {"model": ONE, "min_nodes": 2, "max_nodes": 2, "nodes": ["a", "b"], "context_tokens": 256, "wait": False}
     instance = str(three["c"].call("POST", "/v1/instances", body)["id"])
-    eventually(lambda: fetched(three, "a") or "a" in parts(three), "a has begun")
+    eventually(lambda: fetched(three, "a") or "a" in published_shards(three), "a has begun")
     victim = three["c" if service == "fileserver" else "a"]
     victim.wait_reborn(service, victim.kill(service))
 
@@ -191,12 +191,12 @@ def test_I6_whatever_is_killed_while_parts_arrive_the_instance_comes_up(
     assert answer(three, instance) == expected(models, ONE)
 
 
-def test_I9_where_nobody_has_a_sealed_list_all_of_the_model_comes_and_crosses_the_internet_once(
+def test_I9_without_a_sealed_list_the_full_model_comes_just_once(
     three: ShoalCluster, sparse_hub: RunningHub, models: Path
 ) -> None:
     three["c"].call("DELETE", f"/v1/models/{ONE}?node=c")
     state = ask(three, "fetcher.a.download", model=ONE, layers=[0, 3])
     assert state["phase"] == "ready" and "layers" not in state
-    assert "a" not in parts(three)
+    assert "a" not in published_shards(three)
     sent = sum(f.bytes for name, f in sparse_hub.stats().files.items() if name.startswith(f"{ONE}/"))
     assert sent == bytes_of(models / ONE)

@@ -29,7 +29,7 @@ async def facts_of(nats: str, node: str) -> Facts:
         return live.facts if live is not None else Facts()
 
 
-def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp_path: Path) -> None:
+def test_a_node_publishes_its_stages_bandwidth_across_a_restart(tmp_path: Path) -> None:
     home, models = tmp_path / "a", tmp_path / "models"
     directory = write_model(models / MODEL, "llama", width=640)
     assert (directory / "model.safetensors").stat().st_size > LEAST_BYTES
@@ -67,7 +67,7 @@ def test_a_node_says_how_fast_its_stages_read_and_still_does_after_a_restart(tmp
         kept = json.loads((home / "device.json").read_text())["working_bytes_per_s"]
         assert kept > 1.1 * IDLE
 
-        def said_again() -> bool:
+        def published_again() -> bool:
             return asyncio.run(facts_of(node.nats_url, "a")).working_bytes_per_s >= float(kept)
 
-        eventually(said_again, "what was shown before is said by the next start")
+        eventually(published_again, "what was shown before is said by the next start")

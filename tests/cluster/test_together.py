@@ -13,9 +13,7 @@ from tests.harness.shoal import ShoalCluster
 _ASKERS = 32
 
 
-def test_32_simultaneous_pulls_of_a_model_share_one_fetch_of_each_blob_and_all_hear_that_it_is_ready(
-    tmp_path: Path, quiet_hub: RunningHub
-) -> None:
+def test_32_simultaneous_pulls_share_one_fetch_of_each_blob(tmp_path: Path, quiet_hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, quiet_hub.base_url, names=("a",)) as cluster:
         node = cluster["a"]
 

@@ -24,7 +24,7 @@ class Note(Message):
     text: str
 
 
-async def test_a_value_reads_back_with_the_revision_that_fences_a_write(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_value_reads_back_with_the_revision_for_a_fenced_write(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key, state = fresh("key"), here.buckets.state
         first = await state.put(key, Note(text="one"))
@@ -51,7 +51,7 @@ async def test_of_twenty_racers_one_creates_a_key(nats: NatsServer, fresh: Fresh
             assert entry is not None and entry.revision == won[0]
 
 
-async def test_a_key_can_be_created_again_through_the_marker_of_its_expiry(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_key_can_be_created_over_its_expiry_marker(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key, lease = fresh("expiring"), here.buckets.lease
         assert await lease.create(key, Note(text="short"), 1) is not None
@@ -78,7 +78,7 @@ async def test_I5_deleting_what_is_absent_writes_nothing(nats: NatsServer, fresh
         assert await here.last_sequence("KV_spec") == before
 
 
-async def test_I5_of_many_who_delete_one_key_all_succeed_and_one_writes(nats: NatsServer, fresh: Fresh) -> None:
+async def test_I5_many_may_delete_one_key_and_only_one_writes(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key, spec = fresh("contested"), here.buckets.spec
         await spec.put(key, Note(text="here"))
@@ -116,7 +116,7 @@ async def test_a_write_rides_out_a_restart_of_nats(own_nats: NatsServer) -> None
         assert await here.buckets.state.get_as("patient", Note) == Note(text="kept")
 
 
-async def test_an_outage_longer_than_patience_says_so(own_nats: NatsServer) -> None:
+async def test_an_outage_longer_than_the_timeout_raises(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         own_nats.kill()
         impatient = here.client.jetstream(timeout=0.2)
@@ -144,7 +144,7 @@ async def test_I7_every_stream_has_a_limit(own_nats: NatsServer) -> None:
             assert info.config.storage == api.StorageType.FILE
 
 
-async def test_an_existing_stream_is_brought_in_line_with_its_messages_kept(own_nats: NatsServer) -> None:
+async def test_an_existing_stream_is_reconfigured_and_keeps_messages(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         await here.buckets.state.put("kept", Note(text="kept"))
         config = (await here.js.stream_info("KV_state")).config
@@ -155,7 +155,7 @@ async def test_an_existing_stream_is_brought_in_line_with_its_messages_kept(own_
         assert await here.buckets.state.get_as("kept", Note) == Note(text="kept")
 
 
-async def test_a_stream_that_cannot_be_brought_in_line_is_refused_by_name(own_nats: NatsServer) -> None:
+async def test_a_stream_that_cannot_be_reconfigured_is_refused_by_name(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         await here.js.delete_stream("KV_done")
         wanted = next(c for c in stream_configs(1) if c.name == "KV_done")

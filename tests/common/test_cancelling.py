@@ -10,7 +10,7 @@ from shoal_common.cancelling import ended, wait_for
 from tests.harness.nats import NatsServer, joined
 
 
-async def test_a_task_whose_cancellation_meets_its_answer_is_ended_all_the_same() -> None:
+async def test_cancel_and_wait_ends_a_task_whose_cancel_meets_a_result() -> None:
     answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     heard: list[str] = []
 

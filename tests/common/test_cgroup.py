@@ -47,7 +47,7 @@ def test_groups_are_seen_as_far_as_they_are_mounted(path: str, root: str, seen: 
     assert v1 == [Group(1, directory) for directory in directories]
 
 
-def test_both_hierarchies_are_looked_at_wherever_they_are_mounted_and_strange_lines_are_passed_over() -> None:
+def test_both_hierarchies_are_read_and_unknown_lines_skipped() -> None:
     membership = "4:memory:/v1\n1:name=systemd:/s\n0::/v2\n\nnonsense\n"
     mounts = V1.format(root="/", at=r"/my\040groups/memory") + "\nnonsense\n" + V2.format(root="/", at="/two")
     assert [(g.version, str(g.directory)) for g in groups_of(membership, mounts)] == [
@@ -75,7 +75,7 @@ def v2(limit: str, used: int, high: str = "max", **stat: int) -> dict[str, str]:
     }
 
 
-def test_what_a_group_may_have_is_its_limit_less_what_it_cannot_give_back() -> None:
+def test_a_groups_capacity_is_its_limit_less_unreclaimable_bytes() -> None:
     one, two = Group(1, Path("/1")), Group(2, Path("/2"))
     assert room_of(one, v1("100\n", 70, 20, 10)) == Room(100, 60, 30, Path("/1"))
     assert room_of(two, v2("100", 70, inactive_file=20, active_file=10)) == Room(100, 60, 30, Path("/2"))
@@ -99,7 +99,7 @@ def test_what_a_group_may_have_is_its_limit_less_what_it_cannot_give_back() -> N
         {**v2("", 70), "memory.stat": "nonsense\n\n"},
     ],
 )
-def test_a_group_that_does_not_say_has_no_limit(files: dict[str, str]) -> None:
+def test_a_group_without_a_limit_file_has_no_limit(files: dict[str, str]) -> None:
     assert room_of(Group(2, Path("/2")), files) is None
 
 
@@ -123,11 +123,11 @@ class Machine:
         (root / "proc").mkdir()
         (root / "proc" / "cgroup").write_text("0::/s/u\n")
         (root / "proc" / "mountinfo").write_text(V2.format(root="/", at=root / "groups"))
-        self.say(self.slice, v2("max", 70 * MIB))
-        self.say(self.unit, v2("max", 70 * MIB))
+        self.write_files(self.slice, v2("max", 70 * MIB))
+        self.write_files(self.unit, v2("max", 70 * MIB))
         self.memory = Memory(root / "proc", lambda: self.now_s)
 
-    def say(self, group: Path, files: dict[str, str]) -> None:
+    def write_files(self, group: Path, files: dict[str, str]) -> None:
         for name, text in files.items():
             (group / name).write_text(text)
 
@@ -139,21 +139,21 @@ class Machine:
         return [(r.group, r.available_bytes // MIB) for r in groups]
 
 
-def test_a_limit_is_read_at_each_look_and_one_that_is_new_is_found_within_a_minute(tmp_path: Path) -> None:
+def test_a_limit_is_read_each_time_and_a_new_one_within_a_minute(tmp_path: Path) -> None:
     here = Machine(tmp_path)
     assert here.seen() == []
-    here.say(here.slice, v2(str(100 * MIB), 70 * MIB))
+    here.write_files(here.slice, v2(str(100 * MIB), 70 * MIB))
     here.now_s = 59.0
     assert here.seen() == []
     here.now_s = 61.0
     assert here.seen() == [(here.slice, 30)]
-    here.say(here.slice, v2(str(200 * MIB), 80 * MIB))
+    here.write_files(here.slice, v2(str(200 * MIB), 80 * MIB))
     assert here.seen() == [(here.slice, 120)]
-    here.say(here.unit, v2(str(90 * MIB), 80 * MIB))
+    here.write_files(here.unit, v2(str(90 * MIB), 80 * MIB))
     here.now_s = 122.0
     assert here.seen() == [(here.unit, 10), (here.slice, 120)]
     # A lifted limit does not count any more, nor does that of a removed group.
-    here.say(here.unit, v2("max", 80 * MIB))
+    here.write_files(here.unit, v2("max", 80 * MIB))
     assert here.seen() == [(here.slice, 120)]
     for file in here.slice.glob("memory.*"):
         file.unlink()
@@ -162,7 +162,7 @@ def test_a_limit_is_read_at_each_look_and_one_that_is_new_is_found_within_a_minu
 
 def test_a_limit_beyond_what_the_machine_has_is_none(tmp_path: Path) -> None:
     here = Machine(tmp_path)
-    here.say(here.unit, v2(str(1 << 62), 1))
+    here.write_files(here.unit, v2(str(1 << 62), 1))
     assert here.seen() == []
 
 
@@ -170,7 +170,7 @@ def test_where_there_are_no_control_groups_there_are_no_limits(tmp_path: Path) -
     assert len(Memory(tmp_path / "nothing").look()) == 1
 
 
-def test_the_limits_of_this_process_are_those_that_linux_says() -> None:
+def test_the_limits_of_this_process_are_those_of_linux() -> None:
     for room in Memory().look()[1:]:
         assert room.group is not None and room.group.is_dir()
         assert 0 <= room.free_bytes <= room.available_bytes <= room.total_bytes

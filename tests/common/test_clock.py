@@ -21,7 +21,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("off_s", [-OFF_S, OFF_S])
-async def test_a_machine_whose_clock_is_wrong_takes_that_of_nats(
+async def test_a_machine_with_a_wrong_clock_uses_the_time_of_nats(
     nats: NatsServer, monkeypatch: pytest.MonkeyPatch, off_s: float
 ) -> None:
     right = time.time

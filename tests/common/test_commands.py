@@ -58,9 +58,7 @@ async def kept(here: Joined, identity: str) -> Outcome:
     return await eventually(lambda: here.buckets.done.get_as(done_key(identity), Outcome), f"{identity} is done")
 
 
-async def test_the_first_reply_to_a_command_is_its_outcome_with_and_without_an_id(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_the_first_reply_is_the_outcome_with_and_without_an_id(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), (bench := Bench()).verbs):
         by_header = await ask(here, node, "work", b'{"what": "one"}', identity := fresh("id"))
         assert (by_header.ok, by_header.id, by_header.node) == (True, identity, node)
@@ -75,14 +73,14 @@ async def test_the_first_reply_to_a_command_is_its_outcome_with_and_without_an_i
         await nothing_left(here, node)
 
 
-async def test_a_command_typed_without_a_reply_is_done_and_its_outcome_kept(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_command_without_a_reply_runs_and_keeps_its_outcome(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), Bench().verbs):
         body = json.dumps({"what": "quiet", "id": (identity := fresh("id"))}).encode()
         await here.client.publish(subject(node, "work"), body)
         assert (await kept(here, identity)).ok
 
 
-async def test_a_command_sent_while_the_service_is_away_is_done_when_it_comes(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_command_sent_while_the_service_is_down_runs_later(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         node, identity = fresh("node"), fresh("id")
         await here.client.publish(subject(node, "work"), b'{"what": "early"}', headers={"Nats-Msg-Id": identity})
@@ -92,7 +90,7 @@ async def test_a_command_sent_while_the_service_is_away_is_done_when_it_comes(na
 
 
 @pytest.mark.parametrize("by_header", [True, False])
-async def test_I5_the_same_id_twice_does_the_work_once_and_both_get_the_outcome(
+async def test_I5_the_same_id_twice_runs_once_and_both_get_the_outcome(
     nats: NatsServer, fresh: Fresh, by_header: bool
 ) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), (bench := Bench()).verbs):
@@ -115,9 +113,7 @@ async def test_I5_the_same_id_twice_does_the_work_once_and_both_get_the_outcome(
         await nothing_left(here, node)
 
 
-async def test_identical_commands_without_an_id_are_two_commands_and_every_asker_hears(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_equal_commands_without_an_id_run_twice_and_both_reply(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), (bench := Bench()).verbs):
         outcomes = await asyncio.gather(*(ask(here, node, "work", b'{"what": "same"}') for _ in range(5)))
         assert all(o.ok for o in outcomes)
@@ -133,7 +129,7 @@ async def test_many_commands_at_once_are_all_done(nats: NatsServer, fresh: Fresh
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[]", b'{"what": 7}', b"not json at all"])
-async def test_a_malformed_command_ends_as_bad_message_is_told_and_is_gone(
+async def test_a_malformed_command_is_answered_bad_message_and_dropped(
     nats: NatsServer, fresh: Fresh, body: bytes
 ) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), (bench := Bench()).verbs):
@@ -162,7 +158,7 @@ async def test_an_id_that_is_none_is_not_used_as_a_key(nats: NatsServer, fresh: 
         assert outcome.ok and outcome.id.startswith("cmd-")
 
 
-async def test_a_handlers_refusal_reaches_the_asker_word_for_word(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_handlers_refusal_reaches_the_sender_verbatim(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), Bench().verbs):
         outcome = await ask(here, node, "refuse", b"{}")
         assert outcome.error is not None
@@ -190,9 +186,7 @@ async def test_I7_a_command_past_its_deadline_ends_as_expired(nats: NatsServer, 
         assert bench.begun == ["slow"]  # a command that expired in the queue is not started
 
 
-async def test_I6_stopping_hands_unfinished_commands_to_the_next_worker_at_once(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_I6_stopping_hands_unfinished_commands_to_the_next(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         node, first, second = fresh("node"), Bench(), Bench()
         first.gate.clear()
@@ -212,14 +206,14 @@ async def test_I6_stopping_hands_unfinished_commands_to_the_next_worker_at_once(
         assert sorted(second.begun) == sorted(identities)
 
 
-async def test_a_foreign_message_on_the_subject_of_commands_harms_nobody(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_foreign_message_on_the_command_subject_is_harmless(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), Bench().verbs):
         deep = f"shoal.v1.cmd.{SERVICE}.{node}.a.b.c"
         await here.client.publish(deep, b"x", reply="_INBOX.nobody")
         assert (await ask(here, node, "work", b"{}")).ok
 
 
-async def test_I7_askers_of_one_unanswered_command_are_bounded(nats: NatsServer, fresh: Fresh) -> None:
+async def test_I7_waiters_for_one_unanswered_command_are_bounded(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), (bench := Bench()).verbs):
         bench.gate.clear()
         answers: asyncio.Queue[Msg] = asyncio.Queue()

@@ -19,7 +19,7 @@ Fresh = Callable[[str], str]
 TOY = str(Path(__file__).with_name("toy.py"))
 
 
-async def test_I6_a_command_whose_worker_is_killed_is_finished_by_the_next_one(
+async def test_I6_a_command_of_a_killed_worker_is_finished_by_the_next(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     home, begun, identity = tmp_path / "home", tmp_path / "begun", fresh("id")
@@ -50,7 +50,7 @@ class Slow(Command, kw_only=True):
     """A handler that waits at a gate."""
 
 
-async def test_I6_nats_killed_in_the_middle_of_a_command_loses_and_doubles_nothing(own_nats: NatsServer) -> None:
+async def test_I6_nats_killed_during_a_command_loses_nothing(own_nats: NatsServer) -> None:
     begun: list[str] = []
     gate = asyncio.Event()
 
@@ -76,7 +76,7 @@ async def test_I6_nats_killed_in_the_middle_of_a_command_loses_and_doubles_nothi
         assert begun == ["id-1"]
 
 
-async def test_commands_go_on_after_nats_lost_everything(own_nats: NatsServer) -> None:
+async def test_commands_continue_after_nats_loses_its_store(own_nats: NatsServer) -> None:
     async def slow(command: Slow, identity: str) -> dict[str, str]:
         return {"identity": identity}
 

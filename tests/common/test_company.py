@@ -45,7 +45,7 @@ async def toy(directory: Path, nats: NatsServer, node: str, version: str = VERSI
         yield process
 
 
-def test_a_view_shows_only_services_of_our_major_version(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_live_view_has_only_services_of_our_major_version(caplog: pytest.LogCaptureFixture) -> None:
     view = CompanyView("1.2.3")
     view.replace({"a.storage": encode(live("1.9.0")), "b.storage": encode(live("2.0.0")), "c.storage": b"{"}, 3)
     view.apply("b.fetcher", encode(live("2.0.0")), 4)
@@ -64,7 +64,7 @@ def test_a_view_shows_only_services_of_our_major_version(caplog: pytest.LogCaptu
     assert set(view.others) == {"a.storage", "d.storage"}
 
 
-def test_an_ignored_node_is_said_once_and_not_with_every_beat_or_reconnection(
+def test_an_ignored_node_is_logged_once_and_not_at_every_beat(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     view = CompanyView("1.2.3")
@@ -114,9 +114,7 @@ async def test_an_unknown_version_is_another_one(own_nats: NatsServer, version: 
         assert refused.value.details["other_node"] == "elder"
 
 
-async def test_real_processes_of_two_versions_the_elder_stays_and_the_newcomer_goes(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_of_two_real_versions_the_elder_stays_and_the_newer_ends(own_nats: NatsServer, tmp_path: Path) -> None:
     async with toy(tmp_path, own_nats, "elder") as elder:
         await elder.wait_ready()
         async with toy(tmp_path, own_nats, "young", NEW) as young:
@@ -127,7 +125,7 @@ async def test_real_processes_of_two_versions_the_elder_stays_and_the_newcomer_g
         assert elder.running
 
 
-async def test_a_cluster_is_replaced_once_its_last_old_service_has_gone(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_cluster_is_replaced_once_its_last_old_service_is_gone(own_nats: NatsServer, tmp_path: Path) -> None:
     async with toy(tmp_path, own_nats, "a") as first, toy(tmp_path, own_nats, "b") as second:
         await asyncio.gather(first.wait_ready(), second.wait_ready())
         await first.kill()  # its key is still there
@@ -139,9 +137,7 @@ async def test_a_cluster_is_replaced_once_its_last_old_service_has_gone(own_nats
         await asyncio.gather(new_a.wait_ready(), new_b.wait_ready())
 
 
-async def test_the_silent_rest_of_a_cluster_elsewhere_holds_a_newcomer_up_until_its_keys_expire(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_keys_of_a_dead_old_cluster_block_newcomers_until_expiry(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here:
         await here.buckets.live.create(live_key("dead", "storage"), live("98.0.0"), ttl_s=4)
         async with toy(tmp_path, own_nats, "young") as young:
@@ -170,7 +166,7 @@ async def test_a_restart_of_nats_is_no_sign_of_life(own_nats: NatsServer) -> Non
         following.cancel()
 
 
-async def test_two_parts_that_meet_after_a_partition_both_stay(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_two_partitions_that_meet_again_both_stay(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here, toy(tmp_path, own_nats, "here") as service:
         await service.wait_ready()
         renewing = await beating(here, live_key("there", "storage"), live("98.0.0"))
@@ -178,10 +174,10 @@ async def test_two_parts_that_meet_after_a_partition_both_stay(own_nats: NatsSer
         following = asyncio.create_task(follow(here.nats, view))
         await view.complete(30)
 
-        async def sees_only_its_own() -> bool:
+        async def sees_only_own_version() -> bool:
             return "there.storage" in view.others and view.get(live_key("here", "storage"), Live) is not None
 
-        await eventually(sees_only_its_own, "both are there, one is ignored")
+        await eventually(sees_only_own_version, "both are there, one is ignored")
         assert service.running
         renewing.cancel()
         following.cancel()

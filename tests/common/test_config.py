@@ -45,7 +45,7 @@ def test_I8_a_persons_settings_stay_when_the_id_is_added(tmp_path: Path) -> None
     assert "# mine" in (tmp_path / "node.toml").read_text()
 
 
-def test_I6_a_kill_between_writing_and_renaming_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+def test_I6_a_kill_between_write_and_rename_leaves_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "node.new").write_text('id = "half-wri')
     node = ensure_node_id(tmp_path)
     assert ensure_node_id(tmp_path) == node
@@ -95,7 +95,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path: Path, more: dict[
         read_config("storage", environment(tmp_path, **more))
 
 
-def test_peers_are_told_the_advertised_addresses_else_those_of_the_interfaces(tmp_path: Path) -> None:
+def test_peers_get_the_advertised_addresses_or_the_interfaces(tmp_path: Path) -> None:
     given = {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": "s"}
     here = read_interfaces()
     config = read_config("storage", environment(tmp_path, SHOAL_ADVERTISE="10.0.0.9, fd00::9", **given))

@@ -22,7 +22,7 @@ def shown(secret: str, purpose: str) -> dict[str, str]:
 
 
 @given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
-def test_I12_only_the_same_secret_opens(mine: str, theirs: str) -> None:
+def test_I12_only_the_same_secret_is_accepted(mine: str, theirs: str) -> None:
     assert allowed(mine, "blobs", shown(theirs, "blobs")) == (mine == theirs)
 
 
@@ -47,7 +47,7 @@ def test_on_loopback_nothing_is_asked() -> None:
 
 
 @given(st.integers(0, 10**11), st.floats(0, 1e12))
-def test_I12_an_address_shows_its_blob_until_its_time_and_no_other(until_s: int, now_s: float) -> None:
+def test_I12_a_signed_url_grants_one_blob_until_its_expiry(until_s: int, now_s: float) -> None:
     query = capability("secret", "ab" * 32, until_s)
     assert capable("secret", "ab" * 32, query, now_s) == (now_s <= until_s)
     assert not capable("secret", "cd" * 32, query, 0)
@@ -56,13 +56,13 @@ def test_I12_an_address_shows_its_blob_until_its_time_and_no_other(until_s: int,
 
 
 @given(st.text(max_size=30), st.text(max_size=80))
-def test_I12_no_other_words_show_anything(until: str, key: str) -> None:
+def test_I12_no_other_query_grants_anything(until: str, key: str) -> None:
     assert not capable("secret", "ab" * 32, {"until": until, "key": key}, 0)
     assert not capable("secret", "ab" * 32, {}, 0)
     assert capability("", "ab" * 32, 5) == {} and not capable("", "ab" * 32, {"until": "5", "key": ""}, 0)
 
 
-def test_a_blob_token_shows_one_blob_of_one_node_for_some_minutes() -> None:
+def test_a_blob_token_grants_one_blob_of_one_node_for_minutes() -> None:
     blob, other, now_s = "ab" * 32, "cd" * 32, 1_000_000.0
     headers = {k.lower(): v for k, v in blob_token("s", "a", blob, now_s).items()}
     assert blob_token_shows("s", "a", blob, headers, now_s)
@@ -74,7 +74,7 @@ def test_a_blob_token_shows_one_blob_of_one_node_for_some_minutes() -> None:
     assert not blob_token_shows("s", "a", blob, headers, now_s - 3 * TOKEN_S)
 
 
-def test_what_is_no_blob_token_shows_nothing() -> None:
+def test_a_malformed_blob_token_grants_nothing() -> None:
     for header in ("", "Shoal", "Shoal .", "Shoal ١٢.x", "Bearer 1.2", "Shoal 99999999999999.x"):
         assert not blob_token_shows("s", "a", "ab" * 32, {"authorization": header}, 1_000_000.0)
     assert blob_token_shows("", "a", "ab" * 32, {}, 1_000_000.0)

@@ -26,14 +26,14 @@ def test_every_error_has_a_code_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
-def test_every_error_stands_in_the_tree_that_opens_the_module(cls: type[ShoalError]) -> None:
+def test_every_error_is_in_the_tree_of_the_module_docstring(cls: type[ShoalError]) -> None:
     assert errors.__doc__ is not None
     assert cls.__name__ in errors.__doc__.split()
     assert cls.__doc__
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
-def test_every_error_has_a_status_and_an_exit_code_that_say_failure(cls: type[ShoalError]) -> None:
+def test_every_error_has_a_failing_status_and_exit_code(cls: type[ShoalError]) -> None:
     assert 400 <= cls.http_status <= 599
     assert 1 <= cls.exit_code <= 125  # higher ones are the shell's
     if cls.retryable:
@@ -41,7 +41,7 @@ def test_every_error_has_a_status_and_an_exit_code_that_say_failure(cls: type[Sh
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
-def test_an_error_crosses_a_process_with_its_class_words_and_figures(cls: type[ShoalError]) -> None:
+def test_an_error_crosses_processes_with_class_and_message(cls: type[ShoalError]) -> None:
     sent = cls("node-b has no room; free some", needed_bytes=7, nodes=[{"node": "node-b", "available_bytes": 3}])
     got = from_body(decode(encode(sent.body()), ErrorBody))
     assert type(got) is cls
@@ -49,14 +49,14 @@ def test_an_error_crosses_a_process_with_its_class_words_and_figures(cls: type[S
 
 
 @given(st.text(max_size=20), st.text(), st.dictionaries(st.text(max_size=8), st.integers(), max_size=3))
-def test_any_body_becomes_an_error_with_its_words(code: str, message: str, details: dict[str, int]) -> None:
+def test_any_body_becomes_an_error_with_its_message(code: str, message: str, details: dict[str, int]) -> None:
     got = from_body(ErrorBody(code=code, message=message, details=details))
     assert isinstance(got, BY_CODE.get(code, errors.Failed))
     assert got.message == message
     assert got.details == details
 
 
-def test_an_error_of_a_newer_peer_keeps_its_words_as_failed() -> None:
+def test_an_error_of_a_newer_peer_keeps_its_message_as_failed() -> None:
     got = from_body(ErrorBody(code="invented_next_year", message="it said so"))
     assert type(got) is errors.Failed
     assert got.message == "it said so"

@@ -22,12 +22,12 @@ MOUNTED = [
     ("path", "kind"),
     [("/home/a/store", "ext4"), ("/mnt/x", "xfs"), ("/mnt/share/x", "tmpfs"), ("/mnt/models/x", "nfs")],
 )
-def test_a_path_is_on_the_deepest_mount_above_it_and_the_last_one_there(path: str, kind: str) -> None:
+def test_a_path_is_on_the_deepest_and_last_mount_above_it(path: str, kind: str) -> None:
     assert kind_of(Path(path), MOUNTED) == kind
 
 
 @pytest.mark.parametrize("kind", sorted(LYING_LOCKS))
-def test_a_store_where_locks_lie_is_refused_with_the_reason_and_what_to_do(kind: str) -> None:
+def test_a_store_without_working_locks_is_refused_with_a_remedy(kind: str) -> None:
     with pytest.raises(Unsupported, match=rf"is on {kind}.*storage\.path"):
         refuse_lying_locks(Path("/srv/store"), [Mount(Path("/"), "ext4"), Mount(Path("/srv"), kind)])
 

@@ -90,7 +90,7 @@ def net(tmp_path: Path) -> Sys:
         ("pulled-out-meanwhile", "virtual"),
     ],
 )
-def test_an_interface_of_linux_is_what_its_files_say(net: Sys, name: str, kind: str | None) -> None:
+def test_an_interface_of_linux_is_read_from_its_files(net: Sys, name: str, kind: str | None) -> None:
     assert linux_kind(net.root, name) == kind
 
 
@@ -166,7 +166,7 @@ def test_a_device_that_macos_does_not_list_is_known_by_its_name(device: str, kin
 
 
 @given(st.text())
-def test_any_text_of_a_tool_gives_kinds_or_nothing(text: str) -> None:
+def test_any_tool_output_yields_known_kinds_or_nothing(text: str) -> None:
     assert set(hardware_ports(text).values()) <= set(RANKS)
     assert set(hardware_ports(f"Hardware Port: {text}\nDevice: en0\n").values()) <= set(RANKS)
 
@@ -191,7 +191,7 @@ def test_an_address_has_its_prefix_and_a_link_local_one_is_none(address: str, ne
     assert with_prefix(address, netmask) == text
 
 
-def test_this_machine_has_loopback_and_only_addresses_that_it_says_it_has() -> None:
+def test_this_machine_has_loopback_and_only_its_own_addresses() -> None:
     found = read_interfaces()
     assert any(i.kind == "loopback" and "127.0.0.1/8" in i.addresses for i in found)
     all_of_them = {a.address.partition("%")[0] for given_ in psutil.net_if_addrs().values() for a in given_}
@@ -201,14 +201,14 @@ def test_this_machine_has_loopback_and_only_addresses_that_it_says_it_has() -> N
             assert str(ipaddress.ip_interface(address).ip) in all_of_them
 
 
-def test_interfaces_are_read_again_only_when_looked_at() -> None:
+def test_interfaces_are_read_again_only_on_refresh() -> None:
     reads = iter([(Interface("a", "ethernet"),), (Interface("b", "wifi"),)])
     seen = Interfaces(lambda: next(reads))
     assert seen.now == seen.now == (Interface("a", "ethernet"),)
     assert seen.look() == seen.now == (Interface("b", "wifi"),)
 
 
-def test_when_the_system_does_not_say_what_was_seen_stays() -> None:
+def test_when_the_system_call_fails_the_last_interfaces_stay() -> None:
     away = OSError("too many open files")
     answers: list[OSError | tuple[Interface, ...]] = [away, (Interface("a", "ethernet"),), away]
 

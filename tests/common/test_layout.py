@@ -25,7 +25,7 @@ def sizes_and_leaves(draw: st.DrawFn) -> tuple[int, set[int]]:
 
 
 @given(sizes_and_leaves())
-def test_a_bitmap_says_what_a_set_of_leaves_says(case: tuple[int, set[int]]) -> None:
+def test_a_bitmap_and_a_leaf_set_agree(case: tuple[int, set[int]]) -> None:
     size_bytes, there = case
     bitmap = Bitmap(size_bytes)
     for leaf in there:
@@ -38,7 +38,7 @@ def test_a_bitmap_says_what_a_set_of_leaves_says(case: tuple[int, set[int]]) -> 
 
 
 @given(sizes_and_leaves())
-def test_missing_runs_are_exactly_the_absent_leaves_joined(case: tuple[int, set[int]]) -> None:
+def test_missing_ranges_are_exactly_the_absent_leaves_joined(case: tuple[int, set[int]]) -> None:
     size_bytes, there = case
     bitmap = Bitmap(size_bytes)
     for leaf in there:
@@ -61,7 +61,7 @@ def test_I6_a_bitmap_survives_its_file(case: tuple[int, set[int]]) -> None:
 
 
 @given(SIZES, st.binary(max_size=10))
-def test_I1_a_bitmap_of_another_length_is_not_believed(size_bytes: int, data: bytes) -> None:
+def test_I1_a_bitmap_of_another_length_is_not_trusted(size_bytes: int, data: bytes) -> None:
     bitmap = Bitmap(size_bytes, data)
     if len(data) != len(bitmap.to_bytes()):
         assert bitmap.have_bytes == 0

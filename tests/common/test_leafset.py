@@ -28,7 +28,7 @@ def as_int(leaves: set[int]) -> int:
 
 
 @given(blobs())
-def test_a_set_comes_back_from_its_ranges_and_from_the_bitmap_on_the_disk(blob: tuple[int, set[int]]) -> None:
+def test_a_set_survives_conversion_to_ranges_and_to_a_bitmap(blob: tuple[int, set[int]]) -> None:
     size_bytes, leaves = blob
     ranges = leafset.ranges(as_int(leaves))
     assert {leaf for first, last in ranges for leaf in range(first, last)} == leaves
@@ -48,7 +48,7 @@ def test_all_leaves_of_a_blob_have_its_bytes(size_bytes: int) -> None:
 
 
 @given(st.integers(0, 20 * LEAF_BYTES), st.integers(0, 20 * LEAF_BYTES))
-def test_the_leaves_that_cover_bytes_have_each_of_them_and_none_has_no_byte_of_them(start: int, end: int) -> None:
+def test_the_leaves_that_cover_bytes_are_all_needed_and_enough(start: int, end: int) -> None:
     leaves = leafset.covering(start, end)
     touched = range(start // LEAF_BYTES, (end - 1) // LEAF_BYTES + 1) if start < end else range(0)
     assert leaves == as_int(set(touched))

@@ -32,7 +32,7 @@ async def test_of_twenty_racers_one_gets_the_lease(nats: NatsServer, fresh: Fres
         assert won[0].held
 
 
-async def test_a_holder_that_stops_renewing_knows_it_before_anybody_else_can_have_it(
+async def test_a_holder_that_stops_renewing_knows_before_any_successor(
     nats: NatsServer, fresh: Fresh, short_ttl: float
 ) -> None:
     async with joined(nats) as here:
@@ -70,9 +70,7 @@ async def test_a_lease_given_back_is_free_at_once(nats: NatsServer, fresh: Fresh
         assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
 
 
-async def test_a_successor_on_the_same_node_takes_over_at_once_and_the_old_one_cannot_renew(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_a_successor_on_the_node_takes_over_and_fences_the_old(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key = fresh("succeeded")
         old = await acquire(here.buckets.lease, key, "node-a", "uid-1")
@@ -84,7 +82,7 @@ async def test_a_successor_on_the_same_node_takes_over_at_once_and_the_old_one_c
         assert await here.buckets.lease.get_as(key, type(new.value)) == new.value
 
 
-async def test_a_lease_outlives_a_short_outage_and_its_ttl_while_it_is_renewed(own_nats: NatsServer) -> None:
+async def test_a_lease_outlives_an_outage_and_its_ttl_while_renewed(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         lease = await acquire(here.buckets.lease, "kept", "node-a", "uid-a")
         assert lease is not None
@@ -100,7 +98,7 @@ async def renewed(lease: Lease, first: int) -> bool:
     return lease.revision > first
 
 
-async def test_a_holder_cut_off_from_nats_lets_go_in_time(own_nats: NatsServer) -> None:
+async def test_a_holder_cut_off_from_nats_gives_up_in_time(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         lease = await acquire(here.buckets.lease, "cut-off", "node-a", "uid-a")
         assert lease is not None

@@ -6,12 +6,12 @@ from shoal_common.layout import LEAF_BYTES
 from shoal_common.leaves import HASH_BYTES, leaf_hash, list_bytes, root_of
 
 
-def test_a_list_has_32_bytes_for_each_leaf_and_none_for_an_empty_blob() -> None:
+def test_a_leaf_list_has_32_bytes_a_leaf_and_none_if_empty() -> None:
     assert [list_bytes(n) for n in (0, 1, LEAF_BYTES, LEAF_BYTES + 1)] == [0, 32, 32, 64]
     assert len(leaf_hash(b"w")) == HASH_BYTES
 
 
-def test_a_root_changes_with_any_leaf() -> None:
+def test_a_leaf_digest_changes_with_any_leaf() -> None:
     hashes = leaf_hash(b"a") + leaf_hash(b"b")
     assert root_of(hashes) == blake3(hashes).hexdigest()
     assert root_of(leaf_hash(b"b") + leaf_hash(b"a")) != root_of(hashes)

@@ -31,7 +31,7 @@ async def live(here: Joined, node: str, service: str = "storage") -> Live | None
     return await here.buckets.live.get_as(live_key(node, service), Live)
 
 
-async def test_a_claimed_key_says_who_it_is(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_claimed_key_names_its_process(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
@@ -72,7 +72,7 @@ async def test_I6_a_holder_killed_on_this_machine_is_succeeded_at_once(
         await successor.withdraw()
 
 
-async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
+async def test_a_holder_on_another_machine_keeps_its_claim_while_alive(
     nats: NatsServer, fresh: Fresh, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with joined(nats) as here:
@@ -91,23 +91,23 @@ async def test_a_holder_elsewhere_keeps_its_claim_while_it_beats(
             await asyncio.wait_for(claiming, 5)
 
 
-async def test_facts_with_new_addresses_are_told_at_once(nats: NatsServer, fresh: Fresh) -> None:
+async def test_facts_with_new_addresses_are_published_at_once(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
         beating = asyncio.create_task(mine.beat_forever())
         mine.set_facts(Facts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
 
-        async def told() -> bool:
+        async def published() -> bool:
             there = await live(here, node)
             return there is not None and there.facts.disk_free_bytes == 5
 
-        await eventually(told, "the new address is told", module.BEAT_S / 2)
+        await eventually(published, "the new address is told", module.BEAT_S / 2)
         beating.cancel()
         await mine.withdraw()
 
 
-async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_more_of_them(
+async def test_interface_changes_are_published_with_the_beats_only(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BEAT_S", 0.05)
@@ -116,7 +116,7 @@ async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_
     wifi = Link(address="192.168.2.5:7000", interface="wlan0", kind="wifi")
     now, looks = [eth, lo], 0
 
-    def look() -> list[Link]:
+    def read_links() -> list[Link]:
         nonlocal looks
         looks += 1
         return list(now)
@@ -124,37 +124,35 @@ async def test_interfaces_that_come_and_go_are_told_with_the_beats_and_never_by_
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
-        mine.follow_links(look)
+        mine.follow_links(read_links)
         mine.set_facts(Facts(memory_total_bytes=7))
         beating = asyncio.create_task(mine.beat_forever())
 
-        async def told(links: list[Link]) -> bool:
+        async def published(links: list[Link]) -> bool:
             there = await live(here, node)
             return there is not None and there.facts.links == links
 
-        await eventually(lambda: told([eth, lo]), "the first links are told")
+        await eventually(lambda: published([eth, lo]), "the first links are told")
         now[:] = [lo]  # the cable is pulled
-        await eventually(lambda: told([lo]), "one is gone")
+        await eventually(lambda: published([lo]), "one is gone")
         now[:] = [wifi, lo]
-        await eventually(lambda: told([wifi, lo]), "another is there")
+        await eventually(lambda: published([wifi, lo]), "another is there")
         there = await live(here, node)
         assert there is not None and there.facts.memory_total_bytes == 7
         assert there.facts.addresses == [wifi.address]  # loopback is for the same machine only
         before, looked = await here.last_sequence("KV_live"), looks
 
-        async def looked_again() -> bool:
+        async def read_again() -> bool:
             return looks >= looked + 5
 
-        await eventually(looked_again, "it looks on")
+        await eventually(read_again, "it looks on")
         beats = await here.last_sequence("KV_live") - before
         assert beats <= looks - looked + 1  # one write for each reading of the addresses: the renewal itself
         beating.cancel()
         await mine.withdraw()
 
 
-async def test_a_beat_whose_acknowledgement_was_lost_is_not_mistaken_for_another_process(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
@@ -165,18 +163,18 @@ async def test_a_beat_whose_acknowledgement_was_lost_is_not_mistaken_for_another
         mine.set_facts(Facts(addresses=["127.0.0.1:7001"]))
         beating = asyncio.create_task(mine.beat_forever())
 
-        async def told() -> bool:
+        async def published() -> bool:
             now = await live(here, node)
             return beating.done() or (now is not None and bool(now.facts.addresses))
 
-        await eventually(told, "it beats on")
+        await eventually(published, "it beats on")
         assert not beating.done(), beating.exception()
         beating.cancel()
         await mine.withdraw()
         assert await live(here, node) is None
 
 
-async def test_a_beat_survives_a_restart_of_nats_and_one_that_lost_everything(own_nats: NatsServer) -> None:
+async def test_a_beat_survives_restarts_of_nats_and_a_lost_store(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         mine = Liveness(here.buckets.live, "node-a", "storage")
         await mine.claim()
@@ -187,17 +185,17 @@ async def test_a_beat_survives_a_restart_of_nats_and_one_that_lost_everything(ow
                 pass
             mine.set_facts(Facts(addresses=[f"127.0.0.1:{round_number}"]))
 
-            async def told(port: int = round_number) -> bool:
+            async def published(port: int = round_number) -> bool:
                 there = await live(here, "node-a")
                 return there is not None and there.facts.addresses == [f"127.0.0.1:{port}"]
 
-            await eventually(told, "it beats again")
+            await eventually(published, "it beats again")
         assert not beating.done()
         beating.cancel()
         await mine.withdraw()
 
 
-async def test_withdrawing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh: Fresh) -> None:
+async def test_unpublishing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         for _ in range(5):
             mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
@@ -211,7 +209,7 @@ async def test_withdrawing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh
             assert await live(here, node) is None
 
 
-async def test_only_a_process_of_this_machine_can_be_known_to_be_gone(tmp_path: Path) -> None:
+async def test_only_a_process_of_this_machine_can_be_known_to_be_dead(tmp_path: Path) -> None:
     me = this_process()
     assert not is_gone(me, this_host())
     async with started("-c", "print('here', flush=True); input()", environment={}) as child:
@@ -233,7 +231,7 @@ async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path
 
 
 @given(st.text("abc-", min_size=1), st.floats(0, 1e8))
-def test_a_nodes_services_beat_together_and_each_misses_two_before_it_is_gone(node: str, now_s: float) -> None:
+def test_a_nodes_services_beat_together_and_die_after_two_misses(node: str, now_s: float) -> None:
     left_s = until_beat_s(node, now_s)
     assert 0 < left_s < BEAT_S + 0.2
     # Another process of the node that asks a moment later, before the renewal, gets the same instant.

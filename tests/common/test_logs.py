@@ -59,7 +59,7 @@ def test_I10_any_value_stays_on_one_line_and_reads_back(text: str) -> None:
     assert unquoted(quoted) == text
 
 
-def test_a_line_says_who_when_and_what(stream: io.StringIO) -> None:
+def test_a_log_line_has_who_when_and_what(stream: io.StringIO) -> None:
     Log("test").warning("a blob was set aside", blob="ab" * 4, why='hash is "wrong"\nhere', size_bytes=7, ratio=0.25)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1

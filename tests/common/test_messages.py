@@ -67,7 +67,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", every_message(), ids=lambda k: k.__name__)
-def test_every_message_comes_back_as_it_was_sent(kind: type[Message]) -> None:
+def test_every_message_survives_a_round_trip(kind: type[Message]) -> None:
     @given(values_of(kind))
     def comes_back(message: Message) -> None:
         again = decode(encode(message), kind)
@@ -94,7 +94,7 @@ def test_fields_of_a_newer_version_are_ignored(kind: type[Message]) -> None:
     "data",
     [b"{", b"[]", b"7", b"null", b'"text"', b"\xff\xfe", b'{"model": 7}', b'{"nodes": ["a"]}', b'{"model":"\xff"}'],
 )
-def test_what_is_malformed_raises_bad_message_that_names_the_kind(data: bytes) -> None:
+def test_malformed_data_raises_bad_message_that_names_the_kind(data: bytes) -> None:
     with pytest.raises(BadMessage, match="Place"):
         decode(data, Place)
 

@@ -27,7 +27,7 @@ PART = st.from_regex(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,20}[A-Za-z0-9_])?", fullm
 @example("mlx-community/Qwen3-0.6B-4bit@main")
 @example("=2E")
 @example("*.>")
-def test_I10_any_text_survives_quoting_and_is_one_valid_key_token(text: str) -> None:
+def test_I10_any_text_is_quoted_as_one_valid_key_token(text: str) -> None:
     token = names.quote_key(text)
     assert KV_TOKEN.fullmatch(token)
     assert names.unquote_key(token) == text
@@ -122,7 +122,7 @@ def test_I10_hostile_nodes_are_refused_and_make_no_subject(node: str) -> None:
 
 
 @given(ANYTHING)
-def test_I10_every_check_returns_its_text_unchanged_or_raises_bad_name(text: str) -> None:
+def test_I10_every_check_returns_its_text_or_raises_bad_name(text: str) -> None:
     checks: list[Callable[[str], str]] = [
         names.check_commit,
         names.check_node,

@@ -15,9 +15,7 @@ NAME = "ab" * 32
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
 @given(st.integers(0, 4 * 10**18), st.binary(max_size=9))
-def test_a_proof_is_shown_until_the_time_or_the_size_is_another_and_keeps_the_second(
-    tmp_path: Path, at_ns: int, data: bytes
-) -> None:
+def test_a_stamp_is_valid_until_time_or_size_change(tmp_path: Path, at_ns: int, data: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(data)
     os.utime(path, ns=(at_ns, at_ns))
@@ -38,7 +36,7 @@ def test_a_proof_is_shown_until_the_time_or_the_size_is_another_and_keeps_the_se
     assert path.stat().st_mtime_ns == before_ns
 
 
-def test_a_proof_is_of_a_file_not_of_its_copy(tmp_path: Path) -> None:
+def test_a_stamp_is_of_a_file_and_not_of_its_copy(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for path in (one, other):
         path.write_bytes(b"same")

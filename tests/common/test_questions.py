@@ -25,7 +25,7 @@ class Echo(Message):
     text: str
 
 
-class Room:
+class GatedEndpoint:
     """Replies once its gate is open."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Room:
 
 
 @asynccontextmanager
-async def serving(here: Joined, node: str, room: Room) -> AsyncIterator[asyncio.Event]:
+async def serving(here: Joined, node: str, room: GatedEndpoint) -> AsyncIterator[asyncio.Event]:
     stopping = asyncio.Event()
     running = asyncio.create_task(serve(here.nats, "storage", node, room.questions, stopping))
     with suppress(NoRoom):  # an error is a reply
@@ -68,12 +68,12 @@ async def serving(here: Joined, node: str, room: Room) -> AsyncIterator[asyncio.
 
 
 async def test_an_answer_comes_back_as_its_type(nats: NatsServer, fresh: Fresh) -> None:
-    async with joined(nats) as here, serving(here, node := fresh("node"), Room()):
+    async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
         assert await Ask(here.nats)("storage", node, "echo", Echo(text="hé"), Echo) == Echo(text="hé")
 
 
-async def test_an_error_crosses_with_its_class_words_and_figures(nats: NatsServer, fresh: Fresh) -> None:
-    async with joined(nats) as here, serving(here, node := fresh("node"), Room()):
+async def test_an_error_crosses_with_its_class_message_and_details(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
         ask = Ask(here.nats)
         with pytest.raises(NoRoom, match="lacks 7 bytes") as refusal:
             await ask("storage", node, "refuse", Echo(text=""), Echo)
@@ -84,7 +84,7 @@ async def test_an_error_crosses_with_its_class_words_and_figures(nats: NatsServe
             await ask("storage", node, "echo", {"text": 7}, Echo)
 
 
-async def test_nobody_there_is_said_at_once_and_names_what_to_do(nats: NatsServer, fresh: Fresh) -> None:
+async def test_no_responder_is_an_error_at_once_with_a_remedy(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         started_s = time.monotonic()
         with pytest.raises(NodeAway, match=r"storage of node nobody .* `shoal"):
@@ -92,24 +92,24 @@ async def test_nobody_there_is_said_at_once_and_names_what_to_do(nats: NatsServe
         assert time.monotonic() - started_s < 2
 
 
-async def test_patience_waits_for_one_that_is_restarting(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_call_waits_for_a_service_that_is_restarting(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         node = fresh("node")
         asking = asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, patience_s=10))
-        async with serving(here, node, Room()):
+        async with serving(here, node, GatedEndpoint()):
             assert await asking == Echo(text="x")
 
 
 async def test_I7_an_answer_that_does_not_come_in_time_is_expired(nats: NatsServer, fresh: Fresh) -> None:
-    async with joined(nats) as here, serving(here, node := fresh("node"), room := Room()):
+    async with joined(nats) as here, serving(here, node := fresh("node"), room := GatedEndpoint()):
         room.gate.clear()
         with pytest.raises(Expired, match="echo"):
             await Ask(here.nats)("storage", node, "echo", Echo(text=""), Echo, deadline_s=0.2)
         room.gate.set()
 
 
-async def test_many_questions_are_answered_at_once(nats: NatsServer, fresh: Fresh) -> None:
-    async with joined(nats) as here, serving(here, node := fresh("node"), room := Room()):
+async def test_many_rpc_calls_are_answered_at_once(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here, serving(here, node := fresh("node"), room := GatedEndpoint()):
         room.gate.clear()
         texts = [str(i) for i in range(MAX_ASKED_AT_ONCE)]
         asking = [asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text=t), Echo)) for t in texts]
@@ -124,7 +124,7 @@ async def test_many_questions_are_answered_at_once(nats: NatsServer, fresh: Fres
 
 async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
-        async with serving(here, node := fresh("node"), room := Room()) as stopping:
+        async with serving(here, node := fresh("node"), room := GatedEndpoint()) as stopping:
             room.gate.clear()
             asking = asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text="last"), Echo))
 
@@ -151,18 +151,16 @@ async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: F
             await Ask(here.nats)("storage", node, "echo", Echo(text="later"), Echo)
 
 
-async def test_a_question_nobody_waits_for_and_an_answer_too_large_harm_no_one(
-    nats: NatsServer, fresh: Fresh
-) -> None:
-    async with joined(nats) as here, serving(here, node := fresh("node"), Room()):
+async def test_an_unawaited_call_and_an_oversized_reply_are_harmless(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
         await here.client.publish(subjects.question("storage", node, "echo"), b'{"text": "a plain nats pub"}')
         with pytest.raises(Failed, match="large"):
             await Ask(here.nats)("storage", node, "huge", Echo(text=""), Echo, deadline_s=5)
         assert await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo) == Echo(text="x")
 
 
-async def test_questions_are_answered_again_after_a_restart_of_nats(own_nats: NatsServer) -> None:
-    async with joined(own_nats) as here, serving(here, "node-a", Room()):
+async def test_rpc_calls_are_answered_again_after_a_restart_of_nats(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here, serving(here, "node-a", GatedEndpoint()):
         own_nats.restart()
         await here.nats.reconnects.wait_after(0)
         answer = await Ask(here.nats)("storage", "node-a", "echo", Echo(text="x"), Echo, deadline_s=10, patience_s=10)

@@ -41,9 +41,7 @@ def test_it_begins_with_what_is_durable_and_gains_what_is_added(tmp_path: Path) 
         assert leaves_of(again.bitmap) == [0, 3, 8, 19]
 
 
-def test_of_another_boot_it_says_nothing_and_the_next_fetcher_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bitmap_of_another_boot_is_empty_and_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, size = partial_in(tmp_path), 9 * LEAF_BYTES
     with Ready(layout, BLOB, Bitmap(size)) as said:
         said.add(range(9))
@@ -54,7 +52,7 @@ def test_of_another_boot_it_says_nothing_and_the_next_fetcher_begins_anew(
         assert leaves_of(read_ready(layout, BLOB, size)) == []
 
 
-def test_of_another_size_or_without_a_file_it_says_nothing(tmp_path: Path) -> None:
+def test_a_bitmap_of_another_size_or_without_a_file_is_empty(tmp_path: Path) -> None:
     layout, size = partial_in(tmp_path), 2 * LEAF_BYTES
     assert leaves_of(read_ready(layout, BLOB, size)) == []
     with Ready(layout, BLOB, Bitmap(size)) as said:
@@ -63,7 +61,7 @@ def test_of_another_size_or_without_a_file_it_says_nothing(tmp_path: Path) -> No
 
 
 @given(st.binary(max_size=40) | st.binary(max_size=20).map(lambda rest: boot_bytes() + rest))
-def test_whatever_bytes_it_holds_are_either_believed_whole_or_not_at_all(data: bytes) -> None:
+def test_any_bytes_of_a_bitmap_are_trusted_as_a_unit_or_not(data: bytes) -> None:
     found = ready_of(data)
     if found is not None:
         assert data[:16] == boot_bytes() and found.size_bytes == int.from_bytes(data[16:24], "little")

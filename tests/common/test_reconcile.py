@@ -31,11 +31,11 @@ class Passes:
     def change(self, key: str = "a") -> None:
         self.view.apply(key, str(self.view.changes).encode())
 
-    async def reached(self, count: int) -> None:
-        async def there() -> bool:
+    async def wait_count(self, count: int) -> None:
+        async def enough() -> bool:
             return len(self.begun_s) >= count
 
-        await eventually(there, f"{count} passes")
+        await eventually(enough, f"{count} passes")
 
 
 async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bool = False) -> None:
@@ -43,7 +43,7 @@ async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bo
         reconcile_forever("counting", (passes.view,), passes, (lambda: passes.view.comings) if level else None)
     )
     try:
-        await passes.reached(1)
+        await passes.wait_count(1)
         await work()
         if loop.done():
             loop.result()
@@ -51,7 +51,7 @@ async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bo
         await ended(loop)
 
 
-async def test_every_change_is_looked_at_and_one_during_a_pass_is_another_pass() -> None:
+async def test_every_change_causes_a_pass_also_one_during_a_pass() -> None:
     passes = Passes()
     in_the_midst, go_on = asyncio.Event(), asyncio.Event()
 
@@ -67,7 +67,7 @@ async def test_every_change_is_looked_at_and_one_during_a_pass_is_another_pass()
         await in_the_midst.wait()
         passes.change()
         go_on.set()
-        await passes.reached(3)
+        await passes.wait_count(3)
 
     await running(passes, work)
     assert len(passes.begun_s) == 3
@@ -80,47 +80,47 @@ async def test_I5_passes_never_run_hot_however_much_changes() -> None:
         passes.change()  # the worst case: a pass triggers the next one
 
     passes.then = own_change
-    await running(passes, lambda: passes.reached(8))
+    await running(passes, lambda: passes.wait_count(8))
     gaps = [later - earlier for earlier, later in zip(passes.begun_s, passes.begun_s[1:], strict=False)]
     # The loop's clock and the timer's may differ by their resolution.
     assert min(gaps) >= APART_S * 0.95
 
 
-async def test_what_is_no_part_of_the_level_causes_no_pass() -> None:
+async def test_a_change_that_leaves_the_level_as_it_is_causes_no_pass() -> None:
     passes = Passes()
 
     async def work() -> None:
         passes.change("a")
-        await passes.reached(2)
+        await passes.wait_count(2)
         for _ in range(5):
             passes.change("a")  # the same value again
         passes.change("b")
-        await passes.reached(3)
+        await passes.wait_count(3)
 
     await running(passes, work, level=True)
     assert len(passes.begun_s) == 3
 
 
-async def test_it_looks_again_when_it_said_so_though_nothing_changes() -> None:
+async def test_a_pass_that_asks_to_run_again_does_without_a_change() -> None:
     passes = Passes()
 
     async def soon(_: int) -> float:
         return 0.01
 
     passes.then = soon
-    await running(passes, lambda: passes.reached(4))
+    await running(passes, lambda: passes.wait_count(4))
 
 
-async def test_a_failure_is_tried_again_after_a_pause_that_changes_do_not_cut_short() -> None:
+async def test_a_failure_is_retried_after_a_pause_changes_do_not_cut() -> None:
     passes = Passes()
 
-    async def away(number: int) -> None:
+    async def fail_twice(number: int) -> None:
         passes.change()
         if number <= 2:
             raise Unavailable("NATS is away")
 
-    passes.then = away
-    await running(passes, lambda: passes.reached(4))
+    passes.then = fail_twice
+    await running(passes, lambda: passes.wait_count(4))
     first, second, third, _ = passes.begun_s[:4]
     assert second - first >= BACK_OFF_S[0] * 0.95
     assert third - second >= 2 * BACK_OFF_S[0] * 0.95
@@ -129,10 +129,10 @@ async def test_a_failure_is_tried_again_after_a_pause_that_changes_do_not_cut_sh
 async def test_an_error_that_is_nobodys_outage_ends_the_loop() -> None:
     passes = Passes()
 
-    async def broken(_: int) -> None:
+    async def raise_bug(_: int) -> None:
         raise ZeroDivisionError
 
-    passes.then = broken
+    passes.then = raise_bug
     with pytest.raises(ZeroDivisionError):
         async with asyncio.timeout(20):
             await reconcile_forever("counting", (passes.view,), passes)

@@ -32,7 +32,7 @@ def as_number(leaves: set[int]) -> int:
 
 
 @given(SETS)
-def test_a_set_and_its_bitmap_say_the_same_as_that_of_the_store(leaves: set[int]) -> None:
+def test_a_leaf_set_equals_its_bitmap_in_the_store(leaves: set[int]) -> None:
     bitmap = Bitmap(COUNT * LEAF_BYTES)
     for leaf in leaves:
         bitmap.add(leaf)
@@ -41,7 +41,7 @@ def test_a_set_and_its_bitmap_say_the_same_as_that_of_the_store(leaves: set[int]
 
 
 @given(SETS)
-def test_runs_are_a_sets_leaves_joined_in_order(leaves: set[int]) -> None:
+def test_ranges_are_a_sets_leaves_joined_in_order(leaves: set[int]) -> None:
     runs = list(runs_of(as_number(leaves)))
     assert [leaf for first, end in runs for leaf in range(first, end)] == sorted(leaves)
     assert all(earlier[1] < later[0] for earlier, later in itertools.pairwise(runs))
@@ -50,7 +50,7 @@ def test_runs_are_a_sets_leaves_joined_in_order(leaves: set[int]) -> None:
 
 
 @given(SETS.filter(bool), st.integers(0))
-def test_what_is_drawn_is_in_the_set_and_every_leaf_may_be(leaves: set[int], seed: int) -> None:
+def test_a_random_leaf_is_in_the_set_and_every_leaf_can_be_it(leaves: set[int], seed: int) -> None:
     assert drawn(as_number(leaves), random.Random(seed)) in leaves
 
     class Every(random.Random):
@@ -67,7 +67,7 @@ def test_what_is_drawn_is_in_the_set_and_every_leaf_may_be(leaves: set[int], see
 
 
 @given(SETS.filter(bool), LENGTHS, st.data())
-def test_a_run_around_a_leaf_is_as_long_as_it_can_be_between_multiples(
+def test_a_range_around_a_leaf_is_as_long_as_alignment_allows(
     leaves: set[int], max_leaves: int, data: st.DataObject
 ) -> None:
     leaf = data.draw(st.sampled_from(sorted(leaves)))
@@ -79,7 +79,7 @@ def test_a_run_around_a_leaf_is_as_long_as_it_can_be_between_multiples(
 
 
 @given(SETS, SETS, st.lists(st.integers(0, 3), min_size=COUNT, max_size=COUNT), LENGTHS, st.integers(0))
-def test_a_source_sends_of_what_is_wanted_and_ready_what_it_has_sent_least(
+def test_a_source_sends_wanted_ready_leaves_it_has_sent_least(
     wanted: set[int], ready: set[int], counts: list[int], max_leaves: int, seed: int
 ) -> None:
     sent = [as_number({leaf for leaf, count in enumerate(counts) if count == n}) for n in range(4)]
@@ -94,7 +94,7 @@ def test_a_source_sends_of_what_is_wanted_and_ready_what_it_has_sent_least(
 
 
 @given(LENGTHS, st.integers(1, COUNT), st.integers(0))
-def test_a_source_sends_every_leaf_once_before_it_sends_one_twice(max_leaves: int, count: int, seed: int) -> None:
+def test_a_source_sends_every_leaf_once_before_any_twice(max_leaves: int, count: int, seed: int) -> None:
     sent, draw, everything = [run(0, count)], random.Random(seed), run(0, count)
     while sent[0]:
         assert len(sent) <= 2
@@ -114,6 +114,6 @@ def test_every_leaf_is_counted_up_to_a_bound(those: list[set[int]]) -> None:
         assert [n for n, leaves in enumerate(sent) if leaves >> leaf & 1] == [count]
 
 
-def test_what_is_wanted_beyond_the_last_leaf_is_not_sent() -> None:
+def test_leaves_wanted_beyond_the_last_are_not_sent() -> None:
     assert least_sent([run(0, 3)], 1 << 3, -1, 8, random.Random(0)) is None
     assert run(2, 2) == 0 and run(5, 2) == 0

@@ -71,7 +71,7 @@ def send(here: Joined, node: str, identity: str, deadline_s: float = DEADLINE_S)
     return asyncio.create_task(sender.outcome_of(SERVICE, node, "work", Work(), identity, deadline_s))
 
 
-async def is_sent(here: Joined, node: str) -> None:
+async def wait_queued(here: Joined, node: str) -> None:
     """Return once a command for the node is in the queue."""
 
     async def kept() -> bool:
@@ -80,7 +80,7 @@ async def is_sent(here: Joined, node: str) -> None:
     await eventually(kept, "the command is in the queue")
 
 
-async def test_a_command_that_nats_died_before_keeping_is_sent_again_and_done_once(own_nats: NatsServer) -> None:
+async def test_a_command_nats_lost_before_storing_is_sent_and_run_once(own_nats: NatsServer) -> None:
     async with (
         joined(own_nats) as here,
         joined(own_nats) as other,
@@ -101,7 +101,7 @@ async def test_a_command_that_nats_died_before_keeping_is_sent_again_and_done_on
         assert bench.begun == ["id-1"]
 
 
-async def test_a_command_that_nats_lost_with_its_store_while_it_was_worked_on_is_done_once(
+async def test_a_command_lost_with_the_store_while_running_runs_once(
     own_nats: NatsServer,
 ) -> None:
     async with (
@@ -114,14 +114,14 @@ async def test_a_command_that_nats_lost_with_its_store_while_it_was_worked_on_is
         own_nats.wipe()
         async with joined(own_nats) as again:  # the first one to connect creates the streams again
             liveness.beat_now()
-            await is_sent(again, "node-a")  # once more, while the first one still runs
+            await wait_queued(again, "node-a")  # once more, while the first one still runs
             bench.gate.set()
             assert (await outcome).result == {"identity": "id-1"}
             await nothing_left(again, "node-a")
         assert bench.begun == ["id-1"]
 
 
-async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_once_by_the_next(
+async def test_two_copies_of_a_killed_workers_command_run_once(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     home, begun, identity = tmp_path / "home", tmp_path / "begun", fresh("id")
@@ -153,7 +153,7 @@ async def test_two_copies_of_a_command_whose_worker_was_killed_are_worked_on_onc
             assert sum('msg="command started"' in line for line in second.lines) == 1, second.output
 
 
-async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_done(own_nats: NatsServer) -> None:
+async def test_a_command_stored_after_its_sender_gave_up_is_not_run(own_nats: NatsServer) -> None:
     async with (
         joined(own_nats) as here,
         joined(own_nats) as other,
@@ -174,7 +174,7 @@ async def test_a_command_that_nats_keeps_after_its_sender_has_given_up_is_not_do
         assert bench.begun == []
 
 
-async def test_a_command_for_a_node_that_never_was_ends_early_and_is_withdrawn(
+async def test_a_command_for_an_unknown_node_ends_early(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
@@ -192,7 +192,7 @@ async def test_a_command_for_a_node_that_never_was_ends_early_and_is_withdrawn(
             assert identity not in bench.begun
 
 
-async def test_a_command_for_a_silent_node_says_since_when_it_is_away(
+async def test_a_command_for_a_down_node_names_how_long_it_is_down(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "AWAY_AFTER_S", 0.5)
@@ -208,30 +208,28 @@ async def test_a_command_for_a_silent_node_says_since_when_it_is_away(
         assert outcome.error.details == {"node": node, "silent_since_s": 86400.0}
 
 
-async def test_a_deadline_shorter_than_the_patience_names_the_node_that_is_away_too(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_a_deadline_below_the_timeout_names_the_down_node_too(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         outcome = await send(here, node := fresh("node"), fresh("id"), deadline_s=0.5)
         assert outcome.error is not None and outcome.error.code == "node_away" and node in outcome.error.message
 
 
-async def test_a_service_that_is_back_in_time_carries_out_what_waited_for_it(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_service_back_in_time_runs_the_waiting_commands(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         node, identity = fresh("node"), fresh("id")
         outcome = send(here, node, identity)
-        await is_sent(here, node)
+        await wait_queued(here, node)
         async with alive(here, node), working(here, node, (bench := Bench()).verbs):
             bench.gate.set()
             assert (await outcome).result == {"identity": identity}
 
 
-async def test_what_any_node_may_do_waits_for_one_that_can_and_is_withdrawn_when_there_is_none(
+async def test_an_any_node_command_waits_and_is_cancelled_without_one(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with joined(own_nats) as here:
         patient = send(here, ANY, "id-1")
-        await is_sent(here, ANY)
+        await wait_queued(here, ANY)
         async with alive(here, "node-b"), working(here, ANY, (bench := Bench()).verbs):
             bench.gate.set()
             assert (await patient).result == {"identity": "id-1"}

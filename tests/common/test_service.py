@@ -45,7 +45,7 @@ async def live(here: Joined, node: str) -> Live | None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_a_service_well_with_its_key_withdrawn(
+async def test_a_signal_ends_a_service_and_unpublishes_its_key(
     nats: NatsServer, home: Home, number: signal.Signals
 ) -> None:
     async with joined(nats) as here, started(TOY, environment=home.environment()) as toy:
@@ -60,7 +60,7 @@ async def test_a_signal_ends_a_service_well_with_its_key_withdrawn(
         assert "level=error" not in toy.output and "Traceback" not in toy.output
 
 
-async def test_a_crash_in_a_task_ends_the_process_with_one_line_that_says_why(nats: NatsServer, home: Home) -> None:
+async def test_a_crash_in_a_task_ends_the_process_with_one_error_line(nats: NatsServer, home: Home) -> None:
     async with joined(nats) as here, started(TOY, environment=home.environment(TOY="crash")) as toy:
         assert await toy.wait_exit() == 1
         errors = [line for line in toy.lines if "level=error" in line]
@@ -70,9 +70,7 @@ async def test_a_crash_in_a_task_ends_the_process_with_one_line_that_says_why(na
         assert await live(here, home.node) is None
 
 
-async def test_a_second_process_for_the_same_service_ends_with_9_naming_the_first(
-    nats: NatsServer, home: Home
-) -> None:
+async def test_a_second_process_of_a_service_exits_with_9(nats: NatsServer, home: Home) -> None:
     async with joined(nats) as here, started(TOY, environment=home.environment()) as first:
         await first.wait_ready()
         async with started(TOY, environment=home.environment()) as second:
@@ -119,9 +117,7 @@ async def test_a_supervisor_that_does_not_listen_is_no_reason_to_fail(home: Home
         assert await toy.wait_exit() == 0
 
 
-async def test_a_service_waits_for_nats_and_can_be_stopped_while_it_does(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_service_waits_for_nats_and_can_be_stopped_meanwhile(own_nats: NatsServer, tmp_path: Path) -> None:
     one, other = Home(tmp_path, "node-a", own_nats.url), Home(tmp_path, "node-b", own_nats.url)
     own_nats.stop()
     async with started(TOY, environment=one.environment()) as patient:
@@ -153,7 +149,7 @@ async def test_a_second_signal_ends_it_at_once(home: Home) -> None:
         assert await toy.wait_exit(5) == 130
 
 
-async def test_a_service_can_be_stopped_while_nats_is_away(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_service_can_be_stopped_while_nats_is_down(own_nats: NatsServer, tmp_path: Path) -> None:
     home = Home(tmp_path, "node-a", own_nats.url)
     async with started(TOY, environment=home.environment()) as toy:
         await toy.wait_ready()
@@ -165,7 +161,7 @@ async def test_a_service_can_be_stopped_while_nats_is_away(own_nats: NatsServer,
         assert time.monotonic() - started_s < 10
 
 
-async def test_a_service_goes_on_after_nats_lost_everything(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_service_continues_after_nats_loses_its_store(own_nats: NatsServer, tmp_path: Path) -> None:
     home = Home(tmp_path, "node-a", own_nats.url)
     async with started(TOY, environment=home.environment()) as toy:
         await toy.wait_ready()

@@ -81,9 +81,7 @@ def _parses(text: str) -> bool:
 
 @settings(max_examples=300, deadline=None)
 @given(files().filter(_parses), st.lists(CHANGES, max_size=5))
-def test_any_sequence_of_changes_keeps_every_comment_and_every_foreign_key(
-    text: str, sequence: list[dict[str, Value]]
-) -> None:
+def test_any_changes_keep_every_comment_and_every_foreign_key(text: str, sequence: list[dict[str, Value]]) -> None:
     for changes in sequence:
         wanted = changed(tomllib.loads(text), "storage", changes)
         after = text if wanted == tomllib.loads(text) else changed_text(text, "storage", changes)
@@ -96,7 +94,7 @@ def test_any_sequence_of_changes_keeps_every_comment_and_every_foreign_key(
         text = after
 
 
-def test_a_list_is_changed_in_place_and_keeps_what_is_written_beside_what_stays(tmp_path: Path) -> None:
+def test_a_list_is_edited_in_place_and_keeps_comments_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text('[storage]\nread_only_roots = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
     change(tmp_path, {"read_only_roots": ["/x", "/z"]})
@@ -141,7 +139,7 @@ def test_what_is_so_already_is_not_written_again(tmp_path: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_I12_the_files_mode_stays_for_it_may_hold_the_clusters_secret(tmp_path: Path) -> None:
+def test_I12_the_settings_files_mode_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text('nats = ["nats://the-secret@host:4222"]\n')
     path.chmod(0o600)
@@ -168,7 +166,7 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
         ("[storage]\na=1\n[other]\n[storage.deep]\nc=1\n", Refused, "by hand"),
     ],
 )
-def test_a_file_that_cannot_be_changed_safely_is_refused_and_left_alone(
+def test_a_file_that_cannot_be_edited_safely_is_left_untouched(
     tmp_path: Path, text: str, error: type[Exception], words: str
 ) -> None:
     (tmp_path / "node.toml").write_text(text)
@@ -186,7 +184,7 @@ def test_what_the_caller_does_not_accept_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "node.toml").exists()
 
 
-def test_a_file_that_cannot_be_written_is_said_and_stays(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text("# mine\n")
     (tmp_path / "node.new").mkdir()  # blocks the new file, also for root
     with pytest.raises(Failed, match="cannot be written: Is a directory; nothing was changed"):
@@ -219,9 +217,7 @@ settings_file.change_settings(home, {"storage": {"headroom_bytes": 6}}, lambda _
 
 
 @pytest.mark.parametrize(("when", "expected"), [("before fsync", 5), ("before rename", 5), ("after rename", 6)])
-async def test_I6_a_kill_leaves_the_old_file_or_the_new_one_and_the_next_change_works(
-    tmp_path: Path, when: str, expected: int
-) -> None:
+async def test_I6_a_kill_leaves_the_old_or_new_file_and_edits_go_on(tmp_path: Path, when: str, expected: int) -> None:
     change(tmp_path, {"headroom_bytes": 5})
     async with started("-c", CHANGE, str(tmp_path), when, environment=node_environment(tmp_path, "")) as process:
         assert await process.wait_exit() == -9, process.output
@@ -249,7 +245,7 @@ settings_file.change_settings(pathlib.Path(sys.argv[1]), {"storage": {"headroom_
 """
 
 
-async def test_I6_the_file_is_durable_before_it_has_its_name_and_its_name_before_it_is_acknowledged(
+async def test_I6_file_synced_before_rename_and_rename_before_ack(
     tmp_path: Path,
 ) -> None:
     async with started("-c", ORDER, str(tmp_path), environment=node_environment(tmp_path, "")) as process:

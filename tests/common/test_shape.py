@@ -62,7 +62,7 @@ def test_layers_embedding_head_and_cache_are_counted(tmp_path: Path) -> None:
     assert (shape.context_tokens, shape.hidden_bytes, shape.architecture) == (512, 16, "qwen3")
 
 
-def test_a_tied_head_counts_the_embedding_again_and_says_so(tmp_path: Path) -> None:
+def test_a_tied_head_counts_the_embedding_twice(tmp_path: Path) -> None:
     shape = read_shape(model_in(tmp_path, CONFIG, safetensors(TENSORS)))
     assert (shape.head_bytes, shape.tied) == (16 + 1000, True)
 

@@ -82,7 +82,7 @@ async def test_a_command_typed_by_hand_starts_a_trace_of_its_own(
         assert processed.status.status_code == StatusCode.ERROR and processed.status.description == "there is none"
 
 
-async def test_a_questions_span_is_a_child_of_its_askers(nats: NatsServer, fresh: Fresh, spans: Spans) -> None:
+async def test_an_rpc_servers_span_is_a_child_of_its_callers(nats: NatsServer, fresh: Fresh, spans: Spans) -> None:
     async def echo(question: Echo) -> Echo:
         return question
 
@@ -116,7 +116,7 @@ def test_a_step_that_raises_is_marked_as_failed(spans: Spans) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "junk", "00-zz-zz-01", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "\x00"])
-def test_I10_a_foreign_trace_header_is_used_or_ignored_never_an_error(spans: Spans, header: str) -> None:
+def test_I10_a_foreign_trace_header_is_used_or_ignored(spans: Spans, header: str) -> None:
     with telemetry.processing("cmd.storage.work", {"traceparent": header, "tracestate": "=,=,"}):
         pass
     assert spans("process cmd.storage.work")[0].parent is None

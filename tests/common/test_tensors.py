@@ -27,9 +27,7 @@ def config(tied: bool | None) -> dict[str, object]:
 
 
 @given(st.sets(st.integers(1, LAYERS - 1)), st.sampled_from([True, False, None]))
-def test_the_stages_of_any_layout_have_every_tensor_and_only_a_tied_embedding_twice(
-    cuts: set[int], tied: bool | None
-) -> None:
+def test_stages_of_any_layout_hold_every_tensor_once_but_ties(cuts: set[int], tied: bool | None) -> None:
     ends = [0, *sorted(cuts), LAYERS]
     stages = [StageTensors(config(tied), a, b) for a, b in itertools.pairwise(ends)]
     for name in NAMES:
@@ -39,7 +37,7 @@ def test_the_stages_of_any_layout_have_every_tensor_and_only_a_tied_embedding_tw
     assert stages[0].needs("model.embed_tokens.weight") and stages[-1].needs("lm_head.weight")
 
 
-def test_a_tensor_that_no_rule_knows_is_needed_by_all_and_layers_past_the_count_by_none() -> None:
+def test_an_unknown_tensor_goes_to_all_and_extra_layers_to_none() -> None:
     stage = StageTensors(config(False), 2, 4)
     assert stage.needs("model.something_new.weight")
     assert not stage.needs(f"model.layers.{LAYERS}.eh_proj.weight")
@@ -58,14 +56,14 @@ def test_I10_layers_from_outside_that_make_no_sense_are_refused(layers: list[int
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)).map(lambda p: [p[0], p[0] + p[1]]), max_size=6))
-def test_runs_of_layers_joined_have_the_same_layers_and_cover_each_run(runs: list[list[int]]) -> None:
+def test_joined_layer_ranges_cover_the_same_layers(runs: list[list[int]]) -> None:
     joined = union(runs)
     assert {n for a, b in joined for n in range(a, b)} == {n for a, b in runs for n in range(a, b)}
     assert all(covers(joined, run) for run in runs)
     assert all(before[1] < after[0] for before, after in itertools.pairwise(joined))
 
 
-def test_tensors_lie_after_the_header_and_what_is_no_header_is_corrupt() -> None:
+def test_tensors_follow_the_header_and_a_bad_header_is_corrupt() -> None:
     raw = b'{"a":{"data_offsets":[0,4]},"__metadata__":{}}'
     prefix = len(raw).to_bytes(8, "little")
     assert header_end(prefix, "x") == 8 + len(raw)

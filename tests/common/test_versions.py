@@ -48,7 +48,7 @@ def test_every_version_works_with_itself(version: str) -> None:
         *("\u0661.2.3", "9" * 5000 + ".0.0", "1.2.3-" + "a" * 5000, "latest"),
     ],
 )
-def test_what_is_no_version_is_another_major_than_every_one(text: str) -> None:
+def test_a_malformed_version_is_compatible_with_nothing(text: str) -> None:
     assert major(text) is None
     assert not work_together(text, text)
     assert not work_together(text, VERSION)

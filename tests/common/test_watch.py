@@ -45,7 +45,7 @@ async def holds(view: View, prefix: str, wanted: dict[str, str]) -> None:
     assert await view.until(lambda v: texts(v, prefix) == wanted or None, 20), texts(view, prefix)
 
 
-async def test_a_view_begins_whole_and_follows_every_change(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_mirror_begins_complete_and_follows_every_change(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         prefix, state = f"{fresh('view')}.", here.buckets.state
         await state.put(f"{prefix}a", Note(text="1"))
@@ -61,7 +61,7 @@ async def test_a_view_begins_whole_and_follows_every_change(nats: NatsServer, fr
             assert view.get(f"{prefix}a", Note) is None
 
 
-async def test_a_snapshot_whose_last_key_expired_on_the_way_is_whole_all_the_same(
+async def test_a_snapshot_is_complete_though_its_last_key_expired(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = Watch.take
@@ -88,14 +88,14 @@ async def test_a_change_that_never_came_is_noticed(
 ) -> None:
     take, missing = Watch.take, {lost}
 
-    async def losing(watch: Watch, message: Msg) -> None:
+    async def drop_message(watch: Watch, message: Msg) -> None:
         key = message.subject.rpartition(".")[2]
         if key in missing:
             missing.remove(key)
         else:
             await take(watch, message)
 
-    monkeypatch.setattr(Watch, "take", losing)
+    monkeypatch.setattr(Watch, "take", drop_message)
     monkeypatch.setattr("shoal_common.watch._HEARTBEAT_S", 0.2)
     async with joined(nats) as here:
         prefix, state = f"{fresh('lost')}.", here.buckets.state
@@ -109,7 +109,7 @@ async def test_a_change_that_never_came_is_noticed(
             assert not missing
 
 
-async def test_a_view_follows_some_keys_only(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_mirror_follows_some_keys_only(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         prefix, state = f"{fresh('some')}.", here.buckets.state
         await state.put(f"{prefix}x.a", Note(text="1"))
@@ -137,7 +137,7 @@ async def test_ten_thousand_keys_come_in_while_others_are_written(own_nats: Nats
             assert changed
 
 
-async def test_a_key_that_expires_leaves_the_view(nats: NatsServer, fresh: Fresh) -> None:
+async def test_a_key_that_expires_leaves_the_mirror(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         prefix = f"{fresh('expiring')}."
         async with viewing(here, "lease", f"{prefix}>") as view:
@@ -146,7 +146,7 @@ async def test_a_key_that_expires_leaves_the_view(nats: NatsServer, fresh: Fresh
             await holds(view, prefix, {})
 
 
-async def test_an_empty_bucket_is_a_complete_view(nats: NatsServer, fresh: Fresh) -> None:
+async def test_an_empty_bucket_is_a_complete_mirror(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, viewing(here, "state", f"{fresh('nothing')}.>") as view:
         assert list(view.items("", Note)) == []
 
@@ -177,7 +177,7 @@ async def test_values_that_do_not_decode_are_absent_and_harm_nothing(nats: NatsS
             await holds(view, prefix, {"good": "2"})
 
 
-async def test_after_a_kill_of_nats_a_view_knows_what_changed_meanwhile(own_nats: NatsServer) -> None:
+async def test_after_a_kill_of_nats_a_mirror_sees_what_changed(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here, viewing(here, "state", "n.>") as view:
         for name in ("stays", "changes", "goes"):
             await here.buckets.state.put(f"n.{name}", Note(text="1"))
@@ -192,7 +192,7 @@ async def test_after_a_kill_of_nats_a_view_knows_what_changed_meanwhile(own_nats
         await holds(view, "n.", {"stays": "1", "changes": "2", "new": "1", "later": "1"})
 
 
-async def test_a_view_survives_a_nats_that_lost_everything(own_nats: NatsServer) -> None:
+async def test_a_mirror_survives_a_nats_that_lost_its_store(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here, viewing(here, "state", "n.>") as view:
         await here.buckets.state.put("n.a", Note(text="1"))
         await holds(view, "n.", {"a": "1"})
@@ -204,7 +204,7 @@ async def test_a_view_survives_a_nats_that_lost_everything(own_nats: NatsServer)
         await holds(view, "n.", {"b": "2"})
 
 
-async def test_I8_views_leave_no_consumer_behind(own_nats: NatsServer) -> None:
+async def test_I8_mirrors_leave_no_consumer_behind(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         for _ in range(3):
             async with viewing(here, "state") as view:

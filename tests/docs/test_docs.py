@@ -28,7 +28,7 @@ def test_every_module_that_a_page_names_exists(page: Path) -> None:
         assert any(str(p).endswith(f"/{name}") for p in SOURCES), f"{page.name} names {name}"
 
 
-def test_the_flows_name_functions_that_their_modules_have() -> None:
+def test_flow_pages_name_functions_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for module, functions in re.findall(r"`(?:\w+: )?([\w/]+\.py)` ((?:`\w+`(?:, )?)+)", text):
         candidates = [p.read_text() for p in SOURCES if str(p).endswith(f"/{module}") and "/tests/" not in str(p)]
@@ -36,7 +36,7 @@ def test_the_flows_name_functions_that_their_modules_have() -> None:
             assert any(f"def {function}(" in source for source in candidates), f"{module} has no {function}"
 
 
-def test_every_service_has_its_page_and_the_map_names_all_of_them() -> None:
+def test_every_service_has_its_page_and_the_map_names_them_all() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for service in (p for p in (ROOT / "services").iterdir() if p.is_dir()):
         assert (service / "README.md").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def told_in_code() -> dict[str, set[str]]:
+def emitted_in_code() -> dict[str, set[str]]:
     """Return the services that emit each event; `<service>` for events of the common code."""
     found: dict[str, set[str]] = {}
     for path in [*ROOT.glob("libs/common/shoal_common/**/*.py"), *ROOT.glob("services/*/shoal_*/**/*.py")]:
@@ -26,7 +26,7 @@ def told_in_code() -> dict[str, set[str]]:
     return found
 
 
-def told_in_the_page() -> dict[str, set[str]]:
+def listed_in_page() -> dict[str, set[str]]:
     """Return the services of each event in the table of docs/protocol.md."""
     page = (ROOT / "docs" / "protocol.md").read_text()
     section = page.split("\n## Events\n")[1].split("\n## ")[0]
@@ -36,6 +36,6 @@ def told_in_the_page() -> dict[str, set[str]]:
     return found
 
 
-def test_the_page_lists_every_event_and_who_tells_it_and_no_other() -> None:
-    assert told_in_code() == told_in_the_page()
-    assert "model_ready" in told_in_code()
+def test_the_page_lists_every_event_with_its_emitter() -> None:
+    assert emitted_in_code() == listed_in_page()
+    assert "model_ready" in emitted_in_code()

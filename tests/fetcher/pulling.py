@@ -82,7 +82,7 @@ class Pulls:
         assert outcome.ok, outcome.error
         return msgspec.convert(outcome.result, DownloadState)
 
-    async def pull_wrong(self, node: str, model: str = "") -> tuple[str, str]:
+    async def pull_fails(self, node: str, model: str = "") -> tuple[str, str]:
         """Pull, require failure, and return the error's code and message, which is one line."""
         outcome = await self.pull(node, model)
         assert not outcome.ok and outcome.error is not None
@@ -112,11 +112,11 @@ class Pulls:
     ) -> DownloadState:
         """Wait for a state of a download that satisfies `wanted`."""
 
-        async def look() -> DownloadState | None:
+        async def matching_state() -> DownloadState | None:
             found = await self.state_now(node, model)
             return found if found is not None and wanted(found) else None
 
-        return await eventually(look, f"the download on {node} is as wanted", deadline_s)
+        return await eventually(matching_state, f"the download on {node} is as wanted", deadline_s)
 
     async def durable(self, node: str, size_bytes: int = 1, model: str = "") -> DownloadState:
         """Wait until a download is fetching and has at least so many durable bytes."""
@@ -153,7 +153,7 @@ class Pulls:
                 return found
         raise AssertionError(f"{model or self.site.repo} has no manifest on {node}")
 
-    async def is_whole(self, node: str, files: dict[str, bytes], model: str = "") -> None:
+    async def assert_complete(self, node: str, files: dict[str, bytes], model: str = "") -> None:
         """Require that each file is in the view with its bytes, and that the node has published the model."""
         manifest = await self.manifest(node, model)
         assert {f.path for f in manifest.files} == set(files)

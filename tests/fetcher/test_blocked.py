@@ -31,7 +31,7 @@ MET = DiskFull("disk full: No space left on device", blob=BLOB)
 BEGUN_S = 1_800_000_000.0
 
 
-class Says(Storage):
+class ScriptedStorage(Storage):
     """A storage with these answers; the last one is repeated."""
 
     def __init__(self, *answers: RoomLeft | ShoalError) -> None:
@@ -66,7 +66,7 @@ class Passing(Surroundings):
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that nothing ends early take no time."""
     monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(blocked_module, "in_vain_delay_s", lambda _: 0.0)
@@ -77,12 +77,12 @@ def progress_of(here: Joined, node: str, **fields: float) -> Progress:
     return Progress(here.buckets.state, state)
 
 
-async def test_it_says_what_is_lacking_and_ends_when_there_is_room(
+async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with joined(nats) as here:
         progress, around = progress_of(here, node := fresh("node")), Passing()
-        storage = Says(FULL, NodeAway("it restarts"), FULL, RoomLeft(enough=True))
+        storage = ScriptedStorage(FULL, NodeAway("it restarts"), FULL, RoomLeft(enough=True))
         blockage = Blockage(progress, storage, around, Layout(tmp_path), lambda: around.now_s)
         await blockage.wait_for_room(MODEL, MET)
         await progress.publish()  # as every second
@@ -94,13 +94,13 @@ async def test_it_says_what_is_lacking_and_ends_when_there_is_room(
         assert storage.asked_count == 4 and around.waited_s == [look_again_s(n) for n in (1, 2, 3)]
 
 
-async def test_I7_a_day_without_room_ends_in_an_error_that_names_it(
+async def test_I7_a_day_without_space_ends_in_an_error_that_names_it(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with joined(nats) as here:
         around = Passing()
         blockage = Blockage(
-            progress_of(here, fresh("node")), Says(FULL), around, Layout(tmp_path), lambda: around.now_s
+            progress_of(here, fresh("node")), ScriptedStorage(FULL), around, Layout(tmp_path), lambda: around.now_s
         )
         with pytest.raises(DiskFull, match=r"was full for 24 h while org/name arrived \(disk full: 7 B more needed"):
             await blockage.wait_for_room(MODEL, MET)
@@ -108,7 +108,7 @@ async def test_I7_a_day_without_room_ends_in_an_error_that_names_it(
 
 
 @pytest.mark.parametrize("moved", [False, True])
-async def test_I7_the_end_moves_with_durable_bytes_only_and_not_with_tries_or_a_restart(
+async def test_I7_the_deadline_moves_only_with_durable_bytes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, moved: bool
 ) -> None:
     async with joined(nats) as here:
@@ -116,7 +116,9 @@ async def test_I7_the_end_moves_with_durable_bytes_only_and_not_with_tries_or_a_
         progress = progress_of(here, fresh("node"), done_bytes=10, blocked_since_s=BEGUN_S - MAX_BLOCKED_S - 1)
         progress.restart()
         progress.durable(BLOB, 11 if moved else 10)
-        blockage = Blockage(progress, Says(RoomLeft(enough=True)), around, Layout(tmp_path), lambda: around.now_s)
+        blockage = Blockage(
+            progress, ScriptedStorage(RoomLeft(enough=True)), around, Layout(tmp_path), lambda: around.now_s
+        )
         if moved:
             await blockage.wait_for_room(MODEL, MET)
             assert progress.state.blocked_since_s == BEGUN_S
@@ -125,7 +127,7 @@ async def test_I7_the_end_moves_with_durable_bytes_only_and_not_with_tries_or_a_
             await blockage.wait_for_room(MODEL, MET)
 
 
-async def test_free_space_that_cannot_be_written_to_is_no_room_and_costs_no_source_a_byte(
+async def test_free_space_that_cannot_be_written_does_not_end_the_wait(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with joined(nats) as here:
@@ -140,14 +142,14 @@ async def test_free_space_that_cannot_be_written_to_is_no_room_and_costs_no_sour
             return real(fd, data, offset)
 
         monkeypatch.setattr(os, "pwrite", quota)
-        storage = Says(RoomLeft(enough=True))
+        storage = ScriptedStorage(RoomLeft(enough=True))
         await Blockage(progress, storage, around, layout, lambda: around.now_s).wait_for_room(MODEL, MET)
         assert storage.asked_count == 4 and len(refused) == 3
         assert progress.state.waiting_for.startswith("disk full: Disk quota exceeded")
         assert list(layout.partial(BLOB).iterdir()) == []
 
 
-def test_a_probe_writes_a_block_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written, real = list[int](), os.pwrite
 
     def counted(fd: int, data: bytes, offset: int) -> int:

@@ -23,7 +23,7 @@ BIG_BYTES = 12 * LEAF_BYTES
 SLOWLY = Faults(bytes_per_s=2 * LEAF_BYTES)
 
 
-async def say(here: Pulls, node: str, verb: str, model: str | None = None) -> str:
+async def control(here: Pulls, node: str, verb: str, model: str | None = None) -> str:
     """Return a node's answer to pause or resume for this test's model."""
     body = {"model": here.site.repo if model is None else model}
     outcome = await here.ask(node, verb, json.dumps(body).encode())
@@ -31,49 +31,49 @@ async def say(here: Pulls, node: str, verb: str, model: str | None = None) -> st
     return str(outcome.result["models"].get(here.site.repo, ""))
 
 
-async def wish_of(here: Pulls, node: str) -> DownloadSpec | None:
+async def download_spec(here: Pulls, node: str) -> DownloadSpec | None:
     return await here.buckets.spec.get_as(download_key(node, here.site.repo), DownloadSpec)
 
 
 async def storage_of(here: Pulls, node: str, wanted: Callable[[StorageState], bool]) -> StorageState:
     """Wait for a storage state of a node that satisfies the condition."""
 
-    async def look() -> StorageState | None:
+    async def matching_state() -> StorageState | None:
         found = await here.buckets.state.get_as(storage_key(node), StorageState)
         return found if found is not None and wanted(found) else None
 
-    return await eventually(look, f"storage of {node} says so", 45)
+    return await eventually(matching_state, f"storage of {node} says so", 45)
 
 
-async def test_a_pull_that_waits_hears_of_the_pause_and_the_rest_comes_after_the_resume(site: Site) -> None:
+async def test_a_pause_ends_a_waiting_pull_and_resume_fetches_the_rest(site: Site) -> None:
     size = site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
         waiting = await here.begin("a")
         await here.durable("a", LEAF_BYTES)
-        assert await say(here, "a", "pause") == "paused"
+        assert await control(here, "a", "pause") == "paused"
         outcome = await waiting
         assert not outcome.ok and outcome.error is not None and outcome.error.code == "paused"
         assert f"`shoal resume {site.repo}` continues it" in outcome.error.message
         paused = await here.state_now("a")
         assert paused is not None and paused.phase == "paused" and paused.done_bytes >= LEAF_BYTES
         assert (paused.speed_bytes_per_s, paused.source_speeds, paused.eta_s) == (0, {}, None)
-        assert await say(here, "a", "pause") == "was_paused" and await say(here, "b", "pause") == "unknown"
+        assert await control(here, "a", "pause") == "was_paused" and await control(here, "b", "pause") == "unknown"
         # Its bytes, and the reservation of the others, are kept and published.
         kept = await storage_of(here, "a", lambda s: bool(s.paused))
         assert kept.paused == {f"{site.repo}@{paused.commit}": size} and kept.reserved_bytes == size
         site.hub.set_faults(Faults())
-        assert await say(here, "a", "resume") == "resumed"
-        assert await say(here, "a", "resume") in ("under_way", "ready")
+        assert await control(here, "a", "resume") == "resumed"
+        assert await control(here, "a", "resume") in ("under_way", "ready")
         done = await here.state("a", lambda s: s.phase == "ready")
         assert done.resumed_bytes == paused.done_bytes and done.verified_bytes == done.done_bytes == size
         assert 0 < done.resumed_from < 1
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert (await storage_of(here, "a", lambda s: not s.paused)).reserved_bytes == 0
-        assert await say(here, "a", "resume") == "ready"
+        assert await control(here, "a", "resume") == "ready"
 
 
-async def test_no_bytes_move_while_it_is_paused_whatever_else_the_node_does(site: Site) -> None:
+async def test_no_bytes_move_while_paused_whatever_else_happens(site: Site) -> None:
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
     other = {"model.safetensors": noise(BIG_BYTES, site.repo + "other")}
     site.make(other, f"{site.repo}-other")
@@ -81,7 +81,7 @@ async def test_no_bytes_move_while_it_is_paused_whatever_else_the_node_does(site
     async with site.join() as here:
         await here.begin("a")
         await here.durable("a", LEAF_BYTES)
-        await say(here, "a", "pause")
+        await control(here, "a", "pause")
         site.hub.set_faults(Faults())
         paused = await here.state_now("a")
         # Meanwhile twice as much as is missing passes the same way; buffers that were full have long been emptied.
@@ -94,7 +94,7 @@ async def test_no_bytes_move_while_it_is_paused_whatever_else_the_node_does(site
         await here.nothing_is_left("a")
 
 
-async def test_neither_a_restart_nor_a_returning_node_nor_a_service_resumes_it_and_a_person_who_pulls_does(
+async def test_only_a_person_who_resumes_or_pulls_ends_a_pause(
     site: Site,
 ) -> None:
     site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
@@ -102,7 +102,7 @@ async def test_neither_a_restart_nor_a_returning_node_nor_a_service_resumes_it_a
     async with site.join() as here:
         await here.begin("a")
         await here.durable("a", LEAF_BYTES)
-        await say(here, "a", "pause")
+        await control(here, "a", "pause")
         site.hub.set_faults(Faults())
         for service in ("fetcher", "storage", "fileserver"):
             await site["a"].restart(here.here, service)
@@ -111,20 +111,20 @@ async def test_neither_a_restart_nor_a_returning_node_nor_a_service_resumes_it_a
         body = json.dumps({"model": site.repo, "unless_paused": True}).encode()
         outcome = await here.ask("a", "download", body)
         assert outcome.error is not None and outcome.error.code == "paused"
-        wish, state = await wish_of(here, "a"), await here.state_now("a")
+        wish, state = await download_spec(here, "a"), await here.state_now("a")
         assert wish is not None and wish.paused and state is not None and state.phase == "paused"
         assert (await here.pull_ok("a")).resumed_bytes >= LEAF_BYTES
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
 
 
-async def test_I6_a_kill_between_the_wish_and_its_word_leaves_it_paused_and_says_so(site: Site) -> None:
+async def test_I6_a_kill_during_a_pause_leaves_it_paused_and_published(site: Site) -> None:
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
         await here.begin("a")
         state = await here.durable("a", LEAF_BYTES)
         site["a"]["fetcher"].kill()
-        wish = await wish_of(here, "a")
+        wish = await download_spec(here, "a")
         assert wish is not None and len(wish.commands) == 1
         key = download_key("a", site.repo)
         await here.buckets.spec.put(key, msgspec.structs.replace(wish, paused=True, commands=[]))
@@ -140,13 +140,13 @@ async def test_I6_a_kill_between_the_wish_and_its_word_leaves_it_paused_and_says
         site.hub.reset_stats()
         site["a"]["fetcher"].start()
         await site["a"].ready(here.here, "fetcher")
-        assert await wish_of(here, "a") is None and await here.state_now("a") == ended
+        assert await download_spec(here, "a") is None and await here.state_now("a") == ended
         assert site.hub.stats().requests.api == 0
         await here.cancel("a")
         await here.nothing_is_left("a")
 
 
-async def test_a_command_that_a_killed_fetcher_had_in_hand_does_not_undo_a_later_word(site: Site) -> None:
+async def test_an_old_command_of_a_killed_fetcher_undoes_no_later_one(site: Site) -> None:
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
@@ -185,25 +185,25 @@ async def test_all_of_a_node_is_paused_and_resumed_at_once(site: Site) -> None:
         assert (await here.ask("a", "pause", b"{}")).result == {"models": {}}
 
 
-async def test_cancelling_a_tag_leaves_the_paused_branch_of_the_same_bytes_alone(site: Site) -> None:
+async def test_cancelling_a_tag_leaves_the_paused_branch_of_it_alone(site: Site) -> None:
     site.make(files := {"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
         await here.begin("a")
         commit = (await here.durable("a", LEAF_BYTES)).commit
-        await say(here, "a", "pause")
+        await control(here, "a", "pause")
         await here.begin("a", named := f"{site.repo}@{commit}")
         await here.durable("a", LEAF_BYTES, named)
         assert (await here.cancel("a", named)).result["cancelled"] is True
         site.hub.set_faults(Faults())
         assert partials(site["a"]), "they are the paused one's too"
-        assert await say(here, "a", "resume") == "resumed"
+        assert await control(here, "a", "resume") == "resumed"
         done: DownloadState = await here.state("a", lambda s: s.phase == "ready")
         assert done.resumed_bytes >= LEAF_BYTES
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
 
 
-async def test_I5_several_people_at_once_are_all_answered_and_the_last_word_holds(site: Site) -> None:
+async def test_I5_concurrent_commands_all_get_replies_the_last_wins(site: Site) -> None:
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
@@ -218,5 +218,5 @@ async def test_I5_several_people_at_once_are_all_answered_and_the_last_word_hold
         assert [o.result["cancelled"] for o in outcomes if o.verb == "cancel"].count(True) == 1
         outcome = await waiting
         assert outcome.error is not None and outcome.error.code in ("paused", "withdrawn")
-        assert await wish_of(here, "a") is None and await here.state_now("a") is None
+        assert await download_spec(here, "a") is None and await here.state_now("a") is None
         await here.nothing_is_left("a")

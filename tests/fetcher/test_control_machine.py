@@ -46,12 +46,12 @@ class Person:
         """Bytes received by source when it was paused."""
 
 
-def machine_of(site: Site) -> type[RuleBasedStateMachine]:
+def make_machine(site: Site) -> type[RuleBasedStateMachine]:
     """Return a state machine over these services."""
 
     earlier: list[str] = []
 
-    class Control(RuleBasedStateMachine):
+    class PauseMachine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
             self.runner, self.stack = asyncio.Runner(), AsyncExitStack()
@@ -90,36 +90,36 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             self.runner.run(self._resume(node))
 
         @rule(node=NODES, verb=st.sampled_from(["cancel", "delete"]))
-        def take_back(self, node: str, verb: str) -> None:
-            self.runner.run(self._take_back(node, verb))
+        def cancel_or_delete(self, node: str, verb: str) -> None:
+            self.runner.run(self._cancel_or_delete(node, verb))
 
         @rule(node=NODES, verbs=st.lists(st.sampled_from(["pause", "resume", "cancel"]), min_size=2, max_size=4))
-        def several_at_once(self, node: str, verbs: list[str]) -> None:
-            self.runner.run(self._at_once(node, verbs))
+        def send_concurrently(self, node: str, verbs: list[str]) -> None:
+            self.runner.run(self._send_concurrently(node, verbs))
 
         # Failures
 
         @rule(node=NODES, service=st.sampled_from(["fetcher", "storage"]))
-        def killed(self, node: str, service: str) -> None:
+        def kill_service(self, node: str, service: str) -> None:
             self.runner.run(site[node].restart(self.here.here, service))
             self.runner.run(self._check())
 
         @precondition(lambda self: not self.gone)
         @rule()
-        def the_hub_goes(self) -> None:
+        def stop_hub(self) -> None:
             self.gone = True
             site.hub.set_faults(GONE)
 
         @precondition(lambda self: self.gone)
         @rule()
-        def the_hub_is_back(self) -> None:
+        def start_hub(self) -> None:
             self.gone = False
             site.hub.set_faults(SLOWLY)
             self.runner.run(self._check())
 
         def teardown(self) -> None:
             try:
-                self.runner.run(self._to_the_end())
+                self.runner.run(self._run_to_completion())
                 self.runner.run(self.stack.aclose())
             finally:
                 self.runner.close()
@@ -146,7 +146,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             )
 
             async def heard() -> bool:
-                wish = await self._wish(node)
+                wish = await self._request(node)
                 return (wish is not None and identity in wish.commands) or await self._answer(identity) is not None
 
             await eventually(heard, "the pull has been heard", PATIENCE_S)
@@ -183,28 +183,28 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
                 person.word = "pull"
             await self._check()
 
-        async def _take_back(self, node: str, verb: str) -> None:
+        async def _cancel_or_delete(self, node: str, verb: str) -> None:
             await self._send(node, verb, "storage" if verb == "delete" else "fetcher")
             self.people[node].word = "nothing"
             await self._answered(node)
-            assert await self._wish(node) is None
+            assert await self._request(node) is None
             state = await self.here.state_now(node, self.model)
             assert state is None or (verb == "cancel" and state.phase == "ready"), state
             await self._check()
 
-        async def _at_once(self, node: str, verbs: list[str]) -> None:
+        async def _send_concurrently(self, node: str, verbs: list[str]) -> None:
             person = self.people[node]
             await asyncio.gather(*(self._send(node, verb) for verb in verbs))
             if person.word != "nothing":
                 # The order of arrival is not known here: the stored request tells, and everything else must agree
                 # with it.
-                wish = await self._wish(node)
+                wish = await self._request(node)
                 person.word = "nothing" if wish is None else "pause" if wish.paused else "pull"
                 state = await self.here.state_now(node, self.model)
                 person.sources = state.sources if state else {}
             await self._check()
 
-        async def _wish(self, node: str) -> DownloadSpec | None:
+        async def _request(self, node: str) -> DownloadSpec | None:
             return await self.here.buckets.spec.get_as(download_key(node, self.model), DownloadSpec)
 
         async def _answer(self, identity: str) -> Outcome | None:
@@ -222,7 +222,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
             for node, person in self.people.items():
 
                 async def agrees(node: str = node, person: Person = person) -> bool:
-                    wish, state = await self._wish(node), await self.here.state_now(node, self.model)
+                    wish, state = await self._request(node), await self.here.state_now(node, self.model)
                     phase = state.phase if state else "unknown"
                     if person.word == "pause":
                         # At once and always: not eventually.
@@ -245,7 +245,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
         def _gets(self) -> int:
             return sum(site.gets(path, self.model) for path in self.files)
 
-        async def _to_the_end(self) -> None:
+        async def _run_to_completion(self) -> None:
             site.hub.set_faults(Faults())
             for node, person in self.people.items():
                 await self._check()
@@ -255,7 +255,7 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
                 state: DownloadState = await self.here.pull_ok(node, self.model)
                 assert state.phase == "ready"
                 await self._answered(node)
-                await self.here.is_whole(node, self.files, self.model)
+                await self.here.assert_complete(node, self.files, self.model)
             for node in self.people:
                 check_store(site[node])
                 outcome = await self.here.delete(node, self.model)
@@ -264,14 +264,14 @@ def machine_of(site: Site) -> type[RuleBasedStateMachine]:
                 assert not blobs(site[node])
             earlier.remove(self.model)
 
-    return Control
+    return PauseMachine
 
 
-def test_phases_agree_with_the_last_word_of_a_person_whatever_happens(site: Site) -> None:
+def test_phases_agree_with_the_last_command_whatever_happens(site: Site) -> None:
     # Models of other tests would weaken "nothing is left".
     asyncio.run(_emptied(site))
     run_state_machine_as_test(
-        machine_of(site),
+        make_machine(site),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,

@@ -79,7 +79,7 @@ def test_a_node_that_has_the_model_holds_its_blobs() -> None:
     assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a") == [Holding("b", BLOB)]
 
 
-def test_a_node_with_another_commit_of_the_model_holds_nothing_of_this_one() -> None:
+def test_a_node_with_another_commit_holds_nothing_of_this_one() -> None:
     assert holders(BLOB, MANIFEST, [model_on("b", "e" * 40)], [], ["b"], "a") == []
 
 
@@ -88,7 +88,7 @@ def test_a_blob_is_there_for_peers_before_its_model_is_ready() -> None:
     assert holders(BLOB, MANIFEST, [], [arriving_on("b")], ["b"], "a") == []
 
 
-def test_a_small_file_known_by_gits_hash_is_asked_for_by_its_sha256() -> None:
+def test_a_small_file_known_by_git_hash_is_requested_by_sha256() -> None:
     b = arriving_on("b", GIT_SHA256, known={GIT: GIT_SHA256})
     assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a") == [Holding("b", GIT_SHA256)]
 
@@ -102,7 +102,7 @@ def test_only_live_nodes_other_than_this_one_are_holders(
 
 
 @given(FOUND, st.none() | NODES, st.sets(NODES), st.dictionaries(NODES, st.integers(0, 9)))
-def test_I9_the_hub_is_asked_only_when_no_trusted_peer_has_it_and_no_origin_is_at_work(
+def test_I9_the_hub_is_used_only_without_a_peer_or_an_origin(
     found: list[Holding], origin: str | None, corrupt: set[str], busy: dict[str, int]
 ) -> None:
     choice = choose(BLOB, found, origin, "me", Setbacks(corrupt=corrupt), busy)
@@ -120,20 +120,20 @@ def test_a_lease_left_by_this_node_itself_is_nothing_to_wait_for() -> None:
     assert choose(BLOB, [], "me", "me", Setbacks(), {}) == FromHub()
 
 
-def test_nodes_that_choose_at_the_same_time_spread_over_the_holders() -> None:
+def test_nodes_that_choose_at_once_spread_over_the_holders() -> None:
     found = [Holding(n, BLOB) for n in "abcd"]
     chosen = {choose(BLOB, found, None, f"node-{i}", Setbacks(), {}) for i in range(64)}
     assert {c.node for c in chosen if isinstance(c, FromPeer)} == set("abcd")
 
 
-def test_a_peer_that_failed_is_asked_after_those_that_did_not_however_busy_they_are() -> None:
+def test_a_peer_that_failed_comes_after_all_that_did_not() -> None:
     found = [Holding("a", BLOB), Holding("b", BLOB)]
     setbacks = Setbacks()
     setbacks.after(Unavailable("gone"), "a")
     assert choose(BLOB, found, None, "me", setbacks, {"b": 7}) == FromPeer("b", BLOB)
 
 
-def test_I9_a_peer_that_is_away_for_a_moment_is_tried_again_before_the_hub_is() -> None:
+def test_I9_a_peer_down_for_a_moment_is_retried_before_the_hub() -> None:
     setbacks, found, waited_s = Setbacks(), [Holding("a", BLOB)], 0.0
     for _ in range(PEER_TRIES):
         assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
@@ -142,7 +142,7 @@ def test_I9_a_peer_that_is_away_for_a_moment_is_tried_again_before_the_hub_is() 
     assert 5.0 < waited_s < 10.0
 
 
-def test_I1_a_peer_that_gave_wrong_bytes_is_never_asked_again_for_this_blob() -> None:
+def test_I1_a_peer_that_sent_wrong_bytes_is_not_used_again() -> None:
     setbacks, found = Setbacks(), [Holding("a", BLOB)]
     assert setbacks.after(Corrupt("wrong"), "a") == 0.0
     for _ in range(20):
@@ -158,14 +158,14 @@ def test_when_the_hub_fails_too_peers_get_another_chance() -> None:
     assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
 
 
-def test_wrong_bytes_from_the_hub_cost_one_clean_restart_and_then_end_it() -> None:
+def test_wrong_bytes_from_the_hub_cost_one_restart_then_fail() -> None:
     setbacks, error = Setbacks(), Corrupt("wrong")
     assert setbacks.after(error, None) == 0.0
     with pytest.raises(Corrupt):
         setbacks.after(error, None)
 
 
-def test_I1_nobody_honest_is_set_aside_for_the_leaves_of_a_liar_that_broke_off() -> None:
+def test_I1_no_honest_peer_is_banned_for_a_liars_leaves() -> None:
     setbacks, error = Setbacks(givers={"liar", "honest"}), WrongWhole("wrong")
     setbacks.after(Corrupt("too long"), "liar")
     assert setbacks.after(error, "honest") == 0.0
@@ -176,19 +176,19 @@ def test_I1_nobody_honest_is_set_aside_for_the_leaves_of_a_liar_that_broke_off()
     assert setbacks.usable(found) == []
 
 
-def test_I1_who_gave_the_bytes_is_to_blame_and_not_who_was_asked_for_the_last_missing_one() -> None:
+def test_I1_the_sender_of_the_bytes_is_blamed_not_the_last_asked() -> None:
     setbacks = Setbacks(givers={"liar"})
     setbacks.after(WrongWhole("wrong"), "honest")
     assert setbacks.corrupt == {"liar"}
 
 
-def test_leaves_from_an_earlier_life_that_were_wrong_do_not_count_against_the_hub() -> None:
+def test_wrong_leaves_of_an_earlier_process_do_not_count_for_hub() -> None:
     setbacks, error = Setbacks(givers={EARLIER, HUB}), WrongWhole("wrong")
     assert setbacks.after(error, None) == 0.0
     assert not setbacks.hub_was_corrupt
 
 
-def test_I7_leaves_of_several_that_never_make_the_blob_end_it() -> None:
+def test_I7_several_senders_that_never_make_the_blob_end_it() -> None:
     setbacks, error = Setbacks(), WrongWhole("wrong")
     with pytest.raises(Corrupt):
         for _ in range(100):
@@ -226,7 +226,7 @@ def test_retries_wait_longer_each_time_up_to_a_bound(failures: int) -> None:
 
 
 @given(st.dictionaries(st.sampled_from([BLOB, GIT]), st.text(string.hexdigits, min_size=64, max_size=64)))
-def test_sealing_fills_in_what_was_learned_and_changes_nothing_else(known: dict[str, str]) -> None:
+def test_sealing_adds_the_learned_hashes_and_nothing_else(known: dict[str, str]) -> None:
     after = sealed(MANIFEST, known)
     assert [(f.path, f.size_bytes, f.git_sha1) for f in after.files] == [
         (f.path, f.size_bytes, f.git_sha1) for f in MANIFEST.files
@@ -241,6 +241,6 @@ def test_a_full_disk_rejects_and_everything_else_fails() -> None:
 
 
 @pytest.mark.parametrize("error", [RateLimited("wait", retry_after_s=3.0), ReservationLost("gone"), WrongWhole("x")])
-def test_the_fetchers_own_errors_reach_other_processes_as_what_they_are_kinds_of(error: ShoalError) -> None:
+def test_the_fetchers_own_errors_map_to_their_wire_classes(error: ShoalError) -> None:
     assert BY_CODE[error.body().code] is type(error).__bases__[0]
     assert error.body().retryable

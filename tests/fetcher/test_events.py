@@ -66,7 +66,7 @@ async def test_a_download_beyond_the_quota_emits_that_it_is_rejected_with_the_fi
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "storage", SHOAL_MAX_STORAGE_BYTES="1000")
-        _, message = await here.pull_wrong("a")
+        _, message = await here.pull_fails("a")
         event = await the_event(here, "a", "download_rejected")
         assert (event["model"], event["message"]) == (site.repo, message)
         assert (event["needed_bytes"], event["quota_bytes"]) == (2 * LEAF_BYTES, 1000) and event["free_bytes"] > 0
@@ -77,7 +77,7 @@ async def test_a_download_beyond_the_quota_emits_that_it_is_rejected_with_the_fi
 async def test_a_download_that_fails_emits_its_error(site: Site) -> None:
     site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
     async with site.join() as here:
-        code, message = await here.pull_wrong("a")
+        code, message = await here.pull_fails("a")
         event = await the_event(here, "a", "download_failed")
         assert event == {"model": site.repo, "code": code, "message": message} and code == "hub_unavailable"
         assert await emitted(here, "a", "download_rejected") == []

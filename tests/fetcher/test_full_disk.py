@@ -64,7 +64,7 @@ async def write_all(directory: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-async def test_I6_no_refused_call_of_a_partials_writing_is_taken_for_success_and_all_can_be_resumed(
+async def test_I6_a_refused_write_of_a_partial_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(partial_module, "CHECKPOINT_S", 1e9)
@@ -118,7 +118,7 @@ async def test_a_cancelled_writer_stays_cancelled_on_a_full_disk(
         await task
 
 
-async def test_a_disk_that_is_full_to_the_last_byte_still_takes_the_bitmap(tmp_path: Path) -> None:
+async def test_a_disk_full_to_the_last_byte_still_takes_the_bitmap(tmp_path: Path) -> None:
     data = content(12 * LEAF_BYTES)
     with small_disk(tmp_path / "disk", 8 << 20) as disk:
         directory = reserved(disk)
@@ -159,7 +159,7 @@ async def blocked(here: Pulls, node: str, model: str = "") -> DownloadState:
     return state
 
 
-async def test_a_pull_that_a_foreign_file_has_blocked_goes_on_by_itself_and_fetches_nothing_twice(
+async def test_a_pull_blocked_by_a_foreign_file_resumes_by_itself(
     site: Site, tmp_path: Path, fresh: Callable[[str], str]
 ) -> None:
     files = {"1.safetensors": noise(9 * LEAF_BYTES, site.repo), "2.safetensors": noise(6 * LEAF_BYTES, "2")}
@@ -188,11 +188,11 @@ async def test_a_pull_that_a_foreign_file_has_blocked_goes_on_by_itself_and_fetc
             ready = await here.state(name, lambda s: s.phase == "ready", deadline_s=DEADLINE_S)
             assert (ready.error, ready.waiting_for, ready.blocked_since_s) == (None, "", 0.0)
             assert ready.sources["hub"] - again.sources["hub"] == size - again.done_bytes, "fetched twice"
-            await here.is_whole(name, files)
+            await here.assert_complete(name, files)
             pull.cancel()
 
 
-async def test_a_blocked_pull_can_be_cancelled_and_leaves_nothing(
+async def test_a_blocked_pull_can_be_cancelled_and_leaves_no_files(
     site: Site, tmp_path: Path, fresh: Callable[[str], str]
 ) -> None:
     site.make({"model.safetensors": noise(9 * LEAF_BYTES, site.repo)})
@@ -221,7 +221,7 @@ async def test_a_blocked_pull_can_be_cancelled_and_leaves_nothing(
             pull.cancel()
 
 
-async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_completes(
+async def test_with_lru_a_blocked_pull_evicts_one_old_model_and_ends(
     site: Site, tmp_path: Path, fresh: Callable[[str], str]
 ) -> None:
     old = f"org/{fresh('old')}"
@@ -241,7 +241,7 @@ async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_c
             outcome = await pull
             assert outcome.ok, outcome.error
             assert 'msg="disk full, download blocked"' in node["fetcher"].log(), "it was never full"
-            await here.is_whole(name, files)
+            await here.assert_complete(name, files)
             await here.here.client.flush()
             assert evictions.pending_msgs == 1
             assert await here.buckets.state.get_as(model_key(name, f"{old}@{commit}"), ModelState) is None
@@ -249,7 +249,7 @@ async def test_with_lru_an_old_model_goes_once_for_a_blocked_pull_and_the_pull_c
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRACE)
-async def test_a_fetcher_whose_writes_are_refused_by_a_disk_quota_is_blocked_and_goes_on_when_they_are_not(
+async def test_a_disk_quota_blocks_the_fetcher_until_writes_succeed(
     site: Site,
 ) -> None:
     """There is free space: only a retry shows the quota."""
@@ -274,6 +274,6 @@ async def test_a_fetcher_whose_writes_are_refused_by_a_disk_quota_is_blocked_and
         site.hub.set_faults(Faults())
         outcome = await pull
         assert outcome.ok, outcome.error
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         ready = await here.state_now("a")
         assert ready is not None and ready.phase == "ready" and ready.done_bytes == size

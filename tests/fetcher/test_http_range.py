@@ -29,13 +29,13 @@ async def test_a_range_is_asked_for_unencoded_and_read() -> None:
     assert server.asked[0].headers["accept-encoding"] == "identity"
 
 
-async def test_a_server_that_answers_a_range_with_everything_is_read_from_the_start() -> None:
+async def test_a_server_that_answers_a_range_with_200_is_read_from_0() -> None:
     async with serving(reply(200, b"abcdefghi")) as server:
         assert await read(server.url, 2, 5) == b"0:abcdefghi"
 
 
 @pytest.mark.parametrize("answered", ["bytes 0-2/9", "bytes */9", "items 2-4/9", "", "bytes " + "9" * 5000 + "-4/9"])
-async def test_another_range_than_was_asked_for_is_refused_before_its_bytes_are_read(answered: str) -> None:
+async def test_a_range_other_than_requested_is_refused_unread(answered: str) -> None:
     async with serving(reply(206, b"abc", content_range=answered)) as server:
         with pytest.raises(Corrupt, match="another range"):
             await read(server.url, 2, 5)
@@ -48,14 +48,14 @@ async def test_another_range_than_was_asked_for_is_refused_before_its_bytes_are_
         *[(500, HubUnavailable), (503, HubUnavailable), (204, Failed), (400, Failed), (418, Failed)],
     ],
 )
-async def test_each_status_has_its_error_and_names_who_said_it(status: int, kind: type[ShoalError]) -> None:
+async def test_each_status_has_its_error_and_names_the_source(status: int, kind: type[ShoalError]) -> None:
     async with serving(reply(status)) as server:
         with pytest.raises(ShoalError, match=r"hub\.example") as caught:
             await read(server.url, 0, 5)
     assert type(caught.value) is kind
 
 
-async def test_a_refusal_says_which_credential_to_set() -> None:
+async def test_an_authorization_error_names_the_credential_to_set() -> None:
     async with serving(reply(401)) as server:
         with pytest.raises(Denied, match="HF_TOKEN"):
             await read(server.url, 0, 5)
@@ -76,28 +76,28 @@ async def test_a_refusal_says_which_credential_to_set() -> None:
         ({}, 5),
     ],
 )
-async def test_a_rate_limit_says_when_to_come_back(headers: dict[str, str], wait_s: float) -> None:
+async def test_a_rate_limit_names_when_to_retry(headers: dict[str, str], wait_s: float) -> None:
     async with serving(reply(429, b"", **headers)) as server:
         with pytest.raises(RateLimited) as caught:
             await read(server.url, 0, 5)
     assert caught.value.retry_after_s == wait_s
 
 
-async def test_I7_a_source_that_falls_silent_is_given_up() -> None:
+async def test_I7_a_source_that_stalls_times_out() -> None:
     forever = asyncio.Event()
 
-    async def silent(_: Asked, writer: asyncio.StreamWriter) -> None:
+    async def stall(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(reply(206, b"abcde", content_range="bytes 0-4/5")[:-2])
         await writer.drain()
         await forever.wait()
 
-    async with serving(silent) as server:
+    async with serving(stall) as server:
         with pytest.raises(HubUnavailable, match="sent nothing"):
             await read(server.url, 0, 5, hub_client(silence_s=0.2))
         forever.set()
 
 
-async def test_a_body_that_breaks_off_is_the_source_gone_and_not_a_short_file() -> None:
+async def test_a_body_that_breaks_off_is_a_lost_source_and_no_file() -> None:
     async def breaks(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(reply(206, b"abcde", content_range="bytes 0-4/5")[:-2])
         writer.close()
@@ -107,14 +107,14 @@ async def test_a_body_that_breaks_off_is_the_source_gone_and_not_a_short_file() 
             await read(server.url, 0, 5)
 
 
-async def test_nobody_listening_is_the_source_away() -> None:
+async def test_a_refused_connection_is_a_source_that_is_down() -> None:
     async with serving(b"") as server:
         pass
     with pytest.raises(HubUnavailable, match="is unreachable"):
         await read(server.url, 0, 5)
 
 
-async def test_I12_the_token_does_not_follow_a_redirect_to_another_host() -> None:
+async def test_I12_the_token_does_not_follow_a_foreign_redirect() -> None:
     async with serving(reply(206, b"abc", content_range="bytes 0-2/3")) as other:
         async with serving(reply(302, location=f"http://localhost:{other.port}/x")) as server:
             assert await read(server.url, 0, 3, Authorization="Bearer secret") == b"0:abc"
@@ -122,7 +122,7 @@ async def test_I12_the_token_does_not_follow_a_redirect_to_another_host() -> Non
         assert "authorization" not in other.asked[0].headers
 
 
-def test_I12_a_password_in_the_hubs_address_is_not_repeated_in_messages() -> None:
+def test_I12_a_password_in_the_hubs_url_is_in_no_message() -> None:
     assert hub_source("https://me:hunter2@hub.example/base").name == "hub hub.example/base"
 
 

@@ -55,7 +55,7 @@ async def resolve(endpoint: str, ref: ModelRef = REF, **settings: Any) -> Any:
         return await Hub(HubSettings(endpoint=endpoint, **settings), client).resolve(ref)
 
 
-async def test_a_listing_in_pages_is_a_manifest_with_every_file_named_by_its_hash(paged: RunningHub) -> None:
+async def test_a_paged_listing_is_a_manifest_with_every_file_by_hash(paged: RunningHub) -> None:
     manifest = await resolve(paged.base_url)
     assert manifest.repo == REF.repo and len(manifest.commit) == 40 and manifest.revisions == ["main"]
     assert sorted(f.path for f in manifest.files) == sorted(
@@ -71,14 +71,14 @@ async def test_a_commit_can_be_asked_for(paged: RunningHub) -> None:
     assert (await resolve(paged.base_url, ModelRef(REF.repo, commit))).commit == commit
 
 
-async def test_what_is_not_there_is_said_in_one_line(paged: RunningHub) -> None:
+async def test_what_the_hub_does_not_have_is_a_one_line_error(paged: RunningHub) -> None:
     with pytest.raises(NotFound, match=r"org/none is not on hub .*check the name"):
         await resolve(paged.base_url, ModelRef("org/none"))
     with pytest.raises(NotFound, match="org/many has no revision 'v9'"):
         await resolve(paged.base_url, ModelRef(REF.repo, "v9"))
 
 
-async def test_a_hub_that_wants_a_token_says_to_set_it(paged: RunningHub) -> None:
+async def test_a_hub_that_wants_a_token_is_an_error_naming_the_setting(paged: RunningHub) -> None:
     paged.set_faults(Faults(require_token="right"))
     with pytest.raises(Denied, match="set HF_TOKEN"):
         await resolve(paged.base_url)
@@ -87,7 +87,7 @@ async def test_a_hub_that_wants_a_token_says_to_set_it(paged: RunningHub) -> Non
     assert (await resolve(paged.base_url, token="right")).files
 
 
-async def test_I7_a_hub_that_is_busy_or_broken_says_so_at_once_and_not_after_hidden_retries(
+async def test_I7_a_busy_or_broken_hub_fails_without_hidden_retries(
     paged: RunningHub,
 ) -> None:
     paged.set_faults(Faults(rate_limit=RateLimit(times=1, retry_after_s=77)))
@@ -100,7 +100,7 @@ async def test_I7_a_hub_that_is_busy_or_broken_says_so_at_once_and_not_after_hid
     assert (await resolve(paged.base_url)).files  # one fault, one error: nobody retried
 
 
-async def test_a_commit_is_listed_once_and_a_branch_is_asked_again_with_its_etag(paged: RunningHub) -> None:
+async def test_a_commit_is_listed_once_and_a_branch_again_by_etag(paged: RunningHub) -> None:
     async with hub_client() as client:
         hub = Hub(HubSettings(endpoint=paged.base_url), client)
         paged.reset_stats()
@@ -113,7 +113,7 @@ async def test_a_commit_is_listed_once_and_a_branch_is_asked_again_with_its_etag
         assert paged.stats().requests.api == asked + 1, "a commit never changes its meaning"
 
 
-async def test_who_asks_while_the_same_is_being_asked_waits_for_that_answer(paged: RunningHub) -> None:
+async def test_concurrent_callers_of_one_listing_share_its_answer(paged: RunningHub) -> None:
     async with hub_client() as client:
         hub = Hub(HubSettings(endpoint=paged.base_url), client)
         paged.reset_stats()
@@ -129,7 +129,7 @@ async def test_who_asks_while_the_same_is_being_asked_waits_for_that_answer(page
         assert paged.stats().requests.api == asked
 
 
-async def test_a_rate_limit_holds_back_every_request_of_the_node_until_its_time(paged: RunningHub) -> None:
+async def test_a_rate_limit_holds_back_every_request_until_its_time(paged: RunningHub) -> None:
     async with hub_client() as client:
         hub = Hub(HubSettings(endpoint=paged.base_url), client)
         manifest = await hub.resolve(REF)
@@ -149,7 +149,7 @@ async def test_a_rate_limit_holds_back_every_request_of_the_node_until_its_time(
         assert (await hub.resolve(ModelRef(REF.repo, manifest.commit))).files, "what is known needs no request"
 
 
-def test_I7_holding_back_ends_at_the_time_that_was_named_and_listings_are_bounded() -> None:
+def test_I7_backoff_ends_at_the_named_time_and_cache_is_bounded() -> None:
     now_s = 100.0
     hold = HoldBack(lambda: now_s)
     hold.check("hub")
@@ -180,7 +180,7 @@ async def test_offline_means_that_nothing_is_asked() -> None:
     assert not server.asked
 
 
-async def test_nobody_listening_is_said_in_one_line() -> None:
+async def test_an_unreachable_hub_is_a_one_line_error() -> None:
     async with serving({}) as server:
         pass
     with pytest.raises(HubUnavailable, match="is unreachable"):
@@ -230,7 +230,7 @@ async def resolve_from(server: Server) -> Any:
         "a/" + "y" * 256,
     ],
 )
-async def test_I10_a_listing_with_a_hostile_path_is_refused_whole(path: str) -> None:
+async def test_I10_a_listing_with_a_hostile_path_is_refused_entirely(path: str) -> None:
     async with serving(listing(lfs(), small(path))) as server:
         with pytest.raises(BadName, match="lists an unsafe name in org/many"):
             await resolve_from(server)
@@ -243,7 +243,7 @@ async def test_I10_a_listing_with_a_hostile_path_is_refused_whole(path: str) -> 
         *[lfs(size=-1), lfs(size=1 << 60), lfs(size=1.5), lfs(size=None), lfs(size="7"), small(size=True)],
     ],
 )
-async def test_I10_a_listing_with_a_hostile_hash_or_size_is_refused_whole(entry: dict[str, Any]) -> None:
+async def test_I10_a_listing_with_a_hostile_hash_or_size_is_refused(entry: dict[str, Any]) -> None:
     async with serving(listing(entry)) as server:
         with pytest.raises(BadName):
             await resolve_from(server)
@@ -259,13 +259,13 @@ async def test_I10_a_commit_that_is_none_is_refused(sha: object) -> None:
 @pytest.mark.parametrize(
     "files", [[small("a"), lfs("a")], [small("a"), small("a/b")], [small("a/b"), small("a/b/c/d")]]
 )
-async def test_I10_files_that_cannot_stand_in_one_directory_are_refused(files: list[dict[str, Any]]) -> None:
+async def test_I10_files_that_cannot_share_a_directory_are_refused(files: list[dict[str, Any]]) -> None:
     async with serving(listing(*files)) as server:
         with pytest.raises(BadName):
             await resolve_from(server)
 
 
-async def test_I2_a_listing_that_is_too_long_is_refused_and_not_cut_short() -> None:
+async def test_I2_a_listing_that_is_too_long_is_refused_and_not_cut() -> None:
     names = [small(f"{i}.json") for i in range(hub_module.MAX_FILES + 1)]
     async with serving(listing(*names)) as server:
         with pytest.raises(Unsupported, match="more than 4000 files"):
@@ -275,14 +275,14 @@ async def test_I2_a_listing_that_is_too_long_is_refused_and_not_cut_short() -> N
 
 
 @pytest.mark.parametrize("body", [b"<html>hotel wifi, please log in</html>", b"[]", b'{"id": 7}', b"\xff", b""])
-async def test_something_that_is_no_hub_is_said_to_be_none(body: bytes) -> None:
+async def test_a_server_that_is_no_hub_is_reported_as_such(body: bytes) -> None:
     async with serving(reply(200, body)) as server:
         with pytest.raises(ShoalError) as caught:
             await resolve_from(server)
     assert isinstance(caught.value, HubUnavailable | BadName) and "\n" not in caught.value.message
 
 
-def test_every_exception_of_huggingface_hub_becomes_one_of_ours_that_names_the_hub() -> None:
+def test_every_huggingface_hub_exception_maps_to_ours() -> None:
     """Also a class that nothing handles by name says what it was and what to check."""
     source = hub_source("https://hub.example")
     unmapped = set()
@@ -347,6 +347,6 @@ def test_the_environment_is_read_as_huggingface_hub_reads_it(environ: dict[str, 
     assert HubSettings.read(environ) == settings
 
 
-def test_the_tests_repositories_are_where_the_hub_looks(tmp_path: Path) -> None:
+def test_the_tests_repositories_are_where_the_hub_reads_them(tmp_path: Path) -> None:
     make_model(tmp_path, "org/name", {"a/b": b"x"})
     assert (tmp_path / "org" / "name" / "a" / "b").read_bytes() == b"x"

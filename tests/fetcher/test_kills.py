@@ -39,7 +39,7 @@ async def ready(here: Pulls, node: str = "a") -> DownloadState:
     return await here.state(node, lambda s: s.phase == "ready", deadline_s=40.0)
 
 
-async def test_I6_the_fetcher_killed_in_the_middle_goes_on_where_it_was_and_tells_what_it_resumed(site: Site) -> None:
+async def test_I6_a_killed_fetcher_resumes_and_reports_what_it_kept(site: Site) -> None:
     size = site.make(files := two_files(site.repo))
     site.hub.set_faults(SLOW)
     async with site.join() as here:
@@ -50,7 +50,7 @@ async def test_I6_the_fetcher_killed_in_the_middle_goes_on_where_it_was_and_tell
         site.hub.set_faults(Faults())
         await site["a"].restart(here.here, "fetcher")
         state = await ready(here)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert state.resumed_bytes >= killed_at.done_bytes
         assert state.resumed_bytes + site.hub_bytes() - sent_before == size
         assert site.gets("1.safetensors") == 1
@@ -58,7 +58,7 @@ async def test_I6_the_fetcher_killed_in_the_middle_goes_on_where_it_was_and_tell
         pull.cancel()
 
 
-async def test_I6_the_fetcher_stopped_politely_pauses_and_its_successor_goes_on(site: Site) -> None:
+async def test_I6_a_stopped_fetcher_pauses_and_its_successor_resumes(site: Site) -> None:
     size = site.make(files := two_files(site.repo))
     site.hub.set_faults(SLOW)
     async with site.join() as here:
@@ -70,7 +70,7 @@ async def test_I6_the_fetcher_stopped_politely_pauses_and_its_successor_goes_on(
         site.hub.set_faults(Faults())
         await site["a"].restart(here.here, "fetcher")
         state = await ready(here)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert state.resumed_bytes + site.hub_bytes() - sent_before == size
         # The command was redelivered and continued: its sender finds the outcome under its id.
         outcome = await eventually(lambda: here.buckets.done.get_as(identity, Outcome), "the command has ended")
@@ -87,11 +87,11 @@ async def test_I6_storage_killed_in_the_middle_of_a_pull(site: Site) -> None:
         await site["a"].restart(here.here, "storage")
         site.hub.set_faults(Faults())
         assert (await pull).ok
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert site.hub_bytes() == size
 
 
-async def test_I6_storage_killed_while_it_owes_an_answer_is_asked_again(site: Site) -> None:
+async def test_I6_storage_killed_before_its_answer_is_asked_again(site: Site) -> None:
     size = site.make(files := two_files(site.repo))
     async with site.join() as here:
         asked = asyncio.Event()
@@ -107,14 +107,12 @@ async def test_I6_storage_killed_while_it_owes_an_answer_is_asked_again(site: Si
         await watching.unsubscribe()  # or NATS would take the test for somebody who answers
         await site["a"].restart(here.here, "storage")
         assert (await pull).ok
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert site.hub_bytes() == size
 
 
 @pytest.mark.parametrize("service", ["fetcher", "storage", "fileserver"])
-async def test_I9_a_service_of_the_source_killed_in_the_middle_costs_the_hub_nothing(
-    site: Site, service: str
-) -> None:
+async def test_I9_a_killed_service_of_the_source_costs_the_hub_nothing(site: Site, service: str) -> None:
     """b fetches a large model from a; a's service dies and is restarted at once, as the supervisor does."""
     size = site.make(files := {"1.safetensors": noise(96 * LEAF_BYTES, "large"), "c.json": site.repo.encode()})
     async with site.join() as here:
@@ -125,7 +123,7 @@ async def test_I9_a_service_of_the_source_killed_in_the_middle_costs_the_hub_not
         await site["a"].restart(here.here, service)
         outcome = await pull
         assert outcome.ok, outcome.error
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert site.hub_bytes() == 0
         state = await here.state_now("b")
         assert state is not None and state.sources["a"] >= size
@@ -142,12 +140,12 @@ async def test_I6_nats_restarted_in_the_middle_of_a_pull(site: Site) -> None:
         await asyncio.to_thread(site.server.restart)
         site.hub.set_faults(Faults())
         await ready(here)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert site.hub_bytes() <= size + 2 * LEAF_BYTES
         pull.cancel()
 
 
-async def test_I9_an_origin_killed_in_the_middle_is_succeeded_and_what_the_cluster_has_is_not_read_again(
+async def test_I9_a_killed_origin_is_replaced_and_refetches_nothing(
     site: Site,
 ) -> None:
     size = site.make(files := {"model.safetensors": noise(24 * LEAF_BYTES, site.repo)})
@@ -161,7 +159,7 @@ async def test_I9_an_origin_killed_in_the_middle_is_succeeded_and_what_the_clust
         site["a"]["fetcher"].kill()
         site.hub.set_faults(Faults())
         assert (await second).ok
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         state = await here.state_now("b")
         # Only what was on its way from the hub to the dead origin is lost.
         assert state is not None and state.sources["hub"] < size - LEAF_BYTES
@@ -170,13 +168,13 @@ async def test_I9_an_origin_killed_in_the_middle_is_succeeded_and_what_the_clust
         # a continues with its leaves and fetches the rest from b, with no byte from the hub.
         await site["a"].restart(here.here, "fetcher")
         state = await ready(here)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert state.resumed_bytes > 0 and state.sources["b"] >= size - state.resumed_bytes
         assert site.hub_bytes() == sent
         first.cancel()
 
 
-async def test_a_node_that_comes_back_gets_its_origin_lease_back_at_once(site: Site) -> None:
+async def test_a_node_that_comes_back_regains_its_origin_lease(site: Site) -> None:
     site.make(files := {"model.safetensors": noise(24 * LEAF_BYTES, site.repo)})
     site.hub.set_faults(SLOW)
     async with site.join() as here:
@@ -191,5 +189,5 @@ async def test_a_node_that_comes_back_gets_its_origin_lease_back_at_once(site: S
         assert asyncio.get_running_loop().time() - began_s < 5
         site.hub.set_faults(Faults())
         await ready(here)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         pull.cancel()

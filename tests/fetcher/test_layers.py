@@ -15,7 +15,7 @@ from shoal_common.messages.commands import Outcome
 from shoal_common.messages.records import DownloadSpec, DownloadState, PartState
 from tests.fetcher.pulling import Pulls, Site
 from tests.fetcher.repos import noise
-from tests.fetcher.test_control import say
+from tests.fetcher.test_control import control
 from tests.fetcher.test_limits import limit
 from tests.fetcher.test_sparse import CONFIG, NAMES, header
 from tests.harness.waiting import eventually
@@ -48,23 +48,23 @@ async def at_b(here: Pulls) -> dict[str, bytes]:
 async def begin(here: Pulls, layers: list[int], unless_paused: bool = False) -> asyncio.Task[Outcome]:
     """Request these layers on a, without waiting for them; the request is stored on return."""
     body = {"model": here.site.repo, "layers": layers, "unless_paused": unless_paused}
-    wish = await wish_of(here)
+    wish = await download_spec(here)
     before = len(wish.commands) if wish else 0
     task = asyncio.create_task(here.ask("a", "download", json.dumps(body).encode()))
 
     async def is_kept() -> bool:
-        wish = await wish_of(here)
+        wish = await download_spec(here)
         return task.done() or (wish is not None and len(wish.commands) > before)
 
     await eventually(is_kept, "the wish is kept")
     return task
 
 
-async def wish_of(here: Pulls) -> DownloadSpec | None:
+async def download_spec(here: Pulls) -> DownloadSpec | None:
     return await here.buckets.spec.get_as(download_key("a", here.site.repo), DownloadSpec)
 
 
-async def part(here: Pulls) -> PartState | None:
+async def published_shard(here: Pulls) -> PartState | None:
     """Return the published shard on a."""
     at_b = await here.state_now("b")
     assert at_b is not None
@@ -77,40 +77,40 @@ async def ready(task: asyncio.Task[Outcome]) -> DownloadState:
     return msgspec.convert(outcome.result, DownloadState)
 
 
-async def test_layers_that_are_paused_are_the_same_layers_after_a_restart_and_a_resume(site: Site) -> None:
+async def test_paused_layers_stay_the_same_over_restart_and_resume(site: Site) -> None:
     async with site.join() as here:
         await at_b(here)
         waiting = await begin(here, [0, 2])
         await here.durable("a", LEAF_BYTES)
-        assert await say(here, "a", "pause") == "paused"
+        assert await control(here, "a", "pause") == "paused"
         error = (await waiting).error
         assert error is not None and error.code == "paused"
         await limit(here, "a", max_peer_bytes_per_s=None)
         refused = (await (await begin(here, [2, 4], unless_paused=True))).error
         assert refused is not None and refused.code == "paused"
         await site["a"].restart(here.here, "fetcher")
-        wish, state = await wish_of(here), await here.state_now("a")
+        wish, state = await download_spec(here), await here.state_now("a")
         assert wish is not None and (wish.paused, wish.layers) == (True, [[0, 2]])
         assert state is not None and (state.phase, state.layers) == ("paused", [[0, 2]])
-        assert await say(here, "a", "resume") == "resumed"
+        assert await control(here, "a", "resume") == "resumed"
         done = await here.state("a", lambda s: s.phase == "ready")
-        told = await part(here)
+        told = await published_shard(here)
         assert told is not None and told.layers == done.layers == [[0, 2]]
         assert (await here.cancel("a")).result["cancelled"] is False
-        assert (await here.delete("a")).ok and await part(here) is None
+        assert (await here.delete("a")).ok and await published_shard(here) is None
         await here.nothing_is_left("a")
 
 
-async def test_who_waits_for_some_layers_hears_of_the_end_of_what_is_fetched_once_more_are_wanted(site: Site) -> None:
+async def test_waiters_for_layers_hear_the_end_of_the_extended_fetch(site: Site) -> None:
     async with site.join() as here:
         await at_b(here)
         first = await begin(here, [0, 2])
         await here.durable("a", LEAF_BYTES)
         second = await begin(here, [2, 3])
         within = await begin(here, [1, 2])
-        wish = await wish_of(here)
+        wish = await download_spec(here)
         assert wish is not None and wish.layers == [[0, 3]] and len(wish.commands) == 3
-        assert await say(here, "a", "pause") == "paused"
+        assert await control(here, "a", "pause") == "paused"
         for waiting in (first, second, within):
             error = (await waiting).error
             assert error is not None and error.code == "paused"
@@ -118,12 +118,12 @@ async def test_who_waits_for_some_layers_hears_of_the_end_of_what_is_fetched_onc
         again = await begin(here, [1, 4])
         await limit(here, "a", max_peer_bytes_per_s=None)
         assert (await ready(again)).layers == [[0, 4]]
-        told = await part(here)
+        told = await published_shard(here)
         assert told is not None and told.layers == [[0, 4]]
         assert (await here.delete("a")).ok
 
 
-async def test_a_pull_of_the_whole_takes_the_layers_that_are_under_way_along(site: Site) -> None:
+async def test_a_full_pull_takes_over_the_layers_in_flight(site: Site) -> None:
     async with site.join() as here:
         files = await at_b(here)
         waiting = await begin(here, [0, 2])
@@ -132,8 +132,8 @@ async def test_a_pull_of_the_whole_takes_the_layers_that_are_under_way_along(sit
         await here.state("a", lambda s: not s.layers)
         await limit(here, "a", max_peer_bytes_per_s=None)
         assert (await ready(waiting)) == (await ready(pulling))
-        await here.is_whole("a", files)
-        assert await wish_of(here) is None and await part(here) is None
+        await here.assert_complete("a", files)
+        assert await download_spec(here) is None and await published_shard(here) is None
         assert before.layers == [[0, 2]] and site.hub_bytes() <= sum(len(data) for data in files.values())
         # The whole model is here: no layers are needed any more.
         assert (await ready(await begin(here, [2, 4]))).layers == []

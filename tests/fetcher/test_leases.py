@@ -29,7 +29,7 @@ async def pull_and_lease(here: Pulls, ask: Ask, caller: int, held: ExitStack) ->
     return lease
 
 
-def is_whole(view: Path, files: dict[str, bytes]) -> bool:
+def is_complete(view: Path, files: dict[str, bytes]) -> bool:
     found = {str(p.relative_to(view)): p.read_bytes() for p in view.rglob("*") if p.is_file()}
     return found == files
 
@@ -39,16 +39,16 @@ def check_views(site: Site, files: dict[str, bytes], views: list[Path], locks: l
     assert {path: site.gets(path) for path in files} == dict.fromkeys(files, 1), "one fetch a blob"
     assert site.hub_bytes() == size_bytes
     assert len(set(views)) == len(set(locks)) == CALLERS
-    assert all(is_whole(view, files) for view in views)
+    assert all(is_complete(view, files) for view in views)
     before = {name: path.read_bytes() for name, path in blobs(site["a"]).items()}
     shutil.rmtree(views[0])
     (views[1] / "config.json").unlink()
     (views[1] / "config.json").write_bytes(b"mine")
-    assert all(is_whole(view, files) for view in views[2:])
+    assert all(is_complete(view, files) for view in views[2:])
     assert {name: path.read_bytes() for name, path in blobs(site["a"]).items()} == before
 
 
-async def test_of_32_callers_at_once_the_hub_sees_one_and_each_has_a_whole_view_of_its_own(site: Site) -> None:
+async def test_32_callers_cost_the_hub_one_fetch_and_each_has_a_view(site: Site) -> None:
     files = {
         "model.safetensors": noise(3 * LEAF_BYTES + 17, site.repo),
         "sub/other.safetensors": noise(LEAF_BYTES, site.repo + "2"),
@@ -64,5 +64,5 @@ async def test_of_32_callers_at_once_the_hub_sees_one_and_each_has_a_whole_view_
         for lease in leases:
             await ask("storage", "a", "unlease", Unlease(id=lease.id), Done)
         assert not any(site["a"].layout.leases.iterdir())
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert (await here.delete("a")).ok

@@ -40,7 +40,7 @@ async def limit(here: Pulls, node: str, **settings: int | None) -> None:
     assert outcome.ok and settings.items() <= outcome.result.items(), outcome
 
 
-async def test_a_hub_limit_holds_all_files_of_all_downloads_and_is_lifted_while_they_wait(site: Site) -> None:
+async def test_a_hub_limit_holds_all_downloads_and_is_lifted_at_once(site: Site) -> None:
     """One byte a second: any byte that passes is wrong. No clock is read."""
     half = BIG_BYTES // 2
     size = site.make(files := {f"{n}.safetensors": noise(half, f"{site.repo}{n}") for n in (1, 2)})
@@ -61,7 +61,7 @@ async def test_a_hub_limit_holds_all_files_of_all_downloads_and_is_lifted_while_
         assert site.hub_bytes() < size, "the hub has sent what fits into buffers, and no more"
         await limit(here, "a", max_hub_bytes_per_s=None)
         assert (await pull).ok
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
 
 
 async def test_a_peer_limit_is_of_peers_alone(site: Site) -> None:
@@ -77,33 +77,33 @@ async def test_a_peer_limit_is_of_peers_alone(site: Site) -> None:
         assert state is not None and state.phase == "fetching" and state.done_bytes == 0
         await limit(here, "a", max_peer_bytes_per_s=None)
         assert (await pull).ok
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
 
 
-async def test_limits_follow_what_storage_says_for_peers_old_and_new_and_stay_bounded() -> None:
+async def test_limits_follow_storages_state_and_stay_bounded() -> None:
     limits, state = Limits(), View("state")
     following = asyncio.create_task(limits.follow(state, "a"))
     known = limits.peer("b")
     assert (limits.hub.bytes_per_s, known.bytes_per_s) == (None, None)
 
-    async def say(hub: int | None, peer: int | None) -> None:
+    async def publish(hub: int | None, peer: int | None) -> None:
         settings = StorageState(node="a", max_hub_bytes_per_s=hub, max_peer_bytes_per_s=peer)
         state.apply(storage_key("a"), encode(settings))
-        await eventually(_so(lambda: limits.hub.bytes_per_s == hub), "it is followed")
+        await eventually(_async_condition(lambda: limits.hub.bytes_per_s == hub), "it is followed")
 
-    await say(7, 8)
+    await publish(7, 8)
     assert known is limits.peer("b") and known.bytes_per_s == limits.peer("c").bytes_per_s == 8
     state.apply(storage_key("b"), encode(StorageState(node="b", max_hub_bytes_per_s=99)))
     state.apply(storage_key("a"), None)
     assert limits.hub.bytes_per_s == 7, "another node's settings, and none, change nothing"
-    await say(None, None)
+    await publish(None, None)
     assert known.bytes_per_s is None
     paces = {id(limits.peer(f"node-{n}")) for n in range(3 * MOST_PEERS)}
     assert len(paces) >= MOST_PEERS and len(limits._peers) == MOST_PEERS
     following.cancel()
 
 
-def _so(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
+def _async_condition(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
     async def ask() -> bool:
         return condition()
 

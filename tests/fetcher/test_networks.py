@@ -72,7 +72,7 @@ async def nodes_on(
             check_store(node)
 
 
-async def told(here: Pulls, node: str) -> list[str]:
+async def published_hosts(here: Pulls, node: str) -> list[str]:
     """Return the hosts that a node's fileserver publishes, best first."""
     live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
     assert live is not None
@@ -82,18 +82,18 @@ async def told(here: Pulls, node: str) -> list[str]:
 async def pulled_from_a(here: Pulls) -> None:
     """Pull on b; every byte comes from a."""
     state = await here.pull_ok("b")
-    await here.is_whole("b", FILES)
+    await here.assert_complete("b", FILES)
     assert set(state.sources) == {"a"} and here.site.hub_bytes() == 0
 
 
-async def test_a_peer_that_has_only_ipv6_pulls_from_a_node_that_listens_on_all(
+async def test_a_peer_that_has_only_ipv6_pulls_from_a_node_on_all(
     two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
 ) -> None:
     a, b = two
     wire("lan", a, ("10.77.1.1/24", "fd77:1::1/64"), b, ("fd77:1::2/64",))
     async with nodes_on(two, own_nats, hub, tmp_path, "::") as here:
-        assert await told(here, "a") == ["10.77.1.1", "[fd77:1::1]"]
-        assert await told(here, "b") == ["[fd77:1::2]"]
+        assert await published_hosts(here, "a") == ["10.77.1.1", "[fd77:1::1]"]
+        assert await published_hosts(here, "b") == ["[fd77:1::2]"]
         await pulled_from_a(here)
 
 
@@ -116,7 +116,10 @@ async def test_of_several_networks_the_one_that_both_are_on_is_used(
     b.ip("route", "add", "default", "via", "10.77.2.99")
     b.ip("neighbour", "replace", "10.77.2.99", "lladdr", "02:00:00:00:00:99", "dev", "lan2", "nud", "permanent")
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
-        assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]  # IPv4 alone, for it listens on no other
+        assert await published_hosts(here, "a") == [
+            "10.77.1.1",
+            "10.77.2.1",
+        ]  # IPv4 alone, for it listens on no other
         await pulled_from_a(here)
         assert "sent nothing" not in here.site["b"]["fetcher"].log()
 
@@ -130,11 +133,11 @@ async def test_a_dead_first_address_does_not_stall_a_pull(
     # Like a broken switch: what b sends to a's first address is dropped, without an error.
     b.ip("neighbour", "replace", "10.77.1.1", "lladdr", "02:00:00:00:00:99", "dev", "lan1", "nud", "permanent")
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
-        assert await told(here, "a") == ["10.77.1.1", "10.77.2.1"]
+        assert await published_hosts(here, "a") == ["10.77.1.1", "10.77.2.1"]
         await pulled_from_a(here)
 
 
-async def test_a_cable_that_is_pulled_and_a_network_that_is_joined_are_told_without_a_restart(
+async def test_network_changes_are_published_without_a_restart(
     two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
 ) -> None:
     a, b = two
@@ -142,19 +145,19 @@ async def test_a_cable_that_is_pulled_and_a_network_that_is_joined_are_told_with
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
         pid = here.site["a"]["fileserver"].pid
 
-        async def tells(*hosts: str) -> bool:
-            return await told(here, "a") == list(hosts)
+        async def publishes(*hosts: str) -> bool:
+            return await published_hosts(here, "a") == list(hosts)
 
-        await eventually(lambda: tells("10.77.1.1"), "the one network is told")
+        await eventually(lambda: publishes("10.77.1.1"), "the one network is told")
         wire("lan2", a, ("10.77.2.1/24",), b, ("10.77.2.2/24",))
-        await eventually(lambda: tells("10.77.1.1", "10.77.2.1"), "the second is told", BEATS_S)
+        await eventually(lambda: publishes("10.77.1.1", "10.77.2.1"), "the second is told", BEATS_S)
         b.ip("link", "set", "lan1", "down")  # the other end, as when somebody pulls the cable: a has no carrier
-        await eventually(lambda: tells("10.77.2.1"), "the first is told no more", BEATS_S)
+        await eventually(lambda: publishes("10.77.2.1"), "the first is told no more", BEATS_S)
         assert here.site["a"]["fileserver"].pid == pid
         await pulled_from_a(here)
 
 
-async def test_loopback_is_told_for_its_own_machine_and_another_namespace_is_another_machine(
+async def test_loopback_is_for_its_own_machine_and_network_namespace(
     two: tuple[Machine, Machine], own_nats: NatsServer, hub: RunningHub, tmp_path: Path
 ) -> None:
     a, b = two

@@ -8,7 +8,7 @@ from tests.fetcher.pulling import Site
 from tests.fetcher.repos import noise
 
 
-async def test_offline_nothing_connects_to_the_hub_and_what_a_node_has_is_pulled_by_branch_and_by_commit(
+async def test_offline_nothing_connects_and_held_models_are_pulled(
     site: Site,
 ) -> None:
     site.make(files := {"model.safetensors": noise(2_000_000, site.repo), "config.json": noise(400, site.repo)})
@@ -28,10 +28,10 @@ async def test_offline_nothing_connects_to_the_hub_and_what_a_node_has_is_pulled
             site.hub.reset_stats()
             await site["b"].restart(here.here, "fetcher", HF_HUB_OFFLINE="1", HF_ENDPOINT=url)
             await here.pull_ok("b")
-            await here.is_whole("b", files)
+            await here.assert_complete("b", files)
             assert (await here.delete("b")).ok
             await here.pull_ok("b", f"{site.repo}@{commit}")
-            code, words = await here.pull_wrong("b", f"{site.repo}-nowhere")
+            code, words = await here.pull_fails("b", f"{site.repo}-nowhere")
             assert code == "hub_unavailable" and "HF_HUB_OFFLINE" in words
             assert connections == 0
             requests = site.hub.stats().requests

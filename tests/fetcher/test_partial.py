@@ -113,7 +113,7 @@ def test_any_chunking_gives_the_same_file_and_the_same_bitmap(size_bytes: int, c
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3 * LEAF_BYTES + 5), CUTS, st.data())
-def test_I6_however_it_is_cut_off_it_goes_on_with_the_whole_leaves_that_had_arrived(
+def test_I6_wherever_it_is_cut_off_it_resumes_with_full_leaves(
     size_bytes: int, cuts: list[int], draw: st.DataObject
 ) -> None:
     data = content(size_bytes)
@@ -138,7 +138,7 @@ def test_I6_however_it_is_cut_off_it_goes_on_with_the_whole_leaves_that_had_arri
         asyncio.run(scenario(reserved(Path(root))))
 
 
-async def test_a_source_that_starts_over_does_not_touch_what_is_durable(tmp_path: Path) -> None:
+async def test_a_source_that_starts_over_does_not_touch_durable_bytes(tmp_path: Path) -> None:
     data, directory = content(3 * LEAF_BYTES), reserved(tmp_path)
     async with opened(directory, len(data)) as partial:
         await Source(partial).write(data[:LEAF_BYTES])
@@ -150,7 +150,7 @@ async def test_a_source_that_starts_over_does_not_touch_what_is_durable(tmp_path
     assert partial.durable_bytes == len(data)
 
 
-async def test_more_bytes_than_the_blob_has_are_noticed_and_not_written(tmp_path: Path) -> None:
+async def test_more_bytes_than_the_blob_has_are_not_written(tmp_path: Path) -> None:
     data, directory = content(LEAF_BYTES + 7), reserved(tmp_path)
     async with opened(directory, len(data)) as partial:
         source = await fill(partial, data, [len(data)])
@@ -160,7 +160,7 @@ async def test_more_bytes_than_the_blob_has_are_noticed_and_not_written(tmp_path
     assert (directory / "data").read_bytes() == data
 
 
-async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claims_none(
+async def test_I6_a_crash_between_data_and_bitmap_claims_no_leaf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, directory = content(2 * LEAF_BYTES), reserved(tmp_path)
@@ -183,9 +183,7 @@ async def test_I6_a_crash_between_the_data_and_the_bitmap_loses_leaves_and_claim
     assert claims_only_what_is_there(directory, data).have_bytes == 0
 
 
-async def test_I6_leaves_whose_sync_failed_are_not_claimed_even_by_a_later_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_I6_leaves_whose_sync_failed_are_never_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, directory = content(2 * LEAF_BYTES), reserved(tmp_path)
     real, tried = os.fsync, asyncio.Event()
 
@@ -207,7 +205,7 @@ async def test_I6_leaves_whose_sync_failed_are_not_claimed_even_by_a_later_one(
     assert claims_only_what_is_there(directory, data).missing_runs() == [(0, LEAF_BYTES)]
 
 
-def test_I6_a_bitmap_that_claims_more_than_the_file_holds_is_not_believed(tmp_path: Path) -> None:
+def test_I6_a_bitmap_beyond_the_files_size_is_not_trusted(tmp_path: Path) -> None:
     directory = reserved(tmp_path)
     (directory / "have").write_bytes(b"\x07")
     (directory / "data").write_bytes(content(2 * LEAF_BYTES + 1)[: 2 * LEAF_BYTES])
@@ -216,7 +214,7 @@ def test_I6_a_bitmap_that_claims_more_than_the_file_holds_is_not_believed(tmp_pa
     assert read_bitmap(directory, 2 * LEAF_BYTES + 1).have_bytes == 0
 
 
-async def test_a_reservation_that_is_gone_is_told_from_a_source_that_failed(tmp_path: Path) -> None:
+async def test_a_lost_reservation_is_distinct_from_a_failed_source(tmp_path: Path) -> None:
     with pytest.raises(ReservationLost):
         async with opened(Layout(tmp_path).partial(BLOB), 1):
             pass

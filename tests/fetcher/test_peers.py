@@ -44,15 +44,15 @@ async def blob_of(here: Pulls, path: str) -> str:
     return next(f.sha256 for f in (await here.manifest("a")).files if f.path == path)
 
 
-def wrong(content: bytes) -> bytes:
+def corrupted(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-async def test_I1_a_peer_that_gives_wrong_bytes_is_set_aside_and_the_hub_gives_the_right_ones(site: Site) -> None:
+async def test_I1_a_peer_with_wrong_bytes_is_banned_and_the_hub_used(site: Site) -> None:
     size = site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
 
     async def lie(asked: Asked, writer: asyncio.StreamWriter) -> None:
-        content = wrong(files["model.safetensors"])
+        content = corrupted(files["model.safetensors"])
         writer.write(reply(206, content, content_range=f"bytes 0-{size - 1}/{size}"))
 
     async with site.join() as here, serving(lie) as server:
@@ -62,7 +62,7 @@ async def test_I1_a_peer_that_gives_wrong_bytes_is_set_aside_and_the_hub_gives_t
         site.hub.reset_stats()
         async with claiming(here, server, [blob]):
             state = await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert len(server.asked) == 1 and server.asked[0].path == f"/v1/blobs/{blob}"
         assert state.sources == {LIAR: size, "hub": size} and site.hub_bytes() == size
         assert state.done_bytes == size
@@ -80,15 +80,15 @@ async def test_a_node_of_another_major_version_is_asked_for_nothing(site: Site) 
         assert (await here.delete("a")).ok
         async with claiming(here, server, [blob], version="99.0.0"):
             state = await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert server.asked == [] and state.sources == {"hub": size}
 
 
-async def test_I1_with_an_honest_peer_beside_the_liar_the_hub_is_not_asked(site: Site) -> None:
+async def test_I1_with_an_honest_peer_beside_the_liar_no_hub_is_used(site: Site) -> None:
     size = site.make(files := {"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
 
     async def lie(asked: Asked, writer: asyncio.StreamWriter) -> None:
-        content = wrong(files["model.safetensors"])
+        content = corrupted(files["model.safetensors"])
         writer.write(reply(206, content, content_range=f"bytes 0-{size - 1}/{size}"))
 
     async with site.join() as here, serving(lie) as server:
@@ -96,7 +96,7 @@ async def test_I1_with_an_honest_peer_beside_the_liar_the_hub_is_not_asked(site:
         site.hub.reset_stats()
         async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
             state = await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert state.sources["a"] >= size and site.hub_bytes() == 0
         assert state.sources.get(LIAR, 0) <= 2 * LEAF_BYTES, "two bad leaves, and it is not asked again"
 
@@ -121,7 +121,7 @@ async def test_a_peer_that_cannot_give_what_it_claims_only_costs_time(site: Site
         async with claiming(here, server, [await blob_of(here, "model.safetensors")]):
             # Both nodes are asked in turn; a has it, which ends it.
             await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert site.hub_bytes() == 0
 
 
@@ -142,7 +142,7 @@ async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -
             )
             await here.buckets.state.put(download_key(LIAR, site.repo), claim)
             await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert site.hub_bytes() == size and not server.asked
 
 
@@ -167,7 +167,7 @@ async def test_I9_four_nodes_at_the_same_time_cost_the_hub_one_model(site: Site,
                 states = await asyncio.gather(*(here.pull_ok(n) for n in "abcd"))
                 assert site.hub_bytes() <= 1.02 * size
                 for name, state in zip("abcd", states, strict=True):
-                    await here.is_whole(name, files)
+                    await here.assert_complete(name, files)
                     assert state.done_bytes == state.total_bytes == size
                     check_store(site[name])
                 await here.no_lease_is_left()
@@ -177,7 +177,7 @@ async def test_I9_four_nodes_at_the_same_time_cost_the_hub_one_model(site: Site,
                 for node in more_nodes.values():
                     node["fetcher"].kill()
                 await here.pull_ok("a")
-                await here.is_whole("a", files)
+                await here.assert_complete("a", files)
                 assert site.hub_bytes() == 0
     finally:
         for name in more_nodes:
@@ -197,14 +197,14 @@ async def test_a_large_file_does_not_need_memory_of_its_size(site: Site) -> None
                 await asyncio.wait({pull}, timeout=0.01)
             await pull
         assert site.hub_bytes() == size
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         for node in "ab":
             assert (await here.delete(node)).ok
         print({n: f"{b >> 20} MiB" for n, b in most.items()})
         assert max(most.values()) < 64 << 20, {n: f"{b >> 20} MiB" for n, b in most.items()}
 
 
-async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is_left(site: Site) -> None:
+async def test_I7_a_source_that_never_completes_a_leaf_ends_it(site: Site) -> None:
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     directory = site["a"].home / "impatient"
     directory.mkdir()
@@ -214,7 +214,7 @@ async def test_I7_a_source_that_never_gets_a_leaf_through_ends_it_and_nothing_is
     site.hub.set_faults(Faults(drop_at_byte=DropAtByte(after_bytes=300_000, times=None)))
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", PYTHONPATH=f"{directory}:{usual}")
-        code, message = await here.pull_wrong("a")
+        code, message = await here.pull_fails("a")
         assert code == "unavailable"
         assert "no progress on model.safetensors for 1 s" in message and "broke off" in message
         state = await here.state_now("a")

@@ -26,7 +26,7 @@ def begun(here: Joined, node: str) -> Progress:
     return Progress(here.buckets.state, DownloadState(node=node, model="org/name", phase="queued"))
 
 
-async def said(bucket: Bucket, node: str) -> DownloadState | None:
+async def published_state(bucket: Bucket, node: str) -> DownloadState | None:
     return await bucket.get_as(download_key(node, "org/name"), DownloadState)
 
 
@@ -41,9 +41,7 @@ async def test_what_is_so_already_is_not_written_again(nats: NatsServer, fresh: 
         assert await here.last_sequence("KV_state") == before
 
 
-async def test_many_who_publish_at_once_share_a_write_and_none_returns_before_its_own_word_is_out(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_concurrent_publishers_share_writes_and_wait_for_theirs(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
         before = await here.last_sequence("KV_state")
@@ -51,11 +49,11 @@ async def test_many_who_publish_at_once_share_a_write_and_none_returns_before_it
         async def finish(i: int) -> None:
             progress.whole(f"{i:064x}", f"{i:064x}", 10)
             await progress.publish()
-            state = await said(here.buckets.state, node)
+            state = await published_state(here.buckets.state, node)
             assert state is not None and f"{i:064x}" in state.blobs
 
         await asyncio.gather(*(finish(i) for i in range(40)))
-        state = await said(here.buckets.state, node)
+        state = await published_state(here.buckets.state, node)
         assert state is not None and len(state.blobs) == 40 and state.done_bytes == 400
         assert await here.last_sequence("KV_state") - before <= 3
 
@@ -72,7 +70,7 @@ async def test_I7_bytes_that_never_become_leaves_are_no_progress(nats: NatsServe
         assert 0 <= progress.still_s < 1, "waiting for our own turn is excused, and no more than that"
 
 
-async def test_idle_is_silent_and_a_stalled_download_has_no_speed(
+async def test_idle_progress_is_silent_and_a_stalled_one_has_no_rate(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress_module, "PUBLISH_S", 0.05)
@@ -83,7 +81,7 @@ async def test_idle_is_silent_and_a_stalled_download_has_no_speed(
         progress.received("hub", 1 << 20)
 
         async def speed(wanted: Callable[[float], bool]) -> bool:
-            state = await said(here.buckets.state, node)
+            state = await published_state(here.buckets.state, node)
             return state is not None and wanted(state.speed_bytes_per_s)
 
         await eventually(lambda: speed(lambda s: s > 0), "a speed is said")
@@ -99,9 +97,7 @@ async def _beyond(here: Joined, sequence: int) -> bool:
     return await here.last_sequence("KV_state") > sequence
 
 
-async def test_a_fast_source_of_many_files_costs_one_write_a_second_and_one_for_each_phase(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
         writes: list[DownloadState] = []
@@ -117,7 +113,7 @@ async def test_a_fast_source_of_many_files_costs_one_write_a_second_and_one_for_
         for phase in phases:
             await progress.say(phase=phase, total_bytes=1 << 40)
 
-        async def tell(number: int) -> None:
+        async def publish_file(number: int) -> None:
             told.append(number)
 
         while len(writes) < 5 or not told:
@@ -127,7 +123,7 @@ async def test_a_fast_source_of_many_files_costs_one_write_a_second_and_one_for_
             progress.whole(f"{files_count:064x}", f"{files_count:064x}", 1 << 20)
             await progress.say(waiting_for=("origin b", "")[files_count % 2])
             then = AsyncExitStack()
-            then.push_async_callback(tell, files_count)
+            then.push_async_callback(publish_file, files_count)
             progress.when_told(then)
             await asyncio.sleep(0.002)
         await progress.say(phase="verifying")
@@ -144,7 +140,7 @@ async def test_a_fast_source_of_many_files_costs_one_write_a_second_and_one_for_
         assert writes[-1].verified_bytes == files_count << 20 and writes[-1].eta_s is None
 
 
-async def test_what_waits_for_a_word_is_let_go_when_no_more_words_come(nats: NatsServer, fresh: Fresh) -> None:
+async def test_after_publish_callbacks_run_when_the_progress_closes(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress, closed = begun(here, fresh("node")), asyncio.Event()
         then = AsyncExitStack()
@@ -155,14 +151,12 @@ async def test_what_waits_for_a_word_is_let_go_when_no_more_words_come(nats: Nat
         assert closed.is_set()
 
 
-async def test_silent_sources_are_counted_by_name_and_no_more_names_than_a_few(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_stalled_sources_are_counted_by_name_up_to_a_few_names(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
         for number in range(100):
             progress.left("hub")
             progress.left(f"node-{number}")
         await progress.publish()
-        state = await said(here.buckets.state, node)
+        state = await published_state(here.buckets.state, node)
         assert state is not None and state.switched["hub"] == 100 and len(state.switched) == 16

@@ -21,7 +21,7 @@ def test_without_measurements_the_order_of_kinds_stays() -> None:
     assert Rates().order("b", (), 0.0) == []
 
 
-def test_a_clearly_faster_address_goes_first_and_a_little_faster_one_does_not() -> None:
+def test_only_a_clearly_faster_address_goes_first() -> None:
     rates = Rates()
     measured(rates, TB, 100)
     measured(rates, WIFI, 190)
@@ -31,7 +31,7 @@ def test_a_clearly_faster_address_goes_first_and_a_little_faster_one_does_not() 
     assert rates.order("c", ADDRESSES, 1.0) == [TB, ETH, WIFI]  # of another node nothing is known
 
 
-def test_a_measurement_is_believed_for_a_while() -> None:
+def test_a_measurement_expires() -> None:
     rates = Rates()
     measured(rates, TB, 100)
     measured(rates, ETH, 900)
@@ -47,7 +47,7 @@ def test_one_odd_measurement_does_not_make_an_average() -> None:
     assert 70 * MIB < rates.bytes_per_s("b", TB, 0.0) < 100 * MIB
 
 
-def test_an_address_that_failed_is_last_for_a_while_and_first_again_once_it_has_worked() -> None:
+def test_a_failed_address_is_last_for_a_while_or_until_it_works() -> None:
     rates = Rates()
     rates.failed("b", TB, 0.0)
     assert rates.order("b", ADDRESSES, 1.0) == [ETH, WIFI, TB]
@@ -56,7 +56,7 @@ def test_an_address_that_failed_is_last_for_a_while_and_first_again_once_it_has_
     assert rates.order("b", ADDRESSES, 3.0) == [TB, ETH, WIFI]
 
 
-def test_a_few_bytes_tell_that_it_works_but_no_rate() -> None:
+def test_a_few_bytes_show_an_address_works_but_give_no_rate() -> None:
     rates = Rates()
     rates.failed("b", TB, 0.0)
     rates.measured("b", TB, MIN_BYTES - 1, 100.0, 1.0)
@@ -64,7 +64,7 @@ def test_a_few_bytes_tell_that_it_works_but_no_rate() -> None:
     assert rates.order("b", ADDRESSES, 1.0)[0] == TB
 
 
-def test_small_requests_try_what_nobody_has_measured_and_large_ones_do_not() -> None:
+def test_only_small_requests_try_unmeasured_addresses() -> None:
     rates = Rates()
     measured(rates, TB, 100)
     assert rates.order("b", ADDRESSES, 1.0, TRIAL_BYTES) == [ETH, TB, WIFI]

@@ -22,7 +22,7 @@ DATA = random.Random(1).randbytes(5 * LEAF_BYTES + 123)
 SIZE = len(DATA)
 
 
-def part(first: int, end: int, data: bytes = DATA) -> bytes:
+def range_reply(first: int, end: int, data: bytes = DATA) -> bytes:
     """Return a valid answer with leaves [first, end)."""
     start, stop = first * LEAF_BYTES, min(end * LEAF_BYTES, len(data))
     return reply(206, data[start:stop], content_range=f"bytes {start}-{stop - 1}/{len(data)}")
@@ -41,9 +41,9 @@ class Caught:
         self.leaves[leaf] = bytes(data)
         self._held.append(done)
         if not self._keep:
-            self.give_back()
+            self.release()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         held, self._held = self._held, []
         for done in held:
             done()
@@ -60,18 +60,18 @@ def peers_of(client: PeerClient, *servers: Server) -> Peers:
 
 
 @pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 6), (2, 4), (5, 6)])
-async def test_a_run_lands_leaf_by_leaf(first: int, end: int) -> None:
+async def test_a_range_arrives_leaf_by_leaf(first: int, end: int) -> None:
     caught = Caught()
-    async with serving(part(first, end)) as server, PeerClient() as client:
+    async with serving(range_reply(first, end)) as server, PeerClient() as client:
         await peers_of(client, server).leaves("b", BLOB, SIZE, first, end, caught.took)
         assert caught.is_right(first, end) and client.buffers.out_count == 0
     assert server.asked[0].path == f"/v1/blobs/{BLOB}"
     assert server.asked[0].headers["range"] == f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, SIZE) - 1}"
 
 
-async def test_any_tells_which_run_was_chosen_before_its_bytes_have_come() -> None:
+async def test_any_reports_the_chosen_range_before_its_bytes_arrive() -> None:
     caught, gate = Caught(), asyncio.Event()
-    whole = part(2, 4)
+    whole = range_reply(2, 4)
     head = whole.index(b"\r\n\r\n") + 4
 
     async def slowly(_: Asked, writer: asyncio.StreamWriter) -> None:
@@ -91,9 +91,9 @@ async def test_any_tells_which_run_was_chosen_before_its_bytes_have_come() -> No
     assert server.asked[0].path == f"/v1/blobs/{BLOB}/any?max_leaves=2"
 
 
-async def test_a_source_without_anything_wanted_says_so_and_the_connection_stays() -> None:
+async def test_a_source_without_wanted_leaves_keeps_the_connection() -> None:
     caught = Caught()
-    answers = iter([b"HTTP/1.1 204 No Content\r\n\r\n", part(0, 1)])
+    answers = iter([b"HTTP/1.1 204 No Content\r\n\r\n", range_reply(0, 1)])
 
     async def both(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(next(answers))
@@ -116,16 +116,16 @@ def _counting(answer: Answer, ports: list[int]) -> Answer:
     return counted
 
 
-async def test_an_answer_of_one_node_does_not_stumble_over_the_connection_that_another_is_asked_on() -> None:
+async def test_a_reply_is_not_disturbed_by_another_nodes_connection() -> None:
     asked, go = asyncio.Event(), asyncio.Event()
 
     async def first_at_once(request: Asked, writer: asyncio.StreamWriter) -> None:
         if request.path == "/later":
             asked.set()
             await go.wait()
-        writer.write(part(0, 1))
+        writer.write(range_reply(0, 1))
 
-    async with serving(first_at_once) as one, serving(part(0, 1)) as two, PeerClient() as client:
+    async with serving(first_at_once) as one, serving(range_reply(0, 1)) as two, PeerClient() as client:
         await peers_of(client, one).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         landing = Leaves(SIZE, lambda first, end: True, Caught().took, client.buffers)
         later = asyncio.create_task(client.ask("b", one.address, "GET", "/later", {}, landing))
@@ -135,11 +135,11 @@ async def test_an_answer_of_one_node_does_not_stumble_over_the_connection_that_a
         assert (await later).status == 206
 
 
-async def test_a_connection_that_was_closed_since_it_was_used_is_made_anew() -> None:
+async def test_a_connection_closed_since_its_last_use_is_reopened() -> None:
     caught, ports = Caught(), list[int]()
 
     async def once(_: Asked, writer: asyncio.StreamWriter) -> None:
-        writer.write(part(0, 1))
+        writer.write(range_reply(0, 1))
         await writer.drain()
         writer.close()
 
@@ -153,8 +153,8 @@ async def test_a_connection_that_was_closed_since_it_was_used_is_made_anew() -> 
 
 START = 1 * LEAF_BYTES
 WRONG = {
-    "another range": part(2, 3),
-    "more than was asked for": part(1, 3),
+    "another range": range_reply(2, 3),
+    "more than was asked for": range_reply(1, 3),
     "less": reply(206, DATA[START : 2 * START - 5], content_range=f"bytes {START}-{2 * START - 6}/{SIZE}"),
     "another size": reply(206, DATA[START : 2 * START], content_range=f"bytes {START}-{2 * START - 1}/{SIZE + 1}"),
     "no range": reply(206, DATA[START : 2 * START]),
@@ -168,7 +168,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-async def test_an_answer_that_does_not_belong_to_the_question_is_refused_and_no_leaf_of_it_taken(what: str) -> None:
+async def test_a_reply_to_another_request_is_refused_entirely(what: str) -> None:
     caught = Caught()
     async with serving(WRONG[what]) as server, PeerClient() as client:
         with pytest.raises(Corrupt, match="node b"):
@@ -176,9 +176,13 @@ async def test_an_answer_that_does_not_belong_to_the_question_is_refused_and_no_
         assert not caught.leaves and client.buffers.out_count == 0
 
 
-async def test_a_run_that_was_not_offered_or_is_too_long_is_no_answer_to_any() -> None:
+async def test_a_range_not_offered_or_too_long_is_no_reply_to_any() -> None:
     caught = Caught()
-    for wanted, most, answer in ((0b001110, 1, part(1, 3)), (0b001000, 4, part(2, 3)), (0b000111, 4, part(2, 4))):
+    for wanted, most, answer in (
+        (0b001110, 1, range_reply(1, 3)),
+        (0b001000, 4, range_reply(2, 3)),
+        (0b000111, 4, range_reply(2, 4)),
+    ):
         async with serving(answer) as server, PeerClient() as client:
             with pytest.raises(Corrupt, match="another range"):
                 await peers_of(client, server).any("b", BLOB, SIZE, wanted, most, caught.took, caught.chose)
@@ -186,7 +190,7 @@ async def test_a_run_that_was_not_offered_or_is_too_long_is_no_answer_to_any() -
 
 
 async def test_what_came_before_a_node_broke_off_is_kept() -> None:
-    caught, whole = Caught(), part(0, 3)
+    caught, whole = Caught(), range_reply(0, 3)
 
     async def half(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(whole[: len(whole) - 10])
@@ -214,22 +218,22 @@ async def test_each_status_has_its_error_and_names_the_node(status: int, kind: t
 
 
 @pytest.mark.parametrize(("said", "wait_s"), [("3", 3), ("9" * 30, 1), ("soon", 1), ("900", 8)])
-async def test_a_crowded_node_says_when_to_come_back(said: str, wait_s: float) -> None:
+async def test_a_busy_node_names_when_to_retry(said: str, wait_s: float) -> None:
     async with serving(reply(503, retry_after=said)) as server, PeerClient() as client:
         with pytest.raises(Crowded) as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert caught.value.retry_after_s == wait_s
 
 
-async def test_I7_a_node_that_falls_silent_is_given_up_in_its_head_and_in_its_body() -> None:
-    for said in (b"", b"HTTP/1.1 206 X\r\n", part(0, 1)[:5000]):
-        async with serving(_says(said)) as server, PeerClient(silence_s=0.05) as client:
+async def test_I7_a_stalled_node_times_out_in_its_head_and_in_its_body() -> None:
+    for said in (b"", b"HTTP/1.1 206 X\r\n", range_reply(0, 1)[:5000]):
+        async with serving(_answer_with(said)) as server, PeerClient(silence_s=0.05) as client:
             with pytest.raises(Unavailable, match="sent nothing"):
                 await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
             assert client.buffers.out_count == 0
 
 
-def _says(data: bytes) -> Answer:
+def _answer_with(data: bytes) -> Answer:
     async def some(_: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(data)
         await asyncio.Event().wait()
@@ -237,21 +241,21 @@ def _says(data: bytes) -> Answer:
     return some
 
 
-async def test_nobody_listening_is_the_node_away_and_the_next_address_is_tried() -> None:
+async def test_a_refused_connection_is_a_down_node_and_another_is_used() -> None:
     caught = Caught()
     async with serving(b"") as gone:
         pass
-    async with serving(part(0, 1)) as server, PeerClient() as client:
+    async with serving(range_reply(0, 1)) as server, PeerClient() as client:
         with pytest.raises(Unavailable, match="is unreachable"):
             await peers_of(client, gone).leaves("b", BLOB, SIZE, 0, 1, caught.took)
         await peers_of(client, gone, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
     assert caught.is_right(0, 1)
 
 
-async def test_I12_no_proxy_sees_what_goes_between_nodes_and_a_token_is_of_one_blob_of_one_node(
+async def test_I12_no_proxy_is_used_and_a_token_is_for_one_blob(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with serving(reply(502)) as proxy, serving(part(0, 1)) as server, PeerClient() as client:
+    async with serving(reply(502)) as proxy, serving(range_reply(0, 1)) as server, PeerClient() as client:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         peers = Peers(client, "secret", lambda: {"b": [server.address]})
@@ -278,7 +282,7 @@ async def test_a_list_is_read_in_pages_and_each_is_what_was_asked_for() -> None:
                 await peers_of(client, server).leaf_list("b", BLOB, 32, 32)
 
 
-async def test_leaves_in_memory_are_bounded_by_runs_and_not_by_their_length() -> None:
+async def test_leaves_in_memory_are_bounded_by_requests_not_by_length() -> None:
     """Nothing is written: received leaves stay in memory, and no more is read than there are buffers for."""
     size_bytes, runs = 64 * LEAF_BYTES, 12
     data = bytes(LEAF_BYTES)
@@ -305,7 +309,7 @@ async def test_leaves_in_memory_are_bounded_by_runs_and_not_by_their_length() ->
         await eventually(full, "no more leaves are read than there is room for")
         while not all(task.done() for task in asking):
             for one in caught:
-                one.give_back()
+                one.release()
             await asyncio.sleep(0)
         assert client.buffers.most <= BUFFERS_AHEAD + runs and client.buffers.out_count == 0
         await asyncio.gather(*asking)
@@ -331,7 +335,7 @@ def test_an_address_of_a_peer_is_a_host_and_a_port(address: str, parsed: tuple[s
         *["a..b:1", "x" * 300 + ":1", "host:²", "host:80\n", "-a:1"],
     ],
 )
-async def test_I10_an_address_that_no_node_can_have_is_refused_before_it_is_used(address: str) -> None:
+async def test_I10_an_impossible_address_is_refused_before_use(address: str) -> None:
     with pytest.raises(BadName):
         parse_address(address)
     async with PeerClient() as client:

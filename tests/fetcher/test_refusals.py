@@ -16,10 +16,10 @@ from tests.fetcher.repos import noise
 from tests.harness.waiting import eventually
 
 
-async def ends_so(site: Site, code: str, *words: str, phase: str = "failed", model: str = "") -> None:
+async def assert_pull_fails(site: Site, code: str, *words: str, phase: str = "failed", model: str = "") -> None:
     """A pull on a fails with this code and these words, and leaves nothing behind."""
     async with site.join() as here:
-        found, message = await here.pull_wrong("a", model)
+        found, message = await here.pull_fails("a", model)
         assert found == code and all(w in message for w in words), message
         state = await here.state_now("a", model)
         assert state is not None and state.phase == phase
@@ -28,18 +28,18 @@ async def ends_so(site: Site, code: str, *words: str, phase: str = "failed", mod
 
 
 async def test_a_model_that_does_not_exist(site: Site) -> None:
-    await ends_so(site, "not_found", site.repo, "check the name")
+    await assert_pull_fails(site, "not_found", site.repo, "check the name")
 
 
 async def test_a_revision_that_does_not_exist(site: Site) -> None:
     site.make({"config.json": b"{}"})
-    await ends_so(site, "not_found", "no revision 'v9'", model=f"{site.repo}@v9")
+    await assert_pull_fails(site, "not_found", "no revision 'v9'", model=f"{site.repo}@v9")
 
 
 async def test_a_hub_that_cannot_be_reached(site: Site) -> None:
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", HF_ENDPOINT="http://127.0.0.1:1")
-    await ends_so(site, "hub_unavailable", "hub 127.0.0.1:1", "is unreachable")
+    await assert_pull_fails(site, "hub_unavailable", "hub 127.0.0.1:1", "is unreachable")
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher")
 
@@ -48,23 +48,23 @@ async def test_a_hub_that_must_not_be_asked(site: Site) -> None:
     site.make({"config.json": b"{}"})
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", HF_HUB_OFFLINE="1")
-    await ends_so(site, "hub_unavailable", "HF_HUB_OFFLINE")
+    await assert_pull_fails(site, "hub_unavailable", "HF_HUB_OFFLINE")
     assert site.hub.stats().requests.api == 0
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher")
 
 
-async def test_I3_a_model_beyond_the_quota_is_rejected_with_the_figures(site: Site) -> None:
+async def test_I3_a_model_beyond_the_quota_is_rejected_with_figures(site: Site) -> None:
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "storage", SHOAL_MAX_STORAGE_BYTES="1000")
-    await ends_so(site, "quota_exceeded", "needs 2.1 MB", "quota of 1 kB", phase="rejected")
+    await assert_pull_fails(site, "quota_exceeded", "needs 2.1 MB", "quota of 1 kB", phase="rejected")
     assert site.hub_bytes() == 0
     async with site.join() as here:
         await site["a"].restart(here.here, "storage")
 
 
-async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Site) -> None:
+async def test_a_disk_that_fills_up_is_reported_full_and_is_no_crash(site: Site) -> None:
     """A limit in the process replaces the disk: the same error, from the same call."""
     size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
@@ -75,7 +75,7 @@ async def test_a_disk_that_fills_up_is_said_to_be_full_and_not_a_crash(site: Sit
         assert state.waiting_for.startswith("disk full: No space left on device")
         await site["a"].restart(here.here, "fetcher")
         state = await here.state("a", lambda s: s.phase == "ready")
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert (state.error, state.blocked_since_s) == (None, 0.0)
         # What the process received; the hub's own count includes what filled the sockets of ended attempts.
         assert state.resumed_bytes == 3 * LEAF_BYTES and size - 3 * LEAF_BYTES <= state.sources["hub"] < 2 * size
@@ -99,7 +99,7 @@ def _limited(site: Site, file_bytes: int) -> dict[str, str]:
     return {"PYTHONPATH": f"{directory}:{usual}", "TEST_FILE_BYTES": str(file_bytes)}
 
 
-async def test_a_hub_that_is_down_does_not_cost_what_an_earlier_try_has_brought(site: Site) -> None:
+async def test_a_down_hub_does_not_cost_what_an_earlier_try_brought(site: Site) -> None:
     size = site.make(files := {"model.safetensors": noise(6 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "fetcher", **_limited(site, 4 * LEAF_BYTES))
@@ -113,11 +113,11 @@ async def test_a_hub_that_is_down_does_not_cost_what_an_earlier_try_has_brought(
         site.hub.set_faults(Faults())
         site.hub.reset_stats()
         state = await here.pull_ok("a")
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert state.resumed_bytes == 4 * LEAF_BYTES and site.hub_bytes() == size - 4 * LEAF_BYTES
 
 
-async def test_I5_cancel_in_the_middle_leaves_nothing_and_is_nothing_the_second_time(site: Site) -> None:
+async def test_I5_cancel_in_the_middle_leaves_no_files_and_repeats(site: Site) -> None:
     site.make(
         files := {"model.safetensors": noise(8 * LEAF_BYTES, site.repo), "config.json": site.repo.encode()},
     )
@@ -134,13 +134,13 @@ async def test_I5_cancel_in_the_middle_leaves_nothing_and_is_nothing_the_second_
         assert (await here.cancel("a")).result["cancelled"] is False
         site.hub.set_faults(Faults())
         await here.pull_ok("a")
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert (await here.cancel("a")).result["cancelled"] is False
         assert await here.state_now("a") is not None
 
 
 @pytest.mark.parametrize("by_commit", [False, True])
-async def test_I5_delete_in_the_middle_stops_the_download_and_leaves_nothing(site: Site, by_commit: bool) -> None:
+async def test_I5_delete_in_the_middle_stops_the_download(site: Site, by_commit: bool) -> None:
     site.make({"model.safetensors": noise(8 * LEAF_BYTES, site.repo), "config.json": site.repo.encode()})
     site.hub.set_faults(Faults(bytes_per_s=4 * LEAF_BYTES))
     async with site.join() as here:
@@ -154,7 +154,7 @@ async def test_I5_delete_in_the_middle_stops_the_download_and_leaves_nothing(sit
         assert await here.state_now("a") is None
 
 
-async def test_one_of_two_downloads_of_the_same_commit_can_be_cancelled_without_harm_to_the_other(
+async def test_cancelling_one_of_two_downloads_does_not_harm_the_other(
     site: Site,
 ) -> None:
     size = site.make(files := {"model.safetensors": noise(8 * LEAF_BYTES, site.repo)})
@@ -168,11 +168,11 @@ async def test_one_of_two_downloads_of_the_same_commit_can_be_cancelled_without_
         await here.cancel("a", f"{site.repo}@{commit}")
         site.hub.set_faults(Faults())
         assert not (await by_commit).ok and (await by_branch).ok
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert site.hub_bytes() == size
 
 
-async def test_I6_a_withdrawal_that_a_crash_interrupted_is_finished_by_the_next_start(site: Site) -> None:
+async def test_I6_an_interrupted_cancel_ends_at_the_next_start(site: Site) -> None:
     site.make({"model.safetensors": noise(8 * LEAF_BYTES, site.repo)})
     site.hub.set_faults(Faults(bytes_per_s=4 * LEAF_BYTES))
     async with site.join() as here:
@@ -181,10 +181,10 @@ async def test_I6_a_withdrawal_that_a_crash_interrupted_is_finished_by_the_next_
         site["a"]["storage"].kill()
         cancelled = asyncio.create_task(here.cancel("a"))
 
-        async def wish_is_gone() -> bool:
+        async def request_is_gone() -> bool:
             return await here.buckets.spec.get(download_key("a", site.repo)) is None
 
-        await eventually(wish_is_gone, "the wish is withdrawn")
+        await eventually(request_is_gone, "the wish is withdrawn")
         site["a"]["fetcher"].kill()
         site["a"].start("storage", "fetcher")
         await site["a"].ready(here.here)
@@ -198,7 +198,7 @@ async def test_I6_a_withdrawal_that_a_crash_interrupted_is_finished_by_the_next_
             task.cancel()
 
 
-async def test_withdrawing_what_was_never_wished_for_is_answered(site: Site) -> None:
+async def test_cancelling_what_was_never_requested_is_answered(site: Site) -> None:
     async with site.join() as here:
         question = Withdraw(repo=site.repo)
         assert await Ask(here.here.nats)("fetcher", "a", "withdraw", question, Done) == Done()

@@ -64,7 +64,7 @@ async def served(here: Pulls, node: str, blob: str) -> int:
         return (await client.get(f"http://{live.facts.addresses[0]}/v1/blobs/{blob}")).status_code
 
 
-async def test_I1_two_bad_leaves_are_neither_served_nor_announced_and_cost_the_hub_two_leaves(site: Site) -> None:
+async def test_I1_two_corrupt_leaves_are_not_served_and_cost_only_two(site: Site) -> None:
     site.make(files := files_of(site.repo))
     async with site.join() as here:
         await here.pull_ok("a")
@@ -73,7 +73,7 @@ async def test_I1_two_bad_leaves_are_neither_served_nor_announced_and_cost_the_h
         assert await here.buckets.state.get_as(model_key("a", manifest.model), ModelState) is None
         site.hub.reset_stats()
         state = await here.pull_ok("a", manifest.model)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert asked_bytes(site) == 2 * LEAF_BYTES
         assert site.hub_bytes() == 2 * LEAF_BYTES == sum(state.sources.values())
         assert site.hub.stats().requests.api == 0, "the manifest was here"
@@ -83,7 +83,7 @@ async def test_I1_two_bad_leaves_are_neither_served_nor_announced_and_cost_the_h
         assert leaves.proves(site["a"].layout, weights(manifest))
 
 
-async def test_the_short_last_leaf_comes_from_a_peer_while_the_hub_is_away(site: Site) -> None:
+async def test_the_short_last_leaf_comes_from_a_peer_without_the_hub(site: Site) -> None:
     site.make(files := files_of(site.repo))
     async with site.join() as here:
         await here.pull_ok("a")
@@ -91,11 +91,11 @@ async def test_the_short_last_leaf_comes_from_a_peer_while_the_hub_is_away(site:
         manifest = await rot(here, "b", len(files["model.safetensors"]) - 1)
         site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
         state = await here.pull_ok("b", manifest.model)
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         assert state.sources == {"a": 99}
 
 
-async def test_a_model_that_nobody_else_lists_is_repaired_by_a_peer_that_has_the_blob_for_another(site: Site) -> None:
+async def test_a_model_nobody_else_has_is_repaired_from_a_shared_blob(site: Site) -> None:
     site.make(files := files_of(site.repo))
     other = f"{site.repo}-other"
     site.make({"same.safetensors": files["model.safetensors"]}, other)
@@ -105,11 +105,11 @@ async def test_a_model_that_nobody_else_lists_is_repaired_by_a_peer_that_has_the
         manifest = await rot(here, "a", *TWO_BAD)
         site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
         state = await here.pull_ok("a", manifest.model)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert state.sources == {"b": 2 * LEAF_BYTES}
 
 
-async def test_leaves_that_lie_cost_one_whole_blob_and_never_a_wrong_byte(site: Site) -> None:
+async def test_false_leaf_hashes_cost_one_blob_and_no_wrong_byte(site: Site) -> None:
     site.make(files := files_of(site.repo))
     async with site.join() as here:
         await here.pull_ok("a")
@@ -124,11 +124,11 @@ async def test_leaves_that_lie_cost_one_whole_blob_and_never_a_wrong_byte(site: 
         assert (await here.ask("a", "verify", b"{}", service="storage")).result["bad_leaves"] == 1
         site.hub.reset_stats()
         state = await here.pull_ok("a", manifest.model)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert sum(state.sources.values()) == LEAF_BYTES + len(data)
 
 
-async def test_I6_a_repair_that_is_killed_goes_on_with_the_leaves_it_has(site: Site) -> None:
+async def test_I6_a_repair_that_is_killed_resumes_with_its_leaves(site: Site) -> None:
     site.make(files := files_of(site.repo))
     async with site.join() as here:
         await here.pull_ok("a")
@@ -142,6 +142,6 @@ async def test_I6_a_repair_that_is_killed_goes_on_with_the_leaves_it_has(site: S
         site.hub.reset_faults()
         site.hub.reset_stats()
         await here.state("a", lambda s: s.phase == "ready", manifest.model, deadline_s=45.0)
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
         assert asked_bytes(site) == 2 * LEAF_BYTES
         pulling.cancel()

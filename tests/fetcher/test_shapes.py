@@ -88,7 +88,7 @@ async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) 
         ({"model-00001-of-00002.safetensors": None}, Unsupported, "layers"),
     ],
 )
-async def test_a_model_without_a_shape_says_what_is_wrong_with_it(
+async def test_a_model_without_a_shape_reports_what_is_wrong_with_it(
     site: Site, change: dict[str, bytes | None], error: type[ShoalError], words: str
 ) -> None:
     files = {**model(site.repo), **change}

@@ -52,7 +52,7 @@ RUNS = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, LAYERS)).map(lambda 
 
 
 @given(files(), st.lists(RUNS, min_size=1, max_size=3))
-def test_needed_leaves_have_every_byte_of_every_needed_tensor_and_each_has_one_or_the_header(
+def test_needed_leaves_cover_every_byte_of_the_needed_tensors(
     made: tuple[bytes, int], layers: list[list[int]]
 ) -> None:
     head, size_bytes = made
@@ -85,7 +85,7 @@ def test_a_stage_of_all_layers_needs_all_leaves(made: tuple[bytes, int]) -> None
     assert stage_leaves(CONFIG, {BLOB: head}, [file], [[0, LAYERS]])[BLOB] == leafset.whole(size_bytes)
 
 
-def test_at_first_small_files_are_needed_whole_of_weights_the_first_leaf_and_of_other_large_files_nothing() -> None:
+def test_at_first_small_files_and_weight_headers_are_needed() -> None:
     sizes = {
         "config.json": 900,
         "tokenizer.json": SMALL_BYTES,
@@ -103,7 +103,7 @@ def test_at_first_small_files_are_needed_whole_of_weights_the_first_leaf_and_of_
 
 
 @pytest.mark.parametrize("size_bytes", [10, LEAF_BYTES])
-def test_I1_a_header_or_a_tensor_past_the_end_of_its_file_is_corrupt(size_bytes: int) -> None:
+def test_I1_a_header_or_tensor_past_its_files_end_is_corrupt(size_bytes: int) -> None:
     file = ManifestFile(path="model.safetensors", size_bytes=size_bytes, sha256=BLOB)
     with pytest.raises(Corrupt):
         header_leaves(size_bytes + 1, file)

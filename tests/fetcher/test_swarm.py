@@ -77,7 +77,7 @@ def asked_leaves(ranges: list[str], size_bytes: int) -> int:
     return leaves
 
 
-async def test_I9_four_nodes_that_begin_at_once_cost_the_hub_each_byte_once(four: Site) -> None:
+async def test_I9_four_simultaneous_nodes_cost_the_hub_each_byte_once(four: Site) -> None:
     size = four.make(files := {FILE: noise(40 * LEAF_BYTES + 7, four.repo), "2.safetensors": noise(9 << 20, "2")})
     four.hub.set_faults(SLOW)
     async with four.join() as here:
@@ -92,11 +92,11 @@ async def test_I9_four_nodes_that_begin_at_once_cost_the_hub_each_byte_once(four
             assert (await pull).ok
         assert four.hub_bytes() == size
         for node in "abcd":
-            await here.is_whole(node, files)
+            await here.assert_complete(node, files)
         await here.no_lease_is_left()
 
 
-async def test_I9_an_origin_that_is_killed_is_succeeded_and_nothing_that_a_node_holds_is_asked_of_the_hub_again(
+async def test_I9_a_killed_origin_is_replaced_and_held_bytes_reused(
     four: Site,
 ) -> None:
     size = four.make(files := {FILE: noise(96 * LEAF_BYTES, four.repo)})
@@ -126,7 +126,7 @@ async def test_I9_an_origin_that_is_killed_is_succeeded_and_nothing_that_a_node_
         await here.state(lease.node, lambda s: s.phase == "ready", deadline_s=45.0)
         assert four.hub_bytes() == sent <= size + AHEAD_BYTES
         for node in "abcd":
-            await here.is_whole(node, files)
+            await here.assert_complete(node, files)
         pulls[lease.node].cancel()
 
 
@@ -172,9 +172,7 @@ def giving(content: bytes, edit: Callable[[bytes], bytes]) -> Answer:
 
 
 @pytest.mark.parametrize("edit", [flipped, zeros, same_crc32])
-async def test_I1_a_peer_that_edits_leaves_is_found_out_before_they_are_passed_on_and_asked_no_more_after_two(
-    site: Site, edit: Callable[[bytes], bytes]
-) -> None:
+async def test_I1_a_peer_that_edits_leaves_is_caught_and_banned(site: Site, edit: Callable[[bytes], bytes]) -> None:
     size = site.make(files := {FILE: noise(24 * LEAF_BYTES, site.repo)})
     async with site.join() as here, serving(giving(files[FILE], edit)) as server:
         await here.pull_ok("a")
@@ -183,7 +181,7 @@ async def test_I1_a_peer_that_edits_leaves_is_found_out_before_they_are_passed_o
         before = site["b"]["fetcher"].log()
         async with claiming(here, server, [blob]):
             state = await here.pull_ok("b")
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         said = site["b"]["fetcher"].log()[len(before) :]
         corrupt_count = said.count('msg="corrupt bytes from a node"')
         assert 1 <= corrupt_count <= 2, "it was asked for something, and not after two wrong leaves"
@@ -208,12 +206,12 @@ async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -
         hashes=b"".join(leaf_hash(content[n * LEAF_BYTES : (n + 1) * LEAF_BYTES]) for n in range(count)),
     )
 
-    async def tell() -> None:
+    async def publish_have() -> None:
         while True:
             await here.here.client.publish(subjects.have(LIAR, blob), encode(have))
             await asyncio.sleep(0.1)
 
-    telling = asyncio.create_task(tell())
+    telling = asyncio.create_task(publish_have())
     try:
         yield
     finally:
@@ -222,7 +220,7 @@ async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -
         await here.buckets.lease.delete(origin_key(blob))
 
 
-async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fetched_anew_once(site: Site) -> None:
+async def test_I1_a_false_origin_is_caught_at_the_seal_and_banned(site: Site) -> None:
     """All that it sends matches its hashes, and together it is another blob."""
     size = site.make(files := {FILE: noise(12 * LEAF_BYTES, site.repo)})
     lies = flipped(files[FILE])
@@ -238,7 +236,7 @@ async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fe
             await here.buckets.lease.delete(origin_key(blob))
             outcome = await pull
             assert outcome.ok, outcome.error
-        await here.is_whole("b", files)
+        await here.assert_complete("b", files)
         state = await here.state_now("b")
         assert state is not None and state.sources["hub"] == size <= state.sources[LIAR]
         assert site.hub_bytes() == size and "fetching it again" in site["b"]["fetcher"].log()
@@ -246,7 +244,7 @@ async def test_I1_a_false_origin_is_found_out_at_the_seal_banned_and_the_blob_fe
 
 @pytest.mark.deadline_s(60.0 + 30.0 * KILL_ROUNDS)
 @pytest.mark.parametrize("who", ["origin", "receiver", "sender"])
-async def test_I6_kills_at_random_points_lose_nothing_and_end_in_whole_models(site: Site, who: str) -> None:
+async def test_I6_kills_at_random_points_end_in_complete_models(site: Site, who: str) -> None:
     draw = random.Random(f"{who} {os.environ.get('SHOAL_KILL_SEED', '')}")
     async with site.join() as here:
         for number in range(KILL_ROUNDS):
@@ -270,7 +268,7 @@ async def test_I6_kills_at_random_points_lose_nothing_and_end_in_whole_models(si
             site.hub.set_faults(Faults())
             for name in "ab":
                 await here.state(name, lambda s: s.phase == "ready", repo, deadline_s=45.0)
-                await here.is_whole(name, files, repo)
+                await here.assert_complete(name, files, repo)
                 check_store(site[name])
             # While a sender's fileserver is down nobody has its leaves: they may be requested from the hub once.
             assert site.hub_bytes(repo) <= size + {"origin": AHEAD_BYTES, "receiver": 0, "sender": size}[who]

@@ -119,7 +119,7 @@ def test_only_what_is_missing_is_asked_and_only_of_who_has_it(situation: Situati
 
 
 @given(situations(), st.integers(0))
-def test_no_peer_has_more_than_two_runs_and_none_is_asked_twice_for_a_leaf(situation: Situation, seed: int) -> None:
+def test_no_peer_has_more_than_two_requests_and_no_leaf_twice(situation: Situation, seed: int) -> None:
     outstanding = Counter(r.node for r in situation.runs)
     asked = {p.node: 0 for p in situation.peers}
     for one in situation.runs:
@@ -133,9 +133,7 @@ def test_no_peer_has_more_than_two_runs_and_none_is_asked_twice_for_a_leaf(situa
 
 
 @given(situations(), st.integers(0))
-def test_a_leaf_is_asked_of_two_nodes_only_if_one_is_late_or_it_is_the_endgame(
-    situation: Situation, seed: int
-) -> None:
+def test_a_leaf_is_requested_twice_only_if_late_or_at_the_end(situation: Situation, seed: int) -> None:
     asked = 0
     for one in situation.runs:
         if not lateness(situation, one):
@@ -154,9 +152,7 @@ def test_a_leaf_is_asked_of_two_nodes_only_if_one_is_late_or_it_is_the_endgame(
 
 
 @given(situations(), st.integers(0))
-def test_I7_what_is_missing_and_there_is_outstanding_or_asked_when_all_is_still(
-    situation: Situation, seed: int
-) -> None:
+def test_I7_when_stalled_something_available_is_requested(situation: Situation, seed: int) -> None:
     if situation.now_s - situation.moved_at_s < STILL_S:
         return
     made = decided(situation, seed)
@@ -169,7 +165,7 @@ def test_I7_what_is_missing_and_there_is_outstanding_or_asked_when_all_is_still(
 
 
 @given(situations())
-def test_waking_is_never_at_once_and_never_far(situation: Situation) -> None:
+def test_the_next_wakeup_is_never_now_and_never_far(situation: Situation) -> None:
     assert 0 < wake_s(situation) <= LOOK_AGAIN_S
 
 
@@ -197,7 +193,7 @@ def alone(**changes: object) -> Situation:
     return Situation(**{**given, **changes})  # type: ignore[arg-type]  # a situation but for its changes
 
 
-def test_of_two_sources_each_gives_its_own_part_in_runs_as_long_as_its_rate_allows() -> None:
+def test_two_sources_each_send_their_share_by_their_rates() -> None:
     fast = Peer(node="b", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=64 * LEAF_BYTES / decide.RUN_S)
     slow = Peer(node="c", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=1.0)
     made = asks(alone(peers=[slow, fast]), random.Random(0))
@@ -206,7 +202,7 @@ def test_of_two_sources_each_gives_its_own_part_in_runs_as_long_as_its_rate_allo
     assert {a.leaves for a in made if a.node == "c"} == {run(500, 1000)}
 
 
-def test_a_source_rests_while_others_have_yet_to_take_what_we_have() -> None:
+def test_a_source_pauses_while_others_have_to_take_our_leaves() -> None:
     source = Peer(node="b", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=1e6)
     backlog = alone(have=run(0, decide.BACKLOG_RUNS), peers=[source, Peer(node="c", leaves=0, fetching=True)])
     assert asks(backlog, random.Random(0)) == []
@@ -218,7 +214,7 @@ def test_a_source_rests_while_others_have_yet_to_take_what_we_have() -> None:
     assert asks(alone(have=run(0, decide.BACKLOG_RUNS), peers=[source, gone]), random.Random(0))
 
 
-def test_in_a_crowd_a_source_is_asked_for_one_run_at_a_time() -> None:
+def test_in_a_large_swarm_a_source_has_one_request_at_a_time() -> None:
     source = Peer(node="z", leaves=EVERY_LEAF, source=True)
     others = [Peer(node=name, leaves=0, fetching=True) for name in "bcdefg"]
     for count in range(len(others)):
@@ -226,7 +222,7 @@ def test_in_a_crowd_a_source_is_asked_for_one_run_at_a_time() -> None:
         assert len(made) == (1 if count >= decide.CROWD_NODES else OUTSTANDING_RUNS)
 
 
-def test_a_source_whose_time_is_left_over_is_asked_for_what_others_have_too() -> None:
+def test_a_source_with_time_left_is_asked_for_what_peers_have() -> None:
     other = Peer(node="c", leaves=run(0, 1000), fetching=True, rate_bytes_per_s=1e6)
     busy = Peer(node="b", leaves=EVERY_LEAF, source=True, rate_bytes_per_s=2e6)
     assert {a.node for a in asks(alone(peers=[busy, other]), random.Random(0))} == {"c"}
@@ -234,14 +230,14 @@ def test_a_source_whose_time_is_left_over_is_asked_for_what_others_have_too() ->
     assert "b" in {a.node for a in asks(alone(peers=[idle, other]), random.Random(0))}
 
 
-def test_a_source_that_had_nothing_for_us_is_left_alone_for_a_moment() -> None:
+def test_a_source_that_declined_is_left_alone_for_a_moment() -> None:
     declined = Peer(node="b", leaves=EVERY_LEAF, source=True, declined_at_s=0.0)
     before = alone(peers=[declined], now_s=0.1)
     assert asks(before, random.Random(0)) == [] and wake_s(before) <= decide.DECLINED_S
     assert asks(alone(peers=[declined], now_s=decide.DECLINED_S), random.Random(0))
 
 
-def test_the_last_leaves_are_asked_of_others_who_have_them_and_not_of_a_source() -> None:
+def test_the_last_leaves_are_requested_of_peers_and_not_a_source() -> None:
     source = Peer(node="b", leaves=EVERY_LEAF, source=True)
     others = [Peer(node=name, leaves=1, fetching=True) for name in "cdefg"]
     asked = [Run(node="c", leaves=1, asked_at_s=0.0)]
@@ -250,7 +246,7 @@ def test_the_last_leaves_are_asked_of_others_who_have_them_and_not_of_a_source()
     assert not {a.node for a in made} & {"b", "c"}
 
 
-def test_I7_after_two_seconds_in_which_nothing_moved_a_source_is_asked_all_the_same() -> None:
+def test_I7_after_two_stalled_seconds_a_source_is_asked_anyway() -> None:
     source = Peer(node="b", leaves=EVERY_LEAF, source=True)
     stuck = Peer(node="c", leaves=run(0, 900), fetching=True)
     silent = [Run(node="c", leaves=run(n, n + 1), asked_at_s=0.0) for n in (0, 1)]
@@ -260,7 +256,7 @@ def test_I7_after_two_seconds_in_which_nothing_moved_a_source_is_asked_all_the_s
     assert {(a.node, a.any) for a in still} == {("b", True)}
 
 
-def test_a_late_run_is_asked_of_another_and_not_again_of_the_same() -> None:
+def test_a_late_range_is_requested_from_another_peer() -> None:
     late = Peer(node="b", leaves=EVERYTHING, run_s=1.0)
     other = Peer(node="c", leaves=EVERYTHING)
     mine = [Run(node="b", leaves=run(0, 4), asked_at_s=0.0), Run(node="c", leaves=run(4, COUNT), asked_at_s=2.9)]

@@ -21,7 +21,7 @@ def graph(nodes: set[str], blob: str) -> dict[str, set[str]]:
 
 
 @given(CLUSTERS, BLOBS)
-def test_who_listens_is_listened_to_and_all_are_connected(nodes: set[str], blob: str) -> None:
+def test_the_overlay_is_symmetric_and_connected(nodes: set[str], blob: str) -> None:
     edges = graph(nodes, blob)
     assert all(node in edges[other] and other != node for node, others in edges.items() for other in others)
     reached, new = set[str](), {min(nodes)}
@@ -32,9 +32,7 @@ def test_who_listens_is_listened_to_and_all_are_connected(nodes: set[str], blob:
 
 
 @given(CLUSTERS, BLOBS)
-def test_up_to_sixteen_nodes_all_listen_to_all_and_above_nobody_has_more_than_ten_neighbours(
-    nodes: set[str], blob: str
-) -> None:
+def test_up_to_16_nodes_all_are_neighbours_and_above_at_most_ten(nodes: set[str], blob: str) -> None:
     for node, others in graph(nodes, blob).items():
         if len(nodes) <= ALL_UP_TO_NODES:
             assert others == nodes - {node}
@@ -52,13 +50,13 @@ def test_a_node_that_comes_changes_few_edges(name: str, count: int, blob: str) -
 
 
 @given(CLUSTERS, BLOBS)
-def test_it_does_not_matter_whether_we_are_told_of_ourselves(nodes: set[str], blob: str) -> None:
+def test_the_overlay_ignores_our_own_node_in_the_list(nodes: set[str], blob: str) -> None:
     me = min(nodes)
     assert neighbours(me, nodes, blob) == neighbours(me, nodes - {me}, blob)
 
 
 @pytest.mark.parametrize("count", [40, 100, 400])
-def test_large_clusters_have_eight_to_ten_neighbours_each_and_short_ways(count: int) -> None:
+def test_large_clusters_have_few_neighbours_and_short_paths(count: int) -> None:
     edges = graph({f"node-{n}" for n in range(count)}, "a" * 64)
     degrees = [len(others) for others in edges.values()]
     assert sum(degrees) / count >= 8 and max(degrees) <= 10

@@ -21,7 +21,7 @@ def over_bound(outcome: Outcome, leaf_count: int) -> float:
 
 
 @pytest.mark.parametrize("count", [4, 8])
-def test_a_source_sends_little_more_than_once_and_all_finish_soon_after_that(count: int) -> None:
+def test_a_source_sends_little_more_than_once_until_all_finish(count: int) -> None:
     outcome = Simulation([Link()], [Link()] * count, leaf_count=256, seed=1).run()
     assert over_bound(outcome, 256) <= {4: 1.08, 8: 1.12}[count]
     assert outcome.sent_bytes["s0"] <= 1.02 * 256 * LEAF_BYTES
@@ -44,14 +44,14 @@ def test_a_fast_node_does_not_wait_for_slow_ones() -> None:
     assert outcome.finished_s["n0"] <= max(outcome.finished_s.values()) / 4
 
 
-def test_one_fetcher_uses_all_of_several_sources_by_their_rates_and_no_leaf_comes_twice() -> None:
+def test_one_fetcher_uses_several_sources_by_rate_and_no_doubles() -> None:
     sources = [Link(up=B / 8), Link(up=B / 2), Link(up=3 * B / 8)]
     outcome = Simulation(sources, [Link()], leaf_count=256, seed=1).run()
     assert over_bound(outcome, 256) <= 1.1
     assert sum(outcome.sent_bytes.values()) <= 1.03 * 256 * LEAF_BYTES
 
 
-def test_above_sixteen_nodes_leaves_spread_over_the_graph() -> None:
+def test_above_sixteen_nodes_blobs_propagate_over_the_graph() -> None:
     outcome = Simulation([Link()], [Link()] * 40, leaf_count=LEAVES, seed=1).run()
     assert over_bound(outcome, LEAVES) <= 2.0
 
@@ -90,7 +90,7 @@ def fetchers(draw: st.DrawFn) -> list[Link]:
     st.sampled_from([0.0, 0.3]),
     st.integers(0, 2**16),
 )
-def test_I7_whoever_lives_finishes_though_others_die_or_are_stuck_and_messages_are_lost(
+def test_I7_survivors_finish_despite_deaths_stalls_and_losses(
     sources: list[Link], others: list[Link], lost: float, seed: int
 ) -> None:
     outcome = Simulation(sources, others, leaf_count=24, lost=lost, seed=seed).run(DEADLINE_S)
@@ -99,9 +99,7 @@ def test_I7_whoever_lives_finishes_though_others_die_or_are_stuck_and_messages_a
 
 @settings(max_examples=25)
 @given(st.integers(2, 8), st.integers(0, 2**16), st.floats(0.1, 3.0), st.booleans())
-def test_I7_a_source_that_dies_or_is_stuck_is_no_loss_when_another_one_lives(
-    count: int, seed: int, at_s: float, dies: bool
-) -> None:
+def test_I7_a_dead_or_stalled_source_is_no_loss_with_another(count: int, seed: int, at_s: float, dies: bool) -> None:
     failing = Link(dies_s=at_s) if dies else Link(sticks_s=at_s)
     outcome = Simulation([failing, Link()], [Link()] * count, leaf_count=LEAVES, seed=seed).run(DEADLINE_S)
     assert not outcome.unfinished
@@ -109,9 +107,7 @@ def test_I7_a_source_that_dies_or_is_stuck_is_no_loss_when_another_one_lives(
 
 @settings(max_examples=25)
 @given(st.integers(3, 8), st.integers(0, 2**16), st.floats(0.5, 3.0))
-def test_I7_what_the_fetchers_have_among_them_they_finish_though_the_source_is_gone(
-    count: int, seed: int, at_s: float
-) -> None:
+def test_I7_fetchers_finish_what_they_hold_without_the_source(count: int, seed: int, at_s: float) -> None:
     simulation = Simulation([Link(dies_s=at_s)], [Link()] * count, leaf_count=LEAVES, seed=seed)
     simulation.run(at_s + 30.0)
     together, each = 0, [n.have for n in simulation.nodes.values() if not n.source]

@@ -25,14 +25,14 @@ def answer_to(asked: Asked, content: bytes) -> bytes:
     return head.encode() + body
 
 
-async def test_a_peer_that_falls_silent_is_left_and_named_and_what_it_gave_is_not_fetched_again(site: Site) -> None:
+async def test_a_stalled_peer_is_left_and_named_and_its_bytes_kept(site: Site) -> None:
     content = noise(BYTES, site.repo)
     site.make(files := {"model.safetensors": content})
 
-    async def falls_silent(asked: Asked, writer: asyncio.StreamWriter) -> None:
+    async def stall(asked: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(answer_to(asked, content)[: LEAF_BYTES + 1000])
 
-    async with site.join() as here, serving(falls_silent) as server:
+    async with site.join() as here, serving(stall) as server:
         async with claiming(here, server, [hashlib.sha256(content).hexdigest()]):
             pull = await here.begin("a")
             await here.state("a", lambda s: s.switched == {LIAR: 1}, deadline_s=60)
@@ -42,17 +42,17 @@ async def test_a_peer_that_falls_silent_is_left_and_named_and_what_it_gave_is_no
         assert done is not None and done.switched == {LIAR: 1}
         assert done.sources == {LIAR: LEAF_BYTES, "hub": BYTES - LEAF_BYTES}
         assert site.hub_bytes() == BYTES - LEAF_BYTES
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)
 
 
-async def test_a_pull_does_not_wait_for_a_silent_peer_while_another_has_what_it_was_asked_for(site: Site) -> None:
+async def test_a_pull_does_not_wait_for_a_stalled_peer_with_another(site: Site) -> None:
     content = noise(BYTES, site.repo)
     site.make(files := {"model.safetensors": content})
 
-    async def stays_silent(_: Asked, writer: asyncio.StreamWriter) -> None:
+    async def stall(_: Asked, writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
-    async with site.join() as here, serving(stays_silent) as server:
+    async with site.join() as here, serving(stall) as server:
         await here.pull_ok("b")
         site.hub.reset_stats()
         async with claiming(here, server, [hashlib.sha256(content).hexdigest()]):
@@ -60,4 +60,4 @@ async def test_a_pull_does_not_wait_for_a_silent_peer_while_another_has_what_it_
         done = await here.state_now("a")
         assert done is not None and done.sources == {"b": BYTES}
         assert site.hub_bytes() == 0
-        await here.is_whole("a", files)
+        await here.assert_complete("a", files)

@@ -65,9 +65,7 @@ def collector() -> Iterator[Collector]:
     made.server.server_close()
 
 
-async def test_a_pull_is_one_trace_with_a_span_a_file_and_storages_work_below_and_its_bytes_are_counted(
-    site: Site, collector: Collector
-) -> None:
+async def test_a_pull_is_one_trace_with_a_span_per_file(site: Site, collector: Collector) -> None:
     files = {"model.safetensors": noise(3_000_000, site.repo), "config.json": noise(500, site.repo)}
     size = site.make(files)
     async with site.join() as here:

@@ -19,7 +19,7 @@ NODE = "here"
 
 
 @asynccontextmanager
-async def serving_here(store: Path, pace: Pace | None = None) -> AsyncIterator[int]:
+async def local_fileserver(store: Path, pace: Pace | None = None) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = settings(Layout(store), NODE, "", pace=pace)

@@ -23,9 +23,7 @@ def of(leaves: int) -> list[int]:
 
 
 @given(st.lists(st.tuples(SETS, SETS, st.integers(1, 8), st.integers(-1, LEAVES)), max_size=40), st.integers())
-def test_what_is_chosen_is_wanted_ready_sent_least_and_neither_on_its_way_nor_just_gone(
-    asked: list[tuple[int, int, int, int]], seed: int
-) -> None:
+def test_chosen_leaves_are_wanted_ready_and_sent_least(asked: list[tuple[int, int, int, int]], seed: int) -> None:
     sent, counts = Sent(random.Random(seed)), [0] * LEAVES
     under_way: list[Going] = []
     just_gone: dict[int, float] = {}
@@ -66,7 +64,7 @@ def test_every_leaf_goes_out_once_before_any_goes_out_twice(most: int, rounds: i
         assert sorted(gone) == list(range(LEAVES)), "what has just gone waits until others may have heard of it"
 
 
-def test_what_is_asked_for_by_its_place_counts_too_and_a_run_that_takes_long_holds_nothing_back() -> None:
+def test_ranges_asked_by_index_count_and_slow_ones_do_not_block() -> None:
     sent = Sent(random.Random(1))
     assert sent.asked("blob", 0, 5, 0.0) is None, "nobody has wanted any of it"
     assert sent.choose("blob", SIZE, 1, 1, 1, 0.0) is not None

@@ -47,7 +47,7 @@ def sent_by(reply: Reply) -> list[int]:
     return list(range(first // MIB, -(-(last + 1) // MIB)))
 
 
-async def test_of_a_blob_that_arrives_exactly_the_ready_leaves_are_served(
+async def test_of_an_arriving_blob_exactly_the_ready_leaves_are_served(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
@@ -76,7 +76,7 @@ async def test_of_a_blob_that_arrives_exactly_the_ready_leaves_are_served(
                 assert (await server.blob(blob)).body == DATA
 
 
-async def test_I1_of_another_boot_ready_says_nothing_and_a_discarded_partial_is_served_no_more(
+async def test_I1_ready_leaves_of_another_boot_are_not_served(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
@@ -98,9 +98,7 @@ async def test_I1_of_another_boot_ready_says_nothing_and_a_discarded_partial_is_
         assert (await server.blob(BLOB, "bytes=0-9")).status == 404
 
 
-async def test_any_answers_every_leaf_once_before_any_twice_whoever_asks(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_any_answers_every_leaf_once_before_any_twice(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
         whole = server.add(DATA)
         with server.begin(BLOB, DATA, [0, 1, 2, 5, 6, LEAVES - 1]):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal_fileserver import blobs, connections, crowd
 from shoal_fileserver.crowd import MAX_CONNECTIONS, MAX_PER_ADDRESS, NO_ROOM, STALLED_S, Seen, make_room
-from tests.fileserver.here import closed, hollow_blob, serving_here
+from tests.fileserver.here import closed, hollow_blob, local_fileserver
 from tests.fileserver.serving import read_reply
 
 SHORT_S = 0.3
@@ -36,12 +36,12 @@ def asking(blob: str, range_header: str = "") -> bytes:
         b"POST /v1/blobs/" + b"ab" * 32 + b"/any HTTP/1.1\r\nContent-Length: 9\r\nConnection: close\r\n\r\nx",
     ],
 )
-async def test_I7_a_request_that_never_comes_whole_is_not_waited_for(
+async def test_I7_a_request_that_never_arrives_complete_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_DEADLINE_S", SHORT_S)
     monkeypatch.setattr(blobs, "BODY_DEADLINE_S", SHORT_S)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         if said.startswith(ASK):
             writer.write(ASK)
@@ -59,7 +59,7 @@ async def test_I7_a_reader_that_takes_too_little_is_cut_off(
     monkeypatch.setattr(connections, "MIN_BYTES_PER_S", least_bytes_per_s)
     size = 8 << 30
     blob = hollow_blob(tmp_path, size)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
@@ -83,7 +83,7 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
     monkeypatch.setattr(connections, "HEAD_DEADLINE_S", SHORT_S)
     size = 24 << 20
     blob = hollow_blob(tmp_path, size)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(asking(blob))
         await reader.readuntil(b"\r\n\r\n")
@@ -92,11 +92,11 @@ async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
         writer.close()
 
 
-async def test_I7_the_newcomer_is_served_and_the_longest_idle_one_closed(
+async def test_I7_a_new_client_is_served_and_the_longest_idle_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crowd, "MAX_CONNECTIONS", 5)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         idle = []
         for _ in range(8):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -112,14 +112,14 @@ async def test_I7_the_newcomer_is_served_and_the_longest_idle_one_closed(
 
 
 @pytest.mark.parametrize("bound", ["MAX_CONNECTIONS", "MAX_PER_ADDRESS"])
-async def test_I7_beyond_the_bounds_a_request_is_answered_503_and_beyond_those_nothing_is(
+async def test_I7_beyond_the_bound_is_503_and_beyond_that_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     monkeypatch.setattr(crowd, bound, 3)
     monkeypatch.setattr(crowd, "STALLED_S", 1e9)
     monkeypatch.setattr(connections, "MAX_REFUSED", 2)
     blob = hollow_blob(tmp_path, 64 << 20)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         busy = []
         for _ in range(3):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
@@ -152,7 +152,7 @@ async def test_a_newcomer_takes_the_place_of_one_that_does_not_read(
 ) -> None:
     monkeypatch.setattr(crowd, "MAX_PER_ADDRESS", 8)
     blob = hollow_blob(tmp_path, 64 << 20)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         stalled = []
         for _ in range(8):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
@@ -176,10 +176,10 @@ async def test_a_newcomer_takes_the_place_of_one_that_does_not_read(
             writer.transport.abort()
 
 
-async def test_a_peer_that_says_no_more_still_gets_all_that_it_asked_for(tmp_path: Path) -> None:
+async def test_a_peer_that_half_closes_still_gets_all_it_requested(tmp_path: Path) -> None:
     size = 24 << 20
     blob = hollow_blob(tmp_path, size)
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         for requests, bodies in (((asking(blob),), size), ((asking(blob, "bytes=0-99"), asking(blob)), 100 + size)):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"".join(requests))
@@ -200,9 +200,7 @@ SEEN = st.builds(
 
 
 @given(st.sampled_from(["a", "b", "d"]), st.lists(SEEN, max_size=40).map(lambda some: some * 8))
-def test_a_place_is_made_only_when_there_is_none_and_never_by_closing_one_that_reads(
-    host: str, others: list[Seen]
-) -> None:
+def test_a_connection_is_evicted_only_if_full_and_never_a_reader(host: str, others: list[Seen]) -> None:
     mine = [seen for seen in others if seen.host == host]
     found = make_room(host, others)
     if len(mine) < MAX_PER_ADDRESS and len(others) < MAX_CONNECTIONS:
@@ -218,7 +216,7 @@ def test_a_place_is_made_only_when_there_is_none_and_never_by_closing_one_that_r
         assert found == NO_ROOM and all(seen.idle_s is None and (seen.stalled_s or 0) < STALLED_S for seen in mine)
 
 
-def test_of_the_address_with_the_most_the_longest_idle_goes_and_only_then_the_longest_stalled() -> None:
+def test_eviction_takes_the_busiest_address_and_idle_ones_first() -> None:
     busy = [Seen("a")] * (MAX_PER_ADDRESS - 1) + [Seen("b")] * (MAX_PER_ADDRESS - 1)
     assert make_room("c", [*busy, Seen("a", idle_s=1), Seen("c", idle_s=9)]) == len(busy)
     assert make_room("c", [*busy, Seen("a", stalled_s=3), Seen("c", idle_s=9)]) == len(busy) + 1

@@ -27,7 +27,7 @@ DATA = bytes(range(256)) * 10_000  # three chunks, the last one short
 SIZE = len(DATA)
 
 
-async def test_a_blob_is_served_whole_in_ranges_and_by_head(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_a_blob_is_served_in_full_in_ranges_and_by_head(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
         blob, empty = server.add(DATA), server.add(b"")
         whole = await server.blob(blob)
@@ -108,7 +108,7 @@ async def test_a_range_header_that_is_not_one_range_gets_everything(
         assert (await server.ask(f"/v1/blobs/{blob}", other)).body == b"abcdefgh"
 
 
-async def test_what_is_not_http_is_refused_and_the_next_request_is_served(
+async def test_what_is_not_http_is_refused_and_the_next_is_served(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
@@ -177,9 +177,7 @@ async def test_I1_only_committed_blobs_are_served(nats: NatsServer, fresh: Fresh
             assert reply.status in (400, 404) and b"not to be seen" not in reply.body, name
 
 
-async def test_I1_a_file_that_shows_no_proof_is_not_served_and_one_that_was_written_to_no_longer(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_I1_a_file_without_a_valid_stamp_is_not_served(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
         path = server.layout.blob(server.add(DATA))
         copied, kept = tmp_path / "copied", tmp_path / "kept"
@@ -215,7 +213,7 @@ async def test_a_blob_deleted_while_it_is_read_is_read_to_its_end(
         writer.close()
 
 
-async def test_peers_that_go_away_in_the_middle_leave_nothing_open(
+async def test_peers_that_disconnect_in_the_middle_leave_nothing_open(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
@@ -238,9 +236,7 @@ async def test_peers_that_go_away_in_the_middle_leave_nothing_open(
         assert "Traceback" not in server.process.output
 
 
-async def test_I12_with_a_secret_everything_needs_the_credential_and_every_refusal_is_the_same(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_I12_with_a_secret_every_refusal_is_the_same(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with serving(nats, tmp_path, fresh("files"), SHOAL_SECRET="the cluster's") as server:
         blob = server.add(b"abc")
         now_s, secret = time.time(), "the cluster's"
@@ -283,7 +279,7 @@ async def test_without_a_secret_it_does_not_start_beyond_loopback(
         assert "will not listen on 0.0.0.0 without a credential" in process.output
 
 
-async def test_hundreds_of_idle_and_half_spoken_connections_do_not_keep_a_peer_out(
+async def test_hundreds_of_idle_connections_do_not_keep_a_peer_out(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
@@ -333,15 +329,15 @@ async def test_a_stop_during_a_transfer_ends_within_the_deadline(
             each.transport.abort()
 
 
-async def test_its_liveness_key_says_where_it_answers(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_its_liveness_key_has_its_addresses(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     name = fresh("files")
     async with serving(nats, tmp_path, name) as server, joined(nats) as here:
 
-        async def told() -> Live | None:
+        async def published() -> Live | None:
             live = await here.buckets.live.get_as(live_key(name, "fileserver"), Live)
             return live if live is not None and live.facts.addresses else None
 
-        assert (await eventually(told, "its address")).facts.addresses == [f"127.0.0.1:{server.port}"]
+        assert (await eventually(published, "its address")).facts.addresses == [f"127.0.0.1:{server.port}"]
 
 
 async def test_a_bad_or_taken_port_ends_the_start_with_one_clear_line(

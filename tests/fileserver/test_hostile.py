@@ -22,7 +22,7 @@ from shoal_common.layout import LEAF_BYTES, Bitmap, Layout
 from shoal_common.messages.records import StorageState
 from shoal_common.pace import Pace
 from shoal_common.ready import Ready
-from tests.fileserver.here import closed, hollow_blob, serving_here
+from tests.fileserver.here import closed, hollow_blob, local_fileserver
 from tests.fileserver.serving import read_reply, serving
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
@@ -44,7 +44,7 @@ def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layout,
     loop, stop, up = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
 
     async def serve() -> None:
-        async with serving_here(store) as port:
+        async with local_fileserver(store) as port:
             told.append(port)
             up.set()
             await stop.wait()
@@ -82,7 +82,7 @@ EDGES = st.builds(
     form=st.sampled_from(["{0}-{1}", "{0}-", "-{1}"]),
 )
 @examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_I1_a_leaf_that_is_not_ready_is_never_sent_whatever_the_range(
+def test_I1_a_leaf_that_is_not_ready_is_never_sent(
     arriving: tuple[Layout, int], bits: set[int], start: int, end: int, form: str
 ) -> None:
     layout, port = arriving
@@ -111,14 +111,14 @@ def test_I1_a_leaf_that_is_not_ready_is_never_sent_whatever_the_range(
     assert status in (204, 206) and NOT_READY not in body and (status == 206) <= bool(bits)
 
 
-async def test_I1_a_partial_that_is_discarded_while_it_is_read_is_cut_off(tmp_path: Path) -> None:
+async def test_I1_a_partial_discarded_while_it_is_read_is_cut_off(tmp_path: Path) -> None:
     layout, size = Layout(tmp_path), 1 << 30
     layout.partial(BLOB).mkdir(parents=True)
     with (layout.partial(BLOB) / "data").open("wb") as f:
         f.truncate(size)
     with Ready(layout, BLOB, Bitmap(size)) as ready:
         ready.add(range(1024))
-    async with serving_here(tmp_path) as port:
+    async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         await reader.readuntil(b"\r\n\r\n")
@@ -131,9 +131,7 @@ async def test_I1_a_partial_that_is_discarded_while_it_is_read_is_cut_off(tmp_pa
             each.close()
 
 
-async def test_I1_what_is_answered_at_once_is_looked_at_each_time(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_I1_the_fast_path_checks_the_file_each_time(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     data = os.urandom(3 * LEAF_BYTES)
     async with serving(nats, tmp_path, fresh("files")) as server:
 
@@ -161,9 +159,7 @@ async def test_I1_what_is_answered_at_once_is_looked_at_each_time(
             await eventually(all_closed, "no file stays open for what might be asked")
 
 
-async def test_I10_paths_ranges_and_heads_of_every_kind_are_refused_and_the_next_request_is_served(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_I10_hostile_paths_ranges_and_heads_are_refused(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
         blob = server.add(b"abcdefgh")
         (server.layout.root / "secret").write_text("secret")
@@ -246,10 +242,10 @@ class Counting(Pace):
         self.taken.append(count)
 
 
-async def test_every_byte_that_is_sent_is_taken_from_the_pace_first(tmp_path: Path) -> None:
+async def test_every_byte_sent_passes_the_rate_limiter_first(tmp_path: Path) -> None:
     size, pace = 5 * LEAF_BYTES + 1, Counting()
     blob = hollow_blob(tmp_path, size)
-    async with serving_here(tmp_path, pace) as port:
+    async with local_fileserver(tmp_path, pace) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for header, count in (("", size), ("Range: bytes=0-1048575\r\n", LEAF_BYTES), ("Range: bytes=0-9\r\n", 10)):
             for _ in range(2):

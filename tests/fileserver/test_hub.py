@@ -109,7 +109,7 @@ def check_files(found: Path) -> None:
     assert all((found / path).read_bytes() == data for path, data in FILES.items())
 
 
-async def listed(server: Fileserver, repo: str, **headers: str) -> None:
+async def wait_listed(server: Fileserver, repo: str, **headers: str) -> None:
     """Wait until the fileserver knows the model."""
 
     async def known() -> bool:
@@ -118,14 +118,14 @@ async def listed(server: Fileserver, repo: str, **headers: str) -> None:
     await eventually(known, "the fileserver knows the model")
 
 
-async def test_an_unmodified_client_downloads_a_model_that_this_node_has(
+async def test_an_unmodified_client_downloads_a_model_of_this_node(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, client: Callable[..., Path]
 ) -> None:
     node, manifest = fresh("files"), manifest_of(f"org/{fresh('model')}")
     async with joined(nats) as here, serving(nats, tmp_path, node) as server, holding(here, node, manifest):
         for data in FILES.values():
             server.add(data)
-        await listed(server, manifest.repo)
+        await wait_listed(server, manifest.repo)
         found = await asyncio.to_thread(client, server, manifest.repo)
         check_files(found)
         assert found.name == manifest.commit
@@ -141,7 +141,7 @@ async def test_an_unmodified_client_downloads_a_model_that_this_node_has(
         assert [e.path for e in below] == ["onnx/a b/weights.bin", "onnx/empty.txt"]
 
 
-async def test_what_another_node_has_is_taken_from_it_and_no_credential_goes_there(
+async def test_another_nodes_model_is_redirected_to_by_a_signed_url(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, client: Callable[..., Path]
 ) -> None:
     near, far, manifest = fresh("near"), fresh("far"), manifest_of(f"org/{fresh('model')}")
@@ -153,8 +153,8 @@ async def test_what_another_node_has_is_taken_from_it_and_no_credential_goes_the
         await stack.enter_async_context(holding(here, far, manifest))
         for data in FILES.values():
             holder.add(data)
-        await listed(server, manifest.repo, Authorization=f"Bearer {key}")
-        await listed(holder, manifest.repo, Authorization=f"Bearer {key}")
+        await wait_listed(server, manifest.repo, Authorization=f"Bearer {key}")
+        await wait_listed(holder, manifest.repo, Authorization=f"Bearer {key}")
         check_files(await asyncio.to_thread(client, server, manifest.repo, token=key))
         path = f"/{manifest.repo}/resolve/main/config.json"
         sent = await server.ask(path, {"Authorization": f"Bearer {key}"})
@@ -169,7 +169,7 @@ async def test_what_another_node_has_is_taken_from_it_and_no_credential_goes_the
         assert (await holder.ask(target.partition("?")[0])).status == 401
 
 
-async def test_I12_without_the_clusters_key_the_hub_protocol_says_nothing(
+async def test_I12_without_the_clusters_key_the_hub_protocol_is_closed(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     node, manifest = fresh("files"), manifest_of(f"org/{fresh('model')}")
@@ -178,7 +178,7 @@ async def test_I12_without_the_clusters_key_the_hub_protocol_says_nothing(
         server = await stack.enter_async_context(serving(nats, tmp_path, node, SHOAL_SECRET=SECRET))
         await stack.enter_async_context(holding(here, node, manifest))
         blob = server.add(FILES["config.json"])
-        await listed(server, manifest.repo, Authorization=f"Bearer {derive(SECRET, 'hub')}")
+        await wait_listed(server, manifest.repo, Authorization=f"Bearer {derive(SECRET, 'hub')}")
         file = f"/{manifest.repo}/resolve/main/config.json"
         paths = (f"/api/models/{manifest.repo}", f"/api/models/{manifest.repo}/tree/main", file, "/api/models/a/b")
         for path in paths:
@@ -200,7 +200,7 @@ async def test_what_is_not_there_is_named_as_the_client_understands_it(
 ) -> None:
     node, manifest = fresh("files"), manifest_of(f"org/{fresh('model')}")
     async with joined(nats) as here, serving(nats, tmp_path, node) as server, holding(here, node, manifest):
-        await listed(server, manifest.repo)
+        await wait_listed(server, manifest.repo)
         with pytest.raises(RepositoryNotFoundError):
             await asyncio.to_thread(client, server, "org/never-was")
         with pytest.raises(RevisionNotFoundError):
@@ -218,7 +218,7 @@ async def test_what_is_not_there_is_named_as_the_client_understands_it(
             assert (await server.ask(f"/{hostile}")).status in (404, 401), hostile
 
 
-def test_of_two_commits_under_one_name_the_newest_is_meant_and_this_node_comes_first() -> None:
+def test_of_two_commits_the_newest_wins_and_this_node_is_first() -> None:
     def held(node: str, digit: str, ready_at_s: float) -> ModelState:
         state = ModelState(node=node, repo="org/m", commit=digit * 40, size_bytes=1, file_count=1)
         return structs.replace(state, revisions=["main"], ready_at_s=ready_at_s)

@@ -15,7 +15,7 @@ Fresh = Callable[[str], str]
 SECRET = "a secret for tests only"
 
 
-async def test_a_probe_brings_as_many_bytes_as_it_asked_for_and_never_more_than_it_may(
+async def test_a_probe_returns_the_bytes_it_asked_for_up_to_a_limit(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:

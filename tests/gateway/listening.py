@@ -19,7 +19,7 @@ from tests.harness.waiting import eventually
 READ_DEADLINE_S = 60.0
 
 
-class Heard(msgspec.Struct, frozen=True):
+class ReceivedEvent(msgspec.Struct, frozen=True):
     """One server-sent event."""
 
     name: str
@@ -27,16 +27,16 @@ class Heard(msgspec.Struct, frozen=True):
     data: Any
 
 
-class Listener:
+class EventStreamClient:
     """The events that a stream has delivered."""
 
     def __init__(self) -> None:
-        self.heard: list[Heard] = []
+        self.heard: list[ReceivedEvent] = []
         self.comments = 0
         self.cursor: int | None = None
         self.over = asyncio.Event()
 
-    def take(self, line: str, parts: dict[str, str]) -> None:
+    def parse_line(self, line: str, parts: dict[str, str]) -> None:
         """Parse one line."""
         if line.startswith(":"):
             self.comments += 1
@@ -47,7 +47,7 @@ class Listener:
             cursor = int(parts["id"]) if "id" in parts else None
             self.cursor = self.cursor if cursor is None else cursor
             if "data" in parts:
-                self.heard.append(Heard(parts.get("event", ""), cursor, json.loads(parts["data"])))
+                self.heard.append(ReceivedEvent(parts.get("event", ""), cursor, json.loads(parts["data"])))
             parts.clear()
 
     @property
@@ -59,7 +59,7 @@ class Listener:
         """Return the events about the stream itself."""
         return [h.data for h in self.heard if h.name == name]
 
-    async def until(self, wanted: Callable[[Listener], object], what: str) -> None:
+    async def wait_until(self, wanted: Callable[[EventStreamClient], object], what: str) -> None:
         """Wait until the condition holds."""
 
         async def ask() -> bool:
@@ -72,13 +72,13 @@ class Listener:
 
     async def begun(self) -> None:
         """Wait for the first cursor: everything published from now on is delivered."""
-        await self.until(lambda s: s.cursor is not None or s.over.is_set(), "the stream has begun")
+        await self.wait_until(lambda s: s.cursor is not None or s.over.is_set(), "the stream has begun")
 
 
 @asynccontextmanager
-async def listening(url: str, last_event_id: int | None = None, **query: str) -> AsyncIterator[Listener]:
+async def event_stream(url: str, last_event_id: int | None = None, **query: str) -> AsyncIterator[EventStreamClient]:
     """Follow events while the body runs. A stream that breaks counts as ended."""
-    listener = Listener()
+    listener = EventStreamClient()
     headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
     async with (
         httpx2.AsyncClient(base_url=url, timeout=READ_DEADLINE_S, trust_env=False) as http,
@@ -91,7 +91,7 @@ async def listening(url: str, last_event_id: int | None = None, **query: str) ->
             parts: dict[str, str] = {}
             with suppress(httpx2.TransportError):
                 async for line in response.aiter_lines():
-                    listener.take(line, parts)
+                    listener.parse_line(line, parts)
             listener.over.set()
 
         reading = asyncio.create_task(read())
@@ -102,7 +102,9 @@ async def listening(url: str, last_event_id: int | None = None, **query: str) ->
             await asyncio.wait({reading})
 
 
-async def tell(here: Joined, number: int, node: str = "a", service: str = "storage", event: str = "told") -> int:
+async def publish_event(
+    here: Joined, number: int, node: str = "a", service: str = "storage", event: str = "told"
+) -> int:
     """Emit an event as a service does; return its sequence in the log."""
     body = encode({"at_s": 1000.0 + number, "number": number})
     return int((await here.js.publish(subjects.event(service, node, event), body)).seq)

@@ -51,7 +51,7 @@ class Prompt:
         await client.publish(subjects.tokens(self.question.request), encode(event))
         await client.flush()
 
-    async def say(self, *texts: str, first: int = 0, finish: bool = False) -> None:
+    async def publish_tokens(self, *texts: str, first: int = 0, finish: bool = False) -> None:
         """Publish tokens, numbered from `first`; the last one ends the answer with `finish`."""
         for i, text in enumerate(texts):
             last = finish and i == len(texts) - 1
@@ -218,7 +218,7 @@ async def running(gateway: RunningGateway, repo: str = "org/tiny") -> AsyncItera
         yield playing, peer
 
 
-def question(model: str = "org/tiny", **more: Any) -> dict[str, Any]:
+def chat_request(model: str = "org/tiny", **more: Any) -> dict[str, Any]:
     """Return the body of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": "Hello"}], **more}
 

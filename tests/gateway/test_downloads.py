@@ -25,12 +25,12 @@ class Fetcher:
 
     async def download(self, command: Download) -> object:
         self.asked.append(command)
-        await self.say(command.model, "fetching")
+        await self.publish_phase(command.model, "fetching")
         await self.let_go.wait()
-        await self.say(command.model, "ready")
+        await self.publish_phase(command.model, "ready")
         return {"phase": "ready"}
 
-    async def say(self, model: str, phase: str) -> None:
+    async def publish_phase(self, model: str, phase: str) -> None:
         await self.c.downloading(
             DownloadState(
                 node=self.node,
@@ -50,7 +50,7 @@ async def fetcher(c: Cluster, node: str) -> Fetcher:
     return peer
 
 
-async def test_download_is_answered_as_soon_as_it_has_begun(gateway: RunningGateway) -> None:
+async def test_download_is_answered_as_soon_as_it_has_started(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         peer = await fetcher(c, NODE)
         response = await c.http.post("/v1/downloads", json={"model": "org/big@main"})
@@ -83,7 +83,7 @@ async def test_rest_sends_the_documented_command_and_nothing_else(gateway: Runni
     assert message.headers is not None and message.headers["Nats-Msg-Id"] == command
 
 
-async def test_waiting_asker_is_answered_when_the_download_has_ended(gateway: RunningGateway) -> None:
+async def test_waiting_caller_is_answered_when_the_download_has_ended(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         peers = [await fetcher(c, "a"), await fetcher(c, "b")]
         body = {"model": "org/big", "nodes": "all", "wait": True}
@@ -109,7 +109,7 @@ async def test_rejected_download_answers_507_with_the_figures(gateway: RunningGa
     assert error["details"]["needed_bytes"] == 80 * GIB and error["details"]["node"] == "a"
 
 
-async def test_state_that_was_there_before_the_asking_is_not_its_answer(gateway: RunningGateway) -> None:
+async def test_state_from_before_the_request_is_not_its_answer(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         old = QuotaExceeded("no room last week").body()
         await c.downloading(DownloadState(node="a", model="org/big", phase="rejected", error=old, updated_at_s=1.0))
@@ -118,7 +118,7 @@ async def test_state_that_was_there_before_the_asking_is_not_its_answer(gateway:
     assert response.status_code == 202 and response.json()["downloads"][0]["phase"] == "fetching"
 
 
-async def test_node_away_is_503_names_it_and_sends_nothing(gateway: RunningGateway) -> None:
+async def test_down_node_is_503_names_it_and_sends_nothing(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await fetcher(c, "a")
         before = await c.joined.last_sequence("CMD")
@@ -153,7 +153,7 @@ async def test_cancel_goes_to_every_node_that_downloads_it(gateway: RunningGatew
     assert nothing == {"model": "org/none", "nodes": {}}
 
 
-async def test_pause_and_resume_go_where_it_is_downloaded_or_to_all_and_answer_what_each_says(
+async def test_pause_and_resume_go_to_the_downloading_nodes_or_to_all(
     gateway: RunningGateway,
 ) -> None:
     async with cluster(gateway) as c:
@@ -175,7 +175,7 @@ async def test_pause_and_resume_go_where_it_is_downloaded_or_to_all_and_answer_w
         error_of(await c.http.post("/v1/downloads/resume", json={"model": "../up"}), 400)
 
 
-async def test_waiting_asker_hears_that_the_download_was_withdrawn(gateway: RunningGateway) -> None:
+async def test_waiting_caller_hears_that_the_download_was_cancelled(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
         async def withdrawn(_command: Download) -> object:

@@ -20,7 +20,7 @@ from shoal_gateway import event_log
 from shoal_gateway.api_events import MAX_READERS
 from shoal_gateway.event_log import Reader
 from shoal_gateway.events import Asked, Event, Quiet
-from tests.gateway.listening import READ_DEADLINE_S, consumers, listening, tell
+from tests.gateway.listening import READ_DEADLINE_S, consumers, event_stream, publish_event
 from tests.gateway.peers import error_of
 from tests.gateway.process import RunningGateway, running_gateway
 from tests.harness.nats import NatsServer, joined
@@ -29,12 +29,12 @@ from tests.harness.waiting import eventually
 Fresh = Callable[[str], str]
 
 
-async def test_an_event_is_told_with_its_place_and_who_told_what_when(gateway: RunningGateway, fresh: Fresh) -> None:
+async def test_an_event_is_streamed_with_its_cursor_and_its_emitter(gateway: RunningGateway, fresh: Fresh) -> None:
     node = fresh("node")
-    async with joined(gateway.nats) as here, listening(gateway.url, node=node) as stream:
+    async with joined(gateway.nats) as here, event_stream(gateway.url, node=node) as stream:
         await stream.begun()
-        place = await tell(here, 7, node)
-        await stream.until(lambda s: s.heard, "the event")
+        place = await publish_event(here, 7, node)
+        await stream.wait_until(lambda s: s.heard, "the event")
     (heard,) = stream.heard
     assert (heard.name, heard.cursor) == ("", place)
     assert heard.data == {
@@ -47,27 +47,25 @@ async def test_an_event_is_told_with_its_place_and_who_told_what_when(gateway: R
     }
 
 
-async def test_without_a_cursor_a_stream_begins_with_what_happens_from_now_on(
-    gateway: RunningGateway, fresh: Fresh
-) -> None:
+async def test_without_a_cursor_a_stream_begins_with_new_events(gateway: RunningGateway, fresh: Fresh) -> None:
     node = fresh("node")
     async with joined(gateway.nats) as here:
-        await tell(here, 1, node)
-        async with listening(gateway.url, node=node) as stream:
+        await publish_event(here, 1, node)
+        async with event_stream(gateway.url, node=node) as stream:
             await stream.begun()
-            await tell(here, 2, node)
-            await stream.until(lambda s: s.heard, "an event")
+            await publish_event(here, 2, node)
+            await stream.wait_until(lambda s: s.heard, "an event")
             assert stream.numbers == [2]
 
 
 async def test_filters_name_a_service_a_node_and_an_event(gateway: RunningGateway, fresh: Fresh) -> None:
     one, other = fresh("node"), fresh("node")
     async with joined(gateway.nats) as here:
-        begin = await tell(here, 0, one)
-        await tell(here, 1, one, "storage", "model_ready")
-        await tell(here, 2, other, "storage", "model_ready")
-        await tell(here, 3, one, "fetcher", "rejected")
-        await tell(here, 4, other, "fetcher", "rejected")
+        begin = await publish_event(here, 0, one)
+        await publish_event(here, 1, one, "storage", "model_ready")
+        await publish_event(here, 2, other, "storage", "model_ready")
+        await publish_event(here, 3, one, "fetcher", "rejected")
+        await publish_event(here, 4, other, "fetcher", "rejected")
         filters: list[tuple[dict[str, str], list[int]]] = [
             ({"node": one}, [1, 3]),
             ({"service": "fetcher"}, [3, 4]),
@@ -75,159 +73,147 @@ async def test_filters_name_a_service_a_node_and_an_event(gateway: RunningGatewa
             ({"event": "rejected", "node": other}, [4]),
         ]
         for query, numbers in filters:
-            async with listening(gateway.url, None, **query, after=str(begin), follow="false") as stream:
+            async with event_stream(gateway.url, None, **query, after=str(begin), follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == numbers, query
 
 
-async def test_a_cursor_goes_on_after_what_was_told_and_the_header_counts_before_the_query(
-    gateway: RunningGateway, fresh: Fresh
-) -> None:
+async def test_a_cursor_resumes_and_the_header_wins_over_the_query(gateway: RunningGateway, fresh: Fresh) -> None:
     node = fresh("node")
     async with joined(gateway.nats) as here:
-        places = [await tell(here, number, node) for number in range(5)]
-        async with listening(gateway.url, node=node, after=str(places[1]), follow="false") as stream:
+        places = [await publish_event(here, number, node) for number in range(5)]
+        async with event_stream(gateway.url, node=node, after=str(places[1]), follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == [2, 3, 4]
-        async with listening(gateway.url, places[3], node=node, last="5", follow="false") as stream:
+        async with event_stream(gateway.url, places[3], node=node, last="5", follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == [4]
 
 
-async def test_a_cursor_moves_on_while_nothing_that_was_asked_for_happens(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_cursor_advances_while_no_matching_event_happens(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with joined(own_nats) as here, listening(gateway.url, service="fetcher") as stream:
+        async with joined(own_nats) as here, event_stream(gateway.url, service="fetcher") as stream:
             await stream.begun()
-            place = await tell(here, 1, service="storage")
+            place = await publish_event(here, 1, service="storage")
             # Otherwise a client that follows a rare event would get gaps that do not concern it.
-            await stream.until(lambda s: s.cursor == place and s.comments, "the cursor has passed it")
+            await stream.wait_until(lambda s: s.cursor == place and s.comments, "the cursor has passed it")
             assert stream.heard == []
 
 
-async def test_since_tells_what_is_as_young_and_then_goes_on(gateway: RunningGateway, fresh: Fresh) -> None:
+async def test_since_streams_what_is_as_young_and_then_follows(gateway: RunningGateway, fresh: Fresh) -> None:
     node = fresh("node")
     async with joined(gateway.nats) as here:
-        await tell(here, 1, node)
+        await publish_event(here, 1, node)
         for since, before in (("10m", [1]), ("0s", [])):
-            async with listening(gateway.url, node=node, since=since, follow="false") as stream:
+            async with event_stream(gateway.url, node=node, since=since, follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == before
-        async with listening(gateway.url, node=node, since="1h") as stream:
-            await stream.until(lambda s: s.heard, "what was")
-            await tell(here, 2, node)
-            await stream.until(lambda s: len(s.heard) == 2, "what is")
+        async with event_stream(gateway.url, node=node, since="1h") as stream:
+            await stream.wait_until(lambda s: s.heard, "what was")
+            await publish_event(here, 2, node)
+            await stream.wait_until(lambda s: len(s.heard) == 2, "what is")
             assert stream.numbers == [1, 2]
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 12, 100])
-async def test_last_tells_as_many_however_rare_they_are(gateway: RunningGateway, fresh: Fresh, last: int) -> None:
+async def test_last_streams_as_many_however_rare_they_are(gateway: RunningGateway, fresh: Fresh, last: int) -> None:
     node, other = fresh("node"), fresh("node")
     async with joined(gateway.nats) as here:
         for number in range(12):
-            await tell(here, number, node)
+            await publish_event(here, number, node)
             for _ in range(number):
-                await tell(here, -1, other)
-        async with listening(gateway.url, node=node, last=str(last), follow="false") as stream:
+                await publish_event(here, -1, other)
+        async with event_stream(gateway.url, node=node, last=str(last), follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == list(range(12))[max(0, 12 - last) :]
 
 
-async def test_I7_a_cursor_older_than_the_log_says_what_was_lost_and_goes_on_with_the_oldest(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I7_a_cursor_older_than_the_log_gets_a_gap_and_resumes(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with joined(own_nats) as here:
             config = (await here.js.stream_info("EVT")).config
             assert (config.max_age, config.max_bytes) == (EVENT_MAX_AGE_S, 64 << 20)
-            places = [await tell(here, number) for number in range(10)]
+            places = [await publish_event(here, number) for number in range(10)]
             await here.js.purge_stream("EVT", keep=4)
-            async with listening(gateway.url, places[2], follow="false") as stream:
+            async with event_stream(gateway.url, places[2], follow="false") as stream:
                 await stream.over.wait()
             (lost,) = stream.notices("lost")
             assert (lost["after"], lost["lost_first"], lost["lost_last"]) == (places[2], places[3], places[5])
             assert stream.heard[0].name == "lost" and stream.heard[0].cursor == lost["cursor"] == places[5]
             assert stream.numbers == [6, 7, 8, 9]
-            async with listening(gateway.url, places[5], follow="false") as stream:
+            async with event_stream(gateway.url, places[5], follow="false") as stream:
                 await stream.over.wait()
                 assert not stream.notices("lost") and stream.numbers == [6, 7, 8, 9]
 
 
-async def test_a_cursor_beyond_the_log_begins_anew_and_says_so(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_cursor_beyond_the_log_starts_over_with_a_log_reset(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with joined(own_nats) as here:
             for number in range(3):
-                await tell(here, number)
-            async with listening(gateway.url, 4711, follow="false") as stream:
+                await publish_event(here, number)
+            async with event_stream(gateway.url, 4711, follow="false") as stream:
                 await stream.over.wait()
             assert [n["after"] for n in stream.notices("anew")] == [4711]
             assert stream.numbers == [0, 1, 2]
 
 
-async def test_a_restart_of_nats_neither_ends_a_stream_nor_loses_or_repeats_an_event(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_restart_of_nats_loses_and_repeats_no_event(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with listening(gateway.url) as stream:
+        async with event_stream(gateway.url) as stream:
             await stream.begun()
             for life in range(3):
                 async with joined(own_nats) as here:
                     for number in range(4):
-                        await tell(here, life * 4 + number)
+                        await publish_event(here, life * 4 + number)
                 own_nats.restart()
-            await stream.until(lambda s: len(s.numbers) >= 12, "all events")
+            await stream.wait_until(lambda s: len(s.numbers) >= 12, "all events")
             async with joined(own_nats) as here:
-                await tell(here, 12)
-            await stream.until(lambda s: 12 in s.numbers, "one after all restarts")
+                await publish_event(here, 12)
+            await stream.wait_until(lambda s: 12 in s.numbers, "one after all restarts")
             assert stream.numbers == list(range(13))
             assert not stream.over.is_set()
 
 
-async def test_a_stream_lives_through_a_nats_that_lost_everything_and_says_so(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_stream_survives_a_lost_nats_store_and_reports_it(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with listening(gateway.url) as stream:
+        async with event_stream(gateway.url) as stream:
             await stream.begun()
             async with joined(own_nats) as here:
-                await tell(here, 0)
-            await stream.until(lambda s: s.numbers == [0], "the first")
+                await publish_event(here, 0)
+            await stream.wait_until(lambda s: s.numbers == [0], "the first")
             own_nats.wipe()
             async with joined(own_nats) as here:
                 # More than before: the number alone would not show that the log was recreated.
                 for number in range(1, 4):
-                    await tell(here, number)
-            await stream.until(lambda s: 3 in s.numbers, "those of the new log")
+                    await publish_event(here, number)
+            await stream.wait_until(lambda s: 3 in s.numbers, "those of the new log")
             assert len(stream.notices("anew")) == 1
             assert stream.numbers == [0, 1, 2, 3]
 
 
-async def test_a_client_of_a_killed_gateway_goes_on_at_another_with_its_cursor(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_client_of_a_killed_gateway_resumes_at_another(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here:
         with running_gateway(tmp_path / "one", own_nats, node="one") as gateway:
-            async with listening(gateway.url) as stream:
+            async with event_stream(gateway.url) as stream:
                 await stream.begun()
-                await tell(here, 0)
-                await stream.until(lambda s: s.numbers == [0], "the first")
+                await publish_event(here, 0)
+                await stream.wait_until(lambda s: s.numbers == [0], "the first")
                 gateway.process.kill()
                 await asyncio.wait_for(stream.over.wait(), READ_DEADLINE_S)
-        await tell(here, 1)
+        await publish_event(here, 1)
         with running_gateway(tmp_path / "two", own_nats, node="two") as gateway:
-            async with listening(gateway.url, stream.cursor) as again:
-                await tell(here, 2)
-                await again.until(lambda s: 2 in s.numbers, "the last")
+            async with event_stream(gateway.url, stream.cursor) as again:
+                await publish_event(here, 2)
+                await again.wait_until(lambda s: 2 in s.numbers, "the last")
                 assert again.numbers == [1, 2]
 
 
 async def test_a_gateway_that_stops_ends_its_streams_with_their_cursor(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with joined(own_nats) as here, listening(gateway.url) as stream:
+        async with joined(own_nats) as here, event_stream(gateway.url) as stream:
             await stream.begun()
-            place = await tell(here, 0)
-            await stream.until(lambda s: s.heard, "the first")
+            place = await publish_event(here, 0)
+            await stream.wait_until(lambda s: s.heard, "the first")
             gateway.process.terminate()
             await asyncio.wait_for(stream.over.wait(), READ_DEADLINE_S)
             (ended,) = stream.notices("ended")
@@ -236,9 +222,7 @@ async def test_a_gateway_that_stops_ends_its_streams_with_their_cursor(own_nats:
             assert "level=error" not in gateway.log.read_text()
 
 
-async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor_and_nothing_piles_up(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with joined(own_nats) as here:
             address = urlsplit(gateway.url)
@@ -266,7 +250,7 @@ async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor_and_nothi
             assert "event: ended" in frames[-1] and f'"cursor":{cursors[-2]},' in frames[-1]
             # All of it would be 30 MB: only the contents of sockets and one buffer were sent.
             assert cursors[:-1] == list(range(1, len(frames))) and len(frames) < 50
-            async with listening(gateway.url, cursors[-1], follow="false") as stream:
+            async with event_stream(gateway.url, cursors[-1], follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == list(range(len(frames) - 1, 60))
 
@@ -278,14 +262,14 @@ def _rest(client: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-async def test_I8_a_client_that_leaves_takes_its_consumer_with_it(gateway: RunningGateway) -> None:
+async def test_I8_a_client_that_disconnects_takes_its_consumer_along(gateway: RunningGateway) -> None:
     async with joined(gateway.nats) as here:
 
         async def gone() -> bool:
             return await consumers(here) == 0
 
         await eventually(gone, "no consumer is left of other tests")
-        async with listening(gateway.url) as stream:
+        async with event_stream(gateway.url) as stream:
             await stream.begun()
             (consumer,) = await here.js.consumers_info("EVT")
             assert consumer.config.inactive_threshold == event_log.INACTIVE_S
@@ -311,13 +295,13 @@ async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
         await eventually(gone, "NATS has removed it", READ_DEADLINE_S)
 
 
-async def test_a_consumer_that_is_taken_away_is_made_anew_without_loss(own_nats: NatsServer) -> None:
+async def test_a_deleted_consumer_is_recreated_without_loss(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         reader = Reader(here.nats, Asked(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
         told, numbers = reader.read(), []
         assert await anext(told) == Quiet(0)
         for number in range(5):
-            await tell(here, number)
+            await publish_event(here, number)
             async for item in told:
                 if isinstance(item, Event):
                     numbers.append(item.fields["number"])
@@ -333,13 +317,13 @@ async def test_I7_only_so_many_clients_follow_at_a_time(own_nats: NatsServer, tm
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with AsyncExitStack() as streams, httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
             for _ in range(MAX_READERS):
-                stream = await streams.enter_async_context(listening(gateway.url))
+                stream = await streams.enter_async_context(event_stream(gateway.url))
                 await stream.begun()
             assert error_of(await http.get("/events"), 429)["code"] == "busy"
             assert (await http.head("/events")).status_code == 429
 
 
-async def test_what_is_not_understood_is_refused_before_anything_is_told(gateway: RunningGateway) -> None:
+async def test_a_malformed_event_query_is_refused_before_streaming(gateway: RunningGateway) -> None:
     async with httpx2.AsyncClient(base_url=gateway.url, timeout=READ_DEADLINE_S, trust_env=False) as http:
         for query, param in (
             ({"after": "-1"}, "after"),
@@ -359,7 +343,7 @@ async def test_what_is_not_understood_is_refused_before_anything_is_told(gateway
         assert (await http.head("/v1/events")).status_code == 200
 
 
-async def test_whatever_was_published_as_an_event_can_be_told(gateway: RunningGateway, fresh: Fresh) -> None:
+async def test_whatever_was_published_as_an_event_can_be_streamed(gateway: RunningGateway, fresh: Fresh) -> None:
     node, bodies = (
         fresh("node"),
         [b"\xff\n\nid: 1\n\n", b"[]", b"{}", b'{"at_s": 1e300}', b'{"at_s": "x", "number": 1}'],
@@ -367,7 +351,7 @@ async def test_whatever_was_published_as_an_event_can_be_told(gateway: RunningGa
     async with joined(gateway.nats) as here:
         for body in bodies:
             await here.js.publish(f"shoal.v1.evt.storage.{node}.told", body)
-        async with listening(gateway.url, node=node, last="9", follow="false") as stream:
+        async with event_stream(gateway.url, node=node, last="9", follow="false") as stream:
             await stream.over.wait()
     assert [h.data["fields"] for h in stream.heard] == [
         {"text": "�\n\nid: 1\n\n"},
@@ -389,7 +373,7 @@ async def test_a_service_that_starts_is_current_without_the_log(
         await here.buckets.state.put(model_key("b", held.model), held)
         arriving = DownloadState(node="b", model="org/n", phase="fetching", done_bytes=5)
         await here.buckets.state.put(download_key("b", "org/n"), arriving)
-        await tell(here, 1, event="model_ready")
+        await publish_event(here, 1, event="model_ready")
         await (here.js.purge_stream("EVT") if how == "purged" else here.js.delete_stream("EVT"))
         with running_gateway(tmp_path / "home", own_nats) as gateway:
             async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
@@ -398,7 +382,7 @@ async def test_a_service_that_starts_is_current_without_the_log(
             assert [(d["model"], d["phase"], d["done_bytes"]) for d in status["downloads"]] == [
                 ("org/n", "fetching", 5)
             ]
-            async with listening(gateway.url) as stream:
+            async with event_stream(gateway.url) as stream:
                 await stream.begun()
-                await tell(here, 2)
-                await stream.until(lambda s: s.numbers == [2], "the log goes on")
+                await publish_event(here, 2)
+                await stream.wait_until(lambda s: s.numbers == [2], "the log goes on")

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from shoal_common.credentials import bearer
-from tests.gateway.peers import cluster, error_of, events_of, question, running, text_of
+from tests.gateway.peers import chat_request, cluster, error_of, events_of, running, text_of
 from tests.gateway.process import NODE, RunningGateway, running_gateway
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -127,7 +127,7 @@ async def test_I12_beyond_loopback_nothing_answers_without_the_secret(tmp_path: 
             error_of(await http.get("/v1/status", headers=other), 401)
 
 
-async def test_health_is_503_while_nats_is_away_and_ok_when_it_is_back(tmp_path: Path, own_nats: NatsServer) -> None:
+async def test_health_is_503_while_nats_is_down_and_ok_when_it_is_back(tmp_path: Path, own_nats: NatsServer) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
 
@@ -138,7 +138,7 @@ async def test_health_is_503_while_nats_is_away_and_ok_when_it_is_back(tmp_path:
             own_nats.kill()
             await eventually(lambda: status_is(503), "503 from /health")
             error_of(await http.get("/health"), 503)
-            error_of(await http.post("/v1/chat/completions", json=question()), 503)
+            error_of(await http.post("/v1/chat/completions", json=chat_request()), 503)
             error_of(await http.get("/v1/commands/some-id"), 503)
             status = (await http.get("/v1/status")).json()
             assert status["nats_connected"] is False and [n["node"] for n in status["nodes"]] == [NODE]
@@ -147,14 +147,12 @@ async def test_health_is_503_while_nats_is_away_and_ok_when_it_is_back(tmp_path:
             assert (await http.get("/v1/status")).json()["nats_connected"] is True
 
 
-async def test_stopping_finishes_the_answer_that_is_running_and_takes_no_more(
-    tmp_path: Path, own_nats: NatsServer
-) -> None:
+async def test_stopping_finishes_the_running_answer_and_takes_no_more(tmp_path: Path, own_nats: NatsServer) -> None:
     with running_gateway(tmp_path / "home", own_nats) as own:
         async with running(own) as (c, peer):
-            asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=question(stream=True)))
+            asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=chat_request(stream=True)))
             prompt = await peer.prompt()
-            await prompt.say("be")
+            await prompt.publish_tokens("be")
             own.process.send_signal(signal.SIGTERM)
 
             async def refused() -> bool:
@@ -166,13 +164,13 @@ async def test_stopping_finishes_the_answer_that_is_running_and_takes_no_more(
                     return False
 
             await eventually(refused, "no new connections")
-            await prompt.say("fore", first=1, finish=True)
+            await prompt.publish_tokens("fore", first=1, finish=True)
             assert text_of(events_of((await asking).text)) == "before"
         assert await asyncio.to_thread(own.process.wait, 10) == 0
         assert "Traceback" not in own.log.read_text()
 
 
-async def test_port_in_use_is_said_and_ends_the_process(gateway: RunningGateway, tmp_path: Path) -> None:
+async def test_port_in_use_is_logged_and_ends_the_process(gateway: RunningGateway, tmp_path: Path) -> None:
     port = gateway.url.rpartition(":")[2]
     with (
         pytest.raises(AssertionError, match=r"cannot listen on 127\.0\.0\.1 port"),

@@ -14,7 +14,7 @@ from tests.gateway.peers import COMMIT, cluster, error_of, running
 from tests.gateway.process import NODE, RunningGateway
 
 
-async def test_models_are_listed_as_openai_does_with_where_they_are(gateway: RunningGateway) -> None:
+async def test_models_are_listed_as_openai_does_with_their_nodes(gateway: RunningGateway) -> None:
     async with running(gateway) as (c, _):
         await c.held("a", "org/tiny")
         await c.held("b", "org/tiny")
@@ -79,7 +79,7 @@ async def test_I5_deleting_what_is_nowhere_succeeds_and_sends_nothing(gateway: R
         assert await c.joined.last_sequence("CMD") == before
 
 
-async def test_delete_on_a_node_that_is_away_is_503(gateway: RunningGateway) -> None:
+async def test_delete_on_a_down_node_is_503(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await c.held("away", "org/big")
         for params in ({}, {"node": "away"}):
@@ -120,7 +120,7 @@ async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) 
     assert {k: v for k, v in placed.items() if k != "command"} == shown
 
 
-async def test_place_that_finds_no_room_is_507_with_every_nodes_figures(gateway: RunningGateway) -> None:
+async def test_place_without_capacity_is_507_with_every_nodes_figures(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
         async def place(_command: Place) -> object:
@@ -151,7 +151,7 @@ async def test_place_without_placement_is_503(gateway: RunningGateway) -> None:
     assert error["code"] == "node_away" and "placement" in error["message"]
 
 
-async def test_stop_sends_unplace_and_says_that_it_is_gone(gateway: RunningGateway) -> None:
+async def test_stop_sends_unplace_and_reports_that_it_is_gone(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         asked: list[str] = []
 
@@ -184,7 +184,7 @@ async def test_status_has_every_node_with_its_services_memory_and_disk(gateway: 
     assert [i["id"] for i in status["instances"]] == ["i1"]
 
 
-async def test_a_node_of_another_major_version_is_shown_as_ignored_and_is_no_holder(gateway: RunningGateway) -> None:
+async def test_a_node_of_another_major_version_is_shown_as_ignored(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await c.held("b", "org/theirs")
         await c.seen("/v1/status", lambda s: any(m["repo"] == "org/theirs" for m in s["models"]))

@@ -92,7 +92,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[s
 @given(
     st.integers(0, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, max(n - 1, 0)), max_size=20)))
 )
-def test_tokens_in_any_order_and_repeated_come_out_once_and_in_order(case: tuple[int, list[int]]) -> None:
+def test_tokens_in_any_order_come_out_once_and_in_order(case: tuple[int, list[int]]) -> None:
     count, noise = case
     order = InOrder()
     arrivals = [i for i in noise if i < count] + list(range(count))
@@ -134,7 +134,7 @@ def test_I12_other_names_of_this_machine_may_not(host: str) -> None:
 
 
 @given(st.text(max_size=40))
-def test_I12_no_other_word_than_the_secret_opens(word: str) -> None:
+def test_I12_only_the_secret_opens(word: str) -> None:
     for scheme in ("Bearer ", "Basic ", ""):
         assert refusal("GET", "/", {"authorization": scheme + word}, "the-real-secret", True) is not None
 
@@ -159,7 +159,7 @@ def spec(identity: str, *nodes: str, commit: str = "c" * 40, epoch: int = 1) -> 
     return InstanceSpec(id=identity, repo="org/m", commit=commit, stages=stages, context_tokens=8, epoch=epoch)
 
 
-def picture(*specs: InstanceSpec, nodes: tuple[str, ...] = ("a", "b")) -> Picture:
+def snapshot_of(*specs: InstanceSpec, nodes: tuple[str, ...] = ("a", "b")) -> Picture:
     """Return a snapshot in which all of these are ready."""
     return Picture(
         live=live(*(f"{n}.inference" for n in nodes)),
@@ -178,7 +178,7 @@ def picture(*specs: InstanceSpec, nodes: tuple[str, ...] = ("a", "b")) -> Pictur
 
 
 def test_model_may_be_named_by_repo_by_commit_and_by_instance() -> None:
-    cluster = picture(spec("one", "a", commit="1" * 40), spec("two", "b", commit="2" * 40))
+    cluster = snapshot_of(spec("one", "a", commit="1" * 40), spec("two", "b", commit="2" * 40))
     assert choose(cluster, "org/m", {"one": 1}).id == "two"
     assert choose(cluster, f"org/m@{'1' * 40}", {"one": 1}).id == "one"
     assert choose(cluster, "one", {"one": 1}).id == "one"
@@ -187,7 +187,7 @@ def test_model_may_be_named_by_repo_by_commit_and_by_instance() -> None:
 
 
 def test_instance_that_lost_a_stage_is_passed_over() -> None:
-    cluster = picture(spec("one", "away"), spec("two", "b"))
+    cluster = snapshot_of(spec("one", "away"), spec("two", "b"))
     assert choose(cluster, "org/m", {"two": 9}).id == "two"
     with pytest.raises(StageLost, match="away"):
         choose(cluster, "one", {})
@@ -200,7 +200,7 @@ def test_stage_of_another_epoch_does_not_answer() -> None:
     assert "not running" in (lost_stage(spec("i", "a"), {}, {"a"}) or "")
 
 
-def test_ended_downloads_on_nodes_that_are_away_hold_no_delete_up() -> None:
+def test_ended_downloads_on_down_nodes_hold_no_delete_up() -> None:
     def downloads(phase: str) -> list[DownloadState]:
         return [DownloadState(node="away", model="org/m", phase=phase)]  # type: ignore[arg-type]  # as a str
 
@@ -234,7 +234,7 @@ def test_download_without_nodes_is_for_this_node() -> None:
     assert to_download(cluster, ["b", "a", "b"], "a") == ["b", "a"]
 
 
-def test_download_has_begun_when_its_node_has_said_something_new() -> None:
+def test_download_has_started_once_its_node_publishes_new_state() -> None:
     old = DownloadState(node="a", model="org/m", phase="fetching", updated_at_s=5.0)
     assert not begun(None, None, 10.0)
     assert not begun(old, old, 10.0)
@@ -254,7 +254,7 @@ def test_every_route_and_setting_is_documented() -> None:
         assert f"`{name}`" in readme, name
 
 
-def test_every_error_code_and_unsupported_parameter_is_documented() -> None:
+def test_every_error_code_and_parameter_is_documented() -> None:
     protocol = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
     for code in [*BY_CODE, "foreign_page", "too_large", "unsupported_parameter", "method_not_allowed"]:
         assert f"`{code}`" in protocol, code

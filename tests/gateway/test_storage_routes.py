@@ -46,7 +46,7 @@ async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
     return asked
 
 
-async def test_storage_lists_every_disk_with_what_its_storage_last_said(gateway: RunningGateway) -> None:
+async def test_storage_lists_every_disk_with_its_last_published_state(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         said = StorageState(node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=["org/m@x"])
         await c.write("state", storage_key("a"), said)
@@ -88,7 +88,7 @@ async def test_storage_lists_every_disk_with_what_its_storage_last_said(gateway:
         ("POST", "/v1/storage/verify", "verify", {"model": "org/m@v1"}, {"model": "org/m@v1"}),
     ],
 )
-async def test_each_route_sends_the_documented_command_to_its_own_node_and_nothing_else(
+async def test_each_route_sends_the_documented_command_to_its_own_node(
     gateway: RunningGateway, method: str, path: str, verb: str, body: dict[str, Any], sent: dict[str, Any]
 ) -> None:
     async with cluster(gateway) as c:
@@ -121,7 +121,7 @@ async def test_each_route_sends_the_documented_command_to_its_own_node_and_nothi
         ({"nodes": "all"}, ["a", "b"]),
     ],
 )
-async def test_a_command_goes_to_the_nodes_that_are_named_or_to_every_live_one(
+async def test_a_command_goes_to_the_named_nodes_or_to_every_live_one(
     gateway: RunningGateway, where: dict[str, Any], meant: list[str]
 ) -> None:
     async with cluster(gateway) as c:
@@ -187,7 +187,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         ("GET", "/v1/storage/plan?need_bytes=5&node=A", None, "not a node id"),
     ],
 )
-async def test_I10_what_is_not_understood_is_400_and_nothing_is_sent(
+async def test_I10_a_malformed_request_is_400_and_sends_nothing(
     gateway: RunningGateway, method: str, path: str, body: object, words: str
 ) -> None:
     async with cluster(gateway) as c:
@@ -198,7 +198,7 @@ async def test_I10_what_is_not_understood_is_400_and_nothing_is_sent(
         assert await c.joined.last_sequence("CMD") == before
 
 
-async def test_a_node_whose_storage_is_away_is_named_and_nothing_is_sent(gateway: RunningGateway) -> None:
+async def test_a_node_whose_storage_is_down_is_named_and_sends_nothing(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await storage(c, "a", "gc")
         before = await c.joined.last_sequence("CMD")
@@ -209,7 +209,7 @@ async def test_a_node_whose_storage_is_away_is_named_and_nothing_is_sent(gateway
         assert await c.joined.last_sequence("CMD") == before
 
 
-async def test_what_storage_refuses_is_answered_with_its_words(gateway: RunningGateway) -> None:
+async def test_a_refusal_of_storage_is_answered_with_its_message(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
         async def refuse(_command: Configure) -> object:

@@ -30,12 +30,12 @@ class Held:
         with suppress(OSError, asyncio.CancelledError):
             there, back = await asyncio.open_connection("127.0.0.1", self._port)
             try:
-                await asyncio.gather(self._say(reader, back), _copy(there, writer))
+                await asyncio.gather(self._forward(reader, back), _copy(there, writer))
             finally:
                 back.close()
         writer.close()
 
-    async def _say(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hearing = asyncio.create_task(self._hear(reader))
         try:
             while not hearing.done() or self._waiting:
@@ -60,7 +60,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @asynccontextmanager
-async def held_way(url: str) -> AsyncIterator[Held]:
+async def delayed_nats_proxy(url: str) -> AsyncIterator[Held]:
     """Run a proxy to the server at `url`, for one client."""
     held = Held(int(url.rpartition(":")[2]))
     server = await asyncio.start_server(held.serve, "127.0.0.1", 0)

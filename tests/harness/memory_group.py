@@ -111,12 +111,12 @@ class Hog:
         """Allocate until the group has no more than this left; free it after the body."""
         try:
             while self._group.available_bytes() > available_bytes:
-                self._tell(f"take {self.STEP_BYTES}")
+                self._command(f"take {self.STEP_BYTES}")
             yield
         finally:
-            self._tell("free")
+            self._command("free")
 
-    def _tell(self, words: str) -> None:
+    def _command(self, words: str) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         print(words, file=self._process.stdin, flush=True)
         assert self._process.stdout.readline() == "done\n", "the hog was killed"

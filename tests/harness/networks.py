@@ -45,13 +45,13 @@ class Machine:
 
     def listener(self, port: int) -> socket.socket:
         """Return a socket of this process that listens on the machine's loopback."""
-        return self._made_here(lambda: socket.create_server(("127.0.0.1", port)))
+        return self._made_in_namespace(lambda: socket.create_server(("127.0.0.1", port)))
 
     def connection(self, host: str, port: int) -> socket.socket:
         """Return a socket of this process, connected from the machine. Raises OSError."""
-        return self._made_here(lambda: socket.create_connection((host, port), _DEADLINE_S))
+        return self._made_in_namespace(lambda: socket.create_connection((host, port), _DEADLINE_S))
 
-    def _made_here(self, make: Callable[[], socket.socket]) -> socket.socket:
+    def _made_in_namespace(self, make: Callable[[], socket.socket]) -> socket.socket:
         made: list[socket.socket | OSError] = []
 
         def enter() -> None:
@@ -145,7 +145,7 @@ class Switch:
         """Plug the wire in again."""
         self._bridge.ip("link", "set", self._plug(name), "up")
 
-    def lose(self, one: str, other: str) -> None:
+    def drop(self, one: str, other: str) -> None:
         """Drop what one machine sends to the other, silently."""
         to_nobody = ("lladdr", _NOBODY, "dev", _WIRE, "nud", "permanent")
         self._others[one].ip("neigh", "replace", self.addresses[other], *to_nobody)
@@ -168,7 +168,7 @@ def relayed(machine: Machine, port: int, delay_s: float = 0.0) -> Iterator[None]
 
 
 @contextmanager
-def reached(machine: Machine, host: str, port: int, at: int = 0, delay_s: float = 0.0) -> Iterator[int]:
+def port_forward(machine: Machine, host: str, port: int, at: int = 0, delay_s: float = 0.0) -> Iterator[int]:
     """While the body runs, relay a port of our loopback (`at`, or any) to this host and port as seen from the
     machine, with this delay."""
     listener = socket.create_server(("127.0.0.1", at))

@@ -100,7 +100,7 @@ def resolve(path: str, revision: str = "main") -> str:
 # The unmodified client
 
 
-def test_client_downloads_the_tiny_model_byte_for_byte_and_each_byte_once(tmp_path: Path) -> None:
+def test_client_downloads_the_tiny_model_with_each_byte_once(tmp_path: Path) -> None:
     expected = read_files(MODELS_DIR / DEMO_MODEL)
     with running_hub(process=True) as hub:
         got = snapshot_download(DEMO_MODEL, endpoint=hub.base_url, cache_dir=tmp_path, token=False)
@@ -153,7 +153,7 @@ def test_tree_without_recursion_shows_one_folder_only(api: HfApi) -> None:
         list(api.list_repo_tree(MODEL, "nowhere"))
 
 
-def test_tree_is_whole_when_it_comes_in_pages(root: Path, api: HfApi) -> None:
+def test_a_tree_in_pages_is_complete(root: Path, api: HfApi) -> None:
     whole = [entry.path for entry in api.list_repo_tree(MODEL, recursive=True)]
     with running_hub(root, page_size=3) as paged:
         other = HfApi(endpoint=paged.base_url, token=False)
@@ -209,7 +209,7 @@ def test_unknown_file_raises_entry_not_found(hub: RunningHub, tmp_path: Path) ->
             hf_hub_download(MODEL, path, endpoint=hub.base_url, cache_dir=tmp_path, token=False)
 
 
-def test_missing_token_is_401_and_looks_like_a_missing_repository(api: HfApi, hub: RunningHub) -> None:
+def test_missing_token_is_401_like_a_missing_repository(api: HfApi, hub: RunningHub) -> None:
     hub.set_faults(Faults(require_token="secret"))
     with pytest.raises(RepositoryNotFoundError) as refused:
         api.model_info(MODEL)
@@ -318,7 +318,7 @@ def test_range_that_makes_no_single_span_is_ignored(web: httpx2.Client, header: 
     assert (answer.status_code, answer.content) == (200, FILES["config.json"])
 
 
-def test_range_of_a_file_that_has_changed_answers_with_the_whole(web: httpx2.Client) -> None:
+def test_range_of_a_changed_file_answers_with_the_full_file(web: httpx2.Client) -> None:
     same = {"Range": "bytes=2-3", "If-Range": f'"{git_oid(FILES["config.json"])}"'}
     assert web.get(resolve("config.json"), headers=same).status_code == 206
     other = {"Range": "bytes=2-3", "If-Range": '"something else"'}
@@ -328,7 +328,7 @@ def test_range_of_a_file_that_has_changed_answers_with_the_whole(web: httpx2.Cli
 # Faults
 
 
-def test_rate_limit_answers_429_with_the_reset_time_and_then_stops(hub: RunningHub, api: HfApi) -> None:
+def test_rate_limit_answers_429_with_the_reset_time_and_stops(hub: RunningHub, api: HfApi) -> None:
     hub.set_faults(Faults(rate_limit=RateLimit(times=2, retry_after_s=7, kinds=("api",))))
     for _ in range(2):
         with pytest.raises(HfHubHTTPError, match="Retry after 7 seconds") as limited:
@@ -347,7 +347,7 @@ def test_client_that_backs_off_gets_past_a_rate_limit(hub: RunningHub) -> None:
     assert http_backoff("GET", hub.base_url + resolve("config.json")).status_code == 200
 
 
-def test_unavailable_answers_503_as_often_as_it_was_told(hub: RunningHub, web: httpx2.Client) -> None:
+def test_unavailable_answers_503_as_often_as_configured(hub: RunningHub, web: httpx2.Client) -> None:
     hub.set_faults(Faults(unavailable=Unavailable(times=2, kinds=("get",))))
     assert web.head(resolve("config.json")).status_code == 200
     assert [web.get(resolve("config.json")).status_code for _ in range(3)] == [503, 503, 200]
@@ -379,7 +379,7 @@ def test_client_resumes_a_dropped_download_with_a_range(
     assert file.bytes == 2_000_000 + len(LARGE) - kept_bytes
 
 
-def test_wrong_bytes_flips_one_byte_in_every_answer_that_holds_it(hub: RunningHub, web: httpx2.Client) -> None:
+def test_wrong_bytes_flips_one_byte_in_every_answer_that_has_it(hub: RunningHub, web: httpx2.Client) -> None:
     offset = (1 << 20) + 17
     wrong = bytearray(LARGE)
     wrong[offset] ^= 0xFF
@@ -408,7 +408,7 @@ def test_bytes_per_s_is_the_rate_of_all_bodies_together(hub: RunningHub, web: ht
     assert time.monotonic() - started_s >= 0.4 * 0.95
 
 
-def test_no_range_answers_200_with_the_whole_body(hub: RunningHub, web: httpx2.Client) -> None:
+def test_no_range_answers_200_with_the_full_body(hub: RunningHub, web: httpx2.Client) -> None:
     hub.set_faults(Faults(no_range=True))
     answer = web.get(resolve("weights.bin"), headers={"Range": "bytes=5-9"})
     assert (answer.status_code, answer.content) == (200, LARGE)
@@ -436,7 +436,7 @@ def test_hub_without_admin_has_no_switches(root: Path) -> None:
 # Stats
 
 
-def test_stats_tell_paths_ranges_and_kinds_apart(hub: RunningHub, web: httpx2.Client) -> None:
+def test_stats_distinguish_paths_ranges_and_kinds(hub: RunningHub, web: httpx2.Client) -> None:
     web.get(f"/api/models/{MODEL}")
     web.head(resolve("config.json"))
     web.get(resolve("config.json"))
@@ -452,7 +452,7 @@ def test_stats_tell_paths_ranges_and_kinds_apart(hub: RunningHub, web: httpx2.Cl
     assert hub.stats().requests == Requests()
 
 
-def test_stats_count_what_was_sent_when_the_client_leaves_in_the_middle(tmp_path: Path) -> None:
+def test_stats_count_what_was_sent_when_the_client_disconnects(tmp_path: Path) -> None:
     size_bytes = 64 << 20
     (tmp_path / "a/large").mkdir(parents=True)
     with (tmp_path / "a/large/w.safetensors").open("wb") as file:

@@ -90,7 +90,7 @@ def test_model_is_small_and_can_be_split_over_three_stages() -> None:
     )
 
 
-def test_tokenizer_gives_back_any_text(loaded: tuple[Any, Any]) -> None:
+def test_tokenizer_round_trips_any_text(loaded: tuple[Any, Any]) -> None:
     text = "žlutá rybka, 魚, 🐟\tend\n"
     tokens = loaded[1].encode(text, add_special_tokens=False)
     assert loaded[1].decode(tokens) == text

@@ -62,7 +62,7 @@ def test_leftovers_are_this_nodes_stages_that_nobody_wants(wanted: list[Instance
     assert left == {(i, r) for i in "xyz" for r in range(3)} - {(k[0], k[2]) for k in mine}
 
 
-def test_the_last_rank_is_linked_to_the_first_and_only_within_an_epoch() -> None:
+def test_the_last_rank_links_to_the_first_only_within_an_epoch() -> None:
     spec = instance("x", "a", "b", epoch=2)
     states = [
         StageState(instance="x", rank=0, node="a", epoch=2, phase="ready", address="h:1"),
@@ -87,9 +87,7 @@ class Service:
         return await self.cluster.buckets.state.get_as(stage_key(name, rank), StageState)
 
 
-async def test_a_wanted_stage_without_its_model_asks_the_fetcher_and_says_why_it_failed(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_stage_without_its_model_asks_the_fetcher_and_fails(own_nats: NatsServer, tmp_path: Path) -> None:
     home = tmp_path / "a"
     home.mkdir()
     (home / "node.toml").write_text('id = "a"\n')
@@ -141,9 +139,7 @@ async def test_a_wanted_stage_without_its_model_asks_the_fetcher_and_says_why_it
             await Ask(cluster.nats)("inference", "a", "generate", generate, Accepted)
 
 
-async def test_I8_what_an_earlier_process_said_of_stages_nobody_wants_is_taken_back_at_start(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I8_stage_states_of_an_earlier_process_are_unpublished(own_nats: NatsServer, tmp_path: Path) -> None:
     home = tmp_path / "a"
     home.mkdir()
     (home / "node.toml").write_text('id = "a"\n')

@@ -31,7 +31,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_pass_that_takes_too_long_is_told_so_and_one_that_does_not_is_not() -> None:
+async def test_only_a_pass_that_takes_too_long_times_out() -> None:
     async def never() -> None:
         await asyncio.Event().wait()
 
@@ -52,7 +52,7 @@ async def test_an_error_of_the_pass_is_raised_as_it_is() -> None:
         await in_time(fails(), 10.0)
 
 
-async def test_who_is_cancelled_cancels_the_pass() -> None:
+async def test_cancelling_the_caller_cancels_the_pass() -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def long() -> None:
@@ -70,7 +70,7 @@ async def test_who_is_cancelled_cancels_the_pass() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's state is read from /proc")
-def test_the_time_in_which_the_process_was_stopped_does_not_count() -> None:
+def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", _STOPPED_MEANWHILE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -179,7 +179,7 @@ def test_windows_are_only_where_mlx_lm_has_them() -> None:
 
 
 @pytest.mark.parametrize("module", ["jamba_of_tomorrow", "gemma3n"])
-def test_an_unknown_architecture_is_an_upper_bound_and_says_so(module: str) -> None:
+def test_an_unknown_architecture_gets_an_upper_bound_estimate(module: str) -> None:
     config = {**COMMON, "model_type": module}
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Tensor(0, 64) for i in range(LAYERS)}
     # The files take precedence over the config: one layer's keys are wider.
@@ -189,7 +189,7 @@ def test_an_unknown_architecture_is_an_upper_bound_and_says_so(module: str) -> N
     assert shape.kv_rules == [KvRule(bytes_per_token=200 * 2)] * LAYERS
 
 
-def test_a_config_that_lacks_what_its_rule_speaks_of_is_estimated() -> None:
+def test_a_config_that_lacks_what_its_rule_needs_is_estimated() -> None:
     config = {k: v for k, v in named("qwen3_next").items() if k != "linear_key_head_dim"}
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Tensor(0, 64) for i in range(LAYERS)}
     assert shape_of(config, tensors).estimated

@@ -59,22 +59,22 @@ async def inference(node: Node, server: NatsServer) -> AsyncIterator[Process]:
 async def stage(node: Node, phase: str, name: str = "x", other_than: str = "") -> StageState:
     """Return the stage's state once a process other than `other_than` is in the phase."""
 
-    async def look() -> StageState | None:
+    async def matching_state() -> StageState | None:
         found = await node.here.buckets.state.get_as(stage_key(name, 0), StageState)
         return found if found is not None and found.phase == phase and found.uid != other_than else None
 
-    return await eventually(look, f"the stage is {phase}", READY_S)
+    return await eventually(matching_state, f"the stage is {phase}", READY_S)
 
 
 async def held_by(node: Node, other_than: int = 0) -> int:
     """Return the pid that holds the stage's lease, once storage has published it."""
 
-    async def look() -> int | None:
+    async def matching_state() -> int | None:
         leases = (await node.storage_state()).leases
         assert all(x.holder == "stage 0 of instance x" for x in leases)
         return next((x.pid for x in leases if x.pid not in (0, other_than)), None)
 
-    return await eventually(look, "the lease is held")
+    return await eventually(matching_state, "the lease is held")
 
 
 def runs(pid: int) -> bool:
@@ -85,7 +85,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-async def test_I4_a_stage_holds_its_model_until_its_process_ends_whoever_is_killed(
+async def test_I4_a_stage_holds_its_model_until_its_process_ends(
     own_nats: NatsServer, tmp_path: Path, model: Model
 ) -> None:
     async with on_node(own_nats, tmp_path, "a") as node, node.fetcher():
@@ -119,7 +119,7 @@ async def test_I4_a_stage_holds_its_model_until_its_process_ends_whoever_is_kill
                 assert files_below(node.layout.root) == set()
 
 
-async def test_a_stage_that_gets_no_lease_says_so_by_name(own_nats: NatsServer) -> None:
+async def test_a_stage_without_a_lease_fails_by_name(own_nats: NatsServer) -> None:
     assignment = Assignment(wanted(Model("org/tiny", {"a": b"a"}), "a"), wanted(Model("org/tiny", {}), "a").stages[0])
     async with joined(own_nats) as here:
         with pytest.raises(Unavailable, match=r"stage 0 of x got no lease of org/tiny@.* storage of node a"):
@@ -156,7 +156,7 @@ async def test_a_stage_that_gets_no_lease_says_so_by_name(own_nats: NatsServer) 
             await serving
 
 
-async def test_a_lock_is_held_shared_is_inherited_by_nobody_and_waits_for_storages_look(tmp_path: Path) -> None:
+async def test_a_lease_lock_is_shared_not_inherited_and_awaits_checks(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
     looking = os.open(lock, os.O_RDONLY)

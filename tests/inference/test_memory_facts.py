@@ -31,7 +31,7 @@ def left_in(directory: Path) -> list[Path]:
     return list(directory.iterdir())
 
 
-def test_a_memory_cap_limits_what_is_told_and_a_bad_one_is_refused_in_one_line() -> None:
+def test_a_memory_cap_limits_the_facts_and_a_bad_one_is_refused() -> None:
     facts = memory_facts(HERE, 5 * MIB, {}, CPU)
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 * MIB, 5 * MIB)
     assert memory_facts(HERE, None, {}, CPU).memory_total_bytes > 5 * MIB
@@ -46,7 +46,7 @@ def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:
     assert memory_facts(HERE, 50 * MIB, {"i/0": 80 * MIB}, CPU).memory_available_bytes == 0
 
 
-def test_a_control_group_limits_what_is_told_and_what_stages_occupy_is_missing_in_it_already() -> None:
+def test_a_control_group_limits_facts_less_what_stages_occupy() -> None:
     machine = Room(1000 * MIB, 900 * MIB, 700 * MIB)
     groups = [Room(300 * MIB, 200 * MIB, 120 * MIB, Path("/g")), Room(400 * MIB, 150 * MIB, 140 * MIB, Path("/"))]
     facts = memory_facts([machine, *groups], None, {"i/0": 50 * MIB}, CPU)
@@ -56,7 +56,7 @@ def test_a_control_group_limits_what_is_told_and_what_stages_occupy_is_missing_i
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (100 * MIB, 50 * MIB)
 
 
-def test_a_process_occupies_what_it_has_written_to_and_nothing_once_it_has_ended() -> None:
+def test_a_process_occupies_what_it_wrote_and_nothing_once_ended() -> None:
     program = "held = bytearray(b'x') * (128 << 20); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -83,7 +83,7 @@ WAVER = st.integers(-_STEP, _STEP)
 
 
 @given(WAVER, WAVER, WAVER)
-def test_a_machine_that_only_wavers_says_the_same_again(available: int, reclaimable: int, stage: int) -> None:
+def test_facts_that_only_fluctuate_are_not_published_again(available: int, reclaimable: int, stage: int) -> None:
     now = structs.replace(
         FACTS,
         memory_available_bytes=FACTS.memory_available_bytes + available,
@@ -94,7 +94,7 @@ def test_a_machine_that_only_wavers_says_the_same_again(available: int, reclaima
 
 
 @given(st.integers(_STEP + 1, 4 << 30), WAVER)
-def test_when_a_stage_has_loaded_both_sides_of_it_are_said_at_once(loaded: int, waver: int) -> None:
+def test_a_loaded_stage_is_published_with_the_memory_it_took(loaded: int, waver: int) -> None:
     now = structs.replace(
         FACTS,
         memory_available_bytes=FACTS.memory_available_bytes - loaded + waver,
@@ -115,12 +115,12 @@ def test_when_a_stage_has_loaded_both_sides_of_it_are_said_at_once(loaded: int, 
         {"memory_total_bytes": 8 << 30},
     ],
 )
-def test_what_does_not_waver_is_said_when_it_changes(change: dict[str, object]) -> None:
+def test_a_change_of_a_stable_fact_is_published(change: dict[str, object]) -> None:
     now = structs.replace(FACTS, **change)
     assert steady(FACTS, now) is now
 
 
-def test_addresses_that_are_said_of_a_service_do_not_make_its_memory_news() -> None:
+def test_new_addresses_of_a_service_do_not_republish_its_memory() -> None:
     said = structs.replace(FACTS, addresses=["10.0.0.1:1"])
     assert steady(said, FACTS) is said
 
@@ -131,14 +131,14 @@ def test_addresses_that_are_said_of_a_service_do_not_make_its_memory_news() -> N
 @pytest.mark.parametrize(
     ("avg10", "step"), [("0.00", 0), ("0.99", 0), ("1.00", 1), ("19.9", 1), ("20.00", 2), ("97", 2)]
 )
-def test_pressure_is_told_in_steps(avg10: str, step: int) -> None:
+def test_pressure_is_published_in_steps(avg10: str, step: int) -> None:
     assert (
         of_stalls(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0")
         == step
     )
 
 
-def test_a_system_that_does_not_say_how_it_suffers_is_not_known_to() -> None:
+def test_a_system_without_pressure_files_has_unknown_pressure() -> None:
     assert of_stalls("") is None
     assert of_stalls("full avg10=50.00") is None
     if sys.platform == "linux":
@@ -146,7 +146,7 @@ def test_a_system_that_does_not_say_how_it_suffers_is_not_known_to() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
-def test_pressure_is_that_of_the_worst_limited_group_where_it_is_said(tmp_path: Path) -> None:
+def test_pressure_is_that_of_the_worst_limited_group(tmp_path: Path) -> None:
     rooms = [Room(9, 9, 9)]
     for name, avg10 in (("calm", "0.00"), ("worst", "30.00"), ("some", "2.00")):
         (tmp_path / name).mkdir()
@@ -186,7 +186,7 @@ async def test_a_machine_is_measured_once_and_again_when_it_is_another(
     assert read_kept(tmp_path, this_machine()) == again
 
 
-async def test_what_is_measured_on_a_busy_machine_is_used_and_not_kept(
+async def test_a_measurement_on_a_busy_machine_is_used_and_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "busy", lambda: True)
@@ -194,7 +194,7 @@ async def test_what_is_measured_on_a_busy_machine_is_used_and_not_kept(
     assert not left_in(tmp_path)
 
 
-async def test_a_speed_that_is_given_measures_nothing_and_writes_nothing(tmp_path: Path) -> None:
+async def test_a_configured_bandwidth_measures_and_writes_nothing(tmp_path: Path) -> None:
     assert (await find_device(tmp_path, 5e9)).bytes_per_s == 5e9
     assert not left_in(tmp_path)
 
@@ -202,7 +202,7 @@ async def test_a_speed_that_is_given_measures_nothing_and_writes_nothing(tmp_pat
 @pytest.mark.parametrize(
     "left", [b"", b"{", b"[]", b'{"machine": 3}', b'{"machine": "m", "device": {"bytes_per_s": 0}}']
 )
-def test_half_a_file_is_measured_anew(tmp_path: Path, left: bytes) -> None:
+def test_half_a_file_is_measured_again(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "device.json").write_bytes(left)
     assert read_kept(tmp_path, "m") is None
 
@@ -215,7 +215,7 @@ async def test_mlx_that_cannot_be_asked_is_no_reason_not_to_start(
     assert not left_in(tmp_path)
 
 
-def test_a_speed_is_a_number_of_bytes_a_second() -> None:
+def test_a_bandwidth_is_a_number_of_bytes_a_second() -> None:
     assert read_speed({}, {}) is None
     assert read_speed({"memory_bytes_per_s": 400e9}, {}) == 400e9
     assert read_speed({"memory_bytes_per_s": 1}, {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}) == 10e9
@@ -224,7 +224,7 @@ def test_a_speed_is_a_number_of_bytes_a_second() -> None:
             read_speed({}, {"SHOAL_MEMORY_BYTES_PER_S": wrong})
 
 
-def test_what_is_told_is_what_the_machine_has() -> None:
+def test_memory_facts_are_those_of_the_machine() -> None:
     facts = memory_facts(Memory().look(), None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
     assert 0 < facts.memory_total_bytes <= psutil.virtual_memory().total
     assert 0 < facts.memory_available_bytes <= facts.memory_total_bytes

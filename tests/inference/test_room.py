@@ -46,7 +46,7 @@ def test_every_request_ends_and_no_more_is_taken_than_there_is(asked: Sequence[t
     asyncio.run(all_of_them())
 
 
-async def test_the_youngest_gives_way_and_goes_first_of_those_that_wait() -> None:
+async def test_the_youngest_is_preempted_and_first_of_those_waiting() -> None:
     room, began = Room(CONTEXT_TOKENS, 1), []
     await room.enter(b"old", 512)
     await room.enter(b"young", 512)
@@ -70,7 +70,7 @@ async def test_the_youngest_gives_way_and_goes_first_of_those_that_wait() -> Non
     assert began == [b"young", b"new"]
 
 
-async def test_who_is_cancelled_while_it_waits_or_grows_leaves_nothing_behind() -> None:
+async def test_a_request_cancelled_while_it_waits_leaves_nothing() -> None:
     room = Room(CONTEXT_TOKENS, 1)
     await room.enter(b"a", 512)
     await room.enter(b"b", 512)

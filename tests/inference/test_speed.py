@@ -26,7 +26,7 @@ speeds = st.floats(1e6, 1e13)
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(1e-4, 60), st.floats(0, 3)), min_size=LEAST_PASSES, max_size=60))
-def test_a_stage_tells_its_median_pass_now_and_then_and_only_while_it_works(seen: list[tuple[float, float]]) -> None:
+def test_a_stage_sends_its_median_pass_only_while_it_works(seen: list[tuple[float, float]]) -> None:
     passes, now_s, told_at_s = Passes(), 0.0, None
     since: list[float] = []
     for pass_s, pause_s in seen:
@@ -42,9 +42,7 @@ def test_a_stage_tells_its_median_pass_now_and_then_and_only_while_it_works(seen
 
 @settings(max_examples=50)
 @given(speeds, st.lists(st.tuples(st.integers(1, 1 << 40), st.floats(1e-6, 1e3)), max_size=30))
-def test_a_nodes_speed_follows_within_bounds_and_is_said_when_it_has_moved(
-    idle: float, seen: list[tuple[int, float]]
-) -> None:
+def test_a_nodes_bandwidth_is_bounded_and_published_on_a_change(idle: float, seen: list[tuple[int, float]]) -> None:
     kept: list[float] = []
     speed = Speed(kept.append)
     speed.begin(idle, 0.0)
@@ -60,7 +58,7 @@ def test_a_nodes_speed_follows_within_bounds_and_is_said_when_it_has_moved(
 
 
 @given(st.floats(IDLE / FARTHEST, IDLE * FARTHEST), st.floats(0.95, 1.05))
-def test_a_node_that_works_steadily_comes_to_its_speed_and_says_no_more(true: float, waver: float) -> None:
+def test_a_steady_node_converges_to_its_bandwidth_and_is_quiet(true: float, waver: float) -> None:
     kept: list[float] = []
     speed = Speed(kept.append)
     speed.begin(IDLE, 0.0)
@@ -74,14 +72,14 @@ def test_a_node_that_works_steadily_comes_to_its_speed_and_says_no_more(true: fl
 
 
 @given(st.integers(0, LEAST_BYTES - 1), st.floats(1e-9, 1e3), speeds)
-def test_a_tiny_model_says_nothing_about_the_machine(pass_bytes: int, pass_s: float, idle: float) -> None:
+def test_a_tiny_model_does_not_change_the_bandwidth(pass_bytes: int, pass_s: float, idle: float) -> None:
     speed = Speed(lambda _: pytest.fail("it was kept"))
     speed.begin(idle, 0.0)
     speed.note(pass_bytes, pass_s)
     assert speed.said == 0.0 and not counts(int(LEAST_S * 800e9) - 1, 800e9) and not counts(GIB, 0.0)
 
 
-def test_a_pass_reads_the_active_layers_and_on_the_last_stage_the_head() -> None:
+def test_a_pass_reads_active_layers_and_the_head_on_the_last() -> None:
     shape = ModelShape(
         architecture="qwen3",
         layer_bytes=[100, 200, 300],
@@ -96,7 +94,7 @@ def test_a_pass_reads_the_active_layers_and_on_the_last_stage_the_head() -> None
     assert [read_bytes(mixed, *run) for run in ((0, 1), (1, 3))] == [1, 16]
 
 
-async def test_what_stages_have_shown_survives_a_restart_on_this_machine_alone(
+async def test_measured_bandwidth_survives_a_restart_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_working(tmp_path, 5e9)
@@ -112,12 +110,10 @@ async def test_what_stages_have_shown_survives_a_restart_on_this_machine_alone(
     assert read_working(tmp_path) == 0.0
 
 
-def test_each_stage_of_a_real_ring_tells_how_long_its_passes_take(
-    own_ring: Rings, models: Models, run: Run[None]
-) -> None:
+def test_each_stage_of_a_real_ring_reports_its_pass_time(own_ring: Rings, models: Models, run: Run[None]) -> None:
     ring = own_ring(models("llama"), (0, 3, 6))
 
-    async def told() -> None:
+    async def reported() -> None:
         for child in ring.children:
             assert not [e for e in child.events if isinstance(e, Pace)]
         tokens = 0
@@ -127,4 +123,4 @@ def test_each_stage_of_a_real_ring_tells_how_long_its_passes_take(
             pace = await child.wait(Pace)
             assert pace.passes >= LEAST_PASSES and 0 < pace.pass_s < 60
 
-    run(told())
+    run(reported())

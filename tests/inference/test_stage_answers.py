@@ -88,9 +88,7 @@ def test_concurrent_requests_each_get_what_they_get_alone(ring: RingOfStages, ru
         assert ids(answer) == one_process(ring.model_dir, prompt)
 
 
-def test_requests_that_outgrow_their_room_give_way_to_older_ones_and_answer_all_the_same(
-    ring: RingOfStages, run: Run[Any]
-) -> None:
+def test_preempted_requests_wait_for_older_ones_and_still_answer(ring: RingOfStages, run: Run[Any]) -> None:
     # The budget holds the prompts of two of them, but only one can grow.
     prompts = [tuple(1 + (t * t + 7 * n) % (VOCABULARY - 1) for t in range(CACHE_STEP_TOKENS - 10)) for n in range(3)]
     assert CONTEXT_TOKENS == 2 * CACHE_STEP_TOKENS
@@ -115,7 +113,7 @@ def test_eight_at_a_time_are_answered_time_after_time(ring: RingOfStages, run: R
         run(eight())
 
 
-def test_a_ninth_request_is_told_busy_and_the_others_end_well(ring: RingOfStages, run: Run[Any]) -> None:
+def test_a_ninth_request_is_refused_busy_and_the_others_finish(ring: RingOfStages, run: Run[Any]) -> None:
     async def nine() -> tuple[str, int]:
         ring.signal(1, signal.SIGSTOP)  # so that none of the eight can finish meanwhile
         try:
@@ -138,7 +136,7 @@ def test_an_answer_continues_where_an_earlier_epoch_stopped(said: int, ring: Rin
     assert [t.text for t in rest] == [t.text for t in whole[said:]]
 
 
-def test_an_answer_that_was_complete_is_only_said_to_be(ring: RingOfStages, run: Run[Any]) -> None:
+def test_a_complete_answer_is_ended_without_another_token(ring: RingOfStages, run: Run[Any]) -> None:
     async def ended(generated: tuple[int, ...], max_tokens: int) -> Token:
         request = await ring.ask(PROMPT, max_tokens, generated=generated)
         return await ring.children[0].wait(Token, lambda t: t.request == request)
@@ -148,7 +146,7 @@ def test_an_answer_that_was_complete_is_only_said_to_be(ring: RingOfStages, run:
         assert (last.index, last.token, last.finish_reason) == (len(generated), None, reason)
 
 
-def test_a_seed_gives_the_same_tokens_on_any_layout_and_after_a_replay(
+def test_a_seed_gives_the_same_tokens_on_any_layout_and_replay(
     ring: RingOfStages, rings: Rings, run: Run[Any]
 ) -> None:
     alone = rings(ring.model_dir, (0, 6))

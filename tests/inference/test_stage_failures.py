@@ -24,9 +24,7 @@ LONG = 450
 NOTICED_WITHIN_S = 10.0
 
 
-def test_I6_I11_a_killed_middle_stage_is_named_replaced_and_the_answer_goes_on(
-    models: Models, own_ring: Rings, run: Run[Any]
-) -> None:
+def test_I6_I11_a_killed_middle_stage_is_replaced_and_answers(models: Models, own_ring: Rings, run: Run[Any]) -> None:
     ring = own_ring(models("llama"), (0, 2, 4, 6))
     whole = [t.token for t in run(ring.generate(PROMPT, LONG))]
 
@@ -65,9 +63,7 @@ def test_without_a_link_a_request_fails_at_once(models: Models, own_ring: Rings,
     assert run(alone()) == "stage_lost"
 
 
-def test_a_stopped_stage_times_the_request_out_and_serves_again_when_it_wakes(
-    models: Models, own_ring: Rings, run: Run[Any]
-) -> None:
+def test_a_stopped_stage_times_the_request_out_and_recovers(models: Models, own_ring: Rings, run: Run[Any]) -> None:
     ring = own_ring(models("llama"), (0, 3, 6), step_timeout_s=1.0)
 
     async def stopped() -> str:
@@ -187,9 +183,7 @@ def hostile_frames() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", hostile_frames())
-def test_a_hostile_frame_closes_its_connection_and_the_stage_serves_on(
-    name: str, besieged: RingOfStages, run: Run[Any]
-) -> None:
+def test_a_hostile_frame_closes_only_its_connection(name: str, besieged: RingOfStages, run: Run[Any]) -> None:
     # With the secret this connection replaces the real predecessor's, which then reconnects by itself.
     async def attacked() -> None:
         child = besieged.children[1]
@@ -230,7 +224,7 @@ def test_the_child_exits_when_its_parent_is_gone(models: Models, run: Run[Any]) 
     assert run(orphaned()) == 0
 
 
-def test_a_stage_that_is_stopped_by_a_signal_is_killed_and_reaped(run: Run[Any]) -> None:
+def test_a_stage_stopped_by_a_signal_is_killed_and_reaped(run: Run[Any]) -> None:
     async def stuck() -> int:
         process = await StageProcess.spawn()
         psutil.Process(process.pid).suspend()
@@ -254,7 +248,7 @@ def fatal_of(start: Start, run: Run[Any]) -> tuple[Fatal, int]:
     return result
 
 
-def test_an_unsupported_architecture_is_named_with_those_that_are(tmp_path: Path, run: Run[Any]) -> None:
+def test_an_unsupported_architecture_is_named_with_the_supported(tmp_path: Path, run: Run[Any]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
     assert (fatal.code, status) == ("unsupported_architecture", 1)
@@ -271,13 +265,13 @@ def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run
     assert "safetensors" in fatal.message
 
 
-def test_linked_is_said_once_for_each_time_both_links_come_up(besieged: RingOfStages) -> None:
+def test_linked_is_sent_once_each_time_both_links_come_up(besieged: RingOfStages) -> None:
     said = [type(e) for e in besieged.children[1].events if isinstance(e, Linked | Unlinked)]
     assert said == [Linked, Unlinked] * (len(said) // 2) + [Linked] * (len(said) % 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills by a score")
-def test_where_the_kernel_has_to_kill_for_memory_it_takes_a_stage_first(besieged: RingOfStages) -> None:
+def test_the_kernel_kills_a_stage_first_when_out_of_memory(besieged: RingOfStages) -> None:
     own = int(Path("/proc/self/oom_score_adj").read_text())
     for child in besieged.children:
         assert int(Path(f"/proc/{child.process.pid}/oom_score_adj").read_text()) > own

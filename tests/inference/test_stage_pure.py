@@ -41,7 +41,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "wire-activations.md"
     request=st.binary(min_size=16, max_size=16),
     meta=st.binary(max_size=200),
 )
-def test_a_frame_comes_back_as_it_was_sent(
+def test_a_frame_survives_a_round_trip(
     kind: Kind, dtype: Dtype, flags: Flag, seq: int, shape: tuple[int, int, int], request: bytes, meta: bytes
 ) -> None:
     payload = bytes(shape[0] * shape[1] * shape[2] * ITEM_BYTES[dtype])
@@ -100,7 +100,7 @@ def member(**changes: Any) -> handshake.Member:
     return handshake.Member(**{"instance": "i1", "epoch": 1, "rank": 0, "stages": 3, "secret": b"s", **changes})
 
 
-def test_neighbours_with_the_secret_prove_themselves_to_each_other() -> None:
+def test_neighbours_with_the_secret_authenticate_each_other() -> None:
     nonce, own = bytes(32), bytes([1]) * 32
     hello = handshake.hello(member(), nonce, own)
     assert handshake.check_hello(member(rank=1), nonce, hello[2:]) == own
@@ -117,7 +117,7 @@ def test_neighbours_with_the_secret_prove_themselves_to_each_other() -> None:
         ({"rank": 2}, "rank"),
     ],
 )
-def test_anyone_else_is_refused_and_told_apart_in_the_log(changes: dict[str, Any], says: str) -> None:
+def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, Any], says: str) -> None:
     hello = handshake.hello(member(**changes), bytes(32), bytes(32))
     with pytest.raises(errors.Refused, match=says):
         handshake.check_hello(member(rank=1), bytes(32), hello[2:])
@@ -129,14 +129,14 @@ def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
         handshake.check_hello(member(rank=1), bytes([9]) * 32, hello[2:])
 
 
-def test_a_listener_without_the_secret_is_not_given_hidden_states() -> None:
+def test_a_listener_without_the_secret_gets_no_hidden_states() -> None:
     forged = handshake.welcome(member(rank=1, secret=b"other"), bytes(32), bytes(32))
     with pytest.raises(errors.Refused, match="welcome"):
         handshake.check_welcome(member(), bytes(32), bytes(32), forged)
 
 
 @given(st.integers(1, 200), st.integers(1, 50))
-def test_steps_cover_the_prompt_once_and_sample_only_its_last_token(count: int, chunk: int) -> None:
+def test_prefill_steps_cover_the_prompt_and_sample_once(count: int, chunk: int) -> None:
     steps = list(decide.steps(count, chunk))
     assert [token for s in steps for token in range(s.start, s.stop)] == list(range(count))
     assert [s.sample for s in steps] == [False] * (len(steps) - 1) + [True]
@@ -225,7 +225,7 @@ def test_a_child_is_given_openblas_where_there_is_one(tmp_path: Path) -> None:
     assert env == {"A": "1", "LD_PRELOAD": str(library), "OPENBLAS_NUM_THREADS": "1"}
 
 
-def test_a_child_keeps_its_environment_without_openblas_on_macos_or_with_a_blas_of_its_own(tmp_path: Path) -> None:
+def test_a_child_keeps_its_environment_where_no_openblas_is_used(tmp_path: Path) -> None:
     (tmp_path / "libopenblas.so.0").touch()
     reference = tmp_path / "reference"
     reference.mkdir()

@@ -87,7 +87,7 @@ def in_pieces(pieces: list[Engine], prompt: list[int], count: int) -> list[int]:
     ("name", "options"),
     [*((name, {}) for name in CONFIGS), ("llama", {"bits": 4}), ("qwen3", {"dtype": mx.bfloat16})],
 )
-def test_pieces_of_a_model_compute_what_the_whole_computes(
+def test_slices_of_a_model_compute_what_the_full_model_computes(
     name: str, options: dict[str, Any], models: Models
 ) -> None:
     model_dir = models(name, **options)
@@ -128,7 +128,7 @@ def test_a_stage_holds_its_own_tensors_and_no_others(
         assert abs(loaded.active_bytes - expected) <= expected * 0.01
 
 
-def test_a_token_outside_the_vocabulary_is_refused_before_mlx_reads_past_the_embedding(models: Models) -> None:
+def test_a_token_outside_the_vocabulary_is_refused(models: Models) -> None:
     (engine,) = engines(models("llama"), (0, LAYERS))
     engine.open(KEY, open_ask(3))
     with pytest.raises(ComputeFailed, match="vocabulary"):
@@ -141,7 +141,7 @@ def test_a_layout_for_another_model_does_not_load(models: Models) -> None:
             engines(models("llama"), cuts)
 
 
-def test_an_architecture_with_more_than_a_hidden_state_between_layers_is_refused() -> None:
+def test_an_architecture_with_extra_state_is_refused() -> None:
     for model_type in ("gemma3", "deepseek_v3", "qwen3_next", "no-such-model"):
         with pytest.raises(UnsupportedArchitecture, match=model_type):
             resolve({"model_type": model_type}, remapping())

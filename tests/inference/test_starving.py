@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 @given(st.integers(0, 64 * GIB), st.integers(1, 64 * GIB), st.sampled_from([None, 0, 1]))
-def test_they_end_exactly_below_the_floor(available: int, floor: int, pressure: int | None) -> None:
+def test_forced_stages_end_exactly_below_the_memory_floor(available: int, floor: int, pressure: int | None) -> None:
     facts = Facts(memory_total_bytes=64 * GIB, memory_available_bytes=available, memory_pressure=pressure)
     assert (why_starving(facts, floor) is not None) == (available < floor)
 
@@ -28,7 +28,7 @@ def test_the_floor_is_a_fiftieth_and_never_next_to_nothing(total: int, floor: in
 
 
 @pytest.mark.parametrize("pressure", [2, 3])
-def test_they_end_when_everything_suffers_whatever_is_said_to_be_available(pressure: int) -> None:
+def test_high_memory_pressure_is_an_oom_reason_with_free_bytes(pressure: int) -> None:
     facts = Facts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
     why = why_starving(facts, 1)
     assert why is not None and "high memory pressure" in why.message

@@ -15,9 +15,7 @@ Fresh = Callable[[str], str]
 DEADLINE_S = 45.0
 
 
-async def test_each_node_of_an_instance_is_told_once_a_minute_and_one_that_is_away_hinders_nobody(
-    nats: NatsServer, fresh: Fresh
-) -> None:
+async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, fresh: Fresh) -> None:
     here, there, away = (fresh(name) for name in ("here", "there", "away"))
     told: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
 

@@ -156,14 +156,14 @@ class Cluster:
         """Return the state of an instance."""
         return await self.here.buckets.state.get_as(instance_key(instance), InstanceState)
 
-    async def stands(self, instance: str, phase: InstancePhase) -> InstanceState:
+    async def wait_phase(self, instance: str, phase: InstancePhase) -> InstanceState:
         """Return once an instance is in this phase."""
 
-        async def so() -> InstanceState | None:
+        async def reached() -> InstanceState | None:
             state = await self.state(instance)
             return state if state is not None and state.phase == phase else None
 
-        return await eventually(so, f"{instance} is {phase}", FOLLOW_DEADLINE_S)
+        return await eventually(reached, f"{instance} is {phase}", FOLLOW_DEADLINE_S)
 
     async def leader(self) -> str:
         """Wait until a placement service leads, and return its node."""

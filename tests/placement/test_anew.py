@@ -35,7 +35,7 @@ def with_instances(there: World, *specs: InstanceSpec) -> World:
     return structs.replace(there, facts=facts)
 
 
-def test_an_instance_is_placed_anew_as_it_was_asked_for_into_the_memory_that_it_had() -> None:
+def test_an_instance_is_replanned_as_requested_into_its_memory() -> None:
     spec = runs("i", "a", "b", asked=Asked(min_nodes=2, max_nodes=2, nodes=["a", "b", "c"]))
     there = world({"a": 600, "c": 600, "d": 5000}, [held("a")], [spec])
     fresh = placed_anew(spec, there)
@@ -45,7 +45,7 @@ def test_an_instance_is_placed_anew_as_it_was_asked_for_into_the_memory_that_it_
         placed_anew(spec, world({"a": 600, "d": 5000}, [held("a")], [spec]))
 
 
-def test_an_instance_that_would_be_faster_elsewhere_is_proposed_with_its_gain_and_stays() -> None:
+def test_a_faster_layout_is_proposed_with_its_gain_only() -> None:
     spec = runs("i", "a", "b")
     there = with_instances(machines({"a": (2000, 4000), "b": (2000, 4000)}), spec)
     (found,) = rebalances(there).rebalances
@@ -57,21 +57,21 @@ def test_an_instance_that_would_be_faster_elsewhere_is_proposed_with_its_gain_an
     assert rebalances(with_instances(machines({"a": (2000, 4000), "b": (2000, 4000)}), fresh)).rebalances == []
 
 
-def test_what_leaves_other_programs_their_memory_is_proposed_even_where_it_is_slower() -> None:
+def test_a_better_tier_is_proposed_even_where_it_is_slower() -> None:
     spec = structs.replace(runs("i", "a", asked=Asked(allow_low_memory=True)), tier="tight")
     rooms = {"a": (500, 4000), "b": (500, 4000)}
     (found,) = rebalances(structs.replace(machines(rooms), instances=[spec])).rebalances
     assert (found.now.tier, found.better.tier) == ("tight", "fits") and found.gain < 1
 
 
-def test_an_instance_that_has_lost_a_node_is_the_movers() -> None:
+def test_an_instance_that_lost_a_node_is_left_to_the_migrator() -> None:
     there = structs.replace(machines({"a": (2000, 4000)}), instances=[runs("i", "a", "b")])
     assert rebalances(there).rebalances == []
 
 
 @given(memory_mib, st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
 @settings(deadline=None)
-def test_what_is_proposed_fits_beside_all_that_runs_and_is_not_proposed_again_once_it_is_done(
+def test_a_proposal_fits_beside_all_and_is_made_only_once(
     rooms: dict[str, tuple[int, int]], nodes: list[str]
 ) -> None:
     if not rooms:

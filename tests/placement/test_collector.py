@@ -80,15 +80,15 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
     ]
 
 
-async def standing(c: Cluster, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+async def existing_keys(c: Cluster, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return those of the keys that exist."""
     found = [(b, k, await getattr(c.here.buckets, b).get(k)) for b, k in keys]
     return [(b, k) for b, k, entry in found if entry is not None]
 
 
-async def gone(c: Cluster, keys: list[tuple[str, str]]) -> None:
+async def wait_removed(c: Cluster, keys: list[tuple[str, str]]) -> None:
     async def none_is_there() -> bool:
-        return not await standing(c, keys)
+        return not await existing_keys(c, keys)
 
     await eventually(none_is_there, "no key names the node any more", FOLLOW_DEADLINE_S)
 
@@ -107,7 +107,7 @@ async def retirements(c: Cluster) -> AsyncIterator[list[dict[str, Any]]]:
     await listening.unsubscribe()
 
 
-async def told_of(c: Cluster, heard: list[dict[str, Any]], count: int) -> None:
+async def wait_events(c: Cluster, heard: list[dict[str, Any]], count: int) -> None:
     async def so_many() -> bool:
         await c.here.client.flush()
         return len(heard) >= count
@@ -115,20 +115,18 @@ async def told_of(c: Cluster, heard: list[dict[str, Any]], count: int) -> None:
     await eventually(so_many, f"{count} events", FOLLOW_DEADLINE_S)
 
 
-async def silent(c: Cluster, node: str) -> NodeState:
+async def wait_node_down(c: Cluster, node: str) -> NodeState:
     return await eventually(
         lambda: c.here.buckets.state.get_as(node_key(node), NodeState), f"{node} is silent", FOLLOW_DEADLINE_S
     )
 
 
-async def test_I8_what_names_a_retired_node_goes_once_with_one_event_and_nothing_follows(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I8_keys_of_a_retired_node_go_once_with_one_event(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **SOON):
         await asyncio.gather(c.beat("a", 400), c.hold("a"))
         keys = await leave_traces(c, "ghost", "a") + await leave_traces(c, "spook", "a", model_count=40)
-        await gone(c, keys)
-        await told_of(c, heard, 2)
+        await wait_removed(c, keys)
+        await wait_events(c, heard, 2)
         assert sorted(e["retired"] for e in heard) == ["ghost", "spook"]
         assert {e["retired"]: e["instances"] for e in heard} == {"ghost": ["on-ghost"], "spook": ["on-spook"]}
         assert await c.here.buckets.state.get(node_key("ghost")) is None
@@ -151,23 +149,21 @@ async def test_I8_what_names_a_retired_node_goes_once_with_one_event_and_nothing
         assert now == written[:3] and len(heard) == 2, "only the command itself was written"
 
 
-async def test_a_node_that_comes_back_in_time_loses_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_node_that_comes_back_in_time_keeps_its_keys(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **NEVER):
         await c.beat("a", 400)
         keys = await leave_traces(c, "night", "a")
-        assert (await silent(c, "night")).silent_since_s > 0
+        assert (await wait_node_down(c, "night")).silent_since_s > 0
         await c.beat("night", 400)
 
         async def is_back() -> bool:
             return await c.here.buckets.state.get(node_key("night")) is None
 
         await eventually(is_back, "it is not silent any more", FOLLOW_DEADLINE_S)
-        assert await standing(c, keys) == keys and not heard
+        assert await existing_keys(c, keys) == keys and not heard
 
 
-async def test_forgetting_takes_a_silent_node_at_once_and_a_live_one_not_at_all(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_forget_takes_a_down_node_at_once_and_refuses_a_live_one(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **NEVER):
         await c.beat("a", 400)
         keys = await leave_traces(c, "given-away", "a")
@@ -178,15 +174,13 @@ async def test_forgetting_takes_a_silent_node_at_once_and_a_live_one_not_at_all(
         assert garbled.error is not None and garbled.error.code == "bad_name"
         done = await c.ask("forget", Forget(node="given-away"))
         assert done.ok and done.result["found"] and done.result["key_count"] == len(keys) - 1, "its instance besides"
-        assert not await standing(c, keys)
-        await told_of(c, heard, 1)
+        assert not await existing_keys(c, keys)
+        await wait_events(c, heard, 1)
         assert [(e["retired"], e["why"]) for e in heard] == [("given-away", "forgotten")]
         assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None
 
 
-async def test_I8_I6_a_leader_killed_in_the_middle_is_followed_by_one_that_ends_it(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I8_I6_a_leader_killed_in_the_middle_is_succeeded(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard:
         keys = await leave_traces(c, "ghost", "a", model_count=300)
         async with c.placement("p-1", **SOON) as first:
@@ -197,7 +191,7 @@ async def test_I8_I6_a_leader_killed_in_the_middle_is_followed_by_one_that_ends_
             await eventually(begun, "it has begun", FOLLOW_DEADLINE_S)
             await first.kill()
         async with c.placement("p-2", **SOON):
-            await gone(c, keys)
+            await wait_removed(c, keys)
 
             async def all_gone() -> bool:
                 return await c.here.buckets.state.get(node_key("ghost")) is None

@@ -51,7 +51,7 @@ def world(
     return World(facts=facts, models=list(models), instances=list(instances), alive={*facts, *alive})
 
 
-def promised(there: World) -> dict[str, int]:
+def reserved(there: World) -> dict[str, int]:
     """Return the reserved bytes of each node."""
     found = promised_bytes(there.instances, there.models, there.facts)
     return {node: sum(stages.values()) for node, stages in found.items()}
@@ -102,7 +102,7 @@ def test_a_model_is_placed_where_it_fits() -> None:
     assert stage.bytes == WHOLE_BYTES + STAGE_OVERHEAD_BYTES
 
 
-def test_a_model_that_no_node_holds_is_not_found_and_says_how_to_get_it() -> None:
+def test_a_model_that_no_node_holds_is_not_found_with_a_remedy() -> None:
     with pytest.raises(NotFound, match=r"`shoal pull org/tiny-fish`"):
         plan(Place(model="org/tiny-fish"), world({"a": 1000}))
 
@@ -112,12 +112,12 @@ def test_what_only_dead_nodes_hold_is_not_found() -> None:
         plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("dead")]))
 
 
-def test_a_node_without_inference_may_hold_the_model_for_the_others() -> None:
+def test_a_node_without_inference_may_hold_the_model_for_others() -> None:
     found = plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("store")], alive=["store"]))
     assert [s.node for s in found.layout.slices] == ["a"]
 
 
-def test_the_newest_commit_is_meant_by_a_name_and_a_named_one_by_its_commit_or_tag() -> None:
+def test_a_name_means_the_newest_commit_and_a_tag_its_own() -> None:
     models = [held(ready_at_s=1.0, revisions=["main", "v1"]), held(commit=NEWER, ready_at_s=2.0)]
     there = world({"a": 1000}, models)
     assert plan(Place(model="org/tiny-fish"), there).model.commit == NEWER
@@ -127,14 +127,14 @@ def test_the_newest_commit_is_meant_by_a_name_and_a_named_one_by_its_commit_or_t
         plan(Place(model="org/tiny-fish@v2"), there)
 
 
-def test_a_model_without_a_shape_is_unsupported_and_says_why() -> None:
+def test_a_model_without_a_shape_is_unsupported_with_the_reason() -> None:
     with pytest.raises(Unsupported, match=r"it has no config\.json"):
         plan(
             Place(model="org/tiny-fish"), world({"a": 1000}, [held(shape=None, shape_error="it has no config.json")])
         )
 
 
-def test_a_node_that_could_read_the_shape_is_believed_over_one_that_could_not() -> None:
+def test_a_node_that_read_the_shape_outranks_one_that_could_not() -> None:
     models = [held("a", shape=None, shape_error="unreadable", ready_at_s=9.0), held("b")]
     assert plan(Place(model="org/tiny-fish"), world({"a": 1000, "b": 1000}, models)).shape == SHAPE
 
@@ -166,14 +166,14 @@ def test_node_counts_that_leave_nothing_to_choose_are_refused(least: int, most: 
         plan(Place(model="org/tiny-fish", min_nodes=least, max_nodes=most), world({"a": 5000}, [held()]))
 
 
-def test_only_the_named_nodes_are_used_and_unknown_ones_are_said() -> None:
+def test_only_the_named_nodes_are_used_and_unknown_ones_refused() -> None:
     there = world({"a": 5000, "b": 1000}, [held("a")])
     assert [s.node for s in plan(Place(model="org/tiny-fish", nodes=["b"]), there).layout.slices] == ["b"]
     with pytest.raises(NotFound, match="c, d"):
         plan(Place(model="org/tiny-fish", nodes=["d", "b", "c"]), there)
 
 
-def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
+def test_a_refusal_lists_every_nodes_figures_and_what_to_do() -> None:
     with pytest.raises(NoRoom) as refusal:
         plan(Place(model="org/tiny-fish"), world({"a": 300, "b": 150}, [held()]))
     error = refusal.value
@@ -193,7 +193,7 @@ def test_a_refusal_lists_what_every_node_has_and_lacks_and_what_to_do() -> None:
     ]
 
 
-def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
+def test_a_refusal_for_too_few_nodes_or_layers_names_the_limit() -> None:
     with pytest.raises(NoRoom, match="needs 2 nodes; 1 available"):
         plan(Place(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
     five = dict.fromkeys("abcde", 5000)
@@ -204,7 +204,7 @@ def test_a_refusal_for_too_few_nodes_or_layers_says_so() -> None:
 # What is reserved already
 
 
-def test_what_is_placed_is_promised_stage_by_stage() -> None:
+def test_a_placement_reserves_memory_stage_by_stage() -> None:
     spec = InstanceSpec(
         id="i",
         repo="org/tiny-fish",
@@ -216,18 +216,18 @@ def test_what_is_placed_is_promised_stage_by_stage() -> None:
         ],
     )
     one = 100 * MIB + KV_BYTES
-    assert promised(world({}, [held("dead")], [spec])) == {
+    assert reserved(world({}, [held("dead")], [spec])) == {
         "a": STAGE_OVERHEAD_BYTES + one + 50 * MIB,
         "b": STAGE_OVERHEAD_BYTES + 3 * one + 60 * MIB,
     }
 
 
-def test_a_tied_head_on_a_single_stage_is_promised_once() -> None:
+def test_a_tied_head_on_a_single_stage_is_reserved_once() -> None:
     tied = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": True})
     there = world({"a": 5000}, [held(shape=tied)])
     found = plan(Place(model="org/tiny-fish"), there)
     spec = spec_of(found, "i", 0.0)
-    assert promised(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
+    assert reserved(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,7 +236,7 @@ def test_a_tied_head_on_a_single_stage_is_promised_once() -> None:
     st.lists(st.tuples(st.integers(1, 3), st.sampled_from([0, 300, 8192])), max_size=12),
     st.booleans(),
 )
-def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
+def test_however_many_are_placed_no_memory_is_reserved_twice(
     memory_mib: dict[str, int], requests: list[tuple[int, int]], tied: bool
 ) -> None:
     shape = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": tied})
@@ -245,13 +245,13 @@ def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
     for number, (min_nodes, context_tokens) in enumerate(requests):
         there = world(memory_mib, models, placed, alive=["store"])
         request = Place(model="org/tiny-fish", min_nodes=min_nodes, context_tokens=context_tokens)
-        before = promised(there)
+        before = reserved(there)
         try:
             found = plan(request, there)
         except NoRoom:
             continue
         placed.append(spec_of(found, f"i-{number}", 0.0))
-        after = promised(world(memory_mib, models, placed, alive=["store"]))
+        after = reserved(world(memory_mib, models, placed, alive=["store"]))
         # A stage's reservation is what counts for it from then on.
         for stage in found.layout.slices:
             assert after[stage.node] - before.get(stage.node, 0) == stage.bytes
@@ -262,7 +262,7 @@ def test_however_many_are_placed_no_nodes_memory_is_promised_twice(
 
 
 @given(st.text("abcXYZ019._-", min_size=1, max_size=96), st.text(max_size=30))
-def test_I10_an_instances_id_is_readable_safe_and_the_same_for_the_same_command(name: str, command: str) -> None:
+def test_I10_an_instances_id_is_readable_safe_and_repeatable(name: str, command: str) -> None:
     identity = instance_id(f"org/{name}", command)
     assert check_id(identity) == identity == instance_id(f"org/{name}", command)
     assert identity != instance_id(f"org/{name}", f"{command}x")
@@ -291,49 +291,49 @@ def stage(rank: int, phase: Any, epoch: int = 2, **more: Any) -> StageState:
     return StageState(instance="i", rank=rank, node="ab"[rank], epoch=epoch, phase=phase, **more)
 
 
-def stands(*stages: StageState, live: str = "ab", before: InstanceState | None = None) -> InstanceState:
+def status_of(*stages: StageState, live: str = "ab", before: InstanceState | None = None) -> InstanceState:
     return instance_state(SPEC, stages, list(live), before)
 
 
-READY = stands(stage(0, "ready"), stage(1, "ready"))
+READY = status_of(stage(0, "ready"), stage(1, "ready"))
 LOST = ErrorBody(code="failed", message="out of memory on b")
 
 
-def test_an_instance_is_starting_until_every_stage_of_its_epoch_is_ready() -> None:
-    assert stands().phase == "starting"
-    assert stands(stage(0, "ready"), stage(1, "loading")).phase == "starting"
-    assert stands(stage(0, "ready"), stage(1, "ready", epoch=1)).phase == "starting"
+def test_an_instance_starts_until_every_stage_of_its_epoch_runs() -> None:
+    assert status_of().phase == "starting"
+    assert status_of(stage(0, "ready"), stage(1, "loading")).phase == "starting"
+    assert status_of(stage(0, "ready"), stage(1, "ready", epoch=1)).phase == "starting"
     assert READY.phase == "ready"
     assert (READY.nodes, READY.epoch, READY.error) == (["a", "b"], 2, None)
 
 
-def test_a_ready_instance_is_degraded_when_a_stage_or_its_node_is_lost_and_ready_when_it_is_back() -> None:
+def test_a_ready_instance_is_degraded_while_a_stage_is_lost() -> None:
     both = (stage(0, "ready"), stage(1, "ready"))
-    degraded = stands(*both, live="a", before=READY)
+    degraded = status_of(*both, live="a", before=READY)
     assert degraded.phase == "degraded"
-    assert stands(stage(0, "ready"), before=READY).phase == "degraded"
-    assert stands(stage(0, "ready"), stage(1, "linking"), before=READY).phase == "degraded"
-    assert stands(*both, before=degraded).phase == "ready"
+    assert status_of(stage(0, "ready"), before=READY).phase == "degraded"
+    assert status_of(stage(0, "ready"), stage(1, "linking"), before=READY).phase == "degraded"
+    assert status_of(*both, before=degraded).phase == "ready"
 
 
-def test_an_instance_whose_stage_fails_has_failed_with_the_stages_words() -> None:
-    failed = stands(stage(0, "ready"), stage(1, "failed", error=LOST))
+def test_an_instance_whose_stage_fails_has_its_message() -> None:
+    failed = status_of(stage(0, "ready"), stage(1, "failed", error=LOST))
     assert (failed.phase, failed.error) == ("failed", LOST)
-    assert stands(stage(0, "ready"), stage(1, "failed", error=LOST), before=READY).error == LOST
-    assert stands(stage(0, "ready"), stage(1, "ready"), before=failed) == READY
+    assert status_of(stage(0, "ready"), stage(1, "failed", error=LOST), before=READY).error == LOST
+    assert status_of(stage(0, "ready"), stage(1, "ready"), before=failed) == READY
 
 
-def test_an_instance_that_was_forced_and_gave_way_has_failed_though_it_was_ready() -> None:
+def test_a_forced_instance_killed_for_memory_has_failed() -> None:
     why = NoRoom("it was forced onto this node").body()
-    failed = stands(stage(0, "ready"), stage(1, "failed", error=why), before=READY)
+    failed = status_of(stage(0, "ready"), stage(1, "failed", error=why), before=READY)
     assert (failed.phase, failed.error) == ("failed", why)
 
 
 def test_stages_of_other_instances_do_not_count() -> None:
     strangers = [StageState(instance="j", rank=r, node="ab"[r], epoch=2, phase="ready") for r in (0, 1)]
-    assert stands(*strangers).phase == "starting"
+    assert status_of(*strangers).phase == "starting"
 
 
 @given(st.permutations([stage(0, "ready"), stage(1, "ready"), stage(1, "ready", epoch=1)]))
-def test_how_an_instance_stands_does_not_depend_on_the_order_of_news(news: list[StageState]) -> None:
-    assert stands(*news) == READY
+def test_an_instances_status_does_not_depend_on_the_news_order(news: list[StageState]) -> None:
+    assert status_of(*news) == READY

@@ -101,7 +101,7 @@ def twins(count: int, link_s: float, in_flight: int = 1) -> Problem:
     )
 
 
-def test_sixteen_equal_nodes_are_laid_out_and_proved_without_trying_them_all() -> None:
+def test_sixteen_equal_nodes_are_solved_to_a_proved_optimum() -> None:
     answer = best(twins(16, 0.5))
     assert answer.proved
     assert answer.layout is not None
@@ -120,7 +120,7 @@ def test_with_more_in_flight_more_nodes_are_worth_their_links() -> None:
     assert answer.layout.cost_s == pytest.approx(40)
 
 
-def test_a_search_that_is_cut_short_says_so_and_what_nothing_is_below() -> None:
+def test_a_search_cut_short_is_unproved_with_a_lower_bound() -> None:
     for seed in range(40):
         problem = random_problem(random.Random(seed), 8, 12)
         rough = best_for_each_count(problem, SHORT)
@@ -153,7 +153,7 @@ def test_no_more_is_fetched_than_was_allowed() -> None:
     assert [s.node for s in none.slices] == ["slow"]
 
 
-def test_of_two_equal_nodes_the_one_with_more_of_the_files_is_taken() -> None:
+def test_of_two_equal_nodes_the_one_with_more_files_is_taken() -> None:
     # A published example: of two nodes of 1000 bytes that hold 80 and 30 % of a model of 1000 bytes, the first.
     nodes = [Node("30", 1000, 1.0, fetch_bytes=[70] * 10), Node("80", 1000, 1.0, fetch_bytes=[20] * 10)]
     layout = best(Problem(nodes=nodes, layer_bytes=[100] * 10, fetch_price_s_per_byte=1e-6)).layout

@@ -30,7 +30,7 @@ async def refused(lease: Lease, write: Coroutine[Any, Any, object]) -> None:
     await ended(writing)
 
 
-async def test_what_a_leader_writes_after_another_has_begun_is_not_written(own_nats: NatsServer) -> None:
+async def test_a_former_leader_cannot_write_after_another_began(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         old_lease, old = await leads(here, "a")
         assert await old.begin()
@@ -61,7 +61,7 @@ async def test_of_two_leaders_at_their_beginning_the_later_one_wins(own_nats: Na
         await second.state.put("instance.x", {})
 
 
-async def test_after_nats_has_lost_its_store_a_leader_from_before_writes_nothing(own_nats: NatsServer) -> None:
+async def test_after_nats_lost_its_store_an_old_leader_writes_nothing(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         lease, writes = await leads(here, "a")
         assert await writes.begin()

@@ -29,7 +29,7 @@ def check(problem: Problem, answer: Answer) -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 8, AS_STAGES])
 @pytest.mark.parametrize("nodes", [17, 40, 120])
-def test_what_is_given_fits_and_costs_what_it_says(nodes: int, in_flight: int) -> None:
+def test_a_layout_fits_and_costs_what_it_claims(nodes: int, in_flight: int) -> None:
     for seed in range(3):
         problem = random_placement(seed, nodes, in_flight)
         check(problem, best(problem))
@@ -47,7 +47,7 @@ def test_the_bound_is_below_the_best_there_is(in_flight: int) -> None:
         assert rough.layout.cost_s >= proved.layout.cost_s * (1 - 1e-9)
 
 
-def test_a_preview_of_a_large_cluster_has_an_answer_for_each_number_of_nodes() -> None:
+def test_a_preview_of_a_large_cluster_answers_each_node_count() -> None:
     problem = random_placement(1, 60, 1)
     answers = preview(problem)
     assert sorted(answers) == list(range(1, 17))
@@ -59,7 +59,7 @@ def test_a_preview_of_a_large_cluster_has_an_answer_for_each_number_of_nodes() -
     assert min(a.layout.cost_s for a in answers.values() if a.layout) == pytest.approx(over_all.layout.cost_s)
 
 
-def test_a_model_that_needs_more_nodes_than_a_neighbourhood_has_is_laid_out() -> None:
+def test_a_model_larger_than_a_neighbourhood_is_solved() -> None:
     nodes = [Node(f"n{i}", 25, 1.0 + i % 3) for i in range(40)]
     names = range(40)
     problem = Problem(

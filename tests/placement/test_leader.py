@@ -14,13 +14,13 @@ from shoal_common.errors import NoRoom, NotFound
 from shoal_common.messages.commands import Outcome, Place, Unplace
 from shoal_common.messages.records import StageSpec
 from shoal_common.questions import Ask
-from tests.harness.held import held_way
+from tests.harness.held import delayed_nats_proxy
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, cluster_of
 
 
-async def test_an_instance_is_placed_starts_runs_degrades_and_goes(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_an_instance_is_placed_starts_runs_degrades_and_ends(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
         await asyncio.gather(c.beat("a", 400), c.beat("b", 400), c.hold("a"))
         outcome = await c.ask("place", Place(model=MODEL))
@@ -31,15 +31,15 @@ async def test_an_instance_is_placed_starts_runs_degrades_and_goes(own_nats: Nat
         assert (spec.model, spec.context_tokens, len(spec.stages)) == (f"{MODEL}@{COMMIT}", 4096, 2)
         assert outcome.result["context_tokens"] == 4096
         assert [StageSpec(**s) for s in outcome.result["stages"]] == spec.stages
-        assert (await c.stands(spec.id, "starting")).nodes == [s.node for s in spec.stages]
+        assert (await c.wait_phase(spec.id, "starting")).nodes == [s.node for s in spec.stages]
 
         await c.stage(spec, 0, "ready")
         await c.stage(spec, 1, "ready")
-        await c.stands(spec.id, "ready")
+        await c.wait_phase(spec.id, "ready")
         await c.die(spec.stages[1].node)
-        await c.stands(spec.id, "degraded")
+        await c.wait_phase(spec.id, "degraded")
         await c.beat(spec.stages[1].node, 400)
-        await c.stands(spec.id, "ready")
+        await c.wait_phase(spec.id, "ready")
 
         stopping = asyncio.create_task(c.ask("unplace", Unplace(instance=spec.id)))
 
@@ -57,9 +57,7 @@ async def test_an_instance_is_placed_starts_runs_degrades_and_goes(own_nats: Nat
         await eventually(forgotten, "the state goes with the spec")
 
 
-async def test_nothing_is_placed_on_a_node_of_another_major_version_nor_taken_from_it(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_another_major_versions_nodes_are_not_used_by_placement(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1") as process:
         await asyncio.gather(
             c.beat("a", 5 * INSTANCE_MIB, version="99.0.0"), c.beat("b", 5 * INSTANCE_MIB), c.hold("a")
@@ -76,9 +74,7 @@ async def test_nothing_is_placed_on_a_node_of_another_major_version_nor_taken_fr
         assert len(said) == 1 and "other_node=a" in said[0] and "99.0.0" in said[0]
 
 
-async def test_I5_unplacing_what_is_not_there_succeeds_and_writes_nothing(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I5_unplacing_what_is_not_there_succeeds_without_a_write(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
         await c.placed_nothing()  # a leader is elected and has written its marker
         before = await c.here.last_sequence("KV_spec")
@@ -102,7 +98,7 @@ async def test_I5_a_command_delivered_twice_places_one_instance(own_nats: NatsSe
         assert [s.id for s in await c.specs()] == [first.result["instance"]]
 
 
-async def test_refusals_say_why_and_what_to_do(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_refusals_have_a_reason_and_a_remedy(own_nats: NatsServer, tmp_path: Path) -> None:
     async def refused(command: Place) -> tuple[str, Outcome]:
         outcome = await c.ask("place", command)
         assert not outcome.ok and outcome.error is not None
@@ -161,14 +157,12 @@ async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: Nat
         assert {n["node"] for n in refusal.value.details["nodes"]} == {"a", "b"}
 
 
-async def test_I6_when_the_leader_is_killed_another_leads_and_nothing_is_lost(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_I6_when_the_leader_is_killed_another_leads(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
         processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2", "p-3")}
         await asyncio.gather(c.beat("a", 2 * INSTANCE_MIB), c.hold("a"))
         first = await c.placed()
-        await c.stands(first.id, "starting")
+        await c.wait_phase(first.id, "starting")
         leader = await c.leader()
         await processes[leader].kill()
         # Nobody leads: the queue keeps them.
@@ -179,7 +173,7 @@ async def test_I6_when_the_leader_is_killed_another_leads_and_nothing_is_lost(
         # The dead leader's reservation still counts: one more fits, two do not.
         assert sorted(o.ok for o in outcomes) == [False, True]
         assert {s.id for s in await c.specs()} == {first.id, *(o.result["instance"] for o in outcomes if o.ok)}
-        await c.stands(first.id, "ready")
+        await c.wait_phase(first.id, "ready")
         assert sum("msg=leading" in line for p in processes.values() for line in p.lines) == 2
 
 
@@ -210,12 +204,10 @@ async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: N
         assert {o.node for o in outcomes} == {other}
 
 
-async def test_what_a_former_leader_wrote_arrives_when_another_leads_and_is_not_taken(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_late_write_of_a_former_leader_is_refused(own_nats: NatsServer, tmp_path: Path) -> None:
     async with (
         cluster_of(own_nats, tmp_path) as c,
-        held_way(own_nats.url) as way,
+        delayed_nats_proxy(own_nats.url) as way,
         c.placement("p-1", SHOAL_NATS=way.url) as first,
     ):
         await first.wait_line("msg=leading")
@@ -223,15 +215,15 @@ async def test_what_a_former_leader_wrote_arrives_when_another_leads_and_is_not_
             await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
             spec = await c.placed()
             await c.stage(spec, 0, "ready")
-            await c.stands(spec.id, "ready")
+            await c.wait_phase(spec.id, "ready")
             way.flows.clear()
             await c.stage(spec, 0, "failed")
             await eventually(lambda: way.holds(b'"degraded"'), "what the first says is on its way", FOLLOW_DEADLINE_S)
             await second.wait_line("msg=leading")
-            await c.stands(spec.id, "degraded")
+            await c.wait_phase(spec.id, "degraded")
             await c.stage(spec, 0, "ready")
             await c.beat("a", 3 * INSTANCE_MIB)
-            await c.stands(spec.id, "ready")
+            await c.wait_phase(spec.id, "ready")
             written = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")]
             way.flows.set()
             # The answer uses the same connection, after all that was delayed.
@@ -254,31 +246,29 @@ async def test_placement_goes_on_after_nats_is_killed(own_nats: NatsServer, tmp_
         assert process.running
 
 
-async def test_idle_means_silent(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_an_idle_leader_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
         await asyncio.gather(c.beat("a", 3 * INSTANCE_MIB), c.hold("a"))
         spec = await c.placed()
         await c.stage(spec, 0, "ready")
-        await c.stands(spec.id, "ready")
+        await c.wait_phase(spec.id, "ready")
         await c.has_joined("a")
         before = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         for memory_mib in range(3 * INSTANCE_MIB, 3 * INSTANCE_MIB - 10, -1):
             await c.beat("a", memory_mib)  # facts change at every beat, the instance's state does not
         marker = await c.placed(Place(model=MODEL, id="after"))  # decided after all those beats
-        await c.stands(marker.id, "starting")
+        await c.wait_phase(marker.id, "starting")
         after = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         # One spec, one state, one command, one event: those of the marker instance.
         assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1, 1]
 
 
-async def test_a_spec_that_vanished_while_nobody_led_takes_its_state_with_it(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_spec_that_vanished_without_a_leader_loses_its_state(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c:
         async with c.placement("p-1") as first:
             await asyncio.gather(c.beat("a", INSTANCE_MIB), c.hold("a"))
             spec = await c.placed()
-            await c.stands(spec.id, "starting")
+            await c.wait_phase(spec.id, "starting")
             first.send(signal.SIGTERM)
             await first.wait_exit()
         await c.here.buckets.spec.delete(instance_key(spec.id))

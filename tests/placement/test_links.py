@@ -37,7 +37,7 @@ from shoal_placement.links import (
 )
 from shoal_placement.solve.rooms import LINK_S
 from tests.harness.nats import NatsServer
-from tests.harness.networks import Machine, machines, reached, relayed
+from tests.harness.networks import Machine, machines, port_forward, relayed
 from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually
 from tests.placement.cluster import MODEL, Cluster, cluster_of
@@ -51,13 +51,13 @@ MEASURED_S = 60.0
 """For a round of measurements on a busy machine."""
 
 
-def told(host: str, kind: str = "ethernet", mbit: int = 0, port: int = 7000) -> Facts:
+def fileserver_facts(host: str, kind: str = "ethernet", mbit: int = 0, port: int = 7000) -> Facts:
     """Return a fileserver's facts."""
     link = Link(address=f"{host}:{port}", kind=kind, mbit=mbit)
     return Facts(addresses=[link.address], links=[link])
 
 
-THERE = {node: told(f"10.0.0.{number}") for number, node in enumerate(NODES, 1)}
+THERE = {node: fileserver_facts(f"10.0.0.{number}") for number, node in enumerate(NODES, 1)}
 HIDDEN_BYTES = 8192
 measured_links = st.builds(
     MeasuredLink,
@@ -84,7 +84,7 @@ some_records = st.dictionaries(
 
 
 @given(some_records)
-def test_each_link_costs_something_and_what_nobody_measured_costs_what_such_links_do(
+def test_each_link_has_a_cost_and_unmeasured_ones_the_default(
     found: dict[str, list[MeasuredLink]],
 ) -> None:
     links = Links(records(found), THERE, NOW_S)
@@ -105,7 +105,7 @@ def test_each_link_costs_something_and_what_nobody_measured_costs_what_such_link
 
 
 @given(st.floats(1e-6, 5), st.just(0.0) | st.floats(1e6, 1e11), st.integers(0, 1 << 20))
-def test_a_link_costs_its_latency_and_its_bytes_within_what_is_known_of_it(
+def test_a_link_costs_its_latency_and_its_bytes_within_bounds(
     latency_s: float, bytes_per_s: float, hidden_bytes: int
 ) -> None:
     exact_s = latency_s + (hidden_bytes / bytes_per_s if bytes_per_s else 0)
@@ -113,7 +113,7 @@ def test_a_link_costs_its_latency_and_its_bytes_within_what_is_known_of_it(
 
 
 @given(some_records, st.sampled_from(NODES), st.floats(0, 4 * FRESH_S))
-def test_what_was_measured_lately_is_not_measured_again_until_an_hour_has_passed(
+def test_a_fresh_measurement_is_not_repeated_for_an_hour(
     found: dict[str, list[MeasuredLink]], node: str, now_s: float
 ) -> None:
     own = next((s for s in records(found) if s.node == node), None)
@@ -126,20 +126,20 @@ def test_what_was_measured_lately_is_not_measured_again_until_an_hour_has_passed
 
 
 @given(some_records, st.sampled_from(NODES))
-def test_what_was_measured_says_nothing_once_a_node_is_reached_elsewhere(
+def test_a_measurement_is_void_once_a_node_has_other_addresses(
     found: dict[str, list[MeasuredLink]], moved: str
 ) -> None:
-    there = {**THERE, moved: told("10.9.9.9", "wifi")}
+    there = {**THERE, moved: fileserver_facts("10.9.9.9", "wifi")}
     links = Links(records(found), there, NOW_S)
     for node in set(NODES) - {moved}:
         assert not links.way(node, moved).measured and not links.way(moved, node).measured
         assert moved in to_measure(node, NODES, next((s for s in records(found) if s.node == node), None), there, 0.0)
-    again = {n: told(f.addresses[0].rpartition(":")[0], port=7001) for n, f in THERE.items()}
+    again = {n: fileserver_facts(f.addresses[0].rpartition(":")[0], port=7001) for n, f in THERE.items()}
     assert Links(records(found), again, NOW_S).measured == Links(records(found), THERE, NOW_S).measured
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e6)), max_size=150))
-def test_I7_a_node_keeps_one_figure_for_a_peer_and_the_last_ones_alone(seen: list[tuple[int, float]]) -> None:
+def test_I7_a_node_keeps_one_measurement_a_peer_and_the_latest(seen: list[tuple[int, float]]) -> None:
     state = None
     for peer, at_s in seen:
         state = with_found("me", state, [MeasuredLink(peer=f"n{peer}", at_s=at_s)])
@@ -151,9 +151,7 @@ def test_I7_a_node_keeps_one_figure_for_a_peer_and_the_last_ones_alone(seen: lis
 
 
 @given(st.floats(1e3, 1e10), st.lists(st.integers(1, 1 << 20), min_size=2, max_size=50), st.floats(0, 1))
-def test_a_steady_transfers_rate_is_found_however_slowly_it_began(
-    bytes_per_s: float, pieces: list[int], late_s: float
-) -> None:
+def test_a_steady_rate_is_found_however_slowly_it_began(bytes_per_s: float, pieces: list[int], late_s: float) -> None:
     got, taken = 0, []
     for piece in pieces:
         got += piece
@@ -164,15 +162,19 @@ def test_a_steady_transfers_rate_is_found_however_slowly_it_began(
     assert rate([]) == 0.0
 
 
-def test_a_peer_that_nobody_reaches_counts_as_far_away_for_some_minutes_only() -> None:
+def test_a_peer_nobody_reaches_counts_as_far_for_some_minutes() -> None:
     failed = MeasuredLink(peer="b", at_s=0.0, ends=ends(THERE["a"], THERE["b"]), error="nobody answers")
     tried = [LinksState(node="a", links=[failed])]
     assert Links(tried, THERE, FAILED_FRESH_S - 1).way("a", "b").latency_s == UNREACHED_S
     assert Links(tried, THERE, FAILED_FRESH_S + 1).way("a", "b") == Links([], THERE, 0).way("a", "b")
 
 
-def test_what_is_told_of_interfaces_is_used_where_nothing_was_measured() -> None:
-    there = {"a": told("1", "thunderbolt", 40_000), "b": told("2", "ethernet", 100), "c": told("3", "wifi")}
+def test_interface_facts_are_used_where_nothing_was_measured() -> None:
+    there = {
+        "a": fileserver_facts("1", "thunderbolt", 40_000),
+        "b": fileserver_facts("2", "ethernet", 100),
+        "c": fileserver_facts("3", "wifi"),
+    }
     links = Links([], there, 0.0)
     assert links.way("a", "b") == links.way("b", "a") == Way(LINK_S, 12.5e6)
     assert links.way("b", "c").latency_s > LINK_S > links.way("a", "a").latency_s
@@ -214,7 +216,7 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
             stack.enter_context(relayed(far, int(server.url.rpartition(":")[2])))
             for near_by in "ab":
                 stack.enter_context(relayed(far, ports[near_by], FAR_S))
-            stack.enter_context(reached(far, "127.0.0.1", ports["c"], ports["c"], FAR_S))
+            stack.enter_context(port_forward(far, "127.0.0.1", ports["c"], ports["c"], FAR_S))
         stack.enter_context(running_nodes(*nodes))
         c = await stack.enter_async_context(cluster_of(server, home))
         for node in nodes:
@@ -251,9 +253,7 @@ async def all_measured(c: Cluster) -> list[LinksState]:
     return await eventually(told, "all links are measured", MEASURED_S)
 
 
-async def test_links_are_measured_once_somebody_asks_for_placements_and_then_not_for_an_hour(
-    own_nats: NatsServer, tmp_path: Path
-) -> None:
+async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: NatsServer, tmp_path: Path) -> None:
     async with measuring(own_nats, tmp_path) as c:
         assert await c.here.buckets.state.keys("links.>") == []
         first = next(p for p in await shown(c) if len(p.stages) == 2)
@@ -268,7 +268,7 @@ async def test_links_are_measured_once_somebody_asks_for_placements_and_then_not
         assert again == states[1]
 
 
-async def test_a_peer_that_does_not_answer_is_said_to_be_unreachable(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_peer_that_does_not_answer_is_published_as_unreachable(own_nats: NatsServer, tmp_path: Path) -> None:
     async with measuring(own_nats, tmp_path) as c:
         (dead,) = free_ports(1)
         facts = Facts(addresses=[f"127.0.0.1:{dead}"])
@@ -290,7 +290,7 @@ def far() -> Iterator[Machine]:
         yield machine
 
 
-async def test_a_node_behind_a_slow_link_is_left_out_once_that_is_known(
+async def test_a_node_behind_a_slow_link_is_avoided_once_measured(
     own_nats: NatsServer, tmp_path: Path, far: Machine
 ) -> None:
     async with measuring(own_nats, tmp_path, far) as c:

@@ -149,7 +149,7 @@ async def test_nodes_that_come_and_go_are_events_once_whoever_leads(own_nats: Na
             assert await first.wait_line('msg="node joined"', "name=b")
             spec = await c.placed(Place(model=MODEL, nodes=["b"]))
             await c.stage(spec, 0, "ready")
-            await c.stands(spec.id, "ready")
+            await c.wait_phase(spec.id, "ready")
             await c.die("b")
             seen = await until_received(3)
             assert sorted(seen[1:]) == [("instance_degraded", spec.id), ("node_lost", "b")]

@@ -32,7 +32,7 @@ def runs(identity: str, *nodes: str, asked: Asked | None = None) -> InstanceSpec
     )
 
 
-def test_a_node_that_was_away_for_a_moment_is_waited_for_and_then_left() -> None:
+def test_a_node_down_for_a_moment_is_waited_for_and_then_left() -> None:
     now = moves([runs("i", "a", "b")], {"b": 20.0}, set(), AFTER_S)
     assert now.leaving == [] and now.wake_s == 40.0
     now = moves([runs("i", "a", "b"), runs("j", "a")], {"b": 60.0}, set(), AFTER_S)
@@ -50,7 +50,7 @@ def test_a_drained_node_is_left_at_once() -> None:
     st.dictionaries(names, st.floats(0, 200)),
     st.sets(names),
 )
-def test_who_stands_on_living_undrained_nodes_never_moves(
+def test_instances_on_live_undrained_nodes_never_migrate(
     placed: list[list[str]], gone_s: dict[str, float], drained: set[str]
 ) -> None:
     specs = [runs(f"i{n}", *nodes) for n, nodes in enumerate(placed)]
@@ -62,7 +62,7 @@ def test_who_stands_on_living_undrained_nodes_never_moves(
     assert now.wake_s is None or 0 < now.wake_s <= AFTER_S
 
 
-def test_settings_are_spans_of_time_and_the_environment_goes_first() -> None:
+def test_settings_are_durations_and_the_environment_wins() -> None:
     assert read_settings({}, {}) == Settings(86400.0, 60.0)
     assert read_settings({"retire_after": "36h", "replace_after": "5min"}, {}) == Settings(36 * 3600, 300)
     assert read_settings({"retire_after": "36h"}, {"SHOAL_RETIRE_AFTER": "7d"}) == Settings(7 * 86400, 60)

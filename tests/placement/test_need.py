@@ -43,7 +43,7 @@ def test_the_cache_is_counted_in_steps_of_256_tokens() -> None:
     assert need_of(SHAPE, 257).layer_bytes[0] == 100 * MIB + 512 * 1024
 
 
-def test_each_layer_is_counted_by_its_own_rule_and_for_each_answer_at_once() -> None:
+def test_each_layer_is_counted_by_its_own_rule_for_each_answer() -> None:
     def caches(answers: int = 1) -> list[int]:
         need = need_of(MIXED, 4096, answers, requests=1)
         return [taken - weights for taken, weights in zip(need.layer_bytes, MIXED.layer_bytes, strict=True)]
@@ -61,7 +61,7 @@ def test_each_layer_is_counted_by_its_own_rule_and_for_each_answer_at_once() -> 
     st.integers(1, 4),
     st.lists(st.integers(1, 5000), min_size=1, max_size=8),
 )
-def test_requests_that_share_the_room_of_the_answers_take_no_more_than_is_promised(
+def test_requests_that_share_the_kv_budget_stay_within_it(
     context_tokens: int, window_tokens: int, answers: int, asked: list[int]
 ) -> None:
     rule = KvRule(bytes_per_token=3, window_tokens=window_tokens, constant_bytes=5)
@@ -119,7 +119,7 @@ def held(shape: ModelShape = SHAPE) -> list[ModelState]:
     loaded=st.integers(0, 1000),
     others=st.integers(0, 2000),
 )
-def test_a_stage_takes_the_same_of_its_node_whether_it_is_loaded_or_not(total: int, loaded: int, others: int) -> None:
+def test_a_stage_needs_the_same_memory_loaded_or_not(total: int, loaded: int, others: int) -> None:
     before = Facts(memory_total_bytes=total * MIB, memory_available_bytes=(total - others) * MIB)
     promised = promised_bytes([SPEC], held(), {"a": before})["a"]
     own_bytes = promised["i/0"]
@@ -133,14 +133,14 @@ def test_a_stage_takes_the_same_of_its_node_whether_it_is_loaded_or_not(total: i
     assert tiers(before, promised).fits_bytes == before.memory_available_bytes - own_bytes
 
 
-def test_a_stage_that_takes_more_than_it_was_promised_counts_as_it_is() -> None:
+def test_a_stage_that_exceeds_its_reservation_counts_as_measured() -> None:
     facts = Facts(memory_total_bytes=900, memory_available_bytes=500, stages={"i/0": 300})
     assert tiers(facts, {"i/0": 200}).fits_bytes == 500
     assert tiers(facts, {"i/0": 200}).force_bytes == 600
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "metal"])
-def test_what_is_promised_is_what_the_layout_asked_for_on_that_node(accelerator: str) -> None:
+def test_a_reservation_is_what_the_layout_needs_on_that_node(accelerator: str) -> None:
     facts = {n: Facts(accelerator=accelerator) for n in "ab"}
     promised = promised_bytes([SPEC], held(MIXED), facts)
     need = need_of(MIXED, 4096)

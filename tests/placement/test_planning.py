@@ -55,12 +55,12 @@ def nodes(found: Plan) -> list[str]:
     return [s.node for s in found.layout.slices]
 
 
-def test_what_fits_is_never_put_where_others_have_to_give_way() -> None:
+def test_what_fits_somewhere_is_never_placed_by_force() -> None:
     there = machines({"a": (300, 20000), "b": (1000, 1000)})
     assert (plan(asks(force=True), there).tier, nodes(plan(asks(force=True), there))) == ("fits", ["b"])
 
 
-def test_the_same_cluster_gives_the_same_layout_in_whatever_order_it_is_told() -> None:
+def test_the_same_cluster_gives_the_same_layout_in_any_order() -> None:
     told = {"a": (300, 300), "b": (400, 400), "c": (300, 300), "d": (300, 300)}
     there = machines(told)
     turned = structs.replace(there, facts=dict(reversed(list(there.facts.items()))))
@@ -69,7 +69,7 @@ def test_the_same_cluster_gives_the_same_layout_in_whatever_order_it_is_told() -
     assert plan(asks(min_nodes=2), turned).layout == layout
 
 
-def test_low_memory_has_to_be_allowed_and_is_said() -> None:
+def test_low_memory_has_to_be_allowed_and_is_shown() -> None:
     there = machines({"a": (300, 4000)})
     with pytest.raises(NoRoom, match="--allow-low-memory") as refused:
         plan(asks(), there)
@@ -82,7 +82,7 @@ def test_low_memory_has_to_be_allowed_and_is_said() -> None:
     assert shown.is_low_memory and shown.stages[0].freeing_bytes == found.layout.slices[0].bytes - 300 * MIB
 
 
-def test_the_reserve_of_the_system_is_taken_by_force_alone() -> None:
+def test_only_force_takes_the_systems_reserve() -> None:
     whole = plan(asks(), machines({"a": (5000, 5000)})).layout.slices[0].bytes
     there = machines({"a": (100, whole // MIB + 1)})
     with pytest.raises(NoRoom, match="--force") as refused:
@@ -102,7 +102,7 @@ def test_nodes_are_left_out_and_layers_are_counted_as_asked() -> None:
         plan(asks(layers={"z": 1}), there)
 
 
-def test_what_a_node_has_is_said_as_it_is_and_what_only_it_needs_is_said_as_needed() -> None:
+def test_unfused_attention_raises_needed_and_not_available_bytes() -> None:
     shape = structs.replace(SHAPE, score_bytes=64, fused_score_bytes=8, chunk_bytes_per_token=50, head_dim=64)
     model = has("a", shape=shape)
     needs = {}
@@ -133,14 +133,14 @@ def test_faster_memory_is_preferred_and_a_download_is_bounded() -> None:
     assert nodes(plan(asks(max_fetch_bytes=0), there)) == ["a"]
 
 
-def test_a_node_that_has_the_layers_already_is_preferred_to_one_that_has_not() -> None:
+def test_a_node_that_has_the_layers_is_preferred() -> None:
     there = machines({"a": (250, 250), "b": (800, 800), "c": (800, 800)})
     part = PartState(node="c", repo=MODEL, commit=COMMIT, layers=[[0, 4]], size_bytes=1, model_bytes=1)
     assert nodes(plan(asks(), structs.replace(there, parts=[part]))) == ["c"]
     assert plan(asks(), structs.replace(there, parts=[part])).layout.fetch_bytes == 0
 
 
-def test_a_node_to_which_a_part_has_come_is_preferred_in_proportion_though_its_download_is_paused() -> None:
+def test_a_node_with_a_shard_is_preferred_in_proportion() -> None:
     there = machines({"a": (250, 250), "b": (800, 800), "c": (800, 800), "d": (800, 800)})
     size = sum(SHAPE.layer_bytes) + SHAPE.embed_bytes + SHAPE.head_bytes
     there = structs.replace(there, models=[has("a", size_bytes=size)])
@@ -154,7 +154,7 @@ def test_a_node_to_which_a_part_has_come_is_preferred_in_proportion_though_its_d
     assert plan(asks(), structs.replace(there, downloads=some[2:])).layout.fetch_bytes == size
 
 
-def test_objectives_say_how_many_answers_a_layout_is_for() -> None:
+def test_objectives_set_how_many_answers_a_layout_is_for() -> None:
     assert in_flight(asks()) == 1
     assert in_flight(asks(objective="balanced")) == 0
     assert in_flight(asks(objective="throughput")) == IN_FLIGHT
@@ -164,7 +164,7 @@ def test_objectives_say_how_many_answers_a_layout_is_for() -> None:
     assert len(nodes(plan(asks(objective="throughput", in_flight=8), there))) > 1
 
 
-def test_a_preview_can_be_chosen_by_its_name_and_is_refused_when_it_fits_no_more() -> None:
+def test_a_preview_can_be_chosen_by_name_until_it_no_longer_fits() -> None:
     there = machines({"a": (400, 4000), "b": (400, 4000), "c": (900, 4000)})
     shown = previews(asks(), there)
     assert nodes(shown[0]) == nodes(plan(asks(), there))
@@ -192,7 +192,7 @@ memory = st.tuples(st.integers(0, 900), st.integers(0, 2000)).map(lambda m: (min
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from("abcd"), memory, min_size=1), st.integers(1, 3), st.booleans(), st.booleans())
-def test_place_does_what_a_preview_showed_and_refuses_what_none_did(
+def test_place_does_what_a_preview_showed_and_refuses_others(
     sizes: dict[str, tuple[int, int]], min_nodes: int, allow: bool, force: bool
 ) -> None:
     there, request = machines(sizes), asks(min_nodes=min_nodes, allow_low_memory=allow, force=force)
@@ -217,7 +217,7 @@ def test_place_does_what_a_preview_showed_and_refuses_what_none_did(
     assert found.layout.cost_s <= able[0].layout.cost_s * 1.002  # of equal ones the emptiest, within a thousandth
 
 
-def test_a_model_that_nobody_has_is_previewed_with_all_of_it_to_download_and_not_placed() -> None:
+def test_a_model_nobody_has_is_previewed_as_a_full_download() -> None:
     there = structs.replace(machines({"a": (5000, 5000), "b": (400, 5000)}), models=[])
     assert not held(MODEL, there)
     size = ModelSize(model=f"{MODEL}@{COMMIT}", size_bytes=7, shape=SHAPE)
@@ -228,7 +228,7 @@ def test_a_model_that_nobody_has_is_previewed_with_all_of_it_to_download_and_not
         plan(asks(), there)
 
 
-def test_what_fits_is_listed_first_and_of_the_same_the_larger() -> None:
+def test_fitting_models_are_listed_first_and_larger_ones_first() -> None:
     there = machines({"a": (700, 800), "b": (1, 2500)})
     layer = SHAPE.layer_bytes[0]
     sizes = {"org/one": 1, "org/four": 4, "org/twelve": 12, "org/hundred": 100}

@@ -15,7 +15,7 @@ NOW_S, AFTER_S = 1000.0, 100.0
 
 
 @given(SETS, SETS, st.dictionaries(NODES, st.tuples(st.floats(0, 1100), st.booleans())))
-def test_I8_exactly_those_that_are_away_and_due_are_retired(
+def test_I8_exactly_those_that_are_down_and_due_are_retired(
     named: frozenset[str], live: frozenset[str], told: dict[str, tuple[float, bool]]
 ) -> None:
     said = {n: NodeState(node=n, silent_since_s=since_s, forgotten=f) for n, (since_s, f) in told.items()}

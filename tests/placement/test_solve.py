@@ -28,7 +28,7 @@ def needs(draw: st.DrawFn, most_layers: int = 6) -> Need:
 
 
 @st.composite
-def rooms(draw: st.DrawFn, most: int = 4, least: int = 1) -> list[Room]:
+def node_capacities(draw: st.DrawFn, most: int = 4, least: int = 1) -> list[Room]:
     count = draw(st.integers(least, most))
     return [Room(f"node-{i}", draw(st.integers(-5, 120)), draw(st.booleans())) for i in range(count)]
 
@@ -50,8 +50,8 @@ def check(need: Need, order: Sequence[Room], layout: Layout) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(needs(), rooms(), st.integers(1, 4), st.integers(1, 5))
-def test_what_is_given_fits(need: Need, cluster: list[Room], min_nodes: int, max_nodes: int) -> None:
+@given(needs(), node_capacities(), st.integers(1, 4), st.integers(1, 5))
+def test_what_is_placed_fits(need: Need, cluster: list[Room], min_nodes: int, max_nodes: int) -> None:
     layout = solve(need, cluster, min_nodes, max_nodes)
     if layout is not None:
         assert min_nodes <= len(layout.slices) <= max_nodes
@@ -86,7 +86,7 @@ def test_the_published_splits_hold_when_all_nodes_are_asked_for(
     assert counts(twelfths, 1000 * 12, layers, min_nodes=3) == expected
 
 
-def test_where_fewer_nodes_do_the_published_splits_over_all_are_not_the_best() -> None:
+def test_fewer_nodes_beat_the_published_splits_where_they_do() -> None:
     # Published are (3, 3, 6) and (2, 3, 7), for a rule that takes all nodes; each link costs time, so one node is
     # better. For (500, 500, 500) it is two, which hold the model exactly.
     assert counts([500 * 12, 500 * 12, 1000 * 12], 1000 * 12, 12) == [0, 0, 12]
@@ -95,7 +95,7 @@ def test_where_fewer_nodes_do_the_published_splits_over_all_are_not_the_best() -
     assert two is not None and sorted(two) == [0, 6, 6]
 
 
-def test_a_model_that_fits_one_node_exactly_is_placed_and_a_byte_more_is_refused() -> None:
+def test_a_model_that_fits_exactly_is_placed_and_a_byte_more_not() -> None:
     assert counts([1000], 1000, 1) == [1]
     assert counts([1000], 1001, 1) is None
 
@@ -104,14 +104,14 @@ def test_memory_that_is_short_in_sum_is_refused() -> None:
     assert counts([900, 50, 10], 1000, 20) is None
 
 
-def test_two_layers_of_a_sixteenth_of_191_do_not_fit_22_and_one_does() -> None:
+def test_two_layers_of_191_16ths_do_not_fit_22_and_one_does() -> None:
     # Published as refused by a rule by shares, and as fitting as (2, 14). A layer is 191 / 16 = 11.94: two are 23.9
     # of 22, and all sixteen are 191 of 180, so one layer and fifteen (179.1) are all there is.
     assert counts([22 * 16, 180 * 16], 191 * 16, 16) == [1, 15]
     assert counts([22 * 16, 179 * 16], 191 * 16, 16) is None
 
 
-def test_two_layers_of_eleven_fit_22_exactly_and_are_given_where_nothing_else_fits() -> None:
+def test_two_layers_of_11_fit_22_exactly_if_nothing_else_does() -> None:
     # (2, 14) fits where a layer is rounded down to 11: 22 of 22 and 154 of 180. So does (1, 15), which leaves the
     # fullest node emptier; and the large one holds all of it by itself, without a link.
     assert counts([22, 180], 16 * 11, 16) == [0, 16]
@@ -119,14 +119,14 @@ def test_two_layers_of_eleven_fit_22_exactly_and_are_given_where_nothing_else_fi
     assert counts([22, 14 * 11], 16 * 11, 16) == [2, 14]
 
 
-def test_a_node_that_is_faster_is_taken_though_another_has_more_room() -> None:
+def test_a_faster_node_is_taken_though_another_has_more_memory() -> None:
     need, large = plain(1000, 10), Room("large", 400_000)
     layout = solve(need, [large, Room("fast", 100_000, s_per_byte=large.s_per_byte / 2)], 1, 16)
     assert layout is not None
     assert [s.node for s in layout.slices] == ["fast"]
 
 
-def test_of_two_nodes_that_fit_the_one_that_holds_the_model_is_taken_even_if_it_is_smaller() -> None:
+def test_a_node_that_holds_the_model_is_taken_even_if_smaller() -> None:
     layout = solve(plain(1000, 10), [Room("big", 200_000), Room("holder", 100_000, True)], 1, 16)
     assert layout is not None
     assert [s.node for s in layout.slices] == ["holder"]
@@ -139,7 +139,7 @@ def test_a_node_that_is_much_faster_is_worth_a_download() -> None:
     assert [s.node for s in layout.slices] == ["fast"]
 
 
-def test_a_holder_too_small_alone_is_used_beside_the_largest_other() -> None:
+def test_a_holder_too_small_alone_is_used_beside_the_largest() -> None:
     cluster = [Room("a", 80_000), Room("b", 60_000), Room("holder", 50_000, True)]
     layout = solve(plain(1000, 10), cluster, 2, 16)
     assert layout is not None
@@ -158,7 +158,7 @@ def test_no_more_stages_than_layers() -> None:
     assert solve(plain(100, 2), [Room(f"n{i}", 10**6) for i in range(5)], 3, 16) is None
 
 
-def test_a_large_cluster_is_laid_out() -> None:
+def test_a_large_cluster_is_solved() -> None:
     chance = random.Random(7)
     cluster = [Room(f"node-{i}", chance.randrange(4, 64) << 30, chance.random() < 0.1) for i in range(1000)]
     need = Need(layer_bytes=[5 << 30] * 80, embed_bytes=2 << 30, head_bytes=2 << 30, stage_bytes=96 << 20)

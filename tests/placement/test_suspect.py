@@ -19,16 +19,14 @@ def instance(phase: str, *on: str) -> InstanceState:
 
 
 @given(keys, st.sampled_from(NODES))
-def test_only_live_services_of_the_node_are_asked_and_only_those_that_answer_questions(
-    live: set[str], node: str
-) -> None:
+def test_only_live_services_that_answer_rpcs_are_pinged(live: set[str], node: str) -> None:
     asked = to_ask(node, live)
     assert {f"{node}.{service}" for service in asked} <= live
     assert set(asked) <= set(ANSWERING)
 
 
 @given(keys, st.sampled_from(NODES), st.data())
-def test_who_answers_is_never_away_and_nobody_else_s_silence_counts(
+def test_a_service_that_answers_is_up_and_others_do_not_matter(
     live: set[str], node: str, data: st.DataObject
 ) -> None:
     answered = {service: data.draw(st.booleans()) for service in to_ask(node, live)}
@@ -38,7 +36,7 @@ def test_who_answers_is_never_away_and_nobody_else_s_silence_counts(
     assert {f"{node}.{service}" for service, spoke in answered.items() if not spoke} <= silent
 
 
-def test_of_a_node_whose_services_are_all_silent_those_that_were_not_asked_count_as_away_too() -> None:
+def test_when_all_services_are_silent_unasked_ones_are_down_too() -> None:
     live = {"a.inference", "a.fileserver", "b.fileserver"}
     assert silent_keys("a", live, {"inference": False}) == {"a.inference", "a.fileserver"}
     assert silent_keys("a", live, {"inference": True}) == set()
@@ -46,7 +44,7 @@ def test_of_a_node_whose_services_are_all_silent_those_that_were_not_asked_count
 
 
 @given(nodes, nodes, st.sampled_from(["starting", "ready", "degraded", "failed"]), st.booleans())
-def test_a_silent_node_is_never_present_and_a_missing_key_is_excused_only_after_an_outage_and_only_where_all_was_well(
+def test_a_silent_node_is_absent_and_outages_cover_missing_keys(
     live: set[str], silent: set[str], phase: str, settled: bool
 ) -> None:
     here = present(live, silent, instance(phase, "a", "b"), settled)

@@ -26,13 +26,13 @@ def nodes(draw: st.DrawFn) -> tuple[Facts, dict[str, int]]:
 
 
 @given(nodes())
-def test_each_tier_gives_at_least_what_the_one_before_does(node: tuple[Facts, dict[str, int]]) -> None:
+def test_each_tier_has_at_least_the_memory_of_the_one_before(node: tuple[Facts, dict[str, int]]) -> None:
     room = tiers(*node)
     assert room.fits_bytes <= room.tight_bytes <= room.force_bytes
 
 
 @given(nodes(), st.integers(0, 1 << 40))
-def test_no_tier_takes_what_is_promised_or_passes_the_accelerators_limit(
+def test_no_tier_takes_reserved_bytes_or_exceeds_the_accelerator(
     node: tuple[Facts, dict[str, int]], needed: int
 ) -> None:
     facts, promised = node
@@ -49,7 +49,7 @@ def test_no_tier_takes_what_is_promised_or_passes_the_accelerators_limit(
 
 
 @given(nodes(), BYTES, BYTES)
-def test_promising_more_never_leaves_more(node: tuple[Facts, dict[str, int]], more: int, needed: int) -> None:
+def test_reserving_more_never_leaves_more(node: tuple[Facts, dict[str, int]], more: int, needed: int) -> None:
     facts, promised = node
     before, after = tiers(facts, promised), tiers(facts, {**promised, "new/0": more})
     assert after.fits_bytes == before.fits_bytes - more
@@ -57,12 +57,12 @@ def test_promising_more_never_leaves_more(node: tuple[Facts, dict[str, int]], mo
     assert after.tight_bytes == before.tight_bytes - more
 
 
-def test_a_machine_keeps_a_tenth_for_its_system_and_at_most_4_gib() -> None:
+def test_a_machine_keeps_a_tenth_for_its_system_up_to_4_gib() -> None:
     assert reserve_bytes(10 * GIB) == GIB
     assert reserve_bytes(512 * GIB) == 4 * GIB
 
 
-def test_the_first_tier_that_gives_it_is_named() -> None:
+def test_the_first_sufficient_tier_is_named() -> None:
     facts = Facts(memory_total_bytes=10 * GIB, memory_available_bytes=4 * GIB)
     room = tiers(facts, {})
     assert room == Tiers(4 * GIB, 9 * GIB, 10 * GIB)

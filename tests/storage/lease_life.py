@@ -13,7 +13,7 @@ from tests.storage.lifecycle import STAYS
 from tests.storage.stores import Store
 
 
-def say(what: str) -> None:
+def report(what: str) -> None:
     """Print one line, unbuffered."""
     os.write(1, f"{what}\n".encode())
 
@@ -22,11 +22,11 @@ def main(root: Path) -> None:
     """Create, create, end."""
     store = Store(root)
     first = store.lease(STAYS, "first")
-    say("made first")
+    report("made first")
     store.lease(STAYS, "second")
-    say("made second")
+    report("made second")
     assert store.end(first)
-    say("ended first")
+    report("ended first")
 
 
 if __name__ == "__main__":

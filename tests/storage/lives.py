@@ -51,7 +51,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     acknowledge("deleting", LEAVES.name)
     store.delete(LEAVES)
     acknowledge("deleted", LEAVES.name)
-    bring_back_a_part(store, acknowledge)
+    bring_back_one_blob(store, acknowledge)
     for blob in store.reserve(COMES):
         acknowledge("reserved", blob)
         acknowledge("releasing", blob)
@@ -93,7 +93,7 @@ def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
         acknowledge("kept-good", blob)
 
 
-def bring_back_a_part(store: Store, acknowledge: Acknowledge) -> None:
+def bring_back_one_blob(store: Store, acknowledge: Acknowledge) -> None:
     """Download the first blob of a deleted model again, and nothing more of it."""
     acknowledge("reserving", LEAVES.name)
     blobs = store.reserve(LEAVES)

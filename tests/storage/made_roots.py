@@ -47,7 +47,7 @@ def plain(root: Path, repo: str, files: Mapping[str, bytes]) -> Path:
     return root / repo
 
 
-def picture(root: Path) -> dict[str, tuple[object, ...]]:
+def snapshot_tree(root: Path) -> dict[str, tuple[object, ...]]:
     """Everything in a library, itself included, that must not change: names, types, contents, modes, times, links."""
     found: dict[str, tuple[object, ...]] = {}
     for path in (root, *sorted(root.rglob("*"))):

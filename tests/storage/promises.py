@@ -19,7 +19,7 @@ OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
 CALLED = {blob: sha256(data) for m in MODELS for blob, data in m.blobs.items()}
 
 
-def look_at(store: Store, blob: str) -> None:
+def verify_blob(store: Store, blob: str) -> None:
     """Do what the verifier does, in case the change of the blob has reached the disk."""
     checked = quarantine.check(store.disk, blob, lambda _: None)
     assert checked is not None
@@ -29,7 +29,7 @@ def look_at(store: Store, blob: str) -> None:
         keep_good_leaves(store.disk, checked)
 
 
-class Promises:
+class Acknowledged:
     """What a life has acknowledged and not revoked."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Promises:
         check_invariants(root, rotten, further)
         ledger = store.ledger
         if rotten in ledger.blobs:
-            look_at(store, rotten)
+            verify_blob(store, rotten)
         for blob in self.promised:
             assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
         assert not self.here - set(ledger.blobs), "committed and lost"

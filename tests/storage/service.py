@@ -127,7 +127,7 @@ class Node:
         """storage.plan"""
         return await self.ask("plan", AskPlan(need_bytes=need_bytes), EvictionPlan)
 
-    async def room(self, model: str) -> RoomLeft:
+    async def ask_room(self, model: str) -> RoomLeft:
         """storage.room"""
         return await self.ask("room", AskRoom(model=model), RoomLeft)
 

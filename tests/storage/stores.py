@@ -210,7 +210,7 @@ class Store:
         del self.ledger.leases[lease.id]
         return True
 
-    def leased_view_is_whole(self, lease: Lease, model: Model) -> bool:
+    def leased_view_is_complete(self, lease: Lease, model: Model) -> bool:
         """Whether every file of a lease's view has the right bytes."""
         view = self.layout.lease_view(lease.id)
         return all((view / path).read_bytes() == data for path, data in model.bytes.items())
@@ -250,7 +250,7 @@ def files_below(root: Path) -> set[str]:
     return found - {"VERSION", "lock"}
 
 
-def whole_of(*models: Model) -> set[str]:
+def files_of(*models: Model) -> set[str]:
     """The files that a store with exactly these models has."""
     layout = Layout(Path())
     return {

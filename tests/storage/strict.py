@@ -135,7 +135,7 @@ class Paths(StoreLayout):
             self.add(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
             self.versions.append(self.of(self._at).version)
 
-    def _root_of(self, blob: str) -> Layout:
+    def _volume_of(self, blob: str) -> Layout:
         return self.of(self._at)
 
     def blob(self, sha256: str) -> PurePath:  # type: ignore[override]  # the same
@@ -143,7 +143,7 @@ class Paths(StoreLayout):
         return self.blob_in(self._at, sha256)
 
 
-def broken_promises(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
+def violations(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
     """What a power cut at some moment of a life would break: I1, I2, I6 and the orders of writing in `store/`."""
     disk, lay = StrictDisk(root), Paths(root, has_further)
     deleting: Model | None = None

@@ -33,7 +33,7 @@ MANIFESTS = st.builds(
 )
 
 
-class Admissions(RuleBasedStateMachine):
+class AdmissionMachine(RuleBasedStateMachine):
     """A disk on which models are reserved, arrive in pieces, are committed, cancelled, sealed and deleted."""
 
     @initialize(total=st.integers(0, 500), headroom=st.integers(0, 100), quota=st.none() | st.integers(0, 700))
@@ -46,7 +46,7 @@ class Admissions(RuleBasedStateMachine):
         return self.total_bytes - self.ledger.used_bytes - allocated
 
     @rule(manifest=MANIFESTS)
-    def ask(self, manifest: Manifest) -> None:
+    def reserve(self, manifest: Manifest) -> None:
         ledger = self.ledger
         new = {b: s for b, s in manifest.blob_sizes.items() if b not in ledger.blobs and b not in ledger.partials}
         fits_quota = self.limits.quota_bytes is None or (
@@ -84,9 +84,9 @@ class Admissions(RuleBasedStateMachine):
         self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
 
     @rule(repo=st.sampled_from(MODELS))
-    def give_up(self, repo: str) -> None:
+    def cancel(self, repo: str) -> None:
         model, others = f"{repo}@{COMMIT}", set(self.ledger.promised) - {f"{repo}@{COMMIT}"}
-        counted_on = {m: self.ledger.promised[m] & self.here for m in others}
+        counted_on = {m: self.ledger.promised[m] & self.present for m in others}
         for blob in freed_by(model, self.ledger):
             self.ledger.blobs.pop(blob, None)
             self.ledger.partials.pop(blob, None)
@@ -94,10 +94,10 @@ class Admissions(RuleBasedStateMachine):
             partial.models.discard(model)
         self.ledger.promised.pop(model, None)
         for other in others:
-            assert counted_on[other] <= self.here, f"giving up {model} took bytes from {other}"
+            assert counted_on[other] <= self.present, f"giving up {model} took bytes from {other}"
 
     @property
-    def here(self) -> set[str]:
+    def present(self) -> set[str]:
         return {*self.ledger.blobs, *self.ledger.partials}
 
     @invariant()
@@ -106,7 +106,7 @@ class Admissions(RuleBasedStateMachine):
             assert self.ledger.used_bytes + self.ledger.reserved_bytes <= self.limits.quota_bytes
 
     @invariant()
-    def I3_what_was_promised_can_arrive_and_leaves_the_headroom(self) -> None:
+    def I3_reserved_bytes_can_arrive_and_leave_the_headroom(self) -> None:
         if self.ledger.reserved_bytes + self.ledger.used_bytes:
             assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
 
@@ -116,11 +116,11 @@ class Admissions(RuleBasedStateMachine):
         assert not set(self.ledger.partials) - referenced(self.ledger), "a partial that nobody wants"
 
 
-Admissions.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
-test_I3_no_sequence_of_asking_receiving_and_giving_up_promises_more_than_there_is = Admissions.TestCase
+AdmissionMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+test_I3_no_sequence_of_asking_receiving_and_giving_up_promises_more_than_there_is = AdmissionMachine.TestCase
 
 
-def test_a_refusal_says_needed_quota_used_and_what_to_do() -> None:
+def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
     ledger = Ledger(blobs={"a" * 64: 60})
     with pytest.raises(QuotaExceeded) as refused:
         admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(300, 0), 10**6)
@@ -134,7 +134,7 @@ def test_a_refusal_says_needed_quota_used_and_what_to_do() -> None:
         admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(None, 50), 200)
 
 
-def test_I3_bytes_promised_and_not_yet_written_are_not_promised_twice() -> None:
+def test_I3_reserved_unwritten_bytes_are_not_reserved_twice() -> None:
     blob = f"{7:064x}"
     ledger = Ledger(partials={f"{6:064x}": Partial(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
     with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B headroom, 60 B reserved\)"):
@@ -149,7 +149,7 @@ def test_nothing_needed_is_approved_however_full_the_disk() -> None:
     assert (admission.present, admission.missing, admission.needed_bytes) == ([blob], [], 0)
 
 
-def test_a_blob_whose_size_has_changed_on_the_disk_is_fetched_again() -> None:
+def test_a_blob_whose_size_changed_on_the_disk_is_fetched_again() -> None:
     blob = f"{7:064x}"
     admission = admit(manifest_of("org/model", [blob]), Ledger(blobs={blob: 3}), Limits(None, 0), 1000)
     assert admission.missing == [blob]

@@ -34,7 +34,7 @@ COMMIT = "a" * 40
 FILES = {"config.json": config(), "model.safetensors": b"w" * 900, "sub/more.safetensors": b"m" * 50}
 
 
-def look(root: Path) -> Recognised:
+def scan_library(root: Path) -> Recognised:
     return recognise(list_root(str(root), lambda: None))
 
 
@@ -60,13 +60,13 @@ def refusal(found: Recognised) -> str:
     return why
 
 
-def test_a_cache_gives_its_snapshots_with_the_names_of_their_refs(tmp_path: Path) -> None:
+def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -> None:
     cached(tmp_path, "org/name", COMMIT, FILES, ("main", "refs/pr/1"))
     cached(tmp_path, "org/name", "b" * 40, {**FILES, "model.safetensors": b"older"}, ("v1.0",))
     (tmp_path / ".locks" / "models--org--name").mkdir(parents=True)
     (tmp_path / "version.txt").write_text("1")
     (tmp_path / "datasets--org--name" / "snapshots" / COMMIT).mkdir(parents=True)
-    found = look(tmp_path)
+    found = scan_library(tmp_path)
     assert found.refused == {}
     assert [(c.repo, c.commit, c.revisions) for c in found.candidates] == [
         ("org/name", COMMIT, ("main", "refs/pr/1")),
@@ -86,29 +86,29 @@ def test_a_cache_gives_its_snapshots_with_the_names_of_their_refs(tmp_path: Path
     assert {f.path: f.sha256 for f in manifest.files} == {p: sha256(d) for p, d in FILES.items()}
 
 
-def test_a_directory_of_a_persons_own_is_local_and_named_by_its_content(tmp_path: Path) -> None:
+def test_a_plain_directory_is_local_and_named_by_its_content(tmp_path: Path) -> None:
     plain(tmp_path / "one", "me/tuned", {**FILES, ".cache/huggingface/x.metadata": b"1", ".gitignore": b"*"})
     plain(tmp_path / "two", "me/tuned", FILES)
     plain(tmp_path / "two", "me/notes", {"readme.md": b"no model"})
     plain(tmp_path / "three", "me/tuned", {**FILES, "model.safetensors": b"other"})
     verdicts = []
     for name in ("one", "two", "three"):
-        found = look(tmp_path / name)
+        found = scan_library(tmp_path / name)
         assert only(found).revisions == ("local",) and only(found).commit == ""
         verdicts.append(decide(found.candidates, hashed(found)))
     one, two, three = (next(iter(v.adopted)) for v in verdicts)
     assert one == two != three
-    both = [*look(tmp_path / "one").candidates, *look(tmp_path / "three").candidates]
-    verdict = decide(both, {**hashed(look(tmp_path / "one")), **hashed(look(tmp_path / "three"))})
+    both = [*scan_library(tmp_path / "one").candidates, *scan_library(tmp_path / "three").candidates]
+    verdict = decide(both, {**hashed(scan_library(tmp_path / "one")), **hashed(scan_library(tmp_path / "three"))})
     assert list(verdict.adopted) == [one], "me/tuned@local means one thing"
     assert "is " in verdict.refused[str(tmp_path / "three" / "me" / "tuned")]
 
 
-def test_another_store_gives_its_whole_models(tmp_path: Path, apples: Model, pears: Model) -> None:
+def test_another_store_yields_its_complete_models(tmp_path: Path, apples: Model, pears: Model) -> None:
     store = Store(tmp_path / "theirs")
     store.bring_in(apples)
     store.bring_in(pears)
-    found = look(tmp_path / "theirs")
+    found = scan_library(tmp_path / "theirs")
     assert [(c.repo, c.commit, c.revisions) for c in found.candidates] == [
         (m.manifest.repo, m.manifest.commit, ("main",)) for m in (apples, pears)
     ]
@@ -117,48 +117,48 @@ def test_another_store_gives_its_whole_models(tmp_path: Path, apples: Model, pea
         m.name: sorted(m.sealed.files, key=lambda f: f.path) for m in (apples, pears)
     }
     store.layout.blob(sha256(pears.bytes["pears.bin"])).unlink()
-    found = look(tmp_path / "theirs")
+    found = scan_library(tmp_path / "theirs")
     assert [c.repo for c in found.candidates] == ["org/apples"]
     assert "pears.bin is missing" in next(iter(found.refused.values()))
     (tmp_path / "theirs" / "VERSION").write_text("99")
-    assert "format '99'" in refusal(look(tmp_path / "theirs"))
+    assert "format '99'" in refusal(scan_library(tmp_path / "theirs"))
 
 
-def test_part_of_a_model_is_not_taken_for_the_model(tmp_path: Path) -> None:
+def test_a_model_with_missing_files_is_not_recognized(tmp_path: Path) -> None:
     index = b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
     part = {"config.json": config(), "model.safetensors.index.json": index, "model-1.safetensors": b"1"}
     cached(tmp_path / "cache", "org/name", COMMIT, part)
-    assert "model-2.safetensors" in refusal(look(tmp_path / "cache"))
+    assert "model-2.safetensors" in refusal(scan_library(tmp_path / "cache"))
     plain(tmp_path / "plain", "org/name", part)
-    assert "model-2.safetensors" in refusal(look(tmp_path / "plain"))
+    assert "model-2.safetensors" in refusal(scan_library(tmp_path / "plain"))
     cached(tmp_path / "tokenizer", "org/name", COMMIT, {"config.json": config()})
-    assert "no weights" in refusal(look(tmp_path / "tokenizer"))
+    assert "no weights" in refusal(scan_library(tmp_path / "tokenizer"))
     snapshot = cached(tmp_path / "broken", "org/name", COMMIT, FILES)
     blob = (snapshot / "model.safetensors").resolve()
     blob.rename(blob.with_name(f"{blob.name}.incomplete"))
-    assert "model.safetensors is missing: its download is incomplete" in refusal(look(tmp_path / "broken"))
+    assert "model.safetensors is missing: its download is incomplete" in refusal(scan_library(tmp_path / "broken"))
     whole = {**part, "model-2.safetensors": b"2"}
     cached(tmp_path / "whole", "org/name", COMMIT, whole)
-    assert {f.path for f in only(look(tmp_path / "whole")).files} == set(whole)
+    assert {f.path for f in only(scan_library(tmp_path / "whole")).files} == set(whole)
 
 
 @pytest.mark.parametrize(
     "name",
     ["models--gpt2", "models--a--b--c", "models--..--x", "models--org--na me", "models--org--x@main", "models----x"],
 )
-def test_I10_what_is_not_called_as_a_model_is_reported_and_not_adopted(tmp_path: Path, name: str) -> None:
+def test_I10_bad_model_names_are_reported_and_not_accepted(tmp_path: Path, name: str) -> None:
     cached(tmp_path, "org/name", COMMIT, FILES)
     (tmp_path / "models--org--name").rename(tmp_path / name)
-    assert "org/name" in refusal(look(tmp_path))
+    assert "org/name" in refusal(scan_library(tmp_path))
 
 
-def test_I10_hostile_refs_commits_and_paths_are_reported_and_not_adopted(tmp_path: Path) -> None:
+def test_I10_hostile_refs_commits_and_paths_are_not_accepted(tmp_path: Path) -> None:
     cached(tmp_path, "org/name", COMMIT, FILES, ("main", "..x", "local"))
     (tmp_path / "models--org--name" / "refs" / "odd").write_text("../../etc")
     cached(tmp_path, "org/other", "not-a-commit", FILES, ())
     cached(tmp_path, "org/third", COMMIT, {**FILES, "a:b.bin": b"x"}, ())
     plain(tmp_path, "org--x/name", FILES)
-    found = look(tmp_path)
+    found = scan_library(tmp_path)
     assert [(c.repo, c.revisions) for c in found.candidates] == [("org/name", ("main",))]
     assert {Path(d).relative_to(tmp_path).as_posix() for d in found.refused} == {
         "models--org--name/refs/..x",
@@ -169,10 +169,10 @@ def test_I10_hostile_refs_commits_and_paths_are_reported_and_not_adopted(tmp_pat
     }
     bad = os.fsencode(tmp_path) + b"/models--org--name/snapshots/" + COMMIT.encode() + b"/\xff.bin"
     Path(os.fsdecode(bad)).write_bytes(b"x")
-    assert [c.repo for c in look(tmp_path).candidates] == []
+    assert [c.repo for c in scan_library(tmp_path).candidates] == []
 
 
-def test_I10_links_are_followed_into_the_blobs_of_the_same_model_and_nowhere_else(tmp_path: Path) -> None:
+def test_I10_links_are_followed_only_into_the_models_own_blobs(tmp_path: Path) -> None:
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(b"s" * 10)
     root = tmp_path / "root"
@@ -201,7 +201,7 @@ def test_I10_links_are_followed_into_the_blobs_of_the_same_model_and_nowhere_els
     (root / "org" / "plain" / "model.safetensors").symlink_to(secret)
     (root / "org" / "linked").symlink_to(root / "org" / "plain")
     os.mkfifo(plain(root, "org/fifo", FILES) / "pipe.bin")
-    found = look(root)
+    found = scan_library(root)
     assert [c.repo for c in found.candidates] == ["org/good"]
     assert len(found.refused) == len(targets) + 4
 
@@ -225,7 +225,7 @@ _ENTRIES = st.builds(
     st.dictionaries(st.lists(_NAMES, min_size=1, max_size=4).map("/".join), st.binary(max_size=60), max_size=4),
     st.booleans(),
 )
-def test_I10_of_any_listing_only_files_of_it_with_checked_names_are_taken(
+def test_I10_of_any_listing_only_files_with_valid_names_are_used(
     entries: dict[str, Entry], texts: dict[str, bytes], with_model: bool
 ) -> None:
     if with_model:
@@ -252,7 +252,7 @@ def test_I10_no_link_leads_anywhere_but_to_one_name_in_blobs(target: str) -> Non
 
 
 @given(st.data())
-def test_a_model_is_offered_only_when_every_file_was_hashed_as_it_stands_and_is_what_it_is_called(
+def test_a_model_is_offered_only_when_every_file_was_verified(
     data: st.DataObject,
 ) -> None:
     """I1 as a property, over arbitrary known hashes."""
@@ -280,16 +280,16 @@ def test_a_model_is_offered_only_when_every_file_was_hashed_as_it_stands_and_is_
     assert bool(verdict.adopted) + len(verdict.waiting) + len(verdict.refused) == 1
 
 
-def test_a_file_that_looks_the_same_and_hashed_to_something_else_later_is_corrupt(tmp_path: Path) -> None:
+def test_a_file_with_the_same_stat_and_another_hash_is_corrupt(tmp_path: Path) -> None:
     plain(tmp_path, "me/tuned", FILES)
-    file = only(look(tmp_path)).files[0]
+    file = only(scan_library(tmp_path)).files[0]
     assert not is_corrupt(file, Verified(seen=file.seen, sha256="a" * 64))
     assert is_corrupt(file, Verified(seen=file.seen, sha256="a" * 64, rotten=True))
 
 
-def test_a_file_that_is_not_the_one_that_was_listed_is_not_hashed(tmp_path: Path) -> None:
+def test_a_file_that_changed_since_its_listing_is_not_hashed(tmp_path: Path) -> None:
     directory = plain(tmp_path, "me/tuned", FILES)
-    file = next(f for f in only(look(tmp_path)).files if f.path == "model.safetensors")
+    file = next(f for f in only(scan_library(tmp_path)).files if f.path == "model.safetensors")
     weights = directory / "model.safetensors"
 
     def written_meanwhile() -> None:
@@ -303,7 +303,7 @@ def test_a_file_that_is_not_the_one_that_was_listed_is_not_hashed(tmp_path: Path
     assert hash_file(file, lambda: None) is None
 
 
-def test_a_root_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_read_has_the_reason(tmp_path: Path) -> None:
     with pytest.raises(Unlistable, match="No such file"):
         list_root(str(tmp_path / "gone"), lambda: None)
     (tmp_path / "file").write_text("x")
@@ -313,7 +313,7 @@ def test_a_root_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
         list_root(str(tmp_path / "file"), lambda: None)
 
 
-def test_a_root_in_the_store_or_around_it_is_refused_through_links_too(tmp_path: Path) -> None:
+def test_a_library_inside_or_around_the_store_is_refused(tmp_path: Path) -> None:
     store = tmp_path / "home" / "store"
     (store / "views").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "home")

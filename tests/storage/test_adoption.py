@@ -20,7 +20,7 @@ from tests.fileserver.serving import Fileserver
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process
 from tests.harness.waiting import eventually
-from tests.storage.made_roots import cached, config, mounted_read_only, picture, plain
+from tests.storage.made_roots import cached, config, mounted_read_only, plain, snapshot_tree
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, Store, files_below, git_sha1, sha256
 from tests.storage.test_verify import fileserver_of, flip
@@ -57,39 +57,39 @@ async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
         yield process
 
 
-async def announced(node: Node, model: str) -> ModelState:
+async def wait_published(node: Node, model: str) -> ModelState:
     """Wait until a model (`org/name@commit`) is published."""
 
-    async def look() -> ModelState | None:
+    async def published() -> ModelState | None:
         return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
 
-    return await eventually(look, f"{model} is announced")
+    return await eventually(published, f"{model} is announced")
 
 
-async def root_is(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
+async def wait_library_state(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
     """Wait until the published state of a library is as expected."""
 
-    async def look() -> RootState | None:
+    async def matching_state() -> RootState | None:
         roots = (await node.storage_state()).read_only_roots
         return roots[at] if len(roots) > at and wanted(roots[at]) else None
 
-    return await eventually(look, "the root is as wanted")
+    return await eventually(matching_state, "the root is as wanted")
 
 
-async def set_roots(node: Node, *roots: Path) -> None:
+async def set_libraries(node: Node, *roots: Path) -> None:
     """Send `configure`, which also has the libraries scanned again."""
     outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
     assert outcome.ok, outcome.error
     assert outcome.result["read_only_roots"] == [str(r) for r in roots]
 
 
-async def gone(node: Node, model: str) -> None:
+async def wait_unpublished(node: Node, model: str) -> None:
     """Wait until a model is unpublished."""
 
-    async def look() -> bool:
+    async def unpublished() -> bool:
         return await node.here.buckets.state.get(model_key(node.node, model)) is None
 
-    await eventually(look, f"{model} is taken back")
+    await eventually(unpublished, f"{model} is taken back")
 
 
 async def is_served(fileserver: Fileserver, data: bytes) -> bool:
@@ -104,12 +104,12 @@ def hashed(process: Process) -> list[str]:
     return [line for line in process.lines if "library model hashed" in line]
 
 
-async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_here_writes_to_it(
+async def test_I4_a_library_is_offered_and_served_and_never_written(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     cache = tmp_path / "hub"
     snapshot = cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
-    before = picture(cache)
+    before = snapshot_tree(cache)
     with mounted_read_only(cache) as root:
         async with (
             on_node_with(nats, tmp_path, fresh("node"), root) as node,
@@ -117,7 +117,7 @@ async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_
             listening(node) as process,
             fileserver_of(node, nats) as fileserver,
         ):
-            state = await announced(node, THEIRS.name)
+            state = await wait_published(node, THEIRS.name)
             assert state.adopted_from == str(root / snapshot.relative_to(cache))
             assert (state.revisions, state.size_bytes, state.file_count) == (
                 ["main"],
@@ -132,7 +132,7 @@ async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_
             manifest = await node.ask("manifest", AskManifest(model="org/theirs"), Manifest)
             assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
 
-            await root_is(node, lambda r: r.model_count == 1)
+            await wait_library_state(node, lambda r: r.model_count == 1)
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
             assert disk.read_only_roots == [RootState(path=str(root), model_count=1)]
@@ -154,22 +154,22 @@ async def test_I4_a_cache_is_offered_served_and_viewed_and_nothing_that_is_done_
             assert (verified["checked"], verified["corrupt"], verified["missing"]) == (3, [], [])
             assert (await node.command("verify", Verify())).result["checked"] == 3
             assert len(hashed(process)) == 1
-            assert await announced(node, THEIRS.name) == state
-    assert picture(cache) == before
+            assert await wait_published(node, THEIRS.name) == state
+    assert snapshot_tree(cache) == before
 
 
-async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_rest(
+async def test_a_model_sharing_files_with_a_library_fetches_the_rest(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     cache = tmp_path / "hub"
     cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
-    before = picture(cache)
+    before = snapshot_tree(cache)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
         node.fetcher(),
         listening(node, SHOAL_MAX_STORAGE_BYTES="1000") as process,
     ):
-        await announced(node, THEIRS.name)
+        await wait_published(node, THEIRS.name)
         by_git = Model("org/by-git", {"config.json": FILES["config.json"]}, by_git=("config.json",))
         reserved = await node.reserve(by_git.manifest)
         sha = sha256(FILES["config.json"])
@@ -185,32 +185,32 @@ async def test_a_model_that_shares_files_with_an_adopted_one_fetches_only_the_re
         async with listening(node) as again:
             assert await node.model_state(OURS) is not None, "not taken back by a start"
             assert hashed(again) == []
-            await set_roots(node)
+            await set_libraries(node)
             assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
             assert "org/ours" in await again.wait_line("model is incomplete, it used files of a library")
             assert (await node.reserve(OURS.manifest)).missing == [sha256(WEIGHTS)]
             await node.release(OURS.manifest)
-            await set_roots(node, cache)
-            await announced(node, OURS.name)
+            await set_libraries(node, cache)
+            await wait_published(node, OURS.name)
             assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
             assert (await node.delete("org/ours")).result["freed_bytes"] == 300
-            await announced(node, THEIRS.name)
-    assert picture(cache) == before
+            await wait_published(node, THEIRS.name)
+    assert snapshot_tree(cache) == before
 
 
-async def test_taking_a_root_out_removes_what_is_ours_at_once_and_nothing_of_theirs(
+async def test_removing_a_library_removes_our_records_and_no_files(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     cache = tmp_path / "hub"
     cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
-    before = picture(cache)
+    before = snapshot_tree(cache)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
         listening(node),
         fileserver_of(node, nats) as fileserver,
     ):
-        await announced(node, THEIRS.name)
-        await set_roots(node)
+        await wait_published(node, THEIRS.name)
+        await set_libraries(node)
         assert await node.model_state(THEIRS) is None
         assert not await is_served(fileserver, WEIGHTS)
         assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"adopted"}
@@ -218,10 +218,10 @@ async def test_taking_a_root_out_removes_what_is_ours_at_once_and_nothing_of_the
         text = (node.home / "node.toml").read_text()
         assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "read_only_roots" not in text
         assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended", "settings_changed"]
-    assert picture(cache) == before
+    assert snapshot_tree(cache) == before
 
 
-async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
+async def test_I1_a_byte_flipped_before_the_scan_is_never_offered(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     cache = tmp_path / "hub"
@@ -229,13 +229,13 @@ async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
     small = cached(cache, "org/small", "b" * 40, {**FILES, "config.json": b'{"a": 1}'})
     flip((snapshot / "model.safetensors").resolve(), 70_000)
     flip((small / "config.json").resolve(), 3)
-    before = picture(cache)
+    before = snapshot_tree(cache)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), cache) as node,
         listening(node) as process,
         fileserver_of(node, nats) as fileserver,
     ):
-        state = await root_is(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
+        state = await wait_library_state(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
         assert state.model_count == 0
         assert "model.safetensors is corrupt" in state.not_adopted[str(snapshot)]
         assert "config.json is corrupt" in state.not_adopted[str(small)]
@@ -245,14 +245,14 @@ async def test_I1_a_byte_flipped_before_adoption_is_never_announced_nor_served(
         assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
         await process.kill()
         async with listening(node) as again:
-            assert (await root_is(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
+            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
             assert hashed(again) == [] and await node.model_state(THEIRS) is None
         assert len(await node.events()) == 2, "told once"
-    assert picture(cache) == before
+    assert snapshot_tree(cache) == before
 
 
 @pytest.mark.parametrize("how", ["changed", "removed", "replaced by a link"])
-async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model_is_taken_back(
+async def test_I1_a_library_file_that_changes_is_no_longer_served(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, how: str
 ) -> None:
     root = tmp_path / "models"
@@ -263,7 +263,7 @@ async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model
         listening(node),
         fileserver_of(node, nats) as fileserver,
     ):
-        await root_is(node, lambda r: r.model_count == 2)
+        await wait_library_state(node, lambda r: r.model_count == 2)
         tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
         assert await is_served(fileserver, WEIGHTS)
         if how == "changed":
@@ -274,8 +274,8 @@ async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model
             weights.rename(tmp_path / "elsewhere")
             weights.symlink_to(tmp_path / "elsewhere")
         assert not await is_served(fileserver, WEIGHTS), "before storage has looked"
-        await set_roots(node, root)
-        await gone(node, tuned)
+        await set_libraries(node, root)
+        await wait_unpublished(node, tuned)
         view = node.layout.view("me/tuned", tuned.rpartition("@")[2])
 
         async def view_gone() -> bool:
@@ -285,16 +285,16 @@ async def test_I1_a_file_that_changes_after_adoption_is_not_served_and_its_model
         assert await is_served(fileserver, b"kept") and kept.exists()
         if how == "changed":
 
-            async def adopted_anew() -> Manifest | None:
+            async def accepted_again() -> Manifest | None:
                 with suppress(NotFound):
                     return await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)
                 return None
 
-            assert (await eventually(adopted_anew, "it is adopted as it is now")).model != tuned
+            assert (await eventually(accepted_again, "it is adopted as it is now")).model != tuned
             assert await is_served(fileserver, b"new" + WEIGHTS)
 
 
-async def test_I1_verify_finds_what_rots_in_a_root_takes_it_back_and_moves_nothing(
+async def test_I1_verify_finds_corrupt_library_files_and_moves_nothing(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     root = tmp_path / "models"
@@ -304,30 +304,30 @@ async def test_I1_verify_finds_what_rots_in_a_root_takes_it_back_and_moves_nothi
         listening(node) as process,
         fileserver_of(node, nats) as fileserver,
     ):
-        await root_is(node, lambda r: r.model_count == 1)
+        await wait_library_state(node, lambda r: r.model_count == 1)
         tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
         flip(weights, 12_345)
-        before = picture(root)
+        before = snapshot_tree(root)
         result = (await node.command("verify", Verify())).result
         assert (result["checked"], result["corrupt"], result["models"]) == (3, [sha256(WEIGHTS)], [tuned])
         assert await node.here.buckets.state.get(model_key(node.node, tuned)) is None
         assert not await is_served(fileserver, WEIGHTS)
-        assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+        assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
         assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
         await process.kill()
         async with listening(node) as again:
-            assert (await root_is(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
             assert hashed(again) == [], "what rotted is not taken for something new"
-        assert picture(root) == before and not list(node.layout.quarantine.iterdir())
+        assert snapshot_tree(root) == before and not list(node.layout.quarantine.iterdir())
 
 
-async def test_another_store_is_a_root_like_any_other(
+async def test_another_store_is_a_library_like_any_other(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     theirs = Store(tmp_path / "theirs")
     for model in (apples, pears):
         theirs.bring_in(model)
-    before = picture(theirs.root)
+    before = snapshot_tree(theirs.root)
     async with (
         on_node_with(nats, tmp_path, fresh("node"), theirs.root) as node,
         node.fetcher(),
@@ -335,12 +335,12 @@ async def test_another_store_is_a_root_like_any_other(
         fileserver_of(node, nats) as fileserver,
     ):
         for model in (apples, pears):
-            await announced(node, model.name)
+            await wait_published(node, model.name)
             view = node.layout.view(model.manifest.repo, model.manifest.commit)
             assert {p: (view / p).read_bytes() for p in model.bytes} == model.bytes
             assert all([await is_served(fileserver, data) for data in model.bytes.values()])
         assert not (await node.delete("org/apples")).ok
-    assert picture(theirs.root) == before
+    assert snapshot_tree(theirs.root) == before
 
 
 async def test_a_restart_hashes_nothing_again_and_changed_files_only(
@@ -351,45 +351,45 @@ async def test_a_restart_hashes_nothing_again_and_changed_files_only(
     plain(root, "me/other", {**FILES, "model.safetensors": b"other"})
     async with on_node_with(nats, tmp_path, fresh("node"), root) as node:
         async with listening(node) as process:
-            await root_is(node, lambda r: r.model_count == 2)
+            await wait_library_state(node, lambda r: r.model_count == 2)
             assert sum(int(line.split("files=")[1].split()[0]) for line in hashed(process)) == 6
             await process.kill()
         async with listening(node) as process:
-            await root_is(node, lambda r: r.model_count == 2)
+            await wait_library_state(node, lambda r: r.model_count == 2)
             assert hashed(process) == []
             await process.kill()
         os.utime(directory / "config.json", ns=(1, 1))
         async with listening(node) as process:
             await process.wait_line("library model hashed", "files=1")
-            await root_is(node, lambda r: r.model_count == 2)
+            await wait_library_state(node, lambda r: r.model_count == 2)
             assert len(hashed(process)) == 1
         assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
 
 
-async def test_a_root_that_is_missing_is_said_and_keeps_nothing_from_starting(
+async def test_a_missing_library_is_reported_and_prevents_no_start(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     root = tmp_path / "nas"
     cached(root, "org/theirs", THEIRS.manifest.commit, FILES)
     async with on_node_with(nats, tmp_path, fresh("node"), root, tmp_path / "never") as node:
         async with listening(node) as process:
-            await announced(node, THEIRS.name)
-            await root_is(node, lambda r: r.model_count == 1)
+            await wait_published(node, THEIRS.name)
+            await wait_library_state(node, lambda r: r.model_count == 1)
             states = (await node.storage_state()).read_only_roots
             assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
             await process.wait_line("library cannot be scanned", "never")
             root.rename(tmp_path / "unmounted")
-            await set_roots(node, root, tmp_path / "never")
-            await gone(node, THEIRS.name)
+            await set_libraries(node, root, tmp_path / "never")
+            await wait_unpublished(node, THEIRS.name)
         async with listening(node) as process:
             assert (await node.storage_state()).read_only_roots[0].error == "No such file or directory"
             (tmp_path / "unmounted").rename(root)
-            await set_roots(node, root, tmp_path / "never")
-            await announced(node, THEIRS.name)
+            await set_libraries(node, root, tmp_path / "never")
+            await wait_published(node, THEIRS.name)
             assert hashed(process) == [], "what was hashed before it went away still counts"
 
 
-async def test_the_environment_and_bad_roots_are_said_as_of_other_settings(
+async def test_library_settings_follow_the_environment_and_are_checked(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -397,7 +397,7 @@ async def test_the_environment_and_bad_roots_are_said_as_of_other_settings(
     two.mkdir()
     async with on_node_with(nats, tmp_path, fresh("node"), tmp_path / "file") as node:
         async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
-            await announced(node, THEIRS.name)
+            await wait_published(node, THEIRS.name)
             state = await node.storage_state()
             assert [r.path for r in state.read_only_roots] == [str(one), str(two)]
             assert "read_only_roots" in state.from_environment
@@ -412,16 +412,16 @@ async def test_the_environment_and_bad_roots_are_said_as_of_other_settings(
             assert (node.home / "node.toml").read_text() == text
 
 
-async def test_an_eviction_spares_the_bytes_of_roots_and_shows_again_what_the_store_had_too(
+async def test_an_eviction_spares_libraries_and_offers_their_copies(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, pears: Model
 ) -> None:
     cache = tmp_path / "hub"
     async with on_node(nats, tmp_path, fresh("node")) as node, node.fetcher(), listening(node):
         await node.bring_in(THEIRS)
         cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
-        before = picture(cache)
-        await set_roots(node, cache)
-        await root_is(node, lambda r: r.model_count == 1)
+        before = snapshot_tree(cache)
+        await set_libraries(node, cache)
+        await wait_library_state(node, lambda r: r.model_count == 1)
         own = await node.model_state(THEIRS)
         assert own is not None and own.adopted_from == "", "what the store has is the store's"
         quota = own.size_bytes + 10
@@ -432,10 +432,10 @@ async def test_an_eviction_spares_the_bytes_of_roots_and_shows_again_what_the_st
         view = node.layout.view("org/theirs", THEIRS.manifest.commit)
         assert {p: (view / p).read_bytes() for p in FILES} == FILES
         assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
-        assert picture(cache) == before
+        assert snapshot_tree(cache) == before
 
 
-def test_the_layout_keeps_what_is_said_of_adopted_models_apart() -> None:
+def test_library_records_have_paths_of_their_own() -> None:
     lay = Layout(Path("/s"))
     assert lay.adopted_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
     assert lay.adopted_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"

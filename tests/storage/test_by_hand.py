@@ -18,7 +18,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, Store, check_invariants, files_below, sha256, whole_of
+from tests.storage.stores import Model, Store, check_invariants, files_below, files_of, sha256
 from tests.storage.test_verify import fileserver_of
 
 Fresh = Callable[[str], str]
@@ -27,21 +27,21 @@ LARGE = Model("org/large", {"weights.bin": bytes(range(256)) * 12000, "config.js
 WEIGHTS = sha256(LARGE.bytes["weights.bin"])
 
 
-async def announced(node: Node, model: Model) -> None:
+async def wait_published(node: Node, model: Model) -> None:
     """Return once a model of this node is published."""
     await eventually(lambda: node.model_state(model), f"{model.name} is announced", PATIENCE_S)
 
 
-async def taken_back(node: Node, model: Model) -> None:
+async def wait_unpublished(node: Node, model: Model) -> None:
     """Return once it is unpublished."""
 
-    async def gone() -> bool:
+    async def unpublished() -> bool:
         return await node.model_state(model) is None
 
-    await eventually(gone, f"{model.name} is taken back", PATIENCE_S)
+    await eventually(unpublished, f"{model.name} is taken back", PATIENCE_S)
 
 
-async def said(node: Node, what: str, holds: Callable[[StorageState], bool]) -> StorageState:
+async def wait_storage_state(node: Node, what: str, holds: Callable[[StorageState], bool]) -> StorageState:
     """Return the published state of the storage, once the condition holds."""
 
     async def asked() -> StorageState | None:
@@ -51,7 +51,7 @@ async def said(node: Node, what: str, holds: Callable[[StorageState], bool]) -> 
     return await eventually(asked, what, PATIENCE_S)
 
 
-def elsewhere(directory: Path, *models: Model) -> Store:
+def store_elsewhere(directory: Path, *models: Model) -> Store:
     """Another store with models, as a person may have one on a disk."""
     store = Store(directory / "elsewhere")
     for model in models:
@@ -72,7 +72,7 @@ def manifest_path(store: Store, model: Model) -> Path:
     return store.layout.manifest(model.sealed.repo, model.sealed.commit)
 
 
-async def test_a_model_leaves_with_a_blob_that_was_removed_and_returns_when_that_is_copied_back(
+async def test_a_model_goes_with_a_removed_blob_and_returns_with_it(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with (
@@ -85,35 +85,35 @@ async def test_a_model_leaves_with_a_blob_that_was_removed_and_returns_when_that
         path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
         shutil.copy2(path, aside)
         path.unlink()
-        await taken_back(node, LARGE)
-        await said(node, "one model is left", lambda s: s.model_count == 1)
+        await wait_unpublished(node, LARGE)
+        await wait_storage_state(node, "one model is left", lambda s: s.model_count == 1)
         assert await node.model_state(apples)
         assert (await node.reserve(LARGE.manifest)).missing == [WEIGHTS]
         await node.release(LARGE.manifest)
         shutil.copy2(aside, path)
-        await announced(node, LARGE)
+        await wait_published(node, LARGE)
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
         assert path.stat().st_mode & 0o777 == 0o444
-        assert files_below(node.layout.root) == whole_of(LARGE, apples)
+        assert files_below(node.layout.root) == files_of(LARGE, apples)
         told = [(name, event.get("models") or event.get("model")) for name, event in await node.events()]
         assert told[-2:] == [("model_lost", [LARGE.name]), ("model_found", LARGE.name)]
 
 
-async def test_a_model_leaves_with_its_manifest_and_nothing_is_deleted(
+async def test_a_model_goes_with_its_manifest_and_no_blob_is_deleted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
         await node.bring_in(LARGE)
         path, aside = node.layout.manifest(LARGE.sealed.repo, LARGE.sealed.commit), tmp_path / "aside"
         shutil.move(path, aside)
-        await taken_back(node, LARGE)
-        state = await said(node, "the manifest is missed", lambda s: s.model_count == 0)
+        await wait_unpublished(node, LARGE)
+        state = await wait_storage_state(node, "the manifest is missed", lambda s: s.model_count == 0)
         assert (state.blob_count, state.unknown_count) == (3, 0)
         assert all(node.layout.blob(b).exists() for b in LARGE.sealed.blob_sizes)
         shutil.move(aside, path)
-        await announced(node, LARGE)
+        await wait_published(node, LARGE)
         path.unlink()
-        await taken_back(node, LARGE)
+        await wait_unpublished(node, LARGE)
         collected = await node.command("gc", CollectGarbage())
         assert collected.ok and collected.result["blobs"] == 3, "what no manifest names is garbage"
 
@@ -122,10 +122,10 @@ async def test_a_model_leaves_with_its_manifest_and_nothing_is_deleted(
     "order", ["manifest first", "manifest last", "manifest between", "blob slowly, manifest first"]
 )
 @pytest.mark.parametrize("like", [shutil.copy2, shutil.copyfile, os.link])
-async def test_I1_a_model_copied_in_is_announced_and_served_only_when_it_is_whole_and_hashed(
+async def test_I1_a_copied_model_is_offered_once_complete_and_verified(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, order: str, like: Callable[[Path, Path], object]
 ) -> None:
-    source = elsewhere(tmp_path, LARGE)
+    source = store_elsewhere(tmp_path, LARGE)
     manifest = manifest_path(source, LARGE)
     weights, *others = [source.layout.blob(b) for b in (WEIGHTS, *sorted(LARGE.sealed.blob_sizes.keys() - {WEIGHTS}))]
     async with (
@@ -149,17 +149,17 @@ async def test_I1_a_model_copied_in_is_announced_and_served_only_when_it_is_whol
             assert (await fileserver.blob(WEIGHTS)).status == (200 if like is os.link else 404)
             process.send(signal.SIGCONT)
         if order == "manifest last":
-            await said(node, "the blobs are proven", lambda s: s.blob_count == 3)
+            await wait_storage_state(node, "the blobs are proven", lambda s: s.blob_count == 3)
             assert await node.model_state(LARGE) is None
             copied(source, node, manifest, like)
-        await announced(node, LARGE)
+        await wait_published(node, LARGE)
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
         view = node.layout.view(LARGE.sealed.repo, LARGE.sealed.commit)
         assert {p: (view / p).read_bytes() for p in LARGE.bytes} == LARGE.bytes
-        state = await said(node, "all is proven", lambda s: s.blob_count == 3)
+        state = await wait_storage_state(node, "all is proven", lambda s: s.blob_count == 3)
         assert (state.unproven_count, state.unknown_count) == (0, 0)
         assert state.used_bytes == LARGE.sealed.size_bytes
-        assert files_below(node.layout.root) == whole_of(LARGE)
+        assert files_below(node.layout.root) == files_of(LARGE)
         assert {p.stat().st_mode & 0o777 for p in node.layout.blobs.glob("*/*")} == {0o444}
         assert [name for name, _ in await node.events()] == ["model_found"]
 
@@ -177,15 +177,15 @@ async def in_pieces(node: Node, fileserver: Fileserver, source: Path) -> None:
         if at + step < len(data):
             target.chmod(0o444)  # as `cp` from another store has it from the first byte on
             expected = sum(len(d) for name, d in LARGE.bytes.items() if name != "weights.bin") + at + step
-            await said(node, "the piece is noticed", lambda s, e=expected: s.used_bytes == e)  # type: ignore[misc]
+            await wait_storage_state(node, "the piece is noticed", lambda s, e=expected: s.used_bytes == e)  # type: ignore[misc]
             assert (await fileserver.blob(source.name)).status == 404
             target.chmod(0o644)
 
 
-async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_and_is_counted(
+async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    source = elsewhere(tmp_path, LARGE)
+    source = store_elsewhere(tmp_path, LARGE)
     right = LARGE.bytes["weights.bin"]
     wrong = right[:-1] + b"?"
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -197,7 +197,9 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(wrong)
             path.chmod(0o444)
-            state = await said(node, "it is judged", lambda s: s.unknown_count == 1 and s.blob_count == 2)
+            state = await wait_storage_state(
+                node, "it is judged", lambda s: s.unknown_count == 1 and s.blob_count == 2
+            )
             assert (state.unproven_count, state.unknown_bytes) == (0, len(wrong))
             assert state.unknown == [str(path.relative_to(node.layout.root))]
             assert state.used_bytes == LARGE.sealed.size_bytes
@@ -208,19 +210,19 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_announced_served_or_deleted_
             assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
             await process.kill()
         async with node.storage(), fileserver_of(node, nats) as fileserver:
-            state = await said(node, "it is judged again", lambda s: s.unknown_count == 1)
+            state = await wait_storage_state(node, "it is judged again", lambda s: s.unknown_count == 1)
             assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
             assert (await fileserver.blob(WEIGHTS)).status == 404
             # A file that somebody repairs is hashed again.
             with path.open("r+b") as f:
                 f.seek(len(right) - 1)
                 f.write(right[-1:])
-            await announced(node, LARGE)
+            await wait_published(node, LARGE)
             assert (await fileserver.blob(WEIGHTS)).body == right
-            await said(node, "nothing is unknown", lambda s: s.unknown_count == 0)
+            await wait_storage_state(node, "nothing is unknown", lambda s: s.unknown_count == 0)
 
 
-async def test_I1_a_blob_written_to_in_place_takes_its_models_with_it_and_is_pulled_anew(
+async def test_I1_a_blob_written_in_place_loses_its_models_until_pull(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with (
@@ -234,8 +236,8 @@ async def test_I1_a_blob_written_to_in_place_takes_its_models_with_it_and_is_pul
         with in_view.open("r+b") as f:
             f.write(b"?????")
         assert (await fileserver.blob(WEIGHTS)).status == 404, "from that very moment on"
-        await taken_back(node, LARGE)
-        await said(node, "it is judged", lambda s: s.unknown_count == 1)
+        await wait_unpublished(node, LARGE)
+        await wait_storage_state(node, "it is judged", lambda s: s.unknown_count == 1)
         assert not in_view.exists(), "nothing loads it"
         await node.bring_in(LARGE)
         assert await node.model_state(LARGE)
@@ -245,7 +247,7 @@ async def test_I1_a_blob_written_to_in_place_takes_its_models_with_it_and_is_pul
         check_invariants(node.layout.root)
 
 
-async def test_files_of_a_view_that_were_removed_or_replaced_are_linked_again(
+async def test_removed_or_replaced_files_of_a_view_are_linked_again(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -269,7 +271,7 @@ async def test_files_of_a_view_that_were_removed_or_replaced_are_linked_again(
         assert await node.model_state(LARGE)
 
 
-async def test_unknown_files_are_counted_and_survive_everything(
+async def test_foreign_files_are_counted_and_survive_everything(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -293,7 +295,7 @@ async def test_unknown_files_are_counted_and_survive_everything(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"mine")
             # The top of the store is not watched: the next scan counts it with the others.
-            state = await said(node, "they are counted", lambda s: s.unknown_count == len(strange))
+            state = await wait_storage_state(node, "they are counted", lambda s: s.unknown_count == len(strange))
             assert state.unknown_bytes == 4 * len(strange) and len(state.unknown) == 5
             assert await node.model_state(LARGE)
             assert (await node.command("verify", Verify())).ok and all_there()
@@ -306,7 +308,7 @@ async def test_unknown_files_are_counted_and_survive_everything(
             assert (await node.delete("org/apples")).ok and all_there()
             for path in strange[1:]:
                 path.unlink()
-            await said(node, "one is left", lambda s: s.unknown == ["index.db"])
+            await wait_storage_state(node, "one is left", lambda s: s.unknown == ["index.db"])
 
 
 async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
@@ -332,7 +334,7 @@ def scans_of(process: Process) -> int:
     return len([line for line in process.lines if "store scanned" in line])
 
 
-async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_silent(
+async def test_storages_own_changes_cause_no_scan_and_idle_is_silent(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     models = [
@@ -352,17 +354,17 @@ async def test_what_storage_does_itself_makes_it_scan_nothing_and_idle_it_is_sil
         for number in (1, 2):
             mine = node.layout.manifests / f"mine-{number}"
             mine.write_text("mine")
-            await said(node, "it is counted", lambda s, n=number: s.unknown_count == n)  # type: ignore[misc]
+            await wait_storage_state(node, "it is counted", lambda s, n=number: s.unknown_count == n)  # type: ignore[misc]
             written = await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT")
             assert scans_of(process) <= 2 + 2 * number, process.output
         for number, model in enumerate(models):
             assert bool(await node.model_state(model)) == (number % 2 == 0)
         await node.plan(1)
         assert written == (await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT"))
-        assert files_below(node.layout.root) >= whole_of(*models[::2])
+        assert files_below(node.layout.root) >= files_of(*models[::2])
 
 
-async def test_what_changes_while_nats_is_away_is_told_when_it_is_back(
+async def test_changes_while_nats_is_down_are_published_afterwards(
     own_nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(own_nats, tmp_path, fresh("storage")) as node, node.storage() as process:
@@ -370,20 +372,20 @@ async def test_what_changes_while_nats_is_away_is_told_when_it_is_back(
         await node.bring_in(apples)
         aside = tmp_path / "aside"
         shutil.move(node.layout.manifest(apples.sealed.repo, apples.sealed.commit), aside)
-        await taken_back(node, apples)
+        await wait_unpublished(node, apples)
         # All of it is published: what is half published when NATS goes down waits for it, and so does the next scan.
-        await said(node, "one model is left", lambda s: s.model_count == 1)
+        await wait_storage_state(node, "one model is left", lambda s: s.model_count == 1)
         own_nats.kill()
         node.layout.blob(WEIGHTS).unlink()
         shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))
         await process.wait_line("store changed on disk", LARGE.name)
         own_nats.start()
-        await taken_back(node, LARGE)
-        await announced(node, apples)
+        await wait_unpublished(node, LARGE)
+        await wait_published(node, apples)
         assert process.running
 
 
-async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_when_it_is_back(
+async def test_a_store_that_is_moved_away_and_back_is_offered_again(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage() as process, node.fetcher():
@@ -391,8 +393,8 @@ async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_
         root, aside = node.layout.root, tmp_path / "aside"
         root.rename(aside)
         root.mkdir()  # as a mount point stays when its disk is gone
-        await taken_back(node, LARGE)
-        state = await said(node, "the store is missed", lambda s: s.store_away)
+        await wait_unpublished(node, LARGE)
+        state = await wait_storage_state(node, "the store is missed", lambda s: s.store_away)
         assert (state.model_count, state.blob_count) == (1, 3), "and nothing is concluded"
         assert (await node.command("verify", Verify())).ok
         assert not (await node.delete("org/large")).ok
@@ -400,12 +402,12 @@ async def test_a_store_that_is_moved_away_has_lost_nothing_and_is_offered_again_
             await node.seal(LARGE.sealed)
         root.rmdir()
         aside.rename(root)
-        await announced(node, LARGE)
-        state = await said(node, "it is back", lambda s: not s.store_away)
+        await wait_published(node, LARGE)
+        state = await wait_storage_state(node, "it is back", lambda s: not s.store_away)
         assert (state.blob_count, state.unproven_count) == (3, 0)
         assert [name for name, _ in await node.events()] == ["model_ready"], "nothing was lost, hashed or found"
         node.layout.blob(WEIGHTS).unlink()
-        await taken_back(node, LARGE)
+        await wait_unpublished(node, LARGE)
         assert process.running
         await node.bring_in(apples)
 
@@ -435,7 +437,7 @@ def limited() -> list[str]:
     return _LIMITED
 
 
-async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_and_then(
+async def test_without_inotify_the_disk_is_polled(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, limited: list[str]
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -451,13 +453,13 @@ async def test_without_notices_from_the_file_system_the_disk_is_looked_at_now_an
             path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
             shutil.copy2(path, aside)
             path.unlink()
-            await taken_back(node, LARGE)
+            await wait_unpublished(node, LARGE)
             shutil.copy2(aside, path)
-            await announced(node, LARGE)
+            await wait_published(node, LARGE)
             assert len([line for line in process.lines if "no change notifications" in line]) == 1
 
 
-async def test_a_stop_does_not_wait_for_the_watch(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_a_stop_does_not_wait_for_the_watcher(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage() as process:
         process.send(signal.SIGTERM)
         assert await process.wait_exit(deadline_s=9) == 0, "before what is left is cancelled"

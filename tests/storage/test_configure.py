@@ -43,7 +43,7 @@ def with_file(node: Node) -> Path:
     return path
 
 
-async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
+async def test_a_changed_quota_applies_at_once_and_survives_a_kill(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -91,7 +91,7 @@ async def test_a_changed_quota_holds_at_once_is_told_and_survives_a_kill(
         assert "# small" in path.read_text() and "max_storage_bytes" not in path.read_text()
 
 
-async def test_a_quota_below_what_is_used_is_accepted_removes_nothing_and_is_said(
+async def test_a_quota_below_the_used_bytes_is_accepted_with_a_warning(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(**FREE):
@@ -104,7 +104,7 @@ async def test_a_quota_below_what_is_used_is_accepted_removes_nothing_and_is_sai
             await node.reserve(pears.manifest)
 
 
-async def test_what_the_environment_holds_wins_is_published_and_is_not_changed(
+async def test_environment_settings_win_are_published_and_not_changed(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     environ = {"SHOAL_MAX_STORAGE_BYTES": "900", "SHOAL_EVICTION_POLICY": "lru", **FREE}
@@ -124,9 +124,7 @@ async def test_what_the_environment_holds_wins_is_published_and_is_not_changed(
             assert (await node.storage_state()).headroom_bytes == 6
 
 
-async def test_bad_values_are_refused_in_one_line_and_nothing_is_written(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_bad_values_are_refused_and_nothing_is_written(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         path = with_file(node)
         before = path.read_text()
@@ -159,9 +157,7 @@ async def test_bad_values_are_refused_in_one_line_and_nothing_is_written(
             assert "Traceback" not in process.output
 
 
-async def test_rates_go_into_a_section_of_their_own_with_the_others_all_or_none(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_rates_go_into_their_own_section_all_or_none(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         path = with_file(node)
         async with node.storage(SHOAL_MAX_PEER_BYTES_PER_S="77", **FREE):
@@ -191,7 +187,7 @@ async def test_rates_go_into_a_section_of_their_own_with_the_others_all_or_none(
             assert (await node.storage_state()).max_hub_bytes_per_s is None
 
 
-async def test_changes_asked_at_once_all_hold(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_concurrent_settings_changes_all_apply(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(**FREE):
         changes = (Configure(max_storage_bytes=11), Configure(eviction_policy="lru"), Configure(headroom_bytes=3))
         assert all(o.ok for o in await asyncio.gather(*(configure(node, c) for c in changes)))
@@ -208,7 +204,7 @@ async def test_changes_asked_at_once_all_hold(nats: NatsServer, fresh: Fresh, tm
         ("[storage]\nheadroom_bytes = -1\n", {}, "storage.headroom_bytes is -1"),
     ],
 )
-async def test_a_broken_file_ends_the_start_with_one_clear_line(
+async def test_a_malformed_file_ends_the_start_with_one_clear_line(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, toml: str, environ: dict[str, str], said: str
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -220,7 +216,7 @@ async def test_a_broken_file_ends_the_start_with_one_clear_line(
             assert "Traceback" not in process.output
 
 
-def test_limits_are_read_with_their_defaults_and_the_environment_wins() -> None:
+def test_settings_have_defaults_and_the_environment_wins() -> None:
     assert read_limits({}, {}) == Limits(None, DEFAULT_HEADROOM_BYTES, "manual")
     settings = {"storage": {"eviction_policy": "lru"}}
     assert read_limits(settings, {}).eviction_policy == "lru"
@@ -228,7 +224,7 @@ def test_limits_are_read_with_their_defaults_and_the_environment_wins() -> None:
     assert overridden({"SHOAL_HEADROOM_BYTES": "0", "SHOAL_EVICTION_POLICY": ""}) == ["headroom_bytes"]
 
 
-def test_only_what_is_given_is_changed_and_null_takes_the_quota_away() -> None:
+def test_only_given_settings_change_and_null_removes_the_quota() -> None:
     assert changes_of(Configure(max_storage_bytes=None), {}) == {"max_storage_bytes": None}
     assert changes_of(Configure(headroom_bytes=0), {}) == {"headroom_bytes": 0}
     with pytest.raises(Refused, match="unset SHOAL_EVICTION_POLICY"):
@@ -237,7 +233,7 @@ def test_only_what_is_given_is_changed_and_null_takes_the_quota_away() -> None:
         changes_of(Configure(), {})
 
 
-def test_a_remark_is_made_only_when_there_is_something_to_know() -> None:
+def test_a_settings_warning_is_given_only_when_needed() -> None:
     fits = Limits(100, 10)
     assert remark(fits, 60, 40, 10) == ""
     assert "until models are removed" in remark(fits, 60, 41, 10)

@@ -54,7 +54,7 @@ _NO_STRACE = "no strace on this machine: deletes that are killed or refused in t
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRACE)
 
 
-class Case:
+class DeletionCase:
     """A model of the hub, and the node it is deleted from."""
 
     def __init__(self, site: Site, here: Pulls) -> None:
@@ -89,7 +89,7 @@ class Case:
         manifest = await self.manifest()
         return self.node.layout.view(manifest.repo, manifest.commit)
 
-    async def announced(self, manifest: Manifest) -> bool:
+    async def is_published(self, manifest: Manifest) -> bool:
         """Whether the model is published for this node."""
         return await self.here.buckets.state.get_as(model_key(NODE, manifest.model), ModelState) is not None
 
@@ -106,7 +106,7 @@ class Case:
         disk = await state.get_as(storage_key(NODE), StorageState)
         assert disk is not None and disk.reserved_bytes == 0
 
-    async def start_anew(self) -> None:
+    async def restart_service(self) -> None:
         """Do now all that a service does when it starts and when NATS is back."""
         for service in ("storage", "fetcher"):
             await self.node.restart(self.here.here, service)
@@ -144,10 +144,10 @@ def site(site_of_all: Site, fresh: Fresh) -> Iterator[Site]:
 
 
 @asynccontextmanager
-async def case_of(site: Site) -> AsyncIterator[Case]:
+async def case_of(site: Site) -> AsyncIterator[DeletionCase]:
     async with site.join() as here:
         try:
-            yield Case(site, here)
+            yield DeletionCase(site, here)
         except BaseException:
             print(site[NODE].log())
             raise
@@ -156,35 +156,35 @@ async def case_of(site: Site) -> AsyncIterator[Case]:
 # The states
 
 
-async def absent(_: Case) -> None:
+async def absent(_: DeletionCase) -> None:
     """Never downloaded."""
 
 
-async def present(case: Case) -> None:
+async def present(case: DeletionCase) -> None:
     """Complete."""
     await case.here.pull_ok(NODE)
 
 
-async def arriving(case: Case) -> None:
+async def arriving(case: DeletionCase) -> None:
     """Half downloaded, and downloading."""
     case.site.hub.set_faults(SLOWLY)
     await case.here.begin(NODE)
     await case.here.durable(NODE, LEAF_BYTES)
 
 
-async def paused(case: Case) -> None:
+async def paused(case: DeletionCase) -> None:
     """Paused."""
     await arriving(case)
     assert (await case.ask("pause")).ok
 
 
-async def cancelled(case: Case) -> None:
+async def cancelled(case: DeletionCase) -> None:
     """Cancelled."""
     await arriving(case)
     assert (await case.ask("cancel")).ok
 
 
-async def rejected(case: Case) -> None:
+async def rejected(case: DeletionCase) -> None:
     """Refused for lack of space."""
 
     async def quota(quota_bytes: int | None) -> None:
@@ -192,17 +192,17 @@ async def rejected(case: Case) -> None:
         assert (await case.here.ask(NODE, "configure", body, service="storage")).ok
 
     await quota(LEAF_BYTES)
-    assert (await case.here.pull_wrong(NODE))[0] == "quota_exceeded"
+    assert (await case.here.pull_fails(NODE))[0] == "quota_exceeded"
     await quota(None)
 
 
-async def failed(case: Case) -> None:
+async def failed(case: DeletionCase) -> None:
     """The hub had no such revision."""
     case.repo += "@no-such-branch"
-    assert (await case.here.pull_wrong(NODE, case.repo))[0] == "not_found"
+    assert (await case.here.pull_fails(NODE, case.repo))[0] == "not_found"
 
 
-async def flipped(case: Case) -> None:
+async def flipped(case: DeletionCase) -> None:
     """One byte is corrupt, and nobody has noticed."""
     await present(case)
     path = await case.blob()
@@ -212,26 +212,26 @@ async def flipped(case: Case) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-async def found_corrupt(case: Case) -> None:
+async def found_corrupt(case: DeletionCase) -> None:
     """The same, noticed: the blob is in quarantine."""
     await flipped(case)
     assert (await case.ask("verify", "storage")).ok
     assert list(case.node.layout.quarantine.iterdir())
 
 
-async def truncated(case: Case) -> None:
+async def truncated(case: DeletionCase) -> None:
     """A blob is truncated."""
     await present(case)
     os.truncate(await case.blob(), LEAF_BYTES + 1)
 
 
-async def lost(case: Case) -> None:
+async def missing_blob(case: DeletionCase) -> None:
     """A blob is missing."""
     await present(case)
     (await case.blob()).unlink()
 
 
-async def with_strangers(case: Case) -> None:
+async def with_strangers(case: DeletionCase) -> None:
     """A person's own files are in its view."""
     await present(case)
     view = await case.view()
@@ -241,13 +241,13 @@ async def with_strangers(case: Case) -> None:
         case.stays.add(str(path.relative_to(case.node.layout.root)))
 
 
-State = Callable[[Case], Awaitable[None]]
-WAS_HERE: list[State] = [present, flipped, found_corrupt, truncated, lost, with_strangers]
+State = Callable[[DeletionCase], Awaitable[None]]
+WAS_HERE: list[State] = [present, flipped, found_corrupt, truncated, missing_blob, with_strangers]
 WAS_NOT: list[State] = [absent, arriving, paused, cancelled, rejected, failed]
 
 
 @pytest.mark.parametrize("state", [*WAS_HERE, *WAS_NOT], ids=lambda state: state.__name__)
-async def test_I5_a_delete_ends_and_leaves_nothing_whatever_there_was(site: Site, state: State) -> None:
+async def test_I5_a_delete_ends_with_no_files_from_any_state(site: Site, state: State) -> None:
     async with case_of(site) as case:
         await state(case)
         manifest = await case.manifest() if state in WAS_HERE else None
@@ -264,14 +264,12 @@ async def test_I5_a_delete_ends_and_leaves_nothing_whatever_there_was(site: Site
         assert again.ok and not again.result["deleted"]
         assert said == [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
         # Nothing starts again, whichever service starts and whatever comes back.
-        await case.start_anew()
+        await case.restart_service()
         await case.nothing_is_left()
         assert site.hub.stats().requests == Requests(), "the hub was asked"
 
 
-async def test_a_model_that_an_instance_on_a_retired_node_names_is_deleted_once_that_is_forgotten(
-    site: Site, fresh: Fresh
-) -> None:
+async def test_a_model_named_by_a_retired_node_is_deleted_after_forget(site: Site, fresh: Fresh) -> None:
     async with case_of(site) as case:
         await present(case)
         manifest = await case.manifest()
@@ -283,7 +281,7 @@ async def test_a_model_that_an_instance_on_a_retired_node_names_is_deleted_once_
         await case.here.buckets.spec.put(instance_key(name), spec)
         refused = await case.ask("delete", "storage")
         assert refused.error is not None and refused.error.code == "in_use"
-        assert await case.announced(manifest)
+        assert await case.is_published(manifest)
         sender = Sender(case.here.here.nats, case.here.buckets)
         forget = Forget(node="given-away")
         forgotten = await sender.outcome_of("placement", "any", "forget", forget, new_id(), DEADLINE_S)
@@ -317,7 +315,7 @@ STEPS: dict[str, tuple[str, Callable[[Layout, Manifest], Path]]] = {
 
 
 @asynccontextmanager
-async def meeting(case: Case, what: str, step: str, manifest: Manifest) -> AsyncIterator[None]:
+async def meeting(case: DeletionCase, what: str, step: str, manifest: Manifest) -> AsyncIterator[None]:
     """Storage gets this error at a step of its deletes, until `let_go`."""
     calls, path = STEPS[step]
     storage = case.node["storage"]
@@ -340,7 +338,7 @@ async def meeting(case: Case, what: str, step: str, manifest: Manifest) -> Async
         await case.node.restart(case.here.here, "storage")
 
 
-async def let_go(pid: int) -> None:
+async def stop_tracing(pid: int) -> None:
     """End the tracing of a process, which goes on running."""
 
     def tracer() -> int:
@@ -356,7 +354,7 @@ async def let_go(pid: int) -> None:
 
 @needs_strace
 @pytest.mark.parametrize("step", STEPS)
-async def test_what_is_announced_is_whole_when_the_disk_refuses_a_delete_midway(site: Site, step: str) -> None:
+async def test_published_models_are_complete_if_a_delete_fails_midway(site: Site, step: str) -> None:
     async with case_of(site) as case:
         await present(case)
         manifest = await case.manifest()
@@ -367,11 +365,13 @@ async def test_what_is_announced_is_whole_when_the_disk_refuses_a_delete_midway(
             assert ("not all of its files are gone" in refused.error.message) == begun
             assert "Input/output error" in refused.error.message
             if begun:
-                assert not await case.announced(manifest)
+                assert not await case.is_published(manifest)
             else:
-                assert await case.announced(manifest)
-                await case.here.is_whole(NODE, {path.path: case.bytes_of(path.path) for path in manifest.files})
-            await let_go(case.node["storage"].pid)
+                assert await case.is_published(manifest)
+                await case.here.assert_complete(
+                    NODE, {path.path: case.bytes_of(path.path) for path in manifest.files}
+                )
+            await stop_tracing(case.node["storage"].pid)
             again = await case.ask("delete", "storage")
             assert again.ok and again.result["models"] == [manifest.model]
             await case.nothing_is_left()
@@ -380,7 +380,7 @@ async def test_what_is_announced_is_whole_when_the_disk_refuses_a_delete_midway(
 
 @needs_strace
 @pytest.mark.parametrize("step", STEPS)
-async def test_I6_a_delete_that_is_killed_at_any_step_is_ended_by_the_next_start(site: Site, step: str) -> None:
+async def test_I6_a_delete_killed_at_any_step_ends_at_the_next_start(site: Site, step: str) -> None:
     async with case_of(site) as case:
         await present(case)
         manifest = await case.manifest()
@@ -410,7 +410,7 @@ def immutable(directory: Path) -> Iterator[None]:
 _CHATTR = sys.platform == "linux" and os.geteuid() == 0 and shutil.which("chattr") is not None
 
 
-async def test_a_start_survives_what_the_disk_does_not_let_go_and_a_delete_ends_it_later(site: Site) -> None:
+async def test_a_start_survives_undeletable_files_and_a_delete_ends_it(site: Site) -> None:
     async with case_of(site) as case:
         await present(case)
         manifest, blob = await case.manifest(), await case.blob()
@@ -418,16 +418,16 @@ async def test_a_start_survives_what_the_disk_does_not_let_go_and_a_delete_ends_
             for _ in range(2):
                 refused = await case.ask("delete", "storage")
                 assert refused.error is not None and str(blob) in refused.error.message
-                assert not await case.announced(manifest) and blob.exists()
-                await case.start_anew()
-                assert not await case.announced(manifest) and blob.exists()
+                assert not await case.is_published(manifest) and blob.exists()
+                await case.restart_service()
+                assert not await case.is_published(manifest) and blob.exists()
         ended = await case.ask("delete", "storage")
         assert ended.ok and ended.result["models"] == [manifest.model]
         assert ended.result["freed_bytes"] >= 6 * LEAF_BYTES
         await case.nothing_is_left()
 
 
-async def test_garbage_collection_ends_a_delete_that_was_refused_midway(site: Site) -> None:
+async def test_garbage_collection_finishes_a_delete_that_failed_midway(site: Site) -> None:
     async with case_of(site) as case:
         await present(case)
         with immutable(await case.view()):
@@ -439,15 +439,15 @@ async def test_garbage_collection_ends_a_delete_that_was_refused_midway(site: Si
         await case.nothing_is_left()
 
 
-async def test_a_model_whose_delete_was_refused_midway_comes_back_whole(site: Site) -> None:
+async def test_a_model_whose_delete_failed_midway_comes_back_complete(site: Site) -> None:
     async with case_of(site) as case:
         await present(case)
         blob = await case.blob()
         with immutable(blob.parent):
             assert not (await case.ask("delete", "storage")).ok
         await present(case)
-        await case.start_anew()
-        await case.here.is_whole(NODE, {f.path: case.bytes_of(f.path) for f in (await case.manifest()).files})
+        await case.restart_service()
+        await case.here.assert_complete(NODE, {f.path: case.bytes_of(f.path) for f in (await case.manifest()).files})
         assert (await case.ask("delete", "storage")).result["deleted"]
         await case.nothing_is_left()
 
@@ -467,7 +467,7 @@ def read_only(directory: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-async def test_a_store_that_has_become_read_only_keeps_its_model_whole_and_says_why(site: Site) -> None:
+async def test_a_store_that_became_read_only_keeps_its_model_complete(site: Site) -> None:
     async with case_of(site) as case:
         await present(case)
         manifest = await case.manifest()
@@ -475,7 +475,7 @@ async def test_a_store_that_has_become_read_only_keeps_its_model_whole_and_says_
             refused = await case.ask("delete", "storage")
             assert refused.error is not None and "Read-only file system" in refused.error.message
             assert "was not deleted" in refused.error.message
-            assert await case.announced(manifest)
-        await case.here.is_whole(NODE, {f.path: case.bytes_of(f.path) for f in manifest.files})
+            assert await case.is_published(manifest)
+        await case.here.assert_complete(NODE, {f.path: case.bytes_of(f.path) for f in manifest.files})
         assert (await case.ask("delete", "storage")).result["deleted"]
         await case.nothing_is_left()

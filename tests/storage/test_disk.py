@@ -16,7 +16,7 @@ from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, Unavailable
 from shoal_storage.disk import Disk
 from shoal_storage.views import build_view
 from tests.harness.process import source_path
-from tests.storage.stores import Model, Store, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, Store, files_below, files_of, put, sha256
 
 
 def reopened(root: Path) -> Store:
@@ -24,27 +24,27 @@ def reopened(root: Path) -> Store:
     return Store(root)
 
 
-def test_a_model_that_came_in_is_there_whole_and_nothing_else_is(root: Path, apples: Model, pears: Model) -> None:
+def test_a_model_that_came_in_is_complete_and_nothing_else_is(root: Path, apples: Model, pears: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     store.bring_in(pears)
     assert store.holds(apples) and store.holds(pears)
-    assert files_below(root) == whole_of(apples, pears)
+    assert files_below(root) == files_of(apples, pears)
     del store
     again = reopened(root)
     assert again.holds(apples) and again.holds(pears)
     assert not again.ledger.partials and not again.ledger.broken
-    assert files_below(root) == whole_of(apples, pears)
+    assert files_below(root) == files_of(apples, pears)
 
 
-def test_blobs_that_models_share_come_in_once_and_stay_for_the_other(root: Path, apples: Model, pears: Model) -> None:
+def test_shared_blobs_come_in_once_and_stay_for_the_other_model(root: Path, apples: Model, pears: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     assert sha256(pears.bytes["other-name.bin"]) not in store.reserve(pears)
     store.bring_in(pears)
     store.delete(apples)
     assert store.holds(pears)
-    assert files_below(root) == whole_of(pears)
+    assert files_below(root) == files_of(pears)
     store.delete(pears)
     assert files_below(root) == set()
     assert not any(store.layout.manifests.iterdir()) and not any(store.layout.views.iterdir())
@@ -56,7 +56,7 @@ def test_deleting_what_is_not_there_changes_nothing(root: Path, apples: Model, p
     for _ in range(2):
         store.disk.entomb(pears.manifest.repo, pears.manifest.commit)
         store.disk.clear(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
-    assert files_below(root) == whole_of(apples)
+    assert files_below(root) == files_of(apples)
 
 
 def test_a_blob_is_read_only(root: Path, apples: Model) -> None:
@@ -88,7 +88,7 @@ def test_a_view_on_another_file_system_is_of_symbolic_links(root: Path, apples: 
         assert store.holds(apples)
 
 
-def test_what_a_person_put_in_place_of_a_views_file_is_replaced_by_the_blob(root: Path, apples: Model) -> None:
+def test_a_replaced_file_of_a_view_is_linked_to_the_blob_again(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     mine = store.layout.view_file(apples.sealed, "config.json")
@@ -101,7 +101,7 @@ def test_what_a_person_put_in_place_of_a_views_file_is_replaced_by_the_blob(root
 
 @pytest.mark.parametrize("by_git", [(), ("weights.bin",)])
 @pytest.mark.parametrize("wrong", [b"w" * 2999 + b"x", b"w" * 2999, b"w" * 3001, b"\0" * 3000, b""])
-def test_I1_bytes_that_do_not_hash_to_their_name_never_become_a_blob(
+def test_I1_bytes_that_do_not_hash_to_their_name_are_no_blob(
     root: Path, by_git: tuple[str, ...], wrong: bytes
 ) -> None:
     model = Model("org/model", {"weights.bin": b"w" * 3000}, by_git=by_git)
@@ -122,7 +122,7 @@ def test_a_small_file_named_by_git_is_found_again_by_its_bytes(root: Path, apple
     assert store.disk.find_git("0" * 40, by_git.size_bytes, store.ledger) is None
 
 
-def test_a_file_that_is_here_already_keeps_its_inode_when_it_arrives_under_gits_name(root: Path) -> None:
+def test_a_held_file_keeps_its_inode_when_it_arrives_by_git_hash(root: Path) -> None:
     first = Model("org/first", {"a": b"same"})
     second = Model("org/second", {"b": b"same"}, by_git=("b",))
     store = Store(root)
@@ -144,7 +144,7 @@ def test_hashing_ends_when_the_service_stops(root: Path) -> None:
     assert store.disk.has_partial(blob)
 
 
-def test_a_second_process_is_refused_and_told_who_has_the_store(root: Path) -> None:
+def test_a_second_process_is_refused_and_the_locks_owner_named(root: Path) -> None:
     store = Store(root)
     with pytest.raises(Claimed, match=rf"is already open, by pid {os.getpid()}; stop it first") as refused:
         Disk(root).open()
@@ -161,9 +161,7 @@ def test_a_store_of_another_format_is_refused_untouched(root: Path) -> None:
     assert {p.name for p in root.iterdir()} == {"VERSION", "lock"}
 
 
-def test_a_start_knows_the_models_that_lost_files_and_does_not_count_them_as_present(
-    root: Path, apples: Model, pears: Model
-) -> None:
+def test_a_start_knows_incomplete_models_and_does_not_offer_them(root: Path, apples: Model, pears: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     store.bring_in(pears)
@@ -180,7 +178,7 @@ def test_a_start_knows_the_models_that_lost_files_and_does_not_count_them_as_pre
     assert manifest.exists()
 
 
-def test_a_blob_cut_short_on_the_disk_is_replaced_when_its_model_comes_in_again(root: Path, apples: Model) -> None:
+def test_a_truncated_blob_is_replaced_when_its_model_comes_again(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     blob = store.layout.blob(sha256(apples.bytes["sub/weights.bin"]))
@@ -193,7 +191,7 @@ def test_a_blob_cut_short_on_the_disk_is_replaced_when_its_model_comes_in_again(
     assert store.holds(apples)
 
 
-def test_partials_without_a_reservation_go_and_others_stay_for_the_fetcher(root: Path, apples: Model) -> None:
+def test_partials_without_a_reservation_go_and_others_stay(root: Path, apples: Model) -> None:
     store = Store(root)
     blobs = store.reserve(apples)
     for blob in blobs:
@@ -212,7 +210,7 @@ def test_partials_without_a_reservation_go_and_others_stay_for_the_fetcher(root:
     assert (store.layout.partial(read_only) / "data").stat().st_mode & 0o200, "the fetcher must be able to go on"
 
 
-def test_strange_files_are_left_alone(root: Path, apples: Model) -> None:
+def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     lay = store.layout
@@ -238,13 +236,11 @@ def test_strange_files_are_left_alone(root: Path, apples: Model) -> None:
     assert set(store.ledger.manifests) == {apples.name}
     assert set(store.ledger.blobs) == {f.sha256 for f in apples.sealed.files}
     assert not store.ledger.partials
-    assert files_below(root) == whole_of(apples) | {str(p.relative_to(root)) for p in strange}
+    assert files_below(root) == files_of(apples) | {str(p.relative_to(root)) for p in strange}
 
 
 @pytest.mark.parametrize("repo", ["..", "../..", "org--x/y"])
-def test_I10_a_manifest_on_the_disk_that_names_another_place_is_not_believed(
-    root: Path, apples: Model, repo: str
-) -> None:
+def test_I10_a_manifest_that_names_another_place_is_not_trusted(root: Path, apples: Model, repo: str) -> None:
     store = Store(root)
     store.bring_in(apples)
     path = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)

@@ -19,10 +19,10 @@ from shoal_common.errors import ShoalError
 from tests.harness.nats import NatsServer
 from tests.harness.small_disk import fill, small_disk
 from tests.storage.lives import live
-from tests.storage.promises import Promises
+from tests.storage.promises import Acknowledged
 from tests.storage.seam import Call, seen
 from tests.storage.service import on_node
-from tests.storage.stores import Model, Store, check_invariants, files_below, whole_of
+from tests.storage.stores import Model, Store, check_invariants, files_below, files_of
 from tests.storage.test_disk_kills import Life, start_after
 from tests.storage.test_disk_kills import live as live_under_strace
 
@@ -54,9 +54,9 @@ def fast(tmp_path: Path) -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Promises, bool]:
+def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Acknowledged, bool]:
     """A life in which the first call at a site fails. Returns what it acknowledged, and whether it failed."""
-    promises, refused = Promises(), False
+    promises, refused = Acknowledged(), False
 
     def before(call: Call) -> bool:
         nonlocal refused
@@ -76,7 +76,7 @@ def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tupl
     return promises, False
 
 
-def test_I6_no_refused_call_is_taken_for_success_and_the_store_goes_on(fast: Path) -> None:
+def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(fast: Path) -> None:
     (fast / "whole").mkdir()
     with seen(fast / "whole") as whole:
         live(fast / "whole" / "store", lambda *_: None)
@@ -124,7 +124,7 @@ LARGE = Model("org/large", {"weights.bin": b"w" * (2 << 20), "config.json": b"{}
 OTHER = Model("org/other", {"weights.bin": b"o" * (1 << 20), "config.json": b"{}"})
 
 
-async def test_I6_at_0_bytes_free_the_service_starts_refuses_what_comes_and_deletes(
+async def test_I6_at_0_bytes_free_the_service_starts_and_deletes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -142,12 +142,12 @@ async def test_I6_at_0_bytes_free_the_service_starts_refuses_what_comes_and_dele
                 assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= LARGE.manifest.size_bytes
                 await node.bring_in(OTHER)
                 (disk / "ballast").unlink()
-                assert files_below(disk) == whole_of(OTHER)
+                assert files_below(disk) == files_of(OTHER)
                 check_invariants(disk)
                 await process.kill()
 
 
-def test_I6_a_disk_that_fills_up_under_a_commit_and_a_seal_leaves_nothing_wrong(tmp_path: Path) -> None:
+def test_I6_a_disk_that_fills_up_at_commit_or_seal_does_no_harm(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", FULL_BYTES) as disk:
         store = Store(disk / "store")
         store.bring_in(LARGE)
@@ -162,4 +162,4 @@ def test_I6_a_disk_that_fills_up_under_a_commit_and_a_seal_leaves_nothing_wrong(
         store.delete(LARGE)
         assert store.holds(OTHER)
         (disk / "ballast").unlink()
-        assert files_below(disk / "store") == whole_of(OTHER)
+        assert files_below(disk / "store") == files_of(OTHER)

@@ -20,7 +20,7 @@ import pytest
 from shoal_common.layout import Layout
 from tests.harness.process import source_path
 from tests.storage.lifecycle import COMES, LEAVES, STAYS
-from tests.storage.stores import Store, check_invariants, files_below, whole_of
+from tests.storage.stores import Store, check_invariants, files_below, files_of
 
 CHANGES = [
     "mkdir",
@@ -48,19 +48,19 @@ class Life(msgspec.Struct, frozen=True):
     has_further: bool
 
     @property
-    def root(self) -> Path:
+    def store_path(self) -> Path:
         """The path of the store."""
         return self.directory / "store"
 
     @property
-    def further(self) -> Path | None:
+    def volume_path(self) -> Path | None:
         """The path of the volume, if it has one."""
         return self.directory / "further" if self.has_further else None
 
     @property
     def blobs(self) -> Layout:
         """The paths of the volume or store that the blobs go to."""
-        return Layout(self.further or self.root)
+        return Layout(self.volume_path or self.store_path)
 
 
 def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +77,7 @@ def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
             sys.executable,
             "-m",
             "tests.storage.lifecycle",
-            *map(str, filter(None, (life.root, life.further))),
+            *map(str, filter(None, (life.store_path, life.volume_path))),
         ],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
@@ -88,7 +88,9 @@ def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["store", "further-root"])
-def whole_life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Life, list[str]]:
+def uninterrupted_life(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Life, list[str]]:
     """Every change of an uninterrupted life, in order, with the paths."""
     life = Life(tmp_path_factory.mktemp("life"), request.param)
     calls, trace = ",".join(f"?{c}" for c in CHANGES), life.directory / "trace"
@@ -99,7 +101,7 @@ def whole_life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def start_after(life: Life, acknowledged: list[str]) -> None:
     """What the next start must find, given what the killed process had acknowledged."""
-    root, further = life.root, life.further
+    root, further = life.store_path, life.volume_path
     check_invariants(root, further=further)
     said = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
     store = Store(root, further)
@@ -127,10 +129,10 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
     store.delete(LEAVES)
     assert store.holds(STAYS) and store.holds(COMES)
     here = files_below(root) | (files_below(further) if further else set())
-    assert here - {f"further/{identity}" for identity in store.disk.further} == whole_of(STAYS, COMES)
+    assert here - {f"further/{identity}" for identity in store.disk.further} == files_of(STAYS, COMES)
 
 
-def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acknowledged_and_leaves_nothing_behind(
+def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acked(
     tmp_path: Path, whole_life: tuple[Life, list[str]]
 ) -> None:
     its, calls = whole_life
@@ -161,7 +163,7 @@ def final_name(what: str, which: str, life: Life) -> str:
         return str(life.blobs.partial(which) / "meta.json")
     if what == "committed":
         return str(life.blobs.blob(which))
-    layout = Layout(life.root)
+    layout = Layout(life.store_path)
     repo, _, commit = which.partition("@")
     return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombs)
 
@@ -169,7 +171,7 @@ def final_name(what: str, which: str, life: Life) -> str:
 def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life, list[str]]) -> None:
     """A kill cannot show a missing fsync; the order of the calls can."""
     life, calls = whole_life
-    tombs = tuple(str(Layout(root).tombs) for root in (life.root, life.further) if root)
+    tombs = tuple(str(Layout(root).tombs) for root in (life.store_path, life.volume_path) if root)
     synced: dict[str, int] = {}
     renamed: dict[str, tuple[int, str]] = {}
     acknowledged = 0
@@ -196,7 +198,7 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life,
     assert acknowledged == 12
 
 
-def test_bytes_whose_fsync_failed_are_corrupt_and_are_not_trusted_by_a_second_fsync(tmp_path: Path) -> None:
+def test_bytes_whose_fsync_failed_are_corrupt_despite_another(tmp_path: Path) -> None:
     life = Life(tmp_path, has_further=False)
     blob = STAYS.manifest.files[0].blob
     data = life.blobs.partial(blob) / "data"

@@ -78,7 +78,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger) -> list[int]:
 
 
 @given(situations())
-def test_I4_a_plan_never_names_what_is_kept_or_what_a_fetch_needs(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
     made = plan(need, ledger, ledger.last_uses, kept)
     victims = {v.model for v in made.victims}
@@ -92,7 +92,7 @@ def test_I4_a_plan_never_names_what_is_kept_or_what_a_fetch_needs(case: tuple[Le
 
 
 @given(situations())
-def test_a_plan_frees_exactly_what_it_says_step_by_step(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
     made = plan(need, ledger, ledger.last_uses, kept)
     before = ledger.used_bytes
@@ -178,14 +178,14 @@ def names(made: EvictionPlan) -> list[str]:
     return [v.model.partition("/")[2].partition("@")[0] for v in made.victims]
 
 
-def test_of_one_two_and_sixty_oldest_first_only_the_sixty_go_for_fifty() -> None:
+def test_of_1_2_and_60_oldest_first_only_the_60_is_taken_for_50() -> None:
     ledger = sized({"one": 1, "two": 2, "sixty": 60})
     lacking = lacking_for(50, ledger, Limits(70, 0), 10**9)
     made = plan(lacking.need_bytes, ledger, ledger.last_uses, {})
     assert (made.need_bytes, names(made), made.frees_bytes, made.evictable_bytes) == (43, ["sixty"], 60, 63)
 
 
-def test_if_all_is_not_enough_nothing_goes_and_the_plan_says_what_could() -> None:
+def test_if_everything_is_not_enough_nothing_is_evicted() -> None:
     ledger = sized({"one": 1, "two": 2})
     ledger.blobs["f" * 64] = 5
     made = plan(9, ledger, ledger.last_uses, {})
@@ -200,7 +200,7 @@ def test_garbage_that_is_enough_spares_every_model() -> None:
     assert garbage_of(ledger) == ["f" * 64]
 
 
-def test_a_shared_blob_is_freed_by_the_last_of_its_models_and_never_from_under_one_that_stays() -> None:
+def test_a_shared_blob_is_freed_by_the_last_of_its_models() -> None:
     shared, own = "a" * 64, {n: f"{n:064x}" for n in range(3)}
     blobs = {shared: 100, **dict.fromkeys(own.values(), 1)}
     ledger = ledger_of({NAMES[n]: {shared, own[n]} for n in range(3)}, blobs)
@@ -211,7 +211,7 @@ def test_a_shared_blob_is_freed_by_the_last_of_its_models_and_never_from_under_o
     assert (kept.enough, kept.evictable_bytes) == (False, 2)
 
 
-def test_two_models_that_share_a_blob_are_both_spared_when_a_third_suffices() -> None:
+def test_two_models_that_share_a_blob_are_spared_by_a_third() -> None:
     blobs = {f"{n:064x}": size for n, size in enumerate([10, 1, 1, 30])}
     shared, first, second, large = blobs
     ledger = ledger_of({NAMES[0]: {shared, first}, NAMES[1]: {shared, second}, NAMES[2]: {large}}, blobs)
@@ -240,7 +240,7 @@ def test_what_is_kept_is_kept_for_the_reason_that_counts_most() -> None:
     }
 
 
-def test_a_refusal_says_what_could_go_and_how() -> None:
+def test_a_refusal_lists_what_could_be_evicted_and_how() -> None:
     ledger, wanted = (
         sized({"one": 1, "two": 2, "sixty": 60}),
         manifest_of("org/new@" + "d" * 40, ["b" * 64], SIZES | {"b" * 64: 50}),

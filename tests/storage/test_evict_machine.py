@@ -31,7 +31,7 @@ MODELS = [
 A_MODEL = st.sampled_from(MODELS)
 
 
-class Lives(RuleBasedStateMachine):
+class EvictionMachine(RuleBasedStateMachine):
     """One store. `free_bytes` is what a disk of `total_bytes` with nothing else on it would have."""
 
     @initialize(
@@ -84,10 +84,10 @@ class Lives(RuleBasedStateMachine):
         self.keeping.forget(model)
         ledger.manifests.pop(model, None)
         freed = sum(ledger.blobs.pop(b) for b in leaving)
-        self.end_promise(model)
+        self.end_reservation(model)
         return freed
 
-    def end_promise(self, model: str) -> None:
+    def end_reservation(self, model: str) -> None:
         self.keeping.end_promise(model)
         for blob, partial in list(self.ledger.partials.items()):
             partial.models.discard(model)
@@ -97,7 +97,7 @@ class Lives(RuleBasedStateMachine):
                 self.disk.remove_partial(blob)
                 del self.ledger.partials[blob]
 
-    def make_room(self, model: Model) -> Admission | None:
+    def admit_with_eviction(self, model: Model) -> Admission | None:
         """Admit, evicting by a plan where that helps, and compare what was evicted with the plan."""
         self.measure()
         try:
@@ -122,7 +122,7 @@ class Lives(RuleBasedStateMachine):
     def reserve(self, model: Model) -> None:
         before = self.ledger.promised.get(model.name)
         self.ledger.promised[model.name] = set(model.blobs)
-        admission = self.make_room(model)
+        admission = self.admit_with_eviction(model)
         if admission is None:
             if before is None:
                 del self.ledger.promised[model.name]
@@ -169,13 +169,13 @@ class Lives(RuleBasedStateMachine):
         self.disk.seal(model.sealed)
         self.ledger.manifests[name] = model.sealed
         self.keeping.came_in(name)
-        self.end_promise(name)
+        self.end_reservation(name)
 
     @precondition(lambda self: self.ledger.promised)
     @rule(data=st.data())
-    def give_up(self, data: st.DataObject) -> None:
+    def cancel(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.ledger.promised)))
-        self.end_promise(name) if name in self.ledger.manifests else self.remove(name)
+        self.end_reservation(name) if name in self.ledger.manifests else self.remove(name)
 
     @rule(model=A_MODEL)
     def use(self, model: Model) -> None:
@@ -250,7 +250,7 @@ class Lives(RuleBasedStateMachine):
             assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
 
     @invariant()
-    def I4_what_is_pinned_used_or_counted_on_is_here(self) -> None:
+    def I4_pinned_used_and_reserved_models_are_present(self) -> None:
         on_disk = {p.name for p in self.disk.layout.blobs.glob("*/*")}
         for model in (self.ledger.pinned | self.used_by.keys()) & {m.name for m in MODELS}:
             assert model in self.ledger.manifests, f"{model} went"
@@ -260,10 +260,10 @@ class Lives(RuleBasedStateMachine):
             assert blobs <= on_disk | self.ledger.partials.keys(), "what a fetch counts on went"
 
 
-Lives.TestCase.settings = settings(
+EvictionMachine.TestCase.settings = settings(
     max_examples=280,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-test_I3_I4_no_life_of_a_store_breaks_the_limits_or_evicts_what_is_kept = Lives.TestCase
+test_I3_I4_no_life_of_a_store_breaks_the_limits_or_evicts_what_is_kept = EvictionMachine.TestCase

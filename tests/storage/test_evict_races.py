@@ -104,7 +104,7 @@ A, B, C, NEW = model_of("aaa", 1000), model_of("bbb", 1000), model_of("ccc", 100
 
 
 @pytest.mark.parametrize("others_suffice", [True, False])
-async def test_I4_a_victim_that_an_instance_takes_up_between_plan_and_step_is_spared(
+async def test_I4_a_victim_used_between_plan_and_step_is_spared(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, others_suffice: bool
 ) -> None:
     limits = Limits(3000, 0, "lru")
@@ -131,7 +131,7 @@ async def test_I4_a_victim_that_an_instance_takes_up_between_plan_and_step_is_sp
         await held.here.buckets.spec.delete(instance_key(name))
 
 
-async def test_I4_nothing_is_evicted_while_it_is_unknown_which_instances_there_are(
+async def test_I4_nothing_is_evicted_while_instances_are_unknown(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with holding(nats, tmp_path, fresh("storage"), Limits(3000, 0, "lru")) as held:
@@ -147,7 +147,7 @@ async def test_I4_nothing_is_evicted_while_it_is_unknown_which_instances_there_a
         await held.here.buckets.spec.delete(instance_key(name))
 
 
-async def test_space_that_the_disk_does_not_give_back_costs_no_further_model(
+async def test_space_the_disk_does_not_free_costs_no_second_model(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room_module, "_FREED_DEADLINE_S", 0.3)
@@ -160,7 +160,7 @@ async def test_space_that_the_disk_does_not_give_back_costs_no_further_model(
         assert held.ledger.manifests.keys() == {B.name, C.name}
 
 
-async def test_settings_that_change_hold_from_the_next_question_on(
+async def test_changed_settings_apply_from_the_next_request_on(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with holding(nats, tmp_path, fresh("storage"), Limits(3000, 0)) as held:

@@ -60,11 +60,11 @@ class Watched(asyncio.Lock):
     def release(self) -> None:
         """Check the ledger, then release the lock."""
         if self.ledger is not None and not self.broken:
-            self.broken = wrong_with(self.ledger, self.limits)
+            self.broken = violations(self.ledger, self.limits)
         super().release()
 
 
-def wrong_with(ledger: Ledger, limits: Limits) -> str:
+def violations(ledger: Ledger, limits: Limits) -> str:
     """The violation of I3 or I4 in a ledger, or ""."""
     if limits.quota_bytes is not None and ledger.used_bytes + ledger.reserved_bytes > limits.quota_bytes:
         return f"I3: {ledger.used_bytes} + {ledger.reserved_bytes} > {limits.quota_bytes}"
@@ -90,13 +90,13 @@ class Together:
     def blob_bytes(self) -> int:
         return sum(p.stat().st_size for p in self.held.disk.layout.blobs.glob("*/*"))
 
-    async def carry_out(self, made: EvictionPlan) -> EvictionPlan:
+    async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
         """Compare what a plan has freed, by the files, with what it announced."""
         kept = self.held.ledger.pinned | self.held.ledger.promised.keys()
-        assert not kept & {v.model for v in made.victims}, "I4: a victim is kept"
+        assert not kept & {v.model for v in eviction.victims}, "I4: a victim is kept"
         before = self.blob_bytes()
-        done = await self._carry_out(made)
-        assert before - self.blob_bytes() == done.frees_bytes == made.frees_bytes >= made.need_bytes
+        done = await self._carry_out(eviction)
+        assert before - self.blob_bytes() == done.frees_bytes == eviction.frees_bytes >= eviction.need_bytes
         issued["evictions"] += 1
         return done
 
@@ -178,7 +178,7 @@ async def live(server: NatsServer, home: Path, node: str, limits: Limits, seed: 
             await serving
 
 
-def test_I3_I4_fifty_requests_at_once_break_no_limit_and_evict_nothing_that_is_kept(
+def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(
     nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asyncio, "Lock", Watched)

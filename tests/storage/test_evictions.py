@@ -18,7 +18,7 @@ from shoal_common.proof import prove
 from tests.harness.nats import NatsServer
 from tests.harness.small_disk import fill, small_disk
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, check_invariants, files_below, files_of, put, sha256
 from tests.storage.test_storage_deletes import instance_of
 
 Fresh = Callable[[str], str]
@@ -46,7 +46,7 @@ async def events_named(node: Node, name: str) -> list[dict[str, object]]:
     return [body for event, body in await node.events() if event == name]
 
 
-async def test_of_one_two_and_sixty_only_the_sixty_go_and_the_plan_is_the_answer(
+async def test_of_1_2_and_60_only_the_60_is_evicted_as_planned(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="7000", **LRU):
@@ -54,7 +54,7 @@ async def test_of_one_two_and_sixty_only_the_sixty_go_and_the_plan_is_the_answer
         dry = await node.plan(5000)
         assert (dry.need_bytes, dry.frees_bytes, dry.evictable_bytes, dry.enough) == (4300, 6000, 6300, True)
         assert [v.model for v in dry.victims] == [SIXTY.name]
-        assert files_below(node.layout.root) >= whole_of(ONE, TWO, SIXTY), "a dry run does nothing"
+        assert files_below(node.layout.root) >= files_of(ONE, TWO, SIXTY), "a dry run does nothing"
         assert await node.plan(5000) == dry
         reserved = await node.reserve(FIFTY.manifest)
         assert reserved.evicted == dry, "the dry run and the real thing are one"
@@ -68,7 +68,7 @@ async def test_of_one_two_and_sixty_only_the_sixty_go_and_the_plan_is_the_answer
         check_invariants(node.layout.root)
 
 
-async def test_the_manual_policy_refuses_and_says_what_would_go(
+async def test_the_manual_policy_refuses_and_lists_what_could_go(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="7000"):
@@ -92,7 +92,7 @@ async def test_the_manual_policy_refuses_and_says_what_would_go(
             await node.plan(-1)
 
 
-async def test_I4_pinned_used_and_arriving_models_survive_and_what_is_left_is_not_enough(
+async def test_I4_pinned_used_and_arriving_models_are_not_evicted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     name, coming = fresh("instance"), Model("org/coming", {"a": b"a" * 300, "b": b"b" * 300})
@@ -125,7 +125,7 @@ async def test_I4_pinned_used_and_arriving_models_survive_and_what_is_left_is_no
         check_invariants(node.layout.root)
 
 
-async def test_I4_a_pinned_model_is_not_deleted_until_it_is_unpinned_a_restart_between(
+async def test_I4_a_pinned_model_is_not_deleted_across_a_restart(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -146,7 +146,7 @@ async def test_I4_a_pinned_model_is_not_deleted_until_it_is_unpinned_a_restart_b
             assert files_below(node.layout.root) == set()
 
 
-async def test_last_uses_survive_a_restart_and_say_who_goes_first(
+async def test_last_uses_survive_a_restart_and_order_the_victims(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     models = [model_of(name, 1000) for name in ("aaa", "bbb", "ccc")]
@@ -174,7 +174,7 @@ async def test_last_uses_survive_a_restart_and_say_who_goes_first(
             assert {p.name.partition("@")[0] for p in node.layout.uses.iterdir()} == {"org--aaa"}
 
 
-async def test_I3_reservations_at_once_evict_and_never_promise_more_than_there_is(
+async def test_I3_concurrent_reservations_never_exceed_the_quota(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     old = [model_of(f"old-{n}", 1000) for n in range(5)]
@@ -214,7 +214,7 @@ async def test_garbage_goes_first_and_by_itself_when_asked(nats: NatsServer, fre
                 assert not path.exists()
 
 
-async def test_I4_after_a_restart_garbage_is_not_what_a_fetch_has_committed(
+async def test_I4_after_a_restart_committed_blobs_are_no_garbage(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -230,10 +230,10 @@ async def test_I4_after_a_restart_garbage_is_not_what_a_fetch_has_committed(
                 await node.commit(blob)
             assert (await node.command("gc", CollectGarbage())).result["blobs"] == 0
             await node.seal(apples.sealed)
-            assert files_below(node.layout.root) == whole_of(apples)
+            assert files_below(node.layout.root) == files_of(apples)
 
 
-async def test_what_is_here_of_a_model_does_not_go_to_make_room_for_the_rest_of_it(
+async def test_a_models_own_blobs_are_not_evicted_for_its_rest(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     shared = b"in the old one and the new one" * 100
@@ -245,11 +245,11 @@ async def test_what_is_here_of_a_model_does_not_go_to_make_room_for_the_rest_of_
         assert reserved.present == [sha256(shared)] and reserved.evicted is not None
         assert [(v.model, v.frees_bytes) for v in reserved.evicted.victims] == [(old.name, 1000)]
         await node.bring_in(new)
-        assert files_below(node.layout.root) == whole_of(new)
+        assert files_below(node.layout.root) == files_of(new)
         check_invariants(node.layout.root)
 
 
-async def test_at_0_bytes_free_room_is_made_and_the_next_model_comes_in(
+async def test_at_0_bytes_free_an_eviction_lets_the_next_model_in(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     old, new = model_of("old", 2 << 20), model_of("new", 1 << 20)

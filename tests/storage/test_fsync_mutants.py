@@ -9,7 +9,7 @@ import pytest
 
 from tests.storage.lives import live
 from tests.storage.seam import Call, seen
-from tests.storage.strict import broken_promises
+from tests.storage.strict import violations
 
 REDUNDANT = {"durable.py:make_directory < durable.py:make_directory < disk.py:open"}
 """Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
@@ -39,7 +39,7 @@ def survivors(tmp_path: Path, sites: list[str], has_further: bool) -> set[str]:
     found = set()
     for number, site in enumerate(sites):
         root = tmp_path / f"mutant-{number}"
-        if not any(broken_promises(str(root), lived(root, site, has_further), has_further)):
+        if not any(violations(str(root), lived(root, site, has_further), has_further)):
             found.add(without_lines(site))
     return found
 
@@ -50,28 +50,26 @@ def fsyncs(events: list[Call | tuple[str, str]]) -> set[str]:
 
 
 @pytest.mark.parametrize("has_further", [False, True])
-def test_I6_I1_I2_the_strictest_disk_keeps_every_promise_at_every_moment_of_a_life(
-    tmp_path: Path, has_further: bool
-) -> None:
+def test_I6_I1_I2_the_store_is_durable_on_the_strictest_disk(tmp_path: Path, has_further: bool) -> None:
     events = lived(tmp_path / "whole", has_further=has_further)
     assert len([e for e in events if isinstance(e, Call)]) > 200
-    assert not list(broken_promises(str(tmp_path / "whole"), events, has_further))
+    assert not list(violations(str(tmp_path / "whole"), events, has_further))
 
 
-def test_every_fsync_that_is_left_out_is_found_out(tmp_path: Path) -> None:
+def test_every_omitted_fsync_is_detected(tmp_path: Path) -> None:
     sites = fsyncs(lived(tmp_path / "whole"))
     assert len(sites) >= 25, sites
     assert survivors(tmp_path, sorted(sites), has_further=False) == REDUNDANT
 
 
-def test_every_fsync_that_is_left_out_where_blobs_are_in_a_further_root_is_found_out(tmp_path: Path) -> None:
+def test_every_omitted_fsync_of_a_volume_is_detected(tmp_path: Path) -> None:
     alone = {without_lines(site) for site in fsyncs(lived(tmp_path / "alone"))}
     sites = fsyncs(lived(tmp_path / "whole", has_further=True))
     assert len({without_lines(site) for site in sites} - alone) >= 5, sites
     assert survivors(tmp_path, sorted(sites), has_further=True) == REDUNDANT | REDUNDANT_FURTHER
 
 
-def test_bytes_made_durable_after_they_have_their_name_are_found_out(tmp_path: Path) -> None:
+def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> None:
     events = lived(tmp_path / "whole")
     durable = next(n for n, e in enumerate(events) if isinstance(e, Call) and "verify_partial" in e.site)
     named = next(
@@ -81,4 +79,4 @@ def test_bytes_made_durable_after_they_have_their_name_are_found_out(tmp_path: P
     )
     assert durable < named
     events.insert(named, events.pop(durable))
-    assert any("I1" in why for why in broken_promises(str(tmp_path / "whole"), events))
+    assert any("I1" in why for why in violations(str(tmp_path / "whole"), events))

@@ -37,20 +37,20 @@ GOES = Model("org/goes", {"weights.bin": b"g" * MIB})
 NEW = Model("org/new", {"weights.bin": b"n" * (MIB // 2)})
 
 
-async def given_back(disk: Path, size_bytes: int) -> None:
+async def wait_free(disk: Path, size_bytes: int) -> None:
     """Wait until this much is free: a deleted file keeps its space until the verifier has read it."""
 
-    async def look() -> bool | None:
+    async def is_free() -> bool | None:
         return free_bytes(disk) >= size_bytes or None
 
-    await eventually(look, f"{size_bytes} free bytes")
+    await eventually(is_free, f"{size_bytes} free bytes")
 
 
 # The ballast file
 
 
 @given(st.booleans(), st.integers(0, 100), SIZES, SIZES, SIZES)
-def test_I3_the_reserve_is_never_what_something_lacks_and_is_given_up_for_what_is_promised(
+def test_I3_ballast_is_made_only_from_spare_space_and_released(
     there: bool, size: int, free: int, headroom: int, in_flight: int
 ) -> None:
     step = decide(size if there else 0, size, free, headroom, in_flight)
@@ -63,11 +63,11 @@ def test_I3_the_reserve_is_never_what_something_lacks_and_is_given_up_for_what_i
         assert step == "give up"
 
 
-def test_a_reserve_that_is_not_wanted_any_more_is_given_up() -> None:
+def test_ballast_that_is_no_longer_configured_is_released() -> None:
     assert decide(64, 0, 10_000, 0, 0) == "give up"
 
 
-def test_the_reserve_is_really_allocated_found_again_and_given_back(tmp_path: Path) -> None:
+def test_ballast_is_really_allocated_found_again_and_released(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
         reserve = ReserveFile(disk / "reserve", 2 * MIB)
@@ -82,7 +82,7 @@ def test_the_reserve_is_really_allocated_found_again_and_given_back(tmp_path: Pa
         assert later.give_up() == 0 and not (disk / "reserve").exists()
 
 
-def test_a_reserve_that_does_not_fit_leaves_nothing_of_itself(tmp_path: Path) -> None:
+def test_ballast_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
         with pytest.raises(OSError, match="No space left"):
@@ -90,9 +90,7 @@ def test_a_reserve_that_does_not_fit_leaves_nothing_of_itself(tmp_path: Path) ->
         assert list(disk.iterdir()) == [] and free_bytes(disk) == before
 
 
-def test_where_nothing_can_be_allocated_ahead_the_reserve_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_fallocate_does_not_work_ballast_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(fd: int, offset: int, size: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
@@ -106,7 +104,7 @@ def test_where_nothing_can_be_allocated_ahead_the_reserve_is_written(
 
 
 @pytest.mark.parametrize("reserve_bytes", [0, MIB // 2])
-async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_frees_space_works(
+async def test_I6_at_0_bytes_free_every_path_that_frees_space_works(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, reserve_bytes: int
 ) -> None:
     environ = {"SHOAL_RESERVE_BYTES": str(reserve_bytes), "SHOAL_EVICTION_POLICY": "lru"}
@@ -132,11 +130,11 @@ async def test_I6_at_0_bytes_free_storage_starts_says_so_and_every_path_that_fre
                 assert free_bytes(disk) == 0
                 outcome = await node.command("gc", CollectGarbage())
                 assert outcome.ok and outcome.result["freed_bytes"] == len(stray), outcome.error
-                await given_back(disk, len(stray))
+                await wait_free(disk, len(stray))
                 fill_more(ballast)
                 outcome = await node.delete("org/goes")
                 assert outcome.ok and outcome.result["freed_bytes"] == MIB, outcome.error
-                await given_back(disk, MIB)
+                await wait_free(disk, MIB)
                 fill_more(ballast)
                 reserved = await node.reserve(NEW.manifest)  # which only an eviction can make space for
                 assert reserved.evicted is not None and [v.model for v in reserved.evicted.victims] == [OLD.name]
@@ -166,13 +164,11 @@ async def test_at_0_bytes_free_a_share_in_a_partial_can_be_given_back(
                 fill_more(ballast)
                 await node.release(other.manifest)
                 assert (await node.storage_state()).reserved_bytes == 0
-                await given_back(disk, MIB)
+                await wait_free(disk, MIB)
                 await process.kill()
 
 
-def test_a_commit_that_the_disk_refuses_leaves_a_partial_that_can_be_written_to(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_the_disk_refuses_leaves_a_writable_partial(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(root)
     (blob,) = store.reserve(GOES)
     put(store.layout, blob, GOES.blobs[blob])
@@ -208,7 +204,7 @@ def full_of(held: Held) -> Full:
     return Full(guard._context, held.disk, held.ledger, guard.section, guard.room, guard._announcer)
 
 
-async def test_the_reserve_is_given_up_for_what_storage_must_write_and_then_it_is_written(
+async def test_ballast_is_released_for_what_storage_must_write(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0)) as held:
@@ -232,7 +228,7 @@ async def test_the_reserve_is_given_up_for_what_storage_must_write_and_then_it_i
 # Space for downloads under way
 
 
-async def test_several_who_are_blocked_cost_one_plan_and_what_does_not_come_back_costs_no_second_one(
+async def test_concurrent_blocked_downloads_cost_one_eviction_plan(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room_module, "_FREED_DEADLINE_S", 0.2)
@@ -257,7 +253,7 @@ async def test_several_who_are_blocked_cost_one_plan_and_what_does_not_come_back
 
 
 @pytest.mark.parametrize(("policy", "need"), [("manual", 500), ("lru", 5000)])
-async def test_no_model_goes_for_a_blocked_download_where_the_policy_is_manual_or_all_would_not_suffice(
+async def test_no_model_is_evicted_for_a_blocked_download_in_vain(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, policy: str, need: int
 ) -> None:
     limits = Limits(None, 0, "lru" if policy == "lru" else "manual")
@@ -271,7 +267,7 @@ async def test_no_model_goes_for_a_blocked_download_where_the_policy_is_manual_o
         assert held.ledger.manifests.keys() == {A.name, B.name, C.name}
 
 
-async def test_I3_there_is_room_only_when_the_headroom_stays_free_as_well(
+async def test_I3_there_is_space_only_when_the_headroom_stays_free(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with holding(nats, tmp_path, fresh("storage"), Limits(None, 300)) as held:
@@ -282,7 +278,7 @@ async def test_I3_there_is_room_only_when_the_headroom_stays_free_as_well(
             assert (await full_of(held).room(AskRoom(model=comes.name))).enough == enough, free
 
 
-async def test_I10_room_is_asked_for_a_models_name_only(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_I10_a_space_request_is_for_a_models_name_only(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0)) as held:
         with pytest.raises(ShoalError, match="is not a model"):
             await full_of(held).room(AskRoom(model="../up"))

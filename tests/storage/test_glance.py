@@ -24,7 +24,7 @@ def watched(root: Path) -> list[Path]:
     return [p for top in ("blobs", "manifests", "views") for p in (root / top).rglob("*")]
 
 
-def test_nothing_that_storage_does_is_worth_a_scan(root: Path, apples: Model, pears: Model) -> None:
+def test_storages_own_changes_cause_no_scan(root: Path, apples: Model, pears: Model) -> None:
     store = Store(root)
     with seen(root) as seam:
         store.bring_in(apples)
@@ -65,7 +65,7 @@ def _written(path: Path, data: bytes) -> Path:
     return path
 
 
-def _gone(path: Path) -> Path:
+def _removed(path: Path) -> Path:
     path.unlink()
     return path
 
@@ -76,17 +76,17 @@ def _moved(store: Store, path: Path) -> Path:
 
 
 CHANGES: dict[str, Callable[[Store, Model], Path]] = {
-    "a blob removed": lambda s, _: _gone(_blob(s)),
+    "a blob removed": lambda s, _: _removed(_blob(s)),
     "a blob replaced by as many bytes": lambda s, _: _written(_blob(s), b"x" * 3000),
     "a blob's directory moved away": lambda s, _: _moved(s, _blob(s).parent),
     "a blob copied in": lambda s, _: _written(s.layout.blob("ab" * 32), b"x"),
     "a directory of blobs copied in": lambda s, _: _written(s.layout.blob("ab" * 32), b"x").parent,
     "a strange file among the blobs": lambda s, _: _written(s.layout.blobs / "notes.txt", b"x"),
-    "a manifest removed": lambda s, m: _gone(_manifest(s, m)),
+    "a manifest removed": lambda s, m: _removed(_manifest(s, m)),
     "a manifest's directory moved away": lambda s, m: _moved(s, _manifest(s, m).parent),
     "a manifest garbled": lambda s, m: _written(_manifest(s, m), b"{"),
     "a manifest copied in": lambda s, _: _written(s.layout.manifest("org/new", "c" * 40), b"{}"),
-    "a view's file removed": lambda s, m: _gone(_view(s, m, "sub/weights.bin")),
+    "a view's file removed": lambda s, m: _removed(_view(s, m, "sub/weights.bin")),
     "a view's file replaced": lambda s, m: _written(_view(s, m, "sub/weights.bin"), b"w" * 3000),
     "a view moved away": lambda s, m: _moved(s, _view(s, m, "shared.bin").parent),
     "a strange file in a view": lambda s, m: _written(_view(s, m, "sub/mine.txt"), b"x"),
@@ -95,7 +95,7 @@ CHANGES: dict[str, Callable[[Store, Model], Path]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_somebody_else_does_is_worth_one_scan(tmp_path: Path, apples: Model, what: str) -> None:
+def test_foreign_changes_cause_one_scan(tmp_path: Path, apples: Model, what: str) -> None:
     store = Store(tmp_path / "store")
     store.bring_in(apples)
     path = CHANGES[what](store, apples)

@@ -79,7 +79,7 @@ async def holding(server: NatsServer, home: Path, node: str) -> AsyncIterator[He
 
 
 @pytest.mark.parametrize("arrived", [b"w" * 3000, b"\0" * 3000])
-async def test_I1_what_was_verified_is_not_taken_for_what_was_reserved_anew_meanwhile(
+async def test_I1_a_verified_partial_does_not_serve_a_new_reservation(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, arrived: bytes
 ) -> None:
     model = Model("org/model", {"weights.bin": b"w" * 3000})
@@ -99,7 +99,7 @@ async def test_I1_what_was_verified_is_not_taken_for_what_was_reserved_anew_mean
             await held.guard.commit(CommitBlob(blob=blob))
 
 
-async def test_an_asker_that_gives_up_does_not_undo_a_commit(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_a_caller_that_gives_up_does_not_undo_a_commit(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     model = Model("org/model", {"weights.bin": b"w" * 3000})
     async with holding(nats, tmp_path, fresh("guard")) as held:
         (blob,) = (await held.guard.reserve(Reserve(manifest=model.manifest))).missing
@@ -112,7 +112,7 @@ async def test_an_asker_that_gives_up_does_not_undo_a_commit(nats: NatsServer, f
         assert held.ledger.reserved_bytes == 0 and held.ledger.used_bytes == 3000
 
 
-async def test_I4_nothing_is_deleted_while_it_is_unknown_which_instances_there_are(
+async def test_I4_nothing_is_deleted_while_instances_are_unknown(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)

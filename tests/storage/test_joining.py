@@ -18,7 +18,7 @@ from shoal_common.messages.records import FurtherRootState
 from tests.harness.nats import NatsServer
 from tests.harness.small_disk import LoopDisk, fill, loop_disk, small_disk
 from tests.storage.holding import holder_of
-from tests.storage.made_roots import picture
+from tests.storage.made_roots import snapshot_tree
 from tests.storage.service import Node, on_node
 from tests.storage.stores import Model, check_invariants, put
 
@@ -32,7 +32,7 @@ SECOND = Model("org/second", {"weights.bin": b"s" * 4 * MIB, "config.json": b'{"
 WEIGHTS = SECOND.sealed.files[0].sha256
 
 
-async def until(look: Callable[[], Awaitable[bool]], what: str) -> None:
+async def wait_until(look: Callable[[], Awaitable[bool]], what: str) -> None:
     """Return once it is so."""
     give_up_s = time.monotonic() + DEADLINE_S
     while not await look():
@@ -70,13 +70,13 @@ class Machine:
         """Whether a model of this node is published."""
         return await self.node.model_state(model) is not None
 
-    async def until_offered(self, model: Model, offered: bool) -> None:
+    async def wait_offered(self, model: Model, offered: bool) -> None:
         """Wait for that."""
 
-        async def so() -> bool:
+        async def matches() -> bool:
             return await self.is_offered(model) == offered
 
-        await until(so, f"{model.name} is {'' if offered else 'no longer '}offered")
+        await wait_until(matches, f"{model.name} is {'' if offered else 'no longer '}offered")
 
     def check(self, *models: Model) -> None:
         """Whether these models can be read, byte for byte, as inference and peers read them."""
@@ -99,7 +99,7 @@ async def machine(nats: NatsServer, name: str, tmp_path: Path) -> AsyncIterator[
                 check_invariants(node.layout.root, further=disk.at / "shoal")
 
 
-async def test_what_the_store_has_no_room_for_comes_to_the_second_disk_and_is_offered_leased_and_read(
+async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage() as process:
@@ -124,14 +124,14 @@ async def test_what_the_store_has_no_room_for_comes_to_the_second_disk_and_is_of
         assert 0 < root.free_bytes < DISK_BYTES
         await process.kill()
         async with m.node.storage():
-            await m.until_offered(SECOND, True)
+            await m.wait_offered(SECOND, True)
             m.check(FIRST, SECOND)
             deleted = await m.node.delete("org/second")
             assert deleted.ok and deleted.result["freed_bytes"] == SECOND.manifest.size_bytes
             assert not list(Layout(m.further).blobs.rglob("*"))
 
 
-async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_back(
+async def test_an_unmounted_volume_takes_its_models_and_returns_them(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m:
@@ -140,13 +140,13 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             await m.node.bring_in(FIRST)
             await m.node.bring_in(SECOND)
             m.disk.unmount()
-            await m.until_offered(SECOND, False)
+            await m.wait_offered(SECOND, False)
             assert await m.is_offered(FIRST)
 
-            async def told() -> bool:
+            async def error_published() -> bool:
                 return [r.error for r in await m.state()] == ["it is not mounted: mount its disk"]
 
-            await until(told, "the disk is said to be away")
+            await wait_until(error_published, "the disk is said to be away")
             # Two are too many for the store alone; nothing is written under the mount point.
             with pytest.raises(QuotaExceeded):
                 await m.node.reserve(SECOND.manifest)
@@ -154,21 +154,21 @@ async def test_a_disk_that_is_unmounted_takes_its_models_away_and_brings_them_ba
             assert outcome.ok, "other settings can be changed without it"
             assert not list(m.disk.at.iterdir()), "something was written to an empty mount point"
             m.disk.mount()
-            await m.until_offered(SECOND, True)
+            await m.wait_offered(SECOND, True)
             m.check(FIRST, SECOND)
             m.disk.unmount()
-            await m.until_offered(SECOND, False)
+            await m.wait_offered(SECOND, False)
             await process.kill()
         async with m.node.storage() as process:  # a start without it
             assert await m.is_offered(FIRST) and not await m.is_offered(SECOND)
             assert not list(m.disk.at.iterdir())
             m.disk.mount()
-            await m.until_offered(SECOND, True)
+            await m.wait_offered(SECOND, True)
             m.check(FIRST, SECOND)
             assert "copied-in" not in process.output, "what came back was hashed again"
 
 
-async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc_removes_one(
+async def test_a_blob_pulled_again_during_an_unmount_is_removed_by_gc(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
@@ -176,7 +176,7 @@ async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc
         await m.node.bring_in(FIRST)
         await m.node.bring_in(SECOND)
         m.disk.unmount()
-        await m.until_offered(SECOND, False)
+        await m.wait_offered(SECOND, False)
         await m.node.delete("org/first")
         await m.node.bring_in(SECOND)
         m.check(SECOND)
@@ -185,7 +185,7 @@ async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc
         async def twice() -> bool:
             return [r.double_bytes for r in await m.state()] == [SECOND.manifest.size_bytes]
 
-        await until(twice, "the copies are counted")
+        await wait_until(twice, "the copies are counted")
         assert (await m.node.storage_state()).used_bytes == 2 * SECOND.manifest.size_bytes
         outcome = await m.node.command("gc", CollectGarbage())
         assert outcome.ok and outcome.result["freed_bytes"] == SECOND.manifest.size_bytes, outcome
@@ -194,20 +194,20 @@ async def test_a_blob_pulled_again_while_its_disk_was_away_is_there_twice_and_gc
         assert not list(Layout(m.further).blobs.rglob("*"))
 
 
-async def test_a_root_taken_out_of_the_settings_keeps_its_files_and_comes_back_with_them(
+async def test_a_removed_volume_keeps_its_files_and_returns_with_them(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
         await m.configure(m.further)
         await m.node.bring_in(FIRST)
         await m.node.bring_in(SECOND)
-        before = picture(m.further)
+        before = snapshot_tree(m.further)
         await m.configure()
         assert not await m.is_offered(SECOND) and await m.is_offered(FIRST)
-        assert await m.state() == [] and picture(m.further) == before
+        assert await m.state() == [] and snapshot_tree(m.further) == before
         assert not list((m.node.layout.root / "further").iterdir())
         await m.configure(m.further)
-        await m.until_offered(SECOND, True)
+        await m.wait_offered(SECOND, True)
         m.check(FIRST, SECOND)
 
 
@@ -229,7 +229,7 @@ async def test_eviction_frees_the_disk_that_the_blob_comes_to(nats: NatsServer, 
         m.check(FIRST, large[1], large[2])
 
 
-async def test_a_full_second_disk_is_said_and_its_partial_is_kept(
+async def test_a_full_second_volume_is_reported_and_keeps_its_partial(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_RESERVE_BYTES="0"):
@@ -237,16 +237,14 @@ async def test_a_full_second_disk_is_said_and_its_partial_is_kept(
         await m.configure(m.further)
         await m.node.reserve(SECOND.manifest)
         ballast = fill(m.disk.at)
-        room = await m.node.room(SECOND.name)
+        room = await m.node.ask_room(SECOND.name)
         assert not room.enough and str(m.further) in room.words and room.free_bytes == 0
         ballast.unlink()
-        assert (await m.node.room(SECOND.name)).enough
+        assert (await m.node.ask_room(SECOND.name)).enough
         await m.node.bring_in(SECOND)
 
 
-async def test_roots_that_cannot_be_are_refused_with_the_reason(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_impossible_volumes_are_refused_with_the_reason(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
         m.disk.unmount()
         assert "mount its disk" in await m.refused(m.disk.at / "x" / "y")
@@ -267,9 +265,7 @@ async def test_roots_that_cannot_be_are_refused_with_the_reason(
             assert str(m.node.layout.root) in words, "the holder is named"
 
 
-async def test_a_root_on_the_store_s_own_disk_is_refused_and_none_is_made_there_at_a_start(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_a_volume_on_the_stores_own_disk_is_refused(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("roots")) as node:
         here = tmp_path / "unmounted"
         here.mkdir()

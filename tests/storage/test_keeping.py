@@ -10,7 +10,7 @@ import pytest
 from shoal_common.errors import Failed
 from shoal_storage.evict import garbage_of
 from shoal_storage.keeping import Keeping
-from tests.storage.stores import Model, Store, put, whole_of
+from tests.storage.stores import Model, Store, files_of, put
 
 THEN_S = 1_600_000_000.25
 
@@ -109,7 +109,7 @@ def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
     assert use.stat().st_mtime == 1.0
 
 
-def test_a_use_that_could_not_be_written_is_written_the_next_time(root: Path, apples: Model) -> None:
+def test_a_use_that_could_not_be_written_is_written_next_time(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     store.bring_in(apples)
     keeping.used([apples.name], THEN_S)
@@ -121,7 +121,7 @@ def test_a_use_that_could_not_be_written_is_written_the_next_time(root: Path, ap
     assert reopened(store)[0].ledger.last_uses == {apples.name: THEN_S}
 
 
-def test_what_was_kept_of_a_model_goes_with_it(root: Path, apples: Model, pears: Model) -> None:
+def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Model) -> None:
     store, keeping = opened(root)
     for model in (apples, pears):
         store.bring_in(model)
@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model
 @pytest.mark.parametrize(
     "name", ["a", "org--apples", "org--apples@main", "--@" + "c" * 40, "org/x", "x" * 200, ".x.new"]
 )
-def test_I10_strange_files_among_them_are_left_alone(root: Path, apples: Model, name: str) -> None:
+def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, name: str) -> None:
     store, _ = opened(root)
     store.bring_in(apples)
     for directory in (root / "pins", root / "uses", root / "promises"):
@@ -166,7 +166,7 @@ def test_I10_strange_files_among_them_are_left_alone(root: Path, apples: Model, 
     assert name == ".x.new" or (root / "pins" / name).read_bytes() == b"mine"
 
 
-def test_I4_what_an_unfinished_fetch_has_committed_is_no_garbage_after_a_restart(root: Path, apples: Model) -> None:
+def test_I4_committed_blobs_of_a_fetch_are_no_garbage_at_restart(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     first, *rest = store.reserve(apples)
     store.ledger.promised[apples.name] = set(apples.blobs)
@@ -184,6 +184,6 @@ def test_I4_what_an_unfinished_fetch_has_committed_is_no_garbage_after_a_restart
     store.seal(apples)
     store, keeping = reopened(store)  # a crash before the end of the download was recorded
     assert store.ledger.promised == {}
-    assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == whole_of(
+    assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == files_of(
         apples
     )

@@ -20,7 +20,7 @@ from shoal_storage import lease_disk
 from shoal_storage.leases import GRACE_S
 from tests.harness.process import source_path
 from tests.storage.lifecycle import STAYS
-from tests.storage.stores import Store, check_invariants, files_below, whole_of
+from tests.storage.stores import Store, check_invariants, files_below, files_of
 from tests.storage.test_disk_kills import CHANGES
 
 CALLS = [*CHANGES, "openat", "ioctl", "flock", "fchmod", "utimensat", "symlink"]
@@ -40,7 +40,7 @@ def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_next_start_has_whole_leases_only_and_cleans_all_that_is_dead(tmp_path: Path) -> None:
+def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.bring_in(STAYS)
     kept, dead = store.lease(STAYS, "kept"), store.lease(STAYS, "dead")
@@ -50,7 +50,7 @@ def test_the_next_start_has_whole_leases_only_and_cleans_all_that_is_dead(tmp_pa
     (lay.leases / "not a lease").mkdir()
     del store
     again = Store(tmp_path / "store")
-    assert set(again.ledger.leases) == {"kept"} and again.leased_view_is_whole(kept, STAYS)
+    assert set(again.ledger.leases) == {"kept"} and again.leased_view_is_complete(kept, STAYS)
     assert {p.name for p in lay.leases.iterdir()} == {"kept", "not a lease"}
 
 
@@ -62,7 +62,7 @@ def check_after(root: Path, said: list[str]) -> None:
     assert {p.name for p in lay.leases.iterdir()} == set(leases), "an unfinished lease is left"
     assert not any(lay.tombs.iterdir())
     for lease in leases.values():
-        assert store.leased_view_is_whole(lease, STAYS)
+        assert store.leased_view_is_complete(lease, STAYS)
     made = {line.split()[1] for line in said if line.startswith("made")}
     assert "second" in leases or "second" not in made, "a lease that was given has gone within its grace"
     assert not ("first" in leases and "ended first" in said), "a lease that ended is back"
@@ -70,7 +70,7 @@ def check_after(root: Path, said: list[str]) -> None:
     now_s, clock_s = time.monotonic(), time.time()
     assert lease_disk.read(store.disk, now_s, clock_s + GRACE_S) == {}
     assert store.holds(STAYS)
-    assert files_below(root) == whole_of(STAYS)
+    assert files_below(root) == files_of(STAYS)
 
 
 NO_STRACE = pytest.mark.skipif(
@@ -117,7 +117,7 @@ class Points:
 
 
 @NO_STRACE
-def test_I6_a_kill_at_any_call_of_making_and_removing_a_lease_leaves_nothing_uncleaned(tmp_path: Path) -> None:
+def test_I6_a_kill_at_any_call_of_a_lease_leaves_nothing(tmp_path: Path) -> None:
     points = Points(tmp_path)
     assert len(points.all) > 40, points.all
     for ended in points.hit(points.all, "signal=SIGKILL"):
@@ -125,7 +125,7 @@ def test_I6_a_kill_at_any_call_of_making_and_removing_a_lease_leaves_nothing_unc
 
 
 @NO_STRACE
-def test_I6_what_a_full_disk_refuses_of_a_lease_is_told_and_leaves_nothing_uncleaned(tmp_path: Path) -> None:
+def test_I6_a_full_disk_refuses_a_lease_and_nothing_stays_behind(tmp_path: Path) -> None:
     points = Points(tmp_path)
     refused = [point for point in points.all if point[0] in ("write", "ioctl")]
     assert {call for call, _ in refused} == {"write", "ioctl"}

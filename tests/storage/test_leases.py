@@ -32,7 +32,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.holding import holder_of
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, Store, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, Store, check_invariants, files_below, files_of, put, sha256
 from tests.storage.test_guard import holding as guarding
 from tests.storage.test_storage_deletes import instance_of
 from tests.storage.test_verify import flip
@@ -51,7 +51,7 @@ def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = ""
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 20)), max_size=12))
-def test_a_lease_lives_from_its_making_through_its_grace_and_while_it_is_held_and_not_a_look_longer(
+def test_a_lease_lives_through_its_grace_and_while_it_is_held(
     looks: list[tuple[bool, float]],
 ) -> None:
     lease, now_s, taken_up = lease_of("m"), 0.0, False
@@ -65,9 +65,7 @@ def test_a_lease_lives_from_its_making_through_its_grace_and_while_it_is_held_an
 
 
 @given(TIMES, TIMES)
-def test_I7_whatever_clocks_say_a_lease_found_at_a_start_has_no_more_grace_than_a_new_one(
-    since_s: float, now_s: float
-) -> None:
+def test_I7_a_lease_found_at_a_start_has_no_more_than_its_grace(since_s: float, now_s: float) -> None:
     left_s = grace_left_s(since_s, now_s)
     assert 0 <= left_s <= GRACE_S
     assert left_s == 0 or now_s - since_s < GRACE_S
@@ -77,9 +75,7 @@ INSTANCES = st.sampled_from(["x", "y", "z", ""])
 
 
 @given(st.sets(st.sampled_from("xyz")), st.lists(INSTANCES, max_size=4))
-def test_every_instance_and_every_lease_is_among_the_users_and_no_instance_twice(
-    placed: set[str], leased: list[str]
-) -> None:
+def test_every_instance_and_lease_is_a_user_and_none_twice(placed: set[str], leased: list[str]) -> None:
     stage = StageSpec(rank=0, node="a", first_layer=0, last_layer=1)
     specs = [
         InstanceSpec(id=i, repo="org/m", commit="c" * 40, stages=[stage], context_tokens=1) for i in sorted(placed)
@@ -96,7 +92,7 @@ def test_every_instance_and_every_lease_is_among_the_users_and_no_instance_twice
     assert how_to_end(users)
 
 
-def test_users_are_told_as_people_list_things() -> None:
+def test_users_are_joined_into_a_sentence_with_release_hints() -> None:
     a, b, c = User("a (pid 1)"), User("instance x", "x"), User("stage 0 of y", leaving=True)
     assert [words([a]), words([a, b]), words([a, b, c])] == [
         "a (pid 1)",
@@ -135,7 +131,7 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
     assert made.evictable_bytes <= 6 - len(leased)
 
 
-async def test_a_look_at_leases_says_whether_anything_changed_and_survives_a_disk_that_refuses(
+async def test_a_lease_check_reports_changes_and_survives_disk_errors(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with guarding(nats, tmp_path, fresh("storage")) as held:
@@ -168,16 +164,16 @@ def test_I10_a_holder_that_is_not_one_line_is_refused(holder: str) -> None:
 # The service
 
 
-async def leases_are(node: Node, *holders: str) -> None:
+async def wait_leases(node: Node, *holders: str) -> None:
     """Return the published state once it matches."""
 
-    async def told() -> bool:
+    async def published() -> bool:
         return [x.holder for x in (await node.storage_state()).leases] == list(holders)
 
-    await eventually(told, f"the leases are those of {holders}")
+    await eventually(published, f"the leases are those of {holders}")
 
 
-async def test_I4_a_living_holder_keeps_its_model_and_a_killed_one_frees_it_without_anybodys_help(
+async def test_I4_a_living_holder_keeps_its_model_and_a_killed_one_not(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     lru = {"SHOAL_MAX_STORAGE_BYTES": "8100", "SHOAL_EVICTION_POLICY": "lru"}
@@ -205,14 +201,14 @@ async def test_I4_a_living_holder_keeps_its_model_and_a_killed_one_frees_it_with
             assert (Path(lease.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
             holder.kill()
             holder.wait()
-        await leases_are(node)
+        await wait_leases(node)
         assert not any(node.layout.leases.iterdir())
         assert (await node.delete("org/model")).ok
-        assert files_below(node.layout.root) == whole_of(OTHER)
+        assert files_below(node.layout.root) == files_of(OTHER)
         check_invariants(node.layout.root)
 
 
-async def test_I6_after_a_restart_living_leases_are_known_and_dead_ones_are_gone(
+async def test_I6_after_a_restart_live_leases_are_known_and_dead_gone(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -227,7 +223,7 @@ async def test_I6_after_a_restart_living_leases_are_known_and_dead_ones_are_gone
                 record = node.layout.lease(lease.id) / "lease.json"
                 record.write_text(json.dumps({**json.loads(record.read_text()), "since_s": 1.0}))
             async with node.storage() as process:
-                await leases_are(node, "lives", "unheld")
+                await wait_leases(node, "lives", "unheld")
                 assert {p.name for p in node.layout.leases.iterdir()} == {lives.id, unheld.id}
                 await node.unlease(unheld.id)
                 refused = await node.delete("org/model")
@@ -238,7 +234,7 @@ async def test_I6_after_a_restart_living_leases_are_known_and_dead_ones_are_gone
                 assert files_below(node.layout.root) == set()
 
 
-async def test_I5_a_lease_that_nobody_holds_is_given_back_at_once_and_again(
+async def test_I5_a_lease_that_nobody_holds_is_released_at_once(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
@@ -249,7 +245,7 @@ async def test_I5_a_lease_that_nobody_holds_is_given_back_at_once_and_again(
         assert refused.error is not None and refused.error.code == "in_use", "given a moment ago, not taken up yet"
         for _ in range(2):
             await node.unlease(one.id)
-        await leases_are(node, "a test")
+        await wait_leases(node, "a test")
         assert (Path(two.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
         shutil.rmtree(node.layout.lease(two.id))  # deleted by hand: nothing is left to return
         await node.unlease(two.id)
@@ -276,7 +272,7 @@ async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh:
             await held.guard.holders.lease(question)
 
 
-async def test_what_cannot_be_found_out_of_a_lock_counts_as_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lock_that_cannot_be_tested_counts_as_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(root)
     store.bring_in(MODEL)
     lease = store.lease(MODEL, "one")
@@ -289,7 +285,7 @@ async def test_what_cannot_be_found_out_of_a_lock_counts_as_held(root: Path, mon
     assert set(lease_disk.read(store.disk, 0.0, time.time() + 2 * GRACE_S)) == {"one"}
 
 
-async def test_I4_blobs_of_a_leased_model_whose_manifest_was_removed_by_hand_stay_while_it_is_held(
+async def test_I4_a_leased_model_without_a_manifest_keeps_its_blobs(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -304,12 +300,12 @@ async def test_I4_blobs_of_a_leased_model_whose_manifest_was_removed_by_hand_sta
                 assert (Path(lease.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
                 holder.kill()
                 holder.wait()
-                await leases_are(node)
+                await wait_leases(node)
                 assert (await node.command("gc", CollectGarbage())).result["blobs"] == 2
                 assert not node.layout.blob(sha256(MODEL.bytes["weights.bin"])).exists()
 
 
-async def test_I1_what_turns_out_corrupt_is_taken_from_leased_views_too(
+async def test_I1_what_turns_out_corrupt_leaves_leased_views_too(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -331,7 +327,7 @@ async def test_I1_what_turns_out_corrupt_is_taken_from_leased_views_too(
             assert (Path(again.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
 
 
-async def test_a_deletion_waits_for_the_stages_of_an_instance_that_was_stopped(
+async def test_a_delete_waits_for_the_stages_of_a_stopped_instance(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     name = fresh("instance")
@@ -355,7 +351,7 @@ async def test_a_deletion_waits_for_the_stages_of_an_instance_that_was_stopped(
         assert files_below(node.layout.root) == set()
 
 
-async def test_I4_a_lease_that_is_taken_while_a_deletion_withdraws_the_fetch_stops_the_deletion(
+async def test_I4_a_lease_taken_during_a_delete_stops_the_delete(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -385,7 +381,7 @@ IN_A_SCRIPT = 'exec 9<"$0" && flock -s 9 && exec cat'
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock(1): the documented example is NOT run here")
 @pytest.mark.parametrize(("command", "has_pid"), [(("flock", "-s"), True), (("sh", "-c", IN_A_SCRIPT), False)])
-async def test_a_shell_holds_a_lease_as_the_documentation_says(
+async def test_a_shell_holds_a_lease_as_documented(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, command: tuple[str, ...], has_pid: bool
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():

@@ -11,7 +11,7 @@ from blake3 import blake3
 from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_common.leaves import leaf_hash
 from shoal_storage import leaves, quarantine
-from tests.storage.stores import Model, Store, files_below, sha256, whole_of
+from tests.storage.stores import Model, Store, files_below, files_of, sha256
 
 LAST_BYTES = 777
 WEIGHTS = bytes(range(256)) * (LEAF_BYTES // 256) + b"x" * LEAF_BYTES + b"z" * LAST_BYTES
@@ -19,11 +19,11 @@ LARGE = Model("org/large", {"weights.bin": WEIGHTS, "config.json": b"{}", "empty
 BLOB = sha256(WEIGHTS)
 
 
-def no_pace(_: int) -> None:
+def no_rate_limit(_: int) -> None:
     """No rate limit."""
 
 
-def test_a_commit_leaves_the_hash_of_every_leaf_beside_the_blob_and_they_prove_it(root: Path) -> None:
+def test_a_commit_writes_the_leaf_hashes_beside_the_blob(root: Path) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     for data in LARGE.bytes.values():
@@ -43,7 +43,7 @@ def test_the_sample_of_the_format_is_true() -> None:
 @pytest.mark.parametrize(
     "change", ["another file", "another time", "another size", "no leaves", "leaves cut", "gone"]
 )
-def test_what_was_not_hashed_here_is_not_proved(root: Path, change: str) -> None:
+def test_leaf_hashes_do_not_verify_a_changed_file(root: Path, change: str) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     blob, listed = store.layout.blob(BLOB), store.layout.leaves(BLOB)
@@ -69,7 +69,7 @@ def test_what_was_not_hashed_here_is_not_proved(root: Path, change: str) -> None
     blob.write_bytes(WEIGHTS)
 
 
-def test_a_list_that_was_damaged_says_nothing(root: Path) -> None:
+def test_a_damaged_leaf_list_is_not_read(root: Path) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     path = store.layout.leaves(BLOB)
@@ -82,7 +82,7 @@ def test_a_list_that_was_damaged_says_nothing(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged", "of another time"])
-def test_an_intact_blob_without_leaves_that_fit_it_gets_them_when_it_is_looked_at(root: Path, damage: str) -> None:
+def test_an_intact_blob_without_valid_leaf_hashes_gets_them(root: Path, damage: str) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     path = store.layout.leaves(BLOB)
@@ -93,19 +93,19 @@ def test_an_intact_blob_without_leaves_that_fit_it_gets_them_when_it_is_looked_a
         path.write_bytes(b"\0" * len(whole))
     else:
         os.utime(path, ns=(0, 0))
-    checked = quarantine.check(store.disk, BLOB, no_pace)
+    checked = quarantine.check(store.disk, BLOB, no_rate_limit)
     assert checked is not None and checked.intact and not checked.listed
     quarantine.list_leaves(store.disk, checked)
     assert path.read_bytes() == whole and leaves.proves(store.layout, BLOB)
-    again = quarantine.check(store.disk, BLOB, no_pace)
+    again = quarantine.check(store.disk, BLOB, no_rate_limit)
     assert again is not None and again.listed
 
 
-def test_leaves_are_not_listed_for_a_file_that_took_the_blobs_place_meanwhile(root: Path) -> None:
+def test_leaf_hashes_are_not_written_for_a_replaced_file(root: Path) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     store.layout.leaves(BLOB).unlink()
-    checked = quarantine.check(store.disk, BLOB, no_pace)
+    checked = quarantine.check(store.disk, BLOB, no_rate_limit)
     assert checked is not None
     blob = store.layout.blob(BLOB)
     blob.rename(root.parent / "kept")  # so that the new file cannot get the same inode
@@ -115,13 +115,13 @@ def test_leaves_are_not_listed_for_a_file_that_took_the_blobs_place_meanwhile(ro
     assert not store.layout.leaves(BLOB).exists()
 
 
-def test_leaves_go_with_their_blob_and_a_start_removes_what_a_kill_has_left(root: Path) -> None:
+def test_leaf_hashes_go_with_their_blob_and_orphans_at_a_start(root: Path) -> None:
     store = Store(root)
     other = Model("org/other", {"other.bin": b"o" * 3000})
     store.bring_in(LARGE)
     store.bring_in(other)
     store.delete(LARGE)
-    assert files_below(root) == whole_of(other)
+    assert files_below(root) == files_of(other)
     stray = store.layout.leaves(BLOB)
     unfinished = store.layout.leaves(sha256(other.bytes["other.bin"])).with_name(f".{BLOB}.new")
     strange = store.layout.leaf_lists / "notes.txt"
@@ -131,8 +131,8 @@ def test_leaves_go_with_their_blob_and_a_start_removes_what_a_kill_has_left(root
     del store
     again = Store(root)
     assert again.holds(other)
-    assert files_below(root) == whole_of(other) | {str(strange.relative_to(root))}
+    assert files_below(root) == files_of(other) | {str(strange.relative_to(root))}
 
 
-def test_a_blob_has_one_place_for_its_leaves() -> None:
+def test_a_blobs_leaf_hashes_have_one_path() -> None:
     assert Layout(Path("/s")).leaves("ab" * 32) == Path("/s/leaves/ab") / ("ab" * 32)

@@ -43,9 +43,7 @@ def never(*_: object) -> Digests:
     raise AssertionError("hashed by sha256")
 
 
-def test_I1_a_commit_by_a_sealed_root_reads_every_leaf_and_needs_no_sha256(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_I1_a_commit_by_leaf_digest_reads_every_leaf_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(root)
     arrived(store)
     monkeypatch.setattr(disk_module, "digest", never)
@@ -56,7 +54,7 @@ def test_I1_a_commit_by_a_sealed_root_reads_every_leaf_and_needs_no_sha256(
 
 
 @pytest.mark.parametrize("at", [0, 3 * LEAF_BYTES - 1, len(WEIGHTS) - 1])
-def test_I1_a_leaf_that_is_not_on_the_disk_as_the_list_says_costs_that_leaf_alone(root: Path, at: int) -> None:
+def test_I1_a_leaf_that_differs_from_the_list_costs_only_itself(root: Path, at: int) -> None:
     store = Store(root)
     arrived(store, flipped(WEIGHTS, at))
     with pytest.raises(listed.BadLeaves) as refused:
@@ -68,7 +66,7 @@ def test_I1_a_leaf_that_is_not_on_the_disk_as_the_list_says_costs_that_leaf_alon
     assert not store.layout.partial_ready(BLOB).exists(), "the fetcher begins it anew"
 
 
-def test_I1_a_file_of_another_size_is_not_the_blob_whatever_its_leaves(root: Path) -> None:
+def test_I1_a_file_of_another_size_is_not_the_blob(root: Path) -> None:
     store = Store(root)
     arrived(store, WEIGHTS + b"x")
     with pytest.raises(Corrupt, match="instead of"):
@@ -80,9 +78,7 @@ def test_I1_a_file_of_another_size_is_not_the_blob_whatever_its_leaves(root: Pat
 
 
 @pytest.mark.parametrize("hashes", [b"", LIST[:-32], LIST + bytes(32), flipped(LIST, 40)])
-def test_I1_a_list_that_is_not_the_sealed_one_proves_nothing_and_the_whole_is_hashed(
-    root: Path, hashes: bytes
-) -> None:
+def test_I1_a_list_that_is_not_the_sealed_one_is_not_trusted(root: Path, hashes: bytes) -> None:
     store = Store(root)
     arrived(store, WEIGHTS, hashes)
     assert store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT).leaves == LIST
@@ -96,7 +92,7 @@ def test_I1_a_list_that_is_not_the_sealed_one_proves_nothing_and_the_whole_is_ha
         store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT)
 
 
-def test_every_leaf_is_looked_at_and_a_stop_ends_it(tmp_path: Path) -> None:
+def test_every_leaf_is_checked_and_a_stop_ends_it(tmp_path: Path) -> None:
     path, looked = tmp_path / "data", []
     path.write_bytes(WEIGHTS)
     with path.open("rb", buffering=0) as f:
@@ -110,7 +106,7 @@ def test_every_leaf_is_looked_at_and_a_stop_ends_it(tmp_path: Path) -> None:
             unlike(f, LIST, stop)
 
 
-async def test_a_service_commits_by_root_gives_up_bad_leaves_alone_and_tells_roots_of_all_it_has(
+async def test_a_service_commits_by_leaf_digest_and_drops_bad_leaves(
     nats: NatsServer, fresh: Callable[[str], str], tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("node")) as node, node.storage():

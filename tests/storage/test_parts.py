@@ -93,7 +93,7 @@ async def complete(node: Node) -> None:
     await node.seal(MODEL.sealed)
 
 
-async def told(node: Node) -> PartState | None:
+async def published_shard(node: Node) -> PartState | None:
     return await node.here.buckets.state.get_as(part_key(node.node, MODEL.name), PartState)
 
 
@@ -101,7 +101,7 @@ async def lease(node: Node, layers: list[int]) -> Leased:
     return await node.ask("lease", AskLease(model=MODEL.name, holder="a test", layers=layers), Leased)
 
 
-async def test_I3_a_part_counts_its_leaves_and_no_more_before_it_comes_and_when_it_is_here(
+async def test_I3_a_shard_counts_only_its_leaves_before_and_after(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
@@ -109,7 +109,7 @@ async def test_I3_a_part_counts_its_leaves_and_no_more_before_it_comes_and_when_
         assert (await node.storage_state()).reserved_bytes == FIRST_BYTES
         state = await bring_in(node, [0, 2], FIRST)
         assert (state.size_bytes, state.model_bytes) == (FIRST_BYTES, MODEL.sealed.size_bytes)
-        assert await told(node) == state and state.layers == [[0, 2]]
+        assert await published_shard(node) == state and state.layers == [[0, 2]]
         disk = await node.storage_state()
         assert (disk.reserved_bytes, disk.used_bytes) == (0, FIRST_BYTES), (
             "it is present, and nothing more is to come"
@@ -117,7 +117,7 @@ async def test_I3_a_part_counts_its_leaves_and_no_more_before_it_comes_and_when_
         assert await node.model_state(MODEL) is None, "a part is not the model"
 
 
-async def test_I3_the_quota_admits_a_part_and_refuses_the_whole(
+async def test_I3_the_quota_admits_a_shard_and_refuses_the_full_model(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with (
@@ -134,7 +134,7 @@ async def test_I3_the_quota_admits_a_part_and_refuses_the_whole(
         assert (disk.reserved_bytes, disk.used_bytes) == (0, FIRST_BYTES)
 
 
-async def test_other_layers_make_the_part_larger_and_a_restart_keeps_it(
+async def test_other_layers_extend_the_shard_and_a_restart_keeps_it(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
@@ -146,16 +146,14 @@ async def test_other_layers_make_the_part_larger_and_a_restart_keeps_it(
             state = await seal(node, [2, 3], SECOND)
             assert state.layers == [[0, 3]] and state.size_bytes == 4 * LEAF_BYTES + LAST_BYTES + 2
         async with node.storage():
-            assert await told(node) == state
+            assert await published_shard(node) == state
             disk = await node.storage_state()
             assert (disk.reserved_bytes, disk.used_bytes) == (0, state.size_bytes)
             leased = await lease(node, [1, 3])
             assert leased.leaves == {"model.safetensors": [[0, 3], [6, 8]]}
 
 
-async def test_I4_a_lease_has_a_view_of_the_part_and_keeps_it_from_gc_cancel_and_deletion(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_I4_a_lease_views_the_shard_and_protects_it(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
         async with node.storage(), node.fetcher():
             await bring_in(node, [0, 2], FIRST)
@@ -176,11 +174,11 @@ async def test_I4_a_lease_has_a_view_of_the_part_and_keeps_it_from_gc_cancel_and
                 outcome = await node.delete(MODEL.name)
                 assert not outcome.ok and outcome.error is not None and outcome.error.code == InUse.code
                 assert weights.read_bytes()[: 3 * LEAF_BYTES] == WEIGHTS[: 3 * LEAF_BYTES]
-                assert await told(node) is not None
+                assert await published_shard(node) is not None
             finally:
                 os.close(fd)
             assert (await node.delete(MODEL.name)).ok
-            assert await told(node) is None
+            assert await published_shard(node) is None
             assert list(node.layout.partials.iterdir()) == [] and list(node.layout.parts.iterdir()) == []
             disk = await node.storage_state()
             assert (disk.reserved_bytes, disk.used_bytes) == (0, 0)
@@ -188,22 +186,20 @@ async def test_I4_a_lease_has_a_view_of_the_part_and_keeps_it_from_gc_cancel_and
             assert (await node.storage_state()).reserved_bytes == 0
 
 
-async def test_a_part_becomes_the_model_with_what_is_here_and_what_reads_it_goes_on(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_a_shard_grows_into_the_model_while_it_is_read(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
         await bring_in(node, [0, 2], FIRST)
         leased = await lease(node, [0, 2])
         with (Path(leased.view) / "model.safetensors").open("rb") as reading:
             await complete(node)
             assert reading.read(LEAF_BYTES) == WEIGHTS[:LEAF_BYTES]
-        assert await told(node) is None and await node.model_state(MODEL) is not None
+        assert await published_shard(node) is None and await node.model_state(MODEL) is not None
         assert (await node.storage_state()).reserved_bytes == 0
         assert (await lease(node, [0, 2])).leaves == {}
         assert list(node.layout.parts.iterdir()) == []
 
 
-async def test_a_growth_that_was_given_back_leaves_the_part_as_it_was(
+async def test_a_released_extension_leaves_the_shard_as_it_was(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
@@ -214,15 +210,13 @@ async def test_a_growth_that_was_given_back_leaves_the_part_as_it_was(
             assert disk.reserved_bytes == len(WEIGHTS) + 5000 - 3 * LEAF_BYTES
             assert disk.used_bytes == FIRST_BYTES
             await node.release(MODEL.manifest)
-            assert await told(node) is not None
+            assert await published_shard(node) is not None
             await lease(node, [0, 2])
         async with node.storage():
-            assert await told(node) is not None
+            assert await published_shard(node) is not None
 
 
-async def test_I1_leaves_that_are_not_what_the_sealed_list_says_are_discarded_and_never_leased(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_I1_leaves_unlike_the_sealed_list_are_discarded(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
         wrong = WEIGHTS[: 2 * LEAF_BYTES] + b"x" + WEIGHTS[2 * LEAF_BYTES + 1 :]
         async with node.storage():
@@ -235,7 +229,7 @@ async def test_I1_leaves_that_are_not_what_the_sealed_list_says_are_discarded_an
                 await seal(node, [0, 2], FIRST, root="0" * 64)
             with pytest.raises(Corrupt, match="1 of the leaves"):
                 await seal(node, [0, 2], FIRST)
-            assert await told(node) is None
+            assert await published_shard(node) is None
             with pytest.raises(NotFound):
                 await lease(node, [0, 2])
             assert (node.layout.partial(BLOB) / "data").stat().st_size == 0
@@ -244,9 +238,7 @@ async def test_I1_leaves_that_are_not_what_the_sealed_list_says_are_discarded_an
             await bring_in(node, [0, 2], FIRST)
 
 
-async def test_a_part_that_nobody_uses_is_evicted_like_a_model_unless_it_is_pinned(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_an_unused_shard_is_evicted_unless_it_is_pinned(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
         other = Model("org/other", {"other.bin": b"o" * (2 * LEAF_BYTES)})
         quota = FIRST_BYTES + LEAF_BYTES
@@ -268,12 +260,12 @@ async def test_a_part_that_nobody_uses_is_evicted_like_a_model_unless_it_is_pinn
             evicted = (await node.reserve(other.manifest)).evicted
             assert evicted is not None and [v.model for v in evicted.victims] == [MODEL.name]
             assert evicted.frees_bytes >= FIRST_BYTES, "at least: a file system may have given its file more"
-            assert await told(node) is None and not node.layout.partial(BLOB).exists()
+            assert await published_shard(node) is None and not node.layout.partial(BLOB).exists()
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (0, 2 * LEAF_BYTES)
 
 
-async def test_I6_a_part_whose_bytes_have_gone_is_not_told_of_after_a_restart(
+async def test_I6_a_shard_whose_bytes_are_gone_is_not_published_again(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
@@ -281,13 +273,11 @@ async def test_I6_a_part_whose_bytes_have_gone_is_not_told_of_after_a_restart(
             await bring_in(node, [0, 2], FIRST)
         (node.layout.partial(BLOB) / "have").unlink()
         async with node.storage():
-            assert await told(node) is None
+            assert await published_shard(node) is None
             assert list(node.layout.parts.iterdir()) == []
 
 
-async def test_I1_a_part_that_has_lost_leaves_is_not_leased_and_only_those_come_again(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_I1_a_shard_that_lost_leaves_is_not_leased(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
         await bring_in(node, [0, 2], FIRST)
         bitmap = Bitmap(len(WEIGHTS))
@@ -296,7 +286,7 @@ async def test_I1_a_part_that_has_lost_leaves_is_not_leased_and_only_those_come_
         (node.layout.partial(BLOB) / "have").write_bytes(bitmap.to_bytes())
         with pytest.raises(NotFound, match="leaves are missing"):
             await lease(node, [0, 2])
-        assert await told(node) is None
+        assert await published_shard(node) is None
         await reserve(node, FIRST)
         disk = await node.storage_state()
         assert (disk.used_bytes, disk.reserved_bytes) == (2, 3 * LEAF_BYTES), "none of it is verified any more"
@@ -305,26 +295,24 @@ async def test_I1_a_part_that_has_lost_leaves_is_not_leased_and_only_those_come_
         await lease(node, [0, 2])
 
 
-async def test_a_part_of_which_a_person_removes_a_file_is_told_of_no_more(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_a_shard_with_a_removed_file_is_unpublished(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage():
         await bring_in(node, [0, 2], FIRST)
         node.layout.blob(CONFIG).unlink()
 
-        async def taken_back() -> bool:
-            return await told(node) is None
+        async def unpublished() -> bool:
+            return await published_shard(node) is None
 
         async def is_counted() -> bool:
             disk = await node.storage_state()
             return (disk.used_bytes, disk.reserved_bytes) == (0, 3 * LEAF_BYTES)
 
-        await eventually(taken_back, "the part is told of no more", PATIENCE_S)
+        await eventually(unpublished, "the part is told of no more", PATIENCE_S)
         await eventually(is_counted, "its leaves stay, for a fetch", PATIENCE_S)
         assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
 
 
-async def test_I3_a_part_whose_blob_comes_whole_for_another_model_stands_and_counts_once(
+async def test_I3_a_shard_counts_once_when_its_blob_comes_complete(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node:
@@ -338,22 +326,20 @@ async def test_I3_a_part_whose_blob_comes_whole_for_another_model_stands_and_cou
             await node.seal(TWIN.sealed)
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0)
-            assert await told(node) == state, "as much as its layers need"
+            assert await published_shard(node) == state, "as much as its layers need"
             leased = await lease(node, [0, 2])
             assert (Path(leased.view) / "model.safetensors").read_bytes() == WEIGHTS
             assert (await node.delete(TWIN.name)).ok
-            assert await told(node) == state
+            assert await published_shard(node) == state
         async with node.storage(), node.fetcher():
-            assert await told(node) == state
+            assert await published_shard(node) == state
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0), "a blob goes whole or not at all"
             await lease(node, [0, 2])
             await node.ask("unlease", Unlease(id=leased.id), Done)
 
 
-async def test_I3_two_parts_that_share_a_blob_count_it_once_and_each_outlives_the_other(
-    nats: NatsServer, tmp_path: Path, fresh: Fresh
-) -> None:
+async def test_I3_two_shards_that_share_a_blob_count_it_once(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage(), node.fetcher():
         await bring_in(node, [0, 2], FIRST)
         reserving = Reserve(manifest=TWIN.manifest, leaves={BLOB: SECOND})
@@ -367,7 +353,7 @@ async def test_I3_two_parts_that_share_a_blob_count_it_once_and_each_outlives_th
         disk = await node.storage_state()
         assert (disk.used_bytes, disk.reserved_bytes) == (4 * LEAF_BYTES + LAST_BYTES + 2, 0)
         assert (await node.delete(MODEL.name)).ok
-        assert await told(node) is None
+        assert await published_shard(node) is None
         disk = await node.storage_state()
         # Leaves that nothing needs any more stay in a file whose other leaves are needed, and count.
         assert disk.used_bytes == twin.size_bytes
@@ -380,7 +366,7 @@ LEAF_SETS = st.integers(0, (1 << LEAVES) - 1)
 
 
 @given(st.dictionaries(st.sampled_from(["org/a", "org/b", "org/c"]), st.tuples(LEAF_SETS, LEAF_SETS), min_size=1))
-def test_I3_used_and_reserved_are_together_what_may_come_to_be_on_the_disk(
+def test_I3_used_plus_reserved_is_what_may_come_to_the_disk(
     models: dict[str, tuple[int, int]],
 ) -> None:
     """Each model has a shard with leaves of a blob, and needs leaves of it that are missing."""
@@ -398,7 +384,7 @@ def test_I3_used_and_reserved_are_together_what_may_come_to_be_on_the_disk(
     assert ledger.in_flight_bytes == ledger.reserved_bytes
 
 
-async def test_I3_a_part_on_a_second_disk_counts_there_is_leased_and_is_taken_back_while_that_disk_is_away(
+async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
     nats: NatsServer, tmp_path: Path, fresh: Fresh
 ) -> None:
     async with machine(nats, fresh("parts"), tmp_path) as m, m.node.storage():
@@ -422,10 +408,10 @@ async def test_I3_a_part_on_a_second_disk_counts_there_is_leased_and_is_taken_ba
         await node.ask("unlease", Unlease(id=leased.id), Done)
         m.disk.unmount()
 
-        async def taken_back() -> bool:
-            return await told(node) is None
+        async def unpublished() -> bool:
+            return await published_shard(node) is None
 
-        await eventually(taken_back, "the part is told of no more", PATIENCE_S)
+        await eventually(unpublished, "the part is told of no more", PATIENCE_S)
         assert (await node.storage_state()).used_bytes == FILLS_THE_STORE.sealed.size_bytes
         m.disk.mount()
 
@@ -437,6 +423,6 @@ async def test_I3_a_part_on_a_second_disk_counts_there_is_leased_and_is_taken_ba
         assert await seal(node, [0, 2], FIRST) == state, "nothing of it had to come again"
         await complete(node)
         m.check(MODEL, FILLS_THE_STORE)
-        assert await told(node) is None
+        assert await published_shard(node) is None
         (root,) = (await node.storage_state()).roots
         assert (root.used_bytes, root.reserved_bytes) == (len(WEIGHTS), 0)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.process import source_path
-from tests.storage.promises import Promises
+from tests.storage.promises import Acknowledged
 
 DEADLINE_S = 60
 COPIES_AT_MOST = 50
@@ -90,7 +90,7 @@ class Cuts:
         self.copies = 0
         make_image(kind, self.image)
 
-    def _further(self, at: Path) -> Path | None:
+    def _volume_path(self, at: Path) -> Path | None:
         # On the same image: one copy has the whole machine at one moment.
         return at / "further" if self.has_further else None
 
@@ -98,7 +98,7 @@ class Cuts:
         """Cut a life at every n-th change and after each acknowledgement. Returns the cuts and the violations."""
         wrong: list[str] = []
         cuts = changes = 0
-        promises = Promises()
+        promises = Acknowledged()
         with mounted(self.kind, self.image, self.directory / "live") as live:
             process = subprocess.Popen(
                 [
@@ -106,7 +106,7 @@ class Cuts:
                     "-m",
                     "tests.storage.lives",
                     str(live / "store"),
-                    str(self._further(live) or ""),
+                    str(self._volume_path(live) or ""),
                     *left_out,
                 ],
                 env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -136,21 +136,21 @@ class Cuts:
         assert not promises.may_be_pinned, "the life has ended early"
         return cuts, wrong
 
-    def after_a_cut(self, promises: Promises) -> str:
+    def after_a_cut(self, promises: Acknowledged) -> str:
         """The violation in the store after a cut now; "" if there is none."""
         # A new file each time: a device that still has the last copy is never mistaken for this one.
         self.copies += 1
         copy = self.directory / f"copy-{self.copies}"
         copy_at_one_moment(self.image, copy)
         try:
-            return self._look_into(copy, promises)
+            return self._violation_in(copy, promises)
         finally:
             copy.unlink()
 
-    def _look_into(self, copy: Path, promises: Promises) -> str:
+    def _violation_in(self, copy: Path, promises: Acknowledged) -> str:
         with mounted(self.kind, copy, self.directory / "after") as at:
             try:
-                promises.hold(at / "store", self._further(at))
+                promises.hold(at / "store", self._volume_path(at))
             except (AssertionError, OSError) as e:
                 return str(e) or type(e).__name__
             except Exception as e:  # noqa: BLE001  # whatever keeps a start from starting is what is looked for
@@ -159,9 +159,7 @@ class Cuts:
 
 
 @pytest.mark.parametrize(("kind", "has_further"), [("ext4", False), ("xfs", False), ("ext4", True)])
-def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acknowledged_and_shows_no_corrupt_blob(
-    tmp_path: Path, kind: str, has_further: bool
-) -> None:
+def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(tmp_path: Path, kind: str, has_further: bool) -> None:
     if why := _can_mount(kind):
         pytest.skip(f"power cuts on {kind} are NOT tested here: {why}")
     every = {"ext4": 3 if has_further else 1, "xfs": 3}[kind]
@@ -171,7 +169,7 @@ def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acknowledged_and_shows
 
 
 @pytest.mark.parametrize("left_out", ["verify_partial", "commit", "put_file", "write_file"])
-def test_the_cuts_bite_a_store_without_one_fsync_loses_what_it_acknowledged(tmp_path: Path, left_out: str) -> None:
+def test_power_cuts_are_effective_against_a_store_without_fsync(tmp_path: Path, left_out: str) -> None:
     if why := _can_mount("ext4"):
         pytest.skip(f"power cuts are NOT tested here: {why}")
     _, wrong = Cuts("ext4", tmp_path).run(10**9, left_out)

@@ -30,11 +30,11 @@ from tests.storage.stores import (
     check_invariants,
     claimed_leaves,
     files_below,
+    files_of,
     put,
     put_missing,
-    whole_of,
 )
-from tests.storage.test_leaves import no_pace
+from tests.storage.test_leaves import no_rate_limit
 from tests.storage.test_verify import flip, verify
 
 Fresh = Callable[[str], str]
@@ -53,9 +53,9 @@ def only_blob(model: Model) -> tuple[str, bytes]:
     return name, data
 
 
-def doubt(store: Store, blob: str) -> quarantine.Checked:
+def verify_changed_blob(store: Store, blob: str) -> quarantine.Checked:
     """Do what the verifier does with a corrupt blob."""
-    checked = quarantine.check(store.disk, blob, no_pace)
+    checked = quarantine.check(store.disk, blob, no_rate_limit)
     assert checked is not None and not checked.intact
     assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
     lose({blob}, store.ledger)
@@ -73,7 +73,7 @@ def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[Store, Model, q
         store.bring_in(model)
         for offset in offsets:
             flip(store.layout.blob(blob), offset)
-        yield store, model, doubt(store, blob)
+        yield store, model, verify_changed_blob(store, blob)
         check_invariants(store.root, blob if blob not in store.ledger.blobs else "")
 
 
@@ -82,9 +82,7 @@ sizes = st.sampled_from([1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(sizes, st.data())
-def test_I1_exactly_the_leaves_with_a_flipped_byte_are_found_and_come_anew(
-    size_bytes: int, data: st.DataObject
-) -> None:
+def test_I1_exactly_the_leaves_with_a_flipped_byte_are_refetched(size_bytes: int, data: st.DataObject) -> None:
     at = st.sampled_from([0, size_bytes - 1]) | st.integers(0, size_bytes - 1)
     offsets = data.draw(st.sets(at, min_size=1, max_size=3))
     bad = {offset // LEAF_BYTES for offset in offsets}
@@ -99,12 +97,10 @@ def test_I1_exactly_the_leaves_with_a_flipped_byte_are_found_and_come_anew(
         assert store.commit(blob) == blob
         store.seal(model)
         assert store.holds(model) and leaves.proves(store.layout, blob)
-        assert files_below(store.root) == whole_of(model)
+        assert files_below(store.root) == files_of(model)
 
 
-def test_I1_a_leaf_that_cannot_be_read_is_bad_and_the_others_are_kept(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_I1_an_unreadable_leaf_is_corrupt_and_others_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, model = Store(root), model_of(4 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
@@ -117,7 +113,7 @@ def test_I1_a_leaf_that_cannot_be_read_is_bad_and_the_others_are_kept(
 
     with monkeypatch.context() as failing:
         failing.setattr(os, "pread", pread)
-        checked = doubt(store, blob)
+        checked = verify_changed_blob(store, blob)
     assert checked.bad_leaf_count == 2
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {1, 3}
@@ -126,9 +122,7 @@ def test_I1_a_leaf_that_cannot_be_read_is_bad_and_the_others_are_kept(
     assert store.holds(model)
 
 
-def test_a_device_that_reads_nothing_any_more_is_not_asked_for_every_leaf(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_device_is_not_read_leaf_by_leaf(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, model = Store(root), model_of(5 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
@@ -141,7 +135,7 @@ def test_a_device_that_reads_nothing_any_more_is_not_asked_for_every_leaf(
     with monkeypatch.context() as failing:
         failing.setattr(os, "pread", pread)
         failing.setattr(quarantine, "_MAX_UNREADABLE_LEAVES", 2)
-        checked = doubt(store, blob)
+        checked = verify_changed_blob(store, blob)
     assert asked == [0, LEAF_BYTES, 2 * LEAF_BYTES]
     assert checked.bad_leaf_count == 5
     store.reserve(model)
@@ -151,7 +145,7 @@ def test_a_device_that_reads_nothing_any_more_is_not_asked_for_every_leaf(
 
 
 @pytest.mark.parametrize("useless", ["gone", "damaged", "of other bytes"])
-def test_without_leaves_that_can_be_believed_all_comes_anew(root: Path, useless: str) -> None:
+def test_without_trusted_leaf_hashes_everything_is_refetched(root: Path, useless: str) -> None:
     store, model = Store(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
@@ -163,16 +157,16 @@ def test_without_leaves_that_can_be_believed_all_comes_anew(root: Path, useless:
     else:
         leaves.write(store.layout, blob, leaf_hash(b"?") * 3, 0)
     flip(store.layout.blob(blob), 5)
-    checked = doubt(store, blob)
+    checked = verify_changed_blob(store, blob)
     assert checked.bad_leaf_count == 3 and not store.layout.set_aside_have(blob).exists()
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
     store.commit(blob)
     store.seal(model)
-    assert files_below(root) == whole_of(model)
+    assert files_below(root) == files_of(model)
 
 
-def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(root: Path) -> None:
+def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
     store, model = Store(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
@@ -182,7 +176,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(ro
     lie = [leaf_hash(now[at : at + LEAF_BYTES]) for at in range(0, len(now), LEAF_BYTES)]
     lie[2] = leaf_hash(b"?")
     leaves.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
-    assert doubt(store, blob).bad_leaf_count == 1
+    assert verify_changed_blob(store, blob).bad_leaf_count == 1
     partial = store.ledger.partials
     make_partial(store.disk, blob, len(whole), [model.name])
     directory = store.layout.partial(blob)
@@ -199,17 +193,17 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded_and_all_comes_anew(ro
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
     store.commit(blob)
     store.seal(model)
-    assert store.holds(model) and files_below(root) == whole_of(model)
+    assert store.holds(model) and files_below(root) == files_of(model)
 
 
-def test_a_bitmap_of_an_earlier_time_does_not_speak_for_what_is_set_aside_now(root: Path) -> None:
+def test_an_old_bitmap_does_not_count_for_a_newly_corrupt_blob(root: Path) -> None:
     store, model = Store(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     store.layout.set_aside_have(blob).write_bytes(b"\x03")
     store.layout.leaves(blob).unlink()
     flip(store.layout.blob(blob), 0)
-    doubt(store, blob)
+    verify_changed_blob(store, blob)
     assert not store.layout.set_aside_have(blob).exists()
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
@@ -217,7 +211,7 @@ def test_a_bitmap_of_an_earlier_time_does_not_speak_for_what_is_set_aside_now(ro
     store.seal(model)
 
 
-def test_what_a_partial_without_data_claims_is_forgotten(root: Path) -> None:
+def test_claims_of_a_partial_without_data_are_dropped(root: Path) -> None:
     store, model = Store(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.reserve(model)
@@ -230,7 +224,7 @@ def test_what_a_partial_without_data_claims_is_forgotten(root: Path) -> None:
     store.seal(model)
 
 
-def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_and_the_repair_goes_on(
+def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
     tmp_path: Path,
 ) -> None:
     model, bad = model_of(2 * LEAF_BYTES + 500), {0, 2}
@@ -252,7 +246,7 @@ def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_an
         for leaf in bad:
             flip(store.layout.blob(blob), leaf * LEAF_BYTES + 9)
         with seen(root, before) as seam:
-            doubt(store, blob)
+            verify_changed_blob(store, blob)
             store.reserve(model)
             assert put_missing(store.layout, blob, whole) == bad
             store.commit(blob)
@@ -268,8 +262,8 @@ def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_an
             repair(root, number)
         store = Store(root)
         claimed_leaves(store.layout.partial(blob), whole)
-        if blob in store.ledger.blobs and not quarantine.check(store.disk, blob, no_pace).intact:  # type: ignore[union-attr]  # it is there
-            doubt(store, blob)
+        if blob in store.ledger.blobs and not quarantine.check(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
+            verify_changed_blob(store, blob)
         if store.reserve(model):
             came = put_missing(store.layout, blob, whole)
             assert bad <= came or not came
@@ -280,19 +274,19 @@ def test_I6_a_kill_at_any_change_of_a_repair_leaves_no_claim_that_is_not_good_an
         assert store.holds(model)
         del store
         again = Store(root)
-        assert again.holds(model) and files_below(root) == whole_of(model)
+        assert again.holds(model) and files_below(root) == files_of(model)
         del again
     # Between the rename into quarantine and that of the bitmap, nothing tells which leaves are good.
     assert all("quarantine.py:set_aside" in c.site or "keep_good_leaves" in c.site for c in fetched_whole)
     assert fetched_whole
 
 
-def test_a_start_knows_what_can_be_repaired_and_drops_bitmaps_without_their_blob(root: Path) -> None:
+def test_a_start_knows_what_is_repairable_and_drops_bitmaps(root: Path) -> None:
     store, model = Store(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     flip(store.layout.blob(blob), 0)
-    doubt(store, blob)
+    verify_changed_blob(store, blob)
     lonely = store.layout.set_aside_have("cd" * 32)
     lonely.write_bytes(b"\x01")
     del store
@@ -300,7 +294,7 @@ def test_a_start_knows_what_can_be_repaired_and_drops_bitmaps_without_their_blob
     assert again.ledger.quarantined == {blob} and not lonely.exists()
     assert repairable(again.disk, again.ledger.quarantined) == {blob: len(whole)}
     again.disk.drop_set_aside(blob)
-    assert files_below(root) == whole_of(model) - {
+    assert files_below(root) == files_of(model) - {
         str(p.relative_to(root))
         for f in model.sealed.files
         for p in (again.layout.blob(blob), again.layout.leaves(blob), again.layout.view_file(model.sealed, f.path))
@@ -309,7 +303,7 @@ def test_a_start_knows_what_can_be_repaired_and_drops_bitmaps_without_their_blob
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**6), st.integers(0, 10**6))
-def test_I3_a_repair_needs_room_on_the_disk_only_for_what_is_not_there_and_all_of_its_quota(
+def test_I3_a_repair_needs_disk_space_only_for_missing_leaves(
     size_bytes: int, there_bytes: int, free_bytes: int
 ) -> None:
     blob = "ab" * 32
@@ -328,7 +322,7 @@ def test_I3_a_repair_needs_room_on_the_disk_only_for_what_is_not_there_and_all_o
     assert not approved(size_bytes - 1)
 
 
-async def test_a_service_that_is_asked_to_verify_says_which_leaves_are_bad_and_what_is_broken_from_before(
+async def test_verify_reports_bad_leaves_and_already_incomplete_models(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     model, other = model_of(3 * LEAF_BYTES + 1), Model("org/other", {"other.bin": b"o" * 300})
@@ -355,7 +349,7 @@ async def test_a_service_that_is_asked_to_verify_says_which_leaves_are_bad_and_w
             await node.commit(blob)
             ready = await node.seal(model.sealed)
             assert ready.revisions == ["main"]
-            assert files_below(node.layout.root) == whole_of(model, other)
+            assert files_below(node.layout.root) == files_of(model, other)
             # A store from before leaf hashes existed gets them.
             node.layout.leaves(blob).unlink()
             assert (await verify(node)).result["checked"] == 2

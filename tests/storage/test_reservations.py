@@ -37,7 +37,7 @@ from shoal_storage.reservations import (
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.service import on_node
-from tests.storage.stores import Model, files_below, put, whole_of
+from tests.storage.stores import Model, files_below, files_of, put
 from tests.storage.test_evict import manifest_of
 from tests.storage.test_evict_races import A, B, Held, holding, model_of
 
@@ -59,7 +59,7 @@ SPANS_S = st.sampled_from([0.0, 1.0, RENEW_EVERY_S, STILL_WANTED_S - 1, STILL_WA
     st.sampled_from([0, DAY_S, 7 * DAY_S]),
     st.booleans(),
 )
-def test_I4_what_is_wished_for_keeps_its_promise_while_its_fetcher_lives_and_nothing_goes_before_its_time(
+def test_I4_a_requested_model_keeps_its_reservation(
     wish: Wish | None, unwanted_s: float, away_s: float, retention_s: int, ended: bool
 ) -> None:
     ledger = Ledger(promised={MODEL: {"a" * 64}}, wanted_s={MODEL: NOW_S - unwanted_s})
@@ -79,21 +79,21 @@ def test_I4_what_is_wished_for_keeps_its_promise_while_its_fetcher_lives_and_not
 
 
 @given(SPANS_S, SPANS_S)
-def test_I4_what_is_paused_keeps_its_promise_though_no_fetcher_lives(unwanted_s: float, away_s: float) -> None:
+def test_I4_a_paused_model_keeps_its_reservation(unwanted_s: float, away_s: float) -> None:
     ledger = Ledger(promised={MODEL: {"a" * 64}}, wanted_s={MODEL: NOW_S - unwanted_s})
     steps = decide(ledger, [Wish("org/model", COMMIT, paused=True)], away_s, NOW_S, 0)
     assert not steps.end and not steps.remove
     assert bool(steps.renew) == (unwanted_s >= RENEW_EVERY_S)
 
 
-def test_what_is_paused_and_fetched_under_another_name_is_not_told_as_paused() -> None:
+def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
     ledger = Ledger(promised={MODEL: {"a" * 64}})
     paused, fetched = Wish("org/model", COMMIT, paused=True), Wish("org/model", COMMIT)
     assert paused_of(ledger, [paused]) == {MODEL}
     assert paused_of(ledger, [paused, fetched]) == paused_of(ledger, [fetched]) == paused_of(ledger, []) == set()
 
 
-def test_of_a_paused_model_all_that_it_is_promised_is_told_and_what_others_need_too_is_not() -> None:
+def test_a_paused_models_bytes_exclude_what_others_need() -> None:
     mine, shared = "b" * 64, "d" * 64
     ledger = Ledger(blobs={mine: 5, shared: 7}, paused={MODEL, f"org/gone@{COMMIT}"})
     ledger.partials = {"1" * 64: Partial(100, 20, {MODEL})}
@@ -105,7 +105,7 @@ def test_of_a_paused_model_all_that_it_is_promised_is_told_and_what_others_need_
     assert not plan(1000, ledger, {}, kept_models(ledger, {})).unfinished
 
 
-def test_wishes_get_their_commits_from_the_states_under_the_same_keys() -> None:
+def test_download_requests_get_their_commits_from_the_states() -> None:
     specs = [(f"download.a.{n}", DownloadSpec(model=f"org/{n}", asked_at_s=1.0)) for n in ("x@v1", "y")]
     states = {"download.a.x@v1": DownloadState(node="a", model="org/x@v1", phase="fetching", commit=COMMIT)}
     assert wishes(specs, states) == [Wish("org/x", COMMIT), Wish("org/y", "")]
@@ -116,7 +116,7 @@ def test_wishes_get_their_commits_from_the_states_under_the_same_keys() -> None:
 # Ended reservations in the ledger and in plans
 
 
-def test_I3_an_ended_promise_counts_what_it_occupies_and_reserving_it_anew_needs_the_rest() -> None:
+def test_I3_an_ended_reservation_counts_only_its_allocated_bytes() -> None:
     ledger = Ledger(partials={"a" * 64: Partial(100, allocated_bytes=30, models={MODEL})})
     assert (ledger.reserved_bytes, ledger.in_flight_bytes, ledger.needed_bytes("a" * 64, 100)) == (100, 70, 0)
     ledger.ended = {MODEL}
@@ -125,7 +125,7 @@ def test_I3_an_ended_promise_counts_what_it_occupies_and_reserving_it_anew_needs
     assert (ledger.reserved_bytes, ledger.in_flight_bytes) == (100, 70), "another still wants it"
 
 
-def test_a_plan_takes_garbage_then_what_ended_downloads_left_oldest_first_and_no_model_if_that_suffices() -> None:
+def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
     older, newer = f"org/older@{COMMIT}", f"org/newer@{COMMIT}"
     whole = "f" * 64
     ledger = Ledger(blobs={"b" * 64: 5, "d" * 64: 7}, ended={older, newer}, wanted_s={older: 1.0, newer: 2.0})
@@ -182,7 +182,7 @@ class Cluster:
         live = encode(Live(holder=this_process(), version="0"))
         self.live.apply(live_key(self.held.node, "fetcher"), live if here else None)
 
-    def wish(self, model: Model, there: bool = True) -> None:
+    def set_request(self, model: Model, there: bool = True) -> None:
         repo, commit = model.manifest.repo, model.manifest.commit
         key, node = download_key(self.held.node, repo), self.held.node
         self.downloads.apply(
@@ -190,7 +190,7 @@ class Cluster:
         )
         self.specs.apply(key, encode(DownloadSpec(model=repo, asked_at_s=1.0)) if there else None)
 
-    async def look(self, after_s: float, passing_s: float = 0.0) -> None:
+    async def check_after(self, after_s: float, passing_s: float = 0.0) -> None:
         """Check after so many seconds; `passing_s` of them since the last check."""
         self.monotonic_s += passing_s
         await self.reservations.look(self.begun_s + after_s, self.monotonic_s)
@@ -205,24 +205,24 @@ async def a_fetch(nats: NatsServer, home: Path, node: str, limits: Limits) -> As
     """COMES is reserved and requested, and all of it has arrived."""
     async with holding(nats, home, node, limits) as held:
         cluster = Cluster(held)
-        cluster.wish(COMES)
+        cluster.set_request(COMES)
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
         put(held.disk.layout, BLOB, COMES.blobs[BLOB])
         cluster.begun_s = held.ledger.wanted_s[COMES.name]
         yield held, cluster
 
 
-async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention_and_then_nothing_is_left(
+async def test_a_reservation_and_then_its_bytes_outlive_the_request(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(4000, 0)) as (held, cluster):
         for after_s in (100.0, DAY_S, 30 * DAY_S):
-            await cluster.look(after_s)
+            await cluster.check_after(after_s)
             assert held.ledger.ended == set() and held.ledger.wanted_s[COMES.name] == cluster.begun_s + after_s
-        cluster.wish(COMES, False)
-        await cluster.look(30 * DAY_S + STILL_WANTED_S - 1)
+        cluster.set_request(COMES, False)
+        await cluster.check_after(30 * DAY_S + STILL_WANTED_S - 1)
         assert held.ledger.ended == set()
-        await cluster.look(30 * DAY_S + STILL_WANTED_S)
+        await cluster.check_after(30 * DAY_S + STILL_WANTED_S)
         assert held.ledger.ended == {COMES.name}
         assert kept_models(held.ledger, {}) == {}
         with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
@@ -231,55 +231,55 @@ async def test_a_promise_outlives_its_wish_by_minutes_its_bytes_by_the_retention
         await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
-        await cluster.look(37 * DAY_S - 1)
+        await cluster.check_after(37 * DAY_S - 1)
         assert held.disk.has_partial(BLOB)
-        await cluster.look(37 * DAY_S)
+        await cluster.check_after(37 * DAY_S)
         assert files_below(held.disk.layout.root) == set() and held.ledger.partials == {} == held.ledger.promised
         assert held.ledger.ended == set() and held.ledger.wanted_s == {}
 
 
-async def test_reserving_again_brings_a_promise_back_with_all_that_had_arrived(
+async def test_reserving_again_revives_a_reservation_with_its_bytes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(4000, 0)) as (held, cluster):
-        cluster.wish(COMES, False)
-        await cluster.look(STILL_WANTED_S)
+        cluster.set_request(COMES, False)
+        await cluster.check_after(STILL_WANTED_S)
         assert held.ledger.ended == {COMES.name}
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
         assert held.ledger.ended == set()
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.seal(SealModel(manifest=COMES.sealed))
-        assert files_below(held.disk.layout.root) == whole_of(COMES)
+        assert files_below(held.disk.layout.root) == files_of(COMES)
         assert held.ledger.wanted_s == {}
 
 
-async def test_a_retention_of_nothing_keeps_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
         cluster.retention_s = 0
-        await cluster.look(STILL_WANTED_S)
+        await cluster.check_after(STILL_WANTED_S)
         assert held.disk.has_partial(BLOB), "it is wished for"
-        cluster.wish(COMES, False)
-        await cluster.look(2 * STILL_WANTED_S)
+        cluster.set_request(COMES, False)
+        await cluster.check_after(2 * STILL_WANTED_S)
         assert files_below(held.disk.layout.root) == set()
 
 
-async def test_a_fetcher_that_is_gone_ends_its_reservations_and_one_that_only_restarts_does_not(
+async def test_a_dead_fetcher_ends_its_reservations_unless_it_restarts(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
-        await cluster.look(0.0)
+        await cluster.check_after(0.0)
         cluster.fetcher(False)
-        await cluster.look(GONE_AFTER_S - 1, GONE_AFTER_S - 1)
+        await cluster.check_after(GONE_AFTER_S - 1, GONE_AFTER_S - 1)
         assert held.ledger.ended == set()
         cluster.fetcher(True)
-        await cluster.look(GONE_AFTER_S, 1.0)
+        await cluster.check_after(GONE_AFTER_S, 1.0)
         assert held.ledger.wanted_s[COMES.name] == cluster.begun_s + GONE_AFTER_S
         cluster.fetcher(False)
-        await cluster.look(2 * GONE_AFTER_S, GONE_AFTER_S)
+        await cluster.check_after(2 * GONE_AFTER_S, GONE_AFTER_S)
         assert held.ledger.ended == {COMES.name} and held.disk.has_partial(BLOB)
 
 
-async def test_who_does_not_hear_nats_ends_nothing(
+async def test_a_storage_without_nats_ends_no_reservation(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
@@ -287,18 +287,18 @@ async def test_who_does_not_hear_nats_ends_nothing(
         connected = type(held.here.nats.client)
         with monkeypatch.context() as patched:
             patched.setattr(connected, "is_connected", property(lambda _: False))
-            await cluster.look(10 * GONE_AFTER_S, 10 * GONE_AFTER_S)
-            await cluster.look(20 * GONE_AFTER_S, 10 * GONE_AFTER_S)
+            await cluster.check_after(10 * GONE_AFTER_S, 10 * GONE_AFTER_S)
+            await cluster.check_after(20 * GONE_AFTER_S, 10 * GONE_AFTER_S)
         assert held.ledger.ended == set()
 
 
-async def test_I4_what_an_ended_download_left_goes_before_any_model_as_the_dry_run_says(
+async def test_I4_leftovers_of_a_download_are_evicted_before_any_model(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(9000, 0, "lru")) as (held, cluster):
         await held.bring_in(A, B)
-        cluster.wish(COMES, False)
-        await cluster.look(STILL_WANTED_S)
+        cluster.set_request(COMES, False)
+        await cluster.check_after(STILL_WANTED_S)
         await held.guard.room.spaces()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
@@ -310,16 +310,16 @@ async def test_I4_what_an_ended_download_left_goes_before_any_model_as_the_dry_r
         assert held.ledger.manifests.keys() == {A.name, B.name} and BLOB not in held.ledger.partials
 
 
-async def test_what_one_of_two_downloads_ended_leaves_to_the_other_stays_promised(
+async def test_what_two_downloads_share_stays_reserved_for_the_other(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     twin = Model("org/twin", {"weights.bin": COMES.bytes["weights.bin"]})
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
         await held.guard.reserve(Reserve(manifest=twin.manifest))
         cluster.retention_s = 0
-        cluster.wish(COMES, False)
-        cluster.wish(twin)
-        await cluster.look(STILL_WANTED_S + 60)
+        cluster.set_request(COMES, False)
+        cluster.set_request(twin)
+        await cluster.check_after(STILL_WANTED_S + 60)
         assert held.ledger.partials[BLOB].models == {twin.name}
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.release(Release(manifest=twin.manifest))
@@ -330,7 +330,7 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
 ) -> None:
     """By the reservation's file; by the partial blobs if a full disk had no space for that."""
     async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
-        await cluster.look(1000.0)
+        await cluster.check_after(1000.0)
         for without_promise in (False, True):
             if without_promise:
                 for path in held.disk.layout.promises.iterdir():
@@ -341,7 +341,7 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
             assert abs(ledger.wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
 
 
-async def test_a_service_that_starts_ends_what_nobody_has_wanted_for_long_and_tells_it(
+async def test_a_start_ends_long_unwanted_reservations_with_an_event(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -358,10 +358,10 @@ async def test_a_service_that_starts_ends_what_nobody_has_wanted_for_long_and_te
         age(long_ago_s)
         async with node.storage(SHOAL_PARTIAL_RETENTION_S=str(10**10)) as process:
 
-            async def told() -> bool:
+            async def published() -> bool:
                 return (await node.storage_state()).unfinished == [COMES.name]
 
-            await eventually(told, "the promise has ended")
+            await eventually(published, "the promise has ended")
             state = await node.storage_state()
             assert (state.reserved_bytes, state.partial_retention_s) == (0, 10**10)
             await node.reserve(COMES.manifest)

@@ -48,7 +48,7 @@ def any_way(blobs: dict[str, int], rooms: dict[str, int], bound: dict[str, str])
 
 
 @given(pieces())
-def test_I3_no_root_is_ever_given_more_than_it_has_room_for(
+def test_I3_no_volume_is_given_more_than_its_free_space(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
     blobs, rooms, bound = case
@@ -68,7 +68,7 @@ def test_blobs_are_refused_only_if_there_is_no_way_to_place_them(
 
 
 @given(pieces())
-def test_with_what_is_lacking_everywhere_there_is_a_way_and_nothing_is_lacking_where_there_is_one(
+def test_the_allocator_finds_a_way_exactly_when_none_is_lacking(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
     blobs, rooms, bound = case
@@ -78,9 +78,7 @@ def test_with_what_is_lacking_everywhere_there_is_a_way_and_nothing_is_lacking_w
 
 
 @given(BLOBS, ROOMS)
-def test_blobs_of_a_model_stay_together_where_they_can_and_in_the_store_first(
-    blobs: dict[str, int], rooms: dict[str, int]
-) -> None:
+def test_blobs_of_a_model_stay_together_and_in_the_store_first(blobs: dict[str, int], rooms: dict[str, int]) -> None:
     placed, total = spread(blobs, rooms, {}), sum(blobs.values())
     takes_all = [further for further, room in rooms.items() if total <= max(room, 0)]
     if blobs and takes_all:
@@ -90,7 +88,7 @@ def test_blobs_of_a_model_stay_together_where_they_can_and_in_the_store_first(
         assert only == "" if "" in takes_all else rooms[only] == most
 
 
-def test_a_model_of_many_small_files_and_large_shards_finds_its_places_at_once() -> None:
+def test_a_model_of_many_files_is_allocated_quickly() -> None:
     blobs = {f"shard-{n}": 5_000 for n in range(40)} | {f"small-{n}": 1 for n in range(5_000)}
     placed = spread(blobs, {"": 103_000, "one": 103_000}, {})
     assert placed is not None and fits(blobs, {"": 103_000, "one": 103_000}, placed)
@@ -154,7 +152,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[Space]) -> list[S
 
 
 @given(disks())
-def test_I3_a_plan_over_several_roots_makes_room_where_the_blobs_come_and_admits_them_all(case: Case) -> None:
+def test_I3_a_plan_over_several_volumes_frees_where_blobs_go(case: Case) -> None:
     ledger, _, spaces, limits, new = case
     manifest = manifest_of(NEW, sorted(new), SIZES)
     try:
@@ -178,7 +176,7 @@ def test_I3_a_plan_over_several_roots_makes_room_where_the_blobs_come_and_admits
 
 
 @given(disks())
-def test_no_victim_of_a_plan_over_several_roots_could_be_spared_and_none_is_kept(case: Case) -> None:
+def test_no_victim_of_a_plan_over_several_volumes_is_needless(case: Case) -> None:
     ledger, kept, spaces, limits, new = case
     manifest = manifest_of(NEW, sorted(new), SIZES)
     try:
@@ -199,7 +197,7 @@ def test_no_victim_of_a_plan_over_several_roots_could_be_spared_and_none_is_kept
         assert not met(freed), f"{spared} need not have gone"
 
 
-def test_a_copy_that_a_lease_may_look_at_is_no_garbage() -> None:
+def test_a_second_copy_of_a_used_blob_is_garbage_on_its_volume() -> None:
     blob = next(iter(SIZES))
     ledger = Ledger(blobs={blob: 5}, doubles={blob: {"one": 5}})
     assert garbage_of(ledger) == [blob] and garbage_bytes_of([blob], ledger) == {"": 5, "one": 5}
@@ -207,7 +205,7 @@ def test_a_copy_that_a_lease_may_look_at_is_no_garbage() -> None:
     assert garbage_bytes_of(garbage_of(ledger), ledger) == {"one": 5}
 
 
-def test_a_refusal_has_the_figures_of_every_root() -> None:
+def test_a_refusal_has_the_figures_of_every_volume() -> None:
     manifest = manifest_of(NEW, ["e" * 64], {"e" * 64: 70})
     spaces = [Space("", "the store", 50, 0), Space("one", "/mnt/big", 60, 5)]
     with pytest.raises(QuotaExceeded, match="the store has 40 B available, /mnt/big has 45 B available") as refused:

@@ -19,12 +19,12 @@ from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.service import on_node
-from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, check_invariants, files_below, files_of, put, sha256
 
 Fresh = Callable[[str], str]
 
 
-async def test_a_model_comes_in_and_the_cluster_is_told_exactly_what_is_here(
+async def test_a_model_comes_in_and_exactly_it_is_published(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="100000"):
@@ -54,11 +54,11 @@ async def test_a_model_comes_in_and_the_cluster_is_told_exactly_what_is_here(
         assert (after.model_count, after.blob_count) == (2, len(held))
         assert [name for name, _ in await node.events()] == ["model_ready", "model_ready"]
         assert await node.ask("manifest", AskManifest(model=apples.name), Manifest) == apples.kept
-        assert files_below(node.layout.root) == whole_of(apples, pears)
+        assert files_below(node.layout.root) == files_of(apples, pears)
         check_invariants(node.layout.root)
 
 
-async def test_asking_again_for_what_was_done_answers_the_same_and_writes_nothing(
+async def test_repeating_a_finished_request_gives_the_same_result(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -72,7 +72,7 @@ async def test_asking_again_for_what_was_done_answers_the_same_and_writes_nothin
         assert known.missing == [] and known.known == {by_git.blob: sha256(apples.bytes[by_git.path])}
         await node.release(apples.manifest)
         assert await node.model_state(apples) == state
-        assert files_below(node.layout.root) == whole_of(apples)
+        assert files_below(node.layout.root) == files_of(apples)
         free = await node.here.last_sequence("KV_state") - written[0]
         assert free <= 5, "only the disk's free space may have been said again"
         assert await node.here.last_sequence("EVT") == written[1]
@@ -124,7 +124,7 @@ async def test_I2_a_model_is_not_sealed_while_a_blob_is_missing(
         check_invariants(node.layout.root)
 
 
-async def test_I3_two_models_that_fit_one_at_a_time_are_not_both_approved(
+async def test_I3_two_models_that_fit_only_alone_are_not_both_approved(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     models = [Model(f"org/model-{n}", {"w": bytes([n]) * 600}) for n in range(8)]
@@ -136,9 +136,7 @@ async def test_I3_two_models_that_fit_one_at_a_time_are_not_both_approved(
         assert (await node.storage_state()).reserved_bytes == 1200
 
 
-async def test_I3_the_free_space_reserve_is_kept(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
-) -> None:
+async def test_I3_the_headroom_is_kept(nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model) -> None:
     node_dir = os.statvfs(tmp_path)
     headroom = node_dir.f_bavail * node_dir.f_frsize * 2
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_HEADROOM_BYTES=str(headroom)):
@@ -149,7 +147,7 @@ async def test_I3_the_free_space_reserve_is_kept(
 
 
 @pytest.mark.parametrize("wrong", [{"repo": ".."}, {"commit": "../../.."}])
-async def test_I10_a_hostile_manifest_is_refused_at_every_door_and_builds_no_path(
+async def test_I10_a_hostile_manifest_is_refused_by_every_endpoint(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, wrong: dict[str, str]
 ) -> None:
     hostile_file = ManifestFile(path="../../../escaped", size_bytes=1, sha256="ab" * 32)
@@ -200,7 +198,7 @@ async def test_release_removes_only_what_nothing_else_wants(
             assert files_below(node.layout.root) == set()
 
 
-async def test_I6_a_kill_in_the_middle_loses_nothing_and_the_fetch_goes_on(
+async def test_I6_a_kill_in_the_middle_loses_nothing_and_it_resumes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     first, *rest = apples.blobs
@@ -221,11 +219,11 @@ async def test_I6_a_kill_in_the_middle_loses_nothing_and_the_fetch_goes_on(
             state = await node.model_state(apples)
             assert state is not None and state.size_bytes == apples.manifest.size_bytes
             assert (await node.storage_state()).reserved_bytes == 0
-            assert files_below(node.layout.root) == whole_of(apples)
+            assert files_below(node.layout.root) == files_of(apples)
             check_invariants(node.layout.root)
 
 
-async def test_a_start_takes_back_models_that_the_disk_lost_and_announces_those_it_finds(
+async def test_a_start_unpublishes_lost_models_and_publishes_new_ones(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -243,7 +241,7 @@ async def test_a_start_takes_back_models_that_the_disk_lost_and_announces_those_
             await process.wait_line("model incomplete; not published", apples.name)
             deleted = await node.delete("org/apples")
             assert deleted.ok and deleted.result["models"] == [apples.name]
-            assert files_below(node.layout.root) == whole_of(pears), "what was left of it can be removed"
+            assert files_below(node.layout.root) == files_of(pears), "what was left of it can be removed"
             await process.kill()
         assert await node.here.last_sequence("KV_state") > written
         written = await node.here.last_sequence("KV_state")
@@ -252,21 +250,21 @@ async def test_a_start_takes_back_models_that_the_disk_lost_and_announces_those_
             assert changed <= 1, "a start on an unchanged disk says at most its free space"
 
 
-async def test_a_nats_that_lost_everything_is_told_again(
+async def test_state_is_republished_to_a_nats_that_lost_its_store(
     own_nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(own_nats, tmp_path, fresh("storage")) as node, node.storage():
         state = await node.bring_in(apples)
         own_nats.wipe()
 
-        async def told() -> ModelState | None:
+        async def published() -> ModelState | None:
             return await node.model_state(apples)
 
-        assert await eventually(told, "the model is announced again") == state
+        assert await eventually(published, "the model is announced again") == state
         assert (await eventually(node.storage_state, "the disk is announced again")).model_count == 1
 
 
-async def test_I8_a_node_that_was_retired_while_it_lived_says_again_what_it_has(
+async def test_I8_a_live_node_that_was_retired_republishes_its_state(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
@@ -274,13 +272,13 @@ async def test_I8_a_node_that_was_retired_while_it_lived_says_again_what_it_has(
         assert await node.here.buckets.state.delete(model_key(node.node, apples.name))
         assert await node.here.buckets.state.delete(storage_key(node.node))
 
-        async def told() -> ModelState | None:
+        async def published() -> ModelState | None:
             return await node.model_state(apples)
 
         async def disk() -> StorageState | None:
             return await node.here.buckets.state.get_as(storage_key(node.node), StorageState)
 
-        assert await eventually(told, "the model is announced again") == state
+        assert await eventually(published, "the model is announced again") == state
         assert (await eventually(disk, "the disk is announced again")).model_count == 1
         assert (await node.delete("org/apples")).ok, "what we take back ourselves stays away"
         written = await node.here.last_sequence("KV_state")
@@ -313,7 +311,7 @@ async def test_a_stop_does_not_wait_for_a_long_hash(nats: NatsServer, fresh: Fre
         assert data.exists()
 
 
-async def test_a_second_storage_on_the_same_store_is_refused_naming_the_first(
+async def test_a_second_storage_on_a_store_is_refused_naming_the_first(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with (

@@ -14,7 +14,7 @@ from shoal_common.messages.records import InstanceSpec, StageSpec
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, check_invariants, files_below, files_of, put, sha256
 
 Fresh = Callable[[str], str]
 
@@ -27,7 +27,7 @@ def instance_of(model: Model, name: str, node: str) -> InstanceSpec:
     )
 
 
-async def test_a_deleted_model_is_gone_and_what_it_shared_stays(
+async def test_a_deleted_model_is_removed_and_its_shared_blobs_stay(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
@@ -42,7 +42,7 @@ async def test_a_deleted_model_is_gone_and_what_it_shared_stays(
         }
         assert node.withdrawn == [Withdraw(repo="org/apples")]
         assert await node.model_state(apples) is None and await node.model_state(pears) is not None
-        assert files_below(node.layout.root) == whole_of(pears)
+        assert files_below(node.layout.root) == files_of(pears)
         state = await node.storage_state()
         assert (state.used_bytes, state.model_count) == (pears.manifest.size_bytes, 1)
         assert (await node.events())[2:][0][0] == "model_deleted" and len(await node.events()) == 3
@@ -66,7 +66,7 @@ async def test_I5_deleting_what_is_absent_succeeds_and_writes_nothing(
         assert again.ok and await node.events() == events
 
 
-async def test_I4_a_model_that_an_instance_uses_on_this_node_is_not_deleted(
+async def test_I4_a_model_in_use_on_this_node_is_not_deleted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     name = fresh("instance")
@@ -78,7 +78,7 @@ async def test_I4_a_model_that_an_instance_uses_on_this_node_is_not_deleted(
             outcome = await node.delete("org/apples")
             assert not outcome.ok and outcome.error is not None and outcome.error.code == "in_use"
             assert f"is used by instance {name}: stop it first with `shoal stop {name}`" in outcome.error.message
-            assert node.withdrawn == [] and files_below(node.layout.root) == whole_of(apples)
+            assert node.withdrawn == [] and files_below(node.layout.root) == files_of(apples)
             await spec.delete(instance_key(name))
         await spec.put(instance_key(name), instance_of(apples, name, "another-node"))
         assert (await node.delete("org/apples")).ok, "another node's instance uses that node's copy"
@@ -101,7 +101,7 @@ async def test_a_model_on_its_way_in_is_deleted_with_its_partial_bytes(
         assert {p.name for p in node.layout.partials.iterdir()} == {sha256(pears.bytes["pears.bin"])}
         assert [p.name for p in node.layout.blobs.glob("*/*")] == [shared]
         await node.bring_in(pears)
-        assert files_below(node.layout.root) == whole_of(pears)
+        assert files_below(node.layout.root) == files_of(pears)
         assert (await node.storage_state()).reserved_bytes == 0
 
 
@@ -112,7 +112,7 @@ async def test_a_commit_of_a_model_is_deleted_alone(nats: NatsServer, fresh: Fre
         await node.bring_in(old)
         await node.bring_in(new)
         assert (await node.delete(old.name)).result["models"] == [old.name]
-        assert files_below(node.layout.root) == whole_of(new)
+        assert files_below(node.layout.root) == files_of(new)
         assert await node.model_state(old) is None and await node.model_state(new) is not None
 
 
@@ -127,7 +127,7 @@ async def test_what_is_open_stays_readable_after_the_delete(
             assert reading.read() == apples.bytes["sub/weights.bin"]
 
 
-async def test_while_the_fetcher_is_away_a_delete_says_so_and_deletes_nothing(
+async def test_a_delete_without_the_fetcher_fails_and_deletes_nothing(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -136,13 +136,13 @@ async def test_while_the_fetcher_is_away_a_delete_says_so_and_deletes_nothing(
         assert not outcome.ok and outcome.error is not None
         assert (outcome.error.code, outcome.error.retryable) == ("node_away", True)
         assert f"fetcher of node {node.node} does not answer withdraw" in outcome.error.message
-        assert files_below(node.layout.root) == whole_of(apples)
+        assert files_below(node.layout.root) == files_of(apples)
         assert await node.model_state(apples) is not None
         async with node.fetcher():
             assert (await node.delete("org/apples")).ok
 
 
-async def test_I6_a_delete_whose_process_is_killed_is_finished_by_the_next(
+async def test_I6_a_delete_whose_process_is_killed_is_finished_later(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
@@ -154,12 +154,12 @@ async def test_I6_a_delete_whose_process_is_killed_is_finished_by_the_next(
         manifest = node.layout.manifest(apples.manifest.repo, apples.manifest.commit)
         manifest.replace(node.layout.tombs / f"{manifest.parent.name}@{manifest.name}")
         async with node.storage(), node.fetcher():
-            assert files_below(node.layout.root) == whole_of(pears)
+            assert files_below(node.layout.root) == files_of(pears)
             assert await node.model_state(apples) is None
             assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
 
 
-async def test_a_delete_sent_while_storage_was_away_is_done_at_its_start(
+async def test_a_delete_sent_while_storage_was_down_runs_at_its_start(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
@@ -169,9 +169,9 @@ async def test_a_delete_sent_while_storage_was_away_is_done_at_its_start(
         subject = subjects.command("storage", node.node, "delete")
         await node.here.client.publish(subject, encode(Delete(model="org/apples")))
         async with node.storage():
-            await eventually(lambda: gone(node, apples), "the model is deleted")
+            await eventually(lambda: is_removed(node, apples), "the model is deleted")
 
 
-async def gone(node: Node, model: Model) -> bool:
+async def is_removed(node: Node, model: Model) -> bool:
     """Whether nothing of a model is on disk or published."""
     return not files_below(node.layout.root) and await node.model_state(model) is None

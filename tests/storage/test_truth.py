@@ -67,9 +67,7 @@ seens = st.builds(
 
 
 @given(ledgers(), seens)
-def test_I1_after_following_the_ledger_says_what_was_seen_and_believes_nothing_new(
-    ledger: Ledger, seen: Seen
-) -> None:
+def test_I1_applying_a_diff_trusts_no_new_file(ledger: Ledger, seen: Seen) -> None:
     seen.unreadable -= seen.manifests.keys()
     before = dict(ledger.blobs)
     whole_before, known_before = dict(ledger.manifests), dict(ledger.on_disk)
@@ -103,7 +101,7 @@ def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -
 
 
 @given(stamps, st.booleans())
-def test_I1_a_start_believes_what_shows_that_it_was_hashed_and_nothing_else(stamp: Stamp, listed: bool) -> None:
+def test_I1_a_start_trusts_only_files_with_a_stamp_or_a_list(stamp: Stamp, listed: bool) -> None:
     assert believed(stamp, listed) == (stamp.proven or listed)
 
 
@@ -117,7 +115,7 @@ def test_a_scan_of_an_untouched_store_differs_in_nothing(root: Path, apples: Mod
     assert seen.unknown == Unknown() and seen.manifests == {m.name: m.sealed for m in (apples, pears)}
 
 
-def test_a_scan_counts_each_file_that_the_layout_does_not_name_and_changes_none(root: Path, apples: Model) -> None:
+def test_a_scan_counts_every_foreign_file_and_changes_none(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     lay = store.layout
@@ -157,9 +155,7 @@ def test_a_scan_counts_each_file_that_the_layout_does_not_name_and_changes_none(
     assert {str(p.relative_to(root)) for p in strange} <= files_below(root), "and so does a deletion"
 
 
-def test_links_of_a_view_whose_manifest_has_gone_are_not_unknown_and_go_at_the_next_start(
-    root: Path, apples: Model
-) -> None:
+def test_links_of_a_view_without_a_manifest_are_removed_at_start(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     store.layout.manifest(apples.sealed.repo, apples.sealed.commit).unlink()
@@ -172,7 +168,7 @@ def test_links_of_a_view_whose_manifest_has_gone_are_not_unknown_and_go_at_the_n
     assert not list((root / "views").rglob("*.bin"))
 
 
-def test_I1_a_copy_shows_no_proof_whatever_is_preserved_and_a_write_takes_it(root: Path, apples: Model) -> None:
+def test_I1_a_copy_or_a_written_file_has_no_valid_stamp(root: Path, apples: Model) -> None:
     store = Store(root)
     store.bring_in(apples)
     blob = sha256(apples.bytes["sub/weights.bin"])
@@ -191,7 +187,7 @@ def test_I1_a_copy_shows_no_proof_whatever_is_preserved_and_a_write_takes_it(roo
     assert found.gone == found.replaced == set(found.unproven) == {blob}
 
 
-def test_I1_a_pull_replaces_a_file_of_the_right_size_that_was_never_proven(root: Path, apples: Model) -> None:
+def test_I1_a_pull_replaces_an_unverified_file_of_the_right_size(root: Path, apples: Model) -> None:
     store = Store(root)
     weights = apples.bytes["sub/weights.bin"]
     path = store.layout.blob(sha256(weights))

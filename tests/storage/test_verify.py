@@ -25,7 +25,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.service import Node, on_node
-from tests.storage.stores import Model, Store, check_invariants, files_below, put, sha256, whole_of
+from tests.storage.stores import Model, Store, check_invariants, files_below, files_of, put, sha256
 from tests.storage.test_storage_deletes import instance_of
 
 Fresh = Callable[[str], str]
@@ -70,7 +70,7 @@ async def fileserver_of(node: Node, server: NatsServer) -> AsyncIterator[Fileser
         yield Fileserver(process, node.node, node.layout, host, int(port))
 
 
-async def test_I1_one_flipped_byte_anywhere_is_found_never_served_again_and_repaired_by_fetching_that_blob(
+async def test_I1_one_flipped_byte_is_found_never_served_and_repaired(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with (
@@ -113,7 +113,7 @@ async def test_I1_one_flipped_byte_anywhere_is_found_never_served_again_and_repa
             assert (await fileserver.blob(blob)).body == blobs[blob]
             assert all([await node.model_state(m) for m in hit])
             assert (await node.storage_state()).quarantined == []
-            assert files_below(node.layout.root) == whole_of(LARGE, TWIN)
+            assert files_below(node.layout.root) == files_of(LARGE, TWIN)
             check_invariants(node.layout.root)
 
         loop = asyncio.get_running_loop()
@@ -127,9 +127,7 @@ async def test_I1_one_flipped_byte_anywhere_is_found_never_served_again_and_repa
         await asyncio.to_thread(anywhere)
 
 
-async def test_I1_what_was_set_aside_stays_so_over_a_restart_and_goes_with_its_model(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
+async def test_I1_a_quarantined_blob_stays_so_over_a_restart(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
         async with node.storage() as process:
             await node.bring_in(LARGE)
@@ -146,7 +144,7 @@ async def test_I1_what_was_set_aside_stays_so_over_a_restart_and_goes_with_its_m
             assert files_below(node.layout.root) == set()
 
 
-async def test_I1_a_slow_pass_finds_what_nobody_asked_about(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_I1_background_scrubbing_finds_corrupt_blobs(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         async with node.storage() as process:
             await node.bring_in(LARGE)
@@ -162,7 +160,7 @@ async def test_I1_a_slow_pass_finds_what_nobody_asked_about(nats: NatsServer, fr
             assert await node.model_state(LARGE) is None and await node.model_state(TWIN) is None
 
 
-async def test_a_corrupt_model_is_set_aside_though_an_instance_uses_it_and_the_instance_is_named(
+async def test_a_corrupt_model_in_use_is_quarantined_naming_its_user(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     name = fresh("instance")
@@ -182,7 +180,7 @@ async def test_a_corrupt_model_is_set_aside_though_an_instance_uses_it_and_the_i
             await node.here.buckets.spec.delete(instance_key(name))
 
 
-async def test_a_blob_whose_file_has_gone_is_told_and_what_is_not_here_cannot_be_verified(
+async def test_a_missing_blob_is_reported_and_cannot_be_verified(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
@@ -204,7 +202,7 @@ async def test_a_blob_whose_file_has_gone_is_told_and_what_is_not_here_cannot_be
         assert not nothing.ok and nothing.error is not None and nothing.error.code == "not_found"
 
 
-def test_a_blob_deleted_and_fetched_anew_while_it_was_hashed_is_not_set_aside(root: Path) -> None:
+def test_a_blob_refetched_while_it_was_hashed_is_not_quarantined(root: Path) -> None:
     store = Store(root)
     store.bring_in(LARGE)
     path = store.layout.blob(WEIGHTS)
@@ -223,7 +221,7 @@ def test_a_blob_deleted_and_fetched_anew_while_it_was_hashed_is_not_set_aside(ro
 
 
 @pytest.mark.parametrize("how", ["hardlink", "symlink"])
-def test_I1_every_view_of_a_corrupt_blob_loses_it(root: Path, how: str) -> None:
+def test_I1_every_view_of_a_corrupt_blob_is_removed(root: Path, how: str) -> None:
     store = Store(root)
     for model in (LARGE, TWIN):
         store.bring_in(model)
@@ -250,7 +248,7 @@ names = st.text("0123456789abcdef", min_size=4, max_size=4)
 
 
 @given(st.sets(names), names, st.dictionaries(names, st.floats(0, 2000)))
-def test_every_blob_that_is_due_has_one_turn_longest_ago_first(
+def test_due_blobs_are_scrubbed_once_longest_ago_first(
     blobs: set[str], begin: str, verified_s: dict[str, float]
 ) -> None:
     turns = due(blobs, verified_s, begin, now_s=2000.0, again_after_s=500.0)

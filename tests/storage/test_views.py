@@ -47,7 +47,7 @@ def same_file(one: Path, other: Path) -> bool:
     return one.lstat().st_ino == other.lstat().st_ino
 
 
-def test_on_xfs_a_views_files_are_reflinks_that_share_the_blobs_bytes_and_not_its_fate(tmp_path: Path) -> None:
+def test_on_xfs_views_are_reflinks_that_survive_their_blob(tmp_path: Path) -> None:
     with disk_of("xfs", tmp_path) as at, store_on(at / "store") as store:
         before = os.umask(0o077)
         try:
@@ -76,12 +76,12 @@ def test_on_xfs_a_views_files_are_reflinks_that_share_the_blobs_bytes_and_not_it
         mine.chmod(0o644)
         with mine.open("r+b") as opened:
             opened.write(b"mine")
-        assert store.leased_view_is_whole(leases[0], MODEL)
+        assert store.leased_view_is_complete(leases[0], MODEL)
         views.build_view(store.layout, MODEL.sealed)
         assert store.holds(MODEL)
 
 
-def test_I1_a_reflinked_view_of_a_corrupt_blob_is_gone_after_it_was_set_aside_leased_ones_too(
+def test_I1_a_reflinked_view_of_a_corrupt_blob_is_removed(
     tmp_path: Path,
 ) -> None:
     with disk_of("xfs", tmp_path) as at, store_on(at / "store") as store:
@@ -122,7 +122,7 @@ def test_without_reflinks_a_views_files_are_hard_links(tmp_path: Path, kind: str
             assert blob.stat().st_nlink == 2 + len(leases)
             assert all((store.layout.lease_view(x.id) / f.path).samefile(blob) for x in leases)
         shutil.rmtree(store.layout.lease(leases[0].id))
-        assert store.holds(MODEL) and store.leased_view_is_whole(leases[1], MODEL)
+        assert store.holds(MODEL) and store.leased_view_is_complete(leases[1], MODEL)
 
 
 def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) ->
             target = store.layout.lease_view(lease.id) / f.path
             assert target.is_symlink() and target.samefile(store.layout.blob(f.sha256))
             assert views.is_blob(target, store.layout.blob(f.sha256))
-        assert store.leased_view_is_whole(lease, MODEL)
+        assert store.leased_view_is_complete(lease, MODEL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reflinks by ioctl are Linux's: their refusals are NOT tested")
@@ -145,7 +145,7 @@ def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) ->
         *((n, False) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO)),
     ],
 )
-def test_a_reflink_that_the_file_system_does_not_have_falls_through_and_a_full_disk_does_not(
+def test_an_unsupported_reflink_falls_back_but_a_full_disk_fails(
     root: Path, monkeypatch: pytest.MonkeyPatch, refusal: int, falls_through: bool
 ) -> None:
     store = Store(root)
@@ -159,7 +159,7 @@ def test_a_reflink_that_the_file_system_does_not_have_falls_through_and_a_full_d
 
     monkeypatch.setattr("fcntl.ioctl", refuse)
     if falls_through:
-        assert store.leased_view_is_whole(store.lease(MODEL, "one"), MODEL)
+        assert store.leased_view_is_complete(store.lease(MODEL, "one"), MODEL)
     else:
         with pytest.raises(OSError, match=os.strerror(refusal)):
             store.lease(MODEL, "one")
