@@ -42,17 +42,17 @@ sys.path[:0] = [str(ROOT)]
 import psutil  # noqa: E402  # after the path is set
 
 from figures import Figure, figure, report  # noqa: E402
-from shoal_common import subjects  # noqa: E402
-from shoal_common.buckets import leader_key, live_key, model_key  # noqa: E402
-from shoal_common.leases import LeaseValue  # noqa: E402
+from shoal_common.bus import subjects  # noqa: E402
+from shoal_common.bus.cluster_lease import LeaseValue  # noqa: E402
+from shoal_common.bus.keys import leader_key, live_key, model_key  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
-from shoal_common.messages.facts import Facts, Holder, Live  # noqa: E402
-from shoal_common.messages.records import ModelState  # noqa: E402
-from tests.cluster.test_deaths import at_work  # noqa: E402
+from shoal_common.messages.liveness import Facts, Holder, Live  # noqa: E402
+from shoal_common.messages.storage import ModelState  # noqa: E402
+from tests.cluster.test_node_failures import at_work  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from tests.harness.waiting import eventually  # noqa: E402
-from tests.placement.cluster import SHAPE  # noqa: E402
+from tests.placement.placement_cluster import SHAPE  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 IDLE_S = 15.0 if QUICK else 60.0

@@ -25,7 +25,7 @@ import nats  # noqa: E402
 
 from figures import Figure, figure, interleaved, report  # noqa: E402
 from shoal_demo import DEMO_MODEL, MODELS_DIR  # noqa: E402
-from shoal_demo.running import RunningHub, running_hub  # noqa: E402
+from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
 from tests.harness.shoal import ShoalCluster  # noqa: E402
 
 QUICK = "--quick" in sys.argv

@@ -39,15 +39,15 @@ import msgspec  # noqa: E402  # after the path is set
 
 from figures import Figure, figure, interleaved, report  # noqa: E402
 from netns import CannotMake, Links  # noqa: E402
-from shoal_common import subjects  # noqa: E402
-from shoal_common.layout import LEAF_BYTES  # noqa: E402
+from shoal_common.bus import subjects  # noqa: E402
 from shoal_common.messages import decode  # noqa: E402
-from shoal_common.messages.commands import Outcome  # noqa: E402
-from shoal_demo.running import running_hub  # noqa: E402
-from simulate import Link, Simulation  # noqa: E402
+from shoal_common.messages.envelope import Outcome  # noqa: E402
+from shoal_common.store.bitmap import LEAF_BYTES  # noqa: E402
+from shoal_demo.hub_server import running_hub  # noqa: E402
+from swarm_simulator import Link, Simulation  # noqa: E402
 from tests.harness.nats import NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
-from touched import memory_directory, touched  # noqa: E402
+from warm_memory import memory_directory, touched  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 ROUNDS = 1 if QUICK else 3
@@ -155,7 +155,7 @@ class TorrentPeer:
 
     def __init__(self, links: Links, node: str) -> None:
         self.address = f"{links.address(node)}:{TORRENT_PORT}"
-        script = str(Path(__file__).with_name("torrent.py"))
+        script = str(Path(__file__).with_name("libtorrent_peer.py"))
         self._process = subprocess.Popen(
             [*links.within(node), sys.executable, script, links.address(node), str(TORRENT_PORT)],
             stdin=subprocess.PIPE,

@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from figures import Figure, figure, report  # noqa: E402  # after the path is set
-from shoal_placement.solve.answers import best, preview  # noqa: E402
-from shoal_placement.solve.problem import AS_STAGES, Answer, Problem  # noqa: E402
+from shoal_placement.solver.best_layout import best, preview  # noqa: E402
+from shoal_placement.solver.problem import AS_STAGES, Answer, Problem  # noqa: E402
 from tests.placement import oracle  # noqa: E402
-from tests.placement.clusters import random_placement  # noqa: E402
 from tests.placement.oracle import INF, random_problem  # noqa: E402
+from tests.placement.random_clusters import random_placement  # noqa: E402
 from tests.placement.test_feasible import problems_with, tight_problem  # noqa: E402
 
 QUICK = "--quick" in sys.argv

@@ -11,7 +11,7 @@ import msgspec
 from figures import Figure, Report
 
 HERE = Path(__file__).parent
-_NOT_SCRIPTS = {"run.py", "figures.py", "netns.py", "simulate.py", "torrent.py", "touched.py"}
+_NOT_SCRIPTS = {"run.py", "figures.py", "netns.py", "swarm_simulator.py", "libtorrent_peer.py", "warm_memory.py"}
 _DEADLINE_S = 1800
 
 

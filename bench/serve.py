@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from figures import Figure, figure, interleaved, report  # noqa: E402  # after the path is set
-from shoal_common.credentials import blob_token  # noqa: E402
-from tests.fileserver.serving import Fileserver, serving  # noqa: E402
+from shoal_common.host.credentials import blob_token  # noqa: E402
+from tests.fileserver.running_fileserver import Fileserver, serving  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
 
 QUICK = "--quick" in sys.argv

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from figures import figure, report  # noqa: E402  # after the path is set
-from shoal_demo.running import RunningHub, running_hub  # noqa: E402
+from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
 from tests.harness.shoal import ShoalCluster  # noqa: E402
 from tests.inference.tiny_models import write_files, write_model  # noqa: E402
 

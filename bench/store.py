@@ -29,18 +29,21 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from figures import Figure, figure, interleaved, report  # noqa: E402  # after the path is set
-from shoal_common.layout import Layout  # noqa: E402
-from shoal_common.leaves import HASH_BYTES  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
-from shoal_common.messages.records import Manifest, ManifestFile  # noqa: E402
-from shoal_common.proof import prove  # noqa: E402
-from shoal_storage.decide import Ledger, Limits, Partial, admit  # noqa: E402
-from shoal_storage.disk import Disk  # noqa: E402
-from shoal_storage.evict import plan  # noqa: E402
-from shoal_storage.recovery import recover  # noqa: E402
-from shoal_storage.views import build_view  # noqa: E402
+from shoal_common.messages.manifest import Manifest, ManifestFile  # noqa: E402
+from shoal_common.store.leaf_hash import HASH_BYTES  # noqa: E402
+from shoal_common.store.store_paths import Layout  # noqa: E402
+from shoal_common.store.verification_stamp import prove  # noqa: E402
+from shoal_storage.admission.admission import admit  # noqa: E402
+from shoal_storage.eviction.planner import plan  # noqa: E402
+from shoal_storage.ledger.entries import Partial  # noqa: E402
+from shoal_storage.ledger.ledger import Ledger  # noqa: E402
+from shoal_storage.settings import Limits  # noqa: E402
+from shoal_storage.startup import recover  # noqa: E402
+from shoal_storage.store.store import Disk  # noqa: E402
+from shoal_storage.store.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
-from tests.storage.service import on_node  # noqa: E402
+from tests.storage.running_storage import on_node  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 ROUNDS = 3 if QUICK else 5

@@ -48,23 +48,23 @@ import psutil  # noqa: E402
 
 from figures import Figure, figure, report  # noqa: E402
 from shoal_cli.node.ports import free_port  # noqa: E402
-from shoal_common import subjects  # noqa: E402
-from shoal_common.buckets import download_key, live_key  # noqa: E402
-from shoal_common.layout import LEAF_BYTES  # noqa: E402
-from shoal_common.leases import LeaseValue  # noqa: E402
-from shoal_common.leaves import leaf_hash  # noqa: E402
+from shoal_common.bus import subjects  # noqa: E402
+from shoal_common.bus.cluster_lease import LeaseValue  # noqa: E402
+from shoal_common.bus.keys import download_key, live_key  # noqa: E402
 from shoal_common.messages import decode  # noqa: E402
-from shoal_common.messages.commands import Outcome  # noqa: E402
-from shoal_common.messages.facts import Live  # noqa: E402
-from shoal_common.messages.records import DownloadState  # noqa: E402
-from shoal_common.proof import prove  # noqa: E402
+from shoal_common.messages.downloads import DownloadState  # noqa: E402
+from shoal_common.messages.envelope import Outcome  # noqa: E402
+from shoal_common.messages.liveness import Live  # noqa: E402
+from shoal_common.store.bitmap import LEAF_BYTES  # noqa: E402
+from shoal_common.store.leaf_hash import leaf_hash  # noqa: E402
+from shoal_common.store.verification_stamp import prove  # noqa: E402
 from shoal_demo.faults import Faults  # noqa: E402
-from shoal_demo.running import RunningHub, running_hub  # noqa: E402
+from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from tests.harness.process import source_path  # noqa: E402
 from tests.harness.waiting import eventually  # noqa: E402
-from touched import memory_directory, touched  # noqa: E402
+from warm_memory import memory_directory, touched  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 MIB = 1 << 20

@@ -23,7 +23,7 @@ import msgspec
 
 from shoal_common import messages
 from shoal_common.messages import Message
-from shoal_common.messages.commands import Command
+from shoal_common.messages.envelope import Command
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "protocol.md"

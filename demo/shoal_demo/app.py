@@ -25,11 +25,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from shoal_demo import MODELS_DIR
-from shoal_demo.body import BodyPlan, FileBody, Pacer, RangeNotSatisfiableError, parse_range
 from shoal_demo.faults import FaultBoard, Faults, Kind
-from shoal_demo.names import FileTarget, InfoTarget, LfsTarget, ListTarget, Target, TreeTarget, parse_target
+from shoal_demo.repo_tree import Entry, Repository, Store
+from shoal_demo.response_body import BodyPlan, FileBody, Pacer, RangeNotSatisfiableError, parse_range
 from shoal_demo.stats import StatsBoard
-from shoal_demo.tree import Entry, Repository, Store
+from shoal_demo.url_parsing import FileTarget, InfoTarget, LfsTarget, ListTarget, Target, TreeTarget, parse_target
 
 # A longer body is a mistake of the caller.
 MAX_ADMIN_BODY_BYTES = 1 << 16

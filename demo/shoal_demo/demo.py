@@ -24,7 +24,7 @@ from typing import Any
 import httpx2
 
 from shoal_demo import DEMO_MODEL, DEMO_PROMPT, MODELS_DIR
-from shoal_demo.running import running_hub
+from shoal_demo.hub_server import running_hub
 
 NODES = ("node-1", "node-2", "node-3")
 STAGES = 2

@@ -21,10 +21,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal_cli.node.control import SupervisorStatus
 from shoal_cli.node.down import supervisor_status
 from shoal_cli.node_home import Home
-from tests.cli.cluster import Cluster
+from tests.cli.fake_gateway import Cluster
 from tests.harness.process import source_path
 
-STANDIN = Path(__file__).parent / "standin.py"
+STANDIN = Path(__file__).parent / "fake_service.py"
 DEADLINE_S = 45.0
 
 

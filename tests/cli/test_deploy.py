@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoal_cli.node.children.nats_process import find_program
-from shoal_common.subjects import SERVICES
+from shoal_common.bus.subjects import SERVICES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = DEPLOY / "systemd"

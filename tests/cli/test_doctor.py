@@ -24,9 +24,10 @@ from shoal_cli.doctor.run import DoctorReport, run_checks
 from shoal_cli.node.ports import free_port
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.buckets import live_key, stream_configs
-from shoal_common.identity import this_process
-from shoal_common.messages.facts import Facts, Holder, Live
+from shoal_common.bus.keys import live_key
+from shoal_common.bus.streams import stream_configs
+from shoal_common.host.process_identity import this_process
+from shoal_common.messages.liveness import Facts, Holder, Live
 from tests.cli.conftest import Node as StandInNode
 from tests.cli.conftest import wait_until
 from tests.harness import nats as nats_harness

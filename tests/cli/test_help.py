@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoal_cli.cli import SECTIONS, run
-from tests.cli.cluster import MODEL, Cluster, held, instance
+from tests.cli.fake_gateway import MODEL, Cluster, held, instance
 from tests.harness.process import source_path
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from shoal_cli.node.control import ControlRequest, ask
-from shoal_common.connection import connected
+from shoal_common.bus.connection import connected
 from shoal_common.errors import BadMessage, NotFound, Refused
 from tests.cli.conftest import Node, alive, wait_until
 

@@ -18,19 +18,19 @@ from contextlib import suppress
 import msgspec
 from nats.errors import Error as NatsError
 
-from shoal_common import subjects
-from shoal_common.buckets import download_key
+from shoal_common.bus import subjects
+from shoal_common.bus.keys import download_key
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.messages import decode
-from shoal_common.messages.commands import Outcome
-from shoal_common.messages.records import DownloadSpec
+from shoal_common.messages.downloads import DownloadSpec
+from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
-from shoal_storage.disk import PartialMeta
+from shoal_storage.store.store import PartialMeta
 from tests.cluster.chaos_checks import SETTLED_DEADLINE_S
 from tests.cluster.chaos_site import SERVICES, World
-from tests.fetcher.pulling import Pulls
+from tests.fetcher.pull_site import Pulls
 from tests.harness.node import Node
-from tests.harness.small_disk import BALLAST, fill_up
+from tests.harness.tiny_filesystem import BALLAST, fill_up
 from tests.harness.waiting import eventually
 
 _SENT_AGAIN_S = 15.0

@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
-from shoal_common.buckets import storage_key
+from shoal_common.bus.keys import storage_key
 from shoal_common.messages import decode
-from shoal_common.messages.records import ModelState, StorageState
-from tests.fetcher.pulling import Pulls, Site, blobs, manifests, partials, stray_blobs
+from shoal_common.messages.storage import ModelState, StorageState
+from tests.fetcher.pull_site import Pulls, Site, blobs, manifests, partials, stray_blobs
 from tests.harness.node import Node
 from tests.harness.waiting import eventually
 

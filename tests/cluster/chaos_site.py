@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from shoal_demo.running import RunningHub, running_hub
-from tests.fetcher.pulling import Site
-from tests.harness.clocks import WrongClock
+from shoal_demo.hub_server import RunningHub, running_hub
+from tests.fetcher.pull_site import Site
+from tests.harness.fake_wall_clock import WrongClock
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Switch, machines, no_networks, port_forward, relayed
 from tests.harness.node import Node, running_nodes
-from tests.harness.small_disk import no_small_disks, small_disk
+from tests.harness.tiny_filesystem import no_small_disks, small_disk
 
 NODES = ("a", "b", "c")
 SERVICES = ("storage", "fetcher", "fileserver", "placement")

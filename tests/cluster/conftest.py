@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal_demo import MODELS_DIR
-from shoal_demo.running import RunningHub, running_hub
+from shoal_demo.hub_server import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster
 
 

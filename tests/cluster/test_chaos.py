@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.layout import LEAF_BYTES
+from shoal_common.store.bitmap import LEAF_BYTES
 from tests.cluster.chaos import HARMS, Chaos
 from tests.cluster.chaos_checks import check, still_works
 from tests.cluster.chaos_site import running_world

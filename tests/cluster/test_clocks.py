@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from shoal_common.buckets import node_key, storage_key
-from shoal_common.messages.records import NodeState, StorageState
-from shoal_demo.running import running_hub
-from tests.fetcher.pulling import Pulls, Site
-from tests.fetcher.repos import noise
-from tests.harness.clocks import WrongClock
+from shoal_common.bus.keys import node_key, storage_key
+from shoal_common.messages.placement import NodeState
+from shoal_common.messages.storage import StorageState
+from shoal_demo.hub_server import running_hub
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site
+from tests.harness.fake_wall_clock import WrongClock
 from tests.harness.nats import NatsServer
 from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually

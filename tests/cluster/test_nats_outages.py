@@ -14,16 +14,19 @@ import psutil
 import pytest
 from nats.errors import Error as NatsError
 
-from shoal_common.buckets import download_key, instance_key, live_key, stage_key, storage_key, stream_configs
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.messages.commands import Outcome
-from shoal_common.messages.facts import Live
-from shoal_common.messages.records import DownloadSpec, InstanceState, StageState, StorageState
+from shoal_common.bus.keys import download_key, instance_key, live_key, stage_key, storage_key
+from shoal_common.bus.streams import stream_configs
+from shoal_common.messages.downloads import DownloadSpec
+from shoal_common.messages.envelope import Outcome
+from shoal_common.messages.instances import InstanceState, StageState
+from shoal_common.messages.liveness import Live
+from shoal_common.messages.storage import StorageState
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo import DEMO_MODEL, MODELS_DIR
 from shoal_demo.faults import Faults
-from shoal_demo.running import running_hub
-from tests.fetcher.pulling import Pulls, Site, partials
-from tests.fetcher.repos import noise
+from shoal_demo.hub_server import running_hub
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site, partials
 from tests.harness.nats import NatsServer
 from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually

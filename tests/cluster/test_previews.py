@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from shoal_demo import DEMO_MODEL
-from shoal_demo.running import RunningHub
+from shoal_demo.hub_server import RunningHub
 from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 
 

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from shoal_demo import DEMO_MODEL, MODELS_DIR
-from shoal_demo.running import RunningHub, running_hub
+from shoal_demo.hub_server import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal_common.layout import LEAF_BYTES, Layout
 from shoal_common.messages import decode
-from shoal_common.messages.records import Manifest
-from shoal_demo.running import running_hub
-from tests.fetcher.repos import make_model, noise
+from shoal_common.messages.manifest import Manifest
+from shoal_common.store.bitmap import LEAF_BYTES
+from shoal_common.store.store_paths import Layout
+from shoal_demo.hub_server import running_hub
+from tests.fetcher.hub_repos import make_model, noise
 from tests.harness.shoal import ShoalCluster
-from tests.storage.test_verify import flip
+from tests.storage.test_verifier import flip
 
 MODEL = "org/fish"
 FILES = {"model.safetensors": noise(5 * LEAF_BYTES + 99, MODEL), "config.json": b"{}"}

@@ -11,10 +11,12 @@ from typing import Any
 import nats
 from nats.js import JetStreamContext
 
-from shoal_common.buckets import Bucket, download_key, model_key, storage_key
-from shoal_common.layout import Layout
-from shoal_common.messages.records import DownloadSpec, DownloadState, ModelState, StorageState
-from shoal_demo.running import RunningHub
+from shoal_common.bus.keys import download_key, model_key, storage_key
+from shoal_common.bus.kv_bucket import Bucket
+from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.storage import ModelState, StorageState
+from shoal_common.store.store_paths import Layout
+from shoal_demo.hub_server import RunningHub
 from tests.harness import waiting
 from tests.harness.shoal import ShoalCluster, eventually
 

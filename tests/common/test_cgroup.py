@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.cgroup import Group, Memory, Room, groups_of, least, room_of
+from shoal_common.host.cgroup import Group, Memory, Room, groups_of, least, room_of
 
 MIB = 1 << 20
 NO_LIMIT_V1 = "9223372036854771712\n"

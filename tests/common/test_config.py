@@ -10,7 +10,7 @@ import pytest
 
 from shoal_common.config import ensure_node_id, read_config
 from shoal_common.errors import BadInput, BadName
-from shoal_common.interfaces import read_interfaces
+from shoal_common.host.interfaces import read_interfaces
 from tests.harness.process import node_environment, started
 
 ASK_FOR_ID = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.credentials import (
+from shoal_common.host.credentials import (
     TOKEN_S,
     allowed,
     bearer,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.interfaces import (
+from shoal_common.host.interfaces import (
     RANKS,
     Interface,
     Interfaces,

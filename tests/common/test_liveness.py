@@ -13,18 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import VERSION
-from shoal_common import liveness as module
-from shoal_common.buckets import LIVE_TTL_S, live_key
+from shoal_common.bus.keys import live_key
+from shoal_common.bus.streams import LIVE_TTL_S
 from shoal_common.errors import Claimed
-from shoal_common.identity import is_gone, this_host, this_process
-from shoal_common.liveness import BEAT_S, Liveness, until_beat_s
-from shoal_common.messages.facts import Facts, Holder, Link, Live
+from shoal_common.host.process_identity import is_gone, this_host, this_process
+from shoal_common.liveness import liveness as module
+from shoal_common.liveness.liveness import BEAT_S, Liveness, until_beat_s
+from shoal_common.messages.liveness import Facts, Holder, Link, Live
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
 Fresh = Callable[[str], str]
-TOY = str(Path(__file__).with_name("toy.py"))
+TOY = str(Path(__file__).with_name("toy_service.py"))
 
 
 async def live(here: Joined, node: str, service: str = "storage") -> Live | None:

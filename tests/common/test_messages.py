@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from shoal_common import messages
 from shoal_common.errors import BadMessage, ErrorBody
 from shoal_common.messages import Message, decode, encode
-from shoal_common.messages.commands import Place
-from shoal_common.messages.records import Manifest, ManifestFile, ModelState
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.placement import Place
+from shoal_common.messages.storage import ModelState
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("golden_v1.json").read_text())
 """Every message as version 1 first wrote it, with every field set. Never change one; only add."""

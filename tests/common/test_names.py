@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal_common import names, subjects
+from shoal_common import names
+from shoal_common.bus import subjects
 from shoal_common.errors import BadName
 from shoal_common.names import ModelRef
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.cancelling import ended
+from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.reconcile import APART_S, BACK_OFF_S, back_off_s, reconcile_forever
+from shoal_common.cancellation import ended
 from shoal_common.errors import Unavailable
-from shoal_common.reconcile import APART_S, BACK_OFF_S, back_off_s, reconcile_forever
-from shoal_common.watch import View
 from tests.harness.waiting import eventually
 
 

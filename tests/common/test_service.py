@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.buckets import live_key
-from shoal_common.messages.facts import Live
-from shoal_common.questions import Ask
-from tests.common.toy import Echo
+from shoal_common.bus.keys import live_key
+from shoal_common.messages.liveness import Live
+from shoal_common.rpc.request_reply import Ask
+from tests.common.toy_service import Echo
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 
 Fresh = Callable[[str], str]
-TOY = str(Path(__file__).with_name("toy.py"))
+TOY = str(Path(__file__).with_name("toy_service.py"))
 
 
 class Home:

@@ -19,18 +19,18 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from shoal_common import telemetry
-from shoal_common.commands import Verb
 from shoal_common.errors import NotFound
-from shoal_common.messages.commands import Command
-from shoal_common.questions import Ask, Question, serve
-from tests.common.toy import Echo
-from tests.common.working import subject, working
+from shoal_common.messages.envelope import Command
+from shoal_common.rpc.command_worker import Verb
+from shoal_common.rpc.request_reply import Ask, Question, serve
+from tests.common.command_service import subject, working
+from tests.common.toy_service import Echo
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
 Fresh = Callable[[str], str]
-TOY = str(Path(__file__).with_name("toy.py"))
+TOY = str(Path(__file__).with_name("toy_service.py"))
 EXPORTER = InMemorySpanExporter()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import VERSION
-from shoal_common.versions import major, work_together
+from shoal_common.liveness.compatibility import major, work_together
 
 numbers = st.integers(0, 999_999_999)
 words = st.from_regex(r"[0-9A-Za-z-]{1,8}(\.[0-9A-Za-z-]{1,8}){0,2}", fullmatch=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal_demo.running import RunningHub, running_hub
-from tests.fetcher.pulling import Site, check_store
+from shoal_demo.hub_server import RunningHub, running_hub
+from tests.fetcher.pull_site import Site, check_store
 from tests.harness.nats import NatsServer, joined
 from tests.harness.node import Node, running_nodes
 

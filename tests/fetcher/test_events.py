@@ -9,14 +9,14 @@ from typing import Any
 
 from nats.js.errors import NotFoundError
 
-from shoal_common import subjects
-from shoal_common.layout import LEAF_BYTES
+from shoal_common.bus import subjects
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults, Unavailable
-from tests.fetcher.pulling import Pulls, Site
-from tests.fetcher.repos import noise
-from tests.fetcher.servers import Asked, serving
+from tests.fetcher.fault_servers import Asked, serving
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site
 from tests.fetcher.test_peers import LIAR, claiming
-from tests.fetcher.test_switch import answer_to
+from tests.fetcher.test_source_switch import answer_to
 from tests.harness.waiting import eventually
 
 

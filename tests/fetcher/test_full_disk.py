@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common import subjects
-from shoal_common.buckets import model_key, storage_key
+from shoal_common.bus import subjects
+from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.errors import DiskFull
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.messages.records import DownloadState, ModelState, StorageState
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.storage import ModelState, StorageState
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults
-from shoal_fetcher import partial as partial_module
-from tests.fetcher.pulling import Pulls, Site, check_store
-from tests.fetcher.repos import noise
-from tests.fetcher.test_partial import claims_only_what_is_there, content, missing_runs, opened, reserved
-from tests.fetcher.test_partial import fill as bring
+from shoal_fetcher.partials import partial_blob
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site, check_store
+from tests.fetcher.test_partial_blob import claims_only_what_is_there, content, missing_runs, opened, reserved
+from tests.fetcher.test_partial_blob import fill as bring
 from tests.harness.node import Node, running_nodes
-from tests.harness.small_disk import fill, free_bytes, small_disk
+from tests.harness.tiny_filesystem import fill, free_bytes, small_disk
 
 LEAVES = 5
 SLOW = Faults(bytes_per_s=3 * LEAF_BYTES)
@@ -67,7 +68,7 @@ async def write_all(directory: Path, data: bytes) -> None:
 async def test_I6_a_refused_write_of_a_partial_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(partial_module, "CHECKPOINT_S", 1e9)
+    monkeypatch.setattr(partial_blob, "CHECKPOINT_S", 1e9)
     data = content(LEAVES * LEAF_BYTES - 7)
     with monkeypatch.context() as patched:
         whole = Refusing(patched)

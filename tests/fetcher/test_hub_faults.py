@@ -6,10 +6,10 @@ import hashlib
 
 import pytest
 
-from shoal_common.layout import LEAF_BYTES
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import DropAtByte, Faults, RateLimit, Unavailable, WrongBytes
-from tests.fetcher.pulling import Site, blobs
-from tests.fetcher.repos import noise
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Site, blobs
 
 BIG = 4 * LEAF_BYTES + 99
 

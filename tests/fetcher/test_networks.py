@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.buckets import live_key
-from shoal_common.messages.facts import Live
-from shoal_demo.running import RunningHub, running_hub
-from tests.fetcher.pulling import Pulls, Site, check_store
-from tests.fetcher.repos import noise
+from shoal_common.bus.keys import live_key
+from shoal_common.messages.liveness import Live
+from shoal_demo.hub_server import RunningHub, running_hub
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site, check_store
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Machine, machines, relayed, wire
 from tests.harness.node import Node, running_nodes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.fetcher.pulling import Site
-from tests.fetcher.repos import noise
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Site
 
 
 async def test_offline_nothing_connects_and_held_models_are_pulled(

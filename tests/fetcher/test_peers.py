@@ -11,14 +11,14 @@ import psutil
 import pytest
 
 from shoal_common import VERSION
-from shoal_common.buckets import download_key, live_key
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.messages.facts import Facts, Holder, Live
-from shoal_common.messages.records import DownloadState
+from shoal_common.bus.keys import download_key, live_key
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.liveness import Facts, Holder, Live
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import DropAtByte, Faults
-from tests.fetcher.pulling import Pulls, Site, check_store
-from tests.fetcher.repos import noise
-from tests.fetcher.servers import Asked, Server, reply, serving
+from tests.fetcher.fault_servers import Asked, Server, reply, serving
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site, check_store
 from tests.harness.node import Node, running_nodes
 
 LIAR = "liar"

@@ -10,9 +10,10 @@ from contextlib import AsyncExitStack
 import pytest
 from nats.aio.msg import Msg
 
-from shoal_common.buckets import Bucket, download_key
+from shoal_common.bus.keys import download_key
+from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.messages import decode
-from shoal_common.messages.records import DownloadPhase, DownloadState
+from shoal_common.messages.downloads import DownloadPhase, DownloadState
 from shoal_fetcher import progress as progress_module
 from shoal_fetcher.progress import Progress
 from tests.harness.nats import Joined, NatsServer, joined

@@ -7,13 +7,13 @@ import json
 
 import psutil
 
-from shoal_common.buckets import done_key
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.messages.commands import Outcome
+from shoal_common.bus.keys import done_key
+from shoal_common.messages.envelope import Outcome
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults
-from shoal_fetcher.blobs import AT_ONCE
-from tests.fetcher.pulling import Site, blobs
-from tests.fetcher.repos import noise
+from shoal_fetcher.downloads.blob_fetcher import AT_ONCE
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Site, blobs
 from tests.harness.waiting import eventually
 
 FULL = 1.02

@@ -6,13 +6,14 @@ import asyncio
 
 import pytest
 
-from shoal_common.buckets import download_key
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.messages.questions import Done, Withdraw
-from shoal_common.questions import Ask
+from shoal_common.bus.keys import download_key
+from shoal_common.messages.downloads import Withdraw
+from shoal_common.messages.envelope import Done
+from shoal_common.rpc.request_reply import Ask
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults, Unavailable
-from tests.fetcher.pulling import Site
-from tests.fetcher.repos import noise
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Site
 from tests.harness.waiting import eventually
 
 

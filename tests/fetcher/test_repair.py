@@ -6,16 +6,17 @@ import re
 
 import httpx2
 
-from shoal_common.buckets import live_key, model_key
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.leaves import leaf_hash
-from shoal_common.messages.facts import Live
-from shoal_common.messages.records import Manifest, ModelState
+from shoal_common.bus.keys import live_key, model_key
+from shoal_common.messages.liveness import Live
+from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.storage import ModelState
+from shoal_common.store.bitmap import LEAF_BYTES
+from shoal_common.store.leaf_hash import leaf_hash
 from shoal_demo.faults import Faults, Unavailable
-from shoal_storage import leaves
-from tests.fetcher.pulling import Pulls, Site
-from tests.fetcher.repos import noise
-from tests.storage.test_verify import flip
+from shoal_storage.files import leaf_hash_file
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site
+from tests.storage.test_verifier import flip
 
 BLOB_LEAVES = 6
 TWO_BAD = (LEAF_BYTES + 5, 4 * LEAF_BYTES)
@@ -80,7 +81,7 @@ async def test_I1_two_corrupt_leaves_are_not_served_and_cost_only_two(site: Site
         assert await served(here, "a", weights(manifest)) == 200
         ready = await here.buckets.state.get_as(model_key("a", manifest.model), ModelState)
         assert ready is not None and "main" in ready.revisions
-        assert leaves.proves(site["a"].layout, weights(manifest))
+        assert leaf_hash_file.proves(site["a"].layout, weights(manifest))
 
 
 async def test_the_short_last_leaf_comes_from_a_peer_without_the_hub(site: Site) -> None:
@@ -120,7 +121,7 @@ async def test_false_leaf_hashes_cost_one_blob_and_no_wrong_byte(site: Site) -> 
         data = blob.read_bytes()
         lie = [leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)]
         lie[3] = leaf_hash(b"?")
-        leaves.write(layout, blob.name, b"".join(lie), blob.stat().st_mtime_ns)
+        leaf_hash_file.write(layout, blob.name, b"".join(lie), blob.stat().st_mtime_ns)
         assert (await here.ask("a", "verify", b"{}", service="storage")).result["bad_leaves"] == 1
         site.hub.reset_stats()
         state = await here.pull_ok("a", manifest.model)

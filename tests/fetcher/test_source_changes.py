@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from shoal_fetcher.source_changes import MIN_INTERVAL_S, STALE_S, SourceChange, SourceChanges
+from shoal_fetcher.sources.source_changes import MIN_INTERVAL_S, STALE_S, SourceChange, SourceChanges
 
 PATH = "model.safetensors"
 

@@ -14,20 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common import VERSION, subjects
-from shoal_common.buckets import live_key, origin_key
-from shoal_common.layout import LEAF_BYTES, leaf_count
-from shoal_common.leases import LeaseValue
-from shoal_common.leaves import leaf_hash
+from shoal_common import VERSION
+from shoal_common.bus import subjects
+from shoal_common.bus.cluster_lease import LeaseValue
+from shoal_common.bus.keys import live_key, origin_key
 from shoal_common.messages import encode
-from shoal_common.messages.facts import Facts, Holder, Live
+from shoal_common.messages.liveness import Facts, Holder, Live
 from shoal_common.messages.swarm import Have
-from shoal_common.ready import ready_of
-from shoal_common.runs import from_bitmap, run, runs_of, to_bitmap
+from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
+from shoal_common.store.leaf_hash import leaf_hash
+from shoal_common.store.leaf_set import from_bitmap, run, runs_of, to_bitmap
+from shoal_common.store.relay_bitmap import ready_of
 from shoal_demo.faults import Faults
-from tests.fetcher.pulling import Pulls, Site, blobs, check_store
-from tests.fetcher.repos import noise
-from tests.fetcher.servers import Answer, Asked, Server, reply, serving
+from tests.fetcher.fault_servers import Answer, Asked, Server, reply, serving
+from tests.fetcher.hub_repos import noise
+from tests.fetcher.pull_site import Pulls, Site, blobs, check_store
 from tests.fetcher.test_peers import LIAR, blob_of, claiming
 from tests.harness.node import Node, running_nodes
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_common.layout import LEAF_BYTES
-from simulate import Link, Outcome, Simulation
+from shoal_common.store.bitmap import LEAF_BYTES
+from swarm_simulator import Link, Outcome, Simulation
 
 LEAVES = 64
 B = 25e6

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.buckets import live_key
-from shoal_common.credentials import bearer, blob_token, derive
-from shoal_common.messages.facts import Live
-from tests.fileserver.serving import read_reply, serving
+from shoal_common.bus.keys import live_key
+from shoal_common.host.credentials import bearer, blob_token, derive
+from shoal_common.messages.liveness import Live
+from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually

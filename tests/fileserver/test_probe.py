@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal_common import clock
-from shoal_common.credentials import PROBE, bearer, blob_token
+from shoal_common.bus import cluster_clock
+from shoal_common.host.credentials import PROBE, bearer, blob_token
 from shoal_fileserver.probe import MAX_PROBE_BYTES
-from tests.fileserver.serving import read_reply, serving
+from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.nats import NatsServer
 
 Fresh = Callable[[str], str]
@@ -41,7 +41,7 @@ async def test_a_probe_returns_the_bytes_it_asked_for_up_to_a_limit(
 async def test_I12_a_probe_wants_a_token_of_its_own(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     node = fresh("files")
     async with serving(nats, tmp_path, node, SHOAL_SECRET=SECRET) as server:
-        now_s = clock.now_s()
+        now_s = cluster_clock.now_s()
         for headers in (
             {},
             bearer(SECRET, "blobs"),

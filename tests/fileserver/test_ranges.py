@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import shoal_fileserver.ranges
-from shoal_fileserver.ranges import Part, Unsatisfiable, Whole, parse_range
+import shoal_fileserver.http.ranges
+from shoal_fileserver.http.ranges import Part, Unsatisfiable, Whole, parse_range
 
 SIZES = st.integers(0, 40)
 NUMBERS = st.integers(0, 50)
@@ -71,7 +71,7 @@ def test_what_is_no_single_range_means_everything(header: str | None) -> None:
 
 
 def test_reading_a_range_imports_neither_disk_nor_network() -> None:
-    tree = ast.parse(Path(shoal_fileserver.ranges.__file__).read_text())
+    tree = ast.parse(Path(shoal_fileserver.http.ranges.__file__).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert imported == {"__future__", "re", "msgspec"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gateway.process import RunningGateway, running_gateway
+from tests.gateway.running_gateway import RunningGateway, running_gateway
 from tests.harness.nats import NatsServer
 
 

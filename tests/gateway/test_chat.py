@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages.questions import TokenEvent
-from tests.gateway.peers import chat_request, cluster, events_of, running, text_of
-from tests.gateway.process import RunningGateway
+from shoal_common.messages.generation import TokenEvent
+from tests.gateway.fake_cluster import chat_request, cluster, events_of, running, text_of
+from tests.gateway.running_gateway import RunningGateway
 
 
 async def test_a_full_answer_has_text_usage_and_the_incarnation(gateway: RunningGateway) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from shoal_common.errors import Busy, PromptTooLong
-from shoal_common.messages.questions import TokenEvent
-from tests.gateway.peers import chat_request, cluster, error_of, events_of, running, text_of
-from tests.gateway.process import RunningGateway
+from shoal_common.messages.generation import TokenEvent
+from tests.gateway.fake_cluster import chat_request, cluster, error_of, events_of, running, text_of
+from tests.gateway.running_gateway import RunningGateway
 
 
 async def test_unknown_model_is_404_with_how_to_run_it(gateway: RunningGateway) -> None:

@@ -7,10 +7,9 @@ import asyncio
 import msgspec
 
 from shoal_common.errors import QuotaExceeded, Withdrawn
-from shoal_common.messages.commands import CancelDownload, Download, PauseDownload
-from shoal_common.messages.records import DownloadState
-from tests.gateway.peers import Cluster, cluster, error_of, now_s
-from tests.gateway.process import NODE, RunningGateway
+from shoal_common.messages.downloads import CancelDownload, Download, DownloadState, PauseDownload
+from tests.gateway.fake_cluster import Cluster, cluster, error_of, now_s
+from tests.gateway.running_gateway import NODE, RunningGateway
 
 GIB = 1 << 30
 

@@ -12,17 +12,19 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from shoal_common.buckets import EVENT_MAX_AGE_S, download_key, model_key
-from shoal_common.connection import connected
+from shoal_common.bus.connection import connected
+from shoal_common.bus.keys import download_key, model_key
+from shoal_common.bus.streams import EVENT_MAX_AGE_S
 from shoal_common.messages import encode
-from shoal_common.messages.records import DownloadState, ModelState
-from shoal_gateway import event_log
-from shoal_gateway.api_events import MAX_READERS
-from shoal_gateway.event_log import Reader
-from shoal_gateway.events import Asked, Event, Quiet
-from tests.gateway.listening import READ_DEADLINE_S, consumers, event_stream, publish_event
-from tests.gateway.peers import error_of
-from tests.gateway.process import RunningGateway, running_gateway
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.storage import ModelState
+from shoal_gateway.events import log_reader
+from shoal_gateway.events.endpoint import MAX_READERS
+from shoal_gateway.events.log_reader import Reader
+from shoal_gateway.events.sse import Asked, Event, Quiet
+from tests.gateway.event_stream_client import READ_DEADLINE_S, consumers, event_stream, publish_event
+from tests.gateway.fake_cluster import error_of
+from tests.gateway.running_gateway import RunningGateway, running_gateway
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
 
@@ -272,14 +274,14 @@ async def test_I8_a_client_that_disconnects_takes_its_consumer_along(gateway: Ru
         async with event_stream(gateway.url) as stream:
             await stream.begun()
             (consumer,) = await here.js.consumers_info("EVT")
-            assert consumer.config.inactive_threshold == event_log.INACTIVE_S
+            assert consumer.config.inactive_threshold == log_reader.INACTIVE_S
         await eventually(gone, "its consumer is removed")
 
 
 async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_log, "INACTIVE_S", 1.0)
+    monkeypatch.setattr(log_reader, "INACTIVE_S", 1.0)
     async with joined(own_nats) as here:
         async with connected([own_nats.url], "vanishing", patience_s=30) as doomed:
             reader = Reader(doomed, Asked(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())

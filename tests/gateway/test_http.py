@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from shoal_common.credentials import bearer
-from tests.gateway.peers import chat_request, cluster, error_of, events_of, running, text_of
-from tests.gateway.process import NODE, RunningGateway, running_gateway
+from shoal_common.host.credentials import bearer
+from tests.gateway.fake_cluster import chat_request, cluster, error_of, events_of, running, text_of
+from tests.gateway.running_gateway import NODE, RunningGateway, running_gateway
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 

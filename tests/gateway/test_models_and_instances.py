@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal_common.buckets import live_key
+from shoal_common.bus.keys import live_key
+from shoal_common.bus.subjects import SERVICES
 from shoal_common.errors import Corrupt, NoRoom
-from shoal_common.messages.commands import Delete, Place, Unplace
-from shoal_common.messages.facts import Facts, Holder, Link, Live
-from shoal_common.messages.records import DownloadState, InstanceState, StorageState
-from shoal_common.subjects import SERVICES
-from tests.gateway.peers import COMMIT, cluster, error_of, running
-from tests.gateway.process import NODE, RunningGateway
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.instances import InstanceState
+from shoal_common.messages.liveness import Facts, Holder, Link, Live
+from shoal_common.messages.placement import Place, Unplace
+from shoal_common.messages.storage import Delete, StorageState
+from tests.gateway.fake_cluster import COMMIT, cluster, error_of, running
+from tests.gateway.running_gateway import NODE, RunningGateway
 
 
 async def test_models_are_listed_as_openai_does_with_their_nodes(gateway: RunningGateway) -> None:

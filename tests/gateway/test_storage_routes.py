@@ -7,15 +7,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from shoal_common.buckets import storage_key
+from shoal_common.bus.keys import storage_key
 from shoal_common.errors import NotFound, Refused
-from shoal_common.messages.commands import CollectGarbage, Command, Configure, Pin, Verify
-from shoal_common.messages.facts import Facts
-from shoal_common.messages.questions import AskPlan, EvictionPlan, Victim
-from shoal_common.messages.records import StorageState
-from shoal_common.questions import Question, serve
-from tests.gateway.peers import Cluster, cluster, error_of
-from tests.gateway.process import NODE, RunningGateway
+from shoal_common.messages.envelope import Command
+from shoal_common.messages.liveness import Facts
+from shoal_common.messages.storage import (
+    AskPlan,
+    CollectGarbage,
+    Configure,
+    EvictionPlan,
+    Pin,
+    StorageState,
+    Verify,
+    Victim,
+)
+from shoal_common.rpc.request_reply import Question, serve
+from tests.gateway.fake_cluster import Cluster, cluster, error_of
+from tests.gateway.running_gateway import NODE, RunningGateway
 
 KINDS: dict[str, type[Command]] = {"configure": Configure, "pin": Pin, "gc": CollectGarbage, "verify": Verify}
 

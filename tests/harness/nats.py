@@ -15,8 +15,9 @@ from typing import Self
 import msgspec
 
 from shoal_cli.node.ports import free_port
-from shoal_common.buckets import Buckets, ensure_streams
-from shoal_common.connection import Nats, connected
+from shoal_common.bus.connection import Nats, connected
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.streams import ensure_streams
 
 START_DEADLINE_S = 45.0
 STOP_DEADLINE_S = 30.0

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from nats.js.errors import NotFoundError
 
-from shoal_common.buckets import live_key
-from shoal_common.layout import Layout
-from shoal_common.messages.facts import Live
+from shoal_common.bus.keys import live_key
+from shoal_common.messages.liveness import Live
+from shoal_common.store.store_paths import Layout
 from tests.harness.nats import Joined
 from tests.harness.process import node_environment
 from tests.harness.waiting import eventually

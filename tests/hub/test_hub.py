@@ -27,7 +27,7 @@ from huggingface_hub.utils._http import http_backoff, parse_ratelimit_headers
 from shoal_demo import DEMO_MODEL, MODELS_DIR
 from shoal_demo.app import Hub, HubConfig
 from shoal_demo.faults import DropAtByte, Faults, RateLimit, Unavailable, WrongBytes
-from shoal_demo.running import HubNotReadyError, RunningHub, running_hub
+from shoal_demo.hub_server import HubNotReadyError, RunningHub, running_hub
 from shoal_demo.stats import Requests
 
 MODEL = "toy/numbers"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shoal_inference.stage.control import (
+from shoal_inference.stage.ipc.messages import (
     Cancel,
     Failed,
     FromChild,
@@ -24,7 +24,7 @@ from shoal_inference.stage.control import (
     Stats,
     Token,
 )
-from shoal_inference.stage.spawn import StageProcess
+from shoal_inference.stage.ipc.parent import StageProcess
 
 PATIENCE_S = 45.0
 """Deadline of waits that should take far less; exceeding it is a failure."""

@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils
 from mlx_lm.models import cache as _untyped_cache
 
-from shoal_common.kv import RULES, module_of
-from shoal_common.messages.records import KvRule, ModelShape
-from shoal_common.shape import shape_of
-from shoal_common.tensors import Tensor
-from shoal_placement.need import kept_tokens, most_tokens
+from shoal_common.messages.model_shape import KvRule, ModelShape
+from shoal_common.models.kv_cache import RULES, module_of
+from shoal_common.models.model_shape import shape_of
+from shoal_common.models.safetensors_header import Tensor
+from shoal_placement.planning.memory_model import kept_tokens, most_tokens
 
 cache: Any = _untyped_cache
 

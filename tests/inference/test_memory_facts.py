@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shoal_common.cgroup import Memory, Room
 from shoal_common.errors import BadInput
-from shoal_common.messages.facts import Facts
-from shoal_inference import device
-from shoal_inference.device import find_device, read_kept, read_speed, this_machine
-from shoal_inference.memory import memory_facts, occupied_bytes, read_bytes, steady
-from shoal_inference.pressure import of_stalls, pressure
-from shoal_inference.stage.device import Device
+from shoal_common.host.cgroup import Memory, Room
+from shoal_common.messages.liveness import Facts
+from shoal_inference.host_facts import device
+from shoal_inference.host_facts.device import find_device, read_kept, read_speed, this_machine
+from shoal_inference.host_facts.memory import memory_facts, occupied_bytes, read_bytes, steady
+from shoal_inference.host_facts.memory_pressure import of_stalls, pressure
+from shoal_inference.stage.compute.device import Device
 from tests.inference.conftest import ROOT
 
 MIB = 1 << 20
@@ -159,7 +159,7 @@ def test_pressure_is_that_of_the_worst_limited_group(tmp_path: Path) -> None:
 
 
 def test_the_service_does_not_load_mlx() -> None:
-    program = "import sys, shoal_inference.host; assert not [m for m in sys.modules if m.split('.')[0] == 'mlx']"
+    program = "import sys, shoal_inference.service; assert not [m for m in sys.modules if m.split('.')[0] == 'mlx']"
     paths = ":".join(str(ROOT / p) for p in ("libs/common", "services/inference"))
     subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": paths}, check=True, timeout=60)
 

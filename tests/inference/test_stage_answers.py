@@ -14,8 +14,8 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
-from shoal_common.kv import CACHE_STEP_TOKENS
-from shoal_inference.stage.control import Accepted, Message, Token
+from shoal_common.models.kv_cache import CACHE_STEP_TOKENS
+from shoal_inference.stage.ipc.messages import Accepted, Message, Token
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS, RingOfStages
 from tests.inference.tiny_models import CONTEXT_TOKENS, END_OF_TEXT, VOCABULARY

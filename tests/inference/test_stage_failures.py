@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from shoal_inference.stage import handshake
-from shoal_inference.stage.control import Fatal, Linked, Listening, Start, Token, Unlinked
-from shoal_inference.stage.frames import Kind, encode_frame, make_frame, ring_tag
-from shoal_inference.stage.spawn import StageProcess
+from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, Token, Unlinked
+from shoal_inference.stage.ipc.parent import StageProcess
+from shoal_inference.stage.ring import handshake
+from shoal_inference.stage.ring.frames import Kind, encode_frame, make_frame, ring_tag
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import SECRET, Child, RingOfStages
 

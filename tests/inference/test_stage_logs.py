@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from shoal_common.logs import Log
-from shoal_inference.stage import connection, logs
-from shoal_inference.stage.connection import Connection
+from shoal_inference.stage import logs
 from shoal_inference.stage.errors import LinkClosed
-from shoal_inference.stage.handshake import Member
-from shoal_inference.stage.ring import Successor
+from shoal_inference.stage.ring import connection
+from shoal_inference.stage.ring.connection import Connection
+from shoal_inference.stage.ring.handshake import Member
+from shoal_inference.stage.ring.ring import Successor
 
 PREFIX = r"ts=\S+ level=\w+ service=stage node=b "
 

@@ -11,12 +11,12 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
-from shoal_inference.stage.architectures import SUPPORTED, context_tokens, resolve
-from shoal_inference.stage.control import Loaded, Start
-from shoal_inference.stage.engine import Engine, Hidden, Sampled
+from shoal_inference.stage.compute.architectures import SUPPORTED, context_tokens, resolve
+from shoal_inference.stage.compute.engine import Engine, Hidden, Sampled
+from shoal_inference.stage.compute.mlx_lm_adapter import remapping
 from shoal_inference.stage.errors import ComputeFailed, LoadFailed, UnsupportedArchitecture
-from shoal_inference.stage.frames import Open
-from shoal_inference.stage.mlxlm import remapping
+from shoal_inference.stage.ipc.messages import Loaded, Start
+from shoal_inference.stage.ring.frames import Open
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS
 from tests.inference.tiny_models import CONFIGS, LAYERS, own_bytes

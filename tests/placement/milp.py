@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import highspy
 
-from shoal_placement.solve.problem import Problem
+from shoal_placement.solver.problem import Problem
 from tests.placement.oracle import INF
 
 

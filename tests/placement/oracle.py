@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from shoal_placement.solve.problem import Node, Problem
+from shoal_placement.solver.problem import Node, Problem
 
 INF = float("inf")
 

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from shoal_placement.solve.answers import preview
-from shoal_placement.solve.cost import Chain, keeps
-from shoal_placement.solve.exact import best
-from shoal_placement.solve.feasible import Fits
-from shoal_placement.solve.problem import Problem
+from shoal_placement.solver.best_layout import preview
+from shoal_placement.solver.branch_and_bound import best
+from shoal_placement.solver.cost import Chain, keeps
+from shoal_placement.solver.feasible import Fits
+from shoal_placement.solver.problem import Problem
 from tests.placement.oracle import random_problem, stage
 
 

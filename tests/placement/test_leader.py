@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.buckets import LEASE_TTL_S, instance_key
+from shoal_common.bus.keys import instance_key
+from shoal_common.bus.streams import LEASE_TTL_S
 from shoal_common.errors import NoRoom, NotFound
-from shoal_common.messages.commands import Outcome, Place, Unplace
-from shoal_common.messages.records import StageSpec
-from shoal_common.questions import Ask
-from tests.harness.held import delayed_nats_proxy
+from shoal_common.messages.envelope import Outcome
+from shoal_common.messages.instances import StageSpec
+from shoal_common.messages.placement import Place, Unplace
+from shoal_common.rpc.request_reply import Ask
+from tests.harness.delayed_nats_proxy import delayed_nats_proxy
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
-from tests.placement.cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, cluster_of
+from tests.placement.placement_cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, cluster_of
 
 
 async def test_an_instance_is_placed_starts_runs_degrades_and_ends(own_nats: NatsServer, tmp_path: Path) -> None:

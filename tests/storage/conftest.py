@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.stores import Model, check_invariants
+from tests.storage.store_fixtures import Model, check_invariants
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.lives import live
-from tests.storage.seam import Call, seen
-from tests.storage.strict import violations
+from tests.storage.crash_child_store import live
+from tests.storage.posix_disk_model import violations
+from tests.storage.syscall_tracer import Call, seen
 
-REDUNDANT = {"durable.py:make_directory < durable.py:make_directory < disk.py:open"}
+REDUNDANT = {"atomic_file.py:make_directory < atomic_file.py:make_directory < store.py:open"}
 """Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
 REDUNDANT_FURTHER = {
-    "durable.py:make_directory < durable.py:make_directory < further.py:open_root",
-    "durable.py:make_directory < disk.py:open",
-    "durable.py:write_file < disk.py:open",
+    "atomic_file.py:make_directory < atomic_file.py:make_directory < volume.py:open_root",
+    "atomic_file.py:make_directory < store.py:open",
+    "atomic_file.py:write_file < store.py:open",
 }
 """The same in a store with a volume: `further/`, made last, makes the store's top durable again."""
 
@@ -75,7 +75,7 @@ def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> No
     named = next(
         n
         for n, e in enumerate(events)
-        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("disk.py:_name:")
+        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("store.py:_name:")
     )
     assert durable < named
     events.insert(named, events.pop(durable))

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.layout import Layout
-from shoal_storage import lease_disk
-from shoal_storage.leases import GRACE_S
+from shoal_common.store.store_paths import Layout
+from shoal_storage.leases import lease_files
+from shoal_storage.ledger.lease import GRACE_S
 from tests.harness.process import source_path
-from tests.storage.lifecycle import STAYS
-from tests.storage.stores import Store, check_invariants, files_below, files_of
-from tests.storage.test_disk_kills import CHANGES
+from tests.storage.crash_child_model import STAYS
+from tests.storage.store_fixtures import Store, check_invariants, files_below, files_of
+from tests.storage.test_store_kills import CHANGES
 
 CALLS = [*CHANGES, "openat", "ioctl", "flock", "fchmod", "utimensat", "symlink"]
 DEADLINE_S = 60
@@ -31,7 +31,7 @@ _CALL = re.compile(r"^(?:\d+ +)?(\w+)\(")
 def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
     """A life of leases under strace."""
     return subprocess.run(
-        ["strace", "-f", "-qq", "-y", *strace, sys.executable, "-m", "tests.storage.lease_life", str(root)],
+        ["strace", "-f", "-qq", "-y", *strace, sys.executable, "-m", "tests.storage.crash_child_lease", str(root)],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
         capture_output=True,
@@ -68,7 +68,7 @@ def check_after(root: Path, said: list[str]) -> None:
     assert not ("first" in leases and "ended first" in said), "a lease that ended is back"
     # Nobody has taken them up: after their grace they are removed without a trace.
     now_s, clock_s = time.monotonic(), time.time()
-    assert lease_disk.read(store.disk, now_s, clock_s + GRACE_S) == {}
+    assert lease_files.read(store.disk, now_s, clock_s + GRACE_S) == {}
     assert store.holds(STAYS)
     assert files_below(root) == files_of(STAYS)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.process import source_path
-from tests.storage.promises import Acknowledged
+from tests.storage.durability_checks import Acknowledged
 
 DEADLINE_S = 60
 COPIES_AT_MOST = 50
@@ -104,7 +104,7 @@ class Cuts:
                 [
                     sys.executable,
                     "-m",
-                    "tests.storage.lives",
+                    "tests.storage.crash_child_store",
                     str(live / "store"),
                     str(self._volume_path(live) or ""),
                     *left_out,

@@ -14,17 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import Corrupt, QuotaExceeded
-from shoal_common.layout import LEAF_BYTES, leaf_count
-from shoal_common.leaves import leaf_hash
-from shoal_common.messages.records import Manifest, ManifestFile
-from shoal_storage import leaves, quarantine
-from shoal_storage.decide import Ledger, Limits, admit
-from shoal_storage.doubt import having, lose
-from shoal_storage.repair import keep_good_leaves, make_partial, repairable
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
+from shoal_common.store.leaf_hash import leaf_hash
+from shoal_storage.admission.admission import admit
+from shoal_storage.files import leaf_hash_file
+from shoal_storage.integrity import blob_check, quarantine
+from shoal_storage.integrity.repair import keep_good_leaves, make_partial, repairable
+from shoal_storage.ledger.completeness import having, lose
+from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.settings import Limits
 from tests.harness.nats import NatsServer
-from tests.storage.seam import Call, seen
-from tests.storage.service import on_node
-from tests.storage.stores import (
+from tests.storage.running_storage import on_node
+from tests.storage.store_fixtures import (
     Model,
     Store,
     check_invariants,
@@ -34,8 +36,9 @@ from tests.storage.stores import (
     put,
     put_missing,
 )
-from tests.storage.test_leaves import no_rate_limit
-from tests.storage.test_verify import flip, verify
+from tests.storage.syscall_tracer import Call, seen
+from tests.storage.test_leaf_hash_file import no_rate_limit
+from tests.storage.test_verifier import flip, verify
 
 Fresh = Callable[[str], str]
 EXAMPLES = 60
@@ -53,9 +56,9 @@ def only_blob(model: Model) -> tuple[str, bytes]:
     return name, data
 
 
-def verify_changed_blob(store: Store, blob: str) -> quarantine.Checked:
+def verify_changed_blob(store: Store, blob: str) -> blob_check.Checked:
     """Do what the verifier does with a corrupt blob."""
-    checked = quarantine.check(store.disk, blob, no_rate_limit)
+    checked = blob_check.check(store.disk, blob, no_rate_limit)
     assert checked is not None and not checked.intact
     assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
     lose({blob}, store.ledger)
@@ -65,7 +68,7 @@ def verify_changed_blob(store: Store, blob: str) -> quarantine.Checked:
 
 
 @contextmanager
-def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[Store, Model, quarantine.Checked]]:
+def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[Store, Model, blob_check.Checked]]:
     """A store with a model whose blob was changed at these offsets and quarantined."""
     with tempfile.TemporaryDirectory() as name:
         store, model = Store(Path(name) / "store"), model_of(size_bytes)
@@ -96,7 +99,7 @@ def test_I1_exactly_the_leaves_with_a_flipped_byte_are_refetched(size_bytes: int
         assert put_missing(store.layout, blob, whole) == bad
         assert store.commit(blob) == blob
         store.seal(model)
-        assert store.holds(model) and leaves.proves(store.layout, blob)
+        assert store.holds(model) and leaf_hash_file.proves(store.layout, blob)
         assert files_below(store.root) == files_of(model)
 
 
@@ -134,7 +137,7 @@ def test_a_dead_device_is_not_read_leaf_by_leaf(root: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as failing:
         failing.setattr(os, "pread", pread)
-        failing.setattr(quarantine, "_MAX_UNREADABLE_LEAVES", 2)
+        failing.setattr(blob_check, "_MAX_UNREADABLE_LEAVES", 2)
         checked = verify_changed_blob(store, blob)
     assert asked == [0, LEAF_BYTES, 2 * LEAF_BYTES]
     assert checked.bad_leaf_count == 5
@@ -155,7 +158,7 @@ def test_without_trusted_leaf_hashes_everything_is_refetched(root: Path, useless
     elif useless == "damaged":
         path.write_bytes(b"\0" * path.stat().st_size)
     else:
-        leaves.write(store.layout, blob, leaf_hash(b"?") * 3, 0)
+        leaf_hash_file.write(store.layout, blob, leaf_hash(b"?") * 3, 0)
     flip(store.layout.blob(blob), 5)
     checked = verify_changed_blob(store, blob)
     assert checked.bad_leaf_count == 3 and not store.layout.set_aside_have(blob).exists()
@@ -175,7 +178,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
     now = store.layout.blob(blob).read_bytes()
     lie = [leaf_hash(now[at : at + LEAF_BYTES]) for at in range(0, len(now), LEAF_BYTES)]
     lie[2] = leaf_hash(b"?")
-    leaves.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
+    leaf_hash_file.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
     assert verify_changed_blob(store, blob).bad_leaf_count == 1
     partial = store.ledger.partials
     make_partial(store.disk, blob, len(whole), [model.name])
@@ -262,7 +265,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
             repair(root, number)
         store = Store(root)
         claimed_leaves(store.layout.partial(blob), whole)
-        if blob in store.ledger.blobs and not quarantine.check(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
+        if blob in store.ledger.blobs and not blob_check.check(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
             verify_changed_blob(store, blob)
         if store.reserve(model):
             came = put_missing(store.layout, blob, whole)
@@ -353,4 +356,4 @@ async def test_verify_reports_bad_leaves_and_already_incomplete_models(
             # A store from before leaf hashes existed gets them.
             node.layout.leaves(blob).unlink()
             assert (await verify(node)).result["checked"] == 2
-            assert leaves.proves(node.layout, blob)
+            assert leaf_hash_file.proves(node.layout, blob)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from shoal_common.buckets import model_key, storage_key
+from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.errors import BadInput, BadName, Corrupt, NotFound, QuotaExceeded
-from shoal_common.messages.questions import AskManifest
-from shoal_common.messages.records import Manifest, ManifestFile, ModelState, StorageState
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.storage import AskManifest, ModelState, StorageState
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
-from tests.storage.service import on_node
-from tests.storage.stores import Model, check_invariants, files_below, files_of, put, sha256
+from tests.storage.running_storage import on_node
+from tests.storage.store_fixtures import Model, check_invariants, files_below, files_of, put, sha256
 
 Fresh = Callable[[str], str]
 

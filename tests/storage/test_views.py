@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from shoal_storage import quarantine, views
-from shoal_storage.doubt import having
-from tests.harness.small_disk import small_disk
-from tests.storage.stores import Model, Store, files_below
+from shoal_storage.integrity import blob_check, quarantine
+from shoal_storage.ledger.completeness import having
+from shoal_storage.store import views
+from tests.harness.tiny_filesystem import small_disk
+from tests.storage.store_fixtures import Model, Store, files_below
 from tests.storage.test_power_cuts import _can_mount, make_image, mounted
 
 WEIGHTS = b"w" * 300_000
@@ -94,7 +95,7 @@ def test_I1_a_reflinked_view_of_a_corrupt_blob_is_removed(
         blob.chmod(0o644)
         with blob.open("r+b") as f:
             f.write(b"?")
-        checked = quarantine.check(store.disk, weights.sha256, lambda _: None)
+        checked = blob_check.check(store.disk, weights.sha256, lambda _: None)
         assert checked is not None and not checked.intact
         manifests = having(weights.sha256, store.ledger)
         assert quarantine.set_aside(store.disk, checked, manifests, [lease])
@@ -104,7 +105,7 @@ def test_I1_a_reflinked_view_of_a_corrupt_blob_is_removed(
         shutil.copytree(leased, at / "copy")
         (leased / weights.path).write_bytes(b"?" + WEIGHTS[1:])
         (store.layout.quarantine / weights.sha256).replace(blob)
-        checked = quarantine.check(store.disk, weights.sha256, lambda _: None)
+        checked = blob_check.check(store.disk, weights.sha256, lambda _: None)
         assert checked is not None and quarantine.set_aside(store.disk, checked, [], [lease])
         assert not (leased / weights.path).exists()
 

@@ -12,8 +12,8 @@ import msgspec
 
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.credentials import bearer
 from shoal_common.errors import BadInput, ErrorBody, Expired, Failed, Unavailable, from_body
+from shoal_common.host.credentials import bearer
 from shoal_common.messages import Message
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import DownloadsView, JsonObject
 from shoal_common.errors import NotFound, ShoalError, Unavailable, from_body
-from shoal_common.messages.commands import Outcome
-from shoal_common.messages.records import ENDED, DownloadState
+from shoal_common.messages.downloads import ENDED, DownloadState
+from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
 
 POLL_INTERVAL_S = 0.5

@@ -6,7 +6,8 @@ from typing import Any
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import Message
-from shoal_common.messages.records import DownloadState, PartState, StorageState
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.storage import PartState, StorageState
 
 
 class ServiceView(Message):

@@ -22,10 +22,10 @@ from shoal_cli.commands.options import (
     one_of,
     reject_together,
 )
+from shoal_common.bus.subjects import SERVICES
+from shoal_common.durations import parse_seconds
 from shoal_common.logs import quote_value
 from shoal_common.names import check_node
-from shoal_common.spans import parse_seconds
-from shoal_common.subjects import SERVICES
 
 app = new_app()
 DEFAULT_LINES = 50

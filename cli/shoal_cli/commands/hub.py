@@ -12,8 +12,8 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
-from shoal_common.credentials import derive
 from shoal_common.errors import NotFound, Unavailable
+from shoal_common.host.credentials import derive
 from shoal_common.names import check_node
 
 app = new_app()

@@ -11,7 +11,7 @@ from shoal_cli.api.schema import JsonObject, StatusView
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
-from shoal_common.messages.questions import Fits
+from shoal_common.messages.placement import Fits
 
 app = new_app()
 

@@ -20,7 +20,7 @@ from shoal_cli.commands.options import (
     in_range,
     reject_together,
 )
-from shoal_common.messages.questions import Previews
+from shoal_common.messages.placement import Previews
 from shoal_common.names import check_node
 
 app = new_app()

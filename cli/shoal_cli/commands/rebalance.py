@@ -15,7 +15,7 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.errors import BadInput
-from shoal_common.messages.questions import Rebalances
+from shoal_common.messages.placement import Rebalances
 from shoal_common.names import check_id
 
 app = new_app()

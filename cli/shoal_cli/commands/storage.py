@@ -26,10 +26,9 @@ from shoal_cli.commands.options import (
 from shoal_cli.render.storage_text import plan_lines, storage_lines
 from shoal_cli.render.tables import storage_table
 from shoal_cli.render.units import parse_limit, parse_size, show_bytes, show_seconds
+from shoal_common.durations import parse_seconds
 from shoal_common.errors import BadInput, NotFound
-from shoal_common.messages.questions import EvictionPlan
-from shoal_common.messages.records import StorageState
-from shoal_common.spans import parse_seconds
+from shoal_common.messages.storage import EvictionPlan, StorageState
 
 _JSON = """--json prints the API's answer. Fields are only ever added.
   show       {"node", "nodes": [{"node", "live", "disk_free_bytes", "storage": {…} or null}]}

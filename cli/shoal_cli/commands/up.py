@@ -13,8 +13,8 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import HomeOption, Policy, in_range
 from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
 from shoal_cli.render.units import parse_limit
+from shoal_common.bus.subjects import SERVICES
 from shoal_common.names import check_node
-from shoal_common.subjects import SERVICES
 
 app = new_app()
 

@@ -42,8 +42,8 @@ from shoal_cli.doctor.probes.tcp_connect import this_os
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.identity import this_host, this_process
-from shoal_common.messages.facts import Live
+from shoal_common.host.process_identity import this_host, this_process
+from shoal_common.messages.liveness import Live
 
 T = TypeVar("T")
 

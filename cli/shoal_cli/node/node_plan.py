@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from shoal_common.bus.subjects import SERVICES
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Refused
 from shoal_common.settings_file import Value
-from shoal_common.subjects import SERVICES
 
 NATS_PORT = 4222
 GATEWAY_PORT = 8080

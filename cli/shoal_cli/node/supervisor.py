@@ -30,11 +30,11 @@ from shoal_cli.node.ports import check_gateway_port, free_port
 from shoal_cli.node.startup_report import StartupReport, not_ready
 from shoal_cli.node_home import Home
 from shoal_common.config import is_loopback
-from shoal_common.credentials import bearer
 from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
-from shoal_common.interfaces import read_interfaces
+from shoal_common.host.addresses import meeting_host
+from shoal_common.host.credentials import bearer
+from shoal_common.host.interfaces import read_interfaces
 from shoal_common.logs import Log
-from shoal_common.reach import meeting_host
 
 log = Log("supervisor")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal_cli.render.units import show_bytes, show_seconds
-from shoal_common.messages.records import ENDED, DownloadState
+from shoal_common.messages.downloads import ENDED, DownloadState
 
 
 def percent(state: DownloadState) -> float:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from shoal_cli.render.progress import activity, figures, percent, progress_line
-from shoal_common.messages.records import DownloadState
+from shoal_common.messages.downloads import DownloadState
 
 _LINE_INTERVAL_S = 3.0
 

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 from shoal_cli.api.schema import StorageView, VerifyView
 from shoal_cli.render.units import count, show_bytes, show_seconds
-from shoal_common.messages.questions import EvictionPlan
-from shoal_common.messages.records import FurtherRootState, LeaseState, PartState, RootState, StorageState
+from shoal_common.messages.storage import (
+    EvictionPlan,
+    FurtherRootState,
+    LeaseState,
+    PartState,
+    RootState,
+    StorageState,
+)
 
 
 def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:

@@ -12,8 +12,9 @@ from shoal_cli.api.schema import InstanceView, ModelView, NodeView, StatusView, 
 from shoal_cli.render.progress import progress_line
 from shoal_cli.render.storage_text import foreign_file_warnings, shard_text
 from shoal_cli.render.units import show_bytes, show_seconds
-from shoal_common.messages.questions import Fits, Previews, Rebalances
-from shoal_common.messages.records import ENDED, StorageState
+from shoal_common.messages.downloads import ENDED
+from shoal_common.messages.placement import Fits, Previews, Rebalances
+from shoal_common.messages.storage import StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}

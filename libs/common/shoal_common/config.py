@@ -28,12 +28,12 @@ from typing import Any
 
 import msgspec
 
-from shoal_common import reach
+from shoal_common.bus.subjects import ANY
 from shoal_common.errors import BadInput, BadName
-from shoal_common.interfaces import Interface
-from shoal_common.messages.facts import Link
+from shoal_common.host import addresses
+from shoal_common.host.interfaces import Interface
+from shoal_common.messages.liveness import Link
 from shoal_common.names import check_node, node_id_from_hostname
-from shoal_common.subjects import ANY
 
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
 DEFAULT_NATS = "nats://127.0.0.1:4222"
@@ -63,7 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     def links(self, port: int, interfaces: Sequence[Interface]) -> list[Link]:
         """Return the addresses of a data port of this node, best first."""
-        return reach.links(self.bind, self.advertise, port, interfaces)
+        return addresses.links(self.bind, self.advertise, port, interfaces)
 
 
 def is_loopback(host: str) -> bool:

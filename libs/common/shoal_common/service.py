@@ -18,22 +18,24 @@ from typing import Literal, overload
 
 from nats.js.errors import NotFoundError
 
-from shoal_common import VERSION, clock, logs, telemetry
-from shoal_common.buckets import Buckets, ensure_streams, store_made
-from shoal_common.cancelling import ended
-from shoal_common.commands import CommandWorker, Verb
-from shoal_common.company import CompanyView, refuse_newcomer
+from shoal_common import VERSION, logs, telemetry
+from shoal_common.bus import cluster_clock
+from shoal_common.bus.connection import Nats, connected
+from shoal_common.bus.events import Events
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.kv_mirror import View, follow
+from shoal_common.bus.streams import ensure_streams, store_made
+from shoal_common.cancellation import ended
 from shoal_common.config import Config, read_config
-from shoal_common.connection import Nats, connected
 from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.events import Events
-from shoal_common.interfaces import Interfaces
-from shoal_common.liveness import Liveness
+from shoal_common.host.interfaces import Interfaces
+from shoal_common.host.sd_notify import Supervisor
+from shoal_common.liveness.compatibility import CompanyView, refuse_newcomer
+from shoal_common.liveness.liveness import Liveness
 from shoal_common.logs import Log
-from shoal_common.messages.facts import Facts, Link
-from shoal_common.notify import Supervisor
-from shoal_common.questions import Ask, Question, serve
-from shoal_common.watch import View, follow
+from shoal_common.messages.liveness import Facts, Link
+from shoal_common.rpc.command_worker import CommandWorker, Verb
+from shoal_common.rpc.request_reply import Ask, Question, serve
 
 log = Log("service")
 
@@ -131,7 +133,7 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
     seen, created_at = nats.reconnects.count, await store_made(nats.js)
     while True:
         with suppress(TimeoutError):
-            async with asyncio.timeout(clock.LOOK_AGAIN_S):
+            async with asyncio.timeout(cluster_clock.LOOK_AGAIN_S):
                 seen = await nats.reconnects.wait_after(seen)
             with suppress(Unavailable, NotFoundError):  # down or wiped again: the next reconnection repeats this
                 await ensure_streams(nats.js, replicas)
@@ -140,7 +142,7 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
                 if created_at != old:
                     log.warning("NATS lost its store; publishing this service's state again")
                     nats.wipes.happened()
-        await clock.set_by(nats.client)
+        await cluster_clock.set_by(nats.client)
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
@@ -173,7 +175,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
         log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
-        await clock.set_by(nats.client)
+        await cluster_clock.set_by(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
         await refuse_newcomer(nats, config.node, config.service)
         await liveness.claim()

@@ -10,13 +10,15 @@ from typing import Any
 
 from msgspec import structs
 
-from shoal_common import clock, telemetry
-from shoal_common.buckets import Bucket, download_key
+from shoal_common import telemetry
+from shoal_common.bus import cluster_clock
+from shoal_common.bus.keys import download_key
+from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.errors import Unavailable
-from shoal_common.messages.records import DownloadPhase, DownloadState
-from shoal_common.pace import Pace
-from shoal_fetcher.decide import HUB
-from shoal_fetcher.source_changes import SourceChange, SourceChanges
+from shoal_common.host.rate_limiter import Pace
+from shoal_common.messages.downloads import DownloadPhase, DownloadState
+from shoal_fetcher.sources.failure_policy import HUB
+from shoal_fetcher.sources.source_changes import SourceChange, SourceChanges
 
 PUBLISH_S = 1.0
 _SPEED_WEIGHT = 0.4
@@ -197,7 +199,7 @@ class Progress:
             speed_bytes_per_s=speed,
             eta_s=round(max(left_bytes, 0) / speed, 1) if speed else None,
             switched=dict(self._switched),
-            updated_at_s=round(clock.now_s(), 3),
+            updated_at_s=round(cluster_clock.now_s(), 3),
         )
 
     @property

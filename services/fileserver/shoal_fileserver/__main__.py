@@ -3,7 +3,7 @@
 import sys
 
 from shoal_common.service import main
-from shoal_fileserver.server import run
+from shoal_fileserver.service import run
 
 if __name__ == "__main__":
     sys.exit(main("fileserver", run))

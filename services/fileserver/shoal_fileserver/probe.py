@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from shoal_common import clock
-from shoal_common.credentials import PROBE, blob_token_shows
-from shoal_fileserver.blobs import problem
+from shoal_common.bus import cluster_clock
+from shoal_common.host.credentials import PROBE, blob_token_shows
+from shoal_fileserver.blob_api import problem
 
 PATH = "/v1/probe"
 MAX_PROBE_BYTES = 4 << 20
@@ -36,7 +36,7 @@ class Probe:
         await self._answer(Request(scope))(scope, receive, send)
 
     def _answer(self, request: Request) -> Response:
-        if not blob_token_shows(self._secret, self._node, PROBE, Headers(scope=request.scope), clock.now_s()):
+        if not blob_token_shows(self._secret, self._node, PROBE, Headers(scope=request.scope), cluster_clock.now_s()):
             return problem(401, "send a token for this blob of this node")
         if request.method != "GET":
             return problem(405, "use GET here", {"Allow": "GET"})

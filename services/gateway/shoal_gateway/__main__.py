@@ -3,7 +3,7 @@
 import sys
 
 from shoal_common.service import main
-from shoal_gateway.server import run
+from shoal_gateway.service import run
 
 if __name__ == "__main__":
     sys.exit(main("gateway", run))

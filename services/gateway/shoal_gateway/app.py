@@ -5,31 +5,23 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from shoal_gateway import (
-    api_downloads,
-    api_events,
-    api_instances,
-    api_models,
-    api_nodes,
-    api_placements,
-    api_status,
-    api_storage,
-)
-from shoal_gateway.chat import chat_completions
-from shoal_gateway.errors_http import HANDLERS
-from shoal_gateway.gateway import Gateway
-from shoal_gateway.guard import Guard
-from shoal_gateway.resource import resource
+from shoal_gateway.auth import Guard
+from shoal_gateway.context import Gateway
+from shoal_gateway.events import endpoint
+from shoal_gateway.generation.endpoint import chat_completions
+from shoal_gateway.http_errors import HANDLERS
+from shoal_gateway.rest import downloads, instances, models, nodes, placements, status, storage
+from shoal_gateway.rest.routing import resource
 
 ROUTES = [
-    *api_status.ROUTES,
-    *api_models.ROUTES,
-    *api_downloads.ROUTES,
-    *api_instances.ROUTES,
-    *api_storage.ROUTES,
-    *api_nodes.ROUTES,
-    *api_placements.ROUTES,
-    *api_events.ROUTES,
+    *status.ROUTES,
+    *models.ROUTES,
+    *downloads.ROUTES,
+    *instances.ROUTES,
+    *storage.ROUTES,
+    *nodes.ROUTES,
+    *placements.ROUTES,
+    *endpoint.ROUTES,
     resource("/v1/chat/completions", POST=chat_completions),
 ]
 

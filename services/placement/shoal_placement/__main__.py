@@ -3,7 +3,7 @@
 import sys
 
 from shoal_common.service import main
-from shoal_placement.leader import run
+from shoal_placement.service import run
 
 if __name__ == "__main__":
     sys.exit(main("placement", run))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from shoal_common.durations import parse_seconds
 from shoal_common.errors import BadInput
-from shoal_common.spans import parse_seconds
 
 
 class Settings(msgspec.Struct, frozen=True):

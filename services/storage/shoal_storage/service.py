@@ -5,47 +5,50 @@ from __future__ import annotations
 import asyncio
 import time
 
-from shoal_common.buckets import storage_key
-from shoal_common.commands import Verb
-from shoal_common.messages.commands import CollectGarbage, Configure, Delete, Pin, Verify
-from shoal_common.messages.facts import Facts
-from shoal_common.messages.questions import (
-    AskLease,
+from shoal_common.bus.keys import storage_key
+from shoal_common.messages.leases import AskLease, Unlease
+from shoal_common.messages.liveness import Facts
+from shoal_common.messages.storage import (
     AskManifest,
     AskPlan,
     AskRoom,
+    CollectGarbage,
     CommitBlob,
+    Configure,
+    Delete,
     NoteUse,
+    Pin,
     Release,
     Reserve,
     SealModel,
     SealPart,
-    Unlease,
+    Verify,
 )
-from shoal_common.questions import Question
+from shoal_common.rpc.command_worker import Verb
+from shoal_common.rpc.request_reply import Question
 from shoal_common.service import Context
-from shoal_storage import lease_disk
-from shoal_storage.adoption import Adoption
-from shoal_storage.announce import Announcer
-from shoal_storage.configure import CONFIGURE_DEADLINE_S, Settings
-from shoal_storage.decide import Ledger, Limits
-from shoal_storage.disk import Disk
-from shoal_storage.full import Full, told
-from shoal_storage.guard import Guard
-from shoal_storage.joining import Joining, open_all
-from shoal_storage.limits import read_limits, read_reserve_bytes
-from shoal_storage.losing import Losses, forget_useless
-from shoal_storage.proving import Prover
-from shoal_storage.quarantine import set_aside_earlier
-from shoal_storage.recovery import recover
-from shoal_storage.removal import DELETE_DEADLINE_S
-from shoal_storage.repair import repairable
-from shoal_storage.rescan import Rescan
-from shoal_storage.reservations import Reservations
-from shoal_storage.roots import refuse_overlap
-from shoal_storage.upkeep import UPKEEP_DEADLINE_S, Upkeep
-from shoal_storage.verify import VERIFY_DEADLINE_S, Verifier
-from shoal_storage.watching import Watcher
+from shoal_storage.eviction.disk_full import Full, told
+from shoal_storage.handlers.configure import CONFIGURE_DEADLINE_S, Settings
+from shoal_storage.handlers.deletion import DELETE_DEADLINE_S
+from shoal_storage.handlers.fetch import Guard
+from shoal_storage.handlers.maintenance import UPKEEP_DEADLINE_S, Upkeep
+from shoal_storage.handlers.reservations import Reservations
+from shoal_storage.handlers.verify import VERIFY_DEADLINE_S, Verifier
+from shoal_storage.integrity.consequences import Losses, forget_useless
+from shoal_storage.integrity.quarantine import set_aside_earlier
+from shoal_storage.integrity.repair import repairable
+from shoal_storage.leases import lease_files
+from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.libraries.scanner import refuse_overlap
+from shoal_storage.libraries.service import Adoption
+from shoal_storage.publisher import Announcer
+from shoal_storage.scan.reconciler import Rescan
+from shoal_storage.scan.unverified import Prover
+from shoal_storage.scan.watcher import Watcher
+from shoal_storage.settings import Limits, read_limits, read_reserve_bytes
+from shoal_storage.startup import recover
+from shoal_storage.store.store import Disk
+from shoal_storage.volume_manager import Joining, open_all
 
 
 async def _announcer(
@@ -151,7 +154,7 @@ async def run(context: Context) -> None:
 
 async def _read(disk: Disk) -> Ledger:
     """Read what the disk holds, after finishing what a crash interrupted."""
-    leases = await asyncio.to_thread(lease_disk.read, disk, time.monotonic(), time.time())
+    leases = await asyncio.to_thread(lease_files.read, disk, time.monotonic(), time.time())
     ledger = await asyncio.to_thread(recover, disk, leases)
     ledger.quarantined = await asyncio.to_thread(set_aside_earlier, disk)
     ledger.repairable = await asyncio.to_thread(repairable, disk, ledger.quarantined)

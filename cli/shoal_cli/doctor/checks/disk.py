@@ -8,8 +8,8 @@ import msgspec
 
 from shoal_cli.doctor.finding import Finding, or_ok
 from shoal_cli.render.units import show_bytes
-from shoal_common.filesystem import LYING_LOCKS
-from shoal_common.messages.records import StorageState
+from shoal_common.messages.storage import StorageState
+from shoal_common.store.mounts import LYING_LOCKS
 
 DISK, VOLUMES = "disk", "volumes"
 DEFAULT_HEADROOM_BYTES = 1 << 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
-from shoal_common.messages.facts import Holder
+from shoal_common.messages.liveness import Holder
 
 CHECK = "node ids"
 

@@ -11,7 +11,7 @@ from nats.js import api
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
 from shoal_cli.render.units import show_bytes
-from shoal_common.buckets import differences
+from shoal_common.bus.streams import differences
 
 NATS, STREAMS, NATS_STORE = "nats", "streams", "nats store"
 MIN_VERSION = (2, 11, 0)

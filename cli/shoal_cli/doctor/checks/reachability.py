@@ -7,8 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.interfaces import Interface
-from shoal_common.reach import host_of, network
+from shoal_common.host.addresses import host_of, network
+from shoal_common.host.interfaces import Interface
 
 ConnectError = Literal["", "refused", "timeout", "no_route", "unknown_host", "no_reply", "broken"]
 """refused: nothing listens there. timeout: no answer at all. no_route: the system has no route. unknown_host: the

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from shoal_cli.doctor.finding import Finding, Level, join_names
-from shoal_common.versions import work_together
+from shoal_common.liveness.compatibility import work_together
 
 CHECK = "versions"
 

@@ -11,9 +11,9 @@ import msgspec
 
 from shoal_cli.doctor.checks.disk import DEFAULT_BALLAST_BYTES, DEFAULT_HEADROOM_BYTES, DiskFacts, FileSystemInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_common.blobs import further_roots
-from shoal_common.filesystem import Mount, kind_of, mounts
-from shoal_common.layout import Layout
+from shoal_common.store.blob_lookup import further_roots
+from shoal_common.store.mounts import Mount, kind_of, mounts
+from shoal_common.store.store_paths import Layout
 
 
 def probe(local: LocalNode) -> DiskFacts:

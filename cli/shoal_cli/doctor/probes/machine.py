@@ -9,7 +9,7 @@ import psutil
 
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_common.cgroup import Memory, least
+from shoal_common.host.cgroup import Memory, least
 
 
 def memory(local: LocalNode) -> MemoryFacts:

@@ -26,12 +26,14 @@ from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node.children.nats_process import NatsPorts
 from shoal_cli.node.node_plan import NATS_PORT, without_token
-from shoal_common.buckets import Buckets, storage_key, stream_configs
-from shoal_common.clock import read_time
+from shoal_common.bus.cluster_clock import read_time
+from shoal_common.bus.keys import storage_key
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.streams import stream_configs
 from shoal_common.errors import BadMessage, ShoalError
 from shoal_common.messages import decode
-from shoal_common.messages.facts import Live
-from shoal_common.messages.records import StorageState
+from shoal_common.messages.liveness import Live
+from shoal_common.messages.storage import StorageState
 
 _INFO_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 3.0

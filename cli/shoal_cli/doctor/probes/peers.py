@@ -15,9 +15,9 @@ from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
 from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.probes.nats import LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
-from shoal_common.credentials import bearer
-from shoal_common.identity import this_network
-from shoal_common.reach import ways
+from shoal_common.host.addresses import ways
+from shoal_common.host.credentials import bearer
+from shoal_common.host.process_identity import this_network
 
 _CONNECT_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 3.0

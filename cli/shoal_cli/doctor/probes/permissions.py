@@ -11,7 +11,7 @@ from pathlib import Path
 from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.node_home import Home
-from shoal_common.layout import Layout
+from shoal_common.store.store_paths import Layout
 
 
 def probe(local: LocalNode) -> PermissionFacts:

@@ -13,7 +13,7 @@ from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK, NATS_PORT
 from shoal_cli.node.ports import bind_problem
-from shoal_common.messages.facts import Live
+from shoal_common.messages.liveness import Live
 
 _SERVICES = ("nats", "gateway", "fileserver")
 

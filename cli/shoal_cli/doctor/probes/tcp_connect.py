@@ -10,7 +10,7 @@ import sys
 
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo
 from shoal_cli.doctor.probes.timeouts import resolve_host
-from shoal_common.interfaces import read_interfaces
+from shoal_common.host.interfaces import read_interfaces
 
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
 _TIMED_OUT = (errno.ETIMEDOUT, errno.EHOSTDOWN)

@@ -16,8 +16,8 @@ import msgspec
 import psutil
 
 from shoal_cli.node_home import Home
-from shoal_common.identity import is_gone, this_host
-from shoal_common.messages.facts import Holder
+from shoal_common.host.process_identity import is_gone, this_host
+from shoal_common.messages.liveness import Holder
 
 _STOP_DEADLINE_S = 12.0
 _KILL_DEADLINE_S = 5.0

@@ -12,22 +12,24 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
-from shoal_common.buckets import origin_key
+from shoal_common.bus.cluster_lease import Lease, acquire, holding
+from shoal_common.bus.keys import origin_key
 from shoal_common.errors import Corrupt, Failed, ShoalError, Unavailable
-from shoal_common.layout import LEAF_BYTES
-from shoal_common.leases import Lease, acquire, holding
-from shoal_common.leaves import root_of
 from shoal_common.logs import Log
-from shoal_common.runs import run, runs_of
-from shoal_fetcher.cut import Cutter
-from shoal_fetcher.decide import EARLIER, HUB, FromPeer, choose
+from shoal_common.store.bitmap import LEAF_BYTES
+from shoal_common.store.leaf_hash import root_of
+from shoal_common.store.leaf_set import run, runs_of
 from shoal_fetcher.errors import RateLimited, WrongWhole
-from shoal_fetcher.http_range import Body, was_silent
-from shoal_fetcher.partial import PartialBlob, to_its_end
-from shoal_fetcher.swarm.haves import Haves
-from shoal_fetcher.swarm.lists import Lists
-from shoal_fetcher.swarm.peers import Peers
-from shoal_fetcher.swarm.shared import Fetch
+from shoal_fetcher.hub.range_reader import Body, was_silent
+from shoal_fetcher.partials.blocking import to_its_end
+from shoal_fetcher.partials.leaf_splitter import Cutter
+from shoal_fetcher.partials.partial_blob import PartialBlob
+from shoal_fetcher.sources.failure_policy import EARLIER, HUB
+from shoal_fetcher.sources.source_selection import FromPeer, choose
+from shoal_fetcher.swarm.context import Fetch
+from shoal_fetcher.swarm.have_gossip import Haves
+from shoal_fetcher.swarm.leaf_list_sync import Lists
+from shoal_fetcher.swarm.peer_client import Peers
 
 log = Log("origin")
 

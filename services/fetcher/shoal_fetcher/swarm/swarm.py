@@ -12,15 +12,15 @@ import msgspec
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_common.logs import Log
 from shoal_common.messages.swarm import Have
-from shoal_common.runs import run, runs_of
-from shoal_fetcher.http_range import was_silent
-from shoal_fetcher.swarm.decide import EVERY_LEAF, Ask, Peer, Run, Situation, asks, wake_s
-from shoal_fetcher.swarm.haves import SILENT_S, Haves
-from shoal_fetcher.swarm.lists import Lists
+from shoal_common.store.leaf_set import run, runs_of
+from shoal_fetcher.hub.range_reader import was_silent
+from shoal_fetcher.swarm.context import Fetch
+from shoal_fetcher.swarm.have_gossip import SILENT_S, Haves
+from shoal_fetcher.swarm.http_client import Crowded
+from shoal_fetcher.swarm.leaf_list_sync import Lists
 from shoal_fetcher.swarm.origin import Origin
 from shoal_fetcher.swarm.overlay import neighbours
-from shoal_fetcher.swarm.receive import Crowded
-from shoal_fetcher.swarm.shared import Fetch
+from shoal_fetcher.swarm.scheduler import EVERY_LEAF, Ask, Peer, Run, Situation, asks, wake_s
 
 log = Log("swarm")
 

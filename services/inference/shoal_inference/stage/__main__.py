@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import os
 
-from shoal_inference.stage.process import run
+from shoal_inference.stage.main_loop import run
 
 parser = argparse.ArgumentParser(prog="shoal_inference.stage", description=__doc__)
 parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the parent's socketpair")

@@ -1,0 +1,409 @@
+"""A swarm of any size in one process: the fetcher's own decisions over simulated links and messages.
+
+Discrete events. Each node has an uplink that its transfers share in turns, chunk by chunk, and a downlink that chunks
+pass one after the other; a transfer has at most a window of chunks in flight, like TCP. Have messages are sent every
+100 ms and can be lost; nodes can die, get stuck and join late. `shoal_fetcher.swarm` and `shoal_common` decide what
+is requested from whom, who listens to whom and what a source sends, as in the services.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from shoal_common.store.bitmap import LEAF_BYTES
+from shoal_common.store.leaf_set import bounds, counted, least_sent, run
+from shoal_fetcher.swarm.overlay import neighbours
+from shoal_fetcher.swarm.scheduler import Ask, Peer, Run, Situation, asks, wake_s
+
+LEAF_CHUNKS = 4
+CHUNK_BYTES = LEAF_BYTES // LEAF_CHUNKS
+WINDOW_CHUNKS = 2
+TELL_S = 0.1
+SILENT_S = 3.0
+GIVE_UP_S = 10.0
+"""A request that brings nothing for this long is ended by the caller."""
+SET_ASIDE_S = 1.0
+"""A failed peer is not asked for this long, twice as long after the next failure, 8 s at most."""
+KEPT_BACK_S = 1.0
+"""A source keeps a leaf out of `any` for this long after sending it: its receiver is about to publish it."""
+AVERAGED = 0.3
+"""Weight of the newest value in a moving average."""
+BLOB = "b" * 64
+
+
+class Link(msgspec.Struct, frozen=True):
+    """Rates of a node's link in bytes per second, and when the node is present."""
+
+    up: float = 25e6
+    down: float = 25e6
+    joins_s: float = 0.0
+    dies_s: float | None = None
+    sticks_s: float | None = None
+    """From then on it accepts requests and publishes what it has, but sends nothing."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """Result of a run."""
+
+    finished_s: dict[str, float]
+    """When each living fetcher had everything."""
+    unfinished: list[str]
+    """Living fetchers that do not have everything."""
+    sent_bytes: dict[str, float]
+    asked_count: int
+    leaves_sent_count: int
+    """Interrupted transfers count whole."""
+
+
+class View(msgspec.Struct):
+    """What a node knows about another one."""
+
+    leaves: int = 0
+    source: bool = False
+    fetching: bool = False
+    heard_s: float = 0.0
+    rate_bytes_per_s: float = 0.0
+    run_s: float = 0.0
+    grows_bytes_per_s: float = 0.0
+    declined_at_s: float = float("-inf")
+    aside_until_s: float = 0.0
+    failures: int = 0
+
+
+class Transfer:
+    """A transfer of leaves from one node to another."""
+
+    __slots__ = (
+        "arrived_chunks",
+        "asked_at_s",
+        "asker",
+        "end",
+        "first",
+        "flying_chunks",
+        "giver",
+        "max_leaves",
+        "may",
+        "moved_s",
+        "over",
+        "unsent_chunks",
+    )
+
+    def __init__(self, asker: Node, giver: Node, ask: Ask, now_s: float) -> None:
+        self.asker, self.giver = asker, giver
+        self.may, self.max_leaves = (ask.leaves if ask.any else 0), ask.max_leaves
+        self.first, self.end = (0, 0) if ask.any else bounds(ask.leaves)
+        self.asked_at_s = self.moved_s = now_s
+        self.unsent_chunks = self.flying_chunks = self.arrived_chunks = 0
+        self.over = False
+
+    @property
+    def leaves(self) -> int:
+        """Leaves that have not arrived."""
+        return run(self.first + self.arrived_chunks // LEAF_CHUNKS, self.end)
+
+
+class Node:
+    """A node: what it has, whom it knows, what it sends and receives."""
+
+    def __init__(self, name: str, link: Link, leaf_count: int, source: bool) -> None:
+        self.name, self.link, self.source = name, link, source
+        self.have = run(0, leaf_count) if source else 0
+        self.views: dict[str, View] = {}
+        self.neighbours: list[Node] = []
+        self.runs: list[Transfer] = []
+        self.sent = [run(0, leaf_count)]
+        self.kept_back: Counter[int] = Counter()
+        self.queue: deque[Transfer] = deque()
+        self.giving: set[Transfer] = set()
+        self.sending = self.there = self.stuck = self.deciding = False
+        self.down_free_s = self.sent_bytes = 0.0
+        self.told = 0
+        self.moved_s = link.joins_s
+        self.finished_s: float | None = None
+        self.wakes_s = float("inf")
+
+
+class Simulation:
+    """`sources` have the blob, `fetchers` want it; `run` simulates."""
+
+    def __init__(
+        self,
+        sources: Sequence[Link],
+        fetchers: Sequence[Link],
+        leaf_count: int = 256,
+        latency_s: float = 0.0005,
+        lost: float = 0.0,
+        seed: int = 0,
+        keeps_back: bool = True,
+    ) -> None:
+        self.leaf_count, self.latency_s, self.lost, self.keeps_back = leaf_count, latency_s, lost, keeps_back
+        self.draw = random.Random(seed)
+        self.everything = run(0, leaf_count)
+        self.now_s = 0.0
+        self.asked_count = self.leaves_sent_count = 0
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._number = 0
+        self.nodes = {f"s{n}": Node(f"s{n}", link, leaf_count, True) for n, link in enumerate(sources)}
+        self.nodes |= {f"n{n}": Node(f"n{n}", link, leaf_count, False) for n, link in enumerate(fetchers)}
+        self._unfinished = len(fetchers)
+        for node in self.nodes.values():
+            node.neighbours = [self.nodes[name] for name in sorted(neighbours(node.name, self.nodes, BLOB))]
+            self._at(node.link.joins_s, self._join, node)
+            if node.link.dies_s is not None:
+                self._at(node.link.dies_s, self._die, node)
+            if node.link.sticks_s is not None:
+                self._at(node.link.sticks_s, self._stick, node)
+
+    def run(self, deadline_s: float = 3600.0) -> Outcome:
+        """Run until every living fetcher has everything, or this many simulated seconds have passed."""
+        while self._events and self._unfinished:
+            self.now_s, _, act, arguments = heapq.heappop(self._events)
+            if self.now_s > deadline_s:
+                break
+            act(*arguments)
+        fetchers = [n for n in self.nodes.values() if not n.source and n.there]
+        return Outcome(
+            finished_s={n.name: n.finished_s for n in fetchers if n.finished_s is not None},
+            unfinished=[n.name for n in fetchers if n.finished_s is None],
+            sent_bytes={n.name: n.sent_bytes for n in self.nodes.values()},
+            asked_count=self.asked_count,
+            leaves_sent_count=self.leaves_sent_count,
+        )
+
+    def _at(self, when_s: float, act: Callable[..., None], *arguments: object) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (when_s, self._number, act, arguments))
+
+    def _soon(self, act: Callable[..., None], *arguments: object) -> None:
+        self._at(self.now_s + self.latency_s, act, *arguments)
+
+    # Joining, leaving, publishing.
+
+    def _join(self, node: Node) -> None:
+        node.there = True
+        for other in node.neighbours:
+            if other.there:
+                self._hear(node, other.name, other.have, other.source)
+                self._soon(self._hear, other, node.name, node.have, node.source)
+        if not node.source:
+            self._at(self.now_s + TELL_S * self.draw.random(), self._tell, node)
+            self._decide_soon(node)
+
+    def _die(self, node: Node) -> None:
+        node.there = False
+        if not node.source and node.finished_s is None:
+            self._unfinished -= 1
+        for transfer in list(node.giving):
+            self._soon(self._break, transfer)
+        for transfer in list(node.runs):
+            self._end(transfer)
+
+    def _stick(self, node: Node) -> None:
+        node.stuck = True
+
+    def _tell(self, node: Node) -> None:
+        if not node.there or node.source:
+            return
+        if node.have != node.told or self.now_s % 1.0 < TELL_S:
+            node.told = node.have
+            for other in node.neighbours:
+                if other.there and (not self.lost or self.draw.random() >= self.lost):
+                    self._soon(self._hear, other, node.name, node.have, False)
+        self._at(self.now_s + TELL_S, self._tell, node)
+
+    def _hear(self, node: Node, name: str, leaves: int, source: bool) -> None:
+        view = node.views.setdefault(name, View())
+        if not source and view.fetching and self.now_s > view.heard_s:
+            grown = (leaves & ~view.leaves).bit_count() * LEAF_BYTES / (self.now_s - view.heard_s)
+            view.grows_bytes_per_s = averaged(view.grows_bytes_per_s, grown)
+        new = leaves & ~view.leaves & ~node.have
+        # A node with everything can be asked for any leaf, wherever it got them.
+        view.source = source or leaves == self.everything
+        view.leaves, view.fetching, view.heard_s = leaves, not source, self.now_s
+        if new and not node.source and node.finished_s is None:
+            self._decide_soon(node)
+
+    # Requesting.
+
+    def _decide_soon(self, node: Node) -> None:
+        if not node.deciding:
+            node.deciding = True
+            self._soon(self._decide, node)
+
+    def _wake(self, node: Node, when_s: float) -> None:
+        if node.wakes_s == when_s:
+            node.wakes_s = float("inf")
+            self._decide_soon(node)
+
+    def _decide(self, node: Node) -> None:
+        node.deciding = False
+        if not node.there or node.finished_s is not None:
+            return
+        for transfer in [t for t in node.runs if self.now_s - t.moved_s > GIVE_UP_S]:
+            self._fail(transfer)
+        situation = self._situation(node)
+        for ask in asks(situation, self.draw):
+            transfer = Transfer(node, self.nodes[ask.node], ask, self.now_s)
+            node.runs.append(transfer)
+            self.asked_count += 1
+            self._soon(self._asked, transfer)
+        when_s = self.now_s + wake_s(situation)
+        if when_s < node.wakes_s:
+            node.wakes_s = when_s
+            self._at(when_s, self._wake, node, when_s)
+
+    def _situation(self, node: Node) -> Situation:
+        return Situation(
+            leaf_count=self.leaf_count,
+            have=node.have,
+            wanted=self.everything,
+            known=self.everything,
+            peers=[
+                Peer(
+                    node=name,
+                    leaves=v.leaves,
+                    source=v.source,
+                    fetching=v.fetching and self.now_s - v.heard_s < SILENT_S,
+                    rate_bytes_per_s=v.rate_bytes_per_s,
+                    run_s=v.run_s,
+                    grows_bytes_per_s=v.grows_bytes_per_s,
+                    declined_at_s=v.declined_at_s,
+                )
+                for name, v in node.views.items()
+                if v.aside_until_s <= self.now_s
+            ],
+            runs=[
+                Run(node=t.giver.name, leaves=t.leaves, any=bool(t.may), may=t.may, asked_at_s=t.asked_at_s)
+                for t in node.runs
+            ],
+            now_s=self.now_s,
+            moved_at_s=node.moved_s,
+        )
+
+    def _asked(self, transfer: Transfer) -> None:
+        giver = transfer.giver
+        if transfer.over:
+            return
+        if not giver.there:
+            self._soon(self._break, transfer)
+            return
+        if transfer.may:
+            ready = giver.have
+            if self.keeps_back:
+                ready &= ~sum(1 << leaf for leaf in giver.kept_back)
+            chosen = least_sent(giver.sent, transfer.may, ready, transfer.max_leaves, self.draw)
+            if chosen is None:
+                self._soon(self._declined, transfer)
+                return
+            self._soon(self._said, transfer, chosen)
+            first, end = chosen
+        else:
+            first, end = transfer.first, transfer.end
+        counted(giver.sent, run(first, end))
+        giver.kept_back.update(range(first, end))
+        self.leaves_sent_count += end - first
+        transfer.unsent_chunks = (end - first) * LEAF_CHUNKS
+        giver.giving.add(transfer)
+        giver.queue.append(transfer)
+        self._send(giver)
+
+    def _said(self, transfer: Transfer, chosen: tuple[int, int]) -> None:
+        transfer.first, transfer.end = chosen
+        if not transfer.over:
+            self._decide_soon(transfer.asker)
+
+    def _declined(self, transfer: Transfer) -> None:
+        if not transfer.over:
+            transfer.asker.views[transfer.giver.name].declined_at_s = self.now_s
+            self._end(transfer)
+
+    # Sending, chunk by chunk.
+
+    def _send(self, node: Node) -> None:
+        if node.sending or node.stuck or not node.there:
+            return
+        while node.queue and node.queue[0].over:
+            node.queue.popleft()
+        if node.queue:
+            node.sending = True
+            self._at(self.now_s + CHUNK_BYTES / node.link.up, self._sent, node, node.queue.popleft())
+
+    def _sent(self, node: Node, transfer: Transfer) -> None:
+        node.sending = False
+        if not transfer.over and node.there:
+            node.sent_bytes += CHUNK_BYTES
+            transfer.unsent_chunks -= 1
+            transfer.flying_chunks += 1
+            self._soon(self._passes, transfer)
+            if transfer.unsent_chunks and transfer.flying_chunks < WINDOW_CHUNKS:
+                node.queue.append(transfer)
+        self._send(node)
+
+    def _passes(self, transfer: Transfer) -> None:
+        asker = transfer.asker
+        asker.down_free_s = max(asker.down_free_s, self.now_s) + CHUNK_BYTES / asker.link.down
+        self._at(asker.down_free_s, self._arrived, transfer)
+
+    def _arrived(self, transfer: Transfer) -> None:
+        if transfer.over:
+            return
+        asker, giver = transfer.asker, transfer.giver
+        transfer.flying_chunks -= 1
+        if transfer.unsent_chunks and transfer.flying_chunks == WINDOW_CHUNKS - 1:
+            giver.queue.append(transfer)
+            self._soon(self._send, giver)
+        transfer.arrived_chunks += 1
+        transfer.moved_s = self.now_s
+        if transfer.arrived_chunks % LEAF_CHUNKS:
+            return
+        leaf = 1 << (transfer.first + transfer.arrived_chunks // LEAF_CHUNKS - 1)
+        if not asker.have & leaf:
+            asker.have |= leaf
+            asker.moved_s = self.now_s
+        for other in [t for t in asker.runs if t is not transfer and t.end and not t.leaves & ~asker.have]:
+            self._end(other)  # another source was faster
+        if transfer.leaves & ~asker.have == 0:
+            view = asker.views[giver.name]
+            took_s = self.now_s - transfer.asked_at_s
+            view.run_s = averaged(view.run_s, took_s)
+            view.rate_bytes_per_s = averaged(view.rate_bytes_per_s, transfer.arrived_chunks * CHUNK_BYTES / took_s)
+            view.failures = 0
+            self._end(transfer)
+        if asker.have == self.everything and asker.finished_s is None:
+            asker.finished_s = self.now_s
+            self._unfinished -= 1
+
+    def _break(self, transfer: Transfer) -> None:
+        if not transfer.over:
+            self._fail(transfer)
+
+    def _fail(self, transfer: Transfer) -> None:
+        view = transfer.asker.views[transfer.giver.name]
+        view.aside_until_s = self.now_s + min(SET_ASIDE_S * 2**view.failures, 8.0)
+        view.failures += 1
+        self._end(transfer)
+
+    def _end(self, transfer: Transfer) -> None:
+        transfer.over = True
+        transfer.asker.runs.remove(transfer)
+        if transfer in transfer.giver.giving:
+            transfer.giver.giving.remove(transfer)
+            self._at(self.now_s + KEPT_BACK_S, self._give_free, transfer)
+        self._decide_soon(transfer.asker)
+
+    def _give_free(self, transfer: Transfer) -> None:
+        kept = transfer.giver.kept_back
+        for leaf in range(transfer.first, transfer.end):
+            kept[leaf] -= 1
+            if not kept[leaf]:
+                del kept[leaf]
+
+
+def averaged(before: float, new: float) -> float:
+    """Return a moving average after another value; the first value is the average."""
+    return before + AVERAGED * (new - before) if before else new

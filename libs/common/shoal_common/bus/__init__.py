@@ -1,0 +1,1 @@
+"""NATS: the connection, streams, buckets and keys, and what is built on them."""

@@ -1,0 +1,106 @@
+"""Cluster leases: one holder in the cluster, fenced by the key's revision; expires when its holder dies.
+
+A holder trusts its own clock, not the server's: it stops acting as the holder a margin before the TTL could run out
+on the server, counted from before the last renewal was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from shoal_common.bus.kv_bucket import Bucket
+from shoal_common.bus.streams import LEASE_TTL_S
+from shoal_common.errors import Unavailable
+from shoal_common.logs import Log
+from shoal_common.messages import Message, decode
+
+log = Log("lease")
+
+_RENEWALS_PER_TTL = 4
+_MARGIN_S = 1.0
+
+
+class LeaseValue(Message):
+    """A lease's holder. `uid` is the process: its successor recognizes the lease as its own node's."""
+
+    node: str
+    uid: str
+
+
+class Lease:
+    """A held lease. `held` turns false when it is lost; `revision` fences writes made under it."""
+
+    def __init__(self, bucket: Bucket, key: str, value: LeaseValue, revision: int, sent_s: float) -> None:
+        self.key, self.value, self.revision = key, value, revision
+        self._bucket = bucket
+        self._until_s = sent_s + LEASE_TTL_S - _MARGIN_S
+        self._lost = asyncio.Event()
+
+    @property
+    def held(self) -> bool:
+        """Whether this process may still act as the holder."""
+        return not self._lost.is_set() and time.monotonic() < self._until_s
+
+    def lose(self) -> None:
+        """Stop acting as the holder, because another process is known to hold the lease."""
+        self._lost.set()
+
+    async def wait_lost(self) -> None:
+        """Return once the lease is lost."""
+        await self._lost.wait()
+
+    async def renew_forever(self) -> None:
+        """Renew the lease until another process holds it or it runs out unrenewed, then return."""
+        try:
+            while True:
+                await asyncio.sleep(LEASE_TTL_S / _RENEWALS_PER_TTL)
+                sent_s = time.monotonic()
+                try:
+                    async with asyncio.timeout(max(self._until_s - sent_s, 0)):
+                        revision = await self._bucket.swap(self.key, self.value, self.revision, LEASE_TTL_S)
+                except (TimeoutError, Unavailable):
+                    return
+                if revision is None:
+                    return
+                self.revision, self._until_s = revision, sent_s + LEASE_TTL_S - _MARGIN_S
+        finally:
+            self._lost.set()
+
+    async def release(self) -> None:
+        """Release the lease at once, unless another process holds it by now."""
+        self._lost.set()
+        await self._bucket.delete(self.key, self.revision)
+
+
+async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> Lease | None:
+    """Take a lease; return None if it is held. A predecessor on this node hands over at once: liveness allows one
+    process per node and service, so a lease of this node with another uid has no holder.
+    """
+    value = LeaseValue(node=node, uid=uid)
+    sent_s = time.monotonic()
+    revision = await bucket.create(key, value, LEASE_TTL_S)
+    if revision is None:
+        entry = await bucket.get(key)
+        if entry is None or decode(entry.value, LeaseValue).node != node:
+            return None
+        revision = await bucket.swap(key, value, entry.revision, LEASE_TTL_S)
+        if revision is None:
+            return None
+    return Lease(bucket, key, value, revision, sent_s)
+
+
+@asynccontextmanager
+async def holding(lease: Lease) -> AsyncIterator[Lease]:
+    """Renew a lease while the body runs, and release it afterwards."""
+    renewal = asyncio.create_task(lease.renew_forever())
+    try:
+        yield lease
+    finally:
+        renewal.cancel()
+        try:
+            await asyncio.wait_for(lease.release(), LEASE_TTL_S)
+        except (TimeoutError, Unavailable):
+            log.warning("lease could not be released; it will expire", key=lease.key)

@@ -1,0 +1,123 @@
+"""The connection to NATS: waits for a server at start, reconnects for ever, and reports reconnections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import nats
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+
+from shoal_common.cancellation import keep_cancellations
+from shoal_common.errors import Denied, Unavailable
+from shoal_common.logs import Log
+
+log = Log("nats")
+
+RECONNECT_WAIT_S = 1
+CONNECT_TIMEOUT_S = 3
+DRAIN_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 5.0
+
+
+class Reconnects:
+    """Counts connections. State that a restarted NATS may have lost is created again after each."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = asyncio.Event()
+
+    def happened(self) -> None:
+        """Record that the client has reconnected."""
+        self.count += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_after(self, seen: int) -> int:
+        """Return once there was a connection after number `seen`."""
+        while self.count <= seen:
+            await self._changed.wait()
+        return self.count
+
+
+class Nats:
+    """A process's connection, its JetStream context, and its count of reconnections."""
+
+    def __init__(self, client: Client, reconnects: Reconnects) -> None:
+        self.client = client
+        self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self.reconnects = reconnects
+        self.wipes = Reconnects()
+        """Connections at which NATS had lost its store; counted by a service's main loop."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client is connected now."""
+        return bool(self.client.is_connected)
+
+
+@asynccontextmanager
+async def connected(servers: list[str], name: str, patience_s: float | None = None) -> AsyncIterator[Nats]:
+    """Connect, waiting up to `patience_s` for a server (None: for ever), and drain at the end.
+
+    Raises Unavailable after `patience_s`, Denied if the server refuses the credentials.
+    """
+    keep_cancellations()
+    reconnects = Reconnects()
+    denied: list[str] = []
+
+    async def on_error(e: Exception) -> None:
+        if "authorization" in str(e).lower():
+            denied.append(str(e))
+        log.debug("nats", problem=str(e) or type(e).__name__)
+
+    async def on_disconnect() -> None:
+        if not (client.is_draining or client.is_closed):
+            log.warning("lost NATS; reconnecting")
+
+    async def on_reconnect() -> None:
+        log.info("reconnected to NATS")
+        reconnects.happened()
+
+    client = Client()
+    connecting = asyncio.ensure_future(
+        client.connect(
+            servers=servers,
+            name=name,
+            error_cb=on_error,
+            disconnected_cb=on_disconnect,
+            reconnected_cb=on_reconnect,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_WAIT_S,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            drain_timeout=DRAIN_TIMEOUT_S,
+        )
+    )
+    addresses = ", ".join(s.split("@")[-1] for s in servers)
+    try:
+        waited_s = 0.0
+        step_s = min(5.0, patience_s or 5.0)
+        while not (await asyncio.wait({connecting}, timeout=step_s))[0]:
+            waited_s += step_s
+            if denied:
+                raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL")
+            if patience_s is not None and waited_s >= patience_s:
+                raise Unavailable(
+                    f"no NATS server answers at {addresses} after {waited_s:.0f} s: is `shoal up` running there?"
+                )
+            log.warning("waiting for NATS", servers=addresses, waited_s=waited_s)
+        try:
+            connecting.result()
+        except nats.errors.AuthorizationError:
+            raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL") from None
+        yield Nats(client, reconnects)
+    finally:
+        connecting.cancel()
+        # Draining flushes what was published; a server that is down must not delay stopping.
+        with suppress(Exception):
+            if client.is_connected:
+                await asyncio.wait_for(client.drain(), DRAIN_TIMEOUT_S)
+            else:
+                await asyncio.wait_for(client.close(), DRAIN_TIMEOUT_S)

@@ -1,0 +1,158 @@
+"""A bucket: get, put, compare and set, with a TTL per key and fences."""
+
+from __future__ import annotations
+
+import msgspec
+from nats.js import JetStreamContext, api
+from nats.js import errors as jse
+
+from shoal_common.bus.streams import MARKER_TTL_S, T, patiently
+from shoal_common.messages import decode, encode
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A key's value as read, with the revision that fences a later write."""
+
+    value: bytes
+    revision: int
+
+
+class Fence(msgspec.Struct, frozen=True):
+    """A key and its revision: fenced writes succeed only while that key is unchanged."""
+
+    key: str
+    revision: int
+
+
+KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
+"""A message with one of these headers marks a key without a value."""
+_WRONG_LAST_SEQUENCE = (10071, 10164)
+
+
+class Bucket:
+    """A KV bucket. All methods ride out short outages and raise Unavailable after long ones."""
+
+    def __init__(self, js: JetStreamContext, name: str) -> None:
+        self.js, self.name = js, name
+        self.stream = f"KV_{name}"
+
+    def subject(self, key: str) -> str:
+        """Return the subject on which a key's values are published."""
+        return f"$KV.{self.name}.{key}"
+
+    async def _publish(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int | None) -> int:
+        ack = await patiently(lambda: self.js.publish(self.subject(key), value, headers=dict(headers), msg_ttl=ttl_s))
+        return int(ack.seq)
+
+    async def put(self, key: str, value: object) -> int:
+        """Write a value and return the revision."""
+        return await self._publish(key, encode(value), {}, None)
+
+    async def put_behind(self, fence: Fence, key: str, value: object) -> int | None:
+        """Write a value, unless the fence has changed: then return None and write nothing."""
+        return await self._publish_behind(fence, key, encode(value), {}, None)
+
+    async def delete_behind(self, fence: Fence, key: str) -> bool | None:
+        """Remove a key. Returns False if it is absent already, None if the fence has changed."""
+        last = await self._last(key)
+        if last is None or _is_marker(last):
+            return False
+        headers = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
+        return True if await self._publish_behind(fence, key, b"", headers, MARKER_TTL_S) is not None else None
+
+    async def _publish_behind(
+        self, fence: Fence, key: str, data: bytes, headers: dict[str, str], ttl_s: int | None
+    ) -> int | None:
+        expected = {
+            "Nats-Expected-Last-Subject-Sequence": str(fence.revision),
+            "Nats-Expected-Last-Subject-Sequence-Subject": self.subject(fence.key),
+        }
+        try:
+            return await self._publish(key, data, {**headers, **expected}, ttl_s)
+        except jse.APIError as e:
+            if e.err_code in _WRONG_LAST_SEQUENCE:
+                return None
+            raise
+
+    async def swap(self, key: str, value: object, revision: int, ttl_s: int | None = None) -> int | None:
+        """Write only if the key's last revision is `revision` (0: it never existed). Returns None otherwise."""
+        data = encode(value)
+        try:
+            return await self._publish(key, data, {"Nats-Expected-Last-Subject-Sequence": str(revision)}, ttl_s)
+        except jse.APIError as e:
+            if e.err_code not in _WRONG_LAST_SEQUENCE:
+                raise
+        # A write whose ack was lost in an outage is retried, and then loses to itself.
+        last = await self._last(key)
+        if last is not None and last.data == data and not _is_marker(last):
+            return last.seq
+        return None
+
+    async def create(self, key: str, value: object, ttl_s: int | None = None) -> int | None:
+        """Write only if the key is absent; an expired key's marker counts as absent. Returns None if it exists."""
+        revision = await self.swap(key, value, 0, ttl_s)
+        if revision is not None:
+            return revision
+        last = await self._last(key)
+        if last is not None and not _is_marker(last):
+            return None
+        return await self.swap(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
+
+    async def get(self, key: str) -> Entry | None:
+        """Return a key's value and revision, or None."""
+        last = await self._last(key)
+        if last is None or _is_marker(last):
+            return None
+        return Entry(value=last.data or b"", revision=last.seq or 0)
+
+    async def get_as(self, key: str, kind: type[T]) -> T | None:
+        """Return a key's decoded value, or None."""
+        entry = await self.get(key)
+        return decode(entry.value, kind) if entry else None
+
+    async def keys(self, pattern: str) -> list[str]:
+        """Return the keys that match a pattern (`*.storage`), including recently removed ones."""
+        info = await patiently(lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern)))
+        return sorted(subject.removeprefix(self.subject("")) for subject in info.state.subjects or {})
+
+    async def delete(self, key: str, revision: int | None = None) -> bool:
+        """Remove a key; return False if it is absent already. Its marker expires after a while (I8)."""
+        last = await self._last(key)
+        if last is None or _is_marker(last):
+            return False
+        fence = last.seq if revision is None else revision
+        headers = {
+            "KV-Operation": "PURGE",
+            "Nats-Rollup": "sub",
+            "Nats-Expected-Last-Subject-Sequence": str(fence),
+        }
+        try:
+            await self._publish(key, b"", headers, MARKER_TTL_S)
+        except jse.APIError as e:
+            if e.err_code in _WRONG_LAST_SEQUENCE and revision is not None:
+                return False
+            if e.err_code in _WRONG_LAST_SEQUENCE:
+                return await self.delete(key)
+            raise
+        return True
+
+    async def _last(self, key: str) -> api.RawStreamMsg | None:
+        try:
+            return await patiently(lambda: self.js.get_last_msg(self.stream, self.subject(key), direct=True))
+        except jse.NotFoundError:
+            return None
+
+
+def _is_marker(message: api.RawStreamMsg) -> bool:
+    return bool((message.headers or {}).keys() & KV_MARKERS)
+
+
+class Buckets:
+    """All buckets of the cluster."""
+
+    def __init__(self, js: JetStreamContext) -> None:
+        self.live = Bucket(js, "live")
+        self.spec = Bucket(js, "spec")
+        self.state = Bucket(js, "state")
+        self.lease = Bucket(js, "lease")
+        self.done = Bucket(js, "done")

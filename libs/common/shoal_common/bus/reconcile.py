@@ -1,0 +1,72 @@
+"""The main loop of a service: bring the actual state to the wanted one, whenever either has changed.
+
+A pass reads everything again (level-triggered), so it does not matter what changed, how often, or whether a change
+was missed. Passes cannot run hot: two of them start at least APART_S apart, and a failed one is retried after a delay
+that doubles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+
+from nats.errors import Error as NatsError
+
+from shoal_common.bus.kv_mirror import View, any_changed
+from shoal_common.errors import ShoalError
+from shoal_common.logs import Log
+
+log = Log("reconcile")
+
+APART_S = 0.05
+"""Minimum time from the start of one pass to the next: at most 20 a second."""
+BACK_OFF_S = (0.5, 30.0)
+"""Delay after the first failure, and the maximum."""
+
+
+def back_off_s(failures: int) -> float:
+    """Return the delay after this many failures in a row."""
+    first_s, most_s = BACK_OFF_S
+    return min(first_s * 2.0 ** min(failures - 1, 16), most_s)
+
+
+def soonest(*waits_s: float | None) -> float | None:
+    """Return the shortest of some waits; None is no wait."""
+    return min((s for s in waits_s if s is not None), default=None)
+
+
+async def reconcile_forever(
+    what: str,
+    views: Sequence[View],
+    reconcile: Callable[[], Awaitable[float | None]],
+    level: Callable[[], Hashable] | None = None,
+) -> None:
+    """Call `reconcile` now, when a view changes, and after the seconds that it returned (None: only on a change).
+
+    `level` is what `reconcile` depends on, if that is less than all of the views: a change that leaves it equal
+    causes no pass. A NatsError, ShoalError or OSError is logged with `what`, and retried. Any other exception ends
+    the loop.
+    """
+    loop, failures = asyncio.get_running_loop(), 0
+    while True:
+        started_s, seen = loop.time(), tuple(view.changes for view in views)
+        before = level() if level else seen
+        try:
+            wake_s = await reconcile()
+            failures = 0
+        except (NatsError, ShoalError, OSError) as e:
+            failures += 1
+            wake_s = back_off_s(failures)
+            log.warning(f"{what} is not possible now; trying again", why=str(e) or type(e).__name__, wait_s=wake_s)
+            await asyncio.sleep(wake_s)  # changes do not shorten the delay
+            continue
+        due_s = None if wake_s is None else loop.time() + wake_s
+        while True:
+            left_s = None if due_s is None else max(due_s - loop.time(), 0.0)
+            await any_changed(views, seen, left_s)
+            await asyncio.sleep(max(started_s + APART_S - loop.time(), 0.0))
+            if due_s is not None and loop.time() >= due_s:
+                break
+            started_s, seen = loop.time(), tuple(view.changes for view in views)
+            if (level() if level else seen) != before:
+                break

@@ -1,0 +1,179 @@
+"""The streams and buckets of the cluster: their configuration, and calls that outlast an outage of NATS."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js import JetStreamContext, api
+from nats.js import errors as jse
+
+from shoal_common.bus import subjects
+from shoal_common.errors import Unavailable
+from shoal_common.logs import Log
+
+T = TypeVar("T")
+log = Log("buckets")
+MIB = 1 << 20
+LIVE_TTL_S = 20
+LEASE_TTL_S = 10
+DONE_TTL_S = 3600
+COMMAND_MAX_AGE_S = 3600
+EVENT_MAX_AGE_S = 7 * 86400
+MARKER_TTL_S = 600
+"""How long watchers that were disconnected can still see a deletion; then the key leaves no trace (I8)."""
+MAX_CONSUMERS = 100_000
+OUTAGE_PATIENCE_S = 60.0
+_RETRY_S = 0.25
+OUTAGE = (
+    NatsTimeoutError,
+    NoRespondersError,
+    ConnectionReconnectingError,
+    jse.NoStreamResponseError,
+    jse.ServiceUnavailableError,
+)
+"""Errors of a NATS server that is restarting."""
+
+
+def stream_configs(replicas: int) -> list[api.StreamConfig]:
+    """Return the configuration of every stream, buckets included."""
+    common: dict[str, Any] = {
+        "storage": api.StorageType.FILE,
+        "num_replicas": replicas,
+        # Six services per node follow `live`; a server's default of a thousand is too few for two hundred nodes.
+        "max_consumers": MAX_CONSUMERS,
+    }
+    command = api.StreamConfig(
+        name="CMD",
+        subjects=[subjects.COMMANDS],
+        retention=api.RetentionPolicy.WORK_QUEUE,
+        max_age=COMMAND_MAX_AGE_S,
+        max_bytes=64 * MIB,
+        discard=api.DiscardPolicy.NEW,
+        duplicate_window=120,
+        # With acks, `nats req` would return "stored" at once. Without them the first reply is the outcome.
+        no_ack=True,
+        **common,
+    )
+    event = api.StreamConfig(
+        name="EVT",
+        subjects=[subjects.EVENTS],
+        retention=api.RetentionPolicy.LIMITS,
+        max_age=EVENT_MAX_AGE_S,
+        max_bytes=64 * MIB,
+        discard=api.DiscardPolicy.OLD,
+        **common,
+    )
+
+    def bucket(name: str, max_bytes: int, ttl_s: float = 0) -> api.StreamConfig:
+        return api.StreamConfig(
+            name=f"KV_{name}",
+            subjects=[f"$KV.{name}.>"],
+            retention=api.RetentionPolicy.LIMITS,
+            max_msgs_per_subject=1,
+            max_age=ttl_s,
+            max_bytes=max_bytes,
+            max_msg_size=MIB,
+            discard=api.DiscardPolicy.NEW,
+            allow_rollup_hdrs=True,
+            allow_direct=True,
+            allow_msg_ttl=True,
+            deny_delete=True,
+            duplicate_window=min(ttl_s, 120) or 120,
+            subject_delete_marker_ttl=MARKER_TTL_S,
+            **common,
+        )
+
+    return [
+        command,
+        event,
+        bucket("live", 16 * MIB, LIVE_TTL_S),
+        bucket("spec", 64 * MIB),
+        bucket("state", 256 * MIB),
+        bucket("lease", 16 * MIB),
+        bucket("done", 64 * MIB, DONE_TTL_S),
+    ]
+
+
+_COMPARED = (
+    "subjects",
+    "retention",
+    "max_age",
+    "max_bytes",
+    "max_msgs_per_subject",
+    "discard",
+    "storage",
+    "no_ack",
+    "allow_msg_ttl",
+    "allow_direct",
+    "subject_delete_marker_ttl",
+)
+
+
+def differences(wanted: api.StreamConfig, actual: api.StreamConfig) -> list[str]:
+    """Return the settings of an existing stream that are not as wanted: `max_age: 60 instead of 3600`."""
+    out = []
+    for name in _COMPARED:
+        want, have = getattr(wanted, name), getattr(actual, name)
+        if (want or None) != (have or None):
+            out.append(f"{name}: {_plain(have)} instead of {_plain(want)}")
+    return out
+
+
+def _plain(value: object) -> object:
+    """Return a setting as NATS writes it: `memory`, not `StorageType.MEMORY`."""
+    return value.value if isinstance(value, Enum) else value
+
+
+async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
+    """Create missing streams and correct the settings of existing ones, with a warning.
+
+    Raises Unavailable if the server refuses; the message names the stream and the settings.
+    """
+    for wanted in stream_configs(replicas):
+        name = str(wanted.name)
+        try:
+            actual = (await patiently(lambda n=name: js.stream_info(n))).config  # type: ignore[misc]  # lambda default binds the loop variable
+        except jse.NotFoundError:
+            try:
+                await patiently(lambda w=wanted: js.add_stream(w))  # type: ignore[misc]  # the same
+            except jse.APIError as e:
+                raise Unavailable(f"this NATS server refuses the stream {name}: {e.description}") from None
+            continue
+        mismatches = differences(wanted, actual)
+        if not mismatches:
+            continue
+        log.warning("correcting a stream's settings", stream=name, differences="; ".join(mismatches))
+        # These cannot be changed for an existing stream.
+        wanted.num_replicas, wanted.max_consumers = actual.num_replicas, actual.max_consumers
+        try:
+            await js.update_stream(wanted)
+        except jse.APIError as e:
+            raise Unavailable(
+                f"stream {name} on this NATS server has other settings ({'; '.join(mismatches)}) and they cannot be "
+                f"changed: {e.description}; remove it with `nats stream rm {name}` if nothing else uses it"
+            ) from None
+
+
+async def store_made(js: JetStreamContext) -> str:
+    """Return when the stream of `spec` was created: another time after NATS has lost its store."""
+    return str((await patiently(lambda: js.stream_info("KV_spec"))).created)
+
+
+async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = OUTAGE_PATIENCE_S) -> T:
+    """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `patience_s`."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + patience_s
+    while True:
+        try:
+            return await call()
+        except OUTAGE as e:
+            if loop.time() >= give_up:
+                raise Unavailable(f"NATS has not answered for {patience_s:.0f} s ({type(e).__name__})") from e
+            await asyncio.sleep(_RETRY_S)
+        except ConnectionClosedError as e:
+            raise Unavailable("the connection to NATS is closed") from e

@@ -1,0 +1,1 @@
+"""This machine: addresses, memory limits, credentials, the service manager."""

@@ -1,0 +1,1 @@
+"""Who is up, who is not, and whether the versions fit together."""

@@ -1,0 +1,47 @@
+"""Whether a service is live, and the error for a command that nobody was there to run."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from shoal_common.bus.keys import live_key, node_key, storage_key
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.subjects import ANY
+from shoal_common.errors import NodeAway
+from shoal_common.messages.placement import NodeState
+
+
+async def is_live(buckets: Buckets, service: str, node: str) -> bool:
+    """Return whether this service has a key in `live`, on this node or on `any`. Raises Unavailable."""
+    if node != ANY:
+        return await buckets.live.get(live_key(node, service)) is not None
+    for key in await buckets.live.keys(f"*.{service}"):
+        if await buckets.live.get(key) is not None:  # the marker of an expired key is listed too
+            return True
+    return False
+
+
+async def node_away(buckets: Buckets, service: str, node: str, what: str) -> NodeAway:
+    """Return the error for a command (`delete`, say) whose service is not live. Raises Unavailable."""
+    if node == ANY:
+        return NodeAway(f"{what} was not run: no node runs {service}; start one with `shoal up`")
+    state = await buckets.state.get_as(node_key(node), NodeState)
+    if state is not None:
+        since = datetime.fromtimestamp(state.silent_since_s, UTC).isoformat(timespec="seconds")
+        return NodeAway(
+            f"{_not_done(what, node)}: the node is down since {since}; bring it back with `shoal up` there "
+            "and send it again",
+            node=node,
+            silent_since_s=state.silent_since_s,
+        )
+    if await buckets.state.get(storage_key(node)) is None:
+        return NodeAway(f"{_not_done(what, node)}: there is no such node; see `shoal status`", node=node)
+    return NodeAway(
+        f"{_not_done(what, node)}: its {service} is not live; see `shoal status`, or start it there with `shoal up`, "
+        "and send it again",
+        node=node,
+    )
+
+
+def _not_done(what: str, node: str) -> str:
+    return f"{what} on node {node} was not run, unless it had started"

@@ -1,0 +1,134 @@
+"""The fetcher's contract: download commands, requests and state."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shoal_common.errors import ErrorBody
+from shoal_common.messages import Message
+from shoal_common.messages.envelope import Command
+
+DownloadPhase = Literal[
+    "queued", "reserving", "fetching", "verifying", "blocked", "ready", "paused", "rejected", "failed"
+]
+"""`blocked`: the disk is full; the download continues by itself once there is space."""
+ENDED: frozenset[DownloadPhase] = frozenset({"ready", "rejected", "failed"})
+
+
+class DownloadSpec(Message):
+    """A request that a model be on a node, removed when the download ends.
+
+    `spec` key `download.<node>.<model>`, published by that node's fetcher.
+    """
+
+    model: str
+    """The model as requested: `org/name`, or `org/name@revision`."""
+    asked_at_s: float
+    """When the download was requested."""
+    paused: bool = False
+    """A person paused the download; it continues only when a person says so."""
+    commands: list[str] = []
+    """Ids of the last 64 commands waiting for it; their outcome goes to `done`, so that a redelivery runs nothing."""
+    layers: list[list[int]] = []
+    """Layer ranges `[first, last)`: only what stages with these layers need; empty means the whole model."""
+
+
+class DownloadState(Message):
+    """Progress of a download. `state` key `download.<node>.<model>`, published by that node's fetcher."""
+
+    node: str
+    """The node that downloads."""
+    model: str
+    """The model as requested: `org/name`, or `org/name@revision`."""
+    phase: DownloadPhase
+    """Current phase."""
+    commit: str = ""
+    """The commit that the revision resolved to; "" until it is resolved."""
+    total_bytes: int = 0
+    """Size of all that has to be on the disk at the end."""
+    done_bytes: int = 0
+    """Durable or verified bytes, never merely received ones."""
+    resumed_bytes: int = 0
+    """Of `done_bytes`, those that were on the disk when this attempt started."""
+    sources: dict[str, int] = {}
+    """Bytes received from each source: a node's id, or `hub`."""
+    speed_bytes_per_s: float = 0.0
+    """Current rate of all sources together."""
+    source_speeds: dict[str, float] = {}
+    """Current bytes per second of each source; sources that send nothing are absent."""
+    eta_s: float | None = None
+    """Seconds until all has arrived at this rate; null if unknown."""
+    verified_bytes: int = 0
+    """Of `done_bytes`, those of blobs that storage has verified."""
+    switched: dict[str, int] = {}
+    """How often each source was dropped because it was silent for too long; at most 16 sources."""
+    blobs: list[str] = []
+    """Complete blobs of this model on this node, which peers may request before the model is ready."""
+    known: dict[str, str] = {}
+    """sha256 of those complete blobs that the hub lists by git's sha1 only, by blob name."""
+    roots: dict[str, str] = {}
+    """Leaf list digests of those complete blobs, by sha256."""
+    waiting_for: str = ""
+    """What the download waits for, if it does: `origin node-b`, `hub: rate limited for 12 s`."""
+    error: ErrorBody | None = None
+    """Why the download was rejected, failed or is blocked."""
+    started_at_s: float = 0.0
+    """When this attempt started."""
+    updated_at_s: float = 0.0
+    """When this state was published."""
+    blocked_since_s: float = 0.0
+    """Since when a full disk has blocked it; 0 if none does."""
+    layers: list[list[int]] = []
+    """Layer ranges `[first, last)` that it downloads and that the figures count; empty means the whole model."""
+
+    @property
+    def resumed_from(self) -> float:
+        """Fraction of the bytes, 0 to 1, that was on the disk when this attempt started."""
+        return min(self.resumed_bytes / self.total_bytes, 1.0) if self.total_bytes else 0.0
+
+
+class Withdraw(Message):
+    """`svc.fetcher.<node>.withdraw`: drop the download requests for these models; answered once they have stopped."""
+
+    repo: str
+    """`org/name`."""
+    revision: str = ""
+    """Only this revision; "" means all of the repository."""
+
+
+class Download(Command):
+    """`cmd.fetcher.<node>.download`: download a model to this node. Returns when the download has ended.
+
+    Resumes a paused download, unless `unless_paused`.
+    """
+
+    model: str
+    """`org/name`, with or without `@revision`."""
+    layers: list[int] = []
+    """`[first, last)`: only what a stage with these layers needs, if the model allows it; empty: all of it."""
+    unless_paused: bool = False
+    """Leave a paused download paused and end with `paused`; for services, which ask on their own."""
+
+
+class CancelDownload(Command):
+    """`cmd.fetcher.<node>.cancel`: cancel a running download and delete its partial blobs."""
+
+    model: str
+    """`org/name`, with or without `@revision`."""
+
+
+class PauseDownload(Command):
+    """`cmd.fetcher.<node>.pause`: pause a download; its bytes and its reservation are kept.
+
+    Only `resume` or another `download` by a person continues it.
+    """
+
+    model: str = ""
+    """`org/name`, with or without `@revision`; "" means all downloads of this node."""
+
+
+class ResumeDownload(Command):
+    """`cmd.fetcher.<node>.resume`: continue a paused download."""
+
+    model: str = ""
+    """`org/name`, with or without `@revision`; "" means all downloads of this node."""

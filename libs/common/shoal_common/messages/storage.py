@@ -1,0 +1,396 @@
+"""Storage's contract: commands, requests and state."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shoal_common.messages import Message
+from shoal_common.messages.envelope import Command
+from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.model_shape import ModelShape
+
+
+class LeaseState(Message):
+    """A lease on a model of a node."""
+
+    id: str
+    """The lease's id."""
+    model: str
+    """`org/name@commit`."""
+    holder: str
+    """Who holds it, in the holder's words."""
+    since_s: float
+    """When it was granted."""
+    pid: int = 0
+    """The process that holds its lock; 0 if none does yet or the system does not say."""
+
+
+class RootState(Message):
+    """A library: a read-only directory whose models a node offers in place."""
+
+    path: str
+    """The directory."""
+    error: str = ""
+    """Why it cannot be scanned; "" if it can."""
+    model_count: int = 0
+    """Models offered from it."""
+    waiting_count: int = 0
+    """Models whose files are not hashed yet."""
+    waiting_bytes: int = 0
+    """Size of those models."""
+    not_adopted: dict[str, str] = {}
+    """Directories that look like a model and are not offered, with the reason; at most 20."""
+    not_adopted_count: int = 0
+    """Number of all such directories."""
+
+
+class FurtherRootState(Message):
+    """A volume: a directory on another disk that holds blobs of this node's models."""
+
+    path: str
+    """The directory."""
+    id: str = ""
+    """Id in its VERSION file; "" while unknown."""
+    error: str = ""
+    """Why it is not used, such as a disk that is not mounted; its files stay as they are. "" if it is used."""
+    used_bytes: int = 0
+    """Size of the blobs on it; included in the node's `used_bytes`."""
+    blob_count: int = 0
+    """Number of blobs on it."""
+    free_bytes: int = 0
+    """Free space of its disk."""
+    headroom_bytes: int = 0
+    """Part of the free space that Shoal leaves free."""
+    reserved_bytes: int = 0
+    """Space reserved for blobs that are arriving on it."""
+    double_bytes: int = 0
+    """Size of blobs that another volume holds too; garbage."""
+
+
+class StorageState(Message):
+    """Settings and use of a node's disk. `state` key `storage.<node>`, published by that node's storage."""
+
+    node: str
+    """The node."""
+    quota_bytes: int | None = None
+    """Quota of the store; null if there is none."""
+    used_bytes: int = 0
+    """Size of all blobs, of the leaves of shards, and of unverified files."""
+    reserved_bytes: int = 0
+    """Bytes reserved for downloads that have not arrived yet."""
+    free_bytes: int = 0
+    """Free space of the store's disk."""
+    headroom_bytes: int = 0
+    """Part of the free space that Shoal leaves free."""
+    model_count: int = 0
+    """Complete models in the store."""
+    blob_count: int = 0
+    """Blobs in the store."""
+    eviction_policy: Literal["manual", "lru"] = "manual"
+    """Whether models are evicted to make space: never, or least recently used first."""
+    pinned: list[str] = []
+    """Models (`org/name@commit`) that are never evicted or deleted."""
+    quarantined: list[str] = []
+    """Corrupt blobs that were set aside."""
+    leases: list[LeaseState] = []
+    """Leases on models of this node."""
+    from_environment: list[str] = []
+    """Settings that environment variables override; changing them in the file has no effect."""
+    unproven_count: int = 0
+    """Files that somebody put in a blob's place and that are not verified yet; offered to nobody."""
+    unproven_bytes: int = 0
+    """Size of those files; included in `used_bytes`."""
+    unknown_count: int = 0
+    """Foreign files in the store: not Shoal's, or not what their name says; never deleted."""
+    unknown_bytes: int = 0
+    """Size of the foreign files."""
+    unknown: list[str] = []
+    """Paths of the first foreign files, below the store."""
+    store_away: bool = False
+    """Whether the store is missing, for example unmounted; its models are not offered then."""
+    partial_retention_s: int = 0
+    """How long bytes of abandoned downloads are kept."""
+    unfinished: list[str] = []
+    """Models (`org/name@commit`) of which only an ended download's bytes are left; evicted first."""
+    paused: dict[str, int] = {}
+    """Bytes kept for paused downloads, by `org/name@commit`; included in `reserved_bytes` and `used_bytes`."""
+    reserve_bytes: int = 0
+    """Size of the ballast file, which is deleted first when the disk is full."""
+    read_only_roots: list[RootState] = []
+    """Libraries of this node."""
+    roots: list[FurtherRootState] = []
+    """Volumes besides the store's own, each with its own `free_bytes`."""
+    max_upload_bytes_per_s: int | None = None
+    """Rate limit of the fileserver, in total; null means unlimited."""
+    max_hub_bytes_per_s: int | None = None
+    """Rate limit of downloads from the hub, in total; null means unlimited."""
+    max_peer_bytes_per_s: int | None = None
+    """Rate limit of downloads from each peer; null means unlimited."""
+
+
+class ModelState(Message):
+    """A model that is complete, verified and durable on a node.
+
+    `state` key `model.<node>.<model@commit>`, published by that node's storage.
+    """
+
+    node: str
+    """The node that holds the model."""
+    repo: str
+    """`org/name`."""
+    commit: str
+    """Commit id of the hub's repository."""
+    size_bytes: int
+    """Size of all distinct blobs."""
+    file_count: int
+    """Number of files."""
+    revisions: list[str] = []
+    """Revisions that people used for this commit."""
+    shape: ModelShape | None = None
+    """The model's shape; null if it is not a language model that Shoal can read."""
+    shape_error: str = ""
+    """Why there is no shape."""
+    ready_at_s: float = 0.0
+    """When the model became complete."""
+    adopted_from: str = ""
+    """Its directory in a library; "" for a model of the store."""
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`."""
+        return f"{self.repo}@{self.commit}"
+
+
+class PartState(Message):
+    """A shard: what stages with some layers need of a model, verified and durable on a node that lacks the rest.
+
+    `state` key `part.<node>.<model@commit>`, published by that node's storage.
+    """
+
+    node: str
+    """The node that holds the shard."""
+    repo: str
+    """`org/name`."""
+    commit: str
+    """Commit id of the hub's repository."""
+    layers: list[list[int]]
+    """Layer ranges `[first, last)`, in order."""
+    size_bytes: int
+    """Bytes of the shard."""
+    model_bytes: int
+    """Bytes of the whole model."""
+    revisions: list[str] = []
+    """Revisions that people used for this commit."""
+
+    @property
+    def model(self) -> str:
+        """`org/name@commit`."""
+        return f"{self.repo}@{self.commit}"
+
+
+class AskPlan(Message):
+    """`svc.storage.<node>.plan`: what would be evicted to admit this many bytes; evicts nothing."""
+
+    need_bytes: int
+    """Bytes to be admitted."""
+
+
+class Victim(Message):
+    """A model in an eviction plan."""
+
+    model: str
+    """`org/name@commit`."""
+    frees_bytes: int
+    """Bytes that evicting it frees at its place in the plan."""
+    last_use_s: float
+    """When it was last used; of an ended download, when it was last requested."""
+
+
+class EvictionPlan(Message):
+    """What to evict, in order: garbage, ended downloads, victims. A dry run returns the same struct."""
+
+    need_bytes: int
+    """Bytes that have to be freed."""
+    garbage: list[str] = []
+    """Blobs that nothing refers to."""
+    garbage_bytes: int = 0
+    """Size of the garbage."""
+    victims: list[Victim] = []
+    """Models to evict, in order."""
+    frees_bytes: int = 0
+    """Bytes that the whole plan frees."""
+    enough: bool = False
+    """Whether the plan frees enough. If not, nothing is evicted and the lists are empty."""
+    evictable_bytes: int = 0
+    """Bytes that could be evicted at most."""
+    kept: dict[str, str] = {}
+    """Protected models, and why: `pinned`, `used by instance x and me (pid 4711)`, `being fetched`."""
+    unfinished: list[Victim] = []
+    """Bytes that ended downloads have left, oldest first."""
+
+
+class AskRoom(Message):
+    """`svc.storage.<node>.room`: does this model, whose download a full disk has stopped, fit the disk now?
+
+    Storage evicts if its policy allows it: one plan for all running downloads.
+    """
+
+    model: str
+    """`org/name@commit`."""
+
+
+class RoomLeft(Message):
+    """Whether all running downloads fit the disk now."""
+
+    enough: bool
+    """Whether they fit."""
+    lacking_bytes: int = 0
+    """Bytes that are missing."""
+    free_bytes: int = 0
+    """Free space of the disk."""
+    headroom_bytes: int = 0
+    """Part of the free space that Shoal leaves free."""
+    words: str = ""
+    """The same for people: `3.2 GB more needed, 0 B free`."""
+    evicted: EvictionPlan | None = None
+    """The eviction that this request caused, if any."""
+
+
+class NoteUse(Message):
+    """`svc.storage.<node>.used`: record that inference used these models now."""
+
+    models: list[str]
+    """`org/name@commit` each."""
+
+
+class Reserve(Message):
+    """`svc.storage.<node>.reserve`: reserve space for a model's blobs. Repeating it renews the same reservation."""
+
+    manifest: Manifest
+    """The model's files."""
+    leaves: dict[str, list[list[int]]] = {}
+    """Leaf ranges `[first, last)` to reserve, by blob; an empty list means none. Blobs not listed need all leaves."""
+
+
+class Reserved(Message):
+    """A reservation; the missing blobs' partial directories exist."""
+
+    present: list[str]
+    """Blobs that the store has already."""
+    missing: list[str]
+    """Blobs to be fetched."""
+    evicted: EvictionPlan | None = None
+    """The eviction that made space, if any."""
+    known: dict[str, str] = {}
+    """sha256 of the present files that the manifest names by git's sha1 only, by blob name."""
+
+
+class Release(Message):
+    """`svc.storage.<node>.release`: end an unsuccessful download's reservation; delete bytes that only it needs."""
+
+    manifest: Manifest
+    """The manifest that was reserved."""
+
+
+class CommitBlob(Message):
+    """`svc.storage.<node>.commit`: verify a complete partial blob and make it a blob."""
+
+    blob: str
+    """The blob's name."""
+    root: str = ""
+    """Digest of a sealed leaf list to verify each leaf against; "" means the whole blob is verified by sha256."""
+
+
+class Committed(Message):
+    """A blob that is durable under its sha256."""
+
+    sha256: str
+    """The blob's sha256."""
+    size_bytes: int
+    """Size of the blob."""
+    root: str = ""
+    """Its leaf list digest; "" if unknown."""
+
+
+class SealModel(Message):
+    """`svc.storage.<node>.seal`: write the manifest of a model whose blobs are all present, and publish the model."""
+
+    manifest: Manifest
+    """The sealed manifest."""
+
+
+class SealPart(Message):
+    """`svc.storage.<node>.seal_part`: check, record and publish the shard that stages with these layers need."""
+
+    manifest: Manifest
+    """The sealed manifest of the whole model."""
+    layers: list[list[int]]
+    """Layer ranges `[first, last)` of the shard."""
+    leaves: dict[str, list[list[int]]]
+    """Needed leaf ranges, by blob, of blobs that are not needed whole, as in `reserve`."""
+    roots: dict[str, str]
+    """Digest of the sealed leaf list of each of these blobs; the list lies beside the partial blob's data."""
+
+
+class AskManifest(Message):
+    """`svc.storage.<node>.manifest`: the manifest of a model that this node holds, or `not_found`."""
+
+    model: str
+    """`org/name@revision`."""
+    broken: bool = False
+    """Also answer for an incomplete model; the node's own fetcher asks that to repair it."""
+
+
+class Delete(Command):
+    """`cmd.storage.<node>.delete`: delete a model from this node. Deleting an absent model succeeds."""
+
+    model: str
+    """`org/name@revision`, or `org/name` for all its revisions."""
+
+
+class Configure(Command):
+    """`cmd.storage.<node>.configure`: change this node's storage settings now and in its file.
+
+    Fields left out keep their value.
+    """
+
+    max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Quota of the store; null removes it."""
+    eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
+    """Whether models are evicted to make space: never, or least recently used first."""
+    headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    """Bytes of the disk that Shoal leaves free."""
+    partial_retention_s: int | msgspec.UnsetType = msgspec.UNSET
+    """How long to keep bytes of abandoned downloads; 0 deletes them at once."""
+    read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All libraries (read-only model directories), absolute or with `~`; an empty list removes them."""
+    roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """All volumes besides the store's own, absolute or with `~`; an empty list removes them, their files stay."""
+    max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Rate limit of the fileserver, in total; null means unlimited."""
+    max_hub_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Rate limit of downloads from the hub, in total; null means unlimited."""
+    max_peer_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Rate limit of downloads from each peer; null means unlimited."""
+
+
+class Pin(Command):
+    """`cmd.storage.<node>.pin`: protect a model of this node from eviction and deletion."""
+
+    model: str
+    """`org/name@revision`, or `org/name` for all its revisions."""
+    pinned: bool = True
+    """False unpins the model."""
+
+
+class CollectGarbage(Command):
+    """`cmd.storage.<node>.gc`: delete blobs that nothing refers to."""
+
+
+class Verify(Command):
+    """`cmd.storage.<node>.verify`: hash a model's blobs again and quarantine the corrupt ones."""
+
+    model: str = ""
+    """`org/name`, with or without `@revision`; "" means all models of this node."""

@@ -1,0 +1,1 @@
+"""Requests between services and commands from people, with their replies."""

@@ -1,0 +1,1 @@
+"""The files of a store that more than one service reads."""

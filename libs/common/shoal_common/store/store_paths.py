@@ -1,0 +1,137 @@
+"""Paths in a store. The only place that builds them; names are checked before they come here (I10)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal_common.errors import BadName
+from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, check_id
+
+FORMAT_VERSION = "1"
+
+
+class Layout:
+    """Paths of one store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.version = root / "VERSION"
+        self.lock = root / "lock"
+        self.reserve = root / "reserve"
+        self.blobs = root / "blobs" / "sha256"
+        self.leaf_lists = root / "leaves"
+        self.partials = root / "partial"
+        self.manifests = root / "manifests"
+        self.views = root / "views"
+        self.tombs = root / "tombs"
+        self.pins = root / "pins"
+        self.uses = root / "uses"
+        self.promises = root / "promises"
+        self.parts = root / "parts"
+        self.quarantine = root / "quarantine"
+        self.leases = root / "leases"
+        self.verified = root / "adopted" / "verified.json"
+        self.adopted_blobs = root / "adopted" / "blobs"
+        self.adopted_models = root / "adopted" / "models"
+        self.further = root / "further"
+
+    @property
+    def top_names(self) -> set[str]:
+        """Names of the store's own files and directories at its top level."""
+        paths = [path for path in vars(self).values() if isinstance(path, Path) and path != self.root]
+        return {path.relative_to(self.root).parts[0] for path in paths}
+
+    def blob(self, sha256: str) -> Path:
+        """Return a blob's file."""
+        return self.blobs / check_blob(sha256)[:2] / sha256
+
+    def leaves(self, sha256: str) -> Path:
+        """Return the file with the hashes of a blob's leaves."""
+        return self.leaf_lists / check_blob(sha256)[:2] / sha256
+
+    def set_aside(self, sha256: str) -> Path:
+        """Return the path of a corrupt blob in quarantine."""
+        return self.quarantine / check_blob(sha256)
+
+    def set_aside_have(self, sha256: str) -> Path:
+        """Return the bitmap of the good leaves of a blob in quarantine."""
+        return self.quarantine / f"{check_blob(sha256)}.have"
+
+    def partial(self, blob: str) -> Path:
+        """Return the directory of a partial blob."""
+        return self.partials / check_blob(blob)
+
+    def partial_leaves(self, blob: str) -> Path:
+        """Return the leaf list of a partial blob; unknown hashes are zeros."""
+        return self.partial(blob) / "leaves"
+
+    def partial_ready(self, blob: str) -> Path:
+        """Return the relay bitmap of a partial blob, valid for this boot."""
+        return self.partial(blob) / "ready"
+
+    def manifest(self, repo: str, commit: str) -> Path:
+        """Return a manifest's file."""
+        return self.manifests / directory_of(repo) / f"{check_commit(commit)}.json"
+
+    def view(self, repo: str, commit: str) -> Path:
+        """Return the directory with a model's files under their own names."""
+        return self.views / directory_of(repo) / check_commit(commit)
+
+    def pin(self, repo: str, commit: str) -> Path:
+        """Return the file that pins a model."""
+        return self.pins / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def use(self, repo: str, commit: str) -> Path:
+        """Return the file whose mtime is a model's last use."""
+        return self.uses / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def promise(self, repo: str, commit: str) -> Path:
+        """Return the reservation: the file with the blobs that a running download relies on."""
+        return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def part(self, repo: str, commit: str) -> Path:
+        """Return the file that says which layers of an incomplete model are here."""
+        return self.parts / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def adopted_blob(self, sha256: str) -> Path:
+        """Return the file that says where a library holds a blob."""
+        return self.adopted_blobs / check_blob(sha256)[:2] / sha256
+
+    def adopted_model(self, repo: str, commit: str) -> Path:
+        """Return the file that exists while a model's view leads into a library."""
+        return self.adopted_models / f"{directory_of(repo)}@{check_commit(commit)}"
+
+    def view_file(self, manifest: Manifest, path: str) -> Path:
+        """Return a file in a view."""
+        return file_in(self.view(manifest.repo, manifest.commit), path)
+
+    def lease(self, lease: str) -> Path:
+        """Return a lease's directory."""
+        return self.leases / check_id(lease)
+
+    def lease_lock(self, lease: str) -> Path:
+        """Return the file whose flock keeps a lease alive."""
+        return self.lease(lease) / "lock"
+
+    def lease_view(self, lease: str) -> Path:
+        """Return the lease holder's own view."""
+        return self.lease(lease) / "view"
+
+
+def file_in(view: Path, path: str) -> Path:
+    """Return a model's file in a view of it."""
+    return view / check_file_path(path)
+
+
+def directory_of(repo: str) -> str:
+    """Return `org/name` as one directory name. Neither part contains `--`, so this is reversible."""
+    return repo.replace("/", "--")
+
+
+def model_of(directory: str, commit: str) -> str:
+    """Return the model (`org/name@commit`) of a directory `<org>--<name>` and a commit. Raises BadName."""
+    ref = ModelRef.parse(directory.replace("--", "/", 1))
+    if directory_of(ref.repo) != directory:
+        raise BadName(f"{directory!r} is not the directory of a model")
+    return f"{ref.repo}@{check_commit(commit)}"

@@ -1,0 +1,1 @@
+"""Downloads: requested, running, waiting, ended."""

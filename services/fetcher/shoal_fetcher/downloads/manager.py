@@ -1,0 +1,295 @@
+"""The downloads of this node: starts, pauses, resumes, cancels them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import httpx2
+
+from shoal_common.bus.keys import download_key
+from shoal_common.errors import Busy, Paused, ShoalError, Unavailable, Withdrawn, from_body
+from shoal_common.liveness.peer_failure import Sight
+from shoal_common.logs import Log
+from shoal_common.messages import downloads
+from shoal_common.messages.downloads import ENDED, DownloadState, Withdraw
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.model_shape import AskShape, ModelSize
+from shoal_common.models.layer_tensors import check_layers
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_common.store.store_paths import Layout
+from shoal_fetcher.cluster_view import Surroundings
+from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
+from shoal_fetcher.downloads.request_store import Wishes, joined
+from shoal_fetcher.downloads.task import Download
+from shoal_fetcher.hub.client import Hub, HubSettings
+from shoal_fetcher.hub.model_info import Shapes
+from shoal_fetcher.progress import Progress
+from shoal_fetcher.rate_limits import Limits
+from shoal_fetcher.storage_client import Storage
+from shoal_fetcher.swarm.context import Shared
+from shoal_fetcher.swarm.http_client import PeerClient
+from shoal_fetcher.swarm.peer_client import Peers
+
+log = Log("fetcher")
+MAX_DOWNLOADS = 256
+"""Running and paused together."""
+
+
+class Fetcher:
+    """All downloads of this node."""
+
+    def __init__(
+        self,
+        context: Context,
+        tasks: asyncio.TaskGroup,
+        around: Surroundings,
+        wishes: Wishes,
+        limits: Limits,
+        from_hub: httpx2.AsyncClient,
+        from_peers: PeerClient,
+    ) -> None:
+        self._context, self._tasks = context, tasks
+        self._layout = Layout(context.config.store)
+        self._hub = Hub(HubSettings.read(context.environ), from_hub)
+        self._around, self._wishes = around, wishes
+        self._storage = Storage(context.ask, context.node, around)
+        shared = Shared(
+            node=context.node,
+            uid=context.liveness.uid,
+            nats=context.nats,
+            buckets=context.buckets,
+            around=around,
+            hub=self._hub,
+            peers=Peers(from_peers, context.config.secret, around.addresses, Sight(context.nats, context.node).lost),
+            busy=Counter(),
+            limits=limits,
+        )
+        self._shapes = Shapes(self._hub, limits.hub)
+        self._blobs = BlobFetcher(shared, self._layout, self._storage)
+        self._leaf_lists = shared.peers
+        self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
+        self._changing = asyncio.Lock()
+
+    async def take_up(self) -> None:
+        """At startup: resume requests that are not paused, and finish cancellations that were interrupted."""
+        states = self._around.own_downloads()
+        for name in self._wishes.names:
+            wish, state = self._wishes.get(name), states.get(name)
+            has_ended = state is not None and state.phase in ENDED
+            if wish is None:
+                continue
+            if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.asked_at_s):
+                # Killed after the download ended, before its request was deleted: a rejected download is not retried.
+                await self._wishes.end(name, from_body(state.error) if state.error else state)
+            elif wish.paused:
+                if state is None or state.phase != "paused":
+                    await self._publish_paused(name, state)
+            else:
+                log.info("resuming download", model=name)
+                await self._start(ModelRef.parse(name))
+        for name, state in states.items():
+            if state is not None and state.phase not in ENDED and self._wishes.get(name) is None:
+                log.info("finishing an interrupted cancellation", model=name)
+                self._tasks.create_task(self._finish_cancellation(name))
+
+    async def _finish_cancellation(self, name: str) -> None:
+        async with self._changing:
+            if self._wishes.get(name) is None:
+                with suppress(ShoalError):  # storage is down: the state stays for the next start
+                    await self._withdraw(name)
+
+    async def say_again_after_wipes(self) -> None:
+        """Republish requests and download states each time NATS has lost its store."""
+        handled, wipes = 0, self._context.nats.wipes
+        while True:
+            count = await wipes.wait_after(handled)
+            with suppress(Unavailable):  # NATS is down again: retried after the next wipe
+                await self._republish()
+                handled = count
+
+    async def _republish(self) -> None:
+        async with self._changing:
+            await self._wishes.say_again()
+            for name in self._wishes.names:
+                if name in self._running:
+                    await self._running[name][0].progress.publish()
+                elif self._wishes.is_paused(name):
+                    await self._publish_paused(name, None)
+
+    async def download(self, command: downloads.Download, identity: str) -> DownloadState:
+        """Download a model, or some layers of it. Returns when it is ready; raises if the download fails."""
+        ref = ModelRef.parse(command.model)
+        layers = [list(check_layers(command.layers))] if command.layers else []
+        name = str(ref)
+        async with self._changing:
+            if self._wishes.get(name) is None and len(self._wishes.names) >= MAX_DOWNLOADS:
+                raise Busy(
+                    f"{MAX_DOWNLOADS} downloads are running or paused on this node; wait for one, or cancel one"
+                )
+            if command.unless_paused and self._wishes.is_paused(name):
+                raise self._paused(name)
+            stopped = await self._stop_if_insufficient(name, layers)
+            try:
+                await self._wishes.ask(name, identity, layers)
+            except ShoalError:  # NATS is down, the request was not stored: the stopped download continues
+                if stopped is not None:
+                    await self._start(ref, stopped)
+                raise
+            download = await self._start(ref, stopped)
+        return await asyncio.shield(download.ended)
+
+    async def _stop_if_insufficient(self, name: str, layers: list[list[int]]) -> Download | None:
+        """Stop a download that fetches fewer layers than are requested now. Returns it, unless it ended by itself."""
+        if name not in self._running:
+            return None
+        download, running = self._running[name]
+        if joined(download.layers, layers) == download.layers:
+            return None
+        return download if await download.stop(running) else None
+
+    async def _start(self, ref: ModelRef, instead_of: Download | None = None) -> Download:
+        """Run the request for a model. `instead_of` is a stopped download: the new task takes over its state and
+        callers.
+        """
+        name = str(ref)
+        if name in self._running:
+            return self._running[name][0]
+        before = instead_of.progress.state if instead_of else await self._state_of(name)
+        wish = self._wishes.get(name)
+        download = Download(
+            ref=ref,
+            node=self._context.node,
+            layout=self._layout,
+            buckets=self._context.buckets,
+            ask=self._context.ask,
+            events=self._context.events,
+            storage=self._storage,
+            hub=self._hub,
+            around=self._around,
+            blobs=self._blobs,
+            wishes=self._wishes,
+            leaf_lists=self._leaf_lists,
+            layers=wish.layers if wish else [],
+            before=before,
+            ended=instead_of.ended if instead_of else None,
+            wanted_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, but=name),
+        )
+        running = self._tasks.create_task(download.run())
+        self._running[name] = (download, running)
+        running.add_done_callback(lambda _: self._running.pop(name, None))
+        return download
+
+    def _is_wanted(self, repo: str, commit: str, but: str) -> bool:
+        """Return whether another request is for this commit: `main` and a tag may be the same bytes."""
+        commits = {name: state.commit for name, state in self._around.own_downloads().items() if state is not None}
+        commits |= {name: download.commit for name, (download, _) in self._running.items()}
+        others = (name for name in self._wishes.names if name != but)
+        return any((ModelRef.parse(name).repo, commits.get(name)) == (repo, commit) for name in others)
+
+    async def pause(self, command: downloads.PauseDownload, _: str) -> dict[str, object]:
+        """Stop downloads and keep their bytes. Returns the resulting phase of each; never an error (I5)."""
+        return await self._each(command.model, self._pause)
+
+    async def resume(self, command: downloads.ResumeDownload, _: str) -> dict[str, object]:
+        """Resume paused downloads. Returns the resulting phase of each; never an error (I5)."""
+        return await self._each(command.model, self._resume)
+
+    async def _each(self, model: str, change: Callable[[str], Awaitable[str]]) -> dict[str, object]:
+        names = [str(ModelRef.parse(model))] if model else None
+        async with self._changing:
+            return {"models": {name: await change(name) for name in names or self._wishes.names}}
+
+    async def _pause(self, name: str) -> str:
+        if name in self._running:
+            download, running = self._running[name]
+            if not await download.stop(running):
+                return download.progress.state.phase
+            try:
+                await self._wishes.pause(name, self._paused(name))
+            except ShoalError:  # NATS is down: the pause was not stored and would not survive a restart, so undo it
+                await self._start(ModelRef.parse(name), download)
+                raise
+            await download.say_paused(self._paused(name))
+            await self._context.events.tell("download_paused", model=name)
+        elif self._wishes.get(name) is None:
+            return await self._phase_of(name)
+        elif self._wishes.is_paused(name):
+            return "was_paused"
+        log.info("download paused", model=name)
+        return "paused"
+
+    async def _resume(self, name: str) -> str:
+        if self._wishes.get(name) is None:
+            return await self._phase_of(name)
+        if not self._wishes.is_paused(name):
+            return "under_way"
+        await self._wishes.go_on(name)
+        await self._start(ModelRef.parse(name))
+        log.info("download resumed", model=name)
+        return "resumed"
+
+    def _paused(self, name: str) -> Paused:
+        return Paused(
+            f"the download of {name} is paused on node {self._context.node}; `shoal resume {name}` continues it"
+        )
+
+    async def _publish_paused(self, name: str, state: DownloadState | None) -> None:
+        """Publish `paused` for a download that is not running, after a crash or after NATS lost its state."""
+        state = state or DownloadState(node=self._context.node, model=name, phase="queued")
+        await Progress(self._context.buckets.state, state).say(phase="paused", waiting_for="", error=None)
+
+    async def _phase_of(self, name: str) -> str:
+        state = await self._state_of(name)
+        return state.phase if state else "unknown"
+
+    async def cancel(self, command: downloads.CancelDownload, _: str) -> dict[str, object]:
+        """Cancel a download, or discard what a failed one left. Cancelling an unknown one is no error (I5)."""
+        name = str(ModelRef.parse(command.model))
+        async with self._changing:
+            was = await self._phase_of(name)
+            if self._wishes.get(name) is None and was in ("unknown", "ready"):
+                return {"cancelled": False, "was": was}
+            await self._withdraw(name)
+        return {"cancelled": True, "was": was}
+
+    async def withdraw(self, question: Withdraw) -> Done:
+        """Stop and forget all downloads of a model that storage is about to delete."""
+        async with self._changing:
+            states = self._around.own_downloads()
+            commits = {name: state.commit for name, state in states.items() if state is not None}
+            commits |= {name: download.commit for name, (download, _) in self._running.items()}
+            for name in {*states, *self._wishes.names, *self._running}:
+                ref = ModelRef.parse(name)
+                if ref.repo == question.repo and question.revision in ("", ref.revision, commits.get(name)):
+                    await self._withdraw(name)
+        return Done()
+
+    async def shape(self, question: AskShape) -> ModelSize:
+        """Return the size of each layer of a model that may be on no node."""
+        return await self._shapes.of(ModelRef.parse(question.model))
+
+    async def _withdraw(self, name: str) -> None:
+        if name in self._running:
+            download, running = self._running[name]
+            await download.withdraw(running)
+        else:
+            state = await self._state_of(name)
+            await self._wishes.end(name, Withdrawn(f"the download of {name} was cancelled"))
+            if state is not None and state.commit:
+                repo = ModelRef.parse(name).repo
+                if not self._is_wanted(repo, state.commit, but=name):
+                    await self._storage.release(repo, state.commit, state.blobs)
+            await self._context.buckets.state.delete(download_key(self._context.node, name))
+        log.info("download cancelled", model=name)
+
+    async def _state_of(self, name: str) -> DownloadState | None:
+        return await self._context.buckets.state.get_as(download_key(self._context.node, name), DownloadState)
+
+    def stop(self) -> None:
+        """Stop all downloads at shutdown; they resume at the next start."""
+        for _, running in self._running.values():
+            running.cancel()

@@ -1,0 +1,1 @@
+"""Hugging Face: listings, headers, byte ranges, and how often it is asked."""

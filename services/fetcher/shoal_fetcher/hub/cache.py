@@ -1,0 +1,121 @@
+"""Caches and back-off that keep a node's requests to the hub few.
+
+The listing of a commit never changes and is kept. A branch is resolved every time, with the ETag of the last answer.
+Concurrent equal requests share one answer. After a 429, no request of this node goes out before the time that the hub
+named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+import httpx2
+
+from shoal_common.messages.manifest import ManifestFile
+from shoal_fetcher.errors import RateLimited
+
+T = TypeVar("T")
+
+MOST_FILES = 20_000
+"""In all kept listings together."""
+MOST_ANSWER_BYTES = 16 << 20
+"""Of all kept answers with an ETag together."""
+
+
+class HoldBack:
+    """The time before which the hub wants no request. Thread-safe."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s, self._until_s = clock_s, 0.0
+
+    def note(self, limited: RateLimited) -> None:
+        """Record the hub's Retry-After."""
+        self._until_s = max(self._until_s, self._clock_s() + limited.retry_after_s)
+
+    def check(self, who: str) -> None:
+        """Raise RateLimited, with the seconds left, if it is too early."""
+        left_s = self._until_s - self._clock_s()
+        if left_s > 0:
+            raise RateLimited(
+                f"{who} limits our requests: retry in {max(left_s, 1):.0f} s (HTTP 429)", retry_after_s=left_s
+            )
+
+
+class Listings:
+    """LRU cache of the files of commits."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], list[ManifestFile]] = OrderedDict()
+
+    def get(self, repo: str, commit: str) -> list[ManifestFile] | None:
+        """Return the files of a commit, or None if they are not cached."""
+        files = self._kept.get((repo, commit))
+        if files is not None:
+            self._kept.move_to_end((repo, commit))
+        return files
+
+    def keep(self, repo: str, commit: str, files: list[ManifestFile]) -> None:
+        """Cache the files of a commit."""
+        self._kept[repo, commit] = files
+        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MOST_FILES:
+            self._kept.popitem(last=False)
+
+
+class Answers:
+    """LRU cache of answers with an ETag, by URL: revalidating one costs the hub next to nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, httpx2.Response] = OrderedDict()
+
+    def prepare(self, request: httpx2.Request) -> None:
+        """Add If-None-Match if an answer is cached."""
+        with self._lock:
+            known = self._kept.get(str(request.url))
+        if known is not None:
+            request.headers["If-None-Match"] = known.headers["ETag"]
+
+    def settle(self, request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+        """Return the cached answer for a 304, else the response, which is cached. Its body has been read."""
+        address = str(request.url)
+        with self._lock:
+            if response.status_code == 304 and address in self._kept:
+                self._kept.move_to_end(address)
+                return _copy(self._kept[address], request)
+            if response.status_code == 200 and response.headers.get("ETag"):
+                self._kept[address] = _copy(response, request)
+                self._kept.move_to_end(address)
+            while sum(len(r.content) for r in self._kept.values()) > MOST_ANSWER_BYTES:
+                self._kept.popitem(last=False)
+        return response
+
+
+def _copy(of: httpx2.Response, request: httpx2.Request) -> httpx2.Response:
+    # The content is decoded already, so the headers must not say how it was encoded.
+    headers = {k: v for k, v in of.headers.items() if k.lower() not in ("content-encoding", "content-length")}
+    return httpx2.Response(of.status_code, headers=headers, content=of.content, request=request)
+
+
+class Once(Generic[T]):
+    """Runs equal concurrent work once and shares the result."""
+
+    def __init__(self) -> None:
+        self._doing: dict[Hashable, asyncio.Task[T]] = {}
+
+    async def __call__(self, key: Hashable, do: Callable[[], Awaitable[T]]) -> T:
+        """Return what `do` returns, started now or by an earlier caller. A cancelled caller affects no other."""
+        if key not in self._doing:
+            task = asyncio.ensure_future(do())
+            self._doing[key] = task
+            task.add_done_callback(lambda t: self._ended(key, t))
+        return await asyncio.shield(self._doing[key])
+
+    def _ended(self, key: Hashable, task: asyncio.Task[T]) -> None:
+        del self._doing[key]
+        if not task.cancelled():
+            task.exception()  # mark it as retrieved: maybe nobody waits any more

@@ -1,0 +1,230 @@
+"""The hub: Hugging Face, or any server of its protocol at HF_ENDPOINT.
+
+Listings go through huggingface_hub. File bytes are read by our own client, because the library's download cannot be
+shared between nodes, verifies sizes only, and keeps a second copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import msgspec
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
+from shoal_fetcher.errors import RateLimited
+from shoal_fetcher.hub import range_reader
+from shoal_fetcher.hub.cache import Answers, HoldBack, Listings, Once
+from shoal_fetcher.hub.range_reader import Body, Source, hub_source, read_range, retry_after_s
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+MAX_FILES = 4000
+"""A download's state names each blob and must fit in one message of 1 MiB."""
+_LISTING_TIMEOUT_S = 60.0
+_MAX_FILE_BYTES = 1 << 50
+
+
+class HubSettings(msgspec.Struct, frozen=True):
+    """The hub's address and our token, which never leaves this process (I12)."""
+
+    endpoint: str = DEFAULT_ENDPOINT
+    token: str | None = None
+    offline: bool = False
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> HubSettings:
+        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
+        return cls(
+            endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
+            token=environ.get("HF_TOKEN") or None,
+            offline=environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        )
+
+
+class _ListingClient(httpx2.Client):
+    """The HTTP client given to huggingface_hub, whose own has no timeout and retries for minutes in a thread.
+
+    Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
+    """
+
+    def __init__(self, source: Source, hold: HoldBack, answers: Answers) -> None:
+        super().__init__(
+            follow_redirects=True,
+            timeout=httpx2.Timeout(range_reader.SILENCE_TIMEOUT_S, connect=range_reader.CONNECT_TIMEOUT_S),
+        )
+        self._source, self._hold, self._answers = source, hold, answers
+
+    def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
+        """Send a request, unless the hub has asked us to wait."""
+        self._hold.check(self._source.name)
+        if "/revision/" in request.url.path:
+            self._answers.prepare(request)
+        try:
+            response = super().send(request, **kwargs)
+        except range_reader.FOREIGN as e:
+            raise range_reader.foreign(e, self._source) from e
+        if response.status_code == 429 or response.status_code >= 500:
+            response.close()
+            try:
+                range_reader.raise_for(response.status_code, response.headers, self._source)
+            except RateLimited as e:
+                self._hold.note(e)
+                raise
+        return self._answers.settle(request, response) if "/revision/" in request.url.path else response
+
+
+class Hub:
+    """Resolves models and reads their files."""
+
+    def __init__(self, settings: HubSettings, client: httpx2.AsyncClient) -> None:
+        self._settings, self._client = settings, client
+        self._source = hub_source(settings.endpoint)
+        self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
+        self._hold, self._listings, answers = HoldBack(), Listings(), Answers()
+        self._commits, self._trees = Once[str](), Once[list[ManifestFile]]()
+        # huggingface_hub has one client per process, and a fetcher has one hub.
+        set_client_factory(lambda: _ListingClient(self._source, self._hold, answers))
+
+    @property
+    def offline(self) -> bool:
+        """Whether HF_HUB_OFFLINE forbids requests to the hub."""
+        return self._settings.offline
+
+    async def resolve(self, ref: ModelRef) -> Manifest:
+        """Return the commit that a revision names now, and its files. Raises NotFound, Denied, HubUnavailable."""
+        if self.offline:
+            raise HubUnavailable(
+                f"no live node has {ref} and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model on "
+                "a node with a connection"
+            )
+        try:
+            async with asyncio.timeout(_LISTING_TIMEOUT_S):
+                commit = ref.revision
+                if not is_commit(commit) or self._listings.get(ref.repo, commit) is None:
+                    commit = await self._commits(ref, lambda: asyncio.to_thread(self._commit_of, ref))
+                files = await self._files_of(ref, commit)
+        except TimeoutError:
+            raise Expired(
+                f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s; try again"
+            ) from None
+        return Manifest(repo=ref.repo, commit=commit, files=list(files), revisions=[ref.revision])
+
+    async def _files_of(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+        files = self._listings.get(ref.repo, commit)
+        if files is None:
+            files = await self._trees((ref.repo, commit), lambda: asyncio.to_thread(self._list, ref, commit))
+            self._listings.keep(ref.repo, commit, files)
+        return files
+
+    def _commit_of(self, ref: ModelRef) -> str:
+        try:
+            return check_commit(self._api.model_info(ref.repo, revision=ref.revision).sha or "")
+        except Exception as e:
+            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+
+    def _list(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+        try:
+            entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit)
+            files = [as_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
+            check_listing(ref, files)
+        except Exception as e:
+            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+        return files
+
+    def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
+        """Read bytes [start, end) of a file. Raises RateLimited at once until the time that the hub has named."""
+        if self.offline:
+            raise HubUnavailable(f"no live node has {file.path} and HF_HUB_OFFLINE forbids asking the hub: unset it")
+        url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
+        headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
+        self._hold.check(self._source.name)
+        return self._recording_limits(read_range(self._client, url, headers, start, end, self._source))
+
+    @asynccontextmanager
+    async def _recording_limits(self, reading: AbstractAsyncContextManager[Body]) -> AsyncIterator[Body]:
+        try:
+            async with reading as body:
+                yield body
+        except RateLimited as e:
+            self._hold.note(e)
+            raise
+
+
+def is_file(entry: object) -> bool:
+    """Return whether a listing's entry is a file."""
+    return isinstance(entry, RepoFile)
+
+
+def as_manifest_file(entry: object) -> ManifestFile:
+    """Return a listing's entry as a manifest file, named by sha256 (LFS and Xet), else by git's sha1."""
+    assert isinstance(entry, RepoFile)
+    path = check_file_path(entry.path)
+    size = entry.size if entry.lfs is None else entry.lfs.size
+    if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
+        raise BadName(f"{size!r} is not a valid size in bytes of {path}")
+    if entry.lfs is not None:
+        return ManifestFile(path=path, size_bytes=size, sha256=check_blob(entry.lfs.sha256))
+    check_blob(f"git-{entry.blob_id}")
+    return ManifestFile(path=path, size_bytes=size, git_sha1=entry.blob_id)
+
+
+def check_listing(ref: ModelRef, files: list[ManifestFile]) -> None:
+    """Raise if a listing cannot be a directory of files: too many, a duplicate path, or a file that is a folder."""
+    if len(files) > MAX_FILES:
+        raise Unsupported(f"{ref} has more than {MAX_FILES} files, the most that Shoal supports")
+    paths = {f.path for f in files}
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    if len(paths) < len(files) or paths & folders:
+        raise BadName(f"two files of {ref} have the same name")
+
+
+def foreign(error: Exception, ref: ModelRef, source: Source, has_token: bool) -> ShoalError:
+    """Return an error of huggingface_hub as one of ours."""
+    who = source.name
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, BadName):
+        return BadName(f"{who} lists an unsafe name in {ref}: {error.message}")
+    if isinstance(error, ShoalError):
+        return error
+    if isinstance(error, GatedRepoError):
+        return Denied(f"{ref} is gated on {who}: accept its terms there, then set HF_TOKEN to your token")
+    if isinstance(error, RevisionNotFoundError):
+        return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {who}: check the name after the @")
+    if status == 401 or (isinstance(error, HfHubHTTPError) and status == 403):
+        hint = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
+        return Denied(f"{ref.repo} on {who} does not exist or needs a token (HTTP {status}): check the name; {hint}")
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return NotFound(f"{ref.repo} is not on {who}: check the name (org/name)")
+    if status == 429 and response is not None:
+        wait_s = retry_after_s(response.headers)
+        return RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnavailable(f"{ref} is not on this node and HF_HUB_OFFLINE forbids asking the hub: unset it")
+    if isinstance(error, HFValidationError):
+        return BadName(f"{ref} is not a name that huggingface_hub accepts: {error}")
+    if isinstance(error, HfHubHTTPError):
+        return HubUnavailable(f"{who} sent HTTP {status} for {ref}; try again later")
+    if isinstance(error, OSError | httpx2.HTTPError):
+        return HubUnavailable(f"{who} is unreachable for {ref}: {error or type(error).__name__}; check HF_ENDPOINT")
+    return HubUnavailable(
+        f"{who} sent an invalid listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
+    )

@@ -1,0 +1,116 @@
+"""The shape of a model that no node has: from the hub's listing, config.json, and the headers of its weights.
+
+Of each weight file only the first 8 bytes and the header are read. They are not verified, so they are used only for
+the model's size: a download takes nothing of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from fnmatch import fnmatchcase
+
+from shoal_common.errors import Corrupt, Expired, Unsupported
+from shoal_common.host.rate_limiter import Pace
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.model_shape import ModelShape, ModelSize
+from shoal_common.models.model_shape import shape_of
+from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, tensors_of
+from shoal_common.names import ModelRef
+from shoal_fetcher.hub.cache import Once
+from shoal_fetcher.hub.client import Hub
+
+MOST_CONFIG_BYTES = 1 << 20
+MOST_HEADER_BYTES = 16 << 20
+"""Of one file: a hundred times what models have."""
+_MAX_CONCURRENT_HEADERS = 4
+_MAX_CACHED = 64
+SHAPE_DEADLINE_S = 120.0
+
+
+class Shapes:
+    """LRU cache of shapes by commit, whose shape never changes."""
+
+    def __init__(self, hub: Hub, pace: Pace) -> None:
+        self._hub, self._pace = hub, pace
+        self._kept: OrderedDict[str, ModelShape] = OrderedDict()
+        self._once = Once[ModelShape]()
+
+    async def of(self, ref: ModelRef) -> ModelSize:
+        """Return the size of a model's layers. Raises Unsupported, Corrupt, Expired, and what listing it raises."""
+        manifest = await self._hub.resolve(ref)
+        shape = self._kept.get(manifest.model)
+        if shape is None:
+            shape = await self._once(manifest.model, lambda: self._in_time(manifest))
+        self._kept[manifest.model] = shape
+        self._kept.move_to_end(manifest.model)
+        while len(self._kept) > _MAX_CACHED:
+            self._kept.popitem(last=False)
+        return ModelSize(model=manifest.model, size_bytes=manifest.size_bytes, shape=shape)
+
+    async def _in_time(self, manifest: Manifest) -> ModelShape:
+        try:
+            async with asyncio.timeout(SHAPE_DEADLINE_S):
+                return await self._read(manifest)
+        except TimeoutError:
+            raise Expired(
+                f"the hub did not send the headers of {manifest.repo} within {SHAPE_DEADLINE_S:.0f} s; try again"
+            ) from None
+
+    async def _read(self, manifest: Manifest) -> ModelShape:
+        files = {file.path: file for file in manifest.files}
+        weights = [file for path, file in sorted(files.items()) if fnmatchcase(path, "model*.safetensors")]
+        if "config.json" not in files:
+            raise Unsupported(f"{manifest.repo} has no config.json")
+        if not weights:
+            raise Unsupported(f"{manifest.repo} has no model*.safetensors files")
+        config = await self._config(manifest, files["config.json"])
+        tensors: dict[str, Tensor] = {}
+        slots = asyncio.Semaphore(_MAX_CONCURRENT_HEADERS)
+
+        async def add(file: ManifestFile) -> None:
+            async with slots:
+                tensors.update(await self._header(manifest, file))
+
+        reading = [asyncio.ensure_future(add(file)) for file in weights]
+        try:
+            await asyncio.gather(*reading)
+        finally:
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+        return await asyncio.to_thread(shape_of, config, tensors)
+
+    async def _config(self, manifest: Manifest, file: ManifestFile) -> dict[str, object]:
+        if not 0 < file.size_bytes <= MOST_CONFIG_BYTES:
+            raise Unsupported(
+                f"the config.json of {manifest.repo} has {file.size_bytes} bytes, not 1 to {MOST_CONFIG_BYTES}"
+            )
+        raw = await self._read_bytes(manifest, file, 0, file.size_bytes)
+        try:
+            return dict(json.loads(raw))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise Corrupt(f"config.json of {manifest.repo} is not a JSON object: {e}") from None
+
+    async def _header(self, manifest: Manifest, file: ManifestFile) -> dict[str, Tensor]:
+        prefix = await self._read_bytes(manifest, file, 0, PREFIX_BYTES)
+        end = header_end(prefix, file.path)
+        if end > min(file.size_bytes, MOST_HEADER_BYTES):
+            raise Corrupt(f"the safetensors header of {file.path} claims to end at byte {end}")
+        header = prefix + await self._read_bytes(manifest, file, PREFIX_BYTES, end)
+        return await asyncio.to_thread(tensors_of, header, file.path)
+
+    async def _read_bytes(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> bytes:
+        """Return bytes [start, end) of a file. Raises Corrupt if the hub sends fewer."""
+        received = bytearray()
+        async with self._hub.read(manifest, file, start, end) as body:
+            skip = start - body.begin  # a server that ignores Range sends from 0
+            async for chunk in body.chunks:
+                await self._pace.take(len(chunk))
+                received += chunk
+                if len(received) >= skip + end - start:
+                    break
+        if len(received) < skip + end - start:
+            raise Corrupt(f"the hub sent {len(received)} of {end - start} bytes of {file.path}")
+        return bytes(received[skip : skip + end - start])

@@ -1,0 +1,1 @@
+"""A partial blob on the disk: leaves, bitmap, leaf hashes."""

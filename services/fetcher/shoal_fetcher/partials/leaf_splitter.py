@@ -1,0 +1,43 @@
+"""Splits a stream of bytes into leaves. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
+
+
+class Cutter:
+    """Splits what a source sends in order, in chunks of any size, into the leaves of a blob."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._leaf, self._held = 0, bytearray()
+
+    @property
+    def leaf(self) -> int:
+        """The next leaf."""
+        return self._leaf
+
+    def begin_at(self, offset: int) -> None:
+        """Continue at this offset, a leaf boundary. Bytes of an unfinished leaf are dropped."""
+        assert offset % LEAF_BYTES == 0
+        self._leaf = offset // LEAF_BYTES
+        self._held.clear()
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Add the next bytes; yield each leaf they complete, with its number."""
+        self._held += data
+        while self._held and self._leaf < leaf_count(self.size_bytes):
+            size = min(LEAF_BYTES, self.size_bytes - self._leaf * LEAF_BYTES)
+            if len(self._held) < size:
+                return
+            whole = bytes(self._held[:size])
+            del self._held[:size]
+            self._leaf += 1
+            yield self._leaf - 1, whole
+
+    @property
+    def overflowing(self) -> bool:
+        """Whether the source sends more bytes than the blob has."""
+        return bool(self._held) and self._leaf >= leaf_count(self.size_bytes)

@@ -1,0 +1,1 @@
+"""Pure: where a blob comes from, which leaves are needed, what a failure means."""

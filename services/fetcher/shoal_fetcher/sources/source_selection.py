@@ -1,0 +1,107 @@
+"""Which source a blob is fetched from: a peer, the hub, or wait for the origin."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.storage import ModelState
+from shoal_common.store.bitmap import leaf_count
+from shoal_fetcher.sources.failure_policy import Holding, Setbacks
+
+MIN_RELAYED_LEAVES = 2
+
+
+class FromPeer(msgspec.Struct, frozen=True):
+    """Fetch it from this node, which has the complete blob."""
+
+    node: str
+    sha256: str
+
+
+class FromHub(msgspec.Struct, frozen=True):
+    """No node has it or is fetching it: become its origin."""
+
+
+class WaitFor(msgspec.Struct, frozen=True):
+    """Another node is reading it from the hub: fetch it from there."""
+
+    node: str
+
+
+Choice = FromPeer | FromHub | WaitFor
+
+
+def holders(
+    blob: str,
+    manifest: Manifest,
+    models: Iterable[ModelState],
+    downloads: Iterable[DownloadState],
+    reachable: Iterable[str],
+    me: str,
+) -> list[Holding]:
+    """Return the live peers that have a blob of this model, by what they publish."""
+    live = set(reachable) - {me}
+    sha256_by_node: dict[str, str] = {}
+    for model in models:
+        # A node that has the model has its blobs by sha256; those known only by git's sha1 are in its download state.
+        if model.node in live and model.model == manifest.model and not blob.startswith("git-"):
+            sha256_by_node[model.node] = blob
+    for download in downloads:
+        if download.node not in live:
+            continue
+        sha256 = download.known.get(blob, blob)
+        if sha256 in download.blobs:
+            sha256_by_node[download.node] = sha256
+    return [Holding(node, sha256_by_node[node]) for node in sorted(sha256_by_node)]
+
+
+def choose(
+    blob: str,
+    found: list[Holding],
+    origin: str | None,
+    me: str,
+    setbacks: Setbacks,
+    busy: Mapping[str, int],
+) -> Choice:
+    """Return where to fetch a blob from.
+
+    From a peer that has it: the one with the fewest failures, then the least busy, ties broken differently on each
+    node to spread the load. Else from whoever holds its origin lease; else from the hub, under that lease (I9).
+    """
+    usable = setbacks.usable(found)
+    if usable:
+
+        def rank(h: Holding) -> tuple[int, int, bytes]:
+            draw = hashlib.sha256(f"{me}/{h.node}/{blob}".encode()).digest()
+            return (setbacks.failures_of.get(h.node, 0), busy.get(h.node, 0), draw)
+
+        best = min(usable, key=rank)
+        return FromPeer(best.node, best.sha256)
+    if origin is not None and origin != me:
+        return WaitFor(origin)
+    return FromHub()
+
+
+def sealed_root(published: Iterable[str]) -> str:
+    """Return the leaf-list digest that all who publish one agree on; "" if they differ: then sha256 decides."""
+    digests = set(published) - {""}
+    return digests.pop() if len(digests) == 1 else ""
+
+
+def is_relayed(blob: str, size_bytes: int) -> bool:
+    """Return whether nodes relay a blob while it arrives. Small blobs are fetched whole from a node that has them."""
+    return not blob.startswith("git-") and leaf_count(size_bytes) >= MIN_RELAYED_LEAVES
+
+
+def sealed(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
+    """Return the manifest with every sha256 that has been learned."""
+    files = [
+        ManifestFile(path=f.path, size_bytes=f.size_bytes, sha256=known.get(f.blob, f.sha256), git_sha1=f.git_sha1)
+        for f in manifest.files  # leaf-list digests are set by storage
+    ]
+    return Manifest(repo=manifest.repo, commit=manifest.commit, files=files, revisions=manifest.revisions)

@@ -1,0 +1,1 @@
+"""HTTP for byte ranges: connections, their limits, the bytes themselves."""

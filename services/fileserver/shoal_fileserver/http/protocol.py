@@ -1,0 +1,17 @@
+"""What sending a file needs of an HTTP connection."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from uvicorn.protocols.http.flow_control import FlowControl
+
+
+class FileConnection(Protocol):
+    """A connection onto which files are sent past uvicorn's own buffers."""
+
+    transport: asyncio.Transport
+    flow: FlowControl
+    handed_bytes: int
+    """Bytes of files given to the socket or the transport."""

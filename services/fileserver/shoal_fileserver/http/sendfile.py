@@ -1,0 +1,154 @@
+"""Sends bytes of a file over a connection without copying them: sendfile, in threads, because a disk may be slow.
+
+uvicorn has no sendfile: its request cycle is told afterwards how much of the body was sent. What the socket does not
+take is buffered in its transport, one chunk at a time, whose flow control says when to continue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from io import FileIO
+from socket import IPPROTO_TCP
+from typing import TYPE_CHECKING, Any
+
+from shoal_common.host.rate_limiter import Pace
+from shoal_common.store.bitmap import LEAF_BYTES
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    from shoal_fileserver.http.fast_path import Leaf
+    from shoal_fileserver.http.protocol import FileConnection
+
+SENDING = "shoal.sending"
+"""Key of a request's `FileSender` in its state."""
+_PUSH_BYTES = 8 * LEAF_BYTES
+"""Maximum to send before anything else is checked."""
+_CHUNK_BYTES = 64 << 10
+_LIMITED_SHARE_S = 0.1
+_MIN_SHARE_BYTES = 16 << 10
+_TCP_CORK = 3
+"""Linux's; the fast path exists only there."""
+_THREADS = ThreadPoolExecutor(8, "send")
+
+
+class Sending:
+    """Sends one response's body to the peer."""
+
+    def __init__(self, connection: FileConnection, cycle: RequestResponseCycle) -> None:
+        self._connection, self._cycle = connection, cycle
+        self._transport, self._flow = connection.transport, connection.flow
+
+    @property
+    def broken(self) -> bool:
+        """Whether the peer has disconnected."""
+        return self._cycle.disconnected or self._transport.is_closing()
+
+    def abort(self) -> None:
+        """Close the connection: the missing bytes tell the peer that the response is incomplete."""
+        self._transport.abort()
+
+    async def file(self, file: FileIO, start: int, end: int, pace: Pace, is_gone: Callable[[], bool]) -> int:
+        """Send bytes [start, end) of a file after the response's head. Returns how many were sent.
+
+        Fewer if the peer disconnects, the file has become shorter, or `is_gone` (called in a thread) returns true.
+        """
+        position, allowed = start, start
+        # A duplicate: the transport may close its descriptor at any moment, and another connection reuse the number.
+        socket = os.dup(self._transport.get_extra_info("socket").fileno())
+        try:
+            while position < end:
+                if self._flow.write_paused:
+                    await self._flow.drain()
+                if self.broken:
+                    break
+                if position >= allowed:
+                    share = min(_share_bytes(pace), end - position)
+                    await pace.take(share)
+                    allowed = position + share
+                    continue  # the peer may have disconnected meanwhile
+                sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, position, allowed, is_gone))
+                position += sent
+                self._connection.handed_bytes += sent
+                if rest and not self.broken:
+                    position += len(rest)
+                    self._connection.handed_bytes += len(rest)
+                    self._transport.write(rest)
+                elif not sent:
+                    break
+        finally:
+            os.close(socket)
+        self._cycle.expected_content_length -= position - start
+        return position - start
+
+    async def rest(self, file: FileIO, start: int, end: int, *application: Any) -> None:
+        """Send the rest of a body whose head is sent, as an ASGI application. Closes the file."""
+        _, _, send = application
+        cycle = self._cycle
+        cycle.response_started, cycle.chunked_encoding, cycle.expected_content_length = True, False, end - start
+        with file:
+            if await self.file(file, start, end, Pace(), lambda: False) < end - start:
+                self.abort()
+            else:
+                await send({"type": "http.response.body"})
+
+
+def send_at_once(transport: asyncio.Transport, leaf: Leaf, head: bytes) -> int:
+    """Send a head and its leaf as far as the socket takes them now. Returns the offset of the rest."""
+    socket = transport.get_extra_info("socket")
+    descriptor, position = socket.fileno(), leaf.start
+    try:
+        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)  # saves a packet, and waking the peer once
+        written = 0
+        with suppress(BlockingIOError):
+            written = os.write(descriptor, head)
+            while (
+                written == len(head)
+                and position < leaf.end
+                and (sent := os.sendfile(descriptor, leaf.fd, position, leaf.end - position))
+            ):
+                position += sent
+        socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+        if written < len(head):
+            transport.write(head[written:])
+    except OSError:
+        transport.abort()
+    return position
+
+
+def _share_bytes(pace: Pace) -> int:
+    """Return how much to take of a rate limit at a time: little, so that its sharers take turns."""
+    if pace.bytes_per_s is None:
+        return _PUSH_BYTES
+    return min(max(int(pace.bytes_per_s * _LIMITED_SHARE_S), _MIN_SHARE_BYTES), LEAF_BYTES)
+
+
+def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[], bool]) -> tuple[int, bytes]:
+    """Send what a socket takes of bytes [start, end); return the count, and the next chunk if it takes no more."""
+    position = start
+    if is_gone():
+        return 0, b""
+    with suppress(OSError):  # the peer has disconnected, or the disk cannot be read: the missing bytes tell
+        while position < end:
+            try:
+                sent = os.sendfile(socket, file.fileno(), position, end - position)
+            except BlockingIOError:
+                return position - start, os.pread(file.fileno(), min(_CHUNK_BYTES, end - position), position)
+            if not sent:
+                break
+            position += sent
+    return position - start, b""
+
+
+async def _to_its_end(working: Future[tuple[int, bytes]]) -> tuple[int, bytes]:
+    """Return a thread's result. If cancelled, waits all the same: the caller closes what the thread uses."""
+    waiting = asyncio.wrap_future(working)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        await asyncio.wait({waiting})
+        raise

@@ -1,0 +1,130 @@
+"""The service: the API for peers (`blob_api.py`, `probe.py`), the hub's protocol (`hub_api.py`), and their port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import Mapping
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from shoal_common.bus.keys import storage_key
+from shoal_common.bus.kv_mirror import View
+from shoal_common.errors import BadInput, Unavailable
+from shoal_common.host.addresses import takes_both
+from shoal_common.host.credentials import allowed
+from shoal_common.host.http_server import HttpServer
+from shoal_common.host.rate_limiter import Pace
+from shoal_common.messages.storage import StorageState
+from shoal_common.service import Context
+from shoal_common.store.store_paths import Layout
+from shoal_fileserver.blob_api import Blobs, problem
+from shoal_fileserver.http.connection_limits import bounded
+from shoal_fileserver.http.fast_path import AtOnce
+from shoal_fileserver.hub_api import HubProtocol
+from shoal_fileserver.model_index import Catalog
+from shoal_fileserver.probe import PATH as PROBE_PATH
+from shoal_fileserver.probe import Probe
+from shoal_fileserver.send_history import Sent
+
+_KEEP_ALIVE_S = 30
+_GRACEFUL_SHUTDOWN_S = 5
+
+
+def settings(
+    layout: Layout, node: str, secret: str, catalog: Catalog | None = None, pace: Pace | None = None
+) -> uvicorn.Config:
+    """Return the configuration of a server for one store; with a model index it speaks the hub's protocol too."""
+    pace = pace or Pace()
+    sent = Sent(random.Random())
+    at_once = AtOnce(layout, node, secret, sent, pace)
+    return uvicorn.Config(
+        _application(Blobs(layout, node, secret, at_once, sent, pace), Probe(node, secret), secret, catalog),
+        http=bounded(at_once),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        lifespan="off",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+    )
+
+
+def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | None) -> ASGIApp:
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def denied(scope: Scope, receive: Receive, send: Send) -> None:
+        await problem(401, "send a token for this blob of this node")(scope, receive, send)
+
+    hub_routes = HubProtocol(secret, catalog, blobs.of_hub).routes if catalog else []
+    # No redirects: they would send the peer, and its credential, wherever its Host header says.
+    peers = Router(routes=[Route("/health", health, methods=["GET"]), *hub_routes], redirect_slashes=False)
+    strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(("/v1/blobs/", "/v1/leaves/")):
+            await blobs(scope, receive, send)
+        elif scope["path"] == PROBE_PATH:
+            await probe(scope, receive, send)
+        elif allowed(secret, "blobs", Headers(scope=scope)):
+            await peers(scope, receive, send)
+        else:
+            await strangers(scope, receive, send)
+
+    return app
+
+
+def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
+    """Open the port: SHOAL_FILESERVER_PORT, or any free one."""
+    port = environ.get("SHOAL_FILESERVER_PORT") or "0"
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise BadInput(f"SHOAL_FILESERVER_PORT is {port!r}: give a port from 1 to 65535, or 0 for any")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, dualstack_ipv6=takes_both(host))
+    except OSError as e:
+        raise Unavailable(
+            f"the fileserver cannot listen on {host} port {port}: {e.strerror}; stop the program that does, or set "
+            "SHOAL_FILESERVER_PORT to another port"
+        ) from None
+
+
+async def run(context: Context) -> None:
+    """Run the fileserver service."""
+    config = context.config
+    listener = _listen(config.bind, context.environ)
+    # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    pace = Pace()
+    async with asyncio.TaskGroup() as tasks:
+        # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket
+        # already listens, and requests wait there for the mirrors.
+        await context.follow_interfaces(listener.getsockname()[1])
+        context.ready()
+        models = await context.view(tasks, "state", "model.>")
+        live = await context.view(tasks, "live", "*.fileserver")
+        own = await context.view(tasks, "state", storage_key(context.node))
+        context.background(tasks, _keep_pace(own, context.node, pace))
+        catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
+        http_config = settings(Layout(config.store), context.node, config.secret, catalog, pace)
+        await HttpServer(http_config, context.stopping).serve(sockets=[listener])
+
+
+async def _keep_pace(own: View, node: str, pace: Pace) -> None:
+    """Apply the node's `max_upload_bytes_per_s`, as its storage publishes it."""
+    seen = -1
+    while True:
+        seen = await own.changed_after(seen)
+        if state := own.get(storage_key(node), StorageState):
+            pace.use(state.max_upload_bytes_per_s)

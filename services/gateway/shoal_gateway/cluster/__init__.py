@@ -1,0 +1,1 @@
+"""The cluster as people and clients see it."""

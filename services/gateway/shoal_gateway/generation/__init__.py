@@ -1,0 +1,1 @@
+"""Chat completions: choose an instance, stream its tokens."""

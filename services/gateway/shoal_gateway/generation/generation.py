@@ -1,0 +1,239 @@
+"""Request one answer from an instance, receive its tokens in order, and cancel it when the reader leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from shoal_common.bus import subjects
+from shoal_common.bus.keys import live_key, stage_key
+from shoal_common.bus.kv_mirror import any_changed
+from shoal_common.errors import BadMessage, Expired, ShoalError, StageLost, Withdrawn, from_body
+from shoal_common.logs import Log
+from shoal_common.messages import decode, encode
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.generation import Accepted, CancelGenerate, Generate, TokenEvent
+from shoal_common.messages.instances import InstanceSpec, StageState
+from shoal_common.messages.liveness import Live
+from shoal_gateway.context import Gateway
+from shoal_gateway.errors import TooLarge
+from shoal_gateway.generation.instance_selection import lost_stage
+from shoal_gateway.generation.token_stream import InOrder
+from shoal_gateway.http_errors import as_shoal_error
+from shoal_gateway.settings import Limits
+
+log = Log("generation")
+
+_CANCEL_TIMEOUT_S = 5.0
+_MAX_INBOX = 65536
+"""Most tokens that wait here for a slow client; a further one is dropped, and the answer fails."""
+_INBOX_SPARE = 64
+"""Places beyond the tokens asked for: duplicates, and the error of a lost stage."""
+_HEADROOM_BYTES = 4096
+"""The part of NATS's largest payload that headers may take."""
+
+Inbox = asyncio.Queue[TokenEvent]
+
+
+class Generation:
+    """A request to an instance. `finished` once the instance holds nothing of it any more."""
+
+    def __init__(self, spec: InstanceSpec, inbox: Inbox, limits: Limits) -> None:
+        self._spec, self._inbox, self._limits = spec, inbox, limits
+        self.prompt_tokens = 0
+        self.finished = False
+        self.outcome = ""
+        """How the answer ended: `stop`, `length`, `cancelled` or an error's code. "" while it goes on."""
+        self.token_count = 0
+        self._started_s = asyncio.get_running_loop().time()
+        self._first_token_s: float | None = None
+
+    async def events(self) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the tokens in order, each once, up to the one with a finish reason. Raises the error that ends it."""
+        order, now_s = InOrder(), asyncio.get_running_loop().time
+        gap_until_s: float | None = None
+        while True:
+            timeout_s = self._limits.silence_s if order.next_index else self._limits.first_token_s
+            until_s = now_s() + timeout_s if gap_until_s is None else gap_until_s
+            try:
+                async with asyncio.timeout_at(until_s):
+                    arrived = await self._inbox.get()
+            except TimeoutError:
+                raise self._timeout_error(order, timeout_s) from None
+            for event in order.push(arrived):
+                if event.error is not None:
+                    error = from_body(event.error)
+                    # Where one stage is lost the others may still hold the request's cache.
+                    self.finished = not isinstance(error, StageLost)
+                    raise error
+                if event.finish_reason is not None:
+                    self.finished = True
+                    self.outcome = event.finish_reason
+                if event.finish_reason == "cancelled":
+                    raise Withdrawn(f"this answer was cancelled at instance {self._spec.id}; ask again")
+                self._count_token()
+                yield event
+                if event.finish_reason is not None:
+                    return
+            if not order.gap:
+                gap_until_s = None
+            elif gap_until_s is None:
+                gap_until_s = now_s() + self._limits.gap_s
+
+    def _count_token(self) -> None:
+        self.token_count += 1
+        if self._first_token_s is None:
+            self._first_token_s = asyncio.get_running_loop().time() - self._started_s
+
+    def log_end(self, request: str) -> None:
+        """Log the one line of this answer. It never holds text of the prompt or of the answer."""
+        log.info(
+            "answer ended",
+            request=request,
+            model=self._spec.repo,
+            instance=self._spec.id,
+            prompt_tokens=self.prompt_tokens,
+            tokens=self.token_count,
+            first_token_s="-" if self._first_token_s is None else round(self._first_token_s, 3),
+            total_s=round(asyncio.get_running_loop().time() - self._started_s, 3),
+            outcome=self.outcome or "cancelled",
+        )
+
+    def _timeout_error(self, order: InOrder, timeout_s: float) -> ShoalError:
+        who = f"instance {self._spec.id} of {self._spec.repo}"
+        if order.gap:
+            return Expired(
+                f"token {order.next_index} from {who} was lost in transit and did not arrive within "
+                f"{self._limits.gap_s:g} s; ask again",
+                token_index=order.next_index,
+            )
+        return Expired(
+            f"{who} sent nothing for {timeout_s:g} s after {order.next_index} tokens; try again, or see `shoal ps`",
+            token_index=order.next_index,
+        )
+
+
+@asynccontextmanager
+async def generating(gateway: Gateway, spec: InstanceSpec, question: Generate) -> AsyncIterator[Generation]:
+    """Ask an instance and receive its answer inside the body. Leaving before the end cancels it there."""
+    client, limits = gateway.context.nats.client, gateway.settings.limits
+    _check_size(question, client.max_payload)
+    inbox: Inbox = asyncio.Queue(maxsize=min(question.max_tokens, _MAX_INBOX) + _INBOX_SPARE)
+    generation = Generation(spec, inbox, limits)
+
+    async def arrived(message: Msg) -> None:
+        try:
+            event = decode(message.data, TokenEvent)
+        except BadMessage as e:
+            log.warning("undecodable token ignored", request=question.request, reason=e.message)
+            return
+        # A full inbox means that more tokens came than were asked for; a dropped one shows as a gap.
+        with suppress(asyncio.QueueFull):
+            inbox.put_nowait(event)
+
+    # Subscribe before asking: the first token may be faster than the reply.
+    subscription = await client.subscribe(subjects.tokens(question.request), cb=arrived)
+    watching = asyncio.create_task(_until_stage_lost(gateway, spec))
+    gateway.in_flight[spec.id] += 1
+    try:
+        generation.prompt_tokens = (await _ask(gateway, spec, question, generation, watching)).prompt_tokens
+        watching.add_done_callback(lambda done: _push_stage_lost(inbox, done))
+        yield generation
+    except Exception as e:
+        generation.outcome = generation.outcome or as_shoal_error(e).code
+        raise
+    finally:
+        generation.log_end(question.request)
+        gateway.in_flight[spec.id] -= 1
+        watching.cancel()
+        with suppress(NatsError):
+            await subscription.unsubscribe()
+        if not generation.finished:
+            # Not awaited: a dead instance would hold up the leaving client until the time-out.
+            gateway.tasks.create_task(_cancel(gateway, spec, question.request))
+
+
+def _check_size(question: Generate, max_payload_bytes: int) -> None:
+    size_bytes, limit_bytes = len(encode(question)), max_payload_bytes - _HEADROOM_BYTES
+    if size_bytes > limit_bytes:
+        raise TooLarge(
+            f"the messages are {size_bytes} bytes, more than the {limit_bytes} that fit in one request; shorten them",
+            size_bytes=size_bytes,
+            limit_bytes=limit_bytes,
+        )
+
+
+async def _ask(
+    gateway: Gateway,
+    spec: InstanceSpec,
+    question: Generate,
+    generation: Generation,
+    watching: asyncio.Task[StageLost],
+) -> Accepted:
+    asking = asyncio.create_task(
+        gateway.context.ask(
+            "inference",
+            spec.stages[0].node,
+            "generate",
+            question,
+            Accepted,
+            deadline_s=gateway.settings.limits.accept_s,
+        )
+    )
+    try:
+        await asyncio.wait({asking, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done():
+            raise watching.result()
+        return asking.result()
+    except ShoalError as e:
+        # Refused, or nobody received it: there is nothing to cancel. After a time-out or a lost stage there may be.
+        generation.finished = not isinstance(e, Expired | StageLost)
+        raise
+    finally:
+        asking.cancel()
+        await asyncio.wait({asking})
+
+
+async def _until_stage_lost(gateway: Gateway, spec: InstanceSpec) -> StageLost:
+    """Wait until a stage can no longer answer; return the error that names it."""
+
+    def lost_reason() -> str | None:
+        stages = {s.rank: gateway.state.get(stage_key(spec.id, s.rank), StageState) for s in spec.stages}
+        live = [s.node for s in spec.stages if gateway.live.get(live_key(s.node, "inference"), Live)]
+        return lost_stage(spec, {rank: s for rank, s in stages.items() if s is not None}, live)
+
+    while True:
+        versions = (gateway.state.changes, gateway.live.changes)
+        reason = lost_reason()
+        if reason is not None:
+            return StageLost(f"instance {spec.id} of {spec.repo} lost a stage: {reason}; ask again in a moment")
+        await any_changed((gateway.state, gateway.live), versions)
+
+
+def _push_stage_lost(inbox: Inbox, watching: asyncio.Task[StageLost]) -> None:
+    if watching.cancelled():
+        return
+    problem = watching.exception() or watching.result()
+    error = (
+        problem
+        if isinstance(problem, ShoalError)
+        else StageLost(f"the stages can no longer be watched: {problem}; ask again in a moment")
+    )
+    if inbox.full():
+        inbox.get_nowait()
+    inbox.put_nowait(TokenEvent(request="", error=error.body()))
+
+
+async def _cancel(gateway: Gateway, spec: InstanceSpec, request: str) -> None:
+    """Cancel an answer at its instance. Where nobody answers there is nothing to free."""
+    question = CancelGenerate(instance=spec.id, request=request)
+    try:
+        await gateway.context.ask(
+            "inference", spec.stages[0].node, "cancel", question, Done, deadline_s=_CANCEL_TIMEOUT_S
+        )
+    except (ShoalError, NatsError) as e:
+        log.debug("answer not cancelled", request=request, reason=str(e) or type(e).__name__)

@@ -1,0 +1,89 @@
+"""Select the instance that answers a request, and check that it still can. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from shoal_common.errors import BadName, NotFound, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.messages.instances import InstanceSpec, StageState
+from shoal_common.names import ModelRef
+from shoal_gateway.cluster.openai_models import commit_of, is_of
+from shoal_gateway.cluster.snapshot import Picture
+
+
+def lost_stage(spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes: Collection[str]) -> str | None:
+    """Return why the first stage that cannot answer cannot; None when all can."""
+    for planned in spec.stages:
+        stage = stages.get(planned.rank)
+        where = f"stage {planned.rank} on node {planned.node}"
+        if planned.node not in live_nodes:
+            return f"{where} is down: its inference service does not answer"
+        if stage is None:
+            return f"{where} is not running"
+        if stage.epoch != spec.epoch:
+            return f"{where} runs another layout (epoch {stage.epoch}, not {spec.epoch})"
+        if stage.phase != "ready":
+            return f"{where} is {stage.phase}" + (f": {stage.error.message}" if stage.error else "")
+    return None
+
+
+def choose(picture: Picture, asked: str, in_flight: Mapping[str, int]) -> InstanceSpec:
+    """Return the ready instance with the fewest requests in flight that `asked` names.
+
+    `asked` is an instance's id, `org/name` or `org/name@revision`. Raises NotFound when no instance has that name,
+    Unavailable or StageLost while none of them can answer.
+    """
+    candidates = _candidates(picture, asked)
+    live_nodes = picture.nodes_with("inference")
+    reasons: list[ShoalError] = []
+    usable: list[InstanceSpec] = []
+    for spec in candidates:
+        reason = _unusable_reason(picture, spec, live_nodes)
+        if reason is None:
+            usable.append(spec)
+        else:
+            reasons.append(reason)
+    if usable:
+        return min(usable, key=lambda s: (in_flight.get(s.id, 0), s.created_at_s, s.id))
+    raise reasons[0]
+
+
+def _candidates(picture: Picture, asked: str) -> list[InstanceSpec]:
+    if asked in picture.specs:
+        return [picture.specs[asked]]
+    running = sorted({s.repo for s in picture.specs.values()})
+    hint = f"running: {', '.join(running)}" if running else "nothing is running"
+    try:
+        ref = ModelRef.parse(asked)
+    except BadName:
+        raise NotFound(
+            f"no model or instance is named {asked[:200]!r}; {hint}", param="model", running=running
+        ) from None
+    commit = commit_of(picture.models, ref)
+    matching = [
+        s
+        for s in picture.specs.values()
+        if is_of(s.repo, s.commit, ref) or (s.repo == ref.repo and s.commit == commit)
+    ]
+    if not matching:
+        raise NotFound(
+            f"{ref} is not running; start it with `shoal run {ref}` ({hint})", param="model", running=running
+        )
+    return matching
+
+
+def _unusable_reason(picture: Picture, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
+    state = picture.instances.get(spec.id)
+    phase = state.phase if state else "starting"
+    if phase == "ready":
+        lost = lost_stage(spec, picture.stages.get(spec.id, {}), live_nodes)
+        if lost is None:
+            return None
+        return StageLost(f"instance {spec.id} of {spec.repo} cannot answer: {lost}; try again in a moment")
+    if phase == "failed":
+        reason = from_body(state.error).message if state and state.error else "see `shoal logs`"
+        return Unavailable(
+            f"instance {spec.id} of {spec.repo} has failed: {reason}; "
+            f"restart it with `shoal stop {spec.id}` and `shoal run {spec.repo}`"
+        )
+    return Unavailable(f"instance {spec.id} of {spec.repo} is {phase}; try again in a moment, or see `shoal ps`")

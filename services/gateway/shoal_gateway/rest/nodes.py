@@ -1,0 +1,44 @@
+"""Endpoints of nodes: drain one, and forget one that is gone."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.messages.placement import Drain, Forget
+from shoal_common.names import check_node
+from shoal_gateway.context import gateway_of
+from shoal_gateway.rest.command_results import carried_out
+from shoal_gateway.rest.http_json import reply
+from shoal_gateway.rest.routing import resource
+
+
+async def forget(request: Request) -> Response:
+    """`DELETE /v1/nodes/{node}`: delete every key that names a node which is down. An unknown node is no error."""
+    gateway, node = gateway_of(request), check_node(request.path_params["node"])
+    gateway.sender.require_nats()
+    outcome, identity = await carried_out(request, "forget", Forget(node=node))
+    return reply({**outcome.result, "command": identity})
+
+
+async def drain(request: Request) -> Response:
+    """`POST /v1/nodes/{node}/drain`: place nothing on the node any more and move what runs there."""
+    return await _drain(request, True)
+
+
+async def undrain(request: Request) -> Response:
+    """`DELETE /v1/nodes/{node}/drain`: allow placement on the node again."""
+    return await _drain(request, False)
+
+
+async def _drain(request: Request, drained: bool) -> Response:
+    gateway, node = gateway_of(request), check_node(request.path_params["node"])
+    gateway.sender.require_nats()
+    outcome, identity = await carried_out(request, "drain", Drain(node=node, drained=drained))
+    return reply({**outcome.result, "command": identity})
+
+
+ROUTES = [
+    resource("/v1/nodes/{node}", DELETE=forget),
+    resource("/v1/nodes/{node}/drain", POST=drain, DELETE=undrain),
+]

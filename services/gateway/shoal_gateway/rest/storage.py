@@ -1,0 +1,146 @@
+"""Endpoints of storage: usage, settings, eviction dry run, pins, garbage collection, verification."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal_common.errors import BadInput
+from shoal_common.messages.envelope import Command
+from shoal_common.messages.storage import AskPlan, CollectGarbage, Configure, EvictionPlan, Pin, Verify
+from shoal_common.names import ModelRef
+from shoal_common.rpc.command_client import new_id
+from shoal_gateway.cluster.status_view import storage_views
+from shoal_gateway.context import Gateway, gateway_of
+from shoal_gateway.rest.command_results import raise_first_error, results
+from shoal_gateway.rest.http_json import read_as, reply, unless_gone
+from shoal_gateway.rest.node_selection import Nodes, to_storage
+from shoal_gateway.rest.routing import resource
+
+_MAX_BYTES = (1 << 63) - 1
+_NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
+_RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
+_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots", "roots", *_RATES)
+
+
+class AskConfigure(Configure):
+    """The body of `PUT /v1/storage/config`: the `configure` command and its nodes."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskPin(Pin):
+    """The body of `POST /v1/storage/pins`: the `pin` command and its nodes."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskCollection(CollectGarbage):
+    """The body of `POST /v1/storage/gc`: the `gc` command and its nodes."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+class AskVerify(Verify):
+    """The body of `POST /v1/storage/verify`: the `verify` command and its nodes."""
+
+    node: str | None = None
+    nodes: Nodes = None
+
+
+async def storages(request: Request) -> Response:
+    """`GET /v1/storage`."""
+    gateway = gateway_of(request)
+    return reply({"node": gateway.node, "nodes": storage_views(gateway.picture())})
+
+
+async def configure(request: Request) -> Response:
+    """`PUT /v1/storage/config`."""
+    body = await read_as(request, AskConfigure)
+    given = {name: getattr(body, name) for name in _CHANGEABLE}
+    if all(isinstance(value, UnsetType) for value in given.values()):
+        raise BadInput(f"there is nothing to change: give at least one of {', '.join(_CHANGEABLE)}")
+    for name, unit in _NUMBERS.items():
+        value = given[name]
+        if value is not UNSET and value is not None and not 0 <= value <= _MAX_BYTES:
+            raise BadInput(f"{name} is {value}; give a whole number of {unit}, at least 0", param=name)
+    for name in _RATES:
+        value = given[name]
+        if value is not UNSET and value is not None and not 1 <= value <= _MAX_BYTES:
+            raise BadInput(f"{name} is {value}; give a whole number of bytes per second, at least 1", param=name)
+    command = Configure(**given, deadline_s=body.deadline_s)
+    return await _on_nodes(request, "configure", command, body.node, body.nodes)
+
+
+async def pin(request: Request) -> Response:
+    """`POST /v1/storage/pins`."""
+    body = await read_as(request, AskPin)
+    ModelRef.parse(body.model)
+    command = Pin(model=body.model, pinned=body.pinned, deadline_s=body.deadline_s)
+    return await _on_nodes(request, "pin", command, body.node, body.nodes)
+
+
+async def collect_garbage(request: Request) -> Response:
+    """`POST /v1/storage/gc`."""
+    body = await read_as(request, AskCollection)
+    return await _on_nodes(request, "gc", CollectGarbage(deadline_s=body.deadline_s), body.node, body.nodes)
+
+
+async def verify(request: Request) -> Response:
+    """`POST /v1/storage/verify`: answers when everything has been hashed."""
+    body = await read_as(request, AskVerify)
+    if body.model:
+        ModelRef.parse(body.model)
+    command = Verify(model=body.model, deadline_s=body.deadline_s)
+    limit_s = gateway_of(request).settings.limits.verify_s
+    return await _on_nodes(request, "verify", command, body.node, body.nodes, limit_s)
+
+
+async def plan(request: Request) -> Response:
+    """`GET /v1/storage/plan?need_bytes=…&node=…`: a dry run of eviction."""
+    gateway, text = gateway_of(request), request.query_params.get("need_bytes", "")
+    if not (text.isascii() and text.isdigit()) or int(text[:20]) > _MAX_BYTES:
+        raise BadInput(f"need_bytes is {text[:40]!r}; give a whole number of bytes", param="need_bytes")
+    gateway.sender.require_nats()
+    nodes = to_storage(gateway.picture(), request.query_params.get("node"), None, gateway.node)
+    plans = await unless_gone(request.receive, _plans(gateway, nodes, AskPlan(need_bytes=int(text))))
+    return reply({"nodes": plans})
+
+
+async def _plans(gateway: Gateway, nodes: list[str], question: AskPlan) -> Mapping[str, EvictionPlan]:
+    ask = gateway.context.ask
+    answers = await asyncio.gather(*(ask("storage", n, "plan", question, EvictionPlan) for n in nodes))
+    return dict(zip(nodes, answers, strict=True))
+
+
+async def _on_nodes(
+    request: Request, verb: str, command: Command, node: str | None, nodes: Nodes, limit_s: float = 0.0
+) -> Response:
+    """Send a command to the chosen nodes' storage and return each one's result."""
+    gateway = gateway_of(request)
+    gateway.sender.require_nats()
+    chosen = to_storage(gateway.picture(), node, nodes, gateway.node)
+    deadline_s = command.deadline_s or limit_s or gateway.settings.limits.outcome_s
+    sending = gateway.sender.outcomes_of("storage", {n: new_id() for n in chosen}, verb, command, deadline_s)
+    outcomes = await unless_gone(request.receive, sending)
+    raise_first_error(outcomes)
+    return reply({"nodes": results(outcomes)})
+
+
+ROUTES = [
+    resource("/v1/storage", GET=storages),
+    resource("/v1/storage/config", PUT=configure),
+    # The path of other systems, so that scripts written for them work.
+    resource("/storage/config", PUT=configure),
+    resource("/v1/storage/plan", GET=plan),
+    resource("/v1/storage/pins", POST=pin),
+    resource("/v1/storage/gc", POST=collect_garbage),
+    resource("/v1/storage/verify", POST=verify),
+]

@@ -1,0 +1,1 @@
+"""What this machine has for inference: device, memory, bandwidth."""

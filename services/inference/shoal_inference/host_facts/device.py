@@ -1,0 +1,175 @@
+"""Detect the accelerator and the memory bandwidth with MLX in a child process, and cache the result.
+
+`<home>/device.json` records the measurement and the machine: a home that was copied to another machine, or that runs
+another version of MLX, is measured again. A failed detection is tried again at the next start of the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from shoal_common.errors import BadInput
+from shoal_common.host.cgroup import Memory, least
+from shoal_common.logs import Log
+from shoal_inference.stage.compute.device import Device
+from shoal_inference.stage.ipc.blas import child_environment
+
+log = Log("device")
+
+LOOK_S = 60.0
+"""Importing MLX takes a second, and much longer on a busy machine."""
+BUSY_S = 300.0
+"""How long the measurement waits for a busy machine to become idle: beside other work it means little."""
+_BUSY_POLL_INTERVAL_S = 10.0
+_MIN_AVAILABLE_BYTES = 2 << 30
+"""With less than this available, nothing is measured: the measurement takes 256 MiB."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """The contents of `device.json`."""
+
+    machine: str
+    device: Device
+    working_bytes_per_s: float = 0.0
+    """Bandwidth observed while stages worked; 0: none yet."""
+
+
+def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
+    """Return `[inference] memory_bytes_per_s` of node.toml, or SHOAL_MEMORY_BYTES_PER_S; None: measure.
+
+    Raises BadInput.
+    """
+    value = environ.get("SHOAL_MEMORY_BYTES_PER_S") or settings.get("memory_bytes_per_s")
+    if not value:
+        return None
+    try:
+        speed = float(str(value))
+    except ValueError:
+        speed = -1.0
+    if not 0 < speed < float("inf"):
+        raise BadInput(
+            f"memory_bytes_per_s {value!r} is not a positive number of bytes per second; correct or remove it"
+        )
+    return speed
+
+
+def this_machine() -> str:
+    """Return what a measurement is valid for: this machine and this version of MLX."""
+    parts = (platform.node(), platform.machine(), os.cpu_count(), psutil.virtual_memory().total)
+    return " ".join(map(str, (*parts, metadata.version("mlx"))))
+
+
+def _read(home: Path, machine: str) -> Kept | None:
+    try:
+        kept = msgspec.json.decode((home / "device.json").read_bytes(), type=Kept)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return kept if kept.machine == machine and kept.device.bytes_per_s > 0 else None
+
+
+def read_kept(home: Path, machine: str) -> Device | None:
+    """Return what an earlier start measured on this machine; None when it must be measured."""
+    kept = _read(home, machine)
+    return None if kept is None else kept.device
+
+
+def read_working(home: Path) -> float:
+    """Return the bandwidth that stages showed on this machine before; 0: none."""
+    kept = _read(home, this_machine())
+    return 0.0 if kept is None else max(kept.working_bytes_per_s, 0.0)
+
+
+def keep_working(home: Path, bytes_per_s: float) -> None:
+    """Save the bandwidth that stages showed; does nothing where no measurement is cached."""
+    machine = this_machine()
+    device = read_kept(home, machine)
+    if device is not None:
+        keep(home, machine, device, bytes_per_s)
+
+
+def keep(home: Path, machine: str, device: Device, working_bytes_per_s: float = 0.0) -> None:
+    """Save the measurement for the next start. It is only a cache: a failed write is no error."""
+    temporary = home / "device.json.new"
+    with suppress(OSError):
+        temporary.write_bytes(msgspec.json.encode(Kept(machine, device, working_bytes_per_s)))
+        temporary.replace(home / "device.json")
+
+
+def busy() -> bool:
+    """Return whether other programs use more than half of this machine's cores."""
+    return psutil.getloadavg()[0] > (os.cpu_count() or 1) / 2
+
+
+async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_S) -> Device:
+    """Return MLX's device on this machine, measured once per machine; a configured `speed` is not measured.
+
+    A machine that stays busy for `patience_s` is measured all the same, and again at the next start.
+    """
+    machine = await asyncio.to_thread(this_machine)
+    kept = await asyncio.to_thread(read_kept, home, machine)
+    limit = least(await asyncio.to_thread(Memory().look))
+    measure = speed is None and kept is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
+    known = kept or Device(bytes_per_s=speed or 0.0)
+    if speed is not None:
+        known = msgspec.structs.replace(known, bytes_per_s=speed)
+    # On macOS the accelerator's memory limit is a system setting: read it at each start.
+    if not measure and sys.platform != "darwin":
+        return known
+    was_idle = not measure or await _wait_idle(patience_s)
+    detected = await _detect(measure)
+    if detected is None:
+        return known
+    if measure:
+        log.info(
+            "memory bandwidth measured", bytes_per_s=round(detected.bytes_per_s), accelerator=detected.accelerator
+        )
+        if was_idle:
+            await asyncio.to_thread(keep, home, machine, detected)
+        return detected
+    return msgspec.structs.replace(detected, bytes_per_s=known.bytes_per_s)
+
+
+async def _wait_idle(patience_s: float) -> bool:
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + patience_s
+    while busy():
+        if loop.time() >= deadline_s:
+            return False
+        await asyncio.sleep(_BUSY_POLL_INTERVAL_S)
+    return True
+
+
+async def _detect(measure: bool) -> Device | None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "shoal_inference.stage.compute.device",
+        *(["--measure"] if measure else []),
+        env=child_environment(os.environ),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(LOOK_S):
+            output, errors = await process.communicate()
+        return msgspec.json.decode(output, type=Device)
+    except TimeoutError:
+        log.warning("device detection timed out", timeout_s=LOOK_S)
+    except msgspec.MsgspecError:
+        log.warning("device detection failed", reason=errors.decode(errors="replace")[-300:])
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return None

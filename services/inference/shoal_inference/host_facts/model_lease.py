@@ -1,0 +1,76 @@
+"""Lease a stage's model from this node's storage before its process reads it; release it after the process ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from nats.errors import Error as NatsError
+
+from shoal_common.errors import ShoalError, Unavailable
+from shoal_common.logs import Log
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.leases import AskLease, Leased, Unlease
+from shoal_common.rpc.request_reply import Ask
+from shoal_inference.assignments import Assignment
+
+log = Log("lease")
+
+LEASE_WITHIN_S = 60.0
+"""Longer than a supervisor takes to restart storage."""
+_ANSWER_TIMEOUT_S = 10.0
+_RETRY_INTERVAL_S = 0.5
+_RELEASE_TIMEOUT_S = 1.0
+
+
+@asynccontextmanager
+async def leased(
+    ask: Ask, node: str, assignment: Assignment, within_s: float = LEASE_WITHIN_S
+) -> AsyncIterator[Leased]:
+    """Hold a lease of a stage's model while the body runs.
+
+    Raises what storage answers, or Unavailable when there is no lease after `within_s`.
+    """
+    lease = await _acquire(ask, node, assignment, within_s)
+    try:
+        yield lease
+    finally:
+        # Storage notices the end of the process by itself; releasing only makes it immediate.
+        try:
+            await ask("storage", node, "unlease", Unlease(id=lease.id), Done, deadline_s=_RELEASE_TIMEOUT_S)
+        except (ShoalError, NatsError) as e:
+            log.debug("lease not released; it expires by itself", lease=lease.id, reason=str(e) or type(e).__name__)
+
+
+async def _acquire(ask: Ask, node: str, assignment: Assignment, within_s: float) -> Leased:
+    spec, rank = assignment.spec, assignment.stage.rank
+    question = AskLease(
+        model=spec.model,
+        holder=f"stage {rank} of instance {spec.id}",
+        instance=spec.id,
+        layers=[assignment.stage.first_layer, assignment.stage.last_layer],
+    )
+    deadline_s = asyncio.get_running_loop().time() + within_s
+    is_logged = False
+    while True:
+        try:
+            return await ask("storage", node, "lease", question, Leased, deadline_s=_ANSWER_TIMEOUT_S)
+        except (ShoalError, NatsError) as e:
+            if isinstance(e, ShoalError) and not e.retryable:
+                raise
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise Unavailable(
+                    f"stage {rank} of {spec.id} got no lease of {spec.model} within {within_s:.0f} s: {e}; "
+                    "it is tried again"
+                ) from None
+            if not is_logged:
+                is_logged = True
+                log.info(
+                    "waiting for a model lease",
+                    instance=spec.id,
+                    rank=rank,
+                    model=spec.model,
+                    reason=str(e) or type(e).__name__,
+                )
+        await asyncio.sleep(_RETRY_INTERVAL_S)

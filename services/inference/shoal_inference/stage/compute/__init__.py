@@ -1,0 +1,1 @@
+"""MLX: the layers, their forward pass and their caches."""

@@ -1,0 +1,141 @@
+"""The only module that calls mlx-lm. It ships no types: what comes out of here has some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+from jinja2 import TemplateError
+from mlx import utils as mlx_utils
+from mlx_lm import sample_utils as _untyped_sample_utils
+from mlx_lm import utils as _untyped_utils
+from mlx_lm.models import base as _untyped_base
+from mlx_lm.models import cache as _untyped_cache
+
+from shoal_inference.stage.errors import BadInput
+from shoal_inference.stage.ipc.messages import Message
+
+# mlx-lm has py.typed and no annotations worth the name; as Any its calls are not checked against guesses.
+utils: Any = _untyped_utils
+sample_utils: Any = _untyped_sample_utils
+base: Any = _untyped_base
+cache: Any = _untyped_cache
+
+Model = Any
+"""An mlx-lm model: `mlx.nn.Module` reaches its name through star imports that mypy does not follow."""
+
+Sampler = Callable[[mx.array], mx.array]
+"""Log probabilities (1, vocabulary) to token ids (1,)."""
+
+
+class Cache(Protocol):
+    """One layer's keys and values; `state` is what must be evaluated."""
+
+    state: Any
+
+
+def remapping() -> Mapping[str, str]:
+    """mlx-lm's `model_type` to module name, where they differ."""
+    names: dict[str, str] = utils.MODEL_REMAPPING
+    return names
+
+
+def load_config(model_dir: Path) -> dict[str, Any]:
+    """config.json, with generation_config.json's end-of-text ids over its own, as mlx-lm has it."""
+    config: dict[str, Any] = utils.load_config(model_dir)
+    return config
+
+
+def load_lazy(model_dir: Path) -> Model:
+    """The whole model with mlx-lm's renaming and quantisation applied, and not one tensor read yet."""
+    model: Model
+    model, _config = utils.load_model(model_dir, lazy=True)
+    return model
+
+
+def raise_wired_limit() -> None:
+    """On Metal, keep weights resident as mlx-lm does when it generates; nothing elsewhere."""
+    utils.maybe_set_recommended_wired_limit()
+
+
+def parameters(model: Model) -> list[mx.array]:
+    """Every tensor the model has left."""
+    flat: Any = mlx_utils.tree_flatten(model.parameters())
+    return [array for _name, array in flat]
+
+
+def make_caches(model: Model) -> list[Cache]:
+    """Fresh caches for the layers the model has left."""
+    caches: list[Cache] = cache.make_prompt_cache(model)
+    return caches
+
+
+def attention_mask(h: mx.array, layer_cache: Cache, window: int | None) -> mx.array | str | None:
+    """The mask for `h` (batch, tokens, width) after what the cache holds."""
+    mask: mx.array | str | None = base.create_attention_mask(h, layer_cache, window_size=window)
+    return mask
+
+
+def make_sampler(temperature: float, top_p: float) -> Sampler:
+    """Greedy at temperature 0."""
+    sampler: Sampler = sample_utils.make_sampler(temp=temperature, top_p=top_p)
+    return sampler
+
+
+class Detokenizer:
+    """Streaming detokenisation of one answer."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def add(self, token: int) -> str:
+        """Text that became certain with this token; may be empty."""
+        self._inner.add_token(token)
+        segment: str = self._inner.last_segment
+        return segment
+
+    def finish(self) -> str:
+        """What was held back."""
+        self._inner.finalize()
+        segment: str = self._inner.last_segment
+        return segment
+
+
+class Tokenizer:
+    """The model's tokenizer, chat template and end-of-text ids."""
+
+    def __init__(self, model_dir: Path, config: Mapping[str, Any]) -> None:
+        # mlx-lm takes a path that does not exist for a repository and downloads it: the caller has checked.
+        self._inner: Any = utils.load_tokenizer(model_dir, eos_token_ids=config.get("eos_token_id"))
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self._inner.eos_token_ids)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one, for one answer."""
+        return Detokenizer(self._inner.detokenizer)
+
+    def encode(self, prompt: str | Sequence[Message | int]) -> tuple[int, ...]:
+        """Token ids of a prompt; raises BadInput."""
+        if isinstance(prompt, str):
+            bos: str | None = self._inner.bos_token
+            special = bos is None or not prompt.startswith(bos)
+            return tuple(self._inner.encode(prompt, add_special_tokens=special))
+        ids = tuple(item for item in prompt if isinstance(item, int))
+        chat = [item for item in prompt if isinstance(item, Message)]
+        if ids and chat:
+            raise BadInput("the prompt mixes token ids and messages: send one kind")
+        return self._chat(chat) if chat else ids
+
+    def _chat(self, chat: Sequence[Message]) -> tuple[int, ...]:
+        if not self._inner.has_chat_template:
+            raise BadInput("the model has no chat template: send text or token ids, or use an instruct model")
+        turns = [{"role": message.role, "content": message.content} for message in chat]
+        try:
+            return tuple(self._inner.apply_chat_template(turns, add_generation_prompt=True))
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"the model's chat template rejects the messages: {error}") from error

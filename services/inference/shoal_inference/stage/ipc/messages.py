@@ -1,0 +1,237 @@
+"""What parent and child say to each other: tagged structs, one JSON object a line, over the inherited socketpair.
+
+Order: `Start` first, once; then anything. The child answers `Listening`, `Loaded`, and, with more than one stage,
+`Linked` once both its neighbours are connected. Each request ends with exactly one of `Token` with a
+`finish_reason` and `Failed` *per stage that sees the end*: several stages may say `Failed` for one request (the
+first to reach the client counts), and none says anything after its own.
+
+Changes: 1 the first version. Fields are only added, with defaults; unknown ones are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shoal_common.models.kv_cache import REQUESTS_AT_ONCE
+
+MAX_LINE_BYTES = 16 * 1024 * 1024
+"""Longest line either side accepts: a prompt of a million token ids fits."""
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a chat; `role` and `content` go to the model's own template as they are."""
+
+    role: str
+    content: str
+
+
+class _Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+    """Base of what crosses the socketpair; `type` is the class's name in lower case."""
+
+
+# parent → child
+
+
+class Start(_Line, frozen=True, kw_only=True):
+    """Who this stage is, what it loads and its limits. The first line; never repeated."""
+
+    instance: str
+    epoch: int
+    rank: int
+    stages: int
+    nodes: tuple[str, ...] = ()
+    """The node of each rank, for the log."""
+    model_dir: str
+    lock: str = ""
+    """The lock of the lease on `model_dir`, held from before the first read until the end; "" where nobody keeps
+    count of who uses those files."""
+    leaves: dict[str, list[list[int]]] = {}
+    """Of files of which not all is there, by path, the leaves that are, `[first, last)` each; all else is zeros."""
+    first_layer: int
+    last_layer: int
+    """Exclusive."""
+    context_tokens: int = 0
+    """Prompt and answer together; 0 means the model's max_position_embeddings."""
+    bind_host: str = "127.0.0.1"
+    secret: bytes = b""
+    """Shared by the ring's stages, base64 in JSON. Proves membership at connect; frames are not encrypted."""
+    step_timeout_s: float = 60.0
+    """Longest silence of the ring towards a request, and longest single forward pass."""
+    prefill_chunk_tokens: int = 2048
+    frame_timeout_s: float = 10.0
+    """For a handshake, for writing a frame, and for the rest of one whose first byte has come."""
+    idle_limit_s: float = 0.0
+    """After this long without a frame a request's caches are dropped; 0 means 4 * step_timeout_s."""
+    max_requests: int = REQUESTS_AT_ONCE
+    answers: int = 1
+    """Answers as long as the context for which there is room at once; more requests than that share it."""
+
+    def node_of(self, rank: int) -> str:
+        """Return the node of a rank; "-" where the parent has not named it."""
+        return self.nodes[rank] if rank < len(self.nodes) else "-"
+
+
+class Link(_Line, frozen=True, kw_only=True):
+    """Where the next stage listens. Said again when it was reborn elsewhere."""
+
+    host: str
+    port: int
+
+
+class Generate(_Line, frozen=True, kw_only=True):
+    """Answer a prompt; rank 0 only. A request that is in flight already is not started twice.
+
+    `max_tokens` counts the whole answer, `generated` included: those are fed after the prompt and not said again.
+    """
+
+    request: str
+    reply: str = ""
+    prompt: str | tuple[Message | int, ...]
+    """Text as it is, or token ids, or a chat for the model's template."""
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    generated: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the model's own end-of-text ids."""
+
+
+class Cancel(_Line, frozen=True, kw_only=True):
+    """Stop a request; rank 0 only. The answer ends with `finish_reason` "cancelled". Unknown ones are ignored."""
+
+    request: str
+
+
+class Probe(_Line, frozen=True, kw_only=True):
+    """Ask for `Stats`. Nothing sends figures unasked: an idle stage is silent."""
+
+
+class Stop(_Line, frozen=True, kw_only=True):
+    """Close everything and exit with status 0."""
+
+
+# child → parent
+
+
+class Listening(_Line, frozen=True, kw_only=True):
+    """The port predecessors connect to; 0 with a single stage, which has no sockets."""
+
+    port: int
+
+
+class Loaded(_Line, frozen=True, kw_only=True):
+    """The own layers are in memory. Bytes by MLX's count; `weight_bytes` is what the own tensors must take."""
+
+    weight_bytes: int
+    active_bytes: int
+    peak_bytes: int
+    load_s: float
+    context_tokens: int
+    model_type: str
+
+
+class Linked(_Line, frozen=True, kw_only=True):
+    """Predecessor and successor are both connected and proven."""
+
+
+class Unlinked(_Line, frozen=True, kw_only=True):
+    """One of them is gone. The stage keeps its weights, listens, and tries the last `Link` address."""
+
+    reason: str
+    rank: int
+    """The neighbour that was lost."""
+
+
+class Accepted(_Line, frozen=True, kw_only=True):
+    """Rank 0 has tokenised the prompt and starts prefill. `max_tokens` is what fits the context."""
+
+    request: str
+    prompt_tokens: int
+    max_tokens: int
+
+
+class Token(_Line, frozen=True, kw_only=True):
+    """One token, from the last rank. `index` counts from 0 over the whole answer, without gaps.
+
+    With `finish_reason` "stop" `token` is the end-of-text id and `text` what was held back; with "cancelled", and
+    when `generated` was complete already, `token` is None: nothing was sampled.
+    """
+
+    request: str
+    reply: str
+    index: int
+    token: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class Failed(_Line, frozen=True, kw_only=True):
+    """A request ended without an answer. See `errors` for the codes."""
+
+    request: str
+    reply: str
+    code: str
+    message: str
+
+
+class Stats(_Line, frozen=True, kw_only=True):
+    """The answer to `Probe`: `requests` known to the stage, `sessions` whose caches MLX holds."""
+
+    requests: int
+    sessions: int
+    active_bytes: int
+    peak_bytes: int
+    unknown_frames: int
+    """Frames dropped because nobody knew their request any more."""
+    refused_connections: int
+    displaced: int = 0
+    """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
+
+
+class Waiting(_Line, frozen=True, kw_only=True):
+    """An accepted request waits for room in the cache, and is not forgotten; rank 0 says it now and then."""
+
+    request: str
+
+
+class Pace(_Line, frozen=True, kw_only=True):
+    """How long passes of one token of one answer have taken, computing alone: their median, and how many. Told by a
+    stage that works, every 10 s at most."""
+
+    pass_s: float
+    passes: int
+
+
+class Fatal(_Line, frozen=True, kw_only=True):
+    """The child cannot go on and exits with status 1."""
+
+    code: str
+    message: str
+
+
+ToChild = Start | Link | Generate | Cancel | Probe | Stop
+FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Waiting | Pace | Fatal
+
+_encoder = msgspec.json.Encoder()
+_to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)
+_from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
+
+
+def encode_line(message: ToChild | FromChild) -> bytes:
+    """One message as one line; JSON escapes newlines, so a line is a message."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_to_child(line: bytes) -> ToChild:
+    """What the parent said; raises msgspec.MsgspecError."""
+    return _to_child.decode(line)
+
+
+def decode_from_child(line: bytes) -> FromChild:
+    """What the child said; raises msgspec.MsgspecError."""
+    return _from_child.decode(line)

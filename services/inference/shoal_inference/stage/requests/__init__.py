@@ -1,0 +1,1 @@
+"""Requests in flight: rank 0, followers, the KV budget."""

@@ -1,0 +1,282 @@
+"""Rank 0's side of a request: tokenise, admit, feed the prompt, then a token for each that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import structs
+
+from shoal_common.logs import Log
+from shoal_inference.stage.compute import prefill
+from shoal_inference.stage.errors import Busy, ComputeFailed, LinkError, RequestError, StageLost, StageTimeout
+from shoal_inference.stage.ipc.messages import Accepted, Failed, Generate, Token, Waiting
+from shoal_inference.stage.requests.kv_budget import Displaced, Room
+from shoal_inference.stage.requests.pipeline import Core
+from shoal_inference.stage.requests.request_table import Answered, Entry
+from shoal_inference.stage.ring.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
+
+SLOT_GRACE_S = 0.25
+"""How long a request beyond the limit waits for one to end before it is told `busy`."""
+ROOM_S = 900.0
+"""How long an accepted request waits for room in the cache: others may have long answers to give."""
+WAITING_S = 15.0
+"""How often it says meanwhile that it does."""
+
+log = Log("stage.rank0")
+
+
+class Lead:
+    """Drives every request of the instance, each in a task of its own."""
+
+    def __init__(self, core: Core, group: asyncio.TaskGroup) -> None:
+        self._core = core
+        self._group = group
+        self._slots = asyncio.Semaphore(core.start.max_requests)
+        self._window = prefill.window(core.start.stages)
+        self._room: Room | None = None
+        """None until the model is loaded, which may say how long a context is."""
+
+    def generate(self, ask: Generate) -> None:
+        """Begin a request, or say at once why not. One that is in flight is left to end."""
+        core = self._core
+        if core.requests.named(ask.request) is not None:
+            log.info("duplicate request ignored", request=ask.request)
+            return
+        error: RequestError | None = None
+        if len(core.requests) >= 2 * core.start.max_requests:
+            error = self._busy()
+        elif not core.can_serve:
+            error = StageLost(
+                f"rank 0 of instance {core.start.instance} is not connected to its neighbours: ask again in a moment"
+            )
+        if error is not None:
+            core.emit(Failed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
+            return
+        entry = Entry(secrets.token_bytes(16), ask.request, ask.reply, asyncio.get_running_loop().time())
+        entry.next_index = len(ask.generated)
+        core.requests.add(entry)
+        entry.driver = self._group.create_task(self._drive(entry, ask), name=f"request {ask.request}")
+
+    def cancel(self, request: str) -> None:
+        """Stop a request; the rank that owns its last word says so."""
+        entry = self._core.requests.named(request)
+        if entry is None:
+            return
+        if entry.opened and self._core.successor is not None:
+            self._end_others(entry, "cancelled")
+            self._core.requests.end(entry)
+        else:
+            self._core.requests.say_cancelled(entry)
+
+    async def on_frame(self, frame: Frame) -> None:
+        """What came back around the ring; never waits, so the ring cannot wait for itself."""
+        header = frame.header
+        entry = self._core.requests.get(header.request)
+        if entry is None:
+            # A FAIL may well come after this rank saw the same loss itself.
+            if header.kind is not Kind.FAIL and self._core.requests.unknown(header.request):
+                log.debug("frame of an ended request dropped", kind=header.kind.name)
+            return
+        if header.kind is Kind.FAIL:
+            self._core.give_up(entry, _failure(frame))
+        elif header.kind is Kind.TOKEN:
+            token = int.from_bytes(frame.payload, "little") if frame.payload else None
+            answer = Answered(header.seq, token, Flag.FINISHED in header.flags)
+            try:
+                entry.answers.put_nowait(answer)
+            except asyncio.QueueFull:
+                self._core.give_up(entry, ComputeFailed("more results came back than passes were started"))
+        else:
+            self._core.give_up(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
+
+    async def _drive(self, entry: Entry, ask: Generate) -> None:
+        try:
+            await self._take_slot()
+            try:
+                plan, stop = await self._core.on_thread(self._core.engine.plan, ask)
+                self._core.emit(
+                    Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens)
+                )
+                if plan.ended is not None:
+                    self._core.emit(_complete(ask, plan))
+                    self._core.requests.end(entry)
+                    return
+                seed = secrets.randbits(63) if ask.seed is None else ask.seed
+                opening = _opening(ask, plan, stop, seed)
+                while True:
+                    try:
+                        await self._answer(entry, plan, opening)
+                        return
+                    except Displaced:
+                        plan, opening = _continued(plan, opening, entry.said)
+                        entry = self._anew(entry, plan)
+            finally:
+                self._slots.release()
+        except RequestError as error:
+            self._core.give_up(entry, error)
+
+    async def _take_slot(self) -> None:
+        # The client has an answer's end before word of it is back here: that must not refuse its next request.
+        try:
+            async with asyncio.timeout(SLOT_GRACE_S):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            raise self._busy() from error
+
+    def _busy(self) -> Busy:
+        return Busy(
+            f"{self._core.start.max_requests} requests are in flight, the most this instance allows: ask again later"
+        )
+
+    async def _answer(self, entry: Entry, plan: prefill.Plan, opening: Open) -> None:
+        """One attempt, to its end. Raises Displaced, with what it has generated in `entry.said`."""
+        core, room = self._core, self._room_of()
+        await self._enter(room, entry, plan)
+        try:
+            await self._open(entry, opening)
+            answered = 0
+            for step in prefill.steps(len(plan.feed), core.start.prefill_chunk_tokens):
+                while entry.next_seq - answered >= self._window:
+                    answered = (await self._next(entry, answered)).seq
+                await room.grow(entry.key, len(plan.feed))
+                await self._pass(entry, plan.feed[step.start : step.stop], step.sample)
+            while True:
+                answer = await self._next(entry, answered)
+                answered = answer.seq
+                if answer.finished:
+                    break
+                if answer.token is not None:
+                    entry.said.append(answer.token)
+                    await room.grow(entry.key, len(plan.feed) + len(entry.said))
+                    await self._pass(entry, (answer.token,), True)
+            self._end_others(entry, "finished")
+            core.requests.end(entry)
+        finally:
+            room.leave(entry.key)
+
+    def _room_of(self) -> Room:
+        if self._room is None:
+            self._room = Room(self._core.engine.context_tokens, self._core.start.answers)
+        return self._room
+
+    async def _enter(self, room: Room, entry: Entry, plan: prefill.Plan) -> None:
+        waiting = self._group.create_task(self._say_waiting(entry.request))
+        try:
+            async with asyncio.timeout(ROOM_S):
+                await room.enter(entry.key, len(plan.feed), again=entry.again)
+        except TimeoutError as error:
+            raise Busy(
+                f"instance {self._core.start.instance} had no free cache for {len(plan.feed)} tokens "
+                f"in {ROOM_S:g} s, because other requests use it: ask again later, or place it for more answers"
+            ) from error
+        finally:
+            waiting.cancel()
+
+    async def _say_waiting(self, request: str) -> None:
+        while True:
+            await asyncio.sleep(WAITING_S)
+            self._core.emit(Waiting(request=request))
+
+    def _anew(self, entry: Entry, plan: prefill.Plan) -> Entry:
+        """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
+        core = self._core
+        log.info("request preempted", request=entry.request, tokens=plan.first_index)
+        fresh = Entry(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
+        fresh.next_index, fresh.again = plan.first_index, True
+        fresh.driver, entry.driver = entry.driver, None
+        core.requests.displaced += 1
+        core.requests.add(fresh)
+        if entry.opened:
+            self._end_others(entry, "displaced")
+        core.requests.end(entry)
+        return fresh
+
+    async def _open(self, entry: Entry, opening: Open) -> None:
+        core = self._core
+        await core.on_thread(core.engine.open, entry.key, opening)
+        if core.successor is not None:
+            entry.opened = True  # before waiting: a request cancelled in `send` is known to the others already
+            try:
+                await core.successor.send(core.open_frame(entry, opening))
+            except LinkError as error:
+                raise core.lost(1, error) from error
+
+    async def _pass(self, entry: Entry, tokens: tuple[int, ...], sample: bool) -> None:
+        timeout_s = self._core.start.step_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._core.step(entry, tokens, sample)
+        except TimeoutError as error:
+            raise self._silent(entry, "rank 0 itself did not finish and send a pass") from error
+
+    async def _next(self, entry: Entry, answered: int) -> Answered:
+        """The next answer; each must be to the pass after the last one answered."""
+        try:
+            async with asyncio.timeout(self._core.start.step_timeout_s):
+                answer = await entry.answers.get()
+        except TimeoutError as error:
+            waited = f"pass {answered + 1} of {entry.next_seq} did not come back from ranks 1 to "
+            raise self._silent(entry, f"{waited}{self._core.start.stages - 1}") from error
+        if answer.seq != answered + 1:
+            raise ComputeFailed(f"pass {answer.seq} came back when {answered + 1} was due")
+        return answer
+
+    def _silent(self, entry: Entry, what: str) -> StageTimeout:
+        start = self._core.start
+        return StageTimeout(
+            f"request {entry.request} of instance {start.instance}: {what} within {start.step_timeout_s} s; "
+            "a stage is stuck or too slow"
+        )
+
+    def _end_others(self, entry: Entry, reason: str) -> None:
+        core = self._core
+        core.tell(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
+
+
+def _opening(ask: Generate, plan: prefill.Plan, stop: frozenset[int], seed: int) -> Open:
+    return Open(
+        request=ask.request,
+        reply=ask.reply,
+        first_index=plan.first_index,
+        max_tokens=plan.max_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=seed,
+        stop_token_ids=tuple(stop),
+        generated=ask.generated,
+    )
+
+
+def _continued(plan: prefill.Plan, opening: Open, said: Sequence[int]) -> tuple[prefill.Plan, Open]:
+    """The same after these tokens of the answer."""
+    first = plan.first_index + len(said)
+    return (
+        structs.replace(plan, feed=(*plan.feed, *said), first_index=first),
+        structs.replace(opening, first_index=first, generated=(*opening.generated, *said)),
+    )
+
+
+def _complete(ask: Generate, plan: prefill.Plan) -> Token:
+    """The last word of an answer that an earlier epoch had finished but for saying so."""
+    return Token(
+        request=ask.request,
+        reply=ask.reply,
+        index=plan.first_index,
+        token=None,
+        text="",
+        finish_reason=plan.ended,
+    )
+
+
+_BY_CODE = {kind.code: kind for kind in RequestError.__subclasses__()}
+
+
+def _failure(frame: Frame) -> RequestError:
+    try:
+        fail = msgspec.json.decode(frame.meta, type=Fail)
+    except msgspec.MsgspecError as error:
+        return ComputeFailed(f"a stage ended the request with an undecodable reason: {error}")
+    return _BY_CODE.get(fail.code, ComputeFailed)(fail.message)

@@ -1,0 +1,170 @@
+"""One TCP connection between neighbours: socket options, the handshake, frames, and a deadline on each.
+
+Foreign exceptions (OSError, IncompleteReadError, TimeoutError) become LinkError here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from shoal_inference.stage.errors import BadFrame, LinkClosed, LinkError
+from shoal_inference.stage.ring import handshake
+from shoal_inference.stage.ring.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, Frame, decode_header, encode_header
+
+READ_BUFFER_BYTES = 4 * 1024 * 1024
+WRITE_BUFFER_BYTES = 8 * 1024 * 1024
+"""Unsent bytes beyond which `send` waits for the peer. Each request adds at most its window of frames."""
+KEEPALIVE_IDLE_S = 15
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_PROBES = 3
+
+
+def tune(sock: socket.socket) -> None:
+    """No delay for small frames; a peer that vanished without a word is noticed in about 30 s."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+
+
+@asynccontextmanager
+async def _mapped(doing: str, deadline_s: float | None) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except asyncio.IncompleteReadError as error:
+        where = " in the middle of a message" if error.partial else ""
+        raise LinkClosed(f"the peer closed the connection{where} while {doing}") from error
+    except TimeoutError as error:
+        raise LinkClosed(f"{doing} took longer than {deadline_s} s") from error
+    except OSError as error:
+        raise LinkClosed(f"{doing}: {error}") from error
+
+
+class Connection:
+    """Frames in and out of one proven connection."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        ring: bytes,
+        frame_timeout_s: float,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._ring = ring
+        self._frame_timeout_s = frame_timeout_s
+        self._max_payload_bytes = max_payload_bytes
+        self._broken: LinkError | None = None
+        writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+
+    async def read(self) -> Frame:
+        """The next frame. Waits for its first byte as long as it takes, for the rest until the frame deadline."""
+        try:
+            async with _mapped("waiting for a frame", None):
+                first = await self._reader.readexactly(1)
+            async with _mapped("reading a frame", self._frame_timeout_s):
+                header = decode_header(
+                    first + await self._reader.readexactly(HEADER_BYTES - 1),
+                    max_payload_bytes=self._max_payload_bytes,
+                )
+                if header.ring != self._ring:
+                    raise BadFrame("the frame belongs to another instance or epoch")
+                meta = await self._reader.readexactly(header.meta_bytes)
+                payload = await self._reader.readexactly(header.payload_bytes)
+        except LinkError as error:
+            raise self._broken or error from None
+        return Frame(header, meta, payload)
+
+    def post(self, frame: Frame) -> None:
+        """Queue a small frame (END, FAIL, TOKEN) without waiting: requests bound how many there can be."""
+        if self._broken is not None:
+            raise self._broken
+        self._writer.write(encode_header(frame.header) + frame.meta)
+        if frame.payload:
+            self._writer.write(frame.payload)
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame and wait until the buffer is below its bound; the frame deadline breaks the connection."""
+        self.post(frame)
+        try:
+            async with _mapped("sending a frame", self._frame_timeout_s):
+                await self._writer.drain()
+        except LinkError as error:
+            self.break_off(error)
+            raise self._broken or error from None
+
+    async def wait_closed(self) -> LinkError:
+        """For a connection that is only written to: how it ended. A byte from the peer ends it too."""
+        try:
+            async with _mapped("waiting", None):
+                stray = await self._reader.read(1)
+            found: LinkError = BadFrame("it spoke against the ring's direction") if stray else LinkClosed("closed")
+        except LinkError as error:
+            found = error
+        return self._broken or found
+
+    def break_off(self, reason: LinkError) -> None:
+        """Close at once, unsent bytes and all; whoever reads or writes gets `reason`."""
+        if self._broken is None:
+            self._broken = reason
+        self._writer.transport.abort()
+
+
+async def _open(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    try:
+        tune(sock)
+        return await asyncio.open_connection(sock=sock, limit=READ_BUFFER_BYTES)
+    except OSError:
+        sock.close()
+        raise
+
+
+async def accept(
+    sock: socket.socket, member: handshake.Member, ring: bytes, timeout_s: float, max_payload_bytes: int
+) -> Connection:
+    """The acceptor's half of the handshake on a connected socket; closes it and raises LinkError if it fails."""
+    reader, writer = await _open(sock)
+    try:
+        async with _mapped("shaking hands", timeout_s):
+            nonce = os.urandom(handshake.NONCE_BYTES)
+            writer.write(handshake.challenge(nonce))
+            size = int.from_bytes(await reader.readexactly(2), "little")
+            if size > handshake.MAX_HELLO_BYTES:
+                raise BadFrame(f"a hello of {size} bytes exceeds {handshake.MAX_HELLO_BYTES}")
+            peer_nonce = handshake.check_hello(member, nonce, await reader.readexactly(size))
+            writer.write(handshake.welcome(member, nonce, peer_nonce))
+            await writer.drain()
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return Connection(reader, writer, ring=ring, frame_timeout_s=timeout_s, max_payload_bytes=max_payload_bytes)
+
+
+async def connect(host: str, port: int, member: handshake.Member, ring: bytes, timeout_s: float) -> Connection:
+    """Connect to the next stage and prove membership, both ways; raises LinkError."""
+    async with _mapped(f"connecting to {host}:{port}", timeout_s):
+        reader, writer = await asyncio.open_connection(host, port, limit=READ_BUFFER_BYTES)
+    try:
+        sock: socket.socket = writer.get_extra_info("socket")
+        async with _mapped("shaking hands", timeout_s):
+            tune(sock)
+            peer_nonce = handshake.read_challenge(await reader.readexactly(handshake.CHALLENGE_BYTES))
+            nonce = os.urandom(handshake.NONCE_BYTES)
+            writer.write(handshake.hello(member, peer_nonce, nonce))
+            proof = await reader.readexactly(handshake.PROOF_BYTES)
+            handshake.check_welcome(member, peer_nonce, nonce, proof)
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return Connection(reader, writer, ring=ring, frame_timeout_s=timeout_s)

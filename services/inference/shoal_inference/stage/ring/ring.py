@@ -1,0 +1,206 @@
+"""The two links of a stage: the predecessor's, which it accepts, and the successor's, which it keeps making.
+
+Both outlive their connections. Each says `up` when a connection is proven and `down`, once, when it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+from shoal_common.logs import Log
+from shoal_inference.stage.errors import LinkClosed, LinkError
+from shoal_inference.stage.ring import connection
+from shoal_inference.stage.ring.backoff import backoff_s
+from shoal_inference.stage.ring.connection import Connection
+from shoal_inference.stage.ring.frames import Frame
+from shoal_inference.stage.ring.handshake import Member
+
+MAX_HANDSHAKES = 8
+"""Unproven connections at a time; more wait in the listen backlog."""
+
+log = Log("stage.ring")
+
+
+class Successor:
+    """The link this stage sends on: connects to the last address it was given, again and again."""
+
+    def __init__(
+        self,
+        member: Member,
+        ring: bytes,
+        timeout_s: float,
+        up: Callable[[], None],
+        down: Callable[[LinkError], None],
+        node: str = "-",
+    ) -> None:
+        self._member = member
+        self._ring = ring
+        self._timeout_s = timeout_s
+        self._node = node
+        self._up = up
+        self._down = down
+        self._address: tuple[str, int] | None = None
+        self._changed = asyncio.Event()
+        self._logged_unreachable: tuple[str, int] | None = None
+        self._live: Connection | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether frames can be sent now."""
+        return self._live is not None
+
+    def target(self, host: str, port: int) -> None:
+        """Connect there from now on. The address it has already only cuts a back-off short."""
+        if self._live is not None and self._address != (host, port):
+            self._live.break_off(LinkClosed(f"the next stage moved to {host}:{port}"))
+        self._address = (host, port)
+        self._changed.set()
+
+    def post(self, frame: Frame) -> None:
+        """Queue a small frame; raises LinkError when there is no link."""
+        self._connected().post(frame)
+
+    async def send(self, frame: Frame) -> None:
+        """Send a frame within the frame deadline; raises LinkError when there is no link, or none any more."""
+        await self._connected().send(frame)
+
+    async def run(self) -> None:
+        """For ever: connect, watch, connect again."""
+        attempt = 0
+        while True:
+            if self._address is None:
+                await self._changed.wait()
+                continue
+            self._changed.clear()
+            host, port = self._address
+            try:
+                live = await connection.connect(host, port, self._member, self._ring, self._timeout_s)
+            except LinkError as error:
+                self._log_unreachable((host, port), error)
+                await self._pause(backoff_s(attempt))
+                attempt += 1
+                continue
+            if self._address != (host, port):
+                live.break_off(LinkClosed("the next stage moved"))
+                continue
+            attempt = 0
+            self._log_reached()
+            self._live = live
+            self._up()
+            reason = await live.wait_closed()
+            live.break_off(reason)
+            self._live = None
+            self._down(reason)
+            await self._pause(backoff_s(0))
+
+    def _log_unreachable(self, address: tuple[str, int], error: LinkError) -> None:
+        """Log once for each address: the attempts go on for ever, and a dead neighbour must not fill the log."""
+        if self._logged_unreachable != address:
+            self._logged_unreachable = address
+            log.warning(
+                "next stage is unreachable",
+                peer_rank=self._member.successor,
+                peer_node=self._node,
+                reason=error.message,
+            )
+
+    def _log_reached(self) -> None:
+        if self._logged_unreachable is not None:
+            self._logged_unreachable = None
+            log.info("next stage is reachable", peer_rank=self._member.successor, peer_node=self._node)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def _connected(self) -> Connection:
+        if self._live is None:
+            raise LinkClosed(f"no link to rank {self._member.successor}")
+        return self._live
+
+
+class Predecessor:
+    """The link this stage receives on: a listener, and the newest proven connection."""
+
+    def __init__(
+        self,
+        member: Member,
+        ring: bytes,
+        timeout_s: float,
+        max_payload_bytes: int,
+        up: Callable[[], None],
+        down: Callable[[LinkError], None],
+        on_frame: Callable[[Frame], Awaitable[None]],
+    ) -> None:
+        self._member = member
+        self._ring = ring
+        self._timeout_s = timeout_s
+        self._max_payload_bytes = max_payload_bytes
+        self._up = up
+        self._down = down
+        self._on_frame = on_frame
+        self._live: Connection | None = None
+        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self.refused = 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the predecessor is connected."""
+        return self._live is not None
+
+    def listen(self, host: str) -> socket.socket:
+        """A listening socket on any free port of `host`."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = host == "::"  # all addresses of the node are told then, those of IPv4 too
+        listener = socket.create_server((host, 0), family=family, backlog=MAX_HANDSHAKES, dualstack_ipv6=both)
+        listener.setblocking(False)
+        return listener
+
+    async def run(self, listener: socket.socket) -> None:
+        """For ever: accept, prove, read frames."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._handshakes.acquire()
+                try:
+                    sock, address = await loop.sock_accept(listener)
+                except OSError as error:
+                    # Out of descriptors, or a peer that left before it was accepted: the listener itself is well.
+                    self._handshakes.release()
+                    log.warning("cannot accept a connection", reason=str(error))
+                    await asyncio.sleep(backoff_s(0))
+                    continue
+                group.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
+
+    async def _serve(self, sock: socket.socket, peer: str) -> None:
+        try:
+            fresh = await connection.accept(sock, self._member, self._ring, self._timeout_s, self._max_payload_bytes)
+        except (LinkError, OSError) as error:
+            self.refused += 1
+            log.warning("connection rejected", peer=peer, reason=str(error))
+            return
+        finally:
+            self._handshakes.release()
+        if self._live is not None:
+            # The predecessor would not connect again had it not lost the old connection, and what was on it.
+            self._drop(self._live, LinkClosed("it connected again"))
+        self._live = fresh
+        self._up()
+        try:
+            while True:
+                await self._on_frame(await fresh.read())
+        except LinkError as error:
+            self._drop(fresh, error)
+        finally:
+            fresh.break_off(LinkClosed("closed"))
+
+    def _drop(self, old: Connection, reason: LinkError) -> None:
+        if self._live is old:
+            self._live = None
+            old.break_off(reason)
+            self._down(reason)

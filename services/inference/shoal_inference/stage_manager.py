@@ -1,0 +1,163 @@
+"""The stages of this node: started, watched and stopped as instances come and go."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import structs
+
+from shoal_common.bus.keys import stage_key
+from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.reconcile import reconcile_forever
+from shoal_common.errors import NotFound
+from shoal_common.host.cgroup import Memory
+from shoal_common.logs import Log
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
+from shoal_common.messages.instances import InstanceSpec, StageState
+from shoal_common.messages.liveness import Facts
+from shoal_common.service import Context
+from shoal_inference.assignments import Assignment, assignments, leftovers, reconcile
+from shoal_inference.host_facts.bandwidth_estimate import Speed
+from shoal_inference.host_facts.device import find_device, keep_working, read_speed, read_working
+from shoal_inference.host_facts.memory import memory_facts, occupied_bytes, read_bytes, steady
+from shoal_inference.host_facts.oom_guard import LOOK_S, why_starving
+from shoal_inference.host_facts.usage_reporter import Uses
+from shoal_inference.stage.compute.device import Device
+from shoal_inference.stage_runner import StageRunner
+
+log = Log("inference")
+_MEMORY_INTERVAL_S = 5.0
+
+
+class Host:
+    """Runs all stages of this node."""
+
+    def __init__(self, context: Context, tasks: asyncio.TaskGroup, spec: View, state: View) -> None:
+        self._context, self._tasks = context, tasks
+        self._spec, self._state = spec, state
+        self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
+        self._uses = Uses(context.ask, tasks)
+        settings = context.config.settings.get("inference", {})
+        self._cap_bytes = read_bytes("max_memory_bytes", settings, context.environ)
+        self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
+        self._configured_speed = read_speed(settings, context.environ)
+        self._device = Device(bytes_per_s=self._configured_speed or 0.0)
+        self._speed = Speed(self._keep_speed)
+        self._memory = Memory()
+
+    def facts(self) -> Facts:
+        """Return the memory this node's stages occupy and what is available. Reads files: call it in a thread."""
+        stages: dict[str, int] = {}
+        for (instance, _, rank), (runner, _) in list(self._running.items()):
+            if (pid := runner.pid) is not None:
+                name = f"{instance}/{rank}"
+                stages[name] = stages.get(name, 0) + occupied_bytes(pid)
+        facts = memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
+        return structs.replace(facts, working_bytes_per_s=self._speed.said)
+
+    async def find_device(self) -> None:
+        """Detect the accelerator and memory bandwidth; published with the next memory sample."""
+        home = self._context.config.home
+        self._device = await find_device(home, self._configured_speed)
+        if self._configured_speed is None:  # a configured bandwidth is never corrected
+            self._speed.begin(self._device.bytes_per_s, await asyncio.to_thread(read_working, home))
+
+    def _keep_speed(self, bytes_per_s: float) -> None:
+        log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
+        self._tasks.create_task(asyncio.to_thread(keep_working, self._context.config.home, bytes_per_s))
+
+    def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
+        return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
+
+    async def remove_leftovers(self) -> None:
+        """At start, unpublish stages of an earlier process that are no longer wanted."""
+        published = [s for _, s in self._state.items("stage.", StageState)]
+        for instance, rank in leftovers(published, self._wanted().values(), self._context.node):
+            await self._context.buckets.state.delete(stage_key(instance, rank))
+
+    async def follow_spec(self) -> None:
+        """Start and stop stages at every change of `spec`, for ever."""
+        await reconcile_forever("starting and stopping stages", (self._spec,), self._start_and_stop)
+
+    async def _start_and_stop(self) -> None:
+        changes = reconcile(self._wanted(), self._running)
+        for key in changes.stop:
+            await self._stop(key)
+        for assignment in changes.start:
+            self._start(assignment)
+
+    def _start(self, assignment: Assignment) -> None:
+        stage = assignment.stage
+        log.info("starting stage", instance=assignment.spec.id, rank=stage.rank, layers=_layers(assignment))
+        context = self._context
+        runner = StageRunner(
+            assignment, context.config, context.nats, context.buckets, self._state, context.interfaces, self._speed
+        )
+        self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
+
+    async def _stop(self, key: tuple[str, int, int]) -> None:
+        runner, task = self._running.pop(key)
+        log.info("stopping stage", instance=key[0], rank=key[2])
+        task.cancel()
+        await asyncio.wait({task})
+        if not any(k[0] == key[0] and k[2] == key[2] for k in self._running):
+            await runner.withdraw()
+
+    async def stop_all(self) -> None:
+        """Stop every stage of this node and unpublish it."""
+        async with asyncio.TaskGroup() as stopping:
+            for key in list(self._running):
+                stopping.create_task(self._stop(key))
+
+    async def watch_memory(self) -> None:
+        """Keep the memory figures of the liveness record current, for ever."""
+        for limit in await asyncio.to_thread(self._memory.look):
+            if limit.group is not None:
+                log.info("memory limited by a control group", group=str(limit.group), limit_bytes=limit.total_bytes)
+        while True:
+            liveness = self._context.liveness
+            liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))
+            await asyncio.sleep(_MEMORY_INTERVAL_S)
+
+    async def watch_forced(self) -> None:
+        """Kill stages that were forced onto this node before the machine runs out of memory (`oom_guard.py`)."""
+        while True:
+            version = self._spec.changes
+            if all(wanted.spec.tier != "force" for wanted in self._wanted().values()):
+                await self._spec.changed_after(version)
+                continue
+            reason = why_starving(await asyncio.to_thread(self.facts), self._floor_bytes)
+            if reason is not None:
+                for runner, _ in self._running.values():
+                    if runner.assignment.spec.tier == "force":
+                        runner.give_way(reason)
+            await asyncio.sleep(LOOK_S)
+
+    def _first_stage(self, instance: str) -> StageRunner:
+        for (name, _, rank), (runner, _) in self._running.items():
+            if name == instance and rank == 0:
+                return runner
+        raise NotFound(
+            f"instance {instance} has no first stage on node {self._context.node}: it was stopped or "
+            "moved; see `shoal ps`"
+        )
+
+    async def generate(self, question: Generate) -> Accepted:
+        """Start an answer and record the use of its model. Raises what the stage answers."""
+        runner = self._first_stage(question.instance)
+        accepted = await runner.generate(question)
+        self._uses.note(runner.assignment.spec, asyncio.get_running_loop().time())
+        return accepted
+
+    async def cancel(self, question: CancelGenerate) -> Done:
+        """Cancel an answer. One that has ended already is no error (I5)."""
+        try:
+            await self._first_stage(question.instance).cancel(question.request)
+        except NotFound:
+            log.debug("cancel for an unknown instance", instance=question.instance)
+        return Done()
+
+
+def _layers(assignment: Assignment) -> str:
+    return f"{assignment.stage.first_layer}-{assignment.stage.last_layer - 1}"

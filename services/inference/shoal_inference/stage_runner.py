@@ -1,0 +1,347 @@
+"""Run one stage of one instance on this node: fetch its model, spawn its process, publish its state and tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import uuid
+from contextlib import suppress
+
+from msgspec import structs
+from nats.errors import Error as NatsError
+
+from shoal_common.bus import subjects
+from shoal_common.bus.connection import Nats
+from shoal_common.bus.keys import model_key, part_key, stage_key
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.kv_mirror import View
+from shoal_common.config import Config
+from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.host.addresses import for_others
+from shoal_common.host.credentials import derive
+from shoal_common.host.interfaces import Interfaces
+from shoal_common.liveness.peer_failure import Sight
+from shoal_common.logs import Log
+from shoal_common.messages import downloads, encode
+from shoal_common.messages.generation import Accepted, Generate, TokenEvent
+from shoal_common.messages.instances import StageState
+from shoal_common.messages.storage import ModelState, PartState
+from shoal_common.models.kv_cache import REQUESTS_AT_ONCE
+from shoal_common.models.layer_tensors import covers
+from shoal_common.rpc.command_client import Sender, new_id
+from shoal_common.rpc.request_reply import Ask
+from shoal_inference.assignments import Assignment, next_address, respawn_delay_s, stage_error
+from shoal_inference.host_facts.bandwidth_estimate import Speed, read_bytes
+from shoal_inference.host_facts.model_lease import leased
+from shoal_inference.stage.errors import LinkClosed
+from shoal_inference.stage.ipc import messages
+from shoal_inference.stage.ipc.parent import StageProcess
+
+log = Log("stage")
+
+_FETCH_DEADLINE_S = 24 * 3600.0
+_ACCEPT_TIMEOUT_S = 30.0
+_STABLE_AFTER_S = 30.0
+"""A process that lived this long was healthy: its death counts as the first."""
+
+
+class StageRunner:
+    """Runs one assignment until it is cancelled; the only publisher of its `state.stage` key."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        config: Config,
+        nats: Nats,
+        buckets: Buckets,
+        state: View,
+        interfaces: Interfaces,
+        speed: Speed,
+    ) -> None:
+        self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
+        self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
+        self._sender, self._ask, self._sight = Sender(nats, buckets), Ask(nats), Sight(nats, config.node)
+        self._spec, self._stage = assignment.spec, assignment.stage
+        self._key = stage_key(self._spec.id, self._stage.rank)
+        self._state = StageState(
+            instance=self._spec.id,
+            rank=self._stage.rank,
+            node=config.node,
+            epoch=self._spec.epoch,
+            phase="fetching",
+        )
+        self._published: StageState | None = None
+        self._process: StageProcess | None = None
+        self._accepting: dict[str, asyncio.Future[Accepted]] = {}
+        self._kill_reason: ShoalError | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The pid of the stage's process; None while there is none."""
+        process = self._process
+        return None if process is None else process.pid
+
+    @property
+    def ready(self) -> bool:
+        """Whether the stage is loaded and connected to both its neighbours."""
+        return self._state.phase == "ready"
+
+    async def run(self) -> None:
+        """Fetch, load and serve; restart after each death of the process, with back-off. Ends by cancellation."""
+        deaths = 0
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            try:
+                await self._fetch()
+                await self._run_process()
+            except ShoalError as e:
+                error = e
+            if self._kill_reason is not None:
+                error = self._kill_reason
+            deaths = 1 if loop.time() - started_s > _STABLE_AFTER_S else deaths + 1
+            log.warning(
+                "stage ended",
+                instance=self._spec.id,
+                rank=self._stage.rank,
+                reason=error.message,
+                deaths=deaths,
+            )
+            self._fail_accepting(error)
+            await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
+            if self._kill_reason is not None:
+                await asyncio.Event().wait()  # until the instance is stopped or moved, which cancels this task
+            await asyncio.sleep(respawn_delay_s(deaths))
+
+    def give_way(self, error: ShoalError) -> None:
+        """Kill the process, if there is one, and do not restart it: the machine needs the memory."""
+        if self.pid is not None and self._kill_reason is None:
+            self._kill_reason = error
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    async def withdraw(self) -> None:
+        """Unpublish the stage."""
+        await self._bucket.delete(self._key)
+
+    # Life of one process
+
+    async def _fetch(self) -> None:
+        """Download what this stage needs of the model, unless this node has it. Raises if the download fails."""
+        node, model = self._config.node, self._spec.model
+        layers = [self._stage.first_layer, self._stage.last_layer]
+        if self._view.get(model_key(node, model), ModelState) is not None:
+            return
+        shard = self._view.get(part_key(node, model), PartState)
+        if shard is not None and covers(shard.layers, layers):
+            return
+        await self._publish_state(phase="fetching", error=None)
+        command = downloads.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, unless_paused=True)
+        outcome = await self._sender.outcome_of("fetcher", node, "download", command, new_id(), _FETCH_DEADLINE_S)
+        if outcome.error is not None:
+            raise from_body(outcome.error)
+
+    async def _run_process(self) -> None:
+        """Start a process and handle its events until it ends. Raises why it ended."""
+        await self._publish_state(phase="loading", error=None, uid=uuid.uuid4().hex[:8])
+        spec, stage = self._spec, self._stage
+        # The process always ends before its lease does.
+        async with (
+            leased(self._ask, self._config.node, self.assignment) as lease,
+            await StageProcess.spawn() as process,
+        ):
+            await self._send(
+                process,
+                messages.Start(
+                    instance=spec.id,
+                    epoch=spec.epoch,
+                    rank=stage.rank,
+                    stages=len(spec.stages),
+                    nodes=tuple(planned.node for planned in spec.stages),
+                    model_dir=lease.view,
+                    lock=lease.lock,
+                    leaves=lease.leaves,
+                    first_layer=stage.first_layer,
+                    last_layer=stage.last_layer,
+                    context_tokens=spec.context_tokens,
+                    answers=spec.asked.answers,
+                    max_requests=max(spec.asked.answers, REQUESTS_AT_ONCE),
+                    bind_host=self._config.bind,
+                    secret=derive(self._config.secret, f"activations/{spec.id}").encode(),
+                ),
+            )
+            self._process = process
+            linking = asyncio.create_task(self._keep_linked(process))
+            try:
+                async for event in process:
+                    await self._on(event)
+            finally:
+                self._process = None
+                linking.cancel()
+        status = await process.wait()
+        if self._state.error is not None:
+            raise from_body(self._state.error)
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {how}")
+
+    async def _keep_linked(self, process: StageProcess) -> None:
+        """Send the process its successor's address, now and at every change."""
+        if len(self._spec.stages) == 1:
+            return
+        sent = ""
+        while True:
+            version = self._view.changes
+            states = (s for _, s in self._view.items(f"stage.{self._spec.id}.", StageState))
+            address = next_address(self._spec, self._stage.rank, states, self._interfaces.now)
+            if address and address != sent:
+                host, _, port = address.rpartition(":")
+                await self._send(process, messages.Link(host=host.strip("[]"), port=int(port)))
+                sent = address
+            await self._view.changed_after(version)
+
+    async def _send(self, process: StageProcess, message: messages.ToChild) -> None:
+        try:
+            await process.send(message)
+        except LinkClosed as e:
+            raise StageLost(str(e)) from e
+
+    async def _on(self, event: messages.FromChild) -> None:
+        match event:
+            case messages.Listening(port=port):
+                links = for_others(self._config.links(port, self._interfaces.now)) if port else []
+                self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
+            case messages.Loaded():
+                alone = len(self._spec.stages) == 1
+                await self._publish_state(
+                    phase="ready" if alone else "linking", weight_bytes=event.weight_bytes, error=None
+                )
+                log.info(
+                    "stage loaded",
+                    instance=self._spec.id,
+                    rank=self._stage.rank,
+                    weight_bytes=event.weight_bytes,
+                    load_s=round(event.load_s, 2),
+                )
+            case messages.Linked():
+                log.info("stage linked", instance=self._spec.id, rank=self._stage.rank)
+                await self._publish_state(phase="ready", error=None)
+            case messages.Unlinked(reason=reason, rank=rank):
+                peer = self._spec.stages[rank].node if rank < len(self._spec.stages) else "-"
+                log.warning(
+                    "stage lost a neighbour",
+                    instance=self._spec.id,
+                    rank=self._stage.rank,
+                    peer_rank=rank,
+                    peer_node=peer,
+                    reason=reason,
+                )
+                if rank < len(self._spec.stages):
+                    await self._sight.lost(peer, reason)
+                await self._publish_state(phase="linking")
+            case messages.Accepted():
+                self._accept(event)
+            case messages.Token():
+                await self._publish(
+                    TokenEvent(
+                        request=event.request,
+                        index=event.index,
+                        token=event.token,
+                        text=event.text,
+                        finish_reason=event.finish_reason,
+                    )
+                )
+            case messages.Waiting(request=request):
+                await self._publish(TokenEvent(request=request, index=-1))
+            case messages.Pace(pass_s=pass_s):
+                self._note_pace(pass_s)
+            case messages.Failed():
+                await self._failed(event)
+            case messages.Fatal():
+                error = stage_error(event.code, event.message)
+                self._state = structs.replace(self._state, error=error.body())
+            case _:
+                log.debug("stage event ignored", event=type(event).__name__)
+
+    def _note_pace(self, pass_s: float) -> None:
+        # Where this node holds only a shard, the model's shape may be published by another node.
+        models = (m for _, m in self._view.items("model.", ModelState) if m.model == self._spec.model)
+        shape = next((m.shape for m in models if m.shape is not None), None)
+        if shape is not None:
+            self._speed.note(read_bytes(shape, self._stage.first_layer, self._stage.last_layer), pass_s)
+
+    # Requests
+
+    async def generate(self, question: Generate) -> Accepted:
+        """Start an answer; its tokens follow on their subject. Raises what the stage answers."""
+        process = self._process
+        if process is None or not self.ready:
+            raise StageLost(
+                f"instance {self._spec.id} is not ready: stage {self._stage.rank} on node {self._config.node} is "
+                f"{self._state.phase}; try again when `shoal ps` shows it ready"
+            )
+        if question.request in self._accepting:
+            raise Failed(f"request {question.request} is already in flight; use a new request id")
+        accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._accepting[question.request] = accepted
+        prompt: tuple[messages.Message | int, ...] = tuple(question.prompt_tokens) or tuple(
+            messages.Message(role=m.role, content=m.content) for m in question.messages
+        )
+        try:
+            await self._send(
+                process,
+                messages.Generate(
+                    request=question.request,
+                    reply=subjects.tokens(question.request),
+                    prompt=prompt,
+                    max_tokens=question.max_tokens,
+                    temperature=question.temperature,
+                    top_p=question.top_p,
+                    seed=question.seed,
+                    generated=tuple(question.generated),
+                ),
+            )
+            async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
+                return await accepted
+        except TimeoutError:
+            raise Unavailable(
+                f"instance {self._spec.id} did not accept the prompt within {_ACCEPT_TIMEOUT_S:.0f} s; "
+                "try again, or see `shoal ps`"
+            ) from None
+        finally:
+            self._accepting.pop(question.request, None)
+
+    async def cancel(self, request: str) -> None:
+        """Cancel an answer; does nothing where the stage has no process."""
+        if self._process is not None:
+            with suppress(StageLost):
+                await self._send(self._process, messages.Cancel(request=request))
+
+    def _accept(self, event: messages.Accepted) -> None:
+        waiting = self._accepting.get(event.request)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(Accepted(request=event.request, prompt_tokens=event.prompt_tokens))
+
+    async def _failed(self, event: messages.Failed) -> None:
+        error = stage_error(event.code, event.message)
+        waiting = self._accepting.get(event.request)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(error)
+        else:
+            await self._publish(TokenEvent(request=event.request, error=error.body()))
+
+    def _fail_accepting(self, error: ShoalError) -> None:
+        for waiting in self._accepting.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+
+    async def _publish(self, event: TokenEvent) -> None:
+        # Core NATS keeps nothing: a reader that is not subscribed now never gets it.
+        with suppress(NatsError):
+            await self._nats.client.publish(subjects.tokens(event.request), encode(event))
+
+    async def _publish_state(self, **changes: object) -> None:
+        self._state = structs.replace(self._state, **changes)
+        if self._state != self._published:
+            self._published = self._state
+            await self._bucket.put(self._key, self._state)

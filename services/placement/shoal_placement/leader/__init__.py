@@ -1,0 +1,1 @@
+"""What the one leader does: commands, failures, migration, garbage collection."""

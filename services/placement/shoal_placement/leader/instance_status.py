@@ -1,0 +1,71 @@
+"""The state of an instance, from its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+from shoal_common.errors import ErrorBody, NoRoom
+from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
+
+
+def instance_state(
+    spec: InstanceSpec,
+    stages: Iterable[StageState],
+    live: Iterable[str],
+    before: InstanceState | None,
+    stays_because: ErrorBody | None = None,
+) -> InstanceState:
+    """Return the state of an instance: ready when all stages are; degraded when it was ready and a stage is not.
+
+    A forced stage that was killed on OOM is not started again, so its instance is failed even if it was ready before.
+    `stays_because`: why an instance that should move to other nodes cannot.
+    """
+    present = set(live)
+    own = _own_stages(spec, stages)
+    ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in present]
+    failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
+    oom_killed = any(error is not None and error.code == NoRoom.code for error in failed)
+    was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
+    if len(ready) == len(spec.stages):
+        phase, error = "ready", None
+    elif was_up and not oom_killed:
+        phase, error = "degraded", next((e for e in failed if e is not None), stays_because)
+    elif failed:
+        phase, error = "failed", next((e for e in failed if e is not None), None)
+    else:
+        phase, error = "starting", stays_because
+    return InstanceState(
+        id=spec.id,
+        repo=spec.repo,
+        commit=spec.commit,
+        phase=phase,  # type: ignore[arg-type]  # one of the four literals above
+        nodes=[s.node for s in spec.stages],
+        epoch=spec.epoch,
+        error=error,
+    )
+
+
+def has_degraded(before: InstanceState | None, now: InstanceState) -> bool:
+    """Return whether an instance has become degraded since `before` was published."""
+    was_degraded = before is not None and before.phase == "degraded" and before.epoch == now.epoch
+    return now.phase == "degraded" and not was_degraded
+
+
+def stages_not_ready(spec: InstanceSpec, stages: Iterable[StageState], live: Set[str]) -> list[tuple[StageSpec, str]]:
+    """Return the stages of an instance that are not ready, in rank order, each with the reason."""
+    own = _own_stages(spec, stages)
+    missing = []
+    for stage in spec.stages:
+        state = own.get(stage.rank)
+        if stage.node not in live:
+            missing.append((stage, f"node {stage.node} is down"))
+        elif state is None:
+            missing.append((stage, f"rank {stage.rank} does not run on {stage.node}"))
+        elif state.phase != "ready":
+            error = f": {state.error.message}" if state.error is not None else ""
+            missing.append((stage, f"rank {stage.rank} on {stage.node} is {state.phase}{error}"))
+    return missing
+
+
+def _own_stages(spec: InstanceSpec, stages: Iterable[StageState]) -> dict[int, StageState]:
+    return {s.rank: s for s in stages if s.instance == spec.id and s.epoch == spec.epoch}

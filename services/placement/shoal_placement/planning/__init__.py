@@ -1,0 +1,1 @@
+"""Pure: what a model needs, what nodes have, and the layouts that follow."""

@@ -1,0 +1,173 @@
+"""A placement request, resolved: model, nodes, context, tiers. Raises what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+from msgspec import structs
+
+from shoal_common.errors import BadInput, NotFound, Unsupported
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.instances import Asked
+from shoal_common.messages.liveness import Facts
+from shoal_common.messages.model_shape import ModelShape, ModelSize
+from shoal_common.messages.placement import Place
+from shoal_common.messages.storage import ModelState, PartState
+from shoal_common.names import ModelRef, check_node
+from shoal_placement.network.model import Links
+from shoal_placement.planning.cluster_facts import World, context_for, find_model
+from shoal_placement.planning.memory_model import need_of, promised_bytes, reading_bytes_per_s, unfused_bytes
+from shoal_placement.planning.memory_tiers import Tier, Tiers, tiers
+from shoal_placement.planning.plan import TIERS, Plan
+from shoal_placement.solver import Layout, Need, Problem, Room, problem_of
+from shoal_placement.solver.cost import Floats
+
+MOST_ANSWERS = 64
+IN_FLIGHT = 4
+"""Requests in flight for the objective `throughput`, if the request names no number."""
+
+
+class ResolvedRequest(msgspec.Struct, frozen=True):
+    """A resolved request: what the model needs, and what each node has."""
+
+    request: Place
+    model: ModelState
+    shape: ModelShape
+    context_tokens: int
+    need: Need
+    facts: Mapping[str, Facts]
+    rooms: Mapping[str, Tiers]
+    lacks: Mapping[str, Sequence[float]]
+    """By node, the share of each layer that it would have to download: 0 to 1."""
+    links: Links
+    link_s: Floats
+    """Between the nodes in the order of their names; empty: unknown."""
+
+    def unfused(self, node: str) -> int:
+        """Return the bytes that a stage takes on this node beyond `need`, which assumes fused attention."""
+        return unfused_bytes(self.shape, self.context_tokens, self.facts[node])
+
+    def problem(self, tier: Tier, in_flight: int) -> Problem:
+        capacities = [
+            Room(
+                node,
+                budget.of(tier) - self.unfused(node),
+                s_per_byte=1 / reading_bytes_per_s(self.facts[node]),
+                lacks=self.lacks[node],
+            )
+            for node, budget in sorted(self.rooms.items())
+        ]
+        counts = self.request.min_nodes, self.request.max_nodes
+        problem = problem_of(self.need, capacities, *counts, self.link_s, in_flight)
+        return structs.replace(problem, counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes)
+
+    def plan(self, layout: Layout, tier: Tier) -> Plan:
+        asked = Asked(**{name: getattr(self.request, name) for name in Asked.__struct_fields__})
+        return Plan(self.model, self.shape, layout, self.context_tokens, tier, asked, self.rooms, self.links)
+
+
+def held(model: str, world: World) -> bool:
+    """Return whether a live node has the model."""
+    try:
+        find_model(model, world)
+    except NotFound:
+        return False
+    return True
+
+
+def with_unheld(world: World, model: str, size: ModelSize) -> World:
+    """Return the cluster as if a node that takes no part had the model: all others would have to download it."""
+    ref = ModelRef.parse(size.model)
+    remote = ModelState(
+        node="",
+        repo=ref.repo,
+        commit=ref.revision,
+        size_bytes=size.size_bytes,
+        file_count=0,
+        revisions=[ModelRef.parse(model).revision],
+        shape=size.shape,
+    )
+    return structs.replace(world, models=[*world.models, remote], alive={*world.alive, ""})
+
+
+def allowed_tiers(request: Place) -> tuple[Tier, ...]:
+    """Return the tiers that a request allows."""
+    return TIERS[: 3 if request.force else 2 if request.allow_low_memory else 1]
+
+
+def in_flight(request: Place) -> int:
+    """Return the requests in flight that the layout is for; 0: as many as it has stages. Raises BadInput."""
+    if request.objective == "latency":
+        return 1
+    if request.objective == "balanced":
+        return 0
+    return request.in_flight or IN_FLIGHT
+
+
+def resolve_request(request: Place, world: World) -> ResolvedRequest:
+    if not 1 <= request.min_nodes <= request.max_nodes:
+        raise BadInput(
+            f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes}: "
+            "min_nodes must be at least 1 and at most max_nodes"
+        )
+    if not 1 <= request.answers <= MOST_ANSWERS:
+        raise BadInput(f"answers {request.answers}: must be from 1 to {MOST_ANSWERS}")
+    model = find_model(request.model, world)
+    if model.shape is None:
+        raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is unknown'}")
+    shape, context_tokens = model.shape, context_for(request.context_tokens, model.shape)
+    named = {*request.nodes, *request.layers, *(node for node, _ in parse_layout_name(request.layout))}
+    for node in {*named, *request.without}:
+        check_node(node)
+    unknown = sorted(named - set(world.facts))
+    if unknown:
+        raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
+    drained = sorted(named & world.drained)
+    if drained:
+        raise BadInput(f"drained: {', '.join(drained)}; to use it again, run `shoal node drain {drained[0]} --undo`")
+    facts = {
+        node: f
+        for node, f in world.facts.items()
+        if node not in world.drained and node not in request.without and (not request.nodes or node in request.nodes)
+    }
+    reserved = promised_bytes(world.instances, world.models, world.facts)
+    budgets = {node: tiers(f, reserved.get(node, {})) for node, f in facts.items()}
+    count = len(shape.layer_bytes)
+    holders = {m.node for m in world.models if m.model == model.model}
+    shards = {p.node: p for p in world.parts if p.model == model.model}
+    downloaded = _downloaded(model, world.downloads)
+    lacks = {
+        n: [0.0] * count if n in holders else _missing_shares(shards.get(n), downloaded.get(n, 0.0), count)
+        for n in facts
+    }
+    need = need_of(shape, context_tokens, request.answers)
+    link_s = world.links.costs_s(sorted(budgets), shape.hidden_bytes)
+    return ResolvedRequest(request, model, shape, context_tokens, need, facts, budgets, lacks, world.links, link_s)
+
+
+def _missing_shares(shard: PartState | None, downloaded: float, count: int) -> list[float]:
+    ranges = shard.layers if shard is not None else []
+    return [0.0 if any(first <= layer < end for first, end in ranges) else 1.0 - downloaded for layer in range(count)]
+
+
+def _downloaded(model: ModelState, downloads: Iterable[DownloadState]) -> dict[str, float]:
+    """Return the share of a model that each node has from unfinished downloads, paused ones included."""
+    return {
+        d.node: min(d.done_bytes / model.size_bytes, 1.0)
+        for d in downloads
+        if d.commit == model.commit and d.model.partition("@")[0] == model.repo and model.size_bytes > 0
+    }
+
+
+def parse_layout_name(text: str) -> list[tuple[str, int]]:
+    """Parse `a:14,b:2` into nodes and their numbers of layers, in order. Raises BadInput."""
+    stages = []
+    for word in text.split(",") if text else []:
+        node, _, count = word.rpartition(":")
+        if not node or not (count.isascii() and count.isdecimal() and 0 < int(count[:6]) < 100_000):
+            raise BadInput(f"{text[:80]!r} is not a layout: write nodes and numbers of layers, like a:14,b:2")
+        stages.append((node, int(count)))
+    if len({node for node, _ in stages}) < len(stages):
+        raise BadInput(f"layout {text[:80]!r} names a node twice")
+    return stages

@@ -1,0 +1,1 @@
+"""Approve or reject bytes before they arrive; expire what was reserved."""

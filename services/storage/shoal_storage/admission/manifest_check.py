@@ -1,0 +1,35 @@
+"""Check a manifest from outside, once, at the edge (I10)."""
+
+from __future__ import annotations
+
+from shoal_common.errors import BadInput, BadName
+from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+
+_GIT = "git-"
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check every name and size of a foreign manifest, once, at the edge (I10). Raises BadName, BadInput."""
+    if ModelRef.parse(manifest.repo).repo != manifest.repo:
+        raise BadName(f"{manifest.repo[:200]!r} is not a model repository: expected org/name")
+    check_commit(manifest.commit)
+    for revision in manifest.revisions:
+        ModelRef.parse(f"{manifest.repo}@{revision}")
+    sizes: dict[str, int] = {}
+    paths: set[str] = set()
+    for f in manifest.files:
+        check_file_path(f.path)
+        check_blob(f.blob)
+        if f.sha256.startswith(_GIT):
+            raise BadName(f"{f.sha256!r}, given for {f.path}, is not a sha256")
+        if f.path in paths:
+            raise BadInput(f"the manifest of {manifest.model} lists {f.path} twice")
+        if f.size_bytes < 0 or sizes.setdefault(f.blob, f.size_bytes) != f.size_bytes:
+            raise BadInput(f"the manifest of {manifest.model} gives {f.path} an impossible size: {f.size_bytes}")
+        paths.add(f.path)
+    for path in paths:
+        segments = path.split("/")
+        for end in range(1, len(segments)):
+            if (parent := "/".join(segments[:end])) in paths:
+                raise BadInput(f"in the manifest of {manifest.model} {parent} is both a file and a directory")

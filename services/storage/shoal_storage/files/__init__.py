@@ -1,0 +1,1 @@
+"""The formats of single files in a store: written atomically, read back with checks."""

@@ -1,0 +1,106 @@
+"""The leaf hash file: the hashes of a blob's leaves, kept beside it. It locates corrupt leaves and marks the blob as
+verified.
+
+    leaves/<ab>/<sha256>      written durably before its blob gets its name; deleted after it
+
+| offset     | bytes | what                                                        |
+| ---------- | ----- | ----------------------------------------------------------- |
+| 0          | 32    | BLAKE3 of all that follows: a list that does not match it is ignored |
+| 32         | 32    | BLAKE3 of leaf 0, the first 1 MiB                           |
+| 32 + 32 i  | 32    | BLAKE3 of leaf i; the last leaf may be shorter; no padding  |
+
+Sample: the blob of 1,048,577 bytes `w` has two leaves, and its list 96 bytes, beginning `bef8d0e3`. An empty blob has
+no leaf, and a list of 32 bytes beginning `af1349b9`, the BLAKE3 of nothing.
+
+The file's mtime is its blob's, to the nanosecond. A blob with this mtime and a size that fits the list was hashed
+whole and matched its name. A blob that somebody copied here, or that a program changed, has another mtime. What a
+disk changes by itself changes no mtime: only hashing finds that.
+
+Without a usable file only the repair by leaf is lost: `verify` writes a new one for a blob that it finds intact.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Container
+from contextlib import suppress
+
+from msgspec import structs
+
+from shoal_common.errors import BadName
+from shoal_common.messages.manifest import Manifest
+from shoal_common.names import check_blob
+from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, list_bytes, root_of
+from shoal_common.store.store_paths import Layout
+from shoal_storage.files.atomic_file import make_directory, write_file
+
+
+def write(layout: Layout, sha256: str, hashes: bytes, mtime_ns: int) -> None:
+    """Store the concatenated hashes of a blob's leaves, durably; `mtime_ns` is the blob's."""
+    path = layout.leaves(sha256)
+    make_directory(path.parent)
+    write_file(path, leaf_hash(hashes) + hashes, mtime_ns)
+
+
+def read(layout: Layout, sha256: str, size_bytes: int) -> bytes | None:
+    """Return the concatenated hashes of a blob's leaves; None when there is no valid list."""
+    try:
+        content = layout.leaves(sha256).read_bytes()
+    except OSError:
+        return None
+    checksum, hashes = content[:HASH_BYTES], content[HASH_BYTES:]
+    return hashes if leaf_hash(hashes) == checksum and len(content) == _file_bytes(size_bytes) else None
+
+
+def root(layout: Layout, sha256: str, size_bytes: int) -> str:
+    """Return the digest of a blob's leaf list; "" when there is no valid list."""
+    hashes = read(layout, sha256, size_bytes)
+    return "" if hashes is None else root_of(hashes)
+
+
+def with_roots(layout: Layout, manifest: Manifest) -> Manifest:
+    """Return a sealed manifest with the digest of every list that is here, and no digests from elsewhere."""
+    files = [structs.replace(f, leaves=root(layout, f.sha256, f.size_bytes)) for f in manifest.files]
+    return structs.replace(manifest, files=files)
+
+
+def proves(layout: Layout, sha256: str) -> bool:
+    """Whether the blob's current file was hashed to its name on this node. By stat alone."""
+    try:
+        blob, leaves = layout.blob(sha256).lstat(), layout.leaves(sha256).lstat()
+    except OSError:
+        return False
+    return (
+        stat.S_ISREG(blob.st_mode)
+        and leaves.st_size == _file_bytes(blob.st_size)
+        and leaves.st_mtime_ns == blob.st_mtime_ns
+    )
+
+
+def follow_time(layout: Layout, sha256: str) -> None:
+    """Give the list of a trusted blob the blob's mtime."""
+    blob_stat = layout.blob(sha256).lstat()
+    os.utime(layout.leaves(sha256), ns=(blob_stat.st_atime_ns, blob_stat.st_mtime_ns))
+
+
+def _file_bytes(size_bytes: int) -> int:
+    """Return the size of the leaf hash file of a blob of `size_bytes`."""
+    return HASH_BYTES + list_bytes(size_bytes)
+
+
+def remove(layout: Layout, sha256: str) -> None:
+    """Delete the leaf hashes of a deleted blob. Absent already is fine; a start deletes one that comes back."""
+    layout.leaves(sha256).unlink(missing_ok=True)
+
+
+def remove_strays(layout: Layout, blobs: Container[str]) -> None:
+    """At start: delete the leaf hashes of all other blobs, and half-written files. By names alone."""
+    for directory in layout.leaf_lists.glob("*/"):
+        for path in directory.iterdir():
+            if path.name.startswith(".") and path.suffix == ".new":
+                path.unlink(missing_ok=True)
+                continue
+            with suppress(BadName):  # a foreign file; left alone
+                if check_blob(path.name)[:2] == directory.name and path.name not in blobs:
+                    path.unlink(missing_ok=True)

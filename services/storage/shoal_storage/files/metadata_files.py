@@ -1,0 +1,207 @@
+"""Pins, last uses and reservations as small files: they survive a restart and need no index. Blocking.
+
+    pins/<org>--<name>@<commit>           empty; exists while the model is pinned; durable before the acknowledgement
+    uses/<org>--<name>@<commit>           empty; its mtime is the last use, written within 30 s and at a stop
+    reservations/<org>--<name>@<commit>   {"blobs":[…]}: the blobs that a running fetch counts on, present or not
+
+A reservation file's mtime is when its model was last known to be wanted; if the file could not be written, the mtimes
+of its partial blobs' `meta.json` count.
+
+A model without a file in `uses/` counts from when its manifest was written. Deleting a model deletes its pin and use;
+a start deletes those of models without a manifest. A reservation file is deleted when its fetch ends. Without it, a
+start would take what that fetch has committed so far for garbage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from shoal_common.errors import BadMessage, BadName, Failed
+from shoal_common.logs import Log
+from shoal_common.messages import Message, decode, encode
+from shoal_common.store.store_paths import Layout, model_of
+from shoal_storage.files.atomic_file import make_directory, sync, write_file
+from shoal_storage.ledger.ledger import Ledger
+
+log = Log("keeping")
+
+WRITE_EVERY_S = 30.0
+_US_PER_S = 1_000_000
+_NS_PER_US = 1_000
+_TEMPORARY_SUFFIX = ".new"
+
+
+class Promise(Message):
+    """`reservations/<org>--<name>@<commit>`."""
+
+    blobs: list[str]
+
+
+class Keeping:
+    """Keeps a ledger's `pinned`, `last_uses` and `reservations` and their files in step."""
+
+    def __init__(self, layout: Layout, ledger: Ledger) -> None:
+        self._layout, self._ledger = layout, ledger
+        self._unwritten: set[str] = set()
+        """Models whose last use is newer than their file. Only models that are here, so bounded by them."""
+
+    def read(self) -> None:
+        """Read the files of the models that are here. At start, after the ledger."""
+        paths, ledger = self._layout, self._ledger
+        ledger.pinned = set(self._entries(paths.pins))
+        ledger.last_uses.clear()
+        for model in ledger.here:
+            self.came_in(model)
+        for model, path in self._entries(paths.uses).items():
+            with suppress(FileNotFoundError):
+                ledger.last_uses[model] = path.stat().st_mtime
+        for model, path in named(paths.promises):
+            if model in ledger.manifests:
+                _remove(path)  # sealed: its manifest names all its blobs
+                continue
+            try:
+                ledger.promised[model] = set(decode(path.read_bytes(), Promise).blobs)
+                ledger.wanted_s[model] = path.stat().st_mtime
+            except (BadMessage, OSError) as e:
+                log.warning("not a reservation file; left alone", path=path, reason=str(e))
+        for model, part in ledger.parts.items():
+            ledger.promised.setdefault(model, set()).update(part.manifest.blob_sizes)
+        for blob, partial in ledger.partials.items():
+            with suppress(FileNotFoundError):
+                reserved_s = (paths.partial(blob) / "meta.json").stat().st_mtime
+                for model in partial.models - ledger.promised.keys():
+                    ledger.wanted_s[model] = max(reserved_s, ledger.wanted_s.get(model, 0.0))
+
+    def _entries(self, directory: Path) -> dict[str, Path]:
+        """Return the files of a directory by their models. Deletes those of models that are gone."""
+        files, local = {}, self._ledger.here
+        for model, path in named(directory):
+            repo, _, commit = model.rpartition("@")
+            if model in local:
+                files[model] = path
+            elif not self._layout.manifest(repo, commit).exists():  # an unreadable manifest is not a missing one
+                path.unlink(missing_ok=True)
+        return files
+
+    def came_in(self, model: str) -> None:
+        """Set a sealed model's last use to the time its manifest was written, until it is used."""
+        if model not in self._unwritten:
+            repo, _, commit = model.rpartition("@")
+            paths = self._layout
+            for path in (paths.use(repo, commit), paths.manifest(repo, commit), paths.part(repo, commit)):
+                with suppress(FileNotFoundError):
+                    self._ledger.last_uses[model] = path.stat().st_mtime
+                    return
+
+    def used(self, models: Iterable[str], now_s: float) -> None:
+        """Record a use of those of the models that are here. In memory: `write_uses` makes it durable."""
+        local = self._ledger.here
+        for model in models:
+            if model in local:
+                self._ledger.last_uses[model] = now_s
+                self._unwritten.add(model)
+
+    def write_uses(self) -> None:
+        """Make the recorded uses durable. What cannot be written is retried at the next call."""
+        # Removed from the set first, one by one: a use recorded while its file is written is written again.
+        for model in sorted(self._unwritten):
+            self._unwritten.discard(model)
+            last_use_s = self._ledger.last_uses.get(model)
+            if last_use_s is None:  # deleted meanwhile
+                continue
+            repo, _, commit = model.rpartition("@")
+            try:
+                _touch(self._layout.use(repo, commit), last_use_s)
+            except OSError as e:
+                self._unwritten.add(model)
+                log.warning("cannot write last use; kept in memory", model=model, reason=e.strerror)
+
+    def promise(self, model: str) -> None:
+        """Make the ledger's reservation for a model durable."""
+        repo, _, commit = model.rpartition("@")
+        path = self._layout.promise(repo, commit)
+        try:
+            make_directory(path.parent)
+            write_file(path, encode(Promise(blobs=sorted(self._ledger.promised[model]))))
+        except OSError as e:
+            # A full disk. After a restart, what this fetch has brought would be fetched again.
+            log.warning("cannot write reservation; kept in memory", model=model, reason=e.strerror)
+
+    def wanted(self, model: str, now_s: float) -> None:
+        """Record that an arriving model is wanted now. Survives a restart if the disk allows the write."""
+        self._ledger.wanted_s[model] = now_s
+        repo, _, commit = model.rpartition("@")
+        partials = (self._layout.partial(b) for b, p in self._ledger.partials.items() if model in p.models)
+        for path in (self._layout.promise(repo, commit), *(p / "meta.json" for p in partials)):
+            with suppress(OSError):
+                os.utime(path, (now_s, now_s))
+
+    def end_promise(self, model: str) -> None:
+        """End a model's reservation: its fetch is over."""
+        self._ledger.promised.pop(model, None)
+        self._ledger.wanted_s.pop(model, None)
+        self._ledger.ended.discard(model)
+        repo, _, commit = model.rpartition("@")
+        _remove(self._layout.promise(repo, commit))
+
+    def pin(self, model: str) -> None:
+        """Pin a model. After this returns, the pin survives a power cut."""
+        repo, _, commit = model.rpartition("@")
+        try:
+            _touch(self._layout.pin(repo, commit))
+        except OSError as e:
+            raise Failed(f"cannot write the pin of {model} ({e.strerror}); free some space and try again") from None
+        self._ledger.pinned.add(model)
+
+    def unpin(self, model: str) -> None:
+        """Unpin a model. Not pinned already is fine."""
+        repo, _, commit = model.rpartition("@")
+        _remove(self._layout.pin(repo, commit))
+        self._ledger.pinned.discard(model)
+
+    def forget(self, model: str) -> None:
+        """Delete the records of a deleted model."""
+        self._unwritten.discard(model)
+        self._ledger.last_uses.pop(model, None)
+        self.unpin(model)
+        repo, _, commit = model.rpartition("@")
+        self._layout.use(repo, commit).unlink(missing_ok=True)
+
+
+def named(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a directory that are named after a model, with the model. Foreign files are logged."""
+    with suppress(FileNotFoundError):
+        for path in sorted(directory.iterdir()):
+            if path.name.startswith(".") and path.name.endswith(_TEMPORARY_SUFFIX):
+                path.unlink(missing_ok=True)
+                continue
+            name, _, commit = path.name.rpartition("@")
+            try:
+                model = model_of(name, commit)
+            except BadName:
+                log.warning("file name is not a model; left alone", path=path)
+                continue
+            yield model, path
+
+
+def _touch(path: Path, mtime_s: float | None = None) -> None:
+    """Make an empty file, or set its mtime, durably."""
+    make_directory(path.parent)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if mtime_s is not None:
+            ns = round(mtime_s * _US_PER_S) * _NS_PER_US  # a float of seconds has microsecond precision
+            os.utime(fd, ns=(ns, ns))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():  # a read-only file system refuses to delete even a missing file
+        path.unlink(missing_ok=True)
+        sync(path.parent)

@@ -1,0 +1,1 @@
+"""What storage answers: one module per group of commands and requests."""

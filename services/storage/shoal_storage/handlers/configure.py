@@ -1,0 +1,91 @@
+"""The command `configure`: changes storage's settings, first in their file and then in force."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from shoal_common.logs import Log
+from shoal_common.messages.storage import Configure
+from shoal_common.service import Context
+from shoal_common.settings_file import Value, change_settings
+from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.libraries.scanner import refuse_overlap
+from shoal_storage.settings import Limits, by_section, changes_of, overridden, read_limits, remark
+from shoal_storage.store.store import Disk
+
+log = Log("storage")
+
+CONFIGURE_DEADLINE_S = 30.0
+
+
+class Settings:
+    """Handles `configure`. Changes are applied one at a time."""
+
+    def __init__(
+        self,
+        context: Context,
+        disk: Disk,
+        ledger: Ledger,
+        limits: Limits,
+        use: Callable[[Limits], Awaitable[None]],
+        publish: Callable[[], Awaitable[None]],
+        refuse: Callable[[Limits], None],
+    ) -> None:
+        self._context, self._disk, self._ledger, self._limits = context, disk, ledger, limits
+        self._use, self._publish, self._refuse = use, publish, refuse
+        self._lock = asyncio.Lock()
+        self._changing: set[asyncio.Task[dict[str, object]]] = set()
+
+    async def configure(self, command: Configure, _: str) -> dict[str, object]:
+        """Change settings: first in the file, so that a restart keeps what was acknowledged, then in force."""
+        changes = changes_of(command, self._context.environ)
+        # Once begun it completes, even past the command's deadline: the file and the settings in force stay equal.
+        changing = asyncio.create_task(self._change(changes))
+        self._changing.add(changing)
+        changing.add_done_callback(self._changing.discard)
+        return await asyncio.shield(changing)
+
+    async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
+        async with self._lock:
+            limits = await asyncio.to_thread(self._write, changes)
+            await self._use(limits)
+            await self._publish()
+            before, self._limits = _values(self._limits), limits
+            values = _values(limits)
+            if changed := {name: value for name, value in values.items() if value != before[name]}:
+                await self._context.events.tell("settings_changed", settings=changed)
+        log.info("settings changed", **changes)
+        free = await asyncio.to_thread(self._disk.free_bytes)
+        warning = remark(limits, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
+        result: dict[str, object] = {
+            **values,
+            "used_bytes": self._ledger.used_bytes,
+            "from_environment": overridden(self._context.environ),
+        }
+        return result | ({"note": warning} if warning else {})
+
+    def _write(self, changes: dict[str, Value]) -> Limits:
+        def accept(settings: dict[str, object]) -> Limits:
+            # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
+            limits = read_limits(settings, self._context.environ)
+            refuse_overlap(limits.read_only_roots, self._context.config.store)
+            self._refuse(limits)
+            return limits
+
+        return change_settings(self._context.config.home, by_section(changes), accept)
+
+
+def _values(limits: Limits) -> dict[str, object]:
+    """Return the values in force by setting."""
+    return {
+        "max_storage_bytes": limits.quota_bytes,
+        "eviction_policy": limits.eviction_policy,
+        "headroom_bytes": limits.headroom_bytes,
+        "partial_retention_s": limits.partial_retention_s,
+        "read_only_roots": list(limits.read_only_roots),
+        "roots": list(limits.roots),
+        **msgspec.to_builtins(limits.transfer),
+    }

@@ -1,0 +1,94 @@
+"""Requests and commands about keeping models: eviction plans, last uses, pins and garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from shoal_common.errors import BadInput, NotFound, Refused
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.storage import AskPlan, CollectGarbage, EvictionPlan, NoteUse, Pin
+from shoal_common.names import ModelRef
+from shoal_common.service import Context
+from shoal_storage.eviction.executor import Room
+from shoal_storage.eviction.planner import as_told, garbage_of
+from shoal_storage.files.metadata_files import WRITE_EVERY_S, Keeping
+from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.ledger.references import matching
+from shoal_storage.publisher import Announcer
+
+UPKEEP_DEADLINE_S = 60.0
+
+
+class Upkeep:
+    """Handles them within the section."""
+
+    def __init__(
+        self,
+        context: Context,
+        ledger: Ledger,
+        section: asyncio.Lock,
+        room: Room,
+        keeping: Keeping,
+        announcer: Announcer,
+    ) -> None:
+        self._node, self._ledger, self._section = context.node, ledger, section
+        self._room, self._keeping, self._announcer = room, keeping, announcer
+
+    # Requests
+
+    async def plan(self, question: AskPlan) -> EvictionPlan:
+        """Return what would be evicted for so many new bytes. Changes nothing."""
+        if question.need_bytes < 0:
+            raise BadInput(f"need_bytes is {question.need_bytes}: expected the number of new bytes, 0 or more")
+        async with self._section:
+            return as_told(await self._room.plan_for(question.need_bytes))
+
+    async def used(self, question: NoteUse) -> Done:
+        """Record that models of this node were used now. Written to the disk later."""
+        self._keeping.used(question.models, time.time())
+        return Done()
+
+    # Commands
+
+    async def pin(self, command: Pin, _: str) -> dict[str, object]:
+        """Pin or unpin a model: all its commits, or the one named. Durable before it is acknowledged."""
+        ref = ModelRef.parse(command.model)
+        revision = ref.revision if "@" in command.model else ""
+        async with self._section:
+            models = [m.model for m in matching(ref.repo, revision, self._ledger.here.values())]
+            if command.pinned and not models and matching(ref.repo, revision, self._ledger.whole.values()):
+                raise Refused(
+                    f"{command.model} is in a library of node {self._node}, from which nothing is ever removed: it "
+                    "needs no pin"
+                )
+            if command.pinned and not models:
+                raise NotFound(
+                    f"{command.model} is not on node {self._node}, and only models on the node can be pinned: "
+                    "pull it first"
+                )
+            for model in models:
+                await asyncio.to_thread(self._keeping.pin if command.pinned else self._keeping.unpin, model)
+        await self._announcer.publish()
+        return {"models": models, "pinned": command.pinned}
+
+    async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
+        """Delete unreferenced blobs."""
+        async with self._section:
+            garbage = garbage_of(self._ledger)
+            freed = await self._room.remove_garbage(garbage)
+        await self._announcer.publish()
+        return {"freed_bytes": freed, "blobs": len(garbage)}
+
+    # Background
+
+    async def keep_uses(self) -> None:
+        """Write the last uses periodically: many answers, few writes."""
+        while True:
+            await asyncio.sleep(WRITE_EVERY_S)
+            await self.write_uses()
+
+    async def write_uses(self) -> None:
+        """Make the recorded last uses durable."""
+        async with self._section:
+            await asyncio.to_thread(self._keeping.write_uses)

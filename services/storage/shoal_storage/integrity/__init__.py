@@ -1,0 +1,1 @@
+"""Verify blobs, set corrupt ones aside, repair them."""

@@ -1,0 +1,85 @@
+"""Repair a corrupt blob in place: download its bad leaves only. Blocking: runs in threads.
+
+    quarantine/<sha256>         the whole file, with bad and good leaves
+    quarantine/<sha256>.have    bitmap of the good leaves, in the format of a partial blob's `have`
+
+When the blob is downloaded again, that file becomes the data of its partial blob and the bitmap its `have`; the
+fetcher resumes from there. The commit hashes the whole blob as always: if the bitmap claims too much, everything is
+discarded and downloaded again.
+
+Order of quarantining: the file moves to quarantine, durably; then the bitmap is written, with fsync. Order of taking
+it back: `have` and `meta.json` into the partial blob's directory, each with fsync of its bytes; the file last, by
+rename; fsync of both directories. A directory without `data` is no partial blob and is deleted at the next start. An
+interruption at any step leaves the file in quarantine with its bitmap, or the partial blob, or at worst neither, and
+then the whole blob is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from shoal_common.messages import encode
+from shoal_common.store.bitmap import Bitmap
+from shoal_storage.files.atomic_file import put_file, sync, write_file
+from shoal_storage.integrity.blob_check import Checked
+from shoal_storage.store.store import PARTIAL_MODE, Disk, PartialMeta
+
+
+def keep_good_leaves(disk: Disk, checked: Checked) -> int:
+    """Record the good leaves of a quarantined blob; return the bytes a repair reuses, which need no new space."""
+    if checked.good is None:
+        return 0
+    write_file(disk.layout.set_aside_have(checked.sha256), checked.good.to_bytes())
+    return repairable_bytes(disk, checked.sha256)
+
+
+def repairable(disk: Disk, blobs: Iterable[str]) -> dict[str, int]:
+    """Return the quarantined blobs that can be repaired by leaf, with the bytes that each repair reuses."""
+    return {blob: size_bytes for blob in blobs if (size_bytes := repairable_bytes(disk, blob))}
+
+
+def repairable_bytes(disk: Disk, sha256: str) -> int:
+    """Return the bytes on the disk that a repair of this blob reuses; 0 if it has to be downloaded whole."""
+    try:
+        status = disk.layout.set_aside(sha256).lstat()
+    except FileNotFoundError:
+        return 0
+    return min(status.st_blocks * 512, status.st_size) if _good_leaves(disk, sha256, status.st_size) else 0
+
+
+def _good_leaves(disk: Disk, sha256: str, size_bytes: int) -> Bitmap | None:
+    """Return the good leaves of a quarantined file, if it has this size and a bitmap that fits."""
+    paths = disk.layout
+    try:
+        if paths.set_aside(sha256).lstat().st_size != size_bytes:
+            return None
+        bitmap = paths.set_aside_have(sha256).read_bytes()
+    except OSError:
+        return None
+    good = Bitmap(size_bytes, bitmap)
+    return good if bitmap == good.to_bytes() and good.have_bytes else None
+
+
+def make_partial(
+    disk: Disk, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
+) -> bool:
+    """Create a missing partial blob, from the good leaves in quarantine (True) or empty (False)."""
+    paths, directory = disk.layout, disk.layout.partial(blob)
+    good = _good_leaves(disk, blob, size_bytes)
+    if good is None:
+        disk.write_partial(blob, size_bytes, models, wanted)
+        return False
+    disk.require_root(blob)
+    if directory.exists():  # without `data`: the other files in it describe other bytes
+        disk.remove_partial(blob)
+    directory.mkdir()
+    put_file(directory / "have", good.to_bytes())
+    put_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
+    sync(directory.parent)
+    paths.set_aside(blob).chmod(PARTIAL_MODE)
+    paths.set_aside(blob).replace(directory / "data")
+    sync(directory)
+    paths.set_aside_have(blob).unlink(missing_ok=True)
+    sync(paths.set_aside(blob).parent)
+    disk.link_partial(blob)
+    return True

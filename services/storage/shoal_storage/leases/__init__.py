@@ -1,0 +1,1 @@
+"""Who uses a model now: leases, their files and locks."""

@@ -1,0 +1,1 @@
+"""What the disk holds, in memory, and which blob is needed by what."""

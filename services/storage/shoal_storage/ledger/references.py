@@ -1,0 +1,89 @@
+"""Which blobs are needed by what, and what a deletion frees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shoal_common.messages.manifest import Manifest
+from shoal_common.models.layer_tensors import check_layers, covers
+from shoal_common.names import ModelRef
+from shoal_storage.ledger.entries import Part
+from shoal_storage.ledger.ledger import Ledger
+
+
+def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
+    """Return the blobs that a manifest, a running fetch or a lease needs. The `ignored` models do not count."""
+    gone = set(leaving)
+    needed = {b for model, m in ledger.on_disk.items() if model not in gone for b in m.blob_sizes}
+    for model, blobs in ledger.promised.items():
+        if model not in gone:
+            needed |= blobs
+    for lease in ledger.leases.values():  # readers, whatever happens to the model's manifest
+        needed |= lease.blobs
+    for blob, partial in ledger.partials.items():
+        if partial.models - gone:
+            needed.add(blob)
+    return needed
+
+
+def blobs_of(model: str, ledger: Ledger) -> set[str]:
+    """Return every blob, present or arriving, that is here for a model."""
+    manifest = ledger.on_disk.get(model) or ledger.leaving.get(model)
+    blobs = set(manifest.blob_sizes) if manifest else set()
+    blobs |= ledger.promised.get(model, set())
+    return blobs | {b for b, p in ledger.partials.items() if model in p.models}
+
+
+def freed_by(model: str, ledger: Ledger) -> list[str]:
+    """Return the blobs that only this model needs: those that deleting it deletes."""
+    return sorted(blobs_of(model, ledger) - referenced(ledger, leaving=[model]))
+
+
+def paused_bytes(ledger: Ledger) -> dict[str, int]:
+    """Return the bytes held for each paused model: its reservations, and present blobs that only it needs."""
+    result = {}
+    for model in sorted(ledger.paused & ledger.on_its_way):
+        present_bytes = sum(ledger.blobs.get(blob, 0) for blob in freed_by(model, ledger))
+        partials = [p.wanted_by_only(model) for p in ledger.partials.values() if model in p.models]
+        result[model] = present_bytes + sum(p.promised_bytes for p in partials)
+    return result
+
+
+def left_behind(deleted: Manifest, ledger: Ledger) -> list[str]:
+    """Return the blobs of a model that nothing else needs, after a crash interrupted its deletion."""
+    return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced(ledger))
+
+
+def arriving(repo: str, revision: str, ledger: Ledger) -> list[str]:
+    """Return the models of a repo (`org/name@commit`) that have a reservation and are not complete.
+
+    The branch they were requested under is not known here: a revision matches by commit only.
+    """
+    wanted = {m for m in ledger.on_its_way if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
+
+
+def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Manifest]:
+    """Return the manifests that `org/name` (all commits) or `org/name@revision` names."""
+    matches = [m for m in manifests if m.repo == repo]
+    if revision:
+        matches = [m for m in matches if m.commit == revision or revision in m.revisions]
+    return sorted(matches, key=lambda m: m.commit)
+
+
+def part_for(ref: ModelRef, layers: Sequence[int], ledger: Ledger) -> Part | None:
+    """Return the shard that suffices for a stage with these layers; None if there is none, or for no layers."""
+    if not layers:
+        return None
+    check_layers(layers)
+    candidates = matching(ref.repo, ref.revision, (p.manifest for p in ledger.parts.values()))
+    sufficient = [p for m in candidates if covers((p := ledger.parts[m.model]).layers, layers)]
+    return sufficient[-1] if sufficient else None
+
+
+def is_offered(manifest: Manifest, ledger: Ledger) -> bool:
+    """Whether a library offers exactly this model, under all of its names."""
+    library_model = ledger.offered.get(manifest.model)
+    if library_model is None or not set(manifest.revisions) <= {*library_model.manifest.revisions, manifest.commit}:
+        return False
+    return {f.path: f.sha256 for f in manifest.files} == {f.path: f.sha256 for f in library_model.manifest.files}

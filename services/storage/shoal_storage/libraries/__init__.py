@@ -1,0 +1,1 @@
+"""Read-only directories of models that a node offers as they are."""

@@ -1,0 +1,348 @@
+"""Recognise models in the listing of a library: a Hugging Face cache, a store, plain directories. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from shoal_common.errors import BadName, ShoalError
+from shoal_common.messages import decode
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import LOCAL_REVISION, ModelRef, check_commit, check_file_path
+from shoal_common.store.store_paths import FORMAT_VERSION, Layout
+from shoal_storage.admission.manifest_check import check_manifest
+from shoal_storage.ledger.library_model import Adopted, File, Seen, Verified
+
+MOST_DEPTH = 16
+_HF_PREFIX = "models--"
+_HF_DIRECTORIES = ("refs", "snapshots", "blobs")
+_NON_MODEL_PREFIXES = ("datasets--", "spaces--", ".")
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npz", ".bin", ".pt", ".pth")
+_INDEX_SUFFIX = ".safetensors.index.json"
+_HF_PARTIAL_SUFFIX = ".incomplete"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An entry in a library. `target` is a symbolic link's text, unresolved."""
+
+    kind: Literal["file", "directory", "link", "other"]
+    seen: Seen = Seen(0, 0, 0)
+    target: str = ""
+
+
+class Listing(msgspec.Struct):
+    """The contents of a library, by path relative to it, and the text of the small files that describe others."""
+
+    root: str
+    entries: dict[str, Entry] = {}
+    texts: dict[str, bytes] = {}
+    unreadable: dict[str, str] = {}
+    """Directories that cannot be listed, with the error."""
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A model in a library before hashing. `commit` is "" if it is derived from the content."""
+
+    repo: str
+    commit: str
+    revisions: tuple[str, ...]
+    root: str
+    directory: str
+    files: tuple[File, ...]
+
+
+class Recognised(msgspec.Struct):
+    """The models of a library, and the reason for each directory that looks like a model but is not usable."""
+
+    candidates: list[Candidate] = []
+    refused: dict[str, str] = {}
+
+
+class Verdict(msgspec.Struct):
+    """Which library models are offered, wait for hashing, or are refused."""
+
+    adopted: dict[str, Adopted] = {}
+    """By `org/name@commit`."""
+    waiting: list[Candidate] = []
+    refused: dict[str, str] = {}
+    corrupt: dict[str, str] = {}
+    """Corrupt files of refused models, by path, with the model's directory."""
+
+
+class _NotAModel(Exception):
+    """A directory is not a usable model; the message says why."""
+
+
+def is_store(top_names: Iterable[str]) -> bool:
+    """Return whether the names at the top of a library are those of a Shoal store."""
+    return {"VERSION", "manifests", "blobs"} <= set(top_names)
+
+
+def leads_to_models(parts: tuple[str, ...], store: bool) -> bool:
+    """Return whether a directory, given as the parts of its path, is worth listing."""
+    if len(parts) > MOST_DEPTH:
+        return False
+    if store:
+        return parts[0] == "manifests" or parts[:2] in (("blobs",), ("blobs", "sha256"))
+    if parts[0].startswith(_HF_PREFIX):
+        return len(parts) == 1 or parts[1] in _HF_DIRECTORIES
+    return not parts[0].startswith(_NON_MODEL_PREFIXES) and not any(p.startswith(".") for p in parts)
+
+
+def is_to_be_read(path: str, store: bool) -> bool:
+    """Return whether a file describes others, so that its text is needed."""
+    parts = path.split("/")
+    if store:
+        return path == "VERSION" or (parts[0] == "manifests" and path.endswith(".json"))
+    if parts[0].startswith(_HF_PREFIX):
+        return parts[1:2] == ["refs"] or (parts[1:2] == ["snapshots"] and path.endswith(_INDEX_SUFFIX))
+    return path.endswith(_INDEX_SUFFIX)
+
+
+def cached_blob(path: str, target: str, root: str) -> str | None:
+    """Return the blob in the same model of a Hugging Face cache that a link points to, as a library path, or None."""
+    top = path.split("/", 1)[0]
+    if target.startswith(f"{root}/"):
+        target = f"/{target.removeprefix(root)}"
+        resolved = posixpath.normpath(target).lstrip("/")
+    else:
+        resolved = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+    parts = resolved.split("/")
+    return resolved if top.startswith(_HF_PREFIX) and len(parts) == 3 and parts[:2] == [top, "blobs"] else None
+
+
+def recognise(listing: Listing) -> Recognised:
+    """Return the models of a library, in order of their directories."""
+    paths = sorted(listing.entries)
+    result = Recognised()
+    top_names = [p for p in paths if "/" not in p]
+    for path, error in listing.unreadable.items():
+        result.refused[_absolute(listing, path)] = f"it cannot be listed: {error}"
+    if is_store(top_names):
+        _read_store(listing, paths, result)
+        return result
+    for name in top_names:
+        if name.startswith(_HF_PREFIX):
+            _read_hf_cache(listing, paths, name, result)
+        elif not name.startswith(_NON_MODEL_PREFIXES) and listing.entries[name].kind == "directory":
+            for path in _below(paths, name):
+                if path.count("/") == 1:
+                    _read_plain(listing, paths, path, result)
+    return result
+
+
+def _absolute(listing: Listing, path: str) -> str:
+    return f"{listing.root.rstrip('/')}/{path}"
+
+
+def _below(paths: list[str], directory: str) -> list[str]:
+    """Return the paths below a directory, of sorted paths ("0" is the character after "/")."""
+    return paths[bisect_left(paths, f"{directory}/") : bisect_left(paths, f"{directory}0")]
+
+
+def _read_hf_cache(listing: Listing, paths: list[str], top: str, result: Recognised) -> None:
+    entry = listing.entries[top]
+    repo = top.removeprefix(_HF_PREFIX).replace("--", "/")
+    try:
+        if entry.kind == "link":
+            raise _NotAModel(f"it is a link to {entry.target[:200]}: add that directory as a library of its own")
+        if entry.kind != "directory":
+            return
+        if ModelRef.parse(repo).repo != repo:
+            raise _NotAModel("its name is not a model name, org/name")
+    except (BadName, _NotAModel) as e:
+        result.refused[_absolute(listing, top)] = str(e)
+        return
+    revisions: dict[str, list[str]] = {}
+    for path in _below(paths, f"{top}/refs"):
+        if listing.entries[path].kind == "file":
+            name = path.removeprefix(f"{top}/refs/")
+            try:
+                commit = check_commit(listing.texts.get(path, b"").decode(errors="replace").strip())
+                if ModelRef.parse(f"{repo}@{name}").revision != LOCAL_REVISION:
+                    revisions.setdefault(commit, []).append(name)
+            except BadName as e:
+                result.refused[_absolute(listing, path)] = str(e)
+    for snapshot in _below(paths, f"{top}/snapshots"):
+        if snapshot.count("/") == 2 and listing.entries[snapshot].kind == "directory":
+            try:
+                commit = check_commit(snapshot.rpartition("/")[2])
+                files = _snapshot_files(listing, paths, snapshot)
+                _require_complete(listing, snapshot, files)
+            except (BadName, _NotAModel) as e:
+                result.refused[_absolute(listing, snapshot)] = str(e)
+                continue
+            names = tuple(sorted(revisions.get(commit, [])))
+            result.candidates.append(
+                Candidate(repo, commit, names, listing.root, _absolute(listing, snapshot), tuple(files))
+            )
+
+
+def _snapshot_files(listing: Listing, paths: list[str], snapshot: str) -> list[File]:
+    files = []
+    for path in _below(paths, snapshot):
+        entry, expected, source = listing.entries[path], "", path
+        if entry.kind == "directory":
+            continue
+        name = check_file_path(path.removeprefix(f"{snapshot}/"))
+        if entry.kind == "link":
+            blob = cached_blob(path, entry.target, listing.root)
+            if blob is None:
+                raise _NotAModel(f"{name} links outside of the cache's blobs/, to {entry.target[:200]}")
+            if blob not in listing.entries:
+                partial = f"{blob}{_HF_PARTIAL_SUFFIX}" in listing.entries
+                raise _NotAModel(f"{name} is missing{': its download is incomplete' if partial else ''}")
+            source, entry = blob, listing.entries[blob]
+            etag = blob.rpartition("/")[2]
+            expected = etag if _SHA256.fullmatch(etag) else f"git-{etag}" if _SHA1.fullmatch(etag) else ""
+        if entry.kind != "file":
+            raise _NotAModel(f"{name} is not a file")
+        files.append(File(name, _absolute(listing, source), entry.seen, expected))
+    return files
+
+
+def _require_complete(listing: Listing, directory: str, files: Iterable[File]) -> None:
+    """Refuse an incomplete model: a node that took it for complete would never download the rest."""
+    names = {f.path for f in files}
+    if not any(n.endswith(_WEIGHT_SUFFIXES) for n in names):
+        raise _NotAModel("it has no weights")
+    for name in sorted(names):
+        if name.endswith(_INDEX_SUFFIX):
+            weight_files = _indexed_files(listing.texts.get(f"{directory}/{name}", b""))
+            missing = sorted(f for f in weight_files if posixpath.join(posixpath.dirname(name), f) not in names)
+            if missing:
+                raise _NotAModel(f"it is incomplete: {missing[0][:200]}, listed in {name}, is missing")
+
+
+def _indexed_files(text: bytes) -> set[str]:
+    try:
+        return set(msgspec.json.decode(text, type=_Index).weight_map.values())
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return set()
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str] = {}
+
+
+def _read_plain(listing: Listing, paths: list[str], directory: str, result: Recognised) -> None:
+    entries = listing.entries
+    if entries[directory].kind != "directory" or f"{directory}/config.json" not in entries:
+        return
+    below = _below(paths, directory)
+    if not any(p.endswith(_WEIGHT_SUFFIXES) for p in below):
+        return
+    files = []
+    try:
+        if ModelRef.parse(directory).repo != directory:
+            raise _NotAModel("its name is not a model name, org/name")
+        for path in below:
+            name = path.removeprefix(f"{directory}/")
+            # Hidden files belong to downloaders and editors, not to the model.
+            if any(part.startswith(".") for part in name.split("/")) or entries[path].kind == "directory":
+                continue
+            check_file_path(name)
+            if entries[path].kind != "file":
+                raise _NotAModel(f"{name} is not a file" + (" but a link" if entries[path].kind == "link" else ""))
+            files.append(File(name, _absolute(listing, path), entries[path].seen))
+        _require_complete(listing, directory, files)
+    except (BadName, _NotAModel) as e:
+        result.refused[_absolute(listing, directory)] = str(e)
+        return
+    absolute = _absolute(listing, directory)
+    result.candidates.append(Candidate(directory, "", (LOCAL_REVISION,), listing.root, absolute, tuple(files)))
+
+
+def _read_store(listing: Listing, paths: list[str], result: Recognised) -> None:
+    version = listing.texts.get("VERSION", b"").decode(errors="replace").strip()
+    if version != FORMAT_VERSION:
+        result.refused[listing.root] = f"it is a store of format {version[:20]!r}: update Shoal"
+        return
+    store_paths = Layout(Path())
+    for path in _below(paths, "manifests"):
+        if not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
+            continue
+        try:
+            manifest = decode(listing.texts.get(path, b""), Manifest)
+            check_manifest(manifest)
+            if not manifest.sealed or path != store_paths.manifest(manifest.repo, manifest.commit).as_posix():
+                raise _NotAModel(f"it is the manifest of {manifest.model}, unsealed or misplaced")
+            files = tuple(_stored_file(listing, store_paths, f) for f in manifest.files)
+        except (ShoalError, _NotAModel) as e:
+            result.refused[_absolute(listing, path)] = str(e)
+            continue
+        revisions = tuple(manifest.revisions)
+        result.candidates.append(
+            Candidate(manifest.repo, manifest.commit, revisions, listing.root, _absolute(listing, path), files)
+        )
+
+
+def _stored_file(listing: Listing, store_paths: Layout, file: ManifestFile) -> File:
+    path = store_paths.blob(file.sha256).as_posix()
+    entry = listing.entries.get(path)
+    if entry is None or entry.kind != "file" or entry.seen.size_bytes != file.size_bytes:
+        raise _NotAModel(f"blob {file.sha256[:16]}… of {file.path} is missing")
+    return File(file.path, _absolute(listing, path), entry.seen, file.sha256)
+
+
+def is_verified(file: File, verified: Mapping[str, Verified]) -> bool:
+    """Return whether a file was hashed since it last changed, with the kind of hash that its name needs."""
+    known = verified.get(file.at)
+    if known is None or known.seen != file.seen:
+        return False
+    return bool(known.git_sha1) or not file.expected.startswith("git-")
+
+
+def is_corrupt(file: File, known: Verified) -> bool:
+    """Return whether a hashed file does not match its expected hash or an earlier one."""
+    return known.rotten or file.expected not in ("", known.sha256, f"git-{known.git_sha1}")
+
+
+def local_commit(files: Iterable[ManifestFile]) -> str:
+    """Return a commit for a directory that has none: equal for equal files under equal names."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for f in sorted(files, key=lambda f: f.path):
+        digest.update(f"{f.path}\0{f.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def decide(candidates: Iterable[Candidate], verified: Mapping[str, Verified]) -> Verdict:
+    """Decide which models are offered, wait for hashing or are refused; of two copies of a model the first counts."""
+    verdict = Verdict()
+    local_directories: dict[str, str] = {}
+    for c in candidates:
+        known = {f.path: verified[f.at] for f in c.files if is_verified(f, verified)}
+        corrupt = [f for f in c.files if f.path in known and is_corrupt(f, known[f.path])]
+        if corrupt:
+            verdict.refused[c.directory] = (
+                f"{corrupt[0].path} is corrupt: the hash of {corrupt[0].at} differs from its name or from an earlier "
+                "hash; download it there again"
+            )
+            verdict.corrupt |= {f.at: c.directory for f in corrupt}
+            continue
+        if len(known) < len(c.files):
+            verdict.waiting.append(c)
+            continue
+        files = [
+            ManifestFile(path=f.path, size_bytes=f.seen.size_bytes, sha256=known[f.path].sha256) for f in c.files
+        ]
+        files.sort(key=lambda f: f.path)
+        manifest = Manifest(
+            repo=c.repo, commit=c.commit or local_commit(files), files=files, revisions=list(c.revisions)
+        )
+        if not c.commit and local_directories.setdefault(c.repo, c.directory) != c.directory:
+            verdict.refused[c.directory] = f"{c.repo}@{LOCAL_REVISION} is taken by {local_directories[c.repo]}"
+            continue
+        git = {f"git-{v.git_sha1}": v.sha256 for v in known.values() if v.git_sha1}
+        adopted = Adopted(manifest, c.root, c.directory, {f.path: f for f in c.files}, git)
+        verdict.adopted.setdefault(manifest.model, adopted)
+    return verdict

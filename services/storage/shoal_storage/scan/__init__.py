@@ -1,0 +1,1 @@
+"""Follow changes that others make to the store's files."""

@@ -1,0 +1,246 @@
+"""Shards: the layers of a model that stages need, where the whole model is not here (docs/sparse.md).
+
+    shards/<org>--<name>@<commit>   {"manifest":{…},"layers":[[0,14]],"leaves":{"<sha256>":[[0,3],[7,8]]}}
+
+Written durably once the small files are blobs, and each needed leaf of the other files is durable in its partial blob
+and was hashed against a leaf list with a sealed digest. So its contents are verified, like a manifest's (I1, I2). The
+partial blobs stay, reserved for those leaves; the model's reservation lasts as long as the shard.
+
+Shards are changed only within the section.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from shoal_common.errors import BadInput, Corrupt, NotFound, ShoalError
+from shoal_common.logs import Log
+from shoal_common.messages import Message, decode, encode
+from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.storage import PartState, SealPart
+from shoal_common.models.layer_tensors import check_layers, union
+from shoal_common.store import leaf_set
+from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
+from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, list_bytes, root_of
+from shoal_common.store.store_paths import Layout
+from shoal_storage.admission.admission import asked_leaves
+from shoal_storage.admission.manifest_check import check_manifest
+from shoal_storage.files.atomic_file import make_directory, sync, write_file
+from shoal_storage.files.metadata_files import Keeping, named
+from shoal_storage.ledger.entries import Part, Partial
+from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.publisher import Announcer, part_state
+from shoal_storage.store.store import Disk
+
+log = Log("parts")
+
+
+class PartFile(Message):
+    """`shards/<org>--<name>@<commit>`."""
+
+    manifest: Manifest
+    layers: list[list[int]]
+    leaves: dict[str, list[list[int]]]
+
+
+def _path(layout: Layout, model: str) -> Path:
+    repo, _, commit = model.rpartition("@")
+    return layout.part(repo, commit)
+
+
+def write(layout: Layout, part: Part) -> None:
+    """Write a shard's record, durably. Blocking."""
+    path = _path(layout, part.manifest.model)
+    make_directory(path.parent)
+    ranges = {blob: leaf_set.ranges(leaves) for blob, leaves in part.leaves.items()}
+    write_file(path, encode(PartFile(manifest=part.manifest, layers=part.layers, leaves=ranges)))
+
+
+def remove(layout: Layout, model: str) -> None:
+    """Delete a shard's record, durably. Absent already is fine. Blocking."""
+    path = _path(layout, model)
+    if path.exists():
+        path.unlink()
+        sync(path.parent)
+
+
+def read(disk: Disk, ledger: Ledger) -> dict[str, Part]:
+    """Read the shards at start. Deletes the records of those that are not completely here. Blocking."""
+    paths, shards = disk.layout, dict[str, Part]()
+    for model, path in named(paths.parts):
+        try:
+            part = _read(path, model)
+            if model in ledger.on_disk:
+                raise NotFound("the whole model is here")
+            _require(part, ledger, disk)
+        except (ShoalError, OSError) as e:
+            log.warning("shard incomplete; dropped", model=model, reason=str(e))
+            remove(paths, model)
+            continue
+        shards[model] = part
+    return shards
+
+
+def _read(path: Path, model: str) -> Part:
+    record = decode(path.read_bytes(), PartFile)
+    check_manifest(record.manifest)
+    sizes = record.manifest.blob_sizes
+    if record.manifest.model != model or not record.leaves.keys() <= sizes.keys():
+        raise BadInput("the record is of another model, or names blobs that are not the model's")
+    leaves = {b: leaf_set.of_ranges(ranges, sizes[b]) for b, ranges in record.leaves.items()}
+    return Part(record.manifest, union(check_layers(run) for run in record.layers), leaves)
+
+
+def _require(part: Part, ledger: Ledger, disk: Disk) -> dict[str, Partial]:
+    """Return the partial blobs that a shard needs leaves of. Raises NotFound unless all it needs is durable."""
+    partials: dict[str, Partial] = {}
+    for f in part.manifest.files:
+        needed = part.leaves.get(f.blob)
+        if ledger.bytes_of(f.blob) == f.size_bytes or needed == 0:
+            continue
+        partial = ledger.partials.get(f.blob)
+        if needed is None or partial is None or partial.size_bytes != f.size_bytes:
+            raise NotFound(f"{f.path} of {part.manifest.model} is not here; reserve it")
+        if needed & ~disk.durable_leaves(f.blob, f.size_bytes):
+            raise NotFound(f"{f.path} of {part.manifest.model}: leaves are missing; fetch them")
+        partials[f.blob] = partial
+    return partials
+
+
+def lengthen(layout: Layout, blob: str, size_bytes: int) -> None:
+    """Extend a partial blob's data to the blob's length with a hole: loaders check the length. Blocking."""
+    with (layout.partial(blob) / "data").open("r+b") as f:
+        if os.fstat(f.fileno()).st_size < size_bytes:
+            f.truncate(size_bytes)
+            os.fsync(f.fileno())
+
+
+def require_leaves(layout: Layout, blob: str, size_bytes: int, leaves: int, root: str) -> None:
+    """Hash these leaves of a partial blob against its list, and the list against its sealed digest. Blocking.
+
+    Raises NotFound if the list is missing, Corrupt if leaves do not match it.
+    """
+    try:
+        hashes = layout.partial_leaves(blob).read_bytes()
+    except FileNotFoundError:
+        hashes = b""
+    if not root or len(hashes) != list_bytes(size_bytes) or root_of(hashes) != root:
+        raise NotFound(f"the leaf list of blob {blob[:16]}… is missing or does not match; fetch it again")
+    bad_count = 0
+    sizes = Bitmap(size_bytes)
+    with (layout.partial(blob) / "data").open("rb") as f:
+        for first, last in leaf_set.ranges(leaves):
+            f.seek(first * LEAF_BYTES)
+            for leaf in range(first, last):
+                leaf_digest = leaf_hash(f.read(sizes.leaf_bytes(leaf)))
+                bad_count += leaf_digest != hashes[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES]
+    if bad_count:
+        raise Corrupt(f"{bad_count} of the leaves received for blob {blob[:16]}… do not match its leaf list")
+
+
+class Parts:
+    """Keeps a ledger's `shards`, their records and their published state in step."""
+
+    def __init__(
+        self, disk: Disk, ledger: Ledger, section: asyncio.Lock, keeping: Keeping, announcer: Announcer
+    ) -> None:
+        self._disk, self._ledger, self._section = disk, ledger, section
+        self._keeping, self._announcer = keeping, announcer
+
+    async def seal(self, question: SealPart) -> PartState:
+        """Check what was fetched for some layers, record it as a shard and publish it."""
+        manifest = question.manifest
+        check_manifest(manifest)
+        if not manifest.sealed:
+            raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
+        layers = union(check_layers(run) for run in question.layers)
+        async with self._section:
+            before = self._ledger.parts.get(manifest.model)
+            names = sorted({*manifest.revisions, *(before.manifest.revisions if before else [])})
+            manifest = msgspec.structs.replace(manifest, revisions=names)
+            leaves = asked_leaves(manifest, question.leaves, self._ledger)
+            part = Part(manifest, union([*layers, *(before.layers if before else [])]), leaves)
+            partials = await asyncio.to_thread(_require, part, self._ledger, self._disk)
+        # Hashing takes a while, so it runs outside the section. Durable leaves are not written again.
+        for blob, partial in partials.items():
+            fresh = leaves[blob] & ~self._ledger.part_leaves(blob)
+            digest = question.roots.get(blob, "")
+            try:
+                await asyncio.to_thread(require_leaves, self._disk.layout, blob, partial.size_bytes, fresh, digest)
+            except FileNotFoundError:
+                raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
+            except Corrupt:
+                async with self._section:
+                    if self._ledger.partials.get(blob) is partial:
+                        await self.discard(blob, partial)
+                raise
+        async with self._section:
+            still_partial = await asyncio.to_thread(_require, part, self._ledger, self._disk)
+            if any(still_partial[blob] is not partials.get(blob) for blob in still_partial):
+                raise NotFound(f"a reservation of {manifest.model} was cancelled; reserve it again")
+            if self._ledger.parts.get(manifest.model) is not before:
+                raise NotFound(f"the shard of {manifest.model} changed meanwhile; reserve it again")
+            for blob, partial in still_partial.items():
+                await asyncio.to_thread(lengthen, self._disk.layout, blob, partial.size_bytes)
+            await asyncio.to_thread(write, self._disk.layout, part)
+            self._ledger.parts[manifest.model] = part
+            self._ledger.promised[manifest.model] = set(manifest.blob_sizes)
+            await asyncio.to_thread(self._keeping.promise, manifest.model)
+            if not any(manifest.model in p.models - p.leaves.keys() for p in self._ledger.partials.values()):
+                await self.settle(manifest.model)  # otherwise another download fetches all of it
+            await asyncio.to_thread(self._keeping.came_in, manifest.model)
+            await self._announcer.announce_part(part)
+        await self._announcer.publish()
+        log.info("shard ready", model=manifest.model, layers=str(part.layers), size_bytes=part.size_bytes)
+        return part_state(self._announcer.node, part)
+
+    async def settle(self, model: str) -> None:
+        """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
+        part = self._ledger.parts[model]
+        for blob, partial in self._ledger.partials.items():
+            if model in partial.models and partial.leaves.get(model) != (needed := part.leaves.get(blob, 0)):
+                changed = partial.wanted_by(model, needed)
+                await asyncio.to_thread(
+                    self._disk.write_partial, blob, partial.size_bytes, changed.models, changed.leaves
+                )
+                partial.leaves = changed.leaves
+            if partial.leaves:
+                await asyncio.to_thread(self._disk.look_at, blob, partial)
+
+    async def require(self, part: Part) -> None:
+        """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
+        try:
+            await asyncio.to_thread(_require, part, self._ledger, self._disk)
+        except NotFound as e:
+            log.warning("shard incomplete; dropped", model=part.manifest.model, reason=e.message)
+            await self.drop(part.manifest.model)
+            raise
+
+    async def drop_lost(self) -> bool:
+        """Drop every incomplete shard. Returns whether there was one. Within the section."""
+        before = len(self._ledger.parts)
+        for part in list(self._ledger.parts.values()):
+            with suppress(NotFound):
+                await self.require(part)
+        return len(self._ledger.parts) < before
+
+    async def drop(self, model: str) -> None:
+        """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
+        if model in self._ledger.parts:
+            await asyncio.to_thread(remove, self._disk.layout, model)
+            del self._ledger.parts[model]
+            await self._announcer.take_back_part(model)
+
+    async def discard(self, blob: str, partial: Partial) -> None:
+        """Delete a corrupt partial blob, and reserve it again for the same models."""
+        for model in [m for m, part in self._ledger.parts.items() if part.leaves.get(blob)]:
+            log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
+            await self.drop(model)
+        await asyncio.to_thread(self._disk.remove_partial, blob)
+        await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, partial.models, partial.leaves)
+        await asyncio.to_thread(self._disk.look_at, blob, partial)

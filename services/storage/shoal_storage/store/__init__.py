@@ -1,0 +1,1 @@
+"""The store on disk: volumes, partial blobs, commits, tombstones, views."""

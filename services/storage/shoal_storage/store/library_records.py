@@ -1,0 +1,129 @@
+"""The store's records of library models: where their blobs are, views of symbolic links, and known hashes.
+
+Blocking: for threads. Everything is written to the store, nothing to a library, and all of it can be rebuilt from the
+library; only `adopted/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard
+link would change a file of the library.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from shoal_common.errors import BadMessage, BadName
+from shoal_common.logs import Log
+from shoal_common.messages import Message, decode, encode
+from shoal_common.store.blob_lookup import AdoptedBlob
+from shoal_common.store.store_paths import Layout, model_of
+from shoal_storage.files.atomic_file import write_file
+from shoal_storage.ledger.library_model import Adopted, File, Verified
+
+log = Log("libraries")
+
+
+class _VerifiedFile(Message):
+    files: dict[str, Verified] = {}
+
+
+def read_verified(layout: Layout) -> dict[str, Verified]:
+    """Return the known hashes, by absolute path; nothing if the record is unreadable, and all is hashed again."""
+    try:
+        return decode(layout.verified.read_bytes(), _VerifiedFile).files
+    except FileNotFoundError:
+        return {}
+    except (BadMessage, OSError) as e:
+        log.warning("library hashes are unreadable; hashing again", error=str(e))
+        return {}
+
+
+def write_verified(layout: Layout, verified: Mapping[str, Verified]) -> None:
+    """Save the known hashes, durably. If that fails, the next start hashes again; nothing else is lost."""
+    path = layout.verified
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, encode(_VerifiedFile(files=dict(verified))))
+    except OSError as e:
+        log.warning("library hashes cannot be saved; the next start hashes again", error=e.strerror)
+
+
+def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) -> None:
+    """Record where the `changed` blobs are; delete the records of blobs not in `blobs`."""
+    for path in layout.adopted_blobs.glob("*/*"):
+        if path.name not in all_of:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                path.parent.rmdir()
+    for sha256, file in changed.items():
+        path, seen = layout.adopted_blob(sha256), file.seen
+        data = encode(AdoptedBlob(path=file.at, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, inode=seen.inode))
+        with suppress(FileNotFoundError):
+            if path.read_bytes() == data:
+                continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_bytes(data)
+        fresh.replace(path)
+
+
+def note(layout: Layout, model: str) -> bool:
+    """Mark a library model as offered, before building its view, which startup would delete. Return whether new."""
+    repo, _, commit = model.rpartition("@")
+    marker = layout.adopted_model(repo, commit)
+    is_new = not marker.exists()
+    if is_new:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    return is_new
+
+
+def show(layout: Layout, adopted: Adopted) -> None:
+    """Build the view of a library model."""
+    manifest = adopted.manifest
+    view = layout.view(manifest.repo, manifest.commit)
+    targets = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].at for f in manifest.files}
+    if _links_below(view) != targets:
+        _remove_view(layout, manifest.repo, manifest.commit)
+        for link, target in targets.items():
+            Path(link).parent.mkdir(parents=True, exist_ok=True)
+            Path(link).symlink_to(target)
+
+
+def _links_below(view: Path) -> dict[str, str]:
+    """Return the target of each file in a view, "" for a file that is no symbolic link."""
+    targets = {}
+    for path in view.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            targets[str(path)] = str(path.readlink()) if path.is_symlink() else ""
+    return targets
+
+
+def hide(layout: Layout, model: str, with_view: bool) -> None:
+    """Unmark a library model; delete its view too (`with_view`) unless the store has the model itself."""
+    repo, _, commit = model.rpartition("@")
+    if with_view:
+        _remove_view(layout, repo, commit)
+    layout.adopted_model(repo, commit).unlink(missing_ok=True)
+
+
+def _remove_view(layout: Layout, repo: str, commit: str) -> None:
+    view = layout.view(repo, commit)
+    tomb = layout.tombs / f"{os.urandom(6).hex()}-{commit}"
+    with suppress(FileNotFoundError):
+        view.replace(tomb)
+        shutil.rmtree(tomb)
+    with suppress(OSError):  # not empty: another commit of the model
+        view.parent.rmdir()
+
+
+def noted(layout: Layout) -> list[str]:
+    """Return the library models (`org/name@commit`) that are marked as offered."""
+    models = []
+    with suppress(FileNotFoundError):
+        for path in layout.adopted_models.iterdir():
+            directory, _, commit = path.name.rpartition("@")
+            with suppress(BadName):
+                models.append(model_of(directory, commit))
+    return models

@@ -1,0 +1,430 @@
+"""The commands against a real HTTP server: what they ask, what they print, how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+
+from shoal_cli.cli import run
+from shoal_common.errors import BY_CODE, HubUnavailable, NoRoom, QuotaExceeded, ShoalError, StageLost
+from shoal_common.host.credentials import derive
+from tests.cli.conftest import Node
+from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download, held, instance
+
+Capture = pytest.CaptureFixture[str]
+
+
+def one_line(text: str) -> str:
+    """A failure's line: exactly one."""
+    assert text.startswith("shoal: ") and text.count("\n") == 1 and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("code", sorted(BY_CODE))
+def test_every_error_code_becomes_one_line_and_its_exit_code(cluster: Cluster, capsys: Capture, code: str) -> None:
+    cluster.fails = BY_CODE[code](f"this is why {code}\nand more")
+    assert run(["ls"]) == BY_CODE[code].exit_code
+    said = capsys.readouterr()
+    assert one_line(said.err) == f"shoal: this is why {code} and more\n"
+    assert said.out == ""
+
+
+def test_an_unknown_error_code_is_a_plain_failure_with_its_text(cluster: Cluster, capsys: Capture) -> None:
+    class Later(ShoalError):
+        code = "from_the_future"
+
+    cluster.fails = Later("who knows")
+    assert run(["ls", "--json"]) == 1
+    assert one_line(capsys.readouterr().err) == "shoal: who knows\n"
+
+
+def test_without_a_node_every_command_shows_how_to_start_one(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.setenv("SHOAL_GATEWAY_PORT", "9")  # nobody discards here
+    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    for command in (["status"], ["ls", "--json"], ["pull", MODEL], ["rm", MODEL], ["ps"], ["run", MODEL, "hi"]):
+        assert run(command) == 5
+        assert (
+            one_line(capsys.readouterr().err) == "shoal: no Shoal node is running here: start one with `shoal up`\n"
+        )
+    assert run(["ls", "--gateway", "127.0.0.1:9"]) == 5
+    assert "no gateway answers at http://127.0.0.1:9" in one_line(capsys.readouterr().err)
+
+
+def test_a_server_that_is_no_gateway_is_reported_as_such(serve: Callable[[Starlette], str], capsys: Capture) -> None:
+    assert run(["ls", "--gateway", serve(Starlette())]) == 1
+    assert "is not a Shoal gateway: status 404" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["pul", MODEL], "did you mean `shoal pull`?"),
+        (["--home", "/x", "stauts"], "did you mean `shoal status`?"),
+        (["frobnicate"], "shoal --help"),
+        (["pull"], "shoal pull --help"),
+        (["pull", "fish"], "write org/name"),
+        (["pull", MODEL, "--node", "a", "--all"], "not allowed with"),
+        (["pull", MODEL, "--node", "NO"], "not a node id"),
+        (["place", MODEL, "--nodes", "0"], "0 is not between 1 and"),
+        (["run", MODEL, "--temperature", "9"], "9.0 is not between 0 and 2"),
+        (["up", "--port", "99999"], "99999 is not between 0 and 65535"),
+        (["up", "--max-storage", "lots"], "200GB"),
+        (["restart", "everything"], "'everything' is not one of storage, "),
+        (["stop", "a/b"], "is not an id"),
+        (["up", "--eviction-policy", "fifo"], "'fifo' is not one of manual, lru"),
+        (["storage", "shwo"], "did you mean `shoal storage show`?"),
+        (["storage", "set"], "nothing to set"),
+        (["storage", "set", "--max-storage", "lots"], "200GB"),
+        (["storage", "set", "--headroom", "none"], "200GB"),
+        (["storage", "set", "--eviction-policy", "fifo"], "'fifo' is not one of manual, lru"),
+        (["storage", "set", "--headroom", "1GB", "--node", "NO"], "not a node id"),
+        (["storage", "--all", "set", "--headroom", "1GB", "--node", "a"], "give one of them"),
+        (["storage", "plan"], "--need"),
+        (["storage", "plan", "--need", "-5"], "is not a size"),
+        (["storage", "pin", "fish"], "write org/name"),
+        (["storage", "show", "--node", "a", "--all"], "not allowed with"),
+        (["verify", "fish"], "write org/name"),
+        (["gc", MODEL], f"unexpected extra argument(s) ({MODEL}); see `shoal gc --help`"),
+        (["pull", MODEL, "--nod", "a"], "did you mean --node?; see `shoal pull --help`"),
+        (["rm", f"{MODEL}@x", "--revision", "y"], "given twice"),
+    ],
+)
+def test_what_is_not_understood_ends_with_exit_code_2_and_a_hint(
+    cluster: Cluster, capsys: Capture, arguments: list[str], hint: str
+) -> None:
+    assert run(arguments) == 2
+    assert hint in one_line(capsys.readouterr().err)
+    assert cluster.requests == []
+
+
+def test_hub_prints_the_environment_to_pull_from_the_cluster(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["hub"]) == 0
+    assert capsys.readouterr().out == "export HF_ENDPOINT=http://192.0.2.7:4242\n"
+    monkeypatch.setenv("SHOAL_SECRET", "se cret")
+    assert run(["hub", "--json"]) == 0
+    shown = {"HF_ENDPOINT": "http://192.0.2.7:4242", "HF_TOKEN": derive("se cret", "hub")}
+    assert json.loads(capsys.readouterr().out) == shown
+    assert run(["hub", "--node", "node-b"]) == 5
+    assert "the fileserver of node node-b is not running" in one_line(capsys.readouterr().err)
+    assert run(["hub", "--node", "node-z"]) == 3
+
+
+def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0, eta_s=7.5)]]
+    assert run(["status"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "node-a",
+        "up 1 min 05 s, by Thunderbolt",
+        "48.0 GB of 64.0 GB",
+        "1.0 TB, manual",
+        "node-b",
+        "down",
+        "5.0 GB (0 %)",
+        "node-a[0-7]",
+    ):
+        assert words in said
+    assert "org/fish  node-a: 25 %, 250 B of 1.0 kB, 100 B/s, 8 s left, from hub" in said
+    assert "node-a: 3 foreign files, 7 B, never deleted: index.db, …\n" in said
+
+
+def test_json_documents_are_those_of_the_api(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    assert run(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["node"] == "node-a" and status["a field of a later version"] == 1
+    assert run(["ls", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"models": [held()]}
+    assert run(["ps", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"instances": [instance("ready")]}
+
+
+def test_every_json_document_is_described_in_its_help(capsys: Capture) -> None:
+    for command in ("status", "ls", "ps", "pull", "storage", "gc", "verify"):
+        assert run([command, "--help"]) == 0
+        assert "--json prints" in capsys.readouterr().out
+
+
+def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capture) -> None:
+    assert run(["ls"]) == 0
+    assert "shoal pull" in capsys.readouterr().out
+    cluster.models = [held()]
+    assert run(["ls"]) == 0
+    said = capsys.readouterr().out
+    assert "org/fish" in said and COMMIT[:8] in said and "node-a, node-b" in said
+
+
+def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [
+        # What an earlier wish left: it must not be taken for the end of this one.
+        [download("ready", 1000)],
+        [download("queued")],
+        [download("fetching", 100, waiting_for="origin node-b")],
+        [download("fetching", 500, sources={"hub": 100, "node-b": 400}, speed_bytes_per_s=50.0, eta_s=10.0)],
+        [download("blocked", 600, waiting_for="disk full: 400 B more needed, 0 B free")],
+        [download("verifying", 1000)],
+        [download("ready", 1000)],
+    ]
+    cluster.outcomes["c1"] = {"ok": True}
+    assert run(["pull", MODEL]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
+        "node-a: 0 %, 0 B of 1.0 kB, queued",
+        "node-a: 10 %, 100 B of 1.0 kB, waiting for origin node-b",
+        "node-a: 50 %, 500 B of 1.0 kB, 50 B/s, 10 s left, from node-b, hub",
+        "node-a: 60 %, 600 B of 1.0 kB, blocked: disk full: 400 B more needed, 0 B free",
+        "node-a: 100 %, 1.0 kB of 1.0 kB, verifying",
+        "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
+        "org/fish is ready on node-a",
+    ]
+    assert cluster.asked("POST", "/v1/downloads") == [{"model": MODEL}]
+
+
+def test_pull_sends_the_request_to_the_named_nodes(cluster: Cluster, capsys: Capture) -> None:
+    run(["pull", MODEL, "--node", "node-b", "--node", "node-c", "--no-wait"])
+    run(["pull", f"{MODEL}@v1", "--all", "--no-wait"])
+    assert cluster.asked("POST", "/v1/downloads") == [
+        {"model": MODEL, "nodes": ["node-b", "node-c"]},
+        {"model": f"{MODEL}@v1", "nodes": "all"},
+    ]
+    assert (
+        capsys.readouterr().out.splitlines()[0] == "requested org/fish on node-a; `shoal status` shows its progress"
+    )
+
+
+def test_pull_as_json_prints_the_final_state_only(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("fetching", 5)], [download("ready", 1000)]]
+    cluster.outcomes["c1"] = {"ok": True}
+    assert run(["pull", MODEL, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"downloads": [download("ready", 1000)], "commands": {"node-a": "c1"}}
+    assert said.err == ""
+
+
+def test_a_failed_pull_ends_with_the_nodes_error_and_exit_code(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("rejected")]]
+    error = {"code": QuotaExceeded.code, "message": "no room: 5 GB needed, 1 GB free", "details": {}}
+    cluster.outcomes["c1"] = {"ok": False, "error": error}
+    assert run(["pull", MODEL]) == QuotaExceeded.exit_code
+    assert one_line(capsys.readouterr().err) == "shoal: node-a: no room: 5 GB needed, 1 GB free\n"
+    assert run(["pull", MODEL, "--json"]) == QuotaExceeded.exit_code
+    assert json.loads(capsys.readouterr().out)["downloads"][0]["phase"] == "rejected"
+
+
+def test_ctrl_c_leaves_a_pull_running_and_prints_that(
+    cluster: Cluster, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.downloads = [[download("fetching", 5)]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal_cli", "pull", MODEL],
+        env=node.environ(SHOAL_GATEWAY=os.environ["SHOAL_GATEWAY"]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert cluster.polled.wait(45)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert "the download continues" in said and f"shoal cancel {MODEL}" in said and "Traceback" not in said
+    assert cluster.asked("POST", "/v1/downloads/cancel") == []
+
+
+def test_cancel_rm_and_stop_report_results_and_are_idempotent(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("ready")]
+    for command, words in (
+        (["cancel", MODEL], "node-a: org/fish cancelled; what had arrived is deleted"),
+        (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
+        (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
+        (["stop", "i1"], "stopped i1"),
+        (["stop", "i2"], "i2 was not running"),
+    ):
+        assert run(command) == 0
+        assert capsys.readouterr().out == f"{words}\n"
+    assert cluster.asked("DELETE", "/v1/models/org/fish") == [
+        {"node": "node-a", "revision": "v1"},
+        {"revision": "v2"},
+    ]
+
+
+def test_place_waits_until_the_instance_answers(cluster: Cluster, capsys: Capture) -> None:
+    cluster.placing = [
+        instance("starting", stages=[{"rank": 0, "node": "node-a", "phase": "loading"}]),
+        instance("ready"),
+    ]
+    arguments = ["place", MODEL, "--nodes", "2", "--node", "node-a", "--node", "node-b", "--context", "512"]
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    assert said.out == "instance i1 is ready on node-a\n"
+    assert "starting, node-a loading" in said.err
+    wish = {"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2, "nodes": ["node-a", "node-b"]}
+    assert cluster.asked("POST", "/v1/instances") == [{**wish, "context_tokens": 512}]
+
+
+def test_place_that_fails_ends_with_the_instances_error(cluster: Cluster, capsys: Capture) -> None:
+    error = {"code": "no_room", "message": "node-a: 9 GB needed, 4 GB available", "details": {}}
+    cluster.placing = [instance("failed", error=error)]
+    assert run(["place", MODEL]) == BY_CODE["no_room"].exit_code
+    assert "9 GB needed" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("tier", "said"), [("tight", "y"), ("tight", "yes"), ("tight", ""), ("force", "y"), ("", "y")]
+)
+def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tier: str, said: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", terminal := io.StringIO(f"{said}\n"))
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    cluster.refuses_once = NoRoom("node-a: 9 GB needed, 4 GB available", **({"tier": tier} if tier else {}))
+    cluster.placing = [{**instance("ready"), "tier": "tight"}]
+    agreed = tier == "tight" and bool(said)
+    assert run(["place", MODEL]) == (0 if agreed else NoRoom.exit_code)
+    told = capsys.readouterr()
+    assert ("[y/N]" in told.out) == (tier == "tight") and ("warning: it fits only" in told.err) == agreed
+    asked = [body.get("allow_low_memory", False) for body in cluster.asked("POST", "/v1/instances")]
+    assert asked == ([False, True] if agreed else [False])
+
+
+def test_run_with_a_prompt_prints_only_the_answer_on_stdout(cluster: Cluster, capsys: Capture) -> None:
+    cluster.models, cluster.instances = [held()], [instance("failed", "i0"), instance("ready")]
+    assert run(["run", MODEL, "what do fish say?", "--max-tokens", "9", "--temperature", "0"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Blub blub.\n", "")
+    [asked] = cluster.asked("POST", "/v1/chat/completions")
+    assert asked["model"] == "i1" and (asked["max_tokens"], asked["temperature"]) == (9, 0)
+    assert asked["messages"] == [{"role": "user", "content": "what do fish say?"}]
+
+
+def test_run_brings_and_places_a_model_that_is_nowhere(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.downloads, cluster.outcomes = [[download("ready", 1000)]], {"c1": {"ok": True}}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert run(["run", MODEL, "--nodes", "2"]) == 0
+    assert capsys.readouterr().out == "Blub blub.\n"
+    assert len(cluster.asked("POST", "/v1/downloads")) == 1
+    assert cluster.asked("POST", "/v1/instances") == [{"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2}]
+    assert cluster.asked("POST", "/v1/chat/completions")[0]["messages"][0]["content"] == "from a pipe"
+
+
+def test_run_waits_for_an_instance_that_is_on_its_way(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.placing = [instance("starting")], [instance("starting"), instance("ready")]
+    assert run(["run", MODEL, "hi"]) == 0
+    assert cluster.asked("POST", "/v1/instances") == []
+
+
+@pytest.mark.parametrize("error", [StageLost("stage 1 is lost"), HubUnavailable("the hub is away")])
+def test_an_answer_that_fails_in_its_middle_ends_with_that_error(
+    cluster: Cluster, capsys: Capture, error: ShoalError
+) -> None:
+    cluster.instances, cluster.fails_mid_answer = [instance("ready")], error
+    assert run(["run", MODEL, "hi"]) == error.exit_code
+    said = capsys.readouterr()
+    assert said.out == "Blub blub."
+    assert one_line(said.err) == f"shoal: {error.message}\n"
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_complete(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.finish = [instance("ready")], False
+    assert run(["run", MODEL, "hi"]) == 5
+    assert "broke off before its end" in one_line(capsys.readouterr().err)
+
+
+def test_I12_a_homes_secret_is_shown_to_its_own_gateway_only(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home, url = tmp_path / "home", os.environ["SHOAL_GATEWAY"]
+    (home / "run").mkdir(parents=True)
+    (home / "secret").write_text("the-clusters-secret\n")
+    (home / "run" / "gateway.url").write_text(f"{url}\n")
+    assert run(["ls"]) == 0
+    assert "authorization" not in cluster.headers
+    monkeypatch.setenv("SHOAL_SECRET", "of-the-other-one")
+    assert run(["ls", "--gateway", url]) == 0
+    assert cluster.headers["authorization"] == f"Bearer {derive('of-the-other-one', 'api')}"
+    monkeypatch.delenv("SHOAL_SECRET")
+    monkeypatch.delenv("SHOAL_GATEWAY")
+    assert run(["ls"]) == 0
+    assert cluster.headers["authorization"] == f"Bearer {derive('the-clusters-secret', 'api')}"
+
+
+def test_an_unexpected_error_is_one_line_and_a_trace_on_request(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "gateway.url").write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    assert run(["ls", "--home", str(tmp_path)]) == 1
+    assert "SHOAL_DEBUG=1" in one_line(capsys.readouterr().err)
+    monkeypatch.setenv("SHOAL_DEBUG", "1")
+    with pytest.raises(UnicodeDecodeError):
+        run(["ls", "--home", str(tmp_path)])
+
+
+def test_version_and_help_need_no_node(capsys: Capture) -> None:
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out.startswith("shoal 0.")
+    assert run([]) == 0
+    assert "Exit codes:" in capsys.readouterr().out
+
+
+def test_pause_resume_and_cancel_report_each_downloads_phase(cluster: Cluster, capsys: Capture) -> None:
+    assert run(["pause", MODEL, "--all"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "node-a: org/fish is paused; its bytes are kept, and `shoal resume org/fish` continues it",
+        "node-a: org/other was already paused",
+    ]
+    assert run(["resume", MODEL, "--node", "node-a"]) == 0
+    assert "was rejected and is not retried: `shoal pull org/fish` requests it again" in capsys.readouterr().out
+    assert run(["pause", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nodes"]["node-a"]["models"][MODEL] == "paused"
+    assert cluster.asked("POST", "/v1/downloads/pause") == [{"model": MODEL, "nodes": "all"}, {"model": ""}]
+    assert cluster.asked("POST", "/v1/downloads/resume") == [{"model": MODEL, "nodes": ["node-a"]}]
+
+
+def test_a_pull_that_somebody_pauses_ends_with_a_message(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [[download("fetching", 100)], [download("paused", 400, resumed_bytes=400)]]
+    error = {"code": "paused", "message": "the download of org/fish is paused on node node-a"}
+    cluster.outcomes["c1"] = {"ok": False, "error": error}
+    assert run(["pull", MODEL]) == 4
+    said = capsys.readouterr()
+    assert "node-a: the download of org/fish is paused" in said.err
+    assert "40 %, 400 B of 1.0 kB, resumed from 40 %, paused: `shoal resume org/fish`" in said.out
+
+
+def test_status_shows_verified_bytes_rates_and_source_switches(cluster: Cluster, capsys: Capture) -> None:
+    cluster.downloads = [
+        [
+            download(
+                "fetching",
+                500,
+                verified_bytes=200,
+                source_speeds={"hub": 10.0, "node-b": 40.0},
+                speed_bytes_per_s=50.0,
+                eta_s=10.0,
+                switched={"node-c": 2},
+            )
+        ]
+    ]
+    assert run(["status"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "500 B of 1.0 kB, 200 B verified, 50 B/s, 10 s left, node-c stalled 2 times" in words
+    assert "from node-b 40 B/s, hub 10 B/s" in words

@@ -1,0 +1,147 @@
+"""What `shoal up` is going to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal_cli.node.node_plan import (
+    NodePlan,
+    UpOptions,
+    check_nats_url,
+    make_plan,
+    nats_spec,
+    service_spec,
+    url_token,
+    without_token,
+)
+from shoal_common.bus.subjects import SERVICES
+from shoal_common.errors import BadInput, Refused
+
+SECRET = "0123456789abcdef"
+
+
+def plan(
+    environ: dict[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
+    kept: str = "",
+    **options: Any,
+) -> NodePlan:
+    return make_plan(UpOptions(home="/h", **options), environ or {}, settings or {}, "node-a", kept)
+
+
+def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
+    environ = {"HF_TOKEN": "hf_1", "HUGGING_FACE_HUB_TOKEN": "hf_2", "PATH": "/bin"}
+    for service in SERVICES:
+        given = service_spec(plan(), service, ["nats://x:1"], 8080, "python", environ).environ
+        assert ("hf_1" in given.values() or "hf_2" in given.values()) == (service == "fetcher")
+        assert given["PATH"] == "/bin"
+    assert "hf_1" not in nats_spec(Path("n"), Path("c"), environ | {"SHOAL_SECRET": SECRET}).environ.values()
+
+
+def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
+    made = plan(bind="127.0.0.1", hub="http://hub", max_storage_bytes=5, environ={"SHOAL_SECRET": SECRET})
+    given = service_spec(
+        made, "storage", ["nats://a:1", "nats://b:2"], 99, "py", {"NOTIFY_SOCKET": "s", "SHOAL_LOG": "debug"}
+    )
+    assert given.argv == ["py", "-m", "shoal_storage"]
+    assert given.environ == {
+        "SHOAL_HOME": "/h",
+        "SHOAL_NATS": "nats://a:1,nats://b:2",
+        "SHOAL_BIND": "127.0.0.1",
+        "SHOAL_GATEWAY_PORT": "99",
+        "SHOAL_SECRET": SECRET,
+        "SHOAL_LOG": "debug",
+        "HF_ENDPOINT": "http://hub",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def test_storage_flags_go_to_the_file_unless_the_environment_has() -> None:
+    assert plan().storage == {}
+    assert plan(max_storage_bytes=5).storage == {"max_storage_bytes": 5}
+    assert plan(max_storage_bytes=None, eviction_policy="lru").storage == {
+        "max_storage_bytes": None,
+        "eviction_policy": "lru",
+    }
+    assert plan(libraries=["/x"]).storage == {"read_only_roots": ["/x"]}
+    saved = {"storage": {"read_only_roots": ["/nas", "/x"]}}
+    assert plan(settings=saved, libraries=["/x", "/y"]).storage == {"read_only_roots": ["/nas", "/x", "/y"]}
+    assert plan(settings=saved).storage == {}
+    with pytest.raises(BadInput, match="must be a list of directories"):
+        plan(settings={"storage": {"read_only_roots": "/nas"}}, libraries=["/x"])
+    environ = {"SHOAL_MAX_STORAGE_BYTES": "7"}
+    assert plan(environ, eviction_policy="lru").storage == {"eviction_policy": "lru"}
+    assert service_spec(plan(environ), "storage", [], 1, "py", environ).environ["SHOAL_MAX_STORAGE_BYTES"] == "7"
+    with pytest.raises(Refused, match="SHOAL_MAX_STORAGE_BYTES is set and wins"):
+        plan(environ, max_storage_bytes=5)
+
+
+def test_servers_to_join_come_from_flag_environment_then_file() -> None:
+    in_file = {"nats": ["nats://file:1"]}
+    assert plan(environ={"SHOAL_NATS": "env:2, env:3"}, settings=in_file, nats=["flag"]).joins == ["nats://flag:4222"]
+    assert plan(environ={"SHOAL_NATS": "env:2, env:3"}, settings=in_file).joins == ["nats://env:2", "nats://env:3"]
+    assert plan(settings=in_file).joins == ["nats://file:1"]
+    assert plan().runs_nats
+
+
+def test_I12_binding_beyond_loopback_needs_or_makes_a_secret() -> None:
+    assert plan(bind="0.0.0.0").needs_secret
+    assert not plan(bind="0.0.0.0", kept=SECRET).needs_secret
+    assert not plan(kept=SECRET).secret  # on loopback nothing is asked for
+    with pytest.raises(BadInput, match="cluster's secret"):
+        plan(bind="0.0.0.0", nats=["nats://far:4222"])
+
+
+def test_a_node_that_joins_with_the_secret_is_reachable_by_peers() -> None:
+    joined = plan(nats=[f"nats://{SECRET}@far:4222"])
+    assert (joined.bind, joined.secret) == ("0.0.0.0", SECRET)
+    assert plan(nats=["nats://far:4222"], kept=SECRET).secret == SECRET
+    assert plan(nats=[f"nats://{SECRET}@far:4222"], bind="127.0.0.1").bind == "127.0.0.1"
+    assert plan(nats=["nats://127.0.0.1:4222"], kept=SECRET) == plan(nats=["nats://127.0.0.1:4222"])
+
+
+def test_programs_can_be_replaced_in_the_settings_file() -> None:
+    made = plan(settings={"commands": {"storage": ["strace", "it"]}})
+    assert service_spec(made, "storage", [], 1, "py", {}).argv == ["strace", "it"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"nats": "nats://not-a-list"}, {}),
+        ({"commands": {"storage": "not a list"}}, {}),
+        ({"commands": {"storage": []}}, {}),
+        ({"commands": {"rm": ["rm"]}}, {}),
+        ({}, {"nats": ["http://x"]}),
+        ({}, {"nats": ["nats://x:port"]}),
+        ({}, {"nats": ["nats://"]}),
+        ({}, {"bind": "everywhere"}),
+        ({}, {"without": list(SERVICES)}),
+        ({}, {"nats": ["nats://short@far:1"]}),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_reason(settings: dict[str, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput):
+        plan(settings=settings, **options)
+
+
+def test_a_refused_url_is_quoted_without_its_secret() -> None:
+    with pytest.raises(BadInput) as refused:
+        check_nats_url(f"ftp://{SECRET}@x")
+    assert SECRET not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "token"),
+    [
+        ("nats://x:1", "nats://x:1", ""),
+        ("nats://t@x:1", "nats://x:1", "t"),
+        ("nats://u:p@x:1", "nats://x:1", ""),
+        ("nats://t@[::1]:1", "nats://[::1]:1", "t"),
+    ],
+)
+def test_urls_are_shown_without_credentials(url: str, shown: str, token: str) -> None:
+    assert (without_token(url), url_token(url)) == (shown, token)

@@ -1,0 +1,324 @@
+"""`shoal storage`, `shoal gc`, `shoal verify` and `shoal repair`, against a gateway of the test."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from shoal_cli.cli import run
+from shoal_cli.render.storage_text import library_lines, plan_lines
+from shoal_cli.render.units import parse_limit
+from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
+from shoal_common.messages.storage import EvictionPlan, RootState, Victim
+from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download
+
+Capture = pytest.CaptureFixture[str]
+GB = 10**9
+HELD = f"{MODEL}@{COMMIT}"
+
+
+def disk(node: str, **storage: Any) -> dict[str, Any]:
+    """A node's disk as the gateway shows it."""
+    said = {"node": node, "used_bytes": 50 * GB, "reserved_bytes": 10 * GB, "free_bytes": 300 * GB, "model_count": 4}
+    said |= {"quota_bytes": 200 * GB, "headroom_bytes": 5 * GB, "eviction_policy": "lru"}
+    return {"node": node, "live": True, "disk_free_bytes": 299 * GB, "storage": {**said, **storage}}
+
+
+def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster, capsys: Capture) -> None:
+    since_s = time.time() - 7200
+    leases = [
+        {"id": "l1", "model": HELD, "holder": "stage 0 of instance x", "since_s": since_s, "pid": 4711},
+        {"id": "l2", "model": HELD, "holder": "me", "since_s": since_s},
+    ]
+    cluster.disks = [
+        disk("node-a", pinned=[HELD], quarantined=["ab" * 32], from_environment=["max_storage_bytes"], leases=leases),
+        disk("node-b"),
+    ]
+    for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
+        assert run(arguments) == 0
+        said = capsys.readouterr().out
+        for words in ("200.0 GB", "lru", "5.0 GB", "299.0 GB", "50.0 GB (25 %)"):
+            assert words in said
+        assert "node-a: 10.0 GB reserved for downloads" in said
+        assert f"node-a: {HELD} is pinned" in said
+        assert "node-a: corrupt blob abababababababab… in quarantine" in said
+        assert f"node-a: {HELD} is in use by stage 0 of instance x (pid 4711), for 2 h" in said
+        assert f"node-a: {HELD} is in use by me, for 2 h" in said
+        assert "node-a: max_storage_bytes is set by the environment" in said
+        assert "node-b" not in said
+    assert run(["storage", "--node", "node-b"]) == 0
+    assert "node-a" not in capsys.readouterr().out
+
+
+def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys: Capture) -> None:
+    first = ["index.db", "blobs/sha256/ab/notes.txt"]
+    cluster.disks = [disk("node-a", unknown_count=3, unknown_bytes=12 * GB, unknown=first, unproven_count=1)]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
+    assert "node-a: 1 copied-in file, 0 B, to be verified before use" in said and "is missing" not in said
+    cluster.disks = [disk("node-a", unknown_count=1, unknown_bytes=1, unknown=first[:1], store_away=True)]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in said
+    assert "node-a: the store is missing: mount its disk, or put it back" in said
+
+
+def test_storage_shows_all_disks_also_those_of_down_nodes(cluster: Cluster, capsys: Capture) -> None:
+    away = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
+    new = {"node": "node-d", "live": True, "disk_free_bytes": 7, "storage": None}
+    cluster.disks = [disk("node-a"), away, new]
+    for arguments in (["storage", "--all"], ["storage", "show", "--all"]):
+        assert run(arguments) == 0
+        said = capsys.readouterr().out
+        assert "node-c (down)" in said and "none" in said and "300.0 GB" in said and "node-d" in said
+    assert run(["storage", "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks}
+    assert run(["storage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks[:1]}
+
+
+def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+    big = {"path": "/mnt/big", "used_bytes": 2 * GB, "blob_count": 3, "free_bytes": 9 * GB, "headroom_bytes": GB}
+    gone = {"path": "/mnt/gone", "error": "it is not there: mount its disk"}
+    cluster.disks = [disk("node-a", roots=[{**big, "double_bytes": GB, "reserved_bytes": GB}, gone]), disk("node-b")]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in said
+    assert "1.0 GB of duplicates: `shoal gc` deletes them" in said
+    assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in said
+    cluster.disk_results = {"node-a": {"roots": ["/mnt/big", "/mnt/new"]}}
+    before = len(cluster.requests)
+    assert run(["storage", "set", "--add-volume", "/mnt/new", "--remove-volume", "/mnt/gone"]) == 0
+    assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"roots": ["/mnt/big", "/mnt/new"]})
+    assert "volume /mnt/new" in capsys.readouterr().out
+    assert run(["storage", "set", "--node", "node-b", "--add-volume", "/mnt/new"]) == 0
+    assert cluster.requests[-1][2] == {"roots": ["/mnt/new"], "node": "node-b"}
+    assert run(["storage", "set", "--remove-volume", "/mnt/new"]) == BadInput.exit_code
+    assert "/mnt/new is not a volume of node-a (known: /mnt/big, /mnt/gone)" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--add-volume", "/mnt/new"]) == BadInput.exit_code
+
+
+def test_libraries_are_added_to_those_there_are_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a", read_only_roots=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
+    cluster.disk_results = {"node-a": {"read_only_roots": ["/nas", "/a", "~/b"]}}
+    arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas"]
+    assert run([*arguments, "--remove-library", "/old"]) == 0
+    body = {"read_only_roots": ["/nas", "/a", "~/b"]}
+    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", body)
+    assert "  library /nas\n  library /a\n  library ~/b\n" in capsys.readouterr().out
+    assert run(["storage", "set", "--remove-library", "/nas", "--remove-library", "/old"]) == 0
+    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", {"read_only_roots": []})
+    assert run(["storage", "set", "--remove-library", "/none"]) == BadInput.exit_code
+    assert "/none is not a library of node-a (known: /nas, /old)" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
+
+
+def test_storage_of_an_unknown_node_names_the_known_ones(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a")]
+    assert run(["storage", "--node", "node-x"]) == NotFound.exit_code
+    assert capsys.readouterr().err == (
+        "shoal: no node named node-x has storage (known: node-a); see `shoal status`\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body"),
+    [
+        (
+            ["--max-storage", "200GB", "--eviction-policy", "lru", "--headroom", "5GB"],
+            {"max_storage_bytes": 200 * GB, "eviction_policy": "lru", "headroom_bytes": 5 * GB},
+        ),
+        (["--max-storage", "none"], {"max_storage_bytes": None}),
+        (["--headroom", "0", "--node", "node-b"], {"headroom_bytes": 0, "node": "node-b"}),
+        (["--eviction-policy", "manual", "--all"], {"eviction_policy": "manual", "node": "all"}),
+    ],
+)
+def test_storage_set_sends_the_given_and_prints_the_new_settings(
+    cluster: Cluster, capsys: Capture, arguments: list[str], body: dict[str, Any]
+) -> None:
+    result = {"max_storage_bytes": None, "eviction_policy": "lru", "headroom_bytes": 5 * GB, "command": "c1"}
+    cluster.disk_results = {"node-a": {**result, "note": "60 GB are used already"}}
+    assert run(["storage", "set", *arguments]) == 0
+    assert cluster.requests == [("PUT", "/v1/storage/config", body)]
+    assert capsys.readouterr().out == (
+        "node-a: quota none, eviction policy lru, headroom 5.0 GB\n  60 GB are used already\n"
+    )
+    assert run(["storage", "set", "--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+
+
+def test_storage_set_takes_a_duration_for_partial_retention(cluster: Cluster, capsys: Capture) -> None:
+    result = {"eviction_policy": "lru", "headroom_bytes": 5 * GB, "partial_retention_s": 7 * 86400, "command": "c1"}
+    cluster.disk_results = {"node-a": result}
+    assert run(["storage", "set", "--partial-retention", "7d"]) == 0
+    assert cluster.requests == [("PUT", "/v1/storage/config", {"partial_retention_s": 604800})]
+    assert "\n  data of abandoned downloads is kept for 7 d 0 h\n" in capsys.readouterr().out
+    assert run(["storage", "set", "--partial-retention", "soon"]) == 2
+    assert "'soon' is not a duration: write it like 12h or 7d" in capsys.readouterr().err
+
+
+def test_storage_shows_a_full_disk_and_leftovers_of_downloads(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disks = [disk("node-a", free_bytes=0, unfinished=[HELD])]
+    assert run(["storage"]) == 0
+    said = capsys.readouterr().out
+    assert "node-a: the disk is full" in said and f"node-a: data of the abandoned download of {HELD}" in said
+
+
+def test_a_library_as_text_says_what_it_serves_and_what_not() -> None:
+    assert library_lines(RootState(path="/nas", error="Permission denied")) == [
+        "library /nas cannot be read: Permission denied"
+    ]
+    root = RootState(
+        path="/nas",
+        model_count=2,
+        waiting_count=1,
+        waiting_bytes=GB,
+        not_adopted={"/nas/x": "it has no weights"},
+        not_adopted_count=3,
+    )
+    assert library_lines(root) == [
+        "library /nas: 2 models",
+        "library /nas: 1 model to be hashed, 1.0 GB",
+        "library /nas: ignored /nas/x: it has no weights",
+        "library /nas: ignored 2 more; `shoal logs storage` says why",
+    ]
+
+
+def test_a_setting_that_storage_refuses_is_one_line_and_exit_4(cluster: Cluster, capsys: Capture) -> None:
+    cluster.fails = Refused("headroom_bytes comes from the environment here")
+    assert run(["storage", "set", "--headroom", "5GB"]) == 4
+    assert capsys.readouterr().err == "shoal: headroom_bytes comes from the environment here\n"
+
+
+def test_storage_plan_shows_what_would_be_evicted(cluster: Cluster, capsys: Capture) -> None:
+    victim = {"model": HELD, "frees_bytes": 60 * GB, "last_use_s": 5.0}
+    plan = {"need_bytes": 50 * GB, "victims": [victim], "frees_bytes": 60 * GB, "enough": True}
+    cluster.disk_results = {"node-b": plan}
+    assert run(["storage", "plan", "--need", "50GB", "--node", "node-b"]) == 0
+    assert cluster.asked("GET", "/v1/storage/plan") == [{"need_bytes": str(50 * GB), "node": "node-b"}]
+    said = capsys.readouterr().out
+    assert "node-b: to have 50.0 GB free, 50.0 GB must go; this would evict 60.0 GB:" in said
+    assert f"  {HELD}, 60.0 GB, last used " in said
+    assert run(["storage", "plan", "--need", "50GB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": {"node-b": plan}}
+
+
+def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
+    nothing = EvictionPlan(need_bytes=0, enough=True)
+    assert plan_lines("a", 5 * GB, nothing, 0.0) == ["a: 5.0 GB are free already; nothing would be evicted"]
+    enough = EvictionPlan(
+        need_bytes=3 * GB,
+        garbage=["ab"],
+        garbage_bytes=GB,
+        victims=[Victim(model="org/old@c", frees_bytes=4 * GB, last_use_s=1000.0)],
+        frees_bytes=5 * GB,
+        enough=True,
+    )
+    assert plan_lines("a", 5 * GB, enough, 1000.0 + 7200) == [
+        "a: to have 5.0 GB free, 3.0 GB must go; this would evict 5.0 GB:",
+        "  1 unreferenced blob, 1.0 GB",
+        "  org/old@c, 4.0 GB, last used 2 h 00 min ago",
+    ]
+    short = EvictionPlan(
+        need_bytes=3 * GB, evictable_bytes=GB, kept={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
+    )
+    assert plan_lines("a", 5 * GB, short, 0.0) == [
+        "a: cannot free 5.0 GB: 3.0 GB needed, 1.0 GB evictable",
+        "  keeps org/a@c: pinned",
+        "  keeps org/b@c: used by instance i1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "pinned", "words"),
+    [("pin", True, "is pinned: never evicted or deleted"), ("unpin", False, "is no longer pinned")],
+)
+def test_storage_pin_and_unpin_name_the_models_and_the_node(
+    cluster: Cluster, capsys: Capture, action: str, pinned: bool, words: str
+) -> None:
+    cluster.disk_results = {"node-a": {"models": [HELD], "pinned": pinned}}
+    assert run(["storage", action, f"{MODEL}@main"]) == 0
+    assert capsys.readouterr().out == f"node-a: {HELD} {words}\n"
+    assert run(["storage", action, MODEL, "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/pins") == [
+        {"model": f"{MODEL}@main", "pinned": pinned},
+        {"model": MODEL, "pinned": pinned, "node": "all"},
+    ]
+
+
+def test_gc_prints_what_was_removed(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"blobs": 3, "freed_bytes": 2 * GB}, "node-b": {"blobs": 0, "freed_bytes": 0}}
+    assert run(["gc", "--all"]) == 0
+    assert capsys.readouterr().out == "node-a: deleted 3 blobs, 2.0 GB freed\nnode-b: nothing to delete\n"
+    assert run(["gc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/gc") == [{"node": "all"}, {}]
+
+
+def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
+    assert run(["verify"]) == 0
+    assert capsys.readouterr().out == "node-a: verified 1 blob, 2.0 GB: all intact\n"
+    found = {"corrupt": ["ab" * 32], "missing": ["cd" * 32], "models": [HELD], "instances": ["i1"]}
+    cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
+    assert run(["verify", MODEL, "--node", "node-a"]) == Corrupt.exit_code
+    assert capsys.readouterr().out.splitlines() == [
+        "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine, 1 missing",
+        f"  {HELD} is incomplete: `shoal repair {HELD} --node node-a` repairs it",
+        "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",
+    ]
+    assert run(["verify", "--json"]) == Corrupt.exit_code
+    assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
+    assert cluster.asked("POST", "/v1/storage/verify") == [{}, {"node": "node-a", "model": MODEL}, {}]
+
+
+def repaired(cluster: Cluster, **outcome: Any) -> None:
+    """A node on which two leaves of a blob are bad, and how pulling the model again ends there."""
+    found = {"corrupt": ["ab" * 32], "bad_leaves": 2, "models": [HELD], "broken": [HELD], "instances": ["i1"]}
+    cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
+    phase = "ready" if outcome["ok"] else "failed"
+    arriving = download("fetching", 500, model=HELD)
+    cluster.downloads = [[arriving], [arriving], [download(phase, 1000, model=HELD, sources={"hub": 2_097_152})]]
+    cluster.outcomes = {"c1": outcome}
+
+
+def test_repair_verifies_pulls_the_incomplete_and_prints_costs(cluster: Cluster, capsys: Capture) -> None:
+    repaired(cluster, ok=True)
+    assert run(["repair", MODEL, "--node", "node-a"]) == 0
+    assert cluster.asked("POST", "/v1/storage/verify") == [{"node": "node-a", "model": MODEL}]
+    assert cluster.asked("POST", "/v1/downloads") == [{"model": HELD, "nodes": ["node-a"]}]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine (2 corrupt leaves)"
+    assert said[-3:] == [
+        "node-a: 2 corrupt leaves in 1 blob; fetched 2.1 MB",
+        f"  {HELD} is complete again",
+        "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",
+    ]
+    repaired(cluster, ok=True)
+    assert run(["repair", "--all", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["nodes"]["node-a"]
+    assert (row["bad_leaves"], row["repaired"], row["fetched_bytes"], row["errors"]) == (2, [HELD], 2_097_152, {})
+
+
+def test_repair_fetches_nothing_where_all_is_complete(cluster: Cluster, capsys: Capture) -> None:
+    cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB}}
+    assert run(["repair"]) == 0
+    assert not cluster.asked("POST", "/v1/downloads")
+    assert capsys.readouterr().out == ("node-a: verified 1 blob, 2.0 GB: all intact\nnode-a: nothing to repair\n")
+
+
+def test_a_model_that_cannot_be_repaired_sets_the_exit_code(cluster: Cluster, capsys: Capture) -> None:
+    repaired(cluster, ok=False, error={"code": "hub_unavailable", "message": "the hub does not answer"})
+    assert run(["repair", MODEL]) == HubUnavailable.exit_code
+    assert f"  {HELD} is still incomplete: the hub does not answer" in capsys.readouterr().out.splitlines()
+
+
+def test_a_limit_is_a_size_or_none() -> None:
+    assert (parse_limit("none"), parse_limit(" None "), parse_limit("5kB")) == (None, None, 5000)
+    with pytest.raises(BadInput):
+        parse_limit("nothing")

@@ -1,0 +1,90 @@
+"""Sizes as people write and read them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_cli.render.units import parse_rate, parse_size, show_bytes, show_rate, show_seconds
+from shoal_common.durations import parse_seconds
+from shoal_common.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("512B", 512),
+        ("1kB", 1000),
+        ("1KiB", 1024),
+        ("100 MB", 100_000_000),
+        ("200GB", 200_000_000_000),
+        ("200gb", 200_000_000_000),
+        ("200G", 200_000_000_000),
+        ("200GiB", 200 * 2**30),
+        ("1.5TiB", 3 * 2**39),
+        (" 2 TB ", 2_000_000_000_000),
+        ("0.1GB", 100_000_000),
+    ],
+)
+def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
+)
+def test_durations_are_read(text: str, seconds: int) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "-1d", "1.5h", "7 days", "1w", "1" * 10])
+def test_a_bad_duration_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadInput, match="7d"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "1,5GB", "1e9", "NaN", "200 potatoes", "1iB", "1GBB", "٣GB", "1" * 30]
+)
+def test_a_bad_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadInput, match="200GB"):
+        parse_size(text)
+
+
+@given(st.integers(0, 10**15), st.sampled_from(["", "k", "M", "G", "T"]), st.booleans())
+def test_a_size_times_its_unit_is_exact(number: int, prefix: str, binary: bool) -> None:
+    unit = f"{prefix}{'i' if binary and prefix else ''}B"
+    assert parse_size(f"{number}{unit}") == number * (1024 if binary else 1000) ** (
+        "kMGT".find(prefix) + 1 if prefix else 0
+    )
+
+
+@given(st.integers(0, 10**17))
+def test_a_size_shown_is_within_a_twentieth_of_the_size(size_bytes: int) -> None:
+    assert parse_size(show_bytes(size_bytes)) == pytest.approx(size_bytes, rel=0.05)
+
+
+@given(st.integers(0, 10**17))
+def test_a_size_shown_is_short(size_bytes: int) -> None:
+    assert len(show_bytes(size_bytes)) <= len("999.9 MB")
+
+
+def test_durations_are_shown_in_the_unit_that_matters() -> None:
+    assert [show_seconds(s) for s in (0.4, 59.4, 59.6, 3599, 3600, 90061)] == [
+        "0 s",
+        "59 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 00 min",
+        "1 d 1 h",
+    ]
+
+
+def test_rates_are_sizes_a_second_and_none_is_no_limit() -> None:
+    assert [parse_rate(t) for t in ("20MB", "1.5 MiB/s", "none", "1")] == [20_000_000, 1_572_864, None, 1]
+    assert (show_rate(20_000_000), show_rate(None)) == ("20.0 MB/s", "no limit")
+    for text in ("0", "fast", "-1", "20MB/h"):
+        with pytest.raises(BadInput):
+            parse_rate(text)

@@ -1,0 +1,109 @@
+"""Cluster leases: one holder, which notices in time when it has lost the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from shoal_common.bus import cluster_lease
+from shoal_common.bus.cluster_lease import Lease, acquire, holding
+from tests.harness.nats import NatsServer, joined
+from tests.harness.waiting import eventually
+
+Fresh = Callable[[str], str]
+
+
+@pytest.fixture(autouse=True)
+def short_ttl(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Shorten leases to 4 s: the same rules with less waiting."""
+    monkeypatch.setattr(cluster_lease, "LEASE_TTL_S", 4)
+    return 4.0
+
+
+async def test_of_twenty_racers_one_gets_the_lease(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key = fresh("raced")
+        racers = [acquire(here.buckets.lease, key, f"node-{i}", f"uid-{i}") for i in range(20)]
+        won = [lease for lease in await asyncio.gather(*racers) if lease]
+        assert len(won) == 1
+        assert won[0].held
+
+
+async def test_a_holder_that_stops_renewing_knows_before_any_successor(
+    nats: NatsServer, fresh: Fresh, short_ttl: float
+) -> None:
+    async with joined(nats) as here:
+        key = fresh("expiring")
+        silent = await acquire(here.buckets.lease, key, "node-a", "uid-a")
+        assert silent is not None
+        asked_s = time.monotonic()
+        assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is None
+        held_until_s = 0.0
+
+        async def taken_over() -> Lease | None:
+            nonlocal held_until_s
+            if silent.held:
+                held_until_s = time.monotonic()
+            return await acquire(here.buckets.lease, key, "node-b", "uid-b")
+
+        successor = await eventually(taken_over, "the lease expires")
+        assert successor.held and not silent.held
+        assert held_until_s - asked_s < short_ttl - 0.5
+        assert time.monotonic() - held_until_s > 0.5
+        # Its late release and renewal do not affect the successor.
+        await silent.release()
+        assert await acquire(here.buckets.lease, key, "node-c", "uid-c") is None
+
+
+async def test_a_lease_given_back_is_free_at_once(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key = fresh("returned")
+        lease = await acquire(here.buckets.lease, key, "node-a", "uid-a")
+        assert lease is not None
+        async with holding(lease):
+            assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is None
+        assert not lease.held
+        await asyncio.wait_for(lease.wait_lost(), 30)
+        assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
+
+
+async def test_a_successor_on_the_node_takes_over_and_fences_the_old(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key = fresh("succeeded")
+        old = await acquire(here.buckets.lease, key, "node-a", "uid-1")
+        new = await acquire(here.buckets.lease, key, "node-a", "uid-2")
+        assert old is not None and new is not None
+        async with holding(old):
+            await asyncio.wait_for(old.wait_lost(), 30)
+        assert not old.held and new.held
+        assert await here.buckets.lease.get_as(key, type(new.value)) == new.value
+
+
+async def test_a_lease_outlives_an_outage_and_its_ttl_while_renewed(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        lease = await acquire(here.buckets.lease, "kept", "node-a", "uid-a")
+        assert lease is not None
+        first = lease.revision
+        async with holding(lease):
+            own_nats.restart()
+            await eventually(lambda: renewed(lease, first), "the lease is renewed after the restart")
+            assert lease.held
+            assert await acquire(here.buckets.lease, "kept", "node-b", "uid-b") is None
+
+
+async def renewed(lease: Lease, first: int) -> bool:
+    return lease.revision > first
+
+
+async def test_a_holder_cut_off_from_nats_gives_up_in_time(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        lease = await acquire(here.buckets.lease, "cut-off", "node-a", "uid-a")
+        assert lease is not None
+        renewal = asyncio.create_task(lease.renew_forever())
+        own_nats.kill()
+        await asyncio.wait_for(lease.wait_lost(), 30)
+        assert not lease.held
+        await renewal

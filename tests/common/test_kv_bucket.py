@@ -1,0 +1,178 @@
+"""Streams and buckets: compare-and-set across deletions, and stream settings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from nats.js import api
+
+from shoal_common.bus import streams
+from shoal_common.bus.kv_bucket import Bucket
+from shoal_common.bus.streams import differences, ensure_streams, stream_configs
+from shoal_common.errors import Unavailable
+from shoal_common.messages import Message
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.waiting import eventually
+
+Fresh = Callable[[str], str]
+
+
+class Note(Message):
+    """A stored value."""
+
+    text: str
+
+
+async def test_a_value_reads_back_with_the_revision_for_a_fenced_write(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, state = fresh("key"), here.buckets.state
+        first = await state.put(key, Note(text="one"))
+        assert await state.swap(key, Note(text="two"), first - 1) is None
+        second = await state.swap(key, Note(text="two"), first)
+        assert second is not None and second > first
+        entry = await state.get(key)
+        assert entry is not None and entry.revision == second
+        assert await state.get_as(key, Note) == Note(text="two")
+        assert await state.get_as(fresh("absent"), Note) is None
+
+
+async def test_of_twenty_racers_one_creates_a_key(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        for round_name in ("absent", "deleted"):
+            key = fresh(round_name)
+            if round_name == "deleted":
+                await here.buckets.lease.put(key, Note(text="before"))
+                await here.buckets.lease.delete(key)
+            racers = [here.buckets.lease.create(key, Note(text=f"racer {i}"), 10) for i in range(20)]
+            won = [r for r in await asyncio.gather(*racers) if r is not None]
+            assert len(won) == 1
+            entry = await here.buckets.lease.get(key)
+            assert entry is not None and entry.revision == won[0]
+
+
+async def test_a_key_can_be_created_over_its_expiry_marker(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, lease = fresh("expiring"), here.buckets.lease
+        assert await lease.create(key, Note(text="short"), 1) is not None
+        assert await lease.create(key, Note(text="too early"), 1) is None
+        await eventually(lambda: expired(here, key), "the key expires and leaves a marker")
+        assert await lease.get(key) is None
+        assert await lease.create(key, Note(text="again"), 10) is not None
+        assert await lease.get_as(key, Note) == Note(text="again")
+
+
+async def expired(here: Joined, key: str) -> api.RawStreamMsg | None:
+    last = await here.js.get_last_msg("KV_lease", f"$KV.lease.{key}")
+    return last if "Nats-Marker-Reason" in (last.headers or {}) else None
+
+
+async def test_I5_deleting_what_is_absent_writes_nothing(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, spec = fresh("gone"), here.buckets.spec
+        await spec.put(key, Note(text="here"))
+        assert await spec.delete(key)
+        before = await here.last_sequence("KV_spec")
+        assert not await spec.delete(key)
+        assert not await spec.delete(fresh("never"))
+        assert await here.last_sequence("KV_spec") == before
+
+
+async def test_I5_many_may_delete_one_key_and_only_one_writes(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, spec = fresh("contested"), here.buckets.spec
+        await spec.put(key, Note(text="here"))
+        before = await here.last_sequence("KV_spec")
+        await asyncio.gather(*(spec.delete(key) for _ in range(10)))
+        assert await spec.get(key) is None
+        assert await here.last_sequence("KV_spec") == before + 1
+
+
+async def test_a_fenced_delete_spares_a_newer_value(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, state = fresh("newer"), here.buckets.state
+        old = await state.put(key, Note(text="old"))
+        await state.put(key, Note(text="new"))
+        assert not await state.delete(key, old)
+        assert await state.get_as(key, Note) == Note(text="new")
+
+
+async def test_I8_a_deletion_leaves_no_trace_for_ever(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key = fresh("traceless")
+        await here.buckets.state.put(key, Note(text="here"))
+        await here.buckets.state.delete(key)
+        marker = await here.js.get_last_msg("KV_state", f"$KV.state.{key}")
+        assert (marker.headers or {})["Nats-TTL"].rstrip("s") == str(streams.MARKER_TTL_S)
+
+
+async def test_a_write_rides_out_a_restart_of_nats(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        state = Bucket(here.client.jetstream(timeout=1), "state")
+        own_nats.kill()
+        writing = asyncio.create_task(state.put("patient", Note(text="kept")))
+        own_nats.start()
+        await writing  # it was sent into a dead connection, and is sent again
+        assert await here.buckets.state.get_as("patient", Note) == Note(text="kept")
+
+
+async def test_an_outage_longer_than_the_timeout_raises(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        own_nats.kill()
+        impatient = here.client.jetstream(timeout=0.2)
+        with pytest.raises(Unavailable, match="NATS"):
+            await streams.patiently(lambda: impatient.stream_info("CMD"), patience_s=0.1)
+
+
+async def test_I5_ensuring_the_streams_again_changes_nothing(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        wanted = stream_configs(1)
+        for config in wanted:
+            assert differences(config, (await here.js.stream_info(str(config.name))).config) == []
+        await here.buckets.state.put("kept", Note(text="kept"))
+        await asyncio.gather(*(ensure_streams(here.js) for _ in range(5)))
+        assert {s.config.name for s in await here.js.streams_info()} == {c.name for c in wanted}
+        assert await here.buckets.state.get_as("kept", Note) == Note(text="kept")
+
+
+async def test_I7_every_stream_has_a_limit(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        infos = await here.js.streams_info()
+        assert len(infos) == len(stream_configs(1))
+        for info in infos:
+            assert (info.config.max_bytes or 0) > 0
+            assert info.config.storage == api.StorageType.FILE
+
+
+async def test_an_existing_stream_is_reconfigured_and_keeps_messages(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        await here.buckets.state.put("kept", Note(text="kept"))
+        config = (await here.js.stream_info("KV_state")).config
+        config.max_bytes = 10 * streams.MIB
+        await here.js.update_stream(config)
+        await ensure_streams(here.js)
+        assert (await here.js.stream_info("KV_state")).config.max_bytes == 256 * streams.MIB
+        assert await here.buckets.state.get_as("kept", Note) == Note(text="kept")
+
+
+async def test_a_stream_that_cannot_be_reconfigured_is_refused_by_name(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        await here.js.delete_stream("KV_done")
+        wanted = next(c for c in stream_configs(1) if c.name == "KV_done")
+        wanted.storage = api.StorageType.MEMORY
+        await here.js.add_stream(wanted)
+        with pytest.raises(Unavailable, match=r"KV_done.*storage"):
+            await ensure_streams(here.js)
+
+
+async def test_a_foreign_stream_on_our_subjects_is_refused_by_name(own_nats: NatsServer) -> None:
+    async with joined(own_nats) as here:
+        await here.js.delete_stream("EVT")
+        await here.js.add_stream(api.StreamConfig(name="THEIRS", subjects=["shoal.v1.evt.>"]))
+        with pytest.raises(Unavailable, match="EVT"):
+            await ensure_streams(here.js)
+
+
+def test_a_bucket_names_its_subjects_as_key_value_stores_do() -> None:
+    assert Bucket.subject(Bucket(None, "state"), "a.b") == "$KV.state.a.b"  # type: ignore[arg-type]  # no I/O here

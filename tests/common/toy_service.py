@@ -1,0 +1,75 @@
+"""A minimal service for tests.
+
+TOY makes it misbehave: `crash` (one of its tasks fails once it is ready), `deaf` (it never stops by itself).
+TOY_STOP_DEADLINE_S and TOY_ACK_WAIT_S shorten what a test would otherwise wait for. Its command `work` creates a file
+and never ends; if the file exists already, it succeeds. So the first delivery can be killed in the middle, and told
+from the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from shoal_common import service
+from shoal_common.messages import Message
+from shoal_common.messages.envelope import Command
+from shoal_common.rpc import command_worker
+from shoal_common.rpc.command_worker import Verb
+from shoal_common.rpc.request_reply import Question
+
+
+class Work(Command, kw_only=True):
+    """A command whose first attempt never ends."""
+
+    path: str
+
+
+class Echo(Message):
+    """Request and reply."""
+
+    text: str
+
+
+def _left(path: Path) -> bool:
+    """Return whether an earlier attempt created the file; create it."""
+    there = path.exists()
+    path.touch()
+    return there
+
+
+async def _work(command: Work, identity: str) -> object:
+    if await asyncio.to_thread(_left, Path(command.path)):
+        return {"identity": identity}
+    await asyncio.Event().wait()
+    return {}
+
+
+async def _echo(question: Echo) -> Echo:
+    return question
+
+
+async def _crash() -> None:
+    raise ZeroDivisionError("one task failed\non two lines")
+
+
+async def run(context: service.Context) -> None:
+    """Run the service."""
+    mode = context.environ.get("TOY", "")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(context.serve({"echo": Question(Echo, _echo)}))
+        tasks.create_task(context.work({"work": Verb(Work, _work, 60.0)}))
+        context.ready()
+        if mode == "crash":
+            tasks.create_task(_crash())
+        if mode == "deaf":
+            await asyncio.Event().wait()
+        await context.stopping.wait()
+
+
+if __name__ == "__main__":
+    service.STOP_DEADLINE_S = float(os.environ.get("TOY_STOP_DEADLINE_S") or service.STOP_DEADLINE_S)
+    command_worker.ACK_WAIT_S = float(os.environ.get("TOY_ACK_WAIT_S") or command_worker.ACK_WAIT_S)
+    sys.exit(service.main("storage", run))

@@ -1,0 +1,166 @@
+"""Waiting for free space on a full disk: until there is some, with limits, and across restarts. Time is simulated."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal_common.bus.keys import download_key
+from shoal_common.errors import DiskFull, NodeAway, ShoalError
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.storage import RoomLeft
+from shoal_common.store.store_paths import Layout
+from shoal_fetcher.cluster_view import Surroundings
+from shoal_fetcher.downloads import disk_full_wait as blocked_module
+from shoal_fetcher.downloads.disk_full_wait import Blockage
+from shoal_fetcher.partials.partial_blob import probe
+from shoal_fetcher.progress import Progress
+from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, in_vain_delay_s, look_again_s
+from shoal_fetcher.storage_client import Storage
+from tests.harness.nats import Joined, NatsServer, joined
+
+Fresh = Callable[[str], str]
+MODEL = f"org/name@{'c' * 40}"
+BLOB = "a" * 64
+FULL = RoomLeft(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, words="7 B more needed, 3 B free")
+MET = DiskFull("disk full: No space left on device", blob=BLOB)
+BEGUN_S = 1_800_000_000.0
+
+
+class ScriptedStorage(Storage):
+    """A storage with these answers; the last one is repeated."""
+
+    def __init__(self, *answers: RoomLeft | ShoalError) -> None:
+        self._answers = list(answers)
+        self.asked_count = 0
+
+    async def room(self, model: str) -> RoomLeft:
+        """Return the next answer."""
+        assert model == MODEL
+        self.asked_count += 1
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, ShoalError):
+            raise answer
+        return answer
+
+
+class Passing(Surroundings):
+    """A cluster in which waiting advances the time."""
+
+    def __init__(self) -> None:
+        self.now_s = BEGUN_S
+        self.waited_s: list[float] = []
+
+    def disk(self) -> tuple[object, ...]:
+        """The disk never changes."""
+        return ()
+
+    async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
+        """Advance the time to the deadline."""
+        self.now_s += deadline_s
+        self.waited_s.append(deadline_s)
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits that nothing ends early take no time."""
+    monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(blocked_module, "in_vain_delay_s", lambda _: 0.0)
+
+
+def progress_of(here: Joined, node: str, **fields: float) -> Progress:
+    state = DownloadState(node=node, model="org/name", phase="fetching", **fields)  # type: ignore[arg-type]  # times and bytes
+    return Progress(here.buckets.state, state)
+
+
+async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with joined(nats) as here:
+        progress, around = progress_of(here, node := fresh("node")), Passing()
+        storage = ScriptedStorage(FULL, NodeAway("it restarts"), FULL, RoomLeft(enough=True))
+        blockage = Blockage(progress, storage, around, Layout(tmp_path), lambda: around.now_s)
+        await blockage.wait_for_room(MODEL, MET)
+        await progress.publish()  # as every second
+        said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
+        assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
+        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
+        assert said.error is not None and said.error.code == "disk_full"
+        assert said.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
+        assert storage.asked_count == 4 and around.waited_s == [look_again_s(n) for n in (1, 2, 3)]
+
+
+async def test_I7_a_day_without_space_ends_in_an_error_that_names_it(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with joined(nats) as here:
+        around = Passing()
+        blockage = Blockage(
+            progress_of(here, fresh("node")), ScriptedStorage(FULL), around, Layout(tmp_path), lambda: around.now_s
+        )
+        with pytest.raises(DiskFull, match=r"was full for 24 h while org/name arrived \(disk full: 7 B more needed"):
+            await blockage.wait_for_room(MODEL, MET)
+        assert MAX_BLOCKED_S < around.now_s - BEGUN_S < MAX_BLOCKED_S + 120
+
+
+@pytest.mark.parametrize("moved", [False, True])
+async def test_I7_the_deadline_moves_only_with_durable_bytes(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, moved: bool
+) -> None:
+    async with joined(nats) as here:
+        around = Passing()
+        progress = progress_of(here, fresh("node"), done_bytes=10, blocked_since_s=BEGUN_S - MAX_BLOCKED_S - 1)
+        progress.restart()
+        progress.durable(BLOB, 11 if moved else 10)
+        blockage = Blockage(
+            progress, ScriptedStorage(RoomLeft(enough=True)), around, Layout(tmp_path), lambda: around.now_s
+        )
+        if moved:
+            await blockage.wait_for_room(MODEL, MET)
+            assert progress.state.blocked_since_s == BEGUN_S
+            around.now_s += MAX_BLOCKED_S + 1
+        with pytest.raises(DiskFull, match="was full for 24 h"):
+            await blockage.wait_for_room(MODEL, MET)
+
+
+async def test_free_space_that_cannot_be_written_does_not_end_the_wait(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(nats) as here:
+        progress, around, layout = progress_of(here, fresh("node")), Passing(), Layout(tmp_path)
+        layout.partial(BLOB).mkdir(parents=True)
+        real, refused = os.pwrite, list[int]()
+
+        def quota(fd: int, data: bytes, offset: int) -> int:
+            if len(refused) < 3:
+                refused.append(fd)
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            return real(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", quota)
+        storage = ScriptedStorage(RoomLeft(enough=True))
+        await Blockage(progress, storage, around, layout, lambda: around.now_s).wait_for_room(MODEL, MET)
+        assert storage.asked_count == 4 and len(refused) == 3
+        assert progress.state.waiting_for.startswith("disk full: Disk quota exceeded")
+        assert list(layout.partial(BLOB).iterdir()) == []
+
+
+def test_a_write_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, real = list[int](), os.pwrite
+
+    def counted(fd: int, data: bytes, offset: int) -> int:
+        written.append(len(data))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    probe(tmp_path)
+    assert written == [4096] and list(tmp_path.iterdir()) == []
+
+
+def test_I7_waits_grow_and_have_a_bound() -> None:
+    assert [in_vain_delay_s(n) for n in (0, 1, 2, 3, 7, 8, 10**6)] == [0, 1, 2, 4, 60, 60, 60]
+    assert [look_again_s(n) for n in (1, 2, 3, 4, 5, 10**6)] == [5, 10, 20, 40, 60, 60]

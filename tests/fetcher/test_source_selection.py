@@ -1,0 +1,233 @@
+"""Holders, sources, failures, and how downloads end: properties rather than examples."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_common.errors import (
+    BY_CODE,
+    Corrupt,
+    Denied,
+    Expired,
+    Failed,
+    HubUnavailable,
+    NodeAway,
+    NotFound,
+    QuotaExceeded,
+    Refused,
+    ShoalError,
+    Unavailable,
+)
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.storage import ModelState
+from shoal_fetcher.errors import RateLimited, ReservationLost, WrongWhole
+from shoal_fetcher.sources.failure_policy import (
+    EARLIER,
+    HUB,
+    MAX_ASKED_WAIT_S,
+    PEER_TRIES,
+    Holding,
+    Setbacks,
+    ended_as,
+    retry_delay_s,
+)
+from shoal_fetcher.sources.source_selection import FromHub, FromPeer, WaitFor, choose, holders, sealed
+
+COMMIT = "c" * 40
+BLOB = "a" * 64
+GIT = "git-" + "b" * 40
+GIT_SHA256 = "d" * 64
+MANIFEST = Manifest(
+    repo="org/name",
+    commit=COMMIT,
+    files=[
+        ManifestFile(path="model.safetensors", size_bytes=10, sha256=BLOB),
+        ManifestFile(path="config.json", size_bytes=3, git_sha1="b" * 40),
+    ],
+)
+NODES = st.sampled_from(["a", "b", "c", "d"])
+FOUND = st.lists(NODES, unique=True).map(lambda nodes: [Holding(n, BLOB) for n in sorted(nodes)])
+
+
+def model_on(node: str, commit: str = COMMIT) -> ModelState:
+    return ModelState(node=node, repo="org/name", commit=commit, size_bytes=13, file_count=2)
+
+
+def arriving_on(node: str, *blobs: str, known: dict[str, str] | None = None) -> DownloadState:
+    return DownloadState(node=node, model="org/name", phase="fetching", blobs=list(blobs), known=known or {})
+
+
+def test_a_node_that_has_the_model_holds_its_blobs() -> None:
+    assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a") == [Holding("b", BLOB)]
+
+
+def test_a_node_with_another_commit_holds_nothing_of_this_one() -> None:
+    assert holders(BLOB, MANIFEST, [model_on("b", "e" * 40)], [], ["b"], "a") == []
+
+
+def test_a_blob_is_there_for_peers_before_its_model_is_ready() -> None:
+    assert holders(BLOB, MANIFEST, [], [arriving_on("b", BLOB)], ["b"], "a") == [Holding("b", BLOB)]
+    assert holders(BLOB, MANIFEST, [], [arriving_on("b")], ["b"], "a") == []
+
+
+def test_a_small_file_known_by_git_hash_is_requested_by_sha256() -> None:
+    b = arriving_on("b", GIT_SHA256, known={GIT: GIT_SHA256})
+    assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a") == [Holding("b", GIT_SHA256)]
+
+
+@given(st.sets(NODES), st.sets(NODES), st.sets(NODES), NODES)
+def test_only_live_nodes_other_than_this_one_are_holders(
+    ready: set[str], arriving: set[str], live: set[str], me: str
+) -> None:
+    found = holders(BLOB, MANIFEST, map(model_on, ready), [arriving_on(n, BLOB) for n in arriving], live, me)
+    assert [h.node for h in found] == sorted((ready | arriving) & live - {me})
+
+
+@given(FOUND, st.none() | NODES, st.sets(NODES), st.dictionaries(NODES, st.integers(0, 9)))
+def test_I9_the_hub_is_used_only_without_a_peer_or_an_origin(
+    found: list[Holding], origin: str | None, corrupt: set[str], busy: dict[str, int]
+) -> None:
+    choice = choose(BLOB, found, origin, "me", Setbacks(corrupt=corrupt), busy)
+    usable = {h.node for h in found} - corrupt
+    if usable:
+        assert isinstance(choice, FromPeer) and choice.node in usable
+        assert busy.get(choice.node, 0) == min(busy.get(n, 0) for n in usable)
+    elif origin is not None:
+        assert choice == WaitFor(origin)
+    else:
+        assert choice == FromHub()
+
+
+def test_a_lease_left_by_this_node_itself_is_nothing_to_wait_for() -> None:
+    assert choose(BLOB, [], "me", "me", Setbacks(), {}) == FromHub()
+
+
+def test_nodes_that_choose_at_once_spread_over_the_holders() -> None:
+    found = [Holding(n, BLOB) for n in "abcd"]
+    chosen = {choose(BLOB, found, None, f"node-{i}", Setbacks(), {}) for i in range(64)}
+    assert {c.node for c in chosen if isinstance(c, FromPeer)} == set("abcd")
+
+
+def test_a_peer_that_failed_comes_after_all_that_did_not() -> None:
+    found = [Holding("a", BLOB), Holding("b", BLOB)]
+    setbacks = Setbacks()
+    setbacks.after(Unavailable("gone"), "a")
+    assert choose(BLOB, found, None, "me", setbacks, {"b": 7}) == FromPeer("b", BLOB)
+
+
+def test_I9_a_peer_down_for_a_moment_is_retried_before_the_hub() -> None:
+    setbacks, found, waited_s = Setbacks(), [Holding("a", BLOB)], 0.0
+    for _ in range(PEER_TRIES):
+        assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
+        waited_s += setbacks.after(Unavailable("refused"), "a")
+    assert choose(BLOB, found, None, "me", setbacks, {}) == FromHub()
+    assert 5.0 < waited_s < 10.0
+
+
+def test_I1_a_peer_that_sent_wrong_bytes_is_not_used_again() -> None:
+    setbacks, found = Setbacks(), [Holding("a", BLOB)]
+    assert setbacks.after(Corrupt("wrong"), "a") == 0.0
+    for _ in range(20):
+        assert choose(BLOB, found, None, "me", setbacks, {}) == FromHub()
+        setbacks.after(HubUnavailable("away"), None)
+
+
+def test_when_the_hub_fails_too_peers_get_another_chance() -> None:
+    setbacks, found = Setbacks(), [Holding("a", BLOB)]
+    for _ in range(PEER_TRIES):
+        setbacks.after(Unavailable("refused"), "a")
+    setbacks.after(HubUnavailable("away"), None)
+    assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
+
+
+def test_wrong_bytes_from_the_hub_cost_one_restart_then_fail() -> None:
+    setbacks, error = Setbacks(), Corrupt("wrong")
+    assert setbacks.after(error, None) == 0.0
+    with pytest.raises(Corrupt):
+        setbacks.after(error, None)
+
+
+def test_I1_no_honest_peer_is_banned_for_a_liars_leaves() -> None:
+    setbacks, error = Setbacks(givers={"liar", "honest"}), WrongWhole("wrong")
+    setbacks.after(Corrupt("too long"), "liar")
+    assert setbacks.after(error, "honest") == 0.0
+    found = [Holding("honest", BLOB), Holding("liar", BLOB)]
+    assert setbacks.usable(found) == [Holding("honest", BLOB)] and not setbacks.givers
+    setbacks.givers.add("honest")  # alone this time
+    setbacks.after(error, "honest")
+    assert setbacks.usable(found) == []
+
+
+def test_I1_the_sender_of_the_bytes_is_blamed_not_the_last_asked() -> None:
+    setbacks = Setbacks(givers={"liar"})
+    setbacks.after(WrongWhole("wrong"), "honest")
+    assert setbacks.corrupt == {"liar"}
+
+
+def test_wrong_leaves_of_an_earlier_process_do_not_count_for_hub() -> None:
+    setbacks, error = Setbacks(givers={EARLIER, HUB}), WrongWhole("wrong")
+    assert setbacks.after(error, None) == 0.0
+    assert not setbacks.hub_was_corrupt
+
+
+def test_I7_several_senders_that_never_make_the_blob_end_it() -> None:
+    setbacks, error = Setbacks(), WrongWhole("wrong")
+    with pytest.raises(Corrupt):
+        for _ in range(100):
+            setbacks.givers = {"a", HUB}
+            setbacks.after(error, None)
+
+
+def test_I7_a_hub_that_only_makes_us_wait_is_given_up_in_the_end() -> None:
+    setbacks, waited_s = Setbacks(), 0.0
+    with pytest.raises(RateLimited):
+        for _ in range(10_000):
+            waited_s += setbacks.after(RateLimited("wait", retry_after_s=60.0), None)
+    assert waited_s == MAX_ASKED_WAIT_S
+
+
+@pytest.mark.parametrize("error", [NotFound("gone"), Denied("no"), Refused("no")])
+def test_a_hub_that_refuses_is_the_end_unless_a_peer_has_it(error: ShoalError) -> None:
+    with pytest.raises(type(error)):
+        Setbacks().after(error, None)
+    assert Setbacks().after(error, None, hopes=True) > 0
+
+
+@pytest.mark.parametrize("error", [ReservationLost("gone"), NodeAway("away"), Expired("late")])
+@pytest.mark.parametrize("peer", ["a", None])
+def test_no_source_is_blamed_for_what_our_own_storage_did(error: ShoalError, peer: str | None) -> None:
+    setbacks = Setbacks()
+    with pytest.raises(type(error)):
+        setbacks.after(error, peer)
+    assert not setbacks.corrupt and not setbacks.failures_of and not setbacks.hub_failures
+
+
+@given(st.integers(1, 10**6))
+def test_retries_wait_longer_each_time_up_to_a_bound(failures: int) -> None:
+    assert 0.25 <= retry_delay_s(failures) <= retry_delay_s(failures + 1) <= 8.0
+
+
+@given(st.dictionaries(st.sampled_from([BLOB, GIT]), st.text(string.hexdigits, min_size=64, max_size=64)))
+def test_sealing_adds_the_learned_hashes_and_nothing_else(known: dict[str, str]) -> None:
+    after = sealed(MANIFEST, known)
+    assert [(f.path, f.size_bytes, f.git_sha1) for f in after.files] == [
+        (f.path, f.size_bytes, f.git_sha1) for f in MANIFEST.files
+    ]
+    assert [f.sha256 for f in after.files] == [known.get(f.blob, f.sha256) for f in MANIFEST.files]
+    assert (after.repo, after.commit) == (MANIFEST.repo, MANIFEST.commit)
+
+
+def test_a_full_disk_rejects_and_everything_else_fails() -> None:
+    assert ended_as(QuotaExceeded("full")) == "rejected"
+    assert {ended_as(e("x")) for e in (Failed, NotFound, Denied, Corrupt, HubUnavailable)} == {"failed"}
+
+
+@pytest.mark.parametrize("error", [RateLimited("wait", retry_after_s=3.0), ReservationLost("gone"), WrongWhole("x")])
+def test_the_fetchers_own_errors_map_to_their_wire_classes(error: ShoalError) -> None:
+    assert BY_CODE[error.body().code] is type(error).__bases__[0]
+    assert error.body().retryable

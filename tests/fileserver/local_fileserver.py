@@ -1,0 +1,56 @@
+"""A fileserver in the test's process, with small limits and clocks of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+
+from shoal_common.host.rate_limiter import Pace
+from shoal_common.store.store_paths import Layout
+from shoal_common.store.verification_stamp import prove
+from shoal_fileserver.service import settings
+
+NODE = "here"
+
+
+@asynccontextmanager
+async def local_fileserver(store: Path, pace: Pace | None = None) -> AsyncIterator[int]:
+    """Run a server over a store, and yield its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = settings(Layout(store), NODE, "", pace=pace)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server._serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:
+    """Create a sparse blob of zeros with the stamp of a name that is not its hash."""
+    path = Layout(store).blob(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as f:
+        f.truncate(size_bytes)
+    prove(name, path)
+    return name
+
+
+async def closed(reader: asyncio.StreamReader, rest_s: float = 0.0) -> int:
+    """Return the bytes received before the server closed a connection, to a reader that pauses after each piece."""
+    count = 0
+    async with asyncio.timeout(45):
+        try:
+            while data := await reader.read(1 << 16):
+                count += len(data)
+                await asyncio.sleep(rest_s)
+        except ConnectionResetError:
+            pass
+    return count

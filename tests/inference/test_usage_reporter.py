@@ -1,0 +1,52 @@
+"""Model use is reported to every node with a stage, once a minute; a failed report does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from shoal_common.messages.envelope import Done
+from shoal_common.messages.instances import InstanceSpec, StageSpec
+from shoal_common.messages.storage import NoteUse
+from shoal_common.rpc.request_reply import Ask, Question, serve
+from shoal_inference.host_facts.usage_reporter import Uses
+from tests.harness.nats import NatsServer, joined
+
+Fresh = Callable[[str], str]
+DEADLINE_S = 45.0
+
+
+async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, fresh: Fresh) -> None:
+    here, there, away = (fresh(name) for name in ("here", "there", "away"))
+    told: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
+
+    def storage_of(node: str) -> Question:
+        async def used(question: NoteUse) -> Done:
+            await told.put((node, question.models))
+            return Done()
+
+        return Question(NoteUse, used)
+
+    stages = [
+        StageSpec(rank=rank, node=node, first_layer=rank, last_layer=rank + 1)
+        for rank, node in enumerate((here, there, here, away))
+    ]
+    spec = InstanceSpec(id="x", repo="org/name", commit="c" * 40, stages=stages, context_tokens=1)
+    stopping = asyncio.Event()
+    async with joined(nats) as a, joined(nats) as b, asyncio.TaskGroup() as tasks:
+        for cluster, node in ((a, here), (b, there)):
+            tasks.create_task(serve(cluster.nats, "storage", node, {"used": storage_of(node)}, stopping))
+        ask = Ask(a.nats)
+        for node in (here, there):
+            await ask("storage", node, "used", NoteUse(models=[]), Done, DEADLINE_S, patience_s=DEADLINE_S)
+            assert await told.get() == (node, [])
+        uses = Uses(ask, tasks)
+        for now_s in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0):
+            before = asyncio.all_tasks()
+            uses.note(spec, now_s)
+            await asyncio.gather(*(asyncio.all_tasks() - before))  # all reports are sent, and nothing was raised
+            heard = sorted(told.get_nowait() for _ in range(told.qsize()))
+            assert heard == (
+                sorted([(here, [spec.model]), (there, [spec.model])]) if now_s in (1000.0, 1060.0) else []
+            )
+        stopping.set()

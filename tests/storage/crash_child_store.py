@@ -1,0 +1,123 @@
+"""A longer life of a store with every kind of change; reports what it begins and what it has acknowledged.
+
+Also a process of its own, which asks before each change: `python -m tests.storage.lives STORE VOLUME [function …]`
+prints `at …` or `ack …` and waits for a line; the fsyncs made in the functions named are left out. VOLUME is a volume
+to which all blobs go, or "".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal_storage.files.metadata_files import Keeping
+from shoal_storage.integrity import blob_check, quarantine
+from shoal_storage.integrity.repair import keep_good_leaves
+from shoal_storage.ledger.completeness import having, lose
+from tests.storage.crash_child_model import COMES, LEAVES, STAYS
+from tests.storage.store_fixtures import Model, Store, claimed_leaves, put, put_missing, sha256
+from tests.storage.syscall_tracer import Call, seen
+
+Acknowledge = Callable[[str, str], None]
+ROTTEN = sha256(STAYS.bytes["own.bin"])
+
+
+def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> None:
+    """Models come and go, are pinned and leased, a blob is corrupted and repaired, a deleted model is started again.
+
+    All blobs are on a volume if there is one.
+    """
+    store = Store(root, further)
+    store.onto = next(iter(store.disk.further), "")
+    keeping = Keeping(store.layout, store.ledger)
+    bring_in(store, STAYS, acknowledge)
+    keeping.pin(STAYS.name)
+    acknowledge("pinned", STAYS.name)
+    bring_in(store, LEAVES, acknowledge)
+    lease, other = store.lease(STAYS, "one"), store.lease(LEAVES, "other")
+    assert store.end(other)
+    acknowledge("setting-aside", ROTTEN)
+    rot(store, ROTTEN, acknowledge)
+    bring_in(store, STAYS, acknowledge)  # by leaf
+    store.layout.leaves(ROTTEN).unlink()  # as in a store from before leaf hashes existed
+    rot(store, ROTTEN, acknowledge)
+    assert store.end(lease)
+    bring_in(store, STAYS, acknowledge)  # the whole blob
+    rot(store, ROTTEN, acknowledge)
+    store.disk.drop_set_aside(ROTTEN)
+    acknowledge("dropped", ROTTEN)
+    bring_in(store, STAYS, acknowledge)
+    acknowledge("deleting", LEAVES.name)
+    store.delete(LEAVES)
+    acknowledge("deleted", LEAVES.name)
+    bring_back_one_blob(store, acknowledge)
+    for blob in store.reserve(COMES):
+        acknowledge("reserved", blob)
+        acknowledge("releasing", blob)
+        store.disk.remove_partial(blob)
+        del store.ledger.partials[blob]
+        acknowledge("released", blob)
+    acknowledge("unpinning", STAYS.name)
+    keeping.unpin(STAYS.name)
+    acknowledge("unpinned", STAYS.name)
+
+
+def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
+    """Reserve, receive, commit, seal."""
+    acknowledge("reserving", model.name)
+    for blob in store.reserve(model):
+        acknowledge("reserved", blob)
+        if claimed_leaves(store.layout.partial(blob), model.blobs[blob]):
+            acknowledge("taken-back", blob)
+        put_missing(store.layout, blob, model.blobs[blob])
+        acknowledge("committed", store.commit(blob))
+    store.seal(model)
+    store.ledger.broken.pop(model.name, None)
+    acknowledge("sealed", model.name)
+
+
+def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
+    """Change the first leaf of a blob on disk, verify the blob and quarantine it."""
+    acknowledge("setting-aside", blob)
+    path = store.layout.blob(blob)
+    path.chmod(0o644)
+    with path.open("r+b") as f:
+        f.write(b"?")
+    checked = blob_check.check(store.disk, blob, lambda _: None)
+    assert checked is not None and not checked.intact
+    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger), store.ledger.leases.values())
+    lose({blob}, store.ledger)
+    acknowledge("quarantined", blob)
+    if keep_good_leaves(store.disk, checked):
+        acknowledge("kept-good", blob)
+
+
+def bring_back_one_blob(store: Store, acknowledge: Acknowledge) -> None:
+    """Download the first blob of a deleted model again, and nothing more of it."""
+    acknowledge("reserving", LEAVES.name)
+    blobs = store.reserve(LEAVES)
+    for blob in blobs:
+        acknowledge("reserved", blob)
+    put(store.layout, blobs[0], LEAVES.blobs[blobs[0]])
+    acknowledge("committed", store.commit(blobs[0]))
+
+
+def main(root: Path) -> None:
+    """Run the life, asking before each change and after each acknowledgement whether to go on."""
+
+    def ask(line: str) -> None:
+        print(line, flush=True)
+        sys.stdin.readline()
+
+    def before(call: Call) -> bool:
+        ask(f"at {call}")
+        return call.site.split(":")[1] not in left_out or call.name != "fsync"
+
+    left_out, further = set(sys.argv[3:]), Path(sys.argv[2]) if sys.argv[2] else None
+    with seen(root.parent, before):
+        live(root, lambda what, which: ask(f"ack {what} {which}"), further)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

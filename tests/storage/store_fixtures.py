@@ -1,0 +1,269 @@
+"""A store opened as the service opens it, models to put into it, and the invariants of any store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from msgspec import structs
+
+from shoal_common.errors import BadMessage
+from shoal_common.messages import decode
+from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
+from shoal_common.store.leaf_hash import leaf_hash, root_of
+from shoal_common.store.store_paths import Layout
+from shoal_storage.admission.admission import admit
+from shoal_storage.admission.allocator import Space
+from shoal_storage.integrity.quarantine import set_aside_earlier
+from shoal_storage.integrity.repair import make_partial, repairable_bytes
+from shoal_storage.leases import lease_files
+from shoal_storage.ledger.entries import Partial
+from shoal_storage.ledger.lease import GRACE_S, Lease
+from shoal_storage.ledger.references import freed_by
+from shoal_storage.settings import Limits
+from shoal_storage.startup import recover
+from shoal_storage.store.store import Disk, require_present
+from shoal_storage.store.volume import open_root, remember
+
+UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
+
+
+def sha256(data: bytes) -> str:
+    """The name of a blob with these bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    """The git sha1 of these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def leaf_list(data: bytes) -> bytes:
+    """The leaf list of a blob with these bytes."""
+    return b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES))
+
+
+class Model:
+    """A model with its bytes. Files listed in `by_git` are named by git sha1, as the hub names small ones."""
+
+    def __init__(self, repo: str, files: Mapping[str, bytes], by_git: tuple[str, ...] = (), commit: str = "") -> None:
+        commit = commit or hashlib.sha1(repo.encode(), usedforsecurity=False).hexdigest()
+        self.bytes = dict(files)
+        self.manifest = Manifest(
+            repo=repo,
+            commit=commit,
+            revisions=["main"],
+            files=[
+                ManifestFile(
+                    path=path,
+                    size_bytes=len(data),
+                    sha256="" if path in by_git else sha256(data),
+                    git_sha1=git_sha1(data) if path in by_git else "",
+                )
+                for path, data in files.items()
+            ],
+        )
+        self.sealed = Manifest(
+            repo=repo,
+            commit=commit,
+            revisions=["main"],
+            files=[ManifestFile(path=p, size_bytes=len(d), sha256=sha256(d)) for p, d in files.items()],
+        )
+
+    @property
+    def kept(self) -> Manifest:
+        """The sealed manifest with leaf list digests, as kept by a service that has hashed every leaf."""
+        files = [structs.replace(f, leaves=root_of(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
+        return structs.replace(self.sealed, files=files)
+
+    @property
+    def name(self) -> str:
+        """`org/name@commit`."""
+        return self.manifest.model
+
+    @property
+    def blobs(self) -> dict[str, bytes]:
+        """Its bytes by the names that blobs arrive under."""
+        return {f.blob: self.bytes[f.path] for f in self.manifest.files}
+
+
+def put_missing(layout: Layout, blob: str, data: bytes) -> set[int]:
+    """Write the leaves that a partial blob lacks, as the fetcher does, and return them."""
+    directory = layout.partial(blob)
+    missing = set(range(leaf_count(len(data)))) - claimed_leaves(directory, data)
+    with (directory / "data").open("r+b") as f:
+        for leaf in missing:
+            f.seek(leaf * LEAF_BYTES)
+            f.write(data[leaf * LEAF_BYTES : (leaf + 1) * LEAF_BYTES])
+    return missing
+
+
+def claimed_leaves(directory: Path, data: bytes) -> set[int]:
+    """Return the leaves that a partial blob claims, after checking their bytes."""
+    try:
+        claimed, here = Bitmap(len(data), (directory / "have").read_bytes()), (directory / "data").read_bytes()
+    except FileNotFoundError:
+        return set()
+    leaves = {leaf for leaf in range(claimed.leaves) if leaf in claimed}
+    for leaf in leaves:
+        at = slice(leaf * LEAF_BYTES, leaf * LEAF_BYTES + claimed.leaf_bytes(leaf))
+        assert here[at] == data[at], f"leaf {leaf} of {directory.name[:12]} is claimed, and it is not good"
+    return leaves
+
+
+def put(layout: Layout, blob: str, data: bytes) -> None:
+    """Write all bytes into a partial blob and a complete bitmap, as the fetcher does."""
+    directory = layout.partial(blob)
+    with (directory / "data").open("r+b") as f:
+        f.write(data)
+    bitmap = Bitmap(len(data))
+    for leaf in range(bitmap.leaves):
+        bitmap.add(leaf)
+    (directory / "have").write_bytes(bitmap.to_bytes())
+
+
+class Store:
+    """A disk and its ledger, driven as the service drives them."""
+
+    def __init__(self, root: Path, further: Path | None = None) -> None:
+        self.root = root
+        self.disk = Disk(root)
+        self.layout = self.disk.layout
+        self.disk.open()
+        self.onto = ""
+        """The volume to which blobs go from now on; "" for the store itself."""
+        if further is not None:
+            self.join(further)
+        self.ledger = recover(self.disk, lease_files.read(self.disk, time.monotonic(), time.time()))
+        self.ledger.quarantined = set_aside_earlier(self.disk)
+
+    def join(self, further: Path) -> str:
+        """Attach a volume; at a start, before anything is read. Returns its id."""
+        opened = open_root(self.layout, further)
+        remember(self.layout, opened)
+        self.disk.join(opened)
+        return opened.id
+
+    def reserve(self, model: Model) -> list[str]:
+        """Reserve what is missing and return it."""
+        # Both are on one disk here, which storage would count once; with plenty of space it makes no difference.
+        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_root
+        spaces = [Space(further, str(lay.root), free, in_flight[further]) for further, lay in self.layout.all()]
+        missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
+        for blob in missing:
+            if blob not in self.ledger.partials:
+                bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
+                self.disk.place(blob, self.layout.where.get(blob, "") if bound else self.onto)
+            partial = self.ledger.partials.setdefault(blob, Partial(model.manifest.blob_sizes[blob]))
+            partial.models.add(model.name)
+            if self.disk.has_partial(blob):
+                self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            else:
+                make_partial(self.disk, blob, partial.size_bytes, partial.models)
+            claimed_leaves(self.layout.partial(blob), model.blobs[blob])
+        return missing
+
+    def commit(self, blob: str) -> str:
+        """Verify and commit a partial blob."""
+        digests = self.disk.verify_partial(blob, self.ledger.partials[blob].size_bytes)
+        self.disk.commit(blob, digests)
+        del self.ledger.partials[blob]
+        self.ledger.blobs[digests.sha256] = digests.size_bytes
+        return digests.sha256
+
+    def bring_in(self, model: Model) -> None:
+        """Download and seal a model."""
+        for blob in self.reserve(model):
+            put(self.layout, blob, model.blobs[blob])
+            self.commit(blob)
+        self.seal(model)
+
+    def seal(self, model: Model) -> None:
+        """Seal a model whose blobs are present."""
+        require_present(model.sealed, self.ledger)
+        self.disk.seal(model.sealed)
+        self.ledger.manifests[model.name] = model.sealed
+
+    def delete(self, model: Model) -> None:
+        """Delete a model."""
+        blobs = freed_by(model.name, self.ledger)
+        self.disk.entomb(model.manifest.repo, model.manifest.commit)
+        self.disk.clear(model.manifest.repo, model.manifest.commit, blobs)
+        self.ledger.manifests.pop(model.name, None)
+        for blob in blobs:
+            del self.ledger.blobs[blob]
+
+    def lease(self, model: Model, name: str) -> Lease:
+        """Create a lease on a model; nobody holds it yet."""
+        files = {f.path: f.sha256 for f in model.sealed.files}
+        until_s = time.monotonic() + GRACE_S
+        lease = Lease(name, model.name, "a test", "", time.time(), files, until_s)
+        lease_files.make(self.disk, lease)
+        self.ledger.leases[name] = lease
+        return lease
+
+    def end(self, lease: Lease) -> bool:
+        """Remove a lease unless somebody holds it."""
+        if not lease_files.remove(self.disk, lease.id):
+            return False
+        del self.ledger.leases[lease.id]
+        return True
+
+    def leased_view_is_complete(self, lease: Lease, model: Model) -> bool:
+        """Whether every file of a lease's view has the right bytes."""
+        view = self.layout.lease_view(lease.id)
+        return all((view / path).read_bytes() == data for path, data in model.bytes.items())
+
+    def holds(self, model: Model) -> bool:
+        """Whether a model is complete, every byte of its view included."""
+        view = self.layout.view(model.manifest.repo, model.manifest.commit)
+        return model.name in self.ledger.manifests and all(
+            (view / path).read_bytes() == data for path, data in model.bytes.items()
+        )
+
+
+def check_invariants(root: Path, rotten: str = "", further: Path | None = None) -> None:
+    """Check I1 and I2, which hold at any moment, whatever was killed; foreign files are ignored.
+
+    A blob that the disk itself has corrupted, `rotten`, is exempt until it is verified.
+    """
+    layout = Layout(root)
+    roots = [layout, *([Layout(further)] if further else [])]
+    for path in [p for its in roots for p in its.blobs.glob("*/*")]:
+        if path.name != rotten and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
+            assert sha256(path.read_bytes()) == path.name, f"I1: {path.name} does not hash to its name"
+    for path in layout.manifests.glob("*/*.json"):
+        with suppress(BadMessage):
+            for f in decode(path.read_bytes(), Manifest).files:
+                assert f.sha256 == rotten or any(its.blob(f.sha256).is_file() for its in roots), (
+                    f"I2: {path} is there and its blob {f.sha256} is not"
+                )
+
+
+def files_below(root: Path) -> set[str]:
+    """Every file of a store except its own two, relative to it; the store may change meanwhile."""
+    found = set()
+    for directory, subdirectories, files in os.walk(root):  # skips what is deleted during the walk
+        links = [name for name in subdirectories if (Path(directory) / name).is_symlink()]
+        found |= {str((Path(directory) / name).relative_to(root)) for name in (*files, *links)}
+    return found - {"VERSION", "lock"}
+
+
+def files_of(*models: Model) -> set[str]:
+    """The files that a store with exactly these models has."""
+    layout = Layout(Path())
+    return {
+        str(path)
+        for m in models
+        for path in (
+            layout.manifest(m.sealed.repo, m.sealed.commit),
+            *(layout.blob(f.sha256) for f in m.sealed.files),
+            *(layout.leaves(f.sha256) for f in m.sealed.files),
+            *(layout.view_file(m.sealed, f.path) for f in m.sealed.files),
+        )
+    }

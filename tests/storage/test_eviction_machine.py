@@ -1,0 +1,272 @@
+"""A store through a long life of models downloaded, used, pinned, placed, deleted and evicted, and of restarts.
+
+Decisions and disk are the service's own; the free space of the disk is computed from its files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from shoal_common.errors import QuotaExceeded
+from shoal_common.store.verification_stamp import prove
+from shoal_storage.admission.admission import Admission, admit
+from shoal_storage.eviction.planner import garbage_of, kept_models, plan
+from shoal_storage.files.metadata_files import Keeping
+from shoal_storage.ledger.entries import Partial
+from shoal_storage.ledger.references import arriving, freed_by
+from shoal_storage.ledger.usage import User
+from shoal_storage.settings import Limits
+from shoal_storage.startup import recover
+from shoal_storage.store.store import Disk
+from tests.storage.store_fixtures import Model, check_invariants, put, sha256
+
+FILES = {f"file-{n}": bytes([n]) * size for n, size in enumerate([0, 1, 90, 150, 200, 300, 400])}
+MODELS = [
+    Model(f"org/{n}", {path: FILES[f"file-{path}"] for path in paths})
+    for n, paths in enumerate(["0", "12", "23", "345", "56", "6", "136", "4"])
+]
+A_MODEL = st.sampled_from(MODELS)
+
+
+class EvictionMachine(RuleBasedStateMachine):
+    """One store. `free_bytes` is what a disk of `total_bytes` with nothing else on it would have."""
+
+    @initialize(
+        quota=st.none() | st.integers(500, 1300),
+        total=st.integers(600, 1500),
+        headroom=st.integers(0, 100),
+        policy=st.sampled_from(["lru"] * 7 + ["manual"]),
+    )
+    def begin(self, quota: int | None, total: int, headroom: int, policy: str) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="shoal-lives-"))
+        self.limits = Limits(quota, headroom, "lru" if policy == "lru" else "manual")
+        self.total_bytes, self.now_s = total, 1_700_000_000.0
+        self.used_by: dict[str, list[User]] = {}
+        self.open()
+        for model in MODELS[1:5]:
+            self.now_s += 1
+            self.pull(model)
+
+    def open(self) -> None:
+        self.disk = Disk(self.root)
+        self.disk.open()
+        self.ledger = recover(self.disk)
+        self.keeping = Keeping(self.disk.layout, self.ledger)
+        self.keeping.read()
+
+    def teardown(self) -> None:
+        if hasattr(self, "root"):
+            check_invariants(self.root)
+            shutil.rmtree(self.root)
+
+    def blob_bytes(self) -> int:
+        """The bytes on disk, by its files."""
+        return sum(p.stat().st_size for p in self.disk.layout.blobs.glob("*/*"))
+
+    @property
+    def free_bytes(self) -> int:
+        partials = self.disk.layout.partials.glob("*/data")
+        return self.total_bytes - self.blob_bytes() - sum(p.stat().st_size for p in partials)
+
+    def measure(self) -> None:
+        for blob, partial in self.ledger.partials.items():
+            partial.allocated_bytes = (self.disk.layout.partial(blob) / "data").stat().st_size
+
+    def remove(self, model: str) -> int:
+        ledger = self.ledger
+        leaving = [b for b in freed_by(model, ledger) if b in ledger.blobs]
+        repo, _, commit = model.rpartition("@")
+        self.disk.entomb(repo, commit)
+        self.disk.clear(repo, commit, leaving)
+        self.keeping.forget(model)
+        ledger.manifests.pop(model, None)
+        freed = sum(ledger.blobs.pop(b) for b in leaving)
+        self.end_reservation(model)
+        return freed
+
+    def end_reservation(self, model: str) -> None:
+        self.keeping.end_promise(model)
+        for blob, partial in list(self.ledger.partials.items()):
+            partial.models.discard(model)
+            if partial.models:
+                self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            else:
+                self.disk.remove_partial(blob)
+                del self.ledger.partials[blob]
+
+    def admit_with_eviction(self, model: Model) -> Admission | None:
+        """Admit, evicting by a plan where that helps, and compare what was evicted with the plan."""
+        self.measure()
+        try:
+            return admit(model.sealed, self.ledger, self.limits, self.free_bytes)
+        except QuotaExceeded as refused:
+            need = refused.details["shortfall_bytes"]
+        kept = kept_models(self.ledger, self.used_by)
+        made, before = plan(need, self.ledger, self.ledger.last_uses, kept), self.blob_bytes()
+        if self.limits.eviction_policy == "manual" or not made.enough:
+            return None
+        for blob in made.garbage:
+            self.disk.remove_blob(blob)
+            del self.ledger.blobs[blob]
+        for victim in made.victims:
+            assert victim.model not in self.ledger.pinned | self.used_by.keys() | self.ledger.promised.keys(), "I4"
+            assert self.remove(victim.model) == victim.frees_bytes
+        freed = before - self.blob_bytes()
+        assert abs(freed - made.frees_bytes) <= made.frees_bytes // 100, f"freed {freed} of {made.frees_bytes}"
+        return admit(model.sealed, self.ledger, self.limits, self.free_bytes)  # a plan that is sufficient is enough
+
+    @rule(model=A_MODEL)
+    def reserve(self, model: Model) -> None:
+        before = self.ledger.promised.get(model.name)
+        self.ledger.promised[model.name] = set(model.blobs)
+        admission = self.admit_with_eviction(model)
+        if admission is None:
+            if before is None:
+                del self.ledger.promised[model.name]
+            return
+        self.keeping.promise(model.name)
+        for blob in admission.missing:
+            partial = self.ledger.partials.setdefault(blob, Partial(len(model.blobs[blob])))
+            partial.models.add(model.name)
+            self.disk.write_partial(blob, partial.size_bytes, partial.models)
+
+    @precondition(lambda self: self.ledger.partials)
+    @rule(data=st.data(), whole=st.booleans())
+    def receive(self, data: st.DataObject, whole: bool) -> None:
+        blob = data.draw(st.sampled_from(sorted(self.ledger.partials)))
+        (content,) = [c for c in FILES.values() if sha256(c) == blob]
+        put(self.disk.layout, blob, content if whole else content[: len(content) // 2])
+        if whole:
+            self.disk.commit(blob, self.disk.verify_partial(blob, len(content)))
+            self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+
+    @rule(model=A_MODEL)
+    def pull(self, model: Model) -> None:
+        self.reserve(model)
+        if model.name in self.ledger.promised:
+            self.fetch_rest(model.name)
+
+    @rule(model=A_MODEL)
+    def pull_and_use(self, model: Model) -> None:
+        self.pull(model)
+        self.use(model)
+
+    @precondition(lambda self: self.ledger.promised)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.promised))))
+
+    def fetch_rest(self, name: str) -> None:
+        (model,) = [m for m in MODELS if m.name == name]
+        for blob in sorted(self.ledger.partials.keys() & model.blobs.keys()):
+            put(self.disk.layout, blob, model.blobs[blob])
+            self.disk.commit(blob, self.disk.verify_partial(blob, len(model.blobs[blob])))
+            self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+        assert model.blobs.keys() <= self.ledger.blobs.keys(), f"I4: bytes went from under the fetch of {name}"
+        self.disk.seal(model.sealed)
+        self.ledger.manifests[name] = model.sealed
+        self.keeping.came_in(name)
+        self.end_reservation(name)
+
+    @precondition(lambda self: self.ledger.promised)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.ledger.promised)))
+        self.end_reservation(name) if name in self.ledger.manifests else self.remove(name)
+
+    @rule(model=A_MODEL)
+    def use(self, model: Model) -> None:
+        self.now_s += 1
+        self.keeping.used([model.name], self.now_s)
+
+    @precondition(lambda self: self.ledger.manifests)
+    @rule(data=st.data(), pinned=st.sampled_from([True, False, False]))
+    def pin(self, data: st.DataObject, pinned: bool) -> None:
+        model = data.draw(st.sampled_from(sorted(self.ledger.manifests)))
+        (self.keeping.pin if pinned else self.keeping.unpin)(model)
+
+    @precondition(lambda self: self.ledger.manifests)
+    @rule(data=st.data(), placed=st.sampled_from([True, False, False]))
+    def place(self, data: st.DataObject, placed: bool) -> None:
+        model = data.draw(st.sampled_from(sorted(self.ledger.manifests)))
+        if placed:
+            self.used_by[model] = [User("instance i-1", "i-1")]
+        else:
+            self.used_by.pop(model, None)
+
+    @rule(model=st.sampled_from(MODELS[:3]))
+    def delete(self, model: Model) -> None:
+        if model.name in self.ledger.pinned or model.name in self.used_by:
+            return  # refused
+        if model.name in self.ledger.manifests or arriving(model.manifest.repo, "", self.ledger):
+            self.remove(model.name)
+
+    @rule()
+    def leave_garbage(self) -> None:
+        content = b"x" * 70
+        path = self.disk.layout.blob(sha256(content))
+        fits = self.limits.quota_bytes is None or (
+            self.ledger.used_bytes + self.ledger.reserved_bytes + len(content) <= self.limits.quota_bytes
+        )
+        self.measure()
+        room = self.free_bytes - self.ledger.in_flight_bytes - self.limits.headroom_bytes
+        if fits and len(content) <= room and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            assert prove(path.name, path)
+            self.ledger.blobs[path.name] = len(content)
+
+    @rule()
+    def collect_garbage(self) -> None:
+        for blob in garbage_of(self.ledger):
+            self.disk.remove_blob(blob)
+            del self.ledger.blobs[blob]
+
+    @rule()
+    def restart(self) -> None:
+        self.keeping.write_uses()
+        before = self.ledger
+        self.disk.close()
+        self.open()
+        assert (self.ledger.blobs, self.ledger.pinned) == (before.blobs, before.pinned)
+        assert self.ledger.manifests.keys() == before.manifests.keys() and not self.ledger.broken
+        fetched = {m: b for m, b in before.promised.items() if m not in before.manifests}
+        assert self.ledger.promised == fetched, "what fetches count on is remembered"
+        assert {m: round(s, 3) for m, s in self.ledger.last_uses.items()} == {
+            m: round(s, 3) for m, s in before.last_uses.items()
+        }
+
+    @invariant()
+    def I3_the_quota_and_the_headroom_hold(self) -> None:
+        used, reserved = self.blob_bytes(), self.ledger.reserved_bytes
+        assert used == self.ledger.used_bytes, "the ledger says what the disk holds"
+        if self.limits.quota_bytes is not None:
+            assert used + reserved <= self.limits.quota_bytes
+        if used + reserved:
+            self.measure()
+            assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
+
+    @invariant()
+    def I4_pinned_used_and_reserved_models_are_present(self) -> None:
+        on_disk = {p.name for p in self.disk.layout.blobs.glob("*/*")}
+        for model in (self.ledger.pinned | self.used_by.keys()) & {m.name for m in MODELS}:
+            assert model in self.ledger.manifests, f"{model} went"
+        for manifest in self.ledger.manifests.values():
+            assert manifest.blob_sizes.keys() <= on_disk, f"a blob of {manifest.model} went"
+        for blobs in self.ledger.promised.values():
+            assert blobs <= on_disk | self.ledger.partials.keys(), "what a fetch counts on went"
+
+
+EvictionMachine.TestCase.settings = settings(
+    max_examples=280,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+test_I3_I4_no_life_of_a_store_breaks_the_limits_or_evicts_what_is_kept = EvictionMachine.TestCase

@@ -1,0 +1,440 @@
+"""Models of libraries: hashed, offered and served in place, unpublished when they change, never touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from nats.js.errors import NotFoundError
+
+from shoal_common.bus.keys import model_key
+from shoal_common.errors import NotFound
+from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.storage import AskManifest, CollectGarbage, Configure, ModelState, Pin, RootState, Verify
+from shoal_common.store.store_paths import Layout
+from tests.fileserver.running_fileserver import Fileserver
+from tests.harness.nats import NatsServer
+from tests.harness.process import Process
+from tests.harness.waiting import eventually
+from tests.storage.library_fixtures import cached, config, mounted_read_only, plain, snapshot_tree
+from tests.storage.running_storage import Node, on_node
+from tests.storage.store_fixtures import Model, Store, files_below, git_sha1, sha256
+from tests.storage.test_verifier import fileserver_of, flip
+
+Fresh = Callable[[str], str]
+WEIGHTS = bytes(range(256)) * 9000
+FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
+THEIRS = Model("org/theirs", FILES)
+OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100})
+"""A model that shares its weights with the library model."""
+
+
+@asynccontextmanager
+async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path) -> AsyncIterator[Node]:
+    """A node with these libraries in its settings file."""
+    async with on_node(nats, tmp_path, name) as node:
+        listed = ", ".join(f'"{root}"' for root in roots)
+        with (node.home / "node.toml").open("a") as f:
+            f.write(f"# mine\n[storage]\n# theirs\nread_only_roots = [{listed}]  # the NAS\n")
+        yield node
+
+
+@asynccontextmanager
+async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
+    """Run storage, once it waits for commands: one sent earlier is executed, but its reply is lost."""
+    async with node.storage(**environ) as process:
+
+        async def waits() -> bool:
+            with suppress(NotFoundError):
+                return bool((await node.here.js.consumer_info("CMD", f"storage-{node.node}")).num_waiting)
+            return False
+
+        await eventually(waits, "storage waits for commands")
+        yield process
+
+
+async def wait_published(node: Node, model: str) -> ModelState:
+    """Wait until a model (`org/name@commit`) is published."""
+
+    async def published() -> ModelState | None:
+        return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
+
+    return await eventually(published, f"{model} is announced")
+
+
+async def wait_library_state(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
+    """Wait until the published state of a library is as expected."""
+
+    async def matching_state() -> RootState | None:
+        roots = (await node.storage_state()).read_only_roots
+        return roots[at] if len(roots) > at and wanted(roots[at]) else None
+
+    return await eventually(matching_state, "the root is as wanted")
+
+
+async def set_libraries(node: Node, *roots: Path) -> None:
+    """Send `configure`, which also has the libraries scanned again."""
+    outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
+    assert outcome.ok, outcome.error
+    assert outcome.result["read_only_roots"] == [str(r) for r in roots]
+
+
+async def wait_unpublished(node: Node, model: str) -> None:
+    """Wait until a model is unpublished."""
+
+    async def unpublished() -> bool:
+        return await node.here.buckets.state.get(model_key(node.node, model)) is None
+
+    await eventually(unpublished, f"{model} is taken back")
+
+
+async def is_served(fileserver: Fileserver, data: bytes) -> bool:
+    reply = await fileserver.blob(sha256(data))
+    assert reply.status in (200, 404)
+    assert reply.status == 404 or reply.body == data
+    return reply.status == 200
+
+
+def hashed(process: Process) -> list[str]:
+    """The log lines about hashed models."""
+    return [line for line in process.lines if "library model hashed" in line]
+
+
+async def test_I4_a_library_is_offered_and_served_and_never_written(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = snapshot_tree(cache)
+    with mounted_read_only(cache) as root:
+        async with (
+            on_node_with(nats, tmp_path, fresh("node"), root) as node,
+            node.fetcher(),
+            listening(node) as process,
+            fileserver_of(node, nats) as fileserver,
+        ):
+            state = await wait_published(node, THEIRS.name)
+            assert state.adopted_from == str(root / snapshot.relative_to(cache))
+            assert (state.revisions, state.size_bytes, state.file_count) == (
+                ["main"],
+                sum(map(len, FILES.values())),
+                3,
+            )
+            assert all([await is_served(fileserver, data) for data in FILES.values()])
+            ranged = await fileserver.ask(f"/v1/blobs/{sha256(WEIGHTS)}", {"Range": "bytes=1000-1009"})
+            assert (ranged.status, ranged.body) == (206, WEIGHTS[1000:1010])
+            view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+            assert {p: (view / p).read_bytes() for p in FILES} == FILES
+            manifest = await node.ask("manifest", AskManifest(model="org/theirs"), Manifest)
+            assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
+
+            await wait_library_state(node, lambda r: r.model_count == 1)
+            disk = await node.storage_state()
+            assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
+            assert disk.read_only_roots == [RootState(path=str(root), model_count=1)]
+            assert [name for name, _ in await node.events()] == ["adopted"]
+
+            reserved = await node.reserve(THEIRS.manifest)
+            assert reserved.missing == [] and (await node.seal(THEIRS.sealed)).adopted_from == state.adopted_from
+            assert list(node.layout.manifests.iterdir()) == [], "a pull of what is adopted leaves it where it is"
+            refused = await node.delete("org/theirs")
+            assert refused.error is not None and refused.error.code == "refused"
+            assert "remove it there" in refused.error.message and str(root) in refused.error.message
+            pinned = await node.command("pin", Pin(model="org/theirs"))
+            assert pinned.error is not None and pinned.error.code == "refused"
+            await node.command("configure", Configure(eviction_policy="lru", max_storage_bytes=1))
+            plan = await node.plan(10**9)
+            assert not plan.enough and plan.evictable_bytes == 0
+            assert (await node.command("gc", CollectGarbage())).result == {"freed_bytes": 0, "blobs": 0}
+            verified = (await node.command("verify", Verify(model="org/theirs"))).result
+            assert (verified["checked"], verified["corrupt"], verified["missing"]) == (3, [], [])
+            assert (await node.command("verify", Verify())).result["checked"] == 3
+            assert len(hashed(process)) == 1
+            assert await wait_published(node, THEIRS.name) == state
+    assert snapshot_tree(cache) == before
+
+
+async def test_a_model_sharing_files_with_a_library_fetches_the_rest(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = snapshot_tree(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        node.fetcher(),
+        listening(node, SHOAL_MAX_STORAGE_BYTES="1000") as process,
+    ):
+        await wait_published(node, THEIRS.name)
+        by_git = Model("org/by-git", {"config.json": FILES["config.json"]}, by_git=("config.json",))
+        reserved = await node.reserve(by_git.manifest)
+        sha = sha256(FILES["config.json"])
+        assert (reserved.missing, reserved.known) == ([], {f"git-{git_sha1(FILES['config.json'])}": sha})
+        await node.release(by_git.manifest)
+
+        assert (await node.reserve(OURS.manifest)).missing == [sha256(OURS.bytes["own.bin"])]
+        await node.bring_in(OURS)
+        view = node.layout.view("org/ours", OURS.manifest.commit)
+        assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
+        assert (await node.storage_state()).used_bytes == 300
+        await process.kill()
+        async with listening(node) as again:
+            assert await node.model_state(OURS) is not None, "not taken back by a start"
+            assert hashed(again) == []
+            await set_libraries(node)
+            assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
+            assert "org/ours" in await again.wait_line("model is incomplete, it used files of a library")
+            assert (await node.reserve(OURS.manifest)).missing == [sha256(WEIGHTS)]
+            await node.release(OURS.manifest)
+            await set_libraries(node, cache)
+            await wait_published(node, OURS.name)
+            assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
+            assert (await node.delete("org/ours")).result["freed_bytes"] == 300
+            await wait_published(node, THEIRS.name)
+    assert snapshot_tree(cache) == before
+
+
+async def test_removing_a_library_removes_our_records_and_no_files(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    before = snapshot_tree(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await wait_published(node, THEIRS.name)
+        await set_libraries(node)
+        assert await node.model_state(THEIRS) is None
+        assert not await is_served(fileserver, WEIGHTS)
+        assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"adopted"}
+        assert files_below(node.layout.root) == {"adopted/verified.json"}
+        text = (node.home / "node.toml").read_text()
+        assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "read_only_roots" not in text
+        assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended", "settings_changed"]
+    assert snapshot_tree(cache) == before
+
+
+async def test_I1_a_byte_flipped_before_the_scan_is_never_offered(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+    small = cached(cache, "org/small", "b" * 40, {**FILES, "config.json": b'{"a": 1}'})
+    flip((snapshot / "model.safetensors").resolve(), 70_000)
+    flip((small / "config.json").resolve(), 3)
+    before = snapshot_tree(cache)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), cache) as node,
+        listening(node) as process,
+        fileserver_of(node, nats) as fileserver,
+    ):
+        state = await wait_library_state(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
+        assert state.model_count == 0
+        assert "model.safetensors is corrupt" in state.not_adopted[str(snapshot)]
+        assert "config.json is corrupt" in state.not_adopted[str(small)]
+        assert [name for name, _ in await node.events()] == ["adopted_corrupt"] * 2
+        await process.wait_line("is corrupt", sha256(WEIGHTS))
+        assert await node.model_state(THEIRS) is None
+        assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
+        await process.kill()
+        async with listening(node) as again:
+            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
+            assert hashed(again) == [] and await node.model_state(THEIRS) is None
+        assert len(await node.events()) == 2, "told once"
+    assert snapshot_tree(cache) == before
+
+
+@pytest.mark.parametrize("how", ["changed", "removed", "replaced by a link"])
+async def test_I1_a_library_file_that_changes_is_no_longer_served(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, how: str
+) -> None:
+    root = tmp_path / "models"
+    weights = plain(root, "me/tuned", FILES) / "model.safetensors"
+    kept = plain(root, "me/kept", {"config.json": config(), "model.safetensors": b"kept"})
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), root) as node,
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await wait_library_state(node, lambda r: r.model_count == 2)
+        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        assert await is_served(fileserver, WEIGHTS)
+        if how == "changed":
+            weights.write_bytes(b"new" + WEIGHTS)
+        elif how == "removed":
+            weights.unlink()
+        else:
+            weights.rename(tmp_path / "elsewhere")
+            weights.symlink_to(tmp_path / "elsewhere")
+        assert not await is_served(fileserver, WEIGHTS), "before storage has looked"
+        await set_libraries(node, root)
+        await wait_unpublished(node, tuned)
+        view = node.layout.view("me/tuned", tuned.rpartition("@")[2])
+
+        async def view_gone() -> bool:
+            return not view.exists()
+
+        await eventually(view_gone, "its view goes after its announcement")
+        assert await is_served(fileserver, b"kept") and kept.exists()
+        if how == "changed":
+
+            async def accepted_again() -> Manifest | None:
+                with suppress(NotFound):
+                    return await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)
+                return None
+
+            assert (await eventually(accepted_again, "it is adopted as it is now")).model != tuned
+            assert await is_served(fileserver, b"new" + WEIGHTS)
+
+
+async def test_I1_verify_finds_corrupt_library_files_and_moves_nothing(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    weights = plain(root, "me/tuned", FILES) / "model.safetensors"
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), root) as node,
+        listening(node) as process,
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await wait_library_state(node, lambda r: r.model_count == 1)
+        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        flip(weights, 12_345)
+        before = snapshot_tree(root)
+        result = (await node.command("verify", Verify())).result
+        assert (result["checked"], result["corrupt"], result["models"]) == (3, [sha256(WEIGHTS)], [tuned])
+        assert await node.here.buckets.state.get(model_key(node.node, tuned)) is None
+        assert not await is_served(fileserver, WEIGHTS)
+        assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+        assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
+        await process.kill()
+        async with listening(node) as again:
+            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+            assert hashed(again) == [], "what rotted is not taken for something new"
+        assert snapshot_tree(root) == before and not list(node.layout.quarantine.iterdir())
+
+
+async def test_another_store_is_a_library_like_any_other(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
+) -> None:
+    theirs = Store(tmp_path / "theirs")
+    for model in (apples, pears):
+        theirs.bring_in(model)
+    before = snapshot_tree(theirs.root)
+    async with (
+        on_node_with(nats, tmp_path, fresh("node"), theirs.root) as node,
+        node.fetcher(),
+        listening(node),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        for model in (apples, pears):
+            await wait_published(node, model.name)
+            view = node.layout.view(model.manifest.repo, model.manifest.commit)
+            assert {p: (view / p).read_bytes() for p in model.bytes} == model.bytes
+            assert all([await is_served(fileserver, data) for data in model.bytes.values()])
+        assert not (await node.delete("org/apples")).ok
+    assert snapshot_tree(theirs.root) == before
+
+
+async def test_a_restart_hashes_nothing_again_and_changed_files_only(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    directory = plain(root, "me/tuned", FILES)
+    plain(root, "me/other", {**FILES, "model.safetensors": b"other"})
+    async with on_node_with(nats, tmp_path, fresh("node"), root) as node:
+        async with listening(node) as process:
+            await wait_library_state(node, lambda r: r.model_count == 2)
+            assert sum(int(line.split("files=")[1].split()[0]) for line in hashed(process)) == 6
+            await process.kill()
+        async with listening(node) as process:
+            await wait_library_state(node, lambda r: r.model_count == 2)
+            assert hashed(process) == []
+            await process.kill()
+        os.utime(directory / "config.json", ns=(1, 1))
+        async with listening(node) as process:
+            await process.wait_line("library model hashed", "files=1")
+            await wait_library_state(node, lambda r: r.model_count == 2)
+            assert len(hashed(process)) == 1
+        assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
+
+
+async def test_a_missing_library_is_reported_and_prevents_no_start(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    root = tmp_path / "nas"
+    cached(root, "org/theirs", THEIRS.manifest.commit, FILES)
+    async with on_node_with(nats, tmp_path, fresh("node"), root, tmp_path / "never") as node:
+        async with listening(node) as process:
+            await wait_published(node, THEIRS.name)
+            await wait_library_state(node, lambda r: r.model_count == 1)
+            states = (await node.storage_state()).read_only_roots
+            assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
+            await process.wait_line("library cannot be scanned", "never")
+            root.rename(tmp_path / "unmounted")
+            await set_libraries(node, root, tmp_path / "never")
+            await wait_unpublished(node, THEIRS.name)
+        async with listening(node) as process:
+            assert (await node.storage_state()).read_only_roots[0].error == "No such file or directory"
+            (tmp_path / "unmounted").rename(root)
+            await set_libraries(node, root, tmp_path / "never")
+            await wait_published(node, THEIRS.name)
+            assert hashed(process) == [], "what was hashed before it went away still counts"
+
+
+async def test_library_settings_follow_the_environment_and_are_checked(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cached(one, "org/theirs", THEIRS.manifest.commit, FILES)
+    two.mkdir()
+    async with on_node_with(nats, tmp_path, fresh("node"), tmp_path / "file") as node:
+        async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
+            await wait_published(node, THEIRS.name)
+            state = await node.storage_state()
+            assert [r.path for r in state.read_only_roots] == [str(one), str(two)]
+            assert "read_only_roots" in state.from_environment
+            refused = await node.command("configure", Configure(read_only_roots=[]))
+            assert refused.error is not None and "unset SHOAL_READ_ONLY_ROOTS" in refused.error.message
+        async with listening(node):
+            assert await node.model_state(THEIRS) is None
+            text = (node.home / "node.toml").read_text()
+            for bad in (["relative"], [str(node.layout.root)], [str(tmp_path)], ["/x\n"]):
+                outcome = await node.command("configure", Configure(read_only_roots=bad))
+                assert outcome.error is not None and outcome.error.code == "bad_input", bad
+            assert (node.home / "node.toml").read_text() == text
+
+
+async def test_an_eviction_spares_libraries_and_offers_their_copies(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, pears: Model
+) -> None:
+    cache = tmp_path / "hub"
+    async with on_node(nats, tmp_path, fresh("node")) as node, node.fetcher(), listening(node):
+        await node.bring_in(THEIRS)
+        cached(cache, "org/theirs", THEIRS.manifest.commit, FILES)
+        before = snapshot_tree(cache)
+        await set_libraries(node, cache)
+        await wait_library_state(node, lambda r: r.model_count == 1)
+        own = await node.model_state(THEIRS)
+        assert own is not None and own.adopted_from == "", "what the store has is the store's"
+        quota = own.size_bytes + 10
+        await node.command("configure", Configure(eviction_policy="lru", max_storage_bytes=quota))
+        await node.bring_in(pears)
+        state = await node.model_state(THEIRS)
+        assert state is not None and state.adopted_from.startswith(str(cache))
+        view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+        assert {p: (view / p).read_bytes() for p in FILES} == FILES
+        assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
+        assert snapshot_tree(cache) == before
+
+
+def test_library_records_have_paths_of_their_own() -> None:
+    lay = Layout(Path("/s"))
+    assert lay.adopted_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
+    assert lay.adopted_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"

@@ -1,0 +1,464 @@
+"""The disk is right while storage runs: files that people delete, replace or copy in are noticed, never trusted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal_common.messages.storage import CollectGarbage, Pin, StorageState, Verify
+from tests.fileserver.running_fileserver import Fileserver
+from tests.harness.nats import NatsServer
+from tests.harness.process import Process, node_environment, started
+from tests.harness.waiting import eventually
+from tests.storage.running_storage import Node, on_node
+from tests.storage.store_fixtures import Model, Store, check_invariants, files_below, files_of, sha256
+from tests.storage.test_verifier import fileserver_of
+
+Fresh = Callable[[str], str]
+PATIENCE_S = 40.0
+LARGE = Model("org/large", {"weights.bin": bytes(range(256)) * 12000, "config.json": b"{}", "own.bin": b"own"})
+WEIGHTS = sha256(LARGE.bytes["weights.bin"])
+
+
+async def wait_published(node: Node, model: Model) -> None:
+    """Return once a model of this node is published."""
+    await eventually(lambda: node.model_state(model), f"{model.name} is announced", PATIENCE_S)
+
+
+async def wait_unpublished(node: Node, model: Model) -> None:
+    """Return once it is unpublished."""
+
+    async def unpublished() -> bool:
+        return await node.model_state(model) is None
+
+    await eventually(unpublished, f"{model.name} is taken back", PATIENCE_S)
+
+
+async def wait_storage_state(node: Node, what: str, holds: Callable[[StorageState], bool]) -> StorageState:
+    """Return the published state of the storage, once the condition holds."""
+
+    async def asked() -> StorageState | None:
+        state = await node.storage_state()
+        return state if holds(state) else None
+
+    return await eventually(asked, what, PATIENCE_S)
+
+
+def store_elsewhere(directory: Path, *models: Model) -> Store:
+    """Another store with models, as a person may have one on a disk."""
+    store = Store(directory / "elsewhere")
+    for model in models:
+        store.bring_in(model)
+    return store
+
+
+def copied(source: Store, node: Node, path: Path, like: Callable[[Path, Path], object] = shutil.copy2) -> Path:
+    """Copy a file of another store to its place in this one."""
+    target = node.layout.root / path.relative_to(source.root)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    like(path, target)
+    return target
+
+
+def manifest_path(store: Store, model: Model) -> Path:
+    """The path of a model's manifest in a store."""
+    return store.layout.manifest(model.sealed.repo, model.sealed.commit)
+
+
+async def test_a_model_goes_with_a_removed_blob_and_returns_with_it(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
+) -> None:
+    async with (
+        on_node(nats, tmp_path, fresh("storage")) as node,
+        node.storage(),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await node.bring_in(LARGE)
+        await node.bring_in(apples)
+        path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
+        shutil.copy2(path, aside)
+        path.unlink()
+        await wait_unpublished(node, LARGE)
+        await wait_storage_state(node, "one model is left", lambda s: s.model_count == 1)
+        assert await node.model_state(apples)
+        assert (await node.reserve(LARGE.manifest)).missing == [WEIGHTS]
+        await node.release(LARGE.manifest)
+        shutil.copy2(aside, path)
+        await wait_published(node, LARGE)
+        assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
+        assert path.stat().st_mode & 0o777 == 0o444
+        assert files_below(node.layout.root) == files_of(LARGE, apples)
+        told = [(name, event.get("models") or event.get("model")) for name, event in await node.events()]
+        assert told[-2:] == [("model_lost", [LARGE.name]), ("model_found", LARGE.name)]
+
+
+async def test_a_model_goes_with_its_manifest_and_no_blob_is_deleted(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
+        await node.bring_in(LARGE)
+        path, aside = node.layout.manifest(LARGE.sealed.repo, LARGE.sealed.commit), tmp_path / "aside"
+        shutil.move(path, aside)
+        await wait_unpublished(node, LARGE)
+        state = await wait_storage_state(node, "the manifest is missed", lambda s: s.model_count == 0)
+        assert (state.blob_count, state.unknown_count) == (3, 0)
+        assert all(node.layout.blob(b).exists() for b in LARGE.sealed.blob_sizes)
+        shutil.move(aside, path)
+        await wait_published(node, LARGE)
+        path.unlink()
+        await wait_unpublished(node, LARGE)
+        collected = await node.command("gc", CollectGarbage())
+        assert collected.ok and collected.result["blobs"] == 3, "what no manifest names is garbage"
+
+
+@pytest.mark.parametrize(
+    "order", ["manifest first", "manifest last", "manifest between", "blob slowly, manifest first"]
+)
+@pytest.mark.parametrize("like", [shutil.copy2, shutil.copyfile, os.link])
+async def test_I1_a_copied_model_is_offered_once_complete_and_verified(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, order: str, like: Callable[[Path, Path], object]
+) -> None:
+    source = store_elsewhere(tmp_path, LARGE)
+    manifest = manifest_path(source, LARGE)
+    weights, *others = [source.layout.blob(b) for b in (WEIGHTS, *sorted(LARGE.sealed.blob_sizes.keys() - {WEIGHTS}))]
+    async with (
+        on_node(nats, tmp_path, fresh("storage")) as node,
+        node.storage() as process,
+        fileserver_of(node, nats) as fileserver,
+    ):
+        for path in {
+            "manifest first": [manifest, *others],
+            "manifest last": others,
+            "manifest between": [others[0], manifest, *others[1:]],
+            "blob slowly, manifest first": [manifest, *others],
+        }[order]:
+            copied(source, node, path, like)
+        if order == "blob slowly, manifest first":
+            await in_pieces(node, fileserver, weights)
+        else:
+            process.send(signal.SIGSTOP)
+            copied(source, node, weights, like)
+            # Before storage has seen any of it: blobs that carry another storage's stamp are verified.
+            assert (await fileserver.blob(WEIGHTS)).status == (200 if like is os.link else 404)
+            process.send(signal.SIGCONT)
+        if order == "manifest last":
+            await wait_storage_state(node, "the blobs are proven", lambda s: s.blob_count == 3)
+            assert await node.model_state(LARGE) is None
+            copied(source, node, manifest, like)
+        await wait_published(node, LARGE)
+        assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
+        view = node.layout.view(LARGE.sealed.repo, LARGE.sealed.commit)
+        assert {p: (view / p).read_bytes() for p in LARGE.bytes} == LARGE.bytes
+        state = await wait_storage_state(node, "all is proven", lambda s: s.blob_count == 3)
+        assert (state.unproven_count, state.unknown_count) == (0, 0)
+        assert state.used_bytes == LARGE.sealed.size_bytes
+        assert files_below(node.layout.root) == files_of(LARGE)
+        assert {p.stat().st_mode & 0o777 for p in node.layout.blobs.glob("*/*")} == {0o444}
+        assert [name for name, _ in await node.events()] == ["model_found"]
+
+
+async def in_pieces(node: Node, fileserver: Fileserver, source: Path) -> None:
+    """Copy a blob so slowly that storage notices each piece before the next; it is never offered meanwhile."""
+    target = node.layout.blob(source.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = LARGE.bytes["weights.bin"]
+    step = len(data) // 3 + 1
+    for at in range(0, len(data), step):
+        assert await node.model_state(LARGE) is None
+        with target.open("ab") as f:
+            f.write(data[at : at + step])
+        if at + step < len(data):
+            target.chmod(0o444)  # as `cp` from another store has it from the first byte on
+            expected = sum(len(d) for name, d in LARGE.bytes.items() if name != "weights.bin") + at + step
+            await wait_storage_state(node, "the piece is noticed", lambda s, e=expected: s.used_bytes == e)  # type: ignore[misc]
+            assert (await fileserver.blob(source.name)).status == 404
+            target.chmod(0o644)
+
+
+async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    source = store_elsewhere(tmp_path, LARGE)
+    right = LARGE.bytes["weights.bin"]
+    wrong = right[:-1] + b"?"
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
+        async with node.storage() as process, fileserver_of(node, nats) as fileserver:
+            for blob in LARGE.sealed.blob_sizes.keys() - {WEIGHTS}:
+                copied(source, node, source.layout.blob(blob))
+            copied(source, node, manifest_path(source, LARGE))
+            path = node.layout.blob(WEIGHTS)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(wrong)
+            path.chmod(0o444)
+            state = await wait_storage_state(
+                node, "it is judged", lambda s: s.unknown_count == 1 and s.blob_count == 2
+            )
+            assert (state.unproven_count, state.unknown_bytes) == (0, len(wrong))
+            assert state.unknown == [str(path.relative_to(node.layout.root))]
+            assert state.used_bytes == LARGE.sealed.size_bytes
+            await process.wait_line("copied-in file is corrupt; left in place", WEIGHTS)
+            assert (await fileserver.blob(WEIGHTS)).status == 404
+            assert (await node.command("gc", CollectGarbage())).ok
+            assert (await node.command("verify", Verify())).ok
+            assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
+            await process.kill()
+        async with node.storage(), fileserver_of(node, nats) as fileserver:
+            state = await wait_storage_state(node, "it is judged again", lambda s: s.unknown_count == 1)
+            assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
+            assert (await fileserver.blob(WEIGHTS)).status == 404
+            # A file that somebody repairs is hashed again.
+            with path.open("r+b") as f:
+                f.seek(len(right) - 1)
+                f.write(right[-1:])
+            await wait_published(node, LARGE)
+            assert (await fileserver.blob(WEIGHTS)).body == right
+            await wait_storage_state(node, "nothing is unknown", lambda s: s.unknown_count == 0)
+
+
+async def test_I1_a_blob_written_in_place_loses_its_models_until_pull(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with (
+        on_node(nats, tmp_path, fresh("storage")) as node,
+        node.storage(),
+        fileserver_of(node, nats) as fileserver,
+    ):
+        await node.bring_in(LARGE)
+        in_view = node.layout.view_file(LARGE.sealed, "weights.bin")
+        in_view.chmod(0o644)
+        with in_view.open("r+b") as f:
+            f.write(b"?????")
+        assert (await fileserver.blob(WEIGHTS)).status == 404, "from that very moment on"
+        await wait_unpublished(node, LARGE)
+        await wait_storage_state(node, "it is judged", lambda s: s.unknown_count == 1)
+        assert not in_view.exists(), "nothing loads it"
+        await node.bring_in(LARGE)
+        assert await node.model_state(LARGE)
+        assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
+        state = await node.storage_state()
+        assert (state.unknown_count, state.unproven_count) == (0, 0)
+        check_invariants(node.layout.root)
+
+
+async def test_removed_or_replaced_files_of_a_view_are_linked_again(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
+        await node.bring_in(LARGE)
+        config = node.layout.view_file(LARGE.sealed, "config.json")
+
+        async def linked() -> bool:
+            return all(
+                node.layout.view_file(LARGE.sealed, f.path).exists()
+                and node.layout.view_file(LARGE.sealed, f.path).samefile(node.layout.blob(f.sha256))
+                for f in LARGE.sealed.files
+            )
+
+        config.unlink()
+        await eventually(linked, "a removed file is back", PATIENCE_S)
+        config.unlink()
+        config.write_text("my own")
+        await eventually(linked, "a replaced file is the blob", PATIENCE_S)
+        shutil.rmtree(node.layout.views / "org--large")
+        await eventually(linked, "a removed view is back", PATIENCE_S)
+        assert await node.model_state(LARGE)
+
+
+async def test_foreign_files_are_counted_and_survive_everything(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
+        lay = node.layout
+        strange = [
+            lay.root / "index.db",
+            lay.blobs / "ab" / "notes.txt",
+            lay.blobs / "zz" / ("ab" * 32),
+            lay.manifests / "org--large" / "readme.json",
+            lay.view(LARGE.sealed.repo, LARGE.sealed.commit) / "mine.txt",
+            lay.views / "org--large" / ("e" * 40) / "mine.txt",
+        ]
+
+        def all_there() -> bool:
+            return all(p.read_bytes() == b"mine" for p in strange)
+
+        quota = str(LARGE.sealed.size_bytes + 100)
+        async with node.storage(SHOAL_MAX_STORAGE_BYTES=quota, SHOAL_EVICTION_POLICY="lru") as process:
+            await node.bring_in(LARGE)
+            for path in strange:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"mine")
+            # The top of the store is not watched: the next scan counts it with the others.
+            state = await wait_storage_state(node, "they are counted", lambda s: s.unknown_count == len(strange))
+            assert state.unknown_bytes == 4 * len(strange) and len(state.unknown) == 5
+            assert await node.model_state(LARGE)
+            assert (await node.command("verify", Verify())).ok and all_there()
+            await node.bring_in(apples)  # by evicting the other
+            assert await node.model_state(LARGE) is None and await node.model_state(apples)
+            assert (await node.command("gc", CollectGarbage())).ok and all_there()
+            await process.kill()
+        async with node.storage():
+            assert all_there() and (await node.storage_state()).unknown_count == len(strange)
+            assert (await node.delete("org/apples")).ok and all_there()
+            for path in strange[1:]:
+                path.unlink()
+            await wait_storage_state(node, "one is left", lambda s: s.unknown == ["index.db"])
+
+
+async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node:
+        async with node.storage() as process:
+            before = await node.bring_in(LARGE)
+            assert (await node.command("pin", Pin(model="org/large"))).ok
+            await node.use(LARGE)
+            process.send(signal.SIGTERM)
+            assert await process.wait_exit() == 0
+        used = node.layout.use(LARGE.sealed.repo, LARGE.sealed.commit).stat().st_mtime_ns
+        (node.layout.root / "index.db").write_bytes(os.urandom(100_000))
+        async with node.storage():
+            assert await node.model_state(LARGE) == before
+            state = await node.storage_state()
+            assert state.pinned == [LARGE.name] and (state.unknown, state.unknown_bytes) == (["index.db"], 100_000)
+            assert node.layout.use(LARGE.sealed.repo, LARGE.sealed.commit).stat().st_mtime_ns == used
+            assert (await node.plan(1 << 60)).kept == {LARGE.name: "pinned"}
+
+
+def scans_of(process: Process) -> int:
+    """How often a storage that logs at debug level has scanned its store."""
+    return len([line for line in process.lines if "store scanned" in line])
+
+
+async def test_storages_own_changes_cause_no_scan_and_idle_is_silent(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    models = [
+        Model(f"org/model-{n}", {"a": bytes([n]) * 5000, "b/c": b"%d" % n, "shared": b"x" * 99}) for n in range(8)
+    ]
+    async with (
+        on_node(nats, tmp_path, fresh("storage")) as node,
+        node.storage(SHOAL_LOG="debug") as process,
+        node.fetcher(),
+    ):
+        await process.wait_line("store scanned")
+        for number, model in enumerate(models):
+            await node.bring_in(model)
+            if number % 2:
+                assert (await node.delete(model.name)).ok
+        # A foreign file written after all of storage's own writes is the first change worth a scan.
+        for number in (1, 2):
+            mine = node.layout.manifests / f"mine-{number}"
+            mine.write_text("mine")
+            await wait_storage_state(node, "it is counted", lambda s, n=number: s.unknown_count == n)  # type: ignore[misc]
+            written = await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT")
+            assert scans_of(process) <= 2 + 2 * number, process.output
+        for number, model in enumerate(models):
+            assert bool(await node.model_state(model)) == (number % 2 == 0)
+        await node.plan(1)
+        assert written == (await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT"))
+        assert files_below(node.layout.root) >= files_of(*models[::2])
+
+
+async def test_changes_while_nats_is_down_are_published_afterwards(
+    own_nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
+) -> None:
+    async with on_node(own_nats, tmp_path, fresh("storage")) as node, node.storage() as process:
+        await node.bring_in(LARGE)
+        await node.bring_in(apples)
+        aside = tmp_path / "aside"
+        shutil.move(node.layout.manifest(apples.sealed.repo, apples.sealed.commit), aside)
+        await wait_unpublished(node, apples)
+        # All of it is published: what is half published when NATS goes down waits for it, and so does the next scan.
+        await wait_storage_state(node, "one model is left", lambda s: s.model_count == 1)
+        own_nats.kill()
+        node.layout.blob(WEIGHTS).unlink()
+        shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))
+        await process.wait_line("store changed on disk", LARGE.name)
+        own_nats.start()
+        await wait_unpublished(node, LARGE)
+        await wait_published(node, apples)
+        assert process.running
+
+
+async def test_a_store_that_is_moved_away_and_back_is_offered_again(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage() as process, node.fetcher():
+        await node.bring_in(LARGE)
+        root, aside = node.layout.root, tmp_path / "aside"
+        root.rename(aside)
+        root.mkdir()  # as a mount point stays when its disk is gone
+        await wait_unpublished(node, LARGE)
+        state = await wait_storage_state(node, "the store is missed", lambda s: s.store_away)
+        assert (state.model_count, state.blob_count) == (1, 3), "and nothing is concluded"
+        assert (await node.command("verify", Verify())).ok
+        assert not (await node.delete("org/large")).ok
+        with pytest.raises(Exception, match="store"):
+            await node.seal(LARGE.sealed)
+        root.rmdir()
+        aside.rename(root)
+        await wait_published(node, LARGE)
+        state = await wait_storage_state(node, "it is back", lambda s: not s.store_away)
+        assert (state.blob_count, state.unproven_count) == (3, 0)
+        assert [name for name, _ in await node.events()] == ["model_ready"], "nothing was lost, hashed or found"
+        node.layout.blob(WEIGHTS).unlink()
+        await wait_unpublished(node, LARGE)
+        assert process.running
+        await node.bring_in(apples)
+
+
+_WITHOUT_NOTICES = """
+import sys
+from shoal_common.service import main
+from shoal_storage.scan import watcher as watching
+from shoal_storage.service import run
+watching.FALLBACK_S = watching.TICK_S = 0.5
+sys.exit(main("storage", run))
+"""
+
+
+_LIMITED = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_inotify_instances && exec "$@"', "sh"]
+"""Run a test where the kernel sends no notifications."""
+
+
+@pytest.fixture
+def limited() -> list[str]:
+    """The same, where the machine can do it."""
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*_LIMITED, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("no user namespaces on this machine: a storage without notices is NOT tested here")
+    return _LIMITED
+
+
+async def test_without_inotify_the_disk_is_polled(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, limited: list[str]
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node:
+        script = tmp_path / "storage.py"
+        script.write_text(
+            f"import os, sys\nos.execvp('unshare', {limited!r} + [sys.executable, '-c', {_WITHOUT_NOTICES!r}])\n"
+        )
+        environment = node_environment(node.home, nats.url, SHOAL_HEADROOM_BYTES="0")
+        async with started(str(script), environment=environment) as process:
+            await process.wait_ready()
+            await process.wait_line("no change notifications")
+            await node.bring_in(LARGE)
+            path, aside = node.layout.blob(WEIGHTS), tmp_path / "aside"
+            shutil.copy2(path, aside)
+            path.unlink()
+            await wait_unpublished(node, LARGE)
+            shutil.copy2(aside, path)
+            await wait_published(node, LARGE)
+            assert len([line for line in process.lines if "no change notifications" in line]) == 1
+
+
+async def test_a_stop_does_not_wait_for_the_watcher(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage() as process:
+        process.send(signal.SIGTERM)
+        assert await process.wait_exit(deadline_s=9) == 0, "before what is left is cancelled"

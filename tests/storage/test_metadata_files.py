@@ -1,0 +1,189 @@
+"""Pins, last uses and reservations are on disk when they have to be, and gone when they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shoal_common.errors import Failed
+from shoal_storage.eviction.planner import garbage_of
+from shoal_storage.files.metadata_files import Keeping
+from tests.storage.store_fixtures import Model, Store, files_of, put
+
+THEN_S = 1_600_000_000.25
+
+
+def opened(root: Path) -> tuple[Store, Keeping]:
+    """A store with its metadata files, as a start finds them; closes an earlier one."""
+    store = Store(root)
+    keeping = Keeping(store.layout, store.ledger)
+    keeping.read()
+    return store, keeping
+
+
+def reopened(store: Store) -> tuple[Store, Keeping]:
+    store.disk.close()
+    return opened(store.root)
+
+
+def entries(directory: Path) -> set[str]:
+    return {p.name for p in directory.iterdir()} if directory.exists() else set()
+
+
+def test_a_pin_survives_a_restart_and_so_does_its_end(root: Path, apples: Model, pears: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    store.bring_in(pears)
+    keeping.pin(apples.name)
+    keeping.pin(apples.name)
+    assert entries(root / "pins") == {f"org--apples@{apples.manifest.commit}"}
+    store, keeping = reopened(store)
+    assert store.ledger.pinned == {apples.name}
+    keeping.unpin(apples.name)
+    keeping.unpin(pears.name)
+    store, keeping = reopened(store)
+    assert store.ledger.pinned == set()
+
+
+def test_a_pin_and_a_use_are_synced_before_they_are_acknowledged(
+    root: Path, apples: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    keeping.pin(apples.name)
+    file = f"org--apples@{apples.manifest.commit}"
+    assert synced == ["store", file, "pins"]
+    synced.clear()
+    keeping.used([apples.name], THEN_S)
+    keeping.write_uses()
+    assert synced == ["store", file, "uses"]
+    synced.clear()
+    keeping.unpin(apples.name)
+    assert synced == ["pins"]
+
+
+def test_a_pin_that_cannot_be_written_is_refused_and_not_claimed(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    (root / "pins").write_bytes(b"not a directory")
+    with pytest.raises(Failed, match=r"cannot write the pin of org/apples@"):
+        keeping.pin(apples.name)
+    assert store.ledger.pinned == set()
+
+
+def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    keeping.came_in(apples.name)
+    came_s = store.layout.manifest(apples.manifest.repo, apples.manifest.commit).stat().st_mtime
+    assert store.ledger.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
+    keeping.used([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
+    assert store.ledger.last_uses == {apples.name: THEN_S}
+    assert entries(root / "uses") == set()
+    keeping.write_uses()
+    assert entries(root / "uses") == {f"org--apples@{apples.manifest.commit}"}
+    store, keeping = reopened(store)
+    assert store.ledger.last_uses == {apples.name: THEN_S}
+    keeping.came_in(apples.name)
+    assert store.ledger.last_uses == {apples.name: THEN_S}, "sealed again, it was used when it was used"
+
+
+def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    keeping.used([apples.name], THEN_S)
+    keeping.write_uses()
+    use = store.layout.use(apples.manifest.repo, apples.manifest.commit)
+    os.utime(use, (1.0, 1.0))
+    keeping.write_uses()
+    assert use.stat().st_mtime == 1.0
+
+
+def test_a_use_that_could_not_be_written_is_written_next_time(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    keeping.used([apples.name], THEN_S)
+    (root / "uses").write_bytes(b"in the way")
+    keeping.write_uses()
+    assert store.ledger.last_uses == {apples.name: THEN_S}
+    (root / "uses").unlink()
+    keeping.write_uses()
+    assert reopened(store)[0].ledger.last_uses == {apples.name: THEN_S}
+
+
+def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Model) -> None:
+    store, keeping = opened(root)
+    for model in (apples, pears):
+        store.bring_in(model)
+        keeping.pin(model.name)
+        keeping.used([model.name], THEN_S)
+    keeping.write_uses()
+    store.delete(apples)
+    keeping.forget(apples.name)
+    assert store.ledger.pinned == store.ledger.last_uses.keys() == {pears.name}
+    store.delete(pears)  # and a crash before it is forgotten
+    store, keeping = reopened(store)
+    assert not entries(root / "pins") and not entries(root / "uses")
+    store.bring_in(pears)
+    keeping.came_in(pears.name)
+    assert store.ledger.last_uses[pears.name] > THEN_S, "a model that came in anew is not the first to go"
+
+
+def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    store.bring_in(apples)
+    keeping.pin(apples.name)
+    manifest = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+    good = manifest.read_bytes()
+    manifest.write_bytes(b"{")
+    store, keeping = reopened(store)
+    assert store.ledger.pinned == set()
+    manifest.write_bytes(good)
+    assert reopened(store)[0].ledger.pinned == {apples.name}
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "org--apples", "org--apples@main", "--@" + "c" * 40, "org/x", "x" * 200, ".x.new"]
+)
+def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, name: str) -> None:
+    store, _ = opened(root)
+    store.bring_in(apples)
+    for directory in (root / "pins", root / "uses", root / "promises"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"mine")
+    store, _ = reopened(store)
+    assert not store.ledger.pinned and not store.ledger.promised and store.ledger.last_uses.keys() == {apples.name}
+    assert name == ".x.new" or (root / "pins" / name).read_bytes() == b"mine"
+
+
+def test_I4_committed_blobs_of_a_fetch_are_no_garbage_at_restart(root: Path, apples: Model) -> None:
+    store, keeping = opened(root)
+    first, *rest = store.reserve(apples)
+    store.ledger.promised[apples.name] = set(apples.blobs)
+    keeping.promise(apples.name)
+    put(store.layout, first, apples.blobs[first])
+    committed = store.commit(first)
+    store.ledger.promised[apples.name].add(committed)
+    keeping.promise(apples.name)
+    store, keeping = reopened(store)
+    assert store.ledger.promised == {apples.name: {committed, *apples.blobs}}
+    assert garbage_of(store.ledger) == []
+    for blob in rest:
+        put(store.layout, blob, apples.blobs[blob])
+        store.commit(blob)
+    store.seal(apples)
+    store, keeping = reopened(store)  # a crash before the end of the download was recorded
+    assert store.ledger.promised == {}
+    assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == files_of(
+        apples
+    )
