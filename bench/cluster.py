@@ -44,9 +44,9 @@ import psutil  # noqa: E402  # after the path is set
 from figures import Figure, figure, report  # noqa: E402
 from shoal_common.bus import subjects  # noqa: E402
 from shoal_common.bus.cluster_lease import LeaseValue  # noqa: E402
-from shoal_common.bus.keys import leader_key, live_key, model_key  # noqa: E402
+from shoal_common.bus.keys import leader_key, liveness_key, model_key  # noqa: E402
 from shoal_common.messages import encode  # noqa: E402
-from shoal_common.messages.liveness import Facts, Holder, Live  # noqa: E402
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity  # noqa: E402
 from shoal_common.messages.storage import ModelState  # noqa: E402
 from tests.cluster.test_node_failures import at_work  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
@@ -141,9 +141,13 @@ async def beat(here: Joined, round_number: int) -> None:
     for number in range(LARGE):
         for service in ("inference", "storage"):
             node = f"n{number:04}"
-            facts = Facts(memory_available_bytes=8 << 30, memory_total_bytes=16 << 30, disk_free_bytes=round_number)
-            live = Live(holder=Holder(uid=f"{node}-{service}", host="h", pid=1), version="0.1.0", facts=facts)
-            await here.client.publish(f"$KV.live.{live_key(node, service)}", encode(live))
+            facts = NodeFacts(
+                memory_available_bytes=8 << 30, memory_total_bytes=16 << 30, disk_free_bytes=round_number
+            )
+            live = LivenessRecord(
+                holder=ProcessIdentity(uid=f"{node}-{service}", host="h", pid=1), version="0.1.0", facts=facts
+            )
+            await here.client.publish(f"$KV.live.{liveness_key(node, service)}", encode(live))
     await here.client.flush()
 
 
@@ -213,7 +217,7 @@ async def answered(here: Joined, node: str) -> None:
     question = json.dumps({"model": "org/model-1", "max_nodes": 2}).encode()
     while True:
         try:
-            reply = await here.client.request(subjects.question("placement", node, "preview"), question, timeout=30)
+            reply = await here.client.request(subjects.rpc("placement", node, "preview"), question, timeout=30)
         except Exception:  # noqa: BLE001  # not started yet: nats-py raises several classes for it
             await asyncio.sleep(0.005)
             continue

@@ -23,21 +23,21 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from figures import Figure, figure, report  # noqa: E402  # after the path is set
-from shoal_placement.solver.best_layout import best, preview  # noqa: E402
-from shoal_placement.solver.problem import AS_STAGES, Answer, Problem  # noqa: E402
+from shoal_placement.solver.best_layout import solve, solve_each_count  # noqa: E402
+from shoal_placement.solver.problem import IN_FLIGHT_PER_STAGE, Problem, Solution  # noqa: E402
 from tests.placement import oracle  # noqa: E402
 from tests.placement.oracle import INF, random_problem  # noqa: E402
 from tests.placement.random_clusters import random_placement  # noqa: E402
 from tests.placement.test_feasible import problems_with, tight_problem  # noqa: E402
 
 QUICK = "--quick" in sys.argv
-FLIGHTS = (1, 8, AS_STAGES)
+FLIGHTS = (1, 8, IN_FLIGHT_PER_STAGE)
 UNSEEN = 1000
 """Seeds from here on: clusters without cached results, because each is solved once."""
 TICK_S = 0.001
 
 
-def cost_of(answer: Answer) -> float:
+def cost_of(answer: Solution) -> float:
     """Return the cost of an answer's layout; infinite without one."""
     return INF if answer.layout is None else answer.layout.cost_s
 
@@ -56,7 +56,7 @@ def bruteforce_differences(count: int) -> int:
         problem = random_problem(chance, nodes, chance.randint(1, 10 if nodes < 5 else 8))
         problem = oracle.with_in_flight(problem, (1, 4, 8)[seed % 3])
         least = min(oracle.best_by_count(problem).values(), default=INF)
-        answer = best(problem)
+        answer = solve(problem)
         different += not (answer.proved and same(cost_of(answer), least, 1e-7))
     return different
 
@@ -81,7 +81,7 @@ def milp_differences(count: int) -> tuple[int, int] | None:
         if least is None:
             continue
         ended += 1
-        answer = best(problem)
+        answer = solve(problem)
         # HiGHS keeps its rows to 1e-6.
         different += not (answer.proved and same(cost_of(answer), least, 2e-6))
     return different, ended
@@ -100,17 +100,17 @@ def problems(nodes: int, seeds: int, max_nodes: int) -> Iterator[Problem]:
             yield random_placement(seed, nodes, in_flight, max_nodes)
 
 
-def previews(nodes: int, seeds: int, max_nodes: int) -> tuple[list[float], list[dict[int, Answer]]]:
+def previews(nodes: int, seeds: int, max_nodes: int) -> tuple[list[float], list[dict[int, Solution]]]:
     """Return the seconds of each preview, and its results."""
     times_s, found = [], []
     for problem in problems(nodes, seeds, max_nodes):
         began = time.perf_counter()
-        found.append(preview(problem))
+        found.append(solve_each_count(problem))
         times_s.append(time.perf_counter() - began)
     return times_s, found
 
 
-def cheapest_over_bound(answers: dict[int, Answer]) -> float | None:
+def cheapest_over_bound(answers: dict[int, Solution]) -> float | None:
     """Return the cost of a preview's cheapest layout; None if nothing fits."""
     layouts = [a for a in answers.values() if a.layout is not None]
     if not layouts:
@@ -166,14 +166,14 @@ def exo_over_ours(in_flight: int, count: int) -> float:
         problem = random_placement(seed, 3 + seed % 6, in_flight)
         rule = exo_cost(problem)
         if rule is not None:
-            ratios.append(rule / cost_of(best(problem)))
+            ratios.append(rule / cost_of(solve(problem)))
     return statistics.mean(ratios)
 
 
 def main() -> None:
     """Measure and report."""
     figures: dict[str, Figure] = {}
-    preview(random_placement(0, 16, 1))  # builds the tables of subsets, once in a process
+    solve_each_count(random_placement(0, 16, 1))  # builds the tables of subsets, once in a process
 
     for nodes, seeds, target_ms in ((16, 10, 50), (32, 8, 200)):
         times_s, found = previews(nodes, 3 if QUICK else seeds, nodes)
@@ -186,7 +186,7 @@ def main() -> None:
     for seed in range(6 if QUICK else 30):
         problem = random_placement(UNSEEN + seed, 16, FLIGHTS[seed % len(FLIGHTS)])
         began = time.perf_counter()
-        preview(problem)
+        solve_each_count(problem)
         first_s.append(time.perf_counter() - began)
     figures["preview_ms_16_unseen"] = figure(statistics.median(first_s) * 1e3, "ms")
     times_s, found = previews(1000, 2 if QUICK else 6, 16)
@@ -198,7 +198,7 @@ def main() -> None:
     best_s, proved = [], []
     for problem in problems(16, 4 if QUICK else 20, 16):
         began = time.perf_counter()
-        answer = best(problem)
+        answer = solve(problem)
         best_s.append(time.perf_counter() - began)
         proved.append(answer.proved)
     figures["best_ms_16"] = figure(statistics.median(best_s) * 1e3, "ms")
@@ -206,7 +206,7 @@ def main() -> None:
     figures["best_proved_16"] = figure(statistics.mean(proved), "of 1", ">= 1")
 
     blocks = [
-        asyncio.run(blocked_s(lambda p=problem: preview(p)))  # type: ignore[misc]  # a default binds it
+        asyncio.run(blocked_s(lambda p=problem: solve_each_count(p)))  # type: ignore[misc]  # a default binds it
         for nodes in (16, 32, 1000)
         for problem in problems(nodes, 1 if QUICK else 3, 16)
     ]

@@ -32,15 +32,15 @@ from figures import Figure, figure, interleaved, report  # noqa: E402  # after t
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.manifest import Manifest, ManifestFile  # noqa: E402
 from shoal_common.store.leaf_hash import HASH_BYTES  # noqa: E402
-from shoal_common.store.store_paths import Layout  # noqa: E402
-from shoal_common.store.verification_stamp import prove  # noqa: E402
+from shoal_common.store.store_paths import StorePaths  # noqa: E402
+from shoal_common.store.verification_stamp import write_stamp  # noqa: E402
 from shoal_storage.admission.admission import admit  # noqa: E402
-from shoal_storage.eviction.planner import plan  # noqa: E402
-from shoal_storage.ledger.entries import Partial  # noqa: E402
+from shoal_storage.eviction.planner import plan_eviction  # noqa: E402
+from shoal_storage.ledger.entries import PartialBlobInfo  # noqa: E402
 from shoal_storage.ledger.ledger import Ledger  # noqa: E402
-from shoal_storage.settings import Limits  # noqa: E402
-from shoal_storage.startup import recover  # noqa: E402
-from shoal_storage.store.store import Disk  # noqa: E402
+from shoal_storage.settings import StorageSettings  # noqa: E402
+from shoal_storage.startup import recover_store  # noqa: E402
+from shoal_storage.store.store import Store  # noqa: E402
 from shoal_storage.store.views import build_view  # noqa: E402
 from tests.harness.nats import NatsServer  # noqa: E402
 from tests.storage.running_storage import on_node  # noqa: E402
@@ -55,12 +55,12 @@ MODELS, BLOBS_PER_MODEL, SHARED_BLOBS = 1000, 11, 1000
 ADMISSIONS = 500 if QUICK else 3000
 PLANS = 9 if QUICK else 51
 RESERVES = 30 if QUICK else 200
-UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
+UNLIMITED = StorageSettings(quota_bytes=None, headroom_bytes=0)
 
 
 def in_store(root: Path, source: Path, sha256: str) -> float:
     """Return the seconds to put the bytes into a store: written by a plain loop, then committed by storage."""
-    disk = Disk(root)
+    disk = Store(root)
     disk.open()
     disk.write_partial(sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
     started_s = time.perf_counter()
@@ -135,7 +135,7 @@ def blob_name(number: int) -> str:
 
 def build_store(root: Path) -> None:
     """Create 10,000 stamped blobs, their leaf lists, manifests and views; contents do not matter here."""
-    disk, paths = Disk(root), Layout(root)
+    disk, paths = Store(root), StorePaths(root)
     disk.open()
     for number in range(MODELS):
         manifest = model(number)
@@ -145,9 +145,9 @@ def build_store(root: Path) -> None:
             path.touch(mode=0o644)
             os.truncate(path, size)
             path.chmod(0o444)
-            prove(name, path)
-            paths.leaves(name).parent.mkdir(exist_ok=True)
-            paths.leaves(name).write_bytes(bytes(2 * HASH_BYTES))
+            write_stamp(name, path)
+            paths.leaf_list(name).parent.mkdir(exist_ok=True)
+            paths.leaf_list(name).write_bytes(bytes(2 * HASH_BYTES))
         build_view(paths, manifest)
         path = paths.manifest(manifest.repo, manifest.commit)
         path.parent.mkdir()
@@ -156,10 +156,10 @@ def build_store(root: Path) -> None:
 
 def scan_s(root: Path) -> float:
     """Return the seconds until storage has read its disk at startup."""
-    disk = Disk(root)
+    disk = Store(root)
     disk.open()
     started_s = time.perf_counter()
-    ledger = recover(disk)
+    ledger = recover_store(disk)
     took_s = time.perf_counter() - started_s
     if (len(ledger.blobs), len(ledger.manifests)) != (10_000, MODELS):
         raise SystemExit(f"the scan found {len(ledger.blobs)} blobs and {len(ledger.manifests)} models")
@@ -175,9 +175,9 @@ def full_ledger() -> Ledger:
         ledger.blobs |= manifest.blob_sizes
     for number in range(20):
         manifest = arriving(number)
-        ledger.promised[manifest.model] = set(manifest.blob_sizes)
+        ledger.reservations[manifest.model] = set(manifest.blob_sizes)
         for name, size in manifest.blob_sizes.items():
-            ledger.partials[name] = Partial(size, models={manifest.model})
+            ledger.partials[name] = PartialBlobInfo(size, models={manifest.model})
     return ledger
 
 
@@ -208,9 +208,9 @@ def plan_s() -> float:
     protected = dict.fromkeys(list(ledger.manifests)[::10], "pinned")
     need_bytes = ledger.used_bytes // 2
     started_s = time.perf_counter()
-    eviction = plan(need_bytes, ledger, last_uses, protected)
+    eviction = plan_eviction(need_bytes, ledger, last_uses, protected)
     took_s = time.perf_counter() - started_s
-    if not eviction.enough or eviction.frees_bytes < need_bytes:
+    if not eviction.enough or eviction.freed_bytes < need_bytes:
         raise SystemExit("the plan does not free enough")
     return took_s
 

@@ -16,9 +16,16 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.leaf_set import bounds, counted, least_sent, run
+from shoal_common.store.leaf_set import enclosing_range, leaf_range, least_sent_range, record_sent
 from shoal_fetcher.swarm.overlay import neighbours
-from shoal_fetcher.swarm.scheduler import Ask, Peer, Run, Situation, asks, wake_s
+from shoal_fetcher.swarm.scheduler import (
+    LeafRequest,
+    OutstandingRequest,
+    PeerState,
+    SwarmState,
+    next_requests,
+    next_wakeup_s,
+)
 
 LEAF_CHUNKS = 4
 CHUNK_BYTES = LEAF_BYTES // LEAF_CHUNKS
@@ -93,10 +100,10 @@ class Transfer:
         "unsent_chunks",
     )
 
-    def __init__(self, asker: Node, giver: Node, ask: Ask, now_s: float) -> None:
+    def __init__(self, asker: Node, giver: Node, ask: LeafRequest, now_s: float) -> None:
         self.asker, self.giver = asker, giver
         self.may, self.max_leaves = (ask.leaves if ask.any else 0), ask.max_leaves
-        self.first, self.end = (0, 0) if ask.any else bounds(ask.leaves)
+        self.first, self.end = (0, 0) if ask.any else enclosing_range(ask.leaves)
         self.asked_at_s = self.moved_s = now_s
         self.unsent_chunks = self.flying_chunks = self.arrived_chunks = 0
         self.over = False
@@ -104,7 +111,7 @@ class Transfer:
     @property
     def leaves(self) -> int:
         """Leaves that have not arrived."""
-        return run(self.first + self.arrived_chunks // LEAF_CHUNKS, self.end)
+        return leaf_range(self.first + self.arrived_chunks // LEAF_CHUNKS, self.end)
 
 
 class Node:
@@ -112,11 +119,11 @@ class Node:
 
     def __init__(self, name: str, link: Link, leaf_count: int, source: bool) -> None:
         self.name, self.link, self.source = name, link, source
-        self.have = run(0, leaf_count) if source else 0
+        self.have = leaf_range(0, leaf_count) if source else 0
         self.views: dict[str, View] = {}
         self.neighbours: list[Node] = []
         self.runs: list[Transfer] = []
-        self.sent = [run(0, leaf_count)]
+        self.sent = [leaf_range(0, leaf_count)]
         self.kept_back: Counter[int] = Counter()
         self.queue: deque[Transfer] = deque()
         self.giving: set[Transfer] = set()
@@ -143,7 +150,7 @@ class Simulation:
     ) -> None:
         self.leaf_count, self.latency_s, self.lost, self.keeps_back = leaf_count, latency_s, lost, keeps_back
         self.draw = random.Random(seed)
-        self.everything = run(0, leaf_count)
+        self.everything = leaf_range(0, leaf_count)
         self.now_s = 0.0
         self.asked_count = self.leaves_sent_count = 0
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -247,42 +254,48 @@ class Simulation:
         for transfer in [t for t in node.runs if self.now_s - t.moved_s > GIVE_UP_S]:
             self._fail(transfer)
         situation = self._situation(node)
-        for ask in asks(situation, self.draw):
+        for ask in next_requests(situation, self.draw):
             transfer = Transfer(node, self.nodes[ask.node], ask, self.now_s)
             node.runs.append(transfer)
             self.asked_count += 1
             self._soon(self._asked, transfer)
-        when_s = self.now_s + wake_s(situation)
+        when_s = self.now_s + next_wakeup_s(situation)
         if when_s < node.wakes_s:
             node.wakes_s = when_s
             self._at(when_s, self._wake, node, when_s)
 
-    def _situation(self, node: Node) -> Situation:
-        return Situation(
+    def _situation(self, node: Node) -> SwarmState:
+        return SwarmState(
             leaf_count=self.leaf_count,
             have=node.have,
             wanted=self.everything,
             known=self.everything,
             peers=[
-                Peer(
+                PeerState(
                     node=name,
                     leaves=v.leaves,
                     source=v.source,
                     fetching=v.fetching and self.now_s - v.heard_s < SILENT_S,
                     rate_bytes_per_s=v.rate_bytes_per_s,
                     run_s=v.run_s,
-                    grows_bytes_per_s=v.grows_bytes_per_s,
+                    growth_bytes_per_s=v.grows_bytes_per_s,
                     declined_at_s=v.declined_at_s,
                 )
                 for name, v in node.views.items()
                 if v.aside_until_s <= self.now_s
             ],
             runs=[
-                Run(node=t.giver.name, leaves=t.leaves, any=bool(t.may), may=t.may, asked_at_s=t.asked_at_s)
+                OutstandingRequest(
+                    node=t.giver.name,
+                    leaves=t.leaves,
+                    any=bool(t.may),
+                    possible_leaves=t.may,
+                    asked_at_s=t.asked_at_s,
+                )
                 for t in node.runs
             ],
             now_s=self.now_s,
-            moved_at_s=node.moved_s,
+            last_leaf_at_s=node.moved_s,
         )
 
     def _asked(self, transfer: Transfer) -> None:
@@ -296,7 +309,7 @@ class Simulation:
             ready = giver.have
             if self.keeps_back:
                 ready &= ~sum(1 << leaf for leaf in giver.kept_back)
-            chosen = least_sent(giver.sent, transfer.may, ready, transfer.max_leaves, self.draw)
+            chosen = least_sent_range(giver.sent, transfer.may, ready, transfer.max_leaves, self.draw)
             if chosen is None:
                 self._soon(self._declined, transfer)
                 return
@@ -304,7 +317,7 @@ class Simulation:
             first, end = chosen
         else:
             first, end = transfer.first, transfer.end
-        counted(giver.sent, run(first, end))
+        record_sent(giver.sent, leaf_range(first, end))
         giver.kept_back.update(range(first, end))
         self.leaves_sent_count += end - first
         transfer.unsent_chunks = (end - first) * LEAF_CHUNKS

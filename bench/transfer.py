@@ -50,14 +50,14 @@ from figures import Figure, figure, report  # noqa: E402
 from shoal_cli.node.ports import free_port  # noqa: E402
 from shoal_common.bus import subjects  # noqa: E402
 from shoal_common.bus.cluster_lease import LeaseValue  # noqa: E402
-from shoal_common.bus.keys import download_key, live_key  # noqa: E402
+from shoal_common.bus.keys import download_key, liveness_key  # noqa: E402
 from shoal_common.messages import decode  # noqa: E402
 from shoal_common.messages.downloads import DownloadState  # noqa: E402
 from shoal_common.messages.envelope import Outcome  # noqa: E402
-from shoal_common.messages.liveness import Live  # noqa: E402
+from shoal_common.messages.liveness import LivenessRecord  # noqa: E402
 from shoal_common.store.bitmap import LEAF_BYTES  # noqa: E402
 from shoal_common.store.leaf_hash import leaf_hash  # noqa: E402
-from shoal_common.store.verification_stamp import prove  # noqa: E402
+from shoal_common.store.verification_stamp import write_stamp  # noqa: E402
 from shoal_demo.faults import Faults  # noqa: E402
 from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
@@ -158,7 +158,7 @@ class Site:
 
     async def address(self, node: str) -> str:
         """Return the address of a node's fileserver."""
-        live = await self.here.buckets.live.get_as(live_key(node, "fileserver"), Live)
+        live = await self.here.buckets.live.get_as(liveness_key(node, "fileserver"), LivenessRecord)
         assert live is not None
         return live.facts.addresses[0]
 
@@ -410,7 +410,7 @@ def flip(blobs: list[Path]) -> None:
             for at in range(LEAF_BYTES // 2, path.stat().st_size, LEAF_BYTES):
                 byte = os.pread(f.fileno(), 1, at)
                 os.pwrite(f.fileno(), bytes([byte[0] ^ 1]), at)
-        prove(path.name, path)
+        write_stamp(path.name, path)
 
 
 async def measure(directory: Path, server: NatsServer, hub: RunningHub) -> dict[str, Figure]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from shoal_common import messages
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def all_messages() -> dict[str, Struct]:
         importlib.import_module(f"{messages.__name__}.{m.name}") for m in pkgutil.iter_modules(messages.__path__)
     ]
     kinds = [kind for m in modules for kind in vars(m).values() if _is_struct(kind) and kind.__module__ == m.__name__]
-    return {kind.__name__: kind for kind in kinds if issubclass(kind, Message)}
+    return {kind.__name__: kind for kind in kinds if issubclass(kind, WireStruct)}
 
 
 def endpoints(structs: dict[str, Struct]) -> Iterator[Endpoint]:

@@ -22,7 +22,7 @@ import os
 import secrets
 from pathlib import Path
 
-from shoal_common.errors import Claimed
+from shoal_common.errors import AlreadyRunning
 
 _PRIVATE = 0o700
 
@@ -99,7 +99,7 @@ class RunLock:
         self._home.create()
         if not self._try():
             pid = read_or_empty(self._home.pid) or "unknown"
-            raise Claimed(
+            raise AlreadyRunning(
                 f"a node is already running in {self._home.root} (supervisor pid {pid}): see `shoal status`, "
                 "stop it with `shoal down`, or choose another --home"
             )

@@ -25,9 +25,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from shoal_demo import MODELS_DIR
-from shoal_demo.faults import FaultBoard, Faults, Kind
-from shoal_demo.repo_tree import Entry, Repository, Store
-from shoal_demo.response_body import BodyPlan, FileBody, Pacer, RangeNotSatisfiableError, parse_range
+from shoal_demo.faults import ActiveFaults, Faults, Kind
+from shoal_demo.repo_tree import Repository, RepoStore, TreeEntry
+from shoal_demo.response_body import BodyPlan, BodyRateLimiter, FileBody, RangeNotSatisfiableError, parse_range
 from shoal_demo.stats import StatsBoard
 from shoal_demo.url_parsing import FileTarget, InfoTarget, LfsTarget, ListTarget, Target, TreeTarget, parse_target
 
@@ -67,17 +67,17 @@ class HubError(Exception):
             self.headers["X-Error-Code"] = code
 
 
-class Hub:
+class DemoHub:
     """One hub: its state and endpoints. `app` is the ASGI application."""
 
     def __init__(self, config: HubConfig, faults: Faults | None = None) -> None:
         self.config = config
-        self.faults = FaultBoard(faults)
+        self.faults = ActiveFaults(faults)
         self.stats = StatsBoard()
-        self._store = Store(config.root, config.lfs_from_bytes)
+        self._store = RepoStore(config.root, config.lfs_from_bytes)
         # One thread scans and hashes: nothing is hashed twice, and file bodies have all other threads.
         self._scanner = ThreadPoolExecutor(1, thread_name_prefix="hub-scan")
-        self._pacer = Pacer()
+        self._pacer = BodyRateLimiter()
         self._secret = secrets.token_bytes(32)
         routes = [Route("/{path:path}", self._answer, methods=["GET"])]
         if config.admin:
@@ -245,7 +245,7 @@ class Hub:
             raise HubError(404, "EntryNotFound", f"no large file has the hash {target.sha256}")
         return self._content(request, *file)
 
-    def _content(self, request: Request, repository: Repository, entry: Entry) -> Response:
+    def _content(self, request: Request, repository: Repository, entry: TreeEntry) -> Response:
         """Return the content of a file, or its headers for HEAD; for small and large files alike."""
         faults = self.faults.get()
         name = f"{repository.model}/{entry.path}"

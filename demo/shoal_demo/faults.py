@@ -24,7 +24,7 @@ class RateLimit(msgspec.Struct, forbid_unknown_fields=True):
     kinds: tuple[Kind, ...] = ALL_KINDS
 
 
-class Unavailable(msgspec.Struct, forbid_unknown_fields=True):
+class UnavailableFault(msgspec.Struct, forbid_unknown_fields=True):
     """Answer 503."""
 
     times: int | None = 1
@@ -51,7 +51,7 @@ class Faults(msgspec.Struct, forbid_unknown_fields=True):
     """All faults. The default is a healthy hub."""
 
     rate_limit: RateLimit | None = None
-    unavailable: Unavailable | None = None
+    unavailable: UnavailableFault | None = None
     drop_at_byte: DropAtByte | None = None
     wrong_bytes: WrongBytes | None = None
     bytes_per_s: float | None = None
@@ -64,7 +64,7 @@ class Faults(msgspec.Struct, forbid_unknown_fields=True):
     """Globs of models whose files answer 403 GatedRepo; their metadata stays readable."""
 
 
-_Limited = TypeVar("_Limited", RateLimit, Unavailable, DropAtByte, WrongBytes)
+_Limited = TypeVar("_Limited", RateLimit, UnavailableFault, DropAtByte, WrongBytes)
 
 
 def _spend(fault: _Limited) -> _Limited | None:
@@ -75,7 +75,7 @@ def _spend(fault: _Limited) -> _Limited | None:
     return fault if fault.times > 0 else None
 
 
-class FaultBoard:
+class ActiveFaults:
     """The current faults: set from any thread, read by the hub."""
 
     def __init__(self, faults: Faults | None = None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from shoal_demo import MODELS_DIR
-from shoal_demo.app import Hub, HubConfig
+from shoal_demo.app import DemoHub, HubConfig
 
 LISTEN_BACKLOG = 256
 STOP_TIMEOUT_S = 2
@@ -44,7 +44,7 @@ def base_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(hub: Hub) -> uvicorn.Server:
+def make_server(hub: DemoHub) -> uvicorn.Server:
     """Return a server of the hub. It leaves the logging of its process alone."""
     return uvicorn.Server(
         uvicorn.Config(
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ports_file is not None:
         write_ports_file(options.ports_file, listener)
     print(f"hub: {base_url(listener)} serves {options.root}", flush=True)
-    make_server(Hub(config)).run(sockets=[listener])
+    make_server(DemoHub(config)).run(sockets=[listener])
     return 0
 
 

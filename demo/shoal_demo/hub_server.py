@@ -18,10 +18,10 @@ from tempfile import NamedTemporaryFile
 import msgspec
 
 from shoal_demo import MODELS_DIR
-from shoal_demo.app import Hub, HubConfig
+from shoal_demo.app import DemoHub, HubConfig
 from shoal_demo.faults import Faults
 from shoal_demo.hub import base_url, listen, make_server
-from shoal_demo.stats import Stats
+from shoal_demo.stats import TransferStats
 
 READY_TIMEOUT_S = 20.0
 ADMIN_TIMEOUT_S = 10.0
@@ -50,9 +50,9 @@ class RunningHub:
         """Turn all faults off."""
         self._admin("DELETE", "/_faults")
 
-    def stats(self) -> Stats:
+    def stats(self) -> TransferStats:
         """Return all counters since the start or the last reset."""
-        return msgspec.json.decode(self._admin("GET", "/_stats"), type=Stats)
+        return msgspec.json.decode(self._admin("GET", "/_stats"), type=TransferStats)
 
     def reset_stats(self) -> None:
         """Set all counters to zero."""
@@ -108,7 +108,7 @@ def running_hub(
         with _hub_process(config, listener.detach()):
             yield _ready(address, ready_timeout_s)
         return
-    server = make_server(Hub(config))
+    server = make_server(DemoHub(config))
     thread = threading.Thread(target=server.run, args=([listener],), name="hub", daemon=True)
     thread.start()
     try:

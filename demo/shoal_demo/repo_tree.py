@@ -17,7 +17,7 @@ _HIDDEN = frozenset({".git", ".cache", "__pycache__"})
 
 
 @dataclass(frozen=True)
-class Entry:
+class TreeEntry:
     """One file of a repository."""
 
     path: str
@@ -69,7 +69,7 @@ class Repository:
 
     model: str
     commit: str
-    entries: dict[str, Entry]
+    entries: dict[str, TreeEntry]
 
     def has_revision(self, revision: str) -> bool:
         """Return whether `revision` is `main` or the commit."""
@@ -104,7 +104,7 @@ def _hash_file(path: Path, size_bytes: int) -> tuple[str, str]:
     return git_sha1.hexdigest(), sha256.hexdigest()
 
 
-class Store:
+class RepoStore:
     """The repositories in one directory. A file is hashed once per (path, mtime, size). Not thread-safe."""
 
     def __init__(self, root: Path, lfs_from_bytes: int) -> None:
@@ -122,7 +122,7 @@ class Store:
         directory = self._root / model
         if not is_model(model) or not directory.is_dir():
             return None
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TreeEntry] = {}
         for path in sorted(directory.rglob("*")):
             relative = path.relative_to(directory)
             if _HIDDEN.isdisjoint(relative.parts) and path.is_file():
@@ -132,7 +132,7 @@ class Store:
             digest.update(f"{entry.path}\0{entry.size_bytes}\0{entry.sha256}\n".encode())
         return Repository(model, digest.hexdigest(), entries)
 
-    def find_sha256(self, sha256: str, model: str | None, path: str | None) -> tuple[Repository, Entry] | None:
+    def find_sha256(self, sha256: str, model: str | None, path: str | None) -> tuple[Repository, TreeEntry] | None:
         """Return a large file by its hash; `model` and `path` select one of several with the same bytes."""
         for candidate in [model] if model else self.models():
             repository = self.repository(candidate)
@@ -142,7 +142,7 @@ class Store:
                     return repository, entry
         return None
 
-    def _entry(self, relative: str, path: Path) -> Entry:
+    def _entry(self, relative: str, path: Path) -> TreeEntry:
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_size)
         cached = self._hashes.get(path)
@@ -156,4 +156,4 @@ class Store:
         if is_lfs:
             # Git stores a short pointer in place of a large file. Clients show its oid and never verify it.
             git_oid = hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer).hexdigest()
-        return Entry(relative, size_bytes, git_oid, sha256, is_lfs, len(pointer), path)
+        return TreeEntry(relative, size_bytes, git_oid, sha256, is_lfs, len(pointer), path)

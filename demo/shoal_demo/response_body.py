@@ -46,13 +46,13 @@ def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
     return first, min(int(last_text) if last_text else size_bytes - 1, size_bytes - 1)
 
 
-class Pacer:
+class BodyRateLimiter:
     """Limits the total rate of all bodies: each piece reserves its time after the last."""
 
     def __init__(self) -> None:
         self._free_at_s = 0.0
 
-    def book(self, count_bytes: int, bytes_per_s: float, now_s: float) -> float:
+    def reserve(self, count_bytes: int, bytes_per_s: float, now_s: float) -> float:
         """Reserve time for a piece of `count_bytes`; return the seconds to wait before it may be sent."""
         self._free_at_s = max(self._free_at_s, now_s) + count_bytes / bytes_per_s
         return self._free_at_s - now_s
@@ -81,7 +81,7 @@ class FileBody(Response):
         headers: dict[str, str],
         count_bytes: Callable[[int], None],
         rate_bytes_per_s: Callable[[], float | None],
-        pacer: Pacer,
+        pacer: BodyRateLimiter,
     ) -> None:
         super().__init__(status_code=status_code, headers={**headers, "Content-Length": str(plan.length_bytes)})
         self._plan = plan
@@ -143,7 +143,7 @@ class FileBody(Response):
         rate = self._rate_bytes_per_s()
         if rate is None:
             return
-        delay_s = self._pacer.book(count_bytes, rate, asyncio.get_running_loop().time())
+        delay_s = self._pacer.reserve(count_bytes, rate, asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(delay_s):
                 await gone.wait()

@@ -25,7 +25,7 @@ class FileStats(msgspec.Struct):
     ranges_not_kept: int = 0
 
 
-class Requests(msgspec.Struct):
+class RequestCounts(msgspec.Struct):
     """Requests by kind, refused ones included."""
 
     api: int = 0
@@ -33,12 +33,12 @@ class Requests(msgspec.Struct):
     get: int = 0
 
 
-class Stats(msgspec.Struct):
+class TransferStats(msgspec.Struct):
     """All counters. `files` is keyed by org/name/path, `answers` by status code."""
 
     bytes: int = 0
     files: dict[str, FileStats] = msgspec.field(default_factory=dict)
-    requests: Requests = msgspec.field(default_factory=Requests)
+    requests: RequestCounts = msgspec.field(default_factory=RequestCounts)
     answers: dict[int, int] = msgspec.field(default_factory=dict)
     authorized_lfs_requests: int = 0
     """Requests to /_lfs/ that carried an Authorization header: must stay 0 where that is another host."""
@@ -49,18 +49,18 @@ class StatsBoard:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stats = Stats()
+        self._stats = TransferStats()
 
-    def get(self) -> Stats:
+    def get(self) -> TransferStats:
         """Return a copy of all counters."""
         with self._lock:
             # Through builtins, because msgspec has no deep copy; the keys of `answers` stay integers.
-            return msgspec.convert(msgspec.to_builtins(self._stats), Stats)
+            return msgspec.convert(msgspec.to_builtins(self._stats), TransferStats)
 
     def reset(self) -> None:
         """Set all counters to zero; running responses count from here on."""
         with self._lock:
-            self._stats = Stats()
+            self._stats = TransferStats()
 
     def count_request(self, kind: Kind) -> None:
         """Count a request."""

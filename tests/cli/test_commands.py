@@ -15,7 +15,7 @@ import pytest
 from starlette.applications import Starlette
 
 from shoal_cli.cli import run
-from shoal_common.errors import BY_CODE, HubUnavailable, NoRoom, QuotaExceeded, ShoalError, StageLost
+from shoal_common.errors import BY_CODE, HubUnavailable, NoMemory, QuotaExceeded, ShoalError, StageLost
 from shoal_common.host.credentials import derive
 from tests.cli.conftest import Node
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download, held, instance
@@ -292,10 +292,10 @@ def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
 ) -> None:
     monkeypatch.setattr("sys.stdin", terminal := io.StringIO(f"{said}\n"))
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    cluster.refuses_once = NoRoom("node-a: 9 GB needed, 4 GB available", **({"tier": tier} if tier else {}))
+    cluster.refuses_once = NoMemory("node-a: 9 GB needed, 4 GB available", **({"tier": tier} if tier else {}))
     cluster.placing = [{**instance("ready"), "tier": "tight"}]
     agreed = tier == "tight" and bool(said)
-    assert run(["place", MODEL]) == (0 if agreed else NoRoom.exit_code)
+    assert run(["place", MODEL]) == (0 if agreed else NoMemory.exit_code)
     told = capsys.readouterr()
     assert ("[y/N]" in told.out) == (tier == "tight") and ("warning: it fits only" in told.err) == agreed
     asked = [body.get("allow_low_memory", False) for body in cluster.asked("POST", "/v1/instances")]

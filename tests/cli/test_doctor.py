@@ -24,10 +24,10 @@ from shoal_cli.doctor.run import DoctorReport, run_checks
 from shoal_cli.node.ports import free_port
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.bus.keys import live_key
+from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.streams import stream_configs
 from shoal_common.host.process_identity import this_process
-from shoal_common.messages.liveness import Facts, Holder, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
 from tests.cli.conftest import Node as StandInNode
 from tests.cli.conftest import wait_until
 from tests.harness import nats as nats_harness
@@ -77,20 +77,20 @@ def cluster(server: NatsServer, work: Callable[[Joined], Awaitable[None]]) -> No
     asyncio.run(run())
 
 
-def put_liveness(server: NatsServer, *said: tuple[str, str, Live]) -> None:
+def put_liveness(server: NatsServer, *said: tuple[str, str, LivenessRecord]) -> None:
     """Write liveness values, as services of nodes elsewhere do."""
 
     async def write(here: Joined) -> None:
         for node, service, live in said:
-            await here.buckets.live.put(live_key(node, service), live)
+            await here.buckets.live.put(liveness_key(node, service), live)
 
     cluster(server, write)
 
 
-def liveness_elsewhere(host: str = "other/boot/1", **more: Any) -> Live:
+def liveness_elsewhere(host: str = "other/boot/1", **more: Any) -> LivenessRecord:
     """What a service on another machine says."""
-    who = Holder(uid="u1", host=host, pid=4711, network="another")
-    return Live(**{"holder": who, "version": VERSION, "started_at_s": time.time() - 100, **more})
+    who = ProcessIdentity(uid="u1", host=host, pid=4711, network_namespace="another")
+    return LivenessRecord(**{"holder": who, "version": VERSION, "started_at_s": time.time() - 100, **more})
 
 
 @contextmanager
@@ -294,7 +294,9 @@ def test_a_clock_that_is_ahead_shows_in_a_liveness_value(home: Home, own_nats: N
 def test_a_slow_clock_shows_in_the_nodes_fileserver_replies(home: Home, own_nats: NatsServer) -> None:
     late = b"HTTP/1.1 200 OK\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 3\r\n\r\nok\n"
     with listening(late) as port:
-        mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
+        mine = LivenessRecord(
+            holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"])
+        )
         put_liveness(own_nats, ("b", "fileserver", mine))
         report = probe(home, own_nats)
     assert (
@@ -305,7 +307,9 @@ def test_a_slow_clock_shows_in_the_nodes_fileserver_replies(home: Home, own_nats
 def test_a_stranger_s_clock_is_not_taken_for_a_fileserver_s(home: Home, own_nats: NatsServer) -> None:
     strange = b"HTTP/1.1 404 Not Found\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 0\r\n\r\n"
     with listening(strange) as port:
-        mine = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{port}"]))
+        mine = LivenessRecord(
+            holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"])
+        )
         put_liveness(own_nats, ("b", "fileserver", mine))
         report = probe(home, own_nats)
     assert only_finding(report, "clocks").level == "ok"
@@ -322,8 +326,8 @@ def test_one_node_id_on_two_machines_is_reported(home: Home, own_nats: NatsServe
 
 def test_an_unreachable_fileserver_is_reported(home: Home, own_nats: NatsServer) -> None:
     closed = free_port("127.0.0.1")
-    here = Live(holder=this_process(), version=VERSION, facts=Facts(addresses=[f"127.0.0.1:{closed}"]))
-    there = liveness_elsewhere(facts=Facts(addresses=[]))
+    here = LivenessRecord(holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{closed}"]))
+    there = liveness_elsewhere(facts=NodeFacts(addresses=[]))
     put_liveness(own_nats, ("b", "fileserver", here), ("c", "fileserver", there))
     found = {f.about: f for f in findings_about(probe(home, own_nats), "fileservers")}
     assert "nothing listens there" in found["node b"].what and str(closed) in found["node b"].what

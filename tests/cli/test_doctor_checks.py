@@ -44,8 +44,8 @@ from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import SupervisorStatus
 from shoal_common.bus.streams import stream_configs
 from shoal_common.host.interfaces import Interface
-from shoal_common.messages.liveness import Holder
-from shoal_common.messages.storage import FurtherRootState, RootState, StorageState
+from shoal_common.messages.liveness import ProcessIdentity
+from shoal_common.messages.storage import LibraryState, StorageState, VolumeState
 from shoal_storage import settings
 from shoal_storage.files import ballast
 
@@ -396,8 +396,8 @@ def test_versions_that_differ_are_a_warning_and_majors_a_problem() -> None:
     assert_finding(only(versions.judge({}, "1.2.0")), "ok", "no service is up")
 
 
-def holder(host: str) -> Holder:
-    return Holder(uid="u", host=host, pid=1)
+def holder(host: str) -> ProcessIdentity:
+    return ProcessIdentity(uid="u", host=host, pid=1)
 
 
 def test_one_id_on_two_machines_is_a_problem() -> None:
@@ -525,7 +525,7 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
         ({"volumes": [FINE], "libraries": [FINE]}, "ok", ("2 volumes and libraries",)),
         ({"volumes": [changed(exists=False)]}, "problem", ("not used", "--remove-volume /s")),
         (
-            {"volumes": [FINE], "state": state(roots=[FurtherRootState(path="/s", error="away")])},
+            {"volumes": [FINE], "state": state(roots=[VolumeState(path="/s", error="away")])},
             "problem",
             ("away",),
         ),
@@ -533,7 +533,7 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
         ({"volumes": [changed(free_bytes=1)]}, "warning", ("nothing more is stored there",)),
         ({"libraries": [changed(exists=False)]}, "warning", ("cannot be read", "--remove-library /s")),
         (
-            {"libraries": [FINE], "state": state(read_only_roots=[RootState(path="/s", error="not UTF-8")])},
+            {"libraries": [FINE], "state": state(read_only_roots=[LibraryState(path="/s", error="not UTF-8")])},
             "warning",
             ("not UTF-8",),
         ),
@@ -545,7 +545,7 @@ def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, words: 
 
 def test_the_doctors_copy_of_storage_defaults_is_right() -> None:
     assert disk.DEFAULT_HEADROOM_BYTES == settings.DEFAULT_HEADROOM_BYTES
-    assert disk.DEFAULT_BALLAST_BYTES == settings.RESERVE_BYTES
+    assert disk.DEFAULT_BALLAST_BYTES == settings.DEFAULT_BALLAST_BYTES
     assert disk.BALLAST_FREE_FACTOR == ballast._MIN_FREE_MULTIPLE
 
 

@@ -12,7 +12,7 @@ from shoal_cli.cli import run
 from shoal_cli.render.storage_text import library_lines, plan_lines
 from shoal_cli.render.units import parse_limit
 from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
-from shoal_common.messages.storage import EvictionPlan, RootState, Victim
+from shoal_common.messages.storage import EvictionPlan, LibraryState, Victim
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download
 
 Capture = pytest.CaptureFixture[str]
@@ -169,16 +169,16 @@ def test_storage_shows_a_full_disk_and_leftovers_of_downloads(cluster: Cluster, 
 
 
 def test_a_library_as_text_says_what_it_serves_and_what_not() -> None:
-    assert library_lines(RootState(path="/nas", error="Permission denied")) == [
+    assert library_lines(LibraryState(path="/nas", error="Permission denied")) == [
         "library /nas cannot be read: Permission denied"
     ]
-    root = RootState(
+    root = LibraryState(
         path="/nas",
         model_count=2,
-        waiting_count=1,
-        waiting_bytes=GB,
-        not_adopted={"/nas/x": "it has no weights"},
-        not_adopted_count=3,
+        unhashed_count=1,
+        unhashed_bytes=GB,
+        rejected={"/nas/x": "it has no weights"},
+        rejected_count=3,
     )
     assert library_lines(root) == [
         "library /nas: 2 models",
@@ -208,14 +208,14 @@ def test_storage_plan_shows_what_would_be_evicted(cluster: Cluster, capsys: Capt
 
 
 def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
-    nothing = EvictionPlan(need_bytes=0, enough=True)
+    nothing = EvictionPlan(required_bytes=0, enough=True)
     assert plan_lines("a", 5 * GB, nothing, 0.0) == ["a: 5.0 GB are free already; nothing would be evicted"]
     enough = EvictionPlan(
-        need_bytes=3 * GB,
+        required_bytes=3 * GB,
         garbage=["ab"],
         garbage_bytes=GB,
-        victims=[Victim(model="org/old@c", frees_bytes=4 * GB, last_use_s=1000.0)],
-        frees_bytes=5 * GB,
+        victims=[Victim(model="org/old@c", freed_bytes=4 * GB, last_use_s=1000.0)],
+        freed_bytes=5 * GB,
         enough=True,
     )
     assert plan_lines("a", 5 * GB, enough, 1000.0 + 7200) == [
@@ -224,7 +224,7 @@ def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
         "  org/old@c, 4.0 GB, last used 2 h 00 min ago",
     ]
     short = EvictionPlan(
-        need_bytes=3 * GB, evictable_bytes=GB, kept={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
+        required_bytes=3 * GB, evictable_bytes=GB, protected={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
     )
     assert plan_lines("a", 5 * GB, short, 0.0) == [
         "a: cannot free 5.0 GB: 3.0 GB needed, 1.0 GB evictable",

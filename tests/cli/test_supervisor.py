@@ -259,14 +259,14 @@ async def test_NATS_is_as_asked_and_keeps_its_store_when_killed(node: Node) -> N
     assert _monitor(ports["monitoring"][0], "varz")["server_name"] == node.home.root.name
 
     [url] = node.status().nats
-    async with connected([url], "test", patience_s=5) as nats:
+    async with connected([url], "test", timeout_s=5) as nats:
         await nats.js.add_stream(name="kept", subjects=["kept"])
         await nats.js.publish("kept", b"acknowledged")
     os.kill(before, signal.SIGKILL)
     wait_until(ready(node, "nats", but=before), "NATS is back")
     # The same address, another process, the same store.
     assert node.status().nats == [url]
-    async with connected([url], "test", patience_s=5) as nats:
+    async with connected([url], "test", timeout_s=5) as nats:
         assert (await nats.js.get_last_msg("kept", "kept")).data == b"acknowledged"
     assert len(list(node.home.run.glob("nats-server_*.ports"))) == 1
 

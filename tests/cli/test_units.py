@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_cli.render.units import parse_rate, parse_size, show_bytes, show_rate, show_seconds
-from shoal_common.durations import parse_seconds
+from shoal_common.durations import parse_duration_s
 from shoal_common.errors import BadInput
 
 
@@ -36,13 +36,13 @@ def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int)
     [("0", 0), ("90", 90), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
 )
 def test_durations_are_read(text: str, seconds: int) -> None:
-    assert parse_seconds(text) == seconds
+    assert parse_duration_s(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "d", "-1d", "1.5h", "7 days", "1w", "1" * 10])
 def test_a_bad_duration_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadInput, match="7d"):
-        parse_seconds(text)
+        parse_duration_s(text)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from shoal_common.bus import subjects
 from shoal_common.bus.keys import download_key
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.messages import decode
-from shoal_common.messages.downloads import DownloadSpec
+from shoal_common.messages.downloads import DownloadRequest
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
 from shoal_storage.store.store import PartialMeta
@@ -278,7 +278,7 @@ class Chaos:
 
     async def _resume_all(self, node: str) -> None:
         for model in self.models:
-            wish = await self.here.buckets.spec.get_as(download_key(node, model), DownloadSpec)
+            wish = await self.here.buckets.spec.get_as(download_key(node, model), DownloadRequest)
             if wish is not None and wish.paused:
                 await self.here.ask(node, "resume", json.dumps({"model": model}).encode())
 

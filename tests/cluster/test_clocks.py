@@ -85,5 +85,5 @@ async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsS
             # Each node is published by one pass over all of them; the pass before it has ended by then.
             for again in (0, 1):
                 later = await stop_node(f"gone-{number}-{again}")
-                assert 0 <= later.silent_since_s - first.silent_since_s < HOUR_S
+                assert 0 <= later.down_since_s - first.down_since_s < HOUR_S
             assert await state.get_as(storage_key("gone-1"), StorageState) is not None

@@ -16,7 +16,7 @@ import pytest
 from mlx_lm import load, stream_generate
 
 from shoal_common.messages import decode
-from shoal_common.messages.liveness import Facts, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts
 from shoal_demo import DEMO_MODEL, DEMO_PROMPT, MODELS_DIR
 from shoal_demo.hub_server import RunningHub
 from tests.harness.shoal import ShoalCluster, eventually
@@ -72,11 +72,11 @@ def test_I11_answers_of_any_number_of_stages_equal_one_process(
 
 
 def test_nodes_publish_and_unpublish_what_their_stages_occupy(pulled: ShoalCluster) -> None:
-    async def facts() -> Facts:
+    async def facts() -> NodeFacts:
         client = await nats.connect(pulled["a"].nats_url)
         try:
             bucket = await client.jetstream().key_value("live")
-            return decode((await bucket.get("a.inference")).value or b"", Live).facts
+            return decode((await bucket.get("a.inference")).value or b"", LivenessRecord).facts
         finally:
             await client.close()
 

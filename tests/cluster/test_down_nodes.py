@@ -13,10 +13,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from shoal_common.bus.keys import instance_key, live_key, model_key, storage_key
+from shoal_common.bus.keys import instance_key, liveness_key, model_key, storage_key
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import InstanceSpec, StageSpec
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import ModelState, StorageState
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.hub_repos import noise
@@ -58,7 +58,7 @@ async def ends(http: httpx2.AsyncClient, request: tuple[str, str, object]) -> di
 
 
 async def gateway_url(here: Pulls) -> str:
-    live = await here.buckets.live.get_as(live_key("a", "gateway"), Live)
+    live = await here.buckets.live.get_as(liveness_key("a", "gateway"), LivenessRecord)
     assert live is not None
     return f"http://127.0.0.1:{live.facts.addresses[0].rpartition(':')[2]}"
 

@@ -14,12 +14,12 @@ import psutil
 import pytest
 from nats.errors import Error as NatsError
 
-from shoal_common.bus.keys import download_key, instance_key, live_key, stage_key, storage_key
+from shoal_common.bus.keys import download_key, instance_key, liveness_key, stage_key, storage_key
 from shoal_common.bus.streams import stream_configs
-from shoal_common.messages.downloads import DownloadSpec
+from shoal_common.messages.downloads import DownloadRequest
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import InstanceState, StageState
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import StorageState
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo import DEMO_MODEL, MODELS_DIR
@@ -102,9 +102,9 @@ class Cluster:
         found = {}
         for node in self.site.nodes:
             for service in SERVICES:
-                live = await self.here.buckets.live.get_as(live_key(node, service), Live)
+                live = await self.here.buckets.live.get_as(liveness_key(node, service), LivenessRecord)
                 if live is not None:
-                    found[live_key(node, service)] = live.holder.uid
+                    found[liveness_key(node, service)] = live.holder.uid
         return found
 
     async def consumers(self) -> set[str]:
@@ -236,7 +236,7 @@ async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: P
         # A node's fetcher publishes its download requests again: they continue or stay paused, also after a restart.
         async def wanted() -> bool:
             wishes = [
-                await here.buckets.spec.get_as(download_key(n, m), DownloadSpec)
+                await here.buckets.spec.get_as(download_key(n, m), DownloadRequest)
                 for n, m in (("a", PAUSED), ("b", BIG))
             ]
             return [w.paused for w in wishes if w is not None] == [True, False]

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from shoal_common.bus.keys import instance_key, live_key
+from shoal_common.bus.keys import instance_key, liveness_key
 from shoal_common.bus.subjects import ANY
 from shoal_common.errors import NotFound
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import InstanceState
-from shoal_common.messages.placement import Place
-from shoal_common.rpc.command_client import Sender, new_id
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.placement import PlaceCommand
+from shoal_common.rpc.command_client import CommandClient, new_command_id
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_demo import DEMO_MODEL, MODELS_DIR
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.pull_site import Pulls, Site
@@ -62,9 +62,9 @@ class Deaths:
 
     async def place(self, *nodes: str) -> Outcome:
         """Place the demo's model on these nodes."""
-        command = Place(model=DEMO_MODEL, nodes=list(nodes), min_nodes=len(nodes), context_tokens=256)
-        sender = Sender(self.here.here.nats, self.here.buckets)
-        return await sender.outcome_of("placement", ANY, "place", command, new_id(), DEADLINE_S)
+        command = PlaceCommand(model=DEMO_MODEL, nodes=list(nodes), min_nodes=len(nodes), context_tokens=256)
+        sender = CommandClient(self.here.here.nats, self.here.buckets)
+        return await sender.send("placement", ANY, "place", command, new_command_id(), DEADLINE_S)
 
     async def wait_phase(self, phase: str) -> None:
         """Return once the instance is in this phase."""
@@ -77,9 +77,9 @@ class Deaths:
 
     async def is_not_offered_b(self) -> bool:
         """Return whether the leader, on a, would place nothing on b."""
-        question = Place(model=DEMO_MODEL, nodes=["b"], context_tokens=256)
+        question = PlaceCommand(model=DEMO_MODEL, nodes=["b"], context_tokens=256)
         try:
-            await Ask(self.here.here.nats)("placement", "a", "preview", question, dict[str, object])
+            await RpcClient(self.here.here.nats)("placement", "a", "preview", question, dict[str, object])
         except NotFound as e:
             assert "no inference service is live on b" in e.message
             return True
@@ -87,7 +87,7 @@ class Deaths:
 
     async def has_liveness_key(self, node: str) -> bool:
         """Return whether the liveness key of its inference exists."""
-        return await self.here.buckets.live.get(live_key(node, "inference")) is not None
+        return await self.here.buckets.live.get(liveness_key(node, "inference")) is not None
 
     def send(self, node: str, number: signal.Signals) -> None:
         """Send a signal to all processes of a node, its stages included."""

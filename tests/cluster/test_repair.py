@@ -7,7 +7,7 @@ from pathlib import Path
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.hub_repos import make_model, noise
 from tests.harness.shoal import ShoalCluster
@@ -23,7 +23,7 @@ def test_I1_repair_restores_two_corrupt_leaves_and_reports_them(tmp_path: Path) 
         running_hub(tmp_path / "models", process=True) as hub,
         ShoalCluster(tmp_path / "nodes", hub.base_url, names=("a",)) as cluster,
     ):
-        node, layout = cluster["a"], Layout(tmp_path / "nodes" / "a" / "store")
+        node, layout = cluster["a"], StorePaths(tmp_path / "nodes" / "a" / "store")
         node.shoal("pull", MODEL, check=True)
         (path,) = layout.manifests.glob("*/*.json")
         manifest = decode(path.read_bytes(), Manifest)

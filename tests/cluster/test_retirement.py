@@ -13,9 +13,9 @@ from nats.js import JetStreamContext
 
 from shoal_common.bus.keys import download_key, model_key, storage_key
 from shoal_common.bus.kv_bucket import Bucket
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.storage import ModelState, StorageState
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_demo.hub_server import RunningHub
 from tests.harness import waiting
 from tests.harness.shoal import ShoalCluster, eventually
@@ -36,7 +36,7 @@ async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
     keys: list[tuple[Bucket, str]] = []
     for node in RETIRED:
         name = model_of(node)
-        await spec.put(download_key(node, name), DownloadSpec(model=name, asked_at_s=1.0))
+        await spec.put(download_key(node, name), DownloadRequest(model=name, requested_at_s=1.0))
         for phase in ("queued", "fetching", "failed", "ready"):
             said = DownloadState(node=node, model=f"{name}-{phase}", phase=phase, commit=COMMIT)
             await state.put(download_key(node, said.model), said)
@@ -48,7 +48,7 @@ async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
     return keys
 
 
-def scatter_directories(store: Layout) -> None:
+def scatter_directories(store: StorePaths) -> None:
     """Make what their models may have left on a live disk: nothing, leftovers, a directory with content."""
     leftovers = store.root / "manifests" / "stale--leftovers"
     leftovers.mkdir(parents=True)
@@ -99,7 +99,7 @@ async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
 def test_I5_I7_I8_retired_nodes_are_collected_once_without_a_hub(tmp_path: Path, quiet_hub: RunningHub) -> None:
     with ShoalCluster(tmp_path, quiet_hub.base_url, names=("a",), SHOAL_RETIRE_AFTER="12s") as cluster:
         node = cluster["a"]
-        store = Layout(node.home / "store")
+        store = StorePaths(node.home / "store")
         scatter_directories(store)
         services = ("storage", "fetcher", "placement", "gateway")
         pids = {service: node.child(service).pid for service in services}

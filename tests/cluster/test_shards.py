@@ -14,7 +14,7 @@ import pytest
 from mlx_lm import load, stream_generate
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_demo.hub_server import RunningHub, running_hub
 from tests.harness.shoal import ShoalCluster, eventually
 from tests.inference.tiny_models import write_files, write_model
@@ -62,7 +62,7 @@ def three(running: ShoalCluster, sparse_hub: RunningHub) -> Iterator[ShoalCluste
         for node in "ab":
             running["c"].call("DELETE", f"/v1/models/{model}?node={node}")
     for node in "ab":
-        store = Layout(running[node].home / "store")
+        store = StorePaths(running[node].home / "store")
         left = [*store.partials.iterdir(), *store.blobs.glob("*/*"), *store.root.glob("parts/*")]
         assert left == [], f"{node} keeps something of models that were deleted"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_demo import DEMO_MODEL
 from shoal_demo.hub_server import running_hub
 from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
@@ -42,7 +42,7 @@ def test_a_pull_to_a_second_volume_runs_and_survives_unmounting(tmp_path: Path) 
         said = node.shoal("storage", "set", "--add-volume", str(root), check=True).stdout
         assert f"volume {root}" in said
         node.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
-        assert any(p.is_file() for p in Layout(root).blobs.rglob("*"))
+        assert any(p.is_file() for p in StorePaths(root).blobs.rglob("*"))
         assert f"volume {root}: " in node.shoal("storage", check=True).stdout
         chat(node)
         second.unmount()

@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from nats.errors import Error as NatsError
 
 from shoal_common.bus import subjects
-from shoal_common.bus.events import Events
+from shoal_common.bus.events import EventEmitter
 from shoal_common.messages import decode
 from shoal_common.messages.envelope import Outcome
-from shoal_common.rpc.command_worker import CommandWorker, Verb
+from shoal_common.rpc.command_worker import CommandHandler, CommandWorker
 from tests.harness.nats import Joined
 from tests.harness.waiting import eventually
 
@@ -21,10 +21,10 @@ ASK_DEADLINE_S = 45.0
 
 
 @asynccontextmanager
-async def working(here: Joined, node: str, verbs: Mapping[str, Verb]) -> AsyncIterator[asyncio.Event]:
+async def working(here: Joined, node: str, verbs: Mapping[str, CommandHandler]) -> AsyncIterator[asyncio.Event]:
     """Run a worker of `node` while the body runs. Yields the event that stops it."""
     stopping = asyncio.Event()
-    events = Events(here.nats, SERVICE, node)
+    events = EventEmitter(here.nats, SERVICE, node)
     worker = CommandWorker(here.nats, here.buckets, events, SERVICE, node, verbs)
     running = asyncio.create_task(worker.run(node, stopping))
     try:

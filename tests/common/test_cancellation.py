@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shoal_common.cancellation import ended, wait_for
+from shoal_common.cancellation import cancel_and_wait, wait_for
 from tests.harness.nats import NatsServer, joined
 
 
@@ -21,7 +21,7 @@ async def test_cancel_and_wait_ends_a_task_whose_cancel_meets_a_result() -> None
     asking = asyncio.create_task(asks_and_goes_on())
     await asyncio.sleep(0)
     answer.set_result("in the same moment")
-    await asyncio.wait_for(ended(asking), 5)
+    await asyncio.wait_for(cancel_and_wait(asking), 5)
     assert asking.cancelled()
 
 
@@ -34,7 +34,7 @@ async def test_several_end_together_and_what_one_raised_is_its_owners() -> None:
 
     waiting, failing = asyncio.create_task(asyncio.Event().wait()), asyncio.create_task(fails_at_the_end())
     await asyncio.sleep(0)
-    await ended(waiting, failing)
+    await cancel_and_wait(waiting, failing)
     assert waiting.cancelled()
     assert isinstance(failing.exception(), ZeroDivisionError)
 
@@ -42,8 +42,8 @@ async def test_several_end_together_and_what_one_raised_is_its_owners() -> None:
 async def test_nothing_to_end_is_no_wait() -> None:
     done = asyncio.create_task(asyncio.sleep(0))
     await done
-    await ended()
-    await ended(done)
+    await cancel_and_wait()
+    await cancel_and_wait(done)
 
 
 async def test_a_cancellation_that_meets_the_answer_is_not_lost() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.host.cgroup import Group, Memory, Room, groups_of, least, room_of
+from shoal_common.host.cgroup import AvailableMemory, ControlGroup, MemoryLimit, groups_of, memory_limit_of, tightest
 
 MIB = 1 << 20
 NO_LIMIT_V1 = "9223372036854771712\n"
@@ -42,9 +42,9 @@ GROUPS = "/sys/fs/cgroup"
 def test_groups_are_seen_as_far_as_they_are_mounted(path: str, root: str, seen: list[str]) -> None:
     directories = [Path(GROUPS + name) for name in seen]
     v2 = groups_of(f"0::{path}\n", V2.format(root=root, at=GROUPS))
-    assert v2 == [Group(2, directory) for directory in directories]
+    assert v2 == [ControlGroup(2, directory) for directory in directories]
     v1 = groups_of(f"9:cpu,memory:{path}\n8:pids:/p\n0::/q\n", V1.format(root=root, at=GROUPS))
-    assert v1 == [Group(1, directory) for directory in directories]
+    assert v1 == [ControlGroup(1, directory) for directory in directories]
 
 
 def test_both_hierarchies_are_read_and_unknown_lines_skipped() -> None:
@@ -76,16 +76,20 @@ def v2(limit: str, used: int, high: str = "max", **stat: int) -> dict[str, str]:
 
 
 def test_a_groups_capacity_is_its_limit_less_unreclaimable_bytes() -> None:
-    one, two = Group(1, Path("/1")), Group(2, Path("/2"))
-    assert room_of(one, v1("100\n", 70, 20, 10)) == Room(100, 60, 30, Path("/1"))
-    assert room_of(two, v2("100", 70, inactive_file=20, active_file=10)) == Room(100, 60, 30, Path("/2"))
-    assert room_of(two, v2("100", 70, slab_reclaimable=5, inactive_file=20)) == Room(100, 55, 30, Path("/2"))
+    one, two = ControlGroup(1, Path("/1")), ControlGroup(2, Path("/2"))
+    assert memory_limit_of(one, v1("100\n", 70, 20, 10)) == MemoryLimit(100, 60, 30, Path("/1"))
+    assert memory_limit_of(two, v2("100", 70, inactive_file=20, active_file=10)) == MemoryLimit(
+        100, 60, 30, Path("/2")
+    )
+    assert memory_limit_of(two, v2("100", 70, slab_reclaimable=5, inactive_file=20)) == MemoryLimit(
+        100, 55, 30, Path("/2")
+    )
     # A limit whose excess is throttled (memory.high), and that of an invisible group.
-    assert room_of(two, v2("max", 70, "90", active_file=30)) == Room(90, 50, 20, Path("/2"))
-    assert room_of(one, v1(NO_LIMIT_V1, 70, 20, 10, above="80")) == Room(80, 40, 10, Path("/1"))
+    assert memory_limit_of(two, v2("max", 70, "90", active_file=30)) == MemoryLimit(90, 50, 20, Path("/2"))
+    assert memory_limit_of(one, v1(NO_LIMIT_V1, 70, 20, 10, above="80")) == MemoryLimit(80, 40, 10, Path("/1"))
     # Over the limit, for a moment or since it was lowered.
-    assert room_of(two, v2("50", 70)) == Room(50, 0, 0, Path("/2"))
-    assert room_of(two, v2("0", 0)) == Room(0, 0, 0, Path("/2"))
+    assert memory_limit_of(two, v2("50", 70)) == MemoryLimit(50, 0, 0, Path("/2"))
+    assert memory_limit_of(two, v2("0", 0)) == MemoryLimit(0, 0, 0, Path("/2"))
 
 
 @pytest.mark.parametrize(
@@ -100,12 +104,12 @@ def test_a_groups_capacity_is_its_limit_less_unreclaimable_bytes() -> None:
     ],
 )
 def test_a_group_without_a_limit_file_has_no_limit(files: dict[str, str]) -> None:
-    assert room_of(Group(2, Path("/2")), files) is None
+    assert memory_limit_of(ControlGroup(2, Path("/2")), files) is None
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 1 << 40)] * 3), min_size=1))
 def test_each_of_them_holds(sizes: list[tuple[int, int, int]]) -> None:
-    room = least([Room(*s) for s in sizes])
+    room = tightest([MemoryLimit(*s) for s in sizes])
     for total, available, free in sizes:
         assert room.total_bytes <= total and room.available_bytes <= available and room.free_bytes <= free
     assert {room.total_bytes, room.available_bytes, room.free_bytes} <= {size for s in sizes for size in s}
@@ -125,14 +129,14 @@ class Machine:
         (root / "proc" / "mountinfo").write_text(V2.format(root="/", at=root / "groups"))
         self.write_files(self.slice, v2("max", 70 * MIB))
         self.write_files(self.unit, v2("max", 70 * MIB))
-        self.memory = Memory(root / "proc", lambda: self.now_s)
+        self.memory = AvailableMemory(root / "proc", lambda: self.now_s)
 
     def write_files(self, group: Path, files: dict[str, str]) -> None:
         for name, text in files.items():
             (group / name).write_text(text)
 
     def seen(self) -> list[tuple[Path | None, int]]:
-        machine, *groups = self.memory.look()
+        machine, *groups = self.memory.read()
         assert machine.group is None and machine.total_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf(
             "SC_PHYS_PAGES"
         )
@@ -167,10 +171,10 @@ def test_a_limit_beyond_what_the_machine_has_is_none(tmp_path: Path) -> None:
 
 
 def test_where_there_are_no_control_groups_there_are_no_limits(tmp_path: Path) -> None:
-    assert len(Memory(tmp_path / "nothing").look()) == 1
+    assert len(AvailableMemory(tmp_path / "nothing").read()) == 1
 
 
 def test_the_limits_of_this_process_are_those_of_linux() -> None:
-    for room in Memory().look()[1:]:
+    for room in AvailableMemory().read()[1:]:
         assert room.group is not None and room.group.is_dir()
         assert 0 <= room.free_bytes <= room.available_bytes <= room.total_bytes

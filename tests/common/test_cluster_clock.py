@@ -28,7 +28,7 @@ async def test_a_machine_with_a_wrong_clock_uses_the_time_of_nats(
     monkeypatch.setattr(time, "time", lambda: right() + off_s)
     assert abs(cluster_clock.now_s() - right()) > OFF_S / 2, "its own, until NATS was heard"
     async with joined(nats) as here:
-        await cluster_clock.set_by(here.client)
+        await cluster_clock.sync_from_nats(here.client)
     assert abs(cluster_clock.now_s() - right()) < OFF_S / 2
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert abs(cluster_clock.now_s() - right()) < OFF_S / 2, "set while it runs, it makes no difference"
@@ -36,10 +36,10 @@ async def test_a_machine_with_a_wrong_clock_uses_the_time_of_nats(
 
 async def test_without_an_answer_the_clock_goes_on_as_it_was(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
-        await cluster_clock.set_by(here.client)
+        await cluster_clock.sync_from_nats(here.client)
         before_s = cluster_clock.now_s()
         await here.js.delete_stream("CMD")
-        await cluster_clock.set_by(here.client)
+        await cluster_clock.sync_from_nats(here.client)
     assert cluster_clock.now_s() >= before_s
 
 
@@ -53,4 +53,4 @@ async def test_without_an_answer_the_clock_goes_on_as_it_was(own_nats: NatsServe
     ],
 )
 def test_times_of_nats_are_read(stamp: str, seconds: float) -> None:
-    assert cluster_clock.read_time(stamp) == seconds
+    assert cluster_clock.parse_nats_time(stamp) == seconds

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from shoal_common.bus import cluster_lease
-from shoal_common.bus.cluster_lease import Lease, acquire, holding
+from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
 
@@ -43,7 +43,7 @@ async def test_a_holder_that_stops_renewing_knows_before_any_successor(
         assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is None
         held_until_s = 0.0
 
-        async def taken_over() -> Lease | None:
+        async def taken_over() -> ClusterLease | None:
             nonlocal held_until_s
             if silent.held:
                 held_until_s = time.monotonic()
@@ -63,7 +63,7 @@ async def test_a_lease_given_back_is_free_at_once(nats: NatsServer, fresh: Fresh
         key = fresh("returned")
         lease = await acquire(here.buckets.lease, key, "node-a", "uid-a")
         assert lease is not None
-        async with holding(lease):
+        async with hold(lease):
             assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is None
         assert not lease.held
         await asyncio.wait_for(lease.wait_lost(), 30)
@@ -76,7 +76,7 @@ async def test_a_successor_on_the_node_takes_over_and_fences_the_old(nats: NatsS
         old = await acquire(here.buckets.lease, key, "node-a", "uid-1")
         new = await acquire(here.buckets.lease, key, "node-a", "uid-2")
         assert old is not None and new is not None
-        async with holding(old):
+        async with hold(old):
             await asyncio.wait_for(old.wait_lost(), 30)
         assert not old.held and new.held
         assert await here.buckets.lease.get_as(key, type(new.value)) == new.value
@@ -87,14 +87,14 @@ async def test_a_lease_outlives_an_outage_and_its_ttl_while_renewed(own_nats: Na
         lease = await acquire(here.buckets.lease, "kept", "node-a", "uid-a")
         assert lease is not None
         first = lease.revision
-        async with holding(lease):
+        async with hold(lease):
             own_nats.restart()
             await eventually(lambda: renewed(lease, first), "the lease is renewed after the restart")
             assert lease.held
             assert await acquire(here.buckets.lease, "kept", "node-b", "uid-b") is None
 
 
-async def renewed(lease: Lease, first: int) -> bool:
+async def renewed(lease: ClusterLease, first: int) -> bool:
     return lease.revision > first
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from shoal_common.bus.keys import done_key, node_key, storage_key
 from shoal_common.bus.subjects import ANY
-from shoal_common.cancellation import ended
+from shoal_common.cancellation import cancel_and_wait
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.envelope import Command, Outcome
 from shoal_common.messages.placement import NodeState
 from shoal_common.messages.storage import StorageState
 from shoal_common.rpc import command_client
-from shoal_common.rpc.command_client import Sender
-from shoal_common.rpc.command_worker import Verb
+from shoal_common.rpc.command_client import CommandClient
+from shoal_common.rpc.command_worker import CommandHandler
 from tests.common.command_service import SERVICE, ask, nothing_left, subject, working
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
@@ -42,7 +42,7 @@ class Bench:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.gate = asyncio.Event()
-        self.verbs = {"work": Verb(Work, self._work, DEADLINE_S)}
+        self.verbs = {"work": CommandHandler(Work, self._work, DEADLINE_S)}
 
     async def _work(self, command: Work, identity: str) -> dict[str, str]:
         self.begun.append(identity)
@@ -58,18 +58,18 @@ async def alive(here: Joined, node: str, service: str = SERVICE) -> AsyncIterato
     """Publish a node's service as live while the body runs."""
     liveness = Liveness(here.buckets.live, node, service)
     await liveness.claim()
-    beating = asyncio.create_task(liveness.beat_forever())
+    beating = asyncio.create_task(liveness.renew_forever())
     try:
         yield liveness
     finally:
-        await ended(beating)
-        await liveness.withdraw()
+        await cancel_and_wait(beating)
+        await liveness.remove_key()
 
 
 def send(here: Joined, node: str, identity: str, deadline_s: float = DEADLINE_S) -> asyncio.Task[Outcome]:
     """Send `work` as the gateway does."""
-    sender = Sender(here.nats, here.buckets)
-    return asyncio.create_task(sender.outcome_of(SERVICE, node, "work", Work(), identity, deadline_s))
+    sender = CommandClient(here.nats, here.buckets)
+    return asyncio.create_task(sender.send(SERVICE, node, "work", Work(), identity, deadline_s))
 
 
 async def wait_queued(here: Joined, node: str) -> None:
@@ -114,7 +114,7 @@ async def test_a_command_lost_with_the_store_while_running_runs_once(
         await eventually(bench.has_begun, "it is worked on")
         own_nats.wipe()
         async with joined(own_nats) as again:  # the first one to connect creates the streams again
-            liveness.beat_now()
+            liveness.renew_now()
             await wait_queued(again, "node-a")  # once more, while the first one still runs
             bench.gate.set()
             assert (await outcome).result == {"identity": "id-1"}
@@ -178,7 +178,7 @@ async def test_a_command_stored_after_its_sender_gave_up_is_not_run(own_nats: Na
 async def test_a_command_for_an_unknown_node_ends_early(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_client, "AWAY_AFTER_S", 0.5)
+    monkeypatch.setattr(command_client, "DOWN_AFTER_S", 0.5)
     async with joined(nats) as here:
         node, identity = fresh("node"), fresh("id")
         outcome = await send(here, node, identity)
@@ -196,13 +196,13 @@ async def test_a_command_for_an_unknown_node_ends_early(
 async def test_a_command_for_a_down_node_names_how_long_it_is_down(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_client, "AWAY_AFTER_S", 0.5)
+    monkeypatch.setattr(command_client, "DOWN_AFTER_S", 0.5)
     async with joined(nats) as here:
         node = fresh("node")
         await here.buckets.state.put(storage_key(node), StorageState(node=node))
         outcome = await send(here, node, fresh("id"))
         assert outcome.error is not None and f"its {SERVICE} is not live" in outcome.error.message
-        await here.buckets.state.put(node_key(node), NodeState(node=node, silent_since_s=86400.0))
+        await here.buckets.state.put(node_key(node), NodeState(node=node, down_since_s=86400.0))
         outcome = await send(here, node, fresh("id"))
         assert outcome.error is not None and outcome.error.code == "node_away" and outcome.error.retryable
         assert "down since 1970-01-02T00:00:00" in outcome.error.message
@@ -234,7 +234,7 @@ async def test_an_any_node_command_waits_and_is_cancelled_without_one(
         async with alive(here, "node-b"), working(here, ANY, (bench := Bench()).verbs):
             bench.gate.set()
             assert (await patient).result == {"identity": "id-1"}
-        monkeypatch.setattr(command_client, "AWAY_AFTER_S", 0.5)
+        monkeypatch.setattr(command_client, "DOWN_AFTER_S", 0.5)
         nobody = await send(here, ANY, "id-2")  # node-b's key is still listed, as a deletion marker
         assert nobody.error is not None and nobody.error.code == "node_away"
         assert f"no node runs {SERVICE}" in nobody.error.message

@@ -14,7 +14,7 @@ from shoal_common.bus import subjects
 from shoal_common.bus.keys import done_key
 from shoal_common.errors import NotFound
 from shoal_common.messages.envelope import Command, Outcome
-from shoal_common.rpc.command_worker import MAX_AT_ONCE, Verb
+from shoal_common.rpc.command_worker import MAX_CONCURRENT_COMMANDS, CommandHandler
 from tests.common.command_service import SERVICE, ask, nothing_left, subject, working
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
@@ -36,9 +36,9 @@ class Bench:
         self.gate = asyncio.Event()
         self.gate.set()
         self.verbs = {
-            "work": Verb(Work, self._work, 30.0),
-            "fail": Verb(Work, self._fail, 30.0),
-            "refuse": Verb(Work, self._refuse, 30.0),
+            "work": CommandHandler(Work, self._work, 30.0),
+            "fail": CommandHandler(Work, self._fail, 30.0),
+            "refuse": CommandHandler(Work, self._refuse, 30.0),
         }
 
     async def _work(self, command: Work, identity: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ async def test_equal_commands_without_an_id_run_twice_and_both_reply(nats: NatsS
 
 async def test_many_commands_at_once_are_all_done(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, working(here, node := fresh("node"), Bench().verbs):
-        bodies = [json.dumps({"what": str(i)}).encode() for i in range(MAX_AT_ONCE + 100)]
+        bodies = [json.dumps({"what": str(i)}).encode() for i in range(MAX_CONCURRENT_COMMANDS + 100)]
         outcomes = await asyncio.gather(*(ask(here, node, "work", b) for b in bodies))
         assert [o.result["did"] for o in outcomes] == [str(i) for i in range(len(bodies))]
 

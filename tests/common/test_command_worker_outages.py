@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shoal_common.bus.keys import done_key
 from shoal_common.messages.envelope import Command, Outcome
-from shoal_common.rpc.command_worker import Verb
+from shoal_common.rpc.command_worker import CommandHandler
 from tests.common.command_service import ask, nothing_left, pulling, subject, working
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
@@ -59,7 +59,7 @@ async def test_I6_nats_killed_during_a_command_loses_nothing(own_nats: NatsServe
         await gate.wait()
         return {"identity": identity}
 
-    async with joined(own_nats) as here, working(here, "node-a", {"slow": Verb(Slow, slow, 60.0)}):
+    async with joined(own_nats) as here, working(here, "node-a", {"slow": CommandHandler(Slow, slow, 60.0)}):
         asking = asyncio.create_task(ask(here, "node-a", "slow", b"{}", "id-1"))
 
         async def has_begun() -> bool:
@@ -80,7 +80,7 @@ async def test_commands_continue_after_nats_loses_its_store(own_nats: NatsServer
     async def slow(command: Slow, identity: str) -> dict[str, str]:
         return {"identity": identity}
 
-    async with joined(own_nats) as here, working(here, "node-a", {"slow": Verb(Slow, slow, 60.0)}):
+    async with joined(own_nats) as here, working(here, "node-a", {"slow": CommandHandler(Slow, slow, 60.0)}):
         assert (await ask(here, "node-a", "slow", b"{}")).ok
         own_nats.wipe()
         async with joined(own_nats):  # the first one to connect creates the streams again

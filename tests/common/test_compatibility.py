@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import live_key
-from shoal_common.bus.kv_mirror import follow
+from shoal_common.bus.keys import liveness_key
+from shoal_common.bus.kv_mirror import follow_forever
 from shoal_common.errors import OtherVersion
 from shoal_common.host.process_identity import this_process
-from shoal_common.liveness.compatibility import CompanyView, refuse_newcomer
+from shoal_common.liveness.compatibility import CompatibleLiveView, check_cluster_version
 from shoal_common.messages import encode
-from shoal_common.messages.liveness import Facts, Holder, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.other_version import runs_as
 from tests.harness.process import Process, node_environment, started
@@ -26,9 +26,11 @@ TOY = str(Path(__file__).with_name("toy_service.py"))
 NEW = "99.1.0"
 
 
-def live(version: str, uid: str = "u", host: str = "elsewhere", disk_free_bytes: int = 0) -> Live:
-    return Live(
-        holder=Holder(uid=uid, host=host, pid=1), version=version, facts=Facts(disk_free_bytes=disk_free_bytes)
+def live(version: str, uid: str = "u", host: str = "elsewhere", disk_free_bytes: int = 0) -> LivenessRecord:
+    return LivenessRecord(
+        holder=ProcessIdentity(uid=uid, host=host, pid=1),
+        version=version,
+        facts=NodeFacts(disk_free_bytes=disk_free_bytes),
     )
 
 
@@ -46,12 +48,12 @@ async def toy(directory: Path, nats: NatsServer, node: str, version: str = VERSI
 
 
 def test_a_live_view_has_only_services_of_our_major_version(caplog: pytest.LogCaptureFixture) -> None:
-    view = CompanyView("1.2.3")
+    view = CompatibleLiveView("1.2.3")
     view.replace({"a.storage": encode(live("1.9.0")), "b.storage": encode(live("2.0.0")), "c.storage": b"{"}, 3)
     view.apply("b.fetcher", encode(live("2.0.0")), 4)
     view.apply("d.storage", encode(live("latest")), 5)
-    assert [key for key, _ in view.items("", Live)] == ["a.storage"]
-    assert {key: other.version for key, other in view.others.items()} == {
+    assert [key for key, _ in view.items("", LivenessRecord)] == ["a.storage"]
+    assert {key: other.version for key, other in view.incompatible.items()} == {
         "b.storage": "2.0.0",
         "b.fetcher": "2.0.0",
         "d.storage": "latest",
@@ -60,14 +62,14 @@ def test_a_live_view_has_only_services_of_our_major_version(caplog: pytest.LogCa
     view.apply("a.storage", encode(live("2.0.1", uid="v")), 6)
     view.apply("b.storage", encode(live("1.0.0", uid="v")), 7)
     view.apply("b.fetcher", None, 8)
-    assert [key for key, _ in view.items("", Live)] == ["b.storage"]
-    assert set(view.others) == {"a.storage", "d.storage"}
+    assert [key for key, _ in view.items("", LivenessRecord)] == ["b.storage"]
+    assert set(view.incompatible) == {"a.storage", "d.storage"}
 
 
 def test_an_ignored_node_is_logged_once_and_not_at_every_beat(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    view = CompanyView("1.2.3")
+    view = CompatibleLiveView("1.2.3")
     values = {"b.storage": encode(live("2.0.0"))}
     for round_number in range(3):
         view.replace(dict(values), round_number)
@@ -76,10 +78,10 @@ def test_an_ignored_node_is_logged_once_and_not_at_every_beat(
         values["b.fetcher"] = encode(live("2.0.0"))
     assert len([r for r in caplog.records if "ignoring a node" in r.message]) == 1
     view.replace({}, 40)
-    assert view.others == {}
+    assert view.incompatible == {}
 
 
-async def beating(here: Joined, key: str, value: Live) -> asyncio.Task[None]:
+async def beating(here: Joined, key: str, value: LivenessRecord) -> asyncio.Task[None]:
     """A live service elsewhere: it keeps renewing its key."""
 
     async def renew() -> None:
@@ -92,8 +94,8 @@ async def beating(here: Joined, key: str, value: Live) -> asyncio.Task[None]:
 
 async def test_a_newcomer_is_refused_naming_the_node_and_both_versions(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here:
-        await here.buckets.live.put(live_key("elder", "storage"), live("98.0.0"))
-        renewing = await beating(here, live_key("elder", "storage"), live("98.0.0"))
+        await here.buckets.live.put(liveness_key("elder", "storage"), live("98.0.0"))
+        renewing = await beating(here, liveness_key("elder", "storage"), live("98.0.0"))
         async with toy(tmp_path, own_nats, "young") as young:
             assert await young.wait_exit() == OtherVersion.exit_code == 10
         renewing.cancel()
@@ -101,16 +103,16 @@ async def test_a_newcomer_is_refused_naming_the_node_and_both_versions(own_nats:
         for words in ("node elder", "98.0.0", "node young", VERSION, "code=other_version", "shoal down"):
             assert words in said, said
         assert "Traceback" not in young.output and "trace=" not in young.output
-        assert await here.buckets.live.get(live_key("young", "storage")) is None
+        assert await here.buckets.live.get(liveness_key("young", "storage")) is None
 
 
 @pytest.mark.parametrize("version", ["garbled", "", "0.999.0"])
 async def test_an_unknown_version_is_another_one(own_nats: NatsServer, version: str) -> None:
     async with joined(own_nats) as here:
-        same_machine = Live(holder=this_process(), version=version)
-        await here.buckets.live.put(live_key("elder", "storage"), same_machine)
+        same_machine = LivenessRecord(holder=this_process(), version=version)
+        await here.buckets.live.put(liveness_key("elder", "storage"), same_machine)
         with pytest.raises(OtherVersion) as refused:
-            await refuse_newcomer(here.nats, "young", "storage", VERSION)
+            await check_cluster_version(here.nats, "young", "storage", VERSION)
         assert refused.value.details["other_node"] == "elder"
 
 
@@ -139,7 +141,7 @@ async def test_a_cluster_is_replaced_once_its_last_old_service_is_gone(own_nats:
 
 async def test_keys_of_a_dead_old_cluster_block_newcomers_until_expiry(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here:
-        await here.buckets.live.create(live_key("dead", "storage"), live("98.0.0"), ttl_s=4)
+        await here.buckets.live.create(liveness_key("dead", "storage"), live("98.0.0"), ttl_s=4)
         async with toy(tmp_path, own_nats, "young") as young:
             await young.wait_line(
                 "waiting for services of another version to renew their key or expire", "dead.storage"
@@ -149,33 +151,36 @@ async def test_keys_of_a_dead_old_cluster_block_newcomers_until_expiry(own_nats:
 
 async def test_a_restart_of_nats_is_no_sign_of_life(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
-        await here.buckets.live.put(live_key("dead", "storage"), live("98.0.0"))
-        view = CompanyView(VERSION)
-        following = asyncio.create_task(follow(here.nats, view))
-        await view.complete(30)
+        await here.buckets.live.put(liveness_key("dead", "storage"), live("98.0.0"))
+        view = CompatibleLiveView(VERSION)
+        following = asyncio.create_task(follow_forever(here.nats, view))
+        await view.wait_loaded(30)
         seen = here.nats.reconnects.count
         own_nats.restart()
         await here.nats.reconnects.wait_after(seen)
-        await here.buckets.live.put(live_key("other", "storage"), live(VERSION))
+        await here.buckets.live.put(liveness_key("other", "storage"), live(VERSION))
 
         async def followed() -> bool:
-            return view.get(live_key("other", "storage"), Live) is not None
+            return view.get(liveness_key("other", "storage"), LivenessRecord) is not None
 
         await eventually(followed, "the view follows again", 60)
-        assert [other.beats for other in view.others.values()] in ([0], [])
+        assert [other.renewals for other in view.incompatible.values()] in ([0], [])
         following.cancel()
 
 
 async def test_two_partitions_that_meet_again_both_stay(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here, toy(tmp_path, own_nats, "here") as service:
         await service.wait_ready()
-        renewing = await beating(here, live_key("there", "storage"), live("98.0.0"))
-        view = CompanyView(VERSION)
-        following = asyncio.create_task(follow(here.nats, view))
-        await view.complete(30)
+        renewing = await beating(here, liveness_key("there", "storage"), live("98.0.0"))
+        view = CompatibleLiveView(VERSION)
+        following = asyncio.create_task(follow_forever(here.nats, view))
+        await view.wait_loaded(30)
 
         async def sees_only_own_version() -> bool:
-            return "there.storage" in view.others and view.get(live_key("here", "storage"), Live) is not None
+            return (
+                "there.storage" in view.incompatible
+                and view.get(liveness_key("here", "storage"), LivenessRecord) is not None
+            )
 
         await eventually(sees_only_own_version, "both are there, one is ignored")
         assert service.running

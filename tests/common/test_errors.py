@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import errors
-from shoal_common.errors import BY_CODE, ErrorBody, ShoalError, as_body, from_body
+from shoal_common.errors import BY_CODE, ErrorBody, ShoalError, error_body, from_body
 from shoal_common.messages import decode, encode
 
 
@@ -51,18 +51,18 @@ def test_an_error_crosses_processes_with_class_and_message(cls: type[ShoalError]
 @given(st.text(max_size=20), st.text(), st.dictionaries(st.text(max_size=8), st.integers(), max_size=3))
 def test_any_body_becomes_an_error_with_its_message(code: str, message: str, details: dict[str, int]) -> None:
     got = from_body(ErrorBody(code=code, message=message, details=details))
-    assert isinstance(got, BY_CODE.get(code, errors.Failed))
+    assert isinstance(got, BY_CODE.get(code, errors.InternalError))
     assert got.message == message
     assert got.details == details
 
 
 def test_an_error_of_a_newer_peer_keeps_its_message_as_failed() -> None:
     got = from_body(ErrorBody(code="invented_next_year", message="it said so"))
-    assert type(got) is errors.Failed
+    assert type(got) is errors.InternalError
     assert got.message == "it said so"
 
 
 def test_a_strangers_exception_is_named_and_points_at_the_log() -> None:
-    body = as_body(KeyError("x"))
+    body = error_body(KeyError("x"))
     assert body.code == "failed"
     assert "KeyError" in body.message and "log" in body.message

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.host.interfaces import (
-    RANKS,
+    KIND_RANKS,
     Interface,
-    Interfaces,
+    InterfaceMonitor,
     hardware_ports,
     linux_kind,
     macos_kind,
@@ -167,8 +167,8 @@ def test_a_device_that_macos_does_not_list_is_known_by_its_name(device: str, kin
 
 @given(st.text())
 def test_any_tool_output_yields_known_kinds_or_nothing(text: str) -> None:
-    assert set(hardware_ports(text).values()) <= set(RANKS)
-    assert set(hardware_ports(f"Hardware Port: {text}\nDevice: en0\n").values()) <= set(RANKS)
+    assert set(hardware_ports(text).values()) <= set(KIND_RANKS)
+    assert set(hardware_ports(f"Hardware Port: {text}\nDevice: en0\n").values()) <= set(KIND_RANKS)
 
 
 @pytest.mark.parametrize(
@@ -196,16 +196,16 @@ def test_this_machine_has_loopback_and_only_its_own_addresses() -> None:
     assert any(i.kind == "loopback" and "127.0.0.1/8" in i.addresses for i in found)
     all_of_them = {a.address.partition("%")[0] for given_ in psutil.net_if_addrs().values() for a in given_}
     for interface in found:
-        assert interface.kind in RANKS and interface.mbit >= 0
+        assert interface.kind in KIND_RANKS and interface.mbit >= 0
         for address in interface.addresses:
             assert str(ipaddress.ip_interface(address).ip) in all_of_them
 
 
 def test_interfaces_are_read_again_only_on_refresh() -> None:
     reads = iter([(Interface("a", "ethernet"),), (Interface("b", "wifi"),)])
-    seen = Interfaces(lambda: next(reads))
-    assert seen.now == seen.now == (Interface("a", "ethernet"),)
-    assert seen.look() == seen.now == (Interface("b", "wifi"),)
+    seen = InterfaceMonitor(lambda: next(reads))
+    assert seen.current == seen.current == (Interface("a", "ethernet"),)
+    assert seen.refresh() == seen.current == (Interface("b", "wifi"),)
 
 
 def test_when_the_system_call_fails_the_last_interfaces_stay() -> None:
@@ -218,6 +218,6 @@ def test_when_the_system_call_fails_the_last_interfaces_stay() -> None:
             raise answer
         return answer
 
-    seen = Interfaces(read)
-    assert seen.look() == ()
-    assert seen.look() == seen.look() == (Interface("a", "ethernet"),)
+    seen = InterfaceMonitor(read)
+    assert seen.refresh() == ()
+    assert seen.refresh() == seen.refresh() == (Interface("a", "ethernet"),)

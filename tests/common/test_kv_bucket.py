@@ -10,16 +10,16 @@ from nats.js import api
 
 from shoal_common.bus import streams
 from shoal_common.bus.kv_bucket import Bucket
-from shoal_common.bus.streams import differences, ensure_streams, stream_configs
+from shoal_common.bus.streams import config_mismatches, ensure_streams, stream_configs
 from shoal_common.errors import Unavailable
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
 
 Fresh = Callable[[str], str]
 
 
-class Note(Message):
+class Note(WireStruct):
     """A stored value."""
 
     text: str
@@ -29,8 +29,8 @@ async def test_a_value_reads_back_with_the_revision_for_a_fenced_write(nats: Nat
     async with joined(nats) as here:
         key, state = fresh("key"), here.buckets.state
         first = await state.put(key, Note(text="one"))
-        assert await state.swap(key, Note(text="two"), first - 1) is None
-        second = await state.swap(key, Note(text="two"), first)
+        assert await state.compare_and_set(key, Note(text="two"), first - 1) is None
+        second = await state.compare_and_set(key, Note(text="two"), first)
         assert second is not None and second > first
         entry = await state.get(key)
         assert entry is not None and entry.revision == second
@@ -104,7 +104,7 @@ async def test_I8_a_deletion_leaves_no_trace_for_ever(nats: NatsServer, fresh: F
         await here.buckets.state.put(key, Note(text="here"))
         await here.buckets.state.delete(key)
         marker = await here.js.get_last_msg("KV_state", f"$KV.state.{key}")
-        assert (marker.headers or {})["Nats-TTL"].rstrip("s") == str(streams.MARKER_TTL_S)
+        assert (marker.headers or {})["Nats-TTL"].rstrip("s") == str(streams.DELETE_MARKER_TTL_S)
 
 
 async def test_a_write_rides_out_a_restart_of_nats(own_nats: NatsServer) -> None:
@@ -122,14 +122,14 @@ async def test_an_outage_longer_than_the_timeout_raises(own_nats: NatsServer) ->
         own_nats.kill()
         impatient = here.client.jetstream(timeout=0.2)
         with pytest.raises(Unavailable, match="NATS"):
-            await streams.patiently(lambda: impatient.stream_info("CMD"), patience_s=0.1)
+            await streams.retry_while_nats_down(lambda: impatient.stream_info("CMD"), deadline_s=0.1)
 
 
 async def test_I5_ensuring_the_streams_again_changes_nothing(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         wanted = stream_configs(1)
         for config in wanted:
-            assert differences(config, (await here.js.stream_info(str(config.name))).config) == []
+            assert config_mismatches(config, (await here.js.stream_info(str(config.name))).config) == []
         await here.buckets.state.put("kept", Note(text="kept"))
         await asyncio.gather(*(ensure_streams(here.js) for _ in range(5)))
         assert {s.config.name for s in await here.js.streams_info()} == {c.name for c in wanted}

@@ -10,39 +10,39 @@ from dataclasses import replace
 import pytest
 from nats.aio.msg import Msg
 
-from shoal_common.bus.kv_mirror import View, Watch, follow
+from shoal_common.bus.kv_mirror import KvMirror, MirrorConsumer, follow_forever
 from shoal_common.bus.streams import ensure_streams
-from shoal_common.messages import Message, encode
+from shoal_common.messages import WireStruct, encode
 from tests.harness.nats import Joined, NatsServer, joined
 
 Fresh = Callable[[str], str]
 
 
-class Note(Message):
+class Note(WireStruct):
     """A stored value."""
 
     text: str
 
 
 @asynccontextmanager
-async def viewing(here: Joined, bucket: str, *keys: str) -> AsyncIterator[View]:
-    view = View(bucket)
-    following = asyncio.create_task(follow(here.nats, view, *keys))
+async def viewing(here: Joined, bucket: str, *keys: str) -> AsyncIterator[KvMirror]:
+    view = KvMirror(bucket)
+    following = asyncio.create_task(follow_forever(here.nats, view, *keys))
     try:
-        await view.complete(10)
+        await view.wait_loaded(10)
         yield view
     finally:
         following.cancel()
         await asyncio.wait({following})
 
 
-def texts(view: View, prefix: str) -> dict[str, str]:
+def texts(view: KvMirror, prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): note.text for key, note in view.items(prefix, Note)}
 
 
-async def holds(view: View, prefix: str, wanted: dict[str, str]) -> None:
+async def holds(view: KvMirror, prefix: str, wanted: dict[str, str]) -> None:
     """Return once the mirror holds exactly this under the prefix."""
-    assert await view.until(lambda v: texts(v, prefix) == wanted or None, 20), texts(view, prefix)
+    assert await view.wait_for(lambda v: texts(v, prefix) == wanted or None, 20), texts(view, prefix)
 
 
 async def test_a_mirror_begins_complete_and_follows_every_change(nats: NatsServer, fresh: Fresh) -> None:
@@ -64,14 +64,14 @@ async def test_a_mirror_begins_complete_and_follows_every_change(nats: NatsServe
 async def test_a_snapshot_is_complete_though_its_last_key_expired(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = Watch.take
+    take = MirrorConsumer.on_message
 
-    async def more_to_come(watch: Watch, message: Msg) -> None:
-        if not watch.whole and message.reply.startswith("$JS.ACK"):
+    async def more_to_come(watch: MirrorConsumer, message: Msg) -> None:
+        if not watch.has_snapshot and message.reply.startswith("$JS.ACK"):
             message._metadata = replace(message.metadata, num_pending=1)
         await take(watch, message)
 
-    monkeypatch.setattr(Watch, "take", more_to_come)
+    monkeypatch.setattr(MirrorConsumer, "on_message", more_to_come)
     async with joined(nats) as here:
         prefix, state = f"{fresh('expired')}.", here.buckets.state
         await state.put(f"{prefix}a", Note(text="1"))
@@ -86,16 +86,16 @@ async def test_a_snapshot_is_complete_though_its_last_key_expired(
 async def test_a_change_that_never_came_is_noticed(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    take, missing = Watch.take, {lost}
+    take, missing = MirrorConsumer.on_message, {lost}
 
-    async def drop_message(watch: Watch, message: Msg) -> None:
+    async def drop_message(watch: MirrorConsumer, message: Msg) -> None:
         key = message.subject.rpartition(".")[2]
         if key in missing:
             missing.remove(key)
         else:
             await take(watch, message)
 
-    monkeypatch.setattr(Watch, "take", drop_message)
+    monkeypatch.setattr(MirrorConsumer, "on_message", drop_message)
     monkeypatch.setattr("shoal_common.bus.kv_mirror._HEARTBEAT_S", 0.2)
     async with joined(nats) as here:
         prefix, state = f"{fresh('lost')}.", here.buckets.state
@@ -131,7 +131,7 @@ async def test_ten_thousand_keys_come_in_while_others_are_written(own_nats: Nats
         async with viewing(here, "state") as view:
             assert len(view.keys()) == count
             await asyncio.gather(*(other.js.publish(s, encode(Note(text="y"))) for s in values[:500]))
-            changed = await view.until(
+            changed = await view.wait_for(
                 lambda v: sum(n.text == "y" for _, n in v.items("n.", Note)) == 500 or None, 30
             )
             assert changed
@@ -159,7 +159,7 @@ async def test_writing_the_same_again_is_no_change(nats: NatsServer, fresh: Fres
             seen = view.changes
             await state.put(f"{prefix}a", Note(text="1"))
             last = await state.put(f"{prefix}b", Note(text="2"))
-            await view.reached(last)
+            await view.wait_revision(last)
             assert view.changes == seen + 1
 
 
@@ -215,4 +215,4 @@ async def test_I8_mirrors_leave_no_consumer_behind(own_nats: NatsServer) -> None
 
 async def test_waiting_for_what_never_comes_ends_at_the_deadline(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, viewing(here, "state", f"{fresh('never')}.>") as view:
-        assert await view.until(lambda v: v.get("never", Note), 0.05) is None
+        assert await view.wait_for(lambda v: v.get("never", Note), 0.05) is None

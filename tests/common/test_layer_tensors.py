@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput, Corrupt, Unsupported
 from shoal_common.models.layer_tensors import StageTensors, check_layers, covers, union
-from shoal_common.models.safetensors_header import header_end, tensor_ranges
+from shoal_common.models.safetensors_header import header_end, parse_tensor_ranges
 
 LAYERS = 6
 NAMES = [
@@ -68,7 +68,7 @@ def test_tensors_follow_the_header_and_a_bad_header_is_corrupt() -> None:
     raw = b'{"a":{"data_offsets":[0,4]},"__metadata__":{}}'
     prefix = len(raw).to_bytes(8, "little")
     assert header_end(prefix, "x") == 8 + len(raw)
-    assert tensor_ranges(prefix + raw, "x") == {"a": (8 + len(raw), 12 + len(raw))}
+    assert parse_tensor_ranges(prefix + raw, "x") == {"a": (8 + len(raw), 12 + len(raw))}
     for bad in (b"", b"1234567", (1).to_bytes(8, "little"), (1 << 40).to_bytes(8, "little")):
         with pytest.raises(Corrupt):
             header_end(bad, "x")

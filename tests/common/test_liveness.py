@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import live_key
+from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.streams import LIVE_TTL_S
-from shoal_common.errors import Claimed
-from shoal_common.host.process_identity import is_gone, this_host, this_process
+from shoal_common.errors import AlreadyRunning
+from shoal_common.host.process_identity import host_id, is_dead, this_process
 from shoal_common.liveness import liveness as module
-from shoal_common.liveness.liveness import BEAT_S, Liveness, until_beat_s
-from shoal_common.messages.liveness import Facts, Holder, Link, Live
+from shoal_common.liveness.liveness import RENEW_INTERVAL_S, Liveness, next_beat_in_s
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -28,8 +28,8 @@ Fresh = Callable[[str], str]
 TOY = str(Path(__file__).with_name("toy_service.py"))
 
 
-async def live(here: Joined, node: str, service: str = "storage") -> Live | None:
-    return await here.buckets.live.get_as(live_key(node, service), Live)
+async def live(here: Joined, node: str, service: str = "storage") -> LivenessRecord | None:
+    return await here.buckets.live.get_as(liveness_key(node, service), LivenessRecord)
 
 
 async def test_a_claimed_key_names_its_process(nats: NatsServer, fresh: Fresh) -> None:
@@ -39,7 +39,7 @@ async def test_a_claimed_key_names_its_process(nats: NatsServer, fresh: Fresh) -
         there = await live(here, node)
         assert there is not None
         assert (there.holder.uid, there.holder.pid) == (mine.uid, os.getpid())
-        await mine.withdraw()
+        await mine.remove_key()
         assert await live(here, node) is None
 
 
@@ -48,12 +48,12 @@ async def test_a_second_claim_is_refused_naming_the_living_holder(nats: NatsServ
         node = fresh("node")
         first, second = (Liveness(here.buckets.live, node, "storage") for _ in range(2))
         await first.claim()
-        with pytest.raises(Claimed, match=f"pid {os.getpid()}"):
+        with pytest.raises(AlreadyRunning, match=f"pid {os.getpid()}"):
             await second.claim()
-        await second.withdraw()  # the key was never its own
+        await second.remove_key()  # the key was never its own
         there = await live(here, node)
         assert there is not None and there.holder.uid == first.uid
-        await first.withdraw()
+        await first.remove_key()
 
 
 async def test_I6_a_holder_killed_on_this_machine_is_succeeded_at_once(
@@ -70,15 +70,17 @@ async def test_I6_a_holder_killed_on_this_machine_is_succeeded_at_once(
         successor = Liveness(here.buckets.live, node, "storage")
         async with asyncio.timeout(module._CLAIM_POLL_S):
             await successor.claim()
-        await successor.withdraw()
+        await successor.remove_key()
 
 
 async def test_a_holder_on_another_machine_keeps_its_claim_while_alive(
     nats: NatsServer, fresh: Fresh, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with joined(nats) as here:
-        key = live_key(node := fresh("node"), "storage")
-        elsewhere = Live(holder=Holder(uid="theirs", host="elsewhere/boot/ns", pid=1), version=VERSION)
+        key = liveness_key(node := fresh("node"), "storage")
+        elsewhere = LivenessRecord(
+            holder=ProcessIdentity(uid="theirs", host="elsewhere/boot/ns", pid=1), version=VERSION
+        )
         await here.buckets.live.put(key, elsewhere)
         mine = Liveness(here.buckets.live, node, "storage")
         claiming = asyncio.create_task(mine.claim())
@@ -88,7 +90,7 @@ async def test_a_holder_on_another_machine_keeps_its_claim_while_alive(
 
         await eventually(waiting, "the claim has seen the holder")
         await here.buckets.live.put(key, elsewhere)  # a renewal
-        with pytest.raises(Claimed, match="elsewhere"):
+        with pytest.raises(AlreadyRunning, match="elsewhere"):
             await asyncio.wait_for(claiming, 5)
 
 
@@ -96,28 +98,28 @@ async def test_facts_with_new_addresses_are_published_at_once(nats: NatsServer, 
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
-        beating = asyncio.create_task(mine.beat_forever())
-        mine.set_facts(Facts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
+        beating = asyncio.create_task(mine.renew_forever())
+        mine.set_facts(NodeFacts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
 
         async def published() -> bool:
             there = await live(here, node)
             return there is not None and there.facts.disk_free_bytes == 5
 
-        await eventually(published, "the new address is told", module.BEAT_S / 2)
+        await eventually(published, "the new address is told", module.RENEW_INTERVAL_S / 2)
         beating.cancel()
-        await mine.withdraw()
+        await mine.remove_key()
 
 
 async def test_interface_changes_are_published_with_the_beats_only(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    lo = Link(address="127.0.0.1:7000", kind="loopback")
-    eth = Link(address="10.0.0.5:7000", interface="eth0", kind="ethernet")
-    wifi = Link(address="192.168.2.5:7000", interface="wlan0", kind="wifi")
+    monkeypatch.setattr(module, "RENEW_INTERVAL_S", 0.05)
+    lo = NodeAddress(address="127.0.0.1:7000", kind="loopback")
+    eth = NodeAddress(address="10.0.0.5:7000", interface="eth0", kind="ethernet")
+    wifi = NodeAddress(address="192.168.2.5:7000", interface="wlan0", kind="wifi")
     now, looks = [eth, lo], 0
 
-    def read_links() -> list[Link]:
+    def read_links() -> list[NodeAddress]:
         nonlocal looks
         looks += 1
         return list(now)
@@ -125,11 +127,11 @@ async def test_interface_changes_are_published_with_the_beats_only(
     async with joined(nats) as here:
         mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
         await mine.claim()
-        mine.follow_links(read_links)
-        mine.set_facts(Facts(memory_total_bytes=7))
-        beating = asyncio.create_task(mine.beat_forever())
+        mine.track_addresses(read_links)
+        mine.set_facts(NodeFacts(memory_total_bytes=7))
+        beating = asyncio.create_task(mine.renew_forever())
 
-        async def published(links: list[Link]) -> bool:
+        async def published(links: list[NodeAddress]) -> bool:
             there = await live(here, node)
             return there is not None and there.facts.links == links
 
@@ -150,7 +152,7 @@ async def test_interface_changes_are_published_with_the_beats_only(
         beats = await here.last_sequence("KV_live") - before
         assert beats <= looks - looked + 1  # one write for each reading of the addresses: the renewal itself
         beating.cancel()
-        await mine.withdraw()
+        await mine.remove_key()
 
 
 async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: NatsServer, fresh: Fresh) -> None:
@@ -160,9 +162,9 @@ async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: Nat
         # NATS stored this renewal just before it was away for longer than a write is retried.
         there = await live(here, node)
         assert there is not None
-        await here.buckets.live.put(live_key(node, "storage"), there)
-        mine.set_facts(Facts(addresses=["127.0.0.1:7001"]))
-        beating = asyncio.create_task(mine.beat_forever())
+        await here.buckets.live.put(liveness_key(node, "storage"), there)
+        mine.set_facts(NodeFacts(addresses=["127.0.0.1:7001"]))
+        beating = asyncio.create_task(mine.renew_forever())
 
         async def published() -> bool:
             now = await live(here, node)
@@ -171,7 +173,7 @@ async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: Nat
         await eventually(published, "it beats on")
         assert not beating.done(), beating.exception()
         beating.cancel()
-        await mine.withdraw()
+        await mine.remove_key()
         assert await live(here, node) is None
 
 
@@ -179,12 +181,12 @@ async def test_a_beat_survives_restarts_of_nats_and_a_lost_store(own_nats: NatsS
     async with joined(own_nats) as here:
         mine = Liveness(here.buckets.live, "node-a", "storage")
         await mine.claim()
-        beating = asyncio.create_task(mine.beat_forever())
+        beating = asyncio.create_task(mine.renew_forever())
         for round_number, again in enumerate((own_nats.restart, own_nats.wipe), start=1):
             again()
             async with joined(own_nats):  # the first one to connect creates the streams again
                 pass
-            mine.set_facts(Facts(addresses=[f"127.0.0.1:{round_number}"]))
+            mine.set_facts(NodeFacts(addresses=[f"127.0.0.1:{round_number}"]))
 
             async def published(port: int = round_number) -> bool:
                 there = await live(here, "node-a")
@@ -193,7 +195,7 @@ async def test_a_beat_survives_restarts_of_nats_and_a_lost_store(own_nats: NatsS
             await eventually(published, "it beats again")
         assert not beating.done()
         beating.cancel()
-        await mine.withdraw()
+        await mine.remove_key()
 
 
 async def test_unpublishing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh: Fresh) -> None:
@@ -201,25 +203,27 @@ async def test_unpublishing_works_in_the_middle_of_a_beat(nats: NatsServer, fres
         for _ in range(5):
             mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
             await mine.claim()
-            beating = asyncio.create_task(mine.beat_forever())
-            mine.set_facts(Facts(addresses=["127.0.0.1:7000"]))
+            beating = asyncio.create_task(mine.renew_forever())
+            mine.set_facts(NodeFacts(addresses=["127.0.0.1:7000"]))
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # the renewal is sent, its ack has not arrived
             beating.cancel()
-            await mine.withdraw()
+            await mine.remove_key()
             assert await live(here, node) is None
 
 
 async def test_only_a_process_of_this_machine_can_be_known_to_be_dead(tmp_path: Path) -> None:
     me = this_process()
-    assert not is_gone(me, this_host())
+    assert not is_dead(me, host_id())
     async with started("-c", "print('here', flush=True); input()", environment={}) as child:
         await child.wait_exit()
-        dead = Holder(uid="x", host=this_host(), pid=child.pid, pid_started_s=me.pid_started_s)
-    assert is_gone(dead, this_host())
-    assert not is_gone(dead, "another/boot/ns")
+        dead = ProcessIdentity(uid="x", host=host_id(), pid=child.pid, pid_started_s=me.pid_started_s)
+    assert is_dead(dead, host_id())
+    assert not is_dead(dead, "another/boot/ns")
     # A later process that got the same pid is not the holder.
-    assert is_gone(Holder(uid="x", host=this_host(), pid=me.pid, pid_started_s=me.pid_started_s - 60), this_host())
+    assert is_dead(
+        ProcessIdentity(uid="x", host=host_id(), pid=me.pid, pid_started_s=me.pid_started_s - 60), host_id()
+    )
 
 
 async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
@@ -227,15 +231,15 @@ async def test_a_paused_holder_is_alive(nats: NatsServer, fresh: Fresh, tmp_path
     async with joined(nats) as here, started(TOY, environment=node_environment(tmp_path, nats.url)) as toy:
         await toy.wait_ready()
         toy.send(signal.SIGSTOP)
-        with pytest.raises(Claimed, match=f"pid {toy.pid}"):
+        with pytest.raises(AlreadyRunning, match=f"pid {toy.pid}"):
             await Liveness(here.buckets.live, node, "storage").claim()
 
 
 @given(st.text("abc-", min_size=1), st.floats(0, 1e8))
 def test_a_nodes_services_beat_together_and_die_after_two_misses(node: str, now_s: float) -> None:
-    left_s = until_beat_s(node, now_s)
-    assert 0 < left_s < BEAT_S + 0.2
+    left_s = next_beat_in_s(node, now_s)
+    assert 0 < left_s < RENEW_INTERVAL_S + 0.2
     # Another process of the node that asks a moment later, before the renewal, gets the same instant.
     later_s = now_s + left_s / 2
-    assert until_beat_s(node, later_s) == pytest.approx(left_s / 2, abs=1e-3) or left_s / 2 < 0.2
-    assert 3 * BEAT_S < LIVE_TTL_S
+    assert next_beat_in_s(node, later_s) == pytest.approx(left_s / 2, abs=1e-3) or left_s / 2 < 0.2
+    assert 3 * RENEW_INTERVAL_S < LIVE_TTL_S

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal_common import logs
-from shoal_common.logs import Log, quote_value
+from shoal_common.logs import StructuredLogger, quote_value
 
 PAIR = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|[^" =]*)(?: |$)')
 ESCAPE = re.compile(r"\\(?:u\{([0-9a-f]+)\}|(.))")
@@ -38,7 +38,7 @@ def stream() -> Iterator[io.StringIO]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     out = io.StringIO()
-    logs.set_up("storage", "node-a", "debug", out)
+    logs.configure_logging("storage", "node-a", "debug", out)
     yield out
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -60,7 +60,9 @@ def test_I10_any_value_stays_on_one_line_and_reads_back(text: str) -> None:
 
 
 def test_a_log_line_has_who_when_and_what(stream: io.StringIO) -> None:
-    Log("test").warning("a blob was set aside", blob="ab" * 4, why='hash is "wrong"\nhere', size_bytes=7, ratio=0.25)
+    StructuredLogger("test").warning(
+        "a blob was set aside", blob="ab" * 4, why='hash is "wrong"\nhere', size_bytes=7, ratio=0.25
+    )
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1
     fields = parsed(lines[0])
@@ -81,7 +83,7 @@ def test_an_exception_with_its_trace_is_still_one_line(stream: io.StringIO) -> N
     try:
         raise ValueError("first\nsecond")
     except ValueError as e:
-        Log("test").error("it failed", exc=e, verb="place")
+        StructuredLogger("test").error("it failed", exc=e, verb="place")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1
     assert "ValueError: first\nsecond" in parsed(lines[0])["trace"]

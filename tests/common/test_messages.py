@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 
 from shoal_common import messages
 from shoal_common.errors import BadMessage, ErrorBody
-from shoal_common.messages import Message, decode, encode
+from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.placement import Place
+from shoal_common.messages.placement import PlaceCommand
 from shoal_common.messages.storage import ModelState
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("golden_v1.json").read_text())
 """Every message as version 1 first wrote it, with every field set. Never change one; only add."""
 
 
-def every_message() -> list[type[Message]]:
+def every_message() -> list[type[WireStruct]]:
     return [
         kind
         for module in pkgutil.iter_modules(messages.__path__, f"{messages.__name__}.")
         for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
-        if issubclass(kind, Message) and kind.__module__ == module.name
+        if issubclass(kind, WireStruct) and kind.__module__ == module.name
     ]
 
 
@@ -68,9 +68,9 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", every_message(), ids=lambda k: k.__name__)
-def test_every_message_survives_a_round_trip(kind: type[Message]) -> None:
+def test_every_message_survives_a_round_trip(kind: type[WireStruct]) -> None:
     @given(values_of(kind))
-    def comes_back(message: Message) -> None:
+    def comes_back(message: WireStruct) -> None:
         again = decode(encode(message), kind)
         assert again == message or encode(again) == encode(message)  # raw JSON has no equality of its own
 
@@ -78,14 +78,14 @@ def test_every_message_survives_a_round_trip(kind: type[Message]) -> None:
 
 
 @pytest.mark.parametrize("kind", every_message(), ids=lambda k: k.__name__)
-def test_messages_of_version_1_decode_for_ever(kind: type[Message]) -> None:
+def test_messages_of_version_1_decode_for_ever(kind: type[WireStruct]) -> None:
     old = GOLDEN[kind.__name__]
     message = decode(json.dumps(old).encode(), kind)
     assert json.loads(encode(message)) == old
 
 
 @pytest.mark.parametrize("kind", every_message(), ids=lambda k: k.__name__)
-def test_fields_of_a_newer_version_are_ignored(kind: type[Message]) -> None:
+def test_fields_of_a_newer_version_are_ignored(kind: type[WireStruct]) -> None:
     old = GOLDEN[kind.__name__]
     newer = {**old, "a_field_of_next_year": {"deep": [1, 2]}}
     assert encode(decode(json.dumps(newer).encode(), kind)) == encode(decode(json.dumps(old).encode(), kind))
@@ -97,14 +97,14 @@ def test_fields_of_a_newer_version_are_ignored(kind: type[Message]) -> None:
 )
 def test_malformed_data_raises_bad_message_that_names_the_kind(data: bytes) -> None:
     with pytest.raises(BadMessage, match="Place"):
-        decode(data, Place)
+        decode(data, PlaceCommand)
 
 
 def test_json_nested_beyond_reason_raises_bad_message() -> None:
     with pytest.raises(BadMessage):
-        decode(b'{"model":' + b"[" * 100_000, Place)
+        decode(b'{"model":' + b"[" * 100_000, PlaceCommand)
     with pytest.raises(BadMessage):
-        decode(b'{"extra":' + b"[" * 100_000 + b"]" * 100_000 + b"}", Place)
+        decode(b'{"extra":' + b"[" * 100_000 + b"]" * 100_000 + b"}", PlaceCommand)
 
 
 @given(st.binary(max_size=200))
@@ -117,11 +117,11 @@ def test_any_bytes_decode_or_raise_bad_message(data: bytes) -> None:
 
 def test_an_empty_payload_is_a_message_without_fields() -> None:
     with pytest.raises(BadMessage, match="model"):
-        decode(b"", Place)
+        decode(b"", PlaceCommand)
     assert decode(b"", ErrorBodyless) == ErrorBodyless()
 
 
-class ErrorBodyless(Message):
+class ErrorBodyless(WireStruct):
     """A message without required fields."""
 
     error: ErrorBody | None = None

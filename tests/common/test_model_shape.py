@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.errors import Corrupt, Unsupported
-from shoal_common.models.model_shape import model_shape, read_shape, tensor_bytes
+from shoal_common.models.model_shape import compute_model_shape, read_model_shape, tensor_bytes
 from shoal_common.models.safetensors_header import Tensor
 
 CONFIG = {
@@ -55,7 +55,7 @@ def model_in(directory: Path, config: object, *files: bytes) -> Path:
 def test_layers_embedding_head_and_cache_are_counted(tmp_path: Path) -> None:
     first = {k: v for k, v in TENSORS.items() if "layers.1" not in k}
     second = {k: v for k, v in TENSORS.items() if "layers.1" in k} | {"lm_head.weight": 900}
-    shape = read_shape(model_in(tmp_path, CONFIG, safetensors(first), safetensors(second)))
+    shape = read_model_shape(model_in(tmp_path, CONFIG, safetensors(first), safetensors(second)))
     assert shape.layer_bytes == [150, 200]
     assert (shape.embed_bytes, shape.head_bytes, shape.tied) == (1000, 916, False)
     assert shape.kv_bytes_per_token_layer == 2 * 2 * 16 * 2
@@ -63,13 +63,13 @@ def test_layers_embedding_head_and_cache_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_counts_the_embedding_twice(tmp_path: Path) -> None:
-    shape = read_shape(model_in(tmp_path, CONFIG, safetensors(TENSORS)))
+    shape = read_model_shape(model_in(tmp_path, CONFIG, safetensors(TENSORS)))
     assert (shape.head_bytes, shape.tied) == (16 + 1000, True)
 
 
 def test_a_text_config_within_a_larger_model_is_found() -> None:
     tensors = {name: Tensor(0, size) for name, size in TENSORS.items()}
-    shape = model_shape({"model_type": "vlm", "text_config": CONFIG}, tensors)
+    shape = compute_model_shape({"model_type": "vlm", "text_config": CONFIG}, tensors)
     assert len(shape.layer_bytes) == 2
 
 
@@ -86,7 +86,7 @@ def test_a_text_config_within_a_larger_model_is_found() -> None:
 )
 def test_what_is_no_language_model_is_unsupported(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported):
-        read_shape(model_in(tmp_path, CONFIG | change, safetensors(TENSORS)))
+        read_model_shape(model_in(tmp_path, CONFIG | change, safetensors(TENSORS)))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_what_is_no_language_model_is_unsupported(tmp_path: Path, change: dict[s
 )
 def test_a_config_that_makes_no_sense_is_refused(tmp_path: Path, config: object) -> None:
     with pytest.raises((Corrupt, Unsupported)):
-        read_shape(model_in(tmp_path, config, safetensors(TENSORS)))
+        read_model_shape(model_in(tmp_path, config, safetensors(TENSORS)))
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"config\.json"):
-        read_shape(tmp_path)
+        read_model_shape(tmp_path)
     with pytest.raises(Unsupported, match="safetensors"):
-        read_shape(model_in(tmp_path, CONFIG))
+        read_model_shape(model_in(tmp_path, CONFIG))
 
 
 WHOLE = safetensors(TENSORS)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.bus.kv_mirror import View
-from shoal_common.bus.reconcile import APART_S, BACK_OFF_S, back_off_s, reconcile_forever
-from shoal_common.cancellation import ended
+from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.bus.reconcile import MIN_PASS_INTERVAL_S, RETRY_BACKOFF_S, back_off_s, reconcile_forever
+from shoal_common.cancellation import cancel_and_wait
 from shoal_common.errors import Unavailable
 from tests.harness.waiting import eventually
 
@@ -21,7 +21,7 @@ class Passes:
 
     def __init__(self) -> None:
         self.begun_s: list[float] = []
-        self.view = View("state")
+        self.view = KvMirror("state")
         self.then: Callable[[int], Awaitable[float | None]] | None = None
 
     async def __call__(self) -> float | None:
@@ -40,7 +40,7 @@ class Passes:
 
 async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bool = False) -> None:
     loop = asyncio.create_task(
-        reconcile_forever("counting", (passes.view,), passes, (lambda: passes.view.comings) if level else None)
+        reconcile_forever("counting", (passes.view,), passes, (lambda: passes.view.key_changes) if level else None)
     )
     try:
         await passes.wait_count(1)
@@ -48,7 +48,7 @@ async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bo
         if loop.done():
             loop.result()
     finally:
-        await ended(loop)
+        await cancel_and_wait(loop)
 
 
 async def test_every_change_causes_a_pass_also_one_during_a_pass() -> None:
@@ -83,7 +83,7 @@ async def test_I5_passes_never_run_hot_however_much_changes() -> None:
     await running(passes, lambda: passes.wait_count(8))
     gaps = [later - earlier for earlier, later in zip(passes.begun_s, passes.begun_s[1:], strict=False)]
     # The loop's clock and the timer's may differ by their resolution.
-    assert min(gaps) >= APART_S * 0.95
+    assert min(gaps) >= MIN_PASS_INTERVAL_S * 0.95
 
 
 async def test_a_change_that_leaves_the_level_as_it_is_causes_no_pass() -> None:
@@ -122,8 +122,8 @@ async def test_a_failure_is_retried_after_a_pause_changes_do_not_cut() -> None:
     passes.then = fail_twice
     await running(passes, lambda: passes.wait_count(4))
     first, second, third, _ = passes.begun_s[:4]
-    assert second - first >= BACK_OFF_S[0] * 0.95
-    assert third - second >= 2 * BACK_OFF_S[0] * 0.95
+    assert second - first >= RETRY_BACKOFF_S[0] * 0.95
+    assert third - second >= 2 * RETRY_BACKOFF_S[0] * 0.95
 
 
 async def test_an_error_that_is_nobodys_outage_ends_the_loop() -> None:
@@ -140,4 +140,4 @@ async def test_an_error_that_is_nobodys_outage_ends_the_loop() -> None:
 
 @given(st.integers(1, 10_000))
 def test_pauses_grow_and_are_bounded(failures: int) -> None:
-    assert BACK_OFF_S[0] <= back_off_s(failures) <= back_off_s(failures + 1) <= BACK_OFF_S[1]
+    assert RETRY_BACKOFF_S[0] <= back_off_s(failures) <= back_off_s(failures + 1) <= RETRY_BACKOFF_S[1]

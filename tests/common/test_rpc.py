@@ -10,16 +10,16 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from shoal_common.bus import subjects
-from shoal_common.errors import BadMessage, Expired, Failed, NodeAway, NoRoom
-from shoal_common.messages import Message
-from shoal_common.rpc.request_reply import MAX_ASKED_AT_ONCE, Ask, Question, serve
+from shoal_common.errors import BadMessage, Expired, InternalError, NodeDown, NoMemory
+from shoal_common.messages import WireStruct
+from shoal_common.rpc.request_reply import MAX_CONCURRENT_REQUESTS, RpcClient, RpcEndpoint, serve
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
 
 Fresh = Callable[[str], str]
 
 
-class Echo(Message):
+class Echo(WireStruct):
     """Request and reply."""
 
     text: str
@@ -33,10 +33,10 @@ class GatedEndpoint:
         self.gate.set()
         self.asked = 0
         self.questions = {
-            "echo": Question(Echo, self._echo),
-            "refuse": Question(Echo, self._refuse),
-            "fail": Question(Echo, self._fail),
-            "huge": Question(Echo, self._huge),
+            "echo": RpcEndpoint(Echo, self._echo),
+            "refuse": RpcEndpoint(Echo, self._refuse),
+            "fail": RpcEndpoint(Echo, self._fail),
+            "huge": RpcEndpoint(Echo, self._huge),
         }
 
     async def _echo(self, question: Echo) -> Echo:
@@ -45,7 +45,7 @@ class GatedEndpoint:
         return question
 
     async def _refuse(self, question: Echo) -> Echo:
-        raise NoRoom("node-a lacks 7 bytes; free some", needed_bytes=7)
+        raise NoMemory("node-a lacks 7 bytes; free some", needed_bytes=7)
 
     async def _fail(self, question: Echo) -> Echo:
         raise ZeroDivisionError("a bug")
@@ -58,8 +58,8 @@ class GatedEndpoint:
 async def serving(here: Joined, node: str, room: GatedEndpoint) -> AsyncIterator[asyncio.Event]:
     stopping = asyncio.Event()
     running = asyncio.create_task(serve(here.nats, "storage", node, room.questions, stopping))
-    with suppress(NoRoom):  # an error is a reply
-        await Ask(here.nats)("storage", node, "refuse", Echo(text=""), Echo, patience_s=5)
+    with suppress(NoMemory):  # an error is a reply
+        await RpcClient(here.nats)("storage", node, "refuse", Echo(text=""), Echo, restart_wait_s=5)
     try:
         yield stopping
     finally:
@@ -69,16 +69,16 @@ async def serving(here: Joined, node: str, room: GatedEndpoint) -> AsyncIterator
 
 async def test_an_answer_comes_back_as_its_type(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
-        assert await Ask(here.nats)("storage", node, "echo", Echo(text="hé"), Echo) == Echo(text="hé")
+        assert await RpcClient(here.nats)("storage", node, "echo", Echo(text="hé"), Echo) == Echo(text="hé")
 
 
 async def test_an_error_crosses_with_its_class_message_and_details(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
-        ask = Ask(here.nats)
-        with pytest.raises(NoRoom, match="lacks 7 bytes") as refusal:
+        ask = RpcClient(here.nats)
+        with pytest.raises(NoMemory, match="lacks 7 bytes") as refusal:
             await ask("storage", node, "refuse", Echo(text=""), Echo)
         assert refusal.value.details == {"needed_bytes": 7}
-        with pytest.raises(Failed, match="ZeroDivisionError"):
+        with pytest.raises(InternalError, match="ZeroDivisionError"):
             await ask("storage", node, "fail", Echo(text=""), Echo)
         with pytest.raises(BadMessage, match="Echo"):
             await ask("storage", node, "echo", {"text": 7}, Echo)
@@ -87,15 +87,17 @@ async def test_an_error_crosses_with_its_class_message_and_details(nats: NatsSer
 async def test_no_responder_is_an_error_at_once_with_a_remedy(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         started_s = time.monotonic()
-        with pytest.raises(NodeAway, match=r"storage of node nobody .* `shoal"):
-            await Ask(here.nats)("storage", "nobody", "echo", Echo(text=""), Echo)
+        with pytest.raises(NodeDown, match=r"storage of node nobody .* `shoal"):
+            await RpcClient(here.nats)("storage", "nobody", "echo", Echo(text=""), Echo)
         assert time.monotonic() - started_s < 2
 
 
 async def test_a_call_waits_for_a_service_that_is_restarting(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         node = fresh("node")
-        asking = asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, patience_s=10))
+        asking = asyncio.create_task(
+            RpcClient(here.nats)("storage", node, "echo", Echo(text="x"), Echo, restart_wait_s=10)
+        )
         async with serving(here, node, GatedEndpoint()):
             assert await asking == Echo(text="x")
 
@@ -104,15 +106,17 @@ async def test_I7_an_answer_that_does_not_come_in_time_is_expired(nats: NatsServ
     async with joined(nats) as here, serving(here, node := fresh("node"), room := GatedEndpoint()):
         room.gate.clear()
         with pytest.raises(Expired, match="echo"):
-            await Ask(here.nats)("storage", node, "echo", Echo(text=""), Echo, deadline_s=0.2)
+            await RpcClient(here.nats)("storage", node, "echo", Echo(text=""), Echo, deadline_s=0.2)
         room.gate.set()
 
 
 async def test_many_rpc_calls_are_answered_at_once(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, serving(here, node := fresh("node"), room := GatedEndpoint()):
         room.gate.clear()
-        texts = [str(i) for i in range(MAX_ASKED_AT_ONCE)]
-        asking = [asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text=t), Echo)) for t in texts]
+        texts = [str(i) for i in range(MAX_CONCURRENT_REQUESTS)]
+        asking = [
+            asyncio.create_task(RpcClient(here.nats)("storage", node, "echo", Echo(text=t), Echo)) for t in texts
+        ]
 
         async def all_asked() -> bool:
             return room.asked == len(texts)
@@ -126,7 +130,7 @@ async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: F
     async with joined(nats) as here:
         async with serving(here, node := fresh("node"), room := GatedEndpoint()) as stopping:
             room.gate.clear()
-            asking = asyncio.create_task(Ask(here.nats)("storage", node, "echo", Echo(text="last"), Echo))
+            asking = asyncio.create_task(RpcClient(here.nats)("storage", node, "echo", Echo(text="last"), Echo))
 
             async def asked() -> bool:
                 return room.asked == 1
@@ -136,10 +140,10 @@ async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: F
 
             async def refused() -> bool:
                 try:
-                    await Ask(here.nats)("storage", node, "refuse", Echo(text="late"), Echo, deadline_s=1)
-                except NodeAway:
+                    await RpcClient(here.nats)("storage", node, "refuse", Echo(text="late"), Echo, deadline_s=1)
+                except NodeDown:
                     return True
-                except NoRoom:
+                except NoMemory:
                     return False  # it arrived before the endpoint was removed
                 return False
 
@@ -147,21 +151,23 @@ async def test_the_answer_under_way_survives_stopping(nats: NatsServer, fresh: F
             assert not asking.done()
             room.gate.set()
             assert await asking == Echo(text="last")
-        with pytest.raises(NodeAway):
-            await Ask(here.nats)("storage", node, "echo", Echo(text="later"), Echo)
+        with pytest.raises(NodeDown):
+            await RpcClient(here.nats)("storage", node, "echo", Echo(text="later"), Echo)
 
 
 async def test_an_unawaited_call_and_an_oversized_reply_are_harmless(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here, serving(here, node := fresh("node"), GatedEndpoint()):
-        await here.client.publish(subjects.question("storage", node, "echo"), b'{"text": "a plain nats pub"}')
-        with pytest.raises(Failed, match="large"):
-            await Ask(here.nats)("storage", node, "huge", Echo(text=""), Echo, deadline_s=5)
-        assert await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo) == Echo(text="x")
+        await here.client.publish(subjects.rpc("storage", node, "echo"), b'{"text": "a plain nats pub"}')
+        with pytest.raises(InternalError, match="large"):
+            await RpcClient(here.nats)("storage", node, "huge", Echo(text=""), Echo, deadline_s=5)
+        assert await RpcClient(here.nats)("storage", node, "echo", Echo(text="x"), Echo) == Echo(text="x")
 
 
 async def test_rpc_calls_are_answered_again_after_a_restart_of_nats(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here, serving(here, "node-a", GatedEndpoint()):
         own_nats.restart()
         await here.nats.reconnects.wait_after(0)
-        answer = await Ask(here.nats)("storage", "node-a", "echo", Echo(text="x"), Echo, deadline_s=10, patience_s=10)
+        answer = await RpcClient(here.nats)(
+            "storage", "node-a", "echo", Echo(text="x"), Echo, deadline_s=10, restart_wait_s=10
+        )
         assert answer == Echo(text="x")

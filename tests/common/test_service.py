@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.bus.keys import live_key
-from shoal_common.messages.liveness import Live
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.bus.keys import liveness_key
+from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.rpc.request_reply import RpcClient
 from tests.common.toy_service import Echo
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
@@ -40,8 +40,8 @@ def home(tmp_path: Path, nats: NatsServer, fresh: Fresh) -> Home:
     return Home(tmp_path, fresh("node"), nats.url)
 
 
-async def live(here: Joined, node: str) -> Live | None:
-    return await here.buckets.live.get_as(live_key(node, "storage"), Live)
+async def live(here: Joined, node: str) -> LivenessRecord | None:
+    return await here.buckets.live.get_as(liveness_key(node, "storage"), LivenessRecord)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -168,7 +168,7 @@ async def test_a_service_continues_after_nats_loses_its_store(own_nats: NatsServ
         own_nats.wipe()
         await toy.wait_line("reconnected to NATS")
         async with joined(own_nats) as here:
-            answer = await Ask(here.nats)("storage", "node-a", "echo", Echo(text="x"), Echo, patience_s=10)
+            answer = await RpcClient(here.nats)("storage", "node-a", "echo", Echo(text="x"), Echo, restart_wait_s=10)
             assert answer == Echo(text="x")
             done = tmp_path / "done"
             done.touch()

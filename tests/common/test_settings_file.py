@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.config import read_settings
-from shoal_common.errors import BadInput, Failed, Refused
-from shoal_common.settings_file import Value, change_settings, changed, changed_text
+from shoal_common.errors import BadInput, InternalError, Refused
+from shoal_common.settings_file import Value, change_settings, edit_text, with_changes
 from tests.harness.process import node_environment, started
 
 
@@ -83,8 +83,8 @@ def _parses(text: str) -> bool:
 @given(files().filter(_parses), st.lists(CHANGES, max_size=5))
 def test_any_changes_keep_every_comment_and_every_foreign_key(text: str, sequence: list[dict[str, Value]]) -> None:
     for changes in sequence:
-        wanted = changed(tomllib.loads(text), "storage", changes)
-        after = text if wanted == tomllib.loads(text) else changed_text(text, "storage", changes)
+        wanted = with_changes(tomllib.loads(text), "storage", changes)
+        after = text if wanted == tomllib.loads(text) else edit_text(text, "storage", changes)
         assert after is not None
         assert tomllib.loads(after) == wanted
         assert _comments(after) == _comments(text)
@@ -187,7 +187,7 @@ def test_what_the_caller_does_not_accept_is_not_written(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text("# mine\n")
     (tmp_path / "node.new").mkdir()  # blocks the new file, also for root
-    with pytest.raises(Failed, match="cannot be written: Is a directory; nothing was changed"):
+    with pytest.raises(InternalError, match="cannot be written: Is a directory; nothing was changed"):
         change(tmp_path, {"headroom_bytes": 5})
     assert (tmp_path / "node.toml").read_text() == "# mine\n"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal_common.errors import BadName
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 
 SIZES = st.integers(0, 40 * LEAF_BYTES)
 
@@ -35,7 +35,7 @@ def test_a_bitmap_and_a_leaf_set_agree(case: tuple[int, set[int]]) -> None:
     assert {leaf for leaf in every if leaf in bitmap} == there
     assert bitmap.complete == (there == set(every))
     assert sum(bitmap.leaf_bytes(leaf) for leaf in every) == size_bytes
-    assert bitmap.have_bytes + sum(end - start for start, end in bitmap.missing_runs()) == size_bytes
+    assert bitmap.have_bytes + sum(end - start for start, end in bitmap.missing_ranges()) == size_bytes
 
 
 @given(sizes_and_leaves())
@@ -44,7 +44,7 @@ def test_missing_ranges_are_exactly_the_absent_leaves_joined(case: tuple[int, se
     bitmap = Bitmap(size_bytes)
     for leaf in there:
         bitmap.add(leaf)
-    runs = bitmap.missing_runs()
+    runs = bitmap.missing_ranges()
     covered = {leaf for start, end in runs for leaf in range(start // LEAF_BYTES, leaf_count(end))}
     assert covered == set(range(leaf_count(size_bytes))) - there
     assert all(end <= size_bytes for _, end in runs)
@@ -58,7 +58,7 @@ def test_I6_a_bitmap_survives_its_file(case: tuple[int, set[int]]) -> None:
     for leaf in there:
         bitmap.add(leaf)
     again = Bitmap(size_bytes, bitmap.to_bytes())
-    assert again.missing_runs() == bitmap.missing_runs()
+    assert again.missing_ranges() == bitmap.missing_ranges()
 
 
 @given(SIZES, st.binary(max_size=10))
@@ -73,7 +73,7 @@ HOSTILE_BLOBS = ["", "..", "a", "../" + "a" * 61, "A" * 64, "g" * 64, "git-" + "
 
 @pytest.mark.parametrize("blob", HOSTILE_BLOBS)
 def test_I10_no_path_is_made_of_a_hostile_blob_commit_or_file(tmp_path: Path, blob: str) -> None:
-    layout = Layout(tmp_path)
+    layout = StorePaths(tmp_path)
     manifest = Manifest(repo="org/name", commit="0" * 40, files=[])
     builds: list[Callable[[], Path]] = [
         lambda: layout.blob(blob),
@@ -88,7 +88,7 @@ def test_I10_no_path_is_made_of_a_hostile_blob_commit_or_file(tmp_path: Path, bl
 
 
 def test_all_paths_are_inside_the_store(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
+    layout = StorePaths(tmp_path)
     manifest = Manifest(repo="org/name", commit="0" * 40, files=[])
     assert layout.blob("ab" * 32) == tmp_path / "blobs" / "sha256" / "ab" / ("ab" * 32)
     assert layout.view_file(manifest, "a/b.json") == tmp_path / "views" / "org--name" / ("0" * 40) / "a" / "b.json"

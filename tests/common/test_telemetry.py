@@ -21,8 +21,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from shoal_common import telemetry
 from shoal_common.errors import NotFound
 from shoal_common.messages.envelope import Command
-from shoal_common.rpc.command_worker import Verb
-from shoal_common.rpc.request_reply import Ask, Question, serve
+from shoal_common.rpc.command_worker import CommandHandler
+from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from tests.common.command_service import subject, working
 from tests.common.toy_service import Echo
 from tests.harness.nats import NatsServer, joined
@@ -53,10 +53,13 @@ Spans = Callable[[str], list[ReadableSpan]]
 
 async def test_a_commands_span_is_a_child_of_its_senders(nats: NatsServer, fresh: Fresh, spans: Spans) -> None:
     async def work(command: Command, identity: str) -> None:
-        with telemetry.step("reserve", size_bytes=7):
+        with telemetry.trace_step("reserve", size_bytes=7):
             pass
 
-    async with joined(nats) as here, working(here, node := fresh("node"), {"work": Verb(Command, work, 9.0)}):
+    async with (
+        joined(nats) as here,
+        working(here, node := fresh("node"), {"work": CommandHandler(Command, work, 9.0)}),
+    ):
         with telemetry.sending("cmd.storage.work") as sender:
             await here.client.request(subject(node, "work"), b"{}", timeout=9, headers=telemetry.headers())
         (sent,), (processed,), (step,) = (
@@ -75,7 +78,10 @@ async def test_a_command_typed_by_hand_starts_a_trace_of_its_own(
     async def refuse(command: Command, identity: str) -> None:
         raise NotFound("there is none")
 
-    async with joined(nats) as here, working(here, node := fresh("node"), {"work": Verb(Command, refuse, 9.0)}):
+    async with (
+        joined(nats) as here,
+        working(here, node := fresh("node"), {"work": CommandHandler(Command, refuse, 9.0)}),
+    ):
         await here.client.request(subject(node, "work"), b"{}", timeout=9)
         (processed,) = spans("process cmd.storage.work")
         assert processed.parent is None
@@ -88,8 +94,8 @@ async def test_an_rpc_servers_span_is_a_child_of_its_callers(nats: NatsServer, f
 
     async with joined(nats) as here:
         stopping, node = asyncio.Event(), fresh("node")
-        serving = asyncio.create_task(serve(here.nats, "storage", node, {"echo": Question(Echo, echo)}, stopping))
-        await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, patience_s=5)
+        serving = asyncio.create_task(serve(here.nats, "storage", node, {"echo": RpcEndpoint(Echo, echo)}, stopping))
+        await RpcClient(here.nats)("storage", node, "echo", Echo(text="x"), Echo, restart_wait_s=5)
         stopping.set()
         await serving
         sent, (processed,) = spans("send svc.storage.echo"), spans("process svc.storage.echo")
@@ -109,7 +115,7 @@ def test_a_redelivery_is_a_new_trace_linked_to_its_sender(spans: Spans) -> None:
 
 
 def test_a_step_that_raises_is_marked_as_failed(spans: Spans) -> None:
-    with pytest.raises(NotFound), telemetry.step("verify"):
+    with pytest.raises(NotFound), telemetry.trace_step("verify"):
         raise NotFound("gone")
     (step,) = spans("verify")
     assert step.status.status_code == StatusCode.ERROR
@@ -131,7 +137,7 @@ async def test_without_a_collector_the_sdk_is_not_even_loaded() -> None:
 async def test_a_dead_collector_does_not_delay_stopping(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     node, environment = toy_of(tmp_path, fresh, nats, "http://127.0.0.1:9")
     async with joined(nats) as here, started(TOY, environment=environment) as toy:
-        await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, deadline_s=10, patience_s=10)
+        await RpcClient(here.nats)("storage", node, "echo", Echo(text="x"), Echo, deadline_s=10, restart_wait_s=10)
         started_s = time.monotonic()
         toy.send(signal.SIGTERM)
         assert await toy.wait_exit() == 0
@@ -156,7 +162,9 @@ async def test_a_collector_receives_the_spans_of_a_service(nats: NatsServer, fre
     try:
         node, environment = toy_of(tmp_path, fresh, nats, f"http://127.0.0.1:{server.server_port}")
         async with joined(nats) as here, started(TOY, environment=environment) as toy:
-            await Ask(here.nats)("storage", node, "echo", Echo(text="x"), Echo, deadline_s=10, patience_s=10)
+            await RpcClient(here.nats)(
+                "storage", node, "echo", Echo(text="x"), Echo, deadline_s=10, restart_wait_s=10
+            )
             toy.send(signal.SIGTERM)  # this exports the rest
             assert await toy.wait_exit() == 0
 

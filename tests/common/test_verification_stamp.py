@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal_common.store.verification_stamp import disprove, prove, proven
+from shoal_common.store.verification_stamp import clear_stamp, has_stamp, write_stamp
 
 NAME = "ab" * 32
 
@@ -19,20 +19,20 @@ def test_a_stamp_is_valid_until_time_or_size_change(tmp_path: Path, at_ns: int, 
     path = tmp_path / "file"
     path.write_bytes(data)
     os.utime(path, ns=(at_ns, at_ns))
-    assert prove(NAME, path) and proven(NAME, path.stat())
+    assert write_stamp(NAME, path) and has_stamp(NAME, path.stat())
     shown_ns = path.stat().st_mtime_ns
     assert shown_ns // 10**9 == at_ns // 10**9
-    assert not proven("cd" * 32, path.stat()), "of another name it is no proof"
+    assert not has_stamp("cd" * 32, path.stat()), "of another name it is no proof"
     path.write_bytes(data + b"more")
     os.utime(path, ns=(shown_ns, shown_ns))
-    assert not proven(NAME, path.stat()), "of another size neither"
+    assert not has_stamp(NAME, path.stat()), "of another size neither"
     path.write_bytes(data)
     os.utime(path, ns=(shown_ns, shown_ns))
-    assert proven(NAME, path.stat())
-    disprove(NAME, path)
-    assert not proven(NAME, path.stat())
+    assert has_stamp(NAME, path.stat())
+    clear_stamp(NAME, path)
+    assert not has_stamp(NAME, path.stat())
     before_ns = path.stat().st_mtime_ns
-    disprove(NAME, path)
+    clear_stamp(NAME, path)
     assert path.stat().st_mtime_ns == before_ns
 
 
@@ -40,8 +40,8 @@ def test_a_stamp_is_of_a_file_and_not_of_its_copy(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for path in (one, other):
         path.write_bytes(b"same")
-    assert prove(NAME, one)
+    assert write_stamp(NAME, one)
     os.utime(other, ns=(0, one.stat().st_mtime_ns))
-    assert not proven(NAME, other.stat())
+    assert not has_stamp(NAME, other.stat())
     (tmp_path / "link").hardlink_to(one)
-    assert proven(NAME, (tmp_path / "link").stat())
+    assert has_stamp(NAME, (tmp_path / "link").stat())

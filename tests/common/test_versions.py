@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import VERSION
-from shoal_common.liveness.compatibility import major, work_together
+from shoal_common.liveness.compatibility import are_compatible, compatibility_version
 
 numbers = st.integers(0, 999_999_999)
 words = st.from_regex(r"[0-9A-Za-z-]{1,8}(\.[0-9A-Za-z-]{1,8}){0,2}", fullmatch=True)
@@ -18,27 +18,27 @@ texts = st.one_of(st.text(max_size=30), versions)
 
 @given(st.integers(1, 10**8), numbers, numbers, numbers, numbers, tails)
 def test_from_1_on_the_major_decides_alone(m: int, a: int, b: int, c: int, d: int, tail: str) -> None:
-    assert work_together(f"{m}.{a}.{b}{tail}", f"{m}.{c}.{d}")
-    assert not work_together(f"{m}.{a}.{b}", f"{m + 1}.{a}.{b}{tail}")
+    assert are_compatible(f"{m}.{a}.{b}{tail}", f"{m}.{c}.{d}")
+    assert not are_compatible(f"{m}.{a}.{b}", f"{m + 1}.{a}.{b}{tail}")
 
 
 @given(st.integers(0, 10**8), numbers, numbers, tails)
 def test_while_major_is_0_the_minor_counts_as_major(minor: int, a: int, b: int, tail: str) -> None:
-    assert work_together(f"0.{minor}.{a}{tail}", f"0.{minor}.{b}")
-    assert not work_together(f"0.{minor}.{a}", f"0.{minor + 1}.{a}{tail}")
-    assert not work_together(f"0.{minor}.{a}", f"{minor or 1}.{minor}.{a}")
+    assert are_compatible(f"0.{minor}.{a}{tail}", f"0.{minor}.{b}")
+    assert not are_compatible(f"0.{minor}.{a}", f"0.{minor + 1}.{a}{tail}")
+    assert not are_compatible(f"0.{minor}.{a}", f"{minor or 1}.{minor}.{a}")
 
 
 @given(texts, texts, texts)
 def test_it_makes_no_difference_who_asks_and_there_are_no_chains(a: str, b: str, c: str) -> None:
-    assert work_together(a, b) == work_together(b, a)
-    if work_together(a, b) and work_together(b, c):
-        assert work_together(a, c)
+    assert are_compatible(a, b) == are_compatible(b, a)
+    if are_compatible(a, b) and are_compatible(b, c):
+        assert are_compatible(a, c)
 
 
 @given(versions)
 def test_every_version_works_with_itself(version: str) -> None:
-    assert work_together(version, version)
+    assert are_compatible(version, version)
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_every_version_works_with_itself(version: str) -> None:
     ],
 )
 def test_a_malformed_version_is_compatible_with_nothing(text: str) -> None:
-    assert major(text) is None
-    assert not work_together(text, text)
-    assert not work_together(text, VERSION)
+    assert compatibility_version(text) is None
+    assert not are_compatible(text, text)
+    assert not are_compatible(text, VERSION)
 
 
 def test_ours_is_a_version() -> None:
-    assert work_together(VERSION, VERSION)
+    assert are_compatible(VERSION, VERSION)

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from shoal_common import service
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 from shoal_common.rpc import command_worker
-from shoal_common.rpc.command_worker import Verb
-from shoal_common.rpc.request_reply import Question
+from shoal_common.rpc.command_worker import CommandHandler
+from shoal_common.rpc.request_reply import RpcEndpoint
 
 
 class Work(Command, kw_only=True):
@@ -27,7 +27,7 @@ class Work(Command, kw_only=True):
     path: str
 
 
-class Echo(Message):
+class Echo(WireStruct):
     """Request and reply."""
 
     text: str
@@ -55,12 +55,12 @@ async def _crash() -> None:
     raise ZeroDivisionError("one task failed\non two lines")
 
 
-async def run(context: service.Context) -> None:
+async def run(context: service.ServiceContext) -> None:
     """Run the service."""
     mode = context.environ.get("TOY", "")
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(context.serve({"echo": Question(Echo, _echo)}))
-        tasks.create_task(context.work({"work": Verb(Work, _work, 60.0)}))
+        tasks.create_task(context.serve({"echo": RpcEndpoint(Echo, _echo)}))
+        tasks.create_task(context.run_commands({"work": CommandHandler(Work, _work, 60.0)}))
         context.ready()
         if mode == "crash":
             tasks.create_task(_crash())

@@ -14,7 +14,7 @@ import msgspec
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import download_key, model_key, storage_key
 from shoal_common.messages import decode
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
@@ -127,7 +127,7 @@ class Pulls:
     async def nothing_is_left(self, node: str, model: str = "") -> None:
         """Require no request, no partial blob, no reservation, and no blob that no model on the node needs."""
         name = model or self.site.repo
-        assert await self.buckets.spec.get_as(download_key(node, name), DownloadSpec) is None
+        assert await self.buckets.spec.get_as(download_key(node, name), DownloadRequest) is None
         assert partials(self.site[node]) == []
         assert stray_blobs(self.site[node]) == set()
         storage = await self.buckets.state.get_as(storage_key(node), StorageState)

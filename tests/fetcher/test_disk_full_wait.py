@@ -10,35 +10,35 @@ from pathlib import Path
 import pytest
 
 from shoal_common.bus.keys import download_key
-from shoal_common.errors import DiskFull, NodeAway, ShoalError
+from shoal_common.errors import DiskFull, NodeDown, ShoalError
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.storage import RoomLeft
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.cluster_view import Surroundings
+from shoal_common.messages.storage import SpaceCheck
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads import disk_full_wait as blocked_module
-from shoal_fetcher.downloads.disk_full_wait import Blockage
-from shoal_fetcher.partials.partial_blob import probe
+from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
+from shoal_fetcher.partials.partial_blob import probe_disk
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, in_vain_delay_s, look_again_s
-from shoal_fetcher.storage_client import Storage
+from shoal_fetcher.storage_client import StorageClient
 from tests.harness.nats import Joined, NatsServer, joined
 
 Fresh = Callable[[str], str]
 MODEL = f"org/name@{'c' * 40}"
 BLOB = "a" * 64
-FULL = RoomLeft(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, words="7 B more needed, 3 B free")
+FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, words="7 B more needed, 3 B free")
 MET = DiskFull("disk full: No space left on device", blob=BLOB)
 BEGUN_S = 1_800_000_000.0
 
 
-class ScriptedStorage(Storage):
+class ScriptedStorage(StorageClient):
     """A storage with these answers; the last one is repeated."""
 
-    def __init__(self, *answers: RoomLeft | ShoalError) -> None:
+    def __init__(self, *answers: SpaceCheck | ShoalError) -> None:
         self._answers = list(answers)
         self.asked_count = 0
 
-    async def room(self, model: str) -> RoomLeft:
+    async def room(self, model: str) -> SpaceCheck:
         """Return the next answer."""
         assert model == MODEL
         self.asked_count += 1
@@ -48,7 +48,7 @@ class ScriptedStorage(Storage):
         return answer
 
 
-class Passing(Surroundings):
+class Passing(ClusterView):
     """A cluster in which waiting advances the time."""
 
     def __init__(self) -> None:
@@ -82,9 +82,9 @@ async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
 ) -> None:
     async with joined(nats) as here:
         progress, around = progress_of(here, node := fresh("node")), Passing()
-        storage = ScriptedStorage(FULL, NodeAway("it restarts"), FULL, RoomLeft(enough=True))
-        blockage = Blockage(progress, storage, around, Layout(tmp_path), lambda: around.now_s)
-        await blockage.wait_for_room(MODEL, MET)
+        storage = ScriptedStorage(FULL, NodeDown("it restarts"), FULL, SpaceCheck(enough=True))
+        blockage = DiskFullWait(progress, storage, around, StorePaths(tmp_path), lambda: around.now_s)
+        await blockage.wait_for_space(MODEL, MET)
         await progress.publish()  # as every second
         said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
         assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
@@ -99,11 +99,15 @@ async def test_I7_a_day_without_space_ends_in_an_error_that_names_it(
 ) -> None:
     async with joined(nats) as here:
         around = Passing()
-        blockage = Blockage(
-            progress_of(here, fresh("node")), ScriptedStorage(FULL), around, Layout(tmp_path), lambda: around.now_s
+        blockage = DiskFullWait(
+            progress_of(here, fresh("node")),
+            ScriptedStorage(FULL),
+            around,
+            StorePaths(tmp_path),
+            lambda: around.now_s,
         )
         with pytest.raises(DiskFull, match=r"was full for 24 h while org/name arrived \(disk full: 7 B more needed"):
-            await blockage.wait_for_room(MODEL, MET)
+            await blockage.wait_for_space(MODEL, MET)
         assert MAX_BLOCKED_S < around.now_s - BEGUN_S < MAX_BLOCKED_S + 120
 
 
@@ -114,24 +118,24 @@ async def test_I7_the_deadline_moves_only_with_durable_bytes(
     async with joined(nats) as here:
         around = Passing()
         progress = progress_of(here, fresh("node"), done_bytes=10, blocked_since_s=BEGUN_S - MAX_BLOCKED_S - 1)
-        progress.restart()
-        progress.durable(BLOB, 11 if moved else 10)
-        blockage = Blockage(
-            progress, ScriptedStorage(RoomLeft(enough=True)), around, Layout(tmp_path), lambda: around.now_s
+        progress.reset_counts()
+        progress.set_durable_bytes(BLOB, 11 if moved else 10)
+        blockage = DiskFullWait(
+            progress, ScriptedStorage(SpaceCheck(enough=True)), around, StorePaths(tmp_path), lambda: around.now_s
         )
         if moved:
-            await blockage.wait_for_room(MODEL, MET)
+            await blockage.wait_for_space(MODEL, MET)
             assert progress.state.blocked_since_s == BEGUN_S
             around.now_s += MAX_BLOCKED_S + 1
         with pytest.raises(DiskFull, match="was full for 24 h"):
-            await blockage.wait_for_room(MODEL, MET)
+            await blockage.wait_for_space(MODEL, MET)
 
 
 async def test_free_space_that_cannot_be_written_does_not_end_the_wait(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with joined(nats) as here:
-        progress, around, layout = progress_of(here, fresh("node")), Passing(), Layout(tmp_path)
+        progress, around, layout = progress_of(here, fresh("node")), Passing(), StorePaths(tmp_path)
         layout.partial(BLOB).mkdir(parents=True)
         real, refused = os.pwrite, list[int]()
 
@@ -142,8 +146,8 @@ async def test_free_space_that_cannot_be_written_does_not_end_the_wait(
             return real(fd, data, offset)
 
         monkeypatch.setattr(os, "pwrite", quota)
-        storage = ScriptedStorage(RoomLeft(enough=True))
-        await Blockage(progress, storage, around, layout, lambda: around.now_s).wait_for_room(MODEL, MET)
+        storage = ScriptedStorage(SpaceCheck(enough=True))
+        await DiskFullWait(progress, storage, around, layout, lambda: around.now_s).wait_for_space(MODEL, MET)
         assert storage.asked_count == 4 and len(refused) == 3
         assert progress.state.waiting_for.startswith("disk full: Disk quota exceeded")
         assert list(layout.partial(BLOB).iterdir()) == []
@@ -157,7 +161,7 @@ def test_a_write_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", counted)
-    probe(tmp_path)
+    probe_disk(tmp_path)
     assert written == [4096] and list(tmp_path.iterdir()) == []
 
 

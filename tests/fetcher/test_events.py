@@ -11,7 +11,7 @@ from nats.js.errors import NotFoundError
 
 from shoal_common.bus import subjects
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_demo.faults import Faults, Unavailable
+from shoal_demo.faults import Faults, UnavailableFault
 from tests.fetcher.fault_servers import Asked, serving
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -75,7 +75,7 @@ async def test_a_download_beyond_the_quota_emits_that_it_is_rejected_with_the_fi
 
 
 async def test_a_download_that_fails_emits_its_error(site: Site) -> None:
-    site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+    site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
     async with site.join() as here:
         code, message = await here.pull_fails("a")
         event = await the_event(here, "a", "download_failed")

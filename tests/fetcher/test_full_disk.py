@@ -68,7 +68,7 @@ async def write_all(directory: Path, data: bytes) -> None:
 async def test_I6_a_refused_write_of_a_partial_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(partial_blob, "CHECKPOINT_S", 1e9)
+    monkeypatch.setattr(partial_blob, "CHECKPOINT_INTERVAL_S", 1e9)
     data = content(LEAVES * LEAF_BYTES - 7)
     with monkeypatch.context() as patched:
         whole = Refusing(patched)

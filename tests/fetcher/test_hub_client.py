@@ -17,13 +17,13 @@ from shoal_common.errors import BadName, Denied, HubUnavailable, NotFound, Shoal
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef
 from shoal_demo.faults import Faults, RateLimit
-from shoal_demo.faults import Unavailable as Down
+from shoal_demo.faults import UnavailableFault as Down
 from shoal_demo.hub_server import RunningHub, running_hub
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub import client as hub_module
-from shoal_fetcher.hub.cache import MOST_FILES, HoldBack, Listings
-from shoal_fetcher.hub.client import Hub, HubSettings, foreign
-from shoal_fetcher.hub.range_reader import hub_client, hub_source
+from shoal_fetcher.hub.cache import MAX_CACHED_FILES, HubBackoff, ListingCache
+from shoal_fetcher.hub.client import HubClient, HubSettings, map_hub_error
+from shoal_fetcher.hub.range_reader import hub_source, make_hub_client
 from tests.fetcher.fault_servers import Server, reply, serving
 from tests.fetcher.hub_repos import make_model
 
@@ -51,8 +51,8 @@ def healthy(paged: RunningHub) -> Iterator[None]:
 
 async def resolve(endpoint: str, ref: ModelRef = REF, **settings: Any) -> Any:
     """Return the manifest from a hub."""
-    async with hub_client() as client:
-        return await Hub(HubSettings(endpoint=endpoint, **settings), client).resolve(ref)
+    async with make_hub_client() as client:
+        return await HubClient(HubSettings(endpoint=endpoint, **settings), client).resolve(ref)
 
 
 async def test_a_paged_listing_is_a_manifest_with_every_file_by_hash(paged: RunningHub) -> None:
@@ -101,8 +101,8 @@ async def test_I7_a_busy_or_broken_hub_fails_without_hidden_retries(
 
 
 async def test_a_commit_is_listed_once_and_a_branch_again_by_etag(paged: RunningHub) -> None:
-    async with hub_client() as client:
-        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+    async with make_hub_client() as client:
+        hub = HubClient(HubSettings(endpoint=paged.base_url), client)
         paged.reset_stats()
         first = await hub.resolve(REF)
         asked = paged.stats().requests.api
@@ -114,12 +114,12 @@ async def test_a_commit_is_listed_once_and_a_branch_again_by_etag(paged: Running
 
 
 async def test_concurrent_callers_of_one_listing_share_its_answer(paged: RunningHub) -> None:
-    async with hub_client() as client:
-        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+    async with make_hub_client() as client:
+        hub = HubClient(HubSettings(endpoint=paged.base_url), client)
         paged.reset_stats()
         alone = await hub.resolve(REF)
         asked = paged.stats().requests.api
-        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+        hub = HubClient(HubSettings(endpoint=paged.base_url), client)
         paged.reset_stats()
         leaving = asyncio.ensure_future(hub.resolve(REF))
         others = [asyncio.ensure_future(hub.resolve(REF)) for _ in range(9)]
@@ -130,8 +130,8 @@ async def test_concurrent_callers_of_one_listing_share_its_answer(paged: Running
 
 
 async def test_a_rate_limit_holds_back_every_request_until_its_time(paged: RunningHub) -> None:
-    async with hub_client() as client:
-        hub = Hub(HubSettings(endpoint=paged.base_url), client)
+    async with make_hub_client() as client:
+        hub = HubClient(HubSettings(endpoint=paged.base_url), client)
         manifest = await hub.resolve(REF)
         file = next(f for f in manifest.files if f.sha256)
         paged.set_faults(Faults(rate_limit=RateLimit(times=1, retry_after_s=600, kinds=("get",))))
@@ -151,18 +151,18 @@ async def test_a_rate_limit_holds_back_every_request_until_its_time(paged: Runni
 
 def test_I7_backoff_ends_at_the_named_time_and_cache_is_bounded() -> None:
     now_s = 100.0
-    hold = HoldBack(lambda: now_s)
+    hold = HubBackoff(lambda: now_s)
     hold.check("hub")
-    hold.note(RateLimited("wait", retry_after_s=30.0))
-    hold.note(RateLimited("wait", retry_after_s=5.0))
+    hold.record(RateLimited("wait", retry_after_s=30.0))
+    hold.record(RateLimited("wait", retry_after_s=5.0))
     now_s = 129.0
     with pytest.raises(RateLimited):
         hold.check("hub")
     now_s = 130.0
     hold.check("hub")
-    listings, many = Listings(), [ManifestFile(path="x", size_bytes=1, sha256=SHA256)] * (MOST_FILES // 4)
+    listings, many = ListingCache(), [ManifestFile(path="x", size_bytes=1, sha256=SHA256)] * (MAX_CACHED_FILES // 4)
     for number in range(9):
-        listings.keep("org/m", f"{number:040x}", many)
+        listings.put("org/m", f"{number:040x}", many)
         assert listings.get("org/m", "0" * 40) is not None, "what is used stays"
     kept = [n for n in range(9) if listings.get("org/m", f"{n:040x}") is not None]
     assert kept == [0, 6, 7, 8]
@@ -172,8 +172,8 @@ async def test_offline_means_that_nothing_is_asked() -> None:
     async with serving({}) as server:
         with pytest.raises(HubUnavailable, match="HF_HUB_OFFLINE"):
             await resolve(server.url, offline=True)
-        async with hub_client() as client:
-            offline = Hub(HubSettings(endpoint=server.url, offline=True), client)
+        async with make_hub_client() as client:
+            offline = HubClient(HubSettings(endpoint=server.url, offline=True), client)
             manifest = Manifest(repo="a/b", commit=COMMIT, files=[])
             with pytest.raises(HubUnavailable, match="HF_HUB_OFFLINE"):
                 offline.read(manifest, ManifestFile(path="x", size_bytes=1, sha256=SHA256), 0, 1)
@@ -292,7 +292,7 @@ def test_every_huggingface_hub_exception_maps_to_ours() -> None:
         error: Any = kind.__new__(kind)
         if issubclass(kind, errors.HfHubHTTPError):
             error.response = httpx2.Response(418, request=httpx2.Request("GET", "https://hub.example"))
-        ours = foreign(error, REF, source, has_token=False)
+        ours = map_hub_error(error, REF, source, has_token=False)
         assert isinstance(ours, ShoalError)
         if "an invalid listing" in ours.message:
             unmapped.add(name)

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_demo.faults import DropAtByte, Faults, RateLimit, Unavailable, WrongBytes
+from shoal_demo.faults import DropAtByte, Faults, RateLimit, UnavailableFault, WrongBytes
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Site, blobs
 
@@ -40,7 +40,7 @@ async def test_a_rate_limit_is_published_waited_for_and_survived(
 
 
 async def test_a_few_faults_of_the_hub_are_ridden_out(site: Site, files: dict[str, bytes]) -> None:
-    site.hub.set_faults(Faults(unavailable=Unavailable(times=3)))
+    site.hub.set_faults(Faults(unavailable=UnavailableFault(times=3)))
     async with site.join() as here:
         await here.pull_ok("a")
         await here.assert_complete("a", files)
@@ -144,7 +144,7 @@ async def test_a_gated_model_fails_with_its_terms_and_leaves_no_files(site: Site
 
 
 async def test_a_hub_that_is_down_is_retried_and_leaves_no_files(site: Site, files: dict[str, bytes]) -> None:
-    site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+    site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
     async with site.join() as here:
         code, message = await here.pull_fails("a")
         assert code == "hub_unavailable" and "503" in message

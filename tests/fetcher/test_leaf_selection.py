@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from shoal_common.errors import Corrupt
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.models.layer_tensors import StageTensors
-from shoal_common.models.safetensors_header import tensor_ranges
+from shoal_common.models.safetensors_header import parse_tensor_ranges
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_fetcher.sources.leaf_selection import SMALL_BYTES, first_leaves, header_leaves, stage_leaves
+from shoal_fetcher.sources.leaf_selection import MAX_SMALL_FILE_BYTES, first_leaves, header_leaves, stage_leaves
 
 LAYERS = 4
 NAMES = [
@@ -61,9 +61,9 @@ def test_needed_leaves_cover_every_byte_of_the_needed_tensors(
     leaves = stage_leaves(CONFIG, {BLOB: head}, [file], layers)[BLOB]
     stages = [StageTensors(CONFIG, first, last) for first, last in layers]
     needed = [(0, len(head))]
-    needed += [r for n, r in tensor_ranges(head, "x").items() if any(s.needs(n) for s in stages)]
+    needed += [r for n, r in parse_tensor_ranges(head, "x").items() if any(s.needs(n) for s in stages)]
     touched = {leaf for a, b in needed if a < b for leaf in range(a // LEAF_BYTES, (b - 1) // LEAF_BYTES + 1)}
-    assert {leaf for a, b in leaf_set.ranges(leaves) for leaf in range(a, b)} == touched
+    assert {leaf for a, b in leaf_set.to_ranges(leaves) for leaf in range(a, b)} == touched
 
 
 @given(files(), RUNS, RUNS)
@@ -83,16 +83,16 @@ def test_what_two_stages_need_together_is_what_each_needs(
 def test_a_stage_of_all_layers_needs_all_leaves(made: tuple[bytes, int]) -> None:
     head, size_bytes = made
     file = ManifestFile(path="model.safetensors", size_bytes=size_bytes, sha256=BLOB)
-    assert stage_leaves(CONFIG, {BLOB: head}, [file], [[0, LAYERS]])[BLOB] == leaf_set.whole(size_bytes)
+    assert stage_leaves(CONFIG, {BLOB: head}, [file], [[0, LAYERS]])[BLOB] == leaf_set.all_leaves(size_bytes)
 
 
 def test_at_first_small_files_and_weight_headers_are_needed() -> None:
     sizes = {
         "config.json": 900,
-        "tokenizer.json": SMALL_BYTES,
+        "tokenizer.json": MAX_SMALL_FILE_BYTES,
         "model-00001-of-00002.safetensors": 5 * LEAF_BYTES,
         "model-00002-of-00002.safetensors": 300,
-        "consolidated.safetensors": SMALL_BYTES + 1,
+        "consolidated.safetensors": MAX_SMALL_FILE_BYTES + 1,
         "original/model.safetensors": 400,
     }
     manifest = Manifest(

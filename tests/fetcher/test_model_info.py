@@ -9,9 +9,9 @@ import struct
 import pytest
 
 from shoal_common.errors import Corrupt, HubUnavailable, NotFound, ShoalError, Unsupported
-from shoal_common.messages.model_shape import AskShape, ModelSize
-from shoal_common.models.model_shape import read_shape
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.model_shape import GetModelShape, ModelSize
+from shoal_common.models.model_shape import read_model_shape
+from shoal_common.rpc.request_reply import RpcClient
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
 
@@ -55,14 +55,14 @@ def model(seed: str) -> dict[str, bytes]:
 
 async def shape(here: Pulls, node: str, name: str) -> ModelSize:
     """Return the reply to `nats req` with this request."""
-    return await Ask(here.here.nats)("fetcher", node, "shape", AskShape(model=name), ModelSize, ASK_S)
+    return await RpcClient(here.here.nats)("fetcher", node, "shape", GetModelShape(model=name), ModelSize, ASK_S)
 
 
 async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) -> None:
     size_bytes = site.make(model(site.repo))
     async with site.join() as here:
         found = await shape(here, "a", site.repo)
-        assert found.shape == read_shape(site.hub_root / site.repo)
+        assert found.shape == read_model_shape(site.hub_root / site.repo)
         assert found.shape.layer_bytes == [LAYER_BYTES] * 4
         assert found.size_bytes == size_bytes
         assert found.model.startswith(f"{site.repo}@") and len(found.model.rpartition("@")[2]) == 40

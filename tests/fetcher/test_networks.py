@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.bus.keys import live_key
-from shoal_common.messages.liveness import Live
+from shoal_common.bus.keys import liveness_key
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_demo.hub_server import RunningHub, running_hub
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site, check_store
@@ -74,7 +74,7 @@ async def nodes_on(
 
 async def published_hosts(here: Pulls, node: str) -> list[str]:
     """Return the hosts that a node's fileserver publishes, best first."""
-    live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
+    live = await here.buckets.live.get_as(liveness_key(node, "fileserver"), LivenessRecord)
     assert live is not None
     return [address.rpartition(":")[0] for address in live.facts.addresses]
 
@@ -163,10 +163,10 @@ async def test_loopback_is_for_its_own_machine_and_network_namespace(
     a, b = two
     wire("lan", a, ("10.77.1.1/24",), b, ("10.77.1.2/24",))
     async with nodes_on(two, own_nats, hub, tmp_path, "0.0.0.0") as here:
-        lives = [await here.buckets.live.get_as(live_key(n, "fileserver"), Live) for n in "ab"]
+        lives = [await here.buckets.live.get_as(liveness_key(n, "fileserver"), LivenessRecord) for n in "ab"]
         kinds = [[link.kind for link in live.facts.links] for live in lives if live]
         assert kinds == [["virtual", "loopback"], ["virtual", "loopback"]]
-        networks = {live.holder.network for live in lives if live}
+        networks = {live.holder.network_namespace for live in lives if live}
         assert len(networks) == 2 and "" not in networks
         local = next(
             link.address for live in lives[:1] if live for link in live.facts.links if link.kind == "loopback"

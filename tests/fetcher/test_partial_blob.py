@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
-from shoal_common.store.leaf_set import runs_of
-from shoal_common.store.relay_bitmap import read_ready
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.leaf_set import leaf_ranges
+from shoal_common.store.relay_bitmap import read_relay_bitmap
+from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials import partial_blob
 from shoal_fetcher.partials.bitmap_file import read_bitmap
-from shoal_fetcher.partials.leaf_splitter import Cutter
+from shoal_fetcher.partials.leaf_splitter import LeafSplitter
 from shoal_fetcher.partials.partial_blob import PartialBlob
 
 SIZES = st.integers(0, 3 * LEAF_BYTES + 5) | st.sampled_from([0, 1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1])
@@ -36,7 +36,7 @@ BLOB = "ab" * 32
 
 def reserved(root: Path) -> Path:
     """Create a partial blob as storage does, in a store at `root`. Returns its directory."""
-    directory = Layout(root).partial(BLOB)
+    directory = StorePaths(root).partial(BLOB)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "data").touch()
     return directory
@@ -44,13 +44,14 @@ def reserved(root: Path) -> Path:
 
 def opened(directory: Path, size_bytes: int) -> PartialBlob:
     """Open it for writing."""
-    return PartialBlob(Layout(directory.parent.parent), BLOB, size_bytes)
+    return PartialBlob(StorePaths(directory.parent.parent), BLOB, size_bytes)
 
 
 def missing_runs(partial: PartialBlob) -> list[tuple[int, int]]:
     """Return the missing byte ranges."""
     ends = [
-        (a * LEAF_BYTES, min(b * LEAF_BYTES, partial.size_bytes)) for a, b in runs_of(partial.all & ~partial.here)
+        (a * LEAF_BYTES, min(b * LEAF_BYTES, partial.size_bytes))
+        for a, b in leaf_ranges(partial.all_leaves & ~partial.written)
     ]
     return ends
 
@@ -59,7 +60,7 @@ class Source:
     """What a source sends in order, and the result."""
 
     def __init__(self, partial: PartialBlob) -> None:
-        self.partial, self.cutter = partial, Cutter(partial.size_bytes)
+        self.partial, self.cutter = partial, LeafSplitter(partial.size_bytes)
 
     async def write(self, data: bytes) -> None:
         """Add the next bytes."""
@@ -70,7 +71,7 @@ class Source:
 async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None, begin: int = 0) -> Source:
     """Write data from `begin` on, in chunks of these sizes, cyclically."""
     source = Source(partial)
-    source.cutter.begin_at(begin)
+    source.cutter.seek(begin)
     at, end, turn = 0, len(data) if upto is None else upto, 0
     while at < end:
         step = min(cuts[turn % len(cuts)], end - at)
@@ -81,15 +82,15 @@ async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | N
 
 def ready_leaves(directory: Path, size_bytes: int) -> set[int]:
     """Return what others may request."""
-    bitmap = read_ready(Layout(directory.parent.parent), BLOB, size_bytes)
-    return {leaf for leaf in range(bitmap.leaves) if leaf in bitmap}
+    bitmap = read_relay_bitmap(StorePaths(directory.parent.parent), BLOB, size_bytes)
+    return {leaf for leaf in range(bitmap.leaf_count) if leaf in bitmap}
 
 
 def claims_only_what_is_there(directory: Path, data: bytes) -> Bitmap:
     """Return the bitmap as the next start reads it, after checking every leaf that it claims."""
     bitmap = read_bitmap(directory, len(data))
     on_disk = (directory / "data").read_bytes()
-    for leaf in range(bitmap.leaves):
+    for leaf in range(bitmap.leaf_count):
         if leaf in bitmap:
             start, end = leaf * LEAF_BYTES, leaf * LEAF_BYTES + bitmap.leaf_bytes(leaf)
             assert on_disk[start:end] == data[start:end], f"leaf {leaf} is claimed and is not there"
@@ -104,7 +105,7 @@ def test_any_chunking_gives_the_same_file_and_the_same_bitmap(size_bytes: int, c
     async def scenario(directory: Path) -> None:
         async with opened(directory, size_bytes) as partial:
             source = await fill(partial, data, cuts)
-            assert not source.cutter.overflowing
+            assert not source.cutter.has_excess
         assert partial.durable_bytes == size_bytes
 
     with TemporaryDirectory() as root:
@@ -130,7 +131,7 @@ def test_I6_wherever_it_is_cut_off_it_resumes_with_full_leaves(
         whole = cut_off if cut_off == size_bytes else cut_off // LEAF_BYTES * LEAF_BYTES
         assert bitmap.have_bytes == whole == partial.durable_bytes
         async with opened(directory, size_bytes) as partial:
-            assert partial.bytes_of(partial.here) == whole
+            assert partial.bytes_of(partial.written) == whole
             for start, end in missing_runs(partial):
                 await fill(partial, data[start:end], cuts, begin=start)
         assert claims_only_what_is_there(directory, data).complete
@@ -147,7 +148,7 @@ async def test_a_source_that_starts_over_does_not_touch_durable_bytes(tmp_path: 
     async with opened(directory, len(data)) as partial:
         assert not await partial.write(0, b"\0" * LEAF_BYTES, vouch=True)
         await fill(partial, data, [LEAF_BYTES])
-        assert partial.here == partial.ready == partial.all
+        assert partial.written == partial.relayable == partial.all_leaves
     assert (directory / "data").read_bytes() == data
     assert partial.durable_bytes == len(data)
 
@@ -156,9 +157,9 @@ async def test_more_bytes_than_the_blob_has_are_not_written(tmp_path: Path) -> N
     data, directory = content(LEAF_BYTES + 7), reserved(tmp_path)
     async with opened(directory, len(data)) as partial:
         source = await fill(partial, data, [len(data)])
-        assert not source.cutter.overflowing
+        assert not source.cutter.has_excess
         await source.write(b"x")
-        assert source.cutter.overflowing
+        assert source.cutter.has_excess
     assert (directory / "data").read_bytes() == data
 
 
@@ -195,30 +196,30 @@ async def test_I6_leaves_whose_sync_failed_are_never_claimed(tmp_path: Path, mon
 
     monkeypatch.setattr(partial_blob, "CHECKPOINT_LEAVES", 1)
     async with opened(directory, len(data)) as partial:
-        partial.changed = tried.set
+        partial.on_change = tried.set
         monkeypatch.setattr(os, "fsync", failing)
         assert await partial.write(0, data[:LEAF_BYTES], vouch=True)
         await tried.wait()
-        assert partial.here == partial.ready == 0, "it is in doubt"
+        assert partial.written == partial.relayable == 0, "it is in doubt"
         with pytest.raises(OSError):
             await partial.write(1, data[LEAF_BYTES:], vouch=True)
         assert await partial.write(1, data[LEAF_BYTES:], vouch=True)
         assert list(ready_leaves(directory, len(data))) == [1]
-    assert claims_only_what_is_there(directory, data).missing_runs() == [(0, LEAF_BYTES)]
+    assert claims_only_what_is_there(directory, data).missing_ranges() == [(0, LEAF_BYTES)]
 
 
 def test_I6_a_bitmap_beyond_the_files_size_is_not_trusted(tmp_path: Path) -> None:
     directory = reserved(tmp_path)
     (directory / "have").write_bytes(b"\x07")
     (directory / "data").write_bytes(content(2 * LEAF_BYTES + 1)[: 2 * LEAF_BYTES])
-    assert read_bitmap(directory, 2 * LEAF_BYTES + 1).missing_runs() == [(2 * LEAF_BYTES, 2 * LEAF_BYTES + 1)]
+    assert read_bitmap(directory, 2 * LEAF_BYTES + 1).missing_ranges() == [(2 * LEAF_BYTES, 2 * LEAF_BYTES + 1)]
     (directory / "have").write_bytes(b"\x07\x00")  # of another size
     assert read_bitmap(directory, 2 * LEAF_BYTES + 1).have_bytes == 0
 
 
 async def test_a_lost_reservation_is_distinct_from_a_failed_source(tmp_path: Path) -> None:
     with pytest.raises(ReservationLost):
-        async with opened(Layout(tmp_path).partial(BLOB), 1):
+        async with opened(StorePaths(tmp_path).partial(BLOB), 1):
             pass
 
 

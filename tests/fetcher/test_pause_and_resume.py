@@ -11,7 +11,7 @@ import msgspec
 
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import done_key, download_key, storage_key
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import StorageState
 from shoal_common.store.bitmap import LEAF_BYTES
@@ -32,8 +32,8 @@ async def control(here: Pulls, node: str, verb: str, model: str | None = None) -
     return str(outcome.result["models"].get(here.site.repo, ""))
 
 
-async def download_spec(here: Pulls, node: str) -> DownloadSpec | None:
-    return await here.buckets.spec.get_as(download_key(node, here.site.repo), DownloadSpec)
+async def download_spec(here: Pulls, node: str) -> DownloadRequest | None:
+    return await here.buckets.spec.get_as(download_key(node, here.site.repo), DownloadRequest)
 
 
 async def storage_of(here: Pulls, node: str, wanted: Callable[[StorageState], bool]) -> StorageState:
@@ -61,8 +61,8 @@ async def test_a_pause_ends_a_waiting_pull_and_resume_fetches_the_rest(site: Sit
         assert (paused.speed_bytes_per_s, paused.source_speeds, paused.eta_s) == (0, {}, None)
         assert await control(here, "a", "pause") == "was_paused" and await control(here, "b", "pause") == "unknown"
         # Its bytes, and the reservation of the others, are kept and published.
-        kept = await storage_of(here, "a", lambda s: bool(s.paused))
-        assert kept.paused == {f"{site.repo}@{paused.commit}": size} and kept.reserved_bytes == size
+        kept = await storage_of(here, "a", lambda s: bool(s.paused_downloads))
+        assert kept.paused_downloads == {f"{site.repo}@{paused.commit}": size} and kept.reserved_bytes == size
         site.hub.set_faults(Faults())
         assert await control(here, "a", "resume") == "resumed"
         assert await control(here, "a", "resume") in ("under_way", "ready")
@@ -70,7 +70,7 @@ async def test_a_pause_ends_a_waiting_pull_and_resume_fetches_the_rest(site: Sit
         assert done.resumed_bytes == paused.done_bytes and done.verified_bytes == done.done_bytes == size
         assert 0 < done.resumed_from < 1
         await here.assert_complete("a", files)
-        assert (await storage_of(here, "a", lambda s: not s.paused)).reserved_bytes == 0
+        assert (await storage_of(here, "a", lambda s: not s.paused_downloads)).reserved_bytes == 0
         assert await control(here, "a", "resume") == "ready"
 
 
@@ -135,7 +135,7 @@ async def test_I6_a_kill_during_a_pause_leaves_it_paused_and_published(site: Sit
         assert said.commit == state.commit
         # The same for a rejected download, killed before its request was deleted: it is not retried.
         site["a"]["fetcher"].kill()
-        ended = msgspec.structs.replace(said, phase="rejected", updated_at_s=wish.asked_at_s + 1)
+        ended = msgspec.structs.replace(said, phase="rejected", updated_at_s=wish.requested_at_s + 1)
         await here.buckets.state.put(key, ended)
         await here.buckets.spec.put(key, wish)
         site.hub.reset_stats()

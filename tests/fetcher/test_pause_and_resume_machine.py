@@ -18,10 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import done_key, download_key
-from shoal_common.messages.downloads import ENDED, DownloadSpec, DownloadState
+from shoal_common.messages.downloads import ENDED_PHASES, DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_demo.faults import Faults, Unavailable
+from shoal_demo.faults import Faults, UnavailableFault
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site, blobs, check_store, partials
 from tests.harness.waiting import eventually
@@ -29,7 +29,7 @@ from tests.harness.waiting import eventually
 EXAMPLES, STEPS = 5, 14
 NODES = st.sampled_from(["a", "b"])
 SLOWLY = Faults(bytes_per_s=LEAF_BYTES)
-GONE = Faults(unavailable=Unavailable(times=None))
+GONE = Faults(unavailable=UnavailableFault(times=None))
 PATIENCE_S = 60.0
 _examples = itertools.count()
 
@@ -157,7 +157,7 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
             if self.people[node].word != "pull" or self.gone:
                 return
             await self.here.state(
-                node, lambda s: s.done_bytes >= fetched_bytes or s.phase in ENDED, self.model, PATIENCE_S
+                node, lambda s: s.done_bytes >= fetched_bytes or s.phase in ENDED_PHASES, self.model, PATIENCE_S
             )
 
         async def _pause(self, node: str) -> None:
@@ -167,7 +167,7 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
                 assert person.word != "nothing" and (now == "paused" or person.word == "pause")
                 person.word = "pause"
             else:
-                assert now in ("unknown", *ENDED) and person.word != "pause", now
+                assert now in ("unknown", *ENDED_PHASES) and person.word != "pause", now
                 person.word = "nothing"
             await self._answered(node)
             state = await self.here.state_now(node, self.model)
@@ -177,7 +177,11 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
         async def _resume(self, node: str) -> None:
             person = self.people[node]
             now = (await self._send(node, "resume")).result["models"][self.model]
-            expected = {"pause": ("resumed",), "pull": ("under_way", *ENDED), "nothing": ("unknown", *ENDED)}
+            expected = {
+                "pause": ("resumed",),
+                "pull": ("under_way", *ENDED_PHASES),
+                "nothing": ("unknown", *ENDED_PHASES),
+            }
             assert now in expected[person.word], (now, person.word)
             if person.word == "pause":
                 person.word = "pull"
@@ -204,8 +208,8 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
                 person.sources = state.sources if state else {}
             await self._check()
 
-        async def _request(self, node: str) -> DownloadSpec | None:
-            return await self.here.buckets.spec.get_as(download_key(node, self.model), DownloadSpec)
+        async def _request(self, node: str) -> DownloadRequest | None:
+            return await self.here.buckets.spec.get_as(download_key(node, self.model), DownloadRequest)
 
         async def _answer(self, identity: str) -> Outcome | None:
             return await self.here.buckets.done.get_as(done_key(identity), Outcome)
@@ -232,9 +236,9 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
                         return True
                     if wish is None:
                         person.word = "nothing"
-                        return phase == "unknown" or phase in ENDED
+                        return phase == "unknown" or phase in ENDED_PHASES
                     assert not wish.paused
-                    return phase not in ("unknown", "paused") and phase not in ENDED
+                    return phase not in ("unknown", "paused") and phase not in ENDED_PHASES
 
                 await eventually(agrees, f"what is said of {node} agrees with its person", PATIENCE_S)
             if all(person.word != "pull" for person in self.people.values()):

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import download_key, live_key
+from shoal_common.bus.keys import download_key, liveness_key
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.liveness import Facts, Holder, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import DropAtByte, Faults
 from tests.fetcher.fault_servers import Asked, Server, reply, serving
@@ -27,9 +27,11 @@ LIAR = "liar"
 @asynccontextmanager
 async def claiming(here: Pulls, server: Server, blobs: list[str], version: str = VERSION) -> AsyncIterator[None]:
     """A live node with this server, which publishes that it has these blobs of the test's model."""
-    live, state = live_key(LIAR, "fileserver"), download_key(LIAR, here.site.repo)
-    holder = Holder(uid="liar", host="elsewhere", pid=1)
-    await here.buckets.live.put(live, Live(holder=holder, version=version, facts=Facts(addresses=[server.address])))
+    live, state = liveness_key(LIAR, "fileserver"), download_key(LIAR, here.site.repo)
+    holder = ProcessIdentity(uid="liar", host="elsewhere", pid=1)
+    await here.buckets.live.put(
+        live, LivenessRecord(holder=holder, version=version, facts=NodeFacts(addresses=[server.address]))
+    )
     claim = DownloadState(node=LIAR, model=here.site.repo, phase="fetching", blobs=blobs)
     await here.buckets.state.put(state, claim)
     try:
@@ -138,7 +140,7 @@ async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -
         site.hub.reset_stats()
         async with claiming(here, bad, [f.sha256 for f in manifest.files]):
             claim = DownloadState(
-                node=LIAR, model=site.repo, phase="fetching", blobs=["../../up"], known={git: "../../up"}
+                node=LIAR, model=site.repo, phase="fetching", blobs=["../../up"], sha256_by_git_name={git: "../../up"}
             )
             await here.buckets.state.put(download_key(LIAR, site.repo), claim)
             await here.pull_ok("b")

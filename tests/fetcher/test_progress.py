@@ -34,11 +34,11 @@ async def published_state(bucket: Bucket, node: str) -> DownloadState | None:
 async def test_what_is_so_already_is_not_written_again(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, fresh("node"))
-        await progress.say(phase="queued")  # so already, and not said yet
-        await progress.say(waiting_for="origin b")
+        await progress.publish_state(phase="queued")  # so already, and not said yet
+        await progress.publish_state(waiting_for="origin b")
         before = await here.last_sequence("KV_state")
         for _ in range(5):
-            await progress.say(waiting_for="origin b")
+            await progress.publish_state(waiting_for="origin b")
         assert await here.last_sequence("KV_state") == before
 
 
@@ -48,7 +48,7 @@ async def test_concurrent_publishers_share_writes_and_wait_for_theirs(nats: Nats
         before = await here.last_sequence("KV_state")
 
         async def finish(i: int) -> None:
-            progress.whole(f"{i:064x}", f"{i:064x}", 10)
+            progress.set_blob_complete(f"{i:064x}", f"{i:064x}", 10)
             await progress.publish()
             state = await published_state(here.buckets.state, node)
             assert state is not None and f"{i:064x}" in state.blobs
@@ -62,24 +62,24 @@ async def test_concurrent_publishers_share_writes_and_wait_for_theirs(nats: Nats
 async def test_I7_bytes_that_never_become_leaves_are_no_progress(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, fresh("node"))
-        began_s = progress.still_s
+        began_s = progress.stalled_s
         for _ in range(1000):
-            progress.received("hub", 100)
-            progress.durable("a" * 64, 0)
-        assert progress.still_s >= began_s
-        progress.excuse(3600)
-        assert 0 <= progress.still_s < 1, "waiting for our own turn is excused, and no more than that"
+            progress.record_received("hub", 100)
+            progress.set_durable_bytes("a" * 64, 0)
+        assert progress.stalled_s >= began_s
+        progress.pause_stall_timer(3600)
+        assert 0 <= progress.stalled_s < 1, "waiting for our own turn is excused, and no more than that"
 
 
 async def test_idle_progress_is_silent_and_a_stalled_one_has_no_rate(
     nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_module, "PUBLISH_S", 0.05)
+    monkeypatch.setattr(progress_module, "PUBLISH_INTERVAL_S", 0.05)
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
-        await progress.say(phase="fetching")
+        await progress.publish_state(phase="fetching")
         publishing = asyncio.create_task(progress.publish_forever())
-        progress.received("hub", 1 << 20)
+        progress.record_received("hub", 1 << 20)
 
         async def speed(wanted: Callable[[float], bool]) -> bool:
             state = await published_state(here.buckets.state, node)
@@ -112,22 +112,22 @@ async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsSe
         publishing = asyncio.create_task(progress.publish_forever())
         phases: list[DownloadPhase] = ["queued", "reserving", "fetching"]
         for phase in phases:
-            await progress.say(phase=phase, total_bytes=1 << 40)
+            await progress.publish_state(phase=phase, total_bytes=1 << 40)
 
         async def publish_file(number: int) -> None:
             told.append(number)
 
         while len(writes) < 5 or not told:
             files_count += 1
-            progress.received(("hub", "b")[files_count % 2], 1 << 20)
-            progress.durable("a" * 64, files_count)
-            progress.whole(f"{files_count:064x}", f"{files_count:064x}", 1 << 20)
-            await progress.say(waiting_for=("origin b", "")[files_count % 2])
+            progress.record_received(("hub", "b")[files_count % 2], 1 << 20)
+            progress.set_durable_bytes("a" * 64, files_count)
+            progress.set_blob_complete(f"{files_count:064x}", f"{files_count:064x}", 1 << 20)
+            await progress.publish_state(waiting_for=("origin b", "")[files_count % 2])
             then = AsyncExitStack()
             then.push_async_callback(publish_file, files_count)
-            progress.when_told(then)
+            progress.after_publish(then)
             await asyncio.sleep(0.002)
-        await progress.say(phase="verifying")
+        await progress.publish_state(phase="verifying")
         publishing.cancel()
         await here.client.flush()
         elapsed_s = time.monotonic() - begun_s
@@ -146,7 +146,7 @@ async def test_after_publish_callbacks_run_when_the_progress_closes(nats: NatsSe
         progress, closed = begun(here, fresh("node")), asyncio.Event()
         then = AsyncExitStack()
         then.callback(closed.set)
-        progress.when_told(then)
+        progress.after_publish(then)
         assert not closed.is_set()
         await progress.close()
         assert closed.is_set()
@@ -156,8 +156,8 @@ async def test_stalled_sources_are_counted_by_name_up_to_a_few_names(nats: NatsS
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
         for number in range(100):
-            progress.left("hub")
-            progress.left(f"node-{number}")
+            progress.record_switch("hub")
+            progress.record_switch(f"node-{number}")
         await progress.publish()
         state = await published_state(here.buckets.state, node)
-        assert state is not None and state.switched["hub"] == 100 and len(state.switched) == 16
+        assert state is not None and state.source_switches["hub"] == 100 and len(state.source_switches) == 16

@@ -11,7 +11,7 @@ from shoal_common.bus.keys import done_key
 from shoal_common.messages.envelope import Outcome
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults
-from shoal_fetcher.downloads.blob_fetcher import AT_ONCE
+from shoal_fetcher.downloads.blob_fetcher import MAX_CONCURRENT_BLOBS
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Site, blobs
 from tests.harness.waiting import eventually
@@ -194,7 +194,7 @@ async def test_of_many_small_files_only_a_few_arrive_at_a_time(site: Site) -> No
             await asyncio.wait({pull}, timeout=0.05)
         assert (await pull).done_bytes == size == site.hub_bytes()
         await here.assert_complete("a", files)
-    assert 2 <= most <= AT_ONCE + 2  # and the listing's own
+    assert 2 <= most <= MAX_CONCURRENT_BLOBS + 2  # and the listing's own
 
 
 async def test_blobs_of_an_incomplete_model_are_served_to_others(site: Site) -> None:

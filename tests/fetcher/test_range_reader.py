@@ -8,9 +8,9 @@ import inspect
 import httpx2
 import pytest
 
-from shoal_common.errors import Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError
+from shoal_common.errors import Corrupt, Denied, HubUnavailable, InternalError, NotFound, ShoalError
 from shoal_fetcher.errors import RateLimited
-from shoal_fetcher.hub.range_reader import FOREIGN, foreign, hub_client, hub_source, read_range
+from shoal_fetcher.hub.range_reader import HTTP_ERRORS, hub_source, make_hub_client, map_http_error, read_range
 from tests.fetcher.fault_servers import Asked, reply, serving
 
 HUB = hub_source("https://hub.example")
@@ -18,8 +18,8 @@ HUB = hub_source("https://hub.example")
 
 async def read(url: str, start: int, end: int, client: httpx2.AsyncClient | None = None, **headers: str) -> bytes:
     """Return the bytes of a range, after the offset of the first one."""
-    async with client or hub_client() as c, read_range(c, url, headers, start, end, HUB) as body:
-        return b"%d:" % body.begin + b"".join([chunk async for chunk in body.chunks])
+    async with client or make_hub_client() as c, read_range(c, url, headers, start, end, HUB) as body:
+        return b"%d:" % body.offset + b"".join([chunk async for chunk in body.chunks])
 
 
 async def test_a_range_is_asked_for_unencoded_and_read() -> None:
@@ -45,7 +45,13 @@ async def test_a_range_other_than_requested_is_refused_unread(answered: str) -> 
     ("status", "kind"),
     [
         *[(401, Denied), (403, Denied), (404, NotFound), (416, Corrupt)],
-        *[(500, HubUnavailable), (503, HubUnavailable), (204, Failed), (400, Failed), (418, Failed)],
+        *[
+            (500, HubUnavailable),
+            (503, HubUnavailable),
+            (204, InternalError),
+            (400, InternalError),
+            (418, InternalError),
+        ],
     ],
 )
 async def test_each_status_has_its_error_and_names_the_source(status: int, kind: type[ShoalError]) -> None:
@@ -93,7 +99,7 @@ async def test_I7_a_source_that_stalls_times_out() -> None:
 
     async with serving(stall) as server:
         with pytest.raises(HubUnavailable, match="sent nothing"):
-            await read(server.url, 0, 5, hub_client(silence_s=0.2))
+            await read(server.url, 0, 5, make_hub_client(silence_timeout_s=0.2))
         forever.set()
 
 
@@ -140,9 +146,9 @@ OURS_TO_BLAME = {
 
 def test_every_exception_of_httpx2_is_mapped_or_ours_to_blame() -> None:
     classes = [c for _, c in inspect.getmembers(httpx2, inspect.isclass) if issubclass(c, Exception)]
-    unmapped = {c.__name__ for c in classes if not issubclass(c, FOREIGN)}
+    unmapped = {c.__name__ for c in classes if not issubclass(c, HTTP_ERRORS)}
     assert unmapped - OURS_TO_BLAME == set()
     for kind in classes:
-        if issubclass(kind, FOREIGN):
-            error = foreign(kind.__new__(kind), HUB)
+        if issubclass(kind, HTTP_ERRORS):
+            error = map_http_error(kind.__new__(kind), HUB)
             assert type(error) is HubUnavailable and "hub.example" in error.message

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from shoal_common.bus.keys import storage_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.messages import encode
 from shoal_common.messages.storage import StorageState
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_fetcher.rate_limits import MOST_PEERS, Limits
+from shoal_fetcher.rate_limits import MAX_PEERS, RateLimits
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
 from tests.harness.waiting import eventually
@@ -81,9 +81,9 @@ async def test_a_peer_limit_is_of_peers_alone(site: Site) -> None:
 
 
 async def test_limits_follow_storages_state_and_stay_bounded() -> None:
-    limits, state = Limits(), View("state")
-    following = asyncio.create_task(limits.follow(state, "a"))
-    known = limits.peer("b")
+    limits, state = RateLimits(), KvMirror("state")
+    following = asyncio.create_task(limits.follow_settings(state, "a"))
+    known = limits.for_peer("b")
     assert (limits.hub.bytes_per_s, known.bytes_per_s) == (None, None)
 
     async def publish(hub: int | None, peer: int | None) -> None:
@@ -92,14 +92,14 @@ async def test_limits_follow_storages_state_and_stay_bounded() -> None:
         await eventually(_async_condition(lambda: limits.hub.bytes_per_s == hub), "it is followed")
 
     await publish(7, 8)
-    assert known is limits.peer("b") and known.bytes_per_s == limits.peer("c").bytes_per_s == 8
+    assert known is limits.for_peer("b") and known.bytes_per_s == limits.for_peer("c").bytes_per_s == 8
     state.apply(storage_key("b"), encode(StorageState(node="b", max_hub_bytes_per_s=99)))
     state.apply(storage_key("a"), None)
     assert limits.hub.bytes_per_s == 7, "another node's settings, and none, change nothing"
     await publish(None, None)
     assert known.bytes_per_s is None
-    paces = {id(limits.peer(f"node-{n}")) for n in range(3 * MOST_PEERS)}
-    assert len(paces) >= MOST_PEERS and len(limits._peers) == MOST_PEERS
+    paces = {id(limits.for_peer(f"node-{n}")) for n in range(3 * MAX_PEERS)}
+    assert len(paces) >= MAX_PEERS and len(limits._peers) == MAX_PEERS
     following.cancel()
 
 

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from shoal_common.bus.keys import download_key
-from shoal_common.messages.downloads import Withdraw
-from shoal_common.messages.envelope import Done
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.downloads import StopDownloads
+from shoal_common.messages.envelope import Empty
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_demo.faults import Faults, Unavailable
+from shoal_demo.faults import Faults, UnavailableFault
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Site
 from tests.harness.waiting import eventually
@@ -106,7 +106,7 @@ async def test_a_down_hub_does_not_cost_what_an_earlier_try_brought(site: Site) 
         await site["a"].restart(here.here, "fetcher", **_limited(site, 4 * LEAF_BYTES))
         pull = await here.begin("a")
         await here.state("a", lambda s: s.phase == "blocked")
-        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
         await site["a"].restart(here.here, "fetcher")
         failed = await here.state("a", lambda s: s.phase == "failed")
         assert failed.error is not None and failed.error.code == "hub_unavailable"
@@ -201,5 +201,5 @@ async def test_I6_an_interrupted_cancel_ends_at_the_next_start(site: Site) -> No
 
 async def test_cancelling_what_was_never_requested_is_answered(site: Site) -> None:
     async with site.join() as here:
-        question = Withdraw(repo=site.repo)
-        assert await Ask(here.here.nats)("fetcher", "a", "withdraw", question, Done) == Done()
+        question = StopDownloads(repo=site.repo)
+        assert await RpcClient(here.here.nats)("fetcher", "a", "withdraw", question, Empty) == Empty()

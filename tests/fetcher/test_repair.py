@@ -6,13 +6,13 @@ import re
 
 import httpx2
 
-from shoal_common.bus.keys import live_key, model_key
-from shoal_common.messages.liveness import Live
+from shoal_common.bus.keys import liveness_key, model_key
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import leaf_hash
-from shoal_demo.faults import Faults, Unavailable
+from shoal_demo.faults import Faults, UnavailableFault
 from shoal_storage.files import leaf_hash_file
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -59,7 +59,7 @@ def asked_bytes(site: Site) -> int:
 
 async def served(here: Pulls, node: str, blob: str) -> int:
     """Return a fileserver's answer to a request for a blob."""
-    live = await here.buckets.live.get_as(live_key(node, "fileserver"), Live)
+    live = await here.buckets.live.get_as(liveness_key(node, "fileserver"), LivenessRecord)
     assert live is not None
     async with httpx2.AsyncClient(trust_env=False) as client:
         return (await client.get(f"http://{live.facts.addresses[0]}/v1/blobs/{blob}")).status_code
@@ -81,7 +81,7 @@ async def test_I1_two_corrupt_leaves_are_not_served_and_cost_only_two(site: Site
         assert await served(here, "a", weights(manifest)) == 200
         ready = await here.buckets.state.get_as(model_key("a", manifest.model), ModelState)
         assert ready is not None and "main" in ready.revisions
-        assert leaf_hash_file.proves(site["a"].layout, weights(manifest))
+        assert leaf_hash_file.is_verified(site["a"].layout, weights(manifest))
 
 
 async def test_the_short_last_leaf_comes_from_a_peer_without_the_hub(site: Site) -> None:
@@ -90,7 +90,7 @@ async def test_the_short_last_leaf_comes_from_a_peer_without_the_hub(site: Site)
         await here.pull_ok("a")
         await here.pull_ok("b")
         manifest = await rot(here, "b", len(files["model.safetensors"]) - 1)
-        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
         state = await here.pull_ok("b", manifest.model)
         await here.assert_complete("b", files)
         assert state.sources == {"a": 99}
@@ -104,7 +104,7 @@ async def test_a_model_nobody_else_has_is_repaired_from_a_shared_blob(site: Site
         await here.pull_ok("a")
         await here.pull_ok("b", other)
         manifest = await rot(here, "a", *TWO_BAD)
-        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
         state = await here.pull_ok("a", manifest.model)
         await here.assert_complete("a", files)
         assert state.sources == {"b": 2 * LEAF_BYTES}
@@ -134,7 +134,7 @@ async def test_I6_a_repair_that_is_killed_resumes_with_its_leaves(site: Site) ->
     async with site.join() as here:
         await here.pull_ok("a")
         manifest = await rot(here, "a", *TWO_BAD)
-        site.hub.set_faults(Faults(unavailable=Unavailable(times=None)))
+        site.hub.set_faults(Faults(unavailable=UnavailableFault(times=None)))
         pulling = await here.begin("a", manifest.model)
         good_bytes = sum(len(content) for content in files.values()) - 2 * LEAF_BYTES
         await here.state("a", lambda s: s.done_bytes == good_bytes and s.phase == "fetching", manifest.model)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from shoal_common.bus.keys import download_key, part_key
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.bus.keys import download_key, shard_key
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
-from shoal_common.messages.storage import PartState
+from shoal_common.messages.storage import ShardState
 from shoal_common.store.bitmap import LEAF_BYTES
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -61,15 +61,15 @@ async def begin(here: Pulls, layers: list[int], unless_paused: bool = False) -> 
     return task
 
 
-async def download_spec(here: Pulls) -> DownloadSpec | None:
-    return await here.buckets.spec.get_as(download_key("a", here.site.repo), DownloadSpec)
+async def download_spec(here: Pulls) -> DownloadRequest | None:
+    return await here.buckets.spec.get_as(download_key("a", here.site.repo), DownloadRequest)
 
 
-async def published_shard(here: Pulls) -> PartState | None:
+async def published_shard(here: Pulls) -> ShardState | None:
     """Return the published shard on a."""
     at_b = await here.state_now("b")
     assert at_b is not None
-    return await here.buckets.state.get_as(part_key("a", f"{here.site.repo}@{at_b.commit}"), PartState)
+    return await here.buckets.state.get_as(shard_key("a", f"{here.site.repo}@{at_b.commit}"), ShardState)
 
 
 async def ready(task: asyncio.Task[Outcome]) -> DownloadState:

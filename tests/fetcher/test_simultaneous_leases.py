@@ -9,9 +9,9 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.leases import AskLease, Leased, Unlease
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_common.store.bitmap import LEAF_BYTES
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import PULL_DEADLINE_S, Pulls, Site, blobs
@@ -19,12 +19,12 @@ from tests.fetcher.pull_site import PULL_DEADLINE_S, Pulls, Site, blobs
 CALLERS = 32
 
 
-async def pull_and_lease(here: Pulls, ask: Ask, caller: int, held: ExitStack) -> Leased:
+async def pull_and_lease(here: Pulls, ask: RpcClient, caller: int, held: ExitStack) -> LeaseGrant:
     """Act as one of the callers. The lease is held until `held` ends."""
     outcome = await here.pull("a")
     assert outcome.ok, outcome.error
-    question = AskLease(model=here.site.repo, holder=f"caller {caller}")
-    lease = await ask("storage", "a", "lease", question, Leased, deadline_s=PULL_DEADLINE_S)
+    question = AcquireLease(model=here.site.repo, holder=f"caller {caller}")
+    lease = await ask("storage", "a", "lease", question, LeaseGrant, deadline_s=PULL_DEADLINE_S)
     held.callback(os.close, fd := os.open(lease.lock, os.O_RDONLY))
     await asyncio.to_thread(fcntl.flock, fd, fcntl.LOCK_SH)
     return lease
@@ -58,12 +58,12 @@ async def test_32_callers_cost_the_hub_one_fetch_and_each_has_a_view(site: Site)
     size = site.make(files)
     async with site.join() as here:
         with ExitStack() as held:
-            ask = Ask(here.here.nats)
+            ask = RpcClient(here.here.nats)
             leases = await asyncio.gather(*(pull_and_lease(here, ask, n, held) for n in range(CALLERS)))
             check_views(site, files, [Path(x.view) for x in leases], [x.lock for x in leases], size)
             assert not (await here.delete("a")).ok
         for lease in leases:
-            await ask("storage", "a", "unlease", Unlease(id=lease.id), Done)
+            await ask("storage", "a", "unlease", ReleaseLease(id=lease.id), Empty)
         assert not any(site["a"].layout.leases.iterdir())
         await here.assert_complete("a", files)
         assert (await here.delete("a")).ok

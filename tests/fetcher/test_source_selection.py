@@ -13,9 +13,9 @@ from shoal_common.errors import (
     Corrupt,
     Denied,
     Expired,
-    Failed,
     HubUnavailable,
-    NodeAway,
+    InternalError,
+    NodeDown,
     NotFound,
     QuotaExceeded,
     Refused,
@@ -25,18 +25,25 @@ from shoal_common.errors import (
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import ModelState
-from shoal_fetcher.errors import RateLimited, ReservationLost, WrongWhole
+from shoal_fetcher.errors import BlobHashMismatch, RateLimited, ReservationLost
 from shoal_fetcher.sources.failure_policy import (
-    EARLIER,
     HUB,
-    MAX_ASKED_WAIT_S,
-    PEER_TRIES,
-    Holding,
-    Setbacks,
-    ended_as,
+    MAX_PEER_FAILURES,
+    MAX_RATE_LIMITED_S,
+    UNKNOWN_SOURCE,
+    BlobHolder,
+    SourceHealth,
+    end_phase,
     retry_delay_s,
 )
-from shoal_fetcher.sources.source_selection import FromHub, FromPeer, WaitFor, choose, holders, sealed
+from shoal_fetcher.sources.source_selection import (
+    FetchFromHub,
+    FetchFromPeer,
+    WaitForOrigin,
+    choose_source,
+    holders,
+    with_known_sha256,
+)
 
 COMMIT = "c" * 40
 BLOB = "a" * 64
@@ -51,7 +58,7 @@ MANIFEST = Manifest(
     ],
 )
 NODES = st.sampled_from(["a", "b", "c", "d"])
-FOUND = st.lists(NODES, unique=True).map(lambda nodes: [Holding(n, BLOB) for n in sorted(nodes)])
+FOUND = st.lists(NODES, unique=True).map(lambda nodes: [BlobHolder(n, BLOB) for n in sorted(nodes)])
 
 
 def model_on(node: str, commit: str = COMMIT) -> ModelState:
@@ -59,11 +66,13 @@ def model_on(node: str, commit: str = COMMIT) -> ModelState:
 
 
 def arriving_on(node: str, *blobs: str, known: dict[str, str] | None = None) -> DownloadState:
-    return DownloadState(node=node, model="org/name", phase="fetching", blobs=list(blobs), known=known or {})
+    return DownloadState(
+        node=node, model="org/name", phase="fetching", blobs=list(blobs), sha256_by_git_name=known or {}
+    )
 
 
 def test_a_node_that_has_the_model_holds_its_blobs() -> None:
-    assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a") == [Holding("b", BLOB)]
+    assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a") == [BlobHolder("b", BLOB)]
 
 
 def test_a_node_with_another_commit_holds_nothing_of_this_one() -> None:
@@ -71,13 +80,13 @@ def test_a_node_with_another_commit_holds_nothing_of_this_one() -> None:
 
 
 def test_a_blob_is_there_for_peers_before_its_model_is_ready() -> None:
-    assert holders(BLOB, MANIFEST, [], [arriving_on("b", BLOB)], ["b"], "a") == [Holding("b", BLOB)]
+    assert holders(BLOB, MANIFEST, [], [arriving_on("b", BLOB)], ["b"], "a") == [BlobHolder("b", BLOB)]
     assert holders(BLOB, MANIFEST, [], [arriving_on("b")], ["b"], "a") == []
 
 
 def test_a_small_file_known_by_git_hash_is_requested_by_sha256() -> None:
     b = arriving_on("b", GIT_SHA256, known={GIT: GIT_SHA256})
-    assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a") == [Holding("b", GIT_SHA256)]
+    assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a") == [BlobHolder("b", GIT_SHA256)]
 
 
 @given(st.sets(NODES), st.sets(NODES), st.sets(NODES), NODES)
@@ -90,121 +99,121 @@ def test_only_live_nodes_other_than_this_one_are_holders(
 
 @given(FOUND, st.none() | NODES, st.sets(NODES), st.dictionaries(NODES, st.integers(0, 9)))
 def test_I9_the_hub_is_used_only_without_a_peer_or_an_origin(
-    found: list[Holding], origin: str | None, corrupt: set[str], busy: dict[str, int]
+    found: list[BlobHolder], origin: str | None, corrupt: set[str], busy: dict[str, int]
 ) -> None:
-    choice = choose(BLOB, found, origin, "me", Setbacks(corrupt=corrupt), busy)
+    choice = choose_source(BLOB, found, origin, "me", SourceHealth(banned=corrupt), busy)
     usable = {h.node for h in found} - corrupt
     if usable:
-        assert isinstance(choice, FromPeer) and choice.node in usable
+        assert isinstance(choice, FetchFromPeer) and choice.node in usable
         assert busy.get(choice.node, 0) == min(busy.get(n, 0) for n in usable)
     elif origin is not None:
-        assert choice == WaitFor(origin)
+        assert choice == WaitForOrigin(origin)
     else:
-        assert choice == FromHub()
+        assert choice == FetchFromHub()
 
 
 def test_a_lease_left_by_this_node_itself_is_nothing_to_wait_for() -> None:
-    assert choose(BLOB, [], "me", "me", Setbacks(), {}) == FromHub()
+    assert choose_source(BLOB, [], "me", "me", SourceHealth(), {}) == FetchFromHub()
 
 
 def test_nodes_that_choose_at_once_spread_over_the_holders() -> None:
-    found = [Holding(n, BLOB) for n in "abcd"]
-    chosen = {choose(BLOB, found, None, f"node-{i}", Setbacks(), {}) for i in range(64)}
-    assert {c.node for c in chosen if isinstance(c, FromPeer)} == set("abcd")
+    found = [BlobHolder(n, BLOB) for n in "abcd"]
+    chosen = {choose_source(BLOB, found, None, f"node-{i}", SourceHealth(), {}) for i in range(64)}
+    assert {c.node for c in chosen if isinstance(c, FetchFromPeer)} == set("abcd")
 
 
 def test_a_peer_that_failed_comes_after_all_that_did_not() -> None:
-    found = [Holding("a", BLOB), Holding("b", BLOB)]
-    setbacks = Setbacks()
-    setbacks.after(Unavailable("gone"), "a")
-    assert choose(BLOB, found, None, "me", setbacks, {"b": 7}) == FromPeer("b", BLOB)
+    found = [BlobHolder("a", BLOB), BlobHolder("b", BLOB)]
+    setbacks = SourceHealth()
+    setbacks.record_failure(Unavailable("gone"), "a")
+    assert choose_source(BLOB, found, None, "me", setbacks, {"b": 7}) == FetchFromPeer("b", BLOB)
 
 
 def test_I9_a_peer_down_for_a_moment_is_retried_before_the_hub() -> None:
-    setbacks, found, waited_s = Setbacks(), [Holding("a", BLOB)], 0.0
-    for _ in range(PEER_TRIES):
-        assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
-        waited_s += setbacks.after(Unavailable("refused"), "a")
-    assert choose(BLOB, found, None, "me", setbacks, {}) == FromHub()
+    setbacks, found, waited_s = SourceHealth(), [BlobHolder("a", BLOB)], 0.0
+    for _ in range(MAX_PEER_FAILURES):
+        assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromPeer("a", BLOB)
+        waited_s += setbacks.record_failure(Unavailable("refused"), "a")
+    assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromHub()
     assert 5.0 < waited_s < 10.0
 
 
 def test_I1_a_peer_that_sent_wrong_bytes_is_not_used_again() -> None:
-    setbacks, found = Setbacks(), [Holding("a", BLOB)]
-    assert setbacks.after(Corrupt("wrong"), "a") == 0.0
+    setbacks, found = SourceHealth(), [BlobHolder("a", BLOB)]
+    assert setbacks.record_failure(Corrupt("wrong"), "a") == 0.0
     for _ in range(20):
-        assert choose(BLOB, found, None, "me", setbacks, {}) == FromHub()
-        setbacks.after(HubUnavailable("away"), None)
+        assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromHub()
+        setbacks.record_failure(HubUnavailable("away"), None)
 
 
 def test_when_the_hub_fails_too_peers_get_another_chance() -> None:
-    setbacks, found = Setbacks(), [Holding("a", BLOB)]
-    for _ in range(PEER_TRIES):
-        setbacks.after(Unavailable("refused"), "a")
-    setbacks.after(HubUnavailable("away"), None)
-    assert choose(BLOB, found, None, "me", setbacks, {}) == FromPeer("a", BLOB)
+    setbacks, found = SourceHealth(), [BlobHolder("a", BLOB)]
+    for _ in range(MAX_PEER_FAILURES):
+        setbacks.record_failure(Unavailable("refused"), "a")
+    setbacks.record_failure(HubUnavailable("away"), None)
+    assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromPeer("a", BLOB)
 
 
 def test_wrong_bytes_from_the_hub_cost_one_restart_then_fail() -> None:
-    setbacks, error = Setbacks(), Corrupt("wrong")
-    assert setbacks.after(error, None) == 0.0
+    setbacks, error = SourceHealth(), Corrupt("wrong")
+    assert setbacks.record_failure(error, None) == 0.0
     with pytest.raises(Corrupt):
-        setbacks.after(error, None)
+        setbacks.record_failure(error, None)
 
 
 def test_I1_no_honest_peer_is_banned_for_a_liars_leaves() -> None:
-    setbacks, error = Setbacks(givers={"liar", "honest"}), WrongWhole("wrong")
-    setbacks.after(Corrupt("too long"), "liar")
-    assert setbacks.after(error, "honest") == 0.0
-    found = [Holding("honest", BLOB), Holding("liar", BLOB)]
-    assert setbacks.usable(found) == [Holding("honest", BLOB)] and not setbacks.givers
-    setbacks.givers.add("honest")  # alone this time
-    setbacks.after(error, "honest")
-    assert setbacks.usable(found) == []
+    setbacks, error = SourceHealth(vouchers={"liar", "honest"}), BlobHashMismatch("wrong")
+    setbacks.record_failure(Corrupt("too long"), "liar")
+    assert setbacks.record_failure(error, "honest") == 0.0
+    found = [BlobHolder("honest", BLOB), BlobHolder("liar", BLOB)]
+    assert setbacks.askable(found) == [BlobHolder("honest", BLOB)] and not setbacks.vouchers
+    setbacks.vouchers.add("honest")  # alone this time
+    setbacks.record_failure(error, "honest")
+    assert setbacks.askable(found) == []
 
 
 def test_I1_the_sender_of_the_bytes_is_blamed_not_the_last_asked() -> None:
-    setbacks = Setbacks(givers={"liar"})
-    setbacks.after(WrongWhole("wrong"), "honest")
-    assert setbacks.corrupt == {"liar"}
+    setbacks = SourceHealth(vouchers={"liar"})
+    setbacks.record_failure(BlobHashMismatch("wrong"), "honest")
+    assert setbacks.banned == {"liar"}
 
 
 def test_wrong_leaves_of_an_earlier_process_do_not_count_for_hub() -> None:
-    setbacks, error = Setbacks(givers={EARLIER, HUB}), WrongWhole("wrong")
-    assert setbacks.after(error, None) == 0.0
+    setbacks, error = SourceHealth(vouchers={UNKNOWN_SOURCE, HUB}), BlobHashMismatch("wrong")
+    assert setbacks.record_failure(error, None) == 0.0
     assert not setbacks.hub_was_corrupt
 
 
 def test_I7_several_senders_that_never_make_the_blob_end_it() -> None:
-    setbacks, error = Setbacks(), WrongWhole("wrong")
+    setbacks, error = SourceHealth(), BlobHashMismatch("wrong")
     with pytest.raises(Corrupt):
         for _ in range(100):
-            setbacks.givers = {"a", HUB}
-            setbacks.after(error, None)
+            setbacks.vouchers = {"a", HUB}
+            setbacks.record_failure(error, None)
 
 
 def test_I7_a_hub_that_only_makes_us_wait_is_given_up_in_the_end() -> None:
-    setbacks, waited_s = Setbacks(), 0.0
+    setbacks, waited_s = SourceHealth(), 0.0
     with pytest.raises(RateLimited):
         for _ in range(10_000):
-            waited_s += setbacks.after(RateLimited("wait", retry_after_s=60.0), None)
-    assert waited_s == MAX_ASKED_WAIT_S
+            waited_s += setbacks.record_failure(RateLimited("wait", retry_after_s=60.0), None)
+    assert waited_s == MAX_RATE_LIMITED_S
 
 
 @pytest.mark.parametrize("error", [NotFound("gone"), Denied("no"), Refused("no")])
 def test_a_hub_that_refuses_is_the_end_unless_a_peer_has_it(error: ShoalError) -> None:
     with pytest.raises(type(error)):
-        Setbacks().after(error, None)
-    assert Setbacks().after(error, None, hopes=True) > 0
+        SourceHealth().record_failure(error, None)
+    assert SourceHealth().record_failure(error, None, has_peer=True) > 0
 
 
-@pytest.mark.parametrize("error", [ReservationLost("gone"), NodeAway("away"), Expired("late")])
+@pytest.mark.parametrize("error", [ReservationLost("gone"), NodeDown("away"), Expired("late")])
 @pytest.mark.parametrize("peer", ["a", None])
 def test_no_source_is_blamed_for_what_our_own_storage_did(error: ShoalError, peer: str | None) -> None:
-    setbacks = Setbacks()
+    setbacks = SourceHealth()
     with pytest.raises(type(error)):
-        setbacks.after(error, peer)
-    assert not setbacks.corrupt and not setbacks.failures_of and not setbacks.hub_failures
+        setbacks.record_failure(error, peer)
+    assert not setbacks.banned and not setbacks.failure_counts and not setbacks.hub_failures
 
 
 @given(st.integers(1, 10**6))
@@ -214,7 +223,7 @@ def test_retries_wait_longer_each_time_up_to_a_bound(failures: int) -> None:
 
 @given(st.dictionaries(st.sampled_from([BLOB, GIT]), st.text(string.hexdigits, min_size=64, max_size=64)))
 def test_sealing_adds_the_learned_hashes_and_nothing_else(known: dict[str, str]) -> None:
-    after = sealed(MANIFEST, known)
+    after = with_known_sha256(MANIFEST, known)
     assert [(f.path, f.size_bytes, f.git_sha1) for f in after.files] == [
         (f.path, f.size_bytes, f.git_sha1) for f in MANIFEST.files
     ]
@@ -223,11 +232,13 @@ def test_sealing_adds_the_learned_hashes_and_nothing_else(known: dict[str, str])
 
 
 def test_a_full_disk_rejects_and_everything_else_fails() -> None:
-    assert ended_as(QuotaExceeded("full")) == "rejected"
-    assert {ended_as(e("x")) for e in (Failed, NotFound, Denied, Corrupt, HubUnavailable)} == {"failed"}
+    assert end_phase(QuotaExceeded("full")) == "rejected"
+    assert {end_phase(e("x")) for e in (InternalError, NotFound, Denied, Corrupt, HubUnavailable)} == {"failed"}
 
 
-@pytest.mark.parametrize("error", [RateLimited("wait", retry_after_s=3.0), ReservationLost("gone"), WrongWhole("x")])
+@pytest.mark.parametrize(
+    "error", [RateLimited("wait", retry_after_s=3.0), ReservationLost("gone"), BlobHashMismatch("x")]
+)
 def test_the_fetchers_own_errors_map_to_their_wire_classes(error: ShoalError) -> None:
     assert BY_CODE[error.body().code] is type(error).__bases__[0]
     assert error.body().retryable

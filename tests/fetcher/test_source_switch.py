@@ -35,11 +35,11 @@ async def test_a_stalled_peer_is_left_and_named_and_its_bytes_kept(site: Site) -
     async with site.join() as here, serving(stall) as server:
         async with claiming(here, server, [hashlib.sha256(content).hexdigest()]):
             pull = await here.begin("a")
-            await here.state("a", lambda s: s.switched == {LIAR: 1}, deadline_s=60)
+            await here.state("a", lambda s: s.source_switches == {LIAR: 1}, deadline_s=60)
         # Now only the hub has it.
         assert (await pull).ok
         done = await here.state_now("a")
-        assert done is not None and done.switched == {LIAR: 1}
+        assert done is not None and done.source_switches == {LIAR: 1}
         assert done.sources == {LIAR: LEAF_BYTES, "hub": BYTES - LEAF_BYTES}
         assert site.hub_bytes() == BYTES - LEAF_BYTES
         await here.assert_complete("a", files)

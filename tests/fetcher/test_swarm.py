@@ -17,14 +17,14 @@ import pytest
 from shoal_common import VERSION
 from shoal_common.bus import subjects
 from shoal_common.bus.cluster_lease import LeaseValue
-from shoal_common.bus.keys import live_key, origin_key
+from shoal_common.bus.keys import liveness_key, origin_key
 from shoal_common.messages import encode
-from shoal_common.messages.liveness import Facts, Holder, Live
-from shoal_common.messages.swarm import Have
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
+from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import leaf_hash
-from shoal_common.store.leaf_set import from_bitmap, run, runs_of, to_bitmap
-from shoal_common.store.relay_bitmap import ready_of
+from shoal_common.store.leaf_set import from_bitmap, leaf_range, leaf_ranges, to_bitmap
+from shoal_common.store.relay_bitmap import parse_relay_bitmap
 from shoal_demo.faults import Faults
 from tests.fetcher.fault_servers import Answer, Asked, Server, reply, serving
 from tests.fetcher.hub_repos import noise
@@ -60,9 +60,9 @@ def four(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
 def held(node: Node, blob: str) -> int:
     """Return the leaves of a blob that a node can send, by its disk."""
     if blob in blobs(node):
-        return run(0, leaf_count(blobs(node)[blob].stat().st_size))
+        return leaf_range(0, leaf_count(blobs(node)[blob].stat().st_size))
     try:
-        found = ready_of(node.layout.partial_ready(blob).read_bytes())
+        found = parse_relay_bitmap(node.layout.relay_bitmap(blob).read_bytes())
     except FileNotFoundError:
         return 0
     return from_bitmap(found.to_bytes()) if found else 0
@@ -74,7 +74,7 @@ def asked_leaves(ranges: list[str], size_bytes: int) -> int:
     for one in ranges:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", one)
         assert match, one
-        leaves |= run(int(match[1]) // LEAF_BYTES, -(-min(int(match[2]) + 1, size_bytes) // LEAF_BYTES))
+        leaves |= leaf_range(int(match[1]) // LEAF_BYTES, -(-min(int(match[2]) + 1, size_bytes) // LEAF_BYTES))
     return leaves
 
 
@@ -159,7 +159,7 @@ def giving(content: bytes, edit: Callable[[bytes], bytes]) -> Answer:
             writer.write(reply(404))
             return
         if asked.body:
-            first, end = next(runs_of(from_bitmap(asked.body)))
+            first, end = next(leaf_ranges(from_bitmap(asked.body)))
             end = min(end, first + int(asked.path.partition("max_leaves=")[2]))
         else:
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked.headers["range"])
@@ -192,17 +192,19 @@ async def test_I1_a_peer_that_edits_leaves_is_caught_and_banned(site: Site, edit
 @asynccontextmanager
 async def false_origin(here: Pulls, server: Server, blob: str, content: bytes) -> AsyncIterator[None]:
     """A live node that holds a blob's origin lease and publishes its leaf hashes again and again."""
-    live = live_key(LIAR, "fileserver")
-    holder = Holder(uid="liar", host="elsewhere", pid=1)
-    await here.buckets.live.put(live, Live(holder=holder, version=VERSION, facts=Facts(addresses=[server.address])))
+    live = liveness_key(LIAR, "fileserver")
+    holder = ProcessIdentity(uid="liar", host="elsewhere", pid=1)
+    await here.buckets.live.put(
+        live, LivenessRecord(holder=holder, version=VERSION, facts=NodeFacts(addresses=[server.address]))
+    )
     await here.buckets.lease.put(origin_key(blob), LeaseValue(node=LIAR, uid="liar"))
     count = leaf_count(len(content))
-    have = Have(
+    have = HaveMessage(
         node=LIAR,
         blob=blob,
         size_bytes=len(content),
         uid="liar",
-        leaves=to_bitmap(run(0, count), count),
+        available_leaves=to_bitmap(leaf_range(0, count), count),
         origin=True,
         hashes=b"".join(leaf_hash(content[n * LEAF_BYTES : (n + 1) * LEAF_BYTES]) for n in range(count)),
     )

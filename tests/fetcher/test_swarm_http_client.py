@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from shoal_common.errors import BadName, Corrupt, Denied, Failed, NotFound, ShoalError, Unavailable
+from shoal_common.errors import BadName, Corrupt, Denied, InternalError, NotFound, ShoalError, Unavailable
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
-from shoal_common.store.leaf_set import run
-from shoal_fetcher.swarm.http_client import MAX_HEAD_BYTES, Crowded, PeerClient, parse_address
-from shoal_fetcher.swarm.peer_client import Peers
-from shoal_fetcher.swarm.sinks import BUFFERS_AHEAD, Leaves, Whole
+from shoal_common.store.leaf_set import leaf_range
+from shoal_fetcher.swarm.http_client import MAX_HEAD_BYTES, PeerBusy, PeerHttpClient, parse_address
+from shoal_fetcher.swarm.peer_client import FileserverClient
+from shoal_fetcher.swarm.sinks import BUFFERS_AHEAD, BytesSink, LeafSink
 from tests.fetcher.fault_servers import Answer, Asked, Server, reply, serving
 from tests.harness.waiting import eventually
 
@@ -55,14 +55,14 @@ class Caught:
         return self.leaves == {n: DATA[n * LEAF_BYTES : (n + 1) * LEAF_BYTES] for n in range(first, end)}
 
 
-def peers_of(client: PeerClient, *servers: Server) -> Peers:
-    return Peers(client, "", lambda: {"b": [s.address for s in servers]})
+def peers_of(client: PeerHttpClient, *servers: Server) -> FileserverClient:
+    return FileserverClient(client, "", lambda: {"b": [s.address for s in servers]})
 
 
 @pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 6), (2, 4), (5, 6)])
 async def test_a_range_arrives_leaf_by_leaf(first: int, end: int) -> None:
     caught = Caught()
-    async with serving(range_reply(first, end)) as server, PeerClient() as client:
+    async with serving(range_reply(first, end)) as server, PeerHttpClient() as client:
         await peers_of(client, server).leaves("b", BLOB, SIZE, first, end, caught.took)
         assert caught.is_right(first, end) and client.buffers.out_count == 0
     assert server.asked[0].path == f"/v1/blobs/{BLOB}"
@@ -79,9 +79,9 @@ async def test_any_reports_the_chosen_range_before_its_bytes_arrive() -> None:
         await gate.wait()
         writer.write(whole[head + 10 :])
 
-    async with serving(slowly) as server, PeerClient() as client:
+    async with serving(slowly) as server, PeerHttpClient() as client:
         asking = asyncio.create_task(
-            peers_of(client, server).any("b", BLOB, SIZE, 0b111110, 2, caught.took, caught.chose)
+            peers_of(client, server).any_leaves("b", BLOB, SIZE, 0b111110, 2, caught.took, caught.chose)
         )
         while caught.chosen is None:
             await asyncio.wait({asking}, timeout=0.01)
@@ -99,10 +99,10 @@ async def test_a_source_without_wanted_leaves_keeps_the_connection() -> None:
         writer.write(next(answers))
 
     connected: list[int] = []
-    async with serving(_counting(both, connected)) as server, PeerClient() as client:
+    async with serving(_counting(both, connected)) as server, PeerHttpClient() as client:
         peers = peers_of(client, server)
         # The test's server reads heads only: a body of one byte would be the first of the next head.
-        reply_ = await client.ask("b", server.address, "GET", "/x", {}, Whole(0, 1))
+        reply_ = await client.request("b", server.address, "GET", "/x", {}, BytesSink(0, 1))
         assert reply_.status == 204
         await peers.leaves("b", BLOB, SIZE, 0, 1, caught.took)
     assert caught.is_right(0, 1) and len(set(connected)) == 1
@@ -125,10 +125,10 @@ async def test_a_reply_is_not_disturbed_by_another_nodes_connection() -> None:
             await go.wait()
         writer.write(range_reply(0, 1))
 
-    async with serving(first_at_once) as one, serving(range_reply(0, 1)) as two, PeerClient() as client:
+    async with serving(first_at_once) as one, serving(range_reply(0, 1)) as two, PeerHttpClient() as client:
         await peers_of(client, one).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
-        landing = Leaves(SIZE, lambda first, end: True, Caught().took, client.buffers)
-        later = asyncio.create_task(client.ask("b", one.address, "GET", "/later", {}, landing))
+        landing = LeafSink(SIZE, lambda first, end: True, Caught().took, client.buffers)
+        later = asyncio.create_task(client.request("b", one.address, "GET", "/later", {}, landing))
         await asked.wait()  # on the connection that was kept: none to this node is idle now
         await peers_of(client, two).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         go.set()
@@ -143,7 +143,7 @@ async def test_a_connection_closed_since_its_last_use_is_reopened() -> None:
         await writer.drain()
         writer.close()
 
-    async with serving(_counting(once, ports)) as server, PeerClient() as client:
+    async with serving(_counting(once, ports)) as server, PeerHttpClient() as client:
         for _ in range(3):
             caught.leaves.clear()
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
@@ -170,7 +170,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 async def test_a_reply_to_another_request_is_refused_entirely(what: str) -> None:
     caught = Caught()
-    async with serving(WRONG[what]) as server, PeerClient() as client:
+    async with serving(WRONG[what]) as server, PeerHttpClient() as client:
         with pytest.raises(Corrupt, match="node b"):
             await peers_of(client, server).leaves("b", BLOB, SIZE, 1, 2, caught.took)
         assert not caught.leaves and client.buffers.out_count == 0
@@ -183,9 +183,9 @@ async def test_a_range_not_offered_or_too_long_is_no_reply_to_any() -> None:
         (0b001000, 4, range_reply(2, 3)),
         (0b000111, 4, range_reply(2, 4)),
     ):
-        async with serving(answer) as server, PeerClient() as client:
+        async with serving(answer) as server, PeerHttpClient() as client:
             with pytest.raises(Corrupt, match="another range"):
-                await peers_of(client, server).any("b", BLOB, SIZE, wanted, most, caught.took, caught.chose)
+                await peers_of(client, server).any_leaves("b", BLOB, SIZE, wanted, most, caught.took, caught.chose)
     assert caught.chosen is None and not caught.leaves
 
 
@@ -197,7 +197,7 @@ async def test_what_came_before_a_node_broke_off_is_kept() -> None:
         await writer.drain()
         writer.close()
 
-    async with serving(half) as server, PeerClient() as client:
+    async with serving(half) as server, PeerHttpClient() as client:
         with pytest.raises(Unavailable, match=r"node b .*broke off"):
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 3, caught.took)
         assert caught.is_right(0, 2) and client.buffers.out_count == 0
@@ -207,11 +207,11 @@ async def test_what_came_before_a_node_broke_off_is_kept() -> None:
     ("status", "kind"),
     [
         *[(401, Denied), (403, Denied), (404, NotFound), (416, Corrupt), (500, Unavailable), (502, Unavailable)],
-        *[(503, Crowded), (302, Failed), (400, Failed), (418, Failed)],
+        *[(503, PeerBusy), (302, InternalError), (400, InternalError), (418, InternalError)],
     ],
 )
 async def test_each_status_has_its_error_and_names_the_node(status: int, kind: type[ShoalError]) -> None:
-    async with serving(reply(status, b"{}", location="http://127.0.0.1:1/")) as server, PeerClient() as client:
+    async with serving(reply(status, b"{}", location="http://127.0.0.1:1/")) as server, PeerHttpClient() as client:
         with pytest.raises(ShoalError, match="node b") as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert type(caught.value) is kind and len(server.asked) == 1
@@ -219,15 +219,15 @@ async def test_each_status_has_its_error_and_names_the_node(status: int, kind: t
 
 @pytest.mark.parametrize(("said", "wait_s"), [("3", 3), ("9" * 30, 1), ("soon", 1), ("900", 8)])
 async def test_a_busy_node_names_when_to_retry(said: str, wait_s: float) -> None:
-    async with serving(reply(503, retry_after=said)) as server, PeerClient() as client:
-        with pytest.raises(Crowded) as caught:
+    async with serving(reply(503, retry_after=said)) as server, PeerHttpClient() as client:
+        with pytest.raises(PeerBusy) as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert caught.value.retry_after_s == wait_s
 
 
 async def test_I7_a_stalled_node_times_out_in_its_head_and_in_its_body() -> None:
     for said in (b"", b"HTTP/1.1 206 X\r\n", range_reply(0, 1)[:5000]):
-        async with serving(_answer_with(said)) as server, PeerClient(silence_s=0.05) as client:
+        async with serving(_answer_with(said)) as server, PeerHttpClient(silence_s=0.05) as client:
             with pytest.raises(Unavailable, match="sent nothing"):
                 await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
             assert client.buffers.out_count == 0
@@ -245,7 +245,7 @@ async def test_a_refused_connection_is_a_down_node_and_another_is_used() -> None
     caught = Caught()
     async with serving(b"") as gone:
         pass
-    async with serving(range_reply(0, 1)) as server, PeerClient() as client:
+    async with serving(range_reply(0, 1)) as server, PeerHttpClient() as client:
         with pytest.raises(Unavailable, match="is unreachable"):
             await peers_of(client, gone).leaves("b", BLOB, SIZE, 0, 1, caught.took)
         await peers_of(client, gone, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
@@ -255,10 +255,10 @@ async def test_a_refused_connection_is_a_down_node_and_another_is_used() -> None
 async def test_I12_no_proxy_is_used_and_a_token_is_for_one_blob(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with serving(reply(502)) as proxy, serving(range_reply(0, 1)) as server, PeerClient() as client:
+    async with serving(reply(502)) as proxy, serving(range_reply(0, 1)) as server, PeerHttpClient() as client:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
-        peers = Peers(client, "secret", lambda: {"b": [server.address]})
+        peers = FileserverClient(client, "secret", lambda: {"b": [server.address]})
         await peers.leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert not proxy.asked
     assert server.asked[0].headers["authorization"].startswith("Shoal ")
@@ -273,11 +273,11 @@ async def test_a_list_is_read_in_pages_and_each_is_what_was_asked_for() -> None:
         body = hashes[int(start) : int(last) + 1]
         writer.write(reply(206, body, content_range=f"bytes {start}-{last}/{len(hashes)}"))
 
-    async with serving(page) as server, PeerClient() as client:
+    async with serving(page) as server, PeerHttpClient() as client:
         assert await peers_of(client, server).leaf_list("b", BLOB, 32, 500_000) == hashes[32:500_032]
     assert len(server.asked) == 2
     for wrong in (reply(206, b"x" * 32, content_range="bytes 0-31/64"), reply(206, b"x" * 31), reply(200, b"x" * 64)):
-        async with serving(wrong) as server, PeerClient() as client:
+        async with serving(wrong) as server, PeerHttpClient() as client:
             with pytest.raises(Corrupt):
                 await peers_of(client, server).leaf_list("b", BLOB, 32, 32)
 
@@ -296,7 +296,7 @@ async def test_leaves_in_memory_are_bounded_by_requests_not_by_length() -> None:
             await writer.drain()
 
     caught = [Caught(keep=True) for _ in range(runs)]
-    async with serving(all_of_it) as server, PeerClient() as client:
+    async with serving(all_of_it) as server, PeerHttpClient() as client:
         peers = peers_of(client, server)
         asking = [
             asyncio.create_task(peers.leaves("b", BLOB, size_bytes, 0, leaf_count(size_bytes), c.took))
@@ -311,9 +311,9 @@ async def test_leaves_in_memory_are_bounded_by_requests_not_by_length() -> None:
             for one in caught:
                 one.release()
             await asyncio.sleep(0)
-        assert client.buffers.most <= BUFFERS_AHEAD + runs and client.buffers.out_count == 0
+        assert client.buffers.max_out_count <= BUFFERS_AHEAD + runs and client.buffers.out_count == 0
         await asyncio.gather(*asking)
-    assert all(sum(1 << n for n in c.leaves) == run(0, 64) for c in caught)
+    assert all(sum(1 << n for n in c.leaves) == leaf_range(0, 64) for c in caught)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,10 @@ def test_an_address_of_a_peer_is_a_host_and_a_port(address: str, parsed: tuple[s
 async def test_I10_an_impossible_address_is_refused_before_use(address: str) -> None:
     with pytest.raises(BadName):
         parse_address(address)
-    async with PeerClient() as client:
+    async with PeerHttpClient() as client:
         with pytest.raises(BadName):
-            await Peers(client, "", lambda: {"b": [address]}).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
+            await FileserverClient(client, "", lambda: {"b": [address]}).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         with pytest.raises(BadName):
-            await Peers(client, "", lambda: {"b": ["h:1"]}).leaves("b", "../health", SIZE, 0, 1, Caught().took)
+            await FileserverClient(client, "", lambda: {"b": ["h:1"]}).leaves(
+                "b", "../health", SIZE, 0, 1, Caught().took
+            )

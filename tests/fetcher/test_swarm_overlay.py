@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_fetcher.swarm.overlay import ALL_UP_TO_NODES, RINGS, neighbours
+from shoal_fetcher.swarm.overlay import MAX_FULL_MESH_NODES, RINGS, neighbours
 
 NAMES = st.text("abcdefgh0123456789-", min_size=1, max_size=6)
 CLUSTERS = st.one_of(
@@ -34,7 +34,7 @@ def test_the_overlay_is_symmetric_and_connected(nodes: set[str], blob: str) -> N
 @given(CLUSTERS, BLOBS)
 def test_up_to_16_nodes_all_are_neighbours_and_above_at_most_ten(nodes: set[str], blob: str) -> None:
     for node, others in graph(nodes, blob).items():
-        if len(nodes) <= ALL_UP_TO_NODES:
+        if len(nodes) <= MAX_FULL_MESH_NODES:
             assert others == nodes - {node}
         else:
             assert 2 <= len(others) <= 2 * RINGS

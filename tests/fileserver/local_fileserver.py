@@ -10,19 +10,19 @@ from pathlib import Path
 
 import uvicorn
 
-from shoal_common.host.rate_limiter import Pace
-from shoal_common.store.store_paths import Layout
-from shoal_common.store.verification_stamp import prove
-from shoal_fileserver.service import settings
+from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.verification_stamp import write_stamp
+from shoal_fileserver.service import server_config
 
 NODE = "here"
 
 
 @asynccontextmanager
-async def local_fileserver(store: Path, pace: Pace | None = None) -> AsyncIterator[int]:
+async def local_fileserver(store: Path, pace: RateLimiter | None = None) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = settings(Layout(store), NODE, "", pace=pace)
+    config = server_config(StorePaths(store), NODE, "", pace=pace)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve(sockets=[listener]))
@@ -35,11 +35,11 @@ async def local_fileserver(store: Path, pace: Pace | None = None) -> AsyncIterat
 
 def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:
     """Create a sparse blob of zeros with the stamp of a name that is not its hash."""
-    path = Layout(store).blob(name)
+    path = StorePaths(store).blob(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as f:
         f.truncate(size_bytes)
-    prove(name, path)
+    write_stamp(name, path)
     return name
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
-from shoal_common.store.relay_bitmap import Ready
-from shoal_common.store.store_paths import Layout
-from shoal_common.store.verification_stamp import prove
+from shoal_common.store.relay_bitmap import RelayBitmapFile
+from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.verification_stamp import write_stamp
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 
@@ -32,7 +32,7 @@ class Reply(msgspec.Struct):
 class Fileserver:
     """A running fileserver and its store."""
 
-    def __init__(self, process: Process, node: str, layout: Layout, host: str, port: int) -> None:
+    def __init__(self, process: Process, node: str, layout: StorePaths, host: str, port: int) -> None:
         self.process, self.node, self.layout, self.host, self.port = process, node, layout, host, port
 
     def add(self, data: bytes) -> str:
@@ -42,10 +42,10 @@ class Fileserver:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
-        prove(sha256, path)
+        write_stamp(sha256, path)
         return sha256
 
-    def begin(self, blob: str, data: bytes, leaves: Collection[int]) -> Ready:
+    def begin(self, blob: str, data: bytes, leaves: Collection[int]) -> RelayBitmapFile:
         """Write these leaves of a partial blob, as the fetcher does. The caller closes the returned file."""
         directory = self.layout.partial(blob)
         directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Fileserver:
             for leaf in leaves:
                 f.seek(leaf * LEAF_BYTES)
                 f.write(data[leaf * LEAF_BYTES : (leaf + 1) * LEAF_BYTES])
-        ready = Ready(self.layout, blob, Bitmap(len(data)))
+        ready = RelayBitmapFile(self.layout, blob, Bitmap(len(data)))
         ready.add(leaves)
         return ready
 
@@ -117,4 +117,4 @@ async def serving(server: NatsServer, directory: Path, name: str, **environ: str
         ready = await process.wait_line("msg=ready")
         found = re.search(r"addresses=([0-9.]+):(\d+)", ready)
         assert found is not None, ready
-        yield Fileserver(process, name, Layout(home / "store"), found.group(1), int(found.group(2)))
+        yield Fileserver(process, name, StorePaths(home / "store"), found.group(1), int(found.group(2)))

@@ -15,10 +15,10 @@ from shoal_fileserver.http import connection_eviction, connection_limits
 from shoal_fileserver.http.connection_eviction import (
     MAX_CONNECTIONS,
     MAX_PER_ADDRESS,
-    NO_ROOM,
-    STALLED_S,
-    Seen,
-    make_room,
+    REFUSE_NEW,
+    STALL_TIMEOUT_S,
+    ConnectionInfo,
+    connection_to_evict,
 )
 from tests.fileserver.local_fileserver import closed, hollow_blob, local_fileserver
 from tests.fileserver.running_fileserver import read_reply
@@ -47,8 +47,8 @@ def asking(blob: str, range_header: str = "") -> bytes:
 async def test_I7_a_request_that_never_arrives_complete_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
-    monkeypatch.setattr(connection_limits, "HEAD_DEADLINE_S", SHORT_S)
-    monkeypatch.setattr(blob_api, "BODY_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(connection_limits, "HEAD_TIMEOUT_S", SHORT_S)
+    monkeypatch.setattr(blob_api, "BODY_TIMEOUT_S", SHORT_S)
     async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         if said.startswith(ASK):
@@ -63,7 +63,7 @@ async def test_I7_a_request_that_never_arrives_complete_times_out(
 async def test_I7_a_reader_that_takes_too_little_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_bytes_per_s: int
 ) -> None:
-    monkeypatch.setattr(connection_limits, "DRAIN_S", SHORT_S)
+    monkeypatch.setattr(connection_limits, "RATE_CHECK_INTERVAL_S", SHORT_S)
     monkeypatch.setattr(connection_limits, "MIN_BYTES_PER_S", least_bytes_per_s)
     size = 8 << 30
     blob = hollow_blob(tmp_path, size)
@@ -88,7 +88,7 @@ async def test_I7_a_reader_that_takes_too_little_is_cut_off(
 async def test_a_slow_reader_is_not_cut_off_while_it_takes_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_limits, "HEAD_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(connection_limits, "HEAD_TIMEOUT_S", SHORT_S)
     size = 24 << 20
     blob = hollow_blob(tmp_path, size)
     async with local_fileserver(tmp_path) as port:
@@ -124,8 +124,8 @@ async def test_I7_beyond_the_bound_is_503_and_beyond_that_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     monkeypatch.setattr(connection_eviction, bound, 3)
-    monkeypatch.setattr(connection_eviction, "STALLED_S", 1e9)
-    monkeypatch.setattr(connection_limits, "MAX_REFUSED", 2)
+    monkeypatch.setattr(connection_eviction, "STALL_TIMEOUT_S", 1e9)
+    monkeypatch.setattr(connection_limits, "MAX_REFUSED_CONNECTIONS", 2)
     blob = hollow_blob(tmp_path, 64 << 20)
     async with local_fileserver(tmp_path) as port:
         busy = []
@@ -167,7 +167,7 @@ async def test_a_newcomer_takes_the_place_of_one_that_does_not_read(
             writer.write(asking(blob))
             await reader.readuntil(b"\r\n\r\n")
             stalled.append(writer)
-        monkeypatch.setattr(connection_eviction, "STALLED_S", -1.0)
+        monkeypatch.setattr(connection_eviction, "STALL_TIMEOUT_S", -1.0)
 
         async def served() -> int:
             # A stalled client may be reading at this very moment: then there is no free connection yet.
@@ -200,7 +200,7 @@ async def test_a_peer_that_half_closes_still_gets_all_it_requested(tmp_path: Pat
 
 
 SEEN = st.builds(
-    Seen,
+    ConnectionInfo,
     host=st.sampled_from(["a", "b", "c"]),
     idle_s=st.none() | st.floats(0, 100),
     stalled_s=st.none() | st.floats(0, 100),
@@ -208,27 +208,39 @@ SEEN = st.builds(
 
 
 @given(st.sampled_from(["a", "b", "d"]), st.lists(SEEN, max_size=40).map(lambda some: some * 8))
-def test_a_connection_is_evicted_only_if_full_and_never_a_reader(host: str, others: list[Seen]) -> None:
+def test_a_connection_is_evicted_only_if_full_and_never_a_reader(host: str, others: list[ConnectionInfo]) -> None:
     mine = [seen for seen in others if seen.host == host]
-    found = make_room(host, others)
+    found = connection_to_evict(host, others)
     if len(mine) < MAX_PER_ADDRESS and len(others) < MAX_CONNECTIONS:
         assert found is None
         return
     assert found is not None
     if isinstance(found, int):
         gone = others[found]
-        assert gone.idle_s is not None or (gone.stalled_s is not None and gone.stalled_s >= STALLED_S)
+        assert gone.idle_s is not None or (gone.stalled_s is not None and gone.stalled_s >= STALL_TIMEOUT_S)
         if len(mine) >= MAX_PER_ADDRESS:
             assert gone.host == host
     elif len(mine) >= MAX_PER_ADDRESS:
-        assert found == NO_ROOM and all(seen.idle_s is None and (seen.stalled_s or 0) < STALLED_S for seen in mine)
+        assert found == REFUSE_NEW and all(
+            seen.idle_s is None and (seen.stalled_s or 0) < STALL_TIMEOUT_S for seen in mine
+        )
 
 
 def test_eviction_takes_the_busiest_address_and_idle_ones_first() -> None:
-    busy = [Seen("a")] * (MAX_PER_ADDRESS - 1) + [Seen("b")] * (MAX_PER_ADDRESS - 1)
-    assert make_room("c", [*busy, Seen("a", idle_s=1), Seen("c", idle_s=9)]) == len(busy)
-    assert make_room("c", [*busy, Seen("a", stalled_s=3), Seen("c", idle_s=9)]) == len(busy) + 1
-    assert make_room("c", [*busy, Seen("a", stalled_s=3), Seen("c", stalled_s=9)]) == len(busy)
-    assert make_room("c", [*busy, Seen("a", stalled_s=0.1), Seen("c", stalled_s=9)]) == NO_ROOM
-    assert make_room("a", [Seen("a")] * MAX_PER_ADDRESS) == NO_ROOM
-    assert make_room("c", [Seen("a")] * MAX_PER_ADDRESS) is None
+    busy = [ConnectionInfo("a")] * (MAX_PER_ADDRESS - 1) + [ConnectionInfo("b")] * (MAX_PER_ADDRESS - 1)
+    assert connection_to_evict("c", [*busy, ConnectionInfo("a", idle_s=1), ConnectionInfo("c", idle_s=9)]) == len(
+        busy
+    )
+    assert (
+        connection_to_evict("c", [*busy, ConnectionInfo("a", stalled_s=3), ConnectionInfo("c", idle_s=9)])
+        == len(busy) + 1
+    )
+    assert connection_to_evict(
+        "c", [*busy, ConnectionInfo("a", stalled_s=3), ConnectionInfo("c", stalled_s=9)]
+    ) == len(busy)
+    assert (
+        connection_to_evict("c", [*busy, ConnectionInfo("a", stalled_s=0.1), ConnectionInfo("c", stalled_s=9)])
+        == REFUSE_NEW
+    )
+    assert connection_to_evict("a", [ConnectionInfo("a")] * MAX_PER_ADDRESS) == REFUSE_NEW
+    assert connection_to_evict("c", [ConnectionInfo("a")] * MAX_PER_ADDRESS) is None

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.bus.keys import live_key
+from shoal_common.bus.keys import liveness_key
 from shoal_common.host.credentials import bearer, blob_token, derive
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
@@ -333,8 +333,8 @@ async def test_its_liveness_key_has_its_addresses(nats: NatsServer, fresh: Fresh
     name = fresh("files")
     async with serving(nats, tmp_path, name) as server, joined(nats) as here:
 
-        async def published() -> Live | None:
-            live = await here.buckets.live.get_as(live_key(name, "fileserver"), Live)
+        async def published() -> LivenessRecord | None:
+            live = await here.buckets.live.get_as(liveness_key(name, "fileserver"), LivenessRecord)
             return live if live is not None and live.facts.addresses else None
 
         assert (await eventually(published, "its address")).facts.addresses == [f"127.0.0.1:{server.port}"]

@@ -18,11 +18,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from shoal_common.bus.keys import storage_key
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.storage import StorageState
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
-from shoal_common.store.relay_bitmap import Ready
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.relay_bitmap import RelayBitmapFile
+from shoal_common.store.store_paths import StorePaths
 from tests.fileserver.local_fileserver import closed, hollow_blob, local_fileserver
 from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.nats import NatsServer, joined
@@ -36,10 +36,10 @@ GOOD, NOT_READY = b"g", b"X"
 
 
 @pytest.fixture(scope="module")
-def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layout, int]]:
+def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorePaths, int]]:
     """Run a server in a thread, over a store with a partial blob; yield its port."""
     store = tmp_path_factory.mktemp("store")
-    layout = Layout(store)
+    layout = StorePaths(store)
     layout.partial(BLOB).mkdir(parents=True)
     told: list[int] = []
     loop, stop, up = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
@@ -84,13 +84,13 @@ EDGES = st.builds(
 )
 @examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_I1_a_leaf_that_is_not_ready_is_never_sent(
-    arriving: tuple[Layout, int], bits: set[int], start: int, end: int, form: str
+    arriving: tuple[StorePaths, int], bits: set[int], start: int, end: int, form: str
 ) -> None:
     layout, port = arriving
     data = b"".join((GOOD if leaf in bits else NOT_READY) * LEAF_BYTES for leaf in range(LEAVES))[:SIZE]
     (layout.partial(BLOB) / "data").write_bytes(data)
-    layout.partial_ready(BLOB).unlink(missing_ok=True)
-    with Ready(layout, BLOB, Bitmap(SIZE)) as ready:
+    layout.relay_bitmap(BLOB).unlink(missing_ok=True)
+    with RelayBitmapFile(layout, BLOB, Bitmap(SIZE)) as ready:
         ready.add(bits)
     header = form.format(start, end)
     request = f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nRange: bytes={header}\r\n\r\n"
@@ -113,11 +113,11 @@ def test_I1_a_leaf_that_is_not_ready_is_never_sent(
 
 
 async def test_I1_a_partial_discarded_while_it_is_read_is_cut_off(tmp_path: Path) -> None:
-    layout, size = Layout(tmp_path), 1 << 30
+    layout, size = StorePaths(tmp_path), 1 << 30
     layout.partial(BLOB).mkdir(parents=True)
     with (layout.partial(BLOB) / "data").open("wb") as f:
         f.truncate(size)
-    with Ready(layout, BLOB, Bitmap(size)) as ready:
+    with RelayBitmapFile(layout, BLOB, Bitmap(size)) as ready:
         ready.add(range(1024))
     async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
@@ -231,7 +231,7 @@ async def test_500_slow_connections_do_not_keep_an_honest_reader_out(
         assert server.process.running and "Traceback" not in server.process.output
 
 
-class Counting(Pace):
+class Counting(RateLimiter):
     """A rate limit that lets everything pass, and counts."""
 
     def __init__(self) -> None:

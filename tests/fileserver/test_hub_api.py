@@ -16,11 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from msgspec import structs
 
 from shoal_common.bus.keys import model_key
-from shoal_common.host.credentials import capability, derive
+from shoal_common.host.credentials import derive, signed_query
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import AskManifest, ModelState
+from shoal_common.messages.storage import GetManifest, ModelState
 from shoal_common.names import ModelRef
-from shoal_common.rpc.request_reply import Question, serve
+from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_fileserver.model_index import holders
 from tests.fileserver.running_fileserver import Fileserver, serving
 from tests.harness.nats import Joined, NatsServer, joined
@@ -64,7 +64,7 @@ def manifest_of(repo: str) -> Manifest:
 async def holding(here: Joined, node: str, manifest: Manifest) -> AsyncIterator[None]:
     """Publish what the storage of a node with the model would, while the body runs."""
 
-    async def answer(question: AskManifest) -> Manifest:
+    async def answer(question: GetManifest) -> Manifest:
         assert question.model == manifest.model
         return manifest
 
@@ -79,7 +79,7 @@ async def holding(here: Joined, node: str, manifest: Manifest) -> AsyncIterator[
     )
     stopping = asyncio.Event()
     answering = asyncio.create_task(
-        serve(here.nats, "storage", node, {"manifest": Question(AskManifest, answer)}, stopping)
+        serve(here.nats, "storage", node, {"manifest": RpcEndpoint(GetManifest, answer)}, stopping)
     )
     await here.buckets.state.put(model_key(node, manifest.model), state)
     try:
@@ -186,9 +186,9 @@ async def test_I12_without_the_clusters_key_the_hub_protocol_is_closed(
                 assert (await server.ask(path, credential)).status == 401, (path, credential)
         now = int(time.time())
         for until, shown in ((now + 60, 200), (now - 60, 401)):
-            query = "&".join(f"{k}={v}" for k, v in capability(SECRET, blob, until).items())
+            query = "&".join(f"{k}={v}" for k, v in signed_query(SECRET, blob, until).items())
             assert (await server.ask(f"{file}?{query}")).status == shown
-        forged = capability("another secret", blob, now + 60)
+        forged = signed_query("another secret", blob, now + 60)
         assert (await server.ask(f"{file}?until={forged['until']}&key={forged['key']}")).status == 401
         # Nor does the hub's key allow what peers request.
         hub = {"Authorization": f"Bearer {derive(SECRET, 'hub')}"}

@@ -11,8 +11,8 @@ import pytest
 
 from shoal_common.store import relay_bitmap as ready_module
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
-from shoal_common.store.leaf_hash import leaf_hash, root_of
-from shoal_common.store.relay_bitmap import Ready
+from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
+from shoal_common.store.relay_bitmap import RelayBitmapFile
 from tests.fileserver.running_fileserver import Fileserver, Reply, serving
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -82,17 +82,17 @@ async def test_I1_ready_leaves_of_another_boot_are_not_served(
     async with serving(nats, tmp_path, fresh("files")) as server:
         server.begin(BLOB, DATA, [0, 1]).close()
         assert (await server.blob(BLOB, "bytes=0-9")).status == 206
-        path = server.layout.partial_ready(BLOB)
+        path = server.layout.relay_bitmap(BLOB)
         with monkeypatch.context() as patch:
-            patch.setattr(ready_module, "boot_bytes", lambda: bytes(16))
-            Ready(server.layout, BLOB, Bitmap(SIZE, wanting(0, 1))).close()
+            patch.setattr(ready_module, "boot_id", lambda: bytes(16))
+            RelayBitmapFile(server.layout, BLOB, Bitmap(SIZE, wanting(0, 1))).close()
         assert (await server.blob(BLOB, "bytes=0-9")).status == 404
         assert (await any_of(server, BLOB, wanting(0, 1))).status == 404
         assert (await server.ask(f"/v1/leaves/{BLOB}")).status == 404
         for damaged in (b"", b"x" * 5, path.read_bytes()[:-1], path.read_bytes() + b"\xff"):
             path.write_bytes(damaged)
             assert (await server.blob(BLOB, "bytes=0-9")).status == 404
-        Ready(server.layout, BLOB, Bitmap(SIZE, wanting(0))).close()
+        RelayBitmapFile(server.layout, BLOB, Bitmap(SIZE, wanting(0))).close()
         assert (await server.blob(BLOB, "bytes=0-9")).status == 206
         shutil.rmtree(server.layout.partial(BLOB))
         assert (await server.blob(BLOB, "bytes=0-9")).status == 404
@@ -137,14 +137,14 @@ async def test_leaf_lists_are_served_in_pages(nats: NatsServer, fresh: Fresh, tm
     async with serving(nats, tmp_path, fresh("files")) as server:
         blob = server.add(DATA)
         assert (await server.ask(f"/v1/leaves/{blob}")).status == 404
-        path = server.layout.leaves(blob)
+        path = server.layout.leaf_list(blob)
         path.parent.mkdir(parents=True)
         path.write_bytes(leaf_hash(hashes) + hashes)
         assert (await server.ask(f"/v1/leaves/{blob}")).status == 404, "of another file"
         mtime_ns = server.layout.blob(blob).stat().st_mtime_ns
         os.utime(path, ns=(mtime_ns, mtime_ns))
         whole = await server.ask(f"/v1/leaves/{blob}")
-        assert (whole.status, whole.body, whole.headers["etag"]) == (200, hashes, f'"{root_of(hashes)}"')
+        assert (whole.status, whole.body, whole.headers["etag"]) == (200, hashes, f'"{hash_leaf_list(hashes)}"')
         page = await server.ask(f"/v1/leaves/{blob}", {"Range": "bytes=32-95"})
         assert (page.status, page.body) == (206, hashes[32:96])
         assert page.headers["content-range"] == f"bytes 32-95/{len(hashes)}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import PROBE, bearer, blob_token
+from shoal_common.host.credentials import PROBE_NAME, bearer, blob_token
 from shoal_fileserver.probe import MAX_PROBE_BYTES
 from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.nats import NatsServer
@@ -46,9 +46,9 @@ async def test_I12_a_probe_wants_a_token_of_its_own(nats: NatsServer, fresh: Fre
             {},
             bearer(SECRET, "blobs"),
             blob_token(SECRET, node, "a" * 64, now_s),
-            blob_token(SECRET, "another", PROBE, now_s),
-            blob_token(SECRET, node, PROBE, now_s - 3600),
+            blob_token(SECRET, "another", PROBE_NAME, now_s),
+            blob_token(SECRET, node, PROBE_NAME, now_s - 3600),
         ):
             refused = await server.ask("/v1/probe?bytes=9", headers)
             assert refused.status == 401 and refused.body == (await server.ask("/v1/blobs/none")).body
-        assert len((await server.ask("/v1/probe?bytes=9", blob_token(SECRET, node, PROBE, now_s))).body) == 9
+        assert len((await server.ask("/v1/probe?bytes=9", blob_token(SECRET, node, PROBE_NAME, now_s))).body) == 9

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import shoal_fileserver.http.ranges
-from shoal_fileserver.http.ranges import Part, Unsatisfiable, Whole, parse_range
+from shoal_fileserver.http.ranges import AllBytes, ByteRange, Unsatisfiable, parse_range
 
 SIZES = st.integers(0, 40)
 NUMBERS = st.integers(0, 50)
@@ -21,9 +21,9 @@ def test_first_and_last_mean_the_bytes_between_them_that_exist(size: int, first:
     meant = [at for at in range(size) if first <= at <= last]
     found = parse_range(f"bytes={first}-{last}", size)
     if last < first:
-        assert found == Whole(), "not a range at all"
+        assert found == AllBytes(), "not a range at all"
     elif meant:
-        assert found == Part(meant[0], meant[-1] + 1)
+        assert found == ByteRange(meant[0], meant[-1] + 1)
     else:
         assert found == Unsatisfiable()
 
@@ -31,14 +31,14 @@ def test_first_and_last_mean_the_bytes_between_them_that_exist(size: int, first:
 @given(SIZES, NUMBERS)
 def test_an_open_end_means_all_from_there(size: int, first: int) -> None:
     found = parse_range(f"bytes={first}-", size)
-    assert found == (Part(first, size) if first < size else Unsatisfiable())
+    assert found == (ByteRange(first, size) if first < size else Unsatisfiable())
 
 
 @given(SIZES, NUMBERS)
 def test_a_suffix_means_that_many_last_bytes(size: int, count: int) -> None:
     meant = list(range(size))[-count:] if count else []
     found = parse_range(f"bytes=-{count}", size)
-    assert found == (Part(meant[0], size) if meant else Unsatisfiable())
+    assert found == (ByteRange(meant[0], size) if meant else Unsatisfiable())
 
 
 @given(st.text(max_size=120) | st.from_regex(r"bytes=[-0-9, ]*", fullmatch=True), st.integers(0, 10**13))
@@ -46,7 +46,7 @@ def test_a_suffix_means_that_many_last_bytes(size: int, count: int) -> None:
 @example("bytes=" + "9" * 40 + "-", 10)
 def test_I10_any_range_header_stays_within_the_file(header: str, size: int) -> None:
     found = parse_range(header, size)
-    if isinstance(found, Part):
+    if isinstance(found, ByteRange):
         assert 0 <= found.start < found.end <= size
         assert header.strip().isascii()
 
@@ -67,7 +67,7 @@ def test_I10_any_range_header_stays_within_the_file(header: str, size: int) -> N
     ],
 )
 def test_what_is_no_single_range_means_everything(header: str | None) -> None:
-    assert parse_range(header, 100) == Whole()
+    assert parse_range(header, 100) == AllBytes()
 
 
 def test_reading_a_range_imports_neither_disk_nor_network() -> None:

@@ -12,13 +12,13 @@ import httpx2
 import msgspec
 
 from shoal_common.bus import subjects
-from shoal_common.bus.events import Events
+from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import download_key, instance_key, model_key, stage_key
 from shoal_common.errors import ShoalError
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages import encode
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate, TokenEvent
 from shoal_common.messages.instances import (
     InstancePhase,
@@ -28,10 +28,10 @@ from shoal_common.messages.instances import (
     StageSpec,
     StageState,
 )
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.storage import ModelState
-from shoal_common.rpc.command_worker import CommandWorker, Verb
-from shoal_common.rpc.request_reply import Question, serve
+from shoal_common.rpc.command_worker import CommandHandler, CommandWorker
+from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from tests.gateway.running_gateway import RunningGateway
 from tests.harness.nats import Joined, joined
 from tests.harness.waiting import eventually
@@ -95,13 +95,13 @@ class Cluster:
         self._liveness: list[Liveness] = []
         self._written: list[tuple[str, str]] = []
 
-    async def live(self, node: str, service: str, facts: Facts | None = None) -> None:
+    async def live(self, node: str, service: str, facts: NodeFacts | None = None) -> None:
         """Publish a service of a node as live until the cluster closes."""
         liveness = Liveness(self.joined.buckets.live, node, service)
-        liveness.set_facts(facts or Facts())
+        liveness.set_facts(facts or NodeFacts())
         await liveness.claim()
         self._liveness.append(liveness)
-        self._background.append(self.tasks.create_task(liveness.beat_forever()))
+        self._background.append(self.tasks.create_task(liveness.renew_forever()))
         await self.seen(
             "/v1/status", lambda s: any(service in n["services"] for n in s["nodes"] if n["node"] == node)
         )
@@ -164,13 +164,13 @@ class Cluster:
             peer.prompts.put_nowait(Prompt(self, question))
             return Accepted(request=question.request, prompt_tokens=7)
 
-        async def cancel(question: CancelGenerate) -> Done:
+        async def cancel(question: CancelGenerate) -> Empty:
             peer.cancelled.put_nowait(question.request)
-            return Done()
+            return Empty()
 
-        questions = {"generate": Question(Generate, generate), "cancel": Question(CancelGenerate, cancel)}
+        questions = {"generate": RpcEndpoint(Generate, generate), "cancel": RpcEndpoint(CancelGenerate, cancel)}
         self.tasks.create_task(serve(self.joined.nats, "inference", node, questions, self.stopping))
-        await self.live(node, "inference", Facts(memory_total_bytes=16 << 30, memory_available_bytes=9 << 30))
+        await self.live(node, "inference", NodeFacts(memory_total_bytes=16 << 30, memory_available_bytes=9 << 30))
         return peer
 
     async def worker(
@@ -182,8 +182,8 @@ class Cluster:
             return await handle(command)
 
         nats = self.joined.nats
-        verbs: Mapping[str, Verb] = {verb: Verb(kind, handled, 60.0)}
-        worker = CommandWorker(nats, self.joined.buckets, Events(nats, service, "peer"), service, "peer", verbs)
+        verbs: Mapping[str, CommandHandler] = {verb: CommandHandler(kind, handled, 60.0)}
+        worker = CommandWorker(nats, self.joined.buckets, EventEmitter(nats, service, "peer"), service, "peer", verbs)
         self.tasks.create_task(worker.run(node, self.stopping))
         await self.live("leader" if node == subjects.ANY else node, service)
 
@@ -194,7 +194,7 @@ class Cluster:
         for task in self._background:
             task.cancel()
         for liveness in self._liveness:
-            await liveness.withdraw()
+            await liveness.remove_key()
         for bucket, key in self._written:
             await getattr(self.joined.buckets, bucket).delete(key)
 

@@ -6,8 +6,8 @@ import asyncio
 
 import msgspec
 
-from shoal_common.errors import QuotaExceeded, Withdrawn
-from shoal_common.messages.downloads import CancelDownload, Download, DownloadState, PauseDownload
+from shoal_common.errors import Cancelled, QuotaExceeded
+from shoal_common.messages.downloads import CancelDownload, DownloadCommand, DownloadState, PauseDownload
 from tests.gateway.fake_cluster import Cluster, cluster, error_of, now_s
 from tests.gateway.running_gateway import NODE, RunningGateway
 
@@ -19,10 +19,10 @@ class Fetcher:
 
     def __init__(self, c: Cluster, node: str) -> None:
         self.c, self.node = c, node
-        self.asked: list[Download] = []
+        self.asked: list[DownloadCommand] = []
         self.let_go = asyncio.Event()
 
-    async def download(self, command: Download) -> object:
+    async def download(self, command: DownloadCommand) -> object:
         self.asked.append(command)
         await self.publish_phase(command.model, "fetching")
         await self.let_go.wait()
@@ -45,7 +45,7 @@ class Fetcher:
 async def fetcher(c: Cluster, node: str) -> Fetcher:
     """Run a live fetcher on a node."""
     peer = Fetcher(c, node)
-    await c.worker("fetcher", node, "download", Download, peer.download)
+    await c.worker("fetcher", node, "download", DownloadCommand, peer.download)
     return peer
 
 
@@ -99,10 +99,10 @@ async def test_waiting_caller_is_answered_when_the_download_has_ended(gateway: R
 async def test_rejected_download_answers_507_with_the_figures(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
-        async def reject(_command: Download) -> object:
+        async def reject(_command: DownloadCommand) -> object:
             raise QuotaExceeded("it needs 80 GB and 20 GB are free", needed_bytes=80 * GIB, free_bytes=20 * GIB)
 
-        await c.worker("fetcher", "a", "download", Download, reject)
+        await c.worker("fetcher", "a", "download", DownloadCommand, reject)
         error = error_of(await c.http.post("/v1/downloads", json={"model": "org/big", "nodes": ["a"]}), 507)
     assert error["code"] == "quota_exceeded"
     assert error["details"]["needed_bytes"] == 80 * GIB and error["details"]["node"] == "a"
@@ -177,9 +177,9 @@ async def test_pause_and_resume_go_to_the_downloading_nodes_or_to_all(
 async def test_waiting_caller_hears_that_the_download_was_cancelled(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
-        async def withdrawn(_command: Download) -> object:
-            raise Withdrawn("the download of org/big was cancelled")
+        async def withdrawn(_command: DownloadCommand) -> object:
+            raise Cancelled("the download of org/big was cancelled")
 
-        await c.worker("fetcher", "a", "download", Download, withdrawn)
+        await c.worker("fetcher", "a", "download", DownloadCommand, withdrawn)
         body = {"model": "org/big", "nodes": ["a"], "wait": True}
         assert error_of(await c.http.post("/v1/downloads", json=body), 409)["code"] == "withdrawn"

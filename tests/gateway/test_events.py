@@ -19,9 +19,9 @@ from shoal_common.messages import encode
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.storage import ModelState
 from shoal_gateway.events import log_reader
-from shoal_gateway.events.endpoint import MAX_READERS
-from shoal_gateway.events.log_reader import Reader
-from shoal_gateway.events.sse import Asked, Event, Quiet
+from shoal_gateway.events.endpoint import MAX_CLIENTS
+from shoal_gateway.events.log_reader import EventLogReader
+from shoal_gateway.events.sse import Event, EventQuery, KeepAlive
 from tests.gateway.event_stream_client import READ_DEADLINE_S, consumers, event_stream, publish_event
 from tests.gateway.fake_cluster import error_of
 from tests.gateway.running_gateway import RunningGateway, running_gateway
@@ -274,19 +274,19 @@ async def test_I8_a_client_that_disconnects_takes_its_consumer_along(gateway: Ru
         async with event_stream(gateway.url) as stream:
             await stream.begun()
             (consumer,) = await here.js.consumers_info("EVT")
-            assert consumer.config.inactive_threshold == log_reader.INACTIVE_S
+            assert consumer.config.inactive_threshold == log_reader.CONSUMER_INACTIVE_TIMEOUT_S
         await eventually(gone, "its consumer is removed")
 
 
 async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_reader, "INACTIVE_S", 1.0)
+    monkeypatch.setattr(log_reader, "CONSUMER_INACTIVE_TIMEOUT_S", 1.0)
     async with joined(own_nats) as here:
-        async with connected([own_nats.url], "vanishing", patience_s=30) as doomed:
-            reader = Reader(doomed, Asked(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
+        async with connected([own_nats.url], "vanishing", timeout_s=30) as doomed:
+            reader = EventLogReader(doomed, EventQuery(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
             told = reader.read()
-            assert await anext(told) == Quiet(0)
+            assert await anext(told) == KeepAlive(0)
             assert await consumers(here) == 1
             await doomed.client.close()  # nothing can be sent to NATS any more, as after kill -9
             await told.aclose()
@@ -299,9 +299,9 @@ async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
 
 async def test_a_deleted_consumer_is_recreated_without_loss(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
-        reader = Reader(here.nats, Asked(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
+        reader = EventLogReader(here.nats, EventQuery(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
         told, numbers = reader.read(), []
-        assert await anext(told) == Quiet(0)
+        assert await anext(told) == KeepAlive(0)
         for number in range(5):
             await publish_event(here, number)
             async for item in told:
@@ -318,7 +318,7 @@ async def test_a_deleted_consumer_is_recreated_without_loss(own_nats: NatsServer
 async def test_I7_only_so_many_clients_follow_at_a_time(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
         async with AsyncExitStack() as streams, httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
-            for _ in range(MAX_READERS):
+            for _ in range(MAX_CLIENTS):
                 stream = await streams.enter_async_context(event_stream(gateway.url))
                 await stream.begun()
             assert error_of(await http.get("/events"), 429)["code"] == "busy"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal_common.bus.keys import live_key
+from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.subjects import SERVICES
-from shoal_common.errors import Corrupt, NoRoom
+from shoal_common.errors import Corrupt, NoMemory
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceState
-from shoal_common.messages.liveness import Facts, Holder, Link, Live
-from shoal_common.messages.placement import Place, Unplace
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
+from shoal_common.messages.placement import PlaceCommand, Unplace
 from shoal_common.messages.storage import Delete, StorageState
 from tests.gateway.fake_cluster import COMMIT, cluster, error_of, running
 from tests.gateway.running_gateway import NODE, RunningGateway
@@ -93,12 +93,12 @@ async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) 
     async with cluster(gateway) as c:
         await c.inference("a")
 
-        async def place(command: Place) -> object:
+        async def place(command: PlaceCommand) -> object:
             assert (command.model, command.max_nodes, command.nodes) == ("org/tiny", 2, ["a"])
             await c.placed("i1", "org/tiny", ["a"], phase="starting")
             return {"instance": "i1"}
 
-        await c.worker("placement", "any", "place", Place, place)
+        await c.worker("placement", "any", "place", PlaceCommand, place)
         body = {"model": "org/tiny", "max_nodes": 2, "nodes": ["a"]}
         asking = asyncio.create_task(c.http.post("/v1/instances", json=body))
         await c.seen("/v1/instances", lambda s: bool(s["instances"]))
@@ -125,10 +125,10 @@ async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) 
 async def test_place_without_capacity_is_507_with_every_nodes_figures(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
-        async def place(_command: Place) -> object:
-            raise NoRoom("nothing fits", nodes={"a": {"needed_bytes": 9, "available_bytes": 5, "total_bytes": 8}})
+        async def place(_command: PlaceCommand) -> object:
+            raise NoMemory("nothing fits", nodes={"a": {"needed_bytes": 9, "available_bytes": 5, "total_bytes": 8}})
 
-        await c.worker("placement", "any", "place", Place, place)
+        await c.worker("placement", "any", "place", PlaceCommand, place)
         error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 507)
     assert error["code"] == "no_room" and error["details"]["nodes"]["a"]["available_bytes"] == 5
 
@@ -136,13 +136,13 @@ async def test_place_without_capacity_is_507_with_every_nodes_figures(gateway: R
 async def test_place_of_an_instance_that_fails_answers_with_its_error(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
 
-        async def place(_command: Place) -> object:
+        async def place(_command: PlaceCommand) -> object:
             error = Corrupt("layer 3 does not match its hash").body()
             state = InstanceState(id="i1", repo="org/tiny", commit=COMMIT, phase="failed", nodes=["a"], error=error)
             await c.write("state", "instance.i1", state)
             return {"instance": "i1"}
 
-        await c.worker("placement", "any", "place", Place, place)
+        await c.worker("placement", "any", "place", PlaceCommand, place)
         error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 502)
     assert error["code"] == "corrupt" and error["details"]["instance"] == "i1"
 
@@ -169,8 +169,8 @@ async def test_stop_sends_unplace_and_reports_that_it_is_gone(gateway: RunningGa
 
 async def test_status_has_every_node_with_its_services_memory_and_disk(gateway: RunningGateway) -> None:
     async with running(gateway) as (c, _):
-        await c.live("a", "storage", Facts(disk_free_bytes=7))
-        await c.live("a", "fileserver", Facts(links=[Link(address="192.0.2.9:1", kind="wifi")]))
+        await c.live("a", "storage", NodeFacts(disk_free_bytes=7))
+        await c.live("a", "fileserver", NodeFacts(links=[NodeAddress(address="192.0.2.9:1", kind="wifi")]))
         await c.write("state", "storage.a", StorageState(node="a", used_bytes=3, free_bytes=7))
         await c.write("state", "storage.asleep", StorageState(node="asleep", used_bytes=3))
         status = await c.seen("/v1/status", lambda s: len(s["nodes"]) == 3 and any(n["link"] for n in s["nodes"]))
@@ -191,8 +191,8 @@ async def test_a_node_of_another_major_version_is_shown_as_ignored(gateway: Runn
         await c.held("b", "org/theirs")
         await c.seen("/v1/status", lambda s: any(m["repo"] == "org/theirs" for m in s["models"]))
         for service in ("storage", "fetcher"):
-            theirs = Live(holder=Holder(uid="b", host="elsewhere", pid=1), version="99.0.0")
-            await c.write("live", live_key("b", service), theirs)
+            theirs = LivenessRecord(holder=ProcessIdentity(uid="b", host="elsewhere", pid=1), version="99.0.0")
+            await c.write("live", liveness_key("b", service), theirs)
         status = await c.seen("/v1/status", lambda s: any(len(n["other_versions"]) == 2 for n in s["nodes"]))
         (node,) = [n for n in status["nodes"] if n["node"] == "b"]
         assert node["other_versions"] == {"fetcher": "99.0.0", "storage": "99.0.0"}

@@ -10,18 +10,18 @@ import pytest
 from shoal_common.bus.keys import storage_key
 from shoal_common.errors import NotFound, Refused
 from shoal_common.messages.envelope import Command
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.storage import (
-    AskPlan,
     CollectGarbage,
     Configure,
     EvictionPlan,
     Pin,
+    PlanEviction,
     StorageState,
     Verify,
     Victim,
 )
-from shoal_common.rpc.request_reply import Question, serve
+from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from tests.gateway.fake_cluster import Cluster, cluster, error_of
 from tests.gateway.running_gateway import NODE, RunningGateway
 
@@ -44,11 +44,11 @@ async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
     """Run a live storage that returns one plan; yield the list of requested byte counts."""
     asked: list[int] = []
 
-    async def answer(question: AskPlan) -> EvictionPlan:
+    async def answer(question: PlanEviction) -> EvictionPlan:
         asked.append(question.need_bytes)
         return plan
 
-    questions = {"plan": Question(AskPlan, answer)}
+    questions = {"plan": RpcEndpoint(PlanEviction, answer)}
     c.tasks.create_task(serve(c.joined.nats, "storage", node, questions, c.stopping))
     await c.live(node, "storage")
     return asked
@@ -59,8 +59,8 @@ async def test_storage_lists_every_disk_with_its_last_published_state(gateway: R
         said = StorageState(node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=["org/m@x"])
         await c.write("state", storage_key("a"), said)
         await c.write("state", storage_key("gone"), StorageState(node="gone", used_bytes=7))
-        await c.live("a", "storage", Facts(disk_free_bytes=900))
-        await c.live("new", "storage", Facts(disk_free_bytes=11))
+        await c.live("a", "storage", NodeFacts(disk_free_bytes=900))
+        await c.live("new", "storage", NodeFacts(disk_free_bytes=11))
         answer = await c.seen("/v1/storage", lambda s: len(s["nodes"]) == 3)
     assert answer["node"] == NODE
     assert [(n["node"], n["live"], n["disk_free_bytes"]) for n in answer["nodes"]] == [
@@ -141,19 +141,19 @@ async def test_a_command_goes_to_the_named_nodes_or_to_every_live_one(
 
 async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: RunningGateway) -> None:
     plan = EvictionPlan(
-        need_bytes=50,
+        required_bytes=50,
         garbage=["ab"],
         garbage_bytes=10,
-        victims=[Victim(model="org/old@c", frees_bytes=60, last_use_s=5.0)],
-        frees_bytes=70,
+        victims=[Victim(model="org/old@c", freed_bytes=60, last_use_s=5.0)],
+        freed_bytes=70,
         enough=True,
         evictable_bytes=90,
-        kept={"org/kept@c": "pinned"},
-        unfinished=[Victim(model="org/half@c", frees_bytes=1, last_use_s=4.0)],
+        protected={"org/kept@c": "pinned"},
+        ended_downloads=[Victim(model="org/half@c", freed_bytes=1, last_use_s=4.0)],
     )
     async with cluster(gateway) as c:
         before = await c.joined.last_sequence("CMD")
-        here, other = await planner(c, NODE, plan), await planner(c, "other", EvictionPlan(need_bytes=50))
+        here, other = await planner(c, NODE, plan), await planner(c, "other", EvictionPlan(required_bytes=50))
         answer = (await c.http.get("/v1/storage/plan", params={"need_bytes": "50"})).json()
         assert answer == {"nodes": {NODE: msgspec.to_builtins(plan)}}
         everywhere = (await c.http.get("/v1/storage/plan", params={"need_bytes": "0", "node": "all"})).json()

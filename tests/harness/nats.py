@@ -137,6 +137,6 @@ class Joined:
 @asynccontextmanager
 async def joined(server: NatsServer) -> AsyncIterator[Joined]:
     """Connect as a service does, after creating streams and buckets."""
-    async with connected([server.url], "test", patience_s=START_DEADLINE_S) as nats:
+    async with connected([server.url], "test", timeout_s=START_DEADLINE_S) as nats:
         await ensure_streams(nats.js)
         yield Joined(nats)

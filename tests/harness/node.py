@@ -16,9 +16,9 @@ from pathlib import Path
 
 from nats.js.errors import NotFoundError
 
-from shoal_common.bus.keys import live_key
-from shoal_common.messages.liveness import Live
-from shoal_common.store.store_paths import Layout
+from shoal_common.bus.keys import liveness_key
+from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import Joined
 from tests.harness.process import node_environment
 from tests.harness.waiting import eventually
@@ -106,7 +106,7 @@ class Node:
         home.mkdir(parents=True, exist_ok=True)
         (home / "node.toml").write_text(f'id = "{node}"\n')
         self.id, self.home = node, home
-        self.layout = Layout(home / "store")
+        self.layout = StorePaths(home / "store")
         usual = node_environment(home, nats_url, **environment)
         self.services = {name: ServiceProcess(name, home, usual) for name in services}
 
@@ -125,7 +125,7 @@ class Node:
 
             async def live(service: ServiceProcess = service) -> bool:
                 assert service.running, f"{service.service} of {self.id} ended:\n{service.log()}"
-                found = await here.buckets.live.get_as(live_key(self.id, service.service), Live)
+                found = await here.buckets.live.get_as(liveness_key(self.id, service.service), LivenessRecord)
                 if found is None or found.holder.pid != service.pid:
                     return False
                 if service.service in _TAKE_COMMANDS:

@@ -25,10 +25,10 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils._http import http_backoff, parse_ratelimit_headers
 
 from shoal_demo import DEMO_MODEL, MODELS_DIR
-from shoal_demo.app import Hub, HubConfig
-from shoal_demo.faults import DropAtByte, Faults, RateLimit, Unavailable, WrongBytes
+from shoal_demo.app import DemoHub, HubConfig
+from shoal_demo.faults import DropAtByte, Faults, RateLimit, UnavailableFault, WrongBytes
 from shoal_demo.hub_server import HubNotReadyError, RunningHub, running_hub
-from shoal_demo.stats import Requests
+from shoal_demo.stats import RequestCounts
 
 MODEL = "toy/numbers"
 LFS_FROM_BYTES = 1 << 16
@@ -279,7 +279,7 @@ def test_heads_carry_what_clients_plan_with_and_no_bytes(hub: RunningHub, web: h
     behind = web.head(large.headers["Location"])
     assert (behind.headers["ETag"], behind.headers["Content-Length"]) == (f'"{sha256}"', str(len(LARGE)))
     assert hub.stats().bytes == 0
-    assert hub.stats().requests == Requests(api=1, head=3, get=0)
+    assert hub.stats().requests == RequestCounts(api=1, head=3, get=0)
 
 
 @pytest.mark.parametrize("path", ["weights.bin", "README.md"])
@@ -348,7 +348,7 @@ def test_client_that_backs_off_gets_past_a_rate_limit(hub: RunningHub) -> None:
 
 
 def test_unavailable_answers_503_as_often_as_configured(hub: RunningHub, web: httpx2.Client) -> None:
-    hub.set_faults(Faults(unavailable=Unavailable(times=2, kinds=("get",))))
+    hub.set_faults(Faults(unavailable=UnavailableFault(times=2, kinds=("get",))))
     assert web.head(resolve("config.json")).status_code == 200
     assert [web.get(resolve("config.json")).status_code for _ in range(3)] == [503, 503, 200]
 
@@ -426,7 +426,7 @@ def test_faults_that_are_not_understood_change_nothing(hub: RunningHub, web: htt
 
 def test_hub_without_admin_has_no_switches(root: Path) -> None:
     async def ask(path: str) -> int:
-        transport = httpx2.ASGITransport(Hub(HubConfig(root=root, admin=False)).app)
+        transport = httpx2.ASGITransport(DemoHub(HubConfig(root=root, admin=False)).app)
         async with httpx2.AsyncClient(transport=transport, base_url="http://hub") as client:
             return (await client.get(path)).status_code
 
@@ -443,13 +443,13 @@ def test_stats_distinguish_paths_ranges_and_kinds(hub: RunningHub, web: httpx2.C
     for span in ("bytes=0-9", "bytes=10-29"):
         web.get(resolve("weights.bin"), headers={"Range": span})
     stats = hub.stats()
-    assert stats.requests == Requests(api=1, head=1, get=5)
+    assert stats.requests == RequestCounts(api=1, head=1, get=5)
     assert stats.answers == {200: 3, 302: 2, 206: 2}
     assert stats.bytes == len(FILES["config.json"]) + 30
     large = stats.files[f"{MODEL}/weights.bin"]
     assert (large.gets, large.bytes, large.ranges) == (2, 30, ["bytes=0-9", "bytes=10-29"])
     hub.reset_stats()
-    assert hub.stats().requests == Requests()
+    assert hub.stats().requests == RequestCounts()
 
 
 def test_stats_count_what_was_sent_when_the_client_disconnects(tmp_path: Path) -> None:

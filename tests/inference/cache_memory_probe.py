@@ -16,7 +16,7 @@ import mlx.core as mx
 from shoal_inference.stage.compute import mlx_lm_adapter
 from shoal_inference.stage.compute.architectures import SUPPORTED
 from shoal_inference.stage.compute.prefill import steps
-from shoal_inference.stage.compute.shard import Shard, load_shard
+from shoal_inference.stage.compute.shard import LoadedShard, load_shard
 
 
 def weigh(directory: Path, tokens: int, chunk: int) -> dict[str, int]:
@@ -25,7 +25,7 @@ def weigh(directory: Path, tokens: int, chunk: int) -> dict[str, int]:
     config = mlx_lm_adapter.load_config(directory)
     model: Any = None
     if mlx_lm_adapter.remapping().get(config["model_type"], config["model_type"]) in SUPPORTED:
-        shard: Shard | None = load_shard(directory, 0, config["num_hidden_layers"])
+        shard: LoadedShard | None = load_shard(directory, 0, config["num_hidden_layers"])
         assert shard is not None
         caches = shard.make_caches()
     else:

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 from shoal_inference.stage.ipc.messages import (
     Cancel,
-    Failed,
     FromChild,
-    Generate,
-    Link,
+    GetStats,
     Linked,
     Listening,
     Loaded,
-    Message,
-    Probe,
+    PromptMessage,
+    RequestFailed,
+    SetSuccessor,
+    StageStats,
     Start,
-    Stats,
+    StartRequest,
     Token,
 )
 from shoal_inference.stage.ipc.parent import StageProcess
@@ -67,10 +67,10 @@ class Child:
                     raise AssertionError(f"rank {self.rank} exited; it said {self.events[-3:]}")
                 await self._news.wait()
 
-    async def stats(self) -> Stats:
+    async def stats(self) -> StageStats:
         since = len(self.events)
-        await self.process.send(Probe())
-        return await self.wait(Stats, since=since)
+        await self.process.send(GetStats())
+        return await self.wait(StageStats, since=since)
 
 
 class RingOfStages:
@@ -121,7 +121,7 @@ class RingOfStages:
             return
         ports = [(await child.wait(Listening)).port for child in self.children]
         for child in self.children:
-            await child.process.send(Link(host="127.0.0.1", port=ports[(child.rank + 1) % self.stages]))
+            await child.process.send(SetSuccessor(host="127.0.0.1", port=ports[(child.rank + 1) % self.stages]))
         for child in self.children:
             await child.wait(Linked, since=since[child.rank] if since else 0)
 
@@ -134,13 +134,13 @@ class RingOfStages:
         await self.children[rank].wait(Loaded)
         await self.link(since)
 
-    async def ask(self, prompt: str | Sequence[int | Message], max_tokens: int, **more: Any) -> str:
+    async def ask(self, prompt: str | Sequence[int | PromptMessage], max_tokens: int, **more: Any) -> str:
         """Start a request; return its id."""
         self._next += 1
         request: str = more.pop("request", f"r{self._next}")
         fixed = prompt if isinstance(prompt, str) else tuple(prompt)
         await self.children[0].process.send(
-            Generate(request=request, reply=f"reply.{request}", prompt=fixed, max_tokens=max_tokens, **more)
+            StartRequest(request=request, reply=f"reply.{request}", prompt=fixed, max_tokens=max_tokens, **more)
         )
         return request
 
@@ -151,7 +151,7 @@ class RingOfStages:
         """Return all tokens of a request that succeeds."""
         lead, last = self.children[0], self.last
         wanted = asyncio.create_task(last.wait(Token, lambda t: t.request == request and t.finish_reason is not None))
-        failed = asyncio.create_task(lead.wait(Failed, lambda f: f.request == request))
+        failed = asyncio.create_task(lead.wait(RequestFailed, lambda f: f.request == request))
         try:
             await asyncio.wait({wanted, failed}, return_when=asyncio.FIRST_COMPLETED)
             if not wanted.done():
@@ -163,10 +163,12 @@ class RingOfStages:
             await asyncio.gather(wanted, failed, return_exceptions=True)
         return [event for event in self.last.events if isinstance(event, Token) and event.request == request]
 
-    async def failure(self, request: str, rank: int = 0) -> Failed:
-        return await self.children[rank].wait(Failed, lambda f: f.request == request)
+    async def failure(self, request: str, rank: int = 0) -> RequestFailed:
+        return await self.children[rank].wait(RequestFailed, lambda f: f.request == request)
 
-    async def generate(self, prompt: str | Sequence[int | Message], max_tokens: int, **more: Any) -> list[Token]:
+    async def generate(
+        self, prompt: str | Sequence[int | PromptMessage], max_tokens: int, **more: Any
+    ) -> list[Token]:
         return await self.answer(await self.ask(prompt, max_tokens, **more))
 
     async def cancel(self, request: str) -> None:

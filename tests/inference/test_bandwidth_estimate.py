@@ -12,17 +12,23 @@ from hypothesis import strategies as st
 from shoal_common.messages.model_shape import ModelShape
 from shoal_inference.host_facts import device
 from shoal_inference.host_facts.bandwidth_estimate import (
-    FARTHEST,
-    LEAST_BYTES,
-    LEAST_S,
-    NEWS_SHARE,
-    Speed,
-    counts,
-    read_bytes,
+    MAX_DEVIATION_FACTOR,
+    MIN_SAMPLE_BYTES,
+    MIN_SAMPLE_S,
+    SIGNIFICANT_CHANGE,
+    BandwidthEstimate,
+    bytes_read_per_token,
+    is_usable_sample,
 )
-from shoal_inference.host_facts.device import find_device, keep_working, read_kept, read_working, this_machine
+from shoal_inference.host_facts.device import (
+    detect_device,
+    machine_fingerprint,
+    read_cached_device,
+    read_observed_bandwidth,
+    save_observed_bandwidth,
+)
 from shoal_inference.stage.compute.device import Device
-from shoal_inference.stage.ipc.messages import Pace
+from shoal_inference.stage.ipc.messages import PassTiming
 from shoal_inference.stage.requests.pass_timing import EVERY_S, LEAST_PASSES, MOST_PASSES, Passes
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.test_memory_facts import left_in
@@ -44,7 +50,7 @@ def test_a_stage_sends_its_median_pass_only_while_it_works(seen: list[tuple[floa
         due = len(since) >= LEAST_PASSES and (told_at_s is None or now_s - told_at_s >= EVERY_S)
         assert (told is not None) == due
         if told is not None:
-            assert told == Pace(pass_s=median(since), passes=len(since))
+            assert told == PassTiming(pass_s=median(since), passes=len(since))
             told_at_s, since = now_s, []
 
 
@@ -52,39 +58,43 @@ def test_a_stage_sends_its_median_pass_only_while_it_works(seen: list[tuple[floa
 @given(speeds, st.lists(st.tuples(st.integers(1, 1 << 40), st.floats(1e-6, 1e3)), max_size=30))
 def test_a_nodes_bandwidth_is_bounded_and_published_on_a_change(idle: float, seen: list[tuple[int, float]]) -> None:
     kept: list[float] = []
-    speed = Speed(kept.append)
-    speed.begin(idle, 0.0)
+    speed = BandwidthEstimate(kept.append)
+    speed.start(idle, 0.0)
     said = [0.0]
     for pass_bytes, pass_s in seen:
-        speed.note(pass_bytes, pass_s)
-        if speed.said != said[-1]:
-            assert counts(pass_bytes, idle)
-            assert abs(speed.said - (said[-1] or idle)) > NEWS_SHARE * (said[-1] or idle) - 1
-            assert idle / FARTHEST - 1 <= speed.said <= idle * FARTHEST + 1
-            said.append(speed.said)
+        speed.add_sample(pass_bytes, pass_s)
+        if speed.published_bytes_per_s != said[-1]:
+            assert is_usable_sample(pass_bytes, idle)
+            assert abs(speed.published_bytes_per_s - (said[-1] or idle)) > SIGNIFICANT_CHANGE * (said[-1] or idle) - 1
+            assert idle / MAX_DEVIATION_FACTOR - 1 <= speed.published_bytes_per_s <= idle * MAX_DEVIATION_FACTOR + 1
+            said.append(speed.published_bytes_per_s)
     assert kept == said[1:]
 
 
-@given(st.floats(IDLE / FARTHEST, IDLE * FARTHEST), st.floats(0.95, 1.05))
+@given(st.floats(IDLE / MAX_DEVIATION_FACTOR, IDLE * MAX_DEVIATION_FACTOR), st.floats(0.95, 1.05))
 def test_a_steady_node_converges_to_its_bandwidth_and_is_quiet(true: float, waver: float) -> None:
     kept: list[float] = []
-    speed = Speed(kept.append)
-    speed.begin(IDLE, 0.0)
+    speed = BandwidthEstimate(kept.append)
+    speed.start(IDLE, 0.0)
     for _ in range(40):
-        speed.note(GIB, GIB / true)
-    assert (speed.said or IDLE) == pytest.approx(true, rel=2 * NEWS_SHARE)
+        speed.add_sample(GIB, GIB / true)
+    assert (speed.published_bytes_per_s or IDLE) == pytest.approx(true, rel=2 * SIGNIFICANT_CHANGE)
     before = len(kept)
     for step in range(40):
-        speed.note(GIB, GIB / (true * (waver if step % 2 else 1 / waver)))
+        speed.add_sample(GIB, GIB / (true * (waver if step % 2 else 1 / waver)))
     assert len(kept) - before <= 1
 
 
-@given(st.integers(0, LEAST_BYTES - 1), st.floats(1e-9, 1e3), speeds)
+@given(st.integers(0, MIN_SAMPLE_BYTES - 1), st.floats(1e-9, 1e3), speeds)
 def test_a_tiny_model_does_not_change_the_bandwidth(pass_bytes: int, pass_s: float, idle: float) -> None:
-    speed = Speed(lambda _: pytest.fail("it was kept"))
-    speed.begin(idle, 0.0)
-    speed.note(pass_bytes, pass_s)
-    assert speed.said == 0.0 and not counts(int(LEAST_S * 800e9) - 1, 800e9) and not counts(GIB, 0.0)
+    speed = BandwidthEstimate(lambda _: pytest.fail("it was kept"))
+    speed.start(idle, 0.0)
+    speed.add_sample(pass_bytes, pass_s)
+    assert (
+        speed.published_bytes_per_s == 0.0
+        and not is_usable_sample(int(MIN_SAMPLE_S * 800e9) - 1, 800e9)
+        and not is_usable_sample(GIB, 0.0)
+    )
 
 
 def test_a_pass_reads_active_layers_and_the_head_on_the_last() -> None:
@@ -97,25 +107,27 @@ def test_a_pass_reads_active_layers_and_the_head_on_the_last() -> None:
         context_tokens=1,
         hidden_bytes=1,
     )
-    assert [read_bytes(shape, *run) for run in ((0, 1), (1, 3), (0, 3))] == [100, 511, 611]
+    assert [bytes_read_per_token(shape, *run) for run in ((0, 1), (1, 3), (0, 3))] == [100, 511, 611]
     mixed = ModelShape(**{**{f: getattr(shape, f) for f in shape.__struct_fields__}, "layer_active_bytes": [1, 2, 3]})
-    assert [read_bytes(mixed, *run) for run in ((0, 1), (1, 3))] == [1, 16]
+    assert [bytes_read_per_token(mixed, *run) for run in ((0, 1), (1, 3))] == [1, 16]
 
 
 async def test_measured_bandwidth_survives_a_restart_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_working(tmp_path, 5e9)
+    save_observed_bandwidth(tmp_path, 5e9)
     assert not left_in(tmp_path), "beside no measurement nothing is kept"
     measured = Device(accelerator="cpu", bytes_per_s=IDLE)
-    device.keep(tmp_path, this_machine(), measured)
-    assert read_working(tmp_path) == 0.0
-    keep_working(tmp_path, 5e9)
-    assert read_working(tmp_path) == 5e9 and read_kept(tmp_path, this_machine()) == measured
-    assert (await find_device(tmp_path, None)).bytes_per_s == IDLE
-    assert read_working(tmp_path) == 5e9, "a start that measures nothing leaves it"
-    monkeypatch.setattr(device, "this_machine", lambda: "another machine")
-    assert read_working(tmp_path) == 0.0
+    device.save_device(tmp_path, machine_fingerprint(), measured)
+    assert read_observed_bandwidth(tmp_path) == 0.0
+    save_observed_bandwidth(tmp_path, 5e9)
+    assert (
+        read_observed_bandwidth(tmp_path) == 5e9 and read_cached_device(tmp_path, machine_fingerprint()) == measured
+    )
+    assert (await detect_device(tmp_path, None)).bytes_per_s == IDLE
+    assert read_observed_bandwidth(tmp_path) == 5e9, "a start that measures nothing leaves it"
+    monkeypatch.setattr(device, "machine_fingerprint", lambda: "another machine")
+    assert read_observed_bandwidth(tmp_path) == 0.0
 
 
 def test_each_stage_of_a_real_ring_reports_its_pass_time(own_ring: Rings, models: Models, run: Run[None]) -> None:
@@ -123,12 +135,12 @@ def test_each_stage_of_a_real_ring_reports_its_pass_time(own_ring: Rings, models
 
     async def reported() -> None:
         for child in ring.children:
-            assert not [e for e in child.events if isinstance(e, Pace)]
+            assert not [e for e in child.events if isinstance(e, PassTiming)]
         tokens = 0
         while tokens <= LEAST_PASSES:  # a random model may end an answer early
             tokens += len(await ring.generate("the shoal turns", 2 * LEAST_PASSES, temperature=1.0, seed=tokens))
         for child in ring.children:
-            pace = await child.wait(Pace)
+            pace = await child.wait(PassTiming)
             assert pace.passes >= LEAST_PASSES and 0 < pace.pass_s < 60
 
     run(reported())

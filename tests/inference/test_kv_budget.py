@@ -9,26 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_inference.stage.requests.kv_budget import Displaced, Room
+from shoal_inference.stage.requests.kv_budget import KvBudget, Preempted
 
 CONTEXT_TOKENS = 1024
 
 
-async def answers(room: Room, key: bytes, prompt: int, tokens: int) -> int:
+async def answers(room: KvBudget, key: bytes, prompt: int, tokens: int) -> int:
     """Run a request as rank 0 does; return how often it was preempted."""
     displaced = 0
     while True:
-        await room.enter(key, prompt, again=displaced > 0)
+        await room.acquire(key, prompt, again=displaced > 0)
         try:
             for so_far in range(prompt, prompt + tokens + 1, 64):
-                await room.grow(key, so_far)
+                await room.extend(key, so_far)
                 assert room.free_steps >= 0
                 await asyncio.sleep(0)
             return displaced
-        except Displaced:
+        except Preempted:
             displaced += 1
         finally:
-            room.leave(key)
+            room.release(key)
 
 
 requests = st.lists(st.tuples(st.integers(1, 512), st.integers(0, 512)), min_size=1, max_size=8)
@@ -38,7 +38,7 @@ requests = st.lists(st.tuples(st.integers(1, 512), st.integers(0, 512)), min_siz
 @settings(deadline=None)
 def test_every_request_ends_and_no_more_is_taken_than_there_is(asked: Sequence[tuple[int, int]], count: int) -> None:
     async def all_of_them() -> None:
-        room = Room(CONTEXT_TOKENS, count)
+        room = KvBudget(CONTEXT_TOKENS, count)
         async with asyncio.timeout(30):
             await asyncio.gather(*(answers(room, bytes([n]), *r) for n, r in enumerate(asked)))
         assert room.free_steps == 4 * count
@@ -47,39 +47,39 @@ def test_every_request_ends_and_no_more_is_taken_than_there_is(asked: Sequence[t
 
 
 async def test_the_youngest_is_preempted_and_first_of_those_waiting() -> None:
-    room, began = Room(CONTEXT_TOKENS, 1), []
-    await room.enter(b"old", 512)
-    await room.enter(b"young", 512)
+    room, began = KvBudget(CONTEXT_TOKENS, 1), []
+    await room.acquire(b"old", 512)
+    await room.acquire(b"young", 512)
 
     async def enter(key: bytes, again: bool) -> None:
-        await room.enter(key, 512, again)
+        await room.acquire(key, 512, again)
         began.append(key)
 
-    growing = asyncio.create_task(room.grow(b"old", 513))
+    growing = asyncio.create_task(room.extend(b"old", 513))
     waiting = asyncio.create_task(enter(b"new", again=False))
     await asyncio.sleep(0)
-    with pytest.raises(Displaced):
-        await room.grow(b"young", 512)
-    room.leave(b"young")
+    with pytest.raises(Preempted):
+        await room.extend(b"young", 512)
+    room.release(b"young")
     anew = asyncio.create_task(enter(b"young", again=True))
     await growing
     assert (room.free_steps, began) == (1, [])
-    room.leave(b"old")
+    room.release(b"old")
     await anew
     await waiting
     assert began == [b"young", b"new"]
 
 
 async def test_a_request_cancelled_while_it_waits_leaves_nothing() -> None:
-    room = Room(CONTEXT_TOKENS, 1)
-    await room.enter(b"a", 512)
-    await room.enter(b"b", 512)
-    tasks = [asyncio.create_task(room.grow(b"a", 1024)), asyncio.create_task(room.enter(b"c", 1))]
+    room = KvBudget(CONTEXT_TOKENS, 1)
+    await room.acquire(b"a", 512)
+    await room.acquire(b"b", 512)
+    tasks = [asyncio.create_task(room.extend(b"a", 1024)), asyncio.create_task(room.acquire(b"c", 1))]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    room.leave(b"a")
-    room.leave(b"b")
-    await asyncio.wait_for(room.enter(b"d", 1024), 5)
+    room.release(b"a")
+    room.release(b"b")
+    await asyncio.wait_for(room.acquire(b"d", 1024), 5)
     assert room.free_steps == 0

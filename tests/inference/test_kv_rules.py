@@ -12,9 +12,9 @@ from mlx_lm.models import cache as _untyped_cache
 
 from shoal_common.messages.model_shape import KvRule, ModelShape
 from shoal_common.models.kv_cache import RULES, module_of
-from shoal_common.models.model_shape import shape_of
+from shoal_common.models.model_shape import parse_model_shape
 from shoal_common.models.safetensors_header import Tensor
-from shoal_placement.planning.memory_model import kept_tokens, most_tokens
+from shoal_placement.planning.memory_model import cached_tokens, max_cached_tokens
 
 cache: Any = _untyped_cache
 
@@ -141,7 +141,7 @@ def shape_and_caches(config: dict[str, Any], dtype: mx.Dtype) -> tuple[ModelShap
         mx.eval(model(mx.ones((1, min(CHUNK, TOKENS - 1 - at)), mx.int32), cache=caches))
         most = [max(before, weight(c)) for before, c in zip(most, caches, strict=True)]
     mx.eval(model(mx.ones((1, 1), mx.int32), cache=caches))
-    return shape_of(config, tensors), caches, most
+    return parse_model_shape(config, tensors), caches, most
 
 
 def weight(layer_cache: Any) -> int:
@@ -159,10 +159,10 @@ def test_a_known_rule_is_what_the_caches_weigh(module: str) -> None:
     experts = any(word in module for word in ("moe", "mixtral", "deepseek", "gpt_oss", "qwen3_next", "qwen3_5"))
     shape, caches, prefilled = shape_and_caches(named(module), mx.float32 if experts else mx.bfloat16)
     assert not shape.estimated
-    kept = [r.bytes_per_token * kept_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
+    kept = [r.bytes_per_token * cached_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
     assert [weight(c) for c in caches] == kept
     for before, rule in zip(prefilled, shape.kv_rules, strict=True):
-        most = rule.bytes_per_token * most_tokens(rule, TOKENS, CHUNK) + rule.constant_bytes
+        most = rule.bytes_per_token * max_cached_tokens(rule, TOKENS, CHUNK) + rule.constant_bytes
         assert before <= most
         if rule.window_tokens:
             assert before == most  # a chunk in addition to the window, until the first token of the answer
@@ -184,7 +184,7 @@ def test_an_unknown_architecture_gets_an_upper_bound_estimate(module: str) -> No
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Tensor(0, 64) for i in range(LAYERS)}
     # The files take precedence over the config: one layer's keys are wider.
     tensors["model.layers.2.self_attn.k_proj.weight"] = Tensor(0, 64, "BF16", 200)
-    shape = shape_of(config, tensors)
+    shape = parse_model_shape(config, tensors)
     assert shape.estimated
     assert shape.kv_rules == [KvRule(bytes_per_token=200 * 2)] * LAYERS
 
@@ -192,7 +192,7 @@ def test_an_unknown_architecture_gets_an_upper_bound_estimate(module: str) -> No
 def test_a_config_that_lacks_what_its_rule_needs_is_estimated() -> None:
     config = {k: v for k, v in named("qwen3_next").items() if k != "linear_key_head_dim"}
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Tensor(0, 64) for i in range(LAYERS)}
-    assert shape_of(config, tensors).estimated
+    assert parse_model_shape(config, tensors).estimated
 
 
 def test_names_of_mlx_lm_are_remapped_as_it_does() -> None:

@@ -13,10 +13,15 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 
-from shoal_common.models.model_shape import read_shape
+from shoal_common.models.model_shape import read_model_shape
 from shoal_inference.stage.ipc.blas import child_environment
 from shoal_inference.stage.ipc.messages import Start
-from shoal_placement.planning.memory_model import PREFILL_CHUNK_TOKENS, STAGE_OVERHEAD_BYTES, kept_tokens, need_of
+from shoal_placement.planning.memory_model import (
+    PREFILL_CHUNK_TOKENS,
+    STAGE_OVERHEAD_BYTES,
+    cached_tokens,
+    model_need,
+)
 from shoal_placement.solver import slice_bytes
 from tests.inference.conftest import ROOT
 
@@ -135,14 +140,14 @@ def weighed(directory: Path) -> dict[str, int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_predicted_memory_is_what_mlx_reports(name: str, tmp_path: Path) -> None:
     directory = write(tmp_path / name, name)
-    shape = read_shape(directory)
+    shape = read_model_shape(directory)
     assert not shape.estimated
     found = weighed(directory)
     head_bytes = shape.head_bytes - (shape.embed_bytes if shape.tied else 0)
     weight_bytes = sum(shape.layer_bytes) + shape.embed_bytes + head_bytes
-    kept = [r.bytes_per_token * kept_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
+    kept = [r.bytes_per_token * cached_tokens(r, TOKENS) + r.constant_bytes for r in shape.kv_rules]
     answering_bytes = weight_bytes + sum(kept)
-    need = need_of(shape, TOKENS, requests=1, fused=False, chunk_tokens=CHUNK)
+    need = model_need(shape, TOKENS, requests=1, fused=False, chunk_tokens=CHUNK)
     peak_bytes = slice_bytes(need, 0, len(need.layer_bytes)) - STAGE_OVERHEAD_BYTES
     ratios = {
         "weights": found["weight_bytes"] / weight_bytes,

@@ -13,18 +13,23 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shoal_common.errors import BadInput
-from shoal_common.host.cgroup import Memory, Room
-from shoal_common.messages.liveness import Facts
+from shoal_common.host.cgroup import AvailableMemory, MemoryLimit
+from shoal_common.messages.liveness import NodeFacts
 from shoal_inference.host_facts import device
-from shoal_inference.host_facts.device import find_device, read_kept, read_speed, this_machine
-from shoal_inference.host_facts.memory import memory_facts, occupied_bytes, read_bytes, steady
-from shoal_inference.host_facts.memory_pressure import of_stalls, pressure
+from shoal_inference.host_facts.device import (
+    detect_device,
+    machine_fingerprint,
+    read_bandwidth_setting,
+    read_cached_device,
+)
+from shoal_inference.host_facts.memory import debounce_facts, memory_facts, occupied_bytes, read_bytes_setting
+from shoal_inference.host_facts.memory_pressure import parse_psi, pressure_level
 from shoal_inference.stage.compute.device import Device
 from tests.inference.conftest import ROOT
 
 MIB = 1 << 20
 CPU = Device(accelerator="cpu")
-HERE = Memory().look()
+HERE = AvailableMemory().read()
 
 
 def left_in(directory: Path) -> list[Path]:
@@ -36,7 +41,7 @@ def test_a_memory_cap_limits_the_facts_and_a_bad_one_is_refused() -> None:
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (5 * MIB, 5 * MIB)
     assert memory_facts(HERE, None, {}, CPU).memory_total_bytes > 5 * MIB
     with pytest.raises(BadInput, match="much"):
-        read_bytes("max_memory_bytes", {"max_memory_bytes": "much"}, {})
+        read_bytes_setting("max_memory_bytes", {"max_memory_bytes": "much"}, {})
 
 
 def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:
@@ -47,8 +52,11 @@ def test_what_stages_occupy_is_not_available_under_a_cap_either() -> None:
 
 
 def test_a_control_group_limits_facts_less_what_stages_occupy() -> None:
-    machine = Room(1000 * MIB, 900 * MIB, 700 * MIB)
-    groups = [Room(300 * MIB, 200 * MIB, 120 * MIB, Path("/g")), Room(400 * MIB, 150 * MIB, 140 * MIB, Path("/"))]
+    machine = MemoryLimit(1000 * MIB, 900 * MIB, 700 * MIB)
+    groups = [
+        MemoryLimit(300 * MIB, 200 * MIB, 120 * MIB, Path("/g")),
+        MemoryLimit(400 * MIB, 150 * MIB, 140 * MIB, Path("/")),
+    ]
     facts = memory_facts([machine, *groups], None, {"i/0": 50 * MIB}, CPU)
     assert (facts.memory_total_bytes, facts.memory_available_bytes) == (300 * MIB, 150 * MIB)
     assert facts.memory_reclaimable_bytes == 30 * MIB
@@ -70,7 +78,7 @@ def test_a_process_occupies_what_it_wrote_and_nothing_once_ended() -> None:
 
 # Debouncing
 
-FACTS = Facts(
+FACTS = NodeFacts(
     memory_total_bytes=16 << 30,
     memory_available_bytes=8 << 30,
     memory_reclaimable_bytes=1 << 30,
@@ -90,7 +98,7 @@ def test_facts_that_only_fluctuate_are_not_published_again(available: int, recla
         memory_reclaimable_bytes=FACTS.memory_reclaimable_bytes + reclaimable,
         stages={"i/0": FACTS.stages["i/0"] + stage},
     )
-    assert steady(FACTS, now) is FACTS
+    assert debounce_facts(FACTS, now) is FACTS
 
 
 @given(st.integers(_STEP + 1, 4 << 30), WAVER)
@@ -100,7 +108,7 @@ def test_a_loaded_stage_is_published_with_the_memory_it_took(loaded: int, waver:
         memory_available_bytes=FACTS.memory_available_bytes - loaded + waver,
         stages={"i/0": FACTS.stages["i/0"] + loaded},
     )
-    assert steady(FACTS, now) is now
+    assert debounce_facts(FACTS, now) is now
 
 
 @pytest.mark.parametrize(
@@ -117,12 +125,12 @@ def test_a_loaded_stage_is_published_with_the_memory_it_took(loaded: int, waver:
 )
 def test_a_change_of_a_stable_fact_is_published(change: dict[str, object]) -> None:
     now = structs.replace(FACTS, **change)
-    assert steady(FACTS, now) is now
+    assert debounce_facts(FACTS, now) is now
 
 
 def test_new_addresses_of_a_service_do_not_republish_its_memory() -> None:
     said = structs.replace(FACTS, addresses=["10.0.0.1:1"])
-    assert steady(said, FACTS) is said
+    assert debounce_facts(said, FACTS) is said
 
 
 # Pressure
@@ -133,26 +141,26 @@ def test_new_addresses_of_a_service_do_not_republish_its_memory() -> None:
 )
 def test_pressure_is_published_in_steps(avg10: str, step: int) -> None:
     assert (
-        of_stalls(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0")
+        parse_psi(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0")
         == step
     )
 
 
 def test_a_system_without_pressure_files_has_unknown_pressure() -> None:
-    assert of_stalls("") is None
-    assert of_stalls("full avg10=50.00") is None
+    assert parse_psi("") is None
+    assert parse_psi("full avg10=50.00") is None
     if sys.platform == "linux":
-        assert pressure() is None or Path("/proc/pressure/memory").exists()
+        assert pressure_level() is None or Path("/proc/pressure/memory").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_pressure_is_that_of_the_worst_limited_group(tmp_path: Path) -> None:
-    rooms = [Room(9, 9, 9)]
+    rooms = [MemoryLimit(9, 9, 9)]
     for name, avg10 in (("calm", "0.00"), ("worst", "30.00"), ("some", "2.00")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.pressure").write_text(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\n")
-        rooms.append(Room(9, 9, 9, tmp_path / name))
-    assert [pressure(rooms[:2]), pressure(rooms), pressure([rooms[1], rooms[3]])] == [0, 2, 1]
+        rooms.append(MemoryLimit(9, 9, 9, tmp_path / name))
+    assert [pressure_level(rooms[:2]), pressure_level(rooms), pressure_level([rooms[1], rooms[3]])] == [0, 2, 1]
 
 
 # Device
@@ -167,35 +175,35 @@ def test_the_service_does_not_load_mlx() -> None:
 async def test_a_machine_is_measured_once_and_again_when_it_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "busy", lambda: False)
-    found = await find_device(tmp_path, None)
+    monkeypatch.setattr(device, "is_busy", lambda: False)
+    found = await detect_device(tmp_path, None)
     assert found.accelerator in ("cpu", "metal", "cuda")
     assert found.bytes_per_s > 0
-    assert read_kept(tmp_path, this_machine()) == found
+    assert read_cached_device(tmp_path, machine_fingerprint()) == found
 
     # A cached device is used: a start measures nothing.
     known = structs.replace(found, bytes_per_s=12345.0)
-    device.keep(tmp_path, this_machine(), known)
-    assert (await find_device(tmp_path, None)).bytes_per_s == 12345.0
+    device.save_device(tmp_path, machine_fingerprint(), known)
+    assert (await detect_device(tmp_path, None)).bytes_per_s == 12345.0
     # A configured bandwidth takes precedence.
-    assert (await find_device(tmp_path, 7.0)).bytes_per_s == 7.0
+    assert (await detect_device(tmp_path, 7.0)).bytes_per_s == 7.0
 
-    device.keep(tmp_path, "another machine", known)
-    again = await find_device(tmp_path, None)
+    device.save_device(tmp_path, "another machine", known)
+    again = await detect_device(tmp_path, None)
     assert again.bytes_per_s not in (0.0, 12345.0)
-    assert read_kept(tmp_path, this_machine()) == again
+    assert read_cached_device(tmp_path, machine_fingerprint()) == again
 
 
 async def test_a_measurement_on_a_busy_machine_is_used_and_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "busy", lambda: True)
-    assert (await find_device(tmp_path, None, patience_s=0.0)).bytes_per_s > 0
+    monkeypatch.setattr(device, "is_busy", lambda: True)
+    assert (await detect_device(tmp_path, None, idle_wait_s=0.0)).bytes_per_s > 0
     assert not left_in(tmp_path)
 
 
 async def test_a_configured_bandwidth_measures_and_writes_nothing(tmp_path: Path) -> None:
-    assert (await find_device(tmp_path, 5e9)).bytes_per_s == 5e9
+    assert (await detect_device(tmp_path, 5e9)).bytes_per_s == 5e9
     assert not left_in(tmp_path)
 
 
@@ -204,29 +212,29 @@ async def test_a_configured_bandwidth_measures_and_writes_nothing(tmp_path: Path
 )
 def test_half_a_file_is_measured_again(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "device.json").write_bytes(left)
-    assert read_kept(tmp_path, "m") is None
+    assert read_cached_device(tmp_path, "m") is None
 
 
 async def test_mlx_that_cannot_be_asked_is_no_reason_not_to_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert await find_device(tmp_path, None, patience_s=0.0) == Device()
+    assert await detect_device(tmp_path, None, idle_wait_s=0.0) == Device()
     assert not left_in(tmp_path)
 
 
 def test_a_bandwidth_is_a_number_of_bytes_a_second() -> None:
-    assert read_speed({}, {}) is None
-    assert read_speed({"memory_bytes_per_s": 400e9}, {}) == 400e9
-    assert read_speed({"memory_bytes_per_s": 1}, {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}) == 10e9
+    assert read_bandwidth_setting({}, {}) is None
+    assert read_bandwidth_setting({"memory_bytes_per_s": 400e9}, {}) == 400e9
+    assert read_bandwidth_setting({"memory_bytes_per_s": 1}, {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}) == 10e9
     for wrong in ("fast", "-1", "nan", "inf"):
         with pytest.raises(BadInput, match="memory_bytes_per_s"):
-            read_speed({}, {"SHOAL_MEMORY_BYTES_PER_S": wrong})
+            read_bandwidth_setting({}, {"SHOAL_MEMORY_BYTES_PER_S": wrong})
 
 
 def test_memory_facts_are_those_of_the_machine() -> None:
-    facts = memory_facts(Memory().look(), None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
+    facts = memory_facts(AvailableMemory().read(), None, {}, structs.replace(CPU, limit_bytes=9, bytes_per_s=3.0))
     assert 0 < facts.memory_total_bytes <= psutil.virtual_memory().total
     assert 0 < facts.memory_available_bytes <= facts.memory_total_bytes
     assert 0 <= facts.memory_reclaimable_bytes <= facts.memory_available_bytes
-    assert (facts.accelerator, facts.accelerator_bytes, facts.memory_bytes_per_s) == ("cpu", 9, 3.0)
+    assert (facts.accelerator, facts.accelerator_bytes, facts.idle_bandwidth_bytes_per_s) == ("cpu", 9, 3.0)

@@ -15,12 +15,12 @@ import pytest
 
 from shoal_common.bus.keys import instance_key, stage_key
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
-from shoal_common.messages.leases import AskLease, Leased, Unlease
-from shoal_common.rpc.request_reply import Ask, Question, serve
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
+from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from shoal_inference.assignments import Assignment
-from shoal_inference.host_facts.model_lease import leased
+from shoal_inference.host_facts.model_lease import lease_model
 from shoal_inference.stage.errors import LoadFailed
 from shoal_inference.stage.requests import lease_lock as holding
 from tests.harness.nats import NatsServer, joined
@@ -124,33 +124,33 @@ async def test_a_stage_without_a_lease_fails_by_name(own_nats: NatsServer) -> No
     assignment = Assignment(wanted(Model("org/tiny", {"a": b"a"}), "a"), wanted(Model("org/tiny", {}), "a").stages[0])
     async with joined(own_nats) as here:
         with pytest.raises(Unavailable, match=r"stage 0 of x got no lease of org/tiny@.* storage of node a"):
-            async with leased(Ask(here.nats), "a", assignment, within_s=0.1):
+            async with lease_model(RpcClient(here.nats), "a", assignment, timeout_s=0.1):
                 pass
-        asked: list[AskLease] = []
+        asked: list[AcquireLease] = []
         given: list[str] = []
 
-        async def lease(question: AskLease) -> Leased:
+        async def lease(question: AcquireLease) -> LeaseGrant:
             asked.append(question)
             if len(asked) == 1:
                 raise Unavailable("not now")
             if len(asked) == 2:
-                return Leased(id="l1", commit="c", view="/v", lock="/l")
+                return LeaseGrant(id="l1", commit="c", view="/v", lock="/l")
             raise NotFound("it was deleted")
 
-        async def unlease(question: Unlease) -> Done:
+        async def unlease(question: ReleaseLease) -> Empty:
             given.append(question.id)
-            return Done()
+            return Empty()
 
         stopping = asyncio.Event()
-        questions = {"lease": Question(AskLease, lease), "unlease": Question(Unlease, unlease)}
+        questions = {"lease": RpcEndpoint(AcquireLease, lease), "unlease": RpcEndpoint(ReleaseLease, unlease)}
         serving = asyncio.create_task(serve(here.nats, "storage", "a", questions, stopping))
         try:
-            async with leased(Ask(here.nats), "a", assignment) as got:
+            async with lease_model(RpcClient(here.nats), "a", assignment) as got:
                 assert (got.view, got.lock, given) == ("/v", "/l", [])
             assert given == ["l1"]
             assert (asked[0].holder, asked[0].instance) == ("stage 0 of instance x", "x")
             with pytest.raises(NotFound, match="it was deleted"):
-                async with leased(Ask(here.nats), "a", assignment):
+                async with lease_model(RpcClient(here.nats), "a", assignment):
                     pass
         finally:
             stopping.set()

@@ -7,36 +7,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
-from shoal_common.messages.liveness import Facts
-from shoal_inference.host_facts.memory import read_bytes
-from shoal_inference.host_facts.oom_guard import why_starving
+from shoal_common.messages.liveness import NodeFacts
+from shoal_inference.host_facts.memory import read_bytes_setting
+from shoal_inference.host_facts.oom_guard import oom_reason
 
 GIB = 1 << 30
 
 
 @given(st.integers(0, 64 * GIB), st.integers(1, 64 * GIB), st.sampled_from([None, 0, 1]))
 def test_forced_stages_end_exactly_below_the_memory_floor(available: int, floor: int, pressure: int | None) -> None:
-    facts = Facts(memory_total_bytes=64 * GIB, memory_available_bytes=available, memory_pressure=pressure)
-    assert (why_starving(facts, floor) is not None) == (available < floor)
+    facts = NodeFacts(memory_total_bytes=64 * GIB, memory_available_bytes=available, memory_pressure=pressure)
+    assert (oom_reason(facts, floor) is not None) == (available < floor)
 
 
 @pytest.mark.parametrize(("total", "floor"), [(64 * GIB, 64 * GIB // 50), (4 * GIB, 256 << 20)])
 def test_the_floor_is_a_fiftieth_and_never_next_to_nothing(total: int, floor: int) -> None:
-    assert why_starving(Facts(memory_total_bytes=total, memory_available_bytes=floor), None) is None
-    why = why_starving(Facts(memory_total_bytes=total, memory_available_bytes=floor - 1), None)
+    assert oom_reason(NodeFacts(memory_total_bytes=total, memory_available_bytes=floor), None) is None
+    why = oom_reason(NodeFacts(memory_total_bytes=total, memory_available_bytes=floor - 1), None)
     assert why is not None and why.details["floor_bytes"] == floor
 
 
 @pytest.mark.parametrize("pressure", [2, 3])
 def test_high_memory_pressure_is_an_oom_reason_with_free_bytes(pressure: int) -> None:
-    facts = Facts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
-    why = why_starving(facts, 1)
+    facts = NodeFacts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
+    why = oom_reason(facts, 1)
     assert why is not None and "high memory pressure" in why.message
 
 
 def test_the_floor_can_be_set_and_has_to_be_a_number() -> None:
-    assert read_bytes("force_floor_bytes", {}, {}) is None
-    assert read_bytes("force_floor_bytes", {"force_floor_bytes": 5}, {}) == 5
-    assert read_bytes("force_floor_bytes", {"force_floor_bytes": 5}, {"SHOAL_FORCE_FLOOR_BYTES": "7"}) == 7
+    assert read_bytes_setting("force_floor_bytes", {}, {}) is None
+    assert read_bytes_setting("force_floor_bytes", {"force_floor_bytes": 5}, {}) == 5
+    assert read_bytes_setting("force_floor_bytes", {"force_floor_bytes": 5}, {"SHOAL_FORCE_FLOOR_BYTES": "7"}) == 7
     with pytest.raises(BadInput):
-        read_bytes("force_floor_bytes", {"force_floor_bytes": "much"}, {})
+        read_bytes_setting("force_floor_bytes", {"force_floor_bytes": "much"}, {})

@@ -14,8 +14,8 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
-from shoal_common.models.kv_cache import CACHE_STEP_TOKENS
-from shoal_inference.stage.ipc.messages import Accepted, Message, Token
+from shoal_common.models.kv_cache import KV_CACHE_STEP_TOKENS
+from shoal_inference.stage.ipc.messages import PromptMessage, RequestAccepted, Token
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS, RingOfStages
 from tests.inference.tiny_models import CONTEXT_TOKENS, END_OF_TEXT, VOCABULARY
@@ -90,8 +90,10 @@ def test_concurrent_requests_each_get_what_they_get_alone(ring: RingOfStages, ru
 
 def test_preempted_requests_wait_for_older_ones_and_still_answer(ring: RingOfStages, run: Run[Any]) -> None:
     # The budget holds the prompts of two of them, but only one can grow.
-    prompts = [tuple(1 + (t * t + 7 * n) % (VOCABULARY - 1) for t in range(CACHE_STEP_TOKENS - 10)) for n in range(3)]
-    assert CONTEXT_TOKENS == 2 * CACHE_STEP_TOKENS
+    prompts = [
+        tuple(1 + (t * t + 7 * n) % (VOCABULARY - 1) for t in range(KV_CACHE_STEP_TOKENS - 10)) for n in range(3)
+    ]
+    assert CONTEXT_TOKENS == 2 * KV_CACHE_STEP_TOKENS
 
     async def together() -> tuple[list[list[Token]], int]:
         before = await ring.children[0].stats()
@@ -173,7 +175,7 @@ def test_messages_go_through_the_models_chat_template(ring: RingOfStages, run: R
     _model, tokenizer = whole_model(ring.model_dir)
     turns = [{"role": "user", "content": "turn with the sea"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    answer = run(ring.generate([Message(role="user", content="turn with the sea")], 10))
+    answer = run(ring.generate([PromptMessage(role="user", content="turn with the sea")], 10))
     assert ids(answer) == one_process(ring.model_dir, prompt, 10)
 
 
@@ -191,10 +193,10 @@ def test_a_stop_token_ends_the_answer_and_is_not_text(ring: RingOfStages, run: R
 def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) -> None:
     prompt = (PROMPT * 20)[: CONTEXT_TOKENS - 4]
 
-    async def trimmed() -> tuple[Accepted, list[Token]]:
+    async def trimmed() -> tuple[RequestAccepted, list[Token]]:
         request = await ring.ask(prompt, 100)
         answer = await ring.answer(request)
-        return await ring.children[0].wait(Accepted, lambda a: a.request == request), answer
+        return await ring.children[0].wait(RequestAccepted, lambda a: a.request == request), answer
 
     accepted, answer = run(trimmed())
     assert (accepted.prompt_tokens, accepted.max_tokens) == (CONTEXT_TOKENS - 4, 4)
@@ -212,7 +214,7 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
         ),
         ((1, VOCABULARY, 2), "bad_input", str(VOCABULARY)),
         ((), "bad_input", "the prompt is empty"),
-        ((1, Message(role="user", content="x")), "bad_input", "mixes"),
+        ((1, PromptMessage(role="user", content="x")), "bad_input", "mixes"),
     ],
 )
 def test_a_prompt_that_cannot_be_answered_fails_before_prefill(

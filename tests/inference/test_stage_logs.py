@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage import logs
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.ring import connection
@@ -33,7 +33,7 @@ def test_I10_a_stage_line_has_the_services_format_and_a_peer_cannot_forge_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("b", instance="i1", rank=1)
-    Log("stage.ring").warning("connection rejected", reason="bad\nts=0 level=info msg=forged")
+    StructuredLogger("stage.ring").warning("connection rejected", reason="bad\nts=0 level=info msg=forged")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.fullmatch(

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.bus.keys import instance_key, stage_key
-from shoal_common.errors import NodeAway, NotFound, StageLost
-from shoal_common.messages.envelope import Done
+from shoal_common.errors import NodeDown, NotFound, StageLost
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
-from shoal_common.rpc.request_reply import Ask
-from shoal_inference.assignments import assignments, leftovers, next_address, reconcile, respawn_delay_s
+from shoal_common.rpc.request_reply import RpcClient
+from shoal_inference.assignments import assignments, reconcile, respawn_backoff_s, stale_stages, successor_address
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -59,7 +59,7 @@ def test_leftovers_are_this_nodes_stages_that_nobody_wants(wanted: list[Instance
         StageState(instance=i, rank=r, node=n, epoch=1, phase="ready") for i in "xyz" for r in range(3) for n in NODES
     ]
     mine = assignments(wanted, "a")
-    left = set(leftovers(told, mine.values(), "a"))
+    left = set(stale_stages(told, mine.values(), "a"))
     assert left == {(i, r) for i in "xyz" for r in range(3)} - {(k[0], k[2]) for k in mine}
 
 
@@ -69,20 +69,20 @@ def test_the_last_rank_links_to_the_first_only_within_an_epoch() -> None:
         StageState(instance="x", rank=0, node="a", epoch=2, phase="ready", address="h:1"),
         StageState(instance="x", rank=1, node="b", epoch=1, phase="ready", address="h:2"),
     ]
-    assert next_address(spec, 1, states) == "h:1"
-    assert next_address(spec, 0, states) == ""
+    assert successor_address(spec, 1, states) == "h:1"
+    assert successor_address(spec, 0, states) == ""
 
 
 @given(st.integers(0, 10_000))
 def test_I7_the_delay_before_a_respawn_is_bounded(deaths: int) -> None:
-    assert 0 < respawn_delay_s(deaths) <= 15
+    assert 0 < respawn_backoff_s(deaths) <= 15
 
 
 class Service:
     """The inference service of node `a` as a process, and the test's view of the cluster."""
 
     def __init__(self, cluster: Joined) -> None:
-        self.cluster, self.ask = cluster, Ask(cluster.nats)
+        self.cluster, self.ask = cluster, RpcClient(cluster.nats)
 
     async def stage(self, name: str, rank: int) -> StageState | None:
         return await self.cluster.buckets.state.get_as(stage_key(name, rank), StageState)
@@ -127,7 +127,7 @@ async def test_a_stage_without_its_model_asks_the_fetcher_and_fails(own_nats: Na
             await service.ask("inference", "a", "generate", generate, Accepted)
         with pytest.raises(NotFound, match="shoal ps"):
             await service.ask("inference", "a", "generate", Generate(instance="y", request="r2"), Accepted)
-        await service.ask("inference", "a", "cancel", CancelGenerate(instance="y", request="r2"), Done)
+        await service.ask("inference", "a", "cancel", CancelGenerate(instance="y", request="r2"), Empty)
 
         await cluster.buckets.spec.delete(instance_key("x"))
 
@@ -135,9 +135,9 @@ async def test_a_stage_without_its_model_asks_the_fetcher_and_fails(own_nats: Na
             return await service.stage("x", 0) is None
 
         await eventually(gone, "the stage's state goes with the wish for it (I8)")
-    with pytest.raises(NodeAway):
+    with pytest.raises(NodeDown):
         async with joined(own_nats) as cluster:
-            await Ask(cluster.nats)("inference", "a", "generate", generate, Accepted)
+            await RpcClient(cluster.nats)("inference", "a", "generate", generate, Accepted)
 
 
 async def test_I8_stage_states_of_an_earlier_process_are_unpublished(own_nats: NatsServer, tmp_path: Path) -> None:

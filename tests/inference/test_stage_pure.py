@@ -121,19 +121,19 @@ def test_neighbours_with_the_secret_authenticate_each_other() -> None:
 )
 def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, Any], says: str) -> None:
     hello = handshake.hello(member(**changes), bytes(32), bytes(32))
-    with pytest.raises(errors.Refused, match=says):
+    with pytest.raises(errors.HandshakeRefused, match=says):
         handshake.check_hello(member(rank=1), bytes(32), hello[2:])
 
 
 def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
     hello = handshake.hello(member(), bytes(32), bytes(32))
-    with pytest.raises(errors.Refused, match="proof"):
+    with pytest.raises(errors.HandshakeRefused, match="proof"):
         handshake.check_hello(member(rank=1), bytes([9]) * 32, hello[2:])
 
 
 def test_a_listener_without_the_secret_gets_no_hidden_states() -> None:
     forged = handshake.welcome(member(rank=1, secret=b"other"), bytes(32), bytes(32))
-    with pytest.raises(errors.Refused, match="welcome"):
+    with pytest.raises(errors.HandshakeRefused, match="welcome"):
         handshake.check_welcome(member(), bytes(32), bytes(32), forged)
 
 
@@ -153,10 +153,10 @@ def test_prefill_steps_cover_the_prompt_and_sample_once(count: int, chunk: int) 
     context=st.integers(1, 60),
 )
 def test_an_admitted_answer_never_outgrows_the_context(prompt: int, said: int, max_tokens: int, context: int) -> None:
-    ask = messages.Generate(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * said)
+    ask = messages.StartRequest(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * said)
     try:
         plan = prefill.admit(ask, (1,) * prompt, context_tokens=context, vocabulary=5, stop_token_ids=())
-    except errors.PromptTooLong:
+    except errors.ContextExceeded:
         assert prompt >= context
         return
     assert plan.prompt_tokens + plan.max_tokens <= context

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec, StageSpec
-from shoal_common.messages.storage import NoteUse
-from shoal_common.rpc.request_reply import Ask, Question, serve
-from shoal_inference.host_facts.usage_reporter import Uses
+from shoal_common.messages.storage import RecordUse
+from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
+from shoal_inference.host_facts.usage_reporter import UsageReporter
 from tests.harness.nats import NatsServer, joined
 
 Fresh = Callable[[str], str]
@@ -20,12 +20,12 @@ async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, 
     here, there, away = (fresh(name) for name in ("here", "there", "away"))
     told: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
 
-    def storage_of(node: str) -> Question:
-        async def used(question: NoteUse) -> Done:
+    def storage_of(node: str) -> RpcEndpoint:
+        async def used(question: RecordUse) -> Empty:
             await told.put((node, question.models))
-            return Done()
+            return Empty()
 
-        return Question(NoteUse, used)
+        return RpcEndpoint(RecordUse, used)
 
     stages = [
         StageSpec(rank=rank, node=node, first_layer=rank, last_layer=rank + 1)
@@ -36,14 +36,14 @@ async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, 
     async with joined(nats) as a, joined(nats) as b, asyncio.TaskGroup() as tasks:
         for cluster, node in ((a, here), (b, there)):
             tasks.create_task(serve(cluster.nats, "storage", node, {"used": storage_of(node)}, stopping))
-        ask = Ask(a.nats)
+        ask = RpcClient(a.nats)
         for node in (here, there):
-            await ask("storage", node, "used", NoteUse(models=[]), Done, DEADLINE_S, patience_s=DEADLINE_S)
+            await ask("storage", node, "used", RecordUse(models=[]), Empty, DEADLINE_S, restart_wait_s=DEADLINE_S)
             assert await told.get() == (node, [])
-        uses = Uses(ask, tasks)
+        uses = UsageReporter(ask, tasks)
         for now_s in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0):
             before = asyncio.all_tasks()
-            uses.note(spec, now_s)
+            uses.report(spec, now_s)
             await asyncio.gather(*(asyncio.all_tasks() - before))  # all reports are sent, and nothing was raised
             heard = sorted(told.get_nowait() for _ in range(told.qsize()))
             assert heard == (

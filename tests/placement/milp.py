@@ -16,7 +16,7 @@ def solve_milp(problem: Problem, stages: int, deadline_s: float = 60.0) -> float
 
     None if HiGHS did not finish in time. For problems without required counts and without a limit to fetched bytes.
     """
-    assert stages >= 2 and not problem.counts and problem.max_fetch_bytes is None
+    assert stages >= 2 and not problem.layer_counts and problem.max_fetch_bytes is None
     h = highspy.Highs()
     h.silent()
     h.setOptionValue("time_limit", deadline_s)

@@ -43,12 +43,12 @@ def cost(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> float:
     nodes = [problem.nodes[i] for i in order]
     if not problem.min_nodes <= len(order) <= problem.max_nodes:
         return INF
-    if not set(problem.counts) <= {n.name for n in nodes}:
+    if not set(problem.layer_counts) <= {n.name for n in nodes}:
         return INF
     total, slowest, fetched = 0.0, 0.0, 0
     for node, (first, last) in zip(nodes, itertools.pairwise(cuts), strict=True):
         held, seconds, fetch, prices = stage(problem, node, first, last)
-        if held > node.free_bytes or problem.counts.get(node.name, last - first) != last - first:
+        if held > node.free_bytes or problem.layer_counts.get(node.name, last - first) != last - first:
             return INF
         total, slowest, fetched = total + seconds + prices, max(slowest, seconds), fetched + fetch
     if problem.max_fetch_bytes is not None and fetched > problem.max_fetch_bytes:
@@ -121,7 +121,7 @@ def random_problem(chance: random.Random, nodes: int, layers: int, equal: bool =
         in_flight=chance.choice((1, 4, 8, 0)),
         min_nodes=least,
         max_nodes=chance.choice((least, nodes, nodes)) if least <= nodes else least,
-        counts={chance.choice(names): chance.randint(1, 3)} if chance.random() < 0.15 else {},
+        layer_counts={chance.choice(names): chance.randint(1, 3)} if chance.random() < 0.15 else {},
         max_fetch_bytes=int(whole * chance.uniform(0, 1)) if chance.random() < 0.25 else None,
         fetch_price_s_per_byte=chance.choice((0.0, 0.0, 0.01)),
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 from shoal_common import VERSION
 from shoal_common.bus import subjects
 from shoal_common.bus.cluster_lease import LeaseValue
-from shoal_common.bus.keys import MEMBERS_KEY, instance_key, leader_key, live_key, model_key, stage_key
+from shoal_common.bus.keys import MEMBERS_KEY, instance_key, leader_key, liveness_key, model_key, stage_key
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Command, Outcome
 from shoal_common.messages.instances import InstancePhase, InstanceSpec, InstanceState, StagePhase, StageState
-from shoal_common.messages.liveness import Facts, Holder, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
 from shoal_common.messages.model_shape import ModelShape
-from shoal_common.messages.placement import MembersState, Place
+from shoal_common.messages.placement import MembersState, PlaceCommand
 from shoal_common.messages.storage import ModelState
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
@@ -62,16 +62,16 @@ class Cluster:
 
     async def beat(self, node: str, memory_mib: int, service: str = "inference", version: str = VERSION) -> None:
         """Publish that a node's service is live, with this much memory. The key expires after 20 s like any other."""
-        live = Live(
-            holder=Holder(uid=f"{node}-{service}", host="elsewhere", pid=1),
+        live = LivenessRecord(
+            holder=ProcessIdentity(uid=f"{node}-{service}", host="elsewhere", pid=1),
             version=version,
-            facts=Facts(memory_available_bytes=memory_mib * MIB, memory_total_bytes=2 * memory_mib * MIB),
+            facts=NodeFacts(memory_available_bytes=memory_mib * MIB, memory_total_bytes=2 * memory_mib * MIB),
         )
-        await self.here.buckets.live.put(live_key(node, service), live)
+        await self.here.buckets.live.put(liveness_key(node, service), live)
 
     async def die(self, node: str) -> None:
         """Remove the liveness key of a node's inference."""
-        await self.here.buckets.live.delete(live_key(node, "inference"))
+        await self.here.buckets.live.delete(liveness_key(node, "inference"))
 
     async def hold(self, node: str, shape: ModelShape | None = SHAPE, shape_error: str = "") -> None:
         """Publish that a node holds the model."""
@@ -124,9 +124,9 @@ class Cluster:
             lambda: self.here.buckets.done.get_as(identity, Outcome), f"{identity} is done", ASK_DEADLINE_S
         )
 
-    async def placed(self, command: Place | None = None) -> InstanceSpec:
+    async def placed(self, command: PlaceCommand | None = None) -> InstanceSpec:
         """Place the model and return the spec of the instance."""
-        outcome = await self.ask("place", command or Place(model=MODEL))
+        outcome = await self.ask("place", command or PlaceCommand(model=MODEL))
         assert outcome.ok, outcome.error
         spec = await self.spec(str(outcome.result["instance"]))
         assert spec is not None
@@ -134,7 +134,7 @@ class Cluster:
 
     async def placed_nothing(self) -> None:
         """Place a model that nobody holds: the leader refuses, having seen all that was published before."""
-        outcome = await self.ask("place", Place(model="org/nothing"))
+        outcome = await self.ask("place", PlaceCommand(model="org/nothing"))
         assert outcome.error is not None and outcome.error.code == "not_found", outcome
 
     async def spec(self, instance: str) -> InstanceSpec | None:

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_placement.solver.branch_and_bound import SHORT, best, best_for_each_count
-from shoal_placement.solver.cost import keeps
-from shoal_placement.solver.problem import AS_STAGES, Answer, Node, Problem
+from shoal_placement.solver.branch_and_bound import SHORT_EFFORT, best, best_for_each_count
+from shoal_placement.solver.cost import meets_constraints
+from shoal_placement.solver.problem import IN_FLIGHT_PER_STAGE, Node, Problem, Solution
 from tests.placement import oracle
 from tests.placement.oracle import INF, random_problem
 
 
-def cost_of(answer: Answer) -> float:
+def cost_of(answer: Solution) -> float:
     return INF if answer.layout is None else answer.layout.cost_s
 
 
-def check(problem: Problem, answer: Answer, least: float) -> None:
+def check(problem: Problem, answer: Solution, least: float) -> None:
     """Check that the layout meets all constraints, costs what the answer says, and that none costs less."""
     assert answer.proved
     assert cost_of(answer) == pytest.approx(least, rel=1e-7, abs=1e-9)
@@ -28,7 +28,7 @@ def check(problem: Problem, answer: Answer, least: float) -> None:
     if answer.layout is None:
         assert least == INF
         return
-    assert keeps(problem, answer.layout)
+    assert meets_constraints(problem, answer.layout)
     place = {n.name: i for i, n in enumerate(problem.nodes)}
     slices = answer.layout.slices
     assert [s.first for s in slices] == [0, *(s.last for s in slices[:-1])]
@@ -59,7 +59,7 @@ def test_on_five_nodes_with_ten_layers_nothing_better_is_missed(seed: int) -> No
     compare(random_problem(random.Random(seed), 5, 10))
 
 
-@pytest.mark.parametrize("in_flight", [1, 4, 8, AS_STAGES])
+@pytest.mark.parametrize("in_flight", [1, 4, 8, IN_FLIGHT_PER_STAGE])
 def test_with_equal_layers_nothing_better_is_missed(in_flight: int) -> None:
     for seed in range(20):
         chance = random.Random(seed)
@@ -123,7 +123,7 @@ def test_with_more_in_flight_more_nodes_are_worth_their_links() -> None:
 def test_a_search_cut_short_is_unproved_with_a_lower_bound() -> None:
     for seed in range(40):
         problem = random_problem(random.Random(seed), 8, 12)
-        rough = best_for_each_count(problem, SHORT)
+        rough = best_for_each_count(problem, SHORT_EFFORT)
         for k, answer in best_for_each_count(problem).items():
             assert answer.proved
             assert rough[k].lower_bound_s <= cost_of(answer) * (1 + 1e-7)

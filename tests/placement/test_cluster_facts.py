@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_common.errors import BadInput, BadName, ErrorBody, NoRoom, NotFound, Unsupported
+from shoal_common.errors import BadInput, BadName, ErrorBody, NoMemory, NotFound, Unsupported
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelShape
-from shoal_common.messages.placement import Place
+from shoal_common.messages.placement import PlaceCommand
 from shoal_common.messages.storage import ModelState
 from shoal_common.names import check_id
-from shoal_placement.leader.instance_status import instance_state
+from shoal_placement.leader.instance_status import instance_status
 from shoal_placement.planning import cluster_facts
-from shoal_placement.planning.cluster_facts import World, instance_id
-from shoal_placement.planning.memory_model import STAGE_OVERHEAD_BYTES, promised_bytes
-from shoal_placement.planning.plan import spec_of
-from shoal_placement.planning.planner import plan
+from shoal_placement.planning.cluster_facts import ClusterFacts, instance_id
+from shoal_placement.planning.memory_model import STAGE_OVERHEAD_BYTES, reserved_bytes
+from shoal_placement.planning.plan import to_instance_spec
+from shoal_placement.planning.planner import plan_layout
 
 MIB = 1 << 20
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -48,14 +48,18 @@ def world(
     models: Sequence[ModelState] = (),
     instances: Sequence[InstanceSpec] = (),
     alive: Sequence[str] = (),
-) -> World:
-    facts = {n: Facts(memory_available_bytes=m * MIB, memory_total_bytes=2 * m * MIB) for n, m in memory_mib.items()}
-    return World(facts=facts, models=list(models), instances=list(instances), alive={*facts, *alive})
+) -> ClusterFacts:
+    facts = {
+        n: NodeFacts(memory_available_bytes=m * MIB, memory_total_bytes=2 * m * MIB) for n, m in memory_mib.items()
+    }
+    return ClusterFacts(
+        inference_facts=facts, models=list(models), instances=list(instances), live_nodes={*facts, *alive}
+    )
 
 
-def reserved(there: World) -> dict[str, int]:
+def reserved(there: ClusterFacts) -> dict[str, int]:
     """Return the reserved bytes of each node."""
-    found = promised_bytes(there.instances, there.models, there.facts)
+    found = reserved_bytes(there.instances, there.models, there.inference_facts)
     return {node: sum(stages.values()) for node, stages in found.items()}
 
 
@@ -72,7 +76,7 @@ def test_plain_org_name_never_means_a_directory_of_a_persons_own() -> None:
 
 
 def test_a_model_is_placed_where_it_fits() -> None:
-    found = plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held()]))
+    found = plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 1000}, [held()]))
     assert (found.model.commit, found.context_tokens) == (COMMIT, 4096)
     (stage,) = found.layout.slices
     assert (stage.node, stage.first, stage.last) == ("a", 0, 4)
@@ -81,45 +85,46 @@ def test_a_model_is_placed_where_it_fits() -> None:
 
 def test_a_model_that_no_node_holds_is_not_found_with_a_remedy() -> None:
     with pytest.raises(NotFound, match=r"`shoal pull org/tiny-fish`"):
-        plan(Place(model="org/tiny-fish"), world({"a": 1000}))
+        plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 1000}))
 
 
 def test_what_only_dead_nodes_hold_is_not_found() -> None:
     with pytest.raises(NotFound):
-        plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("dead")]))
+        plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 1000}, [held("dead")]))
 
 
 def test_a_node_without_inference_may_hold_the_model_for_others() -> None:
-    found = plan(Place(model="org/tiny-fish"), world({"a": 1000}, [held("store")], alive=["store"]))
+    found = plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 1000}, [held("store")], alive=["store"]))
     assert [s.node for s in found.layout.slices] == ["a"]
 
 
 def test_a_name_means_the_newest_commit_and_a_tag_its_own() -> None:
     models = [held(ready_at_s=1.0, revisions=["main", "v1"]), held(commit=NEWER, ready_at_s=2.0)]
     there = world({"a": 1000}, models)
-    assert plan(Place(model="org/tiny-fish"), there).model.commit == NEWER
-    assert plan(Place(model=f"org/tiny-fish@{COMMIT}"), there).model.commit == COMMIT
-    assert plan(Place(model="org/tiny-fish@v1"), there).model.commit == COMMIT
+    assert plan_layout(PlaceCommand(model="org/tiny-fish"), there).model.commit == NEWER
+    assert plan_layout(PlaceCommand(model=f"org/tiny-fish@{COMMIT}"), there).model.commit == COMMIT
+    assert plan_layout(PlaceCommand(model="org/tiny-fish@v1"), there).model.commit == COMMIT
     with pytest.raises(NotFound):
-        plan(Place(model="org/tiny-fish@v2"), there)
+        plan_layout(PlaceCommand(model="org/tiny-fish@v2"), there)
 
 
 def test_a_model_without_a_shape_is_unsupported_with_the_reason() -> None:
     with pytest.raises(Unsupported, match=r"it has no config\.json"):
-        plan(
-            Place(model="org/tiny-fish"), world({"a": 1000}, [held(shape=None, shape_error="it has no config.json")])
+        plan_layout(
+            PlaceCommand(model="org/tiny-fish"),
+            world({"a": 1000}, [held(shape=None, shape_error="it has no config.json")]),
         )
 
 
 def test_a_node_that_read_the_shape_outranks_one_that_could_not() -> None:
     models = [held("a", shape=None, shape_error="unreadable", ready_at_s=9.0), held("b")]
-    assert plan(Place(model="org/tiny-fish"), world({"a": 1000, "b": 1000}, models)).shape == SHAPE
+    assert plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 1000, "b": 1000}, models)).shape == SHAPE
 
 
 @pytest.mark.parametrize("model", ["", "tiny-fish", "../../etc", "org/..", "org/name@../x"])
 def test_I10_a_hostile_model_is_refused(model: str) -> None:
     with pytest.raises(BadName):
-        plan(Place(model=model), world({"a": 1000}, [held()]))
+        plan_layout(PlaceCommand(model=model), world({"a": 1000}, [held()]))
 
 
 # What it needs
@@ -128,31 +133,35 @@ def test_I10_a_hostile_model_is_refused(model: str) -> None:
 @pytest.mark.parametrize(("asked", "kept"), [(0, 4096), (1, 1), (8192, 8192), (32768, 32768)])
 def test_context_is_what_was_asked_else_the_models_at_most_4096(asked: int, kept: int) -> None:
     there = world({"a": 5000}, [held()])
-    assert plan(Place(model="org/tiny-fish", context_tokens=asked), there).context_tokens == kept
+    assert plan_layout(PlaceCommand(model="org/tiny-fish", context_tokens=asked), there).context_tokens == kept
 
 
 @pytest.mark.parametrize("asked", [32769, -1])
 def test_a_context_the_model_does_not_have_is_refused(asked: int) -> None:
     with pytest.raises(BadInput, match="context"):
-        plan(Place(model="org/tiny-fish", context_tokens=asked), world({"a": 5000}, [held()]))
+        plan_layout(PlaceCommand(model="org/tiny-fish", context_tokens=asked), world({"a": 5000}, [held()]))
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 4), (-1, 4), (3, 2), (1, 0)])
 def test_node_counts_that_leave_nothing_to_choose_are_refused(least: int, most: int) -> None:
     with pytest.raises(BadInput, match="min_nodes"):
-        plan(Place(model="org/tiny-fish", min_nodes=least, max_nodes=most), world({"a": 5000}, [held()]))
+        plan_layout(
+            PlaceCommand(model="org/tiny-fish", min_nodes=least, max_nodes=most), world({"a": 5000}, [held()])
+        )
 
 
 def test_only_the_named_nodes_are_used_and_unknown_ones_refused() -> None:
     there = world({"a": 5000, "b": 1000}, [held("a")])
-    assert [s.node for s in plan(Place(model="org/tiny-fish", nodes=["b"]), there).layout.slices] == ["b"]
+    assert [s.node for s in plan_layout(PlaceCommand(model="org/tiny-fish", nodes=["b"]), there).layout.slices] == [
+        "b"
+    ]
     with pytest.raises(NotFound, match="c, d"):
-        plan(Place(model="org/tiny-fish", nodes=["d", "b", "c"]), there)
+        plan_layout(PlaceCommand(model="org/tiny-fish", nodes=["d", "b", "c"]), there)
 
 
 def test_a_refusal_lists_every_nodes_figures_and_what_to_do() -> None:
-    with pytest.raises(NoRoom) as refusal:
-        plan(Place(model="org/tiny-fish"), world({"a": 300, "b": 150}, [held()]))
+    with pytest.raises(NoMemory) as refusal:
+        plan_layout(PlaceCommand(model="org/tiny-fish"), world({"a": 300, "b": 150}, [held()]))
     error = refusal.value
     assert "\n" not in error.message and "does not fit" in error.message
     assert "shoal ps" in error.message  # what to do
@@ -171,11 +180,11 @@ def test_a_refusal_lists_every_nodes_figures_and_what_to_do() -> None:
 
 
 def test_a_refusal_for_too_few_nodes_or_layers_names_the_limit() -> None:
-    with pytest.raises(NoRoom, match="needs 2 nodes; 1 available"):
-        plan(Place(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
+    with pytest.raises(NoMemory, match="needs 2 nodes; 1 available"):
+        plan_layout(PlaceCommand(model="org/tiny-fish", min_nodes=2), world({"a": 5000}, [held()]))
     five = dict.fromkeys("abcde", 5000)
-    with pytest.raises(NoRoom, match="needs 5 nodes; the model has only 4 layers"):
-        plan(Place(model="org/tiny-fish", min_nodes=5), world(five, [held()]))
+    with pytest.raises(NoMemory, match="needs 5 nodes; the model has only 4 layers"):
+        plan_layout(PlaceCommand(model="org/tiny-fish", min_nodes=5), world(five, [held()]))
 
 
 # What is reserved already
@@ -202,8 +211,8 @@ def test_a_placement_reserves_memory_stage_by_stage() -> None:
 def test_a_tied_head_on_a_single_stage_is_reserved_once() -> None:
     tied = ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": True})
     there = world({"a": 5000}, [held(shape=tied)])
-    found = plan(Place(model="org/tiny-fish"), there)
-    spec = spec_of(found, "i", 0.0)
+    found = plan_layout(PlaceCommand(model="org/tiny-fish"), there)
+    spec = to_instance_spec(found, "i", 0.0)
     assert reserved(world({"a": 5000}, [held(shape=tied)], [spec])) == {"a": found.layout.slices[0].bytes}
 
 
@@ -221,13 +230,13 @@ def test_however_many_are_placed_no_memory_is_reserved_twice(
     placed: list[InstanceSpec] = []
     for number, (min_nodes, context_tokens) in enumerate(requests):
         there = world(memory_mib, models, placed, alive=["store"])
-        request = Place(model="org/tiny-fish", min_nodes=min_nodes, context_tokens=context_tokens)
+        request = PlaceCommand(model="org/tiny-fish", min_nodes=min_nodes, context_tokens=context_tokens)
         before = reserved(there)
         try:
-            found = plan(request, there)
-        except NoRoom:
+            found = plan_layout(request, there)
+        except NoMemory:
             continue
-        placed.append(spec_of(found, f"i-{number}", 0.0))
+        placed.append(to_instance_spec(found, f"i-{number}", 0.0))
         after = reserved(world(memory_mib, models, placed, alive=["store"]))
         # A stage's reservation is what counts for it from then on.
         for stage in found.layout.slices:
@@ -269,7 +278,7 @@ def stage(rank: int, phase: Any, epoch: int = 2, **more: Any) -> StageState:
 
 
 def status_of(*stages: StageState, live: str = "ab", before: InstanceState | None = None) -> InstanceState:
-    return instance_state(SPEC, stages, list(live), before)
+    return instance_status(SPEC, stages, list(live), before)
 
 
 READY = status_of(stage(0, "ready"), stage(1, "ready"))
@@ -301,7 +310,7 @@ def test_an_instance_whose_stage_fails_has_its_message() -> None:
 
 
 def test_a_forced_instance_killed_for_memory_has_failed() -> None:
-    why = NoRoom("it was forced onto this node").body()
+    why = NoMemory("it was forced onto this node").body()
     failed = status_of(stage(0, "ready"), stage(1, "failed", error=why), before=READY)
     assert (failed.phase, failed.error) == ("failed", why)
 

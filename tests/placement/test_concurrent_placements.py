@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from shoal_common.messages.envelope import Outcome
-from shoal_common.messages.liveness import Facts
-from shoal_common.messages.placement import Place
+from shoal_common.messages.liveness import NodeFacts
+from shoal_common.messages.placement import PlaceCommand
 from shoal_common.messages.storage import ModelState
-from shoal_placement.planning.memory_model import promised_bytes
+from shoal_placement.planning.memory_model import reserved_bytes
 from tests.harness.delayed_nats_proxy import delayed_nats_proxy
 from tests.harness.nats import NatsServer, joined
 from tests.placement.placement_cluster import COMMIT, INSTANCE_MIB, MIB, MODEL, SHAPE, Cluster, cluster_of
@@ -51,7 +51,7 @@ async def placed_at_once(c: Cluster) -> list[Outcome]:
         here = [await stack.enter_async_context(joined(c.server)) for _ in range(CONNECTIONS)]
         senders = [Cluster(c.server, j, c.directory) for j in here]
         return await asyncio.gather(
-            *(senders[i % CONNECTIONS].ask("place", Place(model=MODEL, id=f"one-{i}")) for i in range(AT_ONCE))
+            *(senders[i % CONNECTIONS].ask("place", PlaceCommand(model=MODEL, id=f"one-{i}")) for i in range(AT_ONCE))
         )
 
 
@@ -62,7 +62,7 @@ async def check(c: Cluster, outcomes: list[Outcome]) -> None:
     specs = await c.specs()
     assert len(won) == HOLDS and {s.id for s in specs} == set(won)
     model = ModelState(node="a", repo=MODEL, commit=COMMIT, size_bytes=1, file_count=1, shape=SHAPE)
-    promised = promised_bytes(specs, [model], {node: Facts() for node in MEMORY_MIB})
+    promised = reserved_bytes(specs, [model], {node: NodeFacts() for node in MEMORY_MIB})
     for node, memory_mib in MEMORY_MIB.items():
         assert sum(promised[node].values()) <= memory_mib * MIB
     for outcome in outcomes:

@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from shoal_common.bus import subjects
-from shoal_common.bus.keys import live_key
-from shoal_common.cancellation import ended
-from shoal_common.liveness.peer_failure import Sight
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.placement import Place
-from shoal_common.rpc.request_reply import HERE, Ask, serve
+from shoal_common.bus.keys import liveness_key
+from shoal_common.cancellation import cancel_and_wait
+from shoal_common.liveness.peer_failure import PeerFailureReporter
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.placement import PlaceCommand
+from shoal_common.rpc.request_reply import PING, RpcClient, serve
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, Cluster, cluster_of
@@ -28,13 +28,15 @@ async def answering(server: NatsServer, node: str) -> AsyncIterator[None]:
         try:
 
             async def answers() -> bool:
-                return await Ask(own.nats)("inference", node, HERE, Done(), Done, patience_s=10) == Done()
+                return (
+                    await RpcClient(own.nats)("inference", node, PING, Empty(), Empty, restart_wait_s=10) == Empty()
+                )
 
             await eventually(answers, "it answers")
             yield
         finally:
             stopping.set()
-            await ended(serving)
+            await cancel_and_wait(serving)
 
 
 async def keep_beating(c: Cluster, *nodes: str) -> None:
@@ -48,7 +50,7 @@ async def keep_beating(c: Cluster, *nodes: str) -> None:
 async def running_on_b(c: Cluster) -> str:
     """Place an instance on node b, and return its id once it is ready."""
     await asyncio.gather(c.beat("b", 2 * INSTANCE_MIB), c.hold("b"))
-    spec = await c.placed(Place(model=MODEL, nodes=["b"]))
+    spec = await c.placed(PlaceCommand(model=MODEL, nodes=["b"]))
     await c.stage(spec, 0, "ready")
     await c.wait_phase(spec.id, "ready")
     return spec.id
@@ -59,33 +61,33 @@ async def test_a_node_without_answers_is_down_before_its_key_expires(own_nats: N
         beating = asyncio.create_task(keep_beating(c, "a", "b"))
         instance = await running_on_b(c)
         await c.hold("a")
-        await Sight(c.here.nats, "a").lost("b", "the connection was closed")
+        await PeerFailureReporter(c.here.nats, "a").report("b", "the connection was closed")
         await c.wait_phase(instance, "degraded")
-        assert await c.here.buckets.live.get(live_key("b", "inference")) is not None
-        refused = await c.ask("place", Place(model=MODEL, nodes=["b"]))
+        assert await c.here.buckets.live.get(liveness_key("b", "inference")) is not None
+        refused = await c.ask("place", PlaceCommand(model=MODEL, nodes=["b"]))
         assert refused.error is not None and "no inference service is live on b" in refused.error.message
-        elsewhere = await c.placed(Place(model=MODEL, max_nodes=1))
+        elsewhere = await c.placed(PlaceCommand(model=MODEL, max_nodes=1))
         assert [s.node for s in elsewhere.stages] == ["a"]
         async with answering(own_nats, "b"):
             await c.wait_phase(instance, "ready")
-            assert (await c.ask("place", Place(model=MODEL, nodes=["b"]))).ok
-        await ended(beating)
+            assert (await c.ask("place", PlaceCommand(model=MODEL, nodes=["b"]))).ok
+        await cancel_and_wait(beating)
 
 
 async def test_a_node_that_answers_is_not_suspected_despite_reports(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), answering(own_nats, "b"):
         instance = await running_on_b(c)
-        asked = await c.here.client.subscribe(subjects.question("inference", "b", HERE))
+        asked = await c.here.client.subscribe(subjects.rpc("inference", "b", PING))
         written = await c.here.last_sequence("KV_state")
-        await Sight(c.here.nats, "a").lost("b", "the connection was closed")
+        await PeerFailureReporter(c.here.nats, "a").report("b", "the connection was closed")
         await asked.next_msg(timeout=FOLLOW_DEADLINE_S)
-        await Sight(c.here.nats, "c").lost("b", "again")
+        await PeerFailureReporter(c.here.nats, "c").report("b", "again")
         await asked.next_msg(timeout=FOLLOW_DEADLINE_S)  # the first answer has been evaluated by now
         await c.wait_phase(instance, "ready")
         assert await c.here.last_sequence("KV_state") == written, "nothing was said of it meanwhile"
-        await c.here.client.publish(subjects.lost("*").replace("*", "NO-NODE"), b"x")
-        await c.here.client.publish(subjects.lost("unknown"), b"")
-        assert (await c.ask("place", Place(model=MODEL, nodes=["b"]))).ok
+        await c.here.client.publish(subjects.peer_lost("*").replace("*", "NO-NODE"), b"x")
+        await c.here.client.publish(subjects.peer_lost("unknown"), b"")
+        assert (await c.ask("place", PlaceCommand(model=MODEL, nodes=["b"]))).ok
 
 
 async def test_a_key_that_expired_in_an_outage_degrades_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ async def test_a_key_that_expired_in_an_outage_degrades_nothing(own_nats: NatsSe
         await process.wait_line("reconnected to NATS")
         await c.die("b")  # as if its key had expired while NATS was down
         await c.beat("a", 2 * INSTANCE_MIB)
-        marker = await c.placed(Place(model=MODEL, nodes=["a"]))  # decided after that was seen
+        marker = await c.placed(PlaceCommand(model=MODEL, nodes=["a"]))  # decided after that was seen
         await c.wait_phase(marker.id, "starting")
         state = await c.state(instance)
         assert state is not None and state.phase == "ready"
@@ -117,13 +119,13 @@ async def test_the_next_leader_asks_too(own_nats: NatsServer, tmp_path: Path) ->
                 return await c.leader() == "p-2"
 
             await eventually(other, "the other leads", FOLLOW_DEADLINE_S)
-        sight = Sight(c.here.nats, "a")
+        sight = PeerFailureReporter(c.here.nats, "a")
 
         async def degraded() -> bool:
-            await sight.lost("b", "the connection was closed")  # published repeatedly: nobody may be subscribed yet
+            await sight.report("b", "the connection was closed")  # published repeatedly: nobody may be subscribed yet
             state = await c.state(instance)
             return state is not None and state.phase == "degraded"
 
         await eventually(degraded, "the silence is seen", FOLLOW_DEADLINE_S)
-        assert await c.here.buckets.live.get(live_key("b", "inference")) is not None
-        await ended(beating)
+        assert await c.here.buckets.live.get(liveness_key("b", "inference")) is not None
+        await cancel_and_wait(beating)

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from shoal_placement.solver.best_layout import preview
+from shoal_placement.solver.best_layout import solve_each_count
 from shoal_placement.solver.branch_and_bound import best
-from shoal_placement.solver.cost import Chain, keeps
-from shoal_placement.solver.feasible import Fits
+from shoal_placement.solver.cost import CostModel, meets_constraints
+from shoal_placement.solver.feasible import Feasibility
 from shoal_placement.solver.problem import Problem
 from tests.placement.oracle import random_problem, stage
 
@@ -26,7 +26,7 @@ def can_fit(problem: Problem) -> bool:
     def onward(used: frozenset[int], first: int) -> bool:
         if first == end:
             names = {problem.nodes[i].name for i in used}
-            return problem.min_nodes <= len(used) <= problem.max_nodes and set(problem.counts) <= names
+            return problem.min_nodes <= len(used) <= problem.max_nodes and set(problem.layer_counts) <= names
         if len(used) == problem.max_nodes:
             return False
         for i, node in enumerate(problem.nodes):
@@ -34,7 +34,7 @@ def can_fit(problem: Problem) -> bool:
                 continue
             for last in range(first + 1, end + 1):
                 fits = stage(problem, node, first, last)[0] <= node.free_bytes
-                asked = problem.counts.get(node.name, last - first) == last - first
+                asked = problem.layer_counts.get(node.name, last - first) == last - first
                 if fits and asked and onward(used | {i}, last):
                     return True
         return False
@@ -47,7 +47,7 @@ def problems_with(problem: Problem) -> str:
     layout, possible = best(problem).layout, can_fit(problem)
     if layout is None:
         return "refused, and it fits" if possible else ""
-    if not keeps(problem, layout):
+    if not meets_constraints(problem, layout):
         return "given, and it does not fit"
     return "" if possible else "given, and nothing fits"
 
@@ -75,10 +75,10 @@ def test_a_preview_has_a_layout_for_each_node_count_that_fits(seed: int) -> None
     chance = random.Random(seed)
     for _ in range(5):
         problem = tight_problem(chance)
-        for count, answer in preview(problem).items():
+        for count, answer in solve_each_count(problem).items():
             asked = msgspec.structs.replace(problem, min_nodes=count, max_nodes=count)
             assert (answer.layout is not None) == can_fit(asked), asked
-            assert answer.layout is None or keeps(asked, answer.layout)
+            assert answer.layout is None or meets_constraints(asked, answer.layout)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -86,7 +86,7 @@ def test_of_each_set_it_is_known_whether_it_can_hold_the_layers(seed: int) -> No
     problem = tight_problem(random.Random(seed))
     if len(problem.layer_bytes) < 2:
         return
-    fits = Fits(Chain(problem, problem.nodes))
+    fits = Feasibility(CostModel(problem, problem.nodes))
     for size in range(2, len(problem.nodes) + 1):
         for chosen in itertools.combinations(range(len(problem.nodes)), size):
             subset = sum(1 << i for i in chosen)
@@ -95,7 +95,9 @@ def test_of_each_set_it_is_known_whether_it_can_hold_the_layers(seed: int) -> No
                 nodes=[problem.nodes[i] for i in chosen],
                 min_nodes=size,
                 max_nodes=size,
-                counts={n: c for n, c in problem.counts.items() if n in {problem.nodes[i].name for i in chosen}},
+                counts={
+                    n: c for n, c in problem.layer_counts.items() if n in {problem.nodes[i].name for i in chosen}
+                },
             )
             possible = can_fit(part)
             assert bool(fits(np.array([subset]))[0]) == possible

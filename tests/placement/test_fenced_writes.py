@@ -6,28 +6,28 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from shoal_common.bus.cluster_lease import Lease, acquire
+from shoal_common.bus.cluster_lease import ClusterLease, acquire
 from shoal_common.bus.keys import leader_key
-from shoal_common.cancellation import ended
-from shoal_placement.leader.fenced_writes import Writes
+from shoal_common.cancellation import cancel_and_wait
+from shoal_placement.leader.fenced_writes import LeaderWrites
 from tests.harness.nats import Joined, NatsServer, joined
 
 
-async def leads(here: Joined, node: str) -> tuple[Lease, Writes]:
+async def leads(here: Joined, node: str) -> tuple[ClusterLease, LeaderWrites]:
     """Take the lease for a node without its predecessor noticing."""
     await here.buckets.lease.delete(leader_key("placement"))
     lease = await acquire(here.buckets.lease, leader_key("placement"), node, node)
     assert lease is not None
-    return lease, Writes(here.buckets.spec, here.buckets.state, lease)
+    return lease, LeaderWrites(here.buckets.spec, here.buckets.state, lease)
 
 
-async def refused(lease: Lease, write: Coroutine[Any, Any, object]) -> None:
+async def refused(lease: ClusterLease, write: Coroutine[Any, Any, object]) -> None:
     """Return once a refused write has made its leader give up the lease."""
     assert lease.held, "its own clock would let it write"
     writing = asyncio.ensure_future(write)
     await lease.wait_lost()
     assert not writing.done()
-    await ended(writing)
+    await cancel_and_wait(writing)
 
 
 async def test_a_former_leader_cannot_write_after_another_began(own_nats: NatsServer) -> None:
@@ -72,5 +72,5 @@ async def test_after_nats_lost_its_store_an_old_leader_writes_nothing(own_nats: 
             assert await again.key_count("state") == 0
             writing = asyncio.ensure_future(writes.state.put("instance.x", {}))
             await lease.wait_lost()
-            await ended(writing)
+            await cancel_and_wait(writing)
             assert await again.key_count("state") == 0

@@ -11,11 +11,11 @@ import pytest
 
 from shoal_common.bus.keys import instance_key
 from shoal_common.bus.streams import LEASE_TTL_S
-from shoal_common.errors import NoRoom, NotFound
+from shoal_common.errors import NoMemory, NotFound
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import StageSpec
-from shoal_common.messages.placement import Place, Unplace
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.placement import PlaceCommand, Unplace
+from shoal_common.rpc.request_reply import RpcClient
 from tests.harness.delayed_nats_proxy import delayed_nats_proxy
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -25,7 +25,7 @@ from tests.placement.placement_cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANC
 async def test_an_instance_is_placed_starts_runs_degrades_and_ends(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
         await asyncio.gather(c.beat("a", 400), c.beat("b", 400), c.hold("a"))
-        outcome = await c.ask("place", Place(model=MODEL))
+        outcome = await c.ask("place", PlaceCommand(model=MODEL))
         assert outcome.ok, outcome.error
         spec = await c.spec(outcome.result["instance"])
         assert spec is not None
@@ -64,13 +64,13 @@ async def test_another_major_versions_nodes_are_not_used_by_placement(own_nats: 
         await asyncio.gather(
             c.beat("a", 5 * INSTANCE_MIB, version="99.0.0"), c.beat("b", 5 * INSTANCE_MIB), c.hold("a")
         )
-        refused = await c.ask("place", Place(model=MODEL))
+        refused = await c.ask("place", PlaceCommand(model=MODEL))
         assert refused.error is not None and refused.error.code == "not_found"
         await c.hold("b")
-        placed = await c.ask("place", Place(model=MODEL))
+        placed = await c.ask("place", PlaceCommand(model=MODEL))
         assert [s["node"] for s in placed.result["stages"]] == ["b"]
         await c.beat("a", 5 * INSTANCE_MIB, version="99.0.0")
-        named = await c.ask("place", Place(model=MODEL, nodes=["a"]))
+        named = await c.ask("place", PlaceCommand(model=MODEL, nodes=["a"]))
         assert named.error is not None and named.error.code == "not_found"
         said = [line for line in process.lines if "ignoring a node that runs another major version" in line]
         assert len(said) == 1 and "other_node=a" in said[0] and "99.0.0" in said[0]
@@ -88,7 +88,7 @@ async def test_I5_unplacing_what_is_not_there_succeeds_without_a_write(own_nats:
 async def test_I5_a_command_delivered_twice_places_one_instance(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
         await asyncio.gather(c.beat("a", 5 * INSTANCE_MIB), c.hold("a"))
-        command = Place(model=MODEL, id="the-same")
+        command = PlaceCommand(model=MODEL, id="the-same")
         await c.send("place", command)
         first = await c.outcome("the-same")
         # As if the leader had died before it published the outcome: the command is delivered again.
@@ -101,25 +101,25 @@ async def test_I5_a_command_delivered_twice_places_one_instance(own_nats: NatsSe
 
 
 async def test_refusals_have_a_reason_and_a_remedy(own_nats: NatsServer, tmp_path: Path) -> None:
-    async def refused(command: Place) -> tuple[str, Outcome]:
+    async def refused(command: PlaceCommand) -> tuple[str, Outcome]:
         outcome = await c.ask("place", command)
         assert not outcome.ok and outcome.error is not None
         return outcome.error.code, outcome
 
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"):
         await c.beat("a", 100)
-        code, outcome = await refused(Place(model=MODEL))
+        code, outcome = await refused(PlaceCommand(model=MODEL))
         assert code == "not_found" and f"shoal pull {MODEL}" in str(outcome.error)
         await c.hold("a", None, "it has no config.json")
-        code, outcome = await refused(Place(model=MODEL))
+        code, outcome = await refused(PlaceCommand(model=MODEL))
         assert code == "unsupported" and "it has no config.json" in str(outcome.error)
         await c.hold("a")
-        code, outcome = await refused(Place(model=MODEL))
+        code, outcome = await refused(PlaceCommand(model=MODEL))
         assert code == "no_room" and outcome.error is not None
         (figures,) = outcome.error.details["nodes"]
         assert figures["node"] == "a" and figures["available_bytes"] == 100 << 20
         assert figures["total_bytes"] == 200 << 20 and figures["needed_bytes"] > figures["available_bytes"]
-        code, _ = await refused(Place(model="../../etc"))
+        code, _ = await refused(PlaceCommand(model="../../etc"))
         assert code == "bad_name"
         assert await c.specs() == []
 
@@ -127,7 +127,7 @@ async def test_refusals_have_a_reason_and_a_remedy(own_nats: NatsServer, tmp_pat
 async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1"), c.placement("p-2"):
         await asyncio.gather(c.beat("a", INSTANCE_MIB), c.beat("b", 2 * INSTANCE_MIB + 50), c.hold("a"))
-        outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL, max_nodes=1)) for _ in range(10)))
+        outcomes = await asyncio.gather(*(c.ask("place", PlaceCommand(model=MODEL, max_nodes=1)) for _ in range(10)))
         won = {o.result["instance"] for o in outcomes if o.ok}
         assert len(won) == 3
         assert all(o.error is not None and o.error.code == "no_room" for o in outcomes if not o.ok)
@@ -136,7 +136,7 @@ async def test_of_ten_placed_at_once_as_many_are_as_fit(own_nats: NatsServer, tm
         assert sorted(s.stages[0].node for s in specs) == ["a", "b", "b"]
         # Once one is stopped, its memory is free for the next.
         assert (await c.ask("unplace", Unplace(instance=specs[0].id))).ok
-        assert (await c.ask("place", Place(model=MODEL, max_nodes=1))).ok
+        assert (await c.ask("place", PlaceCommand(model=MODEL, max_nodes=1))).ok
 
 
 async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: NatsServer, tmp_path: Path) -> None:
@@ -145,17 +145,18 @@ async def test_a_preview_is_what_place_would_do_and_writes_nothing(own_nats: Nat
         await c.placed_nothing()  # the leader has seen which nodes are live before it sees what they hold
         await c.hold("b")
         await c.has_joined("b")
-        ask = Ask(c.here.nats)
+        ask = RpcClient(c.here.nats)
         before = [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")]
         seen = [
-            await ask("placement", node, "preview", Place(model=MODEL), dict[str, object]) for node in ("p-1", "p-2")
+            await ask("placement", node, "preview", PlaceCommand(model=MODEL), dict[str, object])
+            for node in ("p-1", "p-2")
         ]
         assert seen[0] == seen[1]
         assert [await c.here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")] == before
-        outcome = await c.ask("place", Place(model=MODEL))
+        outcome = await c.ask("place", PlaceCommand(model=MODEL))
         assert outcome.result["stages"] == seen[0]["stages"]
-        with pytest.raises(NoRoom) as refusal:
-            await ask("placement", "p-2", "preview", Place(model=MODEL), dict[str, object])
+        with pytest.raises(NoMemory) as refusal:
+            await ask("placement", "p-2", "preview", PlaceCommand(model=MODEL), dict[str, object])
         assert {n["node"] for n in refusal.value.details["nodes"]} == {"a", "b"}
 
 
@@ -168,7 +169,7 @@ async def test_I6_when_the_leader_is_killed_another_leads(own_nats: NatsServer, 
         leader = await c.leader()
         await processes[leader].kill()
         # Nobody leads: the queue keeps them.
-        wanted = [asyncio.create_task(c.ask("place", Place(model=MODEL, id=f"after-{i}"))) for i in range(2)]
+        wanted = [asyncio.create_task(c.ask("place", PlaceCommand(model=MODEL, id=f"after-{i}"))) for i in range(2)]
         await c.stage(first, 0, "ready")
         outcomes = await asyncio.gather(*wanted)
         assert await c.leader() != leader
@@ -201,7 +202,7 @@ async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: N
         processes[leader].send(signal.SIGCONT)
         await processes[leader].wait_line("no longer leading")
         await asyncio.gather(c.beat("a", INSTANCE_MIB), c.hold("a"))
-        outcomes = await asyncio.gather(*(c.ask("place", Place(model=MODEL)) for _ in range(4)))
+        outcomes = await asyncio.gather(*(c.ask("place", PlaceCommand(model=MODEL)) for _ in range(4)))
         assert sum(o.ok for o in outcomes) == 1
         assert {o.node for o in outcomes} == {other}
 
@@ -230,8 +231,10 @@ async def test_a_late_write_of_a_former_leader_is_refused(own_nats: NatsServer, 
             way.flows.set()
             # The answer uses the same connection, after all that was delayed.
             with pytest.raises(NotFound):
-                question = Place(model="org/nothing")
-                await Ask(c.here.nats)("placement", "p-1", "preview", question, dict[str, object], patience_s=10)
+                question = PlaceCommand(model="org/nothing")
+                await RpcClient(c.here.nats)(
+                    "placement", "p-1", "preview", question, dict[str, object], restart_wait_s=10
+                )
             assert [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "EVT")] == written
             state = await c.state(spec.id)
             assert state is not None and state.phase == "ready"
@@ -258,7 +261,7 @@ async def test_an_idle_leader_writes_nothing(own_nats: NatsServer, tmp_path: Pat
         before = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         for memory_mib in range(3 * INSTANCE_MIB, 3 * INSTANCE_MIB - 10, -1):
             await c.beat("a", memory_mib)  # facts change at every beat, the instance's state does not
-        marker = await c.placed(Place(model=MODEL, id="after"))  # decided after all those beats
+        marker = await c.placed(PlaceCommand(model=MODEL, id="after"))  # decided after all those beats
         await c.wait_phase(marker.id, "starting")
         after = [await c.here.last_sequence(s) for s in ("KV_spec", "KV_state", "CMD", "EVT")]
         # One spec, one state, one command, one event: those of the marker instance.

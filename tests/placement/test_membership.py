@@ -16,9 +16,9 @@ from shoal_common.bus import subjects
 from shoal_common.bus.keys import MEMBERS_KEY
 from shoal_common.errors import ErrorBody
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
-from shoal_common.messages.placement import Forget, MembersState, Place
-from shoal_placement.leader.instance_status import has_degraded, instance_state, stages_not_ready
-from shoal_placement.leader.membership import answering_nodes, compare
+from shoal_common.messages.placement import Forget, MembersState, PlaceCommand
+from shoal_placement.leader.instance_status import has_become_degraded, instance_status, stages_not_ready
+from shoal_placement.leader.membership import answering_nodes, compare_members
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import COMMIT, FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, Cluster, cluster_of
@@ -32,35 +32,35 @@ def members(**lost_since_s: float) -> MembersState:
 
 
 def test_a_node_joins_once_it_is_live_and_has_published_state() -> None:
-    assert compare(members(), set(), {"a"}, NOW_S).joined == []
-    assert compare(members(), {"a"}, set(), NOW_S).joined == []
-    changes = compare(members(), {"a"}, {"a"}, NOW_S)
+    assert compare_members(members(), set(), {"a"}, NOW_S).joined == []
+    assert compare_members(members(), {"a"}, set(), NOW_S).joined == []
+    changes = compare_members(members(), {"a"}, {"a"}, NOW_S)
     assert (changes.joined, changes.lost, changes.returned) == (["a"], [], [])
     assert changes.members == members(a=0.0)
 
 
 def test_a_node_that_is_not_live_is_lost_and_returns_when_it_is() -> None:
-    lost = compare(members(a=0.0, b=0.0), {"a", "b"}, {"a"}, NOW_S)
+    lost = compare_members(members(a=0.0, b=0.0), {"a", "b"}, {"a"}, NOW_S)
     assert (lost.joined, lost.lost, lost.returned) == ([], ["b"], [])
     assert lost.members == members(a=0.0, b=NOW_S)
-    returned = compare(lost.members, {"a", "b"}, {"a", "b"}, NOW_S + 1)
+    returned = compare_members(lost.members, {"a", "b"}, {"a", "b"}, NOW_S + 1)
     assert (returned.joined, returned.lost, returned.returned) == ([], [], ["b"])
     assert returned.members == members(a=0.0, b=0.0)
 
 
 def test_a_retired_node_is_dropped_and_joins_again() -> None:
-    retired = compare(members(a=0.0, b=NOW_S), {"a"}, {"a"}, NOW_S)
+    retired = compare_members(members(a=0.0, b=NOW_S), {"a"}, {"a"}, NOW_S)
     assert (retired.joined, retired.lost, retired.returned) == ([], [], [])
     assert retired.members == members(a=0.0)
-    assert compare(retired.members, {"a", "b"}, {"a", "b"}, NOW_S).joined == ["b"]
+    assert compare_members(retired.members, {"a", "b"}, {"a", "b"}, NOW_S).joined == ["b"]
 
 
 @given(st.dictionaries(names, st.sampled_from([0.0, 7.0])), st.sets(names), st.sets(names))
 def test_each_change_is_reported_once(record: dict[str, float], named: set[str], live: set[str]) -> None:
-    first = compare(MembersState(lost_since_s=record), named, live, NOW_S)
+    first = compare_members(MembersState(lost_since_s=record), named, live, NOW_S)
     reported = [*first.joined, *first.lost, *first.returned]
     assert len(reported) == len(set(reported))
-    again = compare(first.members, named, live, NOW_S + 1)
+    again = compare_members(first.members, named, live, NOW_S + 1)
     assert (again.joined, again.lost, again.returned) == ([], [], [])
     assert again.members == first.members
 
@@ -82,16 +82,16 @@ def state(rank: int, phase: Any, message: str = "") -> StageState:
 
 def test_an_instance_degrades_once_and_again_only_after_it_was_ready() -> None:
     def after(before: InstanceState | None, *live: str) -> InstanceState:
-        return instance_state(SPEC, [state(r, "ready") for r in range(3)], live, before)
+        return instance_status(SPEC, [state(r, "ready") for r in range(3)], live, before)
 
     ready = after(None, "a", "b", "c")
     degraded = after(ready, "a", "c")
-    assert not has_degraded(None, ready)
-    assert has_degraded(ready, degraded)
-    assert not has_degraded(degraded, after(degraded, "a"))
+    assert not has_become_degraded(None, ready)
+    assert has_become_degraded(ready, degraded)
+    assert not has_become_degraded(degraded, after(degraded, "a"))
     recovered = after(degraded, "a", "b", "c")
-    assert not has_degraded(degraded, recovered)
-    assert has_degraded(recovered, after(recovered, "b"))
+    assert not has_become_degraded(degraded, recovered)
+    assert has_become_degraded(recovered, after(recovered, "b"))
 
 
 def test_each_stage_that_is_not_ready_has_its_reason() -> None:
@@ -139,7 +139,7 @@ async def test_nodes_that_come_and_go_are_events_once_whoever_leads(own_nats: Na
             await asyncio.gather(c.beat("b", 2 * INSTANCE_MIB), c.hold("b"))
             assert await until_received(1) == [("node_joined", "b")]
             assert await first.wait_line('msg="node joined"', "name=b")
-            spec = await c.placed(Place(model=MODEL, nodes=["b"]))
+            spec = await c.placed(PlaceCommand(model=MODEL, nodes=["b"]))
             await c.stage(spec, 0, "ready")
             await c.wait_phase(spec.id, "ready")
             await c.die("b")

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shoal_common.messages.instances import InstanceSpec, StageSpec
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import KvRule, ModelShape
 from shoal_common.messages.storage import ModelState
 from shoal_placement.planning.memory_model import (
     PREFILL_CHUNK_TOKENS,
     STAGE_OVERHEAD_BYTES,
     cache_bytes,
-    most_tokens,
-    need_of,
+    max_cached_tokens,
+    model_need,
     pass_bytes,
-    promised_bytes,
+    reserved_bytes,
     unfused_bytes,
 )
-from shoal_placement.planning.memory_tiers import tiers
+from shoal_placement.planning.memory_tiers import memory_tiers
 from tests.placement.test_cluster_facts import COMMIT, MIB, SHAPE
 
 MIXED = structs.replace(
@@ -37,24 +37,24 @@ MIXED = structs.replace(
     fused_score_bytes=8,
     head_dim=64,
 )
-METAL = Facts(accelerator="metal")
+METAL = NodeFacts(accelerator="metal")
 
 
 def test_the_cache_is_counted_in_steps_of_256_tokens() -> None:
-    assert need_of(SHAPE, 1).layer_bytes == need_of(SHAPE, 256).layer_bytes
-    assert need_of(SHAPE, 257).layer_bytes[0] == 100 * MIB + 512 * 1024
+    assert model_need(SHAPE, 1).layer_bytes == model_need(SHAPE, 256).layer_bytes
+    assert model_need(SHAPE, 257).layer_bytes[0] == 100 * MIB + 512 * 1024
 
 
 def test_each_layer_is_counted_by_its_own_rule_for_each_answer() -> None:
     def caches(answers: int = 1) -> list[int]:
-        need = need_of(MIXED, 4096, answers, requests=1)
+        need = model_need(MIXED, 4096, answers, requests=1)
         return [taken - weights for taken, weights in zip(need.layer_bytes, MIXED.layer_bytes, strict=True)]
 
     window = 512 - 1 + PREFILL_CHUNK_TOKENS
     assert caches() == [4096 * 1000, window * 1000, 7000, 0]
     assert caches(3) == [3 * b for b in caches()]
     # Published by a version with one rule for all layers.
-    assert need_of(SHAPE, 300).layer_bytes == [100 * MIB + 512 * 1024] * 4
+    assert model_need(SHAPE, 300).layer_bytes == [100 * MIB + 512 * 1024] * 4
 
 
 @given(
@@ -71,16 +71,16 @@ def test_requests_that_share_the_kv_budget_stay_within_it(
     for tokens in asked:
         if tokens <= context_tokens and -(-tokens // 256) <= room:
             room -= -(-tokens // 256)
-            taken += 3 * most_tokens(rule, tokens, 512) + 5
+            taken += 3 * max_cached_tokens(rule, tokens, 512) + 5
     assert taken <= cache_bytes(rule, context_tokens, 512, answers, 8)
 
 
 def test_a_window_has_a_chunk_beside_it_until_the_answer_begins() -> None:
     window = KvRule(bytes_per_token=1, window_tokens=512)
-    assert most_tokens(window, 100_000, 2048) == 512 - 1 + 2048
-    assert most_tokens(window, 600, 2048) == 600
-    assert most_tokens(window, 100, 2048) == 256
-    grown = need_of(MIXED, 8192, requests=1).layer_bytes[1] - MIXED.layer_bytes[1]
+    assert max_cached_tokens(window, 100_000, 2048) == 512 - 1 + 2048
+    assert max_cached_tokens(window, 600, 2048) == 600
+    assert max_cached_tokens(window, 100, 2048) == 256
+    grown = model_need(MIXED, 8192, requests=1).layer_bytes[1] - MIXED.layer_bytes[1]
     assert grown == 1000 * (512 - 1 + PREFILL_CHUNK_TOKENS)
 
 
@@ -88,14 +88,14 @@ def test_scores_count_where_attention_is_not_fused() -> None:
     fused, whole = pass_bytes(MIXED, 4096, True), pass_bytes(MIXED, 4096, False)
     assert whole - fused == 2048 * 4096 * (64 - 8)
     assert unfused_bytes(MIXED, 4096, METAL) == 0
-    assert unfused_bytes(MIXED, 4096, Facts(accelerator="cpu")) == whole - fused
+    assert unfused_bytes(MIXED, 4096, NodeFacts(accelerator="cpu")) == whole - fused
     assert unfused_bytes(structs.replace(MIXED, head_dim=256), 4096, METAL) == whole - fused
-    assert need_of(MIXED, 4096).stage_bytes == STAGE_OVERHEAD_BYTES + fused
+    assert model_need(MIXED, 4096).stage_bytes == STAGE_OVERHEAD_BYTES + fused
 
 
 def test_a_shape_of_an_earlier_version_is_counted_as_it_was() -> None:
     assert pass_bytes(SHAPE, 4096, False) == 0
-    assert need_of(SHAPE, 4096).stage_bytes == STAGE_OVERHEAD_BYTES
+    assert model_need(SHAPE, 4096).stage_bytes == STAGE_OVERHEAD_BYTES
 
 
 # What is reserved
@@ -122,8 +122,8 @@ def held(shape: ModelShape = SHAPE) -> list[ModelState]:
     others=st.integers(0, 2000),
 )
 def test_a_stage_needs_the_same_memory_loaded_or_not(total: int, loaded: int, others: int) -> None:
-    before = Facts(memory_total_bytes=total * MIB, memory_available_bytes=(total - others) * MIB)
-    promised = promised_bytes([SPEC], held(), {"a": before})["a"]
+    before = NodeFacts(memory_total_bytes=total * MIB, memory_available_bytes=(total - others) * MIB)
+    promised = reserved_bytes([SPEC], held(), {"a": before})["a"]
     own_bytes = promised["i/0"]
     occupied = min(loaded * MIB, own_bytes)
     after = structs.replace(
@@ -131,21 +131,21 @@ def test_a_stage_needs_the_same_memory_loaded_or_not(total: int, loaded: int, ot
         memory_available_bytes=before.memory_available_bytes - occupied,
         stages={"i/0": occupied},
     )
-    assert tiers(after, promised) == tiers(before, promised)
-    assert tiers(before, promised).fits_bytes == before.memory_available_bytes - own_bytes
+    assert memory_tiers(after, promised) == memory_tiers(before, promised)
+    assert memory_tiers(before, promised).fits_bytes == before.memory_available_bytes - own_bytes
 
 
 def test_a_stage_that_exceeds_its_reservation_counts_as_measured() -> None:
-    facts = Facts(memory_total_bytes=900, memory_available_bytes=500, stages={"i/0": 300})
-    assert tiers(facts, {"i/0": 200}).fits_bytes == 500
-    assert tiers(facts, {"i/0": 200}).force_bytes == 600
+    facts = NodeFacts(memory_total_bytes=900, memory_available_bytes=500, stages={"i/0": 300})
+    assert memory_tiers(facts, {"i/0": 200}).fits_bytes == 500
+    assert memory_tiers(facts, {"i/0": 200}).force_bytes == 600
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "metal"])
 def test_a_reservation_is_what_the_layout_needs_on_that_node(accelerator: str) -> None:
-    facts = {n: Facts(accelerator=accelerator) for n in "ab"}
-    promised = promised_bytes([SPEC], held(MIXED), facts)
-    need = need_of(MIXED, 4096)
+    facts = {n: NodeFacts(accelerator=accelerator) for n in "ab"}
+    promised = reserved_bytes([SPEC], held(MIXED), facts)
+    need = model_need(MIXED, 4096)
     more = unfused_bytes(MIXED, 4096, facts["a"])
     assert promised["a"]["i/0"] == need.stage_bytes + need.layer_bytes[0] + need.embed_bytes + more
     assert promised["b"]["i/1"] == need.stage_bytes + sum(need.layer_bytes[1:]) + need.head_bytes + more

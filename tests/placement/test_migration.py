@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal_common.bus.keys import node_key
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.placement import Drain, Forget, NodeSpec, Place
+from shoal_common.messages.placement import Drain, Forget, NodeSpec, PlaceCommand
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, Cluster, cluster_of
@@ -28,7 +28,7 @@ async def wait_replanned(c: Cluster, before: InstanceSpec) -> InstanceSpec:
 
 async def running(c: Cluster, max_nodes: int = 16) -> InstanceSpec:
     """Place an instance and publish that all its stages are ready."""
-    spec = await c.placed(Place(model=MODEL, max_nodes=max_nodes))
+    spec = await c.placed(PlaceCommand(model=MODEL, max_nodes=max_nodes))
     for stage in spec.stages:
         await c.stage(spec, stage.rank, "ready")
     await c.wait_phase(spec.id, "ready")
@@ -90,16 +90,16 @@ async def test_a_drained_node_is_left_and_gets_no_stage_until_undone(own_nats: N
         assert (await c.ask("drain", Drain(node=here))).result["was_drained"] is True
 
         await asyncio.gather(c.beat("a", INSTANCE_MIB), c.beat("b", INSTANCE_MIB))
-        named = await c.ask("place", Place(model=MODEL, nodes=[here]))
+        named = await c.ask("place", PlaceCommand(model=MODEL, nodes=[here]))
         assert named.error is not None and named.error.code == "bad_input" and "--undo" in named.error.message
-        full = await c.ask("place", Place(model=MODEL, max_nodes=1))
+        full = await c.ask("place", PlaceCommand(model=MODEL, max_nodes=1))
         assert full.error is not None and full.error.code == "no_room"
         assert [n["node"] for n in full.error.details["nodes"]] == [there]
 
         undone = await c.ask("drain", Drain(node=here, drained=False))
         assert undone.result == {"node": here, "drained": False, "was_drained": True, "instances": []}
         assert await c.here.buckets.spec.get(node_key(here)) is None
-        placed = await c.placed(Place(model=MODEL, max_nodes=1))
+        placed = await c.placed(PlaceCommand(model=MODEL, max_nodes=1))
         assert {s.node for s in placed.stages} == {here}
 
 

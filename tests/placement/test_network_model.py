@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import links_key, live_key
-from shoal_common.messages import Message
-from shoal_common.messages.liveness import Facts, Holder, Link, Live
-from shoal_common.messages.placement import AskLinks, LinksState, MeasuredLink, Place, Preview, Previews
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.bus.keys import links_key, liveness_key
+from shoal_common.messages import WireStruct
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
+from shoal_common.messages.placement import LinksState, MeasuredLink, MeasureLinks, PlaceCommand, Preview, Previews
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_placement.network.model import (
-    FAILED_FRESH_S,
-    FRESH_S,
-    LEAST_S,
-    MOST_PEERS,
-    UNREACHED_S,
-    Links,
-    Way,
-    ends,
-    rate,
-    to_measure,
-    with_found,
+    FAILED_MEASUREMENT_MAX_AGE_S,
+    MAX_PEERS,
+    MEASUREMENT_MAX_AGE_S,
+    MIN_COST_S,
+    UNREACHABLE_COST_S,
+    NetworkModel,
+    NodeLink,
+    link_digest,
+    peers_to_measure,
+    transfer_rate,
+    with_measurements,
 )
-from shoal_placement.solver.build_problem import LINK_S
+from shoal_placement.solver.build_problem import DEFAULT_LINK_S
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Machine, machines, port_forward, relayed
 from tests.harness.node import Node, running_nodes
@@ -49,10 +49,10 @@ MEASURED_S = 60.0
 """For a round of measurements on a busy machine."""
 
 
-def fileserver_facts(host: str, kind: str = "ethernet", mbit: int = 0, port: int = 7000) -> Facts:
+def fileserver_facts(host: str, kind: str = "ethernet", mbit: int = 0, port: int = 7000) -> NodeFacts:
     """Return a fileserver's facts."""
-    link = Link(address=f"{host}:{port}", kind=kind, mbit=mbit)
-    return Facts(addresses=[link.address], links=[link])
+    link = NodeAddress(address=f"{host}:{port}", kind=kind, mbit=mbit)
+    return NodeFacts(addresses=[link.address], links=[link])
 
 
 THERE = {node: fileserver_facts(f"10.0.0.{number}") for number, node in enumerate(NODES, 1)}
@@ -60,18 +60,20 @@ HIDDEN_BYTES = 8192
 measured_links = st.builds(
     MeasuredLink,
     peer=st.sampled_from(NODES),
-    at_s=st.floats(0, 2 * FRESH_S),
+    at_s=st.floats(0, 2 * MEASUREMENT_MAX_AGE_S),
     round_trip_s=st.floats(1e-5, 1.0),
     bytes_per_s=st.floats(0, 1e10),
     error=st.sampled_from(["", "", "nobody answers"]),
 )
-NOW_S = 2 * FRESH_S
+NOW_S = 2 * MEASUREMENT_MAX_AGE_S
 
 
-def records(found: Mapping[str, list[MeasuredLink]], there: Mapping[str, Facts] = THERE) -> list[LinksState]:
+def records(found: Mapping[str, list[MeasuredLink]], there: Mapping[str, NodeFacts] = THERE) -> list[LinksState]:
     """Return what the nodes measured at their published addresses."""
     return [
-        LinksState(node=n, links=[structs.replace(m, ends=ends(there[n], there[m.peer])) for m in own if m.peer != n])
+        LinksState(
+            node=n, links=[structs.replace(m, ends=link_digest(there[n], there[m.peer])) for m in own if m.peer != n]
+        )
         for n, own in found.items()
     ]
 
@@ -85,19 +87,19 @@ some_records = st.dictionaries(
 def test_each_link_has_a_cost_and_unmeasured_ones_the_default(
     found: dict[str, list[MeasuredLink]],
 ) -> None:
-    links = Links(records(found), THERE, NOW_S)
-    costs = links.costs_s(list(NODES), HIDDEN_BYTES)
+    links = NetworkModel(records(found), THERE, NOW_S)
+    costs = links.link_costs_s(list(NODES), HIDDEN_BYTES)
     tried = {(n, m.peer) for n, own in found.items() for m in own}
     for i, a in enumerate(NODES):
         for j, b in enumerate(NODES):
             if a == b:
                 assert costs[i][j] == 0
                 continue
-            way = links.way(a, b)
-            assert costs[i][j] == way.cost_s(HIDDEN_BYTES) >= LEAST_S
+            way = links.link_between(a, b)
+            assert costs[i][j] == way.cost_s(HIDDEN_BYTES) >= MIN_COST_S
             if not {(a, b), (b, a)} & tried:
-                assert not way.measured and way.latency_s == LINK_S
-            if way.measured and way.latency_s < UNREACHED_S / 2:
+                assert not way.measured and way.latency_s == DEFAULT_LINK_S
+            if way.measured and way.latency_s < UNREACHABLE_COST_S / 2:
                 trips = [m.round_trip_s for x, y in ((a, b), (b, a)) for m in found.get(x, []) if m.peer == y]
                 assert way.latency_s * 2 in trips
 
@@ -107,18 +109,18 @@ def test_a_link_costs_its_latency_and_its_bytes_within_bounds(
     latency_s: float, bytes_per_s: float, hidden_bytes: int
 ) -> None:
     exact_s = latency_s + (hidden_bytes / bytes_per_s if bytes_per_s else 0)
-    assert Way(latency_s, bytes_per_s).cost_s(hidden_bytes) == pytest.approx(exact_s, rel=0.06, abs=LEAST_S)
+    assert NodeLink(latency_s, bytes_per_s).cost_s(hidden_bytes) == pytest.approx(exact_s, rel=0.06, abs=MIN_COST_S)
 
 
-@given(some_records, st.sampled_from(NODES), st.floats(0, 4 * FRESH_S))
+@given(some_records, st.sampled_from(NODES), st.floats(0, 4 * MEASUREMENT_MAX_AGE_S))
 def test_a_fresh_measurement_is_not_repeated_for_an_hour(
     found: dict[str, list[MeasuredLink]], node: str, now_s: float
 ) -> None:
     own = next((s for s in records(found) if s.node == node), None)
-    missing = to_measure(node, NODES, own, THERE, now_s)
+    missing = peers_to_measure(node, NODES, own, THERE, now_s)
     assert node not in missing and missing == sorted(set(missing))
     for link in own.links if own is not None else []:
-        lately = now_s - link.at_s < (FAILED_FRESH_S if link.error else FRESH_S)
+        lately = now_s - link.measured_at_s < (FAILED_MEASUREMENT_MAX_AGE_S if link.error else MEASUREMENT_MAX_AGE_S)
         assert (link.peer in missing) != lately
     assert set(NODES) - {node} - {link.peer for link in (own.links if own else [])} <= set(missing)
 
@@ -128,22 +130,27 @@ def test_a_measurement_is_void_once_a_node_has_other_addresses(
     found: dict[str, list[MeasuredLink]], moved: str
 ) -> None:
     there = {**THERE, moved: fileserver_facts("10.9.9.9", "wifi")}
-    links = Links(records(found), there, NOW_S)
+    links = NetworkModel(records(found), there, NOW_S)
     for node in set(NODES) - {moved}:
-        assert not links.way(node, moved).measured and not links.way(moved, node).measured
-        assert moved in to_measure(node, NODES, next((s for s in records(found) if s.node == node), None), there, 0.0)
+        assert not links.link_between(node, moved).measured and not links.link_between(moved, node).measured
+        assert moved in peers_to_measure(
+            node, NODES, next((s for s in records(found) if s.node == node), None), there, 0.0
+        )
     again = {n: fileserver_facts(f.addresses[0].rpartition(":")[0], port=7001) for n, f in THERE.items()}
-    assert Links(records(found), again, NOW_S).measured == Links(records(found), THERE, NOW_S).measured
+    assert (
+        NetworkModel(records(found), again, NOW_S).measured_links
+        == NetworkModel(records(found), THERE, NOW_S).measured_links
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e6)), max_size=150))
 def test_I7_a_node_keeps_one_measurement_a_peer_and_the_latest(seen: list[tuple[int, float]]) -> None:
     state = None
     for peer, at_s in seen:
-        state = with_found("me", state, [MeasuredLink(peer=f"n{peer}", at_s=at_s)])
+        state = with_measurements("me", state, [MeasuredLink(peer=f"n{peer}", measured_at_s=at_s)])
         names = [link.peer for link in state.links]
-        assert len(names) == len(set(names)) <= MOST_PEERS
-        if len(names) == MOST_PEERS:
+        assert len(names) == len(set(names)) <= MAX_PEERS
+        if len(names) == MAX_PEERS:
             continue
         assert f"n{peer}" in names
 
@@ -154,17 +161,24 @@ def test_a_steady_rate_is_found_however_slowly_it_began(bytes_per_s: float, piec
     for piece in pieces:
         got += piece
         taken.append((got / bytes_per_s, got))
-    assert rate(taken) == pytest.approx(bytes_per_s, rel=1e-6)
+    assert transfer_rate(taken) == pytest.approx(bytes_per_s, rel=1e-6)
     slow = [(late_s + 1, 1)]  # one byte long before the rest
-    assert rate([*slow, *((late_s + 1 + 4 * (late_s + 1) + at_s, 1 + b) for at_s, b in taken)]) > 0
-    assert rate([]) == 0.0
+    assert transfer_rate([*slow, *((late_s + 1 + 4 * (late_s + 1) + at_s, 1 + b) for at_s, b in taken)]) > 0
+    assert transfer_rate([]) == 0.0
 
 
 def test_a_peer_nobody_reaches_counts_as_far_for_some_minutes() -> None:
-    failed = MeasuredLink(peer="b", at_s=0.0, ends=ends(THERE["a"], THERE["b"]), error="nobody answers")
+    failed = MeasuredLink(
+        peer="b", measured_at_s=0.0, addresses_fingerprint=link_digest(THERE["a"], THERE["b"]), error="nobody answers"
+    )
     tried = [LinksState(node="a", links=[failed])]
-    assert Links(tried, THERE, FAILED_FRESH_S - 1).way("a", "b").latency_s == UNREACHED_S
-    assert Links(tried, THERE, FAILED_FRESH_S + 1).way("a", "b") == Links([], THERE, 0).way("a", "b")
+    assert (
+        NetworkModel(tried, THERE, FAILED_MEASUREMENT_MAX_AGE_S - 1).link_between("a", "b").latency_s
+        == UNREACHABLE_COST_S
+    )
+    assert NetworkModel(tried, THERE, FAILED_MEASUREMENT_MAX_AGE_S + 1).link_between("a", "b") == NetworkModel(
+        [], THERE, 0
+    ).link_between("a", "b")
 
 
 def test_interface_facts_are_used_where_nothing_was_measured() -> None:
@@ -173,11 +187,11 @@ def test_interface_facts_are_used_where_nothing_was_measured() -> None:
         "b": fileserver_facts("2", "ethernet", 100),
         "c": fileserver_facts("3", "wifi"),
     }
-    links = Links([], there, 0.0)
-    assert links.way("a", "b") == links.way("b", "a") == Way(LINK_S, 12.5e6)
-    assert links.way("b", "c").latency_s > LINK_S > links.way("a", "a").latency_s
-    assert links.way("a", "unknown") == Way() and Way().cost_s(HIDDEN_BYTES) == LINK_S
-    assert Links().costs_s(["a", "b"], 1).tolist() == [[0.0, LINK_S], [LINK_S, 0.0]]
+    links = NetworkModel([], there, 0.0)
+    assert links.link_between("a", "b") == links.link_between("b", "a") == NodeLink(DEFAULT_LINK_S, 12.5e6)
+    assert links.link_between("b", "c").latency_s > DEFAULT_LINK_S > links.link_between("a", "a").latency_s
+    assert links.link_between("a", "unknown") == NodeLink() and NodeLink().cost_s(HIDDEN_BYTES) == DEFAULT_LINK_S
+    assert NetworkModel().link_costs_s(["a", "b"], 1).tolist() == [[0.0, DEFAULT_LINK_S], [DEFAULT_LINK_S, 0.0]]
 
 
 # Real placement services and fileservers; their inference keys, with the memory, are written by the test.
@@ -227,15 +241,15 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
             raise
 
 
-async def asked(c: Cluster, node: str, verb: str, question: Message, kind: type[T]) -> T:
+async def asked(c: Cluster, node: str, verb: str, question: WireStruct, kind: type[T]) -> T:
     """Return the answer of a node's placement service, once that is live."""
-    return await Ask(c.here.nats)("placement", node, verb, question, kind, MEASURED_S, MEASURED_S)
+    return await RpcClient(c.here.nats)("placement", node, verb, question, kind, MEASURED_S, MEASURED_S)
 
 
 async def shown(c: Cluster, **more: Any) -> list[Preview]:
     """Return the previews of node a, with a little more memory on c than on a and b."""
     await asyncio.gather(c.beat("a", 500), c.beat("b", 500), c.beat("c", 520))
-    question = Place(model=MODEL, **more)
+    question = PlaceCommand(model=MODEL, **more)
     return (await asked(c, "a", "previews", question, Previews)).previews
 
 
@@ -262,19 +276,19 @@ async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: N
                 assert link.round_trip_s > 0 and link.bytes_per_s > 0 and not link.error, link
         then = next(p for p in await shown(c) if len(p.stages) == 2)
         assert all(s.link_measured and s.link_s > 0 for s in then.stages)
-        again = await asked(c, "b", "links", AskLinks(peers=["a", "c", "gone"]), LinksState)
+        again = await asked(c, "b", "links", MeasureLinks(peers=["a", "c", "gone"]), LinksState)
         assert again == states[1]
 
 
 async def test_a_peer_that_does_not_answer_is_published_as_unreachable(own_nats: NatsServer, tmp_path: Path) -> None:
     async with measuring(own_nats, tmp_path) as c:
         (dead,) = free_ports(1)
-        facts = Facts(addresses=[f"127.0.0.1:{dead}"])
-        live = Live(holder=Holder(uid="d", host="elsewhere", pid=1), version=VERSION, facts=facts)
-        await c.here.buckets.live.put(live_key("d", "fileserver"), live)
+        facts = NodeFacts(addresses=[f"127.0.0.1:{dead}"])
+        live = LivenessRecord(holder=ProcessIdentity(uid="d", host="elsewhere", pid=1), version=VERSION, facts=facts)
+        await c.here.buckets.live.put(liveness_key("d", "fileserver"), live)
 
         async def tried() -> LinksState | None:
-            found = await asked(c, "b", "links", AskLinks(peers=["d"]), LinksState)
+            found = await asked(c, "b", "links", MeasureLinks(peers=["d"]), LinksState)
             return found if found.links else None
 
         (link,) = (await eventually(tried, "b has seen d and tried to reach it")).links

@@ -19,14 +19,14 @@ from shoal_common.bus.keys import (
     links_key,
     model_key,
     node_key,
-    part_key,
+    shard_key,
     stage_key,
     storage_key,
 )
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_common.messages.placement import Forget, LinksState, NodeState
-from shoal_common.messages.storage import PartState, StorageState
+from shoal_common.messages.storage import ShardState, StorageState
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import COMMIT, FOLLOW_DEADLINE_S, MODEL, Cluster, cluster_of
@@ -43,12 +43,12 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
         name = f"org/m{number}"
         download = DownloadState(node=node, model=name, phase="fetching", commit=COMMIT)
         await state.put(download_key(node, name), download)
-        await spec.put(download_key(node, name), DownloadSpec(model=name, asked_at_s=1.0))
+        await spec.put(download_key(node, name), DownloadRequest(model=name, requested_at_s=1.0))
         keys += [("state", download_key(node, name)), ("spec", download_key(node, name))]
     await c.hold(node)
     await state.put(storage_key(node), StorageState(node=node))
-    part = PartState(node=node, repo="org/p", commit=COMMIT, layers=[[0, 1]], size_bytes=1, model_bytes=2)
-    await state.put(part_key(node, f"org/p@{COMMIT}"), part)
+    part = ShardState(node=node, repo="org/p", commit=COMMIT, layers=[[0, 1]], size_bytes=1, total_bytes=2)
+    await state.put(shard_key(node, f"org/p@{COMMIT}"), part)
     await state.put(links_key(node), LinksState(node=node))
     stages = [StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate((live, node))]
     instance = InstanceSpec(id=f"on-{node}", repo=MODEL, commit=COMMIT, stages=stages, context_tokens=64)
@@ -57,7 +57,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
     await state.put(stage_key(instance.id, 1), stage)
     waiting = subjects.command("storage", node, "gc")
     consumer = api.ConsumerConfig(
-        durable_name=f"storage-{node}", filter_subject=subjects.commands_of("storage", node)
+        durable_name=f"storage-{node}", filter_subject=subjects.all_commands("storage", node)
     )
     await c.here.js.add_consumer("CMD", consumer)
     await c.here.client.publish(waiting, b"{}")
@@ -65,7 +65,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
         *keys,
         ("state", model_key(node, f"{MODEL}@{COMMIT}")),
         ("state", storage_key(node)),
-        ("state", part_key(node, f"org/p@{COMMIT}")),
+        ("state", shard_key(node, f"org/p@{COMMIT}")),
         ("state", links_key(node)),
         ("state", stage_key(instance.id, 1)),
         ("spec", instance_key(instance.id)),
@@ -145,7 +145,7 @@ async def test_a_node_that_comes_back_in_time_keeps_its_keys(own_nats: NatsServe
     async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **NEVER):
         await c.beat("a", 400)
         keys = await leave_traces(c, "night", "a")
-        assert (await wait_node_down(c, "night")).silent_since_s > 0
+        assert (await wait_node_down(c, "night")).down_since_s > 0
         await c.beat("night", 400)
 
         async def is_back() -> bool:

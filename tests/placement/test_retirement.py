@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.bus.keys import download_key, links_key, model_key, part_key, stage_key, storage_key
+from shoal_common.bus.keys import download_key, links_key, model_key, shard_key, stage_key, storage_key
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_common.messages.placement import NodeState
-from shoal_placement.leader.retirement import named_by, reconcile
+from shoal_placement.leader.retirement import keys_by_node, plan_retirement
 
 NODES = st.sampled_from("abcdef")
 SETS = st.frozensets(NODES)
@@ -19,17 +19,17 @@ NOW_S, AFTER_S = 1000.0, 100.0
 def test_I8_exactly_those_that_are_down_and_due_are_retired(
     named: frozenset[str], live: frozenset[str], told: dict[str, tuple[float, bool]]
 ) -> None:
-    said = {n: NodeState(node=n, silent_since_s=since_s, forgotten=f) for n, (since_s, f) in told.items()}
-    actions = reconcile(named, live, said, NOW_S, AFTER_S)
-    due = {n for n, s in said.items() if s.forgotten or NOW_S - s.silent_since_s >= AFTER_S}
+    said = {n: NodeState(node=n, down_since_s=since_s, forget_requested=f) for n, (since_s, f) in told.items()}
+    actions = plan_retirement(named, live, said, NOW_S, AFTER_S)
+    due = {n for n, s in said.items() if s.forget_requested or NOW_S - s.down_since_s >= AFTER_S}
     assert {s.node for s in actions.retire} == due - live
-    assert {s.node for s in actions.silent} == named - live - said.keys()
-    assert all(s.silent_since_s == NOW_S and not s.forgotten for s in actions.silent)
-    assert set(actions.clear) == said.keys() & live | said.keys() - named - due
-    waits = said.keys() - live - due - set(actions.clear)
-    if waits or actions.silent:
+    assert {s.node for s in actions.publish_down} == named - live - said.keys()
+    assert all(s.down_since_s == NOW_S and not s.forget_requested for s in actions.publish_down)
+    assert set(actions.clear_down) == said.keys() & live | said.keys() - named - due
+    waits = said.keys() - live - due - set(actions.clear_down)
+    if waits or actions.publish_down:
         assert actions.wake_s is not None and actions.wake_s > 0
-        assert actions.wake_s <= min([said[n].silent_since_s + AFTER_S - NOW_S for n in waits], default=AFTER_S)
+        assert actions.wake_s <= min([said[n].down_since_s + AFTER_S - NOW_S for n in waits], default=AFTER_S)
     else:
         assert actions.wake_s is None, "a cluster in which everybody is there is not looked at again"
 
@@ -38,12 +38,14 @@ def test_I8_exactly_those_that_are_down_and_due_are_retired(
 def test_what_was_done_needs_no_doing_again(
     named: frozenset[str], live: frozenset[str], told: dict[str, float]
 ) -> None:
-    said = {n: NodeState(node=n, silent_since_s=s) for n, s in told.items()}
-    once = reconcile(named, live, said, NOW_S, AFTER_S)
+    said = {n: NodeState(node=n, down_since_s=s) for n, s in told.items()}
+    once = plan_retirement(named, live, said, NOW_S, AFTER_S)
     gone = {s.node for s in once.retire}
-    after = {n: s for n, s in said.items() if n not in {*once.clear, *gone}} | {s.node: s for s in once.silent}
-    again = reconcile(named - gone, live, after, NOW_S, AFTER_S)
-    assert (again.silent, again.clear, again.retire) == ([], [], [])
+    after = {n: s for n, s in said.items() if n not in {*once.clear_down, *gone}} | {
+        s.node: s for s in once.publish_down
+    }
+    again = plan_retirement(named - gone, live, after, NOW_S, AFTER_S)
+    assert (again.publish_down, again.clear_down, again.retire) == ([], [], [])
 
 
 def test_the_keys_that_name_a_node_are_found_and_no_others() -> None:
@@ -55,11 +57,11 @@ def test_the_keys_that_name_a_node_are_found_and_no_others() -> None:
         context_tokens=1,
         stages=[StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate("ba")],
     )
-    of_a = [storage_key("a"), model_key("a", "org/m@c"), part_key("a", "org/m@c"), links_key("a")]
+    of_a = [storage_key("a"), model_key("a", "org/m@c"), shard_key("a", "org/m@c"), links_key("a")]
     of_a.append(download_key("a", "org/m"))
     others = ["node.a", "instance.a", storage_key("ab"), model_key("b", "a/a@a"), "download", "leader.placement"]
     spec_keys = [download_key("a", "org/m"), download_key("b", "a/a"), "instance.i"]
-    found = named_by(spec_keys, of_a + others, [spread], [(stage_key("i", 1), stage)])
+    found = keys_by_node(spec_keys, of_a + others, [spread], [(stage_key("i", 1), stage)])
     assert found.keys() == {"a", "b", "ab", ""}
     assert found["a"].spec == [download_key("a", "org/m")]
     assert sorted(found["a"].state) == sorted([*of_a, stage_key("i", 1)])

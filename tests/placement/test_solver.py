@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_placement.solver import Layout, Need, Room, problem_of, slice_bytes, solved
+from shoal_placement.solver import Layout, ModelNeed, NodeCapacity, build_problem, slice_bytes, solve_balanced
 
 SIZES = st.integers(1, 30)
 
 
 @st.composite
-def needs(draw: st.DrawFn, most_layers: int = 6) -> Need:
+def needs(draw: st.DrawFn, most_layers: int = 6) -> ModelNeed:
     embed = draw(st.integers(0, 20))
     tied = draw(st.booleans())
-    return Need(
+    return ModelNeed(
         layer_bytes=draw(st.lists(SIZES, min_size=1, max_size=most_layers)),
         embed_bytes=embed,
         head_bytes=draw(st.integers(0, 20)) + (embed if tied else 0),
@@ -28,16 +28,16 @@ def needs(draw: st.DrawFn, most_layers: int = 6) -> Need:
 
 
 @st.composite
-def node_capacities(draw: st.DrawFn, most: int = 4, least: int = 1) -> list[Room]:
+def node_capacities(draw: st.DrawFn, most: int = 4, least: int = 1) -> list[NodeCapacity]:
     count = draw(st.integers(least, most))
-    return [Room(f"node-{i}", draw(st.integers(-5, 120)), draw(st.booleans())) for i in range(count)]
+    return [NodeCapacity(f"node-{i}", draw(st.integers(-5, 120)), draw(st.booleans())) for i in range(count)]
 
 
-def solve(need: Need, cluster: list[Room], min_nodes: int, max_nodes: int) -> Layout | None:
-    return solved(problem_of(need, cluster, min_nodes, max_nodes))
+def solve(need: ModelNeed, cluster: list[NodeCapacity], min_nodes: int, max_nodes: int) -> Layout | None:
+    return solve_balanced(build_problem(need, cluster, min_nodes, max_nodes))
 
 
-def check(need: Need, order: Sequence[Room], layout: Layout) -> None:
+def check(need: ModelNeed, order: Sequence[NodeCapacity], layout: Layout) -> None:
     """Check that each layer is covered once and in order, each stage has at least one, and every stage fits."""
     by_node = {r.node: r for r in order}
     assert [s.first for s in layout.slices] == [0, *(s.last for s in layout.slices[:-1])]
@@ -46,27 +46,27 @@ def check(need: Need, order: Sequence[Room], layout: Layout) -> None:
     for s in layout.slices:
         assert s.first < s.last
         assert s.bytes == slice_bytes(need, s.first, s.last) <= by_node[s.node].free_bytes
-    assert layout.fullest == max(s.bytes / by_node[s.node].free_bytes for s in layout.slices) <= 1
+    assert layout.max_memory_share == max(s.bytes / by_node[s.node].free_bytes for s in layout.slices) <= 1
 
 
 @settings(max_examples=200, deadline=None)
 @given(needs(), node_capacities(), st.integers(1, 4), st.integers(1, 5))
-def test_what_is_placed_fits(need: Need, cluster: list[Room], min_nodes: int, max_nodes: int) -> None:
+def test_what_is_placed_fits(need: ModelNeed, cluster: list[NodeCapacity], min_nodes: int, max_nodes: int) -> None:
     layout = solve(need, cluster, min_nodes, max_nodes)
     if layout is not None:
         assert min_nodes <= len(layout.slices) <= max_nodes
         check(need, cluster, layout)
 
 
-def plain(model: int, layers: int) -> Need:
+def plain(model: int, layers: int) -> ModelNeed:
     """Return a model without embedding, head or overhead, in units that divide evenly."""
     assert model * 100 % layers == 0
-    return Need(layer_bytes=[model * 100 // layers] * layers)
+    return ModelNeed(layer_bytes=[model * 100 // layers] * layers)
 
 
 def counts(memory: Sequence[int], model: int, layers: int, min_nodes: int = 1) -> list[int] | None:
     """Return layers by node, in the order of `memory`, which is in the unit of `model`; None if refused."""
-    cluster = [Room(f"node-{i}", m * 100) for i, m in enumerate(memory)]
+    cluster = [NodeCapacity(f"node-{i}", m * 100) for i, m in enumerate(memory)]
     layout = solve(plain(model, layers), cluster, min_nodes, 16)
     if layout is None:
         return None
@@ -120,48 +120,51 @@ def test_two_layers_of_11_fit_22_exactly_if_nothing_else_does() -> None:
 
 
 def test_a_faster_node_is_taken_though_another_has_more_memory() -> None:
-    need, large = plain(1000, 10), Room("large", 400_000)
-    layout = solve(need, [large, Room("fast", 100_000, s_per_byte=large.s_per_byte / 2)], 1, 16)
+    need, large = plain(1000, 10), NodeCapacity("large", 400_000)
+    layout = solve(need, [large, NodeCapacity("fast", 100_000, s_per_byte=large.s_per_byte / 2)], 1, 16)
     assert layout is not None
     assert [s.node for s in layout.slices] == ["fast"]
 
 
 def test_a_node_that_holds_the_model_is_taken_even_if_smaller() -> None:
-    layout = solve(plain(1000, 10), [Room("big", 200_000), Room("holder", 100_000, True)], 1, 16)
+    layout = solve(plain(1000, 10), [NodeCapacity("big", 200_000), NodeCapacity("holder", 100_000, True)], 1, 16)
     assert layout is not None
     assert [s.node for s in layout.slices] == ["holder"]
 
 
 def test_a_node_that_is_much_faster_is_worth_a_download() -> None:
-    holder = Room("holder", 100_000, True)
-    layout = solve(plain(1000, 10), [Room("fast", 100_000, s_per_byte=holder.s_per_byte / 2), holder], 1, 16)
+    holder = NodeCapacity("holder", 100_000, True)
+    layout = solve(plain(1000, 10), [NodeCapacity("fast", 100_000, s_per_byte=holder.s_per_byte / 2), holder], 1, 16)
     assert layout is not None
     assert [s.node for s in layout.slices] == ["fast"]
 
 
 def test_a_holder_too_small_alone_is_used_beside_the_largest() -> None:
-    cluster = [Room("a", 80_000), Room("b", 60_000), Room("holder", 50_000, True)]
+    cluster = [NodeCapacity("a", 80_000), NodeCapacity("b", 60_000), NodeCapacity("holder", 50_000, True)]
     layout = solve(plain(1000, 10), cluster, 2, 16)
     assert layout is not None
     assert {s.node for s in layout.slices} == {"a", "holder"}
 
 
 def test_a_tied_head_counts_once_where_the_embedding_is() -> None:
-    need = Need(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105, tied=True)
+    need = ModelNeed(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105, tied=True)
     assert slice_bytes(need, 0, 2) == 20 + 105
     assert (slice_bytes(need, 0, 1), slice_bytes(need, 1, 2)) == (10 + 100, 10 + 105)
-    assert solve(need, [Room("a", 125)], 1, 1) is not None
-    assert solve(Need(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105), [Room("a", 125)], 1, 1) is None
+    assert solve(need, [NodeCapacity("a", 125)], 1, 1) is not None
+    assert (
+        solve(ModelNeed(layer_bytes=[10, 10], embed_bytes=100, head_bytes=105), [NodeCapacity("a", 125)], 1, 1)
+        is None
+    )
 
 
 def test_no_more_stages_than_layers() -> None:
-    assert solve(plain(100, 2), [Room(f"n{i}", 10**6) for i in range(5)], 3, 16) is None
+    assert solve(plain(100, 2), [NodeCapacity(f"n{i}", 10**6) for i in range(5)], 3, 16) is None
 
 
 def test_a_large_cluster_is_solved() -> None:
     chance = random.Random(7)
-    cluster = [Room(f"node-{i}", chance.randrange(4, 64) << 30, chance.random() < 0.1) for i in range(1000)]
-    need = Need(layer_bytes=[5 << 30] * 80, embed_bytes=2 << 30, head_bytes=2 << 30, stage_bytes=96 << 20)
+    cluster = [NodeCapacity(f"node-{i}", chance.randrange(4, 64) << 30, chance.random() < 0.1) for i in range(1000)]
+    need = ModelNeed(layer_bytes=[5 << 30] * 80, embed_bytes=2 << 30, head_bytes=2 << 30, stage_bytes=96 << 20)
     layout = solve(need, cluster, 1, 16)
     assert layout is not None
     check(need, cluster, layout)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.storage.crash_child_model import STAYS
-from tests.storage.store_fixtures import Store
+from tests.storage.store_fixtures import StoreFixture
 
 
 def report(what: str) -> None:
@@ -20,7 +20,7 @@ def report(what: str) -> None:
 
 def main(root: Path) -> None:
     """Create, create, end."""
-    store = Store(root)
+    store = StoreFixture(root)
     first = store.lease(STAYS, "first")
     report("made first")
     store.lease(STAYS, "second")

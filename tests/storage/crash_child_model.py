@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from tests.storage.store_fixtures import Model, Store, put
+from tests.storage.store_fixtures import Model, StoreFixture, put
 
 STAYS = Model("org/stays", {"shared.bin": b"both have these" * 20, "own.bin": b"s" * LEAF_BYTES + b"o" * 500})
 LEAVES = Model(
@@ -26,7 +26,7 @@ def acknowledge(what: str, which: str) -> None:
     os.write(1, f"{what} {which}\n".encode())
 
 
-def bring_in(store: Store, model: Model) -> None:
+def bring_in(store: StoreFixture, model: Model) -> None:
     """Reserve, receive, commit and seal a model, printing each step."""
     for blob in store.reserve(model):
         acknowledge("reserved", blob)
@@ -38,8 +38,8 @@ def bring_in(store: Store, model: Model) -> None:
 
 def main(root: Path, further: Path | None = None) -> None:
     """Download two models that share a blob, delete one of them, reserve another one."""
-    store = Store(root, further)
-    store.onto = next(iter(store.disk.further), "")
+    store = StoreFixture(root, further)
+    store.onto = next(iter(store.disk.volumes), "")
     bring_in(store, STAYS)
     bring_in(store, LEAVES)
     store.delete(LEAVES)

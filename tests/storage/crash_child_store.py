@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal_storage.files.metadata_files import Keeping
+from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.integrity.repair import keep_good_leaves
-from shoal_storage.ledger.completeness import having, lose
+from shoal_storage.integrity.repair import record_good_leaves
+from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
-from tests.storage.store_fixtures import Model, Store, claimed_leaves, put, put_missing, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, claimed_leaves, put, put_missing, sha256
 from tests.storage.syscall_tracer import Call, seen
 
 Acknowledge = Callable[[str, str], None]
@@ -28,9 +28,9 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
 
     All blobs are on a volume if there is one.
     """
-    store = Store(root, further)
-    store.onto = next(iter(store.disk.further), "")
-    keeping = Keeping(store.layout, store.ledger)
+    store = StoreFixture(root, further)
+    store.onto = next(iter(store.disk.volumes), "")
+    keeping = MetadataFiles(store.layout, store.ledger)
     bring_in(store, STAYS, acknowledge)
     keeping.pin(STAYS.name)
     acknowledge("pinned", STAYS.name)
@@ -40,12 +40,12 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     acknowledge("setting-aside", ROTTEN)
     rot(store, ROTTEN, acknowledge)
     bring_in(store, STAYS, acknowledge)  # by leaf
-    store.layout.leaves(ROTTEN).unlink()  # as in a store from before leaf hashes existed
+    store.layout.leaf_list(ROTTEN).unlink()  # as in a store from before leaf hashes existed
     rot(store, ROTTEN, acknowledge)
     assert store.end(lease)
     bring_in(store, STAYS, acknowledge)  # the whole blob
     rot(store, ROTTEN, acknowledge)
-    store.disk.drop_set_aside(ROTTEN)
+    store.disk.delete_quarantined(ROTTEN)
     acknowledge("dropped", ROTTEN)
     bring_in(store, STAYS, acknowledge)
     acknowledge("deleting", LEAVES.name)
@@ -55,7 +55,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     for blob in store.reserve(COMES):
         acknowledge("reserved", blob)
         acknowledge("releasing", blob)
-        store.disk.remove_partial(blob)
+        store.disk.delete_partial(blob)
         del store.ledger.partials[blob]
         acknowledge("released", blob)
     acknowledge("unpinning", STAYS.name)
@@ -63,7 +63,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     acknowledge("unpinned", STAYS.name)
 
 
-def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
+def bring_in(store: StoreFixture, model: Model, acknowledge: Acknowledge) -> None:
     """Reserve, receive, commit, seal."""
     acknowledge("reserving", model.name)
     for blob in store.reserve(model):
@@ -73,27 +73,29 @@ def bring_in(store: Store, model: Model, acknowledge: Acknowledge) -> None:
         put_missing(store.layout, blob, model.blobs[blob])
         acknowledge("committed", store.commit(blob))
     store.seal(model)
-    store.ledger.broken.pop(model.name, None)
+    store.ledger.incomplete.pop(model.name, None)
     acknowledge("sealed", model.name)
 
 
-def rot(store: Store, blob: str, acknowledge: Acknowledge) -> None:
+def rot(store: StoreFixture, blob: str, acknowledge: Acknowledge) -> None:
     """Change the first leaf of a blob on disk, verify the blob and quarantine it."""
     acknowledge("setting-aside", blob)
     path = store.layout.blob(blob)
     path.chmod(0o644)
     with path.open("r+b") as f:
         f.write(b"?")
-    checked = blob_check.check(store.disk, blob, lambda _: None)
+    checked = blob_check.hash_blob(store.disk, blob, lambda _: None)
     assert checked is not None and not checked.intact
-    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger), store.ledger.leases.values())
-    lose({blob}, store.ledger)
+    assert quarantine.quarantine_blob(
+        store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.leases.values()
+    )
+    mark_incomplete({blob}, store.ledger)
     acknowledge("quarantined", blob)
-    if keep_good_leaves(store.disk, checked):
+    if record_good_leaves(store.disk, checked):
         acknowledge("kept-good", blob)
 
 
-def bring_back_one_blob(store: Store, acknowledge: Acknowledge) -> None:
+def bring_back_one_blob(store: StoreFixture, acknowledge: Acknowledge) -> None:
     """Download the first blob of a deleted model again, and nothing more of it."""
     acknowledge("reserving", LEAVES.name)
     blobs = store.reserve(LEAVES)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal_storage.files import leaf_hash_file
-from shoal_storage.files.metadata_files import Keeping
+from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.integrity.repair import keep_good_leaves
-from shoal_storage.ledger.completeness import having, lose
+from shoal_storage.integrity.repair import record_good_leaves
+from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.store.views import build_view
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.crash_child_store import ROTTEN
-from tests.storage.store_fixtures import Store, check_invariants, claimed_leaves, sha256
+from tests.storage.store_fixtures import StoreFixture, check_invariants, claimed_leaves, sha256
 
 MODELS = (STAYS, LEAVES, COMES)
 OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
@@ -20,14 +20,16 @@ OWN = {*LEAVES.blobs, *LEAVES.sealed.blob_sizes} - set(STAYS.blobs)
 CALLED = {blob: sha256(data) for m in MODELS for blob, data in m.blobs.items()}
 
 
-def verify_blob(store: Store, blob: str) -> None:
+def verify_blob(store: StoreFixture, blob: str) -> None:
     """Do what the verifier does, in case the change of the blob has reached the disk."""
-    checked = blob_check.check(store.disk, blob, lambda _: None)
+    checked = blob_check.hash_blob(store.disk, blob, lambda _: None)
     assert checked is not None
     if not checked.intact:
-        assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger), store.ledger.leases.values())
-        lose({blob}, store.ledger)
-        keep_good_leaves(store.disk, checked)
+        assert quarantine.quarantine_blob(
+            store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.leases.values()
+        )
+        mark_incomplete({blob}, store.ledger)
+        record_good_leaves(store.disk, checked)
 
 
 class Acknowledged:
@@ -92,8 +94,8 @@ class Acknowledged:
             return
         rotten = "" if STAYS.name in self.models else ROTTEN
         check_invariants(root, rotten, further)
-        store = Store(root, further)
-        store.onto = next(iter(store.disk.further), "")
+        store = StoreFixture(root, further)
+        store.onto = next(iter(store.disk.volumes), "")
         check_invariants(root, rotten, further)
         ledger = store.ledger
         if rotten in ledger.blobs:
@@ -101,7 +103,7 @@ class Acknowledged:
         for blob in self.promised:
             assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
         assert not self.here - set(ledger.blobs), "committed and lost"
-        assert all(leaf_hash_file.proves(store.layout, blob) for blob in self.here), (
+        assert all(leaf_hash_file.is_verified(store.layout, blob) for blob in self.here), (
             "committed, and nothing proves it"
         )
         for model in MODELS:
@@ -109,8 +111,8 @@ class Acknowledged:
                 claimed_leaves(store.layout.partial(blob), data)
         assert not self.gone & {*ledger.blobs, *ledger.partials}, "gone and come back"
         assert not self.models - set(ledger.manifests), "sealed and lost"
-        assert not self.deleted & set(ledger.on_disk), "deleted and come back"
-        keeping = Keeping(store.layout, ledger)
+        assert not self.deleted & set(ledger.stored_manifests), "deleted and come back"
+        keeping = MetadataFiles(store.layout, ledger)
         keeping.read()
         assert self.pinned <= ledger.pinned <= self.may_be_pinned, f"pinned: {ledger.pinned}"
         assert not any(store.layout.tombs.iterdir()), "what was begun is not finished"

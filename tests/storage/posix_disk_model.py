@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from shoal_common.store.store_paths import Layout
-from shoal_storage.files.volume_paths import StoreLayout
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.files.volume_paths import VolumePaths
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.store_fixtures import Model
 from tests.storage.syscall_tracer import Call
@@ -123,7 +123,7 @@ class StrictDisk:
         return isinstance(node, Directory) or not node.dirty
 
 
-class Paths(StoreLayout):
+class Paths(VolumePaths):
     """The paths of a store with all blobs on a volume, or without volumes."""
 
     def __init__(self, root: str, has_further: bool) -> None:
@@ -132,15 +132,15 @@ class Paths(StoreLayout):
         self._at = ""
         if has_further:
             self._at = "further"
-            self.add(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
-            self.versions.append(self.of(self._at).version)
+            self.add_volume(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
+            self.versions.append(self.volume(self._at).version)
 
-    def _volume_of(self, blob: str) -> Layout:
-        return self.of(self._at)
+    def _volume_of(self, blob: str) -> StorePaths:
+        return self.volume(self._at)
 
     def blob(self, sha256: str) -> PurePath:  # type: ignore[override]  # the same
         """The file of a blob."""
-        return self.blob_in(self._at, sha256)
+        return self.blob_on(self._at, sha256)
 
 
 def violations(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _acknowledged(disk: StrictDisk, lay: Paths, what: str, which: str, renamed: 
     for path in gone:
         if disk.may_be(path):
             yield f"{path.relative_to(lay.root.parent)} may come back"
-    if what == "reserved" and len(lay.versions) > 1 and not disk.remembers(lay.further):
+    if what == "reserved" and len(lay.versions) > 1 and not disk.remembers(lay.volumes):
         yield "where the further root is may be forgotten"
 
 
@@ -211,7 +211,7 @@ def _of_a_blob(lay: Paths, what: str, which: str, renamed: list[Call]) -> tuple[
     if what == "committed":
         # DESIGN §7: both directories of the rename.
         gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
-        return [*lay.versions, lay.blob(which), lay.leaves(which)], [*gone, *aside]
+        return [*lay.versions, lay.blob(which), lay.leaf_list(which)], [*gone, *aside]
     if what == "quarantined":
         views = [
             lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which

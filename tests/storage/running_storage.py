@@ -11,28 +11,28 @@ from typing import Any, TypeVar
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.messages import decode, encode
-from shoal_common.messages.downloads import Withdraw
-from shoal_common.messages.envelope import Command, Done, Outcome
-from shoal_common.messages.leases import AskLease, Leased, Unlease
+from shoal_common.messages.downloads import StopDownloads
+from shoal_common.messages.envelope import Command, Empty, Outcome
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import (
-    AskPlan,
-    AskRoom,
+    CheckSpace,
     CommitBlob,
-    Committed,
+    CommittedBlob,
     Delete,
     EvictionPlan,
     ModelState,
-    NoteUse,
+    PlanEviction,
+    RecordUse,
     Release,
     Reserve,
-    Reserved,
-    RoomLeft,
+    ReserveResult,
     SealModel,
+    SpaceCheck,
     StorageState,
 )
-from shoal_common.rpc.request_reply import Ask, Question, serve
-from shoal_common.store.store_paths import Layout
+from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
+from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
 from tests.storage.store_fixtures import Model, put
@@ -48,9 +48,9 @@ class Node:
 
     def __init__(self, here: Joined, server: NatsServer, home: Path, node: str) -> None:
         self.here, self.home, self.node, self._server = here, home, node, server
-        self.layout = Layout(home / "store")
-        self.withdrawn: list[Withdraw] = []
-        self._ask = Ask(here.nats)
+        self.layout = StorePaths(home / "store")
+        self.withdrawn: list[StopDownloads] = []
+        self._ask = RpcClient(here.nats)
 
     @asynccontextmanager
     async def storage(self, **environ: str) -> AsyncIterator[Process]:
@@ -65,12 +65,12 @@ class Node:
     async def fetcher(self) -> AsyncIterator[None]:
         """Answer `withdraw` in place of the fetcher and record the requests."""
 
-        async def withdraw(question: Withdraw) -> Done:
+        async def withdraw(question: StopDownloads) -> Empty:
             self.withdrawn.append(question)
-            return Done()
+            return Empty()
 
         stopping = asyncio.Event()
-        questions = {"withdraw": Question(Withdraw, withdraw)}
+        questions = {"withdraw": RpcEndpoint(StopDownloads, withdraw)}
         serving = asyncio.create_task(serve(self.here.nats, "fetcher", self.node, questions, stopping))
         try:
             yield
@@ -82,17 +82,17 @@ class Node:
         """Send a request to storage."""
         return await self._ask("storage", self.node, verb, question, kind, ASK_DEADLINE_S, PATIENCE_S)
 
-    async def reserve(self, manifest: Manifest) -> Reserved:
+    async def reserve(self, manifest: Manifest) -> ReserveResult:
         """storage.reserve"""
-        return await self.ask("reserve", Reserve(manifest=manifest), Reserved)
+        return await self.ask("reserve", Reserve(manifest=manifest), ReserveResult)
 
     async def release(self, manifest: Manifest) -> None:
         """storage.release"""
-        await self.ask("release", Release(manifest=manifest), Done)
+        await self.ask("release", Release(manifest=manifest), Empty)
 
-    async def commit(self, blob: str, root: str = "") -> Committed:
+    async def commit(self, blob: str, root: str = "") -> CommittedBlob:
         """storage.commit"""
-        return await self.ask("commit", CommitBlob(blob=blob, root=root), Committed)
+        return await self.ask("commit", CommitBlob(blob=blob, leaf_list_digest=root), CommittedBlob)
 
     async def seal(self, manifest: Manifest) -> ModelState:
         """storage.seal"""
@@ -125,23 +125,23 @@ class Node:
 
     async def plan(self, need_bytes: int) -> EvictionPlan:
         """storage.plan"""
-        return await self.ask("plan", AskPlan(need_bytes=need_bytes), EvictionPlan)
+        return await self.ask("plan", PlanEviction(need_bytes=need_bytes), EvictionPlan)
 
-    async def ask_room(self, model: str) -> RoomLeft:
+    async def ask_room(self, model: str) -> SpaceCheck:
         """storage.room"""
-        return await self.ask("room", AskRoom(model=model), RoomLeft)
+        return await self.ask("room", CheckSpace(model=model), SpaceCheck)
 
-    async def lease(self, model: str, holder: str = "a test", instance: str = "") -> Leased:
+    async def lease(self, model: str, holder: str = "a test", instance: str = "") -> LeaseGrant:
         """storage.lease"""
-        return await self.ask("lease", AskLease(model=model, holder=holder, instance=instance), Leased)
+        return await self.ask("lease", AcquireLease(model=model, holder=holder, instance=instance), LeaseGrant)
 
     async def unlease(self, lease: str) -> None:
         """storage.unlease"""
-        await self.ask("unlease", Unlease(id=lease), Done)
+        await self.ask("unlease", ReleaseLease(id=lease), Empty)
 
     async def use(self, *models: Model) -> None:
         """storage.used"""
-        await self.ask("used", NoteUse(models=[m.name for m in models]), Done)
+        await self.ask("used", RecordUse(models=[m.name for m in models]), Empty)
 
     async def model_state(self, model: Model) -> ModelState | None:
         """The published state of a model on this node."""

@@ -15,22 +15,22 @@ from shoal_common.errors import BadMessage
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
-from shoal_common.store.leaf_hash import leaf_hash, root_of
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
+from shoal_common.store.store_paths import StorePaths
 from shoal_storage.admission.admission import admit
-from shoal_storage.admission.allocator import Space
-from shoal_storage.integrity.quarantine import set_aside_earlier
-from shoal_storage.integrity.repair import make_partial, repairable_bytes
+from shoal_storage.admission.allocator import VolumeSpace
+from shoal_storage.integrity.quarantine import quarantined_blobs
+from shoal_storage.integrity.repair import create_partial, repairable_bytes
 from shoal_storage.leases import lease_files
-from shoal_storage.ledger.entries import Partial
-from shoal_storage.ledger.lease import GRACE_S, Lease
-from shoal_storage.ledger.references import freed_by
-from shoal_storage.settings import Limits
-from shoal_storage.startup import recover
-from shoal_storage.store.store import Disk, require_present
-from shoal_storage.store.volume import open_root, remember
+from shoal_storage.ledger.entries import PartialBlobInfo
+from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease
+from shoal_storage.ledger.references import blobs_freed_by
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import recover_store
+from shoal_storage.store.store import Store, require_all_blobs
+from shoal_storage.store.volume import open_volume, record_volume
 
-UNLIMITED = Limits(quota_bytes=None, headroom_bytes=0)
+UNLIMITED = StorageSettings(quota_bytes=None, headroom_bytes=0)
 
 
 def sha256(data: bytes) -> str:
@@ -78,7 +78,7 @@ class Model:
     @property
     def kept(self) -> Manifest:
         """The sealed manifest with leaf list digests, as kept by a service that has hashed every leaf."""
-        files = [structs.replace(f, leaves=root_of(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
+        files = [structs.replace(f, leaves=hash_leaf_list(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
         return structs.replace(self.sealed, files=files)
 
     @property
@@ -92,7 +92,7 @@ class Model:
         return {f.blob: self.bytes[f.path] for f in self.manifest.files}
 
 
-def put_missing(layout: Layout, blob: str, data: bytes) -> set[int]:
+def put_missing(layout: StorePaths, blob: str, data: bytes) -> set[int]:
     """Write the leaves that a partial blob lacks, as the fetcher does, and return them."""
     directory = layout.partial(blob)
     missing = set(range(leaf_count(len(data)))) - claimed_leaves(directory, data)
@@ -109,62 +109,65 @@ def claimed_leaves(directory: Path, data: bytes) -> set[int]:
         claimed, here = Bitmap(len(data), (directory / "have").read_bytes()), (directory / "data").read_bytes()
     except FileNotFoundError:
         return set()
-    leaves = {leaf for leaf in range(claimed.leaves) if leaf in claimed}
+    leaves = {leaf for leaf in range(claimed.leaf_count) if leaf in claimed}
     for leaf in leaves:
         at = slice(leaf * LEAF_BYTES, leaf * LEAF_BYTES + claimed.leaf_bytes(leaf))
         assert here[at] == data[at], f"leaf {leaf} of {directory.name[:12]} is claimed, and it is not good"
     return leaves
 
 
-def put(layout: Layout, blob: str, data: bytes) -> None:
+def put(layout: StorePaths, blob: str, data: bytes) -> None:
     """Write all bytes into a partial blob and a complete bitmap, as the fetcher does."""
     directory = layout.partial(blob)
     with (directory / "data").open("r+b") as f:
         f.write(data)
     bitmap = Bitmap(len(data))
-    for leaf in range(bitmap.leaves):
+    for leaf in range(bitmap.leaf_count):
         bitmap.add(leaf)
     (directory / "have").write_bytes(bitmap.to_bytes())
 
 
-class Store:
+class StoreFixture:
     """A disk and its ledger, driven as the service drives them."""
 
     def __init__(self, root: Path, further: Path | None = None) -> None:
         self.root = root
-        self.disk = Disk(root)
+        self.disk = Store(root)
         self.layout = self.disk.layout
         self.disk.open()
         self.onto = ""
         """The volume to which blobs go from now on; "" for the store itself."""
         if further is not None:
             self.join(further)
-        self.ledger = recover(self.disk, lease_files.read(self.disk, time.monotonic(), time.time()))
-        self.ledger.quarantined = set_aside_earlier(self.disk)
+        self.ledger = recover_store(self.disk, lease_files.read_leases(self.disk, time.monotonic(), time.time()))
+        self.ledger.quarantined = quarantined_blobs(self.disk)
 
     def join(self, further: Path) -> str:
         """Attach a volume; at a start, before anything is read. Returns its id."""
-        opened = open_root(self.layout, further)
-        remember(self.layout, opened)
-        self.disk.join(opened)
+        opened = open_volume(self.layout, further)
+        record_volume(self.layout, opened)
+        self.disk.attach_volume(opened)
         return opened.id
 
     def reserve(self, model: Model) -> list[str]:
         """Reserve what is missing and return it."""
         # Both are on one disk here, which storage would count once; with plenty of space it makes no difference.
-        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_root
-        spaces = [Space(further, str(lay.root), free, in_flight[further]) for further, lay in self.layout.all()]
+        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_volume
+        spaces = [
+            VolumeSpace(further, str(lay.root), free, in_flight[further])
+            for further, lay in self.layout.each_volume()
+        ]
         missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
         for blob in missing:
             if blob not in self.ledger.partials:
                 bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
-                self.disk.place(blob, self.layout.where.get(blob, "") if bound else self.onto)
-            partial = self.ledger.partials.setdefault(blob, Partial(model.manifest.blob_sizes[blob]))
+                self.disk.set_volume(blob, self.layout.volume_by_blob.get(blob, "") if bound else self.onto)
+            partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(model.manifest.blob_sizes[blob]))
             partial.models.add(model.name)
             if self.disk.has_partial(blob):
                 self.disk.write_partial(blob, partial.size_bytes, partial.models)
             else:
-                make_partial(self.disk, blob, partial.size_bytes, partial.models)
+                create_partial(self.disk, blob, partial.size_bytes, partial.models)
             claimed_leaves(self.layout.partial(blob), model.blobs[blob])
         return missing
 
@@ -185,36 +188,36 @@ class Store:
 
     def seal(self, model: Model) -> None:
         """Seal a model whose blobs are present."""
-        require_present(model.sealed, self.ledger)
+        require_all_blobs(model.sealed, self.ledger)
         self.disk.seal(model.sealed)
         self.ledger.manifests[model.name] = model.sealed
 
     def delete(self, model: Model) -> None:
         """Delete a model."""
-        blobs = freed_by(model.name, self.ledger)
-        self.disk.entomb(model.manifest.repo, model.manifest.commit)
-        self.disk.clear(model.manifest.repo, model.manifest.commit, blobs)
+        blobs = blobs_freed_by(model.name, self.ledger)
+        self.disk.begin_delete(model.manifest.repo, model.manifest.commit)
+        self.disk.finish_delete(model.manifest.repo, model.manifest.commit, blobs)
         self.ledger.manifests.pop(model.name, None)
         for blob in blobs:
             del self.ledger.blobs[blob]
 
-    def lease(self, model: Model, name: str) -> Lease:
+    def lease(self, model: Model, name: str) -> ModelLease:
         """Create a lease on a model; nobody holds it yet."""
         files = {f.path: f.sha256 for f in model.sealed.files}
-        until_s = time.monotonic() + GRACE_S
-        lease = Lease(name, model.name, "a test", "", time.time(), files, until_s)
-        lease_files.make(self.disk, lease)
+        until_s = time.monotonic() + LOCK_DEADLINE_S
+        lease = ModelLease(name, model.name, "a test", "", time.time(), files, until_s)
+        lease_files.create_lease(self.disk, lease)
         self.ledger.leases[name] = lease
         return lease
 
-    def end(self, lease: Lease) -> bool:
+    def end(self, lease: ModelLease) -> bool:
         """Remove a lease unless somebody holds it."""
-        if not lease_files.remove(self.disk, lease.id):
+        if not lease_files.remove_unless_held(self.disk, lease.id):
             return False
         del self.ledger.leases[lease.id]
         return True
 
-    def leased_view_is_complete(self, lease: Lease, model: Model) -> bool:
+    def leased_view_is_complete(self, lease: ModelLease, model: Model) -> bool:
         """Whether every file of a lease's view has the right bytes."""
         view = self.layout.lease_view(lease.id)
         return all((view / path).read_bytes() == data for path, data in model.bytes.items())
@@ -232,8 +235,8 @@ def check_invariants(root: Path, rotten: str = "", further: Path | None = None) 
 
     A blob that the disk itself has corrupted, `rotten`, is exempt until it is verified.
     """
-    layout = Layout(root)
-    roots = [layout, *([Layout(further)] if further else [])]
+    layout = StorePaths(root)
+    roots = [layout, *([StorePaths(further)] if further else [])]
     for path in [p for its in roots for p in its.blobs.glob("*/*")]:
         if path.name != rotten and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
             assert sha256(path.read_bytes()) == path.name, f"I1: {path.name} does not hash to its name"
@@ -256,14 +259,14 @@ def files_below(root: Path) -> set[str]:
 
 def files_of(*models: Model) -> set[str]:
     """The files that a store with exactly these models has."""
-    layout = Layout(Path())
+    layout = StorePaths(Path())
     return {
         str(path)
         for m in models
         for path in (
             layout.manifest(m.sealed.repo, m.sealed.commit),
             *(layout.blob(f.sha256) for f in m.sealed.files),
-            *(layout.leaves(f.sha256) for f in m.sealed.files),
+            *(layout.leaf_list(f.sha256) for f in m.sealed.files),
             *(layout.view_file(m.sealed, f.path) for f in m.sealed.files),
         )
     }

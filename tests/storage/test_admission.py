@@ -9,12 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.units import human
+from shoal_common.units import format_bytes
 from shoal_storage.admission.admission import admit
-from shoal_storage.ledger.entries import Partial
+from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import freed_by, matching, referenced
-from shoal_storage.settings import Limits
+from shoal_storage.ledger.references import blobs_freed_by, matching_manifests, referenced_blobs
+from shoal_storage.settings import StorageSettings
 
 SIZES = [0, 1, 7, 10, 30, 64, 100, 250]
 BLOBS = {f"{n:064x}": size for n, size in enumerate(SIZES)}
@@ -37,7 +37,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @initialize(total=st.integers(0, 500), headroom=st.integers(0, 100), quota=st.none() | st.integers(0, 700))
     def begin(self, total: int, headroom: int, quota: int | None) -> None:
-        self.total_bytes, self.limits, self.ledger = total, Limits(quota, headroom), Ledger()
+        self.total_bytes, self.limits, self.ledger = total, StorageSettings(quota, headroom), Ledger()
 
     @property
     def free_bytes(self) -> int:
@@ -67,8 +67,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert admission.needed_bytes == sum(new.values())
         assert sorted(admission.present + admission.missing) == sorted(manifest.blob_sizes)
         for blob in admission.missing:
-            ledger.partials.setdefault(blob, Partial(BLOBS[blob])).models.add(manifest.model)
-        ledger.promised[manifest.model] = set(manifest.blob_sizes)
+            ledger.partials.setdefault(blob, PartialBlobInfo(BLOBS[blob])).models.add(manifest.model)
+        ledger.reservations[manifest.model] = set(manifest.blob_sizes)
 
     @precondition(lambda self: self.ledger.partials)
     @rule(data=st.data())
@@ -84,14 +84,14 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(repo=st.sampled_from(MODELS))
     def cancel(self, repo: str) -> None:
-        model, others = f"{repo}@{COMMIT}", set(self.ledger.promised) - {f"{repo}@{COMMIT}"}
-        counted_on = {m: self.ledger.promised[m] & self.present for m in others}
-        for blob in freed_by(model, self.ledger):
+        model, others = f"{repo}@{COMMIT}", set(self.ledger.reservations) - {f"{repo}@{COMMIT}"}
+        counted_on = {m: self.ledger.reservations[m] & self.present for m in others}
+        for blob in blobs_freed_by(model, self.ledger):
             self.ledger.blobs.pop(blob, None)
             self.ledger.partials.pop(blob, None)
         for partial in self.ledger.partials.values():
             partial.models.discard(model)
-        self.ledger.promised.pop(model, None)
+        self.ledger.reservations.pop(model, None)
         for other in others:
             assert counted_on[other] <= self.present, f"giving up {model} took bytes from {other}"
 
@@ -112,7 +112,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_present_and_arriving_at_once(self) -> None:
         assert not set(self.ledger.blobs) & set(self.ledger.partials)
-        assert not set(self.ledger.partials) - referenced(self.ledger), "a partial that nobody wants"
+        assert not set(self.ledger.partials) - referenced_blobs(self.ledger), "a partial that nobody wants"
 
 
 AdmissionMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
@@ -122,7 +122,7 @@ test_I3_no_sequence_of_asking_receiving_and_giving_up_promises_more_than_there_i
 def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
     ledger = Ledger(blobs={"a" * 64: 60})
     with pytest.raises(QuotaExceeded) as refused:
-        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(300, 0), 10**6)
+        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, StorageSettings(300, 0), 10**6)
     assert str(refused.value) == (
         "org/model needs 250 B; the quota of 300 B has 240 B left (60 B used, 0 B reserved): "
         "remove a model with `shoal rm`, or raise the quota with `shoal storage set --max-storage`"
@@ -130,40 +130,40 @@ def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
     with pytest.raises(
         QuotaExceeded, match=r"the disk has 150 B available \(200 B free, 50 B headroom, 0 B reserved\)"
     ):
-        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, Limits(None, 50), 200)
+        admit(manifest_of("org/model", [f"{7:064x}"]), ledger, StorageSettings(None, 50), 200)
 
 
 def test_I3_reserved_unwritten_bytes_are_not_reserved_twice() -> None:
     blob = f"{7:064x}"
-    ledger = Ledger(partials={f"{6:064x}": Partial(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
+    ledger = Ledger(partials={f"{6:064x}": PartialBlobInfo(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
     with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B headroom, 60 B reserved\)"):
-        admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 300)
-    assert admit(manifest_of("org/model", [blob]), ledger, Limits(None, 0), 310).missing == [blob]
+        admit(manifest_of("org/model", [blob]), ledger, StorageSettings(None, 0), 300)
+    assert admit(manifest_of("org/model", [blob]), ledger, StorageSettings(None, 0), 310).missing == [blob]
 
 
 def test_nothing_needed_is_approved_however_full_the_disk() -> None:
     blob = f"{7:064x}"
     ledger = Ledger(blobs={blob: BLOBS[blob]})
-    admission = admit(manifest_of("org/model", [blob, blob]), ledger, Limits(0, 10**12), 0)
+    admission = admit(manifest_of("org/model", [blob, blob]), ledger, StorageSettings(0, 10**12), 0)
     assert (admission.present, admission.missing, admission.needed_bytes) == ([blob], [], 0)
 
 
 def test_a_blob_whose_size_changed_on_the_disk_is_fetched_again() -> None:
     blob = f"{7:064x}"
-    admission = admit(manifest_of("org/model", [blob]), Ledger(blobs={blob: 3}), Limits(None, 0), 1000)
+    admission = admit(manifest_of("org/model", [blob]), Ledger(blobs={blob: 3}), StorageSettings(None, 0), 1000)
     assert admission.missing == [blob]
 
 
 def test_I3_a_manifest_cannot_enlarge_what_another_reserved() -> None:
     blob = f"{7:064x}"
-    ledger = Ledger(partials={blob: Partial(1, models={"org/liar@" + COMMIT})})
+    ledger = Ledger(partials={blob: PartialBlobInfo(1, models={"org/liar@" + COMMIT})})
     with pytest.raises(BadInput, match=r"250 bytes, but another download reserved it with 1"):
-        admit(manifest_of("org/model", [blob]), ledger, Limits(300, 0), 1000)
+        admit(manifest_of("org/model", [blob]), ledger, StorageSettings(300, 0), 1000)
 
 
 @given(st.integers(0, 10**15))
 def test_bytes_for_people_are_short_and_have_a_unit(size_bytes: int) -> None:
-    text = human(size_bytes)
+    text = format_bytes(size_bytes)
     assert len(text) <= 8 and text.split()[1] in ("B", "kB", "MB", "GB", "TB")
 
 
@@ -172,7 +172,7 @@ def test_a_model_is_meant_by_its_name_its_branch_or_its_commit() -> None:
     new = Manifest(repo="org/model", commit="2" * 40, files=[], revisions=["main"])
     other = Manifest(repo="org/other", commit="3" * 40, files=[], revisions=["main"])
     every = [old, new, other]
-    assert matching("org/model", "", every) == [old, new]
-    assert matching("org/model", "main", every) == [new]
-    assert matching("org/model", "1" * 40, every) == [old]
-    assert matching("org/model", "v2", every) == []
+    assert matching_manifests("org/model", "", every) == [old, new]
+    assert matching_manifests("org/model", "main", every) == [new]
+    assert matching_manifests("org/model", "1" * 40, every) == [old]
+    assert matching_manifests("org/model", "v2", every) == []

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan
-from shoal_storage.admission.admission import admit, rooms_of, wanted
-from shoal_storage.admission.allocator import Space, lacking_bytes, spread
-from shoal_storage.eviction.planner import garbage_bytes_of, garbage_of, kept_models, plan
-from shoal_storage.ledger.entries import Partial
+from shoal_storage.admission.admission import admit, available_by_volume, space_demand
+from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
+from shoal_storage.eviction.planner import find_garbage, garbage_bytes_of, plan_eviction, protected_models
+from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import freed_by, referenced
-from shoal_storage.settings import Limits
+from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
+from shoal_storage.settings import StorageSettings
 from tests.storage.test_eviction_planner import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 
 ROOTS = ["", "one", "two"]
@@ -56,7 +56,7 @@ def test_I3_no_volume_is_given_more_than_its_free_space(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
     blobs, rooms, bound = case
-    placed = spread(blobs, rooms, bound)
+    placed = allocate(blobs, rooms, bound)
     if placed is not None:
         assert placed.keys() == blobs.keys() and set(placed.values()) <= rooms.keys()
         assert fits(blobs, rooms, placed)
@@ -68,7 +68,7 @@ def test_blobs_are_refused_only_if_there_is_no_way_to_place_them(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
     blobs, rooms, bound = case
-    assert (spread(blobs, rooms, bound) is not None) == any_way(blobs, rooms, bound)
+    assert (allocate(blobs, rooms, bound) is not None) == any_way(blobs, rooms, bound)
 
 
 @given(pieces())
@@ -76,14 +76,14 @@ def test_the_allocator_finds_a_way_exactly_when_none_is_lacking(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
     blobs, rooms, bound = case
-    lacking = lacking_bytes(blobs, rooms, bound)
-    assert (lacking == 0) == (spread(blobs, rooms, bound) is not None)
-    assert spread(blobs, {further: room + lacking for further, room in rooms.items()}, bound) is not None
+    lacking = shortfall_bytes(blobs, rooms, bound)
+    assert (lacking == 0) == (allocate(blobs, rooms, bound) is not None)
+    assert allocate(blobs, {further: room + lacking for further, room in rooms.items()}, bound) is not None
 
 
 @given(BLOBS, ROOMS)
 def test_blobs_of_a_model_stay_together_and_in_the_store_first(blobs: dict[str, int], rooms: dict[str, int]) -> None:
-    placed, total = spread(blobs, rooms, {}), sum(blobs.values())
+    placed, total = allocate(blobs, rooms, {}), sum(blobs.values())
     takes_all = [further for further, room in rooms.items() if total <= max(room, 0)]
     if blobs and takes_all:
         assert placed is not None
@@ -94,65 +94,67 @@ def test_blobs_of_a_model_stay_together_and_in_the_store_first(blobs: dict[str, 
 
 def test_a_model_of_many_files_is_allocated_quickly() -> None:
     blobs = {f"shard-{n}": 5_000 for n in range(40)} | {f"small-{n}": 1 for n in range(5_000)}
-    placed = spread(blobs, {"": 103_000, "one": 103_000}, {})
+    placed = allocate(blobs, {"": 103_000, "one": 103_000}, {})
     assert placed is not None and fits(blobs, {"": 103_000, "one": 103_000}, placed)
     # Bytes would be enough; pieces do not fit: said within bounds.
-    assert spread({f"shard-{n}": 5_000 for n in range(40)}, {"": 102_499, "one": 97_501}, {}) is None
+    assert allocate({f"shard-{n}": 5_000 for n in range(40)}, {"": 102_499, "one": 97_501}, {}) is None
 
 
 @st.composite
-def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[Space], Limits, set[str]]:
+def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[VolumeSpace], StorageSettings, set[str]]:
     """A ledger over several volumes, what is protected, what is free, and what is to be downloaded."""
     ledger = draw(LEDGERS)
-    ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.on_disk}
+    ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.stored_manifests}
     arriving = [b for b in sorted(SIZES) if b not in ledger.blobs]
     if bool(arriving) and draw(st.booleans()):
         blob = draw(st.sampled_from(arriving))
-        ledger.partials[blob] = Partial(SIZES[blob], models={draw(st.sampled_from(NAMES))})
+        ledger.partials[blob] = PartialBlobInfo(SIZES[blob], models={draw(st.sampled_from(NAMES))})
     for blob in sorted({*ledger.blobs, *ledger.partials}):
         further: str = draw(st.sampled_from(ROOTS))
         if further:
-            ledger.where[blob] = further
+            ledger.volume_by_blob[blob] = further
     twice: set[str] = draw(st.sets(st.sampled_from(sorted(ledger.blobs)), max_size=2)) if ledger.blobs else set()
     for blob in sorted(twice):
-        other = next(r for r in ROOTS if r != ledger.where.get(blob, ""))
-        ledger.doubles[blob] = {other: ledger.blobs[blob]}
-    in_flight = ledger.in_flight_by_root
-    spaces = [Space(r, r or "the store", draw(st.integers(0, 150)), in_flight[r]) for r in ROOTS]
-    limits = Limits(draw(st.none() | st.integers(0, 300)), draw(st.integers(0, 10)), "lru")
+        other = next(r for r in ROOTS if r != ledger.volume_by_blob.get(blob, ""))
+        ledger.redundant_copies[blob] = {other: ledger.blobs[blob]}
+    in_flight = ledger.in_flight_by_volume
+    spaces = [VolumeSpace(r, r or "the store", draw(st.integers(0, 150)), in_flight[r]) for r in ROOTS]
+    limits = StorageSettings(draw(st.none() | st.integers(0, 300)), draw(st.integers(0, 10)), "lru")
     uses = draw(st.sets(st.sampled_from(NAMES), max_size=1))
     ledger.pinned = uses
     new = draw(BLOB_SETS)
-    ledger.promised[NEW] = set(new)  # before planning, as the service does: else it could be evicted for itself
-    return ledger, kept_models(ledger, {}), spaces, limits, new
+    ledger.reservations[NEW] = set(new)  # before planning, as the service does: else it could be evicted for itself
+    return ledger, protected_models(ledger, {}), spaces, limits, new
 
 
-Case = tuple[Ledger, dict[str, str], list[Space], Limits, set[str]]
+Case = tuple[Ledger, dict[str, str], list[VolumeSpace], StorageSettings, set[str]]
 
 
 def made_for(case: Case, need: int) -> EvictionPlan:
     ledger, kept, spaces, limits, new = case
     manifest = manifest_of(NEW, sorted(new), SIZES)
-    return plan(need, ledger, ledger.last_uses, kept, wanted(manifest, ledger).met_by(ledger, limits, spaces))
+    return plan_eviction(
+        need, ledger, ledger.last_uses, kept, space_demand(manifest, ledger).met_after_freeing(ledger, limits, spaces)
+    )
 
 
-def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[Space]) -> list[Space]:
+def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[VolumeSpace]) -> list[VolumeSpace]:
     """Apply a plan, giving freed bytes back to their volume. Returns the free space then."""
-    free = Counter({s.further: s.free_bytes for s in spaces})
+    free = Counter({s.volume_id: s.free_bytes for s in spaces})
     free.update(garbage_bytes_of(made.garbage, ledger))
-    needed = referenced(ledger)
+    needed = referenced_blobs(ledger)
     for blob in made.garbage:
-        ledger.doubles.pop(blob, None)
+        ledger.redundant_copies.pop(blob, None)
         if blob not in needed:
-            ledger.drop(blob)
+            ledger.drop_blob(blob)
     for victim in made.victims:
-        for blob in freed_by(victim.model, ledger):
+        for blob in blobs_freed_by(victim.model, ledger):
             if blob in ledger.blobs:
-                free[ledger.where.get(blob, "")] += ledger.blobs[blob]
-                ledger.drop(blob)
+                free[ledger.volume_by_blob.get(blob, "")] += ledger.blobs[blob]
+                ledger.drop_blob(blob)
         ledger.manifests.pop(victim.model, None)
-        ledger.broken.pop(victim.model, None)
-    return [Space(s.further, s.path, free[s.further], s.in_flight_bytes) for s in spaces]
+        ledger.incomplete.pop(victim.model, None)
+    return [VolumeSpace(s.volume_id, s.path, free[s.volume_id], s.in_flight_bytes) for s in spaces]
 
 
 @given(disks())
@@ -170,13 +172,13 @@ def test_I3_a_plan_over_several_volumes_frees_where_blobs_go(case: Case) -> None
             return
         before = ledger.used_bytes
         spaces = carry_out(made, ledger, spaces)
-        assert before - ledger.used_bytes == made.frees_bytes
+        assert before - ledger.used_bytes == made.freed_bytes
         admission = admit(manifest, ledger, limits, spaces[0].free_bytes, spaces)
-    rooms = rooms_of(spaces, limits)
-    asked = wanted(manifest, ledger)
-    assert admission.roots.keys() == set(admission.missing)
+    rooms = available_by_volume(spaces, limits)
+    asked = space_demand(manifest, ledger)
+    assert admission.volume_by_blob.keys() == set(admission.missing)
     if asked.needed_bytes:
-        assert fits(dict(asked.blobs), rooms, {b: admission.roots[b] for b in asked.blobs})
+        assert fits(dict(asked.blobs), rooms, {b: admission.volume_by_blob[b] for b in asked.blobs})
 
 
 @given(disks())
@@ -190,30 +192,30 @@ def test_no_victim_of_a_plan_over_several_volumes_is_needless(case: Case) -> Non
     else:
         return
     assert not {v.model for v in made.victims} & kept.keys()
-    met = wanted(manifest, ledger).met_by(ledger, limits, spaces)
+    met = space_demand(manifest, ledger).met_after_freeing(ledger, limits, spaces)
     victims = [v.model for v in made.victims]
     for spared in victims:
         rest = [m for m in victims if m != spared]
         freed = garbage_bytes_of(made.garbage, ledger)
-        gone = ledger.blobs.keys() - referenced(ledger, rest) - set(made.garbage)
+        gone = ledger.blobs.keys() - referenced_blobs(ledger, rest) - set(made.garbage)
         for blob in gone:
-            freed[ledger.where.get(blob, "")] += ledger.blobs[blob]
+            freed[ledger.volume_by_blob.get(blob, "")] += ledger.blobs[blob]
         assert not met(freed), f"{spared} need not have gone"
 
 
 def test_a_second_copy_of_a_used_blob_is_garbage_on_its_volume() -> None:
     blob = next(iter(SIZES))
-    ledger = Ledger(blobs={blob: 5}, doubles={blob: {"one": 5}})
-    assert garbage_of(ledger) == [blob] and garbage_bytes_of([blob], ledger) == {"": 5, "one": 5}
+    ledger = Ledger(blobs={blob: 5}, redundant_copies={blob: {"one": 5}})
+    assert find_garbage(ledger) == [blob] and garbage_bytes_of([blob], ledger) == {"": 5, "one": 5}
     ledger.manifests["m"] = manifest_of(NAMES[0], [blob], {blob: 5})
-    assert garbage_bytes_of(garbage_of(ledger), ledger) == {"one": 5}
+    assert garbage_bytes_of(find_garbage(ledger), ledger) == {"one": 5}
 
 
 def test_a_refusal_has_the_figures_of_every_volume() -> None:
     manifest = manifest_of(NEW, ["e" * 64], {"e" * 64: 70})
-    spaces = [Space("", "the store", 50, 0), Space("one", "/mnt/big", 60, 5)]
+    spaces = [VolumeSpace("", "the store", 50, 0), VolumeSpace("one", "/mnt/big", 60, 5)]
     with pytest.raises(QuotaExceeded, match="the store has 40 B available, /mnt/big has 45 B available") as refused:
-        admit(manifest, Ledger(), Limits(None, 10), 50, spaces)
+        admit(manifest, Ledger(), StorageSettings(None, 10), 50, spaces)
     assert refused.value.details["roots"] == [
         {"path": "the store", "free_bytes": 50, "in_flight_bytes": 0, "room_bytes": 40},
         {"path": "/mnt/big", "free_bytes": 60, "in_flight_bytes": 5, "room_bytes": 45},

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from shoal_storage.scan.change_filter import any_differs
-from shoal_storage.scan.diff import differences, follow
-from shoal_storage.scan.scanner import scan
-from tests.storage.store_fixtures import Model, Store, sha256
+from shoal_storage.scan.change_filter import has_visible_change
+from shoal_storage.scan.diff import apply_diff, diff_store
+from shoal_storage.scan.scanner import scan_store
+from tests.storage.store_fixtures import Model, StoreFixture, sha256
 from tests.storage.syscall_tracer import seen
 
 
-def differs(store: Store, *paths: Path) -> bool:
+def differs(store: StoreFixture, *paths: Path) -> bool:
     """Whether these paths are worth a scan."""
-    return any_differs(store.layout, store.ledger, paths)
+    return has_visible_change(store.layout, store.ledger, paths)
 
 
 def watched(root: Path) -> list[Path]:
@@ -25,7 +25,7 @@ def watched(root: Path) -> list[Path]:
 
 
 def test_storages_own_changes_cause_no_scan(root: Path, apples: Model, pears: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     with seen(root) as seam:
         store.bring_in(apples)
         assert not [p for p in watched(root) if differs(store, p)]
@@ -46,15 +46,15 @@ def test_storages_own_changes_cause_no_scan(root: Path, apples: Model, pears: Mo
 WEIGHTS = sha256(b"w" * 3000)
 
 
-def _blob(store: Store) -> Path:
+def _blob(store: StoreFixture) -> Path:
     return store.layout.blob(WEIGHTS)
 
 
-def _manifest(store: Store, model: Model) -> Path:
+def _manifest(store: StoreFixture, model: Model) -> Path:
     return store.layout.manifest(model.sealed.repo, model.sealed.commit)
 
 
-def _view(store: Store, model: Model, path: str) -> Path:
+def _view(store: StoreFixture, model: Model, path: str) -> Path:
     return store.layout.view_file(model.sealed, path)
 
 
@@ -70,12 +70,12 @@ def _removed(path: Path) -> Path:
     return path
 
 
-def _moved(store: Store, path: Path) -> Path:
+def _moved(store: StoreFixture, path: Path) -> Path:
     path.rename(store.root.with_name("aside"))
     return path
 
 
-CHANGES: dict[str, Callable[[Store, Model], Path]] = {
+CHANGES: dict[str, Callable[[StoreFixture, Model], Path]] = {
     "a blob removed": lambda s, _: _removed(_blob(s)),
     "a blob replaced by as many bytes": lambda s, _: _written(_blob(s), b"x" * 3000),
     "a blob's directory moved away": lambda s, _: _moved(s, _blob(s).parent),
@@ -96,13 +96,13 @@ CHANGES: dict[str, Callable[[Store, Model], Path]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_foreign_changes_cause_one_scan(tmp_path: Path, apples: Model, what: str) -> None:
-    store = Store(tmp_path / "store")
+    store = StoreFixture(tmp_path / "store")
     store.bring_in(apples)
     path = CHANGES[what](store, apples)
     assert differs(store, path)
-    found = differences(store.ledger, scan(store.layout))
-    assert found.any_in(store.ledger), "a scan sees it too"
-    follow(found, store.ledger)
-    for model in found.unlinked & store.ledger.manifests.keys():
+    found = diff_store(store.ledger, scan_store(store.layout))
+    assert found.changes_ledger(store.ledger), "a scan sees it too"
+    apply_diff(found, store.ledger)
+    for model in found.unlinked_models & store.ledger.manifests.keys():
         store.disk.build_view(store.ledger.manifests[model])
-    assert not differences(store.ledger, scan(store.layout)).any_in(store.ledger), "and then it is known"
+    assert not diff_store(store.ledger, scan_store(store.layout)).changes_ledger(store.ledger), "and then it is known"

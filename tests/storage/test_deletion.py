@@ -8,7 +8,7 @@ from pathlib import Path
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import instance_key
 from shoal_common.messages import encode
-from shoal_common.messages.downloads import Withdraw
+from shoal_common.messages.downloads import StopDownloads
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.storage import Delete
 from tests.harness.nats import NatsServer
@@ -40,7 +40,7 @@ async def test_a_deleted_model_is_removed_and_its_shared_blobs_stay(
             "models": [apples.name],
             "freed_bytes": apples.manifest.size_bytes - shared,
         }
-        assert node.withdrawn == [Withdraw(repo="org/apples")]
+        assert node.withdrawn == [StopDownloads(repo="org/apples")]
         assert await node.model_state(apples) is None and await node.model_state(pears) is not None
         assert files_below(node.layout.root) == files_of(pears)
         state = await node.storage_state()

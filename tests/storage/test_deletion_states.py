@@ -23,18 +23,18 @@ import pytest
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import download_key, instance_key, model_key, storage_key
 from shoal_common.messages import encode
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.placement import Forget
 from shoal_common.messages.storage import Delete, ModelState, StorageState
-from shoal_common.rpc.command_client import Sender, new_id
+from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_demo.faults import Faults
 from shoal_demo.hub_server import running_hub
-from shoal_demo.stats import Requests
+from shoal_demo.stats import RequestCounts
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
 from tests.harness.nats import NatsServer, joined
@@ -98,7 +98,7 @@ class DeletionCase:
         for subject in info.state.subjects or {}:
             found = await state.get_as(subject.removeprefix("$KV.state."), ModelState)
             assert found is None or found.repo != self.repo
-        assert await self.here.buckets.spec.get_as(download_key(NODE, self.repo), DownloadSpec) is None
+        assert await self.here.buckets.spec.get_as(download_key(NODE, self.repo), DownloadRequest) is None
         assert await state.get_as(download_key(NODE, self.repo), DownloadState) is None
         disk = await state.get_as(storage_key(NODE), StorageState)
         assert disk is not None and disk.reserved_bytes == 0
@@ -263,7 +263,7 @@ async def test_I5_a_delete_ends_with_no_files_from_any_state(site: Site, state: 
         # Nothing starts again, whichever service starts and whatever comes back.
         await case.restart_service()
         await case.nothing_is_left()
-        assert site.hub.stats().requests == Requests(), "the hub was asked"
+        assert site.hub.stats().requests == RequestCounts(), "the hub was asked"
 
 
 async def test_a_model_named_by_a_retired_node_is_deleted_after_forget(site: Site, fresh: Fresh) -> None:
@@ -279,9 +279,9 @@ async def test_a_model_named_by_a_retired_node_is_deleted_after_forget(site: Sit
         refused = await case.ask("delete", "storage")
         assert refused.error is not None and refused.error.code == "in_use"
         assert await case.is_published(manifest)
-        sender = Sender(case.here.here.nats, case.here.buckets)
+        sender = CommandClient(case.here.here.nats, case.here.buckets)
         forget = Forget(node="given-away")
-        forgotten = await sender.outcome_of("placement", "any", "forget", forget, new_id(), DEADLINE_S)
+        forgotten = await sender.send("placement", "any", "forget", forget, new_command_id(), DEADLINE_S)
         assert forgotten.ok, forgotten.error
         assert (await case.ask("delete", "storage")).ok
         await case.nothing_is_left()
@@ -293,17 +293,17 @@ async def test_a_model_named_by_a_retired_node_is_deleted_after_forget(site: Sit
 RENAME, UNLINK = "?rename,?renameat,?renameat2", "?unlink,?unlinkat"
 
 
-def _tomb(lay: Layout, manifest: Manifest) -> Path:
+def _tomb(lay: StorePaths, manifest: Manifest) -> Path:
     path = lay.manifest(manifest.repo, manifest.commit)
     return lay.tombs / f"{path.parent.name}@{path.name}"
 
 
-STEPS: dict[str, tuple[str, Callable[[Layout, Manifest], Path]]] = {
+STEPS: dict[str, tuple[str, Callable[[StorePaths, Manifest], Path]]] = {
     "the manifest leaves": (RENAME, lambda lay, m: lay.manifest(m.repo, m.commit)),
     "its tomb is durable": ("fsync", lambda lay, _: lay.tombs),
     "a file of the view goes": (UNLINK, lambda lay, m: lay.view_file(m, m.files[0].path)),
     "the first blob goes": (UNLINK, lambda lay, m: lay.blob(min(m.blob_sizes))),
-    "its leaves go": (UNLINK, lambda lay, m: lay.leaves(min(m.blob_sizes))),
+    "its leaves go": (UNLINK, lambda lay, m: lay.leaf_list(min(m.blob_sizes))),
     "the last blob goes": (UNLINK, lambda lay, m: lay.blob(max(m.blob_sizes))),
     "that is durable": ("fsync", lambda lay, m: lay.blob(max(m.blob_sizes)).parent),
     "the tomb goes": (UNLINK, _tomb),

@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.errors import DiskFull, ShoalError
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.storage import AskRoom, CollectGarbage, Reserve
-from shoal_common.store.verification_stamp import prove
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
+from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module
-from shoal_storage.eviction.disk_full import Full, told
-from shoal_storage.files.ballast import ReserveFile, decide
-from shoal_storage.settings import Limits
+from shoal_storage.eviction.disk_full import DiskFullHandler, map_disk_full
+from shoal_storage.files.ballast import BallastFile, next_step
+from shoal_storage.settings import StorageSettings
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, fill_more, free_bytes, small_disk
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
-from tests.storage.store_fixtures import Model, Store, check_invariants, put, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, put, sha256
 from tests.storage.test_eviction_races import A, B, C, Held, holding, model_of
 
 Fresh = Callable[[str], str]
@@ -53,10 +53,10 @@ async def wait_free(disk: Path, size_bytes: int) -> None:
 def test_I3_ballast_is_made_only_from_spare_space_and_released(
     there: bool, size: int, free: int, headroom: int, in_flight: int
 ) -> None:
-    step = decide(size if there else 0, size, free, headroom, in_flight)
+    step = next_step(size if there else 0, size, free, headroom, in_flight)
     if step == "make":
         assert not there and free - size - headroom - in_flight >= 3 * size > 0
-        assert decide(size, size, free - size, headroom, in_flight) == "leave", "made and at once given up"
+        assert next_step(size, size, free - size, headroom, in_flight) == "leave", "made and at once given up"
     if step == "give up":
         assert there and (free == 0 or free < in_flight)
     if there and size and (free == 0 or free < in_flight):
@@ -64,29 +64,29 @@ def test_I3_ballast_is_made_only_from_spare_space_and_released(
 
 
 def test_ballast_that_is_no_longer_configured_is_released() -> None:
-    assert decide(64, 0, 10_000, 0, 0) == "give up"
+    assert next_step(64, 0, 10_000, 0, 0) == "give up"
 
 
 def test_ballast_is_really_allocated_found_again_and_released(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
-        reserve = ReserveFile(disk / "reserve", 2 * MIB)
+        reserve = BallastFile(disk / "reserve", 2 * MIB)
         reserve.make()
         assert before - free_bytes(disk) == reserve.held_bytes == 2 * MIB
         (disk / ".reserve.new").write_bytes(b"half of one")
-        later = ReserveFile(disk / "reserve", 2 * MIB)
-        later.look()
+        later = BallastFile(disk / "reserve", 2 * MIB)
+        later.read_size()
         assert later.held_bytes == 2 * MIB and not (disk / ".reserve.new").exists()
         fill(disk)
-        assert later.give_up() == 2 * MIB == free_bytes(disk)
-        assert later.give_up() == 0 and not (disk / "reserve").exists()
+        assert later.release() == 2 * MIB == free_bytes(disk)
+        assert later.release() == 0 and not (disk / "reserve").exists()
 
 
 def test_ballast_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
         with pytest.raises(OSError, match="No space left"):
-            ReserveFile(disk / "reserve", 2 * DISK_BYTES).make()
+            BallastFile(disk / "reserve", 2 * DISK_BYTES).make()
         assert list(disk.iterdir()) == [] and free_bytes(disk) == before
 
 
@@ -95,7 +95,7 @@ def test_where_fallocate_does_not_work_ballast_is_written(tmp_path: Path, monkey
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
-    reserve = ReserveFile(tmp_path / "reserve", 2 * MIB + 5)
+    reserve = BallastFile(tmp_path / "reserve", 2 * MIB + 5)
     reserve.make()
     assert (tmp_path / "reserve").stat().st_size == 2 * MIB + 5
 
@@ -117,7 +117,7 @@ async def test_I6_at_0_bytes_free_every_path_that_frees_space_works(
                 path = node.layout.blob(sha256(stray))
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(stray)
-                assert prove(path.name, path)
+                assert write_stamp(path.name, path)
                 await process.kill()
             assert (disk / "reserve").exists() == bool(reserve_bytes)
             ballast = fill(disk)
@@ -169,7 +169,7 @@ async def test_at_0_bytes_free_a_share_in_a_partial_can_be_given_back(
 
 
 def test_a_commit_the_disk_refuses_leaves_a_writable_partial(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     (blob,) = store.reserve(GOES)
     put(store.layout, blob, GOES.blobs[blob])
     real = Path.replace
@@ -192,36 +192,36 @@ def test_a_commit_the_disk_refuses_leaves_a_writable_partial(root: Path, monkeyp
 
 def test_only_a_full_disk_is_called_one() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(DiskFull, match="while storage tried to seal"), told("seal"):
+        with pytest.raises(DiskFull, match="while storage tried to seal"), map_disk_full("seal"):
             raise OSError(number, os.strerror(number))
-    with pytest.raises(OSError, match="Input/output") as e, told("seal"):
+    with pytest.raises(OSError, match="Input/output") as e, map_disk_full("seal"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(e.value, ShoalError)
 
 
-def full_of(held: Held) -> Full:
+def full_of(held: Held) -> DiskFullHandler:
     guard = held.guard
-    return Full(guard._context, held.disk, held.ledger, guard.section, guard.room, guard._announcer)
+    return DiskFullHandler(guard._context, held.disk, held.ledger, guard.section, guard.evictions, guard._announcer)
 
 
 async def test_ballast_is_released_for_what_storage_must_write(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0)) as held:
-        held.disk.reserve.size_bytes = MIB
-        held.disk.reserve.make()
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as held:
+        held.disk.ballast.size_bytes = MIB
+        held.disk.ballast.make()
         asked: list[bool] = []
 
-        async def answer(_: Done) -> Done:
+        async def answer(_: Empty) -> Empty:
             asked.append((held.disk.layout.root / "reserve").exists())
-            if held.disk.reserve.held_bytes or len(asked) > 2:
+            if held.disk.ballast.held_bytes or len(asked) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return Done()
+            return Empty()
 
-        guarded = full_of(held).guarded("commit", answer)
-        assert await guarded(Done()) == Done() and asked == [True, False]
+        guarded = full_of(held).with_disk_full_retry("commit", answer)
+        assert await guarded(Empty()) == Empty() and asked == [True, False]
         with pytest.raises(DiskFull, match="disk full: No space left on device while storage tried to commit"):
-            await guarded(Done())
+            await guarded(Empty())
         assert asked == [True, False, False], "there was nothing more to give up"
 
 
@@ -233,22 +233,22 @@ async def test_concurrent_blocked_downloads_cost_one_eviction_plan(
 ) -> None:
     monkeypatch.setattr(room_module, "_FREED_DEADLINE_S", 0.2)
     first, second = model_of("first", 700), model_of("second", 200)
-    async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0, "lru")) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         for model in (first, second):
             await held.guard.reserve(Reserve(manifest=model.manifest))
         full = full_of(held)
         held.disk.claims_free_bytes = 100  # others have taken the rest, and A's file is open somewhere
-        answers = await asyncio.gather(*(full.room(AskRoom(model=m.name)) for m in (first, second, first)))
+        answers = await asyncio.gather(*(full.check_space(CheckSpace(model=m.name)) for m in (first, second, first)))
         assert [a.enough for a in answers] == [False] * 3
         assert [v.model for a in answers if a.evicted for v in a.evicted.victims] == [A.name]
         assert held.ledger.manifests.keys() == {B.name, C.name}
         assert answers[0].words == "800 B more needed, 100 B free"
         assert (answers[0].lacking_bytes, answers[0].free_bytes) == (800, 100)
         held.disk.claims_free_bytes = 1100
-        assert (await full.room(AskRoom(model=second.name))).enough
+        assert (await full.check_space(CheckSpace(model=second.name))).enough
         held.disk.claims_free_bytes = 0  # a later time: a new plan
-        again = await full.room(AskRoom(model=second.name))
+        again = await full.check_space(CheckSpace(model=second.name))
         assert again.evicted is not None and [v.model for v in again.evicted.victims] == [B.name]
 
 
@@ -256,13 +256,13 @@ async def test_concurrent_blocked_downloads_cost_one_eviction_plan(
 async def test_no_model_is_evicted_for_a_blocked_download_in_vain(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, policy: str, need: int
 ) -> None:
-    limits = Limits(None, 0, "lru" if policy == "lru" else "manual")
+    limits = StorageSettings(None, 0, "lru" if policy == "lru" else "manual")
     async with holding(nats, tmp_path, fresh("storage"), limits) as held:
         await held.bring_in(A, B, C)
         comes = model_of("comes", need)
         await held.guard.reserve(Reserve(manifest=comes.manifest))
         held.disk.claims_free_bytes = 0
-        answer = await full_of(held).room(AskRoom(model=comes.name))
+        answer = await full_of(held).check_space(CheckSpace(model=comes.name))
         assert not answer.enough and answer.evicted is None and answer.lacking_bytes == need
         assert held.ledger.manifests.keys() == {A.name, B.name, C.name}
 
@@ -270,15 +270,15 @@ async def test_no_model_is_evicted_for_a_blocked_download_in_vain(
 async def test_I3_there_is_space_only_when_the_headroom_stays_free(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), Limits(None, 300)) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 300)) as held:
         comes = model_of("comes", 500)
         await held.guard.reserve(Reserve(manifest=comes.manifest))
         for free, enough in ((0, False), (500, False), (799, False), (800, True)):
             held.disk.claims_free_bytes = free
-            assert (await full_of(held).room(AskRoom(model=comes.name))).enough == enough, free
+            assert (await full_of(held).check_space(CheckSpace(model=comes.name))).enough == enough, free
 
 
 async def test_I10_a_space_request_is_for_a_models_name_only(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0)) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as held:
         with pytest.raises(ShoalError, match="is not a model"):
-            await full_of(held).room(AskRoom(model="../up"))
+            await full_of(held).check_space(CheckSpace(model="../up"))

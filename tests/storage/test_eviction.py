@@ -12,8 +12,8 @@ import pytest
 
 from shoal_common.bus.keys import instance_key
 from shoal_common.errors import BadInput, QuotaExceeded
-from shoal_common.messages.storage import CollectGarbage, EvictionPlan, Pin, Reserved
-from shoal_common.store.verification_stamp import prove
+from shoal_common.messages.storage import CollectGarbage, EvictionPlan, Pin, ReserveResult
+from shoal_common.store.verification_stamp import write_stamp
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, small_disk
 from tests.storage.running_storage import Node, on_node
@@ -51,7 +51,7 @@ async def test_of_1_2_and_60_only_the_60_is_evicted_as_planned(
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="7000", **LRU):
         await hold(node, ONE, TWO, SIXTY)
         dry = await node.plan(5000)
-        assert (dry.need_bytes, dry.frees_bytes, dry.evictable_bytes, dry.enough) == (4300, 6000, 6300, True)
+        assert (dry.required_bytes, dry.freed_bytes, dry.evictable_bytes, dry.enough) == (4300, 6000, 6300, True)
         assert [v.model for v in dry.victims] == [SIXTY.name]
         assert files_below(node.layout.root) >= files_of(ONE, TWO, SIXTY), "a dry run does nothing"
         assert await node.plan(5000) == dry
@@ -111,8 +111,8 @@ async def test_I4_pinned_used_and_arriving_models_are_not_evicted(
         assert e.value.details["evictable_bytes"] == 100
         assert files_below(node.layout.root) == before, "not enough: nothing goes"
         plan = await node.plan(5000)
-        assert plan == EvictionPlan(need_bytes=4900, evictable_bytes=100, kept=plan.kept)
-        assert plan.kept == {
+        assert plan == EvictionPlan(required_bytes=4900, evictable_bytes=100, protected=plan.protected)
+        assert plan.protected == {
             SIXTY.name: "pinned",
             TWO.name: f"used by instance {name}",
             coming.name: "being fetched",
@@ -181,11 +181,11 @@ async def test_I3_concurrent_reservations_never_exceed_the_quota(
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="5500", **LRU):
         await hold(node, *old)
         answers = await asyncio.gather(*(node.reserve(m.manifest) for m in new), return_exceptions=True)
-        approved = [a for a in answers if isinstance(a, Reserved)]
-        assert len(approved) == 2 and all(isinstance(a, Reserved | QuotaExceeded) for a in answers)
+        approved = [a for a in answers if isinstance(a, ReserveResult)]
+        assert len(approved) == 2 and all(isinstance(a, ReserveResult | QuotaExceeded) for a in answers)
         state = await node.storage_state()
         assert state.reserved_bytes == 4000 and state.used_bytes + state.reserved_bytes <= 5500
-        freed = sum(a.evicted.frees_bytes for a in approved if a.evicted)
+        freed = sum(a.evicted.freed_bytes for a in approved if a.evicted)
         assert freed == 5000 - state.used_bytes == 4000
         assert len(await events_named(node, "evicted")) == 4
         check_invariants(node.layout.root)
@@ -198,7 +198,7 @@ async def test_garbage_goes_first_and_by_itself_when_asked(nats: NatsServer, fre
         for quota in ("5600", "100000"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(garbage)
-            assert prove(path.name, path)
+            assert write_stamp(path.name, path)
             async with node.storage(SHOAL_MAX_STORAGE_BYTES=quota, **LRU):
                 await hold(node, ONE)
                 if quota == "5600":
@@ -242,7 +242,7 @@ async def test_a_models_own_blobs_are_not_evicted_for_its_rest(
         await hold(node, old)
         reserved = await node.reserve(new.manifest)
         assert reserved.present == [sha256(shared)] and reserved.evicted is not None
-        assert [(v.model, v.frees_bytes) for v in reserved.evicted.victims] == [(old.name, 1000)]
+        assert [(v.model, v.freed_bytes) for v in reserved.evicted.victims] == [(old.name, 1000)]
         await node.bring_in(new)
         assert files_below(node.layout.root) == files_of(new)
         check_invariants(node.layout.root)

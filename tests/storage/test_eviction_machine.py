@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal_common.errors import QuotaExceeded
-from shoal_common.store.verification_stamp import prove
+from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.admission.admission import Admission, admit
-from shoal_storage.eviction.planner import garbage_of, kept_models, plan
-from shoal_storage.files.metadata_files import Keeping
-from shoal_storage.ledger.entries import Partial
-from shoal_storage.ledger.references import arriving, freed_by
-from shoal_storage.ledger.usage import User
-from shoal_storage.settings import Limits
-from shoal_storage.startup import recover
-from shoal_storage.store.store import Disk
+from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
+from shoal_storage.files.metadata_files import MetadataFiles
+from shoal_storage.ledger.entries import PartialBlobInfo
+from shoal_storage.ledger.references import arriving_models, blobs_freed_by
+from shoal_storage.ledger.usage import ModelUser
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import recover_store
+from shoal_storage.store.store import Store
 from tests.storage.store_fixtures import Model, check_invariants, put, sha256
 
 FILES = {f"file-{n}": bytes([n]) * size for n, size in enumerate([0, 1, 90, 150, 200, 300, 400])}
@@ -45,19 +45,19 @@ class EvictionMachine(RuleBasedStateMachine):
     )
     def begin(self, quota: int | None, total: int, headroom: int, policy: str) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="shoal-lives-"))
-        self.limits = Limits(quota, headroom, "lru" if policy == "lru" else "manual")
+        self.limits = StorageSettings(quota, headroom, "lru" if policy == "lru" else "manual")
         self.total_bytes, self.now_s = total, 1_700_000_000.0
-        self.used_by: dict[str, list[User]] = {}
+        self.used_by: dict[str, list[ModelUser]] = {}
         self.open()
         for model in MODELS[1:5]:
             self.now_s += 1
             self.pull(model)
 
     def open(self) -> None:
-        self.disk = Disk(self.root)
+        self.disk = Store(self.root)
         self.disk.open()
-        self.ledger = recover(self.disk)
-        self.keeping = Keeping(self.disk.layout, self.ledger)
+        self.ledger = recover_store(self.disk)
+        self.keeping = MetadataFiles(self.disk.layout, self.ledger)
         self.keeping.read()
 
     def teardown(self) -> None:
@@ -80,24 +80,24 @@ class EvictionMachine(RuleBasedStateMachine):
 
     def remove(self, model: str) -> int:
         ledger = self.ledger
-        leaving = [b for b in freed_by(model, ledger) if b in ledger.blobs]
+        leaving = [b for b in blobs_freed_by(model, ledger) if b in ledger.blobs]
         repo, _, commit = model.rpartition("@")
-        self.disk.entomb(repo, commit)
-        self.disk.clear(repo, commit, leaving)
-        self.keeping.forget(model)
+        self.disk.begin_delete(repo, commit)
+        self.disk.finish_delete(repo, commit, leaving)
+        self.keeping.delete_records(model)
         ledger.manifests.pop(model, None)
         freed = sum(ledger.blobs.pop(b) for b in leaving)
         self.end_reservation(model)
         return freed
 
     def end_reservation(self, model: str) -> None:
-        self.keeping.end_promise(model)
+        self.keeping.end_reservation(model)
         for blob, partial in list(self.ledger.partials.items()):
             partial.models.discard(model)
             if partial.models:
                 self.disk.write_partial(blob, partial.size_bytes, partial.models)
             else:
-                self.disk.remove_partial(blob)
+                self.disk.delete_partial(blob)
                 del self.ledger.partials[blob]
 
     def admit_with_eviction(self, model: Model) -> Admission | None:
@@ -107,32 +107,34 @@ class EvictionMachine(RuleBasedStateMachine):
             return admit(model.sealed, self.ledger, self.limits, self.free_bytes)
         except QuotaExceeded as refused:
             need = refused.details["shortfall_bytes"]
-        kept = kept_models(self.ledger, self.used_by)
-        made, before = plan(need, self.ledger, self.ledger.last_uses, kept), self.blob_bytes()
+        kept = protected_models(self.ledger, self.used_by)
+        made, before = plan_eviction(need, self.ledger, self.ledger.last_uses, kept), self.blob_bytes()
         if self.limits.eviction_policy == "manual" or not made.enough:
             return None
         for blob in made.garbage:
-            self.disk.remove_blob(blob)
+            self.disk.delete_blob(blob)
             del self.ledger.blobs[blob]
         for victim in made.victims:
-            assert victim.model not in self.ledger.pinned | self.used_by.keys() | self.ledger.promised.keys(), "I4"
-            assert self.remove(victim.model) == victim.frees_bytes
+            assert victim.model not in self.ledger.pinned | self.used_by.keys() | self.ledger.reservations.keys(), (
+                "I4"
+            )
+            assert self.remove(victim.model) == victim.freed_bytes
         freed = before - self.blob_bytes()
-        assert abs(freed - made.frees_bytes) <= made.frees_bytes // 100, f"freed {freed} of {made.frees_bytes}"
+        assert abs(freed - made.freed_bytes) <= made.freed_bytes // 100, f"freed {freed} of {made.freed_bytes}"
         return admit(model.sealed, self.ledger, self.limits, self.free_bytes)  # a plan that is sufficient is enough
 
     @rule(model=A_MODEL)
     def reserve(self, model: Model) -> None:
-        before = self.ledger.promised.get(model.name)
-        self.ledger.promised[model.name] = set(model.blobs)
+        before = self.ledger.reservations.get(model.name)
+        self.ledger.reservations[model.name] = set(model.blobs)
         admission = self.admit_with_eviction(model)
         if admission is None:
             if before is None:
-                del self.ledger.promised[model.name]
+                del self.ledger.reservations[model.name]
             return
-        self.keeping.promise(model.name)
+        self.keeping.write_reservation(model.name)
         for blob in admission.missing:
-            partial = self.ledger.partials.setdefault(blob, Partial(len(model.blobs[blob])))
+            partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(len(model.blobs[blob])))
             partial.models.add(model.name)
             self.disk.write_partial(blob, partial.size_bytes, partial.models)
 
@@ -149,7 +151,7 @@ class EvictionMachine(RuleBasedStateMachine):
     @rule(model=A_MODEL)
     def pull(self, model: Model) -> None:
         self.reserve(model)
-        if model.name in self.ledger.promised:
+        if model.name in self.ledger.reservations:
             self.fetch_rest(model.name)
 
     @rule(model=A_MODEL)
@@ -160,7 +162,7 @@ class EvictionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.promised)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.promised))))
+        self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.reservations))))
 
     def fetch_rest(self, name: str) -> None:
         (model,) = [m for m in MODELS if m.name == name]
@@ -171,19 +173,19 @@ class EvictionMachine(RuleBasedStateMachine):
         assert model.blobs.keys() <= self.ledger.blobs.keys(), f"I4: bytes went from under the fetch of {name}"
         self.disk.seal(model.sealed)
         self.ledger.manifests[name] = model.sealed
-        self.keeping.came_in(name)
+        self.keeping.record_arrival(name)
         self.end_reservation(name)
 
     @precondition(lambda self: self.ledger.promised)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.ledger.promised)))
+        name = data.draw(st.sampled_from(sorted(self.ledger.reservations)))
         self.end_reservation(name) if name in self.ledger.manifests else self.remove(name)
 
     @rule(model=A_MODEL)
     def use(self, model: Model) -> None:
         self.now_s += 1
-        self.keeping.used([model.name], self.now_s)
+        self.keeping.record_use([model.name], self.now_s)
 
     @precondition(lambda self: self.ledger.manifests)
     @rule(data=st.data(), pinned=st.sampled_from([True, False, False]))
@@ -196,7 +198,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def place(self, data: st.DataObject, placed: bool) -> None:
         model = data.draw(st.sampled_from(sorted(self.ledger.manifests)))
         if placed:
-            self.used_by[model] = [User("instance i-1", "i-1")]
+            self.used_by[model] = [ModelUser("instance i-1", "i-1")]
         else:
             self.used_by.pop(model, None)
 
@@ -204,7 +206,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def delete(self, model: Model) -> None:
         if model.name in self.ledger.pinned or model.name in self.used_by:
             return  # refused
-        if model.name in self.ledger.manifests or arriving(model.manifest.repo, "", self.ledger):
+        if model.name in self.ledger.manifests or arriving_models(model.manifest.repo, "", self.ledger):
             self.remove(model.name)
 
     @rule()
@@ -219,13 +221,13 @@ class EvictionMachine(RuleBasedStateMachine):
         if fits and len(content) <= room and not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            assert prove(path.name, path)
+            assert write_stamp(path.name, path)
             self.ledger.blobs[path.name] = len(content)
 
     @rule()
     def collect_garbage(self) -> None:
-        for blob in garbage_of(self.ledger):
-            self.disk.remove_blob(blob)
+        for blob in find_garbage(self.ledger):
+            self.disk.delete_blob(blob)
             del self.ledger.blobs[blob]
 
     @rule()
@@ -235,9 +237,9 @@ class EvictionMachine(RuleBasedStateMachine):
         self.disk.close()
         self.open()
         assert (self.ledger.blobs, self.ledger.pinned) == (before.blobs, before.pinned)
-        assert self.ledger.manifests.keys() == before.manifests.keys() and not self.ledger.broken
-        fetched = {m: b for m, b in before.promised.items() if m not in before.manifests}
-        assert self.ledger.promised == fetched, "what fetches count on is remembered"
+        assert self.ledger.manifests.keys() == before.manifests.keys() and not self.ledger.incomplete
+        fetched = {m: b for m, b in before.reservations.items() if m not in before.manifests}
+        assert self.ledger.reservations == fetched, "what fetches count on is remembered"
         assert {m: round(s, 3) for m, s in self.ledger.last_uses.items()} == {
             m: round(s, 3) for m, s in before.last_uses.items()
         }
@@ -259,7 +261,7 @@ class EvictionMachine(RuleBasedStateMachine):
             assert model in self.ledger.manifests, f"{model} went"
         for manifest in self.ledger.manifests.values():
             assert manifest.blob_sizes.keys() <= on_disk, f"a blob of {manifest.model} went"
-        for blobs in self.ledger.promised.values():
+        for blobs in self.ledger.reservations.values():
             assert blobs <= on_disk | self.ledger.partials.keys(), "what a fetch counts on went"
 
 

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 
 from shoal_common.bus.keys import instance_key
-from shoal_common.bus.kv_mirror import View, follow
+from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.config import Config
 from shoal_common.errors import QuotaExceeded, Unavailable
-from shoal_common.host.sd_notify import Supervisor
+from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import CommitBlob, EvictionPlan, Reserve, SealModel
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_storage.eviction import executor as room_module
-from shoal_storage.handlers.fetch import Guard
+from shoal_storage.handlers.fetch import FetchApi
 from shoal_storage.leases import last_use as uses_module
-from shoal_storage.publisher import Announcer
-from shoal_storage.settings import Limits
-from shoal_storage.startup import recover
-from shoal_storage.store.store import Disk
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import recover_store
+from shoal_storage.store.store import Store
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.store_fixtures import Model, check_invariants, files_below, put
 from tests.storage.test_deletion import instance_of
@@ -34,7 +34,7 @@ Fresh = Callable[[str], str]
 GATE_DEADLINE_S = 45.0
 
 
-class GatedDisk(Disk):
+class GatedDisk(Store):
     """A disk that stops after it has deleted a model, and may hide the freed space."""
 
     def __init__(self, root: Path) -> None:
@@ -45,7 +45,7 @@ class GatedDisk(Disk):
 
     def clear(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Clear, report it, wait."""
-        super().clear(repo, commit, blobs)
+        super().finish_delete(repo, commit, blobs)
         self.deleted.set()
         assert self.gate.wait(GATE_DEADLINE_S)
 
@@ -57,15 +57,17 @@ class GatedDisk(Disk):
 class Held:
     """A service that evicts, and its collaborators."""
 
-    def __init__(self, here: Joined, home: Path, node: str, limits: Limits) -> None:
+    def __init__(self, here: Joined, home: Path, node: str, limits: StorageSettings) -> None:
         config = Config(service="storage", node=node, home=home, nats=[])
-        context = Context(config, {}, here.nats, Liveness(here.buckets.live, node, "storage"), Supervisor({}))
+        context = ServiceContext(
+            config, {}, here.nats, Liveness(here.buckets.live, node, "storage"), ServiceManagerNotifier({})
+        )
         self.here, self.node = here, node
         self.disk = GatedDisk(config.store)
         self.disk.open()
-        self.ledger, self.specs = recover(self.disk), View("spec")
-        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"), View("state"))
-        self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
+        self.ledger, self.specs = recover_store(self.disk), KvMirror("spec")
+        announcer = StatePublisher(context, self.disk, self.ledger, limits, KvMirror("state"), KvMirror("state"))
+        self.guard = FetchApi(context, self.disk, self.ledger, limits, self.specs, announcer)
 
     async def bring_in(self, *models: Model) -> None:
         """Complete models, the first one least recently used."""
@@ -82,12 +84,12 @@ class Held:
 
 
 @asynccontextmanager
-async def holding(server: NatsServer, home: Path, node: str, limits: Limits) -> AsyncIterator[Held]:
+async def holding(server: NatsServer, home: Path, node: str, limits: StorageSettings) -> AsyncIterator[Held]:
     """The services of a node on a real NATS, which learns of instances as they are placed."""
     async with joined(server) as here:
         held = Held(here, home, node, limits)
-        following = asyncio.create_task(follow(here.nats, held.specs))
-        await held.specs.complete(GATE_DEADLINE_S)
+        following = asyncio.create_task(follow_forever(here.nats, held.specs))
+        await held.specs.wait_loaded(GATE_DEADLINE_S)
         try:
             yield held
         finally:
@@ -107,7 +109,7 @@ A, B, C, NEW = model_of("aaa", 1000), model_of("bbb", 1000), model_of("ccc", 100
 async def test_I4_a_victim_used_between_plan_and_step_is_spared(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, others_suffice: bool
 ) -> None:
-    limits = Limits(3000, 0, "lru")
+    limits = StorageSettings(3000, 0, "lru")
     async with holding(nats, tmp_path, fresh("storage"), limits) as held:
         await held.bring_in(*((A, B, C) if others_suffice else (A, B, model_of("pinned", 1000))))
         held.ledger.pinned = {m for m in held.ledger.manifests if m.startswith("org/pinned@")}
@@ -121,12 +123,12 @@ async def test_I4_a_victim_used_between_plan_and_step_is_spared(
         if others_suffice:
             went = await reserving
             assert went is not None and [v.model for v in went.victims] == [A.name, C.name]
-            assert (went.need_bytes, went.frees_bytes, went.enough) == (2000, 2000, True)
-            assert went.kept == {B.name: f"used by instance {name}"}
+            assert (went.required_bytes, went.freed_bytes, went.enough) == (2000, 2000, True)
+            assert went.protected == {B.name: f"used by instance {name}"}
         else:
             with pytest.raises(QuotaExceeded, match="2 models are pinned or in use"):
                 await reserving
-            assert NEW.name not in held.ledger.promised and not held.ledger.partials
+            assert NEW.name not in held.ledger.reservations and not held.ledger.partials
         assert B.name in held.ledger.manifests and A.name not in held.ledger.manifests
         await held.here.buckets.spec.delete(instance_key(name))
 
@@ -134,16 +136,16 @@ async def test_I4_a_victim_used_between_plan_and_step_is_spared(
 async def test_I4_nothing_is_evicted_while_instances_are_unknown(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), Limits(3000, 0, "lru")) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(3000, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         before, name = files_below(held.disk.layout.root), fresh("instance")
-        monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)
-        held.guard.room._uses._specs = View("spec")  # a mirror that has received nothing
+        monkeypatch.setattr(uses_module, "CATCH_UP_TIMEOUT_S", 0.3)
+        held.guard.evictions._uses._specs = KvMirror("spec")  # a mirror that has received nothing
         spec = InstanceSpec(id=name, repo="org/x", commit="c" * 40, stages=[], context_tokens=1)
         await held.here.buckets.spec.put(instance_key(name), spec)
         with pytest.raises(Unavailable, match="nothing was removed, try again"):
             await held.reserve(NEW)
-        assert files_below(held.disk.layout.root) == before and not held.ledger.promised
+        assert files_below(held.disk.layout.root) == before and not held.ledger.reservations
         await held.here.buckets.spec.delete(instance_key(name))
 
 
@@ -151,7 +153,7 @@ async def test_space_the_disk_does_not_free_costs_no_second_model(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room_module, "_FREED_DEADLINE_S", 0.3)
-    async with holding(nats, tmp_path, fresh("storage"), Limits(None, 0, "lru")) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         held.disk.claims_free_bytes = 1500  # and no more, as long as somebody holds A's file open
         with pytest.raises(QuotaExceeded, match="1 kB were evicted for it, but the disk has not released them") as e:
@@ -163,10 +165,10 @@ async def test_space_the_disk_does_not_free_costs_no_second_model(
 async def test_changed_settings_apply_from_the_next_request_on(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), Limits(3000, 0)) as held:
+    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(3000, 0)) as held:
         await held.bring_in(A, B, C)
         with pytest.raises(QuotaExceeded):
             await held.reserve(NEW)
-        held.guard.use_limits(Limits(4000, 0, "lru"))
+        held.guard.apply_settings(StorageSettings(4000, 0, "lru"))
         went = await held.reserve(NEW)
         assert went is not None and [v.model for v in went.victims] == [A.name]

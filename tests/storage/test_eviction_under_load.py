@@ -20,24 +20,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import InUse, NotFound, QuotaExceeded, ShoalError
-from shoal_common.messages.downloads import Withdraw
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.downloads import StopDownloads
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import (
-    AskPlan,
     CollectGarbage,
     CommitBlob,
     Delete,
     EvictionPlan,
-    NoteUse,
     Pin,
+    PlanEviction,
+    RecordUse,
     Release,
     Reserve,
     SealModel,
 )
-from shoal_common.rpc.request_reply import Question, serve
-from shoal_storage.handlers.maintenance import Upkeep
+from shoal_common.rpc.request_reply import RpcEndpoint, serve
+from shoal_storage.handlers.maintenance import MaintenanceApi
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.settings import Limits
+from shoal_storage.settings import StorageSettings
 from tests.harness.nats import NatsServer
 from tests.storage.store_fixtures import Model, check_invariants, put
 from tests.storage.test_eviction_machine import MODELS
@@ -57,7 +57,7 @@ class Watched(asyncio.Lock):
     """The critical section: each holder leaves a ledger that keeps the limits."""
 
     ledger: Ledger | None = None
-    limits: Limits
+    limits: StorageSettings
     broken: str = ""
 
     def release(self) -> None:
@@ -67,16 +67,16 @@ class Watched(asyncio.Lock):
         super().release()
 
 
-def violations(ledger: Ledger, limits: Limits) -> str:
+def violations(ledger: Ledger, limits: StorageSettings) -> str:
     """The violation of I3 or I4 in a ledger, or ""."""
     if limits.quota_bytes is not None and ledger.used_bytes + ledger.reserved_bytes > limits.quota_bytes:
         return f"I3: {ledger.used_bytes} + {ledger.reserved_bytes} > {limits.quota_bytes}"
-    if gone := ledger.pinned - ledger.on_disk.keys():
+    if gone := ledger.pinned - ledger.stored_manifests.keys():
         return f"I4: pinned, and gone: {gone}"
     for manifest in ledger.manifests.values():
         if gone := manifest.blob_sizes.keys() - ledger.blobs.keys():
             return f"I4: blobs of {manifest.model} are gone: {gone}"
-    for model, blobs in ledger.promised.items():
+    for model, blobs in ledger.reservations.items():
         if gone := blobs - ledger.blobs.keys() - ledger.partials.keys():
             return f"I4: what the fetch of {model} counts on is gone: {gone}"
     return ""
@@ -85,21 +85,21 @@ def violations(ledger: Ledger, limits: Limits) -> str:
 class Together:
     """One store with many concurrent requests."""
 
-    def __init__(self, held: Held, upkeep: Upkeep) -> None:
+    def __init__(self, held: Held, upkeep: MaintenanceApi) -> None:
         self.held, self.guard, self.upkeep = held, held.guard, upkeep
-        self._carry_out = self.guard.room.carry_out
-        self.guard.room.carry_out = self.carry_out  # type: ignore[method-assign]  # the same, measured
+        self._carry_out = self.guard.evictions.execute
+        self.guard.evictions.execute = self.carry_out  # type: ignore[method-assign]  # the same, measured
 
     def blob_bytes(self) -> int:
         return sum(p.stat().st_size for p in self.held.disk.layout.blobs.glob("*/*"))
 
     async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
         """Compare what a plan has freed, by the files, with what it announced."""
-        kept = self.held.ledger.pinned | self.held.ledger.promised.keys()
+        kept = self.held.ledger.pinned | self.held.ledger.reservations.keys()
         assert not kept & {v.model for v in eviction.victims}, "I4: a victim is kept"
         before = self.blob_bytes()
         done = await self._carry_out(eviction)
-        assert before - self.blob_bytes() == done.frees_bytes == eviction.frees_bytes >= eviction.need_bytes
+        assert before - self.blob_bytes() == done.freed_bytes == eviction.freed_bytes >= eviction.required_bytes
         issued["evictions"] += 1
         return done
 
@@ -131,33 +131,38 @@ class Together:
         repo, upkeep = model.manifest.repo, self.upkeep
         asked: dict[str, Callable[[], Awaitable[object]]] = {
             "release": lambda: self.guard.release(Release(manifest=model.manifest)),
-            "delete": lambda: self.guard.removal.delete(Delete(model=repo), ""),
+            "delete": lambda: self.guard.deletions.delete(Delete(model=repo), ""),
             "pin": lambda: upkeep.pin(Pin(model=repo), ""),
             "unpin": lambda: upkeep.pin(Pin(model=repo, pinned=False), ""),
-            "used": lambda: upkeep.used(NoteUse(models=[model.name])),
+            "used": lambda: upkeep.record_use(RecordUse(models=[model.name])),
             "gc": lambda: upkeep.collect_garbage(CollectGarbage(), ""),
-            "plan": lambda: upkeep.plan(AskPlan(need_bytes=300)),
+            "plan": lambda: upkeep.plan(PlanEviction(need_bytes=300)),
         }
         await asked[verb]()
 
 
-async def live(server: NatsServer, home: Path, node: str, limits: Limits, seed: int) -> None:
+async def live(server: NatsServer, home: Path, node: str, limits: StorageSettings, seed: int) -> None:
     """Rounds of requests, each in its own order, with a check of the disk after each."""
     draw = random.Random(seed)
 
-    async def withdraw(_: Withdraw) -> Done:
-        return Done()
+    async def withdraw(_: StopDownloads) -> Empty:
+        return Empty()
 
     async with holding(server, home, node, limits) as held:
         section = held.guard.section
         assert isinstance(section, Watched)
         section.limits, section.ledger = limits, held.ledger
-        upkeep = Upkeep(
-            held.guard._context, held.ledger, section, held.guard.room, held.guard.keeping, held.guard._announcer
+        upkeep = MaintenanceApi(
+            held.guard._context,
+            held.ledger,
+            section,
+            held.guard.evictions,
+            held.guard.metadata,
+            held.guard._announcer,
         )
         together, stopping = Together(held, upkeep), asyncio.Event()
         serving = asyncio.create_task(
-            serve(held.here.nats, "fetcher", node, {"withdraw": Question(Withdraw, withdraw)}, stopping)
+            serve(held.here.nats, "fetcher", node, {"withdraw": RpcEndpoint(StopDownloads, withdraw)}, stopping)
         )
         try:
             for model in MODELS[3:5]:  # no quota used here has space for both of these
@@ -197,7 +202,7 @@ def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(
     def lives(quota_bytes: int, seed: int) -> None:
         with tempfile.TemporaryDirectory(prefix="shoal-together-") as home:
             node = f"together-{secrets.token_hex(6)}"
-            asyncio.run(live(nats, Path(home), node, Limits(quota_bytes, 0, "lru"), seed))
+            asyncio.run(live(nats, Path(home), node, StorageSettings(quota_bytes, 0, "lru"), seed))
 
     lives()
     print(dict(issued))  # with `-s`: requests issued, requests refused, and how often models were evicted

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 
 from shoal_common.bus.keys import instance_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.config import Config
 from shoal_common.errors import Corrupt, NotFound, Unavailable
-from shoal_common.host.sd_notify import Supervisor
+from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import CommitBlob, Delete, Release, Reserve
-from shoal_common.service import Context
-from shoal_storage.files.hashing import Digests
-from shoal_storage.handlers.fetch import Guard
+from shoal_common.service import ServiceContext
+from shoal_storage.files.hashing import FileHashes
+from shoal_storage.handlers.fetch import FetchApi
 from shoal_storage.leases import last_use as uses_module
-from shoal_storage.publisher import Announcer
-from shoal_storage.settings import Limits
-from shoal_storage.startup import recover
-from shoal_storage.store.store import Disk
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import recover_store
+from shoal_storage.store.store import Store
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.store_fixtures import Model, check_invariants, files_below, put
 
@@ -33,14 +33,14 @@ Fresh = Callable[[str], str]
 GATE_DEADLINE_S = 45.0
 
 
-class GatedDisk(Disk):
+class GatedDisk(Store):
     """A disk that stops between verifying a partial blob and returning, until the gate opens."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.verified, self.gate = threading.Event(), threading.Event()
 
-    def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> Digests:
+    def verify_partial(self, blob: str, size_bytes: int, root: str = "") -> FileHashes:
         """Verify, then wait at the gate, whatever the result."""
         try:
             return super().verify_partial(blob, size_bytes, root)
@@ -55,14 +55,14 @@ class Held:
     def __init__(self, here: Joined, home: Path, node: str) -> None:
         config = Config(service="storage", node=node, home=home, nats=[])
         liveness = Liveness(here.buckets.live, node, "storage")
-        context = Context(config, {}, here.nats, liveness, Supervisor({}))
-        limits = Limits(quota_bytes=None, headroom_bytes=0)
+        context = ServiceContext(config, {}, here.nats, liveness, ServiceManagerNotifier({}))
+        limits = StorageSettings(quota_bytes=None, headroom_bytes=0)
         self.disk = GatedDisk(config.store)
         self.disk.open()
-        self.ledger = recover(self.disk)
-        self.specs = View("spec")
-        announcer = Announcer(context, self.disk, self.ledger, limits, View("state"), View("state"))
-        self.guard = Guard(context, self.disk, self.ledger, limits, self.specs, announcer)
+        self.ledger = recover_store(self.disk)
+        self.specs = KvMirror("spec")
+        announcer = StatePublisher(context, self.disk, self.ledger, limits, KvMirror("state"), KvMirror("state"))
+        self.guard = FetchApi(context, self.disk, self.ledger, limits, self.specs, announcer)
 
 
 @asynccontextmanager
@@ -114,7 +114,7 @@ async def test_a_caller_that_gives_up_does_not_undo_a_commit(nats: NatsServer, f
 async def test_I4_nothing_is_deleted_while_instances_are_unknown(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uses_module, "CATCH_UP_S", 0.3)
+    monkeypatch.setattr(uses_module, "CATCH_UP_TIMEOUT_S", 0.3)
     model, name = Model("org/model", {"weights.bin": b"w" * 3000}), fresh("instance")
     async with holding(nats, tmp_path, fresh("guard")) as held, joined(nats) as here:
         held.disk.gate.set()
@@ -126,6 +126,6 @@ async def test_I4_nothing_is_deleted_while_instances_are_unknown(
         spec = InstanceSpec(id=name, repo="org/model", commit=model.manifest.commit, stages=[], context_tokens=1)
         await here.buckets.spec.put(instance_key(name), spec)  # and the mirror has not received it
         with pytest.raises(Unavailable, match="nothing was removed, try again"):
-            await held.guard.removal.delete(Delete(model="org/model"), "id")
+            await held.guard.deletions.delete(Delete(model="org/model"), "id")
         assert files_below(held.disk.layout.root) == before
         await here.buckets.spec.delete(instance_key(name))

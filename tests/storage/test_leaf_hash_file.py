@@ -10,10 +10,10 @@ from blake3 import blake3
 
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import leaf_hash
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_storage.files import leaf_hash_file
 from shoal_storage.integrity import blob_check, quarantine
-from tests.storage.store_fixtures import Model, Store, files_below, files_of, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, files_below, files_of, sha256
 
 LAST_BYTES = 777
 WEIGHTS = bytes(range(256)) * (LEAF_BYTES // 256) + b"x" * LEAF_BYTES + b"z" * LAST_BYTES
@@ -26,14 +26,14 @@ def no_rate_limit(_: int) -> None:
 
 
 def test_a_commit_writes_the_leaf_hashes_beside_the_blob(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
     for data in LARGE.bytes.values():
         name = sha256(data)
         hashes = b"".join(blake3(data[at : at + LEAF_BYTES]).digest() for at in range(0, len(data), LEAF_BYTES))
-        assert store.layout.leaves(name).read_bytes() == blake3(hashes).digest() + hashes
+        assert store.layout.leaf_list(name).read_bytes() == blake3(hashes).digest() + hashes
         assert leaf_hash_file.read(store.layout, name, len(data)) == hashes
-        assert leaf_hash_file.proves(store.layout, name)
+        assert leaf_hash_file.is_verified(store.layout, name)
 
 
 def test_the_sample_of_the_format_is_true() -> None:
@@ -46,10 +46,10 @@ def test_the_sample_of_the_format_is_true() -> None:
     "change", ["another file", "another time", "another size", "no leaves", "leaves cut", "gone"]
 )
 def test_leaf_hashes_do_not_verify_a_changed_file(root: Path, change: str) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
-    blob, listed = store.layout.blob(BLOB), store.layout.leaves(BLOB)
-    assert leaf_hash_file.proves(store.layout, BLOB)
+    blob, listed = store.layout.blob(BLOB), store.layout.leaf_list(BLOB)
+    assert leaf_hash_file.is_verified(store.layout, BLOB)
     if change == "another file":
         blob.unlink()
         blob.write_bytes(WEIGHTS)
@@ -66,15 +66,15 @@ def test_leaf_hashes_do_not_verify_a_changed_file(root: Path, change: str) -> No
         os.utime(listed, ns=(0, blob.stat().st_mtime_ns))
     else:
         blob.unlink()
-    assert not leaf_hash_file.proves(store.layout, BLOB)
+    assert not leaf_hash_file.is_verified(store.layout, BLOB)
     blob.unlink(missing_ok=True)
     blob.write_bytes(WEIGHTS)
 
 
 def test_a_damaged_leaf_list_is_not_read(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
-    path = store.layout.leaves(BLOB)
+    path = store.layout.leaf_list(BLOB)
     whole = path.read_bytes()
     for at in (0, 31, 32, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -85,9 +85,9 @@ def test_a_damaged_leaf_list_is_not_read(root: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["gone", "damaged", "of another time"])
 def test_an_intact_blob_without_valid_leaf_hashes_gets_them(root: Path, damage: str) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
-    path = store.layout.leaves(BLOB)
+    path = store.layout.leaf_list(BLOB)
     whole = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -95,46 +95,46 @@ def test_an_intact_blob_without_valid_leaf_hashes_gets_them(root: Path, damage: 
         path.write_bytes(b"\0" * len(whole))
     else:
         os.utime(path, ns=(0, 0))
-    checked = blob_check.check(store.disk, BLOB, no_rate_limit)
-    assert checked is not None and checked.intact and not checked.listed
-    quarantine.list_leaves(store.disk, checked)
-    assert path.read_bytes() == whole and leaf_hash_file.proves(store.layout, BLOB)
-    again = blob_check.check(store.disk, BLOB, no_rate_limit)
-    assert again is not None and again.listed
+    checked = blob_check.hash_blob(store.disk, BLOB, no_rate_limit)
+    assert checked is not None and checked.intact and not checked.has_leaf_hash_file
+    quarantine.write_leaf_hashes(store.disk, checked)
+    assert path.read_bytes() == whole and leaf_hash_file.is_verified(store.layout, BLOB)
+    again = blob_check.hash_blob(store.disk, BLOB, no_rate_limit)
+    assert again is not None and again.has_leaf_hash_file
 
 
 def test_leaf_hashes_are_not_written_for_a_replaced_file(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
-    store.layout.leaves(BLOB).unlink()
-    checked = blob_check.check(store.disk, BLOB, no_rate_limit)
+    store.layout.leaf_list(BLOB).unlink()
+    checked = blob_check.hash_blob(store.disk, BLOB, no_rate_limit)
     assert checked is not None
     blob = store.layout.blob(BLOB)
     blob.rename(root.parent / "kept")  # so that the new file cannot get the same inode
-    quarantine.list_leaves(store.disk, checked)
+    quarantine.write_leaf_hashes(store.disk, checked)
     blob.write_bytes(WEIGHTS)
-    quarantine.list_leaves(store.disk, checked)
-    assert not store.layout.leaves(BLOB).exists()
+    quarantine.write_leaf_hashes(store.disk, checked)
+    assert not store.layout.leaf_list(BLOB).exists()
 
 
 def test_leaf_hashes_go_with_their_blob_and_orphans_at_a_start(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     other = Model("org/other", {"other.bin": b"o" * 3000})
     store.bring_in(LARGE)
     store.bring_in(other)
     store.delete(LARGE)
     assert files_below(root) == files_of(other)
-    stray = store.layout.leaves(BLOB)
-    unfinished = store.layout.leaves(sha256(other.bytes["other.bin"])).with_name(f".{BLOB}.new")
+    stray = store.layout.leaf_list(BLOB)
+    unfinished = store.layout.leaf_list(sha256(other.bytes["other.bin"])).with_name(f".{BLOB}.new")
     strange = store.layout.leaf_lists / "notes.txt"
     for path in (stray, unfinished, strange):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"?")
     del store
-    again = Store(root)
+    again = StoreFixture(root)
     assert again.holds(other)
     assert files_below(root) == files_of(other) | {str(strange.relative_to(root))}
 
 
 def test_a_blobs_leaf_hashes_have_one_path() -> None:
-    assert Layout(Path("/s")).leaves("ab" * 32) == Path("/s/leaves/ab") / ("ab" * 32)
+    assert StorePaths(Path("/s")).leaf_list("ab" * 32) == Path("/s/leaves/ab") / ("ab" * 32)

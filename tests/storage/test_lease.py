@@ -18,25 +18,25 @@ from shoal_common.bus import subjects
 from shoal_common.bus.keys import instance_key
 from shoal_common.errors import BadName, Busy, InUse, NotFound, QuotaExceeded
 from shoal_common.messages import encode
-from shoal_common.messages.downloads import Withdraw
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.downloads import StopDownloads
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec, StageSpec
-from shoal_common.messages.leases import AskLease, Leased, Unlease
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import CollectGarbage, Verify
 from shoal_common.names import check_holder
-from shoal_common.rpc.request_reply import Question, serve
-from shoal_storage.eviction.planner import garbage_of, kept_models, plan
+from shoal_common.rpc.request_reply import RpcEndpoint, serve
+from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.leases import lease_files
-from shoal_storage.ledger.lease import GRACE_S, LEASES_AT_MOST, Lease, grace_left_s, has_ended
+from shoal_storage.ledger.lease import LOCK_DEADLINE_S, MAX_LEASES, ModelLease, grace_left_s, has_ended
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import freed_by
-from shoal_storage.ledger.usage import User, how_to_end, users_of, words
+from shoal_storage.ledger.references import blobs_freed_by
+from shoal_storage.ledger.usage import ModelUser, join_names, release_hint, users_of
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.lease_fixtures import holder_of
 from tests.storage.running_storage import Node, on_node
-from tests.storage.store_fixtures import Model, Store, check_invariants, files_below, files_of, put, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, put, sha256
 from tests.storage.test_deletion import instance_of
 from tests.storage.test_fetch_api import holding as guarding
 from tests.storage.test_verifier import flip
@@ -47,8 +47,8 @@ OTHER = Model("org/other", {"weights.bin": b"o" * 4000})
 TIMES = st.floats(0, 1e6)
 
 
-def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = "", pid: int = 0) -> Lease:
-    return Lease(name, model, holder, instance, 0.0, {"a": "a" * 64}, GRACE_S, pid=pid)
+def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = "", pid: int = 0) -> ModelLease:
+    return ModelLease(name, model, holder, instance, 0.0, {"a": "a" * 64}, LOCK_DEADLINE_S, pid=pid)
 
 
 # Pure
@@ -62,7 +62,7 @@ def test_a_lease_lives_through_its_grace_and_while_it_is_held(
     for held, after_s in looks:
         now_s += after_s
         ended = has_ended(lease, held, now_s)
-        assert ended == (not held and (taken_up or now_s >= GRACE_S))
+        assert ended == (not held and (taken_up or now_s >= LOCK_DEADLINE_S))
         if ended:
             return
         taken_up = lease.held = taken_up or held
@@ -71,8 +71,8 @@ def test_a_lease_lives_through_its_grace_and_while_it_is_held(
 @given(TIMES, TIMES)
 def test_I7_a_lease_found_at_a_start_has_no_more_than_its_grace(since_s: float, now_s: float) -> None:
     left_s = grace_left_s(since_s, now_s)
-    assert 0 <= left_s <= GRACE_S
-    assert left_s == 0 or now_s - since_s < GRACE_S
+    assert 0 <= left_s <= LOCK_DEADLINE_S
+    assert left_s == 0 or now_s - since_s < LOCK_DEADLINE_S
 
 
 INSTANCES = st.sampled_from(["x", "y", "z", ""])
@@ -88,25 +88,27 @@ def test_every_instance_and_lease_is_a_user_and_none_twice(placed: set[str], lea
     users = [u for each in users_of(specs, leases, "a").values() for u in each]
     assert len(users) == len(leases) + len(placed - set(leased))
     assert {u.instance for u in users if u.instance} == placed
-    assert all(u.leaving == (bool(leased[n]) and leased[n] not in placed) for n, u in enumerate(users[: len(leased)]))
+    assert all(
+        u.is_ending == (bool(leased[n]) and leased[n] not in placed) for n, u in enumerate(users[: len(leased)])
+    )
     assert users_of(specs, [], "b") == {}
     for user in users:
-        assert user.words in words(users)
-        assert not user.instance or f"`shoal stop {user.instance}`" in how_to_end(users)
-    assert how_to_end(users)
+        assert user.description in join_names(users)
+        assert not user.instance or f"`shoal stop {user.instance}`" in release_hint(users)
+    assert release_hint(users)
 
 
 def test_users_are_joined_into_a_sentence_with_release_hints() -> None:
-    a, b, c = User("a (pid 1)"), User("instance x", "x"), User("stage 0 of y", leaving=True)
-    assert [words([a]), words([a, b]), words([a, b, c])] == [
+    a, b, c = ModelUser("a (pid 1)"), ModelUser("instance x", "x"), ModelUser("stage 0 of y", is_ending=True)
+    assert [join_names([a]), join_names([a, b]), join_names([a, b, c])] == [
         "a (pid 1)",
         "a (pid 1) and instance x",
         "a (pid 1), instance x and stage 0 of y",
     ]
-    assert words([a] * 256).endswith("a (pid 1) and 246 more")
-    assert how_to_end([b]) == "stop it first with `shoal stop x`"
-    assert how_to_end([a, b]) == "stop it first with `shoal stop x`, and end that program first"
-    assert how_to_end([c]) == "it is ending; try again in a moment"
+    assert join_names([a] * 256).endswith("a (pid 1) and 246 more")
+    assert release_hint([b]) == "stop it first with `shoal stop x`"
+    assert release_hint([a, b]) == "stop it first with `shoal stop x`, and end that program first"
+    assert release_hint([c]) == "it is ending; try again in a moment"
 
 
 BLOBS = st.sets(st.sampled_from([f"{n}" * 64 for n in range(6)]))
@@ -127,10 +129,10 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
     lease = lease_of(mine.model)
     lease.files = {b: b for b in leased}
     ledger.leases = {"l": lease}
-    assert not leased & set(garbage_of(ledger))
-    assert not leased & {*freed_by(other.model, ledger), *freed_by(mine.model, ledger)}
+    assert not leased & set(find_garbage(ledger))
+    assert not leased & {*blobs_freed_by(other.model, ledger), *blobs_freed_by(mine.model, ledger)}
     users = users_of([], ledger.leases.values(), "a")
-    made = plan(need_bytes, ledger, {}, kept_models(ledger, users))
+    made = plan_eviction(need_bytes, ledger, {}, protected_models(ledger, users))
     assert mine.model not in [v.model for v in made.victims] and not leased & set(made.garbage)
     assert made.evictable_bytes <= 6 - len(leased)
 
@@ -139,24 +141,24 @@ async def test_a_lease_check_reports_changes_and_survives_disk_errors(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with guarding(nats, tmp_path, fresh("storage")) as held:
-        holders, leases, now_s = held.guard.holders, held.ledger.leases, time.monotonic()
-        for name, grace_s in (("young", GRACE_S), ("old", 0.0)):
-            leases[name] = Lease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s)
-            lease_files.make(held.disk, leases[name])
+        holders, leases, now_s = held.guard.leases, held.ledger.leases, time.monotonic()
+        for name, grace_s in (("young", LOCK_DEADLINE_S), ("old", 0.0)):
+            leases[name] = ModelLease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s)
+            lease_files.create_lease(held.disk, leases[name])
 
         def refuse(*_: object) -> bool:
             raise OSError(errno.EIO, "the disk refuses")
 
         with monkeypatch.context() as broken:
-            broken.setattr(lease_files, "remove", refuse)
-            assert not await holders.look() and set(leases) == {"young", "old"}
-        assert await holders.look() and set(leases) == {"young"}
-        assert not await holders.look()
+            broken.setattr(lease_files, "remove_unless_held", refuse)
+            assert not await holders.refresh() and set(leases) == {"young", "old"}
+        assert await holders.refresh() and set(leases) == {"young"}
+        assert not await holders.refresh()
         with holder_of(str(held.disk.layout.lease_lock("young"))) as holder:
-            assert await holders.look() and leases["young"].pid == holder.pid
-            assert not await holders.look()
-        assert await holders.look() and not leases
-        assert not await holders.look()
+            assert await holders.refresh() and leases["young"].pid == holder.pid
+            assert not await holders.refresh()
+        assert await holders.refresh() and not leases
+        assert not await holders.refresh()
 
 
 @pytest.mark.parametrize("holder", ["", "  ", "a\nb", "x" * 201, "\x1b[31mred"])
@@ -196,7 +198,7 @@ async def test_I4_a_living_holder_keeps_its_model_and_a_killed_one_not(
             assert node.withdrawn == []
             with pytest.raises(QuotaExceeded, match="1 model is pinned or in use"):
                 await node.reserve(new.manifest)
-            assert (await node.plan(5000)).kept == {MODEL.name: f"used by {who}"}
+            assert (await node.plan(5000)).protected == {MODEL.name: f"used by {who}"}
             assert (await node.command("gc", CollectGarbage())).result["blobs"] == 0
             with pytest.raises(InUse, match="is held by a long read"):
                 await node.unlease(lease.id)
@@ -265,19 +267,19 @@ async def test_I5_a_lease_that_nobody_holds_is_released_at_once(
 
 async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with guarding(nats, tmp_path, fresh("storage")) as held:
-        names = [f"l{n}" for n in range(LEASES_AT_MOST)]
+        names = [f"l{n}" for n in range(MAX_LEASES)]
         for name in names:
-            held.ledger.leases[name] = Lease(name, "org/m@c", "me", "", time.time(), {}, float("inf"))
-        question = AskLease(model="org/other", holder="one too many")
+            held.ledger.leases[name] = ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf"))
+        question = AcquireLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
-            await held.guard.holders.lease(question)
-        await held.guard.holders.unlease(Unlease(id=names[0]))
+            await held.guard.leases.lease(question)
+        await held.guard.leases.unlease(ReleaseLease(id=names[0]))
         with pytest.raises(NotFound):  # room for another lease, but no model to lease
-            await held.guard.holders.lease(question)
+            await held.guard.leases.lease(question)
 
 
 async def test_a_lock_that_cannot_be_tested_counts_as_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(MODEL)
     lease = store.lease(MODEL, "one")
 
@@ -286,7 +288,7 @@ async def test_a_lock_that_cannot_be_tested_counts_as_held(root: Path, monkeypat
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert lease_files.is_held(store.layout, lease.id)
-    assert set(lease_files.read(store.disk, 0.0, time.time() + 2 * GRACE_S)) == {"one"}
+    assert set(lease_files.read_leases(store.disk, 0.0, time.time() + 2 * LOCK_DEADLINE_S)) == {"one"}
 
 
 async def test_I4_a_leased_model_without_a_manifest_keeps_its_blobs(
@@ -360,15 +362,15 @@ async def test_I4_a_lease_taken_during_a_delete_stops_the_delete(
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
         await node.bring_in(MODEL)
-        taken: list[Leased] = []
+        taken: list[LeaseGrant] = []
 
-        async def withdraw(_: Withdraw) -> Done:
+        async def withdraw(_: StopDownloads) -> Empty:
             taken.append(await node.lease("org/model", "just in time"))
-            return Done()
+            return Empty()
 
         stopping = asyncio.Event()
         serving = asyncio.create_task(
-            serve(node.here.nats, "fetcher", node.node, {"withdraw": Question(Withdraw, withdraw)}, stopping)
+            serve(node.here.nats, "fetcher", node.node, {"withdraw": RpcEndpoint(StopDownloads, withdraw)}, stopping)
         )
         try:
             refused = await node.delete("org/model")
@@ -390,7 +392,7 @@ async def test_a_shell_holds_a_lease_as_documented(
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(), node.fetcher():
         await node.bring_in(MODEL)
-        subject = subjects.question("storage", node.node, "lease")
+        subject = subjects.rpc("storage", node.node, "lease")
         body = encode({"model": "org/model", "holder": "me"})
         reply = json.loads((await node.here.client.request(subject, body, timeout=20)).data)["result"]
         program = (*command, reply["lock"], *(("cat",) if has_pid else ()))

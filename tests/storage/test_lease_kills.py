@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_storage.leases import lease_files
-from shoal_storage.ledger.lease import GRACE_S
+from shoal_storage.ledger.lease import LOCK_DEADLINE_S
 from tests.harness.process import source_path
 from tests.storage.crash_child_model import STAYS
-from tests.storage.store_fixtures import Store, check_invariants, files_below, files_of
+from tests.storage.store_fixtures import StoreFixture, check_invariants, files_below, files_of
 from tests.storage.test_store_kills import CHANGES
 
 CALLS = [*CHANGES, "openat", "ioctl", "flock", "fchmod", "utimensat", "symlink"]
@@ -41,7 +41,7 @@ def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+    store = StoreFixture(tmp_path / "store")
     store.bring_in(STAYS)
     kept, dead = store.lease(STAYS, "kept"), store.lease(STAYS, "dead")
     lay = store.layout
@@ -49,7 +49,7 @@ def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path)
     shutil.copytree(lay.lease(kept.id), lay.leases / ".half.new")
     (lay.leases / "not a lease").mkdir()
     del store
-    again = Store(tmp_path / "store")
+    again = StoreFixture(tmp_path / "store")
     assert set(again.ledger.leases) == {"kept"} and again.leased_view_is_complete(kept, STAYS)
     assert {p.name for p in lay.leases.iterdir()} == {"kept", "not a lease"}
 
@@ -57,7 +57,7 @@ def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path)
 def check_after(root: Path, said: list[str]) -> None:
     """What the next start must find."""
     check_invariants(root)
-    store = Store(root)
+    store = StoreFixture(root)
     leases, lay = store.ledger.leases, store.layout
     assert {p.name for p in lay.leases.iterdir()} == set(leases), "an unfinished lease is left"
     assert not any(lay.tombs.iterdir())
@@ -68,7 +68,7 @@ def check_after(root: Path, said: list[str]) -> None:
     assert not ("first" in leases and "ended first" in said), "a lease that ended is back"
     # Nobody has taken them up: after their grace they are removed without a trace.
     now_s, clock_s = time.monotonic(), time.time()
-    assert lease_files.read(store.disk, now_s, clock_s + GRACE_S) == {}
+    assert lease_files.read_leases(store.disk, now_s, clock_s + LOCK_DEADLINE_S) == {}
     assert store.holds(STAYS)
     assert files_below(root) == files_of(STAYS)
 
@@ -83,11 +83,11 @@ class Points:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        Store(directory / "whole").bring_in(STAYS)
+        StoreFixture(directory / "whole").bring_in(STAYS)
         root, trace, calls = self._fresh("traced"), directory / "trace", ",".join(f"?{c}" for c in CALLS)
         ended = live(root, "-o", str(trace), "-e", f"trace={calls}")
         assert ended.returncode == 0, ended.stderr
-        lay, counts = Layout(root), Counter[str]()
+        lay, counts = StorePaths(root), Counter[str]()
         self.all: list[tuple[str, int]] = []
         for line in trace.read_text().splitlines():
             if match := _CALL.match(line):

@@ -10,48 +10,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.ledger.library_model import Seen, Verified
+from shoal_storage.ledger.library_model import FileStat, VerifiedFile
 from shoal_storage.libraries.recognize import (
-    Candidate,
-    Entry,
-    Listing,
-    Recognised,
-    cached_blob,
-    decide,
+    DirEntry,
+    LibraryListing,
+    ModelCandidate,
+    RecognizedModels,
+    accept_models,
     is_corrupt,
-    recognise,
+    recognize,
+    resolve_cache_link,
 )
-from shoal_storage.libraries.scanner import Unlistable, hash_file, list_root, refuse_overlap
+from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library, reject_overlap
 from tests.storage.library_fixtures import cached, config, plain
-from tests.storage.store_fixtures import Model, Store, git_sha1, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, git_sha1, sha256
 
 COMMIT = "a" * 40
 FILES = {"config.json": config(), "model.safetensors": b"w" * 900, "sub/more.safetensors": b"m" * 50}
 
 
-def scan_library(root: Path) -> Recognised:
-    return recognise(list_root(str(root), lambda: None))
+def scan_library(root: Path) -> RecognizedModels:
+    return recognize(list_library(str(root), lambda: None))
 
 
-def hashed(found: Recognised) -> dict[str, Verified]:
+def hashed(found: RecognizedModels) -> dict[str, VerifiedFile]:
     """What the service knows once it has hashed everything."""
     verified = {}
     for file in (f for c in found.candidates for f in c.files):
         digests = hash_file(file, lambda: None)
         assert digests is not None
-        verified[file.at] = Verified(seen=file.seen, sha256=digests.sha256, git_sha1=digests.git_sha1)
+        verified[file.absolute_path] = VerifiedFile(stat=file.stat, sha256=digests.sha256, git_sha1=digests.git_sha1)
     return verified
 
 
-def only(found: Recognised) -> Candidate:
+def only(found: RecognizedModels) -> ModelCandidate:
     assert found.refused == {}
     (candidate,) = found.candidates
     return candidate
 
 
-def refusal(found: Recognised) -> str:
+def refusal(found: RecognizedModels) -> str:
     assert found.candidates == []
     (why,) = found.refused.values()
     return why
@@ -69,16 +69,16 @@ def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -
         ("org/name", COMMIT, ("main", "refs/pr/1")),
         ("org/name", "b" * 40, ("v1.0",)),
     ]
-    assert {f.path: f.expected for f in found.candidates[0].files} == {
+    assert {f.path: f.expected_hash for f in found.candidates[0].files} == {
         "config.json": f"git-{git_sha1(FILES['config.json'])}",
         "model.safetensors": sha256(FILES["model.safetensors"]),
         "sub/more.safetensors": sha256(FILES["sub/more.safetensors"]),
     }
-    waiting = decide(found.candidates, {})
-    assert waiting.adopted == {} and len(waiting.waiting) == 2
-    verdict = decide(found.candidates, hashed(found))
-    assert verdict.waiting == [] and sorted(verdict.adopted) == [f"org/name@{COMMIT}", f"org/name@{'b' * 40}"]
-    manifest = verdict.adopted[f"org/name@{COMMIT}"].manifest
+    waiting = accept_models(found.candidates, {})
+    assert waiting.accepted == {} and len(waiting.waiting) == 2
+    verdict = accept_models(found.candidates, hashed(found))
+    assert verdict.waiting == [] and sorted(verdict.accepted) == [f"org/name@{COMMIT}", f"org/name@{'b' * 40}"]
+    manifest = verdict.accepted[f"org/name@{COMMIT}"].manifest
     check_manifest(manifest)
     assert {f.path: f.sha256 for f in manifest.files} == {p: sha256(d) for p, d in FILES.items()}
 
@@ -92,25 +92,27 @@ def test_a_plain_directory_is_local_and_named_by_its_content(tmp_path: Path) -> 
     for name in ("one", "two", "three"):
         found = scan_library(tmp_path / name)
         assert only(found).revisions == ("local",) and only(found).commit == ""
-        verdicts.append(decide(found.candidates, hashed(found)))
-    one, two, three = (next(iter(v.adopted)) for v in verdicts)
+        verdicts.append(accept_models(found.candidates, hashed(found)))
+    one, two, three = (next(iter(v.accepted)) for v in verdicts)
     assert one == two != three
     both = [*scan_library(tmp_path / "one").candidates, *scan_library(tmp_path / "three").candidates]
-    verdict = decide(both, {**hashed(scan_library(tmp_path / "one")), **hashed(scan_library(tmp_path / "three"))})
-    assert list(verdict.adopted) == [one], "me/tuned@local means one thing"
+    verdict = accept_models(
+        both, {**hashed(scan_library(tmp_path / "one")), **hashed(scan_library(tmp_path / "three"))}
+    )
+    assert list(verdict.accepted) == [one], "me/tuned@local means one thing"
     assert "is " in verdict.refused[str(tmp_path / "three" / "me" / "tuned")]
 
 
 def test_another_store_yields_its_complete_models(tmp_path: Path, apples: Model, pears: Model) -> None:
-    store = Store(tmp_path / "theirs")
+    store = StoreFixture(tmp_path / "theirs")
     store.bring_in(apples)
     store.bring_in(pears)
     found = scan_library(tmp_path / "theirs")
     assert [(c.repo, c.commit, c.revisions) for c in found.candidates] == [
         (m.manifest.repo, m.manifest.commit, ("main",)) for m in (apples, pears)
     ]
-    verdict = decide(found.candidates, hashed(found))
-    assert {m: a.manifest.files for m, a in verdict.adopted.items()} == {
+    verdict = accept_models(found.candidates, hashed(found))
+    assert {m: a.manifest.files for m, a in verdict.accepted.items()} == {
         m.name: sorted(m.sealed.files, key=lambda f: f.path) for m in (apples, pears)
     }
     store.layout.blob(sha256(pears.bytes["pears.bin"])).unlink()
@@ -209,9 +211,9 @@ _NAMES = st.one_of(
     st.text(max_size=5),
 )
 _ENTRIES = st.builds(
-    Entry,
+    DirEntry,
     kind=st.sampled_from(["file", "directory", "link", "other"]),
-    seen=st.builds(Seen, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+    seen=st.builds(FileStat, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
     target=st.one_of(st.just(f"../../blobs/{'a' * 64}"), st.lists(_NAMES, max_size=5).map("/".join)),
 )
 
@@ -223,20 +225,20 @@ _ENTRIES = st.builds(
     st.booleans(),
 )
 def test_I10_of_any_listing_only_files_with_valid_names_are_used(
-    entries: dict[str, Entry], texts: dict[str, bytes], with_model: bool
+    entries: dict[str, DirEntry], texts: dict[str, bytes], with_model: bool
 ) -> None:
     if with_model:
         top = "models--org--name"
-        entries |= {name: Entry("directory") for name in (top, f"{top}/snapshots", f"{top}/snapshots/{COMMIT}")}
-    found = recognise(Listing("/root", entries, texts))
+        entries |= {name: DirEntry("directory") for name in (top, f"{top}/snapshots", f"{top}/snapshots/{COMMIT}")}
+    found = recognize(LibraryListing("/root", entries, texts))
     for candidate in found.candidates:
         assert candidate.files
         for file in candidate.files:
-            assert entries[file.at.removeprefix("/root/")].kind == "file"
-    known = {f.at: Verified(seen=f.seen, sha256="c" * 64) for c in found.candidates for f in c.files}
-    for model, adopted in decide(found.candidates, known).adopted.items():
+            assert entries[file.absolute_path.removeprefix("/root/")].kind == "file"
+    known = {f.absolute_path: VerifiedFile(stat=f.stat, sha256="c" * 64) for c in found.candidates for f in c.files}
+    for model, adopted in accept_models(found.candidates, known).accepted.items():
         check_manifest(adopted.manifest)
-        layout = Layout(Path("/store"))
+        layout = StorePaths(Path("/store"))
         for f in adopted.manifest.files:
             assert layout.view_file(adopted.manifest, f.path).is_relative_to("/store/views")
         assert adopted.manifest.model == model
@@ -244,7 +246,7 @@ def test_I10_of_any_listing_only_files_with_valid_names_are_used(
 
 @given(st.lists(_NAMES, max_size=6).map("/".join))
 def test_I10_no_link_leads_anywhere_but_to_one_name_in_blobs(target: str) -> None:
-    found = cached_blob(f"models--o--n/snapshots/{COMMIT}/f", target, "/root")
+    found = resolve_cache_link(f"models--o--n/snapshots/{COMMIT}/f", target, "/root")
     assert found is None or (found.startswith("models--o--n/blobs/") and found.count("/") == 2 and ".." not in found)
 
 
@@ -254,34 +256,37 @@ def test_a_model_is_offered_only_when_every_file_was_verified(
 ) -> None:
     """I1 as a property, over arbitrary known hashes."""
     shas = ["a" * 64, "b" * 64]
-    seens = [Seen(1, 1, 1), Seen(1, 2, 1)]
-    listing = Listing("/r", {}, {})
+    seens = [FileStat(1, 1, 1), FileStat(1, 2, 1)]
+    listing = LibraryListing("/r", {}, {})
     top = "models--org--name"
     for path in (top, f"{top}/blobs", f"{top}/snapshots", f"{top}/snapshots/{COMMIT}"):
-        listing.entries[path] = Entry("directory")
+        listing.entries[path] = DirEntry("directory")
     for sha in shas:
-        listing.entries[f"{top}/blobs/{sha}"] = Entry("file", data.draw(st.sampled_from(seens)))
-        link = Entry("link", target=f"../../blobs/{sha}")
+        listing.entries[f"{top}/blobs/{sha}"] = DirEntry("file", data.draw(st.sampled_from(seens)))
+        link = DirEntry("link", target=f"../../blobs/{sha}")
         listing.entries[f"{top}/snapshots/{COMMIT}/{sha[0]}.bin"] = link
-    candidates = recognise(listing).candidates
+    candidates = recognize(listing).candidates
     states = st.builds(
-        Verified, seen=st.sampled_from(seens), sha256=st.sampled_from(shas), rotten=st.sampled_from([False, True])
+        VerifiedFile, seen=st.sampled_from(seens), sha256=st.sampled_from(shas), rotten=st.sampled_from([False, True])
     )
     verified = data.draw(st.dictionaries(st.sampled_from([f"/r/{top}/blobs/{sha}" for sha in shas]), states))
-    verdict = decide(candidates, verified)
+    verdict = accept_models(candidates, verified)
     good = all(
-        (v := verified.get(f.at)) is not None and v.seen == f.seen and v.sha256 == f.expected and not v.rotten
+        (v := verified.get(f.absolute_path)) is not None
+        and v.stat == f.stat
+        and v.sha256 == f.expected_hash
+        and not v.corrupt
         for f in candidates[0].files
     )
-    assert bool(verdict.adopted) == good
-    assert bool(verdict.adopted) + len(verdict.waiting) + len(verdict.refused) == 1
+    assert bool(verdict.accepted) == good
+    assert bool(verdict.accepted) + len(verdict.waiting) + len(verdict.refused) == 1
 
 
 def test_a_file_with_the_same_stat_and_another_hash_is_corrupt(tmp_path: Path) -> None:
     plain(tmp_path, "me/tuned", FILES)
     file = only(scan_library(tmp_path)).files[0]
-    assert not is_corrupt(file, Verified(seen=file.seen, sha256="a" * 64))
-    assert is_corrupt(file, Verified(seen=file.seen, sha256="a" * 64, rotten=True))
+    assert not is_corrupt(file, VerifiedFile(stat=file.stat, sha256="a" * 64))
+    assert is_corrupt(file, VerifiedFile(stat=file.stat, sha256="a" * 64, corrupt=True))
 
 
 def test_a_file_that_changed_since_its_listing_is_not_hashed(tmp_path: Path) -> None:
@@ -301,13 +306,13 @@ def test_a_file_that_changed_since_its_listing_is_not_hashed(tmp_path: Path) -> 
 
 
 def test_a_library_that_cannot_be_read_has_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(Unlistable, match="No such file"):
-        list_root(str(tmp_path / "gone"), lambda: None)
+    with pytest.raises(LibraryUnreadable, match="No such file"):
+        list_library(str(tmp_path / "gone"), lambda: None)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Unlistable, match="No such file"):
-        list_root("~nobody-of-this-name/models", lambda: None)
-    with pytest.raises(Unlistable, match="Not a directory"):
-        list_root(str(tmp_path / "file"), lambda: None)
+    with pytest.raises(LibraryUnreadable, match="No such file"):
+        list_library("~nobody-of-this-name/models", lambda: None)
+    with pytest.raises(LibraryUnreadable, match="Not a directory"):
+        list_library(str(tmp_path / "file"), lambda: None)
 
 
 def test_a_library_inside_or_around_the_store_is_refused(tmp_path: Path) -> None:
@@ -316,5 +321,5 @@ def test_a_library_inside_or_around_the_store_is_refused(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(tmp_path / "home")
     for root in (store, store / "views", tmp_path, tmp_path / "link", tmp_path / "link" / "store"):
         with pytest.raises(BadInput, match="overlap"):
-            refuse_overlap([str(root)], store)
-    refuse_overlap([str(tmp_path / "home" / "models"), str(tmp_path / "gone")], store)
+            reject_overlap([str(root)], store)
+    reject_overlap([str(tmp_path / "home" / "models"), str(tmp_path / "gone")], store)

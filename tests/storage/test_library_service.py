@@ -13,15 +13,23 @@ from nats.js.errors import NotFoundError
 from shoal_common.bus.keys import model_key
 from shoal_common.errors import NotFound
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import AskManifest, CollectGarbage, Configure, ModelState, Pin, RootState, Verify
-from shoal_common.store.store_paths import Layout
+from shoal_common.messages.storage import (
+    CollectGarbage,
+    Configure,
+    GetManifest,
+    LibraryState,
+    ModelState,
+    Pin,
+    Verify,
+)
+from shoal_common.store.store_paths import StorePaths
 from tests.fileserver.running_fileserver import Fileserver
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process
 from tests.harness.waiting import eventually
 from tests.storage.library_fixtures import cached, config, mounted_read_only, plain, snapshot_tree
 from tests.storage.running_storage import Node, on_node
-from tests.storage.store_fixtures import Model, Store, files_below, git_sha1, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, files_below, git_sha1, sha256
 from tests.storage.test_verifier import fileserver_of, flip
 
 Fresh = Callable[[str], str]
@@ -65,11 +73,11 @@ async def wait_published(node: Node, model: str) -> ModelState:
     return await eventually(published, f"{model} is announced")
 
 
-async def wait_library_state(node: Node, wanted: Callable[[RootState], bool], at: int = 0) -> RootState:
+async def wait_library_state(node: Node, wanted: Callable[[LibraryState], bool], at: int = 0) -> LibraryState:
     """Wait until the published state of a library is as expected."""
 
-    async def matching_state() -> RootState | None:
-        roots = (await node.storage_state()).read_only_roots
+    async def matching_state() -> LibraryState | None:
+        roots = (await node.storage_state()).libraries
         return roots[at] if len(roots) > at and wanted(roots[at]) else None
 
     return await eventually(matching_state, "the root is as wanted")
@@ -77,7 +85,7 @@ async def wait_library_state(node: Node, wanted: Callable[[RootState], bool], at
 
 async def set_libraries(node: Node, *roots: Path) -> None:
     """Send `configure`, which also has the libraries scanned again."""
-    outcome = await node.command("configure", Configure(read_only_roots=[str(r) for r in roots]))
+    outcome = await node.command("configure", Configure(libraries=[str(r) for r in roots]))
     assert outcome.ok, outcome.error
     assert outcome.result["read_only_roots"] == [str(r) for r in roots]
 
@@ -117,7 +125,7 @@ async def test_I4_a_library_is_offered_and_served_and_never_written(
             fileserver_of(node, nats) as fileserver,
         ):
             state = await wait_published(node, THEIRS.name)
-            assert state.adopted_from == str(root / snapshot.relative_to(cache))
+            assert state.library_directory == str(root / snapshot.relative_to(cache))
             assert (state.revisions, state.size_bytes, state.file_count) == (
                 ["main"],
                 sum(map(len, FILES.values())),
@@ -128,17 +136,20 @@ async def test_I4_a_library_is_offered_and_served_and_never_written(
             assert (ranged.status, ranged.body) == (206, WEIGHTS[1000:1010])
             view = node.layout.view("org/theirs", THEIRS.manifest.commit)
             assert {p: (view / p).read_bytes() for p in FILES} == FILES
-            manifest = await node.ask("manifest", AskManifest(model="org/theirs"), Manifest)
+            manifest = await node.ask("manifest", GetManifest(model="org/theirs"), Manifest)
             assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
 
             await wait_library_state(node, lambda r: r.model_count == 1)
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
-            assert disk.read_only_roots == [RootState(path=str(root), model_count=1)]
+            assert disk.libraries == [LibraryState(path=str(root), model_count=1)]
             assert [name for name, _ in await node.events()] == ["adopted"]
 
             reserved = await node.reserve(THEIRS.manifest)
-            assert reserved.missing == [] and (await node.seal(THEIRS.sealed)).adopted_from == state.adopted_from
+            assert (
+                reserved.missing == []
+                and (await node.seal(THEIRS.sealed)).library_directory == state.library_directory
+            )
             assert list(node.layout.manifests.iterdir()) == [], "a pull of what is adopted leaves it where it is"
             refused = await node.delete("org/theirs")
             assert refused.error is not None and refused.error.code == "refused"
@@ -172,7 +183,7 @@ async def test_a_model_sharing_files_with_a_library_fetches_the_rest(
         by_git = Model("org/by-git", {"config.json": FILES["config.json"]}, by_git=("config.json",))
         reserved = await node.reserve(by_git.manifest)
         sha = sha256(FILES["config.json"])
-        assert (reserved.missing, reserved.known) == ([], {f"git-{git_sha1(FILES['config.json'])}": sha})
+        assert (reserved.missing, reserved.sha256_by_git_name) == ([], {f"git-{git_sha1(FILES['config.json'])}": sha})
         await node.release(by_git.manifest)
 
         assert (await node.reserve(OURS.manifest)).missing == [sha256(OURS.bytes["own.bin"])]
@@ -234,17 +245,17 @@ async def test_I1_a_byte_flipped_before_the_scan_is_never_offered(
         listening(node) as process,
         fileserver_of(node, nats) as fileserver,
     ):
-        state = await wait_library_state(node, lambda r: r.not_adopted_count == 2 and not r.waiting_count)
+        state = await wait_library_state(node, lambda r: r.rejected_count == 2 and not r.unhashed_count)
         assert state.model_count == 0
-        assert "model.safetensors is corrupt" in state.not_adopted[str(snapshot)]
-        assert "config.json is corrupt" in state.not_adopted[str(small)]
+        assert "model.safetensors is corrupt" in state.rejected[str(snapshot)]
+        assert "config.json is corrupt" in state.rejected[str(small)]
         assert [name for name, _ in await node.events()] == ["adopted_corrupt"] * 2
         await process.wait_line("is corrupt", sha256(WEIGHTS))
         assert await node.model_state(THEIRS) is None
         assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
         await process.kill()
         async with listening(node) as again:
-            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 2)).waiting_count == 0
+            assert (await wait_library_state(node, lambda r: r.rejected_count == 2)).unhashed_count == 0
             assert hashed(again) == [] and await node.model_state(THEIRS) is None
         assert len(await node.events()) == 2, "told once"
     assert snapshot_tree(cache) == before
@@ -263,7 +274,7 @@ async def test_I1_a_library_file_that_changes_is_no_longer_served(
         fileserver_of(node, nats) as fileserver,
     ):
         await wait_library_state(node, lambda r: r.model_count == 2)
-        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        tuned = (await node.ask("manifest", GetManifest(model="me/tuned@local"), Manifest)).model
         assert await is_served(fileserver, WEIGHTS)
         if how == "changed":
             weights.write_bytes(b"new" + WEIGHTS)
@@ -286,7 +297,7 @@ async def test_I1_a_library_file_that_changes_is_no_longer_served(
 
             async def accepted_again() -> Manifest | None:
                 with suppress(NotFound):
-                    return await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)
+                    return await node.ask("manifest", GetManifest(model="me/tuned@local"), Manifest)
                 return None
 
             assert (await eventually(accepted_again, "it is adopted as it is now")).model != tuned
@@ -304,18 +315,18 @@ async def test_I1_verify_finds_corrupt_library_files_and_moves_nothing(
         fileserver_of(node, nats) as fileserver,
     ):
         await wait_library_state(node, lambda r: r.model_count == 1)
-        tuned = (await node.ask("manifest", AskManifest(model="me/tuned@local"), Manifest)).model
+        tuned = (await node.ask("manifest", GetManifest(model="me/tuned@local"), Manifest)).model
         flip(weights, 12_345)
         before = snapshot_tree(root)
         result = (await node.command("verify", Verify())).result
         assert (result["checked"], result["corrupt"], result["models"]) == (3, [sha256(WEIGHTS)], [tuned])
         assert await node.here.buckets.state.get(model_key(node.node, tuned)) is None
         assert not await is_served(fileserver, WEIGHTS)
-        assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+        assert (await wait_library_state(node, lambda r: r.rejected_count == 1)).model_count == 0
         assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
         await process.kill()
         async with listening(node) as again:
-            assert (await wait_library_state(node, lambda r: r.not_adopted_count == 1)).model_count == 0
+            assert (await wait_library_state(node, lambda r: r.rejected_count == 1)).model_count == 0
             assert hashed(again) == [], "what rotted is not taken for something new"
         assert snapshot_tree(root) == before and not list(node.layout.quarantine.iterdir())
 
@@ -323,7 +334,7 @@ async def test_I1_verify_finds_corrupt_library_files_and_moves_nothing(
 async def test_another_store_is_a_library_like_any_other(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model, pears: Model
 ) -> None:
-    theirs = Store(tmp_path / "theirs")
+    theirs = StoreFixture(tmp_path / "theirs")
     for model in (apples, pears):
         theirs.bring_in(model)
     before = snapshot_tree(theirs.root)
@@ -374,14 +385,14 @@ async def test_a_missing_library_is_reported_and_prevents_no_start(
         async with listening(node) as process:
             await wait_published(node, THEIRS.name)
             await wait_library_state(node, lambda r: r.model_count == 1)
-            states = (await node.storage_state()).read_only_roots
+            states = (await node.storage_state()).libraries
             assert [(s.error, s.model_count) for s in states] == [("", 1), ("No such file or directory", 0)]
             await process.wait_line("library cannot be scanned", "never")
             root.rename(tmp_path / "unmounted")
             await set_libraries(node, root, tmp_path / "never")
             await wait_unpublished(node, THEIRS.name)
         async with listening(node) as process:
-            assert (await node.storage_state()).read_only_roots[0].error == "No such file or directory"
+            assert (await node.storage_state()).libraries[0].error == "No such file or directory"
             (tmp_path / "unmounted").rename(root)
             await set_libraries(node, root, tmp_path / "never")
             await wait_published(node, THEIRS.name)
@@ -398,15 +409,15 @@ async def test_library_settings_follow_the_environment_and_are_checked(
         async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
             await wait_published(node, THEIRS.name)
             state = await node.storage_state()
-            assert [r.path for r in state.read_only_roots] == [str(one), str(two)]
-            assert "read_only_roots" in state.from_environment
-            refused = await node.command("configure", Configure(read_only_roots=[]))
+            assert [r.path for r in state.libraries] == [str(one), str(two)]
+            assert "read_only_roots" in state.overridden_by_env
+            refused = await node.command("configure", Configure(libraries=[]))
             assert refused.error is not None and "unset SHOAL_READ_ONLY_ROOTS" in refused.error.message
         async with listening(node):
             assert await node.model_state(THEIRS) is None
             text = (node.home / "node.toml").read_text()
             for bad in (["relative"], [str(node.layout.root)], [str(tmp_path)], ["/x\n"]):
-                outcome = await node.command("configure", Configure(read_only_roots=bad))
+                outcome = await node.command("configure", Configure(libraries=bad))
                 assert outcome.error is not None and outcome.error.code == "bad_input", bad
             assert (node.home / "node.toml").read_text() == text
 
@@ -422,12 +433,12 @@ async def test_an_eviction_spares_libraries_and_offers_their_copies(
         await set_libraries(node, cache)
         await wait_library_state(node, lambda r: r.model_count == 1)
         own = await node.model_state(THEIRS)
-        assert own is not None and own.adopted_from == "", "what the store has is the store's"
+        assert own is not None and own.library_directory == "", "what the store has is the store's"
         quota = own.size_bytes + 10
         await node.command("configure", Configure(eviction_policy="lru", max_storage_bytes=quota))
         await node.bring_in(pears)
         state = await node.model_state(THEIRS)
-        assert state is not None and state.adopted_from.startswith(str(cache))
+        assert state is not None and state.library_directory.startswith(str(cache))
         view = node.layout.view("org/theirs", THEIRS.manifest.commit)
         assert {p: (view / p).read_bytes() for p in FILES} == FILES
         assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
@@ -435,6 +446,6 @@ async def test_an_eviction_spares_libraries_and_offers_their_copies(
 
 
 def test_library_records_have_paths_of_their_own() -> None:
-    lay = Layout(Path("/s"))
-    assert lay.adopted_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
-    assert lay.adopted_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"
+    lay = StorePaths(Path("/s"))
+    assert lay.library_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
+    assert lay.library_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"

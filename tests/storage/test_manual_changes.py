@@ -17,7 +17,7 @@ from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import Node, on_node
-from tests.storage.store_fixtures import Model, Store, check_invariants, files_below, files_of, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, sha256
 from tests.storage.test_verifier import fileserver_of
 
 Fresh = Callable[[str], str]
@@ -50,15 +50,15 @@ async def wait_storage_state(node: Node, what: str, holds: Callable[[StorageStat
     return await eventually(asked, what, PATIENCE_S)
 
 
-def store_elsewhere(directory: Path, *models: Model) -> Store:
+def store_elsewhere(directory: Path, *models: Model) -> StoreFixture:
     """Another store with models, as a person may have one on a disk."""
-    store = Store(directory / "elsewhere")
+    store = StoreFixture(directory / "elsewhere")
     for model in models:
         store.bring_in(model)
     return store
 
 
-def copied(source: Store, node: Node, path: Path, like: Callable[[Path, Path], object] = shutil.copy2) -> Path:
+def copied(source: StoreFixture, node: Node, path: Path, like: Callable[[Path, Path], object] = shutil.copy2) -> Path:
     """Copy a file of another store to its place in this one."""
     target = node.layout.root / path.relative_to(source.root)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def copied(source: Store, node: Node, path: Path, like: Callable[[Path, Path], o
     return target
 
 
-def manifest_path(store: Store, model: Model) -> Path:
+def manifest_path(store: StoreFixture, model: Model) -> Path:
     """The path of a model's manifest in a store."""
     return store.layout.manifest(model.sealed.repo, model.sealed.commit)
 
@@ -107,7 +107,7 @@ async def test_a_model_goes_with_its_manifest_and_no_blob_is_deleted(
         shutil.move(path, aside)
         await wait_unpublished(node, LARGE)
         state = await wait_storage_state(node, "the manifest is missed", lambda s: s.model_count == 0)
-        assert (state.blob_count, state.unknown_count) == (3, 0)
+        assert (state.blob_count, state.foreign_count) == (3, 0)
         assert all(node.layout.blob(b).exists() for b in LARGE.sealed.blob_sizes)
         shutil.move(aside, path)
         await wait_published(node, LARGE)
@@ -156,7 +156,7 @@ async def test_I1_a_copied_model_is_offered_once_complete_and_verified(
         view = node.layout.view(LARGE.sealed.repo, LARGE.sealed.commit)
         assert {p: (view / p).read_bytes() for p in LARGE.bytes} == LARGE.bytes
         state = await wait_storage_state(node, "all is proven", lambda s: s.blob_count == 3)
-        assert (state.unproven_count, state.unknown_count) == (0, 0)
+        assert (state.unverified_count, state.foreign_count) == (0, 0)
         assert state.used_bytes == LARGE.sealed.size_bytes
         assert files_below(node.layout.root) == files_of(LARGE)
         assert {p.stat().st_mode & 0o777 for p in node.layout.blobs.glob("*/*")} == {0o444}
@@ -197,10 +197,10 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
             path.write_bytes(wrong)
             path.chmod(0o444)
             state = await wait_storage_state(
-                node, "it is judged", lambda s: s.unknown_count == 1 and s.blob_count == 2
+                node, "it is judged", lambda s: s.foreign_count == 1 and s.blob_count == 2
             )
-            assert (state.unproven_count, state.unknown_bytes) == (0, len(wrong))
-            assert state.unknown == [str(path.relative_to(node.layout.root))]
+            assert (state.unverified_count, state.foreign_bytes) == (0, len(wrong))
+            assert state.foreign_files == [str(path.relative_to(node.layout.root))]
             assert state.used_bytes == LARGE.sealed.size_bytes
             await process.wait_line("copied-in file is corrupt; left in place", WEIGHTS)
             assert (await fileserver.blob(WEIGHTS)).status == 404
@@ -209,7 +209,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
             assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
             await process.kill()
         async with node.storage(), fileserver_of(node, nats) as fileserver:
-            state = await wait_storage_state(node, "it is judged again", lambda s: s.unknown_count == 1)
+            state = await wait_storage_state(node, "it is judged again", lambda s: s.foreign_count == 1)
             assert path.read_bytes() == wrong and await node.model_state(LARGE) is None
             assert (await fileserver.blob(WEIGHTS)).status == 404
             # A file that somebody repairs is hashed again.
@@ -218,7 +218,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
                 f.write(right[-1:])
             await wait_published(node, LARGE)
             assert (await fileserver.blob(WEIGHTS)).body == right
-            await wait_storage_state(node, "nothing is unknown", lambda s: s.unknown_count == 0)
+            await wait_storage_state(node, "nothing is unknown", lambda s: s.foreign_count == 0)
 
 
 async def test_I1_a_blob_written_in_place_loses_its_models_until_pull(
@@ -236,13 +236,13 @@ async def test_I1_a_blob_written_in_place_loses_its_models_until_pull(
             f.write(b"?????")
         assert (await fileserver.blob(WEIGHTS)).status == 404, "from that very moment on"
         await wait_unpublished(node, LARGE)
-        await wait_storage_state(node, "it is judged", lambda s: s.unknown_count == 1)
+        await wait_storage_state(node, "it is judged", lambda s: s.foreign_count == 1)
         assert not in_view.exists(), "nothing loads it"
         await node.bring_in(LARGE)
         assert await node.model_state(LARGE)
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
         state = await node.storage_state()
-        assert (state.unknown_count, state.unproven_count) == (0, 0)
+        assert (state.foreign_count, state.unverified_count) == (0, 0)
         check_invariants(node.layout.root)
 
 
@@ -294,8 +294,8 @@ async def test_foreign_files_are_counted_and_survive_everything(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"mine")
             # The top of the store is not watched: the next scan counts it with the others.
-            state = await wait_storage_state(node, "they are counted", lambda s: s.unknown_count == len(strange))
-            assert state.unknown_bytes == 4 * len(strange) and len(state.unknown) == 5
+            state = await wait_storage_state(node, "they are counted", lambda s: s.foreign_count == len(strange))
+            assert state.foreign_bytes == 4 * len(strange) and len(state.foreign_files) == 5
             assert await node.model_state(LARGE)
             assert (await node.command("verify", Verify())).ok and all_there()
             await node.bring_in(apples)  # by evicting the other
@@ -303,11 +303,11 @@ async def test_foreign_files_are_counted_and_survive_everything(
             assert (await node.command("gc", CollectGarbage())).ok and all_there()
             await process.kill()
         async with node.storage():
-            assert all_there() and (await node.storage_state()).unknown_count == len(strange)
+            assert all_there() and (await node.storage_state()).foreign_count == len(strange)
             assert (await node.delete("org/apples")).ok and all_there()
             for path in strange[1:]:
                 path.unlink()
-            await wait_storage_state(node, "one is left", lambda s: s.unknown == ["index.db"])
+            await wait_storage_state(node, "one is left", lambda s: s.foreign_files == ["index.db"])
 
 
 async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
@@ -323,9 +323,12 @@ async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: F
         async with node.storage():
             assert await node.model_state(LARGE) == before
             state = await node.storage_state()
-            assert state.pinned == [LARGE.name] and (state.unknown, state.unknown_bytes) == (["index.db"], 100_000)
+            assert state.pinned == [LARGE.name] and (state.foreign_files, state.foreign_bytes) == (
+                ["index.db"],
+                100_000,
+            )
             assert node.layout.use(LARGE.sealed.repo, LARGE.sealed.commit).stat().st_mtime_ns == used
-            assert (await node.plan(1 << 60)).kept == {LARGE.name: "pinned"}
+            assert (await node.plan(1 << 60)).protected == {LARGE.name: "pinned"}
 
 
 def scans_of(process: Process) -> int:
@@ -353,7 +356,7 @@ async def test_storages_own_changes_cause_no_scan_and_idle_is_silent(
         for number in (1, 2):
             mine = node.layout.manifests / f"mine-{number}"
             mine.write_text("mine")
-            await wait_storage_state(node, "it is counted", lambda s, n=number: s.unknown_count == n)  # type: ignore[misc]
+            await wait_storage_state(node, "it is counted", lambda s, n=number: s.foreign_count == n)  # type: ignore[misc]
             written = await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT")
             assert scans_of(process) <= 2 + 2 * number, process.output
         for number, model in enumerate(models):
@@ -393,7 +396,7 @@ async def test_a_store_that_is_moved_away_and_back_is_offered_again(
         root.rename(aside)
         root.mkdir()  # as a mount point stays when its disk is gone
         await wait_unpublished(node, LARGE)
-        state = await wait_storage_state(node, "the store is missed", lambda s: s.store_away)
+        state = await wait_storage_state(node, "the store is missed", lambda s: s.store_missing)
         assert (state.model_count, state.blob_count) == (1, 3), "and nothing is concluded"
         assert (await node.command("verify", Verify())).ok
         assert not (await node.delete("org/large")).ok
@@ -402,8 +405,8 @@ async def test_a_store_that_is_moved_away_and_back_is_offered_again(
         root.rmdir()
         aside.rename(root)
         await wait_published(node, LARGE)
-        state = await wait_storage_state(node, "it is back", lambda s: not s.store_away)
-        assert (state.blob_count, state.unproven_count) == (3, 0)
+        state = await wait_storage_state(node, "it is back", lambda s: not s.store_missing)
+        assert (state.blob_count, state.unverified_count) == (3, 0)
         assert [name for name, _ in await node.events()] == ["model_ready"], "nothing was lost, hashed or found"
         node.layout.blob(WEIGHTS).unlink()
         await wait_unpublished(node, LARGE)

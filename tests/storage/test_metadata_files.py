@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.errors import Failed
-from shoal_storage.eviction.planner import garbage_of
-from shoal_storage.files.metadata_files import Keeping
-from tests.storage.store_fixtures import Model, Store, files_of, put
+from shoal_common.errors import InternalError
+from shoal_storage.eviction.planner import find_garbage
+from shoal_storage.files.metadata_files import MetadataFiles
+from tests.storage.store_fixtures import Model, StoreFixture, files_of, put
 
 THEN_S = 1_600_000_000.25
 
 
-def opened(root: Path) -> tuple[Store, Keeping]:
+def opened(root: Path) -> tuple[StoreFixture, MetadataFiles]:
     """A store with its metadata files, as a start finds them; closes an earlier one."""
-    store = Store(root)
-    keeping = Keeping(store.layout, store.ledger)
+    store = StoreFixture(root)
+    keeping = MetadataFiles(store.layout, store.ledger)
     keeping.read()
     return store, keeping
 
 
-def reopened(store: Store) -> tuple[Store, Keeping]:
+def reopened(store: StoreFixture) -> tuple[StoreFixture, MetadataFiles]:
     store.disk.close()
     return opened(store.root)
 
@@ -64,7 +64,7 @@ def test_a_pin_and_a_use_are_synced_before_they_are_acknowledged(
     file = f"org--apples@{apples.manifest.commit}"
     assert synced == ["store", file, "pins"]
     synced.clear()
-    keeping.used([apples.name], THEN_S)
+    keeping.record_use([apples.name], THEN_S)
     keeping.write_uses()
     assert synced == ["store", file, "uses"]
     synced.clear()
@@ -76,7 +76,7 @@ def test_a_pin_that_cannot_be_written_is_refused_and_not_claimed(root: Path, app
     store, keeping = opened(root)
     store.bring_in(apples)
     (root / "pins").write_bytes(b"not a directory")
-    with pytest.raises(Failed, match=r"cannot write the pin of org/apples@"):
+    with pytest.raises(InternalError, match=r"cannot write the pin of org/apples@"):
         keeping.pin(apples.name)
     assert store.ledger.pinned == set()
 
@@ -84,24 +84,24 @@ def test_a_pin_that_cannot_be_written_is_refused_and_not_claimed(root: Path, app
 def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     store.bring_in(apples)
-    keeping.came_in(apples.name)
+    keeping.record_arrival(apples.name)
     came_s = store.layout.manifest(apples.manifest.repo, apples.manifest.commit).stat().st_mtime
     assert store.ledger.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
-    keeping.used([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
+    keeping.record_use([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
     assert store.ledger.last_uses == {apples.name: THEN_S}
     assert entries(root / "uses") == set()
     keeping.write_uses()
     assert entries(root / "uses") == {f"org--apples@{apples.manifest.commit}"}
     store, keeping = reopened(store)
     assert store.ledger.last_uses == {apples.name: THEN_S}
-    keeping.came_in(apples.name)
+    keeping.record_arrival(apples.name)
     assert store.ledger.last_uses == {apples.name: THEN_S}, "sealed again, it was used when it was used"
 
 
 def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     store.bring_in(apples)
-    keeping.used([apples.name], THEN_S)
+    keeping.record_use([apples.name], THEN_S)
     keeping.write_uses()
     use = store.layout.use(apples.manifest.repo, apples.manifest.commit)
     os.utime(use, (1.0, 1.0))
@@ -112,7 +112,7 @@ def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
 def test_a_use_that_could_not_be_written_is_written_next_time(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     store.bring_in(apples)
-    keeping.used([apples.name], THEN_S)
+    keeping.record_use([apples.name], THEN_S)
     (root / "uses").write_bytes(b"in the way")
     keeping.write_uses()
     assert store.ledger.last_uses == {apples.name: THEN_S}
@@ -126,16 +126,16 @@ def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Mode
     for model in (apples, pears):
         store.bring_in(model)
         keeping.pin(model.name)
-        keeping.used([model.name], THEN_S)
+        keeping.record_use([model.name], THEN_S)
     keeping.write_uses()
     store.delete(apples)
-    keeping.forget(apples.name)
+    keeping.delete_records(apples.name)
     assert store.ledger.pinned == store.ledger.last_uses.keys() == {pears.name}
     store.delete(pears)  # and a crash before it is forgotten
     store, keeping = reopened(store)
     assert not entries(root / "pins") and not entries(root / "uses")
     store.bring_in(pears)
-    keeping.came_in(pears.name)
+    keeping.record_arrival(pears.name)
     assert store.ledger.last_uses[pears.name] > THEN_S, "a model that came in anew is not the first to go"
 
 
@@ -162,28 +162,30 @@ def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, 
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(b"mine")
     store, _ = reopened(store)
-    assert not store.ledger.pinned and not store.ledger.promised and store.ledger.last_uses.keys() == {apples.name}
+    assert (
+        not store.ledger.pinned and not store.ledger.reservations and store.ledger.last_uses.keys() == {apples.name}
+    )
     assert name == ".x.new" or (root / "pins" / name).read_bytes() == b"mine"
 
 
 def test_I4_committed_blobs_of_a_fetch_are_no_garbage_at_restart(root: Path, apples: Model) -> None:
     store, keeping = opened(root)
     first, *rest = store.reserve(apples)
-    store.ledger.promised[apples.name] = set(apples.blobs)
-    keeping.promise(apples.name)
+    store.ledger.reservations[apples.name] = set(apples.blobs)
+    keeping.write_reservation(apples.name)
     put(store.layout, first, apples.blobs[first])
     committed = store.commit(first)
-    store.ledger.promised[apples.name].add(committed)
-    keeping.promise(apples.name)
+    store.ledger.reservations[apples.name].add(committed)
+    keeping.write_reservation(apples.name)
     store, keeping = reopened(store)
-    assert store.ledger.promised == {apples.name: {committed, *apples.blobs}}
-    assert garbage_of(store.ledger) == []
+    assert store.ledger.reservations == {apples.name: {committed, *apples.blobs}}
+    assert find_garbage(store.ledger) == []
     for blob in rest:
         put(store.layout, blob, apples.blobs[blob])
         store.commit(blob)
     store.seal(apples)
     store, keeping = reopened(store)  # a crash before the end of the download was recorded
-    assert store.ledger.promised == {}
+    assert store.ledger.reservations == {}
     assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == files_of(
         apples
     )

@@ -20,15 +20,15 @@ from shoal_common.store.leaf_hash import leaf_hash
 from shoal_storage.admission.admission import admit
 from shoal_storage.files import leaf_hash_file
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.integrity.repair import keep_good_leaves, make_partial, repairable
-from shoal_storage.ledger.completeness import having, lose
+from shoal_storage.integrity.repair import create_partial, record_good_leaves, repairable_blobs
+from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.settings import Limits
+from shoal_storage.settings import StorageSettings
 from tests.harness.nats import NatsServer
 from tests.storage.running_storage import on_node
 from tests.storage.store_fixtures import (
     Model,
-    Store,
+    StoreFixture,
     check_invariants,
     claimed_leaves,
     files_below,
@@ -56,22 +56,22 @@ def only_blob(model: Model) -> tuple[str, bytes]:
     return name, data
 
 
-def verify_changed_blob(store: Store, blob: str) -> blob_check.Checked:
+def verify_changed_blob(store: StoreFixture, blob: str) -> blob_check.VerificationResult:
     """Do what the verifier does with a corrupt blob."""
-    checked = blob_check.check(store.disk, blob, no_rate_limit)
+    checked = blob_check.hash_blob(store.disk, blob, no_rate_limit)
     assert checked is not None and not checked.intact
-    assert quarantine.set_aside(store.disk, checked, having(blob, store.ledger))
-    lose({blob}, store.ledger)
+    assert quarantine.quarantine_blob(store.disk, checked, manifests_with_blob(blob, store.ledger))
+    mark_incomplete({blob}, store.ledger)
     store.ledger.quarantined.add(blob)
-    keep_good_leaves(store.disk, checked)
+    record_good_leaves(store.disk, checked)
     return checked
 
 
 @contextmanager
-def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[Store, Model, blob_check.Checked]]:
+def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[StoreFixture, Model, blob_check.VerificationResult]]:
     """A store with a model whose blob was changed at these offsets and quarantined."""
     with tempfile.TemporaryDirectory() as name:
-        store, model = Store(Path(name) / "store"), model_of(size_bytes)
+        store, model = StoreFixture(Path(name) / "store"), model_of(size_bytes)
         blob, _ = only_blob(model)
         store.bring_in(model)
         for offset in offsets:
@@ -99,12 +99,12 @@ def test_I1_exactly_the_leaves_with_a_flipped_byte_are_refetched(size_bytes: int
         assert put_missing(store.layout, blob, whole) == bad
         assert store.commit(blob) == blob
         store.seal(model)
-        assert store.holds(model) and leaf_hash_file.proves(store.layout, blob)
+        assert store.holds(model) and leaf_hash_file.is_verified(store.layout, blob)
         assert files_below(store.root) == files_of(model)
 
 
 def test_I1_an_unreadable_leaf_is_corrupt_and_others_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, model = Store(root), model_of(4 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(4 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     real = os.pread
@@ -126,7 +126,7 @@ def test_I1_an_unreadable_leaf_is_corrupt_and_others_are_kept(root: Path, monkey
 
 
 def test_a_dead_device_is_not_read_leaf_by_leaf(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, model = Store(root), model_of(5 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(5 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     asked = []
@@ -149,10 +149,10 @@ def test_a_dead_device_is_not_read_leaf_by_leaf(root: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("useless", ["gone", "damaged", "of other bytes"])
 def test_without_trusted_leaf_hashes_everything_is_refetched(root: Path, useless: str) -> None:
-    store, model = Store(root), model_of(3 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
-    path = store.layout.leaves(blob)
+    path = store.layout.leaf_list(blob)
     if useless == "gone":
         path.unlink()
     elif useless == "damaged":
@@ -170,7 +170,7 @@ def test_without_trusted_leaf_hashes_everything_is_refetched(root: Path, useless
 
 
 def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
-    store, model = Store(root), model_of(3 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     flip(store.layout.blob(blob), LEAF_BYTES + 1)
@@ -181,7 +181,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
     leaf_hash_file.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
     assert verify_changed_blob(store, blob).bad_leaf_count == 1
     partial = store.ledger.partials
-    make_partial(store.disk, blob, len(whole), [model.name])
+    create_partial(store.disk, blob, len(whole), [model.name])
     directory = store.layout.partial(blob)
     with (directory / "data").open("r+b") as f:
         f.seek(2 * LEAF_BYTES)
@@ -189,7 +189,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
     with pytest.raises(Corrupt):
         store.disk.verify_partial(blob, len(whole))
     # What the service does then.
-    store.disk.remove_partial(blob)
+    store.disk.delete_partial(blob)
     store.disk.write_partial(blob, len(whole), [model.name])
     assert not partial and claimed_leaves(directory, whole) == set()
     store.reserve(model)
@@ -200,11 +200,11 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
 
 
 def test_an_old_bitmap_does_not_count_for_a_newly_corrupt_blob(root: Path) -> None:
-    store, model = Store(root), model_of(3 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     store.layout.set_aside_have(blob).write_bytes(b"\x03")
-    store.layout.leaves(blob).unlink()
+    store.layout.leaf_list(blob).unlink()
     flip(store.layout.blob(blob), 0)
     verify_changed_blob(store, blob)
     assert not store.layout.set_aside_have(blob).exists()
@@ -215,7 +215,7 @@ def test_an_old_bitmap_does_not_count_for_a_newly_corrupt_blob(root: Path) -> No
 
 
 def test_claims_of_a_partial_without_data_are_dropped(root: Path) -> None:
-    store, model = Store(root), model_of(3 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.reserve(model)
     put(store.layout, blob, whole)
@@ -244,7 +244,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
                 raise Killed
             return True
 
-        store = Store(root)
+        store = StoreFixture(root)
         store.bring_in(model)
         for leaf in bad:
             flip(store.layout.blob(blob), leaf * LEAF_BYTES + 9)
@@ -263,9 +263,9 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
         root = tmp_path / f"{number}"
         with pytest.raises(Killed):
             repair(root, number)
-        store = Store(root)
+        store = StoreFixture(root)
         claimed_leaves(store.layout.partial(blob), whole)
-        if blob in store.ledger.blobs and not blob_check.check(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
+        if blob in store.ledger.blobs and not blob_check.hash_blob(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
             verify_changed_blob(store, blob)
         if store.reserve(model):
             came = put_missing(store.layout, blob, whole)
@@ -276,7 +276,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
         store.seal(model)
         assert store.holds(model)
         del store
-        again = Store(root)
+        again = StoreFixture(root)
         assert again.holds(model) and files_below(root) == files_of(model)
         del again
     # Between the rename into quarantine and that of the bitmap, nothing tells which leaves are good.
@@ -285,7 +285,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
 
 
 def test_a_start_knows_what_is_repairable_and_drops_bitmaps(root: Path) -> None:
-    store, model = Store(root), model_of(3 * LEAF_BYTES)
+    store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
     flip(store.layout.blob(blob), 0)
@@ -293,14 +293,14 @@ def test_a_start_knows_what_is_repairable_and_drops_bitmaps(root: Path) -> None:
     lonely = store.layout.set_aside_have("cd" * 32)
     lonely.write_bytes(b"\x01")
     del store
-    again = Store(root)
+    again = StoreFixture(root)
     assert again.ledger.quarantined == {blob} and not lonely.exists()
-    assert repairable(again.disk, again.ledger.quarantined) == {blob: len(whole)}
-    again.disk.drop_set_aside(blob)
+    assert repairable_blobs(again.disk, again.ledger.quarantined) == {blob: len(whole)}
+    again.disk.delete_quarantined(blob)
     assert files_below(root) == files_of(model) - {
         str(p.relative_to(root))
         for f in model.sealed.files
-        for p in (again.layout.blob(blob), again.layout.leaves(blob), again.layout.view_file(model.sealed, f.path))
+        for p in (again.layout.blob(blob), again.layout.leaf_list(blob), again.layout.view_file(model.sealed, f.path))
     }
     again.bring_in(model)
 
@@ -316,7 +316,7 @@ def test_I3_a_repair_needs_disk_space_only_for_missing_leaves(
 
     def approved(quota_bytes: int | None) -> bool:
         try:
-            admit(manifest, ledger, Limits(quota_bytes=quota_bytes, headroom_bytes=0), free_bytes)
+            admit(manifest, ledger, StorageSettings(quota_bytes=quota_bytes, headroom_bytes=0), free_bytes)
         except QuotaExceeded:
             return False
         return True
@@ -354,6 +354,6 @@ async def test_verify_reports_bad_leaves_and_already_incomplete_models(
             assert ready.revisions == ["main"]
             assert files_below(node.layout.root) == files_of(model, other)
             # A store from before leaf hashes existed gets them.
-            node.layout.leaves(blob).unlink()
+            node.layout.leaf_list(blob).unlink()
             assert (await verify(node)).result["checked"] == 2
-            assert leaf_hash_file.proves(node.layout, blob)
+            assert leaf_hash_file.is_verified(node.layout, blob)

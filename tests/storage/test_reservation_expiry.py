@@ -12,31 +12,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.bus.keys import download_key, live_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.keys import download_key, liveness_key
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import NotFound
 from shoal_common.host.process_identity import this_process
 from shoal_common.messages import encode
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import CommitBlob, Release, Reserve, SealModel
 from shoal_storage.admission.reservation_expiry import (
-    GONE_AFTER_S,
-    RENEW_EVERY_S,
-    STILL_WANTED_S,
-    Wish,
-    decide,
-    paused_of,
-    wishes,
+    FETCHER_DOWN_AFTER_S,
+    RENEW_INTERVAL_S,
+    RESERVATION_GRACE_S,
+    DownloadRequestView,
+    download_requests,
+    expiry_actions,
+    paused_models,
 )
-from shoal_storage.eviction.planner import garbage_of, kept_models, plan
-from shoal_storage.files.metadata_files import Keeping
-from shoal_storage.handlers.reservations import Reservations
-from shoal_storage.ledger.entries import Partial
+from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
+from shoal_storage.files.metadata_files import MetadataFiles
+from shoal_storage.handlers.reservations import ReservationExpiry
+from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import paused_bytes
-from shoal_storage.settings import Limits
-from shoal_storage.startup import recover
+from shoal_storage.ledger.references import bytes_of_paused_models
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import recover_store
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
@@ -49,32 +49,41 @@ NOW_S = 1_800_000_000.0
 DAY_S = 86400
 COMMIT = "c" * 40
 MODEL = f"org/model@{COMMIT}"
-SPANS_S = st.sampled_from([0.0, 1.0, RENEW_EVERY_S, STILL_WANTED_S - 1, STILL_WANTED_S, GONE_AFTER_S, 1e6, 1e9])
+SPANS_S = st.sampled_from(
+    [0.0, 1.0, RENEW_INTERVAL_S, RESERVATION_GRACE_S - 1, RESERVATION_GRACE_S, FETCHER_DOWN_AFTER_S, 1e6, 1e9]
+)
 
 
 # The decision
 
 
 @given(
-    st.sampled_from([None, Wish("org/model", COMMIT), Wish("org/model", ""), Wish("org/model", "d" * 40)]),
+    st.sampled_from(
+        [
+            None,
+            DownloadRequestView("org/model", COMMIT),
+            DownloadRequestView("org/model", ""),
+            DownloadRequestView("org/model", "d" * 40),
+        ]
+    ),
     SPANS_S,
     SPANS_S,
     st.sampled_from([0, DAY_S, 7 * DAY_S]),
     st.booleans(),
 )
 def test_I4_a_requested_model_keeps_its_reservation(
-    wish: Wish | None, unwanted_s: float, away_s: float, retention_s: int, ended: bool
+    wish: DownloadRequestView | None, unwanted_s: float, away_s: float, retention_s: int, ended: bool
 ) -> None:
-    ledger = Ledger(promised={MODEL: {"a" * 64}}, wanted_s={MODEL: NOW_S - unwanted_s})
-    ledger.ended = {MODEL} if ended else set()
-    steps = decide(ledger, [wish] if wish else [], away_s, NOW_S, retention_s)
+    ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
+    ledger.ended_reservations = {MODEL} if ended else set()
+    steps = expiry_actions(ledger, [wish] if wish else [], away_s, NOW_S, retention_s)
     wished = wish is not None and wish.commit in (COMMIT, "")
-    if wished and away_s < GONE_AFTER_S and not ended:
+    if wished and away_s < FETCHER_DOWN_AFTER_S and not ended:
         assert not steps.end and not steps.remove
-        assert bool(steps.renew) == (away_s == 0 and unwanted_s >= RENEW_EVERY_S)
+        assert bool(steps.renew) == (away_s == 0 and unwanted_s >= RENEW_INTERVAL_S)
         return
     assert not steps.renew, "a promise that has ended comes back by being reserved"
-    if not ended and unwanted_s < STILL_WANTED_S:
+    if not ended and unwanted_s < RESERVATION_GRACE_S:
         assert not steps.end and not steps.remove
     else:
         assert steps.end == ([] if ended else [MODEL])
@@ -83,46 +92,57 @@ def test_I4_a_requested_model_keeps_its_reservation(
 
 @given(SPANS_S, SPANS_S)
 def test_I4_a_paused_model_keeps_its_reservation(unwanted_s: float, away_s: float) -> None:
-    ledger = Ledger(promised={MODEL: {"a" * 64}}, wanted_s={MODEL: NOW_S - unwanted_s})
-    steps = decide(ledger, [Wish("org/model", COMMIT, paused=True)], away_s, NOW_S, 0)
+    ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
+    steps = expiry_actions(ledger, [DownloadRequestView("org/model", COMMIT, paused=True)], away_s, NOW_S, 0)
     assert not steps.end and not steps.remove
-    assert bool(steps.renew) == (unwanted_s >= RENEW_EVERY_S)
+    assert bool(steps.renew) == (unwanted_s >= RENEW_INTERVAL_S)
 
 
 def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
-    ledger = Ledger(promised={MODEL: {"a" * 64}})
-    paused, fetched = Wish("org/model", COMMIT, paused=True), Wish("org/model", COMMIT)
-    assert paused_of(ledger, [paused]) == {MODEL}
-    assert paused_of(ledger, [paused, fetched]) == paused_of(ledger, [fetched]) == paused_of(ledger, []) == set()
+    ledger = Ledger(reservations={MODEL: {"a" * 64}})
+    paused, fetched = DownloadRequestView("org/model", COMMIT, paused=True), DownloadRequestView("org/model", COMMIT)
+    assert paused_models(ledger, [paused]) == {MODEL}
+    assert (
+        paused_models(ledger, [paused, fetched])
+        == paused_models(ledger, [fetched])
+        == paused_models(ledger, [])
+        == set()
+    )
 
 
 def test_a_paused_models_bytes_exclude_what_others_need() -> None:
     mine, shared = "b" * 64, "d" * 64
-    ledger = Ledger(blobs={mine: 5, shared: 7}, paused={MODEL, f"org/gone@{COMMIT}"})
-    ledger.partials = {"1" * 64: Partial(100, 20, {MODEL})}
+    ledger = Ledger(blobs={mine: 5, shared: 7}, paused_models={MODEL, f"org/gone@{COMMIT}"})
+    ledger.partials = {"1" * 64: PartialBlobInfo(100, 20, {MODEL})}
     other = f"org/whole@{COMMIT}"
-    ledger.promised = {MODEL: {"1" * 64, mine, shared}}
+    ledger.reservations = {MODEL: {"1" * 64, mine, shared}}
     ledger.manifests[other] = manifest_of(other, [shared], {shared: 7})
-    assert paused_bytes(ledger) == {MODEL: 105}
-    assert ledger.reserved_bytes == 100 and garbage_of(ledger) == [], "wanted, so no garbage"
-    assert not plan(1000, ledger, {}, kept_models(ledger, {})).unfinished
+    assert bytes_of_paused_models(ledger) == {MODEL: 105}
+    assert ledger.reserved_bytes == 100 and find_garbage(ledger) == [], "wanted, so no garbage"
+    assert not plan_eviction(1000, ledger, {}, protected_models(ledger, {})).ended_downloads
 
 
 def test_download_requests_get_their_commits_from_the_states() -> None:
-    specs = [(f"download.a.{n}", DownloadSpec(model=f"org/{n}", asked_at_s=1.0)) for n in ("x@v1", "y")]
+    specs = [(f"download.a.{n}", DownloadRequest(model=f"org/{n}", requested_at_s=1.0)) for n in ("x@v1", "y")]
     states = {"download.a.x@v1": DownloadState(node="a", model="org/x@v1", phase="fetching", commit=COMMIT)}
-    assert wishes(specs, states) == [Wish("org/x", COMMIT), Wish("org/y", "")]
-    paused = [(key, DownloadSpec(model=spec.model, asked_at_s=1.0, paused=True)) for key, spec in specs]
-    assert wishes(paused, states) == [Wish("org/x", COMMIT, True), Wish("org/y", "", True)]
+    assert download_requests(specs, states) == [
+        DownloadRequestView("org/x", COMMIT),
+        DownloadRequestView("org/y", ""),
+    ]
+    paused = [(key, DownloadRequest(model=spec.model, requested_at_s=1.0, paused=True)) for key, spec in specs]
+    assert download_requests(paused, states) == [
+        DownloadRequestView("org/x", COMMIT, True),
+        DownloadRequestView("org/y", "", True),
+    ]
 
 
 # Ended reservations in the ledger and in plans
 
 
 def test_I3_an_ended_reservation_counts_only_its_allocated_bytes() -> None:
-    ledger = Ledger(partials={"a" * 64: Partial(100, allocated_bytes=30, models={MODEL})})
+    ledger = Ledger(partials={"a" * 64: PartialBlobInfo(100, allocated_bytes=30, models={MODEL})})
     assert (ledger.reserved_bytes, ledger.in_flight_bytes, ledger.needed_bytes("a" * 64, 100)) == (100, 70, 0)
-    ledger.ended = {MODEL}
+    ledger.ended_reservations = {MODEL}
     assert (ledger.reserved_bytes, ledger.in_flight_bytes, ledger.needed_bytes("a" * 64, 100)) == (30, 0, 70)
     ledger.partials["a" * 64].models.add("org/other@" + COMMIT)
     assert (ledger.reserved_bytes, ledger.in_flight_bytes) == (100, 70), "another still wants it"
@@ -131,19 +151,23 @@ def test_I3_an_ended_reservation_counts_only_its_allocated_bytes() -> None:
 def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
     older, newer = f"org/older@{COMMIT}", f"org/newer@{COMMIT}"
     whole = "f" * 64
-    ledger = Ledger(blobs={"b" * 64: 5, "d" * 64: 7}, ended={older, newer}, wanted_s={older: 1.0, newer: 2.0})
-    ledger.partials = {"1" * 64: Partial(100, 20, {older}), "2" * 64: Partial(100, 30, {newer})}
-    ledger.promised = {older: {"1" * 64, "d" * 64}, newer: {"2" * 64}}
+    ledger = Ledger(
+        blobs={"b" * 64: 5, "d" * 64: 7}, ended_reservations={older, newer}, last_wanted_s={older: 1.0, newer: 2.0}
+    )
+    ledger.partials = {"1" * 64: PartialBlobInfo(100, 20, {older}), "2" * 64: PartialBlobInfo(100, 30, {newer})}
+    ledger.reservations = {older: {"1" * 64, "d" * 64}, newer: {"2" * 64}}
     ledger.blobs[whole] = 50
     model = f"org/whole@{COMMIT}"
     ledger.manifests[model] = manifest_of(model, [whole], {whole: 50})
-    kept = kept_models(ledger, {})
-    assert kept == {} and garbage_of(ledger) == ["b" * 64]
+    kept = protected_models(ledger, {})
+    assert kept == {} and find_garbage(ledger) == ["b" * 64]
 
     def unfinished(need: int) -> list[tuple[str, int]]:
-        made = plan(need, ledger, {}, kept)
-        assert made.enough and made.frees_bytes >= need
-        return [(v.model, v.frees_bytes) for v in made.unfinished] + [(v.model, v.frees_bytes) for v in made.victims]
+        made = plan_eviction(need, ledger, {}, kept)
+        assert made.enough and made.freed_bytes >= need
+        return [(v.model, v.freed_bytes) for v in made.ended_downloads] + [
+            (v.model, v.freed_bytes) for v in made.victims
+        ]
 
     assert unfinished(5) == []
     assert unfinished(6) == [(older, 27)]
@@ -151,8 +175,8 @@ def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
     assert unfinished(5 + 28) == [(newer, 30)], "the older one is spared, as the newer alone suffices"
     assert unfinished(5 + 57) == [(older, 27), (newer, 30)]
     assert unfinished(5 + 58) == [(older, 27), (newer, 30), (model, 50)], "never kept at the cost of a model"
-    assert not plan(5 + 57 + 50 + 1, ledger, {}, kept).enough
-    assert kept_models(ledger, {}, asking=older) == {older: "being fetched"}
+    assert not plan_eviction(5 + 57 + 50 + 1, ledger, {}, kept).enough
+    assert protected_models(ledger, {}, admitted_model=older) == {older: "being fetched"}
 
 
 # In a store, with a cluster state set by the test
@@ -162,19 +186,19 @@ class Cluster:
     """The cluster state as storage sees it: its fetcher and its downloads."""
 
     def __init__(self, held: Held) -> None:
-        self.held, self.specs, self.downloads, self.live = held, View("spec"), View("state"), View("live")
+        self.held, self.specs, self.downloads, self.live = held, KvMirror("spec"), KvMirror("state"), KvMirror("live")
         self.retention_s = 7 * DAY_S
         self.begun_s = self.monotonic_s = 0.0
         guard = held.guard
-        self.reservations = Reservations(
+        self.reservations = ReservationExpiry(
             guard._context,
             held.ledger,
             guard.section,
-            guard.keeping,
-            guard.removal,
-            guard.parts,
+            guard.metadata,
+            guard.deletions,
+            guard.shards,
             guard._announcer,
-            lambda: Limits(None, 0, partial_retention_s=self.retention_s),
+            lambda: StorageSettings(None, 0, partial_retention_s=self.retention_s),
             self.specs,
             self.downloads,
             self.live,
@@ -182,8 +206,8 @@ class Cluster:
         self.fetcher(True)
 
     def fetcher(self, here: bool) -> None:
-        live = encode(Live(holder=this_process(), version="0"))
-        self.live.apply(live_key(self.held.node, "fetcher"), live if here else None)
+        live = encode(LivenessRecord(holder=this_process(), version="0"))
+        self.live.apply(liveness_key(self.held.node, "fetcher"), live if here else None)
 
     def set_request(self, model: Model, there: bool = True) -> None:
         repo, commit = model.manifest.repo, model.manifest.commit
@@ -191,12 +215,12 @@ class Cluster:
         self.downloads.apply(
             key, encode(DownloadState(node=node, model=repo, phase="fetching", commit=commit)) if there else None
         )
-        self.specs.apply(key, encode(DownloadSpec(model=repo, asked_at_s=1.0)) if there else None)
+        self.specs.apply(key, encode(DownloadRequest(model=repo, requested_at_s=1.0)) if there else None)
 
     async def check_after(self, after_s: float, passing_s: float = 0.0) -> None:
         """Check after so many seconds; `passing_s` of them since the last check."""
         self.monotonic_s += passing_s
-        await self.reservations.look(self.begun_s + after_s, self.monotonic_s)
+        await self.reservations.check(self.begun_s + after_s, self.monotonic_s)
 
 
 COMES = model_of("comes", 3000)
@@ -204,112 +228,117 @@ BLOB = next(iter(COMES.blobs))
 
 
 @asynccontextmanager
-async def a_fetch(nats: NatsServer, home: Path, node: str, limits: Limits) -> AsyncIterator[tuple[Held, Cluster]]:
+async def a_fetch(
+    nats: NatsServer, home: Path, node: str, limits: StorageSettings
+) -> AsyncIterator[tuple[Held, Cluster]]:
     """COMES is reserved and requested, and all of it has arrived."""
     async with holding(nats, home, node, limits) as held:
         cluster = Cluster(held)
         cluster.set_request(COMES)
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
         put(held.disk.layout, BLOB, COMES.blobs[BLOB])
-        cluster.begun_s = held.ledger.wanted_s[COMES.name]
+        cluster.begun_s = held.ledger.last_wanted_s[COMES.name]
         yield held, cluster
 
 
 async def test_a_reservation_and_then_its_bytes_outlive_the_request(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(4000, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (held, cluster):
         for after_s in (100.0, DAY_S, 30 * DAY_S):
             await cluster.check_after(after_s)
-            assert held.ledger.ended == set() and held.ledger.wanted_s[COMES.name] == cluster.begun_s + after_s
+            assert (
+                held.ledger.ended_reservations == set()
+                and held.ledger.last_wanted_s[COMES.name] == cluster.begun_s + after_s
+            )
         cluster.set_request(COMES, False)
-        await cluster.check_after(30 * DAY_S + STILL_WANTED_S - 1)
-        assert held.ledger.ended == set()
-        await cluster.check_after(30 * DAY_S + STILL_WANTED_S)
-        assert held.ledger.ended == {COMES.name}
-        assert kept_models(held.ledger, {}) == {}
+        await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S - 1)
+        assert held.ledger.ended_reservations == set()
+        await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S)
+        assert held.ledger.ended_reservations == {COMES.name}
+        assert protected_models(held.ledger, {}) == {}
         with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is space for others.
-        await held.guard.room.spaces()
+        await held.guard.evictions.refresh_free_space()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
         await cluster.check_after(37 * DAY_S - 1)
         assert held.disk.has_partial(BLOB)
         await cluster.check_after(37 * DAY_S)
-        assert files_below(held.disk.layout.root) == set() and held.ledger.partials == {} == held.ledger.promised
-        assert held.ledger.ended == set() and held.ledger.wanted_s == {}
+        assert files_below(held.disk.layout.root) == set() and held.ledger.partials == {} == held.ledger.reservations
+        assert held.ledger.ended_reservations == set() and held.ledger.last_wanted_s == {}
 
 
 async def test_reserving_again_revives_a_reservation_with_its_bytes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(4000, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (held, cluster):
         cluster.set_request(COMES, False)
-        await cluster.check_after(STILL_WANTED_S)
-        assert held.ledger.ended == {COMES.name}
+        await cluster.check_after(RESERVATION_GRACE_S)
+        assert held.ledger.ended_reservations == {COMES.name}
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
-        assert held.ledger.ended == set()
+        assert held.ledger.ended_reservations == set()
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.seal(SealModel(manifest=COMES.sealed))
         assert files_below(held.disk.layout.root) == files_of(COMES)
-        assert held.ledger.wanted_s == {}
+        assert held.ledger.last_wanted_s == {}
 
 
 async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         cluster.retention_s = 0
-        await cluster.check_after(STILL_WANTED_S)
+        await cluster.check_after(RESERVATION_GRACE_S)
         assert held.disk.has_partial(BLOB), "it is wished for"
         cluster.set_request(COMES, False)
-        await cluster.check_after(2 * STILL_WANTED_S)
+        await cluster.check_after(2 * RESERVATION_GRACE_S)
         assert files_below(held.disk.layout.root) == set()
 
 
 async def test_a_dead_fetcher_ends_its_reservations_unless_it_restarts(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         await cluster.check_after(0.0)
         cluster.fetcher(False)
-        await cluster.check_after(GONE_AFTER_S - 1, GONE_AFTER_S - 1)
-        assert held.ledger.ended == set()
+        await cluster.check_after(FETCHER_DOWN_AFTER_S - 1, FETCHER_DOWN_AFTER_S - 1)
+        assert held.ledger.ended_reservations == set()
         cluster.fetcher(True)
-        await cluster.check_after(GONE_AFTER_S, 1.0)
-        assert held.ledger.wanted_s[COMES.name] == cluster.begun_s + GONE_AFTER_S
+        await cluster.check_after(FETCHER_DOWN_AFTER_S, 1.0)
+        assert held.ledger.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
         cluster.fetcher(False)
-        await cluster.check_after(2 * GONE_AFTER_S, GONE_AFTER_S)
-        assert held.ledger.ended == {COMES.name} and held.disk.has_partial(BLOB)
+        await cluster.check_after(2 * FETCHER_DOWN_AFTER_S, FETCHER_DOWN_AFTER_S)
+        assert held.ledger.ended_reservations == {COMES.name} and held.disk.has_partial(BLOB)
 
 
 async def test_a_storage_without_nats_ends_no_reservation(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         cluster.fetcher(False)
         connected = type(held.here.nats.client)
         with monkeypatch.context() as patched:
             patched.setattr(connected, "is_connected", property(lambda _: False))
-            await cluster.check_after(10 * GONE_AFTER_S, 10 * GONE_AFTER_S)
-            await cluster.check_after(20 * GONE_AFTER_S, 10 * GONE_AFTER_S)
-        assert held.ledger.ended == set()
+            await cluster.check_after(10 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
+            await cluster.check_after(20 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
+        assert held.ledger.ended_reservations == set()
 
 
 async def test_I4_leftovers_of_a_download_are_evicted_before_any_model(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(9000, 0, "lru")) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(9000, 0, "lru")) as (held, cluster):
         await held.bring_in(A, B)
         cluster.set_request(COMES, False)
-        await cluster.check_after(STILL_WANTED_S)
-        await held.guard.room.spaces()
+        await cluster.check_after(RESERVATION_GRACE_S)
+        await held.guard.evictions.refresh_free_space()
         occupied = held.ledger.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
-        dry = await held.guard.room.plan_for(new.manifest.size_bytes)
-        assert [v.model for v in dry.unfinished] == [COMES.name] and not dry.victims
-        assert dry.frees_bytes == occupied
+        dry = await held.guard.evictions.plan_for_new_bytes(new.manifest.size_bytes)
+        assert [v.model for v in dry.ended_downloads] == [COMES.name] and not dry.victims
+        assert dry.freed_bytes == occupied
         went = await held.reserve(new)
-        assert went is not None and went.unfinished == dry.unfinished and went.frees_bytes == occupied
+        assert went is not None and went.ended_downloads == dry.ended_downloads and went.freed_bytes == occupied
         assert held.ledger.manifests.keys() == {A.name, B.name} and BLOB not in held.ledger.partials
 
 
@@ -317,12 +346,12 @@ async def test_what_two_downloads_share_stays_reserved_for_the_other(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     twin = Model("org/twin", {"weights.bin": COMES.bytes["weights.bin"]})
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         await held.guard.reserve(Reserve(manifest=twin.manifest))
         cluster.retention_s = 0
         cluster.set_request(COMES, False)
         cluster.set_request(twin)
-        await cluster.check_after(STILL_WANTED_S + 60)
+        await cluster.check_after(RESERVATION_GRACE_S + 60)
         assert held.ledger.partials[BLOB].models == {twin.name}
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.release(Release(manifest=twin.manifest))
@@ -332,16 +361,16 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     """By the reservation's file; by the partial blobs if a full disk had no space for that."""
-    async with a_fetch(nats, tmp_path, fresh("storage"), Limits(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         await cluster.check_after(1000.0)
         for without_promise in (False, True):
             if without_promise:
-                for path in held.disk.layout.promises.iterdir():
+                for path in held.disk.layout.reservations.iterdir():
                     path.unlink()
-            ledger = recover(held.disk)
-            Keeping(held.disk.layout, ledger).read()
-            assert ledger.wanted_s.keys() == {COMES.name}
-            assert abs(ledger.wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
+            ledger = recover_store(held.disk)
+            MetadataFiles(held.disk.layout, ledger).read()
+            assert ledger.last_wanted_s.keys() == {COMES.name}
+            assert abs(ledger.last_wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
 
 
 async def test_a_start_ends_long_unwanted_reservations_with_an_event(
@@ -350,26 +379,26 @@ async def test_a_start_ends_long_unwanted_reservations_with_an_event(
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         async with node.storage() as process:
             await node.reserve(COMES.manifest)
-            assert (await node.storage_state()).unfinished == []
+            assert (await node.storage_state()).ended_downloads == []
             await process.kill()
         long_ago_s = NOW_S - 3600 * 24 * 365 * 8
 
         def age(seconds: float) -> None:
-            for path in (*node.layout.promises.iterdir(), *node.layout.partials.glob("*/meta.json")):
+            for path in (*node.layout.reservations.iterdir(), *node.layout.partials.glob("*/meta.json")):
                 os.utime(path, (seconds, seconds))
 
         age(long_ago_s)
         async with node.storage(SHOAL_PARTIAL_RETENTION_S=str(10**10)) as process:
 
             async def published() -> bool:
-                return (await node.storage_state()).unfinished == [COMES.name]
+                return (await node.storage_state()).ended_downloads == [COMES.name]
 
             await eventually(published, "the promise has ended")
             state = await node.storage_state()
             assert (state.reserved_bytes, state.partial_retention_s) == (0, 10**10)
             await node.reserve(COMES.manifest)
             state = await node.storage_state()
-            assert (state.reserved_bytes, state.unfinished) == (3000, [])
+            assert (state.reserved_bytes, state.ended_downloads) == (3000, [])
             await process.kill()
         age(long_ago_s)
         async with node.storage():

@@ -15,7 +15,14 @@ from shoal_common.errors import BadInput, QuotaExceeded, Refused
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import Configure
-from shoal_storage.settings import DEFAULT_HEADROOM_BYTES, Limits, changes_of, overridden, read_limits, remark
+from shoal_storage.settings import (
+    DEFAULT_HEADROOM_BYTES,
+    StorageSettings,
+    overridden_settings,
+    read_settings,
+    requested_changes,
+    settings_warning,
+)
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.storage.running_storage import Node, on_node
@@ -114,7 +121,7 @@ async def test_environment_settings_win_are_published_and_not_changed(
         async with node.storage(**environ):
             state = await node.storage_state()
             assert (state.quota_bytes, state.eviction_policy) == (900, "lru")
-            assert state.from_environment == ["max_storage_bytes", "eviction_policy"]
+            assert state.overridden_by_env == ["max_storage_bytes", "eviction_policy"]
             outcome = await configure(node, Configure(max_storage_bytes=5, headroom_bytes=6))
             assert outcome.error is not None and outcome.error.code == "refused"
             assert "unset SHOAL_MAX_STORAGE_BYTES" in outcome.error.message
@@ -168,7 +175,7 @@ async def test_rates_go_into_their_own_section_all_or_none(nats: NatsServer, fre
             assert "# half of it" in path.read_text()
             state = await node.storage_state()
             rates = (state.max_upload_bytes_per_s, state.max_hub_bytes_per_s, state.max_peer_bytes_per_s)
-            assert rates == (None, 20_000_000, 77) and state.from_environment == ["max_peer_bytes_per_s"]
+            assert rates == (None, 20_000_000, 77) and state.overridden_by_env == ["max_peer_bytes_per_s"]
             before = path.read_text()
             for body, words in (
                 ({"headroom_bytes": 8, "max_hub_bytes_per_s": 0}, "bytes per second from 1"),
@@ -217,25 +224,25 @@ async def test_a_malformed_file_ends_the_start_with_one_clear_line(
 
 
 def test_settings_have_defaults_and_the_environment_wins() -> None:
-    assert read_limits({}, {}) == Limits(None, DEFAULT_HEADROOM_BYTES, "manual")
+    assert read_settings({}, {}) == StorageSettings(None, DEFAULT_HEADROOM_BYTES, "manual")
     settings = {"storage": {"eviction_policy": "lru"}}
-    assert read_limits(settings, {}).eviction_policy == "lru"
-    assert read_limits(settings, {"SHOAL_EVICTION_POLICY": "manual"}).eviction_policy == "manual"
-    assert overridden({"SHOAL_HEADROOM_BYTES": "0", "SHOAL_EVICTION_POLICY": ""}) == ["headroom_bytes"]
+    assert read_settings(settings, {}).eviction_policy == "lru"
+    assert read_settings(settings, {"SHOAL_EVICTION_POLICY": "manual"}).eviction_policy == "manual"
+    assert overridden_settings({"SHOAL_HEADROOM_BYTES": "0", "SHOAL_EVICTION_POLICY": ""}) == ["headroom_bytes"]
 
 
 def test_only_given_settings_change_and_null_removes_the_quota() -> None:
-    assert changes_of(Configure(max_storage_bytes=None), {}) == {"max_storage_bytes": None}
-    assert changes_of(Configure(headroom_bytes=0), {}) == {"headroom_bytes": 0}
+    assert requested_changes(Configure(max_storage_bytes=None), {}) == {"max_storage_bytes": None}
+    assert requested_changes(Configure(headroom_bytes=0), {}) == {"headroom_bytes": 0}
     with pytest.raises(Refused, match="unset SHOAL_EVICTION_POLICY"):
-        changes_of(Configure(eviction_policy="lru"), {"SHOAL_EVICTION_POLICY": "lru"})
+        requested_changes(Configure(eviction_policy="lru"), {"SHOAL_EVICTION_POLICY": "lru"})
     with pytest.raises(BadInput, match="changes nothing"):
-        changes_of(Configure(), {})
+        requested_changes(Configure(), {})
 
 
 def test_a_settings_warning_is_given_only_when_needed() -> None:
-    fits = Limits(100, 10)
-    assert remark(fits, 60, 40, 10) == ""
-    assert "until models are removed" in remark(fits, 60, 41, 10)
-    assert "new downloads evict models first" in remark(Limits(100, 10, "lru"), 101, 0, 10)
-    assert "9 B free, less than the headroom of 10 B" in remark(Limits(None, 10), 0, 0, 9)
+    fits = StorageSettings(100, 10)
+    assert settings_warning(fits, 60, 40, 10) == ""
+    assert "until models are removed" in settings_warning(fits, 60, 41, 10)
+    assert "new downloads evict models first" in settings_warning(StorageSettings(100, 10, "lru"), 101, 0, 10)
+    assert "9 B free, less than the headroom of 10 B" in settings_warning(StorageSettings(None, 10), 0, 0, 9)

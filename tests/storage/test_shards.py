@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.bus.keys import part_key
+from shoal_common.bus.keys import shard_key
 from shoal_common.errors import Corrupt, InUse, NotFound, QuotaExceeded
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.leases import AskLease, Leased, Unlease
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import CollectGarbage, PartState, Pin, Reserve, Reserved, SealPart
+from shoal_common.messages.storage import CollectGarbage, Pin, Reserve, ReserveResult, SealShard, ShardState
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
-from shoal_common.store.leaf_hash import leaf_hash, root_of
-from shoal_storage.ledger.entries import Part, Partial
+from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
+from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -43,10 +43,10 @@ FIRST, SECOND = [[0, 3]], [[2, 3], [6, 8]]
 FIRST_BYTES = 3 * LEAF_BYTES + 2
 
 
-async def reserve(node: Node, leaves: list[list[int]]) -> Reserved:
+async def reserve(node: Node, leaves: list[list[int]]) -> ReserveResult:
     """Reserve leaves of the weights, the small files, and nothing of the file that no stage needs."""
     asked = {BLOB: leaves, UNNEEDED: []}
-    return await node.ask("reserve", Reserve(manifest=MODEL.manifest, leaves=asked), Reserved)
+    return await node.ask("reserve", Reserve(manifest=MODEL.manifest, leaf_ranges=asked), ReserveResult)
 
 
 def arrive(node: Node, leaves: list[list[int]], data: bytes = WEIGHTS) -> None:
@@ -67,14 +67,14 @@ def leaf_list() -> bytes:
     return b"".join(leaf_hash(WEIGHTS[n * LEAF_BYTES : (n + 1) * LEAF_BYTES]) for n in range(LEAVES))
 
 
-async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str = "") -> PartState:
+async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str = "") -> ShardState:
     asked = {BLOB: leaves, UNNEEDED: []}
-    roots = {BLOB: root or root_of(leaf_list())}
-    question = SealPart(manifest=MODEL.sealed, layers=[layers], leaves=asked, roots=roots)
-    return await node.ask("seal_part", question, PartState)
+    roots = {BLOB: root or hash_leaf_list(leaf_list())}
+    question = SealShard(manifest=MODEL.sealed, layers=[layers], leaf_ranges=asked, leaf_list_digests=roots)
+    return await node.ask("seal_part", question, ShardState)
 
 
-async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> PartState:
+async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> ShardState:
     """Download and seal a shard."""
     for blob in (await reserve(node, leaves)).missing:
         if blob == BLOB:
@@ -95,12 +95,12 @@ async def complete(node: Node) -> None:
     await node.seal(MODEL.sealed)
 
 
-async def published_shard(node: Node) -> PartState | None:
-    return await node.here.buckets.state.get_as(part_key(node.node, MODEL.name), PartState)
+async def published_shard(node: Node) -> ShardState | None:
+    return await node.here.buckets.state.get_as(shard_key(node.node, MODEL.name), ShardState)
 
 
-async def lease(node: Node, layers: list[int]) -> Leased:
-    return await node.ask("lease", AskLease(model=MODEL.name, holder="a test", layers=layers), Leased)
+async def lease(node: Node, layers: list[int]) -> LeaseGrant:
+    return await node.ask("lease", AcquireLease(model=MODEL.name, holder="a test", layers=layers), LeaseGrant)
 
 
 async def test_I3_a_shard_counts_only_its_leaves_before_and_after(
@@ -110,7 +110,7 @@ async def test_I3_a_shard_counts_only_its_leaves_before_and_after(
         assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
         assert (await node.storage_state()).reserved_bytes == FIRST_BYTES
         state = await bring_in(node, [0, 2], FIRST)
-        assert (state.size_bytes, state.model_bytes) == (FIRST_BYTES, MODEL.sealed.size_bytes)
+        assert (state.size_bytes, state.total_bytes) == (FIRST_BYTES, MODEL.sealed.size_bytes)
         assert await published_shard(node) == state and state.layers == [[0, 2]]
         disk = await node.storage_state()
         assert (disk.reserved_bytes, disk.used_bytes) == (0, FIRST_BYTES), (
@@ -152,7 +152,7 @@ async def test_other_layers_extend_the_shard_and_a_restart_keeps_it(
             disk = await node.storage_state()
             assert (disk.reserved_bytes, disk.used_bytes) == (0, state.size_bytes)
             leased = await lease(node, [1, 3])
-            assert leased.leaves == {"model.safetensors": [[0, 3], [6, 8]]}
+            assert leased.leaf_ranges == {"model.safetensors": [[0, 3], [6, 8]]}
 
 
 async def test_I4_a_lease_views_the_shard_and_protects_it(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
@@ -181,7 +181,7 @@ async def test_I4_a_lease_views_the_shard_and_protects_it(nats: NatsServer, tmp_
                 os.close(fd)
             assert (await node.delete(MODEL.name)).ok
             assert await published_shard(node) is None
-            assert list(node.layout.partials.iterdir()) == [] and list(node.layout.parts.iterdir()) == []
+            assert list(node.layout.partials.iterdir()) == [] and list(node.layout.shards.iterdir()) == []
             disk = await node.storage_state()
             assert (disk.reserved_bytes, disk.used_bytes) == (0, 0)
         async with node.storage():
@@ -197,8 +197,8 @@ async def test_a_shard_grows_into_the_model_while_it_is_read(nats: NatsServer, t
             assert reading.read(LEAF_BYTES) == WEIGHTS[:LEAF_BYTES]
         assert await published_shard(node) is None and await node.model_state(MODEL) is not None
         assert (await node.storage_state()).reserved_bytes == 0
-        assert (await lease(node, [0, 2])).leaves == {}
-        assert list(node.layout.parts.iterdir()) == []
+        assert (await lease(node, [0, 2])).leaf_ranges == {}
+        assert list(node.layout.shards.iterdir()) == []
 
 
 async def test_a_released_extension_leaves_the_shard_as_it_was(
@@ -258,10 +258,10 @@ async def test_an_unused_shard_is_evicted_unless_it_is_pinned(nats: NatsServer, 
                     await node.reserve(other.manifest)
             finally:
                 os.close(fd)
-            await node.ask("unlease", Unlease(id=leased.id), Done)
+            await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
             evicted = (await node.reserve(other.manifest)).evicted
             assert evicted is not None and [v.model for v in evicted.victims] == [MODEL.name]
-            assert evicted.frees_bytes >= FIRST_BYTES, "at least: a file system may have given its file more"
+            assert evicted.freed_bytes >= FIRST_BYTES, "at least: a file system may have given its file more"
             assert await published_shard(node) is None and not node.layout.partial(BLOB).exists()
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (0, 2 * LEAF_BYTES)
@@ -276,7 +276,7 @@ async def test_I6_a_shard_whose_bytes_are_gone_is_not_published_again(
         (node.layout.partial(BLOB) / "have").unlink()
         async with node.storage():
             assert await published_shard(node) is None
-            assert list(node.layout.parts.iterdir()) == []
+            assert list(node.layout.shards.iterdir()) == []
 
 
 async def test_I1_a_shard_that_lost_leaves_is_not_leased(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
@@ -338,19 +338,22 @@ async def test_I3_a_shard_counts_once_when_its_blob_comes_complete(
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0), "a blob goes whole or not at all"
             await lease(node, [0, 2])
-            await node.ask("unlease", Unlease(id=leased.id), Done)
+            await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
 
 
 async def test_I3_two_shards_that_share_a_blob_count_it_once(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
     async with on_node(nats, tmp_path, fresh("parts")) as node, node.storage(), node.fetcher():
         await bring_in(node, [0, 2], FIRST)
-        reserving = Reserve(manifest=TWIN.manifest, leaves={BLOB: SECOND})
-        assert (await node.ask("reserve", reserving, Reserved)).missing == [BLOB]
+        reserving = Reserve(manifest=TWIN.manifest, leaf_ranges={BLOB: SECOND})
+        assert (await node.ask("reserve", reserving, ReserveResult)).missing == [BLOB]
         arrive(node, [[6, 8]])
-        sealing = SealPart(
-            manifest=TWIN.sealed, layers=[[2, 3]], leaves={BLOB: SECOND}, roots={BLOB: root_of(leaf_list())}
+        sealing = SealShard(
+            manifest=TWIN.sealed,
+            layers=[[2, 3]],
+            leaf_ranges={BLOB: SECOND},
+            leaf_list_digests={BLOB: hash_leaf_list(leaf_list())},
         )
-        twin = await node.ask("seal_part", sealing, PartState)
+        twin = await node.ask("seal_part", sealing, ShardState)
         assert twin.size_bytes == 2 * LEAF_BYTES + LAST_BYTES
         disk = await node.storage_state()
         assert (disk.used_bytes, disk.reserved_bytes) == (4 * LEAF_BYTES + LAST_BYTES + 2, 0)
@@ -360,7 +363,7 @@ async def test_I3_two_shards_that_share_a_blob_count_it_once(nats: NatsServer, t
         # Leaves that nothing needs any more stay in a file whose other leaves are needed, and count.
         assert disk.used_bytes == twin.size_bytes
         assert disk.used_bytes + disk.reserved_bytes == 4 * LEAF_BYTES + LAST_BYTES
-        leased = await node.ask("lease", AskLease(model=TWIN.name, holder="a test", layers=[2, 3]), Leased)
+        leased = await node.ask("lease", AcquireLease(model=TWIN.name, holder="a test", layers=[2, 3]), LeaseGrant)
         assert (Path(leased.view) / "model.safetensors").read_bytes()[6 * LEAF_BYTES :] == WEIGHTS[6 * LEAF_BYTES :]
 
 
@@ -376,13 +379,13 @@ def test_I3_used_plus_reserved_is_what_may_come_to_the_disk(
     here = wanted = 0
     parts, asked = {}, {}
     for model, (its, more) in models.items():
-        parts[model] = Part(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: its})
+        parts[model] = Shard(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: its})
         asked[model] = its | more
         here, wanted = here | its, wanted | its | more
-    partial = Partial(size_bytes, leaf_set.size_of(here, size_bytes), set(models), asked, here)
-    ledger = Ledger(partials={BLOB: partial}, parts=parts)
-    assert ledger.used_bytes == leaf_set.size_of(here, size_bytes)
-    assert ledger.reserved_bytes == leaf_set.size_of(wanted & ~here, size_bytes)
+    partial = PartialBlobInfo(size_bytes, leaf_set.byte_count(here, size_bytes), set(models), asked, here)
+    ledger = Ledger(partials={BLOB: partial}, shards=parts)
+    assert ledger.used_bytes == leaf_set.byte_count(here, size_bytes)
+    assert ledger.reserved_bytes == leaf_set.byte_count(wanted & ~here, size_bytes)
     assert ledger.in_flight_bytes == ledger.reserved_bytes
 
 
@@ -396,18 +399,18 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
             await reserve(node, FIRST)
         await m.configure(m.further)
         await reserve(node, FIRST)
-        (root,) = (await node.storage_state()).roots
+        (root,) = (await node.storage_state()).volumes
         assert (root.used_bytes, root.reserved_bytes) == (0, 3 * LEAF_BYTES), (
             "its config.json is the other model's too"
         )
         state = await bring_in(node, [0, 2], FIRST)
         assert node.layout.partial(BLOB).resolve().is_relative_to(m.further)
-        (root,) = (await node.storage_state()).roots
+        (root,) = (await node.storage_state()).volumes
         assert (root.used_bytes, root.reserved_bytes) == (3 * LEAF_BYTES, 0)
         leased = await lease(node, [0, 2])
         with (Path(leased.view) / "model.safetensors").open("rb") as f:
             assert f.read(3 * LEAF_BYTES) == WEIGHTS[: 3 * LEAF_BYTES]
-        await node.ask("unlease", Unlease(id=leased.id), Done)
+        await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
         m.disk.unmount()
 
         async def unpublished() -> bool:
@@ -418,7 +421,7 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
         m.disk.mount()
 
         async def is_back() -> bool:
-            return bool((await node.storage_state()).roots[0].reserved_bytes)
+            return bool((await node.storage_state()).volumes[0].reserved_bytes)
 
         await eventually(is_back, "its leaves are counted again", PATIENCE_S)
         assert set((await reserve(node, FIRST)).missing) == {BLOB}
@@ -426,5 +429,5 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
         await complete(node)
         m.check(MODEL, FILLS_THE_STORE)
         assert await published_shard(node) is None
-        (root,) = (await node.storage_state()).roots
+        (root,) = (await node.storage_state()).volumes
         assert (root.used_bytes, root.reserved_bytes) == (len(WEIGHTS), 0)

@@ -14,7 +14,7 @@ from msgspec import structs
 from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.errors import BadInput, BadName, Corrupt, NotFound, QuotaExceeded
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import AskManifest, ModelState, StorageState
+from shoal_common.messages.storage import GetManifest, ModelState, StorageState
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -29,7 +29,11 @@ async def test_a_model_comes_in_and_exactly_it_is_published(
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="100000"):
         reserved = await node.reserve(apples.manifest)
-        assert sorted(reserved.missing) == sorted(apples.blobs) and not reserved.present and not reserved.known
+        assert (
+            sorted(reserved.missing) == sorted(apples.blobs)
+            and not reserved.present
+            and not reserved.sha256_by_git_name
+        )
         before = await node.storage_state()
         assert (before.quota_bytes, before.used_bytes, before.reserved_bytes) == (
             100000,
@@ -53,7 +57,7 @@ async def test_a_model_comes_in_and_exactly_it_is_published(
         assert (after.used_bytes, after.reserved_bytes) == (sum(held.values()), 0)
         assert (after.model_count, after.blob_count) == (2, len(held))
         assert [name for name, _ in await node.events()] == ["model_ready", "model_ready"]
-        assert await node.ask("manifest", AskManifest(model=apples.name), Manifest) == apples.kept
+        assert await node.ask("manifest", GetManifest(model=apples.name), Manifest) == apples.kept
         assert files_below(node.layout.root) == files_of(apples, pears)
         check_invariants(node.layout.root)
 
@@ -69,7 +73,7 @@ async def test_repeating_a_finished_request_gives_the_same_result(
             assert (await node.commit(blob)).sha256 == sha256(data)
         assert await node.seal(apples.sealed) == state
         known = await node.reserve(apples.manifest)
-        assert known.missing == [] and known.known == {by_git.blob: sha256(apples.bytes[by_git.path])}
+        assert known.missing == [] and known.sha256_by_git_name == {by_git.blob: sha256(apples.bytes[by_git.path])}
         await node.release(apples.manifest)
         assert await node.model_state(apples) == state
         assert files_below(node.layout.root) == files_of(apples)
@@ -162,7 +166,7 @@ async def test_I10_a_hostile_manifest_is_refused_by_every_endpoint(
         with pytest.raises(BadName):
             await node.commit("../../etc/passwd")
         with pytest.raises(BadName):
-            await node.ask("manifest", AskManifest(model="../etc"), Manifest)
+            await node.ask("manifest", GetManifest(model="../etc"), Manifest)
         assert files_below(node.layout.root) == set()
 
 

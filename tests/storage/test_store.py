@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.errors import BadName, Claimed, Corrupt, NotFound, Unavailable, Unsupported
-from shoal_storage.store.store import Disk
+from shoal_common.errors import AlreadyRunning, BadName, Corrupt, NotFound, Unavailable, Unsupported
+from shoal_storage.store.store import Store
 from shoal_storage.store.views import build_view
 from tests.harness.process import source_path
-from tests.storage.store_fixtures import Model, Store, files_below, files_of, put, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, files_below, files_of, put, sha256
 
 
-def reopened(root: Path) -> Store:
+def reopened(root: Path) -> StoreFixture:
     """The store as the next start finds it; no other one may be open."""
-    return Store(root)
+    return StoreFixture(root)
 
 
 def test_a_model_that_came_in_is_complete_and_nothing_else_is(root: Path, apples: Model, pears: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     store.bring_in(pears)
     assert store.holds(apples) and store.holds(pears)
@@ -33,12 +33,12 @@ def test_a_model_that_came_in_is_complete_and_nothing_else_is(root: Path, apples
     del store
     again = reopened(root)
     assert again.holds(apples) and again.holds(pears)
-    assert not again.ledger.partials and not again.ledger.broken
+    assert not again.ledger.partials and not again.ledger.incomplete
     assert files_below(root) == files_of(apples, pears)
 
 
 def test_shared_blobs_come_in_once_and_stay_for_the_other_model(root: Path, apples: Model, pears: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     assert sha256(pears.bytes["other-name.bin"]) not in store.reserve(pears)
     store.bring_in(pears)
@@ -51,22 +51,22 @@ def test_shared_blobs_come_in_once_and_stay_for_the_other_model(root: Path, appl
 
 
 def test_deleting_what_is_not_there_changes_nothing(root: Path, apples: Model, pears: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     for _ in range(2):
-        store.disk.entomb(pears.manifest.repo, pears.manifest.commit)
-        store.disk.clear(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
+        store.disk.begin_delete(pears.manifest.repo, pears.manifest.commit)
+        store.disk.finish_delete(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
     assert files_below(root) == files_of(apples)
 
 
 def test_a_blob_is_read_only(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     assert {p.stat().st_mode & 0o777 for p in store.layout.blobs.glob("*/*")} == {0o444}
 
 
 def test_a_file_of_a_view_is_its_blob_not_a_copy(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     for f in apples.sealed.files:
         assert store.layout.view_file(apples.sealed, f.path).samefile(store.layout.blob(f.sha256))
@@ -81,7 +81,7 @@ def test_a_view_on_another_file_system_is_of_symbolic_links(root: Path, apples: 
         pytest.skip("no second file system that can be written to on this machine: EXDEV is NOT tested here")
     with tempfile.TemporaryDirectory(dir=other) as views:
         (root / "views").symlink_to(views)
-        store = Store(root)
+        store = StoreFixture(root)
         store.bring_in(apples)
         for f in apples.sealed.files:
             assert store.layout.view_file(apples.sealed, f.path).is_symlink()
@@ -89,7 +89,7 @@ def test_a_view_on_another_file_system_is_of_symbolic_links(root: Path, apples: 
 
 
 def test_a_replaced_file_of_a_view_is_linked_to_the_blob_again(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     mine = store.layout.view_file(apples.sealed, "config.json")
     mine.unlink()
@@ -105,7 +105,7 @@ def test_I1_bytes_that_do_not_hash_to_their_name_are_no_blob(
     root: Path, by_git: tuple[str, ...], wrong: bytes
 ) -> None:
     model = Model("org/model", {"weights.bin": b"w" * 3000}, by_git=by_git)
-    store = Store(root)
+    store = StoreFixture(root)
     (blob,) = store.reserve(model)
     put(store.layout, blob, wrong)
     with pytest.raises(Corrupt, match="discarded and fetched again"):
@@ -114,18 +114,18 @@ def test_I1_bytes_that_do_not_hash_to_their_name_are_no_blob(
 
 
 def test_a_small_file_named_by_git_is_found_again_by_its_bytes(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     (by_git,) = [f for f in apples.manifest.files if not f.sha256]
-    found = store.disk.find_git(by_git.git_sha1, by_git.size_bytes, store.ledger)
+    found = store.disk.find_by_git_sha1(by_git.git_sha1, by_git.size_bytes, store.ledger)
     assert found == sha256(apples.bytes[by_git.path])
-    assert store.disk.find_git("0" * 40, by_git.size_bytes, store.ledger) is None
+    assert store.disk.find_by_git_sha1("0" * 40, by_git.size_bytes, store.ledger) is None
 
 
 def test_a_held_file_keeps_its_inode_when_it_arrives_by_git_hash(root: Path) -> None:
     first = Model("org/first", {"a": b"same"})
     second = Model("org/second", {"b": b"same"}, by_git=("b",))
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(first)
     store.bring_in(second)
     assert store.holds(first) and store.holds(second)
@@ -134,7 +134,7 @@ def test_a_held_file_keeps_its_inode_when_it_arrives_by_git_hash(root: Path) -> 
 
 
 def test_hashing_ends_when_the_service_stops(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     model = Model("org/model", {"a": b"x"})
     (blob,) = store.reserve(model)
     put(store.layout, blob, b"x")
@@ -145,24 +145,24 @@ def test_hashing_ends_when_the_service_stops(root: Path) -> None:
 
 
 def test_a_second_process_is_refused_and_the_locks_owner_named(root: Path) -> None:
-    store = Store(root)
-    with pytest.raises(Claimed, match=rf"is already open, by pid {os.getpid()}; stop it first") as refused:
-        Disk(root).open()
+    store = StoreFixture(root)
+    with pytest.raises(AlreadyRunning, match=rf"is already open, by pid {os.getpid()}; stop it first") as refused:
+        Store(root).open()
     assert refused.value.exit_code == 9
     del store
-    Disk(root).open()
+    Store(root).open()
 
 
 def test_a_store_of_another_format_is_refused_untouched(root: Path) -> None:
     root.mkdir()
     (root / "VERSION").write_text("2\n")
     with pytest.raises(Unsupported, match="has format 2; this version of Shoal supports 1: update Shoal"):
-        Disk(root).open()
+        Store(root).open()
     assert {p.name for p in root.iterdir()} == {"VERSION", "lock"}
 
 
 def test_a_start_knows_incomplete_models_and_does_not_offer_them(root: Path, apples: Model, pears: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     store.bring_in(pears)
     lost = store.layout.blob(sha256(apples.bytes["sub/weights.bin"]))
@@ -170,7 +170,7 @@ def test_a_start_knows_incomplete_models_and_does_not_offer_them(root: Path, app
     del store
     lost.unlink()
     store = reopened(root)
-    assert set(store.ledger.manifests) == {pears.name} and set(store.ledger.broken) == {apples.name}
+    assert set(store.ledger.manifests) == {pears.name} and set(store.ledger.incomplete) == {apples.name}
     with pytest.raises(NotFound, match=r"sub/weights.bin of org/apples@\w+ is not here"):
         store.seal(apples)
     store.bring_in(apples)
@@ -179,20 +179,20 @@ def test_a_start_knows_incomplete_models_and_does_not_offer_them(root: Path, app
 
 
 def test_a_truncated_blob_is_replaced_when_its_model_comes_again(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     blob = store.layout.blob(sha256(apples.bytes["sub/weights.bin"]))
     del store
     blob.chmod(0o644)
     blob.write_bytes(b"short")
     store = reopened(root)
-    assert set(store.ledger.broken) == {apples.name}
+    assert set(store.ledger.incomplete) == {apples.name}
     store.bring_in(apples)
     assert store.holds(apples)
 
 
 def test_partials_without_a_reservation_go_and_others_stay(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     blobs = store.reserve(apples)
     for blob in blobs:
         put(store.layout, blob, apples.blobs[blob][: len(apples.blobs[blob]) // 2])
@@ -211,7 +211,7 @@ def test_partials_without_a_reservation_go_and_others_stay(root: Path, apples: M
 
 
 def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     lay = store.layout
     strange = [
@@ -241,17 +241,17 @@ def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
 
 @pytest.mark.parametrize("repo", ["..", "../..", "org--x/y"])
 def test_I10_a_manifest_that_names_another_place_is_not_trusted(root: Path, apples: Model, repo: str) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(apples)
     path = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
     path.write_text(path.read_text().replace("org/apples", repo))
     del store
-    assert not reopened(root).ledger.on_disk
+    assert not reopened(root).ledger.stored_manifests
 
 
 def test_I10_no_path_is_built_from_a_name_that_was_not_checked(root: Path) -> None:
-    store = Store(root)
-    for act in (store.disk.remove_blob, store.disk.remove_partial, store.disk.has_partial):
+    store = StoreFixture(root)
+    for act in (store.disk.delete_blob, store.disk.delete_partial, store.disk.has_partial):
         with pytest.raises(BadName):
             act("../../etc/passwd")
 

@@ -21,7 +21,7 @@ from tests.harness.tiny_filesystem import fill, small_disk
 from tests.storage.crash_child_store import live
 from tests.storage.durability_checks import Acknowledged
 from tests.storage.running_storage import on_node
-from tests.storage.store_fixtures import Model, Store, check_invariants, files_below, files_of
+from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of
 from tests.storage.syscall_tracer import Call, seen
 from tests.storage.test_store_kills import Life, start_after
 from tests.storage.test_store_kills import live as live_under_strace
@@ -149,7 +149,7 @@ async def test_I6_at_0_bytes_free_the_service_starts_and_deletes(
 
 def test_I6_a_disk_that_fills_up_at_commit_or_seal_does_no_harm(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", FULL_BYTES) as disk:
-        store = Store(disk / "store")
+        store = StoreFixture(disk / "store")
         store.bring_in(LARGE)
         store.reserve(OTHER)
         fill(disk)

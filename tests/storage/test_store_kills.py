@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from tests.harness.process import source_path
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
-from tests.storage.store_fixtures import Store, check_invariants, files_below, files_of
+from tests.storage.store_fixtures import StoreFixture, check_invariants, files_below, files_of
 
 CHANGES = [
     "mkdir",
@@ -58,9 +58,9 @@ class Life(msgspec.Struct, frozen=True):
         return self.directory / "further" if self.has_further else None
 
     @property
-    def blobs(self) -> Layout:
+    def blobs(self) -> StorePaths:
         """The paths of the volume or store that the blobs go to."""
-        return Layout(self.volume_path or self.store_path)
+        return StorePaths(self.volume_path or self.store_path)
 
 
 def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
@@ -104,12 +104,12 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
     root, further = life.store_path, life.volume_path
     check_invariants(root, further=further)
     said = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
-    store = Store(root, further)
+    store = StoreFixture(root, further)
     check_invariants(root, further=further)
     assert further is None or not any((further / "tombs").iterdir())
     ledger, stays = store.ledger, {f.sha256 for f in STAYS.sealed.files}
     leaves = {*LEAVES.blobs, *(f.sha256 for f in LEAVES.sealed.files)} - stays
-    assert not ledger.broken
+    assert not ledger.incomplete
     if ("sealed", STAYS.name) in said:
         assert store.holds(STAYS)
     if ("deleted", LEAVES.name) in said:
@@ -129,7 +129,7 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
     store.delete(LEAVES)
     assert store.holds(STAYS) and store.holds(COMES)
     here = files_below(root) | (files_below(further) if further else set())
-    assert here - {f"further/{identity}" for identity in store.disk.further} == files_of(STAYS, COMES)
+    assert here - {f"further/{identity}" for identity in store.disk.volumes} == files_of(STAYS, COMES)
 
 
 def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acked(
@@ -163,7 +163,7 @@ def final_name(what: str, which: str, life: Life) -> str:
         return str(life.blobs.partial(which) / "meta.json")
     if what == "committed":
         return str(life.blobs.blob(which))
-    layout = Layout(life.store_path)
+    layout = StorePaths(life.store_path)
     repo, _, commit = which.partition("@")
     return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombs)
 
@@ -171,7 +171,7 @@ def final_name(what: str, which: str, life: Life) -> str:
 def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life, list[str]]) -> None:
     """A kill cannot show a missing fsync; the order of the calls can."""
     life, calls = whole_life
-    tombs = tuple(str(Layout(root).tombs) for root in (life.store_path, life.volume_path) if root)
+    tombs = tuple(str(StorePaths(root).tombs) for root in (life.store_path, life.volume_path) if root)
     synced: dict[str, int] = {}
     renamed: dict[str, tuple[int, str]] = {}
     acknowledged = 0

@@ -10,7 +10,7 @@ from msgspec import structs
 from shoal_common.errors import BadInput, BadName
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.settings import DEFAULT_HEADROOM_BYTES, read_limits
+from shoal_storage.settings import DEFAULT_HEADROOM_BYTES, read_settings
 from tests.storage.store_fixtures import Model
 
 SHA = "ab" * 32
@@ -115,7 +115,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(manifest: Manifest) -> No
 def test_limits_come_from_node_toml_and_the_environment_wins(
     settings: Mapping[str, object], environ: Mapping[str, str], quota_bytes: int | None, headroom_bytes: int
 ) -> None:
-    limits = read_limits(settings, environ)
+    limits = read_settings(settings, environ)
     assert (limits.quota_bytes, limits.headroom_bytes) == (quota_bytes, headroom_bytes)
 
 
@@ -136,5 +136,5 @@ def test_a_bad_setting_is_named_in_one_line(
     settings: Mapping[str, object], environ: Mapping[str, str], named: str
 ) -> None:
     with pytest.raises(BadInput) as refused:
-        read_limits(settings, environ)
+        read_settings(settings, environ)
     assert named in refused.value.message and "\n" not in refused.value.message

@@ -19,14 +19,14 @@ from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import Verify
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.integrity.consequences import due
-from shoal_storage.startup import recover
+from shoal_storage.integrity.consequences import next_to_scrub
+from shoal_storage.startup import recover_store
 from tests.fileserver.running_fileserver import Fileserver
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import Node, on_node
-from tests.storage.store_fixtures import Model, Store, check_invariants, files_below, files_of, put, sha256
+from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, put, sha256
 from tests.storage.test_deletion import instance_of
 
 Fresh = Callable[[str], str]
@@ -204,26 +204,26 @@ async def test_a_missing_blob_is_reported_and_cannot_be_verified(
 
 
 def test_a_blob_refetched_while_it_was_hashed_is_not_quarantined(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(LARGE)
     path = store.layout.blob(WEIGHTS)
     flip(path, 5)
-    checked = blob_check.check(store.disk, WEIGHTS, lambda _: None)
+    checked = blob_check.hash_blob(store.disk, WEIGHTS, lambda _: None)
     assert checked is not None and not checked.intact
     # Kept aside, so that the new file cannot get the same inode.
     path.rename(root.parent / "corrupt")
     path.write_bytes(LARGE.bytes["weights.bin"])
-    assert not quarantine.set_aside(store.disk, checked, [LARGE.sealed])
+    assert not quarantine.quarantine_blob(store.disk, checked, [LARGE.sealed])
     assert path.exists() and not list(store.layout.quarantine.iterdir())
     path.unlink()
-    assert blob_check.check(store.disk, WEIGHTS, lambda _: None) is None
-    assert not quarantine.set_aside(store.disk, checked, [LARGE.sealed])
+    assert blob_check.hash_blob(store.disk, WEIGHTS, lambda _: None) is None
+    assert not quarantine.quarantine_blob(store.disk, checked, [LARGE.sealed])
     path.write_bytes(LARGE.bytes["weights.bin"])
 
 
 @pytest.mark.parametrize("how", ["hardlink", "symlink"])
 def test_I1_every_view_of_a_corrupt_blob_is_removed(root: Path, how: str) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     for model in (LARGE, TWIN):
         store.bring_in(model)
     views = [store.layout.view_file(m.sealed, path) for m in (LARGE, TWIN) for path in m.bytes if "weights" in path]
@@ -232,12 +232,12 @@ def test_I1_every_view_of_a_corrupt_blob_is_removed(root: Path, how: str) -> Non
             view.unlink()
             view.symlink_to(store.layout.blob(WEIGHTS))
     flip(store.layout.blob(WEIGHTS), 77)
-    checked = blob_check.check(store.disk, WEIGHTS, lambda _: None)
+    checked = blob_check.hash_blob(store.disk, WEIGHTS, lambda _: None)
     assert checked is not None
-    assert quarantine.set_aside(store.disk, checked, [LARGE.sealed, TWIN.sealed])
+    assert quarantine.quarantine_blob(store.disk, checked, [LARGE.sealed, TWIN.sealed])
     assert not [view for view in views if os.path.lexists(view)]
-    store.ledger = recover(store.disk)
-    assert set(store.ledger.broken) == {LARGE.name, TWIN.name} and WEIGHTS not in store.ledger.blobs
+    store.ledger = recover_store(store.disk)
+    assert set(store.ledger.incomplete) == {LARGE.name, TWIN.name} and WEIGHTS not in store.ledger.blobs
     # Repaired: each view has the good bytes again.
     for model in (LARGE, TWIN):
         store.bring_in(model)
@@ -252,7 +252,7 @@ names = st.text("0123456789abcdef", min_size=4, max_size=4)
 def test_due_blobs_are_scrubbed_once_longest_ago_first(
     blobs: set[str], begin: str, verified_s: dict[str, float]
 ) -> None:
-    turns = due(blobs, verified_s, begin, now_s=2000.0, again_after_s=500.0)
+    turns = next_to_scrub(blobs, verified_s, begin, now_s=2000.0, max_age_s=500.0)
     assert set(turns) == {b for b in blobs if verified_s.get(b, 0.0) <= 1500} and len(turns) == len(set(turns))
     order = [verified_s.get(blob, -1.0) for blob in turns]
     assert order == sorted(order)

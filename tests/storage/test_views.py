@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.ledger.completeness import having
+from shoal_storage.ledger.completeness import manifests_with_blob
 from shoal_storage.store import views
 from tests.harness.tiny_filesystem import small_disk
-from tests.storage.store_fixtures import Model, Store, files_below
+from tests.storage.store_fixtures import Model, StoreFixture, files_below
 from tests.storage.test_power_cuts import _can_mount, make_image, mounted
 
 WEIGHTS = b"w" * 300_000
@@ -35,9 +35,9 @@ def disk_of(kind: str, directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def store_on(at: Path) -> Iterator[Store]:
+def store_on(at: Path) -> Iterator[StoreFixture]:
     """A store that is closed before its file system is unmounted."""
-    store = Store(at)
+    store = StoreFixture(at)
     try:
         yield store
     finally:
@@ -68,7 +68,7 @@ def test_on_xfs_views_are_reflinks_that_survive_their_blob(tmp_path: Path) -> No
                 assert not target.is_symlink() and not same_file(target, blob)
                 assert target.stat().st_nlink == blob.stat().st_nlink == 1
                 assert target.stat().st_mode & 0o7777 == 0o444
-                assert views.is_blob(target, blob)
+                assert views.links_to_blob(target, blob)
         # Rebuilding changes nothing; a file that somebody wrote to is replaced, and the blob is unaffected.
         mine = store.layout.view_file(MODEL.sealed, "weights.bin")
         inode = mine.stat().st_ino
@@ -95,18 +95,18 @@ def test_I1_a_reflinked_view_of_a_corrupt_blob_is_removed(
         blob.chmod(0o644)
         with blob.open("r+b") as f:
             f.write(b"?")
-        checked = blob_check.check(store.disk, weights.sha256, lambda _: None)
+        checked = blob_check.hash_blob(store.disk, weights.sha256, lambda _: None)
         assert checked is not None and not checked.intact
-        manifests = having(weights.sha256, store.ledger)
-        assert quarantine.set_aside(store.disk, checked, manifests, [lease])
+        manifests = manifests_with_blob(weights.sha256, store.ledger)
+        assert quarantine.quarantine_blob(store.disk, checked, manifests, [lease])
         assert not view.exists() and not (leased / weights.path).exists() and not blob.exists()
         assert (leased / "sub/config.json").read_bytes() == b"{}", "what is sound stays"
         # A model whose manifest was removed by hand is still in the lease's own list.
         shutil.copytree(leased, at / "copy")
         (leased / weights.path).write_bytes(b"?" + WEIGHTS[1:])
         (store.layout.quarantine / weights.sha256).replace(blob)
-        checked = blob_check.check(store.disk, weights.sha256, lambda _: None)
-        assert checked is not None and quarantine.set_aside(store.disk, checked, [], [lease])
+        checked = blob_check.hash_blob(store.disk, weights.sha256, lambda _: None)
+        assert checked is not None and quarantine.quarantine_blob(store.disk, checked, [], [lease])
         assert not (leased / weights.path).exists()
 
 
@@ -127,14 +127,14 @@ def test_without_reflinks_a_views_files_are_hard_links(tmp_path: Path, kind: str
 
 
 def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+    store = StoreFixture(tmp_path / "store")
     store.bring_in(MODEL)
     with small_disk(store.layout.leases, TINY_BYTES), small_disk(tmp_path / "elsewhere", TINY_BYTES):
         lease = store.lease(MODEL, "far")
         for f in MODEL.sealed.files:
             target = store.layout.lease_view(lease.id) / f.path
             assert target.is_symlink() and target.samefile(store.layout.blob(f.sha256))
-            assert views.is_blob(target, store.layout.blob(f.sha256))
+            assert views.links_to_blob(target, store.layout.blob(f.sha256))
         assert store.leased_view_is_complete(lease, MODEL)
 
 
@@ -149,7 +149,7 @@ def test_across_file_systems_a_views_files_are_symbolic_links(tmp_path: Path) ->
 def test_an_unsupported_reflink_falls_back_but_a_full_disk_fails(
     root: Path, monkeypatch: pytest.MonkeyPatch, refusal: int, falls_through: bool
 ) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(MODEL)
     asked = 0
 
@@ -169,10 +169,10 @@ def test_an_unsupported_reflink_falls_back_but_a_full_disk_fails(
 
 
 def test_a_directory_in_a_views_place_is_not_taken_for_a_blob(root: Path) -> None:
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(MODEL)
     blob = store.layout.blob(MODEL.sealed.files[0].sha256)
-    assert not views.is_blob(store.layout.views, blob)
-    assert not views.is_blob(root / "absent", blob)
+    assert not views.links_to_blob(store.layout.views, blob)
+    assert not views.links_to_blob(root / "absent", blob)
     (root / "dangling").symlink_to(root / "absent")
-    assert not views.is_blob(root / "dangling", blob)
+    assert not views.links_to_blob(root / "dangling", blob)

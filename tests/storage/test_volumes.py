@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from shoal_common.errors import QuotaExceeded
-from shoal_common.messages.storage import CollectGarbage, Configure, FurtherRootState, Verify
+from shoal_common.messages.storage import CollectGarbage, Configure, Verify, VolumeState
 from shoal_common.store.blob_lookup import find_blob, open_blob
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import LoopDisk, fill, loop_disk, small_disk
 from tests.storage.lease_fixtures import holder_of
@@ -47,22 +47,22 @@ class Machine:
 
     async def configure(self, *roots: Path) -> None:
         """Set the volumes."""
-        outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
+        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in roots]))
         assert outcome.ok, outcome.error
 
     async def refused(self, *roots: Path, code: str = "bad_input") -> str:
         """The refusal of volumes that cannot be used."""
         before = await self.state()
-        outcome = await self.node.command("configure", Configure(roots=[str(root) for root in roots]))
+        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in roots]))
         assert outcome.error is not None and outcome.error.code == code, outcome
         assert await self.state() == before
         return outcome.error.message
 
-    async def state(self) -> list[FurtherRootState]:
+    async def state(self) -> list[VolumeState]:
         """The published state of the volumes."""
         return [
-            FurtherRootState(path=r.path, error=r.error, used_bytes=r.used_bytes, double_bytes=r.double_bytes)
-            for r in (await self.node.storage_state()).roots
+            VolumeState(path=r.path, error=r.error, used_bytes=r.used_bytes, duplicate_bytes=r.duplicate_bytes)
+            for r in (await self.node.storage_state()).volumes
         ]
 
     async def is_offered(self, model: Model) -> bool:
@@ -118,7 +118,7 @@ async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
         await m.node.unlease(lease.id)
         verified = await m.node.command("verify", Verify())
         assert verified.ok and verified.result["corrupt"] == [] and verified.result["checked"] == 4
-        (root,) = (await m.node.storage_state()).roots
+        (root,) = (await m.node.storage_state()).volumes
         assert (root.used_bytes, root.blob_count, root.error) == (SECOND.manifest.size_bytes, 2, "")
         assert 0 < root.free_bytes < DISK_BYTES
         await process.kill()
@@ -127,7 +127,7 @@ async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
             m.check(FIRST, SECOND)
             deleted = await m.node.delete("org/second")
             assert deleted.ok and deleted.result["freed_bytes"] == SECOND.manifest.size_bytes
-            assert not list(Layout(m.further).blobs.rglob("*"))
+            assert not list(StorePaths(m.further).blobs.rglob("*"))
 
 
 async def test_an_unmounted_volume_takes_its_models_and_returns_them(
@@ -182,7 +182,7 @@ async def test_a_blob_pulled_again_during_an_unmount_is_removed_by_gc(
         m.disk.mount()
 
         async def twice() -> bool:
-            return [r.double_bytes for r in await m.state()] == [SECOND.manifest.size_bytes]
+            return [r.duplicate_bytes for r in await m.state()] == [SECOND.manifest.size_bytes]
 
         await wait_until(twice, "the copies are counted")
         assert (await m.node.storage_state()).used_bytes == 2 * SECOND.manifest.size_bytes
@@ -190,7 +190,7 @@ async def test_a_blob_pulled_again_during_an_unmount_is_removed_by_gc(
         assert outcome.ok and outcome.result["freed_bytes"] == SECOND.manifest.size_bytes, outcome
         assert (await m.node.storage_state()).used_bytes == SECOND.manifest.size_bytes
         m.check(SECOND)
-        assert not list(Layout(m.further).blobs.rglob("*"))
+        assert not list(StorePaths(m.further).blobs.rglob("*"))
 
 
 async def test_a_removed_volume_keeps_its_files_and_returns_with_them(
@@ -252,7 +252,7 @@ async def test_impossible_volumes_are_refused_with_the_reason(nats: NatsServer, 
         assert "overlap" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
         assert "the same file system as" in await m.refused(m.disk.at / "a", m.disk.at / "b")
         (m.disk.at / "models").mkdir()
-        both = Configure(roots=[str(m.disk.at / "models" / "x")], read_only_roots=[str(m.disk.at / "models")])
+        both = Configure(volumes=[str(m.disk.at / "models" / "x")], libraries=[str(m.disk.at / "models")])
         outcome = await m.node.command("configure", both)
         assert outcome.error is not None and "the library" in outcome.error.message
         (m.disk.at / "VERSION").write_text("1")
@@ -269,10 +269,10 @@ async def test_a_volume_on_the_stores_own_disk_is_refused(nats: NatsServer, fres
         here = tmp_path / "unmounted"
         here.mkdir()
         async with node.storage():
-            outcome = await node.command("configure", Configure(roots=[str(here)]))
+            outcome = await node.command("configure", Configure(volumes=[str(here)]))
             assert outcome.error is not None and "the same file system as the store" in outcome.error.message
         async with node.storage(SHOAL_ROOTS=str(here)):
-            (root,) = (await node.storage_state()).roots
+            (root,) = (await node.storage_state()).volumes
             assert "the same file system as the store" in root.error
             await node.bring_in(FIRST)
         assert not list(here.iterdir())

@@ -12,9 +12,9 @@ import msgspec
 
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.errors import BadInput, ErrorBody, Expired, Failed, Unavailable, from_body
+from shoal_common.errors import BadInput, ErrorBody, Expired, InternalError, Unavailable, from_body
 from shoal_common.host.credentials import bearer
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _MAX_QUOTED_BYTES = 300
 NO_NODE = "no Shoal node is running here: start one with `shoal up`"
 
 
-class ErrorResponse(Message):
+class ErrorResponse(WireStruct):
     """The body of every error response."""
 
     error: ErrorBody
@@ -80,7 +80,7 @@ class GatewayClient:
         try:
             return msgspec.json.decode(response.content or b"{}", type=kind)
         except msgspec.DecodeError as e:
-            raise Failed(
+            raise InternalError(
                 f"{self.url} is not a gateway of this version ({e}): check --gateway and `shoal version`"
             ) from None
 
@@ -132,7 +132,7 @@ class GatewayClient:
             try:
                 event = json.loads(data)
             except ValueError:
-                raise Failed(f"{self.url} sent an invalid event: {data[:80]!r}") from None
+                raise InternalError(f"{self.url} sent an invalid event: {data[:80]!r}") from None
             if "error" in event:
                 raise from_body(msgspec.convert(event, ErrorResponse).error)
             yield event
@@ -161,7 +161,7 @@ def check(status: int, content: bytes, url: str) -> None:
         raise from_body(msgspec.json.decode(content, type=ErrorResponse).error)
     except msgspec.DecodeError:
         text = content[:_MAX_QUOTED_BYTES].decode(errors="replace").split("\n")[0]
-    raise Failed(f"{url} is not a Shoal gateway: status {status} {text}".rstrip())
+    raise InternalError(f"{url} is not a Shoal gateway: status {status} {text}".rstrip())
 
 
 def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> GatewayClient:

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import DownloadsView, JsonObject
 from shoal_common.errors import NotFound, ShoalError, Unavailable, from_body
-from shoal_common.messages.downloads import ENDED, DownloadState
+from shoal_common.messages.downloads import ENDED_PHASES, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
 
 POLL_INTERVAL_S = 0.5
-_SETTLED = ENDED | {"paused"}
+_SETTLED = ENDED_PHASES | {"paused"}
 """Phases in which the waiting command may have its outcome."""
 _OUTAGE_TIMEOUT_S = 30.0
 """A gateway that restarts meanwhile is no reason to stop watching."""

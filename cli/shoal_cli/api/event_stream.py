@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal_cli.api.client import GatewayClient
-from shoal_common.errors import Busy, Expired, Failed, Unavailable
-from shoal_common.messages import Message
+from shoal_common.errors import Busy, Expired, InternalError, Unavailable
+from shoal_common.messages import WireStruct
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ _RETRY_INTERVAL_S = 1.0
 _DISCONNECTED = (Unavailable, Expired, Busy)
 
 
-class EventView(Message):
+class EventView(WireStruct):
     """An event, as the gateway sends it."""
 
     sequence: int
@@ -97,4 +97,6 @@ def decode_data(event: ServerSentEvent, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(event.data, type=kind)
     except msgspec.MsgspecError as e:
-        raise Failed(f"the gateway sent an invalid event ({e}): compare `shoal version` on both sides") from None
+        raise InternalError(
+            f"the gateway sent an invalid event ({e}): compare `shoal version` on both sides"
+        ) from None

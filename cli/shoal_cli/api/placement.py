@@ -9,7 +9,7 @@ from typing import Any
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import InstancesView, InstanceView, StatusView
 from shoal_cli.render.tables import instance_status_text
-from shoal_common.errors import Expired, Failed, NoRoom, from_body
+from shoal_common.errors import Expired, InternalError, NoMemory, from_body
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 
 POLL_INTERVAL_S = 0.3
@@ -55,7 +55,7 @@ def place(
     """
     try:
         instance = gateway.post("/v1/instances", body, InstanceView)
-    except NoRoom as e:
+    except NoMemory as e:
         if e.details.get("tier") != "tight" or confirm is None:
             raise
         if not confirm(f"{e.message}\nPlace it anyway? [y/N] "):
@@ -74,7 +74,7 @@ def wait_ready(gateway: GatewayClient, instance: InstanceView, report: Callable[
         if instance.phase == "failed":
             if instance.error is not None:
                 raise from_body(instance.error)
-            raise Failed(f"instance {instance.id} failed; see `shoal logs inference`")
+            raise InternalError(f"instance {instance.id} failed; see `shoal logs inference`")
         if time.monotonic() > give_up_s:
             raise Expired(
                 f"instance {instance.id} is still {instance_status_text(instance)} after {READY_DEADLINE_S:.0f} s; "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.storage import PartState, StorageState
+from shoal_common.messages.storage import ShardState, StorageState
 
 
-class ServiceView(Message):
+class ServiceView(WireStruct):
     """A service of a node."""
 
     version: str = ""
@@ -20,7 +20,7 @@ class ServiceView(Message):
     addresses: list[str] = []
 
 
-class NodeView(Message):
+class NodeView(WireStruct):
     """A node."""
 
     node: str
@@ -36,7 +36,7 @@ class NodeView(Message):
     storage: StorageState | None = None
 
 
-class ModelView(Message):
+class ModelView(WireStruct):
     """A model and the nodes that hold it completely."""
 
     model: str
@@ -47,7 +47,7 @@ class ModelView(Message):
     adopted_from: dict[str, str] = {}
 
 
-class StageView(Message):
+class StageView(WireStruct):
     """A stage of an instance."""
 
     rank: int
@@ -58,7 +58,7 @@ class StageView(Message):
     error: ErrorBody | None = None
 
 
-class InstanceView(Message):
+class InstanceView(WireStruct):
     """A model placed to run."""
 
     id: str
@@ -77,7 +77,7 @@ class RebalancedInstanceView(InstanceView):
     moved: bool = False
 
 
-class StatusView(Message):
+class StatusView(WireStruct):
     """GET /v1/status."""
 
     node: str = ""
@@ -85,42 +85,42 @@ class StatusView(Message):
     nats_connected: bool = True
     nodes: list[NodeView] = []
     models: list[ModelView] = []
-    parts: list[PartState] = []
+    parts: list[ShardState] = []
     downloads: list[DownloadState] = []
     instances: list[InstanceView] = []
 
 
-class DownloadsView(Message):
+class DownloadsView(WireStruct):
     """GET and POST /v1/downloads. `commands`: the ids of those just sent, by node."""
 
     downloads: list[DownloadState] = []
     commands: dict[str, str] = {}
 
 
-class InstancesView(Message):
+class InstancesView(WireStruct):
     """GET /v1/instances."""
 
     instances: list[InstanceView] = []
 
 
-class StorageView(Message):
+class StorageView(WireStruct):
     """A node's disk."""
 
     node: str
     live: bool = False
     disk_free_bytes: int | None = None
     storage: StorageState | None = None
-    parts: list[PartState] = []
+    parts: list[ShardState] = []
 
 
-class StorageListView(Message):
+class StorageListView(WireStruct):
     """GET /v1/storage."""
 
     node: str = ""
     nodes: list[StorageView] = []
 
 
-class SettingsView(Message):
+class SettingsView(WireStruct):
     """A node's settings after PUT /v1/storage/config."""
 
     max_storage_bytes: int | None = None
@@ -135,7 +135,7 @@ class SettingsView(Message):
     note: str = ""
 
 
-class DownloadControlView(Message):
+class DownloadControlView(WireStruct):
     """The result of POST /v1/downloads/pause, resume or cancel on a node."""
 
     models: dict[str, str] = {}
@@ -144,20 +144,20 @@ class DownloadControlView(Message):
     was: str = ""
 
 
-class PinView(Message):
+class PinView(WireStruct):
     """The result of POST /v1/storage/pins on a node."""
 
     models: list[str] = []
 
 
-class GarbageView(Message):
+class GarbageView(WireStruct):
     """The result of POST /v1/storage/gc on a node."""
 
     freed_bytes: int = 0
     blobs: int = 0
 
 
-class VerifyView(Message):
+class VerifyView(WireStruct):
     """The result of POST /v1/storage/verify on a node."""
 
     checked: int = 0

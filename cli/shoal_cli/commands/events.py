@@ -23,7 +23,7 @@ from shoal_cli.commands.options import (
     reject_together,
 )
 from shoal_common.bus.subjects import SERVICES
-from shoal_common.durations import parse_seconds
+from shoal_common.durations import parse_duration_s
 from shoal_common.logs import quote_value
 from shoal_common.names import check_node
 
@@ -79,7 +79,7 @@ def events(
     """Show what happened in the cluster."""
     cli = CliContext(ctx)
     reject_together(ctx, lines=lines, since=since)
-    query = {"since": f"{parse_seconds(since)}s"} if since else {"last": str(lines or DEFAULT_LINES)}
+    query = {"since": f"{parse_duration_s(since)}s"} if since else {"last": str(lines or DEFAULT_LINES)}
     query |= {"node": check_node(node)} if node else {}
     query |= {name: value for name, value in (("service", service), ("event", event)) if value}
     query |= {} if follow else {"follow": "false"}

@@ -11,7 +11,7 @@ from shoal_cli.api.schema import JsonObject, StatusView
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
-from shoal_common.messages.placement import Fits
+from shoal_common.messages.placement import FittingModels
 
 app = new_app()
 
@@ -35,7 +35,7 @@ def ls(
 
     cli = CliContext(ctx)
     if fits:
-        return cli.render(cli.gateway.get("/v1/placements/fits", Fits), fits_table)
+        return cli.render(cli.gateway.get("/v1/placements/fits", FittingModels), fits_table)
     answer = cli.gateway.get("/v1/status", JsonObject)
     if cli.as_json:
         return cli.print_json({"models": answer.get("models", [])})

@@ -26,7 +26,7 @@ from shoal_cli.commands.options import (
 from shoal_cli.render.storage_text import plan_lines, storage_lines
 from shoal_cli.render.tables import storage_table
 from shoal_cli.render.units import parse_limit, parse_size, show_bytes, show_seconds
-from shoal_common.durations import parse_seconds
+from shoal_common.durations import parse_duration_s
 from shoal_common.errors import BadInput, NotFound
 from shoal_common.messages.storage import EvictionPlan, StorageState
 
@@ -157,14 +157,14 @@ def set_(
     if headroom is not None:
         body["headroom_bytes"] = parse_size(headroom)
     if partial_retention is not None:
-        body["partial_retention_s"] = parse_seconds(partial_retention)
+        body["partial_retention_s"] = parse_duration_s(partial_retention)
     if libraries or remove_libraries or add_volumes or remove_volumes:
         name, state = _state_of_one(cli.gateway, selection)
         if libraries or remove_libraries:
-            kept = [library.path for library in state.read_only_roots]
+            kept = [library.path for library in state.libraries]
             body["read_only_roots"] = _changed(kept, libraries, remove_libraries, f"a library of {name}")
         if add_volumes or remove_volumes:
-            kept = [volume.path for volume in state.roots]
+            kept = [volume.path for volume in state.volumes]
             body["roots"] = _changed(kept, add_volumes, remove_volumes, f"a volume of {name}")
     if body.keys() <= {"node"}:
         raise BadInput(

@@ -67,7 +67,7 @@ def _show(ctx: typer.Context) -> int:
             lines.append(
                 limits_line(view.node, s.max_upload_bytes_per_s, s.max_hub_bytes_per_s, s.max_peer_bytes_per_s)
             )
-            lines += [f"  {n} is set by the environment" for n in s.from_environment if n in (_UPLOAD, _HUB, _PEER)]
+            lines += [f"  {n} is set by the environment" for n in s.overridden_by_env if n in (_UPLOAD, _HUB, _PEER)]
     return cli.finish(CommandResult(answer, lines))
 
 

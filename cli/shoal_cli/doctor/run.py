@@ -42,8 +42,8 @@ from shoal_cli.doctor.probes.tcp_connect import this_os
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.host.process_identity import this_host, this_process
-from shoal_common.messages.liveness import Live
+from shoal_common.host.process_identity import host_id, this_process
+from shoal_common.messages.liveness import LivenessRecord
 
 T = TypeVar("T")
 
@@ -164,15 +164,15 @@ async def _cluster(local: LocalNode, home: Home) -> ClusterProbe:
         return ClusterProbe(facts=NatsFacts(expected=True, error=e.reason))
 
 
-def _own_services(local: LocalNode, samples: Mapping[tuple[str, str], LivenessSample]) -> dict[str, Live]:
+def _own_services(local: LocalNode, samples: Mapping[tuple[str, str], LivenessSample]) -> dict[str, LivenessRecord]:
     """Return this node's services as the cluster sees them."""
     return {service: s.live for (node, service), s in samples.items() if local.node and node == local.node}
 
 
-def _own_pids(local: LocalNode, services_: Mapping[str, Live]) -> dict[str, int]:
+def _own_pids(local: LocalNode, services_: Mapping[str, LivenessRecord]) -> dict[str, int]:
     """Return the pids of this node's processes on this machine."""
     supervised = {c.name: c.pid for c in local.status.children if c.pid} if local.status else {}
-    host = this_host()
+    host = host_id()
     return {name: live.holder.pid for name, live in services_.items() if live.holder.host == host} | supervised
 
 
@@ -273,5 +273,5 @@ async def _ids_and_versions(local: LocalNode, cluster: asyncio.Task[ClusterProbe
     running = local.supervisor in ("running", "unresponsive")
     return [
         *versions.judge(by_service, VERSION),
-        *duplicate_ids.judge(holders, local.node, this_host(), running),
+        *duplicate_ids.judge(holders, local.node, host_id(), running),
     ]

@@ -23,8 +23,8 @@ import msgspec
 
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.errors import BadMessage, ErrorBody, ShoalError, Unavailable, as_body, from_body
-from shoal_common.messages import Message, decode, encode
+from shoal_common.errors import BadMessage, ErrorBody, ShoalError, Unavailable, error_body, from_body
+from shoal_common.messages import WireStruct, decode, encode
 
 MAX_LINE_BYTES = 64 << 10
 _MAX_PATH_BYTES = 100
@@ -33,21 +33,21 @@ _IDLE_TIMEOUT_S = 60.0
 _PREFIX = "shoal-"
 
 
-class ControlRequest(Message):
+class ControlRequest(WireStruct):
     """A request to the supervisor."""
 
     op: str
     service: str = ""
 
 
-class ControlReply(Message):
+class ControlReply(WireStruct):
     """The supervisor's reply."""
 
     result: msgspec.Raw = msgspec.Raw(b"{}")
     error: ErrorBody | None = None
 
 
-class SupervisorStatus(Message):
+class SupervisorStatus(WireStruct):
     """The supervisor and its children. URLs are without credentials."""
 
     node: str
@@ -120,7 +120,7 @@ async def _answer(line: bytes, handle: Handler) -> ControlReply:
     except ShoalError as e:
         return ControlReply(error=e.body())
     except Exception as e:  # noqa: BLE001  # a reply is owed
-        return ControlReply(error=as_body(e))
+        return ControlReply(error=error_body(e))
 
 
 def ask(home: Home, request: ControlRequest, deadline_s: float) -> bytes:

@@ -14,8 +14,8 @@ from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.node_plan import NATS_STOP_S, SERVICE_STOP_S
 from shoal_cli.node_home import Home, RunLock, read_or_empty
-from shoal_common.errors import Failed, Unavailable
-from shoal_common.messages import Message, decode
+from shoal_common.errors import InternalError, Unavailable
+from shoal_common.messages import WireStruct, decode
 
 _ASK_DEADLINE_S = 5.0
 _RESTART_DEADLINE_S = 90.0
@@ -23,7 +23,7 @@ _STOP_DEADLINE_S = SERVICE_STOP_S + NATS_STOP_S + 5.0
 _POLL_INTERVAL_S = 0.02
 
 
-class DownResult(Message):
+class DownResult(WireStruct):
     """What `shoal down` stopped."""
 
     was_running: bool
@@ -48,7 +48,7 @@ def down(home: Home) -> DownResult:
     give_up_s = time.monotonic() + _STOP_DEADLINE_S
     while not (lock.is_free() and _has_ended(supervisor)):
         if time.monotonic() > give_up_s:
-            raise Failed(
+            raise InternalError(
                 f"the supervisor (pid {pid or 'unknown'}) has not stopped after {_STOP_DEADLINE_S:.0f} s: "
                 f"`kill -9 {pid or 'PID'}`, then run `shoal down` again to stop its services"
             )

@@ -11,14 +11,14 @@ from rich.text import Text
 from shoal_cli.node.children.restart_policy import CLAIMED, OTHER_VERSION, ChildStatus, not_ready_reason
 from shoal_cli.node.logs.log_rotation import tail
 from shoal_cli.node_home import Home
-from shoal_common.errors import Claimed, OtherVersion, ShoalError, Unavailable
-from shoal_common.messages import Message
+from shoal_common.errors import AlreadyRunning, OtherVersion, ShoalError, Unavailable
+from shoal_common.messages import WireStruct
 
 _TAIL_LINES = 6
 _MAX_LINE_CHARS = 400
 
 
-class NotReadyChild(Message):
+class NotReadyChild(WireStruct):
     """A child that is not ready, the reason, and the end of its log."""
 
     name: str
@@ -29,7 +29,7 @@ class NotReadyChild(Message):
     other_version: bool = False
 
 
-class StartupReport(Message):
+class StartupReport(WireStruct):
     """The outcome of starting a node."""
 
     node: str
@@ -63,7 +63,7 @@ def not_ready(home: Home, children: list[ChildStatus]) -> list[NotReadyChild]:
 
 def startup_error(report: StartupReport) -> ShoalError:
     """Return the one-line error for a node with a child that is not ready."""
-    kind: type[ShoalError] = Claimed if any(n.claimed for n in report.not_ready) else Unavailable
+    kind: type[ShoalError] = AlreadyRunning if any(n.claimed for n in report.not_ready) else Unavailable
     if any(n.other_version for n in report.not_ready):
         kind = OtherVersion
     names = ", ".join(n.name for n in report.not_ready)

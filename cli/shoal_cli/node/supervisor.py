@@ -31,12 +31,12 @@ from shoal_cli.node.startup_report import StartupReport, not_ready
 from shoal_cli.node_home import Home
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
-from shoal_common.host.addresses import meeting_host
+from shoal_common.host.addresses import join_host
 from shoal_common.host.credentials import bearer
 from shoal_common.host.interfaces import read_interfaces
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("supervisor")
+log = StructuredLogger("supervisor")
 
 _NATS_DEADLINE_S = 30.0
 _RESTART_DEADLINE_S = 60.0
@@ -181,7 +181,7 @@ class Supervisor:
         port = url.rpartition(":")[2]
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
         binds_all = local_address(plan.bind) != plan.bind
-        host = advertised or (meeting_host(read_interfaces(), plan.bind) if binds_all else plan.bind)
+        host = advertised or (join_host(read_interfaces(), plan.bind) if binds_all else plan.bind)
         return f"shoal up --nats nats://{url_token(url)}@{bracketed(host)}:{port}"
 
     # Status

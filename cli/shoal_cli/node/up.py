@@ -25,12 +25,12 @@ from shoal_cli.node.supervisor import Supervisor
 from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings
-from shoal_common.errors import BadInput, Failed, from_body
-from shoal_common.logs import Log
+from shoal_common.errors import BadInput, InternalError, from_body
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.settings_file import change_settings
 
-log = Log("supervisor")
+log = StructuredLogger("supervisor")
 
 _BACKGROUND_MARGIN_S = 60.0
 """Beyond the readiness deadline: ending orphans and starting NATS come before it."""
@@ -75,7 +75,7 @@ def run_node(
         plan = _plan(options, environ, home)
         stream = LogStream(RotatingLog(home.log("supervisor")))
         # `logging` uses only write and flush of a stream.
-        logs.set_up("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
+        logs.configure_logging("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
         for pid in kill_orphans(home):
             log.warning("ended an orphan of a killed supervisor", pid=pid)
         if plan.storage:
@@ -144,7 +144,7 @@ def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console,
     line = process.stdout.readline(MAX_LINE_BYTES) if readable else b""
     if not line:
         last = tail(home.log("supervisor"), 1)
-        raise Failed(
+        raise InternalError(
             f"the supervisor (pid {process.pid}) did not report in time; the last line of "
             f"{home.log('supervisor')}: {last[0] if last else 'none'}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal_cli.render.units import show_bytes, show_seconds
-from shoal_common.messages.downloads import ENDED, DownloadState
+from shoal_common.messages.downloads import ENDED_PHASES, DownloadState
 
 
 def percent(state: DownloadState) -> float:
@@ -51,14 +51,14 @@ def figures(state: DownloadState) -> list[str]:
     shown = []
     if state.total_bytes:
         shown.append(f"{show_bytes(state.done_bytes)} of {show_bytes(state.total_bytes)}")
-        if state.phase not in ENDED:
+        if state.phase not in ENDED_PHASES:
             shown += [f"{show_bytes(state.verified_bytes)} verified"] if state.verified_bytes else []
             shown += [f"resumed from {100 * state.resumed_from:.0f} %"] if state.resumed_bytes else []
     if state.phase == "fetching" and state.speed_bytes_per_s >= 1:
         shown.append(f"{show_bytes(state.speed_bytes_per_s)}/s")
     if state.eta_s is not None:
         shown.append(f"{show_seconds(state.eta_s)} left")
-    return shown + [f"{source} stalled {_times(count)}" for source, count in sorted(state.switched.items())]
+    return shown + [f"{source} stalled {_times(count)}" for source, count in sorted(state.source_switches.items())]
 
 
 def _times(count: int) -> str:

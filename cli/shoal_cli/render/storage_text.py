@@ -8,11 +8,11 @@ from shoal_cli.api.schema import StorageView, VerifyView
 from shoal_cli.render.units import count, show_bytes, show_seconds
 from shoal_common.messages.storage import (
     EvictionPlan,
-    FurtherRootState,
     LeaseState,
-    PartState,
-    RootState,
+    LibraryState,
+    ShardState,
     StorageState,
+    VolumeState,
 )
 
 
@@ -27,39 +27,41 @@ def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:
             lines.append(f"{node}: the disk is full: `shoal rm` or `shoal gc` frees space")
         if state.reserved_bytes:
             lines.append(f"{node}: {show_bytes(state.reserved_bytes)} reserved for downloads")
-        lines += [f"{node}: {show_bytes(n)} kept for the paused download of {m}" for m, n in state.paused.items()]
-        lines += [f"{node}: data of the abandoned download of {model}" for model in state.unfinished]
+        lines += [
+            f"{node}: {show_bytes(n)} kept for the paused download of {m}" for m, n in state.paused_downloads.items()
+        ]
+        lines += [f"{node}: data of the abandoned download of {model}" for model in state.ended_downloads]
         lines += [f"{node}: {shard_text(shard)}" for shard in view.parts]
         lines += [f"{node}: {model} is pinned" for model in state.pinned]
         lines += [f"{node}: {_lease_text(lease, now_s)}" for lease in state.leases]
         lines += [f"{node}: corrupt blob {blob[:16]}… in quarantine" for blob in state.quarantined]
         lines += foreign_file_warnings(node, state)
-        lines += [f"{node}: {volume_text(volume)}" for volume in state.roots]
-        for library in state.read_only_roots:
+        lines += [f"{node}: {volume_text(volume)}" for volume in state.volumes]
+        for library in state.libraries:
             lines += [f"{node}: {line}" for line in library_lines(library)]
-        lines += [f"{node}: {name} is set by the environment" for name in state.from_environment]
+        lines += [f"{node}: {name} is set by the environment" for name in state.overridden_by_env]
     return lines
 
 
 def foreign_file_warnings(node: str, state: StorageState) -> list[str]:
     """Return what to know of files that storage did not put there, and of a missing store."""
     lines = []
-    if state.store_away:
+    if state.store_missing:
         lines.append(f"{node}: the store is missing: mount its disk, or put it back")
-    if state.unproven_count:
-        copied = "1 copied-in file" if state.unproven_count == 1 else f"{state.unproven_count} copied-in files"
-        lines.append(f"{node}: {copied}, {show_bytes(state.unproven_bytes)}, to be verified before use")
-    if state.unknown_count:
-        foreign = count(state.unknown_count, "foreign file")
-        first = ", ".join(state.unknown) + (", …" if state.unknown_count > len(state.unknown) else "")
-        lines.append(f"{node}: {foreign}, {show_bytes(state.unknown_bytes)}, never deleted: {first}")
+    if state.unverified_count:
+        copied = "1 copied-in file" if state.unverified_count == 1 else f"{state.unverified_count} copied-in files"
+        lines.append(f"{node}: {copied}, {show_bytes(state.unverified_bytes)}, to be verified before use")
+    if state.foreign_count:
+        foreign = count(state.foreign_count, "foreign file")
+        first = ", ".join(state.foreign_files) + (", …" if state.foreign_count > len(state.foreign_files) else "")
+        lines.append(f"{node}: {foreign}, {show_bytes(state.foreign_bytes)}, never deleted: {first}")
     return lines
 
 
-def shard_text(shard: PartState) -> str:
+def shard_text(shard: ShardState) -> str:
     """Return a shard for a person: `layers 0-13 of org/name (73e3c0a1): 1.2 GB of 2.4 GB`."""
     layers = ", ".join(f"{first}-{last - 1}" for first, last in shard.layers)
-    sizes = f"{show_bytes(shard.size_bytes)} of {show_bytes(shard.model_bytes)}"
+    sizes = f"{show_bytes(shard.size_bytes)} of {show_bytes(shard.total_bytes)}"
     return f"layers {layers} of {shard.repo} ({shard.commit[:8]}): {sizes}"
 
 
@@ -68,7 +70,7 @@ def _lease_text(lease: LeaseState, now_s: float) -> str:
     return f"{lease.model} is in use by {holder}, for {show_seconds(max(now_s - lease.since_s, 0))}"
 
 
-def volume_text(volume: FurtherRootState) -> str:
+def volume_text(volume: VolumeState) -> str:
     """Return a volume for a person."""
     if volume.error:
         return f"volume {volume.path} is not used: {volume.error}"
@@ -76,22 +78,22 @@ def volume_text(volume: FurtherRootState) -> str:
     text += f"{show_bytes(volume.free_bytes)} free, {show_bytes(volume.headroom_bytes)} of it headroom"
     if volume.reserved_bytes:
         text += f", {show_bytes(volume.reserved_bytes)} reserved"
-    if volume.double_bytes:
-        text += f"; {show_bytes(volume.double_bytes)} of duplicates: `shoal gc` deletes them"
+    if volume.duplicate_bytes:
+        text += f"; {show_bytes(volume.duplicate_bytes)} of duplicates: `shoal gc` deletes them"
     return text
 
 
-def library_lines(library: RootState) -> list[str]:
+def library_lines(library: LibraryState) -> list[str]:
     """Return a library for a person."""
     if library.error:
         return [f"library {library.path} cannot be read: {library.error}"]
     name = f"library {library.path}"
     lines = [f"{name}: {count(library.model_count, 'model')}"]
-    if library.waiting_count:
-        to_hash = f"{count(library.waiting_count, 'model')} to be hashed, {show_bytes(library.waiting_bytes)}"
+    if library.unhashed_count:
+        to_hash = f"{count(library.unhashed_count, 'model')} to be hashed, {show_bytes(library.unhashed_bytes)}"
         lines.append(f"{name}: {to_hash}")
-    lines += [f"{name}: ignored {directory}: {why}" for directory, why in library.not_adopted.items()]
-    if (more := library.not_adopted_count - len(library.not_adopted)) > 0:
+    lines += [f"{name}: ignored {directory}: {why}" for directory, why in library.rejected.items()]
+    if (more := library.rejected_count - len(library.rejected)) > 0:
         lines.append(f"{name}: ignored {more} more; `shoal logs storage` says why")
     return lines
 
@@ -99,20 +101,20 @@ def library_lines(library: RootState) -> list[str]:
 def plan_lines(node: str, required_bytes: int, plan: EvictionPlan, now_s: float) -> list[str]:
     """Return a dry run of eviction for a person; `required_bytes`: the free space that was asked for."""
     asked = show_bytes(required_bytes)
-    if plan.need_bytes <= 0:
+    if plan.required_bytes <= 0:
         return [f"{node}: {asked} are free already; nothing would be evicted"]
-    needed = show_bytes(plan.need_bytes)
+    needed = show_bytes(plan.required_bytes)
     if not plan.enough:
         lines = [f"{node}: cannot free {asked}: {needed} needed, {show_bytes(plan.evictable_bytes)} evictable"]
-        return lines + [f"  keeps {model}: {why}" for model, why in sorted(plan.kept.items())]
-    lines = [f"{node}: to have {asked} free, {needed} must go; this would evict {show_bytes(plan.frees_bytes)}:"]
+        return lines + [f"  keeps {model}: {why}" for model, why in sorted(plan.protected.items())]
+    lines = [f"{node}: to have {asked} free, {needed} must go; this would evict {show_bytes(plan.freed_bytes)}:"]
     if plan.garbage:
         lines.append(f"  {count(len(plan.garbage), 'unreferenced blob')}, {show_bytes(plan.garbage_bytes)}")
-    for download in plan.unfinished:
-        lines.append(f"  the abandoned download of {download.model}, {show_bytes(download.frees_bytes)}")
+    for download in plan.ended_downloads:
+        lines.append(f"  the abandoned download of {download.model}, {show_bytes(download.freed_bytes)}")
     for victim in plan.victims:
         age = f"last used {show_seconds(max(now_s - victim.last_use_s, 0))} ago"
-        lines.append(f"  {victim.model}, {show_bytes(victim.frees_bytes)}, {age}")
+        lines.append(f"  {victim.model}, {show_bytes(victim.freed_bytes)}, {age}")
     return lines
 
 

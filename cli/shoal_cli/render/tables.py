@@ -12,8 +12,8 @@ from shoal_cli.api.schema import InstanceView, ModelView, NodeView, StatusView, 
 from shoal_cli.render.progress import progress_line
 from shoal_cli.render.storage_text import foreign_file_warnings, shard_text
 from shoal_cli.render.units import show_bytes, show_seconds
-from shoal_common.messages.downloads import ENDED
-from shoal_common.messages.placement import Fits, Previews, Rebalances
+from shoal_common.messages.downloads import ENDED_PHASES
+from shoal_common.messages.placement import FittingModels, Previews, Rebalances
 from shoal_common.messages.storage import StorageState
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
@@ -37,7 +37,7 @@ def render_status(status: StatusView) -> RenderableType:
     parts += [Text(line) for n in status.nodes if n.storage for line in foreign_file_warnings(n.node, n.storage)]
     if not status.nats_connected:
         parts.insert(0, Text("this gateway has lost NATS: what follows may be outdated", style="red"))
-    running = [d for d in status.downloads if d.phase not in ENDED]
+    running = [d for d in status.downloads if d.phase not in ENDED_PHASES]
     if running:
         parts += [Text("\ndownloads", style="bold"), *(Text(f"{d.model}  {progress_line(d, {})}") for d in running)]
     if status.models:
@@ -142,7 +142,7 @@ def previews_table(answer: Previews) -> RenderableType:
     for p in answer.previews:
         stages = ", ".join(
             f"{s.node} {show_bytes(s.needed_bytes)} / {show_bytes(s.available_bytes)}"
-            + (f" (frees {show_bytes(s.freeing_bytes)} first)" if s.freeing_bytes else "")
+            + (f" (frees {show_bytes(s.bytes_to_free)} first)" if s.bytes_to_free else "")
             for s in p.stages
         )
         table.add_row(
@@ -164,7 +164,7 @@ def previews_table(answer: Previews) -> RenderableType:
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 
-def fits_table(answer: Fits) -> RenderableType:
+def fits_table(answer: FittingModels) -> RenderableType:
     """Return the models and whether they could be placed now."""
     table = _table("model", "size", "memory", "tokens/s", "layout, or why not")
     for f in answer.models:
@@ -175,7 +175,7 @@ def fits_table(answer: Fits) -> RenderableType:
             show_bytes(f.size_bytes),
             Text(f.tier or "does not fit", style=_TIER_STYLES.get(f.tier, "red")),
             _speed(p.tokens_per_s) if p else "-",
-            p.layout if p else f.why,
+            p.layout if p else f.reason,
         )
     return table
 
@@ -188,10 +188,11 @@ def rebalances_table(answer: Rebalances) -> RenderableType:
     for r in answer.rebalances:
         table.add_row(
             r.instance,
-            f"{r.gain:.2g}x" + (f", {r.now.tier} → {r.better.tier}" if r.now.tier != r.better.tier else ""),
-            r.now.layout,
-            r.better.layout,
-            show_bytes(r.better.fetch_bytes) if r.better.fetch_bytes else "-",
+            f"{r.gain:.2g}x"
+            + (f", {r.current.tier} → {r.proposed.tier}" if r.current.tier != r.proposed.tier else ""),
+            r.current.layout,
+            r.proposed.layout,
+            show_bytes(r.proposed.fetch_bytes) if r.proposed.fetch_bytes else "-",
         )
     note = "`shoal rebalance INSTANCE` moves one; it does not answer meanwhile. Gains are predictions"
     return Group(table, Text(note, style="dim"))

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _RETRY_S = 0.5
 
 
-def keep_cancellations() -> None:
+def patch_wait_for() -> None:
     """Replace asyncio's `wait_for` on Python 3.11 with that of 3.12, which loses no cancellation."""
     if sys.version_info < (3, 12):
         asyncio.wait_for = wait_for  # type: ignore[assignment]  # typeshed overloads it; the calls are the same
@@ -27,7 +27,7 @@ async def wait_for(awaited: Awaitable[T], timeout: float | None) -> T:
     if timeout is not None and timeout <= 0:
         done = asyncio.ensure_future(awaited)
         if not done.done():
-            await ended(done)
+            await cancel_and_wait(done)
         try:
             return done.result()
         except asyncio.CancelledError as e:
@@ -36,7 +36,7 @@ async def wait_for(awaited: Awaitable[T], timeout: float | None) -> T:
         return await awaited
 
 
-async def ended(*tasks: asyncio.Future[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     """Cancel tasks until all have ended. An exception stays in its task, for its owner."""
     running = {task for task in tasks if not task.done()}
     while running:

@@ -32,7 +32,7 @@ from shoal_common.bus.subjects import ANY
 from shoal_common.errors import BadInput, BadName
 from shoal_common.host import addresses
 from shoal_common.host.interfaces import Interface
-from shoal_common.messages.liveness import Link
+from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
 
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
@@ -61,9 +61,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         path = section.get("path") if isinstance(section, dict) else None
         return (self.home / Path(str(path)).expanduser()) if path else self.home / "store"
 
-    def links(self, port: int, interfaces: Sequence[Interface]) -> list[Link]:
+    def links(self, port: int, interfaces: Sequence[Interface]) -> list[NodeAddress]:
         """Return the addresses of a data port of this node, best first."""
-        return addresses.links(self.bind, self.advertise, port, interfaces)
+        return addresses.published_addresses(self.bind, self.advertise, port, interfaces)
 
 
 def is_loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ _DURATION = re.compile(r"([0-9]{1,9})\s*(s|m|min|h|d)?")
 _UNIT_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
-def parse_seconds(text: str) -> int:
+def parse_duration_s(text: str) -> int:
     """Return the seconds of `90`, `90 s`, `15min`, `12h` or `7d`. Raises BadInput."""
     match = _DURATION.fullmatch(text.strip().lower())
     if match is None:

@@ -71,7 +71,7 @@ class ShoalError(Exception):
         return ErrorBody(code=self.code, message=self.message, retryable=self.retryable, details=self.details)
 
 
-class Failed(ShoalError):
+class InternalError(ShoalError):
     """Any error without a class of its own."""
 
 
@@ -123,7 +123,7 @@ class InUse(Refused):
     code = "in_use"
 
 
-class Withdrawn(Refused):
+class Cancelled(Refused):
     """A person cancelled the work while it ran."""
 
     code = "withdrawn"
@@ -135,7 +135,7 @@ class Paused(Refused):
     code = "paused"
 
 
-class Claimed(Refused):
+class AlreadyRunning(Refused):
     """Another live process already runs this node's service."""
 
     code = "claimed"
@@ -163,7 +163,7 @@ class DiskFull(Refused):
     http_status = 507
 
 
-class NoRoom(Refused):
+class NoMemory(Refused):
     """No layout fits the nodes' memory; details hold every node's figures."""
 
     code = "no_room"
@@ -201,7 +201,7 @@ class HubUnavailable(Unavailable):
     code = "hub_unavailable"
 
 
-class NodeAway(Unavailable):
+class NodeDown(Unavailable):
     """A node, or the service needed on it, is not live."""
 
     code = "node_away"
@@ -249,11 +249,11 @@ BY_CODE: dict[str, type[ShoalError]] = {cls.code: cls for cls in _tree(ShoalErro
 
 def from_body(body: ErrorBody) -> ShoalError:
     """Return the error that a body describes; an unknown code, from a newer peer, becomes Failed with its message."""
-    return BY_CODE.get(body.code, Failed)(body.message, **body.details)
+    return BY_CODE.get(body.code, InternalError)(body.message, **body.details)
 
 
-def as_body(error: BaseException) -> ErrorBody:
+def error_body(error: BaseException) -> ErrorBody:
     """Return any exception as a body. A foreign exception is named; its trace is in the log."""
     if isinstance(error, ShoalError):
         return error.body()
-    return ErrorBody(code=Failed.code, message=f"{type(error).__name__}: {error} (see the service's log)")
+    return ErrorBody(code=InternalError.code, message=f"{type(error).__name__}: {error} (see the service's log)")

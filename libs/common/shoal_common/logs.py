@@ -50,7 +50,7 @@ class _Formatter(logging.Formatter):
         return f"ts={stamp}.{int(record.msecs):03d}Z level={level} {self._who} msg={quote_value(text)}{pairs}"
 
 
-class Log:
+class StructuredLogger:
     """A logger whose calls carry fields: `log.info("blob committed", blob=name, size_bytes=n)`."""
 
     def __init__(self, name: str) -> None:
@@ -73,7 +73,7 @@ class Log:
         self._logger.error(text, exc_info=exc, extra={"fields": fields})
 
 
-def set_up(service: str, node: str, level: str = "info", stream: TextIO | None = None) -> None:
+def configure_logging(service: str, node: str, level: str = "info", stream: TextIO | None = None) -> None:
     """Send this process's logs to `stream` (stderr). Libraries log from warning level up."""
     out = stream or sys.stderr
     handler = logging.StreamHandler(out)

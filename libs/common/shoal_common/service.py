@@ -21,31 +21,31 @@ from nats.js.errors import NotFoundError
 from shoal_common import VERSION, logs, telemetry
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.connection import Nats, connected
-from shoal_common.bus.events import Events
+from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.bus.kv_mirror import View, follow
-from shoal_common.bus.streams import ensure_streams, store_made
-from shoal_common.cancellation import ended
+from shoal_common.bus.kv_mirror import KvMirror, follow_forever
+from shoal_common.bus.streams import ensure_streams, kv_created_at
+from shoal_common.cancellation import cancel_and_wait
 from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.host.interfaces import Interfaces
-from shoal_common.host.sd_notify import Supervisor
-from shoal_common.liveness.compatibility import CompanyView, refuse_newcomer
+from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.host.sd_notify import ServiceManagerNotifier
+from shoal_common.liveness.compatibility import CompatibleLiveView, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
-from shoal_common.logs import Log
-from shoal_common.messages.liveness import Facts, Link
-from shoal_common.rpc.command_worker import CommandWorker, Verb
-from shoal_common.rpc.request_reply import Ask, Question, serve
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.liveness import NodeAddress, NodeFacts
+from shoal_common.rpc.command_worker import CommandHandler, CommandWorker
+from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 
-log = Log("service")
+log = StructuredLogger("service")
 
 STOP_DEADLINE_S = 10.0
 _DELETE_KEY_TIMEOUT_S = 2.0
 _SIGNAL_REPEAT_S = 0.5
-VIEW_DEADLINE_S = 30.0
+MIRROR_DEADLINE_S = 30.0
 
 
-class Context:
+class ServiceContext:
     """What a running service works with."""
 
     def __init__(
@@ -54,61 +54,61 @@ class Context:
         environ: Mapping[str, str],
         nats: Nats,
         liveness: Liveness,
-        supervisor: Supervisor,
+        supervisor: ServiceManagerNotifier,
     ) -> None:
         self.config, self.environ, self.nats, self.liveness = config, environ, nats, liveness
         self.node = config.node
         self.buckets = Buckets(nats.js)
-        self.events = Events(nats, config.service, config.node)
-        self.ask = Ask(nats)
+        self.events = EventEmitter(nats, config.service, config.node)
+        self.rpc = RpcClient(nats)
         self.stopping = asyncio.Event()
-        self.interfaces = Interfaces()
+        self.interfaces = InterfaceMonitor()
         self._supervisor = supervisor
 
-    def ready(self, facts: Facts | None = None) -> None:
+    def ready(self, facts: NodeFacts | None = None) -> None:
         """Report that the service works. The supervisor is told once peers can read these facts."""
 
         def published() -> None:
-            self._supervisor.tell(f"READY=1\nSTATUS=node {self.node}")
+            self._supervisor.notify(f"READY=1\nSTATUS=node {self.node}")
             log.info("ready", version=VERSION, addresses=",".join(self.liveness.facts.addresses))
 
-        self.liveness.say_now(facts, published)
+        self.liveness.publish_now(facts, published)
 
     async def follow_interfaces(self, port: int | None = None) -> None:
         """Keep `interfaces` current from now on, and publish the addresses of a data port if there is one."""
 
-        def look() -> list[Link]:
-            seen = self.interfaces.look()
+        def look() -> list[NodeAddress]:
+            seen = self.interfaces.refresh()
             return [] if port is None else self.config.links(port, seen)
 
-        await asyncio.to_thread(self.interfaces.look)
-        self.liveness.follow_links(look)
+        await asyncio.to_thread(self.interfaces.refresh)
+        self.liveness.track_addresses(look)
 
-    async def serve(self, questions: Mapping[str, Question]) -> None:
+    async def serve(self, endpoints: Mapping[str, RpcEndpoint]) -> None:
         """Answer RPC requests until stopping."""
-        await serve(self.nats, self.config.service, self.node, questions, self.stopping)
+        await serve(self.nats, self.config.service, self.node, endpoints, self.stopping)
 
-    async def work(
-        self, verbs: Mapping[str, Verb], address: str | None = None, until: asyncio.Event | None = None
+    async def run_commands(
+        self, verbs: Mapping[str, CommandHandler], address: str | None = None, until: asyncio.Event | None = None
     ) -> None:
         """Run commands for this node (or `any`) until stopping."""
         worker = CommandWorker(self.nats, self.buckets, self.events, self.config.service, self.node, verbs)
         await worker.run(address or self.node, until or self.stopping)
 
     @overload
-    async def view(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompanyView: ...
+    async def mirror(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompatibleLiveView: ...
 
     @overload
-    async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View: ...
+    async def mirror(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> KvMirror: ...
 
-    async def view(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> View:
+    async def mirror(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> KvMirror:
         """Return a complete mirror of a bucket; a task of the group keeps it current until stopping.
 
         The mirror of `live` leaves out services of another major version, which are ignored everywhere.
         """
-        view = CompanyView() if bucket == "live" else View(bucket)
-        tasks.create_task(self._until_stopping(follow(self.nats, view, *keys)))
-        await view.complete(VIEW_DEADLINE_S)
+        view = CompatibleLiveView() if bucket == "live" else KvMirror(bucket)
+        tasks.create_task(self._until_stopping(follow_forever(self.nats, view, *keys)))
+        await view.wait_loaded(MIRROR_DEADLINE_S)
         return view
 
     async def _until_stopping(self, work: Awaitable[None]) -> None:
@@ -119,34 +119,34 @@ class Context:
             if working.done():
                 working.result()
         finally:
-            await ended(working, stopped)
+            await cancel_and_wait(working, stopped)
             if not working.cancelled():
                 working.result()
 
-    def background(self, tasks: asyncio.TaskGroup, work: Awaitable[None]) -> None:
+    def run_in_background(self, tasks: asyncio.TaskGroup, work: Awaitable[None]) -> None:
         """Run endless work as a task that is cancelled when the service stops."""
         tasks.create_task(self._until_stopping(work))
 
 
 async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams. Every service creates them again; the first one wins.
-    seen, created_at = nats.reconnects.count, await store_made(nats.js)
+    seen, created_at = nats.reconnects.count, await kv_created_at(nats.js)
     while True:
         with suppress(TimeoutError):
-            async with asyncio.timeout(cluster_clock.LOOK_AGAIN_S):
+            async with asyncio.timeout(cluster_clock.SYNC_INTERVAL_S):
                 seen = await nats.reconnects.wait_after(seen)
             with suppress(Unavailable, NotFoundError):  # down or wiped again: the next reconnection repeats this
                 await ensure_streams(nats.js, replicas)
-                liveness.beat_now()
-                old, created_at = created_at, await store_made(nats.js)
+                liveness.renew_now()
+                old, created_at = created_at, await kv_created_at(nats.js)
                 if created_at != old:
                     log.warning("NATS lost its store; publishing this service's state again")
-                    nats.wipes.happened()
-        await cluster_clock.set_by(nats.client)
+                    nats.store_losses.increment()
+        await cluster_clock.sync_from_nats(nats.client)
 
 
-async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Context], Awaitable[None]]) -> None:
-    supervisor = Supervisor(environ)
+async def _run(config: Config, environ: Mapping[str, str], run: Callable[[ServiceContext], Awaitable[None]]) -> None:
+    supervisor = ServiceManagerNotifier(environ)
     stopping = asyncio.Event()
     main_task = asyncio.current_task()
     assert main_task is not None
@@ -163,7 +163,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
         else:
             return  # the kernel may repeat the signal of a dying supervisor
         stopping.set()
-        supervisor.tell("STOPPING=1")
+        supervisor.notify("STOPPING=1")
         log.info("stopping")
         if not serving:
             main_task.cancel()
@@ -175,17 +175,17 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
         log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
         await ensure_streams(nats.js, config.replicas)
-        await cluster_clock.set_by(nats.client)
+        await cluster_clock.sync_from_nats(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
-        await refuse_newcomer(nats, config.node, config.service)
+        await check_cluster_version(nats, config.node, config.service)
         await liveness.claim()
         try:
-            context = Context(config, environ, nats, liveness, supervisor)
+            context = ServiceContext(config, environ, nats, liveness, supervisor)
             context.stopping = stopping
             serving = True
             async with asyncio.TaskGroup() as tasks:
                 helpers = [
-                    tasks.create_task(liveness.beat_forever()),
+                    tasks.create_task(liveness.renew_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
                     tasks.create_task(_ensure_after_reconnects(nats, config.replicas, liveness)),
                 ]
@@ -198,14 +198,14 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Contex
                         task.cancel()
         finally:
             with suppress(Exception):
-                await asyncio.wait_for(liveness.withdraw(), _DELETE_KEY_TIMEOUT_S)
+                await asyncio.wait_for(liveness.remove_key(), _DELETE_KEY_TIMEOUT_S)
 
 
 async def _stop_in_time(running: asyncio.Future[None], stopping: asyncio.Event) -> None:
     await stopping.wait()
     await asyncio.sleep(STOP_DEADLINE_S)
     log.warning("not stopped in time; cancelling the rest", deadline_s=STOP_DEADLINE_S)
-    await ended(running)
+    await cancel_and_wait(running)
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -214,7 +214,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def main(service: str, run: Callable[[Context], Awaitable[None]]) -> int:
+def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
     """Run a service to its end and return the exit code: 0, or that of the error that ended it."""
     environ = dict(os.environ)
     try:
@@ -222,7 +222,7 @@ def main(service: str, run: Callable[[Context], Awaitable[None]]) -> int:
     except ShoalError as e:
         print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
         return e.exit_code
-    logs.set_up(service, config.node, config.log_level)
+    logs.configure_logging(service, config.node, config.log_level)
     finish = telemetry.set_up(service, config.node, environ)
     try:
         asyncio.run(_run(config, environ, run))

@@ -16,7 +16,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
 from shoal_common.config import read_settings, settings_locked, settings_path, write_settings
-from shoal_common.errors import Failed, Refused
+from shoal_common.errors import InternalError, Refused
 
 T = TypeVar("T")
 Value = int | str | list[str] | None
@@ -37,13 +37,13 @@ def change_settings(
         before = read_settings(home)
         wanted = before
         for section, keys in changes.items():
-            wanted = changed(wanted, section, keys)
+            wanted = with_changes(wanted, section, keys)
         accepted = accept(wanted)
         if wanted == before:
             return accepted
         after: str | None = path.read_bytes().decode() if path.exists() else ""
         for section, keys in changes.items():
-            after = changed_text(after, section, keys) if after is not None and keys else after
+            after = edit_text(after, section, keys) if after is not None and keys else after
         if after is None or _parsed(after) != wanted:
             lines = "; ".join(
                 f"{k} = {v!r} in [{section}]" if v is not None else f"no {k} in [{section}]"
@@ -57,11 +57,11 @@ def change_settings(
         try:
             write_settings(home, after.encode())
         except OSError as e:
-            raise Failed(f"{path} cannot be written: {e.strerror}; nothing was changed") from None
+            raise InternalError(f"{path} cannot be written: {e.strerror}; nothing was changed") from None
     return accepted
 
 
-def changed(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
+def with_changes(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
     """Return settings after a change. Raises Refused if the section is not a table. Pure."""
     existing = settings.get(section, {})
     if not isinstance(existing, Mapping):
@@ -73,7 +73,7 @@ def changed(settings: Mapping[str, Any], section: str, changes: Mapping[str, Val
     return {**settings, section: table}
 
 
-def changed_text(text: str, section: str, changes: Mapping[str, Value]) -> str | None:
+def edit_text(text: str, section: str, changes: Mapping[str, Value]) -> str | None:
     """Return the file's text after a change; None if the section is spread over the file. Pure."""
     try:
         document = tomlkit.parse(text)

@@ -94,29 +94,29 @@ def processing(subject_template: str, carrier: Mapping[str, str] | None, redeliv
 
 
 @contextmanager
-def step(name: str, **attributes: str | int | float) -> Iterator[Span]:
+def trace_step(name: str, **attributes: str | int | float) -> Iterator[Span]:
     """Span around a step of work: `reserve`, `file`, `verify`. An exception marks it as failed."""
     with _tracer.start_as_current_span(name, attributes=attributes) as span:
         yield span
 
 
-def failed(span: Span, message: str) -> None:
+def mark_failed(span: Span, message: str) -> None:
     """Mark a span as failed without an exception."""
     span.set_status(Status(StatusCode.ERROR, message))
 
 
-def transferred(count: int, source: Literal["hub", "peer"], direction: Literal["in", "out"]) -> None:
+def count_transferred(count: int, source: Literal["hub", "peer"], direction: Literal["in", "out"]) -> None:
     """Count bytes of blobs that came in from the hub or a peer, or went out to one."""
     _transferred.add(count, {"source": source, "direction": direction})
 
 
-def verified(count: int) -> None:
+def count_verified(count: int) -> None:
     """Count bytes of a download that are hashed and durable."""
     _verified.add(count)
 
 
 @contextmanager
-def download_under_way() -> Iterator[None]:
+def count_running_download() -> Iterator[None]:
     """Count a download as running while the body runs."""
     _active.add(1)
     try:

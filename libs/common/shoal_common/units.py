@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def human(size_bytes: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """Format bytes for people, in decimal units as disks are sold."""
     value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):

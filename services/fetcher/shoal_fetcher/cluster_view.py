@@ -9,46 +9,46 @@ from contextlib import suppress
 
 from shoal_common.bus.cluster_lease import LeaseValue
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.keys import live_key, origin_key, storage_key
-from shoal_common.bus.kv_mirror import View, any_changed, caught_up
-from shoal_common.host.addresses import ways
-from shoal_common.host.interfaces import Interface, Interfaces
-from shoal_common.host.process_identity import this_network
-from shoal_common.messages.downloads import DownloadSpec, DownloadState
-from shoal_common.messages.liveness import Live
+from shoal_common.bus.keys import liveness_key, origin_key, storage_key
+from shoal_common.bus.kv_mirror import KvMirror, any_changed, wait_caught_up
+from shoal_common.host.addresses import reachable_addresses
+from shoal_common.host.interfaces import Interface, InterfaceMonitor
+from shoal_common.host.process_identity import network_id
+from shoal_common.messages.downloads import DownloadRequest, DownloadState
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
 from shoal_common.names import ModelRef
-from shoal_fetcher.sources.failure_policy import Holding
+from shoal_fetcher.sources.failure_policy import BlobHolder
 from shoal_fetcher.sources.source_selection import holders
 
 _CATCH_UP_S = 5.0
 _MAX_CACHED_HOLDERS = 1024
-STARTING_S = 8.0
+STARTING_TIMEOUT_S = 8.0
 """A starting fileserver is waited for this long: what only it has is not read from the hub (I9)."""
 
 
-class Surroundings:
+class ClusterView:
     """Read-only mirrors of the cluster's buckets."""
 
     def __init__(
         self,
         nats: Nats,
-        me: str,
-        live: View,
-        state: View,
-        lease: View,
-        spec: View,
-        interfaces: Interfaces,
+        own_node: str,
+        live: KvMirror,
+        state: KvMirror,
+        lease: KvMirror,
+        spec: KvMirror,
+        interfaces: InterfaceMonitor,
     ) -> None:
-        self._nats, self._me, self._interfaces = nats, me, interfaces
+        self._nats, self._me, self._interfaces = nats, own_node, interfaces
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
-        self._network = this_network()
+        self._network = network_id()
         self._addresses: dict[str, list[str]] = {}
         self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
         self._starting: dict[str, float] = {}
         self._starting_as_of = -1
-        self._cached_holders: dict[tuple[str, str], list[Holding]] = {}
+        self._cached_holders: dict[tuple[str, str], list[BlobHolder]] = {}
         self._holders_as_of: tuple[object, ...] = ()
 
     def addresses(self) -> dict[str, list[str]]:
@@ -56,33 +56,35 @@ class Surroundings:
 
         Recomputed only after a node has published or an interface has changed: it is called often.
         """
-        own, as_of = self._interfaces.now, (self._live.changes, self._interfaces.now)
+        own, as_of = self._interfaces.current, (self._live.changes, self._interfaces.current)
         if as_of != self._addresses_as_of:
             self._addresses, self._addresses_as_of = self._compute_addresses(own), as_of
         return self._addresses
 
     def _compute_addresses(self, own: tuple[Interface, ...]) -> dict[str, list[str]]:
         addresses: dict[str, list[str]] = {}
-        for key, live in self._live.items("", Live):
+        for key, live in self._live.items("", LivenessRecord):
             node, _, service = key.partition(".")
             if service == "fileserver" and node != self._me:
-                addresses[node] = [link.address for link in ways(live, self._network, own)]
+                addresses[node] = [link.address for link in reachable_addresses(live, self._network, own)]
         return {node: of_node for node, of_node in addresses.items() if of_node}
 
-    def starting(self) -> set[str]:
+    def nodes_starting(self) -> set[str]:
         """Return nodes whose fileserver is live but has no address yet; for at most STARTING_TIMEOUT_S."""
         now_s = time.monotonic()
         if self._live.changes != self._starting_as_of:
             starting = {
                 node
-                for (node, _, service), live in ((k.partition("."), v) for k, v in self._live.items("", Live))
+                for (node, _, service), live in (
+                    (k.partition("."), v) for k, v in self._live.items("", LivenessRecord)
+                )
                 if service == "fileserver" and node != self._me and not live.facts.addresses
             }
             self._starting = {node: self._starting.get(node, now_s) for node in starting}
             self._starting_as_of = self._live.changes
-        return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_S}
+        return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_TIMEOUT_S}
 
-    def holders(self, blob: str, manifest: Manifest) -> list[Holding]:
+    def holders(self, blob: str, manifest: Manifest) -> list[BlobHolder]:
         """Return the live peers that have the complete blob. Recomputed only after somebody has published."""
         addresses = self.addresses()
         as_of = (self._state.changes, self._addresses_as_of)
@@ -93,25 +95,25 @@ class Surroundings:
             self._cached_holders[key] = self._holders(blob, manifest, addresses)
         return self._cached_holders[key]
 
-    def returning(self, blob: str, manifest: Manifest) -> list[Holding]:
+    def holders_restarting(self, blob: str, manifest: Manifest) -> list[BlobHolder]:
         """Return the peers that have the complete blob and whose fileserver is starting."""
-        starting = self.starting()
+        starting = self.nodes_starting()
         return self._holders(blob, manifest, starting) if starting else []
 
-    def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[Holding]:
+    def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[BlobHolder]:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
         return holders(blob, manifest, models, downloads, nodes, self._me)
 
-    def roots(self, sha256: str) -> set[str]:
+    def leaf_list_digests(self, sha256: str) -> set[str]:
         """Return the leaf-list digests of a blob, as published by live nodes that have it but not yet its model."""
         live = self.addresses()
         downloads = (d for _, d in self._state.items("download.", DownloadState))
-        return {d.roots[sha256] for d in downloads if d.node in live and sha256 in d.roots}
+        return {d.leaf_list_digests[sha256] for d in downloads if d.node in live and sha256 in d.leaf_list_digests}
 
-    def nodes_with(self, ref: ModelRef) -> list[tuple[str, str]]:
+    def nodes_holding(self, ref: ModelRef) -> list[tuple[str, str]]:
         """Return `(node, org/name@commit)` of the nodes that hold what `ref` names, this one first."""
-        live = {key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".storage")}
+        live = {key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".storage")}
         holding = [
             (m.node, m.model)
             for _, m in self._state.items("model.", ModelState)
@@ -123,45 +125,45 @@ class Surroundings:
         """Return every model of which this node has a download request or state, with that state."""
         prefix = f"download.{self._me}."
         requested: dict[str, DownloadState | None] = {
-            s.model: None for _, s in self._spec.items(prefix, DownloadSpec)
+            s.model: None for _, s in self._spec.items(prefix, DownloadRequest)
         }
         return requested | {d.model: d for _, d in self._state.items(prefix, DownloadState)}
 
-    def origin(self, blob: str) -> str | None:
+    def origin_of(self, blob: str) -> str | None:
         """Return the node that is reading a blob from the hub."""
         lease = self._lease.get(origin_key(blob), LeaseValue)
         return lease.node if lease else None
 
-    async def catch_up(self) -> None:
+    async def wait_caught_up(self) -> None:
         """Wait until everything published in `state` before now is seen."""
         with suppress(TimeoutError):
-            await caught_up(self._nats, self._state, _CATCH_UP_S)
+            await wait_caught_up(self._nats, self._state, _CATCH_UP_S)
 
-    def seen(self) -> tuple[int, ...]:
+    def version(self) -> tuple[int, ...]:
         """Return the versions of the mirrors; read them before a decision and pass them to `changed`."""
         return tuple(v.changes for v in (self._live, self._state, self._lease))
 
-    async def changed(self, seen: tuple[int, ...], deadline_s: float) -> None:
+    async def wait_changed(self, version: tuple[int, ...], deadline_s: float) -> None:
         """Return once anything has changed since `seen`, or after the deadline."""
-        await any_changed((self._live, self._state, self._lease), seen, deadline_s)
+        await any_changed((self._live, self._state, self._lease), version, deadline_s)
 
-    def disk(self) -> tuple[object, ...]:
+    def disk_status(self) -> tuple[object, ...]:
         """Return what is published of this node's disk; when it changes, waiting downloads ask storage again."""
-        live = self._live.get(live_key(self._me, "storage"), Live)
+        live = self._live.get(liveness_key(self._me, "storage"), LivenessRecord)
         return (live and live.facts.disk_free_bytes, self._state.get(storage_key(self._me), StorageState))
 
-    async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
+    async def wait_disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
         """Return once this node's disk differs from `before`, or after the deadline."""
         views = (self._live, self._state)
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while True:
                     seen = tuple(v.changes for v in views)
-                    if self.disk() != before:
+                    if self.disk_status() != before:
                         return
                     await any_changed(views, seen)
 
-    async def answers_lost(self, service: str) -> None:
+    async def wait_reply_lost(self, service: str) -> None:
         """Return once a reply to a request sent now to a service of this node may be lost:
 
         its process was replaced, or NATS was down.
@@ -170,7 +172,7 @@ class Surroundings:
         reconnected = asyncio.ensure_future(self._nats.reconnects.wait_after(connection))
         try:
             while self._uid(service) == process and not reconnected.done():
-                changed = asyncio.ensure_future(self._live.changed_after(self._live.changes))
+                changed = asyncio.ensure_future(self._live.wait_changed(self._live.changes))
                 try:
                     await asyncio.wait({changed, reconnected}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -179,5 +181,5 @@ class Surroundings:
             reconnected.cancel()
 
     def _uid(self, service: str) -> str:
-        live = self._live.get(live_key(self._me, service), Live)
+        live = self._live.get(liveness_key(self._me, service), LivenessRecord)
         return live.holder.uid if live else ""

@@ -27,13 +27,13 @@ class ReservationLost(Unavailable):
     """The partial blob is gone: storage was restarted, or files were removed by hand."""
 
 
-class Silent(Unavailable):
+class PeerTimeout(Unavailable):
     """A node sent nothing for too long, and another source is used."""
 
 
-class LeavesLost(Unavailable):
+class LeafReadbackMismatch(Unavailable):
     """Some leaves read back differently than they were written; the others stay."""
 
 
-class WrongWhole(Corrupt):
+class BlobHashMismatch(Corrupt):
     """An assembled blob does not hash to its name; storage has discarded it."""

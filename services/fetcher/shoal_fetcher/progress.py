@@ -15,12 +15,12 @@ from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import download_key
 from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.errors import Unavailable
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.downloads import DownloadPhase, DownloadState
 from shoal_fetcher.sources.failure_policy import HUB
 from shoal_fetcher.sources.source_changes import SourceChange, SourceChanges
 
-PUBLISH_S = 1.0
+PUBLISH_INTERVAL_S = 1.0
 _SPEED_WEIGHT = 0.4
 """Weight of the newest second in the moving average of a speed."""
 _MAX_SWITCHED_SOURCES = 16
@@ -45,7 +45,7 @@ class Progress:
         self._received: dict[str, int] = dict(state.sources)
         self._last_received, self._last_at_s = dict(self._received), time.monotonic()
         self._speeds: dict[str, float] = {}
-        self._switched = dict(state.switched)
+        self._switched = dict(state.source_switches)
         self._serving, self._source_changes = SourceChanges(), list[SourceChange]()
         self._after_publish = AsyncExitStack()
         self._dirty = False
@@ -55,55 +55,55 @@ class Progress:
         self._requested_writes = self._finished_writes = 0
 
     @property
-    def still_s(self) -> float:
+    def stalled_s(self) -> float:
         """Seconds since the last leaf became durable, without excused waits."""
         return time.monotonic() - self._progress_at_s
 
-    def moved(self) -> None:
+    def mark_progress(self) -> None:
         """Count as progress what is not bytes: a wait that a source asked for."""
         self._progress_at_s = time.monotonic()
 
-    def excuse(self, waited_s: float) -> None:
+    def pause_stall_timer(self, waited_s: float) -> None:
         """Do not count a wait of this many seconds for our own turn."""
         self._progress_at_s = min(self._progress_at_s + waited_s, time.monotonic())
 
-    async def paced(self, pace: Pace, count: int) -> None:
+    async def take_from_limiter(self, pace: RateLimiter, count: int) -> None:
         """Return when so many bytes may pass. Waiting for our own rate limit does not count as a stall."""
         asked_at_s = time.monotonic()
-        await pace.take(count)
-        self.excuse(time.monotonic() - asked_at_s)
+        await pace.acquire(count)
+        self.pause_stall_timer(time.monotonic() - asked_at_s)
 
-    def pacing(self, pace: Pace) -> Callable[[int], Awaitable[None]]:
+    def limiter_for(self, pace: RateLimiter) -> Callable[[int], Awaitable[None]]:
         """Return `take_from_limiter` bound to this rate limiter."""
-        return lambda count: self.paced(pace, count)
+        return lambda count: self.take_from_limiter(pace, count)
 
-    def received(self, source: str, count: int, path: str = "") -> None:
+    def record_received(self, source: str, count: int, path: str = "") -> None:
         """Count bytes of a file received from a source."""
         self._received[source] = self._received.get(source, 0) + count
         self._dirty = True
-        telemetry.transferred(count, "hub" if source == HUB else "peer", "in")
+        telemetry.count_transferred(count, "hub" if source == HUB else "peer", "in")
         change = self._serving.received(path, source, time.monotonic()) if path else None
         if change is not None and len(self._source_changes) < _MAX_SOURCE_CHANGES:
             self._source_changes.append(change)
 
-    def source_failed(self, path: str, source: str = "") -> None:
+    def record_source_failure(self, path: str, source: str = "") -> None:
         """Record that a source of a file failed (default: its current one): bytes from another one are a change."""
         self._serving.failed(path, source)
 
-    def left(self, source: str) -> None:
+    def record_switch(self, source: str) -> None:
         """Count that a source was left because it sent nothing for too long."""
         if source in self._switched or len(self._switched) < _MAX_SWITCHED_SOURCES:
             self._switched[source] = self._switched.get(source, 0) + 1
             self._dirty = True
 
-    def durable(self, blob: str, size_bytes: int) -> None:
+    def set_durable_bytes(self, blob: str, size_bytes: int) -> None:
         """Set a partial blob's durable bytes. Received bytes are not progress: they may never become durable."""
         if size_bytes > self._durable_by_blob.get(blob, 0):
-            self.moved()
+            self.mark_progress()
         self._dirty |= size_bytes != self._durable_by_blob.get(blob)
         self._durable_by_blob[blob] = size_bytes
 
-    def total(self, size_bytes: int) -> None:
+    def set_total_bytes(self, size_bytes: int) -> None:
         """Set the bytes that the finished download has."""
         self.state = structs.replace(self.state, total_bytes=size_bytes)
         self._dirty = True
@@ -113,34 +113,34 @@ class Progress:
         """Bytes that are durable now, published or not."""
         return self._complete_bytes + sum(self._durable_by_blob.values())
 
-    def note(self, waiting_for: str) -> None:
+    def set_waiting_for(self, waiting_for: str) -> None:
         """Set what the download waits for, or "": published with the next second's update."""
         if self.state.waiting_for != waiting_for:
             self.state = structs.replace(self.state, waiting_for=waiting_for)
             self._dirty = True
 
-    def whole(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
+    def set_blob_complete(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
         """Mark a blob complete: peers may fetch it from the next update on, verified by the list of this digest."""
         self._durable_by_blob.pop(blob, None)
         self._complete_bytes += size_bytes
-        self.moved()
-        known = {**self.state.known, blob: sha256} if blob != sha256 else self.state.known
-        roots = {**self.state.roots, sha256: root} if root else self.state.roots
+        self.mark_progress()
+        known = {**self.state.sha256_by_git_name, blob: sha256} if blob != sha256 else self.state.sha256_by_git_name
+        roots = {**self.state.leaf_list_digests, sha256: root} if root else self.state.leaf_list_digests
         self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known, roots=roots)
         self._dirty = True
 
-    def restart(self) -> None:
+    def reset_counts(self) -> None:
         """Reset the counts of blobs, before storage says again what is present."""
         self._durable_by_blob.clear()
         self._complete_bytes = 0
         self.state = structs.replace(self.state, blobs=[], known={}, roots={})
 
-    def when_told(self, then: AsyncExitStack) -> None:
+    def after_publish(self, then: AsyncExitStack) -> None:
         """Close `then` after the current state has been published, without blocking the caller."""
         self._after_publish.push_async_exit(then)
         self._dirty = True
 
-    async def say(self, **changes: Any) -> None:
+    async def publish_state(self, **changes: Any) -> None:
         """Change fields. A new phase is published at once, others after PUBLISH_INTERVAL_S, and unchanged values
         never.
         """
@@ -183,7 +183,7 @@ class Progress:
         now_s = time.monotonic()
         elapsed_s = now_s - self._last_at_s
         fetching = self.state.phase == "fetching"
-        if elapsed_s >= PUBLISH_S / 2:
+        if elapsed_s >= PUBLISH_INTERVAL_S / 2:
             for source, total in self._received.items():
                 sample, speed = (total - self._last_received.get(source, 0)) / elapsed_s, self._speeds.get(source, 0)
                 self._speeds[source] = sample if not speed or not sample else speed + _SPEED_WEIGHT * (sample - speed)
@@ -205,12 +205,12 @@ class Progress:
     @property
     def _wait_s(self) -> float:
         """Seconds until an update without a new phase may be written."""
-        return self._written_at_s + PUBLISH_S - time.monotonic()
+        return self._written_at_s + PUBLISH_INTERVAL_S - time.monotonic()
 
     async def publish_forever(self) -> None:
         """Publish once a second if anything changed. An idle download publishes nothing and has no speed."""
         while True:
-            await asyncio.sleep(self._wait_s if self._wait_s > 0 else PUBLISH_S)
+            await asyncio.sleep(self._wait_s if self._wait_s > 0 else PUBLISH_INTERVAL_S)
             if self._wait_s <= 0 and (self._dirty or self.state.speed_bytes_per_s):
                 # Bytes may arrive from the hub while NATS is down: the next second retries.
                 with suppress(Unavailable):

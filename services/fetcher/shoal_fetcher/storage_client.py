@@ -8,25 +8,25 @@ from typing import TypeVar
 
 from shoal_common import telemetry
 from shoal_common.errors import Corrupt, NotFound
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import (
-    AskRoom,
+    CheckSpace,
     CommitBlob,
-    Committed,
+    CommittedBlob,
     ModelState,
-    PartState,
     Release,
     Reserve,
-    Reserved,
-    RoomLeft,
+    ReserveResult,
     SealModel,
-    SealPart,
+    SealShard,
+    ShardState,
+    SpaceCheck,
 )
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_common.store import leaf_set
-from shoal_fetcher.cluster_view import Surroundings
-from shoal_fetcher.errors import LeavesLost, ReservationLost, WrongWhole
+from shoal_fetcher.cluster_view import ClusterView
+from shoal_fetcher.errors import BlobHashMismatch, LeafReadbackMismatch, ReservationLost
 
 T = TypeVar("T")
 
@@ -38,32 +38,32 @@ _PATIENCE_S = 30.0
 _RELEASE_PATIENCE_S = 10.0
 
 
-class Storage:
+class StorageClient:
     """The storage of this node, across its restarts."""
 
-    def __init__(self, ask: Ask, node: str, around: Surroundings) -> None:
-        self._ask, self._node, self._around = ask, node, around
+    def __init__(self, ask: RpcClient, node: str, cluster_view: ClusterView) -> None:
+        self._ask, self._node, self._around = ask, node, cluster_view
 
-    async def reserve(self, manifest: Manifest, leaves: Mapping[str, int] | None = None) -> Reserved:
+    async def reserve(self, manifest: Manifest, leaves: Mapping[str, int] | None = None) -> ReserveResult:
         """Reserve space for a model, of some blobs only `leaves`. Returns what is present. Raises QuotaExceeded."""
-        question = Reserve(manifest=manifest, leaves=_as_ranges(leaves or {}))
-        return await self._until_answered("reserve", question, Reserved)
+        question = Reserve(manifest=manifest, leaf_ranges=_as_ranges(leaves or {}))
+        return await self._until_answered("reserve", question, ReserveResult)
 
-    async def commit(self, blob: str, root: str = "") -> Committed:
+    async def commit(self, blob: str, root: str = "") -> CommittedBlob:
         """Verify a complete partial blob and commit it: by its leaf list if that has this digest, else by sha256.
 
         Raises BlobHashMismatch, LeafReadbackMismatch, or ReservationLost if the partial is gone.
         """
         try:
-            question = CommitBlob(blob=blob, root=root)
-            committed = await self._until_answered("commit", question, Committed, _COMMIT_DEADLINE_S)
+            question = CommitBlob(blob=blob, leaf_list_digest=root)
+            committed = await self._until_answered("commit", question, CommittedBlob, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
             if e.details.get("bad_leaves"):
-                raise LeavesLost(e.message, **e.details) from e
-            raise WrongWhole(e.message, **e.details) from e
-        telemetry.verified(committed.size_bytes)
+                raise LeafReadbackMismatch(e.message, **e.details) from e
+            raise BlobHashMismatch(e.message, **e.details) from e
+        telemetry.count_verified(committed.size_bytes)
         return committed
 
     async def seal(self, manifest: Manifest) -> ModelState:
@@ -73,30 +73,32 @@ class Storage:
         except NotFound as e:
             raise ReservationLost(e.message) from e
 
-    async def seal_part(
+    async def seal_shard(
         self, manifest: Manifest, layers: list[list[int]], leaves: Mapping[str, int], roots: dict[str, str]
-    ) -> PartState:
+    ) -> ShardState:
         """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, BlobHashMismatch
         if some are corrupt.
         """
-        question = SealPart(manifest=manifest, layers=layers, leaves=_as_ranges(leaves), roots=roots)
+        question = SealShard(
+            manifest=manifest, layers=layers, leaf_ranges=_as_ranges(leaves), leaf_list_digests=roots
+        )
         try:
-            return await self._until_answered("seal_part", question, PartState, _COMMIT_DEADLINE_S)
+            return await self._until_answered("seal_part", question, ShardState, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
-            raise WrongWhole(e.message, **e.details) from e
+            raise BlobHashMismatch(e.message, **e.details) from e
 
-    async def room(self, model: str) -> RoomLeft:
+    async def check_space(self, model: str) -> SpaceCheck:
         """Return whether there is space again for the reservations, `model` (`org/name@commit`) among them."""
-        return await self._until_answered("room", AskRoom(model=model), RoomLeft)
+        return await self._until_answered("room", CheckSpace(model=model), SpaceCheck)
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""
         # A restarted storage remembers partial blobs only, and the fetcher may not know the manifest any more.
         files = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
         question = Release(manifest=Manifest(repo=repo, commit=commit, files=files))
-        await self._until_answered("release", question, Done, patience_s=_RELEASE_PATIENCE_S)
+        await self._until_answered("release", question, Empty, patience_s=_RELEASE_PATIENCE_S)
 
     async def _until_answered(
         self,
@@ -109,9 +111,11 @@ class Storage:
         # Without the race, a reply lost with a killed storage or a restarted NATS is awaited to the deadline.
         while True:
             asking = asyncio.ensure_future(
-                self._ask("storage", self._node, verb, question, kind, deadline_s=deadline_s, patience_s=patience_s)
+                self._ask(
+                    "storage", self._node, verb, question, kind, deadline_s=deadline_s, restart_wait_s=patience_s
+                )
             )
-            lost = asyncio.ensure_future(self._around.answers_lost("storage"))
+            lost = asyncio.ensure_future(self._around.wait_reply_lost("storage"))
             try:
                 await asyncio.wait({asking, lost}, return_when=asyncio.FIRST_COMPLETED)
                 if asking.done():
@@ -121,5 +125,5 @@ class Storage:
                 lost.cancel()
 
 
-def _as_ranges(leaves: Mapping[str, int]) -> dict[str, leaf_set.Ranges]:
-    return {blob: leaf_set.ranges(of_blob) for blob, of_blob in leaves.items()}
+def _as_ranges(leaves: Mapping[str, int]) -> dict[str, leaf_set.LeafRanges]:
+    return {blob: leaf_set.to_ranges(of_blob) for blob, of_blob in leaves.items()}

@@ -23,34 +23,36 @@ from starlette.types import Receive, Scope, Send
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import BadName
-from shoal_common.host.credentials import blob_token_shows
-from shoal_common.host.rate_limiter import Pace
-from shoal_common.logs import Log
+from shoal_common.host.credentials import blob_token_allows
+from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
-from shoal_common.store.leaf_set import MAX_RUN_LEAVES, from_bitmap
-from shoal_common.store.store_paths import Layout
-from shoal_fileserver.blob_content import Content, LeafList, open_content, open_leaf_list
-from shoal_fileserver.http.fast_path import AtOnce
-from shoal_fileserver.http.ranges import Part, Unsatisfiable, Whole, parse_range
-from shoal_fileserver.http.sendfile import SENDING, Sending
-from shoal_fileserver.send_history import Going, Sent
+from shoal_common.store.leaf_set import MAX_RANGE_LEAVES, from_bitmap
+from shoal_common.store.store_paths import StorePaths
+from shoal_fileserver.blob_content import BlobContent, LeafList, open_content, open_leaf_list
+from shoal_fileserver.http.fast_path import FastPath
+from shoal_fileserver.http.ranges import AllBytes, ByteRange, Unsatisfiable, parse_range
+from shoal_fileserver.http.sendfile import FILE_SENDER_KEY, FileSender
+from shoal_fileserver.send_history import InFlightLeaves, SendHistory
 
-log = Log("fileserver")
+log = StructuredLogger("fileserver")
 
 MAX_BITMAP_BYTES = 256 << 10
 """Bitmap of a blob of 2 TiB."""
-MAX_PAGE_BYTES = 1 << 20
+MAX_LEAF_LIST_BYTES = 1 << 20
 """Maximum part of a leaf list per request: the list of 32 GiB."""
-BODY_DEADLINE_S = 10.0
+BODY_TIMEOUT_S = 10.0
 _TYPE = "application/octet-stream"
 _CLOSE = {"Connection": "close"}
 _NOT_HERE = "this node does not hold that blob, verified"
 
 
-class Blobs:
+class BlobApi:
     """Answers peers from one store."""
 
-    def __init__(self, layout: Layout, node: str, secret: str, at_once: AtOnce, sent: Sent, pace: Pace) -> None:
+    def __init__(
+        self, layout: StorePaths, node: str, secret: str, at_once: FastPath, sent: SendHistory, pace: RateLimiter
+    ) -> None:
         self._layout, self._node, self._secret = layout, node, secret
         self._at_once, self._sent, self._pace = at_once, sent, pace
 
@@ -61,82 +63,82 @@ class Blobs:
     async def _answer(self, scope: Scope, receive: Receive) -> Response:
         _, _, kind, blob, *rest = scope["path"].split("/")
         headers, method = Headers(scope=scope), scope["method"]
-        if not blob_token_shows(self._secret, self._node, blob, headers, cluster_clock.now_s()):
-            return problem(401, "send a token for this blob of this node")
+        if not blob_token_allows(self._secret, self._node, blob, headers, cluster_clock.now_s()):
+            return error_response(401, "send a token for this blob of this node")
         if kind == "blobs" and rest == ["any"]:
             if method != "POST":
                 return _not_allowed("POST")
-            return await self._refusing(blob, self._any(scope, receive, blob))
+            return await self._or_error(blob, self._any(scope, receive, blob))
         if rest:
-            return problem(404, "there is nothing at this path")
+            return error_response(404, "there is nothing at this path")
         if method not in ("GET", "HEAD"):
             return _not_allowed("GET, HEAD")
         if kind == "blobs":
-            return await self._refusing(blob, self.blob(method, headers, blob, {}))
-        return await self._refusing(blob, self._list(scope, blob))
+            return await self._or_error(blob, self.blob(method, headers, blob, {}))
+        return await self._or_error(blob, self._list(scope, blob))
 
-    async def _refusing(self, blob: str, response: Awaitable[Response]) -> Response:
+    async def _or_error(self, blob: str, response: Awaitable[Response]) -> Response:
         """Return the response, or the error response of what it raises."""
         try:
             return await response
         except BadName as e:
-            return problem(400, e.message)
+            return error_response(400, e.message)
         except FileNotFoundError:
-            return problem(404, _NOT_HERE)
+            return error_response(404, _NOT_HERE)
         except OSError as e:
             log.warning("blob cannot be read", blob=blob, why=str(e))
-            return problem(503, "this node cannot read that blob now", {"Retry-After": "5"})
+            return error_response(503, "this node cannot read that blob now", {"Retry-After": "5"})
 
     async def blob(self, method: str, headers: Headers, blob: str, named: Mapping[str, str]) -> Response:
         """Respond with a blob or the requested range of it, adding these headers. Raises BadName, OSError."""
         content = await asyncio.to_thread(open_content, self._layout, blob)
         size, response_headers = content.size_bytes, {**content.headers, **named}
         byte_range = _asked(headers, response_headers["ETag"], size)
-        start, end = (byte_range.start, byte_range.end) if isinstance(byte_range, Part) else (0, size)
+        start, end = (byte_range.start, byte_range.end) if isinstance(byte_range, ByteRange) else (0, size)
         if isinstance(byte_range, Unsatisfiable):
             content.close()
             return Response(status_code=416, headers={**response_headers, "Content-Range": f"bytes */{size}"})
         if not content.has(start, end):
             content.close()
-            return problem(404, "parts of that range cannot be relayed yet")
-        if isinstance(byte_range, Part):
+            return error_response(404, "parts of that range cannot be relayed yet")
+        if isinstance(byte_range, ByteRange):
             response_headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         if method == "HEAD":
             content.close()
         elif end - start <= LEAF_BYTES:
-            self._at_once.keep(content)
+            self._at_once.keep_open(content)
         in_flight = None
         if method == "GET" and not start % LEAF_BYTES and (end == size or not end % LEAF_BYTES):
-            in_flight = self._sent.asked(blob, start // LEAF_BYTES, leaf_count(end), time.monotonic())
-        status = 206 if isinstance(byte_range, Part) else 200
+            in_flight = self._sent.record_requested(blob, start // LEAF_BYTES, leaf_count(end), time.monotonic())
+        status = 206 if isinstance(byte_range, ByteRange) else 200
         return ContentResponse(content, start, end, status, response_headers, self._pace, self._sent, in_flight)
 
-    async def of_hub(self, request: Request, sha256: str, named: Mapping[str, str]) -> Response:
+    async def respond_to_hub_client(self, request: Request, sha256: str, named: Mapping[str, str]) -> Response:
         """Respond with a blob, for a request in the hub's protocol."""
-        return await self._refusing(sha256, self.blob(request.method, request.headers, sha256, named))
+        return await self._or_error(sha256, self.blob(request.method, request.headers, sha256, named))
 
     async def _any(self, scope: Scope, receive: Receive, blob: str) -> Response:
         """Respond with the least sent range of leaves that are wanted and available."""
         try:
             query = parse_qs(scope["query_string"].decode("ascii"), max_num_fields=8)
-            max_leaves = query.get("max_leaves", [str(MAX_RUN_LEAVES)])[-1]
+            max_leaves = query.get("max_leaves", [str(MAX_RANGE_LEAVES)])[-1]
         except ValueError:
             max_leaves = ""
         if not (max_leaves.isascii() and max_leaves.isdigit() and len(max_leaves) < 9 and int(max_leaves) > 0):
-            return problem(400, "max_leaves is not a number of leaves from 1 on")
+            return error_response(400, "max_leaves is not a number of leaves from 1 on")
         try:
-            async with asyncio.timeout(BODY_DEADLINE_S):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await _body(receive, MAX_BITMAP_BYTES)
         except TimeoutError:
-            return problem(408, "the bitmap did not arrive in time", _CLOSE)
+            return error_response(408, "the bitmap did not arrive in time", _CLOSE)
         if body is None:
-            return problem(413, f"the bitmap is larger than {MAX_BITMAP_BYTES} bytes", _CLOSE)
+            return error_response(413, f"the bitmap is larger than {MAX_BITMAP_BYTES} bytes", _CLOSE)
         content = await asyncio.to_thread(open_content, self._layout, blob)
         size = content.size_bytes
         if len(body) != -(-leaf_count(size) // 8):
             content.close()
-            return problem(400, f"{len(body)} bytes are not a bitmap of this blob's {leaf_count(size)} leaves")
-        in_flight = self._sent.choose(
+            return error_response(400, f"{len(body)} bytes are not a bitmap of this blob's {leaf_count(size)} leaves")
+        in_flight = self._sent.pick_next(
             blob, size, from_bitmap(body), content.leaves, int(max_leaves), time.monotonic()
         )
         if in_flight is None:
@@ -152,24 +154,28 @@ class Blobs:
         try:
             size = leaf_list.size_bytes
             # Without a digest the list grows between pages: it must not be cached.
-            response_headers = {"ETag": f'"{leaf_list.root}"'} if leaf_list.root else {"Cache-Control": "no-store"}
+            response_headers = (
+                {"ETag": f'"{leaf_list.digest}"'} if leaf_list.digest else {"Cache-Control": "no-store"}
+            )
             response_headers["Accept-Ranges"] = "bytes"
             byte_range = _asked(Headers(scope=scope), response_headers.get("ETag", ""), size)
             if isinstance(byte_range, Unsatisfiable):
                 return Response(status_code=416, headers={**response_headers, "Content-Range": f"bytes */{size}"})
-            if isinstance(byte_range, Whole) and size > MAX_PAGE_BYTES:
-                return problem(400, f"this list has {size} bytes: request a range of at most {MAX_PAGE_BYTES}")
+            if isinstance(byte_range, AllBytes) and size > MAX_LEAF_LIST_BYTES:
+                return error_response(
+                    400, f"this list has {size} bytes: request a range of at most {MAX_LEAF_LIST_BYTES}"
+                )
             return await _page(scope["method"], leaf_list, byte_range, response_headers)
         finally:
             leaf_list.close()
 
 
 async def _page(
-    method: str, leaf_list: LeafList, byte_range: Whole | Part, response_headers: dict[str, str]
+    method: str, leaf_list: LeafList, byte_range: AllBytes | ByteRange, response_headers: dict[str, str]
 ) -> Response:
     start, end, status = 0, leaf_list.size_bytes, 200
-    if isinstance(byte_range, Part):
-        start, end, status = byte_range.start, min(byte_range.end, byte_range.start + MAX_PAGE_BYTES), 206
+    if isinstance(byte_range, ByteRange):
+        start, end, status = byte_range.start, min(byte_range.end, byte_range.start + MAX_LEAF_LIST_BYTES), 206
         response_headers["Content-Range"] = f"bytes {start}-{end - 1}/{leaf_list.size_bytes}"
     if method == "HEAD":
         return Response(
@@ -184,14 +190,14 @@ class ContentResponse(Response):
 
     def __init__(
         self,
-        content: Content,
+        content: BlobContent,
         start: int,
         end: int,
         status: int,
         headers: Mapping[str, str],
-        pace: Pace,
-        sent: Sent,
-        in_flight: Going | None,
+        pace: RateLimiter,
+        sent: SendHistory,
+        in_flight: InFlightLeaves | None,
     ) -> None:
         self.status_code, self.background, self.body = status, None, b""
         self.media_type = _TYPE
@@ -205,9 +211,9 @@ class ContentResponse(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if scope["method"] != "HEAD":
-                sending: Sending = scope["state"][SENDING]
-                count = await sending.file(
-                    content.file, self._start, self._end, self._pace, lambda: content.discarded
+                sending: FileSender = scope["state"][FILE_SENDER_KEY]
+                count = await sending.send_file(
+                    content.file, self._start, self._end, self._pace, lambda: content.is_discarded
                 )
                 if count < self._end - self._start:
                     sending.abort()
@@ -218,10 +224,10 @@ class ContentResponse(Response):
             if self._going is not None:
                 position = self._start + count
                 through = position // LEAF_BYTES if position < self._end else leaf_count(position)
-                self._sent.ended(self._going, through, time.monotonic())
+                self._sent.record_finished(self._going, through, time.monotonic())
 
 
-def _asked(headers: Headers, etag: str, size: int) -> Whole | Part | Unsatisfiable:
+def _asked(headers: Headers, etag: str, size: int) -> AllBytes | ByteRange | Unsatisfiable:
     # Several Range headers are several ranges; If-Range with another ETag means another blob's bytes.
     header = ",".join(headers.getlist("range")) or None
     return parse_range(header if headers.get("if-range", etag) == etag else None, size)
@@ -240,9 +246,9 @@ async def _body(receive: Receive, max_bytes: int) -> bytes | None:
 
 
 def _not_allowed(methods: str) -> Response:
-    return problem(405, f"use {methods} here", {"Allow": methods})
+    return error_response(405, f"use {methods} here", {"Allow": methods})
 
 
-def problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error response."""
     return JSONResponse({"error": {"message": message}}, status, headers)

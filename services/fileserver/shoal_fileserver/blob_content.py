@@ -14,45 +14,45 @@ from io import FileIO
 
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.blob_lookup import open_blob
-from shoal_common.store.leaf_hash import HASH_BYTES, list_bytes
-from shoal_common.store.leaf_set import from_bitmap, run
-from shoal_common.store.relay_bitmap import ready_of
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.leaf_hash import HASH_BYTES, leaf_list_size
+from shoal_common.store.leaf_set import from_bitmap, leaf_range
+from shoal_common.store.relay_bitmap import parse_relay_bitmap
+from shoal_common.store.store_paths import StorePaths
 
-GIT = "git-"
+GIT_PREFIX = "git-"
 """Prefix of a blob whose sha256 is unknown: it can only be a partial one."""
 _MAX_READY_BYTES = 1 << 20
 """Relay bitmap of a blob of 8 TiB."""
 
 
-class Content:
+class BlobContent:
     """A blob's open file. `ready` is the set of leaves that can be sent; None for a complete blob."""
 
     def __init__(self, blob: str, file: FileIO, size_bytes: int, ready: int | None) -> None:
-        self.blob, self.file, self.size_bytes, self.ready = blob, file, size_bytes, ready
+        self.blob, self.file, self.size_bytes, self.relayable = blob, file, size_bytes, ready
 
     @property
     def leaves(self) -> int:
         """Set of leaves that can be sent."""
-        return run(0, leaf_count(self.size_bytes)) if self.ready is None else self.ready
+        return leaf_range(0, leaf_count(self.size_bytes)) if self.relayable is None else self.relayable
 
     def has(self, start: int, end: int) -> bool:
         """Return whether all of bytes [start, end) can be sent."""
-        if self.ready is None:
+        if self.relayable is None:
             return True
-        wanted = run(start // LEAF_BYTES, -(-end // LEAF_BYTES))
-        return wanted & self.ready == wanted
+        wanted = leaf_range(start // LEAF_BYTES, -(-end // LEAF_BYTES))
+        return wanted & self.relayable == wanted
 
     @property
-    def discarded(self) -> bool:
+    def is_discarded(self) -> bool:
         """Whether a partial blob's data was deleted since it was opened; never for a complete blob."""
-        return self.ready is not None and os.fstat(self.file.fileno()).st_nlink == 0
+        return self.relayable is not None and os.fstat(self.file.fileno()).st_nlink == 0
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the blob, whichever part of it is sent."""
         headers = {"ETag": f'"{self.blob}"', "Accept-Ranges": "bytes"}
-        if self.ready is None:
+        if self.relayable is None:
             digest = base64.b64encode(bytes.fromhex(self.blob)).decode()
             headers |= {"Repr-Digest": f"sha-256=:{digest}:", "Cache-Control": "immutable, max-age=31536000"}
         return headers
@@ -62,7 +62,7 @@ class Content:
         self.file.close()
 
 
-def open_content(layout: Layout, blob: str) -> Content:
+def open_content(layout: StorePaths, blob: str) -> BlobContent:
     """Open a complete or partial blob. Raises BadName, FileNotFoundError, or another OSError of the disk."""
     with suppress(FileNotFoundError):
         return _open_whole(layout, blob)
@@ -71,14 +71,14 @@ def open_content(layout: Layout, blob: str) -> Content:
     return _open_whole(layout, blob)  # it may have just become complete
 
 
-def _open_whole(layout: Layout, blob: str) -> Content:
-    if blob.startswith(GIT):
+def _open_whole(layout: StorePaths, blob: str) -> BlobContent:
+    if blob.startswith(GIT_PREFIX):
         raise FileNotFoundError(errno.ENOENT, "no complete blob has such a name", blob)
     file = open_blob(layout, blob)
-    return Content(blob, file, os.fstat(file.fileno()).st_size, None)
+    return BlobContent(blob, file, os.fstat(file.fileno()).st_size, None)
 
 
-def _open_partial(layout: Layout, blob: str) -> Content:
+def _open_partial(layout: StorePaths, blob: str) -> BlobContent:
     directory = os.open(layout.partial(blob), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         file = _open_in(directory, "data")
@@ -94,8 +94,8 @@ def _open_partial(layout: Layout, blob: str) -> Content:
     finally:
         os.close(directory)
     # Leaves beyond the end of the data do not exist, whatever the relay bitmap says.
-    written_leaves = status.st_size // LEAF_BYTES if status.st_size < ready.size_bytes else ready.leaves
-    return Content(blob, file, ready.size_bytes, from_bitmap(ready.to_bytes()) & run(0, written_leaves))
+    written_leaves = status.st_size // LEAF_BYTES if status.st_size < ready.size_bytes else ready.leaf_count
+    return BlobContent(blob, file, ready.size_bytes, from_bitmap(ready.to_bytes()) & leaf_range(0, written_leaves))
 
 
 def _open_in(directory: int, name: str) -> FileIO:
@@ -109,14 +109,14 @@ def _open_in(directory: int, name: str) -> FileIO:
 
 def _ready(directory: int) -> Bitmap | None:
     with _open_in(directory, "ready") as file:
-        return ready_of(file.read(_MAX_READY_BYTES))
+        return parse_relay_bitmap(file.read(_MAX_READY_BYTES))
 
 
 class LeafList:
     """The open leaf list of a blob. `root` is "" for a partial blob."""
 
     def __init__(self, file: FileIO | None, offset: int, size_bytes: int, root: str) -> None:
-        self.size_bytes, self.root = size_bytes, root
+        self.size_bytes, self.digest = size_bytes, root
         self._file, self._offset = file, offset
 
     def read(self, start: int, end: int) -> bytes:
@@ -132,22 +132,22 @@ class LeafList:
             self._file.close()
 
 
-def open_leaf_list(layout: Layout, blob: str) -> LeafList:
+def open_leaf_list(layout: StorePaths, blob: str) -> LeafList:
     """Open the leaf list of a blob. Raises BadName, FileNotFoundError, or another OSError of the disk.
 
     Storage keeps lists only of the store's own blobs, not of a library's.
     """
     content = open_content(layout, blob)
     try:
-        size_bytes = list_bytes(content.size_bytes)
-        if content.ready is not None:
+        size_bytes = leaf_list_size(content.size_bytes)
+        if content.relayable is not None:
             with suppress(FileNotFoundError, NotADirectoryError):
                 return LeafList(FileIO(layout.partial_leaves(blob)), 0, size_bytes, "")
             return LeafList(None, 0, size_bytes, "")
         hashed_ns = os.fstat(content.file.fileno()).st_mtime_ns
     finally:
         content.close()
-    file = FileIO(layout.leaves(blob))
+    file = FileIO(layout.leaf_list(blob))
     status = os.fstat(file.fileno())
     # A list has the mtime of the very blob that was hashed (docs/storage.md).
     if status.st_size != HASH_BYTES + size_bytes or status.st_mtime_ns != hashed_ns:

@@ -21,12 +21,12 @@ from starlette.routing import BaseRoute, Route
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import BadName, Denied, NotFound, ShoalError
-from shoal_common.host.credentials import allowed, capability, capable
+from shoal_common.host.credentials import is_authorized, signed_query, signed_query_allows
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import DEFAULT_REVISION, ModelRef
-from shoal_fileserver.model_index import Catalog, Found
+from shoal_fileserver.model_index import ModelIndex, ModelLocation
 
-SHOWN_S = 3600
+REDIRECT_LIFETIME_S = 3600
 """How long a redirect's URL allows reading its file."""
 _MAX_REVISION_PARTS = 8
 _GIT_DIGITS = 40
@@ -35,13 +35,13 @@ _POINTER_BYTES = 134
 
 ServeBlob = Callable[[Request, str, Mapping[str, str]], Awaitable[Response]]
 """Responds to a request with a blob of this node, adding these headers."""
-Answer = Callable[[Request], Awaitable[Response]]
+HubHandler = Callable[[Request], Awaitable[Response]]
 
 
-class HubProtocol:
+class HubApi:
     """Answers like the hub, from what the cluster holds."""
 
-    def __init__(self, secret: str, catalog: Catalog, serve_blob: ServeBlob) -> None:
+    def __init__(self, secret: str, catalog: ModelIndex, serve_blob: ServeBlob) -> None:
         self._secret, self._catalog, self._serve_blob = secret, catalog, serve_blob
 
     @property
@@ -74,13 +74,17 @@ class HubProtocol:
         manifest = location.manifest
         commit = {"X-Repo-Commit": manifest.commit}
         file = next((f for f in manifest.files if f.path == path), None)
-        if "key" in query and not (file and capable(self._secret, file.sha256, query, cluster_clock.now_s())):
+        if "key" in query and not (
+            file and signed_query_allows(self._secret, file.sha256, query, cluster_clock.now_s())
+        ):
             self._require_credential(request)
         if file is None:
             return _refusal(404, "EntryNotFound", f"{manifest.repo} has no file {path[:200]}", commit)
         if not location.address:
             return await self._serve_blob(request, file.sha256, commit | {"ETag": f'"{_etag(file)}"'})
-        query_string = urlencode(capability(self._secret, file.sha256, int(cluster_clock.now_s()) + SHOWN_S))
+        query_string = urlencode(
+            signed_query(self._secret, file.sha256, int(cluster_clock.now_s()) + REDIRECT_LIFETIME_S)
+        )
         address = f"http://{location.address}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         redirect = {
             "Location": f"{address}?{query_string}" if query_string else address,
@@ -90,10 +94,10 @@ class HubProtocol:
         return Response(status_code=302, headers=commit | redirect)
 
     def _require_credential(self, request: Request) -> None:
-        if not allowed(self._secret, "hub", request.headers):
+        if not is_authorized(self._secret, "hub", request.headers):
             raise Denied("set HF_TOKEN to the cluster's key for its hub protocol: `shoal hub` prints it")
 
-    async def _find(self, request: Request) -> tuple[Found, str]:
+    async def _find(self, request: Request) -> tuple[ModelLocation, str]:
         """Return the model of `<revision>/<rest>`, and the rest. Raises NotFound, BadName.
 
         Revisions may contain slashes: the shortest one that a node holds is meant.
@@ -104,12 +108,12 @@ class HubProtocol:
             ref = ModelRef.parse(f"{repo}@{'/'.join(parts[:end])}")
             if location := await self._catalog.find(ref, came_to):
                 return location, "/".join(parts[end:])
-        code = "RevisionNotFound" if self._catalog.knows(repo) else "RepoNotFound"
+        code = "RevisionNotFound" if self._catalog.holds(repo) else "RepoNotFound"
         message = f"no live node of this cluster holds {repo} at {parts[0]}: download it with `shoal pull {repo}`"
         raise NotFound(message, hub_code=code)
 
 
-def _refusing(answer: Answer) -> Answer:
+def _refusing(answer: HubHandler) -> HubHandler:
     """Return a handler whose errors are what huggingface_hub expects."""
 
     async def refusing(request: Request) -> Response:

@@ -7,45 +7,49 @@ from collections.abc import Container, Iterable
 
 import msgspec
 
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.host.addresses import facing
-from shoal_common.host.interfaces import Interfaces
-from shoal_common.messages.liveness import Link, Live
+from shoal_common.host.addresses import address_for_caller
+from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import AskManifest, ModelState
+from shoal_common.messages.storage import GetManifest, ModelState
 from shoal_common.names import ModelRef
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.rpc.request_reply import RpcClient
 
 _MAX_MANIFESTS = 64
 """Manifests cached in memory. A commit's never changes."""
 _MANIFEST_TIMEOUT_S = 10.0
 
 
-class Found(msgspec.Struct, frozen=True):
+class ModelLocation(msgspec.Struct, frozen=True):
     """A model, and where its bytes are: "" on this node, else the `host:port` of a node that has all of them."""
 
     manifest: Manifest
     address: str
 
 
-class Catalog:
+class ModelIndex:
     """Finds models in what nodes publish."""
 
-    def __init__(self, node: str, ask: Ask, models: View, live: View, interfaces: Interfaces) -> None:
+    def __init__(
+        self, node: str, ask: RpcClient, models: KvMirror, live: KvMirror, interfaces: InterfaceMonitor
+    ) -> None:
         self._node, self._ask, self._models, self._live = node, ask, models, live
         self._interfaces = interfaces
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
 
-    async def find(self, ref: ModelRef, came_to: str) -> Found | None:
+    async def find(self, ref: ModelRef, came_to: str) -> ModelLocation | None:
         """Return a model of a live node, preferring this one. Raises Unavailable if no node that holds it answers.
 
         `came_to` is the address at which this node was called: of another node, the address on the same link is
         returned.
         """
         unavailable: Unavailable | None = None
-        interfaces = self._interfaces.now
-        links = {node: facing(node_links, came_to, interfaces) for node, node_links in self._serving.items()}
+        interfaces = self._interfaces.current
+        links = {
+            node: address_for_caller(node_links, came_to, interfaces) for node, node_links in self._serving.items()
+        }
         serving = {node: link.address for node, link in links.items() if link} | {self._node: ""}
         for state in holders(ref, self._held, serving, self._node):
             try:
@@ -55,12 +59,12 @@ class Catalog:
             except Unavailable as e:
                 unavailable = e
                 continue
-            return Found(manifest, serving[state.node])
+            return ModelLocation(manifest, serving[state.node])
         if unavailable:
             raise unavailable
         return None
 
-    def knows(self, repo: str) -> bool:
+    def holds(self, repo: str) -> bool:
         """Return whether any serving node holds a revision of this repository."""
         return any(m.repo == repo and m.node in self._serving for m in self._held)
 
@@ -69,11 +73,11 @@ class Catalog:
         return [m for _, m in self._models.items("model.", ModelState)]
 
     @property
-    def _serving(self) -> dict[str, list[Link]]:
+    def _serving(self) -> dict[str, list[NodeAddress]]:
         """Nodes with a live fileserver, this one included, and their links."""
-        services = ((key.partition("."), live.facts) for key, live in self._live.items("", Live))
+        services = ((key.partition("."), live.facts) for key, live in self._live.items("", LivenessRecord))
         serving = {
-            node: facts.links or [Link(address=a) for a in facts.addresses]
+            node: facts.links or [NodeAddress(address=a) for a in facts.addresses]
             for (node, _, service), facts in services
             if service == "fileserver"
         }
@@ -82,7 +86,7 @@ class Catalog:
     async def _manifest(self, state: ModelState) -> Manifest:
         manifest = self._manifests.get(state.model)
         if manifest is None:
-            question = AskManifest(model=state.model)
+            question = GetManifest(model=state.model)
             manifest = await self._ask(
                 "storage", state.node, "manifest", question, Manifest, deadline_s=_MANIFEST_TIMEOUT_S
             )

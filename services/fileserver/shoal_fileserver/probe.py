@@ -16,8 +16,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import PROBE, blob_token_shows
-from shoal_fileserver.blob_api import problem
+from shoal_common.host.credentials import PROBE_NAME, blob_token_allows
+from shoal_fileserver.blob_api import error_response
 
 PATH = "/v1/probe"
 MAX_PROBE_BYTES = 4 << 20
@@ -25,7 +25,7 @@ _PIECE = os.urandom(64 << 10)
 _TYPE = "application/octet-stream"
 
 
-class Probe:
+class ProbeApi:
     """ASGI application for this path."""
 
     def __init__(self, node: str, secret: str) -> None:
@@ -36,10 +36,12 @@ class Probe:
         await self._answer(Request(scope))(scope, receive, send)
 
     def _answer(self, request: Request) -> Response:
-        if not blob_token_shows(self._secret, self._node, PROBE, Headers(scope=request.scope), cluster_clock.now_s()):
-            return problem(401, "send a token for this blob of this node")
+        if not blob_token_allows(
+            self._secret, self._node, PROBE_NAME, Headers(scope=request.scope), cluster_clock.now_s()
+        ):
+            return error_response(401, "send a token for this blob of this node")
         if request.method != "GET":
-            return problem(405, "use GET here", {"Allow": "GET"})
+            return error_response(405, "use GET here", {"Allow": "GET"})
         requested = request.query_params.get("bytes", "0")
         if not (
             requested.isascii()
@@ -47,7 +49,7 @@ class Probe:
             and len(requested) < 10
             and int(requested) <= MAX_PROBE_BYTES
         ):
-            return problem(400, f"bytes is a number up to {MAX_PROBE_BYTES}")
+            return error_response(400, f"bytes is a number up to {MAX_PROBE_BYTES}")
         size = int(requested)
         headers = {"Content-Length": str(size), "Cache-Control": "no-store"}
         return (

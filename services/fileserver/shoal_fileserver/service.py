@@ -16,38 +16,38 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal_common.bus.keys import storage_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import BadInput, Unavailable
-from shoal_common.host.addresses import takes_both
-from shoal_common.host.credentials import allowed
+from shoal_common.host.addresses import is_dual_stack
+from shoal_common.host.credentials import is_authorized
 from shoal_common.host.http_server import HttpServer
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.storage import StorageState
-from shoal_common.service import Context
-from shoal_common.store.store_paths import Layout
-from shoal_fileserver.blob_api import Blobs, problem
-from shoal_fileserver.http.connection_limits import bounded
-from shoal_fileserver.http.fast_path import AtOnce
-from shoal_fileserver.hub_api import HubProtocol
-from shoal_fileserver.model_index import Catalog
+from shoal_common.service import ServiceContext
+from shoal_common.store.store_paths import StorePaths
+from shoal_fileserver.blob_api import BlobApi, error_response
+from shoal_fileserver.http.connection_limits import limited_protocol
+from shoal_fileserver.http.fast_path import FastPath
+from shoal_fileserver.hub_api import HubApi
+from shoal_fileserver.model_index import ModelIndex
 from shoal_fileserver.probe import PATH as PROBE_PATH
-from shoal_fileserver.probe import Probe
-from shoal_fileserver.send_history import Sent
+from shoal_fileserver.probe import ProbeApi
+from shoal_fileserver.send_history import SendHistory
 
 _KEEP_ALIVE_S = 30
 _GRACEFUL_SHUTDOWN_S = 5
 
 
-def settings(
-    layout: Layout, node: str, secret: str, catalog: Catalog | None = None, pace: Pace | None = None
+def server_config(
+    layout: StorePaths, node: str, secret: str, catalog: ModelIndex | None = None, pace: RateLimiter | None = None
 ) -> uvicorn.Config:
     """Return the configuration of a server for one store; with a model index it speaks the hub's protocol too."""
-    pace = pace or Pace()
-    sent = Sent(random.Random())
-    at_once = AtOnce(layout, node, secret, sent, pace)
+    pace = pace or RateLimiter()
+    sent = SendHistory(random.Random())
+    at_once = FastPath(layout, node, secret, sent, pace)
     return uvicorn.Config(
-        _application(Blobs(layout, node, secret, at_once, sent, pace), Probe(node, secret), secret, catalog),
-        http=bounded(at_once),
+        _application(BlobApi(layout, node, secret, at_once, sent, pace), ProbeApi(node, secret), secret, catalog),
+        http=limited_protocol(at_once),
         ws="none",
         log_config=None,
         access_log=False,
@@ -59,15 +59,15 @@ def settings(
     )
 
 
-def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | None) -> ASGIApp:
+def _application(blobs: BlobApi, probe: ProbeApi, secret: str, catalog: ModelIndex | None) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def denied(scope: Scope, receive: Receive, send: Send) -> None:
-        await problem(401, "send a token for this blob of this node")(scope, receive, send)
+        await error_response(401, "send a token for this blob of this node")(scope, receive, send)
 
-    hub_routes = HubProtocol(secret, catalog, blobs.of_hub).routes if catalog else []
+    hub_routes = HubApi(secret, catalog, blobs.respond_to_hub_client).routes if catalog else []
     # No redirects: they would send the peer, and its credential, wherever its Host header says.
     peers = Router(routes=[Route("/health", health, methods=["GET"]), *hub_routes], redirect_slashes=False)
     strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
@@ -77,7 +77,7 @@ def _application(blobs: Blobs, probe: Probe, secret: str, catalog: Catalog | Non
             await blobs(scope, receive, send)
         elif scope["path"] == PROBE_PATH:
             await probe(scope, receive, send)
-        elif allowed(secret, "blobs", Headers(scope=scope)):
+        elif is_authorized(secret, "blobs", Headers(scope=scope)):
             await peers(scope, receive, send)
         else:
             await strangers(scope, receive, send)
@@ -92,7 +92,7 @@ def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
         raise BadInput(f"SHOAL_FILESERVER_PORT is {port!r}: give a port from 1 to 65535, or 0 for any")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, dualstack_ipv6=takes_both(host))
+        return socket.create_server((host, int(port)), family=family, dualstack_ipv6=is_dual_stack(host))
     except OSError as e:
         raise Unavailable(
             f"the fileserver cannot listen on {host} port {port}: {e.strerror}; stop the program that does, or set "
@@ -100,31 +100,31 @@ def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
         ) from None
 
 
-async def run(context: Context) -> None:
+async def run(context: ServiceContext) -> None:
     """Run the fileserver service."""
     config = context.config
     listener = _listen(config.bind, context.environ)
     # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    pace = Pace()
+    pace = RateLimiter()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket
         # already listens, and requests wait there for the mirrors.
         await context.follow_interfaces(listener.getsockname()[1])
         context.ready()
-        models = await context.view(tasks, "state", "model.>")
-        live = await context.view(tasks, "live", "*.fileserver")
-        own = await context.view(tasks, "state", storage_key(context.node))
-        context.background(tasks, _keep_pace(own, context.node, pace))
-        catalog = Catalog(context.node, context.ask, models, live, context.interfaces)
-        http_config = settings(Layout(config.store), context.node, config.secret, catalog, pace)
+        models = await context.mirror(tasks, "state", "model.>")
+        live = await context.mirror(tasks, "live", "*.fileserver")
+        own = await context.mirror(tasks, "state", storage_key(context.node))
+        context.run_in_background(tasks, _follow_upload_limit(own, context.node, pace))
+        catalog = ModelIndex(context.node, context.rpc, models, live, context.interfaces)
+        http_config = server_config(StorePaths(config.store), context.node, config.secret, catalog, pace)
         await HttpServer(http_config, context.stopping).serve(sockets=[listener])
 
 
-async def _keep_pace(own: View, node: str, pace: Pace) -> None:
+async def _follow_upload_limit(own: KvMirror, node: str, pace: RateLimiter) -> None:
     """Apply the node's `max_upload_bytes_per_s`, as its storage publishes it."""
     seen = -1
     while True:
-        seen = await own.changed_after(seen)
+        seen = await own.wait_changed(seen)
         if state := own.get(storage_key(node), StorageState):
-            pace.use(state.max_upload_bytes_per_s)
+            pace.set_rate(state.max_upload_bytes_per_s)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from shoal_gateway.auth import Guard
-from shoal_gateway.context import Gateway
+from shoal_gateway.auth import AuthMiddleware
+from shoal_gateway.context import GatewayContext
 from shoal_gateway.events import endpoint
 from shoal_gateway.generation.endpoint import chat_completions
 from shoal_gateway.http_errors import HANDLERS
 from shoal_gateway.rest import downloads, instances, models, nodes, placements, status, storage
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.rest.routing import route
 
 ROUTES = [
     *status.ROUTES,
@@ -22,14 +22,14 @@ ROUTES = [
     *nodes.ROUTES,
     *placements.ROUTES,
     *endpoint.ROUTES,
-    resource("/v1/chat/completions", POST=chat_completions),
+    route("/v1/chat/completions", POST=chat_completions),
 ]
 
 
-def build_app(gateway: Gateway) -> Starlette:
+def build_app(gateway: GatewayContext) -> Starlette:
     """Return the ASGI application of a gateway."""
     guard = Middleware(
-        Guard, secret=gateway.context.config.secret, credential_needed=gateway.settings.credential_needed
+        AuthMiddleware, secret=gateway.context.config.secret, credential_needed=gateway.settings.credential_needed
     )
     app = Starlette(routes=ROUTES, middleware=[guard], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False

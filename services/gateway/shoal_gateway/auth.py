@@ -13,33 +13,33 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Denied, ShoalError
 from shoal_common.host.credentials import derive
-from shoal_gateway.errors import ForeignPage
+from shoal_gateway.errors import CrossOriginForbidden
 from shoal_gateway.http_errors import respond_to
 
-OPEN_PATHS = frozenset({"/health"})
+PUBLIC_PATHS = frozenset({"/health"})
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES = frozenset({"", "same-origin", "none"})
 
 
-def refusal(
+def access_error(
     method: str, path: str, headers: Mapping[str, str], secret: str, credential_needed: bool
 ) -> ShoalError | None:
     """Return why a request is refused, or None. `headers` must look names up case-insensitively."""
     host = headers.get("host") or ""
     if not credential_needed and not _is_loopback_name(_hostname(host)):
         # DNS rebinding: a page whose host name resolves to 127.0.0.1 is same-origin with this gateway.
-        return ForeignPage(f"this address answers only as 127.0.0.1 or localhost, not as {host[:100]!r}")
+        return CrossOriginForbidden(f"this address answers only as 127.0.0.1 or localhost, not as {host[:100]!r}")
     if method not in _READING:
         origin = headers.get("origin")
         if origin is not None and not _same_place(origin, host):
-            return ForeignPage(
+            return CrossOriginForbidden(
                 f"a web page from {origin[:100]!r} may not control this node; open the node's own page instead"
             )
         if (headers.get("sec-fetch-site") or "") not in _OWN_SITES:
-            return ForeignPage(
+            return CrossOriginForbidden(
                 "a web page from another site may not control this node; open the node's own page instead"
             )
-    if path in OPEN_PATHS or not credential_needed or _shows_secret(headers.get("authorization") or "", secret):
+    if path in PUBLIC_PATHS or not credential_needed or _shows_secret(headers.get("authorization") or "", secret):
         return None
     return Denied(
         "a token is needed: send `Authorization: Bearer …` with the cluster's secret (the file `secret` in "
@@ -83,7 +83,7 @@ def _is_loopback_name(hostname: str) -> bool:
         return False
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware around all routes."""
 
     def __init__(self, app: ASGIApp, secret: str, credential_needed: bool) -> None:
@@ -93,7 +93,7 @@ class Guard:
         """Pass a request on, or answer it with the error."""
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            refused = refusal(scope["method"], scope["path"], headers, self._secret, self._credential_needed)
+            refused = access_error(scope["method"], scope["path"], headers, self._secret, self._credential_needed)
             if refused is not None:
                 await respond_to(refused)(scope, receive, send)
                 return

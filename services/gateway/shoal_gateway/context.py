@@ -8,34 +8,34 @@ from typing import cast
 
 from starlette.requests import Request
 
-from shoal_common.bus.kv_mirror import View
-from shoal_common.host.process_identity import this_network
-from shoal_common.liveness.compatibility import CompanyView
-from shoal_common.rpc.command_client import Sender
-from shoal_common.service import Context
-from shoal_gateway.cluster.snapshot import Picture, read_picture
-from shoal_gateway.settings import Settings
+from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.host.process_identity import network_id
+from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.rpc.command_client import CommandClient
+from shoal_common.service import ServiceContext
+from shoal_gateway.cluster.snapshot import ClusterSnapshot, take_snapshot
+from shoal_gateway.settings import GatewaySettings
 
 
-class Gateway:
+class GatewayContext:
     """The gateway of a node: its context, its mirrors of the cluster's buckets, and its requests in flight."""
 
     def __init__(
         self,
-        context: Context,
-        settings: Settings,
+        context: ServiceContext,
+        settings: GatewaySettings,
         tasks: asyncio.TaskGroup,
-        live: CompanyView,
-        spec: View,
-        state: View,
+        live: CompatibleLiveView,
+        spec: KvMirror,
+        state: KvMirror,
     ) -> None:
         self.context, self.settings, self.tasks = context, settings, tasks
         self.live, self.spec, self.state = live, spec, state
-        self.sender = Sender(context.nats, context.buckets)
-        self.network = this_network()
+        self.sender = CommandClient(context.nats, context.buckets)
+        self.network = network_id()
         self.in_flight: Counter[str] = Counter()
         """Requests of this gateway in flight, by instance."""
-        self.event_readers = 0
+        self.event_client_count = 0
         """Number of clients that follow events."""
 
     @property
@@ -43,11 +43,11 @@ class Gateway:
         """The id of this gateway's node."""
         return self.context.node
 
-    def picture(self) -> Picture:
+    def snapshot(self) -> ClusterSnapshot:
         """Return a snapshot of the cluster."""
-        return read_picture(self.live, self.spec, self.state)
+        return take_snapshot(self.live, self.spec, self.state)
 
 
-def gateway_of(request: Request) -> Gateway:
+def gateway_of(request: Request) -> GatewayContext:
     """Return the gateway that received a request."""
-    return cast(Gateway, request.app.state.gateway)
+    return cast(GatewayContext, request.app.state.gateway)

@@ -25,7 +25,7 @@ class UnsupportedParameter(BadInput):
     code = "unsupported_parameter"
 
 
-class ForeignPage(Denied):
+class CrossOriginForbidden(Denied):
     """A web page of another site tries to use this node through its visitor's browser."""
 
     code = "foreign_page"

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from shoal_common.errors import Failed, ShoalError, Unavailable
-from shoal_gateway.rest.http_json import reply
+from shoal_common.errors import InternalError, ShoalError, Unavailable
+from shoal_gateway.rest.http_json import json_response
 
 _RETRY_AFTER_S = {429: 2, 503: 5}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -46,7 +46,7 @@ def as_shoal_error(error: Exception) -> ShoalError:
         return error
     if isinstance(error, NatsError):
         return Unavailable(f"NATS does not answer ({type(error).__name__}); try again, or run `shoal doctor`")
-    return Failed(f"{type(error).__name__} in the gateway; see `shoal logs gateway`")
+    return InternalError(f"{type(error).__name__} in the gateway; see `shoal logs gateway`")
 
 
 def respond_to(error: ShoalError) -> Response:
@@ -57,7 +57,7 @@ def respond_to(error: ShoalError) -> Response:
         headers["Retry-After"] = str(max(1, round(float(seconds))))
     if error.http_status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="shoal", charset="UTF-8"'
-    return reply(shoal_error_body(error), error.http_status, headers)
+    return json_response(shoal_error_body(error), error.http_status, headers)
 
 
 async def on_error(_request: Request, error: Exception) -> Response:
@@ -76,7 +76,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         message, code = f"{path[:200]} does not take {request.method}; it takes {allowed}", "method_not_allowed"
     else:
         message, code = error.detail, HTTPStatus(status).phrase.lower().replace(" ", "_")
-    return reply(error_body(message, status, code), status, dict(error.headers or {}))
+    return json_response(error_body(message, status, code), status, dict(error.headers or {}))
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:

@@ -10,30 +10,30 @@ from contextlib import contextmanager
 import uvicorn
 
 from shoal_common.errors import Refused
-from shoal_common.host.addresses import takes_both
+from shoal_common.host.addresses import is_dual_stack
 from shoal_common.host.http_server import HttpServer
-from shoal_common.service import STOP_DEADLINE_S, Context
+from shoal_common.service import STOP_DEADLINE_S, ServiceContext
 from shoal_gateway.app import build_app
-from shoal_gateway.context import Gateway
-from shoal_gateway.settings import Settings, read_settings
+from shoal_gateway.context import GatewayContext
+from shoal_gateway.settings import GatewaySettings, read_settings
 
 _DRAIN_TIMEOUT_S = int(STOP_DEADLINE_S) - 2
 """For running requests after a stop; the rest of the deadline is for closing down."""
 
 
-async def run(context: Context) -> None:
+async def run(context: ServiceContext) -> None:
     """Serve HTTP until stopping, then let running requests finish."""
     settings = read_settings(context.config, context.environ)
     async with asyncio.TaskGroup() as tasks:
-        live = await context.view(tasks, "live")
-        spec = await context.view(tasks, "spec")
-        state = await context.view(tasks, "state")
-        gateway = Gateway(context, settings, tasks, live, spec, state)
+        live = await context.mirror(tasks, "live")
+        spec = await context.mirror(tasks, "spec")
+        state = await context.mirror(tasks, "state")
+        gateway = GatewayContext(context, settings, tasks, live, spec, state)
         with _listening(context.config.bind, settings) as listener:
             await _serve(context, gateway, listener)
 
 
-async def _serve(context: Context, gateway: Gateway, listener: socket.socket) -> None:
+async def _serve(context: ServiceContext, gateway: GatewayContext, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     await context.follow_interfaces(port)
     server = HttpServer(
@@ -55,13 +55,13 @@ async def _serve(context: Context, gateway: Gateway, listener: socket.socket) ->
 
 
 @contextmanager
-def _listening(bind: str, settings: Settings) -> Iterator[socket.socket]:
+def _listening(bind: str, settings: GatewaySettings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     # asyncio disables Nagle's algorithm only where the protocol is given; with it, answers take 40 ms longer.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_both(bind))
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual_stack(bind))
         try:
             listener.bind((bind, settings.port))
         except OSError as e:

@@ -18,7 +18,7 @@ DEFAULT_PORT = 8080
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GatewayTimeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long the gateway waits, in seconds: `[gateway]` in node.toml."""
 
     accept_s: Seconds = 30.0
@@ -43,22 +43,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """For an instance to become ready."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway's own settings."""
 
     port: int
-    limits: Limits
+    limits: GatewayTimeouts
     credential_needed: bool
     """Whether requests need the cluster's secret: always beyond loopback (I12)."""
 
 
-def read_settings(config: Config, environ: Mapping[str, str]) -> Settings:
+def read_settings(config: Config, environ: Mapping[str, str]) -> GatewaySettings:
     """Return the settings. Raises BadInput naming the wrong one."""
     text = environ.get("SHOAL_GATEWAY_PORT") or str(DEFAULT_PORT)
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise BadInput(f"SHOAL_GATEWAY_PORT is {text[:40]!r}; give a port from 0 to 65535")
     try:
-        limits = msgspec.convert(config.settings.get("gateway", {}), Limits)
+        limits = msgspec.convert(config.settings.get("gateway", {}), GatewayTimeouts)
     except msgspec.ValidationError as e:
         raise BadInput(f"[gateway] in {config.home / 'node.toml'}: {e}") from None
-    return Settings(port=int(text), limits=limits, credential_needed=not is_loopback(config.bind))
+    return GatewaySettings(port=int(text), limits=limits, credential_needed=not is_loopback(config.bind))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from shoal_common import errors
-from shoal_common.host.addresses import order
+from shoal_common.host.addresses import sort_by_preference
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 
@@ -24,7 +24,7 @@ class Assignment(msgspec.Struct, frozen=True):
         return (self.spec.id, self.spec.epoch, self.stage.rank)
 
 
-class Changes(msgspec.Struct, frozen=True):
+class StageChanges(msgspec.Struct, frozen=True):
     """The stages to start and to stop."""
 
     start: list[Assignment]
@@ -37,29 +37,31 @@ def assignments(specs: Iterable[InstanceSpec], node: str) -> dict[tuple[str, int
     return {a.key: a for a in own}
 
 
-def reconcile(wanted: Mapping[tuple[str, int, int], Assignment], running: Iterable[tuple[str, int, int]]) -> Changes:
+def reconcile(
+    wanted: Mapping[tuple[str, int, int], Assignment], running: Iterable[tuple[str, int, int]]
+) -> StageChanges:
     """Return the difference between the wanted and the running stages."""
     running_keys = set(running)
-    return Changes(
+    return StageChanges(
         start=[wanted[key] for key in sorted(wanted.keys() - running_keys)],
         stop=sorted(running_keys - wanted.keys()),
     )
 
 
-def leftovers(states: Iterable[StageState], wanted: Iterable[Assignment], node: str) -> list[tuple[str, int]]:
+def stale_stages(states: Iterable[StageState], wanted: Iterable[Assignment], node: str) -> list[tuple[str, int]]:
     """Return this node's published stages that are no longer wanted: an earlier process left their keys."""
     keep = {(a.spec.id, a.stage.rank) for a in wanted}
     return sorted((s.instance, s.rank) for s in states if s.node == node and (s.instance, s.rank) not in keep)
 
 
-def next_address(
+def successor_address(
     spec: InstanceSpec, rank: int, states: Iterable[StageState], own_interfaces: Sequence[Interface] = ()
 ) -> str:
     """Return the address of the stage after `rank` as seen from these interfaces; "" while it does not listen."""
     next_rank = (rank + 1) % len(spec.stages)
     for state in states:
         if (state.instance, state.rank, state.epoch) == (spec.id, next_rank, spec.epoch):
-            links = order(state.links, own_interfaces) if state.address else []
+            links = sort_by_preference(state.links, own_interfaces) if state.address else []
             return links[0].address if links else state.address
     return ""
 
@@ -77,9 +79,9 @@ _BY_STAGE_CODE: dict[str, type[errors.ShoalError]] = {
 
 def stage_error(code: str, message: str) -> errors.ShoalError:
     """Return the Shoal error for an error code of a stage process."""
-    return _BY_STAGE_CODE.get(code, errors.Failed)(message)
+    return _BY_STAGE_CODE.get(code, errors.InternalError)(message)
 
 
-def respawn_delay_s(deaths: int) -> float:
+def respawn_backoff_s(deaths: int) -> float:
     """Return the seconds to wait before restarting after the n-th death in a row: 0.2, 0.4, … at most 15."""
     return float(min(0.2 * 2 ** min(max(deaths - 1, 0), 10), 15.0))

@@ -5,31 +5,31 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.messages.generation import CancelGenerate, Generate
-from shoal_common.rpc.request_reply import Question
-from shoal_common.service import Context
-from shoal_inference.stage_manager import Host
+from shoal_common.rpc.request_reply import RpcEndpoint
+from shoal_common.service import ServiceContext
+from shoal_inference.stage_manager import StageManager
 
 
-async def run(context: Context) -> None:
+async def run(context: ServiceContext) -> None:
     """Run the inference service until it is told to stop."""
     async with asyncio.TaskGroup() as tasks:
-        spec = await context.view(tasks, "spec", "instance.>")
-        state = await context.view(tasks, "state")
+        spec = await context.mirror(tasks, "spec", "instance.>")
+        state = await context.mirror(tasks, "state")
         await context.follow_interfaces()
-        host = Host(context, tasks, spec, state)
-        await host.remove_leftovers()
-        context.background(tasks, host.follow_spec())
-        context.background(tasks, host.watch_memory())
-        context.background(tasks, host.watch_forced())
+        host = StageManager(context, tasks, spec, state)
+        await host.unpublish_stale_stages()
+        context.run_in_background(tasks, host.reconcile_stages_forever())
+        context.run_in_background(tasks, host.publish_memory_forever())
+        context.run_in_background(tasks, host.guard_memory_forever())
         tasks.create_task(
             context.serve(
                 {
-                    "generate": Question(Generate, host.generate),
-                    "cancel": Question(CancelGenerate, host.cancel),
+                    "generate": RpcEndpoint(Generate, host.generate),
+                    "cancel": RpcEndpoint(CancelGenerate, host.cancel),
                 }
             )
         )
         context.ready(await asyncio.to_thread(host.facts))
-        context.background(tasks, host.find_device())
+        context.run_in_background(tasks, host.detect_device())
         await context.stopping.wait()
         await host.stop_all()

@@ -7,76 +7,81 @@ import asyncio
 from msgspec import structs
 
 from shoal_common.bus.keys import stage_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import reconcile_forever
 from shoal_common.errors import NotFound
-from shoal_common.host.cgroup import Memory
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
+from shoal_common.host.cgroup import AvailableMemory
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageState
-from shoal_common.messages.liveness import Facts
-from shoal_common.service import Context
-from shoal_inference.assignments import Assignment, assignments, leftovers, reconcile
-from shoal_inference.host_facts.bandwidth_estimate import Speed
-from shoal_inference.host_facts.device import find_device, keep_working, read_speed, read_working
-from shoal_inference.host_facts.memory import memory_facts, occupied_bytes, read_bytes, steady
-from shoal_inference.host_facts.oom_guard import LOOK_S, why_starving
-from shoal_inference.host_facts.usage_reporter import Uses
+from shoal_common.messages.liveness import NodeFacts
+from shoal_common.service import ServiceContext
+from shoal_inference.assignments import Assignment, assignments, reconcile, stale_stages
+from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate
+from shoal_inference.host_facts.device import (
+    detect_device,
+    read_bandwidth_setting,
+    read_observed_bandwidth,
+    save_observed_bandwidth,
+)
+from shoal_inference.host_facts.memory import debounce_facts, memory_facts, occupied_bytes, read_bytes_setting
+from shoal_inference.host_facts.oom_guard import CHECK_INTERVAL_S, oom_reason
+from shoal_inference.host_facts.usage_reporter import UsageReporter
 from shoal_inference.stage.compute.device import Device
 from shoal_inference.stage_runner import StageRunner
 
-log = Log("inference")
+log = StructuredLogger("inference")
 _MEMORY_INTERVAL_S = 5.0
 
 
-class Host:
+class StageManager:
     """Runs all stages of this node."""
 
-    def __init__(self, context: Context, tasks: asyncio.TaskGroup, spec: View, state: View) -> None:
+    def __init__(self, context: ServiceContext, tasks: asyncio.TaskGroup, spec: KvMirror, state: KvMirror) -> None:
         self._context, self._tasks = context, tasks
         self._spec, self._state = spec, state
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
-        self._uses = Uses(context.ask, tasks)
+        self._uses = UsageReporter(context.rpc, tasks)
         settings = context.config.settings.get("inference", {})
-        self._cap_bytes = read_bytes("max_memory_bytes", settings, context.environ)
-        self._floor_bytes = read_bytes("force_floor_bytes", settings, context.environ)
-        self._configured_speed = read_speed(settings, context.environ)
+        self._cap_bytes = read_bytes_setting("max_memory_bytes", settings, context.environ)
+        self._floor_bytes = read_bytes_setting("force_floor_bytes", settings, context.environ)
+        self._configured_speed = read_bandwidth_setting(settings, context.environ)
         self._device = Device(bytes_per_s=self._configured_speed or 0.0)
-        self._speed = Speed(self._keep_speed)
-        self._memory = Memory()
+        self._speed = BandwidthEstimate(self._keep_speed)
+        self._memory = AvailableMemory()
 
-    def facts(self) -> Facts:
+    def facts(self) -> NodeFacts:
         """Return the memory this node's stages occupy and what is available. Reads files: call it in a thread."""
         stages: dict[str, int] = {}
         for (instance, _, rank), (runner, _) in list(self._running.items()):
             if (pid := runner.pid) is not None:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
-        facts = memory_facts(self._memory.look(), self._cap_bytes, stages, self._device)
-        return structs.replace(facts, working_bytes_per_s=self._speed.said)
+        facts = memory_facts(self._memory.read(), self._cap_bytes, stages, self._device)
+        return structs.replace(facts, working_bytes_per_s=self._speed.published_bytes_per_s)
 
-    async def find_device(self) -> None:
+    async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""
         home = self._context.config.home
-        self._device = await find_device(home, self._configured_speed)
+        self._device = await detect_device(home, self._configured_speed)
         if self._configured_speed is None:  # a configured bandwidth is never corrected
-            self._speed.begin(self._device.bytes_per_s, await asyncio.to_thread(read_working, home))
+            self._speed.start(self._device.bytes_per_s, await asyncio.to_thread(read_observed_bandwidth, home))
 
     def _keep_speed(self, bytes_per_s: float) -> None:
         log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
-        self._tasks.create_task(asyncio.to_thread(keep_working, self._context.config.home, bytes_per_s))
+        self._tasks.create_task(asyncio.to_thread(save_observed_bandwidth, self._context.config.home, bytes_per_s))
 
     def _wanted(self) -> dict[tuple[str, int, int], Assignment]:
         return assignments((s for _, s in self._spec.items("instance.", InstanceSpec)), self._context.node)
 
-    async def remove_leftovers(self) -> None:
+    async def unpublish_stale_stages(self) -> None:
         """At start, unpublish stages of an earlier process that are no longer wanted."""
         published = [s for _, s in self._state.items("stage.", StageState)]
-        for instance, rank in leftovers(published, self._wanted().values(), self._context.node):
+        for instance, rank in stale_stages(published, self._wanted().values(), self._context.node):
             await self._context.buckets.state.delete(stage_key(instance, rank))
 
-    async def follow_spec(self) -> None:
+    async def reconcile_stages_forever(self) -> None:
         """Start and stop stages at every change of `spec`, for ever."""
         await reconcile_forever("starting and stopping stages", (self._spec,), self._start_and_stop)
 
@@ -102,7 +107,7 @@ class Host:
         task.cancel()
         await asyncio.wait({task})
         if not any(k[0] == key[0] and k[2] == key[2] for k in self._running):
-            await runner.withdraw()
+            await runner.unpublish()
 
     async def stop_all(self) -> None:
         """Stop every stage of this node and unpublish it."""
@@ -110,29 +115,29 @@ class Host:
             for key in list(self._running):
                 stopping.create_task(self._stop(key))
 
-    async def watch_memory(self) -> None:
+    async def publish_memory_forever(self) -> None:
         """Keep the memory figures of the liveness record current, for ever."""
-        for limit in await asyncio.to_thread(self._memory.look):
+        for limit in await asyncio.to_thread(self._memory.read):
             if limit.group is not None:
                 log.info("memory limited by a control group", group=str(limit.group), limit_bytes=limit.total_bytes)
         while True:
             liveness = self._context.liveness
-            liveness.set_facts(steady(liveness.facts, await asyncio.to_thread(self.facts)))
+            liveness.set_facts(debounce_facts(liveness.facts, await asyncio.to_thread(self.facts)))
             await asyncio.sleep(_MEMORY_INTERVAL_S)
 
-    async def watch_forced(self) -> None:
+    async def guard_memory_forever(self) -> None:
         """Kill stages that were forced onto this node before the machine runs out of memory (`oom_guard.py`)."""
         while True:
             version = self._spec.changes
             if all(wanted.spec.tier != "force" for wanted in self._wanted().values()):
-                await self._spec.changed_after(version)
+                await self._spec.wait_changed(version)
                 continue
-            reason = why_starving(await asyncio.to_thread(self.facts), self._floor_bytes)
+            reason = oom_reason(await asyncio.to_thread(self.facts), self._floor_bytes)
             if reason is not None:
                 for runner, _ in self._running.values():
                     if runner.assignment.spec.tier == "force":
-                        runner.give_way(reason)
-            await asyncio.sleep(LOOK_S)
+                        runner.kill_for_memory(reason)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
     def _first_stage(self, instance: str) -> StageRunner:
         for (name, _, rank), (runner, _) in self._running.items():
@@ -147,16 +152,16 @@ class Host:
         """Start an answer and record the use of its model. Raises what the stage answers."""
         runner = self._first_stage(question.instance)
         accepted = await runner.generate(question)
-        self._uses.note(runner.assignment.spec, asyncio.get_running_loop().time())
+        self._uses.report(runner.assignment.spec, asyncio.get_running_loop().time())
         return accepted
 
-    async def cancel(self, question: CancelGenerate) -> Done:
+    async def cancel(self, question: CancelGenerate) -> Empty:
         """Cancel an answer. One that has ended already is no error (I5)."""
         try:
             await self._first_stage(question.instance).cancel(question.request)
         except NotFound:
             log.debug("cancel for an unknown instance", instance=question.instance)
-        return Done()
+        return Empty()
 
 
 def _layers(assignment: Assignment) -> str:

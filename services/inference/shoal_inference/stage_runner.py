@@ -13,32 +13,32 @@ from nats.errors import Error as NatsError
 
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.keys import model_key, part_key, stage_key
+from shoal_common.bus.keys import model_key, shard_key, stage_key
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.config import Config
-from shoal_common.errors import Failed, ShoalError, StageLost, Unavailable, from_body
-from shoal_common.host.addresses import for_others
+from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.host.addresses import non_loopback
 from shoal_common.host.credentials import derive
-from shoal_common.host.interfaces import Interfaces
-from shoal_common.liveness.peer_failure import Sight
-from shoal_common.logs import Log
+from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.liveness.peer_failure import PeerFailureReporter
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads, encode
 from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_common.messages.instances import StageState
-from shoal_common.messages.storage import ModelState, PartState
-from shoal_common.models.kv_cache import REQUESTS_AT_ONCE
+from shoal_common.messages.storage import ModelState, ShardState
+from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 from shoal_common.models.layer_tensors import covers
-from shoal_common.rpc.command_client import Sender, new_id
-from shoal_common.rpc.request_reply import Ask
-from shoal_inference.assignments import Assignment, next_address, respawn_delay_s, stage_error
-from shoal_inference.host_facts.bandwidth_estimate import Speed, read_bytes
-from shoal_inference.host_facts.model_lease import leased
+from shoal_common.rpc.command_client import CommandClient, new_command_id
+from shoal_common.rpc.request_reply import RpcClient
+from shoal_inference.assignments import Assignment, respawn_backoff_s, stage_error, successor_address
+from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
+from shoal_inference.host_facts.model_lease import lease_model
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.ipc import messages
 from shoal_inference.stage.ipc.parent import StageProcess
 
-log = Log("stage")
+log = StructuredLogger("stage")
 
 _FETCH_DEADLINE_S = 24 * 3600.0
 _ACCEPT_TIMEOUT_S = 30.0
@@ -55,13 +55,17 @@ class StageRunner:
         config: Config,
         nats: Nats,
         buckets: Buckets,
-        state: View,
-        interfaces: Interfaces,
-        speed: Speed,
+        state: KvMirror,
+        interfaces: InterfaceMonitor,
+        speed: BandwidthEstimate,
     ) -> None:
         self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
         self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
-        self._sender, self._ask, self._sight = Sender(nats, buckets), Ask(nats), Sight(nats, config.node)
+        self._sender, self._ask, self._sight = (
+            CommandClient(nats, buckets),
+            RpcClient(nats),
+            PeerFailureReporter(nats, config.node),
+        )
         self._spec, self._stage = assignment.spec, assignment.stage
         self._key = stage_key(self._spec.id, self._stage.rank)
         self._state = StageState(
@@ -112,16 +116,16 @@ class StageRunner:
             await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
             if self._kill_reason is not None:
                 await asyncio.Event().wait()  # until the instance is stopped or moved, which cancels this task
-            await asyncio.sleep(respawn_delay_s(deaths))
+            await asyncio.sleep(respawn_backoff_s(deaths))
 
-    def give_way(self, error: ShoalError) -> None:
+    def kill_for_memory(self, error: ShoalError) -> None:
         """Kill the process, if there is one, and do not restart it: the machine needs the memory."""
         if self.pid is not None and self._kill_reason is None:
             self._kill_reason = error
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
-    async def withdraw(self) -> None:
+    async def unpublish(self) -> None:
         """Unpublish the stage."""
         await self._bucket.delete(self._key)
 
@@ -133,12 +137,14 @@ class StageRunner:
         layers = [self._stage.first_layer, self._stage.last_layer]
         if self._view.get(model_key(node, model), ModelState) is not None:
             return
-        shard = self._view.get(part_key(node, model), PartState)
+        shard = self._view.get(shard_key(node, model), ShardState)
         if shard is not None and covers(shard.layers, layers):
             return
         await self._publish_state(phase="fetching", error=None)
-        command = downloads.Download(model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, unless_paused=True)
-        outcome = await self._sender.outcome_of("fetcher", node, "download", command, new_id(), _FETCH_DEADLINE_S)
+        command = downloads.DownloadCommand(
+            model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, keep_paused=True
+        )
+        outcome = await self._sender.send("fetcher", node, "download", command, new_command_id(), _FETCH_DEADLINE_S)
         if outcome.error is not None:
             raise from_body(outcome.error)
 
@@ -148,7 +154,7 @@ class StageRunner:
         spec, stage = self._spec, self._stage
         # The process always ends before its lease does.
         async with (
-            leased(self._ask, self._config.node, self.assignment) as lease,
+            lease_model(self._ask, self._config.node, self.assignment) as lease,
             await StageProcess.spawn() as process,
         ):
             await self._send(
@@ -161,12 +167,12 @@ class StageRunner:
                     nodes=tuple(planned.node for planned in spec.stages),
                     model_dir=lease.view,
                     lock=lease.lock,
-                    leaves=lease.leaves,
+                    leaves=lease.leaf_ranges,
                     first_layer=stage.first_layer,
                     last_layer=stage.last_layer,
                     context_tokens=spec.context_tokens,
-                    answers=spec.asked.answers,
-                    max_requests=max(spec.asked.answers, REQUESTS_AT_ONCE),
+                    max_parallel_answers=spec.constraints.max_parallel_answers,
+                    max_requests=max(spec.constraints.max_parallel_answers, MAX_REQUESTS_PER_INSTANCE),
                     bind_host=self._config.bind,
                     secret=derive(self._config.secret, f"activations/{spec.id}").encode(),
                 ),
@@ -193,12 +199,12 @@ class StageRunner:
         while True:
             version = self._view.changes
             states = (s for _, s in self._view.items(f"stage.{self._spec.id}.", StageState))
-            address = next_address(self._spec, self._stage.rank, states, self._interfaces.now)
+            address = successor_address(self._spec, self._stage.rank, states, self._interfaces.current)
             if address and address != sent:
                 host, _, port = address.rpartition(":")
-                await self._send(process, messages.Link(host=host.strip("[]"), port=int(port)))
+                await self._send(process, messages.SetSuccessor(host=host.strip("[]"), port=int(port)))
                 sent = address
-            await self._view.changed_after(version)
+            await self._view.wait_changed(version)
 
     async def _send(self, process: StageProcess, message: messages.ToChild) -> None:
         try:
@@ -209,7 +215,7 @@ class StageRunner:
     async def _on(self, event: messages.FromChild) -> None:
         match event:
             case messages.Listening(port=port):
-                links = for_others(self._config.links(port, self._interfaces.now)) if port else []
+                links = non_loopback(self._config.links(port, self._interfaces.current)) if port else []
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case messages.Loaded():
                 alone = len(self._spec.stages) == 1
@@ -237,9 +243,9 @@ class StageRunner:
                     reason=reason,
                 )
                 if rank < len(self._spec.stages):
-                    await self._sight.lost(peer, reason)
+                    await self._sight.report(peer, reason)
                 await self._publish_state(phase="linking")
-            case messages.Accepted():
+            case messages.RequestAccepted():
                 self._accept(event)
             case messages.Token():
                 await self._publish(
@@ -253,9 +259,9 @@ class StageRunner:
                 )
             case messages.Waiting(request=request):
                 await self._publish(TokenEvent(request=request, index=-1))
-            case messages.Pace(pass_s=pass_s):
+            case messages.PassTiming(pass_s=pass_s):
                 self._note_pace(pass_s)
-            case messages.Failed():
+            case messages.RequestFailed():
                 await self._failed(event)
             case messages.Fatal():
                 error = stage_error(event.code, event.message)
@@ -268,7 +274,9 @@ class StageRunner:
         models = (m for _, m in self._view.items("model.", ModelState) if m.model == self._spec.model)
         shape = next((m.shape for m in models if m.shape is not None), None)
         if shape is not None:
-            self._speed.note(read_bytes(shape, self._stage.first_layer, self._stage.last_layer), pass_s)
+            self._speed.add_sample(
+                bytes_read_per_token(shape, self._stage.first_layer, self._stage.last_layer), pass_s
+            )
 
     # Requests
 
@@ -281,16 +289,16 @@ class StageRunner:
                 f"{self._state.phase}; try again when `shoal ps` shows it ready"
             )
         if question.request in self._accepting:
-            raise Failed(f"request {question.request} is already in flight; use a new request id")
+            raise InternalError(f"request {question.request} is already in flight; use a new request id")
         accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._accepting[question.request] = accepted
-        prompt: tuple[messages.Message | int, ...] = tuple(question.prompt_tokens) or tuple(
-            messages.Message(role=m.role, content=m.content) for m in question.messages
+        prompt: tuple[messages.PromptMessage | int, ...] = tuple(question.prompt_tokens) or tuple(
+            messages.PromptMessage(role=m.role, content=m.content) for m in question.messages
         )
         try:
             await self._send(
                 process,
-                messages.Generate(
+                messages.StartRequest(
                     request=question.request,
                     reply=subjects.tokens(question.request),
                     prompt=prompt,
@@ -298,7 +306,7 @@ class StageRunner:
                     temperature=question.temperature,
                     top_p=question.top_p,
                     seed=question.seed,
-                    generated=tuple(question.generated),
+                    generated=tuple(question.generated_tokens),
                 ),
             )
             async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
@@ -317,12 +325,12 @@ class StageRunner:
             with suppress(StageLost):
                 await self._send(self._process, messages.Cancel(request=request))
 
-    def _accept(self, event: messages.Accepted) -> None:
+    def _accept(self, event: messages.RequestAccepted) -> None:
         waiting = self._accepting.get(event.request)
         if waiting is not None and not waiting.done():
             waiting.set_result(Accepted(request=event.request, prompt_tokens=event.prompt_tokens))
 
-    async def _failed(self, event: messages.Failed) -> None:
+    async def _failed(self, event: messages.RequestFailed) -> None:
         error = stage_error(event.code, event.message)
         waiting = self._accepting.get(event.request)
         if waiting is not None and not waiting.done():

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import msgspec
 
-from shoal_common.durations import parse_seconds
+from shoal_common.durations import parse_duration_s
 from shoal_common.errors import BadInput
 
 
-class Settings(msgspec.Struct, frozen=True):
+class PlacementSettings(msgspec.Struct, frozen=True):
     """`[placement]` of node.toml, or SHOAL_RETIRE_AFTER and the like: durations such as `36h`, held in seconds."""
 
     retire_after_s: float = 86400.0
@@ -19,18 +19,18 @@ class Settings(msgspec.Struct, frozen=True):
     """How long a node may be down before its instances move to other nodes."""
 
 
-def read_settings(settings: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+def read_settings(settings: Mapping[str, object], environ: Mapping[str, str]) -> PlacementSettings:
     """Read the settings; the environment wins. Raises BadInput for what is not a duration, and for 0."""
     values = {}
-    for field in Settings.__struct_fields__:
+    for field in PlacementSettings.__struct_fields__:
         name = field.removesuffix("_s")
         value = environ.get(f"SHOAL_{name.upper()}") or settings.get(name)
         if value is None:
             continue
         try:
-            values[field] = float(parse_seconds(str(value)))
+            values[field] = float(parse_duration_s(str(value)))
         except BadInput as e:
             raise BadInput(f"{name}: {e.message}") from None
         if values[field] == 0:
             raise BadInput(f"{name}: 0 would act on a node that is down for a moment; give a duration like 36h")
-    return Settings(**values)
+    return PlacementSettings(**values)

@@ -5,89 +5,95 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from shoal_common.bus.keys import model_key, part_key, storage_key
-from shoal_common.bus.kv_mirror import View, any_changed
+from shoal_common.bus.keys import model_key, shard_key, storage_key
+from shoal_common.bus.kv_mirror import KvMirror, any_changed
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import encode
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import FurtherRootState, ModelState, PartState, RootState, StorageState
-from shoal_common.models.model_shape import read_shape
+from shoal_common.messages.storage import LibraryState, ModelState, ShardState, StorageState, VolumeState
+from shoal_common.models.model_shape import read_model_shape
 from shoal_common.names import DEFAULT_REVISION
-from shoal_common.service import Context
-from shoal_storage.ledger.entries import Part
-from shoal_storage.ledger.lease import told
+from shoal_common.service import ServiceContext
+from shoal_storage.ledger.entries import Shard
+from shoal_storage.ledger.lease import to_lease_states
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.library_model import Adopted
-from shoal_storage.ledger.references import paused_bytes
-from shoal_storage.settings import Limits, overridden
-from shoal_storage.store.library_records import show
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.library_model import LibraryModel
+from shoal_storage.ledger.references import bytes_of_paused_models
+from shoal_storage.settings import StorageSettings, overridden_settings
+from shoal_storage.store.library_records import build_view
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
-UNKNOWN_NAMED_AT_MOST = 5
+MAX_FOREIGN_PATHS = 5
 
 
-class Announcer:
+class StatePublisher:
     """Publishes the ledger when it differs from what was last published."""
 
     def __init__(
-        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, model_view: View, storage_view: View
+        self,
+        context: ServiceContext,
+        disk: Store,
+        ledger: Ledger,
+        limits: StorageSettings,
+        model_view: KvMirror,
+        storage_view: KvMirror,
     ) -> None:
         self.node = self._node = context.node
         self._state = context.buckets.state
         self._disk, self._ledger, self._limits = disk, ledger, limits
         self._model_view, self._storage_view = model_view, storage_view
         self._revisions: dict[str, int] = {}
-        self._from_environment = overridden(context.environ)
+        self._from_environment = overridden_settings(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
-        self.roots: list[RootState] = []
+        self.libraries: list[LibraryState] = []
         """The libraries, as `publish` reports them next."""
-        self.further: Callable[[], list[FurtherRootState]] = list
+        self.volumes: Callable[[], list[VolumeState]] = list
         """Returns the volumes as `publish` reports them. Called in a thread."""
 
-    def use_limits(self, limits: Limits) -> None:
+    def apply_settings(self, limits: StorageSettings) -> None:
         """Publish these settings from the next `publish` on."""
         self._limits = limits
 
-    async def announce_all(self) -> None:
+    async def publish_all(self) -> None:
         """Publish everything the disk holds, and unpublish the rest. At start and after a reconnect."""
         held: set[str] = set()
         self._revisions.clear()
-        for manifest in list(self._ledger.manifests.values()) if not self._ledger.away else []:
+        for manifest in list(self._ledger.manifests.values()) if not self._ledger.store_missing else []:
             try:
                 await asyncio.to_thread(self._disk.build_view, manifest)
-                await self.announce(manifest)
+                await self.publish_model(manifest)
             except OSError as e:
                 log.warning("cannot build the view of a model; not published", model=manifest.model, reason=str(e))
                 continue
             held.add(model_key(self._node, manifest.model))
-        for model, library_model in self._ledger.offered.items():
+        for model, library_model in self._ledger.offered_library_models.items():
             if await self._publish_library_model(library_model):
                 held.add(model_key(self._node, model))
-        for part in list(self._ledger.parts.values()) if not self._ledger.away else []:
-            await self.announce_part(part)
-            held.add(part_key(self._node, part.manifest.model))
+        for part in list(self._ledger.shards.values()) if not self._ledger.store_missing else []:
+            await self.publish_shard(part)
+            held.add(shard_key(self._node, part.manifest.model))
         published_keys = [k for k, _ in self._model_view.items("model.", ModelState)]
-        published_keys += [k for k, _ in self._model_view.items("part.", PartState)]
+        published_keys += [k for k, _ in self._model_view.items("part.", ShardState)]
         for key in published_keys:
             if key not in held:
                 await self._unpublish(key)
         self._published = None
-        await self.publish()
+        await self.publish_storage()
 
-    async def announce(self, manifest: Manifest) -> ModelState:
+    async def publish_model(self, manifest: Manifest) -> ModelState:
         """Publish a model as ready. Returns its state."""
         paths = self._disk.layout
         shape, shape_error = None, ""
         try:
-            shape = await asyncio.to_thread(read_shape, paths.view(manifest.repo, manifest.commit))
+            shape = await asyncio.to_thread(read_model_shape, paths.view(manifest.repo, manifest.commit))
         except ShoalError as e:
             shape_error = e.message
-        offered = self._ledger.offered.get(manifest.model)
-        path = (paths.adopted_model if offered else paths.manifest)(manifest.repo, manifest.commit)
+        offered = self._ledger.offered_library_models.get(manifest.model)
+        path = (paths.library_model if offered else paths.manifest)(manifest.repo, manifest.commit)
         ready_at_s = (await asyncio.to_thread(path.stat)).st_mtime
         state = ModelState(
             node=self._node,
@@ -100,30 +106,30 @@ class Announcer:
             shape=shape,
             shape_error=shape_error,
             ready_at_s=round(ready_at_s, 3),
-            adopted_from=offered.directory if offered else "",
+            library_directory=offered.directory if offered else "",
         )
         await self._put_if_changed(model_key(self._node, manifest.model), state)
         return state
 
-    async def announce_part(self, part: Part) -> None:
+    async def publish_shard(self, part: Shard) -> None:
         """Publish a model's shard: which of its layers are here."""
-        await self._put_if_changed(part_key(self._node, part.manifest.model), part_state(self._node, part))
+        await self._put_if_changed(shard_key(self._node, part.manifest.model), shard_state(self._node, part))
 
-    async def take_back_part(self, model: str) -> None:
+    async def unpublish_shard(self, model: str) -> None:
         """Unpublish the shard of a model (`org/name@commit`)."""
-        await self._unpublish(part_key(self._node, model))
+        await self._unpublish(shard_key(self._node, model))
 
-    async def take_back(self, model: str) -> None:
+    async def unpublish_model(self, model: str) -> None:
         """Unpublish a model (`org/name@commit`); or, if a library has it too, publish that copy."""
-        offered = self._ledger.offered.get(model)
+        offered = self._ledger.offered_library_models.get(model)
         if offered and await self._publish_library_model(offered):
             return
         await self._unpublish(model_key(self._node, model))
 
-    async def _publish_library_model(self, library_model: Adopted) -> bool:
+    async def _publish_library_model(self, library_model: LibraryModel) -> bool:
         try:
-            await asyncio.to_thread(show, self._disk.layout, library_model)
-            await self.announce(library_model.manifest)
+            await asyncio.to_thread(build_view, self._disk.layout, library_model)
+            await self.publish_model(library_model.manifest)
         except OSError as e:
             log.warning(
                 "cannot build the view of a model; not published", model=library_model.manifest.model, reason=str(e)
@@ -131,48 +137,48 @@ class Announcer:
             return False
         return True
 
-    async def publish(self) -> None:
+    async def publish_storage(self) -> None:
         """Publish the state of the disk if it has changed."""
         # One at a time, each reading the ledger in its turn, so that an older state never follows a newer one.
         async with self._publishing:
             free = await asyncio.to_thread(self._disk.free_bytes)
             ledger = self._ledger
-            unverified = {b: s.size_bytes for b, s in ledger.unproven.items() if b not in ledger.wrong}
+            unverified = {b: s.size_bytes for b, s in ledger.unverified.items() if b not in ledger.corrupt}
             store_root, paths = self._disk.layout.root, self._disk.layout
-            blob_paths = [paths.blob(b) for b in sorted(ledger.wrong)[:UNKNOWN_NAMED_AT_MOST]]
+            blob_paths = [paths.blob(b) for b in sorted(ledger.corrupt)[:MAX_FOREIGN_PATHS]]
             corrupt = [
                 str(path.relative_to(store_root) if path.is_relative_to(store_root) else path) for path in blob_paths
             ]
-            foreign = [*corrupt, *ledger.unknown.paths]
+            foreign = [*corrupt, *ledger.foreign.paths]
             state = StorageState(
                 node=self._node,
                 quota_bytes=self._limits.quota_bytes,
                 headroom_bytes=self._limits.headroom_bytes,
                 eviction_policy=self._limits.eviction_policy,
                 partial_retention_s=self._limits.partial_retention_s,
-                from_environment=self._from_environment,
+                overridden_by_env=self._from_environment,
                 used_bytes=ledger.used_bytes,
                 reserved_bytes=ledger.reserved_bytes,
                 free_bytes=free,
                 model_count=len(ledger.manifests),
                 blob_count=len(ledger.blobs),
                 quarantined=sorted(ledger.quarantined),
-                pinned=sorted(ledger.pinned & ledger.here.keys()),
-                unproven_count=len(unverified),
-                unproven_bytes=sum(unverified.values()),
-                unknown_count=ledger.unknown.count + len(ledger.wrong),
-                unknown_bytes=ledger.unknown.size_bytes + sum(s.size_bytes for s in ledger.wrong.values()),
-                unknown=foreign[:UNKNOWN_NAMED_AT_MOST],
-                store_away=ledger.away,
-                leases=told(ledger.leases.values()),
-                unfinished=sorted(ledger.ended - ledger.here.keys()),
-                reserve_bytes=self._disk.reserve.held_bytes,
-                paused=paused_bytes(ledger),
-                read_only_roots=self.roots,
+                pinned=sorted(ledger.pinned & ledger.local_manifests.keys()),
+                unverified_count=len(unverified),
+                unverified_bytes=sum(unverified.values()),
+                foreign_count=ledger.foreign.count + len(ledger.corrupt),
+                foreign_bytes=ledger.foreign.size_bytes + sum(s.size_bytes for s in ledger.corrupt.values()),
+                foreign_files=foreign[:MAX_FOREIGN_PATHS],
+                store_missing=ledger.store_missing,
+                leases=to_lease_states(ledger.leases.values()),
+                ended_downloads=sorted(ledger.ended_reservations - ledger.local_manifests.keys()),
+                ballast_bytes=self._disk.ballast.held_bytes,
+                paused_downloads=bytes_of_paused_models(ledger),
+                libraries=self.libraries,
                 max_upload_bytes_per_s=self._limits.transfer.max_upload_bytes_per_s,
                 max_hub_bytes_per_s=self._limits.transfer.max_hub_bytes_per_s,
                 max_peer_bytes_per_s=self._limits.transfer.max_peer_bytes_per_s,
-                roots=await asyncio.to_thread(self.further),
+                volumes=await asyncio.to_thread(self.volumes),
             )
             if state != self._published:
                 await self._put_if_changed(storage_key(self._node), state)
@@ -188,7 +194,7 @@ class Announcer:
         self._revisions.pop(key, None)
         await self._state.delete(key)
 
-    async def taken(self) -> None:
+    async def wait_key_removed(self) -> None:
         """Return once a published key has been removed by somebody else.
 
         A node retired while it was unreachable loses its keys.
@@ -205,15 +211,15 @@ class Announcer:
         return view.revision >= revision and key not in view
 
 
-def part_state(node: str, part: Part) -> PartState:
+def shard_state(node: str, part: Shard) -> ShardState:
     """Return the published state of a shard."""
     manifest = part.manifest
-    return PartState(
+    return ShardState(
         node=node,
         repo=manifest.repo,
         commit=manifest.commit,
         layers=part.layers,
         size_bytes=part.size_bytes,
-        model_bytes=manifest.size_bytes,
+        total_bytes=manifest.size_bytes,
         revisions=manifest.revisions,
     )

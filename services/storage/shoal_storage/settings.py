@@ -11,10 +11,10 @@ from msgspec import UNSET
 from shoal_common.errors import BadInput, Refused
 from shoal_common.messages.storage import Configure
 from shoal_common.settings_file import Value
-from shoal_common.units import human
+from shoal_common.units import format_bytes
 
 DEFAULT_HEADROOM_BYTES = 1 << 30
-VARIABLES = {
+ENVIRONMENT_VARIABLES = {
     "max_storage_bytes": "SHOAL_MAX_STORAGE_BYTES",
     "eviction_policy": "SHOAL_EVICTION_POLICY",
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
@@ -26,10 +26,10 @@ VARIABLES = {
     "max_peer_bytes_per_s": "SHOAL_MAX_PEER_BYTES_PER_S",
 }
 """Each setting that can be changed, and the environment variable that overrides it."""
-RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
+RATE_LIMITS = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
 """The settings in `[transfer]`; the others are in `[storage]`."""
 DEFAULT_RETENTION_S = 7 * 86400
-MOST_ROOTS = {"read_only_roots": 64, "roots": 16}
+MAX_DIRECTORIES = {"read_only_roots": 64, "roots": 16}
 _PATH_SEPARATOR = ":"
 """`os.pathsep`."""
 _BALLAST_SETTING = "reserve_bytes"
@@ -37,22 +37,22 @@ _BALLAST_VARIABLE = "SHOAL_RESERVE_BYTES"
 _MAX_NUMBER = (1 << 63) - 1
 
 
-def read_limits(settings: Mapping[str, object], environ: Mapping[str, str]) -> Limits:
+def read_settings(settings: Mapping[str, object], environ: Mapping[str, str]) -> StorageSettings:
     """Return the settings from the parsed node.toml and the environment. Raises BadInput naming the setting."""
     section, transfer = _section(settings, "storage"), _section(settings, "transfer")
     if not isinstance(section.get("path", ""), str):
         raise BadInput(f"storage.path in node.toml is {section['path']!r}: expected a path in quotes")
     headroom = _bytes("headroom_bytes", section, environ)
     retention = _seconds("partial_retention_s", section, environ)
-    read_reserve_bytes(settings, environ)
-    return Limits(
+    read_ballast_bytes(settings, environ)
+    return StorageSettings(
         quota_bytes=_bytes("max_storage_bytes", section, environ),
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
         read_only_roots=_roots("read_only_roots", section, environ),
         roots=_roots("roots", section, environ),
-        transfer=Rates(**{name: _rate(name, transfer, environ) for name in RATES}),
+        transfer=TransferLimits(**{name: _rate(name, transfer, environ) for name in RATE_LIMITS}),
     )
 
 
@@ -63,15 +63,15 @@ def _section(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
     return section
 
 
-def read_reserve_bytes(settings: Mapping[str, object], environ: Mapping[str, str]) -> int:
+def read_ballast_bytes(settings: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Return the size of the ballast file from a checked node.toml and the environment, once at start. 0: none."""
     configured = _bytes(_BALLAST_SETTING, _section(settings, "storage"), environ)
-    return RESERVE_BYTES if configured is None else configured
+    return DEFAULT_BALLAST_BYTES if configured is None else configured
 
 
 def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
-    variable = _BALLAST_VARIABLE if name == _BALLAST_SETTING else VARIABLES[name]
-    where = f"{'transfer' if name in RATES else 'storage'}.{name}"
+    variable = _BALLAST_VARIABLE if name == _BALLAST_SETTING else ENVIRONMENT_VARIABLES[name]
+    where = f"{'transfer' if name in RATE_LIMITS else 'storage'}.{name}"
     return (variable, environ[variable]) if environ.get(variable) else (where, section.get(name))
 
 
@@ -117,55 +117,55 @@ def _roots(name: str, section: Mapping[str, object], environ: Mapping[str, str])
     paths = [r for r in value.split(_PATH_SEPARATOR) if r] if where in environ and isinstance(value, str) else value
     if not isinstance(paths, list):
         raise BadInput(f'{where} is {value!r}: expected a list of directories, for example ["/mnt/models"]')
-    if len(paths) > MOST_ROOTS[name]:
-        raise BadInput(f"{where} has {len(paths)} directories: at most {MOST_ROOTS[name]} are allowed")
+    if len(paths) > MAX_DIRECTORIES[name]:
+        raise BadInput(f"{where} has {len(paths)} directories: at most {MAX_DIRECTORIES[name]} are allowed")
     for path in paths:
         if not isinstance(path, str) or not path.startswith(("/", "~")) or not path.isprintable():
             raise BadInput(f"{where} has {path!r}: expected the absolute path of a directory, or one with ~")
     return tuple(dict.fromkeys(paths))
 
 
-def overridden(environ: Mapping[str, str]) -> list[str]:
+def overridden_settings(environ: Mapping[str, str]) -> list[str]:
     """Return the settings that environment variables override."""
-    return [name for name, variable in VARIABLES.items() if environ.get(variable)]
+    return [name for name, variable in ENVIRONMENT_VARIABLES.items() if environ.get(variable)]
 
 
-def by_section(changes: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+def group_by_section(changes: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
     """Group changes by the section of the file that they belong to."""
     sections: dict[str, dict[str, Value]] = {}
     for name, value in changes.items():
-        sections.setdefault("transfer" if name in RATES else "storage", {})[name] = value
+        sections.setdefault("transfer" if name in RATE_LIMITS else "storage", {})[name] = value
     return sections
 
 
-def changes_of(command: Configure, environ: Mapping[str, str]) -> dict[str, Value]:
+def requested_changes(command: Configure, environ: Mapping[str, str]) -> dict[str, Value]:
     """Return what `configure` changes in the file; None removes a key. Raises BadInput, Refused for overridden ones.
 
     Changing an overridden setting would have no effect, so the whole command is refused.
     """
-    requested = {name: getattr(command, name) for name in VARIABLES}
+    requested = {name: getattr(command, name) for name in ENVIRONMENT_VARIABLES}
     changes = {name: value for name, value in requested.items() if value is not UNSET}
     if not changes:
-        raise BadInput(f"configure changes nothing: give at least one of {', '.join(VARIABLES)}")
-    for name in MOST_ROOTS:
+        raise BadInput(f"configure changes nothing: give at least one of {', '.join(ENVIRONMENT_VARIABLES)}")
+    for name in MAX_DIRECTORIES:
         if isinstance(changes.get(name), list):
             _roots(name, changes, {})
             changes[name] = changes[name] or None
     for name, value in changes.items():
-        minimum = 1 if name in RATES else 0
+        minimum = 1 if name in RATE_LIMITS else 0
         if isinstance(value, int) and not minimum <= value <= _MAX_NUMBER:
-            unit = "bytes per second" if name in RATES else "seconds" if name.endswith("_s") else "bytes"
+            unit = "bytes per second" if name in RATE_LIMITS else "seconds" if name.endswith("_s") else "bytes"
             raise BadInput(f"{name} is {value}: expected a whole number of {unit} from {minimum}", param=name)
-        if environ.get(VARIABLES[name]):
+        if environ.get(ENVIRONMENT_VARIABLES[name]):
             raise Refused(
                 f"{name} is set by the environment, which overrides the file: "
-                f"unset {VARIABLES[name]} for storage and restart it; nothing was changed",
-                variable=VARIABLES[name],
+                f"unset {ENVIRONMENT_VARIABLES[name]} for storage and restart it; nothing was changed",
+                variable=ENVIRONMENT_VARIABLES[name],
             )
     return changes
 
 
-def remark(limits: Limits, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
+def settings_warning(limits: StorageSettings, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
     """Return a warning about settings that keep models from coming in, or ""."""
     committed_bytes = used_bytes + reserved_bytes
     if limits.quota_bytes is not None and committed_bytes > limits.quota_bytes:
@@ -175,12 +175,14 @@ def remark(limits: Limits, used_bytes: int, reserved_bytes: int, free_bytes: int
             else "new downloads are refused until models are removed with `shoal rm`"
         )
         return (
-            f"{human(committed_bytes)} are used or reserved, more than the quota of {human(limits.quota_bytes)}: "
+            f"{format_bytes(committed_bytes)} are used or reserved, more than the quota of "
+            f"{format_bytes(limits.quota_bytes)}: "
             f"nothing is removed, and {consequence}"
         )
     if free_bytes < limits.headroom_bytes:
         return (
-            f"the disk has {human(free_bytes)} free, less than the headroom of {human(limits.headroom_bytes)}: "
+            f"the disk has {format_bytes(free_bytes)} free, less than the headroom of "
+            f"{format_bytes(limits.headroom_bytes)}: "
             "nothing can arrive until more is free"
         )
     return ""
@@ -189,7 +191,7 @@ def remark(limits: Limits, used_bytes: int, reserved_bytes: int, free_bytes: int
 EvictionPolicy = Literal["manual", "lru"]
 
 
-class Rates(msgspec.Struct, frozen=True):
+class TransferLimits(msgspec.Struct, frozen=True):
     """Rate limits for a node's transfers. None: unlimited. Enforced by the fetcher and the fileserver."""
 
     max_upload_bytes_per_s: int | None = None
@@ -197,7 +199,7 @@ class Rates(msgspec.Struct, frozen=True):
     max_peer_bytes_per_s: int | None = None
 
 
-class Limits(msgspec.Struct, frozen=True):
+class StorageSettings(msgspec.Struct, frozen=True):
     """A node's storage settings. `quota_bytes` None: only the disk limits."""
 
     quota_bytes: int | None
@@ -208,7 +210,7 @@ class Limits(msgspec.Struct, frozen=True):
     read_only_roots: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
     """Volumes, as configured."""
-    transfer: Rates = Rates()
+    transfer: TransferLimits = TransferLimits()
 
 
-RESERVE_BYTES = 64 << 20
+DEFAULT_BALLAST_BYTES = 64 << 20

@@ -19,28 +19,28 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.errors import BadInput, Corrupt, NotFound, ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode, encode
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import PartState, SealPart
+from shoal_common.messages.storage import SealShard, ShardState
 from shoal_common.models.layer_tensors import check_layers, union
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
-from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, list_bytes, root_of
-from shoal_common.store.store_paths import Layout
-from shoal_storage.admission.admission import asked_leaves
+from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_hash, leaf_list_size
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.admission.admission import requested_leaves
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.files.atomic_file import make_directory, sync, write_file
-from shoal_storage.files.metadata_files import Keeping, named
-from shoal_storage.ledger.entries import Part, Partial
+from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
+from shoal_storage.files.metadata_files import MetadataFiles, iter_model_files
+from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import Announcer, part_state
-from shoal_storage.store.store import Disk
+from shoal_storage.publisher import StatePublisher, shard_state
+from shoal_storage.store.store import Store
 
-log = Log("parts")
+log = StructuredLogger("parts")
 
 
-class PartFile(Message):
+class ShardFile(WireStruct):
     """`shards/<org>--<name>@<commit>`."""
 
     manifest: Manifest
@@ -48,60 +48,60 @@ class PartFile(Message):
     leaves: dict[str, list[list[int]]]
 
 
-def _path(layout: Layout, model: str) -> Path:
+def _path(layout: StorePaths, model: str) -> Path:
     repo, _, commit = model.rpartition("@")
-    return layout.part(repo, commit)
+    return layout.shard(repo, commit)
 
 
-def write(layout: Layout, part: Part) -> None:
+def write(layout: StorePaths, part: Shard) -> None:
     """Write a shard's record, durably. Blocking."""
     path = _path(layout, part.manifest.model)
     make_directory(path.parent)
-    ranges = {blob: leaf_set.ranges(leaves) for blob, leaves in part.leaves.items()}
-    write_file(path, encode(PartFile(manifest=part.manifest, layers=part.layers, leaves=ranges)))
+    ranges = {blob: leaf_set.to_ranges(leaves) for blob, leaves in part.leaves.items()}
+    replace_file(path, encode(ShardFile(manifest=part.manifest, layers=part.layers, leaves=ranges)))
 
 
-def remove(layout: Layout, model: str) -> None:
+def delete(layout: StorePaths, model: str) -> None:
     """Delete a shard's record, durably. Absent already is fine. Blocking."""
     path = _path(layout, model)
     if path.exists():
         path.unlink()
-        sync(path.parent)
+        fsync_path(path.parent)
 
 
-def read(disk: Disk, ledger: Ledger) -> dict[str, Part]:
+def read(disk: Store, ledger: Ledger) -> dict[str, Shard]:
     """Read the shards at start. Deletes the records of those that are not completely here. Blocking."""
-    paths, shards = disk.layout, dict[str, Part]()
-    for model, path in named(paths.parts):
+    paths, shards = disk.layout, dict[str, Shard]()
+    for model, path in iter_model_files(paths.shards):
         try:
             part = _read(path, model)
-            if model in ledger.on_disk:
+            if model in ledger.stored_manifests:
                 raise NotFound("the whole model is here")
             _require(part, ledger, disk)
         except (ShoalError, OSError) as e:
             log.warning("shard incomplete; dropped", model=model, reason=str(e))
-            remove(paths, model)
+            delete(paths, model)
             continue
         shards[model] = part
     return shards
 
 
-def _read(path: Path, model: str) -> Part:
-    record = decode(path.read_bytes(), PartFile)
+def _read(path: Path, model: str) -> Shard:
+    record = decode(path.read_bytes(), ShardFile)
     check_manifest(record.manifest)
     sizes = record.manifest.blob_sizes
     if record.manifest.model != model or not record.leaves.keys() <= sizes.keys():
         raise BadInput("the record is of another model, or names blobs that are not the model's")
-    leaves = {b: leaf_set.of_ranges(ranges, sizes[b]) for b, ranges in record.leaves.items()}
-    return Part(record.manifest, union(check_layers(run) for run in record.layers), leaves)
+    leaves = {b: leaf_set.from_ranges(ranges, sizes[b]) for b, ranges in record.leaves.items()}
+    return Shard(record.manifest, union(check_layers(run) for run in record.layers), leaves)
 
 
-def _require(part: Part, ledger: Ledger, disk: Disk) -> dict[str, Partial]:
+def _require(part: Shard, ledger: Ledger, disk: Store) -> dict[str, PartialBlobInfo]:
     """Return the partial blobs that a shard needs leaves of. Raises NotFound unless all it needs is durable."""
-    partials: dict[str, Partial] = {}
+    partials: dict[str, PartialBlobInfo] = {}
     for f in part.manifest.files:
         needed = part.leaves.get(f.blob)
-        if ledger.bytes_of(f.blob) == f.size_bytes or needed == 0:
+        if ledger.blob_size(f.blob) == f.size_bytes or needed == 0:
             continue
         partial = ledger.partials.get(f.blob)
         if needed is None or partial is None or partial.size_bytes != f.size_bytes:
@@ -112,7 +112,7 @@ def _require(part: Part, ledger: Ledger, disk: Disk) -> dict[str, Partial]:
     return partials
 
 
-def lengthen(layout: Layout, blob: str, size_bytes: int) -> None:
+def truncate_to_size(layout: StorePaths, blob: str, size_bytes: int) -> None:
     """Extend a partial blob's data to the blob's length with a hole: loaders check the length. Blocking."""
     with (layout.partial(blob) / "data").open("r+b") as f:
         if os.fstat(f.fileno()).st_size < size_bytes:
@@ -120,7 +120,7 @@ def lengthen(layout: Layout, blob: str, size_bytes: int) -> None:
             os.fsync(f.fileno())
 
 
-def require_leaves(layout: Layout, blob: str, size_bytes: int, leaves: int, root: str) -> None:
+def verify_leaves(layout: StorePaths, blob: str, size_bytes: int, leaves: int, leaf_list_digest: str) -> None:
     """Hash these leaves of a partial blob against its list, and the list against its sealed digest. Blocking.
 
     Raises NotFound if the list is missing, Corrupt if leaves do not match it.
@@ -129,12 +129,16 @@ def require_leaves(layout: Layout, blob: str, size_bytes: int, leaves: int, root
         hashes = layout.partial_leaves(blob).read_bytes()
     except FileNotFoundError:
         hashes = b""
-    if not root or len(hashes) != list_bytes(size_bytes) or root_of(hashes) != root:
+    if (
+        not leaf_list_digest
+        or len(hashes) != leaf_list_size(size_bytes)
+        or hash_leaf_list(hashes) != leaf_list_digest
+    ):
         raise NotFound(f"the leaf list of blob {blob[:16]}… is missing or does not match; fetch it again")
     bad_count = 0
     sizes = Bitmap(size_bytes)
     with (layout.partial(blob) / "data").open("rb") as f:
-        for first, last in leaf_set.ranges(leaves):
+        for first, last in leaf_set.to_ranges(leaves):
             f.seek(first * LEAF_BYTES)
             for leaf in range(first, last):
                 leaf_digest = leaf_hash(f.read(sizes.leaf_bytes(leaf)))
@@ -143,16 +147,16 @@ def require_leaves(layout: Layout, blob: str, size_bytes: int, leaves: int, root
         raise Corrupt(f"{bad_count} of the leaves received for blob {blob[:16]}… do not match its leaf list")
 
 
-class Parts:
+class ShardService:
     """Keeps a ledger's `shards`, their records and their published state in step."""
 
     def __init__(
-        self, disk: Disk, ledger: Ledger, section: asyncio.Lock, keeping: Keeping, announcer: Announcer
+        self, disk: Store, ledger: Ledger, section: asyncio.Lock, keeping: MetadataFiles, announcer: StatePublisher
     ) -> None:
         self._disk, self._ledger, self._section = disk, ledger, section
         self._keeping, self._announcer = keeping, announcer
 
-    async def seal(self, question: SealPart) -> PartState:
+    async def seal(self, question: SealShard) -> ShardState:
         """Check what was fetched for some layers, record it as a shard and publish it."""
         manifest = question.manifest
         check_manifest(manifest)
@@ -160,59 +164,59 @@ class Parts:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
         layers = union(check_layers(run) for run in question.layers)
         async with self._section:
-            before = self._ledger.parts.get(manifest.model)
+            before = self._ledger.shards.get(manifest.model)
             names = sorted({*manifest.revisions, *(before.manifest.revisions if before else [])})
             manifest = msgspec.structs.replace(manifest, revisions=names)
-            leaves = asked_leaves(manifest, question.leaves, self._ledger)
-            part = Part(manifest, union([*layers, *(before.layers if before else [])]), leaves)
+            leaves = requested_leaves(manifest, question.leaf_ranges, self._ledger)
+            part = Shard(manifest, union([*layers, *(before.layers if before else [])]), leaves)
             partials = await asyncio.to_thread(_require, part, self._ledger, self._disk)
         # Hashing takes a while, so it runs outside the section. Durable leaves are not written again.
         for blob, partial in partials.items():
-            fresh = leaves[blob] & ~self._ledger.part_leaves(blob)
-            digest = question.roots.get(blob, "")
+            fresh = leaves[blob] & ~self._ledger.shard_leaves(blob)
+            digest = question.leaf_list_digests.get(blob, "")
             try:
-                await asyncio.to_thread(require_leaves, self._disk.layout, blob, partial.size_bytes, fresh, digest)
+                await asyncio.to_thread(verify_leaves, self._disk.layout, blob, partial.size_bytes, fresh, digest)
             except FileNotFoundError:
                 raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
             except Corrupt:
                 async with self._section:
                     if self._ledger.partials.get(blob) is partial:
-                        await self.discard(blob, partial)
+                        await self.discard_corrupt_partial(blob, partial)
                 raise
         async with self._section:
             still_partial = await asyncio.to_thread(_require, part, self._ledger, self._disk)
             if any(still_partial[blob] is not partials.get(blob) for blob in still_partial):
                 raise NotFound(f"a reservation of {manifest.model} was cancelled; reserve it again")
-            if self._ledger.parts.get(manifest.model) is not before:
+            if self._ledger.shards.get(manifest.model) is not before:
                 raise NotFound(f"the shard of {manifest.model} changed meanwhile; reserve it again")
             for blob, partial in still_partial.items():
-                await asyncio.to_thread(lengthen, self._disk.layout, blob, partial.size_bytes)
+                await asyncio.to_thread(truncate_to_size, self._disk.layout, blob, partial.size_bytes)
             await asyncio.to_thread(write, self._disk.layout, part)
-            self._ledger.parts[manifest.model] = part
-            self._ledger.promised[manifest.model] = set(manifest.blob_sizes)
-            await asyncio.to_thread(self._keeping.promise, manifest.model)
-            if not any(manifest.model in p.models - p.leaves.keys() for p in self._ledger.partials.values()):
-                await self.settle(manifest.model)  # otherwise another download fetches all of it
-            await asyncio.to_thread(self._keeping.came_in, manifest.model)
-            await self._announcer.announce_part(part)
-        await self._announcer.publish()
+            self._ledger.shards[manifest.model] = part
+            self._ledger.reservations[manifest.model] = set(manifest.blob_sizes)
+            await asyncio.to_thread(self._keeping.write_reservation, manifest.model)
+            if not any(manifest.model in p.models - p.leaves_by_model.keys() for p in self._ledger.partials.values()):
+                await self.finish_shard(manifest.model)  # otherwise another download fetches all of it
+            await asyncio.to_thread(self._keeping.record_arrival, manifest.model)
+            await self._announcer.publish_shard(part)
+        await self._announcer.publish_storage()
         log.info("shard ready", model=manifest.model, layers=str(part.layers), size_bytes=part.size_bytes)
-        return part_state(self._announcer.node, part)
+        return shard_state(self._announcer.node, part)
 
-    async def settle(self, model: str) -> None:
+    async def finish_shard(self, model: str) -> None:
         """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
-        part = self._ledger.parts[model]
+        part = self._ledger.shards[model]
         for blob, partial in self._ledger.partials.items():
-            if model in partial.models and partial.leaves.get(model) != (needed := part.leaves.get(blob, 0)):
-                changed = partial.wanted_by(model, needed)
+            if model in partial.models and partial.leaves_by_model.get(model) != (needed := part.leaves.get(blob, 0)):
+                changed = partial.with_model(model, needed)
                 await asyncio.to_thread(
-                    self._disk.write_partial, blob, partial.size_bytes, changed.models, changed.leaves
+                    self._disk.write_partial, blob, partial.size_bytes, changed.models, changed.leaves_by_model
                 )
-                partial.leaves = changed.leaves
-            if partial.leaves:
-                await asyncio.to_thread(self._disk.look_at, blob, partial)
+                partial.leaves_by_model = changed.leaves_by_model
+            if partial.leaves_by_model:
+                await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
 
-    async def require(self, part: Part) -> None:
+    async def require_complete(self, part: Shard) -> None:
         """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
         try:
             await asyncio.to_thread(_require, part, self._ledger, self._disk)
@@ -221,26 +225,28 @@ class Parts:
             await self.drop(part.manifest.model)
             raise
 
-    async def drop_lost(self) -> bool:
+    async def drop_incomplete(self) -> bool:
         """Drop every incomplete shard. Returns whether there was one. Within the section."""
-        before = len(self._ledger.parts)
-        for part in list(self._ledger.parts.values()):
+        before = len(self._ledger.shards)
+        for part in list(self._ledger.shards.values()):
             with suppress(NotFound):
-                await self.require(part)
-        return len(self._ledger.parts) < before
+                await self.require_complete(part)
+        return len(self._ledger.shards) < before
 
     async def drop(self, model: str) -> None:
         """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
-        if model in self._ledger.parts:
-            await asyncio.to_thread(remove, self._disk.layout, model)
-            del self._ledger.parts[model]
-            await self._announcer.take_back_part(model)
+        if model in self._ledger.shards:
+            await asyncio.to_thread(delete, self._disk.layout, model)
+            del self._ledger.shards[model]
+            await self._announcer.unpublish_shard(model)
 
-    async def discard(self, blob: str, partial: Partial) -> None:
+    async def discard_corrupt_partial(self, blob: str, partial: PartialBlobInfo) -> None:
         """Delete a corrupt partial blob, and reserve it again for the same models."""
-        for model in [m for m, part in self._ledger.parts.items() if part.leaves.get(blob)]:
+        for model in [m for m, part in self._ledger.shards.items() if part.leaves.get(blob)]:
             log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
             await self.drop(model)
-        await asyncio.to_thread(self._disk.remove_partial, blob)
-        await asyncio.to_thread(self._disk.write_partial, blob, partial.size_bytes, partial.models, partial.leaves)
-        await asyncio.to_thread(self._disk.look_at, blob, partial)
+        await asyncio.to_thread(self._disk.delete_partial, blob)
+        await asyncio.to_thread(
+            self._disk.write_partial, blob, partial.size_bytes, partial.models, partial.leaves_by_model
+        )
+        await asyncio.to_thread(self._disk.refresh_partial, blob, partial)

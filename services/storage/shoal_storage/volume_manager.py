@@ -6,61 +6,61 @@ import asyncio
 from pathlib import Path
 
 from shoal_common.errors import BadInput, ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.storage import FurtherRootState
-from shoal_storage.files.real_path import real_root
-from shoal_storage.integrity.repair import repairable
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.storage import VolumeState
+from shoal_storage.files.real_path import resolve_path
+from shoal_storage.integrity.repair import repairable_blobs
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import Announcer
-from shoal_storage.scan.reconciler import Rescan
-from shoal_storage.settings import Limits
-from shoal_storage.startup import let_go, take_in
-from shoal_storage.store.store import Disk
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.scan.reconciler import StoreReconciler
+from shoal_storage.settings import StorageSettings
+from shoal_storage.startup import attach_volume, detach_volume
+from shoal_storage.store.store import Store
 from shoal_storage.store.volume import (
-    Away,
-    FurtherRoot,
-    forget_others,
-    open_root,
-    refuse_overlap,
-    refuse_same_disk,
-    remember,
+    Volume,
+    VolumeMissing,
+    open_volume,
+    record_volume,
+    reject_overlap,
+    reject_same_disk,
+    remove_unconfigured,
 )
 
-log = Log("volumes")
+log = StructuredLogger("volumes")
 
-LOOK_S = 5.0
+CHECK_INTERVAL_S = 5.0
 """Between two checks which volumes are mounted."""
 
 
-def open_all(disk: Disk, limits: Limits) -> dict[str, str]:
+def open_volumes(disk: Store, settings: StorageSettings) -> dict[str, str]:
     """Open the mounted volumes, before startup reads them; return the errors of the others, by path. Blocking.
 
     Raises BadInput for a volume inside, or around, the store, a library or another volume.
     """
-    refuse_overlap(limits.roots, limits.read_only_roots, disk.layout.root)
+    reject_overlap(settings.roots, settings.read_only_roots, disk.layout.root)
     errors: dict[str, str] = {}
-    for path in limits.roots:
+    for path in settings.roots:
         volume = _open(disk, path)
         if isinstance(volume, str):
             errors[path] = volume
             log.error("volume cannot be used; starting without it", volume=path, error=volume)
         else:
-            disk.join(volume)
+            disk.attach_volume(volume)
     return errors
 
 
-def _in_use(disk: Disk) -> list[tuple[str, Path]]:
+def _in_use(disk: Store) -> list[tuple[str, Path]]:
     """Return the store and its volumes, as names for people and paths."""
-    volumes = [(f"the volume {volume.path}", volume.path) for volume in list(disk.further.values())]
+    volumes = [(f"the volume {volume.path}", volume.path) for volume in list(disk.volumes.values())]
     return [(f"the store at {disk.layout.root}", disk.layout.root), *volumes]
 
 
-def _open(disk: Disk, path: str) -> FurtherRoot | str:
+def _open(disk: Store, path: str) -> Volume | str:
     """Open a volume and record it; return the error message instead if that fails."""
     try:
-        volume = open_root(disk.layout, real_root(path), disk.reserve.size_bytes, _in_use(disk))
+        volume = open_volume(disk.layout, resolve_path(path), disk.ballast.size_bytes, _in_use(disk))
         try:
-            remember(disk.layout, volume)
+            record_volume(disk.layout, volume)
         except OSError:
             volume.close()
             raise
@@ -69,88 +69,88 @@ def _open(disk: Disk, path: str) -> FurtherRoot | str:
         return e.message
     except OSError as e:
         return e.strerror or str(e)
-    except Away as e:
+    except VolumeMissing as e:
         return str(e)
 
 
-class Joining:
+class VolumeManager:
     """Keeps attached volumes, the ledger and the published state in step. `errors` are those of `open_volumes`."""
 
     def __init__(
         self,
-        disk: Disk,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        announcer: Announcer,
-        rescan: Rescan,
-        limits: Limits,
+        announcer: StatePublisher,
+        rescan: StoreReconciler,
+        settings: StorageSettings,
         errors: dict[str, str],
     ) -> None:
         self._disk, self._ledger, self._section = disk, ledger, section
         self._announcer, self._rescan = announcer, rescan
-        self._limits, self._errors = limits, errors
+        self._limits, self._errors = settings, errors
         self._update_lock = asyncio.Lock()
-        announcer.further = self.states
+        announcer.volumes = self.states
 
-    async def use(self, limits: Limits) -> None:
+    async def use_settings(self, settings: StorageSettings) -> None:
         """Apply new settings: attach and detach volumes accordingly."""
-        self._limits = limits
-        await self.look()
+        self._limits = settings
+        await self.update()
 
-    def refuse_unusable(self, limits: Limits) -> None:
+    def reject_unusable(self, settings: StorageSettings) -> None:
         """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used; before saving them. Blocking."""
-        refuse_overlap(limits.roots, limits.read_only_roots, self._disk.layout.root)
+        reject_overlap(settings.roots, settings.read_only_roots, self._disk.layout.root)
         others = _in_use(self._disk)
-        for given_path in limits.roots:
+        for given_path in settings.roots:
             if given_path in self._limits.roots:
                 continue
-            path = real_root(given_path)
+            path = resolve_path(given_path)
             try:
-                volume = open_root(self._disk.layout, path, others=others)
-            except Away as e:
+                volume = open_volume(self._disk.layout, path, others=others)
+            except VolumeMissing as e:
                 raise BadInput(f"the volume {given_path} cannot be used: {e}", param="roots") from None
             except OSError as e:
                 raise BadInput(f"the volume {given_path} cannot be used: {e.strerror}", param="roots") from None
             volume.close()
-            refuse_same_disk(path, others)
+            reject_same_disk(path, others)
             others.append((f"the volume {given_path}", path))
 
-    async def watch(self) -> None:
+    async def watch_forever(self) -> None:
         """Attach and detach volumes, forever, within seconds of a disk being mounted or unmounted."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             try:
-                await self.look()
+                await self.update()
             except (OSError, ShoalError) as e:
                 log.warning("volumes cannot be checked; retrying", error=str(e))
 
-    async def look(self) -> None:
+    async def update(self) -> None:
         """Detach volumes that are missing or no longer configured; attach configured ones that are mounted."""
         async with self._update_lock:
-            configured = {real_root(given_path): given_path for given_path in self._limits.roots}
+            configured = {resolve_path(given_path): given_path for given_path in self._limits.roots}
             changed = False
-            for volume_id, volume in list(self._disk.further.items()):
-                if volume.path not in configured or not await asyncio.to_thread(volume.is_there):
+            for volume_id, volume in list(self._disk.volumes.items()):
+                if volume.path not in configured or not await asyncio.to_thread(volume.is_mounted):
                     await self._detach(volume_id, volume.path)
                     changed = True
-            if not await asyncio.to_thread(self._disk.is_there):
+            if not await asyncio.to_thread(self._disk.is_present):
                 return  # the store is missing: volumes cannot be recorded
-            await asyncio.to_thread(forget_others, self._disk.layout, configured)
-            attached = {volume.path for volume in self._disk.further.values()}
+            await asyncio.to_thread(remove_unconfigured, self._disk.layout, configured)
+            attached = {volume.path for volume in self._disk.volumes.values()}
             for path, given_path in configured.items():
                 if path not in attached:
                     changed = await self._attach(given_path) or changed
             self._errors = {path: error for path, error in self._errors.items() if path in self._limits.roots}
         if changed:
-            await self._rescan.look()
+            await self._rescan.scan()
             async with self._section:
-                await self._rescan.publish()
+                await self._rescan.publish_state()
 
     async def _detach(self, volume_id: str, path: Path) -> None:
         async with self._section:
-            incomplete = await asyncio.to_thread(let_go, self._disk, self._ledger, volume_id)
+            incomplete = await asyncio.to_thread(detach_volume, self._disk, self._ledger, volume_id)
             log.warning("volume detached; its models are not offered", volume=path)
-            await self._rescan.tell(incomplete, [])
+            await self._rescan.publish_model_changes(incomplete, [])
 
     async def _attach(self, given_path: str) -> bool:
         """Attach a volume; return whether its state has changed, a new error included."""
@@ -163,39 +163,39 @@ class Joining:
             return False
         self._errors.pop(given_path, None)
         async with self._section:
-            self._disk.join(volume)
-            await asyncio.to_thread(take_in, self._disk, self._ledger, volume.id)
-            self._ledger.repairable = await asyncio.to_thread(repairable, self._disk, self._ledger.quarantined)
+            self._disk.attach_volume(volume)
+            await asyncio.to_thread(attach_volume, self._disk, self._ledger, volume.id)
+            self._ledger.repairable = await asyncio.to_thread(repairable_blobs, self._disk, self._ledger.quarantined)
         log.info("volume attached", volume=volume.path)
         return True
 
-    def states(self) -> list[FurtherRootState]:
+    def states(self) -> list[VolumeState]:
         """Return the published state of all configured volumes. Blocking."""
-        attached = {volume.path: volume for volume in list(self._disk.further.values())}
-        return [self._state(path, attached.get(real_root(path))) for path in self._limits.roots]
+        attached = {volume.path: volume for volume in list(self._disk.volumes.values())}
+        return [self._state(path, attached.get(resolve_path(path))) for path in self._limits.roots]
 
-    def _state(self, given_path: str, volume: FurtherRoot | None) -> FurtherRootState:
+    def _state(self, given_path: str, volume: Volume | None) -> VolumeState:
         if volume is None:
             error = self._errors.get(given_path) or "it is not mounted: mount its disk"
-            return FurtherRootState(path=given_path, error=error)
+            return VolumeState(path=given_path, error=error)
         ledger = self._ledger
-        blobs = {blob for blob, volume_id in list(ledger.where.items()) if volume_id == volume.id}
+        blobs = {blob for blob, volume_id in list(ledger.volume_by_blob.items()) if volume_id == volume.id}
         sizes = [ledger.blobs[b] for b in blobs if b in ledger.blobs]
-        sizes += [ledger.unproven[b].size_bytes for b in blobs if b in ledger.unproven]
-        doubles = [copies.get(volume.id, 0) for copies in list(ledger.doubles.values())]
+        sizes += [ledger.unverified[b].size_bytes for b in blobs if b in ledger.unverified]
+        doubles = [copies.get(volume.id, 0) for copies in list(ledger.redundant_copies.values())]
         partials = {b: p for b, p in list(ledger.partials.items()) if b in blobs}
-        shard_bytes = sum(ledger.part_bytes_of(b, p) for b, p in partials.items())
+        shard_bytes = sum(ledger.shard_bytes_of(b, p) for b, p in partials.items())
         try:
             free_bytes = volume.free_bytes()
         except OSError:
             free_bytes = 0
-        return FurtherRootState(
+        return VolumeState(
             path=given_path,
             id=volume.id,
             used_bytes=sum(sizes) + shard_bytes + sum(doubles),
             blob_count=len(sizes),
             free_bytes=free_bytes,
             headroom_bytes=self._limits.headroom_bytes,
-            reserved_bytes=sum(ledger.promised_bytes(p) for p in partials.values()) - shard_bytes,
-            double_bytes=sum(doubles),
+            reserved_bytes=sum(ledger.reserved_bytes_of(p) for p in partials.values()) - shard_bytes,
+            duplicate_bytes=sum(doubles),
         )

@@ -9,7 +9,7 @@ import msgspec
 from shoal_cli.doctor.finding import Finding, or_ok
 from shoal_cli.render.units import show_bytes
 from shoal_common.messages.storage import StorageState
-from shoal_common.store.mounts import LYING_LOCKS
+from shoal_common.store.mounts import NETWORK_FILE_SYSTEMS
 
 DISK, VOLUMES = "disk", "volumes"
 DEFAULT_HEADROOM_BYTES = 1 << 30
@@ -77,7 +77,7 @@ def _disk(facts: DiskFacts) -> list[Finding]:
         remedy = "mount its disk, or give this user access; storage.path in node.toml says where the store is"
         what = f"the store at {store.path} cannot be read: {store.error}"
         return [*wrong, Finding(DISK, "problem", what, remedy, store.path)]
-    if state is not None and state.store_away:
+    if state is not None and state.store_missing:
         what = f"the store is missing from {store.path}: its disk was unmounted, or it was moved"
         remedy = "mount it again; its models come back by themselves"
         return [*wrong, Finding(DISK, "problem", what, remedy, store.path)]
@@ -105,7 +105,7 @@ def _disk(facts: DiskFacts) -> list[Finding]:
 
 def _file_system(info: FileSystemInfo, name: str) -> list[Finding]:
     wrong = []
-    if info.kind in LYING_LOCKS:
+    if info.kind in NETWORK_FILE_SYSTEMS:
         what = f"{name} at {info.path} is on {info.kind}, whose locks do not hold between machines"
         remedy = "move it to a local disk: storage.path in node.toml for the store, SHOAL_HOME for the home"
         wrong.append(Finding(DISK, "problem", what, remedy, info.path))
@@ -162,7 +162,7 @@ def _ballast(facts: DiskFacts) -> list[Finding]:
 
 def _volumes(facts: DiskFacts) -> list[Finding]:
     wrong = []
-    volume_errors = {v.path: v.error for v in facts.state.roots} if facts.state else {}
+    volume_errors = {v.path: v.error for v in facts.state.volumes} if facts.state else {}
     for volume in facts.volumes:
         error = volume_errors.get(volume.path) or volume.error
         if error or not volume.exists:
@@ -177,7 +177,7 @@ def _volumes(facts: DiskFacts) -> list[Finding]:
         if volume.free_bytes < facts.headroom_bytes:
             what = f"the volume {volume.path} has {show_bytes(volume.free_bytes)} free: nothing more is stored there"
             wrong.append(Finding(VOLUMES, "warning", what, "free some space there", volume.path))
-    library_errors = {x.path: x.error for x in facts.state.read_only_roots} if facts.state else {}
+    library_errors = {x.path: x.error for x in facts.state.libraries} if facts.state else {}
     for library in facts.libraries:
         error = library_errors.get(library.path) or library.error or ("" if library.exists else "it does not exist")
         if error:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
-from shoal_common.messages.liveness import Holder
+from shoal_common.messages.liveness import ProcessIdentity
 
 CHECK = "node ids"
 
 
-def machine(holder: Holder) -> str:
+def machine(holder: ProcessIdentity) -> str:
     """Return the machine and its boot; containers of one machine share it. "" for a holder that tells neither."""
     return "/".join(holder.host.split("/")[:2])
 
 
-def judge(holders: Mapping[tuple[str, str], Holder], node: str, host: str, running: bool) -> list[Finding]:
+def judge(holders: Mapping[tuple[str, str], ProcessIdentity], node: str, host: str, running: bool) -> list[Finding]:
     """Return which ids are on two machines.
 
     `holders`: by node and service; `host`: of a process of this machine; `running`: whether a supervisor of `node`
     runs here.
     """
     wrong = []
-    own = machine(Holder(uid="", host=host, pid=0))
+    own = machine(ProcessIdentity(uid="", host=host, pid=0))
     nodes = sorted({n for n, _ in holders})
     for name in nodes:
         machines = {machine(h) for (n, _), h in holders.items() if n == name}

@@ -11,7 +11,7 @@ from nats.js import api
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
 from shoal_cli.render.units import show_bytes
-from shoal_common.bus.streams import differences
+from shoal_common.bus.streams import config_mismatches
 
 NATS, STREAMS, NATS_STORE = "nats", "streams", "nats store"
 MIN_VERSION = (2, 11, 0)
@@ -189,7 +189,7 @@ def _streams(facts: NatsFacts) -> list[Finding]:
         elif stream.actual is None:
             remedy = "any service creates it at its start: `shoal restart storage` (NATS may have lost its store)"
             wrong.append(Finding(STREAMS, "problem", f"there is no stream {name}", remedy, f"stream {name}"))
-        elif other := differences(stream.expected, stream.actual):
+        elif other := config_mismatches(stream.expected, stream.actual):
             remedy = (
                 "`shoal restart storage` on a node of this version corrects it; if NATS refuses, run "
                 f"`nats stream rm {name}` and restart all services"

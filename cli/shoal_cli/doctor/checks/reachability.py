@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.host.addresses import host_of, network
+from shoal_common.host.addresses import host_of, subnet_of
 from shoal_common.host.interfaces import Interface
 
 ConnectError = Literal["", "refused", "timeout", "no_route", "unknown_host", "no_reply", "broken"]
@@ -41,7 +41,7 @@ def local_network_denied(error: ConnectError, address: str, system: OsInfo) -> b
 
 def _is_local(address: str, interfaces: Sequence[Interface]) -> bool:
     ip = host_of(address)
-    return ip is not None and any(ip in network(a) for i in interfaces if i.kind != "loopback" for a in i.addresses)
+    return ip is not None and any(ip in subnet_of(a) for i in interfaces if i.kind != "loopback" for a in i.addresses)
 
 
 def describe(error: ConnectError, reason: str) -> str:

@@ -11,15 +11,15 @@ import msgspec
 
 from shoal_cli.doctor.checks.disk import DEFAULT_BALLAST_BYTES, DEFAULT_HEADROOM_BYTES, DiskFacts, FileSystemInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_common.store.blob_lookup import further_roots
-from shoal_common.store.mounts import Mount, kind_of, mounts
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.blob_lookup import read_volumes
+from shoal_common.store.mounts import Mount, file_system_of, mounts
+from shoal_common.store.store_paths import StorePaths
 
 
 def probe(local: LocalNode) -> DiskFacts:
     """Return what the file systems tell; what storage publishes is added later."""
     mounted = mounts()
-    layout = Layout(local.store)
+    layout = StorePaths(local.store)
     section = local.settings.get("storage", {})
     section = section if isinstance(section, dict) else {}
     libraries, error = _libraries(section, local.environ)
@@ -27,7 +27,7 @@ def probe(local: LocalNode) -> DiskFacts:
         store=file_system(local.store, mounted),
         home=file_system(local.home, mounted),
         store_exists=_exists(layout.version),
-        ballast_bytes=_allocated(layout.reserve),
+        ballast_bytes=_allocated(layout.ballast),
         ballast_target_bytes=_number("reserve_bytes", section, local.environ, DEFAULT_BALLAST_BYTES),
         headroom_bytes=_number("headroom_bytes", section, local.environ, DEFAULT_HEADROOM_BYTES),
         settings_error=local.settings_error or error,
@@ -49,7 +49,7 @@ def file_system(path: Path, mounted: Sequence[Mount]) -> FileSystemInfo:
     return FileSystemInfo(
         path=str(path),
         exists=exists,
-        kind=kind_of(nearest, mounted),
+        kind=file_system_of(nearest, mounted),
         device=device,
         read_only=bool(s.f_flag & os.ST_RDONLY),
         free_bytes=s.f_bavail * s.f_frsize,
@@ -64,7 +64,7 @@ def _volume(path: Path, identity: str, mounted: Sequence[Mount]) -> FileSystemIn
     if not info.exists:
         return info
     try:
-        words = Layout(path).version.read_text().split()
+        words = StorePaths(path).version.read_text().split()
     except OSError:
         words = []
     if identity in words:
@@ -73,9 +73,9 @@ def _volume(path: Path, identity: str, mounted: Sequence[Mount]) -> FileSystemIn
     return msgspec.structs.replace(info, exists=False, error=reason)
 
 
-def _remembered(layout: Layout) -> list[tuple[str, Path]]:
+def _remembered(layout: StorePaths) -> list[tuple[str, Path]]:
     try:
-        return list(further_roots(layout))
+        return list(read_volumes(layout))
     except OSError:
         return []
 

@@ -9,13 +9,13 @@ import psutil
 
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_common.host.cgroup import Memory, least
+from shoal_common.host.cgroup import AvailableMemory, tightest
 
 
 def memory(local: LocalNode) -> MemoryFacts:
     """Return the memory that a process may have here, and the cap that is set for it."""
-    machine, *groups = Memory().look()
-    limit = least([machine, *groups])
+    machine, *groups = AvailableMemory().read()
+    limit = tightest([machine, *groups])
     section = local.settings.get("inference", {})
     value = local.environ.get("SHOAL_MAX_MEMORY_BYTES")
     if not value and isinstance(section, dict):

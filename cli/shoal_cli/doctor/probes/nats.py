@@ -26,13 +26,13 @@ from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node.children.nats_process import NatsPorts
 from shoal_cli.node.node_plan import NATS_PORT, without_token
-from shoal_common.bus.cluster_clock import read_time
+from shoal_common.bus.cluster_clock import parse_nats_time
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import stream_configs
 from shoal_common.errors import BadMessage, ShoalError
 from shoal_common.messages import decode
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import StorageState
 
 _INFO_TIMEOUT_S = 3.0
@@ -46,7 +46,7 @@ _MAX_CLIENT_ERRORS = 5
 class LivenessSample(msgspec.Struct, frozen=True):
     """A liveness record, and when NATS received it by its own clock."""
 
-    live: Live
+    live: LivenessRecord
     received_at_s: float
 
 
@@ -170,7 +170,7 @@ async def _request(client: Client, subject: str) -> tuple[dict[str, Any], ClockO
     ended_s = time.time()
     answer = dict(json.loads(reply.data))
     with suppress(KeyError, ValueError):
-        nats_s = read_time(str(answer["ts"]))
+        nats_s = parse_nats_time(str(answer["ts"]))
         return answer, ClockOffset("", (began_s + ended_s) / 2 - nats_s, (ended_s - began_s) / 2)
     return answer, None
 
@@ -205,7 +205,9 @@ async def _samples(client: Client) -> dict[tuple[str, str], LivenessSample]:
                     continue
                 with suppress(BadMessage):
                     created: Any = entry.created  # a datetime, whatever its annotation says
-                    samples[node, service] = LivenessSample(decode(entry.value or b"", Live), created.timestamp())
+                    samples[node, service] = LivenessSample(
+                        decode(entry.value or b"", LivenessRecord), created.timestamp()
+                    )
     return samples
 
 

@@ -15,9 +15,9 @@ from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
 from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.probes.nats import LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
-from shoal_common.host.addresses import ways
+from shoal_common.host.addresses import reachable_addresses
 from shoal_common.host.credentials import bearer
-from shoal_common.host.process_identity import this_network
+from shoal_common.host.process_identity import network_id
 
 _CONNECT_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 3.0
@@ -42,11 +42,11 @@ async def probe(
 async def _probe_node(
     node: str, sample: LivenessSample, secret: str, system: OsInfo, semaphore: asyncio.Semaphore
 ) -> tuple[FileserverReach, ClockOffset | None]:
-    live, network = sample.live, this_network()
-    addresses = [link.address for link in ways(live, network, system.interfaces)][:MAX_ADDRESSES]
+    live, network = sample.live, network_id()
+    addresses = [link.address for link in reachable_addresses(live, network, system.interfaces)][:MAX_ADDRESSES]
     probed = await asyncio.gather(*(_probe_address(address, node, secret, semaphore) for address in addresses))
     published = list(dict.fromkeys([*live.facts.addresses, *(link.address for link in live.facts.links)]))
-    is_remote = live.holder.network != network
+    is_remote = live.holder.network_namespace != network
     reach = FileserverReach(node=node, published=published, tried=[a for a, _ in probed], is_remote=is_remote)
     offsets = [offset for _, offset in probed if offset is not None]
     return reach, min(offsets, key=lambda o: o.error_s, default=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.node_home import Home
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 
 
 def probe(local: LocalNode) -> PermissionFacts:
@@ -30,7 +30,7 @@ def probe(local: LocalNode) -> PermissionFacts:
 
 
 def _paths(home: Home, store: Path) -> Iterator[tuple[Path, bool]]:
-    layout = Layout(store)
+    layout = StorePaths(store)
     yield home.root, False
     yield home.run, True
     for name in ("secret", "chat_history", "environment", "environment.fetcher", "nats-server.conf"):

@@ -13,7 +13,7 @@ from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK, NATS_PORT
 from shoal_cli.node.ports import bind_problem
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 
 _SERVICES = ("nats", "gateway", "fileserver")
 
@@ -47,7 +47,9 @@ def _name(pid: int) -> str:
         return ""
 
 
-def expected(local: LocalNode, live: Mapping[str, Live], found: Collection[PortListener]) -> list[ExpectedPort]:
+def expected(
+    local: LocalNode, live: Mapping[str, LivenessRecord], found: Collection[PortListener]
+) -> list[ExpectedPort]:
     """Return the ports of this node's services. `live`: its services as the cluster sees them. Blocks briefly."""
     status = local.status
     pids = {c.name: c.pid for c in status.children} if status else {}
@@ -83,7 +85,7 @@ def _bind_address(local: LocalNode) -> str:
     return local.environ.get("SHOAL_BIND") or LOOPBACK
 
 
-def _published_port(live: Live | None) -> int:
+def _published_port(live: LivenessRecord | None) -> int:
     addresses = live.facts.addresses if live else []
     port = addresses[0].rpartition(":")[2] if addresses else ""
     return int(port) if port.isdecimal() else 0

@@ -18,9 +18,9 @@ from shoal_cli.node.children.readiness import Readiness
 from shoal_cli.node.children.restart_policy import ChildStatus, ExitHistory, Phase, decide_restart, describe_exit
 from shoal_cli.node.logs.log_rotation import RotatingLog, pump
 from shoal_cli.node.node_plan import ChildSpec
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("supervisor")
+log = StructuredLogger("supervisor")
 
 _WRAPPER = Path(__file__).parent / "pdeathsig_exec.py"
 _CANNOT_START = 127

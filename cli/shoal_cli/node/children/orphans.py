@@ -16,8 +16,8 @@ import msgspec
 import psutil
 
 from shoal_cli.node_home import Home
-from shoal_common.host.process_identity import is_gone, this_host
-from shoal_common.messages.liveness import Holder
+from shoal_common.host.process_identity import host_id, is_dead
+from shoal_common.messages.liveness import ProcessIdentity
 
 _STOP_DEADLINE_S = 12.0
 _KILL_DEADLINE_S = 5.0
@@ -32,18 +32,18 @@ def record(home: Home, pids: Iterable[int]) -> None:
     new.replace(home.children)
 
 
-def _holder(pid: int) -> Holder | None:
+def _holder(pid: int) -> ProcessIdentity | None:
     try:
         started_s = psutil.Process(pid).create_time()
     except psutil.Error:
         return None
-    return Holder(uid="", host=this_host(), pid=pid, pid_started_s=round(started_s, 1))
+    return ProcessIdentity(uid="", host=host_id(), pid=pid, pid_started_s=round(started_s, 1))
 
 
 def kill_orphans(home: Home) -> list[int]:
     """End what the last supervisor left, first by SIGTERM. Returns the pids. Call it only while holding the lock."""
-    host = this_host()
-    left = [h for h in _recorded(home) if h.host == host and not is_gone(h, host)]
+    host = host_id()
+    left = [h for h in _recorded(home) if h.host == host and not is_dead(h, host)]
     for holder in left:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(holder.pid, signal.SIGTERM)
@@ -56,18 +56,18 @@ def kill_orphans(home: Home) -> list[int]:
     return [h.pid for h in left]
 
 
-def _alive(holders: list[Holder], host: str, wait_s: float) -> list[Holder]:
+def _alive(holders: list[ProcessIdentity], host: str, wait_s: float) -> list[ProcessIdentity]:
     """Return those that have not ended after up to `wait_s`."""
     give_up_s = time.monotonic() + wait_s
     while True:
-        holders = [h for h in holders if not is_gone(h, host)]
+        holders = [h for h in holders if not is_dead(h, host)]
         if not holders or time.monotonic() > give_up_s:
             return holders
         time.sleep(_POLL_INTERVAL_S)
 
 
-def _recorded(home: Home) -> list[Holder]:
+def _recorded(home: Home) -> list[ProcessIdentity]:
     try:
-        return msgspec.json.decode(home.children.read_bytes(), type=list[Holder])
+        return msgspec.json.decode(home.children.read_bytes(), type=list[ProcessIdentity])
     except (FileNotFoundError, msgspec.DecodeError):
         return []

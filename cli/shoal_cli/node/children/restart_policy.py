@@ -8,13 +8,13 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.errors import Claimed, OtherVersion
+from shoal_common.errors import AlreadyRunning, OtherVersion
 
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 STABLE_AFTER_S = 30.0
 """A child that lived this long is stable: its next exit counts as the first."""
-CLAIMED = Claimed.exit_code
+CLAIMED = AlreadyRunning.exit_code
 """Another process already is this node's service."""
 OTHER_VERSION = OtherVersion.exit_code
 """The cluster runs another major version."""

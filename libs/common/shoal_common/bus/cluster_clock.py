@@ -15,11 +15,11 @@ from datetime import datetime
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("clock")
+log = StructuredLogger("clock")
 
-LOOK_AGAIN_S = 600.0
+SYNC_INTERVAL_S = 600.0
 """NATS's own clock may be set, and two clocks always drift."""
 _REQUEST_TIMEOUT_S = 5.0
 _MIN_REPORTED_OFFSET_S = 5.0
@@ -34,7 +34,7 @@ def now_s() -> float:
     return time.time() if _offset_s is None else time.clock_gettime(_TICKS) + _offset_s
 
 
-async def set_by(client: Client) -> None:
+async def sync_from_nats(client: Client) -> None:
     """Ask NATS for its time. Without a reply the clock continues as it was."""
     global _offset_s  # noqa: PLW0603  # the module is the clock
     with suppress(NatsError, TimeoutError, ValueError, KeyError):
@@ -42,12 +42,12 @@ async def set_by(client: Client) -> None:
         reply = await client.request("$JS.API.STREAM.INFO.CMD", b"", timeout=_REQUEST_TIMEOUT_S)
         received_s = time.clock_gettime(_TICKS)
         before_s = now_s()
-        _offset_s = read_time(str(json.loads(reply.data)["ts"])) - (sent_s + received_s) / 2
+        _offset_s = parse_nats_time(str(json.loads(reply.data)["ts"])) - (sent_s + received_s) / 2
         if abs(now_s() - before_s) >= _MIN_REPORTED_OFFSET_S:
             log.warning("local clock differs from NATS; using NATS time: see `shoal doctor`", by_s=now_s() - before_s)
 
 
-def read_time(stamp: str) -> float:
+def parse_nats_time(stamp: str) -> float:
     """Parse NATS's `2026-01-01T00:00:00.123456789Z` into seconds since 1970. Raises ValueError."""
     seconds, _, fraction = stamp.partition(".")
     if fraction.endswith("Z"):  # Python reads six digits at most

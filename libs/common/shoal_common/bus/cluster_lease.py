@@ -14,23 +14,23 @@ from contextlib import asynccontextmanager
 from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.bus.streams import LEASE_TTL_S
 from shoal_common.errors import Unavailable
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode
 
-log = Log("lease")
+log = StructuredLogger("lease")
 
 _RENEWALS_PER_TTL = 4
 _MARGIN_S = 1.0
 
 
-class LeaseValue(Message):
+class LeaseValue(WireStruct):
     """A lease's holder. `uid` is the process: its successor recognizes the lease as its own node's."""
 
     node: str
     uid: str
 
 
-class Lease:
+class ClusterLease:
     """A held lease. `held` turns false when it is lost; `revision` fences writes made under it."""
 
     def __init__(self, bucket: Bucket, key: str, value: LeaseValue, revision: int, sent_s: float) -> None:
@@ -44,7 +44,7 @@ class Lease:
         """Whether this process may still act as the holder."""
         return not self._lost.is_set() and time.monotonic() < self._until_s
 
-    def lose(self) -> None:
+    def mark_lost(self) -> None:
         """Stop acting as the holder, because another process is known to hold the lease."""
         self._lost.set()
 
@@ -60,7 +60,9 @@ class Lease:
                 sent_s = time.monotonic()
                 try:
                     async with asyncio.timeout(max(self._until_s - sent_s, 0)):
-                        revision = await self._bucket.swap(self.key, self.value, self.revision, LEASE_TTL_S)
+                        revision = await self._bucket.compare_and_set(
+                            self.key, self.value, self.revision, LEASE_TTL_S
+                        )
                 except (TimeoutError, Unavailable):
                     return
                 if revision is None:
@@ -75,7 +77,7 @@ class Lease:
         await self._bucket.delete(self.key, self.revision)
 
 
-async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> Lease | None:
+async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> ClusterLease | None:
     """Take a lease; return None if it is held. A predecessor on this node hands over at once: liveness allows one
     process per node and service, so a lease of this node with another uid has no holder.
     """
@@ -86,14 +88,14 @@ async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> Lease | None
         entry = await bucket.get(key)
         if entry is None or decode(entry.value, LeaseValue).node != node:
             return None
-        revision = await bucket.swap(key, value, entry.revision, LEASE_TTL_S)
+        revision = await bucket.compare_and_set(key, value, entry.revision, LEASE_TTL_S)
         if revision is None:
             return None
-    return Lease(bucket, key, value, revision, sent_s)
+    return ClusterLease(bucket, key, value, revision, sent_s)
 
 
 @asynccontextmanager
-async def holding(lease: Lease) -> AsyncIterator[Lease]:
+async def hold(lease: ClusterLease) -> AsyncIterator[ClusterLease]:
     """Renew a lease while the body runs, and release it afterwards."""
     renewal = asyncio.create_task(lease.renew_forever())
     try:

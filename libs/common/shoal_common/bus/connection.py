@@ -10,11 +10,11 @@ import nats
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 
-from shoal_common.cancellation import keep_cancellations
+from shoal_common.cancellation import patch_wait_for
 from shoal_common.errors import Denied, Unavailable
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("nats")
+log = StructuredLogger("nats")
 
 RECONNECT_WAIT_S = 1
 CONNECT_TIMEOUT_S = 3
@@ -22,14 +22,14 @@ DRAIN_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 5.0
 
 
-class Reconnects:
+class ReconnectCounter:
     """Counts connections. State that a restarted NATS may have lost is created again after each."""
 
     def __init__(self) -> None:
         self.count = 0
         self._changed = asyncio.Event()
 
-    def happened(self) -> None:
+    def increment(self) -> None:
         """Record that the client has reconnected."""
         self.count += 1
         self._changed.set()
@@ -45,11 +45,11 @@ class Reconnects:
 class Nats:
     """A process's connection, its JetStream context, and its count of reconnections."""
 
-    def __init__(self, client: Client, reconnects: Reconnects) -> None:
+    def __init__(self, client: Client, reconnects: ReconnectCounter) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
-        self.wipes = Reconnects()
+        self.store_losses = ReconnectCounter()
         """Connections at which NATS had lost its store; counted by a service's main loop."""
 
     @property
@@ -59,13 +59,13 @@ class Nats:
 
 
 @asynccontextmanager
-async def connected(servers: list[str], name: str, patience_s: float | None = None) -> AsyncIterator[Nats]:
+async def connected(servers: list[str], name: str, timeout_s: float | None = None) -> AsyncIterator[Nats]:
     """Connect, waiting up to `patience_s` for a server (None: for ever), and drain at the end.
 
     Raises Unavailable after `patience_s`, Denied if the server refuses the credentials.
     """
-    keep_cancellations()
-    reconnects = Reconnects()
+    patch_wait_for()
+    reconnects = ReconnectCounter()
     denied: list[str] = []
 
     async def on_error(e: Exception) -> None:
@@ -79,7 +79,7 @@ async def connected(servers: list[str], name: str, patience_s: float | None = No
 
     async def on_reconnect() -> None:
         log.info("reconnected to NATS")
-        reconnects.happened()
+        reconnects.increment()
 
     client = Client()
     connecting = asyncio.ensure_future(
@@ -98,12 +98,12 @@ async def connected(servers: list[str], name: str, patience_s: float | None = No
     addresses = ", ".join(s.split("@")[-1] for s in servers)
     try:
         waited_s = 0.0
-        step_s = min(5.0, patience_s or 5.0)
+        step_s = min(5.0, timeout_s or 5.0)
         while not (await asyncio.wait({connecting}, timeout=step_s))[0]:
             waited_s += step_s
             if denied:
                 raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL")
-            if patience_s is not None and waited_s >= patience_s:
+            if timeout_s is not None and waited_s >= timeout_s:
                 raise Unavailable(
                     f"no NATS server answers at {addresses} after {waited_s:.0f} s: is `shoal up` running there?"
                 )

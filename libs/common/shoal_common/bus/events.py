@@ -13,13 +13,13 @@ from shoal_common.bus.connection import Nats
 from shoal_common.messages import encode
 
 
-class Events:
+class EventEmitter:
     """Emits one service's events."""
 
     def __init__(self, nats: Nats, service: str, node: str) -> None:
         self._nats, self._service, self._node = nats, service, node
 
-    async def tell(self, name: str, **fields: Any) -> None:
+    async def emit(self, name: str, **fields: Any) -> None:
         """Publish `shoal.v1.evt.<service>.<node>.<name>`. An outage loses the event, but no state."""
         body = {"at_s": round(cluster_clock.now_s(), 3), **fields}
         with suppress(NatsError):

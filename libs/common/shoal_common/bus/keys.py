@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal_common.names import check_id, check_node, quote_key
 
 
-def live_key(node: str, service: str) -> str:
+def liveness_key(node: str, service: str) -> str:
     """Key in `live` of a node's service."""
     return f"{check_node(node)}.{service}"
 
@@ -20,7 +20,7 @@ def model_key(node: str, model: str) -> str:
     return f"model.{check_node(node)}.{quote_key(model)}"
 
 
-def part_key(node: str, model: str) -> str:
+def shard_key(node: str, model: str) -> str:
     """Key in `state` of a node's shard of a model (`org/name@commit`)."""
     return f"part.{check_node(node)}.{quote_key(model)}"
 

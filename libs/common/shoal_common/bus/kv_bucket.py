@@ -6,11 +6,11 @@ import msgspec
 from nats.js import JetStreamContext, api
 from nats.js import errors as jse
 
-from shoal_common.bus.streams import MARKER_TTL_S, T, patiently
+from shoal_common.bus.streams import DELETE_MARKER_TTL_S, T, retry_while_nats_down
 from shoal_common.messages import decode, encode
 
 
-class Entry(msgspec.Struct, frozen=True):
+class KvEntry(msgspec.Struct, frozen=True):
     """A key's value as read, with the revision that fences a later write."""
 
     value: bytes
@@ -41,26 +41,28 @@ class Bucket:
         return f"$KV.{self.name}.{key}"
 
     async def _publish(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int | None) -> int:
-        ack = await patiently(lambda: self.js.publish(self.subject(key), value, headers=dict(headers), msg_ttl=ttl_s))
+        ack = await retry_while_nats_down(
+            lambda: self.js.publish(self.subject(key), value, headers=dict(headers), msg_ttl=ttl_s)
+        )
         return int(ack.seq)
 
     async def put(self, key: str, value: object) -> int:
         """Write a value and return the revision."""
         return await self._publish(key, encode(value), {}, None)
 
-    async def put_behind(self, fence: Fence, key: str, value: object) -> int | None:
+    async def put_fenced(self, fence: Fence, key: str, value: object) -> int | None:
         """Write a value, unless the fence has changed: then return None and write nothing."""
-        return await self._publish_behind(fence, key, encode(value), {}, None)
+        return await self._publish_fenced(fence, key, encode(value), {}, None)
 
-    async def delete_behind(self, fence: Fence, key: str) -> bool | None:
+    async def delete_fenced(self, fence: Fence, key: str) -> bool | None:
         """Remove a key. Returns False if it is absent already, None if the fence has changed."""
-        last = await self._last(key)
+        last = await self._last_message(key)
         if last is None or _is_marker(last):
             return False
         headers = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
-        return True if await self._publish_behind(fence, key, b"", headers, MARKER_TTL_S) is not None else None
+        return True if await self._publish_fenced(fence, key, b"", headers, DELETE_MARKER_TTL_S) is not None else None
 
-    async def _publish_behind(
+    async def _publish_fenced(
         self, fence: Fence, key: str, data: bytes, headers: dict[str, str], ttl_s: int | None
     ) -> int | None:
         expected = {
@@ -74,7 +76,7 @@ class Bucket:
                 return None
             raise
 
-    async def swap(self, key: str, value: object, revision: int, ttl_s: int | None = None) -> int | None:
+    async def compare_and_set(self, key: str, value: object, revision: int, ttl_s: int | None = None) -> int | None:
         """Write only if the key's last revision is `revision` (0: it never existed). Returns None otherwise."""
         data = encode(value)
         try:
@@ -83,27 +85,27 @@ class Bucket:
             if e.err_code not in _WRONG_LAST_SEQUENCE:
                 raise
         # A write whose ack was lost in an outage is retried, and then loses to itself.
-        last = await self._last(key)
+        last = await self._last_message(key)
         if last is not None and last.data == data and not _is_marker(last):
             return last.seq
         return None
 
     async def create(self, key: str, value: object, ttl_s: int | None = None) -> int | None:
         """Write only if the key is absent; an expired key's marker counts as absent. Returns None if it exists."""
-        revision = await self.swap(key, value, 0, ttl_s)
+        revision = await self.compare_and_set(key, value, 0, ttl_s)
         if revision is not None:
             return revision
-        last = await self._last(key)
+        last = await self._last_message(key)
         if last is not None and not _is_marker(last):
             return None
-        return await self.swap(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
+        return await self.compare_and_set(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> KvEntry | None:
         """Return a key's value and revision, or None."""
-        last = await self._last(key)
+        last = await self._last_message(key)
         if last is None or _is_marker(last):
             return None
-        return Entry(value=last.data or b"", revision=last.seq or 0)
+        return KvEntry(value=last.data or b"", revision=last.seq or 0)
 
     async def get_as(self, key: str, kind: type[T]) -> T | None:
         """Return a key's decoded value, or None."""
@@ -112,12 +114,14 @@ class Bucket:
 
     async def keys(self, pattern: str) -> list[str]:
         """Return the keys that match a pattern (`*.storage`), including recently removed ones."""
-        info = await patiently(lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern)))
+        info = await retry_while_nats_down(
+            lambda: self.js.stream_info(self.stream, subjects_filter=self.subject(pattern))
+        )
         return sorted(subject.removeprefix(self.subject("")) for subject in info.state.subjects or {})
 
     async def delete(self, key: str, revision: int | None = None) -> bool:
         """Remove a key; return False if it is absent already. Its marker expires after a while (I8)."""
-        last = await self._last(key)
+        last = await self._last_message(key)
         if last is None or _is_marker(last):
             return False
         fence = last.seq if revision is None else revision
@@ -127,7 +131,7 @@ class Bucket:
             "Nats-Expected-Last-Subject-Sequence": str(fence),
         }
         try:
-            await self._publish(key, b"", headers, MARKER_TTL_S)
+            await self._publish(key, b"", headers, DELETE_MARKER_TTL_S)
         except jse.APIError as e:
             if e.err_code in _WRONG_LAST_SEQUENCE and revision is not None:
                 return False
@@ -136,9 +140,11 @@ class Bucket:
             raise
         return True
 
-    async def _last(self, key: str) -> api.RawStreamMsg | None:
+    async def _last_message(self, key: str) -> api.RawStreamMsg | None:
         try:
-            return await patiently(lambda: self.js.get_last_msg(self.stream, self.subject(key), direct=True))
+            return await retry_while_nats_down(
+                lambda: self.js.get_last_msg(self.stream, self.subject(key), direct=True)
+            )
         except jse.NotFoundError:
             return None
 

@@ -21,13 +21,13 @@ from nats.js.api import AckPolicy, ConsumerInfo, DeliverPolicy
 
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import KV_MARKERS
-from shoal_common.bus.streams import patiently
+from shoal_common.bus.streams import retry_while_nats_down
 from shoal_common.errors import BadMessage, Unavailable
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 
 T = TypeVar("T")
-log = Log("watch")
+log = StructuredLogger("watch")
 
 _RETRY_S = 0.5
 _SNAPSHOT_POLL_INTERVAL_S = 1.0
@@ -38,13 +38,13 @@ _INACTIVE_THRESHOLD_S = 60.0
 _LAST_SENT, _STALLED = "Nats-Last-Consumer", "Nats-Consumer-Stalled"
 
 
-class View:
+class KvMirror:
     """The current contents of a bucket. `changes` counts changes; `wait_changed` waits for the next one."""
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
         self.changes = 0
-        self.comings = 0
+        self.key_changes = 0
         """Number of keys that were added or removed; a new value of an existing key does not count."""
         self.revision = 0
         """The mirror holds everything in the bucket up to this revision."""
@@ -82,13 +82,13 @@ class View:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    async def changed_after(self, seen: int) -> int:
+    async def wait_changed(self, seen: int) -> int:
         """Return the change count once it exceeds `seen`."""
         while self.changes <= seen:
             await self._changed.wait()
         return self.changes
 
-    async def until(self, wanted: Callable[[View], T | None], deadline_s: float) -> T | None:
+    async def wait_for(self, wanted: Callable[[KvMirror], T | None], deadline_s: float) -> T | None:
         """Call `wanted` at each change until it returns a value; None if the deadline passes first."""
         try:
             async with asyncio.timeout(deadline_s):
@@ -97,16 +97,16 @@ class View:
                     result = wanted(self)
                     if result is not None:
                         return result
-                    await self.changed_after(seen)
+                    await self.wait_changed(seen)
         except TimeoutError:
             return wanted(self)
 
-    async def reached(self, revision: int) -> None:
+    async def wait_revision(self, revision: int) -> None:
         """Return once the mirror holds everything up to a revision."""
         while self.revision < revision:
             await self._changed.wait()
 
-    async def complete(self, deadline_s: float) -> None:
+    async def wait_loaded(self, deadline_s: float) -> None:
         """Return once the first snapshot is complete. Raises TimeoutError."""
         async with asyncio.timeout(deadline_s):
             await self._complete.wait()
@@ -121,20 +121,20 @@ class View:
             del self._values[key]
         else:
             self._values[key] = value
-        self.comings += before is None or value is None
+        self.key_changes += before is None or value is None
         self._decoded.pop(key, None)
-        self._tell()
+        self._notify_changed()
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
         """Replace everything with a new snapshot, after a reconnection."""
         self.revision = revision
         if values != self._values:
-            self.comings += values.keys() != self._values.keys()
+            self.key_changes += values.keys() != self._values.keys()
             self._values, self._decoded = values, {}
-            self._tell()
+            self._notify_changed()
         if not self._complete.is_set():
             self._complete.set()
-            self._tell()
+            self._notify_changed()
 
     def _advance(self, revision: int) -> None:
         if revision > self.revision:
@@ -142,15 +142,15 @@ class View:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _tell(self) -> None:
+    def _notify_changed(self) -> None:
         self.changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-async def any_changed(views: Sequence[View], seen: Sequence[int], deadline_s: float | None = None) -> None:
+async def any_changed(views: Sequence[KvMirror], seen: Sequence[int], deadline_s: float | None = None) -> None:
     """Return once any of the mirrors has changed since its count in `seen`, or after the deadline."""
-    waits = [asyncio.ensure_future(view.changed_after(count)) for view, count in zip(views, seen, strict=True)]
+    waits = [asyncio.ensure_future(view.wait_changed(count)) for view, count in zip(views, seen, strict=True)]
     try:
         await asyncio.wait(waits, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -158,18 +158,18 @@ async def any_changed(views: Sequence[View], seen: Sequence[int], deadline_s: fl
             wait.cancel()
 
 
-async def caught_up(nats: Nats, view: View, deadline_s: float) -> None:
+async def wait_caught_up(nats: Nats, view: KvMirror, deadline_s: float) -> None:
     """Return once an unfiltered mirror holds all that was in its bucket when this was called.
 
     Mirrors of different buckets are not synchronized: who acts on a change in one (a released lease) and needs what
     was written to another before it (what the holder has finished) waits here first. Raises TimeoutError.
     """
     async with asyncio.timeout(deadline_s):
-        info = await patiently(lambda: nats.js.stream_info(f"KV_{view.bucket}"))
-        await view.reached(info.state.last_seq)
+        info = await retry_while_nats_down(lambda: nats.js.stream_info(f"KV_{view.bucket}"))
+        await view.wait_revision(info.state.last_seq)
 
 
-async def follow(nats: Nats, view: View, *keys: str) -> None:
+async def follow_forever(nats: Nats, view: KvMirror, *keys: str) -> None:
     """Keep a mirror, or some of its keys (`model.*.>`), current for ever. A task of the service."""
     while True:
         try:
@@ -179,10 +179,10 @@ async def follow(nats: Nats, view: View, *keys: str) -> None:
             await asyncio.sleep(_RETRY_S)
 
 
-class Watch:
+class MirrorConsumer:
     """Applies what one consumer sends to a mirror: the snapshot as a whole, then each change."""
 
-    def __init__(self, nats: Nats, view: View, revision: int) -> None:
+    def __init__(self, nats: Nats, view: KvMirror, revision: int) -> None:
         self.came = 0
         """Number of messages received. The server numbers them, so a missing one is noticed."""
         self.heard_s = monotonic()
@@ -193,11 +193,11 @@ class Watch:
         self._revision = revision
 
     @property
-    def whole(self) -> bool:
+    def has_snapshot(self) -> bool:
         """Whether the mirror has the snapshot."""
         return self._snapshot is None
 
-    async def take(self, message: Msg) -> None:
+    async def on_message(self, message: Msg) -> None:
         """Handle a value, a deletion, or a status message from the server."""
         self.heard_s = monotonic()
         headers = message.headers or {}
@@ -233,7 +233,7 @@ class Watch:
         else:
             self._snapshot[key] = value
 
-    def told(self, info: ConsumerInfo) -> None:
+    def on_consumer_info(self, info: ConsumerInfo) -> None:
         """Handle the consumer's info. Once all is sent and received, the snapshot is complete."""
         sent = info.delivered.consumer_seq if info.delivered else 0
         if not info.num_pending and self.came >= sent:
@@ -245,11 +245,13 @@ class Watch:
             self._snapshot = None
 
 
-async def _follow_once(nats: Nats, view: View, keys: Sequence[str]) -> None:
+async def _follow_once(nats: Nats, view: KvMirror, keys: Sequence[str]) -> None:
     """Follow with one consumer until it ends."""
     connection, stream = nats.reconnects.count, f"KV_{view.bucket}"
     # Revisions of which nothing is left (an expired marker) are never delivered: they count as seen.
-    watch = Watch(nats, view, (await patiently(lambda: nats.js.stream_info(stream))).state.last_seq)
+    watch = MirrorConsumer(
+        nats, view, (await retry_while_nats_down(lambda: nats.js.stream_info(stream))).state.last_seq
+    )
 
     async def end_at_reconnection() -> None:
         await nats.reconnects.wait_after(connection)
@@ -257,7 +259,7 @@ async def _follow_once(nats: Nats, view: View, keys: Sequence[str]) -> None:
 
     ending = asyncio.create_task(end_at_reconnection())
     inbox, name = nats.client.new_inbox(), uuid.uuid4().hex
-    subscription = await nats.client.subscribe(inbox, cb=watch.take)
+    subscription = await nats.client.subscribe(inbox, cb=watch.on_message)
     try:
         consumer = await nats.js.add_consumer(
             stream,
@@ -272,15 +274,15 @@ async def _follow_once(nats: Nats, view: View, keys: Sequence[str]) -> None:
             mem_storage=True,
             num_replicas=1,
         )
-        watch.told(consumer)
+        watch.on_consumer_info(consumer)
         while monotonic() - watch.heard_s < _SILENCE_TIMEOUT_S:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_SILENCE_TIMEOUT_S if watch.whole else _SNAPSHOT_POLL_INTERVAL_S):
+                async with asyncio.timeout(_SILENCE_TIMEOUT_S if watch.has_snapshot else _SNAPSHOT_POLL_INTERVAL_S):
                     await watch.over.wait()
                     return
-            if not watch.whole:
+            if not watch.has_snapshot:
                 # A snapshot's last message says that it is the last, unless its key has expired meanwhile.
-                watch.told(await nats.js.consumer_info(stream, name))
+                watch.on_consumer_info(await nats.js.consumer_info(stream, name))
     finally:
         ending.cancel()
         # Deleted, not left to expire: a server may allow a stream no more than a thousand consumers.

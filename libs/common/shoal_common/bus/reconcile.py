@@ -12,32 +12,32 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 from nats.errors import Error as NatsError
 
-from shoal_common.bus.kv_mirror import View, any_changed
+from shoal_common.bus.kv_mirror import KvMirror, any_changed
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("reconcile")
+log = StructuredLogger("reconcile")
 
-APART_S = 0.05
+MIN_PASS_INTERVAL_S = 0.05
 """Minimum time from the start of one pass to the next: at most 20 a second."""
-BACK_OFF_S = (0.5, 30.0)
+RETRY_BACKOFF_S = (0.5, 30.0)
 """Delay after the first failure, and the maximum."""
 
 
 def back_off_s(failures: int) -> float:
     """Return the delay after this many failures in a row."""
-    first_s, most_s = BACK_OFF_S
+    first_s, most_s = RETRY_BACKOFF_S
     return min(first_s * 2.0 ** min(failures - 1, 16), most_s)
 
 
-def soonest(*waits_s: float | None) -> float | None:
+def earliest(*waits_s: float | None) -> float | None:
     """Return the shortest of some waits; None is no wait."""
     return min((s for s in waits_s if s is not None), default=None)
 
 
 async def reconcile_forever(
     what: str,
-    views: Sequence[View],
+    views: Sequence[KvMirror],
     reconcile: Callable[[], Awaitable[float | None]],
     level: Callable[[], Hashable] | None = None,
 ) -> None:
@@ -64,7 +64,7 @@ async def reconcile_forever(
         while True:
             left_s = None if due_s is None else max(due_s - loop.time(), 0.0)
             await any_changed(views, seen, left_s)
-            await asyncio.sleep(max(started_s + APART_S - loop.time(), 0.0))
+            await asyncio.sleep(max(started_s + MIN_PASS_INTERVAL_S - loop.time(), 0.0))
             if due_s is not None and loop.time() >= due_s:
                 break
             started_s, seen = loop.time(), tuple(view.changes for view in views)

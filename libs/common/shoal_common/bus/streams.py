@@ -14,22 +14,22 @@ from nats.js import errors as jse
 
 from shoal_common.bus import subjects
 from shoal_common.errors import Unavailable
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
 T = TypeVar("T")
-log = Log("buckets")
+log = StructuredLogger("buckets")
 MIB = 1 << 20
 LIVE_TTL_S = 20
 LEASE_TTL_S = 10
 DONE_TTL_S = 3600
 COMMAND_MAX_AGE_S = 3600
 EVENT_MAX_AGE_S = 7 * 86400
-MARKER_TTL_S = 600
+DELETE_MARKER_TTL_S = 600
 """How long watchers that were disconnected can still see a deletion; then the key leaves no trace (I8)."""
 MAX_CONSUMERS = 100_000
-OUTAGE_PATIENCE_S = 60.0
-_RETRY_S = 0.25
-OUTAGE = (
+OUTAGE_DEADLINE_S = 60.0
+_RETRY_INTERVAL_S = 0.25
+OUTAGE_ERRORS = (
     NatsTimeoutError,
     NoRespondersError,
     ConnectionReconnectingError,
@@ -84,7 +84,7 @@ def stream_configs(replicas: int) -> list[api.StreamConfig]:
             allow_msg_ttl=True,
             deny_delete=True,
             duplicate_window=min(ttl_s, 120) or 120,
-            subject_delete_marker_ttl=MARKER_TTL_S,
+            subject_delete_marker_ttl=DELETE_MARKER_TTL_S,
             **common,
         )
 
@@ -114,17 +114,17 @@ _COMPARED = (
 )
 
 
-def differences(wanted: api.StreamConfig, actual: api.StreamConfig) -> list[str]:
+def config_mismatches(wanted: api.StreamConfig, actual: api.StreamConfig) -> list[str]:
     """Return the settings of an existing stream that are not as wanted: `max_age: 60 instead of 3600`."""
     out = []
     for name in _COMPARED:
         want, have = getattr(wanted, name), getattr(actual, name)
         if (want or None) != (have or None):
-            out.append(f"{name}: {_plain(have)} instead of {_plain(want)}")
+            out.append(f"{name}: {_as_nats_writes(have)} instead of {_as_nats_writes(want)}")
     return out
 
 
-def _plain(value: object) -> object:
+def _as_nats_writes(value: object) -> object:
     """Return a setting as NATS writes it: `memory`, not `StorageType.MEMORY`."""
     return value.value if isinstance(value, Enum) else value
 
@@ -137,14 +137,14 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
     for wanted in stream_configs(replicas):
         name = str(wanted.name)
         try:
-            actual = (await patiently(lambda n=name: js.stream_info(n))).config  # type: ignore[misc]  # lambda default binds the loop variable
+            actual = (await retry_while_nats_down(lambda n=name: js.stream_info(n))).config  # type: ignore[misc]  # lambda default binds the loop variable
         except jse.NotFoundError:
             try:
-                await patiently(lambda w=wanted: js.add_stream(w))  # type: ignore[misc]  # the same
+                await retry_while_nats_down(lambda w=wanted: js.add_stream(w))  # type: ignore[misc]  # the same
             except jse.APIError as e:
                 raise Unavailable(f"this NATS server refuses the stream {name}: {e.description}") from None
             continue
-        mismatches = differences(wanted, actual)
+        mismatches = config_mismatches(wanted, actual)
         if not mismatches:
             continue
         log.warning("correcting a stream's settings", stream=name, differences="; ".join(mismatches))
@@ -159,21 +159,21 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
             ) from None
 
 
-async def store_made(js: JetStreamContext) -> str:
+async def kv_created_at(js: JetStreamContext) -> str:
     """Return when the stream of `spec` was created: another time after NATS has lost its store."""
-    return str((await patiently(lambda: js.stream_info("KV_spec"))).created)
+    return str((await retry_while_nats_down(lambda: js.stream_info("KV_spec"))).created)
 
 
-async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = OUTAGE_PATIENCE_S) -> T:
+async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: float = OUTAGE_DEADLINE_S) -> T:
     """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `patience_s`."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + patience_s
+    give_up = loop.time() + deadline_s
     while True:
         try:
             return await call()
-        except OUTAGE as e:
+        except OUTAGE_ERRORS as e:
             if loop.time() >= give_up:
-                raise Unavailable(f"NATS has not answered for {patience_s:.0f} s ({type(e).__name__})") from e
-            await asyncio.sleep(_RETRY_S)
+                raise Unavailable(f"NATS has not answered for {deadline_s:.0f} s ({type(e).__name__})") from e
+            await asyncio.sleep(_RETRY_INTERVAL_S)
         except ConnectionClosedError as e:
             raise Unavailable("the connection to NATS is closed") from e

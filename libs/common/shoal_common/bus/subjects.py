@@ -17,17 +17,17 @@ def command(service: str, node: str, verb: str) -> str:
     return f"{ROOT}.cmd.{service}.{check_node(node)}.{verb}"
 
 
-def commands_of(service: str, node: str) -> str:
+def all_commands(service: str, node: str) -> str:
     """Return the subject of all commands for a service of a node."""
     return f"{ROOT}.cmd.{service}.{check_node(node)}.*"
 
 
-def durable(service: str, node: str) -> str:
+def consumer_name(service: str, node: str) -> str:
     """Return the name of the consumer of commands for a service of a node, or of `any`."""
     return f"{service}-{check_node(node)}"
 
 
-def question(service: str, node: str, verb: str) -> str:
+def rpc(service: str, node: str, verb: str) -> str:
     """Return the subject of an RPC request to a service of a node."""
     return f"{ROOT}.svc.{service}.{check_node(node)}.{verb}"
 
@@ -42,7 +42,7 @@ def have(node: str, blob: str) -> str:
     return f"{ROOT}.have.{node if node == '*' else check_node(node)}.{check_blob(blob)}"
 
 
-def lost(node: str) -> str:
+def peer_lost(node: str) -> str:
     """Return the subject of reports that a connection to a node broke; node `*` subscribes to all. Not stored."""
     return f"{ROOT}.lost.{node if node == '*' else check_node(node)}"
 

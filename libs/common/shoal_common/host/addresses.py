@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import structs
 
-from shoal_common.host.interfaces import RANKS, Interface
-from shoal_common.messages.liveness import Link, Live
+from shoal_common.host.interfaces import KIND_RANKS, Interface
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress
 
 MAX_LINKS = 16
 """An interface may have many temporary IPv6 addresses; no more are tried."""
@@ -27,43 +27,45 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # What a node publishes
 
 
-def takes_both(bind: str) -> bool:
+def is_dual_stack(bind: str) -> bool:
     """Return whether a socket bound to this address accepts IPv4 and IPv6: `::`. 0.0.0.0 is IPv4 only."""
     return bind == "::"
 
 
-def links(bind: str, advertise: Sequence[str], port: int, interfaces: Sequence[Interface]) -> list[Link]:
+def published_addresses(
+    bind: str, advertise: Sequence[str], port: int, interfaces: Sequence[Interface]
+) -> list[NodeAddress]:
     """Return all addresses of a data port that listens on `bind`, best first.
 
     `advertise`, if a person set it, is the complete list in their order; it has no kinds, so no peer reorders it.
     """
     if advertise:
-        return [Link(address=_address(host, port)) for host in advertise]
+        return [NodeAddress(address=_address(host, port)) for host in advertise]
     host = "127.0.0.1" if bind == "localhost" else bind
     ip, by_host = ipaddress.ip_address(host), _hosts(interfaces)
     if not ip.is_unspecified:
         interface = by_host.get(host)
         kind = interface.kind if interface else "loopback" if ip.is_loopback else ""
-        return [_link(host, port, interface) if interface else Link(address=_address(host, port), kind=kind)]
-    hosts = [h for h in by_host if takes_both(bind) or ":" not in h]
+        return [_link(host, port, interface) if interface else NodeAddress(address=_address(host, port), kind=kind)]
+    hosts = [h for h in by_host if is_dual_stack(bind) or ":" not in h]
     ranked = sorted(hosts, key=lambda h: (_rank(by_host[h].kind), -by_host[h].mbit, by_host[h].name, ":" in h))
     ranked_links = [_link(h, port, by_host[h]) for h in ranked]
     # Any loopback address will do, but there has to be one: only the others are cut.
     loopback = [link for link in ranked_links if link.kind == "loopback"][:1]
     return [link for link in ranked_links if link.kind != "loopback"][:MAX_LINKS] + (
-        loopback or [Link(address=_address("127.0.0.1", port), kind="loopback")]
+        loopback or [NodeAddress(address=_address("127.0.0.1", port), kind="loopback")]
     )
 
 
-def for_others(published: Sequence[Link]) -> list[Link]:
+def non_loopback(published: Sequence[NodeAddress]) -> list[NodeAddress]:
     """Return the links that other machines can use; loopback if there are none."""
     return [link for link in published if link.kind != "loopback"] or list(published)
 
 
-def meeting_host(interfaces: Sequence[Interface], bind: str) -> str:
+def join_host(interfaces: Sequence[Interface], bind: str) -> str:
     """Return the address that other machines should join at: Ethernet or Wi-Fi if there is one, else the best."""
     by_host = _hosts(interfaces)
-    hosts = [host_of(link.address) for link in links(bind, (), 0, interfaces)]
+    hosts = [host_of(link.address) for link in published_addresses(bind, (), 0, interfaces)]
     named = [str(ip) for ip in hosts if ip is not None]
     return next((h for h in named if h in by_host and by_host[h].kind in ("ethernet", "wifi")), named[0])
 
@@ -76,28 +78,33 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _link(host: str, port: int, interface: Interface) -> Link:
-    return Link(address=_address(host, port), interface=interface.name, kind=interface.kind, mbit=interface.mbit)
+def _link(host: str, port: int, interface: Interface) -> NodeAddress:
+    return NodeAddress(
+        address=_address(host, port), interface=interface.name, kind=interface.kind, mbit=interface.mbit
+    )
 
 
 def _rank(kind: str) -> int:
-    return RANKS.get(kind, RANKS[""])
+    return KIND_RANKS.get(kind, KIND_RANKS[""])
 
 
 # What a peer makes of it
 
 
-def ways(live: Live, network: str, own: Sequence[Interface]) -> list[Link]:
+def reachable_addresses(live: LivenessRecord, network: str, own_interfaces: Sequence[Interface]) -> list[NodeAddress]:
     """Return the addresses of a live service in the order to try; empty if it cannot be reached from here.
 
     `network` is this process's own (`process_identity.this_network`). Nodes of an earlier version publish addresses
     only; their order stays.
     """
-    published = live.facts.links or [Link(address=a) for a in live.facts.addresses]
-    return order(usable(published, same_host=bool(network) and live.holder.network == network), own)
+    published = live.facts.links or [NodeAddress(address=a) for a in live.facts.addresses]
+    return sort_by_preference(
+        filter_reachable(published, same_host=bool(network) and live.holder.network_namespace == network),
+        own_interfaces,
+    )
 
 
-def usable(published: Iterable[Link], same_host: bool) -> list[Link]:
+def filter_reachable(published: Iterable[NodeAddress], same_host: bool) -> list[NodeAddress]:
     """Return the links that may lead to the node: loopback only on the same host, and no link-local address.
 
     Addresses that a person advertised have no kind and are always kept.
@@ -109,7 +116,7 @@ def usable(published: Iterable[Link], same_host: bool) -> list[Link]:
     ]
 
 
-def order(published: Sequence[Link], own: Sequence[Interface]) -> list[Link]:
+def sort_by_preference(published: Sequence[NodeAddress], own_interfaces: Sequence[Interface]) -> list[NodeAddress]:
     """Sort links in the order to try: loopback; those in our subnets, by the worse kind and speed of both ends;
     public addresses; tunnels that we are in too; the rest; last, IP versions of which we have no address.
 
@@ -117,12 +124,12 @@ def order(published: Sequence[Link], own: Sequence[Interface]) -> list[Link]:
     """
     if not any(link.kind for link in published):
         return list(published)
-    own_networks = [(network(a), i) for i in own if i.kind != "loopback" for a in i.addresses]
+    own_networks = [(subnet_of(a), i) for i in own_interfaces if i.kind != "loopback" for a in i.addresses]
     versions = {net.version for net, _ in own_networks}
     if not own_networks:
         return sorted(published, key=lambda link: link.kind != "loopback")
 
-    def key(link: Link) -> tuple[int, int, int]:
+    def key(link: NodeAddress) -> tuple[int, int, int]:
         ip = host_of(link.address)
         if link.kind == "loopback" or ip is None:
             return (0 if ip is not None else 4, 0, 0)
@@ -139,7 +146,7 @@ def order(published: Sequence[Link], own: Sequence[Interface]) -> list[Link]:
     return sorted(published, key=key)
 
 
-def network(address: str) -> _Network:
+def subnet_of(address: str) -> _Network:
     """Return the subnet of an address `host/prefix`.
 
     Tunnels give each node a single address, and yet their nodes share a network: 100.64.0.0/10 (Tailscale and
@@ -153,15 +160,19 @@ def network(address: str) -> _Network:
     return subnet.supernet(new_prefix=_SITE_PREFIX) if subnet.subnet_of(_LOCAL) else subnet
 
 
-def facing(published: Sequence[Link], host: str, own: Sequence[Interface]) -> Link | None:
+def address_for_caller(
+    published: Sequence[NodeAddress], host: str, own_interfaces: Sequence[Interface]
+) -> NodeAddress | None:
     """Return the link to give to a caller that connected to our address `host`: on the same link, if there is one.
 
     The caller may be no node, and on only one of our networks. Loopback is for callers that came by loopback.
     """
     host = host.removeprefix("::ffff:")  # how a dual-stack socket writes an IPv4 address
-    came_by = [_only(i, host) for i in own if host in _hosts([i])]
+    came_by = [_only(i, host) for i in own_interfaces if host in _hosts([i])]
     on_this_machine = any(i.kind == "loopback" for i in came_by)
-    return next(iter(order(usable(published, on_this_machine), came_by or own)), None)
+    return next(
+        iter(sort_by_preference(filter_reachable(published, on_this_machine), came_by or own_interfaces)), None
+    )
 
 
 def _only(interface: Interface, host: str) -> Interface:

@@ -28,14 +28,14 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 _PAGES = re.compile(r"^(\w+) (\d+)$", re.MULTILINE)
 
 
-class Group(msgspec.Struct, frozen=True):
+class ControlGroup(msgspec.Struct, frozen=True):
     """A visible control group."""
 
     version: Literal[1, 2]
     directory: Path
 
 
-class Room(msgspec.Struct, frozen=True):
+class MemoryLimit(msgspec.Struct, frozen=True):
     """Memory in bytes: total, available, and available without reclaiming file cache."""
 
     total_bytes: int
@@ -45,16 +45,16 @@ class Room(msgspec.Struct, frozen=True):
     """The group with this limit; None for the machine."""
 
 
-def groups_of(membership: str, mounts: str) -> list[Group]:
+def groups_of(membership: str, mounts: str) -> list[ControlGroup]:
     """Return the visible groups that limit a process's memory, innermost first in each hierarchy.
 
     `membership` is /proc/<pid>/cgroup, `mounts` is /proc/<pid>/mountinfo.
     """
-    groups: dict[Group, None] = {}
+    groups: dict[ControlGroup, None] = {}
     paths = _paths(membership)
     for version, root, mount_point in _mounts(mounts):
-        for name in _in_sight(paths.get(version, ""), root):
-            groups[Group(version, mount_point / name)] = None
+        for name in _visible_groups(paths.get(version, ""), root):
+            groups[ControlGroup(version, mount_point / name)] = None
     return list(groups)
 
 
@@ -88,7 +88,7 @@ def _unescaped(text: str) -> str:
     return _ESCAPED.sub(lambda m: chr(int(m[1], 8)), text)
 
 
-def _in_sight(path: str, root: str) -> list[str]:
+def _visible_groups(path: str, root: str) -> list[str]:
     """Return a group and those above it, relative to the group that a mount shows, innermost first.
 
     In a cgroup namespace both are relative to its root, and groups outside begin with `..`.
@@ -118,7 +118,7 @@ _RECLAIMABLE: Mapping[int, tuple[str, ...]] = {
 }
 
 
-def room_of(group: Group, files: Mapping[str, str]) -> Room | None:
+def memory_limit_of(group: ControlGroup, files: Mapping[str, str]) -> MemoryLimit | None:
     """Return a group's memory by the contents of its files; None if it has no limit or does not say."""
     pages = {name: int(size) for name, size in _PAGES.findall(files.get("memory.stat", ""))}
     limits = [files.get(name, "").strip() for name in ("memory.limit_in_bytes", "memory.max", "memory.high")]
@@ -129,35 +129,35 @@ def room_of(group: Group, files: Mapping[str, str]) -> Room | None:
         return None
     free = limit - int(used)
     available = free + sum(pages.get(name, 0) for name in _RECLAIMABLE[group.version])
-    return Room(limit, _within(available, limit), _within(free, limit), group.directory)
+    return MemoryLimit(limit, _clamp(available, limit), _clamp(free, limit), group.directory)
 
 
-def _within(size_bytes: int, limit_bytes: int) -> int:
+def _clamp(size_bytes: int, limit_bytes: int) -> int:
     return min(max(size_bytes, 0), limit_bytes)
 
 
-def least(rooms: Iterable[Room]) -> Room:
+def tightest(rooms: Iterable[MemoryLimit]) -> MemoryLimit:
     """Return the memory available under all of these limits."""
     limits = list(rooms)
-    return Room(
+    return MemoryLimit(
         total_bytes=min(r.total_bytes for r in limits),
         available_bytes=min(r.available_bytes for r in limits),
         free_bytes=min(r.free_bytes for r in limits),
     )
 
 
-class Memory:
+class AvailableMemory:
     """Memory available to this process. Limited groups are searched once a minute; thread-safe."""
 
     def __init__(self, process: Path = Path("/proc/self"), now_s: Callable[[], float] = monotonic) -> None:
         self._process, self._now_s = process, now_s
-        self._limited: list[Group] = []
+        self._limited: list[ControlGroup] = []
         self._find_at_s = float("-inf")
 
-    def look(self) -> list[Room]:
+    def read(self) -> list[MemoryLimit]:
         """Return the memory of the machine and of each group with a lower limit. Blocks: reads small files."""
         memory = psutil.virtual_memory()
-        machine = Room(int(memory.total), int(memory.available), int(memory.free))
+        machine = MemoryLimit(int(memory.total), int(memory.available), int(memory.free))
         if self._now_s() < self._find_at_s:
             rooms = [_read(group) for group in self._limited]
             if None not in rooms:
@@ -172,11 +172,11 @@ class Memory:
         return [machine, *limited.values()]
 
 
-def _read(group: Group) -> Room | None:
+def _read(group: ControlGroup) -> MemoryLimit | None:
     files = {}
     for name in _FILES[group.version]:
         try:
             files[name] = (group.directory / name).read_text()
         except OSError:  # version 2's root group has no such files, and a group may vanish at any time
             continue
-    return room_of(group, files)
+    return memory_limit_of(group, files)

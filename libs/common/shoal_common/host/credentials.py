@@ -23,7 +23,7 @@ def bearer(secret: str, purpose: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {derive(secret, purpose)}"} if secret else {}
 
 
-def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
+def is_authorized(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
     """Return whether a request carries the key for a purpose. `headers` must ignore the case of names."""
     if not secret:
         return True
@@ -31,12 +31,12 @@ def allowed(secret: str, purpose: str, headers: Mapping[str, str]) -> bool:
     return hmac.compare_digest(authorization.encode(errors="replace"), f"Bearer {derive(secret, purpose)}".encode())
 
 
-TOKEN_S = 600
+TOKEN_LIFETIME_S = 600
 """Lifetime of a blob's token by the cluster's clock (`cluster_clock.py`); two processes' clocks may differ by as much
 again."""
 
 
-PROBE = "probe"
+PROBE_NAME = "probe"
 """Takes the place of a blob's name in the token for a node's `/v1/probe`."""
 
 
@@ -44,11 +44,11 @@ def blob_token(secret: str, node: str, blob: str, now_s: float) -> dict[str, str
     """Return headers that allow reading one blob of one node for some minutes; empty without a secret."""
     if not secret:
         return {}
-    until_s = int(now_s) + TOKEN_S
+    until_s = int(now_s) + TOKEN_LIFETIME_S
     return {"Authorization": f"Shoal {until_s}.{derive(secret, f'blob/{node}/{blob}/{until_s}')}"}
 
 
-def blob_token_shows(secret: str, node: str, blob: str, headers: Mapping[str, str], now_s: float) -> bool:
+def blob_token_allows(secret: str, node: str, blob: str, headers: Mapping[str, str], now_s: float) -> bool:
     """Return whether a request may read this blob of this node now. `headers` must ignore the case of names."""
     if not secret:
         return True
@@ -56,13 +56,13 @@ def blob_token_shows(secret: str, node: str, blob: str, headers: Mapping[str, st
     until, _, key = token.partition(".")
     if scheme != "Shoal" or not (until.isascii() and until.isdigit() and len(until) <= _UNTIL_DIGITS):
         return False
-    if not now_s - TOKEN_S <= int(until) <= now_s + 2 * TOKEN_S:
+    if not now_s - TOKEN_LIFETIME_S <= int(until) <= now_s + 2 * TOKEN_LIFETIME_S:
         return False
     expected = derive(secret, f"blob/{node}/{blob}/{int(until)}")
     return hmac.compare_digest(key.encode(errors="replace"), expected.encode())
 
 
-def capability(secret: str, blob: str, until_s: int) -> dict[str, str]:
+def signed_query(secret: str, blob: str, until_s: int) -> dict[str, str]:
     """Return query fields that allow anyone with the URL to read one blob until a time (seconds since 1970).
 
     For clients that send no credential to the target of a redirect. Empty without a secret.
@@ -70,7 +70,7 @@ def capability(secret: str, blob: str, until_s: int) -> dict[str, str]:
     return {"until": str(until_s), "key": derive(secret, f"blob/{blob}/{until_s}")} if secret else {}
 
 
-def capable(secret: str, blob: str, query: Mapping[str, str], now_s: float) -> bool:
+def signed_query_allows(secret: str, blob: str, query: Mapping[str, str], now_s: float) -> bool:
     """Return whether a URL's query allows reading this blob now."""
     until, key = query.get("until", ""), query.get("key", "")
     if not (secret and until.isascii() and until.isdigit() and len(until) <= _UNTIL_DIGITS and now_s <= int(until)):

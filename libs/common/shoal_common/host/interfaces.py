@@ -24,12 +24,12 @@ from typing import Literal
 import msgspec
 import psutil
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 
-log = Log("interfaces")
+log = StructuredLogger("interfaces")
 
 Kind = Literal["thunderbolt", "ethernet", "wifi", "virtual", "loopback"]
-RANKS: dict[str, int] = {"thunderbolt": 0, "ethernet": 1, "wifi": 2, "": 3, "virtual": 4, "loopback": 5}
+KIND_RANKS: dict[str, int] = {"thunderbolt": 0, "ethernet": 1, "wifi": 2, "": 3, "virtual": 4, "loopback": 5}
 """Order in which peers try the kinds. An unknown kind ranks below the first three."""
 
 _SYS = Path("/sys/class/net")
@@ -50,7 +50,7 @@ class Interface(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...] = ()
 
 
-class Interfaces:
+class InterfaceMonitor:
     """This machine's interfaces as last read."""
 
     def __init__(self, read: Callable[[], tuple[Interface, ...]] | None = None) -> None:
@@ -58,11 +58,11 @@ class Interfaces:
         self._seen: tuple[Interface, ...] | None = None
 
     @property
-    def now(self) -> tuple[Interface, ...]:
+    def current(self) -> tuple[Interface, ...]:
         """Interfaces as last read; the first access reads them, which takes milliseconds."""
-        return self.look() if self._seen is None else self._seen
+        return self.refresh() if self._seen is None else self._seen
 
-    def look(self) -> tuple[Interface, ...]:
+    def refresh(self) -> tuple[Interface, ...]:
         """Read the interfaces again. Blocks for milliseconds, on macOS with new interfaces for longer.
 
         If they cannot be read, the last ones stay: a service does not end because of that.
@@ -122,7 +122,7 @@ def linux_kind(root: Path, name: str, depth: int = 0) -> Kind | None:
     below = sorted(p.name.removeprefix("lower_") for p in directory.glob("lower_*")) if depth < _MAX_STACKED else []
     kinds = [kind for kind in (linux_kind(root, n, depth + 1) for n in below) if kind not in (None, "virtual")]
     if kinds:
-        return max(kinds, key=lambda kind: RANKS[kind or ""])
+        return max(kinds, key=lambda kind: KIND_RANKS[kind or ""])
     return None if (directory / "bridge").exists() else "virtual"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from shoal_common.messages.liveness import Holder
+from shoal_common.messages.liveness import ProcessIdentity
 
 _SAME_START_S = 1.5
 """Two readings of a process's start time differ by clock ticks: less than this is the same process."""
@@ -21,7 +21,7 @@ _BOOT_BYTES = 16
 _SYSCTL_TIMEOUT_S = 10.0
 
 
-def this_host() -> str:
+def host_id() -> str:
     """Return a value for this machine, this boot and this pid namespace: where it is equal, so are pids."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
@@ -31,7 +31,7 @@ def this_host() -> str:
 
 
 @cache
-def boot_bytes() -> bytes:
+def boot_id() -> bytes:
     """Return 16 bytes that identify this boot of this machine, equal for all its processes."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -42,26 +42,26 @@ def boot_bytes() -> bytes:
     return hashlib.sha256(boot.strip().encode()).digest()[:_BOOT_BYTES]
 
 
-def this_network() -> str:
+def network_id() -> str:
     """Return a value for this machine, boot and network namespace: where it is equal, loopback is shared."""
     if sys.platform == "linux":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
         return f"{boot}/{Path('/proc/self/ns/net').readlink().name.strip('net:[]')}"
-    return this_host()
+    return host_id()
 
 
-def this_process() -> Holder:
+def this_process() -> ProcessIdentity:
     """Return the identity of this process, with a new uid."""
-    return Holder(
+    return ProcessIdentity(
         uid=uuid.uuid4().hex[:12],
-        host=this_host(),
+        host=host_id(),
         pid=os.getpid(),
         pid_started_s=round(psutil.Process().create_time(), 1),
-        network=this_network(),
+        network_namespace=network_id(),
     )
 
 
-def is_gone(holder: Holder, host: str) -> bool:
+def is_dead(holder: ProcessIdentity, host: str) -> bool:
     """Return whether a process is certainly dead; known only of processes of this machine and boot."""
     if holder.host != host:
         return False

@@ -9,7 +9,7 @@ from collections.abc import Callable
 _BURST_S = 0.1
 
 
-class Pace:
+class RateLimiter:
     """Limits a rate to `bytes_per_s`; None means unlimited.
 
     Callers are served in order of arrival. One that takes more than is available waits for its share, and the next
@@ -26,7 +26,7 @@ class Pace:
         """The current limit."""
         return self._rate
 
-    def use(self, bytes_per_s: int | None) -> None:
+    def set_rate(self, bytes_per_s: int | None) -> None:
         """Change the limit, for waiting callers too."""
         if bytes_per_s == self._rate:
             return
@@ -37,7 +37,7 @@ class Pace:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def take(self, count: int) -> None:
+    async def acquire(self, count: int) -> None:
         """Return when `count` bytes may pass."""
         if not self._rate:
             return

@@ -13,14 +13,14 @@ _BLOCKED_TIMEOUT_S = 60.0
 _WATCHDOG_INTERVAL_S = 5.0
 
 
-class Supervisor:
+class ServiceManagerNotifier:
     """Notifies the service manager; does nothing if there is none."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._path = environ.get("NOTIFY_SOCKET", "")
         self._watchdog_s = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
 
-    def tell(self, state: str) -> None:
+    def notify(self, state: str) -> None:
         """Send `READY=1`, `STOPPING=1` or `STATUS=…`. Errors are ignored."""
         if not self._path:
             return
@@ -37,7 +37,7 @@ class Supervisor:
         """Keep the watchdog satisfied while the event loop runs."""
         if self._watchdog_s:
             while True:
-                self.tell("WATCHDOG=1")
+                self.notify("WATCHDOG=1")
                 await asyncio.sleep(self._watchdog_s / 3)
         try:
             while True:

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from shoal_common.bus.keys import live_key, node_key, storage_key
+from shoal_common.bus.keys import liveness_key, node_key, storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.subjects import ANY
-from shoal_common.errors import NodeAway
+from shoal_common.errors import NodeDown
 from shoal_common.messages.placement import NodeState
 
 
 async def is_live(buckets: Buckets, service: str, node: str) -> bool:
     """Return whether this service has a key in `live`, on this node or on `any`. Raises Unavailable."""
     if node != ANY:
-        return await buckets.live.get(live_key(node, service)) is not None
+        return await buckets.live.get(liveness_key(node, service)) is not None
     for key in await buckets.live.keys(f"*.{service}"):
         if await buckets.live.get(key) is not None:  # the marker of an expired key is listed too
             return True
     return False
 
 
-async def node_away(buckets: Buckets, service: str, node: str, what: str) -> NodeAway:
+async def node_down_error(buckets: Buckets, service: str, node: str, verb: str) -> NodeDown:
     """Return the error for a command (`delete`, say) whose service is not live. Raises Unavailable."""
     if node == ANY:
-        return NodeAway(f"{what} was not run: no node runs {service}; start one with `shoal up`")
+        return NodeDown(f"{verb} was not run: no node runs {service}; start one with `shoal up`")
     state = await buckets.state.get_as(node_key(node), NodeState)
     if state is not None:
-        since = datetime.fromtimestamp(state.silent_since_s, UTC).isoformat(timespec="seconds")
-        return NodeAway(
-            f"{_not_done(what, node)}: the node is down since {since}; bring it back with `shoal up` there "
+        since = datetime.fromtimestamp(state.down_since_s, UTC).isoformat(timespec="seconds")
+        return NodeDown(
+            f"{_not_done(verb, node)}: the node is down since {since}; bring it back with `shoal up` there "
             "and send it again",
             node=node,
-            silent_since_s=state.silent_since_s,
+            silent_since_s=state.down_since_s,
         )
     if await buckets.state.get(storage_key(node)) is None:
-        return NodeAway(f"{_not_done(what, node)}: there is no such node; see `shoal status`", node=node)
-    return NodeAway(
-        f"{_not_done(what, node)}: its {service} is not live; see `shoal status`, or start it there with `shoal up`, "
+        return NodeDown(f"{_not_done(verb, node)}: there is no such node; see `shoal status`", node=node)
+    return NodeDown(
+        f"{_not_done(verb, node)}: its {service} is not live; see `shoal status`, or start it there with `shoal up`, "
         "and send it again",
         node=node,
     )

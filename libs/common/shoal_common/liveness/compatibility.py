@@ -9,80 +9,80 @@ import msgspec
 
 from shoal_common import VERSION
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.keys import live_key
-from shoal_common.bus.kv_mirror import View, follow
+from shoal_common.bus.keys import liveness_key
+from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import LIVE_TTL_S
-from shoal_common.cancellation import ended
+from shoal_common.cancellation import cancel_and_wait
 from shoal_common.errors import BadMessage, OtherVersion
-from shoal_common.host.process_identity import is_gone, this_host
-from shoal_common.logs import Log
+from shoal_common.host.process_identity import host_id, is_dead
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
-from shoal_common.messages.liveness import Holder, Live
+from shoal_common.messages.liveness import LivenessRecord, ProcessIdentity
 
-log = Log("company")
-SNAPSHOT_DEADLINE_S = 30.0
-SILENT_S = LIVE_TTL_S + 5.0
+log = StructuredLogger("company")
+SNAPSHOT_TIMEOUT_S = 30.0
+DEAD_HOLDER_TIMEOUT_S = LIVE_TTL_S + 5.0
 """By then the key of a service that died elsewhere has expired."""
 _MAX_VERSION_CHARACTERS = 40
 
 
-class Other(msgspec.Struct, frozen=True):
+class IncompatibleService(msgspec.Struct, frozen=True):
     """A live service of another major version."""
 
     version: str
-    holder: Holder
-    beats: int = 0
+    holder: ProcessIdentity
+    renewals: int = 0
     """Renewals of its key since it was first seen; from 1 on it is certainly alive."""
 
 
-class CompanyView(View):
+class CompatibleLiveView(KvMirror):
     """A view of `live` without services of another major version; those are in `others`, by key."""
 
     def __init__(self, version: str = VERSION, quiet: bool = False) -> None:
         super().__init__("live")
-        self.others: dict[str, Other] = {}
+        self.incompatible: dict[str, IncompatibleService] = {}
         self._version, self._quiet = version, quiet
 
     def apply(self, key: str, value: bytes | None, revision: int = 0) -> None:
         """Apply one change from the server."""
-        other = self._other(key, value)
+        other = self._incompatible(key, value)
         if other is None:
-            self.comings += self.others.pop(key, None) is not None
+            self.key_changes += self.incompatible.pop(key, None) is not None
             super().apply(key, value, revision)
         else:
-            known = self.others.get(key)
-            self.comings += known is None
-            self._note(key, other)
+            known = self.incompatible.get(key)
+            self.key_changes += known is None
+            self._record(key, other)
             if known is not None and known.holder.uid == other.holder.uid:
-                self.others[key] = msgspec.structs.replace(other, beats=known.beats + 1)
+                self.incompatible[key] = msgspec.structs.replace(other, beats=known.renewals + 1)
             super().apply(key, None, revision)
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
         """Replace everything with a new snapshot."""
-        incompatible = {key: other for key, value in values.items() if (other := self._other(key, value))}
-        self.comings += incompatible.keys() != self.others.keys()
-        self.others = {key: other for key, other in self.others.items() if key in incompatible}
+        incompatible = {key: other for key, value in values.items() if (other := self._incompatible(key, value))}
+        self.key_changes += incompatible.keys() != self.incompatible.keys()
+        self.incompatible = {key: other for key, other in self.incompatible.items() if key in incompatible}
         for key, other in incompatible.items():
-            self._note(key, other)
+            self._record(key, other)
         super().replace({key: value for key, value in values.items() if key not in incompatible}, revision)
 
-    def _other(self, key: str, value: bytes | None) -> Other | None:
+    def _incompatible(self, key: str, value: bytes | None) -> IncompatibleService | None:
         if value is None:
             return None
         try:
-            live = decode(value, Live)
+            live = decode(value, LivenessRecord)
         except BadMessage:
             return None  # absent from the view, which logs it
-        return None if work_together(self._version, live.version) else Other(live.version, live.holder)
+        return None if are_compatible(self._version, live.version) else IncompatibleService(live.version, live.holder)
 
-    def _note(self, key: str, other: Other) -> None:
-        node, known = key.partition(".")[0], self.others.get(key)
+    def _record(self, key: str, other: IncompatibleService) -> None:
+        node, known = key.partition(".")[0], self.incompatible.get(key)
         if known is not None and known.holder.uid == other.holder.uid:
             return
         logged = self._quiet or any(
-            k.partition(".")[0] == node and o.version == other.version for k, o in self.others.items()
+            k.partition(".")[0] == node and o.version == other.version for k, o in self.incompatible.items()
         )
-        self.others[key] = other
+        self.incompatible[key] = other
         if not logged:
             log.warning(
                 "ignoring a node that runs another major version; install one version everywhere",
@@ -92,26 +92,26 @@ class CompanyView(View):
             )
 
 
-async def refuse_newcomer(nats: Nats, node: str, service: str, version: str = VERSION) -> None:
+async def check_cluster_version(nats: Nats, node: str, service: str, version: str = VERSION) -> None:
     """Raise OtherVersion while a live service of the cluster has another major version than this one.
 
     A dead service does not count: on this machine its pid tells, elsewhere its expired key. The key that this service
     is about to claim is not looked at.
     """
-    view, own_key = CompanyView(version, quiet=True), live_key(node, service)
-    following = asyncio.create_task(follow(nats, view))
+    view, own_key = CompatibleLiveView(version, quiet=True), liveness_key(node, service)
+    following = asyncio.create_task(follow_forever(nats, view))
     try:
-        await view.complete(SNAPSHOT_DEADLINE_S)
-        host, waited, loop = this_host(), False, asyncio.get_running_loop()
-        give_up_s = loop.time() + SILENT_S
+        await view.wait_loaded(SNAPSHOT_TIMEOUT_S)
+        host, waited, loop = host_id(), False, asyncio.get_running_loop()
+        give_up_s = loop.time() + DEAD_HOLDER_TIMEOUT_S
         while True:
             seen = view.revision
-            others = {k: o for k, o in view.others.items() if k != own_key and not is_gone(o.holder, host)}
+            others = {k: o for k, o in view.incompatible.items() if k != own_key and not is_dead(o.holder, host)}
             if not others:
                 return
             deadline_passed = loop.time() >= give_up_s
             for key, other in sorted(others.items()):
-                if other.beats or other.holder.host == host or deadline_passed:
+                if other.renewals or other.holder.host == host or deadline_passed:
                     raise _refusal(key, other, service, node, version)
             if not waited:
                 log.warning(
@@ -121,14 +121,14 @@ async def refuse_newcomer(nats: Nats, node: str, service: str, version: str = VE
             waited = True
             try:
                 async with asyncio.timeout_at(give_up_s):
-                    await view.reached(seen + 1)
+                    await view.wait_revision(seen + 1)
             except TimeoutError:
                 continue
     finally:
-        await ended(following)
+        await cancel_and_wait(following)
 
 
-def _refusal(key: str, other: Other, service: str, node: str, version: str) -> OtherVersion:
+def _refusal(key: str, other: IncompatibleService, service: str, node: str, version: str) -> OtherVersion:
     other_node, _, other_service = key.partition(".")
     return OtherVersion(
         f"{other_service} of node {other_node} runs Shoal {other.version[:_MAX_VERSION_CHARACTERS]!r}, and {service} "
@@ -147,7 +147,7 @@ _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-{_SUFFIX})?(?:\+{_SU
 _MAX_CHARACTERS = 128
 
 
-def major(version: str) -> str | None:
+def compatibility_version(version: str) -> str | None:
     """Return what compatible versions have in common: `2`, or `0.3`. None if this is not a version."""
     match = _VERSION.fullmatch(version) if len(version) <= _MAX_CHARACTERS else None
     if match is None:
@@ -156,7 +156,7 @@ def major(version: str) -> str | None:
     return f"0.{second}" if first == "0" else first
 
 
-def work_together(one: str, other: str) -> bool:
+def are_compatible(one: str, other: str) -> bool:
     """Return whether services of these versions may talk to each other."""
-    first_version = major(one)
-    return first_version is not None and first_version == major(other)
+    first_version = compatibility_version(one)
+    return first_version is not None and first_version == compatibility_version(other)

@@ -14,48 +14,48 @@ from collections.abc import Callable
 from msgspec import structs
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import live_key
+from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.bus.streams import LIVE_TTL_S
-from shoal_common.errors import Claimed, Unavailable
-from shoal_common.host.addresses import for_others
-from shoal_common.host.process_identity import is_gone, this_process
-from shoal_common.logs import Log
+from shoal_common.errors import AlreadyRunning, Unavailable
+from shoal_common.host.addresses import non_loopback
+from shoal_common.host.process_identity import is_dead, this_process
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
-from shoal_common.messages.liveness import Facts, Link, Live
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts
 
-log = Log("live")
+log = StructuredLogger("live")
 
-BEAT_S = 6.5
+RENEW_INTERVAL_S = 6.5
 """A third of the key's TTL: a service that misses two renewals is still live."""
 _MIN_WAIT_S = 0.1
 _CLAIM_POLL_S = 1.0
 _MAX_DELETE_ATTEMPTS = 3
-_CLAIM_WAIT_S = LIVE_TTL_S + 5.0
+_CLAIM_TIMEOUT_S = LIVE_TTL_S + 5.0
 """A holder on another host may have died without releasing its key: wait until it would have expired."""
 
 
-def until_beat_s(node: str, now_s: float) -> float:
+def next_beat_in_s(node: str, now_s: float) -> float:
     """Return the seconds until this node's next renewal, by a clock that all of its processes share.
 
     A node's services renew together, so that a watcher wakes once for all of them; nodes renew at different times.
     """
-    phase_s = zlib.crc32(node.encode()) / 2**32 * BEAT_S
-    left_s = BEAT_S - (now_s - phase_s) % BEAT_S
-    return left_s if left_s >= _MIN_WAIT_S else left_s + BEAT_S  # the timer may have fired a little early
+    phase_s = zlib.crc32(node.encode()) / 2**32 * RENEW_INTERVAL_S
+    left_s = RENEW_INTERVAL_S - (now_s - phase_s) % RENEW_INTERVAL_S
+    return left_s if left_s >= _MIN_WAIT_S else left_s + RENEW_INTERVAL_S  # the timer may have fired a little early
 
 
 class Liveness:
     """This process's liveness key."""
 
     def __init__(self, bucket: Bucket, node: str, service: str) -> None:
-        self._bucket, self._key = bucket, live_key(node, service)
+        self._bucket, self._key = bucket, liveness_key(node, service)
         self._node, self._service = node, service
-        self._live = Live(holder=this_process(), version=VERSION, started_at_s=round(time.time(), 1))
+        self._live = LivenessRecord(holder=this_process(), version=VERSION, started_at_s=round(time.time(), 1))
         self._revision = 0
-        self._news = asyncio.Event()
+        self._renew_requested = asyncio.Event()
         self._once_said: list[Callable[[], None]] = []
-        self._look: Callable[[], list[Link]] | None = None
+        self._look: Callable[[], list[NodeAddress]] | None = None
 
     @property
     def uid(self) -> str:
@@ -63,35 +63,35 @@ class Liveness:
         return self._live.holder.uid
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> NodeFacts:
         """Facts that are published, or will be with the next renewal."""
         return self._live.facts
 
-    def set_facts(self, facts: Facts) -> None:
+    def set_facts(self, facts: NodeFacts) -> None:
         """Publish these facts with the next renewal; at once if the addresses have changed."""
         if facts.addresses != self._live.facts.addresses:
-            self._news.set()
-        self._live = Live(
+            self._renew_requested.set()
+        self._live = LivenessRecord(
             holder=self._live.holder,
             version=self._live.version,
             started_at_s=self._live.started_at_s,
             facts=facts,
         )
 
-    def follow_links(self, look: Callable[[], list[Link]]) -> None:
+    def track_addresses(self, read_links: Callable[[], list[NodeAddress]]) -> None:
         """Read the addresses with `look` (in a thread) before each renewal, and publish them with it."""
-        self._look = look
+        self._look = read_links
 
-    def say_now(self, facts: Facts | None, then: Callable[[], None]) -> None:
+    def publish_now(self, facts: NodeFacts | None, on_published: Callable[[], None]) -> None:
         """Publish these facts at once, and call `then` when they are published."""
         if facts is not None:
             self.set_facts(facts)
-        self._once_said.append(then)
-        self._news.set()
+        self._once_said.append(on_published)
+        self._renew_requested.set()
 
-    def beat_now(self) -> None:
+    def renew_now(self) -> None:
         """Renew the key early: after a NATS outage it may be about to expire, or gone."""
-        self._news.set()
+        self._renew_requested.set()
 
     async def claim(self) -> None:
         """Claim the key. Raises Claimed if another live process holds it.
@@ -100,7 +100,7 @@ class Liveness:
         renews the key after that, two machines use the same node id.
         """
         first_seen: int | None = None
-        give_up_s = time.monotonic() + _CLAIM_WAIT_S
+        give_up_s = time.monotonic() + _CLAIM_TIMEOUT_S
         while True:
             revision = await self._bucket.create(self._key, self._live)
             if revision is not None:
@@ -109,10 +109,10 @@ class Liveness:
             entry = await self._bucket.get(self._key)
             if entry is None:
                 continue
-            holder = decode(entry.value, Live).holder
+            holder = decode(entry.value, LivenessRecord).holder
             # Our own uid: a renewal was stored whose ack was lost.
-            if holder.uid == self.uid or is_gone(holder, self._live.holder.host):
-                revision = await self._bucket.swap(self._key, self._live, entry.revision)
+            if holder.uid == self.uid or is_dead(holder, self._live.holder.host):
+                revision = await self._bucket.compare_and_set(self._key, self._live, entry.revision)
                 if revision is not None:
                     self._revision = revision
                     return
@@ -120,28 +120,28 @@ class Liveness:
             first_seen = first_seen or entry.revision
             same_host = holder.host == self._live.holder.host
             if same_host or entry.revision != first_seen or time.monotonic() > give_up_s:
-                raise Claimed(
+                raise AlreadyRunning(
                     f"{self._service} of node {self._node} is already running: pid {holder.pid} on "
                     f"{holder.host.split('/')[0]} holds its key; stop it, or give this machine its own node id"
                 )
             log.warning("waiting for another host's key to be renewed or expire", holder=holder.host, pid=holder.pid)
             await asyncio.sleep(_CLAIM_POLL_S)
 
-    async def beat_forever(self) -> None:
+    async def renew_forever(self) -> None:
         """Renew the key at every interval of the node. Raises Claimed if another process has taken it."""
         while True:
             try:
-                async with asyncio.timeout(until_beat_s(self._node, time.monotonic())):
-                    await self._news.wait()
+                async with asyncio.timeout(next_beat_in_s(self._node, time.monotonic())):
+                    await self._renew_requested.wait()
             except TimeoutError:
                 pass
             if self._look is not None:
                 links = await asyncio.to_thread(self._look)
-                addresses = [link.address for link in for_others(links)]
+                addresses = [link.address for link in non_loopback(links)]
                 self.set_facts(structs.replace(self.facts, links=links, addresses=addresses))
-            self._news.clear()
+            self._renew_requested.clear()
             try:
-                revision = await self._bucket.swap(self._key, self._live, self._revision)
+                revision = await self._bucket.compare_and_set(self._key, self._live, self._revision)
             except Unavailable:
                 continue
             if revision is None:
@@ -152,12 +152,12 @@ class Liveness:
             while self._once_said:
                 self._once_said.pop(0)()
 
-    async def withdraw(self) -> None:
+    async def remove_key(self) -> None:
         """Remove the key at shutdown."""
         # Not by the known revision: a renewal that shutdown interrupted may still be on its way to the server.
         for _ in range(_MAX_DELETE_ATTEMPTS):
             entry = await self._bucket.get(self._key)
-            if entry is None or decode(entry.value, Live).holder.uid != self.uid:
+            if entry is None or decode(entry.value, LivenessRecord).holder.uid != self.uid:
                 return
             if await self._bucket.delete(self._key, entry.revision):
                 return

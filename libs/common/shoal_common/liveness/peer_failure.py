@@ -13,27 +13,29 @@ from nats.errors import Error as NatsError
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
 from shoal_common.messages import encode
-from shoal_common.messages.liveness import LostSight
+from shoal_common.messages.liveness import PeerConnectionLost
 
-SAY_EVERY_S = 2.0
+REPORT_INTERVAL_S = 2.0
 """Minimum time between reports about one node: many services retry a dead one again and again."""
 _MAX_NODES = 1024
 
 
-class Sight:
+class PeerFailureReporter:
     """Reports one service's failed connections to other nodes."""
 
     def __init__(self, nats: Nats, node: str) -> None:
         self._nats, self._me = nats, node
         self._said_s: dict[str, float] = {}
 
-    async def lost(self, node: str, why: str) -> None:
+    async def report(self, node: str, why: str) -> None:
         """Report that a connection to a node broke or was refused."""
         now_s = time.monotonic()
-        if node == self._me or now_s - self._said_s.get(node, -SAY_EVERY_S) < SAY_EVERY_S:
+        if node == self._me or now_s - self._said_s.get(node, -REPORT_INTERVAL_S) < REPORT_INTERVAL_S:
             return
         if len(self._said_s) >= _MAX_NODES:
             self._said_s.clear()
         self._said_s[node] = now_s
         with suppress(NatsError):
-            await self._nats.client.publish(subjects.lost(node), encode(LostSight(by=self._me, why=why)))
+            await self._nats.client.publish(
+                subjects.peer_lost(node), encode(PeerConnectionLost(reported_by=self._me, reason=why))
+            )

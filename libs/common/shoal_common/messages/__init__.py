@@ -21,7 +21,7 @@ class _KeywordOnly(msgspec.StructMeta):
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
-class Message(msgspec.Struct, frozen=True, omit_defaults=True, metaclass=_KeywordOnly):
+class WireStruct(msgspec.Struct, frozen=True, omit_defaults=True, metaclass=_KeywordOnly):
     """Base of every message: immutable, additive; fields that hold their default are not sent."""
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 
 DownloadPhase = Literal[
     "queued", "reserving", "fetching", "verifying", "blocked", "ready", "paused", "rejected", "failed"
 ]
 """`blocked`: the disk is full; the download continues by itself once there is space."""
-ENDED: frozenset[DownloadPhase] = frozenset({"ready", "rejected", "failed"})
+ENDED_PHASES: frozenset[DownloadPhase] = frozenset({"ready", "rejected", "failed"})
 
 
-class DownloadSpec(Message):
+class DownloadRequest(WireStruct):
     """A request that a model be on a node, removed when the download ends.
 
     `spec` key `download.<node>.<model>`, published by that node's fetcher.
@@ -23,7 +23,7 @@ class DownloadSpec(Message):
 
     model: str
     """The model as requested: `org/name`, or `org/name@revision`."""
-    asked_at_s: float
+    requested_at_s: float
     """When the download was requested."""
     paused: bool = False
     """A person paused the download; it continues only when a person says so."""
@@ -33,7 +33,7 @@ class DownloadSpec(Message):
     """Layer ranges `[first, last)`: only what stages with these layers need; empty means the whole model."""
 
 
-class DownloadState(Message):
+class DownloadState(WireStruct):
     """Progress of a download. `state` key `download.<node>.<model>`, published by that node's fetcher."""
 
     node: str
@@ -60,13 +60,13 @@ class DownloadState(Message):
     """Seconds until all has arrived at this rate; null if unknown."""
     verified_bytes: int = 0
     """Of `done_bytes`, those of blobs that storage has verified."""
-    switched: dict[str, int] = {}
+    source_switches: dict[str, int] = {}
     """How often each source was dropped because it was silent for too long; at most 16 sources."""
     blobs: list[str] = []
     """Complete blobs of this model on this node, which peers may request before the model is ready."""
-    known: dict[str, str] = {}
+    sha256_by_git_name: dict[str, str] = {}
     """sha256 of those complete blobs that the hub lists by git's sha1 only, by blob name."""
-    roots: dict[str, str] = {}
+    leaf_list_digests: dict[str, str] = {}
     """Leaf list digests of those complete blobs, by sha256."""
     waiting_for: str = ""
     """What the download waits for, if it does: `origin node-b`, `hub: rate limited for 12 s`."""
@@ -87,7 +87,7 @@ class DownloadState(Message):
         return min(self.resumed_bytes / self.total_bytes, 1.0) if self.total_bytes else 0.0
 
 
-class Withdraw(Message):
+class StopDownloads(WireStruct):
     """`svc.fetcher.<node>.withdraw`: drop the download requests for these models; answered once they have stopped."""
 
     repo: str
@@ -96,7 +96,7 @@ class Withdraw(Message):
     """Only this revision; "" means all of the repository."""
 
 
-class Download(Command):
+class DownloadCommand(Command):
     """`cmd.fetcher.<node>.download`: download a model to this node. Returns when the download has ended.
 
     Resumes a paused download, unless `unless_paused`.
@@ -106,7 +106,7 @@ class Download(Command):
     """`org/name`, with or without `@revision`."""
     layers: list[int] = []
     """`[first, last)`: only what a stage with these layers needs, if the model allows it; empty: all of it."""
-    unless_paused: bool = False
+    keep_paused: bool = False
     """Leave a paused download paused and end with `paused`; for services, which ask on their own."""
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class Answer(Message):
+class RpcReply(WireStruct):
     """The envelope of every RPC reply."""
 
     result: msgspec.Raw = msgspec.Raw(b"{}")
@@ -19,11 +19,11 @@ class Answer(Message):
     """Why it failed, if it failed."""
 
 
-class Done(Message):
+class Empty(WireStruct):
     """A request or reply without content."""
 
 
-class Command(Message):
+class Command(WireStruct):
     """Fields that every command has."""
 
     id: str = ""
@@ -34,7 +34,7 @@ class Command(Message):
     """When the sender gives up (set by gateways): a service that receives it later does not run it; 0: never."""
 
 
-class Outcome(Message):
+class Outcome(WireStruct):
     """How a command ended; also the reply to `nats req`.
 
     `done` key `<command id>`, published by the service that ran it, or by a gateway that gave up on it.

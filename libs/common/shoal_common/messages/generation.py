@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class ChatMessage(Message):
+class ChatMessage(WireStruct):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
@@ -17,7 +17,7 @@ class ChatMessage(Message):
     """The text."""
 
 
-class Generate(Message):
+class Generate(WireStruct):
     """`svc.inference.<node>.generate`: generate an answer, on the node with rank 0 of the instance."""
 
     instance: str
@@ -28,7 +28,7 @@ class Generate(Message):
     """The conversation, to which the model's chat template is applied."""
     prompt_tokens: list[int] = []
     """The prompt as token ids, instead of messages."""
-    generated: list[int] = []
+    generated_tokens: list[int] = []
     """Tokens that an earlier epoch produced: they follow the prompt, and `index` continues after them."""
     max_tokens: int = 512
     """Maximum number of tokens to generate."""
@@ -40,7 +40,7 @@ class Generate(Message):
     """Seed of the sampler; null means a random one."""
 
 
-class Accepted(Message):
+class Accepted(WireStruct):
     """The prompt fits the context, and generation has started."""
 
     request: str
@@ -49,7 +49,7 @@ class Accepted(Message):
     """Length of the prompt."""
 
 
-class CancelGenerate(Message):
+class CancelGenerate(WireStruct):
     """`svc.inference.<node>.cancel`: stop generating an answer, on the node with rank 0 of the instance."""
 
     instance: str
@@ -61,7 +61,7 @@ class CancelGenerate(Message):
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class TokenEvent(Message):
+class TokenEvent(WireStruct):
     """One token of an answer, or the error that ended it.
 
     Subject `shoal.v1.tok.<request>` (core NATS, not stored), published by inference of the node with rank 0.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal_common.errors import ErrorBody
-from shoal_common.messages import Message
-from shoal_common.messages.liveness import Link
+from shoal_common.messages import WireStruct
+from shoal_common.messages.liveness import NodeAddress
 
 
-class StageSpec(Message):
+class StageSpec(WireStruct):
     """The layers of an instance that run on one node."""
 
     rank: int
@@ -22,7 +22,7 @@ class StageSpec(Message):
     """The layer after the last one."""
 
 
-class Asked(Message):
+class PlacementConstraints(WireStruct):
     """What people asked of a layout, with the fields of `place`; later layouts of the instance respect it."""
 
     min_nodes: int = 1
@@ -31,13 +31,13 @@ class Asked(Message):
     """Maximum number of nodes."""
     nodes: list[str] = []
     """Use only these nodes; empty means any."""
-    without: list[str] = []
+    excluded_nodes: list[str] = []
     """Do not use these nodes."""
     objective: Literal["latency", "throughput", "balanced"] = "latency"
     """What the layout is optimized for."""
     in_flight: int = 0
     """Concurrent answers that `throughput` optimizes for; 0 means 4."""
-    answers: int = 1
+    max_parallel_answers: int = 1
     """Answers of full context length to reserve KV cache for."""
     allow_low_memory: bool = False
     """Allow the tier `tight`."""
@@ -49,7 +49,7 @@ class Asked(Message):
     """Maximum bytes that all nodes together may download; null means no limit."""
 
 
-class InstanceSpec(Message):
+class InstanceSpec(WireStruct):
     """A placed model. Its stages are in rank order and cover every layer once.
 
     `spec` key `instance.<id>`, published by placement's leader.
@@ -69,7 +69,7 @@ class InstanceSpec(Message):
     """Number of the layout: every new layout of the instance counts up."""
     created_at_s: float = 0.0
     """When the instance was placed."""
-    asked: Asked = Asked()
+    constraints: PlacementConstraints = PlacementConstraints()
     """What people asked of the layout."""
     tier: Literal["fits", "tight", "force"] = "fits"
     """Memory tier that the layout needed."""
@@ -83,7 +83,7 @@ class InstanceSpec(Message):
 StagePhase = Literal["fetching", "loading", "linking", "ready", "failed"]
 
 
-class StageState(Message):
+class StageState(WireStruct):
     """State of a stage, and its address for its neighbour.
 
     `state` key `stage.<id>.<rank>`, published by inference of its node.
@@ -101,7 +101,7 @@ class StageState(Message):
     """Current phase."""
     address: str = ""
     """`host:port` of its activation port, once it listens."""
-    links: list[Link] = []
+    links: list[NodeAddress] = []
     """All addresses of that port, best first."""
     weight_bytes: int = 0
     """Bytes of its layers' tensors, once they are loaded."""
@@ -114,7 +114,7 @@ class StageState(Message):
 InstancePhase = Literal["starting", "ready", "degraded", "failed"]
 
 
-class InstanceState(Message):
+class InstanceState(WireStruct):
     """State of an instance as a whole. `state` key `instance.<id>`, published by placement's leader."""
 
     id: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class AskLease(Message):
+class AcquireLease(WireStruct):
     """`svc.storage.<node>.lease`: a lease on a model, with a view of its own; the model stays while it is held."""
 
     model: str
@@ -18,7 +18,7 @@ class AskLease(Message):
     """`[first, last)`: a shard with what a stage with these layers needs is enough, if the model is not complete."""
 
 
-class Leased(Message):
+class LeaseGrant(WireStruct):
     """A lease. It lasts while a process holds a flock on `lock`, and ends when none does, however that came about."""
 
     id: str
@@ -29,11 +29,11 @@ class Leased(Message):
     """Absolute path of the directory with the model's files."""
     lock: str
     """Absolute path of the file to take a shared flock on, within 30 s."""
-    leaves: dict[str, list[list[int]]] = {}
+    leaf_ranges: dict[str, list[list[int]]] = {}
     """For a shard: available leaf ranges of each incomplete file, by path in the view. The other bytes are zeros."""
 
 
-class Unlease(Message):
+class ReleaseLease(WireStruct):
     """`svc.storage.<node>.unlease`: end a lease that nobody holds; one that has ended already is fine."""
 
     id: str

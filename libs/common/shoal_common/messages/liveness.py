@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class Holder(Message):
+class ProcessIdentity(WireStruct):
     """The process behind a node's service."""
 
     uid: str
@@ -16,11 +16,11 @@ class Holder(Message):
     """Process id on `host`."""
     pid_started_s: float = 0.0
     """When the process started; tells it from a later process with the same pid."""
-    network: str = ""
+    network_namespace: str = ""
     """The machine, this boot and the network namespace: equal values share one loopback interface."""
 
 
-class Link(Message):
+class NodeAddress(WireStruct):
     """An address of a data port, and the interface that carries it."""
 
     address: str
@@ -33,12 +33,12 @@ class Link(Message):
     """Interface speed in Mbit/s; 0 if the system does not report it."""
 
 
-class Facts(Message):
+class NodeFacts(WireStruct):
     """Facts about a service and its node. Each service fills in its own fields."""
 
     addresses: list[str] = []
     """Addresses of the data port, `host:port`, best first (fileserver, gateway)."""
-    links: list[Link] = []
+    links: list[NodeAddress] = []
     """The same addresses with their interfaces, plus loopback where the port listens on it, for this machine only."""
     memory_total_bytes: int = 0
     """Memory that instances may use at most: the machine's, or less if a setting says so (inference)."""
@@ -54,34 +54,34 @@ class Facts(Message):
     """MLX's device: cpu, metal or cuda; "" while unknown (inference)."""
     accelerator_bytes: int | None = None
     """Memory that the accelerator can use at most; null if unlimited or unknown (inference)."""
-    memory_bytes_per_s: float = 0.0
+    idle_bandwidth_bytes_per_s: float = 0.0
     """Rate at which MLX reads weights on an idle machine, measured; 0 before that (inference)."""
-    working_bytes_per_s: float = 0.0
+    observed_bandwidth_bytes_per_s: float = 0.0
     """The rate that running stages have shown, where it differs; 0 if none (inference)."""
     disk_free_bytes: int = 0
     """Free space on the store's disk (storage)."""
 
 
-class LostSight(Message):
+class PeerConnectionLost(WireStruct):
     """A connection to the node broke or was refused. Receivers should ping the node before acting.
 
     Subject `shoal.v1.lost.<node>` (core NATS, not stored), published by any service of another node.
     """
 
-    by: str
+    reported_by: str
     """The node that reports it."""
-    why: str = ""
+    reason: str = ""
     """Why the connection failed."""
 
 
-class Live(Message):
+class LivenessRecord(WireStruct):
     """A service is alive. `live` key `<node>.<service>`, published by that service."""
 
-    holder: Holder
+    holder: ProcessIdentity
     """The process that runs the service."""
     version: str
     """Version of Shoal that the service runs."""
     started_at_s: float = 0.0
     """When the service started."""
-    facts: Facts = Facts()
+    facts: NodeFacts = NodeFacts()
     """Facts about the service and its node."""

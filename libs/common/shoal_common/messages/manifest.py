@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class ManifestFile(Message):
+class ManifestFile(WireStruct):
     """One file of a model. A sealed manifest has every sha256; before that a small file may have only a sha1."""
 
     path: str
@@ -16,7 +16,7 @@ class ManifestFile(Message):
     """sha256 of the file; "" while unknown."""
     git_sha1: str = ""
     """git's sha1 of the file, as the hub lists small files; "" if it lists none."""
-    leaves: str = ""
+    leaf_list_digest: str = ""
     """Leaf list digest of the file (docs/transfer.md); "" if unknown."""
 
     @property
@@ -25,7 +25,7 @@ class ManifestFile(Message):
         return self.sha256 or f"git-{self.git_sha1}"
 
 
-class Manifest(Message):
+class Manifest(WireStruct):
     """The files of a model at a commit."""
 
     repo: str

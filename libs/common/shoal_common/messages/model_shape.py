@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class KvRule(Message):
+class KvRule(WireStruct):
     """Size of one layer's KV cache for one sequence. All zero for a layer without a cache."""
 
     bytes_per_token: int = 0
@@ -16,7 +16,7 @@ class KvRule(Message):
     """Bytes that do not depend on the sequence's length: a recurrent state."""
 
 
-class ModelShape(Message):
+class ModelShape(WireStruct):
     """What placement has to know about a model, read from its config and safetensors headers."""
 
     architecture: str
@@ -53,14 +53,14 @@ class ModelShape(Message):
     """The figures are an upper bound: the architecture is unknown, or loading changes the weights' size."""
 
 
-class AskShape(Message):
+class GetModelShape(WireStruct):
     """`svc.fetcher.<node>.shape`: size and shape of a model by the hub's listing and its files' headers."""
 
     model: str
     """`org/name@revision`; no node has to hold it."""
 
 
-class ModelSize(Message):
+class ModelSize(WireStruct):
     """What a model needs that may be on no node yet. Nothing of it is verified."""
 
     model: str

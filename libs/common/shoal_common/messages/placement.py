@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 
 
-class NodeSpec(Message):
+class NodeSpec(WireStruct):
     """A drained node: placement puts nothing on it. `spec` key `node.<node>`, published by placement's leader."""
 
     node: str
     """The drained node."""
-    asked_at_s: float
+    requested_at_s: float
     """When the drain was requested."""
 
 
-class NodeState(Message):
+class NodeState(WireStruct):
     """A node that is down and that other keys name. `state` key `node.<node>`, published by placement's leader."""
 
     node: str
     """The node."""
-    silent_since_s: float
+    down_since_s: float
     """When the leader found it down."""
-    forgotten: bool = False
+    forget_requested: bool = False
     """A person asked to retire it at once."""
 
 
-class MeasuredLink(Message):
+class MeasuredLink(WireStruct):
     """A measurement of the network from a node to a peer."""
 
     peer: str
     """The peer's node id."""
-    at_s: float
+    measured_at_s: float
     """When it was measured."""
-    ends: str = ""
+    addresses_fingerprint: str = ""
     """Fingerprint of both nodes' addresses at the time: the measurement is void once they publish others."""
     address: str = ""
     """The peer's address that was measured."""
@@ -49,7 +49,7 @@ class MeasuredLink(Message):
     """Why the peer could not be reached; "" if it was."""
 
 
-class LinksState(Message):
+class LinksState(WireStruct):
     """A node's last 64 link measurements. `state` key `links.<node>`, published by that node's placement."""
 
     node: str
@@ -58,7 +58,7 @@ class LinksState(Message):
     """The measurements."""
 
 
-class PreviewStage(Message):
+class PreviewStage(WireStruct):
     """What a stage would need on its node, and what the node has."""
 
     node: str
@@ -75,7 +75,7 @@ class PreviewStage(Message):
     """Memory that is free once other programs give up some: the tier `tight`."""
     total_bytes: int
     """Memory of the node."""
-    freeing_bytes: int
+    bytes_to_free: int
     """Memory that other programs have to free until the stage fits; 0 if it fits."""
     link_s: float = 0.0
     """Time to pass a token's hidden state to the next stage, from the last one to the first; 0 for a single stage."""
@@ -83,7 +83,7 @@ class PreviewStage(Message):
     """Whether `link_s` was measured, not estimated from the kind of link."""
 
 
-class Preview(Message):
+class Preview(WireStruct):
     """A possible layout."""
 
     layout: str
@@ -102,7 +102,7 @@ class Preview(Message):
     """Bytes that all nodes together would download."""
 
 
-class Previews(Message):
+class Previews(WireStruct):
     """Possible layouts of a model. The first is what `place` would choose, if the request allows its tier."""
 
     model: str
@@ -115,14 +115,14 @@ class Previews(Message):
     """The layouts, best first."""
 
 
-class AskFits(Message):
+class ListFits(WireStruct):
     """`svc.placement.<node>.fits`: which models that nodes hold could be placed now."""
 
     context_tokens: int = 0
     """Context length, as in `place`."""
 
 
-class Fit(Message):
+class FittingModel(WireStruct):
     """A model, and its best layout."""
 
     model: str
@@ -133,31 +133,31 @@ class Fit(Message):
     """Memory tier that the model needs; "" if it does not fit at all."""
     preview: Preview | None = None
     """Its best layout; null if there is none."""
-    why: str = ""
+    reason: str = ""
     """Why it cannot be placed."""
 
 
-class Fits(Message):
+class FittingModels(WireStruct):
     """Models by tier, those that fit first; within a tier the larger first."""
 
-    models: list[Fit]
+    models: list[FittingModel]
     """The models."""
 
 
-class AskRebalances(Message):
+class ListRebalances(WireStruct):
     """`svc.placement.<node>.rebalances`: which instances would run better in another layout."""
 
 
-class Rebalancing(Message):
+class RebalanceProposal(WireStruct):
     """An instance's layout, and a better one. Nothing moves by itself."""
 
     instance: str
     """The instance's id."""
     model: str
     """`org/name@commit`."""
-    now: Preview
+    current: Preview
     """The current layout."""
-    better: Preview
+    proposed: Preview
     """The proposed layout; its `fetch_bytes` is what the move would download."""
     gain: float
     """Cost of the current layout over the proposed one's, by the objective that was asked for.
@@ -166,21 +166,21 @@ class Rebalancing(Message):
     """
 
 
-class Rebalances(Message):
+class Rebalances(WireStruct):
     """Proposed moves, largest gain first."""
 
-    rebalances: list[Rebalancing]
+    rebalances: list[RebalanceProposal]
     """The proposals."""
 
 
-class AskLinks(Message):
+class MeasureLinks(WireStruct):
     """`svc.placement.<node>.links`: measure the links to these peers, unless they were measured within the hour."""
 
     peers: list[str]
     """Node ids, 16 at most."""
 
 
-class Place(Command):
+class PlaceCommand(Command):
     """`cmd.placement.any.place`: place a model in the memory of one or more nodes and start it."""
 
     model: str
@@ -193,13 +193,13 @@ class Place(Command):
     """Use only these nodes; empty means any live node."""
     context_tokens: int = 0
     """Context length to reserve KV cache for; 0 means the model's own limit, at most 4096."""
-    without: list[str] = []
+    excluded_nodes: list[str] = []
     """Do not use these nodes."""
     objective: Literal["latency", "throughput", "balanced"] = "latency"
     """Optimize for one answer at a time, for `in_flight` at once, or for as many as there are stages."""
     in_flight: int = 0
     """Concurrent answers that `throughput` optimizes for; 0 means 4."""
-    answers: int = 1
+    max_parallel_answers: int = 1
     """Answers of full context length to reserve KV cache for; more answers than that share it, at least 8 at once."""
     allow_low_memory: bool = False
     """Allow the tier `tight`: other programs would have to give up memory."""
@@ -245,7 +245,7 @@ class Drain(Command):
     """False lets the node take instances again."""
 
 
-class MembersState(Message):
+class MembersState(WireStruct):
     """The nodes that have joined this cluster and have not been retired."""
 
     lost_since_s: dict[str, float] = {}

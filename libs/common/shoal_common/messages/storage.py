@@ -6,13 +6,13 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.model_shape import ModelShape
 
 
-class LeaseState(Message):
+class LeaseState(WireStruct):
     """A lease on a model of a node."""
 
     id: str
@@ -27,7 +27,7 @@ class LeaseState(Message):
     """The process that holds its lock; 0 if none does yet or the system does not say."""
 
 
-class RootState(Message):
+class LibraryState(WireStruct):
     """A library: a read-only directory whose models a node offers in place."""
 
     path: str
@@ -36,17 +36,17 @@ class RootState(Message):
     """Why it cannot be scanned; "" if it can."""
     model_count: int = 0
     """Models offered from it."""
-    waiting_count: int = 0
+    unhashed_count: int = 0
     """Models whose files are not hashed yet."""
-    waiting_bytes: int = 0
+    unhashed_bytes: int = 0
     """Size of those models."""
-    not_adopted: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     """Directories that look like a model and are not offered, with the reason; at most 20."""
-    not_adopted_count: int = 0
+    rejected_count: int = 0
     """Number of all such directories."""
 
 
-class FurtherRootState(Message):
+class VolumeState(WireStruct):
     """A volume: a directory on another disk that holds blobs of this node's models."""
 
     path: str
@@ -65,11 +65,11 @@ class FurtherRootState(Message):
     """Part of the free space that Shoal leaves free."""
     reserved_bytes: int = 0
     """Space reserved for blobs that are arriving on it."""
-    double_bytes: int = 0
+    duplicate_bytes: int = 0
     """Size of blobs that another volume holds too; garbage."""
 
 
-class StorageState(Message):
+class StorageState(WireStruct):
     """Settings and use of a node's disk. `state` key `storage.<node>`, published by that node's storage."""
 
     node: str
@@ -96,31 +96,31 @@ class StorageState(Message):
     """Corrupt blobs that were set aside."""
     leases: list[LeaseState] = []
     """Leases on models of this node."""
-    from_environment: list[str] = []
+    overridden_by_env: list[str] = []
     """Settings that environment variables override; changing them in the file has no effect."""
-    unproven_count: int = 0
+    unverified_count: int = 0
     """Files that somebody put in a blob's place and that are not verified yet; offered to nobody."""
-    unproven_bytes: int = 0
+    unverified_bytes: int = 0
     """Size of those files; included in `used_bytes`."""
-    unknown_count: int = 0
+    foreign_count: int = 0
     """Foreign files in the store: not Shoal's, or not what their name says; never deleted."""
-    unknown_bytes: int = 0
+    foreign_bytes: int = 0
     """Size of the foreign files."""
-    unknown: list[str] = []
+    foreign_files: list[str] = []
     """Paths of the first foreign files, below the store."""
-    store_away: bool = False
+    store_missing: bool = False
     """Whether the store is missing, for example unmounted; its models are not offered then."""
     partial_retention_s: int = 0
     """How long bytes of abandoned downloads are kept."""
-    unfinished: list[str] = []
+    ended_downloads: list[str] = []
     """Models (`org/name@commit`) of which only an ended download's bytes are left; evicted first."""
-    paused: dict[str, int] = {}
+    paused_downloads: dict[str, int] = {}
     """Bytes kept for paused downloads, by `org/name@commit`; included in `reserved_bytes` and `used_bytes`."""
-    reserve_bytes: int = 0
+    ballast_bytes: int = 0
     """Size of the ballast file, which is deleted first when the disk is full."""
-    read_only_roots: list[RootState] = []
+    libraries: list[LibraryState] = []
     """Libraries of this node."""
-    roots: list[FurtherRootState] = []
+    volumes: list[VolumeState] = []
     """Volumes besides the store's own, each with its own `free_bytes`."""
     max_upload_bytes_per_s: int | None = None
     """Rate limit of the fileserver, in total; null means unlimited."""
@@ -130,7 +130,7 @@ class StorageState(Message):
     """Rate limit of downloads from each peer; null means unlimited."""
 
 
-class ModelState(Message):
+class ModelState(WireStruct):
     """A model that is complete, verified and durable on a node.
 
     `state` key `model.<node>.<model@commit>`, published by that node's storage.
@@ -154,7 +154,7 @@ class ModelState(Message):
     """Why there is no shape."""
     ready_at_s: float = 0.0
     """When the model became complete."""
-    adopted_from: str = ""
+    library_directory: str = ""
     """Its directory in a library; "" for a model of the store."""
 
     @property
@@ -163,7 +163,7 @@ class ModelState(Message):
         return f"{self.repo}@{self.commit}"
 
 
-class PartState(Message):
+class ShardState(WireStruct):
     """A shard: what stages with some layers need of a model, verified and durable on a node that lacks the rest.
 
     `state` key `part.<node>.<model@commit>`, published by that node's storage.
@@ -179,7 +179,7 @@ class PartState(Message):
     """Layer ranges `[first, last)`, in order."""
     size_bytes: int
     """Bytes of the shard."""
-    model_bytes: int
+    total_bytes: int
     """Bytes of the whole model."""
     revisions: list[str] = []
     """Revisions that people used for this commit."""
@@ -190,28 +190,28 @@ class PartState(Message):
         return f"{self.repo}@{self.commit}"
 
 
-class AskPlan(Message):
+class PlanEviction(WireStruct):
     """`svc.storage.<node>.plan`: what would be evicted to admit this many bytes; evicts nothing."""
 
     need_bytes: int
     """Bytes to be admitted."""
 
 
-class Victim(Message):
+class Victim(WireStruct):
     """A model in an eviction plan."""
 
     model: str
     """`org/name@commit`."""
-    frees_bytes: int
+    freed_bytes: int
     """Bytes that evicting it frees at its place in the plan."""
     last_use_s: float
     """When it was last used; of an ended download, when it was last requested."""
 
 
-class EvictionPlan(Message):
+class EvictionPlan(WireStruct):
     """What to evict, in order: garbage, ended downloads, victims. A dry run returns the same struct."""
 
-    need_bytes: int
+    required_bytes: int
     """Bytes that have to be freed."""
     garbage: list[str] = []
     """Blobs that nothing refers to."""
@@ -219,19 +219,19 @@ class EvictionPlan(Message):
     """Size of the garbage."""
     victims: list[Victim] = []
     """Models to evict, in order."""
-    frees_bytes: int = 0
+    freed_bytes: int = 0
     """Bytes that the whole plan frees."""
     enough: bool = False
     """Whether the plan frees enough. If not, nothing is evicted and the lists are empty."""
     evictable_bytes: int = 0
     """Bytes that could be evicted at most."""
-    kept: dict[str, str] = {}
+    protected: dict[str, str] = {}
     """Protected models, and why: `pinned`, `used by instance x and me (pid 4711)`, `being fetched`."""
-    unfinished: list[Victim] = []
+    ended_downloads: list[Victim] = []
     """Bytes that ended downloads have left, oldest first."""
 
 
-class AskRoom(Message):
+class CheckSpace(WireStruct):
     """`svc.storage.<node>.room`: does this model, whose download a full disk has stopped, fit the disk now?
 
     Storage evicts if its policy allows it: one plan for all running downloads.
@@ -241,7 +241,7 @@ class AskRoom(Message):
     """`org/name@commit`."""
 
 
-class RoomLeft(Message):
+class SpaceCheck(WireStruct):
     """Whether all running downloads fit the disk now."""
 
     enough: bool
@@ -258,23 +258,23 @@ class RoomLeft(Message):
     """The eviction that this request caused, if any."""
 
 
-class NoteUse(Message):
+class RecordUse(WireStruct):
     """`svc.storage.<node>.used`: record that inference used these models now."""
 
     models: list[str]
     """`org/name@commit` each."""
 
 
-class Reserve(Message):
+class Reserve(WireStruct):
     """`svc.storage.<node>.reserve`: reserve space for a model's blobs. Repeating it renews the same reservation."""
 
     manifest: Manifest
     """The model's files."""
-    leaves: dict[str, list[list[int]]] = {}
+    leaf_ranges: dict[str, list[list[int]]] = {}
     """Leaf ranges `[first, last)` to reserve, by blob; an empty list means none. Blobs not listed need all leaves."""
 
 
-class Reserved(Message):
+class ReserveResult(WireStruct):
     """A reservation; the missing blobs' partial directories exist."""
 
     present: list[str]
@@ -283,63 +283,63 @@ class Reserved(Message):
     """Blobs to be fetched."""
     evicted: EvictionPlan | None = None
     """The eviction that made space, if any."""
-    known: dict[str, str] = {}
+    sha256_by_git_name: dict[str, str] = {}
     """sha256 of the present files that the manifest names by git's sha1 only, by blob name."""
 
 
-class Release(Message):
+class Release(WireStruct):
     """`svc.storage.<node>.release`: end an unsuccessful download's reservation; delete bytes that only it needs."""
 
     manifest: Manifest
     """The manifest that was reserved."""
 
 
-class CommitBlob(Message):
+class CommitBlob(WireStruct):
     """`svc.storage.<node>.commit`: verify a complete partial blob and make it a blob."""
 
     blob: str
     """The blob's name."""
-    root: str = ""
+    leaf_list_digest: str = ""
     """Digest of a sealed leaf list to verify each leaf against; "" means the whole blob is verified by sha256."""
 
 
-class Committed(Message):
+class CommittedBlob(WireStruct):
     """A blob that is durable under its sha256."""
 
     sha256: str
     """The blob's sha256."""
     size_bytes: int
     """Size of the blob."""
-    root: str = ""
+    leaf_list_digest: str = ""
     """Its leaf list digest; "" if unknown."""
 
 
-class SealModel(Message):
+class SealModel(WireStruct):
     """`svc.storage.<node>.seal`: write the manifest of a model whose blobs are all present, and publish the model."""
 
     manifest: Manifest
     """The sealed manifest."""
 
 
-class SealPart(Message):
+class SealShard(WireStruct):
     """`svc.storage.<node>.seal_part`: check, record and publish the shard that stages with these layers need."""
 
     manifest: Manifest
     """The sealed manifest of the whole model."""
     layers: list[list[int]]
     """Layer ranges `[first, last)` of the shard."""
-    leaves: dict[str, list[list[int]]]
+    leaf_ranges: dict[str, list[list[int]]]
     """Needed leaf ranges, by blob, of blobs that are not needed whole, as in `reserve`."""
-    roots: dict[str, str]
+    leaf_list_digests: dict[str, str]
     """Digest of the sealed leaf list of each of these blobs; the list lies beside the partial blob's data."""
 
 
-class AskManifest(Message):
+class GetManifest(WireStruct):
     """`svc.storage.<node>.manifest`: the manifest of a model that this node holds, or `not_found`."""
 
     model: str
     """`org/name@revision`."""
-    broken: bool = False
+    include_incomplete: bool = False
     """Also answer for an incomplete model; the node's own fetcher asks that to repair it."""
 
 
@@ -364,9 +364,9 @@ class Configure(Command):
     """Bytes of the disk that Shoal leaves free."""
     partial_retention_s: int | msgspec.UnsetType = msgspec.UNSET
     """How long to keep bytes of abandoned downloads; 0 deletes them at once."""
-    read_only_roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    libraries: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All libraries (read-only model directories), absolute or with `~`; an empty list removes them."""
-    roots: list[str] | msgspec.UnsetType = msgspec.UNSET
+    volumes: list[str] | msgspec.UnsetType = msgspec.UNSET
     """All volumes besides the store's own, absolute or with `~`; an empty list removes them, their files stay."""
     max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
     """Rate limit of the fileserver, in total; null means unlimited."""

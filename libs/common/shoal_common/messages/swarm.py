@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 
 
-class Have(Message):
+class HaveMessage(WireStruct):
     """Leaves of a blob that a fetching node has now. The newest message is complete; older ones may be lost.
 
     Subject `shoal.v1.have.<node>.<blob>` (core NATS, not stored), published by that node's fetcher.
@@ -19,17 +19,17 @@ class Have(Message):
     """Size of the whole blob."""
     uid: str = ""
     """The fetcher's process; tells a restarted fetcher from the earlier one."""
-    leaves: bytes = b""
+    available_leaves: bytes = b""
     """Bitmap of the verified leaves that peers can request, in the relay bitmap's format."""
-    wanted: bytes = b""
+    wanted_leaves: bytes = b""
     """Bitmap of the leaves that the node fetches; empty means all."""
     origin: bool = False
     """Whether the node reads this blob from the hub, under the origin lease."""
-    hashes_from: int = 0
+    first_hash_leaf: int = 0
     """Index of the first leaf in `hashes`."""
     hashes: bytes = b""
     """Provisional leaf hashes that are new since the last message, 32 bytes each; only an origin sends them."""
-    sealed: str = ""
+    leaf_list_digest: str = ""
     """Leaf list digest, once the whole blob has been verified."""
     hello: bool = False
     """The node has just joined: receivers answer with their own message."""

@@ -14,9 +14,9 @@ import msgspec
 
 from shoal_common.messages.model_shape import KvRule
 
-CACHE_STEP_TOKENS = 256
+KV_CACHE_STEP_TOKENS = 256
 """mlx-lm's caches grow by this many tokens."""
-REQUESTS_AT_ONCE = 8
+MAX_REQUESTS_PER_INSTANCE = 8
 """Max concurrent requests per instance; they share its KV budget."""
 
 _NAMED_IN_MLX_LM = {
@@ -29,7 +29,7 @@ _NAMED_IN_MLX_LM = {
 }
 """The entries of mlx-lm's MODEL_REMAPPING that the table below has rules for."""
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 512},
     "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
     "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128},
@@ -42,7 +42,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 def cache_steps(tokens: int) -> int:
     """Return the cache steps that hold this many tokens."""
-    return -(-tokens // CACHE_STEP_TOKENS)
+    return -(-tokens // KV_CACHE_STEP_TOKENS)
 
 
 class LayerFacts(msgspec.Struct, frozen=True):

@@ -18,9 +18,9 @@ def check_layers(layers: Sequence[int]) -> tuple[int, int]:
     return layers[0], layers[1]
 
 
-def covers(have: Iterable[Sequence[int]], layers: Sequence[int]) -> bool:
+def covers(held: Iterable[Sequence[int]], layers: Sequence[int]) -> bool:
     """Return whether one of these ranges of layers contains all of `layers`."""
-    return any(first <= layers[0] and layers[1] <= last for first, last in have)
+    return any(first <= layers[0] and layers[1] <= last for first, last in held)
 
 
 def union(runs: Iterable[Sequence[int]]) -> list[list[int]]:

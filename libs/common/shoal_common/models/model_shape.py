@@ -15,9 +15,9 @@ import msgspec
 
 from shoal_common.errors import Corrupt, Unsupported
 from shoal_common.messages.model_shape import KvRule, ModelShape
-from shoal_common.models.kv_cache import DEFAULTS, LATENT, LayerFacts, kv_rule, module_of
+from shoal_common.models.kv_cache import CONFIG_DEFAULTS, LATENT, LayerFacts, kv_rule, module_of
 from shoal_common.models.layer_tensors import LAYER
-from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, tensors_of
+from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, parse_tensors
 
 DEFAULT_CONTEXT_TOKENS = 4096
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "F32": 4, "F16": 2, "BF16": 2}
@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as f:
         prefix = f.read(PREFIX_BYTES)
         header = prefix + f.read(header_end(prefix, path.name) - PREFIX_BYTES)
-    return tensors_of(header, path.name)
+    return parse_tensors(header, path.name)
 
 
 class _Weights(msgspec.Struct):
@@ -71,7 +71,7 @@ class _Weights(msgspec.Struct):
     """Whether weights are 8-bit floats, which mlx-lm converts to 16-bit ones when it loads them."""
 
 
-def _sorted(tensors: Mapping[str, Tensor], layers: int, drops_head: bool) -> _Weights:
+def _sum_weights(tensors: Mapping[str, Tensor], layers: int, drops_head: bool) -> _Weights:
     weights = _Weights([0] * layers, [0] * layers, [0] * layers)
     for name, tensor in tensors.items():
         size = tensor.size_bytes
@@ -100,14 +100,14 @@ def _sorted(tensors: Mapping[str, Tensor], layers: int, drops_head: bool) -> _We
     return weights
 
 
-def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
+def compute_model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
     """Return the shape of a decoder-only language model. Raises Unsupported if Shoal cannot split it into layers."""
     model_type = str(config.get("model_type", ""))
     inner = config.get("text_config", {})
     module = module_of(model_type)
-    if module not in DEFAULTS and isinstance(inner, Mapping):
+    if module not in CONFIG_DEFAULTS and isinstance(inner, Mapping):
         module = module_of(str(inner.get("model_type", model_type)).removesuffix("_text")) if inner else module
-    text = {**DEFAULTS.get(module, {}), **config, **inner}
+    text = {**CONFIG_DEFAULTS.get(module, {}), **config, **inner}
     layers = int(text.get("num_hidden_layers") or 0)
     hidden, heads = int(text.get("hidden_size") or 0), int(text.get("num_attention_heads") or 0)
     heads = heads or int(text.get("num_heads") or 1) if "state_size" in text else heads
@@ -115,7 +115,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
         raise Unsupported(f"{config.get('model_type', 'this model')!r} is not a language model that Shoal supports")
     if layers > len(tensors):
         raise Unsupported("its config.json has more layers than its safetensors files have tensors")
-    weights = _sorted(tensors, layers, drops_head=text.get("tie_word_embeddings") is True)
+    weights = _sum_weights(tensors, layers, drops_head=text.get("tie_word_embeddings") is True)
     if not all(weights.layer_bytes):
         raise Unsupported("some layers have no tensors in this model's safetensors files")
     kv_heads = int(text.get("num_key_value_heads") or heads)
@@ -220,7 +220,7 @@ def read_config(view: Path) -> dict[str, Any]:
         raise Corrupt(f"config.json cannot be read: {e}") from None
 
 
-def read_shape(view: Path) -> ModelShape:
+def read_model_shape(view: Path) -> ModelShape:
     """Return the shape of the model in a directory. Raises Unsupported or Corrupt, naming what is missing."""
     config = read_config(view)
     files = sorted(view.glob("model*.safetensors"))
@@ -229,12 +229,12 @@ def read_shape(view: Path) -> ModelShape:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(read_tensors(file))
-    return shape_of(config, tensors)
+    return parse_model_shape(config, tensors)
 
 
-def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
+def parse_model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
     """Return `model_shape` of foreign input; raises Unsupported also for a config that makes no sense."""
     try:
-        return model_shape(config, tensors)
+        return compute_model_shape(config, tensors)
     except (ValueError, TypeError, AttributeError, OverflowError, KeyError, ZeroDivisionError) as e:
         raise Unsupported(f"its config.json is not that of a language model: {e}") from None

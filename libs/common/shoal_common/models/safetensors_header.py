@@ -41,7 +41,7 @@ class Tensor(msgspec.Struct, frozen=True):
         return self.end - self.start
 
 
-def tensors_of(header: bytes, name: str) -> dict[str, Tensor]:
+def parse_tensors(header: bytes, name: str) -> dict[str, Tensor]:
     """Return a file's tensors by name, from the file's bytes up to the header's end. Raises Corrupt."""
     begin = len(header)
     try:
@@ -51,9 +51,9 @@ def tensors_of(header: bytes, name: str) -> dict[str, Tensor]:
         raise Corrupt(f"the safetensors header of {name} cannot be read: {e}") from None
 
 
-def tensor_ranges(header: bytes, name: str) -> dict[str, tuple[int, int]]:
+def parse_tensor_ranges(header: bytes, name: str) -> dict[str, tuple[int, int]]:
     """Return each tensor's byte range [start, end), from the file's bytes up to the header's end. Raises Corrupt."""
-    return {n: (t.start, t.end) for n, t in tensors_of(header, name).items()}
+    return {n: (t.start, t.end) for n, t in parse_tensors(header, name).items()}
 
 
 def _tensor(begin: int, entry: Mapping[str, Any]) -> Tensor:

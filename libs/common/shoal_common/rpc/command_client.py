@@ -28,23 +28,23 @@ from shoal_common.bus.connection import Nats
 from shoal_common.bus.keys import done_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import BadMessage, Expired, ShoalError, Unavailable
-from shoal_common.liveness.availability import is_live, node_away
+from shoal_common.liveness.availability import is_live, node_down_error
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Command, Outcome
 
 _POLL_INTERVAL_S = 2.0
 """How often `done` is read: a NATS outage may lose the reply, but not the outcome."""
-AWAY_AFTER_S = 15.0
+DOWN_AFTER_S = 15.0
 """How long a service may lack a key in `live`, as while it restarts, before it counts as down."""
 _LAST_CHECK_TIMEOUT_S = 5.0
 
 
-def new_id() -> str:
+def new_command_id() -> str:
     """Return a new id for a command or a request."""
     return uuid.uuid4().hex
 
 
-class _Sent(msgspec.Struct, frozen=True):
+class PendingCommand(msgspec.Struct, frozen=True):
     """A command that was sent, or is about to be."""
 
     service: str
@@ -53,7 +53,7 @@ class _Sent(msgspec.Struct, frozen=True):
     command: Command
     identity: str
 
-    def ended_with(self, error: ShoalError) -> Outcome:
+    def failed_with(self, error: ShoalError) -> Outcome:
         """Return its outcome if nobody ran it."""
         return Outcome(
             id=self.identity,
@@ -66,7 +66,7 @@ class _Sent(msgspec.Struct, frozen=True):
         )
 
 
-class Sender:
+class CommandClient:
     """Sends commands and waits for their outcomes."""
 
     def __init__(self, nats: Nats, buckets: Buckets) -> None:
@@ -77,28 +77,28 @@ class Sender:
         if not self._nats.connected:
             raise Unavailable("this node has lost NATS and is reconnecting; try again in a moment")
 
-    async def outcome_of(
+    async def send(
         self, service: str, node: str, verb: str, command: Command, identity: str, deadline_s: float
     ) -> Outcome:
         """Send a command under this id and return its outcome.
 
         A timeout, or a command that could not be sent, is an outcome too: never raises a ShoalError.
         """
-        sent = _Sent(
+        sent = PendingCommand(
             service, node, verb, structs.replace(command, expires_at_s=cluster_clock.now_s() + deadline_s), identity
         )
         try:
             async with asyncio.timeout(deadline_s):
                 return await self._outcome(sent)
         except TimeoutError:
-            error: ShoalError = await self._why_late(sent, deadline_s)
+            error: ShoalError = await self._timeout_reason(sent, deadline_s)
         except NatsError as e:
             error = Unavailable(f"{verb} could not be sent to {service} of node {node}: NATS is down ({e})")
         except ShoalError as e:
             error = e
-        return sent.ended_with(error)
+        return sent.failed_with(error)
 
-    async def _outcome(self, sent: _Sent) -> Outcome:
+    async def _outcome(self, sent: PendingCommand) -> Outcome:
         self.require_nats()
         inbox = self._nats.client.new_inbox()
         replies = await self._nats.client.subscribe(inbox)
@@ -106,23 +106,23 @@ class Sender:
         down_since_s: float | None = None
         try:
             while True:
-                if connection != reconnects.count and (connection < 0 or await self._is_kept()):
+                if connection != reconnects.count and (connection < 0 or await self._queue_exists()):
                     connection, down_since_s = reconnects.count, None
                     await self._publish(sent, inbox)
-                outcome = await self._reply(replies) or await self._done(sent)
+                outcome = await self._reply(replies) or await self._read_outcome(sent)
                 if outcome is not None:
                     return outcome
-                if await self._is_away(sent):
+                if await self._is_down(sent):
                     down_since_s = down_since_s or time.monotonic()
-                    if time.monotonic() - down_since_s >= AWAY_AFTER_S:
-                        return await self._withdraw(sent)
+                    if time.monotonic() - down_since_s >= DOWN_AFTER_S:
+                        return await self._cancel(sent)
                 else:
                     down_since_s = None
         finally:
             with suppress(NatsError):
                 await replies.unsubscribe()
 
-    async def _publish(self, sent: _Sent, inbox: str) -> None:
+    async def _publish(self, sent: PendingCommand, inbox: str) -> None:
         with telemetry.sending(f"cmd.{sent.service}.{sent.verb}"):
             await self._nats.client.publish(
                 subjects.command(sent.service, sent.node, sent.verb),
@@ -131,7 +131,7 @@ class Sender:
                 headers=telemetry.headers({"Nats-Msg-Id": sent.identity}),
             )
 
-    async def _is_kept(self) -> bool:
+    async def _queue_exists(self) -> bool:
         """Return whether the queue exists: a NATS that lost its store has none until a service creates it again."""
         with suppress(NatsError):
             await self._nats.js.stream_info("CMD")
@@ -143,40 +143,40 @@ class Sender:
             return decode((await replies.next_msg(timeout=_POLL_INTERVAL_S)).data, Outcome)
         return None
 
-    async def _done(self, sent: _Sent) -> Outcome | None:
+    async def _read_outcome(self, sent: PendingCommand) -> Outcome | None:
         with suppress(Unavailable):
             return await self._buckets.done.get_as(done_key(sent.identity), Outcome)
         return None
 
-    async def _is_away(self, sent: _Sent) -> bool:
+    async def _is_down(self, sent: PendingCommand) -> bool:
         with suppress(Unavailable, NatsError):
             return not await is_live(self._buckets, sent.service, sent.node)
         return False
 
-    async def _withdraw(self, sent: _Sent) -> Outcome:
+    async def _cancel(self, sent: PendingCommand) -> Outcome:
         """Cancel a command whose service is down. The service finds that in `done`; if it was faster, it wins."""
-        outcome = sent.ended_with(await node_away(self._buckets, sent.service, sent.node, sent.verb))
+        outcome = sent.failed_with(await node_down_error(self._buckets, sent.service, sent.node, sent.verb))
         if await self._buckets.done.create(done_key(sent.identity), outcome) is None:
-            return await self._done(sent) or outcome
+            return await self._read_outcome(sent) or outcome
         return outcome
 
-    async def _why_late(self, sent: _Sent, deadline_s: float) -> ShoalError:
+    async def _timeout_reason(self, sent: PendingCommand, deadline_s: float) -> ShoalError:
         with suppress(TimeoutError, Unavailable, NatsError):
             async with asyncio.timeout(_LAST_CHECK_TIMEOUT_S):
                 if self._nats.connected and not await is_live(self._buckets, sent.service, sent.node):
-                    return await node_away(self._buckets, sent.service, sent.node, sent.verb)
+                    return await node_down_error(self._buckets, sent.service, sent.node, sent.verb)
         return Expired(
             f"{sent.verb} did not end within {deadline_s:.0f} s on {sent.service} of node {sent.node}; it may still "
             f"run: see `shoal status`, or ask GET /v1/commands/{sent.identity} later"
         )
 
-    async def outcomes_of(
+    async def send_to_all(
         self, service: str, ids: Mapping[str, str], verb: str, command: Command, deadline_s: float
     ) -> dict[str, Outcome]:
         """Send one command to several nodes at once and return their outcomes; `ids` holds each node's command id."""
         async with asyncio.TaskGroup() as tasks:
             sent = {
-                node: tasks.create_task(self.outcome_of(service, node, verb, command, identity, deadline_s))
+                node: tasks.create_task(self.send(service, node, verb, command, identity, deadline_s))
                 for node, identity in ids.items()
             }
         return {node: task.result() for node, task in sent.items()}

@@ -24,32 +24,32 @@ from nats.js import errors as jse
 from shoal_common import telemetry
 from shoal_common.bus import cluster_clock, subjects
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.events import Events
+from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import done_key
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.bus.streams import COMMAND_MAX_AGE_S, patiently
-from shoal_common.cancellation import ended
-from shoal_common.errors import BadInput, BadMessage, Expired, Failed, ShoalError, Unavailable, as_body
-from shoal_common.logs import Log
+from shoal_common.bus.streams import COMMAND_MAX_AGE_S, retry_while_nats_down
+from shoal_common.cancellation import cancel_and_wait
+from shoal_common.errors import BadInput, BadMessage, Expired, InternalError, ShoalError, Unavailable, error_body
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.messages.envelope import Command, Outcome
-from shoal_common.rpc.reply_router import Desk, command_id
+from shoal_common.rpc.reply_router import ReplyRouter, command_id
 
-log = Log("commands")
+log = StructuredLogger("commands")
 
 ACK_WAIT_S = 15.0
-MAX_AT_ONCE = 512
+MAX_CONCURRENT_COMMANDS = 512
 """More than the downloads a fetcher runs, each of which holds a command: a `cancel` must not queue behind them."""
 MAX_DELIVERIES = 10
-_PULL_S = 300.0
-_RETRY_S = 1.0
+_PULL_TIMEOUT_S = 300.0
+_RETRY_INTERVAL_S = 1.0
 
 
-class Verb(msgspec.Struct, frozen=True):
+class CommandHandler(msgspec.Struct, frozen=True):
     """A command of a service: its message, its handler and its default deadline."""
 
-    kind: type[Any]
-    handle: Callable[[Any, str], Awaitable[object]]
+    message_type: type[Any]
+    handler: Callable[[Any, str], Awaitable[object]]
     """Takes the command and its id; returns the result, raises ShoalError."""
     deadline_s: float
 
@@ -61,27 +61,29 @@ class CommandWorker:
         self,
         nats: Nats,
         buckets: Buckets,
-        events: Events,
+        events: EventEmitter,
         service: str,
         node: str,
-        verbs: Mapping[str, Verb],
+        verbs: Mapping[str, CommandHandler],
     ) -> None:
         self._nats, self._buckets, self._events = nats, buckets, events
         self._service, self._node, self._verbs = service, node, verbs
-        self._desk = Desk(nats, buckets)
-        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
+        self._replies = ReplyRouter(nats, buckets)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_COMMANDS)
         self._jobs: set[asyncio.Task[None]] = set()
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, address: str, stopping: asyncio.Event) -> None:
         """Run commands until `stopping`. `address` is the node, or `any`. Unfinished commands return to the queue."""
-        subject = subjects.commands_of(self._service, address)
+        subject = subjects.all_commands(self._service, address)
         async with asyncio.TaskGroup() as tasks:
-            listening = tasks.create_task(self._desk.listen(subject))
-            pulling = tasks.create_task(self._pull_forever(subjects.durable(self._service, address), subject, tasks))
+            listening = tasks.create_task(self._replies.listen(subject))
+            pulling = tasks.create_task(
+                self._pull_forever(subjects.consumer_name(self._service, address), subject, tasks)
+            )
             await stopping.wait()
-            await ended(listening, pulling)
-            await ended(*self._jobs)
+            await cancel_and_wait(listening, pulling)
+            await cancel_and_wait(*self._jobs)
 
     async def _pull_forever(self, durable: str, subject: str, tasks: asyncio.TaskGroup) -> None:
         while True:
@@ -90,7 +92,7 @@ class CommandWorker:
                 await self._pull(durable, tasks)
             except (NatsError, Unavailable) as e:
                 log.debug("subscribing to commands again", why=str(e) or type(e).__name__)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY_INTERVAL_S)
 
     async def _ensure_consumer(self, subject: str, durable: str) -> None:
         wanted = api.ConsumerConfig(
@@ -98,12 +100,12 @@ class CommandWorker:
             filter_subject=subject,
             ack_policy=api.AckPolicy.EXPLICIT,
             ack_wait=ACK_WAIT_S,
-            max_ack_pending=MAX_AT_ONCE,
+            max_ack_pending=MAX_CONCURRENT_COMMANDS,
             # A retired node's consumer expires (I8): the queue keeps the commands, not the consumer.
             inactive_threshold=COMMAND_MAX_AGE_S,
         )
         # add_consumer also updates the settings of an existing consumer.
-        await patiently(lambda: self._nats.js.add_consumer("CMD", wanted))
+        await retry_while_nats_down(lambda: self._nats.js.add_consumer("CMD", wanted))
 
     async def _pull(self, durable: str, tasks: asyncio.TaskGroup) -> None:
         connection = self._nats.reconnects.count
@@ -112,7 +114,7 @@ class CommandWorker:
         try:
             while True:
                 await self._slots.acquire()
-                fetching = asyncio.ensure_future(queue.fetch(1, timeout=_PULL_S))
+                fetching = asyncio.ensure_future(queue.fetch(1, timeout=_PULL_TIMEOUT_S))
                 has_job = False
                 try:
                     await asyncio.wait({fetching, reconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,7 +122,7 @@ class CommandWorker:
                         return  # a restarted server has lost our request
                     with suppress(NatsTimeoutError, jse.FetchTimeoutError):
                         for message in fetching.result():
-                            job = tasks.create_task(self._work(message))
+                            job = tasks.create_task(self._run_one(message))
                             self._jobs.add(job)
                             job.add_done_callback(self._jobs.discard)
                             has_job = True
@@ -134,11 +136,11 @@ class CommandWorker:
             with suppress(Exception):
                 await queue.unsubscribe()
 
-    async def _work(self, message: Msg) -> None:
-        extending = asyncio.create_task(_keep(message))
+    async def _run_one(self, message: Msg) -> None:
+        extending = asyncio.create_task(_extend_ack_forever(message))
         identity = command_id(message)
         # A second copy, or a redelivery of a running command, waits for the first and then finds its outcome.
-        lock = self._turns.setdefault(identity, asyncio.Lock())
+        lock = self._locks.setdefault(identity, asyncio.Lock())
         try:
             async with lock:
                 await self._handle(message, identity)
@@ -158,18 +160,18 @@ class CommandWorker:
     async def _handle(self, message: Msg, identity: str) -> None:
         verb_name = message.subject.rsplit(".", 1)[-1]
         delivered = message.metadata.num_delivered or 1
-        with self._desk.at_work(message):
+        with self._replies.track(message):
             outcome = await self._buckets.done.get_as(done_key(identity), Outcome)
             if outcome is None:
                 template = f"cmd.{self._service}.{verb_name}"
                 with telemetry.processing(template, message.headers, redelivered=delivered > 1) as span:
-                    outcome = await self._carry_out(message, verb_name, identity, delivered)
+                    outcome = await self._execute(message, verb_name, identity, delivered)
                     if outcome.error is not None:
-                        telemetry.failed(span, outcome.error.message)
+                        telemetry.mark_failed(span, outcome.error.message)
                 # Stored before the ack: if this process dies in between, the redelivery finds the outcome.
                 if await self._buckets.done.create(done_key(identity), outcome) is None:
                     outcome = await self._buckets.done.get_as(done_key(identity), Outcome) or outcome
-            await self._desk.answer(message, outcome)
+            await self._replies.send_outcome(message, outcome)
         # If an outage loses the ack, the command is delivered again and its outcome found in `done`.
         with suppress(NatsError):
             if outcome.error is not None and outcome.error.code == BadMessage.code:
@@ -177,32 +179,32 @@ class CommandWorker:
             else:
                 await message.ack_sync(timeout=5)
 
-    async def _carry_out(self, message: Msg, verb_name: str, identity: str, delivered: int) -> Outcome:
+    async def _execute(self, message: Msg, verb_name: str, identity: str, delivered: int) -> Outcome:
         result: object = None
         error: BaseException | None = None
         started_s = time.monotonic()
         try:
-            verb, command = self._understand(message, verb_name)
-            left_s = _left_s(command, verb, message.metadata.timestamp.timestamp(), cluster_clock.now_s())
+            verb, command = self._decode(message, verb_name)
+            left_s = _remaining_s(command, verb, message.metadata.timestamp.timestamp(), cluster_clock.now_s())
             if left_s <= 0:
                 raise Expired(
                     f"{verb_name} passed its deadline before {self._service} of node {self._node} received it and "
                     "was not run; send it again"
                 )
             if delivered > MAX_DELIVERIES:
-                raise Failed(
+                raise InternalError(
                     f"{verb_name} was started {delivered - 1} times and never finished; see the log of "
                     f"{self._service} on node {self._node}"
                 )
             log.debug("command started", verb=verb_name, id=identity, delivered=delivered)
-            result = await self._under_deadline(verb, command, identity, left_s)
+            result = await self._run_with_deadline(verb, command, identity, left_s)
         except ShoalError as e:
             error = e
         except Exception as e:  # noqa: BLE001  # the sender is owed an outcome; the log has the trace
             log.error("command crashed", exc=e, verb=verb_name, id=identity)
             error = e
         if isinstance(error, BadInput):
-            await self._events.tell("rejected", subject=message.subject, reason=str(error))
+            await self._events.emit("rejected", subject=message.subject, reason=str(error))
         log.info(
             "command ended",
             verb=verb_name,
@@ -218,20 +220,22 @@ class CommandWorker:
             service=self._service,
             verb=verb_name,
             result=msgspec.to_builtins(result) if result is not None else {},
-            error=as_body(error) if error else None,
+            error=error_body(error) if error else None,
             ended_at_s=round(cluster_clock.now_s(), 3),
         )
 
-    def _understand(self, message: Msg, verb_name: str) -> tuple[Verb, Command]:
+    def _decode(self, message: Msg, verb_name: str) -> tuple[CommandHandler, Command]:
         verb = self._verbs.get(verb_name)
         if verb is None:
             raise BadMessage(f"{self._service} has no command {verb_name!r}; it has {', '.join(sorted(self._verbs))}")
-        return verb, decode(message.data, verb.kind)
+        return verb, decode(message.data, verb.message_type)
 
-    async def _under_deadline(self, verb: Verb, command: Command, identity: str, left_s: float) -> object:
+    async def _run_with_deadline(
+        self, verb: CommandHandler, command: Command, identity: str, left_s: float
+    ) -> object:
         try:
             async with asyncio.timeout(left_s) as deadline:
-                return await verb.handle(command, identity)
+                return await verb.handler(command, identity)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -241,13 +245,13 @@ class CommandWorker:
             ) from None
 
 
-def _left_s(command: Command, verb: Verb, stored_at_s: float, now_s: float) -> float:
+def _remaining_s(command: Command, verb: CommandHandler, stored_at_s: float, now_s: float) -> float:
     # A NATS that was down may have stored it long after it was sent: then the sender's `expires_at_s` counts.
     until_s = stored_at_s + (command.deadline_s or verb.deadline_s)
     return min(until_s, command.expires_at_s or until_s) - now_s
 
 
-async def _keep(message: Msg) -> None:
+async def _extend_ack_forever(message: Msg) -> None:
     """Extend the ack deadline of a running command, which would be delivered again otherwise."""
     while True:
         await asyncio.sleep(ACK_WAIT_S / 3)

@@ -19,7 +19,7 @@ from shoal_common.bus.connection import Nats
 from shoal_common.bus.keys import done_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.messages import Message, encode
+from shoal_common.messages import WireStruct, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import check_id
 
@@ -28,11 +28,11 @@ _MAX_REQUESTERS = 64
 _Key = tuple[str, bytes]
 
 
-class _Identified(Message):
+class _Identified(WireStruct):
     id: str = ""
 
 
-def stated_id(message: Msg) -> str:
+def explicit_command_id(message: Msg) -> str:
     """Return the id that the sender gave a command, by header or in the body; "" if there is no valid one."""
     explicit_id = (message.headers or {}).get("Nats-Msg-Id", "")
     if not explicit_id:
@@ -46,15 +46,15 @@ def stated_id(message: Msg) -> str:
 
 def command_id(message: Msg) -> str:
     """Return the id of a stored command: the sender's, else its sequence in the stream, which redelivery keeps."""
-    return stated_id(message) or f"cmd-{message.metadata.sequence.stream}"
+    return explicit_command_id(message) or f"cmd-{message.metadata.sequence.stream}"
 
 
 def _key(message: Msg) -> _Key:
-    explicit_id = stated_id(message)
+    explicit_id = explicit_command_id(message)
     return ("id", explicit_id.encode()) if explicit_id else (message.subject, message.data)
 
 
-class Desk:
+class ReplyRouter:
     """Requesters by command. Beyond `_MAX_COMMANDS` commands, or `_MAX_REQUESTERS` of one, the oldest is dropped; it
     can still read the outcome in `done`.
     """
@@ -70,19 +70,19 @@ class Desk:
         async def arrived(message: Msg) -> None:
             # Nothing is awaited here: the next requester has to be recorded before its command ends.
             if message.reply and not message.reply.startswith("$JS."):
-                key, explicit_id = self._note(message), stated_id(message)
+                key, explicit_id = self._record(message), explicit_command_id(message)
                 if explicit_id and not to_check.full():
                     to_check.put_nowait((key, explicit_id))
 
         subscription = await self._nats.client.subscribe(subject, cb=arrived)
         try:
             while True:
-                await self._tell_if_done(*await to_check.get())
+                await self._reply_if_done(*await to_check.get())
         finally:
             with suppress(NatsError):
                 await subscription.unsubscribe()
 
-    def _note(self, message: Msg) -> _Key:
+    def _record(self, message: Msg) -> _Key:
         key = _key(message)
         requesters = self._waiting.setdefault(key, [])
         requesters.append(message)
@@ -91,26 +91,26 @@ class Desk:
             self._waiting.pop(next(iter(self._waiting)))
         return key
 
-    async def _tell_if_done(self, key: _Key, explicit_id: str) -> None:
+    async def _reply_if_done(self, key: _Key, explicit_id: str) -> None:
         # A repeated id: the stream drops the copy, so only an existing outcome can be the reply.
         with suppress(ShoalError, NatsError):
             outcome = await self._buckets.done.get_as(done_key(explicit_id), Outcome)
             if outcome is not None:
-                await self._tell(key, outcome)
+                await self._send(key, outcome)
 
     @contextmanager
-    def at_work(self, message: Msg) -> Iterator[None]:
+    def track(self, message: Msg) -> Iterator[None]:
         """Keep a running command's requesters, which may arrive before or after it; drop them at the end."""
         try:
             yield
         finally:
             self._waiting.pop(_key(message), None)
 
-    async def answer(self, message: Msg, outcome: Outcome) -> None:
+    async def send_outcome(self, message: Msg, outcome: Outcome) -> None:
         """Send an outcome to everyone who waits for this command."""
-        await self._tell(_key(message), outcome)
+        await self._send(_key(message), outcome)
 
-    async def _tell(self, key: _Key, outcome: Outcome) -> None:
+    async def _send(self, key: _Key, outcome: Outcome) -> None:
         for requester in self._waiting.pop(key, []):
             with suppress(NatsError):
                 await self._nats.client.publish(requester.reply, encode(outcome), headers=telemetry.headers())

@@ -16,8 +16,8 @@ class Bitmap:
 
     def __init__(self, size_bytes: int, data: bytes = b"") -> None:
         self.size_bytes = size_bytes
-        self.leaves = leaf_count(size_bytes)
-        expected = -(-self.leaves // 8)
+        self.leaf_count = leaf_count(size_bytes)
+        expected = -(-self.leaf_count // 8)
         # A bitmap of another length belongs to a blob of another size: none of it can be trusted.
         self._bits = bytearray(data) if len(data) == expected else bytearray(expected)
 
@@ -31,7 +31,7 @@ class Bitmap:
     @property
     def complete(self) -> bool:
         """Whether all leaves are durable."""
-        return all(leaf in self for leaf in range(self.leaves))
+        return all(leaf in self for leaf in range(self.leaf_count))
 
     def leaf_bytes(self, leaf: int) -> int:
         """Return the size of a leaf: 1 MiB, less for the last one."""
@@ -40,12 +40,12 @@ class Bitmap:
     @property
     def have_bytes(self) -> int:
         """Bytes of the durable leaves."""
-        return sum(self.leaf_bytes(leaf) for leaf in range(self.leaves) if leaf in self)
+        return sum(self.leaf_bytes(leaf) for leaf in range(self.leaf_count) if leaf in self)
 
-    def missing_runs(self) -> list[tuple[int, int]]:
+    def missing_ranges(self) -> list[tuple[int, int]]:
         """Return the byte ranges [start, end) still to fetch, in order, adjacent leaves joined."""
         runs: list[tuple[int, int]] = []
-        for leaf in range(self.leaves):
+        for leaf in range(self.leaf_count):
             if leaf in self:
                 continue
             start, end = leaf * LEAF_BYTES, leaf * LEAF_BYTES + self.leaf_bytes(leaf)

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Protocol
 
 from shoal_common.errors import BadMessage
-from shoal_common.messages import Message, decode
-from shoal_common.store.store_paths import Layout
-from shoal_common.store.verification_stamp import proven
+from shoal_common.messages import WireStruct, decode
+from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.verification_stamp import has_stamp
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
-class AdoptedBlob(Message):
+class LibraryBlob(WireStruct):
     """Where a library holds a blob: `adopted/blobs/ab/<sha256>`."""
 
     path: str
@@ -34,7 +34,7 @@ class AdoptedBlob(Message):
     """0 if the file system invents inode numbers."""
 
 
-class Known(Protocol):
+class FileFingerprint(Protocol):
     """Size, mtime and inode of a file when it was hashed or listed; inode 0 is not compared."""
 
     @property
@@ -45,7 +45,7 @@ class Known(Protocol):
     def inode(self) -> int: ...
 
 
-def is_as_it_was(status: os.stat_result, known: Known) -> bool:
+def is_unchanged(status: os.stat_result, known: FileFingerprint) -> bool:
     """Return whether a file's size, mtime and inode are still the known ones."""
     return (
         stat.S_ISREG(status.st_mode)
@@ -54,63 +54,63 @@ def is_as_it_was(status: os.stat_result, known: Known) -> bool:
     )
 
 
-def adopted_blob(layout: Layout, sha256: str) -> AdoptedBlob | None:
+def read_library_blob(layout: StorePaths, sha256: str) -> LibraryBlob | None:
     """Return the record of a blob in a library; None if there is none. Raises BadName."""
     try:
-        return decode(layout.adopted_blob(sha256).read_bytes(), AdoptedBlob)
+        return decode(layout.library_blob(sha256).read_bytes(), LibraryBlob)
     except (FileNotFoundError, NotADirectoryError, BadMessage):
         return None
 
 
-def further_roots(layout: Layout) -> list[tuple[str, Path]]:
+def read_volumes(layout: StorePaths) -> list[tuple[str, Path]]:
     """Return id and path of each volume that a store records; its disk may not be mounted."""
     volumes = []
     with suppress(FileNotFoundError, NotADirectoryError):
-        for link in sorted(layout.further.iterdir()):
+        for link in sorted(layout.volumes.iterdir()):
             with suppress(OSError):  # not a link
                 volumes.append((link.name, link.readlink()))
     return volumes
 
 
-def _places(layout: Layout, sha256: str) -> Iterator[Path]:
+def _candidate_paths(layout: StorePaths, sha256: str) -> Iterator[Path]:
     """Yield the paths where a blob's file may be, the store's own first."""
     yield layout.blob(sha256)
-    for _, volume in further_roots(layout):
-        yield Layout(volume).blob(sha256)
+    for _, volume in read_volumes(layout):
+        yield StorePaths(volume).blob(sha256)
 
 
-def find_blob(layout: Layout, sha256: str) -> Path:
+def find_blob(layout: StorePaths, sha256: str) -> Path:
     """Return the file with a blob's bytes. Raises BadName, FileNotFoundError, or OSError if it cannot be read."""
     own = layout.blob(sha256)
-    for path in _places(layout, sha256):
+    for path in _candidate_paths(layout, sha256):
         with suppress(FileNotFoundError, NotADirectoryError):
-            if proven(sha256, path.lstat()):
+            if has_stamp(sha256, path.lstat()):
                 return path
-    record = adopted_blob(layout, sha256)
-    if record is not None and is_as_it_was(os.lstat(record.path), record):
+    record = read_library_blob(layout, sha256)
+    if record is not None and is_unchanged(os.lstat(record.path), record):
         return Path(record.path)
     raise FileNotFoundError(errno.ENOENT, "no verified file has this blob", str(own))
 
 
-def open_blob(layout: Layout, sha256: str) -> FileIO:
+def open_blob(layout: StorePaths, sha256: str) -> FileIO:
     """Open a blob's file for reading. Raises BadName, FileNotFoundError, or OSError if it cannot be opened."""
-    for path in _places(layout, sha256):
+    for path in _candidate_paths(layout, sha256):
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             file = FileIO(path)
-            if proven(sha256, os.fstat(file.fileno())):
+            if has_stamp(sha256, os.fstat(file.fileno())):
                 return file
             file.close()
-    record = adopted_blob(layout, sha256)
+    record = read_library_blob(layout, sha256)
     if record is None:
         raise FileNotFoundError(errno.ENOENT, "no verified file has this blob", sha256)
-    file = open_plain(record.path)
-    if not is_as_it_was(os.fstat(file.fileno()), record):
+    file = open_regular_file(record.path)
+    if not is_unchanged(os.fstat(file.fileno()), record):
         file.close()
         raise FileNotFoundError(errno.ENOENT, "the file has changed since it was hashed", record.path)
     return file
 
 
-def open_plain(path: str) -> FileIO:
+def open_regular_file(path: str) -> FileIO:
     """Open a regular file, without following a link and without blocking. Raises FileNotFoundError for any other."""
     try:
         file = FileIO(path, opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK))

@@ -14,11 +14,11 @@ def leaf_hash(leaf: bytes | bytearray | memoryview) -> bytes:
     return blake3(leaf).digest()
 
 
-def root_of(hashes: bytes) -> str:
+def hash_leaf_list(hashes: bytes) -> str:
     """Return a leaf list's digest as 64 hex digits: the BLAKE3 of all its hashes, concatenated."""
     return blake3(hashes).hexdigest()
 
 
-def list_bytes(size_bytes: int) -> int:
+def leaf_list_size(size_bytes: int) -> int:
     """Return the size of the leaf list of a blob of `size_bytes`."""
     return HASH_BYTES * leaf_count(size_bytes)

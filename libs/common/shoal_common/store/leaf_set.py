@@ -8,43 +8,43 @@ from collections.abc import Iterable, Iterator, Sequence
 from shoal_common.errors import BadInput
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 
-Ranges = list[list[int]]
+LeafRanges = list[list[int]]
 """`[first, last)` pairs, in order."""
 
 
-def whole(size_bytes: int) -> int:
+def all_leaves(size_bytes: int) -> int:
     """Return all leaves of a blob."""
-    return run(0, leaf_count(size_bytes))
+    return leaf_range(0, leaf_count(size_bytes))
 
 
-def covering(start: int, end: int) -> int:
+def leaves_of_bytes(start: int, end: int) -> int:
     """Return the leaves that contain bytes [start, end)."""
-    return run(start // LEAF_BYTES, -(-end // LEAF_BYTES)) if start < end else 0
+    return leaf_range(start // LEAF_BYTES, -(-end // LEAF_BYTES)) if start < end else 0
 
 
-def of_ranges(ranges: Iterable[Sequence[int]], size_bytes: int) -> int:
+def from_ranges(ranges: Iterable[Sequence[int]], size_bytes: int) -> int:
     """Return the set of some ranges in a blob of `size_bytes`. Raises BadInput for leaves beyond its end (I10)."""
     leaves, count = 0, leaf_count(size_bytes)
     for pair in ranges:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= count:
             raise BadInput(f"{list(pair)[:4]} is not a range of leaves of a blob that has {count}")
-        leaves |= run(pair[0], pair[1])
+        leaves |= leaf_range(pair[0], pair[1])
     return leaves
 
 
-def ranges(leaves: int) -> Ranges:
+def to_ranges(leaves: int) -> LeafRanges:
     """Return a set as ranges, in order, adjacent ones joined."""
-    return [[first, last] for first, last in runs_of(leaves)]
+    return [[first, last] for first, last in leaf_ranges(leaves)]
 
 
-def size_of(leaves: int, size_bytes: int) -> int:
+def byte_count(leaves: int, size_bytes: int) -> int:
     """Return the bytes of these leaves in a blob of `size_bytes`, whose last leaf may be shorter."""
     count = leaf_count(size_bytes)
     short = count * LEAF_BYTES - size_bytes if count and leaves >> (count - 1) & 1 else 0
     return leaves.bit_count() * LEAF_BYTES - short
 
 
-MAX_RUN_LEAVES = 64
+MAX_RANGE_LEAVES = 64
 """Maximum length of a range."""
 MAX_SENT_COUNT = 64
 
@@ -59,27 +59,27 @@ def to_bitmap(leaves: int, leaf_count: int) -> bytes:
     return leaves.to_bytes(-(-leaf_count // 8), "little")
 
 
-def run(first: int, end: int) -> int:
+def leaf_range(first: int, end: int) -> int:
     """Return the set of leaves [first, end); empty if end <= first."""
     return ((1 << (end - first)) - 1) << first if end > first else 0
 
 
-def bounds(leaves: int) -> tuple[int, int]:
+def enclosing_range(leaves: int) -> tuple[int, int]:
     """Return the smallest [first, end) around a set; (0, 0) for an empty one."""
-    return (_lowest(leaves), leaves.bit_length()) if leaves else (0, 0)
+    return (lowest_bit(leaves), leaves.bit_length()) if leaves else (0, 0)
 
 
-def runs_of(leaves: int) -> Iterator[tuple[int, int]]:
+def leaf_ranges(leaves: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges of a set, in order, adjacent leaves joined."""
     while leaves:
-        first = _lowest(leaves)
+        first = lowest_bit(leaves)
         # Adding 1 at a range's start carries to its end.
-        end = _lowest(leaves + (1 << first))
+        end = lowest_bit(leaves + (1 << first))
         yield first, end
         leaves &= -1 << end
 
 
-def drawn(leaves: int, draw: random.Random) -> int:
+def random_leaf(leaves: int, draw: random.Random) -> int:
     """Return a random leaf of a set, all equally likely. Raises ValueError for an empty set."""
     place, below = draw.randrange(leaves.bit_count()), 0
     width = leaves.bit_length()
@@ -94,20 +94,20 @@ def drawn(leaves: int, draw: random.Random) -> int:
     return below
 
 
-def run_around(leaf: int, leaves: int, max_leaves: int) -> tuple[int, int]:
+def aligned_range(leaf: int, leaves: int, max_leaves: int) -> tuple[int, int]:
     """Return the range [first, end) of a set that contains this leaf.
 
     It ends at multiples of `max_leaves`, so that ranges picked one after the other leave no fragments between them.
     """
-    max_leaves = min(max(max_leaves, 1), MAX_RUN_LEAVES)
+    max_leaves = min(max(max_leaves, 1), MAX_RANGE_LEAVES)
     start = leaf // max_leaves * max_leaves
     cell = leaves >> start & ((1 << max_leaves) - 1)
     gaps, offset = ~cell, leaf - start
     below = gaps & ((1 << offset) - 1)
-    return start + below.bit_length(), start + offset + min(_lowest(gaps >> offset), max_leaves - offset)
+    return start + below.bit_length(), start + offset + min(lowest_bit(gaps >> offset), max_leaves - offset)
 
 
-def least_sent(
+def least_sent_range(
     sent: Sequence[int], wanted: int, ready: int, max_leaves: int, draw: random.Random
 ) -> tuple[int, int] | None:
     """Return the range [first, end) that a source sends next: a random one of the leaves that it has sent least.
@@ -119,11 +119,11 @@ def least_sent(
     """
     for leaves in sent:
         if least := leaves & wanted & ready:
-            return run_around(drawn(least, draw), least, max_leaves)
+            return aligned_range(random_leaf(least, draw), least, max_leaves)
     return None
 
 
-def counted(sent: list[int], leaves: int) -> None:
+def record_sent(sent: list[int], leaves: int) -> None:
     """Record leaves as sent once more in `sent`, as `least_sent_range` reads it, up to MAX_SENT_COUNT times."""
     for count in range(min(len(sent), MAX_SENT_COUNT) - 1, -1, -1):
         if again := sent[count] & leaves:
@@ -133,5 +133,5 @@ def counted(sent: list[int], leaves: int) -> None:
             sent[count + 1] |= again
 
 
-def _lowest(leaves: int) -> int:
+def lowest_bit(leaves: int) -> int:
     return (leaves & -leaves).bit_length() - 1

@@ -21,48 +21,48 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from shoal_common.host.process_identity import boot_bytes
+from shoal_common.host.process_identity import boot_id
 from shoal_common.store.bitmap import Bitmap, leaf_count
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.store_paths import StorePaths
 
 _HEAD = struct.Struct("<16sQ")
 
 
-def ready_of(data: bytes) -> Bitmap | None:
+def parse_relay_bitmap(data: bytes) -> Bitmap | None:
     """Parse such a file; None if it is of another boot, or not such a file."""
     if len(data) < _HEAD.size:
         return None
     boot, size_bytes = _HEAD.unpack_from(data)
     bits = data[_HEAD.size :]
-    if boot != boot_bytes() or len(bits) != -(-leaf_count(size_bytes) // 8):
+    if boot != boot_id() or len(bits) != -(-leaf_count(size_bytes) // 8):
         return None
     return Bitmap(size_bytes, bits)
 
 
-def read_ready(layout: Layout, blob: str, size_bytes: int) -> Bitmap:
+def read_relay_bitmap(layout: StorePaths, blob: str, size_bytes: int) -> Bitmap:
     """Return the leaves of a blob of this size that can be relayed now; none if the file cannot be trusted."""
     try:
-        bitmap = ready_of(layout.partial_ready(blob).read_bytes())
+        bitmap = parse_relay_bitmap(layout.relay_bitmap(blob).read_bytes())
     except FileNotFoundError:
         bitmap = None
     return bitmap if bitmap is not None and bitmap.size_bytes == size_bytes else Bitmap(size_bytes)
 
 
-class Ready:
+class RelayBitmapFile:
     """The relay bitmap, opened by its only writer, the fetcher. It stays valid for this boot after it is closed."""
 
-    def __init__(self, layout: Layout, blob: str, durable: Bitmap) -> None:
+    def __init__(self, layout: StorePaths, blob: str, durable: Bitmap) -> None:
         """Create it with the durable leaves, and keep the leaves that it lists for this boot.
 
         Raises FileNotFoundError if the partial blob is gone, or another OSError of the disk.
         """
-        path = layout.partial_ready(blob)
-        self.bitmap = read_ready(layout, blob, durable.size_bytes)
-        for leaf in range(durable.leaves):
+        path = layout.relay_bitmap(blob)
+        self.bitmap = read_relay_bitmap(layout, blob, durable.size_bytes)
+        for leaf in range(durable.leaf_count):
             if leaf in durable:
                 self.bitmap.add(leaf)
         new = path.with_suffix(".new")
-        new.write_bytes(_HEAD.pack(boot_bytes(), durable.size_bytes) + self.bitmap.to_bytes())
+        new.write_bytes(_HEAD.pack(boot_id(), durable.size_bytes) + self.bitmap.to_bytes())
         new.replace(path)
         self._fd = os.open(path, os.O_WRONLY)
 

@@ -11,14 +11,14 @@ from shoal_common.names import ModelRef, check_blob, check_commit, check_file_pa
 FORMAT_VERSION = "1"
 
 
-class Layout:
+class StorePaths:
     """Paths of one store."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.version = root / "VERSION"
         self.lock = root / "lock"
-        self.reserve = root / "reserve"
+        self.ballast = root / "reserve"
         self.blobs = root / "blobs" / "sha256"
         self.leaf_lists = root / "leaves"
         self.partials = root / "partial"
@@ -27,14 +27,14 @@ class Layout:
         self.tombs = root / "tombs"
         self.pins = root / "pins"
         self.uses = root / "uses"
-        self.promises = root / "promises"
-        self.parts = root / "parts"
+        self.reservations = root / "promises"
+        self.shards = root / "parts"
         self.quarantine = root / "quarantine"
         self.leases = root / "leases"
-        self.verified = root / "adopted" / "verified.json"
-        self.adopted_blobs = root / "adopted" / "blobs"
-        self.adopted_models = root / "adopted" / "models"
-        self.further = root / "further"
+        self.library_hashes = root / "adopted" / "verified.json"
+        self.library_blobs = root / "adopted" / "blobs"
+        self.library_models = root / "adopted" / "models"
+        self.volumes = root / "further"
 
     @property
     def top_names(self) -> set[str]:
@@ -46,15 +46,15 @@ class Layout:
         """Return a blob's file."""
         return self.blobs / check_blob(sha256)[:2] / sha256
 
-    def leaves(self, sha256: str) -> Path:
+    def leaf_list(self, sha256: str) -> Path:
         """Return the file with the hashes of a blob's leaves."""
         return self.leaf_lists / check_blob(sha256)[:2] / sha256
 
-    def set_aside(self, sha256: str) -> Path:
+    def quarantined(self, sha256: str) -> Path:
         """Return the path of a corrupt blob in quarantine."""
         return self.quarantine / check_blob(sha256)
 
-    def set_aside_have(self, sha256: str) -> Path:
+    def quarantined_have(self, sha256: str) -> Path:
         """Return the bitmap of the good leaves of a blob in quarantine."""
         return self.quarantine / f"{check_blob(sha256)}.have"
 
@@ -66,7 +66,7 @@ class Layout:
         """Return the leaf list of a partial blob; unknown hashes are zeros."""
         return self.partial(blob) / "leaves"
 
-    def partial_ready(self, blob: str) -> Path:
+    def relay_bitmap(self, blob: str) -> Path:
         """Return the relay bitmap of a partial blob, valid for this boot."""
         return self.partial(blob) / "ready"
 
@@ -86,25 +86,25 @@ class Layout:
         """Return the file whose mtime is a model's last use."""
         return self.uses / f"{directory_of(repo)}@{check_commit(commit)}"
 
-    def promise(self, repo: str, commit: str) -> Path:
+    def reservation(self, repo: str, commit: str) -> Path:
         """Return the reservation: the file with the blobs that a running download relies on."""
-        return self.promises / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.reservations / f"{directory_of(repo)}@{check_commit(commit)}"
 
-    def part(self, repo: str, commit: str) -> Path:
+    def shard(self, repo: str, commit: str) -> Path:
         """Return the file that says which layers of an incomplete model are here."""
-        return self.parts / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.shards / f"{directory_of(repo)}@{check_commit(commit)}"
 
-    def adopted_blob(self, sha256: str) -> Path:
+    def library_blob(self, sha256: str) -> Path:
         """Return the file that says where a library holds a blob."""
-        return self.adopted_blobs / check_blob(sha256)[:2] / sha256
+        return self.library_blobs / check_blob(sha256)[:2] / sha256
 
-    def adopted_model(self, repo: str, commit: str) -> Path:
+    def library_model(self, repo: str, commit: str) -> Path:
         """Return the file that exists while a model's view leads into a library."""
-        return self.adopted_models / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.library_models / f"{directory_of(repo)}@{check_commit(commit)}"
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
         """Return a file in a view."""
-        return file_in(self.view(manifest.repo, manifest.commit), path)
+        return view_file_path(self.view(manifest.repo, manifest.commit), path)
 
     def lease(self, lease: str) -> Path:
         """Return a lease's directory."""
@@ -119,7 +119,7 @@ class Layout:
         return self.lease(lease) / "view"
 
 
-def file_in(view: Path, path: str) -> Path:
+def view_file_path(view: Path, path: str) -> Path:
     """Return a model's file in a view of it."""
     return view / check_file_path(path)
 
@@ -129,7 +129,7 @@ def directory_of(repo: str) -> str:
     return repo.replace("/", "--")
 
 
-def model_of(directory: str, commit: str) -> str:
+def model_from_directory(directory: str, commit: str) -> str:
     """Return the model (`org/name@commit`) of a directory `<org>--<name>` and a commit. Raises BadName."""
     ref = ModelRef.parse(directory.replace("--", "/", 1))
     if directory_of(ref.repo) != directory:

@@ -16,22 +16,22 @@ from pathlib import Path
 _NS_PER_S = 1_000_000_000
 
 
-def proven(sha256: str, status: os.stat_result) -> bool:
+def has_stamp(sha256: str, status: os.stat_result) -> bool:
     """Return whether the file with this stat was verified under this name, and not written to since."""
     return status.st_mtime_ns == _proof_ns(sha256, status)
 
 
-def prove(sha256: str, path: Path) -> bool:
+def write_stamp(sha256: str, path: Path) -> bool:
     """Stamp a verified file. Returns False if the file system does not keep the stamp. Raises OSError."""
     status = path.lstat()
     os.utime(path, ns=(status.st_atime_ns, _proof_ns(sha256, status)), follow_symlinks=False)
-    return proven(sha256, path.lstat())
+    return has_stamp(sha256, path.lstat())
 
 
-def disprove(sha256: str, path: Path) -> None:
+def clear_stamp(sha256: str, path: Path) -> None:
     """Clear the stamp of a file that does not hash to its name. Raises OSError."""
     status = path.lstat()
-    if proven(sha256, status):
+    if has_stamp(sha256, status):
         other_ns = status.st_mtime_ns // _NS_PER_S * _NS_PER_S + (status.st_mtime_ns + 1) % _NS_PER_S
         os.utime(path, ns=(status.st_atime_ns, other_ns), follow_symlinks=False)
 

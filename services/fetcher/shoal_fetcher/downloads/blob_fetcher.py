@@ -10,23 +10,23 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import msgspec
 
 from shoal_common import telemetry
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import Committed
-from shoal_common.store.store_paths import Layout
+from shoal_common.messages.storage import CommittedBlob
+from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.downloads import whole_blob
-from shoal_fetcher.errors import LeavesLost, WrongWhole
+from shoal_fetcher.errors import BlobHashMismatch, LeafReadbackMismatch
 from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import HUB, Setbacks
-from shoal_fetcher.sources.source_selection import FromHub, choose, is_relayed
-from shoal_fetcher.storage_client import Storage
-from shoal_fetcher.swarm.context import Fetch, Shared
+from shoal_fetcher.sources.failure_policy import HUB, SourceHealth
+from shoal_fetcher.sources.source_selection import FetchFromHub, choose_source, is_relayed
+from shoal_fetcher.storage_client import StorageClient
+from shoal_fetcher.swarm.context import Fetch, NodeFetchContext
 from shoal_fetcher.swarm.swarm import Swarm
 
-log = Log("fetch")
+log = StructuredLogger("fetch")
 
-AT_ONCE = 8
+MAX_CONCURRENT_BLOBS = 8
 """Blobs that are fetched at the same time, for all downloads of this node."""
 _MAX_LEAVES_LOST = 3
 """A disk that reads back wrong leaves this many times is not written to again."""
@@ -37,15 +37,15 @@ class _Arrival(msgspec.Struct):
 
     lock: asyncio.Lock
     wanted_count: int = 0
-    committed: Committed | None = None
+    committed: CommittedBlob | None = None
 
 
 class BlobFetcher:
     """Fetches blobs for all downloads of this node; each blob once at a time."""
 
-    def __init__(self, shared: Shared, layout: Layout, storage: Storage) -> None:
+    def __init__(self, shared: NodeFetchContext, layout: StorePaths, storage: StorageClient) -> None:
         self._shared, self._layout, self._storage = shared, layout, storage
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_BLOBS)
         self._arriving: dict[str, _Arrival] = {}
 
     async def fetch(
@@ -62,13 +62,15 @@ class BlobFetcher:
         try:
             async with arrival.lock:
                 if arrival.committed is None:
-                    with telemetry.step("file", path=file.path, size_bytes=file.size_bytes):
+                    with telemetry.trace_step("file", path=file.path, size_bytes=file.size_bytes):
                         arrival.committed = await self._fetch(manifest, file, progress, wanted)
                     if arrival.committed is None:
                         return file.blob
                 else:
                     committed = arrival.committed
-                    progress.whole(file.blob, committed.sha256, committed.size_bytes, committed.root)
+                    progress.set_blob_complete(
+                        file.blob, committed.sha256, committed.size_bytes, committed.leaf_list_digest
+                    )
                 return arrival.committed.sha256
         finally:
             arrival.wanted_count -= 1
@@ -78,16 +80,16 @@ class BlobFetcher:
     def expected_source(self, manifest: Manifest, file: ManifestFile) -> str:
         """Return the source that a blob would come from now: `hub` or a node."""
         shared = self._shared
-        holders = shared.around.holders(file.blob, manifest)
-        origin = shared.around.origin(file.blob)
-        choice = choose(file.blob, holders, origin, shared.node, Setbacks(), shared.busy)
-        return HUB if isinstance(choice, FromHub) else choice.node
+        holders = shared.cluster_view.holders(file.blob, manifest)
+        origin = shared.cluster_view.origin_of(file.blob)
+        choice = choose_source(file.blob, holders, origin, shared.node, SourceHealth(), shared.read_counts)
+        return HUB if isinstance(choice, FetchFromHub) else choice.node
 
     async def _fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
-    ) -> Committed | None:
+    ) -> CommittedBlob | None:
         """Return None if only some leaves were wanted, and they are present."""
-        setbacks, lost_count = Setbacks(), 0
+        setbacks, lost_count = SourceHealth(), 0
         while True:
             try:
                 if is_relayed(file.blob, file.size_bytes):
@@ -96,56 +98,58 @@ class BlobFetcher:
                 return await whole_blob.fetch(
                     self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._slot
                 )
-            except LeavesLost as e:
+            except LeafReadbackMismatch as e:
                 lost_count += 1
                 if lost_count == _MAX_LEAVES_LOST:
                     raise
                 log.warning(
                     "leaves were not written correctly, fetching them again", path=file.path, reason=e.message
                 )
-            except WrongWhole as e:
+            except BlobHashMismatch as e:
                 # Bans whoever vouched for the blob; raises if that has happened before.
-                setbacks.after(e, None)
-                progress.source_failed(file.path)
+                setbacks.record_failure(e, None)
+                progress.record_source_failure(file.path)
                 log.warning("blob does not hash to its name, fetching it again", path=file.path, reason=e.message)
-                progress.note(e.message)
+                progress.set_waiting_for(e.message)
 
     @asynccontextmanager
     async def _slot(self, progress: Progress) -> AsyncIterator[None]:
         queued_at_s = time.monotonic()
         async with self._slots:
-            progress.excuse(time.monotonic() - queued_at_s)
+            progress.pause_stall_timer(time.monotonic() - queued_at_s)
             yield
 
     async def _fetch_from_swarm(
-        self, manifest: Manifest, file: ManifestFile, setbacks: Setbacks, progress: Progress, wanted: int | None
-    ) -> Committed | None:
-        await progress.say(waiting_for="")
+        self, manifest: Manifest, file: ManifestFile, setbacks: SourceHealth, progress: Progress, wanted: int | None
+    ) -> CommittedBlob | None:
+        await progress.publish_state(waiting_for="")
         began_s = time.monotonic()
         async with AsyncExitStack() as held:
             partial = PartialBlob(self._layout, file.blob, file.size_bytes)
             try:
                 async with partial:
-                    progress.excuse(time.monotonic() - began_s)  # after a power cut the leaves were hashed again
-                    leaves = partial.all if wanted is None else partial.all & wanted
+                    progress.pause_stall_timer(
+                        time.monotonic() - began_s
+                    )  # after a power cut the leaves were hashed again
+                    leaves = partial.all_leaves if wanted is None else partial.all_leaves & wanted
                     fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
                     root = await Swarm(fetch, held).run()
-            except WrongWhole:
-                root, leaves = "", partial.all  # the commit hashes it too, reports the hash and discards it
+            except BlobHashMismatch:
+                root, leaves = "", partial.all_leaves  # the commit hashes it too, reports the hash and discards it
             finally:
-                progress.durable(file.blob, partial.durable_bytes)
-            if leaves != partial.all:
+                progress.set_durable_bytes(file.blob, partial.durable_bytes)
+            if leaves != partial.all_leaves:
                 return None
             committed = await self._commit(file, progress, root)
             # The origin lease is released only after that: the next holder checks `state` first.
-            progress.when_told(held.pop_all())
+            progress.after_publish(held.pop_all())
             return committed
 
-    async def _commit(self, file: ManifestFile, progress: Progress, root: str = "") -> Committed:
+    async def _commit(self, file: ManifestFile, progress: Progress, root: str = "") -> CommittedBlob:
         try:
             committed = await self._storage.commit(file.blob, root)
-        except WrongWhole:
-            progress.durable(file.blob, 0)  # storage has discarded all leaves
+        except BlobHashMismatch:
+            progress.set_durable_bytes(file.blob, 0)  # storage has discarded all leaves
             raise
-        progress.whole(file.blob, committed.sha256, committed.size_bytes, committed.root)
+        progress.set_blob_complete(file.blob, committed.sha256, committed.size_bytes, committed.leaf_list_digest)
         return committed

@@ -11,39 +11,39 @@ from collections.abc import Callable
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import DiskFull, ErrorBody, ShoalError
-from shoal_common.logs import Log
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.cluster_view import Surroundings
+from shoal_common.logs import StructuredLogger
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.errors import ReservationLost
-from shoal_fetcher.partials.partial_blob import probe
+from shoal_fetcher.partials.partial_blob import probe_disk
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, in_vain_delay_s, look_again_s
-from shoal_fetcher.storage_client import Storage
+from shoal_fetcher.storage_client import StorageClient
 
-log = Log("blocked")
+log = StructuredLogger("blocked")
 
 _MIN_INTERVAL_S = 1.0
 """Between two requests to storage, however often the disk changes."""
 
 
-class Blockage:
+class DiskFullWait:
     """Waits for free space on behalf of one download, each time it meets a full disk."""
 
     def __init__(
         self,
         progress: Progress,
-        storage: Storage,
-        around: Surroundings,
-        layout: Layout,
+        storage: StorageClient,
+        cluster_view: ClusterView,
+        layout: StorePaths,
         clock_s: Callable[[], float] = cluster_clock.now_s,
     ) -> None:
-        self._progress, self._storage, self._around = progress, storage, around
+        self._progress, self._storage, self._around = progress, storage, cluster_view
         self._layout, self._clock_s = layout, clock_s
         # A restarted fetcher continues the same wait: its deadline must not move with each start.
         self._durable_bytes = progress.state.done_bytes if progress.state.blocked_since_s else -1
         self._futile_attempts = 0
 
-    async def wait_for_room(self, model: str, disk_full: DiskFull) -> None:
+    async def wait_for_space(self, model: str, disk_full: DiskFull) -> None:
         """Return when a retry is worthwhile. Raises DiskFull if nothing became durable for MAX_BLOCKED_S."""
         progress = self._progress
         moved = progress.done_bytes > self._durable_bytes
@@ -53,7 +53,9 @@ class Blockage:
         since_s = now_s if moved else progress.state.blocked_since_s or now_s
         log.warning("disk full, download blocked", model=model, reason=disk_full.message)
         error = disk_full.body()
-        await progress.say(phase="blocked", waiting_for=disk_full.message, error=error, blocked_since_s=since_s)
+        await progress.publish_state(
+            phase="blocked", waiting_for=disk_full.message, error=error, blocked_since_s=since_s
+        )
         await asyncio.sleep(in_vain_delay_s(self._futile_attempts))
         attempt, reason = 0, disk_full.message
         while True:
@@ -63,24 +65,24 @@ class Blockage:
                     f"({reason}); the partial download is kept: free some space and pull again",
                     **disk_full.details,
                 )
-            disk_before = self._around.disk()
+            disk_before = self._around.disk_status()
             try:
                 shortage = await self._shortage(model, disk_full)
                 if shortage is None:
                     break
                 reason = shortage.message
-                await progress.say(waiting_for=reason, error=shortage)
+                await progress.publish_state(waiting_for=reason, error=shortage)
             except ShoalError as e:
                 log.warning("storage did not report its free space", model=model, reason=e.message)
             attempt += 1
             await asyncio.sleep(_MIN_INTERVAL_S)
-            await self._around.disk_changed(disk_before, look_again_s(attempt))
+            await self._around.wait_disk_changed(disk_before, look_again_s(attempt))
         log.info("free space again, download resumes", model=model)
-        progress.moved()
+        progress.mark_progress()
 
     async def _shortage(self, model: str, disk_full: DiskFull) -> ErrorBody | None:
         """Return what still blocks the download; None if nothing is known to."""
-        room = await self._storage.room(model)
+        room = await self._storage.check_space(model)
         if not room.enough:
             return DiskFull(
                 f"disk full: {room.words}; free some space and the download resumes",
@@ -90,7 +92,7 @@ class Blockage:
             ).body()
         if blob := disk_full.details.get("blob"):
             try:
-                await asyncio.to_thread(probe, self._layout.partial(blob))
+                await asyncio.to_thread(probe_disk, self._layout.partial(blob))
             except DiskFull as e:
                 return e.body()
             except ReservationLost:

@@ -10,79 +10,84 @@ from contextlib import suppress
 import httpx2
 
 from shoal_common.bus.keys import download_key
-from shoal_common.errors import Busy, Paused, ShoalError, Unavailable, Withdrawn, from_body
-from shoal_common.liveness.peer_failure import Sight
-from shoal_common.logs import Log
+from shoal_common.errors import Busy, Cancelled, Paused, ShoalError, Unavailable, from_body
+from shoal_common.liveness.peer_failure import PeerFailureReporter
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads
-from shoal_common.messages.downloads import ENDED, DownloadState, Withdraw
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.model_shape import AskShape, ModelSize
+from shoal_common.messages.downloads import ENDED_PHASES, DownloadState, StopDownloads
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.model_shape import GetModelShape, ModelSize
 from shoal_common.models.layer_tensors import check_layers
 from shoal_common.names import ModelRef
-from shoal_common.service import Context
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.cluster_view import Surroundings
+from shoal_common.service import ServiceContext
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
-from shoal_fetcher.downloads.request_store import Wishes, joined
-from shoal_fetcher.downloads.task import Download
-from shoal_fetcher.hub.client import Hub, HubSettings
-from shoal_fetcher.hub.model_info import Shapes
+from shoal_fetcher.downloads.request_store import DownloadRequests, merge_layers
+from shoal_fetcher.downloads.task import DownloadTask
+from shoal_fetcher.hub.client import HubClient, HubSettings
+from shoal_fetcher.hub.model_info import ModelShapes
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.rate_limits import Limits
-from shoal_fetcher.storage_client import Storage
-from shoal_fetcher.swarm.context import Shared
-from shoal_fetcher.swarm.http_client import PeerClient
-from shoal_fetcher.swarm.peer_client import Peers
+from shoal_fetcher.rate_limits import RateLimits
+from shoal_fetcher.storage_client import StorageClient
+from shoal_fetcher.swarm.context import NodeFetchContext
+from shoal_fetcher.swarm.http_client import PeerHttpClient
+from shoal_fetcher.swarm.peer_client import FileserverClient
 
-log = Log("fetcher")
+log = StructuredLogger("fetcher")
 MAX_DOWNLOADS = 256
 """Running and paused together."""
 
 
-class Fetcher:
+class DownloadManager:
     """All downloads of this node."""
 
     def __init__(
         self,
-        context: Context,
+        context: ServiceContext,
         tasks: asyncio.TaskGroup,
-        around: Surroundings,
-        wishes: Wishes,
-        limits: Limits,
-        from_hub: httpx2.AsyncClient,
-        from_peers: PeerClient,
+        cluster_view: ClusterView,
+        requests: DownloadRequests,
+        rate_limits: RateLimits,
+        hub_http: httpx2.AsyncClient,
+        peer_http: PeerHttpClient,
     ) -> None:
         self._context, self._tasks = context, tasks
-        self._layout = Layout(context.config.store)
-        self._hub = Hub(HubSettings.read(context.environ), from_hub)
-        self._around, self._wishes = around, wishes
-        self._storage = Storage(context.ask, context.node, around)
-        shared = Shared(
+        self._layout = StorePaths(context.config.store)
+        self._hub = HubClient(HubSettings.read(context.environ), hub_http)
+        self._around, self._wishes = cluster_view, requests
+        self._storage = StorageClient(context.rpc, context.node, cluster_view)
+        shared = NodeFetchContext(
             node=context.node,
             uid=context.liveness.uid,
             nats=context.nats,
             buckets=context.buckets,
-            around=around,
+            cluster_view=cluster_view,
             hub=self._hub,
-            peers=Peers(from_peers, context.config.secret, around.addresses, Sight(context.nats, context.node).lost),
-            busy=Counter(),
-            limits=limits,
+            peers=FileserverClient(
+                peer_http,
+                context.config.secret,
+                cluster_view.addresses,
+                PeerFailureReporter(context.nats, context.node).report,
+            ),
+            read_counts=Counter(),
+            rate_limits=rate_limits,
         )
-        self._shapes = Shapes(self._hub, limits.hub)
+        self._shapes = ModelShapes(self._hub, rate_limits.hub)
         self._blobs = BlobFetcher(shared, self._layout, self._storage)
         self._leaf_lists = shared.peers
-        self._running: dict[str, tuple[Download, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[DownloadTask, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 
-    async def take_up(self) -> None:
+    async def resume_pending(self) -> None:
         """At startup: resume requests that are not paused, and finish cancellations that were interrupted."""
         states = self._around.own_downloads()
         for name in self._wishes.names:
             wish, state = self._wishes.get(name), states.get(name)
-            has_ended = state is not None and state.phase in ENDED
+            has_ended = state is not None and state.phase in ENDED_PHASES
             if wish is None:
                 continue
-            if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.asked_at_s):
+            if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.requested_at_s):
                 # Killed after the download ended, before its request was deleted: a rejected download is not retried.
                 await self._wishes.end(name, from_body(state.error) if state.error else state)
             elif wish.paused:
@@ -92,7 +97,7 @@ class Fetcher:
                 log.info("resuming download", model=name)
                 await self._start(ModelRef.parse(name))
         for name, state in states.items():
-            if state is not None and state.phase not in ENDED and self._wishes.get(name) is None:
+            if state is not None and state.phase not in ENDED_PHASES and self._wishes.get(name) is None:
                 log.info("finishing an interrupted cancellation", model=name)
                 self._tasks.create_task(self._finish_cancellation(name))
 
@@ -102,9 +107,9 @@ class Fetcher:
                 with suppress(ShoalError):  # storage is down: the state stays for the next start
                     await self._withdraw(name)
 
-    async def say_again_after_wipes(self) -> None:
+    async def republish_after_wipes(self) -> None:
         """Republish requests and download states each time NATS has lost its store."""
-        handled, wipes = 0, self._context.nats.wipes
+        handled, wipes = 0, self._context.nats.store_losses
         while True:
             count = await wipes.wait_after(handled)
             with suppress(Unavailable):  # NATS is down again: retried after the next wipe
@@ -113,14 +118,14 @@ class Fetcher:
 
     async def _republish(self) -> None:
         async with self._changing:
-            await self._wishes.say_again()
+            await self._wishes.republish()
             for name in self._wishes.names:
                 if name in self._running:
                     await self._running[name][0].progress.publish()
                 elif self._wishes.is_paused(name):
                     await self._publish_paused(name, None)
 
-    async def download(self, command: downloads.Download, identity: str) -> DownloadState:
+    async def download(self, command: downloads.DownloadCommand, identity: str) -> DownloadState:
         """Download a model, or some layers of it. Returns when it is ready; raises if the download fails."""
         ref = ModelRef.parse(command.model)
         layers = [list(check_layers(command.layers))] if command.layers else []
@@ -130,28 +135,28 @@ class Fetcher:
                 raise Busy(
                     f"{MAX_DOWNLOADS} downloads are running or paused on this node; wait for one, or cancel one"
                 )
-            if command.unless_paused and self._wishes.is_paused(name):
+            if command.keep_paused and self._wishes.is_paused(name):
                 raise self._paused(name)
             stopped = await self._stop_if_insufficient(name, layers)
             try:
-                await self._wishes.ask(name, identity, layers)
+                await self._wishes.request(name, identity, layers)
             except ShoalError:  # NATS is down, the request was not stored: the stopped download continues
                 if stopped is not None:
                     await self._start(ref, stopped)
                 raise
             download = await self._start(ref, stopped)
-        return await asyncio.shield(download.ended)
+        return await asyncio.shield(download.result)
 
-    async def _stop_if_insufficient(self, name: str, layers: list[list[int]]) -> Download | None:
+    async def _stop_if_insufficient(self, name: str, layers: list[list[int]]) -> DownloadTask | None:
         """Stop a download that fetches fewer layers than are requested now. Returns it, unless it ended by itself."""
         if name not in self._running:
             return None
         download, running = self._running[name]
-        if joined(download.layers, layers) == download.layers:
+        if merge_layers(download.layers, layers) == download.layers:
             return None
         return download if await download.stop(running) else None
 
-    async def _start(self, ref: ModelRef, instead_of: Download | None = None) -> Download:
+    async def _start(self, ref: ModelRef, instead_of: DownloadTask | None = None) -> DownloadTask:
         """Run the request for a model. `instead_of` is a stopped download: the new task takes over its state and
         callers.
         """
@@ -160,23 +165,23 @@ class Fetcher:
             return self._running[name][0]
         before = instead_of.progress.state if instead_of else await self._state_of(name)
         wish = self._wishes.get(name)
-        download = Download(
+        download = DownloadTask(
             ref=ref,
             node=self._context.node,
             layout=self._layout,
             buckets=self._context.buckets,
-            ask=self._context.ask,
+            ask=self._context.rpc,
             events=self._context.events,
             storage=self._storage,
             hub=self._hub,
-            around=self._around,
+            cluster_view=self._around,
             blobs=self._blobs,
-            wishes=self._wishes,
+            requests=self._wishes,
             leaf_lists=self._leaf_lists,
             layers=wish.layers if wish else [],
-            before=before,
-            ended=instead_of.ended if instead_of else None,
-            wanted_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, but=name),
+            previous_state=before,
+            result=instead_of.result if instead_of else None,
+            is_needed_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, but=name),
         )
         running = self._tasks.create_task(download.run())
         self._running[name] = (download, running)
@@ -213,8 +218,8 @@ class Fetcher:
             except ShoalError:  # NATS is down: the pause was not stored and would not survive a restart, so undo it
                 await self._start(ModelRef.parse(name), download)
                 raise
-            await download.say_paused(self._paused(name))
-            await self._context.events.tell("download_paused", model=name)
+            await download.publish_paused(self._paused(name))
+            await self._context.events.emit("download_paused", model=name)
         elif self._wishes.get(name) is None:
             return await self._phase_of(name)
         elif self._wishes.is_paused(name):
@@ -227,7 +232,7 @@ class Fetcher:
             return await self._phase_of(name)
         if not self._wishes.is_paused(name):
             return "under_way"
-        await self._wishes.go_on(name)
+        await self._wishes.resume(name)
         await self._start(ModelRef.parse(name))
         log.info("download resumed", model=name)
         return "resumed"
@@ -240,7 +245,7 @@ class Fetcher:
     async def _publish_paused(self, name: str, state: DownloadState | None) -> None:
         """Publish `paused` for a download that is not running, after a crash or after NATS lost its state."""
         state = state or DownloadState(node=self._context.node, model=name, phase="queued")
-        await Progress(self._context.buckets.state, state).say(phase="paused", waiting_for="", error=None)
+        await Progress(self._context.buckets.state, state).publish_state(phase="paused", waiting_for="", error=None)
 
     async def _phase_of(self, name: str) -> str:
         state = await self._state_of(name)
@@ -256,7 +261,7 @@ class Fetcher:
             await self._withdraw(name)
         return {"cancelled": True, "was": was}
 
-    async def withdraw(self, question: Withdraw) -> Done:
+    async def withdraw(self, question: StopDownloads) -> Empty:
         """Stop and forget all downloads of a model that storage is about to delete."""
         async with self._changing:
             states = self._around.own_downloads()
@@ -266,19 +271,19 @@ class Fetcher:
                 ref = ModelRef.parse(name)
                 if ref.repo == question.repo and question.revision in ("", ref.revision, commits.get(name)):
                     await self._withdraw(name)
-        return Done()
+        return Empty()
 
-    async def shape(self, question: AskShape) -> ModelSize:
+    async def shape(self, question: GetModelShape) -> ModelSize:
         """Return the size of each layer of a model that may be on no node."""
-        return await self._shapes.of(ModelRef.parse(question.model))
+        return await self._shapes.size_of(ModelRef.parse(question.model))
 
     async def _withdraw(self, name: str) -> None:
         if name in self._running:
             download, running = self._running[name]
-            await download.withdraw(running)
+            await download.cancel(running)
         else:
             state = await self._state_of(name)
-            await self._wishes.end(name, Withdrawn(f"the download of {name} was cancelled"))
+            await self._wishes.end(name, Cancelled(f"the download of {name} was cancelled"))
             if state is not None and state.commit:
                 repo = ModelRef.parse(name).repo
                 if not self._is_wanted(repo, state.commit, but=name):

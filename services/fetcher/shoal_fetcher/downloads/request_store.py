@@ -17,7 +17,7 @@ from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import done_key, download_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import ShoalError
-from shoal_common.messages.downloads import DownloadSpec
+from shoal_common.messages.downloads import DownloadRequest
 from shoal_common.messages.envelope import Outcome
 from shoal_common.models.layer_tensors import union
 
@@ -25,20 +25,20 @@ _MAX_COMMANDS = 64
 """Command ids that a request remembers: the newest ones."""
 
 
-def joined(layers: list[list[int]], more: list[list[int]]) -> list[list[int]]:
+def merge_layers(layers: list[list[int]], more: list[list[int]]) -> list[list[int]]:
     """Return the union of two sets of layers; empty, which means the whole model, if either is."""
     return union([*layers, *more]) if layers and more else []
 
 
-class Wishes:
+class DownloadRequests:
     """The download requests of one node, by model. A change is stored in `spec` when the call returns."""
 
-    def __init__(self, buckets: Buckets, node: str, stored: Iterable[DownloadSpec]) -> None:
+    def __init__(self, buckets: Buckets, node: str, stored: Iterable[DownloadRequest]) -> None:
         self._buckets, self._node = buckets, node
         self._requests = {request.model: request for request in stored}
         self._writing = asyncio.Lock()
 
-    def get(self, name: str) -> DownloadSpec | None:
+    def get(self, name: str) -> DownloadRequest | None:
         """Return the request for a model, or None."""
         return self._requests.get(name)
 
@@ -52,12 +52,12 @@ class Wishes:
         request = self._requests.get(name)
         return request is not None and request.paused
 
-    async def ask(self, name: str, command: str, layers: list[list[int]]) -> None:
+    async def request(self, name: str, command: str, layers: list[list[int]]) -> None:
         """Request these layers of a model, or all of it; ends a pause."""
         request = self._requests.get(name)
         if request is None:
-            request = DownloadSpec(model=name, asked_at_s=round(cluster_clock.now_s(), 3), layers=layers)
-        request = structs.replace(request, layers=joined(request.layers, layers))
+            request = DownloadRequest(model=name, requested_at_s=round(cluster_clock.now_s(), 3), layers=layers)
+        request = structs.replace(request, layers=merge_layers(request.layers, layers))
         others = [c for c in request.commands if c != command]
         await self._put(structs.replace(request, paused=False, commands=[*others, command][-_MAX_COMMANDS:]))
 
@@ -67,7 +67,7 @@ class Wishes:
         await self._answer(request, why)
         await self._put(structs.replace(request, paused=True, commands=[]))
 
-    async def go_on(self, name: str) -> None:
+    async def resume(self, name: str) -> None:
         """End the pause."""
         await self._put(structs.replace(self._requests[name], paused=False))
 
@@ -80,13 +80,13 @@ class Wishes:
             await self._buckets.spec.delete(download_key(self._node, name))
             self._requests.pop(name, None)
 
-    async def say_again(self) -> None:
+    async def republish(self) -> None:
         """Write all requests again: NATS has lost its store."""
         async with self._writing:
             for name, request in self._requests.items():
                 await self._buckets.spec.put(download_key(self._node, name), request)
 
-    async def _answer(self, request: DownloadSpec, result: object) -> None:
+    async def _answer(self, request: DownloadRequest, result: object) -> None:
         error = result.body() if isinstance(result, ShoalError) else None
         for command in request.commands:
             outcome = Outcome(
@@ -101,7 +101,7 @@ class Wishes:
             )
             await self._buckets.done.create(done_key(command), outcome)
 
-    async def _put(self, request: DownloadSpec) -> None:
+    async def _put(self, request: DownloadRequest) -> None:
         async with self._writing:
             await self._buckets.spec.put(download_key(self._node, request.model), request)
             self._requests[request.model] = request

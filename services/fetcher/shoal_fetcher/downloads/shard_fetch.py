@@ -9,48 +9,50 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from shoal_common.errors import DISK_FULL, Corrupt, DiskFull, ShoalError
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import Reserved
+from shoal_common.messages.storage import ReserveResult
 from shoal_common.models.safetensors_header import PREFIX_BYTES, header_end
 from shoal_common.store import leaf_set
 from shoal_common.store.blob_lookup import find_blob
-from shoal_common.store.leaf_hash import list_bytes, root_of
+from shoal_common.store.leaf_hash import hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import from_bitmap
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.cluster_view import Surroundings
-from shoal_fetcher.errors import ReservationLost, WrongWhole
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.cluster_view import ClusterView
+from shoal_fetcher.errors import BlobHashMismatch, ReservationLost
 from shoal_fetcher.partials.bitmap_file import read_bitmap
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.leaf_selection import CONFIG, first_leaves, header_leaves, stage_leaves, weight_files
-from shoal_fetcher.storage_client import Storage
+from shoal_fetcher.storage_client import StorageClient
 
-log = Log("parts")
+log = StructuredLogger("parts")
 
 _MAX_ATTEMPTS = 3
 """The fetch fails after this many times that leaves did not match the sealed list."""
 
-Fetch = Callable[[list[tuple[ManifestFile, int | None]]], Awaitable[None]]
+FetchLeaves = Callable[[list[tuple[ManifestFile, int | None]]], Awaitable[None]]
 """Makes these files, or the given leaves of them, present."""
 LeafLists = Mapping[str, bytes]
 """Leaf hashes by blob, from a list whose digest is sealed."""
 
 
-class Lists(Protocol):
+class LeafListReader(Protocol):
     """Reads leaf lists from nodes."""
 
     async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
         """Return bytes of a blob's leaf list as a node sends it. Raises ShoalError."""
 
 
-async def sealed_lists(manifest: Manifest, around: Surroundings, lists: Lists) -> LeafLists | None:
+async def sealed_lists(manifest: Manifest, cluster_view: ClusterView, lists: LeafListReader) -> LeafLists | None:
     """Return the leaf lists of all weight files; None if one is not available, so that leaves cannot be verified.
 
     A list is trusted by its digest, which is in the manifest of a node that has the model.
     """
     by_blob: dict[str, bytes] = {}
     for file in weight_files(manifest):
-        hashes = await _sealed_list(manifest, file, around, lists) if file.sha256 and file.leaves else None
+        hashes = (
+            await _sealed_list(manifest, file, cluster_view, lists) if file.sha256 and file.leaf_list_digest else None
+        )
         if hashes is None:
             log.info("no sealed leaf list available, fetching the whole model", model=manifest.model, path=file.path)
             return None
@@ -58,20 +60,22 @@ async def sealed_lists(manifest: Manifest, around: Surroundings, lists: Lists) -
     return by_blob or None
 
 
-async def _sealed_list(manifest: Manifest, file: ManifestFile, around: Surroundings, lists: Lists) -> bytes | None:
+async def _sealed_list(
+    manifest: Manifest, file: ManifestFile, around: ClusterView, lists: LeafListReader
+) -> bytes | None:
     for holding in around.holders(file.blob, manifest):
         try:
-            hashes = await lists.leaf_list(holding.node, file.sha256, 0, list_bytes(file.size_bytes))
+            hashes = await lists.leaf_list(holding.node, file.sha256, 0, leaf_list_size(file.size_bytes))
         except ShoalError as e:
             log.info("a node did not return its leaf list", peer=holding.node, path=file.path, reason=e.message)
             continue
-        if root_of(hashes) == file.leaves:
+        if hash_leaf_list(hashes) == file.leaf_list_digest:
             return hashes
         log.warning("a node returned a leaf list with the wrong digest", peer=holding.node, path=file.path)
     return None
 
 
-class PartFetch:
+class ShardFetch:
     """Fetches one shard: some layers of one model."""
 
     def __init__(
@@ -79,15 +83,15 @@ class PartFetch:
         manifest: Manifest,
         layers: list[list[int]],
         lists: LeafLists,
-        layout: Layout,
-        storage: Storage,
+        layout: StorePaths,
+        storage: StorageClient,
         progress: Progress,
-        fetch: Fetch,
+        fetch: FetchLeaves,
     ) -> None:
         self._manifest, self._layers, self._lists = manifest, layers, lists
         self._layout, self._storage, self._progress, self._fetch = layout, storage, progress, fetch
 
-    async def bring_in(self) -> bool:
+    async def run(self) -> bool:
         """Make the shard present. Returns False if the whole model is. Raises what storage and sources raise."""
         manifest, files = self._manifest, weight_files(self._manifest)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -100,11 +104,11 @@ class PartFetch:
             await self._fetch_leaves(leaves)
             leaves |= await asyncio.to_thread(self._stage_leaves, files)
             await self._fetch_leaves(leaves)
-            await self._progress.say(phase="verifying", waiting_for="storage")
-            roots = {file.blob: file.leaves for file in files}
+            await self._progress.publish_state(phase="verifying", waiting_for="storage")
+            roots = {file.blob: file.leaf_list_digest for file in files}
             try:
-                await self._storage.seal_part(manifest, self._layers, leaves, roots)
-            except WrongWhole as e:
+                await self._storage.seal_shard(manifest, self._layers, leaves, roots)
+            except BlobHashMismatch as e:
                 if attempt == _MAX_ATTEMPTS:
                     raise
                 log.warning("corrupt leaves, fetching their blob again", reason=e.message)
@@ -114,27 +118,29 @@ class PartFetch:
 
     async def _fetch_leaves(self, leaves: Mapping[str, int]) -> bool:
         """Reserve and fetch these leaves, of unnamed blobs all. Returns whether the whole model is present."""
-        await self._progress.say(phase="reserving", waiting_for="storage")
+        await self._progress.publish_state(phase="reserving", waiting_for="storage")
         reserved = await self._storage.reserve(self._manifest, leaves)
         present = set(reserved.present)
         if present >= self._manifest.blob_sizes.keys():
             return True
         missing = await self._missing(reserved, leaves)
-        await self._progress.say(phase="fetching", waiting_for="")
+        await self._progress.publish_state(phase="fetching", waiting_for="")
         await self._fetch(missing)
         return False
 
-    async def _missing(self, reserved: Reserved, leaves: Mapping[str, int]) -> list[tuple[ManifestFile, int | None]]:
+    async def _missing(
+        self, reserved: ReserveResult, leaves: Mapping[str, int]
+    ) -> list[tuple[ManifestFile, int | None]]:
         """Return what to fetch. Counts what is present, and writes the leaf lists beside the partial blobs."""
         progress, present, total_bytes = self._progress, set(reserved.present), 0
-        progress.restart()
+        progress.reset_counts()
         missing: list[tuple[ManifestFile, int | None]] = []
         for blob, file in {f.blob: f for f in self._manifest.files}.items():
             wanted = leaves.get(blob)
-            needed = leaf_set.whole(file.size_bytes) if wanted is None else wanted
-            total_bytes += leaf_set.size_of(needed, file.size_bytes)
+            needed = leaf_set.all_leaves(file.size_bytes) if wanted is None else wanted
+            total_bytes += leaf_set.byte_count(needed, file.size_bytes)
             if blob in present:
-                progress.whole(blob, blob, file.size_bytes)
+                progress.set_blob_complete(blob, blob, file.size_bytes)
                 continue
             if not needed and file.size_bytes:
                 continue
@@ -143,10 +149,10 @@ class PartFetch:
                 await asyncio.to_thread(_write_small, self._layout.partial_leaves(blob), self._lists[blob])
             bitmap = await asyncio.to_thread(read_bitmap, directory, file.size_bytes)
             durable = from_bitmap(bitmap.to_bytes())
-            progress.durable(blob, leaf_set.size_of(durable, file.size_bytes))
+            progress.set_durable_bytes(blob, leaf_set.byte_count(durable, file.size_bytes))
             if wanted is None or needed & ~durable:
                 missing.append((file, wanted))
-        progress.total(total_bytes)
+        progress.set_total_bytes(total_bytes)
         return missing
 
     def _header_end(self, file: ManifestFile) -> int:

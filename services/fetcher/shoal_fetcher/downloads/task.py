@@ -10,32 +10,32 @@ from msgspec import structs
 
 from shoal_common import telemetry
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.events import Events
+from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import download_key
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.errors import DiskFull, Failed, HubUnavailable, Paused, ShoalError, Withdrawn
-from shoal_common.logs import Log
-from shoal_common.messages.downloads import ENDED, DownloadPhase, DownloadState
+from shoal_common.errors import Cancelled, DiskFull, HubUnavailable, InternalError, Paused, ShoalError
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.downloads import ENDED_PHASES, DownloadPhase, DownloadState
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import AskManifest
+from shoal_common.messages.storage import GetManifest
 from shoal_common.names import ModelRef, is_commit
-from shoal_common.rpc.request_reply import Ask
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.cluster_view import Surroundings
+from shoal_common.rpc.request_reply import RpcClient
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
-from shoal_fetcher.downloads.disk_full_wait import Blockage
-from shoal_fetcher.downloads.request_store import Wishes
-from shoal_fetcher.downloads.shard_fetch import Lists, PartFetch, sealed_lists
+from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
+from shoal_fetcher.downloads.request_store import DownloadRequests
+from shoal_fetcher.downloads.shard_fetch import LeafListReader, ShardFetch, sealed_lists
 from shoal_fetcher.errors import RateLimited, ReservationLost
-from shoal_fetcher.hub.client import Hub
-from shoal_fetcher.partials.bitmap_file import held_bytes
+from shoal_fetcher.hub.client import HubClient
+from shoal_fetcher.partials.bitmap_file import resumable_bytes
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import ended_as, retry_delay_s
+from shoal_fetcher.sources.failure_policy import end_phase, retry_delay_s
 from shoal_fetcher.sources.source_changes import SourceChange
-from shoal_fetcher.sources.source_selection import sealed
-from shoal_fetcher.storage_client import Storage
+from shoal_fetcher.sources.source_selection import with_known_sha256
+from shoal_fetcher.storage_client import StorageClient
 
-log = Log("download")
+log = StructuredLogger("download")
 
 _MAX_RESOLVE_ATTEMPTS = 4
 _MAX_RESERVE_ATTEMPTS = 3
@@ -43,43 +43,43 @@ _MAX_CONCURRENT_FILES = 32
 """Files of one download that are fetched or wait for a source at a time."""
 
 
-class Download:
+class DownloadTask:
     """One model being downloaded to this node. `run` it as a task; `ended` resolves with the result."""
 
     def __init__(
         self,
         ref: ModelRef,
         node: str,
-        layout: Layout,
+        layout: StorePaths,
         buckets: Buckets,
-        ask: Ask,
-        events: Events,
-        storage: Storage,
-        hub: Hub,
-        around: Surroundings,
+        ask: RpcClient,
+        events: EventEmitter,
+        storage: StorageClient,
+        hub: HubClient,
+        cluster_view: ClusterView,
         blobs: BlobFetcher,
-        wishes: Wishes,
-        leaf_lists: Lists,
+        requests: DownloadRequests,
+        leaf_lists: LeafListReader,
         layers: list[list[int]],
-        before: DownloadState | None,
-        ended: asyncio.Future[DownloadState] | None,
-        wanted_elsewhere: Callable[[Download], bool],
+        previous_state: DownloadState | None,
+        result: asyncio.Future[DownloadState] | None,
+        is_needed_elsewhere: Callable[[DownloadTask], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
         self._buckets, self._ask, self._events, self._storage, self._hub = buckets, ask, events, storage, hub
-        self._around, self._blobs, self._wishes, self._leaf_lists = around, blobs, wishes, leaf_lists
+        self._around, self._blobs, self._wishes, self._leaf_lists = cluster_view, blobs, requests, leaf_lists
         self.layers = layers
         """The layers whose tensors it fetches; empty: the whole model."""
-        self._wanted_elsewhere = wanted_elsewhere
+        self._wanted_elsewhere = is_needed_elsewhere
         self._key = download_key(node, str(ref))
-        self._reserved_commit = before.commit if before else ""
+        self._reserved_commit = previous_state.commit if previous_state else ""
         """Commit for which storage may hold a reservation of this download, from this process or an earlier one."""
-        self._previous_blobs = before.blobs if before else []
+        self._previous_blobs = previous_state.blobs if previous_state else []
         self._resumed_published = self._has_started = False
         self._ending = False
         now_s = round(cluster_clock.now_s(), 3)
-        state = before or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
-        if state.phase in ENDED:
+        state = previous_state or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
+        if state.phase in ENDED_PHASES:
             state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart the download continues. What an ended download left on the disk counts as well, until
         # storage says what is present: a hub that is down must not discard what has arrived.
@@ -88,9 +88,9 @@ class Download:
             structs.replace(state, phase="queued", resumed_bytes=0, layers=layers),
             self._emit_source_change,
         )
-        self._blockage = Blockage(self.progress, storage, around, layout)
-        self.ended = ended or asyncio.get_running_loop().create_future()
-        self.ended.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self._blockage = DiskFullWait(self.progress, storage, cluster_view, layout)
+        self.result = result or asyncio.get_running_loop().create_future()
+        self.result.add_done_callback(lambda f: f.cancelled() or f.exception())
 
     @property
     def commit(self) -> str:
@@ -101,7 +101,7 @@ class Download:
         """Download the model. On return `ended` is set, the state is published and the request deleted."""
         publishing = asyncio.create_task(self.progress.publish_forever())
         try:
-            with telemetry.step("transfer", model=str(self.ref)), telemetry.download_under_way():
+            with telemetry.trace_step("transfer", model=str(self.ref)), telemetry.count_running_download():
                 await self._download()
             self._ending = True
             await self._end("ready", None)
@@ -112,7 +112,7 @@ class Download:
             if not self.progress.done_bytes:
                 with suppress(ShoalError):
                     await self._release()
-            await self._end(ended_as(error), error)
+            await self._end(end_phase(error), error)
             await self._emit_failure(error)
         finally:
             publishing.cancel()
@@ -123,37 +123,37 @@ class Download:
         if not self._ending:  # do not interrupt an end that has begun
             running.cancel()
         await asyncio.wait({running})
-        return not self.ended.done()
+        return not self.result.done()
 
-    async def say_paused(self, why: Paused) -> None:
+    async def publish_paused(self, why: Paused) -> None:
         """Publish that a person paused it, and raise `why` to the callers that wait for it."""
-        if not self.ended.done():
-            self.ended.set_exception(why)
-        await self.progress.say(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
+        if not self.result.done():
+            self.result.set_exception(why)
+        await self.progress.publish_state(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
 
-    async def withdraw(self, running: asyncio.Task[None]) -> None:
+    async def cancel(self, running: asyncio.Task[None]) -> None:
         """Stop, delete the request and release the reservation. Idempotent.
 
         Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues here.
         """
         await self.stop(running)
-        why = Withdrawn(f"the download of {self.ref} was cancelled")
-        if not self.ended.done():
-            self.ended.set_exception(why)
+        why = Cancelled(f"the download of {self.ref} was cancelled")
+        if not self.result.done():
+            self.result.set_exception(why)
         await self._wishes.end(str(self.ref), why)
         await self._release()
         await self._buckets.state.delete(self._key)
 
     async def _end(self, phase: DownloadPhase, error: ShoalError | None) -> None:
         body = error.body() if error else None
-        await self.progress.say(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
+        await self.progress.publish_state(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
         # The request is done. If it were kept, a model lost later would be downloaded again unasked.
         await self._wishes.end(str(self.ref), error or self.progress.state)
-        if not self.ended.done():
+        if not self.result.done():
             if error is None:
-                self.ended.set_result(self.progress.state)
+                self.result.set_result(self.progress.state)
             else:
-                self.ended.set_exception(error)
+                self.result.set_exception(error)
 
     async def _emit_started(self, manifest: Manifest, files: list[ManifestFile], size_bytes: int | None) -> None:
         """Emit `download_started`, once, with the source that the largest missing file is to come from."""
@@ -164,20 +164,20 @@ class Download:
         fields: dict[str, object] = {} if size_bytes is None else {"size_bytes": size_bytes}
         if source := self._blobs.expected_source(manifest, largest):
             fields["source"] = source
-        await self._events.tell("download_started", model=str(self.ref), **fields)
+        await self._events.emit("download_started", model=str(self.ref), **fields)
 
     async def _emit_failure(self, error: ShoalError) -> None:
-        if ended_as(error) == "rejected":
+        if end_phase(error) == "rejected":
             figures = {
                 name: value for name, value in error.details.items() if name.endswith("_bytes") and value is not None
             }
-            await self._events.tell("download_rejected", model=str(self.ref), message=error.message, **figures)
+            await self._events.emit("download_rejected", model=str(self.ref), message=error.message, **figures)
         else:
-            await self._events.tell("download_failed", model=str(self.ref), code=error.code, message=error.message)
+            await self._events.emit("download_failed", model=str(self.ref), code=error.code, message=error.message)
 
     async def _emit_source_change(self, change: SourceChange) -> None:
         fields = {"from": change.before, "to": change.now}
-        await self._events.tell("download_source_changed", model=str(self.ref), file=change.path, **fields)
+        await self._events.emit("download_source_changed", model=str(self.ref), file=change.path, **fields)
 
     async def _release(self) -> None:
         """Release the reservation, unless another download of this node needs the same commit."""
@@ -191,7 +191,7 @@ class Download:
             raise
 
     async def _download(self) -> None:
-        await self.progress.say(phase="queued", error=None, waiting_for="")
+        await self.progress.publish_state(phase="queued", error=None, waiting_for="")
         manifest = await self._resolve()
         if self._reserved_commit not in ("", manifest.commit):
             log.info("revision moved to another commit", model=str(self.ref), commit=manifest.commit)
@@ -209,7 +209,7 @@ class Download:
                     raise
                 log.warning("reservation lost, reserving again", model=str(self.ref), reason=e.message)
             except DiskFull as e:
-                await self._blockage.wait_for_room(manifest.model, e)
+                await self._blockage.wait_for_space(manifest.model, e)
 
     async def _resolve(self) -> Manifest:
         """Return the manifest: from this node (even if incomplete), another that has the model, or the hub."""
@@ -222,14 +222,14 @@ class Download:
             except HubUnavailable as e:
                 if attempt == _MAX_RESOLVE_ATTEMPTS or self._hub.offline:
                     raise
-                await self.progress.say(waiting_for=e.message)
+                await self.progress.publish_state(waiting_for=e.message)
                 await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else retry_delay_s(attempt))
         raise AssertionError("the last attempt returns or raises")
 
     async def _peer_manifest(self) -> Manifest | None:
-        for node, model in self._around.nodes_with(self.ref):
+        for node, model in self._around.nodes_holding(self.ref):
             try:
-                manifest = await self._ask("storage", node, "manifest", AskManifest(model=model), Manifest)
+                manifest = await self._ask("storage", node, "manifest", GetManifest(model=model), Manifest)
             except ShoalError as e:
                 log.info("a node did not return its manifest", peer=node, reason=e.message)
                 continue
@@ -242,7 +242,7 @@ class Download:
         """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
         if not is_commit(self.ref.revision):
             return None  # only others know which commit a branch names now
-        question = AskManifest(model=str(self.ref), broken=True)
+        question = GetManifest(model=str(self.ref), include_incomplete=True)
         try:
             manifest = await self._ask("storage", self._node, "manifest", question, Manifest)
         except ShoalError as e:
@@ -253,7 +253,7 @@ class Download:
     async def _reserve_and_fetch(self, manifest: Manifest) -> None:
         if self.layers and await self._fetch_shard(manifest):
             return
-        await self.progress.say(
+        await self.progress.publish_state(
             phase="reserving",
             commit=manifest.commit,
             total_bytes=manifest.size_bytes,
@@ -262,25 +262,25 @@ class Download:
             layers=self.layers,
         )
         reserved = await self._storage.reserve(manifest)
-        known = dict(reserved.known)
+        known = dict(reserved.sha256_by_git_name)
         present = set(reserved.present)
         missing: list[ManifestFile] = []
-        self.progress.restart()
+        self.progress.reset_counts()
         for blob, file in {f.blob: f for f in manifest.files}.items():
             sha256 = known.get(blob, blob)
             if sha256 in present:
-                self.progress.whole(blob, sha256, file.size_bytes)
+                self.progress.set_blob_complete(blob, sha256, file.size_bytes)
             else:
-                durable_bytes = await asyncio.to_thread(held_bytes, self._layout, blob, file.size_bytes)
-                self.progress.durable(blob, durable_bytes)
+                durable_bytes = await asyncio.to_thread(resumable_bytes, self._layout, blob, file.size_bytes)
+                self.progress.set_durable_bytes(blob, durable_bytes)
                 missing.append(file)
         changes = {} if self._resumed_published else {"resumed_bytes": self.progress.done_bytes}
         self._resumed_published = True
-        await self.progress.say(phase="fetching", waiting_for="", **changes)
+        await self.progress.publish_state(phase="fetching", waiting_for="", **changes)
         await self._emit_started(manifest, missing, manifest.size_bytes)
         await self._fetch_all(manifest, [(file, None) for file in missing], known)
-        await self.progress.say(phase="verifying", waiting_for="storage")
-        await self._storage.seal(sealed(manifest, known))
+        await self.progress.publish_state(phase="verifying", waiting_for="storage")
+        await self._storage.seal(with_known_sha256(manifest, known))
 
     async def _fetch_shard(self, manifest: Manifest) -> bool:
         """Fetch the leaves that the layers need. Returns False if no leaf lists are available or the whole model is
@@ -288,14 +288,14 @@ class Download:
         """
         lists = await sealed_lists(manifest, self._around, self._leaf_lists)
         if lists is not None:
-            await self.progress.say(commit=manifest.commit, error=None)
+            await self.progress.publish_state(commit=manifest.commit, error=None)
 
             async def fetch(files: list[tuple[ManifestFile, int | None]]) -> None:
                 await self._emit_started(manifest, [file for file, _ in files], None)
                 await self._fetch_all(manifest, files, {})
 
-            shard = PartFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
-            if await shard.bring_in():
+            shard = ShardFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
+            if await shard.run():
                 return True
         self.layers = []
         return False
@@ -325,4 +325,4 @@ def _as_shoal_error(error: Exception, ref: ModelRef) -> ShoalError:
     if isinstance(error, ShoalError):
         return error
     log.error("download failed unexpectedly", exc=error, model=str(ref))
-    return Failed(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")
+    return InternalError(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")

@@ -9,129 +9,131 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
-from shoal_common.bus.cluster_lease import Lease, acquire, holding
+from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
 from shoal_common.bus.keys import origin_key
 from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import Committed
-from shoal_common.store.store_paths import Layout
-from shoal_fetcher.errors import RateLimited, WrongWhole
-from shoal_fetcher.hub.range_reader import Body, was_silent
+from shoal_common.messages.storage import CommittedBlob
+from shoal_common.store.store_paths import StorePaths
+from shoal_fetcher.errors import BlobHashMismatch, RateLimited
+from shoal_fetcher.hub.range_reader import Body, was_timeout
 from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import EARLIER, HUB, Setbacks
-from shoal_fetcher.sources.source_selection import FromHub, FromPeer, WaitFor, choose
-from shoal_fetcher.swarm.context import Shared
-from shoal_fetcher.swarm.origin import Reader, from_hub, from_node, read_missing
-from shoal_fetcher.swarm.swarm import NO_PROGRESS_S
+from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, SourceHealth
+from shoal_fetcher.sources.source_selection import FetchFromHub, FetchFromPeer, WaitForOrigin, choose_source
+from shoal_fetcher.swarm.context import NodeFetchContext
+from shoal_fetcher.swarm.origin import HubReader, hub_reader, node_reader, read_missing
+from shoal_fetcher.swarm.swarm import NO_PROGRESS_TIMEOUT_S
 
-log = Log("small")
+log = StructuredLogger("small")
 
 _POLL_INTERVAL_S = 5.0
 _STARTING_INTERVAL_S = 1.0
-Commit = Callable[[ManifestFile, Progress], Awaitable[Committed]]
+Commit = Callable[[ManifestFile, Progress], Awaitable[CommittedBlob]]
 Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
 
 
 async def fetch(
-    shared: Shared,
-    layout: Layout,
+    shared: NodeFetchContext,
+    layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
-    setbacks: Setbacks,
+    setbacks: SourceHealth,
     progress: Progress,
     commit: Commit,
     turn: Turn,
-) -> Committed:
+) -> CommittedBlob:
     """Make a small blob present. Raises BlobHashMismatch, and errors that no other source can help."""
-    around = shared.around
+    around = shared.cluster_view
     while True:
-        if progress.still_s > NO_PROGRESS_S:
-            reason = setbacks.last.message if setbacks.last else progress.state.waiting_for
+        if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
+            reason = setbacks.last_error.message if setbacks.last_error else progress.state.waiting_for
             raise Unavailable(
-                f"no progress on {file.path} for {NO_PROGRESS_S:.0f} s ({reason}); pull again to resume"
+                f"no progress on {file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
             )
-        version = around.seen()
+        version = around.version()
         holders = around.holders(file.blob, manifest)
-        choice = choose(file.blob, holders, around.origin(file.blob), shared.node, setbacks, shared.busy)
-        if isinstance(choice, WaitFor):
-            await progress.say(waiting_for=f"origin {choice.node}")
+        choice = choose_source(
+            file.blob, holders, around.origin_of(file.blob), shared.node, setbacks, shared.read_counts
+        )
+        if isinstance(choice, WaitForOrigin):
+            await progress.publish_state(waiting_for=f"origin {choice.node}")
             # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
-            progress.moved()
-            await around.changed(version, _POLL_INTERVAL_S)
+            progress.mark_progress()
+            await around.wait_changed(version, _POLL_INTERVAL_S)
             continue
-        if isinstance(choice, FromHub) and setbacks.usable(around.returning(file.blob, manifest)):
-            await around.changed(version, _STARTING_INTERVAL_S)
+        if isinstance(choice, FetchFromHub) and setbacks.askable(around.holders_restarting(file.blob, manifest)):
+            await around.wait_changed(version, _STARTING_INTERVAL_S)
             continue
-        peer = choice.node if isinstance(choice, FromPeer) else None
+        peer = choice.node if isinstance(choice, FetchFromPeer) else None
         try:
             async with turn(progress):
-                await progress.say(waiting_for="")
-                if isinstance(choice, FromPeer):
-                    reader = from_node(
+                await progress.publish_state(waiting_for="")
+                if isinstance(choice, FetchFromPeer):
+                    reader = node_reader(
                         shared.peers,
                         choice.node,
                         choice.sha256,
                         file.size_bytes,
-                        progress.pacing(shared.limits.peer(choice.node)),
+                        progress.limiter_for(shared.rate_limits.for_peer(choice.node)),
                     )
-                    shared.busy[choice.node] += 1
+                    shared.read_counts[choice.node] += 1
                     try:
                         await _read(choice.node, layout, file, reader, setbacks, progress)
                     finally:
-                        shared.busy[choice.node] -= 1
+                        shared.read_counts[choice.node] -= 1
                     return await commit(file, progress)
                 committed = await _as_origin(shared, layout, manifest, file, setbacks, progress, commit)
             if committed is not None:
                 return committed
-            await around.changed(version, _POLL_INTERVAL_S)
-        except WrongWhole:
+            await around.wait_changed(version, _POLL_INTERVAL_S)
+        except BlobHashMismatch:
             raise
         except ShoalError as e:
-            progress.source_failed(file.path, peer or HUB)
-            if was_silent(e):
-                progress.left(peer or HUB)
-            delay_s = setbacks.after(e, peer, hopes=bool(setbacks.trusted(holders)))
+            progress.record_source_failure(file.path, peer or HUB)
+            if was_timeout(e):
+                progress.record_switch(peer or HUB)
+            delay_s = setbacks.record_failure(e, peer, has_peer=bool(setbacks.not_banned(holders)))
             log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
-            await progress.say(waiting_for=e.message)
+            await progress.publish_state(waiting_for=e.message)
             await asyncio.sleep(delay_s)
             if isinstance(e, RateLimited):
-                progress.moved()
+                progress.mark_progress()
 
 
 async def _as_origin(
-    shared: Shared,
-    layout: Layout,
+    shared: NodeFetchContext,
+    layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
-    setbacks: Setbacks,
+    setbacks: SourceHealth,
     progress: Progress,
     commit: Commit,
-) -> Committed | None:
+) -> CommittedBlob | None:
     """Read the blob from the hub for all nodes. Returns None if another node is the origin or has just finished."""
     lease = await acquire(shared.buckets.lease, origin_key(file.blob), shared.node, shared.uid)
     if lease is None:
         return None
     async with AsyncExitStack() as held:
-        await held.enter_async_context(holding(lease))
+        await held.enter_async_context(hold(lease))
         # The last origin may have finished between our check and our lease (I9).
-        await shared.around.catch_up()
-        if setbacks.usable(shared.around.holders(file.blob, manifest)):
+        await shared.cluster_view.wait_caught_up()
+        if setbacks.askable(shared.cluster_view.holders(file.blob, manifest)):
             return None
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
             return shared.hub.read(manifest, file, start, end)
 
-        reader = from_hub(read, progress.pacing(shared.limits.hub))
+        reader = hub_reader(read, progress.limiter_for(shared.rate_limits.hub))
         await _while_held(lease, file, _read(HUB, layout, file, reader, setbacks, progress))
         committed = await commit(file, progress)
         # The lease is released only after that: the next holder checks `state` first.
-        progress.when_told(held.pop_all())
+        progress.after_publish(held.pop_all())
         return committed
 
 
-async def _while_held(lease: Lease, file: ManifestFile, work: Awaitable[None]) -> None:
+async def _while_held(lease: ClusterLease, file: ManifestFile, work: Awaitable[None]) -> None:
     reading = asyncio.ensure_future(work)
     lost = asyncio.ensure_future(lease.wait_lost())
     try:
@@ -147,21 +149,21 @@ async def _while_held(lease: Lease, file: ManifestFile, work: Awaitable[None]) -
 
 
 async def _read(
-    source: str, layout: Layout, file: ManifestFile, reader: Reader, setbacks: Setbacks, progress: Progress
+    source: str, layout: StorePaths, file: ManifestFile, reader: HubReader, setbacks: SourceHealth, progress: Progress
 ) -> None:
     partial = PartialBlob(layout, file.blob, file.size_bytes)
     try:
         async with partial:
-            if partial.here and not setbacks.givers:
-                setbacks.givers.add(EARLIER)
-            if partial.here != partial.all:
-                setbacks.givers.add(source)
+            if partial.written and not setbacks.vouchers:
+                setbacks.vouchers.add(UNKNOWN_SOURCE)
+            if partial.written != partial.all_leaves:
+                setbacks.vouchers.add(source)
 
             async def on_bytes(count: int) -> None:
-                progress.received(source, count, file.path)
+                progress.record_received(source, count, file.path)
 
             def missing() -> int:
-                return partial.all & ~partial.here
+                return partial.all_leaves & ~partial.written
 
             def on_leaf(leaf: int) -> None:
                 """Leaves of small blobs are not gossiped."""
@@ -169,4 +171,4 @@ async def _read(
             name = "the hub" if source == HUB else f"node {source}"
             await read_missing(partial, file.path, name, reader, missing, on_leaf, on_bytes, sealed=lambda: True)
     finally:
-        progress.durable(file.blob, partial.durable_bytes)
+        progress.set_durable_bytes(file.blob, partial.durable_bytes)

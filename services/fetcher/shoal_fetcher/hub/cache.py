@@ -21,19 +21,19 @@ from shoal_fetcher.errors import RateLimited
 
 T = TypeVar("T")
 
-MOST_FILES = 20_000
+MAX_CACHED_FILES = 20_000
 """In all kept listings together."""
-MOST_ANSWER_BYTES = 16 << 20
+MAX_CACHED_ANSWER_BYTES = 16 << 20
 """Of all kept answers with an ETag together."""
 
 
-class HoldBack:
+class HubBackoff:
     """The time before which the hub wants no request. Thread-safe."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s, self._until_s = clock_s, 0.0
 
-    def note(self, limited: RateLimited) -> None:
+    def record(self, limited: RateLimited) -> None:
         """Record the hub's Retry-After."""
         self._until_s = max(self._until_s, self._clock_s() + limited.retry_after_s)
 
@@ -46,7 +46,7 @@ class HoldBack:
             )
 
 
-class Listings:
+class ListingCache:
     """LRU cache of the files of commits."""
 
     def __init__(self) -> None:
@@ -59,28 +59,28 @@ class Listings:
             self._kept.move_to_end((repo, commit))
         return files
 
-    def keep(self, repo: str, commit: str, files: list[ManifestFile]) -> None:
+    def put(self, repo: str, commit: str, files: list[ManifestFile]) -> None:
         """Cache the files of a commit."""
         self._kept[repo, commit] = files
-        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MOST_FILES:
+        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MAX_CACHED_FILES:
             self._kept.popitem(last=False)
 
 
-class Answers:
+class ETagCache:
     """LRU cache of answers with an ETag, by URL: revalidating one costs the hub next to nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, httpx2.Response] = OrderedDict()
 
-    def prepare(self, request: httpx2.Request) -> None:
+    def add_etag(self, request: httpx2.Request) -> None:
         """Add If-None-Match if an answer is cached."""
         with self._lock:
             known = self._kept.get(str(request.url))
         if known is not None:
             request.headers["If-None-Match"] = known.headers["ETag"]
 
-    def settle(self, request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+    def resolve(self, request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
         """Return the cached answer for a 304, else the response, which is cached. Its body has been read."""
         address = str(request.url)
         with self._lock:
@@ -90,7 +90,7 @@ class Answers:
             if response.status_code == 200 and response.headers.get("ETag"):
                 self._kept[address] = _copy(response, request)
                 self._kept.move_to_end(address)
-            while sum(len(r.content) for r in self._kept.values()) > MOST_ANSWER_BYTES:
+            while sum(len(r.content) for r in self._kept.values()) > MAX_CACHED_ANSWER_BYTES:
                 self._kept.popitem(last=False)
         return response
 
@@ -101,7 +101,7 @@ def _copy(of: httpx2.Response, request: httpx2.Request) -> httpx2.Response:
     return httpx2.Response(of.status_code, headers=headers, content=of.content, request=request)
 
 
-class Once(Generic[T]):
+class SingleFlight(Generic[T]):
     """Runs equal concurrent work once and shares the result."""
 
     def __init__(self) -> None:

@@ -32,8 +32,8 @@ from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub import range_reader
-from shoal_fetcher.hub.cache import Answers, HoldBack, Listings, Once
-from shoal_fetcher.hub.range_reader import Body, Source, hub_source, read_range, retry_after_s
+from shoal_fetcher.hub.cache import ETagCache, HubBackoff, ListingCache, SingleFlight
+from shoal_fetcher.hub.range_reader import Body, HttpSource, hub_source, read_range, retry_after_s
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_FILES = 4000
@@ -65,7 +65,7 @@ class _ListingClient(httpx2.Client):
     Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
     """
 
-    def __init__(self, source: Source, hold: HoldBack, answers: Answers) -> None:
+    def __init__(self, source: HttpSource, hold: HubBackoff, answers: ETagCache) -> None:
         super().__init__(
             follow_redirects=True,
             timeout=httpx2.Timeout(range_reader.SILENCE_TIMEOUT_S, connect=range_reader.CONNECT_TIMEOUT_S),
@@ -76,30 +76,30 @@ class _ListingClient(httpx2.Client):
         """Send a request, unless the hub has asked us to wait."""
         self._hold.check(self._source.name)
         if "/revision/" in request.url.path:
-            self._answers.prepare(request)
+            self._answers.add_etag(request)
         try:
             response = super().send(request, **kwargs)
-        except range_reader.FOREIGN as e:
-            raise range_reader.foreign(e, self._source) from e
+        except range_reader.HTTP_ERRORS as e:
+            raise range_reader.map_http_error(e, self._source) from e
         if response.status_code == 429 or response.status_code >= 500:
             response.close()
             try:
-                range_reader.raise_for(response.status_code, response.headers, self._source)
+                range_reader.raise_for_status(response.status_code, response.headers, self._source)
             except RateLimited as e:
-                self._hold.note(e)
+                self._hold.record(e)
                 raise
-        return self._answers.settle(request, response) if "/revision/" in request.url.path else response
+        return self._answers.resolve(request, response) if "/revision/" in request.url.path else response
 
 
-class Hub:
+class HubClient:
     """Resolves models and reads their files."""
 
     def __init__(self, settings: HubSettings, client: httpx2.AsyncClient) -> None:
         self._settings, self._client = settings, client
         self._source = hub_source(settings.endpoint)
         self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
-        self._hold, self._listings, answers = HoldBack(), Listings(), Answers()
-        self._commits, self._trees = Once[str](), Once[list[ManifestFile]]()
+        self._hold, self._listings, answers = HubBackoff(), ListingCache(), ETagCache()
+        self._commits, self._trees = SingleFlight[str](), SingleFlight[list[ManifestFile]]()
         # huggingface_hub has one client per process, and a fetcher has one hub.
         set_client_factory(lambda: _ListingClient(self._source, self._hold, answers))
 
@@ -131,22 +131,22 @@ class Hub:
         files = self._listings.get(ref.repo, commit)
         if files is None:
             files = await self._trees((ref.repo, commit), lambda: asyncio.to_thread(self._list, ref, commit))
-            self._listings.keep(ref.repo, commit, files)
+            self._listings.put(ref.repo, commit, files)
         return files
 
     def _commit_of(self, ref: ModelRef) -> str:
         try:
             return check_commit(self._api.model_info(ref.repo, revision=ref.revision).sha or "")
         except Exception as e:
-            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+            raise map_hub_error(e, ref, self._source, has_token=bool(self._settings.token)) from e
 
     def _list(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
         try:
             entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit)
-            files = [as_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
+            files = [to_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
             check_listing(ref, files)
         except Exception as e:
-            raise foreign(e, ref, self._source, has_token=bool(self._settings.token)) from e
+            raise map_hub_error(e, ref, self._source, has_token=bool(self._settings.token)) from e
         return files
 
     def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
@@ -164,7 +164,7 @@ class Hub:
             async with reading as body:
                 yield body
         except RateLimited as e:
-            self._hold.note(e)
+            self._hold.record(e)
             raise
 
 
@@ -173,7 +173,7 @@ def is_file(entry: object) -> bool:
     return isinstance(entry, RepoFile)
 
 
-def as_manifest_file(entry: object) -> ManifestFile:
+def to_manifest_file(entry: object) -> ManifestFile:
     """Return a listing's entry as a manifest file, named by sha256 (LFS and Xet), else by git's sha1."""
     assert isinstance(entry, RepoFile)
     path = check_file_path(entry.path)
@@ -196,7 +196,7 @@ def check_listing(ref: ModelRef, files: list[ManifestFile]) -> None:
         raise BadName(f"two files of {ref} have the same name")
 
 
-def foreign(error: Exception, ref: ModelRef, source: Source, has_token: bool) -> ShoalError:
+def map_hub_error(error: Exception, ref: ModelRef, source: HttpSource, has_token: bool) -> ShoalError:
     """Return an error of huggingface_hub as one of ours."""
     who = source.name
     response = getattr(error, "response", None)

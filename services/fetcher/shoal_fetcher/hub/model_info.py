@@ -12,32 +12,32 @@ from collections import OrderedDict
 from fnmatch import fnmatchcase
 
 from shoal_common.errors import Corrupt, Expired, Unsupported
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.model_shape import ModelShape, ModelSize
-from shoal_common.models.model_shape import shape_of
-from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, tensors_of
+from shoal_common.models.model_shape import parse_model_shape
+from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, parse_tensors
 from shoal_common.names import ModelRef
-from shoal_fetcher.hub.cache import Once
-from shoal_fetcher.hub.client import Hub
+from shoal_fetcher.hub.cache import SingleFlight
+from shoal_fetcher.hub.client import HubClient
 
-MOST_CONFIG_BYTES = 1 << 20
-MOST_HEADER_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
 """Of one file: a hundred times what models have."""
 _MAX_CONCURRENT_HEADERS = 4
 _MAX_CACHED = 64
 SHAPE_DEADLINE_S = 120.0
 
 
-class Shapes:
+class ModelShapes:
     """LRU cache of shapes by commit, whose shape never changes."""
 
-    def __init__(self, hub: Hub, pace: Pace) -> None:
-        self._hub, self._pace = hub, pace
+    def __init__(self, hub: HubClient, limiter: RateLimiter) -> None:
+        self._hub, self._pace = hub, limiter
         self._kept: OrderedDict[str, ModelShape] = OrderedDict()
-        self._once = Once[ModelShape]()
+        self._once = SingleFlight[ModelShape]()
 
-    async def of(self, ref: ModelRef) -> ModelSize:
+    async def size_of(self, ref: ModelRef) -> ModelSize:
         """Return the size of a model's layers. Raises Unsupported, Corrupt, Expired, and what listing it raises."""
         manifest = await self._hub.resolve(ref)
         shape = self._kept.get(manifest.model)
@@ -80,12 +80,12 @@ class Shapes:
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
-        return await asyncio.to_thread(shape_of, config, tensors)
+        return await asyncio.to_thread(parse_model_shape, config, tensors)
 
     async def _config(self, manifest: Manifest, file: ManifestFile) -> dict[str, object]:
-        if not 0 < file.size_bytes <= MOST_CONFIG_BYTES:
+        if not 0 < file.size_bytes <= MAX_CONFIG_BYTES:
             raise Unsupported(
-                f"the config.json of {manifest.repo} has {file.size_bytes} bytes, not 1 to {MOST_CONFIG_BYTES}"
+                f"the config.json of {manifest.repo} has {file.size_bytes} bytes, not 1 to {MAX_CONFIG_BYTES}"
             )
         raw = await self._read_bytes(manifest, file, 0, file.size_bytes)
         try:
@@ -96,18 +96,18 @@ class Shapes:
     async def _header(self, manifest: Manifest, file: ManifestFile) -> dict[str, Tensor]:
         prefix = await self._read_bytes(manifest, file, 0, PREFIX_BYTES)
         end = header_end(prefix, file.path)
-        if end > min(file.size_bytes, MOST_HEADER_BYTES):
+        if end > min(file.size_bytes, MAX_HEADER_BYTES):
             raise Corrupt(f"the safetensors header of {file.path} claims to end at byte {end}")
         header = prefix + await self._read_bytes(manifest, file, PREFIX_BYTES, end)
-        return await asyncio.to_thread(tensors_of, header, file.path)
+        return await asyncio.to_thread(parse_tensors, header, file.path)
 
     async def _read_bytes(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> bytes:
         """Return bytes [start, end) of a file. Raises Corrupt if the hub sends fewer."""
         received = bytearray()
         async with self._hub.read(manifest, file, start, end) as body:
-            skip = start - body.begin  # a server that ignores Range sends from 0
+            skip = start - body.offset  # a server that ignores Range sends from 0
             async for chunk in body.chunks:
-                await self._pace.take(len(chunk))
+                await self._pace.acquire(len(chunk))
                 received += chunk
                 if len(received) >= skip + end - start:
                     break

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import httpx2
 import msgspec
 
-from shoal_common.errors import Corrupt, Denied, Failed, HubUnavailable, NotFound, ShoalError, Unavailable
-from shoal_fetcher.errors import RateLimited, Silent
+from shoal_common.errors import Corrupt, Denied, HubUnavailable, InternalError, NotFound, ShoalError, Unavailable
+from shoal_fetcher.errors import PeerTimeout, RateLimited
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
@@ -26,35 +26,35 @@ _RATE_LIMIT_RESET = re.compile(r"\bt=(\d+)")
 _HUB_HINT = "check the connection, or HF_ENDPOINT"
 
 
-class Source(msgspec.Struct, frozen=True):
+class HttpSource(msgspec.Struct, frozen=True):
     """A server as messages name it, the setting of its credential, its error class when down, and a hint."""
 
     name: str
-    credential: str
-    away: type[Unavailable]
-    remedy: str
+    credential_setting: str
+    unavailable_error: type[Unavailable]
+    hint: str
 
 
-def hub_source(endpoint: str) -> Source:
+def hub_source(endpoint: str) -> HttpSource:
     """Return the hub as a source. A password in its address is left out of messages."""
-    return Source(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_HINT)
+    return HttpSource(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_HINT)
 
 
 class Body(msgspec.Struct, frozen=True):
     """A body being read: the offset of its first byte, and its chunks."""
 
-    begin: int
+    offset: int
     chunks: AsyncIterator[bytes]
 
 
-def hub_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
+def make_hub_client(silence_timeout_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
     """Return a client for the hub that uses the environment's proxies and follows redirects.
 
     A redirect to another host drops the credentials (httpx2's own rule; I12).
     """
     return httpx2.AsyncClient(
         follow_redirects=True,
-        timeout=httpx2.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
+        timeout=httpx2.Timeout(silence_timeout_s, connect=CONNECT_TIMEOUT_S),
         limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS),
         trust_env=True,
     )
@@ -62,7 +62,7 @@ def hub_client(silence_s: float = SILENCE_TIMEOUT_S) -> httpx2.AsyncClient:
 
 @asynccontextmanager
 async def read_range(
-    client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], start: int, end: int, source: Source
+    client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], start: int, end: int, source: HttpSource
 ) -> AsyncIterator[Body]:
     """Read bytes [start, end). A server that ignores Range sends from 0: `begin` is the actual offset.
 
@@ -71,7 +71,7 @@ async def read_range(
     request = {**headers, "Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
     try:
         async with client.stream("GET", url, headers=request) as response:
-            raise_for(response.status_code, response.headers, source)
+            raise_for_status(response.status_code, response.headers, source)
             begin = 0
             if response.status_code == 206:
                 match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
@@ -79,22 +79,23 @@ async def read_range(
                     raise Corrupt(f"{source.name} sent another range than the requested bytes {start}-{end - 1}")
                 begin = start
             yield Body(begin, response.aiter_raw(CHUNK_BYTES))
-    except FOREIGN as e:
-        raise foreign(e, source) from e
+    except HTTP_ERRORS as e:
+        raise map_http_error(e, source) from e
 
 
-def raise_for(status: int, headers: Mapping[str, str], source: Source) -> None:
+def raise_for_status(status: int, headers: Mapping[str, str], source: HttpSource) -> None:
     """Raise the error that a status stands for; none for 200 and 206."""
     who = source.name
     if status in (200, 206):
         return
     if headers.get("x-error-code") == "GatedRepo":
         raise Denied(
-            f"this model is gated on {who}: accept its terms there, then set {source.credential} to your token"
+            f"this model is gated on {who}: accept its terms there, then set {source.credential_setting} to your "
+            "token"
         )
     if status in (401, 403):
         raise Denied(
-            f"{who} refused the credentials (HTTP {status}): set {source.credential} to one that may read it"
+            f"{who} refused the credentials (HTTP {status}): set {source.credential_setting} to one that may read it"
         )
     if status == 404:
         raise NotFound(f"{who} does not have it (HTTP 404)")
@@ -104,8 +105,8 @@ def raise_for(status: int, headers: Mapping[str, str], source: Source) -> None:
         wait_s = retry_after_s(headers)
         raise RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
     if status >= 500:
-        raise source.away(f"{who} has an internal error (HTTP {status}); try again later")
-    raise Failed(f"{who} sent an unexpected status, HTTP {status}")
+        raise source.unavailable_error(f"{who} has an internal error (HTTP {status}); try again later")
+    raise InternalError(f"{who} sent an unexpected status, HTTP {status}")
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
@@ -117,19 +118,21 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     return min(float(match.group(1)), _MAX_RETRY_S) if match else _DEFAULT_RETRY_S
 
 
-FOREIGN: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.InvalidURL)
+HTTP_ERRORS: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.InvalidURL)
 """What httpx2 raises for network failures; its other errors are bugs of the caller."""
 
 
-def was_silent(error: ShoalError) -> bool:
+def was_timeout(error: ShoalError) -> bool:
     """Return whether a source was left because it sent nothing."""
-    return isinstance(error, Silent) or isinstance(error.__cause__, httpx2.TimeoutException)
+    return isinstance(error, PeerTimeout) or isinstance(error.__cause__, httpx2.TimeoutException)
 
 
-def foreign(error: Exception, source: Source) -> ShoalError:
+def map_http_error(error: Exception, source: HttpSource) -> ShoalError:
     """Return an error of the HTTP client as one of ours."""
     if isinstance(error, httpx2.TimeoutException):
-        return source.away(f"{source.name} sent nothing for too long ({type(error).__name__}); {source.remedy}")
-    return source.away(
-        f"{source.name} is unreachable or the connection broke off: {error or type(error).__name__}; {source.remedy}"
+        return source.unavailable_error(
+            f"{source.name} sent nothing for too long ({type(error).__name__}); {source.hint}"
+        )
+    return source.unavailable_error(
+        f"{source.name} is unreachable or the connection broke off: {error or type(error).__name__}; {source.hint}"
     )

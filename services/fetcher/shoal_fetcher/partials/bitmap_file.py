@@ -7,9 +7,9 @@ from pathlib import Path
 
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
-from shoal_common.store.leaf_set import from_bitmap, run, runs_of, to_bitmap
-from shoal_common.store.relay_bitmap import ready_of
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.leaf_set import from_bitmap, leaf_range, leaf_ranges, to_bitmap
+from shoal_common.store.relay_bitmap import parse_relay_bitmap
+from shoal_common.store.store_paths import StorePaths
 
 UNKNOWN_HASH = bytes(HASH_BYTES)
 
@@ -22,13 +22,13 @@ def read_bitmap(directory: Path, size_bytes: int) -> Bitmap:
     except FileNotFoundError:
         return Bitmap(size_bytes)
     present = Bitmap(size_bytes)
-    for leaf in range(bitmap.leaves):
+    for leaf in range(bitmap.leaf_count):
         if leaf in bitmap and leaf * LEAF_BYTES + bitmap.leaf_bytes(leaf) <= data_bytes:
             present.add(leaf)
     return present
 
 
-def held_bytes(layout: Layout, blob: str, size_bytes: int) -> int:
+def resumable_bytes(layout: StorePaths, blob: str, size_bytes: int) -> int:
     """Return the bytes of a partial blob that a fetch resumes from: durable, or written in this boot. Blocking."""
     durable = from_bitmap(read_bitmap(layout.partial(blob), size_bytes).to_bytes())
     count = leaf_count(size_bytes)
@@ -37,10 +37,10 @@ def held_bytes(layout: Layout, blob: str, size_bytes: int) -> int:
     ).have_bytes
 
 
-def relayable_leaves(layout: Layout, blob: str, size_bytes: int) -> int | None:
+def relayable_leaves(layout: StorePaths, blob: str, size_bytes: int) -> int | None:
     """Return the leaves in `ready`; None if it is missing or of another boot."""
     try:
-        bitmap = ready_of(layout.partial_ready(blob).read_bytes())
+        bitmap = parse_relay_bitmap(layout.relay_bitmap(blob).read_bytes())
     except FileNotFoundError:
         return None
     return from_bitmap(bitmap.to_bytes()) if bitmap is not None and bitmap.size_bytes == size_bytes else None
@@ -56,12 +56,12 @@ def leaves_with_hash(hashes: bytes) -> int:
 
 
 def each_leaf(leaves: int) -> Iterator[int]:
-    for first, end in runs_of(leaves):
+    for first, end in leaf_ranges(leaves):
         yield from range(first, end)
 
 
 def first_leaves(leaves: int, count: int) -> int:
     """Return the first leaves of a set: one range of at most `count`."""
-    for first, end in runs_of(leaves):
-        return run(first, min(end, first + count))
+    for first, end in leaf_ranges(leaves):
+        return leaf_range(first, min(end, first + count))
     return 0

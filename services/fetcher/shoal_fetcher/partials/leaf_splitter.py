@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 
 
-class Cutter:
+class LeafSplitter:
     """Splits what a source sends in order, in chunks of any size, into the leaves of a blob."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -19,7 +19,7 @@ class Cutter:
         """The next leaf."""
         return self._leaf
 
-    def begin_at(self, offset: int) -> None:
+    def seek(self, offset: int) -> None:
         """Continue at this offset, a leaf boundary. Bytes of an unfinished leaf are dropped."""
         assert offset % LEAF_BYTES == 0
         self._leaf = offset // LEAF_BYTES
@@ -38,6 +38,6 @@ class Cutter:
             yield self._leaf - 1, whole
 
     @property
-    def overflowing(self) -> bool:
+    def has_excess(self) -> bool:
         """Whether the source sends more bytes than the blob has."""
         return bool(self._held) and self._leaf >= leaf_count(self.size_bytes)

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 from shoal_common.errors import DISK_FULL, DiskFull
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
-from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, list_bytes
-from shoal_common.store.leaf_set import from_bitmap, runs_of, to_bitmap
-from shoal_common.store.relay_bitmap import Ready
-from shoal_common.store.store_paths import Layout
+from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, leaf_list_size
+from shoal_common.store.leaf_set import from_bitmap, leaf_ranges, to_bitmap
+from shoal_common.store.relay_bitmap import RelayBitmapFile
+from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.bitmap_file import (
     UNKNOWN_HASH,
@@ -29,9 +29,9 @@ from shoal_fetcher.partials.bitmap_file import (
 )
 from shoal_fetcher.partials.blocking import run_blocking, to_its_end
 
-log = Log("partial")
+log = StructuredLogger("partial")
 CHECKPOINT_LEAVES = 16
-CHECKPOINT_S = 1.0
+CHECKPOINT_INTERVAL_S = 1.0
 _PROBE_BYTES = 4096
 """At most the least that a partial blob can lack: a probe must not need more than the fetch does."""
 _CHECK_LEAVES = 64
@@ -44,24 +44,24 @@ class PartialBlob:
     Sets of leaves are ints (LeafSet). Raises DiskFull if the disk is full; durable leaves stay durable.
     """
 
-    def __init__(self, layout: Layout, blob: str, size_bytes: int) -> None:
+    def __init__(self, layout: StorePaths, blob: str, size_bytes: int) -> None:
         self._layout, self._blob, self.size_bytes = layout, blob, size_bytes
         self._directory = layout.partial(blob)
         self.leaf_count = leaf_count(size_bytes)
-        self.all = leaf_set.whole(size_bytes)
-        self.here = 0
+        self.all_leaves = leaf_set.all_leaves(size_bytes)
+        self.written = 0
         """Leaves that are written, durable or not."""
-        self.ready = 0
+        self.relayable = 0
         """Written leaves that match the list: what others may fetch."""
-        self.known = 0
+        self.with_known_hash = 0
         """Leaves whose hash is known."""
-        self.changed: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = lambda: None
         """Called in the loop when leaves have become durable, or could not."""
         self._durable = self._fresh = self._trusting = 0
-        self._list = bytearray(list_bytes(size_bytes))
+        self._list = bytearray(leaf_list_size(size_bytes))
         self._bits_lock = threading.Lock()
         self._fd = self._have_fd = self._list_fd = -1
-        self._ready_file: Ready | None = None
+        self._ready_file: RelayBitmapFile | None = None
         self._leaf_written, self._batch_full = asyncio.Event(), asyncio.Event()
         self._failed: Exception | None = None
         self._loop = asyncio.get_running_loop()
@@ -81,7 +81,7 @@ class PartialBlob:
 
     def _open(self) -> tuple[int, int]:
         """Return the durable leaves that must be hashed again, and those that only `ready` lists."""
-        with _told(self._directory):
+        with _map_disk_full(self._directory):
             try:
                 self._fd = os.open(self._directory / "data", os.O_RDWR)
                 durable = from_bitmap(read_bitmap(self._directory, self.size_bytes).to_bytes())
@@ -92,10 +92,10 @@ class PartialBlob:
                 raise ReservationLost(f"the reservation of blob {self._directory.name[:16]}… is gone") from None
         self._durable = durable
         ready = claimed or 0
-        self.ready = durable & ready & self.known
-        self.here = durable | ready
+        self.relayable = durable & ready & self.with_known_hash
+        self.written = durable | ready
         # After another boot: a disk that lied may have lost what was durable, and nobody has checked since.
-        doubtful = durable & self.known & ~self.ready
+        doubtful = durable & self.with_known_hash & ~self.relayable
         return doubtful, ready & ~durable
 
     def _open_list(self) -> int:
@@ -103,7 +103,7 @@ class PartialBlob:
         content = path.read_bytes() if path.exists() else b""
         if len(content) == len(self._list):
             self._list[:] = content
-            self.known = leaves_with_hash(content)
+            self.with_known_hash = leaves_with_hash(content)
         return self._open_full_length("leaves", bytes(self._list))
 
     def _open_full_length(self, name: str, content: bytes) -> int:
@@ -117,12 +117,12 @@ class PartialBlob:
 
     def _write_ready_file(self) -> None:
         """Write `ready` anew, with the leaves that are verified and no others."""
-        with _told(self._directory), self._bits_lock:
+        with _map_disk_full(self._directory), self._bits_lock:
             if self._ready_file is not None:
                 self._ready_file.close()
-            self._layout.partial_ready(self._blob).unlink(missing_ok=True)
-            verified = Bitmap(self.size_bytes, to_bitmap(self.ready, self.leaf_count))
-            self._ready_file = Ready(self._layout, self._blob, verified)
+            self._layout.relay_bitmap(self._blob).unlink(missing_ok=True)
+            verified = Bitmap(self.size_bytes, to_bitmap(self.relayable, self.leaf_count))
+            self._ready_file = RelayBitmapFile(self._layout, self._blob, verified)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -158,7 +158,7 @@ class PartialBlob:
 
     def bytes_of(self, leaves: int) -> int:
         """Return the bytes of a set of leaves."""
-        return leaf_set.size_of(leaves, self.size_bytes)
+        return leaf_set.byte_count(leaves, self.size_bytes)
 
     def leaf_bytes(self, leaf: int) -> int:
         """Return the size of a leaf: 1 MiB, less for the last one."""
@@ -172,11 +172,11 @@ class PartialBlob:
         return None if known == UNKNOWN_HASH else known
 
     @property
-    def hashes(self) -> bytes:
+    def leaf_list(self) -> bytes:
         """The leaf list as it is now, zeros where unknown."""
         return bytes(self._list)
 
-    async def learn(self, first_leaf: int, hashes: bytes) -> int:
+    async def add_hashes(self, first_leaf: int, hashes: bytes) -> int:
         """Take the hashes of leaves from `first_leaf` on where none is known yet. Returns the leaves learned.
 
         Leaves that are present without a hash are verified; corrupt ones are fetched again.
@@ -187,36 +187,36 @@ class PartialBlob:
             hash_of_leaf = hashes[offset : offset + HASH_BYTES]
             if leaf >= self.leaf_count:
                 break
-            if hash_of_leaf != UNKNOWN_HASH and not (self.known | self._trusting) >> leaf & 1:
+            if hash_of_leaf != UNKNOWN_HASH and not (self.with_known_hash | self._trusting) >> leaf & 1:
                 self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = hash_of_leaf
                 learned |= 1 << leaf
         if learned:
             await to_its_end(self._write_list, learned)
-            self.known |= learned
-            await self._check(learned & self.here & ~self.ready)
+            self.with_known_hash |= learned
+            await self._check(learned & self.written & ~self.relayable)
         return learned
 
-    async def use_list(self, hashes: bytes) -> int:
+    async def apply_sealed_list(self, hashes: bytes) -> int:
         """Take a sealed list. Returns the leaves whose known hash it contradicts; present ones are discarded."""
         differing = await to_its_end(self._replace_list, hashes)
-        await self._discard(differing & self.here)
-        await self._check(self.here & ~self.ready)
+        await self._discard(differing & self.written)
+        await self._check(self.written & ~self.relayable)
         return differing
 
     def _replace_list(self, hashes: bytes) -> int:
         differing = 0
         with self._bits_lock:
-            for leaf in each_leaf(self.known):
+            for leaf in each_leaf(self.with_known_hash):
                 if self.hash_of(leaf) != hashes[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES]:
                     differing |= 1 << leaf
             self._list[:] = hashes
-            self.known = self.all
-        self._write_list(self.all)
+            self.with_known_hash = self.all_leaves
+        self._write_list(self.all_leaves)
         return differing
 
     def _write_list(self, leaves: int) -> None:
-        with _told(self._directory):
-            for first, end in runs_of(leaves):
+        with _map_disk_full(self._directory):
+            for first, end in leaf_ranges(leaves):
                 _pwrite(self._list_fd, bytes(self._list[first * HASH_BYTES : end * HASH_BYTES]), first * HASH_BYTES)
 
     # Leaves
@@ -229,7 +229,7 @@ class PartialBlob:
         """
         self.raise_failure()
         assert len(data) == self.leaf_bytes(leaf)
-        expected = self.hash_of(leaf) if self.known >> leaf & 1 else None
+        expected = self.hash_of(leaf) if self.with_known_hash >> leaf & 1 else None
         if expected is None:
             assert vouch, f"the hash of leaf {leaf} is unknown"
             self._trusting |= 1 << leaf
@@ -243,12 +243,12 @@ class PartialBlob:
         if expected is not None and actual != expected:
             return False
         bit = 1 << leaf
-        if self.here & bit and (self.ready & bit or expected is None):
+        if self.written & bit and (self.relayable & bit or expected is None):
             return True
-        with _told(self._directory):
+        with _map_disk_full(self._directory):
             _pwrite(self._fd, data, leaf * LEAF_BYTES)
             with self._bits_lock:
-                current = self.hash_of(leaf) if self.known & bit else None
+                current = self.hash_of(leaf) if self.with_known_hash & bit else None
                 if current is None:
                     self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = actual
                     _pwrite(self._list_fd, actual, leaf * HASH_BYTES)
@@ -257,9 +257,9 @@ class PartialBlob:
                     return True
                 assert self._ready_file is not None
                 self._ready_file.add([leaf])
-                self.known |= bit
-                self.here |= bit
-                self.ready |= bit
+                self.with_known_hash |= bit
+                self.written |= bit
+                self.relayable |= bit
                 self._fresh |= bit
                 fresh_count = self._fresh.bit_count()
         self._loop.call_soon_threadsafe(self._leaf_written.set)
@@ -267,17 +267,17 @@ class PartialBlob:
             self._loop.call_soon_threadsafe(self._batch_full.set)
         return True
 
-    async def vouch_for_held(self) -> int:
+    async def adopt_held_leaves(self) -> int:
         """Add the hashes of present leaves that are in nobody's list to the list. Returns these leaves."""
         added = 0
-        while unlisted := self.here & ~self.known:
+        while unlisted := self.written & ~self.with_known_hash:
             batch = first_leaves(unlisted, _CHECK_LEAVES)
             await run_blocking(self._list_leaves, batch)
-            added |= batch & self.known
+            added |= batch & self.with_known_hash
         return added
 
     def _list_leaves(self, leaves: int) -> None:
-        with _told(self._directory):
+        with _map_disk_full(self._directory):
             for leaf in each_leaf(leaves):
                 actual = leaf_hash(self.read(leaf))
                 self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = actual
@@ -285,8 +285,8 @@ class PartialBlob:
             with self._bits_lock:
                 assert self._ready_file is not None
                 self._ready_file.add(each_leaf(leaves))
-                self.known |= leaves
-                self.ready |= leaves
+                self.with_known_hash |= leaves
+                self.relayable |= leaves
 
     def read(self, leaf: int) -> bytes:
         """Return a leaf as it is in the file. Blocking."""
@@ -298,8 +298,8 @@ class PartialBlob:
         `rewrite`: leaves of which nobody knows whether the disk took them; they are written again, for the next
         fsync.
         """
-        bad = leaves & ~self.known if rewrite else 0
-        remaining = leaves & self.known
+        bad = leaves & ~self.with_known_hash if rewrite else 0
+        remaining = leaves & self.with_known_hash
         while remaining:
             batch = first_leaves(remaining, _CHECK_LEAVES)
             bad |= await run_blocking(self._mismatching, batch, rewrite)
@@ -308,7 +308,7 @@ class PartialBlob:
 
     def _mismatching(self, leaves: int, rewrite: int) -> int:
         bad = 0
-        with _told(self._directory):
+        with _map_disk_full(self._directory):
             for leaf in each_leaf(leaves):
                 bit, data = 1 << leaf, self.read(leaf)
                 if leaf_hash(data) != self.hash_of(leaf):
@@ -317,7 +317,7 @@ class PartialBlob:
                 if rewrite & bit:
                     _pwrite(self._fd, data, leaf * LEAF_BYTES)
                 with self._bits_lock:
-                    self.ready |= bit
+                    self.relayable |= bit
                     if rewrite & bit:
                         self._fresh |= bit
                     if self._ready_file is not None:
@@ -334,11 +334,11 @@ class PartialBlob:
 
     def _clear_bits(self, leaves: int) -> None:
         with self._bits_lock:
-            self.here &= ~leaves
-            self.ready &= ~leaves
+            self.written &= ~leaves
+            self.relayable &= ~leaves
             self._fresh &= ~leaves
             self._durable &= ~leaves
-        with _told(self._directory):
+        with _map_disk_full(self._directory):
             _pwrite(self._have_fd, to_bitmap(self._durable, self.leaf_count), 0)
         if self._ready_file is not None:
             self._write_ready_file()
@@ -356,7 +356,7 @@ class PartialBlob:
         while True:
             await self._leaf_written.wait()
             with suppress(TimeoutError):
-                async with asyncio.timeout(CHECKPOINT_S):
+                async with asyncio.timeout(CHECKPOINT_INTERVAL_S):
                     await self._batch_full.wait()
             self._leaf_written.clear()
             self._batch_full.clear()
@@ -364,7 +364,7 @@ class PartialBlob:
                 await self.checkpoint()
             except (OSError, DiskFull) as e:
                 self._failed = e
-            self.changed()
+            self.on_change()
 
     async def checkpoint(self) -> None:
         """Make written leaves durable and set them in `have`. After DiskFull or OSError they are fetched again."""
@@ -376,14 +376,14 @@ class PartialBlob:
         if not fresh:
             return
         try:
-            with _told(self._directory):
+            with _map_disk_full(self._directory):
                 os.fsync(self._fd)
                 _pwrite(self._have_fd, to_bitmap(self._durable | fresh, self.leaf_count), 0)
         except BaseException:
             # After a failed fsync these leaves are in doubt: fetch them again rather than sync again.
             with self._bits_lock:
-                self.here &= ~fresh
-                self.ready &= ~fresh
+                self.written &= ~fresh
+                self.relayable &= ~fresh
             with suppress(OSError, DiskFull):
                 self._write_ready_file()
             raise
@@ -392,7 +392,7 @@ class PartialBlob:
 
 
 @contextmanager
-def _told(directory: Path) -> Iterator[None]:
+def _map_disk_full(directory: Path) -> Iterator[None]:
     """Map a full disk to DiskFull."""
     blob = directory.name
     try:
@@ -406,13 +406,13 @@ def _told(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def probe(directory: Path) -> None:
+def probe_disk(directory: Path) -> None:
     """Write and delete a block beside a partial blob. Raises DiskFull, or ReservationLost if the partial is gone.
 
     The free space of a file system does not show a quota, and sending bytes in vain is not free.
     """
     path = directory / "probe"
-    with _told(directory):
+    with _map_disk_full(directory):
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except FileNotFoundError:

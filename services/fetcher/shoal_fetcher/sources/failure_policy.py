@@ -12,125 +12,129 @@ from shoal_common.errors import (
     Denied,
     DiskFull,
     Expired,
-    NodeAway,
+    NodeDown,
     NotFound,
     QuotaExceeded,
     Refused,
     ShoalError,
 )
 from shoal_common.messages.downloads import DownloadPhase
-from shoal_fetcher.errors import RateLimited, ReservationLost, WrongWhole
+from shoal_fetcher.errors import BlobHashMismatch, RateLimited, ReservationLost
 
 HUB = "hub"
 """The hub, as the name of a source."""
 
 
-class Holding(msgspec.Struct, frozen=True):
+class BlobHolder(msgspec.Struct, frozen=True):
     """A live peer that has the complete blob, and its sha256, which a manifest from the hub may lack."""
 
     node: str
     sha256: str
 
 
-def ended_as(error: ShoalError) -> DownloadPhase:
+def end_phase(error: ShoalError) -> DownloadPhase:
     """Return the phase of a download that ends with this error: `rejected` if over quota, else `failed`."""
     return "rejected" if isinstance(error, QuotaExceeded) else "failed"
 
 
-PEER_TRIES = 5
+MAX_PEER_FAILURES = 5
 """A peer is skipped after this many failures in a row: about 8 s, in which a killed service has restarted."""
-BAD_LEAVES = 2
+MAX_CORRUPT_LEAVES = 2
 """A node that has sent this many corrupt leaves of a blob is banned for it."""
-EARLIER = ""
+UNKNOWN_SOURCE = ""
 """The source of leaves that were on disk before this attempt: it is not known any more."""
-MAX_ASKED_WAIT_S = 1800.0
+MAX_RATE_LIMITED_S = 1800.0
 """Longest time in all that the hub may make us wait for one blob."""
 
 
-class Setbacks(msgspec.Struct):
+class SourceHealth(msgspec.Struct):
     """Failures while one blob is fetched, and the peers that are banned for it."""
 
-    corrupt: set[str] = msgspec.field(default_factory=set)
+    banned: set[str] = msgspec.field(default_factory=set)
     """Peers that sent corrupt bytes: never asked again for this blob."""
-    failures_of: dict[str, int] = msgspec.field(default_factory=dict)
+    failure_counts: dict[str, int] = msgspec.field(default_factory=dict)
     """Other failures, by peer."""
     hub_failures: int = 0
     hub_was_corrupt: bool = False
-    asked_wait_s: float = 0.0
-    last: ShoalError | None = None
-    givers: set[str] = msgspec.field(default_factory=set)
+    rate_limited_s: float = 0.0
+    last_error: ShoalError | None = None
+    vouchers: set[str] = msgspec.field(default_factory=set)
     """Who vouched for leaves that arrived before a list was sealed: nodes, `hub`, and UNKNOWN_SOURCE."""
-    bad_leaves_of: dict[str, int] = msgspec.field(default_factory=dict)
+    corrupt_leaf_counts: dict[str, int] = msgspec.field(default_factory=dict)
     """Number of corrupt leaves, by sender."""
-    alone: bool = False
+    trusts_one_source: bool = False
     """Somebody vouched for corrupt leaves and it is unknown who: from now on only one source is trusted."""
 
-    def usable(self, found: Iterable[Holding]) -> list[Holding]:
+    def askable(self, holders: Iterable[BlobHolder]) -> list[BlobHolder]:
         """Return the holders that may be asked now."""
-        return [h for h in self.trusted(found) if self.failures_of.get(h.node, 0) < PEER_TRIES]
+        return [h for h in self.not_banned(holders) if self.failure_counts.get(h.node, 0) < MAX_PEER_FAILURES]
 
-    def trusted(self, found: Iterable[Holding]) -> list[Holding]:
+    def not_banned(self, holders: Iterable[BlobHolder]) -> list[BlobHolder]:
         """Return the holders that may be asked now or later."""
-        return [h for h in found if h.node not in self.corrupt]
+        return [h for h in holders if h.node not in self.banned]
 
-    def after(self, error: ShoalError, peer: str | None, hopes: bool = False) -> float:
+    def record_failure(self, error: ShoalError, peer: str | None, has_peer: bool = False) -> float:
         """Return the seconds to wait before the next attempt; raises the error if a retry cannot help.
 
         `peer` is the node that failed, None for the hub. Corrupt bytes ban a peer, and allow the hub one clean
         restart. Other failures are retried: peers first, to keep bytes from the hub few (I9); when the hub fails too,
         peers get another chance. `has_peer`: a peer has the blob, so a refusal by the hub is not final.
         """
-        self.last = error
-        if isinstance(error, ReservationLost | NodeAway | Expired | DiskFull):
+        self.last_error = error
+        if isinstance(error, ReservationLost | NodeDown | Expired | DiskFull):
             raise error  # our own storage or disk: no source is to blame
-        if isinstance(error, WrongWhole):
-            givers, self.givers = self.givers, set()
-            if len(givers) != 1 or EARLIER in givers:
+        if isinstance(error, BlobHashMismatch):
+            givers, self.vouchers = self.vouchers, set()
+            if len(givers) != 1 or UNKNOWN_SOURCE in givers:
                 return self._after_mixed(givers, error)
             giver = givers.pop()
             peer = None if giver == HUB else giver
         if peer is not None:
             if isinstance(error, Corrupt | BadInput):
-                self.corrupt.add(peer)
+                self.banned.add(peer)
                 return 0.0
-            self.failures_of[peer] = self.failures_of.get(peer, 0) + 1
-            return retry_delay_s(self.failures_of[peer])
+            self.failure_counts[peer] = self.failure_counts.get(peer, 0) + 1
+            return retry_delay_s(self.failure_counts[peer])
         if isinstance(error, Corrupt):
             if self.hub_was_corrupt:
                 raise error
             self.hub_was_corrupt = True
             return 0.0
-        self.failures_of.clear()
+        self.failure_counts.clear()
         if isinstance(error, RateLimited):
-            self.asked_wait_s += error.retry_after_s
-            if self.asked_wait_s > MAX_ASKED_WAIT_S:
+            self.rate_limited_s += error.retry_after_s
+            if self.rate_limited_s > MAX_RATE_LIMITED_S:
                 raise error
             return error.retry_after_s
-        if isinstance(error, NotFound | Denied | Refused) and not hopes:
+        if isinstance(error, NotFound | Denied | Refused) and not has_peer:
             raise error
         self.hub_failures += 1
         return retry_delay_s(self.hub_failures)
 
     def _after_mixed(self, givers: set[str], error: ShoalError) -> float:
         # One of several lied. Start again, once, and trust only one source.
-        if self.alone:
+        if self.trusts_one_source:
             raise error
-        self.alone = True
-        self.hub_was_corrupt |= HUB in givers and EARLIER not in givers
-        if not givers & self.corrupt:  # if one of them is known to be corrupt, it is to blame
-            self.corrupt |= givers - {HUB, EARLIER}
+        self.trusts_one_source = True
+        self.hub_was_corrupt |= HUB in givers and UNKNOWN_SOURCE not in givers
+        if not givers & self.banned:  # if one of them is known to be corrupt, it is to blame
+            self.banned |= givers - {HUB, UNKNOWN_SOURCE}
         return 0.0
 
-    def bad_leaf(self, node: str) -> bool:
+    def record_corrupt_leaf(self, node: str) -> bool:
         """Count a corrupt leaf of a node. Returns whether the node is banned for this blob now."""
-        self.bad_leaves_of[node] = self.bad_leaves_of.get(node, 0) + 1
-        if self.bad_leaves_of[node] >= BAD_LEAVES:
-            self.corrupt.add(node)
-        return node in self.corrupt
+        self.corrupt_leaf_counts[node] = self.corrupt_leaf_counts.get(node, 0) + 1
+        if self.corrupt_leaf_counts[node] >= MAX_CORRUPT_LEAVES:
+            self.banned.add(node)
+        return node in self.banned
 
     def may_ask(self, node: str) -> bool:
         """Return whether a node may be asked for its leaves of this blob."""
-        return not self.alone and node not in self.corrupt and self.failures_of.get(node, 0) < PEER_TRIES
+        return (
+            not self.trusts_one_source
+            and node not in self.banned
+            and self.failure_counts.get(node, 0) < MAX_PEER_FAILURES
+        )
 
 
 def retry_delay_s(failures: int) -> float:

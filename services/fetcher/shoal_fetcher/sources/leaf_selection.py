@@ -13,11 +13,11 @@ from typing import Any
 from shoal_common.errors import Corrupt
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.models.layer_tensors import StageTensors
-from shoal_common.models.safetensors_header import tensor_ranges
+from shoal_common.models.safetensors_header import parse_tensor_ranges
 from shoal_common.store import leaf_set
 
 CONFIG = "config.json"
-SMALL_BYTES = 64 << 20
+MAX_SMALL_FILE_BYTES = 64 << 20
 """Files without tensors up to this size are needed whole, tokenizers among them; no stage opens larger ones."""
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 
@@ -33,7 +33,7 @@ def first_leaves(manifest: Manifest) -> dict[str, int]:
     As everywhere here, blobs that are missing from the result are needed whole.
     """
     weights = {f.blob for f in weight_files(manifest)}
-    large = {f.blob for f in manifest.files if f.size_bytes > SMALL_BYTES}
+    large = {f.blob for f in manifest.files if f.size_bytes > MAX_SMALL_FILE_BYTES}
     return {blob: 1 if blob in weights else 0 for blob in weights | large}
 
 
@@ -41,7 +41,7 @@ def header_leaves(end: int, file: ManifestFile) -> int:
     """Return the leaves of a header that ends at this offset. Raises Corrupt if the file is shorter."""
     if end > file.size_bytes:
         raise Corrupt(f"the safetensors header of {file.path} would end at byte {end} of {file.size_bytes}")
-    return leaf_set.covering(0, end)
+    return leaf_set.leaves_of_bytes(0, end)
 
 
 def stage_leaves(
@@ -60,10 +60,10 @@ def stage_leaves(
     for file in files:
         header = headers[file.blob]
         leaves = leaves_by_blob.get(file.blob, 0) | header_leaves(len(header), file)
-        for name, (start, end) in tensor_ranges(header, file.path).items():
+        for name, (start, end) in parse_tensor_ranges(header, file.path).items():
             if end > file.size_bytes:
                 raise Corrupt(f"tensor {name} of {file.path} would end at byte {end} of {file.size_bytes}")
             if any(stage.needs(name) for stage in stages):
-                leaves |= leaf_set.covering(start, end)
+                leaves |= leaf_set.leaves_of_bytes(start, end)
         leaves_by_blob[file.blob] = leaves
     return leaves_by_blob

@@ -11,29 +11,29 @@ from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import ModelState
 from shoal_common.store.bitmap import leaf_count
-from shoal_fetcher.sources.failure_policy import Holding, Setbacks
+from shoal_fetcher.sources.failure_policy import BlobHolder, SourceHealth
 
 MIN_RELAYED_LEAVES = 2
 
 
-class FromPeer(msgspec.Struct, frozen=True):
+class FetchFromPeer(msgspec.Struct, frozen=True):
     """Fetch it from this node, which has the complete blob."""
 
     node: str
     sha256: str
 
 
-class FromHub(msgspec.Struct, frozen=True):
+class FetchFromHub(msgspec.Struct, frozen=True):
     """No node has it or is fetching it: become its origin."""
 
 
-class WaitFor(msgspec.Struct, frozen=True):
+class WaitForOrigin(msgspec.Struct, frozen=True):
     """Another node is reading it from the hub: fetch it from there."""
 
     node: str
 
 
-Choice = FromPeer | FromHub | WaitFor
+Choice = FetchFromPeer | FetchFromHub | WaitForOrigin
 
 
 def holders(
@@ -42,10 +42,10 @@ def holders(
     models: Iterable[ModelState],
     downloads: Iterable[DownloadState],
     reachable: Iterable[str],
-    me: str,
-) -> list[Holding]:
+    own_node: str,
+) -> list[BlobHolder]:
     """Return the live peers that have a blob of this model, by what they publish."""
-    live = set(reachable) - {me}
+    live = set(reachable) - {own_node}
     sha256_by_node: dict[str, str] = {}
     for model in models:
         # A node that has the model has its blobs by sha256; those known only by git's sha1 are in its download state.
@@ -54,18 +54,18 @@ def holders(
     for download in downloads:
         if download.node not in live:
             continue
-        sha256 = download.known.get(blob, blob)
+        sha256 = download.sha256_by_git_name.get(blob, blob)
         if sha256 in download.blobs:
             sha256_by_node[download.node] = sha256
-    return [Holding(node, sha256_by_node[node]) for node in sorted(sha256_by_node)]
+    return [BlobHolder(node, sha256_by_node[node]) for node in sorted(sha256_by_node)]
 
 
-def choose(
+def choose_source(
     blob: str,
-    found: list[Holding],
+    holders: list[BlobHolder],
     origin: str | None,
-    me: str,
-    setbacks: Setbacks,
+    own_node: str,
+    health: SourceHealth,
     busy: Mapping[str, int],
 ) -> Choice:
     """Return where to fetch a blob from.
@@ -73,21 +73,21 @@ def choose(
     From a peer that has it: the one with the fewest failures, then the least busy, ties broken differently on each
     node to spread the load. Else from whoever holds its origin lease; else from the hub, under that lease (I9).
     """
-    usable = setbacks.usable(found)
+    usable = health.askable(holders)
     if usable:
 
-        def rank(h: Holding) -> tuple[int, int, bytes]:
-            draw = hashlib.sha256(f"{me}/{h.node}/{blob}".encode()).digest()
-            return (setbacks.failures_of.get(h.node, 0), busy.get(h.node, 0), draw)
+        def rank(h: BlobHolder) -> tuple[int, int, bytes]:
+            draw = hashlib.sha256(f"{own_node}/{h.node}/{blob}".encode()).digest()
+            return (health.failure_counts.get(h.node, 0), busy.get(h.node, 0), draw)
 
         best = min(usable, key=rank)
-        return FromPeer(best.node, best.sha256)
-    if origin is not None and origin != me:
-        return WaitFor(origin)
-    return FromHub()
+        return FetchFromPeer(best.node, best.sha256)
+    if origin is not None and origin != own_node:
+        return WaitForOrigin(origin)
+    return FetchFromHub()
 
 
-def sealed_root(published: Iterable[str]) -> str:
+def agreed_digest(published: Iterable[str]) -> str:
     """Return the leaf-list digest that all who publish one agree on; "" if they differ: then sha256 decides."""
     digests = set(published) - {""}
     return digests.pop() if len(digests) == 1 else ""
@@ -98,7 +98,7 @@ def is_relayed(blob: str, size_bytes: int) -> bool:
     return not blob.startswith("git-") and leaf_count(size_bytes) >= MIN_RELAYED_LEAVES
 
 
-def sealed(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
+def with_known_sha256(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
     """Return the manifest with every sha256 that has been learned."""
     files = [
         ManifestFile(path=f.path, size_bytes=f.size_bytes, sha256=known.get(f.blob, f.sha256), git_sha1=f.git_sha1)

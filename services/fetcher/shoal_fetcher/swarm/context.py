@@ -10,42 +10,42 @@ import msgspec
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_fetcher.cluster_view import Surroundings
-from shoal_fetcher.hub.client import Hub
+from shoal_fetcher.cluster_view import ClusterView
+from shoal_fetcher.hub.client import HubClient
 from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.rate_limits import Limits
-from shoal_fetcher.sources.failure_policy import Holding, Setbacks
-from shoal_fetcher.swarm.peer_client import Peers
+from shoal_fetcher.rate_limits import RateLimits
+from shoal_fetcher.sources.failure_policy import BlobHolder, SourceHealth
+from shoal_fetcher.swarm.peer_client import FileserverClient
 
 
-class Shared(msgspec.Struct):
+class NodeFetchContext(msgspec.Struct):
     """What all fetches of this node share."""
 
     node: str
     uid: str
     nats: Nats
     buckets: Buckets
-    around: Surroundings
-    hub: Hub
-    limits: Limits
-    peers: Peers
-    busy: Counter[str]
+    cluster_view: ClusterView
+    hub: HubClient
+    rate_limits: RateLimits
+    peers: FileserverClient
+    read_counts: Counter[str]
     """How many blobs are being read whole from a node, by node."""
 
 
 class Fetch(msgspec.Struct):
     """One attempt to fetch a blob."""
 
-    shared: Shared
+    shared: NodeFetchContext
     manifest: Manifest
     file: ManifestFile
     partial: PartialBlob
-    setbacks: Setbacks
+    health: SourceHealth
     progress: Progress
     wanted: int
     """LeafSet to fetch."""
-    changed: Callable[[], None]
+    wake: Callable[[], None]
     """Wakes the swarm's main loop."""
 
     @property
@@ -55,16 +55,16 @@ class Fetch(msgspec.Struct):
 
     def missing(self) -> int:
         """Return the wanted leaves that are not written yet."""
-        return self.wanted & ~self.partial.here
+        return self.wanted & ~self.partial.written
 
-    def holders(self) -> list[Holding]:
+    def holders(self) -> list[BlobHolder]:
         """Return live nodes that have the complete blob and may be asked."""
-        return self.setbacks.usable(self.shared.around.holders(self.blob, self.manifest))
+        return self.health.askable(self.shared.cluster_view.holders(self.blob, self.manifest))
 
-    def returning(self) -> list[Holding]:
+    def returning(self) -> list[BlobHolder]:
         """Return nodes that have the complete blob and whose fileserver is starting."""
-        return self.setbacks.usable(self.shared.around.returning(self.blob, self.manifest))
+        return self.health.askable(self.shared.cluster_view.holders_restarting(self.blob, self.manifest))
 
-    def has_hopes(self) -> bool:
+    def has_other_source(self) -> bool:
         """Return whether a refusal by the hub is not final, because a node has the blob."""
-        return bool(self.setbacks.trusted(self.shared.around.holders(self.blob, self.manifest)))
+        return bool(self.health.not_banned(self.shared.cluster_view.holders(self.blob, self.manifest)))

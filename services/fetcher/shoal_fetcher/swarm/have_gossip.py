@@ -18,19 +18,19 @@ from nats.errors import Error as NatsError
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
 from shoal_common.errors import BadMessage
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
-from shoal_common.messages.swarm import Have
+from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
-from shoal_common.store.leaf_set import bounds, from_bitmap, run, to_bitmap
+from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap
 from shoal_fetcher.partials.partial_blob import PartialBlob
 
-log = Log("haves")
+log = StructuredLogger("haves")
 
-BATCH_S = 0.1
-UNCHANGED_S = 1.0
-SILENT_S = 3.0
+BATCH_INTERVAL_S = 0.1
+UNCHANGED_INTERVAL_S = 1.0
+PEER_SILENCE_TIMEOUT_S = 3.0
 """A node not heard for this long does not count as fetching."""
 MAX_NODES = 1024
 """Nodes whose messages are kept for one blob."""
@@ -39,7 +39,7 @@ _PENDING_MESSAGES = 4096
 _GROWTH_WEIGHT = 0.3
 
 
-class Heard(msgspec.Struct):
+class PeerHave(msgspec.Struct):
     """The last message of a node, and when it came."""
 
     node: str
@@ -49,10 +49,10 @@ class Heard(msgspec.Struct):
     origin: bool
     sealed: str
     at_s: float
-    grows_bytes_per_s: float = 0.0
+    growth_bytes_per_s: float = 0.0
 
 
-class Haves:
+class HaveGossip:
     """Publishes this node's leaves and collects the others'. Leaving `async with` publishes that this node leaves."""
 
     def __init__(
@@ -64,12 +64,12 @@ class Haves:
         partial: PartialBlob,
         wanted: int,
         changed: Callable[[], None],
-        on_message: Callable[[Have], None],
+        on_message: Callable[[HaveMessage], None],
     ) -> None:
         self._nats, self._node, self._uid, self._blob = nats, node, uid, blob
         self._partial, self._changed, self._on_message = partial, changed, on_message
-        self._wanted = b"" if wanted == partial.all else to_bitmap(wanted, partial.leaf_count)
-        self.heard: dict[str, Heard] = {}
+        self._wanted = b"" if wanted == partial.all_leaves else to_bitmap(wanted, partial.leaf_count)
+        self.by_node: dict[str, PeerHave] = {}
         """Other nodes' last messages, by node."""
         self.origin = False
         self.sealed = ""
@@ -78,7 +78,7 @@ class Haves:
         self._subscription: Subscription | None = None
         self._publish_task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Haves:
+    async def __aenter__(self) -> HaveGossip:
         with suppress(NatsError):
             self._subscription = await self._nats.client.subscribe(
                 subjects.have("*", self._blob), cb=self._receive, pending_msgs_limit=_PENDING_MESSAGES
@@ -95,11 +95,11 @@ class Haves:
                 await self._subscription.unsubscribe()
         await self._publish(leaving=True)
 
-    def say_soon(self) -> None:
+    def publish_soon(self) -> None:
         """Publish a change with the next batch."""
         self._dirty.set()
 
-    def tell_hashes(self, leaves: int) -> None:
+    def publish_hashes(self, leaves: int) -> None:
         """Publish the hashes of these leaves, as the origin."""
         self._new_hashes |= leaves
         self._dirty.set()
@@ -110,25 +110,25 @@ class Haves:
             self._dirty.clear()
             await self._publish(hello=hello)
             hello = False
-            await asyncio.sleep(BATCH_S)
+            await asyncio.sleep(BATCH_INTERVAL_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(UNCHANGED_S - BATCH_S):
+                async with asyncio.timeout(UNCHANGED_INTERVAL_S - BATCH_INTERVAL_S):
                     await self._dirty.wait()
 
     async def _publish(self, hello: bool = False, leaving: bool = False) -> None:
-        first, end = bounds(self._new_hashes)
+        first, end = enclosing_range(self._new_hashes)
         end = min(end, first + _MAX_HASHES)
-        have = Have(
+        have = HaveMessage(
             node=self._node,
             blob=self._blob,
             size_bytes=self._partial.size_bytes,
             uid=self._uid,
-            leaves=to_bitmap(self._partial.ready, self._partial.leaf_count),
-            wanted=self._wanted,
+            available_leaves=to_bitmap(self._partial.relayable, self._partial.leaf_count),
+            wanted_leaves=self._wanted,
             origin=self.origin,
-            hashes_from=first,
-            hashes=self._partial.hashes[first * HASH_BYTES : end * HASH_BYTES] if self.origin else b"",
-            sealed=self.sealed,
+            first_hash_leaf=first,
+            hashes=self._partial.leaf_list[first * HASH_BYTES : end * HASH_BYTES] if self.origin else b"",
+            leaf_list_digest=self.sealed,
             hello=hello,
             leaving=leaving,
         )
@@ -136,46 +136,54 @@ class Haves:
             return
         with suppress(NatsError):
             await self._nats.client.publish(subjects.have(self._node, self._blob), encode(have))
-            self._new_hashes &= ~run(first, end)
+            self._new_hashes &= ~leaf_range(first, end)
             if self._new_hashes:
                 self._dirty.set()
 
     async def _receive(self, message: Msg) -> None:
         try:
-            have = decode(message.data, Have)
+            have = decode(message.data, HaveMessage)
         except BadMessage as e:
             return log.debug("undecodable have message", subject=message.subject, reason=e.message)
         if not self._is_valid(have, message.subject):
             return log.debug("invalid have message", subject=message.subject)
         now_s = asyncio.get_running_loop().time()
-        before = self.heard.get(have.node)
+        before = self.by_node.get(have.node)
         if have.leaving:
-            self.heard.pop(have.node, None)
+            self.by_node.pop(have.node, None)
         else:
-            wanted = from_bitmap(have.wanted) if have.wanted else self._partial.all
-            latest = Heard(have.node, have.uid, from_bitmap(have.leaves), wanted, have.origin, have.sealed, now_s)
+            wanted = from_bitmap(have.wanted_leaves) if have.wanted_leaves else self._partial.all_leaves
+            latest = PeerHave(
+                have.node,
+                have.uid,
+                from_bitmap(have.available_leaves),
+                wanted,
+                have.origin,
+                have.leaf_list_digest,
+                now_s,
+            )
             if before is not None and before.uid == latest.uid and now_s > before.at_s:
                 growth = (latest.leaves & ~before.leaves).bit_count() * LEAF_BYTES / (now_s - before.at_s)
-                old = before.grows_bytes_per_s
-                latest.grows_bytes_per_s = old + _GROWTH_WEIGHT * (growth - old) if old else growth
-            self.heard[have.node] = latest
+                old = before.growth_bytes_per_s
+                latest.growth_bytes_per_s = old + _GROWTH_WEIGHT * (growth - old) if old else growth
+            self.by_node[have.node] = latest
         if have.hello:
             self._dirty.set()
         self._on_message(have)
         self._changed()
 
-    def _is_valid(self, have: Have, subject: str) -> bool:
+    def _is_valid(self, have: HaveMessage, subject: str) -> bool:
         """Return whether it is of this blob, from the node of its subject, and within bounds (I10)."""
         count = leaf_count(self._partial.size_bytes)
         return (
             have.node != self._node
             and subject == f"{subjects.ROOT}.have.{have.node}.{self._blob}"
             and (have.blob, have.size_bytes) == (self._blob, self._partial.size_bytes)
-            and len(have.leaves) <= -(-count // 8)
-            and from_bitmap(have.leaves).bit_length() <= count
-            and len(have.wanted) <= -(-count // 8)
-            and from_bitmap(have.wanted).bit_length() <= count
+            and len(have.available_leaves) <= -(-count // 8)
+            and from_bitmap(have.available_leaves).bit_length() <= count
+            and len(have.wanted_leaves) <= -(-count // 8)
+            and from_bitmap(have.wanted_leaves).bit_length() <= count
             and len(have.hashes) % HASH_BYTES == 0
-            and 0 <= have.hashes_from <= count - len(have.hashes) // HASH_BYTES
-            and (have.node in self.heard or len(self.heard) < MAX_NODES)
+            and 0 <= have.first_hash_leaf <= count - len(have.hashes) // HASH_BYTES
+            and (have.node in self.by_node or len(self.by_node) < MAX_NODES)
         )

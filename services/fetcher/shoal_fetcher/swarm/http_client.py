@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 
 import httptools
 
-from shoal_common.errors import BadName, Corrupt, Denied, Failed, NotFound, ShoalError, Unavailable
-from shoal_fetcher.errors import Silent
-from shoal_fetcher.swarm.sinks import Buffers, Landing, Reply, Whole
+from shoal_common.errors import BadName, Corrupt, Denied, InternalError, NotFound, ShoalError, Unavailable
+from shoal_fetcher.errors import PeerTimeout
+from shoal_fetcher.swarm.sinks import BodySink, BufferPool, BytesSink, PeerReply
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
@@ -36,7 +36,7 @@ _MAX_PORT = 65535
 _HINT = "see `shoal status`"
 
 
-class Crowded(Unavailable):
+class PeerBusy(Unavailable):
     """The node is at its limit of connections; `retry_after_s` says when to retry."""
 
     @property
@@ -80,11 +80,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._head_buffer = bytearray(MAX_HEAD_BYTES)
         self._head_bytes = 0
-        self._landing: Landing | None = None
-        self._reply: Reply | None = None
+        self._landing: BodySink | None = None
+        self._reply: PeerReply | None = None
         self._refused: ShoalError | None = None
         self._remaining = 0
-        self._done: asyncio.Future[Reply] | None = None
+        self._done: asyncio.Future[PeerReply] | None = None
         self._last_data_s = 0.0
         self._silence_timer: asyncio.TimerHandle | None = None
         self.usable = False
@@ -148,7 +148,7 @@ class _Connection(asyncio.BufferedProtocol):
             raise Corrupt("a node sent something that is not HTTP") from None
         if head.has_duplicates or not 200 <= status < 600:
             raise Corrupt("a node sent an invalid head")
-        reply = Reply(status, head.headers)
+        reply = PeerReply(status, head.headers)
         self._remaining = reply.body_bytes
         self.usable = parser.should_keep_alive()
         if status in (200, 206):
@@ -158,8 +158,8 @@ class _Connection(asyncio.BufferedProtocol):
             if self._remaining > _MAX_OTHER_BODY_BYTES:
                 self.usable = False
                 self._remaining = 0
-            self._landing = Whole(0, self._remaining)
-        self._landing.use(self._resume)
+            self._landing = BytesSink(0, self._remaining)
+        self._landing.on_resume(self._resume)
         rest = bytes(head_bytes[end:])
         self._reply, self._head_bytes = reply, 0
         if len(rest) > self._remaining:
@@ -176,10 +176,10 @@ class _Connection(asyncio.BufferedProtocol):
     def _take_body(self, count: int) -> None:
         assert self._landing is not None
         self._remaining -= count
-        self._landing.filled(count)
+        self._landing.advance(count)
         if not self._remaining:
             self._finish()
-        elif self._landing.waits and self._transport is not None:
+        elif self._landing.is_waiting and self._transport is not None:
             self._transport.pause_reading()
 
     def _resume(self) -> None:
@@ -198,7 +198,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     # Methods of the client
 
-    async def exchange(self, request: bytes, landing: Landing) -> Reply:
+    async def exchange(self, request: bytes, landing: BodySink) -> PeerReply:
         """Send a request and receive the body into `landing`. Raises _ConnectionLost, Corrupt."""
         assert self._transport is not None
         if not self.usable:
@@ -220,7 +220,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _check_silence(self) -> None:
         silent_s = self._loop.time() - self._last_data_s
-        if self._landing is not None and self._landing.waits:
+        if self._landing is not None and self._landing.is_waiting:
             silent_s = 0.0  # we are the ones that do not read
         if silent_s >= self._silence_s:
             self._fail(_ReadTimeout(f"it sent nothing for {self._silence_s:.0f} s", fresh=False))
@@ -234,17 +234,17 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-class PeerClient:
+class PeerHttpClient:
     """Pool of connections to fileservers. Leaving `async with` closes them."""
 
     def __init__(self, silence_s: float = SILENCE_TIMEOUT_S, connect_s: float = CONNECT_TIMEOUT_S) -> None:
         self._silence_s, self._connect_s = silence_s, connect_s
-        self.buffers = Buffers()
+        self.buffers = BufferPool()
         self._idle: dict[str, list[tuple[_Connection, float]]] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._request_counts: Counter[str] = Counter()
 
-    async def __aenter__(self) -> PeerClient:
+    async def __aenter__(self) -> PeerHttpClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -253,16 +253,16 @@ class PeerClient:
                 connection.close()
         self._idle.clear()
 
-    async def ask(
+    async def request(
         self,
         node: str,
         address: str,
         method: str,
         path: str,
         headers: Mapping[str, str],
-        landing: Landing,
+        landing: BodySink,
         body: bytes = b"",
-    ) -> Reply:
+    ) -> PeerReply:
         """Send a request to a node's fileserver; the body of a 200 or 206 goes to `landing`. Returns the head.
 
         Raises BadName for an invalid address; Corrupt, NotFound, Denied, Failed, PeerBusy or Unavailable, naming the
@@ -278,14 +278,14 @@ class PeerClient:
             async with self._slot(address):
                 reply = await self._exchange(address, request, landing)
         except _ReadTimeout as e:
-            raise Silent(f"node {node} timed out: {e}; {_HINT}") from None
+            raise PeerTimeout(f"node {node} timed out: {e}; {_HINT}") from None
         except _ConnectionLost as e:
             raise Unavailable(f"node {node} is unreachable or the connection broke off: {e}; {_HINT}") from None
         except OSError as e:
             raise Unavailable(f"node {node} is unreachable: {e.strerror or e}; {_HINT}") from None
         except Corrupt as e:
             raise Corrupt(f"node {node}: {e.message}") from None
-        raise_for(reply, node)
+        raise_for_status(reply, node)
         return reply
 
     @asynccontextmanager
@@ -301,7 +301,7 @@ class PeerClient:
                 del self._request_counts[address], self._slots[address]
                 self._close_idle()
 
-    async def _exchange(self, address: str, request: bytes, landing: Landing) -> Reply:
+    async def _exchange(self, address: str, request: bytes, landing: BodySink) -> PeerReply:
         while True:
             connection = self._take_idle(address) or await self._connect(address)
             used_before = connection.used
@@ -355,7 +355,7 @@ def parse_address(address: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
-def raise_for(reply: Reply, node: str) -> None:
+def raise_for_status(reply: PeerReply, node: str) -> None:
     """Raise the error that a node's status stands for; none for 200, 204 and 206."""
     status, who = reply.status, f"node {node}"
     if status in (200, 204, 206):
@@ -371,7 +371,7 @@ def raise_for(reply: Reply, node: str) -> None:
     if status == 503:
         after = reply.headers.get("retry-after", "")
         wait_s = min(float(after), _MAX_RETRY_S) if after.isascii() and after.isdigit() and len(after) < 9 else 1.0
-        raise Crowded(f"{who} is busy (HTTP 503): retry in {wait_s:.0f} s", retry_after_s=wait_s)
+        raise PeerBusy(f"{who} is busy (HTTP 503): retry in {wait_s:.0f} s", retry_after_s=wait_s)
     if status >= 500:
         raise Unavailable(f"{who} has an internal error (HTTP {status}); try again later")
-    raise Failed(f"{who} sent an unexpected status, HTTP {status}")
+    raise InternalError(f"{who} sent an unexpected status, HTTP {status}")

@@ -7,15 +7,15 @@ import random
 from collections.abc import Coroutine
 
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.swarm import Have
-from shoal_common.store.leaf_hash import HASH_BYTES, list_bytes, root_of
-from shoal_common.store.leaf_set import bounds, run
-from shoal_fetcher.sources.source_selection import sealed_root
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.swarm import HaveMessage
+from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_list_size
+from shoal_common.store.leaf_set import enclosing_range, leaf_range
+from shoal_fetcher.sources.source_selection import agreed_digest
 from shoal_fetcher.swarm.context import Fetch
-from shoal_fetcher.swarm.have_gossip import Haves
+from shoal_fetcher.swarm.have_gossip import HaveGossip
 
-log = Log("lists")
+log = StructuredLogger("lists")
 
 _RETRY_S = 0.3
 _FORGET_S = 5.0
@@ -24,14 +24,14 @@ _MAX_PROVISIONAL_LEAVES = 1 << 16
 """Of a provisional list, per request."""
 
 
-class Lists:
+class LeafListSync:
     """What is known of the list, and who vouched for it."""
 
-    def __init__(self, fetch: Fetch, haves: Haves) -> None:
+    def __init__(self, fetch: Fetch, haves: HaveGossip) -> None:
         self._fetch, self._haves = fetch, haves
-        self.proven = ""
+        self.sealed_digest = ""
         """The digest, once it is sealed and the partial blob has this list."""
-        self.lacking = False
+        self.is_unavailable = False
         """A digest is sealed, and no node that can be asked has its list."""
         self._nodes_without_list: set[str] = set()
         self._forget_at_s = 0.0
@@ -41,54 +41,56 @@ class Lists:
         self._draw = random.Random()
         self.failed: Exception | None = None
 
-    def root(self) -> str:
+    def agreed_digest(self) -> str:
         """Return the sealed digest; "" if none is published, or they disagree."""
-        around = self._fetch.shared.around
-        digests = {self._fetch.file.leaves, self._haves.sealed, *around.roots(self._fetch.blob)}
-        setbacks = self._fetch.setbacks
-        return sealed_root(digests | {h.sealed for h in self._haves.heard.values() if h.node not in setbacks.corrupt})
+        around = self._fetch.shared.cluster_view
+        digests = {self._fetch.file.leaf_list_digest, self._haves.sealed, *around.leaf_list_digests(self._fetch.blob)}
+        setbacks = self._fetch.health
+        return agreed_digest(
+            digests | {h.sealed for h in self._haves.by_node.values() if h.node not in setbacks.banned}
+        )
 
-    def heard(self, have: Have) -> None:
+    def on_have(self, have: HaveMessage) -> None:
         """Learn the hashes in an origin's message."""
         fetch = self._fetch
-        holder = fetch.shared.around.origin(fetch.blob)
+        holder = fetch.shared.cluster_view.origin_of(fetch.blob)
         if (
             not have.hashes
             or not have.origin
             or self._haves.origin
             or holder not in (have.node, None)
-            or not fetch.setbacks.may_ask(have.node)
+            or not fetch.health.may_ask(have.node)
         ):
             return
-        leaves = run(have.hashes_from, have.hashes_from + len(have.hashes) // HASH_BYTES)
-        if leaves & ~fetch.partial.known and self._task is None:
-            self._start(self._learn(have.node, have.hashes_from, have.hashes))
+        leaves = leaf_range(have.first_hash_leaf, have.first_hash_leaf + len(have.hashes) // HASH_BYTES)
+        if leaves & ~fetch.partial.with_known_hash and self._task is None:
+            self._start(self._learn(have.node, have.first_hash_leaf, have.hashes))
         # Hashes that are ignored now, while a list is being read, are requested later as missing.
 
-    def look(self, reachable: dict[str, int], now_s: float) -> None:
+    def refresh(self, reachable: dict[str, int], now_s: float) -> None:
         """Fetch what is missing. `reachable`: nodes that can be asked, and their leaves."""
         fetch, partial = self._fetch, self._fetch.partial
-        if self.proven or self._task is not None:
+        if self.sealed_digest or self._task is not None:
             return
-        if root := self.root():
-            if partial.known == partial.all and root_of(partial.hashes) == root:
+        if root := self.agreed_digest():
+            if partial.with_known_hash == partial.all_leaves and hash_leaf_list(partial.leaf_list) == root:
                 self._use_sealed(root)
             elif now_s >= self._retry_at_s:
                 holders = [h.node for h in fetch.holders()]
-                sealers = [h.node for h in self._haves.heard.values() if h.sealed == root and h.node in reachable]
+                sealers = [h.node for h in self._haves.by_node.values() if h.sealed == root and h.node in reachable]
                 nodes = sorted({*holders, *sealers} & reachable.keys())
                 if now_s >= self._forget_at_s:
                     self._forget_at_s = now_s + _FORGET_S
                     self._nodes_without_list.clear()
                 nodes = [n for n in nodes if n not in self._nodes_without_list]
-                self.lacking = not nodes
+                self.is_unavailable = not nodes
                 if nodes:
                     self._start(self._read_sealed(root, nodes))
-        elif not self._haves.origin and not fetch.setbacks.alone and now_s >= self._retry_at_s:
-            lacking = {n: leaves & ~partial.known for n, leaves in reachable.items()}
-            nodes = [n for n, leaves in lacking.items() if leaves and n in self._haves.heard]
+        elif not self._haves.origin and not fetch.health.trusts_one_source and now_s >= self._retry_at_s:
+            lacking = {n: leaves & ~partial.with_known_hash for n, leaves in reachable.items()}
+            nodes = [n for n, leaves in lacking.items() if leaves and n in self._haves.by_node]
             if nodes:
-                origin = fetch.shared.around.origin(fetch.blob)
+                origin = fetch.shared.cluster_view.origin_of(fetch.blob)
                 node = origin if origin in nodes else self._draw.choice(nodes)
                 self._start(self._read_provisional(node, lacking[node]))
 
@@ -101,22 +103,22 @@ class Lists:
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()
             self.failed = error if isinstance(error, Exception) else None
-        self._fetch.changed()
+        self._fetch.wake()
 
-    def seal(self, root: str) -> None:
+    def seal(self, digest: str) -> None:
         """Seal the list: this node has hashed all leaves to the blob's name, and the list has this digest."""
-        self._use_sealed(root)
+        self._use_sealed(digest)
 
     def _use_sealed(self, root: str) -> None:
-        self.proven = self._haves.sealed = root
-        self._haves.say_soon()
-        self._fetch.changed()
+        self.sealed_digest = self._haves.sealed = root
+        self._haves.publish_soon()
+        self._fetch.wake()
 
     async def _learn(self, node: str, first: int, hashes: bytes) -> None:
-        learned = await self._fetch.partial.learn(first, hashes)
+        learned = await self._fetch.partial.add_hashes(first, hashes)
         if learned:
             self._leaves_vouched_by[node] = self._leaves_vouched_by.get(node, 0) | learned
-            self._fetch.setbacks.givers.add(node)
+            self._fetch.health.vouchers.add(node)
 
     async def _read_sealed(self, root: str, nodes: list[str]) -> None:
         fetch = self._fetch
@@ -124,26 +126,28 @@ class Lists:
         self._draw.shuffle(nodes)
         for node in nodes:
             try:
-                hashes = await fetch.shared.peers.leaf_list(node, fetch.blob, 0, list_bytes(fetch.file.size_bytes))
+                hashes = await fetch.shared.peers.leaf_list(
+                    node, fetch.blob, 0, leaf_list_size(fetch.file.size_bytes)
+                )
             except ShoalError as e:
                 log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
                 self._nodes_without_list.add(node)
                 continue
-            if root_of(hashes) != root:
+            if hash_leaf_list(hashes) != root:
                 log.warning("node banned, its leaf list has the wrong digest", peer=node, blob=fetch.blob)
-                fetch.setbacks.corrupt.add(node)
+                fetch.health.banned.add(node)
                 continue
-            differing = await fetch.partial.use_list(hashes)
+            differing = await fetch.partial.apply_sealed_list(hashes)
             for voucher, leaves in self._leaves_vouched_by.items():
                 if leaves & differing:
                     log.warning("node banned, it sent wrong leaf hashes", peer=voucher, blob=fetch.blob)
-                    fetch.setbacks.corrupt.add(voucher)
+                    fetch.health.banned.add(voucher)
             return self._use_sealed(root)
 
     async def _read_provisional(self, node: str, leaves: int) -> None:
         fetch = self._fetch
         self._retry_at_s = asyncio.get_running_loop().time() + _RETRY_S
-        first, end = bounds(leaves)
+        first, end = enclosing_range(leaves)
         end = min(end, first + _MAX_PROVISIONAL_LEAVES)
         try:
             size_bytes = (end - first) * HASH_BYTES

@@ -12,30 +12,30 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
-from shoal_common.bus.cluster_lease import Lease, acquire, holding
+from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
 from shoal_common.bus.keys import origin_key
-from shoal_common.errors import Corrupt, Failed, ShoalError, Unavailable
-from shoal_common.logs import Log
+from shoal_common.errors import Corrupt, InternalError, ShoalError, Unavailable
+from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.leaf_hash import root_of
-from shoal_common.store.leaf_set import run, runs_of
-from shoal_fetcher.errors import RateLimited, WrongWhole
-from shoal_fetcher.hub.range_reader import Body, was_silent
+from shoal_common.store.leaf_hash import hash_leaf_list
+from shoal_common.store.leaf_set import leaf_range, leaf_ranges
+from shoal_fetcher.errors import BlobHashMismatch, RateLimited
+from shoal_fetcher.hub.range_reader import Body, was_timeout
 from shoal_fetcher.partials.blocking import to_its_end
-from shoal_fetcher.partials.leaf_splitter import Cutter
+from shoal_fetcher.partials.leaf_splitter import LeafSplitter
 from shoal_fetcher.partials.partial_blob import PartialBlob
-from shoal_fetcher.sources.failure_policy import EARLIER, HUB
-from shoal_fetcher.sources.source_selection import FromPeer, choose
+from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE
+from shoal_fetcher.sources.source_selection import FetchFromPeer, choose_source
 from shoal_fetcher.swarm.context import Fetch
-from shoal_fetcher.swarm.have_gossip import Haves
-from shoal_fetcher.swarm.leaf_list_sync import Lists
-from shoal_fetcher.swarm.peer_client import Peers
+from shoal_fetcher.swarm.have_gossip import HaveGossip
+from shoal_fetcher.swarm.leaf_list_sync import LeafListSync
+from shoal_fetcher.swarm.peer_client import FileserverClient
 
-log = Log("origin")
+log = StructuredLogger("origin")
 
-Reader = Callable[[int, int], AbstractAsyncContextManager[Body]]
+HubReader = Callable[[int, int], AbstractAsyncContextManager[Body]]
 """Opens a source at bytes [start, end)."""
-Paced = Callable[[int], Awaitable[None]]
+WaitRate = Callable[[int], Awaitable[None]]
 """Returns when so many bytes may pass."""
 _HASH_BATCH_LEAVES = 16
 _RUN_LEAVES = 16
@@ -45,7 +45,7 @@ _SKIP_LEAVES = 64
 """When the others have this many of the leaves that are still to come, reading restarts behind them."""
 
 
-class Contradiction(Corrupt):
+class ConflictingLeafHashes(Corrupt):
     """The source contradicts a leaf hash that a node vouched for."""
 
 
@@ -53,7 +53,7 @@ async def read_missing(
     partial: PartialBlob,
     name: str,
     source: str,
-    read: Reader,
+    read: HubReader,
     missing: Callable[[], int],
     on_leaf: Callable[[int], None],
     on_bytes: Callable[[int], Awaitable[None]],
@@ -65,32 +65,32 @@ async def read_missing(
     what `read` raises.
     """
     while todo := missing():
-        first, end = next(runs_of(todo))
+        first, end = next(leaf_ranges(todo))
         last = min(end * LEAF_BYTES, partial.size_bytes)
-        cutter = Cutter(partial.size_bytes)
+        cutter = LeafSplitter(partial.size_bytes)
         async with read(first * LEAF_BYTES, last) as body:
-            cutter.begin_at(body.begin)
+            cutter.seek(body.offset)
             async for chunk in body.chunks:
                 await on_bytes(len(chunk))
                 for leaf, data in cutter.feed(chunk):
-                    if partial.here >> leaf & 1:
+                    if partial.written >> leaf & 1:
                         continue  # sent again by a source that ignores ranges
                     if await partial.write(leaf, data, vouch=True):
                         on_leaf(leaf)
                     elif sealed():
                         raise Corrupt(f"{source} sent corrupt bytes of {name}")
                     else:
-                        raise Contradiction(f"{source} sent other bytes of {name} than a node vouched for")
-                if cutter.overflowing:
+                        raise ConflictingLeafHashes(f"{source} sent other bytes of {name} than a node vouched for")
+                if cutter.has_excess:
                     raise Corrupt(f"{source} sent more bytes of {name} than it has")
-                if (run(cutter.leaf, end) & ~missing()).bit_count() >= _SKIP_LEAVES:
+                if (leaf_range(cutter.leaf, end) & ~missing()).bit_count() >= _SKIP_LEAVES:
                     break
             else:
-                if cutter.leaf < end and run(cutter.leaf, end) & missing():
+                if cutter.leaf < end and leaf_range(cutter.leaf, end) & missing():
                     raise Unavailable(f"{source} ended early: leaves of {name} are missing")
 
 
-def from_hub(read: Reader, paced: Paced) -> Reader:
+def hub_reader(read: HubReader, paced: WaitRate) -> HubReader:
     """Return a reader of the hub, under the hub's rate limit."""
 
     @asynccontextmanager
@@ -102,12 +102,12 @@ def from_hub(read: Reader, paced: Paced) -> Reader:
                     await paced(len(chunk))
                     yield chunk
 
-            yield Body(body.begin, chunks())
+            yield Body(body.offset, chunks())
 
     return reading
 
 
-def from_node(peers: Peers, node: str, blob: str, size_bytes: int, paced: Paced) -> Reader:
+def node_reader(peers: FileserverClient, node: str, blob: str, size_bytes: int, paced: WaitRate) -> HubReader:
     """Return a reader of a node that has the complete blob and no leaf list. Only that node vouches for its bytes."""
 
     @asynccontextmanager
@@ -157,7 +157,7 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
             digest.update(partial.read(leaf))
 
     while next_leaf < partial.leaf_count:
-        ready = partial.ready >> next_leaf
+        ready = partial.relayable >> next_leaf
         count = min((~ready & (ready + 1)).bit_length() - 1, _HASH_BATCH_LEAVES)
         if count == 0:
             await more()
@@ -170,20 +170,20 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
 class Origin:
     """The origin role: `start_if_needed` takes it, and the lease lasts while `lease_stack` is open."""
 
-    def __init__(self, fetch: Fetch, haves: Haves, lists: Lists, elsewhere: Callable[[], int]) -> None:
+    def __init__(self, fetch: Fetch, haves: HaveGossip, lists: LeafListSync, elsewhere: Callable[[], int]) -> None:
         self._fetch, self._haves, self._lists, self._elsewhere = fetch, haves, lists, elsewhere
-        self.held = AsyncExitStack()
+        self.lease_stack = AsyncExitStack()
         self.failed: ShoalError | None = None
         """The error that ends the attempt."""
         self._task: asyncio.Task[None] | None = None
         self._retry_at_s = self._rate_limited_until_s = 0.0
         self._leaves_changed = asyncio.Event()
 
-    def asked_to_wait(self, now_s: float) -> bool:
+    def is_rate_limited(self, now_s: float) -> bool:
         """Return whether it waits because the hub asked it to."""
         return now_s <= self._rate_limited_until_s
 
-    def moved(self) -> None:
+    def notify(self) -> None:
         """Wake the reader: leaves have become ready, or another node has new ones."""
         self._leaves_changed.set()
         self._leaves_changed = asyncio.Event()
@@ -191,12 +191,12 @@ class Origin:
     async def _wait_leaves(self) -> None:
         await self._leaves_changed.wait()
 
-    def look(self, now_s: float) -> None:
+    def start_if_needed(self, now_s: float) -> None:
         """Become the origin if one is needed and there is none."""
         fetch = self._fetch
         if self._task is not None or now_s < self._retry_at_s or not self._is_needed():
             return
-        if fetch.shared.around.origin(fetch.blob) in (None, fetch.shared.node):
+        if fetch.shared.cluster_view.origin_of(fetch.blob) in (None, fetch.shared.node):
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._ended)
 
@@ -204,19 +204,19 @@ class Origin:
         fetch = self._fetch
         if fetch.returning():
             return False
-        if self._lists.proven:
+        if self._lists.sealed_digest:
             return bool(fetch.missing() & ~self._elsewhere())
-        if fetch.holders() and self._lists.root() and not self._lists.lacking:
+        if fetch.holders() and self._lists.agreed_digest() and not self._lists.is_unavailable:
             return False  # the holders have the list
-        return bool(fetch.missing()) or fetch.wanted == fetch.partial.all
+        return bool(fetch.missing()) or fetch.wanted == fetch.partial.all_leaves
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failed = (
-                error if isinstance(error, ShoalError) else Failed(f"reading as the origin failed: {error!r}")
+                error if isinstance(error, ShoalError) else InternalError(f"reading as the origin failed: {error!r}")
             )
-        self._fetch.changed()
+        self._fetch.wake()
 
     async def _run(self) -> None:
         fetch, shared = self._fetch, self._fetch.shared
@@ -227,13 +227,13 @@ class Origin:
             if lease is None:
                 self._retry_at_s = asyncio.get_running_loop().time() + _LEASE_RETRY_S
                 return
-            await self.held.enter_async_context(holding(lease))
+            await self.lease_stack.enter_async_context(hold(lease))
             # The last origin may have finished between our check and our lease (I9).
-            await shared.around.catch_up()
+            await shared.cluster_view.wait_caught_up()
             if not self._is_needed():
                 return
-            choice = choose(fetch.blob, fetch.holders(), None, shared.node, fetch.setbacks, shared.busy)
-            source = choice.node if isinstance(choice, FromPeer) else None
+            choice = choose_source(fetch.blob, fetch.holders(), None, shared.node, fetch.health, shared.read_counts)
+            source = choice.node if isinstance(choice, FetchFromPeer) else None
             self._haves.origin = True
             await self._while_held(lease, source)
             keep_lease = True
@@ -241,27 +241,29 @@ class Origin:
             # The blob is complete, or the attempt ends: `lease_stack` releases the lease, after the commit.
             keep_lease = True
             raise
-        except WrongWhole:
+        except BlobHashMismatch:
             raise
-        except Contradiction as e:
-            raise WrongWhole(e.message) from e
+        except ConflictingLeafHashes as e:
+            raise BlobHashMismatch(e.message) from e
         except ShoalError as e:
             # Raises if a retry cannot help.
-            delay_s = fetch.setbacks.after(e, source, hopes=fetch.has_hopes() or bool(self._elsewhere()))
+            delay_s = fetch.health.record_failure(
+                e, source, has_peer=fetch.has_other_source() or bool(self._elsewhere())
+            )
             log.warning("source failed", path=fetch.file.path, source=source or HUB, reason=e.message, wait_s=delay_s)
-            fetch.progress.source_failed(fetch.file.path, source or HUB)
-            if was_silent(e):
-                fetch.progress.left(source or HUB)
-            fetch.progress.note(e.message)
+            fetch.progress.record_source_failure(fetch.file.path, source or HUB)
+            if was_timeout(e):
+                fetch.progress.record_switch(source or HUB)
+            fetch.progress.set_waiting_for(e.message)
             self._retry_at_s = asyncio.get_running_loop().time() + delay_s
             if isinstance(e, RateLimited):
                 self._rate_limited_until_s = self._retry_at_s
         finally:
             if not keep_lease:
                 self._haves.origin = False
-                await self.held.aclose()
+                await self.lease_stack.aclose()
 
-    async def _while_held(self, lease: Lease, source: str | None) -> None:
+    async def _while_held(self, lease: ClusterLease, source: str | None) -> None:
         tasks = {asyncio.ensure_future(w) for w in (self._read_and_seal(source), lease.wait_lost())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -279,12 +281,12 @@ class Origin:
 
     async def _read_and_seal(self, source: str | None) -> None:
         fetch, partial = self._fetch, self._fetch.partial
-        if partial.here:
-            fetch.setbacks.givers.add(EARLIER)
-        if listed := await partial.vouch_for_held():
-            self._haves.tell_hashes(listed)
-        self.moved()
-        seals = fetch.wanted == partial.all and not self._lists.proven
+        if partial.written:
+            fetch.health.vouchers.add(UNKNOWN_SOURCE)
+        if listed := await partial.adopt_held_leaves():
+            self._haves.publish_hashes(listed)
+        self.notify()
+        seals = fetch.wanted == partial.all_leaves and not self._lists.sealed_digest
         sealing = asyncio.ensure_future(sha256_of(partial, self._wait_leaves)) if seals else None
         try:
             await self._read(source)
@@ -296,8 +298,8 @@ class Origin:
                 sealing.cancel()
                 await asyncio.wait({sealing})
         if sha256 != fetch.blob:
-            raise WrongWhole(f"{fetch.file.path} hashes to {sha256[:16]}…", expected=fetch.blob, found=sha256)
-        self._lists.seal(root_of(partial.hashes))
+            raise BlobHashMismatch(f"{fetch.file.path} hashes to {sha256[:16]}…", expected=fetch.blob, found=sha256)
+        self._lists.seal(hash_leaf_list(partial.leaf_list))
 
     async def _read(self, source: str | None) -> None:
         """Read until nothing is missing that no other node has."""
@@ -308,28 +310,28 @@ class Origin:
             return fetch.missing() & ~self._elsewhere()
 
         def on_leaf(leaf: int) -> None:
-            fetch.setbacks.givers.add(giver)
-            self._haves.tell_hashes(1 << leaf)
-            self.moved()
-            fetch.changed()
+            fetch.health.vouchers.add(giver)
+            self._haves.publish_hashes(1 << leaf)
+            self.notify()
+            fetch.wake()
 
         async def on_bytes(count: int) -> None:
-            fetch.progress.received(giver, count, fetch.file.path)
+            fetch.progress.record_received(giver, count, fetch.file.path)
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
             return shared.hub.read(fetch.manifest, fetch.file, start, end)
 
         if source is None:
-            reader, name = from_hub(read, fetch.progress.pacing(shared.limits.hub)), "the hub"
+            reader, name = hub_reader(read, fetch.progress.limiter_for(shared.rate_limits.hub)), "the hub"
         else:
-            paced = fetch.progress.pacing(shared.limits.peer(source))
-            reader = from_node(shared.peers, source, fetch.blob, fetch.file.size_bytes, paced)
+            paced = fetch.progress.limiter_for(shared.rate_limits.for_peer(source))
+            reader = node_reader(shared.peers, source, fetch.blob, fetch.file.size_bytes, paced)
             name = f"node {source}"
-            shared.busy[source] += 1
+            shared.read_counts[source] += 1
         try:
             while fetch.missing():
                 leaves_changed = self._leaves_changed
-                fetch.progress.note("") if missing() else None
+                fetch.progress.set_waiting_for("") if missing() else None
                 await read_missing(
                     fetch.partial,
                     fetch.file.path,
@@ -338,7 +340,7 @@ class Origin:
                     missing,
                     on_leaf,
                     on_bytes,
-                    lambda: bool(self._lists.proven),
+                    lambda: bool(self._lists.sealed_digest),
                 )
                 if fetch.missing():
                     with suppress(TimeoutError):
@@ -346,7 +348,7 @@ class Origin:
                             await leaves_changed.wait()
         finally:
             if source is not None:
-                shared.busy[source] -= 1
+                shared.read_counts[source] -= 1
 
     async def close(self) -> None:
         """Stop reading. The lease stays as long as `lease_stack` is open."""

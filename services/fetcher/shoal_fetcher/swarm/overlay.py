@@ -11,19 +11,19 @@ import functools
 import hashlib
 from collections.abc import Collection
 
-ALL_UP_TO_NODES = 16
+MAX_FULL_MESH_NODES = 16
 RINGS = 5
 
 
-def neighbours(me: str, nodes: Collection[str], blob: str) -> set[str]:
+def neighbours(own_node: str, nodes: Collection[str], blob: str) -> set[str]:
     """Return the nodes `me` gossips with and asks, of those that fetch or have this blob (`me` may be among them)."""
-    others = set(nodes) - {me}
-    if len(others) < ALL_UP_TO_NODES:
+    others = set(nodes) - {own_node}
+    if len(others) < MAX_FULL_MESH_NODES:
         return others
     chosen: set[str] = set()
     for ring in range(RINGS):
         positions = [(_place(blob, ring, node), node) for node in others]
-        own = (_place(blob, ring, me), me)
+        own = (_place(blob, ring, own_node), own_node)
         chosen.add(min((p for p in positions if p > own), default=min(positions))[1])
         chosen.add(max((p for p in positions if p < own), default=max(positions))[1])
     return chosen

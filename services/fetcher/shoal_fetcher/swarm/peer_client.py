@@ -10,16 +10,16 @@ from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.credentials import blob_token
 from shoal_common.names import check_blob
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.leaf_set import run, to_bitmap
-from shoal_fetcher.swarm.address_stats import Rates
-from shoal_fetcher.swarm.http_client import Crowded, PeerClient
-from shoal_fetcher.swarm.sinks import Landing, Leaves, Reply, Took, Whole
+from shoal_common.store.leaf_set import leaf_range, to_bitmap
+from shoal_fetcher.swarm.address_stats import AddressStats
+from shoal_fetcher.swarm.http_client import PeerBusy, PeerHttpClient
+from shoal_fetcher.swarm.sinks import BodySink, BytesSink, LeafSink, OnLeaf, PeerReply
 
 PAGE_BYTES = 256 << 10
 """Bytes of a leaf list per request: the list of 8 GiB."""
 
 
-class Peers:
+class FileserverClient:
     """The other nodes' fileservers; `addresses()` returns the live ones.
 
     `lost(node, reason)` is called when a connection breaks or is refused.
@@ -27,44 +27,44 @@ class Peers:
 
     def __init__(
         self,
-        client: PeerClient,
+        client: PeerHttpClient,
         secret: str,
         addresses: Callable[[], dict[str, list[str]]],
-        lost: Callable[[str, str], Awaitable[None]] | None = None,
+        on_lost: Callable[[str, str], Awaitable[None]] | None = None,
     ) -> None:
-        self._client, self._secret, self._addresses, self._lost = client, secret, addresses, lost
-        self._rates = Rates()
+        self._client, self._secret, self._addresses, self._lost = client, secret, addresses, on_lost
+        self._rates = AddressStats()
 
-    async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: Took) -> Reply:
+    async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: OnLeaf) -> PeerReply:
         """Fetch leaves [first, end) of a blob."""
 
         def exactly(got_first: int, got_end: int) -> bool:
             return (got_first, got_end) == (first, end)
 
         byte_range = f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, size_bytes) - 1}"
-        landing = Leaves(size_bytes, exactly, took, self._client.buffers)
+        landing = LeafSink(size_bytes, exactly, took, self._client.buffers)
         headers, most_bytes = {"Range": byte_range}, (end - first) * LEAF_BYTES
         return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, landing, most_bytes)
 
-    async def any(
+    async def any_leaves(
         self,
         node: str,
         blob: str,
         size_bytes: int,
         leaves: int,
         max_leaves: int,
-        took: Took,
+        took: OnLeaf,
         chosen: Callable[[int, int], None],
-    ) -> Reply:
+    ) -> PeerReply:
         """Fetch a run that the source chooses among these leaves; `chosen(first, end)` is called once it is known."""
 
         def fits(first: int, end: int) -> bool:
-            if end - first > max_leaves or run(first, end) & ~leaves:
+            if end - first > max_leaves or leaf_range(first, end) & ~leaves:
                 return False
             chosen(first, end)
             return True
 
-        landing = Leaves(size_bytes, fits, took, self._client.buffers)
+        landing = LeafSink(size_bytes, fits, took, self._client.buffers)
         path = f"/v1/blobs/{check_blob(blob)}/any?max_leaves={max_leaves}"
         body = to_bitmap(leaves, -(-size_bytes // LEAF_BYTES))
         return await self._leaves(node, "POST", path, {}, landing, max_leaves * LEAF_BYTES, body)
@@ -75,10 +75,10 @@ class Peers:
         method: str,
         path: str,
         headers: dict[str, str],
-        landing: Leaves,
+        landing: LeafSink,
         most_bytes: int,
         body: bytes = b"",
-    ) -> Reply:
+    ) -> PeerReply:
         try:
             return await self._ask(node, method, path, headers, landing, most_bytes, body)
         finally:
@@ -89,7 +89,7 @@ class Peers:
         received = bytearray()
         while len(received) < size_bytes:
             offset = start + len(received)
-            page = Whole(offset, min(PAGE_BYTES, size_bytes - len(received)))
+            page = BytesSink(offset, min(PAGE_BYTES, size_bytes - len(received)))
             byte_range = {"Range": f"bytes={offset}-{offset + len(page.content) - 1}"}
             await self._ask(node, "GET", f"/v1/leaves/{check_blob(blob)}", byte_range, page, len(page.content))
             received += page.content
@@ -101,10 +101,10 @@ class Peers:
         method: str,
         path: str,
         headers: dict[str, str],
-        landing: Landing,
+        landing: BodySink,
         most_bytes: int,
         body: bytes = b"",
-    ) -> Reply:
+    ) -> PeerReply:
         addresses, rates = self._addresses().get(node, []), self._rates
         error: ShoalError = Unavailable(f"node {node} publishes no address; see `shoal status`")
         blob = path.split("/")[3]
@@ -112,18 +112,18 @@ class Peers:
             token = blob_token(self._secret, node, blob, cluster_clock.now_s())
             began_s = time.monotonic()
             try:
-                reply = await self._client.ask(node, address, method, path, {**token, **headers}, landing, body)
-            except Crowded:
+                reply = await self._client.request(node, address, method, path, {**token, **headers}, landing, body)
+            except PeerBusy:
                 raise
             except Unavailable as e:
-                rates.failed(node, address, time.monotonic())
+                rates.record_failure(node, address, time.monotonic())
                 if self._lost is not None:
                     await self._lost(node, e.message)
-                if landing.begun:
+                if landing.has_begun:
                     raise
                 error = e
                 continue
             now_s = time.monotonic()
-            rates.measured(node, address, reply.body_bytes, now_s - began_s, now_s)
+            rates.record(node, address, reply.body_bytes, now_s - began_s, now_s)
             return reply
         raise error

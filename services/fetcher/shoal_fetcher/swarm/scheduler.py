@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.leaf_set import MAX_RUN_LEAVES, drawn, run, run_around
+from shoal_common.store.leaf_set import MAX_RANGE_LEAVES, aligned_range, leaf_range, random_leaf
 
 OUTSTANDING_RUNS = 2
 """Requests to one peer at a time."""
@@ -24,13 +24,13 @@ CROWD_NODES = 4
 """With this many other fetching nodes, one request at a time keeps a source busy, and its leaves arrive sooner."""
 BACKLOG_RUNS = 6
 """A node with this many runs that no other fetching node has asks sources for no more of them."""
-RUN_S = 0.03
+RUN_TARGET_S = 0.03
 """A run is as long as what a peer has sent in this time so far."""
-STILL_S = 2.0
+STALLED_AFTER_S = 2.0
 """After this long without a new leaf, sources are asked for anything (I7)."""
 LATE_FACTOR = 3.0
 """A run that takes this many times its peer's average is also asked of another peer."""
-LATE_UNKNOWN_S = 2.0
+LATE_WITHOUT_AVERAGE_S = 2.0
 """The same for a peer that has no average yet."""
 MIN_LATE_S = 0.25
 """No run is late before this: on fast links three times the average is nothing."""
@@ -40,19 +40,19 @@ ENDGAME_LEAVES = 4
 """And at most this many leaves: the rest of a long run is hedged when it is late, not sent twice."""
 ENDGAME_COPIES = 3
 """How often a leaf is requested in the endgame, the first request included."""
-DECLINED_S = 0.2
+DECLINED_BACKOFF_S = 0.2
 """A source that had nothing for us is not asked for `any` again for this long."""
-LOOK_AGAIN_S = 1.0
+MAX_WAKEUP_INTERVAL_S = 1.0
 """The longest time between two decisions: peers fall silent without notice."""
-WAITED_FOR = 0.25
+SLOW_PEER_SHARE = 0.25
 """A node whose leaves grow at less than this share of a source's rate to us is not waited for."""
 IDLE_FACTOR = 4.0
 """A source this many times faster than the fastest other node is asked for whatever is missing."""
-EVERY_LEAF = -1
+ALL_LEAVES = -1
 """The set of all leaves of any blob."""
 
 
-class Peer(msgspec.Struct, frozen=True, kw_only=True):
+class PeerState(msgspec.Struct, frozen=True, kw_only=True):
     """A node that can be asked now: reachable, not banned, and not ourselves."""
 
     node: str
@@ -62,31 +62,31 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """It has the complete blob, or is its origin: may be asked for `any`."""
     fetching: bool = False
     """It published within 3 s that it fetches this blob: what it has is replicated, what it lacks is wanted."""
-    wanted: int = EVERY_LEAF
+    wanted: int = ALL_LEAVES
     """Leaves that it fetches, where that is known not to be all."""
     rate_bytes_per_s: float = 0.0
     """Moving average over its runs of bytes over time. 0: unknown."""
     run_s: float = 0.0
     """Moving average of the seconds from a request to its end. 0: unknown."""
-    grows_bytes_per_s: float = 0.0
+    growth_bytes_per_s: float = 0.0
     """Moving average of how fast its published leaves grow (bytes/s). 0: unknown."""
     declined_at_s: float = float("-inf")
     """When it last answered `any` with 204: nothing for us."""
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class OutstandingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that is not finished."""
 
     node: str
     leaves: int
     """Its leaves that have not arrived; 0 while an `any` has not been told yet which they are."""
     any: bool = False
-    may: int = 0
+    possible_leaves: int = 0
     """Of an `any` the bitmap that was sent: until the source has chosen, it may send any of these."""
     asked_at_s: float
 
 
-class Situation(msgspec.Struct, frozen=True, kw_only=True):
+class SwarmState(msgspec.Struct, frozen=True, kw_only=True):
     """The input of a decision. Times are of one monotonic clock, in seconds."""
 
     leaf_count: int
@@ -96,14 +96,14 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Leaves to fetch: all, or some."""
     known: int
     """Leaves whose hash is known, even if provisional. Others are asked of sources alone."""
-    peers: list[Peer]
-    runs: list[Run]
+    peers: list[PeerState]
+    runs: list[OutstandingRequest]
     now_s: float
-    moved_at_s: float
+    last_leaf_at_s: float
     """When the last leaf arrived from anywhere; before the first one, when the fetch began."""
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class LeafRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to send now."""
 
     node: str
@@ -114,39 +114,39 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """The length of the run, or the maximum for an `any`."""
 
 
-def asks(situation: Situation, draw: random.Random) -> list[Ask]:
+def next_requests(situation: SwarmState, draw: random.Random) -> list[LeafRequest]:
     """Return all requests to send now, besides the outstanding ones; at most OUTSTANDING_RUNS to one peer."""
-    return _Choosing(situation, draw).asks()
+    return _Scheduler(situation, draw).asks()
 
 
-def wake_s(situation: Situation) -> float:
+def next_wakeup_s(situation: SwarmState) -> float:
     """Return the seconds, at most MAX_WAKEUP_INTERVAL_S, after which time alone may change the result of
     `next_requests`.
 
     That is the next moment at which a run becomes late, a source may be asked again, or progress has stalled.
     """
     peers = {p.node: p for p in situation.peers}
-    moments = [r.asked_at_s + late_s(peers.get(r.node)) for r in situation.runs]
-    moments += [p.declined_at_s + DECLINED_S for p in situation.peers]
-    moments.append(situation.moved_at_s + STILL_S)
-    return min([m - situation.now_s for m in moments if m > situation.now_s] + [LOOK_AGAIN_S])
+    moments = [r.asked_at_s + hedge_after_s(peers.get(r.node)) for r in situation.runs]
+    moments += [p.declined_at_s + DECLINED_BACKOFF_S for p in situation.peers]
+    moments.append(situation.last_leaf_at_s + STALLED_AFTER_S)
+    return min([m - situation.now_s for m in moments if m > situation.now_s] + [MAX_WAKEUP_INTERVAL_S])
 
 
-def late_s(peer: Peer | None) -> float:
+def hedge_after_s(peer: PeerState | None) -> float:
     """Return the seconds after which a run of this peer is late."""
     if peer is None or not peer.run_s:
-        return LATE_UNKNOWN_S
+        return LATE_WITHOUT_AVERAGE_S
     return max(LATE_FACTOR * peer.run_s, MIN_LATE_S)
 
 
-def run_leaves(peer: Peer, missing_count: int, peer_count: int) -> int:
+def run_length(peer: PeerState, missing_count: int, peer_count: int) -> int:
     """Return how many leaves to ask of this peer at once, by its rate, so that all peers share the last ones."""
-    by_rate = int(peer.rate_bytes_per_s * RUN_S / LEAF_BYTES)
+    by_rate = int(peer.rate_bytes_per_s * RUN_TARGET_S / LEAF_BYTES)
     shared = -(-missing_count // (OUTSTANDING_RUNS * max(peer_count, 1)))
-    return max(min(by_rate, shared, MAX_RUN_LEAVES), 1)
+    return max(min(by_rate, shared, MAX_RANGE_LEAVES), 1)
 
 
-def rarest(leaves: int, holdings: Iterable[int]) -> int:
+def rarest_leaves(leaves: int, holdings: Iterable[int]) -> int:
     """Return those of some leaves that the fewest of `holdings` have."""
     # Counts of all leaves at once, in binary: bit i of digit k is the k-th digit of leaf i's count.
     digits: list[int] = []
@@ -161,14 +161,14 @@ def rarest(leaves: int, holdings: Iterable[int]) -> int:
     return leaves
 
 
-class _Choosing:
+class _Scheduler:
     """One decision: what it has requested so far counts as outstanding."""
 
-    def __init__(self, situation: Situation, draw: random.Random) -> None:
+    def __init__(self, situation: SwarmState, draw: random.Random) -> None:
         s = self._s = situation
         self._draw = draw
         self._missing = s.wanted & ~s.have
-        self._stalled = s.now_s - s.moved_at_s >= STILL_S
+        self._stalled = s.now_s - s.last_leaf_at_s >= STALLED_AFTER_S
         self._useful = [p for p in s.peers if p.leaves & self._missing]
         self._others = [p for p in s.peers if p.fetching and not p.source]
         self._replicated = _union(p.leaves for p in self._others)
@@ -180,14 +180,14 @@ class _Choosing:
         peers = {p.node: p for p in s.peers}
         for r in s.runs:
             self._asked_of[r.node] = self._asked_of.get(r.node, 0) | r.leaves
-            if s.now_s - r.asked_at_s >= late_s(peers.get(r.node)):
+            if s.now_s - r.asked_at_s >= hedge_after_s(peers.get(r.node)):
                 continue  # a late run is needed again, from another peer
             self._need &= ~r.leaves
             if r.any and not r.leaves:
-                self._may_of[r.node] = self._may_of.get(r.node, 0) | r.may
-        self._asks: list[Ask] = []
+                self._may_of[r.node] = self._may_of.get(r.node, 0) | r.possible_leaves
+        self._asks: list[LeafRequest] = []
 
-    def asks(self) -> list[Ask]:
+    def asks(self) -> list[LeafRequest]:
         """Fill the first slot of every peer, then the second."""
         order = list(self._useful)
         self._draw.shuffle(order)
@@ -202,11 +202,11 @@ class _Choosing:
         self._endgame(order)
         return self._asks
 
-    def _has_slot(self, peer: Peer) -> bool:
+    def _has_slot(self, peer: PeerState) -> bool:
         is_crowded = peer.source and len(self._others) >= CROWD_NODES
         return self._outstanding[peer.node] < (1 if is_crowded else OUTSTANDING_RUNS)
 
-    def _ask_source(self, peer: Peer) -> None:
+    def _ask_source(self, peer: PeerState) -> None:
         leaves = self._need & ~self._asked_of.get(peer.node, 0) & ~self._possibly_coming(peer)
         if not (self._stalled or self._idle(peer)):
             # What another fetching node has is taken from there: a source's time is for what nobody has.
@@ -215,7 +215,7 @@ class _Choosing:
                 return
         if not leaves & peer.leaves:
             return
-        if self._s.now_s - peer.declined_at_s < DECLINED_S:
+        if self._s.now_s - peer.declined_at_s < DECLINED_BACKOFF_S:
             if self._stalled:
                 # It holds back what is on its way to others, and they are stuck or gone.
                 self._ask_run(peer, leaves)
@@ -225,15 +225,15 @@ class _Choosing:
             peer, leaves=in_zone if in_zone & peer.leaves else leaves, max_leaves=self._length(peer), any_of=True
         )
 
-    def _ask_run(self, peer: Peer, leaves: int) -> None:
+    def _ask_run(self, peer: PeerState, leaves: int) -> None:
         leaves &= peer.leaves & ~self._asked_of.get(peer.node, 0)
         if leaves:
-            rare = rarest(leaves, (p.leaves for p in self._others))
-            first, end = run_around(drawn(rare, self._draw), leaves, self._length(peer))
-            self._ask(peer, leaves=run(first, end), max_leaves=end - first)
+            rare = rarest_leaves(leaves, (p.leaves for p in self._others))
+            first, end = aligned_range(random_leaf(rare, self._draw), leaves, self._length(peer))
+            self._ask(peer, leaves=leaf_range(first, end), max_leaves=end - first)
 
-    def _ask(self, peer: Peer, leaves: int, max_leaves: int, any_of: bool = False) -> None:
-        self._asks.append(Ask(node=peer.node, any=any_of, leaves=leaves, max_leaves=max_leaves))
+    def _ask(self, peer: PeerState, leaves: int, max_leaves: int, any_of: bool = False) -> None:
+        self._asks.append(LeafRequest(node=peer.node, any=any_of, leaves=leaves, max_leaves=max_leaves))
         self._outstanding[peer.node] += 1
         if any_of:
             self._may_of[peer.node] = self._may_of.get(peer.node, 0) | leaves
@@ -241,36 +241,36 @@ class _Choosing:
             self._asked_of[peer.node] = self._asked_of.get(peer.node, 0) | leaves
             self._need &= ~leaves
 
-    def _possibly_coming(self, peer: Peer) -> int:
+    def _possibly_coming(self, peer: PeerState) -> int:
         """Return leaves that may be on their way from sources that have not chosen yet; none when progress has
         stalled.
         """
         return 0 if self._stalled else _union(may for node, may in self._may_of.items() if node != peer.node)
 
-    def _zone(self, source: Peer) -> int:
+    def _zone(self, source: PeerState) -> int:
         """Return the part of the blob that this source is asked for first, so that several send different leaves."""
         place, count = self._sources.index(source.node), len(self._sources)
-        return run(place * self._s.leaf_count // count, (place + 1) * self._s.leaf_count // count)
+        return leaf_range(place * self._s.leaf_count // count, (place + 1) * self._s.leaf_count // count)
 
-    def _idle(self, source: Peer) -> bool:
+    def _idle(self, source: PeerState) -> bool:
         """Return whether a source is so much faster than any other node that it must have time left over."""
         fastest = max((p.rate_bytes_per_s for p in self._others), default=0.0)
         return 0 < fastest * IDLE_FACTOR <= source.rate_bytes_per_s
 
-    def _throttled(self, source: Peer) -> bool:
+    def _throttled(self, source: PeerState) -> bool:
         """Return whether we have enough leaves that the others have yet to take from us.
 
         A node that takes far less than this source gives us is not waited for: it has no use for what we would leave
         it.
         """
-        takers = [p for p in self._others if not 0 < p.grows_bytes_per_s < source.rate_bytes_per_s * WAITED_FOR]
+        takers = [p for p in self._others if not 0 < p.growth_bytes_per_s < source.rate_bytes_per_s * SLOW_PEER_SHARE]
         backlog = self._s.have & ~self._replicated & _union(p.wanted for p in takers)
         return backlog.bit_count() >= BACKLOG_RUNS * self._length(source)
 
-    def _length(self, peer: Peer) -> int:
-        return run_leaves(peer, self._missing.bit_count(), len(self._useful))
+    def _length(self, peer: PeerState) -> int:
+        return run_length(peer, self._missing.bit_count(), len(self._useful))
 
-    def _endgame(self, order: Sequence[Peer]) -> None:
+    def _endgame(self, order: Sequence[PeerState]) -> None:
         """Ask more nodes for the last runs; sources only for what nobody else has: their time is the dearest."""
         last = {r.leaves & self._missing for r in self._s.runs} - {0}
         undecided = any(r.any and not r.leaves for r in self._s.runs)

@@ -18,7 +18,7 @@ _MAX_LEAVES_PER_SINK = 4
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 
-class Reply(msgspec.Struct, frozen=True):
+class PeerReply(msgspec.Struct, frozen=True):
     """The head of an answer; header names in lower case."""
 
     status: int
@@ -33,39 +33,39 @@ class Reply(msgspec.Struct, frozen=True):
         return int(length)
 
 
-class Landing(Protocol):
+class BodySink(Protocol):
     """Receives a body."""
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: PeerReply) -> None:
         """Check the head of a 200 or 206. Raises Corrupt if it does not answer the request."""
 
     def buffer(self) -> memoryview:
         """Return where the next bytes go; never empty while any are to come."""
 
-    def filled(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Count bytes written there."""
 
-    def use(self, resume: Callable[[], None]) -> None:
+    def on_resume(self, resume: Callable[[], None]) -> None:
         """Set the callback for when `waits` turns false; called once."""
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether there is no free buffer now."""
 
     @property
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether a valid head has arrived."""
 
 
-class Whole:
+class BytesSink:
     """Receives a body into one buffer: a page of a leaf list."""
 
     def __init__(self, start: int, size_bytes: int) -> None:
         self.content = bytearray(size_bytes)
         self._start, self._offset = start, 0
-        self.begun = False
+        self.has_begun = False
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: PeerReply) -> None:
         """Accept exactly the requested range."""
         if reply.status == 206:
             first, last, _ = content_range(reply)
@@ -75,26 +75,26 @@ class Whole:
             raise Corrupt("a node sent the whole list where a range was requested")
         if reply.body_bytes != len(self.content):
             raise Corrupt("a node sent another number of bytes than requested")
-        self.begun = True
+        self.has_begun = True
 
     def buffer(self) -> memoryview:
         """Return the unfilled rest."""
         return memoryview(self.content)[self._offset :]
 
-    def filled(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Count bytes written."""
         self._offset += count
 
-    def use(self, resume: Callable[[], None]) -> None:
+    def on_resume(self, resume: Callable[[], None]) -> None:
         """Ignored: this sink never waits."""
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """Never."""
         return False
 
 
-class Buffers:
+class BufferPool:
     """Reusable memory for leaves: fresh pages cost more than receiving into them.
 
     Each sink may always have one buffer; more only while all together have fewer than `ahead`.
@@ -102,7 +102,7 @@ class Buffers:
 
     def __init__(self, ahead: int = BUFFERS_AHEAD) -> None:
         self._ahead, self._free = ahead, list[bytearray]()
-        self.out_count = self.most = 0
+        self.out_count = self.max_out_count = 0
         """Leaves in memory now, and the most so far."""
         self._waiting: list[Callable[[], None]] = []
 
@@ -111,10 +111,10 @@ class Buffers:
         if held_count and (held_count >= _MAX_LEAVES_PER_SINK or self.out_count >= self._ahead):
             return None
         self.out_count += 1
-        self.most = max(self.most, self.out_count)
+        self.max_out_count = max(self.max_out_count, self.out_count)
         return self._free.pop() if self._free else bytearray(LEAF_BYTES)
 
-    def give_back(self, buffer: bytearray) -> None:
+    def put_back(self, buffer: bytearray) -> None:
         """Return a buffer to the pool."""
         self.out_count -= 1
         if len(self._free) < self._ahead:
@@ -128,23 +128,23 @@ class Buffers:
         self._waiting.append(callback)
 
 
-Took = Callable[[int, memoryview, Callable[[], None]], None]
+OnLeaf = Callable[[int, memoryview, Callable[[], None]], None]
 """Called with a complete leaf: its number, its bytes, and what to call when they are not needed any more."""
 
 
-class Leaves:
+class LeafSink:
     """Receives a run of leaves. `fits(first, end)` returns whether leaves [first, end) answer the request."""
 
-    def __init__(self, size_bytes: int, fits: Callable[[int, int], bool], took: Took, buffers: Buffers) -> None:
+    def __init__(self, size_bytes: int, fits: Callable[[int, int], bool], took: OnLeaf, buffers: BufferPool) -> None:
         self._size, self._fits, self._took, self._buffers = size_bytes, fits, took, buffers
         self.first = self.end = 0
         """The run that the node chose, once it has answered."""
         self._leaf = self._offset = self._held = 0
         self._buffer: bytearray | None = None
         self._resume: Callable[[], None] = lambda: None
-        self._closed = self.begun = False
+        self._closed = self.has_begun = False
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: PeerReply) -> None:
         """Accept a requested range of whole leaves, of a blob of this size."""
         if reply.status == 206:
             start, last, total = content_range(reply)
@@ -157,7 +157,7 @@ class Leaves:
         if not start < end <= total or end - start != reply.body_bytes or not self._fits(self.first, self.end):
             raise Corrupt("a node sent another range than requested")
         self._leaf = self.first
-        self.begun = True
+        self.has_begun = True
         self._take_buffer()
 
     def _take_buffer(self) -> None:
@@ -169,9 +169,9 @@ class Leaves:
                 self._held += 1
 
     def _on_buffer_free(self) -> None:
-        if self.waits:
+        if self.is_waiting:
             self._take_buffer()
-            if not self.waits:
+            if not self.is_waiting:
                 self._resume()
 
     def buffer(self) -> memoryview:
@@ -182,7 +182,7 @@ class Leaves:
     def _leaf_bytes(self) -> int:
         return min(LEAF_BYTES, self._size - self._leaf * LEAF_BYTES)
 
-    def filled(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Count bytes written; a complete leaf is passed on."""
         self._offset += count
         size = self._leaf_bytes()
@@ -194,7 +194,7 @@ class Leaves:
 
         def done() -> None:
             self._held -= 1
-            self._buffers.give_back(buffer)
+            self._buffers.put_back(buffer)
 
         self._took(leaf, memoryview(buffer)[:size], done)
         self._take_buffer()
@@ -205,19 +205,19 @@ class Leaves:
         if self._buffer is not None:
             self._held -= 1
             buffer, self._buffer = self._buffer, None
-            self._buffers.give_back(buffer)
+            self._buffers.put_back(buffer)
 
-    def use(self, resume: Callable[[], None]) -> None:
+    def on_resume(self, resume: Callable[[], None]) -> None:
         """Set the callback for when a buffer is free again."""
         self._resume = resume
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether leaves must be written before more can be received."""
         return self._buffer is None and self._leaf < self.end and not self._closed
 
 
-def content_range(reply: Reply) -> tuple[int, int, int]:
+def content_range(reply: PeerReply) -> tuple[int, int, int]:
     """Return first byte, last byte and size of a 206. Raises Corrupt."""
     match = _CONTENT_RANGE.fullmatch(reply.headers.get("content-range", ""))
     if not match:

@@ -10,21 +10,29 @@ from contextlib import AsyncExitStack, suppress
 import msgspec
 
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable
-from shoal_common.logs import Log
-from shoal_common.messages.swarm import Have
-from shoal_common.store.leaf_set import run, runs_of
-from shoal_fetcher.hub.range_reader import was_silent
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.swarm import HaveMessage
+from shoal_common.store.leaf_set import leaf_range, leaf_ranges
+from shoal_fetcher.hub.range_reader import was_timeout
 from shoal_fetcher.swarm.context import Fetch
-from shoal_fetcher.swarm.have_gossip import SILENT_S, Haves
-from shoal_fetcher.swarm.http_client import Crowded
-from shoal_fetcher.swarm.leaf_list_sync import Lists
+from shoal_fetcher.swarm.have_gossip import PEER_SILENCE_TIMEOUT_S, HaveGossip
+from shoal_fetcher.swarm.http_client import PeerBusy
+from shoal_fetcher.swarm.leaf_list_sync import LeafListSync
 from shoal_fetcher.swarm.origin import Origin
 from shoal_fetcher.swarm.overlay import neighbours
-from shoal_fetcher.swarm.scheduler import EVERY_LEAF, Ask, Peer, Run, Situation, asks, wake_s
+from shoal_fetcher.swarm.scheduler import (
+    ALL_LEAVES,
+    LeafRequest,
+    OutstandingRequest,
+    PeerState,
+    SwarmState,
+    next_requests,
+    next_wakeup_s,
+)
 
-log = Log("swarm")
+log = StructuredLogger("swarm")
 
-NO_PROGRESS_S = 120.0
+NO_PROGRESS_TIMEOUT_S = 120.0
 """A download without progress for this long fails, naming what it waited for (I7)."""
 _RUN_DEADLINE_S = 120.0
 _WAITING_AFTER_S = 1.0
@@ -47,7 +55,7 @@ class _Peer(msgspec.Struct):
 class _Run(msgspec.Struct):
     """A request that was sent."""
 
-    ask: Ask
+    ask: LeafRequest
     asked_at_s: float
     left: int
     """Its leaves that have not arrived; none while a source has not chosen."""
@@ -58,9 +66,9 @@ class _Run(msgspec.Struct):
 class Swarm:
     """One attempt to fetch a blob. `run` it; closing `cleanup` releases the origin lease and ends the gossip."""
 
-    def __init__(self, fetch: Fetch, held: AsyncExitStack) -> None:
-        self._fetch, self._held = fetch, held
-        self._partial, self._shared, self._setbacks = fetch.partial, fetch.shared, fetch.setbacks
+    def __init__(self, fetch: Fetch, cleanup: AsyncExitStack) -> None:
+        self._fetch, self._held = fetch, cleanup
+        self._partial, self._shared, self._setbacks = fetch.partial, fetch.shared, fetch.health
         self._draw = random.Random()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -71,15 +79,15 @@ class Swarm:
         self._failed: Exception | None = None
         self._moved_at_s = self._loop.time()
         self._durable_bytes = -1
-        fetch.changed = fetch.partial.changed = self.wake
+        fetch.wake = fetch.partial.on_change = self.notify
         shared = self._shared
-        self._haves = Haves(
-            shared.nats, shared.node, shared.uid, fetch.blob, fetch.partial, fetch.wanted, self.wake, self._on_have
+        self._haves = HaveGossip(
+            shared.nats, shared.node, shared.uid, fetch.blob, fetch.partial, fetch.wanted, self.notify, self._on_have
         )
-        self._lists = Lists(fetch, self._haves)
+        self._lists = LeafListSync(fetch, self._haves)
         self._origin = Origin(fetch, self._haves, self._lists, self._available_elsewhere)
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """Wake the main loop after a change."""
         self._reachable_leaves = None
         self._changed.set()
@@ -91,19 +99,19 @@ class Swarm:
         or Unavailable after too long without progress.
         """
         await self._held.enter_async_context(self._haves)
-        await self._held.enter_async_context(self._origin.held)
+        await self._held.enter_async_context(self._origin.lease_stack)
         watching = asyncio.create_task(self._watch())
         try:
             while True:
                 self._raise_failures()
                 if not self._fetch.missing():
-                    if self._fetch.wanted != self._partial.all:
+                    if self._fetch.wanted != self._partial.all_leaves:
                         return ""
-                    if self._lists.proven:
-                        return self._lists.proven
+                    if self._lists.sealed_digest:
+                        return self._lists.sealed_digest
                 now_s = self._loop.time()
-                self._lists.look(self._reachable(), now_s)
-                self._origin.look(now_s)
+                self._lists.refresh(self._reachable(), now_s)
+                self._origin.start_if_needed(now_s)
                 self._changed.clear()
                 wait_s = self._send_requests(now_s)
                 with suppress(TimeoutError):
@@ -122,18 +130,18 @@ class Swarm:
 
     async def _watch(self) -> None:
         """Wake when the cluster view changes."""
-        around = self._shared.around
+        around = self._shared.cluster_view
         while True:
-            version = around.seen()
-            await around.changed(version, SILENT_S)
-            self.wake()
+            version = around.version()
+            await around.wait_changed(version, PEER_SILENCE_TIMEOUT_S)
+            self.notify()
 
-    def _on_have(self, have: Have) -> None:
+    def _on_have(self, have: HaveMessage) -> None:
         peer = self._known.get(have.node)
         if peer is not None and not have.leaving:
             peer.not_before_s = min(peer.not_before_s, self._loop.time() + _NOT_FOUND_BACKOFF_S)
-        self._lists.heard(have)
-        self._origin.moved()
+        self._lists.on_have(have)
+        self._origin.notify()
 
     def _raise_failures(self) -> None:
         self._partial.raise_failure()
@@ -141,101 +149,102 @@ class Swarm:
             if failed is not None:
                 raise failed
         self._publish_durable()
-        progress, around, fetch = self._fetch.progress, self._shared.around, self._fetch
-        origin = around.origin(fetch.blob)
+        progress, around, fetch = self._fetch.progress, self._shared.cluster_view, self._fetch
+        origin = around.origin_of(fetch.blob)
         if origin not in (None, self._shared.node):
             # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
-            progress.moved()
-        if self._origin.asked_to_wait(self._loop.time()):
-            progress.moved()
-        if progress.still_s > NO_PROGRESS_S:
-            last = self._setbacks.last
+            progress.mark_progress()
+        if self._origin.is_rate_limited(self._loop.time()):
+            progress.mark_progress()
+        if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
+            last = self._setbacks.last_error
             reason = last.message if last else progress.state.waiting_for
             raise Unavailable(
-                f"no progress on {fetch.file.path} for {NO_PROGRESS_S:.0f} s ({reason}); pull again to resume"
+                f"no progress on {fetch.file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
             )
         if self._loop.time() - self._moved_at_s > _WAITING_AFTER_S and origin not in (None, self._shared.node):
-            progress.note(f"origin {origin}")
+            progress.set_waiting_for(f"origin {origin}")
 
     def _publish_durable(self) -> None:
         durable_bytes = self._partial.durable_bytes
         if durable_bytes != self._durable_bytes:
             self._durable_bytes = durable_bytes
-            self._fetch.progress.durable(self._fetch.blob, durable_bytes)
+            self._fetch.progress.set_durable_bytes(self._fetch.blob, durable_bytes)
 
     # Who has what
 
     def _reachable(self) -> dict[str, int]:
         """Return the nodes that can be asked, and their leaves. Recomputed after each `wake` and each update."""
-        version = self._shared.around.seen()
+        version = self._shared.cluster_view.version()
         if self._reachable_leaves is None or version != self._reachable_leaves[0]:
             self._reachable_leaves = version, self._refresh_peers()
         return self._reachable_leaves[1]
 
     def _refresh_peers(self) -> dict[str, int]:
         fetch = self._fetch
-        live = self._shared.around.addresses()
-        near = neighbours(self._shared.node, self._haves.heard, fetch.blob)
-        leaves_by_node = {n: self._haves.heard[n].leaves for n in near if n in live and self._setbacks.may_ask(n)}
-        if self._lists.root():
-            leaves_by_node |= {h.node: self._partial.all for h in fetch.holders() if h.node in live}
+        live = self._shared.cluster_view.addresses()
+        near = neighbours(self._shared.node, self._haves.by_node, fetch.blob)
+        leaves_by_node = {n: self._haves.by_node[n].leaves for n in near if n in live and self._setbacks.may_ask(n)}
+        if self._lists.agreed_digest():
+            leaves_by_node |= {h.node: self._partial.all_leaves for h in fetch.holders() if h.node in live}
         return leaves_by_node
 
     def _available_elsewhere(self) -> int:
         """Return the leaves that some live node has, which need not come from the hub (I9)."""
         leaves = 0
         for node, has in self._reachable().items():
-            if node in self._haves.heard or self._lists.proven:
+            if node in self._haves.by_node or self._lists.sealed_digest:
                 leaves |= has
         if self._fetch.returning():
-            return self._partial.all
-        for node in self._shared.around.starting() & self._haves.heard.keys():
-            leaves |= self._haves.heard[node].leaves if self._setbacks.may_ask(node) else 0
+            return self._partial.all_leaves
+        for node in self._shared.cluster_view.nodes_starting() & self._haves.by_node.keys():
+            leaves |= self._haves.by_node[node].leaves if self._setbacks.may_ask(node) else 0
         return leaves
 
-    def _situation(self, now_s: float) -> Situation:
+    def _situation(self, now_s: float) -> SwarmState:
         fetch = self._fetch
-        origin = self._shared.around.origin(fetch.blob)
+        origin = self._shared.cluster_view.origin_of(fetch.blob)
         peers = []
         for node, leaves in self._reachable().items():
             peer = self._known.setdefault(node, _Peer())
-            heard = self._haves.heard.get(node)
+            heard = self._haves.by_node.get(node)
             if peer.not_before_s > now_s:
                 continue
-            if node in self._setbacks.bad_leaves_of and any(r.ask.node == node for r in self._runs):
+            if node in self._setbacks.corrupt_leaf_counts and any(r.ask.node == node for r in self._runs):
                 continue  # a node that has sent a corrupt leaf is asked for one run at a time
             peers.append(
-                Peer(
+                PeerState(
                     node=node,
                     leaves=leaves,
-                    source=leaves == self._partial.all or (node == origin and heard is not None and heard.origin),
-                    fetching=heard is not None and now_s - heard.at_s < SILENT_S,
-                    wanted=heard.wanted if heard else EVERY_LEAF,
+                    source=leaves == self._partial.all_leaves
+                    or (node == origin and heard is not None and heard.origin),
+                    fetching=heard is not None and now_s - heard.at_s < PEER_SILENCE_TIMEOUT_S,
+                    wanted=heard.wanted if heard else ALL_LEAVES,
                     rate_bytes_per_s=peer.rate_bytes_per_s,
                     run_s=peer.run_s,
-                    grows_bytes_per_s=heard.grows_bytes_per_s if heard else 0.0,
+                    growth_bytes_per_s=heard.growth_bytes_per_s if heard else 0.0,
                     declined_at_s=peer.declined_at_s,
                 )
             )
         runs = [
-            Run(
+            OutstandingRequest(
                 node=r.ask.node,
-                leaves=r.left & ~self._partial.here,
+                leaves=r.left & ~self._partial.written,
                 any=r.ask.any,
-                may=r.ask.leaves if r.ask.any else 0,
+                possible_leaves=r.ask.leaves if r.ask.any else 0,
                 asked_at_s=r.asked_at_s,
             )
             for r in self._runs
         ]
-        return Situation(
+        return SwarmState(
             leaf_count=self._partial.leaf_count,
-            have=self._partial.here,
+            have=self._partial.written,
             wanted=fetch.wanted,
-            known=self._partial.known,
+            known=self._partial.with_known_hash,
             peers=peers,
             runs=runs,
             now_s=now_s,
-            moved_at_s=self._moved_at_s,
+            last_leaf_at_s=self._moved_at_s,
         )
 
     # Requests
@@ -245,17 +254,17 @@ class Swarm:
         for request in self._runs:
             if (
                 request.left
-                and not request.left & ~self._partial.here
+                and not request.left & ~self._partial.written
                 and request.task is not None
                 and request.took == 0
             ):
                 request.task.cancel()  # others were faster
         situation = self._situation(now_s)
-        for ask in asks(situation, self._draw):
+        for ask in next_requests(situation, self._draw):
             # The origin gossips a leaf's hash first: a leaf that cannot be verified is not requested.
-            leaves = ask.leaves & self._partial.known
+            leaves = ask.leaves & self._partial.with_known_hash
             if not ask.any and leaves:
-                leaves = run(*next(runs_of(leaves)))
+                leaves = leaf_range(*next(leaf_ranges(leaves)))
             if not leaves:
                 continue
             request = _Run(msgspec.structs.replace(ask, leaves=leaves), now_s, left=0 if ask.any else leaves)
@@ -263,13 +272,13 @@ class Swarm:
             self._runs.append(request)
             request.task.add_done_callback(lambda task, request=request: self._request_ended(request, task))  # type: ignore[misc]  # a default binds it
         blocked = [p.not_before_s - now_s for p in self._known.values() if p.not_before_s > now_s]
-        return max(min([wake_s(situation), *blocked]), 0.01)
+        return max(min([next_wakeup_s(situation), *blocked]), 0.01)
 
     def _request_ended(self, request: _Run, task: asyncio.Task[None]) -> None:
         self._runs.remove(request)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._fail(error)
-        self.wake()
+        self.notify()
 
     async def _request(self, request: _Run) -> None:
         ask, fetch, node = request.ask, self._fetch, request.ask.node
@@ -287,16 +296,18 @@ class Swarm:
             task.add_done_callback(self._leaves.discard)
 
         def chosen(first: int, end: int) -> None:
-            request.left = run(first, end)
-            self.wake()
+            request.left = leaf_range(first, end)
+            self.notify()
 
         peers, size_bytes = self._shared.peers, fetch.file.size_bytes
         try:
             async with asyncio.timeout(_RUN_DEADLINE_S):
                 if ask.any:
-                    reply = await peers.any(node, fetch.blob, size_bytes, ask.leaves, ask.max_leaves, took, chosen)
+                    reply = await peers.any_leaves(
+                        node, fetch.blob, size_bytes, ask.leaves, ask.max_leaves, took, chosen
+                    )
                 else:
-                    first, end = next(runs_of(ask.leaves))
+                    first, end = next(leaf_ranges(ask.leaves))
                     reply = await peers.leaves(node, fetch.blob, size_bytes, first, end, took)
             if reply.status == 204:
                 peer.declined_at_s = self._loop.time()
@@ -306,12 +317,12 @@ class Swarm:
             peer.run_s = _average(peer.run_s, took_s)
             if pending:
                 await asyncio.wait(pending)
-        except Crowded as e:
+        except PeerBusy as e:
             peer.not_before_s = self._loop.time() + e.retry_after_s
         except Corrupt as e:
             self._record_corruption(node, e.message)
         except NotFound as e:
-            if (heard := self._haves.heard.get(node)) is not None:
+            if (heard := self._haves.by_node.get(node)) is not None:
                 heard.leaves = 0  # until it publishes again
             self._record_failure(node, peer, e)
             peer.not_before_s = max(peer.not_before_s, self._loop.time() + _NOT_FOUND_BACKOFF_S)
@@ -323,50 +334,50 @@ class Swarm:
             self._record_failure(node, peer, e)
 
     def _record_failure(self, node: str, peer: _Peer, error: ShoalError) -> None:
-        delay_s = self._setbacks.after(error, node)
-        self._fetch.progress.source_failed(self._fetch.file.path, node)
-        if was_silent(error):
-            self._fetch.progress.left(node)
+        delay_s = self._setbacks.record_failure(error, node)
+        self._fetch.progress.record_source_failure(self._fetch.file.path, node)
+        if was_timeout(error):
+            self._fetch.progress.record_switch(node)
         peer.not_before_s = self._loop.time() + delay_s
-        self.wake()
+        self.notify()
         log.warning("source failed", path=self._fetch.file.path, source=node, reason=error.message, wait_s=delay_s)
-        self._fetch.progress.note(error.message)
+        self._fetch.progress.set_waiting_for(error.message)
 
     async def _accept_leaf(self, request: _Run, leaf: int, data: memoryview, done: Callable[[], None]) -> None:
         """Verify and write a complete leaf. Its sender is known."""
         node, bit = request.ask.node, 1 << leaf
         try:
-            self._fetch.progress.received(node, len(data), self._fetch.file.path)
-            if not self._partial.here & bit and self._setbacks.may_ask(node):
+            self._fetch.progress.record_received(node, len(data), self._fetch.file.path)
+            if not self._partial.written & bit and self._setbacks.may_ask(node):
                 if await self._partial.write(leaf, data):
                     self._moved_at_s = self._loop.time()
-                    self._setbacks.failures_of.pop(node, None)
-                    self._fetch.progress.note("")
-                    self._haves.say_soon()
-                    self._origin.moved()
+                    self._setbacks.failure_counts.pop(node, None)
+                    self._fetch.progress.set_waiting_for("")
+                    self._haves.publish_soon()
+                    self._origin.notify()
                 elif self._setbacks.may_ask(node):
                     self._record_corruption(
                         node, f"node {node} sent a corrupt leaf {leaf} of {self._fetch.file.path}"
                     )
-            await self._fetch.progress.paced(self._shared.limits.peer(node), len(data))
+            await self._fetch.progress.take_from_limiter(self._shared.rate_limits.for_peer(node), len(data))
         except (ShoalError, OSError) as e:
             self._fail(e)
         finally:
             request.left &= ~bit
             done()
             if not self._fetch.missing():
-                self.wake()
+                self.notify()
 
     def _record_corruption(self, node: str, reason: str) -> None:
         """Record that a node sent corrupt bytes, and ban it if it is not the first time."""
-        self.wake()
+        self.notify()
         log.warning("corrupt bytes from a node", peer=node, reason=reason)
-        self._setbacks.last = Corrupt(reason)
-        self._fetch.progress.note(reason)
-        if self._setbacks.bad_leaf(node):
+        self._setbacks.last_error = Corrupt(reason)
+        self._fetch.progress.set_waiting_for(reason)
+        if self._setbacks.record_corrupt_leaf(node):
             log.warning("node banned for this blob", peer=node, blob=self._fetch.blob)
-            self._fetch.progress.source_failed(self._fetch.file.path, node)
-            self._fetch.progress.note(f"{reason}; it is not asked again")
+            self._fetch.progress.record_source_failure(self._fetch.file.path, node)
+            self._fetch.progress.set_waiting_for(f"{reason}; it is not asked again")
             for request in self._runs:
                 if (
                     request.ask.node == node
@@ -377,7 +388,7 @@ class Swarm:
 
     def _fail(self, error: Exception) -> None:
         self._failed = self._failed or error
-        self.wake()
+        self.notify()
 
 
 def _average(before: float, now: float) -> float:

@@ -15,13 +15,13 @@ import msgspec
 MAX_CONNECTIONS = 256
 MAX_PER_ADDRESS = 128
 """Several nodes may share an address, and each of their fetchers has up to 32 connections."""
-STALLED_S = 1.0
+STALL_TIMEOUT_S = 1.0
 """A peer that has not read for this long may be disconnected."""
 
-NO_ROOM: Final = "no room"
+REFUSE_NEW: Final = "no room"
 
 
-class Seen(msgspec.Struct, frozen=True):
+class ConnectionInfo(msgspec.Struct, frozen=True):
     """The facts about a connection that decide."""
 
     host: str
@@ -31,14 +31,14 @@ class Seen(msgspec.Struct, frozen=True):
     """Seconds the client has not read; None if not stalled."""
 
 
-def make_room(host: str, others: Sequence[Seen]) -> int | Literal["no room"] | None:
+def connection_to_evict(host: str, others: Sequence[ConnectionInfo]) -> int | Literal["no room"] | None:
     """Return the index of the connection to evict for a new one from this address.
 
     None if no connection has to go; NO_ROOM if the new one has to.
     """
     from_host = Counter(connection.host for connection in others)
     if from_host[host] >= MAX_PER_ADDRESS:
-        return _first([i for i, connection in enumerate(others) if connection.host == host], others)
+        return _longest_idle([i for i, connection in enumerate(others) if connection.host == host], others)
     if len(others) < MAX_CONNECTIONS:
         return None
     by_share = sorted(range(len(others)), key=lambda i: -from_host[others[i].host])
@@ -46,15 +46,17 @@ def make_room(host: str, others: Sequence[Seen]) -> int | Literal["no room"] | N
     idle = [i for i in by_share if others[i].idle_s is not None]
     if idle:
         share = from_host[others[idle[0]].host]
-        return _first([i for i in idle if from_host[others[i].host] == share], others)
-    return _first([i for i in by_share if from_host[others[i].host] == largest_share], others)
+        return _longest_idle([i for i in idle if from_host[others[i].host] == share], others)
+    return _longest_idle([i for i in by_share if from_host[others[i].host] == largest_share], others)
 
 
-def _first(candidates: Sequence[int], others: Sequence[Seen]) -> int | Literal["no room"]:
+def _longest_idle(candidates: Sequence[int], others: Sequence[ConnectionInfo]) -> int | Literal["no room"]:
     """Return the longest idle connection, else the longest stalled one, else NO_ROOM."""
     idle = [(waited_s, i) for i in candidates if (waited_s := others[i].idle_s) is not None]
     stalled = [
-        (waited_s, i) for i in candidates if (waited_s := others[i].stalled_s) is not None and waited_s >= STALLED_S
+        (waited_s, i)
+        for i in candidates
+        if (waited_s := others[i].stalled_s) is not None and waited_s >= STALL_TIMEOUT_S
     ]
     longest = max(idle, default=None) or max(stalled, default=None)
-    return NO_ROOM if longest is None else longest[1]
+    return REFUSE_NEW if longest is None else longest[1]

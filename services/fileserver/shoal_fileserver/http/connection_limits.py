@@ -23,19 +23,19 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from shoal_fileserver.http import connection_eviction
-from shoal_fileserver.http.connection_eviction import Seen
-from shoal_fileserver.http.fast_path import AtOnce
-from shoal_fileserver.http.sendfile import SENDING, Sending, send_at_once
+from shoal_fileserver.http.connection_eviction import ConnectionInfo
+from shoal_fileserver.http.fast_path import FastPath
+from shoal_fileserver.http.sendfile import FILE_SENDER_KEY, FileSender, send_now
 
 MAX_HEAD_BYTES = 32 << 10
-HEAD_DEADLINE_S = 10.0
-MAX_REFUSED = 64
+HEAD_TIMEOUT_S = 10.0
+MAX_REFUSED_CONNECTIONS = 64
 """Further connections that get a 503; beyond them, new ones are closed without a response."""
 RETRY_AFTER_S = 2
 MIN_BYTES_PER_S = 16 << 10
 """Minimum rate of a reader while the server waits for it: a leaf a minute. A download that gets less from everyone
 fails for want of progress anyhow, and a link of 10 Mbit/s has 70 times as much."""
-DRAIN_S = 30.0
+RATE_CHECK_INTERVAL_S = 30.0
 """Time waited for a reader before its rate is checked: longer than lost packets take."""
 
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -44,25 +44,25 @@ _SO_NWRITE = 0x1024
 """macOS socket option: bytes in a socket's queue."""
 
 
-class BoundedHttp(HttpToolsProtocol):
+class LimitedHttpProtocol(HttpToolsProtocol):
     """An HTTP connection."""
 
-    at_once: AtOnce | None = None
+    fast_path: FastPath | None = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.handed_bytes = 0
+        self.sent_bytes = 0
         """Bytes of files given to the socket or the transport."""
         self.refused = False
         """Whether the connection exceeds the limits; it gets a 503 and is closed."""
         self._answered = False
-        self._rest: tuple[FileIO, int, int] | None = None
+        self._unsent: tuple[FileIO, int, int] | None = None
         self._idle_since_s = time.monotonic()
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._paused_at_s: float | None = None
         self._waited_s = 0.0
-        self._taken_then_bytes = 0
+        self._read_at_wait_start_bytes = 0
         self._drain_timer: asyncio.TimerHandle | None = None
 
     # Connecting
@@ -73,28 +73,28 @@ class BoundedHttp(HttpToolsProtocol):
         # Pause writing as soon as the socket takes no more: what follows is sent by sendfile, not from the buffer.
         transport.set_write_buffer_limits(0)
         self._expect_head()
-        self._find_room()
+        self._enforce_limits()
 
-    def _find_room(self) -> None:
-        others = [c for c in self.connections if isinstance(c, BoundedHttp) and c is not self]
+    def _enforce_limits(self) -> None:
+        others = [c for c in self.connections if isinstance(c, LimitedHttpProtocol) and c is not self]
         accepted = [c for c in others if not c.refused]
         now_s = time.monotonic()
-        decision = connection_eviction.make_room(self.host, [c.seen(now_s) for c in accepted])
+        decision = connection_eviction.connection_to_evict(self.host, [c.info(now_s) for c in accepted])
         if isinstance(decision, int):
             victim = accepted[decision]
             # Now, not when its loss is noticed: the next connection must not evict the same one.
             self.connections.discard(victim)
             victim.transport.abort()
-        elif decision is connection_eviction.NO_ROOM:
+        elif decision is connection_eviction.REFUSE_NEW:
             self.refused = True
-            if len(others) - len(accepted) >= MAX_REFUSED:
+            if len(others) - len(accepted) >= MAX_REFUSED_CONNECTIONS:
                 self.connections.discard(self)
                 self.transport.abort()
 
-    def seen(self, now_s: float) -> Seen:
+    def info(self, now_s: float) -> ConnectionInfo:
         """Return what decides which connection is evicted."""
         idle_s = now_s - self._idle_since_s if self._idle else None
-        return Seen(self.host, idle_s, None if self._paused_at_s is None else now_s - self._paused_at_s)
+        return ConnectionInfo(self.host, idle_s, None if self._paused_at_s is None else now_s - self._paused_at_s)
 
     @property
     def _idle(self) -> bool:
@@ -121,11 +121,11 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start a request; on the fast path it is answered here."""
         self._head_arrived()
-        self._answered = self._answer_at_once()
+        self._answered = self._try_fast_path()
         if not self._answered:
             super().on_headers_complete()
 
-    def _answer_at_once(self) -> bool:
+    def _try_fast_path(self) -> bool:
         """Send a leaf on the fast path; a task sends what the socket does not take. False if it is not possible."""
         if (
             self.parser.get_method() != b"GET"
@@ -134,14 +134,14 @@ class BoundedHttp(HttpToolsProtocol):
             or not self.parser.should_keep_alive()
         ):
             return False
-        leaf = self.at_once.answer(self.url, self.headers) if self.at_once else None
+        leaf = self.fast_path.respond(self.url, self.headers) if self.fast_path else None
         if leaf is None or self.flow.write_paused or self.transport.is_closing():
             return False
         head = _PARTIAL + b"".join(b"%b: %b\r\n" % each for each in self.server_state.default_headers) + leaf.head
-        rest = send_at_once(self.transport, leaf, head + b"\r\n")
-        self.handed_bytes += rest - leaf.start
+        rest = send_now(self.transport, leaf, head + b"\r\n")
+        self.sent_bytes += rest - leaf.start
         if rest < leaf.end:
-            self._rest = FileIO(os.dup(leaf.fd)), rest, leaf.end
+            self._unsent = FileIO(os.dup(leaf.fd)), rest, leaf.end
             return False
         self._idle_since_s = time.monotonic()
         self._unset_keepalive_if_required()
@@ -166,21 +166,21 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        sending = cycle.scope["state"][SENDING] = Sending(self, cycle)
-        if self._rest is not None:
-            (file, start, end), self._rest = self._rest, None
-            app = cast(ASGI3Application, partial(sending.rest, file, start, end))
+        sending = cycle.scope["state"][FILE_SENDER_KEY] = FileSender(self, cycle)
+        if self._unsent is not None:
+            (file, start, end), self._unsent = self._unsent, None
+            app = cast(ASGI3Application, partial(sending.send_rest, file, start, end))
         super()._start_asgi_task(cycle, _NO_ROOM if self.refused else app)
 
     def on_response_complete(self) -> None:
         """Finish a response."""
         self._idle_since_s = time.monotonic()
-        self._forget_waiting()
+        self._reset_wait()
         super().on_response_complete()
 
     def _expect_head(self, received_bytes: int = 0) -> None:
         self._head_bytes = received_bytes
-        self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.abort)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
 
     def _head_arrived(self) -> None:
         self._head_bytes = 0
@@ -193,58 +193,58 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Start a wait for a peer that has not read what was sent."""
         super().pause_writing()
-        if self._waited_s >= DRAIN_S:  # sum of short waits, each of which ended before its timer
-            self._look_at_rate()
+        if self._waited_s >= RATE_CHECK_INTERVAL_S:  # sum of short waits, each of which ended before its timer
+            self._check_rate()
             return
         if not self._waited_s:
-            self._taken_then_bytes = self._taken_bytes
+            self._read_at_wait_start_bytes = self._read_bytes
         self._paused_at_s = time.monotonic()
-        self._drain_timer = self.loop.call_later(DRAIN_S - self._waited_s, self._look_at_rate)
+        self._drain_timer = self.loop.call_later(RATE_CHECK_INTERVAL_S - self._waited_s, self._check_rate)
 
     def resume_writing(self) -> None:
         """End the wait."""
         if self._paused_at_s is not None:
-            self._waited_s = min(self._waited_s + time.monotonic() - self._paused_at_s, DRAIN_S)
-        self._stop_waiting()
+            self._waited_s = min(self._waited_s + time.monotonic() - self._paused_at_s, RATE_CHECK_INTERVAL_S)
+        self._end_wait()
         super().resume_writing()
 
-    def _look_at_rate(self) -> None:
-        if self._taken_bytes - self._taken_then_bytes < MIN_BYTES_PER_S * DRAIN_S:
+    def _check_rate(self) -> None:
+        if self._read_bytes - self._read_at_wait_start_bytes < MIN_BYTES_PER_S * RATE_CHECK_INTERVAL_S:
             self.transport.abort()
             return
         self._waited_s = 0.0
         self.pause_writing()
 
     @property
-    def _taken_bytes(self) -> int:
+    def _read_bytes(self) -> int:
         """Bytes that the peer has read, up to a constant: only differences are meaningful."""
         unread = self.transport.get_write_buffer_size() + _queued_bytes(self.transport.get_extra_info("socket"))
-        return self.handed_bytes - unread
+        return self.sent_bytes - unread
 
-    def _stop_waiting(self) -> None:
+    def _end_wait(self) -> None:
         self._paused_at_s = None
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None
 
-    def _forget_waiting(self) -> None:
-        self._stop_waiting()
+    def _reset_wait(self) -> None:
+        self._end_wait()
         self._waited_s = 0.0
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Clean up."""
         self._head_arrived()
-        self._forget_waiting()
+        self._reset_wait()
         super().connection_lost(exc)
 
 
-def bounded(at_once: AtOnce) -> type[BoundedHttp]:
+def limited_protocol(at_once: FastPath) -> type[LimitedHttpProtocol]:
     """Return the protocol of a server with this fast path."""
 
-    class FastPathProtocol(BoundedHttp):
+    class FastPathProtocol(LimitedHttpProtocol):
         pass
 
-    FastPathProtocol.at_once = at_once
+    FastPathProtocol.fast_path = at_once
     return FastPathProtocol
 
 

@@ -16,25 +16,25 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import blob_token_shows
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.credentials import blob_token_allows
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.store.bitmap import LEAF_BYTES
-from shoal_common.store.store_paths import Layout
-from shoal_fileserver.blob_content import Content
-from shoal_fileserver.http.ranges import Part, parse_range
-from shoal_fileserver.send_history import Sent
+from shoal_common.store.store_paths import StorePaths
+from shoal_fileserver.blob_content import BlobContent
+from shoal_fileserver.http.ranges import ByteRange, parse_range
+from shoal_fileserver.send_history import SendHistory
 
 PREFIX = b"/v1/blobs/"
 MAX_FILES = 32
-SWEEP_S = 1.0
-KEPT_S = 5.0
+SWEEP_INTERVAL_S = 1.0
+IDLE_CLOSE_S = 5.0
 _PROBE_BYTES = 256 << 10
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 """Only Linux says whether a read would wait for the disk: elsewhere there is no fast path."""
 _TYPE = b"content-type: application/octet-stream\r\n"
 
 
-class Leaf(msgspec.Struct):
+class LeafResponse(msgspec.Struct):
     """A response: its head, and bytes [start, end) of a file that stays open until the event loop's next turn."""
 
     head: bytes
@@ -43,7 +43,7 @@ class Leaf(msgspec.Struct):
     end: int
 
 
-class _Open(msgspec.Struct):
+class _OpenBlob(msgspec.Struct):
     """A blob's open file, and the stat that it must keep."""
 
     file: FileIO
@@ -53,7 +53,7 @@ class _Open(msgspec.Struct):
     headers: bytes
     used_at_s: float
 
-    def is_as_it_was(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Return whether its name still leads to it and nobody has written to it; stats an inode in memory."""
         try:
             return _stamp(os.lstat(self.path)) == self.stamp
@@ -61,41 +61,41 @@ class _Open(msgspec.Struct):
             return False
 
 
-class AtOnce:
+class FastPath:
     """Open files of recently requested blobs."""
 
-    def __init__(self, layout: Layout, node: str, secret: str, sent: Sent, pace: Pace) -> None:
+    def __init__(self, layout: StorePaths, node: str, secret: str, sent: SendHistory, pace: RateLimiter) -> None:
         self._layout, self._node, self._secret, self._sent, self._pace = layout, node, secret, sent, pace
-        self._open: dict[bytes, _Open] = {}
+        self._open: dict[bytes, _OpenBlob] = {}
         self._sweeping: asyncio.TimerHandle | None = None
 
-    def keep(self, content: Content) -> None:
+    def keep_open(self, content: BlobContent) -> None:
         """Keep a requested blob of the store open: more requests for it will follow."""
         name, path = content.blob.encode(), self._layout.blob(content.blob)
-        if _NOWAIT is None or content.ready is not None or name in self._open or len(self._open) >= MAX_FILES:
+        if _NOWAIT is None or content.relayable is not None or name in self._open or len(self._open) >= MAX_FILES:
             return
         header_lines = "".join(f"{k.lower()}: {v}\r\n" for k, v in content.headers.items()).encode() + _TYPE
         file = FileIO(os.dup(content.file.fileno()))
         stamp = _stamp(os.fstat(file.fileno()))
-        entry = _Open(file, path, stamp, content.size_bytes, header_lines, time.monotonic())
-        if not entry.is_as_it_was():  # a library's file
+        entry = _OpenBlob(file, path, stamp, content.size_bytes, header_lines, time.monotonic())
+        if not entry.is_unchanged():  # a library's file
             file.close()
             return
         self._open[name] = entry
         if self._sweeping is None:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def _sweep(self) -> None:
-        oldest_s = time.monotonic() - KEPT_S
+        oldest_s = time.monotonic() - IDLE_CLOSE_S
         for name, entry in list(self._open.items()):
-            if entry.used_at_s < oldest_s or not entry.is_as_it_was():
+            if entry.used_at_s < oldest_s or not entry.is_unchanged():
                 self._close(name)
-        self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep) if self._open else None
+        self._sweeping = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep) if self._open else None
 
     def _close(self, name: bytes) -> None:
         self._open.pop(name).file.close()
 
-    def answer(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Leaf | None:
+    def respond(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> LeafResponse | None:
         """Return the response to a GET on a kept-alive connection; None if it takes longer or is less simple."""
         entry = self._open.get(url[len(PREFIX) :]) if url.startswith(PREFIX) else None
         if entry is None or self._pace.bytes_per_s is not None:
@@ -110,31 +110,31 @@ class AtOnce:
             elif name in (b"range", b"if-range", b"expect", b"content-length", b"transfer-encoding", b"upgrade"):
                 return None
         part = parse_range(range_header.decode("latin-1"), entry.size_bytes) if range_header else None
-        if not isinstance(part, Part) or part.end - part.start > LEAF_BYTES:
+        if not isinstance(part, ByteRange) or part.end - part.start > LEAF_BYTES:
             return None
         blob = url[len(PREFIX) :].decode()
-        if not blob_token_shows(self._secret, self._node, blob, credentials, cluster_clock.now_s()):
+        if not blob_token_allows(self._secret, self._node, blob, credentials, cluster_clock.now_s()):
             return None
-        if not entry.is_as_it_was():
+        if not entry.is_unchanged():
             self._close(url[len(PREFIX) :])
             return None
-        if not _in_memory(entry.file.fileno(), part.start, part.end):
+        if not _in_page_cache(entry.file.fileno(), part.start, part.end):
             return None
         now_s = entry.used_at_s = time.monotonic()
         if not part.start % LEAF_BYTES:
             leaf = part.start // LEAF_BYTES
-            if in_flight := self._sent.asked(blob, leaf, leaf + 1, now_s):
-                self._sent.ended(in_flight, leaf + 1, now_s)
+            if in_flight := self._sent.record_requested(blob, leaf, leaf + 1, now_s):
+                self._sent.record_finished(in_flight, leaf + 1, now_s)
         length, size = part.end - part.start, entry.size_bytes
         lines = b"content-range: bytes %d-%d/%d\r\ncontent-length: %d\r\n" % (part.start, part.end - 1, size, length)
-        return Leaf(entry.headers + lines, entry.file.fileno(), part.start, part.end)
+        return LeafResponse(entry.headers + lines, entry.file.fileno(), part.start, part.end)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _in_memory(fd: int, start: int, end: int) -> bool:
+def _in_page_cache(fd: int, start: int, end: int) -> bool:
     """Return whether bytes [start, end) are in the page cache, judging by samples."""
     buffer = [bytearray(1)]
     try:

@@ -13,5 +13,5 @@ class FileConnection(Protocol):
 
     transport: asyncio.Transport
     flow: FlowControl
-    handed_bytes: int
+    sent_bytes: int
     """Bytes of files given to the socket or the transport."""

@@ -15,16 +15,16 @@ from io import FileIO
 from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Any
 
-from shoal_common.host.rate_limiter import Pace
+from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.store.bitmap import LEAF_BYTES
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-    from shoal_fileserver.http.fast_path import Leaf
+    from shoal_fileserver.http.fast_path import LeafResponse
     from shoal_fileserver.http.protocol import FileConnection
 
-SENDING = "shoal.sending"
+FILE_SENDER_KEY = "shoal.sending"
 """Key of a request's `FileSender` in its state."""
 _PUSH_BYTES = 8 * LEAF_BYTES
 """Maximum to send before anything else is checked."""
@@ -36,7 +36,7 @@ _TCP_CORK = 3
 _THREADS = ThreadPoolExecutor(8, "send")
 
 
-class Sending:
+class FileSender:
     """Sends one response's body to the peer."""
 
     def __init__(self, connection: FileConnection, cycle: RequestResponseCycle) -> None:
@@ -44,7 +44,7 @@ class Sending:
         self._transport, self._flow = connection.transport, connection.flow
 
     @property
-    def broken(self) -> bool:
+    def disconnected(self) -> bool:
         """Whether the peer has disconnected."""
         return self._cycle.disconnected or self._transport.is_closing()
 
@@ -52,7 +52,9 @@ class Sending:
         """Close the connection: the missing bytes tell the peer that the response is incomplete."""
         self._transport.abort()
 
-    async def file(self, file: FileIO, start: int, end: int, pace: Pace, is_gone: Callable[[], bool]) -> int:
+    async def send_file(
+        self, file: FileIO, start: int, end: int, pace: RateLimiter, is_gone: Callable[[], bool]
+    ) -> int:
         """Send bytes [start, end) of a file after the response's head. Returns how many were sent.
 
         Fewer if the peer disconnects, the file has become shorter, or `is_gone` (called in a thread) returns true.
@@ -64,19 +66,19 @@ class Sending:
             while position < end:
                 if self._flow.write_paused:
                     await self._flow.drain()
-                if self.broken:
+                if self.disconnected:
                     break
                 if position >= allowed:
                     share = min(_share_bytes(pace), end - position)
-                    await pace.take(share)
+                    await pace.acquire(share)
                     allowed = position + share
                     continue  # the peer may have disconnected meanwhile
                 sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, position, allowed, is_gone))
                 position += sent
-                self._connection.handed_bytes += sent
-                if rest and not self.broken:
+                self._connection.sent_bytes += sent
+                if rest and not self.disconnected:
                     position += len(rest)
-                    self._connection.handed_bytes += len(rest)
+                    self._connection.sent_bytes += len(rest)
                     self._transport.write(rest)
                 elif not sent:
                     break
@@ -85,19 +87,19 @@ class Sending:
         self._cycle.expected_content_length -= position - start
         return position - start
 
-    async def rest(self, file: FileIO, start: int, end: int, *application: Any) -> None:
+    async def send_rest(self, file: FileIO, start: int, end: int, *application: Any) -> None:
         """Send the rest of a body whose head is sent, as an ASGI application. Closes the file."""
         _, _, send = application
         cycle = self._cycle
         cycle.response_started, cycle.chunked_encoding, cycle.expected_content_length = True, False, end - start
         with file:
-            if await self.file(file, start, end, Pace(), lambda: False) < end - start:
+            if await self.send_file(file, start, end, RateLimiter(), lambda: False) < end - start:
                 self.abort()
             else:
                 await send({"type": "http.response.body"})
 
 
-def send_at_once(transport: asyncio.Transport, leaf: Leaf, head: bytes) -> int:
+def send_now(transport: asyncio.Transport, leaf: LeafResponse, head: bytes) -> int:
     """Send a head and its leaf as far as the socket takes them now. Returns the offset of the rest."""
     socket = transport.get_extra_info("socket")
     descriptor, position = socket.fileno(), leaf.start
@@ -120,7 +122,7 @@ def send_at_once(transport: asyncio.Transport, leaf: Leaf, head: bytes) -> int:
     return position
 
 
-def _share_bytes(pace: Pace) -> int:
+def _share_bytes(pace: RateLimiter) -> int:
     """Return how much to take of a rate limit at a time: little, so that its sharers take turns."""
     if pace.bytes_per_s is None:
         return _PUSH_BYTES

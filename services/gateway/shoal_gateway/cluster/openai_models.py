@@ -11,65 +11,67 @@ from shoal_common.errors import NotFound
 from shoal_common.messages.instances import InstancePhase
 from shoal_common.messages.storage import ModelState
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
-from shoal_gateway.cluster.snapshot import Picture
+from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 
-class PlacedView(msgspec.Struct, frozen=True):
+class PlacedInstance(msgspec.Struct, frozen=True):
     """An instance of a model."""
 
     id: str
     phase: InstancePhase
 
 
-class ShoalFacts(msgspec.Struct, frozen=True, kw_only=True):
+class ShoalModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What OpenAI's shape lacks. `commit` and `nodes` are those of the newest commit that a node holds."""
 
     commit: str
     nodes: list[str]
-    instances: list[PlacedView]
+    instances: list[PlacedInstance]
     ready: bool
     """Whether an instance of the model is ready."""
     size_bytes: int
 
 
-class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
+class OpenAiModel(msgspec.Struct, frozen=True, kw_only=True):
     """One model."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    shoal: ShoalFacts
+    shoal: ShoalModelInfo
 
 
-class Catalog(msgspec.Struct, frozen=True, kw_only=True):
+class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     """All models."""
 
     object: Literal["list"] = "list"
-    data: list[CatalogEntry]
+    data: list[OpenAiModel]
 
 
-def catalog(picture: Picture) -> Catalog:
+def list_models(picture: ClusterSnapshot) -> OpenAiModelList:
     """Return all models, sorted by name."""
-    return Catalog(data=[_entry(picture, repo, name, commit) for repo, name, commit in _names(picture)])
+    return OpenAiModelList(data=[_entry(picture, repo, name, commit) for repo, name, commit in _names(picture)])
 
 
-def _names(picture: Picture) -> Iterator[tuple[str, str, str | None]]:
+def _names(picture: ClusterSnapshot) -> Iterator[tuple[str, str, str | None]]:
     """Yield each repo, its id in the list, and its commit where the id alone does not determine it."""
     for repo in sorted(_repos(picture)):
-        local = commit_of(picture.models, ModelRef(repo, LOCAL_REVISION))
-        if local and commit_of(picture.models, ModelRef(repo)) is None:
+        local = resolve_commit(picture.models, ModelRef(repo, LOCAL_REVISION))
+        if local and resolve_commit(picture.models, ModelRef(repo)) is None:
             yield repo, f"{repo}@{LOCAL_REVISION}", local
         else:
             yield repo, repo, None
 
 
-def catalog_entry(picture: Picture, ref: ModelRef) -> CatalogEntry:
+def get_model(picture: ClusterSnapshot, ref: ModelRef) -> OpenAiModel:
     """Return one model, by `org/name[@revision]`. Raises NotFound."""
     commit = None
     if ref.revision != DEFAULT_REVISION:
-        commit = commit_of(picture.models, ref)
-        commit = commit or next((s.commit for s in picture.specs.values() if is_of(s.repo, s.commit, ref)), None)
+        commit = resolve_commit(picture.models, ref)
+        commit = commit or next(
+            (s.commit for s in picture.specs.values() if names_model(s.repo, s.commit, ref)), None
+        )
         if commit is None:
             raise _unknown(ref)
     elif ref.repo not in _repos(picture):
@@ -77,16 +79,16 @@ def catalog_entry(picture: Picture, ref: ModelRef) -> CatalogEntry:
     return _entry(picture, ref.repo, str(ref), commit)
 
 
-def _repos(picture: Picture) -> set[str]:
+def _repos(picture: ClusterSnapshot) -> set[str]:
     return {m.repo for m in picture.models} | {s.repo for s in picture.specs.values()}
 
 
-def is_of(repo: str, commit: str, ref: ModelRef) -> bool:
+def names_model(repo: str, commit: str, ref: ModelRef) -> bool:
     """Return whether `ref` names this repo and commit, as far as the names alone tell."""
     return repo == ref.repo and ref.revision in (DEFAULT_REVISION, commit)
 
 
-def commit_of(models: list[ModelState], ref: ModelRef) -> str | None:
+def resolve_commit(models: list[ModelState], ref: ModelRef) -> str | None:
     """Return the newest held commit that a revision (a commit, branch or tag) names, or None."""
     of_repo = [m for m in models if m.repo == ref.repo]
     named = [m for m in of_repo if ref.revision == m.commit or ref.revision in m.revisions]
@@ -99,18 +101,18 @@ def _unknown(ref: ModelRef) -> NotFound:
     return NotFound(f"{ref} is not downloaded on any node; download it with `shoal pull {ref}`", model=str(ref))
 
 
-def _entry(picture: Picture, repo: str, name: str, commit: str | None) -> CatalogEntry:
-    commit = commit or commit_of(picture.models, ModelRef(repo))
+def _entry(picture: ClusterSnapshot, repo: str, name: str, commit: str | None) -> OpenAiModel:
+    commit = commit or resolve_commit(picture.models, ModelRef(repo))
     held = [m for m in picture.models if m.repo == repo and m.commit == commit]
     specs = [s for s in picture.specs.values() if s.repo == repo and (commit == s.commit or name == repo)]
     states = picture.instances
-    placed = [PlacedView(s.id, states[s.id].phase if s.id in states else "starting") for s in specs]
+    placed = [PlacedInstance(s.id, states[s.id].phase if s.id in states else "starting") for s in specs]
     times_s = [m.ready_at_s for m in held] or [s.created_at_s for s in specs]
-    return CatalogEntry(
+    return OpenAiModel(
         id=name,
         created=int(min(times_s, default=0.0)),
         owned_by=repo.partition("/")[0],
-        shoal=ShoalFacts(
+        shoal=ShoalModelInfo(
             commit=commit or (specs[0].commit if specs else ""),
             nodes=sorted(m.node for m in held),
             instances=placed,

@@ -4,69 +4,69 @@ from __future__ import annotations
 
 import msgspec
 
-from shoal_common.bus.kv_mirror import View
-from shoal_common.liveness.compatibility import CompanyView
+from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.liveness.compatibility import CompatibleLiveView
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageState
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.placement import NodeSpec, NodeState
-from shoal_common.messages.storage import ModelState, PartState, StorageState
+from shoal_common.messages.storage import ModelState, ShardState, StorageState
 
 
-class Picture(msgspec.Struct, frozen=True, kw_only=True):
+class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster at one moment."""
 
-    live: dict[str, dict[str, Live]] = {}
+    live: dict[str, dict[str, LivenessRecord]] = {}
     """By node, then by service."""
     other_versions: dict[str, dict[str, str]] = {}
     """Services of another major version, which this node ignores: by node, then by service."""
     storages: dict[str, StorageState] = {}
     downloads: list[DownloadState] = []
     models: list[ModelState] = []
-    parts: list[PartState] = []
+    parts: list[ShardState] = []
     specs: dict[str, InstanceSpec] = {}
     instances: dict[str, InstanceState] = {}
     stages: dict[str, dict[int, StageState]] = {}
     """By instance, then by rank."""
-    silent: dict[str, NodeState] = {}
+    down_nodes: dict[str, NodeState] = {}
     """Nodes that are down, as the leader has published."""
     drained: frozenset[str] = frozenset()
     """Nodes on which nothing may be placed."""
 
-    def has(self, node: str, service: str) -> bool:
+    def is_live(self, node: str, service: str) -> bool:
         """Return whether a service of a node is live."""
         return service in self.live.get(node, {})
 
-    def nodes_with(self, service: str) -> list[str]:
+    def live_nodes(self, service: str) -> list[str]:
         """Return the nodes where a service is live, sorted."""
         return sorted(node for node, services in self.live.items() if service in services)
 
 
-def read_picture(live: CompanyView, spec: View, state: View) -> Picture:
+def take_snapshot(live: CompatibleLiveView, spec: KvMirror, state: KvMirror) -> ClusterSnapshot:
     """Return a snapshot of three mirrors."""
-    by_node: dict[str, dict[str, Live]] = {}
-    for key, value in live.items("", Live):
+    by_node: dict[str, dict[str, LivenessRecord]] = {}
+    for key, value in live.items("", LivenessRecord):
         node, _, service = key.partition(".")
         by_node.setdefault(node, {})[service] = value
     stages: dict[str, dict[int, StageState]] = {}
     for _, stage in state.items("stage.", StageState):
         stages.setdefault(stage.instance, {})[stage.rank] = stage
     others: dict[str, dict[str, str]] = {}
-    for key, other in sorted(live.others.items()):
+    for key, other in sorted(live.incompatible.items()):
         node, _, service = key.partition(".")
         others.setdefault(node, {})[service] = other.version
     # This node cannot use what an incompatible storage holds.
     incompatible = {node for node, services in others.items() if "storage" in services}
-    return Picture(
+    return ClusterSnapshot(
         live=by_node,
         other_versions=others,
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
         models=[m for _, m in state.items("model.", ModelState) if m.node not in incompatible],
-        parts=[p for _, p in state.items("part.", PartState) if p.node not in incompatible],
+        parts=[p for _, p in state.items("part.", ShardState) if p.node not in incompatible],
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,
-        silent={s.node: s for _, s in state.items("node.", NodeState)},
+        down_nodes={s.node: s for _, s in state.items("node.", NodeState)},
         drained=frozenset(s.node for _, s in spec.items("node.", NodeSpec)),
     )

@@ -6,7 +6,7 @@ import msgspec
 
 from shoal_common.bus.subjects import SERVICES
 from shoal_common.errors import ErrorBody
-from shoal_common.host.addresses import ways
+from shoal_common.host.addresses import reachable_addresses
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import (
@@ -17,9 +17,9 @@ from shoal_common.messages.instances import (
     StageSpec,
     StageState,
 )
-from shoal_common.messages.liveness import Live
-from shoal_common.messages.storage import PartState, StorageState
-from shoal_gateway.cluster.snapshot import Picture
+from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.messages.storage import ShardState, StorageState
+from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 _MEMORY_SOURCES = ("inference", "storage", *SERVICES)
 """Services whose memory figures are used, best first."""
@@ -63,7 +63,7 @@ class StorageView(msgspec.Struct, frozen=True, kw_only=True):
     disk_free_bytes: int | None
     """Free space as of the latest beat of a live storage; `storage` has it as of the last change."""
     storage: StorageState | None
-    parts: list[PartState]
+    parts: list[ShardState]
     """Shards: models of which the node has some layers."""
 
 
@@ -144,13 +144,13 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     nats_connected: bool
     nodes: list[NodeView]
     models: list[ModelView]
-    parts: list[PartState]
+    parts: list[ShardState]
     """Shards, by model, then node."""
     downloads: list[DownloadView]
     instances: list[InstanceView]
 
 
-class Place(msgspec.Struct, frozen=True):
+class LocalNetwork(msgspec.Struct, frozen=True):
     """The answering node's network (`process_identity.this_network`) and interfaces."""
 
     network: str
@@ -158,7 +158,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def status_view(
-    picture: Picture, node: str, version: str, nats_connected: bool, now_s: float, place: Place
+    picture: ClusterSnapshot, node: str, version: str, nats_connected: bool, now_s: float, place: LocalNetwork
 ) -> StatusView:
     """Return the whole status."""
     return StatusView(
@@ -167,13 +167,13 @@ def status_view(
         nats_connected=nats_connected,
         nodes=node_views(picture, now_s, place),
         models=model_views(picture),
-        parts=parts_of(picture),
+        parts=shards_of(picture),
         downloads=download_views(picture),
         instances=instance_views(picture),
     )
 
 
-def known_nodes(picture: Picture) -> list[str]:
+def known_nodes(picture: ClusterSnapshot) -> list[str]:
     """Return every node that is live or that `state` or `spec` names, sorted."""
     names = {*picture.live, *picture.storages, *picture.other_versions}
     names |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
@@ -183,20 +183,20 @@ def known_nodes(picture: Picture) -> list[str]:
     return sorted(names)
 
 
-def node_views(picture: Picture, now_s: float, place: Place) -> list[NodeView]:
+def node_views(picture: ClusterSnapshot, now_s: float, place: LocalNetwork) -> list[NodeView]:
     """Return all nodes, sorted by name."""
     return [_node_view(picture, node, now_s, place) for node in known_nodes(picture)]
 
 
-def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeView:
+def _node_view(picture: ClusterSnapshot, node: str, now_s: float, place: LocalNetwork) -> NodeView:
     services = picture.live.get(node, {})
     fileserver = services.get("fileserver")
-    addresses = ways(fileserver, place.network, place.interfaces) if fileserver else []
+    addresses = reachable_addresses(fileserver, place.network, place.interfaces) if fileserver else []
     total_bytes, available_bytes = _memory(services)
     return NodeView(
         node=node,
         live=bool(services),
-        silent_since_s=picture.silent[node].silent_since_s if not services and node in picture.silent else None,
+        silent_since_s=picture.down_nodes[node].down_since_s if not services and node in picture.down_nodes else None,
         drained=node in picture.drained,
         services={
             name: ServiceView(
@@ -217,7 +217,7 @@ def _node_view(picture: Picture, node: str, now_s: float, place: Place) -> NodeV
     )
 
 
-def _memory(services: dict[str, Live]) -> tuple[int, int]:
+def _memory(services: dict[str, LivenessRecord]) -> tuple[int, int]:
     for name in _MEMORY_SOURCES:
         live = services.get(name)
         if live is not None and live.facts.memory_total_bytes:
@@ -225,9 +225,9 @@ def _memory(services: dict[str, Live]) -> tuple[int, int]:
     return 0, 0
 
 
-def storage_views(picture: Picture) -> list[StorageView]:
+def storage_views(picture: ClusterSnapshot) -> list[StorageView]:
     """Return the disks of all nodes whose storage is live or has published a state, sorted by name."""
-    nodes = sorted({*picture.storages, *picture.nodes_with("storage")})
+    nodes = sorted({*picture.storages, *picture.live_nodes("storage")})
     views = []
     for node in nodes:
         live = picture.live.get(node, {}).get("storage")
@@ -237,24 +237,24 @@ def storage_views(picture: Picture) -> list[StorageView]:
                 live=live is not None,
                 disk_free_bytes=live.facts.disk_free_bytes if live else None,
                 storage=picture.storages.get(node),
-                parts=[part for part in parts_of(picture) if part.node == node],
+                parts=[part for part in shards_of(picture) if part.node == node],
             )
         )
     return views
 
 
-def parts_of(picture: Picture) -> list[PartState]:
+def shards_of(picture: ClusterSnapshot) -> list[ShardState]:
     """Return the shards, by model, then node."""
     return sorted(picture.parts, key=lambda p: (p.model, p.node))
 
 
-def model_views(picture: Picture) -> list[ModelView]:
+def model_views(picture: ClusterSnapshot) -> list[ModelView]:
     """Return all models that some node holds completely."""
     nodes: dict[str, list[str]] = {}
     adopted: dict[str, dict[str, str]] = {}
     for held in picture.models:
-        if held.adopted_from:
-            adopted.setdefault(held.model, {})[held.node] = held.adopted_from
+        if held.library_directory:
+            adopted.setdefault(held.model, {})[held.node] = held.library_directory
         nodes.setdefault(held.model, []).append(held.node)
     first = {held.model: held for held in reversed(picture.models)}
     return [
@@ -275,19 +275,19 @@ def download_view(state: DownloadState) -> DownloadView:
     return DownloadView(**{name: getattr(state, name) for name in DownloadView.__struct_fields__})
 
 
-def download_views(picture: Picture) -> list[DownloadView]:
+def download_views(picture: ClusterSnapshot) -> list[DownloadView]:
     """Return all downloads, by model, then node."""
     return [download_view(d) for d in sorted(picture.downloads, key=lambda d: (d.model, d.node))]
 
 
-def instance_views(picture: Picture) -> list[InstanceView]:
+def instance_views(picture: ClusterSnapshot) -> list[InstanceView]:
     """Return all instances, placed or still published, oldest first."""
     ids = picture.specs.keys() | picture.instances.keys()
     views = [instance_view(picture, i) for i in ids]
     return sorted((v for v in views if v is not None), key=lambda v: (v.created_at_s, v.id))
 
 
-def instance_view(picture: Picture, instance: str) -> InstanceView | None:
+def instance_view(picture: ClusterSnapshot, instance: str) -> InstanceView | None:
     """Return the view of an instance, or None for an unknown one."""
     spec, state = picture.specs.get(instance), picture.instances.get(instance)
     known: InstanceSpec | InstanceState | None = spec or state

@@ -21,16 +21,16 @@ from nats.js import JetStreamContext, api
 
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.connection import Nats
-from shoal_common.cancellation import ended
-from shoal_common.logs import Log
-from shoal_gateway.events.sse import Anew, Asked, Event, Lost, Quiet, Told, read_event
+from shoal_common.cancellation import cancel_and_wait
+from shoal_common.logs import StructuredLogger
+from shoal_gateway.events.sse import Event, EventQuery, Gap, KeepAlive, LogReset, StreamItem, parse_event
 
-log = Log("events")
+log = StructuredLogger("events")
 
 STREAM = "EVT"
-INACTIVE_S = 60.0
+CONSUMER_INACTIVE_TIMEOUT_S = 60.0
 """NATS removes a consumer that got no request for this long."""
-BATCH_COUNT = 256
+BATCH_SIZE = 256
 """Most events requested from NATS at a time, and so the most buffered here for one reader."""
 _RETRY_INTERVAL_S = 0.5
 _GRACE_S = 5.0
@@ -39,22 +39,22 @@ _EXPIRED_STATUS = "408"
 _NEXT = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}"
 
 
-class Broken(Exception):
+class ConsumerLost(Exception):
     """This consumer delivers nothing more: a new one must take over."""
 
 
-class Reader:
+class EventLogReader:
     """Reads the log until everything asked for is delivered, or `stopping` is set."""
 
-    def __init__(self, nats: Nats, asked: Asked, quiet_s: float, stopping: asyncio.Event) -> None:
-        self._nats, self._asked, self._quiet_s, self._stopping = nats, asked, quiet_s, stopping
-        self.cursor = asked.after
+    def __init__(self, nats: Nats, query: EventQuery, keep_alive_s: float, stopping: asyncio.Event) -> None:
+        self._nats, self._asked, self._quiet_s, self._stopping = nats, query, keep_alive_s, stopping
+        self.cursor = query.after
         """Everything asked for up to this sequence has been delivered."""
         self._created_at: datetime | None = None
         self._last = 0
         self._complete = False
 
-    async def read(self) -> AsyncGenerator[Told, None]:
+    async def read(self) -> AsyncGenerator[StreamItem, None]:
         """Yield everything asked for, in order, each once; `KeepAlive` about every `quiet_s` seconds at least."""
         while not self._stopping.is_set():
             connection = self._nats.reconnects.count
@@ -64,12 +64,12 @@ class Reader:
                         yield item
                 if self._complete:
                     return
-            except (NatsError, Broken) as e:
+            except (NatsError, ConsumerLost) as e:
                 log.debug("event consumer lost; making a new one", reason=str(e) or type(e).__name__)
-                yield Quiet(self.cursor)
+                yield KeepAlive(self.cursor)
                 await asyncio.sleep(_RETRY_INTERVAL_S)
 
-    async def _read_on(self, connection: int) -> AsyncGenerator[Told, None]:
+    async def _read_on(self, connection: int) -> AsyncGenerator[StreamItem, None]:
         """Create a consumer after the cursor and yield what it delivers. Ends when all is delivered, or at a stop."""
         for item in await self._check_cursor():
             yield item
@@ -81,20 +81,20 @@ class Reader:
             if self.cursor is None and consumer.delivered is not None:
                 # The starting cursor is known before the first event, so nothing is lost if that takes long to come.
                 self.cursor = consumer.delivered.stream_seq
-            yield Quiet(self.cursor)
+            yield KeepAlive(self.cursor)
             if not self._asked.follow and not consumer.num_pending:
                 self._complete = True
                 return
             while True:
                 last = self._last
                 await self._request_batch(consumer.name, inbox)
-                for _ in range(BATCH_COUNT):
+                for _ in range(BATCH_SIZE):
                     message = await self._next(subscription, interrupted)
                     if message is None:
                         return
                     if _is_expired(message):
                         self.cursor = max(self.cursor or 0, last)
-                        yield Quiet(self.cursor)
+                        yield KeepAlive(self.cursor)
                         break
                     event = _event_of(message)
                     self.cursor = event.sequence
@@ -108,10 +108,10 @@ class Reader:
                 for item in await self._check_cursor():
                     yield item
         finally:
-            await ended(interrupted)
+            await cancel_and_wait(interrupted)
             await self._delete_consumer(consumer.name, subscription)
 
-    async def _check_cursor(self) -> list[Told]:
+    async def _check_cursor(self) -> list[StreamItem]:
         """Compare the cursor with the log; move it to the oldest event where the log no longer holds it."""
         info = await self._nats.js.stream_info(STREAM)
         created_at, self._created_at = self._created_at, info.created
@@ -121,10 +121,10 @@ class Reader:
         after, oldest = self.cursor, max(info.state.first_seq - 1, 0)
         if after > info.state.last_seq or (created_at is not None and created_at != info.created):
             self.cursor = oldest
-            return [Anew(after, oldest)]
+            return [LogReset(after, oldest)]
         if after < oldest:
             self.cursor = oldest
-            return [Lost(after, oldest)]
+            return [Gap(after, oldest)]
         return []
 
     async def _start(self) -> tuple[api.ConsumerInfo, int]:
@@ -162,13 +162,13 @@ class Reader:
     async def _consumer(self, config: api.ConsumerConfig) -> api.ConsumerInfo:
         config.filter_subject = self._asked.subject
         config.ack_policy = api.AckPolicy.NONE
-        config.inactive_threshold = INACTIVE_S
+        config.inactive_threshold = CONSUMER_INACTIVE_TIMEOUT_S
         config.mem_storage, config.num_replicas = True, 1
         return await self._nats.js.add_consumer(STREAM, config)
 
     async def _request_batch(self, consumer: str, inbox: str) -> None:
         # Not nats-py's fetch: it holds events back until the batch is full or has expired.
-        request = {"batch": BATCH_COUNT, "expires": int(self._quiet_s * 1e9)}
+        request = {"batch": BATCH_SIZE, "expires": int(self._quiet_s * 1e9)}
         await self._nats.client.publish(f"{_NEXT}.{consumer}", msgspec.json.encode(request), reply=inbox)
 
     async def _next(self, subscription: Subscription, interrupted: asyncio.Future[None]) -> Msg | None:
@@ -179,9 +179,9 @@ class Reader:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             return receiving.result() if receiving.done() else None
         except NatsTimeoutError:
-            raise Broken("NATS did not report the expiry of a request") from None
+            raise ConsumerLost("NATS did not report the expiry of a request") from None
         finally:
-            await ended(receiving)
+            await cancel_and_wait(receiving)
 
     async def _interrupted(self, connection: int) -> None:
         """Return once this gateway stops, or NATS was reconnected and may have lost the consumer."""
@@ -192,7 +192,7 @@ class Reader:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await ended(*waits)
+            await cancel_and_wait(*waits)
 
     async def _delete_consumer(self, consumer: str, subscription: Subscription | None) -> None:
         # Where NATS is down now, it removes the consumer later by itself.
@@ -208,10 +208,10 @@ def _is_expired(message: Msg) -> bool:
     status = JetStreamContext.is_status_msg(message)
     if status is None or status == _EXPIRED_STATUS:
         return status is not None
-    raise Broken(f"NATS status {status} {(message.headers or {}).get('Description', '')}".rstrip())
+    raise ConsumerLost(f"NATS status {status} {(message.headers or {}).get('Description', '')}".rstrip())
 
 
 def _event_of(message: Msg) -> Event:
     metadata = message.metadata
     assert metadata.sequence is not None and metadata.timestamp is not None
-    return read_event(message.subject, message.data, metadata.sequence.stream, metadata.timestamp.timestamp())
+    return parse_event(message.subject, message.data, metadata.sequence.stream, metadata.timestamp.timestamp())

@@ -22,11 +22,11 @@ from typing import Any
 import msgspec
 
 from shoal_common.bus.subjects import SERVICES, event
-from shoal_common.durations import parse_seconds
+from shoal_common.durations import parse_duration_s
 from shoal_common.errors import BadInput, BadMessage
 from shoal_common.messages import decode
 
-LAST_LIMIT = 10_000
+MAX_LAST = 10_000
 """Largest value of `last`."""
 _EVENT = re.compile(r"[a-z][a-z_]{0,63}")
 _MAX_CURSOR = 2**63
@@ -36,7 +36,7 @@ _STARTS = ("after", "since", "last")
 _KNOWN = (*_STARTS, "follow", "service", "node", "event")
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class EventQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which events, and from where. At most one of `after`, `since_s` and `last` is set; none: from now on."""
 
     subject: str
@@ -66,30 +66,30 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         return self.sequence
 
 
-class Quiet(msgspec.Struct, frozen=True):
+class KeepAlive(msgspec.Struct, frozen=True):
     """Nothing new up to this cursor; None while the cursor is not known yet."""
 
     cursor: int | None
 
 
-class Lost(msgspec.Struct, frozen=True):
+class Gap(msgspec.Struct, frozen=True):
     """The log has discarded the events after `after`; reading resumes after `cursor`, with the oldest stored."""
 
     after: int
     cursor: int
 
 
-class Anew(msgspec.Struct, frozen=True):
+class LogReset(msgspec.Struct, frozen=True):
     """The log was recreated and `after` is of the old one; reading resumes with the oldest event stored."""
 
     after: int
     cursor: int
 
 
-Told = Event | Quiet | Lost | Anew
+StreamItem = Event | KeepAlive | Gap | LogReset
 
 
-def read_asked(query: Mapping[str, str], last_event_id: str) -> Asked:
+def parse_query(query: Mapping[str, str], last_event_id: str) -> EventQuery:
     """Parse a request's query and its header `Last-Event-ID`, which takes precedence: a client that reconnects
     repeats its first query. Raises BadInput naming the wrong parameter."""
     for name in query:
@@ -104,13 +104,13 @@ def read_asked(query: Mapping[str, str], last_event_id: str) -> Asked:
     elif "after" in query:
         begin["after"] = _number("after", query["after"], _MAX_CURSOR)
     elif "since" in query:
-        begin["since_s"] = parse_seconds(query["since"])
+        begin["since_s"] = parse_duration_s(query["since"])
     elif "last" in query:
-        begin["last"] = _number("last", query["last"], LAST_LIMIT)
+        begin["last"] = _number("last", query["last"], MAX_LAST)
     follow = query.get("follow", "true")
     if follow not in ("true", "false"):
         raise BadInput(f"follow is {follow[:40]!r}; give true or false", param="follow")
-    return Asked(subject=_subject(query), follow=follow == "true", **begin)
+    return EventQuery(subject=_subject(query), follow=follow == "true", **begin)
 
 
 def _number(name: str, text: str, limit: int) -> int:
@@ -128,7 +128,7 @@ def _subject(query: Mapping[str, str]) -> str:
     return event(service, node, name)
 
 
-def read_event(subject: str, data: bytes, sequence: int, stored_at_s: float) -> Event:
+def parse_event(subject: str, data: bytes, sequence: int, stored_at_s: float) -> Event:
     """Return a message of EVT as an event. Data that is not a JSON object becomes the field `text`."""
     *_, service, node, name = subject.split(".")
     try:
@@ -141,14 +141,14 @@ def read_event(subject: str, data: bytes, sequence: int, stored_at_s: float) -> 
     return Event(sequence=sequence, service=service, node=node, event=name, at_s=at_s, fields=fields)
 
 
-def frame(item: Told) -> bytes:
+def to_sse(item: StreamItem) -> bytes:
     """Return an item as one server-sent event."""
     match item:
         case Event():
             return _frame(item, item.sequence)
-        case Quiet():
+        case KeepAlive():
             return f": nothing new\n{_id_line(item.cursor)}\n".encode()
-        case Lost(after=after, cursor=cursor):
+        case Gap(after=after, cursor=cursor):
             data = {
                 "cursor": cursor,
                 "after": after,
@@ -158,7 +158,7 @@ def frame(item: Told) -> bytes:
                 "continuing with the oldest stored; `shoal status` shows the current state",
             }
             return _frame(data, cursor, "lost")
-        case Anew(after=after, cursor=cursor):
+        case LogReset(after=after, cursor=cursor):
             data = {
                 "cursor": cursor,
                 "after": after,
@@ -168,7 +168,7 @@ def frame(item: Told) -> bytes:
             return _frame(data, cursor, "anew")
 
 
-def farewell(cursor: int | None, reason: str) -> bytes:
+def end_event(cursor: int | None, reason: str) -> bytes:
     """Return the last event of a stream that the gateway ends."""
     return _frame({"cursor": cursor, "message": reason}, cursor, "ended")
 

@@ -12,26 +12,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shoal_common.errors import Busy, Failed
-from shoal_common.logs import Log
+from shoal_common.errors import Busy, InternalError
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.generation import FinishReason, Generate
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.rpc.command_client import new_id
-from shoal_gateway.context import Gateway, gateway_of
+from shoal_common.rpc.command_client import new_command_id
+from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.generation import openai
-from shoal_gateway.generation.generation import Generation, generating
-from shoal_gateway.generation.instance_selection import choose
+from shoal_gateway.generation.generation import Generation, start_generation
+from shoal_gateway.generation.instance_selection import select_instance
 from shoal_gateway.generation.token_stream import StopScanner
 from shoal_gateway.http_errors import as_shoal_error, shoal_error_body
-from shoal_gateway.rest.http_json import read_body, reply, unless_gone
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body
 
-log = Log("chat")
+log = StructuredLogger("chat")
 
 MAX_IN_FLIGHT = 512
 """Requests that this gateway keeps open. Instances have their own, lower limits."""
 
 
-class Piece(msgspec.Struct, frozen=True):
+class TextChunk(msgspec.Struct, frozen=True):
     """Text that can be sent, and the number of tokens received so far."""
 
     text: str
@@ -39,79 +39,79 @@ class Piece(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
 
 
-class Job(msgspec.Struct, frozen=True):
+class ChatJob(msgspec.Struct, frozen=True):
     """A parsed request and the instance that answers it."""
 
-    asked: openai.ChatRequest
+    request: openai.ChatRequest
     spec: InstanceSpec
     question: Generate
-    head: openai.Head
+    head: openai.AnswerHeader
 
 
 async def chat_completions(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     gateway = gateway_of(request)
-    job = _understand(gateway, openai.read_chat(await read_body(request)))
-    if job.asked.stream:
-        return EventStream(gateway, job)
-    return await unless_gone(request.receive, _whole(gateway, job))
+    job = _understand(gateway, openai.parse_request(await read_body(request)))
+    if job.request.stream:
+        return ChatStreamResponse(gateway, job)
+    return await cancel_on_disconnect(request.receive, _whole(gateway, job))
 
 
-def _understand(gateway: Gateway, asked: openai.ChatRequest) -> Job:
-    identity = new_id()
+def _understand(gateway: GatewayContext, asked: openai.ChatRequest) -> ChatJob:
+    identity = new_command_id()
     gateway.sender.require_nats()
     if gateway.in_flight.total() >= MAX_IN_FLIGHT:
         raise Busy(
             f"this node has {MAX_IN_FLIGHT} requests in flight, the most it allows; try again, or another node"
         )
-    spec = choose(gateway.picture(), asked.model, gateway.in_flight)
-    head = openai.Head(
+    spec = select_instance(gateway.snapshot(), asked.model, gateway.in_flight)
+    head = openai.AnswerHeader(
         request=identity,
         created=int(time.time()),
         model=asked.model,
         fingerprint=openai.fingerprint(spec),
         with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
     )
-    return Job(asked, spec, openai.generate_question(asked, spec, identity), head)
+    return ChatJob(asked, spec, openai.to_generate(asked, spec, identity), head)
 
 
-async def _whole(gateway: Gateway, job: Job) -> Response:
+async def _whole(gateway: GatewayContext, job: ChatJob) -> Response:
     texts: list[str] = []
     async with (
-        generating(gateway, job.spec, job.question) as generation,
-        aclosing(_pieces(generation, job.asked.stops)) as pieces,
+        start_generation(gateway, job.spec, job.question) as generation,
+        aclosing(_pieces(generation, job.request.stops)) as pieces,
     ):
         async for piece in pieces:
             texts.append(piece.text)
             if piece.finish_reason is not None:
                 counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
-                return reply(openai.completion(job.head, "".join(texts), piece.finish_reason, counts))
-    raise Failed("the answer ended without a finish reason; try again")
+                return json_response(openai.completion(job.head, "".join(texts), piece.finish_reason, counts))
+    raise InternalError("the answer ended without a finish reason; try again")
 
 
-async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[Piece, None]:
+async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[TextChunk, None]:
     scanner, count = StopScanner(stops), 0
-    async with aclosing(generation.events()) as events:
+    async with aclosing(generation.token_events()) as events:
         async for event in events:
             count += 1
             text = scanner.push(event.text)
             if scanner.stopped:
                 generation.outcome = "stop"
-                yield Piece(text, count, "stop")
+                yield TextChunk(text, count, "stop")
                 return
             if event.finish_reason is not None:
-                yield Piece(text + scanner.rest(), count, event.finish_reason)
+                yield TextChunk(text + scanner.flush(), count, event.finish_reason)
                 return
-            yield Piece(text, count)
+            yield TextChunk(text, count)
 
 
-async def _chunks(gateway: Gateway, job: Job) -> AsyncGenerator[bytes, None]:
+async def _chunks(gateway: GatewayContext, job: ChatJob) -> AsyncGenerator[bytes, None]:
     """Yield the stream's events. An error before the first is raised; a later one becomes an event."""
     begun = False
     try:
         async with (
-            generating(gateway, job.spec, job.question) as generation,
-            aclosing(_pieces(generation, job.asked.stops)) as pieces,
+            start_generation(gateway, job.spec, job.question) as generation,
+            aclosing(_pieces(generation, job.request.stops)) as pieces,
         ):
             async for piece in pieces:
                 if not begun:
@@ -135,10 +135,10 @@ async def _chunks(gateway: Gateway, job: Job) -> AsyncGenerator[bytes, None]:
     yield openai.DONE
 
 
-class EventStream(Response):
+class ChatStreamResponse(Response):
     """A streamed answer. Its status is sent with the first token, so an earlier error has its own HTTP status."""
 
-    def __init__(self, gateway: Gateway, job: Job) -> None:
+    def __init__(self, gateway: GatewayContext, job: ChatJob) -> None:
         self._gateway, self._job = gateway, job
         self.status_code = 200
         self.background = None
@@ -155,7 +155,7 @@ class EventStream(Response):
         """Send the answer; stop at once when the client disconnects."""
         # Not for the error handlers: part of this answer may be sent, and nobody reads another.
         with suppress(ClientDisconnect):
-            await unless_gone(receive, self._send_all(send))
+            await cancel_on_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         started = False

@@ -10,23 +10,23 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from shoal_common.bus import subjects
-from shoal_common.bus.keys import live_key, stage_key
+from shoal_common.bus.keys import liveness_key, stage_key
 from shoal_common.bus.kv_mirror import any_changed
-from shoal_common.errors import BadMessage, Expired, ShoalError, StageLost, Withdrawn, from_body
-from shoal_common.logs import Log
+from shoal_common.errors import BadMessage, Cancelled, Expired, ShoalError, StageLost, from_body
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
-from shoal_common.messages.envelope import Done
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate, TokenEvent
 from shoal_common.messages.instances import InstanceSpec, StageState
-from shoal_common.messages.liveness import Live
-from shoal_gateway.context import Gateway
+from shoal_common.messages.liveness import LivenessRecord
+from shoal_gateway.context import GatewayContext
 from shoal_gateway.errors import TooLarge
-from shoal_gateway.generation.instance_selection import lost_stage
-from shoal_gateway.generation.token_stream import InOrder
+from shoal_gateway.generation.instance_selection import lost_stage_reason
+from shoal_gateway.generation.token_stream import TokenReorderBuffer
 from shoal_gateway.http_errors import as_shoal_error
-from shoal_gateway.settings import Limits
+from shoal_gateway.settings import GatewayTimeouts
 
-log = Log("generation")
+log = StructuredLogger("generation")
 
 _CANCEL_TIMEOUT_S = 5.0
 _MAX_INBOX = 65536
@@ -42,7 +42,7 @@ Inbox = asyncio.Queue[TokenEvent]
 class Generation:
     """A request to an instance. `finished` once the instance holds nothing of it any more."""
 
-    def __init__(self, spec: InstanceSpec, inbox: Inbox, limits: Limits) -> None:
+    def __init__(self, spec: InstanceSpec, inbox: Inbox, limits: GatewayTimeouts) -> None:
         self._spec, self._inbox, self._limits = spec, inbox, limits
         self.prompt_tokens = 0
         self.finished = False
@@ -52,9 +52,9 @@ class Generation:
         self._started_s = asyncio.get_running_loop().time()
         self._first_token_s: float | None = None
 
-    async def events(self) -> AsyncGenerator[TokenEvent, None]:
+    async def token_events(self) -> AsyncGenerator[TokenEvent, None]:
         """Yield the tokens in order, each once, up to the one with a finish reason. Raises the error that ends it."""
-        order, now_s = InOrder(), asyncio.get_running_loop().time
+        order, now_s = TokenReorderBuffer(), asyncio.get_running_loop().time
         gap_until_s: float | None = None
         while True:
             timeout_s = self._limits.silence_s if order.next_index else self._limits.first_token_s
@@ -74,12 +74,12 @@ class Generation:
                     self.finished = True
                     self.outcome = event.finish_reason
                 if event.finish_reason == "cancelled":
-                    raise Withdrawn(f"this answer was cancelled at instance {self._spec.id}; ask again")
+                    raise Cancelled(f"this answer was cancelled at instance {self._spec.id}; ask again")
                 self._count_token()
                 yield event
                 if event.finish_reason is not None:
                     return
-            if not order.gap:
+            if not order.has_gap:
                 gap_until_s = None
             elif gap_until_s is None:
                 gap_until_s = now_s() + self._limits.gap_s
@@ -103,9 +103,9 @@ class Generation:
             outcome=self.outcome or "cancelled",
         )
 
-    def _timeout_error(self, order: InOrder, timeout_s: float) -> ShoalError:
+    def _timeout_error(self, order: TokenReorderBuffer, timeout_s: float) -> ShoalError:
         who = f"instance {self._spec.id} of {self._spec.repo}"
-        if order.gap:
+        if order.has_gap:
             return Expired(
                 f"token {order.next_index} from {who} was lost in transit and did not arrive within "
                 f"{self._limits.gap_s:g} s; ask again",
@@ -118,7 +118,9 @@ class Generation:
 
 
 @asynccontextmanager
-async def generating(gateway: Gateway, spec: InstanceSpec, question: Generate) -> AsyncIterator[Generation]:
+async def start_generation(
+    gateway: GatewayContext, spec: InstanceSpec, question: Generate
+) -> AsyncIterator[Generation]:
     """Ask an instance and receive its answer inside the body. Leaving before the end cancels it there."""
     client, limits = gateway.context.nats.client, gateway.settings.limits
     _check_size(question, client.max_payload)
@@ -168,14 +170,14 @@ def _check_size(question: Generate, max_payload_bytes: int) -> None:
 
 
 async def _ask(
-    gateway: Gateway,
+    gateway: GatewayContext,
     spec: InstanceSpec,
     question: Generate,
     generation: Generation,
     watching: asyncio.Task[StageLost],
 ) -> Accepted:
     asking = asyncio.create_task(
-        gateway.context.ask(
+        gateway.context.rpc(
             "inference",
             spec.stages[0].node,
             "generate",
@@ -198,13 +200,13 @@ async def _ask(
         await asyncio.wait({asking})
 
 
-async def _until_stage_lost(gateway: Gateway, spec: InstanceSpec) -> StageLost:
+async def _until_stage_lost(gateway: GatewayContext, spec: InstanceSpec) -> StageLost:
     """Wait until a stage can no longer answer; return the error that names it."""
 
     def lost_reason() -> str | None:
         stages = {s.rank: gateway.state.get(stage_key(spec.id, s.rank), StageState) for s in spec.stages}
-        live = [s.node for s in spec.stages if gateway.live.get(live_key(s.node, "inference"), Live)]
-        return lost_stage(spec, {rank: s for rank, s in stages.items() if s is not None}, live)
+        live = [s.node for s in spec.stages if gateway.live.get(liveness_key(s.node, "inference"), LivenessRecord)]
+        return lost_stage_reason(spec, {rank: s for rank, s in stages.items() if s is not None}, live)
 
     while True:
         versions = (gateway.state.changes, gateway.live.changes)
@@ -228,12 +230,12 @@ def _push_stage_lost(inbox: Inbox, watching: asyncio.Task[StageLost]) -> None:
     inbox.put_nowait(TokenEvent(request="", error=error.body()))
 
 
-async def _cancel(gateway: Gateway, spec: InstanceSpec, request: str) -> None:
+async def _cancel(gateway: GatewayContext, spec: InstanceSpec, request: str) -> None:
     """Cancel an answer at its instance. Where nobody answers there is nothing to free."""
     question = CancelGenerate(instance=spec.id, request=request)
     try:
-        await gateway.context.ask(
-            "inference", spec.stages[0].node, "cancel", question, Done, deadline_s=_CANCEL_TIMEOUT_S
+        await gateway.context.rpc(
+            "inference", spec.stages[0].node, "cancel", question, Empty, deadline_s=_CANCEL_TIMEOUT_S
         )
     except (ShoalError, NatsError) as e:
         log.debug("answer not cancelled", request=request, reason=str(e) or type(e).__name__)

@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 from shoal_common.errors import BadName, NotFound, ShoalError, StageLost, Unavailable, from_body
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.names import ModelRef
-from shoal_gateway.cluster.openai_models import commit_of, is_of
-from shoal_gateway.cluster.snapshot import Picture
+from shoal_gateway.cluster.openai_models import names_model, resolve_commit
+from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 
-def lost_stage(spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes: Collection[str]) -> str | None:
+def lost_stage_reason(
+    spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes: Collection[str]
+) -> str | None:
     """Return why the first stage that cannot answer cannot; None when all can."""
     for planned in spec.stages:
         stage = stages.get(planned.rank)
@@ -27,14 +29,14 @@ def lost_stage(spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes:
     return None
 
 
-def choose(picture: Picture, asked: str, in_flight: Mapping[str, int]) -> InstanceSpec:
+def select_instance(picture: ClusterSnapshot, name: str, in_flight: Mapping[str, int]) -> InstanceSpec:
     """Return the ready instance with the fewest requests in flight that `asked` names.
 
     `asked` is an instance's id, `org/name` or `org/name@revision`. Raises NotFound when no instance has that name,
     Unavailable or StageLost while none of them can answer.
     """
-    candidates = _candidates(picture, asked)
-    live_nodes = picture.nodes_with("inference")
+    candidates = _candidates(picture, name)
+    live_nodes = picture.live_nodes("inference")
     reasons: list[ShoalError] = []
     usable: list[InstanceSpec] = []
     for spec in candidates:
@@ -48,7 +50,7 @@ def choose(picture: Picture, asked: str, in_flight: Mapping[str, int]) -> Instan
     raise reasons[0]
 
 
-def _candidates(picture: Picture, asked: str) -> list[InstanceSpec]:
+def _candidates(picture: ClusterSnapshot, asked: str) -> list[InstanceSpec]:
     if asked in picture.specs:
         return [picture.specs[asked]]
     running = sorted({s.repo for s in picture.specs.values()})
@@ -59,11 +61,11 @@ def _candidates(picture: Picture, asked: str) -> list[InstanceSpec]:
         raise NotFound(
             f"no model or instance is named {asked[:200]!r}; {hint}", param="model", running=running
         ) from None
-    commit = commit_of(picture.models, ref)
+    commit = resolve_commit(picture.models, ref)
     matching = [
         s
         for s in picture.specs.values()
-        if is_of(s.repo, s.commit, ref) or (s.repo == ref.repo and s.commit == commit)
+        if names_model(s.repo, s.commit, ref) or (s.repo == ref.repo and s.commit == commit)
     ]
     if not matching:
         raise NotFound(
@@ -72,11 +74,11 @@ def _candidates(picture: Picture, asked: str) -> list[InstanceSpec]:
     return matching
 
 
-def _unusable_reason(picture: Picture, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
+def _unusable_reason(picture: ClusterSnapshot, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
     state = picture.instances.get(spec.id)
     phase = state.phase if state else "starting"
     if phase == "ready":
-        lost = lost_stage(spec, picture.stages.get(spec.id, {}), live_nodes)
+        lost = lost_stage_reason(spec, picture.stages.get(spec.id, {}), live_nodes)
         if lost is None:
             return None
         return StageLost(f"instance {spec.id} of {spec.repo} cannot answer: {lost}; try again in a moment")

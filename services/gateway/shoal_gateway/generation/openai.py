@@ -17,18 +17,18 @@ DEFAULT_TEMPERATURE = 1.0
 """OpenAI's default; 0 means greedy decoding."""
 
 
-class Part(msgspec.Struct, frozen=True):
+class ContentPart(msgspec.Struct, frozen=True):
     """A part of a message's content. Only text is supported."""
 
     type: str
     text: str | None = None
 
 
-class Turn(msgspec.Struct, frozen=True):
+class InputMessage(msgspec.Struct, frozen=True):
     """One message."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     tool_calls: Any = None
     function_call: Any = None
 
@@ -47,7 +47,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of `POST /v1/chat/completions`. Unknown fields are ignored; `UNSUPPORTED` ones are refused."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
-    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
+    messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
@@ -108,7 +108,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 and empty values have no effect either."""
 
 
-def read_chat(body: bytes) -> ChatRequest:
+def parse_request(body: bytes) -> ChatRequest:
     """Parse a request's body. Raises BadMessage naming the field, or UnsupportedParameter naming the parameter."""
     request = decode(body, ChatRequest)
     for name, neutral in UNSUPPORTED.items():
@@ -125,12 +125,12 @@ def _refuse(name: str, value: Any, neutral: tuple[Any, ...] = ()) -> None:
     raise UnsupportedParameter(f"{name} is not supported by this version of Shoal: leave it out", param=name)
 
 
-def conversation(request: ChatRequest) -> list[ChatMessage]:
+def to_chat_messages(request: ChatRequest) -> list[ChatMessage]:
     """Return the messages, each content as one text. Raises UnsupportedParameter for anything but text."""
     return [ChatMessage(role=t.role, content=_text(t.content, i)) for i, t in enumerate(request.messages)]
 
 
-def _text(content: str | list[Part] | None, index: int) -> str:
+def _text(content: str | list[ContentPart] | None, index: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for j, part in enumerate(content):
@@ -142,13 +142,13 @@ def _text(content: str | list[Part] | None, index: int) -> str:
     return "".join(part.text or "" for part in content)
 
 
-def generate_question(request: ChatRequest, spec: InstanceSpec, identity: str) -> Generate:
+def to_generate(request: ChatRequest, spec: InstanceSpec, request_id: str) -> Generate:
     """Return the request to the instance. Without a limit the answer may fill the context; the instance trims it."""
     given = request.max_completion_tokens or request.max_tokens
     return Generate(
         instance=spec.id,
-        request=identity,
-        messages=conversation(request),
+        request=request_id,
+        messages=to_chat_messages(request),
         max_tokens=given or max(spec.context_tokens, 1),
         temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
@@ -156,7 +156,7 @@ def generate_question(request: ChatRequest, spec: InstanceSpec, identity: str) -
     )
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True):
+class AnswerHeader(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that all parts of one answer share."""
 
     request: str
@@ -181,29 +181,29 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def completion(head: Head, text: str, reason: FinishReason, counts: dict[str, int]) -> dict[str, Any]:
+def completion(head: AnswerHeader, text: str, reason: FinishReason, counts: dict[str, int]) -> dict[str, Any]:
     """Return a complete answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
     return {**_common(head, "chat.completion"), "choices": [choice], "usage": counts}
 
 
-def role_chunk(head: Head) -> bytes:
+def role_chunk(head: AnswerHeader) -> bytes:
     """Return the first chunk, with the role."""
     return _chunk(head, {"role": "assistant", "content": ""}, None)
 
 
-def text_chunk(head: Head, text: str) -> bytes:
+def text_chunk(head: AnswerHeader, text: str) -> bytes:
     """Return a chunk of text."""
     return _chunk(head, {"content": text}, None)
 
 
-def finish_chunk(head: Head, reason: FinishReason) -> bytes:
+def finish_chunk(head: AnswerHeader, reason: FinishReason) -> bytes:
     """Return the chunk with the finish reason."""
     return _chunk(head, {}, reason)
 
 
-def usage_chunk(head: Head, counts: dict[str, int]) -> bytes:
+def usage_chunk(head: AnswerHeader, counts: dict[str, int]) -> bytes:
     """Return the chunk with the token counts."""
     return sse({**_common(head, "chat.completion.chunk"), "choices": [], "usage": counts})
 
@@ -216,13 +216,13 @@ def sse(value: object) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-def _chunk(head: Head, delta: dict[str, str], reason: FinishReason | None) -> bytes:
+def _chunk(head: AnswerHeader, delta: dict[str, str], reason: FinishReason | None) -> bytes:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
     nothing_yet = {"usage": None} if head.with_usage else {}
     return sse({**_common(head, "chat.completion.chunk"), "choices": [choice], **nothing_yet})
 
 
-def _common(head: Head, kind: str) -> dict[str, Any]:
+def _common(head: AnswerHeader, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{head.request}",
         "object": kind,

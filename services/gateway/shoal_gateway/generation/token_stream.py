@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from shoal_common.messages.generation import TokenEvent
 
-MAX_AHEAD = 4096
+MAX_TOKENS_AHEAD = 4096
 """Most tokens kept ahead of a gap. A token beyond that is dropped."""
 
 
-class InOrder:
+class TokenReorderBuffer:
     """Orders token events by index, each once. An error is passed on at once, whatever its index."""
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class InOrder:
         self._ahead: dict[int, TokenEvent] = {}
 
     @property
-    def gap(self) -> bool:
+    def has_gap(self) -> bool:
         """Whether a token is missing before one that has arrived."""
         return bool(self._ahead)
 
@@ -26,7 +26,7 @@ class InOrder:
         """Add an event; return the events that are now in order."""
         if event.error is not None:
             return [event]
-        if self.next_index <= event.index < self.next_index + MAX_AHEAD:
+        if self.next_index <= event.index < self.next_index + MAX_TOKENS_AHEAD:
             self._ahead.setdefault(event.index, event)
         ready = []
         while (following := self._ahead.pop(self.next_index, None)) is not None:
@@ -60,7 +60,7 @@ class StopScanner:
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """Return the text held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held

@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import download_key
-from shoal_common.bus.kv_mirror import View
-from shoal_common.errors import Failed, ShoalError, from_body
-from shoal_common.messages import Message
+from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.errors import InternalError, ShoalError, from_body
+from shoal_common.messages import WireStruct
 from shoal_common.messages.downloads import (
-    ENDED,
+    ENDED_PHASES,
     CancelDownload,
-    Download,
+    DownloadCommand,
     DownloadPhase,
     DownloadState,
     PauseDownload,
@@ -25,82 +25,82 @@ from shoal_common.messages.downloads import (
 )
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
-from shoal_common.rpc.command_client import new_id
+from shoal_common.rpc.command_client import new_command_id
 from shoal_gateway.cluster.status_view import download_view, download_views
-from shoal_gateway.context import Gateway, gateway_of
-from shoal_gateway.rest.command_results import error_of, raise_first_error, results, with_details
-from shoal_gateway.rest.http_json import read_as, reply, unless_gone
-from shoal_gateway.rest.node_selection import Nodes, to_control, to_download
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.context import GatewayContext, gateway_of
+from shoal_gateway.rest.command_results import error_of, raise_first_error, results_by_node, with_details
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body_as
+from shoal_gateway.rest.node_selection import NodeSelection, to_control, to_download
+from shoal_gateway.rest.routing import route
 
 
-class AskDownload(Message):
+class DownloadBody(WireStruct):
     """The body of `POST /v1/downloads`; the fields besides `nodes` and `wait` are those of the `download` command."""
 
     model: str
-    nodes: Nodes = None
+    nodes: NodeSelection = None
     wait: bool = False
     deadline_s: float = 0.0
 
 
-class AskControl(Message):
+class ControlBody(WireStruct):
     """The body of `POST /v1/downloads/pause` and `/resume`. Without a model it means all downloads of the nodes."""
 
     model: str = ""
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
-class AskCancel(Message):
+class CancelBody(WireStruct):
     """The body of `POST /v1/downloads/cancel`."""
 
     model: str
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
-class Asked(msgspec.Struct, frozen=True):
+class PendingDownload(msgspec.Struct, frozen=True):
     """A download requested from one node: its command id, and the published state before it."""
 
     node: str
     key: str
-    command: str
-    before: DownloadState | None
-    at_s: float
+    command_id: str
+    state_before: DownloadState | None
+    requested_at_s: float
 
 
 async def downloads(request: Request) -> Response:
     """`GET /v1/downloads`."""
-    return reply({"downloads": download_views(gateway_of(request).picture())})
+    return json_response({"downloads": download_views(gateway_of(request).snapshot())})
 
 
 async def download(request: Request) -> Response:
     """`POST /v1/downloads`: 202 once each has started, or with `wait` 200 once each has ended."""
-    gateway, body = gateway_of(request), await read_as(request, AskDownload)
+    gateway, body = gateway_of(request), await read_body_as(request, DownloadBody)
     ref = ModelRef.parse(body.model)
     gateway.sender.require_nats()
-    nodes = to_download(gateway.picture(), body.nodes, gateway.node)
-    command = Download(model=str(ref), deadline_s=body.deadline_s)
+    nodes = to_download(gateway.snapshot(), body.nodes, gateway.node)
+    command = DownloadCommand(model=str(ref), deadline_s=body.deadline_s)
     asked = [_asked(gateway.state, node, command.model) for node in nodes]
-    outcomes = await unless_gone(request.receive, _send(gateway, command, asked, body.wait))
-    commands = {a.node: a.command for a in asked}
+    outcomes = await cancel_on_disconnect(request.receive, _send(gateway, command, asked, body.wait))
+    commands = {a.node: a.command_id for a in asked}
     _raise_first_refusal(gateway.state, asked, outcomes, commands)
-    return reply({"downloads": _views(gateway.state, asked), "commands": commands}, 200 if body.wait else 202)
+    return json_response({"downloads": _views(gateway.state, asked), "commands": commands}, 200 if body.wait else 202)
 
 
 async def pause(request: Request) -> Response:
     """`POST /v1/downloads/pause`."""
-    body = await read_as(request, AskControl)
+    body = await read_body_as(request, ControlBody)
     return await _control(request, "pause", PauseDownload(model=_name(body.model)), body.nodes)
 
 
 async def resume(request: Request) -> Response:
     """`POST /v1/downloads/resume`."""
-    body = await read_as(request, AskControl)
+    body = await read_body_as(request, ControlBody)
     return await _control(request, "resume", ResumeDownload(model=_name(body.model)), body.nodes)
 
 
 async def cancel(request: Request) -> Response:
     """`POST /v1/downloads/cancel`."""
-    body = await read_as(request, AskCancel)
+    body = await read_body_as(request, CancelBody)
     return await _control(request, "cancel", CancelDownload(model=str(ModelRef.parse(body.model))), body.nodes)
 
 
@@ -109,25 +109,27 @@ def _name(model: str) -> str:
 
 
 async def _control(
-    request: Request, verb: str, command: PauseDownload | ResumeDownload | CancelDownload, nodes: Nodes
+    request: Request, verb: str, command: PauseDownload | ResumeDownload | CancelDownload, nodes: NodeSelection
 ) -> Response:
     """Send a command to the chosen nodes' fetchers and return each one's result."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
-    chosen = to_control(gateway.picture(), command.model, nodes)
-    ids, deadline_s = {n: new_id() for n in chosen}, gateway.settings.limits.outcome_s
-    sending = gateway.sender.outcomes_of("fetcher", ids, verb, command, deadline_s)
-    outcomes = await unless_gone(request.receive, sending)
+    chosen = to_control(gateway.snapshot(), command.model, nodes)
+    ids, deadline_s = {n: new_command_id() for n in chosen}, gateway.settings.limits.outcome_s
+    sending = gateway.sender.send_to_all("fetcher", ids, verb, command, deadline_s)
+    outcomes = await cancel_on_disconnect(request.receive, sending)
     raise_first_error(outcomes)
-    return reply({"model": command.model, "nodes": results(outcomes)})
+    return json_response({"model": command.model, "nodes": results_by_node(outcomes)})
 
 
-def _asked(state: View, node: str, model: str) -> Asked:
+def _asked(state: KvMirror, node: str, model: str) -> PendingDownload:
     key = download_key(node, model)
-    return Asked(node, key, new_id(), state.get(key, DownloadState), cluster_clock.now_s())
+    return PendingDownload(node, key, new_command_id(), state.get(key, DownloadState), cluster_clock.now_s())
 
 
-async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: bool) -> dict[str, Outcome]:
+async def _send(
+    gateway: GatewayContext, command: DownloadCommand, asked: list[PendingDownload], wait: bool
+) -> dict[str, Outcome]:
     """Send to every node. Return the outcomes known once all have started, or with `wait` all outcomes."""
     if wait:
         async with asyncio.TaskGroup() as tasks:
@@ -140,20 +142,20 @@ async def _send(gateway: Gateway, command: Download, asked: list[Asked], wait: b
     return {node: outcome for node, outcome in ended.items() if outcome is not None}
 
 
-async def _outcome(gateway: Gateway, command: Download, asked: Asked) -> Outcome:
+async def _outcome(gateway: GatewayContext, command: DownloadCommand, asked: PendingDownload) -> Outcome:
     deadline_s = command.deadline_s or gateway.settings.limits.download_s
-    return await gateway.sender.outcome_of("fetcher", asked.node, "download", command, asked.command, deadline_s)
+    return await gateway.sender.send("fetcher", asked.node, "download", command, asked.command_id, deadline_s)
 
 
-async def _until_begun(gateway: Gateway, command: Download, asked: Asked) -> Outcome | None:
+async def _until_begun(gateway: GatewayContext, command: DownloadCommand, asked: PendingDownload) -> Outcome | None:
     """Return the outcome, or None as soon as `state` shows that the download has started."""
     state, outcome = gateway.state, asyncio.create_task(_outcome(gateway, command, asked))
     try:
         while not outcome.done():
             version = state.changes
-            if begun(state.get(asked.key, DownloadState), asked.before, asked.at_s):
+            if has_started(state.get(asked.key, DownloadState), asked.state_before, asked.requested_at_s):
                 return None
-            changed = asyncio.create_task(state.changed_after(version))
+            changed = asyncio.create_task(state.wait_changed(version))
             try:
                 await asyncio.wait({changed, outcome}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -164,33 +166,33 @@ async def _until_begun(gateway: Gateway, command: Download, asked: Asked) -> Out
 
 
 def _raise_first_refusal(
-    state: View, asked: list[Asked], outcomes: Mapping[str, Outcome], commands: dict[str, str]
+    state: KvMirror, asked: list[PendingDownload], outcomes: Mapping[str, Outcome], commands: dict[str, str]
 ) -> None:
     """Raise the error of the first node that refused or failed, from its outcome or its state."""
     for a in asked:
         now = state.get(a.key, DownloadState)
-        since_request = now if begun(now, a.before, a.at_s) else None
-        error: ShoalError | None = ended_badly(outcomes.get(a.node), since_request)
+        since_request = now if has_started(now, a.state_before, a.requested_at_s) else None
+        error: ShoalError | None = failure_of(outcomes.get(a.node), since_request)
         if error is not None:
             raise with_details(error, node=a.node, commands=commands)
 
 
-def _views(state: View, asked: list[Asked]) -> list[object]:
+def _views(state: KvMirror, asked: list[PendingDownload]) -> list[object]:
     states = [state.get(a.key, DownloadState) for a in asked]
     return [download_view(d) for d in states if d is not None]
 
 
 ROUTES = [
-    resource("/v1/downloads", GET=downloads, POST=download),
-    resource("/v1/downloads/pause", POST=pause),
-    resource("/v1/downloads/resume", POST=resume),
-    resource("/v1/downloads/cancel", POST=cancel),
+    route("/v1/downloads", GET=downloads, POST=download),
+    route("/v1/downloads/pause", POST=pause),
+    route("/v1/downloads/resume", POST=resume),
+    route("/v1/downloads/cancel", POST=cancel),
 ]
 _WAITING: frozenset[DownloadPhase] = frozenset({"queued", "reserving"})
-_BAD_ENDS: frozenset[DownloadPhase] = ENDED - {"ready"}
+_BAD_ENDS: frozenset[DownloadPhase] = ENDED_PHASES - {"ready"}
 
 
-def begun(now: DownloadState | None, before: DownloadState | None, asked_at_s: float) -> bool:
+def has_started(now: DownloadState | None, before: DownloadState | None, requested_at_s: float) -> bool:
     """Return whether a download has left its queue since it was requested.
 
     A state published before the request does not count, unless its node has confirmed it since. Nodes' clocks
@@ -198,10 +200,10 @@ def begun(now: DownloadState | None, before: DownloadState | None, asked_at_s: f
     """
     if now is None or now.phase in _WAITING:
         return False
-    return now != before or max(now.updated_at_s, now.started_at_s) >= asked_at_s
+    return now != before or max(now.updated_at_s, now.started_at_s) >= requested_at_s
 
 
-def ended_badly(outcome: Outcome | None, state: DownloadState | None) -> ShoalError | None:
+def failure_of(outcome: Outcome | None, state: DownloadState | None) -> ShoalError | None:
     """Return the error of a download; None while it runs or when it is ready."""
     if outcome is not None:
         return error_of(outcome)
@@ -209,4 +211,6 @@ def ended_badly(outcome: Outcome | None, state: DownloadState | None) -> ShoalEr
         return None
     if state.error is not None:
         return from_body(state.error)
-    return Failed(f"the download of {state.model} on node {state.node} {state.phase}; see `shoal logs fetcher` there")
+    return InternalError(
+        f"the download of {state.model} on node {state.node} {state.phase}; see `shoal logs fetcher` there"
+    )

@@ -19,20 +19,20 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 8 << 20
 
 
-def plain(value: Any) -> Any:
+def to_json_with_defaults(value: Any) -> Any:
     """Return a value for JSON with every field: messages omit defaults, an API should not."""
     if isinstance(value, msgspec.Struct):
-        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+        return {name: to_json_with_defaults(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: to_json_with_defaults(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_json_with_defaults(v) for v in value]
     return value
 
 
-def reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response."""
-    body = msgspec.json.encode(plain(value))
+    body = msgspec.json.encode(to_json_with_defaults(value))
     return Response(body, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
@@ -56,12 +56,12 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def read_as(request: Request, kind: type[T]) -> T:
+async def read_body_as(request: Request, kind: type[T]) -> T:
     """Return the body decoded as `kind`. Raises BadMessage naming the wrong field."""
     return decode(await read_body(request), kind)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`; when the client disconnects first, cancel it and raise ClientDisconnect.
 
     Returns only after `work` has ended, its clean-up included. The body must have been read before.

@@ -9,23 +9,23 @@ from shoal_common.errors import BadInput
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import Delete
 from shoal_common.names import ModelRef
-from shoal_common.rpc.command_client import new_id
-from shoal_gateway.cluster.openai_models import catalog, catalog_entry
-from shoal_gateway.context import Gateway, gateway_of
-from shoal_gateway.rest.command_results import raise_first_error, results
-from shoal_gateway.rest.http_json import reply, unless_gone
+from shoal_common.rpc.command_client import new_command_id
+from shoal_gateway.cluster.openai_models import get_model, list_models
+from shoal_gateway.context import GatewayContext, gateway_of
+from shoal_gateway.rest.command_results import raise_first_error, results_by_node
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response
 from shoal_gateway.rest.node_selection import to_delete
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.rest.routing import route
 
 
 async def models(request: Request) -> Response:
     """`GET /v1/models`."""
-    return reply(catalog(gateway_of(request).picture()))
+    return json_response(list_models(gateway_of(request).snapshot()))
 
 
 async def model(request: Request) -> Response:
     """`GET /v1/models/{org}/{name}`."""
-    return reply(catalog_entry(gateway_of(request).picture(), ModelRef.parse(_name(request))))
+    return json_response(get_model(gateway_of(request).snapshot(), ModelRef.parse(_name(request))))
 
 
 async def delete(request: Request) -> Response:
@@ -34,16 +34,18 @@ async def delete(request: Request) -> Response:
     ref = ModelRef.parse(name)
     # Here `org/name` means every revision, so an explicit revision must be kept even where it is the default.
     revision = ref.revision if "@" in name else None
-    nodes = to_delete(gateway.picture(), ref.repo, revision, request.query_params.get("node"))
-    outcomes = await unless_gone(request.receive, _delete_everywhere(gateway, name, nodes)) if nodes else {}
+    nodes = to_delete(gateway.snapshot(), ref.repo, revision, request.query_params.get("node"))
+    outcomes = await cancel_on_disconnect(request.receive, _delete_everywhere(gateway, name, nodes)) if nodes else {}
     raise_first_error(outcomes)
     deleted = any(o.result.get("deleted", True) for o in outcomes.values())
-    return reply({"model": name, "deleted": deleted, "nodes": results(outcomes)})
+    return json_response({"model": name, "deleted": deleted, "nodes": results_by_node(outcomes)})
 
 
-async def _delete_everywhere(gateway: Gateway, name: str, nodes: list[str]) -> dict[str, Outcome]:
+async def _delete_everywhere(gateway: GatewayContext, name: str, nodes: list[str]) -> dict[str, Outcome]:
     command, deadline_s = Delete(model=name), gateway.settings.limits.outcome_s
-    return await gateway.sender.outcomes_of("storage", {n: new_id() for n in nodes}, "delete", command, deadline_s)
+    return await gateway.sender.send_to_all(
+        "storage", {n: new_command_id() for n in nodes}, "delete", command, deadline_s
+    )
 
 
 def _name(request: Request) -> str:
@@ -55,6 +57,6 @@ def _name(request: Request) -> str:
 
 
 ROUTES = [
-    resource("/v1/models", GET=models),
-    resource("/v1/models/{org}/{name}", GET=model, DELETE=delete),
+    route("/v1/models", GET=models),
+    route("/v1/models/{org}/{name}", GET=model, DELETE=delete),
 ]

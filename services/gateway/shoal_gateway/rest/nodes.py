@@ -8,17 +8,17 @@ from starlette.responses import Response
 from shoal_common.messages.placement import Drain, Forget
 from shoal_common.names import check_node
 from shoal_gateway.context import gateway_of
-from shoal_gateway.rest.command_results import carried_out
-from shoal_gateway.rest.http_json import reply
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.rest.command_results import send_to_leader
+from shoal_gateway.rest.http_json import json_response
+from shoal_gateway.rest.routing import route
 
 
 async def forget(request: Request) -> Response:
     """`DELETE /v1/nodes/{node}`: delete every key that names a node which is down. An unknown node is no error."""
     gateway, node = gateway_of(request), check_node(request.path_params["node"])
     gateway.sender.require_nats()
-    outcome, identity = await carried_out(request, "forget", Forget(node=node))
-    return reply({**outcome.result, "command": identity})
+    outcome, identity = await send_to_leader(request, "forget", Forget(node=node))
+    return json_response({**outcome.result, "command": identity})
 
 
 async def drain(request: Request) -> Response:
@@ -34,11 +34,11 @@ async def undrain(request: Request) -> Response:
 async def _drain(request: Request, drained: bool) -> Response:
     gateway, node = gateway_of(request), check_node(request.path_params["node"])
     gateway.sender.require_nats()
-    outcome, identity = await carried_out(request, "drain", Drain(node=node, drained=drained))
-    return reply({**outcome.result, "command": identity})
+    outcome, identity = await send_to_leader(request, "drain", Drain(node=node, drained=drained))
+    return json_response({**outcome.result, "command": identity})
 
 
 ROUTES = [
-    resource("/v1/nodes/{node}", DELETE=forget),
-    resource("/v1/nodes/{node}/drain", POST=drain, DELETE=undrain),
+    route("/v1/nodes/{node}", DELETE=forget),
+    route("/v1/nodes/{node}/drain", POST=drain, DELETE=undrain),
 ]

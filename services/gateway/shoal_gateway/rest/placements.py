@@ -10,13 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal_common.errors import BadInput
-from shoal_common.messages import Message
-from shoal_common.messages.placement import AskFits, AskRebalances, Fits, Place, Previews, Rebalances
+from shoal_common.messages import WireStruct
+from shoal_common.messages.placement import (
+    FittingModels,
+    ListFits,
+    ListRebalances,
+    PlaceCommand,
+    Previews,
+    Rebalances,
+)
 from shoal_common.names import ModelRef, check_node
 from shoal_gateway.context import gateway_of
 from shoal_gateway.rest.command_results import require_placement
-from shoal_gateway.rest.http_json import reply, unless_gone
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response
+from shoal_gateway.rest.routing import route
 
 T = TypeVar("T")
 
@@ -43,27 +50,27 @@ async def preview(request: Request) -> Response:
 async def fits(request: Request) -> Response:
     """`GET /v1/placements/fits?context_tokens=…`: the downloaded models that could be placed now."""
     _refuse_others(request, ("context_tokens",))
-    return await _asked(request, "fits", _converted(dict(request.query_params), AskFits), Fits)
+    return await _asked(request, "fits", _converted(dict(request.query_params), ListFits), FittingModels)
 
 
 async def rebalances(request: Request) -> Response:
     """`GET /v1/placements/rebalances`: instances with a better layout elsewhere, and the gain."""
     _refuse_others(request, ())
-    return await _asked(request, "rebalances", AskRebalances(), Rebalances)
+    return await _asked(request, "rebalances", ListRebalances(), Rebalances)
 
 
-async def _asked(request: Request, verb: str, question: Message, answer: type[Message]) -> Response:
+async def _asked(request: Request, verb: str, question: WireStruct, answer: type[WireStruct]) -> Response:
     """Ask placement, on this node where it runs and on another node otherwise."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     require_placement(gateway)
-    nodes = gateway.picture().nodes_with("placement")
+    nodes = gateway.snapshot().live_nodes("placement")
     node = gateway.node if gateway.node in nodes else nodes[0]
-    asking = gateway.context.ask("placement", node, verb, question, answer, deadline_s=_ANSWER_TIMEOUT_S)
-    return reply(await unless_gone(request.receive, asking))
+    asking = gateway.context.rpc("placement", node, verb, question, answer, deadline_s=_ANSWER_TIMEOUT_S)
+    return json_response(await cancel_on_disconnect(request.receive, asking))
 
 
-def _question(request: Request) -> Place:
+def _question(request: Request) -> PlaceCommand:
     given: dict[str, Any] = dict(request.query_params)
     _refuse_others(request, (*_FIELDS, *_NODE_LISTS))
     if not given.get("model"):
@@ -72,7 +79,7 @@ def _question(request: Request) -> Place:
         if name in given:
             given[name] = [check_node(node) for node in given[name].split(",") if node]
     given["model"] = str(ModelRef.parse(given["model"]))
-    return _converted(given, Place)
+    return _converted(given, PlaceCommand)
 
 
 def _refuse_others(request: Request, known: Sequence[str]) -> None:
@@ -88,7 +95,7 @@ def _converted(given: dict[str, Any], kind: type[T]) -> T:
 
 
 ROUTES = [
-    resource("/v1/placements/preview", GET=preview),
-    resource("/v1/placements/fits", GET=fits),
-    resource("/v1/placements/rebalances", GET=rebalances),
+    route("/v1/placements/preview", GET=preview),
+    route("/v1/placements/fits", GET=fits),
+    route("/v1/placements/rebalances", GET=rebalances),
 ]

@@ -11,7 +11,7 @@ from starlette.routing import Route
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def resource(path: str, **endpoints: Endpoint) -> Route:
+def route(path: str, **endpoints: Endpoint) -> Route:
     """Return the route of a path with a handler per method: `resource("/v1/things", GET=things, POST=make)`."""
 
     async def dispatch(request: Request) -> Response:

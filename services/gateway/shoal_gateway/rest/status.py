@@ -12,10 +12,10 @@ from shoal_common import VERSION
 from shoal_common.bus.keys import done_key
 from shoal_common.errors import NotFound
 from shoal_common.messages.envelope import Outcome
-from shoal_gateway.cluster.status_view import Place, status_view
+from shoal_gateway.cluster.status_view import LocalNetwork, status_view
 from shoal_gateway.context import gateway_of
-from shoal_gateway.rest.http_json import reply
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.rest.http_json import json_response
+from shoal_gateway.rest.routing import route
 
 # The page contains its styles and script; it may load nothing else and may not be framed.
 _PAGE_HEADERS = {
@@ -40,14 +40,17 @@ async def health(request: Request) -> Response:
     gateway = gateway_of(request)
     if not gateway.context.nats.connected:
         gateway.sender.require_nats()
-    return reply({"status": "ok", "node": gateway.node, "version": VERSION})
+    return json_response({"status": "ok", "node": gateway.node, "version": VERSION})
 
 
 async def status(request: Request) -> Response:
     """`GET /v1/status`: nodes, models, downloads and instances."""
     gateway = gateway_of(request)
-    connected, place = gateway.context.nats.connected, Place(gateway.network, gateway.context.interfaces.now)
-    return reply(status_view(gateway.picture(), gateway.node, VERSION, connected, time.time(), place))
+    connected, place = (
+        gateway.context.nats.connected,
+        LocalNetwork(gateway.network, gateway.context.interfaces.current),
+    )
+    return json_response(status_view(gateway.snapshot(), gateway.node, VERSION, connected, time.time(), place))
 
 
 async def command(request: Request) -> Response:
@@ -57,12 +60,12 @@ async def command(request: Request) -> Response:
     outcome = await gateway.context.buckets.done.get_as(done_key(identity), Outcome)
     if outcome is None:
         raise NotFound(f"command {identity} has no outcome: it has not ended yet, or ended more than an hour ago")
-    return reply(outcome)
+    return json_response(outcome)
 
 
 ROUTES = [
-    resource("/", GET=page),
-    resource("/health", GET=health),
-    resource("/v1/status", GET=status),
-    resource("/v1/commands/{id}", GET=command),
+    route("/", GET=page),
+    route("/health", GET=health),
+    route("/v1/status", GET=status),
+    route("/v1/commands/{id}", GET=command),
 ]

@@ -11,15 +11,15 @@ from starlette.responses import Response
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.envelope import Command
-from shoal_common.messages.storage import AskPlan, CollectGarbage, Configure, EvictionPlan, Pin, Verify
+from shoal_common.messages.storage import CollectGarbage, Configure, EvictionPlan, Pin, PlanEviction, Verify
 from shoal_common.names import ModelRef
-from shoal_common.rpc.command_client import new_id
+from shoal_common.rpc.command_client import new_command_id
 from shoal_gateway.cluster.status_view import storage_views
-from shoal_gateway.context import Gateway, gateway_of
-from shoal_gateway.rest.command_results import raise_first_error, results
-from shoal_gateway.rest.http_json import read_as, reply, unless_gone
-from shoal_gateway.rest.node_selection import Nodes, to_storage
-from shoal_gateway.rest.routing import resource
+from shoal_gateway.context import GatewayContext, gateway_of
+from shoal_gateway.rest.command_results import raise_first_error, results_by_node
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body_as
+from shoal_gateway.rest.node_selection import NodeSelection, to_storage
+from shoal_gateway.rest.routing import route
 
 _MAX_BYTES = (1 << 63) - 1
 _NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
@@ -27,43 +27,43 @@ _RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s
 _CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots", "roots", *_RATES)
 
 
-class AskConfigure(Configure):
+class ConfigureBody(Configure):
     """The body of `PUT /v1/storage/config`: the `configure` command and its nodes."""
 
     node: str | None = None
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
-class AskPin(Pin):
+class PinBody(Pin):
     """The body of `POST /v1/storage/pins`: the `pin` command and its nodes."""
 
     node: str | None = None
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
-class AskCollection(CollectGarbage):
+class CollectGarbageBody(CollectGarbage):
     """The body of `POST /v1/storage/gc`: the `gc` command and its nodes."""
 
     node: str | None = None
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
-class AskVerify(Verify):
+class VerifyBody(Verify):
     """The body of `POST /v1/storage/verify`: the `verify` command and its nodes."""
 
     node: str | None = None
-    nodes: Nodes = None
+    nodes: NodeSelection = None
 
 
 async def storages(request: Request) -> Response:
     """`GET /v1/storage`."""
     gateway = gateway_of(request)
-    return reply({"node": gateway.node, "nodes": storage_views(gateway.picture())})
+    return json_response({"node": gateway.node, "nodes": storage_views(gateway.snapshot())})
 
 
 async def configure(request: Request) -> Response:
     """`PUT /v1/storage/config`."""
-    body = await read_as(request, AskConfigure)
+    body = await read_body_as(request, ConfigureBody)
     given = {name: getattr(body, name) for name in _CHANGEABLE}
     if all(isinstance(value, UnsetType) for value in given.values()):
         raise BadInput(f"there is nothing to change: give at least one of {', '.join(_CHANGEABLE)}")
@@ -81,7 +81,7 @@ async def configure(request: Request) -> Response:
 
 async def pin(request: Request) -> Response:
     """`POST /v1/storage/pins`."""
-    body = await read_as(request, AskPin)
+    body = await read_body_as(request, PinBody)
     ModelRef.parse(body.model)
     command = Pin(model=body.model, pinned=body.pinned, deadline_s=body.deadline_s)
     return await _on_nodes(request, "pin", command, body.node, body.nodes)
@@ -89,13 +89,13 @@ async def pin(request: Request) -> Response:
 
 async def collect_garbage(request: Request) -> Response:
     """`POST /v1/storage/gc`."""
-    body = await read_as(request, AskCollection)
+    body = await read_body_as(request, CollectGarbageBody)
     return await _on_nodes(request, "gc", CollectGarbage(deadline_s=body.deadline_s), body.node, body.nodes)
 
 
 async def verify(request: Request) -> Response:
     """`POST /v1/storage/verify`: answers when everything has been hashed."""
-    body = await read_as(request, AskVerify)
+    body = await read_body_as(request, VerifyBody)
     if body.model:
         ModelRef.parse(body.model)
     command = Verify(model=body.model, deadline_s=body.deadline_s)
@@ -109,38 +109,38 @@ async def plan(request: Request) -> Response:
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > _MAX_BYTES:
         raise BadInput(f"need_bytes is {text[:40]!r}; give a whole number of bytes", param="need_bytes")
     gateway.sender.require_nats()
-    nodes = to_storage(gateway.picture(), request.query_params.get("node"), None, gateway.node)
-    plans = await unless_gone(request.receive, _plans(gateway, nodes, AskPlan(need_bytes=int(text))))
-    return reply({"nodes": plans})
+    nodes = to_storage(gateway.snapshot(), request.query_params.get("node"), None, gateway.node)
+    plans = await cancel_on_disconnect(request.receive, _plans(gateway, nodes, PlanEviction(need_bytes=int(text))))
+    return json_response({"nodes": plans})
 
 
-async def _plans(gateway: Gateway, nodes: list[str], question: AskPlan) -> Mapping[str, EvictionPlan]:
-    ask = gateway.context.ask
+async def _plans(gateway: GatewayContext, nodes: list[str], question: PlanEviction) -> Mapping[str, EvictionPlan]:
+    ask = gateway.context.rpc
     answers = await asyncio.gather(*(ask("storage", n, "plan", question, EvictionPlan) for n in nodes))
     return dict(zip(nodes, answers, strict=True))
 
 
 async def _on_nodes(
-    request: Request, verb: str, command: Command, node: str | None, nodes: Nodes, limit_s: float = 0.0
+    request: Request, verb: str, command: Command, node: str | None, nodes: NodeSelection, limit_s: float = 0.0
 ) -> Response:
     """Send a command to the chosen nodes' storage and return each one's result."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
-    chosen = to_storage(gateway.picture(), node, nodes, gateway.node)
+    chosen = to_storage(gateway.snapshot(), node, nodes, gateway.node)
     deadline_s = command.deadline_s or limit_s or gateway.settings.limits.outcome_s
-    sending = gateway.sender.outcomes_of("storage", {n: new_id() for n in chosen}, verb, command, deadline_s)
-    outcomes = await unless_gone(request.receive, sending)
+    sending = gateway.sender.send_to_all("storage", {n: new_command_id() for n in chosen}, verb, command, deadline_s)
+    outcomes = await cancel_on_disconnect(request.receive, sending)
     raise_first_error(outcomes)
-    return reply({"nodes": results(outcomes)})
+    return json_response({"nodes": results_by_node(outcomes)})
 
 
 ROUTES = [
-    resource("/v1/storage", GET=storages),
-    resource("/v1/storage/config", PUT=configure),
+    route("/v1/storage", GET=storages),
+    route("/v1/storage/config", PUT=configure),
     # The path of other systems, so that scripts written for them work.
-    resource("/storage/config", PUT=configure),
-    resource("/v1/storage/plan", GET=plan),
-    resource("/v1/storage/pins", POST=pin),
-    resource("/v1/storage/gc", POST=collect_garbage),
-    resource("/v1/storage/verify", POST=verify),
+    route("/storage/config", PUT=configure),
+    route("/v1/storage/plan", GET=plan),
+    route("/v1/storage/pins", POST=pin),
+    route("/v1/storage/gc", POST=collect_garbage),
+    route("/v1/storage/verify", POST=verify),
 ]

@@ -19,32 +19,32 @@ import msgspec
 import psutil
 
 from shoal_common.errors import BadInput
-from shoal_common.host.cgroup import Memory, least
-from shoal_common.logs import Log
+from shoal_common.host.cgroup import AvailableMemory, tightest
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.device import Device
 from shoal_inference.stage.ipc.blas import child_environment
 
-log = Log("device")
+log = StructuredLogger("device")
 
-LOOK_S = 60.0
+DETECTION_TIMEOUT_S = 60.0
 """Importing MLX takes a second, and much longer on a busy machine."""
-BUSY_S = 300.0
+IDLE_WAIT_TIMEOUT_S = 300.0
 """How long the measurement waits for a busy machine to become idle: beside other work it means little."""
 _BUSY_POLL_INTERVAL_S = 10.0
 _MIN_AVAILABLE_BYTES = 2 << 30
 """With less than this available, nothing is measured: the measurement takes 256 MiB."""
 
 
-class Kept(msgspec.Struct, frozen=True):
+class DeviceCache(msgspec.Struct, frozen=True):
     """The contents of `device.json`."""
 
     machine: str
     device: Device
-    working_bytes_per_s: float = 0.0
+    observed_bytes_per_s: float = 0.0
     """Bandwidth observed while stages worked; 0: none yet."""
 
 
-def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
+def read_bandwidth_setting(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
     """Return `[inference] memory_bytes_per_s` of node.toml, or SHOAL_MEMORY_BYTES_PER_S; None: measure.
 
     Raises BadInput.
@@ -63,69 +63,71 @@ def read_speed(settings: Mapping[str, object], environ: Mapping[str, str]) -> fl
     return speed
 
 
-def this_machine() -> str:
+def machine_fingerprint() -> str:
     """Return what a measurement is valid for: this machine and this version of MLX."""
     parts = (platform.node(), platform.machine(), os.cpu_count(), psutil.virtual_memory().total)
     return " ".join(map(str, (*parts, metadata.version("mlx"))))
 
 
-def _read(home: Path, machine: str) -> Kept | None:
+def _read(home: Path, machine: str) -> DeviceCache | None:
     try:
-        kept = msgspec.json.decode((home / "device.json").read_bytes(), type=Kept)
+        kept = msgspec.json.decode((home / "device.json").read_bytes(), type=DeviceCache)
     except (OSError, msgspec.MsgspecError):
         return None
     return kept if kept.machine == machine and kept.device.bytes_per_s > 0 else None
 
 
-def read_kept(home: Path, machine: str) -> Device | None:
+def read_cached_device(home: Path, machine: str) -> Device | None:
     """Return what an earlier start measured on this machine; None when it must be measured."""
     kept = _read(home, machine)
     return None if kept is None else kept.device
 
 
-def read_working(home: Path) -> float:
+def read_observed_bandwidth(home: Path) -> float:
     """Return the bandwidth that stages showed on this machine before; 0: none."""
-    kept = _read(home, this_machine())
-    return 0.0 if kept is None else max(kept.working_bytes_per_s, 0.0)
+    kept = _read(home, machine_fingerprint())
+    return 0.0 if kept is None else max(kept.observed_bytes_per_s, 0.0)
 
 
-def keep_working(home: Path, bytes_per_s: float) -> None:
+def save_observed_bandwidth(home: Path, bytes_per_s: float) -> None:
     """Save the bandwidth that stages showed; does nothing where no measurement is cached."""
-    machine = this_machine()
-    device = read_kept(home, machine)
+    machine = machine_fingerprint()
+    device = read_cached_device(home, machine)
     if device is not None:
-        keep(home, machine, device, bytes_per_s)
+        save_device(home, machine, device, bytes_per_s)
 
 
-def keep(home: Path, machine: str, device: Device, working_bytes_per_s: float = 0.0) -> None:
+def save_device(home: Path, machine: str, device: Device, observed_bytes_per_s: float = 0.0) -> None:
     """Save the measurement for the next start. It is only a cache: a failed write is no error."""
     temporary = home / "device.json.new"
     with suppress(OSError):
-        temporary.write_bytes(msgspec.json.encode(Kept(machine, device, working_bytes_per_s)))
+        temporary.write_bytes(msgspec.json.encode(DeviceCache(machine, device, observed_bytes_per_s)))
         temporary.replace(home / "device.json")
 
 
-def busy() -> bool:
+def is_busy() -> bool:
     """Return whether other programs use more than half of this machine's cores."""
     return psutil.getloadavg()[0] > (os.cpu_count() or 1) / 2
 
 
-async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_S) -> Device:
+async def detect_device(
+    home: Path, configured_bytes_per_s: float | None, idle_wait_s: float = IDLE_WAIT_TIMEOUT_S
+) -> Device:
     """Return MLX's device on this machine, measured once per machine; a configured `speed` is not measured.
 
     A machine that stays busy for `patience_s` is measured all the same, and again at the next start.
     """
-    machine = await asyncio.to_thread(this_machine)
-    kept = await asyncio.to_thread(read_kept, home, machine)
-    limit = least(await asyncio.to_thread(Memory().look))
-    measure = speed is None and kept is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
-    known = kept or Device(bytes_per_s=speed or 0.0)
-    if speed is not None:
-        known = msgspec.structs.replace(known, bytes_per_s=speed)
+    machine = await asyncio.to_thread(machine_fingerprint)
+    kept = await asyncio.to_thread(read_cached_device, home, machine)
+    limit = tightest(await asyncio.to_thread(AvailableMemory().read))
+    measure = configured_bytes_per_s is None and kept is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
+    known = kept or Device(bytes_per_s=configured_bytes_per_s or 0.0)
+    if configured_bytes_per_s is not None:
+        known = msgspec.structs.replace(known, bytes_per_s=configured_bytes_per_s)
     # On macOS the accelerator's memory limit is a system setting: read it at each start.
     if not measure and sys.platform != "darwin":
         return known
-    was_idle = not measure or await _wait_idle(patience_s)
+    was_idle = not measure or await _wait_idle(idle_wait_s)
     detected = await _detect(measure)
     if detected is None:
         return known
@@ -134,7 +136,7 @@ async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_
             "memory bandwidth measured", bytes_per_s=round(detected.bytes_per_s), accelerator=detected.accelerator
         )
         if was_idle:
-            await asyncio.to_thread(keep, home, machine, detected)
+            await asyncio.to_thread(save_device, home, machine, detected)
         return detected
     return msgspec.structs.replace(detected, bytes_per_s=known.bytes_per_s)
 
@@ -142,7 +144,7 @@ async def find_device(home: Path, speed: float | None, patience_s: float = BUSY_
 async def _wait_idle(patience_s: float) -> bool:
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + patience_s
-    while busy():
+    while is_busy():
         if loop.time() >= deadline_s:
             return False
         await asyncio.sleep(_BUSY_POLL_INTERVAL_S)
@@ -161,11 +163,11 @@ async def _detect(measure: bool) -> Device | None:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(LOOK_S):
+        async with asyncio.timeout(DETECTION_TIMEOUT_S):
             output, errors = await process.communicate()
         return msgspec.json.decode(output, type=Device)
     except TimeoutError:
-        log.warning("device detection timed out", timeout_s=LOOK_S)
+        log.warning("device detection timed out", timeout_s=DETECTION_TIMEOUT_S)
     except msgspec.MsgspecError:
         log.warning("device detection failed", reason=errors.decode(errors="replace")[-300:])
     finally:

@@ -11,9 +11,9 @@ import psutil
 from msgspec import structs
 
 from shoal_common.errors import BadInput
-from shoal_common.host.cgroup import Room, least
-from shoal_common.messages.liveness import Facts
-from shoal_inference.host_facts.memory_pressure import pressure
+from shoal_common.host.cgroup import MemoryLimit, tightest
+from shoal_common.messages.liveness import NodeFacts
+from shoal_inference.host_facts.memory_pressure import pressure_level
 from shoal_inference.stage.compute.device import Device
 
 _MIB = 1 << 20
@@ -22,7 +22,7 @@ _STEP_SHARE = 100
 _OWN_PAGES = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
-def read_bytes(name: str, settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
+def read_bytes_setting(name: str, settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
     """Return a setting in bytes from SHOAL_<NAME> or `[inference]` of node.toml; None where it is not set.
 
     `max_memory_bytes` is the cap, `force_floor_bytes` what forced stages must leave free. Raises BadInput.
@@ -47,28 +47,30 @@ def occupied_bytes(pid: int) -> int:
     return 0
 
 
-def memory_facts(limits: Sequence[Room], cap_bytes: int | None, stages: Mapping[str, int], device: Device) -> Facts:
+def memory_facts(
+    limits: Sequence[MemoryLimit], cap_bytes: int | None, stages: Mapping[str, int], device: Device
+) -> NodeFacts:
     """Return the memory facts from the limits on this process (`Memory.look`), the cap, and what `stages` (bytes by
     `<instance>/<rank>`) occupy."""
-    limit = least(limits)
+    limit = tightest(limits)
     total, available = limit.total_bytes, limit.available_bytes
     reclaimable = max(available - limit.free_bytes, 0)
     if cap_bytes is not None:
         total = min(total, cap_bytes)
         available = min(available, max(total - sum(stages.values()), 0))
-    return Facts(
+    return NodeFacts(
         memory_total_bytes=total,
         memory_available_bytes=available // _MIB * _MIB,
         memory_reclaimable_bytes=min(reclaimable, available) // _MIB * _MIB,
         stages={name: size // _MIB * _MIB for name, size in sorted(stages.items())},
-        memory_pressure=pressure(limits),
+        memory_pressure=pressure_level(limits),
         accelerator=device.accelerator,
         accelerator_bytes=device.limit_bytes,
-        memory_bytes_per_s=device.bytes_per_s,
+        idle_bandwidth_bytes_per_s=device.bytes_per_s,
     )
 
 
-def steady(published: Facts, now: Facts) -> Facts:
+def debounce_facts(published: NodeFacts, now: NodeFacts) -> NodeFacts:
     """Return what to publish: `published`, unless something differs from it by more than normal fluctuation.
 
     So an idle machine publishes the same at every beat. Available and occupied memory always come from one sample:

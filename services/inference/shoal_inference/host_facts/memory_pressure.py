@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from shoal_common.host.cgroup import Room
+from shoal_common.host.cgroup import MemoryLimit
 
 _STALLS = Path("/proc/pressure/memory")
 _SOME = re.compile(r"^some avg10=([0-9.]+)", re.MULTILINE)
@@ -21,7 +21,7 @@ _STEPS_PERCENT = (1.0, 20.0)
 _MACOS_LEVELS = {1: 0, 2: 1, 4: 2}
 
 
-def pressure(limits: Sequence[Room] = ()) -> int | None:
+def pressure_level(limits: Sequence[MemoryLimit] = ()) -> int | None:
     """Return 0 none, 1 some or 2 much; None where the system does not report it.
 
     The worst of the control groups among `limits`, or the machine's where no group reports it: version 1 does not.
@@ -35,11 +35,11 @@ def pressure(limits: Sequence[Room] = ()) -> int | None:
 
 def _stalls(path: Path) -> int | None:
     with suppress(OSError):  # a kernel without PSI, or with it switched off
-        return of_stalls(path.read_text())
+        return parse_psi(path.read_text())
     return None
 
 
-def of_stalls(text: str) -> int | None:
+def parse_psi(text: str) -> int | None:
     """Return the pressure step of a Linux PSI file such as /proc/pressure/memory."""
     match = _SOME.search(text)
     return sum(float(match.group(1)) >= step for step in _STEPS_PERCENT) if match else None

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 from nats.errors import Error as NatsError
 
 from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.leases import AskLease, Leased, Unlease
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
+from shoal_common.rpc.request_reply import RpcClient
 from shoal_inference.assignments import Assignment
 
-log = Log("lease")
+log = StructuredLogger("lease")
 
-LEASE_WITHIN_S = 60.0
+LEASE_TIMEOUT_S = 60.0
 """Longer than a supervisor takes to restart storage."""
 _ANSWER_TIMEOUT_S = 10.0
 _RETRY_INTERVAL_S = 0.5
@@ -25,27 +25,27 @@ _RELEASE_TIMEOUT_S = 1.0
 
 
 @asynccontextmanager
-async def leased(
-    ask: Ask, node: str, assignment: Assignment, within_s: float = LEASE_WITHIN_S
-) -> AsyncIterator[Leased]:
+async def lease_model(
+    ask: RpcClient, node: str, assignment: Assignment, timeout_s: float = LEASE_TIMEOUT_S
+) -> AsyncIterator[LeaseGrant]:
     """Hold a lease of a stage's model while the body runs.
 
     Raises what storage answers, or Unavailable when there is no lease after `within_s`.
     """
-    lease = await _acquire(ask, node, assignment, within_s)
+    lease = await _acquire(ask, node, assignment, timeout_s)
     try:
         yield lease
     finally:
         # Storage notices the end of the process by itself; releasing only makes it immediate.
         try:
-            await ask("storage", node, "unlease", Unlease(id=lease.id), Done, deadline_s=_RELEASE_TIMEOUT_S)
+            await ask("storage", node, "unlease", ReleaseLease(id=lease.id), Empty, deadline_s=_RELEASE_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
             log.debug("lease not released; it expires by itself", lease=lease.id, reason=str(e) or type(e).__name__)
 
 
-async def _acquire(ask: Ask, node: str, assignment: Assignment, within_s: float) -> Leased:
+async def _acquire(ask: RpcClient, node: str, assignment: Assignment, within_s: float) -> LeaseGrant:
     spec, rank = assignment.spec, assignment.stage.rank
-    question = AskLease(
+    question = AcquireLease(
         model=spec.model,
         holder=f"stage {rank} of instance {spec.id}",
         instance=spec.id,
@@ -55,7 +55,7 @@ async def _acquire(ask: Ask, node: str, assignment: Assignment, within_s: float)
     is_logged = False
     while True:
         try:
-            return await ask("storage", node, "lease", question, Leased, deadline_s=_ANSWER_TIMEOUT_S)
+            return await ask("storage", node, "lease", question, LeaseGrant, deadline_s=_ANSWER_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
             if isinstance(e, ShoalError) and not e.retryable:
                 raise

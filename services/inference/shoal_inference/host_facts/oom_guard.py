@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from shoal_common.errors import NoRoom
-from shoal_common.messages.liveness import Facts
+from shoal_common.errors import NoMemory
+from shoal_common.messages.liveness import NodeFacts
 
-LOOK_S = 0.5
+CHECK_INTERVAL_S = 0.5
 _FLOOR_FRACTION = 50
 _MIN_FLOOR_BYTES = 256 << 20
 _HIGH_PRESSURE = 2
 
 
-def why_starving(facts: Facts, floor_bytes: int | None) -> NoRoom | None:
+def oom_reason(facts: NodeFacts, floor_bytes: int | None) -> NoMemory | None:
     """Return the error with which forced stages end; None while there is enough memory.
 
     They end when less is available than the floor (unless given, a fiftieth of the memory, at least 256 MiB), or when
@@ -26,7 +26,7 @@ def why_starving(facts: Facts, floor_bytes: int | None) -> NoRoom | None:
         if under_pressure
         else f"{facts.memory_available_bytes / 1e6:.0f} MB were left, {floor / 1e6:.0f} MB must stay free"
     )
-    return NoRoom(
+    return NoMemory(
         f"the instance was forced onto this node and was stopped before the machine ran out of memory: {cause}; "
         "stop it with `shoal stop`, free memory or add a node, then run it again",
         available_bytes=facts.memory_available_bytes,

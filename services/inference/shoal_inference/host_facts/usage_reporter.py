@@ -12,26 +12,26 @@ import asyncio
 from nats.errors import Error as NatsError
 
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.storage import NoteUse
-from shoal_common.rpc.request_reply import Ask
+from shoal_common.messages.storage import RecordUse
+from shoal_common.rpc.request_reply import RpcClient
 
-log = Log("uses")
+log = StructuredLogger("uses")
 
 _REPORT_INTERVAL_S = 60.0
 _REPORT_TIMEOUT_S = 5.0
 
 
-class Uses:
+class UsageReporter:
     """Reports uses in the background. A failed report is logged; a later answer reports again."""
 
-    def __init__(self, ask: Ask, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, ask: RpcClient, tasks: asyncio.TaskGroup) -> None:
         self._ask, self._tasks = ask, tasks
         self._reported_s: dict[str, float] = {}
 
-    def note(self, spec: InstanceSpec, now_s: float) -> None:
+    def report(self, spec: InstanceSpec, now_s: float) -> None:
         """Report that an answer of this instance has begun. `now_s` is monotonic."""
         # Dropping old entries bounds this by the models used within a minute.
         self._reported_s = {m: at_s for m, at_s in self._reported_s.items() if now_s - at_s < _REPORT_INTERVAL_S}
@@ -43,6 +43,6 @@ class Uses:
 
     async def _report(self, node: str, model: str) -> None:
         try:
-            await self._ask("storage", node, "used", NoteUse(models=[model]), Done, deadline_s=_REPORT_TIMEOUT_S)
+            await self._ask("storage", node, "used", RecordUse(models=[model]), Empty, deadline_s=_REPORT_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
             log.warning("model use not recorded", peer_node=node, model=model, reason=str(e) or type(e).__name__)

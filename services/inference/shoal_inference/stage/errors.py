@@ -38,25 +38,25 @@ class RequestError(StageError):
     """Ends one request."""
 
 
-class BadInput(RequestError):
+class InvalidRequest(RequestError):
     """The request cannot be understood."""
 
     code = "bad_input"
 
 
-class PromptTooLong(RequestError):
+class ContextExceeded(RequestError):
     """The prompt alone fills the context."""
 
     code = "prompt_too_long"
 
 
-class Busy(RequestError):
+class StageBusy(RequestError):
     """As many requests in flight as this stage allows."""
 
     code = "busy"
 
 
-class StageLost(RequestError):
+class RingBroken(RequestError):
     """A link of the ring broke while the request needed it."""
 
     code = "stage_lost"
@@ -114,7 +114,7 @@ class BadFrame(LinkError):
     code = "bad_frame"
 
 
-class Refused(LinkError):
+class HandshakeRefused(LinkError):
     """The handshake did not prove membership of this ring."""
 
     code = "refused"

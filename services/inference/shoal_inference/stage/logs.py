@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from shoal_common.logs import set_up
+from shoal_common.logs import configure_logging
 
 SERVICE = "stage"
 
 
 def configure(node: str = "-", level: str = "info", **fields: Any) -> None:
     """Log to stderr from now on; `fields` are part of every line. Peers' text goes into fields, which are escaped."""
-    set_up(SERVICE, node, level)
+    configure_logging(SERVICE, node, level)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_AddFields(fields))
 

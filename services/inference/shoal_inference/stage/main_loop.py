@@ -9,26 +9,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage import logs
-from shoal_inference.stage.errors import BadControl, BadInput, FatalError, LoadFailed
+from shoal_inference.stage.errors import BadControl, FatalError, InvalidRequest, LoadFailed
 from shoal_inference.stage.ipc.child import Channel, ParentGone
 from shoal_inference.stage.ipc.messages import (
     Cancel,
-    Failed,
     Fatal,
-    Generate,
-    Link,
+    GetStats,
     Listening,
-    Probe,
+    RequestFailed,
+    SetSuccessor,
+    StageStats,
     Start,
-    Stats,
+    StartRequest,
     Stop,
 )
-from shoal_inference.stage.requests.follower import Follow
+from shoal_inference.stage.requests.follower import FollowerDriver
 from shoal_inference.stage.requests.lease_lock import hold
-from shoal_inference.stage.requests.pipeline import Core
-from shoal_inference.stage.requests.rank0 import Lead
+from shoal_inference.stage.requests.pipeline import StagePipeline
+from shoal_inference.stage.requests.rank0 import Rank0Driver
 from shoal_inference.stage.ring.frames import MAX_PAYLOAD_BYTES
 from shoal_inference.stage.ring.handshake import Member
 from shoal_inference.stage.ring.ring import Predecessor, Successor
@@ -37,7 +37,7 @@ START_WITHIN_S = 30.0
 _OOM_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
 """Where the kernel has to kill for memory, a stage can be started again; NATS and storage are everybody's."""
 
-log = Log("stage")
+log = StructuredLogger("stage")
 
 
 class _Stopped(Exception):
@@ -96,9 +96,9 @@ async def _serve(channel: Channel, level: str) -> None:
     logs.configure(start.node_of(start.rank), level, instance=start.instance, rank=start.rank)
     if start.lock:
         await hold(start.lock)
-    core = Core(start, channel.emit)
+    core = StagePipeline(start, channel.emit)
     async with asyncio.TaskGroup() as group:
-        lead = Lead(core, group) if start.rank == 0 else None
+        lead = Rank0Driver(core, group) if start.rank == 0 else None
         _join_ring(core, lead, group)
         group.create_task(_load(core))
         while True:
@@ -113,7 +113,7 @@ def _check(start: Start) -> None:
         raise BadControl("Start has no secret: a ring of several stages needs one")
 
 
-def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
+def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.TaskGroup) -> None:
     """Listen and begin to connect; with one stage there is nobody to."""
     start = core.start
     if start.stages == 1:
@@ -126,7 +126,7 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
         stages=start.stages,
         secret=start.secret,
     )
-    follow = Follow(core)
+    follow = FollowerDriver(core)
     core.successor = Successor(
         member,
         core.ring,
@@ -157,25 +157,27 @@ def _join_ring(core: Core, lead: Lead | None, group: asyncio.TaskGroup) -> None:
         group.create_task(follow.sweep())
 
 
-async def _load(core: Core) -> None:
+async def _load(core: StagePipeline) -> None:
     """Without a deadline: a large model on a slow disk takes minutes, and the parent watches."""
     loaded = await asyncio.wrap_future(core.thread.executor.submit(core.engine.load))
     core.emit(loaded)
     core.loaded.set()
 
 
-async def _obey(message: object, core: Core, lead: Lead | None) -> None:
+async def _obey(message: object, core: StagePipeline, lead: Rank0Driver | None) -> None:
     match message:
-        case Generate() if lead is not None:
+        case StartRequest() if lead is not None:
             lead.generate(message)
-        case Generate():
-            error = BadInput(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
-            core.emit(Failed(request=message.request, reply=message.reply, code=error.code, message=error.message))
+        case StartRequest():
+            error = InvalidRequest(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
+            core.emit(
+                RequestFailed(request=message.request, reply=message.reply, code=error.code, message=error.message)
+            )
         case Cancel() if lead is not None:
             lead.cancel(message.request)
-        case Link(host=host, port=port) if core.successor is not None:
+        case SetSuccessor(host=host, port=port) if core.successor is not None:
             core.successor.target(host, port)
-        case Probe():
+        case GetStats():
             core.emit(await _stats(core))
         case Stop():
             raise _Stopped
@@ -185,9 +187,9 @@ async def _obey(message: object, core: Core, lead: Lead | None) -> None:
             log.debug("message ignored", type=type(message).__name__)
 
 
-async def _stats(core: Core) -> Stats:
+async def _stats(core: StagePipeline) -> StageStats:
     sessions, active_bytes, peak_bytes = await core.on_thread(core.engine.memory)
-    return Stats(
+    return StageStats(
         requests=len(core.requests),
         sessions=sessions,
         active_bytes=active_bytes,

@@ -8,54 +8,54 @@ from time import monotonic
 from typing import Literal
 
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.cluster_lease import Lease, LeaseValue, acquire, holding
+from shoal_common.bus.cluster_lease import ClusterLease, LeaseValue, acquire, hold
 from shoal_common.bus.keys import instance_key, leader_key, node_key
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.streams import LEASE_TTL_S
-from shoal_common.cancellation import ended
+from shoal_common.cancellation import cancel_and_wait
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.liveness.compatibility import CompanyView
-from shoal_common.logs import Log
-from shoal_common.messages import Message
+from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
-from shoal_common.messages.liveness import Live
-from shoal_common.messages.model_shape import AskShape, ModelSize
+from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.messages.model_shape import GetModelShape, ModelSize
 from shoal_common.messages.placement import (
-    AskFits,
-    AskRebalances,
     Drain,
-    Fits,
+    FittingModels,
     Forget,
     LinksState,
+    ListFits,
+    ListRebalances,
     NodeSpec,
-    Place,
+    PlaceCommand,
     Previews,
     Rebalance,
     Rebalances,
     Unplace,
 )
-from shoal_common.messages.storage import ModelState, PartState
+from shoal_common.messages.storage import ModelState, ShardState
 from shoal_common.names import ModelRef, check_id, check_node
-from shoal_common.rpc.command_worker import Verb
-from shoal_common.service import Context
+from shoal_common.rpc.command_worker import CommandHandler
+from shoal_common.service import ServiceContext
 from shoal_placement.catch_up import catch_up
-from shoal_placement.leader.failure_detector import Suspicion
-from shoal_placement.leader.fenced_writes import Writes
-from shoal_placement.leader.instance_status_publisher import Instances
+from shoal_placement.leader.failure_detector import FailureDetector
+from shoal_placement.leader.fenced_writes import LeaderWrites
+from shoal_placement.leader.instance_status_publisher import InstanceStatusPublisher
 from shoal_placement.leader.membership_publisher import MembershipPublisher
-from shoal_placement.leader.migration import Mover
-from shoal_placement.leader.node_gc import Collector
-from shoal_placement.network.model import Links
-from shoal_placement.network.survey import Survey
-from shoal_placement.planning.cluster_facts import World, instance_id
-from shoal_placement.planning.plan import layout_name, spec_of
-from shoal_placement.planning.planner import candidates, plan, previews
-from shoal_placement.planning.previews import as_previews, fitting
-from shoal_placement.planning.rebalance import better, placed_anew, rebalances
-from shoal_placement.planning.requests import held, in_flight, with_unheld
+from shoal_placement.leader.migration import Migrator
+from shoal_placement.leader.node_gc import NodeGarbageCollector
+from shoal_placement.network.model import NetworkModel
+from shoal_placement.network.survey import LinkSurvey
+from shoal_placement.planning.cluster_facts import ClusterFacts, instance_id
+from shoal_placement.planning.plan import layout_name, to_instance_spec
+from shoal_placement.planning.planner import candidate_nodes, plan_layout, plan_previews
+from shoal_placement.planning.previews import list_fitting_models, to_previews
+from shoal_placement.planning.rebalance import best_rebalance, rebalances, replan
+from shoal_placement.planning.requests import is_held, requests_in_flight, with_remote_model
 
-log = Log("placement")
+log = StructuredLogger("placement")
 _PLACE_DEADLINE_S = 60.0
 _UNPLACE_DEADLINE_S = 60.0
 _FORGET_DEADLINE_S = 60.0
@@ -67,7 +67,7 @@ _ACQUIRE_INTERVAL_S = 30.0
 """The mirror of the lease shows who leads; NATS is asked this often all the same."""
 
 
-class Placed(Message):
+class PlaceResult(WireStruct):
     """The result of `place`, and the reply to `preview` (without an instance)."""
 
     instance: str
@@ -79,35 +79,35 @@ class Placed(Message):
     """Whether other programs may have to free memory."""
 
 
-class Placement:
+class PlacementService:
     """The placement commands and questions, and the election of the leader."""
 
     def __init__(
         self,
-        context: Context,
-        live: CompanyView,
-        spec: View,
-        state: View,
-        collector: Collector,
+        context: ServiceContext,
+        live: CompatibleLiveView,
+        spec: KvMirror,
+        state: KvMirror,
+        collector: NodeGarbageCollector,
         replace_after_s: float,
     ) -> None:
         self._context, self._collector = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
-        self._suspicion, self.survey = Suspicion(context, live), Survey(context, live, state)
-        self._mover = Mover(
+        self._suspicion, self.survey = FailureDetector(context, live), LinkSurvey(context, live, state)
+        self._mover = Migrator(
             context, (live, spec, state), self._inference_nodes, self._world, self._section, replace_after_s
         )
-        self._instances = Instances(context, (live, spec, state), self._suspicion, self._mover)
-        self._membership = MembershipPublisher(context, live, state, self._suspicion.silent)
-        self._writes: Writes
+        self._instances = InstanceStatusPublisher(context, (live, spec, state), self._suspicion, self._mover)
+        self._membership = MembershipPublisher(context, live, state, self._suspicion.unresponsive)
+        self._writes: LeaderWrites
         """Set while it leads."""
 
-    def _answering_services(self) -> dict[str, dict[str, Live]]:
+    def _answering_services(self) -> dict[str, dict[str, LivenessRecord]]:
         """Return the services that are live and answer, by service and node."""
-        services: dict[str, dict[str, Live]] = {}
-        for key, record in self._live.items("", Live):
-            if key not in self._suspicion.silent:
+        services: dict[str, dict[str, LivenessRecord]] = {}
+        for key, record in self._live.items("", LivenessRecord):
+            if key not in self._suspicion.unresponsive:
                 node, _, service = key.partition(".")
                 services.setdefault(service, {})[node] = record
         return services
@@ -116,19 +116,19 @@ class Placement:
         """Return the nodes that can run stages."""
         return set(self._answering_services().get("inference", {}))
 
-    def _world(self) -> World:
+    def _world(self) -> ClusterFacts:
         services = self._answering_services()
         measured = (s for _, s in self._state.items("links.", LinksState))
         fileservers = {node: record.facts for node, record in services.get("fileserver", {}).items()}
-        return World(
-            alive={node for nodes in services.values() for node in nodes},
-            facts={node: record.facts for node, record in services.get("inference", {}).items()},
+        return ClusterFacts(
+            live_nodes={node for nodes in services.values() for node in nodes},
+            inference_facts={node: record.facts for node, record in services.get("inference", {}).items()},
             models=[m for _, m in self._state.items("model.", ModelState)],
-            parts=[p for _, p in self._state.items("part.", PartState)],
+            shards=[p for _, p in self._state.items("part.", ShardState)],
             downloads=[d for _, d in self._state.items("download.", DownloadState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
-            drained={s.node for _, s in self._spec.items("node.", NodeSpec)},
-            links=Links(measured, fileservers, cluster_clock.now_s()),
+            drained_nodes={s.node for _, s in self._spec.items("node.", NodeSpec)},
+            links=NetworkModel(measured, fileservers, cluster_clock.now_s()),
         )
 
     async def _catch_up(self) -> None:
@@ -137,7 +137,7 @@ class Placement:
 
     # Commands and questions
 
-    async def place(self, command: Place, identity: str) -> Placed:
+    async def place(self, command: PlaceCommand, identity: str) -> PlaceResult:
         """Choose a layout and publish the instance. The same command delivered again returns that instance (I5)."""
         async with self._section:
             await self._catch_up()
@@ -145,12 +145,12 @@ class Placement:
             existing = self._spec.get(instance_key(name), InstanceSpec)
             if existing is not None:
                 return _placed(existing)
-            chosen = await asyncio.to_thread(plan, command, self._world())
-            spec = spec_of(chosen, name, round(cluster_clock.now_s(), 3))
-            await self._spec.reached(await self._writes.spec.put(instance_key(name), spec))
-        self.survey.want(candidates([chosen]))
+            chosen = await asyncio.to_thread(plan_layout, command, self._world())
+            spec = to_instance_spec(chosen, name, round(cluster_clock.now_s(), 3))
+            await self._spec.wait_revision(await self._writes.spec.put(instance_key(name), spec))
+        self.survey.request_measurements(candidate_nodes([chosen]))
         log.info("instance placed", instance=name, model=spec.model, nodes=",".join(s.node for s in spec.stages))
-        await self._context.events.tell("placed", instance=name, model=spec.model)
+        await self._context.events.emit("placed", instance=name, model=spec.model)
         return _placed(spec)
 
     async def unplace(self, command: Unplace, _: str) -> dict[str, object]:
@@ -159,13 +159,13 @@ class Placement:
         async with self._section:  # a replan under way would publish it again
             stopped = await self._writes.spec.delete(instance_key(name))
 
-        def stages_gone(state: View) -> bool | None:
+        def stages_gone(state: KvMirror) -> bool | None:
             return None if any(True for _ in state.items(f"stage.{name}.", StageState)) else True
 
         if stopped:
             log.info("instance stopped", instance=name)
-            await self._context.events.tell("unplaced", instance=name)
-            await self._state.until(stages_gone, _STAGES_GONE_TIMEOUT_S)
+            await self._context.events.emit("unplaced", instance=name)
+            await self._state.wait_for(stages_gone, _STAGES_GONE_TIMEOUT_S)
         return {"instance": name, "stopped": stopped}
 
     async def _rebalance(self, command: Rebalance, _: str) -> dict[str, object]:
@@ -177,12 +177,12 @@ class Placement:
             if spec is None:
                 raise NotFound(f"there is no instance {name}: `shoal ps` lists the instances")
             world = self._world()
-            if not layout and (proposal := await asyncio.to_thread(better, spec, world)) is not None:
-                layout = proposal.better.layout
+            if not layout and (proposal := await asyncio.to_thread(best_rebalance, spec, world)) is not None:
+                layout = proposal.proposed.layout
             if layout in ("", layout_name(spec.stages)):
                 return {"instance": name, "moved": False, "epoch": spec.epoch}
-            replanned = await asyncio.to_thread(placed_anew, spec, world, layout)
-            await self._mover.settle(replanned, "requested by a person", self._writes)
+            replanned = await asyncio.to_thread(replan, spec, world, layout)
+            await self._mover.publish_layout(replanned, "requested by a person", self._writes)
         return {"instance": name, "moved": True, "epoch": replanned.epoch}
 
     async def _drain(self, command: Drain, _: str) -> dict[str, object]:
@@ -194,9 +194,11 @@ class Placement:
                 was_drained = await spec.delete(node_key(node))
             elif was_drained := node_key(node) in self._spec:
                 pass
-            elif node in self._world().alive:
-                await self._spec.reached(
-                    await spec.put(node_key(node), NodeSpec(node=node, asked_at_s=round(cluster_clock.now_s(), 3)))
+            elif node in self._world().live_nodes:
+                await self._spec.wait_revision(
+                    await spec.put(
+                        node_key(node), NodeSpec(node=node, requested_at_s=round(cluster_clock.now_s(), 3))
+                    )
                 )
             else:
                 raise NotFound(f"node {node} is not live: to remove a node for good, run `shoal node forget {node}`")
@@ -211,46 +213,50 @@ class Placement:
             "instances": sorted(affected),
         }
 
-    async def preview(self, question: Place) -> Placed:
+    async def preview(self, question: PlaceCommand) -> PlaceResult:
         """Return the layout that `place` would choose now. Writes nothing."""
         await self._catch_up()
-        chosen = await asyncio.to_thread(plan, question, self._world())
-        self.survey.want(candidates([chosen]))
-        return _placed(spec_of(chosen, "preview", 0.0))
+        chosen = await asyncio.to_thread(plan_layout, question, self._world())
+        self.survey.request_measurements(candidate_nodes([chosen]))
+        return _placed(to_instance_spec(chosen, "preview", 0.0))
 
-    async def previews(self, question: Place) -> Previews:
+    async def previews(self, question: PlaceCommand) -> Previews:
         """Return the best layout for each number of nodes, in any memory tier. Writes nothing."""
         await self._catch_up()
         world = self._world()
-        if not held(question.model, world):
-            world = with_unheld(world, question.model, await self._size_of(question.model))
-        plans = await asyncio.to_thread(previews, question, world)
-        self.survey.want(candidates(plans))
-        return as_previews(plans, world.facts, in_flight(question))
+        if not is_held(question.model, world):
+            world = with_remote_model(world, question.model, await self._size_of(question.model))
+        plans = await asyncio.to_thread(plan_previews, question, world)
+        self.survey.request_measurements(candidate_nodes(plans))
+        return to_previews(plans, world.inference_facts, requests_in_flight(question))
 
-    async def fits(self, question: AskFits) -> Fits:
+    async def list_fits(self, question: ListFits) -> FittingModels:
         """Return which of the models on live nodes could be placed now. Writes nothing."""
         await self._catch_up()
-        return await asyncio.to_thread(fitting, question, self._world())
+        return await asyncio.to_thread(list_fitting_models, question, self._world())
 
-    async def rebalances(self, _: AskRebalances) -> Rebalances:
+    async def list_rebalances(self, _: ListRebalances) -> Rebalances:
         """Return which instances would run better on another layout. Writes nothing."""
         await self._catch_up()
         return await asyncio.to_thread(rebalances, self._world())
 
     async def _size_of(self, model: str) -> ModelSize:
         """Have a fetcher read the size of a model that no node has from the hub. Raises NotFound and others."""
-        fetchers = sorted(key.partition(".")[0] for key, _ in self._live.items("", Live) if key.endswith(".fetcher"))
+        fetchers = sorted(
+            key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".fetcher")
+        )
         if not fetchers:
             raise NotFound(
                 f"no live node holds {model}, and no fetcher is live to ask the hub: start a node with `shoal up`"
             )
         node = self._context.node if self._context.node in fetchers else fetchers[0]
-        return await self._context.ask("fetcher", node, "shape", AskShape(model=model), ModelSize, _SIZE_DEADLINE_S)
+        return await self._context.rpc(
+            "fetcher", node, "shape", GetModelShape(model=model), ModelSize, _SIZE_DEADLINE_S
+        )
 
     # Leading
 
-    async def lead_forever(self, lease_view: View) -> None:
+    async def lead_forever(self, lease_view: KvMirror) -> None:
         """Acquire the lease whenever it is free, and lead while it is held. Never returns."""
         key, next_try_s = leader_key("placement"), 0.0
         while True:
@@ -258,15 +264,15 @@ class Placement:
             if holder is None or holder.node == self._context.node or monotonic() >= next_try_s:
                 next_try_s = monotonic() + _ACQUIRE_INTERVAL_S
                 if (lease := await self._acquire(key)) is not None:
-                    async with holding(lease):
+                    async with hold(lease):
                         await self._lead(lease)
                     log.info("no longer leading")
                     continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LEASE_CHECK_INTERVAL_S):
-                    await lease_view.changed_after(seen)
+                    await lease_view.wait_changed(seen)
 
-    async def _acquire(self, key: str) -> Lease | None:
+    async def _acquire(self, key: str) -> ClusterLease | None:
         context = self._context
         try:
             return await acquire(context.buckets.lease, key, context.node, context.liveness.uid)
@@ -274,33 +280,33 @@ class Placement:
             log.warning("cannot acquire the leader's lease", reason=e.message)
             return None
 
-    async def _lead(self, lease: Lease) -> None:
-        self._writes = Writes(self._context.buckets.spec, self._context.buckets.state, lease)
+    async def _lead(self, lease: ClusterLease) -> None:
+        self._writes = LeaderWrites(self._context.buckets.spec, self._context.buckets.state, lease)
         if not await self._writes.begin():
             return
         log.info("leading")
         lost = asyncio.Event()
         verbs = {
-            "place": Verb(Place, self.place, _PLACE_DEADLINE_S),
-            "unplace": Verb(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
-            "forget": Verb(Forget, self._collector.forget, _FORGET_DEADLINE_S),
-            "rebalance": Verb(Rebalance, self._rebalance, _PLACE_DEADLINE_S),
-            "drain": Verb(Drain, self._drain, _DRAIN_DEADLINE_S),
+            "place": CommandHandler(PlaceCommand, self.place, _PLACE_DEADLINE_S),
+            "unplace": CommandHandler(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
+            "forget": CommandHandler(Forget, self._collector.forget, _FORGET_DEADLINE_S),
+            "rebalance": CommandHandler(Rebalance, self._rebalance, _PLACE_DEADLINE_S),
+            "drain": CommandHandler(Drain, self._drain, _DRAIN_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
-            commands = tasks.create_task(self._context.work(verbs, address="any", until=lost))
+            commands = tasks.create_task(self._context.run_commands(verbs, address="any", until=lost))
             instances = tasks.create_task(self._instances.run(lease, self._writes))
             collector = tasks.create_task(self._collector.run(lease, self._writes))
             detector = tasks.create_task(self._suspicion.run())
             membership = tasks.create_task(self._membership.run(self._writes))
             await lease.wait_lost()
             lost.set()
-            await ended(instances, collector, detector, membership)
+            await cancel_and_wait(instances, collector, detector, membership)
             await asyncio.wait({commands})
 
 
-def _placed(spec: InstanceSpec) -> Placed:
-    return Placed(
+def _placed(spec: InstanceSpec) -> PlaceResult:
+    return PlaceResult(
         instance=spec.id,
         model=spec.model,
         stages=spec.stages,

@@ -9,33 +9,33 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from shoal_common.bus import subjects
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
 from shoal_common.names import check_node
-from shoal_common.rpc.request_reply import HERE
-from shoal_common.service import Context
-from shoal_placement.leader.failure_rules import silent_keys, to_ask
+from shoal_common.rpc.request_reply import PING
+from shoal_common.service import ServiceContext
+from shoal_placement.leader.failure_rules import services_to_ping, unresponsive_keys
 
-log = Log("placement")
+log = StructuredLogger("placement")
 
-ANSWER_DEADLINE_S = 1.0
+PING_DEADLINE_S = 1.0
 _MAX_CONCURRENT_NODES = 64
 
 
-class Suspicion:
+class FailureDetector:
     """Keeps the keys of `live` whose services do not answer."""
 
-    def __init__(self, context: Context, live: View) -> None:
+    def __init__(self, context: ServiceContext, live: KvMirror) -> None:
         self._context, self._live = context, live
-        self.silent = View("silent")
+        self.unresponsive = KvMirror("silent")
         """Keys of `live`; the values are empty."""
         self._reported: set[str] = set()
 
-    def nodes(self, service: str) -> set[str]:
+    def unresponsive_nodes(self, service: str) -> set[str]:
         """Return the nodes whose service does not answer."""
-        keys = self.silent.keys()
+        keys = self.unresponsive.keys()
         return {key.partition(".")[0] for key in keys if key.endswith(f".{service}")}
 
     async def run(self) -> None:
@@ -58,11 +58,11 @@ class Suspicion:
                         checking.add(node)
                         tasks.create_task(check(node))
 
-            subscription = await self._context.nats.client.subscribe(subjects.lost("*"), cb=on_report)
+            subscription = await self._context.nats.client.subscribe(subjects.peer_lost("*"), cb=on_report)
             try:
                 await asyncio.Event().wait()
             finally:
-                self.silent.replace({})
+                self.unresponsive.replace({})
                 self._reported.clear()
                 with suppress(NatsError):
                     await subscription.unsubscribe()
@@ -73,17 +73,17 @@ class Suspicion:
             self._reported.discard(node)
             answered = await self._ping(node)
             if answered is not None:
-                self._update(node, silent_keys(node, self._live.keys(), answered))
-            await asyncio.sleep(ANSWER_DEADLINE_S)
+                self._update(node, unresponsive_keys(node, self._live.keys(), answered))
+            await asyncio.sleep(PING_DEADLINE_S)
 
     def _unresponsive_of(self, node: str) -> set[str]:
-        keys = self.silent.keys()
+        keys = self.unresponsive.keys()
         return {key for key in keys if key.partition(".")[0] == node}
 
     def _update(self, node: str, unresponsive: set[str]) -> None:
         before = self._unresponsive_of(node)
         for key in sorted(before - unresponsive):
-            self.silent.apply(key, None)
+            self.unresponsive.apply(key, None)
         newly = sorted(unresponsive - before)
         if newly:
             services = ",".join(key.partition(".")[2] for key in newly)
@@ -91,12 +91,12 @@ class Suspicion:
                 "node does not answer; these services count as down until it does", name=node, services=services
             )
         for key in newly:
-            self.silent.apply(key, b"")
+            self.unresponsive.apply(key, b"")
 
     async def _ping(self, node: str) -> dict[str, bool] | None:
         """Return which services of a node answer; None if NATS may be why they do not."""
         nats, connection = self._context.nats, self._context.nats.reconnects.count
-        services = to_ask(node, self._live.keys())
+        services = services_to_ping(node, self._live.keys())
         own_answer, *answers = await asyncio.gather(
             self._answers("placement", self._context.node), *(self._answers(service, node) for service in services)
         )
@@ -106,7 +106,7 @@ class Suspicion:
 
     async def _answers(self, service: str, node: str) -> bool:
         try:
-            await self._context.ask(service, node, HERE, Done(), Done, ANSWER_DEADLINE_S)
+            await self._context.rpc(service, node, PING, Empty(), Empty, PING_DEADLINE_S)
         except (ShoalError, NatsError):
             return False
         return True

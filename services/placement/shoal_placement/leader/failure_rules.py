@@ -11,17 +11,17 @@ from collections.abc import Iterable, Mapping, Set
 
 from shoal_common.messages.instances import InstanceState
 
-ANSWERING = ("storage", "fetcher", "placement", "inference")
+PINGED_SERVICES = ("storage", "fetcher", "placement", "inference")
 """Services that answer a ping. If none of them answers, the other services of the node count as down too."""
 
 
-def to_ask(node: str, live: Iterable[str]) -> list[str]:
+def services_to_ping(node: str, live: Iterable[str]) -> list[str]:
     """Return which services of a node to ping, by the keys of `live`."""
     services = {key.partition(".")[2] for key in live if key.partition(".")[0] == node}
-    return [service for service in ANSWERING if service in services]
+    return [service for service in PINGED_SERVICES if service in services]
 
 
-def silent_keys(node: str, live: Iterable[str], answered: Mapping[str, bool]) -> set[str]:
+def unresponsive_keys(node: str, live: Iterable[str], answered: Mapping[str, bool]) -> set[str]:
     """Return the keys of a node that count as down. `answered`: of the services that were pinged, which answered."""
     if not answered:
         return set()
@@ -31,7 +31,7 @@ def silent_keys(node: str, live: Iterable[str], answered: Mapping[str, bool]) ->
     return keys & {f"{node}.{service}" for service, has_answered in answered.items() if not has_answered}
 
 
-def present(live: Set[str], unresponsive: Set[str], published: InstanceState | None, settled: bool) -> set[str]:
+def nodes_present(live: Set[str], unresponsive: Set[str], published: InstanceState | None, settled: bool) -> set[str]:
     """Return the nodes that count as present for an instance whose last published state is `published`.
 
     `live`: nodes with a live inference service; `unresponsive`: nodes whose inference service does not answer;

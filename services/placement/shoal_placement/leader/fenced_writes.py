@@ -11,64 +11,64 @@ from __future__ import annotations
 import asyncio
 from typing import NoReturn
 
-from shoal_common.bus.cluster_lease import Lease
+from shoal_common.bus.cluster_lease import ClusterLease
 from shoal_common.bus.keys import leader_key
 from shoal_common.bus.kv_bucket import Bucket, Fence
 from shoal_common.errors import Unavailable
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode
 
-log = Log("placement")
+log = StructuredLogger("placement")
 
 
-class Led(Message):
+class LeaderMarker(WireStruct):
     """The value of `leader.placement` in `spec` and `state`."""
 
     lease_revision: int
 
 
-class Fenced:
+class FencedBucket:
     """One bucket that only the current leader can write."""
 
-    def __init__(self, bucket: Bucket, lease: Lease) -> None:
+    def __init__(self, bucket: Bucket, lease: ClusterLease) -> None:
         self._bucket, self._lease = bucket, lease
         self._fence = Fence(leader_key("placement"), 0)
 
     async def begin(self) -> bool:
         """Take over the bucket. Return False if a later leader has it."""
-        marker = Led(lease_revision=self._lease.revision)
+        marker = LeaderMarker(lease_revision=self._lease.revision)
         while True:
             entry = await self._bucket.get(self._fence.key)
-            if entry is not None and decode(entry.value, Led).lease_revision > marker.lease_revision:
+            if entry is not None and decode(entry.value, LeaderMarker).lease_revision > marker.lease_revision:
                 return False
-            revision = await self._bucket.swap(self._fence.key, marker, entry.revision if entry else 0)
+            revision = await self._bucket.compare_and_set(self._fence.key, marker, entry.revision if entry else 0)
             if revision is not None:
                 self._fence = Fence(self._fence.key, revision)
                 return True
 
     async def put(self, key: str, value: object) -> int:
         """Write a key. Return the revision. Never returns if another service leads."""
-        revision = await self._bucket.put_behind(self._fence, key, value) if self._lease.held else None
+        revision = await self._bucket.put_fenced(self._fence, key, value) if self._lease.held else None
         return await self._give_up(key) if revision is None else revision
 
     async def delete(self, key: str) -> bool:
         """Remove a key. Return False, and write nothing, if it is absent. Never returns if another service leads."""
-        deleted = await self._bucket.delete_behind(self._fence, key) if self._lease.held else None
+        deleted = await self._bucket.delete_fenced(self._fence, key) if self._lease.held else None
         return await self._give_up(key) if deleted is None else deleted
 
     async def _give_up(self, key: str) -> NoReturn:
         """Give up the lease, and wait to be cancelled by whoever waits for it; commands go to the next leader."""
         log.warning("write refused: another placement service leads now", bucket=self._bucket.name, key=key)
-        self._lease.lose()
+        self._lease.mark_lost()
         while True:
             await asyncio.Event().wait()
 
 
-class Writes:
+class LeaderWrites:
     """The buckets that a leader writes, `spec` and `state`, for as long as it holds its lease."""
 
-    def __init__(self, spec: Bucket, state: Bucket, lease: Lease) -> None:
-        self.spec, self.state = Fenced(spec, lease), Fenced(state, lease)
+    def __init__(self, spec: Bucket, state: Bucket, lease: ClusterLease) -> None:
+        self.spec, self.state = FencedBucket(spec, lease), FencedBucket(state, lease)
 
     async def begin(self) -> bool:
         """Take over both buckets. Return False if a later leader has one of them, or NATS is down."""

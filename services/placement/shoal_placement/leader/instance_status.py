@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from shoal_common.errors import ErrorBody, NoRoom
+from shoal_common.errors import ErrorBody, NoMemory
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 
 
-def instance_state(
+def instance_status(
     spec: InstanceSpec,
     stages: Iterable[StageState],
     live: Iterable[str],
@@ -24,7 +24,7 @@ def instance_state(
     own = _own_stages(spec, stages)
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in present]
     failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
-    oom_killed = any(error is not None and error.code == NoRoom.code for error in failed)
+    oom_killed = any(error is not None and error.code == NoMemory.code for error in failed)
     was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
@@ -45,7 +45,7 @@ def instance_state(
     )
 
 
-def has_degraded(before: InstanceState | None, now: InstanceState) -> bool:
+def has_become_degraded(before: InstanceState | None, now: InstanceState) -> bool:
     """Return whether an instance has become degraded since `before` was published."""
     was_degraded = before is not None and before.phase == "degraded" and before.epoch == now.epoch
     return now.phase == "degraded" and not was_degraded

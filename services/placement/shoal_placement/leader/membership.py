@@ -18,7 +18,7 @@ class MemberChanges(msgspec.Struct, frozen=True):
     returned: list[str]
 
 
-def compare(before: MembersState, named: Set[str], live: Set[str], now_s: float) -> MemberChanges:
+def compare_members(before: MembersState, named: Set[str], live: Set[str], now_s: float) -> MemberChanges:
     """Return what has changed. `named`: nodes that have published state; `live`: nodes with a service that answers.
 
     A node joins once it is live and has published state. One that is neither is dropped: it was retired, which has an

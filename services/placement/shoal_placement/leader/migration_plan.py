@@ -13,29 +13,31 @@ import msgspec
 from shoal_common.messages.instances import InstanceSpec
 
 
-class Leaving(msgspec.Struct, frozen=True):
+class LeavingInstance(msgspec.Struct, frozen=True):
     """An instance that has to leave nodes."""
 
     spec: InstanceSpec
-    gone: list[str]
+    down: list[str]
     """Nodes of it that have been down for `replace_after` or longer."""
     drained: list[str]
 
     @property
-    def why(self) -> str:
+    def reason(self) -> str:
         """The reason, for people."""
-        reasons = [f"{node} is down" for node in self.gone] + [f"{node} is drained" for node in self.drained]
+        reasons = [f"{node} is down" for node in self.down] + [f"{node} is drained" for node in self.drained]
         return ", ".join(reasons)
 
 
-class Moves(msgspec.Struct, frozen=True):
+class MigrationPlan(msgspec.Struct, frozen=True):
     """The instances that have to move, and when to check again (seconds; None: when something changes)."""
 
-    leaving: list[Leaving]
+    leaving: list[LeavingInstance]
     wake_s: float | None
 
 
-def moves(specs: Iterable[InstanceSpec], down_s: Mapping[str, float], drained: Set[str], after_s: float) -> Moves:
+def plan_migrations(
+    specs: Iterable[InstanceSpec], down_s: Mapping[str, float], drained: Set[str], after_s: float
+) -> MigrationPlan:
     """Return which instances have to move. `down_s`: how long each node without live inference has been down."""
     leaving, later_s = [], []
     for spec in specs:
@@ -45,5 +47,5 @@ def moves(specs: Iterable[InstanceSpec], down_s: Mapping[str, float], drained: S
         # A drained node that is briefly down is left at once: nobody wants the instance back there.
         to_empty = [n for n in nodes if n in drained and n not in down]
         if down or to_empty:
-            leaving.append(Leaving(spec, down, to_empty))
-    return Moves(leaving, min(later_s, default=None))
+            leaving.append(LeavingInstance(spec, down, to_empty))
+    return MigrationPlan(leaving, min(later_s, default=None))

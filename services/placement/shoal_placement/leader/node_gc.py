@@ -7,55 +7,63 @@ never touched; a node that comes back publishes again what its disk holds.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from nats.js.errors import NotFoundError
 
 from shoal_common.bus import cluster_clock, subjects
-from shoal_common.bus.cluster_lease import Lease
+from shoal_common.bus.cluster_lease import ClusterLease
 from shoal_common.bus.keys import instance_key, node_key
-from shoal_common.bus.kv_mirror import View
-from shoal_common.bus.reconcile import reconcile_forever, soonest
-from shoal_common.bus.streams import patiently
+from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.bus.reconcile import earliest, reconcile_forever
+from shoal_common.bus.streams import retry_while_nats_down
 from shoal_common.errors import InUse
-from shoal_common.liveness.compatibility import CompanyView
-from shoal_common.logs import Log
+from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.instances import InstanceSpec, StageState
-from shoal_common.messages.liveness import Live
+from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.placement import Forget, NodeState
 from shoal_common.names import check_node
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_placement.catch_up import catch_up
-from shoal_placement.leader.fenced_writes import Fenced, Writes
-from shoal_placement.leader.retirement import Actions, Named, named_by, reconcile
+from shoal_placement.leader.fenced_writes import FencedBucket, LeaderWrites
+from shoal_placement.leader.retirement import KeysOfNode, RetirementActions, keys_by_node, plan_retirement
 
-log = Log("collector")
+log = StructuredLogger("collector")
 
-SETTLED_S = 10.0
+SETTLE_INTERVAL_S = 10.0
 """After NATS is back, no node is retired for this long: live nodes may not have renewed their keys yet."""
 _MAX_CONCURRENT_DELETES = 32
 
 
-class Collector:
+class NodeGarbageCollector:
     """Publishes nodes that are down and retires them, while this service leads."""
 
-    def __init__(self, context: Context, live: CompanyView, spec: View, state: View, retire_after_s: float) -> None:
+    def __init__(
+        self,
+        context: ServiceContext,
+        live: CompatibleLiveView,
+        spec: KvMirror,
+        state: KvMirror,
+        retire_after_s: float,
+    ) -> None:
         self._context, self._live, self._spec, self._state = context, live, spec, state
         self._retire_after_s = retire_after_s
         self._collecting = asyncio.Lock()
-        self._lease: Lease | None = None
-        self._writes: Writes
+        self._lease: ClusterLease | None = None
+        self._writes: LeaderWrites
         """Set while it leads."""
 
-    async def run(self, lease: Lease, writes: Writes) -> None:
+    async def run(self, lease: ClusterLease, writes: LeaderWrites) -> None:
         """Publish and retire nodes while this lease is held."""
         self._lease, self._writes = lease, writes
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
-        connection, may_retire_at_s, may_publish_at_s = reconnects.count, loop.time() + SETTLED_S, loop.time()
+        connection, may_retire_at_s, may_publish_at_s = reconnects.count, loop.time() + SETTLE_INTERVAL_S, loop.time()
 
         async def collect() -> float | None:
             nonlocal connection, may_retire_at_s, may_publish_at_s
             if reconnects.count != connection:
-                connection, may_retire_at_s = reconnects.count, loop.time() + SETTLED_S
+                connection, may_retire_at_s = reconnects.count, loop.time() + SETTLE_INTERVAL_S
                 may_publish_at_s = may_retire_at_s
             return await self._collect(may_retire_at_s - loop.time(), may_publish_at_s - loop.time())
 
@@ -64,58 +72,60 @@ class Collector:
             (self._live, self._spec, self._state),
             collect,
             # Facts in liveness records do not matter here.
-            lambda: (self._live.comings, self._spec.changes, self._state.changes),
+            lambda: (self._live.key_changes, self._spec.changes, self._state.changes),
         )
 
     async def _collect(self, no_retirement_s: float, no_publishing_s: float) -> float | None:
         """Act once. For `no_retirement_s` no node is retired; for `no_publishing_s`, after an outage, none is
         published as down. Return the seconds until the next check is due."""
         named, actions = self._decide()
-        if actions.silent:
+        if actions.publish_down:
             # The views run apart: what a node has may be seen before its liveness keys.
             await catch_up(self._context.nats, self._live)
             named, actions = self._decide()
         state, wake_s = self._writes.state, actions.wake_s
-        for down in actions.silent:
+        for down in actions.publish_down:
             if no_publishing_s > 0:
-                wake_s = soonest(wake_s, no_publishing_s)
+                wake_s = earliest(wake_s, no_publishing_s)
                 continue
             log.debug("node is down", name=down.node)
-            await self._state.reached(await state.put(node_key(down.node), down))
-        for node in actions.clear:
+            await self._state.wait_revision(await state.put(node_key(down.node), down))
+        for node in actions.clear_down:
             await state.delete(node_key(node))
             log.debug("node is live again, or no key names it", name=node)
         for retired in actions.retire:
-            if no_retirement_s > 0 and not retired.forgotten:
-                wake_s = soonest(wake_s, no_retirement_s)
+            if no_retirement_s > 0 and not retired.forget_requested:
+                wake_s = earliest(wake_s, no_retirement_s)
                 continue
             why = (
                 "forgotten"
-                if retired.forgotten
-                else f"down for {cluster_clock.now_s() - retired.silent_since_s:.0f} s"
+                if retired.forget_requested
+                else f"down for {cluster_clock.now_s() - retired.down_since_s:.0f} s"
             )
             async with self._collecting:
-                await self._retire(retired.node, why, named.get(retired.node, Named()))
+                await self._retire(retired.node, why, named.get(retired.node, KeysOfNode()))
         return wake_s
 
-    def _decide(self) -> tuple[dict[str, Named], Actions]:
+    def _decide(self) -> tuple[dict[str, KeysOfNode], RetirementActions]:
         named, now_s = self._named(), round(cluster_clock.now_s(), 3)
-        return named, reconcile(named.keys(), self._live_nodes(), self._published(), now_s, self._retire_after_s)
+        return named, plan_retirement(
+            named.keys(), self._live_nodes(), self._published(), now_s, self._retire_after_s
+        )
 
     def _live_nodes(self) -> set[str]:
         # Services of another major version are ignored otherwise, but they live.
-        keys = {key for key, _ in self._live.items("", Live)} | self._live.others.keys()
+        keys = {key for key, _ in self._live.items("", LivenessRecord)} | self._live.incompatible.keys()
         return {key.partition(".")[0] for key in keys}
 
     def _published(self) -> dict[str, NodeState]:
         return {state.node: state for _, state in self._state.items("node.", NodeState)}
 
-    def _named(self) -> dict[str, Named]:
+    def _named(self) -> dict[str, KeysOfNode]:
         instances = [s for _, s in self._spec.items("instance.", InstanceSpec)]
         stages = list(self._state.items("stage.", StageState))
-        return named_by(self._spec.keys(), self._state.keys(), instances, stages)
+        return keys_by_node(self._spec.keys(), self._state.keys(), instances, stages)
 
-    async def _retire(self, node: str, why: str, keys: Named) -> int:
+    async def _retire(self, node: str, why: str, keys: KeysOfNode) -> int:
         """Remove every key that names a node. Its NodeState goes last, so that the next leader can finish (I8).
 
         Return the number of keys.
@@ -131,12 +141,12 @@ class Collector:
             return 0
         if await writes.state.delete(node_key(node)):
             log.info("node retired", name=node, why=why, key_count=keys.count)
-            await self._context.events.tell(
+            await self._context.events.emit(
                 "retired", retired=node, why=why, key_count=keys.count, instances=sorted(keys.instances)
             )
         return keys.count
 
-    async def _delete(self, bucket: Fenced, keys: list[str], node: str) -> None:
+    async def _delete(self, bucket: FencedBucket, keys: list[str], node: str) -> None:
         for start in range(0, len(keys), _MAX_CONCURRENT_DELETES):
             if not self._may_collect(node):
                 return
@@ -148,9 +158,9 @@ class Collector:
         for service in subjects.SERVICES:
             if not self._may_collect(node):
                 return
-            await patiently(lambda s=service: js.purge_stream("CMD", subject=subjects.commands_of(s, node)))  # type: ignore[misc]  # a default binds it
+            await retry_while_nats_down(partial(js.purge_stream, "CMD", subject=subjects.all_commands(service, node)))
             try:
-                await patiently(lambda s=service: js.delete_consumer("CMD", subjects.durable(s, node)))  # type: ignore[misc]  # the same
+                await retry_while_nats_down(partial(js.delete_consumer, "CMD", subjects.consumer_name(service, node)))
             except NotFoundError:
                 continue
 
@@ -168,10 +178,10 @@ class Collector:
             keys = self._named().get(node)
             if keys is None and node not in self._published():
                 return {"node": node, "found": False, "key_count": 0}
-            published = NodeState(node=node, silent_since_s=round(cluster_clock.now_s(), 3), forgotten=True)
+            published = NodeState(node=node, down_since_s=round(cluster_clock.now_s(), 3), forget_requested=True)
             # If this leader dies in the middle, the next one goes on from here.
-            await self._state.reached(await self._writes.state.put(node_key(node), published))
-            count = await self._retire(node, "forgotten", keys or Named())
+            await self._state.wait_revision(await self._writes.state.put(node_key(node), published))
+            count = await self._retire(node, "forgotten", keys or KeysOfNode())
         if node in self._live_nodes():
             raise InUse(f"node {node} came back while it was being forgotten, and publishes again what it has")
         return {"node": node, "found": True, "key_count": count}

@@ -14,7 +14,7 @@ from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.placement import NodeState
 
 
-class Named(msgspec.Struct):
+class KeysOfNode(msgspec.Struct):
     """The keys of `spec` and `state` that name a node, and the instances that have a stage on it."""
 
     spec: list[str] = []
@@ -27,12 +27,12 @@ class Named(msgspec.Struct):
         return len(self.spec) + len(self.state)
 
 
-class Actions(msgspec.Struct, frozen=True):
+class RetirementActions(msgspec.Struct, frozen=True):
     """What the leader has to do now."""
 
-    silent: list[NodeState]
+    publish_down: list[NodeState]
     """To publish: these nodes are no longer live."""
-    clear: list[str]
+    clear_down: list[str]
     """Nodes whose NodeState is removed: they are live again, or no other key names them."""
     retire: list[NodeState]
     """Every key that names these is removed."""
@@ -40,17 +40,17 @@ class Actions(msgspec.Struct, frozen=True):
     """Seconds until the next check if nothing changes."""
 
 
-def named_by(
+def keys_by_node(
     spec_keys: Iterable[str],
     state_keys: Iterable[str],
     instances: Iterable[InstanceSpec],
     stages: Iterable[tuple[str, StageState]],
-) -> dict[str, Named]:
+) -> dict[str, KeysOfNode]:
     """Return the keys that name each node. A node's own NodeState is not among them."""
-    by_node: dict[str, Named] = {}
+    by_node: dict[str, KeysOfNode] = {}
 
-    def of(node: str) -> Named:
-        return by_node.setdefault(node, Named())
+    def of(node: str) -> KeysOfNode:
+        return by_node.setdefault(node, KeysOfNode())
 
     for key in spec_keys:
         kind, _, rest = key.partition(".")
@@ -68,19 +68,19 @@ def named_by(
     return by_node
 
 
-def reconcile(
+def plan_retirement(
     named: Set[str], live: Set[str], published: Mapping[str, NodeState], now_s: float, retire_after_s: float
-) -> Actions:
+) -> RetirementActions:
     """Return what to do about the `named` nodes. `live`: the live ones; `published`: those published as down."""
-    silent = [NodeState(node=node, silent_since_s=now_s) for node in sorted(named - live - published.keys())]
-    due_s = {n: 0.0 if s.forgotten else s.silent_since_s + retire_after_s - now_s for n, s in published.items()}
+    silent = [NodeState(node=node, down_since_s=now_s) for node in sorted(named - live - published.keys())]
+    due_s = {n: 0.0 if s.forget_requested else s.down_since_s + retire_after_s - now_s for n, s in published.items()}
     # A node whose retirement was interrupted may be named by nothing else any more: its retirement is finished.
     clear = sorted(n for n in published if n in live or (n not in named and due_s[n] > 0))
     waiting = {n: due_s[n] for n in published if n not in clear}
     later_s = [s for s in waiting.values() if s > 0] + [retire_after_s] * bool(silent)
-    return Actions(
-        silent=silent,
-        clear=clear,
+    return RetirementActions(
+        publish_down=silent,
+        clear_down=clear,
         retire=[published[n] for n, s in sorted(waiting.items()) if s <= 0],
         wake_s=min(later_s, default=None),
     )

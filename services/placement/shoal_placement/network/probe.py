@@ -12,16 +12,16 @@ from time import perf_counter
 
 import msgspec
 
-from shoal_common.messages.liveness import Link
-from shoal_placement.network.model import rate
+from shoal_common.messages.liveness import NodeAddress
+from shoal_placement.network.model import transfer_rate
 
-PATH = "/v1/probe"
-CONNECT_S = 1.5
-SILENCE_S = 2.0
-MOST_WAYS = 3
+PROBE_PATH = "/v1/probe"
+CONNECT_TIMEOUT_S = 1.5
+READ_TIMEOUT_S = 2.0
+MAX_ADDRESSES = 3
 """Addresses of a peer that are tried."""
-EXCHANGES = 6
-MOST_BYTES = 4 << 20
+ROUND_TRIP_COUNT = 6
+MAX_TRANSFER_BYTES = 4 << 20
 _TRANSFER_S = 0.05
 _ROUND_TRIPS = 10
 """A transfer lasts _TRANSFER_S, or this many round trips if that is longer: TCP starts slowly."""
@@ -30,46 +30,46 @@ _READ_BYTES = 64 << 10
 _SMALL_BYTES = 4096
 
 
-class Found(msgspec.Struct, frozen=True):
+class LinkMeasurement(msgspec.Struct, frozen=True):
     """The shortest round trip, and the bytes per second received; 0 if the peer sends none."""
 
     round_trip_s: float
     bytes_per_s: float
 
 
-def connect(addresses: Sequence[Link]) -> tuple[Link, HTTPConnection]:
+def connect(addresses: Sequence[NodeAddress]) -> tuple[NodeAddress, HTTPConnection]:
     """Return a connection to the first address that accepts one, and that address. Raises OSError."""
     error = OSError("it publishes no address")
-    for link in addresses[:MOST_WAYS]:
+    for link in addresses[:MAX_ADDRESSES]:
         host, _, port = link.address.rpartition(":")
-        connection = HTTPConnection(host.strip("[]"), int(port), timeout=CONNECT_S)
+        connection = HTTPConnection(host.strip("[]"), int(port), timeout=CONNECT_TIMEOUT_S)
         try:
             connection.connect()
         except OSError as e:
             error = e
             continue
-        connection.sock.settimeout(SILENCE_S)
+        connection.sock.settimeout(READ_TIMEOUT_S)
         return link, connection
     raise error
 
 
-def measure(connection: HTTPConnection, token: Mapping[str, str]) -> Found:
+def measure_link(connection: HTTPConnection, token: Mapping[str, str]) -> LinkMeasurement:
     """Measure the link, and close the connection. Raises OSError.
 
     The answer of a peer that refuses, or of an earlier version that has no probe, is a round trip all the same.
     """
     try:
         shortest_s = float("inf")
-        for _ in range(EXCHANGES):
+        for _ in range(ROUND_TRIP_COUNT):
             began_s = perf_counter()
-            connection.request("GET", PATH, headers=dict(token))
+            connection.request("GET", PROBE_PATH, headers=dict(token))
             connection.sock.recv(1, socket.MSG_PEEK)  # stop the clock before the response is parsed
             shortest_s = min(shortest_s, perf_counter() - began_s)
             response = connection.getresponse()
             response.read(_SMALL_BYTES)
             if response.status != 200 or not response.isclosed() or connection.sock is None:
-                return Found(shortest_s, 0.0)
-        return Found(shortest_s, _transfer(connection, token, shortest_s))
+                return LinkMeasurement(shortest_s, 0.0)
+        return LinkMeasurement(shortest_s, _transfer(connection, token, shortest_s))
     except HTTPException as e:
         raise ConnectionError(f"the peer's answer is not a fileserver's: {e!r}") from e
     finally:
@@ -77,7 +77,7 @@ def measure(connection: HTTPConnection, token: Mapping[str, str]) -> Found:
 
 
 def _transfer(connection: HTTPConnection, token: Mapping[str, str], round_trip_s: float) -> float:
-    connection.request("GET", f"{PATH}?bytes={MOST_BYTES}", headers=dict(token))
+    connection.request("GET", f"{PROBE_PATH}?bytes={MAX_TRANSFER_BYTES}", headers=dict(token))
     response = connection.getresponse()
     if response.status != 200:
         return 0.0
@@ -88,4 +88,4 @@ def _transfer(connection: HTTPConnection, token: Mapping[str, str], round_trip_s
         samples.append((perf_counter() - began_s, got_bytes))
         if samples[-1][0] >= until_s:
             break
-    return rate(samples)
+    return transfer_rate(samples)

@@ -11,38 +11,38 @@ import msgspec
 from shoal_common.errors import BadInput, NotFound
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelShape
-from shoal_common.messages.storage import ModelState, PartState
+from shoal_common.messages.storage import ModelState, ShardState
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
-from shoal_placement.network.model import Links
+from shoal_placement.network.model import NetworkModel
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
 
-class World(msgspec.Struct, frozen=True):
+class ClusterFacts(msgspec.Struct, frozen=True):
     """The facts about the cluster that a layout is chosen by."""
 
-    facts: Mapping[str, Facts]
+    inference_facts: Mapping[str, NodeFacts]
     """Of every inference service that is live and answers, by node."""
     models: Sequence[ModelState]
     instances: Sequence[InstanceSpec]
-    alive: Set[str]
+    live_nodes: Set[str]
     """Nodes with any live service. A model that only other nodes hold is not available now."""
-    parts: Sequence[PartState] = ()
+    shards: Sequence[ShardState] = ()
     downloads: Sequence[DownloadState] = ()
-    drained: Set[str] = frozenset()
+    drained_nodes: Set[str] = frozenset()
     """Nodes where nothing may be placed."""
-    links: Links = Links()
+    links: NetworkModel = NetworkModel()
 
 
-def find_model(text: str, world: World) -> ModelState:
+def find_model(text: str, world: ClusterFacts) -> ModelState:
     """Return the model that a name means: the named commit or revision, else the newest of the repository.
 
     Only models on live nodes count. Raises NotFound when there is none.
     """
     ref = ModelRef.parse(text)
-    models = [m for m in world.models if m.repo == ref.repo and m.node in world.alive]
+    models = [m for m in world.models if m.repo == ref.repo and m.node in world.live_nodes]
     if "@" in text:
         models = [m for m in models if ref.revision == m.commit or ref.revision in m.revisions]
     elif any(DEFAULT_REVISION in m.revisions for m in models):
@@ -55,7 +55,7 @@ def find_model(text: str, world: World) -> ModelState:
     return max(models, key=lambda m: (m.shape is not None, m.ready_at_s, m.node))
 
 
-def context_for(requested_tokens: int, shape: ModelShape) -> int:
+def resolve_context_tokens(requested_tokens: int, shape: ModelShape) -> int:
     """Return the context length in tokens; 0 requested means the default. Raises BadInput above the model's limit."""
     if not 0 <= requested_tokens <= shape.context_tokens:
         raise BadInput(

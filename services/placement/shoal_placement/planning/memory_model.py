@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import KvRule, ModelShape
 from shoal_common.messages.storage import ModelState
-from shoal_common.models.kv_cache import CACHE_STEP_TOKENS, REQUESTS_AT_ONCE, cache_steps
-from shoal_placement.solver import Need, slice_bytes
-from shoal_placement.solver.build_problem import USUAL_BYTES_PER_S
+from shoal_common.models.kv_cache import KV_CACHE_STEP_TOKENS, MAX_REQUESTS_PER_INSTANCE, cache_steps
+from shoal_placement.solver import ModelNeed, slice_bytes
+from shoal_placement.solver.build_problem import DEFAULT_BANDWIDTH_BYTES_PER_S
 
 PREFILL_CHUNK_TOKENS = 2048
 """The longest chunk of a prompt that a stage computes at once: `prefill_chunk_tokens` of its Start."""
@@ -20,23 +20,23 @@ _FUSED_HEAD_DIMS = (64, 80, 128)
 """Head sizes of the values for which MLX on Metal computes attention without writing the scores to memory."""
 
 
-def rules_of(shape: ModelShape) -> Sequence[KvRule]:
+def cache_rules(shape: ModelShape) -> Sequence[KvRule]:
     """Return one cache rule per layer; a shape from an earlier version has one rule for all."""
     return shape.kv_rules or [KvRule(bytes_per_token=shape.kv_bytes_per_token_layer)] * len(shape.layer_bytes)
 
 
-def kept_tokens(rule: KvRule, context_tokens: int) -> int:
+def cached_tokens(rule: KvRule, context_tokens: int) -> int:
     """Return the tokens that a layer's cache holds when an answer has filled the context."""
-    tokens = cache_steps(context_tokens) * CACHE_STEP_TOKENS
+    tokens = cache_steps(context_tokens) * KV_CACHE_STEP_TOKENS
     return min(tokens, rule.window_tokens) if rule.window_tokens else tokens
 
 
-def most_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
+def max_cached_tokens(rule: KvRule, context_tokens: int, chunk_tokens: int) -> int:
     """Return the most tokens that a layer's cache ever holds: a window is cut to its length with the first token of
     the answer, and until then it holds a whole chunk more."""
     if not rule.window_tokens:
-        return kept_tokens(rule, context_tokens)
-    return max(kept_tokens(rule, context_tokens), min(context_tokens, rule.window_tokens - 1 + chunk_tokens))
+        return cached_tokens(rule, context_tokens)
+    return max(cached_tokens(rule, context_tokens), min(context_tokens, rule.window_tokens - 1 + chunk_tokens))
 
 
 def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: int, requests: int) -> int:
@@ -46,9 +46,9 @@ def cache_bytes(rule: KvRule, context_tokens: int, chunk_tokens: int, answers: i
     is the same for any number of requests; each request has its own window, and its own state.
     """
     requests = max(requests, answers)
-    tokens = answers * cache_steps(context_tokens) * CACHE_STEP_TOKENS
+    tokens = answers * cache_steps(context_tokens) * KV_CACHE_STEP_TOKENS
     if rule.window_tokens:
-        tokens = min(tokens, requests * most_tokens(rule, context_tokens, chunk_tokens))
+        tokens = min(tokens, requests * max_cached_tokens(rule, context_tokens, chunk_tokens))
     return rule.bytes_per_token * tokens + requests * rule.constant_bytes
 
 
@@ -59,9 +59,9 @@ def pass_bytes(shape: ModelShape, context_tokens: int, fused: bool, chunk_tokens
     grows. Passes run one at a time too, however many requests are in flight.
     """
     chunk = min(chunk_tokens, context_tokens)
-    rules = rules_of(shape)
-    attended = max((most_tokens(r, context_tokens, chunk) for r in rules if r.bytes_per_token), default=0)
-    copied = max((r.bytes_per_token * most_tokens(r, context_tokens, chunk) for r in rules), default=0)
+    rules = cache_rules(shape)
+    attended = max((max_cached_tokens(r, context_tokens, chunk) for r in rules if r.bytes_per_token), default=0)
+    copied = max((r.bytes_per_token * max_cached_tokens(r, context_tokens, chunk) for r in rules), default=0)
     scores = shape.fused_score_bytes if fused else shape.score_bytes
     if not (shape.chunk_bytes_per_token or scores):
         return 0  # a shape from an earlier version, which counted none of this
@@ -69,28 +69,28 @@ def pass_bytes(shape: ModelShape, context_tokens: int, fused: bool, chunk_tokens
     return activations + chunk * attended * scores + copied
 
 
-def fuses(shape: ModelShape, facts: Facts) -> bool:
+def fuses_attention(shape: ModelShape, facts: NodeFacts) -> bool:
     """Return whether a node computes attention without writing the scores to memory."""
     return facts.accelerator == "metal" and shape.head_dim in _FUSED_HEAD_DIMS
 
 
-def need_of(
+def model_need(
     shape: ModelShape,
     context_tokens: int,
     answers: int = 1,
-    requests: int = REQUESTS_AT_ONCE,
+    requests: int = MAX_REQUESTS_PER_INSTANCE,
     fused: bool = True,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-) -> Need:
+) -> ModelNeed:
     """Return what a model needs with this much context for each of `answers`; up to `requests` share that budget.
 
     On a node that does not fuse attention every stage takes `unfused_bytes` more.
     """
     chunk = min(chunk_tokens, context_tokens)
-    return Need(
+    return ModelNeed(
         layer_bytes=[
             weights + cache_bytes(r, context_tokens, chunk, answers, requests)
-            for weights, r in zip(shape.layer_bytes, rules_of(shape), strict=True)
+            for weights, r in zip(shape.layer_bytes, cache_rules(shape), strict=True)
         ],
         embed_bytes=shape.embed_bytes,
         head_bytes=shape.head_bytes,
@@ -101,16 +101,16 @@ def need_of(
     )
 
 
-def unfused_bytes(shape: ModelShape, context_tokens: int, facts: Facts) -> int:
+def unfused_bytes(shape: ModelShape, context_tokens: int, facts: NodeFacts) -> int:
     """Return the bytes that a stage takes on this node beyond what it takes where attention is fused."""
-    if fuses(shape, facts):
+    if fuses_attention(shape, facts):
         return 0
     return pass_bytes(shape, context_tokens, False) - pass_bytes(shape, context_tokens, True)
 
 
-def reading_bytes_per_s(facts: Facts) -> float:
+def read_bandwidth_bytes_per_s(facts: NodeFacts) -> float:
     """Return the rate at which a node reads weights: observed in its stages, else measured idle, else the default."""
-    return facts.working_bytes_per_s or facts.memory_bytes_per_s or USUAL_BYTES_PER_S
+    return facts.observed_bandwidth_bytes_per_s or facts.idle_bandwidth_bytes_per_s or DEFAULT_BANDWIDTH_BYTES_PER_S
 
 
 def stage_key(instance: str, rank: int) -> str:
@@ -118,8 +118,8 @@ def stage_key(instance: str, rank: int) -> str:
     return f"{instance}/{rank}"
 
 
-def promised_bytes(
-    instances: Iterable[InstanceSpec], models: Iterable[ModelState], facts: Mapping[str, Facts]
+def reserved_bytes(
+    instances: Iterable[InstanceSpec], models: Iterable[ModelState], facts: Mapping[str, NodeFacts]
 ) -> dict[str, dict[str, int]]:
     """Return the memory reserved for placed instances: for each node its stages' bytes, by `stage_key`."""
     shapes = {m.model: m.shape for m in models if m.shape is not None}
@@ -128,9 +128,9 @@ def promised_bytes(
         shape = shapes.get(spec.model)
         if shape is None:
             continue
-        need = need_of(shape, spec.context_tokens, spec.asked.answers)
+        need = model_need(shape, spec.context_tokens, spec.constraints.max_parallel_answers)
         for stage in spec.stages:
             size_bytes = slice_bytes(need, stage.first_layer, stage.last_layer)
-            size_bytes += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, Facts()))
+            size_bytes += unfused_bytes(shape, spec.context_tokens, facts.get(stage.node, NodeFacts()))
             reserved.setdefault(stage.node, {})[stage_key(spec.id, stage.rank)] = size_bytes
     return reserved

@@ -14,14 +14,14 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.liveness import NodeFacts
 
 Tier = Literal["fits", "tight", "force"]
 _RESERVE_SHARE = 10
 _MAX_RESERVE_BYTES = 4 << 30
 
 
-class Tiers(msgspec.Struct, frozen=True):
+class MemoryTiers(msgspec.Struct, frozen=True):
     """Bytes that one more stage may take on a node, by tier; negative if too much is reserved already."""
 
     fits_bytes: int
@@ -33,12 +33,12 @@ class Tiers(msgspec.Struct, frozen=True):
         return {"fits": self.fits_bytes, "tight": self.tight_bytes, "force": self.force_bytes}[tier]
 
 
-def reserve_bytes(total_bytes: int) -> int:
+def system_reserve_bytes(total_bytes: int) -> int:
     """Return the memory left to the system on a machine with this much: a tenth, at most 4 GiB."""
     return min(total_bytes // _RESERVE_SHARE, _MAX_RESERVE_BYTES)
 
 
-def tiers(facts: Facts, reserved: Mapping[str, int]) -> Tiers:
+def memory_tiers(facts: NodeFacts, reserved: Mapping[str, int]) -> MemoryTiers:
     """Return the budget of a node for one more stage. `reserved`: bytes of the stages placed there, by `stage_key`.
 
     What a stage occupies is already missing from the available memory; the rest of its reservation is subtracted.
@@ -50,11 +50,11 @@ def tiers(facts: Facts, reserved: Mapping[str, int]) -> Tiers:
     limit = total if facts.accelerator_bytes is None else min(total, facts.accelerator_bytes)
     force = limit - taken
     fits = min(facts.memory_available_bytes - unoccupied, force)
-    tight = max(fits, min(total - reserve_bytes(total), limit) - taken)
-    return Tiers(fits, tight, force)
+    tight = max(fits, min(total - system_reserve_bytes(total), limit) - taken)
+    return MemoryTiers(fits, tight, force)
 
 
-def tier_of(needed_bytes: int, budget: Tiers) -> Tier | None:
+def tier_of(needed_bytes: int, budget: MemoryTiers) -> Tier | None:
     """Return the first tier with this many bytes; None if there is none."""
     order: tuple[Tier, ...] = ("fits", "tight", "force")
     return next((tier for tier in order if needed_bytes <= budget.of(tier)), None)

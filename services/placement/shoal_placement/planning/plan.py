@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from shoal_common.messages.instances import Asked, InstanceSpec, StageSpec
+from shoal_common.messages.instances import InstanceSpec, PlacementConstraints, StageSpec
 from shoal_common.messages.model_shape import ModelShape
 from shoal_common.messages.storage import ModelState
-from shoal_placement.network.model import Links
-from shoal_placement.planning.memory_tiers import Tier, Tiers
+from shoal_placement.network.model import NetworkModel
+from shoal_placement.planning.memory_tiers import MemoryTiers, Tier
 from shoal_placement.solver import Layout
 
 TIERS: tuple[Tier, ...] = ("fits", "tight", "force")
 """In the order in which they are tried."""
 
 
-class Plan(msgspec.Struct, frozen=True):
+class PlacementPlan(msgspec.Struct, frozen=True):
     """The layout chosen for a request."""
 
     model: ModelState
@@ -25,10 +25,10 @@ class Plan(msgspec.Struct, frozen=True):
     layout: Layout
     context_tokens: int
     tier: Tier = "fits"
-    asked: Asked = Asked()
-    rooms: Mapping[str, Tiers] = {}
+    constraints: PlacementConstraints = PlacementConstraints()
+    budgets: Mapping[str, MemoryTiers] = {}
     """The memory budget of each node for one more stage."""
-    links: Links = Links()
+    network: NetworkModel = NetworkModel()
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ def layout_name(stages: Iterable[StageSpec]) -> str:
     return ",".join(f"{s.node}:{s.last_layer - s.first_layer}" for s in stages)
 
 
-def spec_of(plan: Plan, instance: str, created_at_s: float) -> InstanceSpec:
+def to_instance_spec(plan: PlacementPlan, instance: str, created_at_s: float) -> InstanceSpec:
     """Return the spec of the instance that runs a plan."""
     stages = [
         StageSpec(rank=rank, node=s.node, first_layer=s.first, last_layer=s.last)
@@ -54,6 +54,6 @@ def spec_of(plan: Plan, instance: str, created_at_s: float) -> InstanceSpec:
         stages=stages,
         context_tokens=plan.context_tokens,
         created_at_s=created_at_s,
-        asked=plan.asked,
+        constraints=plan.constraints,
         tier=plan.tier,
     )

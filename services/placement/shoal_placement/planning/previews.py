@@ -5,30 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from shoal_common.errors import NoRoom, Unsupported
-from shoal_common.messages.liveness import Facts
-from shoal_common.messages.placement import AskFits, Fit, Fits, Place, Preview, Previews, PreviewStage
-from shoal_placement.planning.cluster_facts import World
+from shoal_common.errors import NoMemory, Unsupported
+from shoal_common.messages.liveness import NodeFacts
+from shoal_common.messages.placement import (
+    FittingModel,
+    FittingModels,
+    ListFits,
+    PlaceCommand,
+    Preview,
+    Previews,
+    PreviewStage,
+)
+from shoal_placement.planning.cluster_facts import ClusterFacts
 from shoal_placement.planning.memory_model import unfused_bytes
-from shoal_placement.planning.plan import TIERS, Plan
-from shoal_placement.planning.planner import previews
+from shoal_placement.planning.plan import TIERS, PlacementPlan
+from shoal_placement.planning.planner import plan_previews
 
 
-def as_previews(plans: Sequence[Plan], facts: Mapping[str, Facts], requests: int) -> Previews:
+def to_previews(plans: Sequence[PlacementPlan], facts: Mapping[str, NodeFacts], requests: int) -> Previews:
     """Return plans as previews. `requests`: in flight; 0: as many as there are stages."""
     return Previews(
         model=plans[0].model.model,
         context_tokens=plans[0].context_tokens,
         estimated=plans[0].shape.estimated,
-        previews=[preview_of(plan, facts, requests or len(plan.layout.slices)) for plan in plans],
+        previews=[to_preview(plan, facts, requests or len(plan.layout.slices)) for plan in plans],
     )
 
 
-def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview:
+def to_preview(plan: PlacementPlan, facts: Mapping[str, NodeFacts], requests: int) -> Preview:
     """Return a plan as a preview."""
     layout, nodes = plan.layout, [s.node for s in plan.layout.slices]
     needed = [s.bytes + unfused_bytes(plan.shape, plan.context_tokens, facts[s.node]) for s in layout.slices]
-    next_links = [plan.links.way(a, b) if a != b else None for a, b in pairwise([*nodes, nodes[0]])]
+    next_links = [plan.network.link_between(a, b) if a != b else None for a, b in pairwise([*nodes, nodes[0]])]
     return Preview(
         layout=plan.name,
         tier=plan.tier,
@@ -39,10 +47,10 @@ def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview
                 first_layer=s.first,
                 last_layer=s.last,
                 needed_bytes=size_bytes,
-                available_bytes=max(plan.rooms[s.node].fits_bytes, 0),
-                tight_bytes=max(plan.rooms[s.node].tight_bytes, 0),
+                available_bytes=max(plan.budgets[s.node].fits_bytes, 0),
+                tight_bytes=max(plan.budgets[s.node].tight_bytes, 0),
                 total_bytes=facts[s.node].memory_total_bytes,
-                freeing_bytes=max(size_bytes - plan.rooms[s.node].fits_bytes, 0),
+                bytes_to_free=max(size_bytes - plan.budgets[s.node].fits_bytes, 0),
                 link_s=link.cost_s(plan.shape.hidden_bytes) if link is not None else 0.0,
                 link_measured=link is not None and link.measured,
             )
@@ -54,18 +62,20 @@ def preview_of(plan: Plan, facts: Mapping[str, Facts], requests: int) -> Preview
     )
 
 
-def fitting(question: AskFits, world: World) -> Fits:
+def list_fitting_models(question: ListFits, world: ClusterFacts) -> FittingModels:
     """Return every model that a live node holds, and how it could be placed for one answer at a time."""
     fits = []
-    for model in sorted({m.model: m for m in world.models if m.node in world.alive}.values(), key=lambda m: m.model):
+    for model in sorted(
+        {m.model: m for m in world.models if m.node in world.live_nodes}.values(), key=lambda m: m.model
+    ):
         try:
             shape = model.shape
             context_tokens = min(question.context_tokens, shape.context_tokens) if shape is not None else 0
-            best = previews(Place(model=model.model, context_tokens=context_tokens), world)[0]
-        except (NoRoom, Unsupported) as e:
-            fits.append(Fit(model=model.model, size_bytes=model.size_bytes, why=e.message))
+            best = plan_previews(PlaceCommand(model=model.model, context_tokens=context_tokens), world)[0]
+        except (NoMemory, Unsupported) as e:
+            fits.append(FittingModel(model=model.model, size_bytes=model.size_bytes, reason=e.message))
         else:
-            shown = preview_of(best, world.facts, 1)
-            fits.append(Fit(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=shown))
+            shown = to_preview(best, world.inference_facts, 1)
+            fits.append(FittingModel(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=shown))
     last = len(TIERS)
-    return Fits(models=sorted(fits, key=lambda f: (TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))
+    return FittingModels(models=sorted(fits, key=lambda f: (TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))

@@ -10,41 +10,41 @@ from msgspec import structs
 
 from shoal_common.errors import ShoalError
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.liveness import Facts
-from shoal_common.messages.placement import Place, Rebalances, Rebalancing
-from shoal_placement.planning.cluster_facts import World
+from shoal_common.messages.liveness import NodeFacts
+from shoal_common.messages.placement import PlaceCommand, RebalanceProposal, Rebalances
+from shoal_placement.planning.cluster_facts import ClusterFacts
 from shoal_placement.planning.memory_model import stage_key
-from shoal_placement.planning.plan import TIERS, layout_name, spec_of
-from shoal_placement.planning.planner import plan
-from shoal_placement.planning.previews import preview_of
-from shoal_placement.planning.requests import in_flight
+from shoal_placement.planning.plan import TIERS, layout_name, to_instance_spec
+from shoal_placement.planning.planner import plan_layout
+from shoal_placement.planning.previews import to_preview
+from shoal_placement.planning.requests import requests_in_flight
 
 _MIN_GAIN = 1.1
 """A proposed layout is at least this many times as good: measurements vary by less, and a move is not free."""
 
 
-def placed_anew(spec: InstanceSpec, world: World, layout: str = "") -> InstanceSpec:
+def replan(spec: InstanceSpec, world: ClusterFacts, layout: str = "") -> InstanceSpec:
     """Return the best spec for an instance now, under its original constraints, or the one with the named layout.
 
     Raises what `plan` raises.
     """
-    chosen = plan(_request(spec, world, layout), _without_own_stages(spec, world))
-    replanned = spec_of(chosen, spec.id, spec.created_at_s)
-    return structs.replace(replanned, epoch=spec.epoch + 1, asked=spec.asked)
+    chosen = plan_layout(_request(spec, world, layout), _without_own_stages(spec, world))
+    replanned = to_instance_spec(chosen, spec.id, spec.created_at_s)
+    return structs.replace(replanned, epoch=spec.epoch + 1, asked=spec.constraints)
 
 
-def rebalances(world: World) -> Rebalances:
+def rebalances(world: ClusterFacts) -> Rebalances:
     """Return which instances would run better on another layout, the largest gain first."""
-    proposals = [proposal for spec in world.instances if (proposal := better(spec, world)) is not None]
+    proposals = [proposal for spec in world.instances if (proposal := best_rebalance(spec, world)) is not None]
     return Rebalances(rebalances=sorted(proposals, key=lambda r: (-r.gain, r.instance)))
 
 
-def better(spec: InstanceSpec, world: World) -> Rebalancing | None:
+def best_rebalance(spec: InstanceSpec, world: ClusterFacts) -> RebalanceProposal | None:
     """Return a better layout for an instance; None if its layout is about as good as any, or it has to move."""
     freed, request = _without_own_stages(spec, world), _request(spec, world)
     current_layout = structs.replace(request, layout=layout_name(spec.stages), force=True)
     try:
-        now, best = plan(current_layout, freed), plan(request, freed)
+        now, best = plan_layout(current_layout, freed), plan_layout(request, freed)
     except ShoalError:
         return None  # it has to move, or cannot: the mover reports that
     if best.name == now.name:
@@ -53,29 +53,31 @@ def better(spec: InstanceSpec, world: World) -> Rebalancing | None:
     lower_tier = TIERS.index(best.tier) < TIERS.index(now.tier)
     if gain < _MIN_GAIN and not lower_tier:
         return None
-    requests = in_flight(request)
-    shown = [preview_of(p, freed.facts, requests or len(p.layout.slices)) for p in (now, best)]
-    return Rebalancing(instance=spec.id, model=spec.model, now=shown[0], better=shown[1], gain=round(gain, 3))
+    requests = requests_in_flight(request)
+    shown = [to_preview(p, freed.inference_facts, requests or len(p.layout.slices)) for p in (now, best)]
+    return RebalanceProposal(
+        instance=spec.id, model=spec.model, current=shown[0], proposed=shown[1], gain=round(gain, 3)
+    )
 
 
-def _request(spec: InstanceSpec, world: World, layout: str = "") -> Place:
+def _request(spec: InstanceSpec, world: ClusterFacts, layout: str = "") -> PlaceCommand:
     """Return the request the instance was placed by, without the nodes that are not available now."""
-    asked = structs.asdict(spec.asked)
-    available = world.facts.keys() - world.drained
+    asked = structs.asdict(spec.constraints)
+    available = world.inference_facts.keys() - world.drained_nodes
     # If none of the named nodes is available, all are kept: the request is refused like any other.
-    asked["nodes"] = [n for n in spec.asked.nodes if n in available] or spec.asked.nodes
-    asked["layers"] = {n: count for n, count in spec.asked.layers.items() if n in available}
-    return Place(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **asked)
+    asked["nodes"] = [n for n in spec.constraints.nodes if n in available] or spec.constraints.nodes
+    asked["layers"] = {n: count for n, count in spec.constraints.layers.items() if n in available}
+    return PlaceCommand(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **asked)
 
 
-def _without_own_stages(spec: InstanceSpec, world: World) -> World:
+def _without_own_stages(spec: InstanceSpec, world: ClusterFacts) -> ClusterFacts:
     """Return the cluster without the instance: the memory of its stages is free."""
     keys = {stage_key(spec.id, s.rank) for s in spec.stages}
-    facts = {n: _without_stages(f, keys) for n, f in world.facts.items()}
+    facts = {n: _without_stages(f, keys) for n, f in world.inference_facts.items()}
     return structs.replace(world, facts=facts, instances=[s for s in world.instances if s.id != spec.id])
 
 
-def _without_stages(facts: Facts, keys: set[str]) -> Facts:
+def _without_stages(facts: NodeFacts, keys: set[str]) -> NodeFacts:
     freed = sum(size for key, size in facts.stages.items() if key in keys)
     if not freed:
         return facts

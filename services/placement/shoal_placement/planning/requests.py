@@ -9,38 +9,43 @@ from msgspec import structs
 
 from shoal_common.errors import BadInput, NotFound, Unsupported
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.instances import Asked
-from shoal_common.messages.liveness import Facts
+from shoal_common.messages.instances import PlacementConstraints
+from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelShape, ModelSize
-from shoal_common.messages.placement import Place
-from shoal_common.messages.storage import ModelState, PartState
+from shoal_common.messages.placement import PlaceCommand
+from shoal_common.messages.storage import ModelState, ShardState
 from shoal_common.names import ModelRef, check_node
-from shoal_placement.network.model import Links
-from shoal_placement.planning.cluster_facts import World, context_for, find_model
-from shoal_placement.planning.memory_model import need_of, promised_bytes, reading_bytes_per_s, unfused_bytes
-from shoal_placement.planning.memory_tiers import Tier, Tiers, tiers
-from shoal_placement.planning.plan import TIERS, Plan
-from shoal_placement.solver import Layout, Need, Problem, Room, problem_of
+from shoal_placement.network.model import NetworkModel
+from shoal_placement.planning.cluster_facts import ClusterFacts, find_model, resolve_context_tokens
+from shoal_placement.planning.memory_model import (
+    model_need,
+    read_bandwidth_bytes_per_s,
+    reserved_bytes,
+    unfused_bytes,
+)
+from shoal_placement.planning.memory_tiers import MemoryTiers, Tier, memory_tiers
+from shoal_placement.planning.plan import TIERS, PlacementPlan
+from shoal_placement.solver import Layout, ModelNeed, NodeCapacity, Problem, build_problem
 from shoal_placement.solver.cost import Floats
 
-MOST_ANSWERS = 64
-IN_FLIGHT = 4
+MAX_PARALLEL_ANSWERS = 64
+DEFAULT_IN_FLIGHT = 4
 """Requests in flight for the objective `throughput`, if the request names no number."""
 
 
 class ResolvedRequest(msgspec.Struct, frozen=True):
     """A resolved request: what the model needs, and what each node has."""
 
-    request: Place
+    request: PlaceCommand
     model: ModelState
     shape: ModelShape
     context_tokens: int
-    need: Need
-    facts: Mapping[str, Facts]
-    rooms: Mapping[str, Tiers]
-    lacks: Mapping[str, Sequence[float]]
+    need: ModelNeed
+    facts: Mapping[str, NodeFacts]
+    budgets: Mapping[str, MemoryTiers]
+    missing_shares: Mapping[str, Sequence[float]]
     """By node, the share of each layer that it would have to download: 0 to 1."""
-    links: Links
+    network: NetworkModel
     link_s: Floats
     """Between the nodes in the order of their names; empty: unknown."""
 
@@ -50,24 +55,28 @@ class ResolvedRequest(msgspec.Struct, frozen=True):
 
     def problem(self, tier: Tier, in_flight: int) -> Problem:
         capacities = [
-            Room(
+            NodeCapacity(
                 node,
                 budget.of(tier) - self.unfused(node),
-                s_per_byte=1 / reading_bytes_per_s(self.facts[node]),
-                lacks=self.lacks[node],
+                s_per_byte=1 / read_bandwidth_bytes_per_s(self.facts[node]),
+                missing_shares=self.missing_shares[node],
             )
-            for node, budget in sorted(self.rooms.items())
+            for node, budget in sorted(self.budgets.items())
         ]
         counts = self.request.min_nodes, self.request.max_nodes
-        problem = problem_of(self.need, capacities, *counts, self.link_s, in_flight)
+        problem = build_problem(self.need, capacities, *counts, self.link_s, in_flight)
         return structs.replace(problem, counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes)
 
-    def plan(self, layout: Layout, tier: Tier) -> Plan:
-        asked = Asked(**{name: getattr(self.request, name) for name in Asked.__struct_fields__})
-        return Plan(self.model, self.shape, layout, self.context_tokens, tier, asked, self.rooms, self.links)
+    def plan(self, layout: Layout, tier: Tier) -> PlacementPlan:
+        asked = PlacementConstraints(
+            **{name: getattr(self.request, name) for name in PlacementConstraints.__struct_fields__}
+        )
+        return PlacementPlan(
+            self.model, self.shape, layout, self.context_tokens, tier, asked, self.budgets, self.network
+        )
 
 
-def held(model: str, world: World) -> bool:
+def is_held(model: str, world: ClusterFacts) -> bool:
     """Return whether a live node has the model."""
     try:
         find_model(model, world)
@@ -76,7 +85,7 @@ def held(model: str, world: World) -> bool:
     return True
 
 
-def with_unheld(world: World, model: str, size: ModelSize) -> World:
+def with_remote_model(world: ClusterFacts, model: str, size: ModelSize) -> ClusterFacts:
     """Return the cluster as if a node that takes no part had the model: all others would have to download it."""
     ref = ModelRef.parse(size.model)
     remote = ModelState(
@@ -88,65 +97,67 @@ def with_unheld(world: World, model: str, size: ModelSize) -> World:
         revisions=[ModelRef.parse(model).revision],
         shape=size.shape,
     )
-    return structs.replace(world, models=[*world.models, remote], alive={*world.alive, ""})
+    return structs.replace(world, models=[*world.models, remote], alive={*world.live_nodes, ""})
 
 
-def allowed_tiers(request: Place) -> tuple[Tier, ...]:
+def allowed_tiers(request: PlaceCommand) -> tuple[Tier, ...]:
     """Return the tiers that a request allows."""
     return TIERS[: 3 if request.force else 2 if request.allow_low_memory else 1]
 
 
-def in_flight(request: Place) -> int:
+def requests_in_flight(request: PlaceCommand) -> int:
     """Return the requests in flight that the layout is for; 0: as many as it has stages. Raises BadInput."""
     if request.objective == "latency":
         return 1
     if request.objective == "balanced":
         return 0
-    return request.in_flight or IN_FLIGHT
+    return request.in_flight or DEFAULT_IN_FLIGHT
 
 
-def resolve_request(request: Place, world: World) -> ResolvedRequest:
+def resolve_request(request: PlaceCommand, world: ClusterFacts) -> ResolvedRequest:
     if not 1 <= request.min_nodes <= request.max_nodes:
         raise BadInput(
             f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes}: "
             "min_nodes must be at least 1 and at most max_nodes"
         )
-    if not 1 <= request.answers <= MOST_ANSWERS:
-        raise BadInput(f"answers {request.answers}: must be from 1 to {MOST_ANSWERS}")
+    if not 1 <= request.max_parallel_answers <= MAX_PARALLEL_ANSWERS:
+        raise BadInput(f"answers {request.max_parallel_answers}: must be from 1 to {MAX_PARALLEL_ANSWERS}")
     model = find_model(request.model, world)
     if model.shape is None:
         raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is unknown'}")
-    shape, context_tokens = model.shape, context_for(request.context_tokens, model.shape)
+    shape, context_tokens = model.shape, resolve_context_tokens(request.context_tokens, model.shape)
     named = {*request.nodes, *request.layers, *(node for node, _ in parse_layout_name(request.layout))}
-    for node in {*named, *request.without}:
+    for node in {*named, *request.excluded_nodes}:
         check_node(node)
-    unknown = sorted(named - set(world.facts))
+    unknown = sorted(named - set(world.inference_facts))
     if unknown:
         raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
-    drained = sorted(named & world.drained)
+    drained = sorted(named & world.drained_nodes)
     if drained:
         raise BadInput(f"drained: {', '.join(drained)}; to use it again, run `shoal node drain {drained[0]} --undo`")
     facts = {
         node: f
-        for node, f in world.facts.items()
-        if node not in world.drained and node not in request.without and (not request.nodes or node in request.nodes)
+        for node, f in world.inference_facts.items()
+        if node not in world.drained_nodes
+        and node not in request.excluded_nodes
+        and (not request.nodes or node in request.nodes)
     }
-    reserved = promised_bytes(world.instances, world.models, world.facts)
-    budgets = {node: tiers(f, reserved.get(node, {})) for node, f in facts.items()}
+    reserved = reserved_bytes(world.instances, world.models, world.inference_facts)
+    budgets = {node: memory_tiers(f, reserved.get(node, {})) for node, f in facts.items()}
     count = len(shape.layer_bytes)
     holders = {m.node for m in world.models if m.model == model.model}
-    shards = {p.node: p for p in world.parts if p.model == model.model}
+    shards = {p.node: p for p in world.shards if p.model == model.model}
     downloaded = _downloaded(model, world.downloads)
     lacks = {
         n: [0.0] * count if n in holders else _missing_shares(shards.get(n), downloaded.get(n, 0.0), count)
         for n in facts
     }
-    need = need_of(shape, context_tokens, request.answers)
-    link_s = world.links.costs_s(sorted(budgets), shape.hidden_bytes)
+    need = model_need(shape, context_tokens, request.max_parallel_answers)
+    link_s = world.links.link_costs_s(sorted(budgets), shape.hidden_bytes)
     return ResolvedRequest(request, model, shape, context_tokens, need, facts, budgets, lacks, world.links, link_s)
 
 
-def _missing_shares(shard: PartState | None, downloaded: float, count: int) -> list[float]:
+def _missing_shares(shard: ShardState | None, downloaded: float, count: int) -> list[float]:
     ranges = shard.layers if shard is not None else []
     return [0.0 if any(first <= layer < end for first, end in ranges) else 1.0 - downloaded for layer in range(count)]
 

@@ -1,17 +1,17 @@
 """The layout problem and its solver: pure. `problem.py` defines the problem and the answer."""
 
-from shoal_placement.solver.build_problem import Need, Room, problem_of, slice_bytes, solved
-from shoal_placement.solver.problem import Answer, Layout, Node, Problem, Slice
+from shoal_placement.solver.build_problem import ModelNeed, NodeCapacity, build_problem, slice_bytes, solve_balanced
+from shoal_placement.solver.problem import Layout, Node, Problem, Solution, StageSlice
 
 __all__ = [
-    "Answer",
     "Layout",
-    "Need",
+    "ModelNeed",
     "Node",
+    "NodeCapacity",
     "Problem",
-    "Room",
-    "Slice",
-    "problem_of",
+    "Solution",
+    "StageSlice",
+    "build_problem",
     "slice_bytes",
-    "solved",
+    "solve_balanced",
 ]

@@ -4,50 +4,50 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal_placement.solver.cost import Chain, Floats, Ints, keeps, layout_of
+from shoal_placement.solver.cost import CostModel, Floats, Ints, make_layout, meets_constraints
 from shoal_placement.solver.problem import Layout, Problem
 
-WORTH = 1e-3
+BALANCE_MAX_EXTRA_COST = 1e-3
 """Share of the cost that is given up for free memory: times are not measured any better than this."""
 _ROUNDS = 30
 
 
-def emptiest(problem: Problem, layout: Layout) -> Layout:
+def rebalance_fullest_node(problem: Problem, layout: Layout) -> Layout:
     """Return the split over the same order that leaves the fullest node emptiest, at most `WORTH` dearer."""
-    if len(layout.slices) < 2 or problem.counts or problem.max_fetch_bytes is not None:
+    if len(layout.slices) < 2 or problem.layer_counts or problem.max_fetch_bytes is not None:
         return layout
     index = {n.name: i for i, n in enumerate(problem.nodes)}
     order = [index[s.node] for s in layout.slices]
-    all_nodes = Chain(problem, problem.nodes)
-    chain = all_nodes.part(order)
-    max_cost_s = layout.cost_s * (1 + WORTH)
+    all_nodes = CostModel(problem, problem.nodes)
+    chain = all_nodes.for_nodes(order)
+    max_cost_s = layout.cost_s * (1 + BALANCE_MAX_EXTRA_COST)
     slowest_s = max_cost_s / chain.in_flight(len(order))
-    low, high, best = 0.0, layout.fullest, layout
+    low, high, best = 0.0, layout.max_memory_share, layout
     for _ in range(_ROUNDS):
         share = (low + high) / 2
         cuts = cheapest_cuts(chain, _reach(chain, share, slowest_s))
-        candidate = None if cuts is None else layout_of(problem, order, cuts, all_nodes)
-        if candidate is None or candidate.cost_s > max_cost_s or not keeps(problem, candidate):
+        candidate = None if cuts is None else make_layout(problem, order, cuts, all_nodes)
+        if candidate is None or candidate.cost_s > max_cost_s or not meets_constraints(problem, candidate):
             low = share
         else:
-            best, high = candidate, min(share, candidate.fullest)
+            best, high = candidate, min(share, candidate.max_memory_share)
     return best
 
 
-def _reach(chain: Chain, share: float, slowest_s: float) -> Ints:
-    capacity = (chain.free * share).astype(np.int64)[:, None] - chain.problem.stage_bytes
+def _reach(chain: CostModel, share: float, slowest_s: float) -> Ints:
+    capacity = (chain.free_bytes * share).astype(np.int64)[:, None] - chain.problem.stage_bytes
     end = np.searchsorted(chain.bytes, (chain.bytes + capacity).ravel(), side="right") - 1
-    first = np.arange(chain.layers + 1)
-    memory_reach: Ints = np.maximum(end.reshape(-1, chain.layers + 1), first)
+    first = np.arange(chain.layer_count + 1)
+    memory_reach: Ints = np.maximum(end.reshape(-1, chain.layer_count + 1), first)
     return np.minimum(memory_reach, chain.reach(slowest_s))
 
 
-def cheapest_cuts(chain: Chain, reach: Ints) -> list[int] | None:
+def cheapest_cuts(chain: CostModel, reach: Ints) -> list[int] | None:
     """Return the cuts of the layers over the chain's nodes, in their order, with the least cost within their reach.
 
     None if there are no such cuts.
     """
-    layers = chain.layers
+    layers = chain.layer_count
     best: Floats = np.full(layers + 1, np.inf)
     best[0] = 0.0
     cuts: list[Ints] = []

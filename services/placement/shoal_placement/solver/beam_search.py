@@ -16,17 +16,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal_placement.solver.bounds import ROWS_AT_ONCE, Bounds, Limits, pieces
+from shoal_placement.solver.bounds import MAX_BATCH_ROWS, BoundContext, Bounds, chunks
 from shoal_placement.solver.cost import Floats, Ints
-from shoal_placement.solver.fractional_knapsack import CLOSE
-from shoal_placement.solver.subsets import sizes
+from shoal_placement.solver.fractional_knapsack import COST_TOLERANCE
+from shoal_placement.solver.subsets import subset_sizes
 
 _SETS_PER_WIDTH = 2
 _BOUNDED_PER_WIDTH = 64
 _SETS_PER_BATCH = 512
 """Up to this many sets, the pairs of ends of all numbers of nodes are handled in one batch."""
 _CANDIDATES_PER_WIDTH = 4
-EXACT_LINKS = 11
+MAX_NODES_EXACT_LINKS = 11
 """Up to this many nodes, exact bounds of links take little time."""
 INF = float("inf")
 _NONE: Ints = np.zeros(0, dtype=np.int64)
@@ -37,7 +37,7 @@ _STEP = 1.05
 """First factor by which a higher lower bound is tried: larger after each success, smaller after each failure."""
 
 
-class Found(msgspec.Struct):
+class Incumbent(msgspec.Struct):
     """The best layout found over a number of nodes."""
 
     cost_s: float
@@ -45,14 +45,14 @@ class Found(msgspec.Struct):
     cuts: list[int]
 
 
-class Ways(msgspec.Struct):
+class PartialLayouts(msgspec.Struct):
     """Partial layouts in columns, one row each."""
 
     task: Ints
-    rest: Ints
+    remaining: Ints
     node: Ints
     layer: Ints
-    own_s: Floats
+    stages_s: Floats
     """Stages and prices so far."""
     links_s: Floats
     slowest_s: Floats
@@ -60,12 +60,12 @@ class Ways(msgspec.Struct):
     parent: Ints
     """The row of the partial layout with one stage less."""
 
-    def pick(self, rows: Ints) -> Ways:
+    def select_rows(self, rows: Ints) -> PartialLayouts:
         """Return these rows."""
-        return Ways(*(getattr(self, f)[rows] for f in self.__struct_fields__))
+        return PartialLayouts(*(getattr(self, f)[rows] for f in self.__struct_fields__))
 
 
-class Tasks(msgspec.Struct):
+class SearchTasks(msgspec.Struct):
     """Sets with a first and a last node each, in columns; `row` is the index of their number of nodes."""
 
     row: Ints
@@ -77,56 +77,58 @@ class Tasks(msgspec.Struct):
 class _Sweep:
     """The cost to beat, the width, and the least bound of what was dropped; by number of nodes."""
 
-    def __init__(self, bounds: Bounds, below_s: Floats, width: int, limits: Limits) -> None:
+    def __init__(self, bounds: Bounds, below_s: Floats, width: int, limits: BoundContext) -> None:
         self.below_s, self.width, self.limits = below_s, width, limits
-        self.rests = bounds.rests(limits)
+        self.rests = bounds.remainder_bounds(limits)
         self.dropped: Floats = np.full(len(below_s), INF)
 
 
-class Search:
+class BeamSearch:
     """Searches for layouts over each number of nodes in `counts`, at least two, at the same time."""
 
     def __init__(self, bounds: Bounds, counts: Sequence[int]) -> None:
         self.bounds, self.chain, self.counts = bounds, bounds.chain, list(counts)
-        self.flight = np.array([bounds.chain.in_flight(k) for k in counts], dtype=float)
-        self.best = [Found(INF, [], []) for _ in counts]
-        self.work_count = 0
-        self.exactly = bounds.count <= EXACT_LINKS
+        self.in_flight = np.array([bounds.chain.in_flight(k) for k in counts], dtype=float)
+        self.best = [Incumbent(INF, [], []) for _ in counts]
+        self.partial_layout_count = 0
+        self.exact_links = bounds.count <= MAX_NODES_EXACT_LINKS
         """Whether the bounds of links are exact: `Bounds.links_to`."""
         self._alike = _alike(bounds)
-        fixed = sum(1 << int(i) for i in np.flatnonzero(self.chain.fixed))
+        fixed = sum(1 << int(i) for i in np.flatnonzero(self.chain.required_counts))
         everything = np.arange(1 << bounds.count)
-        usable = (bounds.start == 0) & (everything & fixed == fixed)
+        usable = (bounds.earliest_start == 0) & (everything & fixed == fixed)
         for node, before in enumerate(self._alike):
             if before >= 0:
                 usable &= ((everything >> node) & 1 == 0) | ((everything >> before) & 1 == 1)
         usable &= _each_has_a_layer(bounds)
-        size = sizes(bounds.count)
+        size = subset_sizes(bounds.count)
         self.sets = [everything[usable & (size == k)] for k in counts]
-        self.known = [np.zeros(len(s)) for s in self.sets]
+        self.bounds_by_set = [np.zeros(len(s)) for s in self.sets]
         """The sets of each count that can hold the layers, and a lower bound of the cost of each."""
 
-    def limits(self, below_s: Floats) -> Limits:
+    def limits(self, below_s: Floats) -> BoundContext:
         """Return what a stage may take in a layout that costs less than this."""
-        return Limits(self.chain, np.where(self.flight > 1, below_s / self.flight * (1 - CLOSE), INF))
+        return BoundContext(
+            self.chain, np.where(self.in_flight > 1, below_s / self.in_flight * (1 - COST_TOLERANCE), INF)
+        )
 
     def lower_bounds(self) -> Floats:
         """Return a lower bound of the cost for each count.
 
         For any t, no layout costs less than both t and the least T of the layouts whose stages are below t / C.
         """
-        free = Limits(self.chain, np.array([INF]))
-        token_s, share_s = self.bounds.of_every_set(free), self.bounds.shares()
-        self.known = [
+        free = BoundContext(self.chain, np.array([INF]))
+        token_s, share_s = self.bounds.bounds_of_all_sets(free), self.bounds.bottleneck_bounds_s()
+        self.bounds_by_set = [
             token_s[s] if c <= 1 else np.maximum(token_s[s], share_s[s] * c)
-            for s, c in zip(self.sets, self.flight, strict=True)
+            for s, c in zip(self.sets, self.in_flight, strict=True)
         ]
-        low = np.array([v.min(initial=INF) for v in self.known])
-        closer = (self.flight > 1) & (low < INF)
+        low = np.array([v.min(initial=INF) for v in self.bounds_by_set])
+        closer = (self.in_flight > 1) & (low < INF)
         if not closer.any():
             return low
         # First with the most promising sets only, then with all that these leave.
-        likely = [_least(v, _LIKELY) if c else _NONE for v, c in zip(self.known, closer, strict=True)]
+        likely = [_least(v, _LIKELY) if c else _NONE for v, c in zip(self.bounds_by_set, closer, strict=True)]
         step, high = np.full(len(low), _STEP), np.full(len(low), INF)
         for _ in range(_ROUNDS):
             middle = np.where(high < INF, np.sqrt(low * high), low * step)
@@ -135,9 +137,9 @@ class Search:
             step = np.where(reached, step * step, step)
             high = np.where(reached, high, middle)
             low = np.where(closer, np.maximum(low, np.minimum(middle, least)), low)
-        rows = zip(self.known, low, closer, strict=True)
+        rows = zip(self.bounds_by_set, low, closer, strict=True)
         self._known_at(low, [np.flatnonzero(known < least) if c else _NONE for known, least, c in rows])
-        return np.array([v.min(initial=INF) for v in self.known])
+        return np.array([v.min(initial=INF) for v in self.bounds_by_set])
 
     def _known_at(self, below_s: Floats, which: Sequence[Ints]) -> Floats:
         """Raise the bounds of these sets of each count, up to `below_s`. Return the least T by count."""
@@ -146,13 +148,15 @@ class Search:
         for row, (chosen, bound_s) in enumerate(zip(which, values, strict=True)):
             if len(chosen):
                 least[row] = bound_s.min()
-                self.known[row][chosen] = np.maximum(self.known[row][chosen], np.minimum(bound_s, below_s[row]))
+                self.bounds_by_set[row][chosen] = np.maximum(
+                    self.bounds_by_set[row][chosen], np.minimum(bound_s, below_s[row])
+                )
         return least
 
-    def _of_sets(self, limits: Limits, which: Sequence[Ints]) -> list[Floats]:
+    def _of_sets(self, limits: BoundContext, which: Sequence[Ints]) -> list[Floats]:
         lengths = [len(w) for w in which]
         sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
-        values = self.bounds.of_sets(sets, np.repeat(np.arange(len(which)), lengths), limits)
+        values = self.bounds.bounds_of_sets(sets, np.repeat(np.arange(len(which)), lengths), limits)
         return np.split(values, np.cumsum(lengths)[:-1])
 
     def sweep(self, below_s: Floats, width: int) -> Floats:
@@ -168,19 +172,19 @@ class Search:
         while len(ways.task):
             levels.append(ways)
             ways = self._lengthen(ways, tasks, sweep)
-            done = np.flatnonzero(ways.rest == 0)
+            done = np.flatnonzero(ways.remaining == 0)
             if len(done):
-                self._take(ways, done, tasks, levels)
-                ways = ways.pick(np.flatnonzero(ways.rest != 0))
+                self._select(ways, done, tasks, levels)
+                ways = ways.select_rows(np.flatnonzero(ways.remaining != 0))
         return sweep.dropped
 
     # Which sets, and which first and last nodes
 
-    def _tasks(self, sweep: _Sweep) -> Tasks:
+    def _tasks(self, sweep: _Sweep) -> SearchTasks:
         below_s, width = sweep.below_s, sweep.width
         which = []
-        for row, known in enumerate(self.known):
-            promising = np.flatnonzero(known < below_s[row] * (1 - CLOSE))
+        for row, known in enumerate(self.bounds_by_set):
+            promising = np.flatnonzero(known < below_s[row] * (1 - COST_TOLERANCE))
             max_sets = width * _BOUNDED_PER_WIDTH
             if len(promising) > max_sets:
                 nearest = _least(known[promising], max_sets + 1)
@@ -189,22 +193,24 @@ class Search:
             which.append(promising)
         rows = np.repeat(np.arange(len(which)), [len(w) for w in which])
         if not len(rows):
-            return Tasks(_NONE, _NONE, _NONE, _NONE)
+            return SearchTasks(_NONE, _NONE, _NONE, _NONE)
         values = self._of_sets(sweep.limits, which)
         for row, (chosen, value) in enumerate(zip(which, values, strict=True)):
-            self.known[row][chosen] = np.maximum(self.known[row][chosen], np.minimum(value, below_s[row]))
+            self.bounds_by_set[row][chosen] = np.maximum(
+                self.bounds_by_set[row][chosen], np.minimum(value, below_s[row])
+            )
         sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
         least = np.concatenate(values)
-        good = np.flatnonzero(least < below_s[rows] * (1 - CLOSE))
+        good = np.flatnonzero(least < below_s[rows] * (1 - COST_TOLERANCE))
         good = good[_narrowed(rows[good], least[good], max(width * _SETS_PER_WIDTH, 8), sweep.dropped)]
         sets, rows = sets[good], rows[good]
         # A wide search has so many pairs of ends that each count is handled by itself.
         batches = [slice(None)] if len(sets) <= _SETS_PER_BATCH else [rows == row for row in np.unique(rows)]
         tasks = [self._with_ends(sets[batch], rows[batch], sweep) for batch in batches]
-        return Tasks(*(np.concatenate([getattr(t, f) for t in tasks]) for f in Tasks.__struct_fields__))
+        return SearchTasks(*(np.concatenate([getattr(t, f) for t in tasks]) for f in SearchTasks.__struct_fields__))
 
-    def _with_ends(self, sets: Ints, rows: Ints, sweep: _Sweep) -> Tasks:
-        places, bounds = self.bounds.places, self.bounds
+    def _with_ends(self, sets: Ints, rows: Ints, sweep: _Sweep) -> SearchTasks:
+        places, bounds = self.bounds.node_indices, self.bounds
         has = (sets[:, None] >> places) & 1 == 1
         begins, ends = has.copy(), has.copy()
         for node, before in enumerate(self._alike):
@@ -213,61 +219,65 @@ class Search:
                 ends[:, before] &= ~has[:, node]
         which, first, last = np.nonzero(begins[:, :, None] & ends[:, None, :] & ~np.eye(len(places), dtype=bool))
         sets, rows = sets[which], rows[which]
-        if self.exactly:
+        if self.exact_links:
             bound_s = bounds.links_to(first, sets & ~(1 << first), last, True) + bounds.link_s[last, first]
         else:
-            bound_s = bounds.trips[sets]
-        for c in pieces(len(which)):
+            bound_s = bounds.round_trips_s[sets]
+        for c in chunks(len(which)):
             sums = sweep.rests.sums(sets[c], last[c], first[c], rows[c])
             bound_s[c] += sweep.rests.costs(sums, np.zeros(sums.shape[1], dtype=np.int64))
-            bound_s[c] += sweep.rests.beside(sets[c], last[c], first[c])
-        good = np.flatnonzero(bound_s < sweep.below_s[rows] * (1 - CLOSE))
+            bound_s[c] += sweep.rests.end_costs(sets[c], last[c], first[c])
+        good = np.flatnonzero(bound_s < sweep.below_s[rows] * (1 - COST_TOLERANCE))
         good = good[_narrowed(rows[good], bound_s[good], sweep.width, sweep.dropped)]
-        return Tasks(rows[good], sets[good], first[good], last[good])
+        return SearchTasks(rows[good], sets[good], first[good], last[good])
 
     # Stage by stage
 
-    def _begin(self, tasks: Tasks, sweep: _Sweep) -> Ways:
+    def _begin(self, tasks: SearchTasks, sweep: _Sweep) -> PartialLayouts:
         count = len(tasks.row)
         nothing, none = np.zeros(count), np.zeros(count, dtype=np.int64)
-        before = Ways(np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none)
+        before = PartialLayouts(
+            np.arange(count), tasks.sets, tasks.first, none, nothing, nothing, nothing, none, none
+        )
         return self._stages(before, np.arange(count), tasks.first, tasks, sweep)
 
-    def _lengthen(self, ways: Ways, tasks: Tasks, sweep: _Sweep) -> Ways:
-        left = (ways.rest[:, None] >> self.bounds.places) & 1 == 1
+    def _lengthen(self, ways: PartialLayouts, tasks: SearchTasks, sweep: _Sweep) -> PartialLayouts:
+        left = (ways.remaining[:, None] >> self.bounds.node_indices) & 1 == 1
         last = tasks.last[ways.task]
-        only = ways.rest == 1 << last
+        only = ways.remaining == 1 << last
         left[np.arange(len(last)), last] = only
         for place, before in enumerate(self._alike):
             if before >= 0:
-                left[:, place] &= (ways.rest >> before) & 1 == 0
+                left[:, place] &= (ways.remaining >> before) & 1 == 0
         rows, node = np.nonzero(left)
         return self._stages(ways, rows, node, tasks, sweep)
 
-    def _stages(self, ways: Ways, rows: Ints, node: Ints, tasks: Tasks, sweep: _Sweep) -> Ways:
+    def _stages(
+        self, ways: PartialLayouts, rows: Ints, node: Ints, tasks: SearchTasks, sweep: _Sweep
+    ) -> PartialLayouts:
         """Extend each of these rows by a stage on that node, of every length that may still beat the best known."""
         chain, bounds = self.chain, self.bounds
         before, task = ways.layer[rows], ways.task[rows]
-        rest = ways.rest[rows] & ~(1 << node)
+        rest = ways.remaining[rows] & ~(1 << node)
         row, last, first = tasks.row[task], tasks.last[task], tasks.first[task]
-        to = np.minimum(sweep.limits.reach[row, node, before], chain.layers - sizes(bounds.count)[rest])
-        least = np.maximum(before + np.maximum(chain.fixed[node], 1), bounds.start[rest])
+        to = np.minimum(sweep.limits.reach[row, node, before], chain.layer_count - subset_sizes(bounds.count)[rest])
+        least = np.maximum(before + np.maximum(chain.required_counts[node], 1), bounds.earliest_start[rest])
         lengths = np.maximum(to - least + 1, 0)
-        self.work_count += int(lengths.sum())
+        self.partial_layout_count += int(lengths.sum())
         # These are the same for every length.
         links = ways.links_s[rows] + bounds.link_s[ways.node[rows], node]
-        links_left = bounds.links_to(node, rest, last, self.exactly)
-        ahead = np.maximum(links + links_left + bounds.link_s[last, first], bounds.trips[tasks.sets[task]])
-        ahead += sweep.rests.beside(rest, last, None)
-        own = ways.own_s[rows] - chain.cost[node, before]
-        below = sweep.below_s[row] * (1 - CLOSE)
+        links_left = bounds.links_to(node, rest, last, self.exact_links)
+        ahead = np.maximum(links + links_left + bounds.link_s[last, first], bounds.round_trips_s[tasks.sets[task]])
+        ahead += sweep.rests.end_costs(rest, last, None)
+        own = ways.stages_s[rows] - chain.cost[node, before]
+        below = sweep.below_s[row] * (1 - COST_TOLERANCE)
         batches: list[tuple[Ints, Ints, Floats, Floats]] = []
         ends = np.cumsum(lengths)
         start = 0
         while start < len(rows):
             # As many rows as fill a batch; at least one.
             base = ends[start - 1] if start else 0
-            until = max(int(np.searchsorted(ends, base + ROWS_AT_ONCE, side="right")), start + 1)
+            until = max(int(np.searchsorted(ends, base + MAX_BATCH_ROWS, side="right")), start + 1)
             batch = np.arange(start, until)
             each = np.repeat(batch, lengths[batch])
             layer = np.arange(len(each)) - (ends[batch] - lengths[batch] - base - least[batch])[each - start]
@@ -278,7 +288,7 @@ class Search:
             batches.append((each[kept], layer[kept], own_s[kept], bound[kept]))
             start = until
         if not batches:
-            return ways.pick(_NONE)
+            return ways.select_rows(_NONE)
         each, layer, own_s, bound = (np.concatenate(column) for column in zip(*batches, strict=True))
         if chain.problem.max_fetch_bytes is not None:
             fetch = ways.fetch[rows[each]] + chain.fetch[node[each], layer] - chain.fetch[node[each], before[each]]
@@ -295,7 +305,7 @@ class Search:
         kept = kept[_narrowed(row[each[kept]], bound[kept], sweep.width, sweep.dropped)]
         each, layer, on_node, parent = each[kept], layer[kept], on_node[kept], parent[kept]
         stage_s = chain.s_per_work[on_node] * (chain.work[layer] - chain.work[before[each]])
-        return Ways(
+        return PartialLayouts(
             task[each],
             rest[each],
             on_node,
@@ -322,20 +332,20 @@ class Search:
 
     # Complete layouts
 
-    def _take(self, ways: Ways, done: Ints, tasks: Tasks, levels: list[Ways]) -> None:
+    def _select(self, ways: PartialLayouts, done: Ints, tasks: SearchTasks, levels: list[PartialLayouts]) -> None:
         task = ways.task[done]
         back = self.bounds.link_s[tasks.last[task], tasks.first[task]]
         row = tasks.row[task]
-        cost = np.maximum(ways.own_s[done] + ways.links_s[done] + back, self.flight[row] * ways.slowest_s[done])
+        cost = np.maximum(ways.stages_s[done] + ways.links_s[done] + back, self.in_flight[row] * ways.slowest_s[done])
         for way in np.lexsort((cost, row)):
             if cost[way] < self.best[row[way]].cost_s:
-                order, cuts = [int(ways.node[done[way]])], [self.chain.layers]
+                order, cuts = [int(ways.node[done[way]])], [self.chain.layer_count]
                 parent = int(ways.parent[done[way]])
                 for level in reversed(levels):
                     order.append(int(level.node[parent]))
                     cuts.append(int(level.layer[parent]))
                     parent = int(level.parent[parent])
-                self.best[row[way]] = Found(float(cost[way]), order[::-1], [0, *cuts[::-1]])
+                self.best[row[way]] = Incumbent(float(cost[way]), order[::-1], [0, *cuts[::-1]])
 
 
 def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
@@ -345,9 +355,9 @@ def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
     than c of the layers fit, each by itself (Hall).
     """
     layers = np.sort(np.diff(bounds.chain.bytes))
-    capacity = bounds.chain.free - bounds.chain.problem.stage_bytes
+    capacity = bounds.chain.free_bytes - bounds.chain.problem.stage_bytes
     can_hold = np.searchsorted(layers, capacity, side="right")
-    size = sizes(bounds.count)
+    size = subset_sizes(bounds.count)
     subsets = np.arange(1 << bounds.count)
     possible = np.ones(len(subsets), dtype=bool)
     for limit in np.unique(can_hold[can_hold < bounds.count]):
@@ -389,8 +399,8 @@ def _alike(bounds: Bounds) -> list[int]:
         for a in range(b - 1, -1, -1):
             others = [i for i in range(count) if i not in (a, b)]
             if (
-                chain.free[a] == chain.free[b]
-                and chain.fixed[a] == chain.fixed[b]
+                chain.free_bytes[a] == chain.free_bytes[b]
+                and chain.required_counts[a] == chain.required_counts[b]
                 and chain.s_per_work[a] == chain.s_per_work[b]
                 and link_s[a, b] == link_s[b, a]
                 and np.array_equal(chain.cost[a], chain.cost[b])

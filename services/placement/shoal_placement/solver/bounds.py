@@ -13,33 +13,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal_placement.solver.cost import Chain, Floats, Ints
-from shoal_placement.solver.fractional_knapsack import Pour, Tables
-from shoal_placement.solver.subsets import earliest_start, round_trips, ways_to, without
+from shoal_placement.solver.cost import CostModel, Floats, Ints
+from shoal_placement.solver.fractional_knapsack import FractionalAssignment, SubsetSums
+from shoal_placement.solver.subsets import earliest_start, renumber_without, round_trips, shortest_paths_to
 
-NEVER = 1e30
+IMPOSSIBLE_WORK = 1e30
 """The work of a range that no memory holds."""
-INNER, FIRST, LAST = 0, 1, 2
-ROWS_AT_ONCE = 1 << 12
+ROLE_INNER, ROLE_FIRST, ROLE_LAST = 0, 1, 2
+MAX_BATCH_ROWS = 1 << 12
 """Rows that are bounded in one call: it limits memory, and how long numpy blocks other threads."""
 
 
-class Limits:
+class BoundContext:
     """What each node can take within a bottleneck: one row for each bottleneck; a set's size chooses the row."""
 
-    def __init__(self, chain: Chain, most_s: Floats) -> None:
-        self.reach: Ints = chain.reach(most_s)
+    def __init__(self, chain: CostModel, max_s: Floats) -> None:
+        self.reach: Ints = chain.reach(max_s)
         """By row, node and first layer."""
-        self.most: Floats = np.array(_most_work(chain, self.reach)).swapaxes(1, 2)
+        self.max_work: Floats = np.array(_most_work(chain, self.reach)).swapaxes(1, 2)
         """By role, node and row: the work of the largest range of layers."""
 
 
-def _most_work(chain: Chain, reach: Ints) -> list[Floats]:
+def _most_work(chain: CostModel, reach: Ints) -> list[Floats]:
     """Return by role, for each row and node, the work of the largest range of layers."""
-    work, last = chain.work, chain.layers
+    work, last = chain.work, chain.layer_count
     starts = np.arange(1, last)
     begins = work[1:last]
-    longest, least = reach[..., 1:last], np.maximum(chain.fixed, 1)[:, None]
+    longest, least = reach[..., 1:last], np.maximum(chain.required_counts, 1)[:, None]
     inner = np.minimum(longest, last - 1)
     inner_work = np.where(inner - starts >= least, work[inner] - begins, 0.0)
     ends = np.where((longest >= last) & (last - starts >= least), work[last] - begins, 0.0)
@@ -48,48 +48,48 @@ def _most_work(chain: Chain, reach: Ints) -> list[Floats]:
     return [inner_work.max(axis=-1, initial=0.0), first, ends.max(axis=-1, initial=0.0)]
 
 
-def _least_work(chain: Chain, reach: Ints) -> list[Floats]:
+def _least_work(chain: CostModel, reach: Ints) -> list[Floats]:
     """Return by role, for each node, the work of the smallest range of layers."""
-    work, last = chain.work, chain.layers
+    work, last = chain.work, chain.layer_count
     every = np.arange(last + 1)
-    shortest = every + np.maximum(chain.fixed, 1)[:, None]
+    shortest = every + np.maximum(chain.required_counts, 1)[:, None]
     shortest = np.where(reach >= shortest, shortest, every)  # the first layer itself if there is no range
     starts = every[1:last]
     inner = shortest[:, 1:last]
-    inner_work = np.where((inner > starts) & (inner < last), work[inner] - work[starts], NEVER)
-    first = np.where((shortest[:, 0] > 0) & (shortest[:, 0] < last), work[shortest[:, 0]], NEVER)
-    begins = last - np.maximum(chain.fixed, 1)
+    inner_work = np.where((inner > starts) & (inner < last), work[inner] - work[starts], IMPOSSIBLE_WORK)
+    first = np.where((shortest[:, 0] > 0) & (shortest[:, 0] < last), work[shortest[:, 0]], IMPOSSIBLE_WORK)
+    begins = last - np.maximum(chain.required_counts, 1)
     holds = (begins > 0) & (reach[np.arange(len(reach)), np.maximum(begins, 0)] >= last)
-    ends = np.where(holds, work[last] - work[np.maximum(begins, 0)], NEVER)
-    return [inner_work.min(axis=1, initial=NEVER), first, ends]
+    ends = np.where(holds, work[last] - work[np.maximum(begins, 0)], IMPOSSIBLE_WORK)
+    return [inner_work.min(axis=1, initial=IMPOSSIBLE_WORK), first, ends]
 
 
 class Bounds:
     """The bounds for one chain of layers over at most `subsets.MOST` nodes."""
 
-    def __init__(self, chain: Chain, link_s: Floats) -> None:
+    def __init__(self, chain: CostModel, link_s: Floats) -> None:
         self.chain, self.link_s = chain, link_s
-        self.count, self.layers = len(chain.nodes), chain.layers
-        self.places: Ints = np.arange(self.count)
+        self.count, self.layers = len(chain.nodes), chain.layer_count
+        self.node_indices: Ints = np.arange(self.count)
         by_layer = np.diff(chain.cost, axis=1) / np.diff(chain.work)
         inside = by_layer[:, 1:-1] if self.layers > 2 else by_layer
-        self.rate: Floats = inside.min(axis=1)
+        self.cost_per_work: Floats = inside.min(axis=1)
         """By node, the least cost of a unit of work."""
         work = np.diff(chain.work)
-        self.beside_first: Floats = (by_layer[:, 0] - self.rate) * work[0]
-        self.beside_last: Floats = (by_layer[:, -1] - self.rate) * work[-1]
+        self.extra_first: Floats = (by_layer[:, 0] - self.cost_per_work) * work[0]
+        self.extra_last: Floats = (by_layer[:, -1] - self.cost_per_work) * work[-1]
         """What the two ends cost besides; may be below 0."""
         reach = chain.reach(float("inf"))
-        self.least: Floats = np.array(_least_work(chain, reach))
-        self.trips: Floats = round_trips(link_s)
+        self.min_work: Floats = np.array(_least_work(chain, reach))
+        self.round_trips_s: Floats = round_trips(link_s)
         self._paths: list[Floats | None] = [None] * self.count
-        self.start: Ints = earliest_start(reach)
+        self.earliest_start: Ints = earliest_start(reach)
         g, h = chain.problem.embed_work, chain.problem.head_work
-        self._ends_beside = self._least_in_each(self.rate * g + self.beside_first) + self._least_in_each(
-            self.rate * h + self.beside_last
+        self._ends_beside = self._least_in_each(self.cost_per_work * g + self.extra_first) + self._least_in_each(
+            self.cost_per_work * h + self.extra_last
         )
         self._ends_work = np.array([0.0, g, h])
-        self.pour = Pour(self.rate, float(chain.work[-1]))
+        self.assignment = FractionalAssignment(self.cost_per_work, float(chain.work[-1]))
 
     def _least_in_each(self, values: Floats) -> Floats:
         least = np.full(1, np.inf)
@@ -104,20 +104,20 @@ class Bounds:
         count as a round trip, which is no shorter than the shortest one.
         """
         if not exactly:
-            closed: Floats = self.trips[through | (1 << node)] - self.link_s[last, node]
+            closed: Floats = self.round_trips_s[through | (1 << node)] - self.link_s[last, node]
             return closed
         bound_s = np.empty(len(node))
-        subset = without((through | (1 << node)) & ~(1 << last), last)
+        subset = renumber_without((through | (1 << node)) & ~(1 << last), last)
         for end in np.unique(last):
             if self._paths[end] is None:
-                self._paths[end] = ways_to(self.link_s, int(end))
+                self._paths[end] = shortest_paths_to(self.link_s, int(end))
             to_end = np.flatnonzero(last == end)
             paths_s = self._paths[end]
             assert paths_s is not None
             bound_s[to_end] = paths_s[node[to_end], subset[to_end]]
         return bound_s
 
-    def shares(self) -> Floats:
+    def bottleneck_bounds_s(self) -> Floats:
         """Return for each subset a lower bound of the slowest stage's seconds: that of equally long stages."""
         with np.errstate(divide="ignore"):
             speed = 1 / self.chain.s_per_work
@@ -127,38 +127,41 @@ class Bounds:
         total_speed[0] = 1.0
         return float(self.chain.work[-1]) / total_speed
 
-    def of_every_set(self, limits: Limits) -> Floats:
+    def bounds_of_all_sets(self, limits: BoundContext) -> Floats:
         """Return a lower bound of T for each subset, by the first row of the limits."""
         tables, work = self._of_sets(limits)
-        return self.pour.every_cost(tables, work) + self._ends_beside + self.trips
+        return self.assignment.costs_of_all_sets(tables, work) + self._ends_beside + self.round_trips_s
 
-    def of_sets(self, sets: Ints, rows: Ints, limits: Limits) -> Floats:
+    def bounds_of_sets(self, sets: Ints, rows: Ints, limits: BoundContext) -> Floats:
         """Return a lower bound of T for these sets, whichever nodes are first and last."""
         tables, work = self._of_sets(limits)
-        besides = self._ends_beside[sets] + self.trips[sets]
-        costs = [self.pour.costs(tables.of(sets[c], rows[c]), np.full(len(sets[c]), work)) for c in pieces(len(sets))]
+        besides = self._ends_beside[sets] + self.round_trips_s[sets]
+        costs = [
+            self.assignment.costs(tables.sums_of(sets[c], rows[c]), np.full(len(sets[c]), work))
+            for c in chunks(len(sets))
+        ]
         return np.concatenate([*costs, np.zeros(0)]) + besides
 
-    def _of_sets(self, limits: Limits) -> tuple[Tables, float]:
+    def _of_sets(self, limits: BoundContext) -> tuple[SubsetSums, float]:
         beside = self._ends_work[:, None]
-        least = (self.least - beside).min(axis=0)
-        most = (limits.most - beside[:, :, None]).max(axis=0)
-        return Tables(self.pour.terms(least, most)), float(self.chain.work[-1] - self._ends_work.sum())
+        least = (self.min_work - beside).min(axis=0)
+        most = (limits.max_work - beside[:, :, None]).max(axis=0)
+        return SubsetSums(self.assignment.terms(least, most)), float(self.chain.work[-1] - self._ends_work.sum())
 
-    def rests(self, limits: Limits) -> Rests:
+    def remainder_bounds(self, limits: BoundContext) -> RemainderBounds:
         """Return the bounds of what is left, within these limits."""
-        return Rests(self, limits)
+        return RemainderBounds(self, limits)
 
 
-class Rests:
+class RemainderBounds:
     """Lower bounds of T without links, for the layers from a given one on over exactly the nodes of a set."""
 
-    def __init__(self, bounds: Bounds, limits: Limits) -> None:
-        self._bounds, self._pour = bounds, bounds.pour
+    def __init__(self, bounds: Bounds, limits: BoundContext) -> None:
+        self._bounds, self._pour = bounds, bounds.assignment
         inner, first, last = (
-            bounds.pour.terms(own, most) for own, most in zip(bounds.least, limits.most, strict=True)
+            bounds.assignment.terms(own, most) for own, most in zip(bounds.min_work, limits.max_work, strict=True)
         )
-        self._tables = Tables(inner)
+        self._tables = SubsetSums(inner)
         self._first, self._last = first, last
 
     def sums(self, rest: Ints, last: Ints, first: Ints | None, rows: Ints) -> Floats:
@@ -167,7 +170,7 @@ class Rests:
         ends = 1 << last
         if first is not None:
             ends |= 1 << first
-        sums = self._tables.of(rest & ~ends, rows)
+        sums = self._tables.sums_of(rest & ~ends, rows)
         nonempty = rest > 0
         of_last = self._last[:, last, rows]
         sums += of_last if nonempty.all() else np.where(nonempty, of_last, 0.0)
@@ -175,16 +178,16 @@ class Rests:
             sums += self._first[:, first, rows]
         return sums
 
-    def beside(self, rest: Ints, last: Ints, first: Ints | None) -> Floats:
+    def end_costs(self, rest: Ints, last: Ints, first: Ints | None) -> Floats:
         """Return what the ends cost besides."""
-        besides: Floats = np.where(rest > 0, self._bounds.beside_last[last], 0.0)
-        return besides if first is None else besides + self._bounds.beside_first[first]
+        besides: Floats = np.where(rest > 0, self._bounds.extra_last[last], 0.0)
+        return besides if first is None else besides + self._bounds.extra_first[first]
 
     def costs(self, sums: Floats, from_layer: Ints) -> Floats:
         """Return the cost of the layers from `from_layer` on, without `beside`. Overwrites `sums`."""
         return self._pour.costs(sums, self._bounds.chain.work[-1] - self._bounds.chain.work[from_layer])
 
 
-def pieces(count: int) -> list[slice]:
+def chunks(count: int) -> list[slice]:
     """Return `count` rows as slices of `ROWS_AT_ONCE`."""
-    return [slice(start, start + ROWS_AT_ONCE) for start in range(0, count, ROWS_AT_ONCE)]
+    return [slice(start, start + MAX_BATCH_ROWS) for start in range(0, count, MAX_BATCH_ROWS)]

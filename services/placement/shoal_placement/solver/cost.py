@@ -10,13 +10,13 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal_placement.solver.problem import AS_STAGES, Layout, Node, Problem, Slice
+from shoal_placement.solver.problem import IN_FLIGHT_PER_STAGE, Layout, Node, Problem, StageSlice
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-class Chain:
+class CostModel:
     """A problem as prefix sums over its layers, with embedding and head added to the first and the last one.
 
     Only a single stage that has both ends of a tied model takes less than the sum of its layers: `tied_bytes` less.
@@ -24,7 +24,7 @@ class Chain:
 
     def __init__(self, problem: Problem, nodes: Sequence[Node]) -> None:
         self.problem, self.nodes = problem, list(nodes)
-        count = self.layers = len(problem.layer_bytes)
+        count = self.layer_count = len(problem.layer_bytes)
         work = [float(w) for w in problem.layer_work] or [1.0] * count
         taken = list(problem.layer_bytes)
         taken[0] += problem.embed_bytes
@@ -34,7 +34,7 @@ class Chain:
         self.bytes: Ints = np.array([0, *accumulate(taken)], dtype=np.int64)
         self.work: Floats = np.array([0.0, *accumulate(work)])
         self.tied_bytes = problem.embed_bytes if problem.tied else 0
-        self.free: Ints = np.array([n.free_bytes for n in self.nodes], dtype=np.int64)
+        self.free_bytes: Ints = np.array([n.free_bytes for n in self.nodes], dtype=np.int64)
         self.s_per_work: Floats = np.array([n.s_per_work for n in self.nodes], dtype=float)
         self.fetch: Ints = np.zeros((len(self.nodes), count + 1), dtype=np.int64)
         # Node by node: a large table in one call would block other threads.
@@ -48,22 +48,28 @@ class Chain:
             + problem.fetch_price_s_per_byte * self.fetch
         )
         """Of layers [0, j) on node i, the share of T and of the prices. A stage's cost is a difference of two."""
-        self.fixed: Ints = np.array([problem.counts.get(n.name, 0) for n in self.nodes], dtype=np.int64)
+        self.required_counts: Ints = np.array(
+            [problem.layer_counts.get(n.name, 0) for n in self.nodes], dtype=np.int64
+        )
 
-    def part(self, order: Sequence[int]) -> Chain:
+    def for_nodes(self, order: Sequence[int]) -> CostModel:
         """Return the chain over these nodes only, in this order."""
         subset = copy(self)
         subset.__dict__.pop("_memory_reach", None)
         index = list(order)
         subset.nodes = [self.nodes[i] for i in index]
-        subset.free, subset.s_per_work, subset.fixed = self.free[index], self.s_per_work[index], self.fixed[index]
+        subset.free_bytes, subset.s_per_work, subset.required_counts = (
+            self.free_bytes[index],
+            self.s_per_work[index],
+            self.required_counts[index],
+        )
         subset.fetch, subset.cost = self.fetch[index], self.cost[index]
         return subset
 
     @cached_property
     def _memory_reach(self) -> Ints:
         """For each node and each first layer: one past the last layer that its memory holds."""
-        capacity = self.free[:, None] - self.problem.stage_bytes
+        capacity = self.free_bytes[:, None] - self.problem.stage_bytes
         end: Ints = np.searchsorted(self.bytes, (self.bytes + capacity).ravel(), side="right") - 1
         return end.reshape(len(self.nodes), -1)
 
@@ -74,7 +80,7 @@ class Chain:
         several times, it is returned for each of them.
         """
         limit_s = np.asarray(max_s, dtype=float)[..., None, None]
-        first = np.arange(self.layers + 1)
+        first = np.arange(self.layer_count + 1)
         limited = limit_s < np.inf
         end = np.broadcast_to(self._memory_reach, (*limit_s.shape[:-2], *self._memory_reach.shape))
         if limited.any():
@@ -85,14 +91,14 @@ class Chain:
             time_end = np.searchsorted(self.work, (self.work + work) * (1 + 1e-13), side="right") - 1
             end = np.minimum(end, time_end)
         reach: Ints = np.maximum(end, first)
-        if not self.fixed.any():
+        if not self.required_counts.any():
             return reach
-        exact = first + self.fixed[:, None]
-        return np.where(self.fixed[:, None] > 0, np.where(reach >= exact, exact, first), reach)
+        exact = first + self.required_counts[:, None]
+        return np.where(self.required_counts[:, None] > 0, np.where(reach >= exact, exact, first), reach)
 
     def in_flight(self, stages: int) -> int:
         """Return C for so many stages."""
-        return stages if self.problem.in_flight == AS_STAGES else self.problem.in_flight
+        return stages if self.problem.in_flight == IN_FLIGHT_PER_STAGE else self.problem.in_flight
 
 
 def _fetch(node: Node, count: int) -> list[int]:
@@ -110,7 +116,9 @@ def stage_bytes(problem: Problem, first: int, last: int) -> int:
     return size - (problem.embed_bytes if problem.tied and is_first and is_last else 0)
 
 
-def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int], chain: Chain | None = None) -> Layout:
+def make_layout(
+    problem: Problem, order: Sequence[int], cuts: Sequence[int], chain: CostModel | None = None
+) -> Layout:
     """Return the layout with layers [cuts[i], cuts[i + 1]) on the i-th node of `order`, indices into `problem.nodes`.
 
     `chain`, if given, is the chain of the problem over all its nodes.
@@ -118,9 +126,9 @@ def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int], chain
     nodes = [problem.nodes[i] for i in order]
     in_chain: Sequence[int] = order
     if chain is None:
-        chain, in_chain = Chain(problem, nodes), range(len(nodes))
+        chain, in_chain = CostModel(problem, nodes), range(len(nodes))
     slices = [
-        Slice(n.name, a, b, stage_bytes(problem, a, b)) for n, (a, b) in zip(nodes, pairwise(cuts), strict=True)
+        StageSlice(n.name, a, b, stage_bytes(problem, a, b)) for n, (a, b) in zip(nodes, pairwise(cuts), strict=True)
     ]
     times = [
         float(chain.s_per_work[i] * (chain.work[s.last] - chain.work[s.first]))
@@ -142,20 +150,20 @@ def layout_of(problem: Problem, order: Sequence[int], cuts: Sequence[int], chain
         latency_s=latency,
         bottleneck_s=bottleneck,
         fetch_bytes=fetch,
-        fullest=max(
+        max_memory_share=max(
             s.bytes / n.free_bytes if n.free_bytes > 0 else float("inf") for n, s in zip(nodes, slices, strict=True)
         ),
         cost_s=max(latency + prices, chain.in_flight(len(order)) * bottleneck),
     )
 
 
-def keeps(problem: Problem, layout: Layout) -> bool:
+def meets_constraints(problem: Problem, layout: Layout) -> bool:
     """Return whether a layout meets all constraints: memory, numbers of nodes and of layers, bytes to fetch."""
     layer_count = {s.node: s.last - s.first for s in layout.slices}
     free = {n.name: n.free_bytes for n in problem.nodes if n.name in layer_count}
     return (
         problem.min_nodes <= len(layout.slices) <= problem.max_nodes
         and all(s.bytes <= free[s.node] and s.first < s.last for s in layout.slices)
-        and all(layer_count.get(node) == count for node, count in problem.counts.items())
+        and all(layer_count.get(node) == count for node, count in problem.layer_counts.items())
         and (problem.max_fetch_bytes is None or layout.fetch_bytes <= problem.max_fetch_bytes)
     )

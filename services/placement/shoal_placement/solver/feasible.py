@@ -10,19 +10,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal_placement.solver.cost import Chain, Ints
-from shoal_placement.solver.subsets import sizes
+from shoal_placement.solver.cost import CostModel, Ints
+from shoal_placement.solver.subsets import subset_sizes
 
 
-class Fits:
+class Feasibility:
     """For each subset of at most `subsets.MOST` nodes, the layers from which on it can hold the rest."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: CostModel) -> None:
         self._chain, self._reach = chain, chain.reach(float("inf"))
-        count, layers = len(chain.nodes), chain.layers
+        count, layers = len(chain.nodes), chain.layer_count
         self._from: NDArray[np.bool_] = np.zeros((1 << count, layers + 1), dtype=bool)
         self._from[0, layers] = True
-        everything, size = np.arange(1 << count), sizes(count)
+        everything, size = np.arange(1 << count), subset_sizes(count)
         for k in range(1, count + 1):
             # For the subsets with one node less: how many such layers there are up to each one.
             smaller = everything[size == k - 1]
@@ -39,9 +39,9 @@ class Fits:
     def _begins(self, node: int, known: NDArray[np.int16]) -> NDArray[np.bool_]:
         """Return the layers at which this node can start so that it ends where the others start."""
         reach = self._reach[node]
-        starts = np.arange(self._chain.layers + 1)
+        starts = np.arange(self._chain.layer_count + 1)
         # A node with a required count ends exactly where it reaches, any other somewhere up to there.
-        lowest = np.where(self._chain.fixed[node] > 0, np.maximum(reach - 1, starts), starts)
+        lowest = np.where(self._chain.required_counts[node] > 0, np.maximum(reach - 1, starts), starts)
         can_start: NDArray[np.bool_] = known[:, reach + 1] > known[:, lowest + 1]
         return can_start
 
@@ -69,4 +69,4 @@ class Fits:
 
     def _ends(self, node: int, first: int) -> range:
         reach = int(self._reach[node, first])
-        return range(reach, first, -1)[: 1 if self._chain.fixed[node] else None]
+        return range(reach, first, -1)[: 1 if self._chain.required_counts[node] else None]

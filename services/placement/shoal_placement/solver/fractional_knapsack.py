@@ -15,36 +15,36 @@ import numpy as np
 
 from shoal_placement.solver.cost import Floats, Ints
 
-CLOSE = 1e-9
+COST_TOLERANCE = 1e-9
 """Costs that differ by less than this share are equal."""
 _BITS = 6
 """Nodes whose subsets are in one table."""
 
 
-class Pour:
+class FractionalAssignment:
     """The cost to assign work to nodes with these rates; `whole` is all the work there is."""
 
-    def __init__(self, rate: Floats, whole: float) -> None:
+    def __init__(self, rate: Floats, total_work: float) -> None:
         self._rate = rate
         prices = np.unique(rate)
         self._prices = len(prices)
         self._slope: Floats = np.array([*prices, 1.0, -1.0])
         """What a unit of work adds to each sum: one for each price, the lack of capacity, and the lack of work."""
-        self._tolerance = CLOSE * whole
+        self._tolerance = COST_TOLERANCE * total_work
 
-    def terms(self, own: Floats, most: Floats) -> Floats:
+    def terms(self, min_work: Floats, max_work: Floats) -> Floats:
         """Return what each node adds to each sum, by sum, node and row.
 
         A node takes at least `own` (by node), and at most `most` (by node and row), or `own` if that is more.
         """
         prices = self._slope[: self._prices, None, None]
         over = prices - self._rate[:, None]
-        own = own[:, None]
-        spare = np.maximum(most - own, 0.0)
-        terms: Floats = np.empty((self._prices + 2, *most.shape))
-        terms[:-2] = -own * over - spare * np.maximum(over, 0.0)
-        terms[-2] = -(own + spare)
-        terms[-1] = own
+        min_work = min_work[:, None]
+        spare = np.maximum(max_work - min_work, 0.0)
+        terms: Floats = np.empty((self._prices + 2, *max_work.shape))
+        terms[:-2] = -min_work * over - spare * np.maximum(over, 0.0)
+        terms[-2] = -(min_work + spare)
+        terms[-1] = min_work
         return terms
 
     def costs(self, sums: Floats, work: Floats) -> Floats:
@@ -57,7 +57,7 @@ class Pour:
         cost[np.maximum(sums[-2], sums[-1]) > self._tolerance] = np.inf
         return cost
 
-    def every_cost(self, tables: Tables, work: float) -> Floats:
+    def costs_of_all_sets(self, tables: SubsetSums, work: float) -> Floats:
         """Return the cost of every subset, in the first row."""
         high, low = tables.halves()
         shape = (high.shape[1], low.shape[1])
@@ -70,14 +70,14 @@ class Pour:
         return cost.ravel()
 
 
-class Tables:
+class SubsetSums:
     """The sums of terms over the nodes of any subset."""
 
     def __init__(self, terms: Floats) -> None:
         self._tables = [_sums(terms[:, start : start + _BITS]) for start in range(0, terms.shape[1], _BITS)]
         """Each by sum, row and subset of a few nodes, in the order of the nodes."""
 
-    def of(self, sets: Ints, rows: Ints) -> Floats:
+    def sums_of(self, sets: Ints, rows: Ints) -> Floats:
         """Return the sums by sum and set; `rows` has the row of each set."""
         total: Floats | None = None
         for table in self._tables:

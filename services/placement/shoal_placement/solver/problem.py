@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-Links = Sequence[Sequence[float]] | NDArray[np.float64]
+LinkTable = Sequence[Sequence[float]] | NDArray[np.float64]
 """A table of seconds from node to node; empty for none."""
-AS_STAGES = 0
+IN_FLIGHT_PER_STAGE = 0
 """As many requests in flight as there are stages, the fewest that keep every stage busy. This is `balanced`."""
 
 
@@ -52,20 +52,20 @@ class Problem(msgspec.Struct, frozen=True):
     tied: bool = False
     stage_bytes: int = 0
     """Bytes that every stage takes besides its layers."""
-    link_s: Links = ()
+    link_s: LinkTable = ()
     """Seconds to send a hidden state (or, on the way back, a token) from node to node; empty: none."""
     in_flight: int = 1
     """C; 1 is `latency`, AS_STAGES `balanced`, any other number `throughput`."""
     min_nodes: int = 1
     max_nodes: int = 16
-    counts: Mapping[str, int] = {}
+    layer_counts: Mapping[str, int] = {}
     """Exact numbers of layers that these nodes have to take."""
     max_fetch_bytes: int | None = None
     fetch_price_s_per_byte: float = 0.0
     """Seconds a token may take longer to save a byte of download. It is added to T, so the search stays exact."""
 
 
-class Slice(msgspec.Struct, frozen=True):
+class StageSlice(msgspec.Struct, frozen=True):
     """Layers [first, last) on a node, and the bytes they take there."""
 
     node: str
@@ -77,19 +77,19 @@ class Slice(msgspec.Struct, frozen=True):
 class Layout(msgspec.Struct, frozen=True):
     """Stages in order, and their cost."""
 
-    slices: list[Slice]
+    slices: list[StageSlice]
     latency_s: float
     """T: one token, once around, without prices."""
     bottleneck_s: float
     """B: the slowest stage."""
     fetch_bytes: int
-    fullest: float
+    max_memory_share: float
     """The largest share of a node's free memory that a stage takes: at most 1."""
     cost_s: float
     """max(T + prices, C * B): the minimized cost."""
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Solution(msgspec.Struct, frozen=True):
     """The best layout that was found. `layout` is None and `proved` True: there is none."""
 
     layout: Layout | None

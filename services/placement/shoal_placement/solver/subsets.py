@@ -13,12 +13,12 @@ import numpy as np
 
 from shoal_placement.solver.cost import Floats, Ints
 
-MOST = 16
+MAX_NODES = 16
 """Nodes of which all subsets are enumerated."""
 
 
-@lru_cache(maxsize=MOST + 1)
-def sizes(count: int) -> Ints:
+@lru_cache(maxsize=MAX_NODES + 1)
+def subset_sizes(count: int) -> Ints:
     """Return the number of nodes of each subset."""
     by_subset = np.zeros(1, dtype=np.int64)
     for _ in range(count):
@@ -26,14 +26,14 @@ def sizes(count: int) -> Ints:
     return by_subset
 
 
-@lru_cache(maxsize=MOST + 1)
+@lru_cache(maxsize=MAX_NODES + 1)
 def _of_size(count: int) -> list[Ints]:
     """Return the subsets by size."""
-    everything, size = np.arange(1 << count), sizes(count)
+    everything, size = np.arange(1 << count), subset_sizes(count)
     return [everything[size == p] for p in range(count + 1)]
 
 
-@lru_cache(maxsize=MOST + 1)
+@lru_cache(maxsize=MAX_NODES + 1)
 def _steps(count: int) -> list[list[tuple[Ints, Ints]]]:
     """Return for each size and node the subsets of that size with the node, and the same subsets without it."""
     return [
@@ -41,7 +41,7 @@ def _steps(count: int) -> list[list[tuple[Ints, Ints]]]:
     ]
 
 
-@lru_cache(maxsize=MOST + 1)
+@lru_cache(maxsize=MAX_NODES + 1)
 def _rounds(count: int) -> list[tuple[Ints, Ints, list[tuple[Ints, Ints]]]]:
     """Return for each size from two on the subsets, the lowest node of each, and for each node two lists of rows:
     of the subsets that have it but not as their lowest node, and of the same without it among the smaller ones."""
@@ -53,7 +53,7 @@ def _rounds(count: int) -> list[tuple[Ints, Ints, list[tuple[Ints, Ints]]]]:
         for v in range(count):
             with_node = np.flatnonzero(((subsets >> v) & 1 == 1) & (subsets & ((1 << v) - 1) != 0))
             step.append((with_node, row[subsets[with_node] ^ (1 << v)]))
-        rounds.append((subsets, sizes(count)[(subsets & -subsets) - 1], step))
+        rounds.append((subsets, subset_sizes(count)[(subsets & -subsets) - 1], step))
     return rounds
 
 
@@ -86,7 +86,7 @@ def _round_trips(links: bytes, count: int) -> Floats:
     return trips_s
 
 
-def ways_to(link_s: Floats, last: int) -> Floats:
+def shortest_paths_to(link_s: Floats, last: int) -> Floats:
     """Return for each node and each subset with it the shortest path from it through all of the subset to `last`.
 
     Subsets are numbered without `last`: see `without`. The path from `last` itself is 0.
@@ -106,7 +106,7 @@ def ways_to(link_s: Floats, last: int) -> Floats:
     return paths_s
 
 
-def without(subset: Ints, node: Ints) -> Ints:
+def renumber_without(subset: Ints, node: Ints) -> Ints:
     """Return the subsets renumbered without this node, which they must not have."""
     below = (1 << node) - 1
     return (subset & below) | ((subset >> (node + 1)) << node)

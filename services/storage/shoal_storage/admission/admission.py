@@ -10,10 +10,10 @@ import msgspec
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store import leaf_set
-from shoal_common.units import human
-from shoal_storage.admission.allocator import Space, lacking_bytes, spread
+from shoal_common.units import format_bytes
+from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.settings import Limits
+from shoal_storage.settings import StorageSettings
 
 
 class Shortfall(msgspec.Struct, frozen=True):
@@ -23,7 +23,7 @@ class Shortfall(msgspec.Struct, frozen=True):
     disk_bytes: int
 
     @property
-    def need_bytes(self) -> int:
+    def required_bytes(self) -> int:
         """Bytes to free to meet both."""
         return max(self.quota_bytes, self.disk_bytes)
 
@@ -34,96 +34,102 @@ class Admission(msgspec.Struct, frozen=True):
     present: list[str]
     missing: list[str]
     needed_bytes: int
-    roots: dict[str, str] = {}
+    volume_by_blob: dict[str, str] = {}
     """The volume ("" for the store) of each missing blob."""
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class SpaceDemand(msgspec.Struct, frozen=True):
     """What new blobs need of quota and disks, in bytes by blob. `fixed`: blobs that can go to one volume only."""
 
     blobs: Mapping[str, int]
     """Disk bytes that each needs: less than its size where good leaves of it are in quarantine."""
-    fixed: Mapping[str, str]
+    volume_of_fixed: Mapping[str, str]
     needed_bytes: int
     """Bytes needed of the quota."""
 
-    def lacking(self, ledger: Ledger, limits: Limits, spaces: Sequence[Space]) -> Shortfall:
+    def shortfall(self, ledger: Ledger, limits: StorageSettings, spaces: Sequence[VolumeSpace]) -> Shortfall:
         """Return what must be freed before they fit. A demand of nothing lacks nothing, however full the disk is."""
         if self.needed_bytes <= 0:
             return Shortfall(0, 0)
-        disk = lacking_bytes(self.blobs, rooms_of(spaces, limits), self.fixed)
+        disk = shortfall_bytes(self.blobs, available_by_volume(spaces, limits), self.volume_of_fixed)
         return Shortfall(_over_quota(self.needed_bytes, ledger, limits), disk)
 
-    def met_by(self, ledger: Ledger, limits: Limits, spaces: Sequence[Space]) -> Callable[[Mapping[str, int]], bool]:
+    def met_after_freeing(
+        self, ledger: Ledger, limits: StorageSettings, spaces: Sequence[VolumeSpace]
+    ) -> Callable[[Mapping[str, int]], bool]:
         """Return a predicate: whether they fit once so many bytes are freed, by volume."""
-        quota, capacity = _over_quota(self.needed_bytes, ledger, limits), rooms_of(spaces, limits)
+        quota, capacity = _over_quota(self.needed_bytes, ledger, limits), available_by_volume(spaces, limits)
 
         def met(freed: Mapping[str, int]) -> bool:
             if self.needed_bytes <= 0:
                 return True
             after = {volume_id: free_bytes + freed.get(volume_id, 0) for volume_id, free_bytes in capacity.items()}
-            return sum(freed.values()) >= quota and spread(self.blobs, after, self.fixed) is not None
+            return sum(freed.values()) >= quota and allocate(self.blobs, after, self.volume_of_fixed) is not None
 
         return met
 
 
-def _over_quota(needed_bytes: int, ledger: Ledger, limits: Limits) -> int:
+def _over_quota(needed_bytes: int, ledger: Ledger, limits: StorageSettings) -> int:
     if limits.quota_bytes is None:
         return 0
     return max(needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes), 0)
 
 
-def asked_leaves(manifest: Manifest, asked: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger) -> dict[str, int]:
+def requested_leaves(
+    manifest: Manifest, asked: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger
+) -> dict[str, int]:
     """Return the requested leaves by blob, for blobs not requested whole; the model's shard's own leaves included.
 
     Raises BadInput for blobs and leaves that are not the manifest's.
     """
-    sizes, part = manifest.blob_sizes, ledger.parts.get(manifest.model)
+    sizes, part = manifest.blob_sizes, ledger.shards.get(manifest.model)
     leaves_by_blob: dict[str, int] = {}
     for blob, ranges in asked.items():
         if blob not in sizes:
             raise BadInput(f"the request names leaves of {blob[:80]!r}, which is not a blob of {manifest.model}")
-        leaves_by_blob[blob] = leaf_set.of_ranges(ranges, sizes[blob])
+        leaves_by_blob[blob] = leaf_set.from_ranges(ranges, sizes[blob])
         if part is not None and blob in part.leaves:
             leaves_by_blob[blob] |= part.leaves[blob]
     return leaves_by_blob
 
 
-def promised_leaves(model: str, asked: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
+def leaves_to_reserve(model: str, asked: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
     """Return the leaves to reserve by blob. Blobs that are not in the result are reserved whole."""
     result = dict(asked)
     for blob in asked:
         partial = ledger.partials.get(blob)
-        arrives_whole = partial is not None and model in partial.models and model not in partial.leaves
-        if arrives_whole and model not in ledger.ended:
+        arrives_whole = partial is not None and model in partial.models and model not in partial.leaves_by_model
+        if arrives_whole and model not in ledger.ended_reservations:
             del result[blob]  # another download of the model fetches all of it
         elif partial is None and asked[blob] and blob in ledger.repairable:
             del result[blob]  # it comes back from quarantine with its own good leaves, which may be others
     return result
 
 
-def rooms_of(spaces: Iterable[Space], limits: Limits) -> dict[str, int]:
+def available_by_volume(spaces: Iterable[VolumeSpace], limits: StorageSettings) -> dict[str, int]:
     """Return the bytes each volume can take, the store first."""
-    return {s.further: s.to_give(limits.headroom_bytes) for s in spaces}
+    return {s.volume_id: s.available_bytes(limits.headroom_bytes) for s in spaces}
 
 
-def store_space(ledger: Ledger, free_bytes: int) -> Space:
+def store_space(ledger: Ledger, free_bytes: int) -> VolumeSpace:
     """Return the free space of a store without volumes."""
-    return Space("", "the store", free_bytes, ledger.in_flight_by_root[""])
+    return VolumeSpace("", "the store", free_bytes, ledger.in_flight_by_volume[""])
 
 
-def wanted(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] | None = None) -> Wanted:
+def space_demand(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] | None = None) -> SpaceDemand:
     """Return what a manifest's missing blobs need; `leaves` names those needed in part."""
     wanted_leaves = leaves or {}
     sizes = {
-        b: size for b, size in manifest.blob_sizes.items() if ledger.bytes_of(b) != size and wanted_leaves.get(b) != 0
+        b: size
+        for b, size in manifest.blob_sizes.items()
+        if ledger.blob_size(b) != size and wanted_leaves.get(b) != 0
     }
     needed = {b: ledger.needed_bytes(b, size, manifest.model, wanted_leaves.get(b)) for b, size in sizes.items()}
     quarantined = {b: ledger.repairable[b] for b in sizes if b in ledger.repairable and b not in ledger.partials}
-    fixed_blobs = {*ledger.partials, *ledger.unproven, *quarantined}
-    return Wanted(
+    fixed_blobs = {*ledger.partials, *ledger.unverified, *quarantined}
+    return SpaceDemand(
         blobs={b: max(n - quarantined.get(b, 0), 0) for b, n in needed.items()},
-        fixed={b: ledger.where.get(b, "") for b in sizes if b in fixed_blobs},
+        volume_of_fixed={b: ledger.volume_by_blob.get(b, "") for b in sizes if b in fixed_blobs},
         needed_bytes=sum(needed.values()),
     )
 
@@ -131,9 +137,9 @@ def wanted(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] | None 
 def admit(
     manifest: Manifest,
     ledger: Ledger,
-    limits: Limits,
+    limits: StorageSettings,
     free_bytes: int,
-    spaces: Sequence[Space] = (),
+    spaces: Sequence[VolumeSpace] = (),
     leaves: Mapping[str, int] | None = None,
 ) -> Admission:
     """Approve a manifest's missing blobs, of some only `leaves`. Raises QuotaExceeded with the figures (I3).
@@ -147,8 +153,8 @@ def admit(
     leaves = leaves or {}
     sizes = {b: size for b, size in manifest.blob_sizes.items() if leaves.get(b) != 0}
     spaces = spaces or [store_space(ledger, free_bytes)]
-    present = [b for b in sizes if ledger.bytes_of(b) == sizes[b]]
-    missing = [b for b in sizes if ledger.bytes_of(b) != sizes[b]]
+    present = [b for b in sizes if ledger.blob_size(b) == sizes[b]]
+    missing = [b for b in sizes if ledger.blob_size(b) != sizes[b]]
     for blob in missing:
         partial = ledger.partials.get(blob)
         if partial is not None and partial.size_bytes != sizes[blob]:
@@ -156,25 +162,25 @@ def admit(
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, but another download reserved it "
                 f"with {partial.size_bytes}: one manifest is wrong; cancel the other download to try this one"
             )
-    demand = wanted(manifest, ledger, leaves)
-    needed, lacking = demand.needed_bytes, demand.lacking(ledger, limits, spaces)
-    if lacking.need_bytes:
+    demand = space_demand(manifest, ledger, leaves)
+    needed, lacking = demand.needed_bytes, demand.shortfall(ledger, limits, spaces)
+    if lacking.required_bytes:
         raise _refused(manifest, demand, lacking, ledger, limits, free_bytes, spaces)
     # A demand of nothing is admitted however full the disks are.
-    volumes = spread(demand.blobs, rooms_of(spaces, limits), demand.fixed) or {}
+    volumes = allocate(demand.blobs, available_by_volume(spaces, limits), demand.volume_of_fixed) or {}
     return Admission(
-        present=present, missing=missing, needed_bytes=needed, roots={b: volumes.get(b, "") for b in missing}
+        present=present, missing=missing, needed_bytes=needed, volume_by_blob={b: volumes.get(b, "") for b in missing}
     )
 
 
 def _refused(
     manifest: Manifest,
-    demand: Wanted,
+    demand: SpaceDemand,
     lacking: Shortfall,
     ledger: Ledger,
-    limits: Limits,
+    limits: StorageSettings,
     free_bytes: int,
-    spaces: Sequence[Space],
+    spaces: Sequence[VolumeSpace],
 ) -> QuotaExceeded:
     """Build the refusal with its figures. They cost a pass over the whole ledger, which an approval does not need."""
     needed = demand.needed_bytes
@@ -186,7 +192,7 @@ def _refused(
         "quota_bytes": limits.quota_bytes,
         "used_bytes": ledger.used_bytes,
         "reserved_bytes": ledger.reserved_bytes,
-        "shortfall_bytes": lacking.need_bytes,
+        "shortfall_bytes": lacking.required_bytes,
     }
     if len(spaces) > 1:
         figures["roots"] = [
@@ -194,32 +200,38 @@ def _refused(
                 "path": s.path,
                 "free_bytes": s.free_bytes,
                 "in_flight_bytes": s.in_flight_bytes,
-                "room_bytes": max(s.to_give(limits.headroom_bytes), 0),
+                "room_bytes": max(s.available_bytes(limits.headroom_bytes), 0),
             }
             for s in spaces
         ]
     if lacking.quota_bytes:
         return QuotaExceeded(
-            f"{manifest.repo} needs {human(needed)}; the quota of {human(limits.quota_bytes or 0)} has "
-            f"{human(max(needed - lacking.quota_bytes, 0))} left ({human(ledger.used_bytes)} used, "
-            f"{human(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise the quota with "
+            f"{manifest.repo} needs {format_bytes(needed)}; the quota of {format_bytes(limits.quota_bytes or 0)} has "
+            f"{format_bytes(max(needed - lacking.quota_bytes, 0))} left ({format_bytes(ledger.used_bytes)} used, "
+            f"{format_bytes(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise the quota "
+            "with "
             "`shoal storage set --max-storage`",
             **figures,
         )
     if len(spaces) > 1:
         return QuotaExceeded(
-            f"{manifest.repo} needs {human(needed)}, its largest file {human(max(demand.blobs.values()))}; "
-            f"{_describe_available(spaces, limits)}, each beside {human(limits.headroom_bytes)} of headroom: free "
+            f"{manifest.repo} needs {format_bytes(needed)}, its largest file "
+            f"{format_bytes(max(demand.blobs.values()))}; "
+            f"{_describe_available(spaces, limits)}, each beside {format_bytes(limits.headroom_bytes)} of "
+            "headroom: free "
             "some space, or remove a model with `shoal rm`",
             **figures,
         )
     return QuotaExceeded(
-        f"{manifest.repo} needs {human(needed)}; the disk has {human(max(needed - lacking.disk_bytes, 0))} available "
-        f"({human(free_bytes)} free, {human(limits.headroom_bytes)} headroom, "
-        f"{human(ledger.in_flight_bytes)} reserved): free some space, or remove a model with `shoal rm`",
+        f"{manifest.repo} needs {format_bytes(needed)}; the disk has "
+        f"{format_bytes(max(needed - lacking.disk_bytes, 0))} available "
+        f"({format_bytes(free_bytes)} free, {format_bytes(limits.headroom_bytes)} headroom, "
+        f"{format_bytes(ledger.in_flight_bytes)} reserved): free some space, or remove a model with `shoal rm`",
         **figures,
     )
 
 
-def _describe_available(spaces: Iterable[Space], limits: Limits) -> str:
-    return ", ".join(f"{s.path} has {human(max(s.to_give(limits.headroom_bytes), 0))} available" for s in spaces)
+def _describe_available(spaces: Iterable[VolumeSpace], limits: StorageSettings) -> str:
+    return ", ".join(
+        f"{s.path} has {format_bytes(max(s.available_bytes(limits.headroom_bytes), 0))} available" for s in spaces
+    )

@@ -10,27 +10,29 @@ _MAX_SEARCH_STEPS = 2000
 """Steps of the placement search before it counts as impossible. A possible placement is usually found at once."""
 
 
-class Space(msgspec.Struct, frozen=True):
+class VolumeSpace(msgspec.Struct, frozen=True):
     """A file system that blobs may go to. `volume_id` is "" for the store."""
 
-    further: str
+    volume_id: str
     path: str
     free_bytes: int
     in_flight_bytes: int
     """Bytes reserved there and not allocated yet."""
 
-    def to_give(self, headroom_bytes: int) -> int:
+    def available_bytes(self, headroom_bytes: int) -> int:
         """Return the bytes available for new blobs; negative where others took what was reserved."""
         return self.free_bytes - headroom_bytes - self.in_flight_bytes
 
 
-def spread(blobs: Mapping[str, int], rooms: Mapping[str, int], fixed: Mapping[str, str]) -> dict[str, str] | None:
+def allocate(
+    blobs: Mapping[str, int], available_by_volume: Mapping[str, int], fixed: Mapping[str, str]
+) -> dict[str, str] | None:
     """Return a volume for every blob (bytes by name), or None if they do not fit.
 
     `available_by_volume` gives the bytes available on each volume, the store ("") first; `fixed` names the volume of
     blobs that can go to no other. A blob that needs no bytes fits anywhere.
     """
-    left, placement = dict(rooms), dict[str, str]()
+    left, placement = dict(available_by_volume), dict[str, str]()
     for blob in sorted(blobs.keys() & fixed.keys()):
         placement[blob] = fixed[blob]
         left[fixed[blob]] = left.get(fixed[blob], 0) - blobs[blob]
@@ -38,20 +40,22 @@ def spread(blobs: Mapping[str, int], rooms: Mapping[str, int], fixed: Mapping[st
             return None
     free = [b for b in sorted(blobs, key=lambda b: (-blobs[b], b)) if b not in fixed]
     total = sum(blobs[b] for b in free)
-    for volume_id in sorted(rooms, key=lambda f: (f != "", -left[f])):
+    for volume_id in sorted(available_by_volume, key=lambda f: (f != "", -left[f])):
         if total <= max(left[volume_id], 0):
             return placement | dict.fromkeys(free, volume_id)
     if total > sum(max(free_bytes, 0) for free_bytes in left.values()):
         return None
-    placed = _search([blobs[b] for b in free], {f: left[f] for f in rooms})
+    placed = _search([blobs[b] for b in free], {f: left[f] for f in available_by_volume})
     return placement | dict(zip(free, placed, strict=True)) if placed is not None else None
 
 
-def lacking_bytes(blobs: Mapping[str, int], rooms: Mapping[str, int], fixed: Mapping[str, str]) -> int:
+def shortfall_bytes(
+    blobs: Mapping[str, int], available_by_volume: Mapping[str, int], fixed: Mapping[str, str]
+) -> int:
     """Return the least that must be freed, on the right volumes, before all blobs fit; 0 if they do."""
-    if spread(blobs, rooms, fixed) is not None:
+    if allocate(blobs, available_by_volume, fixed) is not None:
         return 0
-    left, lacking = dict(rooms), 0
+    left, lacking = dict(available_by_volume), 0
     for blob in sorted(blobs, key=lambda b: (b not in fixed, -blobs[b], b)):
         volume_id = fixed[blob] if blob in fixed else max(left, key=lambda f: left[f])
         left[volume_id] = left.get(volume_id, 0) - blobs[blob]

@@ -8,48 +8,48 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from shoal_common.errors import DISK_FULL, DiskFull, ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.liveness import Facts
-from shoal_common.messages.storage import AskRoom, EvictionPlan, RoomLeft
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.liveness import NodeFacts
+from shoal_common.messages.storage import CheckSpace, EvictionPlan, SpaceCheck
 from shoal_common.names import ModelRef
-from shoal_common.service import Context
-from shoal_common.units import human
-from shoal_storage.eviction.executor import Room
-from shoal_storage.eviction.planner import as_told
-from shoal_storage.files.ballast import ReserveFile, Step, decide
+from shoal_common.service import ServiceContext
+from shoal_common.units import format_bytes
+from shoal_storage.eviction.executor import EvictionExecutor
+from shoal_storage.eviction.planner import to_message
+from shoal_storage.files.ballast import BallastFile, Step, next_step
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import Announcer
-from shoal_storage.store.store import Disk
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.store.store import Store
 
 Q = TypeVar("Q")
 A = TypeVar("A")
-log = Log("storage")
+log = StructuredLogger("storage")
 
 _CHECK_INTERVAL_S = 5.0
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def map_disk_full(action: str) -> Iterator[None]:
     """Map ENOSPC and EDQUOT to DiskFull: the only place that does."""
     try:
         yield
     except OSError as e:
         if e.errno not in DISK_FULL:
             raise
-        raise DiskFull(f"disk full: {e.strerror} while storage tried to {what}; free some space") from e
+        raise DiskFull(f"disk full: {e.strerror} while storage tried to {action}; free some space") from e
 
 
-class Full:
+class DiskFullHandler:
     """Handles a full disk, and keeps the ballast file against one."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        room: Room,
-        announcer: Announcer,
+        room: EvictionExecutor,
+        announcer: StatePublisher,
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._room, self._announcer = room, announcer
@@ -57,52 +57,52 @@ class Full:
         """A plan was carried out since there was last enough space: what it deleted may still be open somewhere."""
         self._was_full = False
 
-    def guarded(self, what: str, answer: Callable[[Q], Awaitable[A]]) -> Callable[[Q], Awaitable[A]]:
+    def with_disk_full_retry(self, action: str, answer: Callable[[Q], Awaitable[A]]) -> Callable[[Q], Awaitable[A]]:
         """Wrap a handler: on a full disk, give up the ballast and retry once. Raises DiskFull if that fails too."""
 
         async def answered(question: Q) -> A:
             try:
-                with told(what):
+                with map_disk_full(action):
                     return await answer(question)
             except DiskFull as e:
                 if not isinstance(e.__cause__, OSError) or not await self._give_up_ballast():
                     raise
-            with told(what):
+            with map_disk_full(action):
                 return await answer(question)
 
         return answered
 
-    async def room(self, question: AskRoom) -> RoomLeft:
+    async def check_space(self, question: CheckSpace) -> SpaceCheck:
         """Return whether everything arriving fits the disk now. Carries out one eviction plan if `lru` is set."""
         ModelRef.parse(question.model)
         async with self._section:
             evicted, lack = None, await self._shortfall()
-            if lack and not self._has_evicted and self._room.limits.eviction_policy == "lru":
+            if lack and not self._has_evicted and self._room.settings.eviction_policy == "lru":
                 evicted = await self._evict(lack)
                 lack = await self._shortfall()
             if not lack:
                 self._has_evicted = False
             full = max(lack, key=lambda volume_id: lack[volume_id], default="")
             free = await asyncio.to_thread(self._free_on, full)
-            no_file_left = await asyncio.to_thread(self._disk.has_no_file_left)
-        await self._announcer.publish()
-        headroom, lacking = self._room.limits.headroom_bytes, sum(lack.values())
-        words = f"{human(lacking)} more needed, {human(free)} free"
-        words += f" on {self._disk.further[full].path}" if full in self._disk.further else ""
-        words += f" ({human(headroom)} of it stay free)" if lacking and headroom else ""
+            no_file_left = await asyncio.to_thread(self._disk.is_out_of_inodes)
+        await self._announcer.publish_storage()
+        headroom, lacking = self._room.settings.headroom_bytes, sum(lack.values())
+        words = f"{format_bytes(lacking)} more needed, {format_bytes(free)} free"
+        words += f" on {self._disk.volumes[full].path}" if full in self._disk.volumes else ""
+        words += f" ({format_bytes(headroom)} of it stay free)" if lacking and headroom else ""
         if no_file_left and not lacking:
-            words = f"the file system has no free inodes, though {human(free)} are free"
-        return RoomLeft(
+            words = f"the file system has no free inodes, though {format_bytes(free)} are free"
+        return SpaceCheck(
             enough=not lacking and not no_file_left,
             lacking_bytes=lacking,
             free_bytes=free,
             headroom_bytes=headroom,
             words=words,
-            evicted=as_told(evicted) if evicted else None,
+            evicted=to_message(evicted) if evicted else None,
         )
 
     def _free_on(self, volume_id: str) -> int:
-        volume = self._disk.further.get(volume_id)
+        volume = self._disk.volumes.get(volume_id)
         return volume.free_bytes() if volume else self._disk.free_bytes()
 
     async def _evict(self, lack: dict[str, int]) -> EvictionPlan | None:
@@ -112,9 +112,9 @@ class Full:
         eviction = await self._room.plan_to_free(sum(lack.values()), enough)
         if not eviction.enough:
             return None
-        evicted = await self._room.carry_out(eviction)
+        evicted = await self._room.execute(eviction)
         self._has_evicted = evicted.enough
-        await self._room.wait_freed(self._has_enough)
+        await self._room.wait_space_released(self._has_enough)
         return evicted
 
     async def _has_enough(self) -> bool:
@@ -122,32 +122,32 @@ class Full:
 
     async def _shortfall(self) -> dict[str, int]:
         """Return the bytes still missing for everything that is arriving, by volume, where any are."""
-        spaces, headroom = await self._room.spaces(), self._room.limits.headroom_bytes
+        spaces, headroom = await self._room.refresh_free_space(), self._room.settings.headroom_bytes
         await self._apply_steps()
         # When all bytes are here, the file system may still be unable to add a directory entry.
-        lack = {s.further: max(-s.to_give(headroom), 0) for s in spaces if s.in_flight_bytes}
+        lack = {s.volume_id: max(-s.available_bytes(headroom), 0) for s in spaces if s.in_flight_bytes}
         if not spaces[0].in_flight_bytes and not spaces[0].free_bytes:
             lack[""] = 1
         return {volume_id: lacking for volume_id, lacking in lack.items() if lacking}
 
     # Ballast
 
-    async def watch(self) -> None:
+    async def check_forever(self) -> None:
         """Refresh the free space in the liveness facts, and the ballast files, periodically."""
         while True:
             try:
-                free = await self.look()
-                self._context.liveness.set_facts(Facts(disk_free_bytes=free))
+                free = await self.check()
+                self._context.liveness.set_facts(NodeFacts(disk_free_bytes=free))
             except (OSError, ShoalError) as e:  # NATS is down, for example: the next round publishes it
                 log.warning("disk check failed", reason=str(e))
             await asyncio.sleep(_CHECK_INTERVAL_S)
 
-    async def look(self) -> int:
+    async def check(self) -> int:
         """Update the ballast files and log when the disk becomes full or has space again. Returns all free bytes."""
         if any(step != "leave" for _, step in await asyncio.to_thread(self._steps)):
             async with self._section:
                 await self._apply_steps()
-            await self._announcer.publish()
+            await self._announcer.publish_storage()
         free = await asyncio.to_thread(self._disk.free_bytes)
         if (free == 0) != self._was_full:
             self._was_full = free == 0
@@ -161,17 +161,17 @@ class Full:
         return free + await asyncio.to_thread(self._free_on_further)
 
     def _free_on_further(self) -> int:
-        volumes_by_device = {volume.device: volume for volume in list(self._disk.further.values())}
+        volumes_by_device = {volume.device: volume for volume in list(self._disk.volumes.values())}
         return sum(volume.free_bytes() for device, volume in volumes_by_device.items() if device != self._disk.device)
 
-    def _steps(self) -> list[tuple[ReserveFile, Step]]:
+    def _steps(self) -> list[tuple[BallastFile, Step]]:
         """Decide what to do with each ballast file. Blocking."""
-        headroom, in_flight = self._room.limits.headroom_bytes, self._ledger.in_flight_by_root
-        ballasts = [("", self._disk.reserve)] + [(r.id, r.reserve) for r in list(self._disk.further.values())]
+        headroom, in_flight = self._room.settings.headroom_bytes, self._ledger.in_flight_by_volume
+        ballasts = [("", self._disk.ballast)] + [(r.id, r.ballast) for r in list(self._disk.volumes.values())]
         return [
             (
                 ballast,
-                decide(
+                next_step(
                     ballast.held_bytes, ballast.size_bytes, self._free_on(volume_id), headroom, in_flight[volume_id]
                 ),
             )
@@ -187,14 +187,14 @@ class Full:
                 except OSError as e:
                     log.warning("cannot make the ballast file", reason=e.strerror)
             elif step == "give up":
-                freed = await asyncio.to_thread(ballast.give_up)
+                freed = await asyncio.to_thread(ballast.release)
                 log.warning("ballast given up for reserved data", freed_bytes=freed)
 
     async def _give_up_ballast(self) -> bool:
         """Give up every ballast file. A failed write does not say which disk refused it."""
         async with self._section:
-            ballasts = [self._disk.reserve, *(volume.reserve for volume in self._disk.further.values())]
-            freed = sum([await asyncio.to_thread(ballast.give_up) for ballast in ballasts])
+            ballasts = [self._disk.ballast, *(volume.ballast for volume in self._disk.volumes.values())]
+            freed = sum([await asyncio.to_thread(ballast.release) for ballast in ballasts])
         if freed:
             log.warning("ballast given up: disk full", freed_bytes=freed)
         return bool(freed)

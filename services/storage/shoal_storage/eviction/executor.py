@@ -8,23 +8,30 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from msgspec import structs
 
 from shoal_common.errors import QuotaExceeded, Unavailable
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import EvictionPlan, Victim
-from shoal_common.service import Context
-from shoal_common.units import human
-from shoal_storage.admission.admission import Admission, Wanted, admit, wanted
-from shoal_storage.admission.allocator import Space
-from shoal_storage.eviction.planner import Enough, garbage_of, kept_models, plan, refusal_with, spare_copies
-from shoal_storage.leases.last_use import Uses
+from shoal_common.service import ServiceContext
+from shoal_common.units import format_bytes
+from shoal_storage.admission.admission import Admission, SpaceDemand, admit, space_demand
+from shoal_storage.admission.allocator import VolumeSpace
+from shoal_storage.eviction.planner import (
+    IsEnough,
+    find_garbage,
+    plan_eviction,
+    protected_models,
+    removable_copies,
+    with_eviction_hint,
+)
+from shoal_storage.leases.last_use import UsageView
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import referenced
-from shoal_storage.ledger.usage import words
-from shoal_storage.publisher import Announcer
-from shoal_storage.settings import Limits
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.references import referenced_blobs
+from shoal_storage.ledger.usage import join_names
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.settings import StorageSettings
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 _MAX_PLANS = 5
 _FREED_DEADLINE_S = 5.0
@@ -32,47 +39,47 @@ _FREED_DEADLINE_S = 5.0
 _FREED_POLL_S = 0.1
 
 
-class Room:
+class EvictionExecutor:
     """Plans and carries out evictions. `remove` takes a model off disk and ledger and returns the bytes freed."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
-        limits: Limits,
-        uses: Uses,
-        announcer: Announcer,
+        limits: StorageSettings,
+        uses: UsageView,
+        announcer: StatePublisher,
         remove: Callable[[str], Awaitable[int]],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self.limits = limits
+        self.settings = limits
         self._uses, self._announcer, self._remove = uses, announcer, remove
 
-    async def spaces(self) -> list[Space]:
+    async def refresh_free_space(self) -> list[VolumeSpace]:
         """Return the free space of each file system, its ballast included, the store's first. Refreshes the partial
         blobs' allocated bytes before.
         """
         for blob, partial in self._ledger.partials.items():
-            await asyncio.to_thread(self._disk.look_at, blob, partial)
-        return await asyncio.to_thread(spaces_of, self._disk, self._ledger.in_flight_by_root)
+            await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+        return await asyncio.to_thread(free_space_by_volume, self._disk, self._ledger.in_flight_by_volume)
 
-    async def plan_for(self, new_bytes: int) -> EvictionPlan:
+    async def plan_for_new_bytes(self, new_bytes: int) -> EvictionPlan:
         """Return what would be evicted for so many new bytes, as one blob. Changes nothing."""
-        demand, spaces = Wanted({"": new_bytes}, {}, new_bytes), await self.spaces()
-        need_bytes = demand.lacking(self._ledger, self.limits, spaces).need_bytes
-        return await self.plan_to_free(need_bytes, demand.met_by(self._ledger, self.limits, spaces))
+        demand, spaces = SpaceDemand({"": new_bytes}, {}, new_bytes), await self.refresh_free_space()
+        need_bytes = demand.shortfall(self._ledger, self.settings, spaces).required_bytes
+        return await self.plan_to_free(need_bytes, demand.met_after_freeing(self._ledger, self.settings, spaces))
 
-    async def plan_to_free(self, need_bytes: int, enough: Enough, asking: str = "") -> EvictionPlan:
+    async def plan_to_free(self, need_bytes: int, enough: IsEnough, admitted_model: str = "") -> EvictionPlan:
         """Return what would be evicted to free so many bytes where `enough` needs them. The admitted model stays.
 
         Changes nothing.
         """
         ledger = self._ledger
-        kept = kept_models(ledger, await self._uses.now(), asking)
-        eviction = plan(need_bytes, ledger, ledger.last_uses, kept, enough)
-        if asking not in ledger.here:
-            kept.pop(asking, None)  # nothing to protect yet: a dry run before the request says the same
+        kept = protected_models(ledger, await self._uses.current_users(), admitted_model)
+        eviction = plan_eviction(need_bytes, ledger, ledger.last_uses, kept, enough)
+        if admitted_model not in ledger.local_manifests:
+            kept.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
         return structs.replace(eviction, kept=kept)
 
     async def admit(
@@ -84,36 +91,40 @@ class Room:
         """
         evicted: EvictionPlan | None = None
         for _ in range(_MAX_PLANS):
-            spaces = await self.spaces()
+            spaces = await self.refresh_free_space()
             try:
                 return self._admit(manifest, spaces, leaves), evicted
             except QuotaExceeded as refusal:
                 if evicted is not None and evicted.enough:
-                    if not await self.wait_freed(lambda: self._admits(manifest, leaves)):
+                    if not await self.wait_space_released(lambda: self._admits(manifest, leaves)):
                         raise self._not_released(refusal, evicted) from None
                     continue
-                enough = wanted(manifest, self._ledger, leaves).met_by(self._ledger, self.limits, spaces)
-                eviction = await self.plan_to_free(refusal.details["shortfall_bytes"], enough, asking=manifest.model)
-                if (policy := self.limits.eviction_policy) != "lru" or not eviction.enough:
-                    raise refusal_with(refusal, eviction, policy) from None
-            latest = await self.carry_out(eviction)
+                enough = space_demand(manifest, self._ledger, leaves).met_after_freeing(
+                    self._ledger, self.settings, spaces
+                )
+                eviction = await self.plan_to_free(
+                    refusal.details["shortfall_bytes"], enough, admitted_model=manifest.model
+                )
+                if (policy := self.settings.eviction_policy) != "lru" or not eviction.enough:
+                    raise with_eviction_hint(refusal, eviction, policy) from None
+            latest = await self.execute(eviction)
             evicted = latest if evicted is None else _merged(evicted, latest)
         raise Unavailable(
             f"models of node {self._context.node} kept coming into use while space was freed for {manifest.repo}; "
             "try again"
         )
 
-    def _admit(self, manifest: Manifest, spaces: list[Space], leaves: Mapping[str, int] | None) -> Admission:
-        return admit(manifest, self._ledger, self.limits, spaces[0].free_bytes, spaces, leaves)
+    def _admit(self, manifest: Manifest, spaces: list[VolumeSpace], leaves: Mapping[str, int] | None) -> Admission:
+        return admit(manifest, self._ledger, self.settings, spaces[0].free_bytes, spaces, leaves)
 
     async def _admits(self, manifest: Manifest, leaves: Mapping[str, int] | None) -> bool:
         try:
-            self._admit(manifest, await self.spaces(), leaves)
+            self._admit(manifest, await self.refresh_free_space(), leaves)
         except QuotaExceeded:
             return False
         return True
 
-    async def wait_freed(self, suffices: Callable[[], Awaitable[bool]]) -> bool:
+    async def wait_space_released(self, suffices: Callable[[], Awaitable[bool]]) -> bool:
         """Wait briefly for the file system to release the space of an executed plan. Returns False if it does not.
 
         Files that somebody has open keep their space until they are closed: more victims would not help.
@@ -127,74 +138,79 @@ class Room:
 
     def _not_released(self, refusal: QuotaExceeded, evicted: EvictionPlan) -> QuotaExceeded:
         return QuotaExceeded(
-            f"{refusal.message}; {human(evicted.frees_bytes)} were evicted for it, but the disk has not released "
+            f"{refusal.message}; {format_bytes(evicted.freed_bytes)} were evicted for it, but the disk has not "
+            "released "
             "them: a process has these files open (`lsof +L1` lists it), or others write to this disk",
             **refusal.details,
             evicted=[v.model for v in evicted.victims],
         )
 
-    async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
+    async def execute(self, eviction: EvictionPlan) -> EvictionPlan:
         """Carry out a plan, up to a victim that has come into use. Returns what was done; `enough` if all was."""
-        garbage_bytes = await self.remove_garbage(eviction.garbage)
+        garbage_bytes = await self.delete_garbage(eviction.garbage)
         unfinished: list[Victim] = []
-        for abandoned in eviction.unfinished:
+        for abandoned in eviction.ended_downloads:
             freed = await self._remove(abandoned.model)
             unfinished.append(structs.replace(abandoned, frees_bytes=freed))
             log.info("abandoned download deleted", model=abandoned.model, freed_bytes=freed)
         done: list[Victim] = []
         for victim in eviction.victims:
-            uses = await self._uses.now()
+            uses = await self._uses.current_users()
             if victim.model in uses:
-                log.info("eviction victim in use; replanning", model=victim.model, users=words(uses[victim.model]))
+                log.info(
+                    "eviction victim in use; replanning", model=victim.model, users=join_names(uses[victim.model])
+                )
                 break
             freed = await self._remove(victim.model)
             done.append(structs.replace(victim, frees_bytes=freed))
-            await self._context.events.tell(
+            await self._context.events.emit(
                 "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
             )
             log.info("model evicted", model=victim.model, freed_bytes=freed)
-        await self._announcer.publish()
+        await self._announcer.publish_storage()
         return structs.replace(
             eviction,
             garbage_bytes=garbage_bytes,
             unfinished=unfinished,
             victims=done,
-            frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *done)),
+            frees_bytes=garbage_bytes + sum(v.freed_bytes for v in (*unfinished, *done)),
             enough=len(done) == len(eviction.victims),
         )
 
-    async def remove_garbage(self, blobs: Iterable[str] | None = None) -> int:
+    async def delete_garbage(self, blobs: Iterable[str] | None = None) -> int:
         """Delete these blobs, or all unreferenced ones, and the rest of failed deletions. Returns bytes freed."""
         freed, ledger = 0, self._ledger
-        for model in list(ledger.leaving):
+        for model in list(ledger.deleting):
             try:
                 freed += await self._remove(model)
             except OSError as e:  # tried again later; the others are deleted all the same
                 log.warning("cannot delete the rest of a deleted model", model=model, reason=str(e))
-        needed, spare = referenced(ledger), spare_copies(ledger)
-        for sha256 in garbage_of(ledger) if blobs is None else blobs:
+        needed, spare = referenced_blobs(ledger), removable_copies(ledger)
+        for sha256 in find_garbage(ledger) if blobs is None else blobs:
             for volume_id, size_bytes in spare.get(sha256, {}).items():
-                await asyncio.to_thread(self._disk.remove_copy, sha256, volume_id)
+                await asyncio.to_thread(self._disk.delete_copy, sha256, volume_id)
                 log.info("redundant blob copy deleted", blob=sha256, freed_bytes=size_bytes)
                 freed += size_bytes
             if sha256 in spare:
-                del ledger.doubles[sha256]
+                del ledger.redundant_copies[sha256]
             if sha256 not in needed:
-                await asyncio.to_thread(self._disk.remove_blob, sha256)
-                freed += ledger.drop(sha256)
-        ledger.git = {git: sha for git, sha in ledger.git.items() if sha in ledger.blobs}
+                await asyncio.to_thread(self._disk.delete_blob, sha256)
+                freed += ledger.drop_blob(sha256)
+        ledger.sha256_by_git_name = {
+            git: sha for git, sha in ledger.sha256_by_git_name.items() if sha in ledger.blobs
+        }
         return freed
 
 
-def spaces_of(disk: Disk, in_flight: Mapping[str, int]) -> list[Space]:
+def free_space_by_volume(disk: Store, in_flight: Mapping[str, int]) -> list[VolumeSpace]:
     """Return the free space of the store's file system, then of each volume. Blocking.
 
     Two volumes on one file system, which the settings do not allow, count its bytes once: the second adds nothing.
     """
-    spaces = [Space("", "the store", disk.free_bytes() + disk.reserve.held_bytes, in_flight.get("", 0))]
+    spaces = [VolumeSpace("", "the store", disk.free_bytes() + disk.ballast.held_bytes, in_flight.get("", 0))]
     devices = {disk.device: 0}
-    for volume in list(disk.further.values()):
-        if not volume.is_there():
+    for volume in list(disk.volumes.values()):
+        if not volume.is_mounted():
             continue
         reserved_bytes = in_flight.get(volume.id, 0)
         if (index := devices.setdefault(volume.device, len(spaces))) < len(spaces):
@@ -202,7 +218,7 @@ def spaces_of(disk: Disk, in_flight: Mapping[str, int]) -> list[Space]:
             spaces[index] = structs.replace(shared, in_flight_bytes=shared.in_flight_bytes + reserved_bytes)
             continue
         spaces.append(
-            Space(volume.id, str(volume.path), volume.free_bytes() + volume.reserve.held_bytes, reserved_bytes)
+            VolumeSpace(volume.id, str(volume.path), volume.free_bytes() + volume.ballast.held_bytes, reserved_bytes)
         )
     return spaces
 
@@ -211,11 +227,11 @@ def _merged(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
     """Merge two executed plans, in order, for the need of the first."""
     return structs.replace(
         second,
-        need_bytes=first.need_bytes,
+        need_bytes=first.required_bytes,
         garbage=first.garbage + second.garbage,
         garbage_bytes=first.garbage_bytes + second.garbage_bytes,
-        unfinished=first.unfinished + second.unfinished,
+        unfinished=first.ended_downloads + second.ended_downloads,
         victims=first.victims + second.victims,
-        frees_bytes=first.frees_bytes + second.frees_bytes,
+        frees_bytes=first.freed_bytes + second.freed_bytes,
         evictable_bytes=first.evictable_bytes,
     )

@@ -14,24 +14,24 @@ from msgspec import structs
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan, Victim
-from shoal_common.units import human
+from shoal_common.units import format_bytes
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.usage import User, words
+from shoal_storage.ledger.usage import ModelUser, join_names
 from shoal_storage.settings import EvictionPolicy
 
 _MAX_LISTED = 1000
 
 
-Enough = Callable[[Mapping[str, int]], bool]
+IsEnough = Callable[[Mapping[str, int]], bool]
 """Whether so many bytes freed, by volume ("" for the store), are enough."""
 
 
-def plan(
+def plan_eviction(
     need_bytes: int,
     ledger: Ledger,
     last_uses: Mapping[str, float],
-    kept: Mapping[str, str],
-    enough: Enough | None = None,
+    protected: Mapping[str, str],
+    enough: IsEnough | None = None,
 ) -> EvictionPlan:
     """Plan how to free `need_bytes`: all garbage, then abandoned downloads, then the least recently used models that
     are not in `protected`.
@@ -45,10 +45,10 @@ def plan(
     garbage = _garbage(ledger, needed)
     freed = _garbage_bytes(garbage, ledger, needed)
     garbage_bytes = freed.total()
-    local = ledger.here
-    abandoned = [m for m in ledger.ended if m not in local and m not in kept]
-    abandoned.sort(key=lambda m: (ledger.wanted_s.get(m, 0.0), m))
-    order = sorted((m for m in local if m not in kept), key=lambda m: (last_uses.get(m, 0.0), m))
+    local = ledger.local_manifests
+    abandoned = [m for m in ledger.ended_reservations if m not in local and m not in protected]
+    abandoned.sort(key=lambda m: (ledger.last_wanted_s.get(m, 0.0), m))
+    order = sorted((m for m in local if m not in protected), key=lambda m: (last_uses.get(m, 0.0), m))
     evictable_bytes = garbage_bytes + start.only_in({*abandoned, *order})
 
     remaining, prefix = start.copy(), list[str]()
@@ -62,7 +62,10 @@ def plan(
         suffices = is_enough(freed)
     if need_bytes <= 0 or not suffices:
         return EvictionPlan(
-            need_bytes=max(need_bytes, 0), enough=need_bytes <= 0, evictable_bytes=evictable_bytes, kept=dict(kept)
+            required_bytes=max(need_bytes, 0),
+            enough=need_bytes <= 0,
+            evictable_bytes=evictable_bytes,
+            protected=dict(protected),
         )
 
     models = [m for m in prefix if m in local]
@@ -79,25 +82,25 @@ def plan(
             spared.add(model)
 
     unfinished = [
-        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=ledger.wanted_s.get(m, 0.0))
+        Victim(model=m, freed_bytes=sum(start.remove(m).values()), last_use_s=ledger.last_wanted_s.get(m, 0.0))
         for m in prefix
         if m not in local and m not in spared
     ]
     victims = [
-        Victim(model=m, frees_bytes=sum(start.remove(m).values()), last_use_s=last_uses.get(m, 0.0))
+        Victim(model=m, freed_bytes=sum(start.remove(m).values()), last_use_s=last_uses.get(m, 0.0))
         for m in models
         if m not in spared
     ]
     return EvictionPlan(
-        need_bytes=need_bytes,
+        required_bytes=need_bytes,
         garbage=garbage,
         garbage_bytes=garbage_bytes,
-        unfinished=unfinished,
+        ended_downloads=unfinished,
         victims=victims,
-        frees_bytes=garbage_bytes + sum(v.frees_bytes for v in (*unfinished, *victims)),
+        freed_bytes=garbage_bytes + sum(v.freed_bytes for v in (*unfinished, *victims)),
         enough=True,
         evictable_bytes=evictable_bytes,
-        kept=dict(kept),
+        protected=dict(protected),
     )
 
 
@@ -107,11 +110,11 @@ class _References:
     """
 
     def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
-        self._sizes, self._where, self._needs = ledger.blobs, ledger.where, needs
+        self._sizes, self._where, self._needs = ledger.blobs, ledger.volume_by_blob, needs
         self._partials: dict[str, list[str]] = {}
-        leaving = ledger.ended | ledger.parts.keys()
+        leaving = ledger.ended_reservations | ledger.shards.keys()
         self._occupied = {
-            b: min(p.allocated_bytes, ledger.promised_bytes(p))
+            b: min(p.allocated_bytes, ledger.reserved_bytes_of(p))
             for b, p in ledger.partials.items()
             if p.models and p.models <= leaving
         }
@@ -179,8 +182,8 @@ class _References:
 
 def _needs(ledger: Ledger) -> dict[str, set[str]]:
     """Return the blobs that each model needs: complete, incomplete, leased or arriving."""
-    needs = {model: {f.blob for f in m.files} for model, m in ledger.on_disk.items()}
-    for model, blobs in ledger.promised.items():
+    needs = {model: {f.blob for f in m.files} for model, m in ledger.stored_manifests.items()}
+    for model, blobs in ledger.reservations.items():
         needs.setdefault(model, set()).update(blobs)
     for lease in ledger.leases.values():
         needs.setdefault(lease.model, set()).update(lease.blobs)
@@ -190,19 +193,19 @@ def _needs(ledger: Ledger) -> dict[str, set[str]]:
     return needs
 
 
-def garbage_of(ledger: Ledger) -> list[str]:
+def find_garbage(ledger: Ledger) -> list[str]:
     """Return the blobs that no manifest, running fetch or lease needs, and those with redundant copies."""
     return _garbage(ledger, set[str]().union(*_needs(ledger).values()))
 
 
 def _garbage(ledger: Ledger, needed: Set[str]) -> list[str]:
-    return sorted(ledger.blobs.keys() - needed | spare_copies(ledger).keys())
+    return sorted(ledger.blobs.keys() - needed | removable_copies(ledger).keys())
 
 
-def spare_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
+def removable_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
     """Return the redundant copies of blobs: bytes by volume. Copies that a lease's view may link to are excluded."""
     leased = {b for lease in ledger.leases.values() for b in lease.blobs}
-    return {b: copies for b, copies in ledger.doubles.items() if b not in leased}
+    return {b: copies for b, copies in ledger.redundant_copies.items() if b not in leased}
 
 
 def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
@@ -211,47 +214,52 @@ def garbage_bytes_of(garbage: Iterable[str], ledger: Ledger) -> Counter[str]:
 
 
 def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needed: Set[str]) -> Counter[str]:
-    spare, freed = spare_copies(ledger), Counter[str]()
+    spare, freed = removable_copies(ledger), Counter[str]()
     for b in garbage:
         freed.update(spare.get(b, {}))
         if b not in needed:
-            freed[ledger.where.get(b, "")] += ledger.blobs.get(b, 0)
+            freed[ledger.volume_by_blob.get(b, "")] += ledger.blobs.get(b, 0)
     return freed
 
 
-def kept_models(ledger: Ledger, uses: Mapping[str, Sequence[User]], asking: str = "") -> dict[str, str]:
+def protected_models(
+    ledger: Ledger, uses: Mapping[str, Sequence[ModelUser]], admitted_model: str = ""
+) -> dict[str, str]:
     """Return the models that may not go, and why. A model that is being admitted counts as being fetched again."""
-    coming, local = set(ledger.promised) | {m for p in ledger.partials.values() for m in p.models}, ledger.here
-    settled = {m for m in ledger.parts if ledger.at_rest(m)}
-    kept = dict.fromkeys(sorted(coming - ((ledger.ended | settled) - {asking})), "being fetched")
-    kept |= {model: f"used by {words(users)}" for model, users in sorted(uses.items()) if model in local}
+    coming, local = (
+        set(ledger.reservations) | {m for p in ledger.partials.values() for m in p.models},
+        ledger.local_manifests,
+    )
+    settled = {m for m in ledger.shards if ledger.is_shard_settled(m)}
+    kept = dict.fromkeys(sorted(coming - ((ledger.ended_reservations | settled) - {admitted_model})), "being fetched")
+    kept |= {model: f"used by {join_names(users)}" for model, users in sorted(uses.items()) if model in local}
     kept |= dict.fromkeys(sorted(ledger.pinned & local.keys()), "pinned")
     return kept
 
 
-def refusal_with(refusal: QuotaExceeded, eviction: EvictionPlan, policy: EvictionPolicy) -> QuotaExceeded:
+def with_eviction_hint(refusal: QuotaExceeded, eviction: EvictionPlan, policy: EvictionPolicy) -> QuotaExceeded:
     """Return the refusal, extended by what could be evicted."""
     if eviction.enough:
         models = [v.model for v in eviction.victims]
         what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "unreferenced data"
-        hint = f"evicting {what} would free {human(eviction.frees_bytes)}"
+        hint = f"evicting {what} would free {format_bytes(eviction.freed_bytes)}"
         hint += ": set eviction_policy to lru with `shoal storage set`" if policy == "manual" else ""
     else:
         models = []
-        hint = f"{human(eviction.evictable_bytes)} evictable, {human(eviction.need_bytes)} needed"
-        if protected := [m for m, why in eviction.kept.items() if why != "being fetched"]:
+        hint = f"{format_bytes(eviction.evictable_bytes)} evictable, {format_bytes(eviction.required_bytes)} needed"
+        if protected := [m for m, why in eviction.protected.items() if why != "being fetched"]:
             hint += f"; {len(protected)} {'model is' if len(protected) == 1 else 'models are'} pinned or in use"
     figures = {
         "evictable_bytes": eviction.evictable_bytes,
         "eviction_policy": policy,
         "would_evict": models[:_MAX_LISTED],
-        "would_free_bytes": eviction.frees_bytes,
+        "would_free_bytes": eviction.freed_bytes,
     }
     return QuotaExceeded(f"{refusal.message}; {hint}", **{**refusal.details, **figures})
 
 
-def as_told(eviction: EvictionPlan) -> EvictionPlan:
+def to_message(eviction: EvictionPlan) -> EvictionPlan:
     """Return a plan that fits a message: very long lists are cut, the figures stay exact."""
-    kept = dict(list(eviction.kept.items())[:_MAX_LISTED])
-    unfinished = eviction.unfinished[:_MAX_LISTED]
+    kept = dict(list(eviction.protected.items())[:_MAX_LISTED])
+    unfinished = eviction.ended_downloads[:_MAX_LISTED]
     return structs.replace(eviction, garbage=eviction.garbage[:_MAX_LISTED], unfinished=unfinished, kept=kept)

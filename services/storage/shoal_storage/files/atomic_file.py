@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -26,19 +26,19 @@ def make_directory(directory: Path, within: Path | None = None) -> None:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing", str(within))
         make_directory(directory.parent, within)
         directory.mkdir(exist_ok=True)
-        sync(directory.parent)
+        fsync_path(directory.parent)
 
 
-def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
+def replace_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
     """Replace a small file atomically and durably, with this mtime.
 
     A kill may leave `.<name>.new` beside it.
     """
-    put_file(path, data, mtime_ns)
-    sync(path.parent)
+    replace_file_unsynced(path, data, mtime_ns)
+    fsync_path(path.parent)
 
 
-def put_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
+def replace_file_unsynced(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
     """Like `write_file`, but the directory entry is durable only after the directory is synced."""
     fresh = path.with_name(f".{path.name}.new")
     with fresh.open("wb") as f:

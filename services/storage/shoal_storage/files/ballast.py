@@ -15,7 +15,7 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 Step = Literal["make", "give up", "leave"]
 
 
-def decide(held_bytes: int, size_bytes: int, free_bytes: int, headroom_bytes: int, in_flight_bytes: int) -> Step:
+def next_step(held_bytes: int, size_bytes: int, free_bytes: int, headroom_bytes: int, in_flight_bytes: int) -> Step:
     """Return what to do with the ballast file. Pure.
 
     `held_bytes`: what it occupies now; `size_bytes`: its configured size, 0 for none; `free_bytes`: free on the file
@@ -27,7 +27,7 @@ def decide(held_bytes: int, size_bytes: int, free_bytes: int, headroom_bytes: in
     return "make" if size_bytes and not held_bytes and ample else "leave"
 
 
-class ReserveFile:
+class BallastFile:
     """One ballast file. Blocking."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
@@ -35,7 +35,7 @@ class ReserveFile:
         self.held_bytes = 0
         """The bytes that giving it up frees."""
 
-    def look(self) -> None:
+    def read_size(self) -> None:
         """Read its size at start. Removes one that was half made when its process ended."""
         self._temporary_path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
@@ -58,7 +58,7 @@ class ReserveFile:
             raise
         self.held_bytes = self.size_bytes
 
-    def give_up(self) -> int:
+    def release(self) -> int:
         """Delete it, which works on a full disk. Returns the bytes freed; 0 if there was none."""
         freed, self.held_bytes = self.held_bytes, 0
         self._path.unlink(missing_ok=True)

@@ -10,26 +10,26 @@ from pathlib import Path
 
 from shoal_common.errors import BadName
 from shoal_common.names import check_blob
-from shoal_common.store.store_paths import Layout
-from shoal_common.store.verification_stamp import proven
-from shoal_storage.files.volume_paths import StoreLayout
-from shoal_storage.ledger.entries import Stamp
+from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.verification_stamp import has_stamp
+from shoal_storage.files.volume_paths import VolumePaths
+from shoal_storage.ledger.entries import BlobFileStat
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def stamp_of(sha256: str, status: os.stat_result, volume_id: str = "") -> Stamp:
+def blob_file_stat(sha256: str, status: os.stat_result, volume_id: str = "") -> BlobFileStat:
     """Return the stat of a blob's file, on a volume or in the store itself ("")."""
-    return Stamp(
+    return BlobFileStat(
         size_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         inode=status.st_ino,
-        proven=proven(sha256, status),
-        further=volume_id,
+        is_verified=has_stamp(sha256, status),
+        volume_id=volume_id,
     )
 
 
-def blob_stamp(layout: StoreLayout, path: Path) -> Stamp | None:
+def stat_blob(layout: VolumePaths, path: Path) -> BlobFileStat | None:
     """Return the stat of a regular file with a blob's name in its place; None for anything else."""
     try:
         if not SHA256.fullmatch(path.name) or path != layout.blob(path.name):
@@ -37,13 +37,15 @@ def blob_stamp(layout: StoreLayout, path: Path) -> Stamp | None:
         status = path.lstat()
     except OSError:
         return None
-    volume_id = layout.where.get(path.name, "")
-    return stamp_of(path.name, status, volume_id) if stat.S_ISREG(status.st_mode) else None
+    volume_id = layout.volume_by_blob.get(path.name, "")
+    return blob_file_stat(path.name, status, volume_id) if stat.S_ISREG(status.st_mode) else None
 
 
-def blobs_in(layout: Layout, volume_id: str, on_foreign: Callable[[Path], None] = lambda _: None) -> dict[str, Stamp]:
+def list_blobs(
+    layout: StorePaths, volume_id: str, on_foreign: Callable[[Path], None] = lambda _: None
+) -> dict[str, BlobFileStat]:
     """Return the regular files of a volume with a blob's name and place; pass every other file to `on_foreign`."""
-    blobs: dict[str, Stamp] = {}
+    blobs: dict[str, BlobFileStat] = {}
     for directory in entries_of(layout.blobs):
         if not directory.is_dir(follow_symlinks=False):
             on_foreign(Path(directory.path))
@@ -55,7 +57,7 @@ def blobs_in(layout: Layout, volume_id: str, on_foreign: Callable[[Path], None] 
                 except FileNotFoundError:
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    blobs[entry.name] = stamp_of(entry.name, status, volume_id)
+                    blobs[entry.name] = blob_file_stat(entry.name, status, volume_id)
                     continue
             on_foreign(Path(entry.path))
     return blobs
@@ -88,4 +90,4 @@ def is_blob_name(name: str) -> bool:
     return True
 
 
-PROVEN_MODE = 0o444
+VERIFIED_MODE = 0o444

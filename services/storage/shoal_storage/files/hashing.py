@@ -20,46 +20,46 @@ _MAX_THREADS = min(os.cpu_count() or 1, 4)
 """Threads that compare leaves with a list: with more, they wait for the disk."""
 
 
-class Digests(msgspec.Struct, frozen=True):
+class FileHashes(msgspec.Struct, frozen=True):
     """The hashes of a file's bytes, and its mtime when they were read."""
 
     sha256: str
     git_sha1: str
     size_bytes: int
-    leaves: bytes
+    leaf_hashes: bytes
     """BLAKE3 of each leaf, concatenated."""
     mtime_ns: int
 
 
-def digest(path: Path, with_git: bool, between: Callable[[], None]) -> Digests:
+def hash_file(path: Path, with_git: bool, on_progress: Callable[[], None]) -> FileHashes:
     """Hash a whole file. `on_progress` is called before each leaf and may raise to stop."""
     with FileIO(path) as f:
-        return digest_of(f, with_git, between)
+        return hash_open_file(f, with_git, on_progress)
 
 
-def digest_of(f: FileIO, with_git: bool, between: Callable[[], None]) -> Digests:
+def hash_open_file(f: FileIO, with_git: bool, on_progress: Callable[[], None]) -> FileHashes:
     """Hash an open file in one pass, leaf by leaf (larger buffers fall out of the cache and are slower)."""
     sha256, git, leaves, size_bytes = hashlib.sha256(), hashlib.sha1(usedforsecurity=False), bytearray(), 0
     file_stat = os.fstat(f.fileno())
     git.update(b"blob %d\0" % file_stat.st_size)
-    with closing(hashed_ahead(_leaves_of(f.fileno()))) as hashed:
+    with closing(hash_ahead(_leaves_of(f.fileno()))) as hashed:
         for leaf, hash_ in hashed:
-            between()
+            on_progress()
             sha256.update(leaf)
             if with_git:
                 git.update(leaf)
             leaves += hash_
             size_bytes += len(leaf)
-    return Digests(
+    return FileHashes(
         sha256=sha256.hexdigest(),
         git_sha1=git.hexdigest() if with_git else "",
         size_bytes=size_bytes,
-        leaves=bytes(leaves),
+        leaf_hashes=bytes(leaves),
         mtime_ns=file_stat.st_mtime_ns,
     )
 
 
-def hashed_ahead(leaves: Iterator[bytes]) -> Generator[tuple[bytes, bytes]]:
+def hash_ahead(leaves: Iterator[bytes]) -> Generator[tuple[bytes, bytes]]:
     """Yield leaves with their BLAKE3. A thread reads and hashes the next leaf while the caller uses this one.
 
     Close the generator: that waits for the leaf being hashed.
@@ -87,7 +87,7 @@ def _leaves_of(fd: int) -> Iterator[bytes]:
         offset += len(leaf)
 
 
-def unlike(f: FileIO, hashes: bytes, between: Callable[[], None]) -> list[int]:
+def mismatching_leaves(f: FileIO, hashes: bytes, on_progress: Callable[[], None]) -> list[int]:
     """Return the leaves of an open file that do not match a list of hashes, in order.
 
     Several threads hash at once: BLAKE3 by leaf needs no order. `on_progress` is called before each leaf and may
@@ -103,7 +103,7 @@ def unlike(f: FileIO, hashes: bytes, between: Callable[[], None]) -> list[int]:
                 leaf = next(pending, None)
             if leaf is None:
                 return bad
-            between()
+            on_progress()
             data = buffer[: _read_into(f.fileno(), buffer, leaf * LEAF_BYTES)]
             if leaf_hash(data) != hashes[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES]:
                 bad.append(leaf)

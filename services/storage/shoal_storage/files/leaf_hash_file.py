@@ -31,44 +31,44 @@ from msgspec import structs
 from shoal_common.errors import BadName
 from shoal_common.messages.manifest import Manifest
 from shoal_common.names import check_blob
-from shoal_common.store.leaf_hash import HASH_BYTES, leaf_hash, list_bytes, root_of
-from shoal_common.store.store_paths import Layout
-from shoal_storage.files.atomic_file import make_directory, write_file
+from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_hash, leaf_list_size
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.files.atomic_file import make_directory, replace_file
 
 
-def write(layout: Layout, sha256: str, hashes: bytes, mtime_ns: int) -> None:
+def write(layout: StorePaths, sha256: str, hashes: bytes, mtime_ns: int) -> None:
     """Store the concatenated hashes of a blob's leaves, durably; `mtime_ns` is the blob's."""
-    path = layout.leaves(sha256)
+    path = layout.leaf_list(sha256)
     make_directory(path.parent)
-    write_file(path, leaf_hash(hashes) + hashes, mtime_ns)
+    replace_file(path, leaf_hash(hashes) + hashes, mtime_ns)
 
 
-def read(layout: Layout, sha256: str, size_bytes: int) -> bytes | None:
+def read(layout: StorePaths, sha256: str, size_bytes: int) -> bytes | None:
     """Return the concatenated hashes of a blob's leaves; None when there is no valid list."""
     try:
-        content = layout.leaves(sha256).read_bytes()
+        content = layout.leaf_list(sha256).read_bytes()
     except OSError:
         return None
     checksum, hashes = content[:HASH_BYTES], content[HASH_BYTES:]
     return hashes if leaf_hash(hashes) == checksum and len(content) == _file_bytes(size_bytes) else None
 
 
-def root(layout: Layout, sha256: str, size_bytes: int) -> str:
+def read_leaf_list_digest(layout: StorePaths, sha256: str, size_bytes: int) -> str:
     """Return the digest of a blob's leaf list; "" when there is no valid list."""
     hashes = read(layout, sha256, size_bytes)
-    return "" if hashes is None else root_of(hashes)
+    return "" if hashes is None else hash_leaf_list(hashes)
 
 
-def with_roots(layout: Layout, manifest: Manifest) -> Manifest:
+def with_leaf_list_digests(layout: StorePaths, manifest: Manifest) -> Manifest:
     """Return a sealed manifest with the digest of every list that is here, and no digests from elsewhere."""
-    files = [structs.replace(f, leaves=root(layout, f.sha256, f.size_bytes)) for f in manifest.files]
+    files = [structs.replace(f, leaves=read_leaf_list_digest(layout, f.sha256, f.size_bytes)) for f in manifest.files]
     return structs.replace(manifest, files=files)
 
 
-def proves(layout: Layout, sha256: str) -> bool:
+def is_verified(layout: StorePaths, sha256: str) -> bool:
     """Whether the blob's current file was hashed to its name on this node. By stat alone."""
     try:
-        blob, leaves = layout.blob(sha256).lstat(), layout.leaves(sha256).lstat()
+        blob, leaves = layout.blob(sha256).lstat(), layout.leaf_list(sha256).lstat()
     except OSError:
         return False
     return (
@@ -78,23 +78,23 @@ def proves(layout: Layout, sha256: str) -> bool:
     )
 
 
-def follow_time(layout: Layout, sha256: str) -> None:
+def copy_mtime(layout: StorePaths, sha256: str) -> None:
     """Give the list of a trusted blob the blob's mtime."""
     blob_stat = layout.blob(sha256).lstat()
-    os.utime(layout.leaves(sha256), ns=(blob_stat.st_atime_ns, blob_stat.st_mtime_ns))
+    os.utime(layout.leaf_list(sha256), ns=(blob_stat.st_atime_ns, blob_stat.st_mtime_ns))
 
 
 def _file_bytes(size_bytes: int) -> int:
     """Return the size of the leaf hash file of a blob of `size_bytes`."""
-    return HASH_BYTES + list_bytes(size_bytes)
+    return HASH_BYTES + leaf_list_size(size_bytes)
 
 
-def remove(layout: Layout, sha256: str) -> None:
+def delete(layout: StorePaths, sha256: str) -> None:
     """Delete the leaf hashes of a deleted blob. Absent already is fine; a start deletes one that comes back."""
-    layout.leaves(sha256).unlink(missing_ok=True)
+    layout.leaf_list(sha256).unlink(missing_ok=True)
 
 
-def remove_strays(layout: Layout, blobs: Container[str]) -> None:
+def delete_orphans(layout: StorePaths, blobs: Container[str]) -> None:
     """At start: delete the leaf hashes of all other blobs, and half-written files. By names alone."""
     for directory in layout.leaf_lists.glob("*/"):
         for path in directory.iterdir():

@@ -14,17 +14,17 @@ from io import FileIO
 from pathlib import Path
 
 from shoal_common.errors import Corrupt
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import Bitmap
-from shoal_common.store.leaf_hash import list_bytes, root_of
-from shoal_common.store.store_paths import Layout
-from shoal_storage.files.atomic_file import write_file
-from shoal_storage.files.hashing import Digests, unlike
+from shoal_common.store.leaf_hash import hash_leaf_list, leaf_list_size
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.files.atomic_file import replace_file
+from shoal_storage.files.hashing import FileHashes, mismatching_leaves
 
-log = Log("listed")
+log = StructuredLogger("listed")
 
 
-class BadLeaves(Corrupt):
+class CorruptLeaves(Corrupt):
     """Some leaves do not match the sealed list; only these are fetched again."""
 
     def __init__(self, blob: str, leaves: list[int]) -> None:
@@ -35,21 +35,23 @@ class BadLeaves(Corrupt):
         self.leaves = leaves
 
 
-def sealed_list(layout: Layout, blob: str, size_bytes: int, root: str) -> bytes | None:
+def read_sealed_list(layout: StorePaths, blob: str, size_bytes: int, leaf_list_digest: str) -> bytes | None:
     """Return the partial blob's own list if it has the given digest; None if there is none or it differs."""
-    if not root or blob.startswith("git-"):  # the list covers neither git's sha1 nor an unknown sha256
+    if not leaf_list_digest or blob.startswith("git-"):  # the list covers neither git's sha1 nor an unknown sha256
         return None
     try:
         hashes = layout.partial_leaves(blob).read_bytes()
     except FileNotFoundError:
         hashes = b""
-    if len(hashes) == list_bytes(size_bytes) and root_of(hashes) == root:
+    if len(hashes) == leaf_list_size(size_bytes) and hash_leaf_list(hashes) == leaf_list_digest:
         return hashes
     log.warning("leaf list of a partial blob does not match the sealed digest; hashing by sha256", blob=blob)
     return None
 
 
-def compare(data: Path, blob: str, size_bytes: int, hashes: bytes, between: Callable[[], None]) -> Digests:
+def verify_leaves(
+    data: Path, blob: str, size_bytes: int, hashes: bytes, on_progress: Callable[[], None]
+) -> FileHashes:
     """Hash a partial blob leaf by leaf against a sealed list. Raises CorruptLeaves, or Corrupt for a wrong size."""
     with FileIO(data) as f:
         file_stat = os.fstat(f.fileno())
@@ -59,19 +61,21 @@ def compare(data: Path, blob: str, size_bytes: int, hashes: bytes, between: Call
                 "and fetched again",
                 expected=blob,
             )
-        bad = unlike(f, hashes, between)
+        bad = mismatching_leaves(f, hashes, on_progress)
     if bad:
-        raise BadLeaves(blob, bad)
-    return Digests(sha256=blob, git_sha1="", size_bytes=size_bytes, leaves=hashes, mtime_ns=file_stat.st_mtime_ns)
+        raise CorruptLeaves(blob, bad)
+    return FileHashes(
+        sha256=blob, git_sha1="", size_bytes=size_bytes, leaf_hashes=hashes, mtime_ns=file_stat.st_mtime_ns
+    )
 
 
-def forget(layout: Layout, blob: str, size_bytes: int, leaves: list[int]) -> None:
+def clear_leaves(layout: StorePaths, blob: str, size_bytes: int, leaves: list[int]) -> None:
     """Mark leaves of a partial blob as missing, durably. The others stay."""
-    layout.partial_ready(blob).unlink(missing_ok=True)  # the fetcher makes a new one
+    layout.relay_bitmap(blob).unlink(missing_ok=True)  # the fetcher makes a new one
     have = layout.partial(blob) / "have"
     have_leaves = Bitmap(size_bytes, have.read_bytes() if have.exists() else b"")
     kept = Bitmap(size_bytes)
-    for leaf in set(range(have_leaves.leaves)) - set(leaves):
+    for leaf in set(range(have_leaves.leaf_count)) - set(leaves):
         if leaf in have_leaves:
             kept.add(leaf)
-    write_file(have, kept.to_bytes())
+    replace_file(have, kept.to_bytes())

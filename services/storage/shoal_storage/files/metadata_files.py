@@ -19,31 +19,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from shoal_common.errors import BadMessage, BadName, Failed
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode, encode
-from shoal_common.store.store_paths import Layout, model_of
-from shoal_storage.files.atomic_file import make_directory, sync, write_file
+from shoal_common.errors import BadMessage, BadName, InternalError
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode, encode
+from shoal_common.store.store_paths import StorePaths, model_from_directory
+from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
 from shoal_storage.ledger.ledger import Ledger
 
-log = Log("keeping")
+log = StructuredLogger("keeping")
 
-WRITE_EVERY_S = 30.0
+WRITE_INTERVAL_S = 30.0
 _US_PER_S = 1_000_000
 _NS_PER_US = 1_000
 _TEMPORARY_SUFFIX = ".new"
 
 
-class Promise(Message):
+class ReservationFile(WireStruct):
     """`reservations/<org>--<name>@<commit>`."""
 
     blobs: list[str]
 
 
-class Keeping:
+class MetadataFiles:
     """Keeps a ledger's `pinned`, `last_uses` and `reservations` and their files in step."""
 
-    def __init__(self, layout: Layout, ledger: Ledger) -> None:
+    def __init__(self, layout: StorePaths, ledger: Ledger) -> None:
         self._layout, self._ledger = layout, ledger
         self._unwritten: set[str] = set()
         """Models whose last use is newer than their file. Only models that are here, so bounded by them."""
@@ -53,32 +53,32 @@ class Keeping:
         paths, ledger = self._layout, self._ledger
         ledger.pinned = set(self._entries(paths.pins))
         ledger.last_uses.clear()
-        for model in ledger.here:
-            self.came_in(model)
+        for model in ledger.local_manifests:
+            self.record_arrival(model)
         for model, path in self._entries(paths.uses).items():
             with suppress(FileNotFoundError):
                 ledger.last_uses[model] = path.stat().st_mtime
-        for model, path in named(paths.promises):
+        for model, path in iter_model_files(paths.reservations):
             if model in ledger.manifests:
                 _remove(path)  # sealed: its manifest names all its blobs
                 continue
             try:
-                ledger.promised[model] = set(decode(path.read_bytes(), Promise).blobs)
-                ledger.wanted_s[model] = path.stat().st_mtime
+                ledger.reservations[model] = set(decode(path.read_bytes(), ReservationFile).blobs)
+                ledger.last_wanted_s[model] = path.stat().st_mtime
             except (BadMessage, OSError) as e:
                 log.warning("not a reservation file; left alone", path=path, reason=str(e))
-        for model, part in ledger.parts.items():
-            ledger.promised.setdefault(model, set()).update(part.manifest.blob_sizes)
+        for model, part in ledger.shards.items():
+            ledger.reservations.setdefault(model, set()).update(part.manifest.blob_sizes)
         for blob, partial in ledger.partials.items():
             with suppress(FileNotFoundError):
                 reserved_s = (paths.partial(blob) / "meta.json").stat().st_mtime
-                for model in partial.models - ledger.promised.keys():
-                    ledger.wanted_s[model] = max(reserved_s, ledger.wanted_s.get(model, 0.0))
+                for model in partial.models - ledger.reservations.keys():
+                    ledger.last_wanted_s[model] = max(reserved_s, ledger.last_wanted_s.get(model, 0.0))
 
     def _entries(self, directory: Path) -> dict[str, Path]:
         """Return the files of a directory by their models. Deletes those of models that are gone."""
-        files, local = {}, self._ledger.here
-        for model, path in named(directory):
+        files, local = {}, self._ledger.local_manifests
+        for model, path in iter_model_files(directory):
             repo, _, commit = model.rpartition("@")
             if model in local:
                 files[model] = path
@@ -86,19 +86,19 @@ class Keeping:
                 path.unlink(missing_ok=True)
         return files
 
-    def came_in(self, model: str) -> None:
+    def record_arrival(self, model: str) -> None:
         """Set a sealed model's last use to the time its manifest was written, until it is used."""
         if model not in self._unwritten:
             repo, _, commit = model.rpartition("@")
             paths = self._layout
-            for path in (paths.use(repo, commit), paths.manifest(repo, commit), paths.part(repo, commit)):
+            for path in (paths.use(repo, commit), paths.manifest(repo, commit), paths.shard(repo, commit)):
                 with suppress(FileNotFoundError):
                     self._ledger.last_uses[model] = path.stat().st_mtime
                     return
 
-    def used(self, models: Iterable[str], now_s: float) -> None:
+    def record_use(self, models: Iterable[str], now_s: float) -> None:
         """Record a use of those of the models that are here. In memory: `write_uses` makes it durable."""
-        local = self._ledger.here
+        local = self._ledger.local_manifests
         for model in models:
             if model in local:
                 self._ledger.last_uses[model] = now_s
@@ -119,33 +119,33 @@ class Keeping:
                 self._unwritten.add(model)
                 log.warning("cannot write last use; kept in memory", model=model, reason=e.strerror)
 
-    def promise(self, model: str) -> None:
+    def write_reservation(self, model: str) -> None:
         """Make the ledger's reservation for a model durable."""
         repo, _, commit = model.rpartition("@")
-        path = self._layout.promise(repo, commit)
+        path = self._layout.reservation(repo, commit)
         try:
             make_directory(path.parent)
-            write_file(path, encode(Promise(blobs=sorted(self._ledger.promised[model]))))
+            replace_file(path, encode(ReservationFile(blobs=sorted(self._ledger.reservations[model]))))
         except OSError as e:
             # A full disk. After a restart, what this fetch has brought would be fetched again.
             log.warning("cannot write reservation; kept in memory", model=model, reason=e.strerror)
 
-    def wanted(self, model: str, now_s: float) -> None:
+    def record_wanted(self, model: str, now_s: float) -> None:
         """Record that an arriving model is wanted now. Survives a restart if the disk allows the write."""
-        self._ledger.wanted_s[model] = now_s
+        self._ledger.last_wanted_s[model] = now_s
         repo, _, commit = model.rpartition("@")
         partials = (self._layout.partial(b) for b, p in self._ledger.partials.items() if model in p.models)
-        for path in (self._layout.promise(repo, commit), *(p / "meta.json" for p in partials)):
+        for path in (self._layout.reservation(repo, commit), *(p / "meta.json" for p in partials)):
             with suppress(OSError):
                 os.utime(path, (now_s, now_s))
 
-    def end_promise(self, model: str) -> None:
+    def end_reservation(self, model: str) -> None:
         """End a model's reservation: its fetch is over."""
-        self._ledger.promised.pop(model, None)
-        self._ledger.wanted_s.pop(model, None)
-        self._ledger.ended.discard(model)
+        self._ledger.reservations.pop(model, None)
+        self._ledger.last_wanted_s.pop(model, None)
+        self._ledger.ended_reservations.discard(model)
         repo, _, commit = model.rpartition("@")
-        _remove(self._layout.promise(repo, commit))
+        _remove(self._layout.reservation(repo, commit))
 
     def pin(self, model: str) -> None:
         """Pin a model. After this returns, the pin survives a power cut."""
@@ -153,7 +153,9 @@ class Keeping:
         try:
             _touch(self._layout.pin(repo, commit))
         except OSError as e:
-            raise Failed(f"cannot write the pin of {model} ({e.strerror}); free some space and try again") from None
+            raise InternalError(
+                f"cannot write the pin of {model} ({e.strerror}); free some space and try again"
+            ) from None
         self._ledger.pinned.add(model)
 
     def unpin(self, model: str) -> None:
@@ -162,7 +164,7 @@ class Keeping:
         _remove(self._layout.pin(repo, commit))
         self._ledger.pinned.discard(model)
 
-    def forget(self, model: str) -> None:
+    def delete_records(self, model: str) -> None:
         """Delete the records of a deleted model."""
         self._unwritten.discard(model)
         self._ledger.last_uses.pop(model, None)
@@ -171,7 +173,7 @@ class Keeping:
         self._layout.use(repo, commit).unlink(missing_ok=True)
 
 
-def named(directory: Path) -> Iterator[tuple[str, Path]]:
+def iter_model_files(directory: Path) -> Iterator[tuple[str, Path]]:
     """Yield the files of a directory that are named after a model, with the model. Foreign files are logged."""
     with suppress(FileNotFoundError):
         for path in sorted(directory.iterdir()):
@@ -180,7 +182,7 @@ def named(directory: Path) -> Iterator[tuple[str, Path]]:
                 continue
             name, _, commit = path.name.rpartition("@")
             try:
-                model = model_of(name, commit)
+                model = model_from_directory(name, commit)
             except BadName:
                 log.warning("file name is not a model; left alone", path=path)
                 continue
@@ -198,10 +200,10 @@ def _touch(path: Path, mtime_s: float | None = None) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 def _remove(path: Path) -> None:
     if path.exists():  # a read-only file system refuses to delete even a missing file
         path.unlink(missing_ok=True)
-        sync(path.parent)
+        fsync_path(path.parent)

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def real_root(root: str) -> Path:
+def resolve_path(path: str) -> Path:
     """Return the real path of a library or volume, which need not exist."""
-    path = Path(root)
+    expanded = Path(path)
     with suppress(RuntimeError):  # `~name` of an unknown user: there is no such directory
-        path = path.expanduser()
-    return Path(os.path.realpath(path))
+        expanded = expanded.expanduser()
+    return Path(os.path.realpath(expanded))

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from shoal_common.errors import Claimed
+from shoal_common.errors import AlreadyRunning
 
 
 def take_lock(path: Path, what: str, holder: str) -> BinaryIO:
@@ -19,7 +19,7 @@ def take_lock(path: Path, what: str, holder: str) -> BinaryIO:
         f.seek(0)
         owner = f.read().decode(errors="replace").strip()
         f.close()
-        raise Claimed(f"{what} is already open, by {owner}; stop it first") from None
+        raise AlreadyRunning(f"{what} is already open, by {owner}; stop it first") from None
     with suppress(OSError):  # a full disk must not keep storage from starting, which can free space
         f.truncate(0)
         f.write(holder.encode())

@@ -7,41 +7,48 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import Configure
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_common.settings_file import Value, change_settings
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.libraries.scanner import refuse_overlap
-from shoal_storage.settings import Limits, by_section, changes_of, overridden, read_limits, remark
-from shoal_storage.store.store import Disk
+from shoal_storage.libraries.scanner import reject_overlap
+from shoal_storage.settings import (
+    StorageSettings,
+    group_by_section,
+    overridden_settings,
+    read_settings,
+    requested_changes,
+    settings_warning,
+)
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 CONFIGURE_DEADLINE_S = 30.0
 
 
-class Settings:
+class ConfigureCommand:
     """Handles `configure`. Changes are applied one at a time."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
-        limits: Limits,
-        use: Callable[[Limits], Awaitable[None]],
+        settings: StorageSettings,
+        apply: Callable[[StorageSettings], Awaitable[None]],
         publish: Callable[[], Awaitable[None]],
-        refuse: Callable[[Limits], None],
+        check: Callable[[StorageSettings], None],
     ) -> None:
-        self._context, self._disk, self._ledger, self._limits = context, disk, ledger, limits
-        self._use, self._publish, self._refuse = use, publish, refuse
+        self._context, self._disk, self._ledger, self._limits = context, disk, ledger, settings
+        self._use, self._publish, self._refuse = apply, publish, check
         self._lock = asyncio.Lock()
         self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
     async def configure(self, command: Configure, _: str) -> dict[str, object]:
         """Change settings: first in the file, so that a restart keeps what was acknowledged, then in force."""
-        changes = changes_of(command, self._context.environ)
+        changes = requested_changes(command, self._context.environ)
         # Once begun it completes, even past the command's deadline: the file and the settings in force stay equal.
         changing = asyncio.create_task(self._change(changes))
         self._changing.add(changing)
@@ -56,29 +63,29 @@ class Settings:
             before, self._limits = _values(self._limits), limits
             values = _values(limits)
             if changed := {name: value for name, value in values.items() if value != before[name]}:
-                await self._context.events.tell("settings_changed", settings=changed)
+                await self._context.events.emit("settings_changed", settings=changed)
         log.info("settings changed", **changes)
         free = await asyncio.to_thread(self._disk.free_bytes)
-        warning = remark(limits, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
+        warning = settings_warning(limits, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
         result: dict[str, object] = {
             **values,
             "used_bytes": self._ledger.used_bytes,
-            "from_environment": overridden(self._context.environ),
+            "from_environment": overridden_settings(self._context.environ),
         }
         return result | ({"note": warning} if warning else {})
 
-    def _write(self, changes: dict[str, Value]) -> Limits:
-        def accept(settings: dict[str, object]) -> Limits:
+    def _write(self, changes: dict[str, Value]) -> StorageSettings:
+        def accept(settings: dict[str, object]) -> StorageSettings:
             # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
-            limits = read_limits(settings, self._context.environ)
-            refuse_overlap(limits.read_only_roots, self._context.config.store)
+            limits = read_settings(settings, self._context.environ)
+            reject_overlap(limits.read_only_roots, self._context.config.store)
             self._refuse(limits)
             return limits
 
-        return change_settings(self._context.config.home, by_section(changes), accept)
+        return change_settings(self._context.config.home, group_by_section(changes), accept)
 
 
-def _values(limits: Limits) -> dict[str, object]:
+def _values(limits: StorageSettings) -> dict[str, object]:
     """Return the values in force by setting."""
     return {
         "max_storage_bytes": limits.quota_bytes,

@@ -5,26 +5,26 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from shoal_common.errors import Failed, InUse, Refused
-from shoal_common.logs import Log
-from shoal_common.messages.downloads import Withdraw
-from shoal_common.messages.envelope import Done
+from shoal_common.errors import InternalError, InUse, Refused
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.downloads import StopDownloads
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import Delete
 from shoal_common.names import ModelRef
-from shoal_common.service import Context
-from shoal_storage.files.metadata_files import Keeping
-from shoal_storage.integrity.consequences import forget_useless
-from shoal_storage.leases.last_use import Uses
+from shoal_common.service import ServiceContext
+from shoal_storage.files.metadata_files import MetadataFiles
+from shoal_storage.integrity.consequences import drop_obsolete_quarantine
+from shoal_storage.leases.last_use import UsageView
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import arriving, freed_by, matching
-from shoal_storage.ledger.usage import how_to_end, words
-from shoal_storage.publisher import Announcer
-from shoal_storage.shards import Parts
-from shoal_storage.store.library_records import show
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.references import arriving_models, blobs_freed_by, matching_manifests
+from shoal_storage.ledger.usage import join_names, release_hint
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.shards import ShardService
+from shoal_storage.store.library_records import build_view
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 DELETE_DEADLINE_S = 60.0
 _WITHDRAW_PATIENCE_S = 8.0
@@ -33,25 +33,25 @@ _LEAVING_DEADLINE_S = 10.0
 _LEAVING_POLL_S = 0.1
 
 
-class Removal:
+class DeletionService:
     """Deletes models from disk and ledger."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        keeping: Keeping,
-        parts: Parts,
-        announcer: Announcer,
-        uses: Uses,
+        keeping: MetadataFiles,
+        parts: ShardService,
+        announcer: StatePublisher,
+        uses: UsageView,
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._keeping, self._parts, self._announcer, self._uses = keeping, parts, announcer, uses
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
-    async def remove(self, model: str) -> int:
+    async def delete_model(self, model: str) -> int:
         """Delete a model, complete, incomplete or arriving, with the blobs that only it needs. Returns bytes freed.
 
         After an OSError the model is either complete and published, or neither and in `deleting`; then call it again.
@@ -59,46 +59,54 @@ class Removal:
         ledger = self._ledger
         await self._parts.drop(model)
         repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(self._disk.entomb, repo, commit)
-        if manifest := ledger.manifests.pop(model, None) or ledger.broken.pop(model, None):
-            ledger.leaving[model] = manifest
-        manifest = ledger.leaving.get(model)
+        await asyncio.to_thread(self._disk.begin_delete, repo, commit)
+        if manifest := ledger.manifests.pop(model, None) or ledger.incomplete.pop(model, None):
+            ledger.deleting[model] = manifest
+        manifest = ledger.deleting.get(model)
         # Also blobs that are not here: their leaf hashes may be, and an earlier attempt may not have been durable.
-        known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unproven.keys() if manifest else set())
-        leaving = [blob for blob in freed_by(model, ledger) if blob in known]
+        known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unverified.keys() if manifest else set())
+        leaving = [blob for blob in blobs_freed_by(model, ledger) if blob in known]
         try:
-            await asyncio.to_thread(self._disk.clear, repo, commit, leaving)
-            await asyncio.to_thread(self._keeping.forget, model)
+            await asyncio.to_thread(self._disk.finish_delete, repo, commit, leaving)
+            await asyncio.to_thread(self._keeping.delete_records, model)
         finally:
-            freed = sum(ledger.drop(blob) for blob in await asyncio.to_thread(self._disk.gone, leaving))
-            if model in ledger.leaving:
-                await self._announcer.take_back(model)
-        ledger.leaving.pop(model, None)
-        self._ledger.git = {git: sha256 for git, sha256 in self._ledger.git.items() if sha256 in self._ledger.blobs}
-        freed += await self.end_promise(model)
-        await forget_useless(self._disk, self._ledger)
-        if offered := self._ledger.offered.get(model):
+            freed = sum(ledger.drop_blob(blob) for blob in await asyncio.to_thread(self._disk.missing_files, leaving))
+            if model in ledger.deleting:
+                await self._announcer.unpublish_model(model)
+        ledger.deleting.pop(model, None)
+        self._ledger.sha256_by_git_name = {
+            git: sha256 for git, sha256 in self._ledger.sha256_by_git_name.items() if sha256 in self._ledger.blobs
+        }
+        freed += await self.end_reservation(model)
+        await drop_obsolete_quarantine(self._disk, self._ledger)
+        if offered := self._ledger.offered_library_models.get(model):
             with suppress(OSError):  # logged and retried where the model is unpublished
-                await asyncio.to_thread(show, self._disk.layout, offered)
+                await asyncio.to_thread(build_view, self._disk.layout, offered)
         return freed
 
-    async def remove_unfinished(self, model: str) -> int:
+    async def delete_abandoned(self, model: str) -> int:
         """Delete what an ended download left. A model that is here stays. Returns bytes freed."""
-        return await (self.end_promise(model) if model in self._ledger.on_disk else self.remove(model))
+        return await (
+            self.end_reservation(model) if model in self._ledger.stored_manifests else self.delete_model(model)
+        )
 
-    async def end_promise(self, model: str) -> int:
+    async def end_reservation(self, model: str) -> int:
         """End a model's reservation and delete partial blobs that only it wanted. Returns the bytes they occupied."""
-        await asyncio.to_thread(self._keeping.end_promise, model)
+        await asyncio.to_thread(self._keeping.end_reservation, model)
         freed = 0
         for blob, partial in list(self._ledger.partials.items()):
             if model not in partial.models:
                 continue
-            remaining = partial.without(model)
+            remaining = partial.without_model(model)
             if remaining.models:
                 # On disk too, or the next start would count both models.
                 try:
                     await asyncio.to_thread(
-                        self._disk.write_partial, blob, partial.size_bytes, remaining.models, remaining.leaves
+                        self._disk.write_partial,
+                        blob,
+                        partial.size_bytes,
+                        remaining.models,
+                        remaining.leaves_by_model,
                     )
                 except OSError as e:
                     # A full disk takes no file, and this path frees space. After a restart nobody requests this
@@ -106,11 +114,11 @@ class Removal:
                     log.warning(
                         "cannot write which models need a partial blob; lost on restart", blob=blob, reason=e.strerror
                     )
-                partial.models, partial.leaves = remaining.models, remaining.leaves
-                await asyncio.to_thread(self._disk.look_at, blob, partial)
+                partial.models, partial.leaves_by_model = remaining.models, remaining.leaves_by_model
+                await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
             else:
                 freed += await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
-                await asyncio.to_thread(self._disk.remove_partial, blob)
+                await asyncio.to_thread(self._disk.delete_partial, blob)
                 del self._ledger.partials[blob]
         return freed
 
@@ -120,14 +128,14 @@ class Removal:
         revision = ref.revision if "@" in command.model else ""
         self._refuse_if_in_library(ref.repo, revision)
         await self._wait_for_ending_stages(ref.repo, revision)
-        await self._context.ask(
+        await self._context.rpc(
             "fetcher",
             self._context.node,
             "withdraw",
-            Withdraw(repo=ref.repo, revision=revision),
-            Done,
+            StopDownloads(repo=ref.repo, revision=revision),
+            Empty,
             deadline_s=DELETE_DEADLINE_S / 2,
-            patience_s=_WITHDRAW_PATIENCE_S,
+            restart_wait_s=_WITHDRAW_PATIENCE_S,
         )
         # Once begun it completes, even past the command's deadline: half a deletion would make the ledger wrong.
         deleting = asyncio.create_task(self._delete(ref, revision))
@@ -143,26 +151,26 @@ class Removal:
                 manifests = self._removable(ref.repo, revision)
                 for manifest in manifests:
                     freed += await self._remove_or_explain(manifest.model)
-                    await self._context.events.tell("model_deleted", model=manifest.model)
-                for model in arriving(ref.repo, revision, self._ledger):
+                    await self._context.events.emit("model_deleted", model=manifest.model)
+                for model in arriving_models(ref.repo, revision, self._ledger):
                     freed += await self._remove_or_explain(model)
         finally:
-            await self._announcer.publish()
+            await self._announcer.publish_storage()
         log.info("model deleted", model=str(ref), found=len(manifests), freed_bytes=freed)
         return {"deleted": bool(manifests), "models": [m.model for m in manifests], "freed_bytes": freed}
 
     def _removable(self, repo: str, revision: str) -> list[Manifest]:
         """Return what is here of a revision, and what failed deletions left of it."""
-        return matching(repo, revision, {**self._ledger.leaving, **self._ledger.here}.values())
+        return matching_manifests(repo, revision, {**self._ledger.deleting, **self._ledger.local_manifests}.values())
 
     async def _remove_or_explain(self, model: str) -> int:
         try:
-            return await self.remove(model)
+            return await self.delete_model(model)
         except OSError as e:
             refusal = f"the disk refuses it ({e.strerror}: {e.filename})"
-            if model in self._ledger.here:
-                raise Failed(f"{model} was not deleted from node {self._context.node}: {refusal}") from e
-            raise Failed(
+            if model in self._ledger.local_manifests:
+                raise InternalError(f"{model} was not deleted from node {self._context.node}: {refusal}") from e
+            raise InternalError(
                 f"{model} is no longer on node {self._context.node}, but not all of its files are gone: {refusal}. "
                 "Delete it again when the disk allows it; storage also tries at its next start"
             ) from e
@@ -187,17 +195,17 @@ class Removal:
     def _refuse_if_in_library(self, repo: str, revision: str) -> None:
         if self._removable(repo, revision):
             return  # the store's copy can be deleted
-        for manifest in matching(repo, revision, self._ledger.whole.values()):
-            library_model = self._ledger.adopted[manifest.model]
+        for manifest in matching_manifests(repo, revision, self._ledger.complete_manifests.values()):
+            library_model = self._ledger.library_models[manifest.model]
             raise Refused(
                 f"{manifest.model} is not in the store of node {self._context.node} but in a library, at "
                 f"{library_model.directory}, where Shoal deletes nothing: remove it there, or remove the library "
-                f"{library_model.root} with `shoal storage set --remove-library`",
+                f"{library_model.library} with `shoal storage set --remove-library`",
                 directory=library_model.directory,
             )
 
     async def _refuse_if_used(self, repo: str, revision: str) -> None:
-        manifests = matching(repo, revision, self._ledger.here.values())
+        manifests = matching_manifests(repo, revision, self._ledger.local_manifests.values())
         if not manifests:
             return
         for manifest in manifests:
@@ -206,13 +214,13 @@ class Removal:
                     f"{manifest.model} is pinned on node {self._context.node}: "
                     f"`shoal storage unpin {manifest.model}` releases it"
                 )
-        uses = await self._uses.now()  # counts an instance that was placed a moment ago (I4)
+        uses = await self._uses.current_users()  # counts an instance that was placed a moment ago (I4)
         users = [user for manifest in manifests for user in uses.get(manifest.model, [])]
         if users:
             instances = list(dict.fromkeys(user.instance for user in users if user.instance))
             raise InUse(
-                f"{repo} on node {self._context.node} is used by {words(users)}: {how_to_end(users)}",
-                users=[user.words for user in users],
-                leaving=all(user.leaving for user in users),
+                f"{repo} on node {self._context.node} is used by {join_names(users)}: {release_hint(users)}",
+                users=[user.description for user in users],
+                leaving=all(user.is_ending for user in users),
                 **({"instance": instances[0], "instances": instances} if instances else {}),
             )

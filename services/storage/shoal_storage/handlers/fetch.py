@@ -7,65 +7,73 @@ import time
 
 from msgspec import structs
 
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import (
-    AskManifest,
     CommitBlob,
-    Committed,
+    CommittedBlob,
+    GetManifest,
     ModelState,
     Release,
     Reserve,
-    Reserved,
+    ReserveResult,
     SealModel,
 )
 from shoal_common.names import ModelRef, check_blob
-from shoal_common.service import Context
-from shoal_common.store.leaf_hash import root_of
-from shoal_storage.admission.admission import asked_leaves, promised_leaves
+from shoal_common.service import ServiceContext
+from shoal_common.store.leaf_hash import hash_leaf_list
+from shoal_storage.admission.admission import leaves_to_reserve, requested_leaves
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.eviction.executor import Room
-from shoal_storage.eviction.planner import as_told
+from shoal_storage.eviction.executor import EvictionExecutor
+from shoal_storage.eviction.planner import to_message
 from shoal_storage.files import leaf_hash_file
-from shoal_storage.files.leaf_list_verify import BadLeaves, forget
-from shoal_storage.files.metadata_files import Keeping
-from shoal_storage.handlers.deletion import Removal
-from shoal_storage.integrity.repair import make_partial
-from shoal_storage.leases.last_use import Uses
-from shoal_storage.leases.service import Holders
-from shoal_storage.ledger.entries import Partial
+from shoal_storage.files.leaf_list_verify import CorruptLeaves, clear_leaves
+from shoal_storage.files.metadata_files import MetadataFiles
+from shoal_storage.handlers.deletion import DeletionService
+from shoal_storage.integrity.repair import create_partial
+from shoal_storage.leases.last_use import UsageView
+from shoal_storage.leases.service import LeaseService
+from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import is_offered, matching
-from shoal_storage.publisher import Announcer
-from shoal_storage.settings import Limits
-from shoal_storage.shards import Parts
-from shoal_storage.store.store import Disk, require_present
+from shoal_storage.ledger.references import is_offered_by_library, matching_manifests
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.settings import StorageSettings
+from shoal_storage.shards import ShardService
+from shoal_storage.store.store import Store, require_all_blobs
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 _REPUBLISH_RETRY_S = 5.0
 """Delay before another attempt to publish what the disk holds."""
 
 
-class Guard:
+class FetchApi:
     """Handles a node's fetch requests. Every change of the ledger happens under `_section`."""
 
     def __init__(
-        self, context: Context, disk: Disk, ledger: Ledger, limits: Limits, specs: View, announcer: Announcer
+        self,
+        context: ServiceContext,
+        disk: Store,
+        ledger: Ledger,
+        limits: StorageSettings,
+        specs: KvMirror,
+        announcer: StatePublisher,
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
         self._announcer = announcer
         self._section = asyncio.Lock()
-        self.keeping = Keeping(disk.layout, ledger)
-        self.parts = Parts(disk, ledger, self._section, self.keeping, announcer)
-        self.holders = Holders(context, disk, ledger, self._section, self.parts, announcer)
-        uses = Uses(context, specs, ledger, self.holders.look)
-        self.removal = Removal(context, disk, ledger, self._section, self.keeping, self.parts, announcer, uses)
-        self.room = Room(context, disk, ledger, limits, uses, announcer, self.removal.remove)
-        self._committing: dict[str, asyncio.Task[Committed]] = {}
+        self.metadata = MetadataFiles(disk.layout, ledger)
+        self.shards = ShardService(disk, ledger, self._section, self.metadata, announcer)
+        self.leases = LeaseService(context, disk, ledger, self._section, self.shards, announcer)
+        uses = UsageView(context, specs, ledger, self.leases.refresh)
+        self.deletions = DeletionService(
+            context, disk, ledger, self._section, self.metadata, self.shards, announcer, uses
+        )
+        self.evictions = EvictionExecutor(context, disk, ledger, limits, uses, announcer, self.deletions.delete_model)
+        self._committing: dict[str, asyncio.Task[CommittedBlob]] = {}
 
     @property
     def section(self) -> asyncio.Lock:
@@ -74,59 +82,61 @@ class Guard:
 
     # Requests
 
-    async def reserve(self, question: Reserve) -> Reserved:
+    async def reserve(self, question: Reserve) -> ReserveResult:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(question.manifest)
         async with self._section:
             manifest, known = await self._with_known_hashes(question.manifest)
-            sizes, reservations = manifest.blob_sizes, self._ledger.promised
-            requested = asked_leaves(manifest, question.leaves, self._ledger)
-            wanted = promised_leaves(manifest.model, requested, self._ledger)
+            sizes, reservations = manifest.blob_sizes, self._ledger.reservations
+            requested = requested_leaves(manifest, question.leaf_ranges, self._ledger)
+            wanted = leaves_to_reserve(manifest.model, requested, self._ledger)
             before = reservations.get(manifest.model)
             # Reserved first, so that the model's own blobs are not evicted to make space for it.
             reservations[manifest.model] = set(sizes)
             try:
-                admission, evicted = await self.room.admit(manifest, wanted)
+                admission, evicted = await self.evictions.admit(manifest, wanted)
                 if reservations[manifest.model] != before:
-                    await asyncio.to_thread(self.keeping.promise, manifest.model)
+                    await asyncio.to_thread(self.metadata.write_reservation, manifest.model)
                 for blob in admission.missing:
                     await self._reserve_blob(
-                        blob, sizes[blob], manifest.model, wanted.get(blob), admission.roots[blob]
+                        blob, sizes[blob], manifest.model, wanted.get(blob), admission.volume_by_blob[blob]
                     )
-                self._ledger.ended.discard(manifest.model)
-                await asyncio.to_thread(self.keeping.wanted, manifest.model, time.time())
+                self._ledger.ended_reservations.discard(manifest.model)
+                await asyncio.to_thread(self.metadata.record_wanted, manifest.model, time.time())
             except BaseException:
                 if before is None:
                     del reservations[manifest.model]
                 else:
                     reservations[manifest.model] = before
                 raise
-        await self._announcer.publish()
+        await self._announcer.publish_storage()
         log.info(
             "space reserved",
             model=manifest.model,
             needed_bytes=admission.needed_bytes,
             present=len(admission.present),
         )
-        eviction_plan = as_told(evicted) if evicted else None
-        return Reserved(present=admission.present, missing=admission.missing, known=known, evicted=eviction_plan)
+        eviction_plan = to_message(evicted) if evicted else None
+        return ReserveResult(
+            present=admission.present, missing=admission.missing, sha256_by_git_name=known, evicted=eviction_plan
+        )
 
     async def _reserve_blob(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
         known = self._ledger.partials.get(blob)
         if known is None:
-            await asyncio.to_thread(self._disk.place, blob, volume_id)
-        partial = known or Partial(size_bytes)
-        changed = partial.wanted_by(model, wanted)
+            await asyncio.to_thread(self._disk.set_volume, blob, volume_id)
+        partial = known or PartialBlobInfo(size_bytes)
+        changed = partial.with_model(model, wanted)
         models = changed.models
         # Files deleted by hand meanwhile are made again: the disk is authoritative.
         if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
-            if await asyncio.to_thread(make_partial, self._disk, blob, size_bytes, models, changed.leaves):
+            if await asyncio.to_thread(create_partial, self._disk, blob, size_bytes, models, changed.leaves_by_model):
                 self._ledger.quarantined.discard(blob)
                 self._ledger.repairable.pop(blob, None)
-        elif (models, changed.leaves) != (partial.models, partial.leaves):
-            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models, changed.leaves)
-        partial.models, partial.leaves = models, changed.leaves
-        await asyncio.to_thread(self._disk.look_at, blob, partial)
+        elif (models, changed.leaves_by_model) != (partial.models, partial.leaves_by_model):
+            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models, changed.leaves_by_model)
+        partial.models, partial.leaves_by_model = models, changed.leaves_by_model
+        await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
         self._ledger.partials[blob] = partial
 
     async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
@@ -134,52 +144,56 @@ class Guard:
         known: dict[str, str] = {}
         for f in manifest.files:
             if not f.sha256:
-                sha256 = self._ledger.git.get(f.blob)
+                sha256 = self._ledger.sha256_by_git_name.get(f.blob)
                 if sha256 not in self._ledger.blobs:
-                    sha256 = self._ledger.adopted_git.get(f.blob)
+                    sha256 = self._ledger.library_sha256_by_git_name.get(f.blob)
                 if sha256 is None:
-                    sha256 = await asyncio.to_thread(self._disk.find_git, f.git_sha1, f.size_bytes, self._ledger)
+                    sha256 = await asyncio.to_thread(
+                        self._disk.find_by_git_sha1, f.git_sha1, f.size_bytes, self._ledger
+                    )
                 if sha256:
                     known[f.blob] = sha256
         files = [structs.replace(f, sha256=known.get(f.blob, f.sha256)) for f in manifest.files]
         return structs.replace(manifest, files=files), known
 
-    async def release(self, question: Release) -> Done:
+    async def release(self, question: Release) -> Empty:
         """End a reservation. Bytes that only it needed are deleted."""
         check_manifest(question.manifest)
         async with self._section:
             manifest, _ = await self._with_known_hashes(question.manifest)
             model = manifest.model
-            if model in self._ledger.on_disk:
-                await self.removal.end_promise(model)
-            elif model in self._ledger.parts:
-                await self.parts.settle(model)
+            if model in self._ledger.stored_manifests:
+                await self.deletions.end_reservation(model)
+            elif model in self._ledger.shards:
+                await self.shards.finish_shard(model)
             else:
-                self._ledger.promised.setdefault(model, set()).update(manifest.blob_sizes)
-                await self.removal.remove(model)
-        await self._announcer.publish()
-        return Done()
+                self._ledger.reservations.setdefault(model, set()).update(manifest.blob_sizes)
+                await self.deletions.delete_model(model)
+        await self._announcer.publish_storage()
+        return Empty()
 
-    async def commit(self, question: CommitBlob) -> Committed:
+    async def commit(self, question: CommitBlob) -> CommittedBlob:
         """Verify a whole partial blob and commit it. Concurrent requests for one blob share the work."""
         blob = check_blob(question.blob)
         task = self._committing.get(blob)
         if task is None:
-            task = asyncio.create_task(self._commit(blob, question.root))
+            task = asyncio.create_task(self._commit(blob, question.leaf_list_digest))
             self._committing[blob] = task
             task.add_done_callback(lambda _: self._committing.pop(blob, None))
         return await asyncio.shield(task)
 
-    async def _commit(self, blob: str, root: str) -> Committed:
+    async def _commit(self, blob: str, root: str) -> CommittedBlob:
         partial = self._ledger.partials.get(blob)
         if partial is None:
-            sha256 = self._ledger.git.get(blob, blob)
+            sha256 = self._ledger.sha256_by_git_name.get(blob, blob)
             if sha256 in self._ledger.blobs:
                 size_bytes = self._ledger.blobs[sha256]
-                digest = await asyncio.to_thread(leaf_hash_file.root, self._disk.layout, sha256, size_bytes)
-                return Committed(sha256=sha256, size_bytes=size_bytes, root=digest)
+                digest = await asyncio.to_thread(
+                    leaf_hash_file.read_leaf_list_digest, self._disk.layout, sha256, size_bytes
+                )
+                return CommittedBlob(sha256=sha256, size_bytes=size_bytes, leaf_list_digest=digest)
             raise NotFound(f"blob {blob[:16]}… has no reservation; reserve it first")
-        if not self._ledger.promises(partial):
+        if not self._ledger.is_reserved(partial):
             raise NotFound(
                 f"the reservation of blob {blob[:16]}… has ended because nobody wanted it; reserve it again"
             )
@@ -188,36 +202,40 @@ class Guard:
             digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes, root)
         except FileNotFoundError:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
-        except BadLeaves as e:
+        except CorruptLeaves as e:
             async with self._section:
                 self._require_unchanged(blob, partial)
-                await asyncio.to_thread(forget, self._disk.layout, blob, partial.size_bytes, e.leaves)
-                await self.parts.drop_lost()
+                await asyncio.to_thread(clear_leaves, self._disk.layout, blob, partial.size_bytes, e.leaves)
+                await self.shards.drop_incomplete()
             raise
         except Corrupt:
             async with self._section:
                 self._require_unchanged(blob, partial)
-                await self.parts.discard(blob, partial)
+                await self.shards.discard_corrupt_partial(blob, partial)
             raise
         async with self._section:
             self._require_unchanged(blob, partial)
-            for model, reserved_blobs in self._ledger.promised.items():
+            for model, reserved_blobs in self._ledger.reservations.items():
                 if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
                     reserved_blobs.add(digests.sha256)
-                    await asyncio.to_thread(self.keeping.promise, model)
+                    await asyncio.to_thread(self.metadata.write_reservation, model)
             await asyncio.to_thread(self._disk.commit, blob, digests)
             del self._ledger.partials[blob]
             self._ledger.blobs[digests.sha256] = digests.size_bytes
-            self._ledger.unproven.pop(digests.sha256, None)
-            self._ledger.wrong.pop(digests.sha256, None)
+            self._ledger.unverified.pop(digests.sha256, None)
+            self._ledger.corrupt.pop(digests.sha256, None)
             self._ledger.quarantined.discard(digests.sha256)
             self._ledger.repairable.pop(digests.sha256, None)
             if blob != digests.sha256:
-                self._ledger.git[blob] = digests.sha256
-        await self._announcer.publish()
-        return Committed(sha256=digests.sha256, size_bytes=digests.size_bytes, root=root_of(digests.leaves))
+                self._ledger.sha256_by_git_name[blob] = digests.sha256
+        await self._announcer.publish_storage()
+        return CommittedBlob(
+            sha256=digests.sha256,
+            size_bytes=digests.size_bytes,
+            leaf_list_digest=hash_leaf_list(digests.leaf_hashes),
+        )
 
-    def _require_unchanged(self, blob: str, verified: Partial) -> None:
+    def _require_unchanged(self, blob: str, verified: PartialBlobInfo) -> None:
         # Cancelled and reserved again while we hashed: its bytes are not those that were verified.
         if self._ledger.partials.get(blob) is not verified:
             raise NotFound(f"the reservation of blob {blob[:16]}… was cancelled; reserve it again")
@@ -229,57 +247,61 @@ class Guard:
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
         async with self._section:
-            if is_offered(manifest, self._ledger):
+            if is_offered_by_library(manifest, self._ledger):
                 # Everything requested is in a library, which offers it.
-                await self.parts.drop(manifest.model)
-                await self.removal.end_promise(manifest.model)
-                return await self._announcer.announce(manifest)
+                await self.shards.drop(manifest.model)
+                await self.deletions.end_reservation(manifest.model)
+                return await self._announcer.publish_model(manifest)
             was_complete = manifest.model in self._ledger.manifests
-            held = self._ledger.on_disk.get(manifest.model)
+            held = self._ledger.stored_manifests.get(manifest.model)
             names = sorted({*manifest.revisions, *(held.revisions if held else [])})
             # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
             manifest = structs.replace(held or manifest, revisions=names)
-            await asyncio.to_thread(self._disk.require_there)
-            for sha256 in await asyncio.to_thread(self._disk.lost, manifest):
+            await asyncio.to_thread(self._disk.require_present)
+            for sha256 in await asyncio.to_thread(self._disk.missing_blobs, manifest):
                 self._ledger.blobs.pop(sha256, None)  # deleted by hand meanwhile
-                self._ledger.adopted_blobs.pop(sha256, None)
-            require_present(manifest, self._ledger)
-            manifest = await asyncio.to_thread(leaf_hash_file.with_roots, self._disk.layout, manifest)
+                self._ledger.library_blobs.pop(sha256, None)
+            require_all_blobs(manifest, self._ledger)
+            manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._disk.layout, manifest)
             if manifest == held:
                 await asyncio.to_thread(self._disk.build_view, manifest)
             else:
                 await asyncio.to_thread(self._disk.seal, manifest)
-            await self.parts.drop(manifest.model)
+            await self.shards.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
-            self._ledger.broken.pop(manifest.model, None)
-            self._ledger.leaving.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
-            await asyncio.to_thread(self.keeping.came_in, manifest.model)
-            await self.removal.end_promise(manifest.model)
-            state = await self._announcer.announce(manifest)
-        await self._announcer.publish()
+            self._ledger.incomplete.pop(manifest.model, None)
+            self._ledger.deleting.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
+            await asyncio.to_thread(self.metadata.record_arrival, manifest.model)
+            await self.deletions.end_reservation(manifest.model)
+            state = await self._announcer.publish_model(manifest)
+        await self._announcer.publish_storage()
         if not was_complete:
-            await self._context.events.tell("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
+            await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
         log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
-    async def manifest(self, question: AskManifest) -> Manifest:
+    async def manifest(self, question: GetManifest) -> Manifest:
         """Return the manifest of a complete model; with `broken`, of an incomplete one too, for a repair."""
         ref = ModelRef.parse(question.model)
         ledger = self._ledger
-        held = {**ledger.broken, **ledger.whole} if question.broken else ledger.whole
-        matches = matching(ref.repo, ref.revision, held.values())
+        held = (
+            {**ledger.incomplete, **ledger.complete_manifests}
+            if question.include_incomplete
+            else ledger.complete_manifests
+        )
+        matches = matching_manifests(ref.repo, ref.revision, held.values())
         if not matches:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return await asyncio.to_thread(leaf_hash_file.with_roots, self._disk.layout, matches[-1])
+        return await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._disk.layout, matches[-1])
 
     # Settings and publishing
 
-    def use_limits(self, limits: Limits) -> None:
+    def apply_settings(self, limits: StorageSettings) -> None:
         """Use these settings from now on. The next `publish` publishes them."""
-        self.room.limits = limits
-        self._announcer.use_limits(limits)
+        self.evictions.settings = limits
+        self._announcer.apply_settings(limits)
 
-    async def say_again_after_reconnects(self) -> None:
+    async def republish_after_reconnects(self) -> None:
         """Publish everything again after each reconnect: a NATS that comes back may have lost its store."""
         reconnects = self._context.nats.reconnects
         seen = reconnects.count
@@ -287,17 +309,17 @@ class Guard:
             seen = await reconnects.wait_after(seen)
             await self._republish()
 
-    async def say_again_what_is_taken(self) -> None:
+    async def republish_removed_keys(self) -> None:
         """Publish everything again whenever a published key is removed, as for a node retired while it lived."""
         while True:
-            await self._announcer.taken()
+            await self._announcer.wait_key_removed()
             log.warning("published state of this disk was removed; publishing again")
             await self._republish()
 
     async def _republish(self) -> None:
         try:
             async with self._section:
-                await self._announcer.announce_all()
+                await self._announcer.publish_all()
         except Unavailable as e:
             log.warning("cannot publish what the disk holds; retrying", reason=e.message)
             await asyncio.sleep(_REPUBLISH_RETRY_S)

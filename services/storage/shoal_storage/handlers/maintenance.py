@@ -6,48 +6,48 @@ import asyncio
 import time
 
 from shoal_common.errors import BadInput, NotFound, Refused
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.storage import AskPlan, CollectGarbage, EvictionPlan, NoteUse, Pin
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.storage import CollectGarbage, EvictionPlan, Pin, PlanEviction, RecordUse
 from shoal_common.names import ModelRef
-from shoal_common.service import Context
-from shoal_storage.eviction.executor import Room
-from shoal_storage.eviction.planner import as_told, garbage_of
-from shoal_storage.files.metadata_files import WRITE_EVERY_S, Keeping
+from shoal_common.service import ServiceContext
+from shoal_storage.eviction.executor import EvictionExecutor
+from shoal_storage.eviction.planner import find_garbage, to_message
+from shoal_storage.files.metadata_files import WRITE_INTERVAL_S, MetadataFiles
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import matching
-from shoal_storage.publisher import Announcer
+from shoal_storage.ledger.references import matching_manifests
+from shoal_storage.publisher import StatePublisher
 
-UPKEEP_DEADLINE_S = 60.0
+MAINTENANCE_DEADLINE_S = 60.0
 
 
-class Upkeep:
+class MaintenanceApi:
     """Handles them within the section."""
 
     def __init__(
         self,
-        context: Context,
+        context: ServiceContext,
         ledger: Ledger,
         section: asyncio.Lock,
-        room: Room,
-        keeping: Keeping,
-        announcer: Announcer,
+        room: EvictionExecutor,
+        keeping: MetadataFiles,
+        announcer: StatePublisher,
     ) -> None:
         self._node, self._ledger, self._section = context.node, ledger, section
         self._room, self._keeping, self._announcer = room, keeping, announcer
 
     # Requests
 
-    async def plan(self, question: AskPlan) -> EvictionPlan:
+    async def plan(self, question: PlanEviction) -> EvictionPlan:
         """Return what would be evicted for so many new bytes. Changes nothing."""
         if question.need_bytes < 0:
             raise BadInput(f"need_bytes is {question.need_bytes}: expected the number of new bytes, 0 or more")
         async with self._section:
-            return as_told(await self._room.plan_for(question.need_bytes))
+            return to_message(await self._room.plan_for_new_bytes(question.need_bytes))
 
-    async def used(self, question: NoteUse) -> Done:
+    async def record_use(self, question: RecordUse) -> Empty:
         """Record that models of this node were used now. Written to the disk later."""
-        self._keeping.used(question.models, time.time())
-        return Done()
+        self._keeping.record_use(question.models, time.time())
+        return Empty()
 
     # Commands
 
@@ -56,8 +56,12 @@ class Upkeep:
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
         async with self._section:
-            models = [m.model for m in matching(ref.repo, revision, self._ledger.here.values())]
-            if command.pinned and not models and matching(ref.repo, revision, self._ledger.whole.values()):
+            models = [m.model for m in matching_manifests(ref.repo, revision, self._ledger.local_manifests.values())]
+            if (
+                command.pinned
+                and not models
+                and matching_manifests(ref.repo, revision, self._ledger.complete_manifests.values())
+            ):
                 raise Refused(
                     f"{command.model} is in a library of node {self._node}, from which nothing is ever removed: it "
                     "needs no pin"
@@ -69,23 +73,23 @@ class Upkeep:
                 )
             for model in models:
                 await asyncio.to_thread(self._keeping.pin if command.pinned else self._keeping.unpin, model)
-        await self._announcer.publish()
+        await self._announcer.publish_storage()
         return {"models": models, "pinned": command.pinned}
 
     async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
         """Delete unreferenced blobs."""
         async with self._section:
-            garbage = garbage_of(self._ledger)
-            freed = await self._room.remove_garbage(garbage)
-        await self._announcer.publish()
+            garbage = find_garbage(self._ledger)
+            freed = await self._room.delete_garbage(garbage)
+        await self._announcer.publish_storage()
         return {"freed_bytes": freed, "blobs": len(garbage)}
 
     # Background
 
-    async def keep_uses(self) -> None:
+    async def write_uses_forever(self) -> None:
         """Write the last uses periodically: many answers, few writes."""
         while True:
-            await asyncio.sleep(WRITE_EVERY_S)
+            await asyncio.sleep(WRITE_INTERVAL_S)
             await self.write_uses()
 
     async def write_uses(self) -> None:

@@ -14,32 +14,32 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from shoal_common.errors import NotFound, ShoalError
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import Verify
 from shoal_common.names import ModelRef
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_storage.integrity import blob_check, quarantine, repair
-from shoal_storage.integrity.consequences import Losses, due
-from shoal_storage.ledger.completeness import having, lose
+from shoal_storage.integrity.consequences import IntegrityPublisher, next_to_scrub
+from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import matching
-from shoal_storage.publisher import Announcer
-from shoal_storage.scan.unverified import Prover
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.references import matching_manifests
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.scan.unverified import UnverifiedBlobHasher
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 VERIFY_DEADLINE_S = 3600.0
 """A terabyte takes about a quarter of it."""
-PACE_BYTES_PER_S = 20_000_000.0
+SCRUB_BYTES_PER_S = 20_000_000.0
 """Read rate of the background scrub: a small part of what any disk delivers."""
-AGAIN_AFTER_S = 7 * 86400.0
+REVERIFY_AFTER_S = 7 * 86400.0
 _SCRUB_INTERVAL_S = 60.0
 _PAUSE_BETWEEN_BLOBS_S = 0.05
 
 
-class Report(msgspec.Struct):
+class VerifyReport(msgspec.Struct):
     """Result of `verify`. Blobs by sha256, models as `org/name@commit`."""
 
     checked: int = 0
@@ -58,7 +58,7 @@ class Report(msgspec.Struct):
     """All incomplete models among those requested, including those found earlier."""
 
 
-class _HashAborted(Exception):
+class _VerifyAborted(Exception):
     """Ends hashing in its thread: the blob is gone, or nobody waits for the result."""
 
 
@@ -67,38 +67,38 @@ class Verifier:
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        losses: Losses,
-        prover: Prover,
-        announcer: Announcer,
-        on_bad_library_blob: Callable[[str, blob_check.Checked | None], Awaitable[list[str]]],
-        pace_bytes_per_s: float = PACE_BYTES_PER_S,
+        losses: IntegrityPublisher,
+        prover: UnverifiedBlobHasher,
+        announcer: StatePublisher,
+        on_bad_library_blob: Callable[[str, blob_check.VerificationResult | None], Awaitable[list[str]]],
+        scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
         self._section, self._losses, self._prover, self._announcer = section, losses, prover, announcer
         self._on_bad_library_blob = on_bad_library_blob
-        self._pace_bytes_per_s = pace_bytes_per_s
+        self._pace_bytes_per_s = scrub_bytes_per_s
         self._turn = asyncio.Lock()
         self._waiting_commands = 0
         self._quarantining: set[asyncio.Task[None]] = set()
         self._verified_s: dict[str, float] = {}
         self._first_name = os.urandom(32).hex()
 
-    async def verify(self, command: Verify, _: str) -> Report:
+    async def verify(self, command: Verify, _: str) -> VerifyReport:
         """Hash the blobs of a model, or all blobs, and quarantine the corrupt ones. Raises NotFound."""
-        report = Report()
+        report = VerifyReport()
         # While a command waits for the turn, the background scrub finishes its current blob at full speed.
         self._waiting_commands += 1
         try:
             for sha256 in self._requested_blobs(command.model):
-                if self._ledger.bytes_of(sha256) is not None:
+                if self._ledger.blob_size(sha256) is not None:
                     await self._verify_blob(sha256, report, slowly=False)
         finally:
             self._waiting_commands -= 1
-        report.broken = sorted(m.model for m in self._requested(command.model, self._ledger.broken))
+        report.broken = sorted(m.model for m in self._requested(command.model, self._ledger.incomplete))
         log.info(
             "verify finished",
             checked=report.checked,
@@ -111,7 +111,7 @@ class Verifier:
     def _requested_blobs(self, model: str) -> list[str]:
         if not model:
             return sorted(self._all())
-        manifests = self._requested(model, {**self._ledger.broken, **self._ledger.whole})
+        manifests = self._requested(model, {**self._ledger.incomplete, **self._ledger.complete_manifests})
         if not manifests:
             raise NotFound(f"{model} is not on node {self._context.node}; `shoal ls` shows what can be verified")
         return sorted({blob for manifest in manifests for blob in manifest.blob_sizes})
@@ -120,12 +120,12 @@ class Verifier:
         if not model:
             return list(manifests.values())
         ref = ModelRef.parse(model)
-        return matching(ref.repo, ref.revision if "@" in model else "", manifests.values())
+        return matching_manifests(ref.repo, ref.revision if "@" in model else "", manifests.values())
 
     def _all(self) -> set[str]:
-        return {*self._ledger.blobs, *self._ledger.adopted_blobs}
+        return {*self._ledger.blobs, *self._ledger.library_blobs}
 
-    async def verify_slowly(self) -> None:
+    async def scrub_forever(self) -> None:
         """Scrub forever: the blob verified longest ago comes first, at a rate that leaves the disk to others."""
         present_at_start = self._all()
         while True:
@@ -133,33 +133,33 @@ class Verifier:
             # Blobs that arrived since the start were hashed on arrival.
             verified_s = {b: self._verified_s.get(b, now_s) for b in self._all() if b not in present_at_start}
             self._verified_s = verified_s
-            for blob in due(self._all(), verified_s, self._first_name, now_s, AGAIN_AFTER_S):
+            for blob in next_to_scrub(self._all(), verified_s, self._first_name, now_s, REVERIFY_AFTER_S):
                 # Recorded first: an unreadable blob must not hold up the others.
                 present_at_start.discard(blob)
                 self._verified_s[blob] = time.monotonic()
-                await self._prover.idle()  # unverified files come first: nobody can use them yet
-                if self._ledger.bytes_of(blob) is None:
+                await self._prover.wait_idle()  # unverified files come first: nobody can use them yet
+                if self._ledger.blob_size(blob) is None:
                     continue
                 try:
-                    await self._verify_blob(blob, Report(), slowly=True)
+                    await self._verify_blob(blob, VerifyReport(), slowly=True)
                 except (OSError, ShoalError) as e:
                     log.warning("blob cannot be verified", blob=blob, error=str(e))
                 await asyncio.sleep(_PAUSE_BETWEEN_BLOBS_S)
             await asyncio.sleep(_SCRUB_INTERVAL_S)
 
-    async def _verify_blob(self, sha256: str, report: Report, slowly: bool) -> None:
+    async def _verify_blob(self, sha256: str, report: VerifyReport, slowly: bool) -> None:
         abandoned = threading.Event()
 
         def throttle(chunk_bytes: int) -> None:
-            if abandoned.is_set() or self._ledger.bytes_of(sha256) is None:
-                raise _HashAborted
+            if abandoned.is_set() or self._ledger.blob_size(sha256) is None:
+                raise _VerifyAborted
             if slowly and not self._waiting_commands:
                 self._disk.stopping.wait(chunk_bytes / self._pace_bytes_per_s)
 
         async with self._turn:
             try:
-                checked = await asyncio.to_thread(blob_check.check, self._disk, sha256, throttle)
-            except _HashAborted:
+                checked = await asyncio.to_thread(blob_check.hash_blob, self._disk, sha256, throttle)
+            except _VerifyAborted:
                 return
             finally:
                 abandoned.set()
@@ -168,7 +168,7 @@ class Verifier:
             report.checked_bytes += checked.size_bytes
             if checked.intact:
                 self._verified_s[sha256] = time.monotonic()
-                if not checked.listed:
+                if not checked.has_leaf_hash_file:
                     await self._write_leaf_hashes(checked)
                 return
         if sha256 not in self._ledger.blobs:
@@ -180,16 +180,16 @@ class Verifier:
         task.add_done_callback(self._quarantining.discard)
         await asyncio.shield(task)
 
-    async def _write_leaf_hashes(self, checked: blob_check.Checked) -> None:
+    async def _write_leaf_hashes(self, checked: blob_check.VerificationResult) -> None:
         async with self._section:
             try:
-                await asyncio.to_thread(quarantine.list_leaves, self._disk, checked)
+                await asyncio.to_thread(quarantine.write_leaf_hashes, self._disk, checked)
             except OSError as e:
                 log.warning("leaf hashes cannot be written", blob=checked.sha256, error=e.strerror)
 
-    async def _keep_good_leaves(self, checked: blob_check.Checked) -> None:
+    async def _keep_good_leaves(self, checked: blob_check.VerificationResult) -> None:
         try:
-            kept_bytes = await asyncio.to_thread(repair.keep_good_leaves, self._disk, checked)
+            kept_bytes = await asyncio.to_thread(repair.record_good_leaves, self._disk, checked)
         except OSError as e:  # a full disk: the blob is in quarantine all the same, and is downloaded whole
             log.warning(
                 "good leaves cannot be recorded; the blob is downloaded whole", blob=checked.sha256, error=e.strerror
@@ -198,20 +198,24 @@ class Verifier:
         if kept_bytes:
             self._ledger.repairable[checked.sha256] = kept_bytes
 
-    async def _handle_bad_library_blob(self, sha256: str, checked: blob_check.Checked | None, report: Report) -> None:
+    async def _handle_bad_library_blob(
+        self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
+    ) -> None:
         (report.missing if checked is None else report.corrupt).append(sha256)
         models = await self._on_bad_library_blob(sha256, checked)
         report.models += models
-        report.instances += self._losses.instances_of(models)
+        report.instances += self._losses.instances_using(models)
 
-    async def _handle_bad_blob(self, sha256: str, checked: blob_check.Checked | None, report: Report) -> None:
+    async def _handle_bad_blob(
+        self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
+    ) -> None:
         async with self._section:
             if sha256 not in self._ledger.blobs:
                 return  # deleted while it was hashed
             if checked is not None:
-                manifests = having(sha256, self._ledger)
+                manifests = manifests_with_blob(sha256, self._ledger)
                 leases = list(self._ledger.leases.values())
-                if not await asyncio.to_thread(quarantine.set_aside, self._disk, checked, manifests, leases):
+                if not await asyncio.to_thread(quarantine.quarantine_blob, self._disk, checked, manifests, leases):
                     return  # deleted and downloaded again while it was hashed: those bytes were verified on arrival
                 self._ledger.quarantined.add(sha256)
                 self._ledger.repairable.pop(sha256, None)
@@ -221,12 +225,14 @@ class Verifier:
                 report.bad_leaves += checked.bad_leaf_count
             elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
                 return
-            elif not await asyncio.to_thread(lambda: self._disk.is_there() and self._disk.has_root(sha256)):
+            elif not await asyncio.to_thread(
+                lambda: self._disk.is_present() and self._disk.is_volume_present(sha256)
+            ):
                 return  # an unmounted disk loses nothing
             else:
                 report.missing.append(sha256)
-            models = lose({sha256}, self._ledger)
-            instances = await self._losses.take_back(models)
+            models = mark_incomplete({sha256}, self._ledger)
+            instances = await self._losses.unpublish(models)
             report.models += models
             report.instances += instances
         log.warning(
@@ -237,6 +243,6 @@ class Verifier:
             models=",".join(models),
             instances=",".join(instances),
         )
-        await self._announcer.publish()
+        await self._announcer.publish_storage()
         if checked is not None:
-            await self._context.events.tell("quarantined", blob=sha256, models=models, instances=instances)
+            await self._context.events.emit("quarantined", blob=sha256, models=models, instances=instances)

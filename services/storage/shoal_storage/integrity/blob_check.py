@@ -15,8 +15,8 @@ from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.blob_lookup import find_blob
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_storage.files import leaf_hash_file
-from shoal_storage.files.hashing import hashed_ahead
-from shoal_storage.store.store import Disk
+from shoal_storage.files.hashing import hash_ahead
+from shoal_storage.store.store import Store
 
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 """Read errors that mean bad bytes: a failing device, or the file system's own checksums."""
@@ -24,7 +24,7 @@ _MAX_UNREADABLE_LEAVES = 64
 """A device may take a minute over each unreadable leaf: after this many the rest counts as bad."""
 
 
-class Checked(msgspec.Struct, frozen=True):
+class VerificationResult(msgspec.Struct, frozen=True):
     """Result of hashing a blob, with the identity of the hashed file."""
 
     sha256: str
@@ -32,21 +32,21 @@ class Checked(msgspec.Struct, frozen=True):
     intact: bool
     inode: int
     mtime_ns: int
-    leaves: bytes
+    leaf_hashes: bytes
     """BLAKE3 of each leaf, concatenated; for an unreadable leaf, the hash of no bytes."""
-    listed: bool
+    has_leaf_hash_file: bool
     """Whether the leaf hash file in `leaves/` matches this very file."""
-    good: Bitmap | None = None
+    good_leaves: Bitmap | None = None
     """Leaves of a corrupt blob that still match their recorded hashes; None if no hashes tell."""
 
     @property
     def bad_leaf_count(self) -> int:
         """Leaves to download again; all of them when no hashes tell which are good."""
         count = 0 if self.intact else leaf_count(self.size_bytes)
-        return count if self.good is None else sum(leaf not in self.good for leaf in range(count))
+        return count if self.good_leaves is None else sum(leaf not in self.good_leaves for leaf in range(count))
 
 
-def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | None:
+def hash_blob(disk: Store, sha256: str, before_leaf: Callable[[int], None]) -> VerificationResult | None:
     """Hash a blob, of the store or of a library, as the disk holds it now; return None if its file is gone.
 
     `before_leaf` is called with the byte count of each leaf before it is hashed. It may block, and raise to abort.
@@ -58,18 +58,18 @@ def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | Non
         status = path.lstat()
         recorded = leaf_hash_file.read(disk.layout, sha256, status.st_size)
         leaf_data = _read_leaves(path, status.st_ino, status.st_size, _MAX_UNREADABLE_LEAVES if recorded else 0)
-        with closing(hashed_ahead(leaf_data)) as hashed:
+        with closing(hash_ahead(leaf_data)) as hashed:
             for leaf, leaf_hash in hashed:
-                disk.keep_on()
-                pace(len(leaf))
+                disk.check_stopping()
+                before_leaf(len(leaf))
                 digest.update(leaf)
                 leaf_hashes += leaf_hash
     except FileNotFoundError:
         return None
     intact = digest.hexdigest() == sha256
     good = None if intact or recorded is None else _good_leaves(status.st_size, recorded, bytes(leaf_hashes))
-    listed = intact and recorded == bytes(leaf_hashes) and leaf_hash_file.proves(disk.layout, sha256)
-    return Checked(
+    listed = intact and recorded == bytes(leaf_hashes) and leaf_hash_file.is_verified(disk.layout, sha256)
+    return VerificationResult(
         sha256, status.st_size, intact, status.st_ino, status.st_mtime_ns, bytes(leaf_hashes), listed, good
     )
 
@@ -77,7 +77,7 @@ def check(disk: Disk, sha256: str, pace: Callable[[int], None]) -> Checked | Non
 def _good_leaves(size_bytes: int, recorded: bytes, current: bytes) -> Bitmap | None:
     """Return the leaves that match their recorded hashes; None if none or (the record is wrong) all do."""
     good, size = Bitmap(size_bytes), HASH_BYTES
-    for leaf in range(good.leaves):
+    for leaf in range(good.leaf_count):
         if current[leaf * size : (leaf + 1) * size] == recorded[leaf * size : (leaf + 1) * size]:
             good.add(leaf)
     return good if good.have_bytes and not good.complete else None

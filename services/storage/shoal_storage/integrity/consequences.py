@@ -5,49 +5,51 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Mapping
 
-from shoal_common.bus.kv_mirror import View
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import referenced
-from shoal_storage.publisher import Announcer
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.references import referenced_blobs
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.store.store import Store
 
 
-def of_no_more_use(ledger: Ledger) -> set[str]:
+def obsolete_quarantine(ledger: Ledger) -> set[str]:
     """Return quarantined blobs that no manifest or download needs, or whose good bytes have arrived."""
-    needed = referenced(ledger)
+    needed = referenced_blobs(ledger)
     return {blob for blob in ledger.quarantined if blob not in needed or blob in ledger.blobs}
 
 
-def due(
-    blobs: Iterable[str], verified_s: Mapping[str, float], begin: str, now_s: float, again_after_s: float
+def next_to_scrub(
+    blobs: Iterable[str], verified_s: Mapping[str, float], first_name: str, now_s: float, max_age_s: float
 ) -> list[str]:
     """Return blobs last verified at least `max_age_s` ago, longest ago first.
 
     Blobs never verified come first, in name order from `first_name` on, wrapping around: verification times are
     kept in memory only, so restarts that always began at the same name would never reach the others.
     """
-    pending = [b for b in blobs if b not in verified_s or now_s - verified_s[b] >= again_after_s]
-    return sorted(pending, key=lambda b: (verified_s.get(b, float("-inf")), b < begin, b))
+    pending = [b for b in blobs if b not in verified_s or now_s - verified_s[b] >= max_age_s]
+    return sorted(pending, key=lambda b: (verified_s.get(b, float("-inf")), b < first_name, b))
 
 
-class Losses:
+class IntegrityPublisher:
     """Unpublishes models whose bytes can no longer be trusted."""
 
-    def __init__(self, context: Context, disk: Disk, ledger: Ledger, specs: View, announcer: Announcer) -> None:
+    def __init__(
+        self, context: ServiceContext, disk: Store, ledger: Ledger, specs: KvMirror, announcer: StatePublisher
+    ) -> None:
         self._node, self._disk, self._ledger = context.node, disk, ledger
         self._specs, self._announcer = specs, announcer
 
-    async def take_back(self, models: Iterable[str]) -> list[str]:
+    async def unpublish(self, models: Iterable[str]) -> list[str]:
         """Unpublish models (`org/name@commit`); return the instances with stages of them on this node."""
-        await forget_useless(self._disk, self._ledger)
+        await drop_obsolete_quarantine(self._disk, self._ledger)
         lost = set(models)
         for model in sorted(lost):
-            await self._announcer.take_back(model)
-        return self.instances_of(lost)
+            await self._announcer.unpublish_model(model)
+        return self.instances_using(lost)
 
-    def instances_of(self, models: Collection[str]) -> list[str]:
+    def instances_using(self, models: Collection[str]) -> list[str]:
         """Return the instances with stages of these models on this node."""
         return [
             spec.id
@@ -56,9 +58,9 @@ class Losses:
         ]
 
 
-async def forget_useless(disk: Disk, ledger: Ledger) -> None:
+async def drop_obsolete_quarantine(disk: Store, ledger: Ledger) -> None:
     """Delete quarantined files that nothing needs or that good bytes have replaced. Within the critical section."""
-    for sha256 in of_no_more_use(ledger):
-        await asyncio.to_thread(disk.drop_set_aside, sha256)
+    for sha256 in obsolete_quarantine(ledger):
+        await asyncio.to_thread(disk.delete_quarantined, sha256)
         ledger.quarantined.discard(sha256)
         ledger.repairable.pop(sha256, None)

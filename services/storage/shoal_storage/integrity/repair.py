@@ -20,25 +20,25 @@ from collections.abc import Iterable, Mapping
 
 from shoal_common.messages import encode
 from shoal_common.store.bitmap import Bitmap
-from shoal_storage.files.atomic_file import put_file, sync, write_file
-from shoal_storage.integrity.blob_check import Checked
-from shoal_storage.store.store import PARTIAL_MODE, Disk, PartialMeta
+from shoal_storage.files.atomic_file import fsync_path, replace_file, replace_file_unsynced
+from shoal_storage.integrity.blob_check import VerificationResult
+from shoal_storage.store.store import PARTIAL_MODE, PartialMeta, Store
 
 
-def keep_good_leaves(disk: Disk, checked: Checked) -> int:
+def record_good_leaves(disk: Store, result: VerificationResult) -> int:
     """Record the good leaves of a quarantined blob; return the bytes a repair reuses, which need no new space."""
-    if checked.good is None:
+    if result.good_leaves is None:
         return 0
-    write_file(disk.layout.set_aside_have(checked.sha256), checked.good.to_bytes())
-    return repairable_bytes(disk, checked.sha256)
+    replace_file(disk.layout.set_aside_have(result.sha256), result.good_leaves.to_bytes())
+    return repairable_bytes(disk, result.sha256)
 
 
-def repairable(disk: Disk, blobs: Iterable[str]) -> dict[str, int]:
+def repairable_blobs(disk: Store, blobs: Iterable[str]) -> dict[str, int]:
     """Return the quarantined blobs that can be repaired by leaf, with the bytes that each repair reuses."""
     return {blob: size_bytes for blob in blobs if (size_bytes := repairable_bytes(disk, blob))}
 
 
-def repairable_bytes(disk: Disk, sha256: str) -> int:
+def repairable_bytes(disk: Store, sha256: str) -> int:
     """Return the bytes on the disk that a repair of this blob reuses; 0 if it has to be downloaded whole."""
     try:
         status = disk.layout.set_aside(sha256).lstat()
@@ -47,7 +47,7 @@ def repairable_bytes(disk: Disk, sha256: str) -> int:
     return min(status.st_blocks * 512, status.st_size) if _good_leaves(disk, sha256, status.st_size) else 0
 
 
-def _good_leaves(disk: Disk, sha256: str, size_bytes: int) -> Bitmap | None:
+def _good_leaves(disk: Store, sha256: str, size_bytes: int) -> Bitmap | None:
     """Return the good leaves of a quarantined file, if it has this size and a bitmap that fits."""
     paths = disk.layout
     try:
@@ -60,26 +60,26 @@ def _good_leaves(disk: Disk, sha256: str, size_bytes: int) -> Bitmap | None:
     return good if bitmap == good.to_bytes() and good.have_bytes else None
 
 
-def make_partial(
-    disk: Disk, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
+def create_partial(
+    disk: Store, blob: str, size_bytes: int, models: Iterable[str], leaves_by_model: Mapping[str, int] | None = None
 ) -> bool:
     """Create a missing partial blob, from the good leaves in quarantine (True) or empty (False)."""
     paths, directory = disk.layout, disk.layout.partial(blob)
     good = _good_leaves(disk, blob, size_bytes)
     if good is None:
-        disk.write_partial(blob, size_bytes, models, wanted)
+        disk.write_partial(blob, size_bytes, models, leaves_by_model)
         return False
-    disk.require_root(blob)
+    disk.require_volume(blob)
     if directory.exists():  # without `data`: the other files in it describe other bytes
-        disk.remove_partial(blob)
+        disk.delete_partial(blob)
     directory.mkdir()
-    put_file(directory / "have", good.to_bytes())
-    put_file(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
-    sync(directory.parent)
+    replace_file_unsynced(directory / "have", good.to_bytes())
+    replace_file_unsynced(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
+    fsync_path(directory.parent)
     paths.set_aside(blob).chmod(PARTIAL_MODE)
     paths.set_aside(blob).replace(directory / "data")
-    sync(directory)
+    fsync_path(directory)
     paths.set_aside_have(blob).unlink(missing_ok=True)
-    sync(paths.set_aside(blob).parent)
+    fsync_path(paths.set_aside(blob).parent)
     disk.link_partial(blob)
     return True

@@ -19,22 +19,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode, encode
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.names import check_blob, check_file_path, check_id
-from shoal_common.store.store_paths import Layout
-from shoal_storage.ledger.lease import Lease, grace_left_s
-from shoal_storage.store.store import Disk
-from shoal_storage.store.views import build
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.ledger.lease import ModelLease, grace_left_s
+from shoal_storage.store.store import Store
+from shoal_storage.store.views import link_files
 
-log = Log("leases")
+log = StructuredLogger("leases")
 
 _UNFINISHED = ".new"
 _LOCKS = Path("/proc/locks")
 _HELD = re.compile(r"^\d+: FLOCK +\S+ +\S+ +(\d+) +([0-9a-f]+):([0-9a-f]+):(\d+) ", re.MULTILINE)
 
 
-class LeaseFile(Message):
+class LeaseFile(WireStruct):
     """`leases/<id>/lease.json`."""
 
     model: str
@@ -44,7 +44,7 @@ class LeaseFile(Message):
     instance: str = ""
 
 
-def make(disk: Disk, lease: Lease) -> None:
+def create_lease(disk: Store, lease: ModelLease) -> None:
     """Create a lease's directory, complete or not at all. Raises OSError."""
     paths = disk.layout
     directory = paths.lease(lease.id)
@@ -52,7 +52,7 @@ def make(disk: Disk, lease: Lease) -> None:
     paths.leases.mkdir(exist_ok=True)  # it may have been deleted by hand
     unfinished.mkdir()
     try:
-        build(paths, lease.files, unfinished / paths.lease_view(lease.id).name, lease.arriving)
+        link_files(paths, lease.files, unfinished / paths.lease_view(lease.id).name, lease.partial_blobs)
         (unfinished / paths.lease_lock(lease.id).name).touch()
         record = LeaseFile(
             model=lease.model, holder=lease.holder, since_s=lease.since_s, files=lease.files, instance=lease.instance
@@ -61,12 +61,12 @@ def make(disk: Disk, lease: Lease) -> None:
         unfinished.rename(directory)
     except BaseException:
         with suppress(OSError):
-            disk.remove(unfinished)
+            disk.delete(unfinished)
         raise
 
 
 @contextmanager
-def _lock_if_dead(paths: Layout, lease_id: str) -> Iterator[bool]:
+def _lock_if_dead(paths: StorePaths, lease_id: str) -> Iterator[bool]:
     """Yield whether nobody holds a lease's lock; if so, nobody can take it while the body runs."""
     try:
         fd = os.open(paths.lease_lock(lease_id), os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ def _lock_if_dead(paths: Layout, lease_id: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def is_held(paths: Layout, lease_id: str) -> bool:
+def is_held(paths: StorePaths, lease_id: str) -> bool:
     """Return whether a lease's lock is held now; True if that cannot be determined."""
     try:
         with _lock_if_dead(paths, lease_id) as dead:
@@ -94,16 +94,16 @@ def is_held(paths: Layout, lease_id: str) -> bool:
         return True
 
 
-def remove(disk: Disk, lease_id: str) -> bool:
+def remove_unless_held(disk: Store, lease_id: str) -> bool:
     """Remove a lease unless it is held; return False if it is. An absent lease is fine."""
     directory = disk.layout.lease(lease_id)
     with _lock_if_dead(disk.layout, lease_id) as dead:
         if dead:
-            disk.remove(directory)
+            disk.delete(directory)
         return dead
 
 
-def look(paths: Layout, lease_ids: list[str]) -> dict[str, tuple[bool, int]]:
+def check_locks(paths: StorePaths, lease_ids: list[str]) -> dict[str, tuple[bool, int]]:
     """Return whether each lease is held, and by which pid; 0 where the system does not tell (macOS never does)."""
     pids = _flock_holders()
     status: dict[str, tuple[bool, int]] = {}
@@ -128,15 +128,15 @@ def _flock_holders() -> dict[tuple[int, int, int], int]:
     return pids
 
 
-def read(disk: Disk, now_s: float, clock_s: float) -> dict[str, Lease]:
+def read_leases(disk: Store, now_s: float, clock_s: float) -> dict[str, ModelLease]:
     """Return the leases that are held or may still be taken up; remove all others, unfinished ones too.
 
     `now_s` is monotonic time, `clock_s` is seconds since 1970.
     """
-    leases: dict[str, Lease] = {}
+    leases: dict[str, ModelLease] = {}
     for directory in sorted(disk.layout.leases.iterdir()):
         if directory.name.startswith(".") and directory.name.endswith(_UNFINISHED):
-            disk.remove(directory)
+            disk.delete(directory)
             continue
         try:
             name = check_id(directory.name)
@@ -145,17 +145,17 @@ def read(disk: Disk, now_s: float, clock_s: float) -> dict[str, Lease]:
             continue
         lease, held = _read_one(directory, name), is_held(disk.layout, name)
         if lease is None:
-            if not remove(disk, name):
+            if not remove_unless_held(disk, name):
                 log.warning("held lease is unreadable; its model is not protected", path=directory)
             continue
         lease.held = held
         lease.grace_until_s = now_s + grace_left_s(lease.since_s, clock_s)
-        if held or lease.grace_until_s > now_s or not remove(disk, name):
+        if held or lease.grace_until_s > now_s or not remove_unless_held(disk, name):
             leases[name] = lease
     return leases
 
 
-def _read_one(directory: Path, name: str) -> Lease | None:
+def _read_one(directory: Path, name: str) -> ModelLease | None:
     try:
         record = decode((directory / "lease.json").read_bytes(), LeaseFile)
         for path, blob in record.files.items():
@@ -163,4 +163,4 @@ def _read_one(directory: Path, name: str) -> Lease | None:
             check_blob(blob)
     except (ShoalError, OSError):
         return None
-    return Lease(name, record.model, record.holder, record.instance, record.since_s, record.files, 0.0)
+    return ModelLease(name, record.model, record.holder, record.instance, record.since_s, record.files, 0.0)

@@ -6,38 +6,38 @@ import asyncio
 import os
 import time
 
-from shoal_common.errors import DISK_FULL, Busy, Failed, InUse, NotFound
-from shoal_common.logs import Log
-from shoal_common.messages.envelope import Done
-from shoal_common.messages.leases import AskLease, Leased, Unlease
+from shoal_common.errors import DISK_FULL, Busy, InternalError, InUse, NotFound
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.envelope import Empty
+from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.names import ModelRef, check_holder, check_id
-from shoal_common.service import Context
+from shoal_common.service import ServiceContext
 from shoal_common.store import leaf_set
 from shoal_storage.leases import lease_files
-from shoal_storage.ledger.lease import GRACE_S, LEASES_AT_MOST, Lease, has_ended, words_of
+from shoal_storage.ledger.lease import LOCK_DEADLINE_S, MAX_LEASES, ModelLease, describe_holder, has_ended
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import matching, part_for
-from shoal_storage.publisher import Announcer
-from shoal_storage.shards import Parts
-from shoal_storage.store.store import Disk
+from shoal_storage.ledger.references import find_shard, matching_manifests
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.shards import ShardService
+from shoal_storage.store.store import Store
 
-log = Log("leases")
+log = StructuredLogger("leases")
 
 _CHECK_INTERVAL_S = 3.0
 _ID_BYTES = 8
 
 
-class Holders:
+class LeaseService:
     """Keeps the ledger's `leases` and the lease directories on disk in step."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        parts: Parts,
-        announcer: Announcer,
+        parts: ShardService,
+        announcer: StatePublisher,
     ) -> None:
         self._node, self._disk, self._ledger = context.node, disk, ledger
         self._section, self._parts, self._announcer = section, parts, announcer
@@ -47,38 +47,38 @@ class Holders:
 
     # Requests
 
-    async def lease(self, question: AskLease) -> Leased:
+    async def lease(self, request: AcquireLease) -> LeaseGrant:
         """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError."""
-        ref, holder = ModelRef.parse(question.model), check_holder(question.holder)
-        instance = check_id(question.instance) if question.instance else ""
+        ref, holder = ModelRef.parse(request.model), check_holder(request.holder)
+        instance = check_id(request.instance) if request.instance else ""
         async with self._section:
-            await self.look()
-            if len(self._ledger.leases) >= LEASES_AT_MOST:
+            await self.refresh()
+            if len(self._ledger.leases) >= MAX_LEASES:
                 raise Busy(
-                    f"node {self._node} has the maximum of {LEASES_AT_MOST} leases: see who holds them with "
+                    f"node {self._node} has the maximum of {MAX_LEASES} leases: see who holds them with "
                     "`shoal storage`, end some and try again"
                 )
-            complete = matching(ref.repo, ref.revision, self._ledger.whole.values())
-            shard = None if complete else part_for(ref, question.layers, self._ledger)
+            complete = matching_manifests(ref.repo, ref.revision, self._ledger.complete_manifests.values())
+            shard = None if complete else find_shard(ref, request.layers, self._ledger)
             if not complete and shard is None:
-                missing = f"layers {question.layers} of {ref} are" if question.layers else f"{ref} is"
+                missing = f"layers {request.layers} of {ref} are" if request.layers else f"{ref} is"
                 raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
             if shard is not None:
-                await self._parts.require(shard)
+                await self._parts.require_complete(shard)
             manifest = shard.manifest if shard else complete[-1]
             leaves = shard.leaves if shard else {}
-            lease = Lease(
+            lease = ModelLease(
                 id=os.urandom(_ID_BYTES).hex(),
                 model=manifest.model,
                 holder=holder,
                 instance=instance,
                 since_s=time.time(),
                 files={f.path: f.sha256 for f in manifest.files if leaves.get(f.sha256) != 0},
-                grace_until_s=time.monotonic() + GRACE_S,
-                arriving=frozenset(leaves),
+                grace_until_s=time.monotonic() + LOCK_DEADLINE_S,
+                partial_blobs=frozenset(leaves),
             )
             try:
-                await asyncio.to_thread(lease_files.make, self._disk, lease)
+                await asyncio.to_thread(lease_files.create_lease, self._disk, lease)
             except FileNotFoundError as e:
                 if shard is not None:
                     await self._parts.drop(manifest.model)
@@ -88,45 +88,48 @@ class Holders:
             except OSError as e:
                 if e.errno in DISK_FULL:
                     raise  # freeing the ballast file may help
-                raise Failed(
+                raise InternalError(
                     f"cannot build a view of {manifest.model} on node {self._node} ({e.strerror}): free some space "
                     "and try again"
                 ) from None
             self._ledger.leases[lease.id] = lease
             self._has_leases.set()
-        await self._announcer.publish()
+        await self._announcer.publish_storage()
         log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
         paths = self._disk.layout
-        return Leased(
+        return LeaseGrant(
             id=lease.id,
             commit=manifest.commit,
             view=str(paths.lease_view(lease.id)),
             lock=str(paths.lease_lock(lease.id)),
-            leaves={f.path: leaf_set.ranges(leaves[f.sha256]) for f in manifest.files if leaves.get(f.sha256)},
+            leaf_ranges={
+                f.path: leaf_set.to_ranges(leaves[f.sha256]) for f in manifest.files if leaves.get(f.sha256)
+            },
         )
 
-    async def unlease(self, question: Unlease) -> Done:
+    async def unlease(self, request: ReleaseLease) -> Empty:
         """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
-        name = check_id(question.id)
+        name = check_id(request.id)
         async with self._section:
-            if not await asyncio.to_thread(lease_files.remove, self._disk, name):
+            if not await asyncio.to_thread(lease_files.remove_unless_held, self._disk, name):
                 lease = self._ledger.leases.get(name)
                 raise InUse(
-                    f"lease {name} on node {self._node} is held by {words_of(lease) if lease else 'somebody'}: "
+                    f"lease {name} on node {self._node} is held by "
+                    f"{describe_holder(lease) if lease else 'somebody'}: "
                     "close its lock file first"
                 )
             ended = self._ledger.leases.pop(name, None)
         if ended is not None:
-            await self._announcer.publish()
+            await self._announcer.publish_storage()
             log.info("lease returned", model=ended.model, lease=name, holder=ended.holder)
-        return Done()
+        return Empty()
 
     # Expiry
 
-    async def look(self) -> bool:
+    async def refresh(self) -> bool:
         """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
         leases, changed = self._ledger.leases, False
-        status = await asyncio.to_thread(lease_files.look, self._disk.layout, list(leases)) if leases else {}
+        status = await asyncio.to_thread(lease_files.check_locks, self._disk.layout, list(leases)) if leases else {}
         for name, (held, pid) in status.items():
             lease = leases[name]
             changed = changed or pid != lease.pid
@@ -139,9 +142,9 @@ class Holders:
             self._has_leases.clear()
         return changed
 
-    async def _end(self, lease: Lease) -> bool:
+    async def _end(self, lease: ModelLease) -> bool:
         try:
-            if not await asyncio.to_thread(lease_files.remove, self._disk, lease.id):
+            if not await asyncio.to_thread(lease_files.remove_unless_held, self._disk, lease.id):
                 return False  # its lock was taken just now
         except OSError as e:
             log.warning("ended lease cannot be removed; retrying", lease=lease.id, error=e.strerror)
@@ -150,12 +153,12 @@ class Holders:
         log.info("lease ended", model=lease.model, lease=lease.id, holder=lease.holder)
         return True
 
-    async def watch(self) -> None:
+    async def expire_forever(self) -> None:
         """Remove, forever, leases whose holder has exited, within seconds. Idle while there are no leases."""
         while True:
             await self._has_leases.wait()
             async with self._section:
-                changed = await self.look()
+                changed = await self.refresh()
             if changed:
-                await self._announcer.publish()
+                await self._announcer.publish_storage()
             await asyncio.sleep(_CHECK_INTERVAL_S)

@@ -11,56 +11,56 @@ _BLOCK_BYTES = 64 << 10
 """The largest block size of common file systems. What a file occupies beyond its bytes is less, and not counted."""
 
 
-class Partial(msgspec.Struct):
+class PartialBlobInfo(msgspec.Struct):
     """A partial blob: its size, the bytes allocated on disk so far, and the models it is for."""
 
     size_bytes: int
     allocated_bytes: int = 0
     models: set[str] = msgspec.field(default_factory=set)
-    leaves: dict[str, int] = msgspec.field(default_factory=dict)
+    leaves_by_model: dict[str, int] = msgspec.field(default_factory=dict)
     """The leaves wanted by each model that does not want the whole blob. The other models want all of it."""
-    here: int = 0
+    durable_leaves: int = 0
     """Durable leaves, as of the last reservation. Only used when no model wants the whole blob."""
 
     @property
     def _is_sparse(self) -> bool:
         """Whether no model wants the whole blob."""
-        return bool(self.leaves) and bool(self.models) and self.models <= self.leaves.keys()
+        return bool(self.leaves_by_model) and bool(self.models) and self.models <= self.leaves_by_model.keys()
 
     @property
-    def promised_leaves(self) -> int:
+    def reserved_leaves(self) -> int:
         """The leaves that may arrive or are already durable."""
         if not self._is_sparse:
-            return leaf_set.whole(self.size_bytes)
-        leaves = self.here
+            return leaf_set.all_leaves(self.size_bytes)
+        leaves = self.durable_leaves
         for model in self.models:
-            leaves |= self.leaves[model]
+            leaves |= self.leaves_by_model[model]
         return leaves
 
     @property
-    def promised_bytes(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes it may come to occupy; never less than it occupies now, in whole file system blocks."""
         # Read for every partial at every admission: build a leaf set only where one is needed.
-        promised = leaf_set.size_of(self.promised_leaves, self.size_bytes) if self._is_sparse else self.size_bytes
+        promised = leaf_set.byte_count(self.reserved_leaves, self.size_bytes) if self._is_sparse else self.size_bytes
         return promised if self.allocated_bytes < promised + _BLOCK_BYTES else self.allocated_bytes
 
-    def wanted_by(self, model: str, leaves: int | None) -> Partial:
+    def with_model(self, model: str, leaves: int | None) -> PartialBlobInfo:
         """Return a copy that this model also wants: these leaves, or all of it."""
-        others = {m: x for m, x in self.leaves.items() if m != model}
+        others = {m: x for m, x in self.leaves_by_model.items() if m != model}
         by_model = others if leaves is None else {**others, model: leaves}
         return msgspec.structs.replace(self, models={*self.models, model}, leaves=by_model)
 
-    def wanted_by_only(self, model: str) -> Partial:
+    def with_only_model(self, model: str) -> PartialBlobInfo:
         """Return a copy that only this model wants."""
         return msgspec.structs.replace(self, models={model})
 
-    def without(self, model: str) -> Partial:
+    def without_model(self, model: str) -> PartialBlobInfo:
         """Return a copy that this model no longer wants."""
-        rest = {m: x for m, x in self.leaves.items() if m != model}
+        rest = {m: x for m, x in self.leaves_by_model.items() if m != model}
         return msgspec.structs.replace(self, models=self.models - {model}, leaves=rest)
 
 
-class Part(msgspec.Struct, frozen=True):
+class Shard(msgspec.Struct, frozen=True):
     """A shard: the layers of a model that are here, `[first, last)` each, when the whole model is not."""
 
     manifest: Manifest
@@ -72,29 +72,29 @@ class Part(msgspec.Struct, frozen=True):
     def size_bytes(self) -> int:
         """Bytes that its layers need."""
         return sum(
-            leaf_set.size_of(self.leaves[b], size) if b in self.leaves else size
+            leaf_set.byte_count(self.leaves[b], size) if b in self.leaves else size
             for b, size in self.manifest.blob_sizes.items()
         )
 
 
-class Stamp(msgspec.Struct, frozen=True):
+class BlobFileStat(msgspec.Struct, frozen=True):
     """The stat of a blob's file. A different stat means another file or changed content."""
 
     size_bytes: int
     mtime_ns: int
     inode: int
-    proven: bool = False
+    is_verified: bool = False
     """Whether the file carries a verification stamp (`verification_stamp.py`)."""
-    further: str = ""
+    volume_id: str = ""
     """The id of the volume that holds it; "" for the store."""
 
-    def same_file(self, other: Stamp) -> bool:
+    def same_file(self, other: BlobFileStat) -> bool:
         """Whether nothing was written in between."""
-        own = self.size_bytes, self.mtime_ns, self.inode, self.further
-        return own == (other.size_bytes, other.mtime_ns, other.inode, other.further)
+        own = self.size_bytes, self.mtime_ns, self.inode, self.volume_id
+        return own == (other.size_bytes, other.mtime_ns, other.inode, other.volume_id)
 
 
-class Unknown(msgspec.Struct, frozen=True):
+class ForeignFiles(msgspec.Struct, frozen=True):
     """Foreign files in the store: counted, never deleted. `paths`: the first few, relative to the store."""
 
     count: int = 0

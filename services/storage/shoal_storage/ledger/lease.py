@@ -8,13 +8,13 @@ import msgspec
 
 from shoal_common.messages.storage import LeaseState
 
-LEASES_AT_MOST = 256
+MAX_LEASES = 256
 """Per node; it runs a few stages and what people start by hand."""
-GRACE_S = 30.0
+LOCK_DEADLINE_S = 30.0
 """Seconds after creation by which the holder has to take the lock."""
 
 
-class Lease(msgspec.Struct):
+class ModelLease(msgspec.Struct):
     """A holder's use of a model (`org/name@commit`), with a view of its own."""
 
     id: str
@@ -31,7 +31,7 @@ class Lease(msgspec.Struct):
     """Whether its lock was ever seen held."""
     pid: int = 0
     """A process that holds the lock; 0 where the system does not tell."""
-    arriving: frozenset[str] = frozenset()
+    partial_blobs: frozenset[str] = frozenset()
     """Of a shard, the blobs of which only some leaves are needed. Used only while its view is built."""
 
     @property
@@ -42,20 +42,20 @@ class Lease(msgspec.Struct):
 
 def grace_left_s(since_s: float, now_s: float) -> float:
     """Return the seconds of grace left for a lease found at startup: at most `LOCK_DEADLINE_S`, by any clock."""
-    return min(max(GRACE_S - (now_s - since_s), 0.0), GRACE_S)
+    return min(max(LOCK_DEADLINE_S - (now_s - since_s), 0.0), LOCK_DEADLINE_S)
 
 
-def has_ended(lease: Lease, held: bool, now_s: float) -> bool:
+def has_ended(lease: ModelLease, held: bool, now_s: float) -> bool:
     """Return whether a lease is over, its lock being `held` now or not: released, or never taken up in time."""
     return not held and (lease.held or now_s >= lease.grace_until_s)
 
 
-def words_of(lease: Lease) -> str:
+def describe_holder(lease: ModelLease) -> str:
     """Return the holder as text for people."""
     return f"{lease.holder} (pid {lease.pid})" if lease.pid else lease.holder
 
 
-def told(leases: Iterable[Lease]) -> list[LeaseState]:
+def to_lease_states(leases: Iterable[ModelLease]) -> list[LeaseState]:
     """Return the published state of leases, oldest first."""
     return [
         LeaseState(id=x.id, model=x.model, holder=x.holder, since_s=round(x.since_s, 3), pid=x.pid)

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 import msgspec
 
-from shoal_common.messages import Message
+from shoal_common.messages import WireStruct
 from shoal_common.messages.manifest import Manifest
 
 
-class Verified(Message):
+class VerifiedFile(WireStruct):
     """A file's hash and its stat when hashed. `corrupt`: hashed again later, it gave another hash."""
 
-    seen: Seen
+    stat: FileStat
     sha256: str
     git_sha1: str = ""
-    rotten: bool = False
+    corrupt: bool = False
 
 
-class Seen(msgspec.Struct, frozen=True):
+class FileStat(msgspec.Struct, frozen=True):
     """A file's stat: while it is unchanged, so are the bytes. `inode` 0: not compared."""
 
     size_bytes: int
@@ -27,25 +27,25 @@ class Seen(msgspec.Struct, frozen=True):
     inode: int
 
 
-class File(msgspec.Struct, frozen=True):
+class LibraryFile(msgspec.Struct, frozen=True):
     """A file of a model: `path` in the model, its absolute path, and the hash it should have.
 
     `expected_hash` is a sha256, `git-<sha1>`, or "" if nothing names a hash.
     """
 
     path: str
-    at: str
-    seen: Seen
-    expected: str = ""
+    absolute_path: str
+    stat: FileStat
+    expected_hash: str = ""
 
 
-class Adopted(msgspec.Struct, frozen=True):
+class LibraryModel(msgspec.Struct, frozen=True):
     """A library model with every file hashed, and where the files are."""
 
     manifest: Manifest
-    root: str
+    library: str
     directory: str
-    files: Mapping[str, File]
+    files: Mapping[str, LibraryFile]
     """By path in the model."""
-    git: Mapping[str, str]
+    sha256_by_git_name: Mapping[str, str]
     """sha256 by `git-<sha1>`, for files with both hashes known."""

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from shoal_common.messages.manifest import Manifest
 from shoal_common.models.layer_tensors import check_layers, covers
 from shoal_common.names import ModelRef
-from shoal_storage.ledger.entries import Part
+from shoal_storage.ledger.entries import Shard
 from shoal_storage.ledger.ledger import Ledger
 
 
-def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
+def referenced_blobs(ledger: Ledger, ignored: Iterable[str] = ()) -> set[str]:
     """Return the blobs that a manifest, a running fetch or a lease needs. The `ignored` models do not count."""
-    gone = set(leaving)
-    needed = {b for model, m in ledger.on_disk.items() if model not in gone for b in m.blob_sizes}
-    for model, blobs in ledger.promised.items():
+    gone = set(ignored)
+    needed = {b for model, m in ledger.stored_manifests.items() if model not in gone for b in m.blob_sizes}
+    for model, blobs in ledger.reservations.items():
         if model not in gone:
             needed |= blobs
     for lease in ledger.leases.values():  # readers, whatever happens to the model's manifest
@@ -26,44 +26,44 @@ def referenced(ledger: Ledger, leaving: Iterable[str] = ()) -> set[str]:
     return needed
 
 
-def blobs_of(model: str, ledger: Ledger) -> set[str]:
+def blobs_of_model(model: str, ledger: Ledger) -> set[str]:
     """Return every blob, present or arriving, that is here for a model."""
-    manifest = ledger.on_disk.get(model) or ledger.leaving.get(model)
+    manifest = ledger.stored_manifests.get(model) or ledger.deleting.get(model)
     blobs = set(manifest.blob_sizes) if manifest else set()
-    blobs |= ledger.promised.get(model, set())
+    blobs |= ledger.reservations.get(model, set())
     return blobs | {b for b, p in ledger.partials.items() if model in p.models}
 
 
-def freed_by(model: str, ledger: Ledger) -> list[str]:
+def blobs_freed_by(model: str, ledger: Ledger) -> list[str]:
     """Return the blobs that only this model needs: those that deleting it deletes."""
-    return sorted(blobs_of(model, ledger) - referenced(ledger, leaving=[model]))
+    return sorted(blobs_of_model(model, ledger) - referenced_blobs(ledger, ignored=[model]))
 
 
-def paused_bytes(ledger: Ledger) -> dict[str, int]:
+def bytes_of_paused_models(ledger: Ledger) -> dict[str, int]:
     """Return the bytes held for each paused model: its reservations, and present blobs that only it needs."""
     result = {}
-    for model in sorted(ledger.paused & ledger.on_its_way):
-        present_bytes = sum(ledger.blobs.get(blob, 0) for blob in freed_by(model, ledger))
-        partials = [p.wanted_by_only(model) for p in ledger.partials.values() if model in p.models]
-        result[model] = present_bytes + sum(p.promised_bytes for p in partials)
+    for model in sorted(ledger.paused_models & ledger.arriving_models):
+        present_bytes = sum(ledger.blobs.get(blob, 0) for blob in blobs_freed_by(model, ledger))
+        partials = [p.with_only_model(model) for p in ledger.partials.values() if model in p.models]
+        result[model] = present_bytes + sum(p.reserved_bytes for p in partials)
     return result
 
 
-def left_behind(deleted: Manifest, ledger: Ledger) -> list[str]:
+def leftover_blobs(deleted: Manifest, ledger: Ledger) -> list[str]:
     """Return the blobs of a model that nothing else needs, after a crash interrupted its deletion."""
-    return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced(ledger))
+    return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced_blobs(ledger))
 
 
-def arriving(repo: str, revision: str, ledger: Ledger) -> list[str]:
+def arriving_models(repo: str, revision: str, ledger: Ledger) -> list[str]:
     """Return the models of a repo (`org/name@commit`) that have a reservation and are not complete.
 
     The branch they were requested under is not known here: a revision matches by commit only.
     """
-    wanted = {m for m in ledger.on_its_way if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    wanted = {m for m in ledger.arriving_models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
     return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
 
 
-def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Manifest]:
+def matching_manifests(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Manifest]:
     """Return the manifests that `org/name` (all commits) or `org/name@revision` names."""
     matches = [m for m in manifests if m.repo == repo]
     if revision:
@@ -71,19 +71,19 @@ def matching(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Ma
     return sorted(matches, key=lambda m: m.commit)
 
 
-def part_for(ref: ModelRef, layers: Sequence[int], ledger: Ledger) -> Part | None:
+def find_shard(ref: ModelRef, layers: Sequence[int], ledger: Ledger) -> Shard | None:
     """Return the shard that suffices for a stage with these layers; None if there is none, or for no layers."""
     if not layers:
         return None
     check_layers(layers)
-    candidates = matching(ref.repo, ref.revision, (p.manifest for p in ledger.parts.values()))
-    sufficient = [p for m in candidates if covers((p := ledger.parts[m.model]).layers, layers)]
+    candidates = matching_manifests(ref.repo, ref.revision, (p.manifest for p in ledger.shards.values()))
+    sufficient = [p for m in candidates if covers((p := ledger.shards[m.model]).layers, layers)]
     return sufficient[-1] if sufficient else None
 
 
-def is_offered(manifest: Manifest, ledger: Ledger) -> bool:
+def is_offered_by_library(manifest: Manifest, ledger: Ledger) -> bool:
     """Whether a library offers exactly this model, under all of its names."""
-    library_model = ledger.offered.get(manifest.model)
+    library_model = ledger.offered_library_models.get(manifest.model)
     if library_model is None or not set(manifest.revisions) <= {*library_model.manifest.revisions, manifest.commit}:
         return False
     return {f.path: f.sha256 for f in manifest.files} == {f.path: f.sha256 for f in library_model.manifest.files}

@@ -7,49 +7,49 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from shoal_common.messages.instances import InstanceSpec
-from shoal_storage.ledger.lease import Lease, words_of
+from shoal_storage.ledger.lease import ModelLease, describe_holder
 
 _MAX_NAMED = 10
 
 
-class User(msgspec.Struct, frozen=True):
+class ModelUser(msgspec.Struct, frozen=True):
     """A user of a model. `instance` is what to stop so that it releases the model, "" for a user of another kind."""
 
-    words: str
+    description: str
     instance: str = ""
-    leaving: bool = False
+    is_ending: bool = False
     """Whether it is about to end by itself: a stage of a stopped instance."""
 
 
-def users_of(specs: Iterable[InstanceSpec], leases: Iterable[Lease], node: str) -> dict[str, list[User]]:
+def users_of(specs: Iterable[InstanceSpec], leases: Iterable[ModelLease], node: str) -> dict[str, list[ModelUser]]:
     """Return the users of each model in use on a node.
 
     An instance with a stage on the node is represented by the leases of its stages, once these have any.
     """
     placed = {s.id: s for s in specs if any(stage.node == node for stage in s.stages)}
-    users: dict[str, list[User]] = {}
+    users: dict[str, list[ModelUser]] = {}
     leased = set[tuple[str, str]]()
     for lease in sorted(leases, key=lambda x: (x.since_s, x.id)):
         leased.add((lease.model, lease.instance))
         leaving = bool(lease.instance) and lease.instance not in placed
-        user = User(words_of(lease), "" if leaving else lease.instance, leaving)
+        user = ModelUser(describe_holder(lease), "" if leaving else lease.instance, leaving)
         users.setdefault(lease.model, []).append(user)
     for spec in placed.values():
         if (spec.model, spec.id) not in leased:
-            users.setdefault(spec.model, []).append(User(f"instance {spec.id}", spec.id))
+            users.setdefault(spec.model, []).append(ModelUser(f"instance {spec.id}", spec.id))
     return users
 
 
-def words(users: Sequence[User]) -> str:
+def join_names(users: Sequence[ModelUser]) -> str:
     """Return `a`, `a and b`, or `a, b and c`; of many users, the first ten and a count."""
-    names = [user.words for user in users[:_MAX_NAMED]]
+    names = [user.description for user in users[:_MAX_NAMED]]
     names += [f"{len(users) - _MAX_NAMED} more"] if len(users) > _MAX_NAMED else []
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def how_to_end(users: Iterable[User]) -> str:
+def release_hint(users: Iterable[ModelUser]) -> str:
     """Return what to do so that these users release the model."""
     commands = [f"`shoal stop {instance}`" for instance in dict.fromkeys(u.instance for u in users if u.instance)]
     stops = [f"stop it first with {' and '.join(commands)}"] if commands else []
-    others = ["end that program first"] if any(not u.instance and not u.leaving for u in users) else []
+    others = ["end that program first"] if any(not u.instance and not u.is_ending for u in users) else []
     return ", and ".join([*stops, *others]) or "it is ending; try again in a moment"

@@ -16,11 +16,11 @@ from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import LOCAL_REVISION, ModelRef, check_commit, check_file_path
-from shoal_common.store.store_paths import FORMAT_VERSION, Layout
+from shoal_common.store.store_paths import FORMAT_VERSION, StorePaths
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.ledger.library_model import Adopted, File, Seen, Verified
+from shoal_storage.ledger.library_model import FileStat, LibraryFile, LibraryModel, VerifiedFile
 
-MOST_DEPTH = 16
+MAX_DEPTH = 16
 _HF_PREFIX = "models--"
 _HF_DIRECTORIES = ("refs", "snapshots", "blobs")
 _NON_MODEL_PREFIXES = ("datasets--", "spaces--", ".")
@@ -31,48 +31,48 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
-class Entry(msgspec.Struct, frozen=True):
+class DirEntry(msgspec.Struct, frozen=True):
     """An entry in a library. `target` is a symbolic link's text, unresolved."""
 
     kind: Literal["file", "directory", "link", "other"]
-    seen: Seen = Seen(0, 0, 0)
+    stat: FileStat = FileStat(0, 0, 0)
     target: str = ""
 
 
-class Listing(msgspec.Struct):
+class LibraryListing(msgspec.Struct):
     """The contents of a library, by path relative to it, and the text of the small files that describe others."""
 
-    root: str
-    entries: dict[str, Entry] = {}
+    path: str
+    entries: dict[str, DirEntry] = {}
     texts: dict[str, bytes] = {}
     unreadable: dict[str, str] = {}
     """Directories that cannot be listed, with the error."""
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class ModelCandidate(msgspec.Struct, frozen=True):
     """A model in a library before hashing. `commit` is "" if it is derived from the content."""
 
     repo: str
     commit: str
     revisions: tuple[str, ...]
-    root: str
+    library: str
     directory: str
-    files: tuple[File, ...]
+    files: tuple[LibraryFile, ...]
 
 
-class Recognised(msgspec.Struct):
+class RecognizedModels(msgspec.Struct):
     """The models of a library, and the reason for each directory that looks like a model but is not usable."""
 
-    candidates: list[Candidate] = []
+    candidates: list[ModelCandidate] = []
     refused: dict[str, str] = {}
 
 
-class Verdict(msgspec.Struct):
+class AcceptanceResult(msgspec.Struct):
     """Which library models are offered, wait for hashing, or are refused."""
 
-    adopted: dict[str, Adopted] = {}
+    accepted: dict[str, LibraryModel] = {}
     """By `org/name@commit`."""
-    waiting: list[Candidate] = []
+    waiting: list[ModelCandidate] = []
     refused: dict[str, str] = {}
     corrupt: dict[str, str] = {}
     """Corrupt files of refused models, by path, with the model's directory."""
@@ -87,9 +87,9 @@ def is_store(top_names: Iterable[str]) -> bool:
     return {"VERSION", "manifests", "blobs"} <= set(top_names)
 
 
-def leads_to_models(parts: tuple[str, ...], store: bool) -> bool:
+def may_contain_models(parts: tuple[str, ...], store: bool) -> bool:
     """Return whether a directory, given as the parts of its path, is worth listing."""
-    if len(parts) > MOST_DEPTH:
+    if len(parts) > MAX_DEPTH:
         return False
     if store:
         return parts[0] == "manifests" or parts[:2] in (("blobs",), ("blobs", "sha256"))
@@ -98,7 +98,7 @@ def leads_to_models(parts: tuple[str, ...], store: bool) -> bool:
     return not parts[0].startswith(_NON_MODEL_PREFIXES) and not any(p.startswith(".") for p in parts)
 
 
-def is_to_be_read(path: str, store: bool) -> bool:
+def describes_files(path: str, store: bool) -> bool:
     """Return whether a file describes others, so that its text is needed."""
     parts = path.split("/")
     if store:
@@ -108,11 +108,11 @@ def is_to_be_read(path: str, store: bool) -> bool:
     return path.endswith(_INDEX_SUFFIX)
 
 
-def cached_blob(path: str, target: str, root: str) -> str | None:
+def resolve_cache_link(path: str, target: str, library: str) -> str | None:
     """Return the blob in the same model of a Hugging Face cache that a link points to, as a library path, or None."""
     top = path.split("/", 1)[0]
-    if target.startswith(f"{root}/"):
-        target = f"/{target.removeprefix(root)}"
+    if target.startswith(f"{library}/"):
+        target = f"/{target.removeprefix(library)}"
         resolved = posixpath.normpath(target).lstrip("/")
     else:
         resolved = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
@@ -120,10 +120,10 @@ def cached_blob(path: str, target: str, root: str) -> str | None:
     return resolved if top.startswith(_HF_PREFIX) and len(parts) == 3 and parts[:2] == [top, "blobs"] else None
 
 
-def recognise(listing: Listing) -> Recognised:
+def recognize(listing: LibraryListing) -> RecognizedModels:
     """Return the models of a library, in order of their directories."""
     paths = sorted(listing.entries)
-    result = Recognised()
+    result = RecognizedModels()
     top_names = [p for p in paths if "/" not in p]
     for path, error in listing.unreadable.items():
         result.refused[_absolute(listing, path)] = f"it cannot be listed: {error}"
@@ -140,8 +140,8 @@ def recognise(listing: Listing) -> Recognised:
     return result
 
 
-def _absolute(listing: Listing, path: str) -> str:
-    return f"{listing.root.rstrip('/')}/{path}"
+def _absolute(listing: LibraryListing, path: str) -> str:
+    return f"{listing.path.rstrip('/')}/{path}"
 
 
 def _below(paths: list[str], directory: str) -> list[str]:
@@ -149,7 +149,7 @@ def _below(paths: list[str], directory: str) -> list[str]:
     return paths[bisect_left(paths, f"{directory}/") : bisect_left(paths, f"{directory}0")]
 
 
-def _read_hf_cache(listing: Listing, paths: list[str], top: str, result: Recognised) -> None:
+def _read_hf_cache(listing: LibraryListing, paths: list[str], top: str, result: RecognizedModels) -> None:
     entry = listing.entries[top]
     repo = top.removeprefix(_HF_PREFIX).replace("--", "/")
     try:
@@ -183,11 +183,11 @@ def _read_hf_cache(listing: Listing, paths: list[str], top: str, result: Recogni
                 continue
             names = tuple(sorted(revisions.get(commit, [])))
             result.candidates.append(
-                Candidate(repo, commit, names, listing.root, _absolute(listing, snapshot), tuple(files))
+                ModelCandidate(repo, commit, names, listing.path, _absolute(listing, snapshot), tuple(files))
             )
 
 
-def _snapshot_files(listing: Listing, paths: list[str], snapshot: str) -> list[File]:
+def _snapshot_files(listing: LibraryListing, paths: list[str], snapshot: str) -> list[LibraryFile]:
     files = []
     for path in _below(paths, snapshot):
         entry, expected, source = listing.entries[path], "", path
@@ -195,7 +195,7 @@ def _snapshot_files(listing: Listing, paths: list[str], snapshot: str) -> list[F
             continue
         name = check_file_path(path.removeprefix(f"{snapshot}/"))
         if entry.kind == "link":
-            blob = cached_blob(path, entry.target, listing.root)
+            blob = resolve_cache_link(path, entry.target, listing.path)
             if blob is None:
                 raise _NotAModel(f"{name} links outside of the cache's blobs/, to {entry.target[:200]}")
             if blob not in listing.entries:
@@ -206,11 +206,11 @@ def _snapshot_files(listing: Listing, paths: list[str], snapshot: str) -> list[F
             expected = etag if _SHA256.fullmatch(etag) else f"git-{etag}" if _SHA1.fullmatch(etag) else ""
         if entry.kind != "file":
             raise _NotAModel(f"{name} is not a file")
-        files.append(File(name, _absolute(listing, source), entry.seen, expected))
+        files.append(LibraryFile(name, _absolute(listing, source), entry.stat, expected))
     return files
 
 
-def _require_complete(listing: Listing, directory: str, files: Iterable[File]) -> None:
+def _require_complete(listing: LibraryListing, directory: str, files: Iterable[LibraryFile]) -> None:
     """Refuse an incomplete model: a node that took it for complete would never download the rest."""
     names = {f.path for f in files}
     if not any(n.endswith(_WEIGHT_SUFFIXES) for n in names):
@@ -234,7 +234,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str] = {}
 
 
-def _read_plain(listing: Listing, paths: list[str], directory: str, result: Recognised) -> None:
+def _read_plain(listing: LibraryListing, paths: list[str], directory: str, result: RecognizedModels) -> None:
     entries = listing.entries
     if entries[directory].kind != "directory" or f"{directory}/config.json" not in entries:
         return
@@ -253,21 +253,21 @@ def _read_plain(listing: Listing, paths: list[str], directory: str, result: Reco
             check_file_path(name)
             if entries[path].kind != "file":
                 raise _NotAModel(f"{name} is not a file" + (" but a link" if entries[path].kind == "link" else ""))
-            files.append(File(name, _absolute(listing, path), entries[path].seen))
+            files.append(LibraryFile(name, _absolute(listing, path), entries[path].stat))
         _require_complete(listing, directory, files)
     except (BadName, _NotAModel) as e:
         result.refused[_absolute(listing, directory)] = str(e)
         return
     absolute = _absolute(listing, directory)
-    result.candidates.append(Candidate(directory, "", (LOCAL_REVISION,), listing.root, absolute, tuple(files)))
+    result.candidates.append(ModelCandidate(directory, "", (LOCAL_REVISION,), listing.path, absolute, tuple(files)))
 
 
-def _read_store(listing: Listing, paths: list[str], result: Recognised) -> None:
+def _read_store(listing: LibraryListing, paths: list[str], result: RecognizedModels) -> None:
     version = listing.texts.get("VERSION", b"").decode(errors="replace").strip()
     if version != FORMAT_VERSION:
-        result.refused[listing.root] = f"it is a store of format {version[:20]!r}: update Shoal"
+        result.refused[listing.path] = f"it is a store of format {version[:20]!r}: update Shoal"
         return
-    store_paths = Layout(Path())
+    store_paths = StorePaths(Path())
     for path in _below(paths, "manifests"):
         if not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
             continue
@@ -282,32 +282,32 @@ def _read_store(listing: Listing, paths: list[str], result: Recognised) -> None:
             continue
         revisions = tuple(manifest.revisions)
         result.candidates.append(
-            Candidate(manifest.repo, manifest.commit, revisions, listing.root, _absolute(listing, path), files)
+            ModelCandidate(manifest.repo, manifest.commit, revisions, listing.path, _absolute(listing, path), files)
         )
 
 
-def _stored_file(listing: Listing, store_paths: Layout, file: ManifestFile) -> File:
+def _stored_file(listing: LibraryListing, store_paths: StorePaths, file: ManifestFile) -> LibraryFile:
     path = store_paths.blob(file.sha256).as_posix()
     entry = listing.entries.get(path)
-    if entry is None or entry.kind != "file" or entry.seen.size_bytes != file.size_bytes:
+    if entry is None or entry.kind != "file" or entry.stat.size_bytes != file.size_bytes:
         raise _NotAModel(f"blob {file.sha256[:16]}… of {file.path} is missing")
-    return File(file.path, _absolute(listing, path), entry.seen, file.sha256)
+    return LibraryFile(file.path, _absolute(listing, path), entry.stat, file.sha256)
 
 
-def is_verified(file: File, verified: Mapping[str, Verified]) -> bool:
+def is_verified(file: LibraryFile, verified: Mapping[str, VerifiedFile]) -> bool:
     """Return whether a file was hashed since it last changed, with the kind of hash that its name needs."""
-    known = verified.get(file.at)
-    if known is None or known.seen != file.seen:
+    known = verified.get(file.absolute_path)
+    if known is None or known.stat != file.stat:
         return False
-    return bool(known.git_sha1) or not file.expected.startswith("git-")
+    return bool(known.git_sha1) or not file.expected_hash.startswith("git-")
 
 
-def is_corrupt(file: File, known: Verified) -> bool:
+def is_corrupt(file: LibraryFile, known: VerifiedFile) -> bool:
     """Return whether a hashed file does not match its expected hash or an earlier one."""
-    return known.rotten or file.expected not in ("", known.sha256, f"git-{known.git_sha1}")
+    return known.corrupt or file.expected_hash not in ("", known.sha256, f"git-{known.git_sha1}")
 
 
-def local_commit(files: Iterable[ManifestFile]) -> str:
+def content_commit(files: Iterable[ManifestFile]) -> str:
     """Return a commit for a directory that has none: equal for equal files under equal names."""
     digest = hashlib.sha1(usedforsecurity=False)
     for f in sorted(files, key=lambda f: f.path):
@@ -315,34 +315,35 @@ def local_commit(files: Iterable[ManifestFile]) -> str:
     return digest.hexdigest()
 
 
-def decide(candidates: Iterable[Candidate], verified: Mapping[str, Verified]) -> Verdict:
+def accept_models(candidates: Iterable[ModelCandidate], verified: Mapping[str, VerifiedFile]) -> AcceptanceResult:
     """Decide which models are offered, wait for hashing or are refused; of two copies of a model the first counts."""
-    verdict = Verdict()
+    verdict = AcceptanceResult()
     local_directories: dict[str, str] = {}
     for c in candidates:
-        known = {f.path: verified[f.at] for f in c.files if is_verified(f, verified)}
+        known = {f.path: verified[f.absolute_path] for f in c.files if is_verified(f, verified)}
         corrupt = [f for f in c.files if f.path in known and is_corrupt(f, known[f.path])]
         if corrupt:
             verdict.refused[c.directory] = (
-                f"{corrupt[0].path} is corrupt: the hash of {corrupt[0].at} differs from its name or from an earlier "
+                f"{corrupt[0].path} is corrupt: the hash of {corrupt[0].absolute_path} differs from its name or "
+                "from an earlier "
                 "hash; download it there again"
             )
-            verdict.corrupt |= {f.at: c.directory for f in corrupt}
+            verdict.corrupt |= {f.absolute_path: c.directory for f in corrupt}
             continue
         if len(known) < len(c.files):
             verdict.waiting.append(c)
             continue
         files = [
-            ManifestFile(path=f.path, size_bytes=f.seen.size_bytes, sha256=known[f.path].sha256) for f in c.files
+            ManifestFile(path=f.path, size_bytes=f.stat.size_bytes, sha256=known[f.path].sha256) for f in c.files
         ]
         files.sort(key=lambda f: f.path)
         manifest = Manifest(
-            repo=c.repo, commit=c.commit or local_commit(files), files=files, revisions=list(c.revisions)
+            repo=c.repo, commit=c.commit or content_commit(files), files=files, revisions=list(c.revisions)
         )
         if not c.commit and local_directories.setdefault(c.repo, c.directory) != c.directory:
             verdict.refused[c.directory] = f"{c.repo}@{LOCAL_REVISION} is taken by {local_directories[c.repo]}"
             continue
         git = {f"git-{v.git_sha1}": v.sha256 for v in known.values() if v.git_sha1}
-        adopted = Adopted(manifest, c.root, c.directory, {f.path: f for f in c.files}, git)
-        verdict.adopted.setdefault(manifest.model, adopted)
+        adopted = LibraryModel(manifest, c.library, c.directory, {f.path: f for f in c.files}, git)
+        verdict.accepted.setdefault(manifest.model, adopted)
     return verdict

@@ -13,23 +13,30 @@ import msgspec
 from msgspec import structs
 
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
-from shoal_common.messages.storage import RootState
-from shoal_common.service import Context
-from shoal_storage.files.real_path import real_root
-from shoal_storage.integrity.blob_check import Checked
-from shoal_storage.ledger.completeness import weigh
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.storage import LibraryState
+from shoal_common.service import ServiceContext
+from shoal_storage.files.real_path import resolve_path
+from shoal_storage.integrity.blob_check import VerificationResult
+from shoal_storage.ledger.completeness import recompute_completeness
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.library_model import Adopted, File, Verified
-from shoal_storage.libraries.recognize import Candidate, Recognised, Verdict, decide, is_verified, recognise
-from shoal_storage.libraries.scanner import Unlistable, hash_file, list_root
-from shoal_storage.publisher import Announcer
+from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile
+from shoal_storage.libraries.recognize import (
+    AcceptanceResult,
+    ModelCandidate,
+    RecognizedModels,
+    accept_models,
+    is_verified,
+    recognize,
+)
+from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library
+from shoal_storage.publisher import StatePublisher
 from shoal_storage.store import library_records
-from shoal_storage.store.store import Disk
+from shoal_storage.store.store import Store
 
-log = Log("libraries")
+log = StructuredLogger("libraries")
 
-LOOK_EVERY_S = 300.0
+SCAN_INTERVAL_S = 300.0
 _FIRST_SCAN_TIMEOUT_S = 10.0
 """How long startup waits for the libraries: one that does not answer must not prevent it."""
 _SCAN_DEADLINE_S = 300.0
@@ -41,7 +48,7 @@ class _LibraryScan(msgspec.Struct):
     """Result of scanning a library. `real` is its path with symbolic links resolved."""
 
     real: str
-    result: Recognised = msgspec.field(default_factory=Recognised)
+    result: RecognizedModels = msgspec.field(default_factory=RecognizedModels)
     error: str = ""
 
 
@@ -49,32 +56,32 @@ class _HashAborted(Exception):
     """Ends hashing in its thread: the file is no longer needed."""
 
 
-class Adoption:
+class LibraryService:
     """Keeps the ledger's library models, and the store's records of them, in step with the libraries."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        announcer: Announcer,
-        roots: Iterable[str],
+        announcer: StatePublisher,
+        libraries: Iterable[str],
     ) -> None:
         self._context, self._disk, self._ledger = context, disk, ledger
-        self._section, self._announcer, self._libraries = section, announcer, tuple(roots)
+        self._section, self._announcer, self._libraries = section, announcer, tuple(libraries)
         self._layout = disk.layout
         self._scans: dict[str, _LibraryScan] = {}
         self._scanning: dict[str, asyncio.Task[_LibraryScan]] = {}
-        self._verified: dict[str, Verified] = {}
-        self._verdict = Verdict()
+        self._verified: dict[str, VerifiedFile] = {}
+        self._verdict = AcceptanceResult()
         self._unable: dict[str, str] = {}
         """Directories whose files cannot be hashed or recorded, with the error; tried again after the next scan."""
         self._needed: frozenset[str] = frozenset()
         """Absolute paths of the files of models that wait for hashing."""
         self._marked: set[str] = set()
         """Models marked as offered by an earlier process."""
-        self._recorded: dict[str, File] = {}
+        self._recorded: dict[str, LibraryFile] = {}
         self._unsaved, self._saved_s = False, 0.0
         self._reported_corrupt: set[str] | None = None
         self._started = False
@@ -89,7 +96,7 @@ class Adoption:
         The scan continues in the background if a library does not answer.
         """
         self._verified = await asyncio.to_thread(library_records.read_verified, self._layout)
-        self._marked = set(await asyncio.to_thread(library_records.noted, self._layout))
+        self._marked = set(await asyncio.to_thread(library_records.offered_models, self._layout))
         first_scan = asyncio.create_task(self._try_refresh())
         done, _ = await asyncio.wait({first_scan}, timeout=_FIRST_SCAN_TIMEOUT_S)
         if not done:
@@ -97,12 +104,12 @@ class Adoption:
         self._started = True
         return first_scan
 
-    async def use_roots(self, roots: Iterable[str]) -> None:
+    async def use_libraries(self, libraries: Iterable[str]) -> None:
         """Set the libraries; models of all others are unpublished before this returns."""
         self._scan_now.set()
-        if tuple(roots) == self._libraries:
+        if tuple(libraries) == self._libraries:
             return
-        self._libraries = tuple(roots)
+        self._libraries = tuple(libraries)
         self._scans = {path: scan for path, scan in self._scans.items() if path in self._libraries}
         await self._update()
 
@@ -115,31 +122,31 @@ class Adoption:
             self._drop_obsolete_hashes()
             await self._update()
 
-    async def doubted(self, sha256: str, checked: Checked | None) -> list[str]:
+    async def handle_bad_blob(self, sha256: str, checked: VerificationResult | None) -> list[str]:
         """Handle a library blob that is corrupt, or gone (None); return the models that this makes incomplete."""
-        before = set(self._ledger.whole)
-        file = self._ledger.adopted_blobs.get(sha256)
-        known = self._verified.get(file.at) if file else None
-        if file and known and checked and checked.mtime_ns == file.seen.mtime_ns and known.seen == file.seen:
-            self._verified[file.at] = structs.replace(known, rotten=True)
+        before = set(self._ledger.complete_manifests)
+        file = self._ledger.library_blobs.get(sha256)
+        known = self._verified.get(file.absolute_path) if file else None
+        if file and known and checked and checked.mtime_ns == file.stat.mtime_ns and known.stat == file.stat:
+            self._verified[file.absolute_path] = structs.replace(known, rotten=True)
             self._unsaved = True
             await self._save(now=True)
             await self._update()
         else:
             await self.refresh()
-        return sorted(before - self._ledger.whole.keys())
+        return sorted(before - self._ledger.complete_manifests.keys())
 
-    async def remember(self) -> None:
+    async def save_hashes(self) -> None:
         """Save the known hashes at shutdown, so that files are not hashed again."""
         await self._save(now=True)
 
     # Background tasks
 
-    async def look_regularly(self) -> None:
+    async def scan_forever(self) -> None:
         """Scan the libraries at intervals, forever."""
         while True:
             try:
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(SCAN_INTERVAL_S):
                     await self._scan_now.wait()
             except TimeoutError:
                 pass
@@ -152,7 +159,7 @@ class Adoption:
         except (OSError, ShoalError) as e:
             log.warning("library scan failed; retrying", error=str(e))
 
-    async def hash_what_waits(self) -> None:
+    async def hash_forever(self) -> None:
         """Hash new files forever, the smallest model first."""
         while True:
             self._hash_now.clear()
@@ -184,15 +191,15 @@ class Adoption:
         return scan
 
     def _scan_blocking(self, library: str) -> _LibraryScan:
-        real = str(real_root(library))
+        real = str(resolve_path(library))
         try:
-            return _LibraryScan(real, recognise(list_root(library, self._disk.keep_on)))
-        except Unlistable as e:
+            return _LibraryScan(real, recognize(list_library(library, self._disk.check_stopping)))
+        except LibraryUnreadable as e:
             return _LibraryScan(real, error=str(e))
 
     def _drop_obsolete_hashes(self) -> None:
         """Drop the hashes of files that are in no library now; keep those of libraries that cannot be scanned."""
-        present = {f.at for scan in self._scans.values() for c in scan.result.candidates for f in c.files}
+        present = {f.absolute_path for scan in self._scans.values() for c in scan.result.candidates for f in c.files}
         unreadable = tuple(f"{scan.real}/" for scan in self._scans.values() if scan.error)
         kept = {path: v for path, v in self._verified.items() if path in present or path.startswith(unreadable)}
         self._unsaved |= len(kept) < len(self._verified)
@@ -200,19 +207,19 @@ class Adoption:
 
     # Hashing
 
-    def _unhashed_bytes(self, candidate: Candidate) -> int:
-        return sum(f.seen.size_bytes for f in candidate.files if not is_verified(f, self._verified))
+    def _unhashed_bytes(self, candidate: ModelCandidate) -> int:
+        return sum(f.stat.size_bytes for f in candidate.files if not is_verified(f, self._verified))
 
-    async def _hash(self, candidate: Candidate) -> None:
+    async def _hash(self, candidate: ModelCandidate) -> None:
         hashed_count = hashed_bytes = 0
         for file in candidate.files:
             if is_verified(file, self._verified):
                 continue
-            if file.at not in self._needed:
+            if file.absolute_path not in self._needed:
                 return
 
-            def check_needed(path: str = file.at) -> None:
-                self._disk.keep_on()
+            def check_needed(path: str = file.absolute_path) -> None:
+                self._disk.check_stopping()
                 if path not in self._needed:
                     raise _HashAborted
 
@@ -228,7 +235,9 @@ class Adoption:
             if digests is None:
                 self._unable[candidate.directory] = f"{file.path} changes while it is read"
                 return
-            self._verified[file.at] = Verified(seen=file.seen, sha256=digests.sha256, git_sha1=digests.git_sha1)
+            self._verified[file.absolute_path] = VerifiedFile(
+                stat=file.stat, sha256=digests.sha256, git_sha1=digests.git_sha1
+            )
             self._unsaved = True
             hashed_count, hashed_bytes = hashed_count + 1, hashed_bytes + digests.size_bytes
             await self._save()
@@ -248,31 +257,31 @@ class Adoption:
             candidates = [
                 c for path in self._libraries if path in self._scans for c in self._scans[path].result.candidates
             ]
-            self._verdict = verdict = await asyncio.to_thread(decide, candidates, dict(self._verified))
-            self._needed = frozenset(f.at for c in verdict.waiting for f in c.files)
+            self._verdict = verdict = await asyncio.to_thread(accept_models, candidates, dict(self._verified))
+            self._needed = frozenset(f.absolute_path for c in verdict.waiting for f in c.files)
             # Saved before models are published: after a kill nothing has to be hashed again.
             await self._save(now=not verdict.waiting)
             async with self._section:
-                await self._apply(verdict.adopted)
+                await self._apply(verdict.accepted)
             await self._report_corrupt(verdict)
-            self._announcer.roots = self._states()
+            self._announcer.libraries = self._states()
             if self._started:  # startup publishes everything once by itself
-                await self._announcer.publish()
+                await self._announcer.publish_storage()
         self._hash_now.set()
 
-    async def _apply(self, accepted: dict[str, Adopted]) -> None:
+    async def _apply(self, accepted: dict[str, LibraryModel]) -> None:
         """Withdraw and offer library models, then update the store's models. Within the critical section."""
         ledger = self._ledger
-        kept = {m: a for m, a in ledger.adopted.items() if accepted.get(m) == a}
-        gone = [m for m in {**ledger.adopted, **dict.fromkeys(self._marked)} if m not in accepted]
+        kept = {m: a for m, a in ledger.library_models.items() if accepted.get(m) == a}
+        gone = [m for m in {**ledger.library_models, **dict.fromkeys(self._marked)} if m not in accepted]
         self._marked.clear()
-        ledger.adopt(kept)
+        ledger.set_library_models(kept)
         for model in gone:
             await self._withdraw(model)
         await self._offer({m: a for m, a in accepted.items() if m not in kept})
-        incomplete, completed = weigh(ledger)
+        incomplete, completed = recompute_completeness(ledger)
         for model in incomplete:
-            await self._announcer.take_back(model)
+            await self._announcer.unpublish_model(model)
             log.warning("model is incomplete, it used files of a library; pull it again", model=model)
         for model, manifest in list(ledger.manifests.items()):
             if all(blob in ledger.blobs for blob in manifest.blob_sizes):
@@ -281,23 +290,23 @@ class Adoption:
                 # Its library blobs may be in other files now.
                 await asyncio.to_thread(self._disk.build_view, manifest)
                 if model in completed:
-                    await self._announcer.announce(manifest)
+                    await self._announcer.publish_model(manifest)
                     log.info("model is complete again, with files of a library", model=model)
             except OSError as e:
                 log.warning("view of a model with library files cannot be built", model=model, error=str(e))
 
     async def _withdraw(self, model: str) -> None:
-        in_store = model in self._ledger.on_disk
+        in_store = model in self._ledger.stored_manifests
         if not in_store:
-            await self._announcer.take_back(model)
-        await asyncio.to_thread(library_records.hide, self._layout, model, not in_store)
+            await self._announcer.unpublish_model(model)
+        await asyncio.to_thread(library_records.unmark_offered, self._layout, model, not in_store)
         log.warning("library model is gone or has changed", model=model)
-        await self._context.events.tell("adoption_ended", model=model)
+        await self._context.events.emit("adoption_ended", model=model)
 
-    async def _offer(self, new: dict[str, Adopted]) -> None:
+    async def _offer(self, new: dict[str, LibraryModel]) -> None:
         """Offer new library models, except those the store cannot record: its disk may be full."""
-        before = self._ledger.adopted
-        self._ledger.adopt({**before, **new})
+        before = self._ledger.library_models
+        self._ledger.set_library_models({**before, **new})
         failed: dict[str, OSError] = {}
         try:
             await self._record_locations()
@@ -307,58 +316,58 @@ class Adoption:
         for model in new.keys() - failed.keys():
             adopted = new[model]
             try:
-                is_new = await asyncio.to_thread(library_records.note, self._layout, model)
-                if model in self._ledger.offered:
-                    await asyncio.to_thread(library_records.show, self._layout, adopted)
-                    await self._announcer.announce(adopted.manifest)
+                is_new = await asyncio.to_thread(library_records.mark_offered, self._layout, model)
+                if model in self._ledger.offered_library_models:
+                    await asyncio.to_thread(library_records.build_view, self._layout, adopted)
+                    await self._announcer.publish_model(adopted.manifest)
             except OSError as e:
                 failed[model] = e
                 continue
             if is_new:
                 log.info("library model offered", model=model, directory=adopted.directory)
-                await self._context.events.tell("adopted", model=model, directory=adopted.directory)
+                await self._context.events.emit("adopted", model=model, directory=adopted.directory)
         for model, error in failed.items():
             reason = f"it cannot be recorded in the store: {error.strerror}"
             self._unable[new[model].directory] = reason
             log.warning("library model not offered", directory=new[model].directory, reason=reason)
         if failed:
-            self._ledger.adopt({m: a for m, a in self._ledger.adopted.items() if m not in failed})
+            self._ledger.set_library_models({m: a for m, a in self._ledger.library_models.items() if m not in failed})
 
     async def _record_locations(self) -> None:
         """Record where each library blob is; delete all other records."""
-        blobs = dict(self._ledger.adopted_blobs)
+        blobs = dict(self._ledger.library_blobs)
         if blobs != self._recorded or not blobs:
             changed = {sha256: f for sha256, f in blobs.items() if self._recorded.get(sha256) != f}
-            await asyncio.to_thread(library_records.point, self._layout, changed, blobs)
+            await asyncio.to_thread(library_records.record_locations, self._layout, changed, blobs)
             self._recorded = blobs
 
     # Reporting
 
-    async def _report_corrupt(self, verdict: Verdict) -> None:
+    async def _report_corrupt(self, verdict: AcceptanceResult) -> None:
         """Report each corrupt file once; those found by the first scan are logged but emit no event."""
         for path, directory in verdict.corrupt.items():
             if self._reported_corrupt is None or path not in self._reported_corrupt:
                 log.warning("library file is corrupt; its model is not offered", path=path)
                 if self._reported_corrupt is not None:
-                    await self._context.events.tell("adopted_corrupt", path=path, directory=directory)
+                    await self._context.events.emit("adopted_corrupt", path=path, directory=directory)
         self._reported_corrupt = set(verdict.corrupt)
 
-    def _states(self) -> list[RootState]:
+    def _states(self) -> list[LibraryState]:
         return [self._state(path) for path in self._libraries]
 
-    def _state(self, library: str) -> RootState:
+    def _state(self, library: str) -> LibraryState:
         scan = self._scans.get(library)
         if scan is None or scan.error:
-            return RootState(path=library, error=scan.error if scan else "it has not been scanned yet")
+            return LibraryState(path=library, error=scan.error if scan else "it has not been scanned yet")
         directories = {c.directory for c in scan.result.candidates}
         waiting = [c for c in self._verdict.waiting if c.directory in directories]
         refused = dict(scan.result.refused)
         refused |= {d: reason for d, reason in (self._verdict.refused | self._unable).items() if d in directories}
-        return RootState(
+        return LibraryState(
             path=library,
-            model_count=sum(a.directory in directories for a in self._ledger.adopted.values()),
-            waiting_count=len(waiting),
-            waiting_bytes=sum(map(self._unhashed_bytes, waiting)),
-            not_adopted=dict(sorted(refused.items())[:_MAX_NAMED]),
-            not_adopted_count=len(refused),
+            model_count=sum(a.directory in directories for a in self._ledger.library_models.values()),
+            unhashed_count=len(waiting),
+            unhashed_bytes=sum(map(self._unhashed_bytes, waiting)),
+            rejected=dict(sorted(refused.items())[:_MAX_NAMED]),
+            rejected_count=len(refused),
         )

@@ -7,101 +7,103 @@ from collections.abc import Collection
 from pathlib import Path
 
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
-from shoal_common.service import Context
-from shoal_storage.files.metadata_files import Keeping
-from shoal_storage.integrity.consequences import Losses
-from shoal_storage.ledger.completeness import having, mend
+from shoal_common.logs import StructuredLogger
+from shoal_common.service import ServiceContext
+from shoal_storage.files.metadata_files import MetadataFiles
+from shoal_storage.integrity.consequences import IntegrityPublisher
+from shoal_storage.ledger.completeness import manifests_with_blob, mark_complete
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import Announcer
-from shoal_storage.scan.change_filter import any_differs
-from shoal_storage.scan.diff import Differences, differences, follow
-from shoal_storage.scan.scanner import scan
-from shoal_storage.shards import Parts
-from shoal_storage.store.store import Disk
-from shoal_storage.store.views import places_of, unlink
+from shoal_storage.publisher import StatePublisher
+from shoal_storage.scan.change_filter import has_visible_change
+from shoal_storage.scan.diff import StoreDiff, apply_diff, diff_store
+from shoal_storage.scan.scanner import scan_store
+from shoal_storage.shards import ShardService
+from shoal_storage.store.store import Store
+from shoal_storage.store.views import delete_files, view_paths_of
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
 
-class Rescan:
+class StoreReconciler:
     """Scans the disk and updates ledger and published state to match it. Deletes nothing."""
 
     def __init__(
         self,
-        context: Context,
-        disk: Disk,
+        context: ServiceContext,
+        disk: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        keeping: Keeping,
-        announcer: Announcer,
-        losses: Losses,
-        parts: Parts,
+        keeping: MetadataFiles,
+        announcer: StatePublisher,
+        losses: IntegrityPublisher,
+        parts: ShardService,
     ) -> None:
         self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
         self._keeping, self._announcer, self._losses, self._parts = keeping, announcer, losses, parts
-        self.unproven = asyncio.Event()
+        self.unverified_found = asyncio.Event()
         """Set when there are files to hash."""
         self._unpublished = False
         self._scans = 0
 
-    async def differs(self, paths: Collection[Path]) -> bool:
+    async def has_visible_change(self, paths: Collection[Path]) -> bool:
         """Return whether changed paths show something that the ledger lacks."""
         async with self._section:
-            return await asyncio.to_thread(any_differs, self._disk.layout, self._ledger, paths)
+            return await asyncio.to_thread(has_visible_change, self._disk.layout, self._ledger, paths)
 
-    async def look(self) -> None:
+    async def scan(self) -> None:
         """Scan the store and apply the differences. What NATS does not take is published the next time."""
-        if not await self.is_there():
+        if not await self.check_store_present():
             return
         async with self._section:
-            seen = await asyncio.to_thread(scan, self._disk.layout)
-            if not await asyncio.to_thread(self._disk.is_all_there):
+            seen = await asyncio.to_thread(scan_store, self._disk.layout)
+            if not await asyncio.to_thread(self._disk.are_all_present):
                 return  # a volume was unmounted during the scan: files that were not seen may still exist
             self._scans += 1
             log.debug("store scanned", scans=self._scans)
-            diff = await asyncio.to_thread(differences, self._ledger, seen)
-            if diff.any_in(self._ledger):
+            diff = await asyncio.to_thread(diff_store, self._ledger, seen)
+            if diff.changes_ledger(self._ledger):
                 await self._apply(diff)
-            await self.announce_found()
+            await self.publish_completed_models()
             await self._drop_lost_shards()
-        await self.tell_untold()
-        if self._ledger.unproven:
-            self.unproven.set()
+        await self.publish_pending()
+        if self._ledger.unverified:
+            self.unverified_found.set()
 
-    async def _apply(self, diff: Differences) -> None:
-        for sha256 in diff.replaced:
+    async def _apply(self, diff: StoreDiff) -> None:
+        for sha256 in diff.replaced_blobs:
             # The file in the blob's place may be its very own, written to: no view may keep it.
             ledger = self._ledger
-            places = places_of(self._disk.layout, sha256, having(sha256, ledger), ledger.leases.values())
-            await asyncio.to_thread(unlink, places, diff.unproven[sha256].inode)
-        foreign = diff.unknown if diff.unknown != self._ledger.unknown else None
-        changed = follow(diff, self._ledger)
+            places = view_paths_of(
+                self._disk.layout, sha256, manifests_with_blob(sha256, ledger), ledger.leases.values()
+            )
+            await asyncio.to_thread(delete_files, places, diff.unverified[sha256].inode)
+        foreign = diff.foreign if diff.foreign != self._ledger.foreign else None
+        changed = apply_diff(diff, self._ledger)
         log.info(
             "store changed on disk",
-            blobs_gone=len(diff.gone | diff.vanished),
-            unverified=len(diff.unproven),
-            manifests_gone=",".join(sorted(diff.removed)),
-            models_lost=",".join(changed.lost),
-            models_found=",".join(changed.found),
+            blobs_gone=len(diff.lost_blobs | diff.unverified_gone),
+            unverified=len(diff.unverified),
+            manifests_gone=",".join(sorted(diff.removed_models)),
+            models_lost=",".join(changed.lost_models),
+            models_found=",".join(changed.found_models),
         )
         if foreign is not None and foreign.count:
             first = ",".join(foreign.paths)
             log.warning("foreign files in the store; left alone", count=foreign.count, first=first)
-        await self.tell(changed.lost, changed.found)
-        for model in sorted(diff.unlinked & self._ledger.manifests.keys()):
+        await self.publish_model_changes(changed.lost_models, changed.found_models)
+        for model in sorted(diff.unlinked_models & self._ledger.manifests.keys()):
             if not await self._link(model):
-                await self.tell([model], [])
+                await self.publish_model_changes([model], [])
 
-    async def announce_found(self) -> None:
+    async def publish_completed_models(self) -> None:
         """Publish models that have become complete. Within the critical section."""
-        if completed := mend(self._ledger):
-            await self.tell([], completed)
+        if completed := mark_complete(self._ledger):
+            await self.publish_model_changes([], completed)
 
     async def _drop_lost_shards(self) -> None:
         try:
-            if await self._parts.drop_lost():
-                await self._announcer.publish()
+            if await self._parts.drop_incomplete():
+                await self._announcer.publish_storage()
         except (ShoalError, OSError) as e:
             self._retry_later(e)
 
@@ -109,62 +111,62 @@ class Rescan:
         self._unpublished = True
         log.warning("store state not published; retrying", error=str(error))
 
-    async def tell(self, lost: list[str], found: list[str]) -> None:
+    async def publish_model_changes(self, lost: list[str], found: list[str]) -> None:
         """Unpublish lost models and publish found ones, now or when NATS is back. Within the critical section."""
         try:
             if lost:
-                instances = await self._losses.take_back(lost)
-                await self._context.events.tell("model_lost", models=lost, instances=instances)
+                instances = await self._losses.unpublish(lost)
+                await self._context.events.emit("model_lost", models=lost, instances=instances)
             for model in found:
                 if await self._link(model):
                     manifest = self._ledger.manifests[model]
-                    await asyncio.to_thread(self._keeping.came_in, model)
-                    await self._announcer.announce(manifest)
-                    await self._context.events.tell("model_found", model=model, size_bytes=manifest.size_bytes)
+                    await asyncio.to_thread(self._keeping.record_arrival, model)
+                    await self._announcer.publish_model(manifest)
+                    await self._context.events.emit("model_found", model=model, size_bytes=manifest.size_bytes)
                     log.info("model found on disk", model=model, size_bytes=manifest.size_bytes)
-            await self._announcer.publish()
+            await self._announcer.publish_storage()
         except (ShoalError, OSError) as e:
             self._retry_later(e)
 
-    async def publish(self) -> None:
+    async def publish_state(self) -> None:
         """Publish the disk's state, now or when NATS is back."""
-        await self.tell([], [])
+        await self.publish_model_changes([], [])
 
     async def _link(self, model: str) -> bool:
         try:
             await asyncio.to_thread(self._disk.build_view, self._ledger.manifests[model])
         except OSError as e:
             log.warning("model view cannot be built; model not published", model=model, error=str(e))
-            self._ledger.broken[model] = self._ledger.manifests.pop(model)
+            self._ledger.incomplete[model] = self._ledger.manifests.pop(model)
             return False
         return True
 
-    async def tell_untold(self) -> None:
+    async def publish_pending(self) -> None:
         """Publish again what an outage of NATS kept from being published."""
         if not self._unpublished:
             return
         try:
             async with self._section:
-                await self._announcer.announce_all()
+                await self._announcer.publish_all()
             self._unpublished = False
         except (ShoalError, OSError) as e:
             self._retry_later(e)
 
-    async def is_there(self) -> bool:
+    async def check_store_present(self) -> bool:
         """Return whether the store is present; while it is missing, its models are unpublished and no scan counts.
 
         An unmounted disk deletes nothing: the ledger keeps its contents and publishes them when the store is back.
         """
-        present = await asyncio.to_thread(self._disk.is_there)
-        if present == (not self._ledger.away):
+        present = await asyncio.to_thread(self._disk.is_present)
+        if present == (not self._ledger.store_missing):
             return present
         async with self._section:
-            self._ledger.away = not present
+            self._ledger.store_missing = not present
             self._unpublished = True
         path = self._disk.layout.root
         if present:
             log.info("store is back", path=path)
         else:
             log.error("store is missing: mount its disk or put it back; its models are not offered", path=path)
-        await self.tell_untold()
+        await self.publish_pending()
         return present

@@ -11,36 +11,36 @@ import msgspec
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
-from shoal_common.store.store_paths import Layout, model_of
+from shoal_common.store.store_paths import StorePaths, model_from_directory
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.files.blob_stat import blobs_in, entries_of, files_of, is_blob_name
-from shoal_storage.files.volume_paths import StoreLayout
-from shoal_storage.ledger.entries import Stamp, Unknown
-from shoal_storage.store.views import names_a_blob
+from shoal_storage.files.blob_stat import entries_of, files_of, is_blob_name, list_blobs
+from shoal_storage.files.volume_paths import VolumePaths
+from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
+from shoal_storage.store.views import is_blob_path
 
 _MAX_NAMED = 5
 _MAX_COUNTED = 100_000
 """Foreign files that are counted at most: somebody may have copied a whole disk here."""
 
 
-class Seen(msgspec.Struct):
+class StoreScan(msgspec.Struct):
     """Contents of a store."""
 
-    blobs: dict[str, Stamp] = msgspec.field(default_factory=dict)
+    blobs: dict[str, BlobFileStat] = msgspec.field(default_factory=dict)
     """Files with a blob's name in a blob's place, by sha256. Of several copies, a verified one, preferably that
     on the volume where the ledger has the blob."""
-    doubles: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
+    redundant_copies: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
     """Bytes of the other verified copies, by volume id."""
     manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
     """By `org/name@commit`."""
-    unreadable: set[str] = msgspec.field(default_factory=set)
+    unreadable_models: set[str] = msgspec.field(default_factory=set)
     """Models whose manifest exists but cannot be read now: nothing is concluded about them."""
-    unlinked: set[str] = msgspec.field(default_factory=set)
+    unlinked_models: set[str] = msgspec.field(default_factory=set)
     """Models with a view file that is not its blob, although the blob is present."""
-    unknown: Unknown = msgspec.field(default_factory=Unknown)
+    foreign: ForeignFiles = msgspec.field(default_factory=ForeignFiles)
 
 
-def scan(layout: StoreLayout) -> Seen:
+def scan_store(layout: VolumePaths) -> StoreScan:
     """Scan a store and those of its volumes that are mounted.
 
     Raises OSError if any of it cannot be read: the rest then proves nothing.
@@ -50,7 +50,7 @@ def scan(layout: StoreLayout) -> Seen:
     return scanner.result
 
 
-def read_manifest(layout: Layout, path: Path) -> Manifest:
+def read_manifest(layout: StorePaths, path: Path) -> Manifest:
     """Read a manifest and check it like one from outside, its place included. Raises ShoalError, OSError."""
     manifest = decode(path.read_bytes(), Manifest)
     check_manifest(manifest)
@@ -60,7 +60,7 @@ def read_manifest(layout: Layout, path: Path) -> Manifest:
 
 
 class _Scanner:
-    def __init__(self, layout: StoreLayout) -> None:
+    def __init__(self, layout: VolumePaths) -> None:
         self._layout = layout
         self._inodes: set[int] = set()
         self._times: set[tuple[int, int]] = set()
@@ -68,7 +68,7 @@ class _Scanner:
         self._foreign_count = 0
         self._foreign_bytes = 0
         self._foreign_paths: list[str] = []
-        self.result = Seen()
+        self.result = StoreScan()
 
     def run(self) -> None:
         paths = self._layout
@@ -78,37 +78,39 @@ class _Scanner:
         self._scan_blobs()
         self._scan_manifests()
         self._scan_views()
-        for _, volume in paths.all():
+        for _, volume in paths.each_volume():
             for entry in (*entries_of(volume.partials), *entries_of(volume.quarantine)):
                 if not is_blob_name(entry.name):
                     self._count_foreign(Path(entry.path))
-        for directory in (paths.pins, paths.uses, paths.promises, paths.parts):
+        for directory in (paths.pins, paths.uses, paths.reservations, paths.shards):
             for entry in entries_of(directory):
                 if not _is_temporary(entry.name) and not _is_model_name(entry.name):
                     self._count_foreign(Path(entry.path))
-        self.result.unknown = Unknown(self._foreign_count, self._foreign_bytes, tuple(sorted(self._foreign_paths)))
+        self.result.foreign = ForeignFiles(
+            self._foreign_count, self._foreign_bytes, tuple(sorted(self._foreign_paths))
+        )
 
     def _scan_blobs(self) -> None:
-        copies: dict[str, list[Stamp]] = {}
-        for volume_id, volume in self._layout.all():
+        copies: dict[str, list[BlobFileStat]] = {}
+        for volume_id, volume in self._layout.each_volume():
             for entry in entries_of(volume.blobs.parent):
                 if entry.name != volume.blobs.name:
                     self._count_foreign(Path(entry.path))
-            blobs = blobs_in(volume, volume_id, self._count_foreign)
+            blobs = list_blobs(volume, volume_id, self._count_foreign)
             for sha256, stamp in blobs.items():
                 copies.setdefault(sha256, []).append(stamp)
             if not volume_id:  # hard links and reflinks in views can share a file of the store itself only
                 self._inodes.update(stamp.inode for stamp in blobs.values())
                 self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in blobs.values())
         for sha256, stamps in copies.items():
-            expected = self._layout.where.get(sha256, "")
-            chosen, *others = sorted(stamps, key=lambda s: (not s.proven, s.further != expected))
+            expected = self._layout.volume_by_blob.get(sha256, "")
+            chosen, *others = sorted(stamps, key=lambda s: (not s.is_verified, s.volume_id != expected))
             self.result.blobs[sha256] = chosen
             for other in others:
-                if other.proven:
-                    self.result.doubles.setdefault(sha256, {})[other.further] = other.size_bytes
+                if other.is_verified:
+                    self.result.redundant_copies.setdefault(sha256, {})[other.volume_id] = other.size_bytes
                 else:
-                    self._count_foreign(self._layout.blob_in(other.further, sha256))
+                    self._count_foreign(self._layout.blob_on(other.volume_id, sha256))
 
     def _scan_manifests(self) -> None:
         for directory in entries_of(self._layout.manifests):
@@ -126,7 +128,7 @@ class _Scanner:
                 except OSError:
                     self._count_foreign(path)
                     try:
-                        self.result.unreadable.add(model_of(directory.name, path.stem))
+                        self.result.unreadable_models.add(model_from_directory(directory.name, path.stem))
                     except BadName:
                         continue
                 else:
@@ -135,25 +137,25 @@ class _Scanner:
     def _scan_views(self) -> None:
         paths, result = self._layout, self.result
         views: dict[str, set[str]] = {}
-        library_models = {entry.name for entry in entries_of(paths.adopted_models)}
+        library_models = {entry.name for entry in entries_of(paths.library_models)}
         for directory in entries_of(paths.views):
             if not directory.is_dir(follow_symlinks=False):
                 self._count_foreign(Path(directory.path))
                 continue
             for entry in entries_of(Path(directory.path)):
                 try:
-                    model = model_of(directory.name, entry.name)
+                    model = model_from_directory(directory.name, entry.name)
                 except BadName:
                     self._count_foreign(Path(entry.path))
                     continue
                 if model not in result.manifests and f"{directory.name}@{entry.name}" in library_models:
                     continue  # links into a library, which `libraries/service.py` maintains
-                if model not in result.unreadable:
+                if model not in result.unreadable_models:
                     views[model] = self._scan_view(Path(entry.path), result.manifests.get(model))
         for model, manifest in result.manifests.items():
             linked = views.get(model, set())
             if any(f.path not in linked and f.sha256 in result.blobs for f in manifest.files):
-                result.unlinked.add(model)
+                result.unlinked_models.add(model)
 
     def _scan_view(self, view: Path, manifest: Manifest | None) -> set[str]:
         """Return the paths in a view whose file is the blob that the manifest names."""
@@ -164,13 +166,13 @@ class _Scanner:
             blob = self.result.blobs.get(expected.get(path, ""))
             if entry.is_symlink():
                 target = Path(entry.path).readlink()
-                if blob is not None and target == self._layout.blob_in(blob.further, expected[path]):
+                if blob is not None and target == self._layout.blob_on(blob.volume_id, expected[path]):
                     linked.add(path)
-                elif path not in expected and not names_a_blob(target):
+                elif path not in expected and not is_blob_path(target):
                     self._count_foreign(Path(entry.path))
             elif (
                 blob is not None
-                and not blob.further
+                and not blob.volume_id
                 and (entry.inode() == blob.inode or _time(entry) == (blob.size_bytes, blob.mtime_ns))
             ):
                 linked.add(path)
@@ -210,7 +212,7 @@ def _is_temporary(name: str) -> bool:
 def _is_model_name(name: str) -> bool:
     directory, _, commit = name.rpartition("@")
     try:
-        model_of(directory, commit)
+        model_from_directory(directory, commit)
     except BadName:
         return False
     return True

@@ -14,31 +14,31 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.errors import ShoalError
-from shoal_common.logs import Log
-from shoal_common.store.verification_stamp import disprove, prove
+from shoal_common.logs import StructuredLogger
+from shoal_common.store.verification_stamp import clear_stamp, write_stamp
 from shoal_storage.files import leaf_hash_file
-from shoal_storage.files.atomic_file import sync
-from shoal_storage.files.blob_stat import PROVEN_MODE, blob_stamp
+from shoal_storage.files.atomic_file import fsync_path
+from shoal_storage.files.blob_stat import VERIFIED_MODE, stat_blob
 from shoal_storage.integrity import blob_check
-from shoal_storage.integrity.consequences import forget_useless
-from shoal_storage.ledger.entries import Stamp
+from shoal_storage.integrity.consequences import drop_obsolete_quarantine
+from shoal_storage.ledger.entries import BlobFileStat
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.scan.reconciler import Rescan
-from shoal_storage.store.store import Disk
+from shoal_storage.scan.reconciler import StoreReconciler
+from shoal_storage.store.store import Store
 
-log = Log("storage")
+log = StructuredLogger("storage")
 
-SETTLED_AFTER_S = 1.0
+UNMODIFIED_FOR_S = 1.0
 """Seconds without a write after which a file counts as complete: a copy either goes on or has ended."""
 
 
-class Judged(msgspec.Struct, frozen=True):
+class FileHash(msgspec.Struct, frozen=True):
     """Result of hashing a file."""
 
-    stamp: Stamp
+    stat: BlobFileStat
     intact: bool
-    why: str = ""
-    leaves: bytes = b""
+    reason: str = ""
+    leaf_hashes: bytes = b""
     """BLAKE3 of each leaf, concatenated."""
 
 
@@ -46,38 +46,38 @@ class _FileChanged(Exception):
     """The file is being written, or is gone."""
 
 
-class Prover:
+class UnverifiedBlobHasher:
     """Hashes unverified files."""
 
-    def __init__(self, disk: Disk, ledger: Ledger, section: asyncio.Lock, rescan: Rescan) -> None:
+    def __init__(self, disk: Store, ledger: Ledger, section: asyncio.Lock, rescan: StoreReconciler) -> None:
         self._disk, self._ledger, self._section, self._rescan = disk, ledger, section, rescan
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def idle(self) -> None:
+    async def wait_idle(self) -> None:
         """Return once no file waits to be hashed, except those still being written."""
         await self._idle.wait()
 
-    async def prove_forever(self) -> None:
+    async def hash_forever(self) -> None:
         """Hash, forever, each unverified file that was not hashed since it last changed."""
         while True:
             retry = False
-            self._rescan.unproven.clear()
-            if pending := due_to_prove(self._ledger):
+            self._rescan.unverified_found.clear()
+            if pending := next_to_verify(self._ledger):
                 self._idle.clear()
             for sha256 in pending:
                 retry = not await self._verify(sha256) or retry
             self._idle.set()
             try:
-                async with asyncio.timeout(SETTLED_AFTER_S if retry else None):
-                    await self._rescan.unproven.wait()
+                async with asyncio.timeout(UNMODIFIED_FOR_S if retry else None):
+                    await self._rescan.unverified_found.wait()
             except TimeoutError:
                 continue
 
     async def _verify(self, sha256: str) -> bool:
         """Hash one file and apply the result. Return False if it has to be hashed again."""
         try:
-            result = await asyncio.to_thread(judge, self._disk, sha256)
+            result = await asyncio.to_thread(verify_file, self._disk, sha256)
             if result is None:
                 return False
             async with self._section:
@@ -86,45 +86,47 @@ class Prover:
             log.warning("unverified file cannot be hashed", blob=sha256, error=str(e))
             return False
 
-    async def _apply(self, sha256: str, result: Judged) -> bool:
+    async def _apply(self, sha256: str, result: FileHash) -> bool:
         ledger = self._ledger
-        if sha256 not in ledger.unproven:
+        if sha256 not in ledger.unverified:
             return True  # removed, or a blob by now
         if result.intact:
-            if not await asyncio.to_thread(accept, self._disk, sha256, result):
+            if not await asyncio.to_thread(promote_to_blob, self._disk, sha256, result):
                 return False
-            del ledger.unproven[sha256]
-            ledger.wrong.pop(sha256, None)
-            ledger.blobs[sha256] = result.stamp.size_bytes
-            await forget_useless(self._disk, ledger)
-            log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stamp.size_bytes)
-            await self._rescan.announce_found()
+            del ledger.unverified[sha256]
+            ledger.corrupt.pop(sha256, None)
+            ledger.blobs[sha256] = result.stat.size_bytes
+            await drop_obsolete_quarantine(self._disk, ledger)
+            log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stat.size_bytes)
+            await self._rescan.publish_completed_models()
         else:
-            stamp = await asyncio.to_thread(refuse, self._disk, sha256, result.stamp)
+            stamp = await asyncio.to_thread(mark_corrupt, self._disk, sha256, result.stat)
             if stamp is None:
                 return False
-            ledger.unproven[sha256] = ledger.wrong[sha256] = stamp
+            ledger.unverified[sha256] = ledger.corrupt[sha256] = stamp
             path = self._disk.layout.blob(sha256)
-            log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.why)
-        await self._rescan.publish()
+            log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.reason)
+        await self._rescan.publish_state()
         return True
 
 
-def due_to_prove(ledger: Ledger) -> list[str]:
+def next_to_verify(ledger: Ledger) -> list[str]:
     """Return unverified files not hashed since they last changed, those incomplete models need first. Pure."""
-    needed = {b for m in ledger.broken.values() for b in m.blob_sizes}
+    needed = {b for m in ledger.incomplete.values() for b in m.blob_sizes}
     pending = [
-        b for b, stamp in ledger.unproven.items() if b not in ledger.wrong or not stamp.same_file(ledger.wrong[b])
+        b
+        for b, stamp in ledger.unverified.items()
+        if b not in ledger.corrupt or not stamp.same_file(ledger.corrupt[b])
     ]
     return sorted(pending, key=lambda b: (b not in needed, b))
 
 
-def judge(disk: Disk, sha256: str) -> Judged | None:
+def verify_file(disk: Store, sha256: str) -> FileHash | None:
     """Make a file's bytes durable and hash them; return None if the file is being written or is gone."""
     path = disk.layout.blob(sha256)
     before = _stat_of(path)
-    stamp = blob_stamp(disk.layout, path)
-    if before is None or stamp is None or 0 <= time.time() - before.st_mtime < SETTLED_AFTER_S:
+    stamp = stat_blob(disk.layout, path)
+    if before is None or stamp is None or 0 <= time.time() - before.st_mtime < UNMODIFIED_FOR_S:
         return None
 
     def require_unchanged(_: int) -> None:
@@ -132,48 +134,48 @@ def judge(disk: Disk, sha256: str) -> Judged | None:
             raise _FileChanged
 
     try:
-        sync(path)
+        fsync_path(path)
     except OSError as e:
-        return Judged(stamp, intact=False, why=str(e))
+        return FileHash(stamp, intact=False, reason=str(e))
     try:
-        checked = blob_check.check(disk, sha256, require_unchanged)
+        checked = blob_check.hash_blob(disk, sha256, require_unchanged)
         require_unchanged(0)
     except _FileChanged:
         return None
     if checked is None:
         return None
     reason = "" if checked.intact else "its bytes have another hash"
-    return Judged(stamp, checked.intact, reason, checked.leaves)
+    return FileHash(stamp, checked.intact, reason, checked.leaf_hashes)
 
 
-def accept(disk: Disk, sha256: str, judged: Judged) -> bool:
+def promote_to_blob(disk: Store, sha256: str, result: FileHash) -> bool:
     """Turn an intact file into a blob, durably. Return False if the file has changed since it was hashed."""
     path = disk.layout.blob(sha256)
-    stamp = blob_stamp(disk.layout, path)
-    if stamp is None or not stamp.same_file(judged.stamp):
+    stamp = stat_blob(disk.layout, path)
+    if stamp is None or not stamp.same_file(result.stat):
         return False
-    path.chmod(PROVEN_MODE)
-    prove(sha256, path)
-    leaf_hash_file.write(disk.layout, sha256, judged.leaves, path.lstat().st_mtime_ns)
-    sync(path)
-    sync(path.parent)
-    sync(path.parent.parent)
+    path.chmod(VERIFIED_MODE)
+    write_stamp(sha256, path)
+    leaf_hash_file.write(disk.layout, sha256, result.leaf_hashes, path.lstat().st_mtime_ns)
+    fsync_path(path)
+    fsync_path(path.parent)
+    fsync_path(path.parent.parent)
     return True
 
 
-def refuse(disk: Disk, sha256: str, stamp: Stamp) -> Stamp | None:
+def mark_corrupt(disk: Store, sha256: str, stat: BlobFileStat) -> BlobFileStat | None:
     """Ensure a corrupt file is never treated as the blob, also after a restart; its bytes are left as they are.
 
     Returns its stat afterwards, or None if the file has changed since it was hashed.
     """
     path = disk.layout.blob(sha256)
-    current = blob_stamp(disk.layout, path)
-    if current is None or not current.same_file(stamp):
+    current = stat_blob(disk.layout, path)
+    if current is None or not current.same_file(stat):
         return None
-    leaf_hash_file.remove(disk.layout, sha256)
-    disprove(sha256, path)
-    sync(path)
-    return blob_stamp(disk.layout, path)
+    leaf_hash_file.delete(disk.layout, sha256)
+    clear_stamp(sha256, path)
+    fsync_path(path)
+    return stat_blob(disk.layout, path)
 
 
 def _stat_of(path: Path) -> os.stat_result | None:

@@ -14,24 +14,24 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.errors import BadMessage, BadName
-from shoal_common.logs import Log
-from shoal_common.messages import Message, decode, encode
-from shoal_common.store.blob_lookup import AdoptedBlob
-from shoal_common.store.store_paths import Layout, model_of
-from shoal_storage.files.atomic_file import write_file
-from shoal_storage.ledger.library_model import Adopted, File, Verified
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages import WireStruct, decode, encode
+from shoal_common.store.blob_lookup import LibraryBlob
+from shoal_common.store.store_paths import StorePaths, model_from_directory
+from shoal_storage.files.atomic_file import replace_file
+from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile
 
-log = Log("libraries")
-
-
-class _VerifiedFile(Message):
-    files: dict[str, Verified] = {}
+log = StructuredLogger("libraries")
 
 
-def read_verified(layout: Layout) -> dict[str, Verified]:
+class _VerifiedFile(WireStruct):
+    files: dict[str, VerifiedFile] = {}
+
+
+def read_verified(layout: StorePaths) -> dict[str, VerifiedFile]:
     """Return the known hashes, by absolute path; nothing if the record is unreadable, and all is hashed again."""
     try:
-        return decode(layout.verified.read_bytes(), _VerifiedFile).files
+        return decode(layout.library_hashes.read_bytes(), _VerifiedFile).files
     except FileNotFoundError:
         return {}
     except (BadMessage, OSError) as e:
@@ -39,26 +39,28 @@ def read_verified(layout: Layout) -> dict[str, Verified]:
         return {}
 
 
-def write_verified(layout: Layout, verified: Mapping[str, Verified]) -> None:
+def write_verified(layout: StorePaths, verified: Mapping[str, VerifiedFile]) -> None:
     """Save the known hashes, durably. If that fails, the next start hashes again; nothing else is lost."""
-    path = layout.verified
+    path = layout.library_hashes
     try:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, encode(_VerifiedFile(files=dict(verified))))
+        replace_file(path, encode(_VerifiedFile(files=dict(verified))))
     except OSError as e:
         log.warning("library hashes cannot be saved; the next start hashes again", error=e.strerror)
 
 
-def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) -> None:
+def record_locations(layout: StorePaths, changed: Mapping[str, LibraryFile], blobs: Collection[str]) -> None:
     """Record where the `changed` blobs are; delete the records of blobs not in `blobs`."""
-    for path in layout.adopted_blobs.glob("*/*"):
-        if path.name not in all_of:
+    for path in layout.library_blobs.glob("*/*"):
+        if path.name not in blobs:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 path.parent.rmdir()
     for sha256, file in changed.items():
-        path, seen = layout.adopted_blob(sha256), file.seen
-        data = encode(AdoptedBlob(path=file.at, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, inode=seen.inode))
+        path, seen = layout.library_blob(sha256), file.stat
+        data = encode(
+            LibraryBlob(path=file.absolute_path, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, inode=seen.inode)
+        )
         with suppress(FileNotFoundError):
             if path.read_bytes() == data:
                 continue
@@ -68,10 +70,10 @@ def point(layout: Layout, changed: Mapping[str, File], all_of: Collection[str]) 
         fresh.replace(path)
 
 
-def note(layout: Layout, model: str) -> bool:
+def mark_offered(layout: StorePaths, model: str) -> bool:
     """Mark a library model as offered, before building its view, which startup would delete. Return whether new."""
     repo, _, commit = model.rpartition("@")
-    marker = layout.adopted_model(repo, commit)
+    marker = layout.library_model(repo, commit)
     is_new = not marker.exists()
     if is_new:
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -79,11 +81,11 @@ def note(layout: Layout, model: str) -> bool:
     return is_new
 
 
-def show(layout: Layout, adopted: Adopted) -> None:
+def build_view(layout: StorePaths, adopted: LibraryModel) -> None:
     """Build the view of a library model."""
     manifest = adopted.manifest
     view = layout.view(manifest.repo, manifest.commit)
-    targets = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].at for f in manifest.files}
+    targets = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].absolute_path for f in manifest.files}
     if _links_below(view) != targets:
         _remove_view(layout, manifest.repo, manifest.commit)
         for link, target in targets.items():
@@ -100,15 +102,15 @@ def _links_below(view: Path) -> dict[str, str]:
     return targets
 
 
-def hide(layout: Layout, model: str, with_view: bool) -> None:
+def unmark_offered(layout: StorePaths, model: str, with_view: bool) -> None:
     """Unmark a library model; delete its view too (`with_view`) unless the store has the model itself."""
     repo, _, commit = model.rpartition("@")
     if with_view:
         _remove_view(layout, repo, commit)
-    layout.adopted_model(repo, commit).unlink(missing_ok=True)
+    layout.library_model(repo, commit).unlink(missing_ok=True)
 
 
-def _remove_view(layout: Layout, repo: str, commit: str) -> None:
+def _remove_view(layout: StorePaths, repo: str, commit: str) -> None:
     view = layout.view(repo, commit)
     tomb = layout.tombs / f"{os.urandom(6).hex()}-{commit}"
     with suppress(FileNotFoundError):
@@ -118,12 +120,12 @@ def _remove_view(layout: Layout, repo: str, commit: str) -> None:
         view.parent.rmdir()
 
 
-def noted(layout: Layout) -> list[str]:
+def offered_models(layout: StorePaths) -> list[str]:
     """Return the library models (`org/name@commit`) that are marked as offered."""
     models = []
     with suppress(FileNotFoundError):
-        for path in layout.adopted_models.iterdir():
+        for path in layout.library_models.iterdir():
             directory, _, commit = path.name.rpartition("@")
             with suppress(BadName):
-                models.append(model_of(directory, commit))
+                models.append(model_from_directory(directory, commit))
     return models

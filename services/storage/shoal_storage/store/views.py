@@ -20,8 +20,8 @@ from pathlib import Path
 
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.blob_lookup import find_blob
-from shoal_common.store.store_paths import Layout, file_in
-from shoal_storage.ledger.lease import Lease
+from shoal_common.store.store_paths import StorePaths, view_file_path
+from shoal_storage.ledger.lease import ModelLease
 
 _MODE = 0o444
 _FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # in the standard library from Python 3.12 on
@@ -29,20 +29,20 @@ _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EINVAL, errno
 _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
-def build_view(layout: Layout, manifest: Manifest) -> None:
+def build_view(layout: StorePaths, manifest: Manifest) -> None:
     """Build or repair a model's public view."""
-    build(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
+    link_files(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
 
 
-def build(layout: Layout, files: Mapping[str, str], view: Path, arriving: Container[str] = ()) -> None:
+def link_files(layout: StorePaths, files: Mapping[str, str], view: Path, arriving: Container[str] = ()) -> None:
     """Link blobs (sha256) under a model's file paths; of those in `arriving`, the partial blobs. Raises OSError.
 
     An existing file that is not the blob (a foreign file, a link to what the blob was before) is replaced.
     """
     methods = list(_METHODS)
     for path, sha256 in files.items():
-        target, blob = file_in(view, path), _file_of(layout, sha256, sha256 in arriving)
-        if is_blob(target, blob):
+        target, blob = view_file_path(view, path), _file_of(layout, sha256, sha256 in arriving)
+        if links_to_blob(target, blob):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -52,12 +52,12 @@ def build(layout: Layout, files: Mapping[str, str], view: Path, arriving: Contai
             _symlink(blob, target)  # a hard link would change a file of the library
 
 
-def _file_of(layout: Layout, sha256: str, arriving: bool) -> Path:
+def _file_of(layout: StorePaths, sha256: str, arriving: bool) -> Path:
     data = layout.partial(sha256) / "data"
     return data if arriving and data.is_file() else find_blob(layout, sha256)
 
 
-def is_blob(target: Path, blob: Path) -> bool:
+def links_to_blob(target: Path, blob: Path) -> bool:
     """Whether a view's file is the blob: the same file, a link to it, or an unmodified reflink of it."""
     try:
         blob_stat = blob.stat()
@@ -73,7 +73,7 @@ def is_blob(target: Path, blob: Path) -> bool:
     )
 
 
-def remove_view(view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()) -> None:
+def delete_view(view: Path, manifest: Manifest | None, times: Container[tuple[int, int]] = ()) -> None:
     """Delete the files that a manifest names; without a manifest, those that are links or reflinks of blobs.
 
     `times` has the size and mtime_ns of every blob that may have reflinks. Directories that become empty are deleted.
@@ -93,26 +93,28 @@ def remove_view(view: Path, manifest: Manifest | None, times: Container[tuple[in
 def _is_link(path: Path, times: Container[tuple[int, int]]) -> bool:
     file_stat = path.lstat()
     if stat.S_ISLNK(file_stat.st_mode):
-        return names_a_blob(path.readlink())
+        return is_blob_path(path.readlink())
     return file_stat.st_nlink > 1 or (file_stat.st_size, file_stat.st_mtime_ns) in times
 
 
-def names_a_blob(path: Path) -> bool:
+def is_blob_path(path: Path) -> bool:
     """Whether a path is a blob's path, on any volume."""
     *_, blobs, kind, start, sha256 = ("", "", "", "", *path.parts)
     return (blobs, kind) == ("blobs", "sha256") and len(sha256) == 64 and sha256.startswith(start) and len(start) == 2
 
 
-def places_of(layout: Layout, sha256: str, manifests: Iterable[Manifest], leases: Iterable[Lease]) -> list[Path]:
+def view_paths_of(
+    layout: StorePaths, sha256: str, manifests: Iterable[Manifest], leases: Iterable[ModelLease]
+) -> list[Path]:
     """Return the paths of a blob in the views of these manifests and leases."""
     paths = [layout.view_file(m, f.path) for m in manifests for f in m.files if f.sha256 == sha256]
     for lease in leases:
         view = layout.lease_view(lease.id)
-        paths += [file_in(view, path) for path, blob in lease.files.items() if blob == sha256]
+        paths += [view_file_path(view, path) for path, blob in lease.files.items() if blob == sha256]
     return paths
 
 
-def unlink(paths: Iterable[Path], inode: int | None = None) -> set[Path]:
+def delete_files(paths: Iterable[Path], inode: int | None = None) -> set[Path]:
     """Delete these files of views, all or only those with this inode. Returns their directories."""
     directories = set()
     for path in paths:
@@ -123,7 +125,7 @@ def unlink(paths: Iterable[Path], inode: int | None = None) -> set[Path]:
     return directories
 
 
-def _link(blob: Path, target: Path, methods: list[Way]) -> None:
+def _link(blob: Path, target: Path, methods: list[LinkMethod]) -> None:
     while True:
         link, refusals = methods[0]
         try:
@@ -174,5 +176,5 @@ def _symlink(blob: Path, target: Path) -> None:
     target.symlink_to(blob)
 
 
-Way = tuple[Callable[[Path, Path], None], tuple[int, ...]]
-_METHODS: tuple[Way, ...] = ((_reflink, _NO_REFLINK), (_hard_link, _NO_HARD_LINK), (_symlink, ()))
+LinkMethod = tuple[Callable[[Path, Path], None], tuple[int, ...]]
+_METHODS: tuple[LinkMethod, ...] = ((_reflink, _NO_REFLINK), (_hard_link, _NO_HARD_LINK), (_symlink, ()))

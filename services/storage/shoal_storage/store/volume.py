@@ -21,34 +21,34 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shoal_common.errors import BadInput, ShoalError, Unsupported
-from shoal_common.logs import Log
-from shoal_common.store.blob_lookup import further_roots
-from shoal_common.store.mounts import LYING_LOCKS, kind_of, mounts
-from shoal_common.store.store_paths import Layout
-from shoal_common.store.verification_stamp import prove
-from shoal_storage.files.atomic_file import make_directory, sync, write_file
-from shoal_storage.files.ballast import ReserveFile
-from shoal_storage.files.real_path import real_root
+from shoal_common.logs import StructuredLogger
+from shoal_common.store.blob_lookup import read_volumes
+from shoal_common.store.mounts import NETWORK_FILE_SYSTEMS, file_system_of, mounts
+from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.verification_stamp import write_stamp
+from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
+from shoal_storage.files.ballast import BallastFile
+from shoal_storage.files.real_path import resolve_path
 from shoal_storage.files.store_lock import take_lock
 
-log = Log("volumes")
+log = StructuredLogger("volumes")
 
-FURTHER_VERSION = "1"
+VOLUME_VERSION = "1"
 _VERSION = re.compile(r"further (\d+) ([0-9a-f]{16})")
 _ID_BYTES = 8
 
 
-class Away(Exception):
+class VolumeMissing(Exception):
     """A volume is not at its path; the message says what is there instead."""
 
 
-class FurtherRoot:
+class Volume:
     """An open volume, locked against other processes."""
 
-    def __init__(self, path: Path, identity: str, lock: BinaryIO, reserve_bytes: int) -> None:
-        self.path, self.id = path, identity
-        self.layout = Layout(path)
-        self.reserve = ReserveFile(self.layout.reserve, reserve_bytes)
+    def __init__(self, path: Path, volume_id: str, lock: BinaryIO, ballast_bytes: int) -> None:
+        self.path, self.id = path, volume_id
+        self.layout = StorePaths(path)
+        self.ballast = BallastFile(self.layout.ballast, ballast_bytes)
         self._lock = lock
         self._fd = os.open(path, os.O_RDONLY)
         self._closing = weakref.finalize(self, os.close, self._fd)
@@ -58,7 +58,7 @@ class FurtherRoot:
         self._lock.close()
         self._closing()
 
-    def is_there(self) -> bool:
+    def is_mounted(self) -> bool:
         """Return whether the opened volume is still mounted at its path."""
         try:
             same = os.path.samestat(os.fstat(self._fd), self.path.stat())
@@ -77,32 +77,32 @@ class FurtherRoot:
         return s.f_bavail * s.f_frsize
 
 
-def open_root(
-    store: Layout, path: Path, reserve_bytes: int = 0, others: Iterable[tuple[str, Path]] = ()
-) -> FurtherRoot:
+def open_volume(
+    store: StorePaths, path: Path, ballast_bytes: int = 0, others: Iterable[tuple[str, Path]] = ()
+) -> Volume:
     """Open a volume of a store; create it if the store has no record of it and none exists at the path.
 
     Never creates one on the file system of one of `others`. Raises VolumeMissing; Claimed, naming the holder;
     Unsupported and BadInput for a path that cannot be a volume; OSError.
     """
-    recorded_id = next((volume_id for volume_id, volume_path in further_roots(store) if volume_path == path), "")
-    paths = Layout(path)
+    recorded_id = next((volume_id for volume_id, volume_path in read_volumes(store) if volume_path == path), "")
+    paths = StorePaths(path)
     volume_id = _read_id(paths)
     if recorded_id and volume_id != recorded_id:
-        raise Away(
+        raise VolumeMissing(
             f"another volume ({volume_id}) is mounted there: remove this volume from the settings and add it again"
             if volume_id
             else "it is not mounted: mount its disk"
         )
     _refuse_unfit(path)
     if not volume_id:
-        refuse_same_disk(path, others)
+        reject_same_disk(path, others)
     if not path.exists() and path.parent.is_dir():
         path.mkdir()
-        sync(path.parent)
+        fsync_path(path.parent)
     lock = take_lock(paths.lock, f"the volume at {path}", f"the store at {store.root}, pid {os.getpid()}")
     try:
-        if not prove("0" * 64, paths.lock):
+        if not write_stamp("0" * 64, paths.lock):
             raise Unsupported(
                 f"the file system of {path} does not keep nanoseconds in mtimes, which mark verified blobs: give a "
                 "directory on another disk"
@@ -111,42 +111,42 @@ def open_root(
             make_directory(directory)
         if not volume_id:
             volume_id = os.urandom(_ID_BYTES).hex()
-            write_file(paths.version, f"further {FURTHER_VERSION} {volume_id}".encode())
-        volume = FurtherRoot(path, volume_id, lock, reserve_bytes)
-        volume.reserve.look()
+            replace_file(paths.version, f"further {VOLUME_VERSION} {volume_id}".encode())
+        volume = Volume(path, volume_id, lock, ballast_bytes)
+        volume.ballast.read_size()
         return volume
     except BaseException:
         lock.close()
         raise
 
 
-def remember(store: Layout, volume: FurtherRoot) -> None:
+def record_volume(store: StorePaths, volume: Volume) -> None:
     """Record a volume's path, durably: from then on nothing else at that path is accepted as the volume."""
-    link = store.further / volume.id
+    link = store.volumes / volume.id
     with suppress(OSError):
         if link.readlink() == volume.path:
             return
-    make_directory(store.further)
+    make_directory(store.volumes)
     link.unlink(missing_ok=True)
     link.symlink_to(volume.path)
-    sync(store.further)
+    fsync_path(store.volumes)
 
 
-def forget_others(store: Layout, configured: Iterable[Path]) -> None:
+def remove_unconfigured(store: StorePaths, configured: Iterable[Path]) -> None:
     """Delete the records of volumes other than those at these paths."""
     kept = set(configured)
-    for volume_id, path in further_roots(store):
+    for volume_id, path in read_volumes(store):
         if path not in kept:
-            (store.further / volume_id).unlink(missing_ok=True)
-            sync(store.further)
+            (store.volumes / volume_id).unlink(missing_ok=True)
+            fsync_path(store.volumes)
 
 
-def refuse_overlap(volumes: Iterable[str], libraries: Iterable[str], store: Path) -> None:
+def reject_overlap(volumes: Iterable[str], libraries: Iterable[str], store: Path) -> None:
     """Raise BadInput for a volume inside, or around, the store, a library or another volume."""
     others = [(f"the store at {store}", Path(os.path.realpath(store)))]
-    others += [(f"the library {library}", real_root(library)) for library in libraries]
+    others += [(f"the library {library}", resolve_path(library)) for library in libraries]
     for volume in volumes:
-        real = real_root(volume)
+        real = resolve_path(volume)
         for name, other in others:
             if real.is_relative_to(other) or other.is_relative_to(real):
                 raise BadInput(
@@ -155,7 +155,7 @@ def refuse_overlap(volumes: Iterable[str], libraries: Iterable[str], store: Path
         others.append((f"the volume {volume}", real))
 
 
-def refuse_same_disk(path: Path, others: Iterable[tuple[str, Path]]) -> None:
+def reject_same_disk(path: Path, others: Iterable[tuple[str, Path]]) -> None:
     """Raise BadInput for a volume on a file system in use by one of `others`, given as names and paths."""
     device = (path if path.exists() else path.parent).stat().st_dev
     for name, other in others:
@@ -173,15 +173,15 @@ def _refuse_unfit(path: Path) -> None:
         raise BadInput(
             f"neither {path} nor {path.parent} is a directory: mount its disk, or create the directory", param="roots"
         )
-    kind = kind_of(path, mounts())
-    if kind in LYING_LOCKS:
+    kind = file_system_of(path, mounts())
+    if kind in NETWORK_FILE_SYSTEMS:
         raise Unsupported(
             f"{path} is on {kind}, where locks do not hold between machines, so two nodes could write to it: give a "
             "directory on a local disk"
         )
 
 
-def _read_id(paths: Layout) -> str:
+def _read_id(paths: StorePaths) -> str:
     """Return the id of the volume at this path; "" if none. Raises BadInput, Unsupported for anything else."""
     try:
         version = paths.version.read_text().strip()
@@ -194,6 +194,6 @@ def _read_id(paths: Layout) -> str:
             "give an empty directory, or add a store as a library",
             param="roots",
         )
-    if match.group(1) != FURTHER_VERSION:
+    if match.group(1) != VOLUME_VERSION:
         raise Unsupported(f"the volume at {paths.root} has format {match.group(1)}: update Shoal")
     return match.group(2)

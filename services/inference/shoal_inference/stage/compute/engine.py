@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 
 from shoal_inference.stage.compute import architectures, mlx_lm_adapter, prefill
-from shoal_inference.stage.compute.shard import Shard, load_shard
+from shoal_inference.stage.compute.shard import LoadedShard, load_shard
 from shoal_inference.stage.errors import ComputeFailed, LoadFailed
-from shoal_inference.stage.ipc.messages import FinishReason, Generate, Loaded, Start
+from shoal_inference.stage.ipc.messages import FinishReason, Loaded, Start, StartRequest
 from shoal_inference.stage.ring.frames import ITEM_BYTES, Dtype, Open
 
 _WIRE = {mx.bfloat16: Dtype.BF16, mx.float16: Dtype.F16, mx.float32: Dtype.F32}
@@ -69,7 +69,7 @@ def step_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-class _Answer:
+class _Sampler:
     """The last rank's side of a request: numbering, sampling, text."""
 
     def __init__(self, ask: Open, tokenizer: mlx_lm_adapter.Tokenizer) -> None:
@@ -90,9 +90,9 @@ class _Answer:
         return Sampled(self.index - 1, token, text, reason)
 
 
-class _Session(msgspec.Struct):
+class _SessionState(msgspec.Struct):
     caches: list[mlx_lm_adapter.Cache]
-    answer: _Answer | None
+    answer: _Sampler | None
 
 
 class Engine:
@@ -100,9 +100,9 @@ class Engine:
 
     def __init__(self, start: Start) -> None:
         self._start = start
-        self._shard: Shard | None = None
+        self._shard: LoadedShard | None = None
         self._tokenizer: mlx_lm_adapter.Tokenizer | None = None
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[bytes, _SessionState] = {}
         self.context_tokens = 0
 
     def load(self) -> Loaded:
@@ -141,7 +141,7 @@ class Engine:
             model_type=model_type,
         )
 
-    def plan(self, ask: Generate) -> tuple[prefill.Plan, frozenset[int]]:
+    def plan(self, ask: StartRequest) -> tuple[prefill.PrefillPlan, frozenset[int]]:
         """Rank 0: tokenise and admit. Also the ids that end an answer. Raises RequestError."""
         shard, tokenizer = self._ready()
         stop = tokenizer.eos_token_ids | frozenset(ask.stop_token_ids)
@@ -158,8 +158,8 @@ class Engine:
         """Begin a request with empty caches."""
         if self._shard is None:
             raise ComputeFailed("the stage has not loaded its model yet")
-        answer = _Answer(ask, self._ready()[1]) if self._shard.is_last else None
-        self._sessions[session] = _Session(self._shard.make_caches(), answer)
+        answer = _Sampler(ask, self._ready()[1]) if self._shard.is_last else None
+        self._sessions[session] = _SessionState(self._shard.make_caches(), answer)
 
     def run(self, session: bytes, given: Sequence[int] | Hidden, sample: bool) -> Hidden | Sampled | None:
         """One pass. On the last rank: the token, or None for a chunk of the prompt. Elsewhere the hidden state."""
@@ -195,14 +195,14 @@ class Engine:
         """Sessions, active bytes and peak bytes."""
         return len(self._sessions), mx.get_active_memory(), mx.get_peak_memory()
 
-    def _sample(self, shard: Shard, answer: _Answer, h: mx.array) -> Sampled:
+    def _sample(self, shard: LoadedShard, answer: _Sampler, h: mx.array) -> Sampled:
         if answer.ask.temperature > 0:
             # mlx-lm samples from the global state; requests interleave, so it is set for each token.
             mx.random.seed(step_seed(answer.ask.seed, answer.index))
         token: Any = answer.sampler(shard.log_probabilities(h)).item()
         return answer.take(int(token))
 
-    def _ready(self) -> tuple[Shard, mlx_lm_adapter.Tokenizer]:
+    def _ready(self) -> tuple[LoadedShard, mlx_lm_adapter.Tokenizer]:
         if self._shard is None or self._tokenizer is None:
             raise ComputeFailed("the stage has not loaded its model, or has no tokenizer")
         return self._shard, self._tokenizer

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
-from shoal_inference.stage.errors import BadInput, PromptTooLong
-from shoal_inference.stage.ipc.messages import FinishReason, Generate
+from shoal_inference.stage.errors import ContextExceeded, InvalidRequest
+from shoal_inference.stage.ipc.messages import FinishReason, StartRequest
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class PrefillPlan(msgspec.Struct, frozen=True, kw_only=True):
     """An admitted request: what is fed, and how long the answer may become."""
 
     feed: tuple[int, ...]
@@ -32,33 +32,33 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def admit(
-    ask: Generate,
+    ask: StartRequest,
     prompt: Sequence[int],
     *,
     context_tokens: int,
     vocabulary: int,
     stop_token_ids: Collection[int],
-) -> Plan:
+) -> PrefillPlan:
     """The plan for a tokenised request, or BadInput or PromptTooLong before anything is computed."""
     if not prompt:
-        raise BadInput("the prompt is empty: send at least one token")
+        raise InvalidRequest("the prompt is empty: send at least one token")
     # An id outside the embedding is not an error to MLX: it reads whatever lies there.
     strange = next((t for t in (*prompt, *ask.generated) if not 0 <= t < vocabulary), None)
     if strange is not None:
-        raise BadInput(f"token id {strange} is not in the model's vocabulary of {vocabulary}")
+        raise InvalidRequest(f"token id {strange} is not in the model's vocabulary of {vocabulary}")
     if ask.max_tokens < 1:
-        raise BadInput(f"max_tokens is {ask.max_tokens}; give at least 1")
+        raise InvalidRequest(f"max_tokens is {ask.max_tokens}; give at least 1")
     if not ask.temperature >= 0 or not 0 < ask.top_p <= 1:
-        raise BadInput(
+        raise InvalidRequest(
             f"temperature {ask.temperature} or top_p {ask.top_p} is out of range: temperature >= 0, 0 < top_p <= 1"
         )
     if len(prompt) >= context_tokens:
-        raise PromptTooLong(
+        raise ContextExceeded(
             f"the prompt has {len(prompt)} tokens and the context only {context_tokens}: shorten the prompt, "
             "or run the model with more context"
         )
     max_tokens = min(ask.max_tokens, context_tokens - len(prompt))
-    return Plan(
+    return PrefillPlan(
         feed=(*prompt, *ask.generated),
         prompt_tokens=len(prompt),
         max_tokens=max_tokens,

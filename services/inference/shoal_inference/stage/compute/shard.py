@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 
 from shoal_inference.stage.compute import mlx_lm_adapter
-from shoal_inference.stage.compute.slice_bounds_check import require_within
+from shoal_inference.stage.compute.slice_bounds_check import check_leaves_present
 from shoal_inference.stage.errors import LoadFailed
 
 Layer = Callable[[mx.array, Any, mlx_lm_adapter.Cache], mx.array]
 
 
-class Shard:
+class LoadedShard:
     """`layers[first:last]` of a model, with the embedding on rank 0 and norm and head on the last rank."""
 
     def __init__(self, model: mlx_lm_adapter.Model, first_layer: int, last_layer: int) -> None:
@@ -94,15 +94,15 @@ class Shard:
 
 def load_shard(
     model_dir: Path, first_layer: int, last_layer: int, leaves: Mapping[str, Sequence[Sequence[int]]] | None = None
-) -> Shard:
+) -> LoadedShard:
     """Cut and read the shard; what does not load raises LoadFailed with mlx-lm's words.
 
     `leaves`: of files of which not all is there, the leaves that are. LoadFailed when the shard reads others.
     """
     try:
-        shard = Shard(mlx_lm_adapter.load_lazy(model_dir), first_layer, last_layer)
+        shard = LoadedShard(mlx_lm_adapter.load_lazy(model_dir), first_layer, last_layer)
         if leaves:
-            require_within(model_dir, first_layer, last_layer, leaves, shard.weight_bytes)
+            check_leaves_present(model_dir, first_layer, last_layer, leaves, shard.weight_bytes)
         shard.read()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise LoadFailed(f"cannot load the model's files: {type(error).__name__}: {error}") from error

@@ -13,7 +13,7 @@ from shoal_common.store import leaf_set
 from shoal_inference.stage.errors import LoadFailed
 
 
-def require_within(
+def check_leaves_present(
     model_dir: Path,
     first_layer: int,
     last_layer: int,
@@ -29,16 +29,16 @@ def require_within(
         stage = StageTensors(json.loads((model_dir / "config.json").read_bytes()), first_layer, last_layer)
         for path in sorted(model_dir.glob("model*.safetensors")):
             size_bytes = path.stat().st_size
-            there = leaf_set.whole(size_bytes)
+            there = leaf_set.all_leaves(size_bytes)
             if path.name in leaves:
-                there = leaf_set.of_ranges(leaves[path.name], size_bytes)
+                there = leaf_set.from_ranges(leaves[path.name], size_bytes)
             if not there & 1:
                 raise LoadFailed(f"the header of {path.name} is missing: download these layers again")
             for name, (start, end) in read_ranges(path).items():
                 if not stage.needs(name):
                     continue
                 own_bytes += end - start
-                if leaf_set.covering(start, end) & ~there:
+                if leaf_set.leaves_of_bytes(start, end) & ~there:
                     raise LoadFailed(
                         f"tensor {name} of {path.name} is missing or incomplete: download these layers again"
                     )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal_common.models.kv_cache import REQUESTS_AT_ONCE
+from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """Longest line either side accepts: a prompt of a million token ids fits."""
@@ -22,21 +22,21 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+class PromptMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a chat; `role` and `content` go to the model's own template as they are."""
 
     role: str
     content: str
 
 
-class _Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+class _IpcMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
     """Base of what crosses the socketpair; `type` is the class's name in lower case."""
 
 
 # parent → child
 
 
-class Start(_Line, frozen=True, kw_only=True):
+class Start(_IpcMessage, frozen=True, kw_only=True):
     """Who this stage is, what it loads and its limits. The first line; never repeated."""
 
     instance: str
@@ -66,8 +66,8 @@ class Start(_Line, frozen=True, kw_only=True):
     """For a handshake, for writing a frame, and for the rest of one whose first byte has come."""
     idle_limit_s: float = 0.0
     """After this long without a frame a request's caches are dropped; 0 means 4 * step_timeout_s."""
-    max_requests: int = REQUESTS_AT_ONCE
-    answers: int = 1
+    max_requests: int = MAX_REQUESTS_PER_INSTANCE
+    max_parallel_answers: int = 1
     """Answers as long as the context for which there is room at once; more requests than that share it."""
 
     def node_of(self, rank: int) -> str:
@@ -75,14 +75,14 @@ class Start(_Line, frozen=True, kw_only=True):
         return self.nodes[rank] if rank < len(self.nodes) else "-"
 
 
-class Link(_Line, frozen=True, kw_only=True):
+class SetSuccessor(_IpcMessage, frozen=True, kw_only=True):
     """Where the next stage listens. Said again when it was reborn elsewhere."""
 
     host: str
     port: int
 
 
-class Generate(_Line, frozen=True, kw_only=True):
+class StartRequest(_IpcMessage, frozen=True, kw_only=True):
     """Answer a prompt; rank 0 only. A request that is in flight already is not started twice.
 
     `max_tokens` counts the whole answer, `generated` included: those are fed after the prompt and not said again.
@@ -90,7 +90,7 @@ class Generate(_Line, frozen=True, kw_only=True):
 
     request: str
     reply: str = ""
-    prompt: str | tuple[Message | int, ...]
+    prompt: str | tuple[PromptMessage | int, ...]
     """Text as it is, or token ids, or a chat for the model's template."""
     max_tokens: int
     temperature: float = 0.0
@@ -101,30 +101,30 @@ class Generate(_Line, frozen=True, kw_only=True):
     """Besides the model's own end-of-text ids."""
 
 
-class Cancel(_Line, frozen=True, kw_only=True):
+class Cancel(_IpcMessage, frozen=True, kw_only=True):
     """Stop a request; rank 0 only. The answer ends with `finish_reason` "cancelled". Unknown ones are ignored."""
 
     request: str
 
 
-class Probe(_Line, frozen=True, kw_only=True):
+class GetStats(_IpcMessage, frozen=True, kw_only=True):
     """Ask for `Stats`. Nothing sends figures unasked: an idle stage is silent."""
 
 
-class Stop(_Line, frozen=True, kw_only=True):
+class Stop(_IpcMessage, frozen=True, kw_only=True):
     """Close everything and exit with status 0."""
 
 
 # child → parent
 
 
-class Listening(_Line, frozen=True, kw_only=True):
+class Listening(_IpcMessage, frozen=True, kw_only=True):
     """The port predecessors connect to; 0 with a single stage, which has no sockets."""
 
     port: int
 
 
-class Loaded(_Line, frozen=True, kw_only=True):
+class Loaded(_IpcMessage, frozen=True, kw_only=True):
     """The own layers are in memory. Bytes by MLX's count; `weight_bytes` is what the own tensors must take."""
 
     weight_bytes: int
@@ -135,11 +135,11 @@ class Loaded(_Line, frozen=True, kw_only=True):
     model_type: str
 
 
-class Linked(_Line, frozen=True, kw_only=True):
+class Linked(_IpcMessage, frozen=True, kw_only=True):
     """Predecessor and successor are both connected and proven."""
 
 
-class Unlinked(_Line, frozen=True, kw_only=True):
+class Unlinked(_IpcMessage, frozen=True, kw_only=True):
     """One of them is gone. The stage keeps its weights, listens, and tries the last `Link` address."""
 
     reason: str
@@ -147,7 +147,7 @@ class Unlinked(_Line, frozen=True, kw_only=True):
     """The neighbour that was lost."""
 
 
-class Accepted(_Line, frozen=True, kw_only=True):
+class RequestAccepted(_IpcMessage, frozen=True, kw_only=True):
     """Rank 0 has tokenised the prompt and starts prefill. `max_tokens` is what fits the context."""
 
     request: str
@@ -155,7 +155,7 @@ class Accepted(_Line, frozen=True, kw_only=True):
     max_tokens: int
 
 
-class Token(_Line, frozen=True, kw_only=True):
+class Token(_IpcMessage, frozen=True, kw_only=True):
     """One token, from the last rank. `index` counts from 0 over the whole answer, without gaps.
 
     With `finish_reason` "stop" `token` is the end-of-text id and `text` what was held back; with "cancelled", and
@@ -170,7 +170,7 @@ class Token(_Line, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class Failed(_Line, frozen=True, kw_only=True):
+class RequestFailed(_IpcMessage, frozen=True, kw_only=True):
     """A request ended without an answer. See `errors` for the codes."""
 
     request: str
@@ -179,7 +179,7 @@ class Failed(_Line, frozen=True, kw_only=True):
     message: str
 
 
-class Stats(_Line, frozen=True, kw_only=True):
+class StageStats(_IpcMessage, frozen=True, kw_only=True):
     """The answer to `Probe`: `requests` known to the stage, `sessions` whose caches MLX holds."""
 
     requests: int
@@ -193,13 +193,13 @@ class Stats(_Line, frozen=True, kw_only=True):
     """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
 
 
-class Waiting(_Line, frozen=True, kw_only=True):
+class Waiting(_IpcMessage, frozen=True, kw_only=True):
     """An accepted request waits for room in the cache, and is not forgotten; rank 0 says it now and then."""
 
     request: str
 
 
-class Pace(_Line, frozen=True, kw_only=True):
+class PassTiming(_IpcMessage, frozen=True, kw_only=True):
     """How long passes of one token of one answer have taken, computing alone: their median, and how many. Told by a
     stage that works, every 10 s at most."""
 
@@ -207,15 +207,27 @@ class Pace(_Line, frozen=True, kw_only=True):
     passes: int
 
 
-class Fatal(_Line, frozen=True, kw_only=True):
+class Fatal(_IpcMessage, frozen=True, kw_only=True):
     """The child cannot go on and exits with status 1."""
 
     code: str
     message: str
 
 
-ToChild = Start | Link | Generate | Cancel | Probe | Stop
-FromChild = Listening | Loaded | Linked | Unlinked | Accepted | Token | Failed | Stats | Waiting | Pace | Fatal
+ToChild = Start | SetSuccessor | StartRequest | Cancel | GetStats | Stop
+FromChild = (
+    Listening
+    | Loaded
+    | Linked
+    | Unlinked
+    | RequestAccepted
+    | Token
+    | RequestFailed
+    | StageStats
+    | Waiting
+    | PassTiming
+    | Fatal
+)
 
 _encoder = msgspec.json.Encoder()
 _to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)

@@ -6,20 +6,20 @@ import asyncio
 
 import msgspec
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.engine import Hidden
-from shoal_inference.stage.errors import Busy, ComputeFailed, RequestError, StageTimeout
-from shoal_inference.stage.requests.pipeline import Core
-from shoal_inference.stage.requests.request_table import Entry
+from shoal_inference.stage.errors import ComputeFailed, RequestError, StageBusy, StageTimeout
+from shoal_inference.stage.requests.pipeline import StagePipeline
+from shoal_inference.stage.requests.request_table import RequestState
 from shoal_inference.stage.ring.frames import End, Flag, Frame, Kind, Open
 
-log = Log("stage.follower")
+log = StructuredLogger("stage.follower")
 
 
-class Follow:
+class FollowerDriver:
     """Handles one frame at a time; what it has not taken yet waits in the socket, and slows its sender."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: StagePipeline) -> None:
         self._core = core
 
     async def on_frame(self, frame: Frame) -> None:
@@ -38,7 +38,7 @@ class Follow:
             try:
                 await self._hidden(frame, entry)
             except RequestError as error:
-                core.give_up(entry, error)
+                core.fail_request(entry, error)
 
     async def sweep(self) -> None:
         """For ever: end requests whose frames have stopped coming. Sleeps while there are none."""
@@ -51,7 +51,7 @@ class Follow:
             for entry in core.requests:
                 if loop.time() - entry.touched_s > limit_s:
                     what = f"rank {core.start.rank} received no frame of request {entry.request} for {limit_s} s"
-                    core.give_up(entry, StageTimeout(f"{what}; its caches are freed"))
+                    core.fail_request(entry, StageTimeout(f"{what}; its caches are freed"))
 
     async def _open(self, frame: Frame) -> None:
         core, key = self._core, frame.header.request
@@ -60,23 +60,23 @@ class Follow:
         except msgspec.MsgspecError as error:
             log.warning("undecodable OPEN frame dropped", reason=str(error))
             return
-        entry = Entry(key, ask.request, ask.reply, asyncio.get_running_loop().time())
+        entry = RequestState(key, ask.request, ask.reply, asyncio.get_running_loop().time())
         entry.next_index = ask.first_index
         full = len(core.requests) >= core.start.max_requests
         core.requests.add(entry)
         try:
             if full:
-                raise Busy(
+                raise StageBusy(
                     f"rank {core.start.rank} has {core.start.max_requests} requests in flight, the most it allows"
                 )
             await core.on_thread(core.engine.open, key, ask)
         except RequestError as error:
-            core.give_up(entry, error)
+            core.fail_request(entry, error)
             return
         if not core.is_last and core.requests.get(key) is entry:
-            core.tell(frame)
+            core.send_control(frame)
 
-    async def _hidden(self, frame: Frame, entry: Entry) -> None:
+    async def _hidden(self, frame: Frame, entry: RequestState) -> None:
         core, header = self._core, frame.header
         if header.kind is not Kind.HIDDEN or header.seq != entry.next_seq + 1:
             raise ComputeFailed(
@@ -89,7 +89,7 @@ class Follow:
         sample = Flag.SAMPLE in header.flags
         await core.step(entry, hidden, sample, compute_s=core.start.step_timeout_s)
 
-    def _end(self, frame: Frame, entry: Entry | None) -> None:
+    def _end(self, frame: Frame, entry: RequestState | None) -> None:
         """END and FAIL free what is held here and go on to those who may hold more; unknown ones are normal."""
         core, kind = self._core, frame.header.kind
         if entry is not None and core.is_last and kind is Kind.END and _reason(frame) == "cancelled":
@@ -97,7 +97,7 @@ class Follow:
         elif entry is not None:
             core.requests.end(entry)
         if kind is Kind.FAIL or not core.is_last:
-            core.tell(frame)
+            core.send_control(frame)
 
 
 def _reason(frame: Frame) -> str:

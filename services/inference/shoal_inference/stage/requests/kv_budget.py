@@ -13,11 +13,11 @@ from collections.abc import Callable
 from shoal_common.models.kv_cache import cache_steps
 
 
-class Displaced(Exception):
+class Preempted(Exception):
     """This request has to give its room back, and to begin again later."""
 
 
-class Room:
+class KvBudget:
     """Who has how much of it. For one event loop."""
 
     def __init__(self, context_tokens: int, answers: int) -> None:
@@ -36,7 +36,7 @@ class Room:
         """What nobody has taken."""
         return self._whole - sum(self._taken.values())
 
-    async def enter(self, key: bytes, tokens: int, again: bool = False) -> None:
+    async def acquire(self, key: bytes, tokens: int, again: bool = False) -> None:
         """Take room for the tokens that a request begins with, once there is some and nobody goes before it.
 
         One that was displaced, `again`, goes before all that wait; those that grow go before it.
@@ -51,7 +51,7 @@ class Room:
             self._waiting.remove(key)
             self._tell()
 
-    async def grow(self, key: bytes, tokens: int) -> None:
+    async def extend(self, key: bytes, tokens: int) -> None:
         """Have room for so many tokens in all, and wait until younger ones have given it.
 
         Raises Displaced where an older one needs what this one has, or this one is the youngest itself.
@@ -61,23 +61,23 @@ class Room:
             self._growing.add(key)
             try:
                 while more > self.free_steps and key not in self._leaving:
-                    self._displace(key, more)
+                    self._preempt_youngest(key, more)
                     self._tell()
                     await self._until(lambda: key in self._leaving or more <= self.free_steps)
             finally:
                 self._growing.discard(key)
                 self._tell()
         if key in self._leaving:
-            raise Displaced
+            raise Preempted
         self._taken[key] += max(more, 0)
 
-    def leave(self, key: bytes) -> None:
+    def release(self, key: bytes) -> None:
         """Give all of it back."""
         self._leaving.discard(key)
         if self._taken.pop(key, None) is not None:
             self._tell()
 
-    def _displace(self, key: bytes, more: int) -> None:
+    def _preempt_youngest(self, key: bytes, more: int) -> None:
         """Have the youngest leave until there is enough; the one that asks is among them, the oldest never is."""
         free = self.free_steps + sum(self._taken[k] for k in self._leaving)
         for youngest in [k for k in reversed(self._taken) if k not in self._leaving]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from shoal_inference.stage.ipc.messages import Pace
+from shoal_inference.stage.ipc.messages import PassTiming
 
 EVERY_S = 10.0
 """At most so often."""
@@ -25,13 +25,13 @@ class Passes:
         self._taken_s: deque[float] = deque(maxlen=MOST_PASSES)
         self._told_at_s: float | None = None
 
-    def note(self, pass_s: float, now_s: float) -> Pace | None:
+    def note(self, pass_s: float, now_s: float) -> PassTiming | None:
         """A pass took so long. What to tell, when it is time to."""
         self._taken_s.append(pass_s)
         early = self._told_at_s is not None and now_s - self._told_at_s < EVERY_S
         if early or len(self._taken_s) < LEAST_PASSES:
             return None
         self._told_at_s = now_s
-        told = Pace(pass_s=median(self._taken_s), passes=len(self._taken_s))
+        told = PassTiming(pass_s=median(self._taken_s), passes=len(self._taken_s))
         self._taken_s.clear()
         return told

@@ -9,23 +9,23 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.engine import Engine, Hidden, MlxThread, P, R, Sampled
 from shoal_inference.stage.errors import (
     ComputeFailed,
     ComputeStuck,
     LinkError,
     RequestError,
-    StageLost,
+    RingBroken,
 )
 from shoal_inference.stage.ipc.messages import FromChild, Linked, Start, Unlinked
 from shoal_inference.stage.requests.pass_timing import Passes
-from shoal_inference.stage.requests.request_table import Answered, Entry, Requests
+from shoal_inference.stage.requests.request_table import PassResult, RequestState, RequestTable
 from shoal_inference.stage.ring.frames import Dtype, End, Fail, Flag, Frame, Kind, Open, make_frame, ring_tag
 from shoal_inference.stage.ring.ring import Predecessor, Successor
 
 T = TypeVar("T")
-log = Log("stage.pipeline")
+log = StructuredLogger("stage.pipeline")
 
 _LOOKS = 10
 
@@ -47,7 +47,7 @@ async def in_time(computing: Coroutine[Any, Any, T], compute_s: float | None) ->
         work.cancel()
 
 
-class Core:
+class StagePipeline:
     """One stage's parts, and the steps that lead (rank 0) and follow (the others) share."""
 
     def __init__(self, start: Start, emit: Callable[[FromChild], None]) -> None:
@@ -56,7 +56,7 @@ class Core:
         self.ring = ring_tag(start.instance, start.epoch)
         self.engine = Engine(start)
         self.thread = MlxThread()
-        self.requests = Requests(self.engine, self.thread, emit)
+        self.requests = RequestTable(self.engine, self.thread, emit)
         self.loaded = asyncio.Event()
         self.successor: Successor | None = None
         """None with a single stage."""
@@ -91,7 +91,7 @@ class Core:
             ) from error
 
     async def step(
-        self, entry: Entry, given: Sequence[int] | Hidden, sample: bool, *, compute_s: float | None = None
+        self, entry: RequestState, given: Sequence[int] | Hidden, sample: bool, *, compute_s: float | None = None
     ) -> None:
         """One pass of a request through the own layers, and its result onward.
 
@@ -130,7 +130,7 @@ class Core:
         if told is not None:
             self.emit(told)
 
-    async def _hand_on(self, entry: Entry, seq: int, hidden: Hidden, sample: bool) -> None:
+    async def _hand_on(self, entry: RequestState, seq: int, hidden: Hidden, sample: bool) -> None:
         flags = Flag.SAMPLE if sample else Flag.NONE
         frame = make_frame(
             Kind.HIDDEN,
@@ -146,15 +146,15 @@ class Core:
             if self.successor is not None:
                 await self.successor.send(frame)
         except LinkError as error:
-            raise self.lost((self.start.rank + 1) % self.start.stages, error) from error
+            raise self.stage_lost((self.start.rank + 1) % self.start.stages, error) from error
 
-    def _answer(self, entry: Entry, seq: int, sampled: Sampled | None) -> None:
+    def _answer(self, entry: RequestState, seq: int, sampled: Sampled | None) -> None:
         """Last rank: the token to the parent, and word of it to rank 0."""
         finished = sampled is not None and sampled.finish_reason is not None
         if sampled is not None:
             self.requests.say(entry, sampled)
         if self.successor is None:
-            entry.answers.put_nowait(Answered(seq, None if sampled is None else sampled.token, finished))
+            entry.answers.put_nowait(PassResult(seq, None if sampled is None else sampled.token, finished))
             return
         if sampled is None:
             frame = make_frame(Kind.TOKEN, self.ring, entry.key, seq=seq)
@@ -169,15 +169,15 @@ class Core:
                 shape=(1, 1, 1),
                 payload=sampled.token.to_bytes(4, "little"),
             )
-        self.tell(frame)
+        self.send_control(frame)
         if finished:
             self.requests.end(entry)
 
-    def open_frame(self, entry: Entry, ask: Open) -> Frame:
+    def open_frame(self, entry: RequestState, ask: Open) -> Frame:
         """What makes the next stage know a request."""
         return make_frame(Kind.OPEN, self.ring, entry.key, meta=msgspec.json.encode(ask))
 
-    def tell(self, frame: Frame) -> None:
+    def send_control(self, frame: Frame) -> None:
         """A small frame to the next stage. Without a link there is nobody to tell: its loss ends the requests."""
         try:
             if self.successor is not None:
@@ -185,7 +185,7 @@ class Core:
         except LinkError as error:
             log.debug("frame not sent", kind=frame.header.kind.name, reason=error.message)
 
-    def give_up(self, entry: Entry, error: RequestError) -> None:
+    def fail_request(self, entry: RequestState, error: RequestError) -> None:
         """End a request here with an error, and let the other stages free what they hold for it."""
         if self.requests.get(entry.key) is not entry:
             return
@@ -197,7 +197,7 @@ class Core:
         self.requests.fail(entry, error)
         if known_onward:
             kind = Kind.END if isinstance(meta, End) else Kind.FAIL
-            self.tell(make_frame(kind, self.ring, entry.key, meta=msgspec.json.encode(meta)))
+            self.send_control(make_frame(kind, self.ring, entry.key, meta=msgspec.json.encode(meta)))
 
     def link_up(self) -> None:
         """A link was proven: `Linked` once both are."""
@@ -215,13 +215,13 @@ class Core:
             reason=error.message,
         )
         for entry in self.requests:
-            self.give_up(entry, self.lost(rank, error))
+            self.fail_request(entry, self.stage_lost(rank, error))
         if self._linked:
             self._linked = False
             self.emit(Unlinked(reason=error.message, rank=rank))
 
-    def lost(self, rank: int, error: LinkError) -> StageLost:
-        return StageLost(
+    def stage_lost(self, rank: int, error: LinkError) -> RingBroken:
+        return RingBroken(
             f"rank {self.start.rank} of instance {self.start.instance} lost rank {rank} ({error.message}): "
             "ask again in a moment"
         )

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import structs
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute import prefill
-from shoal_inference.stage.errors import Busy, ComputeFailed, LinkError, RequestError, StageLost, StageTimeout
-from shoal_inference.stage.ipc.messages import Accepted, Failed, Generate, Token, Waiting
-from shoal_inference.stage.requests.kv_budget import Displaced, Room
-from shoal_inference.stage.requests.pipeline import Core
-from shoal_inference.stage.requests.request_table import Answered, Entry
+from shoal_inference.stage.errors import ComputeFailed, LinkError, RequestError, RingBroken, StageBusy, StageTimeout
+from shoal_inference.stage.ipc.messages import RequestAccepted, RequestFailed, StartRequest, Token, Waiting
+from shoal_inference.stage.requests.kv_budget import KvBudget, Preempted
+from shoal_inference.stage.requests.pipeline import StagePipeline
+from shoal_inference.stage.requests.request_table import PassResult, RequestState
 from shoal_inference.stage.ring.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
 
 SLOT_GRACE_S = 0.25
@@ -25,21 +25,21 @@ ROOM_S = 900.0
 WAITING_S = 15.0
 """How often it says meanwhile that it does."""
 
-log = Log("stage.rank0")
+log = StructuredLogger("stage.rank0")
 
 
-class Lead:
+class Rank0Driver:
     """Drives every request of the instance, each in a task of its own."""
 
-    def __init__(self, core: Core, group: asyncio.TaskGroup) -> None:
+    def __init__(self, core: StagePipeline, group: asyncio.TaskGroup) -> None:
         self._core = core
         self._group = group
         self._slots = asyncio.Semaphore(core.start.max_requests)
         self._window = prefill.window(core.start.stages)
-        self._room: Room | None = None
+        self._room: KvBudget | None = None
         """None until the model is loaded, which may say how long a context is."""
 
-    def generate(self, ask: Generate) -> None:
+    def generate(self, ask: StartRequest) -> None:
         """Begin a request, or say at once why not. One that is in flight is left to end."""
         core = self._core
         if core.requests.named(ask.request) is not None:
@@ -49,16 +49,16 @@ class Lead:
         if len(core.requests) >= 2 * core.start.max_requests:
             error = self._busy()
         elif not core.can_serve:
-            error = StageLost(
+            error = RingBroken(
                 f"rank 0 of instance {core.start.instance} is not connected to its neighbours: ask again in a moment"
             )
         if error is not None:
-            core.emit(Failed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
+            core.emit(RequestFailed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
             return
-        entry = Entry(secrets.token_bytes(16), ask.request, ask.reply, asyncio.get_running_loop().time())
+        entry = RequestState(secrets.token_bytes(16), ask.request, ask.reply, asyncio.get_running_loop().time())
         entry.next_index = len(ask.generated)
         core.requests.add(entry)
-        entry.driver = self._group.create_task(self._drive(entry, ask), name=f"request {ask.request}")
+        entry.driver = self._group.create_task(self._run_request(entry, ask), name=f"request {ask.request}")
 
     def cancel(self, request: str) -> None:
         """Stop a request; the rank that owns its last word says so."""
@@ -66,7 +66,7 @@ class Lead:
         if entry is None:
             return
         if entry.opened and self._core.successor is not None:
-            self._end_others(entry, "cancelled")
+            self._broadcast_end(entry, "cancelled")
             self._core.requests.end(entry)
         else:
             self._core.requests.say_cancelled(entry)
@@ -81,24 +81,24 @@ class Lead:
                 log.debug("frame of an ended request dropped", kind=header.kind.name)
             return
         if header.kind is Kind.FAIL:
-            self._core.give_up(entry, _failure(frame))
+            self._core.fail_request(entry, _failure(frame))
         elif header.kind is Kind.TOKEN:
             token = int.from_bytes(frame.payload, "little") if frame.payload else None
-            answer = Answered(header.seq, token, Flag.FINISHED in header.flags)
+            answer = PassResult(header.seq, token, Flag.FINISHED in header.flags)
             try:
                 entry.answers.put_nowait(answer)
             except asyncio.QueueFull:
-                self._core.give_up(entry, ComputeFailed("more results came back than passes were started"))
+                self._core.fail_request(entry, ComputeFailed("more results came back than passes were started"))
         else:
-            self._core.give_up(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
+            self._core.fail_request(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
 
-    async def _drive(self, entry: Entry, ask: Generate) -> None:
+    async def _run_request(self, entry: RequestState, ask: StartRequest) -> None:
         try:
             await self._take_slot()
             try:
                 plan, stop = await self._core.on_thread(self._core.engine.plan, ask)
                 self._core.emit(
-                    Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens)
+                    RequestAccepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens)
                 )
                 if plan.ended is not None:
                     self._core.emit(_complete(ask, plan))
@@ -110,13 +110,13 @@ class Lead:
                     try:
                         await self._answer(entry, plan, opening)
                         return
-                    except Displaced:
+                    except Preempted:
                         plan, opening = _continued(plan, opening, entry.said)
-                        entry = self._anew(entry, plan)
+                        entry = self._restart_after_preemption(entry, plan)
             finally:
                 self._slots.release()
         except RequestError as error:
-            self._core.give_up(entry, error)
+            self._core.fail_request(entry, error)
 
     async def _take_slot(self) -> None:
         # The client has an answer's end before word of it is back here: that must not refuse its next request.
@@ -126,12 +126,12 @@ class Lead:
         except TimeoutError as error:
             raise self._busy() from error
 
-    def _busy(self) -> Busy:
-        return Busy(
+    def _busy(self) -> StageBusy:
+        return StageBusy(
             f"{self._core.start.max_requests} requests are in flight, the most this instance allows: ask again later"
         )
 
-    async def _answer(self, entry: Entry, plan: prefill.Plan, opening: Open) -> None:
+    async def _answer(self, entry: RequestState, plan: prefill.PrefillPlan, opening: Open) -> None:
         """One attempt, to its end. Raises Displaced, with what it has generated in `entry.said`."""
         core, room = self._core, self._room_of()
         await self._enter(room, entry, plan)
@@ -141,7 +141,7 @@ class Lead:
             for step in prefill.steps(len(plan.feed), core.start.prefill_chunk_tokens):
                 while entry.next_seq - answered >= self._window:
                     answered = (await self._next(entry, answered)).seq
-                await room.grow(entry.key, len(plan.feed))
+                await room.extend(entry.key, len(plan.feed))
                 await self._pass(entry, plan.feed[step.start : step.stop], step.sample)
             while True:
                 answer = await self._next(entry, answered)
@@ -150,25 +150,25 @@ class Lead:
                     break
                 if answer.token is not None:
                     entry.said.append(answer.token)
-                    await room.grow(entry.key, len(plan.feed) + len(entry.said))
+                    await room.extend(entry.key, len(plan.feed) + len(entry.said))
                     await self._pass(entry, (answer.token,), True)
-            self._end_others(entry, "finished")
+            self._broadcast_end(entry, "finished")
             core.requests.end(entry)
         finally:
-            room.leave(entry.key)
+            room.release(entry.key)
 
-    def _room_of(self) -> Room:
+    def _room_of(self) -> KvBudget:
         if self._room is None:
-            self._room = Room(self._core.engine.context_tokens, self._core.start.answers)
+            self._room = KvBudget(self._core.engine.context_tokens, self._core.start.max_parallel_answers)
         return self._room
 
-    async def _enter(self, room: Room, entry: Entry, plan: prefill.Plan) -> None:
+    async def _enter(self, room: KvBudget, entry: RequestState, plan: prefill.PrefillPlan) -> None:
         waiting = self._group.create_task(self._say_waiting(entry.request))
         try:
             async with asyncio.timeout(ROOM_S):
-                await room.enter(entry.key, len(plan.feed), again=entry.again)
+                await room.acquire(entry.key, len(plan.feed), again=entry.again)
         except TimeoutError as error:
-            raise Busy(
+            raise StageBusy(
                 f"instance {self._core.start.instance} had no free cache for {len(plan.feed)} tokens "
                 f"in {ROOM_S:g} s, because other requests use it: ask again later, or place it for more answers"
             ) from error
@@ -180,21 +180,21 @@ class Lead:
             await asyncio.sleep(WAITING_S)
             self._core.emit(Waiting(request=request))
 
-    def _anew(self, entry: Entry, plan: prefill.Plan) -> Entry:
+    def _restart_after_preemption(self, entry: RequestState, plan: prefill.PrefillPlan) -> RequestState:
         """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
         core = self._core
         log.info("request preempted", request=entry.request, tokens=plan.first_index)
-        fresh = Entry(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
+        fresh = RequestState(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
         fresh.next_index, fresh.again = plan.first_index, True
         fresh.driver, entry.driver = entry.driver, None
         core.requests.displaced += 1
         core.requests.add(fresh)
         if entry.opened:
-            self._end_others(entry, "displaced")
+            self._broadcast_end(entry, "displaced")
         core.requests.end(entry)
         return fresh
 
-    async def _open(self, entry: Entry, opening: Open) -> None:
+    async def _open(self, entry: RequestState, opening: Open) -> None:
         core = self._core
         await core.on_thread(core.engine.open, entry.key, opening)
         if core.successor is not None:
@@ -202,9 +202,9 @@ class Lead:
             try:
                 await core.successor.send(core.open_frame(entry, opening))
             except LinkError as error:
-                raise core.lost(1, error) from error
+                raise core.stage_lost(1, error) from error
 
-    async def _pass(self, entry: Entry, tokens: tuple[int, ...], sample: bool) -> None:
+    async def _pass(self, entry: RequestState, tokens: tuple[int, ...], sample: bool) -> None:
         timeout_s = self._core.start.step_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -212,7 +212,7 @@ class Lead:
         except TimeoutError as error:
             raise self._silent(entry, "rank 0 itself did not finish and send a pass") from error
 
-    async def _next(self, entry: Entry, answered: int) -> Answered:
+    async def _next(self, entry: RequestState, answered: int) -> PassResult:
         """The next answer; each must be to the pass after the last one answered."""
         try:
             async with asyncio.timeout(self._core.start.step_timeout_s):
@@ -224,19 +224,19 @@ class Lead:
             raise ComputeFailed(f"pass {answer.seq} came back when {answered + 1} was due")
         return answer
 
-    def _silent(self, entry: Entry, what: str) -> StageTimeout:
+    def _silent(self, entry: RequestState, what: str) -> StageTimeout:
         start = self._core.start
         return StageTimeout(
             f"request {entry.request} of instance {start.instance}: {what} within {start.step_timeout_s} s; "
             "a stage is stuck or too slow"
         )
 
-    def _end_others(self, entry: Entry, reason: str) -> None:
+    def _broadcast_end(self, entry: RequestState, reason: str) -> None:
         core = self._core
-        core.tell(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
+        core.send_control(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
 
 
-def _opening(ask: Generate, plan: prefill.Plan, stop: frozenset[int], seed: int) -> Open:
+def _opening(ask: StartRequest, plan: prefill.PrefillPlan, stop: frozenset[int], seed: int) -> Open:
     return Open(
         request=ask.request,
         reply=ask.reply,
@@ -250,7 +250,7 @@ def _opening(ask: Generate, plan: prefill.Plan, stop: frozenset[int], seed: int)
     )
 
 
-def _continued(plan: prefill.Plan, opening: Open, said: Sequence[int]) -> tuple[prefill.Plan, Open]:
+def _continued(plan: prefill.PrefillPlan, opening: Open, said: Sequence[int]) -> tuple[prefill.PrefillPlan, Open]:
     """The same after these tokens of the answer."""
     first = plan.first_index + len(said)
     return (
@@ -259,7 +259,7 @@ def _continued(plan: prefill.Plan, opening: Open, said: Sequence[int]) -> tuple[
     )
 
 
-def _complete(ask: Generate, plan: prefill.Plan) -> Token:
+def _complete(ask: StartRequest, plan: prefill.PrefillPlan) -> Token:
     """The last word of an answer that an earlier epoch had finished but for saying so."""
     return Token(
         request=ask.request,

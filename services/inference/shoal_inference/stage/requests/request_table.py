@@ -9,13 +9,13 @@ import msgspec
 
 from shoal_inference.stage.compute.engine import Engine, MlxThread, Sampled
 from shoal_inference.stage.errors import RequestError
-from shoal_inference.stage.ipc.messages import Failed, FromChild, Token
+from shoal_inference.stage.ipc.messages import FromChild, RequestFailed, Token
 
 UNKNOWN_REMEMBERED = 256
 """Requests whose late frames have been logged; the count goes on without the log."""
 
 
-class Answered(msgspec.Struct, frozen=True):
+class PassResult(msgspec.Struct, frozen=True):
     """What came back around the ring for one pass; `token` is None for a chunk of the prompt."""
 
     seq: int
@@ -23,7 +23,7 @@ class Answered(msgspec.Struct, frozen=True):
     finished: bool
 
 
-class Entry:
+class RequestState:
     """One attempt at a request. `key` is drawn afresh for each, so frames of an earlier one never match."""
 
     def __init__(self, key: bytes, request: str, reply: str, now_s: float) -> None:
@@ -38,22 +38,22 @@ class Entry:
         self.opened = False
         """Rank 0: whether the other stages have heard of it."""
         self.driver: asyncio.Task[None] | None = None
-        self.answers: asyncio.Queue[Answered] = asyncio.Queue(maxsize=64)
+        self.answers: asyncio.Queue[PassResult] = asyncio.Queue(maxsize=64)
         self.said: list[int] = []
         """Rank 0: the tokens of the answer that this attempt has generated."""
         self.again = False
         """Rank 0: whether it was displaced, and goes before those that wait for the first time."""
 
 
-class Requests:
+class RequestTable:
     """The one place that begins and ends requests; ending frees the caches, on the MLX thread, in its turn."""
 
     def __init__(self, engine: Engine, thread: MlxThread, emit: Callable[[FromChild], None]) -> None:
         self._engine = engine
         self._thread = thread
         self._emit = emit
-        self._by_key: dict[bytes, Entry] = {}
-        self._by_name: dict[str, Entry] = {}
+        self._by_key: dict[bytes, RequestState] = {}
+        self._by_name: dict[str, RequestState] = {}
         self._unknown: dict[bytes, None] = {}
         self.unknown_frames = 0
         self.displaced = 0
@@ -63,24 +63,24 @@ class Requests:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[RequestState]:
         return iter(list(self._by_key.values()))
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: RequestState) -> None:
         """Know it from now on; a name that is in flight already belongs to the newer attempt."""
         self._by_key[entry.key] = entry
         self._by_name[entry.request] = entry
         self.some.set()
 
-    def get(self, key: bytes) -> Entry | None:
+    def get(self, key: bytes) -> RequestState | None:
         """By the id in frames."""
         return self._by_key.get(key)
 
-    def named(self, request: str) -> Entry | None:
+    def named(self, request: str) -> RequestState | None:
         """By the parent's name for it."""
         return self._by_name.get(request)
 
-    def end(self, entry: Entry) -> None:
+    def end(self, entry: RequestState) -> None:
         """Forget it and free its caches. Absent is fine."""
         if self._by_key.pop(entry.key, None) is None:
             return
@@ -92,13 +92,15 @@ class Requests:
         if entry.driver is not None and entry.driver is not asyncio.current_task():
             entry.driver.cancel()
 
-    def fail(self, entry: Entry, error: RequestError) -> None:
+    def fail(self, entry: RequestState, error: RequestError) -> None:
         """Say `Failed`, once, and end it."""
         if entry.key in self._by_key:
-            self._emit(Failed(request=entry.request, reply=entry.reply, code=error.code, message=error.message))
+            self._emit(
+                RequestFailed(request=entry.request, reply=entry.reply, code=error.code, message=error.message)
+            )
             self.end(entry)
 
-    def say(self, entry: Entry, sampled: Sampled) -> None:
+    def say(self, entry: RequestState, sampled: Sampled) -> None:
         """Last rank: one token to the parent; the last one ends the request."""
         entry.next_index = sampled.index + 1
         self._emit(
@@ -112,7 +114,7 @@ class Requests:
             )
         )
 
-    def say_cancelled(self, entry: Entry) -> None:
+    def say_cancelled(self, entry: RequestState) -> None:
         """The last word of a cancelled answer, and its end."""
         self._emit(
             Token(

@@ -11,7 +11,7 @@ import hmac
 
 import msgspec
 
-from shoal_inference.stage.errors import Refused
+from shoal_inference.stage.errors import HandshakeRefused
 
 MAGIC = b"SHLH\x01\x00\x00\x00"
 NONCE_BYTES = 32
@@ -65,7 +65,7 @@ def challenge(nonce: bytes) -> bytes:
 def read_challenge(data: bytes) -> bytes:
     """The acceptor's nonce; raises Refused."""
     if len(data) != CHALLENGE_BYTES or not data.startswith(MAGIC):
-        raise Refused(f"the peer sent {data[:8]!r}, not a challenge of this version")
+        raise HandshakeRefused(f"the peer sent {data[:8]!r}, not a challenge of this version")
     return data[len(MAGIC) :]
 
 
@@ -91,7 +91,7 @@ def check_hello(member: Member, acceptor_nonce: bytes, body: bytes) -> bytes:
     try:
         said = msgspec.json.decode(body, type=Hello)
     except msgspec.MsgspecError as error:
-        raise Refused(f"its hello does not decode: {error}") from None
+        raise HandshakeRefused(f"its hello does not decode: {error}") from None
     # The claims are compared for the log's sake; only the proof is believed, and it covers this stage's own values.
     claims = (
         ("instance", said.instance, member.instance),
@@ -101,10 +101,10 @@ def check_hello(member: Member, acceptor_nonce: bytes, body: bytes) -> bytes:
     )
     for name, theirs, ours in claims:
         if theirs != ours:
-            raise Refused(f"its {name} is {str(theirs)[:80]!r}, expected {ours!r}")
+            raise HandshakeRefused(f"its {name} is {str(theirs)[:80]!r}, expected {ours!r}")
     expected = _proof(member, b"connect", acceptor_nonce + said.nonce, member.predecessor, member.rank)
     if len(said.nonce) != NONCE_BYTES or not hmac.compare_digest(expected, said.proof):
-        raise Refused("its proof does not match: it does not hold this instance's secret")
+        raise HandshakeRefused("its proof does not match: it does not hold this instance's secret")
     return said.nonce
 
 
@@ -117,4 +117,4 @@ def check_welcome(member: Member, acceptor_nonce: bytes, own_nonce: bytes, proof
     """Raises Refused unless the acceptor is this stage's successor in this ring."""
     expected = _proof(member, b"accept", own_nonce + acceptor_nonce, member.rank, member.successor)
     if not hmac.compare_digest(expected, proof):
-        raise Refused("its welcome does not match: another process may listen at the next stage's address")
+        raise HandshakeRefused("its welcome does not match: another process may listen at the next stage's address")

@@ -9,7 +9,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
-from shoal_common.logs import Log
+from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
 from shoal_inference.stage.ring.backoff import backoff_s
@@ -20,7 +20,7 @@ from shoal_inference.stage.ring.handshake import Member
 MAX_HANDSHAKES = 8
 """Unproven connections at a time; more wait in the listen backlog."""
 
-log = Log("stage.ring")
+log = StructuredLogger("stage.ring")
 
 
 class Successor:
