@@ -25,6 +25,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from shoal_storage.store.commit import commit_blob
+from shoal_storage.store.partials import verify_partial, write_partial
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
@@ -62,12 +65,12 @@ def in_store(root: Path, source: Path, sha256: str) -> float:
     """Return the seconds to put the bytes into a store: written by a plain loop, then committed by storage."""
     disk = Store(root)
     disk.open()
-    disk.write_partial(sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
+    write_partial(disk, sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
     started_s = time.perf_counter()
     with source.open("rb", buffering=0) as f, (disk.layout.partial(sha256) / "data").open("r+b", buffering=0) as to:
         while chunk := f.read(CHUNK_BYTES):
             to.write(chunk)
-    disk.commit(sha256, disk.verify_partial(sha256, BLOB_BYTES))
+    commit_blob(disk, sha256, verify_partial(disk, sha256, BLOB_BYTES))
     took_s = time.perf_counter() - started_s
     shutil.rmtree(root)
     return took_s

@@ -25,7 +25,7 @@ from shoal_common.messages import decode
 from shoal_common.messages.downloads import DownloadRequest
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import ModelRef
-from shoal_storage.store.store import PartialMeta
+from shoal_storage.store.partials import PartialMeta
 from tests.cluster.chaos_checks import SETTLED_DEADLINE_S
 from tests.cluster.chaos_site import SERVICES, World
 from tests.fetcher.pull_site import Pulls

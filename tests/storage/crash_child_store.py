@@ -15,6 +15,8 @@ from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.repair import record_good_leaves
 from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
+from shoal_storage.store.commit import delete_quarantined
+from shoal_storage.store.partials import delete_partial
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.store_fixtures import Model, StoreFixture, claimed_leaves, put, put_missing, sha256
 from tests.storage.syscall_tracer import Call, seen
@@ -45,7 +47,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     assert store.end(lease)
     bring_in(store, STAYS, acknowledge)  # the whole blob
     rot(store, ROTTEN, acknowledge)
-    store.disk.delete_quarantined(ROTTEN)
+    delete_quarantined(store.disk, ROTTEN)
     acknowledge("dropped", ROTTEN)
     bring_in(store, STAYS, acknowledge)
     acknowledge("deleting", LEAVES.name)
@@ -55,7 +57,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
     for blob in store.reserve(COMES):
         acknowledge("reserved", blob)
         acknowledge("releasing", blob)
-        store.disk.delete_partial(blob)
+        delete_partial(store.disk, blob)
         del store.ledger.partials[blob]
         acknowledge("released", blob)
     acknowledge("unpinning", STAYS.name)

@@ -27,7 +27,10 @@ from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease
 from shoal_storage.ledger.references import blobs_freed_by
 from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
-from shoal_storage.store.store import Store, require_all_blobs
+from shoal_storage.store.commit import commit_blob, require_all_blobs, seal_model, set_volume
+from shoal_storage.store.partials import has_partial, verify_partial, write_partial
+from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import begin_delete, finish_delete
 from shoal_storage.store.volume import open_volume, record_volume
 
 UNLIMITED = StorageSettings(quota_bytes=None, headroom_bytes=0)
@@ -161,11 +164,11 @@ class StoreFixture:
         for blob in missing:
             if blob not in self.ledger.partials:
                 bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
-                self.disk.set_volume(blob, self.layout.volume_by_blob.get(blob, "") if bound else self.onto)
+                set_volume(self.disk, blob, self.layout.volume_by_blob.get(blob, "") if bound else self.onto)
             partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(model.manifest.blob_sizes[blob]))
             partial.models.add(model.name)
-            if self.disk.has_partial(blob):
-                self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            if has_partial(self.disk, blob):
+                write_partial(self.disk, blob, partial.size_bytes, partial.models)
             else:
                 create_partial(self.disk, blob, partial.size_bytes, partial.models)
             claimed_leaves(self.layout.partial(blob), model.blobs[blob])
@@ -173,8 +176,8 @@ class StoreFixture:
 
     def commit(self, blob: str) -> str:
         """Verify and commit a partial blob."""
-        digests = self.disk.verify_partial(blob, self.ledger.partials[blob].size_bytes)
-        self.disk.commit(blob, digests)
+        digests = verify_partial(self.disk, blob, self.ledger.partials[blob].size_bytes)
+        commit_blob(self.disk, blob, digests)
         del self.ledger.partials[blob]
         self.ledger.blobs[digests.sha256] = digests.size_bytes
         return digests.sha256
@@ -189,14 +192,14 @@ class StoreFixture:
     def seal(self, model: Model) -> None:
         """Seal a model whose blobs are present."""
         require_all_blobs(model.sealed, self.ledger)
-        self.disk.seal(model.sealed)
+        seal_model(self.disk, model.sealed)
         self.ledger.manifests[model.name] = model.sealed
 
     def delete(self, model: Model) -> None:
         """Delete a model."""
         blobs = blobs_freed_by(model.name, self.ledger)
-        self.disk.begin_delete(model.manifest.repo, model.manifest.commit)
-        self.disk.finish_delete(model.manifest.repo, model.manifest.commit, blobs)
+        begin_delete(self.disk, model.manifest.repo, model.manifest.commit)
+        finish_delete(self.disk, model.manifest.repo, model.manifest.commit, blobs)
         self.ledger.manifests.pop(model.name, None)
         for blob in blobs:
             del self.ledger.blobs[blob]

@@ -10,6 +10,7 @@ import pytest
 from shoal_storage.scan.change_filter import has_visible_change
 from shoal_storage.scan.diff import apply_diff, diff_store
 from shoal_storage.scan.scanner import scan_store
+from shoal_storage.store.commit import link_view
 from tests.storage.store_fixtures import Model, StoreFixture, sha256
 from tests.storage.syscall_tracer import seen
 
@@ -104,5 +105,5 @@ def test_foreign_changes_cause_one_scan(tmp_path: Path, apples: Model, what: str
     assert found.changes_ledger(store.ledger), "a scan sees it too"
     apply_diff(found, store.ledger)
     for model in found.unlinked_models & store.ledger.manifests.keys():
-        store.disk.build_view(store.ledger.manifests[model])
+        link_view(store.disk, store.ledger.manifests[model])
     assert not diff_store(store.ledger, scan_store(store.layout)).changes_ledger(store.ledger), "and then it is known"

@@ -23,7 +23,10 @@ from shoal_storage.ledger.references import arriving_models, blobs_freed_by
 from shoal_storage.ledger.usage import ModelUser
 from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
+from shoal_storage.store.commit import commit_blob, delete_blob, seal_model
+from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
 from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import begin_delete, finish_delete
 from tests.storage.store_fixtures import Model, check_invariants, put, sha256
 
 FILES = {f"file-{n}": bytes([n]) * size for n, size in enumerate([0, 1, 90, 150, 200, 300, 400])}
@@ -82,8 +85,8 @@ class EvictionMachine(RuleBasedStateMachine):
         ledger = self.ledger
         leaving = [b for b in blobs_freed_by(model, ledger) if b in ledger.blobs]
         repo, _, commit = model.rpartition("@")
-        self.disk.begin_delete(repo, commit)
-        self.disk.finish_delete(repo, commit, leaving)
+        begin_delete(self.disk, repo, commit)
+        finish_delete(self.disk, repo, commit, leaving)
         self.keeping.delete_records(model)
         ledger.manifests.pop(model, None)
         freed = sum(ledger.blobs.pop(b) for b in leaving)
@@ -95,9 +98,9 @@ class EvictionMachine(RuleBasedStateMachine):
         for blob, partial in list(self.ledger.partials.items()):
             partial.models.discard(model)
             if partial.models:
-                self.disk.write_partial(blob, partial.size_bytes, partial.models)
+                write_partial(self.disk, blob, partial.size_bytes, partial.models)
             else:
-                self.disk.delete_partial(blob)
+                delete_partial(self.disk, blob)
                 del self.ledger.partials[blob]
 
     def admit_with_eviction(self, model: Model) -> Admission | None:
@@ -112,7 +115,7 @@ class EvictionMachine(RuleBasedStateMachine):
         if self.limits.eviction_policy == "manual" or not made.enough:
             return None
         for blob in made.garbage:
-            self.disk.delete_blob(blob)
+            delete_blob(self.disk, blob)
             del self.ledger.blobs[blob]
         for victim in made.victims:
             assert victim.model not in self.ledger.pinned | self.used_by.keys() | self.ledger.reservations.keys(), (
@@ -136,7 +139,7 @@ class EvictionMachine(RuleBasedStateMachine):
         for blob in admission.missing:
             partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(len(model.blobs[blob])))
             partial.models.add(model.name)
-            self.disk.write_partial(blob, partial.size_bytes, partial.models)
+            write_partial(self.disk, blob, partial.size_bytes, partial.models)
 
     @precondition(lambda self: self.ledger.partials)
     @rule(data=st.data(), whole=st.booleans())
@@ -145,7 +148,7 @@ class EvictionMachine(RuleBasedStateMachine):
         (content,) = [c for c in FILES.values() if sha256(c) == blob]
         put(self.disk.layout, blob, content if whole else content[: len(content) // 2])
         if whole:
-            self.disk.commit(blob, self.disk.verify_partial(blob, len(content)))
+            commit_blob(self.disk, blob, verify_partial(self.disk, blob, len(content)))
             self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
 
     @rule(model=A_MODEL)
@@ -168,10 +171,10 @@ class EvictionMachine(RuleBasedStateMachine):
         (model,) = [m for m in MODELS if m.name == name]
         for blob in sorted(self.ledger.partials.keys() & model.blobs.keys()):
             put(self.disk.layout, blob, model.blobs[blob])
-            self.disk.commit(blob, self.disk.verify_partial(blob, len(model.blobs[blob])))
+            commit_blob(self.disk, blob, verify_partial(self.disk, blob, len(model.blobs[blob])))
             self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
         assert model.blobs.keys() <= self.ledger.blobs.keys(), f"I4: bytes went from under the fetch of {name}"
-        self.disk.seal(model.sealed)
+        seal_model(self.disk, model.sealed)
         self.ledger.manifests[name] = model.sealed
         self.keeping.record_arrival(name)
         self.end_reservation(name)
@@ -227,7 +230,7 @@ class EvictionMachine(RuleBasedStateMachine):
     @rule()
     def collect_garbage(self) -> None:
         for blob in find_garbage(self.ledger):
-            self.disk.delete_blob(blob)
+            delete_blob(self.disk, blob)
             del self.ledger.blobs[blob]
 
     @rule()

@@ -20,12 +20,14 @@ from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import CommitBlob, EvictionPlan, Reserve, SealModel
 from shoal_common.service import ServiceContext
 from shoal_storage.eviction import executor as room_module
+from shoal_storage.handlers import deletion
 from shoal_storage.handlers.fetch import FetchApi
 from shoal_storage.leases import last_use as uses_module
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import finish_delete
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.store_fixtures import Model, check_invariants, files_below, put
 from tests.storage.test_deletion import instance_of
@@ -43,15 +45,22 @@ class GatedDisk(Store):
         self.gate.set()
         self.claims_free_bytes: int | None = None
 
-    def clear(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        """Clear, report it, wait."""
-        super().finish_delete(repo, commit, blobs)
-        self.deleted.set()
-        assert self.gate.wait(GATE_DEADLINE_S)
-
     def free_bytes(self) -> int:
         """The free space that the test sets."""
         return super().free_bytes() if self.claims_free_bytes is None else self.claims_free_bytes
+
+
+@pytest.fixture(autouse=True)
+def gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a deletion from a gated store report its end, then wait at the gate."""
+
+    def finish(store: Store, repo: str, commit: str, blobs: Iterable[str]) -> None:
+        finish_delete(store, repo, commit, blobs)
+        if isinstance(store, GatedDisk):
+            store.deleted.set()
+            assert store.gate.wait(GATE_DEADLINE_S)
+
+    monkeypatch.setattr(deletion, "finish_delete", finish)
 
 
 class Held:

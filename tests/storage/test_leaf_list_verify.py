@@ -16,7 +16,9 @@ from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.files import leaf_hash_file, leaf_list_verify
 from shoal_storage.files.hashing import FileHashes, mismatching_leaves
-from shoal_storage.store import store as disk_module
+from shoal_storage.store import partials
+from shoal_storage.store.commit import commit_blob
+from shoal_storage.store.partials import verify_partial
 from tests.harness.nats import NatsServer
 from tests.storage.running_storage import on_node
 from tests.storage.store_fixtures import Model, StoreFixture, leaf_list, put, sha256
@@ -46,8 +48,8 @@ def never(*_: object) -> FileHashes:
 def test_I1_a_commit_by_leaf_digest_reads_every_leaf_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StoreFixture(root)
     arrived(store)
-    monkeypatch.setattr(disk_module, "hash_file", never)
-    store.disk.commit(BLOB, store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT))
+    monkeypatch.setattr(partials, "hash_file", never)
+    commit_blob(store.disk, BLOB, verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT))
     assert store.layout.blob(BLOB).read_bytes() == WEIGHTS
     assert leaf_hash_file.read(store.layout, BLOB, len(WEIGHTS)) == LIST and leaf_hash_file.is_verified(
         store.layout, BLOB
@@ -60,7 +62,7 @@ def test_I1_a_leaf_that_differs_from_the_list_costs_only_itself(root: Path, at: 
     store = StoreFixture(root)
     arrived(store, flipped(WEIGHTS, at))
     with pytest.raises(leaf_list_verify.CorruptLeaves) as refused:
-        store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT)
+        verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT)
     assert refused.value.leaves == [at // LEAF_BYTES] and refused.value.details == {"bad_leaves": 1}
     leaf_list_verify.clear_leaves(store.layout, BLOB, len(WEIGHTS), refused.value.leaves)
     have = Bitmap(len(WEIGHTS), (store.layout.partial(BLOB) / "have").read_bytes())
@@ -72,10 +74,10 @@ def test_I1_a_file_of_another_size_is_not_the_blob(root: Path) -> None:
     store = StoreFixture(root)
     arrived(store, WEIGHTS + b"x")
     with pytest.raises(Corrupt, match="instead of"):
-        store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT)
+        verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT)
     (store.layout.partial(BLOB) / "data").write_bytes(WEIGHTS[: 5 * LEAF_BYTES])
     with pytest.raises(leaf_list_verify.CorruptLeaves) as refused:
-        store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT)
+        verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT)
     assert refused.value.leaves == [5]
 
 
@@ -83,15 +85,15 @@ def test_I1_a_file_of_another_size_is_not_the_blob(root: Path) -> None:
 def test_I1_a_list_that_is_not_the_sealed_one_is_not_trusted(root: Path, hashes: bytes) -> None:
     store = StoreFixture(root)
     arrived(store, WEIGHTS, hashes)
-    assert store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT).leaf_hashes == LIST
+    assert verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT).leaf_hashes == LIST
     store.layout.partial_leaves(BLOB).unlink()
-    assert store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT).sha256 == BLOB
+    assert verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT).sha256 == BLOB
     # Wrong bytes with their own list, and the digest of the right one.
     wrong = flipped(WEIGHTS, 99)
     put(store.layout, BLOB, wrong)
     store.layout.partial_leaves(BLOB).write_bytes(leaf_list(wrong))
     with pytest.raises(Corrupt, match="hash to"):
-        store.disk.verify_partial(BLOB, len(WEIGHTS), ROOT)
+        verify_partial(store.disk, BLOB, len(WEIGHTS), ROOT)
 
 
 def test_every_leaf_is_checked_and_a_stop_ends_it(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from shoal_storage.integrity.repair import create_partial, record_good_leaves, r
 from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.settings import StorageSettings
+from shoal_storage.store.commit import delete_quarantined
+from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
 from tests.harness.nats import NatsServer
 from tests.storage.running_storage import on_node
 from tests.storage.store_fixtures import (
@@ -187,10 +189,10 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
         f.seek(2 * LEAF_BYTES)
         f.write(whole[2 * LEAF_BYTES :])
     with pytest.raises(Corrupt):
-        store.disk.verify_partial(blob, len(whole))
+        verify_partial(store.disk, blob, len(whole))
     # What the service does then.
-    store.disk.delete_partial(blob)
-    store.disk.write_partial(blob, len(whole), [model.name])
+    delete_partial(store.disk, blob)
+    write_partial(store.disk, blob, len(whole), [model.name])
     assert not partial and claimed_leaves(directory, whole) == set()
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
@@ -296,7 +298,7 @@ def test_a_start_knows_what_is_repairable_and_drops_bitmaps(root: Path) -> None:
     again = StoreFixture(root)
     assert again.ledger.quarantined == {blob} and not lonely.exists()
     assert repairable_blobs(again.disk, again.ledger.quarantined) == {blob: len(whole)}
-    again.disk.delete_quarantined(blob)
+    delete_quarantined(again.disk, blob)
     assert files_below(root) == files_of(model) - {
         str(p.relative_to(root))
         for f in model.sealed.files

@@ -37,6 +37,7 @@ from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import bytes_of_paused_models
 from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
+from shoal_storage.store.partials import has_partial
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
@@ -264,7 +265,7 @@ async def test_a_reservation_and_then_its_bytes_outlive_the_request(
         occupied = held.ledger.partials[BLOB].allocated_bytes
         assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
         await cluster.check_after(37 * DAY_S - 1)
-        assert held.disk.has_partial(BLOB)
+        assert has_partial(held.disk, BLOB)
         await cluster.check_after(37 * DAY_S)
         assert files_below(held.disk.layout.root) == set() and held.ledger.partials == {} == held.ledger.reservations
         assert held.ledger.ended_reservations == set() and held.ledger.last_wanted_s == {}
@@ -289,7 +290,7 @@ async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tm
     async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         cluster.retention_s = 0
         await cluster.check_after(RESERVATION_GRACE_S)
-        assert held.disk.has_partial(BLOB), "it is wished for"
+        assert has_partial(held.disk, BLOB), "it is wished for"
         cluster.set_request(COMES, False)
         await cluster.check_after(2 * RESERVATION_GRACE_S)
         assert files_below(held.disk.layout.root) == set()
@@ -308,7 +309,7 @@ async def test_a_dead_fetcher_ends_its_reservations_unless_it_restarts(
         assert held.ledger.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
         cluster.fetcher(False)
         await cluster.check_after(2 * FETCHER_DOWN_AFTER_S, FETCHER_DOWN_AFTER_S)
-        assert held.ledger.ended_reservations == {COMES.name} and held.disk.has_partial(BLOB)
+        assert held.ledger.ended_reservations == {COMES.name} and has_partial(held.disk, BLOB)
 
 
 async def test_a_storage_without_nats_ends_no_reservation(

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from shoal_common.errors import AlreadyRunning, BadName, Corrupt, NotFound, Unavailable, Unsupported
+from shoal_storage.store.commit import delete_blob, find_by_git_sha1
+from shoal_storage.store.partials import delete_partial, has_partial
 from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import begin_delete, finish_delete
 from shoal_storage.store.views import build_view
 from tests.harness.process import source_path
 from tests.storage.store_fixtures import Model, StoreFixture, files_below, files_of, put, sha256
@@ -54,8 +57,8 @@ def test_deleting_what_is_not_there_changes_nothing(root: Path, apples: Model, p
     store = StoreFixture(root)
     store.bring_in(apples)
     for _ in range(2):
-        store.disk.begin_delete(pears.manifest.repo, pears.manifest.commit)
-        store.disk.finish_delete(pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
+        begin_delete(store.disk, pears.manifest.repo, pears.manifest.commit)
+        finish_delete(store.disk, pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
     assert files_below(root) == files_of(apples)
 
 
@@ -117,9 +120,9 @@ def test_a_small_file_named_by_git_is_found_again_by_its_bytes(root: Path, apple
     store = StoreFixture(root)
     store.bring_in(apples)
     (by_git,) = [f for f in apples.manifest.files if not f.sha256]
-    found = store.disk.find_by_git_sha1(by_git.git_sha1, by_git.size_bytes, store.ledger)
+    found = find_by_git_sha1(store.disk, by_git.git_sha1, by_git.size_bytes, store.ledger)
     assert found == sha256(apples.bytes[by_git.path])
-    assert store.disk.find_by_git_sha1("0" * 40, by_git.size_bytes, store.ledger) is None
+    assert find_by_git_sha1(store.disk, "0" * 40, by_git.size_bytes, store.ledger) is None
 
 
 def test_a_held_file_keeps_its_inode_when_it_arrives_by_git_hash(root: Path) -> None:
@@ -141,7 +144,7 @@ def test_hashing_ends_when_the_service_stops(root: Path) -> None:
     store.disk.stopping.set()
     with pytest.raises(Unavailable, match="stopping"):
         store.commit(blob)
-    assert store.disk.has_partial(blob)
+    assert has_partial(store.disk, blob)
 
 
 def test_a_second_process_is_refused_and_the_locks_owner_named(root: Path) -> None:
@@ -251,15 +254,15 @@ def test_I10_a_manifest_that_names_another_place_is_not_trusted(root: Path, appl
 
 def test_I10_no_path_is_built_from_a_name_that_was_not_checked(root: Path) -> None:
     store = StoreFixture(root)
-    for act in (store.disk.delete_blob, store.disk.delete_partial, store.disk.has_partial):
+    for act in (delete_blob, delete_partial, has_partial):
         with pytest.raises(BadName):
-            act("../../etc/passwd")
+            act(store.disk, "../../etc/passwd")
 
 
 _ON_A_FULL_DISK = """
     import os, sys
     from pathlib import Path
-    from tests.storage.stores import Model, Store
+    from tests.storage.store_fixtures import Model, StoreFixture
     root = Path(sys.argv[1]) / "store"
     model = Model("org/model", {"a": os.urandom(60000), "b": os.urandom(60000)})
     store = Store(root)

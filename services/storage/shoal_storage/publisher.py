@@ -21,6 +21,7 @@ from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.library_model import LibraryModel
 from shoal_storage.ledger.references import bytes_of_paused_models
 from shoal_storage.settings import StorageSettings, overridden_settings
+from shoal_storage.store.commit import link_view
 from shoal_storage.store.library_records import build_view
 from shoal_storage.store.store import Store
 
@@ -64,7 +65,7 @@ class StatePublisher:
         self._revisions.clear()
         for manifest in list(self._ledger.manifests.values()) if not self._ledger.store_missing else []:
             try:
-                await asyncio.to_thread(self._disk.build_view, manifest)
+                await asyncio.to_thread(link_view, self._disk, manifest)
                 await self.publish_model(manifest)
             except OSError as e:
                 log.warning("cannot build the view of a model; not published", model=manifest.model, reason=str(e))

@@ -35,6 +35,7 @@ from shoal_storage.files.metadata_files import MetadataFiles, iter_model_files
 from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.publisher import StatePublisher, shard_state
+from shoal_storage.store.partials import delete_partial, durable_leaves, refresh_partial, write_partial
 from shoal_storage.store.store import Store
 
 log = StructuredLogger("parts")
@@ -106,7 +107,7 @@ def _require(part: Shard, ledger: Ledger, disk: Store) -> dict[str, PartialBlobI
         partial = ledger.partials.get(f.blob)
         if needed is None or partial is None or partial.size_bytes != f.size_bytes:
             raise NotFound(f"{f.path} of {part.manifest.model} is not here; reserve it")
-        if needed & ~disk.durable_leaves(f.blob, f.size_bytes):
+        if needed & ~durable_leaves(disk, f.blob, f.size_bytes):
             raise NotFound(f"{f.path} of {part.manifest.model}: leaves are missing; fetch them")
         partials[f.blob] = partial
     return partials
@@ -210,11 +211,11 @@ class ShardService:
             if model in partial.models and partial.leaves_by_model.get(model) != (needed := part.leaves.get(blob, 0)):
                 changed = partial.with_model(model, needed)
                 await asyncio.to_thread(
-                    self._disk.write_partial, blob, partial.size_bytes, changed.models, changed.leaves_by_model
+                    write_partial, self._disk, blob, partial.size_bytes, changed.models, changed.leaves_by_model
                 )
                 partial.leaves_by_model = changed.leaves_by_model
             if partial.leaves_by_model:
-                await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+                await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
 
     async def require_complete(self, part: Shard) -> None:
         """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
@@ -245,8 +246,8 @@ class ShardService:
         for model in [m for m, part in self._ledger.shards.items() if part.leaves.get(blob)]:
             log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
             await self.drop(model)
-        await asyncio.to_thread(self._disk.delete_partial, blob)
+        await asyncio.to_thread(delete_partial, self._disk, blob)
         await asyncio.to_thread(
-            self._disk.write_partial, blob, partial.size_bytes, partial.models, partial.leaves_by_model
+            write_partial, self._disk, blob, partial.size_bytes, partial.models, partial.leaves_by_model
         )
-        await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+        await asyncio.to_thread(refresh_partial, self._disk, blob, partial)

@@ -27,7 +27,10 @@ from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import leftover_blobs
 from shoal_storage.scan.diff import is_trusted
 from shoal_storage.scan.scanner import scan_store
-from shoal_storage.store.store import PARTIAL_MODE, PartialMeta, Store, read_tombstone
+from shoal_storage.store.commit import delete_blob
+from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_partial, link_partial, refresh_partial
+from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import read_tombstone
 from shoal_storage.store.views import delete_view
 
 log = StructuredLogger("disk")
@@ -53,7 +56,7 @@ def recover_store(disk: Store, leases: Mapping[str, ModelLease] | None = None) -
             leftover = leftover_blobs(manifest, ledger)
             try:
                 for sha256 in leftover:
-                    disk.delete_blob(sha256)
+                    delete_blob(disk, sha256)
             finally:
                 for sha256 in disk.missing_files(leftover):
                     del ledger.blobs[sha256]
@@ -92,7 +95,7 @@ def attach_volume(disk: Store, ledger: Ledger, volume_id: str) -> None:
                 ledger.redundant_copies.setdefault(sha256, {})[volume_id] = stamp.size_bytes
         elif sha256 not in ledger.unverified and (stamp.is_verified or sha256 not in ledger.partials):
             if ledger.partials.pop(sha256, None) is not None:  # the whole blob is here: none of it has to arrive
-                disk.delete_partial(sha256)
+                delete_partial(disk, sha256)
             ledger.volume_by_blob[sha256] = volume_id
             _add_blob(disk, ledger, sha256, stamp)
     for directory in volume_paths.partials.iterdir():
@@ -104,7 +107,7 @@ def attach_volume(disk: Store, ledger: Ledger, volume_id: str) -> None:
         partial = _read_partial(disk, directory, ledger)
         if partial is not None:
             ledger.partials[name] = partial
-            disk.link_partial(name)
+            link_partial(disk, name)
         elif known_volume is None:
             del ledger.volume_by_blob[name]
     for tomb in volume_paths.tombs.iterdir():
@@ -222,5 +225,5 @@ def _read_partial(disk: Store, directory: Path, ledger: Ledger) -> PartialBlobIn
     except BadInput:
         leaves = {}  # all of it, then: never too little
     partial = PartialBlobInfo(meta.size_bytes, models=set(meta.models), leaves_by_model=leaves)
-    disk.refresh_partial(blob, partial)
+    refresh_partial(disk, blob, partial)
     return partial

@@ -29,6 +29,8 @@ from shoal_storage.ledger.references import referenced_blobs
 from shoal_storage.ledger.usage import join_names
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.settings import StorageSettings
+from shoal_storage.store.commit import delete_blob, delete_copy
+from shoal_storage.store.partials import refresh_partial
 from shoal_storage.store.store import Store
 
 log = StructuredLogger("storage")
@@ -61,7 +63,7 @@ class EvictionExecutor:
         blobs' allocated bytes before.
         """
         for blob, partial in self._ledger.partials.items():
-            await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+            await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
         return await asyncio.to_thread(free_space_by_volume, self._disk, self._ledger.in_flight_by_volume)
 
     async def plan_for_new_bytes(self, new_bytes: int) -> EvictionPlan:
@@ -188,13 +190,13 @@ class EvictionExecutor:
         needed, spare = referenced_blobs(ledger), removable_copies(ledger)
         for sha256 in find_garbage(ledger) if blobs is None else blobs:
             for volume_id, size_bytes in spare.get(sha256, {}).items():
-                await asyncio.to_thread(self._disk.delete_copy, sha256, volume_id)
+                await asyncio.to_thread(delete_copy, self._disk, sha256, volume_id)
                 log.info("redundant blob copy deleted", blob=sha256, freed_bytes=size_bytes)
                 freed += size_bytes
             if sha256 in spare:
                 del ledger.redundant_copies[sha256]
             if sha256 not in needed:
-                await asyncio.to_thread(self._disk.delete_blob, sha256)
+                await asyncio.to_thread(delete_blob, self._disk, sha256)
                 freed += ledger.drop_blob(sha256)
         ledger.sha256_by_git_name = {
             git: sha for git, sha in ledger.sha256_by_git_name.items() if sha in ledger.blobs

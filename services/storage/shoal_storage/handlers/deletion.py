@@ -22,7 +22,9 @@ from shoal_storage.ledger.usage import join_names, release_hint
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.shards import ShardService
 from shoal_storage.store.library_records import build_view
+from shoal_storage.store.partials import allocated_bytes, delete_partial, refresh_partial, write_partial
 from shoal_storage.store.store import Store
+from shoal_storage.store.tombstones import begin_delete, finish_delete
 
 log = StructuredLogger("storage")
 
@@ -59,7 +61,7 @@ class DeletionService:
         ledger = self._ledger
         await self._parts.drop(model)
         repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(self._disk.begin_delete, repo, commit)
+        await asyncio.to_thread(begin_delete, self._disk, repo, commit)
         if manifest := ledger.manifests.pop(model, None) or ledger.incomplete.pop(model, None):
             ledger.deleting[model] = manifest
         manifest = ledger.deleting.get(model)
@@ -67,7 +69,7 @@ class DeletionService:
         known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unverified.keys() if manifest else set())
         leaving = [blob for blob in blobs_freed_by(model, ledger) if blob in known]
         try:
-            await asyncio.to_thread(self._disk.finish_delete, repo, commit, leaving)
+            await asyncio.to_thread(finish_delete, self._disk, repo, commit, leaving)
             await asyncio.to_thread(self._keeping.delete_records, model)
         finally:
             freed = sum(ledger.drop_blob(blob) for blob in await asyncio.to_thread(self._disk.missing_files, leaving))
@@ -102,7 +104,8 @@ class DeletionService:
                 # On disk too, or the next start would count both models.
                 try:
                     await asyncio.to_thread(
-                        self._disk.write_partial,
+                        write_partial,
+                        self._disk,
                         blob,
                         partial.size_bytes,
                         remaining.models,
@@ -115,10 +118,10 @@ class DeletionService:
                         "cannot write which models need a partial blob; lost on restart", blob=blob, reason=e.strerror
                     )
                 partial.models, partial.leaves_by_model = remaining.models, remaining.leaves_by_model
-                await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+                await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
             else:
-                freed += await asyncio.to_thread(self._disk.allocated_bytes, blob, partial.size_bytes)
-                await asyncio.to_thread(self._disk.delete_partial, blob)
+                freed += await asyncio.to_thread(allocated_bytes, self._disk, blob, partial.size_bytes)
+                await asyncio.to_thread(delete_partial, self._disk, blob)
                 del self._ledger.partials[blob]
         return freed
 

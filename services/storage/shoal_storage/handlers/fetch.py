@@ -42,7 +42,16 @@ from shoal_storage.ledger.references import is_offered_by_library, matching_mani
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.settings import StorageSettings
 from shoal_storage.shards import ShardService
-from shoal_storage.store.store import Store, require_all_blobs
+from shoal_storage.store.commit import (
+    commit_blob,
+    find_by_git_sha1,
+    link_view,
+    require_all_blobs,
+    seal_model,
+    set_volume,
+)
+from shoal_storage.store.partials import has_partial, refresh_partial, verify_partial, write_partial
+from shoal_storage.store.store import Store
 
 log = StructuredLogger("storage")
 
@@ -124,19 +133,19 @@ class FetchApi:
     async def _reserve_blob(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
         known = self._ledger.partials.get(blob)
         if known is None:
-            await asyncio.to_thread(self._disk.set_volume, blob, volume_id)
+            await asyncio.to_thread(set_volume, self._disk, blob, volume_id)
         partial = known or PartialBlobInfo(size_bytes)
         changed = partial.with_model(model, wanted)
         models = changed.models
         # Files deleted by hand meanwhile are made again: the disk is authoritative.
-        if known is None or not await asyncio.to_thread(self._disk.has_partial, blob):
+        if known is None or not await asyncio.to_thread(has_partial, self._disk, blob):
             if await asyncio.to_thread(create_partial, self._disk, blob, size_bytes, models, changed.leaves_by_model):
                 self._ledger.quarantined.discard(blob)
                 self._ledger.repairable.pop(blob, None)
         elif (models, changed.leaves_by_model) != (partial.models, partial.leaves_by_model):
-            await asyncio.to_thread(self._disk.write_partial, blob, size_bytes, models, changed.leaves_by_model)
+            await asyncio.to_thread(write_partial, self._disk, blob, size_bytes, models, changed.leaves_by_model)
         partial.models, partial.leaves_by_model = models, changed.leaves_by_model
-        await asyncio.to_thread(self._disk.refresh_partial, blob, partial)
+        await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
         self._ledger.partials[blob] = partial
 
     async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
@@ -149,7 +158,7 @@ class FetchApi:
                     sha256 = self._ledger.library_sha256_by_git_name.get(f.blob)
                 if sha256 is None:
                     sha256 = await asyncio.to_thread(
-                        self._disk.find_by_git_sha1, f.git_sha1, f.size_bytes, self._ledger
+                        find_by_git_sha1, self._disk, f.git_sha1, f.size_bytes, self._ledger
                     )
                 if sha256:
                     known[f.blob] = sha256
@@ -199,7 +208,7 @@ class FetchApi:
             )
         try:
             # Hashing takes seconds per GB, so it runs outside the section; nobody else writes this partial blob.
-            digests = await asyncio.to_thread(self._disk.verify_partial, blob, partial.size_bytes, root)
+            digests = await asyncio.to_thread(verify_partial, self._disk, blob, partial.size_bytes, root)
         except FileNotFoundError:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except CorruptLeaves as e:
@@ -219,7 +228,7 @@ class FetchApi:
                 if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
                     reserved_blobs.add(digests.sha256)
                     await asyncio.to_thread(self.metadata.write_reservation, model)
-            await asyncio.to_thread(self._disk.commit, blob, digests)
+            await asyncio.to_thread(commit_blob, self._disk, blob, digests)
             del self._ledger.partials[blob]
             self._ledger.blobs[digests.sha256] = digests.size_bytes
             self._ledger.unverified.pop(digests.sha256, None)
@@ -264,9 +273,9 @@ class FetchApi:
             require_all_blobs(manifest, self._ledger)
             manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._disk.layout, manifest)
             if manifest == held:
-                await asyncio.to_thread(self._disk.build_view, manifest)
+                await asyncio.to_thread(link_view, self._disk, manifest)
             else:
-                await asyncio.to_thread(self._disk.seal, manifest)
+                await asyncio.to_thread(seal_model, self._disk, manifest)
             await self.shards.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.incomplete.pop(manifest.model, None)

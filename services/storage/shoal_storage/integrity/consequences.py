@@ -11,6 +11,7 @@ from shoal_common.service import ServiceContext
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import referenced_blobs
 from shoal_storage.publisher import StatePublisher
+from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.store import Store
 
 
@@ -61,6 +62,6 @@ class IntegrityPublisher:
 async def drop_obsolete_quarantine(disk: Store, ledger: Ledger) -> None:
     """Delete quarantined files that nothing needs or that good bytes have replaced. Within the critical section."""
     for sha256 in obsolete_quarantine(ledger):
-        await asyncio.to_thread(disk.delete_quarantined, sha256)
+        await asyncio.to_thread(delete_quarantined, disk, sha256)
         ledger.quarantined.discard(sha256)
         ledger.repairable.pop(sha256, None)

@@ -12,6 +12,7 @@ from shoal_storage.files import leaf_hash_file
 from shoal_storage.files.atomic_file import fsync_path
 from shoal_storage.integrity.blob_check import VerificationResult
 from shoal_storage.ledger.lease import ModelLease
+from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.store import Store
 from shoal_storage.store.views import delete_files, view_paths_of
 
@@ -33,7 +34,7 @@ def quarantine_blob(
             fsync_path(directory)
     paths.set_aside(result.sha256).parent.mkdir(exist_ok=True)
     # An older bitmap under this name does not describe these bytes.
-    disk.delete_quarantined(result.sha256)
+    delete_quarantined(disk, result.sha256)
     path.replace(paths.set_aside(result.sha256))
     fsync_path(paths.set_aside(result.sha256).parent)
     fsync_path(path.parent)

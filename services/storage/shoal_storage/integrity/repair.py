@@ -22,7 +22,8 @@ from shoal_common.messages import encode
 from shoal_common.store.bitmap import Bitmap
 from shoal_storage.files.atomic_file import fsync_path, replace_file, replace_file_unsynced
 from shoal_storage.integrity.blob_check import VerificationResult
-from shoal_storage.store.store import PARTIAL_MODE, PartialMeta, Store
+from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_partial, link_partial, write_partial
+from shoal_storage.store.store import Store
 
 
 def record_good_leaves(disk: Store, result: VerificationResult) -> int:
@@ -67,11 +68,11 @@ def create_partial(
     paths, directory = disk.layout, disk.layout.partial(blob)
     good = _good_leaves(disk, blob, size_bytes)
     if good is None:
-        disk.write_partial(blob, size_bytes, models, leaves_by_model)
+        write_partial(disk, blob, size_bytes, models, leaves_by_model)
         return False
     disk.require_volume(blob)
     if directory.exists():  # without `data`: the other files in it describe other bytes
-        disk.delete_partial(blob)
+        delete_partial(disk, blob)
     directory.mkdir()
     replace_file_unsynced(directory / "have", good.to_bytes())
     replace_file_unsynced(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
@@ -81,5 +82,5 @@ def create_partial(
     fsync_path(directory)
     paths.set_aside_have(blob).unlink(missing_ok=True)
     fsync_path(paths.set_aside(blob).parent)
-    disk.link_partial(blob)
+    link_partial(disk, blob)
     return True

@@ -32,6 +32,7 @@ from shoal_storage.libraries.recognize import (
 from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.store import library_records
+from shoal_storage.store.commit import link_view
 from shoal_storage.store.store import Store
 
 log = StructuredLogger("libraries")
@@ -288,7 +289,7 @@ class LibraryService:
                 continue
             try:
                 # Its library blobs may be in other files now.
-                await asyncio.to_thread(self._disk.build_view, manifest)
+                await asyncio.to_thread(link_view, self._disk, manifest)
                 if model in completed:
                     await self._announcer.publish_model(manifest)
                     log.info("model is complete again, with files of a library", model=model)

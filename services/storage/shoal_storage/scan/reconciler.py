@@ -18,6 +18,7 @@ from shoal_storage.scan.change_filter import has_visible_change
 from shoal_storage.scan.diff import StoreDiff, apply_diff, diff_store
 from shoal_storage.scan.scanner import scan_store
 from shoal_storage.shards import ShardService
+from shoal_storage.store.commit import link_view
 from shoal_storage.store.store import Store
 from shoal_storage.store.views import delete_files, view_paths_of
 
@@ -134,7 +135,7 @@ class StoreReconciler:
 
     async def _link(self, model: str) -> bool:
         try:
-            await asyncio.to_thread(self._disk.build_view, self._ledger.manifests[model])
+            await asyncio.to_thread(link_view, self._disk, self._ledger.manifests[model])
         except OSError as e:
             log.warning("model view cannot be built; model not published", model=model, error=str(e))
             self._ledger.incomplete[model] = self._ledger.manifests.pop(model)

@@ -1,0 +1,55 @@
+"""Delete a model in two steps that a crash may interrupt: manifest into tombs/, then everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from shoal_common.errors import ShoalError
+from shoal_common.messages import decode
+from shoal_common.messages.manifest import Manifest
+from shoal_storage.files.atomic_file import fsync_path
+from shoal_storage.store.commit import delete_blob
+from shoal_storage.store.store import Store
+from shoal_storage.store.views import delete_view
+
+
+def begin_delete(store: Store, repo: str, commit: str) -> None:
+    """Move a model's manifest into tombs/: the model is gone, and `finish_delete` deletes the rest of it.
+
+    Raises OSError, or Unavailable if the store is missing; then nothing has changed. Absent already is fine.
+    """
+    store.require_present()
+    with suppress(FileNotFoundError):
+        store.layout.manifest(repo, commit).replace(store.layout.tombstone(repo, commit))
+
+
+def finish_delete(store: Store, repo: str, commit: str, blobs: Iterable[str]) -> None:
+    """Delete the rest of a model without a manifest, and the blobs that only it needs.
+
+    Absent already is fine. After an OSError its tombstone remains; call this again.
+    """
+    path, view, tomb = (
+        path_of(repo, commit) for path_of in (store.layout.manifest, store.layout.view, store.layout.tombstone)
+    )
+    # Also if it was absent: an earlier attempt may have failed here.
+    fsync_path(store.layout.tombs)
+    with suppress(FileNotFoundError):
+        fsync_path(path.parent)
+    delete_view(view, read_tombstone(tomb))
+    for empty in (path.parent, view.parent):
+        with suppress(OSError):  # another commit of the model is in it
+            empty.rmdir()
+    for sha256 in blobs:
+        delete_blob(store, sha256)
+    # Durably too: a tombstone that came back would take newly fetched blobs with it.
+    tomb.unlink(missing_ok=True)
+    fsync_path(store.layout.tombs)
+
+
+def read_tombstone(tomb: Path) -> Manifest | None:
+    """Return the manifest in a tombstone; None if it cannot be read."""
+    with suppress(ShoalError, OSError):
+        return decode(tomb.read_bytes(), Manifest)
+    return None
