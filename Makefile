@@ -44,6 +44,7 @@ unit: setup
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/mypy $(SOURCES)

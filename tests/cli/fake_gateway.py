@@ -99,7 +99,7 @@ class Cluster:
 
     async def _status(self, request: Request) -> Response:
         storage = {"node": "node-a", "quota_bytes": 10**12, "used_bytes": 5 * 10**9, "free_bytes": 3 * 10**11}
-        storage |= {"unknown_count": 3, "unknown_bytes": 7, "unknown": ["index.db"]}
+        storage |= {"foreign_count": 3, "foreign_bytes": 7, "foreign_files": ["index.db"]}
         services = {"gateway": {"version": "0.1.0", "pid": 7, "host": "h", "uptime_s": 65.0, "addresses": ["x:1"]}}
         services["fileserver"] = {**services["gateway"], "addresses": ["192.0.2.7:4242", "x:2"]}
         up = {"node": "node-a", "live": True, "services": services, "missing_services": [], "storage": storage}

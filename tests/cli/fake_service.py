@@ -36,7 +36,7 @@ def main(behaviour: str) -> int:
     if behaviour == "breaks":
         print("cannot open the frobnicator", file=sys.stderr)
         return 3
-    if behaviour == "claimed":
+    if behaviour == "already_running":
         print("storage of node x is already running: pid 1 on y holds it", file=sys.stderr)
         return 9
     if behaviour == "other_version":

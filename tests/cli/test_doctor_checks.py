@@ -486,7 +486,7 @@ def state(**more: Any) -> StorageState:
         ({"store_exists": False}, "problem", ("there is no store", "mounted")),
         ({"settings_error": "storage.path is 5"}, "problem", ("storage.path is 5",)),
         ({"store": changed(error="Permission denied")}, "problem", ("cannot be read", "storage.path")),
-        ({"state": state(store_away=True)}, "problem", ("unmounted", "mount it again")),
+        ({"state": state(store_missing=True)}, "problem", ("unmounted", "mount it again")),
         ({"store": changed(kind="nfs4")}, "problem", ("nfs4", "locks")),
         ({"store": changed(read_only=True)}, "problem", ("read-only", "dmesg")),
         ({"store": changed(inodes_total=10**6, inodes_free=500)}, "warning", ("500 inodes left",)),
@@ -533,7 +533,7 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
         ({"volumes": [changed(free_bytes=1)]}, "warning", ("nothing more is stored there",)),
         ({"libraries": [changed(exists=False)]}, "warning", ("cannot be read", "--remove-library /s")),
         (
-            {"libraries": [FINE], "state": state(read_only_roots=[LibraryState(path="/s", error="not UTF-8")])},
+            {"libraries": [FINE], "state": state(libraries=[LibraryState(path="/s", error="not UTF-8")])},
             "warning",
             ("not UTF-8",),
         ),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from shoal_cli.api.schema import NodeView, StatusView
 from shoal_cli.render.tables import render_status
+from shoal_common.messages.views import NodeView, StatusView
 
 
 def test_status_shows_an_ignored_nodes_version_and_our_own() -> None:

@@ -66,12 +66,12 @@ def test_storage_flags_go_to_the_file_unless_the_environment_has() -> None:
         "max_storage_bytes": None,
         "eviction_policy": "lru",
     }
-    assert plan(libraries=["/x"]).storage == {"read_only_roots": ["/x"]}
-    saved = {"storage": {"read_only_roots": ["/nas", "/x"]}}
-    assert plan(settings=saved, libraries=["/x", "/y"]).storage == {"read_only_roots": ["/nas", "/x", "/y"]}
+    assert plan(libraries=["/x"]).storage == {"libraries": ["/x"]}
+    saved = {"storage": {"libraries": ["/nas", "/x"]}}
+    assert plan(settings=saved, libraries=["/x", "/y"]).storage == {"libraries": ["/nas", "/x", "/y"]}
     assert plan(settings=saved).storage == {}
     with pytest.raises(BadInput, match="must be a list of directories"):
-        plan(settings={"storage": {"read_only_roots": "/nas"}}, libraries=["/x"])
+        plan(settings={"storage": {"libraries": "/nas"}}, libraries=["/x"])
     environ = {"SHOAL_MAX_STORAGE_BYTES": "7"}
     assert plan(environ, eviction_policy="lru").storage == {"eviction_policy": "lru"}
     assert service_spec(plan(environ), "storage", [], 1, "py", environ).environ["SHOAL_MAX_STORAGE_BYTES"] == "7"

@@ -34,7 +34,9 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
         {"id": "l2", "model": HELD, "holder": "me", "since_s": since_s},
     ]
     cluster.disks = [
-        disk("node-a", pinned=[HELD], quarantined=["ab" * 32], from_environment=["max_storage_bytes"], leases=leases),
+        disk(
+            "node-a", pinned=[HELD], quarantined=["ab" * 32], overridden_by_env=["max_storage_bytes"], leases=leases
+        ),
         disk("node-b"),
     ]
     for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
@@ -55,12 +57,12 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
 
 def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys: Capture) -> None:
     first = ["index.db", "blobs/sha256/ab/notes.txt"]
-    cluster.disks = [disk("node-a", unknown_count=3, unknown_bytes=12 * GB, unknown=first, unproven_count=1)]
+    cluster.disks = [disk("node-a", foreign_count=3, foreign_bytes=12 * GB, unknown=first, unverified_count=1)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
     assert "node-a: 1 copied-in file, 0 B, to be verified before use" in said and "is missing" not in said
-    cluster.disks = [disk("node-a", unknown_count=1, unknown_bytes=1, unknown=first[:1], store_away=True)]
+    cluster.disks = [disk("node-a", foreign_count=1, foreign_bytes=1, unknown=first[:1], store_missing=True)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in said
@@ -84,34 +86,37 @@ def test_storage_shows_all_disks_also_those_of_down_nodes(cluster: Cluster, caps
 def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
     big = {"path": "/mnt/big", "used_bytes": 2 * GB, "blob_count": 3, "free_bytes": 9 * GB, "headroom_bytes": GB}
     gone = {"path": "/mnt/gone", "error": "it is not there: mount its disk"}
-    cluster.disks = [disk("node-a", roots=[{**big, "double_bytes": GB, "reserved_bytes": GB}, gone]), disk("node-b")]
+    cluster.disks = [
+        disk("node-a", volumes=[{**big, "duplicate_bytes": GB, "reserved_bytes": GB}, gone]),
+        disk("node-b"),
+    ]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in said
     assert "1.0 GB of duplicates: `shoal gc` deletes them" in said
     assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in said
-    cluster.disk_results = {"node-a": {"roots": ["/mnt/big", "/mnt/new"]}}
+    cluster.disk_results = {"node-a": {"volumes": ["/mnt/big", "/mnt/new"]}}
     before = len(cluster.requests)
     assert run(["storage", "set", "--add-volume", "/mnt/new", "--remove-volume", "/mnt/gone"]) == 0
-    assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"roots": ["/mnt/big", "/mnt/new"]})
+    assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"volumes": ["/mnt/big", "/mnt/new"]})
     assert "volume /mnt/new" in capsys.readouterr().out
     assert run(["storage", "set", "--node", "node-b", "--add-volume", "/mnt/new"]) == 0
-    assert cluster.requests[-1][2] == {"roots": ["/mnt/new"], "node": "node-b"}
+    assert cluster.requests[-1][2] == {"volumes": ["/mnt/new"], "node": "node-b"}
     assert run(["storage", "set", "--remove-volume", "/mnt/new"]) == BadInput.exit_code
     assert "/mnt/new is not a volume of node-a (known: /mnt/big, /mnt/gone)" in capsys.readouterr().err
     assert run(["storage", "set", "--all", "--add-volume", "/mnt/new"]) == BadInput.exit_code
 
 
 def test_libraries_are_added_to_those_there_are_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
-    cluster.disks = [disk("node-a", read_only_roots=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
-    cluster.disk_results = {"node-a": {"read_only_roots": ["/nas", "/a", "~/b"]}}
+    cluster.disks = [disk("node-a", libraries=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
+    cluster.disk_results = {"node-a": {"libraries": ["/nas", "/a", "~/b"]}}
     arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas"]
     assert run([*arguments, "--remove-library", "/old"]) == 0
-    body = {"read_only_roots": ["/nas", "/a", "~/b"]}
+    body = {"libraries": ["/nas", "/a", "~/b"]}
     assert cluster.requests[-1] == ("PUT", "/v1/storage/config", body)
     assert "  library /nas\n  library /a\n  library ~/b\n" in capsys.readouterr().out
     assert run(["storage", "set", "--remove-library", "/nas", "--remove-library", "/old"]) == 0
-    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", {"read_only_roots": []})
+    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", {"libraries": []})
     assert run(["storage", "set", "--remove-library", "/none"]) == BadInput.exit_code
     assert "/none is not a library of node-a (known: /nas, /old)" in capsys.readouterr().err
     assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
@@ -195,8 +200,8 @@ def test_a_setting_that_storage_refuses_is_one_line_and_exit_4(cluster: Cluster,
 
 
 def test_storage_plan_shows_what_would_be_evicted(cluster: Cluster, capsys: Capture) -> None:
-    victim = {"model": HELD, "frees_bytes": 60 * GB, "last_use_s": 5.0}
-    plan = {"need_bytes": 50 * GB, "victims": [victim], "frees_bytes": 60 * GB, "enough": True}
+    victim = {"model": HELD, "freed_bytes": 60 * GB, "last_use_s": 5.0}
+    plan = {"required_bytes": 50 * GB, "victims": [victim], "freed_bytes": 60 * GB, "enough": True}
     cluster.disk_results = {"node-b": plan}
     assert run(["storage", "plan", "--need", "50GB", "--node", "node-b"]) == 0
     assert cluster.asked("GET", "/v1/storage/plan") == [{"need_bytes": str(50 * GB), "node": "node-b"}]
@@ -279,7 +284,7 @@ def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Ca
 
 def repaired(cluster: Cluster, **outcome: Any) -> None:
     """A node on which two leaves of a blob are bad, and how pulling the model again ends there."""
-    found = {"corrupt": ["ab" * 32], "bad_leaves": 2, "models": [HELD], "broken": [HELD], "instances": ["i1"]}
+    found = {"corrupt": ["ab" * 32], "bad_leaves": 2, "models": [HELD], "incomplete": [HELD], "instances": ["i1"]}
     cluster.disk_results = {"node-a": {"checked": 3, "checked_bytes": 2 * GB, **found}}
     phase = "ready" if outcome["ok"] else "failed"
     arriving = download("fetching", 500, model=HELD)

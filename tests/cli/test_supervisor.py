@@ -150,7 +150,7 @@ def test_a_service_that_is_never_ready_is_named_at_the_deadline(node: Node) -> N
 
 
 def test_a_service_claimed_by_another_process_exits_with_9(node: Node) -> None:
-    node.behave(storage="claimed")
+    node.behave(storage="already_running")
     up = node.up()
     assert up.returncode == 9
     assert "another process is already this node's service" in up.stderr

@@ -108,7 +108,7 @@ async def _ghosts(site: Site, here: Pulls) -> list[str]:
         for subject in info.state.subjects or {}:
             kind, _, rest = subject.removeprefix(f"$KV.{bucket}.").partition(".")
             if (
-                kind in ("storage", "model", "download", "part", "links", "node")
+                kind in ("storage", "model", "download", "shard", "links", "node")
                 and rest.partition(".")[0] not in known
             ):
                 found.append(subject)

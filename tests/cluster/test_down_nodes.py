@@ -118,7 +118,7 @@ async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
                         )
                         errors = dict(zip(wishes, found, strict=True))
                         for verb, error in errors.items():
-                            assert error["code"] == "node_away", (verb, error)
+                            assert error["code"] == "node_down", (verb, error)
                             who = "placement" if verb in TO_PLACEMENT else "node b"
                             assert verb in error["message"] and who in error["message"], error
                         assert said.returncode == 5 and "node b" in said.stderr, said
@@ -130,10 +130,10 @@ async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
                             return await here.buckets.done.get_as(identity, Outcome)
 
                         outcome = await eventually(ended, "the download has an outcome", ENDS_DEADLINE_S)
-                        assert outcome.error is not None and outcome.error.code == "node_away"
+                        assert outcome.error is not None and outcome.error.code == "node_down"
                         # By now the node is known to be down: nothing is sent any more.
                         known = await ends(http, TO_STORAGE["gc"])
-                        assert known["code"] == "node_away" and "nothing was sent" in known["message"]
+                        assert known["code"] == "node_down" and "nothing was sent" in known["message"]
                     finally:
                         for service in away:
                             if how == "killed":

@@ -42,13 +42,13 @@ def test_I9_a_hub_cache_is_a_library_served_and_never_written(
             a.shoal("storage", "set", "--library", str(root), check=True)
             model = eventually(lambda: held(a), "the cache's model is offered")
             assert model["commit"] == snapshot.name
-            assert model["adopted_from"] == {"a": str(root / snapshot.relative_to(cache))}
+            assert model["library_directory"] == {"a": str(root / snapshot.relative_to(cache))}
             assert f"{DEMO_MODEL} on a is in {root}" in a.shoal("ls", check=True).stdout
             assert f"library {root}: 1 model" in a.shoal("storage", check=True).stdout
             assert disk(a).get("used_bytes", 0) == 0
 
             b.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
-            assert sorted(held(b)["nodes"]) == ["a", "b"] and list(held(b)["adopted_from"]) == ["a"]
+            assert sorted(held(b)["nodes"]) == ["a", "b"] and list(held(b)["library_directory"]) == ["a"]
             a.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
             assert content_bytes(hub) == 0, "what the cluster has does not cross the internet again"
 
@@ -67,7 +67,7 @@ def test_I9_a_hub_cache_is_a_library_served_and_never_written(
                 ended = a.shoal(*arguments)
                 assert ended.returncode == code, (arguments, ended.stderr)
             a.wait_reborn("storage", a.kill("storage"))
-            assert eventually(lambda: held(a).get("adopted_from"), "offered after a kill too")
+            assert eventually(lambda: held(a).get("library_directory"), "offered after a kill too")
             a.shoal("storage", "set", "--remove-library", str(root), check=True)
             assert held(a)["nodes"] == ["b"]
             a.down()

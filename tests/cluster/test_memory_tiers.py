@@ -143,7 +143,7 @@ def test_a_model_beyond_fits_runs_only_when_a_person_allows_it(
         for hog in limited.hogs.values():
             taken.enter_context(hog.leaving(LEFT_BYTES))
         tight = limited.as_tier("tight", TIGHT_TOKENS)
-        assert tight["is_low_memory"] and all(s["freeing_bytes"] > 0 for s in tight["stages"])
+        assert tight["is_low_memory"] and all(s["bytes_to_free"] > 0 for s in tight["stages"])
         table = node.shoal("place", MODEL, "--preview", *context, check=True).stdout
         assert "tight" in table and "--allow-low-memory" in table
 

@@ -37,7 +37,7 @@ DEADLINE_S = 120.0
 QUOTA_BYTES = 3 << 30
 SLOWLY = Faults(bytes_per_s=LEAF_BYTES / 2)
 KEPT, BIG, PAUSED = "org/kept", "org/big", "org/paused"
-_OF_THE_DISK = ("storage.", "model.", "part.")
+_OF_THE_DISK = ("storage.", "model.", "shard.")
 
 
 class Cluster:

@@ -47,7 +47,7 @@ def migrates_only_on_request(node: ShoalNode, instance: str, here: str, better: 
     """An instance over two nodes that would be faster on one: the move is proposed, and made when a person asks."""
     (proposed,) = json.loads(node.shoal("rebalance", "--json", check=True).stdout)["rebalances"]
     assert proposed["instance"] == instance and proposed["gain"] > 1.1
-    assert (proposed["now"]["layout"], proposed["better"]["layout"]) == (here, better)
+    assert (proposed["current"]["layout"], proposed["proposed"]["layout"]) == (here, better)
     table = node.shoal("rebalance", check=True).stdout
     assert instance in table and better in table
     assert len(node.call("GET", f"/v1/instances/{instance}")["nodes"]) == 2

@@ -45,8 +45,8 @@ def test_I1_repair_restores_two_corrupt_leaves_and_reports_them(tmp_path: Path) 
 
         rot()
         found = node.call("POST", "/v1/storage/verify", {"node": "a"})["nodes"]["a"]
-        assert (found["bad_leaves"], found["broken"]) == (2, [manifest.model])
-        for model in found["broken"]:
+        assert (found["bad_leaves"], found["incomplete"]) == (2, [manifest.model])
+        for model in found["incomplete"]:
             node.call("POST", "/v1/downloads", {"model": model, "nodes": ["a"], "wait": True})
         assert hub.stats().bytes == LEAF_BYTES + 99
         ((held,),) = [[m for m in node.call("GET", "/v1/status")["models"] if m["model"] == manifest.model]]

@@ -109,7 +109,7 @@ def test_I5_I7_I8_retired_nodes_are_collected_once_without_a_hub(tmp_path: Path,
 
         def counted() -> bool:
             row = node.call("GET", "/v1/status")["nodes"][0]
-            return bool(row["storage"] and row["storage"]["unknown_count"] >= 1)
+            return bool(row["storage"] and row["storage"]["foreign_count"] >= 1)
 
         eventually(counted, "what lies about is counted")
         asyncio.run(collected(node.nats_url, remove))

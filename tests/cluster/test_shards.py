@@ -120,7 +120,7 @@ def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
 
 def published_shards(cluster: ShoalCluster) -> dict[str, dict[str, Any]]:
     """Return the published shards, by node."""
-    return {p["node"]: p for p in cluster["c"].call("GET", "/v1/status")["parts"]}
+    return {p["node"]: p for p in cluster["c"].call("GET", "/v1/status")["shards"]}
 
 
 @pytest.mark.parametrize("model", [ONE, SEVERAL])

@@ -182,7 +182,7 @@ async def test_a_command_for_an_unknown_node_ends_early(
     async with joined(nats) as here:
         node, identity = fresh("node"), fresh("id")
         outcome = await send(here, node, identity)
-        assert outcome.error is not None and outcome.error.code == "node_away"
+        assert outcome.error is not None and outcome.error.code == "node_down"
         assert node in outcome.error.message and "there is no such node" in outcome.error.message
         assert await here.buckets.done.get_as(done_key(identity), Outcome) == outcome
         # The service is there after all: a command reported as not run does not run, and the queue is empty.
@@ -204,15 +204,15 @@ async def test_a_command_for_a_down_node_names_how_long_it_is_down(
         assert outcome.error is not None and f"its {SERVICE} is not live" in outcome.error.message
         await here.buckets.state.put(node_key(node), NodeState(node=node, down_since_s=86400.0))
         outcome = await send(here, node, fresh("id"))
-        assert outcome.error is not None and outcome.error.code == "node_away" and outcome.error.retryable
+        assert outcome.error is not None and outcome.error.code == "node_down" and outcome.error.retryable
         assert "down since 1970-01-02T00:00:00" in outcome.error.message
-        assert outcome.error.details == {"node": node, "silent_since_s": 86400.0}
+        assert outcome.error.details == {"node": node, "down_since_s": 86400.0}
 
 
 async def test_a_deadline_below_the_timeout_names_the_down_node_too(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         outcome = await send(here, node := fresh("node"), fresh("id"), deadline_s=0.5)
-        assert outcome.error is not None and outcome.error.code == "node_away" and node in outcome.error.message
+        assert outcome.error is not None and outcome.error.code == "node_down" and node in outcome.error.message
 
 
 async def test_a_service_back_in_time_runs_the_waiting_commands(nats: NatsServer, fresh: Fresh) -> None:
@@ -236,5 +236,5 @@ async def test_an_any_node_command_waits_and_is_cancelled_without_one(
             assert (await patient).result == {"identity": "id-1"}
         monkeypatch.setattr(command_client, "DOWN_AFTER_S", 0.5)
         nobody = await send(here, ANY, "id-2")  # node-b's key is still listed, as a deletion marker
-        assert nobody.error is not None and nobody.error.code == "node_away"
+        assert nobody.error is not None and nobody.error.code == "node_down"
         assert f"no node runs {SERVICE}" in nobody.error.message

@@ -22,7 +22,7 @@ def change(home: Path, changes: dict[str, Value]) -> None:
     change_settings(home, {"storage": changes}, lambda _: None)
 
 
-KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "read_only_roots")
+KEYS = ("max_storage_bytes", "eviction_policy", "headroom_bytes", "libraries")
 
 # Lines as people write them. `%d` makes each comment unique, so that none can stand for another.
 _TOP = [
@@ -43,7 +43,7 @@ _IN_STORAGE = [
     '"a quoted key" = [1, 2] # c%d',
     "deep.er = true # c%d",
     "headroom_bytes.x = 1",
-    'read_only_roots = ["/a"] # c%d',
+    'libraries = ["/a"] # c%d',
 ]
 _AFTER = ["[gateway] # c%d", "gap_s = 0.5 # c%d", "# c%d", "", "[commands]\nstorage = ['x'] # c%d", "[[list]]\n# c%d"]
 
@@ -97,16 +97,16 @@ def test_any_changes_keep_every_comment_and_every_foreign_key(text: str, sequenc
 def test_a_list_is_edited_in_place_and_keeps_comments_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text('[storage]\nread_only_roots = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
-    change(tmp_path, {"read_only_roots": ["/x", "/z"]})
+    change(tmp_path, {"libraries": ["/x", "/z"]})
     text = path.read_text()
-    assert read_settings(tmp_path) == {"storage": {"read_only_roots": ["/x", "/z"]}}
+    assert read_settings(tmp_path) == {"storage": {"libraries": ["/x", "/z"]}}
     assert all(comment in text for comment in ("# mine", "# the NAS", "# old", "# end"))
-    change(tmp_path, {"read_only_roots": ["/z", "/x"]})
-    assert read_settings(tmp_path) == {"storage": {"read_only_roots": ["/z", "/x"]}}
-    change(tmp_path, {"read_only_roots": None})
+    change(tmp_path, {"libraries": ["/z", "/x"]})
+    assert read_settings(tmp_path) == {"storage": {"libraries": ["/z", "/x"]}}
+    change(tmp_path, {"libraries": None})
     assert read_settings(tmp_path) == {"storage": {}} and "# end" in path.read_text()
-    change(tmp_path, {"read_only_roots": ["/a", "/b"]})
-    assert 'read_only_roots = ["/a", "/b"]' in path.read_text()
+    change(tmp_path, {"libraries": ["/a", "/b"]})
+    assert 'libraries = ["/a", "/b"]' in path.read_text()
 
 
 def test_a_change_reads_as_a_person_would_have_written_it(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ async def test_a_blocked_pull_can_be_cancelled_and_leaves_no_files(
             await blocked(here, name)
             assert (await here.cancel(name)).result["cancelled"] is True
             outcome = await pull
-            assert outcome.error is not None and outcome.error.code == "withdrawn"
+            assert outcome.error is not None and outcome.error.code == "cancelled"
             await here.nothing_is_left(name)
             assert free_bytes(disk) > 0, "the bytes of the partial were given back"
             # A deletion cancels as well.

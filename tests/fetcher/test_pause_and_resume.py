@@ -109,7 +109,7 @@ async def test_only_a_person_who_resumes_or_pulls_ends_a_pause(
             await site["a"].restart(here.here, service)
         await site["b"].restart(here.here, "fileserver")
         # The stage manager asks by itself, like this.
-        body = json.dumps({"model": site.repo, "unless_paused": True}).encode()
+        body = json.dumps({"model": site.repo, "keep_paused": True}).encode()
         outcome = await here.ask("a", "download", body)
         assert outcome.error is not None and outcome.error.code == "paused"
         wish, state = await download_spec(here, "a"), await here.state_now("a")
@@ -151,7 +151,7 @@ async def test_an_old_command_of_a_killed_fetcher_undoes_no_later_one(site: Site
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo)})
     site.hub.set_faults(SLOWLY)
     async with site.join() as here:
-        for verb, code in (("pause", "paused"), ("cancel", "withdrawn")):
+        for verb, code in (("pause", "paused"), ("cancel", "cancelled")):
             identity = f"{site.repo.replace('/', '-')}-{verb}"
             await here.here.client.publish(
                 subjects.command("fetcher", "a", "download"),
@@ -218,6 +218,6 @@ async def test_I5_concurrent_commands_all_get_replies_the_last_wins(site: Site) 
         assert all(o.ok for o in outcomes)
         assert [o.result["cancelled"] for o in outcomes if o.verb == "cancel"].count(True) == 1
         outcome = await waiting
-        assert outcome.error is not None and outcome.error.code in ("paused", "withdrawn")
+        assert outcome.error is not None and outcome.error.code in ("paused", "cancelled")
         assert await download_spec(here, "a") is None and await here.state_now("a") is None
         await here.nothing_is_left("a")

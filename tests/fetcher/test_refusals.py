@@ -128,7 +128,7 @@ async def test_I5_cancel_in_the_middle_leaves_no_files_and_repeats(site: Site) -
         await here.durable("a", LEAF_BYTES)
         assert (await here.cancel("a")).result["cancelled"] is True
         outcome = await pull
-        assert outcome.error is not None and outcome.error.code == "withdrawn"
+        assert outcome.error is not None and outcome.error.code == "cancelled"
         await here.nothing_is_left("a")
         assert await here.state_now("a") is None
         await here.no_lease_is_left()
@@ -150,7 +150,7 @@ async def test_I5_delete_in_the_middle_stops_the_download(site: Site, by_commit:
         deleted = await here.delete("a", f"{site.repo}@{state.commit}" if by_commit else "")
         assert deleted.ok, deleted.error
         outcome = await pull
-        assert outcome.error is not None and outcome.error.code == "withdrawn"
+        assert outcome.error is not None and outcome.error.code == "cancelled"
         await here.nothing_is_left("a")
         assert await here.state_now("a") is None
 
@@ -202,4 +202,4 @@ async def test_I6_an_interrupted_cancel_ends_at_the_next_start(site: Site) -> No
 async def test_cancelling_what_was_never_requested_is_answered(site: Site) -> None:
     async with site.join() as here:
         question = StopDownloads(repo=site.repo)
-        assert await RpcClient(here.here.nats)("fetcher", "a", "withdraw", question, Empty) == Empty()
+        assert await RpcClient(here.here.nats)("fetcher", "a", "stop_downloads", question, Empty) == Empty()

@@ -38,7 +38,7 @@ async def rot(here: Pulls, node: str, *offsets: int) -> Manifest:
     assert outcome.ok, outcome.error
     assert outcome.result["corrupt"] == [weights(manifest)]
     assert outcome.result["bad_leaves"] == len({o // LEAF_BYTES for o in offsets})
-    assert manifest.model in outcome.result["broken"]
+    assert manifest.model in outcome.result["incomplete"]
     return manifest
 
 

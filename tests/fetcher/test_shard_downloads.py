@@ -46,9 +46,9 @@ async def at_b(here: Pulls) -> dict[str, bytes]:
     return files
 
 
-async def begin(here: Pulls, layers: list[int], unless_paused: bool = False) -> asyncio.Task[Outcome]:
+async def begin(here: Pulls, layers: list[int], keep_paused: bool = False) -> asyncio.Task[Outcome]:
     """Request these layers on a, without waiting for them; the request is stored on return."""
-    body = {"model": here.site.repo, "layers": layers, "unless_paused": unless_paused}
+    body = {"model": here.site.repo, "layers": layers, "keep_paused": keep_paused}
     wish = await download_spec(here)
     before = len(wish.commands) if wish else 0
     task = asyncio.create_task(here.ask("a", "download", json.dumps(body).encode()))
@@ -87,7 +87,7 @@ async def test_paused_layers_stay_the_same_over_restart_and_resume(site: Site) -
         error = (await waiting).error
         assert error is not None and error.code == "paused"
         await limit(here, "a", max_peer_bytes_per_s=None)
-        refused = (await (await begin(here, [2, 4], unless_paused=True))).error
+        refused = (await (await begin(here, [2, 4], keep_paused=True))).error
         assert refused is not None and refused.code == "paused"
         await site["a"].restart(here.here, "fetcher")
         wish, state = await download_spec(here), await here.state_now("a")

@@ -63,7 +63,7 @@ async def test_32_callers_cost_the_hub_one_fetch_and_each_has_a_view(site: Site)
             check_views(site, files, [Path(x.view) for x in leases], [x.lock for x in leases], size)
             assert not (await here.delete("a")).ok
         for lease in leases:
-            await ask("storage", "a", "unlease", ReleaseLease(id=lease.id), Empty)
+            await ask("storage", "a", "release_lease", ReleaseLease(id=lease.id), Empty)
         assert not any(site["a"].layout.leases.iterdir())
         await here.assert_complete("a", files)
         assert (await here.delete("a")).ok

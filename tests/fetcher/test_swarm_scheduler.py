@@ -177,7 +177,7 @@ def alone(**changes: object) -> SwarmState:
         "peers": [],
         "runs": [],
         "now_s": 0.0,
-        "moved_at_s": 0.0,
+        "last_leaf_at_s": 0.0,
     }
     return SwarmState(**{**given, **changes})  # type: ignore[arg-type]  # a situation but for its changes
 

@@ -118,7 +118,7 @@ async def test_answer_cancelled_by_somebody_else_is_an_error(gateway: RunningGat
         asking = asyncio.create_task(c.http.post("/v1/chat/completions", json=chat_request()))
         prompt = await peer.prompt()
         await prompt.event(TokenEvent(request=prompt.question.request, finish_reason="cancelled"))
-        assert error_of(await asking, 409)["code"] == "withdrawn"
+        assert error_of(await asking, 409)["code"] == "cancelled"
 
 
 async def test_malformed_body_is_400_and_names_the_place(gateway: RunningGateway) -> None:

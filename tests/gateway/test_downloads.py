@@ -122,7 +122,7 @@ async def test_down_node_is_503_names_it_and_sends_nothing(gateway: RunningGatew
         await fetcher(c, "a")
         before = await c.joined.last_sequence("CMD")
         error = error_of(await c.http.post("/v1/downloads", json={"model": "org/big", "nodes": ["a", "gone"]}), 503)
-        assert error["code"] == "node_away" and error["details"]["nodes"] == ["gone"]
+        assert error["code"] == "node_down" and error["details"]["nodes"] == ["gone"]
         assert await c.joined.last_sequence("CMD") == before
 
 
@@ -182,4 +182,4 @@ async def test_waiting_caller_hears_that_the_download_was_cancelled(gateway: Run
 
         await c.worker("fetcher", "a", "download", DownloadCommand, withdrawn)
         body = {"model": "org/big", "nodes": ["a"], "wait": True}
-        assert error_of(await c.http.post("/v1/downloads", json=body), 409)["code"] == "withdrawn"
+        assert error_of(await c.http.post("/v1/downloads", json=body), 409)["code"] == "cancelled"

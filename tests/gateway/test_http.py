@@ -94,7 +94,7 @@ async def test_page_is_one_file_that_may_load_nothing_from_elsewhere(gateway: Ru
 async def test_I12_foreign_page_may_not_drive_the_api(gateway: RunningGateway, headers: dict[str, str]) -> None:
     async with cluster(gateway) as c:
         response = await c.http.post("/v1/downloads", json={"model": "org/x"}, headers=headers)
-        assert error_of(response, 403)["code"] == "foreign_page"
+        assert error_of(response, 403)["code"] == "cross_origin"
         if "Host" in headers:
             error_of(await c.http.get("/v1/status", headers=headers), 403)
 

@@ -86,7 +86,7 @@ async def test_delete_on_a_down_node_is_503(gateway: RunningGateway) -> None:
         await c.held("away", "org/big")
         for params in ({}, {"node": "away"}):
             error = error_of(await c.http.delete("/v1/models/org/big", params=params), 503)
-            assert error["code"] == "node_away" and "away" in error["details"]["nodes"]
+            assert error["code"] == "node_down" and "away" in error["details"]["nodes"]
 
 
 async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) -> None:
@@ -150,7 +150,7 @@ async def test_place_of_an_instance_that_fails_answers_with_its_error(gateway: R
 async def test_place_without_placement_is_503(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 503)
-    assert error["code"] == "node_away" and "placement" in error["message"]
+    assert error["code"] == "node_down" and "placement" in error["message"]
 
 
 async def test_stop_sends_unplace_and_reports_that_it_is_gone(gateway: RunningGateway) -> None:
@@ -199,4 +199,4 @@ async def test_a_node_of_another_major_version_is_shown_as_ignored(gateway: Runn
         assert node["live"] is False and node["services"] == {}
         assert not any(m["repo"] == "org/theirs" for m in status["models"])
         refused = await c.http.post("/v1/downloads", json={"model": "org/x", "nodes": ["b"]})
-        assert error_of(refused, 503)["code"] == "node_away"
+        assert error_of(refused, 503)["code"] == "node_down"

@@ -237,7 +237,7 @@ def test_every_route_and_setting_is_documented() -> None:
 
 def test_every_error_code_and_parameter_is_documented() -> None:
     protocol = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
-    for code in [*BY_CODE, "foreign_page", "too_large", "unsupported_parameter", "method_not_allowed"]:
+    for code in [*BY_CODE, "cross_origin", "too_large", "unsupported_parameter", "method_not_allowed"]:
         assert f"`{code}`" in protocol, code
     for name in UNSUPPORTED:
         assert f"`{name}`" in protocol, name

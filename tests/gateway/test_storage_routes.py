@@ -85,9 +85,9 @@ async def test_storage_lists_every_disk_with_its_last_published_state(gateway: R
         ),
         ("PUT", "/storage/config", "configure", {"max_storage_bytes": None}, {"max_storage_bytes": None}),
         ("PUT", "/v1/storage/config", "configure", {"headroom_bytes": 0, "id": "x"}, {"headroom_bytes": 0}),
-        ("PUT", "/storage/config", "configure", {"read_only_roots": ["/a"]}, {"read_only_roots": ["/a"]}),
-        ("PUT", "/storage/config", "configure", {"read_only_roots": []}, {"read_only_roots": []}),
-        ("PUT", "/storage/config", "configure", {"roots": ["/b"]}, {"roots": ["/b"]}),
+        ("PUT", "/storage/config", "configure", {"libraries": ["/a"]}, {"libraries": ["/a"]}),
+        ("PUT", "/storage/config", "configure", {"libraries": []}, {"libraries": []}),
+        ("PUT", "/storage/config", "configure", {"volumes": ["/b"]}, {"volumes": ["/b"]}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m"}, {"model": "org/m"}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m", "pinned": False}, {"model": "org/m", "pinned": False}),
         ("POST", "/v1/storage/gc", "gc", {}, {}),
@@ -161,15 +161,15 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
     assert (here, other) == ([50, 0], [0])
     assert list(everywhere["nodes"]) == [NODE, "other"]
     assert everywhere["nodes"]["other"] == {
-        "need_bytes": 50,
+        "required_bytes": 50,
         "garbage": [],
         "garbage_bytes": 0,
         "victims": [],
-        "frees_bytes": 0,
+        "freed_bytes": 0,
         "enough": False,
         "evictable_bytes": 0,
-        "kept": {},
-        "unfinished": [],
+        "protected": {},
+        "ended_downloads": [],
     }
 
 
@@ -212,8 +212,8 @@ async def test_a_node_whose_storage_is_down_is_named_and_sends_nothing(gateway: 
         before = await c.joined.last_sequence("CMD")
         for body in ({"nodes": ["a", "gone"]}, {}):
             error = error_of(await c.http.post("/v1/storage/gc", json=body), 503)
-            assert error["code"] == "node_away"
-        assert error_of(await c.http.get("/v1/storage/plan?need_bytes=1&node=gone"), 503)["code"] == "node_away"
+            assert error["code"] == "node_down"
+        assert error_of(await c.http.get("/v1/storage/plan?need_bytes=1&node=gone"), 503)["code"] == "node_down"
         assert await c.joined.last_sequence("CMD") == before
 
 

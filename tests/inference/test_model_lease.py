@@ -142,7 +142,7 @@ async def test_a_stage_without_a_lease_fails_by_name(own_nats: NatsServer) -> No
             return Empty()
 
         stopping = asyncio.Event()
-        questions = {"lease": RpcEndpoint(AcquireLease, lease), "unlease": RpcEndpoint(ReleaseLease, unlease)}
+        questions = {"lease": RpcEndpoint(AcquireLease, lease), "release_lease": RpcEndpoint(ReleaseLease, unlease)}
         serving = asyncio.create_task(serve(here.nats, "storage", "a", questions, stopping))
         try:
             async with lease_model(RpcClient(here.nats), "a", assignment) as got:

@@ -35,10 +35,12 @@ async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, 
     stopping = asyncio.Event()
     async with joined(nats) as a, joined(nats) as b, asyncio.TaskGroup() as tasks:
         for cluster, node in ((a, here), (b, there)):
-            tasks.create_task(serve(cluster.nats, "storage", node, {"used": storage_of(node)}, stopping))
+            tasks.create_task(serve(cluster.nats, "storage", node, {"record_use": storage_of(node)}, stopping))
         ask = RpcClient(a.nats)
         for node in (here, there):
-            await ask("storage", node, "used", RecordUse(models=[]), Empty, DEADLINE_S, restart_wait_s=DEADLINE_S)
+            await ask(
+                "storage", node, "record_use", RecordUse(models=[]), Empty, DEADLINE_S, restart_wait_s=DEADLINE_S
+            )
             assert await told.get() == (node, [])
         uses = UsageReporter(ask, tasks)
         for now_s in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0):

@@ -168,7 +168,7 @@ async def test_forget_takes_a_down_node_at_once_and_refuses_a_live_one(own_nats:
         assert done.ok and done.result["found"] and done.result["key_count"] == len(keys) - 1, "its instance besides"
         assert not await existing_keys(c, keys)
         await wait_events(c, heard, 1)
-        assert [(e["retired"], e["why"]) for e in heard] == [("given-away", "forgotten")]
+        assert [(e["retired"], e["reason"]) for e in heard] == [("given-away", "forgotten")]
         assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None
 
 

@@ -70,7 +70,7 @@ class Node:
             return Empty()
 
         stopping = asyncio.Event()
-        questions = {"withdraw": RpcEndpoint(StopDownloads, withdraw)}
+        questions = {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)}
         serving = asyncio.create_task(serve(self.here.nats, "fetcher", self.node, questions, stopping))
         try:
             yield
@@ -129,7 +129,7 @@ class Node:
 
     async def ask_room(self, model: str) -> SpaceCheck:
         """storage.room"""
-        return await self.ask("room", CheckSpace(model=model), SpaceCheck)
+        return await self.ask("check_space", CheckSpace(model=model), SpaceCheck)
 
     async def lease(self, model: str, holder: str = "a test", instance: str = "") -> LeaseGrant:
         """storage.lease"""
@@ -137,11 +137,11 @@ class Node:
 
     async def unlease(self, lease: str) -> None:
         """storage.unlease"""
-        await self.ask("unlease", ReleaseLease(id=lease), Empty)
+        await self.ask("release_lease", ReleaseLease(id=lease), Empty)
 
     async def use(self, *models: Model) -> None:
         """storage.used"""
-        await self.ask("used", RecordUse(models=[m.name for m in models]), Empty)
+        await self.ask("record_use", RecordUse(models=[m.name for m in models]), Empty)
 
     async def model_state(self, model: Model) -> ModelState | None:
         """The published state of a model on this node."""

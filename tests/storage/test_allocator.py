@@ -216,7 +216,7 @@ def test_a_refusal_has_the_figures_of_every_volume() -> None:
     spaces = [VolumeSpace("", "the store", 50, 0), VolumeSpace("one", "/mnt/big", 60, 5)]
     with pytest.raises(QuotaExceeded, match="the store has 40 B available, /mnt/big has 45 B available") as refused:
         admit(manifest, Ledger(), StorageSettings(None, 10), 50, spaces)
-    assert refused.value.details["roots"] == [
+    assert refused.value.details["volumes"] == [
         {"path": "the store", "free_bytes": 50, "in_flight_bytes": 0, "room_bytes": 40},
         {"path": "/mnt/big", "free_bytes": 60, "in_flight_bytes": 5, "room_bytes": 45},
     ]

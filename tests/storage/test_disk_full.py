@@ -103,11 +103,11 @@ def test_where_fallocate_does_not_work_ballast_is_written(tmp_path: Path, monkey
 # At 0 bytes free
 
 
-@pytest.mark.parametrize("reserve_bytes", [0, MIB // 2])
+@pytest.mark.parametrize("ballast_bytes", [0, MIB // 2])
 async def test_I6_at_0_bytes_free_every_path_that_frees_space_works(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path, reserve_bytes: int
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, ballast_bytes: int
 ) -> None:
-    environ = {"SHOAL_RESERVE_BYTES": str(reserve_bytes), "SHOAL_EVICTION_POLICY": "lru"}
+    environ = {"SHOAL_BALLAST_BYTES": str(ballast_bytes), "SHOAL_EVICTION_POLICY": "lru"}
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
         with small_disk(node.layout.root, DISK_BYTES, FILES) as disk:
             async with node.storage(**environ) as process:
@@ -119,10 +119,10 @@ async def test_I6_at_0_bytes_free_every_path_that_frees_space_works(
                 path.write_bytes(stray)
                 assert write_stamp(path.name, path)
                 await process.kill()
-            assert (disk / "reserve").exists() == bool(reserve_bytes)
+            assert (disk / "reserve").exists() == bool(ballast_bytes)
             ballast = fill(disk)
             async with node.storage(**environ) as process:
-                if reserve_bytes:
+                if ballast_bytes:
                     await process.wait_line("ballast given up")
                     fill_more(ballast)
                 else:

@@ -162,7 +162,7 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
         )
         together, stopping = Together(held, upkeep), asyncio.Event()
         serving = asyncio.create_task(
-            serve(held.here.nats, "fetcher", node, {"withdraw": RpcEndpoint(StopDownloads, withdraw)}, stopping)
+            serve(held.here.nats, "fetcher", node, {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)}, stopping)
         )
         try:
             for model in MODELS[3:5]:  # no quota used here has space for both of these

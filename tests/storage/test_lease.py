@@ -370,7 +370,13 @@ async def test_I4_a_lease_taken_during_a_delete_stops_the_delete(
 
         stopping = asyncio.Event()
         serving = asyncio.create_task(
-            serve(node.here.nats, "fetcher", node.node, {"withdraw": RpcEndpoint(StopDownloads, withdraw)}, stopping)
+            serve(
+                node.here.nats,
+                "fetcher",
+                node.node,
+                {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)},
+                stopping,
+            )
         )
         try:
             refused = await node.delete("org/model")

@@ -87,7 +87,7 @@ async def set_libraries(node: Node, *roots: Path) -> None:
     """Send `configure`, which also has the libraries scanned again."""
     outcome = await node.command("configure", Configure(libraries=[str(r) for r in roots]))
     assert outcome.ok, outcome.error
-    assert outcome.result["read_only_roots"] == [str(r) for r in roots]
+    assert outcome.result["libraries"] == [str(r) for r in roots]
 
 
 async def wait_unpublished(node: Node, model: str) -> None:
@@ -226,7 +226,7 @@ async def test_removing_a_library_removes_our_records_and_no_files(
         assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"adopted"}
         assert files_below(node.layout.root) == {"adopted/verified.json"}
         text = (node.home / "node.toml").read_text()
-        assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "read_only_roots" not in text
+        assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "libraries" not in text
         assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended", "settings_changed"]
     assert snapshot_tree(cache) == before
 
@@ -406,13 +406,13 @@ async def test_library_settings_follow_the_environment_and_are_checked(
     cached(one, "org/theirs", THEIRS.manifest.commit, FILES)
     two.mkdir()
     async with on_node_with(nats, tmp_path, fresh("node"), tmp_path / "file") as node:
-        async with listening(node, SHOAL_READ_ONLY_ROOTS=os.pathsep.join([str(one), str(two)])):
+        async with listening(node, SHOAL_LIBRARIES=os.pathsep.join([str(one), str(two)])):
             await wait_published(node, THEIRS.name)
             state = await node.storage_state()
             assert [r.path for r in state.libraries] == [str(one), str(two)]
-            assert "read_only_roots" in state.overridden_by_env
+            assert "libraries" in state.overridden_by_env
             refused = await node.command("configure", Configure(libraries=[]))
-            assert refused.error is not None and "unset SHOAL_READ_ONLY_ROOTS" in refused.error.message
+            assert refused.error is not None and "unset SHOAL_LIBRARIES" in refused.error.message
         async with listening(node):
             assert await node.model_state(THEIRS) is None
             text = (node.home / "node.toml").read_text()

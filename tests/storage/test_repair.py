@@ -340,10 +340,10 @@ async def test_verify_reports_bad_leaves_and_already_incomplete_models(
                 flip(node.layout.blob(blob), offset)
             result = (await verify(node)).result
             assert (result["corrupt"], result["bad_leaves"]) == ([blob], 2)
-            assert (result["models"], result["broken"]) == ([model.name], [model.name])
+            assert (result["models"], result["incomplete"]) == ([model.name], [model.name])
             again = (await verify(node)).result
-            assert (again["models"], again["bad_leaves"], again["broken"]) == ([], 0, [model.name])
-            assert (await verify(node, "org/other")).result["broken"] == [], "it was not asked about"
+            assert (again["models"], again["bad_leaves"], again["incomplete"]) == ([], 0, [model.name])
+            assert (await verify(node, "org/other")).result["incomplete"] == [], "it was not asked about"
             await process.kill()
         async with node.storage():
             assert (await node.storage_state()).quarantined == [blob]

@@ -66,13 +66,13 @@ async def test_a_changed_quota_applies_at_once_and_survives_a_kill(
                 "eviction_policy": "lru",
                 "headroom_bytes": 7,
                 "partial_retention_s": 604800,
-                "read_only_roots": [],
-                "roots": [],
+                "libraries": [],
+                "volumes": [],
                 "max_upload_bytes_per_s": None,
                 "max_hub_bytes_per_s": None,
                 "max_peer_bytes_per_s": None,
                 "used_bytes": 0,
-                "from_environment": [],
+                "overridden_by_env": [],
             }
             assert (await configure(node, Configure(headroom_bytes=7))).ok, "changes nothing, so it is no event"
             assert [(name, event["settings"]) for name, event in await node.events()] == [
@@ -127,7 +127,7 @@ async def test_environment_settings_win_are_published_and_not_changed(
             assert "unset SHOAL_MAX_STORAGE_BYTES" in outcome.error.message
             assert (await node.storage_state()) == state and path.read_text() == before, "all or nothing"
             outcome = await configure(node, Configure(headroom_bytes=6))
-            assert outcome.ok and outcome.result["from_environment"] == ["max_storage_bytes", "eviction_policy"]
+            assert outcome.ok and outcome.result["overridden_by_env"] == ["max_storage_bytes", "eviction_policy"]
             assert (await node.storage_state()).headroom_bytes == 6
 
 

@@ -71,7 +71,7 @@ async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str
     asked = {BLOB: leaves, UNNEEDED: []}
     roots = {BLOB: root or hash_leaf_list(leaf_list())}
     question = SealShard(manifest=MODEL.sealed, layers=[layers], leaf_ranges=asked, leaf_list_digests=roots)
-    return await node.ask("seal_part", question, ShardState)
+    return await node.ask("seal_shard", question, ShardState)
 
 
 async def bring_in(node: Node, layers: list[int], leaves: list[list[int]]) -> ShardState:
@@ -258,7 +258,7 @@ async def test_an_unused_shard_is_evicted_unless_it_is_pinned(nats: NatsServer, 
                     await node.reserve(other.manifest)
             finally:
                 os.close(fd)
-            await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
+            await node.ask("release_lease", ReleaseLease(id=leased.id), Empty)
             evicted = (await node.reserve(other.manifest)).evicted
             assert evicted is not None and [v.model for v in evicted.victims] == [MODEL.name]
             assert evicted.freed_bytes >= FIRST_BYTES, "at least: a file system may have given its file more"
@@ -338,7 +338,7 @@ async def test_I3_a_shard_counts_once_when_its_blob_comes_complete(
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.reserved_bytes) == (len(WEIGHTS) + 2, 0), "a blob goes whole or not at all"
             await lease(node, [0, 2])
-            await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
+            await node.ask("release_lease", ReleaseLease(id=leased.id), Empty)
 
 
 async def test_I3_two_shards_that_share_a_blob_count_it_once(nats: NatsServer, tmp_path: Path, fresh: Fresh) -> None:
@@ -353,7 +353,7 @@ async def test_I3_two_shards_that_share_a_blob_count_it_once(nats: NatsServer, t
             leaf_ranges={BLOB: SECOND},
             leaf_list_digests={BLOB: hash_leaf_list(leaf_list())},
         )
-        twin = await node.ask("seal_part", sealing, ShardState)
+        twin = await node.ask("seal_shard", sealing, ShardState)
         assert twin.size_bytes == 2 * LEAF_BYTES + LAST_BYTES
         disk = await node.storage_state()
         assert (disk.used_bytes, disk.reserved_bytes) == (4 * LEAF_BYTES + LAST_BYTES + 2, 0)
@@ -410,7 +410,7 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
         leased = await lease(node, [0, 2])
         with (Path(leased.view) / "model.safetensors").open("rb") as f:
             assert f.read(3 * LEAF_BYTES) == WEIGHTS[: 3 * LEAF_BYTES]
-        await node.ask("unlease", ReleaseLease(id=leased.id), Empty)
+        await node.ask("release_lease", ReleaseLease(id=leased.id), Empty)
         m.disk.unmount()
 
         async def unpublished() -> bool:

@@ -231,7 +231,7 @@ async def test_eviction_frees_the_disk_that_the_blob_comes_to(nats: NatsServer, 
 async def test_a_full_second_volume_is_reported_and_keeps_its_partial(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_RESERVE_BYTES="0"):
+    async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_BALLAST_BYTES="0"):
         await m.node.bring_in(FIRST)
         await m.configure(m.further)
         await m.node.reserve(SECOND.manifest)
@@ -260,7 +260,7 @@ async def test_impossible_volumes_are_refused_with_the_reason(nats: NatsServer, 
         (m.disk.at / "VERSION").unlink()
         await m.configure(m.further)
         async with machine(nats, fresh("other"), tmp_path / "other") as other, other.node.storage():
-            words = await other.refused(m.further, code="claimed")
+            words = await other.refused(m.further, code="already_running")
             assert str(m.node.layout.root) in words, "the holder is named"
 
 
@@ -271,7 +271,7 @@ async def test_a_volume_on_the_stores_own_disk_is_refused(nats: NatsServer, fres
         async with node.storage():
             outcome = await node.command("configure", Configure(volumes=[str(here)]))
             assert outcome.error is not None and "the same file system as the store" in outcome.error.message
-        async with node.storage(SHOAL_ROOTS=str(here)):
+        async with node.storage(SHOAL_VOLUMES=str(here)):
             (root,) = (await node.storage_state()).volumes
             assert "the same file system as the store" in root.error
             await node.bring_in(FIRST)

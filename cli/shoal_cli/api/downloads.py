@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import DownloadsView, JsonObject
 from shoal_common.errors import NotFound, ShoalError, Unavailable, from_body
-from shoal_common.messages.downloads import ENDED_PHASES, DownloadState
+from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.envelope import Outcome
+from shoal_common.messages.views import DownloadView
 from shoal_common.names import ModelRef
 
 POLL_INTERVAL_S = 0.5
@@ -23,7 +24,7 @@ _OUTAGE_TIMEOUT_S = 30.0
 class ProgressDisplay(Protocol):
     """Where progress is shown."""
 
-    def show(self, state: DownloadState, before: dict[str, int]) -> None:
+    def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Show a node's download as it is now; `before`: bytes by source when it was last shown."""
 
 
@@ -33,7 +34,7 @@ class ModelPull:
     def __init__(self, gateway: GatewayClient, model: str) -> None:
         self._gateway = gateway
         self.model = str(ModelRef.parse(model))
-        self.states: dict[str, DownloadState] = {}
+        self.states: dict[str, DownloadView] = {}
         self.errors: dict[str, ShoalError] = {}
         """What went wrong, by node."""
         self._commands: dict[str, str] = {}
@@ -75,7 +76,7 @@ class ModelPull:
                 return
             pause(POLL_INTERVAL_S)
 
-    def _latest(self, answer: DownloadsView) -> dict[str, DownloadState]:
+    def _latest(self, answer: DownloadsView) -> dict[str, DownloadView]:
         return {s.node: s for s in answer.downloads if s.model == self.model and s.node in self._commands}
 
     def _has_ended(self, node: str) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shoal_cli.api.client import GatewayClient
-from shoal_cli.api.schema import InstancesView, InstanceView, StatusView
+from shoal_cli.api.schema import InstancesView
 from shoal_cli.render.tables import instance_status_text
 from shoal_common.errors import Expired, InternalError, NoMemory, from_body
+from shoal_common.messages.views import InstanceView, StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 
 POLL_INTERVAL_S = 0.3

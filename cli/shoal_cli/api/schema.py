@@ -4,96 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal_common.errors import ErrorBody
 from shoal_common.messages import WireStruct
-from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.storage import ShardState, StorageState
+from shoal_common.messages.views import DownloadView, InstanceView, StorageView
 
 
-class ServiceView(WireStruct):
-    """A service of a node."""
-
-    version: str = ""
-    pid: int = 0
-    host: str = ""
-    uptime_s: float = 0.0
-    addresses: list[str] = []
-
-
-class NodeView(WireStruct):
-    """A node."""
-
-    node: str
-    live: bool
-    silent_since_s: float | None = None
-    drained: bool = False
-    services: dict[str, ServiceView] = {}
-    missing_services: list[str] = []
-    other_versions: dict[str, str] = {}
-    link: str = ""
-    memory_total_bytes: int = 0
-    memory_available_bytes: int = 0
-    storage: StorageState | None = None
-
-
-class ModelView(WireStruct):
-    """A model and the nodes that hold it completely."""
-
-    model: str
-    repo: str
-    commit: str
-    nodes: list[str] = []
-    size_bytes: int = 0
-    adopted_from: dict[str, str] = {}
-
-
-class StageView(WireStruct):
-    """A stage of an instance."""
-
-    rank: int
-    node: str
-    first_layer: int | None = None
-    last_layer: int | None = None
-    phase: str | None = None
-    error: ErrorBody | None = None
-
-
-class InstanceView(WireStruct):
-    """A model placed to run."""
-
-    id: str
-    repo: str
-    commit: str
-    phase: str
-    nodes: list[str] = []
-    stages: list[StageView] = []
-    tier: str = "fits"
-    error: ErrorBody | None = None
-
-
-class RebalancedInstanceView(InstanceView):
+class RebalancedInstanceView(InstanceView, frozen=True, kw_only=True):
     """POST /v1/instances/{id}/rebalance."""
 
     moved: bool = False
 
 
-class StatusView(WireStruct):
-    """GET /v1/status."""
-
-    node: str = ""
-    version: str = ""
-    nats_connected: bool = True
-    nodes: list[NodeView] = []
-    models: list[ModelView] = []
-    parts: list[ShardState] = []
-    downloads: list[DownloadState] = []
-    instances: list[InstanceView] = []
-
-
 class DownloadsView(WireStruct):
     """GET and POST /v1/downloads. `commands`: the ids of those just sent, by node."""
 
-    downloads: list[DownloadState] = []
+    downloads: list[DownloadView] = []
     commands: dict[str, str] = {}
 
 
@@ -101,16 +25,6 @@ class InstancesView(WireStruct):
     """GET /v1/instances."""
 
     instances: list[InstanceView] = []
-
-
-class StorageView(WireStruct):
-    """A node's disk."""
-
-    node: str
-    live: bool = False
-    disk_free_bytes: int | None = None
-    storage: StorageState | None = None
-    parts: list[ShardState] = []
 
 
 class StorageListView(WireStruct):
@@ -127,11 +41,11 @@ class SettingsView(WireStruct):
     eviction_policy: str = ""
     headroom_bytes: int = 0
     partial_retention_s: int = 0
-    read_only_roots: list[str] = []
+    libraries: list[str] = []
     max_upload_bytes_per_s: int | None = None
     max_hub_bytes_per_s: int | None = None
     max_peer_bytes_per_s: int | None = None
-    roots: list[str] = []
+    volumes: list[str] = []
     note: str = ""
 
 
@@ -167,7 +81,7 @@ class VerifyView(WireStruct):
     missing: list[str] = []
     models: list[str] = []
     instances: list[str] = []
-    broken: list[str] = []
+    incomplete: list[str] = []
 
 
 JsonObject = dict[str, Any]

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from shoal_cli.api.schema import StatusView
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.errors import NotFound, Unavailable
 from shoal_common.host.credentials import derive
+from shoal_common.messages.views import StatusView
 from shoal_common.names import check_node
 
 app = new_app()

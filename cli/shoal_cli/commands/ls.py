@@ -7,16 +7,18 @@ from typing import Annotated
 import msgspec
 import typer
 
-from shoal_cli.api.schema import JsonObject, StatusView
+from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.messages.placement import FittingModels
+from shoal_common.messages.views import StatusView
 
 app = new_app()
 
 JSON_HELP = """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
-"adopted_from": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier": "fits",
+f"library_directory": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier": "
+""fits",
 "tight", "force" or "", "preview": as in `shoal place --preview`, or null, "why"}]}. Fields are only ever added."""
 
 

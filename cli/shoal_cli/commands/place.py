@@ -31,7 +31,7 @@ balanced, of as many answers as the instance has stages.
 --json prints the instance as in GET /v1/instances/{id}; with --preview what GET
 /v1/placements/preview answers: {"model", "context_tokens", "estimated", "previews": [{"layout", "tier",
 "is_low_memory", "stages": [{"node", "first_layer", "last_layer", "needed_bytes", "available_bytes", "tight_bytes",
-"total_bytes", "freeing_bytes", "link_s", "link_measured"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields
+"total_bytes", "bytes_to_free", "link_s", "link_measured"}], "tokens_per_s", "first_token_s", "fetch_bytes"}]}. Fields
 are only ever added."""
 
 
@@ -116,10 +116,10 @@ def place(
     reject_together(ctx, nodes=exactly, min_nodes=at_least)
     body = placement.placement_request(model, exactly, at_least, [check_node(n) for n in nodes], context or 0)
     optional: dict[str, Any] = {
-        "without": [check_node(n) for n in without],
+        "excluded_nodes": [check_node(n) for n in without],
         "objective": objective if objective != "latency" else "",
         "in_flight": in_flight,
-        "answers": parallel if parallel != 1 else 0,
+        "max_parallel_answers": parallel if parallel != 1 else 0,
         "layout": layout,
         "allow_low_memory": allow_low_memory,
         "force": force,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import msgspec
 import typer
 
-from shoal_cli.api.schema import InstanceView, JsonObject
+from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_common.messages.views import InstanceView
 
 app = new_app()
 

@@ -110,7 +110,7 @@ def _pull(gateway: GatewayClient, node: str, model: str, display: ProgressDispla
 
 def repair_lines(node: str, view: VerifyView, done: NodeRepair) -> list[str]:
     """Return what was damaged on a node and what became of it. Pure."""
-    if not view.broken:
+    if not view.incomplete:
         return [f"{node}: nothing to repair"]
     damage = []
     if view.corrupt:

@@ -14,7 +14,6 @@ from shoal_cli.api.chat import Conversation, Sampling
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.downloads import ModelPull
 from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready
-from shoal_cli.api.schema import StatusView
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
@@ -22,6 +21,7 @@ from shoal_cli.render.line_editor import LineEditor, confirm
 from shoal_cli.render.progress_display import progress_display
 from shoal_cli.render.units import show_seconds
 from shoal_common.errors import BadInput, Refused, ShoalError
+from shoal_common.messages.views import StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef, is_commit
 
 app = new_app()

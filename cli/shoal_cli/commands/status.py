@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from shoal_cli.api.schema import JsonObject, StatusView
+from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.errors import Unavailable
+from shoal_common.messages.views import StatusView
 
 app = new_app()
 

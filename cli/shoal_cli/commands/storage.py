@@ -33,9 +33,9 @@ from shoal_common.messages.storage import EvictionPlan, StorageState
 _JSON = """--json prints the API's answer. Fields are only ever added.
   show       {"node", "nodes": [{"node", "live", "disk_free_bytes", "storage": {…} or null}]}
   set        {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes", "partial_retention_s",
-             "read_only_roots", "roots", the limits of `shoal transfer`, "used_bytes", "from_environment", "note"}}}
+             "libraries", "volumes", the limits of `shoal transfer`, "used_bytes", "overridden_by_env", "note"}}}
   plan       {"nodes": {node: {"need_bytes", "garbage", "garbage_bytes", "unfinished" and "victims": [{"model",
-             "frees_bytes", "last_use_s"}], "frees_bytes", "enough", "evictable_bytes", "kept"}}}
+             "freed_bytes", "last_use_s"}], "freed_bytes", "enough", "evictable_bytes", "kept"}}}
   pin, unpin {"nodes": {node: {"models", "pinned"}}}"""
 
 app = new_app()
@@ -162,10 +162,10 @@ def set_(
         name, state = _state_of_one(cli.gateway, selection)
         if libraries or remove_libraries:
             kept = [library.path for library in state.libraries]
-            body["read_only_roots"] = _changed(kept, libraries, remove_libraries, f"a library of {name}")
+            body["libraries"] = _changed(kept, libraries, remove_libraries, f"a library of {name}")
         if add_volumes or remove_volumes:
             kept = [volume.path for volume in state.volumes]
-            body["roots"] = _changed(kept, add_volumes, remove_volumes, f"a volume of {name}")
+            body["volumes"] = _changed(kept, add_volumes, remove_volumes, f"a volume of {name}")
     if body.keys() <= {"node"}:
         raise BadInput(
             "nothing to set: give --max-storage, --eviction-policy, --headroom, --partial-retention, --library, "
@@ -179,8 +179,8 @@ def set_(
         lines.append(f"{name}: quota {quota}, eviction policy {view.eviction_policy}, headroom {headroom_text}")
         if partial_retention is not None:
             lines.append(f"  data of abandoned downloads is kept for {show_seconds(view.partial_retention_s)}")
-        lines += [f"  library {path}" for path in view.read_only_roots]
-        lines += [f"  volume {path}" for path in view.roots]
+        lines += [f"  library {path}" for path in view.libraries]
+        lines += [f"  volume {path}" for path in view.volumes]
         lines += [f"  {view.note}"] if view.note else []
     return cli.finish(CommandResult(answer, lines))
 

@@ -25,7 +25,7 @@ from shoal_common.errors import BadInput
 _UPLOAD, _HUB, _PEER = "max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s"
 
 _JSON = """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "storage": {…,
-"max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s", "from_environment"} or null}]}; set what
+"max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s", "overridden_by_env"} or null}]}; set what
 `shoal storage set --json` prints. RATE is bytes per second: 20MB, 500kB, none. Fields are only ever added."""
 
 app = new_app()

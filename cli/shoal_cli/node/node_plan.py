@@ -131,7 +131,7 @@ def _storage_changes(options: UpOptions, environ: Mapping[str, str], settings: M
     given: tuple[tuple[str, str, Value | msgspec.UnsetType], ...] = (
         ("max_storage_bytes", "--max-storage", options.max_storage_bytes),
         ("eviction_policy", "--eviction-policy", options.eviction_policy),
-        ("read_only_roots", "--library", libraries),
+        ("libraries", "--library", libraries),
     )
     for name, flag, value in given:
         if value is msgspec.UNSET:
@@ -146,9 +146,9 @@ def _storage_changes(options: UpOptions, environ: Mapping[str, str], settings: M
 def _libraries(added: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     """Return the libraries in node.toml and those that are added. Raises BadInput."""
     section = settings.get("storage", {})
-    saved = section.get("read_only_roots", []) if isinstance(section, dict) else []
+    saved = section.get("libraries", []) if isinstance(section, dict) else []
     if not isinstance(saved, list) or not all(isinstance(path, str) for path in saved):
-        raise BadInput('storage.read_only_roots in node.toml must be a list of directories: ["/mnt/models"]')
+        raise BadInput('storage.libraries in node.toml must be a list of directories: ["/mnt/models"]')
     return list(dict.fromkeys([*saved, *added]))
 
 

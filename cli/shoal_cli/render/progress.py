@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shoal_cli.render.units import show_bytes, show_seconds
-from shoal_common.messages.downloads import ENDED_PHASES, DownloadState
+from shoal_common.messages.downloads import ENDED_PHASES
+from shoal_common.messages.views import DownloadView
 
 
-def percent(state: DownloadState) -> float:
+def percent(state: DownloadView) -> float:
     """Return 0 to 100. A model of no bytes is complete when it is ready."""
     if not state.total_bytes:
         return 100.0 if state.phase == "ready" else 0.0
     return min(100.0 * state.done_bytes / state.total_bytes, 100.0)
 
 
-def sources(state: DownloadState, before: Mapping[str, int]) -> list[str]:
+def sources(state: DownloadView, before: Mapping[str, int]) -> list[str]:
     """Return where bytes come from now, the fastest first, with speeds when there are several.
 
     Without speeds: the sources that grew since `before`, the largest first; else all that ever sent a byte.
@@ -28,7 +29,7 @@ def sources(state: DownloadState, before: Mapping[str, int]) -> list[str]:
     return sorted(names, key=lambda s: (-grown.get(s, 0), s))
 
 
-def activity(state: DownloadState, before: Mapping[str, int]) -> str:
+def activity(state: DownloadView, before: Mapping[str, int]) -> str:
     """Return what the download does: `from hub, node-b`, `waiting for origin node-b`, `verifying`."""
     if state.phase == "blocked":
         return f"blocked: {state.waiting_for}"
@@ -46,7 +47,7 @@ def activity(state: DownloadState, before: Mapping[str, int]) -> str:
     return state.phase
 
 
-def figures(state: DownloadState) -> list[str]:
+def figures(state: DownloadView) -> list[str]:
     """Return how far it is and how fast, as far as known."""
     shown = []
     if state.total_bytes:
@@ -65,6 +66,6 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def progress_line(state: DownloadState, before: Mapping[str, int]) -> str:
+def progress_line(state: DownloadView, before: Mapping[str, int]) -> str:
     """Return all of it on one line, for output that is no terminal."""
     return f"{state.node}: {', '.join([f'{percent(state):.0f} %', *figures(state), activity(state, before)])}"

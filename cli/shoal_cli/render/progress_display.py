@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from shoal_cli.render.progress import activity, figures, percent, progress_line
-from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.views import DownloadView
 
 _LINE_INTERVAL_S = 3.0
 
@@ -37,7 +37,7 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
-    def show(self, state: DownloadState, before: dict[str, int]) -> None:
+    def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Move the node's bar."""
         if state.node not in self._bars:
             self._bars[state.node] = self._progress.add_task(state.node, total=100, bytes="", doing="")
@@ -60,7 +60,7 @@ class ProgressLines(AbstractContextManager["ProgressLines"]):
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         return
 
-    def show(self, state: DownloadState, before: dict[str, int]) -> None:
+    def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Print a line if it is due."""
         now_s, phase = time.monotonic(), f"{state.phase} {state.waiting_for}"
         last_s, last_phase = self._last.get(state.node, (-_LINE_INTERVAL_S, ""))
@@ -76,7 +76,7 @@ class NoProgress(AbstractContextManager["NoProgress"]):
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         return
 
-    def show(self, state: DownloadState, before: dict[str, int]) -> None:
+    def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Show nothing."""
 
 

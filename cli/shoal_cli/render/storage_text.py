@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal_cli.api.schema import StorageView, VerifyView
+from shoal_cli.api.schema import VerifyView
 from shoal_cli.render.units import count, show_bytes, show_seconds
 from shoal_common.messages.storage import (
     EvictionPlan,
@@ -14,6 +14,7 @@ from shoal_common.messages.storage import (
     StorageState,
     VolumeState,
 )
+from shoal_common.messages.views import StorageView
 
 
 def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:
@@ -31,7 +32,7 @@ def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:
             f"{node}: {show_bytes(n)} kept for the paused download of {m}" for m, n in state.paused_downloads.items()
         ]
         lines += [f"{node}: data of the abandoned download of {model}" for model in state.ended_downloads]
-        lines += [f"{node}: {shard_text(shard)}" for shard in view.parts]
+        lines += [f"{node}: {shard_text(shard)}" for shard in view.shards]
         lines += [f"{node}: {model} is pinned" for model in state.pinned]
         lines += [f"{node}: {_lease_text(lease, now_s)}" for lease in state.leases]
         lines += [f"{node}: corrupt blob {blob[:16]}… in quarantine" for blob in state.quarantined]

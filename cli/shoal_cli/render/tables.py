@@ -8,13 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal_cli.api.schema import InstanceView, ModelView, NodeView, StatusView, StorageView
 from shoal_cli.render.progress import progress_line
 from shoal_cli.render.storage_text import foreign_file_warnings, shard_text
 from shoal_cli.render.units import show_bytes, show_seconds
 from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.placement import FittingModels, Previews, Rebalances
 from shoal_common.messages.storage import StorageState
+from shoal_common.messages.views import InstanceView, ModelView, NodeView, StatusView, StorageView
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
@@ -42,7 +42,7 @@ def render_status(status: StatusView) -> RenderableType:
         parts += [Text("\ndownloads", style="bold"), *(Text(f"{d.model}  {progress_line(d, {})}") for d in running)]
     if status.models:
         parts += [Text("\nmodels", style="bold"), models_table(status.models)]
-    parts += [Text(f"{shard.node}: {shard_text(shard)}") for shard in status.parts]
+    parts += [Text(f"{shard.node}: {shard_text(shard)}") for shard in status.shards]
     if status.instances:
         parts += [Text("\ninstances", style="bold"), instances_table(status.instances)]
     return Group(*parts)
@@ -100,7 +100,7 @@ def _node_state(node: NodeView, own_version: str) -> Text:
         versions = ", ".join(sorted({version[:_MAX_VERSION_CHARS] for version in node.other_versions.values()}))
         return Text(f"ignored: runs Shoal {versions}, this is {own_version}", style="red")
     if not node.live:
-        since_s = node.silent_since_s
+        since_s = node.down_since_s
         return Text("down" if since_s is None else f"down for {show_seconds(time.time() - since_s)}", style="red")
     if node.missing_services:
         return Text(f"without {', '.join(node.missing_services)}", style="yellow")
@@ -117,7 +117,9 @@ def models_table(models: list[ModelView]) -> RenderableType:
     for m in models:
         table.add_row(m.repo, m.commit[:8], show_bytes(m.size_bytes), ", ".join(m.nodes))
     # Below the table and unbroken: a path folded into a narrow column cannot be copied.
-    places = [f"{m.repo} on {n} is in {m.adopted_from[n]}" for m in models for n in m.nodes if n in m.adopted_from]
+    places = [
+        f"{m.repo} on {n} is in {m.library_directory[n]}" for m in models for n in m.nodes if n in m.library_directory
+    ]
     return Group(table, *(Text(place, style="dim", no_wrap=True, overflow="ignore") for place in places))
 
 
@@ -204,7 +206,7 @@ def _speed(tokens_per_s: float) -> str:
 
 def instance_status_text(instance: InstanceView) -> Text:
     """Return an instance's phase, with those of its stages while it starts."""
-    text = instance.phase
+    text: str = instance.phase
     if instance.error is not None:
         text += f": {instance.error.message}"
     elif instance.phase == "starting":

@@ -126,7 +126,7 @@ class InUse(Refused):
 class Cancelled(Refused):
     """A person cancelled the work while it ran."""
 
-    code = "withdrawn"
+    code = "cancelled"
 
 
 class Paused(Refused):
@@ -138,7 +138,7 @@ class Paused(Refused):
 class AlreadyRunning(Refused):
     """Another live process already runs this node's service."""
 
-    code = "claimed"
+    code = "already_running"
     exit_code = 9
 
 
@@ -204,7 +204,7 @@ class HubUnavailable(Unavailable):
 class NodeDown(Unavailable):
     """A node, or the service needed on it, is not live."""
 
-    code = "node_away"
+    code = "node_down"
 
 
 class StageLost(Unavailable):

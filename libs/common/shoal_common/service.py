@@ -233,9 +233,9 @@ def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
         if isinstance(cause, asyncio.CancelledError | KeyboardInterrupt):
             return 0
         if isinstance(cause, ShoalError):
-            log.error("ended", why=cause.message, code=cause.code)
+            log.error("ended", reason=cause.message, code=cause.code)
             return cause.exit_code
-        log.error("crashed", exc=cause, why=str(cause) or type(cause).__name__)
+        log.error("crashed", exc=cause, reason=str(cause) or type(cause).__name__)
         return 1
     finally:
         finish()

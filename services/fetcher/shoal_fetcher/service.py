@@ -39,7 +39,7 @@ async def run(context: ServiceContext) -> None:
         await fetcher.resume_pending()
         context.run_in_background(tasks, fetcher.republish_after_wipes())
         questions = {
-            "withdraw": RpcEndpoint(StopDownloads, fetcher.withdraw),
+            "stop_downloads": RpcEndpoint(StopDownloads, fetcher.withdraw),
             "shape": RpcEndpoint(GetModelShape, fetcher.shape),
         }
         tasks.create_task(context.serve(questions))

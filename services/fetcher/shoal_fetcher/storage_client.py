@@ -83,7 +83,7 @@ class StorageClient:
             manifest=manifest, layers=layers, leaf_ranges=_as_ranges(leaves), leaf_list_digests=roots
         )
         try:
-            return await self._until_answered("seal_part", question, ShardState, _COMMIT_DEADLINE_S)
+            return await self._until_answered("seal_shard", question, ShardState, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
@@ -91,7 +91,7 @@ class StorageClient:
 
     async def check_space(self, model: str) -> SpaceCheck:
         """Return whether there is space again for the reservations, `model` (`org/name@commit`) among them."""
-        return await self._until_answered("room", CheckSpace(model=model), SpaceCheck)
+        return await self._until_answered("check_space", CheckSpace(model=model), SpaceCheck)
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""

@@ -86,7 +86,7 @@ class BlobApi:
         except FileNotFoundError:
             return error_response(404, _NOT_HERE)
         except OSError as e:
-            log.warning("blob cannot be read", blob=blob, why=str(e))
+            log.warning("blob cannot be read", blob=blob, reason=str(e))
             return error_response(503, "this node cannot read that blob now", {"Retry-After": "5"})
 
     async def blob(self, method: str, headers: Headers, blob: str, named: Mapping[str, str]) -> Response:

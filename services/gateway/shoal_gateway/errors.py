@@ -28,5 +28,5 @@ class UnsupportedParameter(BadInput):
 class CrossOriginForbidden(Denied):
     """A web page of another site tries to use this node through its visitor's browser."""
 
-    code = "foreign_page"
+    code = "cross_origin"
     http_status = 403

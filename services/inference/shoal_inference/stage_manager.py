@@ -59,7 +59,7 @@ class StageManager:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
         facts = memory_facts(self._memory.read(), self._cap_bytes, stages, self._device)
-        return structs.replace(facts, working_bytes_per_s=self._speed.published_bytes_per_s)
+        return structs.replace(facts, observed_bandwidth_bytes_per_s=self._speed.published_bytes_per_s)
 
     async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""

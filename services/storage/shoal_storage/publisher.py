@@ -78,7 +78,7 @@ class StatePublisher:
             await self.publish_shard(part)
             held.add(shard_key(self._node, part.manifest.model))
         published_keys = [k for k, _ in self._model_view.items("model.", ModelState)]
-        published_keys += [k for k, _ in self._model_view.items("part.", ShardState)]
+        published_keys += [k for k, _ in self._model_view.items("shard.", ShardState)]
         for key in published_keys:
             if key not in held:
                 await self._unpublish(key)

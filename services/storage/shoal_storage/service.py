@@ -62,7 +62,7 @@ async def _announcer(
 async def run(context: ServiceContext) -> None:
     """Run the storage service until it is told to stop."""
     limits = read_settings(context.config.settings, context.environ)
-    await asyncio.to_thread(reject_overlap, limits.read_only_roots, context.config.store)
+    await asyncio.to_thread(reject_overlap, limits.libraries, context.config.store)
     disk = Store(context.config.store, read_ballast_bytes(context.config.settings, context.environ))
     with map_disk_full("open its store"):
         await asyncio.to_thread(disk.open)
@@ -80,14 +80,14 @@ async def run(context: ServiceContext) -> None:
             context, disk, ledger, guard.section, guard.metadata, announcer, losses, guard.shards
         )
         joining = VolumeManager(disk, ledger, guard.section, announcer, rescan, limits, volume_errors)
-        adoption = LibraryService(context, disk, ledger, guard.section, announcer, limits.read_only_roots)
+        adoption = LibraryService(context, disk, ledger, guard.section, announcer, limits.libraries)
         first_scan = await adoption.start()
         await announcer.publish_all()
 
         async def use(limits: StorageSettings) -> None:
             guard.apply_settings(limits)
             await joining.use_settings(limits)
-            await adoption.use_libraries(limits.read_only_roots)
+            await adoption.use_libraries(limits.libraries)
 
         settings = ConfigureCommand(
             context, disk, ledger, limits, use, announcer.publish_storage, joining.reject_unusable
@@ -130,17 +130,17 @@ async def run(context: ServiceContext) -> None:
                     "release": RpcEndpoint(Release, guard.release),
                     "commit": RpcEndpoint(CommitBlob, full.with_disk_full_retry("commit a blob", guard.commit)),
                     "seal": RpcEndpoint(SealModel, full.with_disk_full_retry("seal a model", guard.seal)),
-                    "seal_part": RpcEndpoint(
+                    "seal_shard": RpcEndpoint(
                         SealShard, full.with_disk_full_retry("record a shard", guard.shards.seal)
                     ),
                     "manifest": RpcEndpoint(GetManifest, guard.manifest),
                     "lease": RpcEndpoint(
                         AcquireLease, full.with_disk_full_retry("make a view for a lease", guard.leases.lease)
                     ),
-                    "unlease": RpcEndpoint(ReleaseLease, guard.leases.unlease),
+                    "release_lease": RpcEndpoint(ReleaseLease, guard.leases.unlease),
                     "plan": RpcEndpoint(PlanEviction, upkeep.plan),
-                    "room": RpcEndpoint(CheckSpace, full.check_space),
-                    "used": RpcEndpoint(RecordUse, upkeep.record_use),
+                    "check_space": RpcEndpoint(CheckSpace, full.check_space),
+                    "record_use": RpcEndpoint(RecordUse, upkeep.record_use),
                 }
             )
         )

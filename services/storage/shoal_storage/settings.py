@@ -19,8 +19,8 @@ ENVIRONMENT_VARIABLES = {
     "eviction_policy": "SHOAL_EVICTION_POLICY",
     "headroom_bytes": "SHOAL_HEADROOM_BYTES",
     "partial_retention_s": "SHOAL_PARTIAL_RETENTION_S",
-    "read_only_roots": "SHOAL_READ_ONLY_ROOTS",
-    "roots": "SHOAL_ROOTS",
+    "libraries": "SHOAL_LIBRARIES",
+    "volumes": "SHOAL_VOLUMES",
     "max_upload_bytes_per_s": "SHOAL_MAX_UPLOAD_BYTES_PER_S",
     "max_hub_bytes_per_s": "SHOAL_MAX_HUB_BYTES_PER_S",
     "max_peer_bytes_per_s": "SHOAL_MAX_PEER_BYTES_PER_S",
@@ -29,11 +29,11 @@ ENVIRONMENT_VARIABLES = {
 RATE_LIMITS = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
 """The settings in `[transfer]`; the others are in `[storage]`."""
 DEFAULT_RETENTION_S = 7 * 86400
-MAX_DIRECTORIES = {"read_only_roots": 64, "roots": 16}
+MAX_DIRECTORIES = {"libraries": 64, "volumes": 16}
 _PATH_SEPARATOR = ":"
 """`os.pathsep`."""
-_BALLAST_SETTING = "reserve_bytes"
-_BALLAST_VARIABLE = "SHOAL_RESERVE_BYTES"
+_BALLAST_SETTING = "ballast_bytes"
+_BALLAST_VARIABLE = "SHOAL_BALLAST_BYTES"
 _MAX_NUMBER = (1 << 63) - 1
 
 
@@ -50,8 +50,8 @@ def read_settings(settings: Mapping[str, object], environ: Mapping[str, str]) ->
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
-        read_only_roots=_roots("read_only_roots", section, environ),
-        roots=_roots("roots", section, environ),
+        libraries=_roots("libraries", section, environ),
+        roots=_roots("volumes", section, environ),
         transfer=TransferLimits(**{name: _rate(name, transfer, environ) for name in RATE_LIMITS}),
     )
 
@@ -207,7 +207,7 @@ class StorageSettings(msgspec.Struct, frozen=True):
     eviction_policy: EvictionPolicy = "manual"
     partial_retention_s: int = 7 * 86400
     """How long the bytes of an abandoned download are kept."""
-    read_only_roots: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
     """Volumes, as configured."""
     transfer: TransferLimits = TransferLimits()

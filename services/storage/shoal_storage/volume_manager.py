@@ -37,7 +37,7 @@ def open_volumes(disk: Store, settings: StorageSettings) -> dict[str, str]:
 
     Raises BadInput for a volume inside, or around, the store, a library or another volume.
     """
-    reject_overlap(settings.roots, settings.read_only_roots, disk.layout.root)
+    reject_overlap(settings.roots, settings.libraries, disk.layout.root)
     errors: dict[str, str] = {}
     for path in settings.roots:
         volume = _open(disk, path)
@@ -99,7 +99,7 @@ class VolumeManager:
 
     def reject_unusable(self, settings: StorageSettings) -> None:
         """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used; before saving them. Blocking."""
-        reject_overlap(settings.roots, settings.read_only_roots, self._disk.layout.root)
+        reject_overlap(settings.roots, settings.libraries, self._disk.layout.root)
         others = _in_use(self._disk)
         for given_path in settings.roots:
             if given_path in self._limits.roots:
@@ -108,9 +108,9 @@ class VolumeManager:
             try:
                 volume = open_volume(self._disk.layout, path, others=others)
             except VolumeMissing as e:
-                raise BadInput(f"the volume {given_path} cannot be used: {e}", param="roots") from None
+                raise BadInput(f"the volume {given_path} cannot be used: {e}", param="volumes") from None
             except OSError as e:
-                raise BadInput(f"the volume {given_path} cannot be used: {e.strerror}", param="roots") from None
+                raise BadInput(f"the volume {given_path} cannot be used: {e.strerror}", param="volumes") from None
             volume.close()
             reject_same_disk(path, others)
             others.append((f"the volume {given_path}", path))

@@ -28,7 +28,7 @@ def probe(local: LocalNode) -> DiskFacts:
         home=file_system(local.home, mounted),
         store_exists=_exists(layout.version),
         ballast_bytes=_allocated(layout.ballast),
-        ballast_target_bytes=_number("reserve_bytes", section, local.environ, DEFAULT_BALLAST_BYTES),
+        ballast_target_bytes=_number("ballast_bytes", section, local.environ, DEFAULT_BALLAST_BYTES),
         headroom_bytes=_number("headroom_bytes", section, local.environ, DEFAULT_HEADROOM_BYTES),
         settings_error=local.settings_error or error,
         volumes=[_volume(path, identity, mounted) for identity, path in _remembered(layout)],
@@ -105,8 +105,8 @@ def _number(name: str, section: Mapping[str, Any], environ: Mapping[str, str], d
 
 def _libraries(section: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[list[str], str]:
     """Return the libraries, and what is wrong with the setting."""
-    setting = environ.get("SHOAL_READ_ONLY_ROOTS")
-    paths = [p for p in setting.split(":") if p] if setting else section.get("read_only_roots", [])
+    setting = environ.get("SHOAL_LIBRARIES")
+    paths = [p for p in setting.split(":") if p] if setting else section.get("libraries", [])
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        return [], f"storage.read_only_roots in node.toml is {paths!r}: it must be a list of directories"
+        return [], f"storage.libraries in node.toml is {paths!r}: it must be a list of directories"
     return paths, ""

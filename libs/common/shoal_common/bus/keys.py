@@ -22,7 +22,7 @@ def model_key(node: str, model: str) -> str:
 
 def shard_key(node: str, model: str) -> str:
     """Key in `state` of a node's shard of a model (`org/name@commit`)."""
-    return f"part.{check_node(node)}.{quote_key(model)}"
+    return f"shard.{check_node(node)}.{quote_key(model)}"
 
 
 def node_key(node: str) -> str:

@@ -63,7 +63,7 @@ class KvMirror:
             try:
                 cached = decode(value, kind)
             except BadMessage as e:
-                log.warning("ignoring a value that does not decode", bucket=self.bucket, key=key, why=e.message)
+                log.warning("ignoring a value that does not decode", bucket=self.bucket, key=key, reason=e.message)
                 return None
             self._decoded.setdefault(key, {})[kind] = cached
         return cached  # type: ignore[return-value]  # the cache is keyed by kind
@@ -175,7 +175,7 @@ async def follow_forever(nats: Nats, view: KvMirror, *keys: str) -> None:
         try:
             await _follow_once(nats, view, keys or (">",))
         except (NatsError, TimeoutError, Unavailable) as e:
-            log.debug("consumer ended; starting a new one", bucket=view.bucket, why=str(e) or type(e).__name__)
+            log.debug("consumer ended; starting a new one", bucket=view.bucket, reason=str(e) or type(e).__name__)
             await asyncio.sleep(_RETRY_S)
 
 

@@ -57,7 +57,7 @@ async def reconcile_forever(
         except (NatsError, ShoalError, OSError) as e:
             failures += 1
             wake_s = back_off_s(failures)
-            log.warning(f"{what} is not possible now; trying again", why=str(e) or type(e).__name__, wait_s=wake_s)
+            log.warning(f"{what} is not possible now; trying again", reason=str(e) or type(e).__name__, wait_s=wake_s)
             await asyncio.sleep(wake_s)  # changes do not shorten the delay
             continue
         due_s = None if wake_s is None else loop.time() + wake_s

@@ -70,7 +70,7 @@ class InterfaceMonitor:
         try:
             self._seen = self._read()
         except (OSError, psutil.Error) as e:
-            log.warning("cannot read this machine's network interfaces", why=str(e))
+            log.warning("cannot read this machine's network interfaces", reason=str(e))
             self._seen = self._seen or ()
         return self._seen
 
@@ -163,7 +163,7 @@ def _list_hardware_ports() -> str:
             command, capture_output=True, text=True, timeout=_NETWORKSETUP_TIMEOUT_S, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as e:
-        log.warning("cannot read interface kinds; guessing them from names", why=str(e))
+        log.warning("cannot read interface kinds; guessing them from names", reason=str(e))
         return ""
 
 

@@ -32,7 +32,7 @@ async def node_down_error(buckets: Buckets, service: str, node: str, verb: str) 
             f"{_not_done(verb, node)}: the node is down since {since}; bring it back with `shoal up` there "
             "and send it again",
             node=node,
-            silent_since_s=state.down_since_s,
+            down_since_s=state.down_since_s,
         )
     if await buckets.state.get(storage_key(node)) is None:
         return NodeDown(f"{_not_done(verb, node)}: there is no such node; see `shoal status`", node=node)

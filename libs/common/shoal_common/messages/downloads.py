@@ -81,14 +81,10 @@ class DownloadState(WireStruct):
     layers: list[list[int]] = []
     """Layer ranges `[first, last)` that it downloads and that the figures count; empty means the whole model."""
 
-    @property
-    def resumed_from(self) -> float:
-        """Fraction of the bytes, 0 to 1, that was on the disk when this attempt started."""
-        return min(self.resumed_bytes / self.total_bytes, 1.0) if self.total_bytes else 0.0
-
 
 class StopDownloads(WireStruct):
-    """`svc.fetcher.<node>.withdraw`: drop the download requests for these models; answered once they have stopped."""
+    """`svc.fetcher.<node>.stop_downloads`: drop the download requests for these models; answered once they have
+    stopped."""
 
     repo: str
     """`org/name`."""
@@ -99,7 +95,7 @@ class StopDownloads(WireStruct):
 class DownloadCommand(Command):
     """`cmd.fetcher.<node>.download`: download a model to this node. Returns when the download has ended.
 
-    Resumes a paused download, unless `unless_paused`.
+    Resumes a paused download, unless `keep_paused`.
     """
 
     model: str

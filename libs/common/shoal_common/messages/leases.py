@@ -34,7 +34,7 @@ class LeaseGrant(WireStruct):
 
 
 class ReleaseLease(WireStruct):
-    """`svc.storage.<node>.unlease`: end a lease that nobody holds; one that has ended already is fine."""
+    """`svc.storage.<node>.release_lease`: end a lease that nobody holds; one that has ended already is fine."""
 
     id: str
     """The lease's id."""

@@ -166,7 +166,7 @@ class ModelState(WireStruct):
 class ShardState(WireStruct):
     """A shard: what stages with some layers need of a model, verified and durable on a node that lacks the rest.
 
-    `state` key `part.<node>.<model@commit>`, published by that node's storage.
+    `state` key `shard.<node>.<model@commit>`, published by that node's storage.
     """
 
     node: str
@@ -232,7 +232,7 @@ class EvictionPlan(WireStruct):
 
 
 class CheckSpace(WireStruct):
-    """`svc.storage.<node>.room`: does this model, whose download a full disk has stopped, fit the disk now?
+    """`svc.storage.<node>.check_space`: does this model, whose download a full disk has stopped, fit the disk now?
 
     Storage evicts if its policy allows it: one plan for all running downloads.
     """
@@ -259,7 +259,7 @@ class SpaceCheck(WireStruct):
 
 
 class RecordUse(WireStruct):
-    """`svc.storage.<node>.used`: record that inference used these models now."""
+    """`svc.storage.<node>.record_use`: record that inference used these models now."""
 
     models: list[str]
     """`org/name@commit` each."""
@@ -322,7 +322,7 @@ class SealModel(WireStruct):
 
 
 class SealShard(WireStruct):
-    """`svc.storage.<node>.seal_part`: check, record and publish the shard that stages with these layers need."""
+    """`svc.storage.<node>.seal_shard`: check, record and publish the shard that stages with these layers need."""
 
     manifest: Manifest
     """The sealed manifest of the whole model."""

@@ -4,7 +4,7 @@ A reply is lost when the service that owes it, or NATS, restarts; `done` has the
 lost with a NATS that dies before storing it (nothing acknowledges it), so it is sent again under the same id after
 each reconnection while its sender waits. An id runs once, however often it arrives.
 
-A command whose service is down for AWAY_AFTER_S is cancelled: it ends with `node_away`, also in `done`, where the
+A command whose service is down for AWAY_AFTER_S is cancelled: it ends with `node_down`, also in `done`, where the
 service finds that when it is back.
 """
 

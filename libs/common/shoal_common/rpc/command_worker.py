@@ -91,7 +91,7 @@ class CommandWorker:
                 await self._ensure_consumer(subject, durable)
                 await self._pull(durable, tasks)
             except (NatsError, Unavailable) as e:
-                log.debug("subscribing to commands again", why=str(e) or type(e).__name__)
+                log.debug("subscribing to commands again", reason=str(e) or type(e).__name__)
                 await asyncio.sleep(_RETRY_INTERVAL_S)
 
     async def _ensure_consumer(self, subject: str, durable: str) -> None:
@@ -152,7 +152,7 @@ class CommandWorker:
             raise
         except Unavailable as e:
             # A long NATS outage. The command is not acknowledged, so it is delivered again afterwards.
-            log.warning("NATS is out; the command will be delivered again", subject=message.subject, why=e.message)
+            log.warning("NATS is out; the command will be delivered again", subject=message.subject, reason=e.message)
         finally:
             extending.cancel()
             self._slots.release()
@@ -211,7 +211,7 @@ class CommandWorker:
             id=identity,
             ok=error is None,
             took_s=round(time.monotonic() - started_s, 3),
-            **({"why": str(error)} if error else {}),
+            **({"reason": str(error)} if error else {}),
         )
         return Outcome(
             id=identity,

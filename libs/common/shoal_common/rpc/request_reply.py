@@ -30,7 +30,7 @@ log = StructuredLogger("questions")
 
 RPC_TIMEOUT_S = 10.0
 MAX_CONCURRENT_REQUESTS = 64
-PING = "here"
+PING = "ping"
 """The verb that every RPC service answers, to show that it is alive."""
 _RETRY_INTERVAL_S = 0.25
 _MICRO_DEADLINE_S = 2.0
@@ -113,7 +113,7 @@ async def serve(
                     reply = encode(RpcReply(error=InternalError(f"the reply to {verb} is too large for NATS").body()))
                 await request.respond(reply, headers=telemetry.headers())
             except NatsError as e:
-                log.warning("reply could not be sent", verb=verb, why=str(e) or type(e).__name__)
+                log.warning("reply could not be sent", verb=verb, reason=str(e) or type(e).__name__)
             finally:
                 semaphore.release()
 

@@ -18,7 +18,7 @@ class StorePaths:
         self.root = root
         self.version = root / "VERSION"
         self.lock = root / "lock"
-        self.ballast = root / "reserve"
+        self.ballast = root / "ballast"
         self.blobs = root / "blobs" / "sha256"
         self.leaf_lists = root / "leaves"
         self.partials = root / "partial"
@@ -27,14 +27,14 @@ class StorePaths:
         self.tombs = root / "tombs"
         self.pins = root / "pins"
         self.uses = root / "uses"
-        self.reservations = root / "promises"
-        self.shards = root / "parts"
+        self.reservations = root / "reservations"
+        self.shards = root / "shards"
         self.quarantine = root / "quarantine"
         self.leases = root / "leases"
-        self.library_hashes = root / "adopted" / "verified.json"
-        self.library_blobs = root / "adopted" / "blobs"
-        self.library_models = root / "adopted" / "models"
-        self.volumes = root / "further"
+        self.library_hashes = root / "libraries" / "verified.json"
+        self.library_blobs = root / "libraries" / "blobs"
+        self.library_models = root / "libraries" / "models"
+        self.volumes = root / "volumes"
 
     @property
     def top_names(self) -> set[str]:

@@ -23,7 +23,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     storages: dict[str, StorageState] = {}
     downloads: list[DownloadState] = []
     models: list[ModelState] = []
-    parts: list[ShardState] = []
+    shards: list[ShardState] = []
     specs: dict[str, InstanceSpec] = {}
     instances: dict[str, InstanceState] = {}
     stages: dict[str, dict[int, StageState]] = {}
@@ -63,7 +63,7 @@ def take_snapshot(live: CompatibleLiveView, spec: KvMirror, state: KvMirror) -> 
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
         models=[m for _, m in state.items("model.", ModelState) if m.node not in incompatible],
-        parts=[p for _, p in state.items("part.", ShardState) if p.node not in incompatible],
+        shards=[p for _, p in state.items("shard.", ShardState) if p.node not in incompatible],
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,

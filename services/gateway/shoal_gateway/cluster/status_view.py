@@ -5,149 +5,31 @@ from __future__ import annotations
 import msgspec
 
 from shoal_common.bus.subjects import SERVICES
-from shoal_common.errors import ErrorBody
 from shoal_common.host.addresses import reachable_addresses
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import (
-    InstancePhase,
     InstanceSpec,
     InstanceState,
-    StagePhase,
     StageSpec,
     StageState,
 )
 from shoal_common.messages.liveness import LivenessRecord
-from shoal_common.messages.storage import ShardState, StorageState
+from shoal_common.messages.storage import ShardState
+from shoal_common.messages.views import (
+    DownloadView,
+    InstanceView,
+    ModelView,
+    NodeView,
+    ServiceView,
+    StageView,
+    StatusView,
+    StorageView,
+)
 from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 _MEMORY_SOURCES = ("inference", "storage", *SERVICES)
 """Services whose memory figures are used, best first."""
-
-
-class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
-    """A service of a node."""
-
-    version: str
-    pid: int
-    host: str
-    uptime_s: float
-    addresses: list[str]
-
-
-class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node. One that is down is known from its keys in `state`."""
-
-    node: str
-    live: bool
-    silent_since_s: float | None
-    """Unix time at which a node was found to be down; it is retired when that is long ago. None while it is up."""
-    drained: bool
-    """Whether nothing may be placed on it."""
-    services: dict[str, ServiceView]
-    missing_services: list[str]
-    other_versions: dict[str, str]
-    """Its services of another major version, which the answering node ignores."""
-    link: str
-    """The kind of link over which the answering node would reach this one's fileserver; "" where unknown."""
-    memory_total_bytes: int
-    memory_available_bytes: int
-    storage: StorageState | None
-
-
-class StorageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's disk as its storage last published it; `live` is whether the storage runs now."""
-
-    node: str
-    live: bool
-    disk_free_bytes: int | None
-    """Free space as of the latest beat of a live storage; `storage` has it as of the last change."""
-    storage: StorageState | None
-    parts: list[ShardState]
-    """Shards: models of which the node has some layers."""
-
-
-class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A model and the nodes that hold it completely."""
-
-    model: str
-    repo: str
-    commit: str
-    nodes: list[str]
-    size_bytes: int
-    adopted_from: dict[str, str]
-    """By node, the library directory that holds it; nodes that have it in their store are left out."""
-
-
-class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
-    """A DownloadState without its blob list."""
-
-    node: str
-    model: str
-    phase: str
-    commit: str
-    total_bytes: int
-    done_bytes: int
-    resumed_bytes: int
-    sources: dict[str, int]
-    verified_bytes: int
-    speed_bytes_per_s: float
-    source_speeds: dict[str, float]
-    eta_s: float | None
-    switched: dict[str, int]
-    waiting_for: str
-    error: ErrorBody | None
-    started_at_s: float
-    updated_at_s: float
-    layers: list[list[int]]
-    """The layers it downloads; empty: the whole model."""
-
-
-class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage: its placement and its published state. `phase` is None until its node has published one."""
-
-    rank: int
-    node: str
-    first_layer: int | None
-    last_layer: int | None
-    phase: StagePhase | None
-    epoch: int
-    address: str
-    weight_bytes: int
-    error: ErrorBody | None
-
-
-class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance with its stages."""
-
-    id: str
-    model: str
-    repo: str
-    commit: str
-    phase: InstancePhase
-    nodes: list[str]
-    epoch: int
-    context_tokens: int
-    created_at_s: float
-    tier: str
-    is_low_memory: bool
-    """Whether other programs may have to give up memory for it."""
-    error: ErrorBody | None
-    stages: list[StageView]
-
-
-class StatusView(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole status. `node` is the answering node."""
-
-    node: str
-    version: str
-    nats_connected: bool
-    nodes: list[NodeView]
-    models: list[ModelView]
-    parts: list[ShardState]
-    """Shards, by model, then node."""
-    downloads: list[DownloadView]
-    instances: list[InstanceView]
 
 
 class LocalNetwork(msgspec.Struct, frozen=True):
@@ -167,7 +49,7 @@ def status_view(
         nats_connected=nats_connected,
         nodes=node_views(picture, now_s, place),
         models=model_views(picture),
-        parts=shards_of(picture),
+        shards=shards_of(picture),
         downloads=download_views(picture),
         instances=instance_views(picture),
     )
@@ -177,7 +59,7 @@ def known_nodes(picture: ClusterSnapshot) -> list[str]:
     """Return every node that is live or that `state` or `spec` names, sorted."""
     names = {*picture.live, *picture.storages, *picture.other_versions}
     names |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
-    names |= {p.node for p in picture.parts}
+    names |= {p.node for p in picture.shards}
     names |= {s.node for spec in picture.specs.values() for s in spec.stages}
     names |= {s.node for stages in picture.stages.values() for s in stages.values()}
     return sorted(names)
@@ -196,7 +78,7 @@ def _node_view(picture: ClusterSnapshot, node: str, now_s: float, place: LocalNe
     return NodeView(
         node=node,
         live=bool(services),
-        silent_since_s=picture.down_nodes[node].down_since_s if not services and node in picture.down_nodes else None,
+        down_since_s=picture.down_nodes[node].down_since_s if not services and node in picture.down_nodes else None,
         drained=node in picture.drained,
         services={
             name: ServiceView(
@@ -237,7 +119,7 @@ def storage_views(picture: ClusterSnapshot) -> list[StorageView]:
                 live=live is not None,
                 disk_free_bytes=live.facts.disk_free_bytes if live else None,
                 storage=picture.storages.get(node),
-                parts=[part for part in shards_of(picture) if part.node == node],
+                shards=[shard for shard in shards_of(picture) if shard.node == node],
             )
         )
     return views
@@ -245,7 +127,7 @@ def storage_views(picture: ClusterSnapshot) -> list[StorageView]:
 
 def shards_of(picture: ClusterSnapshot) -> list[ShardState]:
     """Return the shards, by model, then node."""
-    return sorted(picture.parts, key=lambda p: (p.model, p.node))
+    return sorted(picture.shards, key=lambda p: (p.model, p.node))
 
 
 def model_views(picture: ClusterSnapshot) -> list[ModelView]:
@@ -264,7 +146,7 @@ def model_views(picture: ClusterSnapshot) -> list[ModelView]:
             commit=first[model].commit,
             nodes=sorted(nodes[model]),
             size_bytes=first[model].size_bytes,
-            adopted_from=adopted.get(model, {}),
+            library_directory=adopted.get(model, {}),
         )
         for model in sorted(nodes)
     ]

@@ -12,9 +12,10 @@ from shoal_common.errors import Expired, InternalError, NotFound, from_body
 from shoal_common.messages import WireStruct
 from shoal_common.messages.instances import InstanceState
 from shoal_common.messages.placement import PlaceCommand, Rebalance, Unplace
+from shoal_common.messages.views import InstanceView
 from shoal_common.names import ModelRef, check_id, check_node
 from shoal_common.rpc.command_client import new_command_id
-from shoal_gateway.cluster.status_view import InstanceView, instance_view, instance_views
+from shoal_gateway.cluster.status_view import instance_view, instance_views
 from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.rest.command_results import error_of, require_placement, send_to_leader, with_details
 from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body_as

@@ -31,7 +31,7 @@ def to_delete(picture: ClusterSnapshot, repo: str, revision: str | None, node: s
     """Return the nodes that delete a revision of a repo (None: all): `node`, or all that hold or download it."""
     if node is not None:
         return _live(picture, [check_node(node)], "storage")
-    held: list[ModelState | ShardState] = [*picture.models, *picture.parts]
+    held: list[ModelState | ShardState] = [*picture.models, *picture.shards]
     chosen = {m.node for m in held if m.repo == repo and revision in (None, m.commit, *m.revisions)}
     for d in picture.downloads:
         # An ended download is only a record: it is cleared where storage is live, and blocks nothing elsewhere.

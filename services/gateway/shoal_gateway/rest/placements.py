@@ -27,7 +27,7 @@ from shoal_gateway.rest.routing import route
 
 T = TypeVar("T")
 
-_NODE_LISTS = ("nodes", "without")
+_NODE_LISTS = ("nodes", "excluded_nodes")
 _FIELDS = (
     "model",
     "context_tokens",
@@ -35,7 +35,7 @@ _FIELDS = (
     "max_nodes",
     "objective",
     "in_flight",
-    "answers",
+    "max_parallel_answers",
     "max_fetch_bytes",
     "layout",
 )

@@ -24,7 +24,7 @@ from shoal_gateway.rest.routing import route
 _MAX_BYTES = (1 << 63) - 1
 _NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
 _RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
-_CHANGEABLE = (*_NUMBERS, "eviction_policy", "read_only_roots", "roots", *_RATES)
+_CHANGEABLE = (*_NUMBERS, "eviction_policy", "libraries", "volumes", *_RATES)
 
 
 class ConfigureBody(Configure):

@@ -38,7 +38,9 @@ async def lease_model(
     finally:
         # Storage notices the end of the process by itself; releasing only makes it immediate.
         try:
-            await ask("storage", node, "unlease", ReleaseLease(id=lease.id), Empty, deadline_s=_RELEASE_TIMEOUT_S)
+            await ask(
+                "storage", node, "release_lease", ReleaseLease(id=lease.id), Empty, deadline_s=_RELEASE_TIMEOUT_S
+            )
         except (ShoalError, NatsError) as e:
             log.debug("lease not released; it expires by itself", lease=lease.id, reason=str(e) or type(e).__name__)
 

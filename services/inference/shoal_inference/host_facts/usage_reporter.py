@@ -43,6 +43,8 @@ class UsageReporter:
 
     async def _report(self, node: str, model: str) -> None:
         try:
-            await self._ask("storage", node, "used", RecordUse(models=[model]), Empty, deadline_s=_REPORT_TIMEOUT_S)
+            await self._ask(
+                "storage", node, "record_use", RecordUse(models=[model]), Empty, deadline_s=_REPORT_TIMEOUT_S
+            )
         except (ShoalError, NatsError) as e:
             log.warning("model use not recorded", peer_node=node, model=model, reason=str(e) or type(e).__name__)

@@ -124,7 +124,7 @@ class PlacementService:
             live_nodes={node for nodes in services.values() for node in nodes},
             inference_facts={node: record.facts for node, record in services.get("inference", {}).items()},
             models=[m for _, m in self._state.items("model.", ModelState)],
-            shards=[p for _, p in self._state.items("part.", ShardState)],
+            shards=[p for _, p in self._state.items("shard.", ShardState)],
             downloads=[d for _, d in self._state.items("download.", DownloadState)],
             instances=[s for _, s in self._spec.items("instance.", InstanceSpec)],
             drained_nodes={s.node for _, s in self._spec.items("node.", NodeSpec)},

@@ -97,13 +97,13 @@ class NodeGarbageCollector:
             if no_retirement_s > 0 and not retired.forget_requested:
                 wake_s = earliest(wake_s, no_retirement_s)
                 continue
-            why = (
+            reason = (
                 "forgotten"
                 if retired.forget_requested
                 else f"down for {cluster_clock.now_s() - retired.down_since_s:.0f} s"
             )
             async with self._collecting:
-                await self._retire(retired.node, why, named.get(retired.node, KeysOfNode()))
+                await self._retire(retired.node, reason, named.get(retired.node, KeysOfNode()))
         return wake_s
 
     def _decide(self) -> tuple[dict[str, KeysOfNode], RetirementActions]:
@@ -125,7 +125,7 @@ class NodeGarbageCollector:
         stages = list(self._state.items("stage.", StageState))
         return keys_by_node(self._spec.keys(), self._state.keys(), instances, stages)
 
-    async def _retire(self, node: str, why: str, keys: KeysOfNode) -> int:
+    async def _retire(self, node: str, reason: str, keys: KeysOfNode) -> int:
         """Remove every key that names a node. Its NodeState goes last, so that the next leader can finish (I8).
 
         Return the number of keys.
@@ -140,9 +140,9 @@ class NodeGarbageCollector:
         if not self._may_collect(node):
             return 0
         if await writes.state.delete(node_key(node)):
-            log.info("node retired", name=node, why=why, key_count=keys.count)
+            log.info("node retired", name=node, reason=reason, key_count=keys.count)
             await self._context.events.emit(
-                "retired", retired=node, why=why, key_count=keys.count, instances=sorted(keys.instances)
+                "retired", retired=node, reason=reason, key_count=keys.count, instances=sorted(keys.instances)
             )
         return keys.count
 

@@ -58,7 +58,7 @@ def keys_by_node(
             of(rest.partition(".")[0]).spec.append(key)
     for key in state_keys:
         kind, _, rest = key.partition(".")
-        if kind in ("storage", "download", "model", "part", "links"):
+        if kind in ("storage", "download", "model", "shard", "links"):
             of(rest.partition(".")[0]).state.append(key)
     for key, stage in stages:
         of(stage.node).state.append(key)

@@ -195,7 +195,7 @@ def _refused(
         "shortfall_bytes": lacking.required_bytes,
     }
     if len(spaces) > 1:
-        figures["roots"] = [
+        figures["volumes"] = [
             {
                 "path": s.path,
                 "free_bytes": s.free_bytes,

@@ -153,7 +153,7 @@ class EvictionExecutor:
         unfinished: list[Victim] = []
         for abandoned in eviction.ended_downloads:
             freed = await self._remove(abandoned.model)
-            unfinished.append(structs.replace(abandoned, frees_bytes=freed))
+            unfinished.append(structs.replace(abandoned, freed_bytes=freed))
             log.info("abandoned download deleted", model=abandoned.model, freed_bytes=freed)
         done: list[Victim] = []
         for victim in eviction.victims:
@@ -164,7 +164,7 @@ class EvictionExecutor:
                 )
                 break
             freed = await self._remove(victim.model)
-            done.append(structs.replace(victim, frees_bytes=freed))
+            done.append(structs.replace(victim, freed_bytes=freed))
             await self._context.events.emit(
                 "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
             )
@@ -175,7 +175,7 @@ class EvictionExecutor:
             garbage_bytes=garbage_bytes,
             unfinished=unfinished,
             victims=done,
-            frees_bytes=garbage_bytes + sum(v.freed_bytes for v in (*unfinished, *done)),
+            freed_bytes=garbage_bytes + sum(v.freed_bytes for v in (*unfinished, *done)),
             enough=len(done) == len(eviction.victims),
         )
 
@@ -234,6 +234,6 @@ def _merged(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
         garbage_bytes=first.garbage_bytes + second.garbage_bytes,
         unfinished=first.ended_downloads + second.ended_downloads,
         victims=first.victims + second.victims,
-        frees_bytes=first.freed_bytes + second.freed_bytes,
+        freed_bytes=first.freed_bytes + second.freed_bytes,
         evictable_bytes=first.evictable_bytes,
     )

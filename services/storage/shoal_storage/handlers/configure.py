@@ -70,7 +70,7 @@ class ConfigureCommand:
         result: dict[str, object] = {
             **values,
             "used_bytes": self._ledger.used_bytes,
-            "from_environment": overridden_settings(self._context.environ),
+            "overridden_by_env": overridden_settings(self._context.environ),
         }
         return result | ({"note": warning} if warning else {})
 
@@ -78,7 +78,7 @@ class ConfigureCommand:
         def accept(settings: dict[str, object]) -> StorageSettings:
             # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
             limits = read_settings(settings, self._context.environ)
-            reject_overlap(limits.read_only_roots, self._context.config.store)
+            reject_overlap(limits.libraries, self._context.config.store)
             self._refuse(limits)
             return limits
 
@@ -92,7 +92,7 @@ def _values(limits: StorageSettings) -> dict[str, object]:
         "eviction_policy": limits.eviction_policy,
         "headroom_bytes": limits.headroom_bytes,
         "partial_retention_s": limits.partial_retention_s,
-        "read_only_roots": list(limits.read_only_roots),
-        "roots": list(limits.roots),
+        "libraries": list(limits.libraries),
+        "volumes": list(limits.roots),
         **msgspec.to_builtins(limits.transfer),
     }

@@ -134,7 +134,7 @@ class DeletionService:
         await self._context.rpc(
             "fetcher",
             self._context.node,
-            "withdraw",
+            "stop_downloads",
             StopDownloads(repo=ref.repo, revision=revision),
             Empty,
             deadline_s=DELETE_DEADLINE_S / 2,

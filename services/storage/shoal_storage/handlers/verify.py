@@ -54,7 +54,7 @@ class VerifyReport(msgspec.Struct):
     """Models that this made incomplete: unpublished; pull them again."""
     instances: list[str] = []
     """Instances with stages of those models on this node: stop them, the weights they loaded may be corrupt."""
-    broken: list[str] = []
+    incomplete: list[str] = []
     """All incomplete models among those requested, including those found earlier."""
 
 
@@ -98,7 +98,7 @@ class Verifier:
                     await self._verify_blob(sha256, report, slowly=False)
         finally:
             self._waiting_commands -= 1
-        report.broken = sorted(m.model for m in self._requested(command.model, self._ledger.incomplete))
+        report.incomplete = sorted(m.model for m in self._requested(command.model, self._ledger.incomplete))
         log.info(
             "verify finished",
             checked=report.checked,

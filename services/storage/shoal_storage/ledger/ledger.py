@@ -127,8 +127,8 @@ class Ledger(msgspec.Struct):
     def used_bytes(self) -> int:
         """Bytes of all blobs and their extra copies, of the leaves that shards need, and of unverified files."""
         doubled = sum(sum(copies.values()) for copies in self.redundant_copies.values())
-        unproven_bytes = sum(stamp.size_bytes for stamp in self.unverified.values())
-        return sum(self.blobs.values()) + self.shard_bytes + unproven_bytes + doubled
+        unverified_bytes = sum(stamp.size_bytes for stamp in self.unverified.values())
+        return sum(self.blobs.values()) + self.shard_bytes + unverified_bytes + doubled
 
     @property
     def shard_bytes(self) -> int:

@@ -43,7 +43,7 @@ def reject_overlap(libraries: Iterable[str], store: Path) -> None:
             raise BadInput(
                 f"the library {library} and the store at {store} overlap: give a directory outside of it, or move "
                 "the store (storage.path in node.toml)",
-                param="read_only_roots",
+                param="libraries",
             )
 
 

@@ -34,14 +34,14 @@ log = StructuredLogger("disk")
 class Store:
     """One node's store. Open it once; it holds the store's lock until the process ends."""
 
-    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
+    def __init__(self, root: Path, ballast_bytes: int = 0) -> None:
         # Absolute: symbolic links in views contain this path.
         self.layout = VolumePaths(root.absolute())
         self.volumes: dict[str, Volume] = {}
         """The volumes that are present, by id."""
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would take longer than the shutdown allows."""
-        self.ballast = BallastFile(self.layout.ballast, reserve_bytes)
+        self.ballast = BallastFile(self.layout.ballast, ballast_bytes)
         self._lock: BinaryIO | None = None
         self._root_fd: int | None = None
 

@@ -1,6 +1,6 @@
 """A volume, which is a second disk for blobs: create it, open it, tell whether it is mounted. Blocking: for threads.
 
-    <volume>/VERSION      `further 1 <id>`, 16 hexadecimal digits; written last when a volume is created
+    <volume>/VERSION      `volume 1 <id>`, 16 hexadecimal digits; written last when a volume is created
     <volume>/lock         held by the storage service that uses the volume; names the holder
     <volume>/reserve, blobs/sha256/, partial/, tombs/, quarantine/    as in a store
     <store>/further/<id>    symbolic link to the volume; durable before anything is written to the volume
@@ -150,7 +150,7 @@ def reject_overlap(volumes: Iterable[str], libraries: Iterable[str], store: Path
         for name, other in others:
             if real.is_relative_to(other) or other.is_relative_to(real):
                 raise BadInput(
-                    f"the volume {volume} and {name} overlap: give a directory outside of it", param="roots"
+                    f"the volume {volume} and {name} overlap: give a directory outside of it", param="volumes"
                 )
         others.append((f"the volume {volume}", real))
 
@@ -164,14 +164,15 @@ def reject_same_disk(path: Path, others: Iterable[tuple[str, Path]]) -> None:
                 raise BadInput(
                     f"{path} is on the same file system as {name} and would add no space: mount its disk first, or "
                     "give a directory on another disk",
-                    param="roots",
+                    param="volumes",
                 )
 
 
 def _refuse_unfit(path: Path) -> None:
     if not path.is_dir() and not path.parent.is_dir():
         raise BadInput(
-            f"neither {path} nor {path.parent} is a directory: mount its disk, or create the directory", param="roots"
+            f"neither {path} nor {path.parent} is a directory: mount its disk, or create the directory",
+            param="volumes",
         )
     kind = file_system_of(path, mounts())
     if kind in NETWORK_FILE_SYSTEMS:
@@ -192,7 +193,7 @@ def _read_id(paths: StorePaths) -> str:
         raise BadInput(
             f"{paths.root} has a VERSION file ({version[:40]!r}), so it is a store or something else, not a volume: "
             "give an empty directory, or add a store as a library",
-            param="roots",
+            param="volumes",
         )
     if match.group(1) != VOLUME_VERSION:
         raise Unsupported(f"the volume at {paths.root} has format {match.group(1)}: update Shoal")
