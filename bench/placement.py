@@ -75,7 +75,7 @@ def milp_differences(count: int) -> tuple[int, int] | None:
         problem = random_problem(chance, nodes, chance.randint(nodes, nodes + 3))
         stages = chance.randint(2, 7)
         problem = msgspec.structs.replace(
-            problem, counts={}, max_fetch_bytes=None, min_nodes=stages, max_nodes=stages
+            problem, layer_counts={}, max_fetch_bytes=None, min_nodes=stages, max_nodes=stages
         )
         least = solve_milp(problem, stages, deadline_s=5.0 if QUICK else 30.0)
         if least is None:

@@ -420,7 +420,7 @@ def test_status_shows_verified_bytes_rates_and_source_switches(cluster: Cluster,
                 source_speeds={"hub": 10.0, "node-b": 40.0},
                 speed_bytes_per_s=50.0,
                 eta_s=10.0,
-                switched={"node-c": 2},
+                source_switches={"node-c": 2},
             )
         ]
     ]

@@ -370,10 +370,10 @@ def test_an_unreadable_settings_file_is_reported(home: Home) -> None:
 
 
 def test_unmounted_volumes_and_libraries_are_reported(home: Home, tmp_path: Path) -> None:
-    further = home.root / "store" / "further"
-    further.mkdir(parents=True)
-    (further / ("0" * 16)).symlink_to(tmp_path / "unmounted")
-    (home.root / "node.toml").write_text(f'id = "a"\n[storage]\nread_only_roots = ["{tmp_path / "cache"}"]\n')
+    volumes = home.root / "store" / "volumes"
+    volumes.mkdir(parents=True)
+    (volumes / ("0" * 16)).symlink_to(tmp_path / "unmounted")
+    (home.root / "node.toml").write_text(f'id = "a"\n[storage]\nlibraries = ["{tmp_path / "cache"}"]\n')
     found = {f.about: f.level for f in findings_about(probe(home, "nats://127.0.0.1:1"), "volumes")}
     assert found == {str(tmp_path / "unmounted"): "problem", str(tmp_path / "cache"): "warning"}
 

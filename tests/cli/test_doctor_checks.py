@@ -525,7 +525,7 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
         ({"volumes": [FINE], "libraries": [FINE]}, "ok", ("2 volumes and libraries",)),
         ({"volumes": [changed(exists=False)]}, "problem", ("not used", "--remove-volume /s")),
         (
-            {"volumes": [FINE], "state": state(roots=[VolumeState(path="/s", error="away")])},
+            {"volumes": [FINE], "state": state(volumes=[VolumeState(path="/s", error="away")])},
             "problem",
             ("away",),
         ),

@@ -57,12 +57,12 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
 
 def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys: Capture) -> None:
     first = ["index.db", "blobs/sha256/ab/notes.txt"]
-    cluster.disks = [disk("node-a", foreign_count=3, foreign_bytes=12 * GB, unknown=first, unverified_count=1)]
+    cluster.disks = [disk("node-a", foreign_count=3, foreign_bytes=12 * GB, foreign_files=first, unverified_count=1)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
     assert "node-a: 1 copied-in file, 0 B, to be verified before use" in said and "is missing" not in said
-    cluster.disks = [disk("node-a", foreign_count=1, foreign_bytes=1, unknown=first[:1], store_missing=True)]
+    cluster.disks = [disk("node-a", foreign_count=1, foreign_bytes=1, foreign_files=first[:1], store_missing=True)]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in said
@@ -167,7 +167,7 @@ def test_storage_set_takes_a_duration_for_partial_retention(cluster: Cluster, ca
 
 
 def test_storage_shows_a_full_disk_and_leftovers_of_downloads(cluster: Cluster, capsys: Capture) -> None:
-    cluster.disks = [disk("node-a", free_bytes=0, unfinished=[HELD])]
+    cluster.disks = [disk("node-a", free_bytes=0, ended_downloads=[HELD])]
     assert run(["storage"]) == 0
     said = capsys.readouterr().out
     assert "node-a: the disk is full" in said and f"node-a: data of the abandoned download of {HELD}" in said

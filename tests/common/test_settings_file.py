@@ -96,7 +96,7 @@ def test_any_changes_keep_every_comment_and_every_foreign_key(text: str, sequenc
 
 def test_a_list_is_edited_in_place_and_keeps_comments_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
-    path.write_text('[storage]\nread_only_roots = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
+    path.write_text('[storage]\nlibraries = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
     change(tmp_path, {"libraries": ["/x", "/z"]})
     text = path.read_text()
     assert read_settings(tmp_path) == {"storage": {"libraries": ["/x", "/z"]}}

@@ -256,8 +256,8 @@ def test_a_late_range_is_requested_from_another_peer() -> None:
         OutstandingRequest(node="b", leaves=leaf_range(0, 4), asked_at_s=0.0),
         OutstandingRequest(node="c", leaves=leaf_range(4, COUNT), asked_at_s=2.9),
     ]
-    before = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=2.99, moved_at_s=2.9)
+    before = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=2.99, last_leaf_at_s=2.9)
     assert 0 < next_wakeup_s(before) < 0.011 and next_requests(before, random.Random(0)) == []
-    after = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=3.0, moved_at_s=2.9)
+    after = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=3.0, last_leaf_at_s=2.9)
     made = next_requests(after, random.Random(0))
     assert made and all(a.node == "c" and not a.leaves & ~leaf_range(0, 4) for a in made)

@@ -118,7 +118,7 @@ def test_a_loaded_stage_is_published_with_the_memory_it_took(loaded: int, waver:
         {"stages": {"i/0": 1 << 30, "j/0": 0}},
         {"memory_pressure": 1},
         {"memory_pressure": None},
-        {"memory_bytes_per_s": 1e9},
+        {"idle_bandwidth_bytes_per_s": 1e9},
         {"accelerator_bytes": 1},
         {"memory_total_bytes": 8 << 30},
     ],

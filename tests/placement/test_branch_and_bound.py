@@ -81,7 +81,9 @@ def test_highs_finds_nothing_better(seed: int) -> None:
     nodes = chance.randint(8, 10)
     problem = random_problem(chance, nodes, nodes + 2)
     stages = chance.randint(3, 6)
-    problem = msgspec.structs.replace(problem, counts={}, max_fetch_bytes=None, min_nodes=stages, max_nodes=stages)
+    problem = msgspec.structs.replace(
+        problem, layer_counts={}, max_fetch_bytes=None, min_nodes=stages, max_nodes=stages
+    )
     least = solve_milp(problem, stages)
     if least is None:
         pytest.skip("HiGHS did not end in time")
@@ -133,7 +135,7 @@ def test_a_search_cut_short_is_unproved_with_a_lower_bound() -> None:
 
 
 def test_layers_that_people_fixed_stay_fixed() -> None:
-    problem = msgspec.structs.replace(twins(4, 0.5), counts={"n2": 1, "n3": 5}, layer_bytes=[5] * 14)
+    problem = msgspec.structs.replace(twins(4, 0.5), layer_counts={"n2": 1, "n3": 5}, layer_bytes=[5] * 14)
     answer = best(problem)
     assert answer.proved
     assert answer.layout is not None

@@ -95,7 +95,7 @@ def test_of_each_set_it_is_known_whether_it_can_hold_the_layers(seed: int) -> No
                 nodes=[problem.nodes[i] for i in chosen],
                 min_nodes=size,
                 max_nodes=size,
-                counts={
+                layer_counts={
                     n: c for n, c in problem.layer_counts.items() if n in {problem.nodes[i].name for i in chosen}
                 },
             )

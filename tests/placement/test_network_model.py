@@ -60,7 +60,7 @@ HIDDEN_BYTES = 8192
 measured_links = st.builds(
     MeasuredLink,
     peer=st.sampled_from(NODES),
-    at_s=st.floats(0, 2 * MEASUREMENT_MAX_AGE_S),
+    measured_measured_at_s=st.floats(0, 2 * MEASUREMENT_MAX_AGE_S),
     round_trip_s=st.floats(1e-5, 1.0),
     bytes_per_s=st.floats(0, 1e10),
     error=st.sampled_from(["", "", "nobody answers"]),
@@ -72,7 +72,12 @@ def records(found: Mapping[str, list[MeasuredLink]], there: Mapping[str, NodeFac
     """Return what the nodes measured at their published addresses."""
     return [
         LinksState(
-            node=n, links=[structs.replace(m, ends=link_digest(there[n], there[m.peer])) for m in own if m.peer != n]
+            node=n,
+            links=[
+                structs.replace(m, addresses_fingerprint=link_digest(there[n], there[m.peer]))
+                for m in own
+                if m.peer != n
+            ],
         )
         for n, own in found.items()
     ]

@@ -42,7 +42,7 @@ def machines(free_and_total_mib: Mapping[str, tuple[int, int]], **more: Any) -> 
         n: NodeFacts(memory_available_bytes=free * MIB, memory_total_bytes=total * MIB, **more)
         for n, (free, total) in free_and_total_mib.items()
     }
-    return structs.replace(there, facts=facts)
+    return structs.replace(there, inference_facts=facts)
 
 
 def nodes(found: PlacementPlan) -> list[str]:
@@ -57,7 +57,7 @@ def test_what_fits_somewhere_is_never_placed_by_force() -> None:
 def test_the_same_cluster_gives_the_same_layout_in_any_order() -> None:
     told = {"a": (300, 300), "b": (400, 400), "c": (300, 300), "d": (300, 300)}
     there = machines(told)
-    turned = structs.replace(there, facts=dict(reversed(list(there.inference_facts.items()))))
+    turned = structs.replace(there, inference_facts=dict(reversed(list(there.inference_facts.items()))))
     layout = plan_layout(asks(min_nodes=2), there).layout
     assert len(layout.slices) == 3
     assert plan_layout(asks(min_nodes=2), turned).layout == layout
@@ -89,7 +89,7 @@ def test_only_force_takes_the_systems_reserve() -> None:
 
 def test_nodes_are_left_out_and_layers_are_counted_as_asked() -> None:
     there = machines({"a": (5000, 5000), "b": (5000, 5000), "c": (5000, 5000)})
-    assert "a" not in nodes(plan_layout(asks(without=["a"]), there))
+    assert "a" not in nodes(plan_layout(asks(excluded_nodes=["a"]), there))
     found = plan_layout(asks(layers={"b": 3, "c": 1}), there)
     assert {s.node: s.last - s.first for s in found.layout.slices} == {"b": 3, "c": 1}
     with pytest.raises(NotFound, match="on z"):
@@ -120,9 +120,9 @@ def test_unfused_attention_raises_needed_and_not_available_bytes() -> None:
 
 def test_faster_memory_is_preferred_and_a_download_is_bounded() -> None:
     there = machines({"a": (5000, 5000), "b": (5000, 5000)})
-    fast = structs.replace(there.inference_facts["b"], memory_bytes_per_s=800e9)
-    slow = structs.replace(there.inference_facts["a"], memory_bytes_per_s=100e9)
-    there = structs.replace(there, facts={"a": slow, "b": fast})
+    fast = structs.replace(there.inference_facts["b"], idle_bandwidth_bytes_per_s=800e9)
+    slow = structs.replace(there.inference_facts["a"], idle_bandwidth_bytes_per_s=100e9)
+    there = structs.replace(there, inference_facts={"a": slow, "b": fast})
     assert nodes(plan_layout(asks(), there)) == ["b"]
     assert nodes(plan_layout(asks(max_fetch_bytes=0), there)) == ["a"]
 
@@ -130,8 +130,8 @@ def test_faster_memory_is_preferred_and_a_download_is_bounded() -> None:
 def test_a_node_that_has_the_layers_is_preferred() -> None:
     there = machines({"a": (250, 250), "b": (800, 800), "c": (800, 800)})
     part = ShardState(node="c", repo=MODEL, commit=COMMIT, layers=[[0, 4]], size_bytes=1, total_bytes=1)
-    assert nodes(plan_layout(asks(), structs.replace(there, parts=[part]))) == ["c"]
-    assert plan_layout(asks(), structs.replace(there, parts=[part])).layout.fetch_bytes == 0
+    assert nodes(plan_layout(asks(), structs.replace(there, shards=[part]))) == ["c"]
+    assert plan_layout(asks(), structs.replace(there, shards=[part])).layout.fetch_bytes == 0
 
 
 def test_a_node_with_a_shard_is_preferred_in_proportion() -> None:
@@ -166,7 +166,11 @@ def test_a_preview_can_be_chosen_by_name_until_it_no_longer_fits() -> None:
     chosen = plan_layout(asks(layout=over_two.name), there)
     assert (chosen.name, chosen.tier) == (over_two.name, "fits")
     less = structs.replace(
-        there, facts={**there.inference_facts, **machines(dict.fromkeys(nodes(over_two), (1, 4000))).inference_facts}
+        there,
+        inference_facts={
+            **there.inference_facts,
+            **machines(dict.fromkeys(nodes(over_two), (1, 4000))).inference_facts,
+        },
     )
     with pytest.raises(NoMemory) as refused:
         plan_layout(asks(layout=over_two.name), less)

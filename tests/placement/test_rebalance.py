@@ -32,7 +32,7 @@ def with_instances(there: ClusterFacts, *specs: InstanceSpec) -> ClusterFacts:
         )
         for n, f in there.inference_facts.items()
     }
-    return structs.replace(there, facts=facts)
+    return structs.replace(there, inference_facts=facts)
 
 
 def test_an_instance_is_replanned_as_requested_into_its_memory() -> None:

@@ -81,7 +81,10 @@ class Model:
     @property
     def kept(self) -> Manifest:
         """The sealed manifest with leaf list digests, as kept by a service that has hashed every leaf."""
-        files = [structs.replace(f, leaves=hash_leaf_list(leaf_list(self.bytes[f.path]))) for f in self.sealed.files]
+        files = [
+            structs.replace(f, leaf_list_digest=hash_leaf_list(leaf_list(self.bytes[f.path])))
+            for f in self.sealed.files
+        ]
         return structs.replace(self.sealed, files=files)
 
     @property

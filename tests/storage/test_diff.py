@@ -37,7 +37,7 @@ stamps = st.builds(
     size_bytes=st.integers(1, 6),
     mtime_ns=st.integers(0, 2),
     inode=st.integers(1, 2),
-    proven=st.booleans(),
+    is_verified=st.booleans(),
 )
 
 

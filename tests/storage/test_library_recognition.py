@@ -213,7 +213,7 @@ _NAMES = st.one_of(
 _ENTRIES = st.builds(
     DirEntry,
     kind=st.sampled_from(["file", "directory", "link", "other"]),
-    seen=st.builds(FileStat, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+    stat=st.builds(FileStat, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
     target=st.one_of(st.just(f"../../blobs/{'a' * 64}"), st.lists(_NAMES, max_size=5).map("/".join)),
 )
 
@@ -267,7 +267,10 @@ def test_a_model_is_offered_only_when_every_file_was_verified(
         listing.entries[f"{top}/snapshots/{COMMIT}/{sha[0]}.bin"] = link
     candidates = recognize(listing).candidates
     states = st.builds(
-        VerifiedFile, seen=st.sampled_from(seens), sha256=st.sampled_from(shas), rotten=st.sampled_from([False, True])
+        VerifiedFile,
+        stat=st.sampled_from(seens),
+        sha256=st.sampled_from(shas),
+        corrupt=st.sampled_from([False, True]),
     )
     verified = data.draw(st.dictionaries(st.sampled_from([f"/r/{top}/blobs/{sha}" for sha in shas]), states))
     verdict = accept_models(candidates, verified)

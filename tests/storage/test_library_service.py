@@ -46,7 +46,7 @@ async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path
     async with on_node(nats, tmp_path, name) as node:
         listed = ", ".join(f'"{root}"' for root in roots)
         with (node.home / "node.toml").open("a") as f:
-            f.write(f"# mine\n[storage]\n# theirs\nread_only_roots = [{listed}]  # the NAS\n")
+            f.write(f"# mine\n[storage]\n# theirs\nlibraries = [{listed}]  # the NAS\n")
         yield node
 
 

@@ -265,14 +265,14 @@ _ON_A_FULL_DISK = """
     from tests.storage.store_fixtures import Model, StoreFixture
     root = Path(sys.argv[1]) / "store"
     model = Model("org/model", {"a": os.urandom(60000), "b": os.urandom(60000)})
-    store = Store(root)
+    store = StoreFixture(root)
     store.bring_in(model)
     del store
     with open(Path(sys.argv[1]) / "rest", "wb", buffering=0) as rest:
         try:
             while True: rest.write(bytes(4096))
         except OSError: pass
-    store = Store(root)
+    store = StoreFixture(root)
     assert store.holds(model) and store.disk.free_bytes() == 0, store.disk.free_bytes()
     store.delete(model)
     assert store.disk.free_bytes() >= 120000

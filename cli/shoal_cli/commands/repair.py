@@ -85,7 +85,7 @@ def repair_nodes(
     for node, view in by_node(answer, VerifyView):
         report(verify_line(node, view))
         done = NodeRepair()
-        for incomplete in view.broken:
+        for incomplete in view.incomplete:
             _pull(gateway, node, incomplete, display, done)
         lines += [*repair_lines(node, view, done), *suspect_instance_lines(view)]
         answer["nodes"][node] |= _to_json(done)

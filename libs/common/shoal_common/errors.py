@@ -8,23 +8,23 @@
     ├── NotFound            it does not exist, here or on the hub          404  exit 3
     ├── Refused             valid, but not allowed now                     409  exit 4
     │   ├── InUse               it is in use
-    │   ├── Withdrawn           a person cancelled the work
+    │   ├── Cancelled           a person cancelled the work
     │   ├── Paused              a person paused the work
     │   ├── QuotaExceeded       not enough space within the quota          507
     │   ├── DiskFull            the disk took no more bytes                507
-    │   ├── NoRoom              not enough memory                          507
-    │   ├── Claimed             another process runs this node's service
+    │   ├── NoMemory            not enough memory                          507
+    │   ├── AlreadyRunning      another process runs this node's service
     │   ├── OtherVersion        the cluster runs another major version
     │   └── Unsupported         this version cannot do it                  501
     ├── Busy                too many requests; try again in a moment       429  exit 5
     ├── Unavailable         something needed is down                       503  exit 5
     │   ├── HubUnavailable      the hub does not answer
-    │   ├── NodeAway            a node or its service is not live
+    │   ├── NodeDown            a node or its service is not live
     │   └── StageLost           an instance lost a stage
     ├── Denied              a credential is missing or refused             401  exit 6
     ├── Expired             a deadline passed                              504  exit 7
     ├── Corrupt             bytes do not match their hash                  502  exit 8
-    └── Failed              anything else                                  500  exit 1
+    └── InternalError       anything else                                  500  exit 1
 
 Each class has a code: `ErrorBody.code` crosses processes, and `from_body` restores the class.
 """

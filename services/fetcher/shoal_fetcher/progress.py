@@ -126,14 +126,16 @@ class Progress:
         self.mark_progress()
         known = {**self.state.sha256_by_git_name, blob: sha256} if blob != sha256 else self.state.sha256_by_git_name
         roots = {**self.state.leaf_list_digests, sha256: root} if root else self.state.leaf_list_digests
-        self.state = structs.replace(self.state, blobs=[*self.state.blobs, sha256], known=known, roots=roots)
+        self.state = structs.replace(
+            self.state, blobs=[*self.state.blobs, sha256], sha256_by_git_name=known, leaf_list_digests=roots
+        )
         self._dirty = True
 
     def reset_counts(self) -> None:
         """Reset the counts of blobs, before storage says again what is present."""
         self._durable_by_blob.clear()
         self._complete_bytes = 0
-        self.state = structs.replace(self.state, blobs=[], known={}, roots={})
+        self.state = structs.replace(self.state, blobs=[], sha256_by_git_name={}, leaf_list_digests={})
 
     def after_publish(self, then: AsyncExitStack) -> None:
         """Close `then` after the current state has been published, without blocking the caller."""
@@ -198,7 +200,7 @@ class Progress:
             source_speeds=speeds,
             speed_bytes_per_s=speed,
             eta_s=round(max(left_bytes, 0) / speed, 1) if speed else None,
-            switched=dict(self._switched),
+            source_switches=dict(self._switched),
             updated_at_s=round(cluster_clock.now_s(), 3),
         )
 

@@ -54,7 +54,7 @@ class CompatibleLiveView(KvMirror):
             self.key_changes += known is None
             self._record(key, other)
             if known is not None and known.holder.uid == other.holder.uid:
-                self.incompatible[key] = msgspec.structs.replace(other, beats=known.renewals + 1)
+                self.incompatible[key] = msgspec.structs.replace(other, renewals=known.renewals + 1)
             super().apply(key, None, revision)
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:

@@ -9,7 +9,6 @@ import msgspec
 
 from shoal_common.errors import ErrorBody
 from shoal_common.messages.downloads import DownloadPhase
-from shoal_common.messages.instances import InstancePhase, StagePhase
 from shoal_common.messages.storage import ShardState, StorageState
 
 
@@ -103,7 +102,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     first_layer: int | None = None
     last_layer: int | None = None
-    phase: StagePhase | None = None
+    phase: str | None = None
     epoch: int = 0
     address: str = ""
     weight_bytes: int = 0
@@ -117,7 +116,7 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     repo: str
     commit: str
-    phase: InstancePhase
+    phase: str
     nodes: list[str] = []
     epoch: int = 0
     context_tokens: int = 0

@@ -80,7 +80,7 @@ class DownloadTask:
         now_s = round(cluster_clock.now_s(), 3)
         state = previous_state or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
         if state.phase in ENDED_PHASES:
-            state = structs.replace(state, sources={}, switched={}, started_at_s=now_s, blocked_since_s=0.0)
+            state = structs.replace(state, sources={}, source_switches={}, started_at_s=now_s, blocked_since_s=0.0)
         # After a restart the download continues. What an ended download left on the disk counts as well, until
         # storage says what is present: a hub that is down must not discard what has arrived.
         self.progress = Progress(

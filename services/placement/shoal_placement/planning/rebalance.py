@@ -30,7 +30,7 @@ def replan(spec: InstanceSpec, world: ClusterFacts, layout: str = "") -> Instanc
     """
     chosen = plan_layout(_request(spec, world, layout), _without_own_stages(spec, world))
     replanned = to_instance_spec(chosen, spec.id, spec.created_at_s)
-    return structs.replace(replanned, epoch=spec.epoch + 1, asked=spec.constraints)
+    return structs.replace(replanned, epoch=spec.epoch + 1, constraints=spec.constraints)
 
 
 def rebalances(world: ClusterFacts) -> Rebalances:
@@ -74,7 +74,7 @@ def _without_own_stages(spec: InstanceSpec, world: ClusterFacts) -> ClusterFacts
     """Return the cluster without the instance: the memory of its stages is free."""
     keys = {stage_key(spec.id, s.rank) for s in spec.stages}
     facts = {n: _without_stages(f, keys) for n, f in world.inference_facts.items()}
-    return structs.replace(world, facts=facts, instances=[s for s in world.instances if s.id != spec.id])
+    return structs.replace(world, inference_facts=facts, instances=[s for s in world.instances if s.id != spec.id])
 
 
 def _without_stages(facts: NodeFacts, keys: set[str]) -> NodeFacts:

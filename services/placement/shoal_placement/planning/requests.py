@@ -65,7 +65,9 @@ class ResolvedRequest(msgspec.Struct, frozen=True):
         ]
         counts = self.request.min_nodes, self.request.max_nodes
         problem = build_problem(self.need, capacities, *counts, self.link_s, in_flight)
-        return structs.replace(problem, counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes)
+        return structs.replace(
+            problem, layer_counts=self.request.layers, max_fetch_bytes=self.request.max_fetch_bytes
+        )
 
     def plan(self, layout: Layout, tier: Tier) -> PlacementPlan:
         asked = PlacementConstraints(
@@ -97,7 +99,7 @@ def with_remote_model(world: ClusterFacts, model: str, size: ModelSize) -> Clust
         revisions=[ModelRef.parse(model).revision],
         shape=size.shape,
     )
-    return structs.replace(world, models=[*world.models, remote], alive={*world.live_nodes, ""})
+    return structs.replace(world, models=[*world.models, remote], live_nodes={*world.live_nodes, ""})
 
 
 def allowed_tiers(request: PlaceCommand) -> tuple[Tier, ...]:

@@ -82,7 +82,7 @@ class EvictionExecutor:
         eviction = plan_eviction(need_bytes, ledger, ledger.last_uses, kept, enough)
         if admitted_model not in ledger.local_manifests:
             kept.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
-        return structs.replace(eviction, kept=kept)
+        return structs.replace(eviction, protected=kept)
 
     async def admit(
         self, manifest: Manifest, leaves: Mapping[str, int] | None = None
@@ -173,7 +173,7 @@ class EvictionExecutor:
         return structs.replace(
             eviction,
             garbage_bytes=garbage_bytes,
-            unfinished=unfinished,
+            ended_downloads=unfinished,
             victims=done,
             freed_bytes=garbage_bytes + sum(v.freed_bytes for v in (*unfinished, *done)),
             enough=len(done) == len(eviction.victims),
@@ -229,10 +229,10 @@ def _merged(first: EvictionPlan, second: EvictionPlan) -> EvictionPlan:
     """Merge two executed plans, in order, for the need of the first."""
     return structs.replace(
         second,
-        need_bytes=first.required_bytes,
+        required_bytes=first.required_bytes,
         garbage=first.garbage + second.garbage,
         garbage_bytes=first.garbage_bytes + second.garbage_bytes,
-        unfinished=first.ended_downloads + second.ended_downloads,
+        ended_downloads=first.ended_downloads + second.ended_downloads,
         victims=first.victims + second.victims,
         freed_bytes=first.freed_bytes + second.freed_bytes,
         evictable_bytes=first.evictable_bytes,

@@ -262,4 +262,6 @@ def to_message(eviction: EvictionPlan) -> EvictionPlan:
     """Return a plan that fits a message: very long lists are cut, the figures stay exact."""
     kept = dict(list(eviction.protected.items())[:_MAX_LISTED])
     unfinished = eviction.ended_downloads[:_MAX_LISTED]
-    return structs.replace(eviction, garbage=eviction.garbage[:_MAX_LISTED], unfinished=unfinished, kept=kept)
+    return structs.replace(
+        eviction, garbage=eviction.garbage[:_MAX_LISTED], ended_downloads=unfinished, protected=kept
+    )

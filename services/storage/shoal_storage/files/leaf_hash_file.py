@@ -61,7 +61,10 @@ def read_leaf_list_digest(layout: StorePaths, sha256: str, size_bytes: int) -> s
 
 def with_leaf_list_digests(layout: StorePaths, manifest: Manifest) -> Manifest:
     """Return a sealed manifest with the digest of every list that is here, and no digests from elsewhere."""
-    files = [structs.replace(f, leaves=read_leaf_list_digest(layout, f.sha256, f.size_bytes)) for f in manifest.files]
+    files = [
+        structs.replace(f, leaf_list_digest=read_leaf_list_digest(layout, f.sha256, f.size_bytes))
+        for f in manifest.files
+    ]
     return structs.replace(manifest, files=files)
 
 

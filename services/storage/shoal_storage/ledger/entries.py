@@ -48,7 +48,7 @@ class PartialBlobInfo(msgspec.Struct):
         """Return a copy that this model also wants: these leaves, or all of it."""
         others = {m: x for m, x in self.leaves_by_model.items() if m != model}
         by_model = others if leaves is None else {**others, model: leaves}
-        return msgspec.structs.replace(self, models={*self.models, model}, leaves=by_model)
+        return msgspec.structs.replace(self, models={*self.models, model}, leaves_by_model=by_model)
 
     def with_only_model(self, model: str) -> PartialBlobInfo:
         """Return a copy that only this model wants."""
@@ -57,7 +57,7 @@ class PartialBlobInfo(msgspec.Struct):
     def without_model(self, model: str) -> PartialBlobInfo:
         """Return a copy that this model no longer wants."""
         rest = {m: x for m, x in self.leaves_by_model.items() if m != model}
-        return msgspec.structs.replace(self, models=self.models - {model}, leaves=rest)
+        return msgspec.structs.replace(self, models=self.models - {model}, leaves_by_model=rest)
 
 
 class Shard(msgspec.Struct, frozen=True):

@@ -129,7 +129,7 @@ class LibraryService:
         file = self._ledger.library_blobs.get(sha256)
         known = self._verified.get(file.absolute_path) if file else None
         if file and known and checked and checked.mtime_ns == file.stat.mtime_ns and known.stat == file.stat:
-            self._verified[file.absolute_path] = structs.replace(known, rotten=True)
+            self._verified[file.absolute_path] = structs.replace(known, corrupt=True)
             self._unsaved = True
             await self._save(now=True)
             await self._update()
