@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("services/*/README.md"), *ROOT.glob("deploy/*.md")]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("services/*/README.md"), *ROOT.glob("*/README.md")]
 )
 SOURCES = [
     p for top in ("libs", "services", "cli", "demo", "tests", "bench", "deploy") for p in (ROOT / top).rglob("*.py")
@@ -28,6 +29,21 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
 def test_every_module_that_a_page_names_exists(page: Path) -> None:
     for name in set(re.findall(r"[\w/]+\.py\b", page.read_text())):
         assert any(str(p).endswith(f"/{name}") for p in SOURCES), f"{page.name} names {name}"
+
+
+@cache
+def names_of_tests() -> set[str]:
+    """Return the names of all test modules and test functions."""
+    sources = [p for p in SOURCES if p.is_relative_to(ROOT / "tests")]
+    return {name for p in sources for name in (p.stem, *re.findall(r"def (test_\w+)", p.read_text()))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    """A page may cut a long name: `test_I3_…`."""
+    for name, cut in set(re.findall(r"\b(test_\w+)(…|\*)?", page.read_text())):
+        exists = any(n.startswith(name) for n in names_of_tests()) if cut else name in names_of_tests()
+        assert exists, f"{page.name} names {name}"
 
 
 def source_of(service: str, module: str) -> Path:
