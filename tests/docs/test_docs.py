@@ -15,7 +15,9 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("services/*/README.md"), *ROOT.glob("*/README.md")]
 )
 SOURCES = [
-    p for top in ("libs", "services", "cli", "demo", "tests", "bench", "deploy") for p in (ROOT / top).rglob("*.py")
+    p
+    for top in ("libs", "services", "cli", "demo", "tests", "bench", "deploy", "tools")
+    for p in (ROOT / top).rglob("*.py")
 ]
 
 
