@@ -97,17 +97,40 @@ def test_each_of_the_ten_questions_is_answered_by_code() -> None:
             assert name in defined_in(source), f"{question} {source} does not define {name}"
 
 
-@pytest.mark.parametrize("service", ["common", *sorted(p.name for p in (ROOT / "services").iterdir() if p.is_dir())])
-def test_the_map_lists_every_package_of_a_service(service: str) -> None:
-    heading = "### libs/common" if service == "common" else f"### {service}"
+def imports_between_packages(service: str, inside: str = "") -> dict[str, set[str]]:
+    """Return what each package and module at the top of a service, or inside one of its packages, imports there."""
+    top = source_of(service, inside)
+    prefix = ".".join(("shoal_" + service, *filter(None, [inside]))) + "."
+    found: dict[str, set[str]] = {}
+    for source in top.rglob("*.py"):
+        part = source.relative_to(top).with_suffix("").parts[0]
+        if part in ("__init__", "__main__"):
+            continue
+        imported = found.setdefault(part, set())
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                imported |= {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    # What is imported may be a module or a name of one: keep what is a part of the service.
+    return {part: (imported & found.keys()) - {part} for part, imported in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("heading", "service", "inside"),
+    [
+        ("### libs/common", "common", ""),
+        *((f"### {p.name}", p.name, "") for p in sorted((ROOT / "services").iterdir()) if p.is_dir()),
+        ("### inference", "inference", "stage"),
+    ],
+)
+def test_the_map_lists_every_package_and_what_it_imports(heading: str, service: str, inside: str) -> None:
     section = ARCHITECTURE.read_text().split(f"\n{heading}\n")[1].split("\n##")[0]
-    listed = {
-        name for name in re.findall(r"^\| `([\w/.]+)` \|", section, re.MULTILINE) if not re.match(r"stage/.", name)
-    }
-    top = source_of(service, "")
-    modules = {p.name for p in top.glob("*.py") if not p.name.startswith("__")}
-    packages = {f"{p.parent.name}/" for p in top.glob("*/__init__.py")}
-    assert listed == modules | packages
+    listed = {}
+    for name, cell in re.findall(r"^\| `([\w/.]+)` \| .* \| ([^|]*) \|$", section, re.MULTILINE):
+        part = name.removesuffix(".py").removesuffix("/")
+        if ("/" in part) == bool(inside):
+            listed[part.removeprefix(f"{inside}/")] = set(re.findall(r"`(\w+)`", cell))
+    assert listed == imports_between_packages(service, inside)
 
 
 def test_every_service_has_its_page_and_the_map_names_them_all() -> None:
