@@ -16,11 +16,11 @@ def emitted_in_code() -> dict[str, set[str]]:
         service = path.relative_to(ROOT).parts[1] if path.is_relative_to(ROOT / "services") else "<service>"
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and re.search(
-                r"\bevents\.tell$", ast.unparse(call.func).replace("_events", "events")
+                r"\bevents\.emit$", ast.unparse(call.func).replace("_events", "events")
             ):
                 name = call.args[0]
                 assert isinstance(name, ast.Constant), (
-                    f"{path.name}:{call.lineno} tells an event that has no fixed name"
+                    f"{path.name}:{call.lineno} emits an event that has no fixed name"
                 )
                 found.setdefault(str(name.value), set()).add(service)
     return found
