@@ -8,8 +8,8 @@ pull at the same moment; a pull ends when storage has hashed everything and publ
 - `source_bytes_n8`: bytes that the source sent, over F, by its link's counter, with headers and all other traffic.
 - `libtorrent_n4`: the baseline, on the same links.
 - `link_tcp`: one plain TCP stream of F over one of these links: what headers alone take of B.
-- `sim_fanout_…`: the same in `simulate.py`, without disks, hashing or processes; a thousand nodes pull a quarter of
-  the bytes, or a sixteenth, which gives their way through the graph more weight.
+- `sim_fanout_…`: the same in `swarm_simulator.py`, without disks, hashing or processes; a thousand nodes pull a
+  quarter of the bytes, or a sixteenth, which gives their way through the graph more weight.
 
 The services are real processes in network namespaces (`netns.py`), which root can create on Linux. Elsewhere only the
 simulated figures are reported. Stores are in memory if there is enough: nine nodes should not share a disk.
@@ -163,10 +163,10 @@ class TorrentPeer:
             text=True,
         )
 
-    def say(self, *words: str) -> None:
+    def send_command(self, *arguments: str) -> None:
         """Send it a command."""
         assert self._process.stdin is not None
-        print(*words, file=self._process.stdin, flush=True)
+        print(*arguments, file=self._process.stdin, flush=True)
 
     def wait_done(self) -> None:
         """Return once it has finished the command."""
@@ -190,13 +190,13 @@ def torrent_s(directory: Path, links: Links, receivers: list[str]) -> float:
         for node in (SOURCE, *receivers):
             peers.append(TorrentPeer(links, node))
             stack.callback(peers[-1].end)
-        peers[0].say("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
+        peers[0].send_command("seed", str(directory / "hub" / REPO), str(work / "model.torrent"))
         peers[0].wait_done()
         stack.enter_context(touched(len(receivers) * SIZE_BYTES))
         started_s = time.perf_counter()
         for number, peer in enumerate(peers[1:]):
             others = [p.address for p in peers if p is not peer]
-            peer.say("leech", str(work / str(number)), str(work / "model.torrent"), *others)
+            peer.send_command("leech", str(work / str(number)), str(work / "model.torrent"), *others)
         for peer in peers[1:]:
             peer.wait_done()
         return time.perf_counter() - started_s

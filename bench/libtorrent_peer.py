@@ -17,7 +17,7 @@ from pathlib import Path
 import libtorrent as lt
 
 PIECE_BYTES = 1 << 20
-_LOOK_S = 0.02
+_POLL_INTERVAL_S = 0.02
 
 
 def make_session(address: str, port: int) -> lt.session:
@@ -68,7 +68,7 @@ def add(session: lt.session, directory: Path, torrent: Path) -> lt.torrent_handl
 def wait_whole(handle: lt.torrent_handle) -> None:
     """Return once it is complete."""
     while not handle.status().is_seeding:
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def main() -> None:

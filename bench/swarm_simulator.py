@@ -30,7 +30,7 @@ from shoal_fetcher.swarm.scheduler import (
 LEAF_CHUNKS = 4
 CHUNK_BYTES = LEAF_BYTES // LEAF_CHUNKS
 WINDOW_CHUNKS = 2
-TELL_S = 0.1
+GOSSIP_INTERVAL_S = 0.1
 SILENT_S = 3.0
 GIVE_UP_S = 10.0
 """A request that brings nothing for this long is ended by the caller."""
@@ -73,7 +73,7 @@ class View(msgspec.Struct):
     leaves: int = 0
     source: bool = False
     fetching: bool = False
-    heard_s: float = 0.0
+    received_s: float = 0.0
     rate_bytes_per_s: float = 0.0
     run_s: float = 0.0
     grows_bytes_per_s: float = 0.0
@@ -129,7 +129,7 @@ class Node:
         self.giving: set[Transfer] = set()
         self.sending = self.there = self.stuck = self.deciding = False
         self.down_free_s = self.sent_bytes = 0.0
-        self.told = 0
+        self.published = 0
         self.moved_s = link.joins_s
         self.finished_s: float | None = None
         self.wakes_s = float("inf")
@@ -198,7 +198,7 @@ class Simulation:
                 self._hear(node, other.name, other.have, other.source)
                 self._soon(self._hear, other, node.name, node.have, node.source)
         if not node.source:
-            self._at(self.now_s + TELL_S * self.draw.random(), self._tell, node)
+            self._at(self.now_s + GOSSIP_INTERVAL_S * self.draw.random(), self._gossip, node)
             self._decide_soon(node)
 
     def _die(self, node: Node) -> None:
@@ -213,25 +213,25 @@ class Simulation:
     def _stick(self, node: Node) -> None:
         node.stuck = True
 
-    def _tell(self, node: Node) -> None:
+    def _gossip(self, node: Node) -> None:
         if not node.there or node.source:
             return
-        if node.have != node.told or self.now_s % 1.0 < TELL_S:
-            node.told = node.have
+        if node.have != node.published or self.now_s % 1.0 < GOSSIP_INTERVAL_S:
+            node.published = node.have
             for other in node.neighbours:
                 if other.there and (not self.lost or self.draw.random() >= self.lost):
                     self._soon(self._hear, other, node.name, node.have, False)
-        self._at(self.now_s + TELL_S, self._tell, node)
+        self._at(self.now_s + GOSSIP_INTERVAL_S, self._gossip, node)
 
     def _hear(self, node: Node, name: str, leaves: int, source: bool) -> None:
         view = node.views.setdefault(name, View())
-        if not source and view.fetching and self.now_s > view.heard_s:
-            grown = (leaves & ~view.leaves).bit_count() * LEAF_BYTES / (self.now_s - view.heard_s)
+        if not source and view.fetching and self.now_s > view.received_s:
+            grown = (leaves & ~view.leaves).bit_count() * LEAF_BYTES / (self.now_s - view.received_s)
             view.grows_bytes_per_s = averaged(view.grows_bytes_per_s, grown)
         new = leaves & ~view.leaves & ~node.have
         # A node with everything can be asked for any leaf, wherever it got them.
         view.source = source or leaves == self.everything
-        view.leaves, view.fetching, view.heard_s = leaves, not source, self.now_s
+        view.leaves, view.fetching, view.received_s = leaves, not source, self.now_s
         if new and not node.source and node.finished_s is None:
             self._decide_soon(node)
 
@@ -275,7 +275,7 @@ class Simulation:
                     node=name,
                     leaves=v.leaves,
                     source=v.source,
-                    fetching=v.fetching and self.now_s - v.heard_s < SILENT_S,
+                    fetching=v.fetching and self.now_s - v.received_s < SILENT_S,
                     rate_bytes_per_s=v.rate_bytes_per_s,
                     run_s=v.run_s,
                     growth_bytes_per_s=v.grows_bytes_per_s,
@@ -313,7 +313,7 @@ class Simulation:
             if chosen is None:
                 self._soon(self._declined, transfer)
                 return
-            self._soon(self._said, transfer, chosen)
+            self._soon(self._range_chosen, transfer, chosen)
             first, end = chosen
         else:
             first, end = transfer.first, transfer.end
@@ -325,7 +325,7 @@ class Simulation:
         giver.queue.append(transfer)
         self._send(giver)
 
-    def _said(self, transfer: Transfer, chosen: tuple[int, int]) -> None:
+    def _range_chosen(self, transfer: Transfer, chosen: tuple[int, int]) -> None:
         transfer.first, transfer.end = chosen
         if not transfer.over:
             self._decide_soon(transfer.asker)

@@ -20,7 +20,7 @@ import psutil
 _PIECE_BYTES = 16 << 20
 AHEAD_BYTES = 4 * _PIECE_BYTES
 """The measured code uses this within seconds, before the host could reclaim it."""
-_LOOK_S = 0.01
+_POLL_INTERVAL_S = 0.01
 
 
 @contextmanager
@@ -39,17 +39,17 @@ def touched(size_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> Iterator[None]:
         heap[at] = 1
     free_then_bytes, ended = psutil.virtual_memory().free, threading.Event()
 
-    def give_way() -> None:
+    def release_memory() -> None:
         given_bytes = 0
         while given_bytes < len(heap):
             used_bytes = free_then_bytes + given_bytes - psutil.virtual_memory().free
             while given_bytes < min(used_bytes + ahead_bytes, len(heap)):
                 heap.madvise(mmap.MADV_DONTNEED, given_bytes, _PIECE_BYTES)
                 given_bytes += _PIECE_BYTES
-            if ended.wait(_LOOK_S):
+            if ended.wait(_POLL_INTERVAL_S):
                 return
 
-    giving = threading.Thread(target=give_way)
+    giving = threading.Thread(target=release_memory)
     giving.start()
     try:
         yield

@@ -95,7 +95,7 @@ def field_docs(kind: Struct) -> dict[str, str]:
     }
 
 
-def type_words(kind: Any) -> str:
+def type_text(kind: Any) -> str:
     """Return a type in words; a struct's name links to its table."""
     if kind in _SCALARS:
         return _SCALARS[kind]
@@ -103,14 +103,14 @@ def type_words(kind: Any) -> str:
     if _is_struct(kind):
         return _link(kind.__name__)
     if origin is list:
-        return f"list of {type_words(arguments[0])}"
+        return f"list of {type_text(arguments[0])}"
     if origin is dict:
-        return f"map of {type_words(arguments[0])} to {type_words(arguments[1])}"
+        return f"map of {type_text(arguments[0])} to {type_text(arguments[1])}"
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" if a else '`""`' for a in arguments)
     if origin in (typing.Union, types.UnionType):
-        words = [type_words(a) for a in arguments if a not in (types.NoneType, msgspec.UnsetType)]
-        return " or ".join([*words, "null"] if types.NoneType in arguments else words)
+        members = [type_text(a) for a in arguments if a not in (types.NoneType, msgspec.UnsetType)]
+        return " or ".join([*members, "null"] if types.NoneType in arguments else members)
     raise TypeError(f"no words for the type {kind}: add them to {Path(__file__).name}")
 
 
@@ -150,7 +150,7 @@ def render(kind: Struct, subjects: list[Endpoint]) -> str:
         raise ValueError(f"{kind.__name__}.{missing[0]} has no docstring")
     if fields:
         lines += ["\n| field | type | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{f.name}` | {type_words(f.type)} | {_default(f)} | {docs[f.name]} |" for f in fields]
+        lines += [f"| `{f.name}` | {type_text(f.type)} | {_default(f)} | {docs[f.name]} |" for f in fields]
     return "\n".join(lines)
 
 
@@ -166,17 +166,22 @@ def sections() -> dict[str, str]:
     """Return the text of each section; a struct is in the first section that uses it."""
     structs = all_messages()
     table = list(endpoints(structs))
-    roots: dict[str, list[Struct]] = {SHARED: [Command], **{service: [] for service in SERVICES}}
+    structs_by_section: dict[str, list[Struct]] = {SHARED: [Command], **{service: [] for service in SERVICES}}
     for kind in structs.values():
         if published := _PUBLISHER.search(_one_line(kind.__doc__ or "")):
-            roots[next((s for s in SERVICES if re.search(rf"\b{s}\b", published[1])), SHARED)].append(kind)
+            structs_by_section[next((s for s in SERVICES if re.search(rf"\b{s}\b", published[1])), SHARED)].append(
+                kind
+            )
     for e in table:
-        roots[e.service] += [structs[name] for name in (e.request, e.reply) if name]
+        structs_by_section[e.service] += [structs[name] for name in (e.request, e.reply) if name]
     home: dict[Struct, str] = {}
-    for service, kinds in (*roots.items(), (SHARED, structs.values())):  # last: the envelope, which no table names
+    for service, kinds in (
+        *structs_by_section.items(),
+        (SHARED, structs.values()),
+    ):  # last: the envelope, which no table names
         for kind in (used for root in kinds for used in used_structs(root)):
             home.setdefault(kind, service)
-    texts: dict[str, list[str]] = {section: [] for section in roots}
+    texts: dict[str, list[str]] = {section: [] for section in structs_by_section}
     for kind, section in home.items():
         texts[section].append(render(kind, [e for e in table if e.request == kind.__name__]))
     return {section: "\n\n".join(parts) for section, parts in texts.items()}

@@ -95,7 +95,7 @@ class RunLock:
         self._fd = -1
 
     def acquire(self) -> None:
-        """Become this home's supervisor. Raises Claimed, naming the one that runs."""
+        """Become this home's supervisor. Raises AlreadyRunning, naming the one that runs."""
         self._home.create()
         if not self._try():
             pid = read_or_empty(self._home.pid) or "unknown"

@@ -15,7 +15,7 @@ READ_CHUNK_BYTES = 1 << 20
 # Bytes are counted per piece, so this bounds the error of the count when the client disconnects.
 SEND_PIECE_BYTES = 1 << 16
 # A rate-limited body is sent in at least this many pieces per second: smooth also at low rates.
-PACED_PIECES_PER_S = 20
+MIN_PIECES_PER_S = 20
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
@@ -117,7 +117,7 @@ class FileBody(Response):
                 # The file has shrunk since it was hashed: end the body incomplete.
                 return False
             for piece in self._pieces(_flipped(chunk, offset, plan.flip_at)):
-                await self._pace(len(piece), gone)
+                await self._throttle(len(piece), gone)
                 if gone.is_set():
                     return False
                 message: Message = {"type": "http.response.body", "body": piece, "more_body": True}
@@ -134,11 +134,11 @@ class FileBody(Response):
             rate = self._rate_bytes_per_s()
             size_bytes = SEND_PIECE_BYTES
             if rate is not None:
-                size_bytes = max(1, min(SEND_PIECE_BYTES, int(rate / PACED_PIECES_PER_S)))
+                size_bytes = max(1, min(SEND_PIECE_BYTES, int(rate / MIN_PIECES_PER_S)))
             yield chunk[position : position + size_bytes]
             position += size_bytes
 
-    async def _pace(self, count_bytes: int, gone: asyncio.Event) -> None:
+    async def _throttle(self, count_bytes: int, gone: asyncio.Event) -> None:
         """Wait until the piece may be sent, or the client has disconnected."""
         rate = self._rate_bytes_per_s()
         if rate is None:

@@ -48,9 +48,11 @@ class Node:
 
     def behave(self, **behaviours: str) -> None:
         """Write node.toml: `storage` and `gateway` run, each as it is told."""
-        told = {"storage": "storage", "fetcher": "fetcher", "gateway": "gateway"} | behaviours
+        all_behaviours = {"storage": "storage", "fetcher": "fetcher", "gateway": "gateway"} | behaviours
         lines = [f'id = "{self.home.root.name}"', "[commands]"]
-        lines += [f"{n} = {json.dumps([sys.executable, '-S', '-I', str(STANDIN), b])}" for n, b in told.items()]
+        lines += [
+            f"{n} = {json.dumps([sys.executable, '-S', '-I', str(STANDIN), b])}" for n, b in all_behaviours.items()
+        ]
         (self.home.root / "node.toml").write_text("\n".join(lines))
 
     def command(self, *arguments: str) -> list[str]:

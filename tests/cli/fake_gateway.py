@@ -104,14 +104,14 @@ class Cluster:
         services["fileserver"] = {**services["gateway"], "addresses": ["192.0.2.7:4242", "x:2"]}
         up = {"node": "node-a", "live": True, "services": services, "missing_services": [], "storage": storage}
         up["link"] = "thunderbolt"
-        away = {"node": "node-b", "live": False, "services": {}, "missing_services": ["storage"], "storage": None}
+        down = {"node": "node-b", "live": False, "services": {}, "missing_services": ["storage"], "storage": None}
         memory = {"memory_total_bytes": 64 * 10**9, "memory_available_bytes": 48 * 10**9}
         return await self._note(request) or JSONResponse(
             {
                 "node": "node-a",
                 "version": "0.1.0",
                 "nats_connected": True,
-                "nodes": [{**up, **memory}, {**away, "memory_total_bytes": 0, "memory_available_bytes": 0}],
+                "nodes": [{**up, **memory}, {**down, "memory_total_bytes": 0, "memory_available_bytes": 0}],
                 "models": self.models,
                 "downloads": self.downloads[0],
                 "instances": self.instances,

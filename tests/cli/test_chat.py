@@ -37,24 +37,24 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def insist(self, keys: str, *words: str) -> None:
+    def insist(self, keys: str, *texts: str) -> None:
         """Press keys again and again until the words are shown: readline may miss a signal as its prompt appears."""
         for _ in range(_PRESSES):
             self.press(keys)
             try:
-                self.wait(*words, deadline_s=_DEADLINE_S / _PRESSES)
+                self.wait(*texts, deadline_s=_DEADLINE_S / _PRESSES)
             except AssertionError:
                 continue
             return
-        raise AssertionError(f"never {words} for {keys!r}: {self.shown!r}")
+        raise AssertionError(f"never {texts} for {keys!r}: {self.shown!r}")
 
-    def wait(self, *words: str, deadline_s: float = _DEADLINE_S) -> str:
+    def wait(self, *texts: str, deadline_s: float = _DEADLINE_S) -> str:
         """Read until all words were shown in this order since the last wait; returns what was shown."""
         give_up_s = time.monotonic() + deadline_s
-        wanted = re.compile(".*?".join(map(re.escape, words)), re.DOTALL)
+        wanted = re.compile(".*?".join(map(re.escape, texts)), re.DOTALL)
         while not (found := wanted.search(self.shown)):
             left_s = give_up_s - time.monotonic()
-            assert left_s > 0 and self._read(left_s), f"never {words}: {self.shown!r}"
+            assert left_s > 0 and self._read(left_s), f"never {texts}: {self.shown!r}"
         seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return seen
 
@@ -105,8 +105,8 @@ def test_a_chat_is_kept_until_clear_and_ends_at_ctrl_d(cluster: Cluster, termina
     terminal.wait("Blub blub.", "> ")
     terminal.press(CTRL_D)
     assert terminal.end() == 0
-    said = [[m["content"] for m in body["messages"]] for body in cluster.asked("POST", "/v1/chat/completions")]
-    assert said == [["hello"], ["hello", "Blub blub.", "and now?"], ["afresh"]]
+    contents = [[m["content"] for m in body["messages"]] for body in cluster.asked("POST", "/v1/chat/completions")]
+    assert contents == [["hello"], ["hello", "Blub blub.", "and now?"], ["afresh"]]
     history = tmp_path / "home" / "chat_history"
     assert "and now?" in history.read_text()
     assert stat.S_IMODE(history.stat().st_mode) == 0o600

@@ -33,9 +33,9 @@ def one_line(text: str) -> str:
 def test_every_error_code_becomes_one_line_and_its_exit_code(cluster: Cluster, capsys: Capture, code: str) -> None:
     cluster.fails = BY_CODE[code](f"this is why {code}\nand more")
     assert run(["ls"]) == BY_CODE[code].exit_code
-    said = capsys.readouterr()
-    assert one_line(said.err) == f"shoal: this is why {code} and more\n"
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert one_line(output.err) == f"shoal: this is why {code} and more\n"
+    assert output.out == ""
 
 
 def test_an_unknown_error_code_is_a_plain_failure_with_its_text(cluster: Cluster, capsys: Capture) -> None:
@@ -127,8 +127,8 @@ def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluste
     cluster.models, cluster.instances = [held()], [instance("ready")]
     cluster.downloads = [[download("fetching", 250, sources={"hub": 250}, speed_bytes_per_s=100.0, eta_s=7.5)]]
     assert run(["status"]) == 0
-    said = capsys.readouterr().out
-    for words in (
+    output = capsys.readouterr().out
+    for expected in (
         "node-a",
         "up 1 min 05 s, by Thunderbolt",
         "48.0 GB of 64.0 GB",
@@ -138,9 +138,9 @@ def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluste
         "5.0 GB (0 %)",
         "node-a[0-7]",
     ):
-        assert words in said
-    assert "org/fish  node-a: 25 %, 250 B of 1.0 kB, 100 B/s, 8 s left, from hub" in said
-    assert "node-a: 3 foreign files, 7 B, never deleted: index.db, …\n" in said
+        assert expected in output
+    assert "org/fish  node-a: 25 %, 250 B of 1.0 kB, 100 B/s, 8 s left, from hub" in output
+    assert "node-a: 3 foreign files, 7 B, never deleted: index.db, …\n" in output
 
 
 def test_json_documents_are_those_of_the_api(cluster: Cluster, capsys: Capture) -> None:
@@ -165,13 +165,13 @@ def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capt
     assert "shoal pull" in capsys.readouterr().out
     cluster.models = [held()]
     assert run(["ls"]) == 0
-    said = capsys.readouterr().out
-    assert "org/fish" in said and COMMIT[:8] in said and "node-a, node-b" in said
+    output = capsys.readouterr().out
+    assert "org/fish" in output and COMMIT[:8] in output and "node-a, node-b" in output
 
 
 def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys: Capture) -> None:
     cluster.downloads = [
-        # What an earlier wish left: it must not be taken for the end of this one.
+        # What an earlier request left: it must not be taken for the end of this one.
         [download("ready", 1000)],
         [download("queued")],
         [download("fetching", 100, waiting_for="origin node-b")],
@@ -182,8 +182,8 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
     ]
     cluster.outcomes["c1"] = {"ok": True}
     assert run(["pull", MODEL]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    output = capsys.readouterr().out.splitlines()
+    assert output == [
         "node-a: 100 %, 1.0 kB of 1.0 kB, ready",
         "node-a: 0 %, 0 B of 1.0 kB, queued",
         "node-a: 10 %, 100 B of 1.0 kB, waiting for origin node-b",
@@ -212,9 +212,9 @@ def test_pull_as_json_prints_the_final_state_only(cluster: Cluster, capsys: Capt
     cluster.downloads = [[download("fetching", 5)], [download("ready", 1000)]]
     cluster.outcomes["c1"] = {"ok": True}
     assert run(["pull", MODEL, "--json"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"downloads": [download("ready", 1000)], "commands": {"node-a": "c1"}}
-    assert said.err == ""
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"downloads": [download("ready", 1000)], "commands": {"node-a": "c1"}}
+    assert output.err == ""
 
 
 def test_a_failed_pull_ends_with_the_nodes_error_and_exit_code(cluster: Cluster, capsys: Capture) -> None:
@@ -240,15 +240,15 @@ def test_ctrl_c_leaves_a_pull_running_and_prints_that(
     )
     assert cluster.polled.wait(45)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=45)
+    _, output = process.communicate(timeout=45)
     assert process.returncode == 130
-    assert "the download continues" in said and f"shoal cancel {MODEL}" in said and "Traceback" not in said
+    assert "the download continues" in output and f"shoal cancel {MODEL}" in output and "Traceback" not in output
     assert cluster.asked("POST", "/v1/downloads/cancel") == []
 
 
 def test_cancel_rm_and_stop_report_results_and_are_idempotent(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
-    for command, words in (
+    for command, expected in (
         (["cancel", MODEL], "node-a: org/fish cancelled; what had arrived is deleted"),
         (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
         (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
@@ -256,7 +256,7 @@ def test_cancel_rm_and_stop_report_results_and_are_idempotent(cluster: Cluster, 
         (["stop", "i2"], "i2 was not running"),
     ):
         assert run(command) == 0
-        assert capsys.readouterr().out == f"{words}\n"
+        assert capsys.readouterr().out == f"{expected}\n"
     assert cluster.asked("DELETE", "/v1/models/org/fish") == [
         {"node": "node-a", "revision": "v1"},
         {"revision": "v2"},
@@ -270,11 +270,11 @@ def test_place_waits_until_the_instance_answers(cluster: Cluster, capsys: Captur
     ]
     arguments = ["place", MODEL, "--nodes", "2", "--node", "node-a", "--node", "node-b", "--context", "512"]
     assert run(arguments) == 0
-    said = capsys.readouterr()
-    assert said.out == "instance i1 is ready on node-a\n"
-    assert "starting, node-a loading" in said.err
-    wish = {"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2, "nodes": ["node-a", "node-b"]}
-    assert cluster.asked("POST", "/v1/instances") == [{**wish, "context_tokens": 512}]
+    output = capsys.readouterr()
+    assert output.out == "instance i1 is ready on node-a\n"
+    assert "starting, node-a loading" in output.err
+    request = {"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2, "nodes": ["node-a", "node-b"]}
+    assert cluster.asked("POST", "/v1/instances") == [{**request, "context_tokens": 512}]
 
 
 def test_place_that_fails_ends_with_the_instances_error(cluster: Cluster, capsys: Capture) -> None:
@@ -285,19 +285,19 @@ def test_place_that_fails_ends_with_the_instances_error(cluster: Cluster, capsys
 
 
 @pytest.mark.parametrize(
-    ("tier", "said"), [("tight", "y"), ("tight", "yes"), ("tight", ""), ("force", "y"), ("", "y")]
+    ("tier", "expected"), [("tight", "y"), ("tight", "yes"), ("tight", ""), ("force", "y"), ("", "y")]
 )
 def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
-    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tier: str, said: str
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tier: str, expected: str
 ) -> None:
-    monkeypatch.setattr("sys.stdin", terminal := io.StringIO(f"{said}\n"))
+    monkeypatch.setattr("sys.stdin", terminal := io.StringIO(f"{expected}\n"))
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     cluster.refuses_once = NoMemory("node-a: 9 GB needed, 4 GB available", **({"tier": tier} if tier else {}))
     cluster.placing = [{**instance("ready"), "tier": "tight"}]
-    agreed = tier == "tight" and bool(said)
+    agreed = tier == "tight" and bool(expected)
     assert run(["place", MODEL]) == (0 if agreed else NoMemory.exit_code)
-    told = capsys.readouterr()
-    assert ("[y/N]" in told.out) == (tier == "tight") and ("warning: it fits only" in told.err) == agreed
+    output = capsys.readouterr()
+    assert ("[y/N]" in output.out) == (tier == "tight") and ("warning: it fits only" in output.err) == agreed
     asked = [body.get("allow_low_memory", False) for body in cluster.asked("POST", "/v1/instances")]
     assert asked == ([False, True] if agreed else [False])
 
@@ -305,8 +305,8 @@ def test_low_memory_is_asked_for_at_a_terminal_and_force_never(
 def test_run_with_a_prompt_prints_only_the_answer_on_stdout(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("failed", "i0"), instance("ready")]
     assert run(["run", MODEL, "what do fish say?", "--max-tokens", "9", "--temperature", "0"]) == 0
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("Blub blub.\n", "")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("Blub blub.\n", "")
     [asked] = cluster.asked("POST", "/v1/chat/completions")
     assert asked["model"] == "i1" and (asked["max_tokens"], asked["temperature"]) == (9, 0)
     assert asked["messages"] == [{"role": "user", "content": "what do fish say?"}]
@@ -336,9 +336,9 @@ def test_an_answer_that_fails_in_its_middle_ends_with_that_error(
 ) -> None:
     cluster.instances, cluster.fails_mid_answer = [instance("ready")], error
     assert run(["run", MODEL, "hi"]) == error.exit_code
-    said = capsys.readouterr()
-    assert said.out == "Blub blub."
-    assert one_line(said.err) == f"shoal: {error.message}\n"
+    output = capsys.readouterr()
+    assert output.out == "Blub blub."
+    assert one_line(output.err) == f"shoal: {error.message}\n"
 
 
 def test_an_answer_that_breaks_off_is_not_taken_for_complete(cluster: Cluster, capsys: Capture) -> None:
@@ -387,8 +387,8 @@ def test_version_and_help_need_no_node(capsys: Capture) -> None:
 
 def test_pause_resume_and_cancel_report_each_downloads_phase(cluster: Cluster, capsys: Capture) -> None:
     assert run(["pause", MODEL, "--all"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    output = capsys.readouterr().out.splitlines()
+    assert output == [
         "node-a: org/fish is paused; its bytes are kept, and `shoal resume org/fish` continues it",
         "node-a: org/other was already paused",
     ]
@@ -405,9 +405,9 @@ def test_a_pull_that_somebody_pauses_ends_with_a_message(cluster: Cluster, capsy
     error = {"code": "paused", "message": "the download of org/fish is paused on node node-a"}
     cluster.outcomes["c1"] = {"ok": False, "error": error}
     assert run(["pull", MODEL]) == 4
-    said = capsys.readouterr()
-    assert "node-a: the download of org/fish is paused" in said.err
-    assert "40 %, 400 B of 1.0 kB, resumed from 40 %, paused: `shoal resume org/fish`" in said.out
+    output = capsys.readouterr()
+    assert "node-a: the download of org/fish is paused" in output.err
+    assert "40 %, 400 B of 1.0 kB, resumed from 40 %, paused: `shoal resume org/fish`" in output.out
 
 
 def test_status_shows_verified_bytes_rates_and_source_switches(cluster: Cluster, capsys: Capture) -> None:
@@ -425,6 +425,6 @@ def test_status_shows_verified_bytes_rates_and_source_switches(cluster: Cluster,
         ]
     ]
     assert run(["status"]) == 0
-    words = " ".join(capsys.readouterr().out.split())
-    assert "500 B of 1.0 kB, 200 B verified, 50 B/s, 10 s left, node-c stalled 2 times" in words
-    assert "from node-b 40 B/s, hub 10 B/s" in words
+    output = " ".join(capsys.readouterr().out.split())
+    assert "500 B of 1.0 kB, 200 B verified, 50 B/s, 10 s left, node-c stalled 2 times" in output
+    assert "from node-b 40 B/s, hub 10 B/s" in output

@@ -77,11 +77,11 @@ def cluster(server: NatsServer, work: Callable[[Joined], Awaitable[None]]) -> No
     asyncio.run(run())
 
 
-def put_liveness(server: NatsServer, *said: tuple[str, str, LivenessRecord]) -> None:
+def put_liveness(server: NatsServer, *entries: tuple[str, str, LivenessRecord]) -> None:
     """Write liveness values, as services of nodes elsewhere do."""
 
     async def write(here: Joined) -> None:
-        for node, service, live in said:
+        for node, service, live in entries:
             await here.buckets.live.put(liveness_key(node, service), live)
 
     cluster(server, write)
@@ -294,10 +294,8 @@ def test_a_clock_that_is_ahead_shows_in_a_liveness_value(home: Home, own_nats: N
 def test_a_slow_clock_shows_in_the_nodes_fileserver_replies(home: Home, own_nats: NatsServer) -> None:
     late = b"HTTP/1.1 200 OK\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 3\r\n\r\nok\n"
     with listening(late) as port:
-        mine = LivenessRecord(
-            holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"])
-        )
-        put_liveness(own_nats, ("b", "fileserver", mine))
+        own = LivenessRecord(holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"]))
+        put_liveness(own_nats, ("b", "fileserver", own))
         report = probe(home, own_nats)
     assert (
         "node b" in findings_about(report, "clocks")[0].what and "behind" in findings_about(report, "clocks")[0].what
@@ -307,10 +305,8 @@ def test_a_slow_clock_shows_in_the_nodes_fileserver_replies(home: Home, own_nats
 def test_a_stranger_s_clock_is_not_taken_for_a_fileserver_s(home: Home, own_nats: NatsServer) -> None:
     strange = b"HTTP/1.1 404 Not Found\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: 0\r\n\r\n"
     with listening(strange) as port:
-        mine = LivenessRecord(
-            holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"])
-        )
-        put_liveness(own_nats, ("b", "fileserver", mine))
+        own = LivenessRecord(holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{port}"]))
+        put_liveness(own_nats, ("b", "fileserver", own))
         report = probe(home, own_nats)
     assert only_finding(report, "clocks").level == "ok"
     assert "another program" in only_finding(report, "fileservers").remedy

@@ -59,10 +59,10 @@ def only(found: list[Finding], check: str = "") -> Finding:
     return one
 
 
-def assert_finding(found: Finding, level: str, *words: str) -> None:
+def assert_finding(found: Finding, level: str, *texts: str) -> None:
     """It has this level and these words, and a remedy where something is wrong."""
     assert found.level == level, found
-    for word in words:
+    for word in texts:
         assert word in f"{found.what} {found.remedy}", (word, found)
     assert found.remedy or level in ("ok", "skipped"), found
 
@@ -92,7 +92,7 @@ def child(name: str, **more: Any) -> ChildStatus:
 
 def supervised(*children: ChildStatus, **more: Any) -> list[Finding]:
     facts = {"home": "/h", "node": "a", "supervisor": "running", "pid": 5, "children": children, **more}
-    return services.judge(ServiceFacts(**facts))
+    return services.check(ServiceFacts(**facts))
 
 
 def test_services_that_run_are_one_line() -> None:
@@ -136,7 +136,7 @@ def test_a_service_unseen_by_the_cluster_is_a_problem() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "level", "words"),
+    ("more", "level", "texts"),
     [
         ({"supervisor": "unresponsive", "pid": 9}, "problem", ("pid 9", "does not answer")),
         ({"supervisor": "foreign"}, "skipped", ("another user",)),
@@ -145,12 +145,12 @@ def test_a_service_unseen_by_the_cluster_is_a_problem() -> None:
         ({"live": ["storage", "gateway"]}, "ok", ("storage, gateway",)),
     ],
 )
-def test_a_node_without_our_services_has_the_reason(more: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    assert_finding(only(services.judge(ServiceFacts(**{"home": "/h", "node": "a", **more}))), level, *words)
+def test_a_node_without_our_services_has_the_reason(more: dict[str, Any], level: str, texts: tuple[str, ...]) -> None:
+    assert_finding(only(services.check(ServiceFacts(**{"home": "/h", "node": "a", **more}))), level, *texts)
 
 
 @pytest.mark.parametrize(
-    ("unit", "level", "words"),
+    ("unit", "level", "texts"),
     [
         (SystemdUnit(name="storage", active="active"), "ok", ("systemd runs storage",)),
         (SystemdUnit(name="storage", active="failed", result="exit-code"), "problem", ("exit-code", "journalctl")),
@@ -161,8 +161,8 @@ def test_a_node_without_our_services_has_the_reason(more: dict[str, Any], level:
         (SystemdUnit(name="storage", active="active", restart_count=9), "warning", ("restarted 9 times",)),
     ],
 )
-def test_units_of_systemd_are_read(unit: SystemdUnit, level: str, words: tuple[str, ...]) -> None:
-    assert_finding(only(services.judge(ServiceFacts(home="/h", node="a", units=[unit]))), level, *words)
+def test_units_of_systemd_are_read(unit: SystemdUnit, level: str, texts: tuple[str, ...]) -> None:
+    assert_finding(only(services.check(ServiceFacts(home="/h", node="a", units=[unit]))), level, *texts)
 
 
 def test_what_systemctl_prints_is_understood() -> None:
@@ -182,7 +182,7 @@ def want(**more: Any) -> ExpectedPort:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "listeners", "level", "words"),
+    ("wanted", "listeners", "level", "texts"),
     [
         (want(), [PortListener(8080, 1, "python")], "ok", ("gateway 8080",)),
         (want(), [PortListener(8080, 0)], "ok", ("gateway 8080",)),
@@ -201,9 +201,9 @@ def want(**more: Any) -> ExpectedPort:
     ],
 )
 def test_a_port_is_ours_or_free_or_taken(
-    wanted: ExpectedPort, listeners: list[PortListener], level: str, words: tuple[str, ...]
+    wanted: ExpectedPort, listeners: list[PortListener], level: str, texts: tuple[str, ...]
 ) -> None:
-    assert_finding(only(ports.judge([wanted], listeners, {1})), level, *words)
+    assert_finding(only(ports.check([wanted], listeners, {1})), level, *texts)
 
 
 # Reaching
@@ -213,7 +213,7 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
 
 
 @pytest.mark.parametrize(
-    ("error", "address", "system", "words"),
+    ("error", "address", "system", "text"),
     [
         ("no_route", "192.168.1.9:80", OsInfo("darwin", 15, LAN), "Privacy & Security > Local Network"),
         ("no_route", "192.168.1.9:80", OsInfo("darwin", 14, LAN), "is this still its address"),
@@ -227,9 +227,9 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
     ],
 )
 def test_each_connect_error_has_a_remedy(
-    error: reachability.ConnectError, address: str, system: OsInfo, words: str
+    error: reachability.ConnectError, address: str, system: OsInfo, text: str
 ) -> None:
-    assert words in reachability.connect_remedy(error, address, system, "the other")
+    assert text in reachability.connect_remedy(error, address, system, "the other")
     assert reachability.describe(error, "")
 
 
@@ -252,7 +252,7 @@ REFUSED = msgspec.structs.replace(GOOD, connect_error="refused")
 
 def on(**more: Any) -> list[Finding]:
     facts = {"servers": [GOOD], "connected": True, "streams": streams(), "store_used_bytes": 10, **more}
-    return nats.judge(NatsFacts(**facts), OsInfo())
+    return nats.check(NatsFacts(**facts), OsInfo())
 
 
 def test_a_good_nats_is_three_lines() -> None:
@@ -260,7 +260,7 @@ def test_a_good_nats_is_three_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         (
             {"servers": [msgspec.structs.replace(GOOD, connect_error="refused")]},
@@ -273,15 +273,15 @@ def test_a_good_nats_is_three_lines() -> None:
     ],
 )
 def test_an_unreachable_nats_is_not_one_that_refuses(
-    facts: dict[str, Any], level: str, words: tuple[str, ...]
+    facts: dict[str, Any], level: str, texts: tuple[str, ...]
 ) -> None:
-    found = nats.judge(NatsFacts(**facts), OsInfo())
-    assert_finding(found[0], level, *words)
+    found = nats.check(NatsFacts(**facts), OsInfo())
+    assert_finding(found[0], level, *texts)
     assert [f.level for f in found[1:]] == ["skipped", "skipped"]
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         ({"servers": [msgspec.structs.replace(GOOD, version="2.10.29")]}, "problem", ("2.10.29", "2.11.0")),
         ({"servers": [msgspec.structs.replace(GOOD, max_payload_bytes=65536)]}, "problem", ("max_payload: 1MB",)),
@@ -302,9 +302,9 @@ def test_an_unreachable_nats_is_not_one_that_refuses(
     ],
 )
 def test_an_unusable_nats_has_a_finding_with_what_to_change(
-    facts: dict[str, Any], level: str, words: tuple[str, ...]
+    facts: dict[str, Any], level: str, texts: tuple[str, ...]
 ) -> None:
-    assert_finding(only(on(**facts), "nats"), level, *words)
+    assert_finding(only(on(**facts), "nats"), level, *texts)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_store_or_a_bucket_is_reported_before_it_is_full(share: float, level: 
 
 
 @pytest.mark.parametrize(
-    ("ahead_s", "within_s", "level", "words"),
+    ("ahead_s", "within_s", "level", "texts"),
     [
         (0.2, 0.1, "ok", ()),
         (6.0, 2.0, "ok", ()),
@@ -359,9 +359,9 @@ def test_a_store_or_a_bucket_is_reported_before_it_is_full(share: float, level: 
     ],
 )
 def test_a_clock_that_is_off_shows_what_depends_on_it(
-    ahead_s: float, within_s: float, level: str, words: tuple[str, ...]
+    ahead_s: float, within_s: float, level: str, texts: tuple[str, ...]
 ) -> None:
-    assert_finding(only(clocks.judge([ClockOffset("b", ahead_s, within_s)])), level, *words)
+    assert_finding(only(clocks.check([ClockOffset("b", ahead_s, within_s)])), level, *texts)
 
 
 def test_clocks_are_compared_with_nats_whoever_measured_them() -> None:
@@ -376,7 +376,7 @@ def test_clocks_are_compared_with_nats_whoever_measured_them() -> None:
         ClockOffset("b", -1.0, 1.6),
         ClockOffset("c", 60.0, 0.0, at_least=True),
     ]
-    assert_finding(clocks.judge([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
+    assert_finding(clocks.check([offsets[-1]])[0], "warning", "node c is at least 1 min 00 s ahead")
 
 
 # Versions, ids, fileservers
@@ -384,16 +384,16 @@ def test_clocks_are_compared_with_nats_whoever_measured_them() -> None:
 
 def test_versions_that_differ_are_a_warning_and_majors_a_problem() -> None:
     same = {("a", "storage"): "1.2.0", ("a", "fetcher"): "1.2.0", ("b", "storage"): "1.2.0"}
-    assert_finding(only(versions.judge(same, "1.2.0")), "ok", "all 3 services")
+    assert_finding(only(versions.check(same, "1.2.0")), "ok", "all 3 services")
     assert_finding(
-        only(versions.judge({**same, ("b", "storage"): "1.1.9"}, "1.2.0")), "warning", "storage of b", "1.1.9"
+        only(versions.check({**same, ("b", "storage"): "1.1.9"}, "1.2.0")), "warning", "storage of b", "1.1.9"
     )
     assert_finding(
-        only(versions.judge({**same, ("b", "storage"): "2.0.0"}, "1.2.0")), "problem", "storage of b", "2.0.0"
+        only(versions.check({**same, ("b", "storage"): "2.0.0"}, "1.2.0")), "problem", "storage of b", "2.0.0"
     )
-    assert_finding(only(versions.judge(same, "1.3.0")), "warning", "this command is version 1.3.0")
-    assert_finding(only(versions.judge(same, "0.9.0")), "problem", "this command is version 0.9.0")
-    assert_finding(only(versions.judge({}, "1.2.0")), "ok", "no service is up")
+    assert_finding(only(versions.check(same, "1.3.0")), "warning", "this command is version 1.3.0")
+    assert_finding(only(versions.check(same, "0.9.0")), "problem", "this command is version 0.9.0")
+    assert_finding(only(versions.check({}, "1.2.0")), "ok", "no service is up")
 
 
 def holder(host: str) -> ProcessIdentity:
@@ -402,14 +402,14 @@ def holder(host: str) -> ProcessIdentity:
 
 def test_one_id_on_two_machines_is_a_problem() -> None:
     one = {("a", "storage"): holder("m/b1/1"), ("a", "fetcher"): holder("m/b1/2")}
-    assert only(duplicate_ids.judge(one, "a", "m/b1/9", True)).level == "ok", "containers of one machine"
+    assert only(duplicate_ids.check(one, "a", "m/b1/9", True)).level == "ok", "containers of one machine"
     two = {**one, ("a", "gateway"): holder("n/b2/1")}
-    assert_finding(only(duplicate_ids.judge(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
-    assert_finding(only(duplicate_ids.judge(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
-    assert only(duplicate_ids.judge(one, "a", "n/b2/9", False)).level == "ok", "a client's home may have that id"
+    assert_finding(only(duplicate_ids.check(two, "x", "m/b1/9", True)), "problem", "node id a", "m, n", "node.toml")
+    assert_finding(only(duplicate_ids.check(one, "a", "n/b2/9", True)), "problem", "node id a", "m, n")
+    assert only(duplicate_ids.check(one, "a", "n/b2/9", False)).level == "ok", "a client's home may have that id"
     rebooted = {**one, ("a", "gateway"): holder("m/b2/1")}
-    assert_finding(only(duplicate_ids.judge(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
-    assert only(duplicate_ids.judge({}, "a", "n/b2/9", True)).level == "ok"
+    assert_finding(only(duplicate_ids.check(rebooted, "x", "m/b1/9", True)), "warning", "two boots of m")
+    assert only(duplicate_ids.check({}, "a", "n/b2/9", True)).level == "ok"
 
 
 def peer(
@@ -423,7 +423,7 @@ SILENT = AddressReach(address="10.0.0.1:9", error="timeout")
 
 
 @pytest.mark.parametrize(
-    ("found", "level", "words"),
+    ("found", "level", "texts"),
     [
         (peer("b", WELL), "ok", ("b at 10.0.0.2:9", "`shoal doctor` there tells")),
         (
@@ -446,17 +446,17 @@ SILENT = AddressReach(address="10.0.0.1:9", error="timeout")
         (peer("b", published=()), "problem", ("publishes no address",)),
     ],
 )
-def test_an_unreachable_fileserver_has_a_remedy(found: FileserverReach, level: str, words: tuple[str, ...]) -> None:
-    assert_finding(only(peers.judge([found], "a", OsInfo())), level, *words)
+def test_an_unreachable_fileserver_has_a_remedy(found: FileserverReach, level: str, texts: tuple[str, ...]) -> None:
+    assert_finding(only(peers.check([found], "a", OsInfo())), level, *texts)
 
 
 def test_a_node_that_others_cannot_reach_reports_itself() -> None:
-    mine = peer("a", AddressReach(address="127.0.0.1:9", status=200), published=("127.0.0.1:9",), is_remote=False)
+    own = peer("a", AddressReach(address="127.0.0.1:9", status=200), published=("127.0.0.1:9",), is_remote=False)
     assert_finding(
-        only(peers.judge([mine, peer("b", WELL)], "a", OsInfo())), "problem", "only loopback", "b cannot use"
+        only(peers.check([own, peer("b", WELL)], "a", OsInfo())), "problem", "only loopback", "b cannot use"
     )
-    assert only(peers.judge([mine], "a", OsInfo())).level == "ok", "alone it needs no other"
-    assert only(peers.judge([], "a", OsInfo())).level == "ok"
+    assert only(peers.check([own], "a", OsInfo())).level == "ok", "alone it needs no other"
+    assert only(peers.check([], "a", OsInfo())).level == "ok"
 
 
 # Disk
@@ -467,7 +467,7 @@ FINE = FileSystemInfo(path="/s", kind="ext4", device=1, free_bytes=100 * GB, tot
 
 def disks(**more: Any) -> list[Finding]:
     facts = {"store": FINE, "home": FINE, "store_exists": True, "storage_runs": True, "ballast_bytes": 1, **more}
-    return disk.judge(DiskFacts(**facts))
+    return disk.check(DiskFacts(**facts))
 
 
 def changed(**more: Any) -> FileSystemInfo:
@@ -479,7 +479,7 @@ def state(**more: Any) -> StorageState:
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         ({}, "ok", ("/s (ext4)", "100.0 GB free")),
         ({"store_exists": False, "storage_runs": False}, "ok", ("no store yet",)),
@@ -503,9 +503,9 @@ def state(**more: Any) -> StorageState:
     ],
 )
 def test_a_disk_finding_names_what_keeps_models_out(
-    facts: dict[str, Any], level: str, words: tuple[str, ...]
+    facts: dict[str, Any], level: str, texts: tuple[str, ...]
 ) -> None:
-    assert_finding(only(disks(**facts), "disk"), level, *words)
+    assert_finding(only(disks(**facts), "disk"), level, *texts)
 
 
 def test_usage_over_quota_is_reported_under_lru_too() -> None:
@@ -519,7 +519,7 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         ({}, "ok", ("no volumes or libraries",)),
         ({"volumes": [FINE], "libraries": [FINE]}, "ok", ("2 volumes and libraries",)),
@@ -539,8 +539,8 @@ def test_ballast_lost_to_a_full_disk_is_reported_with_the_disk() -> None:
         ),
     ],
 )
-def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, words: tuple[str, ...]) -> None:
-    assert_finding(only(disks(**facts), "volumes"), level, *words)
+def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, texts: tuple[str, ...]) -> None:
+    assert_finding(only(disks(**facts), "volumes"), level, *texts)
 
 
 def test_the_doctors_copy_of_storage_defaults_is_right() -> None:
@@ -557,7 +557,7 @@ def entry(**more: Any) -> PathPermission:
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         ({"owner": "me", "entries": [entry()]}, "ok", ("only its owner",)),
         ({}, "ok", ("/h does not exist yet",)),
@@ -571,13 +571,13 @@ def entry(**more: Any) -> PathPermission:
     ],
 )
 def test_permissions_that_get_in_the_way_are_reported(
-    facts: dict[str, Any], level: str, words: tuple[str, ...]
+    facts: dict[str, Any], level: str, texts: tuple[str, ...]
 ) -> None:
-    assert_finding(only(permissions.judge(PermissionFacts(**{"home": "/h", "user": "me", **facts}))), level, *words)
+    assert_finding(only(permissions.check(PermissionFacts(**{"home": "/h", "user": "me", **facts}))), level, *texts)
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "words"),
+    ("facts", "level", "texts"),
     [
         ({}, "ok", ("32.0 GB of 64.0 GB",)),
         ({"cap_bytes": 24 * GB}, "ok", ("at most 24.0 GB",)),
@@ -589,14 +589,14 @@ def test_permissions_that_get_in_the_way_are_reported(
     ],
 )
 def test_memory_that_differs_from_placements_view_is_reported(
-    facts: dict[str, Any], level: str, words: tuple[str, ...]
+    facts: dict[str, Any], level: str, texts: tuple[str, ...]
 ) -> None:
     made = MemoryFacts(**{"total_bytes": 64 * GB, "available_bytes": 32 * GB, **facts})
-    assert_finding(only(machine.judge_memory(made)), level, *words)
+    assert_finding(only(machine.check_memory(made)), level, *texts)
 
 
 @pytest.mark.parametrize(
-    ("opened", "level", "words"),
+    ("opened", "level", "texts"),
     [
         (OpenFiles("fileserver", 4096, 10), "ok", ("4096",)),
         (OpenFiles("fileserver", -1, 10), "ok", ("no limit",)),
@@ -605,8 +605,8 @@ def test_memory_that_differs_from_placements_view_is_reported(
         (OpenFiles("fileserver", 1024, 1000), "warning", ("and has 1000",)),
     ],
 )
-def test_a_too_low_open_file_limit_is_reported(opened: OpenFiles, level: str, words: tuple[str, ...]) -> None:
-    assert_finding(only(machine.judge_files([opened])), level, *words)
+def test_a_too_low_open_file_limit_is_reported(opened: OpenFiles, level: str, texts: tuple[str, ...]) -> None:
+    assert_finding(only(machine.check_files([opened])), level, *texts)
 
 
 # What is printed, and the servers that are asked
@@ -636,12 +636,12 @@ def test_what_is_worst_comes_last_and_decides_the_exit_code() -> None:
 
 @given(width=st.integers(20, 200))
 def test_every_word_of_a_finding_is_printed_at_any_width(width: int) -> None:
-    words = "a much longer account of what is the matter with /some/path/to/a/thing than fits into one line"
+    text = "a much longer account of what is the matter with /some/path/to/a/thing than fits into one line"
     console = Console(width=width, force_terminal=True, color_system=None)
     with console.capture() as printed:
-        render.print_report(DoctorReport("/h", "a", [Finding("disk", "problem", words, words)]), console)
+        render.print_report(DoctorReport("/h", "a", [Finding("disk", "problem", text, text)]), console)
     assert printed.get().replace("\n", " ").split().count("/some/path/to/a/thing") <= 2
-    assert "".join(words.split()) in "".join(printed.get().split())
+    assert "".join(text.split()) in "".join(printed.get().split())
 
 
 def test_every_check_has_its_place_in_the_page() -> None:

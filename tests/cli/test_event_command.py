@@ -97,7 +97,7 @@ async def test_events_follows_through_restarts_of_gateway_and_nats(own_nats: Nat
                 await following.__aexit__(None, None, None)
     rows = [json.loads(text) for text in shown.lines if text.startswith("{")]
     assert [row["fields"]["number"] for row in rows if "notice" not in row] == [0, 1, 2, 3, 4]
-    assert [row["notice"] for row in rows if "notice" in row] == ["anew"]
+    assert [row["notice"] for row in rows if "notice" in row] == ["reset"]
     assert "Traceback" not in shown.output
 
 

@@ -32,11 +32,11 @@ def started(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]
 
 def complete(line: str, **environ: str) -> list[str]:
     """What bash is offered at the end of a line."""
-    words = line.split(" ")
+    parts = line.split(" ")
     done = started(
         "-m",
         "shoal_cli",
-        **{"_SHOAL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), **environ},
+        **{"_SHOAL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(parts) - 1), **environ},
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
@@ -68,10 +68,10 @@ def test_the_readmes_table_names_every_verb_and_only_options_that_exist(capsys: 
         first = next(iter(re.findall(r"^\| `shoal (\w+)", row)), "")
         # Further commands of a row are written without `shoal`; an action also without its verb.
         for command in re.findall(r"`(?:shoal )?([^`]+)`", row.split(" | ")[0]):
-            words = [w for w in command.split() if w.islower() and w.isalpha()]
-            verb = words[0] if words and words[0] in VERBS else first
+            verbs = [w for w in command.split() if w.islower() and w.isalpha()]
+            verb = verbs[0] if verbs and verbs[0] in VERBS else first
             named.add(verb)
-            path = [verb, *[w for w in words if w != verb and verb in ("storage", "node", "transfer")]]
+            path = [verb, *[w for w in verbs if w != verb and verb in ("storage", "node", "transfer")]]
             options = re.findall(r"(?<!\S)--?[a-z][a-z-]*", command)
             if options:
                 assert run([*path, "--help"]) == 0

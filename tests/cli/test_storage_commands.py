@@ -22,9 +22,9 @@ HELD = f"{MODEL}@{COMMIT}"
 
 def disk(node: str, **storage: Any) -> dict[str, Any]:
     """A node's disk as the gateway shows it."""
-    said = {"node": node, "used_bytes": 50 * GB, "reserved_bytes": 10 * GB, "free_bytes": 300 * GB, "model_count": 4}
-    said |= {"quota_bytes": 200 * GB, "headroom_bytes": 5 * GB, "eviction_policy": "lru"}
-    return {"node": node, "live": True, "disk_free_bytes": 299 * GB, "storage": {**said, **storage}}
+    state = {"node": node, "used_bytes": 50 * GB, "reserved_bytes": 10 * GB, "free_bytes": 300 * GB, "model_count": 4}
+    state |= {"quota_bytes": 200 * GB, "headroom_bytes": 5 * GB, "eviction_policy": "lru"}
+    return {"node": node, "live": True, "disk_free_bytes": 299 * GB, "storage": {**state, **storage}}
 
 
 def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster, capsys: Capture) -> None:
@@ -41,16 +41,16 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
     ]
     for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
         assert run(arguments) == 0
-        said = capsys.readouterr().out
-        for words in ("200.0 GB", "lru", "5.0 GB", "299.0 GB", "50.0 GB (25 %)"):
-            assert words in said
-        assert "node-a: 10.0 GB reserved for downloads" in said
-        assert f"node-a: {HELD} is pinned" in said
-        assert "node-a: corrupt blob abababababababab… in quarantine" in said
-        assert f"node-a: {HELD} is in use by stage 0 of instance x (pid 4711), for 2 h" in said
-        assert f"node-a: {HELD} is in use by me, for 2 h" in said
-        assert "node-a: max_storage_bytes is set by the environment" in said
-        assert "node-b" not in said
+        output = capsys.readouterr().out
+        for expected in ("200.0 GB", "lru", "5.0 GB", "299.0 GB", "50.0 GB (25 %)"):
+            assert expected in output
+        assert "node-a: 10.0 GB reserved for downloads" in output
+        assert f"node-a: {HELD} is pinned" in output
+        assert "node-a: corrupt blob abababababababab… in quarantine" in output
+        assert f"node-a: {HELD} is in use by stage 0 of instance x (pid 4711), for 2 h" in output
+        assert f"node-a: {HELD} is in use by me, for 2 h" in output
+        assert "node-a: max_storage_bytes is set by the environment" in output
+        assert "node-b" not in output
     assert run(["storage", "--node", "node-b"]) == 0
     assert "node-a" not in capsys.readouterr().out
 
@@ -59,24 +59,24 @@ def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys
     first = ["index.db", "blobs/sha256/ab/notes.txt"]
     cluster.disks = [disk("node-a", foreign_count=3, foreign_bytes=12 * GB, foreign_files=first, unverified_count=1)]
     assert run(["storage"]) == 0
-    said = capsys.readouterr().out
-    assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in said
-    assert "node-a: 1 copied-in file, 0 B, to be verified before use" in said and "is missing" not in said
+    output = capsys.readouterr().out
+    assert "node-a: 3 foreign files, 12.0 GB, never deleted: index.db, blobs/sha256/ab/notes.txt, …" in output
+    assert "node-a: 1 copied-in file, 0 B, to be verified before use" in output and "is missing" not in output
     cluster.disks = [disk("node-a", foreign_count=1, foreign_bytes=1, foreign_files=first[:1], store_missing=True)]
     assert run(["storage"]) == 0
-    said = capsys.readouterr().out
-    assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in said
-    assert "node-a: the store is missing: mount its disk, or put it back" in said
+    output = capsys.readouterr().out
+    assert "node-a: 1 foreign file, 1 B, never deleted: index.db\n" in output
+    assert "node-a: the store is missing: mount its disk, or put it back" in output
 
 
 def test_storage_shows_all_disks_also_those_of_down_nodes(cluster: Cluster, capsys: Capture) -> None:
-    away = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
+    down = {**disk("node-c", quota_bytes=None), "live": False, "disk_free_bytes": None}
     new = {"node": "node-d", "live": True, "disk_free_bytes": 7, "storage": None}
-    cluster.disks = [disk("node-a"), away, new]
+    cluster.disks = [disk("node-a"), down, new]
     for arguments in (["storage", "--all"], ["storage", "show", "--all"]):
         assert run(arguments) == 0
-        said = capsys.readouterr().out
-        assert "node-c (down)" in said and "none" in said and "300.0 GB" in said and "node-d" in said
+        output = capsys.readouterr().out
+        assert "node-c (down)" in output and "none" in output and "300.0 GB" in output and "node-d" in output
     assert run(["storage", "--all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"node": "node-a", "nodes": cluster.disks}
     assert run(["storage", "--json"]) == 0
@@ -91,10 +91,10 @@ def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys
         disk("node-b"),
     ]
     assert run(["storage"]) == 0
-    said = capsys.readouterr().out
-    assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in said
-    assert "1.0 GB of duplicates: `shoal gc` deletes them" in said
-    assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in said
+    output = capsys.readouterr().out
+    assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in output
+    assert "1.0 GB of duplicates: `shoal gc` deletes them" in output
+    assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in output
     cluster.disk_results = {"node-a": {"volumes": ["/mnt/big", "/mnt/new"]}}
     before = len(cluster.requests)
     assert run(["storage", "set", "--add-volume", "/mnt/new", "--remove-volume", "/mnt/gone"]) == 0
@@ -169,8 +169,8 @@ def test_storage_set_takes_a_duration_for_partial_retention(cluster: Cluster, ca
 def test_storage_shows_a_full_disk_and_leftovers_of_downloads(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a", free_bytes=0, ended_downloads=[HELD])]
     assert run(["storage"]) == 0
-    said = capsys.readouterr().out
-    assert "node-a: the disk is full" in said and f"node-a: data of the abandoned download of {HELD}" in said
+    output = capsys.readouterr().out
+    assert "node-a: the disk is full" in output and f"node-a: data of the abandoned download of {HELD}" in output
 
 
 def test_a_library_as_text_says_what_it_serves_and_what_not() -> None:
@@ -205,9 +205,9 @@ def test_storage_plan_shows_what_would_be_evicted(cluster: Cluster, capsys: Capt
     cluster.disk_results = {"node-b": plan}
     assert run(["storage", "plan", "--need", "50GB", "--node", "node-b"]) == 0
     assert cluster.asked("GET", "/v1/storage/plan") == [{"need_bytes": str(50 * GB), "node": "node-b"}]
-    said = capsys.readouterr().out
-    assert "node-b: to have 50.0 GB free, 50.0 GB must go; this would evict 60.0 GB:" in said
-    assert f"  {HELD}, 60.0 GB, last used " in said
+    output = capsys.readouterr().out
+    assert "node-b: to have 50.0 GB free, 50.0 GB must go; this would evict 60.0 GB:" in output
+    assert f"  {HELD}, 60.0 GB, last used " in output
     assert run(["storage", "plan", "--need", "50GB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"nodes": {"node-b": plan}}
 
@@ -239,15 +239,15 @@ def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "pinned", "words"),
+    ("action", "pinned", "expected"),
     [("pin", True, "is pinned: never evicted or deleted"), ("unpin", False, "is no longer pinned")],
 )
 def test_storage_pin_and_unpin_name_the_models_and_the_node(
-    cluster: Cluster, capsys: Capture, action: str, pinned: bool, words: str
+    cluster: Cluster, capsys: Capture, action: str, pinned: bool, expected: str
 ) -> None:
     cluster.disk_results = {"node-a": {"models": [HELD], "pinned": pinned}}
     assert run(["storage", action, f"{MODEL}@main"]) == 0
-    assert capsys.readouterr().out == f"node-a: {HELD} {words}\n"
+    assert capsys.readouterr().out == f"node-a: {HELD} {expected}\n"
     assert run(["storage", action, MODEL, "--all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
     assert cluster.asked("POST", "/v1/storage/pins") == [
@@ -297,9 +297,9 @@ def test_repair_verifies_pulls_the_incomplete_and_prints_costs(cluster: Cluster,
     assert run(["repair", MODEL, "--node", "node-a"]) == 0
     assert cluster.asked("POST", "/v1/storage/verify") == [{"node": "node-a", "model": MODEL}]
     assert cluster.asked("POST", "/v1/downloads") == [{"model": HELD, "nodes": ["node-a"]}]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine (2 corrupt leaves)"
-    assert said[-3:] == [
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == "node-a: verified 3 blobs, 2.0 GB: 1 corrupt and in quarantine (2 corrupt leaves)"
+    assert output[-3:] == [
         "node-a: 2 corrupt leaves in 1 blob; fetched 2.1 MB",
         f"  {HELD} is complete again",
         "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",

@@ -171,17 +171,17 @@ def test_ctrl_c_reaches_only_the_supervisor_which_stops_in_order(node: Node) -> 
         node.command(*Node.UP), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=node.environ(), process_group=0
     )
     assert process.stdout is not None
-    said = b""
-    while b"Ctrl-C stops it" not in said:
+    output = b""
+    while b"Ctrl-C stops it" not in output:
         line = process.stdout.readline()
         assert line, "it ended"
-        said += line
+        output += line
     node.note()
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     assert process.wait(20) == 0
     assert "got SIGINT" not in node.log("storage")
     assert not any(alive(pid) for pid in node.seen)
-    assert b"http://127.0.0.1:" in said
+    assert b"http://127.0.0.1:" in output
 
 
 def test_a_second_ctrl_c_kills_what_does_not_stop(node: Node) -> None:
@@ -323,11 +323,11 @@ async def test_I12_beyond_loopback_NATS_needs_the_printed_secret(
     assert "nats" not in other.pids()
 
 
-def _first_line_then(port: str, words: bytes) -> str:
+def _first_line_then(port: str, reply: bytes) -> str:
     with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as s:
         reader = s.makefile()
         reader.readline()
-        s.sendall(words)
+        s.sendall(reply)
         return reader.readline()
 
 

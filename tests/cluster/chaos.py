@@ -33,11 +33,11 @@ from tests.harness.node import Node
 from tests.harness.tiny_filesystem import BALLAST, fill_up
 from tests.harness.waiting import eventually
 
-_SENT_AGAIN_S = 15.0
+_RESEND_INTERVAL_S = 15.0
 _QUOTAS = (None, 1 << 30, 2 << 30)
 _BESIDE_OTHERS = ("network", "full_disk", "clock")
 """Faults that may happen during another one."""
-_TWO_AT_ONCE = 0.3
+_DOUBLE_FAULT_SHARE = 0.3
 _CLOCKS_S = (-7 * 3600.0, -1200.0, -45.0, 0.0, 90.0, 5 * 3600.0, 40 * 86400.0)
 
 
@@ -76,7 +76,7 @@ class Chaos:
             self._command(number)
         harms = self.draw.choices(self._harms, weights=[HARMS[h][0] for h in self._harms])
         beside = [harm for harm in _BESIDE_OTHERS if harm in self._harms and harm not in harms]
-        if beside and self.draw.random() < _TWO_AT_ONCE:
+        if beside and self.draw.random() < _DOUBLE_FAULT_SHARE:
             harms.append(self.draw.choice(beside))
         async with asyncio.TaskGroup() as tasks:
             for harm in harms:
@@ -113,7 +113,7 @@ class Chaos:
             nonlocal sent_s
             with suppress(Unavailable, NatsError):
                 outcome = await self.here.buckets.done.get_as(identity, Outcome)
-                if outcome is None and time.monotonic() - sent_s > _SENT_AGAIN_S:
+                if outcome is None and time.monotonic() - sent_s > _RESEND_INTERVAL_S:
                     # A command is lost if NATS dies before storing it; the same id again does the work once.
                     await self.here.here.client.publish(
                         subjects.command(service, node, verb), data, headers={"Nats-Msg-Id": identity}
@@ -149,10 +149,10 @@ class Chaos:
     async def kill_node(self, number: int) -> None:
         """Kill all processes of a node, as a power cut does."""
         node, _ = self._somebody()
-        away_s = self._outage_s()
-        self.did.append(f"{number}: kill all of {node.id} for {away_s:.2f} s")
+        outage_s = self._outage_s()
+        self.did.append(f"{number}: kill all of {node.id} for {outage_s:.2f} s")
         await asyncio.to_thread(node.kill)
-        await asyncio.sleep(away_s)  # how long it is down
+        await asyncio.sleep(outage_s)  # how long it is down
         await asyncio.to_thread(node.start)
         await node.ready(self.here.here)
 
@@ -169,10 +169,10 @@ class Chaos:
 
     async def kill_nats(self, number: int) -> None:
         """Kill NATS, and start it again with its store."""
-        away_s = self.draw.choice([0.0, self._outage_s()])
-        self.did.append(f"{number}: kill NATS for {away_s:.2f} s")
+        outage_s = self.draw.choice([0.0, self._outage_s()])
+        self.did.append(f"{number}: kill NATS for {outage_s:.2f} s")
         await asyncio.to_thread(self.site.server.kill)
-        await asyncio.sleep(away_s)  # how long it is down
+        await asyncio.sleep(outage_s)  # how long it is down
         await asyncio.to_thread(self.site.server.start)
 
     async def wipe_nats(self, number: int) -> None:
@@ -196,15 +196,15 @@ class Chaos:
         switch = self.world.switch
         assert switch is not None
         one, other = self.draw.sample(sorted(switch.addresses), 2)
-        how, away_s = self.draw.choice(["unplug", "one way", "both ways"]), self._outage_s()
-        self.did.append(f"{number}: network, {how}, {one} to {other} for {away_s:.2f} s")
+        how, outage_s = self.draw.choice(["unplug", "one way", "both ways"]), self._outage_s()
+        self.did.append(f"{number}: network, {how}, {one} to {other} for {outage_s:.2f} s")
         lost = {"unplug": [], "one way": [(one, other)], "both ways": [(one, other), (other, one)]}[how]
         if how == "unplug":
             switch.unplug(one)
         for sender, receiver in lost:
             switch.drop(sender, receiver)
         try:
-            await asyncio.sleep(away_s)  # how long they are disconnected
+            await asyncio.sleep(outage_s)  # how long they are disconnected
         finally:
             for sender, receiver in lost:
                 switch.deliver(sender, receiver)
@@ -260,10 +260,10 @@ class Chaos:
             return False
 
         try:
-            await eventually(ended, "every command has an outcome and every wish has ended", 3 * SETTLED_DEADLINE_S)
+            await eventually(ended, "every command has an outcome, every request has ended", 3 * SETTLED_DEADLINE_S)
         except AssertionError as e:
             waiting = [s.what for s in self._sent if not s.answer.done()]
-            raise AssertionError(f"I7: {e}; without an outcome: {waiting}; wished: {await self._requests()}") from e
+            raise AssertionError(f"I7: {e}; without an outcome: {waiting}; requests: {await self._requests()}") from e
         stuck = [s.what for s in self._sent if isinstance(s.answer.exception(), BaseException)]
         assert not stuck, f"I7: without an outcome: {stuck}"
 
@@ -278,8 +278,8 @@ class Chaos:
 
     async def _resume_all(self, node: str) -> None:
         for model in self.models:
-            wish = await self.here.buckets.spec.get_as(download_key(node, model), DownloadRequest)
-            if wish is not None and wish.paused:
+            request = await self.here.buckets.spec.get_as(download_key(node, model), DownloadRequest)
+            if request is not None and request.paused:
                 await self.here.ask(node, "resume", json.dumps({"model": model}).encode())
 
     async def _requests(self) -> list[str]:

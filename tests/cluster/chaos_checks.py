@@ -26,11 +26,11 @@ async def check(
             _matches_published_state(here, node), f"{node.id}'s disk is as it is said", SETTLED_DEADLINE_S
         )
         await asyncio.to_thread(_check_store, node, removed)
-        said = await disk_of(here, node.id)
-        quota = quotas.get(node.id, said.quota_bytes)
-        assert said.quota_bytes == quota, f"a setting of {node.id} is lost"
+        published = await disk_of(here, node.id)
+        quota = quotas.get(node.id, published.quota_bytes)
+        assert published.quota_bytes == quota, f"a setting of {node.id} is lost"
         if quota is not None:
-            assert said.used_bytes + said.reserved_bytes <= quota, "I3"
+            assert published.used_bytes + published.reserved_bytes <= quota, "I3"
         assert not stray_blobs(node), f"I8: blobs of {node.id} that nothing needs"
 
     async def no_command_waits() -> bool:
@@ -80,16 +80,16 @@ async def disk_of(here: Pulls, node: str) -> StorageState:
 def _matches_published_state(here: Pulls, node: Node) -> Callable[[], Awaitable[bool]]:
     async def matches() -> bool:
         info = await here.here.js.stream_info("KV_state", subjects_filter=f"$KV.state.model.{node.id}.>")
-        said = set()
+        published = set()
         for subject in info.state.subjects or {}:
             entry = await here.buckets.state.get(subject.removeprefix("$KV.state."))
             if entry is not None:
-                said.add(decode(entry.value, ModelState).model)
+                published.add(decode(entry.value, ModelState).model)
         whole = await asyncio.to_thread(
             lambda: {m.model for m in manifests(node) if all(_has_blob(node, f.sha256) for f in m.files)}
         )
         disk = await here.buckets.state.get_as(storage_key(node.id), StorageState)
-        if disk is None or said != whole or disk.reserved_bytes:
+        if disk is None or published != whole or disk.reserved_bytes:
             return False
         return not await asyncio.to_thread(partials, node)
 

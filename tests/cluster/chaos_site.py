@@ -75,10 +75,10 @@ def running_world(home: Path, harms: set[str]) -> Iterator[World]:
         yield World(Site(server, hub, hub_root, nodes, repo="org/chaos"), clocks, switch, disks)
 
 
-def _can(harm: str, why_not: str) -> bool:
-    if why_not:
-        warnings.warn(f"{why_not}: chaos of kind {harm} is NOT tested here", stacklevel=3)
-    return not why_not
+def _can(harm: str, reason: str) -> bool:
+    if reason:
+        warnings.warn(f"{reason}: chaos of kind {harm} is NOT tested here", stacklevel=3)
+    return not reason
 
 
 Network = tuple[NatsServer, Switch | None, dict[str, tuple[str, ...]], str]

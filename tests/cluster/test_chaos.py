@@ -16,10 +16,10 @@ from tests.cluster.chaos_site import running_world
 ROUNDS = int(os.environ.get("SHOAL_CHAOS_ROUNDS", "5"))
 SEED = os.environ.get("SHOAL_CHAOS_SEED", "day-173")  # draws most kinds in a few rounds
 KINDS = set((os.environ.get("SHOAL_CHAOS_KINDS") or ",".join(HARMS)).split(","))
-LONGEST_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
+MAX_OUTAGE_S = float(os.environ.get("SHOAL_CHAOS_LONGEST_S", "3"))
 
 
-@pytest.mark.deadline_s(900.0 + (30.0 + LONGEST_S) * ROUNDS)
+@pytest.mark.deadline_s(900.0 + (30.0 + MAX_OUTAGE_S) * ROUNDS)
 async def test_I1_I2_I3_I5_I7_I8_chaos_leaves_a_healthy_cluster(tmp_path: Path) -> None:
     assert HARMS.keys() >= KINDS, f"kinds of harm are {', '.join(HARMS)}"
     with running_world(tmp_path, KINDS) as world:
@@ -34,7 +34,7 @@ async def test_I1_I2_I3_I5_I7_I8_chaos_leaves_a_healthy_cluster(tmp_path: Path) 
             for node in site.nodes.values():
                 await node.ready(here.here)
             consumers = (await here.here.js.stream_info("CMD")).state.consumer_count
-            chaos = Chaos(world, here, models, SEED, KINDS, LONGEST_S)
+            chaos = Chaos(world, here, models, SEED, KINDS, MAX_OUTAGE_S)
             try:
                 for number in range(ROUNDS):
                     await chaos.round(number)

@@ -86,7 +86,7 @@ def test_nodes_publish_and_unpublish_what_their_stages_occupy(pulled: ShoalClust
         eventually(lambda: asyncio.run(facts()).stages.get(f"{instance}/0", 0) > 32 << 20, "what it occupies is told")
     finally:
         pulled["a"].shoal("stop", instance, check=True)
-    eventually(lambda: not asyncio.run(facts()).stages, "it is taken back")
+    eventually(lambda: not asyncio.run(facts()).stages, "its stage is unpublished")
 
 
 def test_nats_req_does_what_the_cli_does_and_returns_the_outcome(pulled: ShoalCluster, quiet_hub: RunningHub) -> None:
@@ -137,8 +137,8 @@ def test_huggingface_hub_downloads_from_the_cluster(
 
 
 def test_run_places_an_unplaced_model_and_answers(pulled: ShoalCluster, expected: str) -> None:
-    said = pulled["a"].shoal("run", DEMO_MODEL, DEMO_PROMPT, "--nodes", "2", "--temperature", "0", check=True)
-    assert expected.strip() in said.stdout
+    result = pulled["a"].shoal("run", DEMO_MODEL, DEMO_PROMPT, "--nodes", "2", "--temperature", "0", check=True)
+    assert expected.strip() in result.stdout
     running = json.loads(pulled["a"].shoal("ps", "--json", check=True).stdout)
     for instance in running["instances"] if isinstance(running, dict) else running:
         pulled["a"].shoal("stop", instance["id"], check=True)
@@ -159,7 +159,7 @@ def test_a_model_in_use_is_not_removed_and_its_user_is_named(pulled: ShoalCluste
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "texts"),
     [
         (("pull", "nobody/nothing"), 3, ("nobody/nothing", "check the name")),
         (("pull", "not a model"), 2, ("org/name",)),
@@ -171,12 +171,12 @@ def test_a_model_in_use_is_not_removed_and_its_user_is_named(pulled: ShoalCluste
     ],
 )
 def test_bad_input_gets_one_clear_line_and_the_right_exit_code(
-    cluster: ShoalCluster, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+    cluster: ShoalCluster, arguments: tuple[str, ...], code: int, texts: tuple[str, ...]
 ) -> None:
     result = cluster["a"].shoal(*arguments)
     assert result.returncode == code, result.stderr
     assert len(result.stderr.strip().splitlines()) <= 1
-    for word in words:
+    for word in texts:
         assert word in result.stderr
     status = cluster["a"].call("GET", "/v1/status")
     assert all(n["storage"]["reserved_bytes"] == 0 for n in status["nodes"])

@@ -103,25 +103,25 @@ async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
                         return len((await http.get("/v1/instances")).json()["instances"]) == 1
 
                     await eventually(seen, "the gateway knows what there is")
-                    away = [b["storage"], b["fetcher"], a["placement"]]
-                    for service in away:
+                    down = [b["storage"], b["fetcher"], a["placement"]]
+                    for service in down:
                         if how == "killed":
                             await asyncio.to_thread(service.kill)
                         else:
                             service.send(signal.SIGSTOP)
                     try:
-                        wishes = {**TO_STORAGE, **TO_FETCHER, **TO_PLACEMENT}
+                        requests = {**TO_STORAGE, **TO_FETCHER, **TO_PLACEMENT}
                         typed = asyncio.to_thread(shoal, url, tmp_path, "rm", MODEL, "--node", "b")
                         begun = http.post("/v1/downloads", json={"model": OTHER, "nodes": ["b"]})
-                        found, said, asked = await asyncio.gather(
-                            asyncio.gather(*(ends(http, request) for request in wishes.values())), typed, begun
+                        found, removed, asked = await asyncio.gather(
+                            asyncio.gather(*(ends(http, request) for request in requests.values())), typed, begun
                         )
-                        errors = dict(zip(wishes, found, strict=True))
+                        errors = dict(zip(requests, found, strict=True))
                         for verb, error in errors.items():
                             assert error["code"] == "node_down", (verb, error)
                             who = "placement" if verb in TO_PLACEMENT else "node b"
                             assert verb in error["message"] and who in error["message"], error
-                        assert said.returncode == 5 and "node b" in said.stderr, said
+                        assert removed.returncode == 5 and "node b" in removed.stderr, removed
                         # A client that does not wait is told that the command is under way.
                         assert asked.status_code == 202, asked.text
                         identity = asked.json()["commands"]["b"]
@@ -135,7 +135,7 @@ async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
                         known = await ends(http, TO_STORAGE["gc"])
                         assert known["code"] == "node_down" and "nothing was sent" in known["message"]
                     finally:
-                        for service in away:
+                        for service in down:
                             if how == "killed":
                                 service.start()
                             else:

@@ -26,13 +26,13 @@ MIB = 1 << 20
 LIMIT_BYTES = 800 * MIB
 """A node takes 200 MiB of it, a stage 60 MiB."""
 MODEL = "shoal/long-fish"
-MOST_TOKENS = 32768
+MAX_TOKENS = 32768
 TIGHT_TOKENS = 6144
 """With this context a stage reserves 500 MiB: what a long prompt needs on a CPU, and a short one does not."""
 LEFT_BYTES, STARVED_BYTES = 350 * MIB, 224 * MIB
 """Too little for such a stage; and less than forced stages have to leave free."""
 NAMES = ("a", "b", "c")
-AT_ONCE = 50
+CONCURRENT_REQUESTS = 50
 ANSWER = "Fish swim together because many eyes see danger sooner"
 
 
@@ -111,7 +111,7 @@ def write_model(root: Path) -> None:
     at = root / MODEL
     shutil.copytree(MODELS_DIR / DEMO_MODEL, at)
     config = json.loads((at / "config.json").read_text())
-    (at / "config.json").write_text(json.dumps({**config, "max_position_embeddings": MOST_TOKENS}))
+    (at / "config.json").write_text(json.dumps({**config, "max_position_embeddings": MAX_TOKENS}))
 
 
 def typed(node: ShoalNode, answer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -187,8 +187,8 @@ def test_of_fifty_over_three_gateways_as_many_as_fit_are_placed(
         asked = limited.cluster.nodes[number % len(NAMES)]
         return asked.client.post(f"{asked.url}/v1/instances", json=body)
 
-    with ThreadPoolExecutor(AT_ONCE) as asking:
-        answers = list(asking.map(ask, range(AT_ONCE)))
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as asking:
+        answers = list(asking.map(ask, range(CONCURRENT_REQUESTS)))
     placed = [a.json()["id"] for a in answers if a.status_code == 201]
     try:
         assert len(placed) == len(set(placed)) == len(NAMES) * (LIMIT_BYTES // each_bytes) == 6
@@ -209,7 +209,7 @@ def test_a_forced_instance_killed_at_oom_leaves_its_node_alive(limited: Limited)
     node, before = limited.node, limited.processes()
     limited.wait_idle()
     # A stage's reservation hardly depends on its number of layers, so every layout needs force.
-    tokens = next(t for t in range(TIGHT_TOKENS, MOST_TOKENS, 512) if limited.preview(t)["tier"] == "force")
+    tokens = next(t for t in range(TIGHT_TOKENS, MAX_TOKENS, 512) if limited.preview(t)["tier"] == "force")
     context = ("--context", str(tokens))
     assert limited.refused(context_tokens=tokens, allow_low_memory=True)["tier"] == "force"
     refused = node.shoal("place", MODEL, *context, "--allow-low-memory")
@@ -221,12 +221,12 @@ def test_a_forced_instance_killed_at_oom_leaves_its_node_alive(limited: Limited)
     assert (instance["phase"], instance["tier"]) == ("ready", "force")
     assert limited.answer(instance["id"]).startswith(ANSWER)
 
-    def gave_way() -> dict[str, Any] | None:
+    def oom_error() -> dict[str, Any] | None:
         now = limited.instance()
         return now["error"] if now["phase"] == "failed" else None
 
     with limited.hogs[instance["nodes"][0]].leaving(STARVED_BYTES):
-        error = eventually(gave_way, "the forced instance gives way")
+        error = eventually(oom_error, "the forced instance gives way")
         assert error["code"] == "no_room" and "forced onto this node" in error["message"]
         assert limited.processes() == before, "the nodes live on"
 

@@ -119,19 +119,19 @@ class Cluster:
             log = process.log()
             assert "Traceback" not in log and "level=error" not in log, log
 
-    async def same(self, look: Any, before: object, what: str) -> None:
+    async def same(self, poll: Any, before: object, what: str) -> None:
         """Return once the value is the same as before."""
 
         async def as_before() -> bool:
             try:
-                return bool(await look() == before)
+                return bool(await poll() == before)
             except NatsError:
                 return False
 
         try:
             await eventually(as_before, what, DEADLINE_S)
         except AssertionError:
-            raise AssertionError(f"{what}: {await look()} instead of {before}") from None
+            raise AssertionError(f"{what}: {await poll()} instead of {before}") from None
 
 
 @asynccontextmanager
@@ -183,7 +183,7 @@ async def test_I6_nats_killed_twenty_times_costs_nothing_but_the_wait(tmp_path: 
         here, site = cluster.here, cluster.site
         instance = await cluster.place()
         stages = await cluster.stages(instance)
-        said, live, consumers = await cluster.published_disks(), await cluster.live(), await cluster.consumers()
+        published, live, consumers = await cluster.published_disks(), await cluster.live(), await cluster.consumers()
         kept_gets = site.gets("model.bin", KEPT)
         await begin(cluster, "b", BIG)
         for number in range(KILLS):
@@ -195,7 +195,7 @@ async def test_I6_nats_killed_twenty_times_costs_nothing_but_the_wait(tmp_path: 
         assert (await outcome_of(cluster, BIG)).ok
         await here.assert_complete("b", {"model.bin": noise(16 * LEAF_BYTES, BIG)})
         await cluster.ask("storage", "b", "delete", model=BIG)
-        await cluster.same(cluster.published_disks, said, "what is said of the disks")
+        await cluster.same(cluster.published_disks, published, "what is said of the disks")
         await cluster.same(cluster.live, live, "the same processes are live")
         await cluster.same(cluster.consumers, consumers, "the same services take commands")
         await cluster.wait_phase(instance, "ready")
@@ -216,7 +216,7 @@ async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: P
         held = partials(site["a"])
         live, consumers = await cluster.live(), await cluster.consumers()
         await begin(cluster, "b", BIG)
-        said = {k: v for k, v in (await cluster.published_disks()).items() if not k.startswith("storage.")}
+        published = {k: v for k, v in (await cluster.published_disks()).items() if not k.startswith("storage.")}
         before = site.hub.stats().files
 
         await asyncio.to_thread(own_nats.wipe)
@@ -224,7 +224,7 @@ async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: P
         async def models_and_shards() -> dict[str, Any]:
             return {k: v for k, v in (await cluster.published_disks()).items() if not k.startswith("storage.")}
 
-        await cluster.same(models_and_shards, said, "what is said of models")
+        await cluster.same(models_and_shards, published, "what is said of models")
         await cluster.same(cluster.live, live, "the same processes are live")
         await cluster.same(cluster.consumers, consumers, "the same services take commands")
         streams = {str(s.config.name) for s in await here.here.js.streams_info()}
@@ -235,13 +235,13 @@ async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: P
 
         # A node's fetcher publishes its download requests again: they continue or stay paused, also after a restart.
         async def wanted() -> bool:
-            wishes = [
+            requests = [
                 await here.buckets.spec.get_as(download_key(n, m), DownloadRequest)
                 for n, m in (("a", PAUSED), ("b", BIG))
             ]
-            return [w.paused for w in wishes if w is not None] == [True, False]
+            return [w.paused for w in requests if w is not None] == [True, False]
 
-        await eventually(wanted, "both wishes are there again", DEADLINE_S)
+        await eventually(wanted, "both requests are there again", DEADLINE_S)
         assert (await here.state("a", lambda s: s.phase == "paused", PAUSED)).error is None
         assert partials(site["a"]) == held
         await here.durable("b", LEAF_BYTES, BIG)

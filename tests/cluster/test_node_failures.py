@@ -31,7 +31,7 @@ from tests.harness.waiting import eventually
 
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference")
 DEADLINE_S = 90.0
-AWAY_S = 10.0
+OUTAGE_S = 10.0
 """How long NATS is down."""
 
 
@@ -40,7 +40,7 @@ class Deaths:
 
     def __init__(self, site: Site, here: Pulls) -> None:
         self.site, self.here, self.instance = site, here, ""
-        self.said: list[str] = []
+        self.observed: list[str] = []
         """What was published of instances and nodes, in order: `ready`, `degraded`, `node b`, `event retired`."""
 
     async def listen(self) -> None:
@@ -49,12 +49,12 @@ class Deaths:
         async def state(message: Any) -> None:
             kind, _, rest = message.subject.removeprefix("$KV.state.").partition(".")
             if kind == "node":
-                self.said.append(f"node {rest}")
+                self.observed.append(f"node {rest}")
             elif kind == "instance" and message.data:
-                self.said.append(json.loads(message.data)["phase"])
+                self.observed.append(json.loads(message.data)["phase"])
 
         async def event(message: Any) -> None:
-            self.said.append(f"event {message.subject.rpartition('.')[2]}")
+            self.observed.append(f"event {message.subject.rpartition('.')[2]}")
 
         await self.here.here.client.subscribe("$KV.state.>", cb=state)
         await self.here.here.client.subscribe("shoal.v1.evt.placement.>", cb=event)
@@ -137,7 +137,7 @@ async def test_a_broken_connection_reveals_a_death_before_key_expiry(tmp_path: P
         await deaths.wait_phase("degraded")
         await eventually(deaths.is_not_offered_b, "b is not offered for placement", DEADLINE_S)
         assert await deaths.has_liveness_key("b"), "only the missing key told of it"
-        assert "event retired" not in deaths.said
+        assert "event retired" not in deaths.observed
 
 
 @pytest.mark.deadline_s(250.0)
@@ -152,7 +152,7 @@ async def test_a_node_with_a_missing_key_is_down_until_it_is_back(tmp_path: Path
         finally:
             deaths.send("b", signal.SIGCONT)
         await deaths.wait_phase("ready")
-        assert "event retired" not in deaths.said
+        assert "event retired" not in deaths.observed
 
 
 @pytest.mark.deadline_s(250.0)
@@ -164,12 +164,12 @@ async def test_a_nats_outage_of_ten_seconds_declares_nobody_down(
         if how == "killed":
             seen = deaths.here.here.nats.reconnects.count
             await asyncio.to_thread(own_nats.kill)
-            await asyncio.sleep(AWAY_S)  # how long it is down
+            await asyncio.sleep(OUTAGE_S)  # how long it is down
             await asyncio.to_thread(own_nats.start)
             await deaths.here.here.nats.reconnects.wait_after(seen)
         else:
             psutil.Process(own_nats.pid).suspend()
-            await asyncio.sleep(AWAY_S)  # the same
+            await asyncio.sleep(OUTAGE_S)  # the same
             psutil.Process(own_nats.pid).resume()
         # Placed afterwards, on both: the leader has by now seen both and decided.
         placed = await deaths.place("a", "b")
@@ -182,4 +182,4 @@ async def test_a_nats_outage_of_ten_seconds_declares_nobody_down(
 
         await eventually(ready, "another instance is ready", DEADLINE_S)
         await deaths.wait_phase("ready")
-        assert not {"degraded", "failed", "node a", "node b", "event retired"} & set(deaths.said), deaths.said
+        assert not {"degraded", "failed", "node a", "node b", "event retired"} & set(deaths.observed), deaths.observed

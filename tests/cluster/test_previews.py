@@ -66,7 +66,7 @@ def migrates_only_on_request(node: ShoalNode, instance: str, here: str, better: 
 
 def test_a_preview_that_cannot_be_made_names_what_can(cluster: ShoalCluster) -> None:
     node = cluster["a"]
-    for query, words in {
+    for query, expected in {
         "": "the parameter model is missing",
         "?model=org/x&nodez=a": "known: model",
         f"?model={DEMO_MODEL}&min_nodes=two": "int",
@@ -75,7 +75,7 @@ def test_a_preview_that_cannot_be_made_names_what_can(cluster: ShoalCluster) -> 
     }.items():
         response = node.client.get(f"{node.url}/v1/placements/preview{query}")
         assert response.status_code == 400, (query, response.text)
-        assert words in response.json()["error"]["message"], (query, response.text)
+        assert expected in response.json()["error"]["message"], (query, response.text)
     assert node.client.get(f"{node.url}/v1/placements/preview?model=org/nowhere").status_code == 404
 
 

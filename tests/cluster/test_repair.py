@@ -35,9 +35,12 @@ def test_I1_repair_restores_two_corrupt_leaves_and_reports_them(tmp_path: Path) 
             hub.reset_stats()
 
         rot()
-        said = node.shoal("repair", check=True).stdout.splitlines()
-        assert "a: verified 2 blobs, 5.2 MB: 1 corrupt and in quarantine (2 corrupt leaves)" in said
-        assert said[-2:] == ["a: 2 corrupt leaves in 1 blob; fetched 1.0 MB", f"  {manifest.model} is complete again"]
+        lines = node.shoal("repair", check=True).stdout.splitlines()
+        assert "a: verified 2 blobs, 5.2 MB: 1 corrupt and in quarantine (2 corrupt leaves)" in lines
+        assert lines[-2:] == [
+            "a: 2 corrupt leaves in 1 blob; fetched 1.0 MB",
+            f"  {manifest.model} is complete again",
+        ]
         assert hub.stats().bytes == LEAF_BYTES + 99
         assert blob.read_bytes() == FILES["model.safetensors"]
         assert node.shoal("repair", MODEL, check=True).stdout.splitlines()[-1] == "a: nothing to repair"

@@ -38,9 +38,9 @@ async def stale_entries(js: JetStreamContext) -> list[tuple[Bucket, str]]:
         name = model_of(node)
         await spec.put(download_key(node, name), DownloadRequest(model=name, requested_at_s=1.0))
         for phase in ("queued", "fetching", "failed", "ready"):
-            said = DownloadState(node=node, model=f"{name}-{phase}", phase=phase, commit=COMMIT)
-            await state.put(download_key(node, said.model), said)
-            keys.append((state, download_key(node, said.model)))
+            download = DownloadState(node=node, model=f"{name}-{phase}", phase=phase, commit=COMMIT)
+            await state.put(download_key(node, download.model), download)
+            keys.append((state, download_key(node, download.model)))
         held = ModelState(node=node, repo=name, commit=COMMIT, size_bytes=10**12, file_count=9, revisions=["main"])
         await state.put(model_key(node, held.model), held)
         await state.put(storage_key(node), StorageState(node=node, model_count=1))

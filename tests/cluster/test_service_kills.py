@@ -89,8 +89,8 @@ def test_I6_services_killed_after_a_pull_return_without_fetching(pair: ShoalClus
         node.wait_reborn(service, pid)
     node.shoal("pull", DEMO_MODEL, check=True)
     assert quiet_hub.stats().bytes == 0
-    said = node.shoal("run", DEMO_MODEL, "What is Shoal?", "--temperature", "0", check=True)
-    assert said.stdout.strip()
+    result = node.shoal("run", DEMO_MODEL, "What is Shoal?", "--temperature", "0", check=True)
+    assert result.stdout.strip()
     for instance in node.call("GET", "/v1/instances")["instances"]:
         node.shoal("stop", instance["id"], check=True)
 

@@ -131,12 +131,12 @@ def test_I11_two_nodes_with_only_their_layers_equal_one_process(
     assert answer(three, instance) == expected(models, model)
     both, whole = fetched(three, "a", "b") + sparse_hub.stats().bytes, bytes_of(models / model)
     assert both <= 1.10 * whole
-    told = published_shards(three)
-    assert sorted(layer for part in told.values() for layer in part["layers"]) == [[0, 3], [3, 6]]
-    assert sum(p["size_bytes"] for p in told.values()) <= 1.10 * whole
-    words = f"a: layers {told['a']['layers'][0][0]}-{told['a']['layers'][0][1] - 1} of {model}"
+    published = published_shards(three)
+    assert sorted(layer for part in published.values() for layer in part["layers"]) == [[0, 3], [3, 6]]
+    assert sum(p["size_bytes"] for p in published.values()) <= 1.10 * whole
+    line = f"a: layers {published['a']['layers'][0][0]}-{published['a']['layers'][0][1] - 1} of {model}"
     for command in ("status", "storage"):
-        assert words in three["a"].shoal(command, check=True).stdout
+        assert line in three["a"].shoal(command, check=True).stdout
     assert three["a"].call("GET", "/v1/status")["models"][0]["nodes"] == ["c"], "a part is not the model"
 
 

@@ -39,8 +39,8 @@ def test_a_pull_to_a_second_volume_runs_and_survives_unmounting(tmp_path: Path) 
         node, root = cluster["a"], big / "shoal"
         refused = node.shoal("pull", DEMO_MODEL, timeout_s=120)
         assert refused.returncode == 4, refused.stderr
-        said = node.shoal("storage", "set", "--add-volume", str(root), check=True).stdout
-        assert f"volume {root}" in said
+        output = node.shoal("storage", "set", "--add-volume", str(root), check=True).stdout
+        assert f"volume {root}" in output
         node.shoal("pull", DEMO_MODEL, check=True, timeout_s=120)
         assert any(p.is_file() for p in StorePaths(root).blobs.rglob("*"))
         assert f"volume {root}: " in node.shoal("storage", check=True).stdout

@@ -82,10 +82,10 @@ def test_a_machine_without_any_interface_has_loopback() -> None:
 
 
 def test_advertised_addresses_are_published_and_tried_in_order() -> None:
-    wished = ("169.254.3.4", "wifi.example", "100.70.0.5", "10.9.0.5", "127.0.0.1")
-    given_ = published_links(*ALL, advertise=wished)
-    assert tuple(hosts(given_)) == wished
-    assert tuple(hosts(sort_by_preference(filter_reachable(given_, same_host=False), ALL))) == wished
+    advertised = ("169.254.3.4", "wifi.example", "100.70.0.5", "10.9.0.5", "127.0.0.1")
+    given_ = published_links(*ALL, advertise=advertised)
+    assert tuple(hosts(given_)) == advertised
+    assert tuple(hosts(sort_by_preference(filter_reachable(given_, same_host=False), ALL))) == advertised
 
 
 def test_many_temporary_addresses_are_cut_and_loopback_stays() -> None:

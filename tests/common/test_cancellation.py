@@ -12,10 +12,10 @@ from tests.harness.nats import NatsServer, joined
 
 async def test_cancel_and_wait_ends_a_task_whose_cancel_meets_a_result() -> None:
     answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    heard: list[str] = []
+    received: list[str] = []
 
     async def asks_and_goes_on() -> None:
-        heard.append(await asyncio.wait_for(answer, 60))
+        received.append(await asyncio.wait_for(answer, 60))
         await asyncio.Event().wait()
 
     asking = asyncio.create_task(asks_and_goes_on())

@@ -14,7 +14,7 @@ from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.kv_mirror import follow_forever
 from shoal_common.errors import OtherVersion
 from shoal_common.host.process_identity import this_process
-from shoal_common.liveness.compatibility import CompatibleLiveView, check_cluster_version
+from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.messages import encode
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
 from tests.harness.nats import Joined, NatsServer, joined
@@ -48,7 +48,7 @@ async def toy(directory: Path, nats: NatsServer, node: str, version: str = VERSI
 
 
 def test_a_live_view_has_only_services_of_our_major_version(caplog: pytest.LogCaptureFixture) -> None:
-    view = CompatibleLiveView("1.2.3")
+    view = CompatibleLiveMirror("1.2.3")
     view.replace({"a.storage": encode(live("1.9.0")), "b.storage": encode(live("2.0.0")), "c.storage": b"{"}, 3)
     view.apply("b.fetcher", encode(live("2.0.0")), 4)
     view.apply("d.storage", encode(live("latest")), 5)
@@ -69,7 +69,7 @@ def test_a_live_view_has_only_services_of_our_major_version(caplog: pytest.LogCa
 def test_an_ignored_node_is_logged_once_and_not_at_every_beat(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    view = CompatibleLiveView("1.2.3")
+    view = CompatibleLiveMirror("1.2.3")
     values = {"b.storage": encode(live("2.0.0"))}
     for round_number in range(3):
         view.replace(dict(values), round_number)
@@ -99,9 +99,9 @@ async def test_a_newcomer_is_refused_naming_the_node_and_both_versions(own_nats:
         async with toy(tmp_path, own_nats, "young") as young:
             assert await young.wait_exit() == OtherVersion.exit_code == 10
         renewing.cancel()
-        (said,) = [line for line in young.lines if "level=error" in line]
-        for words in ("node elder", "98.0.0", "node young", VERSION, "code=other_version", "shoal down"):
-            assert words in said, said
+        (message,) = [line for line in young.lines if "level=error" in line]
+        for text in ("node elder", "98.0.0", "node young", VERSION, "code=other_version", "shoal down"):
+            assert text in message, message
         assert "Traceback" not in young.output and "trace=" not in young.output
         assert await here.buckets.live.get(liveness_key("young", "storage")) is None
 
@@ -152,7 +152,7 @@ async def test_keys_of_a_dead_old_cluster_block_newcomers_until_expiry(own_nats:
 async def test_a_restart_of_nats_is_no_sign_of_life(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         await here.buckets.live.put(liveness_key("dead", "storage"), live("98.0.0"))
-        view = CompatibleLiveView(VERSION)
+        view = CompatibleLiveMirror(VERSION)
         following = asyncio.create_task(follow_forever(here.nats, view))
         await view.wait_loaded(30)
         seen = here.nats.reconnects.count
@@ -172,7 +172,7 @@ async def test_two_partitions_that_meet_again_both_stay(own_nats: NatsServer, tm
     async with joined(own_nats) as here, toy(tmp_path, own_nats, "here") as service:
         await service.wait_ready()
         renewing = await beating(here, liveness_key("there", "storage"), live("98.0.0"))
-        view = CompatibleLiveView(VERSION)
+        view = CompatibleLiveMirror(VERSION)
         following = asyncio.create_task(follow_forever(here.nats, view))
         await view.wait_loaded(30)
 

@@ -22,8 +22,8 @@ def shown(secret: str, purpose: str) -> dict[str, str]:
 
 
 @given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
-def test_I12_only_the_same_secret_is_accepted(mine: str, theirs: str) -> None:
-    assert is_authorized(mine, "blobs", shown(theirs, "blobs")) == (mine == theirs)
+def test_I12_only_the_same_secret_is_accepted(own: str, theirs: str) -> None:
+    assert is_authorized(own, "blobs", shown(theirs, "blobs")) == (own == theirs)
 
 
 def test_I12_a_key_for_one_purpose_opens_no_other() -> None:

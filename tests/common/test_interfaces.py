@@ -209,8 +209,8 @@ def test_interfaces_are_read_again_only_on_refresh() -> None:
 
 
 def test_when_the_system_call_fails_the_last_interfaces_stay() -> None:
-    away = OSError("too many open files")
-    answers: list[OSError | tuple[Interface, ...]] = [away, (Interface("a", "ethernet"),), away]
+    failure = OSError("too many open files")
+    answers: list[OSError | tuple[Interface, ...]] = [failure, (Interface("a", "ethernet"),), failure]
 
     def read() -> tuple[Interface, ...]:
         answer = answers.pop(0)

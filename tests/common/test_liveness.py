@@ -34,12 +34,12 @@ async def live(here: Joined, node: str, service: str = "storage") -> LivenessRec
 
 async def test_a_claimed_key_names_its_process(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
-        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
-        await mine.claim()
+        own = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await own.claim()
         there = await live(here, node)
         assert there is not None
-        assert (there.holder.uid, there.holder.pid) == (mine.uid, os.getpid())
-        await mine.remove_key()
+        assert (there.holder.uid, there.holder.pid) == (own.uid, os.getpid())
+        await own.remove_key()
         assert await live(here, node) is None
 
 
@@ -82,8 +82,8 @@ async def test_a_holder_on_another_machine_keeps_its_claim_while_alive(
             holder=ProcessIdentity(uid="theirs", host="elsewhere/boot/ns", pid=1), version=VERSION
         )
         await here.buckets.live.put(key, elsewhere)
-        mine = Liveness(here.buckets.live, node, "storage")
-        claiming = asyncio.create_task(mine.claim())
+        own = Liveness(here.buckets.live, node, "storage")
+        claiming = asyncio.create_task(own.claim())
 
         async def waiting() -> bool:
             return "waiting for another host's key" in caplog.text
@@ -96,10 +96,10 @@ async def test_a_holder_on_another_machine_keeps_its_claim_while_alive(
 
 async def test_facts_with_new_addresses_are_published_at_once(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
-        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
-        await mine.claim()
-        beating = asyncio.create_task(mine.renew_forever())
-        mine.set_facts(NodeFacts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
+        own = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await own.claim()
+        beating = asyncio.create_task(own.renew_forever())
+        own.set_facts(NodeFacts(addresses=["127.0.0.1:7000"], disk_free_bytes=5))
 
         async def published() -> bool:
             there = await live(here, node)
@@ -107,7 +107,7 @@ async def test_facts_with_new_addresses_are_published_at_once(nats: NatsServer, 
 
         await eventually(published, "the new address is told", module.RENEW_INTERVAL_S / 2)
         beating.cancel()
-        await mine.remove_key()
+        await own.remove_key()
 
 
 async def test_interface_changes_are_published_with_the_beats_only(
@@ -117,19 +117,19 @@ async def test_interface_changes_are_published_with_the_beats_only(
     lo = NodeAddress(address="127.0.0.1:7000", kind="loopback")
     eth = NodeAddress(address="10.0.0.5:7000", interface="eth0", kind="ethernet")
     wifi = NodeAddress(address="192.168.2.5:7000", interface="wlan0", kind="wifi")
-    now, looks = [eth, lo], 0
+    now, polls = [eth, lo], 0
 
     def read_links() -> list[NodeAddress]:
-        nonlocal looks
-        looks += 1
+        nonlocal polls
+        polls += 1
         return list(now)
 
     async with joined(nats) as here:
-        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
-        await mine.claim()
-        mine.track_addresses(read_links)
-        mine.set_facts(NodeFacts(memory_total_bytes=7))
-        beating = asyncio.create_task(mine.renew_forever())
+        own = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await own.claim()
+        own.track_addresses(read_links)
+        own.set_facts(NodeFacts(memory_total_bytes=7))
+        beating = asyncio.create_task(own.renew_forever())
 
         async def published(links: list[NodeAddress]) -> bool:
             there = await live(here, node)
@@ -143,28 +143,28 @@ async def test_interface_changes_are_published_with_the_beats_only(
         there = await live(here, node)
         assert there is not None and there.facts.memory_total_bytes == 7
         assert there.facts.addresses == [wifi.address]  # loopback is for the same machine only
-        before, looked = await here.last_sequence("KV_live"), looks
+        before, polls_before = await here.last_sequence("KV_live"), polls
 
         async def read_again() -> bool:
-            return looks >= looked + 5
+            return polls >= polls_before + 5
 
         await eventually(read_again, "it looks on")
         beats = await here.last_sequence("KV_live") - before
-        assert beats <= looks - looked + 1  # one write for each reading of the addresses: the renewal itself
+        assert beats <= polls - polls_before + 1  # one write for each reading of the addresses: the renewal itself
         beating.cancel()
-        await mine.remove_key()
+        await own.remove_key()
 
 
 async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
-        mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
-        await mine.claim()
+        own = Liveness(here.buckets.live, node := fresh("node"), "storage")
+        await own.claim()
         # NATS stored this renewal just before it was away for longer than a write is retried.
         there = await live(here, node)
         assert there is not None
         await here.buckets.live.put(liveness_key(node, "storage"), there)
-        mine.set_facts(NodeFacts(addresses=["127.0.0.1:7001"]))
-        beating = asyncio.create_task(mine.renew_forever())
+        own.set_facts(NodeFacts(addresses=["127.0.0.1:7001"]))
+        beating = asyncio.create_task(own.renew_forever())
 
         async def published() -> bool:
             now = await live(here, node)
@@ -173,20 +173,20 @@ async def test_an_unacknowledged_beat_is_not_taken_for_another_process(nats: Nat
         await eventually(published, "it beats on")
         assert not beating.done(), beating.exception()
         beating.cancel()
-        await mine.remove_key()
+        await own.remove_key()
         assert await live(here, node) is None
 
 
 async def test_a_beat_survives_restarts_of_nats_and_a_lost_store(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
-        mine = Liveness(here.buckets.live, "node-a", "storage")
-        await mine.claim()
-        beating = asyncio.create_task(mine.renew_forever())
+        own = Liveness(here.buckets.live, "node-a", "storage")
+        await own.claim()
+        beating = asyncio.create_task(own.renew_forever())
         for round_number, again in enumerate((own_nats.restart, own_nats.wipe), start=1):
             again()
             async with joined(own_nats):  # the first one to connect creates the streams again
                 pass
-            mine.set_facts(NodeFacts(addresses=[f"127.0.0.1:{round_number}"]))
+            own.set_facts(NodeFacts(addresses=[f"127.0.0.1:{round_number}"]))
 
             async def published(port: int = round_number) -> bool:
                 there = await live(here, "node-a")
@@ -195,20 +195,20 @@ async def test_a_beat_survives_restarts_of_nats_and_a_lost_store(own_nats: NatsS
             await eventually(published, "it beats again")
         assert not beating.done()
         beating.cancel()
-        await mine.remove_key()
+        await own.remove_key()
 
 
 async def test_unpublishing_works_in_the_middle_of_a_beat(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         for _ in range(5):
-            mine = Liveness(here.buckets.live, node := fresh("node"), "storage")
-            await mine.claim()
-            beating = asyncio.create_task(mine.renew_forever())
-            mine.set_facts(NodeFacts(addresses=["127.0.0.1:7000"]))
+            own = Liveness(here.buckets.live, node := fresh("node"), "storage")
+            await own.claim()
+            beating = asyncio.create_task(own.renew_forever())
+            own.set_facts(NodeFacts(addresses=["127.0.0.1:7000"]))
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # the renewal is sent, its ack has not arrived
             beating.cancel()
-            await mine.remove_key()
+            await own.remove_key()
             assert await live(here, node) is None
 
 

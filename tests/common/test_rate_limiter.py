@@ -15,10 +15,10 @@ async def test_without_a_limit_nobody_waits() -> None:
 
 async def test_takers_wait_in_turn_and_any_size_gets_through() -> None:
     now_s, order = 0.0, []
-    pace = RateLimiter(100, clock_s=lambda: now_s)
+    limiter = RateLimiter(100, clock_s=lambda: now_s)
 
     async def take(name: str, count: int) -> None:
-        await pace.acquire(count)
+        await limiter.acquire(count)
         order.append(name)
 
     async with asyncio.TaskGroup() as tasks:
@@ -27,34 +27,34 @@ async def test_takers_wait_in_turn_and_any_size_gets_through() -> None:
         await asyncio.sleep(0)
         assert order == []
         now_s = 2000.0
-        pace.set_rate(None)
+        limiter.set_rate(None)
     assert order == ["large", "small"]
 
 
 async def test_a_limit_that_is_lifted_frees_who_waits() -> None:
-    pace = RateLimiter(1)
-    waiting = asyncio.ensure_future(pace.acquire(1_000_000))
+    limiter = RateLimiter(1)
+    waiting = asyncio.ensure_future(limiter.acquire(1_000_000))
     await asyncio.sleep(0)
-    pace.set_rate(None)
+    limiter.set_rate(None)
     async with asyncio.timeout(60):
         await waiting
 
 
 async def test_a_limit_that_is_raised_shortens_what_is_left_of_a_wait() -> None:
-    pace = RateLimiter(1)
-    waiting = asyncio.ensure_future(pace.acquire(1_000_000))
+    limiter = RateLimiter(1)
+    waiting = asyncio.ensure_future(limiter.acquire(1_000_000))
     await asyncio.sleep(0)
-    pace.set_rate(1_000_000_000)
+    limiter.set_rate(1_000_000_000)
     async with asyncio.timeout(60):
         await waiting
-    assert pace.bytes_per_s == 1_000_000_000
+    assert limiter.bytes_per_s == 1_000_000_000
 
 
 @pytest.mark.parametrize("count", [0, 1, 1 << 20])
 async def test_a_first_taker_waits_as_long_as_its_bytes_take(count: int) -> None:
     now_s = 10.0
-    pace = RateLimiter(1 << 20, clock_s=lambda: now_s)
-    waiting = asyncio.ensure_future(pace.acquire(count))
+    limiter = RateLimiter(1 << 20, clock_s=lambda: now_s)
+    waiting = asyncio.ensure_future(limiter.acquire(count))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert waiting.done() == (count == 0)

@@ -53,12 +53,12 @@ async def running(passes: Passes, work: Callable[[], Awaitable[None]], level: bo
 
 async def test_every_change_causes_a_pass_also_one_during_a_pass() -> None:
     passes = Passes()
-    in_the_midst, go_on = asyncio.Event(), asyncio.Event()
+    in_the_midst, resume = asyncio.Event(), asyncio.Event()
 
     async def slow(number: int) -> None:
         if number == 2:
             in_the_midst.set()
-            await go_on.wait()
+            await resume.wait()
 
     passes.then = slow
 
@@ -66,7 +66,7 @@ async def test_every_change_causes_a_pass_also_one_during_a_pass() -> None:
         passes.change()
         await in_the_midst.wait()
         passes.change()
-        go_on.set()
+        resume.set()
         await passes.wait_count(3)
 
     await running(passes, work)

@@ -33,10 +33,10 @@ def test_it_begins_with_what_is_durable_and_gains_what_is_added(tmp_path: Path) 
     layout, size = partial_in(tmp_path), 20 * LEAF_BYTES - 7
     durable = Bitmap(size)
     durable.add(3)
-    with RelayBitmapFile(layout, BLOB, durable) as said:
+    with RelayBitmapFile(layout, BLOB, durable) as relay:
         assert leaves_of(read_relay_bitmap(layout, BLOB, size)) == [3]
-        said.add([19, 0, 8])
-        assert leaves_of(read_relay_bitmap(layout, BLOB, size)) == leaves_of(said.bitmap) == [0, 3, 8, 19]
+        relay.add([19, 0, 8])
+        assert leaves_of(read_relay_bitmap(layout, BLOB, size)) == leaves_of(relay.bitmap) == [0, 3, 8, 19]
     # A fetcher that restarts in the same boot trusts its own file.
     with RelayBitmapFile(layout, BLOB, Bitmap(size)) as again:
         assert leaves_of(again.bitmap) == [0, 3, 8, 19]
@@ -44,8 +44,8 @@ def test_it_begins_with_what_is_durable_and_gains_what_is_added(tmp_path: Path) 
 
 def test_a_bitmap_of_another_boot_is_empty_and_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, size = partial_in(tmp_path), 9 * LEAF_BYTES
-    with RelayBitmapFile(layout, BLOB, Bitmap(size)) as said:
-        said.add(range(9))
+    with RelayBitmapFile(layout, BLOB, Bitmap(size)) as relay:
+        relay.add(range(9))
     monkeypatch.setattr(relay_bitmap, "boot_id", lambda: bytes(16))
     assert leaves_of(read_relay_bitmap(layout, BLOB, size)) == []
     with RelayBitmapFile(layout, BLOB, Bitmap(size)):
@@ -56,8 +56,8 @@ def test_a_bitmap_of_another_boot_is_empty_and_begins_again(tmp_path: Path, monk
 def test_a_bitmap_of_another_size_or_without_a_file_is_empty(tmp_path: Path) -> None:
     layout, size = partial_in(tmp_path), 2 * LEAF_BYTES
     assert leaves_of(read_relay_bitmap(layout, BLOB, size)) == []
-    with RelayBitmapFile(layout, BLOB, Bitmap(size)) as said:
-        said.add([1])
+    with RelayBitmapFile(layout, BLOB, Bitmap(size)) as relay:
+        relay.add([1])
     assert leaves_of(read_relay_bitmap(layout, BLOB, size + 1)) == []
 
 
@@ -71,8 +71,8 @@ def test_any_bytes_of_a_bitmap_are_trusted_as_a_unit_or_not(data: bytes) -> None
 
 def test_the_sample_in_the_docstring_is_what_is_written(tmp_path: Path) -> None:
     layout = partial_in(tmp_path)
-    with RelayBitmapFile(layout, BLOB, Bitmap(LEAF_BYTES + 1)) as said:
-        said.add([1])
+    with RelayBitmapFile(layout, BLOB, Bitmap(LEAF_BYTES + 1)) as relay:
+        relay.add([1])
     data = layout.relay_bitmap(BLOB).read_bytes()
     assert data[:16] == boot_id() and data[16:].hex(" ") == "01 00 10 00 00 00 00 00 02"
     assert data[16:].hex(" ") in (relay_bitmap.__doc__ or "")

@@ -95,9 +95,9 @@ async def test_systemd_hears_of_ready_watchdog_and_stopping(home: Home, tmp_path
         async def hear(word: str) -> str:
             async with asyncio.timeout(45):
                 while True:
-                    told = (await asyncio.get_running_loop().sock_recv(supervisor, 4096)).decode()
-                    if word in told:
-                        return told
+                    message = (await asyncio.get_running_loop().sock_recv(supervisor, 4096)).decode()
+                    if word in message:
+                        return message
 
         environment = home.environment(NOTIFY_SOCKET=str(path), WATCHDOG_USEC="300000")
         async with started(TOY, environment=environment) as toy:

@@ -158,7 +158,7 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "words"),
+    ("text", "error", "expected"),
     [
         ("[storage\n", BadInput, "node.toml cannot be read"),
         ("storage = 5\n", Refused, "write it as a section"),
@@ -167,10 +167,10 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_edited_safely_is_left_untouched(
-    tmp_path: Path, text: str, error: type[Exception], words: str
+    tmp_path: Path, text: str, error: type[Exception], expected: str
 ) -> None:
     (tmp_path / "node.toml").write_text(text)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=expected):
         change(tmp_path, {"headroom_bytes": 5})
     assert (tmp_path / "node.toml").read_text() == text
 

@@ -10,8 +10,8 @@ from shoal_common import VERSION
 from shoal_common.liveness.compatibility import are_compatible, compatibility_version
 
 numbers = st.integers(0, 999_999_999)
-words = st.from_regex(r"[0-9A-Za-z-]{1,8}(\.[0-9A-Za-z-]{1,8}){0,2}", fullmatch=True)
-tails = st.one_of(st.just(""), words.map("-{}".format), words.map("+{}".format))
+dotted_identifiers = st.from_regex(r"[0-9A-Za-z-]{1,8}(\.[0-9A-Za-z-]{1,8}){0,2}", fullmatch=True)
+tails = st.one_of(st.just(""), dotted_identifiers.map("-{}".format), dotted_identifiers.map("+{}".format))
 versions = st.builds("{}.{}.{}{}".format, numbers, numbers, numbers, tails)
 texts = st.one_of(st.text(max_size=30), versions)
 

@@ -19,14 +19,14 @@ from shoal_fetcher.downloads import disk_full_wait as blocked_module
 from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
 from shoal_fetcher.partials.partial_blob import probe_disk
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, in_vain_delay_s, look_again_s
+from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
 from shoal_fetcher.storage_client import StorageClient
 from tests.harness.nats import Joined, NatsServer, joined
 
 Fresh = Callable[[str], str]
 MODEL = f"org/name@{'c' * 40}"
 BLOB = "a" * 64
-FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, words="7 B more needed, 3 B free")
+FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, message="7 B more needed, 3 B free")
 MET = DiskFull("disk full: No space left on device", blob=BLOB)
 BEGUN_S = 1_800_000_000.0
 
@@ -69,7 +69,7 @@ class Passing(ClusterView):
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that nothing ends early take no time."""
     monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(blocked_module, "in_vain_delay_s", lambda _: 0.0)
+    monkeypatch.setattr(blocked_module, "futile_attempt_backoff_s", lambda _: 0.0)
 
 
 def progress_of(here: Joined, node: str, **fields: float) -> Progress:
@@ -86,12 +86,14 @@ async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
         blockage = DiskFullWait(progress, storage, around, StorePaths(tmp_path), lambda: around.now_s)
         await blockage.wait_for_space(MODEL, MET)
         await progress.publish()  # as every second
-        said = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
-        assert said is not None and said.phase == "blocked" and said.blocked_since_s == BEGUN_S
-        assert said.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
-        assert said.error is not None and said.error.code == "disk_full"
-        assert said.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
-        assert storage.asked_count == 4 and around.waited_s == [look_again_s(n) for n in (1, 2, 3)]
+        published = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
+        assert published is not None and published.phase == "blocked" and published.blocked_since_s == BEGUN_S
+        assert (
+            published.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
+        )
+        assert published.error is not None and published.error.code == "disk_full"
+        assert published.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
+        assert storage.asked_count == 4 and around.waited_s == [space_check_backoff_s(n) for n in (1, 2, 3)]
 
 
 async def test_I7_a_day_without_space_ends_in_an_error_that_names_it(
@@ -166,5 +168,5 @@ def test_a_write_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_I7_waits_grow_and_have_a_bound() -> None:
-    assert [in_vain_delay_s(n) for n in (0, 1, 2, 3, 7, 8, 10**6)] == [0, 1, 2, 4, 60, 60, 60]
-    assert [look_again_s(n) for n in (1, 2, 3, 4, 5, 10**6)] == [5, 10, 20, 40, 60, 60]
+    assert [futile_attempt_backoff_s(n) for n in (0, 1, 2, 3, 7, 8, 10**6)] == [0, 1, 2, 4, 60, 60, 60]
+    assert [space_check_backoff_s(n) for n in (1, 2, 3, 4, 5, 10**6)] == [5, 10, 20, 40, 60, 60]

@@ -38,10 +38,10 @@ async def emitted(here: Pulls, node: str, name: str) -> list[dict[str, Any]]:
 async def the_event(here: Pulls, node: str, name: str) -> dict[str, Any]:
     """Wait for the only event of this name for the test's model."""
 
-    async def look() -> list[dict[str, Any]]:
+    async def poll() -> list[dict[str, Any]]:
         return await emitted(here, node, name)
 
-    (event,) = await eventually(look, f"{name} is emitted")
+    (event,) = await eventually(poll, f"{name} is emitted")
     return event
 
 

@@ -175,8 +175,10 @@ async def test_a_pull_blocked_by_a_foreign_file_resumes_by_itself(
             ballast = fill(disk)
             stopped = await blocked(here, name)
             assert 2 * LEAF_BYTES <= stopped.done_bytes < size
-            said = await here.buckets.state.get_as(storage_key(name), StorageState)
-            assert said is not None and said.reserved_bytes >= size - stopped.done_bytes, "the reservation stands"
+            published = await here.buckets.state.get_as(storage_key(name), StorageState)
+            assert published is not None and published.reserved_bytes >= size - stopped.done_bytes, (
+                "the reservation stands"
+            )
 
             # The death of either service changes nothing.
             await node.restart(here.here, "storage")

@@ -29,9 +29,9 @@ async def test_a_rate_limit_is_published_waited_for_and_survived(
     site.hub.set_faults(Faults(rate_limit=RateLimit(times=2, retry_after_s=1, kinds=kinds)))  # type: ignore[arg-type]  # literals
     async with site.join() as here:
         pull = await here.begin("a")
-        said = await here.state("a", lambda s: "429" in s.waiting_for)
-        assert "hub 127.0.0.1" in said.waiting_for
-        assert "limits our requests: retry in 1 s (HTTP 429)" in said.waiting_for
+        published = await here.state("a", lambda s: "429" in s.waiting_for)
+        assert "hub 127.0.0.1" in published.waiting_for
+        assert "limits our requests: retry in 1 s (HTTP 429)" in published.waiting_for
         assert (await pull).ok
         await here.assert_complete("a", files)
         state = await here.state_now("a")

@@ -77,7 +77,7 @@ async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) 
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "expected"),
     [
         ({"config.json": None}, Unsupported, "config.json"),
         ({"config.json": b"{"}, Corrupt, "config.json"),
@@ -89,12 +89,12 @@ async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) 
     ],
 )
 async def test_a_model_without_a_shape_reports_what_is_wrong_with_it(
-    site: Site, change: dict[str, bytes | None], error: type[ShoalError], words: str
+    site: Site, change: dict[str, bytes | None], error: type[ShoalError], expected: str
 ) -> None:
     files = {**model(site.repo), **change}
     site.make({path: data for path, data in files.items() if data is not None})
     async with site.join() as here:
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=expected):
             await shape(here, "a", site.repo)
 
 

@@ -31,8 +31,8 @@ async def test_offline_nothing_connects_and_held_models_are_pulled(
             await here.assert_complete("b", files)
             assert (await here.delete("b")).ok
             await here.pull_ok("b", f"{site.repo}@{commit}")
-            code, words = await here.pull_fails("b", f"{site.repo}-nowhere")
-            assert code == "hub_unavailable" and "HF_HUB_OFFLINE" in words
+            code, message = await here.pull_fails("b", f"{site.repo}-nowhere")
+            assert code == "hub_unavailable" and "HF_HUB_OFFLINE" in message
             assert connections == 0
             requests = site.hub.stats().requests
             assert (requests.api, requests.head, requests.get) == (0, 0, 0)

@@ -65,7 +65,7 @@ class Source:
     async def write(self, data: bytes) -> None:
         """Add the next bytes."""
         for leaf, whole in self.cutter.feed(data):
-            assert await self.partial.write(leaf, whole, vouch=True)
+            assert await self.partial.write(leaf, whole, trust_hash=True)
 
 
 async def fill(partial: PartialBlob, data: bytes, cuts: list[int], upto: int | None = None, begin: int = 0) -> Source:
@@ -146,7 +146,7 @@ async def test_a_source_that_starts_over_does_not_touch_durable_bytes(tmp_path: 
     async with opened(directory, len(data)) as partial:
         await Source(partial).write(data[:LEAF_BYTES])
     async with opened(directory, len(data)) as partial:
-        assert not await partial.write(0, b"\0" * LEAF_BYTES, vouch=True)
+        assert not await partial.write(0, b"\0" * LEAF_BYTES, trust_hash=True)
         await fill(partial, data, [LEAF_BYTES])
         assert partial.written == partial.relayable == partial.all_leaves
     assert (directory / "data").read_bytes() == data
@@ -198,12 +198,12 @@ async def test_I6_leaves_whose_sync_failed_are_never_claimed(tmp_path: Path, mon
     async with opened(directory, len(data)) as partial:
         partial.on_change = tried.set
         monkeypatch.setattr(os, "fsync", failing)
-        assert await partial.write(0, data[:LEAF_BYTES], vouch=True)
+        assert await partial.write(0, data[:LEAF_BYTES], trust_hash=True)
         await tried.wait()
         assert partial.written == partial.relayable == 0, "it is in doubt"
         with pytest.raises(OSError):
-            await partial.write(1, data[LEAF_BYTES:], vouch=True)
-        assert await partial.write(1, data[LEAF_BYTES:], vouch=True)
+            await partial.write(1, data[LEAF_BYTES:], trust_hash=True)
+        assert await partial.write(1, data[LEAF_BYTES:], trust_hash=True)
         assert list(ready_leaves(directory, len(data))) == [1]
     assert claims_only_what_is_there(directory, data).missing_ranges() == [(0, LEAF_BYTES)]
 

@@ -112,8 +112,8 @@ async def test_only_a_person_who_resumes_or_pulls_ends_a_pause(
         body = json.dumps({"model": site.repo, "keep_paused": True}).encode()
         outcome = await here.ask("a", "download", body)
         assert outcome.error is not None and outcome.error.code == "paused"
-        wish, state = await download_spec(here, "a"), await here.state_now("a")
-        assert wish is not None and wish.paused and state is not None and state.phase == "paused"
+        request, state = await download_spec(here, "a"), await here.state_now("a")
+        assert request is not None and request.paused and state is not None and state.phase == "paused"
         assert (await here.pull_ok("a")).resumed_bytes >= LEAF_BYTES
         await here.assert_complete("a", files)
 
@@ -125,19 +125,19 @@ async def test_I6_a_kill_during_a_pause_leaves_it_paused_and_published(site: Sit
         await here.begin("a")
         state = await here.durable("a", LEAF_BYTES)
         site["a"]["fetcher"].kill()
-        wish = await download_spec(here, "a")
-        assert wish is not None and len(wish.commands) == 1
+        request = await download_spec(here, "a")
+        assert request is not None and len(request.commands) == 1
         key = download_key("a", site.repo)
-        await here.buckets.spec.put(key, msgspec.structs.replace(wish, paused=True, commands=[]))
+        await here.buckets.spec.put(key, msgspec.structs.replace(request, paused=True, commands=[]))
         site["a"]["fetcher"].start()
         await site["a"].ready(here.here, "fetcher")
-        said = await here.state("a", lambda s: s.phase == "paused")
-        assert said.commit == state.commit
+        published = await here.state("a", lambda s: s.phase == "paused")
+        assert published.commit == state.commit
         # The same for a rejected download, killed before its request was deleted: it is not retried.
         site["a"]["fetcher"].kill()
-        ended = msgspec.structs.replace(said, phase="rejected", updated_at_s=wish.requested_at_s + 1)
+        ended = msgspec.structs.replace(published, phase="rejected", updated_at_s=request.requested_at_s + 1)
         await here.buckets.state.put(key, ended)
-        await here.buckets.spec.put(key, wish)
+        await here.buckets.spec.put(key, request)
         site.hub.reset_stats()
         site["a"]["fetcher"].start()
         await site["a"].ready(here.here, "fetcher")

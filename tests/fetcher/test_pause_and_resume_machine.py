@@ -30,7 +30,7 @@ EXAMPLES, STEPS = 5, 14
 NODES = st.sampled_from(["a", "b"])
 SLOWLY = Faults(bytes_per_s=LEAF_BYTES)
 GONE = Faults(unavailable=UnavailableFault(times=None))
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 _examples = itertools.count()
 
 
@@ -145,11 +145,13 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
                 headers={"Nats-Msg-Id": identity},
             )
 
-            async def heard() -> bool:
-                wish = await self._request(node)
-                return (wish is not None and identity in wish.commands) or await self._answer(identity) is not None
+            async def received() -> bool:
+                request = await self._request(node)
+                return (request is not None and identity in request.commands) or await self._answer(
+                    identity
+                ) is not None
 
-            await eventually(heard, "the pull has been heard", PATIENCE_S)
+            await eventually(received, "the pull has been heard", TIMEOUT_S)
             person.word = "pull"
             await self._check()
 
@@ -157,7 +159,7 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
             if self.people[node].word != "pull" or self.gone:
                 return
             await self.here.state(
-                node, lambda s: s.done_bytes >= fetched_bytes or s.phase in ENDED_PHASES, self.model, PATIENCE_S
+                node, lambda s: s.done_bytes >= fetched_bytes or s.phase in ENDED_PHASES, self.model, TIMEOUT_S
             )
 
         async def _pause(self, node: str) -> None:
@@ -202,8 +204,8 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
             if person.word != "nothing":
                 # The order of arrival is not known here: the stored request tells, and everything else must agree
                 # with it.
-                wish = await self._request(node)
-                person.word = "nothing" if wish is None else "pause" if wish.paused else "pull"
+                request = await self._request(node)
+                person.word = "nothing" if request is None else "pause" if request.paused else "pull"
                 state = await self.here.state_now(node, self.model)
                 person.sources = state.sources if state else {}
             await self._check()
@@ -218,7 +220,7 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
             """Require that the commands that waited for the download are answered."""
             person = self.people[node]
             for identity in person.pulls:
-                outcome = await eventually(lambda i=identity: self._answer(i), "the pull has its answer", PATIENCE_S)  # type: ignore[misc]  # mypy cannot infer it
+                outcome = await eventually(lambda i=identity: self._answer(i), "the pull has its answer", TIMEOUT_S)  # type: ignore[misc]  # mypy cannot infer it
                 assert outcome.ok or (outcome.error is not None and outcome.error.code != "expired")
             person.pulls.clear()
 
@@ -226,21 +228,23 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
             for node, person in self.people.items():
 
                 async def agrees(node: str = node, person: Person = person) -> bool:
-                    wish, state = await self._request(node), await self.here.state_now(node, self.model)
+                    request, state = await self._request(node), await self.here.state_now(node, self.model)
                     phase = state.phase if state else "unknown"
                     if person.word == "pause":
                         # At once and always: not eventually.
-                        assert wish is not None and wish.paused, "a pause outlasts everything but a person's word"
+                        assert request is not None and request.paused, (
+                            "a pause outlasts everything but a person's word"
+                        )
                         assert phase == "paused", phase
                         assert state is not None and state.sources == person.sources, "bytes moved while paused"
                         return True
-                    if wish is None:
+                    if request is None:
                         person.word = "nothing"
                         return phase == "unknown" or phase in ENDED_PHASES
-                    assert not wish.paused
+                    assert not request.paused
                     return phase not in ("unknown", "paused") and phase not in ENDED_PHASES
 
-                await eventually(agrees, f"what is said of {node} agrees with its person", PATIENCE_S)
+                await eventually(agrees, f"what is said of {node} agrees with its person", TIMEOUT_S)
             if all(person.word != "pull" for person in self.people.values()):
                 gets = self._gets()
                 await asyncio.gather(*(self._send(node, "pause") for node in ("a", "b")))

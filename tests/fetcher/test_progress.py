@@ -86,7 +86,7 @@ async def test_idle_progress_is_silent_and_a_stalled_one_has_no_rate(
             return state is not None and wanted(state.speed_bytes_per_s)
 
         await eventually(lambda: speed(lambda s: s > 0), "a speed is said")
-        await eventually(lambda: speed(lambda s: s == 0), "and taken back")
+        await eventually(lambda: speed(lambda s: s == 0), "and back to zero")
         before = await here.last_sequence("KV_state")
         # Twenty more rounds of the publisher, none of which has anything to publish.
         with pytest.raises(AssertionError):
@@ -108,16 +108,16 @@ async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsSe
 
         key = download_key(node, "org/name")
         await here.client.subscribe(f"$KV.state.{key}", cb=wrote)
-        begun_s, told, files_count = time.monotonic(), list[int](), 0
+        begun_s, published, files_count = time.monotonic(), list[int](), 0
         publishing = asyncio.create_task(progress.publish_forever())
         phases: list[DownloadPhase] = ["queued", "reserving", "fetching"]
         for phase in phases:
             await progress.publish_state(phase=phase, total_bytes=1 << 40)
 
         async def publish_file(number: int) -> None:
-            told.append(number)
+            published.append(number)
 
-        while len(writes) < 5 or not told:
+        while len(writes) < 5 or not published:
             files_count += 1
             progress.record_received(("hub", "b")[files_count % 2], 1 << 20)
             progress.set_durable_bytes("a" * 64, files_count)
@@ -132,7 +132,7 @@ async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsSe
         await here.client.flush()
         elapsed_s = time.monotonic() - begun_s
         assert len(writes) <= int(elapsed_s) + len(phases) + 1, (len(writes), elapsed_s)
-        assert sorted(told) == list(range(1, files_count + 1)), "each once"
+        assert sorted(published) == list(range(1, files_count + 1)), "each once"
         assert len(writes[-1].blobs) == files_count and writes[-1].phase == "verifying"
         fetching = [w for w in writes if w.source_speeds]
         assert fetching and set(fetching[-1].source_speeds) == {"hub", "b"}

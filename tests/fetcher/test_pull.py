@@ -166,16 +166,16 @@ async def test_a_model_is_pulled_by_commit_from_a_peer_that_has_main(site: Site)
 async def test_two_models_that_share_blobs_fetch_them_once(site: Site) -> None:
     shared = {f"shared-{i}.safetensors": noise((6 - i) * LEAF_BYTES, f"{site.repo}{i}") for i in range(5)}
     other = site.repo + "-sibling"
-    mine, others = shared | {"config.json": b"mine" + site.repo.encode()}, shared | {"config.json": b"other"}
-    site.make(mine)
+    own, others = shared | {"config.json": b"mine" + site.repo.encode()}, shared | {"config.json": b"other"}
+    site.make(own)
     site.make(others, other)
     async with site.join() as here:
         states = await asyncio.gather(here.pull_ok("a"), here.pull_ok("a", other))
-        await here.assert_complete("a", mine)
+        await here.assert_complete("a", own)
         await here.assert_complete("a", others, other)
         large = sum(map(len, shared.values()))
         sent = site.hub_bytes() + site.hub_bytes(other)
-        assert sent == large + len(mine["config.json"]) + len(others["config.json"])
+        assert sent == large + len(own["config.json"]) + len(others["config.json"])
         assert all(s.done_bytes == s.total_bytes for s in states)
         assert "reserving again" not in site["a"]["fetcher"].log()
 

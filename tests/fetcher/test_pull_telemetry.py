@@ -77,8 +77,8 @@ async def test_a_pull_is_one_trace_with_a_span_per_file(site: Site, collector: C
             site["a"][service].start()
         await site["a"].ready(here.here, "storage", "fetcher")
     (transfer,) = [s for s in collector.spans if s.name == "transfer"]
-    mine = [s for s in collector.spans if s.trace_id == transfer.trace_id]
-    by_id = {s.span_id: s for s in mine}
+    spans = [s for s in collector.spans if s.trace_id == transfer.trace_id]
+    by_id = {s.span_id: s for s in spans}
 
     def above(span: Span) -> list[str]:
         names = []
@@ -88,10 +88,10 @@ async def test_a_pull_is_one_trace_with_a_span_per_file(site: Site, collector: C
         return names
 
     assert above(transfer)[0] == "process cmd.fetcher.download"
-    paths = {a.value.string_value for s in mine if s.name == "file" for a in s.attributes if a.key == "path"}
-    assert paths == set(files) and all(above(s)[0] == "transfer" for s in mine if s.name == "file")
+    paths = {a.value.string_value for s in spans if s.name == "file" for a in s.attributes if a.key == "path"}
+    assert paths == set(files) and all(above(s)[0] == "transfer" for s in spans if s.name == "file")
     for verb, below in (("reserve", "transfer"), ("commit", "file"), ("seal", "transfer")):
-        done = [s for s in mine if s.name == f"process svc.storage.{verb}"]
+        done = [s for s in spans if s.name == f"process svc.storage.{verb}"]
         assert len(done) == (2 if verb == "commit" else 1), verb
         assert all(above(s)[:2] == [f"send svc.storage.{verb}", below] for s in done), verb
     assert collector.values("shoal.transfer.bytes") == {("hub", "in"): size}

@@ -17,11 +17,11 @@ from tests.fetcher.pull_site import Site
 from tests.harness.waiting import eventually
 
 
-async def assert_pull_fails(site: Site, code: str, *words: str, phase: str = "failed", model: str = "") -> None:
+async def assert_pull_fails(site: Site, code: str, *texts: str, phase: str = "failed", model: str = "") -> None:
     """A pull on a fails with this code and these words, and leaves nothing behind."""
     async with site.join() as here:
         found, message = await here.pull_fails("a", model)
-        assert found == code and all(w in message for w in words), message
+        assert found == code and all(w in message for w in texts), message
         state = await here.state_now("a", model)
         assert state is not None and state.phase == phase
         assert state.error is not None and (state.error.code, state.error.message) == (code, message)
@@ -185,7 +185,7 @@ async def test_I6_an_interrupted_cancel_ends_at_the_next_start(site: Site) -> No
         async def request_is_gone() -> bool:
             return await here.buckets.spec.get(download_key("a", site.repo)) is None
 
-        await eventually(request_is_gone, "the wish is withdrawn")
+        await eventually(request_is_gone, "the request is withdrawn")
         site["a"]["fetcher"].kill()
         site["a"].start("storage", "fetcher")
         await site["a"].ready(here.here)

@@ -49,15 +49,15 @@ async def at_b(here: Pulls) -> dict[str, bytes]:
 async def begin(here: Pulls, layers: list[int], keep_paused: bool = False) -> asyncio.Task[Outcome]:
     """Request these layers on a, without waiting for them; the request is stored on return."""
     body = {"model": here.site.repo, "layers": layers, "keep_paused": keep_paused}
-    wish = await download_spec(here)
-    before = len(wish.commands) if wish else 0
+    request = await download_spec(here)
+    before = len(request.commands) if request else 0
     task = asyncio.create_task(here.ask("a", "download", json.dumps(body).encode()))
 
     async def is_kept() -> bool:
-        wish = await download_spec(here)
-        return task.done() or (wish is not None and len(wish.commands) > before)
+        request = await download_spec(here)
+        return task.done() or (request is not None and len(request.commands) > before)
 
-    await eventually(is_kept, "the wish is kept")
+    await eventually(is_kept, "the request is kept")
     return task
 
 
@@ -90,13 +90,13 @@ async def test_paused_layers_stay_the_same_over_restart_and_resume(site: Site) -
         refused = (await (await begin(here, [2, 4], keep_paused=True))).error
         assert refused is not None and refused.code == "paused"
         await site["a"].restart(here.here, "fetcher")
-        wish, state = await download_spec(here), await here.state_now("a")
-        assert wish is not None and (wish.paused, wish.layers) == (True, [[0, 2]])
+        request, state = await download_spec(here), await here.state_now("a")
+        assert request is not None and (request.paused, request.layers) == (True, [[0, 2]])
         assert state is not None and (state.phase, state.layers) == ("paused", [[0, 2]])
         assert await control(here, "a", "resume") == "resumed"
         done = await here.state("a", lambda s: s.phase == "ready")
-        told = await published_shard(here)
-        assert told is not None and told.layers == done.layers == [[0, 2]]
+        published = await published_shard(here)
+        assert published is not None and published.layers == done.layers == [[0, 2]]
         assert (await here.cancel("a")).result["cancelled"] is False
         assert (await here.delete("a")).ok and await published_shard(here) is None
         await here.nothing_is_left("a")
@@ -109,8 +109,8 @@ async def test_waiters_for_layers_hear_the_end_of_the_extended_fetch(site: Site)
         await here.durable("a", LEAF_BYTES)
         second = await begin(here, [2, 3])
         within = await begin(here, [1, 2])
-        wish = await download_spec(here)
-        assert wish is not None and wish.layers == [[0, 3]] and len(wish.commands) == 3
+        request = await download_spec(here)
+        assert request is not None and request.layers == [[0, 3]] and len(request.commands) == 3
         assert await control(here, "a", "pause") == "paused"
         for waiting in (first, second, within):
             error = (await waiting).error
@@ -119,8 +119,8 @@ async def test_waiters_for_layers_hear_the_end_of_the_extended_fetch(site: Site)
         again = await begin(here, [1, 4])
         await limit(here, "a", max_peer_bytes_per_s=None)
         assert (await ready(again)).layers == [[0, 4]]
-        told = await published_shard(here)
-        assert told is not None and told.layers == [[0, 4]]
+        published = await published_shard(here)
+        assert published is not None and published.layers == [[0, 4]]
         assert (await here.delete("a")).ok
 
 

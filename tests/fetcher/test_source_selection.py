@@ -124,79 +124,79 @@ def test_nodes_that_choose_at_once_spread_over_the_holders() -> None:
 
 def test_a_peer_that_failed_comes_after_all_that_did_not() -> None:
     found = [BlobHolder("a", BLOB), BlobHolder("b", BLOB)]
-    setbacks = SourceHealth()
-    setbacks.record_failure(Unavailable("gone"), "a")
-    assert choose_source(BLOB, found, None, "me", setbacks, {"b": 7}) == FetchFromPeer("b", BLOB)
+    health = SourceHealth()
+    health.record_failure(Unavailable("gone"), "a")
+    assert choose_source(BLOB, found, None, "me", health, {"b": 7}) == FetchFromPeer("b", BLOB)
 
 
 def test_I9_a_peer_down_for_a_moment_is_retried_before_the_hub() -> None:
-    setbacks, found, waited_s = SourceHealth(), [BlobHolder("a", BLOB)], 0.0
+    health, found, waited_s = SourceHealth(), [BlobHolder("a", BLOB)], 0.0
     for _ in range(MAX_PEER_FAILURES):
-        assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromPeer("a", BLOB)
-        waited_s += setbacks.record_failure(Unavailable("refused"), "a")
-    assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromHub()
+        assert choose_source(BLOB, found, None, "me", health, {}) == FetchFromPeer("a", BLOB)
+        waited_s += health.record_failure(Unavailable("refused"), "a")
+    assert choose_source(BLOB, found, None, "me", health, {}) == FetchFromHub()
     assert 5.0 < waited_s < 10.0
 
 
 def test_I1_a_peer_that_sent_wrong_bytes_is_not_used_again() -> None:
-    setbacks, found = SourceHealth(), [BlobHolder("a", BLOB)]
-    assert setbacks.record_failure(Corrupt("wrong"), "a") == 0.0
+    health, found = SourceHealth(), [BlobHolder("a", BLOB)]
+    assert health.record_failure(Corrupt("wrong"), "a") == 0.0
     for _ in range(20):
-        assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromHub()
-        setbacks.record_failure(HubUnavailable("away"), None)
+        assert choose_source(BLOB, found, None, "me", health, {}) == FetchFromHub()
+        health.record_failure(HubUnavailable("away"), None)
 
 
 def test_when_the_hub_fails_too_peers_get_another_chance() -> None:
-    setbacks, found = SourceHealth(), [BlobHolder("a", BLOB)]
+    health, found = SourceHealth(), [BlobHolder("a", BLOB)]
     for _ in range(MAX_PEER_FAILURES):
-        setbacks.record_failure(Unavailable("refused"), "a")
-    setbacks.record_failure(HubUnavailable("away"), None)
-    assert choose_source(BLOB, found, None, "me", setbacks, {}) == FetchFromPeer("a", BLOB)
+        health.record_failure(Unavailable("refused"), "a")
+    health.record_failure(HubUnavailable("away"), None)
+    assert choose_source(BLOB, found, None, "me", health, {}) == FetchFromPeer("a", BLOB)
 
 
 def test_wrong_bytes_from_the_hub_cost_one_restart_then_fail() -> None:
-    setbacks, error = SourceHealth(), Corrupt("wrong")
-    assert setbacks.record_failure(error, None) == 0.0
+    health, error = SourceHealth(), Corrupt("wrong")
+    assert health.record_failure(error, None) == 0.0
     with pytest.raises(Corrupt):
-        setbacks.record_failure(error, None)
+        health.record_failure(error, None)
 
 
 def test_I1_no_honest_peer_is_banned_for_a_liars_leaves() -> None:
-    setbacks, error = SourceHealth(vouchers={"liar", "honest"}), BlobHashMismatch("wrong")
-    setbacks.record_failure(Corrupt("too long"), "liar")
-    assert setbacks.record_failure(error, "honest") == 0.0
+    health, error = SourceHealth(trusted_sources={"liar", "honest"}), BlobHashMismatch("wrong")
+    health.record_failure(Corrupt("too long"), "liar")
+    assert health.record_failure(error, "honest") == 0.0
     found = [BlobHolder("honest", BLOB), BlobHolder("liar", BLOB)]
-    assert setbacks.askable(found) == [BlobHolder("honest", BLOB)] and not setbacks.vouchers
-    setbacks.vouchers.add("honest")  # alone this time
-    setbacks.record_failure(error, "honest")
-    assert setbacks.askable(found) == []
+    assert health.askable(found) == [BlobHolder("honest", BLOB)] and not health.trusted_sources
+    health.trusted_sources.add("honest")  # alone this time
+    health.record_failure(error, "honest")
+    assert health.askable(found) == []
 
 
 def test_I1_the_sender_of_the_bytes_is_blamed_not_the_last_asked() -> None:
-    setbacks = SourceHealth(vouchers={"liar"})
-    setbacks.record_failure(BlobHashMismatch("wrong"), "honest")
-    assert setbacks.banned == {"liar"}
+    health = SourceHealth(trusted_sources={"liar"})
+    health.record_failure(BlobHashMismatch("wrong"), "honest")
+    assert health.banned == {"liar"}
 
 
 def test_wrong_leaves_of_an_earlier_process_do_not_count_for_hub() -> None:
-    setbacks, error = SourceHealth(vouchers={UNKNOWN_SOURCE, HUB}), BlobHashMismatch("wrong")
-    assert setbacks.record_failure(error, None) == 0.0
-    assert not setbacks.hub_was_corrupt
+    health, error = SourceHealth(trusted_sources={UNKNOWN_SOURCE, HUB}), BlobHashMismatch("wrong")
+    assert health.record_failure(error, None) == 0.0
+    assert not health.hub_was_corrupt
 
 
 def test_I7_several_senders_that_never_make_the_blob_end_it() -> None:
-    setbacks, error = SourceHealth(), BlobHashMismatch("wrong")
+    health, error = SourceHealth(), BlobHashMismatch("wrong")
     with pytest.raises(Corrupt):
         for _ in range(100):
-            setbacks.vouchers = {"a", HUB}
-            setbacks.record_failure(error, None)
+            health.trusted_sources = {"a", HUB}
+            health.record_failure(error, None)
 
 
 def test_I7_a_hub_that_only_makes_us_wait_is_given_up_in_the_end() -> None:
-    setbacks, waited_s = SourceHealth(), 0.0
+    health, waited_s = SourceHealth(), 0.0
     with pytest.raises(RateLimited):
         for _ in range(10_000):
-            waited_s += setbacks.record_failure(RateLimited("wait", retry_after_s=60.0), None)
+            waited_s += health.record_failure(RateLimited("wait", retry_after_s=60.0), None)
     assert waited_s == MAX_RATE_LIMITED_S
 
 
@@ -210,10 +210,10 @@ def test_a_hub_that_refuses_is_the_end_unless_a_peer_has_it(error: ShoalError) -
 @pytest.mark.parametrize("error", [ReservationLost("gone"), NodeDown("away"), Expired("late")])
 @pytest.mark.parametrize("peer", ["a", None])
 def test_no_source_is_blamed_for_what_our_own_storage_did(error: ShoalError, peer: str | None) -> None:
-    setbacks = SourceHealth()
+    health = SourceHealth()
     with pytest.raises(type(error)):
-        setbacks.record_failure(error, peer)
-    assert not setbacks.banned and not setbacks.failure_counts and not setbacks.hub_failures
+        health.record_failure(error, peer)
+    assert not health.banned and not health.failure_counts and not health.hub_failures
 
 
 @given(st.integers(1, 10**6))

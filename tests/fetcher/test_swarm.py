@@ -183,8 +183,8 @@ async def test_I1_a_peer_that_edits_leaves_is_caught_and_banned(site: Site, edit
         async with claiming(here, server, [blob]):
             state = await here.pull_ok("b")
         await here.assert_complete("b", files)
-        said = site["b"]["fetcher"].log()[len(before) :]
-        corrupt_count = said.count('msg="corrupt bytes from a node"')
+        log = site["b"]["fetcher"].log()[len(before) :]
+        corrupt_count = log.count('msg="corrupt bytes from a node"')
         assert 1 <= corrupt_count <= 2, "it was asked for something, and not after two wrong leaves"
         assert state.sources["a"] >= size and site.hub_bytes() == 0
 

@@ -119,16 +119,16 @@ def _counting(answer: Answer, ports: list[int]) -> Answer:
 async def test_a_reply_is_not_disturbed_by_another_nodes_connection() -> None:
     asked, go = asyncio.Event(), asyncio.Event()
 
-    async def first_at_once(request: Asked, writer: asyncio.StreamWriter) -> None:
+    async def second_immediately(request: Asked, writer: asyncio.StreamWriter) -> None:
         if request.path == "/later":
             asked.set()
             await go.wait()
         writer.write(range_reply(0, 1))
 
-    async with serving(first_at_once) as one, serving(range_reply(0, 1)) as two, PeerHttpClient() as client:
+    async with serving(second_immediately) as one, serving(range_reply(0, 1)) as two, PeerHttpClient() as client:
         await peers_of(client, one).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
-        landing = LeafSink(SIZE, lambda first, end: True, Caught().took, client.buffers)
-        later = asyncio.create_task(client.request("b", one.address, "GET", "/later", {}, landing))
+        sink = LeafSink(SIZE, lambda first, end: True, Caught().took, client.buffers)
+        later = asyncio.create_task(client.request("b", one.address, "GET", "/later", {}, sink))
         await asked.wait()  # on the connection that was kept: none to this node is idle now
         await peers_of(client, two).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         go.set()
@@ -217,17 +217,17 @@ async def test_each_status_has_its_error_and_names_the_node(status: int, kind: t
     assert type(caught.value) is kind and len(server.asked) == 1
 
 
-@pytest.mark.parametrize(("said", "wait_s"), [("3", 3), ("9" * 30, 1), ("soon", 1), ("900", 8)])
-async def test_a_busy_node_names_when_to_retry(said: str, wait_s: float) -> None:
-    async with serving(reply(503, retry_after=said)) as server, PeerHttpClient() as client:
+@pytest.mark.parametrize(("retry_after", "wait_s"), [("3", 3), ("9" * 30, 1), ("soon", 1), ("900", 8)])
+async def test_a_busy_node_names_when_to_retry(retry_after: str, wait_s: float) -> None:
+    async with serving(reply(503, retry_after=retry_after)) as server, PeerHttpClient() as client:
         with pytest.raises(PeerBusy) as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert caught.value.retry_after_s == wait_s
 
 
 async def test_I7_a_stalled_node_times_out_in_its_head_and_in_its_body() -> None:
-    for said in (b"", b"HTTP/1.1 206 X\r\n", range_reply(0, 1)[:5000]):
-        async with serving(_answer_with(said)) as server, PeerHttpClient(silence_s=0.05) as client:
+    for beginning in (b"", b"HTTP/1.1 206 X\r\n", range_reply(0, 1)[:5000]):
+        async with serving(_answer_with(beginning)) as server, PeerHttpClient(silence_s=0.05) as client:
             with pytest.raises(Unavailable, match="sent nothing"):
                 await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
             assert client.buffers.out_count == 0

@@ -212,7 +212,7 @@ def test_in_a_large_swarm_a_source_has_one_request_at_a_time() -> None:
     others = [PeerState(node=name, leaves=0, fetching=True) for name in "bcdefg"]
     for count in range(len(others)):
         made = next_requests(alone(peers=[source, *others[:count]]), random.Random(0))
-        assert len(made) == (1 if count >= scheduler.CROWD_NODES else OUTSTANDING_RUNS)
+        assert len(made) == (1 if count >= scheduler.BUSY_SOURCE_NODES else OUTSTANDING_RUNS)
 
 
 def test_a_source_with_time_left_is_asked_for_what_peers_have() -> None:
@@ -252,12 +252,12 @@ def test_I7_after_two_stalled_seconds_a_source_is_asked_anyway() -> None:
 def test_a_late_range_is_requested_from_another_peer() -> None:
     late = PeerState(node="b", leaves=EVERYTHING, run_s=1.0)
     other = PeerState(node="c", leaves=EVERYTHING)
-    mine = [
+    own = [
         OutstandingRequest(node="b", leaves=leaf_range(0, 4), asked_at_s=0.0),
         OutstandingRequest(node="c", leaves=leaf_range(4, COUNT), asked_at_s=2.9),
     ]
-    before = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=2.99, last_leaf_at_s=2.9)
+    before = alone(wanted=EVERYTHING, peers=[late, other], runs=own, now_s=2.99, last_leaf_at_s=2.9)
     assert 0 < next_wakeup_s(before) < 0.011 and next_requests(before, random.Random(0)) == []
-    after = alone(wanted=EVERYTHING, peers=[late, other], runs=mine, now_s=3.0, last_leaf_at_s=2.9)
+    after = alone(wanted=EVERYTHING, peers=[late, other], runs=own, now_s=3.0, last_leaf_at_s=2.9)
     made = next_requests(after, random.Random(0))
     assert made and all(a.node == "c" and not a.leaves & ~leaf_range(0, 4) for a in made)

@@ -19,10 +19,10 @@ NODE = "here"
 
 
 @asynccontextmanager
-async def local_fileserver(store: Path, pace: RateLimiter | None = None) -> AsyncIterator[int]:
+async def local_fileserver(store: Path, limiter: RateLimiter | None = None) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = server_config(StorePaths(store), NODE, "", pace=pace)
+    config = server_config(StorePaths(store), NODE, "", limiter=limiter)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve(sockets=[listener]))

@@ -75,8 +75,8 @@ class Fileserver:
         self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET", body: bytes = b""
     ) -> Reply:
         """Send a valid request; the path is sent as given."""
-        said = {**(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
-        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in said.items())]
+        all_headers = {**(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
+        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in all_headers.items())]
         return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:

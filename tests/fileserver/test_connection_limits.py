@@ -34,7 +34,7 @@ def asking(blob: str, range_header: str = "") -> bytes:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"",
         b"GET /v1/blobs/abc HTT",
@@ -45,16 +45,16 @@ def asking(blob: str, range_header: str = "") -> bytes:
     ],
 )
 async def test_I7_a_request_that_never_arrives_complete_times_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr(connection_limits, "HEAD_TIMEOUT_S", SHORT_S)
     monkeypatch.setattr(blob_api, "BODY_TIMEOUT_S", SHORT_S)
     async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        if said.startswith(ASK):
+        if sent.startswith(ASK):
             writer.write(ASK)
             await reader.readuntil(b"ok\n")
-        writer.write(said.removeprefix(ASK))
+        writer.write(sent.removeprefix(ASK))
         await closed(reader)
         writer.close()
 
@@ -209,20 +209,20 @@ SEEN = st.builds(
 
 @given(st.sampled_from(["a", "b", "d"]), st.lists(SEEN, max_size=40).map(lambda some: some * 8))
 def test_a_connection_is_evicted_only_if_full_and_never_a_reader(host: str, others: list[ConnectionInfo]) -> None:
-    mine = [seen for seen in others if seen.host == host]
+    own = [seen for seen in others if seen.host == host]
     found = connection_to_evict(host, others)
-    if len(mine) < MAX_PER_ADDRESS and len(others) < MAX_CONNECTIONS:
+    if len(own) < MAX_PER_ADDRESS and len(others) < MAX_CONNECTIONS:
         assert found is None
         return
     assert found is not None
     if isinstance(found, int):
         gone = others[found]
         assert gone.idle_s is not None or (gone.stalled_s is not None and gone.stalled_s >= STALL_TIMEOUT_S)
-        if len(mine) >= MAX_PER_ADDRESS:
+        if len(own) >= MAX_PER_ADDRESS:
             assert gone.host == host
-    elif len(mine) >= MAX_PER_ADDRESS:
+    elif len(own) >= MAX_PER_ADDRESS:
         assert found == REFUSE_NEW and all(
-            seen.idle_s is None and (seen.stalled_s or 0) < STALL_TIMEOUT_S for seen in mine
+            seen.idle_s is None and (seen.stalled_s or 0) < STALL_TIMEOUT_S for seen in own
         )
 
 

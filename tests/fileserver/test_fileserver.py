@@ -165,7 +165,7 @@ async def test_I1_only_committed_blobs_are_served(nats: NatsServer, fresh: Fresh
             layout.partial(arriving) / "data",
             layout.partial(by_git) / "data",
             layout.manifest("org/model", commit),
-            layout.tombs / ("ef" * 32),
+            layout.tombstones / ("ef" * 32),
             layout.blobs / "zz" / ("ab" * 32),
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,11 +344,11 @@ async def test_a_bad_or_taken_port_ends_the_start_with_one_clear_line(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with serving(nats, tmp_path, fresh("files")) as server:
-        for port, code, said in (
+        for port, code, expected in (
             ("http", 2, "SHOAL_FILESERVER_PORT is 'http'"),
             (str(server.port), 5, "cannot listen on"),
         ):
             environment = node_environment(tmp_path / port, nats.url, SHOAL_FILESERVER_PORT=port)
             async with started("-m", "shoal_fileserver", environment=environment) as process:
                 assert await process.wait_exit() == code
-                assert said in process.output and "Traceback" not in process.output
+                assert expected in process.output and "Traceback" not in process.output

@@ -41,19 +41,19 @@ def arriving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorePa
     store = tmp_path_factory.mktemp("store")
     layout = StorePaths(store)
     layout.partial(BLOB).mkdir(parents=True)
-    told: list[int] = []
+    ports: list[int] = []
     loop, stop, up = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
 
     async def serve() -> None:
         async with local_fileserver(store) as port:
-            told.append(port)
+            ports.append(port)
             up.set()
             await stop.wait()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     assert up.wait(45)
-    yield layout, told[0]
+    yield layout, ports[0]
     loop.call_soon_threadsafe(stop.set)
     thread.join(45)
     loop.close()
@@ -244,16 +244,16 @@ class Counting(RateLimiter):
 
 
 async def test_every_byte_sent_passes_the_rate_limiter_first(tmp_path: Path) -> None:
-    size, pace = 5 * LEAF_BYTES + 1, Counting()
+    size, limiter = 5 * LEAF_BYTES + 1, Counting()
     blob = hollow_blob(tmp_path, size)
-    async with local_fileserver(tmp_path, pace) as port:
+    async with local_fileserver(tmp_path, limiter) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for header, count in (("", size), ("Range: bytes=0-1048575\r\n", LEAF_BYTES), ("Range: bytes=0-9\r\n", 10)):
             for _ in range(2):
-                pace.taken.clear()
+                limiter.taken.clear()
                 writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode())
-                assert len((await read_reply(reader)).body) == sum(pace.taken) == count
-                assert max(pace.taken) <= LEAF_BYTES
+                assert len((await read_reply(reader)).body) == sum(limiter.taken) == count
+                assert max(limiter.taken) <= LEAF_BYTES
         writer.close()
 
 

@@ -31,7 +31,7 @@ class EventStreamClient:
     """The events that a stream has delivered."""
 
     def __init__(self) -> None:
-        self.heard: list[ReceivedEvent] = []
+        self.received: list[ReceivedEvent] = []
         self.comments = 0
         self.cursor: int | None = None
         self.over = asyncio.Event()
@@ -47,17 +47,17 @@ class EventStreamClient:
             cursor = int(parts["id"]) if "id" in parts else None
             self.cursor = self.cursor if cursor is None else cursor
             if "data" in parts:
-                self.heard.append(ReceivedEvent(parts.get("event", ""), cursor, json.loads(parts["data"])))
+                self.received.append(ReceivedEvent(parts.get("event", ""), cursor, json.loads(parts["data"])))
             parts.clear()
 
     @property
     def numbers(self) -> list[int]:
         """Return the field `number` of each event, in order of delivery."""
-        return [h.data["fields"]["number"] for h in self.heard if not h.name]
+        return [h.data["fields"]["number"] for h in self.received if not h.name]
 
     def notices(self, name: str) -> list[Any]:
         """Return the events about the stream itself."""
-        return [h.data for h in self.heard if h.name == name]
+        return [h.data for h in self.received if h.name == name]
 
     async def wait_until(self, wanted: Callable[[EventStreamClient], object], what: str) -> None:
         """Wait until the condition holds."""
@@ -68,7 +68,7 @@ class EventStreamClient:
         try:
             await eventually(ask, what, READ_DEADLINE_S)
         except AssertionError:
-            raise AssertionError(f"{what}; heard {self.heard[-5:]}, cursor {self.cursor}") from None
+            raise AssertionError(f"{what}; heard {self.received[-5:]}, cursor {self.cursor}") from None
 
     async def begun(self) -> None:
         """Wait for the first cursor: everything published from now on is delivered."""

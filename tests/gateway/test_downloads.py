@@ -20,12 +20,12 @@ class Fetcher:
     def __init__(self, c: Cluster, node: str) -> None:
         self.c, self.node = c, node
         self.asked: list[DownloadCommand] = []
-        self.let_go = asyncio.Event()
+        self.may_answer = asyncio.Event()
 
     async def download(self, command: DownloadCommand) -> object:
         self.asked.append(command)
         await self.publish_phase(command.model, "fetching")
-        await self.let_go.wait()
+        await self.may_answer.wait()
         await self.publish_phase(command.model, "ready")
         return {"phase": "ready"}
 
@@ -60,7 +60,7 @@ async def test_download_is_answered_as_soon_as_it_has_started(gateway: RunningGa
         assert list(body["commands"]) == [NODE]
         assert [a.model for a in peer.asked] == ["org/big"]
         assert (await c.http.get("/v1/downloads")).json()["downloads"] == body["downloads"]
-        peer.let_go.set()
+        peer.may_answer.set()
         outcome = await c.seen(f"/v1/commands/{body['commands'][NODE]}", lambda o: "ok" in o)
     assert outcome["ok"] and outcome["verb"] == "download" and outcome["result"] == {"phase": "ready"}
 
@@ -70,7 +70,7 @@ async def test_rest_sends_the_documented_command_and_nothing_else(gateway: Runni
         sent = await c.joined.client.subscribe("shoal.v1.cmd.>")
         await c.joined.client.flush()
         peer = await fetcher(c, "a")
-        peer.let_go.set()
+        peer.may_answer.set()
         body = {"model": "org/big@v1", "nodes": ["a"], "wait": True, "deadline_s": 30}
         command = (await c.http.post("/v1/downloads", json=body)).json()["commands"]["a"]
         message = await sent.next_msg(timeout=5)
@@ -90,7 +90,7 @@ async def test_waiting_caller_is_answered_when_the_download_has_ended(gateway: R
         await c.seen("/v1/downloads", lambda s: len(s["downloads"]) == 2)
         assert not asking.done()
         for peer in peers:
-            peer.let_go.set()
+            peer.may_answer.set()
         response = await asking
     assert response.status_code == 200
     assert {d["node"]: d["phase"] for d in response.json()["downloads"]} == {"a": "ready", "b": "ready"}

@@ -36,10 +36,10 @@ async def test_an_event_is_streamed_with_its_cursor_and_its_emitter(gateway: Run
     async with joined(gateway.nats) as here, event_stream(gateway.url, node=node) as stream:
         await stream.begun()
         place = await publish_event(here, 7, node)
-        await stream.wait_until(lambda s: s.heard, "the event")
-    (heard,) = stream.heard
-    assert (heard.name, heard.cursor) == ("", place)
-    assert heard.data == {
+        await stream.wait_until(lambda s: s.received, "the event")
+    (event,) = stream.received
+    assert (event.name, event.cursor) == ("", place)
+    assert event.data == {
         "sequence": place,
         "service": "storage",
         "node": node,
@@ -56,7 +56,7 @@ async def test_without_a_cursor_a_stream_begins_with_new_events(gateway: Running
         async with event_stream(gateway.url, node=node) as stream:
             await stream.begun()
             await publish_event(here, 2, node)
-            await stream.wait_until(lambda s: s.heard, "an event")
+            await stream.wait_until(lambda s: s.received, "an event")
             assert stream.numbers == [2]
 
 
@@ -99,7 +99,7 @@ async def test_a_cursor_advances_while_no_matching_event_happens(own_nats: NatsS
             place = await publish_event(here, 1, service="storage")
             # Otherwise a client that follows a rare event would get gaps that do not concern it.
             await stream.wait_until(lambda s: s.cursor == place and s.comments, "the cursor has passed it")
-            assert stream.heard == []
+            assert stream.received == []
 
 
 async def test_since_streams_what_is_as_young_and_then_follows(gateway: RunningGateway, fresh: Fresh) -> None:
@@ -111,9 +111,9 @@ async def test_since_streams_what_is_as_young_and_then_follows(gateway: RunningG
                 await stream.over.wait()
                 assert stream.numbers == before
         async with event_stream(gateway.url, node=node, since="1h") as stream:
-            await stream.wait_until(lambda s: s.heard, "what was")
+            await stream.wait_until(lambda s: s.received, "what was")
             await publish_event(here, 2, node)
-            await stream.wait_until(lambda s: len(s.heard) == 2, "what is")
+            await stream.wait_until(lambda s: len(s.received) == 2, "what is")
             assert stream.numbers == [1, 2]
 
 
@@ -141,7 +141,7 @@ async def test_I7_a_cursor_older_than_the_log_gets_a_gap_and_resumes(own_nats: N
                 await stream.over.wait()
             (lost,) = stream.notices("lost")
             assert (lost["after"], lost["lost_first"], lost["lost_last"]) == (places[2], places[3], places[5])
-            assert stream.heard[0].name == "lost" and stream.heard[0].cursor == lost["cursor"] == places[5]
+            assert stream.received[0].name == "lost" and stream.received[0].cursor == lost["cursor"] == places[5]
             assert stream.numbers == [6, 7, 8, 9]
             async with event_stream(gateway.url, places[5], follow="false") as stream:
                 await stream.over.wait()
@@ -155,7 +155,7 @@ async def test_a_cursor_beyond_the_log_starts_over_with_a_log_reset(own_nats: Na
                 await publish_event(here, number)
             async with event_stream(gateway.url, 4711, follow="false") as stream:
                 await stream.over.wait()
-            assert [n["after"] for n in stream.notices("anew")] == [4711]
+            assert [n["after"] for n in stream.notices("reset")] == [4711]
             assert stream.numbers == [0, 1, 2]
 
 
@@ -189,7 +189,7 @@ async def test_a_stream_survives_a_lost_nats_store_and_reports_it(own_nats: Nats
                 for number in range(1, 4):
                     await publish_event(here, number)
             await stream.wait_until(lambda s: 3 in s.numbers, "those of the new log")
-            assert len(stream.notices("anew")) == 1
+            assert len(stream.notices("reset")) == 1
             assert stream.numbers == [0, 1, 2, 3]
 
 
@@ -215,7 +215,7 @@ async def test_a_gateway_that_stops_ends_its_streams_with_their_cursor(own_nats:
         async with joined(own_nats) as here, event_stream(gateway.url) as stream:
             await stream.begun()
             place = await publish_event(here, 0)
-            await stream.wait_until(lambda s: s.heard, "the first")
+            await stream.wait_until(lambda s: s.received, "the first")
             gateway.process.terminate()
             await asyncio.wait_for(stream.over.wait(), READ_DEADLINE_S)
             (ended,) = stream.notices("ended")
@@ -285,11 +285,11 @@ async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
     async with joined(own_nats) as here:
         async with connected([own_nats.url], "vanishing", timeout_s=30) as doomed:
             reader = EventLogReader(doomed, EventQuery(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
-            told = reader.read()
-            assert await anext(told) == KeepAlive(0)
+            items = reader.read()
+            assert await anext(items) == KeepAlive(0)
             assert await consumers(here) == 1
             await doomed.client.close()  # nothing can be sent to NATS any more, as after kill -9
-            await told.aclose()
+            await items.aclose()
 
         async def gone() -> bool:
             return await consumers(here) == 0
@@ -300,17 +300,17 @@ async def test_I8_a_consumer_whose_gateway_vanished_goes_by_itself(
 async def test_a_deleted_consumer_is_recreated_without_loss(own_nats: NatsServer) -> None:
     async with joined(own_nats) as here:
         reader = EventLogReader(here.nats, EventQuery(subject="shoal.v1.evt.*.*.*"), 0.2, asyncio.Event())
-        told, numbers = reader.read(), []
-        assert await anext(told) == KeepAlive(0)
+        items, numbers = reader.read(), []
+        assert await anext(items) == KeepAlive(0)
         for number in range(5):
             await publish_event(here, number)
-            async for item in told:
+            async for item in items:
                 if isinstance(item, Event):
                     numbers.append(item.fields["number"])
                     break
             for consumer in await here.js.consumers_info("EVT"):
                 await here.js.delete_consumer("EVT", consumer.name)
-        await told.aclose()
+        await items.aclose()
         assert numbers == list(range(5))
         assert await consumers(here) == 0
 
@@ -355,14 +355,14 @@ async def test_whatever_was_published_as_an_event_can_be_streamed(gateway: Runni
             await here.js.publish(f"shoal.v1.evt.storage.{node}.told", body)
         async with event_stream(gateway.url, node=node, last="9", follow="false") as stream:
             await stream.over.wait()
-    assert [h.data["fields"] for h in stream.heard] == [
+    assert [h.data["fields"] for h in stream.received] == [
         {"text": "�\n\nid: 1\n\n"},
         {"text": "[]"},
         {},
         {},
         {"number": 1},
     ]
-    assert all(1e9 < h.data["at_s"] < 1e11 for h in stream.heard)
+    assert all(1e9 < h.data["at_s"] < 1e11 for h in stream.received)
 
 
 @pytest.mark.parametrize("how", ["purged", "deleted"])

@@ -56,8 +56,8 @@ async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
 
 async def test_storage_lists_every_disk_with_its_last_published_state(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
-        said = StorageState(node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=["org/m@x"])
-        await c.write("state", storage_key("a"), said)
+        published = StorageState(node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=["org/m@x"])
+        await c.write("state", storage_key("a"), published)
         await c.write("state", storage_key("gone"), StorageState(node="gone", used_bytes=7))
         await c.live("a", "storage", NodeFacts(disk_free_bytes=900))
         await c.live("new", "storage", NodeFacts(disk_free_bytes=11))
@@ -174,7 +174,7 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "words"),
+    ("method", "path", "body", "expected"),
     [
         ("PUT", "/v1/storage/config", {}, "there is nothing to change"),
         ("PUT", "/v1/storage/config", {"max_storage_bytes": -1}, "max_storage_bytes is -1"),
@@ -196,13 +196,13 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
     ],
 )
 async def test_I10_a_malformed_request_is_400_and_sends_nothing(
-    gateway: RunningGateway, method: str, path: str, body: object, words: str
+    gateway: RunningGateway, method: str, path: str, body: object, expected: str
 ) -> None:
     async with cluster(gateway) as c:
         await storage(c, NODE, "configure")
         before = await c.joined.last_sequence("CMD")
         error = error_of(await c.http.request(method, path, json=body), 400)
-        assert words in error["message"]
+        assert expected in error["message"]
         assert await c.joined.last_sequence("CMD") == before
 
 

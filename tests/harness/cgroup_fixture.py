@@ -18,7 +18,7 @@ import pytest
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 _GONE_DEADLINE_S = 60.0
-_LOOK_S = 0.02
+_POLL_INTERVAL_S = 0.02
 _NOT_TESTED = "memory limits of control groups are NOT tested here"
 
 
@@ -44,8 +44,8 @@ class MemoryGroup:
 
     def killed_count(self) -> int:
         """Return how many of its processes the kernel has killed for memory."""
-        said = (self.directory / ("memory.oom_control" if self._v1 else "memory.events")).read_text()
-        return int(dict(line.split() for line in said.splitlines())["oom_kill"])
+        text = (self.directory / ("memory.oom_control" if self._v1 else "memory.events")).read_text()
+        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
     def pids(self) -> list[int]:
         """Return its processes."""
@@ -61,7 +61,7 @@ class MemoryGroup:
             with suppress(OSError):
                 return self.directory.rmdir()
             assert time.monotonic() < give_up_s, f"{self.directory} still has processes {self.pids()}"
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
 
     def _number(self, name: str) -> int:
         return int((self.directory / name).read_text())
@@ -116,9 +116,9 @@ class Hog:
         finally:
             self._command("free")
 
-    def _command(self, words: str) -> None:
+    def _command(self, command: str) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(words, file=self._process.stdin, flush=True)
+        print(command, file=self._process.stdin, flush=True)
         assert self._process.stdout.readline() == "done\n", "the hog was killed"
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ class Held:
         self._port = port
         self.flows = asyncio.Event()
         self.flows.set()
-        self.heard: Callable[[bytes], None] = lambda _: None
+        self.on_bytes: Callable[[bytes], None] = lambda _: None
         """Called with what arrives, before anything is answered."""
         self.url = ""
         self._waiting = b""
@@ -40,9 +40,9 @@ class Held:
         try:
             while not hearing.done() or self._waiting:
                 await self.flows.wait()
-                said, self._waiting = self._waiting, b""
-                writer.write(said)
-                self.heard(said)
+                pending, self._waiting = self._waiting, b""
+                writer.write(pending)
+                self.on_bytes(pending)
                 await writer.drain()
                 await asyncio.sleep(0.005)  # a network's latency
         finally:

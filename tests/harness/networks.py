@@ -91,8 +91,8 @@ def no_networks() -> str:
 @contextmanager
 def machines(*names: str) -> Iterator[list[Machine]]:
     """Create machines with only loopback, while the body runs. Skips where that is not possible."""
-    if why := no_networks():
-        pytest.skip(f"{why}: nodes with several networks are NOT tested here")
+    if reason := no_networks():
+        pytest.skip(f"{reason}: nodes with several networks are NOT tested here")
     if not Path("/proc/net/if_inet6").exists():
         pytest.skip("this kernel has no IPv6: nodes with several networks are NOT tested here")
     made = [Machine(name) for name in names]

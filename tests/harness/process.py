@@ -42,14 +42,14 @@ class Process:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self.lines: list[str] = []
-        self._said = asyncio.Event()
+        self._new_line = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             self.lines.append(line.decode(errors="replace").rstrip("\n"))
-            self._said.set()
+            self._new_line.set()
 
     @property
     def pid(self) -> int:
@@ -71,14 +71,14 @@ class Process:
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while True:
-                    self._said.clear()
+                    self._new_line.clear()
                     for line in self.lines:
                         if all(part in line for part in parts):
                             return line
-                    said = asyncio.ensure_future(self._said.wait())
-                    await asyncio.wait({said, self._reading}, return_when=asyncio.FIRST_COMPLETED)
-                    said.cancel()
-                    if self._reading.done() and not self._said.is_set():
+                    new_line = asyncio.ensure_future(self._new_line.wait())
+                    await asyncio.wait({new_line, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+                    new_line.cancel()
+                    if self._reading.done() and not self._new_line.is_set():
                         break
         raise AssertionError(f"no line with {parts} (exit code {self._process.returncode}):\n{self.output}")
 

@@ -30,11 +30,11 @@ _GIVEN = {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T | None], what: str, deadline_s: float = WAIT_DEADLINE_S) -> T:
+def eventually(poll: Callable[[], T | None], what: str, deadline_s: float = WAIT_DEADLINE_S) -> T:
     """Return the first truthy result of `look`; raises AssertionError naming `what` after the deadline."""
     give_up_s = time.monotonic() + deadline_s
     while True:
-        found = look()
+        found = poll()
         if found:
             return found
         assert time.monotonic() < give_up_s, f"not within {deadline_s:.0f} s: {what}"
@@ -111,8 +111,8 @@ class ShoalNode:
     def download(self, model: str, node: str | None = None) -> dict[str, Any] | None:
         """Return the state of a model's download on a node (this one)."""
         status = self.status() or {"downloads": []}
-        mine = [d for d in status["downloads"] if d["model"] == model and d["node"] == (node or self.node)]
-        return mine[0] if mine else None
+        own = [d for d in status["downloads"] if d["model"] == model and d["node"] == (node or self.node)]
+        return own[0] if own else None
 
     def children(self) -> dict[str, ChildStatus]:
         """Return its services, and `nats` if it runs that, as the supervisor reports them."""

@@ -17,7 +17,7 @@ for entry in (str(ROOT), SERVICE):
     if entry not in sys.path:
         sys.path.insert(0, entry)
 
-from tests.inference.stage_ring import PATIENCE_S, RingOfStages  # noqa: E402  the paths above come first
+from tests.inference.stage_ring import WAIT_TIMEOUT_S, RingOfStages  # noqa: E402  the paths above come first
 from tests.inference.tiny_models import write_model  # noqa: E402  the same
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def run(runner: asyncio.Runner) -> Run[Any]:
 
     def bounded(work: Coroutine[Any, Any, T]) -> T:
         async def within() -> T:
-            async with asyncio.timeout(3 * PATIENCE_S):
+            async with asyncio.timeout(3 * WAIT_TIMEOUT_S):
                 return await work
 
         return runner.run(within())

@@ -26,7 +26,7 @@ from shoal_inference.stage.ipc.messages import (
 )
 from shoal_inference.stage.ipc.parent import StageProcess
 
-PATIENCE_S = 45.0
+WAIT_TIMEOUT_S = 45.0
 """Deadline of waits that should take far less; exceeding it is a failure."""
 SECRET = b"the ring's secret"
 CHUNK_TOKENS = 8
@@ -56,7 +56,7 @@ class Child:
 
     async def wait(self, kind: type[T], match: Callable[[T], bool] = lambda _: True, since: int = 0) -> T:
         """Wait for the first event of a kind after the since-th and return it."""
-        async with asyncio.timeout(PATIENCE_S), self._news:
+        async with asyncio.timeout(WAIT_TIMEOUT_S), self._news:
             while True:
                 while since < len(self.events):
                     event = self.events[since]

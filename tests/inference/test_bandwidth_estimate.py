@@ -41,17 +41,17 @@ speeds = st.floats(1e6, 1e13)
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(1e-4, 60), st.floats(0, 3)), min_size=LEAST_PASSES, max_size=60))
 def test_a_stage_sends_its_median_pass_only_while_it_works(seen: list[tuple[float, float]]) -> None:
-    passes, now_s, told_at_s = Passes(), 0.0, None
+    passes, now_s, sent_at_s = Passes(), 0.0, None
     since: list[float] = []
     for pass_s, pause_s in seen:
         now_s += pause_s
         since = [*since, pass_s][-MOST_PASSES:]
-        told = passes.note(pass_s, now_s)
-        due = len(since) >= LEAST_PASSES and (told_at_s is None or now_s - told_at_s >= EVERY_S)
-        assert (told is not None) == due
-        if told is not None:
-            assert told == PassTiming(pass_s=median(since), passes=len(since))
-            told_at_s, since = now_s, []
+        sent = passes.note(pass_s, now_s)
+        due = len(since) >= LEAST_PASSES and (sent_at_s is None or now_s - sent_at_s >= EVERY_S)
+        assert (sent is not None) == due
+        if sent is not None:
+            assert sent == PassTiming(pass_s=median(since), passes=len(since))
+            sent_at_s, since = now_s, []
 
 
 @settings(max_examples=50)
@@ -60,15 +60,18 @@ def test_a_nodes_bandwidth_is_bounded_and_published_on_a_change(idle: float, see
     kept: list[float] = []
     speed = BandwidthEstimate(kept.append)
     speed.start(idle, 0.0)
-    said = [0.0]
+    published = [0.0]
     for pass_bytes, pass_s in seen:
         speed.add_sample(pass_bytes, pass_s)
-        if speed.published_bytes_per_s != said[-1]:
+        if speed.published_bytes_per_s != published[-1]:
             assert is_usable_sample(pass_bytes, idle)
-            assert abs(speed.published_bytes_per_s - (said[-1] or idle)) > SIGNIFICANT_CHANGE * (said[-1] or idle) - 1
+            assert (
+                abs(speed.published_bytes_per_s - (published[-1] or idle))
+                > SIGNIFICANT_CHANGE * (published[-1] or idle) - 1
+            )
             assert idle / MAX_DEVIATION_FACTOR - 1 <= speed.published_bytes_per_s <= idle * MAX_DEVIATION_FACTOR + 1
-            said.append(speed.published_bytes_per_s)
-    assert kept == said[1:]
+            published.append(speed.published_bytes_per_s)
+    assert kept == published[1:]
 
 
 @given(st.floats(IDLE / MAX_DEVIATION_FACTOR, IDLE * MAX_DEVIATION_FACTOR), st.floats(0.95, 1.05))
@@ -140,7 +143,7 @@ def test_each_stage_of_a_real_ring_reports_its_pass_time(own_ring: Rings, models
         while tokens <= LEAST_PASSES:  # a random model may end an answer early
             tokens += len(await ring.generate("the shoal turns", 2 * LEAST_PASSES, temperature=1.0, seed=tokens))
         for child in ring.children:
-            pace = await child.wait(PassTiming)
-            assert pace.passes >= LEAST_PASSES and 0 < pace.pass_s < 60
+            timing = await child.wait(PassTiming)
+            assert timing.passes >= LEAST_PASSES and 0 < timing.pass_s < 60
 
     run(reported())

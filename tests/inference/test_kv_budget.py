@@ -16,17 +16,17 @@ CONTEXT_TOKENS = 1024
 
 async def answers(room: KvBudget, key: bytes, prompt: int, tokens: int) -> int:
     """Run a request as rank 0 does; return how often it was preempted."""
-    displaced = 0
+    preempted = 0
     while True:
-        await room.acquire(key, prompt, again=displaced > 0)
+        await room.acquire(key, prompt, again=preempted > 0)
         try:
             for so_far in range(prompt, prompt + tokens + 1, 64):
                 await room.extend(key, so_far)
                 assert room.free_steps >= 0
                 await asyncio.sleep(0)
-            return displaced
+            return preempted
         except Preempted:
-            displaced += 1
+            preempted += 1
         finally:
             room.release(key)
 
@@ -61,11 +61,11 @@ async def test_the_youngest_is_preempted_and_first_of_those_waiting() -> None:
     with pytest.raises(Preempted):
         await room.extend(b"young", 512)
     room.release(b"young")
-    anew = asyncio.create_task(enter(b"young", again=True))
+    readmitted = asyncio.create_task(enter(b"young", again=True))
     await growing
     assert (room.free_steps, began) == (1, [])
     room.release(b"old")
-    await anew
+    await readmitted
     await waiting
     assert began == [b"young", b"new"]
 

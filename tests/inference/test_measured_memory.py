@@ -125,7 +125,7 @@ def write(directory: Path, name: str) -> Path:
 def weighed(directory: Path) -> dict[str, int]:
     """Return the measurement of `weighing`."""
     paths = [str(ROOT), *(str(ROOT / p) for p in ("libs/common", "services/inference", "services/placement"))]
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "tests.inference.cache_memory_probe", str(directory), str(TOKENS), str(CHUNK)],
         env={**child_environment({"PYTHONPATH": ":".join(paths)}), "HF_HUB_OFFLINE": "1"},
         check=True,
@@ -133,7 +133,7 @@ def weighed(directory: Path) -> dict[str, int]:
         text=True,
         timeout=WEIGH_S,
     )
-    found: dict[str, int] = json.loads(said.stdout.splitlines()[-1])
+    found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 

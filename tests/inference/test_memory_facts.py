@@ -129,8 +129,8 @@ def test_a_change_of_a_stable_fact_is_published(change: dict[str, object]) -> No
 
 
 def test_new_addresses_of_a_service_do_not_republish_its_memory() -> None:
-    said = structs.replace(FACTS, addresses=["10.0.0.1:1"])
-    assert debounce_facts(said, FACTS) is said
+    facts = structs.replace(FACTS, addresses=["10.0.0.1:1"])
+    assert debounce_facts(facts, FACTS) is facts
 
 
 # Pressure
@@ -155,12 +155,12 @@ def test_a_system_without_pressure_files_has_unknown_pressure() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_pressure_is_that_of_the_worst_limited_group(tmp_path: Path) -> None:
-    rooms = [MemoryLimit(9, 9, 9)]
+    limits = [MemoryLimit(9, 9, 9)]
     for name, avg10 in (("calm", "0.00"), ("worst", "30.00"), ("some", "2.00")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.pressure").write_text(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=7\n")
-        rooms.append(MemoryLimit(9, 9, 9, tmp_path / name))
-    assert [pressure_level(rooms[:2]), pressure_level(rooms), pressure_level([rooms[1], rooms[3]])] == [0, 2, 1]
+        limits.append(MemoryLimit(9, 9, 9, tmp_path / name))
+    assert [pressure_level(limits[:2]), pressure_level(limits), pressure_level([limits[1], limits[3]])] == [0, 2, 1]
 
 
 # Device

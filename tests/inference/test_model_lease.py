@@ -160,24 +160,24 @@ async def test_a_stage_without_a_lease_fails_by_name(own_nats: NatsServer) -> No
 async def test_a_lease_lock_is_shared_not_inherited_and_awaits_checks(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
-    looking = os.open(lock, os.O_RDONLY)
-    fcntl.flock(looking, fcntl.LOCK_EX)
+    lock_fd = os.open(lock, os.O_RDONLY)
+    fcntl.flock(lock_fd, fcntl.LOCK_EX)
     taking = asyncio.create_task(holding.hold(str(lock)))
     other = asyncio.create_task(holding.hold(str(lock)))
     done, _ = await asyncio.wait({taking, other}, timeout=0.1)
     assert not done
-    fcntl.flock(looking, fcntl.LOCK_UN)
+    fcntl.flock(lock_fd, fcntl.LOCK_UN)
     held, too = await taking, await other
     assert not os.get_inheritable(held)
     with pytest.raises(BlockingIOError):
-        fcntl.flock(looking, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for fd in (held, too):
         os.close(fd)
-    fcntl.flock(looking, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     late = asyncio.create_task(holding.hold(str(lock)))
     await asyncio.wait({late}, timeout=0.1)
     lock.unlink()
-    os.close(looking)
+    os.close(lock_fd)
     with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):
         await late
     with pytest.raises(LoadFailed, match="lease ended before the stage locked it"):

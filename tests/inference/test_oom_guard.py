@@ -23,15 +23,15 @@ def test_forced_stages_end_exactly_below_the_memory_floor(available: int, floor:
 @pytest.mark.parametrize(("total", "floor"), [(64 * GIB, 64 * GIB // 50), (4 * GIB, 256 << 20)])
 def test_the_floor_is_a_fiftieth_and_never_next_to_nothing(total: int, floor: int) -> None:
     assert oom_reason(NodeFacts(memory_total_bytes=total, memory_available_bytes=floor), None) is None
-    why = oom_reason(NodeFacts(memory_total_bytes=total, memory_available_bytes=floor - 1), None)
-    assert why is not None and why.details["floor_bytes"] == floor
+    reason = oom_reason(NodeFacts(memory_total_bytes=total, memory_available_bytes=floor - 1), None)
+    assert reason is not None and reason.details["floor_bytes"] == floor
 
 
 @pytest.mark.parametrize("pressure", [2, 3])
 def test_high_memory_pressure_is_an_oom_reason_with_free_bytes(pressure: int) -> None:
     facts = NodeFacts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
-    why = oom_reason(facts, 1)
-    assert why is not None and "high memory pressure" in why.message
+    reason = oom_reason(facts, 1)
+    assert reason is not None and "high memory pressure" in reason.message
 
 
 def test_the_floor_can_be_set_and_has_to_be_a_number() -> None:

@@ -35,13 +35,13 @@ async def test_only_a_pass_that_takes_too_long_times_out() -> None:
     async def never() -> None:
         await asyncio.Event().wait()
 
-    async def at_once() -> str:
+    async def immediate() -> str:
         return "computed"
 
     with pytest.raises(TimeoutError):
         await in_time(never(), 0.01)
-    assert await in_time(at_once(), 10.0) == "computed"
-    assert await in_time(at_once(), None) == "computed"
+    assert await in_time(immediate(), 10.0) == "computed"
+    assert await in_time(immediate(), None) == "computed"
 
 
 async def test_an_error_of_the_pass_is_raised_as_it_is() -> None:

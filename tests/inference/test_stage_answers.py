@@ -100,11 +100,11 @@ def test_preempted_requests_wait_for_older_ones_and_still_answer(ring: RingOfSta
         answers = await asyncio.gather(*(ring.generate(prompt, COUNT) for prompt in prompts))
         return answers, (await ring.children[0].stats()).displaced - before.displaced
 
-    answers, displaced = run(together())
+    answers, preempted = run(together())
     for prompt, answer in zip(prompts, answers, strict=True):
         assert ids(answer) == one_process(ring.model_dir, prompt)
     long = [answer for answer in answers if len(answer) > 10]
-    assert len(long) > 1 and displaced > 0, "the answers are too short for the test to mean anything"
+    assert len(long) > 1 and preempted > 0, "the answers are too short for the test to mean anything"
 
 
 def test_eight_at_a_time_are_answered_time_after_time(ring: RingOfStages, run: Run[Any]) -> None:
@@ -129,13 +129,13 @@ def test_a_ninth_request_is_refused_busy_and_the_others_finish(ring: RingOfStage
     assert (code, tokens) == ("busy", 8 * len(one_process(ring.model_dir, PROMPT)))
 
 
-@pytest.mark.parametrize("said", [1, 13, 31])
-def test_an_answer_continues_where_an_earlier_epoch_stopped(said: int, ring: RingOfStages, run: Run[Any]) -> None:
+@pytest.mark.parametrize("answered", [1, 13, 31])
+def test_an_answer_continues_where_an_earlier_epoch_stopped(answered: int, ring: RingOfStages, run: Run[Any]) -> None:
     whole = run(ring.generate(PROMPT, COUNT))
-    rest = run(ring.generate(PROMPT, COUNT, generated=tuple(ids(whole)[:said])))
-    assert rest[0].index == said
-    assert ids(rest) == ids(whole)[said:]
-    assert [t.text for t in rest] == [t.text for t in whole[said:]]
+    rest = run(ring.generate(PROMPT, COUNT, generated=tuple(ids(whole)[:answered])))
+    assert rest[0].index == answered
+    assert ids(rest) == ids(whole)[answered:]
+    assert [t.text for t in rest] == [t.text for t in whole[answered:]]
 
 
 def test_a_complete_answer_is_ended_without_another_token(ring: RingOfStages, run: Run[Any]) -> None:
@@ -205,7 +205,7 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
 
 
 @pytest.mark.parametrize(
-    ("prompt", "code", "says"),
+    ("prompt", "code", "expected"),
     [
         (
             (PROMPT * 20)[:CONTEXT_TOKENS],
@@ -218,14 +218,14 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
     ],
 )
 def test_a_prompt_that_cannot_be_answered_fails_before_prefill(
-    prompt: Any, code: str, says: str, ring: RingOfStages, run: Run[Any]
+    prompt: Any, code: str, expected: str, ring: RingOfStages, run: Run[Any]
 ) -> None:
     async def refused() -> Any:
         return await ring.failure(await ring.ask(prompt, 5))
 
     failed = run(refused())
     assert failed.code == code
-    assert says in failed.message
+    assert expected in failed.message
 
 
 def test_cancel_ends_the_answer_and_frees_every_cache(ring: RingOfStages, run: Run[Any]) -> None:

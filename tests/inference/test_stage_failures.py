@@ -41,14 +41,14 @@ def test_I6_I11_a_killed_middle_stage_is_replaced_and_answers(models: Models, ow
             unlinked = await ring.children[rank].wait(Unlinked)
             assert unlinked.rank == 1
         took_s = monotonic() - killed_s
-        said = [e.token for e in ring.last.events if isinstance(e, Token) and e.request == request]
-        return said, took_s
+        tokens = [e.token for e in ring.last.events if isinstance(e, Token) and e.request == request]
+        return tokens, took_s
 
-    said, took_s = run(killed())
+    tokens, took_s = run(killed())
     assert took_s < NOTICED_WITHIN_S
     run(ring.respawn(1))
-    rest = run(ring.generate(PROMPT, LONG, generated=tuple(said)))
-    assert said + [t.token for t in rest] == whole
+    rest = run(ring.generate(PROMPT, LONG, generated=tuple(tokens)))
+    assert tokens + [t.token for t in rest] == whole
     run(ring.check_idle())
 
 
@@ -155,13 +155,13 @@ def test_I12_a_stranger_is_refused_and_the_ring_stays_linked(
     assert len(run(besieged.generate(PROMPT, 4))) == 4
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff" + b"x" * 64, b"\x04\x00"])
-def test_bytes_that_are_no_hello_are_refused(said: bytes, besieged: RingOfStages, run: Run[Any]) -> None:
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff" + b"x" * 64, b"\x04\x00"])
+def test_bytes_that_are_no_hello_are_refused(sent: bytes, besieged: RingOfStages, run: Run[Any]) -> None:
     async def refused() -> None:
         port = (await besieged.children[0].wait(Listening)).port
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         await reader.readexactly(handshake.CHALLENGE_BYTES)
-        writer.write(said)
+        writer.write(sent)
         writer.write_eof()
         assert await is_closed(reader)
         writer.close()
@@ -239,9 +239,9 @@ def fatal_of(start: Start, run: Run[Any]) -> tuple[Fatal, int]:
     async def failed() -> tuple[Fatal, int]:
         async with await StageProcess.spawn() as process:
             await process.send(start)
-            said = [event async for event in process]
-            last = said[-1]
-            assert isinstance(last, Fatal), said
+            events = [event async for event in process]
+            last = events[-1]
+            assert isinstance(last, Fatal), events
             return last, await process.wait()
 
     result: tuple[Fatal, int] = run(failed())
@@ -266,8 +266,8 @@ def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run
 
 
 def test_linked_is_sent_once_each_time_both_links_come_up(besieged: RingOfStages) -> None:
-    said = [type(e) for e in besieged.children[1].events if isinstance(e, Linked | Unlinked)]
-    assert said == [Linked, Unlinked] * (len(said) // 2) + [Linked] * (len(said) % 2)
+    kinds = [type(e) for e in besieged.children[1].events if isinstance(e, Linked | Unlinked)]
+    assert kinds == [Linked, Unlinked] * (len(kinds) // 2) + [Linked] * (len(kinds) % 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills by a score")

@@ -55,12 +55,12 @@ def test_after_reconciling_exactly_the_wanted_stages_run(
 
 @given(specs)
 def test_leftovers_are_this_nodes_stages_that_nobody_wants(wanted: list[InstanceSpec]) -> None:
-    told = [
+    published = [
         StageState(instance=i, rank=r, node=n, epoch=1, phase="ready") for i in "xyz" for r in range(3) for n in NODES
     ]
-    mine = assignments(wanted, "a")
-    left = set(stale_stages(told, mine.values(), "a"))
-    assert left == {(i, r) for i in "xyz" for r in range(3)} - {(k[0], k[2]) for k in mine}
+    own = assignments(wanted, "a")
+    left = set(stale_stages(published, own.values(), "a"))
+    assert left == {(i, r) for i in "xyz" for r in range(3)} - {(k[0], k[2]) for k in own}
 
 
 def test_the_last_rank_links_to_the_first_only_within_an_epoch() -> None:
@@ -134,7 +134,7 @@ async def test_a_stage_without_its_model_asks_the_fetcher_and_fails(own_nats: Na
         async def gone() -> bool:
             return await service.stage("x", 0) is None
 
-        await eventually(gone, "the stage's state goes with the wish for it (I8)")
+        await eventually(gone, "the stage's state goes with its assignment (I8)")
     with pytest.raises(NodeDown):
         async with joined(own_nats) as cluster:
             await RpcClient(cluster.nats)("inference", "a", "generate", generate, Accepted)

@@ -111,7 +111,7 @@ def test_neighbours_with_the_secret_authenticate_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"secret": b"other"}, "proof"),
         ({"epoch": 2}, "epoch"),
@@ -120,9 +120,9 @@ def test_neighbours_with_the_secret_authenticate_each_other() -> None:
         ({"rank": 2}, "rank"),
     ],
 )
-def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, Any], says: str) -> None:
+def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, Any], expected: str) -> None:
     hello = handshake.hello(member(**changes), bytes(32), bytes(32))
-    with pytest.raises(errors.HandshakeRefused, match=says):
+    with pytest.raises(errors.HandshakeRefused, match=expected):
         handshake.check_hello(member(rank=1), bytes(32), hello[2:])
 
 
@@ -149,12 +149,14 @@ def test_prefill_steps_cover_the_prompt_and_sample_once(count: int, chunk: int) 
 
 @given(
     prompt=st.integers(1, 40),
-    said=st.integers(0, 40),
+    answered=st.integers(0, 40),
     max_tokens=st.integers(1, 60),
     context=st.integers(1, 60),
 )
-def test_an_admitted_answer_never_outgrows_the_context(prompt: int, said: int, max_tokens: int, context: int) -> None:
-    ask = messages.StartRequest(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * said)
+def test_an_admitted_answer_never_outgrows_the_context(
+    prompt: int, answered: int, max_tokens: int, context: int
+) -> None:
+    ask = messages.StartRequest(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * answered)
     try:
         plan = prefill.admit(ask, (1,) * prompt, context_tokens=context, vocabulary=5, stop_token_ids=())
     except errors.ContextExceeded:
@@ -162,7 +164,7 @@ def test_an_admitted_answer_never_outgrows_the_context(prompt: int, said: int, m
         return
     assert plan.prompt_tokens + plan.max_tokens <= context
     assert 1 <= plan.max_tokens <= max_tokens
-    assert (plan.ended == "length") == (said >= plan.max_tokens)
+    assert (plan.ended == "length") == (answered >= plan.max_tokens)
 
 
 def test_backoff_grows_to_its_limit_and_stays() -> None:
@@ -192,10 +194,10 @@ def test_a_line_of_the_first_version_still_decodes() -> None:
 
 
 def test_a_line_is_a_message_whatever_the_text_holds() -> None:
-    said = messages.Token(request="r", reply="", index=0, token=1, text='a\nb\r"\u2028', finish_reason=None)
-    line = messages.encode_line(said)
+    token = messages.Token(request="r", reply="", index=0, token=1, text='a\nb\r"\u2028', finish_reason=None)
+    line = messages.encode_line(token)
     assert line.count(b"\n") == 1
-    assert messages.decode_from_child(line) == said
+    assert messages.decode_from_child(line) == token
 
 
 def leaves(kind: type[errors.StageError]) -> list[type[errors.StageError]]:

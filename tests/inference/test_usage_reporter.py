@@ -17,19 +17,19 @@ DEADLINE_S = 45.0
 
 
 async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, fresh: Fresh) -> None:
-    here, there, away = (fresh(name) for name in ("here", "there", "away"))
-    told: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
+    here, there, down = (fresh(name) for name in ("here", "there", "away"))
+    reports: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
 
     def storage_of(node: str) -> RpcEndpoint:
         async def used(question: RecordUse) -> Empty:
-            await told.put((node, question.models))
+            await reports.put((node, question.models))
             return Empty()
 
         return RpcEndpoint(RecordUse, used)
 
     stages = [
         StageSpec(rank=rank, node=node, first_layer=rank, last_layer=rank + 1)
-        for rank, node in enumerate((here, there, here, away))
+        for rank, node in enumerate((here, there, here, down))
     ]
     spec = InstanceSpec(id="x", repo="org/name", commit="c" * 40, stages=stages, context_tokens=1)
     stopping = asyncio.Event()
@@ -41,14 +41,14 @@ async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, 
             await ask(
                 "storage", node, "record_use", RecordUse(models=[]), Empty, DEADLINE_S, restart_wait_s=DEADLINE_S
             )
-            assert await told.get() == (node, [])
+            assert await reports.get() == (node, [])
         uses = UsageReporter(ask, tasks)
         for now_s in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0):
             before = asyncio.all_tasks()
             uses.report(spec, now_s)
             await asyncio.gather(*(asyncio.all_tasks() - before))  # all reports are sent, and nothing was raised
-            heard = sorted(told.get_nowait() for _ in range(told.qsize()))
-            assert heard == (
+            received = sorted(reports.get_nowait() for _ in range(reports.qsize()))
+            assert received == (
                 sorted([(here, [spec.model]), (there, [spec.model])]) if now_s in (1000.0, 1060.0) else []
             )
         stopping.set()

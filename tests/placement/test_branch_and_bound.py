@@ -34,8 +34,8 @@ def check(problem: Problem, answer: Solution, least: float) -> None:
     assert [s.first for s in slices] == [0, *(s.last for s in slices[:-1])]
     cuts = [0, *(s.last for s in slices)]
     assert cuts[-1] == len(problem.layer_bytes)
-    told = oracle.cost(problem, [place[s.node] for s in slices], cuts)
-    assert answer.layout.cost_s == pytest.approx(told, rel=1e-9, abs=1e-12)
+    expected = oracle.cost(problem, [place[s.node] for s in slices], cuts)
+    assert answer.layout.cost_s == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def compare(problem: Problem) -> None:

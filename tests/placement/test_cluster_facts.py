@@ -310,9 +310,9 @@ def test_an_instance_whose_stage_fails_has_its_message() -> None:
 
 
 def test_a_forced_instance_killed_for_memory_has_failed() -> None:
-    why = NoMemory("it was forced onto this node").body()
-    failed = status_of(stage(0, "ready"), stage(1, "failed", error=why), before=READY)
-    assert (failed.phase, failed.error) == ("failed", why)
+    error = NoMemory("it was forced onto this node").body()
+    failed = status_of(stage(0, "ready"), stage(1, "failed", error=error), before=READY)
+    assert (failed.phase, failed.error) == ("failed", error)
 
 
 def test_stages_of_other_instances_do_not_count() -> None:

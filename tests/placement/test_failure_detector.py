@@ -119,10 +119,12 @@ async def test_the_next_leader_asks_too(own_nats: NatsServer, tmp_path: Path) ->
                 return await c.leader() == "p-2"
 
             await eventually(other, "the other leads", FOLLOW_DEADLINE_S)
-        sight = PeerFailureReporter(c.here.nats, "a")
+        reporter = PeerFailureReporter(c.here.nats, "a")
 
         async def degraded() -> bool:
-            await sight.report("b", "the connection was closed")  # published repeatedly: nobody may be subscribed yet
+            await reporter.report(
+                "b", "the connection was closed"
+            )  # published repeatedly: nobody may be subscribed yet
             state = await c.state(instance)
             return state is not None and state.phase == "degraded"
 

@@ -72,8 +72,8 @@ async def test_another_major_versions_nodes_are_not_used_by_placement(own_nats: 
         await c.beat("a", 5 * INSTANCE_MIB, version="99.0.0")
         named = await c.ask("place", PlaceCommand(model=MODEL, nodes=["a"]))
         assert named.error is not None and named.error.code == "not_found"
-        said = [line for line in process.lines if "ignoring a node that runs another major version" in line]
-        assert len(said) == 1 and "other_node=a" in said[0] and "99.0.0" in said[0]
+        warnings = [line for line in process.lines if "ignoring a node that runs another major version" in line]
+        assert len(warnings) == 1 and "other_node=a" in warnings[0] and "99.0.0" in warnings[0]
 
 
 async def test_I5_unplacing_what_is_not_there_succeeds_without_a_write(own_nats: NatsServer, tmp_path: Path) -> None:

@@ -123,16 +123,16 @@ def held(shape: ModelShape = SHAPE) -> list[ModelState]:
 )
 def test_a_stage_needs_the_same_memory_loaded_or_not(total: int, loaded: int, others: int) -> None:
     before = NodeFacts(memory_total_bytes=total * MIB, memory_available_bytes=(total - others) * MIB)
-    promised = reserved_bytes([SPEC], held(), {"a": before})["a"]
-    own_bytes = promised["i/0"]
+    reserved = reserved_bytes([SPEC], held(), {"a": before})["a"]
+    own_bytes = reserved["i/0"]
     occupied = min(loaded * MIB, own_bytes)
     after = structs.replace(
         before,
         memory_available_bytes=before.memory_available_bytes - occupied,
         stages={"i/0": occupied},
     )
-    assert memory_tiers(after, promised) == memory_tiers(before, promised)
-    assert memory_tiers(before, promised).fits_bytes == before.memory_available_bytes - own_bytes
+    assert memory_tiers(after, reserved) == memory_tiers(before, reserved)
+    assert memory_tiers(before, reserved).fits_bytes == before.memory_available_bytes - own_bytes
 
 
 def test_a_stage_that_exceeds_its_reservation_counts_as_measured() -> None:
@@ -144,8 +144,8 @@ def test_a_stage_that_exceeds_its_reservation_counts_as_measured() -> None:
 @pytest.mark.parametrize("accelerator", ["cpu", "metal"])
 def test_a_reservation_is_what_the_layout_needs_on_that_node(accelerator: str) -> None:
     facts = {n: NodeFacts(accelerator=accelerator) for n in "ab"}
-    promised = reserved_bytes([SPEC], held(MIXED), facts)
+    reserved = reserved_bytes([SPEC], held(MIXED), facts)
     need = model_need(MIXED, 4096)
     more = unfused_bytes(MIXED, 4096, facts["a"])
-    assert promised["a"]["i/0"] == need.stage_bytes + need.layer_bytes[0] + need.embed_bytes + more
-    assert promised["b"]["i/1"] == need.stage_bytes + sum(need.layer_bytes[1:]) + need.head_bytes + more
+    assert reserved["a"]["i/0"] == need.stage_bytes + need.layer_bytes[0] + need.embed_bytes + more
+    assert reserved["b"]["i/1"] == need.stage_bytes + sum(need.layer_bytes[1:]) + need.head_bytes + more

@@ -35,14 +35,14 @@ def test_each_tier_has_at_least_the_memory_of_the_one_before(node: tuple[NodeFac
 def test_no_tier_takes_reserved_bytes_or_exceeds_the_accelerator(
     node: tuple[NodeFacts, dict[str, int]], needed: int
 ) -> None:
-    facts, promised = node
-    taken = sum(max(promised.get(k, 0), facts.stages.get(k, 0)) for k in {*promised, *facts.stages})
+    facts, reserved = node
+    taken = sum(max(reserved.get(k, 0), facts.stages.get(k, 0)) for k in {*reserved, *facts.stages})
     limit = facts.memory_total_bytes if facts.accelerator_bytes is None else facts.accelerator_bytes
-    tier = tier_of(needed, memory_tiers(facts, promised))
+    tier = tier_of(needed, memory_tiers(facts, reserved))
     if tier is not None:
         assert taken + needed <= limit
     if tier == "fits":
-        to_come = sum(max(own - facts.stages.get(k, 0), 0) for k, own in promised.items())
+        to_come = sum(max(own - facts.stages.get(k, 0), 0) for k, own in reserved.items())
         assert needed + to_come <= facts.memory_available_bytes
     if tier == "tight":
         assert taken + needed <= facts.memory_total_bytes - system_reserve_bytes(facts.memory_total_bytes)
@@ -50,8 +50,8 @@ def test_no_tier_takes_reserved_bytes_or_exceeds_the_accelerator(
 
 @given(nodes(), BYTES, BYTES)
 def test_reserving_more_never_leaves_more(node: tuple[NodeFacts, dict[str, int]], more: int, needed: int) -> None:
-    facts, promised = node
-    before, after = memory_tiers(facts, promised), memory_tiers(facts, {**promised, "new/0": more})
+    facts, reserved = node
+    before, after = memory_tiers(facts, reserved), memory_tiers(facts, {**reserved, "new/0": more})
     assert after.fits_bytes == before.fits_bytes - more
     assert after.force_bytes == before.force_bytes - more
     assert after.tight_bytes == before.tight_bytes - more

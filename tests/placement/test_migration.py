@@ -23,7 +23,7 @@ async def wait_replanned(c: Cluster, before: InstanceSpec) -> InstanceSpec:
         spec = await c.spec(before.id)
         return spec if spec is not None and spec.epoch > before.epoch else None
 
-    return await eventually(moved, f"{before.id} is placed anew", FOLLOW_DEADLINE_S)
+    return await eventually(moved, f"{before.id} is placed again", FOLLOW_DEADLINE_S)
 
 
 async def running(c: Cluster, max_nodes: int = 16) -> InstanceSpec:

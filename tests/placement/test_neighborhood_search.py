@@ -22,8 +22,8 @@ def check(problem: Problem, answer: Solution) -> None:
     place = {n.name: i for i, n in enumerate(problem.nodes)}
     slices = answer.layout.slices
     assert all(a.last == b.first for a, b in itertools.pairwise(slices))
-    told = oracle.cost(problem, [place[s.node] for s in slices], [0, *(s.last for s in slices)])
-    assert answer.layout.cost_s == pytest.approx(told)
+    expected = oracle.cost(problem, [place[s.node] for s in slices], [0, *(s.last for s in slices)])
+    assert answer.layout.cost_s == pytest.approx(expected)
     assert answer.lower_bound_s <= answer.layout.cost_s
 
 

@@ -261,13 +261,13 @@ async def shown(c: Cluster, **more: Any) -> list[Preview]:
 async def all_measured(c: Cluster) -> list[LinksState]:
     """Return what the three nodes have measured, once all links are measured."""
 
-    async def told() -> list[LinksState] | None:
+    async def published() -> list[LinksState] | None:
         await shown(c)
         found = [await c.here.buckets.state.get_as(links_key(n), LinksState) for n in "abc"]
         states = [s for s in found if s is not None]
         return states if [len(s.links) for s in states] == [2, 2, 2] else None
 
-    return await eventually(told, "all links are measured", MEASURED_S)
+    return await eventually(published, "all links are measured", MEASURED_S)
 
 
 async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: NatsServer, tmp_path: Path) -> None:

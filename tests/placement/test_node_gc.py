@@ -88,21 +88,21 @@ async def wait_removed(c: Cluster, keys: list[tuple[str, str]]) -> None:
 @asynccontextmanager
 async def retirements(c: Cluster) -> AsyncIterator[list[dict[str, Any]]]:
     """Collect the `retired` events while the body runs."""
-    heard: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
 
     async def hear(message: Any) -> None:
-        heard.append(json.loads(message.data))
+        events.append(json.loads(message.data))
 
     listening = await c.here.client.subscribe(f"{subjects.ROOT}.evt.placement.*.retired", cb=hear)
     await c.here.client.flush()
-    yield heard
+    yield events
     await listening.unsubscribe()
 
 
-async def wait_events(c: Cluster, heard: list[dict[str, Any]], count: int) -> None:
+async def wait_events(c: Cluster, events: list[dict[str, Any]], count: int) -> None:
     async def so_many() -> bool:
         await c.here.client.flush()
-        return len(heard) >= count
+        return len(events) >= count
 
     await eventually(so_many, f"{count} events", FOLLOW_DEADLINE_S)
 
@@ -114,13 +114,13 @@ async def wait_node_down(c: Cluster, node: str) -> NodeState:
 
 
 async def test_I8_keys_of_a_retired_node_go_once_with_one_event(own_nats: NatsServer, tmp_path: Path) -> None:
-    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **SOON):
+    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as events, c.placement("p-1", **SOON):
         await asyncio.gather(c.beat("a", 400), c.hold("a"))
         keys = await leave_traces(c, "ghost", "a") + await leave_traces(c, "spook", "a", model_count=40)
         await wait_removed(c, keys)
-        await wait_events(c, heard, 2)
-        assert sorted(e["retired"] for e in heard) == ["ghost", "spook"]
-        assert {e["retired"]: e["instances"] for e in heard} == {"ghost": ["on-ghost"], "spook": ["on-spook"]}
+        await wait_events(c, events, 2)
+        assert sorted(e["retired"] for e in events) == ["ghost", "spook"]
+        assert {e["retired"]: e["instances"] for e in events} == {"ghost": ["on-ghost"], "spook": ["on-spook"]}
         assert await c.here.buckets.state.get(node_key("ghost")) is None
         assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None, "who lives keeps all"
         assert (await c.here.js.stream_info("CMD", subjects_filter="shoal.v1.cmd.storage.*.gc")).state.messages == 0
@@ -138,11 +138,11 @@ async def test_I8_keys_of_a_retired_node_go_once_with_one_event(own_nats: NatsSe
             "key_count": 0,
         }
         now = [await c.here.last_sequence(s) for s in ("KV_state", "KV_spec", "EVT")]
-        assert now == written[:3] and len(heard) == 2, "only the command itself was written"
+        assert now == written[:3] and len(events) == 2, "only the command itself was written"
 
 
 async def test_a_node_that_comes_back_in_time_keeps_its_keys(own_nats: NatsServer, tmp_path: Path) -> None:
-    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **NEVER):
+    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as events, c.placement("p-1", **NEVER):
         await c.beat("a", 400)
         keys = await leave_traces(c, "night", "a")
         assert (await wait_node_down(c, "night")).down_since_s > 0
@@ -152,11 +152,11 @@ async def test_a_node_that_comes_back_in_time_keeps_its_keys(own_nats: NatsServe
             return await c.here.buckets.state.get(node_key("night")) is None
 
         await eventually(is_back, "it is not silent any more", FOLLOW_DEADLINE_S)
-        assert await existing_keys(c, keys) == keys and not heard
+        assert await existing_keys(c, keys) == keys and not events
 
 
 async def test_forget_takes_a_down_node_at_once_and_refuses_a_live_one(own_nats: NatsServer, tmp_path: Path) -> None:
-    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard, c.placement("p-1", **NEVER):
+    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as events, c.placement("p-1", **NEVER):
         await c.beat("a", 400)
         keys = await leave_traces(c, "given-away", "a")
         await c.hold("a")
@@ -167,13 +167,13 @@ async def test_forget_takes_a_down_node_at_once_and_refuses_a_live_one(own_nats:
         done = await c.ask("forget", Forget(node="given-away"))
         assert done.ok and done.result["found"] and done.result["key_count"] == len(keys) - 1, "its instance besides"
         assert not await existing_keys(c, keys)
-        await wait_events(c, heard, 1)
-        assert [(e["retired"], e["reason"]) for e in heard] == [("given-away", "forgotten")]
+        await wait_events(c, events, 1)
+        assert [(e["retired"], e["reason"]) for e in events] == [("given-away", "forgotten")]
         assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None
 
 
 async def test_I8_I6_a_leader_killed_in_the_middle_is_succeeded(own_nats: NatsServer, tmp_path: Path) -> None:
-    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as heard:
+    async with cluster_of(own_nats, tmp_path) as c, retirements(c) as events:
         keys = await leave_traces(c, "ghost", "a", model_count=300)
         async with c.placement("p-1", **SOON) as first:
 
@@ -190,4 +190,4 @@ async def test_I8_I6_a_leader_killed_in_the_middle_is_succeeded(own_nats: NatsSe
 
             await eventually(all_gone, "its NodeState goes last", FOLLOW_DEADLINE_S)
             await c.here.client.flush()
-            assert [e["retired"] for e in heard if e["retired"] != "a"] == ["ghost"], "a was never there either"
+            assert [e["retired"] for e in events if e["retired"] != "a"] == ["ghost"], "a was never there either"

@@ -55,8 +55,8 @@ def test_what_fits_somewhere_is_never_placed_by_force() -> None:
 
 
 def test_the_same_cluster_gives_the_same_layout_in_any_order() -> None:
-    told = {"a": (300, 300), "b": (400, 400), "c": (300, 300), "d": (300, 300)}
-    there = machines(told)
+    memory = {"a": (300, 300), "b": (400, 400), "c": (300, 300), "d": (300, 300)}
+    there = machines(memory)
     turned = structs.replace(there, inference_facts=dict(reversed(list(there.inference_facts.items()))))
     layout = plan_layout(asks(min_nodes=2), there).layout
     assert len(layout.slices) == 3

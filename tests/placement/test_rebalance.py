@@ -59,8 +59,8 @@ def test_a_faster_layout_is_proposed_with_its_gain_only() -> None:
 
 def test_a_better_tier_is_proposed_even_where_it_is_slower() -> None:
     spec = structs.replace(runs("i", "a", asked=PlacementConstraints(allow_low_memory=True)), tier="tight")
-    rooms = {"a": (500, 4000), "b": (500, 4000)}
-    (found,) = rebalances(structs.replace(machines(rooms), instances=[spec])).rebalances
+    memory = {"a": (500, 4000), "b": (500, 4000)}
+    (found,) = rebalances(structs.replace(machines(memory), instances=[spec])).rebalances
     assert (found.current.tier, found.proposed.tier) == ("tight", "fits") and found.gain < 1
 
 
@@ -72,11 +72,11 @@ def test_an_instance_that_lost_a_node_is_left_to_the_migrator() -> None:
 @given(memory_mib, st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
 @settings(deadline=None)
 def test_a_proposal_fits_beside_all_and_is_made_only_once(
-    rooms: dict[str, tuple[int, int]], nodes: list[str]
+    memory: dict[str, tuple[int, int]], nodes: list[str]
 ) -> None:
-    if not rooms:
+    if not memory:
         return
-    spec, bare = runs("i", *nodes), machines(rooms)
+    spec, bare = runs("i", *nodes), machines(memory)
     there = with_instances(bare, spec)
     for found in rebalances(there).rebalances:
         fresh = replan(spec, there, found.proposed.layout)

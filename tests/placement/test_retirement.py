@@ -17,31 +17,31 @@ NOW_S, AFTER_S = 1000.0, 100.0
 
 @given(SETS, SETS, st.dictionaries(NODES, st.tuples(st.floats(0, 1100), st.booleans())))
 def test_I8_exactly_those_that_are_down_and_due_are_retired(
-    named: frozenset[str], live: frozenset[str], told: dict[str, tuple[float, bool]]
+    named: frozenset[str], live: frozenset[str], facts: dict[str, tuple[float, bool]]
 ) -> None:
-    said = {n: NodeState(node=n, down_since_s=since_s, forget_requested=f) for n, (since_s, f) in told.items()}
-    actions = plan_retirement(named, live, said, NOW_S, AFTER_S)
-    due = {n for n, s in said.items() if s.forget_requested or NOW_S - s.down_since_s >= AFTER_S}
+    states = {n: NodeState(node=n, down_since_s=since_s, forget_requested=f) for n, (since_s, f) in facts.items()}
+    actions = plan_retirement(named, live, states, NOW_S, AFTER_S)
+    due = {n for n, s in states.items() if s.forget_requested or NOW_S - s.down_since_s >= AFTER_S}
     assert {s.node for s in actions.retire} == due - live
-    assert {s.node for s in actions.publish_down} == named - live - said.keys()
+    assert {s.node for s in actions.publish_down} == named - live - states.keys()
     assert all(s.down_since_s == NOW_S and not s.forget_requested for s in actions.publish_down)
-    assert set(actions.clear_down) == said.keys() & live | said.keys() - named - due
-    waits = said.keys() - live - due - set(actions.clear_down)
+    assert set(actions.clear_down) == states.keys() & live | states.keys() - named - due
+    waits = states.keys() - live - due - set(actions.clear_down)
     if waits or actions.publish_down:
         assert actions.wake_s is not None and actions.wake_s > 0
-        assert actions.wake_s <= min([said[n].down_since_s + AFTER_S - NOW_S for n in waits], default=AFTER_S)
+        assert actions.wake_s <= min([states[n].down_since_s + AFTER_S - NOW_S for n in waits], default=AFTER_S)
     else:
         assert actions.wake_s is None, "a cluster in which everybody is there is not looked at again"
 
 
 @given(SETS, SETS, st.dictionaries(NODES, st.floats(0, 1000)))
 def test_what_was_done_needs_no_doing_again(
-    named: frozenset[str], live: frozenset[str], told: dict[str, float]
+    named: frozenset[str], live: frozenset[str], facts: dict[str, float]
 ) -> None:
-    said = {n: NodeState(node=n, down_since_s=s) for n, s in told.items()}
-    once = plan_retirement(named, live, said, NOW_S, AFTER_S)
+    states = {n: NodeState(node=n, down_since_s=s) for n, s in facts.items()}
+    once = plan_retirement(named, live, states, NOW_S, AFTER_S)
     gone = {s.node for s in once.retire}
-    after = {n: s for n, s in said.items() if n not in {*once.clear_down, *gone}} | {
+    after = {n: s for n, s in states.items() if n not in {*once.clear_down, *gone}} | {
         s.node: s for s in once.publish_down
     }
     again = plan_retirement(named - gone, live, after, NOW_S, AFTER_S)

@@ -36,9 +36,9 @@ def bring_in(store: StoreFixture, model: Model) -> None:
     acknowledge("sealed", model.name)
 
 
-def main(root: Path, further: Path | None = None) -> None:
+def main(root: Path, volume: Path | None = None) -> None:
     """Download two models that share a blob, delete one of them, reserve another one."""
-    store = StoreFixture(root, further)
+    store = StoreFixture(root, volume)
     store.onto = next(iter(store.disk.volumes), "")
     bring_in(store, STAYS)
     bring_in(store, LEAVES)

@@ -22,33 +22,33 @@ from tests.storage.store_fixtures import Model, StoreFixture, claimed_leaves, pu
 from tests.storage.syscall_tracer import Call, seen
 
 Acknowledge = Callable[[str, str], None]
-ROTTEN = sha256(STAYS.bytes["own.bin"])
+CORRUPT = sha256(STAYS.bytes["own.bin"])
 
 
-def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> None:
+def live(root: Path, acknowledge: Acknowledge, volume: Path | None = None) -> None:
     """Models come and go, are pinned and leased, a blob is corrupted and repaired, a deleted model is started again.
 
     All blobs are on a volume if there is one.
     """
-    store = StoreFixture(root, further)
+    store = StoreFixture(root, volume)
     store.onto = next(iter(store.disk.volumes), "")
-    keeping = MetadataFiles(store.layout, store.ledger)
+    metadata = MetadataFiles(store.layout, store.ledger)
     bring_in(store, STAYS, acknowledge)
-    keeping.pin(STAYS.name)
+    metadata.pin(STAYS.name)
     acknowledge("pinned", STAYS.name)
     bring_in(store, LEAVES, acknowledge)
     lease, other = store.lease(STAYS, "one"), store.lease(LEAVES, "other")
     assert store.end(other)
-    acknowledge("setting-aside", ROTTEN)
-    rot(store, ROTTEN, acknowledge)
+    acknowledge("setting-aside", CORRUPT)
+    rot(store, CORRUPT, acknowledge)
     bring_in(store, STAYS, acknowledge)  # by leaf
-    store.layout.leaf_list(ROTTEN).unlink()  # as in a store from before leaf hashes existed
-    rot(store, ROTTEN, acknowledge)
+    store.layout.leaf_list(CORRUPT).unlink()  # as in a store from before leaf hashes existed
+    rot(store, CORRUPT, acknowledge)
     assert store.end(lease)
     bring_in(store, STAYS, acknowledge)  # the whole blob
-    rot(store, ROTTEN, acknowledge)
-    delete_quarantined(store.disk, ROTTEN)
-    acknowledge("dropped", ROTTEN)
+    rot(store, CORRUPT, acknowledge)
+    delete_quarantined(store.disk, CORRUPT)
+    acknowledge("dropped", CORRUPT)
     bring_in(store, STAYS, acknowledge)
     acknowledge("deleting", LEAVES.name)
     store.delete(LEAVES)
@@ -61,7 +61,7 @@ def live(root: Path, acknowledge: Acknowledge, further: Path | None = None) -> N
         del store.ledger.partials[blob]
         acknowledge("released", blob)
     acknowledge("unpinning", STAYS.name)
-    keeping.unpin(STAYS.name)
+    metadata.unpin(STAYS.name)
     acknowledge("unpinned", STAYS.name)
 
 
@@ -118,9 +118,9 @@ def main(root: Path) -> None:
         ask(f"at {call}")
         return call.site.split(":")[1] not in left_out or call.name != "fsync"
 
-    left_out, further = set(sys.argv[3:]), Path(sys.argv[2]) if sys.argv[2] else None
+    left_out, volume = set(sys.argv[3:]), Path(sys.argv[2]) if sys.argv[2] else None
     with seen(root.parent, before):
-        live(root, lambda what, which: ask(f"ack {what} {which}"), further)
+        live(root, lambda what, which: ask(f"ack {what} {which}"), volume)
 
 
 if __name__ == "__main__":

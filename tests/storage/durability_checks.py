@@ -11,7 +11,7 @@ from shoal_storage.integrity.repair import record_good_leaves
 from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.store.views import build_view
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
-from tests.storage.crash_child_store import ROTTEN
+from tests.storage.crash_child_store import CORRUPT
 from tests.storage.store_fixtures import StoreFixture, check_invariants, claimed_leaves, sha256
 
 MODELS = (STAYS, LEAVES, COMES)
@@ -36,7 +36,7 @@ class Acknowledged:
     """What a life has acknowledged and not revoked."""
 
     def __init__(self) -> None:
-        self.promised: set[str] = set()
+        self.reserved: set[str] = set()
         """Blobs, by the names they arrive under, that are reserved or present."""
         self.here: set[str] = set()
         """Blobs by sha256."""
@@ -56,7 +56,7 @@ class Acknowledged:
         if what == "reserving":
             self.gone -= {b for m in MODELS if m.name == which for b in (*m.blobs, *m.sealed.blob_sizes)}
         elif what == "reserved":
-            self.promised.add(which)
+            self.reserved.add(which)
             self.gone.discard(which)
             self.deleted -= {m.name for m in MODELS if which in m.blobs}
         elif what == "committed":
@@ -67,18 +67,18 @@ class Acknowledged:
         elif what == "pinned":
             self.pinned.add(which)
         elif what == "setting-aside":
-            self.promised.discard(which)
+            self.reserved.discard(which)
             self.here.discard(which)
             self.models -= {m.name for m in MODELS if which in m.blobs}
         elif what == "deleting":
             self.models.discard(which)
-            self.promised -= OWN
+            self.reserved -= OWN
             self.here -= OWN
         elif what == "deleted":
             self.deleted.add(which)
             self.gone |= OWN
         elif what == "releasing":
-            self.promised.discard(which)
+            self.reserved.discard(which)
         elif what == "unpinning":
             self.pinned.discard(which)
         elif what == "unpinned":
@@ -87,20 +87,20 @@ class Acknowledged:
             assert what in ("quarantined", "released")
             self.gone.add(which)
 
-    def hold(self, root: Path, further: Path | None = None) -> None:
+    def hold(self, root: Path, volume: Path | None = None) -> None:
         """Check a store that starts after a crash: nothing acknowledged is lost, nothing deleted comes back."""
         if not root.exists():
-            assert not self.promised, "the store is lost"
+            assert not self.reserved, "the store is lost"
             return
-        rotten = "" if STAYS.name in self.models else ROTTEN
-        check_invariants(root, rotten, further)
-        store = StoreFixture(root, further)
+        corrupt = "" if STAYS.name in self.models else CORRUPT
+        check_invariants(root, corrupt, volume)
+        store = StoreFixture(root, volume)
         store.onto = next(iter(store.disk.volumes), "")
-        check_invariants(root, rotten, further)
+        check_invariants(root, corrupt, volume)
         ledger = store.ledger
-        if rotten in ledger.blobs:
-            verify_blob(store, rotten)
-        for blob in self.promised:
+        if corrupt in ledger.blobs:
+            verify_blob(store, corrupt)
+        for blob in self.reserved:
             assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
         assert not self.here - set(ledger.blobs), "committed and lost"
         assert all(leaf_hash_file.is_verified(store.layout, blob) for blob in self.here), (
@@ -112,10 +112,10 @@ class Acknowledged:
         assert not self.gone & {*ledger.blobs, *ledger.partials}, "gone and come back"
         assert not self.models - set(ledger.manifests), "sealed and lost"
         assert not self.deleted & set(ledger.stored_manifests), "deleted and come back"
-        keeping = MetadataFiles(store.layout, ledger)
-        keeping.read()
+        metadata = MetadataFiles(store.layout, ledger)
+        metadata.read()
         assert self.pinned <= ledger.pinned <= self.may_be_pinned, f"pinned: {ledger.pinned}"
-        assert not any(store.layout.tombs.iterdir()), "what was begun is not finished"
+        assert not any(store.layout.tombstones.iterdir()), "what was begun is not finished"
         for model in MODELS:
             if model.name in ledger.manifests:
                 build_view(store.layout, model.sealed)  # as publishing does at startup

@@ -126,11 +126,11 @@ class StrictDisk:
 class Paths(VolumePaths):
     """The paths of a store with all blobs on a volume, or without volumes."""
 
-    def __init__(self, root: str, has_further: bool) -> None:
+    def __init__(self, root: str, has_volume: bool) -> None:
         super().__init__(PurePath(root, "store"))  # type: ignore[arg-type]  # paths only, no disk
         self.versions = [self.version]
         self._at = ""
-        if has_further:
+        if has_volume:
             self._at = "further"
             self.add_volume(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
             self.versions.append(self.volume(self._at).version)
@@ -143,9 +143,9 @@ class Paths(VolumePaths):
         return self.blob_on(self._at, sha256)
 
 
-def violations(root: str, events: list[Call | tuple[str, str]], has_further: bool = False) -> Iterator[str]:
+def violations(root: str, events: list[Call | tuple[str, str]], has_volume: bool = False) -> Iterator[str]:
     """What a power cut at some moment of a life would break: I1, I2, I6 and the orders of writing in `store/`."""
-    disk, lay = StrictDisk(root), Paths(root, has_further)
+    disk, paths = StrictDisk(root), Paths(root, has_volume)
     deleting: Model | None = None
     renamed: list[Call] = []
     lost: set[str] = set()
@@ -153,14 +153,17 @@ def violations(root: str, events: list[Call | tuple[str, str]], has_further: boo
     for event in events:
         if isinstance(event, Call):
             if event.name == "unlink" and deleting is not None and "blobs" in PurePath(event.paths[0]).parts:
-                tomb = lay.tombs / f"{lay.manifest(deleting.manifest.repo, deleting.manifest.commit).parent.name}"
-                tomb = tomb.with_name(f"{tomb.name}@{deleting.manifest.commit}.json")
-                if not disk.certain(tomb):
+                tombstone = (
+                    paths.tombstones
+                    / f"{paths.manifest(deleting.manifest.repo, deleting.manifest.commit).parent.name}"
+                )
+                tombstone = tombstone.with_name(f"{tombstone.name}@{deleting.manifest.commit}.json")
+                if not disk.certain(tombstone):
                     yield f"I6: {event}: a deletion that nothing would finish"
             disk.make(event)
             if event.name in ("rename", "replace"):
                 renamed.append(event)
-            yield from (f"{why}: {event}" for why in _at_any_time(disk, lay, lost))
+            yield from (f"{reason}: {event}" for reason in _at_any_time(disk, paths, lost))
         else:
             what, which = event
             if what in ("deleting", "deleted"):
@@ -169,73 +172,75 @@ def violations(root: str, events: list[Call | tuple[str, str]], has_further: boo
                 lost.add(which)
             elif what == "committed":
                 lost.discard(which)
-            yield from (f"I6: {what} {which[:40]}: {why}" for why in _acknowledged(disk, lay, what, which, renamed))
+            yield from (
+                f"I6: {what} {which[:40]}: {reason}" for reason in _acknowledged(disk, paths, what, which, renamed)
+            )
 
 
-def _at_any_time(disk: StrictDisk, lay: Paths, lost: set[str]) -> Iterator[str]:
-    if any(isinstance(v, File) and v.dirty for version in lay.versions for v in disk.may_be(version)):
+def _at_any_time(disk: StrictDisk, paths: Paths, lost: set[str]) -> Iterator[str]:
+    if any(isinstance(v, File) and v.dirty for version in paths.versions for v in disk.may_be(version)):
         yield "a VERSION without its bytes"
     for model in MODELS.values():
         for blob in model.sealed.blob_sizes:
-            if any(isinstance(f, File) and f.dirty for f in disk.may_be(lay.blob(blob))):
+            if any(isinstance(f, File) and f.dirty for f in disk.may_be(paths.blob(blob))):
                 yield f"I1: blob {blob[:12]} without its bytes"
-            for bitmap in (lay.set_aside_have(blob), lay.partial(blob) / "have"):
+            for bitmap in (paths.set_aside_have(blob), paths.partial(blob) / "have"):
                 if any(isinstance(f, File) and f.dirty for f in disk.may_be(bitmap)):
                     yield f"I6: {bitmap.parent.name}/{bitmap.name[:12]} claims leaves without its bytes"
-        manifests = disk.may_be(lay.manifest(model.sealed.repo, model.sealed.commit))
+        manifests = disk.may_be(paths.manifest(model.sealed.repo, model.sealed.commit))
         if any(isinstance(m, File) and m.dirty for m in manifests):
             yield f"I2: the manifest of {model.name} without its bytes"
         for blob in model.sealed.blob_sizes if manifests else ():
-            if not disk.certain(lay.blob(blob)) and blob not in lost:
+            if not disk.certain(paths.blob(blob)) and blob not in lost:
                 yield f"I2: the manifest of {model.name} without blob {blob[:12]}"
 
 
-def _acknowledged(disk: StrictDisk, lay: Paths, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
+def _acknowledged(disk: StrictDisk, paths: Paths, what: str, which: str, renamed: list[Call]) -> Iterator[str]:
     here, gone = (
-        _of_a_blob(lay, what, which, renamed) if which not in MODELS else _of_a_model(lay, what, MODELS[which])
+        _of_a_blob(paths, what, which, renamed) if which not in MODELS else _of_a_model(paths, what, MODELS[which])
     )
     for path in here:
         if not disk.certain(path):
-            yield f"{path.relative_to(lay.root.parent)} may be lost"
+            yield f"{path.relative_to(paths.root.parent)} may be lost"
     for path in gone:
         if disk.may_be(path):
-            yield f"{path.relative_to(lay.root.parent)} may come back"
-    if what == "reserved" and len(lay.versions) > 1 and not disk.remembers(lay.volumes):
-        yield "where the further root is may be forgotten"
+            yield f"{path.relative_to(paths.root.parent)} may come back"
+    if what == "reserved" and len(paths.versions) > 1 and not disk.remembers(paths.volumes):
+        yield "the path of the volume may be forgotten"
 
 
-def _of_a_blob(lay: Paths, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
+def _of_a_blob(paths: Paths, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
     """What certainly exists, and what certainly does not, once this was acknowledged."""
-    partial: PurePath = lay.partial(which)
-    aside: list[PurePath] = [lay.set_aside(which), lay.set_aside_have(which)]
+    partial: PurePath = paths.partial(which)
+    aside: list[PurePath] = [paths.set_aside(which), paths.set_aside_have(which)]
     if what == "committed":
         # DESIGN §7: both directories of the rename.
-        gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(lay.blob(which))]
-        return [*lay.versions, lay.blob(which), lay.leaf_list(which)], [*gone, *aside]
+        gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(paths.blob(which))]
+        return [*paths.versions, paths.blob(which), paths.leaf_list(which)], [*gone, *aside]
     if what == "quarantined":
         views = [
-            lay.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
+            paths.view_file(m.sealed, f.path) for m in MODELS.values() for f in m.sealed.files if f.sha256 == which
         ]
-        return aside[:1], [lay.blob(which), *views]
-    promised: dict[str, tuple[list[PurePath], list[PurePath]]] = {
-        "reserved": ([*lay.versions, partial / "meta.json"], []),
+        return aside[:1], [paths.blob(which), *views]
+    reserved: dict[str, tuple[list[PurePath], list[PurePath]]] = {
+        "reserved": ([*paths.versions, partial / "meta.json"], []),
         "released": ([], [partial]),
         "kept-good": (aside[1:], []),
         "taken-back": ([partial / name for name in ("data", "have", "meta.json")], aside),
         "dropped": ([], aside),
     }
-    return promised.get(what, ([], []))
+    return reserved.get(what, ([], []))
 
 
-def _of_a_model(lay: Paths, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
-    manifest = lay.manifest(model.sealed.repo, model.sealed.commit)
-    tomb = lay.tombs / f"{manifest.parent.name}@{manifest.name}"
+def _of_a_model(paths: Paths, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
+    manifest = paths.manifest(model.sealed.repo, model.sealed.commit)
+    tombstone = paths.tombstones / f"{manifest.parent.name}@{manifest.name}"
     own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}
-    pin: PurePath = lay.pin(model.manifest.repo, model.manifest.commit)
-    promised: dict[str, tuple[list[PurePath], list[PurePath]]] = {
+    pin: PurePath = paths.pin(model.manifest.repo, model.manifest.commit)
+    reserved: dict[str, tuple[list[PurePath], list[PurePath]]] = {
         "sealed": ([manifest], []),
-        "deleted": ([], [manifest, tomb, *(lay.blob(b) for b in own)]),
+        "deleted": ([], [manifest, tombstone, *(paths.blob(b) for b in own)]),
         "pinned": ([pin], []),
         "unpinned": ([], [pin]),
     }
-    return promised.get(what, ([], []))
+    return reserved.get(what, ([], []))

@@ -38,7 +38,7 @@ from tests.harness.process import Process, node_environment, started
 from tests.storage.store_fixtures import Model, put
 
 T = TypeVar("T")
-PATIENCE_S = 45.0
+WAIT_TIMEOUT_S = 45.0
 ASK_DEADLINE_S = 45.0
 DELETE_DEADLINE_S = 60.0
 
@@ -80,7 +80,7 @@ class Node:
 
     async def ask(self, verb: str, question: object, kind: type[T]) -> T:
         """Send a request to storage."""
-        return await self._ask("storage", self.node, verb, question, kind, ASK_DEADLINE_S, PATIENCE_S)
+        return await self._ask("storage", self.node, verb, question, kind, ASK_DEADLINE_S, WAIT_TIMEOUT_S)
 
     async def reserve(self, manifest: Manifest) -> ReserveResult:
         """storage.reserve"""

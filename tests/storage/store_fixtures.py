@@ -136,21 +136,21 @@ def put(layout: StorePaths, blob: str, data: bytes) -> None:
 class StoreFixture:
     """A disk and its ledger, driven as the service drives them."""
 
-    def __init__(self, root: Path, further: Path | None = None) -> None:
+    def __init__(self, root: Path, volume: Path | None = None) -> None:
         self.root = root
         self.disk = Store(root)
         self.layout = self.disk.layout
         self.disk.open()
         self.onto = ""
         """The volume to which blobs go from now on; "" for the store itself."""
-        if further is not None:
-            self.join(further)
+        if volume is not None:
+            self.join(volume)
         self.ledger = recover_store(self.disk, lease_files.read_leases(self.disk, time.monotonic(), time.time()))
         self.ledger.quarantined = quarantined_blobs(self.disk)
 
-    def join(self, further: Path) -> str:
+    def join(self, volume: Path) -> str:
         """Attach a volume; at a start, before anything is read. Returns its id."""
-        opened = open_volume(self.layout, further)
+        opened = open_volume(self.layout, volume)
         record_volume(self.layout, opened)
         self.disk.attach_volume(opened)
         return opened.id
@@ -160,8 +160,8 @@ class StoreFixture:
         # Both are on one disk here, which storage would count once; with plenty of space it makes no difference.
         free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_volume
         spaces = [
-            VolumeSpace(further, str(lay.root), free, in_flight[further])
-            for further, lay in self.layout.each_volume()
+            VolumeSpace(volume, str(paths.root), free, in_flight[volume])
+            for volume, paths in self.layout.each_volume()
         ]
         missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
         for blob in missing:
@@ -236,22 +236,22 @@ class StoreFixture:
         )
 
 
-def check_invariants(root: Path, rotten: str = "", further: Path | None = None) -> None:
+def check_invariants(root: Path, corrupt: str = "", volume: Path | None = None) -> None:
     """Check I1 and I2, which hold at any moment, whatever was killed; foreign files are ignored.
 
     A blob that the disk itself has corrupted, `rotten`, is exempt until it is verified.
     """
     layout = StorePaths(root)
-    roots = [layout, *([StorePaths(further)] if further else [])]
-    for path in [p for its in roots for p in its.blobs.glob("*/*")]:
-        if path.name != rotten and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
+    volumes = [layout, *([StorePaths(volume)] if volume else [])]
+    for path in [p for volume_paths in volumes for p in volume_paths.blobs.glob("*/*")]:
+        if path.name != corrupt and len(path.name) == 64 and path.parent.name == path.name[:2] and path.is_file():
             assert sha256(path.read_bytes()) == path.name, f"I1: {path.name} does not hash to its name"
     for path in layout.manifests.glob("*/*.json"):
         with suppress(BadMessage):
             for f in decode(path.read_bytes(), Manifest).files:
-                assert f.sha256 == rotten or any(its.blob(f.sha256).is_file() for its in roots), (
-                    f"I2: {path} is there and its blob {f.sha256} is not"
-                )
+                assert f.sha256 == corrupt or any(
+                    volume_paths.blob(f.sha256).is_file() for volume_paths in volumes
+                ), f"I2: {path} is there and its blob {f.sha256} is not"
 
 
 def files_below(root: Path) -> set[str]:

@@ -110,7 +110,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
 
     @invariant()
-    def nothing_is_present_and_arriving_at_once(self) -> None:
+    def nothing_is_both_present_and_arriving(self) -> None:
         assert not set(self.ledger.blobs) & set(self.ledger.partials)
         assert not set(self.ledger.partials) - referenced_blobs(self.ledger), "a partial that nobody wants"
 

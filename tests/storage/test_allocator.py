@@ -20,10 +20,10 @@ from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
 from shoal_storage.settings import StorageSettings
 from tests.storage.test_eviction_planner import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 
-ROOTS = ["", "one", "two"]
+VOLUMES = ["", "one", "two"]
 NEW = "org/new@" + "d" * 40
-ROOMS = st.dictionaries(st.sampled_from(ROOTS[1:]), st.integers(-10, 60), max_size=2).flatmap(
-    lambda further: st.integers(-10, 60).map(lambda room: {"": room, **further})
+FREE_SPACE = st.dictionaries(st.sampled_from(VOLUMES[1:]), st.integers(-10, 60), max_size=2).flatmap(
+    lambda volumes: st.integers(-10, 60).map(lambda room: {"": room, **volumes})
 )
 BLOBS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 40), max_size=6)
 
@@ -31,65 +31,65 @@ BLOBS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 40), max_size=
 @st.composite
 def pieces(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
     """Blobs, free space, and blobs that fit one volume only."""
-    blobs, rooms = draw(BLOBS), draw(ROOMS)
-    bound = draw(st.dictionaries(st.sampled_from(sorted(blobs)), st.sampled_from(sorted(rooms)))) if blobs else {}
-    return blobs, rooms, bound
+    blobs, free = draw(BLOBS), draw(FREE_SPACE)
+    bound = draw(st.dictionaries(st.sampled_from(sorted(blobs)), st.sampled_from(sorted(free)))) if blobs else {}
+    return blobs, free, bound
 
 
-def fits(blobs: dict[str, int], rooms: dict[str, int], placed: dict[str, str]) -> bool:
+def fits(blobs: dict[str, int], free: dict[str, int], placed: dict[str, str]) -> bool:
     """Whether every volume has space for all it gets."""
     taken = Counter[str]()
-    for blob, further in placed.items():
-        taken[further] += blobs[blob]
-    return all(not size or size <= rooms.get(further, 0) for further, size in taken.items())
+    for blob, volume in placed.items():
+        taken[volume] += blobs[blob]
+    return all(not size or size <= free.get(volume, 0) for volume, size in taken.items())
 
 
-def any_way(blobs: dict[str, int], rooms: dict[str, int], bound: dict[str, str]) -> bool:
+def any_way(blobs: dict[str, int], free: dict[str, int], bound: dict[str, str]) -> bool:
     """By trying all assignments."""
     names = sorted(blobs)
-    ways = itertools.product(*([bound[b]] if b in bound else sorted(rooms) for b in names))
-    return any(fits(blobs, rooms, dict(zip(names, way, strict=True))) for way in ways)
+    ways = itertools.product(*([bound[b]] if b in bound else sorted(free) for b in names))
+    return any(fits(blobs, free, dict(zip(names, way, strict=True))) for way in ways)
 
 
 @given(pieces())
 def test_I3_no_volume_is_given_more_than_its_free_space(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
-    blobs, rooms, bound = case
-    placed = allocate(blobs, rooms, bound)
+    blobs, free, bound = case
+    placed = allocate(blobs, free, bound)
     if placed is not None:
-        assert placed.keys() == blobs.keys() and set(placed.values()) <= rooms.keys()
-        assert fits(blobs, rooms, placed)
-        assert all(placed[b] == further for b, further in bound.items())
+        assert placed.keys() == blobs.keys() and set(placed.values()) <= free.keys()
+        assert fits(blobs, free, placed)
+        assert all(placed[b] == volume for b, volume in bound.items())
 
 
 @given(pieces())
 def test_blobs_are_refused_only_if_there_is_no_way_to_place_them(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
-    blobs, rooms, bound = case
-    assert (allocate(blobs, rooms, bound) is not None) == any_way(blobs, rooms, bound)
+    blobs, free, bound = case
+    assert (allocate(blobs, free, bound) is not None) == any_way(blobs, free, bound)
 
 
 @given(pieces())
 def test_the_allocator_finds_a_way_exactly_when_none_is_lacking(
     case: tuple[dict[str, int], dict[str, int], dict[str, str]],
 ) -> None:
-    blobs, rooms, bound = case
-    lacking = shortfall_bytes(blobs, rooms, bound)
-    assert (lacking == 0) == (allocate(blobs, rooms, bound) is not None)
-    assert allocate(blobs, {further: room + lacking for further, room in rooms.items()}, bound) is not None
+    blobs, free, bound = case
+    lacking = shortfall_bytes(blobs, free, bound)
+    assert (lacking == 0) == (allocate(blobs, free, bound) is not None)
+    assert allocate(blobs, {volume: room + lacking for volume, room in free.items()}, bound) is not None
 
 
-@given(BLOBS, ROOMS)
-def test_blobs_of_a_model_stay_together_and_in_the_store_first(blobs: dict[str, int], rooms: dict[str, int]) -> None:
-    placed, total = allocate(blobs, rooms, {}), sum(blobs.values())
-    takes_all = [further for further, room in rooms.items() if total <= max(room, 0)]
+@given(BLOBS, FREE_SPACE)
+def test_blobs_of_a_model_stay_together_and_in_the_store_first(blobs: dict[str, int], free: dict[str, int]) -> None:
+    placed, total = allocate(blobs, free, {}), sum(blobs.values())
+    takes_all = [volume for volume, room in free.items() if total <= max(room, 0)]
     if blobs and takes_all:
         assert placed is not None
-        most = max(rooms[further] for further in takes_all)
+        most = max(free[volume] for volume in takes_all)
         (only,) = set(placed.values())
-        assert only == "" if "" in takes_all else rooms[only] == most
+        assert only == "" if "" in takes_all else free[only] == most
 
 
 def test_a_model_of_many_files_is_allocated_quickly() -> None:
@@ -110,15 +110,15 @@ def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[VolumeSpace], S
         blob = draw(st.sampled_from(arriving))
         ledger.partials[blob] = PartialBlobInfo(SIZES[blob], models={draw(st.sampled_from(NAMES))})
     for blob in sorted({*ledger.blobs, *ledger.partials}):
-        further: str = draw(st.sampled_from(ROOTS))
-        if further:
-            ledger.volume_by_blob[blob] = further
+        volume: str = draw(st.sampled_from(VOLUMES))
+        if volume:
+            ledger.volume_by_blob[blob] = volume
     twice: set[str] = draw(st.sets(st.sampled_from(sorted(ledger.blobs)), max_size=2)) if ledger.blobs else set()
     for blob in sorted(twice):
-        other = next(r for r in ROOTS if r != ledger.volume_by_blob.get(blob, ""))
+        other = next(r for r in VOLUMES if r != ledger.volume_by_blob.get(blob, ""))
         ledger.redundant_copies[blob] = {other: ledger.blobs[blob]}
     in_flight = ledger.in_flight_by_volume
-    spaces = [VolumeSpace(r, r or "the store", draw(st.integers(0, 150)), in_flight[r]) for r in ROOTS]
+    spaces = [VolumeSpace(r, r or "the store", draw(st.integers(0, 150)), in_flight[r]) for r in VOLUMES]
     limits = StorageSettings(draw(st.none() | st.integers(0, 300)), draw(st.integers(0, 10)), "lru")
     uses = draw(st.sets(st.sampled_from(NAMES), max_size=1))
     ledger.pinned = uses
@@ -174,11 +174,11 @@ def test_I3_a_plan_over_several_volumes_frees_where_blobs_go(case: Case) -> None
         spaces = carry_out(made, ledger, spaces)
         assert before - ledger.used_bytes == made.freed_bytes
         admission = admit(manifest, ledger, limits, spaces[0].free_bytes, spaces)
-    rooms = available_by_volume(spaces, limits)
+    free = available_by_volume(spaces, limits)
     asked = space_demand(manifest, ledger)
     assert admission.volume_by_blob.keys() == set(admission.missing)
     if asked.needed_bytes:
-        assert fits(dict(asked.blobs), rooms, {b: admission.volume_by_blob[b] for b in asked.blobs})
+        assert fits(dict(asked.blobs), free, {b: admission.volume_by_blob[b] for b in asked.blobs})
 
 
 @given(disks())

@@ -152,7 +152,7 @@ async def test_I6_a_delete_whose_process_is_killed_is_finished_later(
             await process.kill()
         # As a kill leaves it after the first step of a deletion: the manifest is a tombstone, the rest is present.
         manifest = node.layout.manifest(apples.manifest.repo, apples.manifest.commit)
-        manifest.replace(node.layout.tombs / f"{manifest.parent.name}@{manifest.name}")
+        manifest.replace(node.layout.tombstones / f"{manifest.parent.name}@{manifest.name}")
         async with node.storage(), node.fetcher():
             assert files_below(node.layout.root) == files_of(pears)
             assert await node.model_state(apples) is None

@@ -256,10 +256,10 @@ async def test_I5_a_delete_ends_with_no_files_from_any_state(site: Site, state: 
         assert outcome.result["models"] == ([manifest.model] if manifest else [])
         await case.nothing_is_left()
         # Again: nothing to do, nothing to publish.
-        said = [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
+        sequences = [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
         again = await case.ask("delete", "storage")
         assert again.ok and not again.result["deleted"]
-        assert said == [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
+        assert sequences == [await case.here.here.last_sequence(stream) for stream in ("EVT", "KV_spec")]
         # Nothing starts again, whichever service starts and whatever comes back.
         await case.restart_service()
         await case.nothing_is_left()
@@ -293,20 +293,20 @@ async def test_a_model_named_by_a_retired_node_is_deleted_after_forget(site: Sit
 RENAME, UNLINK = "?rename,?renameat,?renameat2", "?unlink,?unlinkat"
 
 
-def _tomb(lay: StorePaths, manifest: Manifest) -> Path:
-    path = lay.manifest(manifest.repo, manifest.commit)
-    return lay.tombs / f"{path.parent.name}@{path.name}"
+def _tombstone(paths: StorePaths, manifest: Manifest) -> Path:
+    path = paths.manifest(manifest.repo, manifest.commit)
+    return paths.tombstones / f"{path.parent.name}@{path.name}"
 
 
 STEPS: dict[str, tuple[str, Callable[[StorePaths, Manifest], Path]]] = {
-    "the manifest leaves": (RENAME, lambda lay, m: lay.manifest(m.repo, m.commit)),
-    "its tomb is durable": ("fsync", lambda lay, _: lay.tombs),
-    "a file of the view goes": (UNLINK, lambda lay, m: lay.view_file(m, m.files[0].path)),
-    "the first blob goes": (UNLINK, lambda lay, m: lay.blob(min(m.blob_sizes))),
-    "its leaves go": (UNLINK, lambda lay, m: lay.leaf_list(min(m.blob_sizes))),
-    "the last blob goes": (UNLINK, lambda lay, m: lay.blob(max(m.blob_sizes))),
-    "that is durable": ("fsync", lambda lay, m: lay.blob(max(m.blob_sizes)).parent),
-    "the tomb goes": (UNLINK, _tomb),
+    "the manifest leaves": (RENAME, lambda paths, m: paths.manifest(m.repo, m.commit)),
+    "its tombstone is durable": ("fsync", lambda paths, _: paths.tombstones),
+    "a file of the view goes": (UNLINK, lambda paths, m: paths.view_file(m, m.files[0].path)),
+    "the first blob goes": (UNLINK, lambda paths, m: paths.blob(min(m.blob_sizes))),
+    "its leaves go": (UNLINK, lambda paths, m: paths.leaf_list(min(m.blob_sizes))),
+    "the last blob goes": (UNLINK, lambda paths, m: paths.blob(max(m.blob_sizes))),
+    "that is durable": ("fsync", lambda paths, m: paths.blob(max(m.blob_sizes)).parent),
+    "the tombstone goes": (UNLINK, _tombstone),
 }
 """The calls that a delete makes on the disk, in order, with their paths."""
 

@@ -62,8 +62,8 @@ seens = st.builds(
     StoreScan,
     blobs=st.dictionaries(st.sampled_from(BLOBS), stamps),
     manifests=held,
-    unreadable=st.sets(st.sampled_from([manifest_of(n, BLOBS[:1]).model for n in range(5)]), max_size=1),
-    unknown=st.builds(ForeignFiles, st.integers(0, 3)),
+    unreadable_models=st.sets(st.sampled_from([manifest_of(n, BLOBS[:1]).model for n in range(5)]), max_size=1),
+    foreign=st.builds(ForeignFiles, st.integers(0, 3)),
 )
 
 
@@ -121,30 +121,30 @@ def test_a_scan_of_an_untouched_store_differs_in_nothing(root: Path, apples: Mod
 def test_a_scan_counts_every_foreign_file_and_changes_none(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
-    lay = store.layout
+    paths = store.layout
     strange = [
         root / "index.db",
         root / "notes" / "deep" / "more.txt",
-        lay.blobs.parent / "md5" / "x",
-        lay.blobs / "zz" / ("ab" * 32),
-        lay.blobs / "ab" / "README",
-        lay.blobs / "gi" / ("git-" + "a" * 40),
-        lay.partials / "README" / "data",
-        lay.manifests / "org--apples" / "readme.json",
-        lay.manifests / "stray.json",
-        lay.views / "mine" / "model.bin",
-        lay.view(apples.sealed.repo, apples.sealed.commit) / "sub" / "mine.txt",
-        lay.view(apples.sealed.repo, "e" * 40) / "left.txt",
-        lay.pins / "no-model",
-        lay.quarantine / "no-blob",
+        paths.blobs.parent / "md5" / "x",
+        paths.blobs / "zz" / ("ab" * 32),
+        paths.blobs / "ab" / "README",
+        paths.blobs / "gi" / ("git-" + "a" * 40),
+        paths.partials / "README" / "data",
+        paths.manifests / "org--apples" / "readme.json",
+        paths.manifests / "stray.json",
+        paths.views / "mine" / "model.bin",
+        paths.view(apples.sealed.repo, apples.sealed.commit) / "sub" / "mine.txt",
+        paths.view(apples.sealed.repo, "e" * 40) / "left.txt",
+        paths.pins / "no-model",
+        paths.quarantine / "no-blob",
     ]
     for path in strange:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"mine!")
     (root / "link").symlink_to("/nowhere")
-    (lay.manifests / "org--apples" / ".readme.json.new").write_bytes(b"ours, unfinished")
+    (paths.manifests / "org--apples" / ".readme.json.new").write_bytes(b"ours, unfinished")
     before = files_below(root)
-    seen = scan_store(lay)
+    seen = scan_store(paths)
     size_bytes = 5 * len(strange) + len("/nowhere")
     assert (seen.foreign.count, seen.foreign.size_bytes) == (len(strange) + 1, size_bytes)
     named = {str(p.relative_to(root)) for p in (*strange, root / "link")}

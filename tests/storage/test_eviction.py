@@ -59,8 +59,8 @@ async def test_of_1_2_and_60_only_the_60_is_evicted_as_planned(
         assert reserved.evicted == dry, "the dry run and the real thing are one"
         assert (await node.reserve(FIFTY.manifest)).evicted is None, "asked again, the room is there"
         assert await node.model_state(SIXTY) is None and await node.model_state(TWO) is not None
-        (told,) = await events_named(node, "evicted")
-        assert (told["model"], told["freed_bytes"]) == (SIXTY.name, 6000)
+        (event,) = await events_named(node, "evicted")
+        assert (event["model"], event["freed_bytes"]) == (SIXTY.name, 6000)
         await node.bring_in(FIFTY)
         state = await node.storage_state()
         assert (state.used_bytes, state.reserved_bytes, state.eviction_policy) == (5300, 0, "lru")

@@ -60,8 +60,8 @@ class EvictionMachine(RuleBasedStateMachine):
         self.disk = Store(self.root)
         self.disk.open()
         self.ledger = recover_store(self.disk)
-        self.keeping = MetadataFiles(self.disk.layout, self.ledger)
-        self.keeping.read()
+        self.metadata = MetadataFiles(self.disk.layout, self.ledger)
+        self.metadata.read()
 
     def teardown(self) -> None:
         if hasattr(self, "root"):
@@ -87,14 +87,14 @@ class EvictionMachine(RuleBasedStateMachine):
         repo, _, commit = model.rpartition("@")
         begin_delete(self.disk, repo, commit)
         finish_delete(self.disk, repo, commit, leaving)
-        self.keeping.delete_records(model)
+        self.metadata.delete_records(model)
         ledger.manifests.pop(model, None)
         freed = sum(ledger.blobs.pop(b) for b in leaving)
         self.end_reservation(model)
         return freed
 
     def end_reservation(self, model: str) -> None:
-        self.keeping.end_reservation(model)
+        self.metadata.end_reservation(model)
         for blob, partial in list(self.ledger.partials.items()):
             partial.models.discard(model)
             if partial.models:
@@ -135,7 +135,7 @@ class EvictionMachine(RuleBasedStateMachine):
             if before is None:
                 del self.ledger.reservations[model.name]
             return
-        self.keeping.write_reservation(model.name)
+        self.metadata.write_reservation(model.name)
         for blob in admission.missing:
             partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(len(model.blobs[blob])))
             partial.models.add(model.name)
@@ -176,7 +176,7 @@ class EvictionMachine(RuleBasedStateMachine):
         assert model.blobs.keys() <= self.ledger.blobs.keys(), f"I4: bytes went from under the fetch of {name}"
         seal_model(self.disk, model.sealed)
         self.ledger.manifests[name] = model.sealed
-        self.keeping.record_arrival(name)
+        self.metadata.record_arrival(name)
         self.end_reservation(name)
 
     @precondition(lambda self: self.ledger.promised)
@@ -188,13 +188,13 @@ class EvictionMachine(RuleBasedStateMachine):
     @rule(model=A_MODEL)
     def use(self, model: Model) -> None:
         self.now_s += 1
-        self.keeping.record_use([model.name], self.now_s)
+        self.metadata.record_use([model.name], self.now_s)
 
     @precondition(lambda self: self.ledger.manifests)
     @rule(data=st.data(), pinned=st.sampled_from([True, False, False]))
     def pin(self, data: st.DataObject, pinned: bool) -> None:
         model = data.draw(st.sampled_from(sorted(self.ledger.manifests)))
-        (self.keeping.pin if pinned else self.keeping.unpin)(model)
+        (self.metadata.pin if pinned else self.metadata.unpin)(model)
 
     @precondition(lambda self: self.ledger.manifests)
     @rule(data=st.data(), placed=st.sampled_from([True, False, False]))
@@ -235,7 +235,7 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.keeping.write_uses()
+        self.metadata.write_uses()
         before = self.ledger
         self.disk.close()
         self.open()

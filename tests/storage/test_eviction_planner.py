@@ -41,9 +41,9 @@ def manifest_of(model: str, blobs: Iterable[str], sizes: dict[str, int]) -> Mani
 def ledger_of(models: dict[str, set[str]], blobs: dict[str, int]) -> Ledger:
     """A ledger with these blobs; models that lack one are incomplete."""
     ledger = Ledger(blobs=dict(blobs))
-    for model, its in models.items():
-        whole = its <= blobs.keys()
-        (ledger.manifests if whole else ledger.incomplete)[model] = manifest_of(model, sorted(its), SIZES | blobs)
+    for model, own in models.items():
+        whole = own <= blobs.keys()
+        (ledger.manifests if whole else ledger.incomplete)[model] = manifest_of(model, sorted(own), SIZES | blobs)
     return ledger
 
 

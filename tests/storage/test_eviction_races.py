@@ -149,7 +149,7 @@ async def test_I4_nothing_is_evicted_while_instances_are_unknown(
         await held.bring_in(A, B, C)
         before, name = files_below(held.disk.layout.root), fresh("instance")
         monkeypatch.setattr(uses_module, "CATCH_UP_TIMEOUT_S", 0.3)
-        held.guard.evictions._uses._specs = KvMirror("spec")  # a mirror that has received nothing
+        held.guard.evictions._usage._specs = KvMirror("spec")  # a mirror that has received nothing
         spec = InstanceSpec(id=name, repo="org/x", commit="c" * 40, stages=[], context_tokens=1)
         await held.here.buckets.spec.put(instance_key(name), spec)
         with pytest.raises(Unavailable, match="nothing was removed, try again"):

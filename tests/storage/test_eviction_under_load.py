@@ -43,7 +43,7 @@ from tests.storage.store_fixtures import Model, check_invariants, put
 from tests.storage.test_eviction_machine import MODELS
 from tests.storage.test_eviction_races import Held, holding
 
-AT_ONCE = 50
+CONCURRENT = 50
 ROUNDS = 4
 STEPS = int(os.environ.get("SHOAL_STEPS", "200"))
 EXPECTED = (QuotaExceeded, NotFound, InUse)
@@ -85,8 +85,8 @@ def violations(ledger: Ledger, limits: StorageSettings) -> str:
 class Together:
     """One store with many concurrent requests."""
 
-    def __init__(self, held: Held, upkeep: MaintenanceApi) -> None:
-        self.held, self.guard, self.upkeep = held, held.guard, upkeep
+    def __init__(self, held: Held, maintenance: MaintenanceApi) -> None:
+        self.held, self.guard, self.maintenance = held, held.guard, maintenance
         self._carry_out = self.guard.evictions.execute
         self.guard.evictions.execute = self.carry_out  # type: ignore[method-assign]  # the same, measured
 
@@ -128,15 +128,15 @@ class Together:
             await guard.seal(SealModel(manifest=model.sealed))
 
     async def _keep(self, verb: str, model: Model) -> None:
-        repo, upkeep = model.manifest.repo, self.upkeep
+        repo, maintenance = model.manifest.repo, self.maintenance
         asked: dict[str, Callable[[], Awaitable[object]]] = {
             "release": lambda: self.guard.release(Release(manifest=model.manifest)),
             "delete": lambda: self.guard.deletions.delete(Delete(model=repo), ""),
-            "pin": lambda: upkeep.pin(Pin(model=repo), ""),
-            "unpin": lambda: upkeep.pin(Pin(model=repo, pinned=False), ""),
-            "used": lambda: upkeep.record_use(RecordUse(models=[model.name])),
-            "gc": lambda: upkeep.collect_garbage(CollectGarbage(), ""),
-            "plan": lambda: upkeep.plan(PlanEviction(need_bytes=300)),
+            "pin": lambda: maintenance.pin(Pin(model=repo), ""),
+            "unpin": lambda: maintenance.pin(Pin(model=repo, pinned=False), ""),
+            "used": lambda: maintenance.record_use(RecordUse(models=[model.name])),
+            "gc": lambda: maintenance.collect_garbage(CollectGarbage(), ""),
+            "plan": lambda: maintenance.plan(PlanEviction(need_bytes=300)),
         }
         await asked[verb]()
 
@@ -152,15 +152,15 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
         section = held.guard.section
         assert isinstance(section, Watched)
         section.limits, section.ledger = limits, held.ledger
-        upkeep = MaintenanceApi(
+        maintenance = MaintenanceApi(
             held.guard._context,
             held.ledger,
             section,
             held.guard.evictions,
             held.guard.metadata,
-            held.guard._announcer,
+            held.guard._publisher,
         )
-        together, stopping = Together(held, upkeep), asyncio.Event()
+        together, stopping = Together(held, maintenance), asyncio.Event()
         serving = asyncio.create_task(
             serve(held.here.nats, "fetcher", node, {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)}, stopping)
         )
@@ -170,8 +170,8 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
             for _ in range(ROUNDS):
                 asked = list(
                     zip(
-                        draw.choices([*WEIGHTS], [*WEIGHTS.values()], k=AT_ONCE),
-                        draw.choices(MODELS, k=AT_ONCE),
+                        draw.choices([*WEIGHTS], [*WEIGHTS.values()], k=CONCURRENT),
+                        draw.choices(MODELS, k=CONCURRENT),
                         strict=True,
                     )
                 )
@@ -193,7 +193,7 @@ def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(
     issued.clear()
 
     @settings(
-        max_examples=-(-STEPS // (AT_ONCE * ROUNDS)),
+        max_examples=-(-STEPS // (CONCURRENT * ROUNDS)),
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
@@ -206,4 +206,4 @@ def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(
 
     lives()
     print(dict(issued))  # with `-s`: requests issued, requests refused, and how often models were evicted
-    assert sum(issued[verb] for verb in WEIGHTS) >= STEPS and issued["evictions"] >= STEPS // (AT_ONCE * ROUNDS)
+    assert sum(issued[verb] for verb in WEIGHTS) >= STEPS and issued["evictions"] >= STEPS // (CONCURRENT * ROUNDS)

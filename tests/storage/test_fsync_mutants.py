@@ -13,7 +13,7 @@ from tests.storage.syscall_tracer import Call, seen
 
 REDUNDANT = {"atomic_file.py:make_directory < atomic_file.py:make_directory < store.py:open"}
 """Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
-REDUNDANT_FURTHER = {
+REDUNDANT_ON_VOLUMES = {
     "atomic_file.py:make_directory < atomic_file.py:make_directory < volume.py:open_root",
     "atomic_file.py:make_directory < store.py:open",
     "atomic_file.py:write_file < store.py:open",
@@ -26,20 +26,20 @@ def without_lines(site: str) -> str:
     return re.sub(r":\d+\b", "", site)
 
 
-def lived(directory: Path, left_out: str = "", has_further: bool = False) -> list[Call | tuple[str, str]]:
+def lived(directory: Path, left_out: str = "", has_volume: bool = False) -> list[Call | tuple[str, str]]:
     """The calls and acknowledgements of a life without the fsyncs of one place."""
     directory.mkdir()
     with seen(directory, lambda call: call.name != "fsync" or call.site != left_out) as seam:
-        live(directory / "store", seam.acknowledge, directory / "further" if has_further else None)
+        live(directory / "store", seam.acknowledge, directory / "further" if has_volume else None)
     return seam.events
 
 
-def survivors(tmp_path: Path, sites: list[str], has_further: bool) -> set[str]:
+def survivors(tmp_path: Path, sites: list[str], has_volume: bool) -> set[str]:
     """The places whose missing fsync was not detected."""
     found = set()
     for number, site in enumerate(sites):
         root = tmp_path / f"mutant-{number}"
-        if not any(violations(str(root), lived(root, site, has_further), has_further)):
+        if not any(violations(str(root), lived(root, site, has_volume), has_volume)):
             found.add(without_lines(site))
     return found
 
@@ -49,24 +49,24 @@ def fsyncs(events: list[Call | tuple[str, str]]) -> set[str]:
     return {e.site for e in events if isinstance(e, Call) and e.name == "fsync"}
 
 
-@pytest.mark.parametrize("has_further", [False, True])
-def test_I6_I1_I2_the_store_is_durable_on_the_strictest_disk(tmp_path: Path, has_further: bool) -> None:
-    events = lived(tmp_path / "whole", has_further=has_further)
+@pytest.mark.parametrize("has_volume", [False, True])
+def test_I6_I1_I2_the_store_is_durable_on_the_strictest_disk(tmp_path: Path, has_volume: bool) -> None:
+    events = lived(tmp_path / "whole", has_volume=has_volume)
     assert len([e for e in events if isinstance(e, Call)]) > 200
-    assert not list(violations(str(tmp_path / "whole"), events, has_further))
+    assert not list(violations(str(tmp_path / "whole"), events, has_volume))
 
 
 def test_every_omitted_fsync_is_detected(tmp_path: Path) -> None:
     sites = fsyncs(lived(tmp_path / "whole"))
     assert len(sites) >= 25, sites
-    assert survivors(tmp_path, sorted(sites), has_further=False) == REDUNDANT
+    assert survivors(tmp_path, sorted(sites), has_volume=False) == REDUNDANT
 
 
 def test_every_omitted_fsync_of_a_volume_is_detected(tmp_path: Path) -> None:
     alone = {without_lines(site) for site in fsyncs(lived(tmp_path / "alone"))}
-    sites = fsyncs(lived(tmp_path / "whole", has_further=True))
+    sites = fsyncs(lived(tmp_path / "whole", has_volume=True))
     assert len({without_lines(site) for site in sites} - alone) >= 5, sites
-    assert survivors(tmp_path, sorted(sites), has_further=True) == REDUNDANT | REDUNDANT_FURTHER
+    assert survivors(tmp_path, sorted(sites), has_volume=True) == REDUNDANT | REDUNDANT_ON_VOLUMES
 
 
 def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> None:
@@ -79,4 +79,4 @@ def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> No
     )
     assert durable < named
     events.insert(named, events.pop(durable))
-    assert any("I1" in why for why in violations(str(tmp_path / "whole"), events))
+    assert any("I1" in reason for reason in violations(str(tmp_path / "whole"), events))

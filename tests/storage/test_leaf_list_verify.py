@@ -67,7 +67,7 @@ def test_I1_a_leaf_that_differs_from_the_list_costs_only_itself(root: Path, at: 
     leaf_list_verify.clear_leaves(store.layout, BLOB, len(WEIGHTS), refused.value.leaves)
     have = Bitmap(len(WEIGHTS), (store.layout.partial(BLOB) / "have").read_bytes())
     assert [leaf for leaf in range(6) if leaf not in have] == [at // LEAF_BYTES]
-    assert not store.layout.relay_bitmap(BLOB).exists(), "the fetcher begins it anew"
+    assert not store.layout.relay_bitmap(BLOB).exists(), "the fetcher begins it again"
 
 
 def test_I1_a_file_of_another_size_is_not_the_blob(root: Path) -> None:
@@ -97,10 +97,10 @@ def test_I1_a_list_that_is_not_the_sealed_one_is_not_trusted(root: Path, hashes:
 
 
 def test_every_leaf_is_checked_and_a_stop_ends_it(tmp_path: Path) -> None:
-    path, looked = tmp_path / "data", []
+    path, polls = tmp_path / "data", []
     path.write_bytes(WEIGHTS)
     with path.open("rb", buffering=0) as f:
-        assert mismatching_leaves(f, LIST, lambda: looked.append(1)) == [] and len(looked) == 6
+        assert mismatching_leaves(f, LIST, lambda: polls.append(1)) == [] and len(polls) == 6
         assert mismatching_leaves(f, bytes(len(LIST)), lambda: None) == list(range(6))
 
         def stop() -> None:

@@ -56,10 +56,10 @@ def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = ""
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 20)), max_size=12))
 def test_a_lease_lives_through_its_grace_and_while_it_is_held(
-    looks: list[tuple[bool, float]],
+    polls: list[tuple[bool, float]],
 ) -> None:
     lease, now_s, taken_up = lease_of("m"), 0.0, False
-    for held, after_s in looks:
+    for held, after_s in polls:
         now_s += after_s
         ended = has_ended(lease, held, now_s)
         assert ended == (not held and (taken_up or now_s >= LOCK_DEADLINE_S))
@@ -122,18 +122,18 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
         files = [ManifestFile(path=b, size_bytes=1, sha256=b) for b in sorted(blobs)]
         return Manifest(repo=repo, commit="c" * 40, files=files)
 
-    mine, other = manifest("org/mine", leased), manifest("org/other", theirs)
+    own, other = manifest("org/mine", leased), manifest("org/other", theirs)
     ledger = Ledger(blobs={f"{n}" * 64: 1 for n in range(6)}, manifests={other.model: other})
     if manifest_is_here:
-        ledger.manifests[mine.model] = mine
-    lease = lease_of(mine.model)
+        ledger.manifests[own.model] = own
+    lease = lease_of(own.model)
     lease.files = {b: b for b in leased}
     ledger.leases = {"l": lease}
     assert not leased & set(find_garbage(ledger))
-    assert not leased & {*blobs_freed_by(other.model, ledger), *blobs_freed_by(mine.model, ledger)}
+    assert not leased & {*blobs_freed_by(other.model, ledger), *blobs_freed_by(own.model, ledger)}
     users = users_of([], ledger.leases.values(), "a")
     made = plan_eviction(need_bytes, ledger, {}, protected_models(ledger, users))
-    assert mine.model not in [v.model for v in made.victims] and not leased & set(made.garbage)
+    assert own.model not in [v.model for v in made.victims] and not leased & set(made.garbage)
     assert made.evictable_bytes <= 6 - len(leased)
 
 
@@ -202,8 +202,8 @@ async def test_I4_a_living_holder_keeps_its_model_and_a_killed_one_not(
             assert (await node.command("gc", CollectGarbage())).result["blobs"] == 0
             with pytest.raises(InUse, match="is held by a long read"):
                 await node.unlease(lease.id)
-            told = (await node.storage_state()).leases
-            assert [(x.id, x.model, x.holder) for x in told] == [(lease.id, MODEL.name, "a long read")]
+            leases = (await node.storage_state()).leases
+            assert [(x.id, x.model, x.holder) for x in leases] == [(lease.id, MODEL.name, "a long read")]
             assert (Path(lease.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]
             holder.kill()
             holder.wait()

@@ -44,28 +44,28 @@ def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path)
     store = StoreFixture(tmp_path / "store")
     store.bring_in(STAYS)
     kept, dead = store.lease(STAYS, "kept"), store.lease(STAYS, "dead")
-    lay = store.layout
-    (lay.lease(dead.id) / "lease.json").write_bytes(b"")
-    shutil.copytree(lay.lease(kept.id), lay.leases / ".half.new")
-    (lay.leases / "not a lease").mkdir()
+    paths = store.layout
+    (paths.lease(dead.id) / "lease.json").write_bytes(b"")
+    shutil.copytree(paths.lease(kept.id), paths.leases / ".half.new")
+    (paths.leases / "not a lease").mkdir()
     del store
     again = StoreFixture(tmp_path / "store")
     assert set(again.ledger.leases) == {"kept"} and again.leased_view_is_complete(kept, STAYS)
-    assert {p.name for p in lay.leases.iterdir()} == {"kept", "not a lease"}
+    assert {p.name for p in paths.leases.iterdir()} == {"kept", "not a lease"}
 
 
-def check_after(root: Path, said: list[str]) -> None:
+def check_after(root: Path, acknowledged: list[str]) -> None:
     """What the next start must find."""
     check_invariants(root)
     store = StoreFixture(root)
-    leases, lay = store.ledger.leases, store.layout
-    assert {p.name for p in lay.leases.iterdir()} == set(leases), "an unfinished lease is left"
-    assert not any(lay.tombs.iterdir())
+    leases, paths = store.ledger.leases, store.layout
+    assert {p.name for p in paths.leases.iterdir()} == set(leases), "an unfinished lease is left"
+    assert not any(paths.tombstones.iterdir())
     for lease in leases.values():
         assert store.leased_view_is_complete(lease, STAYS)
-    made = {line.split()[1] for line in said if line.startswith("made")}
+    made = {line.split()[1] for line in acknowledged if line.startswith("made")}
     assert "second" in leases or "second" not in made, "a lease that was given has gone within its grace"
-    assert not ("first" in leases and "ended first" in said), "a lease that ended is back"
+    assert not ("first" in leases and "ended first" in acknowledged), "a lease that ended is back"
     # Nobody has taken them up: after their grace they are removed without a trace.
     now_s, clock_s = time.monotonic(), time.time()
     assert lease_files.read_leases(store.disk, now_s, clock_s + LOCK_DEADLINE_S) == {}
@@ -87,12 +87,12 @@ class Points:
         root, trace, calls = self._fresh("traced"), directory / "trace", ",".join(f"?{c}" for c in CALLS)
         ended = live(root, "-o", str(trace), "-e", f"trace={calls}")
         assert ended.returncode == 0, ended.stderr
-        lay, counts = StorePaths(root), Counter[str]()
+        paths, counts = StorePaths(root), Counter[str]()
         self.all: list[tuple[str, int]] = []
         for line in trace.read_text().splitlines():
             if match := _CALL.match(line):
                 counts[match.group(1)] += 1
-                if str(lay.leases) in line or str(lay.tombs) in line:
+                if str(paths.leases) in line or str(paths.tombstones) in line:
                     self.all.append((match.group(1), counts[match.group(1)]))
 
     def _fresh(self, name: str) -> Path:
@@ -129,6 +129,6 @@ def test_I6_a_full_disk_refuses_a_lease_and_nothing_stays_behind(tmp_path: Path)
     points = Points(tmp_path)
     refused = [point for point in points.all if point[0] in ("write", "ioctl")]
     assert {call for call, _ in refused} == {"write", "ioctl"}
-    told = ["No space left" in ended.stderr for ended in points.hit(refused, "error=ENOSPC")]
+    reported = ["No space left" in ended.stderr for ended in points.hit(refused, "error=ENOSPC")]
     # Python calls ioctl on each file it opens to see whether it is a terminal, and ignores a refusal.
-    assert told.count(True) >= 4
+    assert reported.count(True) >= 4

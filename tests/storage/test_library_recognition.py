@@ -53,8 +53,8 @@ def only(found: RecognizedModels) -> ModelCandidate:
 
 def refusal(found: RecognizedModels) -> str:
     assert found.candidates == []
-    (why,) = found.refused.values()
-    return why
+    (reason,) = found.refused.values()
+    return reason
 
 
 def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -> None:
@@ -236,12 +236,12 @@ def test_I10_of_any_listing_only_files_with_valid_names_are_used(
         for file in candidate.files:
             assert entries[file.absolute_path.removeprefix("/root/")].kind == "file"
     known = {f.absolute_path: VerifiedFile(stat=f.stat, sha256="c" * 64) for c in found.candidates for f in c.files}
-    for model, adopted in accept_models(found.candidates, known).accepted.items():
-        check_manifest(adopted.manifest)
+    for model, accepted in accept_models(found.candidates, known).accepted.items():
+        check_manifest(accepted.manifest)
         layout = StorePaths(Path("/store"))
-        for f in adopted.manifest.files:
-            assert layout.view_file(adopted.manifest, f.path).is_relative_to("/store/views")
-        assert adopted.manifest.model == model
+        for f in accepted.manifest.files:
+            assert layout.view_file(accepted.manifest, f.path).is_relative_to("/store/views")
+        assert accepted.manifest.model == model
 
 
 @given(st.lists(_NAMES, max_size=6).map("/".join))

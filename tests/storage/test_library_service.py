@@ -41,10 +41,10 @@ OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100}
 
 
 @asynccontextmanager
-async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *roots: Path) -> AsyncIterator[Node]:
+async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *libraries: Path) -> AsyncIterator[Node]:
     """A node with these libraries in its settings file."""
     async with on_node(nats, tmp_path, name) as node:
-        listed = ", ".join(f'"{root}"' for root in roots)
+        listed = ", ".join(f'"{root}"' for root in libraries)
         with (node.home / "node.toml").open("a") as f:
             f.write(f"# mine\n[storage]\n# theirs\nlibraries = [{listed}]  # the NAS\n")
         yield node
@@ -77,17 +77,17 @@ async def wait_library_state(node: Node, wanted: Callable[[LibraryState], bool],
     """Wait until the published state of a library is as expected."""
 
     async def matching_state() -> LibraryState | None:
-        roots = (await node.storage_state()).libraries
-        return roots[at] if len(roots) > at and wanted(roots[at]) else None
+        libraries = (await node.storage_state()).libraries
+        return libraries[at] if len(libraries) > at and wanted(libraries[at]) else None
 
     return await eventually(matching_state, "the root is as wanted")
 
 
-async def set_libraries(node: Node, *roots: Path) -> None:
+async def set_libraries(node: Node, *libraries: Path) -> None:
     """Send `configure`, which also has the libraries scanned again."""
-    outcome = await node.command("configure", Configure(libraries=[str(r) for r in roots]))
+    outcome = await node.command("configure", Configure(libraries=[str(r) for r in libraries]))
     assert outcome.ok, outcome.error
-    assert outcome.result["libraries"] == [str(r) for r in roots]
+    assert outcome.result["libraries"] == [str(r) for r in libraries]
 
 
 async def wait_unpublished(node: Node, model: str) -> None:
@@ -96,7 +96,7 @@ async def wait_unpublished(node: Node, model: str) -> None:
     async def unpublished() -> bool:
         return await node.here.buckets.state.get(model_key(node.node, model)) is None
 
-    await eventually(unpublished, f"{model} is taken back")
+    await eventually(unpublished, f"{model} is unpublished")
 
 
 async def is_served(fileserver: Fileserver, data: bytes) -> bool:
@@ -143,14 +143,14 @@ async def test_I4_a_library_is_offered_and_served_and_never_written(
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
             assert disk.libraries == [LibraryState(path=str(root), model_count=1)]
-            assert [name for name, _ in await node.events()] == ["adopted"]
+            assert [name for name, _ in await node.events()] == ["library_model_found"]
 
             reserved = await node.reserve(THEIRS.manifest)
             assert (
                 reserved.missing == []
                 and (await node.seal(THEIRS.sealed)).library_directory == state.library_directory
             )
-            assert list(node.layout.manifests.iterdir()) == [], "a pull of what is adopted leaves it where it is"
+            assert list(node.layout.manifests.iterdir()) == [], "a pull of a library model leaves it where it is"
             refused = await node.delete("org/theirs")
             assert refused.error is not None and refused.error.code == "refused"
             assert "remove it there" in refused.error.message and str(root) in refused.error.message
@@ -193,7 +193,7 @@ async def test_a_model_sharing_files_with_a_library_fetches_the_rest(
         assert (await node.storage_state()).used_bytes == 300
         await process.kill()
         async with listening(node) as again:
-            assert await node.model_state(OURS) is not None, "not taken back by a start"
+            assert await node.model_state(OURS) is not None, "not unpublished by a start"
             assert hashed(again) == []
             await set_libraries(node)
             assert await node.model_state(THEIRS) is None and await node.model_state(OURS) is None
@@ -223,11 +223,15 @@ async def test_removing_a_library_removes_our_records_and_no_files(
         await set_libraries(node)
         assert await node.model_state(THEIRS) is None
         assert not await is_served(fileserver, WEIGHTS)
-        assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"adopted"}
-        assert files_below(node.layout.root) == {"adopted/verified.json"}
+        assert {p.partition("/")[0] for p in files_below(node.layout.root)} == {"libraries"}
+        assert files_below(node.layout.root) == {"libraries/verified.json"}
         text = (node.home / "node.toml").read_text()
         assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "libraries" not in text
-        assert [name for name, _ in await node.events()] == ["adopted", "adoption_ended", "settings_changed"]
+        assert [name for name, _ in await node.events()] == [
+            "library_model_found",
+            "library_model_removed",
+            "settings_changed",
+        ]
     assert snapshot_tree(cache) == before
 
 
@@ -249,7 +253,7 @@ async def test_I1_a_byte_flipped_before_the_scan_is_never_offered(
         assert state.model_count == 0
         assert "model.safetensors is corrupt" in state.rejected[str(snapshot)]
         assert "config.json is corrupt" in state.rejected[str(small)]
-        assert [name for name, _ in await node.events()] == ["adopted_corrupt"] * 2
+        assert [name for name, _ in await node.events()] == ["library_model_corrupt"] * 2
         await process.wait_line("is corrupt", sha256(WEIGHTS))
         assert await node.model_state(THEIRS) is None
         assert not any([await is_served(fileserver, data) for data in (*FILES.values(), b'{"a": 1}')])
@@ -300,7 +304,7 @@ async def test_I1_a_library_file_that_changes_is_no_longer_served(
                     return await node.ask("manifest", GetManifest(model="me/tuned@local"), Manifest)
                 return None
 
-            assert (await eventually(accepted_again, "it is adopted as it is now")).model != tuned
+            assert (await eventually(accepted_again, "it is accepted as it is now")).model != tuned
             assert await is_served(fileserver, b"new" + WEIGHTS)
 
 
@@ -323,7 +327,7 @@ async def test_I1_verify_finds_corrupt_library_files_and_moves_nothing(
         assert await node.here.buckets.state.get(model_key(node.node, tuned)) is None
         assert not await is_served(fileserver, WEIGHTS)
         assert (await wait_library_state(node, lambda r: r.rejected_count == 1)).model_count == 0
-        assert ("adopted_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
+        assert ("library_model_corrupt", str(weights)) in [(n, e.get("path")) for n, e in await node.events()]
         await process.kill()
         async with listening(node) as again:
             assert (await wait_library_state(node, lambda r: r.rejected_count == 1)).model_count == 0
@@ -373,7 +377,7 @@ async def test_a_restart_hashes_nothing_again_and_changed_files_only(
             await process.wait_line("library model hashed", "files=1")
             await wait_library_state(node, lambda r: r.model_count == 2)
             assert len(hashed(process)) == 1
-        assert [name for name, _ in await node.events()][:2] == ["adopted", "adopted"]
+        assert [name for name, _ in await node.events()][:2] == ["library_model_found"] * 2
 
 
 async def test_a_missing_library_is_reported_and_prevents_no_start(
@@ -446,6 +450,6 @@ async def test_an_eviction_spares_libraries_and_offers_their_copies(
 
 
 def test_library_records_have_paths_of_their_own() -> None:
-    lay = StorePaths(Path("/s"))
-    assert lay.library_blob("a" * 64) == Path("/s/adopted/blobs/aa") / ("a" * 64)
-    assert lay.library_model("org/name", "c" * 40) == Path("/s/adopted/models") / f"org--name@{'c' * 40}"
+    paths = StorePaths(Path("/s"))
+    assert paths.library_blob("a" * 64) == Path("/s/libraries/blobs/aa") / ("a" * 64)
+    assert paths.library_model("org/name", "c" * 40) == Path("/s/libraries/models") / f"org--name@{'c' * 40}"

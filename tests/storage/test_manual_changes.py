@@ -21,14 +21,14 @@ from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, 
 from tests.storage.test_verifier import fileserver_of
 
 Fresh = Callable[[str], str]
-PATIENCE_S = 40.0
+WAIT_TIMEOUT_S = 40.0
 LARGE = Model("org/large", {"weights.bin": bytes(range(256)) * 12000, "config.json": b"{}", "own.bin": b"own"})
 WEIGHTS = sha256(LARGE.bytes["weights.bin"])
 
 
 async def wait_published(node: Node, model: Model) -> None:
     """Return once a model of this node is published."""
-    await eventually(lambda: node.model_state(model), f"{model.name} is announced", PATIENCE_S)
+    await eventually(lambda: node.model_state(model), f"{model.name} is announced", WAIT_TIMEOUT_S)
 
 
 async def wait_unpublished(node: Node, model: Model) -> None:
@@ -37,7 +37,7 @@ async def wait_unpublished(node: Node, model: Model) -> None:
     async def unpublished() -> bool:
         return await node.model_state(model) is None
 
-    await eventually(unpublished, f"{model.name} is taken back", PATIENCE_S)
+    await eventually(unpublished, f"{model.name} is unpublished", WAIT_TIMEOUT_S)
 
 
 async def wait_storage_state(node: Node, what: str, holds: Callable[[StorageState], bool]) -> StorageState:
@@ -47,7 +47,7 @@ async def wait_storage_state(node: Node, what: str, holds: Callable[[StorageStat
         state = await node.storage_state()
         return state if holds(state) else None
 
-    return await eventually(asked, what, PATIENCE_S)
+    return await eventually(asked, what, WAIT_TIMEOUT_S)
 
 
 def store_elsewhere(directory: Path, *models: Model) -> StoreFixture:
@@ -94,8 +94,8 @@ async def test_a_model_goes_with_a_removed_blob_and_returns_with_it(
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
         assert path.stat().st_mode & 0o777 == 0o444
         assert files_below(node.layout.root) == files_of(LARGE, apples)
-        told = [(name, event.get("models") or event.get("model")) for name, event in await node.events()]
-        assert told[-2:] == [("model_lost", [LARGE.name]), ("model_found", LARGE.name)]
+        events = [(name, event.get("models") or event.get("model")) for name, event in await node.events()]
+        assert events[-2:] == [("model_lost", [LARGE.name]), ("model_found", LARGE.name)]
 
 
 async def test_a_model_goes_with_its_manifest_and_no_blob_is_deleted(
@@ -148,14 +148,14 @@ async def test_I1_a_copied_model_is_offered_once_complete_and_verified(
             assert (await fileserver.blob(WEIGHTS)).status == (200 if like is os.link else 404)
             process.send(signal.SIGCONT)
         if order == "manifest last":
-            await wait_storage_state(node, "the blobs are proven", lambda s: s.blob_count == 3)
+            await wait_storage_state(node, "the blobs are verified", lambda s: s.blob_count == 3)
             assert await node.model_state(LARGE) is None
             copied(source, node, manifest, like)
         await wait_published(node, LARGE)
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
         view = node.layout.view(LARGE.sealed.repo, LARGE.sealed.commit)
         assert {p: (view / p).read_bytes() for p in LARGE.bytes} == LARGE.bytes
-        state = await wait_storage_state(node, "all is proven", lambda s: s.blob_count == 3)
+        state = await wait_storage_state(node, "all is verified", lambda s: s.blob_count == 3)
         assert (state.unverified_count, state.foreign_count) == (0, 0)
         assert state.used_bytes == LARGE.sealed.size_bytes
         assert files_below(node.layout.root) == files_of(LARGE)
@@ -261,12 +261,12 @@ async def test_removed_or_replaced_files_of_a_view_are_linked_again(
             )
 
         config.unlink()
-        await eventually(linked, "a removed file is back", PATIENCE_S)
+        await eventually(linked, "a removed file is back", WAIT_TIMEOUT_S)
         config.unlink()
         config.write_text("my own")
-        await eventually(linked, "a replaced file is the blob", PATIENCE_S)
+        await eventually(linked, "a replaced file is the blob", WAIT_TIMEOUT_S)
         shutil.rmtree(node.layout.views / "org--large")
-        await eventually(linked, "a removed view is back", PATIENCE_S)
+        await eventually(linked, "a removed view is back", WAIT_TIMEOUT_S)
         assert await node.model_state(LARGE)
 
 
@@ -274,14 +274,14 @@ async def test_foreign_files_are_counted_and_survive_everything(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, apples: Model
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.fetcher():
-        lay = node.layout
+        paths = node.layout
         strange = [
-            lay.root / "index.db",
-            lay.blobs / "ab" / "notes.txt",
-            lay.blobs / "zz" / ("ab" * 32),
-            lay.manifests / "org--large" / "readme.json",
-            lay.view(LARGE.sealed.repo, LARGE.sealed.commit) / "mine.txt",
-            lay.views / "org--large" / ("e" * 40) / "mine.txt",
+            paths.root / "index.db",
+            paths.blobs / "ab" / "notes.txt",
+            paths.blobs / "zz" / ("ab" * 32),
+            paths.manifests / "org--large" / "readme.json",
+            paths.view(LARGE.sealed.repo, LARGE.sealed.commit) / "mine.txt",
+            paths.views / "org--large" / ("e" * 40) / "mine.txt",
         ]
 
         def all_there() -> bool:
@@ -354,8 +354,8 @@ async def test_storages_own_changes_cause_no_scan_and_idle_is_silent(
                 assert (await node.delete(model.name)).ok
         # A foreign file written after all of storage's own writes is the first change worth a scan.
         for number in (1, 2):
-            mine = node.layout.manifests / f"mine-{number}"
-            mine.write_text("mine")
+            own = node.layout.manifests / f"mine-{number}"
+            own.write_text("mine")
             await wait_storage_state(node, "it is counted", lambda s, n=number: s.foreign_count == n)  # type: ignore[misc]
             written = await node.here.last_sequence("KV_state"), await node.here.last_sequence("EVT")
             assert scans_of(process) <= 2 + 2 * number, process.output

@@ -18,9 +18,9 @@ THEN_S = 1_600_000_000.25
 def opened(root: Path) -> tuple[StoreFixture, MetadataFiles]:
     """A store with its metadata files, as a start finds them; closes an earlier one."""
     store = StoreFixture(root)
-    keeping = MetadataFiles(store.layout, store.ledger)
-    keeping.read()
-    return store, keeping
+    metadata = MetadataFiles(store.layout, store.ledger)
+    metadata.read()
+    return store, metadata
 
 
 def reopened(store: StoreFixture) -> tuple[StoreFixture, MetadataFiles]:
@@ -33,24 +33,24 @@ def entries(directory: Path) -> set[str]:
 
 
 def test_a_pin_survives_a_restart_and_so_does_its_end(root: Path, apples: Model, pears: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
     store.bring_in(pears)
-    keeping.pin(apples.name)
-    keeping.pin(apples.name)
+    metadata.pin(apples.name)
+    metadata.pin(apples.name)
     assert entries(root / "pins") == {f"org--apples@{apples.manifest.commit}"}
-    store, keeping = reopened(store)
+    store, metadata = reopened(store)
     assert store.ledger.pinned == {apples.name}
-    keeping.unpin(apples.name)
-    keeping.unpin(pears.name)
-    store, keeping = reopened(store)
+    metadata.unpin(apples.name)
+    metadata.unpin(pears.name)
+    store, metadata = reopened(store)
     assert store.ledger.pinned == set()
 
 
 def test_a_pin_and_a_use_are_synced_before_they_are_acknowledged(
     root: Path, apples: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
     synced: list[str] = []
     real = os.fsync
@@ -60,93 +60,93 @@ def test_a_pin_and_a_use_are_synced_before_they_are_acknowledged(
         synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    keeping.pin(apples.name)
+    metadata.pin(apples.name)
     file = f"org--apples@{apples.manifest.commit}"
     assert synced == ["store", file, "pins"]
     synced.clear()
-    keeping.record_use([apples.name], THEN_S)
-    keeping.write_uses()
+    metadata.record_use([apples.name], THEN_S)
+    metadata.write_uses()
     assert synced == ["store", file, "uses"]
     synced.clear()
-    keeping.unpin(apples.name)
+    metadata.unpin(apples.name)
     assert synced == ["pins"]
 
 
 def test_a_pin_that_cannot_be_written_is_refused_and_not_claimed(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
     (root / "pins").write_bytes(b"not a directory")
     with pytest.raises(InternalError, match=r"cannot write the pin of org/apples@"):
-        keeping.pin(apples.name)
+        metadata.pin(apples.name)
     assert store.ledger.pinned == set()
 
 
 def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
-    keeping.record_arrival(apples.name)
+    metadata.record_arrival(apples.name)
     came_s = store.layout.manifest(apples.manifest.repo, apples.manifest.commit).stat().st_mtime
     assert store.ledger.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
-    keeping.record_use([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
+    metadata.record_use([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
     assert store.ledger.last_uses == {apples.name: THEN_S}
     assert entries(root / "uses") == set()
-    keeping.write_uses()
+    metadata.write_uses()
     assert entries(root / "uses") == {f"org--apples@{apples.manifest.commit}"}
-    store, keeping = reopened(store)
+    store, metadata = reopened(store)
     assert store.ledger.last_uses == {apples.name: THEN_S}
-    keeping.record_arrival(apples.name)
+    metadata.record_arrival(apples.name)
     assert store.ledger.last_uses == {apples.name: THEN_S}, "sealed again, it was used when it was used"
 
 
 def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
-    keeping.record_use([apples.name], THEN_S)
-    keeping.write_uses()
+    metadata.record_use([apples.name], THEN_S)
+    metadata.write_uses()
     use = store.layout.use(apples.manifest.repo, apples.manifest.commit)
     os.utime(use, (1.0, 1.0))
-    keeping.write_uses()
+    metadata.write_uses()
     assert use.stat().st_mtime == 1.0
 
 
 def test_a_use_that_could_not_be_written_is_written_next_time(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
-    keeping.record_use([apples.name], THEN_S)
+    metadata.record_use([apples.name], THEN_S)
     (root / "uses").write_bytes(b"in the way")
-    keeping.write_uses()
+    metadata.write_uses()
     assert store.ledger.last_uses == {apples.name: THEN_S}
     (root / "uses").unlink()
-    keeping.write_uses()
+    metadata.write_uses()
     assert reopened(store)[0].ledger.last_uses == {apples.name: THEN_S}
 
 
 def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     for model in (apples, pears):
         store.bring_in(model)
-        keeping.pin(model.name)
-        keeping.record_use([model.name], THEN_S)
-    keeping.write_uses()
+        metadata.pin(model.name)
+        metadata.record_use([model.name], THEN_S)
+    metadata.write_uses()
     store.delete(apples)
-    keeping.delete_records(apples.name)
+    metadata.delete_records(apples.name)
     assert store.ledger.pinned == store.ledger.last_uses.keys() == {pears.name}
     store.delete(pears)  # and a crash before it is forgotten
-    store, keeping = reopened(store)
+    store, metadata = reopened(store)
     assert not entries(root / "pins") and not entries(root / "uses")
     store.bring_in(pears)
-    keeping.record_arrival(pears.name)
-    assert store.ledger.last_uses[pears.name] > THEN_S, "a model that came in anew is not the first to go"
+    metadata.record_arrival(pears.name)
+    assert store.ledger.last_uses[pears.name] > THEN_S, "a model that arrived again is not the first to go"
 
 
 def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     store.bring_in(apples)
-    keeping.pin(apples.name)
+    metadata.pin(apples.name)
     manifest = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
     good = manifest.read_bytes()
     manifest.write_bytes(b"{")
-    store, keeping = reopened(store)
+    store, metadata = reopened(store)
     assert store.ledger.pinned == set()
     manifest.write_bytes(good)
     assert reopened(store)[0].ledger.pinned == {apples.name}
@@ -169,22 +169,22 @@ def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, 
 
 
 def test_I4_committed_blobs_of_a_fetch_are_no_garbage_at_restart(root: Path, apples: Model) -> None:
-    store, keeping = opened(root)
+    store, metadata = opened(root)
     first, *rest = store.reserve(apples)
     store.ledger.reservations[apples.name] = set(apples.blobs)
-    keeping.write_reservation(apples.name)
+    metadata.write_reservation(apples.name)
     put(store.layout, first, apples.blobs[first])
     committed = store.commit(first)
     store.ledger.reservations[apples.name].add(committed)
-    keeping.write_reservation(apples.name)
-    store, keeping = reopened(store)
+    metadata.write_reservation(apples.name)
+    store, metadata = reopened(store)
     assert store.ledger.reservations == {apples.name: {committed, *apples.blobs}}
     assert find_garbage(store.ledger) == []
     for blob in rest:
         put(store.layout, blob, apples.blobs[blob])
         store.commit(blob)
     store.seal(apples)
-    store, keeping = reopened(store)  # a crash before the end of the download was recorded
+    store, metadata = reopened(store)  # a crash before the end of the download was recorded
     assert store.ledger.reservations == {}
     assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == files_of(
         apples

@@ -23,7 +23,7 @@ from tests.harness.process import source_path
 from tests.storage.durability_checks import Acknowledged
 
 DEADLINE_S = 60
-COPIES_AT_MOST = 50
+MAX_COPIES = 50
 SIZES_MIB = {"ext4": 24, "xfs": 320}
 OPTIONS = {"ext4": "loop,commit=600", "xfs": "loop"}
 MAKE = {"ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard"), "xfs": ("mkfs.xfs", "-q", "-f", "-K")}
@@ -71,7 +71,7 @@ def mounted(kind: str, image: Path, at: Path) -> Iterator[Path]:
 
 def copy_at_one_moment(image: Path, copy: Path) -> None:
     """Copy an image while nothing is written to it: a busy machine writes back when it likes."""
-    for _ in range(COPIES_AT_MOST):
+    for _ in range(MAX_COPIES):
         with image.open("rb") as f:
             os.fsync(f.fileno())  # of the image file, not of its contents: holes are where nothing was ever written
         before_ns = image.stat().st_mtime_ns
@@ -84,21 +84,21 @@ def copy_at_one_moment(image: Path, copy: Path) -> None:
 class Cuts:
     """A life above an image, and what a power cut would leave of it."""
 
-    def __init__(self, kind: str, directory: Path, has_further: bool = False) -> None:
-        self.kind, self.directory, self.has_further = kind, directory, has_further
+    def __init__(self, kind: str, directory: Path, has_volume: bool = False) -> None:
+        self.kind, self.directory, self.has_volume = kind, directory, has_volume
         self.image = directory / "image"
         self.copies = 0
         make_image(kind, self.image)
 
     def _volume_path(self, at: Path) -> Path | None:
         # On the same image: one copy has the whole machine at one moment.
-        return at / "further" if self.has_further else None
+        return at / "further" if self.has_volume else None
 
     def run(self, every: int, *left_out: str) -> tuple[int, list[str]]:
         """Cut a life at every n-th change and after each acknowledgement. Returns the cuts and the violations."""
         wrong: list[str] = []
         cuts = changes = 0
-        promises = Acknowledged()
+        acknowledged = Acknowledged()
         with mounted(self.kind, self.image, self.directory / "live") as live:
             process = subprocess.Popen(
                 [
@@ -122,35 +122,35 @@ class Cuts:
                     changes += kind == "at"
                     if kind == "ack":
                         what, _, which = rest.partition(" ")
-                        promises.hear(what, which)
+                        acknowledged.hear(what, which)
                     if kind == "ack" or changes % every == 0:
                         cuts += 1
-                        if why := self.after_a_cut(promises):
-                            wrong.append(f"cut at {rest}: {why}")
+                        if reason := self.after_a_cut(acknowledged):
+                            wrong.append(f"cut at {rest}: {reason}")
                     process.stdin.write("\n")
                     process.stdin.flush()
                 assert process.wait(DEADLINE_S) == 0, process.stderr.read()
             finally:
                 process.kill()
                 process.communicate()
-        assert not promises.may_be_pinned, "the life has ended early"
+        assert not acknowledged.may_be_pinned, "the life has ended early"
         return cuts, wrong
 
-    def after_a_cut(self, promises: Acknowledged) -> str:
+    def after_a_cut(self, acknowledged: Acknowledged) -> str:
         """The violation in the store after a cut now; "" if there is none."""
         # A new file each time: a device that still has the last copy is never mistaken for this one.
         self.copies += 1
         copy = self.directory / f"copy-{self.copies}"
         copy_at_one_moment(self.image, copy)
         try:
-            return self._violation_in(copy, promises)
+            return self._violation_in(copy, acknowledged)
         finally:
             copy.unlink()
 
-    def _violation_in(self, copy: Path, promises: Acknowledged) -> str:
+    def _violation_in(self, copy: Path, acknowledged: Acknowledged) -> str:
         with mounted(self.kind, copy, self.directory / "after") as at:
             try:
-                promises.hold(at / "store", self._volume_path(at))
+                acknowledged.hold(at / "store", self._volume_path(at))
             except (AssertionError, OSError) as e:
                 return str(e) or type(e).__name__
             except Exception as e:  # noqa: BLE001  # whatever keeps a start from starting is what is looked for
@@ -158,19 +158,19 @@ class Cuts:
         return ""
 
 
-@pytest.mark.parametrize(("kind", "has_further"), [("ext4", False), ("xfs", False), ("ext4", True)])
-def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(tmp_path: Path, kind: str, has_further: bool) -> None:
-    if why := _can_mount(kind):
-        pytest.skip(f"power cuts on {kind} are NOT tested here: {why}")
-    every = {"ext4": 3 if has_further else 1, "xfs": 3}[kind]
-    cuts, wrong = Cuts(kind, tmp_path, has_further).run(every)
+@pytest.mark.parametrize(("kind", "has_volume"), [("ext4", False), ("xfs", False), ("ext4", True)])
+def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(tmp_path: Path, kind: str, has_volume: bool) -> None:
+    if reason := _can_mount(kind):
+        pytest.skip(f"power cuts on {kind} are NOT tested here: {reason}")
+    every = {"ext4": 3 if has_volume else 1, "xfs": 3}[kind]
+    cuts, wrong = Cuts(kind, tmp_path, has_volume).run(every)
     assert not wrong, "\n".join(wrong)
     assert cuts > 240 // every
 
 
 @pytest.mark.parametrize("left_out", ["verify_partial", "commit", "put_file", "write_file"])
 def test_power_cuts_are_effective_against_a_store_without_fsync(tmp_path: Path, left_out: str) -> None:
-    if why := _can_mount("ext4"):
-        pytest.skip(f"power cuts are NOT tested here: {why}")
+    if reason := _can_mount("ext4"):
+        pytest.skip(f"power cuts are NOT tested here: {reason}")
     _, wrong = Cuts("ext4", tmp_path).run(10**9, left_out)
     assert wrong

@@ -70,7 +70,9 @@ def verify_changed_blob(store: StoreFixture, blob: str) -> blob_check.Verificati
 
 
 @contextmanager
-def rotten(size_bytes: int, offsets: set[int]) -> Iterator[tuple[StoreFixture, Model, blob_check.VerificationResult]]:
+def corrupted_store(
+    size_bytes: int, offsets: set[int]
+) -> Iterator[tuple[StoreFixture, Model, blob_check.VerificationResult]]:
     """A store with a model whose blob was changed at these offsets and quarantined."""
     with tempfile.TemporaryDirectory() as name:
         store, model = StoreFixture(Path(name) / "store"), model_of(size_bytes)
@@ -91,7 +93,7 @@ def test_I1_exactly_the_leaves_with_a_flipped_byte_are_refetched(size_bytes: int
     at = st.sampled_from([0, size_bytes - 1]) | st.integers(0, size_bytes - 1)
     offsets = data.draw(st.sets(at, min_size=1, max_size=3))
     bad = {offset // LEAF_BYTES for offset in offsets}
-    with rotten(size_bytes, offsets) as (store, model, checked):
+    with corrupted_store(size_bytes, offsets) as (store, model, checked):
         blob, whole = only_blob(model)
         assert checked.bad_leaf_count == len(bad)
         assert store.reserve(model) == [blob]

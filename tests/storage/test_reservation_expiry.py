@@ -73,15 +73,15 @@ SPANS_S = st.sampled_from(
     st.booleans(),
 )
 def test_I4_a_requested_model_keeps_its_reservation(
-    wish: DownloadRequestView | None, unwanted_s: float, away_s: float, retention_s: int, ended: bool
+    request: DownloadRequestView | None, unwanted_s: float, down_s: float, retention_s: int, ended: bool
 ) -> None:
     ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
     ledger.ended_reservations = {MODEL} if ended else set()
-    steps = expiry_actions(ledger, [wish] if wish else [], away_s, NOW_S, retention_s)
-    wished = wish is not None and wish.commit in (COMMIT, "")
-    if wished and away_s < FETCHER_DOWN_AFTER_S and not ended:
+    steps = expiry_actions(ledger, [request] if request else [], down_s, NOW_S, retention_s)
+    requested = request is not None and request.commit in (COMMIT, "")
+    if requested and down_s < FETCHER_DOWN_AFTER_S and not ended:
         assert not steps.end and not steps.remove
-        assert bool(steps.renew) == (away_s == 0 and unwanted_s >= RENEW_INTERVAL_S)
+        assert bool(steps.renew) == (down_s == 0 and unwanted_s >= RENEW_INTERVAL_S)
         return
     assert not steps.renew, "a promise that has ended comes back by being reserved"
     if not ended and unwanted_s < RESERVATION_GRACE_S:
@@ -92,9 +92,9 @@ def test_I4_a_requested_model_keeps_its_reservation(
 
 
 @given(SPANS_S, SPANS_S)
-def test_I4_a_paused_model_keeps_its_reservation(unwanted_s: float, away_s: float) -> None:
+def test_I4_a_paused_model_keeps_its_reservation(unwanted_s: float, down_s: float) -> None:
     ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
-    steps = expiry_actions(ledger, [DownloadRequestView("org/model", COMMIT, paused=True)], away_s, NOW_S, 0)
+    steps = expiry_actions(ledger, [DownloadRequestView("org/model", COMMIT, paused=True)], down_s, NOW_S, 0)
     assert not steps.end and not steps.remove
     assert bool(steps.renew) == (unwanted_s >= RENEW_INTERVAL_S)
 
@@ -112,11 +112,11 @@ def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
 
 
 def test_a_paused_models_bytes_exclude_what_others_need() -> None:
-    mine, shared = "b" * 64, "d" * 64
-    ledger = Ledger(blobs={mine: 5, shared: 7}, paused_models={MODEL, f"org/gone@{COMMIT}"})
+    own, shared = "b" * 64, "d" * 64
+    ledger = Ledger(blobs={own: 5, shared: 7}, paused_models={MODEL, f"org/gone@{COMMIT}"})
     ledger.partials = {"1" * 64: PartialBlobInfo(100, 20, {MODEL})}
     other = f"org/whole@{COMMIT}"
-    ledger.reservations = {MODEL: {"1" * 64, mine, shared}}
+    ledger.reservations = {MODEL: {"1" * 64, own, shared}}
     ledger.manifests[other] = manifest_of(other, [shared], {shared: 7})
     assert bytes_of_paused_models(ledger) == {MODEL: 105}
     assert ledger.reserved_bytes == 100 and find_garbage(ledger) == [], "wanted, so no garbage"
@@ -198,7 +198,7 @@ class Cluster:
             guard.metadata,
             guard.deletions,
             guard.shards,
-            guard._announcer,
+            guard._publisher,
             lambda: StorageSettings(None, 0, partial_retention_s=self.retention_s),
             self.specs,
             self.downloads,
@@ -290,7 +290,7 @@ async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tm
     async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         cluster.retention_s = 0
         await cluster.check_after(RESERVATION_GRACE_S)
-        assert has_partial(held.disk, BLOB), "it is wished for"
+        assert has_partial(held.disk, BLOB), "it is requested"
         cluster.set_request(COMES, False)
         await cluster.check_after(2 * RESERVATION_GRACE_S)
         assert files_below(held.disk.layout.root) == set()
@@ -364,8 +364,8 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
     """By the reservation's file; by the partial blobs if a full disk had no space for that."""
     async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
         await cluster.check_after(1000.0)
-        for without_promise in (False, True):
-            if without_promise:
+        for without_reservation in (False, True):
+            if without_reservation:
                 for path in held.disk.layout.reservations.iterdir():
                     path.unlink()
             ledger = recover_store(held.disk)

@@ -137,7 +137,7 @@ async def test_bad_values_are_refused_and_nothing_is_written(nats: NatsServer, f
         before = path.read_text()
         async with node.storage(**FREE) as process:
             state = await node.storage_state()
-            for body, words in (
+            for body, expected in (
                 ({"max_storage_bytes": -1}, "max_storage_bytes is -1"),
                 ({"headroom_bytes": -5}, "headroom_bytes is -5"),
                 ({"headroom_bytes": None}, "headroom_bytes"),
@@ -150,7 +150,7 @@ async def test_bad_values_are_refused_and_nothing_is_written(nats: NatsServer, f
             ):
                 outcome = await configure(node, body)
                 assert outcome.error is not None and outcome.error.code in ("bad_input", "bad_message"), body
-                assert words in outcome.error.message and "\n" not in outcome.error.message, body
+                assert expected in outcome.error.message and "\n" not in outcome.error.message, body
             # A mistake that somebody makes in the file while storage runs is not overwritten.
             path.write_text(f'id = "{node.node}"\n[storage]\nmax_storage_bytes = "lots"\n')
             broken = await configure(node, Configure(headroom_bytes=5))
@@ -177,13 +177,13 @@ async def test_rates_go_into_their_own_section_all_or_none(nats: NatsServer, fre
             rates = (state.max_upload_bytes_per_s, state.max_hub_bytes_per_s, state.max_peer_bytes_per_s)
             assert rates == (None, 20_000_000, 77) and state.overridden_by_env == ["max_peer_bytes_per_s"]
             before = path.read_text()
-            for body, words in (
+            for body, expected in (
                 ({"headroom_bytes": 8, "max_hub_bytes_per_s": 0}, "bytes per second from 1"),
                 ({"headroom_bytes": 8, "max_peer_bytes_per_s": 5}, "unset SHOAL_MAX_PEER_BYTES_PER_S"),
                 ({"headroom_bytes": 8, "max_upload_bytes_per_s": 2**63}, "max_upload_bytes_per_s is"),
             ):
                 refused = await configure(node, body)
-                assert refused.error is not None and words in refused.error.message
+                assert refused.error is not None and expected in refused.error.message
             assert path.read_text() == before and await node.storage_state() == state, "all or none"
             # A mistake in one section refuses a change of the other.
             path.write_text(before.replace("20000000", '"fast"'))
@@ -203,7 +203,7 @@ async def test_concurrent_settings_changes_all_apply(nats: NatsServer, fresh: Fr
 
 
 @pytest.mark.parametrize(
-    ("toml", "environ", "said"),
+    ("toml", "environ", "expected"),
     [
         ("[storage\n", {}, "node.toml cannot be read"),
         ("[storage]\neviction_policy = 'fifo'\n", {}, "storage.eviction_policy is 'fifo'"),
@@ -212,14 +212,14 @@ async def test_concurrent_settings_changes_all_apply(nats: NatsServer, fresh: Fr
     ],
 )
 async def test_a_malformed_file_ends_the_start_with_one_clear_line(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path, toml: str, environ: dict[str, str], said: str
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, toml: str, environ: dict[str, str], expected: str
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         (node.home / "node.toml").write_text(f'id = "{node.node}"\n{toml}')
         environment = node_environment(node.home, nats.url, **environ)
         async with started("-m", "shoal_storage", environment=environment) as process:
             assert await process.wait_exit() == 2
-            assert len([line for line in process.lines if said in line]) == 1
+            assert len([line for line in process.lines if expected in line]) == 1
             assert "Traceback" not in process.output
 
 

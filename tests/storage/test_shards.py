@@ -24,7 +24,7 @@ from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
-from tests.storage.running_storage import PATIENCE_S, Node, on_node
+from tests.storage.running_storage import WAIT_TIMEOUT_S, Node, on_node
 from tests.storage.store_fixtures import Model, sha256
 from tests.storage.test_volumes import FIRST as FILLS_THE_STORE
 from tests.storage.test_volumes import machine
@@ -69,8 +69,8 @@ def leaf_list() -> bytes:
 
 async def seal(node: Node, layers: list[int], leaves: list[list[int]], root: str = "") -> ShardState:
     asked = {BLOB: leaves, UNNEEDED: []}
-    roots = {BLOB: root or hash_leaf_list(leaf_list())}
-    question = SealShard(manifest=MODEL.sealed, layers=[layers], leaf_ranges=asked, leaf_list_digests=roots)
+    digests = {BLOB: root or hash_leaf_list(leaf_list())}
+    question = SealShard(manifest=MODEL.sealed, layers=[layers], leaf_ranges=asked, leaf_list_digests=digests)
     return await node.ask("seal_shard", question, ShardState)
 
 
@@ -309,8 +309,8 @@ async def test_a_shard_with_a_removed_file_is_unpublished(nats: NatsServer, tmp_
             disk = await node.storage_state()
             return (disk.used_bytes, disk.reserved_bytes) == (0, 3 * LEAF_BYTES)
 
-        await eventually(unpublished, "the part is told of no more", PATIENCE_S)
-        await eventually(is_counted, "its leaves stay, for a fetch", PATIENCE_S)
+        await eventually(unpublished, "the part is told of no more", WAIT_TIMEOUT_S)
+        await eventually(is_counted, "its leaves stay, for a fetch", WAIT_TIMEOUT_S)
         assert set((await reserve(node, FIRST)).missing) == {BLOB, CONFIG}
 
 
@@ -378,10 +378,10 @@ def test_I3_used_plus_reserved_is_what_may_come_to_the_disk(
     size_bytes = len(WEIGHTS)
     here = wanted = 0
     parts, asked = {}, {}
-    for model, (its, more) in models.items():
-        parts[model] = Shard(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: its})
-        asked[model] = its | more
-        here, wanted = here | its, wanted | its | more
+    for model, (own, more) in models.items():
+        parts[model] = Shard(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: own})
+        asked[model] = own | more
+        here, wanted = here | own, wanted | own | more
     partial = PartialBlobInfo(size_bytes, leaf_set.byte_count(here, size_bytes), set(models), asked, here)
     ledger = Ledger(partials={BLOB: partial}, shards=parts)
     assert ledger.used_bytes == leaf_set.byte_count(here, size_bytes)
@@ -397,14 +397,14 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
         await node.bring_in(FILLS_THE_STORE)
         with pytest.raises(QuotaExceeded):
             await reserve(node, FIRST)
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await reserve(node, FIRST)
         (root,) = (await node.storage_state()).volumes
         assert (root.used_bytes, root.reserved_bytes) == (0, 3 * LEAF_BYTES), (
             "its config.json is the other model's too"
         )
         state = await bring_in(node, [0, 2], FIRST)
-        assert node.layout.partial(BLOB).resolve().is_relative_to(m.further)
+        assert node.layout.partial(BLOB).resolve().is_relative_to(m.volume)
         (root,) = (await node.storage_state()).volumes
         assert (root.used_bytes, root.reserved_bytes) == (3 * LEAF_BYTES, 0)
         leased = await lease(node, [0, 2])
@@ -416,14 +416,14 @@ async def test_I3_a_shard_on_a_second_volume_follows_that_volume(
         async def unpublished() -> bool:
             return await published_shard(node) is None
 
-        await eventually(unpublished, "the part is told of no more", PATIENCE_S)
+        await eventually(unpublished, "the part is told of no more", WAIT_TIMEOUT_S)
         assert (await node.storage_state()).used_bytes == FILLS_THE_STORE.sealed.size_bytes
         m.disk.mount()
 
         async def is_back() -> bool:
             return bool((await node.storage_state()).volumes[0].reserved_bytes)
 
-        await eventually(is_back, "its leaves are counted again", PATIENCE_S)
+        await eventually(is_back, "its leaves are counted again", WAIT_TIMEOUT_S)
         assert set((await reserve(node, FIRST)).missing) == {BLOB}
         assert await seal(node, [0, 2], FIRST) == state, "nothing of it had to come again"
         await complete(node)

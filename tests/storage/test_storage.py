@@ -284,7 +284,7 @@ async def test_I8_a_live_node_that_was_retired_republishes_its_state(
 
         assert await eventually(published, "the model is announced again") == state
         assert (await eventually(disk, "the disk is announced again")).model_count == 1
-        assert (await node.delete("org/apples")).ok, "what we take back ourselves stays away"
+        assert (await node.delete("org/apples")).ok, "what storage itself unpublishes stays unpublished"
         written = await node.here.last_sequence("KV_state")
         assert await node.here.buckets.state.delete(storage_key(node.node))
         assert (await eventually(disk, "the disk is announced again")).model_count == 0
@@ -332,14 +332,14 @@ async def test_a_second_storage_on_a_store_is_refused_naming_the_first(
 
 
 @pytest.mark.parametrize(
-    ("toml", "environ", "said"),
+    ("toml", "environ", "expected"),
     [
         ("[storage]\nmax_storage_bytes = 'lots'\n", {}, "storage.max_storage_bytes is 'lots'"),
         ("", {"SHOAL_HEADROOM_BYTES": "1GB"}, "SHOAL_HEADROOM_BYTES is '1GB'"),
     ],
 )
 async def test_a_bad_setting_ends_the_start_with_one_clear_line(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path, toml: str, environ: dict[str, str], said: str
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, toml: str, environ: dict[str, str], expected: str
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node:
         (node.home / "node.toml").write_text(f'id = "{node.node}"\n{toml}')
@@ -347,4 +347,4 @@ async def test_a_bad_setting_ends_the_start_with_one_clear_line(
         async with started("-m", "shoal_storage", environment=environment) as process:
             assert await process.wait_exit() == 2
             assert len([line for line in process.lines if "level=error" in line]) == 1
-            assert said in process.output and "Traceback" not in process.output
+            assert expected in process.output and "Traceback" not in process.output

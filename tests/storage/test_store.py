@@ -94,9 +94,9 @@ def test_a_view_on_another_file_system_is_of_symbolic_links(root: Path, apples: 
 def test_a_replaced_file_of_a_view_is_linked_to_the_blob_again(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
-    mine = store.layout.view_file(apples.sealed, "config.json")
-    mine.unlink()
-    mine.write_text("my own words")
+    link = store.layout.view_file(apples.sealed, "config.json")
+    link.unlink()
+    link.write_text("my own words")
     assert not store.holds(apples)
     build_view(store.layout, apples.sealed)
     assert store.holds(apples)
@@ -216,24 +216,24 @@ def test_partials_without_a_reservation_go_and_others_stay(root: Path, apples: M
 def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
-    lay = store.layout
+    paths = store.layout
     strange = [
         root / "notes.txt",
-        lay.blobs / "zz" / ("ab" * 32),
-        lay.blobs / "ab" / "README",
-        lay.blobs / "gi" / ("git-" + "a" * 40),
-        lay.partials / ".DS_Store",
-        lay.partials / "README" / "data",
-        lay.manifests / "org--apples" / "readme.json",
-        lay.manifests / "org--pears" / f"{apples.manifest.commit}.json",
-        lay.views / "mine" / "model.bin",
+        paths.blobs / "zz" / ("ab" * 32),
+        paths.blobs / "ab" / "README",
+        paths.blobs / "gi" / ("git-" + "a" * 40),
+        paths.partials / ".DS_Store",
+        paths.partials / "README" / "data",
+        paths.manifests / "org--apples" / "readme.json",
+        paths.manifests / "org--pears" / f"{apples.manifest.commit}.json",
+        paths.views / "mine" / "model.bin",
     ]
     for path in strange:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    copied = lay.manifest(apples.manifest.repo, apples.manifest.commit)
-    shutil.copy(copied, lay.manifests / "org--pears" / copied.name)
-    (lay.blobs / "ab" / ("ab" * 32)).mkdir()
+    copied = paths.manifest(apples.manifest.repo, apples.manifest.commit)
+    shutil.copy(copied, paths.manifests / "org--pears" / copied.name)
+    (paths.blobs / "ab" / ("ab" * 32)).mkdir()
     del store
     store = reopened(root)
     assert set(store.ledger.manifests) == {apples.name}

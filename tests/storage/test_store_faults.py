@@ -56,7 +56,7 @@ def fast(tmp_path: Path) -> Iterator[Path]:
 
 def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Acknowledged, bool]:
     """A life in which the first call at a site fails. Returns what it acknowledged, and whether it failed."""
-    promises, refused = Acknowledged(), False
+    acknowledged, refused = Acknowledged(), False
 
     def before(call: Call) -> bool:
         nonlocal refused
@@ -68,12 +68,12 @@ def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tupl
     directory.mkdir()
     try:
         with seen(directory, before):
-            live(directory / "store", promises.hear)
+            live(directory / "store", acknowledged.hear)
     except (OSError, ShoalError):
-        return promises, True
+        return acknowledged, True
     finally:
         assert refused, f"{site} was never reached"
-    return promises, False
+    return acknowledged, False
 
 
 def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(fast: Path) -> None:
@@ -87,9 +87,9 @@ def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(fast: Path) -> No
     for at, (site, number) in enumerate(points):
         directory = fast / str(at)
         try:
-            promises, failed = live_with_fault(directory, site, number)
+            acknowledged, failed = live_with_fault(directory, site, number)
             assert failed or site[0] != "fsync", "a failed fsync went unnoticed"
-            promises.hold(directory / "store")
+            acknowledged.hold(directory / "store")
         except Exception as e:  # noqa: BLE001  # all of them are told together
             wrong.append(f"{errno.errorcode[number]} at {site}: {type(e).__name__}: {e}")
         shutil.rmtree(directory)
@@ -98,7 +98,7 @@ def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(fast: Path) -> No
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: refused writes are NOT tested here")
 def test_I6_a_refused_write_is_not_taken_for_success(tmp_path: Path) -> None:
-    ended = live_under_strace(Life(tmp_path, has_further=False), "-o", str(tmp_path / "trace"), "-e", "trace=write")
+    ended = live_under_strace(Life(tmp_path, has_volume=False), "-o", str(tmp_path / "trace"), "-e", "trace=write")
     assert ended.returncode == 0, ended.stderr
     count = Counter(line.partition("(")[0].split()[-1] for line in (tmp_path / "trace").read_text().splitlines())
     points = [(error, n) for error in ("ENOSPC", "EIO") for n in range(1, count["write"] + 1)]
@@ -106,7 +106,7 @@ def test_I6_a_refused_write_is_not_taken_for_success(tmp_path: Path) -> None:
 
     def refuse(point: tuple[str, int]) -> tuple[Life, int, list[str]]:
         error, n = point
-        life = Life(tmp_path / f"{error}-{n}", has_further=False)
+        life = Life(tmp_path / f"{error}-{n}", has_volume=False)
         life.directory.mkdir()
         inject = f"inject=write:error={error}:when={n}"
         ended = live_under_strace(life, "-o", "/dev/null", "-e", "trace=write", "-e", inject)

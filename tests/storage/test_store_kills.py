@@ -45,7 +45,7 @@ class Life(msgspec.Struct, frozen=True):
     """A life in a directory, with its blobs in the store or on a volume."""
 
     directory: Path
-    has_further: bool
+    has_volume: bool
 
     @property
     def store_path(self) -> Path:
@@ -55,7 +55,7 @@ class Life(msgspec.Struct, frozen=True):
     @property
     def volume_path(self) -> Path | None:
         """The path of the volume, if it has one."""
-        return self.directory / "further" if self.has_further else None
+        return self.directory / "further" if self.has_volume else None
 
     @property
     def blobs(self) -> StorePaths:
@@ -101,48 +101,48 @@ def uninterrupted_life(
 
 def start_after(life: Life, acknowledged: list[str]) -> None:
     """What the next start must find, given what the killed process had acknowledged."""
-    root, further = life.store_path, life.volume_path
-    check_invariants(root, further=further)
-    said = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
-    store = StoreFixture(root, further)
-    check_invariants(root, further=further)
-    assert further is None or not any((further / "tombs").iterdir())
+    root, volume = life.store_path, life.volume_path
+    check_invariants(root, volume=volume)
+    acknowledged_calls = {(what, which) for what, _, which in (line.partition(" ") for line in acknowledged)}
+    store = StoreFixture(root, volume)
+    check_invariants(root, volume=volume)
+    assert volume is None or not any((volume / "tombs").iterdir())
     ledger, stays = store.ledger, {f.sha256 for f in STAYS.sealed.files}
     leaves = {*LEAVES.blobs, *(f.sha256 for f in LEAVES.sealed.files)} - stays
     assert not ledger.incomplete
-    if ("sealed", STAYS.name) in said:
+    if ("sealed", STAYS.name) in acknowledged_calls:
         assert store.holds(STAYS)
-    if ("deleted", LEAVES.name) in said:
+    if ("deleted", LEAVES.name) in acknowledged_calls:
         assert LEAVES.name not in ledger.manifests and not leaves & set(ledger.blobs)
-    elif ("sealed", LEAVES.name) in said and LEAVES.name not in ledger.manifests:
+    elif ("sealed", LEAVES.name) in acknowledged_calls and LEAVES.name not in ledger.manifests:
         assert set(ledger.blobs) == stays, "a deletion that had begun was not finished"
-    for what, which in said:
+    for what, which in acknowledged_calls:
         if what == "committed" and which not in leaves:
             assert which in ledger.blobs, "an acknowledged blob is lost"
         if what == "reserved" and which not in leaves:
             assert which in {*ledger.partials, *ledger.blobs}, "an acknowledged reservation is lost"
-    assert not any(store.layout.tombs.iterdir())
+    assert not any(store.layout.tombstones.iterdir())
     assert not [p for p in files_below(root) if p.endswith(".json.new")]
     # Everything goes on from here, to the same end.
     for model in (STAYS, LEAVES, COMES):
         store.bring_in(model)
     store.delete(LEAVES)
     assert store.holds(STAYS) and store.holds(COMES)
-    here = files_below(root) | (files_below(further) if further else set())
+    here = files_below(root) | (files_below(volume) if volume else set())
     assert here - {f"further/{identity}" for identity in store.disk.volumes} == files_of(STAYS, COMES)
 
 
 def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acked(
     tmp_path: Path, whole_life: tuple[Life, list[str]]
 ) -> None:
-    its, calls = whole_life
+    full_life, calls = whole_life
     counts = Counter(match.group(1) for line in calls if (match := _CALL.match(line)))
     points = [(call, n) for call, count in counts.items() for n in range(1, count + 1)]
     assert len(points) > 100, counts
 
     def kill_at(point: tuple[str, int]) -> tuple[Life, list[str]]:
         call, n = point
-        life = Life(tmp_path / f"{call}-{n}", its.has_further)
+        life = Life(tmp_path / f"{call}-{n}", full_life.has_volume)
         life.directory.mkdir()
         inject = f"inject={call}:signal=SIGKILL:when={n}"
         ended = live(life, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
@@ -165,13 +165,13 @@ def final_name(what: str, which: str, life: Life) -> str:
         return str(life.blobs.blob(which))
     layout = StorePaths(life.store_path)
     repo, _, commit = which.partition("@")
-    return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombs)
+    return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombstones)
 
 
 def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life, list[str]]) -> None:
     """A kill cannot show a missing fsync; the order of the calls can."""
     life, calls = whole_life
-    tombs = tuple(str(StorePaths(root).tombs) for root in (life.store_path, life.volume_path) if root)
+    tombstones = tuple(str(StorePaths(root).tombstones) for root in (life.store_path, life.volume_path) if root)
     synced: dict[str, int] = {}
     renamed: dict[str, tuple[int, str]] = {}
     acknowledged = 0
@@ -180,7 +180,7 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life,
             synced[match.group(1)] = at
         elif match := re.search(r'rename\("([^"]+)", "([^"]+)"', line):
             source, target = match.groups()
-            if not target.startswith(tombs):
+            if not target.startswith(tombstones):
                 assert source in synced, f"{target} got its name before its bytes were durable"
             renamed[target] = at, source
         elif match := re.search(r'write\(1<[^>]*>, "(\w+) ([^ \\]+)', line):
@@ -199,7 +199,7 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life,
 
 
 def test_bytes_whose_fsync_failed_are_corrupt_despite_another(tmp_path: Path) -> None:
-    life = Life(tmp_path, has_further=False)
+    life = Life(tmp_path, has_volume=False)
     blob = STAYS.manifest.files[0].blob
     data = life.blobs.partial(blob) / "data"
     ended = live(life, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")

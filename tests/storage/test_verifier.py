@@ -175,7 +175,7 @@ async def test_a_corrupt_model_in_use_is_quarantined_naming_its_user(
             outcome = await verify(node, LARGE.name)
             assert outcome.result["corrupt"] == [WEIGHTS] and outcome.result["instances"] == [name]
             assert await node.model_state(LARGE) is None
-            (event,) = [event for said, event in await node.events() if said == "quarantined"]
+            (event,) = [event for event_name, event in await node.events() if event_name == "quarantined"]
             assert (event["blob"], event["instances"]) == (WEIGHTS, [name])
         finally:
             await node.here.buckets.spec.delete(instance_key(name))

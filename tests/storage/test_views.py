@@ -27,8 +27,8 @@ MODEL = Model("org/model", {"weights.bin": WEIGHTS, "sub/config.json": b"{}", "e
 @contextmanager
 def disk_of(kind: str, directory: Path) -> Iterator[Path]:
     """An empty file system of a kind, while the body runs."""
-    if why := _can_mount(kind):
-        pytest.skip(f"views on {kind} are NOT tested here: {why}")
+    if reason := _can_mount(kind):
+        pytest.skip(f"views on {kind} are NOT tested here: {reason}")
     make_image(kind, directory / "image")
     with mounted(kind, directory / "image", directory / kind) as at:
         yield at
@@ -70,12 +70,12 @@ def test_on_xfs_views_are_reflinks_that_survive_their_blob(tmp_path: Path) -> No
                 assert target.stat().st_mode & 0o7777 == 0o444
                 assert views.links_to_blob(target, blob)
         # Rebuilding changes nothing; a file that somebody wrote to is replaced, and the blob is unaffected.
-        mine = store.layout.view_file(MODEL.sealed, "weights.bin")
-        inode = mine.stat().st_ino
+        view_file = store.layout.view_file(MODEL.sealed, "weights.bin")
+        inode = view_file.stat().st_ino
         views.build_view(store.layout, MODEL.sealed)
-        assert mine.stat().st_ino == inode
-        mine.chmod(0o644)
-        with mine.open("r+b") as opened:
+        assert view_file.stat().st_ino == inode
+        view_file.chmod(0o644)
+        with view_file.open("r+b") as opened:
             opened.write(b"mine")
         assert store.leased_view_is_complete(leases[0], MODEL)
         views.build_view(store.layout, MODEL.sealed)
@@ -164,7 +164,9 @@ def test_an_unsupported_reflink_falls_back_but_a_full_disk_fails(
     else:
         with pytest.raises(OSError, match=os.strerror(refusal)):
             store.lease(MODEL, "one")
-        assert not any(p.startswith("leases/") for p in files_below(root)) and not any(store.layout.tombs.iterdir())
+        assert not any(p.startswith("leases/") for p in files_below(root)) and not any(
+            store.layout.tombstones.iterdir()
+        )
     assert asked == 1, "a view asks the file system once"
 
 

@@ -31,10 +31,10 @@ SECOND = Model("org/second", {"weights.bin": b"s" * 4 * MIB, "config.json": b'{"
 WEIGHTS = SECOND.sealed.files[0].sha256
 
 
-async def wait_until(look: Callable[[], Awaitable[bool]], what: str) -> None:
+async def wait_until(poll: Callable[[], Awaitable[bool]], what: str) -> None:
     """Return once it is so."""
     give_up_s = time.monotonic() + DEADLINE_S
-    while not await look():
+    while not await poll():
         assert time.monotonic() < give_up_s, what
         await asyncio.sleep(0.05)
 
@@ -43,17 +43,17 @@ class Machine:
     """A node whose store is on a small disk, and a second disk."""
 
     def __init__(self, node: Node, disk: LoopDisk) -> None:
-        self.node, self.disk, self.further = node, disk, disk.at / "shoal"
+        self.node, self.disk, self.volume = node, disk, disk.at / "shoal"
 
-    async def configure(self, *roots: Path) -> None:
+    async def configure(self, *volumes: Path) -> None:
         """Set the volumes."""
-        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in roots]))
+        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in volumes]))
         assert outcome.ok, outcome.error
 
-    async def refused(self, *roots: Path, code: str = "bad_input") -> str:
+    async def refused(self, *volumes: Path, code: str = "bad_input") -> str:
         """The refusal of volumes that cannot be used."""
         before = await self.state()
-        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in roots]))
+        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in volumes]))
         assert outcome.error is not None and outcome.error.code == code, outcome
         assert await self.state() == before
         return outcome.error.message
@@ -95,7 +95,7 @@ async def machine(nats: NatsServer, name: str, tmp_path: Path) -> AsyncIterator[
         with small_disk(node.layout.root, SMALL_BYTES), loop_disk(tmp_path / "big", DISK_BYTES) as disk:
             yield Machine(node, disk)
             if disk.at.is_mount():
-                check_invariants(node.layout.root, further=disk.at / "shoal")
+                check_invariants(node.layout.root, volume=disk.at / "shoal")
 
 
 async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
@@ -105,9 +105,9 @@ async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
         await m.node.bring_in(FIRST)
         with pytest.raises(QuotaExceeded):
             await m.node.reserve(SECOND.manifest)
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.node.bring_in(SECOND)
-        assert find_blob(m.node.layout, WEIGHTS).is_relative_to(m.further)
+        assert find_blob(m.node.layout, WEIGHTS).is_relative_to(m.volume)
         assert (m.node.layout.view(SECOND.sealed.repo, SECOND.sealed.commit) / "weights.bin").is_symlink()
         m.check(FIRST, SECOND)
         lease = await m.node.lease("org/second")
@@ -127,7 +127,7 @@ async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
             m.check(FIRST, SECOND)
             deleted = await m.node.delete("org/second")
             assert deleted.ok and deleted.result["freed_bytes"] == SECOND.manifest.size_bytes
-            assert not list(StorePaths(m.further).blobs.rglob("*"))
+            assert not list(StorePaths(m.volume).blobs.rglob("*"))
 
 
 async def test_an_unmounted_volume_takes_its_models_and_returns_them(
@@ -135,7 +135,7 @@ async def test_an_unmounted_volume_takes_its_models_and_returns_them(
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m:
         async with m.node.storage() as process:
-            await m.configure(m.further)
+            await m.configure(m.volume)
             await m.node.bring_in(FIRST)
             await m.node.bring_in(SECOND)
             m.disk.unmount()
@@ -171,7 +171,7 @@ async def test_a_blob_pulled_again_during_an_unmount_is_removed_by_gc(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.node.bring_in(FIRST)
         await m.node.bring_in(SECOND)
         m.disk.unmount()
@@ -190,22 +190,22 @@ async def test_a_blob_pulled_again_during_an_unmount_is_removed_by_gc(
         assert outcome.ok and outcome.result["freed_bytes"] == SECOND.manifest.size_bytes, outcome
         assert (await m.node.storage_state()).used_bytes == SECOND.manifest.size_bytes
         m.check(SECOND)
-        assert not list(StorePaths(m.further).blobs.rglob("*"))
+        assert not list(StorePaths(m.volume).blobs.rglob("*"))
 
 
 async def test_a_removed_volume_keeps_its_files_and_returns_with_them(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage():
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.node.bring_in(FIRST)
         await m.node.bring_in(SECOND)
-        before = snapshot_tree(m.further)
+        before = snapshot_tree(m.volume)
         await m.configure()
         assert not await m.is_offered(SECOND) and await m.is_offered(FIRST)
-        assert await m.state() == [] and snapshot_tree(m.further) == before
+        assert await m.state() == [] and snapshot_tree(m.volume) == before
         assert not list((m.node.layout.root / "further").iterdir())
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.wait_offered(SECOND, True)
         m.check(FIRST, SECOND)
 
@@ -213,7 +213,7 @@ async def test_a_removed_volume_keeps_its_files_and_returns_with_them(
 async def test_eviction_frees_the_disk_that_the_blob_comes_to(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     large = [Model(f"org/large-{n}", {"weights.bin": bytes([65 + n]) * 9 * MIB}) for n in range(3)]
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_EVICTION_POLICY="lru"):
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.node.bring_in(FIRST)  # in the store, least recently used: no help for what does not fit there
         await m.node.bring_in(large[0])
         await m.node.bring_in(large[1])
@@ -233,11 +233,11 @@ async def test_a_full_second_volume_is_reported_and_keeps_its_partial(
 ) -> None:
     async with machine(nats, fresh("roots"), tmp_path) as m, m.node.storage(SHOAL_BALLAST_BYTES="0"):
         await m.node.bring_in(FIRST)
-        await m.configure(m.further)
+        await m.configure(m.volume)
         await m.node.reserve(SECOND.manifest)
         ballast = fill(m.disk.at)
         room = await m.node.ask_room(SECOND.name)
-        assert not room.enough and str(m.further) in room.words and room.free_bytes == 0
+        assert not room.enough and str(m.volume) in room.message and room.free_bytes == 0
         ballast.unlink()
         assert (await m.node.ask_room(SECOND.name)).enough
         await m.node.bring_in(SECOND)
@@ -258,10 +258,10 @@ async def test_impossible_volumes_are_refused_with_the_reason(nats: NatsServer, 
         (m.disk.at / "VERSION").write_text("1")
         assert "is a store" in await m.refused(m.disk.at)
         (m.disk.at / "VERSION").unlink()
-        await m.configure(m.further)
+        await m.configure(m.volume)
         async with machine(nats, fresh("other"), tmp_path / "other") as other, other.node.storage():
-            words = await other.refused(m.further, code="already_running")
-            assert str(m.node.layout.root) in words, "the holder is named"
+            message = await other.refused(m.volume, code="already_running")
+            assert str(m.node.layout.root) in message, "the holder is named"
 
 
 async def test_a_volume_on_the_stores_own_disk_is_refused(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

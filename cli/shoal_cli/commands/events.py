@@ -31,8 +31,8 @@ app = new_app()
 DEFAULT_LINES = 50
 
 _JSON = """--json prints one line of JSON per event: {"sequence", "service", "node", "event", "at_s",
-"fields": {…}}; and {"notice": "lost" or "anew", "cursor", "message", …} when the log could not continue from the last
-event. Fields are only ever added; docs/protocol.md lists the events."""
+"fields": {…}}; and {"notice": "lost" or "reset", "cursor", "message", …} when the log could not continue from the
+last event. Fields are only ever added; docs/protocol.md lists the events."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)

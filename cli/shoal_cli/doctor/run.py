@@ -104,8 +104,8 @@ async def _run_checks(home: Home, environ: Mapping[str, str]) -> DoctorReport:
         cluster = tasks.create_task(_cluster(local, home))
         checks = [
             tasks.create_task(_disk(local, cluster)),
-            tasks.create_task(_check(permissions.CHECK, lambda: permissions_probe.probe(local), permissions.judge)),
-            tasks.create_task(_check(machine.MEMORY, lambda: machine_probe.memory(local), machine.judge_memory)),
+            tasks.create_task(_check(permissions.CHECK, lambda: permissions_probe.probe(local), permissions.check)),
+            tasks.create_task(_check(machine.MEMORY, lambda: machine_probe.memory(local), machine.check_memory)),
             tasks.create_task(_services(local, cluster)),
             tasks.create_task(_ports_and_files(local, cluster)),
             tasks.create_task(_nats(cluster, system)),
@@ -141,9 +141,9 @@ async def _or_default(default: T, facts: Awaitable[T]) -> T:
         return default
 
 
-async def _check(check: str, probe: Callable[[], T], judge: Callable[[T], list[Finding]]) -> list[Finding]:
+async def _check(check: str, probe: Callable[[], T], evaluate: Callable[[T], list[Finding]]) -> list[Finding]:
     try:
-        return judge(await _gather_blocking(probe))
+        return evaluate(await _gather_blocking(probe))
     except _ProbeFailed as e:
         return [_probe_failed(check, e)]
 
@@ -186,7 +186,7 @@ async def _disk(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> list[F
         return [_probe_failed(disk.DISK, e)]
     seen = await cluster
     runs = "storage" in _own_services(local, seen.samples)
-    return disk.judge(msgspec.structs.replace(facts, state=seen.storage if runs else None, storage_runs=runs))
+    return disk.check(msgspec.structs.replace(facts, state=seen.storage if runs else None, storage_runs=runs))
 
 
 async def _services(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> list[Finding]:
@@ -198,7 +198,7 @@ async def _services(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> li
     this = duplicate_ids.machine(this_process())
     own = _own_services(local, seen.samples).items()
     live = sorted(name for name, record in own if duplicate_ids.machine(record.holder) == this)
-    return services.judge(
+    return services.check(
         services.ServiceFacts(
             home=str(local.home),
             node=local.node,
@@ -225,13 +225,13 @@ async def _ports_and_files(local: LocalNode, cluster: asyncio.Task[ClusterProbe]
         return ports_probe.expected(local, own, found), found, own_pids
 
     return [
-        *await _check(ports.CHECK, probe, lambda facts: ports.judge(*facts)),
-        *await _check(machine.LIMITS, lambda: machine_probe.open_files(pids), machine.judge_files),
+        *await _check(ports.CHECK, probe, lambda facts: ports.check(*facts)),
+        *await _check(machine.LIMITS, lambda: machine_probe.open_files(pids), machine.check_files),
     ]
 
 
 async def _nats(cluster: asyncio.Task[ClusterProbe], system: asyncio.Task[OsInfo]) -> list[Finding]:
-    return nats.judge((await cluster).facts, await system)
+    return nats.check((await cluster).facts, await system)
 
 
 async def _peers_and_clocks(
@@ -248,7 +248,7 @@ async def _peers_and_clocks(
     except _ProbeFailed as e:
         return [_probe_failed(peers.CHECK, e), _skipped(clocks.CHECK, seen)]
     against_nats = clocks.against_nats(local.node or "here", seen.clock, offsets, started_ahead(seen.samples))
-    return [*peers.judge(reached, local.node, os_info), *clocks.judge(against_nats)]
+    return [*peers.check(reached, local.node, os_info), *clocks.check(against_nats)]
 
 
 def started_ahead(samples: Mapping[tuple[str, str], LivenessSample]) -> dict[str, float]:
@@ -272,6 +272,6 @@ async def _ids_and_versions(local: LocalNode, cluster: asyncio.Task[ClusterProbe
     holders = {key: sample.live.holder for key, sample in seen.samples.items()}
     running = local.supervisor in ("running", "unresponsive")
     return [
-        *versions.judge(by_service, VERSION),
-        *duplicate_ids.judge(holders, local.node, host_id(), running),
+        *versions.check(by_service, VERSION),
+        *duplicate_ids.check(holders, local.node, host_id(), running),
     ]

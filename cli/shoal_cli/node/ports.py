@@ -37,10 +37,10 @@ def free_port(bind: str) -> int:
 
 def check_gateway_port(bind: str, port: int) -> None:
     """Raise Refused, naming who has the port and what to do, when the gateway could not listen there."""
-    why = bind_problem(bind, port)
-    if why is not None:
+    reason = bind_problem(bind, port)
+    if reason is not None:
         raise Refused(
-            f"the gateway cannot listen on {bind} port {port} ({why}): {holder_of(port)}; stop that program, or "
+            f"the gateway cannot listen on {bind} port {port} ({reason}): {holder_of(port)}; stop that program, or "
             "choose another port with --port (0: any)",
             port=port,
         )

@@ -93,7 +93,7 @@ def library_lines(library: LibraryState) -> list[str]:
     if library.unhashed_count:
         to_hash = f"{count(library.unhashed_count, 'model')} to be hashed, {show_bytes(library.unhashed_bytes)}"
         lines.append(f"{name}: {to_hash}")
-    lines += [f"{name}: ignored {directory}: {why}" for directory, why in library.rejected.items()]
+    lines += [f"{name}: ignored {directory}: {reason}" for directory, reason in library.rejected.items()]
     if (more := library.rejected_count - len(library.rejected)) > 0:
         lines.append(f"{name}: ignored {more} more; `shoal logs storage` says why")
     return lines
@@ -107,7 +107,7 @@ def plan_lines(node: str, required_bytes: int, plan: EvictionPlan, now_s: float)
     needed = show_bytes(plan.required_bytes)
     if not plan.enough:
         lines = [f"{node}: cannot free {asked}: {needed} needed, {show_bytes(plan.evictable_bytes)} evictable"]
-        return lines + [f"  keeps {model}: {why}" for model, why in sorted(plan.protected.items())]
+        return lines + [f"  keeps {model}: {reason}" for model, reason in sorted(plan.protected.items())]
     lines = [f"{node}: to have {asked} free, {needed} must go; this would evict {show_bytes(plan.freed_bytes)}:"]
     if plan.garbage:
         lines.append(f"  {count(len(plan.garbage), 'unreferenced blob')}, {show_bytes(plan.garbage_bytes)}")

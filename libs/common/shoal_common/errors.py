@@ -243,7 +243,7 @@ def _tree(cls: type[ShoalError]) -> list[type[ShoalError]]:
     return [cls, *(leaf for sub in cls.__subclasses__() for leaf in _tree(sub))]
 
 
-# Without the root, which shares its code with Failed.
+# Without the root, which shares its code with InternalError.
 BY_CODE: dict[str, type[ShoalError]] = {cls.code: cls for cls in _tree(ShoalError)[1:]}
 
 

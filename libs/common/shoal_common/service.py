@@ -30,7 +30,7 @@ from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.host.sd_notify import ServiceManagerNotifier
-from shoal_common.liveness.compatibility import CompatibleLiveView, check_cluster_version
+from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeAddress, NodeFacts
@@ -77,12 +77,12 @@ class ServiceContext:
     async def follow_interfaces(self, port: int | None = None) -> None:
         """Keep `interfaces` current from now on, and publish the addresses of a data port if there is one."""
 
-        def look() -> list[NodeAddress]:
-            seen = self.interfaces.refresh()
-            return [] if port is None else self.config.links(port, seen)
+        def read_links() -> list[NodeAddress]:
+            interfaces = self.interfaces.refresh()
+            return [] if port is None else self.config.links(port, interfaces)
 
         await asyncio.to_thread(self.interfaces.refresh)
-        self.liveness.track_addresses(look)
+        self.liveness.track_addresses(read_links)
 
     async def serve(self, endpoints: Mapping[str, RpcEndpoint]) -> None:
         """Answer RPC requests until stopping."""
@@ -96,7 +96,7 @@ class ServiceContext:
         await worker.run(address or self.node, until or self.stopping)
 
     @overload
-    async def mirror(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompatibleLiveView: ...
+    async def mirror(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompatibleLiveMirror: ...
 
     @overload
     async def mirror(self, tasks: asyncio.TaskGroup, bucket: str, *keys: str) -> KvMirror: ...
@@ -106,7 +106,7 @@ class ServiceContext:
 
         The mirror of `live` leaves out services of another major version, which are ignored everywhere.
         """
-        view = CompatibleLiveView() if bucket == "live" else KvMirror(bucket)
+        view = CompatibleLiveMirror() if bucket == "live" else KvMirror(bucket)
         tasks.create_task(self._until_stopping(follow_forever(self.nats, view, *keys)))
         await view.wait_loaded(MIRROR_DEADLINE_S)
         return view
@@ -141,7 +141,7 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
                 old, created_at = created_at, await kv_created_at(nats.js)
                 if created_at != old:
                     log.warning("NATS lost its store; publishing this service's state again")
-                    nats.store_losses.increment()
+                    nats.store_wipes.increment()
         await cluster_clock.sync_from_nats(nats.client)
 
 

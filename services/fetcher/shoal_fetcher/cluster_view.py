@@ -41,7 +41,7 @@ class ClusterView:
         spec: KvMirror,
         interfaces: InterfaceMonitor,
     ) -> None:
-        self._nats, self._me, self._interfaces = nats, own_node, interfaces
+        self._nats, self._own_node, self._interfaces = nats, own_node, interfaces
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
         self._network = network_id()
         self._addresses: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ class ClusterView:
         addresses: dict[str, list[str]] = {}
         for key, live in self._live.items("", LivenessRecord):
             node, _, service = key.partition(".")
-            if service == "fileserver" and node != self._me:
+            if service == "fileserver" and node != self._own_node:
                 addresses[node] = [link.address for link in reachable_addresses(live, self._network, own)]
         return {node: of_node for node, of_node in addresses.items() if of_node}
 
@@ -78,7 +78,7 @@ class ClusterView:
                 for (node, _, service), live in (
                     (k.partition("."), v) for k, v in self._live.items("", LivenessRecord)
                 )
-                if service == "fileserver" and node != self._me and not live.facts.addresses
+                if service == "fileserver" and node != self._own_node and not live.facts.addresses
             }
             self._starting = {node: self._starting.get(node, now_s) for node in starting}
             self._starting_as_of = self._live.changes
@@ -103,7 +103,7 @@ class ClusterView:
     def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[BlobHolder]:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
-        return holders(blob, manifest, models, downloads, nodes, self._me)
+        return holders(blob, manifest, models, downloads, nodes, self._own_node)
 
     def leaf_list_digests(self, sha256: str) -> set[str]:
         """Return the leaf-list digests of a blob, as published by live nodes that have it but not yet its model."""
@@ -114,16 +114,16 @@ class ClusterView:
     def nodes_holding(self, ref: ModelRef) -> list[tuple[str, str]]:
         """Return `(node, org/name@commit)` of the nodes that hold what `ref` names, this one first."""
         live = {key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".storage")}
-        holding = [
+        holder = [
             (m.node, m.model)
             for _, m in self._state.items("model.", ModelState)
             if m.repo == ref.repo and (m.commit == ref.revision or ref.revision in m.revisions) and m.node in live
         ]
-        return sorted(holding, key=lambda pair: pair[0] != self._me)
+        return sorted(holder, key=lambda pair: pair[0] != self._own_node)
 
     def own_downloads(self) -> dict[str, DownloadState | None]:
         """Return every model of which this node has a download request or state, with that state."""
-        prefix = f"download.{self._me}."
+        prefix = f"download.{self._own_node}."
         requested: dict[str, DownloadState | None] = {
             s.model: None for _, s in self._spec.items(prefix, DownloadRequest)
         }
@@ -149,19 +149,19 @@ class ClusterView:
 
     def disk_status(self) -> tuple[object, ...]:
         """Return what is published of this node's disk; when it changes, waiting downloads ask storage again."""
-        live = self._live.get(liveness_key(self._me, "storage"), LivenessRecord)
-        return (live and live.facts.disk_free_bytes, self._state.get(storage_key(self._me), StorageState))
+        live = self._live.get(liveness_key(self._own_node, "storage"), LivenessRecord)
+        return (live and live.facts.disk_free_bytes, self._state.get(storage_key(self._own_node), StorageState))
 
     async def wait_disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
         """Return once this node's disk differs from `before`, or after the deadline."""
-        views = (self._live, self._state)
+        mirrors = (self._live, self._state)
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while True:
-                    seen = tuple(v.changes for v in views)
+                    seen = tuple(v.changes for v in mirrors)
                     if self.disk_status() != before:
                         return
-                    await any_changed(views, seen)
+                    await any_changed(mirrors, seen)
 
     async def wait_reply_lost(self, service: str) -> None:
         """Return once a reply to a request sent now to a service of this node may be lost:
@@ -181,5 +181,5 @@ class ClusterView:
             reconnected.cancel()
 
     def _uid(self, service: str) -> str:
-        live = self._live.get(liveness_key(self._me, service), LivenessRecord)
+        live = self._live.get(liveness_key(self._own_node, service), LivenessRecord)
         return live.holder.uid if live else ""

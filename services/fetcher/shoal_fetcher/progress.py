@@ -67,15 +67,15 @@ class Progress:
         """Do not count a wait of this many seconds for our own turn."""
         self._progress_at_s = min(self._progress_at_s + waited_s, time.monotonic())
 
-    async def take_from_limiter(self, pace: RateLimiter, count: int) -> None:
+    async def take_from_limiter(self, limiter: RateLimiter, count: int) -> None:
         """Return when so many bytes may pass. Waiting for our own rate limit does not count as a stall."""
-        asked_at_s = time.monotonic()
-        await pace.acquire(count)
-        self.pause_stall_timer(time.monotonic() - asked_at_s)
+        started_at_s = time.monotonic()
+        await limiter.acquire(count)
+        self.pause_stall_timer(time.monotonic() - started_at_s)
 
-    def limiter_for(self, pace: RateLimiter) -> Callable[[int], Awaitable[None]]:
+    def limiter_for(self, limiter: RateLimiter) -> Callable[[int], Awaitable[None]]:
         """Return `take_from_limiter` bound to this rate limiter."""
-        return lambda count: self.take_from_limiter(pace, count)
+        return lambda count: self.take_from_limiter(limiter, count)
 
     def record_received(self, source: str, count: int, path: str = "") -> None:
         """Count bytes of a file received from a source."""
@@ -119,15 +119,24 @@ class Progress:
             self.state = structs.replace(self.state, waiting_for=waiting_for)
             self._dirty = True
 
-    def set_blob_complete(self, blob: str, sha256: str, size_bytes: int, root: str = "") -> None:
+    def set_blob_complete(self, blob: str, sha256: str, size_bytes: int, leaf_list_digest: str = "") -> None:
         """Mark a blob complete: peers may fetch it from the next update on, verified by the list of this digest."""
         self._durable_by_blob.pop(blob, None)
         self._complete_bytes += size_bytes
         self.mark_progress()
-        known = {**self.state.sha256_by_git_name, blob: sha256} if blob != sha256 else self.state.sha256_by_git_name
-        roots = {**self.state.leaf_list_digests, sha256: root} if root else self.state.leaf_list_digests
+        sha256_by_git_name = (
+            {**self.state.sha256_by_git_name, blob: sha256} if blob != sha256 else self.state.sha256_by_git_name
+        )
+        leaf_list_digests = (
+            {**self.state.leaf_list_digests, sha256: leaf_list_digest}
+            if leaf_list_digest
+            else self.state.leaf_list_digests
+        )
         self.state = structs.replace(
-            self.state, blobs=[*self.state.blobs, sha256], sha256_by_git_name=known, leaf_list_digests=roots
+            self.state,
+            blobs=[*self.state.blobs, sha256],
+            sha256_by_git_name=sha256_by_git_name,
+            leaf_list_digests=leaf_list_digests,
         )
         self._dirty = True
 
@@ -137,9 +146,9 @@ class Progress:
         self._complete_bytes = 0
         self.state = structs.replace(self.state, blobs=[], sha256_by_git_name={}, leaf_list_digests={})
 
-    def after_publish(self, then: AsyncExitStack) -> None:
-        """Close `then` after the current state has been published, without blocking the caller."""
-        self._after_publish.push_async_exit(then)
+    def after_publish(self, cleanup: AsyncExitStack) -> None:
+        """Close `cleanup` after the current state has been published, without blocking the caller."""
+        self._after_publish.push_async_exit(cleanup)
         self._dirty = True
 
     async def publish_state(self, **changes: Any) -> None:
@@ -149,18 +158,18 @@ class Progress:
         if self._published and all(getattr(self.state, name) == value for name, value in changes.items()):
             return
         new: DownloadPhase = changes.get("phase", self.state.phase)
-        at_once = not self._published or new != self.state.phase or self._wait_s <= 0
+        is_urgent = not self._published or new != self.state.phase or self._wait_s <= 0
         self.state = structs.replace(self.state, **changes)
         self._dirty = True
-        if at_once:
+        if is_urgent:
             await self.publish()
 
     async def publish(self) -> None:
         """Write the state as it is now. Concurrent callers share one write."""
         self._requested_writes += 1
-        own, self._written_at_s = self._requested_writes, time.monotonic()
+        own_write, self._written_at_s = self._requested_writes, time.monotonic()
         async with self._writing:
-            if self._finished_writes >= own:
+            if self._finished_writes >= own_write:
                 return
             covered, after_publish = self._requested_writes, self._after_publish
             self._after_publish, self._dirty = AsyncExitStack(), False

@@ -34,8 +34,8 @@ class RateLimits:
         """Apply these limits now, also to running transfers."""
         self.hub.set_rate(settings.max_hub_bytes_per_s)
         self._peer_bytes_per_s = settings.max_peer_bytes_per_s
-        for pace in self._peers.values():
-            pace.set_rate(self._peer_bytes_per_s)
+        for limiter in self._peers.values():
+            limiter.set_rate(self._peer_bytes_per_s)
 
     async def follow_settings(self, state: KvMirror, node: str) -> None:
         """Follow the settings that this node's storage publishes. The last ones hold while storage is down."""

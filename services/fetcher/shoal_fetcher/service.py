@@ -29,20 +29,20 @@ async def run(context: ServiceContext) -> None:
         lease = await context.mirror(tasks, "lease")
         spec = await context.mirror(tasks, "spec", f"download.{context.node}.>")
         await context.follow_interfaces()
-        around = ClusterView(context.nats, context.node, live, state, lease, spec, context.interfaces)
-        wishes = DownloadRequests(
-            context.buckets, context.node, [wish for _, wish in spec.items("", DownloadRequest)]
+        cluster_view = ClusterView(context.nats, context.node, live, state, lease, spec, context.interfaces)
+        requests = DownloadRequests(
+            context.buckets, context.node, [request for _, request in spec.items("", DownloadRequest)]
         )
-        limits = RateLimits()
-        context.run_in_background(tasks, limits.follow_settings(state, context.node))
-        fetcher = DownloadManager(context, tasks, around, wishes, limits, from_hub, from_peers)
+        rate_limits = RateLimits()
+        context.run_in_background(tasks, rate_limits.follow_settings(state, context.node))
+        fetcher = DownloadManager(context, tasks, cluster_view, requests, rate_limits, from_hub, from_peers)
         await fetcher.resume_pending()
         context.run_in_background(tasks, fetcher.republish_after_wipes())
-        questions = {
-            "stop_downloads": RpcEndpoint(StopDownloads, fetcher.withdraw),
+        endpoints = {
+            "stop_downloads": RpcEndpoint(StopDownloads, fetcher.stop_downloads),
             "shape": RpcEndpoint(GetModelShape, fetcher.shape),
         }
-        tasks.create_task(context.serve(questions))
+        tasks.create_task(context.serve(endpoints))
         tasks.create_task(
             context.run_commands(
                 {

@@ -33,30 +33,30 @@ T = TypeVar("T")
 _DEADLINE_S = 60.0
 _COMMIT_DEADLINE_S = 600.0
 """A commit hashes the whole blob."""
-_PATIENCE_S = 30.0
+_RESTART_WAIT_S = 30.0
 """How long a storage that is down may take to restart."""
-_RELEASE_PATIENCE_S = 10.0
+_RELEASE_RESTART_WAIT_S = 10.0
 
 
 class StorageClient:
     """The storage of this node, across its restarts."""
 
-    def __init__(self, ask: RpcClient, node: str, cluster_view: ClusterView) -> None:
-        self._ask, self._node, self._around = ask, node, cluster_view
+    def __init__(self, rpc: RpcClient, node: str, cluster_view: ClusterView) -> None:
+        self._rpc, self._node, self._cluster_view = rpc, node, cluster_view
 
     async def reserve(self, manifest: Manifest, leaves: Mapping[str, int] | None = None) -> ReserveResult:
         """Reserve space for a model, of some blobs only `leaves`. Returns what is present. Raises QuotaExceeded."""
-        question = Reserve(manifest=manifest, leaf_ranges=_as_ranges(leaves or {}))
-        return await self._until_answered("reserve", question, ReserveResult)
+        request = Reserve(manifest=manifest, leaf_ranges=_as_ranges(leaves or {}))
+        return await self._request("reserve", request, ReserveResult)
 
-    async def commit(self, blob: str, root: str = "") -> CommittedBlob:
+    async def commit(self, blob: str, leaf_list_digest: str = "") -> CommittedBlob:
         """Verify a complete partial blob and commit it: by its leaf list if that has this digest, else by sha256.
 
         Raises BlobHashMismatch, LeafReadbackMismatch, or ReservationLost if the partial is gone.
         """
         try:
-            question = CommitBlob(blob=blob, leaf_list_digest=root)
-            committed = await self._until_answered("commit", question, CommittedBlob, _COMMIT_DEADLINE_S)
+            request = CommitBlob(blob=blob, leaf_list_digest=leaf_list_digest)
+            committed = await self._request("commit", request, CommittedBlob, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
@@ -69,21 +69,25 @@ class StorageClient:
     async def seal(self, manifest: Manifest) -> ModelState:
         """Make a model present. Raises ReservationLost if one of its blobs is gone."""
         try:
-            return await self._until_answered("seal", SealModel(manifest=manifest), ModelState)
+            return await self._request("seal", SealModel(manifest=manifest), ModelState)
         except NotFound as e:
             raise ReservationLost(e.message) from e
 
     async def seal_shard(
-        self, manifest: Manifest, layers: list[list[int]], leaves: Mapping[str, int], roots: dict[str, str]
+        self,
+        manifest: Manifest,
+        layers: list[list[int]],
+        leaves: Mapping[str, int],
+        leaf_list_digests: dict[str, str],
     ) -> ShardState:
         """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, BlobHashMismatch
         if some are corrupt.
         """
-        question = SealShard(
-            manifest=manifest, layers=layers, leaf_ranges=_as_ranges(leaves), leaf_list_digests=roots
+        request = SealShard(
+            manifest=manifest, layers=layers, leaf_ranges=_as_ranges(leaves), leaf_list_digests=leaf_list_digests
         )
         try:
-            return await self._until_answered("seal_shard", question, ShardState, _COMMIT_DEADLINE_S)
+            return await self._request("seal_shard", request, ShardState, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
         except Corrupt as e:
@@ -91,37 +95,43 @@ class StorageClient:
 
     async def check_space(self, model: str) -> SpaceCheck:
         """Return whether there is space again for the reservations, `model` (`org/name@commit`) among them."""
-        return await self._until_answered("check_space", CheckSpace(model=model), SpaceCheck)
+        return await self._request("check_space", CheckSpace(model=model), SpaceCheck)
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""
         # A restarted storage remembers partial blobs only, and the fetcher may not know the manifest any more.
         files = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
-        question = Release(manifest=Manifest(repo=repo, commit=commit, files=files))
-        await self._until_answered("release", question, Empty, patience_s=_RELEASE_PATIENCE_S)
+        request = Release(manifest=Manifest(repo=repo, commit=commit, files=files))
+        await self._request("release", request, Empty, restart_wait_s=_RELEASE_RESTART_WAIT_S)
 
-    async def _until_answered(
+    async def _request(
         self,
         verb: str,
-        question: object,
-        kind: type[T],
+        request: object,
+        reply_type: type[T],
         deadline_s: float = _DEADLINE_S,
-        patience_s: float = _PATIENCE_S,
+        restart_wait_s: float = _RESTART_WAIT_S,
     ) -> T:
         # Without the race, a reply lost with a killed storage or a restarted NATS is awaited to the deadline.
         while True:
-            asking = asyncio.ensure_future(
-                self._ask(
-                    "storage", self._node, verb, question, kind, deadline_s=deadline_s, restart_wait_s=patience_s
+            call = asyncio.ensure_future(
+                self._rpc(
+                    "storage",
+                    self._node,
+                    verb,
+                    request,
+                    reply_type,
+                    deadline_s=deadline_s,
+                    restart_wait_s=restart_wait_s,
                 )
             )
-            lost = asyncio.ensure_future(self._around.wait_reply_lost("storage"))
+            lost = asyncio.ensure_future(self._cluster_view.wait_reply_lost("storage"))
             try:
-                await asyncio.wait({asking, lost}, return_when=asyncio.FIRST_COMPLETED)
-                if asking.done():
-                    return asking.result()
+                await asyncio.wait({call, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if call.done():
+                    return call.result()
             finally:
-                asking.cancel()
+                call.cancel()
                 lost.cancel()
 
 

@@ -51,10 +51,10 @@ class BlobApi:
     """Answers peers from one store."""
 
     def __init__(
-        self, layout: StorePaths, node: str, secret: str, at_once: FastPath, sent: SendHistory, pace: RateLimiter
+        self, layout: StorePaths, node: str, secret: str, fast_path: FastPath, sent: SendHistory, limiter: RateLimiter
     ) -> None:
         self._layout, self._node, self._secret = layout, node, secret
-        self._at_once, self._sent, self._pace = at_once, sent, pace
+        self._fast_path, self._sent, self._limiter = fast_path, sent, limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request for the paths above, as an ASGI application."""
@@ -93,7 +93,7 @@ class BlobApi:
         """Respond with a blob or the requested range of it, adding these headers. Raises BadName, OSError."""
         content = await asyncio.to_thread(open_content, self._layout, blob)
         size, response_headers = content.size_bytes, {**content.headers, **named}
-        byte_range = _asked(headers, response_headers["ETag"], size)
+        byte_range = _requested_range(headers, response_headers["ETag"], size)
         start, end = (byte_range.start, byte_range.end) if isinstance(byte_range, ByteRange) else (0, size)
         if isinstance(byte_range, Unsatisfiable):
             content.close()
@@ -106,12 +106,12 @@ class BlobApi:
         if method == "HEAD":
             content.close()
         elif end - start <= LEAF_BYTES:
-            self._at_once.keep_open(content)
+            self._fast_path.keep_open(content)
         in_flight = None
         if method == "GET" and not start % LEAF_BYTES and (end == size or not end % LEAF_BYTES):
             in_flight = self._sent.record_requested(blob, start // LEAF_BYTES, leaf_count(end), time.monotonic())
         status = 206 if isinstance(byte_range, ByteRange) else 200
-        return ContentResponse(content, start, end, status, response_headers, self._pace, self._sent, in_flight)
+        return ContentResponse(content, start, end, status, response_headers, self._limiter, self._sent, in_flight)
 
     async def respond_to_hub_client(self, request: Request, sha256: str, named: Mapping[str, str]) -> Response:
         """Respond with a blob, for a request in the hub's protocol."""
@@ -146,7 +146,7 @@ class BlobApi:
             return Response(status_code=204, headers=content.headers)
         start, end = in_flight.first * LEAF_BYTES, min(in_flight.end * LEAF_BYTES, size)
         response_headers = {**content.headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}
-        return ContentResponse(content, start, end, 206, response_headers, self._pace, self._sent, in_flight)
+        return ContentResponse(content, start, end, 206, response_headers, self._limiter, self._sent, in_flight)
 
     async def _list(self, scope: Scope, blob: str) -> Response:
         """Respond with a page of a leaf list."""
@@ -158,7 +158,7 @@ class BlobApi:
                 {"ETag": f'"{leaf_list.digest}"'} if leaf_list.digest else {"Cache-Control": "no-store"}
             )
             response_headers["Accept-Ranges"] = "bytes"
-            byte_range = _asked(Headers(scope=scope), response_headers.get("ETag", ""), size)
+            byte_range = _requested_range(Headers(scope=scope), response_headers.get("ETag", ""), size)
             if isinstance(byte_range, Unsatisfiable):
                 return Response(status_code=416, headers={**response_headers, "Content-Range": f"bytes */{size}"})
             if isinstance(byte_range, AllBytes) and size > MAX_LEAF_LIST_BYTES:
@@ -195,15 +195,15 @@ class ContentResponse(Response):
         end: int,
         status: int,
         headers: Mapping[str, str],
-        pace: RateLimiter,
+        limiter: RateLimiter,
         sent: SendHistory,
         in_flight: InFlightLeaves | None,
     ) -> None:
         self.status_code, self.background, self.body = status, None, b""
         self.media_type = _TYPE
         self.init_headers({**headers, "Content-Length": str(end - start)})
-        self._content, self._start, self._end, self._pace = content, start, end, pace
-        self._sent, self._going = sent, in_flight
+        self._content, self._start, self._end, self._limiter = content, start, end, limiter
+        self._sent, self._in_flight = sent, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -213,7 +213,7 @@ class ContentResponse(Response):
             if scope["method"] != "HEAD":
                 sending: FileSender = scope["state"][FILE_SENDER_KEY]
                 count = await sending.send_file(
-                    content.file, self._start, self._end, self._pace, lambda: content.is_discarded
+                    content.file, self._start, self._end, self._limiter, lambda: content.is_discarded
                 )
                 if count < self._end - self._start:
                     sending.abort()
@@ -221,13 +221,13 @@ class ContentResponse(Response):
             await send({"type": "http.response.body"})
         finally:
             content.close()
-            if self._going is not None:
+            if self._in_flight is not None:
                 position = self._start + count
                 through = position // LEAF_BYTES if position < self._end else leaf_count(position)
-                self._sent.record_finished(self._going, through, time.monotonic())
+                self._sent.record_finished(self._in_flight, through, time.monotonic())
 
 
-def _asked(headers: Headers, etag: str, size: int) -> AllBytes | ByteRange | Unsatisfiable:
+def _requested_range(headers: Headers, etag: str, size: int) -> AllBytes | ByteRange | Unsatisfiable:
     # Several Range headers are several ranges; If-Range with another ETag means another blob's bytes.
     header = ",".join(headers.getlist("range")) or None
     return parse_range(header if headers.get("if-range", etag) == etag else None, size)

@@ -113,10 +113,10 @@ def _ready(directory: int) -> Bitmap | None:
 
 
 class LeafList:
-    """The open leaf list of a blob. `root` is "" for a partial blob."""
+    """The open leaf list of a blob. `digest` is "" for a partial blob."""
 
-    def __init__(self, file: FileIO | None, offset: int, size_bytes: int, root: str) -> None:
-        self.size_bytes, self.digest = size_bytes, root
+    def __init__(self, file: FileIO | None, offset: int, size_bytes: int, digest: str) -> None:
+        self.size_bytes, self.digest = size_bytes, digest
         self._file, self._offset = file, offset
 
     def read(self, start: int, end: int) -> bytes:

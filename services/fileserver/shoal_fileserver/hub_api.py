@@ -41,8 +41,8 @@ HubHandler = Callable[[Request], Awaitable[Response]]
 class HubApi:
     """Answers like the hub, from what the cluster holds."""
 
-    def __init__(self, secret: str, catalog: ModelIndex, serve_blob: ServeBlob) -> None:
-        self._secret, self._catalog, self._serve_blob = secret, catalog, serve_blob
+    def __init__(self, secret: str, model_index: ModelIndex, serve_blob: ServeBlob) -> None:
+        self._secret, self._model_index, self._serve_blob = secret, model_index, serve_blob
 
     @property
     def routes(self) -> list[BaseRoute]:
@@ -102,13 +102,13 @@ class HubApi:
 
         Revisions may contain slashes: the shortest one that a node holds is meant.
         """
-        fields, came_to = request.path_params, (request.scope.get("server") or ("",))[0]
+        fields, server_address = request.path_params, (request.scope.get("server") or ("",))[0]
         repo, parts = f"{fields['org']}/{fields['name']}", fields.get("rest", DEFAULT_REVISION).split("/")
         for end in range(1, min(len(parts), _MAX_REVISION_PARTS) + 1):
             ref = ModelRef.parse(f"{repo}@{'/'.join(parts[:end])}")
-            if location := await self._catalog.find(ref, came_to):
+            if location := await self._model_index.find(ref, server_address):
                 return location, "/".join(parts[end:])
-        code = "RevisionNotFound" if self._catalog.holds(repo) else "RepoNotFound"
+        code = "RevisionNotFound" if self._model_index.holds(repo) else "RepoNotFound"
         message = f"no live node of this cluster holds {repo} at {parts[0]}: download it with `shoal pull {repo}`"
         raise NotFound(message, hub_code=code)
 

@@ -33,25 +33,26 @@ class ModelIndex:
     """Finds models in what nodes publish."""
 
     def __init__(
-        self, node: str, ask: RpcClient, models: KvMirror, live: KvMirror, interfaces: InterfaceMonitor
+        self, node: str, rpc: RpcClient, models: KvMirror, live: KvMirror, interfaces: InterfaceMonitor
     ) -> None:
-        self._node, self._ask, self._models, self._live = node, ask, models, live
+        self._node, self._rpc, self._models, self._live = node, rpc, models, live
         self._interfaces = interfaces
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
 
-    async def find(self, ref: ModelRef, came_to: str) -> ModelLocation | None:
+    async def find(self, ref: ModelRef, server_address: str) -> ModelLocation | None:
         """Return a model of a live node, preferring this one. Raises Unavailable if no node that holds it answers.
 
-        `came_to` is the address at which this node was called: of another node, the address on the same link is
+        `server_address`: at which this node was called; of another node, the address on the same link is
         returned.
         """
         unavailable: Unavailable | None = None
         interfaces = self._interfaces.current
         links = {
-            node: address_for_caller(node_links, came_to, interfaces) for node, node_links in self._serving.items()
+            node: address_for_caller(node_links, server_address, interfaces)
+            for node, node_links in self._serving.items()
         }
         serving = {node: link.address for node, link in links.items() if link} | {self._node: ""}
-        for state in holders(ref, self._held, serving, self._node):
+        for state in holders(ref, self._local_models, serving, self._node):
             try:
                 manifest = await self._manifest(state)
             except NotFound:  # just deleted
@@ -66,10 +67,10 @@ class ModelIndex:
 
     def holds(self, repo: str) -> bool:
         """Return whether any serving node holds a revision of this repository."""
-        return any(m.repo == repo and m.node in self._serving for m in self._held)
+        return any(m.repo == repo and m.node in self._serving for m in self._local_models)
 
     @property
-    def _held(self) -> list[ModelState]:
+    def _local_models(self) -> list[ModelState]:
         return [m for _, m in self._models.items("model.", ModelState)]
 
     @property
@@ -86,9 +87,9 @@ class ModelIndex:
     async def _manifest(self, state: ModelState) -> Manifest:
         manifest = self._manifests.get(state.model)
         if manifest is None:
-            question = GetManifest(model=state.model)
-            manifest = await self._ask(
-                "storage", state.node, "manifest", question, Manifest, deadline_s=_MANIFEST_TIMEOUT_S
+            request = GetManifest(model=state.model)
+            manifest = await self._rpc(
+                "storage", state.node, "manifest", request, Manifest, deadline_s=_MANIFEST_TIMEOUT_S
             )
             if manifest.model != state.model:
                 raise NotFound(f"node {state.node} returned another manifest than that of {state.model}")
@@ -99,7 +100,7 @@ class ModelIndex:
         return manifest
 
 
-def holders(ref: ModelRef, held: Iterable[ModelState], serving: Container[str], me: str) -> list[ModelState]:
+def holders(ref: ModelRef, held: Iterable[ModelState], serving: Container[str], own_node: str) -> list[ModelState]:
     """Return the serving nodes' states of the model that `ref` means, this node's first. Pure.
 
     Nodes may hold different commits under one revision: the latest one counts, wherever it is.
@@ -109,4 +110,4 @@ def holders(ref: ModelRef, held: Iterable[ModelState], serving: Container[str], 
     ]
     newest = max(matching, key=lambda m: (m.ready_at_s, m.commit), default=None)
     of_newest = [m for m in matching if newest and m.commit == newest.commit]
-    return sorted(of_newest, key=lambda m: (m.node != me, m.node))
+    return sorted(of_newest, key=lambda m: (m.node != own_node, m.node))

@@ -39,15 +39,21 @@ _GRACEFUL_SHUTDOWN_S = 5
 
 
 def server_config(
-    layout: StorePaths, node: str, secret: str, catalog: ModelIndex | None = None, pace: RateLimiter | None = None
+    layout: StorePaths,
+    node: str,
+    secret: str,
+    model_index: ModelIndex | None = None,
+    limiter: RateLimiter | None = None,
 ) -> uvicorn.Config:
     """Return the configuration of a server for one store; with a model index it speaks the hub's protocol too."""
-    pace = pace or RateLimiter()
+    limiter = limiter or RateLimiter()
     sent = SendHistory(random.Random())
-    at_once = FastPath(layout, node, secret, sent, pace)
+    fast_path = FastPath(layout, node, secret, sent, limiter)
     return uvicorn.Config(
-        _application(BlobApi(layout, node, secret, at_once, sent, pace), ProbeApi(node, secret), secret, catalog),
-        http=limited_protocol(at_once),
+        _application(
+            BlobApi(layout, node, secret, fast_path, sent, limiter), ProbeApi(node, secret), secret, model_index
+        ),
+        http=limited_protocol(fast_path),
         ws="none",
         log_config=None,
         access_log=False,
@@ -59,7 +65,7 @@ def server_config(
     )
 
 
-def _application(blobs: BlobApi, probe: ProbeApi, secret: str, catalog: ModelIndex | None) -> ASGIApp:
+def _application(blobs: BlobApi, probe: ProbeApi, secret: str, model_index: ModelIndex | None) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -67,10 +73,10 @@ def _application(blobs: BlobApi, probe: ProbeApi, secret: str, catalog: ModelInd
     async def denied(scope: Scope, receive: Receive, send: Send) -> None:
         await error_response(401, "send a token for this blob of this node")(scope, receive, send)
 
-    hub_routes = HubApi(secret, catalog, blobs.respond_to_hub_client).routes if catalog else []
+    hub_routes = HubApi(secret, model_index, blobs.respond_to_hub_client).routes if model_index else []
     # No redirects: they would send the peer, and its credential, wherever its Host header says.
     peers = Router(routes=[Route("/health", health, methods=["GET"]), *hub_routes], redirect_slashes=False)
-    strangers = Router(routes=hub_routes, redirect_slashes=False, default=denied)
+    hub_app = Router(routes=hub_routes, redirect_slashes=False, default=denied)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(("/v1/blobs/", "/v1/leaves/")):
@@ -80,7 +86,7 @@ def _application(blobs: BlobApi, probe: ProbeApi, secret: str, catalog: ModelInd
         elif is_authorized(secret, "blobs", Headers(scope=scope)):
             await peers(scope, receive, send)
         else:
-            await strangers(scope, receive, send)
+            await hub_app(scope, receive, send)
 
     return app
 
@@ -106,7 +112,7 @@ async def run(context: ServiceContext) -> None:
     listener = _listen(config.bind, context.environ)
     # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    pace = RateLimiter()
+    limiter = RateLimiter()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket
         # already listens, and requests wait there for the mirrors.
@@ -114,17 +120,17 @@ async def run(context: ServiceContext) -> None:
         context.ready()
         models = await context.mirror(tasks, "state", "model.>")
         live = await context.mirror(tasks, "live", "*.fileserver")
-        own = await context.mirror(tasks, "state", storage_key(context.node))
-        context.run_in_background(tasks, _follow_upload_limit(own, context.node, pace))
-        catalog = ModelIndex(context.node, context.rpc, models, live, context.interfaces)
-        http_config = server_config(StorePaths(config.store), context.node, config.secret, catalog, pace)
+        own_storage = await context.mirror(tasks, "state", storage_key(context.node))
+        context.run_in_background(tasks, _follow_upload_limit(own_storage, context.node, limiter))
+        model_index = ModelIndex(context.node, context.rpc, models, live, context.interfaces)
+        http_config = server_config(StorePaths(config.store), context.node, config.secret, model_index, limiter)
         await HttpServer(http_config, context.stopping).serve(sockets=[listener])
 
 
-async def _follow_upload_limit(own: KvMirror, node: str, pace: RateLimiter) -> None:
+async def _follow_upload_limit(own_storage: KvMirror, node: str, limiter: RateLimiter) -> None:
     """Apply the node's `max_upload_bytes_per_s`, as its storage publishes it."""
     seen = -1
     while True:
-        seen = await own.wait_changed(seen)
-        if state := own.get(storage_key(node), StorageState):
-            pace.set_rate(state.max_upload_bytes_per_s)
+        seen = await own_storage.wait_changed(seen)
+        if state := own_storage.get(storage_key(node), StorageState):
+            limiter.set_rate(state.max_upload_bytes_per_s)

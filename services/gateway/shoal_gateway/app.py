@@ -28,10 +28,10 @@ ROUTES = [
 
 def build_app(gateway: GatewayContext) -> Starlette:
     """Return the ASGI application of a gateway."""
-    guard = Middleware(
+    auth = Middleware(
         AuthMiddleware, secret=gateway.context.config.secret, credential_needed=gateway.settings.credential_needed
     )
-    app = Starlette(routes=ROUTES, middleware=[guard], exception_handlers=HANDLERS)
+    app = Starlette(routes=ROUTES, middleware=[auth], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     app.state.gateway = gateway
     return app

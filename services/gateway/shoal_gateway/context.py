@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.host.process_identity import network_id
-from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.rpc.command_client import CommandClient
 from shoal_common.service import ServiceContext
 from shoal_gateway.cluster.snapshot import ClusterSnapshot, take_snapshot
@@ -25,7 +25,7 @@ class GatewayContext:
         context: ServiceContext,
         settings: GatewaySettings,
         tasks: asyncio.TaskGroup,
-        live: CompatibleLiveView,
+        live: CompatibleLiveMirror,
         spec: KvMirror,
         state: KvMirror,
     ) -> None:

@@ -47,7 +47,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway's own settings."""
 
     port: int
-    limits: GatewayTimeouts
+    timeouts: GatewayTimeouts
     credential_needed: bool
     """Whether requests need the cluster's secret: always beyond loopback (I12)."""
 
@@ -58,7 +58,7 @@ def read_settings(config: Config, environ: Mapping[str, str]) -> GatewaySettings
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise BadInput(f"SHOAL_GATEWAY_PORT is {text[:40]!r}; give a port from 0 to 65535")
     try:
-        limits = msgspec.convert(config.settings.get("gateway", {}), GatewayTimeouts)
+        timeouts = msgspec.convert(config.settings.get("gateway", {}), GatewayTimeouts)
     except msgspec.ValidationError as e:
         raise BadInput(f"[gateway] in {config.home / 'node.toml'}: {e}") from None
-    return GatewaySettings(port=int(text), limits=limits, credential_needed=not is_loopback(config.bind))
+    return GatewaySettings(port=int(text), timeouts=timeouts, credential_needed=not is_loopback(config.bind))

@@ -16,20 +16,20 @@ async def run(context: ServiceContext) -> None:
         spec = await context.mirror(tasks, "spec", "instance.>")
         state = await context.mirror(tasks, "state")
         await context.follow_interfaces()
-        host = StageManager(context, tasks, spec, state)
-        await host.unpublish_stale_stages()
-        context.run_in_background(tasks, host.reconcile_stages_forever())
-        context.run_in_background(tasks, host.publish_memory_forever())
-        context.run_in_background(tasks, host.guard_memory_forever())
+        stage_manager = StageManager(context, tasks, spec, state)
+        await stage_manager.unpublish_stale_stages()
+        context.run_in_background(tasks, stage_manager.reconcile_stages_forever())
+        context.run_in_background(tasks, stage_manager.publish_memory_forever())
+        context.run_in_background(tasks, stage_manager.guard_memory_forever())
         tasks.create_task(
             context.serve(
                 {
-                    "generate": RpcEndpoint(Generate, host.generate),
-                    "cancel": RpcEndpoint(CancelGenerate, host.cancel),
+                    "generate": RpcEndpoint(Generate, stage_manager.generate),
+                    "cancel": RpcEndpoint(CancelGenerate, stage_manager.cancel),
                 }
             )
         )
-        context.ready(await asyncio.to_thread(host.facts))
-        context.run_in_background(tasks, host.detect_device())
+        context.ready(await asyncio.to_thread(stage_manager.facts))
+        context.run_in_background(tasks, stage_manager.detect_device())
         await context.stopping.wait()
-        await host.stop_all()
+        await stage_manager.stop_all()

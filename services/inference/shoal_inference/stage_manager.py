@@ -42,13 +42,13 @@ class StageManager:
         self._context, self._tasks = context, tasks
         self._spec, self._state = spec, state
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
-        self._uses = UsageReporter(context.rpc, tasks)
+        self._usage_reporter = UsageReporter(context.rpc, tasks)
         settings = context.config.settings.get("inference", {})
         self._cap_bytes = read_bytes_setting("max_memory_bytes", settings, context.environ)
         self._floor_bytes = read_bytes_setting("force_floor_bytes", settings, context.environ)
         self._configured_speed = read_bandwidth_setting(settings, context.environ)
         self._device = Device(bytes_per_s=self._configured_speed or 0.0)
-        self._speed = BandwidthEstimate(self._keep_speed)
+        self._speed = BandwidthEstimate(self._save_bandwidth)
         self._memory = AvailableMemory()
 
     def facts(self) -> NodeFacts:
@@ -68,7 +68,7 @@ class StageManager:
         if self._configured_speed is None:  # a configured bandwidth is never corrected
             self._speed.start(self._device.bytes_per_s, await asyncio.to_thread(read_observed_bandwidth, home))
 
-    def _keep_speed(self, bytes_per_s: float) -> None:
+    def _save_bandwidth(self, bytes_per_s: float) -> None:
         log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)
         self._tasks.create_task(asyncio.to_thread(save_observed_bandwidth, self._context.config.home, bytes_per_s))
 
@@ -148,19 +148,19 @@ class StageManager:
             "moved; see `shoal ps`"
         )
 
-    async def generate(self, question: Generate) -> Accepted:
+    async def generate(self, request: Generate) -> Accepted:
         """Start an answer and record the use of its model. Raises what the stage answers."""
-        runner = self._first_stage(question.instance)
-        accepted = await runner.generate(question)
-        self._uses.report(runner.assignment.spec, asyncio.get_running_loop().time())
+        runner = self._first_stage(request.instance)
+        accepted = await runner.generate(request)
+        self._usage_reporter.report(runner.assignment.spec, asyncio.get_running_loop().time())
         return accepted
 
-    async def cancel(self, question: CancelGenerate) -> Empty:
+    async def cancel(self, request: CancelGenerate) -> Empty:
         """Cancel an answer. One that has ended already is no error (I5)."""
         try:
-            await self._first_stage(question.instance).cancel(question.request)
+            await self._first_stage(request.instance).cancel(request.request)
         except NotFound:
-            log.debug("cancel for an unknown instance", instance=question.instance)
+            log.debug("cancel for an unknown instance", instance=request.instance)
         return Empty()
 
 

@@ -60,8 +60,8 @@ class StageRunner:
         speed: BandwidthEstimate,
     ) -> None:
         self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
-        self._config, self._nats, self._bucket, self._view = config, nats, buckets.state, state
-        self._sender, self._ask, self._sight = (
+        self._config, self._nats, self._bucket, self._state_mirror = config, nats, buckets.state, state
+        self._commands, self._rpc, self._peer_failures = (
             CommandClient(nats, buckets),
             RpcClient(nats),
             PeerFailureReporter(nats, config.node),
@@ -135,16 +135,16 @@ class StageRunner:
         """Download what this stage needs of the model, unless this node has it. Raises if the download fails."""
         node, model = self._config.node, self._spec.model
         layers = [self._stage.first_layer, self._stage.last_layer]
-        if self._view.get(model_key(node, model), ModelState) is not None:
+        if self._state_mirror.get(model_key(node, model), ModelState) is not None:
             return
-        shard = self._view.get(shard_key(node, model), ShardState)
+        shard = self._state_mirror.get(shard_key(node, model), ShardState)
         if shard is not None and covers(shard.layers, layers):
             return
         await self._publish_state(phase="fetching", error=None)
         command = downloads.DownloadCommand(
             model=model, layers=layers, deadline_s=_FETCH_DEADLINE_S, keep_paused=True
         )
-        outcome = await self._sender.send("fetcher", node, "download", command, new_command_id(), _FETCH_DEADLINE_S)
+        outcome = await self._commands.send("fetcher", node, "download", command, new_command_id(), _FETCH_DEADLINE_S)
         if outcome.error is not None:
             raise from_body(outcome.error)
 
@@ -154,7 +154,7 @@ class StageRunner:
         spec, stage = self._spec, self._stage
         # The process always ends before its lease does.
         async with (
-            lease_model(self._ask, self._config.node, self.assignment) as lease,
+            lease_model(self._rpc, self._config.node, self.assignment) as lease,
             await StageProcess.spawn() as process,
         ):
             await self._send(
@@ -181,15 +181,15 @@ class StageRunner:
             linking = asyncio.create_task(self._keep_linked(process))
             try:
                 async for event in process:
-                    await self._on(event)
+                    await self._handle_event(event)
             finally:
                 self._process = None
                 linking.cancel()
         status = await process.wait()
         if self._state.error is not None:
             raise from_body(self._state.error)
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {how}")
+        exit_text = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {exit_text}")
 
     async def _keep_linked(self, process: StageProcess) -> None:
         """Send the process its successor's address, now and at every change."""
@@ -197,14 +197,14 @@ class StageRunner:
             return
         sent = ""
         while True:
-            version = self._view.changes
-            states = (s for _, s in self._view.items(f"stage.{self._spec.id}.", StageState))
+            version = self._state_mirror.changes
+            states = (s for _, s in self._state_mirror.items(f"stage.{self._spec.id}.", StageState))
             address = successor_address(self._spec, self._stage.rank, states, self._interfaces.current)
             if address and address != sent:
                 host, _, port = address.rpartition(":")
                 await self._send(process, messages.SetSuccessor(host=host.strip("[]"), port=int(port)))
                 sent = address
-            await self._view.wait_changed(version)
+            await self._state_mirror.wait_changed(version)
 
     async def _send(self, process: StageProcess, message: messages.ToChild) -> None:
         try:
@@ -212,15 +212,15 @@ class StageRunner:
         except LinkClosed as e:
             raise StageLost(str(e)) from e
 
-    async def _on(self, event: messages.FromChild) -> None:
+    async def _handle_event(self, event: messages.FromChild) -> None:
         match event:
             case messages.Listening(port=port):
                 links = non_loopback(self._config.links(port, self._interfaces.current)) if port else []
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case messages.Loaded():
-                alone = len(self._spec.stages) == 1
+                is_only_stage = len(self._spec.stages) == 1
                 await self._publish_state(
-                    phase="ready" if alone else "linking", weight_bytes=event.weight_bytes, error=None
+                    phase="ready" if is_only_stage else "linking", weight_bytes=event.weight_bytes, error=None
                 )
                 log.info(
                     "stage loaded",
@@ -243,7 +243,7 @@ class StageRunner:
                     reason=reason,
                 )
                 if rank < len(self._spec.stages):
-                    await self._sight.report(peer, reason)
+                    await self._peer_failures.report(peer, reason)
                 await self._publish_state(phase="linking")
             case messages.RequestAccepted():
                 self._accept(event)
@@ -260,7 +260,7 @@ class StageRunner:
             case messages.Waiting(request=request):
                 await self._publish(TokenEvent(request=request, index=-1))
             case messages.PassTiming(pass_s=pass_s):
-                self._note_pace(pass_s)
+                self._record_pass_time(pass_s)
             case messages.RequestFailed():
                 await self._failed(event)
             case messages.Fatal():
@@ -269,9 +269,9 @@ class StageRunner:
             case _:
                 log.debug("stage event ignored", event=type(event).__name__)
 
-    def _note_pace(self, pass_s: float) -> None:
+    def _record_pass_time(self, pass_s: float) -> None:
         # Where this node holds only a shard, the model's shape may be published by another node.
-        models = (m for _, m in self._view.items("model.", ModelState) if m.model == self._spec.model)
+        models = (m for _, m in self._state_mirror.items("model.", ModelState) if m.model == self._spec.model)
         shape = next((m.shape for m in models if m.shape is not None), None)
         if shape is not None:
             self._speed.add_sample(
@@ -280,7 +280,7 @@ class StageRunner:
 
     # Requests
 
-    async def generate(self, question: Generate) -> Accepted:
+    async def generate(self, request: Generate) -> Accepted:
         """Start an answer; its tokens follow on their subject. Raises what the stage answers."""
         process = self._process
         if process is None or not self.ready:
@@ -288,25 +288,25 @@ class StageRunner:
                 f"instance {self._spec.id} is not ready: stage {self._stage.rank} on node {self._config.node} is "
                 f"{self._state.phase}; try again when `shoal ps` shows it ready"
             )
-        if question.request in self._accepting:
-            raise InternalError(f"request {question.request} is already in flight; use a new request id")
+        if request.request in self._accepting:
+            raise InternalError(f"request {request.request} is already in flight; use a new request id")
         accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._accepting[question.request] = accepted
-        prompt: tuple[messages.PromptMessage | int, ...] = tuple(question.prompt_tokens) or tuple(
-            messages.PromptMessage(role=m.role, content=m.content) for m in question.messages
+        self._accepting[request.request] = accepted
+        prompt: tuple[messages.PromptMessage | int, ...] = tuple(request.prompt_tokens) or tuple(
+            messages.PromptMessage(role=m.role, content=m.content) for m in request.messages
         )
         try:
             await self._send(
                 process,
                 messages.StartRequest(
-                    request=question.request,
-                    reply=subjects.tokens(question.request),
+                    request=request.request,
+                    reply=subjects.tokens(request.request),
                     prompt=prompt,
-                    max_tokens=question.max_tokens,
-                    temperature=question.temperature,
-                    top_p=question.top_p,
-                    seed=question.seed,
-                    generated=tuple(question.generated_tokens),
+                    max_tokens=request.max_tokens,
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    seed=request.seed,
+                    generated=tuple(request.generated_tokens),
                 ),
             )
             async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
@@ -317,7 +317,7 @@ class StageRunner:
                 "try again, or see `shoal ps`"
             ) from None
         finally:
-            self._accepting.pop(question.request, None)
+            self._accepting.pop(request.request, None)
 
     async def cancel(self, request: str) -> None:
         """Cancel an answer; does nothing where the stage has no process."""

@@ -29,12 +29,12 @@ async def run(context: ServiceContext) -> None:
         placement = PlacementService(context, live, spec, state, collector, settings.replace_after_s)
         context.run_in_background(tasks, placement.lead_forever(lease))
         context.run_in_background(tasks, placement.survey.run())
-        questions = {
+        endpoints = {
             "preview": RpcEndpoint(PlaceCommand, placement.preview),
             "previews": RpcEndpoint(PlaceCommand, placement.previews),
             "fits": RpcEndpoint(ListFits, placement.list_fits),
             "rebalances": RpcEndpoint(ListRebalances, placement.list_rebalances),
             "links": RpcEndpoint(MeasureLinks, placement.survey.measure_links),
         }
-        tasks.create_task(context.serve(questions))
+        tasks.create_task(context.serve(endpoints))
         context.ready()

@@ -36,18 +36,18 @@ class StatePublisher:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
-        limits: StorageSettings,
-        model_view: KvMirror,
-        storage_view: KvMirror,
+        settings: StorageSettings,
+        model_mirror: KvMirror,
+        storage_mirror: KvMirror,
     ) -> None:
         self.node = self._node = context.node
         self._state = context.buckets.state
-        self._disk, self._ledger, self._limits = disk, ledger, limits
-        self._model_view, self._storage_view = model_view, storage_view
+        self._store, self._ledger, self._settings = store, ledger, settings
+        self._model_mirror, self._storage_mirror = model_mirror, storage_mirror
         self._revisions: dict[str, int] = {}
-        self._from_environment = overridden_settings(context.environ)
+        self._overridden_by_env = overridden_settings(context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
         self.libraries: list[LibraryState] = []
@@ -55,39 +55,39 @@ class StatePublisher:
         self.volumes: Callable[[], list[VolumeState]] = list
         """Returns the volumes as `publish` reports them. Called in a thread."""
 
-    def apply_settings(self, limits: StorageSettings) -> None:
+    def apply_settings(self, settings: StorageSettings) -> None:
         """Publish these settings from the next `publish` on."""
-        self._limits = limits
+        self._settings = settings
 
     async def publish_all(self) -> None:
         """Publish everything the disk holds, and unpublish the rest. At start and after a reconnect."""
-        held: set[str] = set()
+        current_keys: set[str] = set()
         self._revisions.clear()
         for manifest in list(self._ledger.manifests.values()) if not self._ledger.store_missing else []:
             try:
-                await asyncio.to_thread(link_view, self._disk, manifest)
+                await asyncio.to_thread(link_view, self._store, manifest)
                 await self.publish_model(manifest)
             except OSError as e:
                 log.warning("cannot build the view of a model; not published", model=manifest.model, reason=str(e))
                 continue
-            held.add(model_key(self._node, manifest.model))
+            current_keys.add(model_key(self._node, manifest.model))
         for model, library_model in self._ledger.offered_library_models.items():
             if await self._publish_library_model(library_model):
-                held.add(model_key(self._node, model))
-        for part in list(self._ledger.shards.values()) if not self._ledger.store_missing else []:
-            await self.publish_shard(part)
-            held.add(shard_key(self._node, part.manifest.model))
-        published_keys = [k for k, _ in self._model_view.items("model.", ModelState)]
-        published_keys += [k for k, _ in self._model_view.items("shard.", ShardState)]
+                current_keys.add(model_key(self._node, model))
+        for shard in list(self._ledger.shards.values()) if not self._ledger.store_missing else []:
+            await self.publish_shard(shard)
+            current_keys.add(shard_key(self._node, shard.manifest.model))
+        published_keys = [k for k, _ in self._model_mirror.items("model.", ModelState)]
+        published_keys += [k for k, _ in self._model_mirror.items("shard.", ShardState)]
         for key in published_keys:
-            if key not in held:
+            if key not in current_keys:
                 await self._unpublish(key)
         self._published = None
         await self.publish_storage()
 
     async def publish_model(self, manifest: Manifest) -> ModelState:
         """Publish a model as ready. Returns its state."""
-        paths = self._disk.layout
+        paths = self._store.layout
         shape, shape_error = None, ""
         try:
             shape = await asyncio.to_thread(read_model_shape, paths.view(manifest.repo, manifest.commit))
@@ -112,9 +112,9 @@ class StatePublisher:
         await self._put_if_changed(model_key(self._node, manifest.model), state)
         return state
 
-    async def publish_shard(self, part: Shard) -> None:
+    async def publish_shard(self, shard: Shard) -> None:
         """Publish a model's shard: which of its layers are here."""
-        await self._put_if_changed(shard_key(self._node, part.manifest.model), shard_state(self._node, part))
+        await self._put_if_changed(shard_key(self._node, shard.manifest.model), shard_state(self._node, shard))
 
     async def unpublish_shard(self, model: str) -> None:
         """Unpublish the shard of a model (`org/name@commit`)."""
@@ -129,7 +129,7 @@ class StatePublisher:
 
     async def _publish_library_model(self, library_model: LibraryModel) -> bool:
         try:
-            await asyncio.to_thread(build_view, self._disk.layout, library_model)
+            await asyncio.to_thread(build_view, self._store.layout, library_model)
             await self.publish_model(library_model.manifest)
         except OSError as e:
             log.warning(
@@ -142,10 +142,10 @@ class StatePublisher:
         """Publish the state of the disk if it has changed."""
         # One at a time, each reading the ledger in its turn, so that an older state never follows a newer one.
         async with self._publishing:
-            free = await asyncio.to_thread(self._disk.free_bytes)
+            free = await asyncio.to_thread(self._store.free_bytes)
             ledger = self._ledger
             unverified = {b: s.size_bytes for b, s in ledger.unverified.items() if b not in ledger.corrupt}
-            store_root, paths = self._disk.layout.root, self._disk.layout
+            store_root, paths = self._store.layout.root, self._store.layout
             blob_paths = [paths.blob(b) for b in sorted(ledger.corrupt)[:MAX_FOREIGN_PATHS]]
             corrupt = [
                 str(path.relative_to(store_root) if path.is_relative_to(store_root) else path) for path in blob_paths
@@ -153,11 +153,11 @@ class StatePublisher:
             foreign = [*corrupt, *ledger.foreign.paths]
             state = StorageState(
                 node=self._node,
-                quota_bytes=self._limits.quota_bytes,
-                headroom_bytes=self._limits.headroom_bytes,
-                eviction_policy=self._limits.eviction_policy,
-                partial_retention_s=self._limits.partial_retention_s,
-                overridden_by_env=self._from_environment,
+                quota_bytes=self._settings.quota_bytes,
+                headroom_bytes=self._settings.headroom_bytes,
+                eviction_policy=self._settings.eviction_policy,
+                partial_retention_s=self._settings.partial_retention_s,
+                overridden_by_env=self._overridden_by_env,
                 used_bytes=ledger.used_bytes,
                 reserved_bytes=ledger.reserved_bytes,
                 free_bytes=free,
@@ -173,12 +173,12 @@ class StatePublisher:
                 store_missing=ledger.store_missing,
                 leases=to_lease_states(ledger.leases.values()),
                 ended_downloads=sorted(ledger.ended_reservations - ledger.local_manifests.keys()),
-                ballast_bytes=self._disk.ballast.held_bytes,
+                ballast_bytes=self._store.ballast.held_bytes,
                 paused_downloads=bytes_of_paused_models(ledger),
                 libraries=self.libraries,
-                max_upload_bytes_per_s=self._limits.transfer.max_upload_bytes_per_s,
-                max_hub_bytes_per_s=self._limits.transfer.max_hub_bytes_per_s,
-                max_peer_bytes_per_s=self._limits.transfer.max_peer_bytes_per_s,
+                max_upload_bytes_per_s=self._settings.transfer.max_upload_bytes_per_s,
+                max_hub_bytes_per_s=self._settings.transfer.max_hub_bytes_per_s,
+                max_peer_bytes_per_s=self._settings.transfer.max_peer_bytes_per_s,
                 volumes=await asyncio.to_thread(self.volumes),
             )
             if state != self._published:
@@ -200,27 +200,27 @@ class StatePublisher:
 
         A node retired while it was unreachable loses its keys.
         """
-        views = (self._model_view, self._storage_view)
+        mirrors = (self._model_mirror, self._storage_mirror)
         while True:
-            seen = tuple(view.changes for view in views)
+            seen = tuple(mirror.changes for mirror in mirrors)
             if any(self._is_missing(key, revision) for key, revision in self._revisions.items()):
                 return
-            await any_changed(views, seen)
+            await any_changed(mirrors, seen)
 
     def _is_missing(self, key: str, revision: int) -> bool:
-        view = self._storage_view if key == storage_key(self._node) else self._model_view
-        return view.revision >= revision and key not in view
+        mirror = self._storage_mirror if key == storage_key(self._node) else self._model_mirror
+        return mirror.revision >= revision and key not in mirror
 
 
-def shard_state(node: str, part: Shard) -> ShardState:
+def shard_state(node: str, shard: Shard) -> ShardState:
     """Return the published state of a shard."""
-    manifest = part.manifest
+    manifest = shard.manifest
     return ShardState(
         node=node,
         repo=manifest.repo,
         commit=manifest.commit,
-        layers=part.layers,
-        size_bytes=part.size_bytes,
+        layers=shard.layers,
+        size_bytes=shard.size_bytes,
         total_bytes=manifest.size_bytes,
         revisions=manifest.revisions,
     )

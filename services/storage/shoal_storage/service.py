@@ -51,125 +51,132 @@ from shoal_storage.store.store import Store
 from shoal_storage.volume_manager import VolumeManager, open_volumes
 
 
-async def _announcer(
-    context: ServiceContext, tasks: asyncio.TaskGroup, disk: Store, ledger: Ledger, limits: StorageSettings
+async def _start_publisher(
+    context: ServiceContext, tasks: asyncio.TaskGroup, store: Store, ledger: Ledger, settings: StorageSettings
 ) -> StatePublisher:
-    published = await context.mirror(tasks, "state", f"*.{context.node}.>")
-    disk_state = await context.mirror(tasks, "state", storage_key(context.node))
-    return StatePublisher(context, disk, ledger, limits, published, disk_state)
+    model_mirror = await context.mirror(tasks, "state", f"*.{context.node}.>")
+    storage_mirror = await context.mirror(tasks, "state", storage_key(context.node))
+    return StatePublisher(context, store, ledger, settings, model_mirror, storage_mirror)
 
 
 async def run(context: ServiceContext) -> None:
     """Run the storage service until it is told to stop."""
-    limits = read_settings(context.config.settings, context.environ)
-    await asyncio.to_thread(reject_overlap, limits.libraries, context.config.store)
-    disk = Store(context.config.store, read_ballast_bytes(context.config.settings, context.environ))
+    settings = read_settings(context.config.settings, context.environ)
+    await asyncio.to_thread(reject_overlap, settings.libraries, context.config.store)
+    store = Store(context.config.store, read_ballast_bytes(context.config.settings, context.environ))
     with map_disk_full("open its store"):
-        await asyncio.to_thread(disk.open)
-    volume_errors = await asyncio.to_thread(open_volumes, disk, limits)
-    ledger = await _read(disk)
+        await asyncio.to_thread(store.open)
+    volume_errors = await asyncio.to_thread(open_volumes, store, settings)
+    ledger = await _read_ledger(store)
     async with asyncio.TaskGroup() as tasks:
         specs = await context.mirror(tasks, "spec")
         downloads = await context.mirror(tasks, "state", f"download.{context.node}.>")
         live = await context.mirror(tasks, "live", f"{context.node}.>")
-        announcer = await _announcer(context, tasks, disk, ledger, limits)
-        guard = FetchApi(context, disk, ledger, limits, specs, announcer)
-        await asyncio.to_thread(guard.metadata.read)
-        losses = IntegrityPublisher(context, disk, ledger, specs, announcer)
-        rescan = StoreReconciler(
-            context, disk, ledger, guard.section, guard.metadata, announcer, losses, guard.shards
+        publisher = await _start_publisher(context, tasks, store, ledger, settings)
+        fetch_api = FetchApi(context, store, ledger, settings, specs, publisher)
+        await asyncio.to_thread(fetch_api.metadata.read)
+        integrity = IntegrityPublisher(context, store, ledger, specs, publisher)
+        reconciler = StoreReconciler(
+            context, store, ledger, fetch_api.section, fetch_api.metadata, publisher, integrity, fetch_api.shards
         )
-        joining = VolumeManager(disk, ledger, guard.section, announcer, rescan, limits, volume_errors)
-        adoption = LibraryService(context, disk, ledger, guard.section, announcer, limits.libraries)
-        first_scan = await adoption.start()
-        await announcer.publish_all()
+        volumes = VolumeManager(store, ledger, fetch_api.section, publisher, reconciler, settings, volume_errors)
+        libraries = LibraryService(context, store, ledger, fetch_api.section, publisher, settings.libraries)
+        first_scan = await libraries.start()
+        await publisher.publish_all()
 
-        async def use(limits: StorageSettings) -> None:
-            guard.apply_settings(limits)
-            await joining.use_settings(limits)
-            await adoption.use_libraries(limits.libraries)
+        async def apply_settings(new_settings: StorageSettings) -> None:
+            fetch_api.apply_settings(new_settings)
+            await volumes.use_settings(new_settings)
+            await libraries.use_libraries(new_settings.libraries)
 
-        settings = ConfigureCommand(
-            context, disk, ledger, limits, use, announcer.publish_storage, joining.reject_unusable
+        configure_command = ConfigureCommand(
+            context, store, ledger, settings, apply_settings, publisher.publish_storage, volumes.reject_unusable
         )
         context.run_in_background(tasks, first_scan)
-        context.run_in_background(tasks, adoption.scan_forever())
-        context.run_in_background(tasks, adoption.hash_forever())
-        context.run_in_background(tasks, guard.republish_after_reconnects())
-        context.run_in_background(tasks, guard.republish_removed_keys())
-        context.run_in_background(tasks, guard.leases.expire_forever())
-        full = DiskFullHandler(context, disk, ledger, guard.section, guard.evictions, announcer)
-        context.run_in_background(tasks, full.check_forever())
+        context.run_in_background(tasks, libraries.scan_forever())
+        context.run_in_background(tasks, libraries.hash_forever())
+        context.run_in_background(tasks, fetch_api.republish_after_reconnects())
+        context.run_in_background(tasks, fetch_api.republish_removed_keys())
+        context.run_in_background(tasks, fetch_api.leases.expire_forever())
+        disk_full = DiskFullHandler(context, store, ledger, fetch_api.section, fetch_api.evictions, publisher)
+        context.run_in_background(tasks, disk_full.check_forever())
         reservations = ReservationExpiry(
             context,
             ledger,
-            guard.section,
-            guard.metadata,
-            guard.deletions,
-            guard.shards,
-            announcer,
-            lambda: guard.evictions.settings,
+            fetch_api.section,
+            fetch_api.metadata,
+            fetch_api.deletions,
+            fetch_api.shards,
+            publisher,
+            lambda: fetch_api.evictions.settings,
             specs,
             downloads,
             live,
         )
         context.run_in_background(tasks, reservations.check_forever())
-        upkeep = MaintenanceApi(context, ledger, guard.section, guard.evictions, guard.metadata, announcer)
-        context.run_in_background(tasks, upkeep.write_uses_forever())
-        prover = UnverifiedBlobHasher(disk, ledger, guard.section, rescan)
-        context.run_in_background(tasks, prover.hash_forever())
-        context.run_in_background(tasks, StoreWatcher(disk.layout, rescan).watch_forever())
-        context.run_in_background(tasks, joining.watch_forever())
-        verifier = Verifier(context, disk, ledger, guard.section, losses, prover, announcer, adoption.handle_bad_blob)
+        maintenance = MaintenanceApi(
+            context, ledger, fetch_api.section, fetch_api.evictions, fetch_api.metadata, publisher
+        )
+        context.run_in_background(tasks, maintenance.write_uses_forever())
+        hasher = UnverifiedBlobHasher(store, ledger, fetch_api.section, reconciler)
+        context.run_in_background(tasks, hasher.hash_forever())
+        context.run_in_background(tasks, StoreWatcher(store.layout, reconciler).watch_forever())
+        context.run_in_background(tasks, volumes.watch_forever())
+        verifier = Verifier(
+            context, store, ledger, fetch_api.section, integrity, hasher, publisher, libraries.handle_bad_blob
+        )
         context.run_in_background(tasks, verifier.scrub_forever())
-        tasks.create_task(_stop_hashing(context, disk))
+        tasks.create_task(_stop_hashing(context, store))
         tasks.create_task(
             context.serve(
                 {
-                    "reserve": RpcEndpoint(Reserve, full.with_disk_full_retry("reserve", guard.reserve)),
-                    "release": RpcEndpoint(Release, guard.release),
-                    "commit": RpcEndpoint(CommitBlob, full.with_disk_full_retry("commit a blob", guard.commit)),
-                    "seal": RpcEndpoint(SealModel, full.with_disk_full_retry("seal a model", guard.seal)),
+                    "reserve": RpcEndpoint(Reserve, disk_full.with_disk_full_retry("reserve", fetch_api.reserve)),
+                    "release": RpcEndpoint(Release, fetch_api.release),
+                    "commit": RpcEndpoint(
+                        CommitBlob, disk_full.with_disk_full_retry("commit a blob", fetch_api.commit)
+                    ),
+                    "seal": RpcEndpoint(SealModel, disk_full.with_disk_full_retry("seal a model", fetch_api.seal)),
                     "seal_shard": RpcEndpoint(
-                        SealShard, full.with_disk_full_retry("record a shard", guard.shards.seal)
+                        SealShard, disk_full.with_disk_full_retry("record a shard", fetch_api.shards.seal)
                     ),
-                    "manifest": RpcEndpoint(GetManifest, guard.manifest),
+                    "manifest": RpcEndpoint(GetManifest, fetch_api.manifest),
                     "lease": RpcEndpoint(
-                        AcquireLease, full.with_disk_full_retry("make a view for a lease", guard.leases.lease)
+                        AcquireLease,
+                        disk_full.with_disk_full_retry("make a view for a lease", fetch_api.leases.lease),
                     ),
-                    "release_lease": RpcEndpoint(ReleaseLease, guard.leases.unlease),
-                    "plan": RpcEndpoint(PlanEviction, upkeep.plan),
-                    "check_space": RpcEndpoint(CheckSpace, full.check_space),
-                    "record_use": RpcEndpoint(RecordUse, upkeep.record_use),
+                    "release_lease": RpcEndpoint(ReleaseLease, fetch_api.leases.unlease),
+                    "plan": RpcEndpoint(PlanEviction, maintenance.plan),
+                    "check_space": RpcEndpoint(CheckSpace, disk_full.check_space),
+                    "record_use": RpcEndpoint(RecordUse, maintenance.record_use),
                 }
             )
         )
         tasks.create_task(
             context.run_commands(
                 {
-                    "delete": CommandHandler(Delete, guard.deletions.delete, DELETE_DEADLINE_S),
-                    "pin": CommandHandler(Pin, upkeep.pin, MAINTENANCE_DEADLINE_S),
-                    "gc": CommandHandler(CollectGarbage, upkeep.collect_garbage, MAINTENANCE_DEADLINE_S),
-                    "configure": CommandHandler(Configure, settings.configure, CONFIGURE_DEADLINE_S),
+                    "delete": CommandHandler(Delete, fetch_api.deletions.delete, DELETE_DEADLINE_S),
+                    "pin": CommandHandler(Pin, maintenance.pin, MAINTENANCE_DEADLINE_S),
+                    "gc": CommandHandler(CollectGarbage, maintenance.collect_garbage, MAINTENANCE_DEADLINE_S),
+                    "configure": CommandHandler(Configure, configure_command.configure, CONFIGURE_DEADLINE_S),
                     "verify": CommandHandler(Verify, verifier.verify, VERIFY_DEADLINE_S),
                 }
             )
         )
-        context.ready(NodeFacts(disk_free_bytes=await asyncio.to_thread(disk.free_bytes)))
-    await upkeep.write_uses()
-    await adoption.save_hashes()
+        context.ready(NodeFacts(disk_free_bytes=await asyncio.to_thread(store.free_bytes)))
+    await maintenance.write_uses()
+    await libraries.save_hashes()
 
 
-async def _read(disk: Store) -> Ledger:
+async def _read_ledger(store: Store) -> Ledger:
     """Read what the disk holds, after finishing what a crash interrupted."""
-    leases = await asyncio.to_thread(lease_files.read_leases, disk, time.monotonic(), time.time())
-    ledger = await asyncio.to_thread(recover_store, disk, leases)
-    ledger.quarantined = await asyncio.to_thread(quarantined_blobs, disk)
-    ledger.repairable = await asyncio.to_thread(repairable_blobs, disk, ledger.quarantined)
-    await drop_obsolete_quarantine(disk, ledger)
+    leases = await asyncio.to_thread(lease_files.read_leases, store, time.monotonic(), time.time())
+    ledger = await asyncio.to_thread(recover_store, store, leases)
+    ledger.quarantined = await asyncio.to_thread(quarantined_blobs, store)
+    ledger.repairable = await asyncio.to_thread(repairable_blobs, store, ledger.quarantined)
+    await drop_obsolete_quarantine(store, ledger)
     return ledger
 
 
-async def _stop_hashing(context: ServiceContext, disk: Store) -> None:
+async def _stop_hashing(context: ServiceContext, store: Store) -> None:
     await context.stopping.wait()
-    disk.stopping.set()
+    store.stopping.set()

@@ -50,8 +50,8 @@ def read_settings(settings: Mapping[str, object], environ: Mapping[str, str]) ->
         headroom_bytes=DEFAULT_HEADROOM_BYTES if headroom is None else headroom,
         eviction_policy=_policy(section, environ),
         partial_retention_s=DEFAULT_RETENTION_S if retention is None else retention,
-        libraries=_roots("libraries", section, environ),
-        roots=_roots("volumes", section, environ),
+        libraries=_directories("libraries", section, environ),
+        volumes=_directories("volumes", section, environ),
         transfer=TransferLimits(**{name: _rate(name, transfer, environ) for name in RATE_LIMITS}),
     )
 
@@ -69,10 +69,10 @@ def read_ballast_bytes(settings: Mapping[str, object], environ: Mapping[str, str
     return DEFAULT_BALLAST_BYTES if configured is None else configured
 
 
-def _stated(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
+def _configured_value(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, object]:
     variable = _BALLAST_VARIABLE if name == _BALLAST_SETTING else ENVIRONMENT_VARIABLES[name]
-    where = f"{'transfer' if name in RATE_LIMITS else 'storage'}.{name}"
-    return (variable, environ[variable]) if environ.get(variable) else (where, section.get(name))
+    source = f"{'transfer' if name in RATE_LIMITS else 'storage'}.{name}"
+    return (variable, environ[variable]) if environ.get(variable) else (source, section.get(name))
 
 
 def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
@@ -82,8 +82,8 @@ def _bytes(name: str, section: Mapping[str, object], environ: Mapping[str, str])
 def _rate(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
     rate = _number(name, "bytes per second from 1, for example 20000000", section, environ)
     if rate == 0:
-        where, _ = _stated(name, section, environ)
-        raise BadInput(f"{where} is 0: leave it out for no limit, or pause the downloads")
+        source, _ = _configured_value(name, section, environ)
+        raise BadInput(f"{source} is 0: leave it out for no limit, or pause the downloads")
     return rate
 
 
@@ -92,36 +92,36 @@ def _seconds(name: str, section: Mapping[str, object], environ: Mapping[str, str
 
 
 def _number(name: str, unit: str, section: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    where, value = _stated(name, section, environ)
+    source, value = _configured_value(name, section, environ)
     if value is None:
         return None
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise BadInput(f"{where} is {value!r}: expected a whole number of {unit}")
+        raise BadInput(f"{source} is {value!r}: expected a whole number of {unit}")
     return int(text)
 
 
 def _policy(section: Mapping[str, object], environ: Mapping[str, str]) -> EvictionPolicy:
-    where, value = _stated("eviction_policy", section, environ)
+    source, value = _configured_value("eviction_policy", section, environ)
     if value is None:
         return "manual"
     if value not in get_args(EvictionPolicy):
-        raise BadInput(f'{where} is {value!r}: expected "manual" or "lru"')
+        raise BadInput(f'{source} is {value!r}: expected "manual" or "lru"')
     return cast(EvictionPolicy, value)
 
 
-def _roots(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
-    where, value = _stated(name, section, environ)
+def _directories(name: str, section: Mapping[str, object], environ: Mapping[str, str]) -> tuple[str, ...]:
+    source, value = _configured_value(name, section, environ)
     if value is None:
         return ()
-    paths = [r for r in value.split(_PATH_SEPARATOR) if r] if where in environ and isinstance(value, str) else value
+    paths = [r for r in value.split(_PATH_SEPARATOR) if r] if source in environ and isinstance(value, str) else value
     if not isinstance(paths, list):
-        raise BadInput(f'{where} is {value!r}: expected a list of directories, for example ["/mnt/models"]')
+        raise BadInput(f'{source} is {value!r}: expected a list of directories, for example ["/mnt/models"]')
     if len(paths) > MAX_DIRECTORIES[name]:
-        raise BadInput(f"{where} has {len(paths)} directories: at most {MAX_DIRECTORIES[name]} are allowed")
+        raise BadInput(f"{source} has {len(paths)} directories: at most {MAX_DIRECTORIES[name]} are allowed")
     for path in paths:
         if not isinstance(path, str) or not path.startswith(("/", "~")) or not path.isprintable():
-            raise BadInput(f"{where} has {path!r}: expected the absolute path of a directory, or one with ~")
+            raise BadInput(f"{source} has {path!r}: expected the absolute path of a directory, or one with ~")
     return tuple(dict.fromkeys(paths))
 
 
@@ -149,7 +149,7 @@ def requested_changes(command: Configure, environ: Mapping[str, str]) -> dict[st
         raise BadInput(f"configure changes nothing: give at least one of {', '.join(ENVIRONMENT_VARIABLES)}")
     for name in MAX_DIRECTORIES:
         if isinstance(changes.get(name), list):
-            _roots(name, changes, {})
+            _directories(name, changes, {})
             changes[name] = changes[name] or None
     for name, value in changes.items():
         minimum = 1 if name in RATE_LIMITS else 0
@@ -165,24 +165,24 @@ def requested_changes(command: Configure, environ: Mapping[str, str]) -> dict[st
     return changes
 
 
-def settings_warning(limits: StorageSettings, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
+def settings_warning(settings: StorageSettings, used_bytes: int, reserved_bytes: int, free_bytes: int) -> str:
     """Return a warning about settings that keep models from coming in, or ""."""
     committed_bytes = used_bytes + reserved_bytes
-    if limits.quota_bytes is not None and committed_bytes > limits.quota_bytes:
+    if settings.quota_bytes is not None and committed_bytes > settings.quota_bytes:
         consequence = (
             "new downloads evict models first"
-            if limits.eviction_policy == "lru"
+            if settings.eviction_policy == "lru"
             else "new downloads are refused until models are removed with `shoal rm`"
         )
         return (
             f"{format_bytes(committed_bytes)} are used or reserved, more than the quota of "
-            f"{format_bytes(limits.quota_bytes)}: "
+            f"{format_bytes(settings.quota_bytes)}: "
             f"nothing is removed, and {consequence}"
         )
-    if free_bytes < limits.headroom_bytes:
+    if free_bytes < settings.headroom_bytes:
         return (
             f"the disk has {format_bytes(free_bytes)} free, less than the headroom of "
-            f"{format_bytes(limits.headroom_bytes)}: "
+            f"{format_bytes(settings.headroom_bytes)}: "
             "nothing can arrive until more is free"
         )
     return ""
@@ -208,7 +208,7 @@ class StorageSettings(msgspec.Struct, frozen=True):
     partial_retention_s: int = 7 * 86400
     """How long the bytes of an abandoned download are kept."""
     libraries: tuple[str, ...] = ()
-    roots: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
     """Volumes, as configured."""
     transfer: TransferLimits = TransferLimits()
 

@@ -54,12 +54,12 @@ def _path(layout: StorePaths, model: str) -> Path:
     return layout.shard(repo, commit)
 
 
-def write(layout: StorePaths, part: Shard) -> None:
+def write(layout: StorePaths, shard: Shard) -> None:
     """Write a shard's record, durably. Blocking."""
-    path = _path(layout, part.manifest.model)
+    path = _path(layout, shard.manifest.model)
     make_directory(path.parent)
-    ranges = {blob: leaf_set.to_ranges(leaves) for blob, leaves in part.leaves.items()}
-    replace_file(path, encode(ShardFile(manifest=part.manifest, layers=part.layers, leaves=ranges)))
+    ranges = {blob: leaf_set.to_ranges(leaves) for blob, leaves in shard.leaves.items()}
+    replace_file(path, encode(ShardFile(manifest=shard.manifest, layers=shard.layers, leaves=ranges)))
 
 
 def delete(layout: StorePaths, model: str) -> None:
@@ -70,20 +70,20 @@ def delete(layout: StorePaths, model: str) -> None:
         fsync_path(path.parent)
 
 
-def read(disk: Store, ledger: Ledger) -> dict[str, Shard]:
+def read(store: Store, ledger: Ledger) -> dict[str, Shard]:
     """Read the shards at start. Deletes the records of those that are not completely here. Blocking."""
-    paths, shards = disk.layout, dict[str, Shard]()
+    paths, shards = store.layout, dict[str, Shard]()
     for model, path in iter_model_files(paths.shards):
         try:
-            part = _read(path, model)
+            shard = _read(path, model)
             if model in ledger.stored_manifests:
                 raise NotFound("the whole model is here")
-            _require(part, ledger, disk)
+            _require_leaves(shard, ledger, store)
         except (ShoalError, OSError) as e:
             log.warning("shard incomplete; dropped", model=model, reason=str(e))
             delete(paths, model)
             continue
-        shards[model] = part
+        shards[model] = shard
     return shards
 
 
@@ -97,18 +97,18 @@ def _read(path: Path, model: str) -> Shard:
     return Shard(record.manifest, union(check_layers(run) for run in record.layers), leaves)
 
 
-def _require(part: Shard, ledger: Ledger, disk: Store) -> dict[str, PartialBlobInfo]:
+def _require_leaves(shard: Shard, ledger: Ledger, store: Store) -> dict[str, PartialBlobInfo]:
     """Return the partial blobs that a shard needs leaves of. Raises NotFound unless all it needs is durable."""
     partials: dict[str, PartialBlobInfo] = {}
-    for f in part.manifest.files:
-        needed = part.leaves.get(f.blob)
-        if ledger.blob_size(f.blob) == f.size_bytes or needed == 0:
+    for f in shard.manifest.files:
+        needed_leaves = shard.leaves.get(f.blob)
+        if ledger.blob_size(f.blob) == f.size_bytes or needed_leaves == 0:
             continue
         partial = ledger.partials.get(f.blob)
-        if needed is None or partial is None or partial.size_bytes != f.size_bytes:
-            raise NotFound(f"{f.path} of {part.manifest.model} is not here; reserve it")
-        if needed & ~durable_leaves(disk, f.blob, f.size_bytes):
-            raise NotFound(f"{f.path} of {part.manifest.model}: leaves are missing; fetch them")
+        if needed_leaves is None or partial is None or partial.size_bytes != f.size_bytes:
+            raise NotFound(f"{f.path} of {shard.manifest.model} is not here; reserve it")
+        if needed_leaves & ~durable_leaves(store, f.blob, f.size_bytes):
+            raise NotFound(f"{f.path} of {shard.manifest.model}: leaves are missing; fetch them")
         partials[f.blob] = partial
     return partials
 
@@ -152,31 +152,33 @@ class ShardService:
     """Keeps a ledger's `shards`, their records and their published state in step."""
 
     def __init__(
-        self, disk: Store, ledger: Ledger, section: asyncio.Lock, keeping: MetadataFiles, announcer: StatePublisher
+        self, store: Store, ledger: Ledger, section: asyncio.Lock, metadata: MetadataFiles, publisher: StatePublisher
     ) -> None:
-        self._disk, self._ledger, self._section = disk, ledger, section
-        self._keeping, self._announcer = keeping, announcer
+        self._store, self._ledger, self._section = store, ledger, section
+        self._metadata, self._publisher = metadata, publisher
 
-    async def seal(self, question: SealShard) -> ShardState:
+    async def seal(self, request: SealShard) -> ShardState:
         """Check what was fetched for some layers, record it as a shard and publish it."""
-        manifest = question.manifest
+        manifest = request.manifest
         check_manifest(manifest)
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
-        layers = union(check_layers(run) for run in question.layers)
+        layers = union(check_layers(run) for run in request.layers)
         async with self._section:
             before = self._ledger.shards.get(manifest.model)
             names = sorted({*manifest.revisions, *(before.manifest.revisions if before else [])})
             manifest = msgspec.structs.replace(manifest, revisions=names)
-            leaves = requested_leaves(manifest, question.leaf_ranges, self._ledger)
-            part = Shard(manifest, union([*layers, *(before.layers if before else [])]), leaves)
-            partials = await asyncio.to_thread(_require, part, self._ledger, self._disk)
+            leaves = requested_leaves(manifest, request.leaf_ranges, self._ledger)
+            shard = Shard(manifest, union([*layers, *(before.layers if before else [])]), leaves)
+            partials = await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
         # Hashing takes a while, so it runs outside the section. Durable leaves are not written again.
         for blob, partial in partials.items():
-            fresh = leaves[blob] & ~self._ledger.shard_leaves(blob)
-            digest = question.leaf_list_digests.get(blob, "")
+            unverified = leaves[blob] & ~self._ledger.shard_leaves(blob)
+            digest = request.leaf_list_digests.get(blob, "")
             try:
-                await asyncio.to_thread(verify_leaves, self._disk.layout, blob, partial.size_bytes, fresh, digest)
+                await asyncio.to_thread(
+                    verify_leaves, self._store.layout, blob, partial.size_bytes, unverified, digest
+                )
             except FileNotFoundError:
                 raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
             except Corrupt:
@@ -185,69 +187,71 @@ class ShardService:
                         await self.discard_corrupt_partial(blob, partial)
                 raise
         async with self._section:
-            still_partial = await asyncio.to_thread(_require, part, self._ledger, self._disk)
+            still_partial = await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
             if any(still_partial[blob] is not partials.get(blob) for blob in still_partial):
                 raise NotFound(f"a reservation of {manifest.model} was cancelled; reserve it again")
             if self._ledger.shards.get(manifest.model) is not before:
                 raise NotFound(f"the shard of {manifest.model} changed meanwhile; reserve it again")
             for blob, partial in still_partial.items():
-                await asyncio.to_thread(truncate_to_size, self._disk.layout, blob, partial.size_bytes)
-            await asyncio.to_thread(write, self._disk.layout, part)
-            self._ledger.shards[manifest.model] = part
+                await asyncio.to_thread(truncate_to_size, self._store.layout, blob, partial.size_bytes)
+            await asyncio.to_thread(write, self._store.layout, shard)
+            self._ledger.shards[manifest.model] = shard
             self._ledger.reservations[manifest.model] = set(manifest.blob_sizes)
-            await asyncio.to_thread(self._keeping.write_reservation, manifest.model)
+            await asyncio.to_thread(self._metadata.write_reservation, manifest.model)
             if not any(manifest.model in p.models - p.leaves_by_model.keys() for p in self._ledger.partials.values()):
                 await self.finish_shard(manifest.model)  # otherwise another download fetches all of it
-            await asyncio.to_thread(self._keeping.record_arrival, manifest.model)
-            await self._announcer.publish_shard(part)
-        await self._announcer.publish_storage()
-        log.info("shard ready", model=manifest.model, layers=str(part.layers), size_bytes=part.size_bytes)
-        return shard_state(self._announcer.node, part)
+            await asyncio.to_thread(self._metadata.record_arrival, manifest.model)
+            await self._publisher.publish_shard(shard)
+        await self._publisher.publish_storage()
+        log.info("shard ready", model=manifest.model, layers=str(shard.layers), size_bytes=shard.size_bytes)
+        return shard_state(self._publisher.node, shard)
 
     async def finish_shard(self, model: str) -> None:
         """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
-        part = self._ledger.shards[model]
+        shard = self._ledger.shards[model]
         for blob, partial in self._ledger.partials.items():
-            if model in partial.models and partial.leaves_by_model.get(model) != (needed := part.leaves.get(blob, 0)):
-                changed = partial.with_model(model, needed)
+            if model in partial.models and partial.leaves_by_model.get(model) != (
+                needed_leaves := shard.leaves.get(blob, 0)
+            ):
+                changed = partial.with_model(model, needed_leaves)
                 await asyncio.to_thread(
-                    write_partial, self._disk, blob, partial.size_bytes, changed.models, changed.leaves_by_model
+                    write_partial, self._store, blob, partial.size_bytes, changed.models, changed.leaves_by_model
                 )
                 partial.leaves_by_model = changed.leaves_by_model
             if partial.leaves_by_model:
-                await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
+                await asyncio.to_thread(refresh_partial, self._store, blob, partial)
 
-    async def require_complete(self, part: Shard) -> None:
+    async def require_complete(self, shard: Shard) -> None:
         """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
         try:
-            await asyncio.to_thread(_require, part, self._ledger, self._disk)
+            await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
         except NotFound as e:
-            log.warning("shard incomplete; dropped", model=part.manifest.model, reason=e.message)
-            await self.drop(part.manifest.model)
+            log.warning("shard incomplete; dropped", model=shard.manifest.model, reason=e.message)
+            await self.drop(shard.manifest.model)
             raise
 
     async def drop_incomplete(self) -> bool:
         """Drop every incomplete shard. Returns whether there was one. Within the section."""
         before = len(self._ledger.shards)
-        for part in list(self._ledger.shards.values()):
+        for shard in list(self._ledger.shards.values()):
             with suppress(NotFound):
-                await self.require_complete(part)
+                await self.require_complete(shard)
         return len(self._ledger.shards) < before
 
     async def drop(self, model: str) -> None:
         """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
         if model in self._ledger.shards:
-            await asyncio.to_thread(delete, self._disk.layout, model)
+            await asyncio.to_thread(delete, self._store.layout, model)
             del self._ledger.shards[model]
-            await self._announcer.unpublish_shard(model)
+            await self._publisher.unpublish_shard(model)
 
     async def discard_corrupt_partial(self, blob: str, partial: PartialBlobInfo) -> None:
         """Delete a corrupt partial blob, and reserve it again for the same models."""
-        for model in [m for m, part in self._ledger.shards.items() if part.leaves.get(blob)]:
+        for model in [m for m, shard in self._ledger.shards.items() if shard.leaves.get(blob)]:
             log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
             await self.drop(model)
-        await asyncio.to_thread(delete_partial, self._disk, blob)
+        await asyncio.to_thread(delete_partial, self._store, blob)
         await asyncio.to_thread(
-            write_partial, self._disk, blob, partial.size_bytes, partial.models, partial.leaves_by_model
+            write_partial, self._store, blob, partial.size_bytes, partial.models, partial.leaves_by_model
         )
-        await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
+        await asyncio.to_thread(refresh_partial, self._store, blob, partial)

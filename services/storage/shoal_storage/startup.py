@@ -36,57 +36,57 @@ from shoal_storage.store.views import delete_view
 log = StructuredLogger("disk")
 
 
-def recover_store(disk: Store, leases: Mapping[str, ModelLease] | None = None) -> Ledger:
+def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) -> Ledger:
     """Finish what a crash interrupted, and return what the disk holds, by stat alone.
 
     Blobs that `leases` need stay in any case. Foreign files are left alone and counted.
     """
-    paths = disk.layout
+    paths = store.layout
     for link in [p for p in paths.partials.iterdir() if p.is_symlink()]:
         link.unlink(missing_ok=True)  # those of present volumes are made again
     for unfinished in (*paths.root.glob(".*.new"), *paths.manifests.glob("*/.*.new")):
         unfinished.unlink(missing_ok=True)
-    tombs = dict(_read_tombs(paths))
-    deleted = {m.model: m for m in tombs.values()}
-    ledger = _read(disk)
+    tombstones = dict(_read_tombstones(paths))
+    deleted = {m.model: m for m in tombstones.values()}
+    ledger = _read_store(store)
     ledger.leases = dict(leases or {})
-    ledger.shards = shards.read(disk, ledger)
+    ledger.shards = shards.read(store, ledger)
     for manifest in deleted.values():
         with _log_and_continue(manifest.model, ledger, deleted):
-            leftover = leftover_blobs(manifest, ledger)
+            leftover_path = leftover_blobs(manifest, ledger)
             try:
-                for sha256 in leftover:
-                    delete_blob(disk, sha256)
+                for sha256 in leftover_path:
+                    delete_blob(store, sha256)
             finally:
-                for sha256 in disk.missing_files(leftover):
+                for sha256 in store.missing_files(leftover_path):
                     del ledger.blobs[sha256]
     times: set[tuple[int, int]] | None = None
     for view in paths.views.glob("*/*"):
         # Of a model whose deletion or sealing was interrupted. Its links would keep blobs on the disk.
         with suppress(BadName):
             name, commit = view.parent.name, check_commit(view.name)
-            known = paths.manifests / name / f"{commit}.json", paths.library_models / f"{name}@{commit}"
-            if not any(path.exists() for path in known):
+            expected_paths = paths.manifests / name / f"{commit}.json", paths.library_models / f"{name}@{commit}"
+            if not any(path.exists() for path in expected_paths):
                 times = _times_of(paths, ledger.blobs) if times is None else times
                 model = f"{name.replace('--', '/')}@{commit}"
                 with _log_and_continue(model, ledger, deleted):
                     delete_view(view, deleted.get(model), times)
-    for tomb in paths.tombs.iterdir():
-        model = tombs[tomb].model if tomb in tombs else tomb.name
+    for tombstone in paths.tombstones.iterdir():
+        model = tombstones[tombstone].model if tombstone in tombstones else tombstone.name
         if model not in ledger.deleting:
             with _log_and_continue(model, ledger, deleted):
-                disk.delete(tomb)
-    if {identity for identity, _ in read_volumes(paths)} <= disk.volumes.keys():
+                store.delete(tombstone)
+    if {identity for identity, _ in read_volumes(paths)} <= store.volumes.keys():
         leaf_hash_file.delete_orphans(paths, ledger.blobs)  # the blobs of a missing volume are unknown
     return ledger
 
 
-def attach_volume(disk: Store, ledger: Ledger, volume_id: str) -> None:
+def attach_volume(store: Store, ledger: Ledger, volume_id: str) -> None:
     """Read a volume that is present, at start or again: add its contents to the ledger, by stat alone.
 
     Blobs that the ledger has elsewhere stay there. What a crash left on the volume is finished or deleted.
     """
-    volume_paths = disk.layout.volume(volume_id)
+    volume_paths = store.layout.volume(volume_id)
     for unfinished in volume_paths.root.glob(".*.new"):
         unfinished.unlink(missing_ok=True)
     for sha256, stamp in list_blobs(volume_paths, volume_id).items():
@@ -95,27 +95,27 @@ def attach_volume(disk: Store, ledger: Ledger, volume_id: str) -> None:
                 ledger.redundant_copies.setdefault(sha256, {})[volume_id] = stamp.size_bytes
         elif sha256 not in ledger.unverified and (stamp.is_verified or sha256 not in ledger.partials):
             if ledger.partials.pop(sha256, None) is not None:  # the whole blob is here: none of it has to arrive
-                delete_partial(disk, sha256)
+                delete_partial(store, sha256)
             ledger.volume_by_blob[sha256] = volume_id
-            _add_blob(disk, ledger, sha256, stamp)
+            _add_blob(store, ledger, sha256, stamp)
     for directory in volume_paths.partials.iterdir():
         name, known_volume = directory.name, ledger.volume_by_blob.get(directory.name)
         if name in ledger.partials or (name in ledger.blobs and known_volume != volume_id):
-            disk.delete(directory)  # it arrives, or is present, elsewhere
+            store.delete(directory)  # it arrives, or is present, elsewhere
             continue
         ledger.volume_by_blob[name] = volume_id
-        partial = _read_partial(disk, directory, ledger)
+        partial = _read_partial(store, directory, ledger)
         if partial is not None:
             ledger.partials[name] = partial
-            link_partial(disk, name)
+            link_partial(store, name)
         elif known_volume is None:
             del ledger.volume_by_blob[name]
-    for tomb in volume_paths.tombs.iterdir():
-        disk.delete(tomb)
-    ledger.quarantined |= quarantined_on(disk, volume_id)
+    for tombstone in volume_paths.tombstones.iterdir():
+        store.delete(tombstone)
+    ledger.quarantined |= quarantined_on(store, volume_id)
 
 
-def detach_volume(disk: Store, ledger: Ledger, volume_id: str) -> list[str]:
+def detach_volume(store: Store, ledger: Ledger, volume_id: str) -> list[str]:
     """Drop a missing volume's contents from the ledger. Returns the models (`org/name@commit`) now incomplete."""
 
     def on_volume(blobs: Iterable[str]) -> set[str]:
@@ -126,7 +126,7 @@ def detach_volume(disk: Store, ledger: Ledger, volume_id: str) -> list[str]:
         copies.pop(volume_id, None)
         if sha256 in lost and copies:
             lost.discard(sha256)
-            disk.layout.set_volume(sha256, next(iter(copies)))
+            store.layout.set_volume(sha256, next(iter(copies)))
             copies.pop(next(iter(copies)))
         if not copies:
             del ledger.redundant_copies[sha256]
@@ -135,22 +135,22 @@ def detach_volume(disk: Store, ledger: Ledger, volume_id: str) -> list[str]:
         ledger.corrupt.pop(sha256, None)
     for blob in on_volume(ledger.partials):
         del ledger.partials[blob]
-        disk.layout.partial_link(blob).unlink(missing_ok=True)
+        store.layout.partial_link(blob).unlink(missing_ok=True)
     quarantined = on_volume(ledger.quarantined)
     ledger.quarantined -= quarantined
     ledger.repairable = {b: size for b, size in ledger.repairable.items() if b not in quarantined}
-    disk.detach_volume(volume_id)
+    store.detach_volume(volume_id)
     return mark_incomplete(lost, ledger)
 
 
-def _add_blob(disk: Store, ledger: Ledger, sha256: str, stamp: BlobFileStat) -> None:
-    if not is_trusted(stamp, has_leaf_hash_file=leaf_hash_file.is_verified(disk.layout, sha256)):
+def _add_blob(store: Store, ledger: Ledger, sha256: str, stamp: BlobFileStat) -> None:
+    if not is_trusted(stamp, has_leaf_hash_file=leaf_hash_file.is_verified(store.layout, sha256)):
         ledger.unverified[sha256] = stamp
         return
     ledger.blobs[sha256] = stamp.size_bytes
     if not stamp.is_verified:
-        write_stamp(sha256, disk.layout.blob(sha256))
-        leaf_hash_file.copy_mtime(disk.layout, sha256)
+        write_stamp(sha256, store.layout.blob(sha256))
+        leaf_hash_file.copy_mtime(store.layout, sha256)
 
 
 def _times_of(layout: VolumePaths, blobs: Iterable[str]) -> set[tuple[int, int]]:
@@ -170,25 +170,25 @@ def _log_and_continue(model: str, ledger: Ledger, deleted: Mapping[str, Manifest
             ledger.deleting[model] = deleted[model]
 
 
-def _read_tombs(layout: StorePaths) -> Iterator[tuple[Path, Manifest]]:
-    for tomb in layout.tombs.glob("*.json"):
-        manifest = read_tombstone(tomb)
+def _read_tombstones(layout: StorePaths) -> Iterator[tuple[Path, Manifest]]:
+    for tombstone in layout.tombstones.glob("*.json"):
+        manifest = read_tombstone(tombstone)
         if manifest is not None:
-            yield tomb, manifest
+            yield tombstone, manifest
 
 
-def _read(disk: Store) -> Ledger:
-    scanned = scan_store(disk.layout)
-    ledger = Ledger(foreign=scanned.foreign, volume_by_blob=disk.layout.volume_by_blob)
+def _read_store(store: Store) -> Ledger:
+    scanned = scan_store(store.layout)
+    ledger = Ledger(foreign=scanned.foreign, volume_by_blob=store.layout.volume_by_blob)
     for sha256, stamp in scanned.blobs.items():
         if not stamp.volume_id:
-            _add_blob(disk, ledger, sha256, stamp)
-    for directory in disk.layout.partials.iterdir():
-        partial = _read_partial(disk, directory, ledger)
+            _add_blob(store, ledger, sha256, stamp)
+    for directory in store.layout.partials.iterdir():
+        partial = _read_partial(store, directory, ledger)
         if partial is not None:
             ledger.partials[directory.name] = partial
-    for volume_id in list(disk.volumes):
-        attach_volume(disk, ledger, volume_id)
+    for volume_id in list(store.volumes):
+        attach_volume(store, ledger, volume_id)
     for model, manifest in scanned.manifests.items():
         complete = is_complete(manifest, ledger)
         if not complete:
@@ -204,7 +204,7 @@ def _read(disk: Store) -> Ledger:
     return ledger
 
 
-def _read_partial(disk: Store, directory: Path, ledger: Ledger) -> PartialBlobInfo | None:
+def _read_partial(store: Store, directory: Path, ledger: Ledger) -> PartialBlobInfo | None:
     try:
         blob = check_blob(directory.name)
         meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
@@ -215,15 +215,15 @@ def _read_partial(disk: Store, directory: Path, ledger: Ledger) -> PartialBlobIn
     except (ShoalError, FileNotFoundError, NotADirectoryError):
         # Its reservation was never acknowledged, or its data is already a blob.
         log.info("unfinished partial blob deleted", path=directory)
-        disk.delete(directory)
+        store.delete(directory)
         return None
     if ledger.blobs.get(blob) == meta.size_bytes:
-        disk.delete(directory)
+        store.delete(directory)
         return None
     try:
         leaves = {m: leaf_set.from_ranges(ranges, meta.size_bytes) for m, ranges in meta.leaves.items()}
     except BadInput:
         leaves = {}  # all of it, then: never too little
     partial = PartialBlobInfo(meta.size_bytes, models=set(meta.models), leaves_by_model=leaves)
-    refresh_partial(disk, blob, partial)
+    refresh_partial(store, blob, partial)
     return partial

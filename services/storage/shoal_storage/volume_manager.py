@@ -32,35 +32,35 @@ CHECK_INTERVAL_S = 5.0
 """Between two checks which volumes are mounted."""
 
 
-def open_volumes(disk: Store, settings: StorageSettings) -> dict[str, str]:
+def open_volumes(store: Store, settings: StorageSettings) -> dict[str, str]:
     """Open the mounted volumes, before startup reads them; return the errors of the others, by path. Blocking.
 
     Raises BadInput for a volume inside, or around, the store, a library or another volume.
     """
-    reject_overlap(settings.roots, settings.libraries, disk.layout.root)
+    reject_overlap(settings.volumes, settings.libraries, store.layout.root)
     errors: dict[str, str] = {}
-    for path in settings.roots:
-        volume = _open(disk, path)
+    for path in settings.volumes:
+        volume = _open(store, path)
         if isinstance(volume, str):
             errors[path] = volume
             log.error("volume cannot be used; starting without it", volume=path, error=volume)
         else:
-            disk.attach_volume(volume)
+            store.attach_volume(volume)
     return errors
 
 
-def _in_use(disk: Store) -> list[tuple[str, Path]]:
+def _in_use(store: Store) -> list[tuple[str, Path]]:
     """Return the store and its volumes, as names for people and paths."""
-    volumes = [(f"the volume {volume.path}", volume.path) for volume in list(disk.volumes.values())]
-    return [(f"the store at {disk.layout.root}", disk.layout.root), *volumes]
+    volumes = [(f"the volume {volume.path}", volume.path) for volume in list(store.volumes.values())]
+    return [(f"the store at {store.layout.root}", store.layout.root), *volumes]
 
 
-def _open(disk: Store, path: str) -> Volume | str:
+def _open(store: Store, path: str) -> Volume | str:
     """Open a volume and record it; return the error message instead if that fails."""
     try:
-        volume = open_volume(disk.layout, resolve_path(path), disk.ballast.size_bytes, _in_use(disk))
+        volume = open_volume(store.layout, resolve_path(path), store.ballast.size_bytes, _in_use(store))
         try:
-            record_volume(disk.layout, volume)
+            record_volume(store.layout, volume)
         except OSError:
             volume.close()
             raise
@@ -78,35 +78,35 @@ class VolumeManager:
 
     def __init__(
         self,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        announcer: StatePublisher,
-        rescan: StoreReconciler,
+        publisher: StatePublisher,
+        reconciler: StoreReconciler,
         settings: StorageSettings,
         errors: dict[str, str],
     ) -> None:
-        self._disk, self._ledger, self._section = disk, ledger, section
-        self._announcer, self._rescan = announcer, rescan
-        self._limits, self._errors = settings, errors
+        self._store, self._ledger, self._section = store, ledger, section
+        self._publisher, self._reconciler = publisher, reconciler
+        self._settings, self._errors = settings, errors
         self._update_lock = asyncio.Lock()
-        announcer.volumes = self.states
+        publisher.volumes = self.states
 
     async def use_settings(self, settings: StorageSettings) -> None:
         """Apply new settings: attach and detach volumes accordingly."""
-        self._limits = settings
+        self._settings = settings
         await self.update()
 
     def reject_unusable(self, settings: StorageSettings) -> None:
-        """Raise BadInput, Claimed, Unsupported for new volumes that cannot be used; before saving them. Blocking."""
-        reject_overlap(settings.roots, settings.libraries, self._disk.layout.root)
-        others = _in_use(self._disk)
-        for given_path in settings.roots:
-            if given_path in self._limits.roots:
+        """Raise BadInput, AlreadyRunning or Unsupported for unusable new volumes, before saving them. Blocking."""
+        reject_overlap(settings.volumes, settings.libraries, self._store.layout.root)
+        others = _in_use(self._store)
+        for given_path in settings.volumes:
+            if given_path in self._settings.volumes:
                 continue
             path = resolve_path(given_path)
             try:
-                volume = open_volume(self._disk.layout, path, others=others)
+                volume = open_volume(self._store.layout, path, others=others)
             except VolumeMissing as e:
                 raise BadInput(f"the volume {given_path} cannot be used: {e}", param="volumes") from None
             except OSError as e:
@@ -127,34 +127,34 @@ class VolumeManager:
     async def update(self) -> None:
         """Detach volumes that are missing or no longer configured; attach configured ones that are mounted."""
         async with self._update_lock:
-            configured = {resolve_path(given_path): given_path for given_path in self._limits.roots}
+            configured = {resolve_path(given_path): given_path for given_path in self._settings.volumes}
             changed = False
-            for volume_id, volume in list(self._disk.volumes.items()):
+            for volume_id, volume in list(self._store.volumes.items()):
                 if volume.path not in configured or not await asyncio.to_thread(volume.is_mounted):
                     await self._detach(volume_id, volume.path)
                     changed = True
-            if not await asyncio.to_thread(self._disk.is_present):
+            if not await asyncio.to_thread(self._store.is_present):
                 return  # the store is missing: volumes cannot be recorded
-            await asyncio.to_thread(remove_unconfigured, self._disk.layout, configured)
-            attached = {volume.path for volume in self._disk.volumes.values()}
+            await asyncio.to_thread(remove_unconfigured, self._store.layout, configured)
+            attached = {volume.path for volume in self._store.volumes.values()}
             for path, given_path in configured.items():
                 if path not in attached:
                     changed = await self._attach(given_path) or changed
-            self._errors = {path: error for path, error in self._errors.items() if path in self._limits.roots}
+            self._errors = {path: error for path, error in self._errors.items() if path in self._settings.volumes}
         if changed:
-            await self._rescan.scan()
+            await self._reconciler.scan()
             async with self._section:
-                await self._rescan.publish_state()
+                await self._reconciler.publish_state()
 
     async def _detach(self, volume_id: str, path: Path) -> None:
         async with self._section:
-            incomplete = await asyncio.to_thread(detach_volume, self._disk, self._ledger, volume_id)
+            incomplete = await asyncio.to_thread(detach_volume, self._store, self._ledger, volume_id)
             log.warning("volume detached; its models are not offered", volume=path)
-            await self._rescan.publish_model_changes(incomplete, [])
+            await self._reconciler.publish_model_changes(incomplete, [])
 
     async def _attach(self, given_path: str) -> bool:
         """Attach a volume; return whether its state has changed, a new error included."""
-        volume = await asyncio.to_thread(_open, self._disk, given_path)
+        volume = await asyncio.to_thread(_open, self._store, given_path)
         if isinstance(volume, str):
             if self._errors.get(given_path) != volume:
                 self._errors[given_path] = volume
@@ -163,16 +163,16 @@ class VolumeManager:
             return False
         self._errors.pop(given_path, None)
         async with self._section:
-            self._disk.attach_volume(volume)
-            await asyncio.to_thread(attach_volume, self._disk, self._ledger, volume.id)
-            self._ledger.repairable = await asyncio.to_thread(repairable_blobs, self._disk, self._ledger.quarantined)
+            self._store.attach_volume(volume)
+            await asyncio.to_thread(attach_volume, self._store, self._ledger, volume.id)
+            self._ledger.repairable = await asyncio.to_thread(repairable_blobs, self._store, self._ledger.quarantined)
         log.info("volume attached", volume=volume.path)
         return True
 
     def states(self) -> list[VolumeState]:
         """Return the published state of all configured volumes. Blocking."""
-        attached = {volume.path: volume for volume in list(self._disk.volumes.values())}
-        return [self._state(path, attached.get(resolve_path(path))) for path in self._limits.roots]
+        attached = {volume.path: volume for volume in list(self._store.volumes.values())}
+        return [self._state(path, attached.get(resolve_path(path))) for path in self._settings.volumes]
 
     def _state(self, given_path: str, volume: Volume | None) -> VolumeState:
         if volume is None:
@@ -182,7 +182,7 @@ class VolumeManager:
         blobs = {blob for blob, volume_id in list(ledger.volume_by_blob.items()) if volume_id == volume.id}
         sizes = [ledger.blobs[b] for b in blobs if b in ledger.blobs]
         sizes += [ledger.unverified[b].size_bytes for b in blobs if b in ledger.unverified]
-        doubles = [copies.get(volume.id, 0) for copies in list(ledger.redundant_copies.values())]
+        duplicate_sizes = [copies.get(volume.id, 0) for copies in list(ledger.redundant_copies.values())]
         partials = {b: p for b, p in list(ledger.partials.items()) if b in blobs}
         shard_bytes = sum(ledger.shard_bytes_of(b, p) for b, p in partials.items())
         try:
@@ -192,10 +192,10 @@ class VolumeManager:
         return VolumeState(
             path=given_path,
             id=volume.id,
-            used_bytes=sum(sizes) + shard_bytes + sum(doubles),
+            used_bytes=sum(sizes) + shard_bytes + sum(duplicate_sizes),
             blob_count=len(sizes),
             free_bytes=free_bytes,
-            headroom_bytes=self._limits.headroom_bytes,
+            headroom_bytes=self._settings.headroom_bytes,
             reserved_bytes=sum(ledger.reserved_bytes_of(p) for p in partials.values()) - shard_bytes,
-            duplicate_bytes=sum(doubles),
+            duplicate_bytes=sum(duplicate_sizes),
         )

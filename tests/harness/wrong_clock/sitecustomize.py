@@ -14,13 +14,13 @@ _DOUBLE = struct.Struct("d")
 _NS_PER_S = 1_000_000_000
 
 with open(os.environ["SHOAL_TEST_CLOCK"], "rb") as _file:  # noqa: PTH123  # as little as can be, before all else
-    _said = mmap.mmap(_file.fileno(), _DOUBLE.size, access=mmap.ACCESS_READ)
+    _offset = mmap.mmap(_file.fileno(), _DOUBLE.size, access=mmap.ACCESS_READ)
 
 _time, _time_ns, _clock_gettime = time.time, time.time_ns, time.clock_gettime
 
 
 def _ahead_s() -> float:
-    return float(_DOUBLE.unpack_from(_said)[0])
+    return float(_DOUBLE.unpack_from(_offset)[0])
 
 
 def _wrong_time() -> float:

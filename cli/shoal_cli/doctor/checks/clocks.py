@@ -55,9 +55,9 @@ def against_nats(
     return [offsets[name] for name in sorted(offsets)]
 
 
-def judge(offsets: Sequence[ClockOffset]) -> list[Finding]:
+def check(offsets: Sequence[ClockOffset]) -> list[Finding]:
     """Return which clocks are wrong."""
-    wrong = [f for o in offsets if (f := _judge_one(o)) is not None]
+    wrong = [f for o in offsets if (f := _check_one(o)) is not None]
     largest_s = max((abs(o.ahead_s) for o in offsets), default=0.0)
     error_s = max((o.error_s for o in offsets), default=0.0)
     nodes = "1 node" if len(offsets) == 1 else f"{len(offsets)} nodes"
@@ -70,7 +70,7 @@ def _certain_s(offset: ClockOffset) -> float:
     return certain_s if offset.ahead_s > 0 else -certain_s
 
 
-def _judge_one(offset: ClockOffset) -> Finding | None:
+def _check_one(offset: ClockOffset) -> Finding | None:
     certain_s = _certain_s(offset)
     if abs(certain_s) < WARNING_S:
         return None

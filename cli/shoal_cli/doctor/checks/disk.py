@@ -63,7 +63,7 @@ class DiskFacts(msgspec.Struct, frozen=True, kw_only=True):
     storage_runs: bool = False
 
 
-def judge(facts: DiskFacts) -> list[Finding]:
+def check(facts: DiskFacts) -> list[Finding]:
     """Return what is wrong with them: two checks."""
     return _disk(facts) + _volumes(facts)
 

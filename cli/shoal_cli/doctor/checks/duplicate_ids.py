@@ -15,7 +15,7 @@ def machine(holder: ProcessIdentity) -> str:
     return "/".join(holder.host.split("/")[:2])
 
 
-def judge(holders: Mapping[tuple[str, str], ProcessIdentity], node: str, host: str, running: bool) -> list[Finding]:
+def check(holders: Mapping[tuple[str, str], ProcessIdentity], node: str, host: str, running: bool) -> list[Finding]:
     """Return which ids are on two machines.
 
     `holders`: by node and service; `host`: of a process of this machine; `running`: whether a supervisor of `node`

@@ -38,7 +38,7 @@ class OpenFiles(msgspec.Struct, frozen=True):
     count: int = 0
 
 
-def judge_memory(facts: MemoryFacts) -> list[Finding]:
+def check_memory(facts: MemoryFacts) -> list[Finding]:
     """Return what is wrong with the memory."""
     wrong = []
     cap, total = facts.cap_bytes, facts.total_bytes
@@ -58,7 +58,7 @@ def judge_memory(facts: MemoryFacts) -> list[Finding]:
     return or_ok(MEMORY, wrong, what)
 
 
-def judge_files(processes: Sequence[OpenFiles]) -> list[Finding]:
+def check_files(processes: Sequence[OpenFiles]) -> list[Finding]:
     """Return which processes may not open as many files as they need."""
     wrong = []
     for process in processes:

@@ -74,7 +74,7 @@ class NatsFacts(msgspec.Struct, frozen=True, kw_only=True):
     streams: Sequence[StreamStatus] = ()
 
 
-def judge(facts: NatsFacts, system: OsInfo) -> list[Finding]:
+def check(facts: NatsFacts, system: OsInfo) -> list[Finding]:
     """Return what is wrong with it: three checks."""
     if not facts.connected:
         skipped = [Finding(c, "skipped", "not checked: NATS cannot be reached") for c in (STREAMS, NATS_STORE)]

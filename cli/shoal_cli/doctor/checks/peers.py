@@ -39,9 +39,9 @@ class FileserverReach(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is on another machine, where our loopback is not its own."""
 
 
-def judge(fileservers: Sequence[FileserverReach], node: str, system: OsInfo) -> list[Finding]:
+def check(fileservers: Sequence[FileserverReach], node: str, system: OsInfo) -> list[Finding]:
     """Return which of them cannot be reached; `node` is this one."""
-    wrong = [f for p in fileservers if (f := _judge_one(p, node, system)) is not None]
+    wrong = [f for p in fileservers if (f := _check_one(p, node, system)) is not None]
     own = next((p for p in fileservers if p.node == node), None)
     others = [p.node for p in fileservers if p.is_remote]
     if own is not None and others and all(_is_loopback(a) for a in own.published):
@@ -56,7 +56,7 @@ def judge(fileservers: Sequence[FileserverReach], node: str, system: OsInfo) -> 
     return or_ok(CHECK, wrong, f"reached: {join_names(reached)}{note if others else ''}")
 
 
-def _judge_one(fileserver: FileserverReach, node: str, system: OsInfo) -> Finding | None:
+def _check_one(fileserver: FileserverReach, node: str, system: OsInfo) -> Finding | None:
     name = "this node" if fileserver.node == node else f"node {fileserver.node}"
     about = f"node {fileserver.node}"
     if not fileserver.tried:

@@ -39,7 +39,7 @@ class PermissionFacts(msgspec.Struct, frozen=True, kw_only=True):
     entries: Sequence[PathPermission] = ()
 
 
-def judge(facts: PermissionFacts) -> list[Finding]:
+def check(facts: PermissionFacts) -> list[Finding]:
     """Return what is wrong with them."""
     if not facts.owner and not facts.read_error:
         if facts.creatable:

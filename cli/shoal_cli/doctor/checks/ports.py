@@ -40,7 +40,7 @@ _OPTIONS = {
 }
 
 
-def judge(
+def check(
     expected: Sequence[ExpectedPort], listeners: Sequence[PortListener], own_pids: Collection[int]
 ) -> list[Finding]:
     """Return what is wrong with them. `own_pids`: of the node's services."""

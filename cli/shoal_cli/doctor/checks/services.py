@@ -47,7 +47,7 @@ class ServiceFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Services of this node that the cluster sees; None where NATS could not be asked."""
 
 
-def judge(facts: ServiceFacts) -> list[Finding]:
+def check(facts: ServiceFacts) -> list[Finding]:
     """Return what is wrong with them."""
     match facts.supervisor:
         case "unresponsive":

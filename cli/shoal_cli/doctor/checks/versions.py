@@ -11,7 +11,7 @@ from shoal_common.liveness.compatibility import are_compatible
 CHECK = "versions"
 
 
-def judge(versions: Mapping[tuple[str, str], str], own: str) -> list[Finding]:
+def check(versions: Mapping[tuple[str, str], str], own: str) -> list[Finding]:
     """Return which versions differ. `versions`: by node and service; `own`: of this command."""
     if not versions:
         return [Finding(CHECK, "ok", f"this command is {own}; no service is up")]

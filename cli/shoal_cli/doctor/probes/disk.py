@@ -64,12 +64,12 @@ def _volume(path: Path, identity: str, mounted: Sequence[Mount]) -> FileSystemIn
     if not info.exists:
         return info
     try:
-        words = StorePaths(path).version.read_text().split()
+        tokens = StorePaths(path).version.read_text().split()
     except OSError:
-        words = []
-    if identity in words:
+        tokens = []
+    if identity in tokens:
         return info
-    reason = "its disk is not mounted" if not words else "another volume is mounted there"
+    reason = "its disk is not mounted" if not tokens else "another volume is mounted there"
     return msgspec.structs.replace(info, exists=False, error=reason)
 
 

@@ -37,7 +37,7 @@ def _paths(home: Home, store: Path) -> Iterator[tuple[Path, bool]]:
         yield home.root / name, True
     for path in (home.root / "node.toml", home.logs, home.nats_store, store):
         yield path, False
-    for path in (layout.lock, layout.blobs, layout.partials, layout.manifests, layout.views, layout.tombs):
+    for path in (layout.lock, layout.blobs, layout.partials, layout.manifests, layout.views, layout.tombstones):
         yield path, False
 
 

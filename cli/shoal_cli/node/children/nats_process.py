@@ -118,15 +118,15 @@ async def read_info(host: str, port: int) -> str:
 
 async def check_port_is_free(bind: str, port: int) -> None:
     """Raise Refused, naming who has the port and what to do, when the server could not listen there."""
-    why = bind_problem(bind, port)
-    if why is None:
+    reason = bind_problem(bind, port)
+    if reason is None:
         return
     address = f"{bracketed(local_address(bind))}:{port}"
     try:
         await read_info(local_address(bind), port)
     except (OSError, TimeoutError, ValueError):
         raise Refused(
-            f"NATS cannot listen on {bracketed(bind)}:{port} ({why}): {holder_of(port)}; stop that program, or "
+            f"NATS cannot listen on {bracketed(bind)}:{port} ({reason}): {holder_of(port)}; stop that program, or "
             "choose another port with --nats-port (0: any)",
             port=port,
         ) from None

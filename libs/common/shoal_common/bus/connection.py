@@ -49,7 +49,7 @@ class Nats:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
-        self.store_losses = ReconnectCounter()
+        self.store_wipes = ReconnectCounter()
         """Connections at which NATS had lost its store; counted by a service's main loop."""
 
     @property
@@ -60,9 +60,9 @@ class Nats:
 
 @asynccontextmanager
 async def connected(servers: list[str], name: str, timeout_s: float | None = None) -> AsyncIterator[Nats]:
-    """Connect, waiting up to `patience_s` for a server (None: for ever), and drain at the end.
+    """Connect, waiting up to `timeout_s` for a server (None: for ever), and drain at the end.
 
-    Raises Unavailable after `patience_s`, Denied if the server refuses the credentials.
+    Raises Unavailable after `timeout_s`, Denied if the server refuses the credentials.
     """
     patch_wait_for()
     reconnects = ReconnectCounter()

@@ -148,9 +148,9 @@ class KvMirror:
         self._changed = asyncio.Event()
 
 
-async def any_changed(views: Sequence[KvMirror], seen: Sequence[int], deadline_s: float | None = None) -> None:
+async def any_changed(mirrors: Sequence[KvMirror], seen: Sequence[int], deadline_s: float | None = None) -> None:
     """Return once any of the mirrors has changed since its count in `seen`, or after the deadline."""
-    waits = [asyncio.ensure_future(view.wait_changed(count)) for view, count in zip(views, seen, strict=True)]
+    waits = [asyncio.ensure_future(mirror.wait_changed(count)) for mirror, count in zip(mirrors, seen, strict=True)]
     try:
         await asyncio.wait(waits, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -158,37 +158,37 @@ async def any_changed(views: Sequence[KvMirror], seen: Sequence[int], deadline_s
             wait.cancel()
 
 
-async def wait_caught_up(nats: Nats, view: KvMirror, deadline_s: float) -> None:
+async def wait_caught_up(nats: Nats, mirror: KvMirror, deadline_s: float) -> None:
     """Return once an unfiltered mirror holds all that was in its bucket when this was called.
 
     Mirrors of different buckets are not synchronized: who acts on a change in one (a released lease) and needs what
     was written to another before it (what the holder has finished) waits here first. Raises TimeoutError.
     """
     async with asyncio.timeout(deadline_s):
-        info = await retry_while_nats_down(lambda: nats.js.stream_info(f"KV_{view.bucket}"))
-        await view.wait_revision(info.state.last_seq)
+        info = await retry_while_nats_down(lambda: nats.js.stream_info(f"KV_{mirror.bucket}"))
+        await mirror.wait_revision(info.state.last_seq)
 
 
-async def follow_forever(nats: Nats, view: KvMirror, *keys: str) -> None:
+async def follow_forever(nats: Nats, mirror: KvMirror, *keys: str) -> None:
     """Keep a mirror, or some of its keys (`model.*.>`), current for ever. A task of the service."""
     while True:
         try:
-            await _follow_once(nats, view, keys or (">",))
+            await _follow_once(nats, mirror, keys or (">",))
         except (NatsError, TimeoutError, Unavailable) as e:
-            log.debug("consumer ended; starting a new one", bucket=view.bucket, reason=str(e) or type(e).__name__)
+            log.debug("consumer ended; starting a new one", bucket=mirror.bucket, reason=str(e) or type(e).__name__)
             await asyncio.sleep(_RETRY_S)
 
 
 class MirrorConsumer:
     """Applies what one consumer sends to a mirror: the snapshot as a whole, then each change."""
 
-    def __init__(self, nats: Nats, view: KvMirror, revision: int) -> None:
-        self.came = 0
+    def __init__(self, nats: Nats, mirror: KvMirror, revision: int) -> None:
+        self.received_count = 0
         """Number of messages received. The server numbers them, so a missing one is noticed."""
-        self.heard_s = monotonic()
-        self.over = asyncio.Event()
+        self.last_received_s = monotonic()
+        self.closed = asyncio.Event()
         """A message was lost, or the connection: only a new consumer knows the current state."""
-        self._nats, self._view, self._prefix = nats, view, len(f"$KV.{view.bucket}.")
+        self._nats, self._mirror, self._prefix = nats, mirror, len(f"$KV.{mirror.bucket}.")
         self._snapshot: dict[str, bytes] | None = {}
         self._revision = revision
 
@@ -199,16 +199,16 @@ class MirrorConsumer:
 
     async def on_message(self, message: Msg) -> None:
         """Handle a value, a deletion, or a status message from the server."""
-        self.heard_s = monotonic()
+        self.last_received_s = monotonic()
         headers = message.headers or {}
         if "Status" in headers:
             await self._answer(message, headers)
             return
         meta = message.metadata
-        self.came += 1
-        if meta.sequence.consumer != self.came:
-            self.over.set()
-        if self.over.is_set():
+        self.received_count += 1
+        if meta.sequence.consumer != self.received_count:
+            self.closed.set()
+        if self.closed.is_set():
             return
         value = message.data if KV_MARKERS.isdisjoint(headers) else None
         self._apply(message.subject[self._prefix :], value, meta.sequence.stream)
@@ -220,12 +220,12 @@ class MirrorConsumer:
         reply_to = message.reply or headers.get(_STALLED)
         if reply_to:
             await self._nats.client.publish(reply_to)
-        if int(headers.get(_LAST_SENT, 0)) > self.came:
-            self.over.set()
+        if int(headers.get(_LAST_SENT, 0)) > self.received_count:
+            self.closed.set()
 
     def _apply(self, key: str, value: bytes | None, revision: int) -> None:
         if self._snapshot is None:
-            self._view.apply(key, value, revision)
+            self._mirror.apply(key, value, revision)
             return
         self._revision = max(self._revision, revision)
         if value is None:
@@ -236,26 +236,26 @@ class MirrorConsumer:
     def on_consumer_info(self, info: ConsumerInfo) -> None:
         """Handle the consumer's info. Once all is sent and received, the snapshot is complete."""
         sent = info.delivered.consumer_seq if info.delivered else 0
-        if not info.num_pending and self.came >= sent:
+        if not info.num_pending and self.received_count >= sent:
             self._end_snapshot()
 
     def _end_snapshot(self) -> None:
         if self._snapshot is not None:
-            self._view.replace(self._snapshot, self._revision)
+            self._mirror.replace(self._snapshot, self._revision)
             self._snapshot = None
 
 
-async def _follow_once(nats: Nats, view: KvMirror, keys: Sequence[str]) -> None:
+async def _follow_once(nats: Nats, mirror: KvMirror, keys: Sequence[str]) -> None:
     """Follow with one consumer until it ends."""
-    connection, stream = nats.reconnects.count, f"KV_{view.bucket}"
+    connection, stream = nats.reconnects.count, f"KV_{mirror.bucket}"
     # Revisions of which nothing is left (an expired marker) are never delivered: they count as seen.
     watch = MirrorConsumer(
-        nats, view, (await retry_while_nats_down(lambda: nats.js.stream_info(stream))).state.last_seq
+        nats, mirror, (await retry_while_nats_down(lambda: nats.js.stream_info(stream))).state.last_seq
     )
 
     async def end_at_reconnection() -> None:
         await nats.reconnects.wait_after(connection)
-        watch.over.set()
+        watch.closed.set()
 
     ending = asyncio.create_task(end_at_reconnection())
     inbox, name = nats.client.new_inbox(), uuid.uuid4().hex
@@ -267,7 +267,7 @@ async def _follow_once(nats: Nats, view: KvMirror, keys: Sequence[str]) -> None:
             deliver_subject=inbox,
             deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
             ack_policy=AckPolicy.NONE,
-            filter_subjects=[f"$KV.{view.bucket}.{key}" for key in keys],
+            filter_subjects=[f"$KV.{mirror.bucket}.{key}" for key in keys],
             flow_control=True,
             idle_heartbeat=_HEARTBEAT_S,
             inactive_threshold=_INACTIVE_THRESHOLD_S,
@@ -275,10 +275,10 @@ async def _follow_once(nats: Nats, view: KvMirror, keys: Sequence[str]) -> None:
             num_replicas=1,
         )
         watch.on_consumer_info(consumer)
-        while monotonic() - watch.heard_s < _SILENCE_TIMEOUT_S:
+        while monotonic() - watch.last_received_s < _SILENCE_TIMEOUT_S:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SILENCE_TIMEOUT_S if watch.has_snapshot else _SNAPSHOT_POLL_INTERVAL_S):
-                    await watch.over.wait()
+                    await watch.closed.wait()
                     return
             if not watch.has_snapshot:
                 # A snapshot's last message says that it is the last, unless its key has expired meanwhile.

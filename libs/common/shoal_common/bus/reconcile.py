@@ -36,20 +36,20 @@ def earliest(*waits_s: float | None) -> float | None:
 
 
 async def reconcile_forever(
-    what: str,
-    views: Sequence[KvMirror],
+    activity: str,
+    mirrors: Sequence[KvMirror],
     reconcile: Callable[[], Awaitable[float | None]],
     level: Callable[[], Hashable] | None = None,
 ) -> None:
-    """Call `reconcile` now, when a view changes, and after the seconds that it returned (None: only on a change).
+    """Call `reconcile` now, when a mirror changes, and after the seconds that it returned (None: only on a change).
 
-    `level` is what `reconcile` depends on, if that is less than all of the views: a change that leaves it equal
-    causes no pass. A NatsError, ShoalError or OSError is logged with `what`, and retried. Any other exception ends
+    `level` is what `reconcile` depends on, if that is less than all mirrors: a change that leaves it equal
+    causes no pass. A NatsError, ShoalError or OSError is logged with `activity` and retried. Any other exception ends
     the loop.
     """
     loop, failures = asyncio.get_running_loop(), 0
     while True:
-        started_s, seen = loop.time(), tuple(view.changes for view in views)
+        started_s, seen = loop.time(), tuple(mirror.changes for mirror in mirrors)
         before = level() if level else seen
         try:
             wake_s = await reconcile()
@@ -57,16 +57,18 @@ async def reconcile_forever(
         except (NatsError, ShoalError, OSError) as e:
             failures += 1
             wake_s = back_off_s(failures)
-            log.warning(f"{what} is not possible now; trying again", reason=str(e) or type(e).__name__, wait_s=wake_s)
+            log.warning(
+                f"{activity} is not possible now; trying again", reason=str(e) or type(e).__name__, wait_s=wake_s
+            )
             await asyncio.sleep(wake_s)  # changes do not shorten the delay
             continue
         due_s = None if wake_s is None else loop.time() + wake_s
         while True:
             left_s = None if due_s is None else max(due_s - loop.time(), 0.0)
-            await any_changed(views, seen, left_s)
+            await any_changed(mirrors, seen, left_s)
             await asyncio.sleep(max(started_s + MIN_PASS_INTERVAL_S - loop.time(), 0.0))
             if due_s is not None and loop.time() >= due_s:
                 break
-            started_s, seen = loop.time(), tuple(view.changes for view in views)
+            started_s, seen = loop.time(), tuple(view.changes for view in mirrors)
             if (level() if level else seen) != before:
                 break

@@ -165,7 +165,7 @@ async def kv_created_at(js: JetStreamContext) -> str:
 
 
 async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: float = OUTAGE_DEADLINE_S) -> T:
-    """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `patience_s`."""
+    """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `deadline_s`."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + deadline_s
     while True:

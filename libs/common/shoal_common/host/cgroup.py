@@ -136,9 +136,9 @@ def _clamp(size_bytes: int, limit_bytes: int) -> int:
     return min(max(size_bytes, 0), limit_bytes)
 
 
-def tightest(rooms: Iterable[MemoryLimit]) -> MemoryLimit:
+def tightest(memory_limits: Iterable[MemoryLimit]) -> MemoryLimit:
     """Return the memory available under all of these limits."""
-    limits = list(rooms)
+    limits = list(memory_limits)
     return MemoryLimit(
         total_bytes=min(r.total_bytes for r in limits),
         available_bytes=min(r.available_bytes for r in limits),
@@ -159,9 +159,9 @@ class AvailableMemory:
         memory = psutil.virtual_memory()
         machine = MemoryLimit(int(memory.total), int(memory.available), int(memory.free))
         if self._now_s() < self._find_at_s:
-            rooms = [_read(group) for group in self._limited]
-            if None not in rooms:
-                return [machine, *(room for room in rooms if room is not None)]
+            limits = [_read(group) for group in self._limited]
+            if None not in limits:
+                return [machine, *(limit for limit in limits if limit is not None)]
         try:
             groups = groups_of(*((self._process / name).read_text() for name in ("cgroup", "mountinfo")))
         except OSError:

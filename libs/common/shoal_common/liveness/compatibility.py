@@ -19,7 +19,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.messages.liveness import LivenessRecord, ProcessIdentity
 
-log = StructuredLogger("company")
+log = StructuredLogger("compatibility")
 SNAPSHOT_TIMEOUT_S = 30.0
 DEAD_HOLDER_TIMEOUT_S = LIVE_TTL_S + 5.0
 """By then the key of a service that died elsewhere has expired."""
@@ -35,8 +35,8 @@ class IncompatibleService(msgspec.Struct, frozen=True):
     """Renewals of its key since it was first seen; from 1 on it is certainly alive."""
 
 
-class CompatibleLiveView(KvMirror):
-    """A view of `live` without services of another major version; those are in `others`, by key."""
+class CompatibleLiveMirror(KvMirror):
+    """A mirror of `live` without services of another major version; those are in `incompatible`, by key."""
 
     def __init__(self, version: str = VERSION, quiet: bool = False) -> None:
         super().__init__("live")
@@ -98,15 +98,15 @@ async def check_cluster_version(nats: Nats, node: str, service: str, version: st
     A dead service does not count: on this machine its pid tells, elsewhere its expired key. The key that this service
     is about to claim is not looked at.
     """
-    view, own_key = CompatibleLiveView(version, quiet=True), liveness_key(node, service)
-    following = asyncio.create_task(follow_forever(nats, view))
+    live, own_key = CompatibleLiveMirror(version, quiet=True), liveness_key(node, service)
+    following = asyncio.create_task(follow_forever(nats, live))
     try:
-        await view.wait_loaded(SNAPSHOT_TIMEOUT_S)
+        await live.wait_loaded(SNAPSHOT_TIMEOUT_S)
         host, waited, loop = host_id(), False, asyncio.get_running_loop()
         give_up_s = loop.time() + DEAD_HOLDER_TIMEOUT_S
         while True:
-            seen = view.revision
-            others = {k: o for k, o in view.incompatible.items() if k != own_key and not is_dead(o.holder, host)}
+            seen = live.revision
+            others = {k: o for k, o in live.incompatible.items() if k != own_key and not is_dead(o.holder, host)}
             if not others:
                 return
             deadline_passed = loop.time() >= give_up_s
@@ -121,7 +121,7 @@ async def check_cluster_version(nats: Nats, node: str, service: str, version: st
             waited = True
             try:
                 async with asyncio.timeout_at(give_up_s):
-                    await view.wait_revision(seen + 1)
+                    await live.wait_revision(seen + 1)
             except TimeoutError:
                 continue
     finally:

@@ -1,6 +1,6 @@
 """Liveness: a key with a TTL that states which process runs this service of this node, and facts about it.
 
-A service claims the key at startup. If another live process holds it, startup fails with `Claimed`, naming the
+A service claims the key at startup. If another live process holds it, startup fails with `AlreadyRunning`, naming the
 holder; a dead holder on this machine is recognized by its pid and start time, and replaced at once.
 """
 
@@ -54,8 +54,8 @@ class Liveness:
         self._live = LivenessRecord(holder=this_process(), version=VERSION, started_at_s=round(time.time(), 1))
         self._revision = 0
         self._renew_requested = asyncio.Event()
-        self._once_said: list[Callable[[], None]] = []
-        self._look: Callable[[], list[NodeAddress]] | None = None
+        self._after_publish: list[Callable[[], None]] = []
+        self._read_links: Callable[[], list[NodeAddress]] | None = None
 
     @property
     def uid(self) -> str:
@@ -79,14 +79,14 @@ class Liveness:
         )
 
     def track_addresses(self, read_links: Callable[[], list[NodeAddress]]) -> None:
-        """Read the addresses with `look` (in a thread) before each renewal, and publish them with it."""
-        self._look = read_links
+        """Read the addresses with `read_links` (in a thread) before each renewal, and publish them with it."""
+        self._read_links = read_links
 
     def publish_now(self, facts: NodeFacts | None, on_published: Callable[[], None]) -> None:
-        """Publish these facts at once, and call `then` when they are published."""
+        """Publish these facts at once, and call `on_published` when they are published."""
         if facts is not None:
             self.set_facts(facts)
-        self._once_said.append(on_published)
+        self._after_publish.append(on_published)
         self._renew_requested.set()
 
     def renew_now(self) -> None:
@@ -94,7 +94,7 @@ class Liveness:
         self._renew_requested.set()
 
     async def claim(self) -> None:
-        """Claim the key. Raises Claimed if another live process holds it.
+        """Claim the key. Raises AlreadyRunning if another live process holds it.
 
         A holder on this machine is checked by its pid at once. One on another machine gets its TTL: if it still
         renews the key after that, two machines use the same node id.
@@ -128,15 +128,15 @@ class Liveness:
             await asyncio.sleep(_CLAIM_POLL_S)
 
     async def renew_forever(self) -> None:
-        """Renew the key at every interval of the node. Raises Claimed if another process has taken it."""
+        """Renew the key at every interval of the node. Raises AlreadyRunning if another process has taken it."""
         while True:
             try:
                 async with asyncio.timeout(next_beat_in_s(self._node, time.monotonic())):
                     await self._renew_requested.wait()
             except TimeoutError:
                 pass
-            if self._look is not None:
-                links = await asyncio.to_thread(self._look)
+            if self._read_links is not None:
+                links = await asyncio.to_thread(self._read_links)
                 addresses = [link.address for link in non_loopback(links)]
                 self.set_facts(structs.replace(self.facts, links=links, addresses=addresses))
             self._renew_requested.clear()
@@ -149,8 +149,8 @@ class Liveness:
                 await self.claim()
             else:
                 self._revision = revision
-            while self._once_said:
-                self._once_said.pop(0)()
+            while self._after_publish:
+                self._after_publish.pop(0)()
 
     async def remove_key(self) -> None:
         """Remove the key at shutdown."""

@@ -24,18 +24,18 @@ class PeerFailureReporter:
     """Reports one service's failed connections to other nodes."""
 
     def __init__(self, nats: Nats, node: str) -> None:
-        self._nats, self._me = nats, node
-        self._said_s: dict[str, float] = {}
+        self._nats, self._node = nats, node
+        self._reported_s: dict[str, float] = {}
 
-    async def report(self, node: str, why: str) -> None:
+    async def report(self, node: str, reason: str) -> None:
         """Report that a connection to a node broke or was refused."""
         now_s = time.monotonic()
-        if node == self._me or now_s - self._said_s.get(node, -REPORT_INTERVAL_S) < REPORT_INTERVAL_S:
+        if node == self._node or now_s - self._reported_s.get(node, -REPORT_INTERVAL_S) < REPORT_INTERVAL_S:
             return
-        if len(self._said_s) >= _MAX_NODES:
-            self._said_s.clear()
-        self._said_s[node] = now_s
+        if len(self._reported_s) >= _MAX_NODES:
+            self._reported_s.clear()
+        self._reported_s[node] = now_s
         with suppress(NatsError):
             await self._nats.client.publish(
-                subjects.peer_lost(node), encode(PeerConnectionLost(reported_by=self._me, reason=why))
+                subjects.peer_lost(node), encode(PeerConnectionLost(reported_by=self._node, reason=reason))
             )

@@ -252,7 +252,7 @@ class SpaceCheck(WireStruct):
     """Free space of the disk."""
     headroom_bytes: int = 0
     """Part of the free space that Shoal leaves free."""
-    words: str = ""
+    message: str = ""
     """The same for people: `3.2 GB more needed, 0 B free`."""
     evicted: EvictionPlan | None = None
     """The eviction that this request caused, if any."""

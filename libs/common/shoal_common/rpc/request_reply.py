@@ -1,6 +1,6 @@
 """RPC between services: NATS micro endpoints, typed and concurrent.
 
-A call raises what the handler raised (same class, same message), NodeAway if nobody listens, and Expired when the
+A call raises what the handler raised (same class, same message), NodeDown if nobody listens, and Expired when the
 deadline passes.
 """
 
@@ -37,7 +37,7 @@ _MICRO_DEADLINE_S = 2.0
 
 
 class RpcClient:
-    """Calls other services. `patience_s` is how long to wait for one that is restarting before it counts as down."""
+    """Calls other services. `restart_wait_s`: how long to wait for one that restarts before it counts as down."""
 
     def __init__(self, nats: Nats) -> None:
         self._nats = nats
@@ -52,7 +52,7 @@ class RpcClient:
         deadline_s: float = RPC_TIMEOUT_S,
         restart_wait_s: float = 0.0,
     ) -> T:
-        """Call `service` on `node` and return its reply as `kind`."""
+        """Call `service` on `node` and return its reply as `reply_type`."""
         loop = asyncio.get_running_loop()
         patient_until_s = loop.time() + restart_wait_s
         give_up_s = loop.time() + max(deadline_s, restart_wait_s)
@@ -144,8 +144,8 @@ async def serve(
             await semaphore.acquire()
 
 
-async def _ping(question: Empty) -> Empty:
-    return question
+async def _ping(request: Empty) -> Empty:
+    return request
 
 
 async def _wait_uncancelled(*coroutines: Coroutine[Any, Any, None]) -> None:

@@ -1,6 +1,6 @@
 """Find and open a blob's file: a verified file on a volume (`verification_stamp.py`), else a file of a library.
 
-`adopted/blobs/ab/<sha256>` is a small JSON file, an `AdoptedBlob`: the absolute path of a file with this hash, and
+`libraries/blobs/ab/<sha256>` is a small JSON file, a `LibraryBlob`: the absolute path of a file with this hash, and
 its size, mtime and inode when it was hashed. The file counts as the blob only while all of them are unchanged. A file
 that has since become a link is not followed.
 """
@@ -25,7 +25,7 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class LibraryBlob(WireStruct):
-    """Where a library holds a blob: `adopted/blobs/ab/<sha256>`."""
+    """Where a library holds a blob: `libraries/blobs/ab/<sha256>`."""
 
     path: str
     size_bytes: int

@@ -24,7 +24,7 @@ class StorePaths:
         self.partials = root / "partial"
         self.manifests = root / "manifests"
         self.views = root / "views"
-        self.tombs = root / "tombs"
+        self.tombstones = root / "tombs"
         self.pins = root / "pins"
         self.uses = root / "uses"
         self.reservations = root / "reservations"

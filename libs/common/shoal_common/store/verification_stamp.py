@@ -18,13 +18,13 @@ _NS_PER_S = 1_000_000_000
 
 def has_stamp(sha256: str, status: os.stat_result) -> bool:
     """Return whether the file with this stat was verified under this name, and not written to since."""
-    return status.st_mtime_ns == _proof_ns(sha256, status)
+    return status.st_mtime_ns == _stamp_ns(sha256, status)
 
 
 def write_stamp(sha256: str, path: Path) -> bool:
     """Stamp a verified file. Returns False if the file system does not keep the stamp. Raises OSError."""
     status = path.lstat()
-    os.utime(path, ns=(status.st_atime_ns, _proof_ns(sha256, status)), follow_symlinks=False)
+    os.utime(path, ns=(status.st_atime_ns, _stamp_ns(sha256, status)), follow_symlinks=False)
     return has_stamp(sha256, path.lstat())
 
 
@@ -36,7 +36,7 @@ def clear_stamp(sha256: str, path: Path) -> None:
         os.utime(path, ns=(status.st_atime_ns, other_ns), follow_symlinks=False)
 
 
-def _proof_ns(sha256: str, status: os.stat_result) -> int:
+def _stamp_ns(sha256: str, status: os.stat_result) -> int:
     whole_s = status.st_mtime_ns // _NS_PER_S
     stamped = f"{sha256} {status.st_ino} {status.st_size} {whole_s}".encode()
     return whole_s * _NS_PER_S + int.from_bytes(hashlib.sha256(stamped).digest()[:8]) % _NS_PER_S

@@ -21,7 +21,7 @@ from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import HUB, SourceHealth
 from shoal_fetcher.sources.source_selection import FetchFromHub, choose_source, is_relayed
 from shoal_fetcher.storage_client import StorageClient
-from shoal_fetcher.swarm.context import Fetch, NodeFetchContext
+from shoal_fetcher.swarm.context import BlobFetchContext, NodeFetchContext
 from shoal_fetcher.swarm.swarm import Swarm
 
 log = StructuredLogger("fetch")
@@ -43,8 +43,8 @@ class _Arrival(msgspec.Struct):
 class BlobFetcher:
     """Fetches blobs for all downloads of this node; each blob once at a time."""
 
-    def __init__(self, shared: NodeFetchContext, layout: StorePaths, storage: StorageClient) -> None:
-        self._shared, self._layout, self._storage = shared, layout, storage
+    def __init__(self, node_context: NodeFetchContext, layout: StorePaths, storage: StorageClient) -> None:
+        self._node_context, self._layout, self._storage = node_context, layout, storage
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_BLOBS)
         self._arriving: dict[str, _Arrival] = {}
 
@@ -53,7 +53,7 @@ class BlobFetcher:
     ) -> str:
         """Make a blob present. Returns its sha256, which peers learn from the next update of `progress`.
 
-        `wanted`: only these leaves (a LeafSet) of a relayed blob. They are durable on return, and the blob stays
+        `wanted`: only these leaves (a leaf set) of a relayed blob. They are durable on return, and the blob stays
         partial unless it was complete already.
         """
         # Two downloads may share a blob: one fetches it while the other waits.
@@ -79,24 +79,26 @@ class BlobFetcher:
 
     def expected_source(self, manifest: Manifest, file: ManifestFile) -> str:
         """Return the source that a blob would come from now: `hub` or a node."""
-        shared = self._shared
-        holders = shared.cluster_view.holders(file.blob, manifest)
-        origin = shared.cluster_view.origin_of(file.blob)
-        choice = choose_source(file.blob, holders, origin, shared.node, SourceHealth(), shared.read_counts)
+        node_context = self._node_context
+        holders = node_context.cluster_view.holders(file.blob, manifest)
+        origin = node_context.cluster_view.origin_of(file.blob)
+        choice = choose_source(
+            file.blob, holders, origin, node_context.node, SourceHealth(), node_context.read_counts
+        )
         return HUB if isinstance(choice, FetchFromHub) else choice.node
 
     async def _fetch(
         self, manifest: Manifest, file: ManifestFile, progress: Progress, wanted: int | None
     ) -> CommittedBlob | None:
         """Return None if only some leaves were wanted, and they are present."""
-        setbacks, lost_count = SourceHealth(), 0
+        health, lost_count = SourceHealth(), 0
         while True:
             try:
                 if is_relayed(file.blob, file.size_bytes):
                     async with self._slot(progress):
-                        return await self._fetch_from_swarm(manifest, file, setbacks, progress, wanted)
+                        return await self._fetch_from_swarm(manifest, file, health, progress, wanted)
                 return await whole_blob.fetch(
-                    self._shared, self._layout, manifest, file, setbacks, progress, self._commit, self._slot
+                    self._node_context, self._layout, manifest, file, health, progress, self._commit, self._slot
                 )
             except LeafReadbackMismatch as e:
                 lost_count += 1
@@ -106,8 +108,8 @@ class BlobFetcher:
                     "leaves were not written correctly, fetching them again", path=file.path, reason=e.message
                 )
             except BlobHashMismatch as e:
-                # Bans whoever vouched for the blob; raises if that has happened before.
-                setbacks.record_failure(e, None)
+                # Bans the sources whose hashes were trusted; raises if that has happened before.
+                health.record_failure(e, None)
                 progress.record_source_failure(file.path)
                 log.warning("blob does not hash to its name, fetching it again", path=file.path, reason=e.message)
                 progress.set_waiting_for(e.message)
@@ -120,11 +122,11 @@ class BlobFetcher:
             yield
 
     async def _fetch_from_swarm(
-        self, manifest: Manifest, file: ManifestFile, setbacks: SourceHealth, progress: Progress, wanted: int | None
+        self, manifest: Manifest, file: ManifestFile, health: SourceHealth, progress: Progress, wanted: int | None
     ) -> CommittedBlob | None:
         await progress.publish_state(waiting_for="")
         began_s = time.monotonic()
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as stack:
             partial = PartialBlob(self._layout, file.blob, file.size_bytes)
             try:
                 async with partial:
@@ -132,22 +134,27 @@ class BlobFetcher:
                         time.monotonic() - began_s
                     )  # after a power cut the leaves were hashed again
                     leaves = partial.all_leaves if wanted is None else partial.all_leaves & wanted
-                    fetch = Fetch(self._shared, manifest, file, partial, setbacks, progress, leaves, lambda: None)
-                    root = await Swarm(fetch, held).run()
+                    fetch = BlobFetchContext(
+                        self._node_context, manifest, file, partial, health, progress, leaves, lambda: None
+                    )
+                    leaf_list_digest = await Swarm(fetch, stack).run()
             except BlobHashMismatch:
-                root, leaves = "", partial.all_leaves  # the commit hashes it too, reports the hash and discards it
+                leaf_list_digest, leaves = (
+                    "",
+                    partial.all_leaves,
+                )  # the commit hashes it too, reports the hash and discards it
             finally:
                 progress.set_durable_bytes(file.blob, partial.durable_bytes)
             if leaves != partial.all_leaves:
                 return None
-            committed = await self._commit(file, progress, root)
+            committed = await self._commit(file, progress, leaf_list_digest)
             # The origin lease is released only after that: the next holder checks `state` first.
-            progress.after_publish(held.pop_all())
+            progress.after_publish(stack.pop_all())
             return committed
 
-    async def _commit(self, file: ManifestFile, progress: Progress, root: str = "") -> CommittedBlob:
+    async def _commit(self, file: ManifestFile, progress: Progress, leaf_list_digest: str = "") -> CommittedBlob:
         try:
-            committed = await self._storage.commit(file.blob, root)
+            committed = await self._storage.commit(file.blob, leaf_list_digest)
         except BlobHashMismatch:
             progress.set_durable_bytes(file.blob, 0)  # storage has discarded all leaves
             raise

@@ -17,7 +17,7 @@ from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.partial_blob import probe_disk
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, in_vain_delay_s, look_again_s
+from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
 from shoal_fetcher.storage_client import StorageClient
 
 log = StructuredLogger("blocked")
@@ -37,7 +37,7 @@ class DiskFullWait:
         layout: StorePaths,
         clock_s: Callable[[], float] = cluster_clock.now_s,
     ) -> None:
-        self._progress, self._storage, self._around = progress, storage, cluster_view
+        self._progress, self._storage, self._cluster_view = progress, storage, cluster_view
         self._layout, self._clock_s = layout, clock_s
         # A restarted fetcher continues the same wait: its deadline must not move with each start.
         self._durable_bytes = progress.state.done_bytes if progress.state.blocked_since_s else -1
@@ -56,7 +56,7 @@ class DiskFullWait:
         await progress.publish_state(
             phase="blocked", waiting_for=disk_full.message, error=error, blocked_since_s=since_s
         )
-        await asyncio.sleep(in_vain_delay_s(self._futile_attempts))
+        await asyncio.sleep(futile_attempt_backoff_s(self._futile_attempts))
         attempt, reason = 0, disk_full.message
         while True:
             if self._clock_s() - since_s > MAX_BLOCKED_S:
@@ -65,7 +65,7 @@ class DiskFullWait:
                     f"({reason}); the partial download is kept: free some space and pull again",
                     **disk_full.details,
                 )
-            disk_before = self._around.disk_status()
+            disk_before = self._cluster_view.disk_status()
             try:
                 shortage = await self._shortage(model, disk_full)
                 if shortage is None:
@@ -76,19 +76,19 @@ class DiskFullWait:
                 log.warning("storage did not report its free space", model=model, reason=e.message)
             attempt += 1
             await asyncio.sleep(_MIN_INTERVAL_S)
-            await self._around.wait_disk_changed(disk_before, look_again_s(attempt))
+            await self._cluster_view.wait_disk_changed(disk_before, space_check_backoff_s(attempt))
         log.info("free space again, download resumes", model=model)
         progress.mark_progress()
 
     async def _shortage(self, model: str, disk_full: DiskFull) -> ErrorBody | None:
         """Return what still blocks the download; None if nothing is known to."""
-        room = await self._storage.check_space(model)
-        if not room.enough:
+        space = await self._storage.check_space(model)
+        if not space.enough:
             return DiskFull(
-                f"disk full: {room.words}; free some space and the download resumes",
-                lacking_bytes=room.lacking_bytes,
-                free_bytes=room.free_bytes,
-                headroom_bytes=room.headroom_bytes,
+                f"disk full: {space.message}; free some space and the download resumes",
+                lacking_bytes=space.lacking_bytes,
+                free_bytes=space.free_bytes,
+                headroom_bytes=space.headroom_bytes,
             ).body()
         if blob := disk_full.details.get("blob"):
             try:

@@ -55,9 +55,9 @@ class DownloadManager:
         self._context, self._tasks = context, tasks
         self._layout = StorePaths(context.config.store)
         self._hub = HubClient(HubSettings.read(context.environ), hub_http)
-        self._around, self._wishes = cluster_view, requests
+        self._cluster_view, self._requests = cluster_view, requests
         self._storage = StorageClient(context.rpc, context.node, cluster_view)
-        shared = NodeFetchContext(
+        node_context = NodeFetchContext(
             node=context.node,
             uid=context.liveness.uid,
             nats=context.nats,
@@ -74,55 +74,55 @@ class DownloadManager:
             rate_limits=rate_limits,
         )
         self._shapes = ModelShapes(self._hub, rate_limits.hub)
-        self._blobs = BlobFetcher(shared, self._layout, self._storage)
-        self._leaf_lists = shared.peers
+        self._blobs = BlobFetcher(node_context, self._layout, self._storage)
+        self._leaf_lists = node_context.peers
         self._running: dict[str, tuple[DownloadTask, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
 
     async def resume_pending(self) -> None:
         """At startup: resume requests that are not paused, and finish cancellations that were interrupted."""
-        states = self._around.own_downloads()
-        for name in self._wishes.names:
-            wish, state = self._wishes.get(name), states.get(name)
+        states = self._cluster_view.own_downloads()
+        for name in self._requests.names:
+            request, state = self._requests.get(name), states.get(name)
             has_ended = state is not None and state.phase in ENDED_PHASES
-            if wish is None:
+            if request is None:
                 continue
-            if state is not None and has_ended and (wish.paused or state.updated_at_s >= wish.requested_at_s):
+            if state is not None and has_ended and (request.paused or state.updated_at_s >= request.requested_at_s):
                 # Killed after the download ended, before its request was deleted: a rejected download is not retried.
-                await self._wishes.end(name, from_body(state.error) if state.error else state)
-            elif wish.paused:
+                await self._requests.end(name, from_body(state.error) if state.error else state)
+            elif request.paused:
                 if state is None or state.phase != "paused":
                     await self._publish_paused(name, state)
             else:
                 log.info("resuming download", model=name)
                 await self._start(ModelRef.parse(name))
         for name, state in states.items():
-            if state is not None and state.phase not in ENDED_PHASES and self._wishes.get(name) is None:
+            if state is not None and state.phase not in ENDED_PHASES and self._requests.get(name) is None:
                 log.info("finishing an interrupted cancellation", model=name)
                 self._tasks.create_task(self._finish_cancellation(name))
 
     async def _finish_cancellation(self, name: str) -> None:
         async with self._changing:
-            if self._wishes.get(name) is None:
+            if self._requests.get(name) is None:
                 with suppress(ShoalError):  # storage is down: the state stays for the next start
-                    await self._withdraw(name)
+                    await self._stop_download(name)
 
     async def republish_after_wipes(self) -> None:
         """Republish requests and download states each time NATS has lost its store."""
-        handled, wipes = 0, self._context.nats.store_losses
+        handled, store_wipes = 0, self._context.nats.store_wipes
         while True:
-            count = await wipes.wait_after(handled)
+            count = await store_wipes.wait_after(handled)
             with suppress(Unavailable):  # NATS is down again: retried after the next wipe
                 await self._republish()
                 handled = count
 
     async def _republish(self) -> None:
         async with self._changing:
-            await self._wishes.republish()
-            for name in self._wishes.names:
+            await self._requests.republish()
+            for name in self._requests.names:
                 if name in self._running:
                     await self._running[name][0].progress.publish()
-                elif self._wishes.is_paused(name):
+                elif self._requests.is_paused(name):
                     await self._publish_paused(name, None)
 
     async def download(self, command: downloads.DownloadCommand, identity: str) -> DownloadState:
@@ -131,15 +131,15 @@ class DownloadManager:
         layers = [list(check_layers(command.layers))] if command.layers else []
         name = str(ref)
         async with self._changing:
-            if self._wishes.get(name) is None and len(self._wishes.names) >= MAX_DOWNLOADS:
+            if self._requests.get(name) is None and len(self._requests.names) >= MAX_DOWNLOADS:
                 raise Busy(
                     f"{MAX_DOWNLOADS} downloads are running or paused on this node; wait for one, or cancel one"
                 )
-            if command.keep_paused and self._wishes.is_paused(name):
+            if command.keep_paused and self._requests.is_paused(name):
                 raise self._paused(name)
             stopped = await self._stop_if_insufficient(name, layers)
             try:
-                await self._wishes.request(name, identity, layers)
+                await self._requests.request(name, identity, layers)
             except ShoalError:  # NATS is down, the request was not stored: the stopped download continues
                 if stopped is not None:
                     await self._start(ref, stopped)
@@ -156,57 +156,59 @@ class DownloadManager:
             return None
         return download if await download.stop(running) else None
 
-    async def _start(self, ref: ModelRef, instead_of: DownloadTask | None = None) -> DownloadTask:
-        """Run the request for a model. `instead_of` is a stopped download: the new task takes over its state and
+    async def _start(self, ref: ModelRef, replaces: DownloadTask | None = None) -> DownloadTask:
+        """Run the request for a model. `replaces` is a stopped download: the new task takes over its state and
         callers.
         """
         name = str(ref)
         if name in self._running:
             return self._running[name][0]
-        before = instead_of.progress.state if instead_of else await self._state_of(name)
-        wish = self._wishes.get(name)
+        before = replaces.progress.state if replaces else await self._state_of(name)
+        request = self._requests.get(name)
         download = DownloadTask(
             ref=ref,
             node=self._context.node,
             layout=self._layout,
             buckets=self._context.buckets,
-            ask=self._context.rpc,
+            rpc=self._context.rpc,
             events=self._context.events,
             storage=self._storage,
             hub=self._hub,
-            cluster_view=self._around,
+            cluster_view=self._cluster_view,
             blobs=self._blobs,
-            requests=self._wishes,
+            requests=self._requests,
             leaf_lists=self._leaf_lists,
-            layers=wish.layers if wish else [],
+            layers=request.layers if request else [],
             previous_state=before,
-            result=instead_of.result if instead_of else None,
-            is_needed_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, but=name),
+            result=replaces.result if replaces else None,
+            is_needed_elsewhere=lambda d: self._is_wanted(d.ref.repo, d.commit, except_name=name),
         )
         running = self._tasks.create_task(download.run())
         self._running[name] = (download, running)
         running.add_done_callback(lambda _: self._running.pop(name, None))
         return download
 
-    def _is_wanted(self, repo: str, commit: str, but: str) -> bool:
+    def _is_wanted(self, repo: str, commit: str, except_name: str) -> bool:
         """Return whether another request is for this commit: `main` and a tag may be the same bytes."""
-        commits = {name: state.commit for name, state in self._around.own_downloads().items() if state is not None}
+        commits = {
+            name: state.commit for name, state in self._cluster_view.own_downloads().items() if state is not None
+        }
         commits |= {name: download.commit for name, (download, _) in self._running.items()}
-        others = (name for name in self._wishes.names if name != but)
+        others = (name for name in self._requests.names if name != except_name)
         return any((ModelRef.parse(name).repo, commits.get(name)) == (repo, commit) for name in others)
 
     async def pause(self, command: downloads.PauseDownload, _: str) -> dict[str, object]:
         """Stop downloads and keep their bytes. Returns the resulting phase of each; never an error (I5)."""
-        return await self._each(command.model, self._pause)
+        return await self._change_each(command.model, self._pause)
 
     async def resume(self, command: downloads.ResumeDownload, _: str) -> dict[str, object]:
         """Resume paused downloads. Returns the resulting phase of each; never an error (I5)."""
-        return await self._each(command.model, self._resume)
+        return await self._change_each(command.model, self._resume)
 
-    async def _each(self, model: str, change: Callable[[str], Awaitable[str]]) -> dict[str, object]:
+    async def _change_each(self, model: str, change: Callable[[str], Awaitable[str]]) -> dict[str, object]:
         names = [str(ModelRef.parse(model))] if model else None
         async with self._changing:
-            return {"models": {name: await change(name) for name in names or self._wishes.names}}
+            return {"models": {name: await change(name) for name in names or self._requests.names}}
 
     async def _pause(self, name: str) -> str:
         if name in self._running:
@@ -214,25 +216,25 @@ class DownloadManager:
             if not await download.stop(running):
                 return download.progress.state.phase
             try:
-                await self._wishes.pause(name, self._paused(name))
+                await self._requests.pause(name, self._paused(name))
             except ShoalError:  # NATS is down: the pause was not stored and would not survive a restart, so undo it
                 await self._start(ModelRef.parse(name), download)
                 raise
             await download.publish_paused(self._paused(name))
             await self._context.events.emit("download_paused", model=name)
-        elif self._wishes.get(name) is None:
+        elif self._requests.get(name) is None:
             return await self._phase_of(name)
-        elif self._wishes.is_paused(name):
+        elif self._requests.is_paused(name):
             return "was_paused"
         log.info("download paused", model=name)
         return "paused"
 
     async def _resume(self, name: str) -> str:
-        if self._wishes.get(name) is None:
+        if self._requests.get(name) is None:
             return await self._phase_of(name)
-        if not self._wishes.is_paused(name):
+        if not self._requests.is_paused(name):
             return "under_way"
-        await self._wishes.resume(name)
+        await self._requests.resume(name)
         await self._start(ModelRef.parse(name))
         log.info("download resumed", model=name)
         return "resumed"
@@ -255,38 +257,38 @@ class DownloadManager:
         """Cancel a download, or discard what a failed one left. Cancelling an unknown one is no error (I5)."""
         name = str(ModelRef.parse(command.model))
         async with self._changing:
-            was = await self._phase_of(name)
-            if self._wishes.get(name) is None and was in ("unknown", "ready"):
-                return {"cancelled": False, "was": was}
-            await self._withdraw(name)
-        return {"cancelled": True, "was": was}
+            previous_phase = await self._phase_of(name)
+            if self._requests.get(name) is None and previous_phase in ("unknown", "ready"):
+                return {"cancelled": False, "was": previous_phase}
+            await self._stop_download(name)
+        return {"cancelled": True, "was": previous_phase}
 
-    async def withdraw(self, question: StopDownloads) -> Empty:
+    async def stop_downloads(self, request: StopDownloads) -> Empty:
         """Stop and forget all downloads of a model that storage is about to delete."""
         async with self._changing:
-            states = self._around.own_downloads()
+            states = self._cluster_view.own_downloads()
             commits = {name: state.commit for name, state in states.items() if state is not None}
             commits |= {name: download.commit for name, (download, _) in self._running.items()}
-            for name in {*states, *self._wishes.names, *self._running}:
+            for name in {*states, *self._requests.names, *self._running}:
                 ref = ModelRef.parse(name)
-                if ref.repo == question.repo and question.revision in ("", ref.revision, commits.get(name)):
-                    await self._withdraw(name)
+                if ref.repo == request.repo and request.revision in ("", ref.revision, commits.get(name)):
+                    await self._stop_download(name)
         return Empty()
 
-    async def shape(self, question: GetModelShape) -> ModelSize:
+    async def shape(self, request: GetModelShape) -> ModelSize:
         """Return the size of each layer of a model that may be on no node."""
-        return await self._shapes.size_of(ModelRef.parse(question.model))
+        return await self._shapes.size_of(ModelRef.parse(request.model))
 
-    async def _withdraw(self, name: str) -> None:
+    async def _stop_download(self, name: str) -> None:
         if name in self._running:
             download, running = self._running[name]
             await download.cancel(running)
         else:
             state = await self._state_of(name)
-            await self._wishes.end(name, Cancelled(f"the download of {name} was cancelled"))
+            await self._requests.end(name, Cancelled(f"the download of {name} was cancelled"))
             if state is not None and state.commit:
                 repo = ModelRef.parse(name).repo
-                if not self._is_wanted(repo, state.commit, but=name):
+                if not self._is_wanted(repo, state.commit, except_name=name):
                     await self._storage.release(repo, state.commit, state.blobs)
             await self._context.buckets.state.delete(download_key(self._context.node, name))
         log.info("download cancelled", model=name)

@@ -61,10 +61,10 @@ class DownloadRequests:
         others = [c for c in request.commands if c != command]
         await self._put(structs.replace(request, paused=False, commands=[*others, command][-_MAX_COMMANDS:]))
 
-    async def pause(self, name: str, why: ShoalError) -> None:
-        """Pause the download; `why` is raised to the commands that wait for it."""
+    async def pause(self, name: str, error: ShoalError) -> None:
+        """Pause the download; `error` is raised to the commands that wait for it."""
         request = self._requests[name]
-        await self._answer(request, why)
+        await self._answer(request, error)
         await self._put(structs.replace(request, paused=True, commands=[]))
 
     async def resume(self, name: str) -> None:

@@ -61,17 +61,17 @@ async def sealed_lists(manifest: Manifest, cluster_view: ClusterView, lists: Lea
 
 
 async def _sealed_list(
-    manifest: Manifest, file: ManifestFile, around: ClusterView, lists: LeafListReader
+    manifest: Manifest, file: ManifestFile, cluster_view: ClusterView, lists: LeafListReader
 ) -> bytes | None:
-    for holding in around.holders(file.blob, manifest):
+    for holder in cluster_view.holders(file.blob, manifest):
         try:
-            hashes = await lists.leaf_list(holding.node, file.sha256, 0, leaf_list_size(file.size_bytes))
+            hashes = await lists.leaf_list(holder.node, file.sha256, 0, leaf_list_size(file.size_bytes))
         except ShoalError as e:
-            log.info("a node did not return its leaf list", peer=holding.node, path=file.path, reason=e.message)
+            log.info("a node did not return its leaf list", peer=holder.node, path=file.path, reason=e.message)
             continue
         if hash_leaf_list(hashes) == file.leaf_list_digest:
             return hashes
-        log.warning("a node returned a leaf list with the wrong digest", peer=holding.node, path=file.path)
+        log.warning("a node returned a leaf list with the wrong digest", peer=holder.node, path=file.path)
     return None
 
 
@@ -105,9 +105,9 @@ class ShardFetch:
             leaves |= await asyncio.to_thread(self._stage_leaves, files)
             await self._fetch_leaves(leaves)
             await self._progress.publish_state(phase="verifying", waiting_for="storage")
-            roots = {file.blob: file.leaf_list_digest for file in files}
+            leaf_list_digests = {file.blob: file.leaf_list_digest for file in files}
             try:
-                await self._storage.seal_shard(manifest, self._layers, leaves, roots)
+                await self._storage.seal_shard(manifest, self._layers, leaves, leaf_list_digests)
             except BlobHashMismatch as e:
                 if attempt == _MAX_ATTEMPTS:
                     raise

@@ -52,7 +52,7 @@ class DownloadTask:
         node: str,
         layout: StorePaths,
         buckets: Buckets,
-        ask: RpcClient,
+        rpc: RpcClient,
         events: EventEmitter,
         storage: StorageClient,
         hub: HubClient,
@@ -66,8 +66,8 @@ class DownloadTask:
         is_needed_elsewhere: Callable[[DownloadTask], bool],
     ) -> None:
         self.ref, self._node, self._layout = ref, node, layout
-        self._buckets, self._ask, self._events, self._storage, self._hub = buckets, ask, events, storage, hub
-        self._around, self._blobs, self._wishes, self._leaf_lists = cluster_view, blobs, requests, leaf_lists
+        self._buckets, self._rpc, self._events, self._storage, self._hub = buckets, rpc, events, storage, hub
+        self._cluster_view, self._blobs, self._requests, self._leaf_lists = cluster_view, blobs, requests, leaf_lists
         self.layers = layers
         """The layers whose tensors it fetches; empty: the whole model."""
         self._wanted_elsewhere = is_needed_elsewhere
@@ -88,7 +88,7 @@ class DownloadTask:
             structs.replace(state, phase="queued", resumed_bytes=0, layers=layers),
             self._emit_source_change,
         )
-        self._blockage = DiskFullWait(self.progress, storage, cluster_view, layout)
+        self._disk_full_wait = DiskFullWait(self.progress, storage, cluster_view, layout)
         self.result = result or asyncio.get_running_loop().create_future()
         self.result.add_done_callback(lambda f: f.cancelled() or f.exception())
 
@@ -125,10 +125,10 @@ class DownloadTask:
         await asyncio.wait({running})
         return not self.result.done()
 
-    async def publish_paused(self, why: Paused) -> None:
-        """Publish that a person paused it, and raise `why` to the callers that wait for it."""
+    async def publish_paused(self, error: Paused) -> None:
+        """Publish that a person paused it, and raise `error` to the callers that wait for it."""
         if not self.result.done():
-            self.result.set_exception(why)
+            self.result.set_exception(error)
         await self.progress.publish_state(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
 
     async def cancel(self, running: asyncio.Task[None]) -> None:
@@ -137,10 +137,10 @@ class DownloadTask:
         Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues here.
         """
         await self.stop(running)
-        why = Cancelled(f"the download of {self.ref} was cancelled")
+        error = Cancelled(f"the download of {self.ref} was cancelled")
         if not self.result.done():
-            self.result.set_exception(why)
-        await self._wishes.end(str(self.ref), why)
+            self.result.set_exception(error)
+        await self._requests.end(str(self.ref), error)
         await self._release()
         await self._buckets.state.delete(self._key)
 
@@ -148,7 +148,7 @@ class DownloadTask:
         body = error.body() if error else None
         await self.progress.publish_state(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
         # The request is done. If it were kept, a model lost later would be downloaded again unasked.
-        await self._wishes.end(str(self.ref), error or self.progress.state)
+        await self._requests.end(str(self.ref), error or self.progress.state)
         if not self.result.done():
             if error is None:
                 self.result.set_result(self.progress.state)
@@ -209,7 +209,7 @@ class DownloadTask:
                     raise
                 log.warning("reservation lost, reserving again", model=str(self.ref), reason=e.message)
             except DiskFull as e:
-                await self._blockage.wait_for_space(manifest.model, e)
+                await self._disk_full_wait.wait_for_space(manifest.model, e)
 
     async def _resolve(self) -> Manifest:
         """Return the manifest: from this node (even if incomplete), another that has the model, or the hub."""
@@ -227,9 +227,9 @@ class DownloadTask:
         raise AssertionError("the last attempt returns or raises")
 
     async def _peer_manifest(self) -> Manifest | None:
-        for node, model in self._around.nodes_holding(self.ref):
+        for node, model in self._cluster_view.nodes_holding(self.ref):
             try:
-                manifest = await self._ask("storage", node, "manifest", GetManifest(model=model), Manifest)
+                manifest = await self._rpc("storage", node, "manifest", GetManifest(model=model), Manifest)
             except ShoalError as e:
                 log.info("a node did not return its manifest", peer=node, reason=e.message)
                 continue
@@ -242,9 +242,9 @@ class DownloadTask:
         """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
         if not is_commit(self.ref.revision):
             return None  # only others know which commit a branch names now
-        question = GetManifest(model=str(self.ref), include_incomplete=True)
+        request = GetManifest(model=str(self.ref), include_incomplete=True)
         try:
-            manifest = await self._ask("storage", self._node, "manifest", question, Manifest)
+            manifest = await self._rpc("storage", self._node, "manifest", request, Manifest)
         except ShoalError as e:
             log.debug("no manifest on this node", model=str(self.ref), reason=e.message)
             return None
@@ -286,7 +286,7 @@ class DownloadTask:
         """Fetch the leaves that the layers need. Returns False if no leaf lists are available or the whole model is
         present: then all of it is fetched.
         """
-        lists = await sealed_lists(manifest, self._around, self._leaf_lists)
+        lists = await sealed_lists(manifest, self._cluster_view, self._leaf_lists)
         if lists is not None:
             await self.progress.publish_state(commit=manifest.commit, error=None)
 

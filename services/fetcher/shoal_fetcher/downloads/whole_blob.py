@@ -35,36 +35,36 @@ Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
 
 
 async def fetch(
-    shared: NodeFetchContext,
+    node_context: NodeFetchContext,
     layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
-    setbacks: SourceHealth,
+    health: SourceHealth,
     progress: Progress,
     commit: Commit,
     turn: Turn,
 ) -> CommittedBlob:
     """Make a small blob present. Raises BlobHashMismatch, and errors that no other source can help."""
-    around = shared.cluster_view
+    cluster_view = node_context.cluster_view
     while True:
         if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
-            reason = setbacks.last_error.message if setbacks.last_error else progress.state.waiting_for
+            reason = health.last_error.message if health.last_error else progress.state.waiting_for
             raise Unavailable(
                 f"no progress on {file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
             )
-        version = around.version()
-        holders = around.holders(file.blob, manifest)
+        version = cluster_view.version()
+        holders = cluster_view.holders(file.blob, manifest)
         choice = choose_source(
-            file.blob, holders, around.origin_of(file.blob), shared.node, setbacks, shared.read_counts
+            file.blob, holders, cluster_view.origin_of(file.blob), node_context.node, health, node_context.read_counts
         )
         if isinstance(choice, WaitForOrigin):
             await progress.publish_state(waiting_for=f"origin {choice.node}")
             # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
             progress.mark_progress()
-            await around.wait_changed(version, _POLL_INTERVAL_S)
+            await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
             continue
-        if isinstance(choice, FetchFromHub) and setbacks.askable(around.holders_restarting(file.blob, manifest)):
-            await around.wait_changed(version, _STARTING_INTERVAL_S)
+        if isinstance(choice, FetchFromHub) and health.askable(cluster_view.holders_restarting(file.blob, manifest)):
+            await cluster_view.wait_changed(version, _STARTING_INTERVAL_S)
             continue
         peer = choice.node if isinstance(choice, FetchFromPeer) else None
         try:
@@ -72,29 +72,29 @@ async def fetch(
                 await progress.publish_state(waiting_for="")
                 if isinstance(choice, FetchFromPeer):
                     reader = node_reader(
-                        shared.peers,
+                        node_context.peers,
                         choice.node,
                         choice.sha256,
                         file.size_bytes,
-                        progress.limiter_for(shared.rate_limits.for_peer(choice.node)),
+                        progress.limiter_for(node_context.rate_limits.for_peer(choice.node)),
                     )
-                    shared.read_counts[choice.node] += 1
+                    node_context.read_counts[choice.node] += 1
                     try:
-                        await _read(choice.node, layout, file, reader, setbacks, progress)
+                        await _read(choice.node, layout, file, reader, health, progress)
                     finally:
-                        shared.read_counts[choice.node] -= 1
+                        node_context.read_counts[choice.node] -= 1
                     return await commit(file, progress)
-                committed = await _as_origin(shared, layout, manifest, file, setbacks, progress, commit)
+                committed = await _as_origin(node_context, layout, manifest, file, health, progress, commit)
             if committed is not None:
                 return committed
-            await around.wait_changed(version, _POLL_INTERVAL_S)
+            await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
         except BlobHashMismatch:
             raise
         except ShoalError as e:
             progress.record_source_failure(file.path, peer or HUB)
             if was_timeout(e):
                 progress.record_switch(peer or HUB)
-            delay_s = setbacks.record_failure(e, peer, has_peer=bool(setbacks.not_banned(holders)))
+            delay_s = health.record_failure(e, peer, has_peer=bool(health.not_banned(holders)))
             log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
             await progress.publish_state(waiting_for=e.message)
             await asyncio.sleep(delay_s)
@@ -103,33 +103,33 @@ async def fetch(
 
 
 async def _as_origin(
-    shared: NodeFetchContext,
+    node_context: NodeFetchContext,
     layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
-    setbacks: SourceHealth,
+    health: SourceHealth,
     progress: Progress,
     commit: Commit,
 ) -> CommittedBlob | None:
     """Read the blob from the hub for all nodes. Returns None if another node is the origin or has just finished."""
-    lease = await acquire(shared.buckets.lease, origin_key(file.blob), shared.node, shared.uid)
+    lease = await acquire(node_context.buckets.lease, origin_key(file.blob), node_context.node, node_context.uid)
     if lease is None:
         return None
-    async with AsyncExitStack() as held:
-        await held.enter_async_context(hold(lease))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(hold(lease))
         # The last origin may have finished between our check and our lease (I9).
-        await shared.cluster_view.wait_caught_up()
-        if setbacks.askable(shared.cluster_view.holders(file.blob, manifest)):
+        await node_context.cluster_view.wait_caught_up()
+        if health.askable(node_context.cluster_view.holders(file.blob, manifest)):
             return None
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
-            return shared.hub.read(manifest, file, start, end)
+            return node_context.hub.read(manifest, file, start, end)
 
-        reader = hub_reader(read, progress.limiter_for(shared.rate_limits.hub))
-        await _while_held(lease, file, _read(HUB, layout, file, reader, setbacks, progress))
+        reader = hub_reader(read, progress.limiter_for(node_context.rate_limits.hub))
+        await _while_held(lease, file, _read(HUB, layout, file, reader, health, progress))
         committed = await commit(file, progress)
         # The lease is released only after that: the next holder checks `state` first.
-        progress.after_publish(held.pop_all())
+        progress.after_publish(stack.pop_all())
         return committed
 
 
@@ -149,15 +149,15 @@ async def _while_held(lease: ClusterLease, file: ManifestFile, work: Awaitable[N
 
 
 async def _read(
-    source: str, layout: StorePaths, file: ManifestFile, reader: HubReader, setbacks: SourceHealth, progress: Progress
+    source: str, layout: StorePaths, file: ManifestFile, reader: HubReader, health: SourceHealth, progress: Progress
 ) -> None:
     partial = PartialBlob(layout, file.blob, file.size_bytes)
     try:
         async with partial:
-            if partial.written and not setbacks.vouchers:
-                setbacks.vouchers.add(UNKNOWN_SOURCE)
+            if partial.written and not health.trusted_sources:
+                health.trusted_sources.add(UNKNOWN_SOURCE)
             if partial.written != partial.all_leaves:
-                setbacks.vouchers.add(source)
+                health.trusted_sources.add(source)
 
             async def on_bytes(count: int) -> None:
                 progress.record_received(source, count, file.path)

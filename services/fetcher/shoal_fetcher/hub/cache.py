@@ -37,12 +37,12 @@ class HubBackoff:
         """Record the hub's Retry-After."""
         self._until_s = max(self._until_s, self._clock_s() + limited.retry_after_s)
 
-    def check(self, who: str) -> None:
+    def check(self, source: str) -> None:
         """Raise RateLimited, with the seconds left, if it is too early."""
         left_s = self._until_s - self._clock_s()
         if left_s > 0:
             raise RateLimited(
-                f"{who} limits our requests: retry in {max(left_s, 1):.0f} s (HTTP 429)", retry_after_s=left_s
+                f"{source} limits our requests: retry in {max(left_s, 1):.0f} s (HTTP 429)", retry_after_s=left_s
             )
 
 
@@ -50,20 +50,20 @@ class ListingCache:
     """LRU cache of the files of commits."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], list[ManifestFile]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], list[ManifestFile]] = OrderedDict()
 
     def get(self, repo: str, commit: str) -> list[ManifestFile] | None:
         """Return the files of a commit, or None if they are not cached."""
-        files = self._kept.get((repo, commit))
+        files = self._entries.get((repo, commit))
         if files is not None:
-            self._kept.move_to_end((repo, commit))
+            self._entries.move_to_end((repo, commit))
         return files
 
     def put(self, repo: str, commit: str, files: list[ManifestFile]) -> None:
         """Cache the files of a commit."""
-        self._kept[repo, commit] = files
-        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MAX_CACHED_FILES:
-            self._kept.popitem(last=False)
+        self._entries[repo, commit] = files
+        while len(self._entries) > 1 and sum(map(len, self._entries.values())) > MAX_CACHED_FILES:
+            self._entries.popitem(last=False)
 
 
 class ETagCache:
@@ -71,12 +71,12 @@ class ETagCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, httpx2.Response] = OrderedDict()
+        self._responses: OrderedDict[str, httpx2.Response] = OrderedDict()
 
     def add_etag(self, request: httpx2.Request) -> None:
         """Add If-None-Match if an answer is cached."""
         with self._lock:
-            known = self._kept.get(str(request.url))
+            known = self._responses.get(str(request.url))
         if known is not None:
             request.headers["If-None-Match"] = known.headers["ETag"]
 
@@ -84,38 +84,38 @@ class ETagCache:
         """Return the cached answer for a 304, else the response, which is cached. Its body has been read."""
         address = str(request.url)
         with self._lock:
-            if response.status_code == 304 and address in self._kept:
-                self._kept.move_to_end(address)
-                return _copy(self._kept[address], request)
+            if response.status_code == 304 and address in self._responses:
+                self._responses.move_to_end(address)
+                return _copy(self._responses[address], request)
             if response.status_code == 200 and response.headers.get("ETag"):
-                self._kept[address] = _copy(response, request)
-                self._kept.move_to_end(address)
-            while sum(len(r.content) for r in self._kept.values()) > MAX_CACHED_ANSWER_BYTES:
-                self._kept.popitem(last=False)
+                self._responses[address] = _copy(response, request)
+                self._responses.move_to_end(address)
+            while sum(len(r.content) for r in self._responses.values()) > MAX_CACHED_ANSWER_BYTES:
+                self._responses.popitem(last=False)
         return response
 
 
-def _copy(of: httpx2.Response, request: httpx2.Request) -> httpx2.Response:
+def _copy(response: httpx2.Response, request: httpx2.Request) -> httpx2.Response:
     # The content is decoded already, so the headers must not say how it was encoded.
-    headers = {k: v for k, v in of.headers.items() if k.lower() not in ("content-encoding", "content-length")}
-    return httpx2.Response(of.status_code, headers=headers, content=of.content, request=request)
+    headers = {k: v for k, v in response.headers.items() if k.lower() not in ("content-encoding", "content-length")}
+    return httpx2.Response(response.status_code, headers=headers, content=response.content, request=request)
 
 
 class SingleFlight(Generic[T]):
     """Runs equal concurrent work once and shares the result."""
 
     def __init__(self) -> None:
-        self._doing: dict[Hashable, asyncio.Task[T]] = {}
+        self._running: dict[Hashable, asyncio.Task[T]] = {}
 
-    async def __call__(self, key: Hashable, do: Callable[[], Awaitable[T]]) -> T:
-        """Return what `do` returns, started now or by an earlier caller. A cancelled caller affects no other."""
-        if key not in self._doing:
-            task = asyncio.ensure_future(do())
-            self._doing[key] = task
+    async def __call__(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
+        """Return what `work` returns, started now or by an earlier caller. A cancelled caller affects no other."""
+        if key not in self._running:
+            task = asyncio.ensure_future(work())
+            self._running[key] = task
             task.add_done_callback(lambda t: self._ended(key, t))
-        return await asyncio.shield(self._doing[key])
+        return await asyncio.shield(self._running[key])
 
     def _ended(self, key: Hashable, task: asyncio.Task[T]) -> None:
-        del self._doing[key]
+        del self._running[key]
         if not task.cancelled():
             task.exception()  # mark it as retrieved: maybe nobody waits any more

@@ -65,16 +65,16 @@ class _ListingClient(httpx2.Client):
     Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
     """
 
-    def __init__(self, source: HttpSource, hold: HubBackoff, answers: ETagCache) -> None:
+    def __init__(self, source: HttpSource, backoff: HubBackoff, answers: ETagCache) -> None:
         super().__init__(
             follow_redirects=True,
             timeout=httpx2.Timeout(range_reader.SILENCE_TIMEOUT_S, connect=range_reader.CONNECT_TIMEOUT_S),
         )
-        self._source, self._hold, self._answers = source, hold, answers
+        self._source, self._backoff, self._answers = source, backoff, answers
 
     def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
         """Send a request, unless the hub has asked us to wait."""
-        self._hold.check(self._source.name)
+        self._backoff.check(self._source.name)
         if "/revision/" in request.url.path:
             self._answers.add_etag(request)
         try:
@@ -86,7 +86,7 @@ class _ListingClient(httpx2.Client):
             try:
                 range_reader.raise_for_status(response.status_code, response.headers, self._source)
             except RateLimited as e:
-                self._hold.record(e)
+                self._backoff.record(e)
                 raise
         return self._answers.resolve(request, response) if "/revision/" in request.url.path else response
 
@@ -98,10 +98,10 @@ class HubClient:
         self._settings, self._client = settings, client
         self._source = hub_source(settings.endpoint)
         self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
-        self._hold, self._listings, answers = HubBackoff(), ListingCache(), ETagCache()
+        self._backoff, self._listings, answers = HubBackoff(), ListingCache(), ETagCache()
         self._commits, self._trees = SingleFlight[str](), SingleFlight[list[ManifestFile]]()
         # huggingface_hub has one client per process, and a fetcher has one hub.
-        set_client_factory(lambda: _ListingClient(self._source, self._hold, answers))
+        set_client_factory(lambda: _ListingClient(self._source, self._backoff, answers))
 
     @property
     def offline(self) -> bool:
@@ -155,7 +155,7 @@ class HubClient:
             raise HubUnavailable(f"no live node has {file.path} and HF_HUB_OFFLINE forbids asking the hub: unset it")
         url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
-        self._hold.check(self._source.name)
+        self._backoff.check(self._source.name)
         return self._recording_limits(read_range(self._client, url, headers, start, end, self._source))
 
     @asynccontextmanager
@@ -164,7 +164,7 @@ class HubClient:
             async with reading as body:
                 yield body
         except RateLimited as e:
-            self._hold.record(e)
+            self._backoff.record(e)
             raise
 
 
@@ -198,33 +198,33 @@ def check_listing(ref: ModelRef, files: list[ManifestFile]) -> None:
 
 def map_hub_error(error: Exception, ref: ModelRef, source: HttpSource, has_token: bool) -> ShoalError:
     """Return an error of huggingface_hub as one of ours."""
-    who = source.name
+    name = source.name
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, BadName):
-        return BadName(f"{who} lists an unsafe name in {ref}: {error.message}")
+        return BadName(f"{name} lists an unsafe name in {ref}: {error.message}")
     if isinstance(error, ShoalError):
         return error
     if isinstance(error, GatedRepoError):
-        return Denied(f"{ref} is gated on {who}: accept its terms there, then set HF_TOKEN to your token")
+        return Denied(f"{ref} is gated on {name}: accept its terms there, then set HF_TOKEN to your token")
     if isinstance(error, RevisionNotFoundError):
-        return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {who}: check the name after the @")
+        return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {name}: check the name after the @")
     if status == 401 or (isinstance(error, HfHubHTTPError) and status == 403):
         hint = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
-        return Denied(f"{ref.repo} on {who} does not exist or needs a token (HTTP {status}): check the name; {hint}")
+        return Denied(f"{ref.repo} on {name} does not exist or needs a token (HTTP {status}): check the name; {hint}")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return NotFound(f"{ref.repo} is not on {who}: check the name (org/name)")
+        return NotFound(f"{ref.repo} is not on {name}: check the name (org/name)")
     if status == 429 and response is not None:
         wait_s = retry_after_s(response.headers)
-        return RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+        return RateLimited(f"{name} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailable(f"{ref} is not on this node and HF_HUB_OFFLINE forbids asking the hub: unset it")
     if isinstance(error, HFValidationError):
         return BadName(f"{ref} is not a name that huggingface_hub accepts: {error}")
     if isinstance(error, HfHubHTTPError):
-        return HubUnavailable(f"{who} sent HTTP {status} for {ref}; try again later")
+        return HubUnavailable(f"{name} sent HTTP {status} for {ref}; try again later")
     if isinstance(error, OSError | httpx2.HTTPError):
-        return HubUnavailable(f"{who} is unreachable for {ref}: {error or type(error).__name__}; check HF_ENDPOINT")
+        return HubUnavailable(f"{name} is unreachable for {ref}: {error or type(error).__name__}; check HF_ENDPOINT")
     return HubUnavailable(
-        f"{who} sent an invalid listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
+        f"{name} sent an invalid listing of {ref} ({type(error).__name__}: {error}); check HF_ENDPOINT"
     )

@@ -33,23 +33,23 @@ class ModelShapes:
     """LRU cache of shapes by commit, whose shape never changes."""
 
     def __init__(self, hub: HubClient, limiter: RateLimiter) -> None:
-        self._hub, self._pace = hub, limiter
-        self._kept: OrderedDict[str, ModelShape] = OrderedDict()
-        self._once = SingleFlight[ModelShape]()
+        self._hub, self._limiter = hub, limiter
+        self._shapes: OrderedDict[str, ModelShape] = OrderedDict()
+        self._single_flight = SingleFlight[ModelShape]()
 
     async def size_of(self, ref: ModelRef) -> ModelSize:
         """Return the size of a model's layers. Raises Unsupported, Corrupt, Expired, and what listing it raises."""
         manifest = await self._hub.resolve(ref)
-        shape = self._kept.get(manifest.model)
+        shape = self._shapes.get(manifest.model)
         if shape is None:
-            shape = await self._once(manifest.model, lambda: self._in_time(manifest))
-        self._kept[manifest.model] = shape
-        self._kept.move_to_end(manifest.model)
-        while len(self._kept) > _MAX_CACHED:
-            self._kept.popitem(last=False)
+            shape = await self._single_flight(manifest.model, lambda: self._read_with_timeout(manifest))
+        self._shapes[manifest.model] = shape
+        self._shapes.move_to_end(manifest.model)
+        while len(self._shapes) > _MAX_CACHED:
+            self._shapes.popitem(last=False)
         return ModelSize(model=manifest.model, size_bytes=manifest.size_bytes, shape=shape)
 
-    async def _in_time(self, manifest: Manifest) -> ModelShape:
+    async def _read_with_timeout(self, manifest: Manifest) -> ModelShape:
         try:
             async with asyncio.timeout(SHAPE_DEADLINE_S):
                 return await self._read(manifest)
@@ -107,7 +107,7 @@ class ModelShapes:
         async with self._hub.read(manifest, file, start, end) as body:
             skip = start - body.offset  # a server that ignores Range sends from 0
             async for chunk in body.chunks:
-                await self._pace.acquire(len(chunk))
+                await self._limiter.acquire(len(chunk))
                 received += chunk
                 if len(received) >= skip + end - start:
                     break

@@ -85,28 +85,28 @@ async def read_range(
 
 def raise_for_status(status: int, headers: Mapping[str, str], source: HttpSource) -> None:
     """Raise the error that a status stands for; none for 200 and 206."""
-    who = source.name
+    name = source.name
     if status in (200, 206):
         return
     if headers.get("x-error-code") == "GatedRepo":
         raise Denied(
-            f"this model is gated on {who}: accept its terms there, then set {source.credential_setting} to your "
+            f"this model is gated on {name}: accept its terms there, then set {source.credential_setting} to your "
             "token"
         )
     if status in (401, 403):
         raise Denied(
-            f"{who} refused the credentials (HTTP {status}): set {source.credential_setting} to one that may read it"
+            f"{name} refused the credentials (HTTP {status}): set {source.credential_setting} to one that may read it"
         )
     if status == 404:
-        raise NotFound(f"{who} does not have it (HTTP 404)")
+        raise NotFound(f"{name} does not have it (HTTP 404)")
     if status == 416:
-        raise Corrupt(f"{who} has another size of this file than its listing says (HTTP 416)")
+        raise Corrupt(f"{name} has another size of this file than its listing says (HTTP 416)")
     if status == 429:
         wait_s = retry_after_s(headers)
-        raise RateLimited(f"{who} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
+        raise RateLimited(f"{name} limits our requests: retry in {wait_s:.0f} s (HTTP 429)", retry_after_s=wait_s)
     if status >= 500:
-        raise source.unavailable_error(f"{who} has an internal error (HTTP {status}); try again later")
-    raise InternalError(f"{who} sent an unexpected status, HTTP {status}")
+        raise source.unavailable_error(f"{name} has an internal error (HTTP {status}); try again later")
+    raise InternalError(f"{name} sent an unexpected status, HTTP {status}")
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:

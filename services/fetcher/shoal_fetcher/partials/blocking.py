@@ -19,7 +19,7 @@ Separate from the loop's own threads, which may all wait for an fsync.
 """
 
 
-async def to_its_end(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_default_executor(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run blocking work in a thread, and return only when it has ended, even if cancelled.
 
     The file is closed afterwards: a thread that still wrote would write into whatever has its descriptor then.

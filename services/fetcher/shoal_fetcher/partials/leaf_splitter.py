@@ -12,7 +12,7 @@ class LeafSplitter:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._leaf, self._held = 0, bytearray()
+        self._leaf, self._buffer = 0, bytearray()
 
     @property
     def leaf(self) -> int:
@@ -23,21 +23,21 @@ class LeafSplitter:
         """Continue at this offset, a leaf boundary. Bytes of an unfinished leaf are dropped."""
         assert offset % LEAF_BYTES == 0
         self._leaf = offset // LEAF_BYTES
-        self._held.clear()
+        self._buffer.clear()
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Add the next bytes; yield each leaf they complete, with its number."""
-        self._held += data
-        while self._held and self._leaf < leaf_count(self.size_bytes):
+        self._buffer += data
+        while self._buffer and self._leaf < leaf_count(self.size_bytes):
             size = min(LEAF_BYTES, self.size_bytes - self._leaf * LEAF_BYTES)
-            if len(self._held) < size:
+            if len(self._buffer) < size:
                 return
-            whole = bytes(self._held[:size])
-            del self._held[:size]
+            leaf_data = bytes(self._buffer[:size])
+            del self._buffer[:size]
             self._leaf += 1
-            yield self._leaf - 1, whole
+            yield self._leaf - 1, leaf_data
 
     @property
     def has_excess(self) -> bool:
         """Whether the source sends more bytes than the blob has."""
-        return bool(self._held) and self._leaf >= leaf_count(self.size_bytes)
+        return bool(self._buffer) and self._leaf >= leaf_count(self.size_bytes)

@@ -27,7 +27,7 @@ from shoal_fetcher.partials.bitmap_file import (
     read_bitmap,
     relayable_leaves,
 )
-from shoal_fetcher.partials.blocking import run_blocking, to_its_end
+from shoal_fetcher.partials.blocking import run_blocking, run_in_default_executor
 
 log = StructuredLogger("partial")
 CHECKPOINT_LEAVES = 16
@@ -41,7 +41,7 @@ _CHECK_LEAVES = 64
 class PartialBlob:
     """An open partial blob. Leaving `async with` makes what has arrived durable, also after an error.
 
-    Sets of leaves are ints (LeafSet). Raises DiskFull if the disk is full; durable leaves stay durable.
+    Sets of leaves are ints (`leaf_set.py`). Raises DiskFull if the disk is full; durable leaves stay durable.
     """
 
     def __init__(self, layout: StorePaths, blob: str, size_bytes: int) -> None:
@@ -57,7 +57,7 @@ class PartialBlob:
         """Leaves whose hash is known."""
         self.on_change: Callable[[], None] = lambda: None
         """Called in the loop when leaves have become durable, or could not."""
-        self._durable = self._fresh = self._trusting = 0
+        self._durable = self._unsynced = self._trusting = 0
         self._list = bytearray(leaf_list_size(size_bytes))
         self._bits_lock = threading.Lock()
         self._fd = self._have_fd = self._list_fd = -1
@@ -69,10 +69,10 @@ class PartialBlob:
 
     async def __aenter__(self) -> PartialBlob:
         try:
-            doubtful, only_ready = await to_its_end(self._open)
-            await self._check(doubtful, rewrite=0)
+            unverified, only_ready = await run_in_default_executor(self._open)
+            await self._check(unverified, rewrite=0)
             await self._check(only_ready, rewrite=only_ready)
-            await to_its_end(self._write_ready_file)
+            await run_in_default_executor(self._write_ready_file)
         except BaseException:
             self._close()
             raise
@@ -95,8 +95,8 @@ class PartialBlob:
         self.relayable = durable & ready & self.with_known_hash
         self.written = durable | ready
         # After another boot: a disk that lied may have lost what was durable, and nobody has checked since.
-        doubtful = durable & self.with_known_hash & ~self.relayable
-        return doubtful, ready & ~durable
+        unverified = durable & self.with_known_hash & ~self.relayable
+        return unverified, ready & ~durable
 
     def _open_list(self) -> int:
         path = self._directory / "leaves"
@@ -116,7 +116,7 @@ class PartialBlob:
         return os.open(path, os.O_RDWR)
 
     def _write_ready_file(self) -> None:
-        """Write `ready` anew, with the leaves that are verified and no others."""
+        """Write `ready` again, with the leaves that are verified and no others."""
         with _map_disk_full(self._directory), self._bits_lock:
             if self._ready_file is not None:
                 self._ready_file.close()
@@ -191,14 +191,14 @@ class PartialBlob:
                 self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = hash_of_leaf
                 learned |= 1 << leaf
         if learned:
-            await to_its_end(self._write_list, learned)
+            await run_in_default_executor(self._write_list, learned)
             self.with_known_hash |= learned
             await self._check(learned & self.written & ~self.relayable)
         return learned
 
     async def apply_sealed_list(self, hashes: bytes) -> int:
         """Take a sealed list. Returns the leaves whose known hash it contradicts; present ones are discarded."""
-        differing = await to_its_end(self._replace_list, hashes)
+        differing = await run_in_default_executor(self._replace_list, hashes)
         await self._discard(differing & self.written)
         await self._check(self.written & ~self.relayable)
         return differing
@@ -221,7 +221,7 @@ class PartialBlob:
 
     # Leaves
 
-    async def write(self, leaf: int, data: bytes | bytearray | memoryview, vouch: bool = False) -> bool:
+    async def write(self, leaf: int, data: bytes | bytearray | memoryview, trust_hash: bool = False) -> bool:
         """Verify a leaf, write it and make it available to peers. Returns False if it does not match the list.
 
         `trust_hash`: where the list has no hash yet, trust this leaf's. Raises DiskFull or OSError, also for earlier
@@ -231,7 +231,7 @@ class PartialBlob:
         assert len(data) == self.leaf_bytes(leaf)
         expected = self.hash_of(leaf) if self.with_known_hash >> leaf & 1 else None
         if expected is None:
-            assert vouch, f"the hash of leaf {leaf} is unknown"
+            assert trust_hash, f"the hash of leaf {leaf} is unknown"
             self._trusting |= 1 << leaf
         try:
             return await run_blocking(self._verify_and_write, leaf, data, expected)
@@ -260,8 +260,8 @@ class PartialBlob:
                 self.with_known_hash |= bit
                 self.written |= bit
                 self.relayable |= bit
-                self._fresh |= bit
-                fresh_count = self._fresh.bit_count()
+                self._unsynced |= bit
+                fresh_count = self._unsynced.bit_count()
         self._loop.call_soon_threadsafe(self._leaf_written.set)
         if fresh_count >= CHECKPOINT_LEAVES:
             self._loop.call_soon_threadsafe(self._batch_full.set)
@@ -298,45 +298,45 @@ class PartialBlob:
         `rewrite`: leaves of which nobody knows whether the disk took them; they are written again, for the next
         fsync.
         """
-        bad = leaves & ~self.with_known_hash if rewrite else 0
+        mismatching = leaves & ~self.with_known_hash if rewrite else 0
         remaining = leaves & self.with_known_hash
         while remaining:
             batch = first_leaves(remaining, _CHECK_LEAVES)
-            bad |= await run_blocking(self._mismatching, batch, rewrite)
+            mismatching |= await run_blocking(self._mismatching, batch, rewrite)
             remaining &= ~batch
-        await self._discard(bad)
+        await self._discard(mismatching)
 
     def _mismatching(self, leaves: int, rewrite: int) -> int:
-        bad = 0
+        mismatching = 0
         with _map_disk_full(self._directory):
             for leaf in each_leaf(leaves):
                 bit, data = 1 << leaf, self.read(leaf)
                 if leaf_hash(data) != self.hash_of(leaf):
-                    bad |= bit
+                    mismatching |= bit
                     continue
                 if rewrite & bit:
                     _pwrite(self._fd, data, leaf * LEAF_BYTES)
                 with self._bits_lock:
                     self.relayable |= bit
                     if rewrite & bit:
-                        self._fresh |= bit
+                        self._unsynced |= bit
                     if self._ready_file is not None:
                         self._ready_file.add([leaf])
-        if self._fresh:
+        if self._unsynced:
             self._loop.call_soon_threadsafe(self._leaf_written.set)
-        return bad
+        return mismatching
 
     async def _discard(self, leaves: int) -> None:
         """Mark corrupt leaves as missing, so that they are fetched again."""
         if leaves:
             log.warning("corrupt leaves, fetching them again", blob=self._blob, count=leaves.bit_count())
-            await to_its_end(self._clear_bits, leaves)
+            await run_in_default_executor(self._clear_bits, leaves)
 
     def _clear_bits(self, leaves: int) -> None:
         with self._bits_lock:
             self.written &= ~leaves
             self.relayable &= ~leaves
-            self._fresh &= ~leaves
+            self._unsynced &= ~leaves
             self._durable &= ~leaves
         with _map_disk_full(self._directory):
             _pwrite(self._have_fd, to_bitmap(self._durable, self.leaf_count), 0)
@@ -368,27 +368,27 @@ class PartialBlob:
 
     async def checkpoint(self) -> None:
         """Make written leaves durable and set them in `have`. After DiskFull or OSError they are fetched again."""
-        await to_its_end(self._make_durable)
+        await run_in_default_executor(self._make_durable)
 
     def _make_durable(self) -> None:
         with self._bits_lock:
-            fresh, self._fresh = self._fresh, 0
-        if not fresh:
+            unsynced, self._unsynced = self._unsynced, 0
+        if not unsynced:
             return
         try:
             with _map_disk_full(self._directory):
                 os.fsync(self._fd)
-                _pwrite(self._have_fd, to_bitmap(self._durable | fresh, self.leaf_count), 0)
+                _pwrite(self._have_fd, to_bitmap(self._durable | unsynced, self.leaf_count), 0)
         except BaseException:
             # After a failed fsync these leaves are in doubt: fetch them again rather than sync again.
             with self._bits_lock:
-                self.written &= ~fresh
-                self.relayable &= ~fresh
+                self.written &= ~unsynced
+                self.relayable &= ~unsynced
             with suppress(OSError, DiskFull):
                 self._write_ready_file()
             raise
         with self._bits_lock:
-            self._durable |= fresh
+            self._durable |= unsynced
 
 
 @contextmanager

@@ -58,12 +58,12 @@ class SourceHealth(msgspec.Struct):
     hub_was_corrupt: bool = False
     rate_limited_s: float = 0.0
     last_error: ShoalError | None = None
-    vouchers: set[str] = msgspec.field(default_factory=set)
-    """Who vouched for leaves that arrived before a list was sealed: nodes, `hub`, and UNKNOWN_SOURCE."""
+    trusted_sources: set[str] = msgspec.field(default_factory=set)
+    """Whose leaves were trusted before a list was sealed: nodes, `hub`, and UNKNOWN_SOURCE."""
     corrupt_leaf_counts: dict[str, int] = msgspec.field(default_factory=dict)
     """Number of corrupt leaves, by sender."""
     trusts_one_source: bool = False
-    """Somebody vouched for corrupt leaves and it is unknown who: from now on only one source is trusted."""
+    """A trusted source sent corrupt leaves and it is unknown which: from now on only one source is trusted."""
 
     def askable(self, holders: Iterable[BlobHolder]) -> list[BlobHolder]:
         """Return the holders that may be asked now."""
@@ -84,11 +84,11 @@ class SourceHealth(msgspec.Struct):
         if isinstance(error, ReservationLost | NodeDown | Expired | DiskFull):
             raise error  # our own storage or disk: no source is to blame
         if isinstance(error, BlobHashMismatch):
-            givers, self.vouchers = self.vouchers, set()
-            if len(givers) != 1 or UNKNOWN_SOURCE in givers:
-                return self._after_mixed(givers, error)
-            giver = givers.pop()
-            peer = None if giver == HUB else giver
+            sources, self.trusted_sources = self.trusted_sources, set()
+            if len(sources) != 1 or UNKNOWN_SOURCE in sources:
+                return self._after_mixed(sources, error)
+            source = sources.pop()
+            peer = None if source == HUB else source
         if peer is not None:
             if isinstance(error, Corrupt | BadInput):
                 self.banned.add(peer)
@@ -111,14 +111,14 @@ class SourceHealth(msgspec.Struct):
         self.hub_failures += 1
         return retry_delay_s(self.hub_failures)
 
-    def _after_mixed(self, givers: set[str], error: ShoalError) -> float:
+    def _after_mixed(self, sources: set[str], error: ShoalError) -> float:
         # One of several lied. Start again, once, and trust only one source.
         if self.trusts_one_source:
             raise error
         self.trusts_one_source = True
-        self.hub_was_corrupt |= HUB in givers and UNKNOWN_SOURCE not in givers
-        if not givers & self.banned:  # if one of them is known to be corrupt, it is to blame
-            self.banned |= givers - {HUB, UNKNOWN_SOURCE}
+        self.hub_was_corrupt |= HUB in sources and UNKNOWN_SOURCE not in sources
+        if not sources & self.banned:  # if one of them is known to be corrupt, it is to blame
+            self.banned |= sources - {HUB, UNKNOWN_SOURCE}
         return 0.0
 
     def record_corrupt_leaf(self, node: str) -> bool:
@@ -146,14 +146,14 @@ MAX_BLOCKED_S = 24 * 3600.0
 """A download fails after a full disk has blocked it for this long (I7)."""
 
 
-def in_vain_delay_s(count: int) -> float:
+def futile_attempt_backoff_s(count: int) -> float:
     """Return the seconds to wait after the n-th attempt that made nothing durable although storage reports space, as
     under a quota of the file system: 0, 1, 2, … at most 60.
     """
     return 0.0 if count <= 0 else float(min(2 ** min(count - 1, 10), 60))
 
 
-def look_again_s(count: int) -> float:
+def space_check_backoff_s(count: int) -> float:
     """Return the seconds until storage is asked for the n-th time for free space, if nothing changes before: 5, 10, …
     at most 60.
     """

@@ -34,18 +34,18 @@ class NodeFetchContext(msgspec.Struct):
     """How many blobs are being read whole from a node, by node."""
 
 
-class Fetch(msgspec.Struct):
+class BlobFetchContext(msgspec.Struct):
     """One attempt to fetch a blob."""
 
-    shared: NodeFetchContext
+    node_context: NodeFetchContext
     manifest: Manifest
     file: ManifestFile
     partial: PartialBlob
     health: SourceHealth
     progress: Progress
     wanted: int
-    """LeafSet to fetch."""
-    wake: Callable[[], None]
+    """The leaves to fetch."""
+    notify: Callable[[], None]
     """Wakes the swarm's main loop."""
 
     @property
@@ -59,12 +59,12 @@ class Fetch(msgspec.Struct):
 
     def holders(self) -> list[BlobHolder]:
         """Return live nodes that have the complete blob and may be asked."""
-        return self.health.askable(self.shared.cluster_view.holders(self.blob, self.manifest))
+        return self.health.askable(self.node_context.cluster_view.holders(self.blob, self.manifest))
 
     def returning(self) -> list[BlobHolder]:
         """Return nodes that have the complete blob and whose fileserver is starting."""
-        return self.health.askable(self.shared.cluster_view.holders_restarting(self.blob, self.manifest))
+        return self.health.askable(self.node_context.cluster_view.holders_restarting(self.blob, self.manifest))
 
     def has_other_source(self) -> bool:
         """Return whether a refusal by the hub is not final, because a node has the blob."""
-        return bool(self.health.not_banned(self.shared.cluster_view.holders(self.blob, self.manifest)))
+        return bool(self.health.not_banned(self.node_context.cluster_view.holders(self.blob, self.manifest)))

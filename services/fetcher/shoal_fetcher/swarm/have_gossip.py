@@ -26,7 +26,7 @@ from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap
 from shoal_fetcher.partials.partial_blob import PartialBlob
 
-log = StructuredLogger("haves")
+log = StructuredLogger("have_gossip")
 
 BATCH_INTERVAL_S = 0.1
 UNCHANGED_INTERVAL_S = 1.0

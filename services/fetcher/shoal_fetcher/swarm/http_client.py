@@ -46,11 +46,11 @@ class PeerBusy(Unavailable):
 
 
 class _ConnectionLost(Exception):
-    """The connection was lost, or timed out. `fresh`: before any byte of the answer."""
+    """The connection was lost, or timed out. `is_fresh`: before any byte of the answer."""
 
-    def __init__(self, reason: str, fresh: bool) -> None:
+    def __init__(self, reason: str, is_fresh: bool) -> None:
         super().__init__(reason)
-        self.fresh = fresh
+        self.is_fresh = is_fresh
 
 
 class _ReadTimeout(_ConnectionLost):
@@ -80,7 +80,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._head_buffer = bytearray(MAX_HEAD_BYTES)
         self._head_bytes = 0
-        self._landing: BodySink | None = None
+        self._sink: BodySink | None = None
         self._reply: PeerReply | None = None
         self._refused: ShoalError | None = None
         self._remaining = 0
@@ -99,10 +99,10 @@ class _Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where the next bytes go."""
-        if self._reply is None or self._landing is None:
+        if self._reply is None or self._sink is None:
             # No request, or its head is to come: a longer head than this is refused below.
             return memoryview(self._head_buffer)[self._head_bytes :]
-        return self._landing.buffer()[: self._remaining]
+        return self._sink.buffer()[: self._remaining]
 
     def buffer_updated(self, count: int) -> None:
         """Process received bytes."""
@@ -120,16 +120,16 @@ class _Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         """Handle the end of the stream."""
-        self._fail(_ConnectionLost("it closed the connection", self._fresh))
+        self._fail(_ConnectionLost("it closed the connection", self._is_fresh))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the loss of the connection."""
         self.usable = False
-        self._fail(_ConnectionLost(str(exc) if exc else "the connection was closed", self._fresh))
+        self._fail(_ConnectionLost(str(exc) if exc else "the connection was closed", self._is_fresh))
 
     @property
-    def _fresh(self) -> bool:
+    def _is_fresh(self) -> bool:
         return self._reply is None and not self._head_bytes
 
     def _take_head(self) -> None:
@@ -152,20 +152,20 @@ class _Connection(asyncio.BufferedProtocol):
         self._remaining = reply.body_bytes
         self.usable = parser.should_keep_alive()
         if status in (200, 206):
-            assert self._landing is not None
-            self._landing.begin(reply)
+            assert self._sink is not None
+            self._sink.begin(reply)
         else:
             if self._remaining > _MAX_OTHER_BODY_BYTES:
                 self.usable = False
                 self._remaining = 0
-            self._landing = BytesSink(0, self._remaining)
-        self._landing.on_resume(self._resume)
+            self._sink = BytesSink(0, self._remaining)
+        self._sink.on_resume(self._resume)
         rest = bytes(head_bytes[end:])
         self._reply, self._head_bytes = reply, 0
         if len(rest) > self._remaining:
             raise Corrupt("a node sent more than its Content-Length")
         while rest:
-            target = self._landing.buffer()[: self._remaining]
+            target = self._sink.buffer()[: self._remaining]
             count = min(len(target), len(rest))
             target[:count] = rest[:count]
             rest = rest[count:]
@@ -174,12 +174,12 @@ class _Connection(asyncio.BufferedProtocol):
             self._finish()
 
     def _take_body(self, count: int) -> None:
-        assert self._landing is not None
+        assert self._sink is not None
         self._remaining -= count
-        self._landing.advance(count)
+        self._sink.advance(count)
         if not self._remaining:
             self._finish()
-        elif self._landing.is_waiting and self._transport is not None:
+        elif self._sink.is_waiting and self._transport is not None:
             self._transport.pause_reading()
 
     def _resume(self) -> None:
@@ -198,12 +198,12 @@ class _Connection(asyncio.BufferedProtocol):
 
     # Methods of the client
 
-    async def exchange(self, request: bytes, landing: BodySink) -> PeerReply:
-        """Send a request and receive the body into `landing`. Raises _ConnectionLost, Corrupt."""
+    async def exchange(self, request: bytes, sink: BodySink) -> PeerReply:
+        """Send a request and receive the body into `sink`. Raises _ConnectionLost, Corrupt."""
         assert self._transport is not None
         if not self.usable:
-            raise _ConnectionLost("the connection was closed", fresh=True)
-        self._landing, self._reply, self._head_bytes = landing, None, 0
+            raise _ConnectionLost("the connection was closed", is_fresh=True)
+        self._sink, self._reply, self._head_bytes = sink, None, 0
         self._done = self._loop.create_future()
         self._last_data_s = self._loop.time()
         self._silence_timer = self._loop.call_later(self._silence_s, self._check_silence)
@@ -216,14 +216,14 @@ class _Connection(asyncio.BufferedProtocol):
         finally:
             self.used = True
             self._silence_timer.cancel()
-            self._done = self._landing = None
+            self._done = self._sink = None
 
     def _check_silence(self) -> None:
         silent_s = self._loop.time() - self._last_data_s
-        if self._landing is not None and self._landing.is_waiting:
+        if self._sink is not None and self._sink.is_waiting:
             silent_s = 0.0  # we are the ones that do not read
         if silent_s >= self._silence_s:
-            self._fail(_ReadTimeout(f"it sent nothing for {self._silence_s:.0f} s", fresh=False))
+            self._fail(_ReadTimeout(f"it sent nothing for {self._silence_s:.0f} s", is_fresh=False))
         else:
             self._silence_timer = self._loop.call_later(self._silence_s - silent_s, self._check_silence)
 
@@ -248,8 +248,8 @@ class PeerHttpClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for kept in self._idle.values():
-            for connection, _since_s in kept:
+        for connections in self._idle.values():
+            for connection, _since_s in connections:
                 connection.close()
         self._idle.clear()
 
@@ -260,10 +260,10 @@ class PeerHttpClient:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        landing: BodySink,
+        sink: BodySink,
         body: bytes = b"",
     ) -> PeerReply:
-        """Send a request to a node's fileserver; the body of a 200 or 206 goes to `landing`. Returns the head.
+        """Send a request to a node's fileserver; the body of a 200 or 206 goes to `sink`. Returns the head.
 
         Raises BadName for an invalid address; Corrupt, NotFound, Denied, Failed, PeerBusy or Unavailable, naming the
         node.
@@ -276,7 +276,7 @@ class PeerHttpClient:
         request = "\r\n".join(lines).encode("latin-1") + body
         try:
             async with self._slot(address):
-                reply = await self._exchange(address, request, landing)
+                reply = await self._exchange(address, request, sink)
         except _ReadTimeout as e:
             raise PeerTimeout(f"node {node} timed out: {e}; {_HINT}") from None
         except _ConnectionLost as e:
@@ -301,21 +301,21 @@ class PeerHttpClient:
                 del self._request_counts[address], self._slots[address]
                 self._close_idle()
 
-    async def _exchange(self, address: str, request: bytes, landing: BodySink) -> PeerReply:
+    async def _exchange(self, address: str, request: bytes, sink: BodySink) -> PeerReply:
         while True:
             connection = self._take_idle(address) or await self._connect(address)
             used_before = connection.used
             try:
-                reply = await connection.exchange(request, landing)
+                reply = await connection.exchange(request, sink)
             except _ConnectionLost as e:
-                if e.fresh and used_before:
+                if e.is_fresh and used_before:
                     continue  # the node closed it before our request arrived
                 raise
             if connection.usable:
-                kept = self._idle.setdefault(address, [])
-                kept.append((connection, asyncio.get_running_loop().time()))
-                if len(kept) > _MAX_IDLE_CONNECTIONS:
-                    kept.pop(0)[0].close()
+                connections = self._idle.setdefault(address, [])
+                connections.append((connection, asyncio.get_running_loop().time()))
+                if len(connections) > _MAX_IDLE_CONNECTIONS:
+                    connections.pop(0)[0].close()
             return reply
 
     async def _connect(self, address: str) -> _Connection:
@@ -325,13 +325,13 @@ class PeerHttpClient:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await loop.create_connection(lambda: _Connection(self._silence_s), host, port)
         except TimeoutError:
-            raise _ReadTimeout(f"it did not answer within {self._connect_s:.0f} s", fresh=False) from None
+            raise _ReadTimeout(f"it did not answer within {self._connect_s:.0f} s", is_fresh=False) from None
         return connection
 
     def _take_idle(self, address: str) -> _Connection | None:
-        kept, now_s = self._idle.get(address, []), asyncio.get_running_loop().time()
-        while kept:
-            connection, since_s = kept.pop()
+        connections, now_s = self._idle.get(address, []), asyncio.get_running_loop().time()
+        while connections:
+            connection, since_s = connections.pop()
             if connection.usable and now_s - since_s < _IDLE_TIMEOUT_S:
                 return connection
             connection.close()
@@ -341,8 +341,8 @@ class PeerHttpClient:
     def _close_idle(self) -> None:
         """Close idle connections to addresses that are not asked any more."""
         now_s = asyncio.get_running_loop().time()
-        for address, kept in list(self._idle.items()):
-            if not kept or kept[-1][1] + _IDLE_TIMEOUT_S < now_s:
+        for address, connections in list(self._idle.items()):
+            if not connections or connections[-1][1] + _IDLE_TIMEOUT_S < now_s:
                 for connection, _ in self._idle.pop(address):
                     connection.close()
 
@@ -357,21 +357,21 @@ def parse_address(address: str) -> tuple[str, int]:
 
 def raise_for_status(reply: PeerReply, node: str) -> None:
     """Raise the error that a node's status stands for; none for 200, 204 and 206."""
-    status, who = reply.status, f"node {node}"
+    status, peer = reply.status, f"node {node}"
     if status in (200, 204, 206):
         return
     if status in (401, 403):
         raise Denied(
-            f"{who} refused the credentials (HTTP {status}): set the cluster's SHOAL_SECRET, and check the clocks"
+            f"{peer} refused the credentials (HTTP {status}): set the cluster's SHOAL_SECRET, and check the clocks"
         )
     if status == 404:
-        raise NotFound(f"{who} does not have it (HTTP 404)")
+        raise NotFound(f"{peer} does not have it (HTTP 404)")
     if status == 416:
-        raise Corrupt(f"{who} has another size of this blob (HTTP 416)")
+        raise Corrupt(f"{peer} has another size of this blob (HTTP 416)")
     if status == 503:
         after = reply.headers.get("retry-after", "")
         wait_s = min(float(after), _MAX_RETRY_S) if after.isascii() and after.isdigit() and len(after) < 9 else 1.0
-        raise PeerBusy(f"{who} is busy (HTTP 503): retry in {wait_s:.0f} s", retry_after_s=wait_s)
+        raise PeerBusy(f"{peer} is busy (HTTP 503): retry in {wait_s:.0f} s", retry_after_s=wait_s)
     if status >= 500:
-        raise Unavailable(f"{who} has an internal error (HTTP {status}); try again later")
-    raise InternalError(f"{who} sent an unexpected status, HTTP {status}")
+        raise Unavailable(f"{peer} has an internal error (HTTP {status}); try again later")
+    raise InternalError(f"{peer} sent an unexpected status, HTTP {status}")

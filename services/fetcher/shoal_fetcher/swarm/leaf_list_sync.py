@@ -12,7 +12,7 @@ from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import enclosing_range, leaf_range
 from shoal_fetcher.sources.source_selection import agreed_digest
-from shoal_fetcher.swarm.context import Fetch
+from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.have_gossip import HaveGossip
 
 log = StructuredLogger("lists")
@@ -25,17 +25,17 @@ _MAX_PROVISIONAL_LEAVES = 1 << 16
 
 
 class LeafListSync:
-    """What is known of the list, and who vouched for it."""
+    """What is known of the leaf list, and from which nodes."""
 
-    def __init__(self, fetch: Fetch, haves: HaveGossip) -> None:
-        self._fetch, self._haves = fetch, haves
+    def __init__(self, fetch: BlobFetchContext, gossip: HaveGossip) -> None:
+        self._fetch, self._gossip = fetch, gossip
         self.sealed_digest = ""
         """The digest, once it is sealed and the partial blob has this list."""
         self.is_unavailable = False
         """A digest is sealed, and no node that can be asked has its list."""
         self._nodes_without_list: set[str] = set()
         self._forget_at_s = 0.0
-        self._leaves_vouched_by: dict[str, int] = {}
+        self._leaves_trusted_from: dict[str, int] = {}
         self._retry_at_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._draw = random.Random()
@@ -43,21 +43,25 @@ class LeafListSync:
 
     def agreed_digest(self) -> str:
         """Return the sealed digest; "" if none is published, or they disagree."""
-        around = self._fetch.shared.cluster_view
-        digests = {self._fetch.file.leaf_list_digest, self._haves.sealed, *around.leaf_list_digests(self._fetch.blob)}
-        setbacks = self._fetch.health
+        cluster_view = self._fetch.node_context.cluster_view
+        digests = {
+            self._fetch.file.leaf_list_digest,
+            self._gossip.sealed,
+            *cluster_view.leaf_list_digests(self._fetch.blob),
+        }
+        health = self._fetch.health
         return agreed_digest(
-            digests | {h.sealed for h in self._haves.by_node.values() if h.node not in setbacks.banned}
+            digests | {h.sealed for h in self._gossip.by_node.values() if h.node not in health.banned}
         )
 
     def on_have(self, have: HaveMessage) -> None:
         """Learn the hashes in an origin's message."""
         fetch = self._fetch
-        holder = fetch.shared.cluster_view.origin_of(fetch.blob)
+        holder = fetch.node_context.cluster_view.origin_of(fetch.blob)
         if (
             not have.hashes
             or not have.origin
-            or self._haves.origin
+            or self._gossip.origin
             or holder not in (have.node, None)
             or not fetch.health.may_ask(have.node)
         ):
@@ -72,12 +76,14 @@ class LeafListSync:
         fetch, partial = self._fetch, self._fetch.partial
         if self.sealed_digest or self._task is not None:
             return
-        if root := self.agreed_digest():
-            if partial.with_known_hash == partial.all_leaves and hash_leaf_list(partial.leaf_list) == root:
-                self._use_sealed(root)
+        if digest := self.agreed_digest():
+            if partial.with_known_hash == partial.all_leaves and hash_leaf_list(partial.leaf_list) == digest:
+                self._use_sealed(digest)
             elif now_s >= self._retry_at_s:
                 holders = [h.node for h in fetch.holders()]
-                sealers = [h.node for h in self._haves.by_node.values() if h.sealed == root and h.node in reachable]
+                sealers = [
+                    h.node for h in self._gossip.by_node.values() if h.sealed == digest and h.node in reachable
+                ]
                 nodes = sorted({*holders, *sealers} & reachable.keys())
                 if now_s >= self._forget_at_s:
                     self._forget_at_s = now_s + _FORGET_S
@@ -85,14 +91,14 @@ class LeafListSync:
                 nodes = [n for n in nodes if n not in self._nodes_without_list]
                 self.is_unavailable = not nodes
                 if nodes:
-                    self._start(self._read_sealed(root, nodes))
-        elif not self._haves.origin and not fetch.health.trusts_one_source and now_s >= self._retry_at_s:
-            lacking = {n: leaves & ~partial.with_known_hash for n, leaves in reachable.items()}
-            nodes = [n for n, leaves in lacking.items() if leaves and n in self._haves.by_node]
+                    self._start(self._read_sealed(digest, nodes))
+        elif not self._gossip.origin and not fetch.health.trusts_one_source and now_s >= self._retry_at_s:
+            missing_hashes = {n: leaves & ~partial.with_known_hash for n, leaves in reachable.items()}
+            nodes = [n for n, leaves in missing_hashes.items() if leaves and n in self._gossip.by_node]
             if nodes:
-                origin = fetch.shared.cluster_view.origin_of(fetch.blob)
+                origin = fetch.node_context.cluster_view.origin_of(fetch.blob)
                 node = origin if origin in nodes else self._draw.choice(nodes)
-                self._start(self._read_provisional(node, lacking[node]))
+                self._start(self._read_provisional(node, missing_hashes[node]))
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         self._task = asyncio.create_task(work)
@@ -103,46 +109,46 @@ class LeafListSync:
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()
             self.failed = error if isinstance(error, Exception) else None
-        self._fetch.wake()
+        self._fetch.notify()
 
     def seal(self, digest: str) -> None:
         """Seal the list: this node has hashed all leaves to the blob's name, and the list has this digest."""
         self._use_sealed(digest)
 
-    def _use_sealed(self, root: str) -> None:
-        self.sealed_digest = self._haves.sealed = root
-        self._haves.publish_soon()
-        self._fetch.wake()
+    def _use_sealed(self, digest: str) -> None:
+        self.sealed_digest = self._gossip.sealed = digest
+        self._gossip.publish_soon()
+        self._fetch.notify()
 
     async def _learn(self, node: str, first: int, hashes: bytes) -> None:
         learned = await self._fetch.partial.add_hashes(first, hashes)
         if learned:
-            self._leaves_vouched_by[node] = self._leaves_vouched_by.get(node, 0) | learned
-            self._fetch.health.vouchers.add(node)
+            self._leaves_trusted_from[node] = self._leaves_trusted_from.get(node, 0) | learned
+            self._fetch.health.trusted_sources.add(node)
 
-    async def _read_sealed(self, root: str, nodes: list[str]) -> None:
+    async def _read_sealed(self, digest: str, nodes: list[str]) -> None:
         fetch = self._fetch
         self._retry_at_s = asyncio.get_running_loop().time() + _RETRY_S
         self._draw.shuffle(nodes)
         for node in nodes:
             try:
-                hashes = await fetch.shared.peers.leaf_list(
+                hashes = await fetch.node_context.peers.leaf_list(
                     node, fetch.blob, 0, leaf_list_size(fetch.file.size_bytes)
                 )
             except ShoalError as e:
                 log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
                 self._nodes_without_list.add(node)
                 continue
-            if hash_leaf_list(hashes) != root:
+            if hash_leaf_list(hashes) != digest:
                 log.warning("node banned, its leaf list has the wrong digest", peer=node, blob=fetch.blob)
                 fetch.health.banned.add(node)
                 continue
             differing = await fetch.partial.apply_sealed_list(hashes)
-            for voucher, leaves in self._leaves_vouched_by.items():
+            for trusted_source, leaves in self._leaves_trusted_from.items():
                 if leaves & differing:
-                    log.warning("node banned, it sent wrong leaf hashes", peer=voucher, blob=fetch.blob)
-                    fetch.health.banned.add(voucher)
-            return self._use_sealed(root)
+                    log.warning("node banned, it sent wrong leaf hashes", peer=trusted_source, blob=fetch.blob)
+                    fetch.health.banned.add(trusted_source)
+            return self._use_sealed(digest)
 
     async def _read_provisional(self, node: str, leaves: int) -> None:
         fetch = self._fetch
@@ -151,7 +157,7 @@ class LeafListSync:
         end = min(end, first + _MAX_PROVISIONAL_LEAVES)
         try:
             size_bytes = (end - first) * HASH_BYTES
-            hashes = await fetch.shared.peers.leaf_list(node, fetch.blob, first * HASH_BYTES, size_bytes)
+            hashes = await fetch.node_context.peers.leaf_list(node, fetch.blob, first * HASH_BYTES, size_bytes)
         except ShoalError as e:
             return log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
         await self._learn(node, first, hashes)

@@ -21,12 +21,12 @@ from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_common.store.leaf_set import leaf_range, leaf_ranges
 from shoal_fetcher.errors import BlobHashMismatch, RateLimited
 from shoal_fetcher.hub.range_reader import Body, was_timeout
-from shoal_fetcher.partials.blocking import to_its_end
+from shoal_fetcher.partials.blocking import run_in_default_executor
 from shoal_fetcher.partials.leaf_splitter import LeafSplitter
 from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE
 from shoal_fetcher.sources.source_selection import FetchFromPeer, choose_source
-from shoal_fetcher.swarm.context import Fetch
+from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.have_gossip import HaveGossip
 from shoal_fetcher.swarm.leaf_list_sync import LeafListSync
 from shoal_fetcher.swarm.peer_client import FileserverClient
@@ -46,7 +46,7 @@ _SKIP_LEAVES = 64
 
 
 class ConflictingLeafHashes(Corrupt):
-    """The source contradicts a leaf hash that a node vouched for."""
+    """The source contradicts a leaf hash that was trusted from a node."""
 
 
 async def read_missing(
@@ -64,33 +64,33 @@ async def read_missing(
     `on_bytes(count)` may wait; `on_leaf(leaf)` is called for each leaf. Raises Corrupt, ConflictingLeafHashes, and
     what `read` raises.
     """
-    while todo := missing():
-        first, end = next(leaf_ranges(todo))
+    while remaining := missing():
+        first, end = next(leaf_ranges(remaining))
         last = min(end * LEAF_BYTES, partial.size_bytes)
-        cutter = LeafSplitter(partial.size_bytes)
+        splitter = LeafSplitter(partial.size_bytes)
         async with read(first * LEAF_BYTES, last) as body:
-            cutter.seek(body.offset)
+            splitter.seek(body.offset)
             async for chunk in body.chunks:
                 await on_bytes(len(chunk))
-                for leaf, data in cutter.feed(chunk):
+                for leaf, data in splitter.feed(chunk):
                     if partial.written >> leaf & 1:
                         continue  # sent again by a source that ignores ranges
-                    if await partial.write(leaf, data, vouch=True):
+                    if await partial.write(leaf, data, trust_hash=True):
                         on_leaf(leaf)
                     elif sealed():
                         raise Corrupt(f"{source} sent corrupt bytes of {name}")
                     else:
-                        raise ConflictingLeafHashes(f"{source} sent other bytes of {name} than a node vouched for")
-                if cutter.has_excess:
+                        raise ConflictingLeafHashes(f"{source} sent other bytes of {name} than a node's hashes")
+                if splitter.has_excess:
                     raise Corrupt(f"{source} sent more bytes of {name} than it has")
-                if (leaf_range(cutter.leaf, end) & ~missing()).bit_count() >= _SKIP_LEAVES:
+                if (leaf_range(splitter.leaf, end) & ~missing()).bit_count() >= _SKIP_LEAVES:
                     break
             else:
-                if cutter.leaf < end and leaf_range(cutter.leaf, end) & missing():
+                if splitter.leaf < end and leaf_range(splitter.leaf, end) & missing():
                     raise Unavailable(f"{source} ended early: leaves of {name} are missing")
 
 
-def hub_reader(read: HubReader, paced: WaitRate) -> HubReader:
+def hub_reader(read: HubReader, wait_rate: WaitRate) -> HubReader:
     """Return a reader of the hub, under the hub's rate limit."""
 
     @asynccontextmanager
@@ -99,7 +99,7 @@ def hub_reader(read: HubReader, paced: WaitRate) -> HubReader:
 
             async def chunks() -> AsyncIterator[bytes]:
                 async for chunk in body.chunks:
-                    await paced(len(chunk))
+                    await wait_rate(len(chunk))
                     yield chunk
 
             yield Body(body.offset, chunks())
@@ -107,8 +107,8 @@ def hub_reader(read: HubReader, paced: WaitRate) -> HubReader:
     return reading
 
 
-def node_reader(peers: FileserverClient, node: str, blob: str, size_bytes: int, paced: WaitRate) -> HubReader:
-    """Return a reader of a node that has the complete blob and no leaf list. Only that node vouches for its bytes."""
+def node_reader(peers: FileserverClient, node: str, blob: str, size_bytes: int, wait_rate: WaitRate) -> HubReader:
+    """Return a reader of a node that has the complete blob and no leaf list. Only that node is trusted."""
 
     @asynccontextmanager
     async def reading(start: int, end: int) -> AsyncIterator[Body]:
@@ -118,29 +118,29 @@ def node_reader(peers: FileserverClient, node: str, blob: str, size_bytes: int, 
                 run_end = min(first + _RUN_LEAVES, last)
                 received: asyncio.Queue[bytes] = asyncio.Queue()
 
-                def took(
-                    leaf: int, data: memoryview, done: Callable[[], None], into: asyncio.Queue[bytes] = received
+                def on_leaf(
+                    leaf: int, data: memoryview, done: Callable[[], None], queue: asyncio.Queue[bytes] = received
                 ) -> None:
-                    into.put_nowait(bytes(data))
+                    queue.put_nowait(bytes(data))
                     done()
 
-                asking = asyncio.ensure_future(peers.leaves(node, blob, size_bytes, first, run_end, took))
+                fetching = asyncio.ensure_future(peers.leaves(node, blob, size_bytes, first, run_end, on_leaf))
                 try:
                     for _ in range(first, run_end):
                         getting = asyncio.ensure_future(received.get())
                         try:
-                            await asyncio.wait({asking, getting}, return_when=asyncio.FIRST_COMPLETED)
-                            if asking.done():
-                                asking.result()  # raises if it ended early
+                            await asyncio.wait({fetching, getting}, return_when=asyncio.FIRST_COMPLETED)
+                            if fetching.done():
+                                fetching.result()  # raises if it ended early
                             data = await getting
                         finally:
                             getting.cancel()
-                        await paced(len(data))
+                        await wait_rate(len(data))
                         yield data
-                    await asking
+                    await fetching
                 finally:
-                    asking.cancel()
-                    await asyncio.wait({asking})
+                    fetching.cancel()
+                    await asyncio.wait({fetching})
                 first = run_end
 
         yield Body(start, chunks())
@@ -162,7 +162,7 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
         if count == 0:
             await more()
             continue
-        await to_its_end(update, next_leaf, next_leaf + count)
+        await run_in_default_executor(update, next_leaf, next_leaf + count)
         next_leaf += count
     return digest.hexdigest()
 
@@ -170,8 +170,10 @@ async def sha256_of(partial: PartialBlob, more: Callable[[], Awaitable[None]]) -
 class Origin:
     """The origin role: `start_if_needed` takes it, and the lease lasts while `lease_stack` is open."""
 
-    def __init__(self, fetch: Fetch, haves: HaveGossip, lists: LeafListSync, elsewhere: Callable[[], int]) -> None:
-        self._fetch, self._haves, self._lists, self._elsewhere = fetch, haves, lists, elsewhere
+    def __init__(
+        self, fetch: BlobFetchContext, gossip: HaveGossip, lists: LeafListSync, elsewhere: Callable[[], int]
+    ) -> None:
+        self._fetch, self._gossip, self._lists, self._elsewhere = fetch, gossip, lists, elsewhere
         self.lease_stack = AsyncExitStack()
         self.failed: ShoalError | None = None
         """The error that ends the attempt."""
@@ -196,7 +198,7 @@ class Origin:
         fetch = self._fetch
         if self._task is not None or now_s < self._retry_at_s or not self._is_needed():
             return
-        if fetch.shared.cluster_view.origin_of(fetch.blob) in (None, fetch.shared.node):
+        if fetch.node_context.cluster_view.origin_of(fetch.blob) in (None, fetch.node_context.node):
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._ended)
 
@@ -216,25 +218,29 @@ class Origin:
             self.failed = (
                 error if isinstance(error, ShoalError) else InternalError(f"reading as the origin failed: {error!r}")
             )
-        self._fetch.wake()
+        self._fetch.notify()
 
     async def _run(self) -> None:
-        fetch, shared = self._fetch, self._fetch.shared
+        fetch, node_context = self._fetch, self._fetch.node_context
         source: str | None = None
         keep_lease = False
         try:
-            lease = await acquire(shared.buckets.lease, origin_key(fetch.blob), shared.node, shared.uid)
+            lease = await acquire(
+                node_context.buckets.lease, origin_key(fetch.blob), node_context.node, node_context.uid
+            )
             if lease is None:
                 self._retry_at_s = asyncio.get_running_loop().time() + _LEASE_RETRY_S
                 return
             await self.lease_stack.enter_async_context(hold(lease))
             # The last origin may have finished between our check and our lease (I9).
-            await shared.cluster_view.wait_caught_up()
+            await node_context.cluster_view.wait_caught_up()
             if not self._is_needed():
                 return
-            choice = choose_source(fetch.blob, fetch.holders(), None, shared.node, fetch.health, shared.read_counts)
+            choice = choose_source(
+                fetch.blob, fetch.holders(), None, node_context.node, fetch.health, node_context.read_counts
+            )
             source = choice.node if isinstance(choice, FetchFromPeer) else None
-            self._haves.origin = True
+            self._gossip.origin = True
             await self._while_held(lease, source)
             keep_lease = True
         except asyncio.CancelledError:
@@ -260,7 +266,7 @@ class Origin:
                 self._rate_limited_until_s = self._retry_at_s
         finally:
             if not keep_lease:
-                self._haves.origin = False
+                self._gossip.origin = False
                 await self.lease_stack.aclose()
 
     async def _while_held(self, lease: ClusterLease, source: str | None) -> None:
@@ -282,9 +288,9 @@ class Origin:
     async def _read_and_seal(self, source: str | None) -> None:
         fetch, partial = self._fetch, self._fetch.partial
         if partial.written:
-            fetch.health.vouchers.add(UNKNOWN_SOURCE)
+            fetch.health.trusted_sources.add(UNKNOWN_SOURCE)
         if listed := await partial.adopt_held_leaves():
-            self._haves.publish_hashes(listed)
+            self._gossip.publish_hashes(listed)
         self.notify()
         seals = fetch.wanted == partial.all_leaves and not self._lists.sealed_digest
         sealing = asyncio.ensure_future(sha256_of(partial, self._wait_leaves)) if seals else None
@@ -303,31 +309,31 @@ class Origin:
 
     async def _read(self, source: str | None) -> None:
         """Read until nothing is missing that no other node has."""
-        fetch, shared = self._fetch, self._fetch.shared
-        giver = source or HUB
+        fetch, node_context = self._fetch, self._fetch.node_context
+        trusted_source = source or HUB
 
         def missing() -> int:
             return fetch.missing() & ~self._elsewhere()
 
         def on_leaf(leaf: int) -> None:
-            fetch.health.vouchers.add(giver)
-            self._haves.publish_hashes(1 << leaf)
+            fetch.health.trusted_sources.add(trusted_source)
+            self._gossip.publish_hashes(1 << leaf)
             self.notify()
-            fetch.wake()
+            fetch.notify()
 
         async def on_bytes(count: int) -> None:
-            fetch.progress.record_received(giver, count, fetch.file.path)
+            fetch.progress.record_received(trusted_source, count, fetch.file.path)
 
         def read(start: int, end: int) -> AbstractAsyncContextManager[Body]:
-            return shared.hub.read(fetch.manifest, fetch.file, start, end)
+            return node_context.hub.read(fetch.manifest, fetch.file, start, end)
 
         if source is None:
-            reader, name = hub_reader(read, fetch.progress.limiter_for(shared.rate_limits.hub)), "the hub"
+            reader, name = hub_reader(read, fetch.progress.limiter_for(node_context.rate_limits.hub)), "the hub"
         else:
-            paced = fetch.progress.limiter_for(shared.rate_limits.for_peer(source))
-            reader = node_reader(shared.peers, source, fetch.blob, fetch.file.size_bytes, paced)
+            wait_rate = fetch.progress.limiter_for(node_context.rate_limits.for_peer(source))
+            reader = node_reader(node_context.peers, source, fetch.blob, fetch.file.size_bytes, wait_rate)
             name = f"node {source}"
-            shared.read_counts[source] += 1
+            node_context.read_counts[source] += 1
         try:
             while fetch.missing():
                 leaves_changed = self._leaves_changed
@@ -348,7 +354,7 @@ class Origin:
                             await leaves_changed.wait()
         finally:
             if source is not None:
-                shared.read_counts[source] -= 1
+                node_context.read_counts[source] -= 1
 
     async def close(self) -> None:
         """Stop reading. The lease stays as long as `lease_stack` is open."""

@@ -16,16 +16,16 @@ RINGS = 5
 
 
 def neighbours(own_node: str, nodes: Collection[str], blob: str) -> set[str]:
-    """Return the nodes `me` gossips with and asks, of those that fetch or have this blob (`me` may be among them)."""
+    """Return the nodes that this node gossips with and asks, of those that fetch or have this blob."""
     others = set(nodes) - {own_node}
     if len(others) < MAX_FULL_MESH_NODES:
         return others
     chosen: set[str] = set()
     for ring in range(RINGS):
         positions = [(_place(blob, ring, node), node) for node in others]
-        own = (_place(blob, ring, own_node), own_node)
-        chosen.add(min((p for p in positions if p > own), default=min(positions))[1])
-        chosen.add(max((p for p in positions if p < own), default=max(positions))[1])
+        own_position = (_place(blob, ring, own_node), own_node)
+        chosen.add(min((p for p in positions if p > own_position), default=min(positions))[1])
+        chosen.add(max((p for p in positions if p < own_position), default=max(positions))[1])
     return chosen
 
 

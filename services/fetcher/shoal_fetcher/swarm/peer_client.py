@@ -35,16 +35,16 @@ class FileserverClient:
         self._client, self._secret, self._addresses, self._lost = client, secret, addresses, on_lost
         self._rates = AddressStats()
 
-    async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, took: OnLeaf) -> PeerReply:
+    async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, on_leaf: OnLeaf) -> PeerReply:
         """Fetch leaves [first, end) of a blob."""
 
         def exactly(got_first: int, got_end: int) -> bool:
             return (got_first, got_end) == (first, end)
 
         byte_range = f"bytes={first * LEAF_BYTES}-{min(end * LEAF_BYTES, size_bytes) - 1}"
-        landing = LeafSink(size_bytes, exactly, took, self._client.buffers)
+        sink = LeafSink(size_bytes, exactly, on_leaf, self._client.buffers)
         headers, most_bytes = {"Range": byte_range}, (end - first) * LEAF_BYTES
-        return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, landing, most_bytes)
+        return await self._leaves(node, "GET", f"/v1/blobs/{check_blob(blob)}", headers, sink, most_bytes)
 
     async def any_leaves(
         self,
@@ -53,7 +53,7 @@ class FileserverClient:
         size_bytes: int,
         leaves: int,
         max_leaves: int,
-        took: OnLeaf,
+        on_leaf: OnLeaf,
         chosen: Callable[[int, int], None],
     ) -> PeerReply:
         """Fetch a run that the source chooses among these leaves; `chosen(first, end)` is called once it is known."""
@@ -64,10 +64,10 @@ class FileserverClient:
             chosen(first, end)
             return True
 
-        landing = LeafSink(size_bytes, fits, took, self._client.buffers)
+        sink = LeafSink(size_bytes, fits, on_leaf, self._client.buffers)
         path = f"/v1/blobs/{check_blob(blob)}/any?max_leaves={max_leaves}"
         body = to_bitmap(leaves, -(-size_bytes // LEAF_BYTES))
-        return await self._leaves(node, "POST", path, {}, landing, max_leaves * LEAF_BYTES, body)
+        return await self._leaves(node, "POST", path, {}, sink, max_leaves * LEAF_BYTES, body)
 
     async def _leaves(
         self,
@@ -75,14 +75,14 @@ class FileserverClient:
         method: str,
         path: str,
         headers: dict[str, str],
-        landing: LeafSink,
+        sink: LeafSink,
         most_bytes: int,
         body: bytes = b"",
     ) -> PeerReply:
         try:
-            return await self._ask(node, method, path, headers, landing, most_bytes, body)
+            return await self._request(node, method, path, headers, sink, most_bytes, body)
         finally:
-            landing.close()
+            sink.close()
 
     async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
         """Return bytes [start, start + size_bytes) of a leaf list, read in pages."""
@@ -91,17 +91,17 @@ class FileserverClient:
             offset = start + len(received)
             page = BytesSink(offset, min(PAGE_BYTES, size_bytes - len(received)))
             byte_range = {"Range": f"bytes={offset}-{offset + len(page.content) - 1}"}
-            await self._ask(node, "GET", f"/v1/leaves/{check_blob(blob)}", byte_range, page, len(page.content))
+            await self._request(node, "GET", f"/v1/leaves/{check_blob(blob)}", byte_range, page, len(page.content))
             received += page.content
         return bytes(received)
 
-    async def _ask(
+    async def _request(
         self,
         node: str,
         method: str,
         path: str,
         headers: dict[str, str],
-        landing: BodySink,
+        sink: BodySink,
         most_bytes: int,
         body: bytes = b"",
     ) -> PeerReply:
@@ -112,14 +112,14 @@ class FileserverClient:
             token = blob_token(self._secret, node, blob, cluster_clock.now_s())
             began_s = time.monotonic()
             try:
-                reply = await self._client.request(node, address, method, path, {**token, **headers}, landing, body)
+                reply = await self._client.request(node, address, method, path, {**token, **headers}, sink, body)
             except PeerBusy:
                 raise
             except Unavailable as e:
                 rates.record_failure(node, address, time.monotonic())
                 if self._lost is not None:
                     await self._lost(node, e.message)
-                if landing.has_begun:
+                if sink.has_begun:
                     raise
                 error = e
                 continue

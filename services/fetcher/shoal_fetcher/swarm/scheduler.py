@@ -4,7 +4,7 @@ The caller passes what it knows as a `SwarmState`, sends the requests that `next
 when something has changed (a request was answered, failed or was cancelled; a peer published what it has) or when
 `next_wakeup_s` has passed. It ends a request whose connection brings nothing for too long: nothing here does.
 
-Sets of leaves are ints, bit i is leaf i (LeafSet).
+Sets of leaves are ints, bit i is leaf i (`leaf_set.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shoal_common.store.leaf_set import MAX_RANGE_LEAVES, aligned_range, leaf_ra
 
 OUTSTANDING_RUNS = 2
 """Requests to one peer at a time."""
-CROWD_NODES = 4
+BUSY_SOURCE_NODES = 4
 """With this many other fetching nodes, one request at a time keeps a source busy, and its leaves arrive sooner."""
 BACKLOG_RUNS = 6
 """A node with this many runs that no other fetching node has asks sources for no more of them."""
@@ -114,22 +114,22 @@ class LeafRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The length of the run, or the maximum for an `any`."""
 
 
-def next_requests(situation: SwarmState, draw: random.Random) -> list[LeafRequest]:
+def next_requests(state: SwarmState, draw: random.Random) -> list[LeafRequest]:
     """Return all requests to send now, besides the outstanding ones; at most OUTSTANDING_RUNS to one peer."""
-    return _Scheduler(situation, draw).asks()
+    return _Scheduler(state, draw).requests()
 
 
-def next_wakeup_s(situation: SwarmState) -> float:
+def next_wakeup_s(state: SwarmState) -> float:
     """Return the seconds, at most MAX_WAKEUP_INTERVAL_S, after which time alone may change the result of
     `next_requests`.
 
     That is the next moment at which a run becomes late, a source may be asked again, or progress has stalled.
     """
-    peers = {p.node: p for p in situation.peers}
-    moments = [r.asked_at_s + hedge_after_s(peers.get(r.node)) for r in situation.runs]
-    moments += [p.declined_at_s + DECLINED_BACKOFF_S for p in situation.peers]
-    moments.append(situation.last_leaf_at_s + STALLED_AFTER_S)
-    return min([m - situation.now_s for m in moments if m > situation.now_s] + [MAX_WAKEUP_INTERVAL_S])
+    peers = {p.node: p for p in state.peers}
+    moments = [r.asked_at_s + hedge_after_s(peers.get(r.node)) for r in state.runs]
+    moments += [p.declined_at_s + DECLINED_BACKOFF_S for p in state.peers]
+    moments.append(state.last_leaf_at_s + STALLED_AFTER_S)
+    return min([m - state.now_s for m in moments if m > state.now_s] + [MAX_WAKEUP_INTERVAL_S])
 
 
 def hedge_after_s(peer: PeerState | None) -> float:
@@ -142,16 +142,16 @@ def hedge_after_s(peer: PeerState | None) -> float:
 def run_length(peer: PeerState, missing_count: int, peer_count: int) -> int:
     """Return how many leaves to ask of this peer at once, by its rate, so that all peers share the last ones."""
     by_rate = int(peer.rate_bytes_per_s * RUN_TARGET_S / LEAF_BYTES)
-    shared = -(-missing_count // (OUTSTANDING_RUNS * max(peer_count, 1)))
-    return max(min(by_rate, shared, MAX_RANGE_LEAVES), 1)
+    node_context = -(-missing_count // (OUTSTANDING_RUNS * max(peer_count, 1)))
+    return max(min(by_rate, node_context, MAX_RANGE_LEAVES), 1)
 
 
 def rarest_leaves(leaves: int, holdings: Iterable[int]) -> int:
     """Return those of some leaves that the fewest of `holdings` have."""
     # Counts of all leaves at once, in binary: bit i of digit k is the k-th digit of leaf i's count.
     digits: list[int] = []
-    for holding in holdings:
-        carry = holding & leaves
+    for holder in holdings:
+        carry = holder & leaves
         for place, digit in enumerate(digits):
             digits[place], carry = digit ^ carry, digit & carry
         if carry:
@@ -164,8 +164,8 @@ def rarest_leaves(leaves: int, holdings: Iterable[int]) -> int:
 class _Scheduler:
     """One decision: what it has requested so far counts as outstanding."""
 
-    def __init__(self, situation: SwarmState, draw: random.Random) -> None:
-        s = self._s = situation
+    def __init__(self, state: SwarmState, draw: random.Random) -> None:
+        s = self._s = state
         self._draw = draw
         self._missing = s.wanted & ~s.have
         self._stalled = s.now_s - s.last_leaf_at_s >= STALLED_AFTER_S
@@ -174,20 +174,20 @@ class _Scheduler:
         self._replicated = _union(p.leaves for p in self._others)
         self._sources = sorted(p.node for p in s.peers if p.source)
         self._outstanding = Counter(r.node for r in s.runs)
-        self._asked_of: dict[str, int] = {}
+        self._requested_from: dict[str, int] = {}
         self._may_of: dict[str, int] = {}
         self._need = self._missing
         peers = {p.node: p for p in s.peers}
         for r in s.runs:
-            self._asked_of[r.node] = self._asked_of.get(r.node, 0) | r.leaves
+            self._requested_from[r.node] = self._requested_from.get(r.node, 0) | r.leaves
             if s.now_s - r.asked_at_s >= hedge_after_s(peers.get(r.node)):
                 continue  # a late run is needed again, from another peer
             self._need &= ~r.leaves
             if r.any and not r.leaves:
                 self._may_of[r.node] = self._may_of.get(r.node, 0) | r.possible_leaves
-        self._asks: list[LeafRequest] = []
+        self._requests: list[LeafRequest] = []
 
-    def asks(self) -> list[LeafRequest]:
+    def requests(self) -> list[LeafRequest]:
         """Fill the first slot of every peer, then the second."""
         order = list(self._useful)
         self._draw.shuffle(order)
@@ -198,16 +198,16 @@ class _Scheduler:
                 if peer.source:
                     self._ask_source(peer)
                 else:
-                    self._ask_run(peer, self._need & self._s.known & ~self._possibly_coming(peer))
+                    self._ask_run(peer, self._need & self._s.known & ~self._possibly_arriving(peer))
         self._endgame(order)
-        return self._asks
+        return self._requests
 
     def _has_slot(self, peer: PeerState) -> bool:
-        is_crowded = peer.source and len(self._others) >= CROWD_NODES
-        return self._outstanding[peer.node] < (1 if is_crowded else OUTSTANDING_RUNS)
+        is_source_busy = peer.source and len(self._others) >= BUSY_SOURCE_NODES
+        return self._outstanding[peer.node] < (1 if is_source_busy else OUTSTANDING_RUNS)
 
     def _ask_source(self, peer: PeerState) -> None:
-        leaves = self._need & ~self._asked_of.get(peer.node, 0) & ~self._possibly_coming(peer)
+        leaves = self._need & ~self._requested_from.get(peer.node, 0) & ~self._possibly_arriving(peer)
         if not (self._stalled or self._idle(peer)):
             # What another fetching node has is taken from there: a source's time is for what nobody has.
             leaves &= ~self._replicated
@@ -221,27 +221,27 @@ class _Scheduler:
                 self._ask_run(peer, leaves)
             return
         in_zone = leaves & self._zone(peer)
-        self._ask(
+        self._add_request(
             peer, leaves=in_zone if in_zone & peer.leaves else leaves, max_leaves=self._length(peer), any_of=True
         )
 
     def _ask_run(self, peer: PeerState, leaves: int) -> None:
-        leaves &= peer.leaves & ~self._asked_of.get(peer.node, 0)
+        leaves &= peer.leaves & ~self._requested_from.get(peer.node, 0)
         if leaves:
             rare = rarest_leaves(leaves, (p.leaves for p in self._others))
             first, end = aligned_range(random_leaf(rare, self._draw), leaves, self._length(peer))
-            self._ask(peer, leaves=leaf_range(first, end), max_leaves=end - first)
+            self._add_request(peer, leaves=leaf_range(first, end), max_leaves=end - first)
 
-    def _ask(self, peer: PeerState, leaves: int, max_leaves: int, any_of: bool = False) -> None:
-        self._asks.append(LeafRequest(node=peer.node, any=any_of, leaves=leaves, max_leaves=max_leaves))
+    def _add_request(self, peer: PeerState, leaves: int, max_leaves: int, any_of: bool = False) -> None:
+        self._requests.append(LeafRequest(node=peer.node, any=any_of, leaves=leaves, max_leaves=max_leaves))
         self._outstanding[peer.node] += 1
         if any_of:
             self._may_of[peer.node] = self._may_of.get(peer.node, 0) | leaves
         else:
-            self._asked_of[peer.node] = self._asked_of.get(peer.node, 0) | leaves
+            self._requested_from[peer.node] = self._requested_from.get(peer.node, 0) | leaves
             self._need &= ~leaves
 
-    def _possibly_coming(self, peer: PeerState) -> int:
+    def _possibly_arriving(self, peer: PeerState) -> int:
         """Return leaves that may be on their way from sources that have not chosen yet; none when progress has
         stalled.
         """
@@ -263,8 +263,10 @@ class _Scheduler:
         A node that takes far less than this source gives us is not waited for: it has no use for what we would leave
         it.
         """
-        takers = [p for p in self._others if not 0 < p.growth_bytes_per_s < source.rate_bytes_per_s * SLOW_PEER_SHARE]
-        backlog = self._s.have & ~self._replicated & _union(p.wanted for p in takers)
+        receivers = [
+            p for p in self._others if not 0 < p.growth_bytes_per_s < source.rate_bytes_per_s * SLOW_PEER_SHARE
+        ]
+        backlog = self._s.have & ~self._replicated & _union(p.wanted for p in receivers)
         return backlog.bit_count() >= BACKLOG_RUNS * self._length(source)
 
     def _length(self, peer: PeerState) -> int:
@@ -274,7 +276,7 @@ class _Scheduler:
         """Ask more nodes for the last runs; sources only for what nobody else has: their time is the dearest."""
         last = {r.leaves & self._missing for r in self._s.runs} - {0}
         undecided = any(r.any and not r.leaves for r in self._s.runs)
-        if self._need or self._asks or undecided or len(last) > ENDGAME_RUNS:
+        if self._need or self._requests or undecided or len(last) > ENDGAME_RUNS:
             return
         if self._missing.bit_count() > ENDGAME_LEAVES:
             return
@@ -283,9 +285,9 @@ class _Scheduler:
         for peer in order:
             leaves = self._missing & self._s.known & ~_covered(copies, ENDGAME_COPIES)
             if self._has_slot(peer):
-                count = len(self._asks)
+                count = len(self._requests)
                 self._ask_run(peer, leaves & ~elsewhere if peer.source else leaves)
-                copies += [a.leaves for a in self._asks[count:]]
+                copies += [a.leaves for a in self._requests[count:]]
 
 
 def _union(sets: Iterable[int]) -> int:

@@ -14,7 +14,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.leaf_set import leaf_range, leaf_ranges
 from shoal_fetcher.hub.range_reader import was_timeout
-from shoal_fetcher.swarm.context import Fetch
+from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.have_gossip import PEER_SILENCE_TIMEOUT_S, HaveGossip
 from shoal_fetcher.swarm.http_client import PeerBusy
 from shoal_fetcher.swarm.leaf_list_sync import LeafListSync
@@ -55,20 +55,20 @@ class _Peer(msgspec.Struct):
 class _Run(msgspec.Struct):
     """A request that was sent."""
 
-    ask: LeafRequest
+    leaf_request: LeafRequest
     asked_at_s: float
     left: int
     """Its leaves that have not arrived; none while a source has not chosen."""
-    took: int = 0
+    received_count: int = 0
     task: asyncio.Task[None] | None = None
 
 
 class Swarm:
     """One attempt to fetch a blob. `run` it; closing `cleanup` releases the origin lease and ends the gossip."""
 
-    def __init__(self, fetch: Fetch, cleanup: AsyncExitStack) -> None:
-        self._fetch, self._held = fetch, cleanup
-        self._partial, self._shared, self._setbacks = fetch.partial, fetch.shared, fetch.health
+    def __init__(self, fetch: BlobFetchContext, cleanup: AsyncExitStack) -> None:
+        self._fetch, self._cleanup = fetch, cleanup
+        self._partial, self._node_context, self._health = fetch.partial, fetch.node_context, fetch.health
         self._draw = random.Random()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -79,13 +79,20 @@ class Swarm:
         self._failed: Exception | None = None
         self._moved_at_s = self._loop.time()
         self._durable_bytes = -1
-        fetch.wake = fetch.partial.on_change = self.notify
-        shared = self._shared
-        self._haves = HaveGossip(
-            shared.nats, shared.node, shared.uid, fetch.blob, fetch.partial, fetch.wanted, self.notify, self._on_have
+        fetch.notify = fetch.partial.on_change = self.notify
+        node_context = self._node_context
+        self._gossip = HaveGossip(
+            node_context.nats,
+            node_context.node,
+            node_context.uid,
+            fetch.blob,
+            fetch.partial,
+            fetch.wanted,
+            self.notify,
+            self._on_have,
         )
-        self._lists = LeafListSync(fetch, self._haves)
-        self._origin = Origin(fetch, self._haves, self._lists, self._available_elsewhere)
+        self._lists = LeafListSync(fetch, self._gossip)
+        self._origin = Origin(fetch, self._gossip, self._lists, self._available_elsewhere)
 
     def notify(self) -> None:
         """Wake the main loop after a change."""
@@ -98,8 +105,8 @@ class Swarm:
         Raises BlobHashMismatch if it is not the blob; DiskFull, ReservationLost; what keeps the hub from sending it;
         or Unavailable after too long without progress.
         """
-        await self._held.enter_async_context(self._haves)
-        await self._held.enter_async_context(self._origin.lease_stack)
+        await self._cleanup.enter_async_context(self._gossip)
+        await self._cleanup.enter_async_context(self._origin.lease_stack)
         watching = asyncio.create_task(self._watch())
         try:
             while True:
@@ -130,10 +137,10 @@ class Swarm:
 
     async def _watch(self) -> None:
         """Wake when the cluster view changes."""
-        around = self._shared.cluster_view
+        cluster_view = self._node_context.cluster_view
         while True:
-            version = around.version()
-            await around.wait_changed(version, PEER_SILENCE_TIMEOUT_S)
+            version = cluster_view.version()
+            await cluster_view.wait_changed(version, PEER_SILENCE_TIMEOUT_S)
             self.notify()
 
     def _on_have(self, have: HaveMessage) -> None:
@@ -149,20 +156,20 @@ class Swarm:
             if failed is not None:
                 raise failed
         self._publish_durable()
-        progress, around, fetch = self._fetch.progress, self._shared.cluster_view, self._fetch
-        origin = around.origin_of(fetch.blob)
-        if origin not in (None, self._shared.node):
+        progress, cluster_view, fetch = self._fetch.progress, self._node_context.cluster_view, self._fetch
+        origin = cluster_view.origin_of(fetch.blob)
+        if origin not in (None, self._node_context.node):
             # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
             progress.mark_progress()
         if self._origin.is_rate_limited(self._loop.time()):
             progress.mark_progress()
         if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
-            last = self._setbacks.last_error
+            last = self._health.last_error
             reason = last.message if last else progress.state.waiting_for
             raise Unavailable(
                 f"no progress on {fetch.file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
             )
-        if self._loop.time() - self._moved_at_s > _WAITING_AFTER_S and origin not in (None, self._shared.node):
+        if self._loop.time() - self._moved_at_s > _WAITING_AFTER_S and origin not in (None, self._node_context.node):
             progress.set_waiting_for(f"origin {origin}")
 
     def _publish_durable(self) -> None:
@@ -174,17 +181,19 @@ class Swarm:
     # Who has what
 
     def _reachable(self) -> dict[str, int]:
-        """Return the nodes that can be asked, and their leaves. Recomputed after each `wake` and each update."""
-        version = self._shared.cluster_view.version()
+        """Return the nodes that can be asked, and their leaves. Recomputed after each `notify` and each update."""
+        version = self._node_context.cluster_view.version()
         if self._reachable_leaves is None or version != self._reachable_leaves[0]:
             self._reachable_leaves = version, self._refresh_peers()
         return self._reachable_leaves[1]
 
     def _refresh_peers(self) -> dict[str, int]:
         fetch = self._fetch
-        live = self._shared.cluster_view.addresses()
-        near = neighbours(self._shared.node, self._haves.by_node, fetch.blob)
-        leaves_by_node = {n: self._haves.by_node[n].leaves for n in near if n in live and self._setbacks.may_ask(n)}
+        live = self._node_context.cluster_view.addresses()
+        neighbour_nodes = neighbours(self._node_context.node, self._gossip.by_node, fetch.blob)
+        leaves_by_node = {
+            n: self._gossip.by_node[n].leaves for n in neighbour_nodes if n in live and self._health.may_ask(n)
+        }
         if self._lists.agreed_digest():
             leaves_by_node |= {h.node: self._partial.all_leaves for h in fetch.holders() if h.node in live}
         return leaves_by_node
@@ -193,45 +202,45 @@ class Swarm:
         """Return the leaves that some live node has, which need not come from the hub (I9)."""
         leaves = 0
         for node, has in self._reachable().items():
-            if node in self._haves.by_node or self._lists.sealed_digest:
+            if node in self._gossip.by_node or self._lists.sealed_digest:
                 leaves |= has
         if self._fetch.returning():
             return self._partial.all_leaves
-        for node in self._shared.cluster_view.nodes_starting() & self._haves.by_node.keys():
-            leaves |= self._haves.by_node[node].leaves if self._setbacks.may_ask(node) else 0
+        for node in self._node_context.cluster_view.nodes_starting() & self._gossip.by_node.keys():
+            leaves |= self._gossip.by_node[node].leaves if self._health.may_ask(node) else 0
         return leaves
 
-    def _situation(self, now_s: float) -> SwarmState:
+    def _swarm_state(self, now_s: float) -> SwarmState:
         fetch = self._fetch
-        origin = self._shared.cluster_view.origin_of(fetch.blob)
+        origin = self._node_context.cluster_view.origin_of(fetch.blob)
         peers = []
         for node, leaves in self._reachable().items():
             peer = self._known.setdefault(node, _Peer())
-            heard = self._haves.by_node.get(node)
+            peer_have = self._gossip.by_node.get(node)
             if peer.not_before_s > now_s:
                 continue
-            if node in self._setbacks.corrupt_leaf_counts and any(r.ask.node == node for r in self._runs):
+            if node in self._health.corrupt_leaf_counts and any(r.leaf_request.node == node for r in self._runs):
                 continue  # a node that has sent a corrupt leaf is asked for one run at a time
             peers.append(
                 PeerState(
                     node=node,
                     leaves=leaves,
                     source=leaves == self._partial.all_leaves
-                    or (node == origin and heard is not None and heard.origin),
-                    fetching=heard is not None and now_s - heard.at_s < PEER_SILENCE_TIMEOUT_S,
-                    wanted=heard.wanted if heard else ALL_LEAVES,
+                    or (node == origin and peer_have is not None and peer_have.origin),
+                    fetching=peer_have is not None and now_s - peer_have.at_s < PEER_SILENCE_TIMEOUT_S,
+                    wanted=peer_have.wanted if peer_have else ALL_LEAVES,
                     rate_bytes_per_s=peer.rate_bytes_per_s,
                     run_s=peer.run_s,
-                    growth_bytes_per_s=heard.growth_bytes_per_s if heard else 0.0,
+                    growth_bytes_per_s=peer_have.growth_bytes_per_s if peer_have else 0.0,
                     declined_at_s=peer.declined_at_s,
                 )
             )
         runs = [
             OutstandingRequest(
-                node=r.ask.node,
+                node=r.leaf_request.node,
                 leaves=r.left & ~self._partial.written,
-                any=r.ask.any,
-                possible_leaves=r.ask.leaves if r.ask.any else 0,
+                any=r.leaf_request.any,
+                possible_leaves=r.leaf_request.leaves if r.leaf_request.any else 0,
                 asked_at_s=r.asked_at_s,
             )
             for r in self._runs
@@ -256,23 +265,25 @@ class Swarm:
                 request.left
                 and not request.left & ~self._partial.written
                 and request.task is not None
-                and request.took == 0
+                and request.received_count == 0
             ):
                 request.task.cancel()  # others were faster
-        situation = self._situation(now_s)
-        for ask in next_requests(situation, self._draw):
+        state = self._swarm_state(now_s)
+        for leaf_request in next_requests(state, self._draw):
             # The origin gossips a leaf's hash first: a leaf that cannot be verified is not requested.
-            leaves = ask.leaves & self._partial.with_known_hash
-            if not ask.any and leaves:
+            leaves = leaf_request.leaves & self._partial.with_known_hash
+            if not leaf_request.any and leaves:
                 leaves = leaf_range(*next(leaf_ranges(leaves)))
             if not leaves:
                 continue
-            request = _Run(msgspec.structs.replace(ask, leaves=leaves), now_s, left=0 if ask.any else leaves)
+            request = _Run(
+                msgspec.structs.replace(leaf_request, leaves=leaves), now_s, left=0 if leaf_request.any else leaves
+            )
             request.task = asyncio.create_task(self._request(request))
             self._runs.append(request)
             request.task.add_done_callback(lambda task, request=request: self._request_ended(request, task))  # type: ignore[misc]  # a default binds it
         blocked = [p.not_before_s - now_s for p in self._known.values() if p.not_before_s > now_s]
-        return max(min([next_wakeup_s(situation), *blocked]), 0.01)
+        return max(min([next_wakeup_s(state), *blocked]), 0.01)
 
     def _request_ended(self, request: _Run, task: asyncio.Task[None]) -> None:
         self._runs.remove(request)
@@ -281,7 +292,7 @@ class Swarm:
         self.notify()
 
     async def _request(self, request: _Run) -> None:
-        ask, fetch, node = request.ask, self._fetch, request.ask.node
+        leaf_request, fetch, node = request.leaf_request, self._fetch, request.leaf_request.node
         peer = self._known[node]
         pending: set[asyncio.Task[None]] = set()
         received_bytes = 0
@@ -289,7 +300,7 @@ class Swarm:
         def took(leaf: int, data: memoryview, done: Callable[[], None]) -> None:
             nonlocal received_bytes
             received_bytes += len(data)
-            request.took += 1
+            request.received_count += 1
             task = asyncio.create_task(self._accept_leaf(request, leaf, data, done))
             pending.add(task)
             self._leaves.add(task)
@@ -299,15 +310,15 @@ class Swarm:
             request.left = leaf_range(first, end)
             self.notify()
 
-        peers, size_bytes = self._shared.peers, fetch.file.size_bytes
+        peers, size_bytes = self._node_context.peers, fetch.file.size_bytes
         try:
             async with asyncio.timeout(_RUN_DEADLINE_S):
-                if ask.any:
+                if leaf_request.any:
                     reply = await peers.any_leaves(
-                        node, fetch.blob, size_bytes, ask.leaves, ask.max_leaves, took, chosen
+                        node, fetch.blob, size_bytes, leaf_request.leaves, leaf_request.max_leaves, took, chosen
                     )
                 else:
-                    first, end = next(leaf_ranges(ask.leaves))
+                    first, end = next(leaf_ranges(leaf_request.leaves))
                     reply = await peers.leaves(node, fetch.blob, size_bytes, first, end, took)
             if reply.status == 204:
                 peer.declined_at_s = self._loop.time()
@@ -322,8 +333,8 @@ class Swarm:
         except Corrupt as e:
             self._record_corruption(node, e.message)
         except NotFound as e:
-            if (heard := self._haves.by_node.get(node)) is not None:
-                heard.leaves = 0  # until it publishes again
+            if (peer_have := self._gossip.by_node.get(node)) is not None:
+                peer_have.leaves = 0  # until it publishes again
             self._record_failure(node, peer, e)
             peer.not_before_s = max(peer.not_before_s, self._loop.time() + _NOT_FOUND_BACKOFF_S)
         except TimeoutError:
@@ -334,7 +345,7 @@ class Swarm:
             self._record_failure(node, peer, e)
 
     def _record_failure(self, node: str, peer: _Peer, error: ShoalError) -> None:
-        delay_s = self._setbacks.record_failure(error, node)
+        delay_s = self._health.record_failure(error, node)
         self._fetch.progress.record_source_failure(self._fetch.file.path, node)
         if was_timeout(error):
             self._fetch.progress.record_switch(node)
@@ -345,21 +356,21 @@ class Swarm:
 
     async def _accept_leaf(self, request: _Run, leaf: int, data: memoryview, done: Callable[[], None]) -> None:
         """Verify and write a complete leaf. Its sender is known."""
-        node, bit = request.ask.node, 1 << leaf
+        node, bit = request.leaf_request.node, 1 << leaf
         try:
             self._fetch.progress.record_received(node, len(data), self._fetch.file.path)
-            if not self._partial.written & bit and self._setbacks.may_ask(node):
+            if not self._partial.written & bit and self._health.may_ask(node):
                 if await self._partial.write(leaf, data):
                     self._moved_at_s = self._loop.time()
-                    self._setbacks.failure_counts.pop(node, None)
+                    self._health.failure_counts.pop(node, None)
                     self._fetch.progress.set_waiting_for("")
-                    self._haves.publish_soon()
+                    self._gossip.publish_soon()
                     self._origin.notify()
-                elif self._setbacks.may_ask(node):
+                elif self._health.may_ask(node):
                     self._record_corruption(
                         node, f"node {node} sent a corrupt leaf {leaf} of {self._fetch.file.path}"
                     )
-            await self._fetch.progress.take_from_limiter(self._shared.rate_limits.for_peer(node), len(data))
+            await self._fetch.progress.take_from_limiter(self._node_context.rate_limits.for_peer(node), len(data))
         except (ShoalError, OSError) as e:
             self._fail(e)
         finally:
@@ -372,15 +383,15 @@ class Swarm:
         """Record that a node sent corrupt bytes, and ban it if it is not the first time."""
         self.notify()
         log.warning("corrupt bytes from a node", peer=node, reason=reason)
-        self._setbacks.last_error = Corrupt(reason)
+        self._health.last_error = Corrupt(reason)
         self._fetch.progress.set_waiting_for(reason)
-        if self._setbacks.record_corrupt_leaf(node):
+        if self._health.record_corrupt_leaf(node):
             log.warning("node banned for this blob", peer=node, blob=self._fetch.blob)
             self._fetch.progress.record_source_failure(self._fetch.file.path, node)
             self._fetch.progress.set_waiting_for(f"{reason}; it is not asked again")
             for request in self._runs:
                 if (
-                    request.ask.node == node
+                    request.leaf_request.node == node
                     and request.task is not None
                     and request.task is not asyncio.current_task()
                 ):

@@ -170,7 +170,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._unsent is not None:
             (file, start, end), self._unsent = self._unsent, None
             app = cast(ASGI3Application, partial(sending.send_rest, file, start, end))
-        super()._start_asgi_task(cycle, _NO_ROOM if self.refused else app)
+        super()._start_asgi_task(cycle, _BUSY_APP if self.refused else app)
 
     def on_response_complete(self) -> None:
         """Finish a response."""
@@ -238,17 +238,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
-def limited_protocol(at_once: FastPath) -> type[LimitedHttpProtocol]:
+def limited_protocol(fast_path: FastPath) -> type[LimitedHttpProtocol]:
     """Return the protocol of a server with this fast path."""
 
     class FastPathProtocol(LimitedHttpProtocol):
         pass
 
-    FastPathProtocol.fast_path = at_once
+    FastPathProtocol.fast_path = fast_path
     return FastPathProtocol
 
 
-_NO_ROOM = cast(
+_BUSY_APP = cast(
     ASGI3Application,
     JSONResponse(
         {"error": {"message": "this node has as many connections as it can serve; try again in a moment"}},

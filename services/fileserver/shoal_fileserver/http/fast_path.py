@@ -64,8 +64,8 @@ class _OpenBlob(msgspec.Struct):
 class FastPath:
     """Open files of recently requested blobs."""
 
-    def __init__(self, layout: StorePaths, node: str, secret: str, sent: SendHistory, pace: RateLimiter) -> None:
-        self._layout, self._node, self._secret, self._sent, self._pace = layout, node, secret, sent, pace
+    def __init__(self, layout: StorePaths, node: str, secret: str, sent: SendHistory, limiter: RateLimiter) -> None:
+        self._layout, self._node, self._secret, self._sent, self._limiter = layout, node, secret, sent, limiter
         self._open: dict[bytes, _OpenBlob] = {}
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -98,7 +98,7 @@ class FastPath:
     def respond(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> LeafResponse | None:
         """Return the response to a GET on a kept-alive connection; None if it takes longer or is less simple."""
         entry = self._open.get(url[len(PREFIX) :]) if url.startswith(PREFIX) else None
-        if entry is None or self._pace.bytes_per_s is not None:
+        if entry is None or self._limiter.bytes_per_s is not None:
             return None
         range_header: bytes | None = None
         credentials: dict[str, str] = {}

@@ -53,7 +53,7 @@ class FileSender:
         self._transport.abort()
 
     async def send_file(
-        self, file: FileIO, start: int, end: int, pace: RateLimiter, is_gone: Callable[[], bool]
+        self, file: FileIO, start: int, end: int, limiter: RateLimiter, is_gone: Callable[[], bool]
     ) -> int:
         """Send bytes [start, end) of a file after the response's head. Returns how many were sent.
 
@@ -69,11 +69,13 @@ class FileSender:
                 if self.disconnected:
                     break
                 if position >= allowed:
-                    share = min(_share_bytes(pace), end - position)
-                    await pace.acquire(share)
+                    share = min(_share_bytes(limiter), end - position)
+                    await limiter.acquire(share)
                     allowed = position + share
                     continue  # the peer may have disconnected meanwhile
-                sent, rest = await _to_its_end(_THREADS.submit(_push, socket, file, position, allowed, is_gone))
+                sent, rest = await _run_to_completion(
+                    _THREADS.submit(_push, socket, file, position, allowed, is_gone)
+                )
                 position += sent
                 self._connection.sent_bytes += sent
                 if rest and not self.disconnected:
@@ -122,11 +124,11 @@ def send_now(transport: asyncio.Transport, leaf: LeafResponse, head: bytes) -> i
     return position
 
 
-def _share_bytes(pace: RateLimiter) -> int:
+def _share_bytes(limiter: RateLimiter) -> int:
     """Return how much to take of a rate limit at a time: little, so that its sharers take turns."""
-    if pace.bytes_per_s is None:
+    if limiter.bytes_per_s is None:
         return _PUSH_BYTES
-    return min(max(int(pace.bytes_per_s * _LIMITED_SHARE_S), _MIN_SHARE_BYTES), LEAF_BYTES)
+    return min(max(int(limiter.bytes_per_s * _LIMITED_SHARE_S), _MIN_SHARE_BYTES), LEAF_BYTES)
 
 
 def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[], bool]) -> tuple[int, bytes]:
@@ -146,7 +148,7 @@ def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[],
     return position - start, b""
 
 
-async def _to_its_end(working: Future[tuple[int, bytes]]) -> tuple[int, bytes]:
+async def _run_to_completion(working: Future[tuple[int, bytes]]) -> tuple[int, bytes]:
     """Return a thread's result. If cancelled, waits all the same: the caller closes what the thread uses."""
     waiting = asyncio.wrap_future(working)
     try:

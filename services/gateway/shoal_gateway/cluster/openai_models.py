@@ -49,38 +49,38 @@ class OpenAiModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[OpenAiModel]
 
 
-def list_models(picture: ClusterSnapshot) -> OpenAiModelList:
+def list_models(snapshot: ClusterSnapshot) -> OpenAiModelList:
     """Return all models, sorted by name."""
-    return OpenAiModelList(data=[_entry(picture, repo, name, commit) for repo, name, commit in _names(picture)])
+    return OpenAiModelList(data=[_entry(snapshot, repo, name, commit) for repo, name, commit in _names(snapshot)])
 
 
-def _names(picture: ClusterSnapshot) -> Iterator[tuple[str, str, str | None]]:
+def _names(snapshot: ClusterSnapshot) -> Iterator[tuple[str, str, str | None]]:
     """Yield each repo, its id in the list, and its commit where the id alone does not determine it."""
-    for repo in sorted(_repos(picture)):
-        local = resolve_commit(picture.models, ModelRef(repo, LOCAL_REVISION))
-        if local and resolve_commit(picture.models, ModelRef(repo)) is None:
+    for repo in sorted(_repos(snapshot)):
+        local = resolve_commit(snapshot.models, ModelRef(repo, LOCAL_REVISION))
+        if local and resolve_commit(snapshot.models, ModelRef(repo)) is None:
             yield repo, f"{repo}@{LOCAL_REVISION}", local
         else:
             yield repo, repo, None
 
 
-def get_model(picture: ClusterSnapshot, ref: ModelRef) -> OpenAiModel:
+def get_model(snapshot: ClusterSnapshot, ref: ModelRef) -> OpenAiModel:
     """Return one model, by `org/name[@revision]`. Raises NotFound."""
     commit = None
     if ref.revision != DEFAULT_REVISION:
-        commit = resolve_commit(picture.models, ref)
+        commit = resolve_commit(snapshot.models, ref)
         commit = commit or next(
-            (s.commit for s in picture.specs.values() if names_model(s.repo, s.commit, ref)), None
+            (s.commit for s in snapshot.specs.values() if names_model(s.repo, s.commit, ref)), None
         )
         if commit is None:
             raise _unknown(ref)
-    elif ref.repo not in _repos(picture):
+    elif ref.repo not in _repos(snapshot):
         raise _unknown(ref)
-    return _entry(picture, ref.repo, str(ref), commit)
+    return _entry(snapshot, ref.repo, str(ref), commit)
 
 
-def _repos(picture: ClusterSnapshot) -> set[str]:
-    return {m.repo for m in picture.models} | {s.repo for s in picture.specs.values()}
+def _repos(snapshot: ClusterSnapshot) -> set[str]:
+    return {m.repo for m in snapshot.models} | {s.repo for s in snapshot.specs.values()}
 
 
 def names_model(repo: str, commit: str, ref: ModelRef) -> bool:
@@ -101,22 +101,22 @@ def _unknown(ref: ModelRef) -> NotFound:
     return NotFound(f"{ref} is not downloaded on any node; download it with `shoal pull {ref}`", model=str(ref))
 
 
-def _entry(picture: ClusterSnapshot, repo: str, name: str, commit: str | None) -> OpenAiModel:
-    commit = commit or resolve_commit(picture.models, ModelRef(repo))
-    held = [m for m in picture.models if m.repo == repo and m.commit == commit]
-    specs = [s for s in picture.specs.values() if s.repo == repo and (commit == s.commit or name == repo)]
-    states = picture.instances
+def _entry(snapshot: ClusterSnapshot, repo: str, name: str, commit: str | None) -> OpenAiModel:
+    commit = commit or resolve_commit(snapshot.models, ModelRef(repo))
+    copies = [m for m in snapshot.models if m.repo == repo and m.commit == commit]
+    specs = [s for s in snapshot.specs.values() if s.repo == repo and (commit == s.commit or name == repo)]
+    states = snapshot.instances
     placed = [PlacedInstance(s.id, states[s.id].phase if s.id in states else "starting") for s in specs]
-    times_s = [m.ready_at_s for m in held] or [s.created_at_s for s in specs]
+    times_s = [m.ready_at_s for m in copies] or [s.created_at_s for s in specs]
     return OpenAiModel(
         id=name,
         created=int(min(times_s, default=0.0)),
         owned_by=repo.partition("/")[0],
         shoal=ShoalModelInfo(
             commit=commit or (specs[0].commit if specs else ""),
-            nodes=sorted(m.node for m in held),
+            nodes=sorted(m.node for m in copies),
             instances=placed,
             ready=any(p.phase == "ready" for p in placed),
-            size_bytes=max((m.size_bytes for m in held), default=0),
+            size_bytes=max((m.size_bytes for m in copies), default=0),
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageState
 from shoal_common.messages.liveness import LivenessRecord
@@ -42,7 +42,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         return sorted(node for node, services in self.live.items() if service in services)
 
 
-def take_snapshot(live: CompatibleLiveView, spec: KvMirror, state: KvMirror) -> ClusterSnapshot:
+def take_snapshot(live: CompatibleLiveMirror, spec: KvMirror, state: KvMirror) -> ClusterSnapshot:
     """Return a snapshot of three mirrors."""
     by_node: dict[str, dict[str, LivenessRecord]] = {}
     for key, value in live.items("", LivenessRecord):

@@ -40,46 +40,46 @@ class LocalNetwork(msgspec.Struct, frozen=True):
 
 
 def status_view(
-    picture: ClusterSnapshot, node: str, version: str, nats_connected: bool, now_s: float, place: LocalNetwork
+    snapshot: ClusterSnapshot, node: str, version: str, nats_connected: bool, now_s: float, place: LocalNetwork
 ) -> StatusView:
     """Return the whole status."""
     return StatusView(
         node=node,
         version=version,
         nats_connected=nats_connected,
-        nodes=node_views(picture, now_s, place),
-        models=model_views(picture),
-        shards=shards_of(picture),
-        downloads=download_views(picture),
-        instances=instance_views(picture),
+        nodes=node_views(snapshot, now_s, place),
+        models=model_views(snapshot),
+        shards=shards_of(snapshot),
+        downloads=download_views(snapshot),
+        instances=instance_views(snapshot),
     )
 
 
-def known_nodes(picture: ClusterSnapshot) -> list[str]:
+def known_nodes(snapshot: ClusterSnapshot) -> list[str]:
     """Return every node that is live or that `state` or `spec` names, sorted."""
-    names = {*picture.live, *picture.storages, *picture.other_versions}
-    names |= {d.node for d in picture.downloads} | {m.node for m in picture.models}
-    names |= {p.node for p in picture.shards}
-    names |= {s.node for spec in picture.specs.values() for s in spec.stages}
-    names |= {s.node for stages in picture.stages.values() for s in stages.values()}
+    names = {*snapshot.live, *snapshot.storages, *snapshot.other_versions}
+    names |= {d.node for d in snapshot.downloads} | {m.node for m in snapshot.models}
+    names |= {p.node for p in snapshot.shards}
+    names |= {s.node for spec in snapshot.specs.values() for s in spec.stages}
+    names |= {s.node for stages in snapshot.stages.values() for s in stages.values()}
     return sorted(names)
 
 
-def node_views(picture: ClusterSnapshot, now_s: float, place: LocalNetwork) -> list[NodeView]:
+def node_views(snapshot: ClusterSnapshot, now_s: float, place: LocalNetwork) -> list[NodeView]:
     """Return all nodes, sorted by name."""
-    return [_node_view(picture, node, now_s, place) for node in known_nodes(picture)]
+    return [_node_view(snapshot, node, now_s, place) for node in known_nodes(snapshot)]
 
 
-def _node_view(picture: ClusterSnapshot, node: str, now_s: float, place: LocalNetwork) -> NodeView:
-    services = picture.live.get(node, {})
+def _node_view(snapshot: ClusterSnapshot, node: str, now_s: float, place: LocalNetwork) -> NodeView:
+    services = snapshot.live.get(node, {})
     fileserver = services.get("fileserver")
     addresses = reachable_addresses(fileserver, place.network, place.interfaces) if fileserver else []
     total_bytes, available_bytes = _memory(services)
     return NodeView(
         node=node,
         live=bool(services),
-        down_since_s=picture.down_nodes[node].down_since_s if not services and node in picture.down_nodes else None,
-        drained=node in picture.drained,
+        down_since_s=snapshot.down_nodes[node].down_since_s if not services and node in snapshot.down_nodes else None,
+        drained=node in snapshot.drained,
         services={
             name: ServiceView(
                 version=live.version,
@@ -91,11 +91,11 @@ def _node_view(picture: ClusterSnapshot, node: str, now_s: float, place: LocalNe
             for name, live in sorted(services.items())
         },
         missing_services=[name for name in SERVICES if name not in services],
-        other_versions=picture.other_versions.get(node, {}),
+        other_versions=snapshot.other_versions.get(node, {}),
         link=addresses[0].kind if addresses else "",
         memory_total_bytes=total_bytes,
         memory_available_bytes=available_bytes,
-        storage=picture.storages.get(node),
+        storage=snapshot.storages.get(node),
     )
 
 
@@ -107,38 +107,38 @@ def _memory(services: dict[str, LivenessRecord]) -> tuple[int, int]:
     return 0, 0
 
 
-def storage_views(picture: ClusterSnapshot) -> list[StorageView]:
+def storage_views(snapshot: ClusterSnapshot) -> list[StorageView]:
     """Return the disks of all nodes whose storage is live or has published a state, sorted by name."""
-    nodes = sorted({*picture.storages, *picture.live_nodes("storage")})
+    nodes = sorted({*snapshot.storages, *snapshot.live_nodes("storage")})
     views = []
     for node in nodes:
-        live = picture.live.get(node, {}).get("storage")
+        live = snapshot.live.get(node, {}).get("storage")
         views.append(
             StorageView(
                 node=node,
                 live=live is not None,
                 disk_free_bytes=live.facts.disk_free_bytes if live else None,
-                storage=picture.storages.get(node),
-                shards=[shard for shard in shards_of(picture) if shard.node == node],
+                storage=snapshot.storages.get(node),
+                shards=[shard for shard in shards_of(snapshot) if shard.node == node],
             )
         )
     return views
 
 
-def shards_of(picture: ClusterSnapshot) -> list[ShardState]:
+def shards_of(snapshot: ClusterSnapshot) -> list[ShardState]:
     """Return the shards, by model, then node."""
-    return sorted(picture.shards, key=lambda p: (p.model, p.node))
+    return sorted(snapshot.shards, key=lambda p: (p.model, p.node))
 
 
-def model_views(picture: ClusterSnapshot) -> list[ModelView]:
+def model_views(snapshot: ClusterSnapshot) -> list[ModelView]:
     """Return all models that some node holds completely."""
     nodes: dict[str, list[str]] = {}
-    adopted: dict[str, dict[str, str]] = {}
-    for held in picture.models:
-        if held.library_directory:
-            adopted.setdefault(held.model, {})[held.node] = held.library_directory
-        nodes.setdefault(held.model, []).append(held.node)
-    first = {held.model: held for held in reversed(picture.models)}
+    library_directories: dict[str, dict[str, str]] = {}
+    for copy in snapshot.models:
+        if copy.library_directory:
+            library_directories.setdefault(copy.model, {})[copy.node] = copy.library_directory
+        nodes.setdefault(copy.model, []).append(copy.node)
+    first = {held.model: held for held in reversed(snapshot.models)}
     return [
         ModelView(
             model=model,
@@ -146,7 +146,7 @@ def model_views(picture: ClusterSnapshot) -> list[ModelView]:
             commit=first[model].commit,
             nodes=sorted(nodes[model]),
             size_bytes=first[model].size_bytes,
-            library_directory=adopted.get(model, {}),
+            library_directory=library_directories.get(model, {}),
         )
         for model in sorted(nodes)
     ]
@@ -157,26 +157,26 @@ def download_view(state: DownloadState) -> DownloadView:
     return DownloadView(**{name: getattr(state, name) for name in DownloadView.__struct_fields__})
 
 
-def download_views(picture: ClusterSnapshot) -> list[DownloadView]:
+def download_views(snapshot: ClusterSnapshot) -> list[DownloadView]:
     """Return all downloads, by model, then node."""
-    return [download_view(d) for d in sorted(picture.downloads, key=lambda d: (d.model, d.node))]
+    return [download_view(d) for d in sorted(snapshot.downloads, key=lambda d: (d.model, d.node))]
 
 
-def instance_views(picture: ClusterSnapshot) -> list[InstanceView]:
+def instance_views(snapshot: ClusterSnapshot) -> list[InstanceView]:
     """Return all instances, placed or still published, oldest first."""
-    ids = picture.specs.keys() | picture.instances.keys()
-    views = [instance_view(picture, i) for i in ids]
+    ids = snapshot.specs.keys() | snapshot.instances.keys()
+    views = [instance_view(snapshot, i) for i in ids]
     return sorted((v for v in views if v is not None), key=lambda v: (v.created_at_s, v.id))
 
 
-def instance_view(picture: ClusterSnapshot, instance: str) -> InstanceView | None:
+def instance_view(snapshot: ClusterSnapshot, instance: str) -> InstanceView | None:
     """Return the view of an instance, or None for an unknown one."""
-    spec, state = picture.specs.get(instance), picture.instances.get(instance)
+    spec, state = snapshot.specs.get(instance), snapshot.instances.get(instance)
     known: InstanceSpec | InstanceState | None = spec or state
     if known is None:
         return None
     planned = {s.rank: s for s in spec.stages} if spec else {}
-    actual = picture.stages.get(instance, {})
+    actual = snapshot.stages.get(instance, {})
     return InstanceView(
         id=instance,
         model=f"{known.repo}@{known.commit}",

@@ -64,7 +64,7 @@ class EventLogResponse(Response):
                     await self._send(send, to_sse(item))
                     self._sent_cursor = item.cursor
         except _TooSlow:
-            reason = f"nothing was read for {self._gateway.settings.limits.silence_s:g} s; resume from the cursor"
+            reason = f"nothing was read for {self._gateway.settings.timeouts.silence_s:g} s; resume from the cursor"
             with suppress(_TooSlow):
                 await self._send(send, end_event(self._sent_cursor, reason), _FAREWELL_TIMEOUT_S)
             return
@@ -74,7 +74,7 @@ class EventLogResponse(Response):
     async def _send(self, send: Send, data: bytes, within_s: float | None = None, more: bool = True) -> None:
         # Waits while the connection's buffer is full: nothing else is buffered for the client.
         try:
-            async with asyncio.timeout(within_s or self._gateway.settings.limits.silence_s):
+            async with asyncio.timeout(within_s or self._gateway.settings.timeouts.silence_s):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise _TooSlow from None
@@ -83,15 +83,15 @@ class EventLogResponse(Response):
 async def events(request: Request) -> Response:
     """`GET /events`."""
     gateway = gateway_of(request)
-    asked = parse_query(request.query_params, request.headers.get("last-event-id", ""))
+    query = parse_query(request.query_params, request.headers.get("last-event-id", ""))
     gateway.sender.require_nats()
     if gateway.event_client_count >= MAX_CLIENTS:
         raise Busy(
             f"node {gateway.node} has {MAX_CLIENTS} clients that follow events, the most it allows; try later, "
             "or another node"
         )
-    quiet_s = gateway.settings.limits.keep_alive_s
-    return EventLogResponse(gateway, EventLogReader(gateway.context.nats, asked, quiet_s, gateway.context.stopping))
+    quiet_s = gateway.settings.timeouts.keep_alive_s
+    return EventLogResponse(gateway, EventLogReader(gateway.context.nats, query, quiet_s, gateway.context.stopping))
 
 
 ROUTES = [route("/events", GET=events), route("/v1/events", GET=events)]

@@ -47,7 +47,7 @@ class EventLogReader:
     """Reads the log until everything asked for is delivered, or `stopping` is set."""
 
     def __init__(self, nats: Nats, query: EventQuery, keep_alive_s: float, stopping: asyncio.Event) -> None:
-        self._nats, self._asked, self._quiet_s, self._stopping = nats, query, keep_alive_s, stopping
+        self._nats, self._query, self._quiet_s, self._stopping = nats, query, keep_alive_s, stopping
         self.cursor = query.after
         """Everything asked for up to this sequence has been delivered."""
         self._created_at: datetime | None = None
@@ -82,7 +82,7 @@ class EventLogReader:
                 # The starting cursor is known before the first event, so nothing is lost if that takes long to come.
                 self.cursor = consumer.delivered.stream_seq
             yield KeepAlive(self.cursor)
-            if not self._asked.follow and not consumer.num_pending:
+            if not self._query.follow and not consumer.num_pending:
                 self._complete = True
                 return
             while True:
@@ -102,7 +102,7 @@ class EventLogReader:
                         skip_count -= 1
                     else:
                         yield event
-                    if not self._asked.follow and not message.metadata.num_pending:
+                    if not self._query.follow and not message.metadata.num_pending:
                         self._complete = True
                         return
                 for item in await self._check_cursor():
@@ -131,10 +131,10 @@ class EventLogReader:
         """Create a consumer at the reader's position; also return how many of its first events to skip."""
         if self.cursor is not None:
             return await self._consumer_after(self.cursor), 0
-        if self._asked.last is not None:
-            return await self._consumer_of_last(self._asked.last)
-        if self._asked.since_s is not None:
-            begin = datetime.fromtimestamp(cluster_clock.now_s() - self._asked.since_s, UTC)
+        if self._query.last is not None:
+            return await self._consumer_of_last(self._query.last)
+        if self._query.since_s is not None:
+            begin = datetime.fromtimestamp(cluster_clock.now_s() - self._query.since_s, UTC)
             return await self._consumer(
                 api.ConsumerConfig(deliver_policy=api.DeliverPolicy.BY_START_TIME, opt_start_time=begin)
             ), 0
@@ -142,9 +142,9 @@ class EventLogReader:
 
     async def _consumer_of_last(self, count: int) -> tuple[api.ConsumerInfo, int]:
         # A new consumer reports its pending events: go back, twice as far each time, until there are enough.
-        back = max(count, 1)
+        offset = max(count, 1)
         while True:
-            after = max(self._last - back, 0)
+            after = max(self._last - offset, 0)
             consumer = await self._consumer_after(after)
             pending = consumer.num_pending or 0
             # NATS starts at its oldest event where we ask for an older one.
@@ -152,7 +152,7 @@ class EventLogReader:
             if pending >= count or start > after or after == 0:
                 return consumer, max(pending - count, 0)
             await self._delete_consumer(consumer.name, None)
-            back *= 2
+            offset *= 2
 
     async def _consumer_after(self, cursor: int) -> api.ConsumerInfo:
         return await self._consumer(
@@ -160,7 +160,7 @@ class EventLogReader:
         )
 
     async def _consumer(self, config: api.ConsumerConfig) -> api.ConsumerInfo:
-        config.filter_subject = self._asked.subject
+        config.filter_subject = self._query.subject
         config.ack_policy = api.AckPolicy.NONE
         config.inactive_threshold = CONSUMER_INACTIVE_TIMEOUT_S
         config.mem_storage, config.num_replicas = True, 1

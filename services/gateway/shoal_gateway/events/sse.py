@@ -6,7 +6,7 @@
     : nothing new                                                           every keep_alive_s
     id: 4719
 
-    event: lost | anew | ended                                              a change of the stream itself
+    event: lost | reset | ended                                             a change of the stream itself
     id: 4700
     data: {"cursor": 4700, "message": "…", …}
 
@@ -165,7 +165,7 @@ def to_sse(item: StreamItem) -> bytes:
                 "message": f"the event log was recreated after cursor {after} (NATS has lost its store); continuing "
                 "with the oldest stored; `shoal status` shows the current state",
             }
-            return _frame(data, cursor, "anew")
+            return _frame(data, cursor, "reset")
 
 
 def end_event(cursor: int | None, reason: str) -> bytes:

@@ -51,31 +51,31 @@ class ChatJob(msgspec.Struct, frozen=True):
 async def chat_completions(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     gateway = gateway_of(request)
-    job = _understand(gateway, openai.parse_request(await read_body(request)))
+    job = _to_job(gateway, openai.parse_request(await read_body(request)))
     if job.request.stream:
         return ChatStreamResponse(gateway, job)
-    return await cancel_on_disconnect(request.receive, _whole(gateway, job))
+    return await cancel_on_disconnect(request.receive, _complete(gateway, job))
 
 
-def _understand(gateway: GatewayContext, asked: openai.ChatRequest) -> ChatJob:
+def _to_job(gateway: GatewayContext, request: openai.ChatRequest) -> ChatJob:
     identity = new_command_id()
     gateway.sender.require_nats()
     if gateway.in_flight.total() >= MAX_IN_FLIGHT:
         raise Busy(
             f"this node has {MAX_IN_FLIGHT} requests in flight, the most it allows; try again, or another node"
         )
-    spec = select_instance(gateway.snapshot(), asked.model, gateway.in_flight)
+    spec = select_instance(gateway.snapshot(), request.model, gateway.in_flight)
     head = openai.AnswerHeader(
         request=identity,
         created=int(time.time()),
-        model=asked.model,
+        model=request.model,
         fingerprint=openai.fingerprint(spec),
-        with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
+        with_usage=request.stream_options is not None and request.stream_options.include_usage,
     )
-    return ChatJob(asked, spec, openai.to_generate(asked, spec, identity), head)
+    return ChatJob(request, spec, openai.to_generate(request, spec, identity), head)
 
 
-async def _whole(gateway: GatewayContext, job: ChatJob) -> Response:
+async def _complete(gateway: GatewayContext, job: ChatJob) -> Response:
     texts: list[str] = []
     async with (
         start_generation(gateway, job.spec, job.question) as generation,
@@ -170,7 +170,7 @@ class ChatStreamResponse(Response):
     async def _send_in_time(self, send: Send, chunk: bytes) -> None:
         # A client that does not read must not keep its slot for ever.
         try:
-            async with asyncio.timeout(self._gateway.settings.limits.silence_s):
+            async with asyncio.timeout(self._gateway.settings.timeouts.silence_s):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except TimeoutError:
             raise ClientDisconnect from None

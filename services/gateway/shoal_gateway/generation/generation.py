@@ -42,8 +42,8 @@ Inbox = asyncio.Queue[TokenEvent]
 class Generation:
     """A request to an instance. `finished` once the instance holds nothing of it any more."""
 
-    def __init__(self, spec: InstanceSpec, inbox: Inbox, limits: GatewayTimeouts) -> None:
-        self._spec, self._inbox, self._limits = spec, inbox, limits
+    def __init__(self, spec: InstanceSpec, inbox: Inbox, timeouts: GatewayTimeouts) -> None:
+        self._spec, self._inbox, self._timeouts = spec, inbox, timeouts
         self.prompt_tokens = 0
         self.finished = False
         self.outcome = ""
@@ -57,7 +57,7 @@ class Generation:
         order, now_s = TokenReorderBuffer(), asyncio.get_running_loop().time
         gap_until_s: float | None = None
         while True:
-            timeout_s = self._limits.silence_s if order.next_index else self._limits.first_token_s
+            timeout_s = self._timeouts.silence_s if order.next_index else self._timeouts.first_token_s
             until_s = now_s() + timeout_s if gap_until_s is None else gap_until_s
             try:
                 async with asyncio.timeout_at(until_s):
@@ -82,7 +82,7 @@ class Generation:
             if not order.has_gap:
                 gap_until_s = None
             elif gap_until_s is None:
-                gap_until_s = now_s() + self._limits.gap_s
+                gap_until_s = now_s() + self._timeouts.gap_s
 
     def _count_token(self) -> None:
         self.token_count += 1
@@ -104,63 +104,63 @@ class Generation:
         )
 
     def _timeout_error(self, order: TokenReorderBuffer, timeout_s: float) -> ShoalError:
-        who = f"instance {self._spec.id} of {self._spec.repo}"
+        name = f"instance {self._spec.id} of {self._spec.repo}"
         if order.has_gap:
             return Expired(
-                f"token {order.next_index} from {who} was lost in transit and did not arrive within "
-                f"{self._limits.gap_s:g} s; ask again",
+                f"token {order.next_index} from {name} was lost in transit and did not arrive within "
+                f"{self._timeouts.gap_s:g} s; ask again",
                 token_index=order.next_index,
             )
         return Expired(
-            f"{who} sent nothing for {timeout_s:g} s after {order.next_index} tokens; try again, or see `shoal ps`",
+            f"{name} sent nothing for {timeout_s:g} s after {order.next_index} tokens; try again, or see `shoal ps`",
             token_index=order.next_index,
         )
 
 
 @asynccontextmanager
 async def start_generation(
-    gateway: GatewayContext, spec: InstanceSpec, question: Generate
+    gateway: GatewayContext, spec: InstanceSpec, request: Generate
 ) -> AsyncIterator[Generation]:
     """Ask an instance and receive its answer inside the body. Leaving before the end cancels it there."""
-    client, limits = gateway.context.nats.client, gateway.settings.limits
-    _check_size(question, client.max_payload)
-    inbox: Inbox = asyncio.Queue(maxsize=min(question.max_tokens, _MAX_INBOX) + _INBOX_SPARE)
-    generation = Generation(spec, inbox, limits)
+    client, timeouts = gateway.context.nats.client, gateway.settings.timeouts
+    _check_size(request, client.max_payload)
+    inbox: Inbox = asyncio.Queue(maxsize=min(request.max_tokens, _MAX_INBOX) + _INBOX_SPARE)
+    generation = Generation(spec, inbox, timeouts)
 
     async def arrived(message: Msg) -> None:
         try:
             event = decode(message.data, TokenEvent)
         except BadMessage as e:
-            log.warning("undecodable token ignored", request=question.request, reason=e.message)
+            log.warning("undecodable token ignored", request=request.request, reason=e.message)
             return
         # A full inbox means that more tokens came than were asked for; a dropped one shows as a gap.
         with suppress(asyncio.QueueFull):
             inbox.put_nowait(event)
 
     # Subscribe before asking: the first token may be faster than the reply.
-    subscription = await client.subscribe(subjects.tokens(question.request), cb=arrived)
+    subscription = await client.subscribe(subjects.tokens(request.request), cb=arrived)
     watching = asyncio.create_task(_until_stage_lost(gateway, spec))
     gateway.in_flight[spec.id] += 1
     try:
-        generation.prompt_tokens = (await _ask(gateway, spec, question, generation, watching)).prompt_tokens
+        generation.prompt_tokens = (await _send_request(gateway, spec, request, generation, watching)).prompt_tokens
         watching.add_done_callback(lambda done: _push_stage_lost(inbox, done))
         yield generation
     except Exception as e:
         generation.outcome = generation.outcome or as_shoal_error(e).code
         raise
     finally:
-        generation.log_end(question.request)
+        generation.log_end(request.request)
         gateway.in_flight[spec.id] -= 1
         watching.cancel()
         with suppress(NatsError):
             await subscription.unsubscribe()
         if not generation.finished:
             # Not awaited: a dead instance would hold up the leaving client until the time-out.
-            gateway.tasks.create_task(_cancel(gateway, spec, question.request))
+            gateway.tasks.create_task(_cancel(gateway, spec, request.request))
 
 
-def _check_size(question: Generate, max_payload_bytes: int) -> None:
-    size_bytes, limit_bytes = len(encode(question)), max_payload_bytes - _HEADROOM_BYTES
+def _check_size(request: Generate, max_payload_bytes: int) -> None:
+    size_bytes, limit_bytes = len(encode(request)), max_payload_bytes - _HEADROOM_BYTES
     if size_bytes > limit_bytes:
         raise TooLarge(
             f"the messages are {size_bytes} bytes, more than the {limit_bytes} that fit in one request; shorten them",
@@ -169,35 +169,35 @@ def _check_size(question: Generate, max_payload_bytes: int) -> None:
         )
 
 
-async def _ask(
+async def _send_request(
     gateway: GatewayContext,
     spec: InstanceSpec,
-    question: Generate,
+    request: Generate,
     generation: Generation,
     watching: asyncio.Task[StageLost],
 ) -> Accepted:
-    asking = asyncio.create_task(
+    call = asyncio.create_task(
         gateway.context.rpc(
             "inference",
             spec.stages[0].node,
             "generate",
-            question,
+            request,
             Accepted,
-            deadline_s=gateway.settings.limits.accept_s,
+            deadline_s=gateway.settings.timeouts.accept_s,
         )
     )
     try:
-        await asyncio.wait({asking, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not asking.done():
+        await asyncio.wait({call, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
             raise watching.result()
-        return asking.result()
+        return call.result()
     except ShoalError as e:
         # Refused, or nobody received it: there is nothing to cancel. After a time-out or a lost stage there may be.
         generation.finished = not isinstance(e, Expired | StageLost)
         raise
     finally:
-        asking.cancel()
-        await asyncio.wait({asking})
+        call.cancel()
+        await asyncio.wait({call})
 
 
 async def _until_stage_lost(gateway: GatewayContext, spec: InstanceSpec) -> StageLost:

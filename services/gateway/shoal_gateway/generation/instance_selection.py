@@ -17,30 +17,30 @@ def lost_stage_reason(
     """Return why the first stage that cannot answer cannot; None when all can."""
     for planned in spec.stages:
         stage = stages.get(planned.rank)
-        where = f"stage {planned.rank} on node {planned.node}"
+        stage_name = f"stage {planned.rank} on node {planned.node}"
         if planned.node not in live_nodes:
-            return f"{where} is down: its inference service does not answer"
+            return f"{stage_name} is down: its inference service does not answer"
         if stage is None:
-            return f"{where} is not running"
+            return f"{stage_name} is not running"
         if stage.epoch != spec.epoch:
-            return f"{where} runs another layout (epoch {stage.epoch}, not {spec.epoch})"
+            return f"{stage_name} runs another layout (epoch {stage.epoch}, not {spec.epoch})"
         if stage.phase != "ready":
-            return f"{where} is {stage.phase}" + (f": {stage.error.message}" if stage.error else "")
+            return f"{stage_name} is {stage.phase}" + (f": {stage.error.message}" if stage.error else "")
     return None
 
 
-def select_instance(picture: ClusterSnapshot, name: str, in_flight: Mapping[str, int]) -> InstanceSpec:
-    """Return the ready instance with the fewest requests in flight that `asked` names.
+def select_instance(snapshot: ClusterSnapshot, name: str, in_flight: Mapping[str, int]) -> InstanceSpec:
+    """Return the ready instance with the fewest requests in flight that `name` names.
 
-    `asked` is an instance's id, `org/name` or `org/name@revision`. Raises NotFound when no instance has that name,
+    `name` is an instance's id, `org/name` or `org/name@revision`. Raises NotFound when no instance has that name,
     Unavailable or StageLost while none of them can answer.
     """
-    candidates = _candidates(picture, name)
-    live_nodes = picture.live_nodes("inference")
+    candidates = _candidates(snapshot, name)
+    live_nodes = snapshot.live_nodes("inference")
     reasons: list[ShoalError] = []
     usable: list[InstanceSpec] = []
     for spec in candidates:
-        reason = _unusable_reason(picture, spec, live_nodes)
+        reason = _unusable_reason(snapshot, spec, live_nodes)
         if reason is None:
             usable.append(spec)
         else:
@@ -50,21 +50,21 @@ def select_instance(picture: ClusterSnapshot, name: str, in_flight: Mapping[str,
     raise reasons[0]
 
 
-def _candidates(picture: ClusterSnapshot, asked: str) -> list[InstanceSpec]:
-    if asked in picture.specs:
-        return [picture.specs[asked]]
-    running = sorted({s.repo for s in picture.specs.values()})
+def _candidates(snapshot: ClusterSnapshot, name: str) -> list[InstanceSpec]:
+    if name in snapshot.specs:
+        return [snapshot.specs[name]]
+    running = sorted({s.repo for s in snapshot.specs.values()})
     hint = f"running: {', '.join(running)}" if running else "nothing is running"
     try:
-        ref = ModelRef.parse(asked)
+        ref = ModelRef.parse(name)
     except BadName:
         raise NotFound(
-            f"no model or instance is named {asked[:200]!r}; {hint}", param="model", running=running
+            f"no model or instance is named {name[:200]!r}; {hint}", param="model", running=running
         ) from None
-    commit = resolve_commit(picture.models, ref)
+    commit = resolve_commit(snapshot.models, ref)
     matching = [
         s
-        for s in picture.specs.values()
+        for s in snapshot.specs.values()
         if names_model(s.repo, s.commit, ref) or (s.repo == ref.repo and s.commit == commit)
     ]
     if not matching:
@@ -74,11 +74,11 @@ def _candidates(picture: ClusterSnapshot, asked: str) -> list[InstanceSpec]:
     return matching
 
 
-def _unusable_reason(picture: ClusterSnapshot, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
-    state = picture.instances.get(spec.id)
+def _unusable_reason(snapshot: ClusterSnapshot, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
+    state = snapshot.instances.get(spec.id)
     phase = state.phase if state else "starting"
     if phase == "ready":
-        lost = lost_stage_reason(spec, picture.stages.get(spec.id, {}), live_nodes)
+        lost = lost_stage_reason(spec, snapshot.stages.get(spec.id, {}), live_nodes)
         if lost is None:
             return None
         return StageLost(f"instance {spec.id} of {spec.repo} cannot answer: {lost}; try again in a moment")

@@ -134,11 +134,11 @@ def _text(content: str | list[ContentPart] | None, index: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for j, part in enumerate(content):
-        where = f"messages[{index}].content[{j}]"
+        param = f"messages[{index}].content[{j}]"
         if part.type != "text":
-            raise UnsupportedParameter(f"{where} is {part.type[:40]!r}: only text is supported", param=where)
+            raise UnsupportedParameter(f"{param} is {part.type[:40]!r}: only text is supported", param=param)
         if part.text is None:
-            raise BadInput(f"{where} has no text", param=where)
+            raise BadInput(f"{param} has no text", param=param)
     return "".join(part.text or "" for part in content)
 
 
@@ -218,8 +218,8 @@ def sse(value: object) -> bytes:
 
 def _chunk(head: AnswerHeader, delta: dict[str, str], reason: FinishReason | None) -> bytes:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-    nothing_yet = {"usage": None} if head.with_usage else {}
-    return sse({**_common(head, "chat.completion.chunk"), "choices": [choice], **nothing_yet})
+    empty_usage = {"usage": None} if head.with_usage else {}
+    return sse({**_common(head, "chat.completion.chunk"), "choices": [choice], **empty_usage})
 
 
 def _common(head: AnswerHeader, kind: str) -> dict[str, Any]:

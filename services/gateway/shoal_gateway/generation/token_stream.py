@@ -44,26 +44,26 @@ class StopScanner:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._held_back = ""
         self.stopped = False
 
     def push(self, piece: str) -> str:
         """Add a piece; return the text that can be sent now. After `stopped` that is always ""."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        held = self._may_begin_a_stop(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        text = self._held_back + piece
+        matches = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
+        if matches:
+            self.stopped, self._held_back = True, ""
+            return text[: min(matches)[1]]
+        held_back = self._may_begin_a_stop(text)
+        self._held_back = text[len(text) - held_back :]
+        return text[: len(text) - held_back]
 
     def flush(self) -> str:
         """Return the text held back, at the end of the answer."""
-        held, self._held = self._held, ""
-        return held
+        held_back, self._held_back = self._held_back, ""
+        return held_back
 
     def _may_begin_a_stop(self, text: str) -> int:
         longest = max((len(s) for s in self._stops), default=1) - 1

@@ -51,7 +51,7 @@ async def send_to_leader(request: Request, verb: str, command: Command) -> tuple
     """Send a command; return its successful outcome and its id. Raises its error, or NodeDown."""
     gateway = gateway_of(request)
     require_placement(gateway)
-    identity, deadline_s = new_command_id(), gateway.settings.limits.outcome_s
+    identity, deadline_s = new_command_id(), gateway.settings.timeouts.outcome_s
     sending = gateway.sender.send("placement", ANY, verb, command, identity, deadline_s)
     outcome = await cancel_on_disconnect(request.receive, sending)
     error = error_of(outcome)

@@ -79,11 +79,13 @@ async def download(request: Request) -> Response:
     gateway.sender.require_nats()
     nodes = to_download(gateway.snapshot(), body.nodes, gateway.node)
     command = DownloadCommand(model=str(ref), deadline_s=body.deadline_s)
-    asked = [_asked(gateway.state, node, command.model) for node in nodes]
-    outcomes = await cancel_on_disconnect(request.receive, _send(gateway, command, asked, body.wait))
-    commands = {a.node: a.command_id for a in asked}
-    _raise_first_refusal(gateway.state, asked, outcomes, commands)
-    return json_response({"downloads": _views(gateway.state, asked), "commands": commands}, 200 if body.wait else 202)
+    pending = [_pending_download(gateway.state, node, command.model) for node in nodes]
+    outcomes = await cancel_on_disconnect(request.receive, _send(gateway, command, pending, body.wait))
+    commands = {a.node: a.command_id for a in pending}
+    _raise_first_refusal(gateway.state, pending, outcomes, commands)
+    return json_response(
+        {"downloads": _views(gateway.state, pending), "commands": commands}, 200 if body.wait else 202
+    )
 
 
 async def pause(request: Request) -> Response:
@@ -115,45 +117,45 @@ async def _control(
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     chosen = to_control(gateway.snapshot(), command.model, nodes)
-    ids, deadline_s = {n: new_command_id() for n in chosen}, gateway.settings.limits.outcome_s
+    ids, deadline_s = {n: new_command_id() for n in chosen}, gateway.settings.timeouts.outcome_s
     sending = gateway.sender.send_to_all("fetcher", ids, verb, command, deadline_s)
     outcomes = await cancel_on_disconnect(request.receive, sending)
     raise_first_error(outcomes)
     return json_response({"model": command.model, "nodes": results_by_node(outcomes)})
 
 
-def _asked(state: KvMirror, node: str, model: str) -> PendingDownload:
+def _pending_download(state: KvMirror, node: str, model: str) -> PendingDownload:
     key = download_key(node, model)
     return PendingDownload(node, key, new_command_id(), state.get(key, DownloadState), cluster_clock.now_s())
 
 
 async def _send(
-    gateway: GatewayContext, command: DownloadCommand, asked: list[PendingDownload], wait: bool
+    gateway: GatewayContext, command: DownloadCommand, pending: list[PendingDownload], wait: bool
 ) -> dict[str, Outcome]:
     """Send to every node. Return the outcomes known once all have started, or with `wait` all outcomes."""
     if wait:
         async with asyncio.TaskGroup() as tasks:
-            waiting = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in asked}
+            waiting = {a.node: tasks.create_task(_outcome(gateway, command, a)) for a in pending}
         return {node: task.result() for node, task in waiting.items()}
     # Tasks that have not finished when the response goes out keep running: they may have to resend or cancel.
-    starting = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in asked}
-    await asyncio.wait(starting.values(), timeout=gateway.settings.limits.fetch_begins_s)
+    starting = {a.node: gateway.tasks.create_task(_until_begun(gateway, command, a)) for a in pending}
+    await asyncio.wait(starting.values(), timeout=gateway.settings.timeouts.fetch_begins_s)
     ended = {node: task.result() for node, task in starting.items() if task.done() and not task.cancelled()}
     return {node: outcome for node, outcome in ended.items() if outcome is not None}
 
 
-async def _outcome(gateway: GatewayContext, command: DownloadCommand, asked: PendingDownload) -> Outcome:
-    deadline_s = command.deadline_s or gateway.settings.limits.download_s
-    return await gateway.sender.send("fetcher", asked.node, "download", command, asked.command_id, deadline_s)
+async def _outcome(gateway: GatewayContext, command: DownloadCommand, pending: PendingDownload) -> Outcome:
+    deadline_s = command.deadline_s or gateway.settings.timeouts.download_s
+    return await gateway.sender.send("fetcher", pending.node, "download", command, pending.command_id, deadline_s)
 
 
-async def _until_begun(gateway: GatewayContext, command: DownloadCommand, asked: PendingDownload) -> Outcome | None:
+async def _until_begun(gateway: GatewayContext, command: DownloadCommand, pending: PendingDownload) -> Outcome | None:
     """Return the outcome, or None as soon as `state` shows that the download has started."""
-    state, outcome = gateway.state, asyncio.create_task(_outcome(gateway, command, asked))
+    state, outcome = gateway.state, asyncio.create_task(_outcome(gateway, command, pending))
     try:
         while not outcome.done():
             version = state.changes
-            if has_started(state.get(asked.key, DownloadState), asked.state_before, asked.requested_at_s):
+            if has_started(state.get(pending.key, DownloadState), pending.state_before, pending.requested_at_s):
                 return None
             changed = asyncio.create_task(state.wait_changed(version))
             try:
@@ -166,10 +168,10 @@ async def _until_begun(gateway: GatewayContext, command: DownloadCommand, asked:
 
 
 def _raise_first_refusal(
-    state: KvMirror, asked: list[PendingDownload], outcomes: Mapping[str, Outcome], commands: dict[str, str]
+    state: KvMirror, pending: list[PendingDownload], outcomes: Mapping[str, Outcome], commands: dict[str, str]
 ) -> None:
     """Raise the error of the first node that refused or failed, from its outcome or its state."""
-    for a in asked:
+    for a in pending:
         now = state.get(a.key, DownloadState)
         since_request = now if has_started(now, a.state_before, a.requested_at_s) else None
         error: ShoalError | None = failure_of(outcomes.get(a.node), since_request)
@@ -177,8 +179,8 @@ def _raise_first_refusal(
             raise with_details(error, node=a.node, commands=commands)
 
 
-def _views(state: KvMirror, asked: list[PendingDownload]) -> list[object]:
-    states = [state.get(a.key, DownloadState) for a in asked]
+def _views(state: KvMirror, pending: list[PendingDownload]) -> list[object]:
+    states = [state.get(a.key, DownloadState) for a in pending]
     return [download_view(d) for d in states if d is not None]
 
 

@@ -117,7 +117,7 @@ async def _until_ready(gateway: GatewayContext, placed: str) -> None:
         now = state.get(instance_key(placed), InstanceState)
         return now if now is not None and now.phase in ("ready", "failed") else None
 
-    deadline_s = gateway.settings.limits.place_s
+    deadline_s = gateway.settings.timeouts.place_s
     state = await gateway.state.wait_for(ready_or_failed, deadline_s)
     if state is None:
         now = instance_view(gateway.snapshot(), placed)

@@ -42,7 +42,7 @@ async def delete(request: Request) -> Response:
 
 
 async def _delete_everywhere(gateway: GatewayContext, name: str, nodes: list[str]) -> dict[str, Outcome]:
-    command, deadline_s = Delete(model=name), gateway.settings.limits.outcome_s
+    command, deadline_s = Delete(model=name), gateway.settings.timeouts.outcome_s
     return await gateway.sender.send_to_all(
         "storage", {n: new_command_id() for n in nodes}, "delete", command, deadline_s
     )

@@ -14,46 +14,48 @@ NodeSelection = list[str] | str | None
 """As given in a request: a list, one name, `all`, or nothing."""
 
 
-def to_download(picture: ClusterSnapshot, nodes: NodeSelection, own_node: str) -> list[str]:
+def to_download(snapshot: ClusterSnapshot, nodes: NodeSelection, own_node: str) -> list[str]:
     """Return the nodes that download: `own_node` by default. Raises NodeDown unless all their fetchers are live."""
-    return _live(picture, _named(picture, nodes, "fetcher") or [own_node], "fetcher")
+    return _live(snapshot, _named(snapshot, nodes, "fetcher") or [own_node], "fetcher")
 
 
-def to_control(picture: ClusterSnapshot, model: str, nodes: NodeSelection) -> list[str]:
+def to_control(snapshot: ClusterSnapshot, model: str, nodes: NodeSelection) -> list[str]:
     """Return the nodes that pause, resume or cancel a download ("": any): by default those where it has not ended."""
-    chosen = _named(picture, nodes, "fetcher")
+    chosen = _named(snapshot, nodes, "fetcher")
     if chosen is None:
-        chosen = sorted({d.node for d in picture.downloads if model in ("", d.model) and d.phase not in ENDED_PHASES})
-    return _live(picture, chosen, "fetcher")
+        chosen = sorted(
+            {d.node for d in snapshot.downloads if model in ("", d.model) and d.phase not in ENDED_PHASES}
+        )
+    return _live(snapshot, chosen, "fetcher")
 
 
-def to_delete(picture: ClusterSnapshot, repo: str, revision: str | None, node: str | None) -> list[str]:
+def to_delete(snapshot: ClusterSnapshot, repo: str, revision: str | None, node: str | None) -> list[str]:
     """Return the nodes that delete a revision of a repo (None: all): `node`, or all that hold or download it."""
     if node is not None:
-        return _live(picture, [check_node(node)], "storage")
-    held: list[ModelState | ShardState] = [*picture.models, *picture.shards]
-    chosen = {m.node for m in held if m.repo == repo and revision in (None, m.commit, *m.revisions)}
-    for d in picture.downloads:
+        return _live(snapshot, [check_node(node)], "storage")
+    copies: list[ModelState | ShardState] = [*snapshot.models, *snapshot.shards]
+    chosen = {m.node for m in copies if m.repo == repo and revision in (None, m.commit, *m.revisions)}
+    for d in snapshot.downloads:
         # An ended download is only a record: it is cleared where storage is live, and blocks nothing elsewhere.
         requested = ModelRef.parse(d.model)
         matches = requested.repo == repo and revision in (None, requested.revision, d.commit)
-        if matches and (d.phase not in ENDED_PHASES or picture.is_live(d.node, "storage")):
+        if matches and (d.phase not in ENDED_PHASES or snapshot.is_live(d.node, "storage")):
             chosen.add(d.node)
-    return _live(picture, sorted(chosen), "storage")
+    return _live(snapshot, sorted(chosen), "storage")
 
 
-def to_storage(picture: ClusterSnapshot, node: str | None, nodes: NodeSelection, own_node: str) -> list[str]:
+def to_storage(snapshot: ClusterSnapshot, node: str | None, nodes: NodeSelection, own_node: str) -> list[str]:
     """Return the nodes whose storage gets the command: `own_node` by default. `node` may be `all` too."""
     if node is not None and nodes is not None:
         raise BadInput("`node` and `nodes` mean the same: give one of them", param="node")
-    return _live(picture, _named(picture, nodes if node is None else node, "storage") or [own_node], "storage")
+    return _live(snapshot, _named(snapshot, nodes if node is None else node, "storage") or [own_node], "storage")
 
 
-def _named(picture: ClusterSnapshot, nodes: NodeSelection, service: str) -> list[str] | None:
+def _named(snapshot: ClusterSnapshot, nodes: NodeSelection, service: str) -> list[str] | None:
     if nodes is None:
         return None
     if nodes == ALL_NODES:
-        live = picture.live_nodes(service)
+        live = snapshot.live_nodes(service)
         if not live:
             raise NodeDown(f"no node runs a {service}; start a node with `shoal up`")
         return live
@@ -63,19 +65,19 @@ def _named(picture: ClusterSnapshot, nodes: NodeSelection, service: str) -> list
     return list(dict.fromkeys(check_node(n) for n in names))
 
 
-def _live(picture: ClusterSnapshot, nodes: list[str], service: str) -> list[str]:
-    down = [n for n in nodes if not picture.is_live(n, service)]
+def _live(snapshot: ClusterSnapshot, nodes: list[str], service: str) -> list[str]:
+    down = [n for n in nodes if not snapshot.is_live(n, service)]
     if down:
         raise NodeDown(
-            f"{', '.join(_down_reason(picture, n, service) for n in down)}; nothing was sent: start the node with "
+            f"{', '.join(_down_reason(snapshot, n, service) for n in down)}; nothing was sent: start the node with "
             f"`shoal up` there, or leave it out (nodes with a running {service}: "
-            f"{', '.join(picture.live_nodes(service)) or 'none'})",
+            f"{', '.join(snapshot.live_nodes(service)) or 'none'})",
             nodes=down,
         )
     return nodes
 
 
-def _down_reason(picture: ClusterSnapshot, node: str, service: str) -> str:
-    if picture.live.get(node):
+def _down_reason(snapshot: ClusterSnapshot, node: str, service: str) -> str:
+    if snapshot.live.get(node):
         return f"the {service} of node {node} is down"
-    return f"node {node} is down" if node in known_nodes(picture) else f"there is no node {node}"
+    return f"node {node} is down" if node in known_nodes(snapshot) else f"there is no node {node}"

@@ -44,30 +44,30 @@ _ANSWER_TIMEOUT_S = 30.0
 
 async def preview(request: Request) -> Response:
     """`GET /v1/placements/preview?model=…`: possible layouts, first the one that `place` would choose."""
-    return await _asked(request, "previews", _question(request), Previews)
+    return await _ask_placement(request, "previews", _question(request), Previews)
 
 
 async def fits(request: Request) -> Response:
     """`GET /v1/placements/fits?context_tokens=…`: the downloaded models that could be placed now."""
     _refuse_others(request, ("context_tokens",))
-    return await _asked(request, "fits", _converted(dict(request.query_params), ListFits), FittingModels)
+    return await _ask_placement(request, "fits", _converted(dict(request.query_params), ListFits), FittingModels)
 
 
 async def rebalances(request: Request) -> Response:
     """`GET /v1/placements/rebalances`: instances with a better layout elsewhere, and the gain."""
     _refuse_others(request, ())
-    return await _asked(request, "rebalances", ListRebalances(), Rebalances)
+    return await _ask_placement(request, "rebalances", ListRebalances(), Rebalances)
 
 
-async def _asked(request: Request, verb: str, question: WireStruct, answer: type[WireStruct]) -> Response:
+async def _ask_placement(request: Request, verb: str, question: WireStruct, answer: type[WireStruct]) -> Response:
     """Ask placement, on this node where it runs and on another node otherwise."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     require_placement(gateway)
     nodes = gateway.snapshot().live_nodes("placement")
     node = gateway.node if gateway.node in nodes else nodes[0]
-    asking = gateway.context.rpc("placement", node, verb, question, answer, deadline_s=_ANSWER_TIMEOUT_S)
-    return json_response(await cancel_on_disconnect(request.receive, asking))
+    call = gateway.context.rpc("placement", node, verb, question, answer, deadline_s=_ANSWER_TIMEOUT_S)
+    return json_response(await cancel_on_disconnect(request.receive, call))
 
 
 def _question(request: Request) -> PlaceCommand:

@@ -99,7 +99,7 @@ async def verify(request: Request) -> Response:
     if body.model:
         ModelRef.parse(body.model)
     command = Verify(model=body.model, deadline_s=body.deadline_s)
-    limit_s = gateway_of(request).settings.limits.verify_s
+    limit_s = gateway_of(request).settings.timeouts.verify_s
     return await _on_nodes(request, "verify", command, body.node, body.nodes, limit_s)
 
 
@@ -114,9 +114,9 @@ async def plan(request: Request) -> Response:
     return json_response({"nodes": plans})
 
 
-async def _plans(gateway: GatewayContext, nodes: list[str], question: PlanEviction) -> Mapping[str, EvictionPlan]:
+async def _plans(gateway: GatewayContext, nodes: list[str], request: PlanEviction) -> Mapping[str, EvictionPlan]:
     ask = gateway.context.rpc
-    answers = await asyncio.gather(*(ask("storage", n, "plan", question, EvictionPlan) for n in nodes))
+    answers = await asyncio.gather(*(ask("storage", n, "plan", request, EvictionPlan) for n in nodes))
     return dict(zip(nodes, answers, strict=True))
 
 
@@ -127,7 +127,7 @@ async def _on_nodes(
     gateway = gateway_of(request)
     gateway.sender.require_nats()
     chosen = to_storage(gateway.snapshot(), node, nodes, gateway.node)
-    deadline_s = command.deadline_s or limit_s or gateway.settings.limits.outcome_s
+    deadline_s = command.deadline_s or limit_s or gateway.settings.timeouts.outcome_s
     sending = gateway.sender.send_to_all("storage", {n: new_command_id() for n in chosen}, verb, command, deadline_s)
     outcomes = await cancel_on_disconnect(request.receive, sending)
     raise_first_error(outcomes)

@@ -50,7 +50,7 @@ class BandwidthEstimate:
     """The bandwidth estimate of one node. `published_bytes_per_s` is 0 until it differs from the idle one."""
 
     def __init__(self, save: Callable[[float], None]) -> None:
-        self._keep = save
+        self._save = save
         self._idle, self._estimate = 0.0, 0.0
         self.published_bytes_per_s = 0.0
 
@@ -66,4 +66,4 @@ class BandwidthEstimate:
         self._estimate = update_estimate(self._estimate, pass_bytes / pass_s, self._idle)
         if is_significant(self.published_bytes_per_s or self._idle, self._estimate):
             self.published_bytes_per_s = round(self._estimate)
-            self._keep(self.published_bytes_per_s)
+            self._save(self.published_bytes_per_s)

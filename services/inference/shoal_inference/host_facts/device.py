@@ -71,22 +71,22 @@ def machine_fingerprint() -> str:
 
 def _read(home: Path, machine: str) -> DeviceCache | None:
     try:
-        kept = msgspec.json.decode((home / "device.json").read_bytes(), type=DeviceCache)
+        cached = msgspec.json.decode((home / "device.json").read_bytes(), type=DeviceCache)
     except (OSError, msgspec.MsgspecError):
         return None
-    return kept if kept.machine == machine and kept.device.bytes_per_s > 0 else None
+    return cached if cached.machine == machine and cached.device.bytes_per_s > 0 else None
 
 
 def read_cached_device(home: Path, machine: str) -> Device | None:
     """Return what an earlier start measured on this machine; None when it must be measured."""
-    kept = _read(home, machine)
-    return None if kept is None else kept.device
+    cached = _read(home, machine)
+    return None if cached is None else cached.device
 
 
 def read_observed_bandwidth(home: Path) -> float:
     """Return the bandwidth that stages showed on this machine before; 0: none."""
-    kept = _read(home, machine_fingerprint())
-    return 0.0 if kept is None else max(kept.observed_bytes_per_s, 0.0)
+    cached = _read(home, machine_fingerprint())
+    return 0.0 if cached is None else max(cached.observed_bytes_per_s, 0.0)
 
 
 def save_observed_bandwidth(home: Path, bytes_per_s: float) -> None:
@@ -115,13 +115,13 @@ async def detect_device(
 ) -> Device:
     """Return MLX's device on this machine, measured once per machine; a configured `speed` is not measured.
 
-    A machine that stays busy for `patience_s` is measured all the same, and again at the next start.
+    A machine that stays busy for `timeout_s` is measured all the same, and again at the next start.
     """
     machine = await asyncio.to_thread(machine_fingerprint)
-    kept = await asyncio.to_thread(read_cached_device, home, machine)
+    cached = await asyncio.to_thread(read_cached_device, home, machine)
     limit = tightest(await asyncio.to_thread(AvailableMemory().read))
-    measure = configured_bytes_per_s is None and kept is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
-    known = kept or Device(bytes_per_s=configured_bytes_per_s or 0.0)
+    measure = configured_bytes_per_s is None and cached is None and limit.available_bytes >= _MIN_AVAILABLE_BYTES
+    known = cached or Device(bytes_per_s=configured_bytes_per_s or 0.0)
     if configured_bytes_per_s is not None:
         known = msgspec.structs.replace(known, bytes_per_s=configured_bytes_per_s)
     # On macOS the accelerator's memory limit is a system setting: read it at each start.
@@ -141,9 +141,9 @@ async def detect_device(
     return msgspec.structs.replace(detected, bytes_per_s=known.bytes_per_s)
 
 
-async def _wait_idle(patience_s: float) -> bool:
+async def _wait_idle(timeout_s: float) -> bool:
     loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + patience_s
+    deadline_s = loop.time() + timeout_s
     while is_busy():
         if loop.time() >= deadline_s:
             return False

@@ -50,7 +50,7 @@ def occupied_bytes(pid: int) -> int:
 def memory_facts(
     limits: Sequence[MemoryLimit], cap_bytes: int | None, stages: Mapping[str, int], device: Device
 ) -> NodeFacts:
-    """Return the memory facts from the limits on this process (`Memory.look`), the cap, and what `stages` (bytes by
+    """Return the facts from this process's limits (`AvailableMemory.read`), the cap, and what `stages` (bytes by
     `<instance>/<rank>`) occupy."""
     limit = tightest(limits)
     total, available = limit.total_bytes, limit.available_bytes

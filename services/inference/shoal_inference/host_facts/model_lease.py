@@ -26,28 +26,28 @@ _RELEASE_TIMEOUT_S = 1.0
 
 @asynccontextmanager
 async def lease_model(
-    ask: RpcClient, node: str, assignment: Assignment, timeout_s: float = LEASE_TIMEOUT_S
+    rpc: RpcClient, node: str, assignment: Assignment, timeout_s: float = LEASE_TIMEOUT_S
 ) -> AsyncIterator[LeaseGrant]:
     """Hold a lease of a stage's model while the body runs.
 
     Raises what storage answers, or Unavailable when there is no lease after `within_s`.
     """
-    lease = await _acquire(ask, node, assignment, timeout_s)
+    lease = await _acquire(rpc, node, assignment, timeout_s)
     try:
         yield lease
     finally:
         # Storage notices the end of the process by itself; releasing only makes it immediate.
         try:
-            await ask(
+            await rpc(
                 "storage", node, "release_lease", ReleaseLease(id=lease.id), Empty, deadline_s=_RELEASE_TIMEOUT_S
             )
         except (ShoalError, NatsError) as e:
             log.debug("lease not released; it expires by itself", lease=lease.id, reason=str(e) or type(e).__name__)
 
 
-async def _acquire(ask: RpcClient, node: str, assignment: Assignment, within_s: float) -> LeaseGrant:
+async def _acquire(rpc: RpcClient, node: str, assignment: Assignment, within_s: float) -> LeaseGrant:
     spec, rank = assignment.spec, assignment.stage.rank
-    question = AcquireLease(
+    request = AcquireLease(
         model=spec.model,
         holder=f"stage {rank} of instance {spec.id}",
         instance=spec.id,
@@ -57,7 +57,7 @@ async def _acquire(ask: RpcClient, node: str, assignment: Assignment, within_s: 
     is_logged = False
     while True:
         try:
-            return await ask("storage", node, "lease", question, LeaseGrant, deadline_s=_ANSWER_TIMEOUT_S)
+            return await rpc("storage", node, "lease", request, LeaseGrant, deadline_s=_ANSWER_TIMEOUT_S)
         except (ShoalError, NatsError) as e:
             if isinstance(e, ShoalError) and not e.retryable:
                 raise

@@ -27,8 +27,8 @@ _REPORT_TIMEOUT_S = 5.0
 class UsageReporter:
     """Reports uses in the background. A failed report is logged; a later answer reports again."""
 
-    def __init__(self, ask: RpcClient, tasks: asyncio.TaskGroup) -> None:
-        self._ask, self._tasks = ask, tasks
+    def __init__(self, rpc: RpcClient, tasks: asyncio.TaskGroup) -> None:
+        self._rpc, self._tasks = rpc, tasks
         self._reported_s: dict[str, float] = {}
 
     def report(self, spec: InstanceSpec, now_s: float) -> None:
@@ -43,7 +43,7 @@ class UsageReporter:
 
     async def _report(self, node: str, model: str) -> None:
         try:
-            await self._ask(
+            await self._rpc(
                 "storage", node, "record_use", RecordUse(models=[model]), Empty, deadline_s=_REPORT_TIMEOUT_S
             )
         except (ShoalError, NatsError) as e:

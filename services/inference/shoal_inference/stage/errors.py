@@ -11,7 +11,7 @@ StageError
 ├── FatalError              ends the child: `Fatal`, exit status 1
 │   ├── UnsupportedArchitecture
 │   ├── LoadFailed          files missing or damaged, or a context that nobody states
-│   ├── ComputeStuck        one forward pass outlived its deadline: its thread cannot be taken back
+│   ├── ComputeStuck        one forward pass outlived its deadline: its thread cannot be stopped
 │   └── BadControl          the parent said something that does not decode, or in the wrong order
 └── LinkError               ends one connection; requests that needed it end with StageLost
     ├── BadFrame            bytes that are not a frame of this version, or beyond its limits

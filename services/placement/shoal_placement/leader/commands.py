@@ -14,7 +14,7 @@ from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.streams import LEASE_TTL_S
 from shoal_common.cancellation import cancel_and_wait
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct
 from shoal_common.messages.downloads import DownloadState
@@ -85,21 +85,23 @@ class PlacementService:
     def __init__(
         self,
         context: ServiceContext,
-        live: CompatibleLiveView,
+        live: CompatibleLiveMirror,
         spec: KvMirror,
         state: KvMirror,
         collector: NodeGarbageCollector,
         replace_after_s: float,
     ) -> None:
-        self._context, self._collector = context, collector
+        self._context, self._node_gc = context, collector
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
-        self._suspicion, self.survey = FailureDetector(context, live), LinkSurvey(context, live, state)
-        self._mover = Migrator(
-            context, (live, spec, state), self._inference_nodes, self._world, self._section, replace_after_s
+        self._failure_detector, self.survey = FailureDetector(context, live), LinkSurvey(context, live, state)
+        self._migrator = Migrator(
+            context, (live, spec, state), self._inference_nodes, self._cluster_facts, self._section, replace_after_s
         )
-        self._instances = InstanceStatusPublisher(context, (live, spec, state), self._suspicion, self._mover)
-        self._membership = MembershipPublisher(context, live, state, self._suspicion.unresponsive)
+        self._instances = InstanceStatusPublisher(
+            context, (live, spec, state), self._failure_detector, self._migrator
+        )
+        self._membership = MembershipPublisher(context, live, state, self._failure_detector.unresponsive)
         self._writes: LeaderWrites
         """Set while it leads."""
 
@@ -107,7 +109,7 @@ class PlacementService:
         """Return the services that are live and answer, by service and node."""
         services: dict[str, dict[str, LivenessRecord]] = {}
         for key, record in self._live.items("", LivenessRecord):
-            if key not in self._suspicion.unresponsive:
+            if key not in self._failure_detector.unresponsive:
                 node, _, service = key.partition(".")
                 services.setdefault(service, {})[node] = record
         return services
@@ -116,7 +118,7 @@ class PlacementService:
         """Return the nodes that can run stages."""
         return set(self._answering_services().get("inference", {}))
 
-    def _world(self) -> ClusterFacts:
+    def _cluster_facts(self) -> ClusterFacts:
         services = self._answering_services()
         measured = (s for _, s in self._state.items("links.", LinksState))
         fileservers = {node: record.facts for node, record in services.get("fileserver", {}).items()}
@@ -145,7 +147,7 @@ class PlacementService:
             existing = self._spec.get(instance_key(name), InstanceSpec)
             if existing is not None:
                 return _placed(existing)
-            chosen = await asyncio.to_thread(plan_layout, command, self._world())
+            chosen = await asyncio.to_thread(plan_layout, command, self._cluster_facts())
             spec = to_instance_spec(chosen, name, round(cluster_clock.now_s(), 3))
             await self._spec.wait_revision(await self._writes.spec.put(instance_key(name), spec))
         self.survey.request_measurements(candidate_nodes([chosen]))
@@ -176,13 +178,13 @@ class PlacementService:
             spec, layout = self._spec.get(instance_key(name), InstanceSpec), command.layout
             if spec is None:
                 raise NotFound(f"there is no instance {name}: `shoal ps` lists the instances")
-            world = self._world()
-            if not layout and (proposal := await asyncio.to_thread(best_rebalance, spec, world)) is not None:
+            cluster = self._cluster_facts()
+            if not layout and (proposal := await asyncio.to_thread(best_rebalance, spec, cluster)) is not None:
                 layout = proposal.proposed.layout
             if layout in ("", layout_name(spec.stages)):
                 return {"instance": name, "moved": False, "epoch": spec.epoch}
-            replanned = await asyncio.to_thread(replan, spec, world, layout)
-            await self._mover.publish_layout(replanned, "requested by a person", self._writes)
+            replanned = await asyncio.to_thread(replan, spec, cluster, layout)
+            await self._migrator.publish_layout(replanned, "requested by a person", self._writes)
         return {"instance": name, "moved": True, "epoch": replanned.epoch}
 
     async def _drain(self, command: Drain, _: str) -> dict[str, object]:
@@ -194,7 +196,7 @@ class PlacementService:
                 was_drained = await spec.delete(node_key(node))
             elif was_drained := node_key(node) in self._spec:
                 pass
-            elif node in self._world().live_nodes:
+            elif node in self._cluster_facts().live_nodes:
                 await self._spec.wait_revision(
                     await spec.put(
                         node_key(node), NodeSpec(node=node, requested_at_s=round(cluster_clock.now_s(), 3))
@@ -213,32 +215,32 @@ class PlacementService:
             "instances": sorted(affected),
         }
 
-    async def preview(self, question: PlaceCommand) -> PlaceResult:
+    async def preview(self, request: PlaceCommand) -> PlaceResult:
         """Return the layout that `place` would choose now. Writes nothing."""
         await self._catch_up()
-        chosen = await asyncio.to_thread(plan_layout, question, self._world())
+        chosen = await asyncio.to_thread(plan_layout, request, self._cluster_facts())
         self.survey.request_measurements(candidate_nodes([chosen]))
         return _placed(to_instance_spec(chosen, "preview", 0.0))
 
-    async def previews(self, question: PlaceCommand) -> Previews:
+    async def previews(self, request: PlaceCommand) -> Previews:
         """Return the best layout for each number of nodes, in any memory tier. Writes nothing."""
         await self._catch_up()
-        world = self._world()
-        if not is_held(question.model, world):
-            world = with_remote_model(world, question.model, await self._size_of(question.model))
-        plans = await asyncio.to_thread(plan_previews, question, world)
+        cluster = self._cluster_facts()
+        if not is_held(request.model, cluster):
+            cluster = with_remote_model(cluster, request.model, await self._size_of(request.model))
+        plans = await asyncio.to_thread(plan_previews, request, cluster)
         self.survey.request_measurements(candidate_nodes(plans))
-        return to_previews(plans, world.inference_facts, requests_in_flight(question))
+        return to_previews(plans, cluster.inference_facts, requests_in_flight(request))
 
-    async def list_fits(self, question: ListFits) -> FittingModels:
+    async def list_fits(self, request: ListFits) -> FittingModels:
         """Return which of the models on live nodes could be placed now. Writes nothing."""
         await self._catch_up()
-        return await asyncio.to_thread(list_fitting_models, question, self._world())
+        return await asyncio.to_thread(list_fitting_models, request, self._cluster_facts())
 
     async def list_rebalances(self, _: ListRebalances) -> Rebalances:
         """Return which instances would run better on another layout. Writes nothing."""
         await self._catch_up()
-        return await asyncio.to_thread(rebalances, self._world())
+        return await asyncio.to_thread(rebalances, self._cluster_facts())
 
     async def _size_of(self, model: str) -> ModelSize:
         """Have a fetcher read the size of a model that no node has from the hub. Raises NotFound and others."""
@@ -256,11 +258,11 @@ class PlacementService:
 
     # Leading
 
-    async def lead_forever(self, lease_view: KvMirror) -> None:
+    async def lead_forever(self, lease_mirror: KvMirror) -> None:
         """Acquire the lease whenever it is free, and lead while it is held. Never returns."""
         key, next_try_s = leader_key("placement"), 0.0
         while True:
-            seen, holder = lease_view.changes, lease_view.get(key, LeaseValue)
+            seen, holder = lease_mirror.changes, lease_mirror.get(key, LeaseValue)
             if holder is None or holder.node == self._context.node or monotonic() >= next_try_s:
                 next_try_s = monotonic() + _ACQUIRE_INTERVAL_S
                 if (lease := await self._acquire(key)) is not None:
@@ -270,7 +272,7 @@ class PlacementService:
                     continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LEASE_CHECK_INTERVAL_S):
-                    await lease_view.wait_changed(seen)
+                    await lease_mirror.wait_changed(seen)
 
     async def _acquire(self, key: str) -> ClusterLease | None:
         context = self._context
@@ -289,15 +291,15 @@ class PlacementService:
         verbs = {
             "place": CommandHandler(PlaceCommand, self.place, _PLACE_DEADLINE_S),
             "unplace": CommandHandler(Unplace, self.unplace, _UNPLACE_DEADLINE_S),
-            "forget": CommandHandler(Forget, self._collector.forget, _FORGET_DEADLINE_S),
+            "forget": CommandHandler(Forget, self._node_gc.forget, _FORGET_DEADLINE_S),
             "rebalance": CommandHandler(Rebalance, self._rebalance, _PLACE_DEADLINE_S),
             "drain": CommandHandler(Drain, self._drain, _DRAIN_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
             commands = tasks.create_task(self._context.run_commands(verbs, address="any", until=lost))
             instances = tasks.create_task(self._instances.run(lease, self._writes))
-            collector = tasks.create_task(self._collector.run(lease, self._writes))
-            detector = tasks.create_task(self._suspicion.run())
+            collector = tasks.create_task(self._node_gc.run(lease, self._writes))
+            detector = tasks.create_task(self._failure_detector.run())
             membership = tasks.create_task(self._membership.run(self._writes))
             await lease.wait_lost()
             lost.set()

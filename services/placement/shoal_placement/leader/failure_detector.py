@@ -98,13 +98,14 @@ class FailureDetector:
         nats, connection = self._context.nats, self._context.nats.reconnects.count
         services = services_to_ping(node, self._live.keys())
         own_answer, *answers = await asyncio.gather(
-            self._answers("placement", self._context.node), *(self._answers(service, node) for service in services)
+            self._does_answer("placement", self._context.node),
+            *(self._does_answer(service, node) for service in services),
         )
         if not own_answer or connection != nats.reconnects.count:
             return None
         return dict(zip(services, answers, strict=True))
 
-    async def _answers(self, service: str, node: str) -> bool:
+    async def _does_answer(self, service: str, node: str) -> bool:
         try:
             await self._context.rpc(service, node, PING, Empty(), Empty, PING_DEADLINE_S)
         except (ShoalError, NatsError):

@@ -37,5 +37,5 @@ def nodes_present(live: Set[str], unresponsive: Set[str], published: InstanceSta
     `live`: nodes with a live inference service; `unresponsive`: nodes whose inference service does not answer;
     `settled`: no outage of NATS has ended lately.
     """
-    excused = published is not None and published.phase == "ready" and not settled
-    return (set(live) | set(published.nodes if published is not None and excused else [])) - unresponsive
+    keep_published = published is not None and published.phase == "ready" and not settled
+    return (set(live) | set(published.nodes if published is not None and keep_published else [])) - unresponsive

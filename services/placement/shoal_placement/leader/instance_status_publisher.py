@@ -33,12 +33,12 @@ class InstanceStatusPublisher:
         migrator: Migrator,
     ) -> None:
         """`views`: live, spec, state."""
-        self._context, self._suspicion, self._mover = context, failure_detector, migrator
+        self._context, self._failure_detector, self._migrator = context, failure_detector, migrator
         self._live, self._spec, self._state = mirrors
 
     async def run(self, lease: ClusterLease, writes: LeaderWrites) -> None:
         """Publish and move instances while this lease is held."""
-        self._mover.start_leading()
+        self._migrator.start_leading()
         loop, reconnects = asyncio.get_running_loop(), self._context.nats.reconnects
         # An outage may have made this service the leader.
         connection, settled_at_s = 0, loop.time()
@@ -49,13 +49,13 @@ class InstanceStatusPublisher:
                 connection, settled_at_s = reconnects.count, loop.time() + SETTLE_INTERVAL_S
             unsettled_s = settled_at_s - loop.time()
             await self._publish(writes, settled=unsettled_s <= 0)
-            stays_before = self._mover.stay_reasons.copy()
-            wake_s = await self._mover.migrate(lease, writes)
-            if self._mover.stay_reasons != stays_before:
+            stays_before = self._migrator.stay_reasons.copy()
+            wake_s = await self._migrator.migrate(lease, writes)
+            if self._migrator.stay_reasons != stays_before:
                 await self._publish(writes, settled=unsettled_s <= 0)
             return earliest(wake_s, unsettled_s if unsettled_s > 0 else None)
 
-        unresponsive = self._suspicion.unresponsive
+        unresponsive = self._failure_detector.unresponsive
         await reconcile_forever(
             "publishing the state of instances",
             (self._live, self._spec, self._state, unresponsive),
@@ -71,11 +71,11 @@ class InstanceStatusPublisher:
         live = {
             key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".inference")
         }
-        unresponsive = self._suspicion.unresponsive_nodes("inference")
+        unresponsive = self._failure_detector.unresponsive_nodes("inference")
         for name, spec in specs.items():
             before = published.get(name)
             nodes = nodes_present(live, unresponsive, before, settled)
-            now = instance_status(spec, stages, nodes, before, self._mover.stay_reasons.get(name))
+            now = instance_status(spec, stages, nodes, before, self._migrator.stay_reasons.get(name))
             if now != before:
                 await self._state.wait_revision(await writes.state.put(instance_key(name), now))
             if has_become_degraded(before, now):
@@ -86,7 +86,7 @@ class InstanceStatusPublisher:
     async def _emit_degraded(self, spec: InstanceSpec, stages: list[StageState], present_nodes: set[str]) -> None:
         # Emitted after the state is written: a leader that dies between the two loses this event.
         missing = stages_not_ready(spec, stages, present_nodes)
-        reason = ", ".join(why for _, why in missing)
+        reason = ", ".join(stage_reason for _, stage_reason in missing)
         ranks, nodes = [stage.rank for stage, _ in missing], [stage.node for stage, _ in missing]
         log.warning("instance degraded", instance=spec.id, model=spec.model, nodes=",".join(nodes), reason=reason)
         await self._context.events.emit(

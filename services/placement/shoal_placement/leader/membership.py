@@ -1,4 +1,4 @@
-"""Which nodes joined, were lost or returned: compare two looks at the cluster. Pure."""
+"""Which nodes joined, were lost or returned: compare two states of the cluster. Pure."""
 
 from __future__ import annotations
 

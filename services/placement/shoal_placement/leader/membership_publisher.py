@@ -8,7 +8,7 @@ from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import MEMBERS_KEY
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import reconcile_forever
-from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.placement import MembersState
 from shoal_common.service import ServiceContext
@@ -25,7 +25,7 @@ class MembershipPublisher:
     """Publishes the members of the cluster while this service leads."""
 
     def __init__(
-        self, context: ServiceContext, live: CompatibleLiveView, state: KvMirror, unresponsive: KvMirror
+        self, context: ServiceContext, live: CompatibleLiveMirror, state: KvMirror, unresponsive: KvMirror
     ) -> None:
         """`unresponsive`: the keys of `live` whose services do not answer."""
         self._context, self._live, self._state, self._unresponsive = context, live, state, unresponsive

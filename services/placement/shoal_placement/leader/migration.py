@@ -42,7 +42,7 @@ class Migrator:
         """`views`: live, spec, state. `working` returns the nodes that can run stages. `section` is held while memory
         is allocated."""
         self._context, self._section = context, lock
-        self._working, self._world = inference_nodes, cluster_facts
+        self._working, self._cluster_facts = inference_nodes, cluster_facts
         self._live, self._spec, self._state = mirrors
         self._replace_after_s = replace_after_s
         self._down_since_s: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Migrator:
     async def _move(self, leaving: LeavingInstance, writes: LeaderWrites) -> None:
         spec = leaving.spec
         try:
-            replanned = await asyncio.to_thread(replan, spec, self._world())
+            replanned = await asyncio.to_thread(replan, spec, self._cluster_facts())
         except ShoalError as e:
             if spec.id not in self.stay_reasons:
                 log.warning("instance cannot move", instance=spec.id, because=leaving.reason, reason=e.message)
@@ -97,11 +97,11 @@ class Migrator:
         await self.publish_layout(replanned, leaving.reason, writes)
         self.stay_reasons.pop(spec.id, None)
 
-    async def publish_layout(self, replanned: InstanceSpec, because: str, writes: LeaderWrites) -> None:
+    async def publish_layout(self, replanned: InstanceSpec, reason: str, writes: LeaderWrites) -> None:
         """Publish the new layout of an instance, and emit `moved`. The caller holds the section."""
         await self._spec.wait_revision(await writes.spec.put(instance_key(replanned.id), replanned))
         nodes = [stage.node for stage in replanned.stages]
         log.info(
-            "instance moved", instance=replanned.id, because=because, nodes=",".join(nodes), epoch=replanned.epoch
+            "instance moved", instance=replanned.id, because=reason, nodes=",".join(nodes), epoch=replanned.epoch
         )
-        await self._context.events.emit("moved", instance=replanned.id, because=because, nodes=nodes)
+        await self._context.events.emit("moved", instance=replanned.id, because=reason, nodes=nodes)

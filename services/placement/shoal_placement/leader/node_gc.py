@@ -18,7 +18,7 @@ from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import earliest, reconcile_forever
 from shoal_common.bus.streams import retry_while_nats_down
 from shoal_common.errors import InUse
-from shoal_common.liveness.compatibility import CompatibleLiveView
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import LivenessRecord
@@ -42,7 +42,7 @@ class NodeGarbageCollector:
     def __init__(
         self,
         context: ServiceContext,
-        live: CompatibleLiveView,
+        live: CompatibleLiveMirror,
         spec: KvMirror,
         state: KvMirror,
         retire_after_s: float,

@@ -49,22 +49,22 @@ def keys_by_node(
     """Return the keys that name each node. A node's own NodeState is not among them."""
     by_node: dict[str, KeysOfNode] = {}
 
-    def of(node: str) -> KeysOfNode:
+    def keys_of(node: str) -> KeysOfNode:
         return by_node.setdefault(node, KeysOfNode())
 
     for key in spec_keys:
         kind, _, rest = key.partition(".")
         if kind in ("download", "node"):
-            of(rest.partition(".")[0]).spec.append(key)
+            keys_of(rest.partition(".")[0]).spec.append(key)
     for key in state_keys:
         kind, _, rest = key.partition(".")
         if kind in ("storage", "download", "model", "shard", "links"):
-            of(rest.partition(".")[0]).state.append(key)
+            keys_of(rest.partition(".")[0]).state.append(key)
     for key, stage in stages:
-        of(stage.node).state.append(key)
+        keys_of(stage.node).state.append(key)
     for instance in instances:
         for node in {stage.node for stage in instance.stages}:
-            of(node).instances.append(instance.id)
+            keys_of(node).instances.append(instance.id)
     return by_node
 
 

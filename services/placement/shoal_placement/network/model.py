@@ -124,11 +124,11 @@ def _measured(
     }
     measured = {}
     for a, b in {*tried, *((b, a) for a, b in tried)}:
-        forth, back = tried.get((a, b)), tried.get((b, a))
-        if forth is not None and forth.error and now_s - forth.measured_at_s < FAILED_MEASUREMENT_MAX_AGE_S:
+        outward, return_link = tried.get((a, b)), tried.get((b, a))
+        if outward is not None and outward.error and now_s - outward.measured_at_s < FAILED_MEASUREMENT_MAX_AGE_S:
             measured[a, b] = NodeLink(UNREACHABLE_COST_S, measured=True)
             continue
-        answered = [link for link in (back, forth) if link is not None and not link.error]
+        answered = [link for link in (return_link, outward) if link is not None and not link.error]
         if answered:
             # b has measured what it receives from a; a round trip is the same from both ends.
             bytes_per_s = next((link.bytes_per_s for link in answered if link.bytes_per_s), 0.0)
@@ -154,14 +154,14 @@ def peers_to_measure(
     """Return the peers whose link a node has to measure, in the order of their names."""
     if node not in fileservers:
         return []
-    fresh = {
+    fresh_peers = {
         link.peer
         for link in (state.links if state is not None else ())
         if link.peer in fileservers
         and link.addresses_fingerprint == link_digest(fileservers[node], fileservers[link.peer])
         and now_s - link.measured_at_s < (FAILED_MEASUREMENT_MAX_AGE_S if link.error else MEASUREMENT_MAX_AGE_S)
     }
-    return sorted({p for p in peers if p != node and fileservers.get(p, NodeFacts()).addresses} - fresh)
+    return sorted({p for p in peers if p != node and fileservers.get(p, NodeFacts()).addresses} - fresh_peers)
 
 
 def with_measurements(node: str, state: LinksState | None, measured: Sequence[MeasuredLink]) -> LinksState:

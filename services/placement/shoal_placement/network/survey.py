@@ -79,9 +79,9 @@ class LinkSurvey:
 
     # This node's own links
 
-    async def measure_links(self, question: MeasureLinks) -> LinksState:
+    async def measure_links(self, request: MeasureLinks) -> LinksState:
         """Measure the links to these peers that were not measured lately, and return all measurements."""
-        node, peers = self._context.node, question.peers[:MAX_CANDIDATES]
+        node, peers = self._context.node, request.peers[:MAX_CANDIDATES]
         async with self._answering:
             missing = peers_to_measure(node, peers, self._known(node), self._fileservers(), cluster_clock.now_s())
             if not missing:

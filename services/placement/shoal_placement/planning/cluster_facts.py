@@ -36,13 +36,13 @@ class ClusterFacts(msgspec.Struct, frozen=True):
     links: NetworkModel = NetworkModel()
 
 
-def find_model(text: str, world: ClusterFacts) -> ModelState:
+def find_model(text: str, cluster: ClusterFacts) -> ModelState:
     """Return the model that a name means: the named commit or revision, else the newest of the repository.
 
     Only models on live nodes count. Raises NotFound when there is none.
     """
     ref = ModelRef.parse(text)
-    models = [m for m in world.models if m.repo == ref.repo and m.node in world.live_nodes]
+    models = [m for m in cluster.models if m.repo == ref.repo and m.node in cluster.live_nodes]
     if "@" in text:
         models = [m for m in models if ref.revision == m.commit or ref.revision in m.revisions]
     elif any(DEFAULT_REVISION in m.revisions for m in models):

@@ -24,13 +24,13 @@ from shoal_placement.solver.best_layout import solve_each_count
 from shoal_placement.solver.cost import make_layout, meets_constraints
 
 
-def plan_layout(request: PlaceCommand, world: ClusterFacts) -> PlacementPlan:
+def plan_layout(request: PlaceCommand, cluster: ClusterFacts) -> PlacementPlan:
     """Return the best layout of the first tier that has one.
 
-    Raises NotFound, Unsupported, BadInput, or NoRoom with the figures of every node and, if the model fits only in a
+    Raises NotFound, Unsupported, BadInput, or NoMemory with figures of every node and, if the model fits only in a
     tier that the request does not allow, that tier.
     """
-    resolved = resolve_request(request, world)
+    resolved = resolve_request(request, cluster)
     if request.layout:
         return _plan_named_layout(resolved)
     allowed = allowed_tiers(request)
@@ -43,12 +43,12 @@ def plan_layout(request: PlaceCommand, world: ClusterFacts) -> PlacementPlan:
     raise _no_room(resolved, None)
 
 
-def plan_previews(request: PlaceCommand, world: ClusterFacts) -> list[PlacementPlan]:
+def plan_previews(request: PlaceCommand, cluster: ClusterFacts) -> list[PlacementPlan]:
     """Return for each number of nodes the best layout of the first tier that has one, whatever the request allows.
 
     The layout that `plan` would choose comes first. Raises what `plan` raises.
     """
-    resolved = resolve_request(request, world)
+    resolved = resolve_request(request, cluster)
     if request.layout:
         return [_plan_named_layout(structs.replace(resolved, request=structs.replace(request, force=True)))]
     plans: dict[int, PlacementPlan] = {}
@@ -76,7 +76,7 @@ def candidate_nodes(plans: Sequence[PlacementPlan]) -> list[str]:
 
 
 def _plan_named_layout(resolved: ResolvedRequest) -> PlacementPlan:
-    """Return the plan for the layout that the request names. Raises NoRoom if it does not fit in an allowed tier."""
+    """Return the plan for the requested layout. Raises NoMemory if it does not fit in an allowed tier."""
     named, layers = parse_layout_name(resolved.request.layout), len(resolved.shape.layer_bytes)
     if sum(count for _, count in named) != layers:
         raise BadInput(f"layout {resolved.request.layout!r} must have {layers} layers in all, as the model has")

@@ -62,20 +62,20 @@ def to_preview(plan: PlacementPlan, facts: Mapping[str, NodeFacts], requests: in
     )
 
 
-def list_fitting_models(question: ListFits, world: ClusterFacts) -> FittingModels:
+def list_fitting_models(request: ListFits, cluster: ClusterFacts) -> FittingModels:
     """Return every model that a live node holds, and how it could be placed for one answer at a time."""
     fits = []
     for model in sorted(
-        {m.model: m for m in world.models if m.node in world.live_nodes}.values(), key=lambda m: m.model
+        {m.model: m for m in cluster.models if m.node in cluster.live_nodes}.values(), key=lambda m: m.model
     ):
         try:
             shape = model.shape
-            context_tokens = min(question.context_tokens, shape.context_tokens) if shape is not None else 0
-            best = plan_previews(PlaceCommand(model=model.model, context_tokens=context_tokens), world)[0]
+            context_tokens = min(request.context_tokens, shape.context_tokens) if shape is not None else 0
+            best = plan_previews(PlaceCommand(model=model.model, context_tokens=context_tokens), cluster)[0]
         except (NoMemory, Unsupported) as e:
             fits.append(FittingModel(model=model.model, size_bytes=model.size_bytes, reason=e.message))
         else:
-            shown = to_preview(best, world.inference_facts, 1)
-            fits.append(FittingModel(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=shown))
+            preview = to_preview(best, cluster.inference_facts, 1)
+            fits.append(FittingModel(model=model.model, size_bytes=model.size_bytes, tier=best.tier, preview=preview))
     last = len(TIERS)
     return FittingModels(models=sorted(fits, key=lambda f: (TIERS.index(f.tier) if f.tier else last, -f.size_bytes)))

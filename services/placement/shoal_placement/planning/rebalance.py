@@ -23,25 +23,25 @@ _MIN_GAIN = 1.1
 """A proposed layout is at least this many times as good: measurements vary by less, and a move is not free."""
 
 
-def replan(spec: InstanceSpec, world: ClusterFacts, layout: str = "") -> InstanceSpec:
+def replan(spec: InstanceSpec, cluster: ClusterFacts, layout: str = "") -> InstanceSpec:
     """Return the best spec for an instance now, under its original constraints, or the one with the named layout.
 
     Raises what `plan` raises.
     """
-    chosen = plan_layout(_request(spec, world, layout), _without_own_stages(spec, world))
+    chosen = plan_layout(_request(spec, cluster, layout), _without_own_stages(spec, cluster))
     replanned = to_instance_spec(chosen, spec.id, spec.created_at_s)
     return structs.replace(replanned, epoch=spec.epoch + 1, constraints=spec.constraints)
 
 
-def rebalances(world: ClusterFacts) -> Rebalances:
+def rebalances(cluster: ClusterFacts) -> Rebalances:
     """Return which instances would run better on another layout, the largest gain first."""
-    proposals = [proposal for spec in world.instances if (proposal := best_rebalance(spec, world)) is not None]
+    proposals = [proposal for spec in cluster.instances if (proposal := best_rebalance(spec, cluster)) is not None]
     return Rebalances(rebalances=sorted(proposals, key=lambda r: (-r.gain, r.instance)))
 
 
-def best_rebalance(spec: InstanceSpec, world: ClusterFacts) -> RebalanceProposal | None:
+def best_rebalance(spec: InstanceSpec, cluster: ClusterFacts) -> RebalanceProposal | None:
     """Return a better layout for an instance; None if its layout is about as good as any, or it has to move."""
-    freed, request = _without_own_stages(spec, world), _request(spec, world)
+    freed, request = _without_own_stages(spec, cluster), _request(spec, cluster)
     current_layout = structs.replace(request, layout=layout_name(spec.stages), force=True)
     try:
         now, best = plan_layout(current_layout, freed), plan_layout(request, freed)
@@ -54,27 +54,29 @@ def best_rebalance(spec: InstanceSpec, world: ClusterFacts) -> RebalanceProposal
     if gain < _MIN_GAIN and not lower_tier:
         return None
     requests = requests_in_flight(request)
-    shown = [to_preview(p, freed.inference_facts, requests or len(p.layout.slices)) for p in (now, best)]
+    previews = [to_preview(p, freed.inference_facts, requests or len(p.layout.slices)) for p in (now, best)]
     return RebalanceProposal(
-        instance=spec.id, model=spec.model, current=shown[0], proposed=shown[1], gain=round(gain, 3)
+        instance=spec.id, model=spec.model, current=previews[0], proposed=previews[1], gain=round(gain, 3)
     )
 
 
-def _request(spec: InstanceSpec, world: ClusterFacts, layout: str = "") -> PlaceCommand:
+def _request(spec: InstanceSpec, cluster: ClusterFacts, layout: str = "") -> PlaceCommand:
     """Return the request the instance was placed by, without the nodes that are not available now."""
-    asked = structs.asdict(spec.constraints)
-    available = world.inference_facts.keys() - world.drained_nodes
+    constraints = structs.asdict(spec.constraints)
+    available = cluster.inference_facts.keys() - cluster.drained_nodes
     # If none of the named nodes is available, all are kept: the request is refused like any other.
-    asked["nodes"] = [n for n in spec.constraints.nodes if n in available] or spec.constraints.nodes
-    asked["layers"] = {n: count for n, count in spec.constraints.layers.items() if n in available}
-    return PlaceCommand(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **asked)
+    constraints["nodes"] = [n for n in spec.constraints.nodes if n in available] or spec.constraints.nodes
+    constraints["layers"] = {n: count for n, count in spec.constraints.layers.items() if n in available}
+    return PlaceCommand(model=spec.model, context_tokens=spec.context_tokens, layout=layout, **constraints)
 
 
-def _without_own_stages(spec: InstanceSpec, world: ClusterFacts) -> ClusterFacts:
+def _without_own_stages(spec: InstanceSpec, cluster: ClusterFacts) -> ClusterFacts:
     """Return the cluster without the instance: the memory of its stages is free."""
     keys = {stage_key(spec.id, s.rank) for s in spec.stages}
-    facts = {n: _without_stages(f, keys) for n, f in world.inference_facts.items()}
-    return structs.replace(world, inference_facts=facts, instances=[s for s in world.instances if s.id != spec.id])
+    facts = {n: _without_stages(f, keys) for n, f in cluster.inference_facts.items()}
+    return structs.replace(
+        cluster, inference_facts=facts, instances=[s for s in cluster.instances if s.id != spec.id]
+    )
 
 
 def _without_stages(facts: NodeFacts, keys: set[str]) -> NodeFacts:

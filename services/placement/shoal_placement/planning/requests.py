@@ -70,24 +70,24 @@ class ResolvedRequest(msgspec.Struct, frozen=True):
         )
 
     def plan(self, layout: Layout, tier: Tier) -> PlacementPlan:
-        asked = PlacementConstraints(
+        constraints = PlacementConstraints(
             **{name: getattr(self.request, name) for name in PlacementConstraints.__struct_fields__}
         )
         return PlacementPlan(
-            self.model, self.shape, layout, self.context_tokens, tier, asked, self.budgets, self.network
+            self.model, self.shape, layout, self.context_tokens, tier, constraints, self.budgets, self.network
         )
 
 
-def is_held(model: str, world: ClusterFacts) -> bool:
+def is_held(model: str, cluster: ClusterFacts) -> bool:
     """Return whether a live node has the model."""
     try:
-        find_model(model, world)
+        find_model(model, cluster)
     except NotFound:
         return False
     return True
 
 
-def with_remote_model(world: ClusterFacts, model: str, size: ModelSize) -> ClusterFacts:
+def with_remote_model(cluster: ClusterFacts, model: str, size: ModelSize) -> ClusterFacts:
     """Return the cluster as if a node that takes no part had the model: all others would have to download it."""
     ref = ModelRef.parse(size.model)
     remote = ModelState(
@@ -99,7 +99,7 @@ def with_remote_model(world: ClusterFacts, model: str, size: ModelSize) -> Clust
         revisions=[ModelRef.parse(model).revision],
         shape=size.shape,
     )
-    return structs.replace(world, models=[*world.models, remote], live_nodes={*world.live_nodes, ""})
+    return structs.replace(cluster, models=[*cluster.models, remote], live_nodes={*cluster.live_nodes, ""})
 
 
 def allowed_tiers(request: PlaceCommand) -> tuple[Tier, ...]:
@@ -116,7 +116,7 @@ def requests_in_flight(request: PlaceCommand) -> int:
     return request.in_flight or DEFAULT_IN_FLIGHT
 
 
-def resolve_request(request: PlaceCommand, world: ClusterFacts) -> ResolvedRequest:
+def resolve_request(request: PlaceCommand, cluster: ClusterFacts) -> ResolvedRequest:
     if not 1 <= request.min_nodes <= request.max_nodes:
         raise BadInput(
             f"min_nodes {request.min_nodes} and max_nodes {request.max_nodes}: "
@@ -124,39 +124,39 @@ def resolve_request(request: PlaceCommand, world: ClusterFacts) -> ResolvedReque
         )
     if not 1 <= request.max_parallel_answers <= MAX_PARALLEL_ANSWERS:
         raise BadInput(f"answers {request.max_parallel_answers}: must be from 1 to {MAX_PARALLEL_ANSWERS}")
-    model = find_model(request.model, world)
+    model = find_model(request.model, cluster)
     if model.shape is None:
         raise Unsupported(f"{model.repo} cannot be placed: {model.shape_error or 'its shape is unknown'}")
     shape, context_tokens = model.shape, resolve_context_tokens(request.context_tokens, model.shape)
     named = {*request.nodes, *request.layers, *(node for node, _ in parse_layout_name(request.layout))}
     for node in {*named, *request.excluded_nodes}:
         check_node(node)
-    unknown = sorted(named - set(world.inference_facts))
+    unknown = sorted(named - set(cluster.inference_facts))
     if unknown:
         raise NotFound(f"no inference service is live on {', '.join(unknown)}: see `shoal status`")
-    drained = sorted(named & world.drained_nodes)
+    drained = sorted(named & cluster.drained_nodes)
     if drained:
         raise BadInput(f"drained: {', '.join(drained)}; to use it again, run `shoal node drain {drained[0]} --undo`")
     facts = {
         node: f
-        for node, f in world.inference_facts.items()
-        if node not in world.drained_nodes
+        for node, f in cluster.inference_facts.items()
+        if node not in cluster.drained_nodes
         and node not in request.excluded_nodes
         and (not request.nodes or node in request.nodes)
     }
-    reserved = reserved_bytes(world.instances, world.models, world.inference_facts)
+    reserved = reserved_bytes(cluster.instances, cluster.models, cluster.inference_facts)
     budgets = {node: memory_tiers(f, reserved.get(node, {})) for node, f in facts.items()}
     count = len(shape.layer_bytes)
-    holders = {m.node for m in world.models if m.model == model.model}
-    shards = {p.node: p for p in world.shards if p.model == model.model}
-    downloaded = _downloaded(model, world.downloads)
+    holders = {m.node for m in cluster.models if m.model == model.model}
+    shards = {p.node: p for p in cluster.shards if p.model == model.model}
+    downloaded = _downloaded(model, cluster.downloads)
     lacks = {
         n: [0.0] * count if n in holders else _missing_shares(shards.get(n), downloaded.get(n, 0.0), count)
         for n in facts
     }
     need = model_need(shape, context_tokens, request.max_parallel_answers)
-    link_s = world.links.link_costs_s(sorted(budgets), shape.hidden_bytes)
-    return ResolvedRequest(request, model, shape, context_tokens, need, facts, budgets, lacks, world.links, link_s)
+    link_s = cluster.links.link_costs_s(sorted(budgets), shape.hidden_bytes)
+    return ResolvedRequest(request, model, shape, context_tokens, need, facts, budgets, lacks, cluster.links, link_s)
 
 
 def _missing_shares(shard: ShardState | None, downloaded: float, count: int) -> list[float]:
@@ -176,8 +176,8 @@ def _downloaded(model: ModelState, downloads: Iterable[DownloadState]) -> dict[s
 def parse_layout_name(text: str) -> list[tuple[str, int]]:
     """Parse `a:14,b:2` into nodes and their numbers of layers, in order. Raises BadInput."""
     stages = []
-    for word in text.split(",") if text else []:
-        node, _, count = word.rpartition(":")
+    for part in text.split(",") if text else []:
+        node, _, count = part.rpartition(":")
         if not node or not (count.isascii() and count.isdecimal() and 0 < int(count[:6]) < 100_000):
             raise BadInput(f"{text[:80]!r} is not a layout: write nodes and numbers of layers, like a:14,b:2")
         stages.append((node, int(count)))

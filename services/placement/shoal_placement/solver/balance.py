@@ -13,7 +13,7 @@ _ROUNDS = 30
 
 
 def rebalance_fullest_node(problem: Problem, layout: Layout) -> Layout:
-    """Return the split over the same order that leaves the fullest node emptiest, at most `WORTH` dearer."""
+    """Return the split over the same order that leaves the fullest node the most memory, hardly dearer."""
     if len(layout.slices) < 2 or problem.layer_counts or problem.max_fetch_bytes is not None:
         return layout
     index = {n.name: i for i, n in enumerate(problem.nodes)}

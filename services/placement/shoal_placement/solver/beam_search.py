@@ -77,9 +77,9 @@ class SearchTasks(msgspec.Struct):
 class _Sweep:
     """The cost to beat, the width, and the least bound of what was dropped; by number of nodes."""
 
-    def __init__(self, bounds: Bounds, below_s: Floats, width: int, limits: BoundContext) -> None:
-        self.below_s, self.width, self.limits = below_s, width, limits
-        self.rests = bounds.remainder_bounds(limits)
+    def __init__(self, bounds: Bounds, below_s: Floats, width: int, context: BoundContext) -> None:
+        self.below_s, self.width, self.context = below_s, width, context
+        self.remainder_bounds = bounds.remainder_bounds(context)
         self.dropped: Floats = np.full(len(below_s), INF)
 
 
@@ -106,7 +106,7 @@ class BeamSearch:
         self.bounds_by_set = [np.zeros(len(s)) for s in self.sets]
         """The sets of each count that can hold the layers, and a lower bound of the cost of each."""
 
-    def limits(self, below_s: Floats) -> BoundContext:
+    def context(self, below_s: Floats) -> BoundContext:
         """Return what a stage may take in a layout that costs less than this."""
         return BoundContext(
             self.chain, np.where(self.in_flight > 1, below_s / self.in_flight * (1 - COST_TOLERANCE), INF)
@@ -143,7 +143,7 @@ class BeamSearch:
 
     def _known_at(self, below_s: Floats, which: Sequence[Ints]) -> Floats:
         """Raise the bounds of these sets of each count, up to `below_s`. Return the least T by count."""
-        values = self._of_sets(self.limits(below_s), which)
+        values = self._of_sets(self.context(below_s), which)
         least = np.full(len(which), INF)
         for row, (chosen, bound_s) in enumerate(zip(which, values, strict=True)):
             if len(chosen):
@@ -153,10 +153,10 @@ class BeamSearch:
                 )
         return least
 
-    def _of_sets(self, limits: BoundContext, which: Sequence[Ints]) -> list[Floats]:
+    def _of_sets(self, context: BoundContext, which: Sequence[Ints]) -> list[Floats]:
         lengths = [len(w) for w in which]
         sets = np.concatenate([s[w] for s, w in zip(self.sets, which, strict=True)])
-        values = self.bounds.bounds_of_sets(sets, np.repeat(np.arange(len(which)), lengths), limits)
+        values = self.bounds.bounds_of_sets(sets, np.repeat(np.arange(len(which)), lengths), context)
         return np.split(values, np.cumsum(lengths)[:-1])
 
     def sweep(self, below_s: Floats, width: int) -> Floats:
@@ -164,18 +164,18 @@ class BeamSearch:
 
         Return the least bound of what was dropped for lack of width; infinite where nothing was dropped.
         """
-        sweep = _Sweep(self.bounds, below_s, width, self.limits(below_s))
+        sweep = _Sweep(self.bounds, below_s, width, self.context(below_s))
         tasks = self._tasks(sweep)
         if len(tasks.row) == 0:
             return sweep.dropped
-        ways, levels = self._begin(tasks, sweep), []
-        while len(ways.task):
-            levels.append(ways)
-            ways = self._lengthen(ways, tasks, sweep)
-            done = np.flatnonzero(ways.remaining == 0)
+        layouts, levels = self._begin(tasks, sweep), []
+        while len(layouts.task):
+            levels.append(layouts)
+            layouts = self._extend(layouts, tasks, sweep)
+            done = np.flatnonzero(layouts.remaining == 0)
             if len(done):
-                self._select(ways, done, tasks, levels)
-                ways = ways.select_rows(np.flatnonzero(ways.remaining != 0))
+                self._select(layouts, done, tasks, levels)
+                layouts = layouts.select_rows(np.flatnonzero(layouts.remaining != 0))
         return sweep.dropped
 
     # Which sets, and which first and last nodes
@@ -194,7 +194,7 @@ class BeamSearch:
         rows = np.repeat(np.arange(len(which)), [len(w) for w in which])
         if not len(rows):
             return SearchTasks(_NONE, _NONE, _NONE, _NONE)
-        values = self._of_sets(sweep.limits, which)
+        values = self._of_sets(sweep.context, which)
         for row, (chosen, value) in enumerate(zip(which, values, strict=True)):
             self.bounds_by_set[row][chosen] = np.maximum(
                 self.bounds_by_set[row][chosen], np.minimum(value, below_s[row])
@@ -224,9 +224,9 @@ class BeamSearch:
         else:
             bound_s = bounds.round_trips_s[sets]
         for c in chunks(len(which)):
-            sums = sweep.rests.sums(sets[c], last[c], first[c], rows[c])
-            bound_s[c] += sweep.rests.costs(sums, np.zeros(sums.shape[1], dtype=np.int64))
-            bound_s[c] += sweep.rests.end_costs(sets[c], last[c], first[c])
+            sums = sweep.remainder_bounds.sums(sets[c], last[c], first[c], rows[c])
+            bound_s[c] += sweep.remainder_bounds.costs(sums, np.zeros(sums.shape[1], dtype=np.int64))
+            bound_s[c] += sweep.remainder_bounds.end_costs(sets[c], last[c], first[c])
         good = np.flatnonzero(bound_s < sweep.below_s[rows] * (1 - COST_TOLERANCE))
         good = good[_narrowed(rows[good], bound_s[good], sweep.width, sweep.dropped)]
         return SearchTasks(rows[good], sets[good], first[good], last[good])
@@ -241,35 +241,35 @@ class BeamSearch:
         )
         return self._stages(before, np.arange(count), tasks.first, tasks, sweep)
 
-    def _lengthen(self, ways: PartialLayouts, tasks: SearchTasks, sweep: _Sweep) -> PartialLayouts:
-        left = (ways.remaining[:, None] >> self.bounds.node_indices) & 1 == 1
-        last = tasks.last[ways.task]
-        only = ways.remaining == 1 << last
+    def _extend(self, layouts: PartialLayouts, tasks: SearchTasks, sweep: _Sweep) -> PartialLayouts:
+        left = (layouts.remaining[:, None] >> self.bounds.node_indices) & 1 == 1
+        last = tasks.last[layouts.task]
+        only = layouts.remaining == 1 << last
         left[np.arange(len(last)), last] = only
         for place, before in enumerate(self._alike):
             if before >= 0:
-                left[:, place] &= (ways.remaining >> before) & 1 == 0
+                left[:, place] &= (layouts.remaining >> before) & 1 == 0
         rows, node = np.nonzero(left)
-        return self._stages(ways, rows, node, tasks, sweep)
+        return self._stages(layouts, rows, node, tasks, sweep)
 
     def _stages(
-        self, ways: PartialLayouts, rows: Ints, node: Ints, tasks: SearchTasks, sweep: _Sweep
+        self, layouts: PartialLayouts, rows: Ints, node: Ints, tasks: SearchTasks, sweep: _Sweep
     ) -> PartialLayouts:
         """Extend each of these rows by a stage on that node, of every length that may still beat the best known."""
         chain, bounds = self.chain, self.bounds
-        before, task = ways.layer[rows], ways.task[rows]
-        rest = ways.remaining[rows] & ~(1 << node)
+        before, task = layouts.layer[rows], layouts.task[rows]
+        rest = layouts.remaining[rows] & ~(1 << node)
         row, last, first = tasks.row[task], tasks.last[task], tasks.first[task]
-        to = np.minimum(sweep.limits.reach[row, node, before], chain.layer_count - subset_sizes(bounds.count)[rest])
+        to = np.minimum(sweep.context.reach[row, node, before], chain.layer_count - subset_sizes(bounds.count)[rest])
         least = np.maximum(before + np.maximum(chain.required_counts[node], 1), bounds.earliest_start[rest])
         lengths = np.maximum(to - least + 1, 0)
         self.partial_layout_count += int(lengths.sum())
         # These are the same for every length.
-        links = ways.links_s[rows] + bounds.link_s[ways.node[rows], node]
+        links = layouts.links_s[rows] + bounds.link_s[layouts.node[rows], node]
         links_left = bounds.links_to(node, rest, last, self.exact_links)
         ahead = np.maximum(links + links_left + bounds.link_s[last, first], bounds.round_trips_s[tasks.sets[task]])
-        ahead += sweep.rests.end_costs(rest, last, None)
-        own = ways.stages_s[rows] - chain.cost[node, before]
+        ahead += sweep.remainder_bounds.end_costs(rest, last, None)
+        own = layouts.stages_s[rows] - chain.cost[node, before]
         below = sweep.below_s[row] * (1 - COST_TOLERANCE)
         batches: list[tuple[Ints, Ints, Floats, Floats]] = []
         ends = np.cumsum(lengths)
@@ -281,24 +281,24 @@ class BeamSearch:
             batch = np.arange(start, until)
             each = np.repeat(batch, lengths[batch])
             layer = np.arange(len(each)) - (ends[batch] - lengths[batch] - base - least[batch])[each - start]
-            sums = sweep.rests.sums(rest[batch], last[batch], None, row[batch])
+            sums = sweep.remainder_bounds.sums(rest[batch], last[batch], None, row[batch])
             own_s = own[each] + chain.cost[node[each], layer]
-            bound = own_s + ahead[each] + sweep.rests.costs(sums.take(each - start, axis=1), layer)
+            bound = own_s + ahead[each] + sweep.remainder_bounds.costs(sums.take(each - start, axis=1), layer)
             kept = np.flatnonzero(bound < below[each])
             batches.append((each[kept], layer[kept], own_s[kept], bound[kept]))
             start = until
         if not batches:
-            return ways.select_rows(_NONE)
+            return layouts.select_rows(_NONE)
         each, layer, own_s, bound = (np.concatenate(column) for column in zip(*batches, strict=True))
         if chain.problem.max_fetch_bytes is not None:
-            fetch = ways.fetch[rows[each]] + chain.fetch[node[each], layer] - chain.fetch[node[each], before[each]]
+            fetch = layouts.fetch[rows[each]] + chain.fetch[node[each], layer] - chain.fetch[node[each], before[each]]
             kept = np.flatnonzero(fetch <= chain.problem.max_fetch_bytes)
             each, layer, own_s, bound = each[kept], layer[kept], own_s[kept], bound[kept]
         # Far more than the width are not worth comparing.
         few = _narrowed(row[each], bound, _CANDIDATES_PER_WIDTH * sweep.width, sweep.dropped)
         each, layer, own_s, bound = each[few], layer[few], own_s[few], bound[few]
         on_node, parent, links_s = node[each], rows[each], links[each]
-        fetch = ways.fetch[parent] + chain.fetch[on_node, layer] - chain.fetch[on_node, before[each]]
+        fetch = layouts.fetch[parent] + chain.fetch[on_node, layer] - chain.fetch[on_node, before[each]]
         key = task[each] << 16 | rest[each]
         key = (key << 4 | on_node) << 12 | layer
         kept = self._distinct(key, own_s + links_s, fetch)
@@ -312,7 +312,7 @@ class BeamSearch:
             layer,
             own_s[kept],
             links_s[kept],
-            np.maximum(ways.slowest_s[parent], stage_s),
+            np.maximum(layouts.slowest_s[parent], stage_s),
             fetch[kept],
             parent,
         )
@@ -332,20 +332,22 @@ class BeamSearch:
 
     # Complete layouts
 
-    def _select(self, ways: PartialLayouts, done: Ints, tasks: SearchTasks, levels: list[PartialLayouts]) -> None:
-        task = ways.task[done]
+    def _select(self, layouts: PartialLayouts, done: Ints, tasks: SearchTasks, levels: list[PartialLayouts]) -> None:
+        task = layouts.task[done]
         back = self.bounds.link_s[tasks.last[task], tasks.first[task]]
         row = tasks.row[task]
-        cost = np.maximum(ways.stages_s[done] + ways.links_s[done] + back, self.in_flight[row] * ways.slowest_s[done])
-        for way in np.lexsort((cost, row)):
-            if cost[way] < self.best[row[way]].cost_s:
-                order, cuts = [int(ways.node[done[way]])], [self.chain.layer_count]
-                parent = int(ways.parent[done[way]])
+        cost = np.maximum(
+            layouts.stages_s[done] + layouts.links_s[done] + back, self.in_flight[row] * layouts.slowest_s[done]
+        )
+        for chosen_row in np.lexsort((cost, row)):
+            if cost[chosen_row] < self.best[row[chosen_row]].cost_s:
+                order, cuts = [int(layouts.node[done[chosen_row]])], [self.chain.layer_count]
+                parent = int(layouts.parent[done[chosen_row]])
                 for level in reversed(levels):
                     order.append(int(level.node[parent]))
                     cuts.append(int(level.layer[parent]))
                     parent = int(level.parent[parent])
-                self.best[row[way]] = Incumbent(float(cost[way]), order[::-1], [0, *cuts[::-1]])
+                self.best[row[chosen_row]] = Incumbent(float(cost[chosen_row]), order[::-1], [0, *cuts[::-1]])
 
 
 def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:

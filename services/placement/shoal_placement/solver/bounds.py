@@ -127,14 +127,14 @@ class Bounds:
         total_speed[0] = 1.0
         return float(self.chain.work[-1]) / total_speed
 
-    def bounds_of_all_sets(self, limits: BoundContext) -> Floats:
+    def bounds_of_all_sets(self, context: BoundContext) -> Floats:
         """Return a lower bound of T for each subset, by the first row of the limits."""
-        tables, work = self._of_sets(limits)
+        tables, work = self._of_sets(context)
         return self.assignment.costs_of_all_sets(tables, work) + self._ends_beside + self.round_trips_s
 
-    def bounds_of_sets(self, sets: Ints, rows: Ints, limits: BoundContext) -> Floats:
+    def bounds_of_sets(self, sets: Ints, rows: Ints, context: BoundContext) -> Floats:
         """Return a lower bound of T for these sets, whichever nodes are first and last."""
-        tables, work = self._of_sets(limits)
+        tables, work = self._of_sets(context)
         besides = self._ends_beside[sets] + self.round_trips_s[sets]
         costs = [
             self.assignment.costs(tables.sums_of(sets[c], rows[c]), np.full(len(sets[c]), work))
@@ -142,24 +142,24 @@ class Bounds:
         ]
         return np.concatenate([*costs, np.zeros(0)]) + besides
 
-    def _of_sets(self, limits: BoundContext) -> tuple[SubsetSums, float]:
+    def _of_sets(self, context: BoundContext) -> tuple[SubsetSums, float]:
         beside = self._ends_work[:, None]
         least = (self.min_work - beside).min(axis=0)
-        most = (limits.max_work - beside[:, :, None]).max(axis=0)
+        most = (context.max_work - beside[:, :, None]).max(axis=0)
         return SubsetSums(self.assignment.terms(least, most)), float(self.chain.work[-1] - self._ends_work.sum())
 
-    def remainder_bounds(self, limits: BoundContext) -> RemainderBounds:
+    def remainder_bounds(self, context: BoundContext) -> RemainderBounds:
         """Return the bounds of what is left, within these limits."""
-        return RemainderBounds(self, limits)
+        return RemainderBounds(self, context)
 
 
 class RemainderBounds:
     """Lower bounds of T without links, for the layers from a given one on over exactly the nodes of a set."""
 
-    def __init__(self, bounds: Bounds, limits: BoundContext) -> None:
-        self._bounds, self._pour = bounds, bounds.assignment
+    def __init__(self, bounds: Bounds, context: BoundContext) -> None:
+        self._bounds, self._assignment = bounds, bounds.assignment
         inner, first, last = (
-            bounds.assignment.terms(own, most) for own, most in zip(bounds.min_work, limits.max_work, strict=True)
+            bounds.assignment.terms(own, most) for own, most in zip(bounds.min_work, context.max_work, strict=True)
         )
         self._tables = SubsetSums(inner)
         self._first, self._last = first, last
@@ -185,9 +185,9 @@ class RemainderBounds:
 
     def costs(self, sums: Floats, from_layer: Ints) -> Floats:
         """Return the cost of the layers from `from_layer` on, without `beside`. Overwrites `sums`."""
-        return self._pour.costs(sums, self._bounds.chain.work[-1] - self._bounds.chain.work[from_layer])
+        return self._assignment.costs(sums, self._bounds.chain.work[-1] - self._bounds.chain.work[from_layer])
 
 
 def chunks(count: int) -> list[slice]:
-    """Return `count` rows as slices of `ROWS_AT_ONCE`."""
+    """Return `count` rows as slices of `MAX_BATCH_ROWS`."""
     return [slice(start, start + MAX_BATCH_ROWS) for start in range(0, count, MAX_BATCH_ROWS)]

@@ -38,17 +38,17 @@ SHORT_EFFORT = SearchEffort(max_partial_layouts=0, first_width=3, halvings=3)
 """Only the narrow searches."""
 
 
-def best_for_each_count(problem: Problem, pace: SearchEffort = THOROUGH_EFFORT) -> dict[int, Solution]:
+def best_for_each_count(problem: Problem, effort: SearchEffort = THOROUGH_EFFORT) -> dict[int, Solution]:
     """Return the best layout over exactly k nodes, for each k that is allowed."""
-    return _solve(problem, pace, False, INF)
+    return _solve(problem, effort, False, INF)
 
 
-def best(problem: Problem, pace: SearchEffort = THOROUGH_EFFORT, known_s: float = INF) -> Solution:
+def best(problem: Problem, effort: SearchEffort = THOROUGH_EFFORT, known_s: float = INF) -> Solution:
     """Return the best layout over any allowed number of nodes; of equal ones, the one with the fewest nodes.
 
     Its `layout` is None if none costs less than `known_s`.
     """
-    answers = _solve(problem, pace, True, known_s)
+    answers = _solve(problem, effort, True, known_s)
     lower = min((a.lower_bound_s for a in answers.values()), default=INF)
     layouts = [a.layout for _, a in sorted(answers.items()) if a.layout is not None]
     if not layouts:
@@ -58,7 +58,7 @@ def best(problem: Problem, pace: SearchEffort = THOROUGH_EFFORT, known_s: float 
     return Solution(layout, min(lower, layout.cost_s), proved=lower >= layout.cost_s * (1 - 2 * COST_TOLERANCE))
 
 
-def _solve(problem: Problem, pace: SearchEffort, together: bool, known_s: float) -> dict[int, Solution]:
+def _solve(problem: Problem, effort: SearchEffort, together: bool, known_s: float) -> dict[int, Solution]:
     chain = CostModel(problem, problem.nodes)
     count = len(problem.nodes)
     max_count = min(problem.max_nodes, count, chain.layer_count)
@@ -69,7 +69,7 @@ def _solve(problem: Problem, pace: SearchEffort, together: bool, known_s: float)
     if not counts:
         return answers
     search = BeamSearch(Bounds(chain, link_table(problem)), counts)
-    lower = _run(search, pace, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
+    lower = _run(search, effort, min(known_s, _cost(answers[1].layout) if 1 in answers else INF), together)
     for k, incumbent, least in zip(counts, search.best, lower, strict=True):
         layout = make_layout(problem, incumbent.order, incumbent.cuts, chain) if incumbent.order else None
         cost = _cost(layout)
@@ -109,7 +109,7 @@ def best_single_node(problem: Problem, chain: CostModel) -> Solution:
     return Solution(best, _cost(best), proved=True)
 
 
-def _run(search: BeamSearch, pace: SearchEffort, known_s: float, together: bool) -> Floats:
+def _run(search: BeamSearch, effort: SearchEffort, known_s: float, together: bool) -> Floats:
     """Search until all is proved or the effort is spent. Return a lower bound of the cost for each count; with
     `together`, only of layouts that could be the best over all counts."""
     lower = search.lower_bounds()
@@ -130,10 +130,10 @@ def _run(search: BeamSearch, pace: SearchEffort, known_s: float, together: bool)
         np.maximum(lower, np.minimum(proved, dropped), out=lower)
         return bool(better.any())
 
-    _narrowly(search, goal, sweep, lower, pace)
+    _narrowly(search, goal, sweep, lower, effort)
     search.exact_links = True
-    width = pace.first_width
-    while search.partial_layout_count < pace.max_partial_layouts:
+    width = effort.first_width
+    while search.partial_layout_count < effort.max_partial_layouts:
         open_ = lower < goal() * (1 - COST_TOLERANCE)
         if not open_.any():
             break
@@ -164,7 +164,7 @@ def _narrowly(
     goal: Callable[[], Floats],
     sweep: Callable[[Floats, Sequence[bool], int], bool],
     lower: Floats,
-    pace: SearchEffort,
+    effort: SearchEffort,
 ) -> None:
     """Find a good layout for each count, searching first for costs just above the lower bound.
 
@@ -172,7 +172,7 @@ def _narrowly(
     the interval between the best cost and the lower bound instead, while something is found. The same sweeps do both.
     """
     hopeless, steps = lower.copy(), list(_STEPS_OVER_BOUND)
-    halvings, fitted = pace.halvings, False
+    halvings, fitted = effort.halvings, False
     while True:
         unknown = (goal() == INF) & (lower < INF)
         if not steps:
@@ -188,5 +188,5 @@ def _narrowly(
         with np.errstate(invalid="ignore"):
             middle = np.sqrt(hopeless * before)
         target = np.where(closer, middle, np.maximum(lower, 1e-300) * step)
-        sweep(target, list(unknown | closer), pace.first_width)
+        sweep(target, list(unknown | closer), effort.first_width)
         hopeless = np.where(closer & ~(goal() < before), middle, hopeless)

@@ -61,7 +61,7 @@ def build_problem(
     link_s: LinkTable = (),
     in_flight: int = 1,
 ) -> Problem:
-    """Return the layout problem. A layer's work is what is read for a token; unknown links take `LINK_S`."""
+    """Return the layout problem. A layer's work is what is read for a token; unknown links take `DEFAULT_LINK_S`."""
     count, weights = len(need.layer_bytes), need.weight_bytes or need.layer_bytes
     model_bytes = max(sum(need.layer_bytes) + need.embed_bytes + need.head_bytes, 1)
     fastest = min((r.s_per_byte for r in capacities), default=DEFAULT_S_PER_BYTE)

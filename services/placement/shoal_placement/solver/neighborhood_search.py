@@ -29,10 +29,10 @@ from shoal_placement.solver.subsets import MAX_NODES
 NEIGHBORHOOD_SIZE = 12
 _SEARCHES = 8
 _PREVIEW_SEARCHES = 3
-_PACE = branch_and_bound.SearchEffort(max_partial_layouts=60_000)
+_EFFORT = branch_and_bound.SearchEffort(max_partial_layouts=60_000)
 _ROUNDS = 12
 _STARTS = 2
-_SEEDS_AT_ONCE = 32
+_SEEDS_PER_BATCH = 32
 _SPLITS = 4
 """Bottlenecks that are tried for a round trip."""
 
@@ -97,10 +97,10 @@ def fractional_cost(rate: Floats, max_work: Floats, work: float) -> Floats:
 
 def best(problem: Problem) -> Solution:
     """Return the best layout found over any number of nodes."""
-    return _best(LargeProblem(problem), _PACE, _SEARCHES)
+    return _best(LargeProblem(problem), _EFFORT, _SEARCHES)
 
 
-def _best(cluster: LargeProblem, pace: branch_and_bound.SearchEffort, searches: int) -> Solution:
+def _best(cluster: LargeProblem, effort: branch_and_bound.SearchEffort, searches: int) -> Solution:
     problem, lower = cluster.problem, cluster.lower_bound
     best_layout: Layout | None = None
     if problem.min_nodes <= 1 <= problem.max_nodes:
@@ -109,7 +109,7 @@ def _best(cluster: LargeProblem, pace: branch_and_bound.SearchEffort, searches: 
     for pool, least in _neighborhoods(cluster, NEIGHBORHOOD_SIZE)[:searches]:
         if least >= _cost(best_layout):
             break
-        layout = branch_and_bound.best(cluster.for_nodes(pool), pace, _cost(best_layout)).layout
+        layout = branch_and_bound.best(cluster.for_nodes(pool), effort, _cost(best_layout)).layout
         if layout is not None and layout.cost_s < _cost(best_layout):
             best_layout = layout
     if best_layout is None or len(best_layout.slices) >= NEIGHBORHOOD_SIZE:
@@ -168,14 +168,14 @@ def _neighborhoods(cluster: LargeProblem, size: int) -> list[tuple[list[int], fl
     # A few seeds at a time: a large table in one call would block other threads.
     pools: Ints = np.concatenate(
         [
-            _around(cluster, usable[start : start + _SEEDS_AT_ONCE], usable, max_work, size)
+            _around(cluster, usable[start : start + _SEEDS_PER_BATCH], usable, max_work, size)
             for start in _starts(len(usable))
         ]
     )
     pools = np.unique(pools, axis=0)
     # No link is shorter than the shortest one within the neighborhood.
     links_of = np.concatenate(
-        [_shortest_within(cluster, pools[start : start + _SEEDS_AT_ONCE]) for start in _starts(len(pools))]
+        [_shortest_within(cluster, pools[start : start + _SEEDS_PER_BATCH]) for start in _starts(len(pools))]
     )
     rate = cluster.cost_per_work[pools] + links_of / max_work[pools]
     least = fractional_cost(rate, max_work[pools], float(cluster.chain.work[-1]))
@@ -184,7 +184,7 @@ def _neighborhoods(cluster: LargeProblem, size: int) -> list[tuple[list[int], fl
 
 
 def _starts(count: int) -> range:
-    return range(0, count, _SEEDS_AT_ONCE)
+    return range(0, count, _SEEDS_PER_BATCH)
 
 
 def _around(cluster: LargeProblem, seeds: Ints, usable: Ints, max_work: Floats, size: int) -> Ints:

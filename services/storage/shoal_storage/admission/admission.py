@@ -47,18 +47,20 @@ class SpaceDemand(msgspec.Struct, frozen=True):
     needed_bytes: int
     """Bytes needed of the quota."""
 
-    def shortfall(self, ledger: Ledger, limits: StorageSettings, spaces: Sequence[VolumeSpace]) -> Shortfall:
+    def shortfall(self, ledger: Ledger, settings: StorageSettings, spaces: Sequence[VolumeSpace]) -> Shortfall:
         """Return what must be freed before they fit. A demand of nothing lacks nothing, however full the disk is."""
         if self.needed_bytes <= 0:
             return Shortfall(0, 0)
-        disk = shortfall_bytes(self.blobs, available_by_volume(spaces, limits), self.volume_of_fixed)
-        return Shortfall(_over_quota(self.needed_bytes, ledger, limits), disk)
+        disk_shortfall_bytes = shortfall_bytes(
+            self.blobs, available_by_volume(spaces, settings), self.volume_of_fixed
+        )
+        return Shortfall(_over_quota(self.needed_bytes, ledger, settings), disk_shortfall_bytes)
 
     def met_after_freeing(
-        self, ledger: Ledger, limits: StorageSettings, spaces: Sequence[VolumeSpace]
+        self, ledger: Ledger, settings: StorageSettings, spaces: Sequence[VolumeSpace]
     ) -> Callable[[Mapping[str, int]], bool]:
         """Return a predicate: whether they fit once so many bytes are freed, by volume."""
-        quota, capacity = _over_quota(self.needed_bytes, ledger, limits), available_by_volume(spaces, limits)
+        quota, capacity = _over_quota(self.needed_bytes, ledger, settings), available_by_volume(spaces, settings)
 
         def met(freed: Mapping[str, int]) -> bool:
             if self.needed_bytes <= 0:
@@ -69,14 +71,14 @@ class SpaceDemand(msgspec.Struct, frozen=True):
         return met
 
 
-def _over_quota(needed_bytes: int, ledger: Ledger, limits: StorageSettings) -> int:
-    if limits.quota_bytes is None:
+def _over_quota(needed_bytes: int, ledger: Ledger, settings: StorageSettings) -> int:
+    if settings.quota_bytes is None:
         return 0
-    return max(needed_bytes - (limits.quota_bytes - ledger.used_bytes - ledger.reserved_bytes), 0)
+    return max(needed_bytes - (settings.quota_bytes - ledger.used_bytes - ledger.reserved_bytes), 0)
 
 
 def requested_leaves(
-    manifest: Manifest, asked: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger
+    manifest: Manifest, requested_ranges: Mapping[str, Iterable[Sequence[int]]], ledger: Ledger
 ) -> dict[str, int]:
     """Return the requested leaves by blob, for blobs not requested whole; the model's shard's own leaves included.
 
@@ -84,7 +86,7 @@ def requested_leaves(
     """
     sizes, part = manifest.blob_sizes, ledger.shards.get(manifest.model)
     leaves_by_blob: dict[str, int] = {}
-    for blob, ranges in asked.items():
+    for blob, ranges in requested_ranges.items():
         if blob not in sizes:
             raise BadInput(f"the request names leaves of {blob[:80]!r}, which is not a blob of {manifest.model}")
         leaves_by_blob[blob] = leaf_set.from_ranges(ranges, sizes[blob])
@@ -93,22 +95,22 @@ def requested_leaves(
     return leaves_by_blob
 
 
-def leaves_to_reserve(model: str, asked: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
+def leaves_to_reserve(model: str, requested: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
     """Return the leaves to reserve by blob. Blobs that are not in the result are reserved whole."""
-    result = dict(asked)
-    for blob in asked:
+    result = dict(requested)
+    for blob in requested:
         partial = ledger.partials.get(blob)
         arrives_whole = partial is not None and model in partial.models and model not in partial.leaves_by_model
         if arrives_whole and model not in ledger.ended_reservations:
             del result[blob]  # another download of the model fetches all of it
-        elif partial is None and asked[blob] and blob in ledger.repairable:
+        elif partial is None and requested[blob] and blob in ledger.repairable:
             del result[blob]  # it comes back from quarantine with its own good leaves, which may be others
     return result
 
 
-def available_by_volume(spaces: Iterable[VolumeSpace], limits: StorageSettings) -> dict[str, int]:
+def available_by_volume(spaces: Iterable[VolumeSpace], settings: StorageSettings) -> dict[str, int]:
     """Return the bytes each volume can take, the store first."""
-    return {s.volume_id: s.available_bytes(limits.headroom_bytes) for s in spaces}
+    return {s.volume_id: s.available_bytes(settings.headroom_bytes) for s in spaces}
 
 
 def store_space(ledger: Ledger, free_bytes: int) -> VolumeSpace:
@@ -124,20 +126,22 @@ def space_demand(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] |
         for b, size in manifest.blob_sizes.items()
         if ledger.blob_size(b) != size and wanted_leaves.get(b) != 0
     }
-    needed = {b: ledger.needed_bytes(b, size, manifest.model, wanted_leaves.get(b)) for b, size in sizes.items()}
+    needed_by_blob = {
+        b: ledger.needed_bytes(b, size, manifest.model, wanted_leaves.get(b)) for b, size in sizes.items()
+    }
     quarantined = {b: ledger.repairable[b] for b in sizes if b in ledger.repairable and b not in ledger.partials}
     fixed_blobs = {*ledger.partials, *ledger.unverified, *quarantined}
     return SpaceDemand(
-        blobs={b: max(n - quarantined.get(b, 0), 0) for b, n in needed.items()},
+        blobs={b: max(n - quarantined.get(b, 0), 0) for b, n in needed_by_blob.items()},
         volume_of_fixed={b: ledger.volume_by_blob.get(b, "") for b in sizes if b in fixed_blobs},
-        needed_bytes=sum(needed.values()),
+        needed_bytes=sum(needed_by_blob.values()),
     )
 
 
 def admit(
     manifest: Manifest,
     ledger: Ledger,
-    limits: StorageSettings,
+    settings: StorageSettings,
     free_bytes: int,
     spaces: Sequence[VolumeSpace] = (),
     leaves: Mapping[str, int] | None = None,
@@ -163,11 +167,11 @@ def admit(
                 f"with {partial.size_bytes}: one manifest is wrong; cancel the other download to try this one"
             )
     demand = space_demand(manifest, ledger, leaves)
-    needed, lacking = demand.needed_bytes, demand.shortfall(ledger, limits, spaces)
-    if lacking.required_bytes:
-        raise _refused(manifest, demand, lacking, ledger, limits, free_bytes, spaces)
+    needed, shortfall = demand.needed_bytes, demand.shortfall(ledger, settings, spaces)
+    if shortfall.required_bytes:
+        raise _refused(manifest, demand, shortfall, ledger, settings, free_bytes, spaces)
     # A demand of nothing is admitted however full the disks are.
-    volumes = allocate(demand.blobs, available_by_volume(spaces, limits), demand.volume_of_fixed) or {}
+    volumes = allocate(demand.blobs, available_by_volume(spaces, settings), demand.volume_of_fixed) or {}
     return Admission(
         present=present, missing=missing, needed_bytes=needed, volume_by_blob={b: volumes.get(b, "") for b in missing}
     )
@@ -176,9 +180,9 @@ def admit(
 def _refused(
     manifest: Manifest,
     demand: SpaceDemand,
-    lacking: Shortfall,
+    shortfall: Shortfall,
     ledger: Ledger,
-    limits: StorageSettings,
+    settings: StorageSettings,
     free_bytes: int,
     spaces: Sequence[VolumeSpace],
 ) -> QuotaExceeded:
@@ -187,12 +191,12 @@ def _refused(
     figures: dict[str, Any] = {
         "needed_bytes": needed,
         "free_bytes": free_bytes,
-        "headroom_bytes": limits.headroom_bytes,
+        "headroom_bytes": settings.headroom_bytes,
         "in_flight_bytes": ledger.in_flight_bytes,
-        "quota_bytes": limits.quota_bytes,
+        "quota_bytes": settings.quota_bytes,
         "used_bytes": ledger.used_bytes,
         "reserved_bytes": ledger.reserved_bytes,
-        "shortfall_bytes": lacking.required_bytes,
+        "shortfall_bytes": shortfall.required_bytes,
     }
     if len(spaces) > 1:
         figures["volumes"] = [
@@ -200,14 +204,15 @@ def _refused(
                 "path": s.path,
                 "free_bytes": s.free_bytes,
                 "in_flight_bytes": s.in_flight_bytes,
-                "room_bytes": max(s.available_bytes(limits.headroom_bytes), 0),
+                "room_bytes": max(s.available_bytes(settings.headroom_bytes), 0),
             }
             for s in spaces
         ]
-    if lacking.quota_bytes:
+    if shortfall.quota_bytes:
         return QuotaExceeded(
-            f"{manifest.repo} needs {format_bytes(needed)}; the quota of {format_bytes(limits.quota_bytes or 0)} has "
-            f"{format_bytes(max(needed - lacking.quota_bytes, 0))} left ({format_bytes(ledger.used_bytes)} used, "
+            f"{manifest.repo} needs {format_bytes(needed)}; the quota of {format_bytes(settings.quota_bytes or 0)} "
+            "has "
+            f"{format_bytes(max(needed - shortfall.quota_bytes, 0))} left ({format_bytes(ledger.used_bytes)} used, "
             f"{format_bytes(ledger.reserved_bytes)} reserved): remove a model with `shoal rm`, or raise the quota "
             "with "
             "`shoal storage set --max-storage`",
@@ -217,21 +222,21 @@ def _refused(
         return QuotaExceeded(
             f"{manifest.repo} needs {format_bytes(needed)}, its largest file "
             f"{format_bytes(max(demand.blobs.values()))}; "
-            f"{_describe_available(spaces, limits)}, each beside {format_bytes(limits.headroom_bytes)} of "
+            f"{_describe_available(spaces, settings)}, each beside {format_bytes(settings.headroom_bytes)} of "
             "headroom: free "
             "some space, or remove a model with `shoal rm`",
             **figures,
         )
     return QuotaExceeded(
         f"{manifest.repo} needs {format_bytes(needed)}; the disk has "
-        f"{format_bytes(max(needed - lacking.disk_bytes, 0))} available "
-        f"({format_bytes(free_bytes)} free, {format_bytes(limits.headroom_bytes)} headroom, "
+        f"{format_bytes(max(needed - shortfall.disk_bytes, 0))} available "
+        f"({format_bytes(free_bytes)} free, {format_bytes(settings.headroom_bytes)} headroom, "
         f"{format_bytes(ledger.in_flight_bytes)} reserved): free some space, or remove a model with `shoal rm`",
         **figures,
     )
 
 
-def _describe_available(spaces: Iterable[VolumeSpace], limits: StorageSettings) -> str:
+def _describe_available(spaces: Iterable[VolumeSpace], settings: StorageSettings) -> str:
     return ", ".join(
-        f"{s.path} has {format_bytes(max(s.available_bytes(limits.headroom_bytes), 0))} available" for s in spaces
+        f"{s.path} has {format_bytes(max(s.available_bytes(settings.headroom_bytes), 0))} available" for s in spaces
     )

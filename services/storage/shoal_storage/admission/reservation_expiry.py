@@ -67,7 +67,7 @@ def expiry_actions(
     ledger: Ledger, requests: Iterable[DownloadRequestView], fetcher_down_s: float, now_s: float, retention_s: float
 ) -> ExpiryActions:
     """Return what to do with every reservation now. Pure."""
-    steps = ExpiryActions(renew=[], end=[], remove=[])
+    actions = ExpiryActions(renew=[], end=[], remove=[])
     requests = list(requests)
     for model in sorted(ledger.arriving_models):
         own_requests = requests_for_model(model, requests)
@@ -79,11 +79,11 @@ def expiry_actions(
         if model not in ledger.ended_reservations:
             if own_requests and (is_paused or fetcher_down_s < FETCHER_DOWN_AFTER_S):
                 if (is_paused or fetcher_down_s == 0) and unwanted_s >= RENEW_INTERVAL_S:
-                    steps.renew.append(model)
+                    actions.renew.append(model)
                 continue
             if unwanted_s < RESERVATION_GRACE_S:
                 continue
-            steps.end.append(model)
+            actions.end.append(model)
         if unwanted_s >= retention_s and model not in ledger.shards:
-            steps.remove.append(model)
-    return steps
+            actions.remove.append(model)
+    return actions

@@ -1,1 +1,1 @@
-"""Make room: the plan, its execution, and a disk that is full."""
+"""Free space: the plan, its execution, and a disk that is full."""

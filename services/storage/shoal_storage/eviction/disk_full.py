@@ -45,76 +45,78 @@ class DiskFullHandler:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        room: EvictionExecutor,
-        announcer: StatePublisher,
+        evictions: EvictionExecutor,
+        publisher: StatePublisher,
     ) -> None:
-        self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
-        self._room, self._announcer = room, announcer
+        self._context, self._store, self._ledger, self._section = context, store, ledger, section
+        self._evictions, self._publisher = evictions, publisher
         self._has_evicted = False
         """A plan was carried out since there was last enough space: what it deleted may still be open somewhere."""
         self._was_full = False
 
-    def with_disk_full_retry(self, action: str, answer: Callable[[Q], Awaitable[A]]) -> Callable[[Q], Awaitable[A]]:
+    def with_disk_full_retry(self, action: str, handler: Callable[[Q], Awaitable[A]]) -> Callable[[Q], Awaitable[A]]:
         """Wrap a handler: on a full disk, give up the ballast and retry once. Raises DiskFull if that fails too."""
 
-        async def answered(question: Q) -> A:
+        async def with_retry(request: Q) -> A:
             try:
                 with map_disk_full(action):
-                    return await answer(question)
+                    return await handler(request)
             except DiskFull as e:
                 if not isinstance(e.__cause__, OSError) or not await self._give_up_ballast():
                     raise
             with map_disk_full(action):
-                return await answer(question)
+                return await handler(request)
 
-        return answered
+        return with_retry
 
-    async def check_space(self, question: CheckSpace) -> SpaceCheck:
+    async def check_space(self, request: CheckSpace) -> SpaceCheck:
         """Return whether everything arriving fits the disk now. Carries out one eviction plan if `lru` is set."""
-        ModelRef.parse(question.model)
+        ModelRef.parse(request.model)
         async with self._section:
-            evicted, lack = None, await self._shortfall()
-            if lack and not self._has_evicted and self._room.settings.eviction_policy == "lru":
-                evicted = await self._evict(lack)
-                lack = await self._shortfall()
-            if not lack:
+            evicted, lacking_by_volume = None, await self._shortfall()
+            if lacking_by_volume and not self._has_evicted and self._evictions.settings.eviction_policy == "lru":
+                evicted = await self._evict(lacking_by_volume)
+                lacking_by_volume = await self._shortfall()
+            if not lacking_by_volume:
                 self._has_evicted = False
-            full = max(lack, key=lambda volume_id: lack[volume_id], default="")
-            free = await asyncio.to_thread(self._free_on, full)
-            no_file_left = await asyncio.to_thread(self._disk.is_out_of_inodes)
-        await self._announcer.publish_storage()
-        headroom, lacking = self._room.settings.headroom_bytes, sum(lack.values())
-        words = f"{format_bytes(lacking)} more needed, {format_bytes(free)} free"
-        words += f" on {self._disk.volumes[full].path}" if full in self._disk.volumes else ""
-        words += f" ({format_bytes(headroom)} of it stay free)" if lacking and headroom else ""
-        if no_file_left and not lacking:
-            words = f"the file system has no free inodes, though {format_bytes(free)} are free"
+            full_volume_id = max(lacking_by_volume, key=lambda volume_id: lacking_by_volume[volume_id], default="")
+            free = await asyncio.to_thread(self._free_on, full_volume_id)
+            no_file_left = await asyncio.to_thread(self._store.is_out_of_inodes)
+        await self._publisher.publish_storage()
+        headroom, lacking_bytes = self._evictions.settings.headroom_bytes, sum(lacking_by_volume.values())
+        message = f"{format_bytes(lacking_bytes)} more needed, {format_bytes(free)} free"
+        message += f" on {self._store.volumes[full_volume_id].path}" if full_volume_id in self._store.volumes else ""
+        message += f" ({format_bytes(headroom)} of it stay free)" if lacking_bytes and headroom else ""
+        if no_file_left and not lacking_bytes:
+            message = f"the file system has no free inodes, though {format_bytes(free)} are free"
         return SpaceCheck(
-            enough=not lacking and not no_file_left,
-            lacking_bytes=lacking,
+            enough=not lacking_bytes and not no_file_left,
+            lacking_bytes=lacking_bytes,
             free_bytes=free,
             headroom_bytes=headroom,
-            words=words,
+            message=message,
             evicted=to_message(evicted) if evicted else None,
         )
 
     def _free_on(self, volume_id: str) -> int:
-        volume = self._disk.volumes.get(volume_id)
-        return volume.free_bytes() if volume else self._disk.free_bytes()
+        volume = self._store.volumes.get(volume_id)
+        return volume.free_bytes() if volume else self._store.free_bytes()
 
-    async def _evict(self, lack: dict[str, int]) -> EvictionPlan | None:
+    async def _evict(self, lacking_by_volume: dict[str, int]) -> EvictionPlan | None:
         def enough(freed: Mapping[str, int]) -> bool:
-            return all(freed.get(volume_id, 0) >= lacking for volume_id, lacking in lack.items())
+            return all(
+                freed.get(volume_id, 0) >= lacking_bytes for volume_id, lacking_bytes in lacking_by_volume.items()
+            )
 
-        eviction = await self._room.plan_to_free(sum(lack.values()), enough)
+        eviction = await self._evictions.plan_to_free(sum(lacking_by_volume.values()), enough)
         if not eviction.enough:
             return None
-        evicted = await self._room.execute(eviction)
+        evicted = await self._evictions.execute(eviction)
         self._has_evicted = evicted.enough
-        await self._room.wait_space_released(self._has_enough)
+        await self._evictions.wait_space_released(self._has_enough)
         return evicted
 
     async def _has_enough(self) -> bool:
@@ -122,13 +124,13 @@ class DiskFullHandler:
 
     async def _shortfall(self) -> dict[str, int]:
         """Return the bytes still missing for everything that is arriving, by volume, where any are."""
-        spaces, headroom = await self._room.refresh_free_space(), self._room.settings.headroom_bytes
+        spaces, headroom = await self._evictions.refresh_free_space(), self._evictions.settings.headroom_bytes
         await self._apply_steps()
         # When all bytes are here, the file system may still be unable to add a directory entry.
-        lack = {s.volume_id: max(-s.available_bytes(headroom), 0) for s in spaces if s.in_flight_bytes}
+        lacking_by_volume = {s.volume_id: max(-s.available_bytes(headroom), 0) for s in spaces if s.in_flight_bytes}
         if not spaces[0].in_flight_bytes and not spaces[0].free_bytes:
-            lack[""] = 1
-        return {volume_id: lacking for volume_id, lacking in lack.items() if lacking}
+            lacking_by_volume[""] = 1
+        return {volume_id: lacking_bytes for volume_id, lacking_bytes in lacking_by_volume.items() if lacking_bytes}
 
     # Ballast
 
@@ -147,27 +149,29 @@ class DiskFullHandler:
         if any(step != "leave" for _, step in await asyncio.to_thread(self._steps)):
             async with self._section:
                 await self._apply_steps()
-            await self._announcer.publish_storage()
-        free = await asyncio.to_thread(self._disk.free_bytes)
+            await self._publisher.publish_storage()
+        free = await asyncio.to_thread(self._store.free_bytes)
         if (free == 0) != self._was_full:
             self._was_full = free == 0
             if self._was_full:
                 log.warning(
                     "disk full: nothing can arrive until space is freed, for example with `shoal rm` or `shoal gc`",
-                    store=self._disk.layout.root,
+                    store=self._store.layout.root,
                 )
             else:
                 log.info("the disk has space again", free_bytes=free)
-        return free + await asyncio.to_thread(self._free_on_further)
+        return free + await asyncio.to_thread(self._free_on_other_disks)
 
-    def _free_on_further(self) -> int:
-        volumes_by_device = {volume.device: volume for volume in list(self._disk.volumes.values())}
-        return sum(volume.free_bytes() for device, volume in volumes_by_device.items() if device != self._disk.device)
+    def _free_on_other_disks(self) -> int:
+        volumes_by_device = {volume.device: volume for volume in list(self._store.volumes.values())}
+        return sum(
+            volume.free_bytes() for device, volume in volumes_by_device.items() if device != self._store.device
+        )
 
     def _steps(self) -> list[tuple[BallastFile, Step]]:
         """Decide what to do with each ballast file. Blocking."""
-        headroom, in_flight = self._room.settings.headroom_bytes, self._ledger.in_flight_by_volume
-        ballasts = [("", self._disk.ballast)] + [(r.id, r.ballast) for r in list(self._disk.volumes.values())]
+        headroom, in_flight = self._evictions.settings.headroom_bytes, self._ledger.in_flight_by_volume
+        ballasts = [("", self._store.ballast)] + [(r.id, r.ballast) for r in list(self._store.volumes.values())]
         return [
             (
                 ballast,
@@ -193,7 +197,7 @@ class DiskFullHandler:
     async def _give_up_ballast(self) -> bool:
         """Give up every ballast file. A failed write does not say which disk refused it."""
         async with self._section:
-            ballasts = [self._disk.ballast, *(volume.ballast for volume in self._disk.volumes.values())]
+            ballasts = [self._store.ballast, *(volume.ballast for volume in self._store.volumes.values())]
             freed = sum([await asyncio.to_thread(ballast.release) for ballast in ballasts])
         if freed:
             log.warning("ballast given up: disk full", freed_bytes=freed)

@@ -47,24 +47,24 @@ class EvictionExecutor:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
-        limits: StorageSettings,
-        uses: UsageView,
-        announcer: StatePublisher,
+        settings: StorageSettings,
+        usage: UsageView,
+        publisher: StatePublisher,
         remove: Callable[[str], Awaitable[int]],
     ) -> None:
-        self._context, self._disk, self._ledger = context, disk, ledger
-        self.settings = limits
-        self._uses, self._announcer, self._remove = uses, announcer, remove
+        self._context, self._store, self._ledger = context, store, ledger
+        self.settings = settings
+        self._usage, self._publisher, self._remove = usage, publisher, remove
 
     async def refresh_free_space(self) -> list[VolumeSpace]:
         """Return the free space of each file system, its ballast included, the store's first. Refreshes the partial
         blobs' allocated bytes before.
         """
         for blob, partial in self._ledger.partials.items():
-            await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
-        return await asyncio.to_thread(free_space_by_volume, self._disk, self._ledger.in_flight_by_volume)
+            await asyncio.to_thread(refresh_partial, self._store, blob, partial)
+        return await asyncio.to_thread(free_space_by_volume, self._store, self._ledger.in_flight_by_volume)
 
     async def plan_for_new_bytes(self, new_bytes: int) -> EvictionPlan:
         """Return what would be evicted for so many new bytes, as one blob. Changes nothing."""
@@ -78,11 +78,11 @@ class EvictionExecutor:
         Changes nothing.
         """
         ledger = self._ledger
-        kept = protected_models(ledger, await self._uses.current_users(), admitted_model)
-        eviction = plan_eviction(need_bytes, ledger, ledger.last_uses, kept, enough)
+        protected = protected_models(ledger, await self._usage.current_users(), admitted_model)
+        eviction = plan_eviction(need_bytes, ledger, ledger.last_uses, protected, enough)
         if admitted_model not in ledger.local_manifests:
-            kept.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
-        return structs.replace(eviction, protected=kept)
+            protected.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
+        return structs.replace(eviction, protected=protected)
 
     async def admit(
         self, manifest: Manifest, leaves: Mapping[str, int] | None = None
@@ -157,10 +157,12 @@ class EvictionExecutor:
             log.info("abandoned download deleted", model=abandoned.model, freed_bytes=freed)
         done: list[Victim] = []
         for victim in eviction.victims:
-            uses = await self._uses.current_users()
-            if victim.model in uses:
+            users_by_model = await self._usage.current_users()
+            if victim.model in users_by_model:
                 log.info(
-                    "eviction victim in use; replanning", model=victim.model, users=join_names(uses[victim.model])
+                    "eviction victim in use; replanning",
+                    model=victim.model,
+                    users=join_names(users_by_model[victim.model]),
                 )
                 break
             freed = await self._remove(victim.model)
@@ -169,7 +171,7 @@ class EvictionExecutor:
                 "evicted", model=victim.model, freed_bytes=freed, last_use_s=victim.last_use_s
             )
             log.info("model evicted", model=victim.model, freed_bytes=freed)
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         return structs.replace(
             eviction,
             garbage_bytes=garbage_bytes,
@@ -190,13 +192,13 @@ class EvictionExecutor:
         needed, spare = referenced_blobs(ledger), removable_copies(ledger)
         for sha256 in find_garbage(ledger) if blobs is None else blobs:
             for volume_id, size_bytes in spare.get(sha256, {}).items():
-                await asyncio.to_thread(delete_copy, self._disk, sha256, volume_id)
+                await asyncio.to_thread(delete_copy, self._store, sha256, volume_id)
                 log.info("redundant blob copy deleted", blob=sha256, freed_bytes=size_bytes)
                 freed += size_bytes
             if sha256 in spare:
                 del ledger.redundant_copies[sha256]
             if sha256 not in needed:
-                await asyncio.to_thread(delete_blob, self._disk, sha256)
+                await asyncio.to_thread(delete_blob, self._store, sha256)
                 freed += ledger.drop_blob(sha256)
         ledger.sha256_by_git_name = {
             git: sha for git, sha in ledger.sha256_by_git_name.items() if sha in ledger.blobs
@@ -204,14 +206,14 @@ class EvictionExecutor:
         return freed
 
 
-def free_space_by_volume(disk: Store, in_flight: Mapping[str, int]) -> list[VolumeSpace]:
+def free_space_by_volume(store: Store, in_flight: Mapping[str, int]) -> list[VolumeSpace]:
     """Return the free space of the store's file system, then of each volume. Blocking.
 
     Two volumes on one file system, which the settings do not allow, count its bytes once: the second adds nothing.
     """
-    spaces = [VolumeSpace("", "the store", disk.free_bytes() + disk.ballast.held_bytes, in_flight.get("", 0))]
-    devices = {disk.device: 0}
-    for volume in list(disk.volumes.values()):
+    spaces = [VolumeSpace("", "the store", store.free_bytes() + store.ballast.held_bytes, in_flight.get("", 0))]
+    devices = {store.device: 0}
+    for volume in list(store.volumes.values()):
         if not volume.is_mounted():
             continue
         reserved_bytes = in_flight.get(volume.id, 0)

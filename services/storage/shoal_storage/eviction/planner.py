@@ -110,7 +110,7 @@ class _References:
     """
 
     def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
-        self._sizes, self._where, self._needs = ledger.blobs, ledger.volume_by_blob, needs
+        self._sizes, self._volume_by_blob, self._needs = ledger.blobs, ledger.volume_by_blob, needs
         self._partials: dict[str, list[str]] = {}
         leaving = ledger.ended_reservations | ledger.shards.keys()
         self._occupied = {
@@ -119,7 +119,7 @@ class _References:
             if p.models and p.models <= leaving
         }
         self._blobs, self._arriving = Counter[str](), Counter[str]()
-        self._gone = set[str]()
+        self._freed = set[str]()
         for blobs in needs.values():
             self._blobs.update(blobs)
         for blob in self._occupied:
@@ -130,10 +130,10 @@ class _References:
     def copy(self) -> _References:
         """Return an independent copy."""
         duplicate = copy(self)
-        duplicate._blobs, duplicate._arriving, duplicate._gone = (
+        duplicate._blobs, duplicate._arriving, duplicate._freed = (
             self._blobs.copy(),
             self._arriving.copy(),
-            self._gone.copy(),
+            self._freed.copy(),
         )
         return duplicate
 
@@ -141,8 +141,8 @@ class _References:
         """Return the bytes that nothing would need if all of these models were removed."""
         needed = set[str]().union(*(blobs for m, blobs in self._needs.items() if m not in models))
         arriving = {b for m, blobs in self._partials.items() if m not in models for b in blobs}
-        gone = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
-        return gone + sum(n for b, n in self._occupied.items() if b not in arriving)
+        freed_bytes = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
+        return freed_bytes + sum(n for b, n in self._occupied.items() if b not in arriving)
 
     def remove(self, model: str) -> dict[str, int]:
         """Remove a model's references. Returns the bytes that nothing needs any more, by volume."""
@@ -151,32 +151,32 @@ class _References:
         for b in self._needs[model]:
             counts[b] = count = counts[b] - 1
             if count == 0 and b in self._sizes:
-                self._gone.add(b)
-                volume_id = self._where.get(b, "")
+                self._freed.add(b)
+                volume_id = self._volume_by_blob.get(b, "")
                 freed[volume_id] = freed.get(volume_id, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
             arriving[b] -= 1
             if arriving[b] == 0:
-                volume_id = self._where.get(b, "")
+                volume_id = self._volume_by_blob.get(b, "")
                 freed[volume_id] = freed.get(volume_id, 0) + self._occupied[b]
         return freed
 
     def needed_by(self, model: str) -> dict[str, int]:
         """Return the bytes that are unneeded now and that a removed model would need again, by volume."""
         needed = dict[str, int]()
-        for b in self._needs[model] & self._gone:
-            volume_id = self._where.get(b, "")
+        for b in self._needs[model] & self._freed:
+            volume_id = self._volume_by_blob.get(b, "")
             needed[volume_id] = needed.get(volume_id, 0) + self._sizes[b]
         for b in self._partials.get(model, ()):
             if self._arriving[b] == 0:
-                volume_id = self._where.get(b, "")
+                volume_id = self._volume_by_blob.get(b, "")
                 needed[volume_id] = needed.get(volume_id, 0) + self._occupied[b]
         return needed
 
     def restore(self, model: str) -> None:
         """Undo `remove`."""
         self._blobs.update(self._needs[model])
-        self._gone -= self._needs[model]
+        self._freed -= self._needs[model]
         self._arriving.update(self._partials.get(model, ()))
 
 
@@ -223,31 +223,35 @@ def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needed: Set[str]) -> 
 
 
 def protected_models(
-    ledger: Ledger, uses: Mapping[str, Sequence[ModelUser]], admitted_model: str = ""
+    ledger: Ledger, users_by_model: Mapping[str, Sequence[ModelUser]], admitted_model: str = ""
 ) -> dict[str, str]:
     """Return the models that may not go, and why. A model that is being admitted counts as being fetched again."""
-    coming, local = (
+    arriving, local = (
         set(ledger.reservations) | {m for p in ledger.partials.values() for m in p.models},
         ledger.local_manifests,
     )
-    settled = {m for m in ledger.shards if ledger.is_shard_settled(m)}
-    kept = dict.fromkeys(sorted(coming - ((ledger.ended_reservations | settled) - {admitted_model})), "being fetched")
-    kept |= {model: f"used by {join_names(users)}" for model, users in sorted(uses.items()) if model in local}
-    kept |= dict.fromkeys(sorted(ledger.pinned & local.keys()), "pinned")
-    return kept
+    settled_shards = {m for m in ledger.shards if ledger.is_shard_settled(m)}
+    protected = dict.fromkeys(
+        sorted(arriving - ((ledger.ended_reservations | settled_shards) - {admitted_model})), "being fetched"
+    )
+    protected |= {
+        model: f"used by {join_names(users)}" for model, users in sorted(users_by_model.items()) if model in local
+    }
+    protected |= dict.fromkeys(sorted(ledger.pinned & local.keys()), "pinned")
+    return protected
 
 
 def with_eviction_hint(refusal: QuotaExceeded, eviction: EvictionPlan, policy: EvictionPolicy) -> QuotaExceeded:
     """Return the refusal, extended by what could be evicted."""
     if eviction.enough:
         models = [v.model for v in eviction.victims]
-        what = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "unreferenced data"
-        hint = f"evicting {what} would free {format_bytes(eviction.freed_bytes)}"
+        victims = f"{len(models)} {'model' if len(models) == 1 else 'models'}" if models else "unreferenced data"
+        hint = f"evicting {victims} would free {format_bytes(eviction.freed_bytes)}"
         hint += ": set eviction_policy to lru with `shoal storage set`" if policy == "manual" else ""
     else:
         models = []
         hint = f"{format_bytes(eviction.evictable_bytes)} evictable, {format_bytes(eviction.required_bytes)} needed"
-        if protected := [m for m, why in eviction.protected.items() if why != "being fetched"]:
+        if protected := [m for m, reason in eviction.protected.items() if reason != "being fetched"]:
             hint += f"; {len(protected)} {'model is' if len(protected) == 1 else 'models are'} pinned or in use"
     figures = {
         "evictable_bytes": eviction.evictable_bytes,
@@ -260,8 +264,8 @@ def with_eviction_hint(refusal: QuotaExceeded, eviction: EvictionPlan, policy: E
 
 def to_message(eviction: EvictionPlan) -> EvictionPlan:
     """Return a plan that fits a message: very long lists are cut, the figures stay exact."""
-    kept = dict(list(eviction.protected.items())[:_MAX_LISTED])
+    protected = dict(list(eviction.protected.items())[:_MAX_LISTED])
     unfinished = eviction.ended_downloads[:_MAX_LISTED]
     return structs.replace(
-        eviction, garbage=eviction.garbage[:_MAX_LISTED], ended_downloads=unfinished, protected=kept
+        eviction, garbage=eviction.garbage[:_MAX_LISTED], ended_downloads=unfinished, protected=protected
     )

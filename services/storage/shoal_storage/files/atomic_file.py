@@ -39,12 +39,12 @@ def replace_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
 
 
 def replace_file_unsynced(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
-    """Like `write_file`, but the directory entry is durable only after the directory is synced."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as f:
+    """Like `replace_file`, but the directory entry is durable only after the directory is synced."""
+    new_path = path.with_name(f".{path.name}.new")
+    with new_path.open("wb") as f:
         f.write(data)
         f.flush()
         if mtime_ns is not None:
             os.utime(f.fileno(), ns=(mtime_ns, mtime_ns))
         os.fsync(f.fileno())
-    fresh.replace(path)
+    new_path.replace(path)

@@ -11,7 +11,7 @@ from shoal_common.errors import AlreadyRunning
 
 
 def take_lock(path: Path, what: str, holder: str) -> BinaryIO:
-    """Take the lock and write `holder` into it. Held until the file is closed. Raises Claimed with the holder."""
+    """Take the lock and write `holder` into it. Held until the file is closed. Raises AlreadyRunning."""
     f = path.open("a+b", buffering=0)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ class VolumePaths(StorePaths):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.volume_by_blob: dict[str, str] = {}
-        self._further: dict[str, StorePaths] = {}
+        self._volumes: dict[str, StorePaths] = {}
 
     def blob(self, sha256: str) -> Path:
         """A blob's file."""
@@ -42,7 +42,7 @@ class VolumePaths(StorePaths):
     def tombstone(self, repo: str, commit: str) -> Path:
         """The tombstone of a model: the manifest of a model being deleted."""
         manifest = self.manifest(repo, commit)
-        return self.tombs / f"{manifest.parent.name}@{manifest.name}"
+        return self.tombstones / f"{manifest.parent.name}@{manifest.name}"
 
     def partial_link(self, blob: str) -> Path:
         """The path in the store at which other services find that directory."""
@@ -58,26 +58,26 @@ class VolumePaths(StorePaths):
         if not volume_id:
             return self
         try:
-            return self._further[volume_id]
+            return self._volumes[volume_id]
         except KeyError:
             raise FileNotFoundError(f"volume {volume_id} is missing") from None
 
     def each_volume(self) -> Iterator[tuple[str, StorePaths]]:
         """The store ("") and the present volumes, by id."""
         yield "", self
-        yield from list(self._further.items())
+        yield from list(self._volumes.items())
 
     def volume_of_path(self, path: Path) -> StorePaths:
         """The paths of the volume that a path is on; the store's if it is on none."""
-        return next((paths for paths in self._further.values() if path.is_relative_to(paths.root)), self)
+        return next((paths for paths in self._volumes.values() if path.is_relative_to(paths.root)), self)
 
     def add_volume(self, volume_id: str, root: Path) -> None:
         """Add a volume."""
-        self._further[volume_id] = StorePaths(root)
+        self._volumes[volume_id] = StorePaths(root)
 
     def remove_volume(self, volume_id: str) -> None:
         """Remove a volume, and every blob on it from the map."""
-        self._further.pop(volume_id, None)
+        self._volumes.pop(volume_id, None)
         for blob in [b for b, other_id in self.volume_by_blob.items() if other_id == volume_id]:
             del self.volume_by_blob[blob]
 

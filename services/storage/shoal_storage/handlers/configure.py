@@ -34,15 +34,15 @@ class ConfigureCommand:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         settings: StorageSettings,
         apply: Callable[[StorageSettings], Awaitable[None]],
         publish: Callable[[], Awaitable[None]],
         check: Callable[[StorageSettings], None],
     ) -> None:
-        self._context, self._disk, self._ledger, self._limits = context, disk, ledger, settings
-        self._use, self._publish, self._refuse = apply, publish, check
+        self._context, self._store, self._ledger, self._settings = context, store, ledger, settings
+        self._apply, self._publish, self._check = apply, publish, check
         self._lock = asyncio.Lock()
         self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
@@ -57,16 +57,16 @@ class ConfigureCommand:
 
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._lock:
-            limits = await asyncio.to_thread(self._write, changes)
-            await self._use(limits)
+            settings = await asyncio.to_thread(self._write, changes)
+            await self._apply(settings)
             await self._publish()
-            before, self._limits = _values(self._limits), limits
-            values = _values(limits)
+            before, self._settings = _values(self._settings), settings
+            values = _values(settings)
             if changed := {name: value for name, value in values.items() if value != before[name]}:
                 await self._context.events.emit("settings_changed", settings=changed)
         log.info("settings changed", **changes)
-        free = await asyncio.to_thread(self._disk.free_bytes)
-        warning = settings_warning(limits, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
+        free = await asyncio.to_thread(self._store.free_bytes)
+        warning = settings_warning(settings, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
         result: dict[str, object] = {
             **values,
             "used_bytes": self._ledger.used_bytes,
@@ -77,22 +77,22 @@ class ConfigureCommand:
     def _write(self, changes: dict[str, Value]) -> StorageSettings:
         def accept(settings: dict[str, object]) -> StorageSettings:
             # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
-            limits = read_settings(settings, self._context.environ)
-            reject_overlap(limits.libraries, self._context.config.store)
-            self._refuse(limits)
-            return limits
+            new_settings = read_settings(settings, self._context.environ)
+            reject_overlap(new_settings.libraries, self._context.config.store)
+            self._check(new_settings)
+            return new_settings
 
         return change_settings(self._context.config.home, group_by_section(changes), accept)
 
 
-def _values(limits: StorageSettings) -> dict[str, object]:
+def _values(settings: StorageSettings) -> dict[str, object]:
     """Return the values in force by setting."""
     return {
-        "max_storage_bytes": limits.quota_bytes,
-        "eviction_policy": limits.eviction_policy,
-        "headroom_bytes": limits.headroom_bytes,
-        "partial_retention_s": limits.partial_retention_s,
-        "libraries": list(limits.libraries),
-        "volumes": list(limits.roots),
-        **msgspec.to_builtins(limits.transfer),
+        "max_storage_bytes": settings.quota_bytes,
+        "eviction_policy": settings.eviction_policy,
+        "headroom_bytes": settings.headroom_bytes,
+        "partial_retention_s": settings.partial_retention_s,
+        "libraries": list(settings.libraries),
+        "volumes": list(settings.volumes),
+        **msgspec.to_builtins(settings.transfer),
     }

@@ -29,7 +29,7 @@ from shoal_storage.store.tombstones import begin_delete, finish_delete
 log = StructuredLogger("storage")
 
 DELETE_DEADLINE_S = 60.0
-_WITHDRAW_PATIENCE_S = 8.0
+_FETCHER_RESTART_WAIT_S = 8.0
 _LEAVING_DEADLINE_S = 10.0
 """How long to wait for ending stages; longer than a stage is given to stop."""
 _LEAVING_POLL_S = 0.1
@@ -41,16 +41,16 @@ class DeletionService:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        keeping: MetadataFiles,
-        parts: ShardService,
-        announcer: StatePublisher,
-        uses: UsageView,
+        metadata: MetadataFiles,
+        shards: ShardService,
+        publisher: StatePublisher,
+        usage: UsageView,
     ) -> None:
-        self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
-        self._keeping, self._parts, self._announcer, self._uses = keeping, parts, announcer, uses
+        self._context, self._store, self._ledger, self._section = context, store, ledger, section
+        self._metadata, self._shards, self._publisher, self._usage = metadata, shards, publisher, usage
         self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def delete_model(self, model: str) -> int:
@@ -59,31 +59,35 @@ class DeletionService:
         After an OSError the model is either complete and published, or neither and in `deleting`; then call it again.
         """
         ledger = self._ledger
-        await self._parts.drop(model)
+        await self._shards.drop(model)
         repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(begin_delete, self._disk, repo, commit)
+        await asyncio.to_thread(begin_delete, self._store, repo, commit)
         if manifest := ledger.manifests.pop(model, None) or ledger.incomplete.pop(model, None):
             ledger.deleting[model] = manifest
         manifest = ledger.deleting.get(model)
         # Also blobs that are not here: their leaf hashes may be, and an earlier attempt may not have been durable.
-        known = ledger.blobs.keys() | (manifest.blob_sizes.keys() - ledger.unverified.keys() if manifest else set())
-        leaving = [blob for blob in blobs_freed_by(model, ledger) if blob in known]
+        deletable = ledger.blobs.keys() | (
+            manifest.blob_sizes.keys() - ledger.unverified.keys() if manifest else set()
+        )
+        leaving = [blob for blob in blobs_freed_by(model, ledger) if blob in deletable]
         try:
-            await asyncio.to_thread(finish_delete, self._disk, repo, commit, leaving)
-            await asyncio.to_thread(self._keeping.delete_records, model)
+            await asyncio.to_thread(finish_delete, self._store, repo, commit, leaving)
+            await asyncio.to_thread(self._metadata.delete_records, model)
         finally:
-            freed = sum(ledger.drop_blob(blob) for blob in await asyncio.to_thread(self._disk.missing_files, leaving))
+            freed = sum(
+                ledger.drop_blob(blob) for blob in await asyncio.to_thread(self._store.missing_files, leaving)
+            )
             if model in ledger.deleting:
-                await self._announcer.unpublish_model(model)
+                await self._publisher.unpublish_model(model)
         ledger.deleting.pop(model, None)
         self._ledger.sha256_by_git_name = {
             git: sha256 for git, sha256 in self._ledger.sha256_by_git_name.items() if sha256 in self._ledger.blobs
         }
         freed += await self.end_reservation(model)
-        await drop_obsolete_quarantine(self._disk, self._ledger)
+        await drop_obsolete_quarantine(self._store, self._ledger)
         if offered := self._ledger.offered_library_models.get(model):
             with suppress(OSError):  # logged and retried where the model is unpublished
-                await asyncio.to_thread(build_view, self._disk.layout, offered)
+                await asyncio.to_thread(build_view, self._store.layout, offered)
         return freed
 
     async def delete_abandoned(self, model: str) -> int:
@@ -94,7 +98,7 @@ class DeletionService:
 
     async def end_reservation(self, model: str) -> int:
         """End a model's reservation and delete partial blobs that only it wanted. Returns the bytes they occupied."""
-        await asyncio.to_thread(self._keeping.end_reservation, model)
+        await asyncio.to_thread(self._metadata.end_reservation, model)
         freed = 0
         for blob, partial in list(self._ledger.partials.items()):
             if model not in partial.models:
@@ -105,7 +109,7 @@ class DeletionService:
                 try:
                     await asyncio.to_thread(
                         write_partial,
-                        self._disk,
+                        self._store,
                         blob,
                         partial.size_bytes,
                         remaining.models,
@@ -118,10 +122,10 @@ class DeletionService:
                         "cannot write which models need a partial blob; lost on restart", blob=blob, reason=e.strerror
                     )
                 partial.models, partial.leaves_by_model = remaining.models, remaining.leaves_by_model
-                await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
+                await asyncio.to_thread(refresh_partial, self._store, blob, partial)
             else:
-                freed += await asyncio.to_thread(allocated_bytes, self._disk, blob, partial.size_bytes)
-                await asyncio.to_thread(delete_partial, self._disk, blob)
+                freed += await asyncio.to_thread(allocated_bytes, self._store, blob, partial.size_bytes)
+                await asyncio.to_thread(delete_partial, self._store, blob)
                 del self._ledger.partials[blob]
         return freed
 
@@ -138,7 +142,7 @@ class DeletionService:
             StopDownloads(repo=ref.repo, revision=revision),
             Empty,
             deadline_s=DELETE_DEADLINE_S / 2,
-            restart_wait_s=_WITHDRAW_PATIENCE_S,
+            restart_wait_s=_FETCHER_RESTART_WAIT_S,
         )
         # Once begun it completes, even past the command's deadline: half a deletion would make the ledger wrong.
         deleting = asyncio.create_task(self._delete(ref, revision))
@@ -158,7 +162,7 @@ class DeletionService:
                 for model in arriving_models(ref.repo, revision, self._ledger):
                     freed += await self._remove_or_explain(model)
         finally:
-            await self._announcer.publish_storage()
+            await self._publisher.publish_storage()
         log.info("model deleted", model=str(ref), found=len(manifests), freed_bytes=freed)
         return {"deleted": bool(manifests), "models": [m.model for m in manifests], "freed_bytes": freed}
 
@@ -217,8 +221,8 @@ class DeletionService:
                     f"{manifest.model} is pinned on node {self._context.node}: "
                     f"`shoal storage unpin {manifest.model}` releases it"
                 )
-        uses = await self._uses.current_users()  # counts an instance that was placed a moment ago (I4)
-        users = [user for manifest in manifests for user in uses.get(manifest.model, [])]
+        users_by_model = await self._usage.current_users()  # counts an instance that was placed a moment ago (I4)
+        users = [user for manifest in manifests for user in users_by_model.get(manifest.model, [])]
         if users:
             instances = list(dict.fromkeys(user.instance for user in users if user.instance))
             raise InUse(

@@ -65,23 +65,25 @@ class FetchApi:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
-        limits: StorageSettings,
+        settings: StorageSettings,
         specs: KvMirror,
-        announcer: StatePublisher,
+        publisher: StatePublisher,
     ) -> None:
-        self._context, self._disk, self._ledger = context, disk, ledger
-        self._announcer = announcer
+        self._context, self._store, self._ledger = context, store, ledger
+        self._publisher = publisher
         self._section = asyncio.Lock()
-        self.metadata = MetadataFiles(disk.layout, ledger)
-        self.shards = ShardService(disk, ledger, self._section, self.metadata, announcer)
-        self.leases = LeaseService(context, disk, ledger, self._section, self.shards, announcer)
-        uses = UsageView(context, specs, ledger, self.leases.refresh)
+        self.metadata = MetadataFiles(store.layout, ledger)
+        self.shards = ShardService(store, ledger, self._section, self.metadata, publisher)
+        self.leases = LeaseService(context, store, ledger, self._section, self.shards, publisher)
+        usage = UsageView(context, specs, ledger, self.leases.refresh)
         self.deletions = DeletionService(
-            context, disk, ledger, self._section, self.metadata, self.shards, announcer, uses
+            context, store, ledger, self._section, self.metadata, self.shards, publisher, usage
         )
-        self.evictions = EvictionExecutor(context, disk, ledger, limits, uses, announcer, self.deletions.delete_model)
+        self.evictions = EvictionExecutor(
+            context, store, ledger, settings, usage, publisher, self.deletions.delete_model
+        )
         self._committing: dict[str, asyncio.Task[CommittedBlob]] = {}
 
     @property
@@ -91,24 +93,24 @@ class FetchApi:
 
     # Requests
 
-    async def reserve(self, question: Reserve) -> ReserveResult:
+    async def reserve(self, request: Reserve) -> ReserveResult:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
-        check_manifest(question.manifest)
+        check_manifest(request.manifest)
         async with self._section:
-            manifest, known = await self._with_known_hashes(question.manifest)
+            manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
             sizes, reservations = manifest.blob_sizes, self._ledger.reservations
-            requested = requested_leaves(manifest, question.leaf_ranges, self._ledger)
-            wanted = leaves_to_reserve(manifest.model, requested, self._ledger)
+            requested = requested_leaves(manifest, request.leaf_ranges, self._ledger)
+            wanted_leaves = leaves_to_reserve(manifest.model, requested, self._ledger)
             before = reservations.get(manifest.model)
             # Reserved first, so that the model's own blobs are not evicted to make space for it.
             reservations[manifest.model] = set(sizes)
             try:
-                admission, evicted = await self.evictions.admit(manifest, wanted)
+                admission, evicted = await self.evictions.admit(manifest, wanted_leaves)
                 if reservations[manifest.model] != before:
                     await asyncio.to_thread(self.metadata.write_reservation, manifest.model)
                 for blob in admission.missing:
                     await self._reserve_blob(
-                        blob, sizes[blob], manifest.model, wanted.get(blob), admission.volume_by_blob[blob]
+                        blob, sizes[blob], manifest.model, wanted_leaves.get(blob), admission.volume_by_blob[blob]
                     )
                 self._ledger.ended_reservations.discard(manifest.model)
                 await asyncio.to_thread(self.metadata.record_wanted, manifest.model, time.time())
@@ -118,7 +120,7 @@ class FetchApi:
                 else:
                     reservations[manifest.model] = before
                 raise
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         log.info(
             "space reserved",
             model=manifest.model,
@@ -127,30 +129,37 @@ class FetchApi:
         )
         eviction_plan = to_message(evicted) if evicted else None
         return ReserveResult(
-            present=admission.present, missing=admission.missing, sha256_by_git_name=known, evicted=eviction_plan
+            present=admission.present,
+            missing=admission.missing,
+            sha256_by_git_name=sha256_by_git_name,
+            evicted=eviction_plan,
         )
 
-    async def _reserve_blob(self, blob: str, size_bytes: int, model: str, wanted: int | None, volume_id: str) -> None:
-        known = self._ledger.partials.get(blob)
-        if known is None:
-            await asyncio.to_thread(set_volume, self._disk, blob, volume_id)
-        partial = known or PartialBlobInfo(size_bytes)
-        changed = partial.with_model(model, wanted)
+    async def _reserve_blob(
+        self, blob: str, size_bytes: int, model: str, wanted_leaves: int | None, volume_id: str
+    ) -> None:
+        existing = self._ledger.partials.get(blob)
+        if existing is None:
+            await asyncio.to_thread(set_volume, self._store, blob, volume_id)
+        partial = existing or PartialBlobInfo(size_bytes)
+        changed = partial.with_model(model, wanted_leaves)
         models = changed.models
         # Files deleted by hand meanwhile are made again: the disk is authoritative.
-        if known is None or not await asyncio.to_thread(has_partial, self._disk, blob):
-            if await asyncio.to_thread(create_partial, self._disk, blob, size_bytes, models, changed.leaves_by_model):
+        if existing is None or not await asyncio.to_thread(has_partial, self._store, blob):
+            if await asyncio.to_thread(
+                create_partial, self._store, blob, size_bytes, models, changed.leaves_by_model
+            ):
                 self._ledger.quarantined.discard(blob)
                 self._ledger.repairable.pop(blob, None)
         elif (models, changed.leaves_by_model) != (partial.models, partial.leaves_by_model):
-            await asyncio.to_thread(write_partial, self._disk, blob, size_bytes, models, changed.leaves_by_model)
+            await asyncio.to_thread(write_partial, self._store, blob, size_bytes, models, changed.leaves_by_model)
         partial.models, partial.leaves_by_model = models, changed.leaves_by_model
-        await asyncio.to_thread(refresh_partial, self._disk, blob, partial)
+        await asyncio.to_thread(refresh_partial, self._store, blob, partial)
         self._ledger.partials[blob] = partial
 
     async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
         """Fill in the sha256 of small files that are here. Returns the manifest and these hashes by git name."""
-        known: dict[str, str] = {}
+        sha256_by_git_name: dict[str, str] = {}
         for f in manifest.files:
             if not f.sha256:
                 sha256 = self._ledger.sha256_by_git_name.get(f.blob)
@@ -158,18 +167,18 @@ class FetchApi:
                     sha256 = self._ledger.library_sha256_by_git_name.get(f.blob)
                 if sha256 is None:
                     sha256 = await asyncio.to_thread(
-                        find_by_git_sha1, self._disk, f.git_sha1, f.size_bytes, self._ledger
+                        find_by_git_sha1, self._store, f.git_sha1, f.size_bytes, self._ledger
                     )
                 if sha256:
-                    known[f.blob] = sha256
-        files = [structs.replace(f, sha256=known.get(f.blob, f.sha256)) for f in manifest.files]
-        return structs.replace(manifest, files=files), known
+                    sha256_by_git_name[f.blob] = sha256
+        files = [structs.replace(f, sha256=sha256_by_git_name.get(f.blob, f.sha256)) for f in manifest.files]
+        return structs.replace(manifest, files=files), sha256_by_git_name
 
-    async def release(self, question: Release) -> Empty:
+    async def release(self, request: Release) -> Empty:
         """End a reservation. Bytes that only it needed are deleted."""
-        check_manifest(question.manifest)
+        check_manifest(request.manifest)
         async with self._section:
-            manifest, _ = await self._with_known_hashes(question.manifest)
+            manifest, _ = await self._with_known_hashes(request.manifest)
             model = manifest.model
             if model in self._ledger.stored_manifests:
                 await self.deletions.end_reservation(model)
@@ -178,27 +187,27 @@ class FetchApi:
             else:
                 self._ledger.reservations.setdefault(model, set()).update(manifest.blob_sizes)
                 await self.deletions.delete_model(model)
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         return Empty()
 
-    async def commit(self, question: CommitBlob) -> CommittedBlob:
+    async def commit(self, request: CommitBlob) -> CommittedBlob:
         """Verify a whole partial blob and commit it. Concurrent requests for one blob share the work."""
-        blob = check_blob(question.blob)
+        blob = check_blob(request.blob)
         task = self._committing.get(blob)
         if task is None:
-            task = asyncio.create_task(self._commit(blob, question.leaf_list_digest))
+            task = asyncio.create_task(self._commit(blob, request.leaf_list_digest))
             self._committing[blob] = task
             task.add_done_callback(lambda _: self._committing.pop(blob, None))
         return await asyncio.shield(task)
 
-    async def _commit(self, blob: str, root: str) -> CommittedBlob:
+    async def _commit(self, blob: str, leaf_list_digest: str) -> CommittedBlob:
         partial = self._ledger.partials.get(blob)
         if partial is None:
             sha256 = self._ledger.sha256_by_git_name.get(blob, blob)
             if sha256 in self._ledger.blobs:
                 size_bytes = self._ledger.blobs[sha256]
                 digest = await asyncio.to_thread(
-                    leaf_hash_file.read_leaf_list_digest, self._disk.layout, sha256, size_bytes
+                    leaf_hash_file.read_leaf_list_digest, self._store.layout, sha256, size_bytes
                 )
                 return CommittedBlob(sha256=sha256, size_bytes=size_bytes, leaf_list_digest=digest)
             raise NotFound(f"blob {blob[:16]}… has no reservation; reserve it first")
@@ -208,13 +217,13 @@ class FetchApi:
             )
         try:
             # Hashing takes seconds per GB, so it runs outside the section; nobody else writes this partial blob.
-            digests = await asyncio.to_thread(verify_partial, self._disk, blob, partial.size_bytes, root)
+            digests = await asyncio.to_thread(verify_partial, self._store, blob, partial.size_bytes, leaf_list_digest)
         except FileNotFoundError:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except CorruptLeaves as e:
             async with self._section:
                 self._require_unchanged(blob, partial)
-                await asyncio.to_thread(clear_leaves, self._disk.layout, blob, partial.size_bytes, e.leaves)
+                await asyncio.to_thread(clear_leaves, self._store.layout, blob, partial.size_bytes, e.leaves)
                 await self.shards.drop_incomplete()
             raise
         except Corrupt:
@@ -228,7 +237,7 @@ class FetchApi:
                 if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
                     reserved_blobs.add(digests.sha256)
                     await asyncio.to_thread(self.metadata.write_reservation, model)
-            await asyncio.to_thread(commit_blob, self._disk, blob, digests)
+            await asyncio.to_thread(commit_blob, self._store, blob, digests)
             del self._ledger.partials[blob]
             self._ledger.blobs[digests.sha256] = digests.size_bytes
             self._ledger.unverified.pop(digests.sha256, None)
@@ -237,7 +246,7 @@ class FetchApi:
             self._ledger.repairable.pop(digests.sha256, None)
             if blob != digests.sha256:
                 self._ledger.sha256_by_git_name[blob] = digests.sha256
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         return CommittedBlob(
             sha256=digests.sha256,
             size_bytes=digests.size_bytes,
@@ -249,9 +258,9 @@ class FetchApi:
         if self._ledger.partials.get(blob) is not verified:
             raise NotFound(f"the reservation of blob {blob[:16]}… was cancelled; reserve it again")
 
-    async def seal(self, question: SealModel) -> ModelState:
+    async def seal(self, request: SealModel) -> ModelState:
         """Make a model present; all its blobs must be. Returns its published state."""
-        manifest = question.manifest
+        manifest = request.manifest
         check_manifest(manifest)
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
@@ -260,55 +269,55 @@ class FetchApi:
                 # Everything requested is in a library, which offers it.
                 await self.shards.drop(manifest.model)
                 await self.deletions.end_reservation(manifest.model)
-                return await self._announcer.publish_model(manifest)
+                return await self._publisher.publish_model(manifest)
             was_complete = manifest.model in self._ledger.manifests
-            held = self._ledger.stored_manifests.get(manifest.model)
-            names = sorted({*manifest.revisions, *(held.revisions if held else [])})
+            stored = self._ledger.stored_manifests.get(manifest.model)
+            names = sorted({*manifest.revisions, *(stored.revisions if stored else [])})
             # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
-            manifest = structs.replace(held or manifest, revisions=names)
-            await asyncio.to_thread(self._disk.require_present)
-            for sha256 in await asyncio.to_thread(self._disk.missing_blobs, manifest):
+            manifest = structs.replace(stored or manifest, revisions=names)
+            await asyncio.to_thread(self._store.require_present)
+            for sha256 in await asyncio.to_thread(self._store.missing_blobs, manifest):
                 self._ledger.blobs.pop(sha256, None)  # deleted by hand meanwhile
                 self._ledger.library_blobs.pop(sha256, None)
             require_all_blobs(manifest, self._ledger)
-            manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._disk.layout, manifest)
-            if manifest == held:
-                await asyncio.to_thread(link_view, self._disk, manifest)
+            manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, manifest)
+            if manifest == stored:
+                await asyncio.to_thread(link_view, self._store, manifest)
             else:
-                await asyncio.to_thread(seal_model, self._disk, manifest)
+                await asyncio.to_thread(seal_model, self._store, manifest)
             await self.shards.drop(manifest.model)
             self._ledger.manifests[manifest.model] = manifest
             self._ledger.incomplete.pop(manifest.model, None)
             self._ledger.deleting.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
             await asyncio.to_thread(self.metadata.record_arrival, manifest.model)
             await self.deletions.end_reservation(manifest.model)
-            state = await self._announcer.publish_model(manifest)
-        await self._announcer.publish_storage()
+            state = await self._publisher.publish_model(manifest)
+        await self._publisher.publish_storage()
         if not was_complete:
             await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
         log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
-    async def manifest(self, question: GetManifest) -> Manifest:
-        """Return the manifest of a complete model; with `broken`, of an incomplete one too, for a repair."""
-        ref = ModelRef.parse(question.model)
+    async def manifest(self, request: GetManifest) -> Manifest:
+        """Return the manifest of a complete model; with `include_incomplete` also of an incomplete one."""
+        ref = ModelRef.parse(request.model)
         ledger = self._ledger
-        held = (
+        manifests = (
             {**ledger.incomplete, **ledger.complete_manifests}
-            if question.include_incomplete
+            if request.include_incomplete
             else ledger.complete_manifests
         )
-        matches = matching_manifests(ref.repo, ref.revision, held.values())
+        matches = matching_manifests(ref.repo, ref.revision, manifests.values())
         if not matches:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._disk.layout, matches[-1])
+        return await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, matches[-1])
 
     # Settings and publishing
 
-    def apply_settings(self, limits: StorageSettings) -> None:
+    def apply_settings(self, settings: StorageSettings) -> None:
         """Use these settings from now on. The next `publish` publishes them."""
-        self.evictions.settings = limits
-        self._announcer.apply_settings(limits)
+        self.evictions.settings = settings
+        self._publisher.apply_settings(settings)
 
     async def republish_after_reconnects(self) -> None:
         """Publish everything again after each reconnect: a NATS that comes back may have lost its store."""
@@ -321,14 +330,14 @@ class FetchApi:
     async def republish_removed_keys(self) -> None:
         """Publish everything again whenever a published key is removed, as for a node retired while it lived."""
         while True:
-            await self._announcer.wait_key_removed()
+            await self._publisher.wait_key_removed()
             log.warning("published state of this disk was removed; publishing again")
             await self._republish()
 
     async def _republish(self) -> None:
         try:
             async with self._section:
-                await self._announcer.publish_all()
+                await self._publisher.publish_all()
         except Unavailable as e:
             log.warning("cannot publish what the disk holds; retrying", reason=e.message)
             await asyncio.sleep(_REPUBLISH_RETRY_S)

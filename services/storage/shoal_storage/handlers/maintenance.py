@@ -28,25 +28,25 @@ class MaintenanceApi:
         context: ServiceContext,
         ledger: Ledger,
         section: asyncio.Lock,
-        room: EvictionExecutor,
-        keeping: MetadataFiles,
-        announcer: StatePublisher,
+        evictions: EvictionExecutor,
+        metadata: MetadataFiles,
+        publisher: StatePublisher,
     ) -> None:
         self._node, self._ledger, self._section = context.node, ledger, section
-        self._room, self._keeping, self._announcer = room, keeping, announcer
+        self._evictions, self._metadata, self._publisher = evictions, metadata, publisher
 
     # Requests
 
-    async def plan(self, question: PlanEviction) -> EvictionPlan:
+    async def plan(self, request: PlanEviction) -> EvictionPlan:
         """Return what would be evicted for so many new bytes. Changes nothing."""
-        if question.need_bytes < 0:
-            raise BadInput(f"need_bytes is {question.need_bytes}: expected the number of new bytes, 0 or more")
+        if request.need_bytes < 0:
+            raise BadInput(f"need_bytes is {request.need_bytes}: expected the number of new bytes, 0 or more")
         async with self._section:
-            return to_message(await self._room.plan_for_new_bytes(question.need_bytes))
+            return to_message(await self._evictions.plan_for_new_bytes(request.need_bytes))
 
-    async def record_use(self, question: RecordUse) -> Empty:
+    async def record_use(self, request: RecordUse) -> Empty:
         """Record that models of this node were used now. Written to the disk later."""
-        self._keeping.record_use(question.models, time.time())
+        self._metadata.record_use(request.models, time.time())
         return Empty()
 
     # Commands
@@ -72,16 +72,16 @@ class MaintenanceApi:
                     "pull it first"
                 )
             for model in models:
-                await asyncio.to_thread(self._keeping.pin if command.pinned else self._keeping.unpin, model)
-        await self._announcer.publish_storage()
+                await asyncio.to_thread(self._metadata.pin if command.pinned else self._metadata.unpin, model)
+        await self._publisher.publish_storage()
         return {"models": models, "pinned": command.pinned}
 
     async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
         """Delete unreferenced blobs."""
         async with self._section:
             garbage = find_garbage(self._ledger)
-            freed = await self._room.delete_garbage(garbage)
-        await self._announcer.publish_storage()
+            freed = await self._evictions.delete_garbage(garbage)
+        await self._publisher.publish_storage()
         return {"freed_bytes": freed, "blobs": len(garbage)}
 
     # Background
@@ -95,4 +95,4 @@ class MaintenanceApi:
     async def write_uses(self) -> None:
         """Make the recorded last uses durable."""
         async with self._section:
-            await asyncio.to_thread(self._keeping.write_uses)
+            await asyncio.to_thread(self._metadata.write_uses)

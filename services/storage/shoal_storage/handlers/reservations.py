@@ -33,18 +33,18 @@ class ReservationExpiry:
         context: ServiceContext,
         ledger: Ledger,
         section: asyncio.Lock,
-        keeping: MetadataFiles,
-        removal: DeletionService,
-        parts: ShardService,
-        announcer: StatePublisher,
-        limits: Callable[[], StorageSettings],
+        metadata: MetadataFiles,
+        deletions: DeletionService,
+        shards: ShardService,
+        publisher: StatePublisher,
+        get_settings: Callable[[], StorageSettings],
         specs: KvMirror,
         downloads: KvMirror,
         live: KvMirror,
     ) -> None:
         self._context, self._ledger, self._section = context, ledger, section
-        self._keeping, self._removal, self._parts = keeping, removal, parts
-        self._announcer, self._limits = announcer, limits
+        self._metadata, self._deletions, self._shards = metadata, deletions, shards
+        self._publisher, self._get_settings = publisher, get_settings
         self._specs, self._downloads, self._live = specs, downloads, live
         self._fetcher_seen_s: float | None = None
 
@@ -65,24 +65,24 @@ class ReservationExpiry:
                 self._specs.items(prefix, DownloadRequest), dict(self._downloads.items(prefix, DownloadState))
             )
             down_s = self._fetcher_down_s(monotonic_s)
-            steps = expiry_actions(self._ledger, requests, down_s, now_s, self._limits().partial_retention_s)
-            for model in steps.renew:
-                await asyncio.to_thread(self._keeping.record_wanted, model, now_s)
-            for model in steps.end:
+            actions = expiry_actions(self._ledger, requests, down_s, now_s, self._get_settings().partial_retention_s)
+            for model in actions.renew:
+                await asyncio.to_thread(self._metadata.record_wanted, model, now_s)
+            for model in actions.end:
                 if model in self._ledger.shards:
-                    await self._parts.finish_shard(model)
+                    await self._shards.finish_shard(model)
                     log.info("shard reservation ended; shard kept", model=model)
                     continue
                 self._ledger.ended_reservations.add(model)
                 log.info("reservation ended: no download request for it", model=model)
-            for model in steps.remove:
-                freed = await self._removal.delete_abandoned(model)
+            for model in actions.remove:
+                freed = await self._deletions.delete_abandoned(model)
                 log.info("abandoned download deleted", model=model, freed_bytes=freed)
             paused = paused_models(self._ledger, requests)
-            has_changed = bool(steps.end or steps.remove) or paused != self._ledger.paused_models
+            has_changed = bool(actions.end or actions.remove) or paused != self._ledger.paused_models
             self._ledger.paused_models = paused
         if has_changed:
-            await self._announcer.publish_storage()
+            await self._publisher.publish_storage()
 
     def _fetcher_down_s(self, monotonic_s: float) -> float:
         """Return the seconds since the fetcher's liveness key was last seen; 0 while this node does not hear NATS."""

@@ -68,20 +68,20 @@ class Verifier:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        losses: IntegrityPublisher,
-        prover: UnverifiedBlobHasher,
-        announcer: StatePublisher,
+        integrity: IntegrityPublisher,
+        hasher: UnverifiedBlobHasher,
+        publisher: StatePublisher,
         on_bad_library_blob: Callable[[str, blob_check.VerificationResult | None], Awaitable[list[str]]],
         scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
     ) -> None:
-        self._context, self._disk, self._ledger = context, disk, ledger
-        self._section, self._losses, self._prover, self._announcer = section, losses, prover, announcer
+        self._context, self._store, self._ledger = context, store, ledger
+        self._section, self._integrity, self._hasher, self._publisher = section, integrity, hasher, publisher
         self._on_bad_library_blob = on_bad_library_blob
-        self._pace_bytes_per_s = scrub_bytes_per_s
-        self._turn = asyncio.Lock()
+        self._scrub_bytes_per_s = scrub_bytes_per_s
+        self._hash_lock = asyncio.Lock()
         self._waiting_commands = 0
         self._quarantining: set[asyncio.Task[None]] = set()
         self._verified_s: dict[str, float] = {}
@@ -110,7 +110,7 @@ class Verifier:
 
     def _requested_blobs(self, model: str) -> list[str]:
         if not model:
-            return sorted(self._all())
+            return sorted(self._all_blobs())
         manifests = self._requested(model, {**self._ledger.incomplete, **self._ledger.complete_manifests})
         if not manifests:
             raise NotFound(f"{model} is not on node {self._context.node}; `shoal ls` shows what can be verified")
@@ -122,22 +122,22 @@ class Verifier:
         ref = ModelRef.parse(model)
         return matching_manifests(ref.repo, ref.revision if "@" in model else "", manifests.values())
 
-    def _all(self) -> set[str]:
+    def _all_blobs(self) -> set[str]:
         return {*self._ledger.blobs, *self._ledger.library_blobs}
 
     async def scrub_forever(self) -> None:
         """Scrub forever: the blob verified longest ago comes first, at a rate that leaves the disk to others."""
-        present_at_start = self._all()
+        present_at_start = self._all_blobs()
         while True:
             now_s = time.monotonic()
             # Blobs that arrived since the start were hashed on arrival.
-            verified_s = {b: self._verified_s.get(b, now_s) for b in self._all() if b not in present_at_start}
+            verified_s = {b: self._verified_s.get(b, now_s) for b in self._all_blobs() if b not in present_at_start}
             self._verified_s = verified_s
-            for blob in next_to_scrub(self._all(), verified_s, self._first_name, now_s, REVERIFY_AFTER_S):
+            for blob in next_to_scrub(self._all_blobs(), verified_s, self._first_name, now_s, REVERIFY_AFTER_S):
                 # Recorded first: an unreadable blob must not hold up the others.
                 present_at_start.discard(blob)
                 self._verified_s[blob] = time.monotonic()
-                await self._prover.wait_idle()  # unverified files come first: nobody can use them yet
+                await self._hasher.wait_idle()  # unverified files come first: nobody can use them yet
                 if self._ledger.blob_size(blob) is None:
                     continue
                 try:
@@ -154,11 +154,11 @@ class Verifier:
             if abandoned.is_set() or self._ledger.blob_size(sha256) is None:
                 raise _VerifyAborted
             if slowly and not self._waiting_commands:
-                self._disk.stopping.wait(chunk_bytes / self._pace_bytes_per_s)
+                self._store.stopping.wait(chunk_bytes / self._scrub_bytes_per_s)
 
-        async with self._turn:
+        async with self._hash_lock:
             try:
-                checked = await asyncio.to_thread(blob_check.hash_blob, self._disk, sha256, throttle)
+                checked = await asyncio.to_thread(blob_check.hash_blob, self._store, sha256, throttle)
             except _VerifyAborted:
                 return
             finally:
@@ -183,13 +183,13 @@ class Verifier:
     async def _write_leaf_hashes(self, checked: blob_check.VerificationResult) -> None:
         async with self._section:
             try:
-                await asyncio.to_thread(quarantine.write_leaf_hashes, self._disk, checked)
+                await asyncio.to_thread(quarantine.write_leaf_hashes, self._store, checked)
             except OSError as e:
                 log.warning("leaf hashes cannot be written", blob=checked.sha256, error=e.strerror)
 
     async def _keep_good_leaves(self, checked: blob_check.VerificationResult) -> None:
         try:
-            kept_bytes = await asyncio.to_thread(repair.record_good_leaves, self._disk, checked)
+            kept_bytes = await asyncio.to_thread(repair.record_good_leaves, self._store, checked)
         except OSError as e:  # a full disk: the blob is in quarantine all the same, and is downloaded whole
             log.warning(
                 "good leaves cannot be recorded; the blob is downloaded whole", blob=checked.sha256, error=e.strerror
@@ -204,7 +204,7 @@ class Verifier:
         (report.missing if checked is None else report.corrupt).append(sha256)
         models = await self._on_bad_library_blob(sha256, checked)
         report.models += models
-        report.instances += self._losses.instances_using(models)
+        report.instances += self._integrity.instances_using(models)
 
     async def _handle_bad_blob(
         self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
@@ -215,7 +215,7 @@ class Verifier:
             if checked is not None:
                 manifests = manifests_with_blob(sha256, self._ledger)
                 leases = list(self._ledger.leases.values())
-                if not await asyncio.to_thread(quarantine.quarantine_blob, self._disk, checked, manifests, leases):
+                if not await asyncio.to_thread(quarantine.quarantine_blob, self._store, checked, manifests, leases):
                     return  # deleted and downloaded again while it was hashed: those bytes were verified on arrival
                 self._ledger.quarantined.add(sha256)
                 self._ledger.repairable.pop(sha256, None)
@@ -223,16 +223,16 @@ class Verifier:
                     await self._keep_good_leaves(checked)
                 report.corrupt.append(sha256)
                 report.bad_leaves += checked.bad_leaf_count
-            elif await asyncio.to_thread(self._disk.layout.blob(sha256).exists):
+            elif await asyncio.to_thread(self._store.layout.blob(sha256).exists):
                 return
             elif not await asyncio.to_thread(
-                lambda: self._disk.is_present() and self._disk.is_volume_present(sha256)
+                lambda: self._store.is_present() and self._store.is_volume_present(sha256)
             ):
                 return  # an unmounted disk loses nothing
             else:
                 report.missing.append(sha256)
             models = mark_incomplete({sha256}, self._ledger)
-            instances = await self._losses.unpublish(models)
+            instances = await self._integrity.unpublish(models)
             report.models += models
             report.instances += instances
         log.warning(
@@ -243,6 +243,6 @@ class Verifier:
             models=",".join(models),
             instances=",".join(instances),
         )
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         if checked is not None:
             await self._context.events.emit("quarantined", blob=sha256, models=models, instances=instances)

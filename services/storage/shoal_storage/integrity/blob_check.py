@@ -46,21 +46,21 @@ class VerificationResult(msgspec.Struct, frozen=True):
         return count if self.good_leaves is None else sum(leaf not in self.good_leaves for leaf in range(count))
 
 
-def hash_blob(disk: Store, sha256: str, before_leaf: Callable[[int], None]) -> VerificationResult | None:
+def hash_blob(store: Store, sha256: str, before_leaf: Callable[[int], None]) -> VerificationResult | None:
     """Hash a blob, of the store or of a library, as the disk holds it now; return None if its file is gone.
 
     `before_leaf` is called with the byte count of each leaf before it is hashed. It may block, and raise to abort.
     """
-    store_path = disk.layout.blob(sha256)
+    store_path = store.layout.blob(sha256)
     digest, leaf_hashes = hashlib.sha256(), bytearray()
     try:
-        path = store_path if store_path.is_file() else find_blob(disk.layout, sha256)
+        path = store_path if store_path.is_file() else find_blob(store.layout, sha256)
         status = path.lstat()
-        recorded = leaf_hash_file.read(disk.layout, sha256, status.st_size)
+        recorded = leaf_hash_file.read(store.layout, sha256, status.st_size)
         leaf_data = _read_leaves(path, status.st_ino, status.st_size, _MAX_UNREADABLE_LEAVES if recorded else 0)
         with closing(hash_ahead(leaf_data)) as hashed:
             for leaf, leaf_hash in hashed:
-                disk.check_stopping()
+                store.check_stopping()
                 before_leaf(len(leaf))
                 digest.update(leaf)
                 leaf_hashes += leaf_hash
@@ -68,7 +68,7 @@ def hash_blob(disk: Store, sha256: str, before_leaf: Callable[[int], None]) -> V
         return None
     intact = digest.hexdigest() == sha256
     good = None if intact or recorded is None else _good_leaves(status.st_size, recorded, bytes(leaf_hashes))
-    listed = intact and recorded == bytes(leaf_hashes) and leaf_hash_file.is_verified(disk.layout, sha256)
+    listed = intact and recorded == bytes(leaf_hashes) and leaf_hash_file.is_verified(store.layout, sha256)
     return VerificationResult(
         sha256, status.st_size, intact, status.st_ino, status.st_mtime_ns, bytes(leaf_hashes), listed, good
     )

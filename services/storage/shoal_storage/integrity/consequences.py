@@ -37,17 +37,17 @@ class IntegrityPublisher:
     """Unpublishes models whose bytes can no longer be trusted."""
 
     def __init__(
-        self, context: ServiceContext, disk: Store, ledger: Ledger, specs: KvMirror, announcer: StatePublisher
+        self, context: ServiceContext, store: Store, ledger: Ledger, specs: KvMirror, publisher: StatePublisher
     ) -> None:
-        self._node, self._disk, self._ledger = context.node, disk, ledger
-        self._specs, self._announcer = specs, announcer
+        self._node, self._store, self._ledger = context.node, store, ledger
+        self._specs, self._publisher = specs, publisher
 
     async def unpublish(self, models: Iterable[str]) -> list[str]:
         """Unpublish models (`org/name@commit`); return the instances with stages of them on this node."""
-        await drop_obsolete_quarantine(self._disk, self._ledger)
+        await drop_obsolete_quarantine(self._store, self._ledger)
         lost = set(models)
         for model in sorted(lost):
-            await self._announcer.unpublish_model(model)
+            await self._publisher.unpublish_model(model)
         return self.instances_using(lost)
 
     def instances_using(self, models: Collection[str]) -> list[str]:
@@ -59,9 +59,9 @@ class IntegrityPublisher:
         ]
 
 
-async def drop_obsolete_quarantine(disk: Store, ledger: Ledger) -> None:
+async def drop_obsolete_quarantine(store: Store, ledger: Ledger) -> None:
     """Delete quarantined files that nothing needs or that good bytes have replaced. Within the critical section."""
     for sha256 in obsolete_quarantine(ledger):
-        await asyncio.to_thread(delete_quarantined, disk, sha256)
+        await asyncio.to_thread(delete_quarantined, store, sha256)
         ledger.quarantined.discard(sha256)
         ledger.repairable.pop(sha256, None)

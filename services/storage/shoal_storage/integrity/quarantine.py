@@ -18,10 +18,10 @@ from shoal_storage.store.views import delete_files, view_paths_of
 
 
 def quarantine_blob(
-    disk: Store, result: VerificationResult, manifests: Iterable[Manifest], leases: Iterable[ModelLease] = ()
+    store: Store, result: VerificationResult, manifests: Iterable[Manifest], leases: Iterable[ModelLease] = ()
 ) -> bool:
     """Move a corrupt blob to quarantine, durably: nothing serves or loads it then. False if the file changed."""
-    paths = disk.layout
+    paths = store.layout
     path = paths.blob(result.sha256)
     try:
         status = path.lstat()
@@ -34,7 +34,7 @@ def quarantine_blob(
             fsync_path(directory)
     paths.set_aside(result.sha256).parent.mkdir(exist_ok=True)
     # An older bitmap under this name does not describe these bytes.
-    delete_quarantined(disk, result.sha256)
+    delete_quarantined(store, result.sha256)
     path.replace(paths.set_aside(result.sha256))
     fsync_path(paths.set_aside(result.sha256).parent)
     fsync_path(path.parent)
@@ -42,29 +42,29 @@ def quarantine_blob(
     return True
 
 
-def write_leaf_hashes(disk: Store, result: VerificationResult) -> None:
+def write_leaf_hashes(store: Store, result: VerificationResult) -> None:
     """Write the leaf hashes of an intact blob, unless its file has changed since."""
     try:
-        status = disk.layout.blob(result.sha256).lstat()
+        status = store.layout.blob(result.sha256).lstat()
     except FileNotFoundError:
         return
     if _is_checked_file(status, result):
-        leaf_hash_file.write(disk.layout, result.sha256, result.leaf_hashes, result.mtime_ns)
+        leaf_hash_file.write(store.layout, result.sha256, result.leaf_hashes, result.mtime_ns)
 
 
 def _is_checked_file(status: os.stat_result, checked: VerificationResult) -> bool:
     return (status.st_ino, status.st_mtime_ns) == (checked.inode, checked.mtime_ns)
 
 
-def quarantined_blobs(disk: Store) -> set[str]:
+def quarantined_blobs(store: Store) -> set[str]:
     """Return the blobs in quarantine, in the store and its volumes; called at start."""
-    return set().union(*(quarantined_on(disk, volume_id) for volume_id, _ in disk.layout.each_volume()))
+    return set().union(*(quarantined_on(store, volume_id) for volume_id, _ in store.layout.each_volume()))
 
 
-def quarantined_on(disk: Store, volume_id: str) -> set[str]:
+def quarantined_on(store: Store, volume_id: str) -> set[str]:
     """Return the blobs in quarantine on one volume; delete bitmaps without a blob and temporary files."""
     quarantined, bitmaps = set(), []
-    root, paths = disk.layout.volume(volume_id), disk.layout
+    root, paths = store.layout.volume(volume_id), store.layout
     if root.quarantine.is_dir():
         for path in root.quarantine.iterdir():
             if path.name.startswith(".") and path.suffix == ".new":

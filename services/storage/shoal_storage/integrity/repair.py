@@ -26,31 +26,31 @@ from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_parti
 from shoal_storage.store.store import Store
 
 
-def record_good_leaves(disk: Store, result: VerificationResult) -> int:
+def record_good_leaves(store: Store, result: VerificationResult) -> int:
     """Record the good leaves of a quarantined blob; return the bytes a repair reuses, which need no new space."""
     if result.good_leaves is None:
         return 0
-    replace_file(disk.layout.set_aside_have(result.sha256), result.good_leaves.to_bytes())
-    return repairable_bytes(disk, result.sha256)
+    replace_file(store.layout.set_aside_have(result.sha256), result.good_leaves.to_bytes())
+    return repairable_bytes(store, result.sha256)
 
 
-def repairable_blobs(disk: Store, blobs: Iterable[str]) -> dict[str, int]:
+def repairable_blobs(store: Store, blobs: Iterable[str]) -> dict[str, int]:
     """Return the quarantined blobs that can be repaired by leaf, with the bytes that each repair reuses."""
-    return {blob: size_bytes for blob in blobs if (size_bytes := repairable_bytes(disk, blob))}
+    return {blob: size_bytes for blob in blobs if (size_bytes := repairable_bytes(store, blob))}
 
 
-def repairable_bytes(disk: Store, sha256: str) -> int:
+def repairable_bytes(store: Store, sha256: str) -> int:
     """Return the bytes on the disk that a repair of this blob reuses; 0 if it has to be downloaded whole."""
     try:
-        status = disk.layout.set_aside(sha256).lstat()
+        status = store.layout.set_aside(sha256).lstat()
     except FileNotFoundError:
         return 0
-    return min(status.st_blocks * 512, status.st_size) if _good_leaves(disk, sha256, status.st_size) else 0
+    return min(status.st_blocks * 512, status.st_size) if _good_leaves(store, sha256, status.st_size) else 0
 
 
-def _good_leaves(disk: Store, sha256: str, size_bytes: int) -> Bitmap | None:
+def _good_leaves(store: Store, sha256: str, size_bytes: int) -> Bitmap | None:
     """Return the good leaves of a quarantined file, if it has this size and a bitmap that fits."""
-    paths = disk.layout
+    paths = store.layout
     try:
         if paths.set_aside(sha256).lstat().st_size != size_bytes:
             return None
@@ -62,17 +62,17 @@ def _good_leaves(disk: Store, sha256: str, size_bytes: int) -> Bitmap | None:
 
 
 def create_partial(
-    disk: Store, blob: str, size_bytes: int, models: Iterable[str], leaves_by_model: Mapping[str, int] | None = None
+    store: Store, blob: str, size_bytes: int, models: Iterable[str], leaves_by_model: Mapping[str, int] | None = None
 ) -> bool:
     """Create a missing partial blob, from the good leaves in quarantine (True) or empty (False)."""
-    paths, directory = disk.layout, disk.layout.partial(blob)
-    good = _good_leaves(disk, blob, size_bytes)
+    paths, directory = store.layout, store.layout.partial(blob)
+    good = _good_leaves(store, blob, size_bytes)
     if good is None:
-        write_partial(disk, blob, size_bytes, models, leaves_by_model)
+        write_partial(store, blob, size_bytes, models, leaves_by_model)
         return False
-    disk.require_volume(blob)
+    store.require_volume(blob)
     if directory.exists():  # without `data`: the other files in it describe other bytes
-        delete_partial(disk, blob)
+        delete_partial(store, blob)
     directory.mkdir()
     replace_file_unsynced(directory / "have", good.to_bytes())
     replace_file_unsynced(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
@@ -82,5 +82,5 @@ def create_partial(
     fsync_path(directory)
     paths.set_aside_have(blob).unlink(missing_ok=True)
     fsync_path(paths.set_aside(blob).parent)
-    link_partial(disk, blob)
+    link_partial(store, blob)
     return True

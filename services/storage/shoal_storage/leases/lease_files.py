@@ -44,9 +44,9 @@ class LeaseFile(WireStruct):
     instance: str = ""
 
 
-def create_lease(disk: Store, lease: ModelLease) -> None:
+def create_lease(store: Store, lease: ModelLease) -> None:
     """Create a lease's directory, complete or not at all. Raises OSError."""
-    paths = disk.layout
+    paths = store.layout
     directory = paths.lease(lease.id)
     unfinished = directory.with_name(f".{lease.id}{_UNFINISHED}")
     paths.leases.mkdir(exist_ok=True)  # it may have been deleted by hand
@@ -61,7 +61,7 @@ def create_lease(disk: Store, lease: ModelLease) -> None:
         unfinished.rename(directory)
     except BaseException:
         with suppress(OSError):
-            disk.delete(unfinished)
+            store.delete(unfinished)
         raise
 
 
@@ -94,12 +94,12 @@ def is_held(paths: StorePaths, lease_id: str) -> bool:
         return True
 
 
-def remove_unless_held(disk: Store, lease_id: str) -> bool:
+def remove_unless_held(store: Store, lease_id: str) -> bool:
     """Remove a lease unless it is held; return False if it is. An absent lease is fine."""
-    directory = disk.layout.lease(lease_id)
-    with _lock_if_dead(disk.layout, lease_id) as dead:
+    directory = store.layout.lease(lease_id)
+    with _lock_if_dead(store.layout, lease_id) as dead:
         if dead:
-            disk.delete(directory)
+            store.delete(directory)
         return dead
 
 
@@ -128,29 +128,29 @@ def _flock_holders() -> dict[tuple[int, int, int], int]:
     return pids
 
 
-def read_leases(disk: Store, now_s: float, clock_s: float) -> dict[str, ModelLease]:
+def read_leases(store: Store, now_s: float, clock_s: float) -> dict[str, ModelLease]:
     """Return the leases that are held or may still be taken up; remove all others, unfinished ones too.
 
     `now_s` is monotonic time, `clock_s` is seconds since 1970.
     """
     leases: dict[str, ModelLease] = {}
-    for directory in sorted(disk.layout.leases.iterdir()):
+    for directory in sorted(store.layout.leases.iterdir()):
         if directory.name.startswith(".") and directory.name.endswith(_UNFINISHED):
-            disk.delete(directory)
+            store.delete(directory)
             continue
         try:
             name = check_id(directory.name)
         except BadName:
             log.warning("foreign file among the leases; left alone", path=directory)
             continue
-        lease, held = _read_one(directory, name), is_held(disk.layout, name)
+        lease, held = _read_one(directory, name), is_held(store.layout, name)
         if lease is None:
-            if not remove_unless_held(disk, name):
+            if not remove_unless_held(store, name):
                 log.warning("held lease is unreadable; its model is not protected", path=directory)
             continue
         lease.held = held
         lease.grace_until_s = now_s + grace_left_s(lease.since_s, clock_s)
-        if held or lease.grace_until_s > now_s or not remove_unless_held(disk, name):
+        if held or lease.grace_until_s > now_s or not remove_unless_held(store, name):
             leases[name] = lease
     return leases
 

@@ -33,14 +33,14 @@ class LeaseService:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        parts: ShardService,
-        announcer: StatePublisher,
+        shards: ShardService,
+        publisher: StatePublisher,
     ) -> None:
-        self._node, self._disk, self._ledger = context.node, disk, ledger
-        self._section, self._parts, self._announcer = section, parts, announcer
+        self._node, self._store, self._ledger = context.node, store, ledger
+        self._section, self._shards, self._publisher = section, shards, publisher
         self._has_leases = asyncio.Event()
         if ledger.leases:
             self._has_leases.set()
@@ -64,7 +64,7 @@ class LeaseService:
                 missing = f"layers {request.layers} of {ref} are" if request.layers else f"{ref} is"
                 raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
             if shard is not None:
-                await self._parts.require_complete(shard)
+                await self._shards.require_complete(shard)
             manifest = shard.manifest if shard else complete[-1]
             leaves = shard.leaves if shard else {}
             lease = ModelLease(
@@ -78,10 +78,10 @@ class LeaseService:
                 partial_blobs=frozenset(leaves),
             )
             try:
-                await asyncio.to_thread(lease_files.create_lease, self._disk, lease)
+                await asyncio.to_thread(lease_files.create_lease, self._store, lease)
             except FileNotFoundError as e:
                 if shard is not None:
-                    await self._parts.drop(manifest.model)
+                    await self._shards.drop(manifest.model)
                 raise NotFound(
                     f"{manifest.model} on node {self._node} is missing files ({e.filename}): pull it again"
                 ) from None
@@ -94,9 +94,9 @@ class LeaseService:
                 ) from None
             self._ledger.leases[lease.id] = lease
             self._has_leases.set()
-        await self._announcer.publish_storage()
+        await self._publisher.publish_storage()
         log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
-        paths = self._disk.layout
+        paths = self._store.layout
         return LeaseGrant(
             id=lease.id,
             commit=manifest.commit,
@@ -111,7 +111,7 @@ class LeaseService:
         """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
         name = check_id(request.id)
         async with self._section:
-            if not await asyncio.to_thread(lease_files.remove_unless_held, self._disk, name):
+            if not await asyncio.to_thread(lease_files.remove_unless_held, self._store, name):
                 lease = self._ledger.leases.get(name)
                 raise InUse(
                     f"lease {name} on node {self._node} is held by "
@@ -120,7 +120,7 @@ class LeaseService:
                 )
             ended = self._ledger.leases.pop(name, None)
         if ended is not None:
-            await self._announcer.publish_storage()
+            await self._publisher.publish_storage()
             log.info("lease returned", model=ended.model, lease=name, holder=ended.holder)
         return Empty()
 
@@ -129,7 +129,7 @@ class LeaseService:
     async def refresh(self) -> bool:
         """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
         leases, changed = self._ledger.leases, False
-        status = await asyncio.to_thread(lease_files.check_locks, self._disk.layout, list(leases)) if leases else {}
+        status = await asyncio.to_thread(lease_files.check_locks, self._store.layout, list(leases)) if leases else {}
         for name, (held, pid) in status.items():
             lease = leases[name]
             changed = changed or pid != lease.pid
@@ -144,7 +144,7 @@ class LeaseService:
 
     async def _end(self, lease: ModelLease) -> bool:
         try:
-            if not await asyncio.to_thread(lease_files.remove_unless_held, self._disk, lease.id):
+            if not await asyncio.to_thread(lease_files.remove_unless_held, self._store, lease.id):
                 return False  # its lock was taken just now
         except OSError as e:
             log.warning("ended lease cannot be removed; retrying", lease=lease.id, error=e.strerror)
@@ -160,5 +160,5 @@ class LeaseService:
             async with self._section:
                 changed = await self.refresh()
             if changed:
-                await self._announcer.publish_storage()
+                await self._publisher.publish_storage()
             await asyncio.sleep(_CHECK_INTERVAL_S)

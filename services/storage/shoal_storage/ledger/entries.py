@@ -41,8 +41,10 @@ class PartialBlobInfo(msgspec.Struct):
     def reserved_bytes(self) -> int:
         """Bytes it may come to occupy; never less than it occupies now, in whole file system blocks."""
         # Read for every partial at every admission: build a leaf set only where one is needed.
-        promised = leaf_set.byte_count(self.reserved_leaves, self.size_bytes) if self._is_sparse else self.size_bytes
-        return promised if self.allocated_bytes < promised + _BLOCK_BYTES else self.allocated_bytes
+        full_bytes = (
+            leaf_set.byte_count(self.reserved_leaves, self.size_bytes) if self._is_sparse else self.size_bytes
+        )
+        return full_bytes if self.allocated_bytes < full_bytes + _BLOCK_BYTES else self.allocated_bytes
 
     def with_model(self, model: str, leaves: int | None) -> PartialBlobInfo:
         """Return a copy that this model also wants: these leaves, or all of it."""

@@ -13,15 +13,15 @@ from shoal_storage.ledger.ledger import Ledger
 
 def referenced_blobs(ledger: Ledger, ignored: Iterable[str] = ()) -> set[str]:
     """Return the blobs that a manifest, a running fetch or a lease needs. The `ignored` models do not count."""
-    gone = set(ignored)
-    needed = {b for model, m in ledger.stored_manifests.items() if model not in gone for b in m.blob_sizes}
+    ignored_models = set(ignored)
+    needed = {b for model, m in ledger.stored_manifests.items() if model not in ignored_models for b in m.blob_sizes}
     for model, blobs in ledger.reservations.items():
-        if model not in gone:
+        if model not in ignored_models:
             needed |= blobs
     for lease in ledger.leases.values():  # readers, whatever happens to the model's manifest
         needed |= lease.blobs
     for blob, partial in ledger.partials.items():
-        if partial.models - gone:
+        if partial.models - ignored_models:
             needed.add(blob)
     return needed
 

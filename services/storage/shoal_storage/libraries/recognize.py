@@ -238,14 +238,14 @@ def _read_plain(listing: LibraryListing, paths: list[str], directory: str, resul
     entries = listing.entries
     if entries[directory].kind != "directory" or f"{directory}/config.json" not in entries:
         return
-    below = _below(paths, directory)
-    if not any(p.endswith(_WEIGHT_SUFFIXES) for p in below):
+    paths_below = _below(paths, directory)
+    if not any(p.endswith(_WEIGHT_SUFFIXES) for p in paths_below):
         return
     files = []
     try:
         if ModelRef.parse(directory).repo != directory:
             raise _NotAModel("its name is not a model name, org/name")
-        for path in below:
+        for path in paths_below:
             name = path.removeprefix(f"{directory}/")
             # Hidden files belong to downloaders and editors, not to the model.
             if any(part.startswith(".") for part in name.split("/")) or entries[path].kind == "directory":
@@ -317,21 +317,21 @@ def content_commit(files: Iterable[ManifestFile]) -> str:
 
 def accept_models(candidates: Iterable[ModelCandidate], verified: Mapping[str, VerifiedFile]) -> AcceptanceResult:
     """Decide which models are offered, wait for hashing or are refused; of two copies of a model the first counts."""
-    verdict = AcceptanceResult()
+    acceptance = AcceptanceResult()
     local_directories: dict[str, str] = {}
     for c in candidates:
         known = {f.path: verified[f.absolute_path] for f in c.files if is_verified(f, verified)}
         corrupt = [f for f in c.files if f.path in known and is_corrupt(f, known[f.path])]
         if corrupt:
-            verdict.refused[c.directory] = (
+            acceptance.refused[c.directory] = (
                 f"{corrupt[0].path} is corrupt: the hash of {corrupt[0].absolute_path} differs from its name or "
                 "from an earlier "
                 "hash; download it there again"
             )
-            verdict.corrupt |= {f.absolute_path: c.directory for f in corrupt}
+            acceptance.corrupt |= {f.absolute_path: c.directory for f in corrupt}
             continue
         if len(known) < len(c.files):
-            verdict.waiting.append(c)
+            acceptance.waiting.append(c)
             continue
         files = [
             ManifestFile(path=f.path, size_bytes=f.stat.size_bytes, sha256=known[f.path].sha256) for f in c.files
@@ -341,9 +341,9 @@ def accept_models(candidates: Iterable[ModelCandidate], verified: Mapping[str, V
             repo=c.repo, commit=c.commit or content_commit(files), files=files, revisions=list(c.revisions)
         )
         if not c.commit and local_directories.setdefault(c.repo, c.directory) != c.directory:
-            verdict.refused[c.directory] = f"{c.repo}@{LOCAL_REVISION} is taken by {local_directories[c.repo]}"
+            acceptance.refused[c.directory] = f"{c.repo}@{LOCAL_REVISION} is taken by {local_directories[c.repo]}"
             continue
         git = {f"git-{v.git_sha1}": v.sha256 for v in known.values() if v.git_sha1}
-        adopted = LibraryModel(manifest, c.library, c.directory, {f.path: f for f in c.files}, git)
-        verdict.accepted.setdefault(manifest.model, adopted)
-    return verdict
+        library_model = LibraryModel(manifest, c.library, c.directory, {f.path: f for f in c.files}, git)
+        acceptance.accepted.setdefault(manifest.model, library_model)
+    return acceptance

@@ -1,6 +1,6 @@
 """Offer the models of libraries: scanned by stat every few minutes, hashed once, used in place.
 
-`recognize.py` recognizes the models, `scanner.py` reads the library, `store_records.py` writes the store's records.
+`recognize.py` recognizes the models, `scanner.py` reads the library, `library_records.py` writes the store's records.
 Nothing is ever written to a library. Files are hashed outside the critical section, one at a time.
 """
 
@@ -63,24 +63,24 @@ class LibraryService:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        announcer: StatePublisher,
+        publisher: StatePublisher,
         libraries: Iterable[str],
     ) -> None:
-        self._context, self._disk, self._ledger = context, disk, ledger
-        self._section, self._announcer, self._libraries = section, announcer, tuple(libraries)
-        self._layout = disk.layout
+        self._context, self._store, self._ledger = context, store, ledger
+        self._section, self._publisher, self._libraries = section, publisher, tuple(libraries)
+        self._layout = store.layout
         self._scans: dict[str, _LibraryScan] = {}
         self._scanning: dict[str, asyncio.Task[_LibraryScan]] = {}
         self._verified: dict[str, VerifiedFile] = {}
-        self._verdict = AcceptanceResult()
-        self._unable: dict[str, str] = {}
+        self._acceptance = AcceptanceResult()
+        self._unusable: dict[str, str] = {}
         """Directories whose files cannot be hashed or recorded, with the error; tried again after the next scan."""
-        self._needed: frozenset[str] = frozenset()
+        self._needed_paths: frozenset[str] = frozenset()
         """Absolute paths of the files of models that wait for hashing."""
-        self._marked: set[str] = set()
+        self._offered_earlier: set[str] = set()
         """Models marked as offered by an earlier process."""
         self._recorded: dict[str, LibraryFile] = {}
         self._unsaved, self._saved_s = False, 0.0
@@ -97,7 +97,7 @@ class LibraryService:
         The scan continues in the background if a library does not answer.
         """
         self._verified = await asyncio.to_thread(library_records.read_verified, self._layout)
-        self._marked = set(await asyncio.to_thread(library_records.offered_models, self._layout))
+        self._offered_earlier = set(await asyncio.to_thread(library_records.offered_models, self._layout))
         first_scan = asyncio.create_task(self._try_refresh())
         done, _ = await asyncio.wait({first_scan}, timeout=_FIRST_SCAN_TIMEOUT_S)
         if not done:
@@ -119,7 +119,7 @@ class LibraryService:
         async with self._scan_lock:
             scans = await asyncio.gather(*(self._scan(path) for path in self._libraries))
             self._scans = dict(zip(self._libraries, scans, strict=False))
-            self._unable.clear()
+            self._unusable.clear()
             self._drop_obsolete_hashes()
             await self._update()
 
@@ -164,7 +164,7 @@ class LibraryService:
         """Hash new files forever, the smallest model first."""
         while True:
             self._hash_now.clear()
-            while waiting := [c for c in self._verdict.waiting if c.directory not in self._unable]:
+            while waiting := [c for c in self._acceptance.waiting if c.directory not in self._unusable]:
                 try:
                     await self._hash(min(waiting, key=lambda c: (self._unhashed_bytes(c), c.directory)))
                     await self._update()
@@ -194,7 +194,7 @@ class LibraryService:
     def _scan_blocking(self, library: str) -> _LibraryScan:
         real = str(resolve_path(library))
         try:
-            return _LibraryScan(real, recognize(list_library(library, self._disk.check_stopping)))
+            return _LibraryScan(real, recognize(list_library(library, self._store.check_stopping)))
         except LibraryUnreadable as e:
             return _LibraryScan(real, error=str(e))
 
@@ -202,9 +202,9 @@ class LibraryService:
         """Drop the hashes of files that are in no library now; keep those of libraries that cannot be scanned."""
         present = {f.absolute_path for scan in self._scans.values() for c in scan.result.candidates for f in c.files}
         unreadable = tuple(f"{scan.real}/" for scan in self._scans.values() if scan.error)
-        kept = {path: v for path, v in self._verified.items() if path in present or path.startswith(unreadable)}
-        self._unsaved |= len(kept) < len(self._verified)
-        self._verified = kept
+        current = {path: v for path, v in self._verified.items() if path in present or path.startswith(unreadable)}
+        self._unsaved |= len(current) < len(self._verified)
+        self._verified = current
 
     # Hashing
 
@@ -216,12 +216,12 @@ class LibraryService:
         for file in candidate.files:
             if is_verified(file, self._verified):
                 continue
-            if file.absolute_path not in self._needed:
+            if file.absolute_path not in self._needed_paths:
                 return
 
             def check_needed(path: str = file.absolute_path) -> None:
-                self._disk.check_stopping()
-                if path not in self._needed:
+                self._store.check_stopping()
+                if path not in self._needed_paths:
                     raise _HashAborted
 
             try:
@@ -230,11 +230,11 @@ class LibraryService:
                 return
             except OSError as e:
                 reason = f"{file.path} cannot be read: {e.strerror}"
-                self._unable[candidate.directory] = reason
+                self._unusable[candidate.directory] = reason
                 log.warning("library model not offered", directory=candidate.directory, reason=reason)
                 return
             if digests is None:
-                self._unable[candidate.directory] = f"{file.path} changes while it is read"
+                self._unusable[candidate.directory] = f"{file.path} changes while it is read"
                 return
             self._verified[file.absolute_path] = VerifiedFile(
                 stat=file.stat, sha256=digests.sha256, git_sha1=digests.git_sha1
@@ -258,79 +258,83 @@ class LibraryService:
             candidates = [
                 c for path in self._libraries if path in self._scans for c in self._scans[path].result.candidates
             ]
-            self._verdict = verdict = await asyncio.to_thread(accept_models, candidates, dict(self._verified))
-            self._needed = frozenset(f.absolute_path for c in verdict.waiting for f in c.files)
+            self._acceptance = acceptance = await asyncio.to_thread(accept_models, candidates, dict(self._verified))
+            self._needed_paths = frozenset(f.absolute_path for c in acceptance.waiting for f in c.files)
             # Saved before models are published: after a kill nothing has to be hashed again.
-            await self._save(now=not verdict.waiting)
+            await self._save(now=not acceptance.waiting)
             async with self._section:
-                await self._apply(verdict.accepted)
-            await self._report_corrupt(verdict)
-            self._announcer.libraries = self._states()
+                await self._apply(acceptance.accepted)
+            await self._report_corrupt(acceptance)
+            self._publisher.libraries = self._states()
             if self._started:  # startup publishes everything once by itself
-                await self._announcer.publish_storage()
+                await self._publisher.publish_storage()
         self._hash_now.set()
 
     async def _apply(self, accepted: dict[str, LibraryModel]) -> None:
-        """Withdraw and offer library models, then update the store's models. Within the critical section."""
+        """Unpublish and offer library models, then update the store's models. Within the critical section."""
         ledger = self._ledger
-        kept = {m: a for m, a in ledger.library_models.items() if accepted.get(m) == a}
-        gone = [m for m in {**ledger.library_models, **dict.fromkeys(self._marked)} if m not in accepted]
-        self._marked.clear()
-        ledger.set_library_models(kept)
-        for model in gone:
-            await self._withdraw(model)
-        await self._offer({m: a for m, a in accepted.items() if m not in kept})
+        unchanged = {
+            m: library_model for m, library_model in ledger.library_models.items() if accepted.get(m) == library_model
+        }
+        withdrawn = [
+            m for m in {**ledger.library_models, **dict.fromkeys(self._offered_earlier)} if m not in accepted
+        ]
+        self._offered_earlier.clear()
+        ledger.set_library_models(unchanged)
+        for model in withdrawn:
+            await self._unpublish(model)
+        await self._offer({m: a for m, a in accepted.items() if m not in unchanged})
         incomplete, completed = recompute_completeness(ledger)
         for model in incomplete:
-            await self._announcer.unpublish_model(model)
+            await self._publisher.unpublish_model(model)
             log.warning("model is incomplete, it used files of a library; pull it again", model=model)
         for model, manifest in list(ledger.manifests.items()):
             if all(blob in ledger.blobs for blob in manifest.blob_sizes):
                 continue
             try:
                 # Its library blobs may be in other files now.
-                await asyncio.to_thread(link_view, self._disk, manifest)
+                await asyncio.to_thread(link_view, self._store, manifest)
                 if model in completed:
-                    await self._announcer.publish_model(manifest)
+                    await self._publisher.publish_model(manifest)
                     log.info("model is complete again, with files of a library", model=model)
             except OSError as e:
                 log.warning("view of a model with library files cannot be built", model=model, error=str(e))
 
-    async def _withdraw(self, model: str) -> None:
+    async def _unpublish(self, model: str) -> None:
         in_store = model in self._ledger.stored_manifests
         if not in_store:
-            await self._announcer.unpublish_model(model)
+            await self._publisher.unpublish_model(model)
         await asyncio.to_thread(library_records.unmark_offered, self._layout, model, not in_store)
         log.warning("library model is gone or has changed", model=model)
-        await self._context.events.emit("adoption_ended", model=model)
+        await self._context.events.emit("library_model_removed", model=model)
 
-    async def _offer(self, new: dict[str, LibraryModel]) -> None:
+    async def _offer(self, new_models: dict[str, LibraryModel]) -> None:
         """Offer new library models, except those the store cannot record: its disk may be full."""
         before = self._ledger.library_models
-        self._ledger.set_library_models({**before, **new})
+        self._ledger.set_library_models({**before, **new_models})
         failed: dict[str, OSError] = {}
         try:
             await self._record_locations()
         except OSError as e:
-            failed = dict.fromkeys(new, e)
+            failed = dict.fromkeys(new_models, e)
             log.warning("locations of library blobs cannot be recorded", error=str(e))
-        for model in new.keys() - failed.keys():
-            adopted = new[model]
+        for model in new_models.keys() - failed.keys():
+            library_model = new_models[model]
             try:
                 is_new = await asyncio.to_thread(library_records.mark_offered, self._layout, model)
                 if model in self._ledger.offered_library_models:
-                    await asyncio.to_thread(library_records.build_view, self._layout, adopted)
-                    await self._announcer.publish_model(adopted.manifest)
+                    await asyncio.to_thread(library_records.build_view, self._layout, library_model)
+                    await self._publisher.publish_model(library_model.manifest)
             except OSError as e:
                 failed[model] = e
                 continue
             if is_new:
-                log.info("library model offered", model=model, directory=adopted.directory)
-                await self._context.events.emit("adopted", model=model, directory=adopted.directory)
+                log.info("library model offered", model=model, directory=library_model.directory)
+                await self._context.events.emit("library_model_found", model=model, directory=library_model.directory)
         for model, error in failed.items():
             reason = f"it cannot be recorded in the store: {error.strerror}"
-            self._unable[new[model].directory] = reason
-            log.warning("library model not offered", directory=new[model].directory, reason=reason)
+            self._unusable[new_models[model].directory] = reason
+            log.warning("library model not offered", directory=new_models[model].directory, reason=reason)
         if failed:
             self._ledger.set_library_models({m: a for m, a in self._ledger.library_models.items() if m not in failed})
 
@@ -344,14 +348,14 @@ class LibraryService:
 
     # Reporting
 
-    async def _report_corrupt(self, verdict: AcceptanceResult) -> None:
+    async def _report_corrupt(self, acceptance: AcceptanceResult) -> None:
         """Report each corrupt file once; those found by the first scan are logged but emit no event."""
-        for path, directory in verdict.corrupt.items():
+        for path, directory in acceptance.corrupt.items():
             if self._reported_corrupt is None or path not in self._reported_corrupt:
                 log.warning("library file is corrupt; its model is not offered", path=path)
                 if self._reported_corrupt is not None:
-                    await self._context.events.emit("adopted_corrupt", path=path, directory=directory)
-        self._reported_corrupt = set(verdict.corrupt)
+                    await self._context.events.emit("library_model_corrupt", path=path, directory=directory)
+        self._reported_corrupt = set(acceptance.corrupt)
 
     def _states(self) -> list[LibraryState]:
         return [self._state(path) for path in self._libraries]
@@ -361,9 +365,11 @@ class LibraryService:
         if scan is None or scan.error:
             return LibraryState(path=library, error=scan.error if scan else "it has not been scanned yet")
         directories = {c.directory for c in scan.result.candidates}
-        waiting = [c for c in self._verdict.waiting if c.directory in directories]
+        waiting = [c for c in self._acceptance.waiting if c.directory in directories]
         refused = dict(scan.result.refused)
-        refused |= {d: reason for d, reason in (self._verdict.refused | self._unable).items() if d in directories}
+        refused |= {
+            d: reason for d, reason in (self._acceptance.refused | self._unusable).items() if d in directories
+        }
         return LibraryState(
             path=library,
             model_count=sum(a.directory in directories for a in self._ledger.library_models.values()),

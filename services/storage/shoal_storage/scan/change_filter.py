@@ -46,9 +46,11 @@ def _blob_differs(layout: VolumePaths, ledger: Ledger, path: Path) -> bool:
     if stamp is None:
         # A blob or one of our directories is gone, or a foreign file came or went: not storage's doing.
         relative = str(path.relative_to(layout.root) if path.is_relative_to(layout.root) else path)
-        gone = not os.path.lexists(path)
+        is_gone = not os.path.lexists(path)
         expected = path.name in ledger.blobs or path.name in ledger.unverified
-        return expected or not gone or _may_be_counted_foreign(ledger, relative) or _is_blob_directory(path, ledger)
+        return (
+            expected or not is_gone or _may_be_counted_foreign(ledger, relative) or _is_blob_directory(path, ledger)
+        )
     if known is not None:
         return not stamp.same_file(known)
     return not (stamp.is_verified and ledger.blobs.get(path.name) == stamp.size_bytes)

@@ -69,17 +69,17 @@ def is_trusted(stamp: BlobFileStat, has_leaf_hash_file: bool) -> bool:
 def diff_store(ledger: Ledger, scan: StoreScan) -> StoreDiff:
     """Return how a scan of the disk differs from the ledger."""
     intact = {b for b, size in ledger.blobs.items() if b in scan.blobs and _is_intact(size, scan.blobs[b])}
-    gone = ledger.blobs.keys() - intact
-    unproven = {
+    lost = ledger.blobs.keys() - intact
+    unverified = {
         b: stamp
         for b, stamp in scan.blobs.items()
         if b not in intact and not (b in ledger.unverified and stamp.same_file(ledger.unverified[b]))
     }
     on_disk = ledger.stored_manifests
     return StoreDiff(
-        lost_blobs=gone,
-        replaced_blobs=gone & scan.blobs.keys(),
-        unverified=unproven,
+        lost_blobs=lost,
+        replaced_blobs=lost & scan.blobs.keys(),
+        unverified=unverified,
         moved_blobs={
             b: scan.blobs[b].volume_id for b in intact if scan.blobs[b].volume_id != ledger.volume_by_blob.get(b, "")
         },

@@ -31,16 +31,16 @@ class StoreReconciler:
     def __init__(
         self,
         context: ServiceContext,
-        disk: Store,
+        store: Store,
         ledger: Ledger,
         section: asyncio.Lock,
-        keeping: MetadataFiles,
-        announcer: StatePublisher,
-        losses: IntegrityPublisher,
-        parts: ShardService,
+        metadata: MetadataFiles,
+        publisher: StatePublisher,
+        integrity: IntegrityPublisher,
+        shards: ShardService,
     ) -> None:
-        self._context, self._disk, self._ledger, self._section = context, disk, ledger, section
-        self._keeping, self._announcer, self._losses, self._parts = keeping, announcer, losses, parts
+        self._context, self._store, self._ledger, self._section = context, store, ledger, section
+        self._metadata, self._publisher, self._integrity, self._shards = metadata, publisher, integrity, shards
         self.unverified_found = asyncio.Event()
         """Set when there are files to hash."""
         self._unpublished = False
@@ -49,19 +49,19 @@ class StoreReconciler:
     async def has_visible_change(self, paths: Collection[Path]) -> bool:
         """Return whether changed paths show something that the ledger lacks."""
         async with self._section:
-            return await asyncio.to_thread(has_visible_change, self._disk.layout, self._ledger, paths)
+            return await asyncio.to_thread(has_visible_change, self._store.layout, self._ledger, paths)
 
     async def scan(self) -> None:
         """Scan the store and apply the differences. What NATS does not take is published the next time."""
         if not await self.check_store_present():
             return
         async with self._section:
-            seen = await asyncio.to_thread(scan_store, self._disk.layout)
-            if not await asyncio.to_thread(self._disk.are_all_present):
+            scan = await asyncio.to_thread(scan_store, self._store.layout)
+            if not await asyncio.to_thread(self._store.are_all_present):
                 return  # a volume was unmounted during the scan: files that were not seen may still exist
             self._scans += 1
             log.debug("store scanned", scans=self._scans)
-            diff = await asyncio.to_thread(diff_store, self._ledger, seen)
+            diff = await asyncio.to_thread(diff_store, self._ledger, scan)
             if diff.changes_ledger(self._ledger):
                 await self._apply(diff)
             await self.publish_completed_models()
@@ -74,10 +74,10 @@ class StoreReconciler:
         for sha256 in diff.replaced_blobs:
             # The file in the blob's place may be its very own, written to: no view may keep it.
             ledger = self._ledger
-            places = view_paths_of(
-                self._disk.layout, sha256, manifests_with_blob(sha256, ledger), ledger.leases.values()
+            view_paths = view_paths_of(
+                self._store.layout, sha256, manifests_with_blob(sha256, ledger), ledger.leases.values()
             )
-            await asyncio.to_thread(delete_files, places, diff.unverified[sha256].inode)
+            await asyncio.to_thread(delete_files, view_paths, diff.unverified[sha256].inode)
         foreign = diff.foreign if diff.foreign != self._ledger.foreign else None
         changed = apply_diff(diff, self._ledger)
         log.info(
@@ -103,8 +103,8 @@ class StoreReconciler:
 
     async def _drop_lost_shards(self) -> None:
         try:
-            if await self._parts.drop_incomplete():
-                await self._announcer.publish_storage()
+            if await self._shards.drop_incomplete():
+                await self._publisher.publish_storage()
         except (ShoalError, OSError) as e:
             self._retry_later(e)
 
@@ -112,20 +112,20 @@ class StoreReconciler:
         self._unpublished = True
         log.warning("store state not published; retrying", error=str(error))
 
-    async def publish_model_changes(self, lost: list[str], found: list[str]) -> None:
+    async def publish_model_changes(self, lost_models: list[str], found_models: list[str]) -> None:
         """Unpublish lost models and publish found ones, now or when NATS is back. Within the critical section."""
         try:
-            if lost:
-                instances = await self._losses.unpublish(lost)
-                await self._context.events.emit("model_lost", models=lost, instances=instances)
-            for model in found:
+            if lost_models:
+                instances = await self._integrity.unpublish(lost_models)
+                await self._context.events.emit("model_lost", models=lost_models, instances=instances)
+            for model in found_models:
                 if await self._link(model):
                     manifest = self._ledger.manifests[model]
-                    await asyncio.to_thread(self._keeping.record_arrival, model)
-                    await self._announcer.publish_model(manifest)
+                    await asyncio.to_thread(self._metadata.record_arrival, model)
+                    await self._publisher.publish_model(manifest)
                     await self._context.events.emit("model_found", model=model, size_bytes=manifest.size_bytes)
                     log.info("model found on disk", model=model, size_bytes=manifest.size_bytes)
-            await self._announcer.publish_storage()
+            await self._publisher.publish_storage()
         except (ShoalError, OSError) as e:
             self._retry_later(e)
 
@@ -135,7 +135,7 @@ class StoreReconciler:
 
     async def _link(self, model: str) -> bool:
         try:
-            await asyncio.to_thread(link_view, self._disk, self._ledger.manifests[model])
+            await asyncio.to_thread(link_view, self._store, self._ledger.manifests[model])
         except OSError as e:
             log.warning("model view cannot be built; model not published", model=model, error=str(e))
             self._ledger.incomplete[model] = self._ledger.manifests.pop(model)
@@ -148,7 +148,7 @@ class StoreReconciler:
             return
         try:
             async with self._section:
-                await self._announcer.publish_all()
+                await self._publisher.publish_all()
             self._unpublished = False
         except (ShoalError, OSError) as e:
             self._retry_later(e)
@@ -158,13 +158,13 @@ class StoreReconciler:
 
         An unmounted disk deletes nothing: the ledger keeps its contents and publishes them when the store is back.
         """
-        present = await asyncio.to_thread(self._disk.is_present)
+        present = await asyncio.to_thread(self._store.is_present)
         if present == (not self._ledger.store_missing):
             return present
         async with self._section:
             self._ledger.store_missing = not present
             self._unpublished = True
-        path = self._disk.layout.root
+        path = self._store.layout.root
         if present:
             log.info("store is back", path=path)
         else:

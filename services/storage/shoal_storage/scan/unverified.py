@@ -49,35 +49,35 @@ class _FileChanged(Exception):
 class UnverifiedBlobHasher:
     """Hashes unverified files."""
 
-    def __init__(self, disk: Store, ledger: Ledger, section: asyncio.Lock, rescan: StoreReconciler) -> None:
-        self._disk, self._ledger, self._section, self._rescan = disk, ledger, section, rescan
-        self._idle = asyncio.Event()
-        self._idle.set()
+    def __init__(self, store: Store, ledger: Ledger, section: asyncio.Lock, reconciler: StoreReconciler) -> None:
+        self._store, self._ledger, self._section, self._reconciler = store, ledger, section, reconciler
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
     async def wait_idle(self) -> None:
         """Return once no file waits to be hashed, except those still being written."""
-        await self._idle.wait()
+        await self._is_idle.wait()
 
     async def hash_forever(self) -> None:
         """Hash, forever, each unverified file that was not hashed since it last changed."""
         while True:
             retry = False
-            self._rescan.unverified_found.clear()
+            self._reconciler.unverified_found.clear()
             if pending := next_to_verify(self._ledger):
-                self._idle.clear()
+                self._is_idle.clear()
             for sha256 in pending:
                 retry = not await self._verify(sha256) or retry
-            self._idle.set()
+            self._is_idle.set()
             try:
                 async with asyncio.timeout(UNMODIFIED_FOR_S if retry else None):
-                    await self._rescan.unverified_found.wait()
+                    await self._reconciler.unverified_found.wait()
             except TimeoutError:
                 continue
 
     async def _verify(self, sha256: str) -> bool:
         """Hash one file and apply the result. Return False if it has to be hashed again."""
         try:
-            result = await asyncio.to_thread(verify_file, self._disk, sha256)
+            result = await asyncio.to_thread(verify_file, self._store, sha256)
             if result is None:
                 return False
             async with self._section:
@@ -91,22 +91,22 @@ class UnverifiedBlobHasher:
         if sha256 not in ledger.unverified:
             return True  # removed, or a blob by now
         if result.intact:
-            if not await asyncio.to_thread(promote_to_blob, self._disk, sha256, result):
+            if not await asyncio.to_thread(promote_to_blob, self._store, sha256, result):
                 return False
             del ledger.unverified[sha256]
             ledger.corrupt.pop(sha256, None)
             ledger.blobs[sha256] = result.stat.size_bytes
-            await drop_obsolete_quarantine(self._disk, ledger)
+            await drop_obsolete_quarantine(self._store, ledger)
             log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stat.size_bytes)
-            await self._rescan.publish_completed_models()
+            await self._reconciler.publish_completed_models()
         else:
-            stamp = await asyncio.to_thread(mark_corrupt, self._disk, sha256, result.stat)
+            stamp = await asyncio.to_thread(mark_corrupt, self._store, sha256, result.stat)
             if stamp is None:
                 return False
             ledger.unverified[sha256] = ledger.corrupt[sha256] = stamp
-            path = self._disk.layout.blob(sha256)
+            path = self._store.layout.blob(sha256)
             log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.reason)
-        await self._rescan.publish_state()
+        await self._reconciler.publish_state()
         return True
 
 
@@ -121,11 +121,11 @@ def next_to_verify(ledger: Ledger) -> list[str]:
     return sorted(pending, key=lambda b: (b not in needed, b))
 
 
-def verify_file(disk: Store, sha256: str) -> FileHash | None:
+def verify_file(store: Store, sha256: str) -> FileHash | None:
     """Make a file's bytes durable and hash them; return None if the file is being written or is gone."""
-    path = disk.layout.blob(sha256)
+    path = store.layout.blob(sha256)
     before = _stat_of(path)
-    stamp = stat_blob(disk.layout, path)
+    stamp = stat_blob(store.layout, path)
     if before is None or stamp is None or 0 <= time.time() - before.st_mtime < UNMODIFIED_FOR_S:
         return None
 
@@ -138,7 +138,7 @@ def verify_file(disk: Store, sha256: str) -> FileHash | None:
     except OSError as e:
         return FileHash(stamp, intact=False, reason=str(e))
     try:
-        checked = blob_check.hash_blob(disk, sha256, require_unchanged)
+        checked = blob_check.hash_blob(store, sha256, require_unchanged)
         require_unchanged(0)
     except _FileChanged:
         return None
@@ -148,34 +148,34 @@ def verify_file(disk: Store, sha256: str) -> FileHash | None:
     return FileHash(stamp, checked.intact, reason, checked.leaf_hashes)
 
 
-def promote_to_blob(disk: Store, sha256: str, result: FileHash) -> bool:
+def promote_to_blob(store: Store, sha256: str, result: FileHash) -> bool:
     """Turn an intact file into a blob, durably. Return False if the file has changed since it was hashed."""
-    path = disk.layout.blob(sha256)
-    stamp = stat_blob(disk.layout, path)
+    path = store.layout.blob(sha256)
+    stamp = stat_blob(store.layout, path)
     if stamp is None or not stamp.same_file(result.stat):
         return False
     path.chmod(VERIFIED_MODE)
     write_stamp(sha256, path)
-    leaf_hash_file.write(disk.layout, sha256, result.leaf_hashes, path.lstat().st_mtime_ns)
+    leaf_hash_file.write(store.layout, sha256, result.leaf_hashes, path.lstat().st_mtime_ns)
     fsync_path(path)
     fsync_path(path.parent)
     fsync_path(path.parent.parent)
     return True
 
 
-def mark_corrupt(disk: Store, sha256: str, stat: BlobFileStat) -> BlobFileStat | None:
+def mark_corrupt(store: Store, sha256: str, stat: BlobFileStat) -> BlobFileStat | None:
     """Ensure a corrupt file is never treated as the blob, also after a restart; its bytes are left as they are.
 
     Returns its stat afterwards, or None if the file has changed since it was hashed.
     """
-    path = disk.layout.blob(sha256)
-    current = stat_blob(disk.layout, path)
+    path = store.layout.blob(sha256)
+    current = stat_blob(store.layout, path)
     if current is None or not current.same_file(stat):
         return None
-    leaf_hash_file.delete(disk.layout, sha256)
+    leaf_hash_file.delete(store.layout, sha256)
     clear_stamp(sha256, path)
     fsync_path(path)
-    return stat_blob(disk.layout, path)
+    return stat_blob(store.layout, path)
 
 
 def _stat_of(path: Path) -> os.stat_result | None:

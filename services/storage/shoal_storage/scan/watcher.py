@@ -31,8 +31,8 @@ _POLL_MS = 500
 class StoreWatcher:
     """Starts a scan of the store when one is due."""
 
-    def __init__(self, layout: VolumePaths, rescan: StoreReconciler) -> None:
-        self._layout, self._rescan = layout, rescan
+    def __init__(self, layout: VolumePaths, reconciler: StoreReconciler) -> None:
+        self._layout, self._reconciler = layout, reconciler
         self._scanned_s = float("-inf")
         self._fallback_logged = False
 
@@ -70,7 +70,7 @@ class StoreWatcher:
             while (changes := await next_changes) is not None:
                 changed = {Path(path) for _, path in changes}
                 replaced = changed & by_real_path.keys() or volumes != list(paths.each_volume())
-                if replaced or not await self._rescan.check_store_present():
+                if replaced or not await self._reconciler.check_store_present():
                     # The watch follows the old directories, which may have been replaced: start over.
                     await asyncio.sleep(MIN_SCAN_INTERVAL_S)
                     return
@@ -83,7 +83,8 @@ class StoreWatcher:
                 }
                 # The first scan covers changes between the scan above and the start of the watch.
                 await self._tick(
-                    first or (bool(in_store) and await self._rescan.has_visible_change(in_store)), BACKSTOP_INTERVAL_S
+                    first or (bool(in_store) and await self._reconciler.has_visible_change(in_store)),
+                    BACKSTOP_INTERVAL_S,
                 )
                 first = False
         finally:
@@ -92,7 +93,7 @@ class StoreWatcher:
 
     async def _scan_at_intervals(self, error: str) -> None:
         """Scan at intervals for a while, then return so that watching is tried again."""
-        if not await self._rescan.check_store_present():
+        if not await self._reconciler.check_store_present():
             await asyncio.sleep(PRESENCE_CHECK_INTERVAL_S)
             return
         if not self._fallback_logged:
@@ -111,12 +112,12 @@ class StoreWatcher:
         if scan_now or time.monotonic() - self._scanned_s >= interval_s:
             await self._scan()
         else:
-            await self._rescan.publish_pending()
+            await self._reconciler.publish_pending()
 
     async def _scan(self) -> None:
         await asyncio.sleep(max(0.0, self._scanned_s + MIN_SCAN_INTERVAL_S - time.monotonic()))
         self._scanned_s = time.monotonic()
         try:
-            await self._rescan.scan()
+            await self._reconciler.scan()
         except OSError as e:
             log.warning("store scan failed; keeping the previous state", error=str(e))

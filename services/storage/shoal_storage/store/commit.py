@@ -1,4 +1,4 @@
-"""A store on disk: opening it, partial blobs, commits and deletions, in the orders of DESIGN §7. Blocking.
+"""Commit blobs, seal models and delete blobs on disk, in the orders of DESIGN §7. Blocking.
 
 Order of a commit: data; fsync and verification in parallel; chmod; verification stamp; leaf hashes; rename; fsync of
 both directories; the manifest last. Order of a deletion: the manifest first, into tombs/, then view and blobs, then

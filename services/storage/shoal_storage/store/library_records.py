@@ -1,7 +1,7 @@
 """The store's records of library models: where their blobs are, views of symbolic links, and known hashes.
 
 Blocking: for threads. Everything is written to the store, nothing to a library, and all of it can be rebuilt from the
-library; only `adopted/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard
+library; only `libraries/verified.json`, which saves hashing, is made durable. Views are symbolic links only: a hard
 link would change a file of the library.
 """
 
@@ -65,9 +65,9 @@ def record_locations(layout: StorePaths, changed: Mapping[str, LibraryFile], blo
             if path.read_bytes() == data:
                 continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_bytes(data)
-        fresh.replace(path)
+        new_path = path.with_name(f".{path.name}.new")
+        new_path.write_bytes(data)
+        new_path.replace(path)
 
 
 def mark_offered(layout: StorePaths, model: str) -> bool:
@@ -81,11 +81,13 @@ def mark_offered(layout: StorePaths, model: str) -> bool:
     return is_new
 
 
-def build_view(layout: StorePaths, adopted: LibraryModel) -> None:
+def build_view(layout: StorePaths, library_model: LibraryModel) -> None:
     """Build the view of a library model."""
-    manifest = adopted.manifest
+    manifest = library_model.manifest
     view = layout.view(manifest.repo, manifest.commit)
-    targets = {str(layout.view_file(manifest, f.path)): adopted.files[f.path].absolute_path for f in manifest.files}
+    targets = {
+        str(layout.view_file(manifest, f.path)): library_model.files[f.path].absolute_path for f in manifest.files
+    }
     if _links_below(view) != targets:
         _remove_view(layout, manifest.repo, manifest.commit)
         for link, target in targets.items():
@@ -112,10 +114,10 @@ def unmark_offered(layout: StorePaths, model: str, with_view: bool) -> None:
 
 def _remove_view(layout: StorePaths, repo: str, commit: str) -> None:
     view = layout.view(repo, commit)
-    tomb = layout.tombs / f"{os.urandom(6).hex()}-{commit}"
+    trash = layout.tombstones / f"{os.urandom(6).hex()}-{commit}"
     with suppress(FileNotFoundError):
-        view.replace(tomb)
-        shutil.rmtree(tomb)
+        view.replace(trash)
+        shutil.rmtree(trash)
     with suppress(OSError):  # not empty: another commit of the model
         view.parent.rmdir()
 

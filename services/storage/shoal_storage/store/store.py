@@ -46,7 +46,7 @@ class Store:
         self._root_fd: int | None = None
 
     def open(self) -> None:
-        """Take the lock, check the format, make the directories. Raises Claimed, Unsupported."""
+        """Take the lock, check the format, make the directories. Raises AlreadyRunning, Unsupported."""
         paths = self.layout
         check_locks_hold(paths.root.resolve(), mounts())
         make_directory(paths.root)
@@ -67,7 +67,7 @@ class Store:
             paths.partials,
             paths.manifests,
             paths.views,
-            paths.tombs,
+            paths.tombstones,
             paths.quarantine,
             paths.leases,
         ):
@@ -165,9 +165,9 @@ class Store:
 
     def missing_blobs(self, manifest: Manifest) -> list[str]:
         """Return the blobs of a manifest not on disk, or not the verified files, whatever the ledger says."""
-        return [blob for blob, size_bytes in manifest.blob_sizes.items() if not self._is_here(blob, size_bytes)]
+        return [blob for blob, size_bytes in manifest.blob_sizes.items() if not self._has_blob(blob, size_bytes)]
 
-    def _is_here(self, sha256: str, size_bytes: int) -> bool:
+    def _has_blob(self, sha256: str, size_bytes: int) -> bool:
         """Whether a blob is in the store, or in a library and unchanged."""
         try:
             return find_blob(self.layout, sha256).stat().st_size == size_bytes
@@ -181,14 +181,14 @@ class Store:
     def delete(self, path: Path) -> None:
         """Delete a file, or a directory with its contents. A directory goes atomically, by a rename into tombs/."""
         if path.is_dir() and not path.is_symlink():
-            tomb = path
-            tombs = self.layout.volume_of_path(path).tombs
-            if path.parent != tombs:
-                tomb = tombs / f"{os.urandom(6).hex()}-{path.name[:80]}"
+            trash = path
+            tombstones = self.layout.volume_of_path(path).tombstones
+            if path.parent != tombstones:
+                trash = tombstones / f"{os.urandom(6).hex()}-{path.name[:80]}"
                 try:
-                    path.replace(tomb)
+                    path.replace(trash)
                 except FileNotFoundError:
                     return
-            shutil.rmtree(tomb)
+            shutil.rmtree(trash)
         else:
             path.unlink(missing_ok=True)

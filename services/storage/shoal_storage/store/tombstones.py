@@ -30,26 +30,26 @@ def finish_delete(store: Store, repo: str, commit: str, blobs: Iterable[str]) ->
 
     Absent already is fine. After an OSError its tombstone remains; call this again.
     """
-    path, view, tomb = (
+    path, view, tombstone = (
         path_of(repo, commit) for path_of in (store.layout.manifest, store.layout.view, store.layout.tombstone)
     )
     # Also if it was absent: an earlier attempt may have failed here.
-    fsync_path(store.layout.tombs)
+    fsync_path(store.layout.tombstones)
     with suppress(FileNotFoundError):
         fsync_path(path.parent)
-    delete_view(view, read_tombstone(tomb))
+    delete_view(view, read_tombstone(tombstone))
     for empty in (path.parent, view.parent):
         with suppress(OSError):  # another commit of the model is in it
             empty.rmdir()
     for sha256 in blobs:
         delete_blob(store, sha256)
     # Durably too: a tombstone that came back would take newly fetched blobs with it.
-    tomb.unlink(missing_ok=True)
-    fsync_path(store.layout.tombs)
+    tombstone.unlink(missing_ok=True)
+    fsync_path(store.layout.tombstones)
 
 
-def read_tombstone(tomb: Path) -> Manifest | None:
+def read_tombstone(tombstone: Path) -> Manifest | None:
     """Return the manifest in a tombstone; None if it cannot be read."""
     with suppress(ShoalError, OSError):
-        return decode(tomb.read_bytes(), Manifest)
+        return decode(tombstone.read_bytes(), Manifest)
     return None

@@ -78,13 +78,13 @@ def delete_view(view: Path, manifest: Manifest | None, times: Container[tuple[in
 
     `times` has the size and mtime_ns of every blob that may have reflinks. Directories that become empty are deleted.
     """
-    named = {str(view / f.path) for f in manifest.files} if manifest else set()
+    named_links = {str(view / f.path) for f in manifest.files} if manifest else set()
     if not view.is_dir() or view.is_symlink():
         return
     for directory, _, files in os.walk(view, topdown=False):
         for name in files:
             path = Path(directory, name)
-            if str(path) in named or _is_link(path, times):
+            if str(path) in named_links or _is_link(path, times):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # a foreign file is in it
             Path(directory).rmdir()

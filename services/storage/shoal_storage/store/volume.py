@@ -1,9 +1,9 @@
-"""A volume, which is a second disk for blobs: create it, open it, tell whether it is mounted. Blocking: for threads.
+"""A volume, which is a second disk for blobs: create it, open it, check whether it is mounted. Blocking: for threads.
 
     <volume>/VERSION      `volume 1 <id>`, 16 hexadecimal digits; written last when a volume is created
     <volume>/lock         held by the storage service that uses the volume; names the holder
-    <volume>/reserve, blobs/sha256/, partial/, tombs/, quarantine/    as in a store
-    <store>/further/<id>    symbolic link to the volume; durable before anything is written to the volume
+    <volume>/ballast, blobs/sha256/, partial/, tombs/, quarantine/    as in a store
+    <store>/volumes/<id>    symbolic link to the volume; durable before anything is written to the volume
 
 The store records each volume's id and path and accepts only that id at that path: an empty mount point or another
 disk mounted there is not the volume. A volume is created only at a path without a record, and never on the file
@@ -82,7 +82,7 @@ def open_volume(
 ) -> Volume:
     """Open a volume of a store; create it if the store has no record of it and none exists at the path.
 
-    Never creates one on the file system of one of `others`. Raises VolumeMissing; Claimed, naming the holder;
+    Never creates one on the file system of one of `others`. Raises VolumeMissing; AlreadyRunning, naming the holder;
     Unsupported and BadInput for a path that cannot be a volume; OSError.
     """
     recorded_id = next((volume_id for volume_id, volume_path in read_volumes(store) if volume_path == path), "")
@@ -107,7 +107,7 @@ def open_volume(
                 f"the file system of {path} does not keep nanoseconds in mtimes, which mark verified blobs: give a "
                 "directory on another disk"
             )
-        for directory in (paths.blobs, paths.partials, paths.tombs, paths.quarantine):
+        for directory in (paths.blobs, paths.partials, paths.tombstones, paths.quarantine):
             make_directory(directory)
         if not volume_id:
             volume_id = os.urandom(_ID_BYTES).hex()

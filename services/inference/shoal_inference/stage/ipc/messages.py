@@ -136,7 +136,7 @@ class Loaded(_IpcMessage, frozen=True, kw_only=True):
 
 
 class Linked(_IpcMessage, frozen=True, kw_only=True):
-    """Predecessor and successor are both connected and proven."""
+    """Predecessor and successor are both connected and authenticated."""
 
 
 class Unlinked(_IpcMessage, frozen=True, kw_only=True):

@@ -200,7 +200,7 @@ class StagePipeline:
             self.send_control(make_frame(kind, self.ring, entry.key, meta=msgspec.json.encode(meta)))
 
     def link_up(self) -> None:
-        """A link was proven: `Linked` once both are."""
+        """A link was authenticated: `Linked` once both are."""
         if self.can_serve and not self._linked:
             self._linked = True
             self.emit(Linked())

@@ -49,7 +49,7 @@ async def _mapped(doing: str, deadline_s: float | None) -> AsyncIterator[None]:
 
 
 class Connection:
-    """Frames in and out of one proven connection."""
+    """Frames in and out of one authenticated connection."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The two links of a stage: the predecessor's, which it accepts, and the successor's, which it keeps making.
 
-Both outlive their connections. Each says `up` when a connection is proven and `down`, once, when it is gone.
+Both outlive their connections. Each says `up` when a connection is authenticated and `down`, once, when it is gone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal_inference.stage.ring.frames import Frame
 from shoal_inference.stage.ring.handshake import Member
 
 MAX_HANDSHAKES = 8
-"""Unproven connections at a time; more wait in the listen backlog."""
+"""Unauthenticated connections at a time; more wait in the listen backlog."""
 
 log = StructuredLogger("stage.ring")
 
@@ -125,7 +125,7 @@ class Successor:
 
 
 class Predecessor:
-    """The link this stage receives on: a listener, and the newest proven connection."""
+    """The link this stage receives on: a listener, and the newest authenticated connection."""
 
     def __init__(
         self,
