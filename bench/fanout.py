@@ -44,7 +44,8 @@ from shoal_common.messages import decode  # noqa: E402
 from shoal_common.messages.envelope import Outcome  # noqa: E402
 from shoal_common.store.bitmap import LEAF_BYTES  # noqa: E402
 from shoal_demo.hub_server import running_hub  # noqa: E402
-from swarm_simulator import Link, Simulation  # noqa: E402
+from simulated_nodes import Link  # noqa: E402
+from swarm_simulator import Simulation  # noqa: E402
 from tests.harness.nats import NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from warm_memory import memory_directory, touched  # noqa: E402

@@ -11,7 +11,16 @@ import msgspec
 from figures import Figure, Report
 
 HERE = Path(__file__).parent
-_NOT_SCRIPTS = {"run.py", "figures.py", "netns.py", "swarm_simulator.py", "libtorrent_peer.py", "warm_memory.py"}
+_NOT_SCRIPTS = {
+    "run.py",
+    "figures.py",
+    "netns.py",
+    "simulated_nodes.py",
+    "swarm_simulator.py",
+    "transfer_site.py",
+    "libtorrent_peer.py",
+    "warm_memory.py",
+}
 _DEADLINE_S = 1800
 
 

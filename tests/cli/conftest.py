@@ -189,3 +189,12 @@ def cluster(serve: Callable[[ASGIApp], str], monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("SHOAL_SECRET", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     return made
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home in which a node was once made, and does not run."""
+    root = tmp_path / "home"
+    root.mkdir()
+    (root / "node.toml").write_text('id = "a"\n')
+    return Home(root)

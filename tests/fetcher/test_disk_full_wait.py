@@ -17,7 +17,7 @@ from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads import disk_full_wait as blocked_module
 from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
-from shoal_fetcher.partials.partial_blob import probe_disk
+from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
 from shoal_fetcher.storage_client import StorageClient

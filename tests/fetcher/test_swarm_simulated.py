@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.store.bitmap import LEAF_BYTES
-from swarm_simulator import Link, Outcome, Simulation
+from simulated_nodes import Link, Outcome
+from swarm_simulator import Simulation
 
 LEAVES = 64
 B = 25e6

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from shoal_demo.hub_server import running_hub
+from tests.fetcher.pull_site import Site
+from tests.harness.nats import NatsServer
+from tests.harness.node import Node, running_nodes
+from tests.storage.deletion_fixtures import NODE, SERVICES, _ready
 from tests.storage.store_fixtures import Model, check_invariants
 
 
@@ -31,3 +38,26 @@ def apples() -> Model:
 def pears() -> Model:
     """A model that shares a blob with `apples`."""
     return Model("org/pears", {"pears.bin": b"p" * 2000, "other-name.bin": b"both have these" * 50})
+
+
+Fresh = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def site_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One node with NATS and a hub, for all rows."""
+    home = tmp_path_factory.mktemp("deletes")
+    models = home / "models"
+    models.mkdir()
+    with NatsServer(home / "nats") as server, running_hub(models, process=True) as hub:
+        usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_HEADROOM_BYTES": "0"}
+        with running_nodes(Node(home / NODE, NODE, server.url, SERVICES, **usual)) as (node,):
+            asyncio.run(_ready(server, node))
+            yield Site(server, hub, models, {NODE: node}, repo="")
+
+
+@pytest.fixture
+def site(site_of_all: Site, fresh: Fresh) -> Iterator[Site]:
+    """The same, with a model of this test."""
+    yield msgspec.structs.replace(site_of_all, repo=f"org/{fresh('deleted')}")
+    site_of_all.hub.reset_faults()

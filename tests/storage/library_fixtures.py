@@ -6,13 +6,21 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from nats.js.errors import NotFoundError
 
-from tests.storage.store_fixtures import git_sha1, sha256
+from shoal_common.bus.keys import model_key
+from shoal_common.messages.storage import Configure, LibraryState, ModelState
+from tests.fileserver.running_fileserver import Fileserver
+from tests.harness.nats import NatsServer
+from tests.harness.process import Process
+from tests.harness.waiting import eventually
+from tests.storage.running_storage import Node, on_node
+from tests.storage.store_fixtures import Model, git_sha1, sha256
 
 
 def config() -> bytes:
@@ -77,3 +85,87 @@ def mounted_read_only(root: Path) -> Iterator[Path]:
 
 def _mount(*arguments: str) -> int:
     return subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode
+
+
+WEIGHTS = bytes(range(256)) * 9000
+
+
+FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
+
+
+THEIRS = Model("org/theirs", FILES)
+
+
+OURS = Model("org/ours", {"model.safetensors": WEIGHTS, "own.bin": b"own" * 100})
+"""A model that shares its weights with the library model."""
+
+
+@asynccontextmanager
+async def on_node_with(nats: NatsServer, tmp_path: Path, name: str, *libraries: Path) -> AsyncIterator[Node]:
+    """A node with these libraries in its settings file."""
+    async with on_node(nats, tmp_path, name) as node:
+        listed = ", ".join(f'"{root}"' for root in libraries)
+        with (node.home / "node.toml").open("a") as f:
+            f.write(f"# mine\n[storage]\n# theirs\nlibraries = [{listed}]  # the NAS\n")
+        yield node
+
+
+@asynccontextmanager
+async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
+    """Run storage, once it waits for commands: one sent earlier is executed, but its reply is lost."""
+    async with node.storage(**environ) as process:
+
+        async def waits() -> bool:
+            with suppress(NotFoundError):
+                return bool((await node.here.js.consumer_info("CMD", f"storage-{node.node}")).num_waiting)
+            return False
+
+        await eventually(waits, "storage waits for commands")
+        yield process
+
+
+async def wait_published(node: Node, model: str) -> ModelState:
+    """Wait until a model (`org/name@commit`) is published."""
+
+    async def published() -> ModelState | None:
+        return await node.here.buckets.state.get_as(model_key(node.node, model), ModelState)
+
+    return await eventually(published, f"{model} is announced")
+
+
+async def wait_library_state(node: Node, wanted: Callable[[LibraryState], bool], at: int = 0) -> LibraryState:
+    """Wait until the published state of a library is as expected."""
+
+    async def matching_state() -> LibraryState | None:
+        libraries = (await node.storage_state()).libraries
+        return libraries[at] if len(libraries) > at and wanted(libraries[at]) else None
+
+    return await eventually(matching_state, "the root is as wanted")
+
+
+async def set_libraries(node: Node, *libraries: Path) -> None:
+    """Send `configure`, which also has the libraries scanned again."""
+    outcome = await node.command("configure", Configure(libraries=[str(r) for r in libraries]))
+    assert outcome.ok, outcome.error
+    assert outcome.result["libraries"] == [str(r) for r in libraries]
+
+
+async def wait_unpublished(node: Node, model: str) -> None:
+    """Wait until a model is unpublished."""
+
+    async def unpublished() -> bool:
+        return await node.here.buckets.state.get(model_key(node.node, model)) is None
+
+    await eventually(unpublished, f"{model} is unpublished")
+
+
+async def is_served(fileserver: Fileserver, data: bytes) -> bool:
+    reply = await fileserver.blob(sha256(data))
+    assert reply.status in (200, 404)
+    assert reply.status == 404 or reply.body == data
+    return reply.status == 200
+
+
+def hashed(process: Process) -> list[str]:
+    """The log lines about hashed models."""
+    return [line for line in process.lines if "library model hashed" in line]

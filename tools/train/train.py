@@ -68,19 +68,19 @@ def conversation(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], l
 def batches(tokenizer: Tokenizer, steps: int, batch_size: int) -> list[tuple[mx.array, mx.array]]:
     """Return all batches of the run: (tokens, learned), each of shape (batch_size, SEQUENCE_TOKENS + 1)."""
     rng = random.Random(SEED)
-    drawn: list[tuple[mx.array, mx.array]] = []
+    samples: list[tuple[mx.array, mx.array]] = []
     for _ in range(steps):
         rows = [conversation(tokenizer, rng) for _ in range(batch_size)]
-        drawn.append((mx.array([row[0] for row in rows]), mx.array([row[1] for row in rows])))
-    return drawn
+        samples.append((mx.array([row[0] for row in rows]), mx.array([row[1] for row in rows])))
+    return samples
 
 
 def answer_loss(model: Model, tokens: mx.array, learned: mx.array) -> mx.array:
     """Return the mean cross entropy over the tokens of answers, in nats per token."""
     logits = model(tokens[:, :-1])
-    losses = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="none")
+    loss_history = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="none")
     weights = learned[:, 1:]
-    return (losses * weights).sum() / weights.sum()
+    return (loss_history * weights).sum() / weights.sum()
 
 
 def train(tokenizer: Tokenizer, steps: int, batch_size: int) -> Model:

@@ -246,7 +246,7 @@ class Drain(Command):
 
 
 class MembersState(WireStruct):
-    """The nodes of this cluster, the retired left out. `state` key `members.placement`, published by placement's leader."""
+    """The nodes that have joined. `state` key `members.placement`, published by placement's leader."""
 
     lost_since_s: dict[str, float] = {}
     """By node: when the leader found it lost; 0 while it is live."""

@@ -15,7 +15,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.errors import ReservationLost
-from shoal_fetcher.partials.partial_blob import probe_disk
+from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
 from shoal_fetcher.storage_client import StorageClient

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
-from shoal_common.errors import DISK_FULL, DiskFull
+from shoal_common.errors import DiskFull
 from shoal_common.logs import StructuredLogger
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
@@ -28,12 +27,11 @@ from shoal_fetcher.partials.bitmap_file import (
     relayable_leaves,
 )
 from shoal_fetcher.partials.blocking import run_blocking, run_in_default_executor
+from shoal_fetcher.partials.disk_writes import map_disk_full, write_all_at
 
 log = StructuredLogger("partial")
 CHECKPOINT_LEAVES = 16
 CHECKPOINT_INTERVAL_S = 1.0
-_PROBE_BYTES = 4096
-"""At most the least that a partial blob can lack: a probe must not need more than the fetch does."""
 _CHECK_LEAVES = 64
 """Leaves that are hashed again between two checks for cancellation."""
 
@@ -81,7 +79,7 @@ class PartialBlob:
 
     def _open(self) -> tuple[int, int]:
         """Return the durable leaves that must be hashed again, and those that only `ready` lists."""
-        with _map_disk_full(self._directory):
+        with map_disk_full(self._directory):
             try:
                 self._fd = os.open(self._directory / "data", os.O_RDWR)
                 durable = from_bitmap(read_bitmap(self._directory, self.size_bytes).to_bytes())
@@ -117,7 +115,7 @@ class PartialBlob:
 
     def _write_ready_file(self) -> None:
         """Write `ready` again, with the leaves that are verified and no others."""
-        with _map_disk_full(self._directory), self._bits_lock:
+        with map_disk_full(self._directory), self._bits_lock:
             if self._ready_file is not None:
                 self._ready_file.close()
             self._layout.relay_bitmap(self._blob).unlink(missing_ok=True)
@@ -215,9 +213,11 @@ class PartialBlob:
         return differing
 
     def _write_list(self, leaves: int) -> None:
-        with _map_disk_full(self._directory):
+        with map_disk_full(self._directory):
             for first, end in leaf_ranges(leaves):
-                _pwrite(self._list_fd, bytes(self._list[first * HASH_BYTES : end * HASH_BYTES]), first * HASH_BYTES)
+                write_all_at(
+                    self._list_fd, bytes(self._list[first * HASH_BYTES : end * HASH_BYTES]), first * HASH_BYTES
+                )
 
     # Leaves
 
@@ -245,13 +245,13 @@ class PartialBlob:
         bit = 1 << leaf
         if self.written & bit and (self.relayable & bit or expected is None):
             return True
-        with _map_disk_full(self._directory):
-            _pwrite(self._fd, data, leaf * LEAF_BYTES)
+        with map_disk_full(self._directory):
+            write_all_at(self._fd, data, leaf * LEAF_BYTES)
             with self._bits_lock:
                 current = self.hash_of(leaf) if self.with_known_hash & bit else None
                 if current is None:
                     self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = actual
-                    _pwrite(self._list_fd, actual, leaf * HASH_BYTES)
+                    write_all_at(self._list_fd, actual, leaf * HASH_BYTES)
                 elif current != actual:
                     # A sealed list has arrived meanwhile and contradicts it: the leaf is fetched again.
                     return True
@@ -277,11 +277,11 @@ class PartialBlob:
         return added
 
     def _list_leaves(self, leaves: int) -> None:
-        with _map_disk_full(self._directory):
+        with map_disk_full(self._directory):
             for leaf in each_leaf(leaves):
                 actual = leaf_hash(self.read(leaf))
                 self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = actual
-                _pwrite(self._list_fd, actual, leaf * HASH_BYTES)
+                write_all_at(self._list_fd, actual, leaf * HASH_BYTES)
             with self._bits_lock:
                 assert self._ready_file is not None
                 self._ready_file.add(each_leaf(leaves))
@@ -308,14 +308,14 @@ class PartialBlob:
 
     def _mismatching(self, leaves: int, rewrite: int) -> int:
         mismatching = 0
-        with _map_disk_full(self._directory):
+        with map_disk_full(self._directory):
             for leaf in each_leaf(leaves):
                 bit, data = 1 << leaf, self.read(leaf)
                 if leaf_hash(data) != self.hash_of(leaf):
                     mismatching |= bit
                     continue
                 if rewrite & bit:
-                    _pwrite(self._fd, data, leaf * LEAF_BYTES)
+                    write_all_at(self._fd, data, leaf * LEAF_BYTES)
                 with self._bits_lock:
                     self.relayable |= bit
                     if rewrite & bit:
@@ -338,8 +338,8 @@ class PartialBlob:
             self.relayable &= ~leaves
             self._unsynced &= ~leaves
             self._durable &= ~leaves
-        with _map_disk_full(self._directory):
-            _pwrite(self._have_fd, to_bitmap(self._durable, self.leaf_count), 0)
+        with map_disk_full(self._directory):
+            write_all_at(self._have_fd, to_bitmap(self._durable, self.leaf_count), 0)
         if self._ready_file is not None:
             self._write_ready_file()
 
@@ -376,9 +376,9 @@ class PartialBlob:
         if not unsynced:
             return
         try:
-            with _map_disk_full(self._directory):
+            with map_disk_full(self._directory):
                 os.fsync(self._fd)
-                _pwrite(self._have_fd, to_bitmap(self._durable | unsynced, self.leaf_count), 0)
+                write_all_at(self._have_fd, to_bitmap(self._durable | unsynced, self.leaf_count), 0)
         except BaseException:
             # After a failed fsync these leaves are in doubt: fetch them again rather than sync again.
             with self._bits_lock:
@@ -389,44 +389,3 @@ class PartialBlob:
             raise
         with self._bits_lock:
             self._durable |= unsynced
-
-
-@contextmanager
-def _map_disk_full(directory: Path) -> Iterator[None]:
-    """Map a full disk to DiskFull."""
-    blob = directory.name
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in DISK_FULL:
-            raise
-        raise DiskFull(
-            f"disk full: {e.strerror} while writing blob {blob[:16]}…; free some space and the download resumes",
-            blob=blob,
-        ) from None
-
-
-def probe_disk(directory: Path) -> None:
-    """Write and delete a block beside a partial blob. Raises DiskFull, or ReservationLost if the partial is gone.
-
-    The free space of a file system does not show a quota, and sending bytes in vain is not free.
-    """
-    path = directory / "probe"
-    with _map_disk_full(directory):
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        except FileNotFoundError:
-            raise ReservationLost(f"the reservation of blob {directory.name[:16]}… is gone") from None
-        try:
-            _pwrite(fd, bytes(_PROBE_BYTES), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-
-
-def _pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    remaining = memoryview(data)
-    while remaining:
-        written = os.pwrite(fd, remaining, offset)
-        remaining, offset = remaining[written:], offset + written

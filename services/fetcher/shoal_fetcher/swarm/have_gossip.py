@@ -25,6 +25,7 @@ from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap
 from shoal_fetcher.partials.partial_blob import PartialBlob
+from shoal_fetcher.swarm.scheduler import running_average
 
 log = StructuredLogger("have_gossip")
 
@@ -36,7 +37,6 @@ MAX_NODES = 1024
 """Nodes whose messages are kept for one blob."""
 _MAX_HASHES = 4096
 _PENDING_MESSAGES = 4096
-_GROWTH_WEIGHT = 0.3
 
 
 class PeerHave(msgspec.Struct):
@@ -165,7 +165,7 @@ class HaveGossip:
             if before is not None and before.uid == latest.uid and now_s > before.at_s:
                 growth = (latest.leaves & ~before.leaves).bit_count() * LEAF_BYTES / (now_s - before.at_s)
                 old = before.growth_bytes_per_s
-                latest.growth_bytes_per_s = old + _GROWTH_WEIGHT * (growth - old) if old else growth
+                latest.growth_bytes_per_s = running_average(old, growth)
             self.by_node[have.node] = latest
         if have.hello:
             self._dirty.set()

@@ -305,3 +305,8 @@ def _covered(sets: Iterable[int], times: int) -> int:
             levels[level] |= levels[level - 1] & leaves
         levels[0] |= leaves
     return levels[-1]
+
+
+def running_average(average: float, newest: float) -> float:
+    """Return a moving average with its newest value, which weighs 0.3; `average` is 0 before the first one."""
+    return average + 0.3 * (newest - average) if average else newest

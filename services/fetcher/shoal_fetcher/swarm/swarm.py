@@ -28,6 +28,7 @@ from shoal_fetcher.swarm.scheduler import (
     SwarmState,
     next_requests,
     next_wakeup_s,
+    running_average,
 )
 
 log = StructuredLogger("swarm")
@@ -37,8 +38,6 @@ NO_PROGRESS_TIMEOUT_S = 120.0
 _RUN_DEADLINE_S = 120.0
 _WAITING_AFTER_S = 1.0
 """After this long without a leaf, the download publishes what it waits for."""
-_WEIGHT = 0.3
-"""Weight of the newest run in a peer's moving averages."""
 _NOT_FOUND_BACKOFF_S = 0.5
 """A node that lacked what it had published is asked again after this long, or when it publishes again."""
 
@@ -324,8 +323,8 @@ class Swarm:
                 peer.declined_at_s = self._loop.time()
                 return
             took_s = max(self._loop.time() - request.asked_at_s, 1e-6)
-            peer.rate_bytes_per_s = _average(peer.rate_bytes_per_s, received_bytes / took_s)
-            peer.run_s = _average(peer.run_s, took_s)
+            peer.rate_bytes_per_s = running_average(peer.rate_bytes_per_s, received_bytes / took_s)
+            peer.run_s = running_average(peer.run_s, took_s)
             if pending:
                 await asyncio.wait(pending)
         except PeerBusy as e:
@@ -400,7 +399,3 @@ class Swarm:
     def _fail(self, error: Exception) -> None:
         self._failed = self._failed or error
         self.notify()
-
-
-def _average(before: float, now: float) -> float:
-    return before + _WEIGHT * (now - before) if before else now

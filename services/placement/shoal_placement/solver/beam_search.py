@@ -14,9 +14,15 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from shoal_placement.solver.bounds import MAX_BATCH_ROWS, BoundContext, Bounds, chunks
+from shoal_placement.solver.bounds import (
+    MAX_BATCH_ROWS,
+    BoundContext,
+    Bounds,
+    can_each_hold_a_layer,
+    chunks,
+    interchangeable_nodes,
+)
 from shoal_placement.solver.cost import Floats, Ints
 from shoal_placement.solver.fractional_knapsack import COST_TOLERANCE
 from shoal_placement.solver.subsets import subset_sizes
@@ -93,14 +99,14 @@ class BeamSearch:
         self.partial_layout_count = 0
         self.exact_links = bounds.count <= MAX_NODES_EXACT_LINKS
         """Whether the bounds of links are exact: `Bounds.links_to`."""
-        self._alike = _alike(bounds)
+        self.interchangeable_nodes = interchangeable_nodes(bounds)
         fixed = sum(1 << int(i) for i in np.flatnonzero(self.chain.required_counts))
         everything = np.arange(1 << bounds.count)
         usable = (bounds.earliest_start == 0) & (everything & fixed == fixed)
-        for node, before in enumerate(self._alike):
+        for node, before in enumerate(self.interchangeable_nodes):
             if before >= 0:
                 usable &= ((everything >> node) & 1 == 0) | ((everything >> before) & 1 == 1)
-        usable &= _each_has_a_layer(bounds)
+        usable &= can_each_hold_a_layer(bounds)
         size = subset_sizes(bounds.count)
         self.sets = [everything[usable & (size == k)] for k in counts]
         self.bounds_by_set = [np.zeros(len(s)) for s in self.sets]
@@ -213,7 +219,7 @@ class BeamSearch:
         places, bounds = self.bounds.node_indices, self.bounds
         has = (sets[:, None] >> places) & 1 == 1
         begins, ends = has.copy(), has.copy()
-        for node, before in enumerate(self._alike):
+        for node, before in enumerate(self.interchangeable_nodes):
             if before >= 0:  # of interchangeable nodes the lowest comes first and the highest last
                 begins[:, node] = False
                 ends[:, before] &= ~has[:, node]
@@ -246,7 +252,7 @@ class BeamSearch:
         last = tasks.last[layouts.task]
         only = layouts.remaining == 1 << last
         left[np.arange(len(last)), last] = only
-        for place, before in enumerate(self._alike):
+        for place, before in enumerate(self.interchangeable_nodes):
             if before >= 0:
                 left[:, place] &= (layouts.remaining >> before) & 1 == 0
         rows, node = np.nonzero(left)
@@ -350,24 +356,6 @@ class BeamSearch:
                 self.best[row[chosen_row]] = Incumbent(float(cost[chosen_row]), order[::-1], [0, *cuts[::-1]])
 
 
-def _each_has_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
-    """Return for each subset whether each of its nodes could have a layer of its own, by memory.
-
-    A larger node can hold what a smaller one can, so it is enough that there are at most c nodes on which no more
-    than c of the layers fit, each by itself (Hall).
-    """
-    layers = np.sort(np.diff(bounds.chain.bytes))
-    capacity = bounds.chain.free_bytes - bounds.chain.problem.stage_bytes
-    can_hold = np.searchsorted(layers, capacity, side="right")
-    size = subset_sizes(bounds.count)
-    subsets = np.arange(1 << bounds.count)
-    possible = np.ones(len(subsets), dtype=bool)
-    for limit in np.unique(can_hold[can_hold < bounds.count]):
-        among = int(sum(1 << int(i) for i in np.flatnonzero(can_hold <= limit)))
-        possible &= size[subsets & among] <= limit
-    return possible
-
-
 def _narrowed(row: Ints, bound_s: Floats, width: int, dropped: Floats) -> Ints:
     """Return which to keep: `width` of each row, those with the least bounds. `row` must not decrease."""
     if len(row) <= width:
@@ -391,25 +379,3 @@ def _least(values: Floats, count: int) -> Ints:
     if len(values) <= count:
         return np.arange(len(values))
     return np.argpartition(values, count - 1)[:count]
-
-
-def _alike(bounds: Bounds) -> list[int]:
-    """Return for each node the nearest one before it that it is interchangeable with; -1 if there is none."""
-    chain, link_s, count = bounds.chain, bounds.link_s, bounds.count
-    alike = [-1] * count
-    for b in range(count):
-        for a in range(b - 1, -1, -1):
-            others = [i for i in range(count) if i not in (a, b)]
-            if (
-                chain.free_bytes[a] == chain.free_bytes[b]
-                and chain.required_counts[a] == chain.required_counts[b]
-                and chain.s_per_work[a] == chain.s_per_work[b]
-                and link_s[a, b] == link_s[b, a]
-                and np.array_equal(chain.cost[a], chain.cost[b])
-                and np.array_equal(chain.fetch[a], chain.fetch[b])
-                and np.array_equal(link_s[a, others], link_s[b, others])
-                and np.array_equal(link_s[others, a], link_s[others, b])
-            ):
-                alike[b] = a
-                break
-    return alike

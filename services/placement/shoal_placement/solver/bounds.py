@@ -12,10 +12,58 @@ first and the last stage have besides (embedding, head) is counted on those node
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal_placement.solver.cost import CostModel, Floats, Ints
 from shoal_placement.solver.fractional_knapsack import FractionalAssignment, SubsetSums
-from shoal_placement.solver.subsets import earliest_start, renumber_without, round_trips, shortest_paths_to
+from shoal_placement.solver.subsets import (
+    earliest_start,
+    renumber_without,
+    round_trips,
+    shortest_paths_to,
+    subset_sizes,
+)
+
+
+def can_each_hold_a_layer(bounds: Bounds) -> NDArray[np.bool_]:
+    """Return for each subset whether each of its nodes could have a layer of its own, by memory.
+
+    A larger node can hold what a smaller one can, so it is enough that there are at most c nodes on which no more
+    than c of the layers fit, each by itself (Hall).
+    """
+    layers = np.sort(np.diff(bounds.chain.bytes))
+    capacity = bounds.chain.free_bytes - bounds.chain.problem.stage_bytes
+    can_hold = np.searchsorted(layers, capacity, side="right")
+    size = subset_sizes(bounds.count)
+    subsets = np.arange(1 << bounds.count)
+    possible = np.ones(len(subsets), dtype=bool)
+    for limit in np.unique(can_hold[can_hold < bounds.count]):
+        among = int(sum(1 << int(i) for i in np.flatnonzero(can_hold <= limit)))
+        possible &= size[subsets & among] <= limit
+    return possible
+
+
+def interchangeable_nodes(bounds: Bounds) -> list[int]:
+    """Return for each node the nearest one before it that it is interchangeable with; -1 if there is none."""
+    chain, link_s, count = bounds.chain, bounds.link_s, bounds.count
+    alike = [-1] * count
+    for b in range(count):
+        for a in range(b - 1, -1, -1):
+            others = [i for i in range(count) if i not in (a, b)]
+            if (
+                chain.free_bytes[a] == chain.free_bytes[b]
+                and chain.required_counts[a] == chain.required_counts[b]
+                and chain.s_per_work[a] == chain.s_per_work[b]
+                and link_s[a, b] == link_s[b, a]
+                and np.array_equal(chain.cost[a], chain.cost[b])
+                and np.array_equal(chain.fetch[a], chain.fetch[b])
+                and np.array_equal(link_s[a, others], link_s[b, others])
+                and np.array_equal(link_s[others, a], link_s[others, b])
+            ):
+                alike[b] = a
+                break
+    return alike
+
 
 IMPOSSIBLE_WORK = 1e30
 """The work of a range that no memory holds."""

@@ -1,0 +1,55 @@
+"""Writes to a partial blob's files: all bytes or an error that names the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoal_common.errors import DISK_FULL, DiskFull
+from shoal_fetcher.errors import ReservationLost
+
+_PROBE_BYTES = 4096
+"""At most the least that a partial blob can lack: a probe must not need more than the fetch does."""
+
+
+@contextmanager
+def map_disk_full(directory: Path) -> Iterator[None]:
+    """Map a full disk to DiskFull."""
+    blob = directory.name
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in DISK_FULL:
+            raise
+        raise DiskFull(
+            f"disk full: {e.strerror} while writing blob {blob[:16]}…; free some space and the download resumes",
+            blob=blob,
+        ) from None
+
+
+def probe_disk(directory: Path) -> None:
+    """Write and delete a block beside a partial blob. Raises DiskFull, or ReservationLost if the partial is gone.
+
+    The free space of a file system does not show a quota, and sending bytes in vain is not free.
+    """
+    path = directory / "probe"
+    with map_disk_full(directory):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except FileNotFoundError:
+            raise ReservationLost(f"the reservation of blob {directory.name[:16]}… is gone") from None
+        try:
+            write_all_at(fd, bytes(_PROBE_BYTES), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+
+
+def write_all_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    remaining = memoryview(data)
+    while remaining:
+        written = os.pwrite(fd, remaining, offset)
+        remaining, offset = remaining[written:], offset + written

@@ -1,0 +1,95 @@
+"""The code keeps the structure that docs/architecture.md draws and the words of docs/glossary.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.structure import (
+    ALL,
+    MAX_LINES,
+    MAX_MODULES,
+    class_names_used_twice,
+    line_counts,
+    modules,
+    modules_per_package,
+    retired_names,
+    retired_terms,
+)
+
+ROOT = Path(__file__).parents[2]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("*/README.md"),
+    *ROOT.glob("*/*/README.md"),
+]
+# The inside of a stage is about to be replaced, and keeps its names until then.
+STAGE = ROOT / "services" / "inference" / "shoal_inference" / "stage"
+# One module per verb is what makes a command easy to find there.
+BY_VERB = "cli/shoal_cli/commands"
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_a_package_has_at_most_twelve_modules() -> None:
+    counts = modules_per_package(ROOT)
+    assert not {package: n for package, n in counts.items() if n > MAX_MODULES and package != BY_VERB}
+
+
+def test_a_file_has_at_most_four_hundred_lines() -> None:
+    assert not {path: n for path, n in line_counts(ROOT).items() if n > MAX_LINES}
+
+
+def test_no_class_name_means_two_things() -> None:
+    assert not class_names_used_twice(ROOT)
+
+
+def test_a_pure_module_is_called_after_what_it_decides() -> None:
+    assert not [p for p in modules(ROOT) if p.name == "decide.py"]
+
+
+@pytest.mark.parametrize("source", modules(ROOT, ALL), ids=short)
+def test_a_module_binds_no_name_with_a_retired_word(source: Path) -> None:
+    if not source.is_relative_to(STAGE):
+        held = retired_terms(GLOSSARY, "identifiers"), retired_terms(GLOSSARY, "constants")
+        assert not retired_names(source, *held)
+
+
+def texts_of(source: Path) -> Iterator[tuple[str, int]]:
+    """Docstrings, comments and string literals of a module, with their lines."""
+    text = source.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value, node.lineno
+    for number, line in enumerate(text.splitlines(), 1):
+        if "# " in line:
+            yield line.partition("# ")[2], number
+
+
+def retired_in(text: str) -> list[str]:
+    """Retired words in a text, with what to write instead."""
+    return [
+        f"not {word!r}, but {instead}"
+        for word, instead in retired_terms(GLOSSARY, "text").items()
+        if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)
+    ]
+
+
+@pytest.mark.parametrize("source", modules(ROOT, ALL), ids=short)
+def test_docstrings_comments_and_messages_use_no_retired_word(source: Path) -> None:
+    found = [f"{short(source)}:{line} {held}" for text, line in texts_of(source) for held in retired_in(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_a_page_uses_no_retired_word(page: Path) -> None:
+    text = page.read_text()
+    assert not retired_in(text.partition("\n## Retired words")[0] if page == GLOSSARY else text)
