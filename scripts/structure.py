@@ -50,7 +50,7 @@ def class_names_used_twice(repo: Path) -> dict[str, list[str]]:
 
 
 def retired_terms(glossary: Path, held_in: str) -> dict[str, str]:
-    """Return the words that the glossary retires in `identifiers`, `constants` or `text`, with what to write instead."""
+    """Return what the glossary retires in `identifiers`, `constants` or `text`, with what to write instead."""
     rows = re.findall(r"^\| (.+?) \| (.+?) \| ([a-z, ]+?) \|$", glossary.read_text(), re.MULTILINE)
     return {
         word: instead
@@ -76,7 +76,7 @@ def bound_names(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def retired_names(path: Path, terms: dict[str, str], constants: dict[str, str]) -> list[str]:
-    """Return a line for each name of a module that uses a retired word. Tests' names are sentences and do not count."""
+    """Return a line for each name of a module that uses a retired word; names of tests are sentences."""
     found = []
     for name, line in bound_names(path):
         normal = f"_{_HUMPS.sub('_', name).lower().strip('_')}_"

@@ -30,7 +30,7 @@ from tests.cluster.chaos_checks import SETTLED_DEADLINE_S
 from tests.cluster.chaos_site import SERVICES, World
 from tests.fetcher.pull_site import Pulls
 from tests.harness.node import Node
-from tests.harness.tiny_filesystem import BALLAST, fill_up
+from tests.harness.tiny_filesystem import FILLER, fill_up
 from tests.harness.waiting import eventually
 
 _RESEND_INTERVAL_S = 15.0
@@ -216,7 +216,7 @@ class Chaos:
         node, _ = self._somebody()
         full_s = self._outage_s()
         self.did.append(f"{number}: fill the disk of {node.id} for {full_s:.2f} s")
-        ballast = self.world.disks[node.id] / BALLAST
+        ballast = self.world.disks[node.id] / FILLER
         try:
             await asyncio.to_thread(fill_up, ballast)
             await asyncio.sleep(full_s)  # how long it is full

@@ -65,7 +65,7 @@ def test_a_node_publishes_its_stages_bandwidth_across_a_restart(tmp_path: Path) 
         )
 
         node.wait_reborn("inference", node.kill("inference"))
-        kept = json.loads((home / "device.json").read_text())["observed_bandwidth_bytes_per_s"]
+        kept = json.loads((home / "device.json").read_text())["observed_bytes_per_s"]
         assert kept > 1.1 * IDLE
 
         def published_again() -> bool:

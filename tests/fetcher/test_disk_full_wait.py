@@ -38,7 +38,7 @@ class ScriptedStorage(StorageClient):
         self._answers = list(answers)
         self.asked_count = 0
 
-    async def room(self, model: str) -> SpaceCheck:
+    async def check_space(self, model: str) -> SpaceCheck:
         """Return the next answer."""
         assert model == MODEL
         self.asked_count += 1
@@ -55,11 +55,11 @@ class Passing(ClusterView):
         self.now_s = BEGUN_S
         self.waited_s: list[float] = []
 
-    def disk(self) -> tuple[object, ...]:
+    def disk_status(self) -> tuple[object, ...]:
         """The disk never changes."""
         return ()
 
-    async def disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
+    async def wait_disk_changed(self, before: tuple[object, ...], deadline_s: float) -> None:
         """Advance the time to the deadline."""
         self.now_s += deadline_s
         self.waited_s.append(deadline_s)

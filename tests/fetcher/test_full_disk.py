@@ -214,7 +214,7 @@ async def test_a_blocked_pull_can_be_cancelled_and_leaves_no_files(
             await here.nothing_is_left(name)
             assert free_bytes(disk) > 0, "the bytes of the partial were given back"
             # A deletion cancels as well.
-            (disk / "ballast").unlink()
+            (disk / "filler").unlink()
             pull = await here.begin(name)
             await here.durable(name, LEAF_BYTES)
             fill(disk)

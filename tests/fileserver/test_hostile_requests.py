@@ -238,7 +238,7 @@ class Counting(RateLimiter):
         super().__init__(1 << 40)
         self.taken: list[int] = []
 
-    async def take(self, count: int) -> None:
+    async def acquire(self, count: int) -> None:
         """Count the bytes."""
         self.taken.append(count)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-BALLAST = "ballast"
+FILLER = "filler"
 _DEADLINE_S = 60
 
 
@@ -94,7 +94,7 @@ def _run(*command: str) -> str:
 
 def fill(directory: Path) -> Path:
     """Fill the free space. Returns the file that does."""
-    return fill_more(directory / BALLAST)
+    return fill_more(directory / FILLER)
 
 
 def fill_more(ballast: Path) -> Path:

@@ -14,7 +14,7 @@ from shoal_inference.stage.requests.pipeline import in_time
 
 _STOPPED_MEANWHILE = """
 import asyncio, sys
-from shoal_inference.stage.core import in_time
+from shoal_inference.stage.requests.pipeline import in_time
 
 async def main():
     going = asyncio.Event()

@@ -60,7 +60,7 @@ HIDDEN_BYTES = 8192
 measured_links = st.builds(
     MeasuredLink,
     peer=st.sampled_from(NODES),
-    measured_measured_at_s=st.floats(0, 2 * MEASUREMENT_MAX_AGE_S),
+    measured_at_s=st.floats(0, 2 * MEASUREMENT_MAX_AGE_S),
     round_trip_s=st.floats(1e-5, 1.0),
     bytes_per_s=st.floats(0, 1e10),
     error=st.sampled_from(["", "", "nobody answers"]),

@@ -131,8 +131,8 @@ class Paths(VolumePaths):
         self.versions = [self.version]
         self._at = ""
         if has_volume:
-            self._at = "further"
-            self.add_volume(self._at, PurePath(root, "further"))  # type: ignore[arg-type]  # the same
+            self._at = "volume"
+            self.add_volume(self._at, PurePath(root, "volume"))  # type: ignore[arg-type]  # the same
             self.versions.append(self.volume(self._at).version)
 
     def _volume_of(self, blob: str) -> StorePaths:
@@ -184,7 +184,7 @@ def _at_any_time(disk: StrictDisk, paths: Paths, lost: set[str]) -> Iterator[str
         for blob in model.sealed.blob_sizes:
             if any(isinstance(f, File) and f.dirty for f in disk.may_be(paths.blob(blob))):
                 yield f"I1: blob {blob[:12]} without its bytes"
-            for bitmap in (paths.set_aside_have(blob), paths.partial(blob) / "have"):
+            for bitmap in (paths.quarantined_have(blob), paths.partial(blob) / "have"):
                 if any(isinstance(f, File) and f.dirty for f in disk.may_be(bitmap)):
                     yield f"I6: {bitmap.parent.name}/{bitmap.name[:12]} claims leaves without its bytes"
         manifests = disk.may_be(paths.manifest(model.sealed.repo, model.sealed.commit))
@@ -212,7 +212,7 @@ def _acknowledged(disk: StrictDisk, paths: Paths, what: str, which: str, renamed
 def _of_a_blob(paths: Paths, what: str, which: str, renamed: list[Call]) -> tuple[list[PurePath], list[PurePath]]:
     """What certainly exists, and what certainly does not, once this was acknowledged."""
     partial: PurePath = paths.partial(which)
-    aside: list[PurePath] = [paths.set_aside(which), paths.set_aside_have(which)]
+    aside: list[PurePath] = [paths.quarantined(which), paths.quarantined_have(which)]
     if what == "committed":
         # DESIGN §7: both directories of the rename.
         gone = [PurePath(c.paths[0]) for c in renamed if c.paths[1] == str(paths.blob(which))]

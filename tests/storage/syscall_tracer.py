@@ -106,7 +106,7 @@ def _site() -> str:
     frame, found = sys._getframe(1), []
     while frame.f_back is not None:
         code = frame.f_code
-        if _PACKAGE in code.co_filename and code.co_name != "sync":
+        if _PACKAGE in code.co_filename and code.co_name != "fsync_path":
             found.append(f"{Path(code.co_filename).name}:{code.co_name}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(found)

@@ -135,7 +135,7 @@ async def test_a_delete_without_the_fetcher_fails_and_deletes_nothing(
         outcome = await node.delete("org/apples")
         assert not outcome.ok and outcome.error is not None
         assert (outcome.error.code, outcome.error.retryable) == ("node_down", True)
-        assert f"fetcher of node {node.node} does not answer withdraw" in outcome.error.message
+        assert f"fetcher of node {node.node} does not answer stop_downloads" in outcome.error.message
         assert files_below(node.layout.root) == files_of(apples)
         assert await node.model_state(apples) is not None
         async with node.fetcher():

@@ -70,23 +70,23 @@ def test_ballast_that_is_no_longer_configured_is_released() -> None:
 def test_ballast_is_really_allocated_found_again_and_released(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
-        reserve = BallastFile(disk / "reserve", 2 * MIB)
+        reserve = BallastFile(disk / "ballast", 2 * MIB)
         reserve.make()
         assert before - free_bytes(disk) == reserve.held_bytes == 2 * MIB
-        (disk / ".reserve.new").write_bytes(b"half of one")
-        later = BallastFile(disk / "reserve", 2 * MIB)
+        (disk / ".ballast.new").write_bytes(b"half of one")
+        later = BallastFile(disk / "ballast", 2 * MIB)
         later.read_size()
-        assert later.held_bytes == 2 * MIB and not (disk / ".reserve.new").exists()
+        assert later.held_bytes == 2 * MIB and not (disk / ".ballast.new").exists()
         fill(disk)
         assert later.release() == 2 * MIB == free_bytes(disk)
-        assert later.release() == 0 and not (disk / "reserve").exists()
+        assert later.release() == 0 and not (disk / "ballast").exists()
 
 
 def test_ballast_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES, FILES) as disk:
         before = free_bytes(disk)
         with pytest.raises(OSError, match="No space left"):
-            BallastFile(disk / "reserve", 2 * DISK_BYTES).make()
+            BallastFile(disk / "ballast", 2 * DISK_BYTES).make()
         assert list(disk.iterdir()) == [] and free_bytes(disk) == before
 
 
@@ -95,9 +95,9 @@ def test_where_fallocate_does_not_work_ballast_is_written(tmp_path: Path, monkey
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
-    reserve = BallastFile(tmp_path / "reserve", 2 * MIB + 5)
+    reserve = BallastFile(tmp_path / "ballast", 2 * MIB + 5)
     reserve.make()
-    assert (tmp_path / "reserve").stat().st_size == 2 * MIB + 5
+    assert (tmp_path / "ballast").stat().st_size == 2 * MIB + 5
 
 
 # At 0 bytes free
@@ -119,7 +119,7 @@ async def test_I6_at_0_bytes_free_every_path_that_frees_space_works(
                 path.write_bytes(stray)
                 assert write_stamp(path.name, path)
                 await process.kill()
-            assert (disk / "reserve").exists() == bool(ballast_bytes)
+            assert (disk / "ballast").exists() == bool(ballast_bytes)
             ballast = fill(disk)
             async with node.storage(**environ) as process:
                 if ballast_bytes:
@@ -213,7 +213,7 @@ async def test_ballast_is_released_for_what_storage_must_write(
         asked: list[bool] = []
 
         async def answer(_: Empty) -> Empty:
-            asked.append((held.disk.layout.root / "reserve").exists())
+            asked.append((held.disk.layout.root / "ballast").exists())
             if held.disk.ballast.held_bytes or len(asked) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return Empty()

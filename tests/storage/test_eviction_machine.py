@@ -162,7 +162,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.pull(model)
         self.use(model)
 
-    @precondition(lambda self: self.ledger.promised)
+    @precondition(lambda self: self.ledger.reservations)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.reservations))))
@@ -179,7 +179,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.metadata.record_arrival(name)
         self.end_reservation(name)
 
-    @precondition(lambda self: self.ledger.promised)
+    @precondition(lambda self: self.ledger.reservations)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.ledger.reservations)))

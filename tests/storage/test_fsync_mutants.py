@@ -14,11 +14,11 @@ from tests.storage.syscall_tracer import Call, seen
 REDUNDANT = {"atomic_file.py:make_directory < atomic_file.py:make_directory < store.py:open"}
 """Places whose fsync could be left out: directories made beside `blobs` make their common parent durable again."""
 REDUNDANT_ON_VOLUMES = {
-    "atomic_file.py:make_directory < atomic_file.py:make_directory < volume.py:open_root",
+    "atomic_file.py:make_directory < atomic_file.py:make_directory < volume.py:open_volume",
     "atomic_file.py:make_directory < store.py:open",
-    "atomic_file.py:write_file < store.py:open",
+    "atomic_file.py:replace_file < store.py:open",
 }
-"""The same in a store with a volume: `further/`, made last, makes the store's top durable again."""
+"""The same in a store with a volume: `volumes/`, made last, makes the store's top durable again."""
 
 
 def without_lines(site: str) -> str:
@@ -30,7 +30,7 @@ def lived(directory: Path, left_out: str = "", has_volume: bool = False) -> list
     """The calls and acknowledgements of a life without the fsyncs of one place."""
     directory.mkdir()
     with seen(directory, lambda call: call.name != "fsync" or call.site != left_out) as seam:
-        live(directory / "store", seam.acknowledge, directory / "further" if has_volume else None)
+        live(directory / "store", seam.acknowledge, directory / "volume" if has_volume else None)
     return seam.events
 
 
@@ -75,7 +75,7 @@ def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> No
     named = next(
         n
         for n, e in enumerate(events)
-        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("store.py:_name:")
+        if isinstance(e, Call) and e.name == "replace" and e.site.startswith("commit.py:_name_blob:")
     )
     assert durable < named
     events.insert(named, events.pop(durable))

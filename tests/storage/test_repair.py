@@ -165,7 +165,7 @@ def test_without_trusted_leaf_hashes_everything_is_refetched(root: Path, useless
         leaf_hash_file.write(store.layout, blob, leaf_hash(b"?") * 3, 0)
     flip(store.layout.blob(blob), 5)
     checked = verify_changed_blob(store, blob)
-    assert checked.bad_leaf_count == 3 and not store.layout.set_aside_have(blob).exists()
+    assert checked.bad_leaf_count == 3 and not store.layout.quarantined_have(blob).exists()
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
     store.commit(blob)
@@ -207,11 +207,11 @@ def test_an_old_bitmap_does_not_count_for_a_newly_corrupt_blob(root: Path) -> No
     store, model = StoreFixture(root), model_of(3 * LEAF_BYTES)
     blob, whole = only_blob(model)
     store.bring_in(model)
-    store.layout.set_aside_have(blob).write_bytes(b"\x03")
+    store.layout.quarantined_have(blob).write_bytes(b"\x03")
     store.layout.leaf_list(blob).unlink()
     flip(store.layout.blob(blob), 0)
     verify_changed_blob(store, blob)
-    assert not store.layout.set_aside_have(blob).exists()
+    assert not store.layout.quarantined_have(blob).exists()
     store.reserve(model)
     assert put_missing(store.layout, blob, whole) == {0, 1, 2}
     store.commit(blob)
@@ -284,7 +284,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
         assert again.holds(model) and files_below(root) == files_of(model)
         del again
     # Between the rename into quarantine and that of the bitmap, nothing tells which leaves are good.
-    assert all("quarantine.py:set_aside" in c.site or "keep_good_leaves" in c.site for c in fetched_whole)
+    assert all("quarantine.py:quarantine_blob" in c.site or "record_good_leaves" in c.site for c in fetched_whole)
     assert fetched_whole
 
 
@@ -294,7 +294,7 @@ def test_a_start_knows_what_is_repairable_and_drops_bitmaps(root: Path) -> None:
     store.bring_in(model)
     flip(store.layout.blob(blob), 0)
     verify_changed_blob(store, blob)
-    lonely = store.layout.set_aside_have("cd" * 32)
+    lonely = store.layout.quarantined_have("cd" * 32)
     lonely.write_bytes(b"\x01")
     del store
     again = StoreFixture(root)

@@ -141,7 +141,7 @@ async def test_I6_at_0_bytes_free_the_service_starts_and_deletes(
                 assert outcome.ok and outcome.result["freed_bytes"] == LARGE.manifest.size_bytes
                 assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= LARGE.manifest.size_bytes
                 await node.bring_in(OTHER)
-                (disk / "ballast").unlink()
+                (disk / "filler").unlink()
                 assert files_below(disk) == files_of(OTHER)
                 check_invariants(disk)
                 await process.kill()
@@ -155,11 +155,11 @@ def test_I6_a_disk_that_fills_up_at_commit_or_seal_does_no_harm(tmp_path: Path) 
         fill(disk)
         with pytest.raises(OSError, match="No space left"):
             store.bring_in(OTHER)
-        (disk / "ballast").unlink()
+        (disk / "filler").unlink()
         check_invariants(disk / "store")
         store.bring_in(OTHER)
         fill(disk)
         store.delete(LARGE)
         assert store.holds(OTHER)
-        (disk / "ballast").unlink()
+        (disk / "filler").unlink()
         assert files_below(disk / "store") == files_of(OTHER)

@@ -55,7 +55,7 @@ class Life(msgspec.Struct, frozen=True):
     @property
     def volume_path(self) -> Path | None:
         """The path of the volume, if it has one."""
-        return self.directory / "further" if self.has_volume else None
+        return self.directory / "volume" if self.has_volume else None
 
     @property
     def blobs(self) -> StorePaths:
@@ -87,7 +87,7 @@ def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["store", "further-root"])
+@pytest.fixture(scope="module", params=[False, True], ids=["store", "volume"])
 def uninterrupted_life(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Life, list[str]]:
@@ -129,13 +129,13 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
     store.delete(LEAVES)
     assert store.holds(STAYS) and store.holds(COMES)
     here = files_below(root) | (files_below(volume) if volume else set())
-    assert here - {f"further/{identity}" for identity in store.disk.volumes} == files_of(STAYS, COMES)
+    assert here - {f"volumes/{identity}" for identity in store.disk.volumes} == files_of(STAYS, COMES)
 
 
 def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acked(
-    tmp_path: Path, whole_life: tuple[Life, list[str]]
+    tmp_path: Path, uninterrupted_life: tuple[Life, list[str]]
 ) -> None:
-    full_life, calls = whole_life
+    full_life, calls = uninterrupted_life
     counts = Counter(match.group(1) for line in calls if (match := _CALL.match(line)))
     points = [(call, n) for call, count in counts.items() for n in range(1, count + 1)]
     assert len(points) > 100, counts
@@ -168,9 +168,9 @@ def final_name(what: str, which: str, life: Life) -> str:
     return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombstones)
 
 
-def test_I6_nothing_is_acknowledged_before_it_is_durable(whole_life: tuple[Life, list[str]]) -> None:
+def test_I6_nothing_is_acknowledged_before_it_is_durable(uninterrupted_life: tuple[Life, list[str]]) -> None:
     """A kill cannot show a missing fsync; the order of the calls can."""
-    life, calls = whole_life
+    life, calls = uninterrupted_life
     tombstones = tuple(str(StorePaths(root).tombstones) for root in (life.store_path, life.volume_path) if root)
     synced: dict[str, int] = {}
     renamed: dict[str, tuple[int, str]] = {}
@@ -204,5 +204,5 @@ def test_bytes_whose_fsync_failed_are_corrupt_despite_another(tmp_path: Path) ->
     data = life.blobs.partial(blob) / "data"
     ended = live(life, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")
     assert ended.returncode != 0
-    assert "Corrupt: the disk could not keep the bytes of" in ended.stderr
+    assert "Corrupt: the disk could not store the bytes of" in ended.stderr
     assert ended.stdout == f"reserved {blob}\n"

@@ -170,7 +170,7 @@ import sys
 from shoal_common.service import main
 from shoal_storage.scan import watcher as watching
 from shoal_storage.service import run
-watching.FALLBACK_S = watching.TICK_S = 0.5
+watching.FALLBACK_INTERVAL_S = watching.PRESENCE_CHECK_INTERVAL_S = 0.5
 sys.exit(main("storage", run))
 """
 

@@ -204,7 +204,7 @@ async def test_a_removed_volume_keeps_its_files_and_returns_with_them(
         await m.configure()
         assert not await m.is_offered(SECOND) and await m.is_offered(FIRST)
         assert await m.state() == [] and snapshot_tree(m.volume) == before
-        assert not list((m.node.layout.root / "further").iterdir())
+        assert not list((m.node.layout.root / "volumes").iterdir())
         await m.configure(m.volume)
         await m.wait_offered(SECOND, True)
         m.check(FIRST, SECOND)

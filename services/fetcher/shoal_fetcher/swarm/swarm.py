@@ -177,8 +177,6 @@ class Swarm:
             self._durable_bytes = durable_bytes
             self._fetch.progress.set_durable_bytes(self._fetch.blob, durable_bytes)
 
-    # Who has what
-
     def _reachable(self) -> dict[str, int]:
         """Return the nodes that can be asked, and their leaves. Recomputed after each `notify` and each update."""
         version = self._node_context.cluster_view.version()

@@ -27,17 +27,17 @@ class VolumePaths(StorePaths):
         """A blob's file on one volume; "": in the store."""
         return StorePaths.blob(self.volume(volume_id), sha256)
 
-    def set_aside(self, sha256: str) -> Path:
+    def quarantined(self, sha256: str) -> Path:
         """A corrupt blob's file in quarantine."""
-        return StorePaths.quarantined(self._root_of(sha256), sha256)
+        return StorePaths.quarantined(self._volume_of(sha256), sha256)
 
-    def set_aside_have(self, sha256: str) -> Path:
+    def quarantined_have(self, sha256: str) -> Path:
         """The bitmap of the good leaves of a blob in quarantine."""
-        return StorePaths.quarantined_have(self._root_of(sha256), sha256)
+        return StorePaths.quarantined_have(self._volume_of(sha256), sha256)
 
     def partial(self, blob: str) -> Path:
         """The real directory of a partial blob, not a link to it."""
-        return StorePaths.partial(self._root_of(blob), blob)
+        return StorePaths.partial(self._volume_of(blob), blob)
 
     def tombstone(self, repo: str, commit: str) -> Path:
         """The tombstone of a model: the manifest of a model being deleted."""
@@ -48,7 +48,7 @@ class VolumePaths(StorePaths):
         """The path in the store at which other services find that directory."""
         return super().partial(blob)
 
-    def _root_of(self, blob: str) -> StorePaths:
+    def _volume_of(self, blob: str) -> StorePaths:
         return self.volume(self.volume_by_blob.get(blob, ""))
 
     # Volumes

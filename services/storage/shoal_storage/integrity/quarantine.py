@@ -32,11 +32,11 @@ def quarantine_blob(
     for directory in delete_files(view_paths_of(paths, result.sha256, manifests, leases)):
         if directory.exists():
             fsync_path(directory)
-    paths.set_aside(result.sha256).parent.mkdir(exist_ok=True)
+    paths.quarantined(result.sha256).parent.mkdir(exist_ok=True)
     # An older bitmap under this name does not describe these bytes.
     delete_quarantined(store, result.sha256)
-    path.replace(paths.set_aside(result.sha256))
-    fsync_path(paths.set_aside(result.sha256).parent)
+    path.replace(paths.quarantined(result.sha256))
+    fsync_path(paths.quarantined(result.sha256).parent)
     fsync_path(path.parent)
     leaf_hash_file.delete(paths, result.sha256)
     return True

@@ -30,7 +30,7 @@ def record_good_leaves(store: Store, result: VerificationResult) -> int:
     """Record the good leaves of a quarantined blob; return the bytes a repair reuses, which need no new space."""
     if result.good_leaves is None:
         return 0
-    replace_file(store.layout.set_aside_have(result.sha256), result.good_leaves.to_bytes())
+    replace_file(store.layout.quarantined_have(result.sha256), result.good_leaves.to_bytes())
     return repairable_bytes(store, result.sha256)
 
 
@@ -42,7 +42,7 @@ def repairable_blobs(store: Store, blobs: Iterable[str]) -> dict[str, int]:
 def repairable_bytes(store: Store, sha256: str) -> int:
     """Return the bytes on the disk that a repair of this blob reuses; 0 if it has to be downloaded whole."""
     try:
-        status = store.layout.set_aside(sha256).lstat()
+        status = store.layout.quarantined(sha256).lstat()
     except FileNotFoundError:
         return 0
     return min(status.st_blocks * 512, status.st_size) if _good_leaves(store, sha256, status.st_size) else 0
@@ -52,9 +52,9 @@ def _good_leaves(store: Store, sha256: str, size_bytes: int) -> Bitmap | None:
     """Return the good leaves of a quarantined file, if it has this size and a bitmap that fits."""
     paths = store.layout
     try:
-        if paths.set_aside(sha256).lstat().st_size != size_bytes:
+        if paths.quarantined(sha256).lstat().st_size != size_bytes:
             return None
-        bitmap = paths.set_aside_have(sha256).read_bytes()
+        bitmap = paths.quarantined_have(sha256).read_bytes()
     except OSError:
         return None
     good = Bitmap(size_bytes, bitmap)
@@ -77,10 +77,10 @@ def create_partial(
     replace_file_unsynced(directory / "have", good.to_bytes())
     replace_file_unsynced(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
     fsync_path(directory.parent)
-    paths.set_aside(blob).chmod(PARTIAL_MODE)
-    paths.set_aside(blob).replace(directory / "data")
+    paths.quarantined(blob).chmod(PARTIAL_MODE)
+    paths.quarantined(blob).replace(directory / "data")
     fsync_path(directory)
-    paths.set_aside_have(blob).unlink(missing_ok=True)
-    fsync_path(paths.set_aside(blob).parent)
+    paths.quarantined_have(blob).unlink(missing_ok=True)
+    fsync_path(paths.quarantined(blob).parent)
     link_partial(store, blob)
     return True
