@@ -44,7 +44,7 @@ unit: setup
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy $(SOURCES)

@@ -29,7 +29,7 @@ async def test_of_twenty_racers_one_gets_the_lease(nats: NatsServer, fresh: Fres
         racers = [acquire(here.buckets.lease, key, f"node-{i}", f"uid-{i}") for i in range(20)]
         won = [lease for lease in await asyncio.gather(*racers) if lease]
         assert len(won) == 1
-        assert won[0].held
+        assert won[0].is_held
 
 
 async def test_a_holder_that_stops_renewing_knows_before_any_successor(
@@ -45,12 +45,12 @@ async def test_a_holder_that_stops_renewing_knows_before_any_successor(
 
         async def taken_over() -> ClusterLease | None:
             nonlocal held_until_s
-            if silent.held:
+            if silent.is_held:
                 held_until_s = time.monotonic()
             return await acquire(here.buckets.lease, key, "node-b", "uid-b")
 
         successor = await eventually(taken_over, "the lease expires")
-        assert successor.held and not silent.held
+        assert successor.is_held and not silent.is_held
         assert held_until_s - asked_s < short_ttl - 0.5
         assert time.monotonic() - held_until_s > 0.5
         # Its late release and renewal do not affect the successor.
@@ -65,7 +65,7 @@ async def test_a_lease_given_back_is_free_at_once(nats: NatsServer, fresh: Fresh
         assert lease is not None
         async with hold(lease):
             assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is None
-        assert not lease.held
+        assert not lease.is_held
         await asyncio.wait_for(lease.wait_lost(), 30)
         assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
 
@@ -78,7 +78,7 @@ async def test_a_successor_on_the_node_takes_over_and_fences_the_old(nats: NatsS
         assert old is not None and new is not None
         async with hold(old):
             await asyncio.wait_for(old.wait_lost(), 30)
-        assert not old.held and new.held
+        assert not old.is_held and new.is_held
         assert await here.buckets.lease.get_as(key, type(new.value)) == new.value
 
 
@@ -90,7 +90,7 @@ async def test_a_lease_outlives_an_outage_and_its_ttl_while_renewed(own_nats: Na
         async with hold(lease):
             own_nats.restart()
             await eventually(lambda: renewed(lease, first), "the lease is renewed after the restart")
-            assert lease.held
+            assert lease.is_held
             assert await acquire(here.buckets.lease, "kept", "node-b", "uid-b") is None
 
 
@@ -105,5 +105,5 @@ async def test_a_holder_cut_off_from_nats_gives_up_in_time(own_nats: NatsServer)
         renewal = asyncio.create_task(lease.renew_forever())
         own_nats.kill()
         await asyncio.wait_for(lease.wait_lost(), 30)
-        assert not lease.held
+        assert not lease.is_held
         await renewal

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.bus.reconcile import MIN_PASS_INTERVAL_S, RETRY_BACKOFF_S, back_off_s, reconcile_forever
+from shoal_common.bus.reconcile import MIN_PASS_INTERVAL_S, RETRY_BACKOFF_S, reconcile_forever, retry_backoff_s
 from shoal_common.cancellation import cancel_and_wait
 from shoal_common.errors import Unavailable
 from tests.harness.waiting import eventually
@@ -140,4 +140,4 @@ async def test_an_error_that_is_nobodys_outage_ends_the_loop() -> None:
 
 @given(st.integers(1, 10_000))
 def test_pauses_grow_and_are_bounded(failures: int) -> None:
-    assert RETRY_BACKOFF_S[0] <= back_off_s(failures) <= back_off_s(failures + 1) <= RETRY_BACKOFF_S[1]
+    assert RETRY_BACKOFF_S[0] <= retry_backoff_s(failures) <= retry_backoff_s(failures + 1) <= RETRY_BACKOFF_S[1]

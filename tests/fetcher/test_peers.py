@@ -210,7 +210,9 @@ async def test_I7_a_source_that_never_completes_a_leaf_ends_it(site: Site) -> No
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     directory = site["a"].home / "impatient"
     directory.mkdir()
-    (directory / "sitecustomize.py").write_text("import shoal_fetcher.swarm.swarm as s\ns.NO_PROGRESS_TIMEOUT_S = 1.0\n")
+    (directory / "sitecustomize.py").write_text(
+        "import shoal_fetcher.swarm.swarm as s\ns.NO_PROGRESS_TIMEOUT_S = 1.0\n"
+    )
     usual = site["a"]["fetcher"].environment["PYTHONPATH"]
     # 300 KB of each answer get through: many bytes, and never a leaf.
     site.hub.set_faults(Faults(drop_at_byte=DropAtByte(after_bytes=300_000, times=None)))

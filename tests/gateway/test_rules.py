@@ -23,7 +23,7 @@ from shoal_gateway.generation.instance_selection import lost_stage_reason, selec
 from shoal_gateway.generation.openai import UNSUPPORTED
 from shoal_gateway.generation.token_stream import MAX_TOKENS_AHEAD, StopScanner, TokenReorderBuffer
 from shoal_gateway.rest.downloads import has_started
-from shoal_gateway.rest.node_selection import to_control, to_delete, to_download
+from shoal_gateway.rest.node_selection import select_control_nodes, select_delete_nodes, select_download_nodes
 from shoal_gateway.settings import GatewayTimeouts
 
 few_letters = st.text(alphabet="ab", max_size=30)
@@ -185,10 +185,10 @@ def test_ended_downloads_on_down_nodes_hold_no_delete_up() -> None:
     def downloads(phase: str) -> list[DownloadState]:
         return [DownloadState(node="away", model="org/m", phase=phase)]  # type: ignore[arg-type]  # as a str
 
-    assert to_delete(ClusterSnapshot(downloads=downloads("failed")), "org/m", None, None) == []
+    assert select_delete_nodes(ClusterSnapshot(downloads=downloads("failed")), "org/m", None, None) == []
     with pytest.raises(NodeDown):
-        to_delete(ClusterSnapshot(downloads=downloads("paused")), "org/m", None, None)
-    assert to_control(ClusterSnapshot(downloads=downloads("ready")), "org/m", None) == []
+        select_delete_nodes(ClusterSnapshot(downloads=downloads("paused")), "org/m", None, None)
+    assert select_control_nodes(ClusterSnapshot(downloads=downloads("ready")), "org/m", None) == []
 
 
 def test_delete_of_a_revision_goes_where_that_revision_is() -> None:
@@ -200,19 +200,19 @@ def test_delete_of_a_revision_goes_where_that_revision_is() -> None:
     cluster = ClusterSnapshot(
         live=live("a.storage", "b.storage"), models=[held("a", "1" * 40, "v1"), held("b", "2" * 40, "main")]
     )
-    assert to_delete(cluster, "org/m", None, None) == ["a", "b"]
-    assert to_delete(cluster, "org/m", "v1", None) == ["a"]
-    assert to_delete(cluster, "org/m", "main", None) == ["b"]
-    assert to_delete(cluster, "org/m", "2" * 40, None) == ["b"]
-    assert to_delete(cluster, "org/x", None, None) == []
+    assert select_delete_nodes(cluster, "org/m", None, None) == ["a", "b"]
+    assert select_delete_nodes(cluster, "org/m", "v1", None) == ["a"]
+    assert select_delete_nodes(cluster, "org/m", "main", None) == ["b"]
+    assert select_delete_nodes(cluster, "org/m", "2" * 40, None) == ["b"]
+    assert select_delete_nodes(cluster, "org/x", None, None) == []
 
 
 def test_download_without_nodes_is_for_this_node() -> None:
     cluster = ClusterSnapshot(live=live("a.fetcher", "b.fetcher"))
-    assert to_download(cluster, None, "a") == ["a"]
-    assert to_download(cluster, "all", "a") == ["a", "b"]
-    assert to_download(cluster, "b", "a") == ["b"]
-    assert to_download(cluster, ["b", "a", "b"], "a") == ["b", "a"]
+    assert select_download_nodes(cluster, None, "a") == ["a"]
+    assert select_download_nodes(cluster, "all", "a") == ["a", "b"]
+    assert select_download_nodes(cluster, "b", "a") == ["b"]
+    assert select_download_nodes(cluster, ["b", "a", "b"], "a") == ["b", "a"]
 
 
 def test_download_has_started_once_its_node_publishes_new_state() -> None:

@@ -23,7 +23,7 @@ async def leads(here: Joined, node: str) -> tuple[ClusterLease, LeaderWrites]:
 
 async def refused(lease: ClusterLease, write: Coroutine[Any, Any, object]) -> None:
     """Return once a refused write has made its leader give up the lease."""
-    assert lease.held, "its own clock would let it write"
+    assert lease.is_held, "its own clock would let it write"
     writing = asyncio.ensure_future(write)
     await lease.wait_lost()
     assert not writing.done()
@@ -48,7 +48,7 @@ async def test_a_former_leader_cannot_write_after_another_began(own_nats: NatsSe
             old.spec._lease = old.state._lease = lost[0]  # by its own clock it still leads
             await refused(lost[0], write)
         assert [await here.last_sequence(f"KV_{bucket}") for bucket in ("spec", "state")] == written
-        assert new_lease.held
+        assert new_lease.is_held
         assert await new.spec.delete("instance.x") and not await new.spec.delete("instance.x")
 
 

@@ -147,7 +147,7 @@ async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh:
         question = AcquireLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
             await held.guard.leases.lease(question)
-        await held.guard.leases.unlease(ReleaseLease(id=names[0]))
+        await held.guard.leases.release(ReleaseLease(id=names[0]))
         with pytest.raises(NotFound):  # room for another lease, but no model to lease
             await held.guard.leases.lease(question)
 

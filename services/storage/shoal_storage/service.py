@@ -144,7 +144,7 @@ async def run(context: ServiceContext) -> None:
                         AcquireLease,
                         disk_full.with_disk_full_retry("make a view for a lease", fetch_api.leases.lease),
                     ),
-                    "release_lease": RpcEndpoint(ReleaseLease, fetch_api.leases.unlease),
+                    "release_lease": RpcEndpoint(ReleaseLease, fetch_api.leases.release),
                     "plan": RpcEndpoint(PlanEviction, maintenance.plan),
                     "check_space": RpcEndpoint(CheckSpace, disk_full.check_space),
                     "record_use": RpcEndpoint(RecordUse, maintenance.record_use),

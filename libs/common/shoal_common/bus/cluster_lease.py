@@ -31,7 +31,7 @@ class LeaseValue(WireStruct):
 
 
 class ClusterLease:
-    """A held lease. `held` turns false when it is lost; `revision` fences writes made under it."""
+    """A held lease. `is_held` turns false when it is lost; `revision` fences writes made under it."""
 
     def __init__(self, bucket: Bucket, key: str, value: LeaseValue, revision: int, sent_s: float) -> None:
         self.key, self.value, self.revision = key, value, revision
@@ -40,7 +40,7 @@ class ClusterLease:
         self._lost = asyncio.Event()
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this process may still act as the holder."""
         return not self._lost.is_set() and time.monotonic() < self._until_s
 

@@ -24,7 +24,7 @@ RETRY_BACKOFF_S = (0.5, 30.0)
 """Delay after the first failure, and the maximum."""
 
 
-def back_off_s(failures: int) -> float:
+def retry_backoff_s(failures: int) -> float:
     """Return the delay after this many failures in a row."""
     first_s, most_s = RETRY_BACKOFF_S
     return min(first_s * 2.0 ** min(failures - 1, 16), most_s)
@@ -56,7 +56,7 @@ async def reconcile_forever(
             failures = 0
         except (NatsError, ShoalError, OSError) as e:
             failures += 1
-            wake_s = back_off_s(failures)
+            wake_s = retry_backoff_s(failures)
             log.warning(
                 f"{activity} is not possible now; trying again", reason=str(e) or type(e).__name__, wait_s=wake_s
             )

@@ -94,7 +94,7 @@ class SourceHealth(msgspec.Struct):
                 self.banned.add(peer)
                 return 0.0
             self.failure_counts[peer] = self.failure_counts.get(peer, 0) + 1
-            return retry_delay_s(self.failure_counts[peer])
+            return retry_backoff_s(self.failure_counts[peer])
         if isinstance(error, Corrupt):
             if self.hub_was_corrupt:
                 raise error
@@ -109,7 +109,7 @@ class SourceHealth(msgspec.Struct):
         if isinstance(error, NotFound | Denied | Refused) and not has_peer:
             raise error
         self.hub_failures += 1
-        return retry_delay_s(self.hub_failures)
+        return retry_backoff_s(self.hub_failures)
 
     def _after_mixed(self, sources: set[str], error: ShoalError) -> float:
         # One of several lied. Start again, once, and trust only one source.
@@ -137,7 +137,7 @@ class SourceHealth(msgspec.Struct):
         )
 
 
-def retry_delay_s(failures: int) -> float:
+def retry_backoff_s(failures: int) -> float:
     """Return the seconds to wait after the n-th failure in a row: 0.25, 0.5, … at most 8."""
     return float(min(0.25 * 2 ** min(max(failures - 1, 0), 10), 8.0))
 

@@ -60,7 +60,7 @@ class AddressStats:
         known = self._known.get((node, address))
         return known.bytes_per_s if known and now_s - known.measured_at_s < MEASUREMENT_TTL_S else 0.0
 
-    def order(self, node: str, addresses: Sequence[str], now_s: float, size_bytes: int = 0) -> list[str]:
+    def sort_by_rate(self, node: str, addresses: Sequence[str], now_s: float, size_bytes: int = 0) -> list[str]:
         """Return the addresses in the order to try; a request of small `size_bytes` may try an unmeasured one."""
         failed = [a for a in addresses if self._failed(node, a, now_s)]
         working = [a for a in addresses if a not in failed]

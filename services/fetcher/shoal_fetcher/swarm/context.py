@@ -61,7 +61,7 @@ class BlobFetchContext(msgspec.Struct):
         """Return live nodes that have the complete blob and may be asked."""
         return self.health.askable(self.node_context.cluster_view.holders(self.blob, self.manifest))
 
-    def returning(self) -> list[BlobHolder]:
+    def holders_restarting(self) -> list[BlobHolder]:
         """Return nodes that have the complete blob and whose fileserver is starting."""
         return self.health.askable(self.node_context.cluster_view.holders_restarting(self.blob, self.manifest))
 

@@ -204,7 +204,7 @@ class Origin:
 
     def _is_needed(self) -> bool:
         fetch = self._fetch
-        if fetch.returning():
+        if fetch.holders_restarting():
             return False
         if self._lists.sealed_digest:
             return bool(fetch.missing() & ~self._elsewhere())
@@ -273,7 +273,7 @@ class Origin:
         tasks = {asyncio.ensure_future(w) for w in (self._read_and_seal(source), lease.wait_lost())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if lease.held:
+            if lease.is_held:
                 for task in tasks:
                     if task.done():
                         task.result()

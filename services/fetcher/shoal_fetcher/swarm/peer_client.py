@@ -108,7 +108,7 @@ class FileserverClient:
         addresses, rates = self._addresses().get(node, []), self._rates
         error: ShoalError = Unavailable(f"node {node} publishes no address; see `shoal status`")
         blob = path.split("/")[3]
-        for address in rates.order(node, addresses, time.monotonic(), most_bytes):
+        for address in rates.sort_by_rate(node, addresses, time.monotonic(), most_bytes):
             token = blob_token(self._secret, node, blob, cluster_clock.now_s())
             began_s = time.monotonic()
             try:

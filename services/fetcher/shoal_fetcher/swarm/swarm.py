@@ -201,7 +201,7 @@ class Swarm:
         for node, has in self._reachable().items():
             if node in self._gossip.by_node or self._lists.sealed_digest:
                 leaves |= has
-        if self._fetch.returning():
+        if self._fetch.holders_restarting():
             return self._partial.all_leaves
         for node in self._node_context.cluster_view.nodes_starting() & self._gossip.by_node.keys():
             leaves |= self._gossip.by_node[node].leaves if self._health.may_ask(node) else 0

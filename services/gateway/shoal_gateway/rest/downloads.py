@@ -30,7 +30,7 @@ from shoal_gateway.cluster.status_view import download_view, download_views
 from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.rest.command_results import error_of, raise_first_error, results_by_node, with_details
 from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body_as
-from shoal_gateway.rest.node_selection import NodeSelection, to_control, to_download
+from shoal_gateway.rest.node_selection import NodeSelection, select_control_nodes, select_download_nodes
 from shoal_gateway.rest.routing import route
 
 
@@ -77,7 +77,7 @@ async def download(request: Request) -> Response:
     gateway, body = gateway_of(request), await read_body_as(request, DownloadBody)
     ref = ModelRef.parse(body.model)
     gateway.sender.require_nats()
-    nodes = to_download(gateway.snapshot(), body.nodes, gateway.node)
+    nodes = select_download_nodes(gateway.snapshot(), body.nodes, gateway.node)
     command = DownloadCommand(model=str(ref), deadline_s=body.deadline_s)
     pending = [_pending_download(gateway.state, node, command.model) for node in nodes]
     outcomes = await cancel_on_disconnect(request.receive, _send(gateway, command, pending, body.wait))
@@ -116,7 +116,7 @@ async def _control(
     """Send a command to the chosen nodes' fetchers and return each one's result."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
-    chosen = to_control(gateway.snapshot(), command.model, nodes)
+    chosen = select_control_nodes(gateway.snapshot(), command.model, nodes)
     ids, deadline_s = {n: new_command_id() for n in chosen}, gateway.settings.timeouts.outcome_s
     sending = gateway.sender.send_to_all("fetcher", ids, verb, command, deadline_s)
     outcomes = await cancel_on_disconnect(request.receive, sending)

@@ -14,7 +14,7 @@ from shoal_gateway.cluster.openai_models import get_model, list_models
 from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.rest.command_results import raise_first_error, results_by_node
 from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response
-from shoal_gateway.rest.node_selection import to_delete
+from shoal_gateway.rest.node_selection import select_delete_nodes
 from shoal_gateway.rest.routing import route
 
 
@@ -34,7 +34,7 @@ async def delete(request: Request) -> Response:
     ref = ModelRef.parse(name)
     # Here `org/name` means every revision, so an explicit revision must be kept even where it is the default.
     revision = ref.revision if "@" in name else None
-    nodes = to_delete(gateway.snapshot(), ref.repo, revision, request.query_params.get("node"))
+    nodes = select_delete_nodes(gateway.snapshot(), ref.repo, revision, request.query_params.get("node"))
     outcomes = await cancel_on_disconnect(request.receive, _delete_everywhere(gateway, name, nodes)) if nodes else {}
     raise_first_error(outcomes)
     deleted = any(o.result.get("deleted", True) for o in outcomes.values())

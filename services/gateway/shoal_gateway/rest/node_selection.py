@@ -14,12 +14,12 @@ NodeSelection = list[str] | str | None
 """As given in a request: a list, one name, `all`, or nothing."""
 
 
-def to_download(snapshot: ClusterSnapshot, nodes: NodeSelection, own_node: str) -> list[str]:
+def select_download_nodes(snapshot: ClusterSnapshot, nodes: NodeSelection, own_node: str) -> list[str]:
     """Return the nodes that download: `own_node` by default. Raises NodeDown unless all their fetchers are live."""
     return _live(snapshot, _named(snapshot, nodes, "fetcher") or [own_node], "fetcher")
 
 
-def to_control(snapshot: ClusterSnapshot, model: str, nodes: NodeSelection) -> list[str]:
+def select_control_nodes(snapshot: ClusterSnapshot, model: str, nodes: NodeSelection) -> list[str]:
     """Return the nodes that pause, resume or cancel a download ("": any): by default those where it has not ended."""
     chosen = _named(snapshot, nodes, "fetcher")
     if chosen is None:
@@ -29,7 +29,7 @@ def to_control(snapshot: ClusterSnapshot, model: str, nodes: NodeSelection) -> l
     return _live(snapshot, chosen, "fetcher")
 
 
-def to_delete(snapshot: ClusterSnapshot, repo: str, revision: str | None, node: str | None) -> list[str]:
+def select_delete_nodes(snapshot: ClusterSnapshot, repo: str, revision: str | None, node: str | None) -> list[str]:
     """Return the nodes that delete a revision of a repo (None: all): `node`, or all that hold or download it."""
     if node is not None:
         return _live(snapshot, [check_node(node)], "storage")
@@ -44,7 +44,9 @@ def to_delete(snapshot: ClusterSnapshot, repo: str, revision: str | None, node: 
     return _live(snapshot, sorted(chosen), "storage")
 
 
-def to_storage(snapshot: ClusterSnapshot, node: str | None, nodes: NodeSelection, own_node: str) -> list[str]:
+def select_storage_nodes(
+    snapshot: ClusterSnapshot, node: str | None, nodes: NodeSelection, own_node: str
+) -> list[str]:
     """Return the nodes whose storage gets the command: `own_node` by default. `node` may be `all` too."""
     if node is not None and nodes is not None:
         raise BadInput("`node` and `nodes` mean the same: give one of them", param="node")

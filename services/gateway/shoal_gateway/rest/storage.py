@@ -18,7 +18,7 @@ from shoal_gateway.cluster.status_view import storage_views
 from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.rest.command_results import raise_first_error, results_by_node
 from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body_as
-from shoal_gateway.rest.node_selection import NodeSelection, to_storage
+from shoal_gateway.rest.node_selection import NodeSelection, select_storage_nodes
 from shoal_gateway.rest.routing import route
 
 _MAX_BYTES = (1 << 63) - 1
@@ -109,7 +109,7 @@ async def plan(request: Request) -> Response:
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > _MAX_BYTES:
         raise BadInput(f"need_bytes is {text[:40]!r}; give a whole number of bytes", param="need_bytes")
     gateway.sender.require_nats()
-    nodes = to_storage(gateway.snapshot(), request.query_params.get("node"), None, gateway.node)
+    nodes = select_storage_nodes(gateway.snapshot(), request.query_params.get("node"), None, gateway.node)
     plans = await cancel_on_disconnect(request.receive, _plans(gateway, nodes, PlanEviction(need_bytes=int(text))))
     return json_response({"nodes": plans})
 
@@ -126,7 +126,7 @@ async def _on_nodes(
     """Send a command to the chosen nodes' storage and return each one's result."""
     gateway = gateway_of(request)
     gateway.sender.require_nats()
-    chosen = to_storage(gateway.snapshot(), node, nodes, gateway.node)
+    chosen = select_storage_nodes(gateway.snapshot(), node, nodes, gateway.node)
     deadline_s = command.deadline_s or limit_s or gateway.settings.timeouts.outcome_s
     sending = gateway.sender.send_to_all("storage", {n: new_command_id() for n in chosen}, verb, command, deadline_s)
     outcomes = await cancel_on_disconnect(request.receive, sending)

@@ -48,12 +48,12 @@ class FencedBucket:
 
     async def put(self, key: str, value: object) -> int:
         """Write a key. Return the revision. Never returns if another service leads."""
-        revision = await self._bucket.put_fenced(self._fence, key, value) if self._lease.held else None
+        revision = await self._bucket.put_fenced(self._fence, key, value) if self._lease.is_held else None
         return await self._give_up(key) if revision is None else revision
 
     async def delete(self, key: str) -> bool:
         """Remove a key. Return False, and write nothing, if it is absent. Never returns if another service leads."""
-        deleted = await self._bucket.delete_fenced(self._fence, key) if self._lease.held else None
+        deleted = await self._bucket.delete_fenced(self._fence, key) if self._lease.is_held else None
         return await self._give_up(key) if deleted is None else deleted
 
     async def _give_up(self, key: str) -> NoReturn:

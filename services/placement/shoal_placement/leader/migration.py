@@ -69,7 +69,7 @@ class Migrator:
                 await catch_up(self._context.nats, self._live, self._spec, self._state)
                 plan = self._decide()
                 for leaving in plan.leaving:
-                    if not lease.held:
+                    if not lease.is_held:
                         return None
                     await self._move(leaving, writes)
         self.stay_reasons = {i: e for i, e in self.stay_reasons.items() if i in {m.spec.id for m in plan.leaving}}

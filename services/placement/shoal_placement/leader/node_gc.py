@@ -166,7 +166,7 @@ class NodeGarbageCollector:
 
     def _may_collect(self, node: str) -> bool:
         """Return whether this service still leads and the node is still down."""
-        return self._lease is not None and self._lease.held and node not in self._live_nodes()
+        return self._lease is not None and self._lease.is_held and node not in self._live_nodes()
 
     async def forget(self, command: Forget, _: str) -> dict[str, object]:
         """Retire a node now. A node that no key names is no error (I5). Raises InUse for a live node."""

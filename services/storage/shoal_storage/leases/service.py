@@ -107,7 +107,7 @@ class LeaseService:
             },
         )
 
-    async def unlease(self, request: ReleaseLease) -> Empty:
+    async def release(self, request: ReleaseLease) -> Empty:
         """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
         name = check_id(request.id)
         async with self._section:

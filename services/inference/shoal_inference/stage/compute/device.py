@@ -33,7 +33,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     """How fast it reads weights to multiply one vector by them; 0: not measured."""
 
 
-def look(measure: bool) -> Device:
+def detect(measure: bool) -> Device:
     """Ask MLX; measure too when asked."""
     import mlx.core as mx  # noqa: PLC0415  # the service reads `Device` from here and must not load MLX
 
@@ -67,4 +67,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="shoal_inference.stage.compute.device", description=__doc__)
     parser.add_argument("--measure", action="store_true", help="measure how fast weights are read, too")
     os.nice(10)
-    print(msgspec.json.encode(look(parser.parse_args().measure)).decode())  # noqa: T201  # that is the answer
+    print(msgspec.json.encode(detect(parser.parse_args().measure)).decode())  # noqa: T201  # that is the answer
