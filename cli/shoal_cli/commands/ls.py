@@ -17,9 +17,9 @@ from shoal_common.messages.views import StatusView
 app = new_app()
 
 JSON_HELP = """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
-f"library_directory": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier": "
-""fits",
-"tight", "force" or "", "preview": as in `shoal place --preview`, or null, "why"}]}. Fields are only ever added."""
+"library_directory": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier":
+"fits", "tight", "force" or "", "preview": as in `shoal place --preview`, or null, "reason"}]}. Fields are only ever
+added."""
 
 
 @app.command(cls=CommandHelp, epilog=JSON_HELP)

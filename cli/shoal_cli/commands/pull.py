@@ -25,8 +25,8 @@ INTERRUPTED = 130
 
 _JSON = """--json prints nothing until the download has ended on every node, then {"downloads": [{"node", "model",
 "phase", "commit", "total_bytes", "done_bytes", "verified_bytes", "resumed_bytes", "sources": {source: bytes},
-"source_speeds": {source: bytes per second}, "eta_s", "switched": {source: times}, "error", …}], "commands":
-{node: id}}. The exit code is that of the first node that failed. Fields are only ever added."""
+"source_speeds": {source: bytes per second}, "eta_s", "source_switches": {source: times}, "error", …}],
+"commands": {node: id}}. The exit code is that of the first node that failed. Fields are only ever added."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)

@@ -20,8 +20,8 @@ from shoal_common.names import check_id
 
 app = new_app()
 
-_JSON = """Nothing moves by itself. --json prints {"rebalances": [{"instance", "model", "now" and "better":
-as in `shoal place --preview`, "gain"}]}; with INSTANCE the instance as in GET /v1/instances/{id}, and
+_JSON = """Nothing moves by itself. --json prints {"rebalances": [{"instance", "model", "current" and
+"proposed": as in `shoal place --preview`, "gain"}]}; with INSTANCE the instance as in GET /v1/instances/{id}, and
 "moved". Fields are only ever added."""
 
 

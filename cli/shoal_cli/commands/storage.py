@@ -34,8 +34,8 @@ _JSON = """--json prints the API's answer. Fields are only ever added.
   show       {"node", "nodes": [{"node", "live", "disk_free_bytes", "storage": {…} or null}]}
   set        {"nodes": {node: {"max_storage_bytes", "eviction_policy", "headroom_bytes", "partial_retention_s",
              "libraries", "volumes", the limits of `shoal transfer`, "used_bytes", "overridden_by_env", "note"}}}
-  plan       {"nodes": {node: {"need_bytes", "garbage", "garbage_bytes", "unfinished" and "victims": [{"model",
-             "freed_bytes", "last_use_s"}], "freed_bytes", "enough", "evictable_bytes", "kept"}}}
+  plan       {"nodes": {node: {"required_bytes", "garbage", "garbage_bytes", "ended_downloads" and "victims":
+             [{"model", "freed_bytes", "last_use_s"}], "freed_bytes", "enough", "evictable_bytes", "protected"}}}
   pin, unpin {"nodes": {node: {"models", "pinned"}}}"""
 
 app = new_app()

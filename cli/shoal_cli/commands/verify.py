@@ -24,7 +24,7 @@ from shoal_common.errors import Corrupt
 app = new_app()
 
 _JSON = """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
-"missing": [blob], "models": [now incomplete], "instances": [of those models], "broken": [all incomplete models]}}}.
+"missing": [blob], "models": [now incomplete], "instances": [of those models], "incomplete": [all]}}}.
 The exit code is 8 when anything is corrupt or missing. Fields are only ever added."""
 
 
