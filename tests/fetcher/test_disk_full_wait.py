@@ -26,7 +26,7 @@ from tests.harness.nats import Joined, NatsServer, joined
 Fresh = Callable[[str], str]
 MODEL = f"org/name@{'c' * 40}"
 BLOB = "a" * 64
-FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2, message="7 B more needed, 3 B free")
+FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2)
 MET = DiskFull("disk full: No space left on device", blob=BLOB)
 BEGUN_S = 1_800_000_000.0
 
@@ -88,8 +88,8 @@ async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
         await progress.publish()  # as every second
         published = await here.buckets.state.get_as(download_key(node, "org/name"), DownloadState)
         assert published is not None and published.phase == "blocked" and published.blocked_since_s == BEGUN_S
-        assert (
-            published.waiting_for == "disk full: 7 B more needed, 3 B free; free some space and the download resumes"
+        assert published.waiting_for == (
+            "disk full: 7 B more needed, 3 B free (2 B of it stay free); free some space and the download resumes"
         )
         assert published.error is not None and published.error.code == "disk_full"
         assert published.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}

@@ -243,7 +243,7 @@ async def test_concurrent_blocked_downloads_cost_one_eviction_plan(
         assert [a.enough for a in answers] == [False] * 3
         assert [v.model for a in answers if a.evicted for v in a.evicted.victims] == [A.name]
         assert held.ledger.manifests.keys() == {B.name, C.name}
-        assert answers[0].message == "800 B more needed, 100 B free"
+        assert (answers[0].lacking_bytes, answers[0].free_bytes, answers[0].volume) == (800, 100, "")
         assert (answers[0].lacking_bytes, answers[0].free_bytes) == (800, 100)
         held.disk.claims_free_bytes = 1100
         assert (await full.check_space(CheckSpace(model=second.name))).enough

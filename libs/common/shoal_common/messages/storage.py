@@ -252,8 +252,10 @@ class SpaceCheck(WireStruct):
     """Free space of the disk."""
     headroom_bytes: int = 0
     """Part of the free space that Shoal leaves free."""
-    message: str = ""
-    """The same for people: `3.2 GB more needed, 0 B free`."""
+    volume: str = ""
+    """Path of the full volume; "" for the store itself."""
+    out_of_inodes: bool = False
+    """Whether the file system takes no further file, whatever its free space."""
     evicted: EvictionPlan | None = None
     """The eviction that this request caused, if any."""
 

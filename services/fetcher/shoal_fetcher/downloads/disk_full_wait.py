@@ -12,7 +12,9 @@ from collections.abc import Callable
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import DiskFull, ErrorBody, ShoalError
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages.storage import SpaceCheck
 from shoal_common.store.store_paths import StorePaths
+from shoal_common.units import format_bytes
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.disk_writes import probe_disk
@@ -85,7 +87,7 @@ class DiskFullWait:
         space = await self._storage.check_space(model)
         if not space.enough:
             return DiskFull(
-                f"disk full: {space.message}; free some space and the download resumes",
+                f"disk full: {describe_shortage(space)}; free some space and the download resumes",
                 lacking_bytes=space.lacking_bytes,
                 free_bytes=space.free_bytes,
                 headroom_bytes=space.headroom_bytes,
@@ -98,3 +100,13 @@ class DiskFullWait:
             except ReservationLost:
                 return None  # it is reserved again
         return None
+
+
+def describe_shortage(space: SpaceCheck) -> str:
+    """Return for people what is missing: `3.2 GB more needed, 0 B free`."""
+    free = format_bytes(space.free_bytes)
+    if space.out_of_inodes and not space.lacking_bytes:
+        return f"the file system has no free inodes, though {free} are free"
+    text = f"{format_bytes(space.lacking_bytes)} more needed, {free} free"
+    text += f" on {space.volume}" if space.volume else ""
+    return text + (f" ({format_bytes(space.headroom_bytes)} of it stay free)" if space.headroom_bytes else "")

@@ -13,7 +13,6 @@ from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.storage import CheckSpace, EvictionPlan, SpaceCheck
 from shoal_common.names import ModelRef
 from shoal_common.service import ServiceContext
-from shoal_common.units import format_bytes
 from shoal_storage.eviction.executor import EvictionExecutor
 from shoal_storage.eviction.planner import to_message
 from shoal_storage.files.ballast import BallastFile, Step, next_step
@@ -86,18 +85,14 @@ class DiskFullHandler:
             free = await asyncio.to_thread(self._free_on, full_volume_id)
             no_file_left = await asyncio.to_thread(self._store.is_out_of_inodes)
         await self._publisher.publish_storage()
-        headroom, lacking_bytes = self._evictions.settings.headroom_bytes, sum(lacking_by_volume.values())
-        message = f"{format_bytes(lacking_bytes)} more needed, {format_bytes(free)} free"
-        message += f" on {self._store.volumes[full_volume_id].path}" if full_volume_id in self._store.volumes else ""
-        message += f" ({format_bytes(headroom)} of it stay free)" if lacking_bytes and headroom else ""
-        if no_file_left and not lacking_bytes:
-            message = f"the file system has no free inodes, though {format_bytes(free)} are free"
+        lacking_bytes, volume = sum(lacking_by_volume.values()), self._store.volumes.get(full_volume_id)
         return SpaceCheck(
             enough=not lacking_bytes and not no_file_left,
             lacking_bytes=lacking_bytes,
             free_bytes=free,
-            headroom_bytes=headroom,
-            message=message,
+            headroom_bytes=self._evictions.settings.headroom_bytes,
+            volume=str(volume.path) if volume else "",
+            out_of_inodes=no_file_left,
             evicted=to_message(evicted) if evicted else None,
         )
 
