@@ -42,7 +42,7 @@ def complete(line: str, **environ: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_every_verb_is_in_one_section_and_its_first_sentence_fits_a_line(capsys: Capture) -> None:
+def test_every_verb_is_in_one_section_and_fits_a_line(capsys: Capture) -> None:
     assert len(VERBS) == len(set(VERBS)) == 28
     modules = {p.stem for p in (ROOT / "cli/shoal_cli/commands").glob("*.py")}
     assert modules == {*VERBS, "__init__", "options", "completion"}
@@ -60,7 +60,7 @@ def test_every_verb_has_help_and_does_nothing_else_with_it(capsys: Capture, verb
         assert capsys.readouterr().out.startswith(f"Usage: shoal {verb} [OPTIONS]")
 
 
-def test_the_readmes_table_names_every_verb_and_only_options_that_exist(capsys: Capture) -> None:
+def test_the_readmes_table_has_every_verb_and_real_options(capsys: Capture) -> None:
     text = (ROOT / "README.md").read_text()
     table = text[text.index("## Commands") : text.index("`shoal COMMAND --help`")]
     named: set[str] = set()
@@ -91,7 +91,7 @@ def test_the_shell_completes_verbs_actions_options_and_choices() -> None:
     assert complete("shoal restart n") == ["nats"]
 
 
-def test_the_shell_completes_models_nodes_and_instances_of_the_cluster(cluster: Cluster) -> None:
+def test_the_shell_completes_models_nodes_and_instances(cluster: Cluster) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     assert complete("shoal rm org/") == [MODEL]
     assert complete("shoal pull org/x --node node-") == ["node-a", "node-b"]
@@ -100,7 +100,7 @@ def test_the_shell_completes_models_nodes_and_instances_of_the_cluster(cluster: 
     assert complete(f"shoal rm --gateway {gateway} or", SHOAL_GATEWAY="127.0.0.1:9") == [MODEL]
 
 
-def test_completion_offers_nothing_and_says_nothing_without_a_node(tmp_path: Path) -> None:
+def test_completion_offers_nothing_silently_without_a_node(tmp_path: Path) -> None:
     for gateway in ("127.0.0.1:9", "not a url"):
         assert complete("shoal rm or", SHOAL_HOME=str(tmp_path), SHOAL_GATEWAY=gateway) == []
 

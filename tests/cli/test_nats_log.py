@@ -56,7 +56,7 @@ def test_a_line_without_nats_servers_format_is_an_error_of_now() -> None:
 
 
 @given(st.binary(max_size=200).map(lambda b: b.replace(b"\n", b"")))
-def test_whatever_a_line_holds_it_stays_one_line_of_shoals_format(text: bytes) -> None:
+def test_whatever_a_line_holds_stays_one_line_of_our_format(text: bytes) -> None:
     for line in (text + b"\n", b"[7] 2026/01/31 12:30:05.123456 [INF] " + text + b"\n"):
         shown = translated(line)
         assert shown.endswith("\n") and shown[:-1].isprintable()
@@ -81,7 +81,7 @@ def run_server(config: Path, log: RotatingLog) -> list[bytes]:
     return lines
 
 
-def test_a_real_servers_lines_are_all_translated_and_none_is_lost(tmp_path: Path) -> None:
+def test_every_line_of_a_real_server_is_translated(tmp_path: Path) -> None:
     config = tmp_path / "c.conf"
     config.write_text(f'listen: "127.0.0.1:-1"\njetstream {{ store_dir: "{tmp_path / "js"}" }}\n')
     log, began_s = RotatingLog(tmp_path / "nats.log"), time.time()

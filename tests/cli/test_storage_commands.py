@@ -107,7 +107,7 @@ def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys
     assert run(["storage", "set", "--all", "--add-volume", "/mnt/new"]) == BadInput.exit_code
 
 
-def test_libraries_are_added_to_those_there_are_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
+def test_libraries_are_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a", libraries=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
     cluster.disk_results = {"node-a": {"libraries": ["/nas", "/a", "~/b"]}}
     arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas"]

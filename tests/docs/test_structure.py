@@ -13,6 +13,7 @@ from scripts.structure import (
     ALL,
     MAX_LINES,
     MAX_MODULES,
+    bound_names,
     class_names_used_twice,
     line_counts,
     modules,
@@ -32,6 +33,7 @@ PAGES = [
 # The inside of a stage is about to be replaced, and keeps its names until then.
 STAGE = ROOT / "services" / "inference" / "shoal_inference" / "stage"
 # One module per verb is what makes a command easy to find there.
+MAX_TEST_NAME = 60
 BY_VERB = "cli/shoal_cli/commands"
 
 
@@ -46,6 +48,12 @@ def test_a_package_has_at_most_twelve_modules() -> None:
 
 def test_a_file_has_at_most_four_hundred_lines() -> None:
     assert not {path: n for path, n in line_counts(ROOT).items() if n > MAX_LINES}
+
+
+def test_a_tests_name_has_at_most_sixty_characters() -> None:
+    tests = [p for p in modules(ROOT, ("tests",)) if p.name.startswith("test_")]
+    named = {name for path in tests for name, _ in bound_names(path) if name.startswith("test_")}
+    assert not {name for name in named if len(name) > MAX_TEST_NAME}
 
 
 def test_no_class_name_means_two_things() -> None:

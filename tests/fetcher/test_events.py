@@ -45,7 +45,7 @@ async def the_event(here: Pulls, node: str, name: str) -> dict[str, Any]:
     return event
 
 
-async def test_a_download_emits_that_it_has_started_with_its_size_and_source(site: Site) -> None:
+async def test_a_started_download_is_emitted_with_size_and_source(site: Site) -> None:
     size = site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo), "config.json": b"{}"})
     async with site.join() as here:
         await here.pull_ok("a")
@@ -62,7 +62,7 @@ async def test_a_download_emits_that_it_has_started_with_its_size_and_source(sit
             assert await emitted(here, "a", name) == [] == await emitted(here, "b", name)
 
 
-async def test_a_download_beyond_the_quota_emits_that_it_is_rejected_with_the_figures(site: Site) -> None:
+async def test_a_rejected_download_is_emitted_with_its_figures(site: Site) -> None:
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "storage", SHOAL_MAX_STORAGE_BYTES="1000")
@@ -99,7 +99,7 @@ async def test_a_download_that_a_person_pauses_emits_that(site: Site) -> None:
         assert (await here.cancel("a")).ok
 
 
-async def test_a_file_that_comes_from_another_source_after_one_failed_emits_that_once(site: Site) -> None:
+async def test_a_change_of_a_files_source_is_emitted_once(site: Site) -> None:
     content = noise(8 * LEAF_BYTES, site.repo)
     site.make({"model.safetensors": content})
 

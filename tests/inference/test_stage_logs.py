@@ -29,7 +29,7 @@ def _root_logger_restored() -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_I10_a_stage_line_has_the_services_format_and_a_peer_cannot_forge_one(
+def test_I10_no_peer_can_forge_a_stages_log_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("b", instance="i1", rank=1)
@@ -41,7 +41,7 @@ def test_I10_a_stage_line_has_the_services_format_and_a_peer_cannot_forge_one(
     )
 
 
-async def test_an_unreachable_next_stage_is_logged_once_and_by_its_node(
+async def test_an_unreachable_next_stage_is_logged_once_by_its_node(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs.configure("b", instance="i1", rank=1)

@@ -80,7 +80,7 @@ def state(rank: int, phase: Any, message: str = "") -> StageState:
     return StageState(instance="i", rank=rank, node="abc"[rank], epoch=2, phase=phase, error=error)
 
 
-def test_an_instance_degrades_once_and_again_only_after_it_was_ready() -> None:
+def test_an_instance_degrades_again_only_after_it_was_ready() -> None:
     def after(before: InstanceState | None, *live: str) -> InstanceState:
         return instance_status(SPEC, [state(r, "ready") for r in range(3)], live, before)
 

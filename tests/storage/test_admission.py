@@ -116,7 +116,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 AdmissionMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
-test_I3_no_sequence_of_asking_receiving_and_giving_up_promises_more_than_there_is = AdmissionMachine.TestCase
+test_I3_no_sequence_reserves_more_than_there_is = AdmissionMachine.TestCase
 
 
 def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:

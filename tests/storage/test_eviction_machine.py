@@ -274,4 +274,4 @@ EvictionMachine.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-test_I3_I4_no_life_of_a_store_breaks_the_limits_or_evicts_what_is_kept = EvictionMachine.TestCase
+test_I3_I4_no_life_of_a_store_breaks_its_limits_or_pins = EvictionMachine.TestCase
