@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def class_names_used_twice(repo: Path) -> dict[str, list[str]]:
     return {name: places for name, places in found.items() if len(places) > 1}
 
 
+@cache
 def retired_terms(glossary: Path, held_in: str) -> dict[str, str]:
     """Return what the glossary retires in `identifiers`, `constants` or `text`, with what to write instead."""
     rows = re.findall(r"^\| (.+?) \| (.+?) \| ([a-z, ]+?) \|$", glossary.read_text(), re.MULTILINE)

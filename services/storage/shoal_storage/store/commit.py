@@ -1,8 +1,7 @@
 """Commit blobs, seal models and delete blobs on disk, in the orders of DESIGN §7. Blocking.
 
 Order of a commit: data; fsync and verification in parallel; chmod; verification stamp; leaf hashes; rename; fsync of
-both directories; the manifest last. Order of a deletion: the manifest first, into tombs/, then view and blobs, then
-the manifest's tombstone. A start that finds a tombstone finishes that deletion (`startup.py`).
+both directories; the manifest last. `tombstones.py` has the order of a deletion.
 """
 
 from __future__ import annotations

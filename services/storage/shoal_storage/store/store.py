@@ -1,9 +1,4 @@
-"""A store on disk: opening it, partial blobs, commits and deletions, in the orders of DESIGN §7. Blocking.
-
-Order of a commit: data; fsync and verification in parallel; chmod; verification stamp; leaf hashes; rename; fsync of
-both directories; the manifest last. Order of a deletion: the manifest first, into tombs/, then view and blobs, then
-the manifest's tombstone. A start that finds a tombstone finishes that deletion (`startup.py`).
-"""
+"""A store on disk: open it, its volumes and free space, and whether they are still there. Blocking."""
 
 from __future__ import annotations
 

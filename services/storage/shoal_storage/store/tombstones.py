@@ -1,4 +1,8 @@
-"""Delete a model in two steps that a crash may interrupt: manifest into tombs/, then everything else."""
+"""Delete a model in two steps that a crash may interrupt, in the order of DESIGN §7. Blocking.
+
+The manifest first, into tombs/, then view and blobs, then the manifest's tombstone. A start that finds a tombstone
+finishes that deletion (`startup.py`).
+"""
 
 from __future__ import annotations
 
