@@ -60,6 +60,10 @@ def test_no_class_name_means_two_things() -> None:
     assert not class_names_used_twice(ROOT)
 
 
+def test_one_module_alone_uses_the_bucket_of_outcomes() -> None:
+    assert [p.name for p in modules(ROOT) if "buckets.done" in p.read_text()] == ["outcomes.py"]
+
+
 def test_a_pure_module_is_called_after_what_it_decides() -> None:
     assert not [p for p in modules(ROOT) if p.name == "decide.py"]
 

@@ -37,7 +37,8 @@ class Command(WireStruct):
 class Outcome(WireStruct):
     """How a command ended; also the reply to `nats req`.
 
-    `done` key `<command id>`, published by the service that ran it, or by a gateway that gave up on it.
+    `done` key `<command id>`, published by the command's service or, while that is down, by the sender that
+    cancels it. The first one stands.
     """
 
     id: str

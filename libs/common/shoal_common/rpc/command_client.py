@@ -4,7 +4,7 @@ A reply is lost when the service that owes it, or NATS, restarts; `done` has the
 lost with a NATS that dies before storing it (nothing acknowledges it), so it is sent again under the same id after
 each reconnection while its sender waits. An id runs once, however often it arrives.
 
-A command whose service is down for AWAY_AFTER_S is cancelled: it ends with `node_down`, also in `done`, where the
+A command whose service is down for DOWN_AFTER_S is cancelled: it ends with `node_down`, also in `done`, where the
 service finds that when it is back.
 """
 
@@ -25,12 +25,12 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from shoal_common import telemetry
 from shoal_common.bus import cluster_clock, subjects
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.keys import done_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import BadMessage, Expired, ShoalError, Unavailable
 from shoal_common.liveness.availability import is_live, node_down_error
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Command, Outcome
+from shoal_common.rpc.outcomes import Outcomes, make_outcome
 
 _POLL_INTERVAL_S = 2.0
 """How often `done` is read: a NATS outage may lose the reply, but not the outcome."""
@@ -55,22 +55,14 @@ class PendingCommand(msgspec.Struct, frozen=True):
 
     def failed_with(self, error: ShoalError) -> Outcome:
         """Return its outcome if nobody ran it."""
-        return Outcome(
-            id=self.identity,
-            ok=False,
-            node=self.node,
-            service=self.service,
-            verb=self.verb,
-            error=error.body(),
-            ended_at_s=round(cluster_clock.now_s(), 3),
-        )
+        return make_outcome(self.identity, self.service, self.node, self.verb, error)
 
 
 class CommandClient:
     """Sends commands and waits for their outcomes."""
 
     def __init__(self, nats: Nats, buckets: Buckets) -> None:
-        self._nats, self._buckets = nats, buckets
+        self._nats, self._buckets, self._outcomes = nats, buckets, Outcomes(buckets)
 
     def require_nats(self) -> None:
         """Raise Unavailable while NATS is down: what is sent then might run much later."""
@@ -97,6 +89,10 @@ class CommandClient:
         except ShoalError as e:
             error = e
         return sent.failed_with(error)
+
+    async def outcome(self, identity: str) -> Outcome | None:
+        """Return the outcome of a command that anybody has sent; None if it has none."""
+        return await self._outcomes.get(identity)
 
     async def _outcome(self, sent: PendingCommand) -> Outcome:
         self.require_nats()
@@ -145,7 +141,7 @@ class CommandClient:
 
     async def _read_outcome(self, sent: PendingCommand) -> Outcome | None:
         with suppress(Unavailable):
-            return await self._buckets.done.get_as(done_key(sent.identity), Outcome)
+            return await self.outcome(sent.identity)
         return None
 
     async def _is_down(self, sent: PendingCommand) -> bool:
@@ -155,10 +151,8 @@ class CommandClient:
 
     async def _cancel(self, sent: PendingCommand) -> Outcome:
         """Cancel a command whose service is down. The service finds that in `done`; if it was faster, it wins."""
-        outcome = sent.failed_with(await node_down_error(self._buckets, sent.service, sent.node, sent.verb))
-        if await self._buckets.done.create(done_key(sent.identity), outcome) is None:
-            return await self._read_outcome(sent) or outcome
-        return outcome
+        error = await node_down_error(self._buckets, sent.service, sent.node, sent.verb)
+        return await self._outcomes.record(sent.failed_with(error))
 
     async def _timeout_reason(self, sent: PendingCommand, deadline_s: float) -> ShoalError:
         with suppress(TimeoutError, Unavailable, NatsError):

@@ -25,14 +25,14 @@ from shoal_common import telemetry
 from shoal_common.bus import cluster_clock, subjects
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.events import EventEmitter
-from shoal_common.bus.keys import done_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import COMMAND_MAX_AGE_S, retry_while_nats_down
 from shoal_common.cancellation import cancel_and_wait
-from shoal_common.errors import BadInput, BadMessage, Expired, InternalError, ShoalError, Unavailable, error_body
+from shoal_common.errors import BadInput, BadMessage, Expired, InternalError, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.messages.envelope import Command, Outcome
+from shoal_common.rpc.outcomes import Outcomes, make_outcome
 from shoal_common.rpc.reply_router import ReplyRouter, command_id
 
 log = StructuredLogger("commands")
@@ -66,9 +66,9 @@ class CommandWorker:
         node: str,
         verbs: Mapping[str, CommandHandler],
     ) -> None:
-        self._nats, self._buckets, self._events = nats, buckets, events
+        self._nats, self._events, self._outcomes = nats, events, Outcomes(buckets)
         self._service, self._node, self._verbs = service, node, verbs
-        self._replies = ReplyRouter(nats, buckets)
+        self._replies = ReplyRouter(nats, self._outcomes)
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_COMMANDS)
         self._jobs: set[asyncio.Task[None]] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -161,7 +161,7 @@ class CommandWorker:
         verb_name = message.subject.rsplit(".", 1)[-1]
         delivered = message.metadata.num_delivered or 1
         with self._replies.track(message):
-            outcome = await self._buckets.done.get_as(done_key(identity), Outcome)
+            outcome = await self._outcomes.get(identity)
             if outcome is None:
                 template = f"cmd.{self._service}.{verb_name}"
                 with telemetry.processing(template, message.headers, redelivered=delivered > 1) as span:
@@ -169,8 +169,7 @@ class CommandWorker:
                     if outcome.error is not None:
                         telemetry.mark_failed(span, outcome.error.message)
                 # Stored before the ack: if this process dies in between, the redelivery finds the outcome.
-                if await self._buckets.done.create(done_key(identity), outcome) is None:
-                    outcome = await self._buckets.done.get_as(done_key(identity), Outcome) or outcome
+                outcome = await self._outcomes.record(outcome)
             await self._replies.send_outcome(message, outcome)
         # If an outage loses the ack, the command is delivered again and its outcome found in `done`.
         with suppress(NatsError):
@@ -213,16 +212,7 @@ class CommandWorker:
             took_s=round(time.monotonic() - started_s, 3),
             **({"reason": str(error)} if error else {}),
         )
-        return Outcome(
-            id=identity,
-            ok=error is None,
-            node=self._node,
-            service=self._service,
-            verb=verb_name,
-            result=msgspec.to_builtins(result) if result is not None else {},
-            error=error_body(error) if error else None,
-            ended_at_s=round(cluster_clock.now_s(), 3),
-        )
+        return make_outcome(identity, self._service, self._node, verb_name, error or result)
 
     def _decode(self, message: Msg, verb_name: str) -> tuple[CommandHandler, Command]:
         verb = self._verbs.get(verb_name)

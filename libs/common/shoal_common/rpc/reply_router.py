@@ -16,12 +16,11 @@ from nats.errors import Error as NatsError
 
 from shoal_common import telemetry
 from shoal_common.bus.connection import Nats
-from shoal_common.bus.keys import done_key
-from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import WireStruct, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import check_id
+from shoal_common.rpc.outcomes import Outcomes
 
 _MAX_COMMANDS = 1024
 _MAX_REQUESTERS = 64
@@ -59,8 +58,8 @@ class ReplyRouter:
     can still read the outcome in `done`.
     """
 
-    def __init__(self, nats: Nats, buckets: Buckets) -> None:
-        self._nats, self._buckets = nats, buckets
+    def __init__(self, nats: Nats, outcomes: Outcomes) -> None:
+        self._nats, self._outcomes = nats, outcomes
         self._waiting: dict[_Key, list[Msg]] = {}
 
     async def listen(self, subject: str) -> None:
@@ -94,7 +93,7 @@ class ReplyRouter:
     async def _reply_if_done(self, key: _Key, explicit_id: str) -> None:
         # A repeated id: the stream drops the copy, so only an existing outcome can be the reply.
         with suppress(ShoalError, NatsError):
-            outcome = await self._buckets.done.get_as(done_key(explicit_id), Outcome)
+            outcome = await self._outcomes.get(explicit_id)
             if outcome is not None:
                 await self._send(key, outcome)
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-import msgspec
 from msgspec import structs
 
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.keys import done_key, download_key
+from shoal_common.bus.keys import download_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import ShoalError
 from shoal_common.messages.downloads import DownloadRequest
-from shoal_common.messages.envelope import Outcome
 from shoal_common.models.layer_tensors import union
+from shoal_common.rpc.outcomes import Outcomes, make_outcome
 
 _MAX_COMMANDS = 64
 """Command ids that a request remembers: the newest ones."""
@@ -34,7 +33,7 @@ class DownloadRequests:
     """The download requests of one node, by model. A change is stored in `spec` when the call returns."""
 
     def __init__(self, buckets: Buckets, node: str, stored: Iterable[DownloadRequest]) -> None:
-        self._buckets, self._node = buckets, node
+        self._buckets, self._outcomes, self._node = buckets, Outcomes(buckets), node
         self._requests = {request.model: request for request in stored}
         self._writing = asyncio.Lock()
 
@@ -87,19 +86,8 @@ class DownloadRequests:
                 await self._buckets.spec.put(download_key(self._node, name), request)
 
     async def _answer(self, request: DownloadRequest, result: object) -> None:
-        error = result.body() if isinstance(result, ShoalError) else None
         for command in request.commands:
-            outcome = Outcome(
-                id=command,
-                ok=error is None,
-                node=self._node,
-                service="fetcher",
-                verb="download",
-                result=msgspec.to_builtins(result) if error is None else {},
-                error=error,
-                ended_at_s=round(cluster_clock.now_s(), 3),
-            )
-            await self._buckets.done.create(done_key(command), outcome)
+            await self._outcomes.record(make_outcome(command, "fetcher", self._node, "download", result))
 
     async def _put(self, request: DownloadRequest) -> None:
         async with self._writing:

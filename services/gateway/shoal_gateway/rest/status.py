@@ -9,9 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal_common import VERSION
-from shoal_common.bus.keys import done_key
 from shoal_common.errors import NotFound
-from shoal_common.messages.envelope import Outcome
 from shoal_gateway.cluster.status_view import LocalNetwork, status_view
 from shoal_gateway.context import gateway_of
 from shoal_gateway.rest.http_json import json_response
@@ -57,7 +55,7 @@ async def command(request: Request) -> Response:
     """`GET /v1/commands/{id}`: the outcome of a command."""
     gateway, identity = gateway_of(request), request.path_params["id"]
     gateway.sender.require_nats()
-    outcome = await gateway.context.buckets.done.get_as(done_key(identity), Outcome)
+    outcome = await gateway.sender.outcome(identity)
     if outcome is None:
         raise NotFound(f"command {identity} has no outcome: it has not ended yet, or ended more than an hour ago")
     return json_response(outcome)
