@@ -19,7 +19,9 @@ help:
 setup: $(VENV)/.ready
 
 # The stamp depends on the pins and on what is installed from here; code changes need no setup (editable installs).
-$(VENV)/.ready: requirements.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTS)) scripts/system-packages.sh
+VERSION_FILES := libs/common/shoal_common/__init__.py libs/hatch_metadata.py
+$(VENV)/.ready: requirements.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTS)) $(VERSION_FILES) \
+                scripts/system-packages.sh
 	@scripts/system-packages.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Shoal needs Python 3.11 or newer; this is $$($(PYTHON) --version): run make PYTHON=python3.12 …" >&2; exit 1; }
